@@ -1,0 +1,3 @@
+"""apex_opt: provably best parallel execution plans for serving large language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,179 @@
+"""Entry points of the simulator: `simulate` for plans, `replay` for recorded batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.simulator.law import linear_law
+from apex_opt.units import NS_PER_US, ceil_div
+from apex_opt.workload.trace import make_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.outcome import Outcome, Routing
+    from apex_opt.workload.trace import Trace
+
+Implementation = Literal["kernel", "reference"]
+
+
+def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
+    """Refuse a trace with a request that the engine could never finish.
+
+    Raises
+    ------
+    CapacityError    a prompt that leaves no room for one token within `max_model_len`, or a request whose tokens
+                     need more KV blocks than the pool has; names the request, the limit and the way out
+    """
+    room = settings.max_model_len - 1
+    if int(trace.prompt.max()) > room:
+        i = int(trace.prompt.argmax())
+        raise CapacityError(
+            f"request {i}: a prompt of {trace.prompt[i]} tokens leaves no room to answer within max_model_len "
+            f"{settings.max_model_len}; raise max_model_len or shorten the trace"
+        )
+    held = np.minimum(trace.prompt + trace.output, settings.max_model_len) - 1  # the last token is never computed
+    i = int(held.argmax())
+    need = ceil_div(int(held[i]), settings.block_size)
+    if need > blocks:
+        raise CapacityError(
+            f"request {i}: {trace.prompt[i]} prompt + {trace.output[i]} output tokens need {need} KV blocks of "
+            f"{settings.block_size}, the cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower "
+            "max_model_len"
+        )
+
+
+def simulate(
+    settings: EngineSettings,
+    blocks: int,
+    laws: Sequence[BatchLaw],
+    trace: Trace,
+    *,
+    replicas: int = 1,
+    routing: Routing = "round_robin",
+    log: bool = False,
+    implementation: Implementation = "kernel",
+) -> Outcome:
+    """Serve a trace on identical replicas and return when every request got its tokens.
+
+    Parameters
+    ----------
+    settings : EngineSettings     batching limits of each replica
+    blocks : int                  KV blocks each replica can hand out
+    laws : one BatchLaw per pipeline stage
+    trace : Trace                 open arrivals, or a closed loop of `trace.concurrency` clients; clients keep to
+                                  their replica
+    replicas : int                engines with their own scheduler and cache
+    routing : "round_robin" (request i to replica i mod R) or "least_loaded" (fewest unanswered requests when the
+              request arrives, ties to the lowest replica)
+    log : bool                    keep every batch
+    implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    CapacityError, UsageError
+    """
+    if replicas < 1:
+        raise UsageError(f"replicas: {replicas} is below 1")
+    check_fits(settings, blocks, trace)
+    if implementation == "reference":
+        from apex_opt.simulator import reference
+
+        return reference.simulate(settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log)
+    from apex_opt.simulator import pack
+
+    return pack.run(settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A replayed trace in the format of the recorded batches: lists, microseconds, requests by their index."""
+
+    steps: list[list[Any]]
+    first_token_us: list[int]
+    finish_us: list[int]
+    preemptions: int
+
+
+def replay(config: dict[str, Any], trace: list[Any], implementation: Implementation = "kernel") -> Replay:
+    """Replay a recorded case: engine settings and law as a mapping, requests as rows.
+
+    Parameters
+    ----------
+    config : mapping with `max_num_seqs`, `max_num_batched_tokens`, `max_model_len`, `chunked_prefill`,
+        `long_prefill_token_threshold`, `block_size`, `num_gpu_blocks` (one of them is never handed out),
+        `async_scheduling`, `stages`, `stage_weight`, and `law_us = [a, b, c]`: a batch takes
+        ``weight * (a + b * tokens + c * context)`` µs on a stage
+    trace : rows `[arrival_us, prompt_tokens, output_tokens]`
+    implementation : "kernel" or "reference"
+
+    Raises
+    ------
+    UsageError, CapacityError, InputError    settings or requests that no engine accepts
+    """
+    if config.get("prefix_caching"):
+        raise UsageError("prefix_caching: not simulated; set it to false")
+    missing = [key for key in (*_SETTINGS, "num_gpu_blocks", "law_us") if key not in config]
+    if missing:
+        raise UsageError(f"config: missing {', '.join(missing)}")
+    settings = EngineSettings(**{key: config[key] for key in _SETTINGS})
+    weights = config.get("stage_weight", [1] * config.get("stages", 1))
+    if len(weights) != config.get("stages", 1):
+        raise UsageError(f"config: {len(weights)} stage weights for {config.get('stages', 1)} stages")
+    base, token, context = (NS_PER_US * int(x) for x in config["law_us"])
+    law = linear_law(
+        base_ns=base,
+        token_ns=token,
+        context_ns=context,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    arrival, prompt, output = (np.array([row[k] for row in trace], np.int64) for k in range(3))
+    order = np.argsort(arrival, kind="stable")
+    requests = make_trace(
+        name="replay",
+        arrival_ns=arrival[order] * NS_PER_US,
+        prompt=prompt[order],
+        output=output[order],
+        source="recorded batches",
+    )
+    outcome = simulate(
+        settings,
+        int(config["num_gpu_blocks"]) - 1,
+        [law.scaled(int(weight)) for weight in weights],
+        requests,
+        log=True,
+        implementation=implementation,
+    )
+    ids = order.tolist()
+    steps = [
+        [start // NS_PER_US, end // NS_PER_US, [[ids[i], c, h] for i, c, h in rows], sorted(ids[i] for i in lost)]
+        for start, end, rows, lost in outcome.steps or ()
+    ]
+    first, finish = (np.zeros(len(ids), np.int64) for _ in range(2))
+    first[order] = outcome.first_token_ns // NS_PER_US
+    finish[order] = outcome.finish_ns // NS_PER_US
+    return Replay(
+        steps=steps, first_token_us=first.tolist(), finish_us=finish.tolist(), preemptions=outcome.preemptions
+    )
+
+
+_SETTINGS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "chunked_prefill",
+    "long_prefill_token_threshold",
+    "block_size",
+    "async_scheduling",
+)

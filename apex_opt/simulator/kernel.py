@@ -1,0 +1,770 @@
+"""All compiled code: the batching of `reference.py`, event for event, without touching sequences that only decode.
+
+Two engines share one interface, *take every turn that starts before `until`*:
+
+`advance_sync_nb`
+    one stage, one batch in flight, no prefill threshold. In a stretch where nobody arrives, ends or needs preemption,
+    every running sequence gains one token per batch. So completions wait in a ring indexed by batch number (each slot
+    an intrusive doubly linked list), the blocks the next batch needs are a count by residue of the context modulo the
+    block size, the context is one running sum, and a batch costs a few table look-ups. At most one partial prefill
+    exists and it is last in running order; preempted requests form a stack before the arrivals.
+`advance_queued_nb`
+    every other engine loop (asynchronous scheduling, pipelines, thresholds): walks the running sequences each batch.
+
+Numba's cache sees no edits in other files and does not rebind globals (numba issue 8359), hence one file, and nothing
+imported that is used inside. Integers only, so equality with the reference is exact. `pack.py` is the only caller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numba
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    I64 = NDArray[np.int64]
+
+RATE_BITS = 20  # equals law.RATE_BITS; pack.py checks it
+NEVER = 1 << 62
+NONE = -1
+
+# Scalars of one replica, as columns of `Work.state`.
+NOW, BATCHES, FREE, DECODING, CONTEXT, FIRST_RUN, LAST_RUN = 0, 1, 2, 3, 4, 5, 6
+PARTIAL, PARTIAL_DONE, STACK, NEXT, TAIL, BACKLOG = 7, 8, 9, 10, 11, 12
+PREEMPTIONS, SENT, ENDED, LAST_ENDED, QUEUE_HEAD, QUEUE_LENGTH, RUNNING, ERROR, UNREPORTED = 13, 14, 15, 16, 17, 18, 19, 20, 21
+STATE_SIZE = 22
+
+ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
+
+
+class Limits(NamedTuple):
+    """Engine settings."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    chunked: int
+    threshold: int
+    block_size: int
+    asynchronous: int
+    depth: int
+    stages: int
+
+
+class Laws(NamedTuple):
+    """`law.BatchLaw`, a row per stage."""
+
+    decode_ns: I64
+    sequence_ns: I64
+    attend_ns: I64
+    context_rate: I64
+    mixed_ns: I64
+    chunk_ns: I64
+    pair_rate: I64
+    chunk_context_rate: I64
+    transfer_ns: I64
+
+
+class Requests(NamedTuple):
+    """A column per field, a row per request; `following` chains the requests of one replica."""
+
+    arrival: I64
+    prompt: I64
+    output: I64
+    limit: I64
+    following: I64
+    first: I64
+    finish: I64
+
+
+class Work(NamedTuple):
+    """Scratch memory: per request, then per replica."""
+
+    generated: I64  # tokens; for a sequence decoding in the synchronous engine as of batch `joined`
+    joined: I64
+    offset: I64  # computed tokens after batch k are offset + k
+    run_before: I64
+    run_after: I64
+    slot_before: I64
+    slot_after: I64
+    under: I64  # preempted requests, a stack
+    computed: I64
+    in_flight: I64
+    blocks: I64
+    place: I64  # WAITS, RUNS or DONE
+    state: I64  # [replicas, STATE_SIZE]
+    ring: I64  # [lanes, power of two above the longest output]; replicas that run in turn share a lane
+    residue: I64  # [lanes, block_size]
+    running: I64  # [lanes, max_num_seqs]
+    queue_end: I64  # [lanes, depth]
+    queue_size: I64  # [lanes, depth]
+    queue_rows: I64  # [lanes, depth, max_num_seqs]: 2 * request + yields
+    stage_free: I64  # [replicas, stages]
+    busy: I64  # [replicas, stages]
+    entering: I64  # [max_num_seqs]
+
+
+class Counts(NamedTuple):
+    """`outcome.BatchCounts`."""
+
+    decode: I64
+    decode_context: I64
+    sequences: I64
+    attend: I64
+    attend_context: I64
+    mixed: I64
+    chunk: I64
+    chunk_pairs: I64
+    chunk_context: I64
+
+
+class Log(NamedTuple):
+    """Every batch, where asked for. Positions run on past the capacity, so that a second run can be given enough."""
+
+    on: int
+    at: I64  # [3]: steps, rows, preempted
+    steps: I64  # [_, 5]: replica, start, end, rows, preempted
+    rows: I64  # [_, 3]: request, tokens, computed after
+    preempted: I64
+
+
+WAITS, RUNS, DONE = 0, 1, 2
+
+_jit: Any = numba.njit(nogil=True, error_model="numpy")
+
+
+def _cached(function: Any) -> Any:
+    """Compile with the on-disk cache, or without one where no folder can be written."""
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        return _jit(function)
+
+
+@_cached
+def log_row_nb(log: Log, request: int, tokens: int, computed: int) -> None:
+    at = log.at[1]
+    if at < log.rows.shape[0]:
+        log.rows[at, 0] = request
+        log.rows[at, 1] = tokens
+        log.rows[at, 2] = computed
+    log.at[1] = at + 1
+
+
+@_cached
+def log_preempted_nb(log: Log, request: int) -> None:
+    at = log.at[2]
+    if at < log.preempted.shape[0]:
+        log.preempted[at] = request
+    log.at[2] = at + 1
+
+
+@_cached
+def log_step_nb(log: Log, replica: int, start: int, end: int, rows: int, preempted: int) -> None:
+    at = log.at[0]
+    if at < log.steps.shape[0]:
+        log.steps[at, 0] = replica
+        log.steps[at, 1] = start
+        log.steps[at, 2] = end
+        log.steps[at, 3] = rows
+        log.steps[at, 4] = preempted
+    log.at[0] = at + 1
+
+
+@_cached
+def chunk_time_nb(laws: Laws, stage: int, c: int, held: int) -> int:
+    pairs = c * held - c * (c - 1) // 2
+    rates = laws.pair_rate[stage, c] * pairs + laws.chunk_context_rate[stage, c] * held
+    return laws.chunk_ns[stage, c] + (rates >> RATE_BITS)
+
+
+@_cached
+def count_chunk_nb(counts: Counts, c: int, held: int) -> None:
+    counts.chunk[c] += 1
+    counts.chunk_pairs[c] += c * held - c * (c - 1) // 2
+    counts.chunk_context[c] += held
+
+
+@_cached
+def send_next_nb(requests: Requests, state: I64, now: int) -> None:
+    """Closed loop: a client whose request was answered sends the next one."""
+    i = state[BACKLOG]
+    if i != NONE:
+        requests.arrival[i] = now
+        state[BACKLOG] = requests.following[i]
+        state[SENT] += 1
+
+
+@_cached
+def advance_sync_nb(
+    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+) -> None:
+    """One stage, one batch in flight: take every turn that starts before `until`."""
+    arrival, prompt, limit, following = requests.arrival, requests.prompt, requests.limit, requests.following
+    generated, joined, offset = work.generated, work.joined, work.offset
+    before, after, slot_before, slot_after = work.run_before, work.run_after, work.slot_before, work.slot_after
+    under, entering = work.under, work.entering
+    lane = replica % work.ring.shape[0]
+    state, ring, residue = work.state[replica], work.ring[lane], work.residue[lane]
+    decode_ns, context_rate = laws.decode_ns[0], laws.context_rate[0]
+    mask = ring.shape[0] - 1
+    bs = limits.block_size
+    max_seqs = limits.max_num_seqs
+    max_tokens = limits.max_num_batched_tokens
+
+    now, k, free, n, context = state[NOW], state[BATCHES], state[FREE], state[DECODING], state[CONTEXT]
+    first_run, last_run = state[FIRST_RUN], state[LAST_RUN]
+    partial, partial_done = state[PARTIAL], state[PARTIAL_DONE]
+    stack, head = state[STACK], state[NEXT]
+    busy = work.busy[replica, 0]
+    phase = k % bs  # residue class that needs a block in batch k + 1
+
+    while True:
+        if n == 0 and partial == NONE and stack == NONE:
+            if head == NONE or arrival[head] >= NEVER:
+                break
+            if arrival[head] > now:
+                now = arrival[head]
+        if now >= until:
+            break
+
+        # A stretch of pure decoding in which nothing can happen but the passing of tokens.
+        if partial == NONE and n > 0:
+            wake = until
+            blocked = False
+            if stack != NONE or (head != NONE and arrival[head] <= now):
+                candidate = stack if stack != NONE else head
+                need = (prompt[candidate] + generated[candidate] + bs - 1) // bs
+                blocked = n >= max_seqs or n >= max_tokens or need > free
+                if not blocked and limits.chunked == 0:
+                    blocked = prompt[candidate] + generated[candidate] > max_tokens - n
+            elif head != NONE and n < max_seqs and arrival[head] < wake:
+                wake = arrival[head]
+                blocked = True
+            else:
+                blocked = True
+            if blocked:
+                base_ns = decode_ns[n]
+                rate = context_rate[n]
+                k_start = k
+                started = now
+                total = 0
+                while now < wake and ring[(k + 1) & mask] == NONE:
+                    need = residue[phase]
+                    if need > free:
+                        break
+                    free -= need
+                    k += 1
+                    phase += 1
+                    if phase == bs:
+                        phase = 0
+                    context += n
+                    total += context
+                    if log.on:
+                        i = first_run
+                        while i != NONE:
+                            log_row_nb(log, i, 1, offset[i] + k)
+                            i = after[i]
+                        log_step_nb(log, replica, now, now + base_ns + ((rate * context) >> RATE_BITS), n, 0)
+                    now += base_ns + ((rate * context) >> RATE_BITS)
+                counts.decode[n] += k - k_start
+                counts.decode_context[n] += total
+                busy += now - started
+                if now > started:
+                    state[LAST_ENDED] = 0
+                if now >= until:
+                    break
+
+        # One batch, by the rules.
+        k += 1
+        budget = max_tokens - n
+        need = residue[phase]
+        chunk = 0
+        partial_blocks = 0
+        if partial != NONE:
+            chunk = min(prompt[partial] + generated[partial] - partial_done, budget)
+            partial_blocks = (partial_done + chunk + bs - 1) // bs - (partial_done + bs - 1) // bs
+        preempted = 0
+        while need + partial_blocks > free:
+            # The tail goes first; sequences before it in order are never cheaper to serve without it.
+            if partial != NONE:
+                victim = partial
+                free += (partial_done + bs - 1) // bs
+                partial = NONE
+                partial_blocks = 0
+                chunk = 0
+            else:
+                victim = last_run
+                done = offset[victim] + k - 1
+                free += (done + bs - 1) // bs
+                if done % bs == 0:
+                    need -= 1
+                residue[(-offset[victim]) % bs] -= 1
+                context -= done
+                slot = (joined[victim] + limit[victim] - generated[victim]) & mask
+                generated[victim] += k - 1 - joined[victim]
+                if slot_before[victim] == NONE:
+                    ring[slot] = slot_after[victim]
+                else:
+                    slot_after[slot_before[victim]] = slot_after[victim]
+                if slot_after[victim] != NONE:
+                    slot_before[slot_after[victim]] = slot_before[victim]
+                last_run = before[victim]
+                if last_run == NONE:
+                    first_run = NONE
+                else:
+                    after[last_run] = NONE
+                n -= 1
+            under[victim] = stack
+            stack = victim
+            preempted += 1
+            if log.on:
+                log_preempted_nb(log, victim)
+        state[PREEMPTIONS] += preempted
+        free -= need + partial_blocks
+        context += n
+        budget = max_tokens - n - chunk
+        phase += 1
+        if phase == bs:
+            phase = 0
+
+        rows = n
+        singles = 0  # prefill chunks of one token: decoding, as far as the hardware can tell
+        singles_context = 0
+        chunks_ns = 0
+        tokens = n
+        entered = 0
+        if log.on:
+            i = first_run
+            while i != NONE:
+                log_row_nb(log, i, 1, offset[i] + k)
+                i = after[i]
+        if chunk > 0:
+            partial_done += chunk
+            tokens += chunk
+            rows += 1
+            if chunk == 1:
+                singles += 1
+                singles_context += partial_done
+            else:
+                chunks_ns += chunk_time_nb(laws, 0, chunk, partial_done)
+                count_chunk_nb(counts, chunk, partial_done)
+            if log.on:
+                log_row_nb(log, partial, chunk, partial_done)
+            if partial_done == prompt[partial] + generated[partial]:
+                entering[entered] = partial
+                entered += 1
+                partial = NONE
+        if preempted == 0:
+            while budget > 0 and rows < max_seqs:
+                if stack != NONE:
+                    i = stack
+                elif head != NONE and arrival[head] <= now:
+                    i = head
+                else:
+                    break
+                known = prompt[i] + generated[i]
+                if (known + bs - 1) // bs > free:
+                    break
+                c = known
+                if c > budget:
+                    if limits.chunked == 0:
+                        break
+                    c = budget
+                if i == stack:
+                    stack = under[i]
+                else:
+                    head = following[i]
+                free -= (c + bs - 1) // bs
+                budget -= c
+                tokens += c
+                rows += 1
+                if c == 1:
+                    singles += 1
+                    singles_context += c
+                else:
+                    chunks_ns += chunk_time_nb(laws, 0, c, c)
+                    count_chunk_nb(counts, c, c)
+                if log.on:
+                    log_row_nb(log, i, c, c)
+                if c == known:
+                    entering[entered] = i
+                    entered += 1
+                else:
+                    partial = i
+                    partial_done = c
+
+        if rows == 0:
+            state[ERROR] = ERROR_STUCK
+            break
+        d = n + singles
+        read = context + singles_context
+        if d == rows:
+            duration = decode_ns[d] + ((context_rate[d] * read) >> RATE_BITS)
+            counts.decode[d] += 1
+            counts.decode_context[d] += read
+        else:
+            duration = laws.mixed_ns[0, tokens] + laws.sequence_ns[0, rows] + laws.attend_ns[0, d] + chunks_ns
+            duration += (context_rate[d] * read) >> RATE_BITS
+            counts.sequences[rows] += 1
+            counts.attend[d] += 1
+            counts.attend_context[d] += read
+            counts.mixed[tokens] += 1
+        if log.on:
+            log_step_nb(log, replica, now, now + duration, rows, preempted)
+        now += duration
+        busy += duration
+        if duration > 0:
+            state[LAST_ENDED] = 0
+
+        # Sequences whose last token this was.
+        i = ring[k & mask]
+        ring[k & mask] = NONE
+        while i != NONE:
+            done = offset[i] + k
+            requests.finish[i] = now
+            free += (done + bs - 1) // bs
+            residue[(-offset[i]) % bs] -= 1
+            context -= done
+            n -= 1
+            if before[i] == NONE:
+                first_run = after[i]
+            else:
+                after[before[i]] = after[i]
+            if after[i] == NONE:
+                last_run = before[i]
+            else:
+                before[after[i]] = before[i]
+            state[ENDED] += 1
+            state[LAST_ENDED] += 1
+            send_next_nb(requests, state, now)
+            i = slot_after[i]
+
+        # Prompts that are complete yield their first token, or the next one after a preemption.
+        for e in range(entered):
+            i = entering[e]
+            known = prompt[i] + generated[i]
+            if generated[i] == 0:
+                requests.first[i] = now
+            generated[i] += 1
+            if generated[i] == limit[i]:
+                requests.finish[i] = now
+                free += (known + bs - 1) // bs
+                state[ENDED] += 1
+                state[LAST_ENDED] += 1
+                send_next_nb(requests, state, now)
+                continue
+            joined[i] = k
+            offset[i] = known - k
+            residue[(k - known) % bs] += 1
+            context += known
+            n += 1
+            before[i] = last_run
+            after[i] = NONE
+            if last_run == NONE:
+                first_run = i
+            else:
+                after[last_run] = i
+            last_run = i
+            slot = (k + limit[i] - generated[i]) & mask
+            slot_before[i] = NONE
+            slot_after[i] = ring[slot]
+            if ring[slot] != NONE:
+                slot_before[ring[slot]] = i
+            ring[slot] = i
+
+    state[NOW], state[BATCHES], state[FREE], state[DECODING], state[CONTEXT] = now, k, free, n, context
+    state[FIRST_RUN], state[LAST_RUN] = first_run, last_run
+    state[PARTIAL], state[PARTIAL_DONE] = partial, partial_done
+    state[STACK], state[NEXT] = stack, head
+    work.busy[replica, 0] = busy
+
+
+@_cached
+def advance_queued_nb(
+    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+) -> None:
+    """Several batches in flight, stages or a prefill threshold: take every turn that starts before `until`."""
+    arrival, prompt, output, limit = requests.arrival, requests.prompt, requests.output, requests.limit
+    generated, computed, in_flight, blocks = work.generated, work.computed, work.in_flight, work.blocks
+    under, place = work.under, work.place
+    lane = replica % work.ring.shape[0]
+    state, running = work.state[replica], work.running[lane]
+    queue_end, queue_size, queue_rows = work.queue_end[lane], work.queue_size[lane], work.queue_rows[lane]
+    stage_free, busy = work.stage_free[replica], work.busy[replica]
+    bs = limits.block_size
+    depth = limits.depth
+
+    now, free, n = state[NOW], state[FREE], state[RUNNING]
+    stack, head = state[STACK], state[NEXT]
+    oldest, queued = state[QUEUE_HEAD], state[QUEUE_LENGTH]
+
+    while True:
+        while stack != NONE and place[stack] == DONE:  # ended by a token that was in flight when it was preempted
+            stack = under[stack]
+        idle = n == 0 and stack == NONE and (head == NONE or arrival[head] > now)
+        if idle and queued == 0:
+            if head == NONE or arrival[head] >= NEVER:
+                break
+            now = arrival[head]
+            idle = False
+        if now >= until:
+            break
+
+        if not idle or (queued > 0 and state[UNREPORTED] == 1):
+            state[UNREPORTED] = 0
+            # Running sequences, in order.
+            newest = oldest + queued
+            if newest >= depth:
+                newest -= depth
+            row = queue_rows[newest]
+            budget = limits.max_num_batched_tokens
+            rows = 0
+            tokens = 0
+            d = 0
+            read = 0
+            preempted = 0
+            cut = False
+            first_row = log.at[1]
+            index = 0
+            while index < n and budget > 0:
+                i = running[index]
+                coming = in_flight[i]
+                if coming > 0 and computed[i] + 2 - coming >= prompt[i] + output[i]:
+                    index += 1
+                    continue
+                c = prompt[i] + generated[i] + coming - computed[i]
+                if limits.threshold > 0:
+                    c = min(c, limits.threshold)
+                c = min(c, budget, limits.max_model_len - 1 - computed[i])
+                if c <= 0:
+                    index += 1
+                    continue
+                need = (computed[i] + c + bs - 1) // bs - blocks[i]
+                while need > free:
+                    n -= 1
+                    victim = running[n]
+                    free += blocks[victim]
+                    blocks[victim] = 0
+                    computed[victim] = 0
+                    place[victim] = WAITS
+                    under[victim] = stack
+                    stack = victim
+                    preempted += 1
+                    if log.on:
+                        log_preempted_nb(log, victim)
+                    if victim == i:
+                        cut = True
+                        break
+                if cut:
+                    break
+                free -= need
+                blocks[i] += need
+                computed[i] += c
+                yields = 1 if computed[i] >= prompt[i] + generated[i] + coming else 0
+                if yields and limits.asynchronous:
+                    in_flight[i] += 1
+                row[rows] = 2 * i + yields
+                rows += 1
+                tokens += c
+                budget -= c
+                if c == 1:
+                    d += 1
+                    read += computed[i]
+                else:
+                    count_chunk_nb(counts, c, computed[i])
+                work.entering[rows - 1] = c
+                if log.on:
+                    log_row_nb(log, i, c, computed[i])
+                index += 1
+
+            # Waiting sequences, in order, where nobody had to give way.
+            if preempted == 0:
+                while budget > 0 and n < limits.max_num_seqs:
+                    while stack != NONE and place[stack] == DONE:
+                        stack = under[stack]
+                    if stack != NONE:
+                        i = stack
+                    elif head != NONE and arrival[head] <= now:
+                        i = head
+                    else:
+                        break
+                    known = prompt[i] + generated[i]
+                    if (known + bs - 1) // bs > free:
+                        break
+                    c = known
+                    if limits.threshold > 0:
+                        c = min(c, limits.threshold)
+                    if c > budget:
+                        if limits.chunked == 0:
+                            break
+                        c = budget
+                    if i == stack:
+                        stack = under[i]
+                    else:
+                        head = requests.following[i]
+                    running[n] = i
+                    n += 1
+                    place[i] = RUNS
+                    blocks[i] = (c + bs - 1) // bs
+                    free -= blocks[i]
+                    computed[i] = c
+                    yields = 1 if c >= known + in_flight[i] else 0
+                    if yields and limits.asynchronous:
+                        in_flight[i] += 1
+                    row[rows] = 2 * i + yields
+                    rows += 1
+                    tokens += c
+                    budget -= c
+                    if c == 1:
+                        d += 1
+                        read += c
+                    else:
+                        count_chunk_nb(counts, c, c)
+                    work.entering[rows - 1] = c
+                    if log.on:
+                        log_row_nb(log, i, c, c)
+            state[PREEMPTIONS] += preempted
+
+            # Through the stages.
+            end = now
+            if rows > 0:
+                for s in range(limits.stages):
+                    duration = (laws.context_rate[s, d] * read) >> RATE_BITS
+                    if d == rows:
+                        duration += laws.decode_ns[s, d]
+                    else:
+                        duration += laws.mixed_ns[s, tokens] + laws.sequence_ns[s, rows] + laws.attend_ns[s, d]
+                        for r in range(rows):
+                            c = work.entering[r]
+                            if c > 1:
+                                duration += chunk_time_nb(laws, s, c, computed[row[r] >> 1])
+                    if stage_free[s] > end:
+                        end = stage_free[s]
+                    end += duration
+                    stage_free[s] = end
+                    busy[s] += duration
+                    if s + 1 < limits.stages:
+                        end += laws.transfer_ns[s, tokens]
+                if d == rows:
+                    counts.decode[d] += 1
+                    counts.decode_context[d] += read
+                else:
+                    counts.sequences[rows] += 1
+                    counts.attend[d] += 1
+                    counts.attend_context[d] += read
+                    counts.mixed[tokens] += 1
+                state[BATCHES] += 1
+                if log.on:
+                    log_step_nb(log, replica, now, end, rows, preempted)
+            elif log.on:
+                log.at[2] -= preempted  # an empty batch leaves no record
+            if rows == 0 and queued == 0 and preempted == 0:
+                state[ERROR] = ERROR_STUCK
+                break
+            queue_end[newest] = end
+            queue_size[newest] = rows
+            queued += 1
+            if rows > 0 and queued < depth and queue_end[oldest] > now:
+                continue
+
+        # The oldest batch finishes.
+        if queue_end[oldest] > now:
+            now = queue_end[oldest]
+            state[LAST_ENDED] = 0
+        row = queue_rows[oldest]
+        gone = 0
+        for r in range(queue_size[oldest]):
+            i = row[r] >> 1
+            if row[r] & 1 == 0 or place[i] == DONE:
+                continue
+            if limits.asynchronous:
+                in_flight[i] -= 1
+            if generated[i] == 0:
+                requests.first[i] = now
+            generated[i] += 1
+            if generated[i] == limit[i]:
+                requests.finish[i] = now
+                free += blocks[i]
+                blocks[i] = 0
+                if place[i] == RUNS:
+                    gone += 1
+                place[i] = DONE
+                state[UNREPORTED] = 1  # the workers learn of it with the next batch, even an empty one
+                state[ENDED] += 1
+                state[LAST_ENDED] += 1
+                send_next_nb(requests, state, now)
+        if gone > 0:
+            kept = 0
+            for index in range(n):
+                if place[running[index]] == RUNS:
+                    running[kept] = running[index]
+                    kept += 1
+            n = kept
+        oldest += 1
+        if oldest == depth:
+            oldest = 0
+        queued -= 1
+
+    state[NOW], state[FREE], state[RUNNING] = now, free, n
+    state[STACK], state[NEXT] = stack, head
+    state[QUEUE_HEAD], state[QUEUE_LENGTH] = oldest, queued
+
+
+@_cached
+def advance_nb(
+    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+) -> None:
+    if limits.depth == 1 and limits.threshold == 0:
+        advance_sync_nb(replica, until, limits, laws, requests, work, counts, log)
+    else:
+        advance_queued_nb(replica, until, limits, laws, requests, work, counts, log)
+
+
+@_cached
+def deal_nb(
+    replicas: int, clients: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+) -> None:
+    """Run replica after replica, request i on replica i mod R; with clients, each keeps to its replica."""
+    for replica in range(replicas):
+        state = work.state[replica]
+        state[NEXT] = replica
+        if clients > 0:
+            i = replica
+            while i != NONE and i < clients:
+                i = requests.following[i]
+            state[BACKLOG] = i
+        advance_nb(replica, NEVER, limits, laws, requests, work, counts, log)
+
+
+@_cached
+def route_nb(
+    replicas: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+) -> None:
+    """Send each request to the replica with the fewest unanswered ones (ties: the lowest), then run all to the end."""
+    for i in range(requests.arrival.shape[0]):
+        t = requests.arrival[i]
+        best = 0
+        least = NEVER
+        for replica in range(replicas):
+            advance_nb(replica, t, limits, laws, requests, work, counts, log)
+            state = work.state[replica]
+            outstanding = state[SENT] - state[ENDED]
+            if state[NOW] > t:
+                outstanding += state[LAST_ENDED]  # answered only once the clock gets there
+            if outstanding < least:
+                least = outstanding
+                best = replica
+        state = work.state[best]
+        requests.following[i] = NONE
+        if state[NEXT] == NONE:
+            state[NEXT] = i
+        else:
+            requests.following[state[TAIL]] = i
+        state[TAIL] = i
+        state[SENT] += 1
+    for replica in range(replicas):
+        advance_nb(replica, NEVER, limits, laws, requests, work, counts, log)

@@ -1,0 +1,97 @@
+"""The time of one batch on one stage, as integer tables.
+
+The shape of the law follows from what the kernels do: everything that is linear in the weights depends on the number
+of tokens alone, decode attention on the number of decoding sequences and the context they read, prefill attention
+on each chunk and its context. Every term is therefore a table over a small integer, times at most one running sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+RATE_BITS: Final = 20
+"""Rates are integers in 2**-20 ns, so that fractions of a nanosecond per token are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchLaw:
+    """Nanoseconds of one batch on one stage.
+
+    A batch of `t` tokens in `n` sequences, `d` of them with a single token (decoding) and `context` the tokens these
+    `d` hold once the batch is done, takes
+
+    - if `d == n`: ``decode_ns[n] + (context_rate[n] * context >> 20)``
+    - else: ``mixed_ns[t] + sequence_ns[n] + attend_ns[d] + (context_rate[d] * context >> 20)`` plus, for every
+      sequence with a chunk of `c > 1` tokens that holds `h` tokens once the batch is done,
+      ``chunk_ns[c] + (pair_rate[c] * (c*h - c*(c-1)/2) + chunk_context_rate[c] * h >> 20)``
+
+    where ``c*h - c*(c-1)/2`` counts the query-key pairs of causal attention. `transfer_ns[t]` is what the activations
+    then need to reach the next stage; it delays the batch without occupying either stage.
+
+    Parameters
+    ----------
+    decode_ns, sequence_ns, attend_ns, context_rate : int64[max_num_seqs + 1]
+    mixed_ns, chunk_ns, pair_rate, chunk_context_rate, transfer_ns : int64[max_num_batched_tokens + 1]
+        times in ns, rates in 2**-20 ns; all >= 0
+    """
+
+    decode_ns: NDArray[np.int64]
+    sequence_ns: NDArray[np.int64]
+    attend_ns: NDArray[np.int64]
+    context_rate: NDArray[np.int64]
+    mixed_ns: NDArray[np.int64]
+    chunk_ns: NDArray[np.int64]
+    pair_rate: NDArray[np.int64]
+    chunk_context_rate: NDArray[np.int64]
+    transfer_ns: NDArray[np.int64]
+
+    def scaled(self, factor: int) -> BatchLaw:
+        """The law with every time and rate multiplied by an integer."""
+        return BatchLaw(**{f.name: getattr(self, f.name) * factor for f in fields(self)})
+
+    def batch_ns(self, chunks: Sequence[tuple[int, int]]) -> int:
+        """Time of a batch given as (tokens, tokens held once it is done) per sequence."""
+        tokens = sum(c for c, _ in chunks)
+        decoding = [held for c, held in chunks if c == 1]
+        d, n = len(decoding), len(chunks)
+        attention = int(self.context_rate[d]) * sum(decoding) >> RATE_BITS
+        if d == n:
+            return int(self.decode_ns[n]) + attention
+        total = int(self.mixed_ns[tokens]) + int(self.sequence_ns[n]) + int(self.attend_ns[d]) + attention
+        for c, held in chunks:
+            if c > 1:
+                pairs = c * held - c * (c - 1) // 2
+                rates = int(self.pair_rate[c]) * pairs + int(self.chunk_context_rate[c]) * held
+                total += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
+        return total
+
+
+def linear_law(
+    *, base_ns: int, token_ns: int, context_ns: int, max_num_seqs: int, max_num_batched_tokens: int
+) -> BatchLaw:
+    """The law ``base + token * tokens + context * (tokens held by all sequences)``, as the recorded batches use it.
+
+    All arguments in whole nanoseconds (per token for the second and third).
+    """
+    sequences = np.arange(max_num_seqs + 1, dtype=np.int64)
+    tokens = np.arange(max_num_batched_tokens + 1, dtype=np.int64)
+    rate = context_ns << RATE_BITS
+    return BatchLaw(
+        decode_ns=base_ns + token_ns * sequences,
+        sequence_ns=np.zeros_like(sequences),
+        attend_ns=np.zeros_like(sequences),
+        context_rate=np.full_like(sequences, rate),
+        mixed_ns=base_ns + token_ns * tokens,
+        chunk_ns=np.zeros_like(tokens),
+        pair_rate=np.zeros_like(tokens),
+        chunk_context_rate=np.full_like(tokens, rate),
+        transfer_ns=np.zeros_like(tokens),
+    )

@@ -1,0 +1,115 @@
+"""What a simulation returns: times per request, and counts from which every additive quantity follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+
+Routing = Literal["round_robin", "least_loaded"]
+Step = tuple[int, int, list[tuple[int, int, int]], list[int]]
+"""(scheduled at, finished at, [(request, tokens, computed after)], preempted requests)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BatchCounts:
+    """How often each term of a `BatchLaw` was used.
+
+    Time by operation, energy, FLOPs and bytes are sums over batches of the same table entries, so these counts times
+    any table give the exact total without running the simulation again.
+
+    Parameters
+    ----------
+    decode, decode_context : int64[max_num_seqs + 1]
+        batches of `n` decoding sequences and nothing else; the context they read, summed
+    sequences, attend, attend_context : int64[max_num_seqs + 1]
+        batches with a prefill chunk, by all their sequences and by their decoding ones; the context of the latter
+    mixed : int64[max_num_batched_tokens + 1]
+        batches with a prefill chunk, by tokens
+    chunk, chunk_pairs, chunk_context : int64[max_num_batched_tokens + 1]
+        prefill chunks by tokens; their query-key pairs and context, summed
+    """
+
+    decode: NDArray[np.int64]
+    decode_context: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+    attend: NDArray[np.int64]
+    attend_context: NDArray[np.int64]
+    mixed: NDArray[np.int64]
+    chunk: NDArray[np.int64]
+    chunk_pairs: NDArray[np.int64]
+    chunk_context: NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, settings: EngineSettings) -> BatchCounts:
+        """Counts of no batch at all."""
+        by_tokens = {"mixed", "chunk", "chunk_pairs", "chunk_context"}
+        sizes = (settings.max_num_batched_tokens + 1, settings.max_num_seqs + 1)
+        return cls(**{f.name: np.zeros(sizes[f.name not in by_tokens], np.int64) for f in fields(cls)})
+
+    def add(self, chunks: Sequence[tuple[int, int]]) -> None:
+        """Count one batch given as (tokens, tokens held once it is done) per sequence."""
+        decoding = [held for c, held in chunks if c == 1]
+        n, d = len(chunks), len(decoding)
+        if d == n:
+            self.decode[n] += 1
+            self.decode_context[n] += sum(decoding)
+            return
+        self.sequences[n] += 1
+        self.attend[d] += 1
+        self.attend_context[d] += sum(decoding)
+        self.mixed[sum(c for c, _ in chunks)] += 1
+        for c, held in chunks:
+            if c > 1:
+                self.chunk[c] += 1
+                self.chunk_pairs[c] += c * held - c * (c - 1) // 2
+                self.chunk_context[c] += held
+
+    def __add__(self, other: BatchCounts) -> BatchCounts:
+        return BatchCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def equals(self, other: BatchCounts) -> bool:
+        """Whether every count is the same."""
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, those computed again after a preemption included."""
+        return int(self.decode @ np.arange(len(self.decode)) + self.mixed @ np.arange(len(self.mixed)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """One simulated run.
+
+    Parameters
+    ----------
+    arrival_ns, first_token_ns, finish_ns : int64[requests]
+        arrival is as given, or the moment a closed-loop client sent the request
+    preemptions, batches : int
+    busy_ns : int64[replicas, stages]    time each stage spent on batches
+    counts : BatchCounts                 over all replicas
+    steps : list of Step or None         every batch, replica by replica, where asked for
+    """
+
+    arrival_ns: NDArray[np.int64]
+    first_token_ns: NDArray[np.int64]
+    finish_ns: NDArray[np.int64]
+    preemptions: int
+    batches: int
+    busy_ns: NDArray[np.int64]
+    counts: BatchCounts
+    steps: list[Step] | None = None
+
+    @property
+    def makespan_ns(self) -> int:
+        """From the first arrival to the last token."""
+        return int(self.finish_ns.max() - self.arrival_ns.min())

@@ -1,0 +1,176 @@
+"""The only door to the compiled kernel: checks ranges, casts to declared column arrays, calls, unpacks."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.errors import UsageError
+from apex_opt.simulator import kernel as kn
+from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.simulator.outcome import BatchCounts, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.outcome import Routing, Step
+    from apex_opt.workload.trace import Trace
+
+assert kn.RATE_BITS == RATE_BITS
+
+_SAFE = 1 << 62
+
+
+def run(
+    settings: EngineSettings,
+    blocks: int,
+    laws: Sequence[BatchLaw],
+    trace: Trace,
+    *,
+    replicas: int = 1,
+    routing: Routing = "round_robin",
+    log: bool = False,
+) -> Outcome:
+    """Run a trace through the kernel; see `apex_opt.simulator.api.simulate` for the parameters."""
+    packed_laws = pack_laws(settings, laws, trace, blocks)
+    capacity = (0, 0, 0)
+    while True:
+        outcome, needed = _run_once(settings, blocks, packed_laws, trace, replicas, routing, capacity if log else None)
+        if all(n <= c for n, c in zip(needed, capacity, strict=True)) or not log:
+            return outcome
+        capacity = needed
+
+
+def pack_laws(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace, blocks: int) -> kn.Laws:
+    """Stack the stages' tables and refuse laws whose sums could leave 63 bits."""
+    packed = kn.Laws(**{f.name: _column([getattr(law, f.name) for law in laws]) for f in fields(BatchLaw)})
+    held = int((trace.prompt + trace.output).max())
+    chunk = settings.max_num_batched_tokens
+    context = min(held * settings.max_num_seqs, max(blocks, 1) * settings.block_size)
+    worst = {
+        "decode attention": int(packed.context_rate.max()) * context,
+        "prefill attention": int(packed.pair_rate.max()) * chunk * held + int(packed.chunk_context_rate.max()) * held,
+    }
+    for name, value in worst.items():
+        if value >= _SAFE:
+            raise UsageError(f"{name}: a batch of this plan and trace would overflow 63 bits; use a shorter trace")
+    if any(int(table.min()) < 0 for table in packed):
+        raise UsageError("a batch law must not have negative times")
+    return packed
+
+
+def _column(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.ascontiguousarray(np.stack(rows), dtype=np.int64)
+
+
+def _run_once(
+    settings: EngineSettings,
+    blocks: int,
+    laws: kn.Laws,
+    trace: Trace,
+    replicas: int,
+    routing: Routing,
+    capacity: tuple[int, int, int] | None,
+) -> tuple[Outcome, tuple[int, int, int]]:
+    stages = laws.decode_ns.shape[0]
+    depth = stages if stages > 1 else (2 if settings.async_scheduling else 1)
+    limits = kn.Limits(
+        settings.max_num_seqs,
+        settings.max_num_batched_tokens,
+        settings.max_model_len,
+        int(settings.chunked_prefill),
+        settings.long_prefill_token_threshold,
+        settings.block_size,
+        int(settings.async_scheduling),
+        depth,
+        stages,
+    )
+    n = len(trace.prompt)
+    requests = kn.Requests(
+        arrival=np.array(trace.arrival_ns, np.int64),
+        prompt=np.array(trace.prompt, np.int64),
+        output=np.array(trace.output, np.int64),
+        limit=np.minimum(trace.output, settings.max_model_len - trace.prompt).astype(np.int64),
+        following=np.full(n, kn.NONE, np.int64),
+        first=np.zeros(n, np.int64),
+        finish=np.zeros(n, np.int64),
+    )
+    closed = trace.concurrency is not None
+    deal = routing == "round_robin" or closed or replicas == 1
+    work = _work(limits, requests, replicas, 1 if deal else replicas, blocks)
+    counts_arrays = BatchCounts.empty(settings)
+    counts = kn.Counts(**{f.name: getattr(counts_arrays, f.name) for f in fields(BatchCounts)})
+    sizes = capacity or (0, 0, 0)
+    log = kn.Log(
+        int(capacity is not None),
+        np.zeros(3, np.int64),
+        np.zeros((sizes[0], 5), np.int64),
+        np.zeros((sizes[1], 3), np.int64),
+        np.zeros(sizes[2], np.int64),
+    )
+    if deal:
+        active = min(replicas, trace.concurrency) if trace.concurrency is not None else replicas
+        if n > active:
+            requests.following[:-active] = np.arange(active, n)
+        if trace.concurrency is not None:
+            requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
+        kn.deal_nb(min(active, n), trace.concurrency or 0, limits, laws, requests, work, counts, log)
+    else:
+        kn.route_nb(replicas, limits, laws, requests, work, counts, log)
+    state = work.state
+    assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+    outcome = Outcome(
+        arrival_ns=requests.arrival,
+        first_token_ns=requests.first,
+        finish_ns=requests.finish,
+        preemptions=int(state[:, kn.PREEMPTIONS].sum()),
+        batches=int(state[:, kn.BATCHES].sum()),
+        busy_ns=work.busy,
+        counts=counts_arrays,
+        steps=_steps(log) if capacity is not None else None,
+    )
+    return outcome, (int(log.at[0]), int(log.at[1]), int(log.at[2]))
+
+
+def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int, blocks: int) -> kn.Work:
+    """Scratch memory; replicas that run one after the other share the first row of the large arrays."""
+    n = len(requests.arrival)
+    ring = 1 << int(requests.limit.max()).bit_length()
+    queued = not (limits.depth == 1 and limits.threshold == 0)
+    state = np.zeros((replicas, kn.STATE_SIZE), np.int64)
+    state[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.NEXT, kn.TAIL, kn.BACKLOG]] = kn.NONE
+    state[:, kn.FREE] = blocks
+    return kn.Work(
+        *(np.zeros(n, np.int64) for _ in range(3)),
+        *(np.full(n, kn.NONE, np.int64) for _ in range(5)),
+        *(np.zeros(n, np.int64) for _ in range(4)),
+        state=state,
+        ring=np.full((together, 1 if queued else ring), kn.NONE, np.int64),
+        residue=np.zeros((together, limits.block_size), np.int64),
+        running=np.zeros((together, limits.max_num_seqs), np.int64),
+        queue_end=np.zeros((together, limits.depth), np.int64),
+        queue_size=np.zeros((together, limits.depth), np.int64),
+        queue_rows=np.zeros((together, limits.depth, limits.max_num_seqs), np.int64),
+        stage_free=np.zeros((replicas, limits.stages), np.int64),
+        busy=np.zeros((replicas, limits.stages), np.int64),
+        entering=np.zeros(limits.max_num_seqs, np.int64),
+    )
+
+
+def _steps(log: kn.Log) -> list[Step]:
+    """The log as lists, replica by replica."""
+    count = min(int(log.at[0]), len(log.steps))
+    rows, preempted = log.rows.tolist(), log.preempted.tolist()
+    steps: list[tuple[int, Step]] = []
+    row = gone = 0
+    for replica, start, end, size, lost in log.steps[:count].tolist():
+        chunk = [(i, tokens, computed) for i, tokens, computed in rows[row : row + size]]
+        steps.append((replica, (start, end, chunk, sorted(preempted[gone : gone + lost]))))
+        row += size
+        gone += lost
+    return [step for _, step in sorted(steps, key=lambda s: s[0])]

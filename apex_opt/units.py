@@ -1,0 +1,21 @@
+"""Named scales and integer rounding. A number carries its unit in its name until it is an integer in a program."""
+
+from pathlib import Path
+from typing import Final
+
+NS_PER_S: Final = 1_000_000_000
+NS_PER_MS: Final = 1_000_000
+NS_PER_US: Final = 1_000
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+GB: Final = 10**9
+TERA: Final = 10**12
+
+DATA_ROOT: Final = Path(__file__).resolve().parent.parent
+"""Folder that holds `profiles/` and `traces/`: the checkout, or site-packages once installed."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer not below a / b, for b > 0."""
+    return -(-a // b)
