@@ -715,56 +715,54 @@ def advance_queued_nb(
 
 
 @_cached
-def advance_nb(
-    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+def simulate_nb(
+    routed: int,
+    replicas: int,
+    clients: int,
+    limits: Limits,
+    laws: Laws,
+    requests: Requests,
+    work: Work,
+    counts: Counts,
+    log: Log,
 ) -> None:
-    if limits.depth == 1 and limits.threshold == 0:
-        advance_sync_nb(replica, until, limits, laws, requests, work, counts, log)
-    else:
-        advance_queued_nb(replica, until, limits, laws, requests, work, counts, log)
+    """Run all replicas.
 
-
-@_cached
-def deal_nb(
-    replicas: int, clients: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
-) -> None:
-    """Run replica after replica, request i on replica i mod R; with clients, each keeps to its replica."""
-    for replica in range(replicas):
-        state = work.state[replica]
-        state[NEXT] = replica
-        if clients > 0:
-            i = replica
-            while i != NONE and i < clients:
-                i = requests.following[i]
-            state[BACKLOG] = i
-        advance_nb(replica, NEVER, limits, laws, requests, work, counts, log)
-
-
-@_cached
-def route_nb(
-    replicas: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
-) -> None:
-    """Send each request to the replica with the fewest unanswered ones (ties: the lowest), then run all to the end."""
-    for i in range(requests.arrival.shape[0]):
-        t = requests.arrival[i]
+    Dealt: request i goes to replica i mod R, so the replicas run one after the other; with clients, each keeps to
+    its replica. Routed: each request goes to the replica with the fewest unanswered ones when it arrives (ties: the
+    lowest), so all replicas advance from arrival to arrival. The engine is called in one place, as the compiler
+    would otherwise build it twice.
+    """
+    synchronous = limits.depth == 1 and limits.threshold == 0
+    arrivals = requests.arrival.shape[0] if routed else 0
+    for turn in range(arrivals + 1):
+        until = requests.arrival[turn] if turn < arrivals else NEVER
         best = 0
         least = NEVER
         for replica in range(replicas):
-            advance_nb(replica, t, limits, laws, requests, work, counts, log)
             state = work.state[replica]
+            if not routed:
+                state[NEXT] = replica
+                if clients > 0:
+                    i = replica
+                    while i != NONE and i < clients:
+                        i = requests.following[i]
+                    state[BACKLOG] = i
+            if synchronous:
+                advance_sync_nb(replica, until, limits, laws, requests, work, counts, log)
+            else:
+                advance_queued_nb(replica, until, limits, laws, requests, work, counts, log)
             outstanding = state[SENT] - state[ENDED]
-            if state[NOW] > t:
+            if state[NOW] > until:
                 outstanding += state[LAST_ENDED]  # answered only once the clock gets there
             if outstanding < least:
                 least = outstanding
                 best = replica
-        state = work.state[best]
-        requests.following[i] = NONE
-        if state[NEXT] == NONE:
-            state[NEXT] = i
-        else:
-            requests.following[state[TAIL]] = i
-        state[TAIL] = i
-        state[SENT] += 1
-    for replica in range(replicas):
-        advance_nb(replica, NEVER, limits, laws, requests, work, counts, log)
+        if turn < arrivals:
+            state = work.state[best]
+            if state[NEXT] == NONE:
+                state[NEXT] = turn
+            else:
+                requests.following[state[TAIL]] = turn
+            state[TAIL] = turn
+            state[SENT] += 1

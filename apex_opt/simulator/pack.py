@@ -119,9 +119,10 @@ def _run_once(
             requests.following[:-active] = np.arange(active, n)
         if trace.concurrency is not None:
             requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
-        kn.deal_nb(min(active, n), trace.concurrency or 0, limits, laws, requests, work, counts, log)
-    else:
-        kn.route_nb(replicas, limits, laws, requests, work, counts, log)
+        replicas = min(active, n)
+    kn.simulate_nb(
+        int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, counts, log
+    )
     state = work.state
     assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
     outcome = Outcome(
