@@ -1,0 +1,31 @@
+"""Transformer IR: what a model is made of, how its numbers are stored, and where descriptions come from.
+
+`load_model` finds a model by registry name, path or Hugging Face id; `model` holds the types, `formats` the number
+formats, `huggingface` the reader of `config.json` files.
+"""
+
+from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
+from apex_opt.ir.huggingface import SUPPORTED_MODEL_TYPES, model_from_config, read_config
+from apex_opt.ir.model import Attention, Block, Cell, DenseFfn, Ffn, Model, MoeFfn, Run
+from apex_opt.ir.registry import list_models, load_model
+
+__all__ = [
+    "FORMATS",
+    "KV_BYTES",
+    "SUPPORTED_MODEL_TYPES",
+    "Attention",
+    "Block",
+    "Cell",
+    "DenseFfn",
+    "Ffn",
+    "Model",
+    "MoeFfn",
+    "NumberFormat",
+    "Run",
+    "get_format",
+    "get_kv_bytes",
+    "list_models",
+    "load_model",
+    "model_from_config",
+    "read_config",
+]

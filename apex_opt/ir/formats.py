@@ -1,0 +1,129 @@
+"""Number formats of weights and KV cache, and what they cost in bytes.
+
+A weight format covers the matrices of the blocks only (QKV and output projections, FFN and expert matrices).
+Embedding, LM head, norms, biases and the MoE router stay 16 bit in every format, as the engines leave them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ACTIVATIONS: Final = ("bf16", "fp16", "fp8")
+GROUP_WEIGHTS: Final = 128
+"""Weights that share one 16-bit scale in the weight-only formats: the usual GPTQ and AWQ group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberFormat:
+    """How the block matrices are stored and with what their products are computed.
+
+    Parameters
+    ----------
+    name : str              key in `FORMATS`
+    weight_bits : Fraction  bits per weight, group scales included
+    activation : str        "bf16", "fp16" or "fp8": the type the matrix units see; a weight-only format
+                            expands its weights first, to bf16 or to fp16, which run at the same rate
+    description : str       one line for tables
+    """
+
+    name: str
+    weight_bits: Fraction
+    activation: str
+    description: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight_bits, Fraction) or not 0 < self.weight_bits <= 64:
+            raise InputError(
+                f"number format {self.name!r}: weight_bits must be a Fraction above 0 and at most 64, "
+                f"not {self.weight_bits!r}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"number format {self.name!r}: activation must be one of {', '.join(ACTIVATIONS)}, "
+                f"not {self.activation!r}"
+            )
+
+    def weight_bytes(self, parameters: int) -> int:
+        """Bytes that `parameters` weights take in this format, rounded up.
+
+        Raises
+        ------
+        InputError      a negative count, or one that is no integer
+        """
+        if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 0:
+            raise InputError(
+                f"number format {self.name!r}: parameters must be a whole number from 0, not {parameters!r}"
+            )
+        return -(-parameters * self.weight_bits.numerator // (8 * self.weight_bits.denominator))
+
+
+_SCALE_BITS: Final = Fraction(16, GROUP_WEIGHTS)
+
+FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
+    {
+        entry.name: entry
+        for entry in (
+            NumberFormat(
+                name="bf16", weight_bits=Fraction(16), activation="bf16", description="bfloat16 weights and activations"
+            ),
+            NumberFormat(
+                name="fp16", weight_bits=Fraction(16), activation="fp16", description="float16 weights and activations"
+            ),
+            NumberFormat(
+                name="fp8",
+                weight_bits=Fraction(8),
+                activation="fp8",
+                description="8-bit float weights and activations (W8A8); scales, per channel or block, are negligible",
+            ),
+            NumberFormat(
+                name="w8a16",
+                weight_bits=8 + _SCALE_BITS,
+                activation="bf16",
+                description="8-bit weights, 16-bit activations; one 16-bit scale per 128 weights",
+            ),
+            NumberFormat(
+                name="w4a16",
+                weight_bits=4 + _SCALE_BITS,
+                activation="bf16",
+                description="4-bit weights, 16-bit activations; one 16-bit scale per 128 weights",
+            ),
+        )
+    }
+)
+
+KV_BYTES: Final[Mapping[str, int]] = MappingProxyType({"bf16": 2, "fp16": 2, "fp8": 1})
+"""Bytes of one key or value element in the KV cache."""
+
+
+def get_format(name: str) -> NumberFormat:
+    """Weight format by name, in any case.
+
+    Raises
+    ------
+    UnknownNameError    not in `FORMATS`
+    """
+    found = FORMATS.get(name.lower())
+    if found is None:
+        raise UnknownNameError("number format", name, FORMATS)
+    return found
+
+
+def get_kv_bytes(name: str) -> int:
+    """Bytes of one key or value element in a KV format, named in any case.
+
+    Raises
+    ------
+    UnknownNameError    not in `KV_BYTES`
+    """
+    found = KV_BYTES.get(name.lower())
+    if found is None:
+        raise UnknownNameError("KV format", name, KV_BYTES)
+    return found

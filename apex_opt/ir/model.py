@@ -1,0 +1,445 @@
+"""The Transformer intermediate representation: what a model is made of, as far as serving it costs anything.
+
+Vocabulary of APEX (Lin et al., "APEX: An Extensible and Dynamism-Aware Simulator for Automated Parallel Execution in
+LLM Serving", 2024): a Model is an embedding, runs of identical Blocks and an LM head; a Block is a chain of cells
+(attention, then a dense or a mixture-of-experts FFN); a cell is a set of equal tasks, the pieces a parallel template
+deals out to devices. Layers that differ form several runs, never an average.
+
+All counts are exact integers of weights. "Matrix parameters" are those that a number format may quantise; the others
+(norms, biases, router, embedding, LM head) stay 16 bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from apex_opt.errors import InputError, join_faults
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+
+MAX_COUNT: Final = 2**31
+"""Largest width, count or length taken for real; anything above is a fault of the input."""
+
+MAX_LAYERS: Final = 100_000
+"""Largest depth taken for real; layers are walked one by one when they are merged into runs."""
+
+DTYPES: Final = ("bf16", "fp16")
+
+
+def shown(value: object) -> str:
+    """A faulty value as an error message quotes it: short, on one line."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        # Python refuses to print integers of thousands of digits.
+        return "a number of thousands of digits"
+
+
+def count_fault(name: str, value: object, minimum: int = 1, maximum: int = MAX_COUNT) -> str | None:
+    """Why `value` is no whole number within the limits, in words that name it; None where it is one."""
+    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
+        return None
+    return f"{name} must be a whole number from {minimum} to {maximum}, not {shown(value)}"
+
+
+def _check_counts(owner: str, minimum: int = 1, maximum: int = MAX_COUNT, **values: object) -> None:
+    """Refuse the dimensions of one cell, all at once."""
+    faults = [fault for name, value in values.items() if (fault := count_fault(name, value, minimum, maximum))]
+    if faults:
+        raise join_faults(owner, faults)
+
+
+def _check_flags(owner: str, **values: object) -> None:
+    """Refuse switches that are not True or False."""
+    faults = [
+        f"{name} must be true or false, not {shown(value)}"
+        for name, value in values.items()
+        if not isinstance(value, bool)
+    ]
+    if faults:
+        raise join_faults(owner, faults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Grouped-query attention: QKV projection, attention over the context, output projection.
+
+    Parameters
+    ----------
+    hidden : int            width of the residual stream
+    query_heads : int       a multiple of `kv_heads`
+    kv_heads : int          heads held in the KV cache
+    head_dim : int          elements per head; query_heads * head_dim need not equal hidden
+    qkv_bias, output_bias : bool    a bias on the projection
+    qk_norm : bool          one RMS norm each on query and key heads, shared by all heads
+    window : int or None    tokens of context a query sees; None is the whole context
+    """
+
+    hidden: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_counts(
+            "attention",
+            hidden=self.hidden,
+            query_heads=self.query_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            window=1 if self.window is None else self.window,
+        )
+        _check_flags("attention", qkv_bias=self.qkv_bias, output_bias=self.output_bias, qk_norm=self.qk_norm)
+        if self.query_heads % self.kv_heads:
+            raise InputError(f"attention: query_heads {self.query_heads} is not a multiple of kv_heads {self.kv_heads}")
+
+    @property
+    def query_dim(self) -> int:
+        """Width of all query heads together."""
+        return self.query_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key heads together, which is that of all value heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def tasks(self) -> int:
+        """Pieces the cell can be cut into: a KV head with its group of query heads."""
+        return self.kv_heads
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights of the QKV and output projections."""
+        return self.hidden * (self.query_dim + 2 * self.kv_dim) + self.query_dim * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the cell: projections, biases, query and key norms."""
+        return (
+            self.matrix_parameters
+            + self.qkv_bias * (self.query_dim + 2 * self.kv_dim)
+            + self.output_bias * self.hidden
+            + self.qk_norm * 2 * self.head_dim
+        )
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights one token passes through: all of them."""
+        return self.parameters
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements one token adds to the KV cache of this layer: its keys and values."""
+        return 2 * self.kv_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseFfn:
+    """Feed-forward network: up (and gate) projection, activation, down projection.
+
+    Parameters
+    ----------
+    hidden : int            width of the residual stream
+    intermediate : int      columns between the projections
+    gated : bool            a gate projection beside the up projection, as in SwiGLU
+    bias : bool             a bias on every projection
+    """
+
+    hidden: int
+    intermediate: int
+    gated: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_counts("FFN", hidden=self.hidden, intermediate=self.intermediate)
+        _check_flags("FFN", gated=self.gated, bias=self.bias)
+
+    @property
+    def tasks(self) -> int:
+        """Pieces the cell can be cut into: the columns between the projections."""
+        return self.intermediate
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights of the projections."""
+        return (2 + self.gated) * self.hidden * self.intermediate
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the cell: projections and biases."""
+        return self.matrix_parameters + self.bias * ((1 + self.gated) * self.intermediate + self.hidden)
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights one token passes through: all of them."""
+        return self.parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeFfn:
+    """Mixture of experts: a router sends each token to a few gated FFNs, and perhaps to a shared one as well.
+
+    Parameters
+    ----------
+    hidden : int                width of the residual stream
+    expert_intermediate : int   columns between the projections of one expert
+    experts : int               routed experts
+    experts_per_token : int     routed experts that see one token, at most `experts`
+    shared_intermediate : int   columns of the FFN every token passes through besides; 0 where there is none
+    gated : bool                a gate projection beside the up projection of every expert
+    shared_gate : bool          one output that scales the shared FFN per token, as in Qwen2-MoE
+    """
+
+    hidden: int
+    expert_intermediate: int
+    experts: int
+    experts_per_token: int
+    shared_intermediate: int = 0
+    gated: bool = True
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        _check_counts(
+            "MoE",
+            hidden=self.hidden,
+            expert_intermediate=self.expert_intermediate,
+            experts=self.experts,
+            experts_per_token=self.experts_per_token,
+        )
+        _check_counts("MoE", minimum=0, shared_intermediate=self.shared_intermediate)
+        _check_flags("MoE", gated=self.gated, shared_gate=self.shared_gate)
+        if self.experts_per_token > self.experts:
+            raise InputError(f"MoE: experts_per_token {self.experts_per_token} is above experts {self.experts}")
+        if self.shared_gate and not self.shared_intermediate:
+            raise InputError("MoE: shared_gate needs a shared_intermediate above 0")
+
+    @property
+    def tasks(self) -> int:
+        """Pieces the cell can be cut into: the routed experts."""
+        return self.experts
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one routed expert."""
+        return (2 + self.gated) * self.hidden * self.expert_intermediate
+
+    @property
+    def shared_parameters(self) -> int:
+        """Weights of the shared FFN's projections."""
+        return (2 + self.gated) * self.hidden * self.shared_intermediate
+
+    @property
+    def router_parameters(self) -> int:
+        """Weights of the router, and of the shared FFN's scale where there is one."""
+        return self.hidden * (self.experts + self.shared_gate)
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights of all experts, shared one included, without the router."""
+        return self.experts * self.expert_parameters + self.shared_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the cell."""
+        return self.matrix_parameters + self.router_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights one token passes through."""
+        return self.experts_per_token * self.expert_parameters + self.shared_parameters + self.router_parameters
+
+
+Ffn = DenseFfn | MoeFfn
+Cell = Attention | DenseFfn | MoeFfn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One layer: attention, then an FFN of the same width, each behind an RMS norm."""
+
+    attention: Attention
+    ffn: Ffn
+
+    def __post_init__(self) -> None:
+        if self.attention.hidden != self.ffn.hidden:
+            raise InputError(
+                f"block: attention has hidden {self.attention.hidden} but the FFN {self.ffn.hidden}; make them equal"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.attention.hidden
+
+    @property
+    def cells(self) -> tuple[Cell, Cell]:
+        """Cells in the order a token passes through them."""
+        return (self.attention, self.ffn)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the FFN is a mixture of experts."""
+        return isinstance(self.ffn, MoeFfn)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of the two norms."""
+        return 2 * self.hidden
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights that a number format may quantise."""
+        return self.attention.matrix_parameters + self.ffn.matrix_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the layer."""
+        return self.attention.parameters + self.ffn.parameters + self.norm_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights one token passes through."""
+        return self.attention.active_parameters + self.ffn.active_parameters + self.norm_parameters
+
+    def weight_bytes(self, weight_format: str) -> int:
+        """Bytes of the layer's weights with its matrices in `weight_format` and the rest in 16 bit."""
+        kept = self.parameters - self.matrix_parameters
+        return get_format(weight_format).weight_bytes(self.matrix_parameters) + 2 * kept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """`count` identical blocks that follow each other."""
+
+    block: Block
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_counts("run of blocks", maximum=MAX_LAYERS, count=self.count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A decoder-only Transformer.
+
+    Parameters
+    ----------
+    name : str              for people
+    hidden : int            width of the residual stream
+    vocab : int             rows of the embedding and of the LM head
+    tied_embeddings : bool  LM head and embedding are one matrix
+    max_position : int      longest sequence in tokens the model is made for
+    runs : tuple of Run     the layers in order; neighbouring runs differ
+    dtype : str             "bf16" or "fp16": what is not quantised
+    weight_format : str     key of `FORMATS`: the block matrices as published
+    kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
+    source : str            where the description comes from
+    """
+
+    name: str
+    hidden: int
+    vocab: int
+    tied_embeddings: bool
+    max_position: int
+    runs: tuple[Run, ...]
+    dtype: str
+    weight_format: str
+    kv_format: str | None
+    source: str
+
+    def __post_init__(self) -> None:
+        owner = f"model {self.name}"
+        _check_counts(owner, hidden=self.hidden, vocab=self.vocab, max_position=self.max_position)
+        _check_flags(owner, tied_embeddings=self.tied_embeddings)
+        faults = []
+        if not self.runs:
+            faults.append("runs is empty; a model has at least one block")
+        for position, run in enumerate(self.runs):
+            if run.block.hidden != self.hidden:
+                faults.append(f"runs[{position}] has hidden {run.block.hidden}, not the model's {self.hidden}")
+            if position and run.block == self.runs[position - 1].block:
+                faults.append(f"runs[{position}] repeats the block before it; add up their counts")
+        if self.dtype not in DTYPES:
+            faults.append(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.weight_format not in FORMATS:
+            faults.append(f"weight_format must be one of {', '.join(FORMATS)}, not {self.weight_format!r}")
+        if self.kv_format is not None and self.kv_format not in KV_BYTES:
+            faults.append(f"kv_format must be one of {', '.join(KV_BYTES)} or absent, not {self.kv_format!r}")
+        if faults:
+            raise join_faults(owner, faults)
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any block is a mixture of experts."""
+        return any(run.block.is_moe for run in self.runs)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding."""
+        return self.vocab * self.hidden
+
+    @property
+    def lm_head_matrix_parameters(self) -> int:
+        """Weights the LM head multiplies with, whether its own or the embedding's."""
+        return self.vocab * self.hidden
+
+    @property
+    def lm_head_parameters(self) -> int:
+        """Weights the LM head adds to the model: none where it is tied to the embedding."""
+        return 0 if self.tied_embeddings else self.lm_head_matrix_parameters
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights that a number format may quantise."""
+        return sum(run.count * run.block.matrix_parameters for run in self.runs)
+
+    @property
+    def parameters(self) -> int:
+        """All weights, final norm included."""
+        blocks = sum(run.count * run.block.parameters for run in self.runs)
+        return self.embedding_parameters + blocks + self.hidden + self.lm_head_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of everything one token passes through, embedding and LM head counted whole as publishers do."""
+        blocks = sum(run.count * run.block.active_parameters for run in self.runs)
+        return self.embedding_parameters + blocks + self.hidden + self.lm_head_parameters
+
+    def weight_bytes(self, weight_format: str | None = None) -> int:
+        """Bytes of one whole copy of the weights.
+
+        Parameters
+        ----------
+        weight_format : str or None     format of the block matrices; None is the published one
+
+        Raises
+        ------
+        UnknownNameError                not a key of `FORMATS`
+        """
+        wanted = self.weight_format if weight_format is None else weight_format
+        outside = self.embedding_parameters + self.hidden + self.lm_head_parameters
+        return sum(run.count * run.block.weight_bytes(wanted) for run in self.runs) + 2 * outside
+
+    def kv_bytes_per_token(self, kv_bytes: int) -> int:
+        """Bytes one token adds to the KV cache over all layers, while it lies within every window.
+
+        Parameters
+        ----------
+        kv_bytes : int      bytes per element, a value of `KV_BYTES`
+        """
+        return kv_bytes * sum(run.count * run.block.attention.kv_elements_per_token for run in self.runs)

@@ -1,0 +1,117 @@
+"""Finds a model by name: among the descriptions that come with the package, on disk, or in the local hub cache."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.ir.huggingface import model_from_config, read_config, read_json_object
+
+if TYPE_CHECKING:
+    from apex_opt.ir.model import Model
+
+CONFIG_FOLDER: Final = Path(__file__).parent / "configs"
+
+_WAYS: Final = (
+    "give a listed name, the path of a config.json or its folder, or a Hugging Face id in the local hub cache"
+)
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
+
+
+def load_model(name_or_path: str) -> Model:
+    """Model by name or by path.
+
+    Looked for in this order: registry name or alias (in any case); file or folder, with `~` for the home folder;
+    Hugging Face id in the local hub cache. A file that bears a registered name is reached as `./name`.
+
+    Raises
+    ------
+    UnknownNameError    found in none of these places
+    InputError          found, but not usable
+    """
+    wanted = name_or_path.strip()
+    entries = _entries()
+    name = _names().get(wanted.lower())
+    if name is not None:
+        return _registered(name, entries[name])
+    if wanted:
+        path = Path(os.path.expanduser(wanted))
+        if _exists(path):
+            return read_config(path)
+        cached = _cached_config(wanted)
+        if cached is not None:
+            return read_config(cached, name=wanted)
+    near = difflib.get_close_matches(wanted.lower(), _names(), n=3)
+    # Lower case where something is near, as the error compares spellings letter by letter.
+    shown = wanted.lower() if near else name_or_path[:200]
+    looks_like_path = wanted.startswith((".", "/", "~")) or wanted.endswith(".json")
+    hint = f"no such file; {_WAYS}" if looks_like_path else _WAYS
+    raise UnknownNameError("model", shown, near or entries, hint=hint)
+
+
+def list_models() -> tuple[Model, ...]:
+    """Every model of the registry, in the order of its index."""
+    return tuple(_registered(name, entry) for name, entry in _entries().items())
+
+
+@functools.cache
+def _entries() -> dict[str, dict[str, Any]]:
+    """The index: per model its configuration file, aliases and note."""
+    return read_json_object(CONFIG_FOLDER / "index.json")
+
+
+@functools.cache
+def _names() -> dict[str, str]:
+    """Registry name by lower-case name or alias."""
+    return {spelling.lower(): name for name, entry in _entries().items() for spelling in (name, *entry["aliases"])}
+
+
+def _registered(name: str, entry: dict[str, Any]) -> Model:
+    """Model of one index entry."""
+    config = read_json_object(CONFIG_FOLDER / entry["config"])
+    return model_from_config(config, name, f"registry {name}: {entry['note']}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is something at `path`, readable or not."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
+def _hub_cache() -> Path:
+    """Folder of the hub cache, found as huggingface_hub finds it."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(os.path.expanduser(cache))
+    if home := os.environ.get("HF_HOME"):
+        return Path(os.path.expanduser(home)) / "hub"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(base)) / "huggingface" / "hub"
+
+
+def _cached_config(hub_id: str) -> Path | None:
+    """config.json of a model in the hub cache: of the revision that `main` names, else of the newest snapshot."""
+    if not _HUB_ID.fullmatch(hub_id):
+        return None
+    folder = _hub_cache() / f"models--{hub_id.replace('/', '--')}"
+    if not _exists(folder):
+        return None
+    try:
+        snapshots = sorted(
+            (folder / "snapshots").glob("*/config.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True
+        )
+        main = folder / "refs" / "main"
+        revision = main.read_bytes().decode("ascii", "replace").strip() if main.is_file() else ""
+    except OSError as error:
+        raise InputError(f"hub cache {folder}: cannot be read ({error.strerror})") from None
+    if not snapshots:
+        raise InputError(f"hub cache {folder}: no snapshot holds a config.json; download the model's config.json again")
+    return next((file for file in snapshots if file.parent.name == revision), snapshots[0])

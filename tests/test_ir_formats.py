@@ -1,0 +1,75 @@
+"""Number formats: bits per weight, rounding, look-up."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "activation"),
+    [
+        ("bf16", 16, "bf16"),
+        ("fp16", 16, "fp16"),
+        ("fp8", 8, "fp8"),
+        ("w8a16", Fraction(65, 8), "bf16"),
+        ("w4a16", Fraction(33, 8), "bf16"),
+    ],
+)
+def test_each_format_has_its_bits_and_its_matrix_type(name: str, bits: Fraction, activation: str) -> None:
+    found = get_format(name)
+    assert (found.name, found.weight_bits, found.activation) == (name, bits, activation)
+    assert found.description
+
+
+def test_there_are_no_other_formats() -> None:
+    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a16", "w4a16"}
+    assert dict(KV_BYTES) == {"bf16": 2, "fp16": 2, "fp8": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "weight_bytes"),
+    [("bf16", 7, 14), ("fp8", 7, 7), ("w4a16", 128, 66), ("w4a16", 1, 1), ("w4a16", 0, 0), ("w8a16", 128, 130)],
+)
+def test_bytes_include_group_scales_and_round_up(name: str, parameters: int, weight_bytes: int) -> None:
+    assert get_format(name).weight_bytes(parameters) == weight_bytes
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 10**15))
+def test_bytes_are_the_least_integer_that_holds_the_bits(name: str, parameters: int) -> None:
+    entry = FORMATS[name]
+    assert 0 <= entry.weight_bytes(parameters) - parameters * entry.weight_bits / 8 < 1
+
+
+@pytest.mark.parametrize("parameters", [-1, True, 1.5])
+def test_a_count_that_is_none_is_refused(parameters: object) -> None:
+    with pytest.raises(InputError, match="parameters must be a whole number from 0"):
+        get_format("bf16").weight_bytes(parameters)  # type: ignore[arg-type]
+
+
+def test_names_are_found_in_any_case() -> None:
+    assert get_format("W4A16") is FORMATS["w4a16"]
+    assert get_kv_bytes("FP8") == 1
+
+
+def test_unknown_names_come_with_suggestions() -> None:
+    with pytest.raises(UnknownNameError, match="unknown number format 'fp9'; did you mean fp8"):
+        get_format("fp9")
+    with pytest.raises(UnknownNameError, match="unknown KV format 'int4'; known: bf16, fp16, fp8"):
+        get_kv_bytes("int4")
+
+
+def test_a_format_checks_itself() -> None:
+    with pytest.raises(InputError, match="weight_bits must be a Fraction above 0"):
+        NumberFormat(name="x", weight_bits=Fraction(0), activation="bf16", description="")
+    with pytest.raises(InputError, match="activation must be one of bf16, fp16, fp8, not 'int8'"):
+        NumberFormat(name="x", weight_bits=Fraction(8), activation="int8", description="")
+
+
+def test_the_tables_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        FORMATS["x"] = FORMATS["bf16"]  # type: ignore[index]

@@ -1,0 +1,621 @@
+"""Reading of Hugging Face configurations: families, layer patterns, quantisation, and every way to be wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_opt.errors import InputError
+from apex_opt.ir import SUPPORTED_MODEL_TYPES, DenseFfn, Model, MoeFfn, model_from_config, read_config
+from apex_opt.ir.huggingface import MAX_CONFIG_BYTES
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+QWEN_MOE: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+MIXTRAL: dict[str, Any] = LLAMA | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def read(config: dict[str, Any], **changes: Any) -> Model:
+    return model_from_config(config | changes, "tiny", "tiny.json")
+
+
+def family(model_type: str, architecture: str, **changes: Any) -> Model:
+    return read(LLAMA, model_type=model_type, architectures=[architecture], **changes)
+
+
+def counts(model: Model) -> list[int]:
+    return [run.count for run in model.runs]
+
+
+def moe_pattern(model: Model) -> list[bool]:
+    return [run.block.is_moe for run in model.runs for _ in range(run.count)]
+
+
+def windows(model: Model) -> list[int | None]:
+    return [run.block.attention.window for run in model.runs for _ in range(run.count)]
+
+
+# --- families -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_llama_is_one_run() -> None:
+    model = read(LLAMA)
+    attention = model.runs[0].block.attention
+    assert (model.layers, len(model.runs)) == (6, 1)
+    assert (attention.head_dim, attention.group_size, attention.window) == (8, 4, None)
+    assert (attention.qkv_bias, attention.output_bias, attention.qk_norm) == (False, False, False)
+    assert (model.dtype, model.weight_format, model.kv_format, model.source) == ("bf16", "bf16", None, "tiny.json")
+
+
+def test_absent_or_null_kv_heads_and_head_dim_take_their_defaults() -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    for model in (read(config), read(config, num_key_value_heads=None, head_dim=None)):
+        assert (model.runs[0].block.attention.kv_heads, model.runs[0].block.attention.head_dim) == (8, 8)
+
+
+def test_an_explicit_head_dim_need_not_divide_hidden() -> None:
+    assert read(LLAMA, head_dim=10, hidden_size=65).runs[0].block.attention.query_dim == 80
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "extra", "expected"),
+    [
+        ("llama", "LlamaForCausalLM", {"attention_bias": True}, (True, True, False)),
+        ("granite", "GraniteForCausalLM", {}, (False, False, False)),
+        ("mistral", "MistralForCausalLM", {"attention_bias": True}, (False, False, False)),
+        ("phi3", "Phi3ForCausalLM", {}, (False, False, False)),
+        ("qwen2", "Qwen2ForCausalLM", {}, (True, False, False)),
+        ("qwen3", "Qwen3ForCausalLM", {}, (False, False, True)),
+        ("qwen3", "Qwen3ForCausalLM", {"attention_bias": True}, (True, True, True)),
+    ],
+)
+def test_biases_and_norms_follow_the_family(
+    model_type: str, architecture: str, extra: dict[str, Any], expected: tuple[bool, bool, bool]
+) -> None:
+    attention = family(model_type, architecture, **extra).runs[0].block.attention
+    assert (attention.qkv_bias, attention.output_bias, attention.qk_norm) == expected
+
+
+def test_mlp_bias_is_counted() -> None:
+    assert read(LLAMA, mlp_bias=True).parameters == read(LLAMA).parameters + 6 * (96 + 96 + 64)
+
+
+def test_mixtral_experts_have_the_width_of_the_ffn() -> None:
+    ffn = read(MIXTRAL).runs[0].block.ffn
+    assert ffn == MoeFfn(hidden=64, expert_intermediate=96, experts=4, experts_per_token=2)
+
+
+def test_qwen2_moe_has_a_gated_shared_expert() -> None:
+    model = read(
+        QWEN_MOE,
+        model_type="qwen2_moe",
+        architectures=["Qwen2MoeForCausalLM"],
+        shared_expert_intermediate_size=40,
+    )
+    ffn = model.runs[0].block.ffn
+    assert isinstance(ffn, MoeFfn)
+    assert (ffn.shared_intermediate, ffn.shared_gate) == (40, True)
+    assert model.runs[0].block.attention.qkv_bias
+
+
+def test_qwen15_moe_a27b_has_its_published_size() -> None:
+    """14.3 B parameters, 2.7 B active (Qwen1.5-MoE model card)."""
+    model = read(
+        QWEN_MOE | {"head_dim": None},
+        model_type="qwen2_moe",
+        architectures=["Qwen2MoeForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=151936,
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+    )
+    assert model.parameters == pytest.approx(14.316e9, rel=0.005)
+    assert model.active_parameters == pytest.approx(2.69e9, rel=0.02)
+
+
+def test_glm_45_air_has_its_published_size_and_a_dense_first_layer() -> None:
+    """106 B parameters, 12 B active, without the multi-token-prediction layer (GLM-4.5 report)."""
+    model = read(
+        LLAMA,
+        model_type="glm4_moe",
+        architectures=["Glm4MoeForCausalLM"],
+        hidden_size=4096,
+        intermediate_size=10944,
+        num_hidden_layers=46,
+        num_attention_heads=96,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151552,
+        attention_bias=True,
+        use_qk_norm=False,
+        n_routed_experts=128,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+    )
+    assert counts(model) == [1, 45]
+    assert isinstance(model.runs[0].block.ffn, DenseFfn)
+    assert model.parameters == pytest.approx(106.85e9, rel=0.005)
+    assert model.active_parameters == pytest.approx(12e9, rel=0.2)
+    attention = model.runs[1].block.attention
+    assert (attention.qkv_bias, attention.output_bias, attention.qk_norm) == (True, False, False)
+
+
+def test_architectures_stand_in_for_a_missing_model_type() -> None:
+    config = {key: value for key, value in QWEN_MOE.items() if key != "model_type"}
+    assert read(config).is_moe
+
+
+def test_a_text_config_is_read_in_place_of_the_whole() -> None:
+    inner = {key: value for key, value in LLAMA.items() if key not in ("architectures", "torch_dtype")}
+    wrapper = {
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "hidden_size": 7,
+        "torch_dtype": "float16",
+        "quantization_config": {"quant_method": "fp8"},
+        "text_config": inner | {"quantization_config": None},
+    }
+    model = read(wrapper)
+    assert (model.hidden, model.dtype, model.weight_format) == (64, "fp16", "fp8")
+
+
+# --- layers that differ -------------------------------------------------------------------------------------------
+
+
+def test_mlp_only_layers_are_dense() -> None:
+    model = read(QWEN_MOE, mlp_only_layers=[0, 3])
+    assert moe_pattern(model) == [False, True, True, False, True, True]
+    assert counts(model) == [1, 2, 1, 2]
+
+
+def test_decoder_sparse_step_makes_every_nth_layer_sparse() -> None:
+    assert moe_pattern(read(QWEN_MOE, decoder_sparse_step=3)) == [False, False, True] * 2
+
+
+def test_first_k_dense_replace_makes_leading_layers_dense() -> None:
+    model = read(QWEN_MOE, first_k_dense_replace=2)
+    assert moe_pattern(model) == [False] * 2 + [True] * 4
+    sparse, dense = model.runs[1].block, model.runs[0].block
+    assert model.parameters == 2 * dense.parameters + 4 * sparse.parameters + 2 * 6400 + 64
+
+
+def test_layer_types_mix_sliding_and_full_attention() -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    model = read(LLAMA, layer_types=kinds, sliding_window=128)
+    assert windows(model) == [128, 128, None] * 2
+    assert counts(model) == [2, 1, 2, 1]
+
+
+def test_sliding_window_pattern_gives_full_attention_to_every_nth_layer() -> None:
+    assert windows(read(LLAMA, sliding_window_pattern=3, sliding_window=128)) == [128, 128, None] * 2
+
+
+def test_max_window_layers_gives_full_attention_to_the_leading_layers() -> None:
+    qwen = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 4}
+    model = family("qwen2", "Qwen2ForCausalLM", **qwen)
+    assert windows(model) == [None] * 4 + [128] * 2
+    assert counts(model) == [4, 2]
+
+
+def test_windows_and_experts_that_change_at_different_layers_make_more_runs() -> None:
+    model = read(QWEN_MOE, first_k_dense_replace=1, use_sliding_window=True, sliding_window=128, max_window_layers=3)
+    assert counts(model) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "extra", "expected"),
+    [
+        ("mistral", "MistralForCausalLM", {"sliding_window": 128}, 128),
+        ("mistral", "MistralForCausalLM", {"sliding_window": None}, None),
+        ("mixtral", "MixtralForCausalLM", {"sliding_window": 128}, 128),
+        ("qwen2", "Qwen2ForCausalLM", {"sliding_window": 128, "use_sliding_window": False}, None),
+        ("qwen2", "Qwen2ForCausalLM", {"sliding_window": 128}, None),
+        ("llama", "LlamaForCausalLM", {"sliding_window": 128}, None),
+    ],
+)
+def test_a_bare_window_counts_where_the_family_has_one(
+    model_type: str, architecture: str, extra: dict[str, Any], expected: int | None
+) -> None:
+    model = read(MIXTRAL, model_type=model_type, architectures=[architecture], **extra)
+    assert windows(model) == [expected] * 6
+
+
+# --- number formats -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, "bf16"),
+        ({"torch_dtype": "float16"}, "fp16"),
+        ({"torch_dtype": "torch.float16"}, "fp16"),
+        ({"torch_dtype": "float32"}, "bf16"),
+        ({"torch_dtype": None}, "bf16"),
+        ({"torch_dtype": None, "dtype": "float16"}, "fp16"),
+    ],
+)
+def test_dtype_is_read_from_either_field(fields: dict[str, Any], dtype: str) -> None:
+    model = read(LLAMA, **fields)
+    assert (model.dtype, model.weight_format) == (dtype, dtype)
+
+
+FLOAT8 = {"num_bits": 8, "type": "float"}
+
+
+def compressed(weights: object, inputs: object, **extra: Any) -> dict[str, Any]:
+    group = {"weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **extra}
+
+
+@pytest.mark.parametrize(
+    ("section", "weights", "kv"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "fp8", None),
+        ({"quant_method": "fbgemm_fp8"}, "fp8", None),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "fp8", "fp8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "w4a16", None),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "w8a16", None),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "w4a16", None),
+        ({"quant_method": "awq", "w_bit": 4}, "w4a16", None),
+        (compressed(FLOAT8, FLOAT8), "fp8", None),
+        (compressed(FLOAT8, FLOAT8, kv_cache_scheme=FLOAT8), "fp8", "fp8"),
+        (compressed({"num_bits": 4, "type": "int", "group_size": 128}, None), "w4a16", None),
+        (compressed({"num_bits": 8, "type": "int", "group_size": None}, None), "w8a16", None),
+        (compressed(FLOAT8, None), "w8a16", None),
+        ({"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FLOAT8}, "bf16", "fp8"),
+        (None, "bf16", None),
+    ],
+)
+def test_quantisation_sections_become_formats(section: object, weights: str, kv: str | None) -> None:
+    model = read(LLAMA, quantization_config=section)
+    assert (model.weight_format, model.kv_format, model.dtype) == (weights, kv, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: fp8"),
+        ({}, "quantization_config.quant_method is missing"),
+        ({"quant_method": 8}, "quantization_config.quant_method must be text, not 8"),
+        ("fp8", "quantization_config must be an object, not 'fp8'"),
+        ({"quant_method": "gptq"}, "quantization_config.bits is missing"),
+        ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported; supported: 4 and 8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "group_size 32 is not supported"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size must be a whole number .* not True"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo must be FP8, not 'NVFP4'"),
+        ({"quant_method": "compressed-tensors"}, "config_groups is missing"),
+        ({"quant_method": "compressed-tensors", "config_groups": None}, "config_groups is missing"),
+        ({"quant_method": "compressed-tensors", "config_groups": []}, "config_groups must be an object"),
+        (compressed(None, None), "config_groups.group_0.weights is missing"),
+        (compressed({"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "int"}), "group_0 must have 8-bit float"),
+        (compressed({"num_bits": 4, "type": "float"}, None), "'float' is supported with num_bits 8 only"),
+        (compressed(FLOAT8, FLOAT8, kv_cache_scheme={"num_bits": 4, "type": "float"}), "kv_cache_scheme.num_bits 4"),
+        (compressed(FLOAT8, FLOAT8, kv_cache_scheme={"num_bits": 8, "type": "int"}), "num_bits 8 of type 'int'"),
+        (compressed(FLOAT8, FLOAT8, kv_cache_quant_algo="INT8"), "kv_cache_quant_algo must be FP8, not 'INT8'"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "a": {"weights": FLOAT8, "input_activations": FLOAT8},
+                    "b": {"weights": {"num_bits": 4, "type": "int"}, "input_activations": None},
+                },
+            },
+            "config_groups mix number formats",
+        ),
+    ],
+)
+def test_quantisation_sections_we_cannot_serve_are_refused(section: object, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        read(LLAMA, quantization_config=section)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v3", "bert", "llava", "gemma2", "t5", "gpt2", "qwen3_next", pytest.param("a" * 5000, id="long")],
+)
+def test_other_families_are_refused_with_those_supported(model_type: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(LLAMA, model_type=model_type)
+    message = str(caught.value)
+    assert f"model_type '{model_type[:50]}" in message
+    assert all(name in message for name in SUPPORTED_MODEL_TYPES)
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForSequenceClassification"])
+def test_models_that_generate_no_text_are_refused(architecture: str) -> None:
+    with pytest.raises(InputError, match=f"architectures '{architecture}' generates no text"):
+        read(LLAMA, architectures=[architecture])
+
+
+DIMENSIONS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+
+
+@pytest.mark.parametrize("key", [*DIMENSIONS, "max_position_embeddings"])
+def test_a_missing_field_is_named(key: str) -> None:
+    with pytest.raises(InputError, match=rf"^tiny\.json: {key} is missing$"):
+        read({name: value for name, value in LLAMA.items() if name != key})
+
+
+@pytest.mark.parametrize("key", [*DIMENSIONS, "max_position_embeddings", "num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1,
+        True,
+        False,
+        4096.0,
+        float("nan"),
+        float("inf"),
+        "64",
+        [64],
+        {},
+        2**31 + 1,
+        10**30,
+        pytest.param(10**6000, id="huge"),
+    ],
+)
+def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^tiny\.json: {key} must be a whole number from 1 to \d+, not "):
+        read(LLAMA, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "text"),
+    [
+        (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
+        (LLAMA, {"hidden_size": 65}, "hidden_size 65 is not a multiple of num_attention_heads 8; give head_dim"),
+        (LLAMA, {"num_hidden_layers": 100_001}, "num_hidden_layers must be a whole number from 1 to 100000"),
+        (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+        (LLAMA, {"tie_word_embeddings": 10**6000}, "tie_word_embeddings must be true or false"),
+        (LLAMA, {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
+        (LLAMA, {"torch_dtype": "int8"}, "torch_dtype must be one of bfloat16, float16, float32, not 'int8'"),
+        (LLAMA, {"dtype": 16}, "dtype must be text, not 16"),
+        (LLAMA, {"sliding_window": 0}, "sliding_window must be a whole number from 1"),
+        (LLAMA, {"layer_types": "full"}, "layer_types must be a list, not 'full'"),
+        (LLAMA, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 6"),
+        (LLAMA, {"layer_types": ["linear_attention"] * 6}, "layer_types may hold .*, not 'linear_attention'"),
+        (LLAMA, {"layer_types": [3] * 6}, "layer_types may hold .*, not 3"),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 6}, "but sliding_window is missing or switched off"),
+        (LLAMA, {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern must be a whole number"),
+        (LLAMA, {"model_type": None, "architectures": None}, "model_type is missing"),
+        (LLAMA, {"model_type": None, "architectures": ["BertModel"]}, "model_type is missing"),
+        (LLAMA, {"model_type": 5}, "model_type must be text, not 5"),
+        (LLAMA, {"architectures": "Llama"}, "architectures must be a list of names"),
+        (LLAMA, {"architectures": [1]}, "architectures must be a list of names"),
+        (LLAMA, {"text_config": [1]}, "text_config must be an object"),
+        (LLAMA, {"text_config": {"model_type": "gemma3_text"}}, r"\(text_config\): model_type 'gemma3_text' is not"),
+        (MIXTRAL, {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is above num_local_experts 4"),
+        (MIXTRAL, {"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number from 1"),
+        (MIXTRAL, {"num_local_experts": None}, "num_local_experts is missing"),
+        (QWEN_MOE, {"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
+        (QWEN_MOE, {"mlp_only_layers": 3}, "mlp_only_layers must be a list, not 3"),
+        (QWEN_MOE, {"mlp_only_layers": [6]}, "mlp_only_layers entry must be a whole number from 0 to 5, not 6"),
+        (QWEN_MOE, {"mlp_only_layers": [[]]}, "mlp_only_layers entry must be a whole number"),
+        (QWEN_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1"),
+        (QWEN_MOE, {"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number from 0"),
+        (QWEN_MOE, {"model_type": "qwen2_moe"}, "shared_expert_intermediate_size is missing"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(config: dict[str, Any], changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text) as caught:
+        read(config, **changes)
+    assert str(caught.value).startswith("tiny.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_faults_of_a_file_come_together() -> None:
+    with pytest.raises(InputError) as caught:
+        read(LLAMA, hidden_size=-1, vocab_size=True, num_key_value_heads=3, torch_dtype="int4")
+    message = str(caught.value)
+    for name in ("hidden_size", "vocab_size", "num_key_value_heads", "torch_dtype"):
+        assert name in message
+
+
+def test_more_than_five_faults_are_counted() -> None:
+    with pytest.raises(InputError, match=r"; and 1 more$"):
+        model_from_config({"model_type": "llama"}, "x", "x.json")
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_and_its_folder_give_the_same_model(tmp_path: Path) -> None:
+    folder = tmp_path / "my-llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    model = read_config(folder)
+    assert model == read_config(folder / "config.json")
+    assert (model.name, model.source) == ("my-llama", str(folder / "config.json"))
+
+
+@pytest.mark.parametrize("filename", ["small.config.json", "small.json"])
+def test_a_file_of_another_name_names_the_model(tmp_path: Path, filename: str) -> None:
+    (tmp_path / filename).write_text("\ufeff" + json.dumps(LLAMA), encoding="utf-8")
+    assert read_config(tmp_path / filename).name == "small"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "the file is empty"),
+        (b" \n", "the file is empty"),
+        (b'{"a": 1,\n oops}', "not JSON at line 2 column 2"),
+        (b"[1, 2]", "holds a JSON list, not an object"),
+        (b"3", "holds a JSON int, not an object"),
+        (b"null", "holds a JSON NoneType, not an object"),
+        (b"\x80\x02\xff\x00", "not UTF-8 text at byte 0"),
+        pytest.param(b'{"hidden_size": ' + b"9" * 5000 + b"}", "too many digits", id="digits"),
+        pytest.param(b'{"a": ' + b"[" * 100_000, "nested too deeply", id="deep"),
+        pytest.param(b" " * (MAX_CONFIG_BYTES + 1), r"is no config\.json; the limit is", id="large"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=text) as caught:
+        read_config(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_with_nothing_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file; give a config\.json"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the folder holds no config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match="not a regular file"):
+        read_config(tmp_path)
+    with pytest.raises(InputError, match=r"the folder holds no config\.json"):
+        read_config(tmp_path / "config.json")
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
+        read_config(tmp_path)
+
+
+def test_a_name_too_long_for_the_file_system_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_config(Path("x" * 5000))
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    head_dim=st.integers(1, 64),
+    kv_heads=st.integers(1, 16),
+    group=st.integers(1, 12),
+    hidden=st.integers(1, 5000),
+    intermediate=st.integers(1, 20000),
+    layers=st.integers(1, 200),
+    vocab=st.integers(1, 200_000),
+    tied=st.booleans(),
+    bias=st.booleans(),
+)
+def test_parameters_are_the_sum_of_the_checkpoint_tensors(
+    head_dim: int,
+    kv_heads: int,
+    group: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    vocab: int,
+    tied: bool,
+    bias: bool,
+) -> None:
+    """The tensors of a Llama checkpoint, listed by shape."""
+    heads = kv_heads * group
+    model = read(
+        LLAMA,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+    )
+    shapes = [(vocab, hidden), (hidden,)]
+    if not tied:
+        shapes.append((vocab, hidden))
+    for _ in range(layers):
+        shapes += [(heads * head_dim, hidden), (kv_heads * head_dim, hidden), (kv_heads * head_dim, hidden)]
+        shapes += [(hidden, heads * head_dim)]
+        shapes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate), (hidden,), (hidden,)]
+        if bias:
+            shapes += [(heads * head_dim,), (kv_heads * head_dim,), (kv_heads * head_dim,), (hidden,)]
+    total = 0
+    for shape in shapes:
+        size = 1
+        for extent in shape:
+            size *= extent
+        total += size
+    assert model.parameters == model.active_parameters == total
+    assert model.weight_bytes() == 2 * total
+
+
+LEAF = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 300) | st.integers(),
+    st.floats(),
+    st.sampled_from(
+        ["", "fp8", "gptq", "awq", "modelopt", "compressed-tensors", "float", "int", "full_attention", "a\nb"]
+    ),
+)
+INNER_KEYS = ["quant_method", "bits", "group_size", "quant_algo", "config_groups", "kv_cache_scheme", "weights"]
+GROUP = LEAF | st.dictionaries(
+    st.sampled_from([*INNER_KEYS, "input_activations", "num_bits", "type"]), LEAF, max_size=3
+)
+JSON = GROUP | st.lists(LEAF, max_size=3) | st.dictionaries(st.sampled_from(INNER_KEYS), GROUP, max_size=4)
+KEYS = sorted(
+    {*LLAMA, *QWEN_MOE, "layer_types", "sliding_window", "use_sliding_window", "mlp_only_layers", "text_config"}
+    | {"quantization_config", "max_window_layers", "decoder_sparse_step", "first_k_dense_replace", "dtype"}
+)
+
+
+@given(st.sampled_from([LLAMA, QWEN_MOE, MIXTRAL]), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+def test_whatever_a_field_holds_the_answer_is_a_model_or_one_line(
+    config: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    try:
+        model = read(config, **changes)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert model.parameters > 0
