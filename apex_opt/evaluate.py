@@ -1,0 +1,228 @@
+"""The oracle: what a plan must satisfy, in plain Python.
+
+Every plan that a program finds or a user gives is checked here. It shares no code with the formulations, so that a
+mistake in one shows as a disagreement with the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import UsageError
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+from apex_opt.ir.model import DenseFfn
+from apex_opt.plan.memory import attention_shard_bytes, kv_blocks, stage_memory
+from apex_opt.plan.plan import Plan, Template, even_split
+from apex_opt.units import GB, NS_PER_S, ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.ir.model import Attention, Ffn, Model
+    from apex_opt.plan.engine import EngineSettings
+
+FAMILIES: Final = ("divisibility", "format", "memory", "bandwidth", "balance")
+"""Constraint families in the order in which an infeasible plan is charged to one of them."""
+
+IMBALANCE: Final = (3, 2)
+"""The largest stage may hold at most 3/2 of the mean layers per stage: beyond, devices mostly wait."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One planning question, without its traffic.
+
+    Parameters
+    ----------
+    model, cluster, settings
+    longest_tokens : int          tokens the longest request holds in the KV cache, >= 1
+    tpot_limit_ns : int or None   tightest limit any SLO sets on time per output token
+    weight_formats : tuple of str formats to choose from, keys of `FORMATS`
+    kv_format : str or None       KV format of all plans; None follows the weights
+    max_devices : int             GPUs a plan may take, at most the cluster's
+    """
+
+    model: Model
+    cluster: Cluster
+    settings: EngineSettings
+    longest_tokens: int
+    tpot_limit_ns: int | None = None
+    weight_formats: tuple[str, ...]
+    kv_formats: tuple[str, ...]
+    max_devices: int
+
+    def __post_init__(self) -> None:
+        if not self.weight_formats or len(self.weight_formats) != len(self.kv_formats):
+            raise UsageError("an instance needs weight formats, each with its KV format")
+        for name in self.weight_formats:
+            if name not in FORMATS:
+                raise UsageError(f"unknown weight format {name!r}; known: {', '.join(FORMATS)}")
+        for name in self.kv_formats:
+            if name not in KV_BYTES:
+                raise UsageError(f"unknown KV format {name!r}; known: {', '.join(KV_BYTES)}")
+        if not 1 <= self.max_devices <= self.cluster.size:
+            raise UsageError(
+                f"gpus: {self.max_devices} is not between 1 and the {self.cluster.size} GPUs of {self.cluster.name}"
+            )
+
+    @property
+    def kv_blocks_needed(self) -> int:
+        """KV blocks of the longest request."""
+        return ceil_div(self.longest_tokens, self.settings.block_size)
+
+    @property
+    def decode_bytes_limit(self) -> int | None:
+        """Bytes a GPU can read from its memory within the tightest TPOT limit; None without such a limit."""
+        if self.tpot_limit_ns is None:
+            return None
+        return int(self.cluster.gpu.memory_bytes_per_s * self.tpot_limit_ns / NS_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Violation:
+    """One constraint family a plan breaks, with the numbers."""
+
+    family: str
+    text: str
+
+
+def violations(instance: Instance, plan: Plan) -> tuple[Violation, ...]:
+    """Every constraint family the plan breaks, in the order of `FAMILIES`; "devices" comes first where it applies."""
+    checks = (_devices, _divisibility, _format, _memory, _bandwidth, _balance)
+    found = []
+    for check in checks:
+        text = next(check(instance, plan), None)
+        if text is not None:
+            found.append(Violation(family=check.__name__.removeprefix("_"), text=text))
+    return tuple(found)
+
+
+def _devices(instance: Instance, plan: Plan) -> Iterator[str]:
+    if plan.devices > instance.max_devices:
+        yield f"the plan takes {plan.devices} GPUs, {instance.max_devices} are offered"
+
+
+def _divisibility(instance: Instance, plan: Plan) -> Iterator[str]:
+    for run in instance.model.runs:
+        yield from _attention_cut(run.block.attention, plan.attention.tp)
+        yield from _ffn_cut(run.block.ffn, plan.ffn)
+
+
+def _attention_cut(cell: Attention, tp: int) -> Iterator[str]:
+    if cell.query_heads % tp:
+        yield f"attention tp{tp} does not divide {cell.query_heads} query heads"
+    if cell.kv_heads % tp and tp % cell.kv_heads:
+        yield f"attention tp{tp} neither divides nor is a multiple of {cell.kv_heads} KV heads"
+
+
+def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
+    if isinstance(cell, DenseFfn):
+        if template.ep > 1:
+            yield f"ep{template.ep} needs experts; the FFN is dense"
+        if cell.intermediate % template.tp:
+            yield f"FFN tp{template.tp} does not divide {cell.intermediate} columns"
+        return
+    if cell.experts % template.ep:
+        yield f"ep{template.ep} does not divide {cell.experts} experts"
+    if cell.expert_intermediate % template.tp:
+        yield f"FFN tp{template.tp} does not divide {cell.expert_intermediate} columns of an expert"
+    if cell.shared_intermediate % (template.tp * template.ep):
+        yield f"FFN tp{template.tp} ep{template.ep} does not divide {cell.shared_intermediate} shared columns"
+
+
+def _format(instance: Instance, plan: Plan) -> Iterator[str]:
+    gpu = instance.cluster.gpu
+    # A weight-only format expands its weights to whichever 16-bit type the GPU has.
+    if plan.weight_format in ("bf16", "fp16", "fp8") and not gpu.supports(plan.weight_format):
+        yield f"{gpu.name} does not compute in {plan.weight_format}"
+
+
+def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
+    memory = stage_memory(instance.model, instance.cluster.gpu, plan, instance.settings)
+    blocks = kv_blocks(memory)
+    need = instance.kv_blocks_needed
+    if blocks < need:
+        worst = min(memory, key=lambda stage: stage.kv_blocks)
+        kv = (need + 1) * worst.kv_block_bytes
+        total = worst.weights_bytes + worst.workspace_bytes + worst.runtime_bytes + kv
+        yield (
+            f"a GPU needs {total / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, workspace "
+            f"{(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of the longest request "
+            f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
+        )
+
+
+def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:
+    limit = instance.decode_bytes_limit
+    if limit is not None and (read := decode_bytes(instance.model, plan)) > limit:
+        rate = instance.cluster.gpu.memory_bytes_per_s
+        least_ms, limit_ms = read / rate * 1e3, (instance.tpot_limit_ns or 0) / 1e6
+        yield (
+            f"a token passes through {read / GB:.2f} GB of weights per GPU, at least {least_ms:.2f} ms at "
+            f"{rate / 1e12:.2f} TB/s; the tightest TPOT limit is {limit_ms:.2f} ms"
+        )
+
+
+def _balance(instance: Instance, plan: Plan) -> Iterator[str]:
+    layers = instance.model.layers
+    if plan.stages * max(plan.layers) * IMBALANCE[1] > IMBALANCE[0] * layers:
+        yield (
+            f"the largest of {plan.stages} stages holds {max(plan.layers)} of {layers} layers, "
+            f"more than {IMBALANCE[0]}/{IMBALANCE[1]} of the mean"
+        )
+
+
+def decode_bytes(model: Model, plan: Plan) -> int:
+    """Least weights that one GPU of each stage together read for one token: what bounds time per output token.
+
+    Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
+    """
+    total = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
+    for run in model.runs:
+        cell = run.block.ffn
+        bits = get_format(plan.weight_format)
+        if isinstance(cell, DenseFfn):
+            columns = ceil_div(cell.intermediate, plan.ffn.tp)
+        else:
+            columns = ceil_div(cell.experts_per_token, plan.ffn.ep) * ceil_div(cell.expert_intermediate, plan.ffn.tp)
+            columns += ceil_div(cell.shared_intermediate, plan.ffn.tp * plan.ffn.ep)
+        ffn = bits.weight_bytes((2 + cell.gated) * cell.hidden * columns)
+        total += run.count * (attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format) + ffn)
+    return total
+
+
+def space(instance: Instance) -> Iterator[Plan]:
+    """Every plan there is, feasible or not, by counting: the brute force that programs are tested against.
+
+    A plan takes at most `max_devices` GPUs and at most as many stages as the model has layers; a dense FFN has no
+    expert parallelism. Formats are those of the instance; layers are split evenly.
+    """
+    model = instance.model
+    for stages in range(1, min(instance.max_devices, model.layers) + 1):
+        layers = even_split(model.layers, stages)
+        for devices in range(1, instance.max_devices // stages + 1):
+            for replicas in range(1, instance.max_devices // (stages * devices) + 1):
+                for attention in _templates(devices, expert=False):
+                    for ffn in _templates(devices, expert=model.is_moe):
+                        for weight_format, kv_format in zip(
+                            instance.weight_formats, instance.kv_formats, strict=True
+                        ):
+                            yield Plan(
+                                replicas=replicas,
+                                layers=layers,
+                                attention=attention,
+                                ffn=ffn,
+                                weight_format=weight_format,
+                                kv_format=kv_format,
+                            )
+
+
+def _templates(devices: int, *, expert: bool) -> Iterator[Template]:
+    """Every way to cut one cell over this many devices."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for dp in divisors:
+        for tp in divisors:
+            if devices % (dp * tp) == 0 and (expert or dp * tp == devices):
+                yield Template(dp=dp, tp=tp, ep=devices // (dp * tp))

@@ -1,0 +1,159 @@
+"""What a plan puts into a GPU's memory, in exact bytes.
+
+Weights are counted per device from the cells' shards; KV heads are copied where there are more shards than heads.
+The workspace is what the largest batch needs at once, the runtime what context, libraries and communicators hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.ir.model import DenseFfn, Run
+from apex_opt.units import GIB, ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.cluster.types import Gpu
+    from apex_opt.ir.model import Attention, Block, Ffn, Model
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan, Template
+
+RUNTIME_BYTES: Final = GIB + GIB // 4
+"""CUDA context, libraries, communicators. Assumed; with it the KV blocks that vLLM 0.20.2 chose for two models on one
+H200 come out within 1%."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes on each device of one stage.
+
+    `kv_block_bytes` is one block of the layers held here, `kv_blocks` how many fit on one device beside the rest
+    (0 where the rest alone does not fit).
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    runtime_bytes: int
+    usable_bytes: int
+    kv_block_bytes: int
+    kv_blocks: int
+
+
+def stage_runs(model: Model, layers: Sequence[int]) -> tuple[tuple[Run, ...], ...]:
+    """The model's runs cut at the stage boundaries: for each stage, its own runs in order."""
+    stages: list[tuple[Run, ...]] = []
+    runs = list(model.runs)
+    for count in layers:
+        mine: list[Run] = []
+        while count > 0:
+            run = runs.pop(0)
+            taken = min(count, run.count)
+            mine.append(Run(block=run.block, count=taken))
+            if taken < run.count:
+                runs.insert(0, Run(block=run.block, count=run.count - taken))
+            count -= taken
+        stages.append(tuple(mine))
+    return tuple(stages)
+
+
+def attention_shard_bytes(cell: Attention, tp: int, weight_format: str) -> int:
+    """Weights of one attention shard: its query heads, at least one KV head, and biases and norms in 16 bit."""
+    query_dim = ceil_div(cell.query_heads, tp) * cell.head_dim
+    kv_dim = ceil_div(cell.kv_heads, tp) * cell.head_dim
+    matrices = cell.hidden * (query_dim + 2 * kv_dim) + query_dim * cell.hidden
+    kept = (
+        cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.qk_norm * 2 * cell.head_dim
+    )
+    return get_format(weight_format).weight_bytes(matrices) + 2 * kept
+
+
+def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
+    """Weights of one FFN shard: columns over tp, experts over ep, the shared expert over both, the router whole."""
+    bits = get_format(weight_format)
+    if isinstance(cell, DenseFfn):
+        columns = ceil_div(cell.intermediate, template.tp)
+        matrices = (2 + cell.gated) * cell.hidden * columns
+        return bits.weight_bytes(matrices) + 2 * cell.bias * ((1 + cell.gated) * columns + cell.hidden)
+    experts = ceil_div(cell.experts, template.ep)
+    columns = experts * ceil_div(cell.expert_intermediate, template.tp)
+    columns += ceil_div(cell.shared_intermediate, template.tp * template.ep)
+    return bits.weight_bytes((2 + cell.gated) * cell.hidden * columns) + 2 * cell.router_parameters
+
+
+def kv_bytes_per_token(cell: Attention, tp: int, kv_format: str) -> int:
+    """Keys and values of one token in one layer on one device."""
+    return 2 * ceil_div(cell.kv_heads, tp) * cell.head_dim * KV_BYTES[kv_format]
+
+
+def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
+    """Largest activations alive at once: two hidden states beside the wider cell, or the logits of the last stage."""
+    tokens = ceil_div(settings.max_num_batched_tokens, plan.attention.dp)
+    ffn_tokens = ceil_div(settings.max_num_batched_tokens, plan.ffn.dp)
+    widest = max(
+        max(tokens * _attention_width(run.block, plan.attention), ffn_tokens * _ffn_width(run.block, plan.ffn))
+        for run in model.runs
+    )
+    logits = 4 * ceil_div(settings.max_num_seqs, plan.attention.dp) * model.vocab if last else 0
+    return 2 * (tokens * 2 * model.hidden + widest) + logits
+
+
+def _attention_width(block: Block, template: Template) -> int:
+    cell = block.attention
+    return (ceil_div(cell.query_heads, template.tp) + 2 * ceil_div(cell.kv_heads, template.tp)) * cell.head_dim
+
+
+def _ffn_width(block: Block, template: Template) -> int:
+    cell = block.ffn
+    if isinstance(cell, DenseFfn):
+        return (2 + cell.gated) * ceil_div(cell.intermediate, template.tp)
+    width = (2 + cell.gated) * ceil_div(cell.expert_intermediate, template.tp) + cell.hidden
+    return cell.experts_per_token * width
+
+
+def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:
+    """Memory of one device of each stage.
+
+    Embedding (first stage) and LM head (last stage) are cut over the attention shards and stay 16 bit, as do norms;
+    a tied model on one stage holds the matrix once.
+    """
+    usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
+    result = []
+    parts = stage_runs(model, plan.layers)
+    vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
+    for index, runs in enumerate(parts):
+        last = index == len(parts) - 1
+        weights = sum(
+            run.count
+            * (
+                attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
+                + ffn_shard_bytes(run.block.ffn, plan.ffn, plan.weight_format)
+                + 2 * run.block.norm_parameters
+            )
+            for run in runs
+        )
+        copies = (index == 0) + last - (index == 0 and last and model.tied_embeddings)
+        weights += copies * vocab_shard + last * 2 * model.hidden
+        workspace = workspace_bytes(model, plan, settings, last)
+        block_bytes = settings.block_size * sum(
+            run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
+        )
+        left = usable - weights - workspace - RUNTIME_BYTES
+        result.append(
+            StageMemory(
+                weights_bytes=weights,
+                workspace_bytes=workspace,
+                runtime_bytes=RUNTIME_BYTES,
+                usable_bytes=usable,
+                kv_block_bytes=block_bytes,
+                kv_blocks=max(0, left) // block_bytes,
+            )
+        )
+    return tuple(result)
+
+
+def kv_blocks(memory: Sequence[StageMemory]) -> int:
+    """Blocks a sequence can use on one attention copy: the stage with the least, one block kept back by the engine."""
+    return max(0, min(stage.kv_blocks for stage in memory) - 1)

@@ -1,0 +1,238 @@
+"""A parallel execution plan, and its text form.
+
+``dp2 pp2 attn(tp4) ffn(ep4) fp8 kv=fp8`` reads: two replicas of the whole model; each a pipeline of two stages; in
+each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by experts; weights in fp8, KV cache in fp8.
+Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
+larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import UsageError
+from apex_opt.ir.formats import FORMATS, KV_BYTES
+
+if TYPE_CHECKING:
+    from apex_opt.ir.model import Model
+
+LARGEST_DEGREE: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Template:
+    """How one cell is cut over the devices of a stage.
+
+    `dp` copies of the cell, each serving its share of the sequences; within a copy the experts go to `ep` groups, and
+    every head group, FFN or expert is cut into `tp` shards.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "tp", "ep"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_DEGREE:
+                raise UsageError(f"{name}: {value!r} is not a whole number from 1 to {LARGEST_DEGREE}")
+
+    @property
+    def devices(self) -> int:
+        """Devices one stage needs for this cell."""
+        return self.dp * self.tp * self.ep
+
+    def __str__(self) -> str:
+        factors = [f"{name}{getattr(self, name)}" for name in ("dp", "tp", "ep") if getattr(self, name) > 1]
+        return ",".join(factors) or "tp1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Replicas x pipeline stages x a template per cell x number formats.
+
+    Parameters
+    ----------
+    replicas : int                 engines with their own scheduler and a whole copy of the model
+    layers : tuple of int          layers of each pipeline stage, all >= 1
+    attention, ffn : Template      both over the same devices of a stage; attention has no ep
+    weight_format : str            key of `FORMATS`
+    kv_format : str                key of `KV_BYTES`
+
+    Raises
+    ------
+    UsageError    degrees out of range, cells over different numbers of devices, unknown formats
+    """
+
+    replicas: int
+    layers: tuple[int, ...]
+    attention: Template
+    ffn: Template
+    weight_format: str
+    kv_format: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= LARGEST_DEGREE:
+            raise UsageError(f"dp: {self.replicas!r} replicas is not a whole number from 1 to {LARGEST_DEGREE}")
+        if not self.layers or min(self.layers) < 1:
+            raise UsageError(f"pp: every stage needs at least one layer, got {list(self.layers)}")
+        if self.attention.ep != 1:
+            raise UsageError(f"attn: ep{self.attention.ep} makes no sense; only an FFN has experts")
+        if self.attention.devices != self.ffn.devices:
+            raise UsageError(
+                f"attn({self.attention}) takes {self.attention.devices} GPUs of a stage and ffn({self.ffn}) "
+                f"{self.ffn.devices}; both cells of a stage live on the same GPUs"
+            )
+        if self.weight_format not in FORMATS:
+            raise UsageError(f"unknown weight format {self.weight_format!r}; known: {', '.join(FORMATS)}")
+        if self.kv_format not in KV_BYTES:
+            raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
+
+    @property
+    def stages(self) -> int:
+        return len(self.layers)
+
+    @property
+    def stage_devices(self) -> int:
+        """GPUs of one stage of one replica."""
+        return self.attention.devices
+
+    @property
+    def devices(self) -> int:
+        """GPUs the whole plan takes."""
+        return self.replicas * self.stages * self.stage_devices
+
+    def __str__(self) -> str:
+        words = []
+        if self.replicas > 1:
+            words.append(f"dp{self.replicas}")
+        if self.stages > 1:
+            even = self.layers == even_split(sum(self.layers), self.stages)
+            words.append(f"pp{self.stages}" + ("" if even else f"[{','.join(map(str, self.layers))}]"))
+        words += [f"attn({self.attention})", f"ffn({self.ffn})", self.weight_format]
+        if self.kv_format != default_kv_format(self.weight_format):
+            words.append(f"kv={self.kv_format}")
+        return " ".join(words)
+
+
+def even_split(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers per stage, as even as can be, larger stages first: the last one also holds the LM head.
+
+    Raises
+    ------
+    UsageError    more stages than layers
+    """
+    if not 1 <= stages <= layers:
+        raise UsageError(f"pp{stages}: {layers} layers make 1 to {layers} stages")
+    base, more = divmod(layers, stages)
+    return (base + 1,) * more + (base,) * (stages - more)
+
+
+def default_kv_format(weight_format: str) -> str:
+    """KV format where nothing else is asked for: 16 bit, of the kind the weights are computed in."""
+    return "fp16" if weight_format == "fp16" else "bf16"
+
+
+_WORD: Final = re.compile(
+    r"(?P<dp>dp(?P<dp_n>\d+))"
+    r"|pp(?P<pp_n>\d+)(?:\[(?P<split>[\d,]+)\])?"
+    r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
+    r"|kv=(?P<kv>\w+)"
+    r"|(?P<short>(?:tp|ep)\d+)"
+    r"|(?P<format>\w+)"
+)
+_FACTOR: Final = re.compile(r"(dp|tp|ep)(\d+)")
+_EXAMPLE: Final = "dp2 pp2 attn(tp4) ffn(tp4) bf16"
+
+
+def parse_plan(text: str, model: Model) -> Plan:
+    """Read the text form of a plan.
+
+    Parameters
+    ----------
+    text : words in any order; `tp4` alone cuts both cells, `ep4` alone cuts attention by heads and the FFN by
+        experts; weights and KV default to the model's own formats
+    model : Model     its layers are split over the stages
+
+    Raises
+    ------
+    UsageError    anything unreadable, contradictory or out of range, with an example
+    """
+    found: dict[str, str] = {}
+    cells: dict[str, Template] = {}
+    for word in text.replace(", ", ",").split():
+        match = _WORD.fullmatch(word)
+        if match is None:
+            raise UsageError(f"plan {text!r}: cannot read {word!r}; an example: {_EXAMPLE}")
+        kind = match.lastgroup
+        if kind == "dp" or match["dp_n"]:
+            _once(found, "dp", match["dp_n"], text)
+        elif match["pp_n"]:
+            _once(found, "pp", match["pp_n"], text)
+            if match["split"] is not None:
+                found["split"] = match["split"]
+        elif match["cell"]:
+            _once(found, match["cell"], match["inside"], text)
+            cells[match["cell"]] = _template(match["inside"], text)
+        elif match["kv"]:
+            _once(found, "kv", match["kv"], text)
+        elif match["short"]:
+            degree = _template(match["short"], text)
+            _once(found, "attn", word, text)
+            _once(found, "ffn", word, text)
+            cells = {"attn": Template(tp=degree.tp * degree.ep), "ffn": degree}
+        else:
+            _once(found, "format", match["format"].lower(), text)
+    weight_format = found.get("format", model.weight_format)
+    attention = cells.get("attn")
+    ffn = cells.get("ffn")
+    if attention is None or ffn is None:
+        both = attention or ffn
+        if both is not None:
+            raise UsageError(f"plan {text!r}: give both attn(...) and ffn(...); an example: {_EXAMPLE}")
+        attention = ffn = Template()
+    return Plan(
+        replicas=_number(found.get("dp", "1"), text),
+        layers=_layers(found, model, text),
+        attention=attention,
+        ffn=ffn,
+        weight_format=weight_format,
+        kv_format=found.get("kv", model.kv_format or default_kv_format(weight_format)).lower(),
+    )
+
+
+def _once(found: dict[str, str], key: str, value: str, text: str) -> None:
+    if key in found:
+        raise UsageError(f"plan {text!r}: {key} is given twice")
+    found[key] = value
+
+
+def _number(digits: str, text: str) -> int:
+    if len(digits) > 7:
+        raise UsageError(f"plan {text!r}: {digits} is above the limit of {LARGEST_DEGREE}")
+    return int(digits)
+
+
+def _template(inside: str, text: str) -> Template:
+    factors: dict[str, int] = {}
+    for part in filter(None, re.split(r"[,\s]+", inside)):
+        match = _FACTOR.fullmatch(part)
+        if match is None or match[1] in factors:
+            raise UsageError(f"plan {text!r}: cannot read {part!r} in ({inside}); an example: {_EXAMPLE}")
+        factors[match[1]] = _number(match[2], text)
+    return Template(**factors)
+
+
+def _layers(found: dict[str, str], model: Model, text: str) -> tuple[int, ...]:
+    stages = _number(found.get("pp", "1"), text)
+    if "split" not in found:
+        return even_split(model.layers, stages)
+    layers = tuple(_number(n, text) for n in found["split"].split(",") if n)
+    if len(layers) != stages or sum(layers) != model.layers:
+        raise UsageError(
+            f"plan {text!r}: pp{stages}[...] needs {stages} numbers that add up to the {model.layers} layers of "
+            f"{model.name}, got {list(layers)}"
+        )
+    return layers
