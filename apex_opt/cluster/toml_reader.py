@@ -1,0 +1,162 @@
+"""Strict reading of TOML: every field typed and bounded, unknown fields named, all faults gathered."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The file as nested dictionaries.
+
+    Raises
+    ------
+    InputError      missing, unreadable, not UTF-8 or not TOML; `what` names the kind of file in the message
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} {path}: not UTF-8 text") from None
+    except RecursionError:
+        raise InputError(f"{what} {path}: nested too deeply") from None
+    except ValueError as error:
+        raise InputError(f"{what} {path}: not valid TOML: {error}") from None
+
+
+class TomlTable:
+    """One table being read: a getter returns the value, or notes a fault and returns None.
+
+    `faults` is shared by all tables of a file; `close()` names the fields nobody asked for.
+    """
+
+    def __init__(self, table: dict[str, Any], where: str, faults: list[str]) -> None:
+        self._table = table
+        self._where = where
+        self._asked: list[str] = []
+        self.faults = faults
+
+    def _label(self, field: str) -> str:
+        return f"{self._where}.{field}" if self._where else field
+
+    def has(self, field: str) -> bool:
+        """Whether the field is there; counts as known either way."""
+        if field not in self._asked:
+            self._asked.append(field)
+        return field in self._table
+
+    def raw(self, field: str) -> Any:
+        """The field as TOML gave it, or None."""
+        return self._table[field] if self.has(field) else None
+
+    def _missing(self, field: str, required: bool) -> bool:
+        if self.has(field):
+            return False
+        if required:
+            self.faults.append(f"{self._label(field)} is missing")
+        return True
+
+    def number(self, field: str, *, low: float = 0.0, high: float, required: bool = True) -> float | None:
+        """A finite number above `low` and up to `high`."""
+        if self._missing(field, required):
+            return None
+        value = self._table[field]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a number")
+        elif not low < value <= high or not math.isfinite(value):
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be above {low:g} and at most {high:g}")
+        else:
+            return float(value)
+        return None
+
+    def integer(self, field: str, *, low: int = 1, high: int, required: bool = True) -> int | None:
+        """A whole number from `low` to `high`."""
+        if self._missing(field, required):
+            return None
+        value = self._table[field]
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a whole number")
+        elif not low <= value <= high:
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be from {low} to {high}")
+        else:
+            return value
+        return None
+
+    def text(self, field: str, *, choices: tuple[str, ...] = (), required: bool = True) -> str | None:
+        """A text that is not empty, one of `choices` where given."""
+        if self._missing(field, required):
+            return None
+        value = self._table[field]
+        if not isinstance(value, str) or not value.strip():
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be text that is not empty")
+        elif choices and value not in choices:
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be one of {', '.join(choices)}")
+        else:
+            return value
+        return None
+
+    def table(self, field: str, *, required: bool = True) -> TomlTable | None:
+        """A table inside this one."""
+        if self._missing(field, required):
+            return None
+        value = self._table[field]
+        if not isinstance(value, dict):
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a table")
+            return None
+        return TomlTable(value, self._label(field), self.faults)
+
+    def tables(self, field: str) -> list[TomlTable]:
+        """A non-empty list of tables."""
+        if self._missing(field, True):
+            return []
+        value = self._table[field]
+        if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a list of tables")
+            return []
+        return [TomlTable(item, f"{self._label(field)}[{row}]", self.faults) for row, item in enumerate(value)]
+
+    def numbers(self, field: str, *, high: float) -> list[float]:
+        """A list of at least two numbers, above 0 and rising."""
+        if self._missing(field, True):
+            return []
+        value = self._table[field]
+        good = isinstance(value, list) and all(
+            isinstance(item, int | float) and not isinstance(item, bool) and 0 < item <= high for item in value
+        )
+        if not good or len(value) < 2 or any(b <= a for a, b in pairwise(value)):
+            self.faults.append(
+                f"{self._label(field)} = {_shown(value)} must be two or more rising numbers up to {high:g}"
+            )
+            return []
+        return [float(item) for item in value]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """All fields as they are; nothing is unknown afterwards."""
+        self._asked.extend(self._table)
+        return list(self._table.items())
+
+    def close(self) -> None:
+        """Note the fields that are not known."""
+        for field in self._table:
+            if field not in self._asked:
+                self.faults.append(f"{self._label(field)} is not a known field; allowed: {', '.join(self._asked)}")
+
+
+def _shown(value: object) -> str:
+    """A value short enough for one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        text = "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

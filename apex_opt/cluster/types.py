@@ -1,0 +1,204 @@
+"""Domain types of the hardware: an accelerator, a link, and a cluster of identical nodes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import networkx as nx
+
+DTYPES: Final = ("bf16", "fp16", "fp8")
+"""Number formats whose matrix throughput an accelerator may state."""
+
+LINK_KINDS: Final = ("nvlink", "pcie", "infiniband", "ethernet")
+
+MAX_GPUS: Final = 65536
+"""Largest cluster described here; the same limit holds for nodes and for GPUs of one node."""
+
+
+def _figure(faults: list[str], name: str, value: object, *, zero: bool = False) -> None:
+    """Note a figure that is not a finite positive number (or zero, where that is meant)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[operator, arg-type]
+        faults.append(f"{name} = {value!r} must be a finite number {'of at least' if zero else 'above'} 0")
+
+
+def _refuse(what: str, faults: list[str]) -> None:
+    """Raise all faults of one object as one line."""
+    if faults:
+        raise InputError(f"{what}: {'; '.join(faults)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One accelerator, as its datasheet and its driver describe it.
+
+    Attributes
+    ----------
+    memory_bytes : int                  what the driver reports, before any software has taken a share
+    memory_bytes_per_s : float          peak bandwidth of the device memory
+    flops_per_s : tuple of (dtype, float)
+        dense matrix peak per format of `DTYPES`; a format left out is not supported in hardware
+    tdp_w, idle_w : float               board power limit; draw with a context open and nothing running
+    profile : str or None               folder in `profiles/` with tables measured on this accelerator
+    sources : tuple of (field, text)    where each figure comes from
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    flops_per_s: tuple[tuple[str, float], ...]
+    tdp_w: float
+    idle_w: float
+    profile: str | None = None
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        _figure(faults, "memory_bytes", self.memory_bytes)
+        _figure(faults, "memory_bytes_per_s", self.memory_bytes_per_s)
+        _figure(faults, "tdp_w", self.tdp_w)
+        _figure(faults, "idle_w", self.idle_w, zero=True)
+        for dtype, flops_per_s in self.flops_per_s:
+            _figure(faults, f"flops_per_s[{dtype}]", flops_per_s)
+        named = [dtype for dtype, _ in self.flops_per_s]
+        if unknown := sorted(set(named) - set(DTYPES)):
+            faults.append(f"flops_per_s names {', '.join(unknown)}; allowed: {', '.join(DTYPES)}")
+        if len(set(named)) < len(named):
+            faults.append("flops_per_s names a format twice")
+        if not {"bf16", "fp16"} & set(named):
+            faults.append("flops_per_s needs bf16 or fp16, in which attention is computed")
+        if not faults and self.idle_w >= self.tdp_w:
+            faults.append(f"idle_w = {self.idle_w} must be below tdp_w = {self.tdp_w}")
+        _refuse(f"gpu {self.name!r}", faults)
+
+    def supports(self, dtype: str) -> bool:
+        """Whether the hardware multiplies matrices in this format."""
+        return any(name == dtype for name, _ in self.flops_per_s)
+
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """Dense matrix peak in this format, FLOP/s.
+
+        Raises
+        ------
+        UsageError      the accelerator has no hardware for the format
+        """
+        for name, flops_per_s in self.flops_per_s:
+            if name == dtype:
+                return flops_per_s
+        has = ", ".join(name for name, _ in self.flops_per_s)
+        raise UsageError(f"{self.name} does not compute in {dtype}: it has {has}; choose one of these or another GPU")
+
+    @property
+    def half_dtype(self) -> str:
+        """The 16-bit format in which attention is computed: bf16 where there is one, else fp16."""
+        return "bf16" if self.supports("bf16") else "fp16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What one GPU can send (and at once receive) over one level of the wiring.
+
+    `bytes_per_s` is per direction and per GPU; `latency_s` is from one GPU to another.
+    """
+
+    bytes_per_s: float
+    latency_s: float
+    kind: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        _figure(faults, "bytes_per_s", self.bytes_per_s)
+        _figure(faults, "latency_s", self.latency_s, zero=True)
+        if self.kind not in LINK_KINDS:
+            faults.append(f"kind = {self.kind!r} must be one of {', '.join(LINK_KINDS)}")
+        _refuse("link", faults)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Identical nodes of identical GPUs; GPU `i` sits in node `i // gpus_per_node`."""
+
+    name: str
+    gpu: Gpu
+    nodes: int
+    gpus_per_node: int
+    intra: Link
+    inter: Link | None = None
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        for field, value in (("nodes", self.nodes), ("gpus_per_node", self.gpus_per_node)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_GPUS:
+                faults.append(f"{field} = {value!r} must be a whole number from 1 to {MAX_GPUS}")
+        if not faults and self.size > MAX_GPUS:
+            faults.append(
+                f"{self.nodes} nodes x {self.gpus_per_node} GPUs = {self.size}, above the limit of {MAX_GPUS}"
+            )
+        if not faults and self.nodes > 1 and self.inter is None:
+            faults.append(f"{self.nodes} nodes need an inter link between them")
+        _refuse(f"cluster {self.name!r}", faults)
+
+    @property
+    def size(self) -> int:
+        """Number of GPUs."""
+        return self.nodes * self.gpus_per_node
+
+    def link_between(self, group: Sequence[int]) -> Link:
+        """The slowest link that a group of GPU indices must cross: `intra` within one node, else `inter`.
+
+        Raises
+        ------
+        UsageError      empty group, or an index outside 0..size-1
+        """
+        if not len(group):
+            raise UsageError("a group of GPUs must name at least one GPU")
+        outside = [gpu for gpu in group if not 0 <= gpu < self.size]
+        if outside:
+            raise UsageError(f"cluster {self.name!r} has GPUs 0..{self.size - 1}, the group names {outside[0]}")
+        node = group[0] // self.gpus_per_node
+        if all(gpu // self.gpus_per_node == node for gpu in group):
+            return self.intra
+        assert self.inter is not None  # checked at construction: several nodes have an inter link
+        return self.inter
+
+    def graph(self) -> nx.Graph[str]:
+        """The wiring as a graph.
+
+        Returns
+        -------
+        networkx.Graph
+            vertices `node0:3` (kind `gpu`, with `index` and `node`), `node0:switch` (kind `switch`), and with several
+            nodes `node0:nic3` (kind `nic`) and `fabric` (kind `switch`); edges carry `bytes_per_s`, `latency_s` and
+            `kind`. A path between two GPUs adds up to the latency of the link it stands for.
+        """
+        import networkx as nx
+
+        graph: nx.Graph[str] = nx.Graph(name=self.name)
+        intra = {"bytes_per_s": self.intra.bytes_per_s, "latency_s": self.intra.latency_s / 2, "kind": self.intra.kind}
+        for node in range(self.nodes):
+            graph.add_node(f"node{node}:switch", kind="switch", node=node)
+            for slot in range(self.gpus_per_node):
+                graph.add_node(f"node{node}:{slot}", kind="gpu", node=node, index=node * self.gpus_per_node + slot)
+                graph.add_edge(f"node{node}:{slot}", f"node{node}:switch", **intra)
+        if self.nodes > 1 and self.inter is not None:
+            # Four edges between two GPUs of different nodes, so a quarter of the latency each.
+            inter = {
+                "bytes_per_s": self.inter.bytes_per_s,
+                "latency_s": self.inter.latency_s / 4,
+                "kind": self.inter.kind,
+            }
+            graph.add_node("fabric", kind="switch")
+            for node in range(self.nodes):
+                for slot in range(self.gpus_per_node):
+                    graph.add_node(f"node{node}:nic{slot}", kind="nic", node=node)
+                    graph.add_edge(f"node{node}:{slot}", f"node{node}:nic{slot}", **inter)
+                    graph.add_edge(f"node{node}:nic{slot}", "fabric", **inter)
+        return graph

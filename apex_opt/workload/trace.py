@@ -1,0 +1,279 @@
+"""A trace: when each request arrives, how long its prompt is and how many tokens it generates."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from apex_opt.errors import InputError, UsageError, join_faults
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+MAX_REQUESTS: Final = 5_000_000
+MAX_TOKENS: Final = 10_000_000
+MAX_ARRIVAL_NS: Final = 1 << 61
+"""About 73 years. The rest of int64 is left to the simulated clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Requests in order of arrival; `make_trace` sorts and freezes the arrays.
+
+    Parameters
+    ----------
+    name : str                     what reports call it
+    arrival_ns : int64[n]          non-decreasing, 0 to 2**61 ns (`MAX_ARRIVAL_NS`); the first may be later than 0
+    prompt : int64[n]              tokens, 1 to 10,000,000
+    output : int64[n]              tokens generated, the first included, 1 to 10,000,000
+    concurrency : int or None      closed loop: this many clients, each sending its next request once the last is
+                                   answered; arrivals are then all 0 and ignored. None: requests come on their own.
+    source : str                   "file ..." or "generated: law, seed"
+
+    Raises
+    ------
+    InputError                     no requests, arrays of another type, values out of range (with their rows)
+    """
+
+    name: str
+    arrival_ns: Ints
+    prompt: Ints
+    output: Ints
+    concurrency: int | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a trace needs a name as text, got {shown(self.name)}")
+        columns = (self.arrival_ns, self.prompt, self.output)
+        for label, column in zip(_LABELS, columns, strict=True):
+            _check_layout(f"trace {self.name}", label, column)
+        _check_sizes(self.name, columns)
+        if faults := _row_faults(columns):
+            raise join_faults(f"trace {self.name}", faults)
+        later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
+        if later.size:
+            raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
+        if self.concurrency is not None:
+            _check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
+            if self.arrival_ns.any():
+                raise InputError(f"trace {self.name}: a closed loop has arrival times of 0; use make_trace")
+
+    def __len__(self) -> int:
+        return self.prompt.size
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of all requests."""
+        return int(self.prompt.sum())
+
+    @property
+    def output_tokens(self) -> int:
+        """Generated tokens of all requests."""
+        return int(self.output.sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, prompt and output together: what a KV cache must be able to hold."""
+        return int((self.prompt + self.output).max())
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first arrival to the last."""
+        return int(self.arrival_ns[-1] - self.arrival_ns[0]) / NS_PER_S
+
+    @property
+    def rate_per_s(self) -> float | None:
+        """Arrivals per second, (n - 1) / duration; None where arrivals span no time (closed loop, all at once)."""
+        return (len(self) - 1) / self.duration_s if self.duration_s > 0 else None
+
+    @property
+    def burstiness(self) -> float | None:
+        """Coefficient of variation of the gaps: 0 even, 1 Poisson, more in bursts; None where there is no rate."""
+        gaps = np.diff(self.arrival_ns)
+        return float(gaps.std() / gaps.mean()) if gaps.any() else None
+
+    def summary(self) -> dict[str, int | float | str | None]:
+        """Statistics for a report; percentiles by nearest rank, so each is a length that occurs."""
+        lengths: dict[str, int | float] = {}
+        for label, column in (("prompt", self.prompt), ("output", self.output)):
+            lengths[f"{label}_mean"] = float(column.mean())
+            lengths[f"{label}_p50"] = int(np.percentile(column, 50, method="inverted_cdf"))
+            lengths[f"{label}_p95"] = int(np.percentile(column, 95, method="inverted_cdf"))
+            lengths[f"{label}_max"] = int(column.max())
+        return {
+            "name": self.name,
+            "source": self.source,
+            "requests": len(self),
+            "concurrency": self.concurrency,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            **lengths,
+            "longest": self.longest,
+            "duration_s": self.duration_s,
+            "rate_per_s": self.rate_per_s,
+            "burstiness": self.burstiness,
+        }
+
+    def stretched(self, factor: float) -> Trace:
+        """The same requests with every arrival time multiplied by `factor`: 2 halves the rate, 0.5 doubles it.
+
+        Rounded to the nearest nanosecond, exact for arrivals within 2**53 ns (104 days).
+
+        Raises
+        ------
+        UsageError                     factor not above 0, a result beyond 2**61 ns, or a closed loop
+        """
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= sys.float_info.max:
+            raise UsageError(f"trace {self.name}: factor must be a finite number above 0, got {shown(factor)}")
+        if self.concurrency is not None:
+            raise UsageError(
+                f"trace {self.name}: a closed loop has no arrival times to stretch; change its concurrency"
+            )
+        with np.errstate(over="ignore"):
+            arrival = np.rint(self.arrival_ns * float(factor))
+        if arrival[-1] > MAX_ARRIVAL_NS:
+            raise UsageError(
+                f"trace {self.name}: stretched by {factor:.4g}, arrivals pass 2**61 ns (73 years); lower the factor"
+            )
+        return make_trace(
+            name=f"{self.name}*{factor:g}",
+            arrival_ns=arrival.astype(np.int64),
+            prompt=self.prompt,
+            output=self.output,
+            source=f"{self.source}; arrivals times {factor!r}",
+        )
+
+    def head(self, n: int) -> Trace:
+        """The first `n` requests.
+
+        Raises
+        ------
+        UsageError                     n not a whole number from 1 to the number of requests
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(self):
+            raise UsageError(f"trace {self.name} has {len(self):,} requests; cannot take the first {shown(n)}")
+        return make_trace(
+            name=self.name,
+            arrival_ns=self.arrival_ns[:n],
+            prompt=self.prompt[:n],
+            output=self.output[:n],
+            concurrency=self.concurrency,
+            source=f"{self.source}; first {n} of {len(self)}",
+        )
+
+
+def make_trace(
+    *,
+    name: str,
+    arrival_ns: Sequence[int] | npt.NDArray[Any],
+    prompt: Sequence[int] | npt.NDArray[Any],
+    output: Sequence[int] | npt.NDArray[Any],
+    concurrency: int | None = None,
+    source: str = "",
+) -> Trace:
+    """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
+
+    With a `concurrency` the order is kept and the arrival times are set to 0.
+
+    Raises
+    ------
+    InputError                     as `Trace`; also fractions, NaN, bool and numbers outside int64, with their rows
+    """
+    arrival, prompts, outputs = (
+        _to_int64(name, label, values) for label, values in zip(_LABELS, (arrival_ns, prompt, output), strict=True)
+    )
+    _check_sizes(name, (arrival, prompts, outputs))
+    # Before sorting, so that rows are counted as they were given.
+    if faults := _row_faults((arrival, prompts, outputs)):
+        raise join_faults(f"trace {name}", faults)
+    if concurrency is not None:
+        arrival = np.zeros_like(arrival)
+    order = np.argsort(arrival, kind="stable")
+    frozen = [np.ascontiguousarray(column[order]) for column in (arrival, prompts, outputs)]
+    for column in frozen:
+        column.flags.writeable = False
+    return Trace(
+        name=name, arrival_ns=frozen[0], prompt=frozen[1], output=frozen[2], concurrency=concurrency, source=source
+    )
+
+
+_LABELS = ("arrival_ns", "prompt", "output")
+LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS))
+"""Least and most value of arrival (ns), prompt and output (tokens)."""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """`repr` cut for one line of a message; Python refuses to write an int of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an int of thousands of digits"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def range_fault(label: str, value: object, low: int, high: int) -> str:
+    """One value out of range, in words."""
+    advice = "; drop the request or count it as 1" if low == 1 and value in (0, "0") else ""
+    return f"{label} {value} is outside {low:,}..{high:,}{advice}"
+
+
+def _row_faults(columns: Sequence[Ints]) -> list[str]:
+    """Every value out of range, by row, counted from 1."""
+    faults: list[tuple[int, str]] = []
+    for label, column, (low, high) in zip(_LABELS, columns, LIMITS, strict=True):
+        bad = np.flatnonzero((column < low) | (column > high))
+        faults += [(int(row), range_fault(label, int(column[row]), low, high)) for row in bad]
+    return [f"row {row + 1}: {text}" for row, text in sorted(faults)]
+
+
+def _check_sizes(name: str, columns: Sequence[Ints]) -> None:
+    """All columns as long as each other, with something in them."""
+    sizes = [column.size for column in columns]
+    if len(set(sizes)) > 1:
+        pairs = ", ".join(f"{size} {label}" for label, size in zip(_LABELS, sizes, strict=True))
+        raise InputError(f"trace {name}: columns differ in length ({pairs}); give one value per request")
+    if not 1 <= sizes[0] <= MAX_REQUESTS:
+        raise InputError(f"trace {name}: {sizes[0]:,} requests; give 1 to {MAX_REQUESTS:,}")
+
+
+def _check_layout(where: str, label: str, column: object) -> None:
+    """What a compiled kernel relies on."""
+    if not isinstance(column, np.ndarray) or column.dtype != np.int64 or column.ndim != 1:
+        raise InputError(f"{where}: {label} must be a one-dimensional int64 array; use make_trace")
+    if not column.flags.c_contiguous or column.flags.writeable:
+        raise InputError(f"{where}: {label} must be contiguous and read-only; use make_trace")
+
+
+def _check_count(label: str, value: object, most: int, where: str) -> None:
+    """A whole number from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InputError(f"{where}: {label} must be a whole number from 1 to {most:,}, got {shown(value)}")
+
+
+def _to_int64(name: str, label: str, values: Sequence[int] | npt.NDArray[Any]) -> Ints:
+    """A column as int64; anything that is not a whole number in range is named by its row."""
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise InputError(f"trace {name}: {label} must have one dimension, got {values.ndim}")
+        if values.dtype.kind == "i":
+            return values.astype(np.int64)
+        values = values.tolist()
+    elif isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise InputError(f"trace {name}: {label} must be a list of whole numbers, got {shown(values)}")
+    given = list(values)
+    faults = [
+        f"row {row}: {label} {shown(value)} is not a whole number below 2**63"
+        for row, value in enumerate(given, 1)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -(1 << 63) <= value < 1 << 63
+    ]
+    if faults:
+        raise join_faults(f"trace {name}", faults)
+    return np.array(given, dtype=np.int64)

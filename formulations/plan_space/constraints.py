@@ -1,0 +1,363 @@
+"""One function per constraint family. Numbers (C1, ...) refer to the statement in `program.py`.
+
+Coefficients are counted here from the tasks of the cells (head groups, columns, experts), independently of
+`apex_opt.plan.memory`, so that the oracle can find fault with either. All are whole bytes: nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.evaluate import IMBALANCE
+from apex_opt.ir.formats import FORMATS, KV_BYTES
+from apex_opt.ir.model import DenseFfn
+from apex_opt.plan.memory import RUNTIME_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ortools.sat.python import cp_model
+
+    from apex_opt.evaluate import Instance
+    from apex_opt.ir.model import Block
+    from formulations.plan_space.variables import Variables
+
+    Family = Callable[[cp_model.CpModel, Instance, Variables], None]
+
+
+def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C1, C2: both cells are cut over the devices of a stage, and all stages of all replicas fit the cluster."""
+    gpus = instance.max_devices
+    model.add_allowed_assignments(
+        [v.replicas, v.stages, v.devices],
+        [
+            (r, s, g)
+            for s in range(1, min(gpus, instance.model.layers) + 1)
+            for g in range(1, gpus // s + 1)
+            for r in range(1, gpus // (s * g) + 1)
+        ],
+    )
+    pairs = [(dp, tp) for dp in range(1, gpus + 1) for tp in range(1, gpus // dp + 1)]
+    model.add_allowed_assignments([v.attention_dp, v.attention_tp, v.devices], [(d, t, d * t) for d, t in pairs])
+    experts = gpus if instance.model.is_moe else 1
+    model.add_allowed_assignments(
+        [v.ffn_dp, v.ffn_tp, v.ffn_ep, v.devices],
+        [(d, t, e, d * t * e) for d, t in pairs for e in range(1, min(experts, gpus // (d * t)) + 1)],
+    )
+
+
+def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C3: equal shards. Heads, columns and experts divide; KV heads divide or are copied a whole number of times."""
+    degrees = range(1, instance.max_devices + 1)
+    for block in _blocks(instance):
+        cell, ffn = block.attention, block.ffn
+        _allow(
+            model,
+            v.attention_tp,
+            (t for t in degrees if cell.query_heads % t == 0 and (cell.kv_heads % t == 0 or t % cell.kv_heads == 0)),
+        )
+        if isinstance(ffn, DenseFfn):
+            _allow(model, v.ffn_tp, (t for t in degrees if ffn.intermediate % t == 0))
+            model.add(v.ffn_ep == 1)
+            continue
+        _allow(model, v.ffn_tp, (t for t in degrees if ffn.expert_intermediate % t == 0))
+        _allow(model, v.ffn_ep, (e for e in degrees if ffn.experts % e == 0))
+        if ffn.shared_intermediate:
+            model.add_allowed_assignments(
+                [v.ffn_tp, v.ffn_ep],
+                [(t, e) for t in degrees for e in degrees if ffn.shared_intermediate % (t * e) == 0],
+            )
+
+
+def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C4: the GPU multiplies in the format, or expands it to one in which it does."""
+    gpu = instance.cluster.gpu
+    native = {"bf16", "fp16", "fp8"}
+    names = instance.weight_formats
+    _allow(model, v.formats, (i for i, name in enumerate(names) if name not in native or gpu.supports(name)))
+
+
+def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C7: the largest stage holds at most 3/2 of the mean layers."""
+    layers = instance.model.layers
+    most, of = IMBALANCE
+    counts = range(1, min(instance.max_devices, layers) + 1)
+    _allow(model, v.stages, (s for s in counts if s * -(-layers // s) * of <= most * layers))
+
+
+def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C6: the weights one token passes through can be read within the tightest limit on time per output token."""
+    limit = instance.decode_bytes_limit
+    if limit is None:
+        return
+    degrees = range(1, instance.max_devices + 1)
+    head = _table(model, "head", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
+    total = [head]
+    for u, run in enumerate(instance.model.runs):
+        block = run.block
+        attention = _table(
+            model,
+            f"attention_read_{u}",
+            [v.attention_tp, v.formats],
+            (
+                (t, f, _attention_bytes(block, t, name))
+                for t in degrees
+                for f, name in enumerate(instance.weight_formats)
+            ),
+        )
+        ffn = _table(
+            model,
+            f"ffn_read_{u}",
+            [v.ffn_tp, v.ffn_ep, v.formats],
+            (
+                (t, e, f, _ffn_bytes(block, t, e, name, touched=True))
+                for t, e in _shards(instance)
+                for f, name in enumerate(instance.weight_formats)
+            ),
+        )
+        total += [run.count * attention, run.count * ffn]
+    model.add(sum(total) <= limit)
+
+
+def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+    """C5: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
+    degrees = range(1, instance.max_devices + 1)
+    formats = list(enumerate(instance.weight_formats))
+    tokens = instance.kv_blocks_needed + 1  # one block is never handed out
+    tokens *= instance.settings.block_size
+    per_layer = []
+    for u, run in enumerate(instance.model.runs):
+        block = run.block
+        attention = _table(
+            model,
+            f"attention_bytes_{u}",
+            [v.attention_tp, v.formats],
+            (
+                (
+                    t,
+                    f,
+                    _attention_bytes(block, t, name)
+                    + 4 * block.hidden  # two norms of 16-bit weights
+                    + tokens * _kv_bytes(block, t, instance.kv_formats[f]),
+                )
+                for t in degrees
+                for f, name in formats
+            ),
+        )
+        ffn = _table(
+            model,
+            f"ffn_bytes_{u}",
+            [v.ffn_tp, v.ffn_ep, v.formats],
+            (
+                (t, e, f, _ffn_bytes(block, t, e, name, touched=False))
+                for t, e in _shards(instance)
+                for f, name in formats
+            ),
+        )
+        layer = model.new_int_var(0, 1 << 50, f"layer_bytes_{u}")
+        model.add(layer == attention + ffn)
+        per_layer.append(layer)
+    vocab = _table(model, "vocab_bytes", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
+    logits = _table(
+        model,
+        "logit_bytes",
+        [v.attention_dp],
+        ((d, 4 * instance.model.vocab * -(-instance.settings.max_num_seqs // d)) for d in degrees),
+    )
+    capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
+    norm = 2 * instance.model.hidden
+    copies = 1 if instance.model.tied_embeddings else 2
+    alone = model.new_bool_var("one_stage")
+    model.add(v.stages == 1).only_enforce_if(alone)
+    model.add(v.stages > 1).only_enforce_if(alone.negated())
+    kinds = _critical_stages(instance)
+    held = {
+        place: [_layers_held(model, instance, v, per_layer, f"{place}{i}", rows) for i, rows in enumerate(options)]
+        for place, options in kinds.items()
+    }
+    for workspace in _workspaces(model, instance, v):
+        for layers in held["first"]:
+            model.add(layers + copies * vocab + norm + workspace + logits <= capacity).only_enforce_if(alone)
+            model.add(layers + vocab + workspace <= capacity).only_enforce_if(alone.negated())
+        for layers in held["last"]:
+            model.add(layers + vocab + norm + workspace + logits <= capacity).only_enforce_if(alone.negated())
+        for layers in held["middle"]:
+            model.add(layers + workspace <= capacity)
+
+
+def _workspaces(
+    model: cp_model.CpModel, instance: Instance, v: Variables
+) -> Iterable[cp_model.LinearExprT]:
+    """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
+    degrees = range(1, instance.max_devices + 1)
+    batch = instance.settings.max_num_batched_tokens
+    blocks = _blocks(instance)
+    hidden = _table(
+        model, "hidden_bytes", [v.attention_dp], ((d, 4 * instance.model.hidden * -(-batch // d)) for d in degrees)
+    )
+    heads = _table(
+        model,
+        "attention_workspace",
+        [v.attention_dp, v.attention_tp],
+        (
+            (d, t, 2 * -(-batch // d) * max(_heads(b, t)[0] + 2 * _heads(b, t)[1] for b in blocks))
+            for d in degrees
+            for t in range(1, instance.max_devices // d + 1)
+        ),
+    )
+    ffn = _table(
+        model,
+        "ffn_workspace",
+        [v.ffn_dp, v.ffn_tp],
+        (
+            (d, t, 2 * -(-batch // d) * max(_ffn_width(b, t) for b in blocks))
+            for d in degrees
+            for t in range(1, instance.max_devices // d + 1)
+        ),
+    )
+    return hidden + heads, hidden + ffn
+
+
+def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, ...]]]]:
+    """Layers of each run held by the stages that can be the fullest, by number of stages.
+
+    First and last are told apart for the embedding and the LM head. A middle stage matters only where it holds more
+    of some run than the first one does, which needs layers that differ; there, all maximal ones are kept.
+    """
+    runs = [run.count for run in instance.model.runs]
+    first: dict[int, tuple[int, ...]] = {}
+    last: dict[int, tuple[int, ...]] = {}
+    middles: dict[int, list[tuple[int, ...]]] = {}
+    total = instance.model.layers
+    for stages in range(1, min(instance.max_devices, total) + 1):
+        base, more = divmod(total, stages)
+        ends = [0]
+        for stage in range(stages):
+            ends.append(ends[-1] + base + (stage < more))
+        held = [_overlaps(runs, lo, hi) for lo, hi in zip(ends, ends[1:], strict=False)]
+        first[stages], last[stages] = held[0], held[-1]
+        inner = {h for h in held[1:-1] if not _below(h, held[0])}
+        middles[stages] = [h for h in inner if not any(_below(h, o) for o in inner if o != h)]
+    width = max(map(len, middles.values()))
+    nothing = (0,) * len(runs)
+    middle = [
+        {s: (options[i] if i < len(options) else nothing) for s, options in middles.items()} for i in range(width)
+    ]
+    return {"first": [first], "last": [last], "middle": middle}
+
+
+def _overlaps(runs: Iterable[int], lo: int, hi: int) -> tuple[int, ...]:
+    """How many layers of each run lie in [lo, hi)."""
+    result, start = [], 0
+    for count in runs:
+        result.append(max(0, min(hi, start + count) - max(lo, start)))
+        start += count
+    return tuple(result)
+
+
+def _below(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def _layers_held(
+    model: cp_model.CpModel,
+    instance: Instance,
+    v: Variables,
+    per_layer: list[cp_model.IntVar],
+    name: str,
+    rows: dict[int, tuple[int, ...]],
+) -> cp_model.LinearExprT:
+    """Bytes of the layers on one stage: their number, which follows from the stages, times the bytes of one."""
+    total = []
+    for u, layer in enumerate(per_layer):
+        counts = _table(model, f"{name}_layers_{u}", [v.stages], ((s, held[u]) for s, held in rows.items()))
+        product = model.new_int_var(0, 1 << 56, f"{name}_bytes_{u}")
+        model.add_multiplication_equality(product, [counts, layer])
+        total.append(product)
+    return sum(total)
+
+
+def _table(
+    model: cp_model.CpModel, name: str, keys: list[cp_model.IntVar], rows: Iterable[tuple[int, ...]]
+) -> cp_model.IntVar:
+    """A variable that is a tabulated function of others; the last column is its value."""
+    table = list(rows)
+    values = sorted({row[-1] for row in table})
+    result = model.new_int_var(values[0], values[-1], name)
+    model.add_allowed_assignments([*keys, result], table)
+    return result
+
+
+def _allow(model: cp_model.CpModel, variable: cp_model.IntVar, values: Iterable[int]) -> None:
+    model.add_allowed_assignments([variable], [(value,) for value in values])
+
+
+def _blocks(instance: Instance) -> list[Block]:
+    return [run.block for run in instance.model.runs]
+
+
+def _shards(instance: Instance) -> list[tuple[int, int]]:
+    """Degrees (tp, ep) that could occur together."""
+    gpus = instance.max_devices
+    experts = gpus if instance.model.is_moe else 1
+    return [(t, e) for t in range(1, gpus + 1) for e in range(1, min(experts, gpus // t) + 1)]
+
+
+def _heads(block: Block, tp: int) -> tuple[int, int]:
+    """Widths of the query heads and of the KV heads in one attention shard."""
+    cell = block.attention
+    return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
+
+
+def _packed(weights: int, name: str) -> int:
+    bits = FORMATS[name].weight_bits
+    return -(-weights * bits.numerator // (8 * bits.denominator))
+
+
+def _attention_bytes(block: Block, tp: int, name: str) -> int:
+    """Weights of one attention shard: a column of Q and of O per query element, of K and V per KV element."""
+    cell = block.attention
+    query, kv = _heads(block, tp)
+    small = 2 * cell.head_dim * cell.qk_norm + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
+    return _packed(2 * cell.hidden * (query + kv), name) + 2 * small
+
+
+def _kv_bytes(block: Block, tp: int, name: str) -> int:
+    return 2 * _heads(block, tp)[1] * KV_BYTES[name]
+
+
+def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
+    """Weights of one FFN shard, or only those that a single token certainly touches."""
+    cell = block.ffn
+    matrices = 3 if cell.gated else 2
+    if isinstance(cell, DenseFfn):
+        columns = -(-cell.intermediate // tp)
+        bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
+        return _packed(matrices * columns * cell.hidden, name) + 2 * bias
+    experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
+    columns = experts * -(-cell.expert_intermediate // tp) + -(-cell.shared_intermediate // (tp * ep))
+    router = 0 if touched else 2 * cell.router_parameters
+    return _packed(matrices * columns * cell.hidden, name) + router
+
+
+def _ffn_width(block: Block, tp: int) -> int:
+    """Elements alive per token inside one FFN shard."""
+    cell = block.ffn
+    matrices = 3 if cell.gated else 2
+    if isinstance(cell, DenseFfn):
+        return matrices * -(-cell.intermediate // tp)
+    return cell.experts_per_token * (cell.hidden + matrices * -(-cell.expert_intermediate // tp))
+
+
+def _vocab_bytes(instance: Instance, tp: int) -> int:
+    return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
+
+
+FAMILIES: dict[str, Family] = {
+    "divisibility": tasks_divide,
+    "format": hardware_computes_format,
+    "memory": stage_fits_memory,
+    "bandwidth": weights_read_within_tpot,
+    "balance": stages_balance,
+}
+"""By the names of `apex_opt.evaluate.FAMILIES`; each can be built alone."""

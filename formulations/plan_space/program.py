@@ -1,0 +1,125 @@
+"""The plan space as a constraint program.
+
+Sets and parameters
+    N       GPUs offered; L layers; u = 1..U runs of identical blocks, n_u layers each
+    M       bytes of one GPU the engine may use, less the runtime
+    T       bytes a GPU can read within the tightest limit on time per output token (absent without such a limit)
+    W_u(t, f), F_u(t, e, f)   bytes of one attention shard and one FFN shard of a block of run u
+    K_u(t, f)                 bytes of the longest request's KV cache in one attention shard
+
+Variables
+    r       replicas              1..N
+    s       stages                1..min(N, L)
+    g       devices of a stage    1..N
+    ad, at  attention copies and shards; fd, ft, fe FFN copies, column shards and expert groups
+    f       format                index into the formats to choose from
+
+Constraints
+    C1  r * s * g <= N
+    C2  ad * at = g,  fd * ft * fe = g,  fe = 1 for a dense model
+    C3  equal shards (divisibility)
+    C4  the GPU computes in f (format)
+    C5  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
+        + embedding and LM head where they are + workspace(ad, at, fd, ft) <= M (memory)
+    C6  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
+    C7  s * ceil(L / s) <= 3/2 * L (balance)
+
+Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, layers
+are split evenly in one way, and identical blocks count once, so a deep model is no larger than a shallow one.
+All solutions are enumerated. The workload's other constraints are not linear in these choices and belong to the
+simulation.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ortools.sat.python import cp_model
+
+from apex_opt.errors import FormulationError
+from apex_opt.evaluate import FAMILIES, violations
+from formulations.plan_space.constraints import FAMILIES as BUILDERS
+from formulations.plan_space.constraints import cells_share_devices
+from formulations.plan_space.variables import Variables
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.evaluate import Instance
+    from apex_opt.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enumeration:
+    """Plans that satisfy the chosen families; `complete` unless a limit was hit."""
+
+    plans: tuple[Plan, ...]
+    complete: bool
+    wall_s: float
+
+
+class _Collector(cp_model.CpSolverSolutionCallback):
+    """Keeps every solution as a plan."""
+
+    def __init__(self, variables: Variables, instance: Instance) -> None:
+        super().__init__()
+        self.plans: list[Plan] = []
+        self._variables = variables
+        self._instance = instance
+
+    def on_solution_callback(self) -> None:
+        self.plans.append(self._variables.extract(self, self._instance))
+
+
+class PlanSpace:
+    """Enumerates plans; satisfies `apex_opt.search.Formulation`."""
+
+    def build(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[Any, Variables]:
+        """The model with C1, C2 and the chosen families, and its variables."""
+        model = cp_model.CpModel()
+        variables = Variables.create(model, instance)
+        cells_share_devices(model, instance, variables)
+        for name in families:
+            BUILDERS[name](model, instance, variables)
+        fault = model.validate()
+        if fault:
+            raise FormulationError(f"plan space: {fault}")
+        return model, variables
+
+    def enumerate(
+        self, instance: Instance, families: Sequence[str] = FAMILIES, time_limit_s: float | None = None
+    ) -> Enumeration:
+        """All plans that satisfy the chosen families, in a fixed order.
+
+        Raises
+        ------
+        FormulationError    the program and the oracle disagree on a plan
+        """
+        started = time.perf_counter()
+        model, variables = self.build(instance, families)
+        solver = cp_model.CpSolver()
+        solver.parameters.enumerate_all_solutions = True
+        solver.parameters.num_workers = 1
+        solver.parameters.random_seed = 0
+        if time_limit_s is not None:
+            solver.parameters.max_time_in_seconds = time_limit_s
+        collector = _Collector(variables, instance)
+        status = solver.solve(model, collector)
+        if status == cp_model.MODEL_INVALID:
+            raise FormulationError("plan space: the solver calls the model invalid")
+        plans = tuple(sorted(collector.plans, key=_order))
+        for plan in plans:
+            broken = [v for v in violations(instance, plan) if v.family in (*families, "devices")]
+            if broken:
+                raise FormulationError(f"plan space: {plan} breaks {broken[0].family}: {broken[0].text}")
+        return Enumeration(
+            plans=plans,
+            complete=status in (cp_model.OPTIMAL, cp_model.INFEASIBLE),
+            wall_s=time.perf_counter() - started,
+        )
+
+
+def _order(plan: Plan) -> tuple[Any, ...]:
+    return (plan.devices, plan.replicas, plan.stages, plan.attention, plan.ffn, plan.weight_format, plan.kv_format)

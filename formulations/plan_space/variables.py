@@ -1,0 +1,79 @@
+"""Decision variables of the plan space, and the way back from a solution to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from apex_opt.plan.plan import Plan, Template, even_split
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
+
+    from apex_opt.evaluate import Instance
+
+
+class Values(Protocol):
+    """A solver or a solution callback: anything that tells the value of a variable."""
+
+    def value(self, expression: cp_model.IntVar, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Variables:
+    """One integer per choice; see `program.py` for the symbols."""
+
+    replicas: cp_model.IntVar
+    stages: cp_model.IntVar
+    devices: cp_model.IntVar
+    attention_dp: cp_model.IntVar
+    attention_tp: cp_model.IntVar
+    ffn_dp: cp_model.IntVar
+    ffn_tp: cp_model.IntVar
+    ffn_ep: cp_model.IntVar
+    formats: cp_model.IntVar
+
+    @classmethod
+    def create(cls, model: cp_model.CpModel, instance: Instance) -> Variables:
+        """All variables with the bounds that the number of GPUs and layers gives."""
+        gpus = instance.max_devices
+        return cls(
+            replicas=model.new_int_var(1, gpus, "replicas"),
+            stages=model.new_int_var(1, min(gpus, instance.model.layers), "stages"),
+            devices=model.new_int_var(1, gpus, "devices"),
+            attention_dp=model.new_int_var(1, gpus, "attention_dp"),
+            attention_tp=model.new_int_var(1, gpus, "attention_tp"),
+            ffn_dp=model.new_int_var(1, gpus, "ffn_dp"),
+            ffn_tp=model.new_int_var(1, gpus, "ffn_tp"),
+            ffn_ep=model.new_int_var(1, gpus, "ffn_ep"),
+            formats=model.new_int_var(0, len(instance.weight_formats) - 1, "format"),
+        )
+
+    def extract(self, values: Values, instance: Instance) -> Plan:
+        """The plan that a solution stands for."""
+        chosen = values.value(self.formats)
+        return Plan(
+            replicas=values.value(self.replicas),
+            layers=even_split(instance.model.layers, values.value(self.stages)),
+            attention=Template(dp=values.value(self.attention_dp), tp=values.value(self.attention_tp)),
+            ffn=Template(
+                dp=values.value(self.ffn_dp), tp=values.value(self.ffn_tp), ep=values.value(self.ffn_ep)
+            ),
+            weight_format=instance.weight_formats[chosen],
+            kv_format=instance.kv_formats[chosen],
+        )
+
+    def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
+        """Pin every choice to a given plan."""
+        pairs = zip(instance.weight_formats, instance.kv_formats, strict=True)
+        for variable, value in (
+            (self.replicas, plan.replicas),
+            (self.stages, plan.stages),
+            (self.attention_dp, plan.attention.dp),
+            (self.attention_tp, plan.attention.tp),
+            (self.ffn_dp, plan.ffn.dp),
+            (self.ffn_tp, plan.ffn.tp),
+            (self.ffn_ep, plan.ffn.ep),
+            (self.formats, list(pairs).index((plan.weight_format, plan.kv_format))),
+        ):
+            model.add(variable == value)
