@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from apex_opt.cluster.toml_reader import TomlTable, read_toml
+from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.units import GB, GIB, MIB, TERA, ceil_div
@@ -60,13 +60,13 @@ def load_cluster(spec: str) -> Cluster:
     figures and their origin: `catalogue/*.toml`
     """
     if not isinstance(spec, str) or not spec.strip():
-        raise UsageError(f"cluster: expected {_FORM}, got {spec!r}")
+        raise UsageError(f"cluster: expected {_FORM}, got {shown(spec)}")
     text = spec.strip()
     if text.lower().endswith(".toml") or "/" in text or "\\" in text:
         return _from_file(Path(text))
     match = _SPEC.fullmatch(text.lower())
     if not match:
-        raise UsageError(f"cluster {spec!r}: expected {_FORM}")
+        raise UsageError(f"cluster {shown(spec)}: expected {_FORM}")
     counts = [_count(spec, part) for part in match.groups()[:2] if part is not None]
     base = _catalogued(_gpu_name(match[3]))
     gpus = counts[-1] if counts else 1
@@ -74,7 +74,7 @@ def load_cluster(spec: str) -> Cluster:
     if gpus > base.gpus_per_node:
         whole = min(ceil_div(nodes * gpus, base.gpus_per_node), MAX_GPUS // base.gpus_per_node)
         raise UsageError(
-            f"cluster {spec!r}: one node of {base.gpu.name} holds {base.gpus_per_node} GPUs, asked for {gpus}; "
+            f"cluster {shown(spec)}: one node of {base.gpu.name} holds {base.gpus_per_node} GPUs, asked for {gpus}; "
             f"write {whole}x{base.gpus_per_node}x{match[3]}, or describe such a node in a TOML file"
         )
     return replace(base, name=text.lower(), nodes=nodes, gpus_per_node=gpus)
@@ -84,7 +84,7 @@ def _count(spec: str, text: str) -> int:
     """A count in a spec, 1..MAX_GPUS."""
     if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= MAX_GPUS:
         return int(text)
-    raise UsageError(f"cluster {spec!r}: {text!r} must be a whole number from 1 to {MAX_GPUS}")
+    raise UsageError(f"cluster {shown(spec)}: {shown(text)} must be a whole number from 1 to {MAX_GPUS}")
 
 
 def _gpu_name(text: str) -> str:

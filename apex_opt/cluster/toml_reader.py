@@ -73,9 +73,9 @@ class TomlTable:
             return None
         value = self._table[field]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a number")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be a number")
         elif not low < value <= high or not math.isfinite(value):
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be above {low:g} and at most {high:g}")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be above {low:g} and at most {high:g}")
         else:
             return float(value)
         return None
@@ -86,9 +86,9 @@ class TomlTable:
             return None
         value = self._table[field]
         if isinstance(value, bool) or not isinstance(value, int):
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a whole number")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be a whole number")
         elif not low <= value <= high:
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be from {low} to {high}")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be from {low} to {high}")
         else:
             return value
         return None
@@ -99,9 +99,9 @@ class TomlTable:
             return None
         value = self._table[field]
         if not isinstance(value, str) or not value.strip():
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be text that is not empty")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be text that is not empty")
         elif choices and value not in choices:
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be one of {', '.join(choices)}")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be one of {', '.join(choices)}")
         else:
             return value
         return None
@@ -112,7 +112,7 @@ class TomlTable:
             return None
         value = self._table[field]
         if not isinstance(value, dict):
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a table")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be a table")
             return None
         return TomlTable(value, self._label(field), self.faults)
 
@@ -122,7 +122,7 @@ class TomlTable:
             return []
         value = self._table[field]
         if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-            self.faults.append(f"{self._label(field)} = {_shown(value)} must be a list of tables")
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be a list of tables")
             return []
         return [TomlTable(item, f"{self._label(field)}[{row}]", self.faults) for row, item in enumerate(value)]
 
@@ -136,7 +136,7 @@ class TomlTable:
         )
         if not good or len(value) < 2 or any(b <= a for a, b in pairwise(value)):
             self.faults.append(
-                f"{self._label(field)} = {_shown(value)} must be two or more rising numbers up to {high:g}"
+                f"{self._label(field)} = {shown(value)} must be two or more rising numbers up to {high:g}"
             )
             return []
         return [float(item) for item in value]
@@ -153,7 +153,7 @@ class TomlTable:
                 self.faults.append(f"{self._label(field)} is not a known field; allowed: {', '.join(self._asked)}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value short enough for one line."""
     try:
         text = repr(value)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 DTYPES: Final = ("bf16", "fp16", "fp8")
 """Number formats whose matrix throughput an accelerator may state."""
 
+_HUGE: Final = 1e30
+
 LINK_KINDS: Final = ("nvlink", "pcie", "infiniband", "ethernet")
 
 MAX_GPUS: Final = 65536
@@ -24,9 +26,9 @@ MAX_GPUS: Final = 65536
 
 def _figure(faults: list[str], name: str, value: object, *, zero: bool = False) -> None:
     """Note a figure that is not a finite positive number (or zero, where that is meant)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[operator, arg-type]
-        faults.append(f"{name} = {value!r} must be a finite number {'of at least' if zero else 'above'} 0")
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _HUGE and (value > 0 or zero):
+        return
+    faults.append(f"{name} = {shown(value)} must be a finite number {'of at least' if zero else 'above'} 0")
 
 
 def _refuse(what: str, faults: list[str]) -> None:
@@ -118,7 +120,7 @@ class Link:
         _figure(faults, "bytes_per_s", self.bytes_per_s)
         _figure(faults, "latency_s", self.latency_s, zero=True)
         if self.kind not in LINK_KINDS:
-            faults.append(f"kind = {self.kind!r} must be one of {', '.join(LINK_KINDS)}")
+            faults.append(f"kind = {shown(self.kind)} must be one of {', '.join(LINK_KINDS)}")
         _refuse("link", faults)
 
 
@@ -137,7 +139,7 @@ class Cluster:
         faults: list[str] = []
         for field, value in (("nodes", self.nodes), ("gpus_per_node", self.gpus_per_node)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_GPUS:
-                faults.append(f"{field} = {value!r} must be a whole number from 1 to {MAX_GPUS}")
+                faults.append(f"{field} = {shown(value)} must be a whole number from 1 to {MAX_GPUS}")
         if not faults and self.size > MAX_GPUS:
             faults.append(
                 f"{self.nodes} nodes x {self.gpus_per_node} GPUs = {self.size}, above the limit of {MAX_GPUS}"
@@ -162,7 +164,7 @@ class Cluster:
             raise UsageError("a group of GPUs must name at least one GPU")
         outside = [gpu for gpu in group if not 0 <= gpu < self.size]
         if outside:
-            raise UsageError(f"cluster {self.name!r} has GPUs 0..{self.size - 1}, the group names {outside[0]}")
+            raise UsageError(f"cluster {self.name!r} has GPUs 0..{self.size - 1}, the group names {shown(outside[0])}")
         node = group[0] // self.gpus_per_node
         if all(gpu // self.gpus_per_node == node for gpu in group):
             return self.intra

@@ -66,6 +66,7 @@ class Laws(NamedTuple):
     pair_rate: I64
     chunk_context_rate: I64
     transfer_ns: I64
+    copies: I64  # [stages, 1]
 
 
 class Requests(NamedTuple):
@@ -407,7 +408,8 @@ def advance_sync_nb(
             counts.decode[d] += 1
             counts.decode_context[d] += read
         else:
-            duration = laws.mixed_ns[0, tokens] + laws.sequence_ns[0, rows] + laws.attend_ns[0, d] + chunks_ns
+            duration = laws.mixed_ns[0, tokens] + laws.sequence_ns[0, rows] + laws.attend_ns[0, d]
+            duration += chunks_ns // min(laws.copies[0, 0], rows - d)
             duration += (context_rate[d] * read) >> RATE_BITS
             counts.sequences[rows] += 1
             counts.attend[d] += 1
@@ -638,10 +640,12 @@ def advance_queued_nb(
                         duration += laws.decode_ns[s, d]
                     else:
                         duration += laws.mixed_ns[s, tokens] + laws.sequence_ns[s, rows] + laws.attend_ns[s, d]
+                        chunks_ns = 0
                         for r in range(rows):
                             c = work.entering[r]
                             if c > 1:
-                                duration += chunk_time_nb(laws, s, c, computed[row[r] >> 1])
+                                chunks_ns += chunk_time_nb(laws, s, c, computed[row[r] >> 1])
+                        duration += chunks_ns // min(laws.copies[s, 0], rows - d)
                     if stage_free[s] > end:
                         end = stage_free[s]
                     end += duration

@@ -33,7 +33,9 @@ class BatchLaw:
       sequence with a chunk of `c > 1` tokens that holds `h` tokens once the batch is done,
       ``chunk_ns[c] + (pair_rate[c] * (c*h - c*(c-1)/2) + chunk_context_rate[c] * h >> 20)``
 
-    where ``c*h - c*(c-1)/2`` counts the query-key pairs of causal attention. `transfer_ns[t]` is what the activations
+    where ``c*h - c*(c-1)/2`` counts the query-key pairs of causal attention. Where attention has several copies, a
+    sequence belongs to one and prompts are computed side by side: the sum over chunks is divided, rounding down, by
+    the smaller of `copies` and the number of chunks. `transfer_ns[t]` is what the activations
     then need to reach the next stage; it delays the batch without occupying either stage.
 
     Parameters
@@ -41,6 +43,8 @@ class BatchLaw:
     decode_ns, sequence_ns, attend_ns, context_rate : int64[max_num_seqs + 1]
     mixed_ns, chunk_ns, pair_rate, chunk_context_rate, transfer_ns : int64[max_num_batched_tokens + 1]
         times in ns, rates in 2**-20 ns; all >= 0
+    copies : int
+        attention copies of the stage, >= 1
     """
 
     decode_ns: NDArray[np.int64]
@@ -52,10 +56,12 @@ class BatchLaw:
     pair_rate: NDArray[np.int64]
     chunk_context_rate: NDArray[np.int64]
     transfer_ns: NDArray[np.int64]
+    copies: int = 1
 
     def scaled(self, factor: int) -> BatchLaw:
         """The law with every time and rate multiplied by an integer."""
-        return BatchLaw(**{f.name: getattr(self, f.name) * factor for f in fields(self)})
+        tables = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name != "copies"}
+        return BatchLaw(**tables, copies=self.copies)
 
     def batch_ns(self, chunks: Sequence[tuple[int, int]]) -> int:
         """Time of a batch given as (tokens, tokens held once it is done) per sequence."""
@@ -66,12 +72,13 @@ class BatchLaw:
         if d == n:
             return int(self.decode_ns[n]) + attention
         total = int(self.mixed_ns[tokens]) + int(self.sequence_ns[n]) + int(self.attend_ns[d]) + attention
+        prompts = 0
         for c, held in chunks:
             if c > 1:
                 pairs = c * held - c * (c - 1) // 2
                 rates = int(self.pair_rate[c]) * pairs + int(self.chunk_context_rate[c]) * held
-                total += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
-        return total
+                prompts += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
+        return total + prompts // min(self.copies, n - d)
 
 
 def linear_law(

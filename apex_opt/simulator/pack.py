@@ -48,7 +48,8 @@ def run(
 
 def pack_laws(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace, blocks: int) -> kn.Laws:
     """Stack the stages' tables and refuse laws whose sums could leave 63 bits."""
-    packed = kn.Laws(**{f.name: _column([getattr(law, f.name) for law in laws]) for f in fields(BatchLaw)})
+    columns = {f.name: _column([getattr(law, f.name) for law in laws]) for f in fields(BatchLaw) if f.name != "copies"}
+    packed = kn.Laws(**columns, copies=_column([np.array([law.copies], np.int64) for law in laws]))
     held = int((trace.prompt + trace.output).max())
     chunk = settings.max_num_batched_tokens
     context = min(held * settings.max_num_seqs, max(blocks, 1) * settings.block_size)
@@ -61,6 +62,8 @@ def pack_laws(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace, 
             raise UsageError(f"{name}: a batch of this plan and trace would overflow 63 bits; use a shorter trace")
     if any(int(table.min()) < 0 for table in packed):
         raise UsageError("a batch law must not have negative times")
+    if int(packed.copies.min()) < 1:
+        raise UsageError("a batch law needs at least one attention copy")
     return packed
 
 

@@ -1,0 +1,86 @@
+"""Energy, arithmetic, traffic and time by operation of a simulated run, from its batch counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apex_opt.ir.formats import get_format
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from apex_opt.cost.model import CostModel, PlanCost
+    from apex_opt.plan.plan import Plan
+    from apex_opt.simulator.outcome import BatchCounts, Outcome
+
+_OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a run took, over all GPUs of the plan and from the first arrival to the last token.
+
+    Parameters
+    ----------
+    energy_j, idle_energy_j : float      idle is the part drawn whether or not anything ran
+    mfu, mbu : float                     share of peak arithmetic (of the plan's format) and of peak memory bandwidth
+    operations_s : mapping               mean time per GPU spent in each operation; "idle" is the rest
+    """
+
+    energy_j: float
+    idle_energy_j: float
+    mfu: float
+    mbu: float
+    operations_s: dict[str, float]
+
+
+def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> Usage:
+    """Multiply the counts of a run into energy, arithmetic, traffic and time.
+
+    Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
+    the stage. Energy is that of the operations above idle plus the idle draw of all devices for the whole run, so
+    bubbles and waits cost what they cost; GPUs of the cluster that the plan leaves out are not counted.
+    """
+    counts = law_counts(outcome.counts)
+    makespan_s = outcome.makespan_ns / NS_PER_S
+    flops = moved = joules = 0.0
+    seconds: dict[str, float] = {}
+    for parts in cost.parts:
+        for (operation, table), work in parts.items():
+            count = counts[table]
+            copies = plan.attention.dp if table in _OF_ONE_COPY else 1
+            devices = plan.stage_devices / copies
+            flops += devices * float(count @ work.flops)
+            moved += devices * float(count @ work.moved)
+            joules += devices * float(count @ work.joules)
+            spent = float(count @ work.seconds) / (copies * plan.stages * plan.replicas)
+            seconds[operation] = seconds.get(operation, 0.0) + spent
+    seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
+    gpu = model.cluster.gpu
+    dtype = "fp8" if get_format(plan.weight_format).activation == "fp8" else gpu.half_dtype
+    idle_j = model.profile.power.idle_w * plan.devices * makespan_s
+    device_s = max(plan.devices * makespan_s, 1e-12)
+    return Usage(
+        energy_j=joules + idle_j,
+        idle_energy_j=idle_j,
+        mfu=flops / (device_s * gpu.peak_flops_per_s(dtype)),
+        mbu=moved / (device_s * gpu.memory_bytes_per_s),
+        operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
+    )
+
+
+def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:
+    """How often each entry of each table of the law was used."""
+    return {
+        "decode_ns": counts.decode,
+        "sequence_ns": counts.sequences,
+        "attend_ns": counts.attend,
+        "context_rate": counts.decode_context + counts.attend_context,
+        "mixed_ns": counts.mixed,
+        "chunk_ns": counts.chunk,
+        "pair_rate": counts.chunk_pairs,
+        "chunk_context_rate": counts.chunk_context,
+    }

@@ -1,0 +1,79 @@
+"""The engine's own time: what a serving step takes beside the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.units import DATA_ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOverhead:
+    """Host and launch time of one engine kind, from `profiles/engines.toml`.
+
+    Parameters
+    ----------
+    name : str
+    step_s : float             of each batch where the next is formed while the last runs: what stays visible
+    blocking_step_s : float    of each batch where it is formed, launched and its tokens collected one after another
+    sequence_s : float         of each sequence of a batch: sampling and bookkeeping that grow with their number
+    mixed_step_s : float       more of a batch with a prefill chunk, which does not run as one captured graph
+    request_s : float          of each request on its way in and out of the server
+    captured_sizes : tuple     decode batches are padded up to the next of these numbers of sequences
+    source : str
+    """
+
+    name: str
+    step_s: float
+    blocking_step_s: float
+    sequence_s: float
+    mixed_step_s: float
+    request_s: float
+    captured_sizes: tuple[int, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        for field in ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "request_s"):
+            value = getattr(self, field)
+            if not math.isfinite(value) or value < 0:
+                raise InputError(f"engine {self.name}: {field} = {value!r} must be a finite number of at least 0")
+
+
+def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
+    """The overhead of an engine kind by name.
+
+    Raises
+    ------
+    UnknownNameError    not in the table
+    """
+    engines = _read(path or DATA_ROOT / "profiles" / "engines.toml")
+    if name not in engines:
+        raise UnknownNameError("engine", name, engines)
+    entry = engines[name]
+    return EngineOverhead(
+        name=name,
+        step_s=entry["step_us"] * 1e-6,
+        blocking_step_s=entry["blocking_step_us"] * 1e-6,
+        sequence_s=entry["sequence_us"] * 1e-6,
+        mixed_step_s=entry["mixed_step_us"] * 1e-6,
+        request_s=entry["request_us"] * 1e-6,
+        captured_sizes=tuple(
+            size for first, last, step in entry["captured"] for size in range(first, last + 1, step)
+        ),
+        source=entry["source"],
+    )
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    import tomllib
+
+    with path.open("rb") as file:
+        return tomllib.load(file)

@@ -1,0 +1,166 @@
+"""From a plan to the batch law of each of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.cost.cells import Operations, Parts, Tables, merged, times
+from apex_opt.cost.work import Work
+from apex_opt.plan.layout import Layout
+from apex_opt.plan.memory import stage_runs
+from apex_opt.profiles import load_collectives, load_profile
+from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from numpy.typing import NDArray
+
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.cost.work import Floats
+    from apex_opt.ir.model import Block, Model, Run
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan
+
+_BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
+_BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
+_RATES = ("context_rate", "pair_rate", "chunk_context_rate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanCost:
+    """Batch laws of a plan, and the operations they are made of.
+
+    Parameters
+    ----------
+    laws : tuple of BatchLaw, one per stage
+    parts : tuple of Parts, one per stage       work per (operation, table), on the busiest device
+    request_ns : int                            time of a request outside the engine, on its way in and out
+    """
+
+    laws: tuple[BatchLaw, ...]
+    parts: tuple[Parts, ...]
+    request_ns: int
+
+
+class CostModel:
+    """Costs of plans for one model on one cluster; tables of cells that plans share are computed once.
+
+    Parameters
+    ----------
+    model, cluster, settings
+    overhead : EngineOverhead    the engine's own time
+
+    Raises
+    ------
+    InputError, UnknownNameError    profiles of the GPU that cannot be read
+    """
+
+    def __init__(self, model: Model, cluster: Cluster, settings: EngineSettings, overhead: EngineOverhead) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.settings = settings
+        self.overhead = overhead
+        self.profile = load_profile(cluster.gpu)
+        self.collectives = load_collectives(cluster)
+        tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
+        sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
+        self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
+        self._operations = Operations(self.tables, self.profile, self.collectives)
+        self._cache: dict[Hashable, Parts] = {}
+        self._laws: dict[Hashable, tuple[BatchLaw, Parts]] = {}
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the figures behind the costs come from, per operation."""
+        links = {f"{name}": text for name, text in self.collectives.provenance.items() if name.startswith("all_reduce")}
+        return {**self.profile.provenance, **links, f"engine ({self.overhead.name})": self.overhead.source}
+
+    def plan_cost(self, plan: Plan) -> PlanCost:
+        """Laws and operations of every stage of a plan."""
+        layout = Layout.of(plan, self.cluster)
+        stages = stage_runs(self.model, plan.layers)
+        built = [
+            self._stage(plan, layout, runs, index == 0, index == len(stages) - 1) for index, runs in enumerate(stages)
+        ]
+        return PlanCost(
+            laws=tuple(law for law, _ in built),
+            parts=tuple(parts for _, parts in built),
+            request_ns=round(self.overhead.request_s * NS_PER_S),
+        )
+
+    def _stage(
+        self, plan: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool
+    ) -> tuple[BatchLaw, Parts]:
+        key = (plan.attention, plan.ffn, plan.weight_format, plan.kv_format, layout, runs, first, last)
+        if key not in self._laws:
+            parts = [times(self._block(plan, layout, run.block), run.count) for run in runs]
+            ops = self._operations
+            if first:
+                parts.append(ops.embedding(self.model, plan.attention, layout))
+            if last:
+                parts.append(ops.head(self.model, plan.attention, layout))
+            total = merged(*parts, self._own_time())
+            transfer = np.zeros(len(self.tables.tokens))
+            if not last:
+                transfer = ops.transfer(self.model, plan.attention, layout.stage_link(self.cluster))
+            self._laws[key] = self._law(total, transfer, plan.attention.dp), total
+        return self._laws[key]
+
+    def _block(self, plan: Plan, layout: Layout, block: Block) -> Parts:
+        """One layer; attention, FFN and the collectives between them are shared among plans separately."""
+        ops = self._operations
+        key: tuple[Hashable, ...] = (block.attention, plan.attention, plan.weight_format, plan.kv_format)
+        if key not in self._cache:
+            self._cache[key] = ops.attention(block.attention, plan.attention, plan.weight_format, plan.kv_format)
+        attention = self._cache[key]
+        key = (block.ffn, plan.attention.dp, plan.ffn, plan.weight_format)
+        if key not in self._cache:
+            self._cache[key] = ops.ffn(block.ffn, plan.attention, plan.ffn, plan.weight_format)
+        ffn = self._cache[key]
+        key = (block.ffn.hidden, plan.attention, plan.ffn, layout)
+        if key not in self._cache:
+            self._cache[key] = ops.reshards(block.ffn, plan.attention, plan.ffn, layout)
+        return merged(attention, ffn, self._cache[key])
+
+    def _own_time(self) -> Parts:
+        """The engine's own time in every batch."""
+        overhead, tables, power = self.overhead, self.tables, self.profile.power
+        step_s = overhead.step_s if self.settings.async_scheduling else overhead.blocking_step_s
+        sequences = np.where(tables.sequences > 0, overhead.sequence_s * tables.sequences, 0.0)
+        mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
+        decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
+        return {
+            ("engine", "decode_ns"): Work.waiting(power, decode),
+            ("engine", "sequence_ns"): Work.waiting(power, sequences),
+            ("engine", "mixed_ns"): Work.waiting(power, mixed),
+        }
+
+    def _law(self, parts: Parts, transfer: Floats, copies: int) -> BatchLaw:
+        """Sum the operations into integer tables."""
+        sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
+        sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
+        seconds = {name: np.zeros(size) for name, size in sizes.items()}
+        for (_, table), work in parts.items():
+            seconds[table] += work.seconds
+        tables = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
+        return BatchLaw(**tables, transfer_ns=_integers(transfer, False), copies=copies)
+
+
+def _integers(seconds: Floats, rate: bool) -> NDArray[np.int64]:
+    scale = NS_PER_S * (1 << RATE_BITS) if rate else NS_PER_S
+    return np.rint(seconds * scale).astype(np.int64)
+
+
+def _padded(sequences: NDArray[np.int64], captured: tuple[int, ...], most: int) -> NDArray[np.int64]:
+    """Sequences each decode batch is computed as: the next captured size, or itself beyond the largest."""
+    if not captured:
+        return sequences
+    sizes = np.array([0, *captured], np.int64)
+    place = np.searchsorted(sizes, sequences)
+    return np.minimum(np.where(place < len(sizes), sizes[np.minimum(place, len(sizes) - 1)], sequences), most)

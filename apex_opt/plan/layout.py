@@ -1,0 +1,62 @@
+"""Where a plan's groups sit when they are placed one after another, as engines do by default.
+
+Ranks are dealt to GPUs in order: replica by replica, stage by stage. A stage group stays inside a node where the nodes
+have room for all groups that way; else groups follow each other without gaps and some span nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apex_opt.units import ceil_div
+
+if TYPE_CHECKING:
+    from apex_opt.cluster.types import Cluster, Link
+    from apex_opt.plan.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Spans of the worst-placed groups of a plan.
+
+    Parameters
+    ----------
+    gpus_per_node : int
+    packed : bool               every stage group lies inside one node
+    stage_devices, stages : int
+    """
+
+    gpus_per_node: int
+    packed: bool
+    stage_devices: int
+    stages: int
+
+    @classmethod
+    def of(cls, plan: Plan, cluster: Cluster) -> Layout:
+        """The default layout of a plan on a cluster."""
+        per_node = cluster.gpus_per_node // plan.stage_devices
+        groups = plan.replicas * plan.stages
+        return cls(
+            gpus_per_node=cluster.gpus_per_node,
+            packed=per_node * cluster.nodes >= groups,
+            stage_devices=plan.stage_devices,
+            stages=plan.stages,
+        )
+
+    def nodes_spanned(self, ranks: int) -> int:
+        """Nodes that a group of consecutive ranks of a stage touches, at worst."""
+        if ranks == 1 or self.packed:
+            return 1
+        if self.gpus_per_node % ranks == 0 and self.stage_devices % ranks == 0:
+            return 1  # aligned to the node
+        aligned = ranks % self.gpus_per_node == 0 and self.stage_devices % self.gpus_per_node == 0
+        return min(ranks, ceil_div(ranks, self.gpus_per_node) + (0 if aligned else 1))
+
+    def stage_link(self, cluster: Cluster) -> Link:
+        """Link between consecutive stages: inside a node only where all stages of a replica share one."""
+        groups = max(1, self.gpus_per_node // self.stage_devices)
+        together = self.packed and self.stages <= groups and groups % self.stages == 0
+        if together or cluster.inter is None:
+            return cluster.intra
+        return cluster.inter

@@ -1,0 +1,161 @@
+"""Energy of an operation from its time, arithmetic and traffic, fitted on measured energies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from apex_opt.cluster.types import Gpu
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerModel:
+    """Energy = (idle_w + active_w) time + joule_per_flop FLOP + joule_per_byte bytes, at most limit_w time.
+
+    `idle_w` is drawn at all times, `active_w` on top of it while a kernel runs.
+    """
+
+    idle_w: float
+    active_w: float
+    joule_per_flop: Mapping[str, float]
+    joule_per_byte: float
+    limit_w: float
+    provenance: str
+
+    def energy_j(self, time_s: ArrayLike, flops: ArrayLike, moved_bytes: ArrayLike, dtype: str) -> NDArray[np.float64]:
+        """Energy of an operation.
+
+        Parameters
+        ----------
+        time_s, flops, moved_bytes : float64[...]       time, arithmetic and device-memory traffic, of one shape
+        dtype : str                                     format of the arithmetic
+
+        Returns
+        -------
+        float64[...]                                    joules, idle draw included
+
+        Raises
+        ------
+        UsageError      a format the accelerator does not compute in
+        """
+        if dtype not in self.joule_per_flop:
+            raise UsageError(f"no energy per FLOP in {dtype}: the model has {', '.join(self.joule_per_flop)}")
+        time = np.asarray(time_s, dtype=np.float64)
+        work = self.joule_per_flop[dtype] * np.asarray(flops, dtype=np.float64)
+        work = work + self.joule_per_byte * np.asarray(moved_bytes, dtype=np.float64)
+        return np.asarray(np.minimum((self.idle_w + self.active_w) * time + work, self.limit_w * time))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerFit:
+    """Coefficients fitted on one accelerator, and the relative errors on the samples they came from."""
+
+    active_w: float
+    joule_per_flop_half: float
+    joule_per_flop_fp8: float
+    joule_per_byte: float
+    errors: tuple[float, ...]
+
+
+def fit_power(
+    time_s: NDArray[np.float64],
+    work: NDArray[np.float64],
+    energy_j: NDArray[np.float64],
+    idle_w: float,
+    limit_w: float,
+) -> PowerFit:
+    """Non-negative coefficients of time, 16-bit FLOP, fp8 FLOP and bytes that explain the energies.
+
+    Parameters
+    ----------
+    time_s, energy_j : float64[n]       per sample, one call of an operation
+    work : float64[n, 3]                16-bit FLOP, fp8 FLOP, bytes
+    idle_w, limit_w : float             known draw at rest; board limit
+
+    Notes
+    -----
+    Least squares on relative errors. A sample at the limit only says that the free draw is at least the limit, as the
+    board then slows its clock; such samples count as far as the model falls short of them. Measured means above the
+    limit (short kernels between two readings of the counter) are taken as the limit.
+    """
+    energy = np.minimum(energy_j, limit_w * time_s)
+    at_limit = energy >= 0.97 * limit_w * time_s
+    columns = np.column_stack([time_s, work]) / energy[:, None]
+    target = (energy - idle_w * time_s) / energy
+    used = np.ones(len(energy), dtype=bool)
+    coefficients = np.zeros(4)
+    for _ in range(20):
+        coefficients = _non_negative(columns[used], target[used])
+        now = ~at_limit | (columns @ coefficients < target)
+        if bool((now == used).all()) or not now.any():
+            break
+        used = now
+    predicted = np.minimum(work @ coefficients[1:] + (idle_w + coefficients[0]) * time_s, limit_w * time_s)
+    return PowerFit(
+        active_w=float(coefficients[0]),
+        joule_per_flop_half=float(coefficients[1]),
+        joule_per_flop_fp8=float(coefficients[2]),
+        joule_per_byte=float(coefficients[3]),
+        errors=tuple((predicted / energy - 1).tolist()),
+    )
+
+
+def _non_negative(columns: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares with no coefficient below zero: the best of all subsets of the few columns."""
+    best, best_error = np.zeros(columns.shape[1]), float(target @ target)
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    for count in range(1, columns.shape[1] + 1):
+        for subset in combinations(range(columns.shape[1]), count):
+            chosen = list(subset)
+            solution = np.linalg.lstsq(columns[:, chosen] / scale[chosen], target, rcond=None)[0] / scale[chosen]
+            error = float(((columns[:, chosen] @ solution - target) ** 2).sum())
+            if (solution >= 0).all() and error < best_error:
+                best, best_error = np.zeros(columns.shape[1]), error
+                best[chosen] = solution
+    return best
+
+
+def scale_power(
+    fit: PowerFit, fitted_on: tuple[float, float, Mapping[str, float]], gpu: Gpu, provenance: str
+) -> PowerModel:
+    """The fit as a model of an accelerator.
+
+    Parameters
+    ----------
+    fitted_on : (tdp_w, memory_bytes_per_s, flops_per_s by format)      the accelerator of the fit
+
+    Notes
+    -----
+    Derived: the same share of peak throughput draws the same share of the power limit.
+    """
+    tdp_w, memory_bytes_per_s, flops_per_s = fitted_on
+    limit = gpu.tdp_w / tdp_w
+    half = flops_per_s["bf16"] if "bf16" in flops_per_s else flops_per_s["fp16"]
+    per_flop: dict[str, float] = {}
+    for dtype, peak in gpu.flops_per_s:
+        if dtype == "fp8":
+            # Where the fit has no fp8, the share of the limit that 16-bit work draws stands in.
+            joule, reference = fit.joule_per_flop_fp8, flops_per_s.get("fp8", half)
+            if joule <= 0:
+                joule, reference = fit.joule_per_flop_half, half
+        else:
+            joule, reference = fit.joule_per_flop_half, half
+        per_flop[dtype] = joule * limit * reference / peak
+    return PowerModel(
+        idle_w=gpu.idle_w,
+        active_w=fit.active_w * limit,
+        joule_per_flop=per_flop,
+        joule_per_byte=fit.joule_per_byte * limit * memory_bytes_per_s / gpu.memory_bytes_per_s,
+        limit_w=gpu.tdp_w,
+        provenance=provenance,
+    )
