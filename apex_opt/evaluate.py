@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Attention, Ffn, Model
     from apex_opt.plan.engine import EngineSettings
 
-FAMILIES: Final = ("divisibility", "format", "memory", "bandwidth", "balance")
+FAMILIES: Final = ("divisibility", "format", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""
 
 IMBALANCE: Final = (3, 2)
@@ -39,8 +39,8 @@ class Instance:
     model, cluster, settings
     longest_tokens : int          tokens the longest request holds in the KV cache, >= 1
     tpot_limit_ns : int or None   tightest limit any SLO sets on time per output token
-    weight_formats : tuple of str formats to choose from, keys of `FORMATS`
-    kv_format : str or None       KV format of all plans; None follows the weights
+    weight_formats, kv_formats : tuple of str
+                                  formats to choose from, keys of `FORMATS`, each with its KV format
     max_devices : int             GPUs a plan may take, at most the cluster's
     """
 
@@ -90,7 +90,7 @@ class Violation:
 
 def violations(instance: Instance, plan: Plan) -> tuple[Violation, ...]:
     """Every constraint family the plan breaks, in the order of `FAMILIES`; "devices" comes first where it applies."""
-    checks = (_devices, _divisibility, _format, _memory, _bandwidth, _balance)
+    checks = (_devices, _divisibility, _format, _balance, _memory, _bandwidth)
     found = []
     for check in checks:
         text = next(check(instance, plan), None)

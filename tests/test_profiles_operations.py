@@ -303,6 +303,12 @@ def test_an_accelerator_brings_its_own_tables_and_the_rest_is_derived(tmp_path: 
     assert mine.provenance["memory"].startswith("derived from the efficiencies of profiles/h200-sxm/memory.csv")
 
 
+def test_borrowed_tables_are_not_called_measured() -> None:
+    faster = load_profile(replace(H200.gpu, name="h200-fast", memory_bytes_per_s=5.5e12))
+    assert faster.provenance["gemm"].startswith("derived from the efficiencies of profiles/h200-sxm/gemm.csv")
+    assert faster.gemm_time_s("bf16", 1, 57344, 8192) < H200.gemm_time_s("bf16", 1, 57344, 8192)
+
+
 def test_a_profile_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown profile of h200-sxm-141gb 'h200-sxn'; did you mean h200-sxm"):
         load_profile(replace(H200.gpu, profile="h200-sxn"))

@@ -97,7 +97,9 @@ class CostModel:
     def _stage(
         self, plan: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool
     ) -> tuple[BatchLaw, Parts]:
-        key = (plan.attention, plan.ffn, plan.weight_format, plan.kv_format, layout, runs, first, last)
+        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        key = (plan.attention, plan.ffn, plan.weight_format, plan.kv_format, layout, runs, first, last, overlapped)
         if key not in self._laws:
             parts = [times(self._block(plan, layout, run.block), run.count) for run in runs]
             ops = self._operations
@@ -105,7 +107,7 @@ class CostModel:
                 parts.append(ops.embedding(self.model, plan.attention, layout))
             if last:
                 parts.append(ops.head(self.model, plan.attention, layout))
-            total = merged(*parts, self._own_time())
+            total = merged(*parts, self._own_time(overlapped))
             transfer = np.zeros(len(self.tables.tokens))
             if not last:
                 transfer = ops.transfer(self.model, plan.attention, layout.stage_link(self.cluster))
@@ -128,10 +130,10 @@ class CostModel:
             self._cache[key] = ops.reshards(block.ffn, plan.attention, plan.ffn, layout)
         return merged(attention, ffn, self._cache[key])
 
-    def _own_time(self) -> Parts:
+    def _own_time(self, overlapped: bool) -> Parts:
         """The engine's own time in every batch."""
         overhead, tables, power = self.overhead, self.tables, self.profile.power
-        step_s = overhead.step_s if self.settings.async_scheduling else overhead.blocking_step_s
+        step_s = overhead.step_s if overlapped else overhead.blocking_step_s
         sequences = np.where(tables.sequences > 0, overhead.sequence_s * tables.sequences, 0.0)
         mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
         decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences

@@ -102,10 +102,12 @@ class Profile:
         )
 
     def _origin(self, table: str, own: Tables | None, reference: Tables) -> str:
-        """Where one operation's figures come from."""
-        if own is not None:
-            return f"measured (profiles/{own.card.name}/{own.files[table]})"
-        file = f"profiles/{reference.card.name}/{reference.files[table]}"
+        """Where one operation's figures come from: measured only if this is the accelerator the card describes."""
+        tables = own or reference
+        file = f"profiles/{tables.card.name}/{tables.files[table]}"
+        card = (tables.card.memory_bytes_per_s, dict(tables.card.flops_per_s))
+        if own is not None and card == (self.gpu.memory_bytes_per_s, dict(self.gpu.flops_per_s)):
+            return f"measured ({file})"
         return f"derived from the efficiencies of {file} on the datasheet of {self.gpu.name}"
 
     def _surface(self, kind: str, dtype: str, own: Tables | None, reference: Tables) -> Surface:

@@ -49,44 +49,55 @@ def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variable
 def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
     """C3: equal shards. Heads, columns and experts divide; KV heads divide or are copied a whole number of times."""
     degrees = range(1, instance.max_devices + 1)
+    _allow(model, v.attention_tp, (t for t in degrees if heads_divide(instance, t)))
+    model.add_allowed_assignments(
+        [v.ffn_tp, v.ffn_ep], [(t, e) for t, e in _shards(instance) if columns_divide(instance, t, e)]
+    )
+
+
+def heads_divide(instance: Instance, tp: int) -> bool:
+    """Whether attention shards are equal in every block."""
+    cells = [block.attention for block in _blocks(instance)]
+    return all(c.query_heads % tp == 0 and (c.kv_heads % tp == 0 or tp % c.kv_heads == 0) for c in cells)
+
+
+def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
+    """Whether FFN shards are equal in every block."""
     for block in _blocks(instance):
-        cell, ffn = block.attention, block.ffn
-        _allow(
-            model,
-            v.attention_tp,
-            (t for t in degrees if cell.query_heads % t == 0 and (cell.kv_heads % t == 0 or t % cell.kv_heads == 0)),
-        )
+        ffn = block.ffn
         if isinstance(ffn, DenseFfn):
-            _allow(model, v.ffn_tp, (t for t in degrees if ffn.intermediate % t == 0))
-            model.add(v.ffn_ep == 1)
-            continue
-        _allow(model, v.ffn_tp, (t for t in degrees if ffn.expert_intermediate % t == 0))
-        _allow(model, v.ffn_ep, (e for e in degrees if ffn.experts % e == 0))
-        if ffn.shared_intermediate:
-            model.add_allowed_assignments(
-                [v.ffn_tp, v.ffn_ep],
-                [(t, e) for t in degrees for e in degrees if ffn.shared_intermediate % (t * e) == 0],
-            )
+            if ep > 1 or ffn.intermediate % tp:
+                return False
+        elif ffn.experts % ep or ffn.expert_intermediate % tp or ffn.shared_intermediate % (tp * ep):
+            return False
+    return True
+
+
+def computes(instance: Instance, weight_format: str) -> bool:
+    """Whether the GPU multiplies in the format, or expands it to one in which it does."""
+    return weight_format not in ("bf16", "fp16", "fp8") or instance.cluster.gpu.supports(weight_format)
+
+
+def balanced(instance: Instance, stages: int) -> bool:
+    """Whether the largest of so many stages holds at most 3/2 of the mean layers."""
+    layers = instance.model.layers
+    return stages * -(-layers // stages) * IMBALANCE[1] <= IMBALANCE[0] * layers
 
 
 def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
     """C4: the GPU multiplies in the format, or expands it to one in which it does."""
-    gpu = instance.cluster.gpu
-    native = {"bf16", "fp16", "fp8"}
     names = instance.weight_formats
-    _allow(model, v.formats, (i for i, name in enumerate(names) if name not in native or gpu.supports(name)))
+    _allow(model, v.formats, (i for i, name in enumerate(names) if computes(instance, name)))
 
 
 def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
-    """C7: the largest stage holds at most 3/2 of the mean layers."""
-    layers = instance.model.layers
-    most, of = IMBALANCE
-    counts = range(1, min(instance.max_devices, layers) + 1)
-    _allow(model, v.stages, (s for s in counts if s * -(-layers // s) * of <= most * layers))
+    """C5: the largest stage holds at most 3/2 of the mean layers."""
+    counts = range(1, min(instance.max_devices, instance.model.layers) + 1)
+    _allow(model, v.stages, (s for s in counts if balanced(instance, s)))
 
 
 def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
-    """C6: the weights one token passes through can be read within the tightest limit on time per output token."""
+    """C7: the weights one token passes through can be read within the tightest limit on time per output token."""
     limit = instance.decode_bytes_limit
     if limit is None:
         return
@@ -120,7 +131,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
 
 
 def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
-    """C5: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
+    """C6: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
     degrees = range(1, instance.max_devices + 1)
     formats = list(enumerate(instance.weight_formats))
     tokens = instance.kv_blocks_needed + 1  # one block is never handed out

@@ -19,14 +19,15 @@ Constraints
     C2  ad * at = g,  fd * ft * fe = g,  fe = 1 for a dense model
     C3  equal shards (divisibility)
     C4  the GPU computes in f (format)
-    C5  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
+    C5  s * ceil(L / s) <= 3/2 * L (balance)
+    C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
         + embedding and LM head where they are + workspace(ad, at, fd, ft) <= M (memory)
-    C6  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
-    C7  s * ceil(L / s) <= 3/2 * L (balance)
+    C7  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
 
 Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, layers
 are split evenly in one way, and identical blocks count once, so a deep model is no larger than a shallow one.
-All solutions are enumerated. The workload's other constraints are not linear in these choices and belong to the
+All solutions are enumerated. C1 to C5 bind few variables at a time, so how many plans satisfy a prefix of them is a
+sum of products and is counted rather than enumerated. The workload's other constraints are not linear in these choices and belong to the
 simulation.
 """
 
@@ -40,6 +41,7 @@ from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
 from apex_opt.evaluate import FAMILIES, violations
+from formulations.plan_space import counting
 from formulations.plan_space.constraints import FAMILIES as BUILDERS
 from formulations.plan_space.constraints import cells_share_devices
 from formulations.plan_space.variables import Variables
@@ -87,6 +89,10 @@ class PlanSpace:
         if fault:
             raise FormulationError(f"plan space: {fault}")
         return model, variables
+
+    def count(self, instance: Instance, families: Sequence[str]) -> int:
+        """Number of plans that satisfy some of "divisibility", "format" and "balance", without listing them."""
+        return counting.count(instance, families)
 
     def enumerate(
         self, instance: Instance, families: Sequence[str] = FAMILIES, time_limit_s: float | None = None

@@ -1,0 +1,6 @@
+"""The search: which plan is best, and the proof that nothing in the space is better."""
+
+from apex_opt.search.objective import Objective, load_objective
+from apex_opt.search.search import Answer, Candidate, Certificate, Evaluator, Question, judged, search
+
+__all__ = ["Answer", "Candidate", "Certificate", "Evaluator", "Objective", "Question", "judged", "load_objective", "search"]

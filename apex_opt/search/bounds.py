@@ -1,0 +1,108 @@
+"""Lower bounds on what a plan can reach, without simulating it.
+
+Why they are admissible. A batch that holds a sequence takes at least the least any batch takes, plus that sequence's
+own attention at the lowest rate in the tables; other sequences only add. A stage runs one batch at a time and the next
+token of a sequence needs its last one, so a request cannot take less than its own batches one after the other. Waiting
+in queues, preemption and routing only add. Where tables are not monotone their least entries are taken.
+Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.simulator.law import RATE_BITS
+from apex_opt.simulator.outcome import BatchCounts, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFloor:
+    """Least times of one stage.
+
+    `batch_ns` of any batch; `token_ns` of a prompt token within the batch that computes it; `pair_rate` of a query-key
+    pair and `context_rate` of a token of decode context, in 2**-20 ns.
+    """
+
+    batch_ns: int
+    token_ns: float
+    pair_rate: int
+    context_rate: int
+
+    @classmethod
+    def of(cls, law: BatchLaw) -> StageFloor:
+        """The floor of a batch law."""
+        mixed = law.mixed_ns[2:]
+        tokens = np.arange(2, len(law.mixed_ns))
+        single = int(law.decode_ns[1:].min())
+        least = min(single, int(mixed.min())) if len(mixed) else single
+        context = int(law.context_rate[1:].min())
+        chunks = law.pair_rate[2:]
+        # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].
+        per_token = float((law.decode_ns[1:] / np.arange(1, len(law.decode_ns))).min())
+        if len(mixed):
+            per_token = min(per_token, float((mixed / tokens).min()))
+        pair = min(context, int(chunks.min()) // law.copies) if len(chunks) else context
+        return cls(batch_ns=least, token_ns=per_token, pair_rate=pair, context_rate=context)
+
+
+def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -> Outcome:
+    """Times that no request can beat, in the form of a run: arrivals as given, first and last token as early as could be.
+
+    Parameters
+    ----------
+    settings, laws, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where
+        batches still run one after the other
+
+    Returns
+    -------
+    Outcome    per request lower bounds of the times since its arrival; counts are empty
+    """
+    floors = [StageFloor.of(law) for law in laws]
+    prompt, generated = trace.prompt, np.minimum(trace.output, settings.max_model_len - trace.prompt)
+    pairs = prompt * (prompt + 1) // 2
+    all_batches = sum(f.batch_ns for f in floors)
+    first = np.zeros(len(trace), np.int64)
+    for floor in floors:
+        own = np.maximum(np.floor(prompt * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
+        own = own + _scaled(pairs, floor.pair_rate) - _chunks(prompt)
+        # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
+        first = np.maximum(first, own + all_batches - floor.batch_ns)
+    steps = generated - 1
+    # Token j + 1 is computed over a context of prompt + j tokens.
+    context = steps * prompt + steps * (steps + 1) // 2
+    rest = steps * sum(f.batch_ns for f in floors)
+    for floor in floors:
+        rest = rest + np.maximum(_scaled(context, floor.context_rate) - steps, 0)  # each batch rounds down by < 1 ns
+    arrival = trace.arrival_ns
+    return Outcome(
+        arrival_ns=arrival,
+        first_token_ns=arrival + np.maximum(first, 0),
+        finish_ns=arrival + np.maximum(first, 0) + rest,
+        preemptions=0,
+        batches=0,
+        busy_ns=np.zeros((1, len(laws)), np.int64),
+        counts=BatchCounts.empty(settings),
+    )
+
+
+def _scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
+    """amount x rate / 2**20, rounded down; in two halves, so that no product leaves 63 bits."""
+    high, low = amount >> RATE_BITS, amount & ((1 << RATE_BITS) - 1)
+    return high * rate + (low * rate >> RATE_BITS)
+
+
+def _chunks(prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most nanoseconds that rounding down once a chunk can lose over a whole prompt, where chunks may be one token."""
+    return np.asarray(prompt + 1)

@@ -1,0 +1,390 @@
+"""From a question to the best plan and its certificate: enumerate, bound, simulate, prove."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+import numpy as np
+
+from apex_opt.cost import CostModel, PlanCost, Usage, account
+from apex_opt.errors import CapacityError
+from apex_opt.evaluate import FAMILIES, Instance, Violation, violations
+from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
+from apex_opt.search.bounds import isolated
+from apex_opt.simulator import simulate
+from apex_opt.simulator.metrics import Metrics, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.ir.model import Model
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.objective import Objective
+    from apex_opt.simulator.outcome import Outcome, Routing
+    from apex_opt.workload.slo import Slo
+    from apex_opt.workload.trace import Trace
+
+    Progress = Callable[[str, int, int], None]
+
+Status = Literal["optimal", "infeasible"]
+
+ROUND: Final = 16
+"""Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
+
+_COUNTED: Final = ("divisibility", "format", "balance")
+
+
+class Enumeration(Protocol):
+    """Plans and whether they are all."""
+
+    @property
+    def plans(self) -> tuple[Plan, ...]: ...
+    @property
+    def complete(self) -> bool: ...
+
+
+class Formulation(Protocol):
+    """What the search asks of a plan-space program."""
+
+    def count(self, instance: Instance, families: Sequence[str]) -> int: ...
+
+    def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Everything an answer depends on.
+
+    Parameters
+    ----------
+    model, cluster, trace, settings, overhead
+    objective : Objective
+    slos : tuple of Slo              all must hold
+    weight_formats, kv_formats       formats to choose from, paired
+    max_devices : int                GPUs a plan may take
+    routing : how requests are dealt to replicas
+    """
+
+    model: Model
+    cluster: Cluster
+    trace: Trace
+    settings: EngineSettings
+    overhead: EngineOverhead
+    objective: Objective
+    slos: tuple[Slo, ...]
+    weight_formats: tuple[str, ...]
+    kv_formats: tuple[str, ...]
+    max_devices: int
+    routing: Routing = "round_robin"
+
+    def instance(self) -> Instance:
+        """The constraints' view of the question."""
+        # The last token of a request is never computed, so it needs no room in the cache.
+        held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
+        limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
+        decodes = bool((self.trace.output > 1).any())
+        return Instance(
+            model=self.model,
+            cluster=self.cluster,
+            settings=self.settings,
+            longest_tokens=max(held, 1),
+            tpot_limit_ns=round(min(limits) * 1e9) if limits and decodes else None,
+            weight_formats=self.weight_formats,
+            kv_formats=self.kv_formats,
+            max_devices=self.max_devices,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A simulated plan."""
+
+    plan: Plan
+    value: float
+    metrics: Metrics
+    usage: Usage
+    memory: tuple[StageMemory, ...]
+    bound: float | None
+    preemptions: int
+    batches: int
+
+    @property
+    def meets_slos(self) -> bool:
+        return all(self.metrics.slo_met.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Why no plan of the space is better.
+
+    Parameters
+    ----------
+    space : int                      plans there are
+    infeasible : mapping             plans that break a constraint family, charged to the first in order
+    bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
+    simulated : int                  plans scored exactly
+    missed : int                     simulated plans that missed an SLO
+    optimal : bool                   every plan is accounted for
+    gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    bounded: int
+    simulated: int
+    missed: int
+    optimal: bool
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The best plan and the runners-up, or why there is none."""
+
+    status: Status
+    best: Candidate | None
+    candidates: tuple[Candidate, ...]
+    certificate: Certificate
+    reason: str | None = None
+
+
+class Evaluator:
+    """Scores plans for one question; costs of cells are shared among them."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
+
+    def settings_for(self, plan: Plan) -> EngineSettings:
+        """Engine settings of a plan: on several stages other sequences fill the pipeline, not a batch formed ahead."""
+        settings = self.question.settings
+        return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
+
+    def bound(self, plan: Plan) -> tuple[float, bool]:
+        """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
+        question = self.question
+        cost = self.costs.plan_cost(plan)
+        floor = isolated(self.settings_for(plan), cost.laws, question.trace)
+        metrics = self._measure(floor, cost)
+        idle_j = self.costs.profile.power.idle_w * plan.devices * metrics.makespan_s
+        usage = Usage(energy_j=idle_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
+        value = question.objective.value(metrics, usage)
+        return question.objective.cost(value), all(metrics.slo_met.values())
+
+    def simulate(self, plan: Plan, bound: float | None = None) -> Candidate:
+        """Score one plan exactly.
+
+        Raises
+        ------
+        CapacityError    a request that the plan's KV cache cannot hold
+        """
+        question = self.question
+        cost = self.costs.plan_cost(plan)
+        memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
+        outcome = simulate(
+            self.settings_for(plan),
+            kv_blocks(memory) * plan.attention.dp,
+            cost.laws,
+            question.trace,
+            replicas=plan.replicas,
+            routing=question.routing,
+        )
+        metrics = self._measure(outcome, cost)
+        usage = account(plan, cost, self.costs, outcome)
+        return Candidate(
+            plan=plan,
+            value=question.objective.value(metrics, usage),
+            metrics=metrics,
+            usage=usage,
+            memory=memory,
+            bound=bound,
+            preemptions=outcome.preemptions,
+            batches=outcome.batches,
+        )
+
+    def _measure(self, outcome: Outcome, cost: PlanCost) -> Metrics:
+        question = self.question
+        return measure(
+            outcome,
+            question.trace,
+            max_model_len=question.settings.max_model_len,
+            request_ns=cost.request_ns,
+            slos=question.slos,
+        )
+
+
+def search(question: Question, formulation: Formulation, progress: Progress | None = None) -> Answer:
+    """The best plan for a question, with its certificate.
+
+    All feasible plans are enumerated, bounded and simulated best bound first, until the next bound is no better than
+    the incumbent. The answer is therefore the optimum of the space, unless the enumeration was cut short.
+
+    Parameters
+    ----------
+    question : Question
+    formulation : Formulation        the program that enumerates feasible plans
+    progress : callable, optional    told (what, done, total) along the way
+
+    Raises
+    ------
+    CapacityError    a request no engine of this model could serve, whatever the plan
+    """
+    tell = progress or _silent
+    _check_lengths(question)
+    instance = question.instance()
+    tell("enumerating plans", 0, 0)
+    counts, enumeration = _enumerate(instance, formulation)
+    evaluator = Evaluator(question)
+    queue: list[tuple[float, int, Plan]] = []
+    bounded = 0
+    for index, plan in enumerate(enumeration.plans):
+        tell("bounding plans", index, len(enumeration.plans))
+        bound, possible = evaluator.bound(plan)
+        bounded += not possible
+        if possible:
+            queue.append((bound, index, plan))
+    queue.sort(key=lambda item: item[:2])
+    done, best = _simulate(queue, evaluator, tell)
+    left = len(queue) - len(done)
+    certificate = Certificate(
+        space=counts.pop("space"),
+        infeasible=counts,
+        bounded=bounded + left,
+        simulated=len(done),
+        missed=sum(not c.meets_slos for c in done),
+        optimal=enumeration.complete,
+        gap=(0.0 if enumeration.complete else None) if best else None,
+    )
+    if best is None:
+        closest = min(done, key=lambda c: _miss(question, c), default=None)
+        reason = _why_not(question, instance, enumeration.plans, closest, evaluator)
+        return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
+    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
+    return Answer(status="optimal", best=ranked[0], candidates=tuple(ranked), certificate=certificate)
+
+
+def _simulate(
+    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress
+) -> tuple[list[Candidate], Candidate | None]:
+    """Score plans best bound first, a round at a time, until no bound can beat the incumbent."""
+    question = evaluator.question
+    done: list[Candidate] = []
+    best: Candidate | None = None
+    position = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        while position < len(queue):
+            least = question.objective.cost(best.value) if best else float("inf")
+            batch = [item for item in queue[position : position + ROUND] if item[0] <= least]
+            if not batch:
+                break
+            position += len(batch)
+            for candidate in pool.map(lambda item: evaluator.simulate(item[2], item[0]), batch):
+                done.append(candidate)
+                tell("simulating plans", len(done), len(queue))
+                if candidate.meets_slos and (best is None or _rank(question, candidate) < _rank(question, best)):
+                    best = candidate
+    return done, best
+
+
+def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
+    """Feasible plans, and how many of the space each constraint family takes away in turn."""
+    left = formulation.count(instance, ())
+    counts = {"space": left}
+    for index, family in enumerate(_COUNTED):
+        after = formulation.count(instance, _COUNTED[: index + 1])
+        counts[family] = left - after
+        left = after
+    feasible = formulation.enumerate(instance)
+    held = feasible
+    if instance.tpot_limit_ns is not None:
+        held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
+    counts["memory"] = left - len(held.plans)
+    counts["bandwidth"] = len(held.plans) - len(feasible.plans)
+    return counts, feasible
+
+
+def _check_lengths(question: Question) -> None:
+    """Refuse a prompt that fills the model's length by itself: no plan helps."""
+    longest = int(question.trace.prompt.max())
+    if longest >= question.settings.max_model_len:
+        raise CapacityError(
+            f"request {int(question.trace.prompt.argmax())}: a prompt of {longest} tokens leaves no room to answer "
+            f"within max_model_len {question.settings.max_model_len}; use a model made for longer sequences or a "
+            "trace with shorter prompts"
+        )
+
+
+def _rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
+    """Better first: objective, then fewer GPUs, then the text form, so that ties fall the same way every time."""
+    return question.objective.cost(candidate.value), candidate.plan.devices, str(candidate.plan)
+
+
+def _miss(question: Question, candidate: Candidate) -> float:
+    """How far a plan is from its goals: the worst relative excess."""
+    return max((-slo.margin(judged(candidate.metrics, slo)) for slo in question.slos), default=0.0)
+
+
+def judged(metrics: Metrics, slo: Slo) -> float:
+    """The figure of a run that a goal is compared with."""
+    if slo.metric == "throughput":
+        return metrics.requests_per_s
+    if slo.statistic == "attain":
+        return metrics.attainment[slo.text]
+    return metrics.latency_s[slo.metric][slo.statistic]
+
+
+def _why_not(
+    question: Question,
+    instance: Instance,
+    plans: Sequence[Plan],
+    closest: Candidate | None,
+    evaluator: Evaluator,
+) -> str:
+    """One sentence on why there is no answer, with the numbers of the plan that comes closest."""
+    if not plans:
+        return nearest_violation(instance)
+    if closest is None:
+        # Every plan was ruled out by a bound; the one with the least bound shows by how much.
+        first = min(plans, key=lambda plan: evaluator.bound(plan)[0])
+        closest = evaluator.simulate(first)
+    missed = [
+        f"{slo.text} (it reaches {_figure(slo, judged(closest.metrics, slo))})"
+        for slo in question.slos
+        if not closest.metrics.slo_met[slo.text]
+    ]
+    return (
+        f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses {' and '.join(missed)}: "
+        "relax these, offer more or faster GPUs, or lighten the trace"
+    )
+
+
+def _figure(slo: Slo, value: float) -> str:
+    if slo.metric == "throughput":
+        return f"{value:.3g} requests/s"
+    return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"
+
+
+def nearest_violation(instance: Instance) -> str:
+    """Why no plan is feasible: what the plan over the most GPUs that breaks the fewest families still breaks."""
+    from apex_opt.evaluate import space
+
+    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, str]:
+        plan, broken = item
+        latest = min(FAMILIES.index(v.family) for v in broken)
+        return len(broken), -latest, -plan.stage_devices * plan.stages, str(plan)
+
+    plan, broken = min(((p, violations(instance, p)) for p in space(instance) if p.replicas == 1), key=order)
+    return (
+        f"no plan on {instance.max_devices} x {instance.cluster.gpu.name} is feasible; even {plan} breaks "
+        f"{' and '.join(f'{v.family}: {v.text}' for v in broken)}; more GPUs or a smaller number format may help"
+    )
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
