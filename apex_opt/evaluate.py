@@ -206,9 +206,7 @@ def space(instance: Instance) -> Iterator[Plan]:
             for replicas in range(1, instance.max_devices // (stages * devices) + 1):
                 for attention in _templates(devices, expert=False):
                     for ffn in _templates(devices, expert=model.is_moe):
-                        for weight_format, kv_format in zip(
-                            instance.weight_formats, instance.kv_formats, strict=True
-                        ):
+                        for weight_format, kv_format in zip(instance.weight_formats, instance.kv_formats, strict=True):
                             yield Plan(
                                 replicas=replicas,
                                 layers=layers,

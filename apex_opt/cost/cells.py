@@ -188,7 +188,9 @@ class Operations:
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
-            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, template.tp, weight_format))
+            return merged(
+                norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, template.tp, weight_format)
+            )
         experts = own("experts", self._experts(cell, template, weight_format))
         router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
         choose = own("router", self.elementwise(8.0 * cell.experts))
@@ -284,9 +286,7 @@ class Operations:
         """Rows of the embedding, and their sum over the vocabulary shards."""
         return merged(
             owned(self.tables, "embedding", attention.dp, 1, self.elementwise(4.0 * model.hidden)),
-            self._collective(
-                self.collectives.all_reduce_s, 2.0 * model.hidden / attention.dp, attention.tp, layout
-            ),
+            self._collective(self.collectives.all_reduce_s, 2.0 * model.hidden / attention.dp, attention.tp, layout),
         )
 
     def head(self, model: Model, attention: Template, layout: Layout) -> Parts:
@@ -299,9 +299,7 @@ class Operations:
         ]
         if attention.tp > 1:
             where = {"ranks": attention.tp, "nodes": layout.nodes_spanned(attention.tp)}
-            operations.append(
-                ("communication", self.link(self.collectives.all_gather_s, 2.0 * model.vocab, **where))
-            )
+            operations.append(("communication", self.link(self.collectives.all_gather_s, 2.0 * model.vocab, **where)))
         rows = _ceil(self.tables.sequences, attention.dp)
         parts: list[Parts] = []
         for operation, cost in operations:

@@ -64,9 +64,7 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
         sequence_s=entry["sequence_us"] * 1e-6,
         mixed_step_s=entry["mixed_step_us"] * 1e-6,
         request_s=entry["request_us"] * 1e-6,
-        captured_sizes=tuple(
-            size for first, last, step in entry["captured"] for size in range(first, last + 1, step)
-        ),
+        captured_sizes=tuple(size for first, last, step in entry["captured"] for size in range(first, last + 1, step)),
         source=entry["source"],
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from apex_opt.profiles.power import PowerModel
@@ -32,7 +32,7 @@ class Work:
     joules: Floats
 
     @classmethod
-    def of(cls, power: PowerModel, seconds: Floats, flops: Floats | float, moved: Floats | float, dtype: str) -> Work:
+    def of(cls, power: PowerModel, seconds: Floats, flops: ArrayLike, moved: ArrayLike, dtype: str) -> Work:
         """Work with the energy that the power model gives it."""
         flops = np.broadcast_to(np.asarray(flops, np.float64), seconds.shape)
         moved = np.broadcast_to(np.asarray(moved, np.float64), seconds.shape)

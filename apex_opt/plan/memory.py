@@ -64,9 +64,7 @@ def attention_shard_bytes(cell: Attention, tp: int, weight_format: str) -> int:
     query_dim = ceil_div(cell.query_heads, tp) * cell.head_dim
     kv_dim = ceil_div(cell.kv_heads, tp) * cell.head_dim
     matrices = cell.hidden * (query_dim + 2 * kv_dim) + query_dim * cell.hidden
-    kept = (
-        cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.qk_norm * 2 * cell.head_dim
-    )
+    kept = cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.qk_norm * 2 * cell.head_dim
     return get_format(weight_format).weight_bytes(matrices) + 2 * kept
 
 

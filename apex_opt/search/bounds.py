@@ -58,7 +58,7 @@ class StageFloor:
 
 
 def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -> Outcome:
-    """Times that no request can beat, in the form of a run: arrivals as given, first and last token as early as could be.
+    """Times that no request can beat, in the form of a run: arrivals as given, tokens as early as could be.
 
     Parameters
     ----------

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
 
-Status = Literal["optimal", "infeasible"]
+Status = Literal["optimal", "feasible", "infeasible"]
+"""A search ends optimal or infeasible; one given plan is feasible or infeasible."""
 
 ROUND: Final = 16
 """Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
@@ -161,6 +162,18 @@ class Evaluator:
         self.question = question
         self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
 
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the figures come from, per operation."""
+        found = self.costs.provenance
+        moe, fp8 = self.question.model.is_moe, "fp8" in self.question.weight_formats
+        skipped = {
+            name for name in found if (name.startswith("moe") and not moe) or (name.endswith("_fp8") and not fp8)
+        }
+        if self.question.max_devices <= self.question.cluster.gpus_per_node:
+            skipped |= {name for name in found if name.endswith("/inter")}
+        return {name: text for name, text in found.items() if name not in skipped}
+
     def settings_for(self, plan: Plan) -> EngineSettings:
         """Engine settings of a plan: on several stages other sequences fill the pipeline, not a batch formed ahead."""
         settings = self.question.settings
@@ -267,6 +280,37 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
     return Answer(status="optimal", best=ranked[0], candidates=tuple(ranked), certificate=certificate)
+
+
+def judge(question: Question, plan: Plan, progress: Progress | None = None) -> Answer:
+    """Score one given plan; infeasible where it breaks a constraint or misses an SLO.
+
+    Raises
+    ------
+    CapacityError    a request that no plan of this model could serve
+    """
+    _check_lengths(question)
+    broken = violations(question.instance(), plan)
+    # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
+    fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
+    nothing = Certificate(
+        space=1, infeasible=dict.fromkeys(FAMILIES, 0), bounded=0, simulated=0, missed=0, optimal=True, gap=None
+    )
+    if fatal:
+        infeasible = {**nothing.infeasible, fatal[0].family: 1}
+        reason = f"{plan} cannot run: " + "; ".join(f"{v.family}: {v.text}" for v in fatal)
+        return Answer(
+            status="infeasible",
+            best=None,
+            candidates=(),
+            certificate=replace(nothing, infeasible=infeasible),
+            reason=reason,
+        )
+    (progress or _silent)("simulating the plan", 0, 1)
+    evaluator = Evaluator(question)
+    candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
+    certificate = replace(nothing, simulated=1, missed=int(not candidate.meets_slos), gap=0.0)
+    return Answer(status="feasible", best=candidate, candidates=(candidate,), certificate=certificate)
 
 
 def _simulate(

@@ -34,7 +34,17 @@ NONE = -1
 # Scalars of one replica, as columns of `Work.state`.
 NOW, BATCHES, FREE, DECODING, CONTEXT, FIRST_RUN, LAST_RUN = 0, 1, 2, 3, 4, 5, 6
 PARTIAL, PARTIAL_DONE, STACK, NEXT, TAIL, BACKLOG = 7, 8, 9, 10, 11, 12
-PREEMPTIONS, SENT, ENDED, LAST_ENDED, QUEUE_HEAD, QUEUE_LENGTH, RUNNING, ERROR, UNREPORTED = 13, 14, 15, 16, 17, 18, 19, 20, 21
+PREEMPTIONS, SENT, ENDED, LAST_ENDED, QUEUE_HEAD, QUEUE_LENGTH, RUNNING, ERROR, UNREPORTED = (
+    13,
+    14,
+    15,
+    16,
+    17,
+    18,
+    19,
+    20,
+    21,
+)
 STATE_SIZE = 22
 
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
@@ -179,7 +189,8 @@ def log_step_nb(log: Log, replica: int, start: int, end: int, rows: int, preempt
 def chunk_time_nb(laws: Laws, stage: int, c: int, held: int) -> int:
     pairs = c * held - c * (c - 1) // 2
     rates = laws.pair_rate[stage, c] * pairs + laws.chunk_context_rate[stage, c] * held
-    return laws.chunk_ns[stage, c] + (rates >> RATE_BITS)
+    time_ns: int = laws.chunk_ns[stage, c] + (rates >> RATE_BITS)
+    return time_ns
 
 
 @_cached
@@ -530,7 +541,6 @@ def advance_queued_nb(
             read = 0
             preempted = 0
             cut = False
-            first_row = log.at[1]
             index = 0
             while index < n and budget > 0:
                 i = running[index]

@@ -123,9 +123,7 @@ def _run_once(
         if trace.concurrency is not None:
             requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
         replicas = min(active, n)
-    kn.simulate_nb(
-        int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, counts, log
-    )
+    kn.simulate_nb(int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, counts, log)
     state = work.state
     assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
     outcome = Outcome(
@@ -150,9 +148,18 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
     state[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.NEXT, kn.TAIL, kn.BACKLOG]] = kn.NONE
     state[:, kn.FREE] = blocks
     return kn.Work(
-        *(np.zeros(n, np.int64) for _ in range(3)),
-        *(np.full(n, kn.NONE, np.int64) for _ in range(5)),
-        *(np.zeros(n, np.int64) for _ in range(4)),
+        generated=np.zeros(n, np.int64),
+        joined=np.zeros(n, np.int64),
+        offset=np.zeros(n, np.int64),
+        run_before=np.zeros(n, np.int64),
+        run_after=np.zeros(n, np.int64),
+        slot_before=np.zeros(n, np.int64),
+        slot_after=np.zeros(n, np.int64),
+        under=np.zeros(n, np.int64),
+        computed=np.zeros(n, np.int64),
+        in_flight=np.zeros(n, np.int64),
+        blocks=np.zeros(n, np.int64),
+        place=np.zeros(n, np.int64),
         state=state,
         ring=np.full((together, 1 if queued else ring), kn.NONE, np.int64),
         residue=np.zeros((together, limits.block_size), np.int64),

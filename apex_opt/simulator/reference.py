@@ -291,7 +291,7 @@ def simulate(
             else:
                 for engine in engines:
                     engine.advance(arrival_ns)
-                engine = min(engines, key=lambda e: e.outstanding(arrival_ns))  # noqa: B023 - used at once
+                engine = min(engines, key=lambda e: e.outstanding(arrival_ns))
             engine.add(arrival_ns, sequence)
     for engine in engines:
         engine.advance()

@@ -6,7 +6,10 @@ Coefficients are counted here from the tasks of the cells (head groups, columns,
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
+
+from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.ir.formats import FORMATS, KV_BYTES
@@ -15,8 +18,6 @@ from apex_opt.plan.memory import RUNTIME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from ortools.sat.python import cp_model
 
     from apex_opt.evaluate import Instance
     from apex_opt.ir.model import Block
@@ -103,7 +104,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
         return
     degrees = range(1, instance.max_devices + 1)
     head = _table(model, "head", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
-    total = [head]
+    total: list[cp_model.LinearExpr] = [head]
     for u, run in enumerate(instance.model.runs):
         block = run.block
         attention = _table(
@@ -127,7 +128,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             ),
         )
         total += [run.count * attention, run.count * ffn]
-    model.add(sum(total) <= limit)
+    model.add(cp_model.LinearExpr.sum(total) <= limit)
 
 
 def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
@@ -196,9 +197,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             model.add(layers + workspace <= capacity)
 
 
-def _workspaces(
-    model: cp_model.CpModel, instance: Instance, v: Variables
-) -> Iterable[cp_model.LinearExprT]:
+def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> Iterable[cp_model.LinearExpr]:
     """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
     degrees = range(1, instance.max_devices + 1)
     batch = instance.settings.max_num_batched_tokens
@@ -245,7 +244,7 @@ def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, 
         ends = [0]
         for stage in range(stages):
             ends.append(ends[-1] + base + (stage < more))
-        held = [_overlaps(runs, lo, hi) for lo, hi in zip(ends, ends[1:], strict=False)]
+        held = [_overlaps(runs, lo, hi) for lo, hi in itertools.pairwise(ends)]
         first[stages], last[stages] = held[0], held[-1]
         inner = {h for h in held[1:-1] if not _below(h, held[0])}
         middles[stages] = [h for h in inner if not any(_below(h, o) for o in inner if o != h)]
@@ -277,7 +276,7 @@ def _layers_held(
     per_layer: list[cp_model.IntVar],
     name: str,
     rows: dict[int, tuple[int, ...]],
-) -> cp_model.LinearExprT:
+) -> cp_model.LinearExpr:
     """Bytes of the layers on one stage: their number, which follows from the stages, times the bytes of one."""
     total = []
     for u, layer in enumerate(per_layer):
@@ -285,7 +284,7 @@ def _layers_held(
         product = model.new_int_var(0, 1 << 56, f"{name}_bytes_{u}")
         model.add_multiplication_equality(product, [counts, layer])
         total.append(product)
-    return sum(total)
+    return cp_model.LinearExpr.sum(total)
 
 
 def _table(

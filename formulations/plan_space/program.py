@@ -27,8 +27,8 @@ Constraints
 Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, layers
 are split evenly in one way, and identical blocks count once, so a deep model is no larger than a shallow one.
 All solutions are enumerated. C1 to C5 bind few variables at a time, so how many plans satisfy a prefix of them is a
-sum of products and is counted rather than enumerated. The workload's other constraints are not linear in these choices and belong to the
-simulation.
+sum of products and is counted rather than enumerated. The workload's other constraints are not linear in these choices
+and belong to the simulation.
 """
 
 from __future__ import annotations

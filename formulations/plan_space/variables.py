@@ -56,9 +56,7 @@ class Variables:
             replicas=values.value(self.replicas),
             layers=even_split(instance.model.layers, values.value(self.stages)),
             attention=Template(dp=values.value(self.attention_dp), tp=values.value(self.attention_tp)),
-            ffn=Template(
-                dp=values.value(self.ffn_dp), tp=values.value(self.ffn_tp), ep=values.value(self.ffn_ep)
-            ),
+            ffn=Template(dp=values.value(self.ffn_dp), tp=values.value(self.ffn_tp), ep=values.value(self.ffn_ep)),
             weight_format=instance.weight_formats[chosen],
             kv_format=instance.kv_formats[chosen],
         )

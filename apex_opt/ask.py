@@ -1,0 +1,136 @@
+"""From names and numbers, as a person gives them, to a question that can be searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apex_opt.cluster import load_cluster
+from apex_opt.cost.engine import load_engine
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.ir import KV_BYTES, get_format, load_model
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.plan import Plan, default_kv_format, parse_plan
+from apex_opt.search import Question, load_objective
+from apex_opt.workload import load_trace, parse_slos
+
+if TYPE_CHECKING:
+    from apex_opt.cluster.types import Gpu
+    from apex_opt.ir.model import Model
+
+ROUTINGS = ("round_robin", "least_loaded")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the commands `plan` and `simulate` have in common; see their help for the meaning."""
+
+    model: str
+    cluster: str
+    trace: str
+    objective: str
+    slo: str | None
+    weights: str | None
+    kv: str | None
+    gpus: int | None
+    routing: str
+    engine: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int | None
+    block_size: int
+    chunked_prefill: bool
+    async_scheduling: bool
+    gpu_memory_utilization: float
+    seed: int
+
+
+def ask(options: Options) -> Question:
+    """Load everything a question names.
+
+    Raises
+    ------
+    ApexError    anything unknown, unreadable or out of range, in one line
+    """
+    objective = load_objective(options.objective)
+    slos = parse_slos(options.slo) if options.slo is not None else ()
+    if options.routing not in ROUTINGS:
+        raise UnknownNameError("routing", options.routing, ROUTINGS)
+    if not 0 <= options.seed < 1 << 32:
+        raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
+    cluster = load_cluster(options.cluster)
+    gpus = cluster.size if options.gpus is None else options.gpus
+    if not 1 <= gpus <= cluster.size:
+        raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {options.cluster}")
+    model = load_model(options.model)
+    overhead = load_engine(options.engine)
+    longest = model.max_position if options.max_model_len is None else options.max_model_len
+    if longest > model.max_position:
+        raise UsageError(
+            f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
+        )
+    settings = EngineSettings(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=_batched_tokens(options, longest),
+        max_model_len=longest,
+        chunked_prefill=options.chunked_prefill,
+        block_size=options.block_size,
+        async_scheduling=options.async_scheduling,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+    )
+    weight_formats, kv_formats = _formats(options, model, cluster.gpu)
+    trace = load_trace(options.trace, options.seed)
+    return Question(
+        model=model,
+        cluster=cluster,
+        trace=trace,
+        settings=settings,
+        overhead=overhead,
+        objective=objective,
+        slos=slos,
+        weight_formats=weight_formats,
+        kv_formats=kv_formats,
+        max_devices=gpus,
+        routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+    )
+
+
+def ask_plan(text: str, question: Question) -> Plan:
+    """A plan from its text form; formats it does not name are those of the question."""
+    plan = parse_plan(text, question.model)
+    named = any(word in text.split() for word in (plan.weight_format, plan.weight_format.upper()))
+    weights = plan.weight_format if named else question.weight_formats[0]
+    kv = plan.kv_format if named or "kv=" in text else question.kv_formats[0]
+    return Plan(
+        replicas=plan.replicas,
+        layers=plan.layers,
+        attention=plan.attention,
+        ffn=plan.ffn,
+        weight_format=weights,
+        kv_format=kv,
+    )
+
+
+def _batched_tokens(options: Options, longest: int) -> int:
+    """Without chunking a batch must take the longest prompt whole, so the default grows to the model's length."""
+    if options.chunked_prefill:
+        return options.max_num_batched_tokens
+    return max(options.max_num_batched_tokens, longest)
+
+
+def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Weight formats to choose from, each with its KV format."""
+    if options.weights is None:
+        # A 16-bit model runs in whichever 16-bit type the GPU has.
+        own = model.weight_format
+        names: tuple[str, ...] = (own if own not in ("bf16", "fp16") or gpu.supports(own) else gpu.half_dtype,)
+    else:
+        names = tuple(get_format(name.strip()).name for name in options.weights.split(","))
+        if len(set(names)) < len(names):
+            raise UsageError(f"--weights: {options.weights} names a format twice")
+    if options.kv is None:
+        return names, tuple(model.kv_format or default_kv_format(name) for name in names)
+    kv = options.kv.lower()
+    if kv not in KV_BYTES:
+        raise UnknownNameError("KV format", options.kv, KV_BYTES)
+    return names, (kv,) * len(names)

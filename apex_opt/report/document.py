@@ -1,0 +1,159 @@
+"""Answers as plain data: what `--format json` prints and what the tables are made from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from apex_opt import __version__
+from apex_opt.search import judged
+
+if TYPE_CHECKING:
+    from apex_opt.cluster.types import Gpu
+    from apex_opt.ir.model import Model
+    from apex_opt.search import Answer, Candidate, Question
+
+Document = dict[str, Any]
+
+
+def answer_document(question: Question, answer: Answer, provenance: dict[str, str], top: int) -> Document:
+    """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules."""
+    objective = question.objective
+    best = answer.best
+    return _cleaned(
+        {
+            "status": answer.status,
+            "objective": {
+                "name": objective.name,
+                "unit": objective.unit,
+                "direction": "maximise" if objective.maximise else "minimise",
+                "value": best.value if best else None,
+            },
+            "reason": answer.reason,
+            "best": _candidate(question, best) if best else None,
+            "candidates": [_candidate(question, c) for c in answer.candidates[:top]],
+            "certificate": asdict(answer.certificate),
+            "question": _question(question),
+            "provenance": provenance,
+            "version": __version__,
+        }
+    )
+
+
+def _candidate(question: Question, candidate: Candidate) -> Document:
+    metrics, usage = candidate.metrics, candidate.usage
+    bound = candidate.bound
+    if bound is not None and question.objective.maximise:
+        bound = -bound
+    tokens = metrics.output_tokens_per_s * metrics.makespan_s
+    return {
+        "plan": str(candidate.plan),
+        "gpus": candidate.plan.devices,
+        "value": candidate.value,
+        "bound": bound,
+        "metrics": {
+            **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
+            "makespan_s": metrics.makespan_s,
+            "throughput_rps": metrics.requests_per_s,
+            "output_tokens_per_s": metrics.output_tokens_per_s,
+            "total_tokens_per_s": metrics.total_tokens_per_s,
+            "slo": {
+                slo.text: {
+                    "met": metrics.slo_met[slo.text],
+                    "reached": judged(metrics, slo),
+                    "attainment": metrics.attainment[slo.text],
+                }
+                for slo in question.slos
+            },
+            "energy_j": usage.energy_j,
+            "idle_energy_j": usage.idle_energy_j,
+            "energy_per_output_token_j": usage.energy_j / max(tokens, 1),
+            "mean_power_w": usage.energy_j / metrics.makespan_s,
+            "mfu": usage.mfu,
+            "mbu": usage.mbu,
+            "operations_s": usage.operations_s,
+            "preemptions": candidate.preemptions,
+            "batches": candidate.batches,
+        },
+        "memory": [
+            {"layers": layers, **asdict(stage)}
+            for layers, stage in zip(candidate.plan.layers, candidate.memory, strict=True)
+        ],
+    }
+
+
+def _question(question: Question) -> Document:
+    settings = {name: getattr(question.settings, name) for name in question.settings.__slots__}
+    return {
+        "model": {
+            "name": question.model.name,
+            "parameters": question.model.parameters,
+            "active_parameters": question.model.active_parameters,
+            "layers": question.model.layers,
+            "source": question.model.source,
+        },
+        "cluster": {
+            "name": question.cluster.name,
+            "gpus": question.cluster.size,
+            "offered": question.max_devices,
+            "gpu": question.cluster.gpu.name,
+        },
+        "trace": question.trace.summary(),
+        "slo": [slo.text for slo in question.slos],
+        "weights": list(question.weight_formats),
+        "kv": list(question.kv_formats),
+        "engine": {"name": question.overhead.name, **settings, "routing": question.routing},
+    }
+
+
+def model_row(model: Model) -> Document:
+    """A model for the list of models."""
+    cells = model.runs[-1].block
+    return {
+        "name": model.name,
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "layers": model.layers,
+        "hidden": model.hidden,
+        "query_heads": cells.attention.query_heads,
+        "kv_heads": cells.attention.kv_heads,
+        "max_position": model.max_position,
+        "weights": model.weight_format,
+        "source": model.source,
+    }
+
+
+def gpu_row(gpu: Gpu) -> Document:
+    """An accelerator for the list of clusters."""
+    flops = dict(gpu.flops_per_s)
+    return {
+        "gpu": gpu.name,
+        "memory_bytes": gpu.memory_bytes,
+        "memory_bytes_per_s": gpu.memory_bytes_per_s,
+        **{f"{dtype}_flops_per_s": flops.get(dtype) for dtype in ("bf16", "fp16", "fp8")},
+        "tdp_w": gpu.tdp_w,
+        "idle_w": gpu.idle_w,
+        "profile": f"measured (profiles/{gpu.profile})" if gpu.profile else "derived from the datasheet",
+        "sources": dict(gpu.sources),
+    }
+
+
+def listing_document(kind: str, rows: list[Document]) -> Document:
+    """A list of what can be named."""
+    return _cleaned({"status": "ok", kind: rows, "version": __version__})
+
+
+def _cleaned(document: Document) -> Document:
+    return {key: _clean(value) for key, value in document.items()}
+
+
+def _clean(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is undefined becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
