@@ -2,14 +2,14 @@
 
 Two engines share one interface, *take every turn that starts before `until`*:
 
-`advance_sync_nb`
-    one stage, one batch in flight, no prefill threshold. In a stretch where nobody arrives, ends or needs preemption,
-    every running sequence gains one token per batch. So completions wait in a ring indexed by batch number (each slot
-    an intrusive doubly linked list), the blocks the next batch needs are a count by residue of the context modulo the
-    block size, the context is one running sum, and a batch costs a few table look-ups. At most one partial prefill
-    exists and it is last in running order; preempted requests form a stack before the arrivals.
+`advance_single_nb`
+    one stage without a prefill threshold, asynchronous or not. In a stretch where nobody arrives, ends or needs
+    preemption, every running sequence gains one token per batch. So completions wait in a ring indexed by batch number
+    (each slot an intrusive doubly linked list), the blocks the next batch needs are a count by residue of the context
+    modulo the block size, the context is one running sum, and a batch costs a few table look-ups. At most one partial
+    prefill exists and it is last in running order; preempted requests form a stack before the arrivals.
 `advance_queued_nb`
-    every other engine loop (asynchronous scheduling, pipelines, thresholds): walks the running sequences each batch.
+    pipelines and thresholds: walks the running sequences each batch.
 
 Numba's cache sees no edits in other files and does not rebind globals (numba issue 8359), hence one file, and nothing
 imported that is used inside. Integers only, so equality with the reference is exact. `pack.py` is the only caller.
@@ -30,22 +30,15 @@ if TYPE_CHECKING:
 RATE_BITS = 20  # equals law.RATE_BITS; pack.py checks it
 NEVER = 1 << 62
 NONE = -1
+EVICTED = -2
 
-# Scalars of one replica, as columns of `Work.state`.
-NOW, BATCHES, FREE, DECODING, CONTEXT, FIRST_RUN, LAST_RUN = 0, 1, 2, 3, 4, 5, 6
-PARTIAL, PARTIAL_DONE, STACK, NEXT, TAIL, BACKLOG = 7, 8, 9, 10, 11, 12
-PREEMPTIONS, SENT, ENDED, LAST_ENDED, QUEUE_HEAD, QUEUE_LENGTH, RUNNING, ERROR, UNREPORTED = (
-    13,
-    14,
-    15,
-    16,
-    17,
-    18,
-    19,
-    20,
-    21,
-)
-STATE_SIZE = 22
+# Scalars of one replica, as columns of `Work.state`: common to both engines, then one engine's own.
+NOW, BATCHES, FREE, STACK, NEXT, TAIL, BACKLOG = 0, 1, 2, 3, 4, 5, 6
+PREEMPTIONS, SENT, ENDED, LAST_ENDED, ERROR = 7, 8, 9, 10, 11
+DECODING, CONTEXT, FIRST_RUN, LAST_RUN, SEATED, PARTIAL, PARTIAL_DONE = 12, 13, 14, 15, 16, 17, 18
+FLIGHT, FLIGHT_END, SIDE, ENTERED = 19, 20, 21, 22
+QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED = 23, 24, 25, 26
+STATE_SIZE = 27
 
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
 
@@ -94,9 +87,9 @@ class Requests(NamedTuple):
 class Work(NamedTuple):
     """Scratch memory: per request, then per replica."""
 
-    generated: I64  # tokens; for a sequence decoding in the synchronous engine as of batch `joined`
+    generated: I64  # tokens; for a decoding sequence of the single-stage engine, those before batch `joined`
     joined: I64
-    offset: I64  # computed tokens after batch k are offset + k
+    offset: I64  # tokens computed once batch k is done are offset + k
     run_before: I64
     run_after: I64
     slot_before: I64
@@ -115,7 +108,7 @@ class Work(NamedTuple):
     queue_rows: I64  # [lanes, depth, max_num_seqs]: 2 * request + yields
     stage_free: I64  # [replicas, stages]
     busy: I64  # [replicas, stages]
-    entering: I64  # [max_num_seqs]
+    entering: I64  # [lanes, 2, max_num_seqs]: first tokens that a batch brings; or tokens of each row
 
 
 class Counts(NamedTuple):
@@ -211,31 +204,40 @@ def send_next_nb(requests: Requests, state: I64, now: int) -> None:
 
 
 @_cached
-def advance_sync_nb(
+def advance_single_nb(
     replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
 ) -> None:
-    """One stage, one batch in flight: take every turn that starts before `until`."""
+    """One stage without a prefill threshold: take every turn that starts before `until`.
+
+    A turn forms batch k + 1 and takes in the oldest batch: that very batch, or with asynchronous scheduling batch k,
+    which was running meanwhile. Batches without sequences never matter on one stage and are not queued.
+    A sequence joins the decoding ones when its prompt's last tokens are scheduled, and leaves them when the batch after
+    its last one is formed; it keeps its seat and blocks until its last batch is taken in.
+    """
     arrival, prompt, limit, following = requests.arrival, requests.prompt, requests.limit, requests.following
     generated, joined, offset = work.generated, work.joined, work.offset
     before, after, slot_before, slot_after = work.run_before, work.run_after, work.slot_before, work.slot_after
-    under, entering = work.under, work.entering
+    under = work.under
     lane = replica % work.ring.shape[0]
-    state, ring, residue = work.state[replica], work.ring[lane], work.residue[lane]
+    state, ring, residue, entering = work.state[replica], work.ring[lane], work.residue[lane], work.entering[lane]
     decode_ns, context_rate = laws.decode_ns[0], laws.context_rate[0]
     mask = ring.shape[0] - 1
     bs = limits.block_size
     max_seqs = limits.max_num_seqs
     max_tokens = limits.max_num_batched_tokens
+    asynchronous = limits.asynchronous == 1
+    lag = 0 if asynchronous else 1
 
     now, k, free, n, context = state[NOW], state[BATCHES], state[FREE], state[DECODING], state[CONTEXT]
-    first_run, last_run = state[FIRST_RUN], state[LAST_RUN]
+    first_run, last_run, seated = state[FIRST_RUN], state[LAST_RUN], state[SEATED]
     partial, partial_done = state[PARTIAL], state[PARTIAL_DONE]
     stack, head = state[STACK], state[NEXT]
+    flight, end, side, entered = state[FLIGHT], state[FLIGHT_END], state[SIDE], state[ENTERED]
     busy = work.busy[replica, 0]
     phase = k % bs  # residue class that needs a block in batch k + 1
 
     while True:
-        if n == 0 and partial == NONE and stack == NONE:
+        if seated == 0 and flight == 0 and stack == NONE:
             if head == NONE or arrival[head] >= NEVER:
                 break
             if arrival[head] > now:
@@ -244,27 +246,27 @@ def advance_sync_nb(
             break
 
         # A stretch of pure decoding in which nothing can happen but the passing of tokens.
-        if partial == NONE and n > 0:
+        if partial == NONE and n > 0 and entered == 0 and (flight == 1 or not asynchronous):
             wake = until
-            blocked = False
+            blocked = True
             if stack != NONE or (head != NONE and arrival[head] <= now):
                 candidate = stack if stack != NONE else head
-                need = (prompt[candidate] + generated[candidate] + bs - 1) // bs
-                blocked = n >= max_seqs or n >= max_tokens or need > free
-                if not blocked and limits.chunked == 0:
-                    blocked = prompt[candidate] + generated[candidate] > max_tokens - n
-            elif head != NONE and n < max_seqs and arrival[head] < wake:
+                known = prompt[candidate] + generated[candidate]
+                blocked = seated >= max_seqs or n >= max_tokens or (known + bs - 1) // bs > free
+                if limits.chunked == 0 and known > max_tokens - n:
+                    blocked = True
+            elif head != NONE and seated < max_seqs and arrival[head] < wake:
                 wake = arrival[head]
-                blocked = True
-            else:
-                blocked = True
             if blocked:
                 base_ns = decode_ns[n]
                 rate = context_rate[n]
-                k_start = k
-                started = now
+                first_batch = k
+                first_turn = now
+                if not asynchronous:
+                    end = now
+                began = end
                 total = 0
-                while now < wake and ring[(k + 1) & mask] == NONE:
+                while now < wake and ring[(k + lag) & mask] == NONE:
                     need = residue[phase]
                     if need > free:
                         break
@@ -275,63 +277,79 @@ def advance_sync_nb(
                         phase = 0
                     context += n
                     total += context
+                    turn = now
+                    now = end
+                    end += base_ns + ((rate * context) >> RATE_BITS)
+                    if not asynchronous:
+                        now = end
                     if log.on:
                         i = first_run
                         while i != NONE:
                             log_row_nb(log, i, 1, offset[i] + k)
                             i = after[i]
-                        log_step_nb(log, replica, now, now + base_ns + ((rate * context) >> RATE_BITS), n, 0)
-                    now += base_ns + ((rate * context) >> RATE_BITS)
-                counts.decode[n] += k - k_start
+                        log_step_nb(log, replica, turn, end, n, 0)
+                counts.decode[n] += k - first_batch
                 counts.decode_context[n] += total
-                busy += now - started
-                if now > started:
+                busy += end - began
+                if now > first_turn:
                     state[LAST_ENDED] = 0
                 if now >= until:
                     break
 
-        # One batch, by the rules.
-        k += 1
-        budget = max_tokens - n
+        # One batch, by the rules. Sequences whose last token is on its way want nothing more.
+        if flight == 1:
+            i = ring[k & mask]
+            while i != NONE:
+                residue[(-offset[i]) % bs] -= 1
+                context -= offset[i] + k
+                n -= 1
+                i = slot_after[i]
         need = residue[phase]
         chunk = 0
         partial_blocks = 0
         if partial != NONE:
-            chunk = min(prompt[partial] + generated[partial] - partial_done, budget)
+            chunk = min(prompt[partial] + generated[partial] - partial_done, max_tokens - n)
             partial_blocks = (partial_done + chunk + bs - 1) // bs - (partial_done + bs - 1) // bs
         preempted = 0
         while need + partial_blocks > free:
-            # The tail goes first; sequences before it in order are never cheaper to serve without it.
+            # The tail goes first, until what those before it need is free: as one by one, in order, would have it.
             if partial != NONE:
                 victim = partial
                 free += (partial_done + bs - 1) // bs
                 partial = NONE
                 partial_blocks = 0
                 chunk = 0
+                under[victim] = stack
+                stack = victim
             else:
                 victim = last_run
-                done = offset[victim] + k - 1
+                done = offset[victim] + k
                 free += (done + bs - 1) // bs
-                if done % bs == 0:
-                    need -= 1
-                residue[(-offset[victim]) % bs] -= 1
-                context -= done
-                slot = (joined[victim] + limit[victim] - generated[victim]) & mask
-                generated[victim] += k - 1 - joined[victim]
-                if slot_before[victim] == NONE:
-                    ring[slot] = slot_after[victim]
-                else:
-                    slot_after[slot_before[victim]] = slot_after[victim]
-                if slot_after[victim] != NONE:
-                    slot_before[slot_after[victim]] = slot_before[victim]
                 last_run = before[victim]
                 if last_run == NONE:
                     first_run = NONE
                 else:
                     after[last_run] = NONE
-                n -= 1
-            under[victim] = stack
-            stack = victim
+                last_batch = joined[victim] + limit[victim] - generated[victim] - 1
+                if flight == 1 and last_batch == k:
+                    before[victim] = EVICTED  # its last token arrives all the same
+                else:
+                    if done % bs == 0:
+                        need -= 1
+                    residue[(-offset[victim]) % bs] -= 1
+                    context -= done
+                    n -= 1
+                    slot = last_batch & mask
+                    if slot_before[victim] == NONE:
+                        ring[slot] = slot_after[victim]
+                    else:
+                        slot_after[slot_before[victim]] = slot_after[victim]
+                    if slot_after[victim] != NONE:
+                        slot_before[slot_after[victim]] = slot_before[victim]
+                    generated[victim] += k - joined[victim] + 1  # with the one on its way
+                    under[victim] = stack
+                    stack = victim
+            seated -= 1
             preempted += 1
             if log.on:
                 log_preempted_nb(log, victim)
@@ -339,160 +357,181 @@ def advance_sync_nb(
         free -= need + partial_blocks
         context += n
         budget = max_tokens - n - chunk
-        phase += 1
-        if phase == bs:
-            phase = 0
-
+        d = n  # sequences of one token: decoding, or a prompt's chunk of one, which the hardware cannot tell apart
+        read = context
         rows = n
-        singles = 0  # prefill chunks of one token: decoding, as far as the hardware can tell
-        singles_context = 0
+        tokens = n + chunk
         chunks_ns = 0
-        tokens = n
-        entered = 0
+        coming = 0  # first tokens this batch brings
         if log.on:
             i = first_run
             while i != NONE:
-                log_row_nb(log, i, 1, offset[i] + k)
+                if flight == 0 or joined[i] + limit[i] - generated[i] - 1 != k:
+                    log_row_nb(log, i, 1, offset[i] + k + 1)
                 i = after[i]
+        joining = NONE
         if chunk > 0:
             partial_done += chunk
-            tokens += chunk
             rows += 1
             if chunk == 1:
-                singles += 1
-                singles_context += partial_done
+                d += 1
+                read += partial_done
             else:
                 chunks_ns += chunk_time_nb(laws, 0, chunk, partial_done)
                 count_chunk_nb(counts, chunk, partial_done)
             if log.on:
                 log_row_nb(log, partial, chunk, partial_done)
             if partial_done == prompt[partial] + generated[partial]:
-                entering[entered] = partial
-                entered += 1
+                joining = partial
                 partial = NONE
-        if preempted == 0:
-            while budget > 0 and rows < max_seqs:
-                if stack != NONE:
-                    i = stack
-                elif head != NONE and arrival[head] <= now:
-                    i = head
-                else:
-                    break
+        while True:
+            if joining != NONE:
+                i = joining
+                joining = NONE
                 known = prompt[i] + generated[i]
-                if (known + bs - 1) // bs > free:
+                joined[i] = k + 1
+                offset[i] = known - (k + 1)
+                residue[(-offset[i]) % bs] += 1
+                context += known
+                n += 1
+                before[i] = last_run
+                after[i] = NONE
+                if last_run == NONE:
+                    first_run = i
+                else:
+                    after[last_run] = i
+                last_run = i
+                slot = (k + limit[i] - generated[i]) & mask
+                slot_before[i] = NONE
+                slot_after[i] = ring[slot]
+                if ring[slot] != NONE:
+                    slot_before[ring[slot]] = i
+                ring[slot] = i
+                if generated[i] == 0:
+                    entering[1 - side, coming] = i
+                    coming += 1
+            if preempted > 0 or budget <= 0 or seated >= max_seqs:
+                break
+            if stack != NONE:
+                i = stack
+            elif head != NONE and arrival[head] <= now:
+                i = head
+            else:
+                break
+            known = prompt[i] + generated[i]
+            if (known + bs - 1) // bs > free:
+                break
+            c = known
+            if c > budget:
+                if limits.chunked == 0:
                     break
-                c = known
-                if c > budget:
-                    if limits.chunked == 0:
-                        break
-                    c = budget
-                if i == stack:
-                    stack = under[i]
-                else:
-                    head = following[i]
-                free -= (c + bs - 1) // bs
-                budget -= c
-                tokens += c
-                rows += 1
-                if c == 1:
-                    singles += 1
-                    singles_context += c
-                else:
-                    chunks_ns += chunk_time_nb(laws, 0, c, c)
-                    count_chunk_nb(counts, c, c)
-                if log.on:
-                    log_row_nb(log, i, c, c)
-                if c == known:
-                    entering[entered] = i
-                    entered += 1
-                else:
-                    partial = i
-                    partial_done = c
+                c = budget
+            if i == stack:
+                stack = under[i]
+            else:
+                head = following[i]
+            free -= (c + bs - 1) // bs
+            budget -= c
+            tokens += c
+            rows += 1
+            seated += 1
+            if c == 1:
+                d += 1
+                read += c
+            else:
+                chunks_ns += chunk_time_nb(laws, 0, c, c)
+                count_chunk_nb(counts, c, c)
+            if log.on:
+                log_row_nb(log, i, c, c)
+            if c == known:
+                joining = i
+            else:
+                partial = i
+                partial_done = c
 
-        if rows == 0:
+        popped_end = end
+        popped = k
+        if rows > 0:
+            if d == rows:
+                duration = decode_ns[d] + ((context_rate[d] * read) >> RATE_BITS)
+                counts.decode[d] += 1
+                counts.decode_context[d] += read
+            else:
+                duration = laws.mixed_ns[0, tokens] + laws.sequence_ns[0, rows] + laws.attend_ns[0, d]
+                duration += chunks_ns // min(laws.copies[0, 0], rows - d)
+                duration += (context_rate[d] * read) >> RATE_BITS
+                counts.sequences[rows] += 1
+                counts.attend[d] += 1
+                counts.attend_context[d] += read
+                counts.mixed[tokens] += 1
+            busy += duration
+            end = (end if flight == 1 else now) + duration
+            if log.on:
+                log_step_nb(log, replica, now, end, rows, preempted)
+            k += 1
+            phase += 1
+            if phase == bs:
+                phase = 0
+            if flight == 0:
+                if asynchronous and duration > 0:
+                    flight = 1
+                    side = 1 - side
+                    entered = coming
+                    continue
+                popped_end = end
+                popped = k
+        elif flight == 0:
             state[ERROR] = ERROR_STUCK
             break
-        d = n + singles
-        read = context + singles_context
-        if d == rows:
-            duration = decode_ns[d] + ((context_rate[d] * read) >> RATE_BITS)
-            counts.decode[d] += 1
-            counts.decode_context[d] += read
         else:
-            duration = laws.mixed_ns[0, tokens] + laws.sequence_ns[0, rows] + laws.attend_ns[0, d]
-            duration += chunks_ns // min(laws.copies[0, 0], rows - d)
-            duration += (context_rate[d] * read) >> RATE_BITS
-            counts.sequences[rows] += 1
-            counts.attend[d] += 1
-            counts.attend_context[d] += read
-            counts.mixed[tokens] += 1
-        if log.on:
-            log_step_nb(log, replica, now, now + duration, rows, preempted)
-        now += duration
-        busy += duration
-        if duration > 0:
-            state[LAST_ENDED] = 0
+            log.at[2] -= preempted  # an empty batch leaves no record
 
-        # Sequences whose last token this was.
-        i = ring[k & mask]
-        ring[k & mask] = NONE
+        # The oldest batch is taken in: the one in flight, or the one just formed.
+        if popped_end > now:
+            now = popped_end
+            state[LAST_ENDED] = 0
+        if flight == 0:
+            side = 1 - side
+            entered = coming
+        for e in range(entered):
+            requests.first[entering[side, e]] = now
+        i = ring[popped & mask]
+        ring[popped & mask] = NONE
         while i != NONE:
-            done = offset[i] + k
             requests.finish[i] = now
-            free += (done + bs - 1) // bs
-            residue[(-offset[i]) % bs] -= 1
-            context -= done
-            n -= 1
-            if before[i] == NONE:
-                first_run = after[i]
-            else:
-                after[before[i]] = after[i]
-            if after[i] == NONE:
-                last_run = before[i]
-            else:
-                before[after[i]] = before[i]
+            if before[i] != EVICTED:
+                done = offset[i] + popped
+                free += (done + bs - 1) // bs
+                seated -= 1
+                if before[i] == NONE:
+                    first_run = after[i]
+                else:
+                    after[before[i]] = after[i]
+                if after[i] == NONE:
+                    last_run = before[i]
+                else:
+                    before[after[i]] = before[i]
+                if flight == 0:
+                    residue[(-offset[i]) % bs] -= 1
+                    context -= done
+                    n -= 1
             state[ENDED] += 1
             state[LAST_ENDED] += 1
             send_next_nb(requests, state, now)
             i = slot_after[i]
-
-        # Prompts that are complete yield their first token, or the next one after a preemption.
-        for e in range(entered):
-            i = entering[e]
-            known = prompt[i] + generated[i]
-            if generated[i] == 0:
-                requests.first[i] = now
-            generated[i] += 1
-            if generated[i] == limit[i]:
-                requests.finish[i] = now
-                free += (known + bs - 1) // bs
-                state[ENDED] += 1
-                state[LAST_ENDED] += 1
-                send_next_nb(requests, state, now)
-                continue
-            joined[i] = k
-            offset[i] = known - k
-            residue[(k - known) % bs] += 1
-            context += known
-            n += 1
-            before[i] = last_run
-            after[i] = NONE
-            if last_run == NONE:
-                first_run = i
+        entered = 0
+        if flight == 1:
+            if rows > 0:
+                side = 1 - side
+                entered = coming
             else:
-                after[last_run] = i
-            last_run = i
-            slot = (k + limit[i] - generated[i]) & mask
-            slot_before[i] = NONE
-            slot_after[i] = ring[slot]
-            if ring[slot] != NONE:
-                slot_before[ring[slot]] = i
-            ring[slot] = i
+                flight = 0
 
     state[NOW], state[BATCHES], state[FREE], state[DECODING], state[CONTEXT] = now, k, free, n, context
-    state[FIRST_RUN], state[LAST_RUN] = first_run, last_run
+    state[FIRST_RUN], state[LAST_RUN], state[SEATED] = first_run, last_run, seated
     state[PARTIAL], state[PARTIAL_DONE] = partial, partial_done
     state[STACK], state[NEXT] = stack, head
+    state[FLIGHT], state[FLIGHT_END], state[SIDE], state[ENTERED] = flight, end, side, entered
     work.busy[replica, 0] = busy
 
 
@@ -505,7 +544,7 @@ def advance_queued_nb(
     generated, computed, in_flight, blocks = work.generated, work.computed, work.in_flight, work.blocks
     under, place = work.under, work.place
     lane = replica % work.ring.shape[0]
-    state, running = work.state[replica], work.running[lane]
+    state, running, row_tokens = work.state[replica], work.running[lane], work.entering[lane, 0]
     queue_end, queue_size, queue_rows = work.queue_end[lane], work.queue_size[lane], work.queue_rows[lane]
     stage_free, busy = work.stage_free[replica], work.busy[replica]
     bs = limits.block_size
@@ -588,7 +627,7 @@ def advance_queued_nb(
                     read += computed[i]
                 else:
                     count_chunk_nb(counts, c, computed[i])
-                work.entering[rows - 1] = c
+                row_tokens[rows - 1] = c
                 if log.on:
                     log_row_nb(log, i, c, computed[i])
                 index += 1
@@ -636,7 +675,7 @@ def advance_queued_nb(
                         read += c
                     else:
                         count_chunk_nb(counts, c, c)
-                    work.entering[rows - 1] = c
+                    row_tokens[rows - 1] = c
                     if log.on:
                         log_row_nb(log, i, c, c)
             state[PREEMPTIONS] += preempted
@@ -652,7 +691,7 @@ def advance_queued_nb(
                         duration += laws.mixed_ns[s, tokens] + laws.sequence_ns[s, rows] + laws.attend_ns[s, d]
                         chunks_ns = 0
                         for r in range(rows):
-                            c = work.entering[r]
+                            c = row_tokens[r]
                             if c > 1:
                                 chunks_ns += chunk_time_nb(laws, s, c, computed[row[r] >> 1])
                         duration += chunks_ns // min(laws.copies[s, 0], rows - d)
@@ -747,7 +786,7 @@ def simulate_nb(
     lowest), so all replicas advance from arrival to arrival. The engine is called in one place, as the compiler
     would otherwise build it twice.
     """
-    synchronous = limits.depth == 1 and limits.threshold == 0
+    single = limits.stages == 1 and limits.threshold == 0
     arrivals = requests.arrival.shape[0] if routed else 0
     for turn in range(arrivals + 1):
         until = requests.arrival[turn] if turn < arrivals else NEVER
@@ -762,8 +801,8 @@ def simulate_nb(
                     while i != NONE and i < clients:
                         i = requests.following[i]
                     state[BACKLOG] = i
-            if synchronous:
-                advance_sync_nb(replica, until, limits, laws, requests, work, counts, log)
+            if single:
+                advance_single_nb(replica, until, limits, laws, requests, work, counts, log)
             else:
                 advance_queued_nb(replica, until, limits, laws, requests, work, counts, log)
             outstanding = state[SENT] - state[ENDED]

@@ -143,7 +143,7 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
     """Scratch memory; replicas that run one after the other share the first row of the large arrays."""
     n = len(requests.arrival)
     ring = 1 << int(requests.limit.max()).bit_length()
-    queued = not (limits.depth == 1 and limits.threshold == 0)
+    queued = limits.stages > 1 or limits.threshold > 0
     state = np.zeros((replicas, kn.STATE_SIZE), np.int64)
     state[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.NEXT, kn.TAIL, kn.BACKLOG]] = kn.NONE
     state[:, kn.FREE] = blocks
@@ -169,7 +169,7 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
         queue_rows=np.zeros((together, limits.depth, limits.max_num_seqs), np.int64),
         stage_free=np.zeros((replicas, limits.stages), np.int64),
         busy=np.zeros((replicas, limits.stages), np.int64),
-        entering=np.zeros(limits.max_num_seqs, np.int64),
+        entering=np.zeros((together, 2, limits.max_num_seqs), np.int64),
     )
 
 
