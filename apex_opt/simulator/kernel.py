@@ -36,9 +36,9 @@ EVICTED = -2
 NOW, BATCHES, FREE, STACK, NEXT, TAIL, BACKLOG = 0, 1, 2, 3, 4, 5, 6
 PREEMPTIONS, SENT, ENDED, LAST_ENDED, ERROR = 7, 8, 9, 10, 11
 DECODING, CONTEXT, FIRST_RUN, LAST_RUN, SEATED, PARTIAL, PARTIAL_DONE = 12, 13, 14, 15, 16, 17, 18
-FLIGHT, FLIGHT_END, SIDE, ENTERED = 19, 20, 21, 22
-QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED = 23, 24, 25, 26
-STATE_SIZE = 27
+FLIGHT, FLIGHT_END, SIDE, ENTERED, HOLLOW = 19, 20, 21, 22, 23
+QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED = 24, 25, 26, 27
+STATE_SIZE = 28
 
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
 
@@ -210,7 +210,7 @@ def advance_single_nb(
     """One stage without a prefill threshold: take every turn that starts before `until`.
 
     A turn forms batch k + 1 and takes in the oldest batch: that very batch, or with asynchronous scheduling batch k,
-    which was running meanwhile. Batches without sequences never matter on one stage and are not queued.
+    which was running meanwhile. A batch without sequences only matters as it keeps its place in the queue (`hollow`).
     A sequence joins the decoding ones when its prompt's last tokens are scheduled, and leaves them when the batch after
     its last one is formed; it keeps its seat and blocks until its last batch is taken in.
     """
@@ -232,7 +232,7 @@ def advance_single_nb(
     first_run, last_run, seated = state[FIRST_RUN], state[LAST_RUN], state[SEATED]
     partial, partial_done = state[PARTIAL], state[PARTIAL_DONE]
     stack, head = state[STACK], state[NEXT]
-    flight, end, side, entered = state[FLIGHT], state[FLIGHT_END], state[SIDE], state[ENTERED]
+    flight, end, side, entered, hollow = state[FLIGHT], state[FLIGHT_END], state[SIDE], state[ENTERED], state[HOLLOW]
     busy = work.busy[replica, 0]
     phase = k % bs  # residue class that needs a block in batch k + 1
 
@@ -242,6 +242,7 @@ def advance_single_nb(
                 break
             if arrival[head] > now:
                 now = arrival[head]
+                hollow = 0
         if now >= until:
             break
 
@@ -473,8 +474,9 @@ def advance_single_nb(
             if phase == bs:
                 phase = 0
             if flight == 0:
-                if asynchronous and duration > 0:
+                if asynchronous and (duration > 0 or hollow == 1):
                     flight = 1
+                    hollow = 0
                     side = 1 - side
                     entered = coming
                     continue
@@ -526,12 +528,14 @@ def advance_single_nb(
                 entered = coming
             else:
                 flight = 0
+                hollow = 1
 
     state[NOW], state[BATCHES], state[FREE], state[DECODING], state[CONTEXT] = now, k, free, n, context
     state[FIRST_RUN], state[LAST_RUN], state[SEATED] = first_run, last_run, seated
     state[PARTIAL], state[PARTIAL_DONE] = partial, partial_done
     state[STACK], state[NEXT] = stack, head
     state[FLIGHT], state[FLIGHT_END], state[SIDE], state[ENTERED] = flight, end, side, entered
+    state[HOLLOW] = hollow
     work.busy[replica, 0] = busy
 
 
