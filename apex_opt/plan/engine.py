@@ -21,6 +21,7 @@ class EngineSettings:
     chunked_prefill : bool                 a prompt may be split over batches
     long_prefill_token_threshold : int     most tokens of one prompt in one batch; 0 = no such limit
     block_size : int                       tokens in one KV block
+    prefix_caching : bool                  blocks whose content is known are found again by their prefix
     async_scheduling : bool                the next batch is formed while the last one runs
     gpu_memory_utilization : float         share of a GPU's memory the engine may fill, above 0 and at most 1
 
@@ -37,6 +38,7 @@ class EngineSettings:
     chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0
     block_size: int = 16
+    prefix_caching: bool = False
     async_scheduling: bool = True
     gpu_memory_utilization: float = 0.9
 

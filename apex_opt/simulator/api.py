@@ -114,19 +114,19 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
         `long_prefill_token_threshold`, `block_size`, `num_gpu_blocks` (one of them is never handed out),
         `async_scheduling`, `stages`, `stage_weight`, and `law_us = [a, b, c]`: a batch takes
         ``weight * (a + b * tokens + c * context)`` µs on a stage
-    trace : rows `[arrival_us, prompt_tokens, output_tokens]`
+    trace : rows `[arrival_us, prompt_tokens, output_tokens]`; with `prefix_caching` also the content ids of the
+        prompt, one per `hash_block_tokens` tokens
     implementation : "kernel" or "reference"
 
     Raises
     ------
     UsageError, CapacityError, InputError    settings or requests that no engine accepts
     """
-    if config.get("prefix_caching"):
-        raise UsageError("prefix_caching: not simulated; set it to false")
     missing = [key for key in (*_SETTINGS, "num_gpu_blocks", "law_us") if key not in config]
     if missing:
         raise UsageError(f"config: missing {', '.join(missing)}")
-    settings = EngineSettings(**{key: config[key] for key in _SETTINGS})
+    caching = bool(config.get("prefix_caching", False))
+    settings = EngineSettings(**{key: config[key] for key in _SETTINGS}, prefix_caching=caching)
     weights = config.get("stage_weight", [1] * config.get("stages", 1))
     if len(weights) != config.get("stages", 1):
         raise UsageError(f"config: {len(weights)} stage weights for {config.get('stages', 1)} stages")
@@ -145,6 +145,8 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
         arrival_ns=arrival[order] * NS_PER_US,
         prompt=prompt[order],
         output=output[order],
+        content=[trace[i][3] for i in order] if caching else None,
+        content_tokens=config["hash_block_tokens"] if caching else 0,
         source="recorded batches",
     )
     outcome = simulate(

@@ -9,7 +9,7 @@ Two engines share one interface, *take every turn that starts before `until`*:
     modulo the block size, the context is one running sum, and a batch costs a few table look-ups. At most one partial
     prefill exists and it is last in running order; preempted requests form a stack before the arrivals.
 `advance_queued_nb`
-    pipelines and thresholds: walks the running sequences each batch.
+    pipelines, thresholds and prefix caching: walks the running sequences each batch.
 
 Numba's cache sees no edits in other files and does not rebind globals (numba issue 8359), hence one file, and nothing
 imported that is used inside. Integers only, so equality with the reference is exact. `pack.py` is the only caller.
@@ -135,6 +135,29 @@ class Log(NamedTuple):
     preempted: I64
 
 
+class Cache(NamedTuple):
+    """`pool.PrefixCachingPool`: lists of blocks as links in columns; one row per lane. Empty where caching is off."""
+
+    on: int
+    piece_blocks: int
+    pieces: I64  # `content.BlockContent`
+    starts: I64
+    own: I64
+    shared_blocks: I64
+    slot: I64  # [requests]: row of `table`
+    registered: I64  # [requests]
+    slots: I64  # [lanes, max_num_seqs]: rows of `table` not in use, a stack
+    table: I64  # [lanes, max_num_seqs, blocks of the longest request]
+    users: I64  # [lanes, blocks]
+    content: I64  # [lanes, blocks]
+    queue_after: I64  # [lanes, blocks + 1]: free blocks in a circle; the last entry is both ends
+    queue_before: I64
+    holder_after: I64  # [lanes, blocks]: blocks of equal content
+    holder_before: I64
+    first_holder: I64  # [lanes, keys]
+    last_holder: I64
+
+
 WAITS, RUNS, DONE = 0, 1, 2
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy")
@@ -201,6 +224,122 @@ def send_next_nb(requests: Requests, state: I64, now: int) -> None:
         requests.arrival[i] = now
         state[BACKLOG] = requests.following[i]
         state[SENT] += 1
+
+
+@_cached
+def empty_cache_nb(cache: Cache, lane: int) -> None:
+    """All blocks free, in order, and nothing known."""
+    blocks = cache.users.shape[1]
+    for b in range(blocks):
+        cache.users[lane, b] = 0
+        cache.content[lane, b] = NONE
+    for b in range(blocks + 1):
+        cache.queue_after[lane, b] = b + 1 if b < blocks else 0
+        cache.queue_before[lane, b] = b - 1 if b > 0 else blocks
+    for key in range(cache.first_holder.shape[1]):
+        cache.first_holder[lane, key] = NONE
+        cache.last_holder[lane, key] = NONE
+    for row in range(cache.slots.shape[1]):
+        cache.slots[lane, row] = row
+
+
+@_cached
+def key_nb(cache: Cache, i: int, j: int) -> int:
+    """Content of the j-th block of request i."""
+    shared = cache.shared_blocks[i]
+    per = cache.piece_blocks
+    key: int = cache.own[i] + j - shared
+    if j < shared:
+        key = cache.pieces[cache.starts[i] + j // per] * per + j % per
+    return key
+
+
+@_cached
+def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
+    """Blocks that hold the beginning of request i, at most so many, and those of them that nobody uses."""
+    found = 0
+    unused = 0
+    while found < most:
+        b = cache.first_holder[lane, key_nb(cache, i, found)]
+        if b == NONE:
+            break
+        if cache.users[lane, b] == 0:
+            unused += 1
+        found += 1
+    return found, unused
+
+
+@_cached
+def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) -> None:
+    """Give request i its found blocks, then fresh ones from the front of the queue, up to a total."""
+    users, content = cache.users[lane], cache.content[lane]
+    after, before = cache.queue_after[lane], cache.queue_before[lane]
+    table = cache.table[lane, cache.slot[i]]
+    ends = users.shape[0]
+    for j in range(held, total):
+        if j < found:
+            b = cache.first_holder[lane, key_nb(cache, i, j)]
+        else:
+            b = after[ends]
+        if users[b] == 0:
+            after[before[b]] = after[b]
+            before[after[b]] = before[b]
+        if j >= found and content[b] != NONE:
+            key = content[b]
+            content[b] = NONE
+            older, newer = cache.holder_before[lane, b], cache.holder_after[lane, b]
+            if older == NONE:
+                cache.first_holder[lane, key] = newer
+            else:
+                cache.holder_after[lane, older] = newer
+            if newer == NONE:
+                cache.last_holder[lane, key] = older
+            else:
+                cache.holder_before[lane, newer] = older
+        users[b] += 1
+        table[j] = b
+
+
+@_cached
+def register_nb(cache: Cache, lane: int, i: int, full: int) -> None:
+    """The first `full` blocks of request i can be found from now on."""
+    table = cache.table[lane, cache.slot[i]]
+    for j in range(cache.registered[i], full):
+        b = table[j]
+        key = key_nb(cache, i, j)
+        cache.content[lane, b] = key
+        last = cache.last_holder[lane, key]
+        cache.holder_before[lane, b] = last
+        cache.holder_after[lane, b] = NONE
+        if last == NONE:
+            cache.first_holder[lane, key] = b
+        else:
+            cache.holder_after[lane, last] = b
+        cache.last_holder[lane, key] = b
+    if full > cache.registered[i]:
+        cache.registered[i] = full
+
+
+@_cached
+def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
+    """Give all blocks of request i back, the last one first; how many of them are free now."""
+    users = cache.users[lane]
+    after, before = cache.queue_after[lane], cache.queue_before[lane]
+    table = cache.table[lane, cache.slot[i]]
+    ends = users.shape[0]
+    freed = 0
+    for j in range(held - 1, -1, -1):
+        b = table[j]
+        users[b] -= 1
+        if users[b] == 0:
+            last = before[ends]
+            after[last] = b
+            before[b] = last
+            after[b] = ends
+            before[ends] = b
+            freed += 1
+    cache.registered[i] = 0
+    return freed
 
 
 @_cached
@@ -541,9 +680,17 @@ def advance_single_nb(
 
 @_cached
 def advance_queued_nb(
-    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+    replica: int,
+    until: int,
+    limits: Limits,
+    laws: Laws,
+    requests: Requests,
+    work: Work,
+    cache: Cache,
+    counts: Counts,
+    log: Log,
 ) -> None:
-    """Several batches in flight, stages or a prefill threshold: take every turn that starts before `until`."""
+    """Stages, a prefill threshold or prefix caching: take every turn that starts before `until`."""
     arrival, prompt, output, limit = requests.arrival, requests.prompt, requests.output, requests.limit
     generated, computed, in_flight, blocks = work.generated, work.computed, work.in_flight, work.blocks
     under, place = work.under, work.place
@@ -553,6 +700,8 @@ def advance_queued_nb(
     stage_free, busy = work.stage_free[replica], work.busy[replica]
     bs = limits.block_size
     depth = limits.depth
+    caching = cache.on == 1
+    spare = cache.slots[lane]  # rows of the block table: the first `n` are in use
 
     now, free, n = state[NOW], state[FREE], state[RUNNING]
     stack, head = state[STACK], state[NEXT]
@@ -602,7 +751,11 @@ def advance_queued_nb(
                 while need > free:
                     n -= 1
                     victim = running[n]
-                    free += blocks[victim]
+                    if caching:
+                        free += release_nb(cache, lane, victim, blocks[victim])
+                        spare[n] = cache.slot[victim]
+                    else:
+                        free += blocks[victim]
                     blocks[victim] = 0
                     computed[victim] = 0
                     place[victim] = WAITS
@@ -617,8 +770,12 @@ def advance_queued_nb(
                 if cut:
                     break
                 free -= need
+                if caching:
+                    take_nb(cache, lane, i, blocks[i], 0, blocks[i] + need)
                 blocks[i] += need
                 computed[i] += c
+                if caching:
+                    register_nb(cache, lane, i, min(computed[i], prompt[i] + generated[i]) // bs)
                 yields = 1 if computed[i] >= prompt[i] + generated[i] + coming else 0
                 if yields and limits.asynchronous:
                     in_flight[i] += 1
@@ -648,9 +805,13 @@ def advance_queued_nb(
                     else:
                         break
                     known = prompt[i] + generated[i]
-                    if (known + bs - 1) // bs > free:
+                    found = 0
+                    unused = 0
+                    if caching:
+                        found, unused = found_nb(cache, lane, i, (known - 1) // bs)
+                    if (known + bs - 1) // bs - found + unused > free:
                         break
-                    c = known
+                    c = known - found * bs
                     if limits.threshold > 0:
                         c = min(c, limits.threshold)
                     if c > budget:
@@ -661,13 +822,18 @@ def advance_queued_nb(
                         stack = under[i]
                     else:
                         head = requests.following[i]
+                    computed[i] = found * bs + c
+                    blocks[i] = (computed[i] + bs - 1) // bs
+                    free -= blocks[i] - found + unused
+                    if caching:
+                        cache.slot[i] = spare[n]
+                        cache.registered[i] = found
+                        take_nb(cache, lane, i, 0, found, blocks[i])
+                        register_nb(cache, lane, i, computed[i] // bs)
                     running[n] = i
                     n += 1
                     place[i] = RUNS
-                    blocks[i] = (c + bs - 1) // bs
-                    free -= blocks[i]
-                    computed[i] = c
-                    yields = 1 if c >= known + in_flight[i] else 0
+                    yields = 1 if computed[i] >= known + in_flight[i] else 0
                     if yields and limits.asynchronous:
                         in_flight[i] += 1
                     row[rows] = 2 * i + yields
@@ -676,12 +842,12 @@ def advance_queued_nb(
                     budget -= c
                     if c == 1:
                         d += 1
-                        read += c
+                        read += computed[i]
                     else:
-                        count_chunk_nb(counts, c, c)
+                        count_chunk_nb(counts, c, computed[i])
                     row_tokens[rows - 1] = c
                     if log.on:
-                        log_row_nb(log, i, c, c)
+                        log_row_nb(log, i, c, computed[i])
             state[PREEMPTIONS] += preempted
 
             # Through the stages.
@@ -743,9 +909,14 @@ def advance_queued_nb(
             if generated[i] == 0:
                 requests.first[i] = now
             generated[i] += 1
+            if caching and limits.asynchronous and place[i] == RUNS:
+                register_nb(cache, lane, i, (computed[i] - in_flight[i]) // bs)
             if generated[i] == limit[i]:
                 requests.finish[i] = now
-                free += blocks[i]
+                if caching:
+                    free += release_nb(cache, lane, i, blocks[i])
+                else:
+                    free += blocks[i]
                 blocks[i] = 0
                 if place[i] == RUNS:
                     gone += 1
@@ -757,9 +928,13 @@ def advance_queued_nb(
         if gone > 0:
             kept = 0
             for index in range(n):
-                if place[running[index]] == RUNS:
-                    running[kept] = running[index]
+                i = running[index]
+                if place[i] == RUNS:
+                    running[kept] = i
                     kept += 1
+                elif caching:
+                    gone -= 1
+                    spare[n - 1 - gone] = cache.slot[i]
             n = kept
         oldest += 1
         if oldest == depth:
@@ -780,6 +955,7 @@ def simulate_nb(
     laws: Laws,
     requests: Requests,
     work: Work,
+    cache: Cache,
     counts: Counts,
     log: Log,
 ) -> None:
@@ -790,7 +966,7 @@ def simulate_nb(
     lowest), so all replicas advance from arrival to arrival. The engine is called in one place, as the compiler
     would otherwise build it twice.
     """
-    single = limits.stages == 1 and limits.threshold == 0
+    single = limits.stages == 1 and limits.threshold == 0 and cache.on == 0
     arrivals = requests.arrival.shape[0] if routed else 0
     for turn in range(arrivals + 1):
         until = requests.arrival[turn] if turn < arrivals else NEVER
@@ -798,6 +974,8 @@ def simulate_nb(
         least = NEVER
         for replica in range(replicas):
             state = work.state[replica]
+            if cache.on == 1 and turn == 0:
+                empty_cache_nb(cache, replica % work.ring.shape[0])
             if not routed:
                 state[NEXT] = replica
                 if clients > 0:
@@ -808,7 +986,7 @@ def simulate_nb(
             if single:
                 advance_single_nb(replica, until, limits, laws, requests, work, counts, log)
             else:
-                advance_queued_nb(replica, until, limits, laws, requests, work, counts, log)
+                advance_queued_nb(replica, until, limits, laws, requests, work, cache, counts, log)
             outstanding = state[SENT] - state[ENDED]
             if state[NOW] > until:
                 outstanding += state[LAST_ENDED]  # answered only once the clock gets there

@@ -9,6 +9,7 @@ import numpy as np
 
 from apex_opt.errors import UsageError
 from apex_opt.simulator import kernel as kn
+from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 
@@ -105,7 +106,12 @@ def _run_once(
     )
     closed = trace.concurrency is not None
     deal = routing == "round_robin" or closed or replicas == 1
-    work = _work(limits, requests, replicas, 1 if deal else replicas, blocks)
+    lanes = 1 if deal else replicas
+    queued = limits.stages > 1 or limits.threshold > 0 or settings.prefix_caching
+    work = _work(
+        limits, requests, replicas, lanes, blocks, 1 if queued else 1 << int(requests.limit.max()).bit_length()
+    )
+    cache = _cache(settings, trace, requests, lanes, blocks)
     counts_arrays = BatchCounts.empty(settings)
     counts = kn.Counts(**{f.name: getattr(counts_arrays, f.name) for f in fields(BatchCounts)})
     sizes = capacity or (0, 0, 0)
@@ -123,7 +129,7 @@ def _run_once(
         if trace.concurrency is not None:
             requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
         replicas = min(active, n)
-    kn.simulate_nb(int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, counts, log)
+    kn.simulate_nb(int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, cache, counts, log)
     state = work.state
     assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
     outcome = Outcome(
@@ -139,11 +145,9 @@ def _run_once(
     return outcome, (int(log.at[0]), int(log.at[1]), int(log.at[2]))
 
 
-def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int, blocks: int) -> kn.Work:
+def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int, blocks: int, ring: int) -> kn.Work:
     """Scratch memory; replicas that run one after the other share the first row of the large arrays."""
     n = len(requests.arrival)
-    ring = 1 << int(requests.limit.max()).bit_length()
-    queued = limits.stages > 1 or limits.threshold > 0
     state = np.zeros((replicas, kn.STATE_SIZE), np.int64)
     state[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.NEXT, kn.TAIL, kn.BACKLOG]] = kn.NONE
     state[:, kn.FREE] = blocks
@@ -161,7 +165,7 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
         blocks=np.zeros(n, np.int64),
         place=np.zeros(n, np.int64),
         state=state,
-        ring=np.full((together, 1 if queued else ring), kn.NONE, np.int64),
+        ring=np.full((together, ring), kn.NONE, np.int64),
         residue=np.zeros((together, limits.block_size), np.int64),
         running=np.zeros((together, limits.max_num_seqs), np.int64),
         queue_end=np.zeros((together, limits.depth), np.int64),
@@ -170,6 +174,36 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
         stage_free=np.zeros((replicas, limits.stages), np.int64),
         busy=np.zeros((replicas, limits.stages), np.int64),
         entering=np.zeros((together, 2, limits.max_num_seqs), np.int64),
+    )
+
+
+def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes: int, blocks: int) -> kn.Cache:
+    """Scratch memory of prefix caching; next to nothing where it is off."""
+    on = settings.prefix_caching
+    n, seats, pool = (len(requests.arrival), settings.max_num_seqs, blocks) if on else (0, 0, 0)
+    content = BlockContent.of(trace, settings.block_size, requests.limit) if on else None
+    longest = int((requests.prompt + requests.limit).max()) // settings.block_size + 1 if on else 0
+    keys = content.total if content else 0
+    nothing = np.zeros(0, np.int64)
+    return kn.Cache(
+        on=int(on),
+        piece_blocks=content.piece_blocks if content else 1,
+        pieces=content.pieces if content else nothing,
+        starts=np.array(content.starts) if content else nothing,
+        own=np.ascontiguousarray(content.own) if content else nothing,
+        shared_blocks=content.shared_blocks if content else nothing,
+        slot=np.zeros(n, np.int64),
+        registered=np.zeros(n, np.int64),
+        slots=np.zeros((lanes, seats), np.int64),
+        table=np.zeros((lanes, seats, min(longest, pool)), np.int64),
+        users=np.zeros((lanes, pool), np.int64),
+        content=np.zeros((lanes, pool), np.int64),
+        queue_after=np.zeros((lanes, pool + 1), np.int64),
+        queue_before=np.zeros((lanes, pool + 1), np.int64),
+        holder_after=np.zeros((lanes, pool), np.int64),
+        holder_before=np.zeros((lanes, pool), np.int64),
+        first_holder=np.zeros((lanes, keys), np.int64),
+        last_holder=np.zeros((lanes, keys), np.int64),
     )
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.outcome import BatchCounts, Outcome
-from apex_opt.units import ceil_div
+from apex_opt.simulator.pool import BlockPool, PrefixCachingPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -40,6 +41,9 @@ class Sequence:
     in_flight: int = 0  # tokens to come from batches that have not finished
     blocks: int = 0
     finished: bool = False
+    keys: list[int] = field(default_factory=list)  # content of its full blocks, prefix included; for prefix caching
+    table: list[int] = field(default_factory=list)  # the blocks themselves
+    registered: int = 0  # blocks whose content can be found by others
 
     @property
     def known(self) -> int:
@@ -68,7 +72,8 @@ class Scheduler:
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
         self.settings = settings
-        self.free = blocks
+        kind = PrefixCachingPool if settings.prefix_caching else BlockPool
+        self.pool = kind(blocks, settings.block_size)
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.unreported = False  # somebody ended since the last batch was formed; the workers learn of it with the next
@@ -91,14 +96,13 @@ class Scheduler:
             if tokens <= 0:
                 index += 1
                 continue
-            need = self._blocks(sequence.computed + tokens) - sequence.blocks
-            while need > self.free:
+            while self.pool.needed(sequence, sequence.computed + tokens) > self.pool.free:
                 victim = self.running.pop()
                 self._preempt(victim)
                 batch.preempted.append(victim.id)
                 if victim is sequence:
                     return budget
-            self._take(batch, sequence, tokens, need)
+            self._enter(batch, sequence, tokens, ())
             budget -= tokens
             index += 1
         return budget
@@ -119,25 +123,28 @@ class Scheduler:
         settings = self.settings
         while self.waiting and budget > 0 and len(self.running) < settings.max_num_seqs:
             sequence = self.waiting[0]
-            if self._blocks(sequence.known) > self.free:
-                return
-            tokens = sequence.known
+            found = self.pool.found(sequence)
+            computed = len(found) * settings.block_size
+            tokens = sequence.known - computed
             if settings.long_prefill_token_threshold:
                 tokens = min(tokens, settings.long_prefill_token_threshold)
             if tokens > budget:
                 if not settings.chunked_prefill:
                     return
                 tokens = budget
+            if self.pool.needed(sequence, sequence.known, found) > self.pool.free:
+                return
             self.waiting.popleft()
             self.running.append(sequence)
-            self._take(batch, sequence, tokens, self._blocks(tokens))
+            sequence.computed = computed
+            self._enter(batch, sequence, tokens, found)
             budget -= tokens
 
-    def _take(self, batch: Batch, sequence: Sequence, tokens: int, blocks: int) -> None:
-        """Enter a sequence into the batch and hand it the blocks its tokens need."""
-        self.free -= blocks
-        sequence.blocks += blocks
+    def _enter(self, batch: Batch, sequence: Sequence, tokens: int, found: Seq[int]) -> None:
+        """Enter a sequence into the batch and hand it the blocks its tokens need beyond those found."""
         sequence.computed += tokens
+        self.pool.take(sequence, sequence.computed, found)
+        self.pool.register(sequence, min(sequence.computed, sequence.known))
         yields = sequence.computed >= sequence.known + sequence.in_flight
         if yields and self.settings.async_scheduling:
             sequence.in_flight += 1
@@ -145,16 +152,9 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks away; the sequence waits in front and will compute everything again."""
-        self._release(sequence)
+        self.pool.release(sequence)
         sequence.computed = 0
         self.waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.free += sequence.blocks
-        sequence.blocks = 0
-
-    def _blocks(self, tokens: int) -> int:
-        return ceil_div(tokens, self.settings.block_size)
 
     def update(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Take in the tokens of a finished batch; return who got a first token and who ended."""
@@ -169,9 +169,12 @@ class Scheduler:
             if sequence.generated == 0:
                 first.append(sequence.id)
             sequence.generated += 1
+            if self.settings.async_scheduling and sequence.table:
+                # Tokens were unknown when they were scheduled; now their blocks have content.
+                self.pool.register(sequence, sequence.computed - sequence.in_flight)
             if sequence.generated == sequence.limit:
                 sequence.finished = True
-                self._release(sequence)
+                self.pool.release(sequence)
                 (self.running if sequence in self.running else self.waiting).remove(sequence)
                 ended.append(sequence.id)
                 self.unreported = True
@@ -276,6 +279,10 @@ def simulate(
         Sequence(id=i, prompt=p, output=o, limit=min(o, settings.max_model_len - p))
         for i, (p, o) in enumerate(zip(trace.prompt.tolist(), trace.output.tolist(), strict=True))
     ]
+    if settings.prefix_caching:
+        content = BlockContent.of(trace, settings.block_size, [s.limit for s in sequences])
+        for sequence in sequences:
+            sequence.keys = content.keys(sequence.id)
     if trace.concurrency is not None:
         # Clients stay with their replica: client j on replica j mod R; requests are dealt out in turn.
         active = min(replicas, trace.concurrency)

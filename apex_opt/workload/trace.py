@@ -35,6 +35,10 @@ class Trace:
     output : int64[n]              tokens generated, the first included, 1 to 10,000,000
     concurrency : int or None      closed loop: this many clients, each sending its next request once the last is
                                    answered; arrivals are then all 0 and ignored. None: requests come on their own.
+    content : int64[total] or None what the prompts say: an id per piece of `content_tokens` tokens, equal ids for equal
+                                   pieces; the last piece of a prompt may be cut short. None: nothing is shared.
+    content_starts : int64[n + 1] or None    request i has the pieces from content_starts[i] to content_starts[i + 1]
+    content_tokens : int           tokens in a piece; 0 without content
     source : str                   "file ..." or "generated: law, seed"
 
     Raises
@@ -47,6 +51,9 @@ class Trace:
     prompt: Ints
     output: Ints
     concurrency: int | None = None
+    content: Ints | None = None
+    content_starts: Ints | None = None
+    content_tokens: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -148,6 +155,8 @@ class Trace:
             arrival_ns=arrival.astype(np.int64),
             prompt=self.prompt,
             output=self.output,
+            content=self._pieces() if self.content is not None else None,
+            content_tokens=self.content_tokens,
             source=f"{self.source}; arrivals times {factor!r}",
         )
 
@@ -166,8 +175,15 @@ class Trace:
             prompt=self.prompt[:n],
             output=self.output[:n],
             concurrency=self.concurrency,
+            content=self._pieces()[:n] if self.content is not None else None,
+            content_tokens=self.content_tokens,
             source=f"{self.source}; first {n} of {len(self)}",
         )
+
+    def _pieces(self) -> list[Ints]:
+        """Content of each request."""
+        assert self.content is not None and self.content_starts is not None
+        return np.split(self.content, self.content_starts[1:-1])
 
 
 def make_trace(
@@ -177,11 +193,14 @@ def make_trace(
     prompt: Sequence[int] | npt.NDArray[Any],
     output: Sequence[int] | npt.NDArray[Any],
     concurrency: int | None = None,
+    content: Sequence[Sequence[int] | npt.NDArray[Any]] | None = None,
+    content_tokens: int = 0,
     source: str = "",
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
-    With a `concurrency` the order is kept and the arrival times are set to 0.
+    With a `concurrency` the order is kept and the arrival times are set to 0. `content` gives the content ids of each
+    prompt, one per `content_tokens` tokens, the last for what is left.
 
     Raises
     ------
@@ -200,9 +219,42 @@ def make_trace(
     frozen = [np.ascontiguousarray(column[order]) for column in (arrival, prompts, outputs)]
     for column in frozen:
         column.flags.writeable = False
+    ids = starts = None
+    if content is not None:
+        ids, starts = _content(name, [content[i] for i in order], frozen[1], content_tokens)
     return Trace(
-        name=name, arrival_ns=frozen[0], prompt=frozen[1], output=frozen[2], concurrency=concurrency, source=source
+        name=name,
+        arrival_ns=frozen[0],
+        prompt=frozen[1],
+        output=frozen[2],
+        concurrency=concurrency,
+        content=ids,
+        content_starts=starts,
+        content_tokens=content_tokens if content is not None else 0,
+        source=source,
     )
+
+
+def _content(
+    name: str, content: Sequence[Sequence[int] | npt.NDArray[Any]], prompt: Ints, tokens: int
+) -> tuple[Ints, Ints]:
+    """Content ids of all requests in one column, and where each request's begin."""
+    _check_count("content_tokens", tokens, MAX_TOKENS, f"trace {name}")
+    columns = [_to_int64(name, "content", ids) for ids in content]
+    counts = np.array([column.size for column in columns], np.int64)
+    wrong = np.flatnonzero(counts != -(-prompt // tokens))
+    if wrong.size:
+        raise join_faults(
+            f"trace {name}",
+            [
+                f"row {row + 1}: {counts[row]} content ids for a prompt of {prompt[row]} tokens; give one per {tokens}"
+                for row in wrong
+            ],
+        )
+    ids, starts = np.concatenate(columns), np.concatenate(([0], np.cumsum(counts)))
+    for column in (ids, starts):
+        column.flags.writeable = False
+    return ids, starts
 
 
 _LABELS = ("arrival_ns", "prompt", "output")
