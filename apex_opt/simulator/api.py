@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Routing
+    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
 Implementation = Literal["kernel", "reference"]
@@ -58,6 +59,8 @@ def simulate(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
     implementation: Implementation = "kernel",
 ) -> Outcome:
     """Serve a trace on identical replicas and return when every request got its tokens.
@@ -73,6 +76,8 @@ def simulate(
     routing : "round_robin" (request i to replica i mod R) or "least_loaded" (fewest unanswered requests when the
               request arrives, ties to the lowest replica)
     log : bool                    keep every batch
+    stops : limits whose passing cuts the run short (`Outcome.stopped`); with `floors`, times that no request can beat,
+        sooner
     implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
 
     Returns
@@ -89,10 +94,14 @@ def simulate(
     if implementation == "reference":
         from apex_opt.simulator import reference
 
-        return reference.simulate(settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log)
+        return reference.simulate(
+            settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, stops=stops
+        )
     from apex_opt.simulator import pack
 
-    return pack.run(settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log)
+    return pack.run(
+        settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, stops=stops, floors=floors
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,6 +158,20 @@ class Cache(NamedTuple):
     last_holder: I64
 
 
+class Stops(NamedTuple):
+    """`stop.Stop`, a row each: when passed, the run is cut short."""
+
+    metric: I64  # TTFT, TPOT, E2E or MAKESPAN
+    adds: I64  # 1: latencies beyond the floors add up in `used`; 0: `used` counts those above the limit
+    limit: I64
+    most: I64
+    used: I64
+    floors: I64  # [3, requests]: least TTFT, TPOT and E2E
+    origin: int  # first arrival
+    passed: I64  # [1]
+
+
+TTFT, TPOT, E2E, MAKESPAN = 0, 1, 2, 3
 WAITS, RUNS, DONE = 0, 1, 2
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy")
@@ -217,13 +231,33 @@ def count_chunk_nb(counts: Counts, c: int, held: int) -> None:
 
 
 @_cached
-def send_next_nb(requests: Requests, state: I64, now: int) -> None:
-    """Closed loop: a client whose request was answered sends the next one."""
-    i = state[BACKLOG]
-    if i != NONE:
-        requests.arrival[i] = now
-        state[BACKLOG] = requests.following[i]
+def answer_nb(requests: Requests, state: I64, stops: Stops, i: int, now: int) -> None:
+    """Request i is answered: in a closed loop its client sends the next one; the run may be over."""
+    requests.finish[i] = now
+    state[ENDED] += 1
+    state[LAST_ENDED] += 1
+    coming = state[BACKLOG]
+    if coming != NONE:
+        requests.arrival[coming] = now
+        state[BACKLOG] = requests.following[coming]
         state[SENT] += 1
+    for row in range(stops.metric.shape[0]):
+        metric = stops.metric[row]
+        value = now - stops.origin
+        if metric == TTFT:
+            value = requests.first[i] - requests.arrival[i]
+        elif metric == TPOT:
+            value = (now - requests.first[i]) // max(requests.limit[i] - 1, 1)
+        elif metric == E2E:
+            value = now - requests.arrival[i]
+        if stops.adds[row] == 1:
+            stops.used[row] += value - stops.floors[metric, i]
+            over = stops.used[row] > stops.limit[row]
+        else:
+            stops.used[row] += value > stops.limit[row]
+            over = stops.used[row] >= stops.most[row]
+        if over:
+            stops.passed[0] = 1
 
 
 @_cached
@@ -277,10 +311,7 @@ def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) 
     table = cache.table[lane, cache.slot[i]]
     ends = users.shape[0]
     for j in range(held, total):
-        if j < found:
-            b = cache.first_holder[lane, key_nb(cache, i, j)]
-        else:
-            b = after[ends]
+        b = cache.first_holder[lane, key_nb(cache, i, j)] if j < found else after[ends]
         if users[b] == 0:
             after[before[b]] = after[b]
             before[after[b]] = before[b]
@@ -344,7 +375,15 @@ def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
 
 @_cached
 def advance_single_nb(
-    replica: int, until: int, limits: Limits, laws: Laws, requests: Requests, work: Work, counts: Counts, log: Log
+    replica: int,
+    until: int,
+    limits: Limits,
+    laws: Laws,
+    requests: Requests,
+    work: Work,
+    stops: Stops,
+    counts: Counts,
+    log: Log,
 ) -> None:
     """One stage without a prefill threshold: take every turn that starts before `until`.
 
@@ -639,7 +678,6 @@ def advance_single_nb(
         i = ring[popped & mask]
         ring[popped & mask] = NONE
         while i != NONE:
-            requests.finish[i] = now
             if before[i] != EVICTED:
                 done = offset[i] + popped
                 free += (done + bs - 1) // bs
@@ -656,10 +694,10 @@ def advance_single_nb(
                     residue[(-offset[i]) % bs] -= 1
                     context -= done
                     n -= 1
-            state[ENDED] += 1
-            state[LAST_ENDED] += 1
-            send_next_nb(requests, state, now)
+            answer_nb(requests, state, stops, i, now)
             i = slot_after[i]
+        if stops.passed[0] == 1:
+            break
         entered = 0
         if flight == 1:
             if rows > 0:
@@ -687,6 +725,7 @@ def advance_queued_nb(
     requests: Requests,
     work: Work,
     cache: Cache,
+    stops: Stops,
     counts: Counts,
     log: Log,
 ) -> None:
@@ -912,7 +951,6 @@ def advance_queued_nb(
             if caching and limits.asynchronous and place[i] == RUNS:
                 register_nb(cache, lane, i, (computed[i] - in_flight[i]) // bs)
             if generated[i] == limit[i]:
-                requests.finish[i] = now
                 if caching:
                     free += release_nb(cache, lane, i, blocks[i])
                 else:
@@ -922,9 +960,9 @@ def advance_queued_nb(
                     gone += 1
                 place[i] = DONE
                 state[UNREPORTED] = 1  # the workers learn of it with the next batch, even an empty one
-                state[ENDED] += 1
-                state[LAST_ENDED] += 1
-                send_next_nb(requests, state, now)
+                answer_nb(requests, state, stops, i, now)
+        if stops.passed[0] == 1:
+            break
         if gone > 0:
             kept = 0
             for index in range(n):
@@ -956,6 +994,7 @@ def simulate_nb(
     requests: Requests,
     work: Work,
     cache: Cache,
+    stops: Stops,
     counts: Counts,
     log: Log,
 ) -> None:
@@ -984,9 +1023,11 @@ def simulate_nb(
                         i = requests.following[i]
                     state[BACKLOG] = i
             if single:
-                advance_single_nb(replica, until, limits, laws, requests, work, counts, log)
+                advance_single_nb(replica, until, limits, laws, requests, work, stops, counts, log)
             else:
-                advance_queued_nb(replica, until, limits, laws, requests, work, cache, counts, log)
+                advance_queued_nb(replica, until, limits, laws, requests, work, cache, stops, counts, log)
+            if stops.passed[0] == 1:
+                return
             outstanding = state[SENT] - state[ENDED]
             if state[NOW] > until:
                 outstanding += state[LAST_ENDED]  # answered only once the clock gets there

@@ -98,6 +98,7 @@ class Outcome:
     busy_ns : int64[replicas, stages]    time each stage spent on batches
     counts : BatchCounts                 over all replicas
     steps : list of Step or None         every batch, replica by replica, where asked for
+    stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     """
 
     arrival_ns: NDArray[np.int64]
@@ -108,6 +109,7 @@ class Outcome:
     busy_ns: NDArray[np.int64]
     counts: BatchCounts
     steps: list[Step] | None = None
+    stopped: bool = False
 
     @property
     def makespan_ns(self) -> int:

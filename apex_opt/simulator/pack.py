@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from apex_opt.simulator import kernel as kn
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.simulator.stop import METRICS, latencies_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.outcome import Routing, Step
+    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
 assert kn.RATE_BITS == RATE_BITS
@@ -36,15 +39,29 @@ def run(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
 ) -> Outcome:
     """Run a trace through the kernel; see `apex_opt.simulator.api.simulate` for the parameters."""
     packed_laws = pack_laws(settings, laws, trace, blocks)
     capacity = (0, 0, 0)
     while True:
-        outcome, needed = _run_once(settings, blocks, packed_laws, trace, replicas, routing, capacity if log else None)
+        outcome, needed = _run_once(
+            settings, blocks, packed_laws, trace, replicas, routing, capacity if log else None, stops, floors
+        )
         if all(n <= c for n, c in zip(needed, capacity, strict=True)) or not log:
             return outcome
         capacity = needed
+
+
+def needs_compiling() -> bool:
+    """Whether the next run will compile the kernel first: no cache on disk is younger than the source."""
+    dispatcher = kn.simulate_nb
+    if not hasattr(dispatcher, "stats") or dispatcher.signatures:
+        return False  # compiled already, or compiling is switched off
+    source, folder = Path(kn.__file__), dispatcher.stats.cache_path
+    indices = Path(folder).glob(f"{source.stem}.simulate_nb-*.nbi") if folder else ()
+    return all(index.stat().st_mtime < source.stat().st_mtime for index in indices)
 
 
 def pack_laws(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace, blocks: int) -> kn.Laws:
@@ -80,6 +97,8 @@ def _run_once(
     replicas: int,
     routing: Routing,
     capacity: tuple[int, int, int] | None,
+    stops: Sequence[Stop],
+    floors: Outcome | None,
 ) -> tuple[Outcome, tuple[int, int, int]]:
     stages = laws.decode_ns.shape[0]
     depth = stages if stages > 1 else (2 if settings.async_scheduling else 1)
@@ -111,6 +130,7 @@ def _run_once(
     work = _work(
         limits, requests, replicas, lanes, blocks, 1 if queued else 1 << int(requests.limit.max()).bit_length()
     )
+    packed_stops = _stops(stops, floors, requests, trace)
     cache = _cache(settings, trace, requests, lanes, blocks)
     counts_arrays = BatchCounts.empty(settings)
     counts = kn.Counts(**{f.name: getattr(counts_arrays, f.name) for f in fields(BatchCounts)})
@@ -129,7 +149,9 @@ def _run_once(
         if trace.concurrency is not None:
             requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
         replicas = min(active, n)
-    kn.simulate_nb(int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, cache, counts, log)
+    kn.simulate_nb(
+        int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, cache, packed_stops, counts, log
+    )
     state = work.state
     assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
     outcome = Outcome(
@@ -141,6 +163,7 @@ def _run_once(
         busy_ns=work.busy,
         counts=counts_arrays,
         steps=_steps(log) if capacity is not None else None,
+        stopped=bool(packed_stops.passed[0]),
     )
     return outcome, (int(log.at[0]), int(log.at[1]), int(log.at[2]))
 
@@ -174,6 +197,28 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
         stage_free=np.zeros((replicas, limits.stages), np.int64),
         busy=np.zeros((replicas, limits.stages), np.int64),
         entering=np.zeros((together, 2, limits.max_num_seqs), np.int64),
+    )
+
+
+def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: kn.Requests, trace: Trace) -> kn.Stops:
+    """Limits as columns; what is left for sums once every request has its floor."""
+    least = np.zeros((3, len(requests.arrival) if stops else 0), np.int64)
+    if stops and floors is not None:
+        times = floors.arrival_ns, floors.first_token_ns, floors.finish_ns
+        for row, metric in enumerate(METRICS[:3]):
+            least[row] = latencies_ns(metric, *times, requests.limit)
+    limits = [
+        stop.limit_ns - (int(least[METRICS.index(stop.metric)].sum()) if stop.kind == "sum" else 0) for stop in stops
+    ]
+    return kn.Stops(
+        metric=np.array([METRICS.index(stop.metric) for stop in stops], np.int64),
+        adds=np.array([stop.kind == "sum" for stop in stops], np.int64),
+        limit=np.array(limits, np.int64),
+        most=np.array([stop.most for stop in stops], np.int64),
+        used=np.zeros(len(stops), np.int64),
+        floors=least,
+        origin=0 if trace.concurrency is not None else int(trace.arrival_ns[0]),
+        passed=np.zeros(1, np.int64),
     )
 
 

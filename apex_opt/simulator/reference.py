@@ -10,7 +10,7 @@ Three pieces: `Scheduler` decides what is in a batch, `Engine` decides when batc
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +18,17 @@ import numpy as np
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.pool import BlockPool, PrefixCachingPool
+from apex_opt.simulator.stop import latencies_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from numpy.typing import NDArray
+
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Routing
+    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
 
@@ -272,6 +276,7 @@ def simulate(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    stops: Seq[Stop] = (),
 ) -> Outcome:
     """Run a trace on identical replicas; see `apex_opt.simulator.api.simulate` for the parameters."""
     engines = [Engine(settings, blocks, laws, log) for _ in range(replicas)]
@@ -302,19 +307,29 @@ def simulate(
             engine.add(arrival_ns, sequence)
     for engine in engines:
         engine.advance()
-    return _outcome(engines, len(sequences))
+    outcome = _outcome(engines, len(sequences))
+    # Limits only get closer as requests are answered: cut short is what would have passed one in the end.
+    times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
+    generated = np.array([sequence.limit for sequence in sequences])
+    stopped = any(stop.passed(latencies_ns(stop.metric, *times, generated)) for stop in stops)
+    return replace(outcome, stopped=stopped)
 
 
 def _outcome(engines: Seq[Engine], requests: int) -> Outcome:
     """Put the replicas' results together, requests in their own order."""
-    merged = {name: np.zeros(requests, np.int64) for name in ("arrival_ns", "first_token_ns", "finish_ns")}
-    for name, column in merged.items():
+
+    def column(name: str) -> NDArray[np.int64]:
+        values = np.zeros(requests, np.int64)
         for engine in engines:
             times: dict[int, int] = getattr(engine, name)
-            column[list(times.keys())] = list(times.values())
+            values[list(times.keys())] = list(times.values())
+        return values
+
     steps = None if engines[0].steps is None else [step for engine in engines for step in engine.steps or ()]
     return Outcome(
-        **merged,
+        arrival_ns=column("arrival_ns"),
+        first_token_ns=column("first_token_ns"),
+        finish_ns=column("finish_ns"),
         preemptions=sum(e.preemptions for e in engines),
         batches=sum(e.batches for e in engines),
         busy_ns=np.array([e.busy_ns for e in engines], np.int64),
