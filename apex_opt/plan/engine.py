@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.ir.model import shown
 
 _LARGEST = 1 << 31
+POLICIES: Final = ("vllm", "orca", "static")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,13 @@ class EngineSettings:
     async_scheduling : bool                the next batch is formed while the last one runs
     gpu_memory_utilization : float         share of a GPU's memory the engine may fill, above 0 and at most 1
 
+    policy : str                           how batches are formed:
+        "vllm"     iteration by iteration, prompts in chunks, preemption where blocks run out (vLLM V1)
+        "orca"     iteration by iteration, whole prompts, blocks of prompt and output reserved at admission: nobody is
+                   preempted (Yu et al., "Orca", OSDI 2022, algorithm 1; what APEX assumes)
+        "static"   whole requests: a batch is formed when none runs and answered when its longest request is done;
+                   requests that are done before keep computing (the baseline of the same paper, section 2)
+
     The defaults are those of vLLM 0.20 on a large GPU.
 
     Raises
@@ -41,6 +51,12 @@ class EngineSettings:
     prefix_caching: bool = False
     async_scheduling: bool = True
     gpu_memory_utilization: float = 0.9
+    policy: str = "vllm"
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt is computed in one batch or not at all."""
+        return self.policy != "vllm" or not self.chunked_prefill
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -52,17 +68,21 @@ class EngineSettings:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
-                raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {_LARGEST - 1}")
+                raise UsageError(f"{name}: {shown(value)} is not a whole number from {least} to {_LARGEST - 1}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise UsageError(f"gpu_memory_utilization: {share!r} is not a number above 0 and at most 1")
+            raise UsageError(f"gpu_memory_utilization: {shown(share)} is not a number above 0 and at most 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "every running sequence may want a token in one batch; raise the one or lower the other"
             )
-        if not self.chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+        if self.policy not in POLICIES:
+            raise UnknownNameError("batching policy", str(self.policy)[:60], POLICIES)
+        if self.policy != "vllm" and self.prefix_caching:
+            raise UsageError(f"prefix_caching goes with the policy vllm, not with {self.policy}; leave one of them out")
+        if self.whole_prompts and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(
-                f"without chunked prefill max_num_batched_tokens {self.max_num_batched_tokens} must reach "
+                f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "
                 f"max_model_len {self.max_model_len}: a longer prompt would never be scheduled"
             )

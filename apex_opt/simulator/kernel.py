@@ -9,7 +9,7 @@ Two engines share one interface, *take every turn that starts before `until`*:
     modulo the block size, the context is one running sum, and a batch costs a few table look-ups. At most one partial
     prefill exists and it is last in running order; preempted requests form a stack before the arrivals.
 `advance_queued_nb`
-    pipelines, thresholds and prefix caching: walks the running sequences each batch.
+    pipelines, thresholds, prefix caching and other policies: walks the running sequences each batch.
 
 Numba's cache sees no edits in other files and does not rebind globals (numba issue 8359), hence one file, and nothing
 imported that is used inside. Integers only, so equality with the reference is exact. `pack.py` is the only caller.
@@ -37,8 +37,8 @@ NOW, BATCHES, FREE, STACK, NEXT, TAIL, BACKLOG = 0, 1, 2, 3, 4, 5, 6
 PREEMPTIONS, SENT, ENDED, LAST_ENDED, ERROR = 7, 8, 9, 10, 11
 DECODING, CONTEXT, FIRST_RUN, LAST_RUN, SEATED, PARTIAL, PARTIAL_DONE = 12, 13, 14, 15, 16, 17, 18
 FLIGHT, FLIGHT_END, SIDE, ENTERED, HOLLOW = 19, 20, 21, 22, 23
-QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED = 24, 25, 26, 27
-STATE_SIZE = 28
+QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED, COMPLETE = 24, 25, 26, 27, 28
+STATE_SIZE = 29
 
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
 
@@ -55,6 +55,7 @@ class Limits(NamedTuple):
     asynchronous: int
     depth: int
     stages: int
+    policy: int  # VLLM, ORCA or STATIC
 
 
 class Laws(NamedTuple):
@@ -171,6 +172,7 @@ class Stops(NamedTuple):
     passed: I64  # [1]
 
 
+VLLM, ORCA, STATIC = 0, 1, 2
 TTFT, TPOT, E2E, MAKESPAN = 0, 1, 2, 3
 WAITS, RUNS, DONE = 0, 1, 2
 
@@ -729,7 +731,7 @@ def advance_queued_nb(
     counts: Counts,
     log: Log,
 ) -> None:
-    """Stages, a prefill threshold or prefix caching: take every turn that starts before `until`."""
+    """Stages, a prefill threshold, prefix caching or another policy: take every turn that starts before `until`."""
     arrival, prompt, output, limit = requests.arrival, requests.prompt, requests.output, requests.limit
     generated, computed, in_flight, blocks = work.generated, work.computed, work.in_flight, work.blocks
     under, place = work.under, work.place
@@ -775,6 +777,18 @@ def advance_queued_nb(
             index = 0
             while index < n and budget > 0:
                 i = running[index]
+                if limits.policy == STATIC and generated[i] == limit[i]:  # done, but its batch is not
+                    row[rows] = 2 * i
+                    row_tokens[rows] = 1
+                    rows += 1
+                    tokens += 1
+                    budget -= 1
+                    d += 1
+                    read += computed[i]
+                    if log.on:
+                        log_row_nb(log, i, 1, computed[i])
+                    index += 1
+                    continue
                 coming = in_flight[i]
                 if coming > 0 and computed[i] + 2 - coming >= prompt[i] + output[i]:
                     index += 1
@@ -783,10 +797,12 @@ def advance_queued_nb(
                 if limits.threshold > 0:
                     c = min(c, limits.threshold)
                 c = min(c, budget, limits.max_model_len - 1 - computed[i])
+                if limits.policy != VLLM:
+                    c = min(c, prompt[i] + limit[i] - 1 - computed[i])
                 if c <= 0:
                     index += 1
                     continue
-                need = (computed[i] + c + bs - 1) // bs - blocks[i]
+                need = max(0, (computed[i] + c + bs - 1) // bs - blocks[i])
                 while need > free:
                     n -= 1
                     victim = running[n]
@@ -833,7 +849,7 @@ def advance_queued_nb(
                 index += 1
 
             # Waiting sequences, in order, where nobody had to give way.
-            if preempted == 0:
+            if preempted == 0 and (limits.policy != STATIC or n == 0):
                 while budget > 0 and n < limits.max_num_seqs:
                     while stack != NONE and place[stack] == DONE:
                         stack = under[stack]
@@ -848,13 +864,14 @@ def advance_queued_nb(
                     unused = 0
                     if caching:
                         found, unused = found_nb(cache, lane, i, (known - 1) // bs)
-                    if (known + bs - 1) // bs - found + unused > free:
+                    reserved = known if limits.policy == VLLM else prompt[i] + limit[i] - 1
+                    if (reserved + bs - 1) // bs - found + unused > free:
                         break
                     c = known - found * bs
-                    if limits.threshold > 0:
+                    if limits.threshold > 0 and limits.policy == VLLM:
                         c = min(c, limits.threshold)
                     if c > budget:
-                        if limits.chunked == 0:
+                        if limits.chunked == 0 or limits.policy != VLLM:
                             break
                         c = budget
                     if i == stack:
@@ -862,7 +879,7 @@ def advance_queued_nb(
                     else:
                         head = requests.following[i]
                     computed[i] = found * bs + c
-                    blocks[i] = (computed[i] + bs - 1) // bs
+                    blocks[i] = ((computed[i] if limits.policy == VLLM else reserved) + bs - 1) // bs
                     free -= blocks[i] - found + unused
                     if caching:
                         cache.slot[i] = spare[n]
@@ -939,6 +956,7 @@ def advance_queued_nb(
             state[LAST_ENDED] = 0
         row = queue_rows[oldest]
         gone = 0
+        done = state[COMPLETE]
         for r in range(queue_size[oldest]):
             i = row[r] >> 1
             if row[r] & 1 == 0 or place[i] == DONE:
@@ -951,6 +969,9 @@ def advance_queued_nb(
             if caching and limits.asynchronous and place[i] == RUNS:
                 register_nb(cache, lane, i, (computed[i] - in_flight[i]) // bs)
             if generated[i] == limit[i]:
+                if limits.policy == STATIC:
+                    done += 1
+                    continue
                 if caching:
                     free += release_nb(cache, lane, i, blocks[i])
                 else:
@@ -961,6 +982,17 @@ def advance_queued_nb(
                 place[i] = DONE
                 state[UNREPORTED] = 1  # the workers learn of it with the next batch, even an empty one
                 answer_nb(requests, state, stops, i, now)
+        if limits.policy == STATIC and done == n:
+            for index in range(n):
+                i = running[index]
+                free += blocks[i]
+                blocks[i] = 0
+                place[i] = DONE
+                state[UNREPORTED] = 1
+                answer_nb(requests, state, stops, i, now)
+            n = 0
+            done = 0
+        state[COMPLETE] = done
         if stops.passed[0] == 1:
             break
         if gone > 0:
@@ -1005,7 +1037,7 @@ def simulate_nb(
     lowest), so all replicas advance from arrival to arrival. The engine is called in one place, as the compiler
     would otherwise build it twice.
     """
-    single = limits.stages == 1 and limits.threshold == 0 and cache.on == 0
+    single = limits.stages == 1 and limits.threshold == 0 and cache.on == 0 and limits.policy == VLLM
     arrivals = requests.arrival.shape[0] if routed else 0
     for turn in range(arrivals + 1):
         until = requests.arrival[turn] if turn < arrivals else NEVER

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator import kernel as kn
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
@@ -102,6 +103,8 @@ def _run_once(
 ) -> tuple[Outcome, tuple[int, int, int]]:
     stages = laws.decode_ns.shape[0]
     depth = stages if stages > 1 else (2 if settings.async_scheduling else 1)
+    if settings.policy == "static":
+        depth = 1
     limits = kn.Limits(
         settings.max_num_seqs,
         settings.max_num_batched_tokens,
@@ -112,6 +115,7 @@ def _run_once(
         int(settings.async_scheduling),
         depth,
         stages,
+        POLICIES.index(settings.policy),
     )
     n = len(trace.prompt)
     requests = kn.Requests(
@@ -126,7 +130,7 @@ def _run_once(
     closed = trace.concurrency is not None
     deal = routing == "round_robin" or closed or replicas == 1
     lanes = 1 if deal else replicas
-    queued = limits.stages > 1 or limits.threshold > 0 or settings.prefix_caching
+    queued = stages > 1 or limits.threshold > 0 or settings.prefix_caching or limits.policy != kn.VLLM
     work = _work(
         limits, requests, replicas, lanes, blocks, 1 if queued else 1 << int(requests.limit.max()).bit_length()
     )

@@ -30,7 +30,7 @@ class BlockPool:
 
     def needed(self, sequence: Sequence, tokens: int, found: Seq[int] = ()) -> int:
         """Free blocks it takes for a sequence to hold so many tokens, with those found."""
-        return ceil_div(tokens, self.block_size) - sequence.blocks
+        return max(0, ceil_div(tokens, self.block_size) - sequence.blocks)
 
     def take(self, sequence: Sequence, tokens: int, found: Seq[int] = ()) -> None:
         """Hand out the needed blocks."""

@@ -177,26 +177,94 @@ class Scheduler:
                 # Tokens were unknown when they were scheduled; now their blocks have content.
                 self.pool.register(sequence, sequence.computed - sequence.in_flight)
             if sequence.generated == sequence.limit:
-                sequence.finished = True
-                self.pool.release(sequence)
-                (self.running if sequence in self.running else self.waiting).remove(sequence)
-                ended.append(sequence.id)
-                self.unreported = True
+                ended += self._complete(sequence)
         return first, ended
+
+    def _complete(self, sequence: Sequence) -> list[int]:
+        """A sequence has all its tokens; return who is answered."""
+        self._leave(sequence)
+        return [sequence.id]
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        self.pool.release(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.unreported = True
+
+
+class OrcaScheduler(Scheduler):
+    """Whole prompts; blocks for prompt and output are reserved at admission, so that nobody is ever preempted.
+
+    Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022,
+    algorithm 1, with the token budget of the batch as a further limit.
+    """
+
+    def _schedule_waiting(self, batch: Batch, budget: int) -> None:
+        while self.waiting and len(self.running) < self.settings.max_num_seqs:
+            sequence = self.waiting[0]
+            held = sequence.prompt + sequence.limit - 1  # the last token is never computed
+            if sequence.known > budget or self.pool.needed(sequence, held) > self.pool.free:
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            self.pool.take(sequence, held)
+            self._enter(batch, sequence, sequence.known, ())
+            budget -= sequence.known
+
+    def _wanted(self, sequence: Sequence) -> int:
+        """One token, where it is not on its way already."""
+        return int(sequence.computed < min(sequence.known + sequence.in_flight, sequence.prompt + sequence.limit - 1))
+
+
+class StaticScheduler(OrcaScheduler):
+    """Request-level batching: formed when nothing runs, answered together when the longest request is done.
+
+    A sequence with all its tokens goes on computing one token over the same context until then.
+    Source: the baseline of the Orca paper, section 2.
+    """
+
+    def _schedule_waiting(self, batch: Batch, budget: int) -> None:
+        if not self.running:
+            super()._schedule_waiting(batch, budget)
+
+    def _schedule_running(self, batch: Batch, budget: int) -> int:
+        for sequence in self.running:
+            self._enter(batch, sequence, 1, ())
+        return budget - len(self.running)
+
+    def _enter(self, batch: Batch, sequence: Sequence, tokens: int, found: Seq[int]) -> None:
+        if sequence.generated < sequence.limit:
+            super()._enter(batch, sequence, tokens, found)
+        else:
+            batch.rows.append(Row(sequence, 1, sequence.computed, False))
+
+    def _complete(self, sequence: Sequence) -> list[int]:
+        together = list(self.running)
+        if any(other.generated < other.limit for other in together):
+            return []
+        for other in together:
+            self._leave(other)
+        return [other.id for other in together]
+
+
+SCHEDULERS = {"vllm": Scheduler, "orca": OrcaScheduler, "static": StaticScheduler}
 
 
 class Engine:
     """One replica: a scheduler, and a pipeline of stages with up to `depth` batches in flight.
 
     `depth` is the number of stages; on one stage 2 where the next batch is scheduled while the last one runs, else 1.
+    Static batching has nothing to schedule while a batch runs, so there it is 1.
     A stage runs one batch at a time in order.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int, laws: Seq[BatchLaw], log: bool) -> None:
-        self.scheduler = Scheduler(settings, blocks)
+        self.scheduler = SCHEDULERS[settings.policy](settings, blocks)
         self.settings = settings
         self.laws = laws
         self.depth = len(laws) if len(laws) > 1 else (2 if settings.async_scheduling else 1)
+        if settings.policy == "static":
+            self.depth = 1
         self.now = 0
         self.stage_free = [0] * len(laws)
         self.queue: deque[tuple[int, Batch]] = deque()
