@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
+from apex_opt.options import LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import Plan, default_kv_format, parse_plan
+from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.search import Question, load_objective
 from apex_opt.workload import load_trace, parse_slos
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.model import Model
+    from apex_opt.plan.plan import Plan
 
 ROUTINGS = ("round_robin", "least_loaded")
 
@@ -44,9 +48,19 @@ class Options:
     gpu_memory_utilization: float
     seed: int
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """These options out of all of a command."""
+        return cls(**{field.name: options[field.name] for field in fields(cls)})
 
-def ask(options: Options) -> Question:
+
+def ask(options: Options, most_gpus: int | None = None) -> Question:
     """Load everything a question names.
+
+    Parameters
+    ----------
+    options : Options
+    most_gpus : int or None    GPUs a search can cope with
 
     Raises
     ------
@@ -61,7 +75,12 @@ def ask(options: Options) -> Question:
     cluster = load_cluster(options.cluster)
     gpus = cluster.size if options.gpus is None else options.gpus
     if not 1 <= gpus <= cluster.size:
-        raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {options.cluster}")
+        raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {cluster.name}")
+    if most_gpus is not None and gpus > most_gpus:
+        raise UsageError(
+            f"--gpus: plans of {gpus} GPUs are too many to enumerate, the limit is {most_gpus}; pass "
+            f"--gpus={most_gpus} or less, or score a plan of your own with simulate"
+        )
     model = load_model(options.model)
     overhead = load_engine(options.engine)
     longest = model.max_position if options.max_model_len is None else options.max_model_len
@@ -95,26 +114,38 @@ def ask(options: Options) -> Question:
     )
 
 
-def ask_plan(text: str, question: Question) -> Plan:
-    """A plan from its text form; formats it does not name are those of the question."""
+def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
+    """A plan from its text form, and the question it answers; formats it does not name are those of the options.
+
+    Raises
+    ------
+    ApexError    as `ask`; a plan that cannot be read, or several formats for it
+    """
+    question = ask(options)
+    if len(question.weight_formats) > 1:
+        raise UsageError(f"--weights: {options.weights!r:.60} names several formats; one plan has one")
     plan = parse_plan(text, question.model)
-    named = any(word in text.split() for word in (plan.weight_format, plan.weight_format.upper()))
-    weights = plan.weight_format if named else question.weight_formats[0]
-    kv = plan.kv_format if named or "kv=" in text else question.kv_formats[0]
-    return Plan(
-        replicas=plan.replicas,
-        layers=plan.layers,
-        attention=plan.attention,
-        ffn=plan.ffn,
-        weight_format=weights,
-        kv_format=kv,
-    )
+    words = text.lower().split()
+    weights = plan.weight_format if plan.weight_format in words else question.weight_formats[0]
+    if any(word.startswith("kv=") for word in words):
+        kv = plan.kv_format
+    elif options.kv is None and weights != question.weight_formats[0]:
+        kv = question.model.kv_format or default_kv_format(weights)
+    else:
+        kv = question.kv_formats[0]
+    plan = replace(plan, weight_format=weights, kv_format=kv)
+    return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
 
 
 def _batched_tokens(options: Options, longest: int) -> int:
     """Without chunking a batch must take the longest prompt whole, so the default grows to the model's length."""
     if options.chunked_prefill:
         return options.max_num_batched_tokens
+    if longest > LARGEST_BATCH:
+        raise UsageError(
+            f"--chunked_prefill=false: a batch would have to take a prompt of {longest} tokens whole, the limit is "
+            f"{LARGEST_BATCH}; pass --max_model_len={LARGEST_BATCH} or less, or chunk"
+        )
     return max(options.max_num_batched_tokens, longest)
 
 
@@ -125,12 +156,12 @@ def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...],
         own = model.weight_format
         names: tuple[str, ...] = (own if own not in ("bf16", "fp16") or gpu.supports(own) else gpu.half_dtype,)
     else:
-        names = tuple(get_format(name.strip()).name for name in options.weights.split(","))
+        names = tuple(get_format(name.strip()[:60]).name for name in options.weights.split(","))
         if len(set(names)) < len(names):
-            raise UsageError(f"--weights: {options.weights} names a format twice")
+            raise UsageError(f"--weights: {options.weights!r:.60} names a format twice")
     if options.kv is None:
         return names, tuple(model.kv_format or default_kv_format(name) for name in names)
-    kv = options.kv.lower()
+    kv = options.kv.strip().lower()
     if kv not in KV_BYTES:
-        raise UnknownNameError("KV format", options.kv, KV_BYTES)
+        raise UnknownNameError("KV format", options.kv[:60], KV_BYTES)
     return names, (kv,) * len(names)

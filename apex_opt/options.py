@@ -1,57 +1,398 @@
-"""The one gate between command-line text and typed values: strict, never repairing silently."""
+"""Commands and options of the command line: one table, and the one gate between texts and typed values.
+
+The table is what `--help` shows, what names are known, and what every value is checked against: strictly, never
+repairing silently. Nothing heavy is imported here, so that `--help` and a mistyped option answer at once.
+"""
 
 from __future__ import annotations
 
-import math
+import inspect
 import re
+import textwrap
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-_WHOLE: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_NUMBER: Final = re.compile(r"[+-]?(\d{1,18}(\.\d{0,18})?|\.\d{1,18})([eE][+-]?\d{1,3})?", re.ASCII)
-_FLAGS: Final = {"true": True, "false": False}
+REQUIRED: Final[Any] = inspect.Parameter.empty
+"""Default of an option that must be given."""
+
+LONGEST_TEXT: Final = 4096
+"""Characters of one value: as long as a path may be."""
+
+LARGEST_SEARCH: Final = 512
+"""GPUs of the largest plan searched for. The space of 256 is enumerated in half a minute and grows faster than n**2."""
+
+LARGEST_BATCH: Final = 262_144
+"""Tokens in one batch. Times are tabulated per token count and plan: this many take some 200 MB a plan."""
+
+_WHOLE: Final = re.compile(r"[+-]?\d+", re.ASCII)
+_NUMBER: Final = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_SWITCH: Final = {"true": True, "false": False}
+_EXAMPLES: Final = {str: "TEXT", int: "8", float: "0.9", bool: "true"}
 
 
-def typed(values: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, Any]:
-    """Convert option texts to the types their parameters are annotated with.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option.
 
     Parameters
     ----------
-    values : option name to text as typed, or to a default that already has its type
-    annotations : option name to "str", "int", "float" or "bool", each optionally followed by " | None"
+    name : str             without the dashes
+    kind : type            str, int, float or bool
+    default : its value where it is not given; None where that follows from other options; `REQUIRED`
+    least, most : number   range of an int or float, both ends included
+    choices : tuple        the only texts allowed; any where empty
+    text : str             what `--help` says
+    """
+
+    name: str
+    kind: type[Any] = str
+    default: Any = None
+    least: float = 0
+    most: float = 0
+    choices: tuple[str, ...] = ()
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One command: what it does in a line, more on it with examples, its options."""
+
+    summary: str
+    text: str = ""
+    options: tuple[Option, ...]
+
+    def option(self, name: str) -> Option:
+        """The option of this name."""
+        return next(option for option in self.options if option.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command and its options in their types, not yet run."""
+
+    command: str
+    options: dict[str, Any]
+
+
+_GENERAL: Final = (
+    Option(name="format", default="table", choices=("table", "json"), text="Form of the answer: table or json."),
+    Option(name="debug", kind=bool, default=False, text="Show the traceback of an error."),
+)
+
+_QUESTION: Final = (
+    Option(
+        name="model",
+        default="llama-3.1-70b",
+        text="Name in the registry (listed by: solve.py models), Hugging Face id in the local hub cache, or path of a "
+        "config.json or its folder.",
+    ),
+    Option(
+        name="cluster",
+        default="8xh100-sxm",
+        text="GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py "
+        "clusters; or path of a TOML file.",
+    ),
+    Option(
+        name="gpus",
+        kind=int,
+        least=1,
+        most=65_536,
+        text="Most GPUs a plan may take; by default all of the cluster.",
+    ),
+    Option(
+        name="trace",
+        default="chat",
+        text="Shipped trace (listed by: solve.py traces); path of a CSV or JSONL file; or a description: "
+        '"poisson:rate=2,n=500,prompt=lognormal(512,1.0),output=128", '
+        '"closed:concurrency=32,n=500,prompt=512,output=128", "static:n=100,prompt=1024,output=128".',
+    ),
+    Option(
+        name="objective",
+        default="e2e_mean",
+        text="What to make best: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; makespan, throughput or "
+        "energy.",
+    ),
+    Option(
+        name="slo",
+        text='Goals that must all hold, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests) or '
+        '"throughput>=10" (requests/s).',
+    ),
+    Option(
+        name="weights",
+        text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a16, w4a16. By default the "
+        "model's own, in the 16-bit type the GPU has.",
+    ),
+    Option(name="kv", text="KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit."),
+    Option(
+        name="routing",
+        default="round_robin",
+        choices=("round_robin", "least_loaded"),
+        text="How requests are dealt to replicas: round_robin or least_loaded.",
+    ),
+    Option(name="engine", default="vllm", text="Serving engine whose own time is added: vllm."),
+    Option(
+        name="max_num_seqs",
+        kind=int,
+        default=1024,
+        least=1,
+        most=65_536,
+        text="Sequences running at once in one replica.",
+    ),
+    Option(
+        name="max_num_batched_tokens",
+        kind=int,
+        default=8192,
+        least=1,
+        most=LARGEST_BATCH,
+        text="Tokens in one batch; without chunked prefill at least max_model_len.",
+    ),
+    Option(
+        name="max_model_len",
+        kind=int,
+        least=2,
+        most=10_000_000,
+        text="Longest prompt and output together; by default the model's limit.",
+    ),
+    Option(name="block_size", kind=int, default=16, least=1, most=1024, text="Tokens in one KV block."),
+    Option(
+        name="chunked_prefill",
+        kind=bool,
+        default=True,
+        text="Whether a prompt may be split over batches: true or false.",
+    ),
+    Option(
+        name="async_scheduling",
+        kind=bool,
+        default=True,
+        text="Whether the next batch is formed while the last one runs (on one stage): true or false.",
+    ),
+    Option(
+        name="gpu_memory_utilization",
+        kind=float,
+        default=0.9,
+        least=0.01,
+        most=1,
+        text="Share of a GPU's memory the engine may fill.",
+    ),
+    Option(name="seed", kind=int, default=0, least=0, most=2**32 - 1, text="Seed of described traces."),
+)
+
+_TOP: Final = Option(name="top", kind=int, default=5, least=1, most=10_000, text="Candidates to show, best first.")
+_PLAN: Final = Option(
+    name="plan",
+    default=REQUIRED,
+    text='Replicas, pipeline stages, cut of attention, cut of FFN, number formats: "dp2 pp2 attn(tp2) ffn(tp2) bf16", '
+    '"attn(dp4,tp2) ffn(ep8) fp8 kv=fp8"; "tp8" alone cuts both cells; "pp2[41,39]" sets the layers of each stage.',
+)
+_ELSEWHERE: Final = {
+    "objective": "Figure to show first: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; makespan, "
+    "throughput or energy.",
+    "slo": 'Goals to judge by, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests) or '
+    '"throughput>=10" (requests/s).',
+    "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a16 or w4a16; by default the model's own.",
+    "kv": "KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.",
+}
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "plan": Command(
+        summary="Find the plan that serves a trace best, and prove it.",
+        text="For example:\n\n"
+        "  solve.py plan --model=llama-3.1-70b --cluster=8xh100-sxm --trace=chat\n"
+        '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
+        "  solve.py plan --model=./config.json --weights=bf16,fp8 --format=json\n\n"
+        "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
+        options=(*_QUESTION, _TOP, *_GENERAL),
+    ),
+    "simulate": Command(
+        summary="Score one given plan, batch by batch.",
+        text="For example:\n\n"
+        '  solve.py simulate --plan=tp8 --trace="poisson:rate=8,n=2000"\n'
+        '  solve.py simulate --plan="dp2 attn(tp4) ffn(tp4) fp8" --slo="tpot_p95<=30ms"\n\n'
+        "Exit code: 0 with the figures, goals met or not; 3 where the plan cannot run; 2 for bad input.",
+        options=(
+            _PLAN,
+            *(replace(option, text=_ELSEWHERE.get(option.name, option.text)) for option in _QUESTION),
+            *_GENERAL,
+        ),
+    ),
+    "models": Command(summary="List the models that can be named.", options=_GENERAL),
+    "clusters": Command(summary="List the accelerators that can be named, and a node of each.", options=_GENERAL),
+    "traces": Command(summary="List the traces that ship with apex_opt.", options=_GENERAL),
+}
+
+
+def method(name: str) -> Callable[..., Request]:
+    """A command as a method with keyword-only parameters and a docstring: what fire reads to dispatch and to help."""
+    command = COMMANDS[name]
+
+    def ask(self: object, **given: Any) -> Request:
+        defaults = {option.name: option.default for option in command.options}
+        if unknown := [key for key in given if key not in defaults]:
+            raise UnknownNameError(f"option of {name}", unknown[0], defaults)
+        if missing := [key for key, value in (defaults | given).items() if value is REQUIRED]:
+            raise UsageError(f"{name}: needs --{missing[0]}; see solve.py {name} --help")
+        return Request(name, {key: checked(command.option(key), value) for key, value in (defaults | given).items()})
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    ask.__name__ = ask.__qualname__ = name
+    ask.__doc__ = _docstring(command)
+    ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(inspect.Parameter(o.name, keyword, default=o.default, annotation=o.kind) for o in command.options),
+        ]
+    )
+    return ask
+
+
+def _docstring(command: Command) -> str:
+    """Summary, text and one line per option."""
+    # Not broken into lines: fire takes a line that looks like "word:" for another option.
+    arguments = "\n".join(f"    {option.name}: {option.text}" for option in command.options)
+    return "\n\n".join(filter(None, (command.summary, command.text, f"Args:\n{arguments}")))
+
+
+def wrapped(text: str, width: int = 80) -> str:
+    """Help with its long lines broken, each at its own indentation."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(lines)
+
+
+def arranged(words: Sequence[str]) -> list[str]:
+    """Words of a command line as fire should see them, each option once and as `--name='value'`.
+
+    fire runs a command before it has looked at all its words, takes `1.10` for a number and `--` for its own flags. So
+    names are checked first, and values are quoted: fire unquotes them and changes nothing else.
+
+    Parameters
+    ----------
+    words : a command, then `--name=value`, `--name value` or, where no other option starts with that letter,
+        `-n value`; a switch alone is true; `--help` anywhere asks for help
 
     Raises
     ------
-    UsageError    a text that is not exactly of its type, naming option, value and what is expected
+    UnknownNameError    a command or an option that there is not, with suggestions
+    UsageError          a word without option, an option given twice or without value, a required one left out
     """
-    return {name: _convert(name, value, annotations[name]) for name, value in values.items()}
+    asks = any(word in ("-h", "--help") for word in words) or list(words[:1]) == ["help"] or not words
+    first = next((word for word in words if word not in ("-h", "--help", "help")), None)
+    if first is None:
+        return ["--", "--help"]
+    if first.startswith("-") and (given := [word for word in words if word in COMMANDS]):
+        raise UsageError(f"{first!r:.60} stands before the command; write solve.py {given[0]} --name=value")
+    if first not in COMMANDS:
+        raise UnknownNameError("command", first[:60], COMMANDS, "see solve.py --help")
+    if asks:
+        return [first, "--", "--help"]
+    values = _values(first, words[1:])
+    missing = [o.name for o in COMMANDS[first].options if o.default is REQUIRED and o.name not in values]
+    if missing:
+        raise UsageError(f"{first}: needs --{missing[0]}; see solve.py {first} --help")
+    return [first, *(f"--{name}={value!r}" for name, value in values.items())]
 
 
-def _convert(name: str, value: Any, annotation: str) -> Any:
-    if not isinstance(value, str):
-        return value  # a default
-    kind = annotation.removesuffix(" | None")
-    option = f"--{name}"
-    if kind == "bool":
-        if value.lower() not in _FLAGS:
-            raise UsageError(f"{option}: expected true or false, got {value!r:.60}")
-        return _FLAGS[value.lower()]
-    if value == "True":
-        # What the parser hands over for an option at the end of the line or before another one.
-        raise UsageError(f"{option}: needs a value, e.g. {option}={'TEXT' if kind == 'str' else '4'}")
-    if kind == "str":
-        if not value.strip():
-            raise UsageError(f"{option}: needs a value, got an empty text")
+def _values(command: str, words: Sequence[str]) -> dict[str, str]:
+    """Option names and the texts given for them."""
+    values: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or _is_value(word):
+            raise UsageError(f"{command}: {word!r:.60} belongs to no option; options are given as --name=value")
+        if word == "--":
+            raise UsageError(f"{command}: '--' has no meaning here; options are given as --name=value")
+        spelling, equals, value = word.partition("=")
+        option = _option(command, spelling)
+        if option.name in values:
+            raise UsageError(f"--{option.name}: given twice; give it once")
+        if not equals:
+            if rest and _is_value(rest[0]):
+                value = rest.pop(0)
+            elif option.kind is bool:
+                value = "true"
+            else:
+                raise UsageError(f"--{option.name}: needs a value, such as --{option.name}={_EXAMPLES[option.kind]}")
+        values[option.name] = value
+    return values
+
+
+def _option(command: str, spelling: str) -> Option:
+    """The option meant by `--name`, `--na-me` or, where only one starts with it, `-n`."""
+    options = COMMANDS[command].options
+    name = spelling.removeprefix("--").replace("-", "_")
+    found = [option for option in options if spelling.startswith("--") and option.name == name]
+    if re.fullmatch("-[a-z]", spelling):
+        found = [option for option in options if option.name.startswith(spelling[1])]
+    if len(found) != 1:
+        raise UnknownNameError(
+            f"option of {command}",
+            spelling[:60],
+            [f"--{o.name}" for o in found or options],
+            f"see solve.py {command} --help",
+        )
+    return found[0]
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word is a value rather than an option: a negative number is."""
+    return not word.startswith("-") or word[1:2].isdigit() or word[1:2] == "."
+
+
+def checked(option: Option, value: Any) -> Any:
+    """The value of an option in its type and range, from a text as typed or from a value that has its type.
+
+    Raises
+    ------
+    UsageError, UnknownNameError    naming the option, the value and what is allowed
+    """
+    if value is option.default:
         return value
-    if kind == "int":
-        if not _WHOLE.fullmatch(value):
-            raise UsageError(f"{option}: expected a whole number, got {value!r:.60}")
-        return int(value)
-    number = float(value) if _NUMBER.fullmatch(value) else math.nan
-    if not math.isfinite(number):
-        raise UsageError(f"{option}: expected a number, got {value!r:.60}")
-    return number
+    label = f"--{option.name}"
+    if option.kind is not str and isinstance(value, str):
+        value = _read(option, label, value)
+    if type(value) is not option.kind and not (option.kind is float and type(value) is int):
+        raise UsageError(f"{label}: expected {option.kind.__name__}, got {value!r:.60}")
+    if option.kind in (int, float) and not option.least <= value <= option.most:
+        shown = _short(f"{value}")
+        raise UsageError(f"{label}: {shown} is not between {option.least:.10g} and {option.most:.10g}")
+    if option.kind is str:
+        if not value.strip():
+            raise UsageError(f"{label}: needs a value, got an empty text")
+        if len(value) > LONGEST_TEXT:
+            raise UsageError(f"{label}: {len(value):,} characters are more than the {LONGEST_TEXT:,} allowed")
+        if option.choices and value not in option.choices:
+            raise UnknownNameError(label, value[:60], option.choices)
+    return value
+
+
+def _read(option: Option, label: str, text: str) -> Any:
+    """A text as the int, float or bool it spells exactly."""
+    if option.kind is bool:
+        if text.lower() not in _SWITCH:
+            raise UsageError(f"{label}: expected true or false, got {text!r:.60}")
+        return _SWITCH[text.lower()]
+    pattern, expected = (_WHOLE, "a whole number") if option.kind is int else (_NUMBER, "a number")
+    if not pattern.fullmatch(text):
+        raise UsageError(
+            f"{label}: expected {expected} between {option.least:.10g} and {option.most:.10g}, got {text!r:.60}"
+        )
+    if len(text) > 40:
+        raise UsageError(
+            f"{label}: {_short(text)} has {len(text)} digits; it must be between {option.least:.10g} "
+            f"and {option.most:.10g}"
+        )
+    return option.kind(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}..."

@@ -1,7 +1,7 @@
 """Everything we print: one document, as JSON for programs or as tables for people."""
 
-from apex_opt.report.document import answer_document, listing_document
+from apex_opt.report.document import answer_document, cluster_row, listing_document, model_row, trace_row
 from apex_opt.report.progress import Progress
-from apex_opt.report.tables import print_answer, print_listing
+from apex_opt.report.show import show
 
-__all__ = ["Progress", "answer_document", "listing_document", "print_answer", "print_listing"]
+__all__ = ["Progress", "answer_document", "cluster_row", "listing_document", "model_row", "show", "trace_row"]

@@ -10,19 +10,23 @@ from apex_opt import __version__
 from apex_opt.search import judged
 
 if TYPE_CHECKING:
-    from apex_opt.cluster.types import Gpu
+    from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Model
     from apex_opt.search import Answer, Candidate, Question
+    from apex_opt.workload.trace import Trace
 
 Document = dict[str, Any]
 
 
-def answer_document(question: Question, answer: Answer, provenance: dict[str, str], top: int) -> Document:
+def answer_document(
+    command: str, question: Question, answer: Answer, provenance: dict[str, str], top: int = 1
+) -> Document:
     """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules."""
     objective = question.objective
     best = answer.best
     return _cleaned(
         {
+            "command": command,
             "status": answer.status,
             "objective": {
                 "name": objective.name,
@@ -124,19 +128,28 @@ def model_row(model: Model) -> Document:
     }
 
 
-def gpu_row(gpu: Gpu) -> Document:
-    """An accelerator for the list of clusters."""
-    flops = dict(gpu.flops_per_s)
+def cluster_row(cluster: Cluster) -> Document:
+    """A node for the list of clusters: its accelerator, and the link within the node."""
+    gpu, flops = cluster.gpu, dict(cluster.gpu.flops_per_s)
     return {
+        "cluster": cluster.name,
         "gpu": gpu.name,
+        "gpus": cluster.size,
         "memory_bytes": gpu.memory_bytes,
         "memory_bytes_per_s": gpu.memory_bytes_per_s,
         **{f"{dtype}_flops_per_s": flops.get(dtype) for dtype in ("bf16", "fp16", "fp8")},
         "tdp_w": gpu.tdp_w,
         "idle_w": gpu.idle_w,
+        "link": cluster.intra.kind,
+        "link_bytes_per_s": cluster.intra.bytes_per_s,
         "profile": f"measured (profiles/{gpu.profile})" if gpu.profile else "derived from the datasheet",
         "sources": dict(gpu.sources),
     }
+
+
+def trace_row(trace: Trace, title: str) -> Document:
+    """A trace for the list of traces."""
+    return {**trace.summary(), "title": title}
 
 
 def listing_document(kind: str, rows: list[Document]) -> Document:

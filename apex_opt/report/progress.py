@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Self
+import time
+from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+_LINE_EVERY_S: Final = 10.0
+
 
 class Progress:
-    """A bar per kind of work where stderr is a terminal; a line when a kind of work begins where it is not."""
+    """A bar for the work in hand where stderr is a terminal; else a line when a kind begins and every ten seconds."""
 
     def __init__(self) -> None:
         self._bar: Bar | None = None
-        self._tasks: dict[str, TaskID | None] = {}
+        self._task: TaskID | None = None
+        self._what = ""
+        self._said: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -33,13 +38,22 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` steps of a kind of work are done; a total of 0 is one that is not known."""
         if self._bar is None:
-            if what not in self._tasks:
-                self._tasks[what] = None
-                print(f"{what} ...", file=sys.stderr, flush=True)
+            self._line(what, done, total)
+        elif self._task is not None and what == self._what:
+            self._bar.update(self._task, completed=done, total=total or None)
+        else:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task, self._what = self._bar.add_task(what, total=total or None, completed=done), what
+
+    def _line(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what not in self._said:
+            print(f"{what} ...", file=sys.stderr, flush=True)
+        elif now - self._said[what] >= _LINE_EVERY_S:
+            print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
+        else:
             return
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total or None)
-        task = self._tasks[what]
-        if task is not None:
-            self._bar.update(task, completed=done, total=total or None)
+        self._said[what] = now

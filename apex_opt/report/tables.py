@@ -2,188 +2,232 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from io import StringIO
+from typing import TYPE_CHECKING, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.report.document import Document
 
-_PIPE_WIDTH = 132
-_OPERATIONS_SHOWN = 12
+    Column = tuple[str, Callable[[Document], str]]
+
+_PIPE_WIDTH: Final = 120
+_OPERATIONS_SHOWN: Final = 12
+_BAR: Final = 30
+_RULE: Final = SIMPLE_HEAD.head_row_horizontal
+_LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH, color_system=None)
+def rendered(document: Document) -> str:
+    """A document as text for the terminal that stdout is, or for a pipe: 120 columns wide, or as COLUMNS says."""
+    terminal = sys.stdout.isatty()
+    columns = os.environ.get("COLUMNS", "")
+    width = Console().width if terminal or columns.isdecimal() else _PIPE_WIDTH
+    page = StringIO()
+    console = Console(
+        file=page,
+        width=max(width, 40),
+        force_terminal=terminal,
+        color_system="auto" if terminal else None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    if "certificate" in document:
+        _answer(console, document)
+    else:
+        _listing(console, document)
+    text = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
+    return text if (sys.stdout.encoding or "").lower().startswith("utf") else text.replace(_RULE, "-")
 
 
-def print_answer(document: Document) -> None:
-    """An answer as tables on stdout."""
-    console = _console()
+def _answer(console: Console, document: Document) -> None:
     question, objective, best = document["question"], document["objective"], document["best"]
     trace = question["trace"]
     load = f"{trace['concurrency']} clients" if trace["concurrency"] else _rate(trace["rate_per_s"])
     console.print(
-        f"[bold]{question['model']['name']}[/] ({question['model']['parameters'] / 1e9:.1f} B parameters) on "
-        f"[bold]{question['cluster']['name']}[/], trace {trace['name']} ({trace['requests']} requests, {load})",
-        highlight=False,
+        Text.assemble(
+            (question["model"]["name"], "bold"),
+            f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
+            (question["cluster"]["name"], "bold"),
+            f", trace {trace['name']} ({_count(trace['requests'], 'request')}, {load})",
+        )
     )
     if best is None:
-        console.print(f"[bold]{document['status']}[/]: {document['reason']}", highlight=False)
+        console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
+        word = "best plan" if document["command"] == "plan" else "plan as given"
         aim = f"{objective['name']} = {_amount(objective['value'], objective['unit'])}"
-        word = "best plan" if document["status"] == "optimal" else document["status"]
-        console.print(f"{word}: [bold]{best['plan']}[/] on {best['gpus']} GPUs, {aim}\n", highlight=False)
+        text = f" on {_count(best['gpus'], 'GPU')}, {aim}\n"
+        console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
         if len(document["candidates"]) > 1:
             _candidates(console, document)
         _best(console, best)
     _certificate(console, document)
-    _provenance(console, document["provenance"])
+    if best is not None:
+        _table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
 
 
 def _candidates(console: Console, document: Document) -> None:
     objective = document["objective"]
-    rows = []
-    for rank, candidate in enumerate(document["candidates"], 1):
-        metrics = candidate["metrics"]
-        rows.append(
-            (
-                str(rank),
-                candidate["plan"],
-                str(candidate["gpus"]),
-                _amount(candidate["value"], objective["unit"]),
-                _seconds(metrics["ttft_s"]["p95"]),
-                _seconds(metrics["tpot_s"]["p95"]),
-                _seconds(metrics["e2e_s"]["p95"]),
-                f"{metrics['throughput_rps']:.2f}",
-                f"{metrics['energy_j'] / 1e3:,.0f}",
-                f"{metrics['mbu']:.0%}",
-            )
-        )
-    heads = ("#", "plan", "GPUs", objective["name"], "TTFT p95", "TPOT p95", "E2E p95", "req/s", "kJ", "MBU")
-    _table(console, "Candidates", heads, rows, left={1})
+    columns: tuple[Column, ...] = (
+        ("plan", lambda c: c["plan"]),
+        ("GPUs", lambda c: str(c["gpus"])),
+        (objective["name"], lambda c: _amount(c["value"], objective["unit"])),
+        ("TTFT p95", lambda c: _seconds(c["metrics"]["ttft_s"]["p95"])),
+        ("TPOT p95", lambda c: _seconds(c["metrics"]["tpot_s"]["p95"])),
+        ("E2E p95", lambda c: _seconds(c["metrics"]["e2e_s"]["p95"])),
+        ("req/s", lambda c: f"{c['metrics']['throughput_rps']:.2f}"),
+        ("kJ", lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}"),
+        ("MFU", lambda c: f"{c['metrics']['mfu']:.1%}"),
+        ("MBU", lambda c: f"{c['metrics']['mbu']:.1%}"),
+    )
+    rows = [
+        (str(rank), *(read(candidate) for _, read in columns))
+        for rank, candidate in enumerate(document["candidates"], 1)
+    ]
+    _table(console, "Candidates", ("#", *(head for head, _ in columns)), rows, left={1}, kept=4)
 
 
 def _best(console: Console, best: Document) -> None:
     metrics = best["metrics"]
-    names = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
     heads = tuple(metrics["ttft_s"])
-    rows = [(name, *(_seconds(metrics[key][s]) for s in heads)) for key, name in names.items()]
+    rows = [(name, *(_seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items()]
     _table(console, "Latency", ("", *heads), rows, left={0})
     facts = [
+        ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
+        for text, slo in metrics["slo"].items()
+    ]
+    facts += [
         (
             "throughput",
-            f"{metrics['throughput_rps']:.3f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s",
+            f"{metrics['throughput_rps']:.3f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s, "
+            f"{metrics['total_tokens_per_s']:,.0f} tokens/s in all",
         ),
         ("makespan", _seconds(metrics["makespan_s"])),
         (
             "energy",
-            f"{metrics['energy_j'] / 1e3:,.1f} kJ ({metrics['idle_energy_j'] / 1e3:,.1f} kJ idle draw), "
-            f"{metrics['energy_per_output_token_j']:.2f} J per output token, {metrics['mean_power_w']:,.0f} W mean",
+            f"{metrics['energy_j'] / 1e3:,.1f} kJ, of which {metrics['idle_energy_j'] / 1e3:,.1f} kJ idle draw; "
+            f"{metrics['energy_per_output_token_j']:.2f} J per output token; {metrics['mean_power_w']:,.0f} W mean",
         ),
         ("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}"),
-        ("batches", f"{metrics['batches']:,}, {metrics['preemptions']:,} preemptions"),
+        ("batches", f"{metrics['batches']:,}, {_count(metrics['preemptions'], 'preemption')}"),
     ]
-    for text, slo in metrics["slo"].items():
-        verdict = "met" if slo["met"] else "missed"
-        facts.append((text, f"{verdict}; {slo['attainment']:.1%} of requests within the limit"))
     _table(console, "Service", ("", ""), facts, left={0, 1})
+    _memory(console, best["memory"])
+    _operations(console, metrics["operations_s"])
+
+
+def _reached(text: str, slo: Document) -> str:
+    """The figure that a goal was compared with, and the share of requests within its limit."""
+    if text.startswith("throughput"):
+        return f"{slo['reached']:.3f} requests/s"
+    share = f"{slo['attainment']:.1%} of requests within"
+    return share if "@" in text else f"{_seconds(slo['reached'])} reached, {share}"
+
+
+def _memory(console: Console, stages: Sequence[Document]) -> None:
+    heads = ("stage", "layers", "weights", "workspace", "runtime", "KV cache", "KV blocks", "usable")
     rows = [
         (
-            f"{stage}",
+            str(stage),
             str(part["layers"]),
             *(f"{part[key] / GB:.1f}" for key in ("weights_bytes", "workspace_bytes", "runtime_bytes")),
             f"{part['kv_blocks'] * part['kv_block_bytes'] / GB:.1f}",
             f"{part['kv_blocks']:,}",
             f"{part['usable_bytes'] / GB:.1f}",
         )
-        for stage, part in enumerate(best["memory"])
+        for stage, part in enumerate(stages)
     ]
-    heads = ("stage", "layers", "weights", "workspace", "runtime", "KV cache", "KV blocks", "usable")
     _table(console, "Memory per GPU, GB", heads, rows)
-    operations = list(metrics["operations_s"].items())
-    total = sum(seconds for _, seconds in operations) or 1.0
-    shown = operations[:_OPERATIONS_SHOWN]
-    if len(operations) > len(shown):
-        shown.append(("other", sum(seconds for _, seconds in operations[_OPERATIONS_SHOWN:])))
-    rows = [(name, _seconds(s), f"{s / total:.1%}", "#" * round(40 * s / total)) for name, s in shown]
+
+
+def _operations(console: Console, seconds: Document) -> None:
+    """Time by operation, longest first; what is too short to list together; idle last and always."""
+    total = sum(seconds.values()) or 1.0
+    busy = [item for item in seconds.items() if item[0] != "idle"]
+    shown = busy[:_OPERATIONS_SHOWN]
+    if len(busy) > len(shown):
+        shown.append(("other", sum(spent for _, spent in busy[len(shown) :])))
+    shown.append(("idle", seconds["idle"]))
+    rows = [(name, _seconds(spent), f"{spent / total:.1%}", "#" * round(_BAR * spent / total)) for name, spent in shown]
     _table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3})
 
 
 def _certificate(console: Console, document: Document) -> None:
     certificate = document["certificate"]
-    lost = ", ".join(f"{count} {family}" for family, count in certificate["infeasible"].items() if count)
-    infeasible = sum(certificate["infeasible"].values())
+    if document["command"] == "simulate" and document["best"] is not None:
+        console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
+        return
+    lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
-        f"{certificate['space']:,} plans in the space",
-        f"{infeasible:,} infeasible" + (f" ({lost})" if lost else ""),
+        f"{_count(certificate['space'], 'plan')} in the space",
+        f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound",
         f"{certificate['simulated']:,} simulated"
         + (f" ({certificate['missed']:,} missed an SLO)" if certificate["missed"] else ""),
     ]
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
-    console.print(f"[bold]Certificate[/]: {'; '.join(parts)}: {proof}{gap}.", highlight=False)
+    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(parts)}: {proof}{gap}.\n"))
 
 
-def _provenance(console: Console, provenance: dict[str, str]) -> None:
-    _table(console, "Where the figures come from", ("", ""), provenance.items(), left={0, 1})
-
-
-def print_listing(document: Document) -> None:
-    """Models, accelerators or traces as a table on stdout."""
+def _listing(console: Console, document: Document) -> None:
     kind = next(key for key in document if key not in ("status", "version"))
-    rows = document[kind]
-    heads, cells = _LISTINGS[kind]
-    _table(_console(), "", heads, [tuple(cell(row) for cell in cells) for row in rows], left={0, len(heads) - 1})
+    columns = _LISTINGS[kind]
+    rows = [tuple(read(row) for _, read in columns) for row in document[kind]]
+    _table(
+        console,
+        "",
+        [head for head, _ in columns],
+        rows,
+        left={0, len(columns) - 1},
+        kept=None if kind == "traces" else 3,
+    )
 
 
-_LISTINGS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
+_LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
     "models": (
-        ("name", "parameters", "active", "layers", "hidden", "heads", "KV heads", "positions", "weights"),
-        (
-            lambda r: r["name"],
-            lambda r: f"{r['parameters'] / 1e9:.2f} B",
-            lambda r: f"{r['active_parameters'] / 1e9:.2f} B",
-            lambda r: str(r["layers"]),
-            lambda r: str(r["hidden"]),
-            lambda r: str(r["query_heads"]),
-            lambda r: str(r["kv_heads"]),
-            lambda r: f"{r['max_position']:,}",
-            lambda r: r["weights"],
-        ),
+        ("name", lambda r: r["name"]),
+        ("parameters", lambda r: f"{r['parameters'] / 1e9:.2f} B"),
+        ("active", lambda r: f"{r['active_parameters'] / 1e9:.2f} B"),
+        ("layers", lambda r: str(r["layers"])),
+        ("hidden", lambda r: f"{r['hidden']:,}"),
+        ("heads", lambda r: str(r["query_heads"])),
+        ("KV heads", lambda r: str(r["kv_heads"])),
+        ("positions", lambda r: f"{r['max_position']:,}"),
+        ("weights", lambda r: r["weights"]),
     ),
     "clusters": (
-        ("GPU", "one node", "memory", "bandwidth", "bf16/fp16", "fp8", "limit", "figures"),
-        (
-            lambda r: r["gpu"],
-            lambda r: r["cluster"],
-            lambda r: f"{r['memory_bytes'] / GIB:.0f} GiB",
-            lambda r: f"{r['memory_bytes_per_s'] / TERA:.2f} TB/s",
-            lambda r: _tflops(r["bf16_flops_per_s"] or r["fp16_flops_per_s"]),
-            lambda r: _tflops(r["fp8_flops_per_s"]),
-            lambda r: f"{r['tdp_w']:.0f} W",
-            lambda r: r["profile"],
-        ),
+        ("GPU", lambda r: r["gpu"]),
+        ("one node", lambda r: r["cluster"]),
+        ("memory", lambda r: f"{r['memory_bytes'] / GIB:.0f} GiB"),
+        ("bandwidth", lambda r: f"{r['memory_bytes_per_s'] / TERA:.2f} TB/s"),
+        ("16 bit", lambda r: _tflops(r["bf16_flops_per_s"] or r["fp16_flops_per_s"])),
+        ("fp8", lambda r: _tflops(r["fp8_flops_per_s"])),
+        ("limit", lambda r: f"{r['tdp_w']:,.0f} W"),
+        ("link", lambda r: f"{r['link']} {r['link_bytes_per_s'] / GB:,.0f} GB/s"),
+        ("figures", lambda r: r["profile"].split()[0]),
     ),
     "traces": (
-        ("name", "requests", "rate", "prompt mean", "output mean", "longest", "title"),
-        (
-            lambda r: r["name"],
-            lambda r: f"{r['requests']:,}",
-            lambda r: _rate(r["rate_per_s"]),
-            lambda r: f"{r['prompt_mean']:,.0f}",
-            lambda r: f"{r['output_mean']:,.0f}",
-            lambda r: f"{r['longest']:,}",
-            lambda r: r["title"],
-        ),
+        ("name", lambda r: r["name"]),
+        ("requests", lambda r: f"{r['requests']:,}"),
+        ("req/s", lambda r: f"{r['rate_per_s']:.2f}"),
+        ("mean prompt", lambda r: f"{r['prompt_mean']:,.0f}"),
+        ("mean output", lambda r: f"{r['output_mean']:,.0f}"),
+        ("longest", lambda r: f"{r['longest']:,}"),
+        ("title", lambda r: r["title"]),
     ),
 }
 
@@ -193,17 +237,40 @@ def _table(
     title: str,
     heads: Sequence[str],
     rows: Iterable[Sequence[str]],
+    *,
     left: set[int] | None = None,
+    kept: int | None = None,
 ) -> None:
+    """One table. Where `kept` is given and the console too narrow, columns after so many are dropped, and named."""
+    cells = list(rows)
+    shown = len(heads)
+    table = _built(title, heads, cells, left or set())
+    wide = console.options.update(max_width=10_000)
+    while kept is not None and shown > kept and Measurement.get(console, wide, table).maximum > console.width:
+        shown -= 1
+        table = _built(title, heads[:shown], [row[:shown] for row in cells], left or set())
+    console.print(table)
+    if shown < len(heads):
+        console.print(Text(f"left out for lack of width: {', '.join(heads[shown:])}", "dim"))
+    console.print()
+
+
+def _built(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: set[int]) -> Table:
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=any(heads)
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_header=any(heads),
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for index, head in enumerate(heads):
-        side = "left" if index in (left or set()) else "right"
-        table.add_column(head, justify="left" if side == "left" else "right", overflow="fold")
+        table.add_column(head, justify="left" if index in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    console.print(table, highlight=False)
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _seconds(value: float | None) -> str:
@@ -223,6 +290,10 @@ def _amount(value: float | None, unit: str) -> str:
     if unit == "s":
         return _seconds(value)
     return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _rate(value: float | None) -> str:

@@ -157,6 +157,9 @@ class Cache(NamedTuple):
     holder_before: I64
     first_holder: I64  # [lanes, keys]
     last_holder: I64
+    mark: I64  # [lanes, blocks]: stamp of the blocks found for the request remembered in `memo`
+    position: I64  # [lanes, blocks]: which of them each is
+    memo: I64  # [lanes, 4]: what was found last, so that a request that waits in front is not looked up again
 
 
 class Stops(NamedTuple):
@@ -174,6 +177,7 @@ class Stops(NamedTuple):
 
 VLLM, ORCA, STATIC = 0, 1, 2
 TTFT, TPOT, E2E, MAKESPAN = 0, 1, 2, 3
+MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP = 0, 1, 2, 3
 WAITS, RUNS, DONE = 0, 1, 2
 
 _jit: Any = numba.njit(nogil=True, error_model="numpy")
@@ -277,6 +281,37 @@ def empty_cache_nb(cache: Cache, lane: int) -> None:
         cache.last_holder[lane, key] = NONE
     for row in range(cache.slots.shape[1]):
         cache.slots[lane, row] = row
+    cache.memo[lane, MEMO_REQUEST] = NONE
+
+
+@_cached
+def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slots: I64) -> int:
+    """Number content ids so that two are equal exactly where all before them are equal too, in order of appearance.
+
+    `slots` is an open-addressing table of positions in `content`, NONE where free, a power of two above twice their
+    number; `previous` is scratch. Returns how many numbers there are.
+    """
+    mask = slots.shape[0] - 1
+    count = 0
+    for i in range(starts.shape[0] - 1):
+        before = NONE
+        for at in range(starts[i], starts[i + 1]):
+            h = ((before * 0x9E3779B1 + content[at]) * 0x85EBCA77) & 0x3FFFFFFFFFFFFFFF
+            place = (h ^ (h >> 29)) & mask
+            while True:
+                other = slots[place]
+                if other == NONE:
+                    slots[place] = at
+                    previous[at] = before
+                    pieces[at] = count
+                    count += 1
+                    break
+                if content[other] == content[at] and previous[other] == before:
+                    pieces[at] = pieces[other]
+                    break
+                place = (place + 1) & mask
+            before = pieces[at]
+    return count
 
 
 @_cached
@@ -293,15 +328,25 @@ def key_nb(cache: Cache, i: int, j: int) -> int:
 @_cached
 def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
     """Blocks that hold the beginning of request i, at most so many, and those of them that nobody uses."""
-    found = 0
-    unused = 0
+    memo, mark = cache.memo[lane], cache.mark[lane]
+    if memo[MEMO_REQUEST] != i:
+        memo[MEMO_REQUEST] = i
+        memo[MEMO_FOUND] = 0
+        memo[MEMO_UNUSED] = 0
+        memo[MEMO_STAMP] += 1
+    found = memo[MEMO_FOUND]
+    unused = memo[MEMO_UNUSED]
     while found < most:
         b = cache.first_holder[lane, key_nb(cache, i, found)]
         if b == NONE:
             break
         if cache.users[lane, b] == 0:
             unused += 1
+        mark[b] = memo[MEMO_STAMP]
+        cache.position[lane, b] = found
         found += 1
+    memo[MEMO_FOUND] = found
+    memo[MEMO_UNUSED] = unused
     return found, unused
 
 
@@ -311,13 +356,25 @@ def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) 
     users, content = cache.users[lane], cache.content[lane]
     after, before = cache.queue_after[lane], cache.queue_before[lane]
     table = cache.table[lane, cache.slot[i]]
+    memo, mark = cache.memo[lane], cache.mark[lane]
     ends = users.shape[0]
     for j in range(held, total):
         b = cache.first_holder[lane, key_nb(cache, i, j)] if j < found else after[ends]
         if users[b] == 0:
             after[before[b]] = after[b]
             before[after[b]] = before[b]
+            if mark[b] == memo[MEMO_STAMP]:
+                memo[MEMO_UNUSED] -= 1
         if j >= found and content[b] != NONE:
+            if mark[b] == memo[MEMO_STAMP] and memo[MEMO_REQUEST] != NONE:
+                # What was found ends before this block now.
+                kept = cache.position[lane, b]
+                for later in range(kept + 1, memo[MEMO_FOUND]):
+                    lost = cache.first_holder[lane, key_nb(cache, memo[MEMO_REQUEST], later)]
+                    memo[MEMO_UNUSED] -= users[lost] == 0
+                    mark[lost] = 0
+                memo[MEMO_FOUND] = kept
+                mark[b] = 0
             key = content[b]
             content[b] = NONE
             older, newer = cache.holder_before[lane, b], cache.holder_after[lane, b]
@@ -371,6 +428,8 @@ def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
             after[b] = ends
             before[ends] = b
             freed += 1
+            if cache.mark[lane, b] == cache.memo[lane, MEMO_STAMP]:
+                cache.memo[lane, MEMO_UNUSED] += 1
     cache.registered[i] = 0
     return freed
 
@@ -825,12 +884,14 @@ def advance_queued_nb(
                 if cut:
                     break
                 free -= need
-                if caching:
+                if caching and need > 0:
                     take_nb(cache, lane, i, blocks[i], 0, blocks[i] + need)
                 blocks[i] += need
                 computed[i] += c
                 if caching:
-                    register_nb(cache, lane, i, min(computed[i], prompt[i] + generated[i]) // bs)
+                    filled = min(computed[i], prompt[i] + generated[i])
+                    if filled >= (cache.registered[i] + 1) * bs:
+                        register_nb(cache, lane, i, filled // bs)
                 yields = 1 if computed[i] >= prompt[i] + generated[i] + coming else 0
                 if yields and limits.asynchronous:
                     in_flight[i] += 1
@@ -967,7 +1028,9 @@ def advance_queued_nb(
                 requests.first[i] = now
             generated[i] += 1
             if caching and limits.asynchronous and place[i] == RUNS:
-                register_nb(cache, lane, i, (computed[i] - in_flight[i]) // bs)
+                filled = computed[i] - in_flight[i]
+                if filled >= (cache.registered[i] + 1) * bs:
+                    register_nb(cache, lane, i, filled // bs)
             if generated[i] == limit[i]:
                 if limits.policy == STATIC:
                     done += 1

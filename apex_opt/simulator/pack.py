@@ -230,7 +230,7 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
     """Scratch memory of prefix caching; next to nothing where it is off."""
     on = settings.prefix_caching
     n, seats, pool = (len(requests.arrival), settings.max_num_seqs, blocks) if on else (0, 0, 0)
-    content = BlockContent.of(trace, settings.block_size, requests.limit) if on else None
+    content = BlockContent.of(trace, settings.block_size, requests.limit, _number_pieces) if on else None
     longest = int((requests.prompt + requests.limit).max()) // settings.block_size + 1 if on else 0
     keys = content.total if content else 0
     nothing = np.zeros(0, np.int64)
@@ -253,7 +253,17 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
         holder_before=np.zeros((lanes, pool), np.int64),
         first_holder=np.zeros((lanes, keys), np.int64),
         last_holder=np.zeros((lanes, keys), np.int64),
+        mark=np.zeros((lanes, pool), np.int64),
+        position=np.zeros((lanes, pool), np.int64),
+        memo=np.zeros((lanes, 4), np.int64),
     )
+
+
+def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """`content.number_pieces`, compiled."""
+    pieces, previous = np.zeros(len(content), np.int64), np.zeros(len(content), np.int64)
+    slots = np.full(2 << len(content).bit_length(), kn.NONE, np.int64)
+    return pieces, int(kn.number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
 
 
 def _steps(log: kn.Log) -> list[Step]:

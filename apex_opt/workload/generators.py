@@ -37,6 +37,7 @@ _OWN_KEYS: Final[dict[str, tuple[str, ...]]] = {
 }
 _DEFAULTS: Final = {"n": "1000", "prompt": "512", "output": "128"}
 
+_PIECE: Final = 16  # tokens of a content id: the block size engines use
 _RATE: Final[_Range] = (1e-9, 1e9)
 _CV: Final[_Range] = (0.01, 100.0)
 _MAX_SEED: Final = (1 << 63) - 1
@@ -98,6 +99,10 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
     uniform(lo,hi), lognormal(mean,sigma[,max]), normal(mean,std[,max]), exponential(mean[,max]), with values in that
     order or by name. `mean` is that of the law before cutting; draws are rounded and cut to 1..max (10,000,000).
 
+    prefix=(tokens,groups) makes prompts begin alike: each request belongs to one of so many groups, drawn uniformly,
+    and the first tokens of its prompt (rounded down to whole pieces of 16, and at most all but one of it) are those of
+    its group.
+
     Arrivals, prompts and outputs have their own random streams: the same seed at another rate gives the same
     requests, closer together, so that two rates can be compared without sampling noise.
 
@@ -115,7 +120,7 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
     if not colon:
         ask.refuse("a colon must follow the kind")
     needs = _OWN_KEYS[kind]
-    given = ask.arguments(body, (*needs, *_DEFAULTS, "seed"), "key", positional=False)
+    given = ask.arguments(body, (*needs, *_DEFAULTS, "prefix", "seed"), "key", positional=False)
     for key in needs:
         if key not in given:
             ask.refuse(f"{key}= is missing")
@@ -123,21 +128,42 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
-    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(3)]
+    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(4)]
     concurrency = None
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
         concurrency = int(ask.number("concurrency", values["concurrency"], (1, MAX_REQUESTS), whole=True))
     elif kind != "static":
         arrival = _arrivals(ask, values, n, streams[0])
+    prompt = _lengths(ask, "prompt", values["prompt"], n, streams[1])
+    content = _shared_beginnings(ask, values["prefix"], prompt, streams[3]) if "prefix" in values else None
     return make_trace(
         name=ask.spec,
         arrival_ns=arrival,
-        prompt=_lengths(ask, "prompt", values["prompt"], n, streams[1]),
+        prompt=prompt,
         output=_lengths(ask, "output", values["output"], n, streams[2]),
         concurrency=concurrency,
+        content=content,
+        content_tokens=_PIECE if content is not None else 0,
         source=f"generated: {ask.spec}, seed {used_seed}",
     )
+
+
+def _shared_beginnings(ask: _Asker, text: str, prompt: Ints, rng: np.random.Generator) -> list[Ints]:
+    """Content ids of prompts that begin like others of their group and go on by themselves."""
+    match = re.fullmatch(r"\((\d{1,9}),(\d{1,9})\)", text)
+    if match is None:
+        ask.refuse(f"prefix={text[:40]} must be prefix=(TOKENS,GROUPS), such as prefix=(512,10)")
+    tokens = int(ask.number("prefix tokens", match[1], _TOKENS, whole=True))
+    groups = int(ask.number("prefix groups", match[2], (1, MAX_REQUESTS), whole=True))
+    pieces = -(-prompt // _PIECE)
+    shared = np.minimum(tokens, prompt - 1) // _PIECE
+    group = rng.integers(0, groups, prompt.size)
+    own = groups * (tokens // _PIECE) + np.concatenate(([0], np.cumsum(pieces)))
+    return [
+        np.concatenate((g * (tokens // _PIECE) + np.arange(s), o + np.arange(s, p)))
+        for g, s, o, p in zip(group.tolist(), shared.tolist(), own.tolist(), pieces.tolist(), strict=False)
+    ]
 
 
 def _arrivals(ask: _Asker, values: Mapping[str, str], n: int, rng: np.random.Generator) -> Ints:

@@ -28,6 +28,7 @@ _Faults: TypeAlias = list[tuple[int, str]]
 """Line number and what is wrong there."""
 
 _DECIMAL: Final = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII)
+_HASH_TOKENS: Final = 512  # what one of Mooncake's hash ids stands for
 _WHOLE: Final = re.compile(r"-?\d{1,400}", re.ASCII)
 _INSTANT: Final = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 _EPOCH: Final = datetime(1970, 1, 1)
@@ -46,12 +47,13 @@ def load_trace(spec: str, seed: int = 0) -> Trace:
     Trace                          in order of arrival; ties keep the order of the file
 
     A file is CSV with a header or one JSON object per line, in UTF-8, with the columns of one of these layouts; others
-    are ignored, such as Mooncake's `hash_ids`. Blank lines, a byte-order mark and CRLF do no harm.
+    are ignored. Blank lines, a byte-order mark and CRLF do no harm.
 
     - `StartTimeOffset` (ns), `ContextTokens`, `GeneratedTokens`: APEX
     - `TIMESTAMP` (date and time, at most nine decimals; UTC where no offset is given), `ContextTokens`,
       `GeneratedTokens`: Azure; arrivals count from the earliest row
-    - `timestamp` (ms), `input_length`, `output_length`: Mooncake
+    - `timestamp` (ms), `input_length`, `output_length`: Mooncake; `hash_ids`, one per 512 prompt tokens, where every
+      request has them, become the trace's content
     - `arrival_s`, `prompt`, `output`: plain
 
     Arrivals are converted in decimal, exact to the nanosecond. A request without generated tokens is refused: it
@@ -195,6 +197,7 @@ class _Layout:
     unit: str
     arrival: Callable[[object], int]
     from_earliest: bool = False
+    hashes: bool = False
 
 
 _LAYOUTS: Final = (
@@ -205,7 +208,7 @@ _LAYOUTS: Final = (
         arrival=_instant,
         from_earliest=True,
     ),
-    _Layout(columns=("timestamp", "input_length", "output_length"), unit="ms", arrival=_scaled(NS_PER_MS)),
+    _Layout(columns=("timestamp", "input_length", "output_length"), unit="ms", arrival=_scaled(NS_PER_MS), hashes=True),
     _Layout(columns=("arrival_s", "prompt", "output"), unit="s", arrival=_scaled(NS_PER_S)),
 )
 _ACCEPTED: Final = " | ".join(f"{x.columns[0]} ({x.unit}), {x.columns[1]}, {x.columns[2]}" for x in _LAYOUTS)
@@ -248,7 +251,41 @@ def _parse(label: str, name: str, source: str, text: str) -> Trace:
     if faults:
         raise join_faults(label, [f"line {line}: {fault}" for line, fault in sorted(faults)])
     arrival, prompt, output = (np.array(column, dtype=np.int64) for column in columns)
-    return make_trace(name=name, arrival_ns=arrival, prompt=prompt, output=output, source=source)
+    content = _content(label, layout, lines, rows, columns[1])
+    return make_trace(
+        name=name,
+        arrival_ns=arrival,
+        prompt=prompt,
+        output=output,
+        content=content,
+        content_tokens=_HASH_TOKENS if content is not None else 0,
+        source=source,
+    )
+
+
+def _content(
+    label: str, layout: _Layout, lines: Sequence[int], rows: Sequence[tuple[object, ...]], prompts: Sequence[int]
+) -> list[list[int]] | None:
+    """Content ids of every request, where the layout has them and no request lacks them."""
+    cells = [row[3] for row in rows] if layout.hashes else []
+    if not cells or not all(cells):
+        return None
+    content: list[list[int]] = []
+    faults: _Faults = []
+    for cell, line, prompt in zip(cells, lines, prompts, strict=True):
+        count = -(-prompt // _HASH_TOKENS)
+        try:
+            if not isinstance(cell, list) or len(cell) != count:
+                raise ValueError(f"must be a list of {count} numbers, one per {_HASH_TOKENS} tokens of {prompt}")
+            ids = [_tokens(item) for item in cell]
+            if not all(0 <= item < 1 << 62 for item in ids):
+                raise ValueError("has a number outside 0..2**62")
+            content.append(ids)
+        except ValueError as error:
+            faults.append((line, f"hash_ids {str(error).replace(' of tokens', '')}"))
+    if faults:
+        raise join_faults(label, [f"line {line}: {fault}" for line, fault in faults])
+    return content
 
 
 def _column(
@@ -280,7 +317,7 @@ def _column(
 
 
 def _csv_rows(label: str, text: str, faults: _Faults) -> tuple[_Layout, list[int], list[tuple[object, ...]]]:
-    """Layout, line numbers and the three cells of every row of a CSV file."""
+    """Layout, line numbers, the three cells and no content ids of every row of a CSV file."""
     reader = csv.reader(io.StringIO(text, newline=""))
     records: list[tuple[int, list[str]]] = []
     try:
@@ -295,14 +332,14 @@ def _csv_rows(label: str, text: str, faults: _Faults) -> tuple[_Layout, list[int
     for line, row in records[1:]:
         if len(row) == len(header):
             lines.append(line)
-            rows.append((row[first], row[second], row[third]))
+            rows.append((row[first], row[second], row[third], None))
         elif any(cell.strip() for cell in row):
             faults.append((line, f"{len(row)} cells under {len(header)} columns"))
     return layout, lines, rows
 
 
 def _json_rows(label: str, text: str, faults: _Faults) -> tuple[_Layout, list[int], list[tuple[object, ...]]]:
-    """Layout, line numbers and the three values of every object of a JSON-lines file; numbers stay text."""
+    """Layout, line numbers, the three values and content ids of every object of JSON lines; numbers stay text."""
     decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
     layout: _Layout | None = None
     lines: list[int] = []
@@ -322,7 +359,7 @@ def _json_rows(label: str, text: str, faults: _Faults) -> tuple[_Layout, list[in
             faults.append((line, f"missing {', '.join(missing)}"))
             continue
         lines.append(line)
-        rows.append(tuple(entry[name] for name in layout.columns))
+        rows.append((*(entry[name] for name in layout.columns), entry.get("hash_ids")))
     if layout is None:
         raise join_faults(label, [f"line {line}: {fault}" for line, fault in faults])
     return layout, lines, rows

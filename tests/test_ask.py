@@ -1,0 +1,225 @@
+"""From names and numbers to a question: defaults, formats, plans, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from apex_opt.ask import Options, ask, ask_plan
+from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
+from apex_opt.options import LARGEST_BATCH, method
+
+CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}
+
+
+def options(**given: Any) -> Options:
+    """What `plan` would be asked with these, a small model and trace otherwise."""
+    return Options.of(method("plan")(None, **CHEAP | given).options)
+
+
+def test_a_question_holds_what_was_asked() -> None:
+    question = ask(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
+    assert question.model.name == "llama-3.1-8b"
+    assert (question.cluster.nodes, question.cluster.size, question.max_devices) == (2, 16, 12)
+    assert question.slos[0].text == "tpot_p95<=9ms"
+    assert question.settings.max_num_seqs == 99
+    assert question.settings.max_model_len == question.model.max_position
+    assert len(question.trace) == 2
+
+
+def test_all_gpus_are_offered_unless_fewer_are_asked_for() -> None:
+    assert ask(options()).max_devices == 8
+
+
+def test_the_seed_reaches_described_traces() -> None:
+    spec = "poisson:rate=1,n=50"
+    first, again, other = (ask(options(trace=spec, seed=seed)).trace for seed in (1, 1, 2))
+    assert (first.arrival_ns == again.arrival_ns).all()
+    assert (first.arrival_ns != other.arrival_ns).any()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "weights", "expected"),
+    [
+        ("8xh100-sxm", None, (("bf16",), ("bf16",))),
+        ("8xv100-pcie", None, (("fp16",), ("fp16",))),
+        ("8xh100-sxm", "fp8, w4a16", (("fp8", "w4a16"), ("bf16", "bf16"))),
+        ("8xh100-sxm", "FP8", (("fp8",), ("bf16",))),
+        ("8xv100-pcie", "bf16", (("bf16",), ("bf16",))),
+    ],
+)
+def test_formats_are_those_named_or_the_models_own_as_the_gpu_has_it(
+    cluster: str, weights: str | None, expected: tuple[tuple[str, ...], tuple[str, ...]]
+) -> None:
+    question = ask(options(cluster=cluster, weights=weights))
+    assert (question.weight_formats, question.kv_formats) == expected
+
+
+def test_a_kv_format_goes_with_every_weight_format() -> None:
+    assert ask(options(weights="bf16,fp8", kv="FP8")).kv_formats == ("fp8", "fp8")
+
+
+def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
+    assert ask(options(chunked_prefill=False, max_model_len=20_000)).settings.max_num_batched_tokens == 20_000
+    assert ask(options(chunked_prefill=False, max_model_len=500)).settings.max_num_batched_tokens == 8192
+    assert ask(options(max_model_len=20_000)).settings.max_num_batched_tokens == 8192
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"objective": "e2e"}, "unknown objective 'e2e'; did you mean"),
+        ({"objective": "latency"}, "unknown objective 'latency'"),
+        ({"objective": "ttft_p42"}, "unknown objective 'ttft_p42'; did you mean ttft_p"),
+        ({"slo": "tpot"}, "SLO 'tpot': expected METRIC_STATISTIC<=LIMIT"),
+        ({"slo": "tpot_p95<=0ms"}, "the limit must be above 0"),
+        ({"slo": "tpot_p95<=nanms"}, "the limit must be a number and a unit"),
+        ({"slo": "tpot_p95<=1e999ms"}, "the limit must be above 0 and finite"),
+        ({"slo": "tpot_p95<=1ms,tpot_p95<=2ms"}, "limited twice"),
+        ({"engine": "triton"}, "unknown engine 'triton'; known: vllm"),
+        ({"model": "llama-9"}, "unknown model 'llama-9'"),
+        ({"cluster": "8xh101"}, "unknown GPU 'h101'"),
+        ({"cluster": "16xh100-sxm"}, "one node of h100-sxm-80gb holds 8 GPUs, asked for 16; write 2x8x"),
+        ({"cluster": "0xh100-sxm"}, "'0' must be a whole number from 1"),
+        ({"trace": "chatt"}, "unknown trace 'chatt'; did you mean chat"),
+        ({"trace": "poisson:rate=nan"}, "rate must be a number"),
+        ({"trace": "poisson:rate=0"}, "rate must be a number"),
+        ({"trace": "static:n=0"}, "n must be a whole number from 1"),
+        ({"trace": "static:n=1,prompt=-5"}, "prompt must be a whole number from 1"),
+        ({"trace": "closed:n=5"}, "concurrency= is missing"),
+        ({"weights": "fp4"}, "unknown number format 'fp4'"),
+        ({"weights": ","}, "unknown number format ''"),
+        ({"weights": "bf16,BF16"}, "names a format twice"),
+        ({"kv": "int3"}, "unknown KV format 'int3'"),
+        ({"gpus": 9}, "--gpus: 9 is not between 1 and the 8 GPUs of 8xh100-sxm"),
+        ({"max_model_len": 200_000}, "--max_model_len: 200000 is beyond the 131072 positions llama-3.1-8b is made for"),
+        ({"max_num_seqs": 100, "max_num_batched_tokens": 99}, "max_num_batched_tokens 99 is below max_num_seqs 100"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_cannot_be_asked_is_named_with_the_way_out(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApexError) as caught:
+        ask(options(**given))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_ranges_hold_for_callers_that_skip_the_command_line() -> None:
+    given = {field: getattr(options(), field) for field in Options.__slots__}
+    with pytest.raises(UsageError, match="--seed: -1"):
+        ask(Options(**{**given, "seed": -1}))
+    with pytest.raises(UnknownNameError, match="unknown routing 'x'"):
+        ask(Options(**{**given, "routing": "x"}))
+    with pytest.raises(UsageError, match="--gpus: 0 is not between 1 and"):
+        ask(Options(**{**given, "gpus": 0}))
+
+
+def test_a_search_over_too_many_gpus_is_refused_with_the_limit() -> None:
+    with pytest.raises(UsageError, match="plans of 65536 GPUs are too many to enumerate, the limit is 512"):
+        ask(options(cluster="8192x8xh100-sxm"), most_gpus=512)
+    assert ask(options(cluster="8192x8xh100-sxm", gpus=16), most_gpus=512).max_devices == 16
+    assert ask(options(cluster="8192x8xh100-sxm")).max_devices == 65_536
+
+
+def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path: Any) -> None:
+    from apex_opt.ir.registry import CONFIG_FOLDER
+
+    text = (CONFIG_FOLDER / "llama-3.1-8b.json").read_text()
+    assert '"max_position_embeddings": 131072' in text
+    path = tmp_path / "config.json"
+    path.write_text(text.replace('"max_position_embeddings": 131072', '"max_position_embeddings": 1048576'))
+    assert ask(options(model=str(path))).settings.max_model_len == 1_048_576
+    with pytest.raises(UsageError, match=rf"1048576 tokens whole, the limit is {LARGEST_BATCH}; pass --max_model_len"):
+        ask(options(model=str(path), chunked_prefill=False))
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("tp8", {}, "attn(tp8) ffn(tp8) bf16"),
+        ("tp8 FP8", {}, "attn(tp8) ffn(tp8) fp8"),
+        ("tp8 fp8", {"kv": "fp8"}, "attn(tp8) ffn(tp8) fp8 kv=fp8"),
+        ("tp8", {"weights": "w4a16"}, "attn(tp8) ffn(tp8) w4a16"),
+        ("tp8", {"cluster": "8xv100-pcie"}, "attn(tp8) ffn(tp8) fp16"),
+        ("tp8 bf16", {"weights": "w4a16"}, "attn(tp8) ffn(tp8) bf16"),
+        ("tp8 kv=fp8", {"kv": "bf16"}, "attn(tp8) ffn(tp8) bf16 kv=fp8"),
+        ("dp2 pp2 attn(tp2) ffn(tp2)", {}, "dp2 pp2 attn(tp2) ffn(tp2) bf16"),
+    ],
+)
+def test_a_plan_takes_formats_it_does_not_name_from_the_options(
+    text: str, given: dict[str, Any], expected: str
+) -> None:
+    question, plan = ask_plan(text, options(**given))
+    assert str(plan) == expected
+    # What is reported about the question must be about this plan.
+    assert (question.weight_formats, question.kv_formats) == ((plan.weight_format,), (plan.kv_format,))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp8 bogus", "unknown weight format 'bogus'"),
+        ("tp0", "tp: 0 is not a whole number"),
+        ("dp99999999 tp8", "above the limit"),
+        ("attn(tp8)", "give both"),
+        ("attn(tp8) ffn(tp4)", "both cells of a stage live on the same GPUs"),
+        ("tp8 tp4", "given twice"),
+        ("pp33", "32 layers make 1 to 32 stages"),
+        ("pp2[1,2]", "add up to the 32 layers"),
+        ("(", "cannot read"),
+        ("tp8; rm", "cannot read"),
+        ("-", "cannot read"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_named(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask_plan(text, options())
+
+
+def test_one_plan_has_one_format() -> None:
+    with pytest.raises(UsageError, match="'bf16,fp8' names several formats"):
+        ask_plan("tp8", options(weights="bf16,fp8"))
+
+
+@pytest.mark.parametrize("option", ["model", "cluster", "trace"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\x01\x02\xff" * 50, b"{", b"[[[", b"a,b\n1", b"\xff\xfe", b"= 1", b"[]"]
+)
+def test_unusable_files_are_named(tmp_path: Any, option: str, content: bytes) -> None:
+    suffix = {"model": ".json", "cluster": ".toml", "trace": ".jsonl"}[option]
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        ask(options(**{option: str(path)}))
+    assert str(path) in str(caught.value) or path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["model", "cluster", "trace"])
+def test_missing_files_and_folders_are_named(tmp_path: Any, option: str) -> None:
+    for path in (f"{tmp_path}/none.toml", f"{tmp_path}/", f"{tmp_path}/a\nb/", "/dev/null/x.toml", "/" + "x" * 3000):
+        with pytest.raises(ApexError) as caught:
+            ask(options(**{option: path}))
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("0,-5,10", "prompt -5 is outside"),
+        ("0,nan,10", "is not a whole number"),
+        ("nan,5,10", "is not a finite number"),
+        ("inf,5,10", "is not a finite number"),
+        ("0,5,0", "output 0 is outside"),
+        ("-1,5,10", "is outside"),
+        ("0,99999999999999999999,10", "is outside"),
+        ("0,5", "line 2"),
+    ],
+)
+def test_trace_rows_out_of_range_are_named(tmp_path: Any, row: str, message: str) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"arrival_s,prompt,output\n{row}\n")
+    with pytest.raises(InputError, match=message):
+        ask(options(trace=str(path)))

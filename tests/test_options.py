@@ -1,0 +1,253 @@
+"""The table of commands and options, and the gate between what is typed and typed values."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_opt.ask import Options
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.options import COMMANDS, LONGEST_TEXT, REQUIRED, arranged, checked, method, wrapped
+
+PLAN = COMMANDS["plan"]
+NUMBERS = [option for option in PLAN.options if option.kind in (int, float)]
+SWITCHES = [option.name for option in PLAN.options if option.kind is bool]
+TEXTS = [option.name for option in PLAN.options if option.kind is str]
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_commands_offer_every_option_of_a_question(command: str) -> None:
+    assert {field.name for field in fields(Options)} <= {option.name for option in COMMANDS[command].options}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_pass_their_own_checks(name: str) -> None:
+    for option in COMMANDS[name].options:
+        if option.default is not None and option.default is not REQUIRED:
+            spelled = str(option.default).lower() if option.kind is bool else str(option.default)
+            assert checked(option, spelled) == option.default
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_and_named_once(name: str) -> None:
+    options = COMMANDS[name].options
+    assert len({option.name for option in options}) == len(options)
+    assert all(option.text.endswith((".", ')."')) for option in options)
+    assert all(option.least < option.most for option in options if option.kind in (int, float))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_method_shows_its_options_as_signature_and_docstring(name: str) -> None:
+    parameters = inspect.signature(method(name)).parameters
+    assert list(parameters)[1:] == [option.name for option in COMMANDS[name].options]
+    assert inspect.getdoc(method(name)).startswith(COMMANDS[name].summary)
+    for option in COMMANDS[name].options:
+        assert f"{option.name}: {option.text}" in method(name).__doc__
+
+
+def test_a_method_returns_typed_options_with_defaults() -> None:
+    request = method("plan")(None, max_num_seqs="64", debug="TRUE", gpu_memory_utilization=".5")
+    assert request.command == "plan"
+    assert request.options["max_num_seqs"] == 64
+    assert request.options["debug"] is True
+    assert request.options["gpu_memory_utilization"] == 0.5
+    assert request.options["gpus"] is None
+    assert request.options["model"] == "llama-3.1-70b"
+
+
+def test_a_method_takes_values_that_have_their_type() -> None:
+    assert method("plan")(None, top=3, chunked_prefill=False, gpu_memory_utilization=1).options["top"] == 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"top": 3.0}, {"top": True}, {"chunked_prefill": 0}, {"model": 7}, {"model": None}, {"slo": 5}, {"top": None}],
+)
+def test_a_method_refuses_values_of_another_type(given: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(given))}: expected"):
+        method("plan")(None, **given)
+
+
+def test_a_method_refuses_unknown_and_missing_options() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean model"):
+        method("plan")(None, modle="x")
+    with pytest.raises(UsageError, match="simulate: needs --plan"):
+        method("simulate")(None)
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "x", "nan", "NaN", "inf", "-inf", "Infinity", "1_000", "0x10", "1,2", "[1]", "True", "None", "1 2", "٣"],
+)
+def test_numbers_are_refused_unless_spelled_as_such(option: object, text: str) -> None:
+    with pytest.raises(UsageError, match=rf"--{option.name}: expected .*number between .* got "):
+        checked(option, text)
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+@pytest.mark.parametrize("text", ["-1", "99999999999999999999", "9" * 4000, "-" + "9" * 5000])
+def test_numbers_out_of_range_name_the_range(option: object, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        checked(option, text)
+    message = str(caught.value)
+    assert message.startswith(f"--{option.name}: ")
+    assert "between" in message
+    assert f"{option.most:.10g}" in message
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
+def test_both_ends_of_a_range_are_inside(option: object) -> None:
+    assert checked(option, f"{option.least:.10g}") == option.least
+    assert checked(option, f"{option.most:.10g}") == option.most
+
+
+@pytest.mark.parametrize("text", ["1e400", "-1e400", "1e99999"])
+def test_a_number_beyond_floating_point_is_out_of_range(text: str) -> None:
+    with pytest.raises(UsageError, match=r"inf is not between 0\.01 and 1"):
+        checked(PLAN.option("gpu_memory_utilization"), text)
+
+
+@pytest.mark.parametrize("text", ["1.0", "1e3", "16.5"])
+def test_whole_numbers_have_no_fraction_or_exponent(text: str) -> None:
+    with pytest.raises(UsageError, match="expected a whole number"):
+        checked(PLAN.option("block_size"), text)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("text", ["yes", "no", "1", "0", "", "on", "None", "tru"])
+def test_switches_take_true_and_false_only(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}: expected true or false, got {text!r}"):
+        checked(PLAN.option(name), text)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("text", ["", " ", "\n\t"])
+def test_texts_are_not_empty(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}: needs a value"):
+        checked(PLAN.option(name), text)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_are_not_longer_than_a_path(name: str) -> None:
+    with pytest.raises(UsageError, match="4,097 characters"):
+        checked(PLAN.option(name), "x" * (LONGEST_TEXT + 1))
+
+
+def test_choices_are_offered() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown --format 'jason'; did you mean json"):
+        checked(PLAN.option("format"), "jason")
+    with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: least_loaded, round_robin"):
+        checked(PLAN.option("routing"), "x")
+
+
+@given(st.text())
+def test_values_reach_the_parser_quoted_and_unchanged(text: str) -> None:
+    command, word = arranged(["plan", f"--model={text}"])
+    assert command == "plan"
+    assert word.startswith("--model=")
+    assert ast.literal_eval(word.removeprefix("--model=")) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--top", "3"], "--top='3'"),
+        (["--top=3"], "--top='3'"),
+        (["--max-num-seqs=3"], "--max_num_seqs='3'"),
+        (["--seed", "-1"], "--seed='-1'"),
+        (["--seed", "-.5"], "--seed='-.5'"),
+        (["--debug"], "--debug='true'"),
+        (["--debug", "false"], "--debug='false'"),
+        (["-o", "energy"], "--objective='energy'"),
+        (["-o=energy"], "--objective='energy'"),
+        (["--slo=ttft_p95<=1s"], "--slo='ttft_p95<=1s'"),
+        (["--model="], "--model=''"),
+    ],
+)
+def test_options_are_brought_into_one_form(words: list[str], expected: str) -> None:
+    assert arranged(["plan", *words]) == ["plan", expected]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["-h"], ["help"], ["--help", "--help"], ["help", "--help"]], ids=" ".join
+)
+def test_help_is_shown_for_all_commands(words: list[str]) -> None:
+    assert arranged(words) == ["--", "--help"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--help"],
+        ["plan", "-h"],
+        ["--help", "plan"],
+        ["help", "plan"],
+        ["plan", "--model", "--help"],
+        ["plan", "--model=x", "--bogus", "-h"],
+        ["plan", "--", "--help"],
+        ["plan", "--top=3", "--help", "--top=3"],
+    ],
+    ids=" ".join,
+)
+def test_help_is_shown_wherever_it_is_asked_for(words: list[str]) -> None:
+    assert arranged(words) == ["plan", "--", "--help"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plna"], "unknown command 'plna'; did you mean plan"),
+        (["_run"], "unknown command '_run'; known: clusters, models, plan, simulate, traces"),
+        (["__class__"], "unknown command '__class__'"),
+        (["Plan"], "unknown command 'Plan'; did you mean plan"),
+        (["plna", "--help"], "unknown command 'plna'"),
+        (["-1"], "unknown command '-1'"),
+        (["--model=x", "plan"], "'--model=x' stands before the command; write solve.py plan --name=value"),
+        (["--", "plan"], "'--' stands before the command"),
+        (["plan", "--modle=x"], "unknown option of plan '--modle'; did you mean --model"),
+        (["plan", "--plan=tp8"], "unknown option of plan '--plan'"),
+        (["models", "--top=3"], "unknown option of models '--top'"),
+        (["plan", "--_x"], "unknown option of plan '--_x'"),
+        (["plan", "--no-debug"], "unknown option of plan '--no-debug'; did you mean --debug"),
+        (["plan", "-x"], "unknown option of plan '-x'"),
+        (["plan", "-m", "x"], "unknown option of plan '-m'; did you mean --model"),
+        (["plan", "--="], "unknown option of plan '--'"),
+        (["plan", "-"], "unknown option of plan '-'"),
+        (["plan", "--"], "plan: '--' has no meaning here"),
+        (["plan", "--", "--interactive"], "plan: '--' has no meaning here"),
+        (["plan", "--top=3", "--", "--trace"], "plan: '--' has no meaning here"),
+        (["plan", "tp8"], "plan: 'tp8' belongs to no option; options are given as --name=value"),
+        (["plan", "5"], "plan: '5' belongs to no option"),
+        (["plan", "-5"], "plan: '-5' belongs to no option"),
+        (["plan", ""], "plan: '' belongs to no option"),
+        (["plan", "plan"], "plan: 'plan' belongs to no option"),
+        (["plan", "--top=3", "4"], "plan: '4' belongs to no option"),
+        (["plan", "--top=3", "--top=3"], "--top: given twice; give it once"),
+        (["plan", "--top=3", "-t", "3"], "unknown option of plan '-t'; did you mean --top"),
+        (["plan", "--model"], "--model: needs a value, such as --model=TEXT"),
+        (["plan", "--model", "--top=3"], "--model: needs a value"),
+        (["plan", "--top"], "--top: needs a value, such as --top=8"),
+        (["simulate"], "simulate: needs --plan; see solve.py simulate --help"),
+        (["simulate", "--model=x"], "simulate: needs --plan"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_make_no_sense_are_named(words: list[str], message: str) -> None:
+    with pytest.raises((UsageError, UnknownNameError)) as caught:
+        arranged(words)
+    assert message in str(caught.value)
+
+
+def test_help_is_broken_at_its_own_indentation() -> None:
+    text = "NAME\n\n        " + "word " * 40
+    lines = wrapped(text).splitlines()
+    assert lines[:2] == ["NAME", ""]
+    assert all(line.startswith("        word") and len(line) <= 80 for line in lines[2:])
+    assert " ".join(lines[2:]).split() == ["word"] * 40

@@ -1,0 +1,317 @@
+"""Tables: the figures of the document, neat at any width, nothing of a name taken for markup."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+
+from apex_opt.report.tables import rendered
+
+LATENCY = {"mean": 0.0426, "p50": 0.0387, "p90": 0.057, "p95": 0.0688, "p99": 0.0945, "max": 0.1939}
+OPERATIONS = {f"operation {n}": 20.0 / 2**n for n in range(14)}
+
+CANDIDATE: dict[str, Any] = {
+    "plan": "dp2 pp2[41,39] attn(tp2) ffn(tp2) bf16",
+    "gpus": 8,
+    "value": 2.51,
+    "bound": 2.0,
+    "metrics": {
+        "ttft_s": LATENCY,
+        "tpot_s": dict.fromkeys(LATENCY, None),
+        "e2e_s": {name: 100 * value for name, value in LATENCY.items()},
+        "makespan_s": 258.96,
+        "throughput_rps": 3.862,
+        "output_tokens_per_s": 842.4,
+        "total_tokens_per_s": 1690.2,
+        "slo": {
+            "ttft_p95<=50ms": {"met": False, "reached": 0.0688, "attainment": 0.81},
+            "e2e<=9s@90%": {"met": True, "reached": 0.95, "attainment": 0.95},
+            "throughput>=1": {"met": True, "reached": 3.862, "attainment": 1.0},
+        },
+        "energy_j": 907_654.0,
+        "idle_energy_j": 259_000.0,
+        "energy_per_output_token_j": 4.157,
+        "mean_power_w": 3505.3,
+        "mfu": 0.035,
+        "mbu": 0.476,
+        "operations_s": {**OPERATIONS, "idle": 0.0},
+        "preemptions": 1,
+        "batches": 22_920,
+    },
+    "memory": [
+        {
+            "layers": layers,
+            "weights_bytes": 17_600_000_000,
+            "workspace_bytes": 1_000_000_000,
+            "runtime_bytes": 1_342_177_280,
+            "kv_blocks": 86_999,
+            "kv_block_bytes": 655_360,
+            "usable_bytes": 77_000_000_000,
+        }
+        for layers in (41, 39)
+    ],
+}
+
+DOCUMENT: dict[str, Any] = {
+    "command": "plan",
+    "status": "optimal",
+    "objective": {"name": "e2e_mean", "unit": "s", "direction": "minimise", "value": 2.51},
+    "reason": None,
+    "best": CANDIDATE,
+    "candidates": [CANDIDATE, {**CANDIDATE, "plan": "dp2 attn(dp2,tp2) ffn(dp2,tp2) w4a16 kv=fp8"}],
+    "certificate": {
+        "space": 1131,
+        "infeasible": {"divisibility": 26, "format": 0, "memory": 40},
+        "bounded": 1049,
+        "simulated": 16,
+        "missed": 2,
+        "optimal": True,
+        "gap": 0.0,
+    },
+    "question": {
+        "model": {"name": "llama-3.1-70b", "parameters": 70_553_706_496},
+        "cluster": {"name": "8xh100-sxm"},
+        "trace": {"name": "[bold]odd[/bold]", "requests": 1000, "concurrency": None, "rate_per_s": 3.92},
+    },
+    "provenance": {"gemm": "derived from a datasheet", "power": "measured " * 30},
+    "version": "0",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+
+
+def answer(**changes: Any) -> str:
+    """The document with some parts replaced, as text."""
+    return rendered({**copy.deepcopy(DOCUMENT), **changes})
+
+
+def block(text: str, title: str) -> list[str]:
+    """Lines of the table with this title, up to the empty line after it."""
+    lines = text.splitlines()
+    start = lines.index(title)
+    return lines[start + 1 : lines.index("", start)]
+
+
+def test_the_head_says_what_was_asked_and_found() -> None:
+    head = answer().splitlines()[:2]
+    assert head[0] == (
+        "llama-3.1-70b (70.6 B parameters) on 8xh100-sxm, trace [bold]odd[/bold] (1,000 requests, 3.92 requests/s)"
+    )
+    assert head[1] == "best plan: dp2 pp2[41,39] attn(tp2) ffn(tp2) bf16 on 8 GPUs, e2e_mean = 2.51 s"
+
+
+def test_a_closed_loop_and_a_single_request_are_told_as_such() -> None:
+    trace = {"name": "t", "requests": 1, "concurrency": 8, "rate_per_s": None}
+    assert "trace t (1 request, 8 clients)" in answer(question={**DOCUMENT["question"], "trace": trace})
+    trace = {"name": "t", "requests": 2, "concurrency": None, "rate_per_s": None}
+    assert "trace t (2 requests, all at once)" in answer(question={**DOCUMENT["question"], "trace": trace})
+
+
+def test_latencies_are_a_row_each_with_every_statistic() -> None:
+    table = block(answer(), "Latency")
+    assert table[0].split() == ["mean", "p50", "p90", "p95", "p99", "max"]
+    assert table[2].split() == [
+        "TTFT",
+        "42.6",
+        "ms",
+        "38.7",
+        "ms",
+        "57.0",
+        "ms",
+        "68.8",
+        "ms",
+        "94.5",
+        "ms",
+        "193.9",
+        "ms",
+    ]
+    assert table[3].split() == ["TPOT", *["-"] * 6]
+    assert " ".join(table[4].split()) == "E2E 4.26 s 3.87 s 5.70 s 6.88 s 9.45 s 19.39 s"
+
+
+def test_goals_show_verdict_limit_and_what_was_reached() -> None:
+    service = [" ".join(line.split()) for line in block(answer(), "Service")]
+    assert service == [
+        "SLO ttft_p95<=50ms: MISSED, 68.8 ms reached, 81.0% of requests within",
+        "SLO e2e<=9s@90%: met, 95.0% of requests within",
+        "SLO throughput>=1: met, 3.862 requests/s",
+        "throughput 3.862 requests/s, 842 output tokens/s, 1,690 tokens/s in all",
+        "makespan 258.96 s",
+        "energy 907.7 kJ, of which 259.0 kJ idle draw; 4.16 J per output token; 3,505 W mean",
+        "utilisation MFU 3.5%, MBU 47.6%",
+        "batches 22,920, 1 preemption",
+    ]
+
+
+def test_memory_is_a_row_per_stage() -> None:
+    table = block(answer(), "Memory per GPU, GB")
+    assert table[2].split() == ["0", "41", "17.6", "1.0", "1.3", "57.0", "86,999", "77.0"]
+    assert table[3].split() == ["1", "39", "17.6", "1.0", "1.3", "57.0", "86,999", "77.0"]
+
+
+def test_operations_add_up_with_the_short_ones_together_and_idle_last() -> None:
+    rows = [line.split("  ") for line in block(answer(), "Time by operation, mean per GPU")[2:]]
+    names = [row[0] for row in rows]
+    assert names == [*list(OPERATIONS)[:12], "other", "idle"]
+    cells = [[cell for cell in row if cell.strip()] for row in rows]
+    assert cells[12][1].strip() == f"{1e3 * sum(list(OPERATIONS.values())[12:]):.1f} ms"
+    assert [cell.strip() for cell in cells[13][1:]] == ["0.0 us", "0.0%"]
+    assert sum(float(cell[2].strip().rstrip("%")) for cell in cells) == pytest.approx(100, abs=1)
+
+
+def test_idle_is_shown_when_it_is_the_longest() -> None:
+    best = copy.deepcopy(CANDIDATE)
+    best["metrics"]["operations_s"] = {"idle": 9.0, "qkv": 1.0}
+    rows = block(answer(best=best), "Time by operation, mean per GPU")[2:]
+    assert [row.split()[0] for row in rows] == ["qkv", "idle"]
+    assert "90.0%" in rows[1]
+
+
+def test_the_certificate_counts_every_plan() -> None:
+    text = " ".join(answer().split())
+    assert (
+        "Certificate: 1,131 plans in the space; 66 infeasible (26 divisibility, 40 memory); 1,049 ruled out by a "
+        "bound; 16 simulated (2 missed an SLO): every plan is accounted for, gap 0.0%."
+    ) in text
+    one = {**DOCUMENT["certificate"], "space": 1, "optimal": False, "gap": None}
+    text = " ".join(answer(certificate=one).split())
+    assert "1 plan in the space" in text
+    assert "the space was not exhausted." in text
+
+
+def test_a_plan_that_was_given_claims_no_proof() -> None:
+    text = answer(command="simulate", status="feasible", candidates=[CANDIDATE])
+    assert "plan as given: dp2 pp2[41,39]" in text
+    assert "Certificate" not in text
+    assert "Candidates" not in text
+    assert "scored as given" in text
+
+
+def test_an_infeasible_answer_shows_its_reason() -> None:
+    text = answer(
+        status="infeasible", best=None, candidates=[], reason="70B needs 146 GB, pp2[41,39] offers [red]43[/]"
+    )
+    assert "infeasible: 70B needs 146 GB, pp2[41,39] offers [red]43[/]" in text
+    assert "Latency" not in text
+    assert "Certificate" in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 132, 200])
+def test_no_line_is_wider_than_the_terminal_nor_ends_in_blanks(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = answer().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 100, 132])
+def test_candidates_keep_a_line_each_and_lose_columns_instead(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = block(answer(), "Candidates")
+    assert table[2].startswith("1  dp2 pp2[41,39] attn(tp2) ffn(tp2) bf16 ")
+    assert table[3].startswith("2  dp2 attn(dp2,tp2) ffn(dp2,tp2) w4a16 kv=fp8 ")
+    full = ("e2e_mean", "TTFT p95", "TPOT p95", "E2E p95", "req/s", "kJ", "MFU", "MBU")
+    shown = [head for head in full if head in table[0]]
+    left = table[4].removeprefix("left out for lack of width: ").split(", ") if len(table) > 4 else []
+    assert (*shown, *left) == full
+    assert "e2e_mean" in shown
+    assert bool(left) == (width < 132)
+
+
+def test_without_a_terminal_tables_are_120_columns_wide_and_plain() -> None:
+    text = answer()
+    assert "\x1b" not in text
+    assert 100 < max(map(len, text.splitlines())) <= 120
+    assert "left out" not in text
+
+
+def test_an_encoding_without_rules_gets_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert answer().isascii()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"),
+    [
+        (0.0, "s", "0.0 us"),
+        (0.000_999_9, "s", "999.9 us"),
+        (0.001, "s", "1.0 ms"),
+        (1.0, "s", "1.00 s"),
+        (12_345.6, "s", "12,346 s"),
+        (None, "s", "-"),
+        (907_654.0, "J", "907.7 kJ"),
+        (3.862, "requests/s", "3.862 requests/s"),
+    ],
+)
+def test_figures_have_the_unit_that_suits_them(value: float | None, unit: str, expected: str) -> None:
+    objective = {"name": "aim", "unit": unit, "direction": "minimise", "value": value}
+    assert f"aim = {expected}\n" in answer(objective=objective)
+
+
+def test_lists_have_a_row_for_each_thing_named() -> None:
+    model = {
+        "name": "m[1]",
+        "parameters": 70_553_706_496,
+        "active_parameters": 12_880_000_000,
+        "layers": 80,
+        "hidden": 8192,
+        "query_heads": 64,
+        "kv_heads": 8,
+        "max_position": 131_072,
+        "weights": "bf16",
+    }
+    text = rendered({"status": "ok", "models": [model], "version": "0"})
+    assert text.splitlines()[2].split() == [
+        "m[1]",
+        "70.55",
+        "B",
+        "12.88",
+        "B",
+        "80",
+        "8,192",
+        "64",
+        "8",
+        "131,072",
+        "bf16",
+    ]
+    cluster = {
+        "cluster": "8xv",
+        "gpu": "v",
+        "memory_bytes": 16 * 2**30,
+        "memory_bytes_per_s": 9e11,
+        "bf16_flops_per_s": None,
+        "fp16_flops_per_s": 1.12e14,
+        "fp8_flops_per_s": None,
+        "tdp_w": 1000,
+        "link": "pcie",
+        "link_bytes_per_s": 16e9,
+        "profile": "derived from the datasheet",
+    }
+    text = rendered({"status": "ok", "clusters": [cluster], "version": "0"})
+    row = " ".join(text.splitlines()[2].split())
+    assert row == "v 8xv 16 GiB 0.90 TB/s 112 TFLOP/s - 1,000 W pcie 16 GB/s derived"
+
+
+def test_titles_of_traces_wrap_rather_than_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    trace = {
+        "name": "chat",
+        "requests": 1000,
+        "rate_per_s": 3.92,
+        "prompt_mean": 220.4,
+        "output_mean": 218.2,
+        "longest": 4147,
+        "title": "Chat: short prompts with a long tail, answers as long, 4 requests/s",
+    }
+    lines = rendered({"status": "ok", "traces": [trace], "version": "0"}).splitlines()
+    assert lines[2].split()[:6] == ["chat", "1,000", "3.92", "220", "218", "4,147"]
+    assert "requests/s" in " ".join(lines[2:])
+    assert all(len(line) <= 80 for line in lines)
