@@ -98,6 +98,7 @@ class Outcome:
     busy_ns : int64[replicas, stages]    time each stage spent on batches
     counts : BatchCounts                 over all replicas
     steps : list of Step or None         every batch, replica by replica, where asked for
+    steps_per_replica : list of int or None    how many of them are whose
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     """
 
@@ -109,6 +110,7 @@ class Outcome:
     busy_ns: NDArray[np.int64]
     counts: BatchCounts
     steps: list[Step] | None = None
+    steps_per_replica: list[int] | None = None
     stopped: bool = False
 
     @property

@@ -167,6 +167,7 @@ def _run_once(
         busy_ns=work.busy,
         counts=counts_arrays,
         steps=_steps(log) if capacity is not None else None,
+        steps_per_replica=_steps_per_replica(log, replicas) if capacity is not None else None,
         stopped=bool(packed_stops.passed[0]),
     )
     return outcome, (int(log.at[0]), int(log.at[1]), int(log.at[2]))
@@ -264,6 +265,11 @@ def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tup
     pieces, previous = np.zeros(len(content), np.int64), np.zeros(len(content), np.int64)
     slots = np.full(2 << len(content).bit_length(), kn.NONE, np.int64)
     return pieces, int(kn.number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
+
+
+def _steps_per_replica(log: kn.Log, replicas: int) -> list[int]:
+    replica = log.steps[: min(int(log.at[0]), len(log.steps)), 0]
+    return [int(count) for count in np.bincount(replica, minlength=replicas)]
 
 
 def _steps(log: kn.Log) -> list[Step]:

@@ -403,4 +403,5 @@ def _outcome(engines: Seq[Engine], requests: int) -> Outcome:
         busy_ns=np.array([e.busy_ns for e in engines], np.int64),
         counts=sum((e.counts for e in engines[1:]), engines[0].counts),
         steps=steps,
+        steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in engines],
     )

@@ -1,0 +1,123 @@
+"""A simulated run as a timeline in the Chrome trace format, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+Source of the format: "Trace Event Format", Google, 2016: complete events "X", counters "C", names "M"; times in µs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.errors import InputError
+from apex_opt.units import NS_PER_US, ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.outcome import Outcome, Step
+
+Event = dict[str, Any]
+
+
+def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> Iterator[Event]:
+    """Events of a run that kept its batches.
+
+    Parameters
+    ----------
+    outcome : Outcome        from `simulate(..., log=True)`
+    laws : BatchLaw of each stage, by which the run was made
+    block_size : int         tokens of a KV block
+
+    Yields
+    ------
+    One process per replica, one thread per stage with its batches, named by their share of prompt tokens so that
+    viewers colour them by it, and two counters: sequences that wait, and KV blocks that running ones hold.
+    """
+    assert outcome.steps is not None and outcome.steps_per_replica is not None
+    position = 0
+    for replica, count in enumerate(outcome.steps_per_replica):
+        steps = outcome.steps[position : position + count]
+        position += count
+        yield {"ph": "M", "name": "process_name", "pid": replica, "args": {"name": f"replica {replica}"}}
+        for stage in range(len(laws)):
+            yield {"ph": "M", "name": "thread_name", "pid": replica, "tid": stage, "args": {"name": f"stage {stage}"}}
+        yield from _batches(replica, steps, laws)
+        yield from _counters(replica, steps, outcome, block_size)
+
+
+def _batches(replica: int, steps: Sequence[Step], laws: Sequence[BatchLaw]) -> Iterator[Event]:
+    """A complete event for every batch on every stage."""
+    stage_free = [0] * len(laws)
+    for number, (start, _, rows, preempted) in enumerate(steps):
+        chunks = [(tokens, computed) for _, tokens, computed in rows]
+        tokens = sum(c for c, _ in chunks)
+        prompt = sum(c for c, _ in chunks if c > 1)
+        share = 25 * round(4 * prompt / tokens)
+        name = "decode" if prompt == 0 else f"{max(share, 25)}% prefill"
+        facts = {"batch": number, "sequences": len(rows), "tokens": tokens, "prompt tokens": prompt}
+        end = start
+        for stage, law in enumerate(laws):
+            begin = max(end, stage_free[stage])
+            end = stage_free[stage] = begin + law.batch_ns(chunks)
+            yield {
+                "ph": "X",
+                "name": name,
+                "pid": replica,
+                "tid": stage,
+                "ts": begin / NS_PER_US,
+                "dur": (end - begin) / NS_PER_US,
+                "args": facts | ({"preempted": preempted} if preempted else {}),
+            }
+            end += int(law.transfer_ns[tokens])
+
+
+def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size: int) -> Iterator[Event]:
+    """Waiting sequences and held blocks whenever a batch is formed."""
+    mine = sorted({i for _, _, rows, _ in steps for i, _, _ in rows})
+    arrivals = sorted((int(outcome.arrival_ns[i]), i) for i in mine)
+    endings = sorted((int(outcome.finish_ns[i]), i) for i in mine)
+    waiting: set[int] = set()
+    held: dict[int, int] = {}
+    arrived = ended = 0
+    for start, _, rows, preempted in steps:
+        while arrived < len(arrivals) and arrivals[arrived][0] <= start:
+            waiting.add(arrivals[arrived][1])
+            arrived += 1
+        while ended < len(endings) and endings[ended][0] <= start:
+            waiting.discard(endings[ended][1])
+            held.pop(endings[ended][1], None)
+            ended += 1
+        for i in preempted:
+            held.pop(i, None)
+            waiting.add(i)
+        for i, _, computed in rows:
+            waiting.discard(i)
+            held[i] = ceil_div(computed, block_size)
+        time = start / NS_PER_US
+        yield {"ph": "C", "name": "waiting", "pid": replica, "ts": time, "args": {"sequences": len(waiting)}}
+        yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": sum(held.values())}}
+
+
+def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> None:
+    """Write a run's timeline; the file appears whole or not at all.
+
+    Raises
+    ------
+    InputError    a path that cannot be written
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+            for number, event in enumerate(timeline_events(outcome, laws, block_size)):
+                file.write(",\n" if number else "\n")
+                json.dump(event, file, separators=(",", ":"))
+            file.write("\n]}\n")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"timeline {path}: cannot be written ({error.strerror}); name a file in a folder that can"
+        ) from error
