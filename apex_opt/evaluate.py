@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Attention, Ffn, Model
     from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.memory import StageMemory
 
 FAMILIES: Final = ("divisibility", "format", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""
@@ -105,6 +106,8 @@ def _devices(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def _divisibility(instance: Instance, plan: Plan) -> Iterator[str]:
+    if plan.ffn.ep > 1 and not instance.model.is_moe:
+        yield f"ep{plan.ffn.ep} needs experts; the FFN is dense"
     for run in instance.model.runs:
         yield from _attention_cut(run.block.attention, plan.attention.tp)
         yield from _ffn_cut(run.block.ffn, plan.ffn)
@@ -119,10 +122,9 @@ def _attention_cut(cell: Attention, tp: int) -> Iterator[str]:
 
 def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
     if isinstance(cell, DenseFfn):
-        if template.ep > 1:
-            yield f"ep{template.ep} needs experts; the FFN is dense"
-        if cell.intermediate % template.tp:
-            yield f"FFN tp{template.tp} does not divide {cell.intermediate} columns"
+        if cell.intermediate % (template.tp * template.ep):
+            parts = f"tp{template.tp}" + f" ep{template.ep}" * (template.ep > 1)
+            yield f"FFN {parts} does not divide {cell.intermediate} columns"
         return
     if cell.experts % template.ep:
         yield f"ep{template.ep} does not divide {cell.experts} experts"
@@ -144,11 +146,15 @@ def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
     blocks = kv_blocks(memory)
     need = instance.kv_blocks_needed
     if blocks < need:
-        worst = min(memory, key=lambda stage: stage.kv_blocks)
+
+        def total(stage: StageMemory) -> int:
+            held = (need + 1) * stage.kv_block_bytes
+            return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + held
+
+        worst = max(memory, key=total)
         kv = (need + 1) * worst.kv_block_bytes
-        total = worst.weights_bytes + worst.workspace_bytes + worst.runtime_bytes + kv
         yield (
-            f"a GPU needs {total / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, workspace "
+            f"a GPU needs {total(worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, workspace "
             f"{(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of the longest request "
             f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
         )
@@ -160,8 +166,8 @@ def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:
         rate = instance.cluster.gpu.memory_bytes_per_s
         least_ms, limit_ms = read / rate * 1e3, (instance.tpot_limit_ns or 0) / 1e6
         yield (
-            f"a token passes through {read / GB:.2f} GB of weights per GPU, at least {least_ms:.2f} ms at "
-            f"{rate / 1e12:.2f} TB/s; the tightest TPOT limit is {limit_ms:.2f} ms"
+            f"a token passes through {read / GB:.2f} GB of weights per GPU, at least {least_ms:.4g} ms at "
+            f"{rate / 1e12:.2f} TB/s; the tightest TPOT limit is {limit_ms:.4g} ms"
         )
 
 
@@ -184,7 +190,7 @@ def decode_bytes(model: Model, plan: Plan) -> int:
         cell = run.block.ffn
         bits = get_format(plan.weight_format)
         if isinstance(cell, DenseFfn):
-            columns = ceil_div(cell.intermediate, plan.ffn.tp)
+            columns = ceil_div(cell.intermediate, plan.ffn.tp * plan.ffn.ep)
         else:
             columns = ceil_div(cell.experts_per_token, plan.ffn.ep) * ceil_div(cell.expert_intermediate, plan.ffn.tp)
             columns += ceil_div(cell.shared_intermediate, plan.ffn.tp * plan.ffn.ep)
@@ -196,8 +202,8 @@ def decode_bytes(model: Model, plan: Plan) -> int:
 def space(instance: Instance) -> Iterator[Plan]:
     """Every plan there is, feasible or not, by counting: the brute force that programs are tested against.
 
-    A plan takes at most `max_devices` GPUs and at most as many stages as the model has layers; a dense FFN has no
-    expert parallelism. Formats are those of the instance; layers are split evenly.
+    A plan takes at most `max_devices` GPUs and at most as many stages as the model has layers; a model without experts
+    has no expert parallelism. Formats are those of the instance; layers are split evenly.
     """
     model = instance.model
     for stages in range(1, min(instance.max_devices, model.layers) + 1):

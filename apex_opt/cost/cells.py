@@ -5,14 +5,15 @@ Times are those of the busiest device of the stage.
 
 Where attention has several copies (dp > 1), a sequence belongs to one of them: decoding sequences spread evenly, a
 prompt is computed by its own copy while the others wait unless they have prompts too. The law therefore counts the
-linear work of prompts by chunk and divides the sum by the copies that can be busy. Copies of the FFN share tokens
-evenly, except where each serves exactly one attention copy.
+linear work of prompts by chunk and divides the sum by the copies that can be busy. An FFN copy that serves one
+attention copy goes with it; one that serves several may get all prompts of a batch, and is taken to.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 
 Parts = dict[tuple[str, str], Work]
 
+
+class Place(Protocol):
+    """Enters an operation into the tables by which batches it grows with: see `owned` and `crowded`."""
+
+    def __call__(self, *, operation: str, cost: Callable[[Ints], Work]) -> Parts: ...
+
+
 _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads or writes of fp32 logits. Assumed.
 
 
@@ -60,20 +68,42 @@ def linear(tables: Tables, operation: str, cost: Callable[[Ints], Work]) -> Part
 
 
 def owned(tables: Tables, operation: str, copies: int, split: int, cost: Callable[[Ints], Work]) -> Parts:
-    """An operation on the copy that owns a sequence, `split` devices groups sharing the tokens of one copy."""
+    """An operation on the copy that owns a sequence, `split` groups of devices sharing the tokens of one copy.
+
+    Sequences that decode beside prompts are counted apart, at the rate of a full batch: the weights are read already.
+    """
     if copies == 1 and split == 1:
         return linear(tables, operation, cost)
     by_tokens = cost(tables.tokens)
     spread = by_tokens.at(_ceil(tables.padded, copies * split))
+    shared = by_tokens.at(_ceil(tables.tokens, split))
     if copies == 1:
-        return {
-            (operation, "mixed_ns"): by_tokens.at(_ceil(tables.tokens, split)),
-            (operation, "decode_ns"): spread,
-        }
+        return {(operation, "mixed_ns"): shared, (operation, "decode_ns"): spread}
+    rows = _ceil(tables.sequences, copies * split).astype(np.float64)
+    beside = by_tokens.at(tables.tokens[-1:]) * (rows / tables.tokens[-1])
+    return {(operation, "chunk_ns"): shared, (operation, "decode_ns"): spread, (operation, "attend_ns"): beside}
+
+
+def crowded(tables: Tables, operation: str, copies: int, cost: Callable[[Ints], Work]) -> Parts:
+    """An operation on copies that serve several attention copies each: one of them may get every prompt of a batch.
+
+    Arithmetic and traffic are those of an even share, which is what all copies together do.
+    """
+    by_tokens = cost(tables.tokens)
+    even = by_tokens.at(_ceil(tables.tokens, copies))
     return {
-        (operation, "chunk_ns"): by_tokens.at(_ceil(tables.tokens, split)),
-        (operation, "decode_ns"): spread,
+        (operation, "mixed_ns"): replace(even, seconds=by_tokens.seconds),
+        (operation, "decode_ns"): by_tokens.at(_ceil(tables.padded, copies)),
     }
+
+
+def sharing(tables: Tables, attention_dp: int, ffn_dp: int) -> Place:
+    """How the copies of the FFN share the tokens of the attention copies."""
+    if ffn_dp % attention_dp == 0:
+        return partial(owned, tables, copies=attention_dp, split=ffn_dp // attention_dp)
+    if ffn_dp > 1 and attention_dp % ffn_dp == 0:
+        return partial(crowded, tables, copies=ffn_dp)
+    return partial(owned, tables, copies=1, split=ffn_dp)  # every device gets all tokens first: see `reshards`
 
 
 def merged(*parts: Parts) -> Parts:
@@ -180,23 +210,20 @@ class Operations:
 
     def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
         """One FFN cell: norm, projections and activation, or router and experts."""
-        copies = attention.dp if template.dp >= attention.dp > 1 else 1
-        split = template.dp // copies if template.dp % copies == 0 else 1
+        place = sharing(self.tables, attention.dp, template.dp)
+        ranks = template.tp * template.ep
 
         def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
-            return owned(self.tables, operation, copies, split, cost)
+            return place(operation=operation, cost=cost)
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
-            return merged(
-                norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, template.tp, weight_format)
-            )
+            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, weight_format))
         experts = own("experts", self._experts(cell, template, weight_format))
         router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
         choose = own("router", self.elementwise(8.0 * cell.experts))
         shared: Parts = {}
         if cell.shared_intermediate:
-            ranks = template.tp * template.ep
             shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, weight_format)
         return merged(norm, router, choose, experts, shared)
 
@@ -225,18 +252,20 @@ class Operations:
         held = ceil_div(cell.experts, template.ep)
         columns = ceil_div(cell.expert_intermediate, template.tp)
         per_token = cell.experts_per_token / template.ep
+        together = ceil_div(cell.experts_per_token, template.ep)  # experts of one token that some group must hold
         matrices = 2 + cell.gated
 
         def cost(m: Ints) -> Work:
             factor = fullest_group_factor(m * cell.experts_per_token, template.ep)
-            routed = np.minimum(np.ceil(m * factor), m * float(template.ep)).astype(np.int64)
+            # A token sends a group no more assignments than the group has experts.
+            load = np.minimum(m * per_token * factor, m * float(min(cell.experts_per_token, held)))
             seconds = self.profile.moe_time_s(
                 dtype,
-                routed,
+                load / together,
                 cell.hidden,
                 columns,
                 held,
-                min(per_token, float(held)),
+                float(together),
                 weight_bytes_per_element=None if stored == element else stored,
             )
             touched = held * (1.0 - (1.0 - min(per_token / held, 1.0)) ** m)
@@ -249,44 +278,73 @@ class Operations:
     def reshards(self, cell: Ffn, attention: Template, ffn: Template, layout: Layout) -> Parts:
         """Collectives after each cell, that turn its layout into the next one's.
 
-        Partial sums are reduced within the shards of a copy; where the copies of the next cell are fewer, tokens are
-        gathered from several; where they are more, each takes its slice for free. Experts behind attention copies are
-        reached by an all-to-all of the chosen tokens.
+        Partial sums are reduced within the shards of a copy. Where an attention copy feeds several FFN copies, each
+        takes its slice for free and the results are gathered. Where an FFN copy serves several attention copies, their
+        tokens are gathered, and the sums scattered back; experts in groups are reached by an all-to-all of the chosen
+        tokens instead, gathered within a group whose experts are cut. Where the copies of one cell straddle those of
+        the other, every device gets all tokens after each cell.
         """
+        tables, calls = self.tables, self.collectives
         hidden = 2.0 * cell.hidden
-        reduce = self.collectives.all_reduce_s
-        gather, scatter = self.collectives.all_gather_s, self.collectives.reduce_scatter_s
         shards = ffn.tp * ffn.ep
-        parts = [self._collective(reduce, hidden / attention.dp, attention.tp, layout)]
-        if attention.dp <= ffn.dp:
-            parts.append(self._collective(reduce, hidden / ffn.dp, shards, layout))
-            if attention.dp < ffn.dp:
-                parts.append(self._collective(gather, hidden / attention.dp, ffn.dp // attention.dp, layout))
-        elif ffn.ep > 1 and not isinstance(cell, DenseFfn):
-            exchange = self.collectives.all_to_all_s
-            chosen = hidden * cell.experts_per_token / attention.devices
-            parts += [self._collective(exchange, chosen, ffn.ep, layout, ffn.tp)] * 2
-            if ffn.tp > 1:
-                parts.append(self._collective(reduce, hidden / attention.dp, ffn.tp, layout))
+
+        def call(place: Place, time_s: Callable[..., Floats], token_bytes: float, ranks: int, stride: int = 1) -> Parts:
+            return self._collective(place, time_s, token_bytes, ranks, layout, stride)
+
+        of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)
+        of_ffn = sharing(tables, attention.dp, ffn.dp)
+        of_all: Place = partial(owned, tables, copies=1, split=1)
+        parts = [call(of_attention, calls.all_reduce_s, hidden, attention.tp)]
+        if ffn.dp % attention.dp == 0:
+            parts += [
+                call(of_ffn, calls.all_reduce_s, hidden, shards),
+                call(of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards),
+            ]
+        elif attention.dp % ffn.dp:
+            parts += [
+                call(of_all, calls.all_gather_s, hidden, attention.dp, attention.tp),
+                call(of_ffn, calls.all_reduce_s, hidden, shards),
+                call(of_all, calls.all_gather_s, hidden, ffn.dp, shards),
+            ]
         else:
-            parts.append(self._collective(gather, hidden / ffn.dp, ceil_div(attention.dp, ffn.dp), layout))
-            parts.append(self._collective(scatter, hidden / ffn.dp, shards, layout))
-            parts.append(self._collective(gather, hidden / attention.dp, attention.tp, layout))
+            if ffn.ep > 1 and not isinstance(cell, DenseFfn):
+                # The devices of a copy hold the same tokens, so each sends its part of them.
+                chosen, arrived = (hidden * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
+                parts += [
+                    call(of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
+                    call(of_ffn, calls.all_gather_s, arrived, ffn.tp),
+                    call(of_ffn, calls.reduce_scatter_s, arrived, ffn.tp),
+                    call(of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
+                ]
+            else:
+                parts += [
+                    call(of_ffn, calls.all_gather_s, hidden, attention.dp // ffn.dp, attention.tp),
+                    call(of_ffn, calls.reduce_scatter_s, hidden, shards),
+                ]
+            parts.append(call(of_attention, calls.all_gather_s, hidden, attention.tp))
         return merged(*parts)
 
     def _collective(
-        self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, layout: Layout, stride: int = 1
+        self,
+        place: Place,
+        time_s: Callable[..., Floats],
+        token_bytes: float,
+        ranks: int,
+        layout: Layout,
+        stride: int = 1,
     ) -> Parts:
+        """A collective of so many bytes per token of a copy, over ranks that lie `stride` devices apart."""
         if ranks == 1:
             return {}
         where = {"ranks": ranks, "nodes": min(ranks, layout.nodes_spanned(ranks * stride))}
-        return linear(self.tables, "communication", self.link(time_s, bytes_per_token, **where))
+        return place(operation="communication", cost=self.link(time_s, token_bytes, **where))
 
     def embedding(self, model: Model, attention: Template, layout: Layout) -> Parts:
         """Rows of the embedding, and their sum over the vocabulary shards."""
+        place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
         return merged(
-            owned(self.tables, "embedding", attention.dp, 1, self.elementwise(4.0 * model.hidden)),
-            self._collective(self.collectives.all_reduce_s, 2.0 * model.hidden / attention.dp, attention.tp, layout),
+            place(operation="embedding", cost=self.elementwise(4.0 * model.hidden)),
+            self._collective(place, self.collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, layout),
         )
 
     def head(self, model: Model, attention: Template, layout: Layout) -> Parts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from apex_opt.cluster.toml_reader import read_toml
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.units import DATA_ROOT
 
@@ -52,26 +53,30 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
     Raises
     ------
     UnknownNameError    not in the table
+    InputError          a table that cannot be read, or an entry with faults
     """
-    engines = _read(path or DATA_ROOT / "profiles" / "engines.toml")
+    file = path or DATA_ROOT / "profiles" / "engines.toml"
+    engines = _read(file)
     if name not in engines:
         raise UnknownNameError("engine", name, engines)
     entry = engines[name]
-    return EngineOverhead(
-        name=name,
-        step_s=entry["step_us"] * 1e-6,
-        blocking_step_s=entry["blocking_step_us"] * 1e-6,
-        sequence_s=entry["sequence_us"] * 1e-6,
-        mixed_step_s=entry["mixed_step_us"] * 1e-6,
-        request_s=entry["request_us"] * 1e-6,
-        captured_sizes=tuple(size for first, last, step in entry["captured"] for size in range(first, last + 1, step)),
-        source=entry["source"],
-    )
+    try:
+        return EngineOverhead(
+            name=name,
+            step_s=entry["step_us"] * 1e-6,
+            blocking_step_s=entry["blocking_step_us"] * 1e-6,
+            sequence_s=entry["sequence_us"] * 1e-6,
+            mixed_step_s=entry["mixed_step_us"] * 1e-6,
+            request_s=entry["request_us"] * 1e-6,
+            captured_sizes=tuple(n for first, last, step in entry["captured"] for n in range(first, last + 1, step)),
+            source=entry["source"],
+        )
+    except KeyError as error:
+        raise InputError(f"engines table {file}: {name} lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"engines table {file}: {name} has a value of the wrong form ({error})") from None
 
 
 @lru_cache(maxsize=4)
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    import tomllib
-
-    with path.open("rb") as file:
-        return tomllib.load(file)
+    return read_toml(path, "engines table")

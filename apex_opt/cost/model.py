@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +17,6 @@ from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
-
     from numpy.typing import NDArray
 
     from apex_opt.cluster.types import Cluster
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
 _BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
+_KEPT = 64
 _RATES = ("context_rate", "pair_rate", "chunk_context_rate")
 
 
@@ -71,9 +71,13 @@ class CostModel:
         tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
         sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
         self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
-        self._operations = Operations(self.tables, self.profile, self.collectives)
-        self._cache: dict[Hashable, Parts] = {}
-        self._laws: dict[Hashable, tuple[BatchLaw, Parts]] = {}
+        operations = Operations(self.tables, self.profile, self.collectives)
+        self._operations = operations
+        # A stage takes a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
+        self._attention = lru_cache(maxsize=_KEPT)(operations.attention)
+        self._ffn = lru_cache(maxsize=_KEPT)(operations.ffn)
+        self._reshards = lru_cache(maxsize=_KEPT)(operations.reshards)
+        self._stages = lru_cache(maxsize=_KEPT)(self._stage)
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -85,8 +89,12 @@ class CostModel:
         """Laws and operations of every stage of a plan."""
         layout = Layout.of(plan, self.cluster)
         stages = stage_runs(self.model, plan.layers)
+        last = len(stages) - 1
+        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        cut = replace(plan, replicas=1, layers=(1,))  # what a stage depends on beside its own layers
         built = [
-            self._stage(plan, layout, runs, index == 0, index == len(stages) - 1) for index, runs in enumerate(stages)
+            self._stages(cut, layout, runs, index == 0, index == last, overlapped) for index, runs in enumerate(stages)
         ]
         return PlanCost(
             laws=tuple(law for law, _ in built),
@@ -95,40 +103,26 @@ class CostModel:
         )
 
     def _stage(
-        self, plan: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool
+        self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
     ) -> tuple[BatchLaw, Parts]:
-        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
-        overlapped = self.settings.async_scheduling or plan.stages > 1
-        key = (plan.attention, plan.ffn, plan.weight_format, plan.kv_format, layout, runs, first, last, overlapped)
-        if key not in self._laws:
-            parts = [times(self._block(plan, layout, run.block), run.count) for run in runs]
-            ops = self._operations
-            if first:
-                parts.append(ops.embedding(self.model, plan.attention, layout))
-            if last:
-                parts.append(ops.head(self.model, plan.attention, layout))
-            total = merged(*parts, self._own_time(overlapped))
-            transfer = np.zeros(len(self.tables.tokens))
-            if not last:
-                transfer = ops.transfer(self.model, plan.attention, layout.stage_link(self.cluster))
-            self._laws[key] = self._law(total, transfer, plan.attention.dp), total
-        return self._laws[key]
-
-    def _block(self, plan: Plan, layout: Layout, block: Block) -> Parts:
-        """One layer; attention, FFN and the collectives between them are shared among plans separately."""
+        """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
         ops = self._operations
-        key: tuple[Hashable, ...] = (block.attention, plan.attention, plan.weight_format, plan.kv_format)
-        if key not in self._cache:
-            self._cache[key] = ops.attention(block.attention, plan.attention, plan.weight_format, plan.kv_format)
-        attention = self._cache[key]
-        key = (block.ffn, plan.attention.dp, plan.ffn, plan.weight_format)
-        if key not in self._cache:
-            self._cache[key] = ops.ffn(block.ffn, plan.attention, plan.ffn, plan.weight_format)
-        ffn = self._cache[key]
-        key = (block.ffn.hidden, plan.attention, plan.ffn, layout)
-        if key not in self._cache:
-            self._cache[key] = ops.reshards(block.ffn, plan.attention, plan.ffn, layout)
-        return merged(attention, ffn, self._cache[key])
+        parts = [times(self._block(cut, layout, run.block), run.count) for run in runs]
+        if first:
+            parts.append(ops.embedding(self.model, cut.attention, layout))
+        if last:
+            parts.append(ops.head(self.model, cut.attention, layout))
+        total = merged(*parts, self._own_time(overlapped))
+        transfer = np.zeros(len(self.tables.tokens))
+        if not last:
+            transfer = ops.transfer(self.model, cut.attention, layout.stage_link(self.cluster))
+        return self._law(total, transfer, cut.attention.dp), total
+
+    def _block(self, cut: Plan, layout: Layout, block: Block) -> Parts:
+        """One layer; attention, FFN and the collectives between them are shared among plans separately."""
+        attention = self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)
+        ffn = self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)
+        return merged(attention, ffn, self._reshards(block.ffn, cut.attention, cut.ffn, layout))
 
     def _own_time(self, overlapped: bool) -> Parts:
         """The engine's own time in every batch."""

@@ -59,7 +59,7 @@ class Work:
             joules=self.joules + other.joules,
         )
 
-    def __mul__(self, count: float) -> Work:
+    def __mul__(self, count: float | Floats) -> Work:
         return Work(
             seconds=self.seconds * count,
             flops=self.flops * count,

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apex_opt.units import ceil_div
-
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.plan.plan import Plan
@@ -22,26 +20,34 @@ class Layout:
 
     Parameters
     ----------
-    gpus_per_node : int
+    nodes, gpus_per_node : int
     packed : bool               every stage group lies inside one node
-    stage_devices, stages : int
+    together : bool             every replica lies inside one node
+    stage_devices : int
     """
 
+    nodes: int
     gpus_per_node: int
     packed: bool
+    together: bool
     stage_devices: int
-    stages: int
 
     @classmethod
     def of(cls, plan: Plan, cluster: Cluster) -> Layout:
         """The default layout of a plan on a cluster."""
         per_node = cluster.gpus_per_node // plan.stage_devices
         groups = plan.replicas * plan.stages
+        packed = per_node * cluster.nodes >= groups
+        # Replica r takes stage groups r * stages onwards.
+        together = packed and all(
+            first // per_node == (first + plan.stages - 1) // per_node for first in range(0, groups, plan.stages)
+        )
         return cls(
+            nodes=cluster.nodes,
             gpus_per_node=cluster.gpus_per_node,
-            packed=per_node * cluster.nodes >= groups,
+            packed=packed,
+            together=together,
             stage_devices=plan.stage_devices,
-            stages=plan.stages,
         )
 
     def nodes_spanned(self, ranks: int) -> int:
@@ -51,12 +57,12 @@ class Layout:
         if self.gpus_per_node % ranks == 0 and self.stage_devices % ranks == 0:
             return 1  # aligned to the node
         aligned = ranks % self.gpus_per_node == 0 and self.stage_devices % self.gpus_per_node == 0
-        return min(ranks, ceil_div(ranks, self.gpus_per_node) + (0 if aligned else 1))
+        # Unaligned, a group can begin with the last GPU of a node.
+        worst = ranks // self.gpus_per_node if aligned else (ranks - 2) // self.gpus_per_node + 2
+        return min(self.nodes, worst)
 
     def stage_link(self, cluster: Cluster) -> Link:
-        """Link between consecutive stages: inside a node only where all stages of a replica share one."""
-        groups = max(1, self.gpus_per_node // self.stage_devices)
-        together = self.packed and self.stages <= groups and groups % self.stages == 0
-        if together or cluster.inter is None:
+        """Link between consecutive stages: inside a node only where the stages of every replica share one."""
+        if self.together or cluster.inter is None:
             return cluster.intra
         return cluster.inter

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.errors import UsageError
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import DenseFfn, Run
 from apex_opt.units import GIB, ceil_div
@@ -43,7 +44,14 @@ class StageMemory:
 
 
 def stage_runs(model: Model, layers: Sequence[int]) -> tuple[tuple[Run, ...], ...]:
-    """The model's runs cut at the stage boundaries: for each stage, its own runs in order."""
+    """The model's runs cut at the stage boundaries: for each stage, its own runs in order.
+
+    Raises
+    ------
+    UsageError    layers that do not add up to those of the model
+    """
+    if sum(layers) != model.layers:
+        raise UsageError(f"pp: {list(layers)} are {sum(layers)} layers; {model.name} has {model.layers}")
     stages: list[tuple[Run, ...]] = []
     runs = list(model.runs)
     for count in layers:
@@ -69,10 +77,10 @@ def attention_shard_bytes(cell: Attention, tp: int, weight_format: str) -> int:
 
 
 def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
-    """Weights of one FFN shard: columns over tp, experts over ep, the shared expert over both, the router whole."""
+    """Weights of one FFN shard: experts over ep, their columns over tp, a dense FFN over both, the router whole."""
     bits = get_format(weight_format)
     if isinstance(cell, DenseFfn):
-        columns = ceil_div(cell.intermediate, template.tp)
+        columns = ceil_div(cell.intermediate, template.tp * template.ep)
         matrices = (2 + cell.gated) * cell.hidden * columns
         return bits.weight_bytes(matrices) + 2 * cell.bias * ((1 + cell.gated) * columns + cell.hidden)
     experts = ceil_div(cell.experts, template.ep)
@@ -106,7 +114,7 @@ def _attention_width(block: Block, template: Template) -> int:
 def _ffn_width(block: Block, template: Template) -> int:
     cell = block.ffn
     if isinstance(cell, DenseFfn):
-        return (2 + cell.gated) * ceil_div(cell.intermediate, template.tp)
+        return (2 + cell.gated) * ceil_div(cell.intermediate, template.tp * template.ep)
     width = (2 + cell.gated) * ceil_div(cell.expert_intermediate, template.tp) + cell.hidden
     return cell.experts_per_token * width
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES
+from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
     from apex_opt.ir.model import Model
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 LARGEST_DEGREE: Final = 1 << 20
 
 
+def _is_degree(value: object) -> bool:
+    """A whole number that a degree of parallelism or a stage's layers can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_DEGREE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Template:
     """How one cell is cut over the devices of a stage.
 
     `dp` copies of the cell, each serving its share of the sequences; within a copy the experts go to `ep` groups, and
-    every head group, FFN or expert is cut into `tp` shards.
+    every head group, FFN or expert is cut into `tp` shards. A dense FFN beside experts, in another layer or shared, is
+    cut over both.
     """
 
     dp: int = 1
@@ -36,8 +43,8 @@ class Template:
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "ep"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_DEGREE:
-                raise UsageError(f"{name}: {value!r} is not a whole number from 1 to {LARGEST_DEGREE}")
+            if not _is_degree(value):
+                raise UsageError(f"{name}: {shown(value)} is not a whole number from 1 to {LARGEST_DEGREE}")
 
     @property
     def devices(self) -> int:
@@ -74,10 +81,10 @@ class Plan:
     kv_format: str
 
     def __post_init__(self) -> None:
-        if not 1 <= self.replicas <= LARGEST_DEGREE:
-            raise UsageError(f"dp: {self.replicas!r} replicas is not a whole number from 1 to {LARGEST_DEGREE}")
-        if not self.layers or min(self.layers) < 1:
-            raise UsageError(f"pp: every stage needs at least one layer, got {list(self.layers)}")
+        if not _is_degree(self.replicas):
+            raise UsageError(f"dp: {shown(self.replicas)} replicas is not a whole number from 1 to {LARGEST_DEGREE}")
+        if not self.layers or not all(map(_is_degree, self.layers)):
+            raise UsageError(f"pp: every stage needs at least one layer, got {shown(list(self.layers))}")
         if self.attention.ep != 1:
             raise UsageError(f"attn: ep{self.attention.ep} makes no sense; only an FFN has experts")
         if self.attention.devices != self.ffn.devices:
@@ -137,7 +144,7 @@ def default_kv_format(weight_format: str) -> str:
 
 _WORD: Final = re.compile(
     r"(?P<dp>dp(?P<dp_n>\d+))"
-    r"|pp(?P<pp_n>\d+)(?:\[(?P<split>[\d,]+)\])?"
+    r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
     r"|(?P<short>(?:tp|ep)\d+)"
@@ -153,7 +160,7 @@ def parse_plan(text: str, model: Model) -> Plan:
     Parameters
     ----------
     text : words in any order; `tp4` alone cuts both cells, `ep4` alone cuts attention by heads and the FFN by
-        experts; weights and KV default to the model's own formats
+        experts; weights and KV default to the model's own formats, KV beside named weights to that of the weights
     model : Model     its layers are split over the stages
 
     Raises
@@ -186,6 +193,9 @@ def parse_plan(text: str, model: Model) -> Plan:
         else:
             _once(found, "format", match["format"].lower(), text)
     weight_format = found.get("format", model.weight_format)
+    kv_format = default_kv_format(weight_format)
+    if "format" not in found:
+        kv_format = model.kv_format or kv_format
     attention = cells.get("attn")
     ffn = cells.get("ffn")
     if attention is None or ffn is None:
@@ -199,7 +209,7 @@ def parse_plan(text: str, model: Model) -> Plan:
         attention=attention,
         ffn=ffn,
         weight_format=weight_format,
-        kv_format=found.get("kv", model.kv_format or default_kv_format(weight_format)).lower(),
+        kv_format=found.get("kv", kv_format).lower(),
     )
 
 
@@ -229,7 +239,7 @@ def _layers(found: dict[str, str], model: Model, text: str) -> tuple[int, ...]:
     stages = _number(found.get("pp", "1"), text)
     if "split" not in found:
         return even_split(model.layers, stages)
-    layers = tuple(_number(n, text) for n in found["split"].split(",") if n)
+    layers = tuple(_number(n, text) for n in found["split"].split(","))
     if len(layers) != stages or sum(layers) != model.layers:
         raise UsageError(
             f"plan {text!r}: pp{stages}[...] needs {stages} numbers that add up to the {model.layers} layers of "

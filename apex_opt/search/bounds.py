@@ -1,19 +1,24 @@
 """Lower bounds on what a plan can reach, without simulating it.
 
 Why they are admissible. A batch that holds a sequence takes at least the least any batch takes, plus that sequence's
-own attention at the lowest rate in the tables; other sequences only add. A stage runs one batch at a time and the next
-token of a sequence needs its last one, so a request cannot take less than its own batches one after the other. Waiting
-in queues, preemption and routing only add. Where tables are not monotone their least entries are taken.
+own attention at the lowest rate in the tables; other sequences only add. Of the prompts of a batch, time is the sum
+over no more copies than there are prompts: at least their mean, hence the least of one, and at least the sequence's own
+share. A stage runs one batch at a time and the next token of a sequence needs its last one, so a request cannot take
+less than its own batches one after the other. A preempted sequence computes tokens again, as a chunk over at least as
+many pairs as it holds tokens. Of a prompt, only what another request says as well can be found in a cache. Waiting in
+queues and routing only add. Where tables are not monotone their least entries are taken.
 Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 
@@ -32,7 +37,7 @@ class StageFloor:
     """Least times of one stage.
 
     `batch_ns` of any batch; `token_ns` of a prompt token within the batch that computes it; `pair_rate` of a query-key
-    pair and `context_rate` of a token of decode context, in 2**-20 ns.
+    pair of a prompt and `context_rate` of a token held when a later one is computed, in 2**-20 ns.
     """
 
     batch_ns: int
@@ -43,18 +48,21 @@ class StageFloor:
     @classmethod
     def of(cls, law: BatchLaw) -> StageFloor:
         """The floor of a batch law."""
-        mixed = law.mixed_ns[2:]
-        tokens = np.arange(2, len(law.mixed_ns))
-        single = int(law.decode_ns[1:].min())
-        least = min(single, int(mixed.min())) if len(mixed) else single
         context = int(law.context_rate[1:].min())
-        chunks = law.pair_rate[2:]
+        least = int(law.decode_ns[1:].min())
         # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].
         per_token = float((law.decode_ns[1:] / np.arange(1, len(law.decode_ns))).min())
-        if len(mixed):
-            per_token = min(per_token, float((mixed / tokens).min()))
-        pair = min(context, int(chunks.min()) // law.copies) if len(chunks) else context
-        return cls(batch_ns=least, token_ns=per_token, pair_rate=pair, context_rate=context)
+        mixed, chunk = law.mixed_ns[2:], law.chunk_ns[2:]
+        if not len(mixed):
+            return cls(batch_ns=least, token_ns=per_token, pair_rate=context, context_rate=context)
+        tokens = np.arange(2, len(law.mixed_ns))
+        pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
+        return cls(
+            batch_ns=min(least, int(mixed.min()) + int(chunk.min())),
+            token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
+            pair_rate=min(context, pair // law.copies),
+            context_rate=min(context, again // law.copies),
+        )
 
 
 def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -> Outcome:
@@ -71,12 +79,14 @@ def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -
     """
     floors = [StageFloor.of(law) for law in laws]
     prompt, generated = trace.prompt, np.minimum(trace.output, settings.max_model_len - trace.prompt)
-    pairs = prompt * (prompt + 1) // 2
+    found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
+    computed = prompt - found
+    pairs = prompt * (prompt + 1) // 2 - found * (found + 1) // 2
     all_batches = sum(f.batch_ns for f in floors)
     first = np.zeros(len(trace), np.int64)
     for floor in floors:
-        own = np.maximum(np.floor(prompt * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
-        own = own + _scaled(pairs, floor.pair_rate) - _chunks(prompt)
+        own = np.maximum(np.floor(computed * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
+        own = own + _scaled(pairs, floor.pair_rate) - _chunks(computed)
         # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
         first = np.maximum(first, own + all_batches - floor.batch_ns)
     steps = generated - 1
@@ -97,12 +107,23 @@ def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -
     )
 
 
+@lru_cache(maxsize=8)
+def _findable(trace: Trace) -> NDArray[np.int64]:
+    """Most prompt tokens of each request that another one can have computed; the last token always is its own."""
+    if trace.content is None or trace.content_starts is None:
+        return np.zeros_like(trace.prompt)
+    pieces, known = number_pieces(trace.content_starts, trace.content)
+    said = np.bincount(pieces, minlength=known)[pieces] > 1
+    shared = np.diff(np.concatenate(([0], np.cumsum(said)))[trace.content_starts])
+    return np.asarray(np.minimum(shared * trace.content_tokens, trace.prompt - 1))
+
+
 def _scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
     """amount x rate / 2**20, rounded down; in two halves, so that no product leaves 63 bits."""
     high, low = amount >> RATE_BITS, amount & ((1 << RATE_BITS) - 1)
     return high * rate + (low * rate >> RATE_BITS)
 
 
-def _chunks(prompt: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Most nanoseconds that rounding down once a chunk can lose over a whole prompt, where chunks may be one token."""
-    return np.asarray(prompt + 1)
+def _chunks(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most nanoseconds that rounding down once a chunk can lose over so many tokens, where chunks may be one token."""
+    return np.asarray(tokens + 1)

@@ -11,8 +11,9 @@ import numpy as np
 
 from apex_opt.cost import CostModel, PlanCost, Usage, account
 from apex_opt.errors import CapacityError
-from apex_opt.evaluate import FAMILIES, Instance, Violation, violations
+from apex_opt.evaluate import FAMILIES, Instance, violations
 from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
+from apex_opt.search.advice import nearest_violation
 from apex_opt.search.bounds import isolated
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 Status = Literal["optimal", "feasible", "infeasible"]
-"""A search ends optimal or infeasible; one given plan is feasible or infeasible."""
+"""A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
+infeasible."""
 
 ROUND: Final = 16
 """Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
@@ -89,7 +91,7 @@ class Question:
         # The last token of a request is never computed, so it needs no room in the cache.
         held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
         limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
-        decodes = bool((self.trace.output > 1).any())
+        decodes = bool((np.minimum(self.trace.output, self.settings.max_model_len - self.trace.prompt) > 1).any())
         return Instance(
             model=self.model,
             cluster=self.cluster,
@@ -279,11 +281,12 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
         reason = _why_not(question, instance, enumeration.plans, closest, evaluator)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
-    return Answer(status="optimal", best=ranked[0], candidates=tuple(ranked), certificate=certificate)
+    status: Status = "optimal" if enumeration.complete else "feasible"
+    return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
 
 
 def judge(question: Question, plan: Plan, progress: Progress | None = None) -> Answer:
-    """Score one given plan; infeasible where it breaks a constraint or misses an SLO.
+    """Score one given plan; infeasible where it cannot run, feasible otherwise, with the SLOs it misses.
 
     Raises
     ------
@@ -306,7 +309,9 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
             certificate=replace(nothing, infeasible=infeasible),
             reason=reason,
         )
-    (progress or _silent)("simulating the plan", 0, 1)
+    tell = progress or _silent
+    _tell_compiling(tell)
+    tell("simulating the plan", 0, 1)
     evaluator = Evaluator(question)
     candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
     certificate = replace(nothing, simulated=1, missed=int(not candidate.meets_slos), gap=0.0)
@@ -321,6 +326,8 @@ def _simulate(
     done: list[Candidate] = []
     best: Candidate | None = None
     position = 0
+    if queue:
+        _tell_compiling(tell)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
             least = question.objective.cost(best.value) if best else float("inf")
@@ -359,8 +366,9 @@ def _check_lengths(question: Question) -> None:
     if longest >= question.settings.max_model_len:
         raise CapacityError(
             f"request {int(question.trace.prompt.argmax())}: a prompt of {longest} tokens leaves no room to answer "
-            f"within max_model_len {question.settings.max_model_len}; use a model made for longer sequences or a "
-            "trace with shorter prompts"
+            f"within max_model_len {question.settings.max_model_len}; {question.model.name} is made for "
+            f"{question.model.max_position} tokens: raise max_model_len, or use another model or a trace with shorter "
+            "prompts"
         )
 
 
@@ -370,8 +378,9 @@ def _rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
 
 
 def _miss(question: Question, candidate: Candidate) -> float:
-    """How far a plan is from its goals: the worst relative excess."""
-    return max((-slo.margin(judged(candidate.metrics, slo)) for slo in question.slos), default=0.0)
+    """How far a plan is from the goals it misses: the worst relative excess."""
+    missed = (slo for slo in question.slos if not candidate.metrics.slo_met[slo.text])
+    return max((-slo.margin(judged(candidate.metrics, slo)) for slo in missed), default=0.0)
 
 
 def judged(metrics: Metrics, slo: Slo) -> float:
@@ -414,20 +423,12 @@ def _figure(slo: Slo, value: float) -> str:
     return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"
 
 
-def nearest_violation(instance: Instance) -> str:
-    """Why no plan is feasible: what the plan over the most GPUs that breaks the fewest families still breaks."""
-    from apex_opt.evaluate import space
+def _tell_compiling(tell: Progress) -> None:
+    """Say that the first simulation will take longer, where it will."""
+    from apex_opt.simulator.pack import needs_compiling
 
-    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, str]:
-        plan, broken = item
-        latest = min(FAMILIES.index(v.family) for v in broken)
-        return len(broken), -latest, -plan.stage_devices * plan.stages, str(plan)
-
-    plan, broken = min(((p, violations(instance, p)) for p in space(instance) if p.replicas == 1), key=order)
-    return (
-        f"no plan on {instance.max_devices} x {instance.cluster.gpu.name} is feasible; even {plan} breaks "
-        f"{' and '.join(f'{v.family}: {v.text}' for v in broken)}; more GPUs or a smaller number format may help"
-    )
+    if needs_compiling():
+        tell("compiling the simulator, once on this machine: 10 to 30 s", 0, 0)
 
 
 def _silent(what: str, done: int, total: int) -> None:

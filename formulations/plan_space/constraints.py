@@ -67,7 +67,7 @@ def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
     for block in _blocks(instance):
         ffn = block.ffn
         if isinstance(ffn, DenseFfn):
-            if ep > 1 or ffn.intermediate % tp:
+            if ffn.intermediate % (tp * ep):
                 return False
         elif ffn.experts % ep or ffn.expert_intermediate % tp or ffn.shared_intermediate % (tp * ep):
             return False
@@ -218,11 +218,11 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     ffn = _table(
         model,
         "ffn_workspace",
-        [v.ffn_dp, v.ffn_tp],
+        [v.ffn_dp, v.ffn_tp, v.ffn_ep],
         (
-            (d, t, 2 * -(-batch // d) * max(_ffn_width(b, t) for b in blocks))
-            for d in degrees
-            for t in range(1, instance.max_devices // d + 1)
+            (d, t, e, 2 * -(-batch // d) * max(_ffn_width(b, t, e) for b in blocks))
+            for t, e in _shards(instance)
+            for d in range(1, instance.max_devices // (t * e) + 1)
         ),
     )
     return hidden + heads, hidden + ffn
@@ -341,7 +341,7 @@ def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> i
     cell = block.ffn
     matrices = 3 if cell.gated else 2
     if isinstance(cell, DenseFfn):
-        columns = -(-cell.intermediate // tp)
+        columns = -(-cell.intermediate // (tp * ep))
         bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
         return _packed(matrices * columns * cell.hidden, name) + 2 * bias
     experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
@@ -350,12 +350,12 @@ def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> i
     return _packed(matrices * columns * cell.hidden, name) + router
 
 
-def _ffn_width(block: Block, tp: int) -> int:
+def _ffn_width(block: Block, tp: int, ep: int) -> int:
     """Elements alive per token inside one FFN shard."""
     cell = block.ffn
     matrices = 3 if cell.gated else 2
     if isinstance(cell, DenseFfn):
-        return matrices * -(-cell.intermediate // tp)
+        return matrices * -(-cell.intermediate // (tp * ep))
     return cell.experts_per_token * (cell.hidden + matrices * -(-cell.expert_intermediate // tp))
 
 

@@ -21,7 +21,7 @@ Constraints
     C4  the GPU computes in f (format)
     C5  s * ceil(L / s) <= 3/2 * L (balance)
     C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
-        + embedding and LM head where they are + workspace(ad, at, fd, ft) <= M (memory)
+        + embedding and LM head where they are + workspace(ad, at, fd, ft, fe) <= M (memory)
     C7  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
 
 Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, layers

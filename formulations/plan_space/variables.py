@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from apex_opt.errors import UsageError
 from apex_opt.plan.plan import Plan, Template, even_split
 
 if TYPE_CHECKING:
@@ -62,8 +63,18 @@ class Variables:
         )
 
     def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
-        """Pin every choice to a given plan."""
-        pairs = zip(instance.weight_formats, instance.kv_formats, strict=True)
+        """Pin every choice to a given plan.
+
+        Raises
+        ------
+        UsageError    layers split unevenly, or formats that are not among those to choose from
+        """
+        pairs = list(zip(instance.weight_formats, instance.kv_formats, strict=True))
+        formats = (plan.weight_format, plan.kv_format)
+        if formats not in pairs:
+            raise UsageError(f"{plan}: its weight and KV formats are not among the choices {pairs}")
+        if plan.layers != even_split(instance.model.layers, plan.stages):
+            raise UsageError(f"{plan}: the plan space splits layers evenly, not as {list(plan.layers)}")
         for variable, value in (
             (self.replicas, plan.replicas),
             (self.stages, plan.stages),
@@ -72,6 +83,6 @@ class Variables:
             (self.ffn_dp, plan.ffn.dp),
             (self.ffn_tp, plan.ffn.tp),
             (self.ffn_ep, plan.ffn.ep),
-            (self.formats, list(pairs).index((plan.weight_format, plan.kv_format))),
+            (self.formats, pairs.index(formats)),
         ):
             model.add(variable == value)

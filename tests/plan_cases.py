@@ -1,0 +1,238 @@
+"""Models, clusters and questions for the tests of plans, formulations, costs and searches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apex_opt.cluster import load_cluster
+from apex_opt.cluster.types import Cluster, Gpu, Link
+from apex_opt.cost.engine import EngineOverhead
+from apex_opt.evaluate import Instance, decode_bytes, space
+from apex_opt.ir import KV_BYTES, Attention, Block, DenseFfn, Model, MoeFfn, Run
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.memory import stage_memory
+from apex_opt.search import Question, load_objective
+from apex_opt.units import GIB
+from apex_opt.workload import Trace, make_trace, parse_slos
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.plan.memory import StageMemory
+    from apex_opt.plan.plan import Plan
+
+SMALL = EngineSettings(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=2048)
+OVERHEAD = EngineOverhead(
+    name="test",
+    step_s=250e-6,
+    blocking_step_s=1500e-6,
+    sequence_s=1.5e-6,
+    mixed_step_s=500e-6,
+    request_s=4e-3,
+    captured_sizes=(1, 2, 4, 8, 16),
+    source="for tests",
+)
+
+
+def make_gpu(**changes: Any) -> Gpu:
+    """An accelerator like an H100, with some figures exchanged."""
+    figures: dict[str, Any] = {
+        "name": "test-gpu",
+        "memory_bytes": 80 * GIB,
+        "memory_bytes_per_s": 3.35e12,
+        "flops_per_s": (("bf16", 989e12), ("fp16", 989e12), ("fp8", 1979e12)),
+        "tdp_w": 700.0,
+        "idle_w": 125.0,
+    }
+    return Gpu(**(figures | changes))
+
+
+def make_cluster(gpus: int, nodes: int = 1, **changes: Any) -> Cluster:
+    """Nodes of GPUs over NVLink, with InfiniBand between them."""
+    return Cluster(
+        name=f"{nodes}x{gpus}",
+        gpu=make_gpu(**changes),
+        nodes=nodes,
+        gpus_per_node=gpus,
+        intra=Link(bytes_per_s=450e9, latency_s=1e-6, kind="nvlink"),
+        inter=Link(bytes_per_s=50e9, latency_s=5e-6, kind="infiniband"),
+    )
+
+
+def make_model(*runs: tuple[Block, int], vocab: int = 32000, tied: bool = False, **changes: Any) -> Model:
+    """A model out of blocks and how often each follows."""
+    figures: dict[str, Any] = {
+        "name": "test-model",
+        "hidden": runs[0][0].hidden,
+        "vocab": vocab,
+        "tied_embeddings": tied,
+        "max_position": 131072,
+        "runs": tuple(Run(block=block, count=count) for block, count in runs),
+        "dtype": "bf16",
+        "weight_format": "bf16",
+        "kv_format": None,
+        "source": "for tests",
+    }
+    return Model(**(figures | changes))
+
+
+def dense(
+    hidden: int = 512, heads: int = 8, kv: int = 4, columns: int = 1536, width: int = 64, **attention: Any
+) -> Block:
+    """A block with a dense FFN."""
+    return Block(
+        attention=Attention(hidden=hidden, query_heads=heads, kv_heads=kv, head_dim=width, **attention),
+        ffn=DenseFfn(hidden=hidden, intermediate=columns),
+    )
+
+
+def sparse(
+    hidden: int = 512,
+    heads: int = 8,
+    kv: int = 4,
+    columns: int = 768,
+    experts: int = 8,
+    chosen: int = 2,
+    shared: int = 0,
+    width: int = 64,
+    **attention: Any,
+) -> Block:
+    """A block with experts."""
+    return Block(
+        attention=Attention(hidden=hidden, query_heads=heads, kv_heads=kv, head_dim=width, **attention),
+        ffn=MoeFfn(
+            hidden=hidden,
+            expert_intermediate=columns,
+            experts=experts,
+            experts_per_token=chosen,
+            shared_intermediate=shared,
+        ),
+    )
+
+
+def random_model(rng: np.random.Generator) -> Model:
+    """Dense, sparse, dense layers before sparse ones, or layers with different attention; tied or not."""
+
+    def pick(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    heads, kv = pick((4, 2), (6, 2), (8, 1), (8, 4), (8, 8), (12, 4), (24, 8))
+    shape = {"hidden": pick(256, 512, 1024), "heads": heads, "kv": kv}
+    extra = {"qkv_bias": pick(True, False), "output_bias": pick(True, False), "qk_norm": pick(True, False)}
+    plain = dense(**shape, **extra, columns=pick(512, 1000, 1536, 4096))
+    experts = pick(2, 4, 6, 8)
+    mixed = sparse(
+        **shape, **extra, columns=pick(256, 384, 1024), experts=experts, chosen=pick(1, 2), shared=pick(0, 0, 512, 768)
+    )
+    other = dense(**(shape | {"kv": 2}), columns=2048)
+    few, many = int(rng.integers(1, 5)), int(rng.integers(1, 12))
+    kind = pick("dense", "sparse", "dense first", "hybrid")
+    runs: dict[str, list[tuple[Block, int]]] = {
+        "dense": [(plain, many)],
+        "sparse": [(mixed, many)],
+        "dense first": [(plain, few), (mixed, many)],
+        "hybrid": [(plain, few), (other, 1), (plain, many), (mixed, few)],
+    }
+    return make_model(*runs[kind], vocab=pick(1000, 32000, 128257), tied=pick(True, False))
+
+
+def memory_need(stage: StageMemory, blocks: int) -> int:
+    """Bytes a GPU of the stage must offer for so many blocks that sequences can use."""
+    return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + (blocks + 1) * stage.kv_block_bytes
+
+
+def instance_at(
+    model: Model,
+    plan: Plan | None,
+    gpus: int,
+    *,
+    longest: int = 500,
+    memory: int | None = None,
+    tpot: int | None = None,
+    formats: Sequence[tuple[str, str]] = (("bf16", "bf16"),),
+    settings: EngineSettings = SMALL,
+    flops: Sequence[str] = ("bf16", "fp16", "fp8"),
+) -> Instance:
+    """A question whose memory and time limits are set on a plan: `memory` and `tpot` bytes above its exact need.
+
+    Half of the memory may be used and a GPU reads a byte a nanosecond, so both limits are exact. Without them there
+    is room for everything.
+    """
+    settings = replace(settings, gpu_memory_utilization=0.5)
+    offered = 1 << 45
+    assert plan is not None or (memory is None and tpot is None)
+    blocks = -(-longest // settings.block_size)
+    if plan is not None and memory is not None:
+        stages = stage_memory(model, make_gpu(), plan, settings)
+        offered = 2 * (max(memory_need(stage, blocks) for stage in stages) + memory)
+    figures = {"memory_bytes": offered, "memory_bytes_per_s": 1e9, "flops_per_s": tuple((f, 1e15) for f in flops)}
+    return Instance(
+        model=model,
+        cluster=make_cluster(gpus, **figures),
+        settings=settings,
+        longest_tokens=longest,
+        tpot_limit_ns=None if plan is None or tpot is None else decode_bytes(model, plan) + tpot,
+        weight_formats=tuple(weights for weights, _ in formats),
+        kv_formats=tuple(kv for _, kv in formats),
+        max_devices=gpus,
+    )
+
+
+def random_instance(seed: int) -> Instance:
+    """A small question whose memory and time limits cut through the space of plans."""
+    rng = np.random.default_rng(seed)
+    model, gpus = random_model(rng), int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8, 8]))
+    pairs = [(w, k) for w in ("bf16", "fp16", "fp8", "w8a16", "w4a16") for k in KV_BYTES]
+    rng.shuffle(pairs)
+    formats = [(str(w), str(k)) for w, k in pairs[: rng.integers(1, 4)]]
+    flops = [("bf16", "fp16", "fp8"), ("bf16",), ("fp16",), ("bf16", "fp8")][rng.integers(4)]
+    settings = replace(
+        SMALL,
+        max_num_seqs=int(rng.choice([1, 7, 64])),
+        max_num_batched_tokens=int(rng.choice([64, 300, 8192])),
+        block_size=int(rng.choice([1, 16, 48])),
+    )
+    kwargs: dict[str, Any] = {"formats": formats, "settings": settings, "flops": flops}
+    kwargs["longest"] = int(rng.choice([1, 500, 20_000]))
+    plans = list(space(instance_at(model, None, gpus, **kwargs)))
+    slack = int(rng.choice([-1, 0, 1, 10**6]))
+    memory, tpot = (
+        (slack if rng.random() < 0.8 else None),
+        (int(rng.choice([-1, 0, 1])) if rng.random() < 0.6 else None),
+    )
+    tight = instance_at(model, plans[rng.integers(len(plans))], gpus, memory=memory, **kwargs)
+    timed = instance_at(model, plans[rng.integers(len(plans))], gpus, tpot=tpot, **kwargs)
+    return replace(
+        tight, tpot_limit_ns=timed.tpot_limit_ns, max_devices=max(1, gpus - int(rng.choice([0, 0, 0, 1, 2])))
+    )
+
+
+def make_question(model: Model, cluster: Cluster | str, trace: Trace, slo: str = "", **changes: Any) -> Question:
+    """A question with small engines."""
+    found = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    fields: dict[str, Any] = {
+        "objective": load_objective(changes.pop("objective", "e2e_mean")),
+        "settings": SMALL,
+        "overhead": OVERHEAD,
+        "slos": parse_slos(slo) if slo else (),
+        "weight_formats": ("bf16",),
+        "kv_formats": ("bf16",),
+        "max_devices": found.size,
+    }
+    return Question(model=model, cluster=found, trace=trace, **(fields | changes))
+
+
+def random_trace(seed: int, requests: int = 30, *, closed: bool = False) -> Trace:
+    """Requests of a few hundred tokens, arriving in bursts or from a few clients."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(float(rng.choice([1e5, 3e6, 5e7])), requests).astype(np.int64)
+    return make_trace(
+        name="test",
+        arrival_ns=np.cumsum(gaps),
+        prompt=rng.integers(1, 700, requests),
+        output=rng.integers(1, 40, requests),
+        concurrency=int(rng.integers(1, 8)) if closed else None,
+    )

@@ -1,0 +1,282 @@
+"""The law of a plan: sane against the datasheet, complete, and the exact sum of its operations."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from plan_cases import OVERHEAD, dense, instance_at, make_cluster, make_model, sparse
+
+from apex_opt.cluster import load_cluster
+from apex_opt.cost import CostModel
+from apex_opt.cost.engine import load_engine
+from apex_opt.evaluate import decode_bytes, space, violations
+from apex_opt.ir import load_model
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.plan import parse_plan
+from apex_opt.search.bounds import StageFloor
+from apex_opt.simulator.law import RATE_BITS, BatchLaw
+
+if TYPE_CHECKING:
+    from apex_opt.cost import PlanCost
+
+SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048)
+TABLES = [f.name for f in fields(BatchLaw) if f.name != "copies"]
+PLANS = {
+    "llama-3.1-70b": (
+        "tp8",
+        "dp2 tp4",
+        "pp2 tp4",
+        "pp4 attn(tp2) ffn(tp2)",
+        "attn(dp2,tp4) ffn(tp8)",
+        "attn(dp8) ffn(tp8)",
+        "attn(dp4,tp2) ffn(dp2,tp4)",
+        "attn(tp8) ffn(dp2,tp4)",
+    ),
+    "mixtral-8x22b": ("tp8", "ep8", "attn(dp8) ffn(ep8)", "attn(dp4,tp2) ffn(tp2,ep4)", "pp2 attn(dp2,tp2) ffn(ep4)"),
+    "qwen3-235b-a22b": ("tp8", "ep8", "attn(dp8) ffn(ep8)", "attn(dp2,tp4) ffn(dp2,ep4)"),
+}
+CASES = [(model, plan) for model, plans in PLANS.items() for plan in plans]
+
+
+@cache
+def costs(model: str, cluster: str = "8xh100-sxm") -> CostModel:
+    return CostModel(load_model(model), load_cluster(cluster), SETTINGS, load_engine("vllm"))
+
+
+def cost_of(model: str, plan: str, cluster: str = "8xh100-sxm") -> PlanCost:
+    return costs(model, cluster).plan_cost(parse_plan(plan, load_model(model)))
+
+
+def decode_s(model: str, plan: str, sequences: int, cluster: str = "8xh100-sxm") -> float:
+    """Seconds of a decode batch with no context, through all stages."""
+    return sum(int(law.decode_ns[sequences]) for law in cost_of(model, plan, cluster).laws) / 1e9
+
+
+@pytest.mark.parametrize(("model", "plan"), CASES)
+def test_every_table_of_a_law_is_whole_not_negative_and_nothing_for_nothing(model: str, plan: str) -> None:
+    cost = cost_of(model, plan)
+    assert len(cost.laws) == len(cost.parts) == parse_plan(plan, load_model(model)).stages
+    for law in cost.laws:
+        for name in TABLES:
+            table = getattr(law, name)
+            by_sequences = name in ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
+            assert table.dtype == np.int64
+            assert len(table) == (257 if by_sequences else 2049)
+            assert (table >= 0).all()
+            assert (table < 1 << 55).all()
+        for name in ("mixed_ns", "sequence_ns", "chunk_ns"):
+            assert getattr(law, name)[0] == 0
+        assert (law.decode_ns[1:] > 0).all()
+        assert (law.context_rate[1:] > 0).all()
+        assert (law.pair_rate[1:] > 0).all()
+        assert law.copies == parse_plan(plan, load_model(model)).attention.dp
+
+
+@pytest.mark.parametrize(("model", "plan"), CASES)
+def test_tables_are_the_sums_of_the_operations_and_every_operation_takes_time_and_energy_within_the_limit(
+    model: str, plan: str
+) -> None:
+    cost, power = cost_of(model, plan), costs(model).profile.power
+    for law, parts in zip(cost.laws, cost.parts, strict=True):
+        sums = {name: np.zeros(len(getattr(law, name))) for name in TABLES}
+        for (operation, table), work in parts.items():
+            sums[table] += work.seconds
+            for values in (work.seconds, work.flops, work.moved, work.joules):
+                assert values.shape == sums[table].shape
+                assert np.isfinite(values).all(), (operation, table)
+                assert (values >= 0).all(), (operation, table)
+            assert (work.joules <= power.limit_w * work.seconds * 1.001 + 1e-15).all(), (operation, table)
+        for name, seconds in sums.items():
+            if name == "transfer_ns":
+                continue
+            scale = 1e9 * (1 << RATE_BITS if name.endswith("_rate") else 1)
+            assert np.array_equal(getattr(law, name), np.rint(seconds * scale).astype(np.int64)), name
+
+
+def test_every_operation_of_a_dense_model_is_there_and_collectives_only_where_there_are_groups() -> None:
+    names = {"norm", "qkv", "rotary", "kv write", "decode attention", "prefill attention", "output"}
+    names |= {"ffn up", "activation", "ffn down", "embedding", "lm head", "sampler", "engine"}
+    found = {plan: {op for op, _ in cost_of("llama-3.1-70b", plan).parts[0]} for plan in ("tp1", "tp2", "tp8")}
+    assert found["tp1"] == names
+    assert found["tp8"] == found["tp2"] == names | {"communication"}
+    alone = {op for op, _ in cost_of("llama-3.1-70b", "attn(dp8) ffn(dp8)").parts[0]}
+    assert alone == names
+    first, middle, last = ({op for op, _ in parts} for parts in cost_of("llama-3.1-70b", "pp3[30,25,25] tp2").parts)
+    blocks = names - {"embedding", "lm head", "sampler"} | {"communication"}
+    assert first == blocks | {"embedding"}
+    assert middle == blocks
+    assert last == blocks | {"lm head", "sampler"}
+
+
+def test_a_model_with_experts_has_a_router_experts_and_a_shared_ffn() -> None:
+    names = {op for op, _ in cost_of("mixtral-8x22b", "tp8").parts[0]}
+    assert {"router", "experts"} <= names
+    assert not {"ffn up", "ffn down", "activation"} & names
+    model = make_model((dense(), 1), (sparse(shared=768), 2))
+    mixed = CostModel(model, make_cluster(1), SETTINGS, OVERHEAD).plan_cost(parse_plan("tp1", model))
+    assert {"router", "experts", "ffn up", "ffn down", "activation"} <= {op for op, _ in mixed.parts[0]}
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_decoding_8b_on_an_h200_never_beats_reading_its_weights_and_comes_within_twice_of_it(n: int) -> None:
+    model = load_model("llama-3.1-8b")
+    least = decode_bytes(model, parse_plan("tp1", model)) / 4.8e12
+    took = decode_s("llama-3.1-8b", "tp1", n, "1xh200-sxm")
+    assert least < took < 2 * least + 50e-6 * n
+
+
+def test_context_costs_what_reading_its_keys_and_values_costs() -> None:
+    law = cost_of("llama-3.1-8b", "tp1", "1xh200-sxm").laws[0]
+    per_token = law.context_rate / 2**RATE_BITS / 1e9
+    least = 32 * 2 * 8 * 128 * 2 / 4.8e12
+    assert (per_token[1:] >= least).all()
+    assert (per_token[32:] <= 1.3 * least).all()
+    halved = cost_of("llama-3.1-8b", "tp1 bf16 kv=fp8", "1xh200-sxm").laws[0].context_rate
+    assert np.allclose(halved[1:] * 2, law.context_rate[1:], rtol=0.3)
+    shared = cost_of("llama-3.1-70b", "attn(dp8) ffn(tp8)").laws[0].context_rate
+    whole = cost_of("llama-3.1-70b", "tp1").laws[0].context_rate
+    assert shared[256] == pytest.approx(whole[32] / 8, rel=0.01)
+
+
+def test_prompts_cost_at_least_their_arithmetic() -> None:
+    model = load_model("llama-3.1-8b")
+    law = cost_of("llama-3.1-8b", "tp1", "1xh200-sxm").laws[0]
+    matrices = sum(run.count * run.block.matrix_parameters for run in model.runs)
+    for tokens in (512, 1024, 2048):
+        pairs = tokens * (tokens + 1) // 2
+        least = (2 * matrices * tokens + 32 * 4 * 4096 * pairs) / 989e12
+        took = law.batch_ns([(tokens, tokens)]) / 1e9
+        assert least < took < 3 * least
+
+
+@pytest.mark.parametrize("cluster", ["8xh100-sxm", "8xh200-sxm", "8xa100-sxm", "8xb200-sxm"])
+def test_more_gpus_make_a_single_sequence_faster(cluster: str) -> None:
+    times = [decode_s("llama-3.1-70b", f"tp{tp}", 1, cluster) for tp in (1, 2, 4, 8)]
+    assert times == sorted(times, reverse=True)
+    # But never in proportion: the collectives are paid.
+    assert times[-1] > times[0] / 8
+
+
+@pytest.mark.parametrize(("model", "plan"), CASES)
+def test_more_work_is_never_much_cheaper(model: str, plan: str) -> None:
+    for law in cost_of(model, plan).laws:
+        for name in ("decode_ns", "mixed_ns", "chunk_ns", "sequence_ns", "attend_ns"):
+            table = getattr(law, name)[1:]
+            assert (table >= 0.75 * np.maximum.accumulate(table)).all(), name
+
+
+@pytest.mark.parametrize(
+    ("model", "plan"), [("llama-3.1-8b", "tp1"), ("llama-3.1-70b", "tp4"), ("llama-3.1-70b", "tp8")]
+)
+def test_smaller_numbers_are_faster_on_an_h100(model: str, plan: str) -> None:
+    wide, narrow, stored = (cost_of(model, f"{plan} {name}").laws[0] for name in ("bf16", "fp8", "w4a16"))
+    for n in (1, 16, 64, 256):
+        assert narrow.decode_ns[n] < wide.decode_ns[n]
+    for tokens in (512, 2048):
+        assert narrow.mixed_ns[tokens] < wide.mixed_ns[tokens]
+    assert stored.decode_ns[1] < narrow.decode_ns[1] * 1.05
+    assert stored.mixed_ns[2048] == pytest.approx(wide.mixed_ns[2048], rel=0.1)  # arithmetic stays in 16 bit
+
+
+@pytest.mark.parametrize(
+    ("model", "whole", "split"),
+    [("llama-3.1-70b", "tp4", "pp2 tp4"), ("mixtral-8x22b", "ep4", "pp4[10,16,20,10] ep4")],
+)
+def test_stages_add_up_to_one_stage_with_embedding_and_head_once(model: str, whole: str, split: str) -> None:
+    one = cost_of(model, whole).laws[0]
+    stages = cost_of(model, split).laws
+    step_ns = round(costs(model).overhead.step_s * 1e9)
+    mixed_ns = step_ns + round(costs(model).overhead.mixed_step_s * 1e9)
+    again = {"decode_ns": step_ns, "mixed_ns": mixed_ns}  # every stage has the engine's own time
+    sequence_ns = costs(model).overhead.sequence_s * 1e9
+    for name in TABLES:
+        if name == "transfer_ns":
+            continue
+        total = sum(getattr(law, name) for law in stages)
+        table = getattr(one, name)
+        per_stage = np.full(len(table), again.get(name, 0), np.float64)
+        if name in ("decode_ns", "sequence_ns"):
+            per_stage += sequence_ns * np.arange(len(table))
+        rest = (len(stages) - 1) * per_stage
+        assert np.abs(total - table - rest)[1:].max() <= len(stages), name
+    assert (stages[-1].transfer_ns == 0).all()
+    for law in stages[:-1]:
+        assert (law.transfer_ns[1:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b", "mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b"])
+@pytest.mark.parametrize("cluster", ["8xh100-sxm", "8xh200-sxm", "8xa100-sxm"])
+def test_no_plan_decodes_faster_than_the_bandwidth_family_says_it_can(name: str, cluster: str) -> None:
+    model, found = load_model(name), load_cluster(cluster)
+    settings = EngineSettings(max_num_seqs=32, max_num_batched_tokens=256)
+    for weights in ("bf16", "w4a16") if cluster == "8xh200-sxm" else ("bf16",):
+        instance = replace(instance_at(model, None, 8, settings=settings, formats=((weights, "bf16"),)), cluster=found)
+        model_costs = CostModel(model, found, settings, replace(OVERHEAD, step_s=0.0, sequence_s=0.0, mixed_step_s=0.0))
+        checked = 0
+        for plan in space(instance):
+            families = {v.family for v in violations(instance, plan)}
+            if plan.replicas == 1 and not families - {"memory"}:
+                floor = sum(StageFloor.of(law).batch_ns for law in model_costs.plan_cost(plan).laws)
+                assert floor >= decode_bytes(model, plan) / found.gpu.memory_bytes_per_s * 1e9, plan
+                checked += 1
+        assert checked > 20
+
+
+def test_blocks_that_differ_only_in_what_is_chosen_are_not_mixed_up() -> None:
+    few, many = sparse(hidden=1024, experts=16, chosen=1), sparse(hidden=1024, experts=16, chosen=8)
+    cluster = make_cluster(4)
+
+    def communication(*blocks: tuple[object, int]) -> np.ndarray:
+        model = make_model(*blocks)  # type: ignore[arg-type]
+        parts = CostModel(model, cluster, SETTINGS, OVERHEAD).plan_cost(parse_plan("attn(dp4) ffn(ep4)", model)).parts
+        return parts[0]["communication", "decode_ns"].seconds
+
+    both = communication((few, 1), (many, 1))
+    assert np.allclose(both, communication((few, 1)) + communication((many, 1)))
+    assert communication((many, 1))[256] > communication((few, 1))[256]
+
+
+def test_groups_that_cross_nodes_take_longer_to_communicate() -> None:
+    near = cost_of("llama-3.1-70b", "tp8", "2x8xh100-sxm").parts[0]["communication", "mixed_ns"].seconds
+    far = cost_of("llama-3.1-70b", "tp16", "2x8xh100-sxm").parts[0]["communication", "mixed_ns"].seconds
+    assert (far[1:] > 1.2 * near[1:]).all()
+    gather = cost_of("llama-3.1-70b", "attn(dp2,tp8) ffn(tp16)", "2x8xh100-sxm").parts[0]
+    assert gather["communication", "mixed_ns"].seconds[2048] > near[2048]
+
+
+def test_a_pipeline_within_a_node_hands_on_over_its_links() -> None:
+    inside = cost_of("llama-3.1-70b", "pp3 tp2").laws[0].transfer_ns[2048]
+    across = cost_of("llama-3.1-70b", "pp2 tp8", "2x8xh100-sxm").laws[0].transfer_ns[2048]
+    bytes_each = 2048 * 4 * 8192 / 2
+    assert bytes_each / 450e9 * 1e9 < inside < 2 * bytes_each / 450e9 * 1e9 + 5_000
+    assert across > 2048 * 4 * 8192 / 8 / 50e9 * 1e9
+
+
+def test_plans_that_share_a_stage_share_its_law_and_old_ones_are_given_up() -> None:
+    model = load_model("llama-3.1-8b")
+    found = CostModel(model, load_cluster("8xh100-sxm"), SETTINGS, OVERHEAD)
+    one = found.plan_cost(parse_plan("tp2", model))
+    assert found.plan_cost(parse_plan("dp4 tp2", model)).laws[0] is one.laws[0]
+    four = found.plan_cost(parse_plan("pp4 tp1", model)).laws
+    assert four[1] is four[2]
+    for first in range(1, 31):
+        found.plan_cost(parse_plan(f"pp3[{first},1,{31 - first}] tp1", model))
+    again = found.plan_cost(parse_plan("tp2", model))
+    assert np.array_equal(again.laws[0].decode_ns, one.laws[0].decode_ns)
+
+
+def test_sources_are_told_for_every_kind_of_figure() -> None:
+    found = costs("llama-3.1-70b").provenance
+    assert {"gemm", "memory", "decode_attention", "prefill_attention", "power", "all_reduce/intra"} <= set(found)
+    assert found["engine (vllm)"]
+    assert all(text.split(" ")[0].rstrip(":;,") for text in found.values())
+
+
+def test_time_outside_the_engine_is_passed_on() -> None:
+    model = make_model((dense(), 2))
+    found = CostModel(model, make_cluster(1), SETTINGS, replace(OVERHEAD, request_s=0.0123))
+    assert found.plan_cost(parse_plan("tp1", model)).request_ns == 12_300_000

@@ -1,0 +1,191 @@
+"""The plan space as a program agrees with counting every plan and asking the oracle about each."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ortools.sat.python import cp_model
+from plan_cases import dense, instance_at, make_cluster, make_model, random_instance, sparse
+
+from apex_opt.errors import UsageError
+from apex_opt.evaluate import FAMILIES, Instance, space, violations
+from apex_opt.ir import load_model
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
+from formulations.plan_space import PlanSpace
+
+if TYPE_CHECKING:
+    from apex_opt.ir import Model
+
+SEEDS = range(72)
+SPACE = PlanSpace()
+
+
+@functools.lru_cache
+def brute_force(seed: int) -> dict[Plan, frozenset[str]]:
+    """Every plan of a random question with the families it breaks."""
+    instance = random_instance(seed)
+    return {plan: frozenset(v.family for v in violations(instance, plan)) for plan in space(instance)}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_feasible_plans_are_those_the_oracle_lets_through_in_order_and_once(seed: int) -> None:
+    found = SPACE.enumerate(random_instance(seed))
+    assert found.complete
+    assert set(found.plans) == {plan for plan, faults in brute_force(seed).items() if not faults}
+    assert len(set(found.plans)) == len(found.plans)
+    sizes = [(plan.devices, plan.replicas, plan.stages, plan.attention, plan.ffn) for plan in found.plans]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_family_alone_keeps_out_what_breaks_it(seed: int) -> None:
+    instance = random_instance(seed)
+    for family in FAMILIES:
+        found = SPACE.enumerate(instance, [family])
+        assert set(found.plans) == {plan for plan, faults in brute_force(seed).items() if family not in faults}, family
+
+
+def test_every_family_both_lets_through_and_keeps_out_in_many_of_these_questions() -> None:
+    for family in FAMILIES:
+        cuts = [[family in faults for faults in brute_force(seed).values()] for seed in SEEDS]
+        assert sum(any(cut) and not all(cut) for cut in cuts) >= 5, family
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_counting_without_listing_gives_the_number_of_plans_of_any_families_it_knows(seed: int) -> None:
+    instance = random_instance(seed)
+    known = ("divisibility", "format", "balance")
+    for size in range(4):
+        for families in itertools.combinations(known, size):
+            kept = sum(not faults & set(families) for faults in brute_force(seed).values())
+            assert SPACE.count(instance, families) == kept, families
+
+
+def allowed(instance: Instance, plan: Plan, families: list[str]) -> bool:
+    """Whether the program of some families has a solution with every choice pinned to a plan."""
+    model, variables = SPACE.build(instance, families)
+    variables.fix(model, plan, instance)
+    assert not model.validate()
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    status = solver.solve(model)
+    assert status in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.INFEASIBLE)
+    return status != cp_model.INFEASIBLE
+
+
+DENSE = make_model((dense(heads=12, kv=4), 12))
+SPARSE = make_model((sparse(experts=6, shared=768), 5))
+MIXED = make_model((dense(), 3), (sparse(), 6), tied=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "text", "limits", "yes"),
+    [
+        ("divisibility", DENSE, "attn(tp4) ffn(tp4)", {}, True),
+        ("divisibility", DENSE, "attn(tp12) ffn(tp12)", {}, True),  # KV heads three times
+        ("divisibility", DENSE, "attn(tp3) ffn(tp3)", {}, False),
+        ("divisibility", DENSE, "attn(dp5) ffn(tp5)", {}, False),
+        ("divisibility", SPARSE, "attn(dp6) ffn(ep6)", {}, True),
+        ("divisibility", SPARSE, "attn(dp4) ffn(ep4)", {}, False),
+        ("divisibility", MIXED, "attn(tp4) ffn(tp2,ep2)", {}, True),
+        ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),)}, True),
+        ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),), "flops": ("fp16",)}, False),
+        ("format", DENSE, "tp4 w8a16", {"formats": (("w8a16", "bf16"),), "flops": ("fp16",)}, True),
+        ("balance", make_model((dense(), 4)), "pp3", {}, True),  # on the line
+        ("balance", make_model((dense(), 5)), "pp4", {}, False),
+        ("memory", DENSE, "pp2 tp4", {"memory": 0}, True),
+        ("memory", DENSE, "pp2 tp4", {"memory": -1}, False),
+        ("memory", MIXED, "tp4", {"memory": 0}, True),
+        ("memory", MIXED, "tp4", {"memory": -1}, False),
+        ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": 0}, True),
+        ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": -1}, False),
+        ("memory", SPARSE, "attn(dp6) ffn(ep6)", {"memory": 0}, True),
+        ("memory", SPARSE, "attn(dp6) ffn(ep6)", {"memory": -1}, False),
+        ("bandwidth", SPARSE, "attn(dp6) ffn(ep6)", {"tpot": 0}, True),
+        ("bandwidth", SPARSE, "attn(dp6) ffn(ep6)", {"tpot": -1}, False),
+        ("bandwidth", MIXED, "pp2 tp4", {"tpot": 0}, True),
+        ("bandwidth", MIXED, "pp2 tp4", {"tpot": -1}, False),
+    ],
+)
+def test_a_plan_pinned_is_allowed_up_to_the_line_and_no_further(
+    family: str, model: Model, text: str, limits: dict[str, Any], yes: bool
+) -> None:
+    plan = parse_plan(text, model)
+    instance = instance_at(model, plan, 12, **limits)
+    assert allowed(instance, plan, [family]) is yes
+    assert (family in {v.family for v in violations(instance, plan)}) is not yes
+    # No other family stands in the way.
+    assert allowed(instance, plan, [name for name in FAMILIES if name != family])
+
+
+def test_a_plan_over_more_gpus_than_offered_is_not_in_the_program() -> None:
+    plan = parse_plan("dp3 tp4", DENSE)
+    assert allowed(instance_at(DENSE, plan, 12), plan, [])
+    assert not allowed(instance_at(DENSE, plan, 11), plan, [])
+
+
+def test_a_plan_the_program_has_no_choice_for_cannot_be_pinned() -> None:
+    instance = instance_at(DENSE, None, 8)
+    model, variables = SPACE.build(instance)
+    with pytest.raises(UsageError, match="formats are not among"):
+        variables.fix(model, parse_plan("tp4 fp8", DENSE), instance)
+    with pytest.raises(UsageError, match="splits layers evenly"):
+        variables.fix(model, parse_plan("pp2[7,5] tp4", DENSE), instance)
+
+
+def powers(product: int, ways: int) -> list[tuple[int, ...]]:
+    """Ways to write a power of two as a product of powers of two."""
+    options = [2**i for i in range(product.bit_length())]
+    return [cut for cut in itertools.product(options, repeat=ways) if functools.reduce(int.__mul__, cut) == product]
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b"])
+def test_every_plan_that_apex_plus_would_generate_on_eight_gpus_is_in_the_space(name: str) -> None:
+    model = load_model(name)
+    found = set(
+        SPACE.enumerate(
+            Instance(
+                model=model,
+                cluster=make_cluster(8, memory_bytes=1 << 40),
+                settings=EngineSettings(),
+                longest_tokens=4096,
+                weight_formats=("bf16",),
+                kv_formats=("bf16",),
+                max_devices=8,
+            )
+        ).plans
+    )
+    wanted = []
+    for replicas, stages, devices in powers(8, 3):
+        cuts = [Template(dp=dp, tp=tp) for dp, tp in powers(devices, 2)]
+        experts = [Template(dp=dp, ep=ep) for dp, ep in powers(devices, 2)] if model.is_moe else []
+        wanted += [
+            Plan(
+                replicas=replicas,
+                layers=even_split(model.layers, stages),
+                attention=attention,
+                ffn=ffn,
+                weight_format="bf16",
+                kv_format="bf16",
+            )
+            for attention in cuts
+            for ffn in {*cuts, *experts}
+        ]
+    assert len(set(wanted)) >= 50
+    assert set(wanted) <= found
+
+
+def test_an_enumeration_that_runs_out_of_time_says_that_it_is_not_complete() -> None:
+    found = SPACE.enumerate(instance_at(SPARSE, None, 64), time_limit_s=0.01)
+    assert not found.complete
+
+
+def test_an_impossible_question_has_no_plans_and_that_is_complete() -> None:
+    plan = parse_plan("tp8", make_model((dense(heads=8, kv=8, columns=4096), 8)))
+    instance = instance_at(make_model((dense(heads=8, kv=8, columns=4096), 8)), plan, 8, memory=-(10**9))
+    found = SPACE.enumerate(instance)
+    assert (found.plans, found.complete) == ((), True)

@@ -1,0 +1,145 @@
+"""Who may import whom, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every unit may import those of earlier rows. The simulator owns the batch law, which the cost model fills: it stands
+# below the cost model and knows nothing of models, GPUs or profiles.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("apex_opt.units", "apex_opt.errors"),
+    ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
+    ("apex_opt.plan",),
+    ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles"),
+    ("apex_opt.cost",),
+    ("apex_opt.search",),
+    ("apex_opt.options",),
+    ("apex_opt.ask",),
+    ("apex_opt.report",),
+)
+LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
+
+
+def unit_of(module: str) -> str:
+    """The package or top-level module that a module belongs to."""
+    return ".".join(module.split(".")[:2])
+
+
+def files(package: str) -> list[Path]:
+    return sorted(path for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, types: bool = True) -> set[str]:
+    """Modules a file imports anywhere, inside functions too; those for annotations alone only where `types`."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not types:
+        tree.body = [node for node in tree.body if not _is_for_types(node)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            base = node.module or ""
+            # `from package import module` names a module where there is one.
+            found |= {f"{base}.{n.name}" if _is_module(f"{base}.{n.name}") else base for n in node.names}
+    return found
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def ours(path: Path, package: str, *, types: bool = True) -> set[str]:
+    return {name for name in imports(path, types=types) if name == package or name.startswith(f"{package}.")}
+
+
+def test_every_part_of_the_package_has_its_layer() -> None:
+    found = {unit_of(module_of(path)) for path in files("apex_opt")} - {"apex_opt"}
+    assert found == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", files("apex_opt"), ids=module_of)
+def test_a_module_imports_only_from_the_layers_below_its_own(path: Path) -> None:
+    mine = unit_of(module_of(path))
+    for name in ours(path, "apex_opt"):
+        other = unit_of(name)
+        if mine == "apex_opt":
+            assert other == "apex_opt", f"the package itself imports {name}"
+        elif other != mine and other != "apex_opt":
+            assert LEVEL[other] < LEVEL[mine], f"{module_of(path)} imports {name}"
+
+
+def test_modules_within_a_part_do_not_import_each_other_in_a_circle() -> None:
+    graph = {module_of(path): ours(path, "apex_opt", types=False) for path in files("apex_opt")}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module in done:
+            return
+        for other in graph.get(module, ()):
+            # A package's front names its own modules.
+            if not module.startswith(f"{other}."):
+                visit(other, (*trail, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", files("apex_opt"), ids=module_of)
+def test_the_package_knows_neither_programs_nor_the_command_line(path: Path) -> None:
+    assert not {name for name in imports(path) if name.split(".")[0] in ("formulations", "solve", "ortools", "fire")}
+
+
+@pytest.mark.parametrize("path", files("formulations"), ids=module_of)
+def test_programs_see_the_domain_and_the_oracle_and_nothing_above(path: Path) -> None:
+    allowed = {unit for unit, level in LEVEL.items() if level <= LEVEL["apex_opt.evaluate"]} | {"apex_opt.cost"}
+    assert {unit_of(name) for name in ours(path, "apex_opt")} <= allowed - {"apex_opt.simulator"}
+    assert not ours(path, "solve")
+
+
+@pytest.mark.parametrize("path", [*files("apex_opt"), *files("formulations")], ids=module_of)
+def test_compilers_and_solvers_are_imported_where_they_are_used(path: Path) -> None:
+    owners = {"numba": "apex_opt.simulator.kernel", "ortools": "formulations."}
+    for name in imports(path):
+        owner = owners.get(name.split(".")[0])
+        assert owner is None or module_of(path).startswith(owner), f"{module_of(path)} imports {name}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that are loaded once a statement has run in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement", ["import solve", "import apex_opt", "from apex_opt import ir, cluster, workload, plan, errors"]
+)
+def test_the_command_line_starts_without_compiler_solver_and_tables(statement: str) -> None:
+    assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "networkx"}
+
+
+def test_costing_and_searching_do_not_load_the_compiler_before_they_simulate() -> None:
+    assert not loaded_by("import apex_opt.search, apex_opt.evaluate") & {"numba", "ortools", "pandas", "rich"}

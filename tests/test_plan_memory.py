@@ -1,0 +1,195 @@
+"""What a plan takes of a GPU's memory, against sums done by hand and against what vLLM measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from plan_cases import SMALL, dense, instance_at, make_gpu, make_model, random_model, sparse
+
+from apex_opt.cluster import load_cluster
+from apex_opt.errors import UsageError
+from apex_opt.evaluate import space
+from apex_opt.ir import Block, Model, load_model
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
+from apex_opt.plan.plan import Plan, parse_plan
+
+VLLM = EngineSettings(max_num_seqs=1024, max_num_batched_tokens=8192)
+H200 = load_cluster("1xh200-sxm").gpu
+
+
+def weights(model: Model, text: str) -> list[int]:
+    return [stage.weights_bytes for stage in stage_memory(model, H200, parse_plan(text, model), VLLM)]
+
+
+@pytest.mark.parametrize(("name", "measured"), [("llama-3.1-8b", 55_406), ("mixtral-8x7b", 18_522)])
+def test_kv_blocks_on_one_h200_are_those_vllm_chose(name: str, measured: int) -> None:
+    model = load_model(name)
+    blocks = kv_blocks(stage_memory(model, H200, parse_plan("tp1", model), VLLM))
+    assert abs(blocks / measured - 1) < 0.015
+
+
+def test_weights_of_known_models_equal_sums_done_by_hand() -> None:
+    # 8B: q and o 4096 x 4096, k and v 4096 x 1024, three FFN matrices 4096 x 14336, two norms; embedding and LM head.
+    layer = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096)
+    matrix = 2 * 128256 * 4096
+    assert weights(load_model("llama-3.1-8b"), "tp1") == [32 * layer + 2 * matrix + 2 * 4096]
+    # 70B on 8: a KV head each, 8 query heads, 3584 columns.
+    shard = 2 * (8192 * (1024 + 2 * 128) + 1024 * 8192 + 3 * 8192 * 3584 + 2 * 8192)
+    part = 2 * 16032 * 8192
+    model = load_model("llama-3.1-70b")
+    assert weights(model, "tp8") == [80 * shard + 2 * part + 2 * 8192]
+    assert weights(model, "pp2 tp8") == [40 * shard + part, 40 * shard + part + 2 * 8192]
+    assert weights(model, "pp3[30,30,20] tp8") == [30 * shard + part, 30 * shard, 20 * shard + part + 2 * 8192]
+
+
+def test_kv_cache_and_workspace_of_70b_on_eight_equal_sums_done_by_hand() -> None:
+    model = load_model("llama-3.1-70b")
+    (stage,) = stage_memory(model, make_gpu(), parse_plan("tp8", model), VLLM)
+    assert stage.kv_block_bytes == 16 * 80 * 2 * 1 * 128 * 2
+    # Two hidden states, then gate, up and activation of 3584 columns, for 8192 tokens; fp32 logits of 1024 sequences.
+    assert stage.workspace_bytes == 2 * 8192 * (2 * 8192 + 3 * 3584) + 4 * 1024 * 128256
+    assert stage.runtime_bytes == RUNTIME_BYTES
+    assert stage.usable_bytes == int(80 * 2**30 * 0.9)
+    left = stage.usable_bytes - stage.weights_bytes - stage.workspace_bytes - RUNTIME_BYTES
+    assert stage.kv_blocks == left // stage.kv_block_bytes
+    assert kv_blocks([stage]) == stage.kv_blocks - 1
+
+
+def test_heads_are_copied_where_there_are_more_shards_than_kv_heads() -> None:
+    model = load_model("qwen3-235b-a22b")  # 4 KV heads
+    sizes = {
+        tp: stage_memory(model, H200, parse_plan(f"tp{tp}", model), VLLM)[0].kv_block_bytes for tp in (1, 2, 4, 8, 16)
+    }
+    assert sizes[1] == 2 * sizes[2] == 4 * sizes[4]
+    assert sizes[4] == sizes[8] == sizes[16]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: int) -> None:
+    model = random_model(np.random.default_rng(seed))
+    blocks = [run.block for run in model.runs]
+    routers = sum(run.count * 2 * run.block.ffn.router_parameters for run in model.runs if run.block.is_moe)
+    equal = 0
+    for plan in space(instance_at(model, None, 8)):
+        if plan.replicas > 1:
+            continue
+        held = sum(s.weights_bytes for s in stage_memory(model, make_gpu(), plan, SMALL)) * plan.stage_devices
+        assert held >= model.weight_bytes("bf16")
+        if (
+            plan.attention.dp == plan.ffn.dp == 1
+            and model.vocab % plan.attention.tp == 0
+            and all(b.attention.query_heads % plan.attention.tp == 0 for b in blocks)
+            and all(b.attention.kv_heads % plan.attention.tp == 0 for b in blocks)
+            and all(divides(b, plan) for b in blocks)
+        ):
+            equal += 1
+            # Norms, biases of whole rows, query and key norms and routers lie on every GPU; a tied matrix on both ends.
+            copied = (
+                sum(run.count * 2 * (run.block.norm_parameters + small(run.block)) for run in model.runs)
+                + 2 * model.hidden
+                + routers
+            )
+            tied = 2 * model.vocab * model.hidden if model.tied_embeddings and plan.stages > 1 else 0
+            assert held == model.weight_bytes("bf16") + (plan.stage_devices - 1) * copied + tied
+    assert equal >= 1
+
+
+def small(block: Block) -> int:
+    """Weights of an attention cell that no shard divides."""
+    attention = block.attention
+    return attention.output_bias * attention.hidden + attention.qk_norm * 2 * attention.head_dim
+
+
+def divides(block: Block, plan: Plan) -> bool:
+    """Whether FFN shards are equal."""
+    ffn, tp, ep = block.ffn, plan.ffn.tp, plan.ffn.ep
+    if block.is_moe:
+        shared = ffn.shared_intermediate % (tp * ep) == 0
+        return ffn.experts % ep == 0 and ffn.expert_intermediate % tp == 0 and shared
+    return ffn.intermediate % (tp * ep) == 0
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b", "qwen3-30b-a3b"])
+def test_a_gpu_holds_less_the_more_shards_there_are(name: str) -> None:
+    model = load_model(name)
+    stages = [stage_memory(model, H200, parse_plan(f"tp{tp}", model), VLLM)[0] for tp in (1, 2, 4, 8, 16)]
+    for one, other in itertools.pairwise(stages):
+        assert one.weights_bytes > other.weights_bytes
+        assert one.workspace_bytes >= other.workspace_bytes
+        assert one.kv_block_bytes >= other.kv_block_bytes
+        assert one.kv_blocks <= other.kv_blocks
+
+
+def test_copies_of_a_cell_hold_it_whole() -> None:
+    model = load_model("mixtral-8x22b")
+    whole, copies = weights(model, "tp1")[0], weights(model, "attn(dp8) ffn(dp8)")[0]
+    assert whole == copies
+    experts = weights(model, "attn(dp8) ffn(ep8)")[0]
+    assert experts < weights(model, "attn(dp8) ffn(dp2,ep4)")[0] < whole
+    assert weights(model, "ep8")[0] == weights(model, "tp8")[0]
+
+
+def test_formats_shrink_the_matrices_of_the_blocks_and_nothing_else() -> None:
+    model = load_model("llama-3.1-70b")
+    kept = 2 * (2 * 128256 * 8192 + 8192 + 80 * 2 * 8192)
+    full = weights(model, "tp1 bf16")[0] - kept
+    assert weights(model, "tp1 fp8")[0] - kept == full // 2
+    assert weights(model, "tp1 w8a16")[0] - kept == full // 2 + full // 128  # and a 16-bit scale per 128 weights
+    assert weights(model, "tp1 w4a16")[0] - kept == full // 4 + full // 128
+    assert weights(model, "tp1 fp16")[0] - kept == full
+
+
+def test_an_fp8_cache_holds_twice_the_tokens_in_the_same_room() -> None:
+    model = load_model("llama-3.1-8b")
+    wide, narrow = (
+        stage_memory(model, H200, parse_plan(f"tp1 bf16 kv={kv}", model), VLLM)[0] for kv in ("bf16", "fp8")
+    )
+    assert wide.kv_block_bytes == 2 * narrow.kv_block_bytes
+    assert 0 <= narrow.kv_blocks - 2 * wide.kv_blocks <= 1
+
+
+def test_a_tied_matrix_is_held_once_on_one_stage_and_twice_on_two() -> None:
+    block = dense()
+    tied, untied = (make_model((block, 4), vocab=32000, tied=flag) for flag in (True, False))
+    matrix = 2 * 32000 * 512
+    assert weights(untied, "tp1")[0] - weights(tied, "tp1")[0] == matrix
+    assert weights(untied, "pp2 tp1") == weights(tied, "pp2 tp1")
+
+
+def test_stages_take_their_layers_from_the_runs_in_order() -> None:
+    first, rest = dense(), sparse()
+    model = make_model((first, 3), (rest, 5))
+    cut = stage_runs(model, (2, 3, 3))
+    assert [[(run.block is first, run.count) for run in runs] for runs in cut] == [
+        [(True, 2)],
+        [(True, 1), (False, 2)],
+        [(False, 3)],
+    ]
+    with pytest.raises(UsageError, match="7 layers; test-model has 8"):
+        stage_runs(model, (4, 3))
+
+
+def test_the_cache_is_what_the_fullest_stage_leaves_and_nothing_where_weights_do_not_fit() -> None:
+    model = load_model("llama-3.1-70b")
+    stages = stage_memory(model, H200, parse_plan("pp4[14,22,22,22] tp2", model), VLLM)
+    assert kv_blocks(stages) == min(stage.kv_blocks for stage in stages) - 1
+    tiny = dataclasses.replace(H200, memory_bytes=2**30)
+    assert kv_blocks(stage_memory(model, tiny, parse_plan("tp8", model), VLLM)) == 0
+
+
+def test_workspace_falls_with_copies_and_logits_count_on_the_last_stage_alone() -> None:
+    model = load_model("llama-3.1-70b")
+    one, two = parse_plan("tp8", model), parse_plan("attn(dp2,tp4) ffn(dp2,tp4)", model)
+    assert workspace_bytes(model, one, VLLM, last=True) - workspace_bytes(model, one, VLLM, last=False) == (
+        4 * 1024 * 128256
+    )
+    assert workspace_bytes(model, two, VLLM, last=False) < workspace_bytes(model, one, VLLM, last=False)
+
+
+def test_a_dense_ffn_beside_experts_is_cut_over_all_shards() -> None:
+    model = make_model((dense(), 1), (sparse(), 1))
+    assert weights(model, "attn(tp4) ffn(tp2,ep2)")[0] == weights(model, "tp4")[0]

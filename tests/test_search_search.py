@@ -1,0 +1,375 @@
+"""The search finds what simulating every plan finds, and accounts for every plan on the way."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from plan_cases import (
+    OVERHEAD,
+    SMALL,
+    dense,
+    make_cluster,
+    make_gpu,
+    make_model,
+    make_question,
+    memory_need,
+    random_model,
+    random_trace,
+)
+
+from apex_opt.cost import CostModel
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.evaluate import FAMILIES, space, violations
+from apex_opt.ir import load_model
+from apex_opt.plan.memory import stage_memory
+from apex_opt.plan.plan import parse_plan
+from apex_opt.search import Answer, Candidate, Evaluator, Question, judge, judged, load_objective, search
+from apex_opt.search.objective import NAMES
+from apex_opt.workload import make_trace, parse_slos
+from formulations.plan_space import PlanSpace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.cost import PlanCost
+    from apex_opt.evaluate import Instance
+    from apex_opt.plan.plan import Plan
+
+SEEDS = range(44)
+SPACE = PlanSpace()
+
+
+def random_question(seed: int) -> Question:
+    """A small question; memory is tight for some plans, and goals are out of reach for some or all."""
+    rng = np.random.default_rng(seed + 1000)
+    model = random_model(rng)
+    gpus = int(rng.choice([1, 2, 3, 4, 4]))
+    nodes = 2 if gpus == 4 and rng.random() < 0.3 else 1
+    pairs = [("bf16", "bf16"), ("fp8", "fp8"), ("w4a16", "bf16")]
+    rng.shuffle(pairs)
+    kept = pairs[: rng.integers(1, 3)]
+    trace = random_trace(seed, 25, closed=rng.random() < 0.3)
+    question = make_question(
+        model,
+        make_cluster(gpus // nodes, nodes),
+        trace,
+        objective=str(rng.choice(NAMES)),
+        routing="least_loaded" if rng.random() < 0.3 else "round_robin",
+        settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7)),
+        weight_formats=tuple(str(w) for w, _ in kept),
+        kv_formats=tuple(str(k) for _, k in kept),
+    )
+    plans = list(space(question.instance()))
+    if rng.random() < 0.6:
+        # Enough memory for one plan, whichever it is, and a handful of blocks to spare.
+        plan = plans[rng.integers(len(plans))]
+        blocks = question.instance().kv_blocks_needed + int(rng.integers(0, 50))
+        need = max(memory_need(stage, blocks) for stage in stage_memory(model, make_gpu(), plan, question.settings))
+        cluster = make_cluster(gpus // nodes, nodes, memory_bytes=int(need / 0.9) + 1000)
+        question = replace(question, cluster=cluster)
+    if rng.random() < 0.7:
+        feasible = [p for p in plans if not violations(question.instance(), p)]
+        if feasible:
+            metrics = Evaluator(question).simulate(feasible[rng.integers(len(feasible))]).metrics
+            factor = float(rng.choice([0.02, 0.8, 1.0000001, 1.5]))
+            ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["max"] * factor
+            goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_max<={tpot:.12f}s", f"tpot<={tpot:.12f}s@80%"]
+            question = replace(question, slos=parse_slos(",".join(goals[int(rng.integers(3)) :])))
+    return question
+
+
+@cache
+def answer_of(seed: int) -> Answer:
+    return search(random_question(seed), SPACE)
+
+
+def rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
+    return question.objective.cost(candidate.value), candidate.plan.devices, str(candidate.plan)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_optimum_is_what_simulating_every_plan_without_bounds_finds(seed: int) -> None:
+    question, answer = random_question(seed), answer_of(seed)
+    evaluator, instance = Evaluator(question), question.instance()
+    scored = [evaluator.simulate(plan) for plan in space(instance) if not violations(instance, plan)]
+    good = sorted((c for c in scored if c.meets_slos), key=lambda c: rank(question, c))
+    if not good:
+        assert (answer.status, answer.best, answer.candidates) == ("infeasible", None, ())
+        return
+    assert answer.status == "optimal"
+    assert answer.best is not None
+    assert answer.best.plan == good[0].plan
+    assert answer.best.value == good[0].value or np.isnan(good[0].value)
+    by_plan = {c.plan: c.value for c in good}
+    for candidate in answer.candidates:
+        assert candidate.value == by_plan[candidate.plan] or np.isnan(candidate.value)
+        assert candidate.bound is not None
+        assert (
+            candidate.bound
+            <= question.objective.cost(candidate.value) * (1 + 1e-12) + 1e-12 * question.objective.maximise
+        )
+    assert [c.plan for c in answer.candidates] == [
+        c.plan for c in sorted(answer.candidates, key=lambda c: rank(question, c))
+    ]
+
+
+def test_these_questions_have_answers_of_every_kind() -> None:
+    answers = [answer_of(seed) for seed in SEEDS]
+    assert sum(a.status == "infeasible" for a in answers) >= 5
+    assert sum(a.status == "optimal" for a in answers) >= 20
+    assert sum(a.certificate.bounded > 0 for a in answers) >= 15
+    assert sum(a.certificate.infeasible["memory"] > 0 for a in answers) >= 8
+    assert sum(a.certificate.missed > 0 for a in answers) >= 5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_certificate_accounts_for_every_plan_of_the_space(seed: int) -> None:
+    question, certificate = random_question(seed), answer_of(seed).certificate
+    instance = question.instance()
+    plans = list(space(instance))
+    first = [next((v.family for v in violations(instance, plan)), None) for plan in plans]
+    assert certificate.space == len(plans)
+    assert certificate.infeasible == {family: first.count(family) for family in FAMILIES}
+    assert certificate.bounded + certificate.simulated == first.count(None)
+    assert certificate.optimal
+    assert certificate.gap == (0.0 if answer_of(seed).best else None)
+    assert 0 <= certificate.missed <= certificate.simulated
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_infeasible_answer_says_why_with_numbers_in_one_line(seed: int) -> None:
+    question, answer = random_question(seed), answer_of(seed)
+    if answer.status != "infeasible":
+        assert answer.reason is None
+        return
+    assert answer.reason is not None
+    assert "\n" not in answer.reason
+    if answer.certificate.bounded + answer.certificate.simulated:
+        assert any(slo.text in answer.reason for slo in question.slos)
+        assert "reaches" in answer.reason
+    else:
+        assert any(f"{family}:" in answer.reason for family in FAMILIES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_spare_gpu_never_makes_the_optimum_worse(seed: int) -> None:
+    question = random_question(seed)
+    found = []
+    for gpus in range(1, question.cluster.size + 1):
+        answer = search(replace(question, max_devices=gpus), SPACE)
+        found.append(question.objective.cost(answer.best.value) if answer.best else float("inf"))
+    assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(0, 20, 2))
+def test_the_answer_does_not_depend_on_the_number_of_cores_nor_on_the_run(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shape(answer: Answer) -> Any:
+        return answer.certificate, answer.reason, [(c.plan, repr(c.value), c.bound) for c in answer.candidates]
+
+    answers = [shape(answer_of(seed))]
+    for cores in (1, 7):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        answers.append(shape(search(random_question(seed), SPACE)))
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_ties_fall_to_fewer_gpus_and_then_to_the_text_of_the_plan() -> None:
+    # One request at a time: every number of replicas serves it alike.
+    trace = make_trace(name="one", arrival_ns=[0], prompt=[100], output=[1])
+    question = make_question(make_model((dense(), 4)), make_cluster(4), trace, objective="tpot_mean")
+    answer = search(question, SPACE)
+    assert answer.best is not None
+    assert np.isnan(answer.best.value)
+    assert str(answer.best.plan) == "attn(tp1) ffn(tp1) bf16"
+    assert [c.plan for c in answer.candidates] == [c.plan for c in search(question, SPACE).candidates]
+
+
+def test_twice_the_times_of_everything_double_the_optimum_and_choose_the_same_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, trace = make_model((dense(hidden=1024, columns=4096), 7)), random_trace(3, 40)
+    question = make_question(model, make_cluster(4), trace, objective="e2e_p95")
+    once = search(question, SPACE)
+    original = CostModel.plan_cost
+
+    def slower(self: CostModel, plan: Plan) -> PlanCost:
+        cost = original(self, plan)
+        return replace(cost, laws=tuple(law.scaled(2) for law in cost.laws), request_ns=2 * cost.request_ns)
+
+    monkeypatch.setattr(CostModel, "plan_cost", slower)
+    twice = search(replace(question, trace=trace.stretched(2)), SPACE)
+    assert once.best is not None
+    assert twice.best is not None
+    assert twice.best.plan == once.best.plan
+    # Sums of rates are rounded once a batch, so doubling is exact to a nanosecond or so per batch.
+    assert twice.best.value == pytest.approx(2 * once.best.value, rel=1e-5)
+
+
+def test_progress_is_told_along_the_way() -> None:
+    told: list[tuple[str, int, int]] = []
+    search(random_question(3), SPACE, lambda *step: told.append(step))
+    assert told[0] == ("enumerating plans", 0, 0)
+    assert {what for what, _, _ in told} <= {"enumerating plans", "bounding plans", "simulating plans"}
+    assert all(0 <= done <= total for _, done, total in told)
+
+
+# ---- why not ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_too_large_is_answered_with_what_comes_nearest() -> None:
+    trace = random_trace(1, 5)
+    answer = search(make_question(load_model("llama-3.1-70b"), "1xh100-sxm", trace), SPACE)
+    assert answer.status == "infeasible"
+    assert answer.certificate.infeasible["memory"] == answer.certificate.space == 1
+    assert answer.reason is not None
+    assert "1 x h100-sxm-80gb" in answer.reason
+    assert "attn(tp1) ffn(tp1) bf16" in answer.reason
+    assert "breaks memory: a GPU needs" in answer.reason
+    assert "weights 141.1" in answer.reason
+
+
+def test_the_nearest_plan_is_the_one_that_lacks_least_not_the_first_by_name() -> None:
+    answer = search(make_question(load_model("llama-3.1-405b"), "8xa100-sxm", random_trace(1, 5)), SPACE)
+    assert answer.reason is not None
+    assert "breaks memory: a GPU needs" in answer.reason
+    assert "weights 10" in answer.reason  # an eighth of 812 GB, not all of it
+
+
+def test_a_goal_out_of_reach_is_answered_with_what_is_reached() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "2xh100-sxm", random_trace(1, 10), "tpot_p95<=2.5ms")
+    answer = search(question, SPACE)
+    assert answer.status == "infeasible"
+    assert answer.certificate.infeasible["bandwidth"] > 0
+    assert answer.reason is not None
+    assert "tpot_p95<=2.5ms (it reaches " in answer.reason
+    assert " ms)" in answer.reason
+    best = search(replace(question, slos=()), SPACE).best
+    assert best is not None
+    assert judged(best.metrics, question.slos[0]) > 2.5e-3
+
+
+def test_a_goal_below_what_one_read_of_the_weights_takes_is_charged_to_bandwidth() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 10), "tpot<=3ms@50%")
+    answer = search(question, SPACE)
+    assert answer.certificate.infeasible["bandwidth"] == 1
+    assert answer.reason is not None
+    assert "breaks bandwidth: a token passes through 15.01 GB" in answer.reason
+
+
+def test_goals_on_tokens_that_nobody_generates_bind_nothing() -> None:
+    trace = make_trace(name="one", arrival_ns=[0, 5], prompt=[100, 2047], output=[1, 50])
+    question = make_question(make_model((dense(), 4)), make_cluster(1), trace, "tpot_max<=1ns")
+    # The second request ends at the model's length, with its first token.
+    assert question.instance().tpot_limit_ns is None
+    assert search(question, SPACE).status == "optimal"
+
+
+def test_a_prompt_as_long_as_the_model_allows_is_refused() -> None:
+    trace = make_trace(name="long", arrival_ns=[0, 1], prompt=[5, 2048], output=[1, 1])
+    question = make_question(make_model((dense(), 4)), make_cluster(1), trace)
+    for ask in (lambda: search(question, SPACE), lambda: judge(question, parse_plan("tp1", question.model))):
+        with pytest.raises(CapacityError, match="request 1: a prompt of 2048 tokens leaves no room"):
+            ask()
+
+
+# ---- enumerations that are cut short ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Short:
+    """A formulation that lists only the first plans."""
+
+    plans: tuple[Plan, ...] = ()
+    complete: bool = False
+
+    def count(self, instance: Instance, families: Sequence[str]) -> int:
+        return SPACE.count(instance, families)
+
+    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> Short:
+        return Short(plans=SPACE.enumerate(instance, families).plans[:3])
+
+
+def test_an_enumeration_cut_short_proves_nothing() -> None:
+    question = make_question(make_model((dense(), 4)), make_cluster(4), random_trace(1, 10))
+    answer = search(question, Short())
+    assert answer.status == "feasible"
+    assert not answer.certificate.optimal
+    assert answer.certificate.gap is None
+
+
+# ---- one given plan ---------------------------------------------------------------------------------------------
+
+
+def judged_plan(text: str, slo: str = "", cluster: str = "4xh100-sxm") -> Answer:
+    model = load_model("llama-3.1-8b")
+    return judge(make_question(model, cluster, random_trace(1, 20), slo), parse_plan(text, model))
+
+
+def test_a_given_plan_is_scored_as_the_search_scores_it() -> None:
+    answer = judged_plan("dp2 tp2")
+    assert answer.status == "feasible"
+    assert answer.best is not None
+    assert answer.best.meets_slos
+    assert answer.certificate.simulated == answer.certificate.space == 1
+    question = make_question(load_model("llama-3.1-8b"), "4xh100-sxm", random_trace(1, 20))
+    assert answer.best.value == Evaluator(question).simulate(answer.best.plan).value
+
+
+def test_a_given_plan_may_split_its_layers_unevenly() -> None:
+    uneven, even = judged_plan("pp2[20,12] tp1"), judged_plan("pp2 tp1")
+    assert uneven.best is not None
+    assert even.best is not None
+    assert uneven.best.value > even.best.value
+    lopsided = judged_plan("pp2[31,1] tp1")  # out of balance, so not in the space, but it runs
+    assert lopsided.status == "feasible"
+
+
+def test_a_given_plan_that_misses_a_goal_is_scored_and_the_miss_is_told() -> None:
+    answer = judged_plan("tp1", "ttft_p95<=1us")
+    assert answer.status == "feasible"
+    assert answer.certificate.missed == 1
+    assert answer.best is not None
+    assert not answer.best.meets_slos
+
+
+@pytest.mark.parametrize(
+    ("text", "cluster", "said"),
+    [
+        ("tp8", "4xh100-sxm", "devices: the plan takes 8 GPUs, 4 are offered"),
+        ("attn(tp3) ffn(dp3)", "4xh100-sxm", "divisibility: attention tp3 does not divide 32 query heads"),
+        ("tp1 fp8", "4xa100-sxm", "format: a100-sxm-80gb does not compute in fp8"),
+        ("tp1 fp16", "1xv100-pcie", "memory: a GPU needs"),
+    ],
+)
+def test_a_given_plan_that_cannot_run_says_which_constraint_it_breaks(text: str, cluster: str, said: str) -> None:
+    answer = judged_plan(text, cluster=cluster)
+    assert answer.status == "infeasible"
+    assert answer.best is None
+    assert answer.reason is not None
+    assert said in answer.reason
+    assert answer.certificate.infeasible[said.split(":")[0]] == 1
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 5))
+    with pytest.raises(UsageError, match=r"llama-3\.1-8b has 32"):
+        judge(question, parse_plan("tp1", load_model("llama-3.1-70b")))
+
+
+def test_sources_name_what_the_question_uses_and_no_more() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 5))
+    plain = Evaluator(question).provenance
+    assert not {name for name in plain if name.startswith("moe") or name.endswith(("_fp8", "/inter"))}
+    moe = make_question(
+        load_model("mixtral-8x7b"), "2x8xh100-sxm", random_trace(1, 5), weight_formats=("fp8",), kv_formats=("bf16",)
+    )
+    assert {"moe", "moe_fp8", "gemm_fp8", "all_reduce/inter"} <= set(Evaluator(moe).provenance)
+    assert OVERHEAD.source in plain["engine (test)"]
+    assert load_objective("energy").name == "energy"
