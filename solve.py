@@ -50,7 +50,7 @@ def _run_plan(options: dict[str, Any]) -> int:
 
     question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
     with Progress() as progress:
-        answer = search(question, PlanSpace(), progress)
+        answer = search(question, PlanSpace(), progress, options["top"])
     return _show_answer("plan", question, answer, options)
 
 
@@ -62,6 +62,15 @@ def _run_simulate(options: dict[str, Any]) -> int:
     question, plan = ask_plan(options["plan"], Options.of(options))
     with Progress() as progress:
         answer = judge(question, plan, progress)
+        if options["timeline"] is not None and answer.best is not None:
+            from pathlib import Path
+
+            from apex_opt.report.timeline import write_timeline
+            from apex_opt.search import Evaluator
+
+            progress("writing the timeline", 0, 0)
+            outcome, laws = Evaluator(question).batches(plan)
+            write_timeline(Path(options["timeline"]), outcome, laws, question.settings.block_size)
     return _show_answer("simulate", question, answer, options)
 
 

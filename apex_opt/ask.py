@@ -44,6 +44,8 @@ class Options:
     max_model_len: int | None
     block_size: int
     chunked_prefill: bool
+    policy: str
+    prefix_caching: bool
     async_scheduling: bool
     gpu_memory_utilization: float
     seed: int
@@ -83,22 +85,28 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         )
     model = load_model(options.model)
     overhead = load_engine(options.engine)
-    longest = model.max_position if options.max_model_len is None else options.max_model_len
+    trace = load_trace(options.trace, options.seed)
+    whole = options.policy != "vllm" or not options.chunked_prefill
+    longest = options.max_model_len
+    if longest is None:
+        # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.
+        longest = min(model.max_position, max(trace.longest, 2)) if whole else model.max_position
     if longest > model.max_position:
         raise UsageError(
             f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
         )
     settings = EngineSettings(
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=_batched_tokens(options, longest),
+        max_num_batched_tokens=_batched_tokens(options, longest) if whole else options.max_num_batched_tokens,
         max_model_len=longest,
         chunked_prefill=options.chunked_prefill,
+        policy=options.policy,
+        prefix_caching=options.prefix_caching,
         block_size=options.block_size,
         async_scheduling=options.async_scheduling,
         gpu_memory_utilization=options.gpu_memory_utilization,
     )
     weight_formats, kv_formats = _formats(options, model, cluster.gpu)
-    trace = load_trace(options.trace, options.seed)
     return Question(
         model=model,
         cluster=cluster,
@@ -138,9 +146,7 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
 
 
 def _batched_tokens(options: Options, longest: int) -> int:
-    """Without chunking a batch must take the longest prompt whole, so the default grows to the model's length."""
-    if options.chunked_prefill:
-        return options.max_num_batched_tokens
+    """Where prompts are not split a batch must take the longest one, so the limit grows to the model's length."""
     if longest > LARGEST_BATCH:
         raise UsageError(
             f"--chunked_prefill=false: a batch would have to take a prompt of {longest} tokens whole, the limit is "

@@ -149,14 +149,15 @@ _QUESTION: Final = (
         default=8192,
         least=1,
         most=LARGEST_BATCH,
-        text="Tokens in one batch; without chunked prefill at least max_model_len.",
+        text="Tokens in one batch; where prompts are not split at least max_model_len.",
     ),
     Option(
         name="max_model_len",
         kind=int,
         least=2,
         most=10_000_000,
-        text="Longest prompt and output together; by default the model's limit.",
+        text="Longest prompt and output together; by default the model's limit, or what the trace needs where prompts "
+        "are not split.",
     ),
     Option(name="block_size", kind=int, default=16, least=1, most=1024, text="Tokens in one KV block."),
     Option(
@@ -164,6 +165,20 @@ _QUESTION: Final = (
         kind=bool,
         default=True,
         text="Whether a prompt may be split over batches: true or false.",
+    ),
+    Option(
+        name="policy",
+        default="vllm",
+        choices=("vllm", "orca", "static"),
+        text="How batches are formed: vllm (chunks, preemption), orca (whole prompts, memory reserved for the whole "
+        "answer) or static (a batch is answered before the next one is formed).",
+    ),
+    Option(
+        name="prefix_caching",
+        kind=bool,
+        default=False,
+        text="Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain: true "
+        "or false.",
     ),
     Option(
         name="async_scheduling",
@@ -183,6 +198,10 @@ _QUESTION: Final = (
 )
 
 _TOP: Final = Option(name="top", kind=int, default=5, least=1, most=10_000, text="Candidates to show, best first.")
+_TIMELINE: Final = Option(
+    name="timeline",
+    text="File to write every batch to, as a timeline for ui.perfetto.dev or chrome://tracing.",
+)
 _PLAN: Final = Option(
     name="plan",
     default=REQUIRED,
@@ -217,6 +236,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         options=(
             _PLAN,
             *(replace(option, text=_ELSEWHERE.get(option.name, option.text)) for option in _QUESTION),
+            _TIMELINE,
             *_GENERAL,
         ),
     ),

@@ -17,12 +17,14 @@ from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Block, Model, Run
+    from apex_opt.ir.model import Model, Run
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
 
@@ -32,6 +34,26 @@ _KEPT = 64
 _RATES = ("context_rate", "pair_rate", "chunk_context_rate")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Operations that are used together, and their seconds summed per table."""
+
+    parts: Parts
+    seconds: dict[str, Floats]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Piece:
+        """Sum the seconds of each table once: many plans use the same piece."""
+        seconds: dict[str, Floats] = {}
+        for (_, table), work in parts.items():
+            seconds[table] = seconds[table] + work.seconds if table in seconds else work.seconds
+        return cls(parts, seconds)
+
+
+Pieces = tuple[tuple[int, Piece], ...]
+"""Pieces of a stage, each so many times."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlanCost:
     """Batch laws of a plan, and the operations they are made of.
@@ -39,13 +61,18 @@ class PlanCost:
     Parameters
     ----------
     laws : tuple of BatchLaw, one per stage
-    parts : tuple of Parts, one per stage       work per (operation, table), on the busiest device
+    pieces : tuple of Pieces, one per stage
     request_ns : int                            time of a request outside the engine, on its way in and out
     """
 
     laws: tuple[BatchLaw, ...]
-    parts: tuple[Parts, ...]
+    pieces: tuple[Pieces, ...]
     request_ns: int
+
+    @property
+    def parts(self) -> tuple[Parts, ...]:
+        """Work per (operation, table) on the busiest device of each stage; summed when asked for."""
+        return tuple(merged(*(times(piece.parts, count) for count, piece in stage)) for stage in self.pieces)
 
 
 class CostModel:
@@ -73,10 +100,17 @@ class CostModel:
         self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
         operations = Operations(self.tables, self.profile, self.collectives)
         self._operations = operations
-        # A stage takes a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
-        self._attention = lru_cache(maxsize=_KEPT)(operations.attention)
-        self._ffn = lru_cache(maxsize=_KEPT)(operations.ffn)
-        self._reshards = lru_cache(maxsize=_KEPT)(operations.reshards)
+
+        # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
+        def kept(build: Callable[..., Parts]) -> Callable[..., Piece]:
+            return lru_cache(maxsize=_KEPT)(lambda *arguments: Piece.of(build(*arguments)))
+
+        self._attention = kept(operations.attention)
+        self._ffn = kept(operations.ffn)
+        self._reshards = kept(operations.reshards)
+        self._embedding = kept(operations.embedding)
+        self._head = kept(operations.head)
+        self._own_time = kept(self._engine)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
 
     @property
@@ -98,33 +132,32 @@ class CostModel:
         ]
         return PlanCost(
             laws=tuple(law for law, _ in built),
-            parts=tuple(parts for _, parts in built),
+            pieces=tuple(pieces for _, pieces in built),
             request_ns=round(self.overhead.request_s * NS_PER_S),
         )
 
     def _stage(
         self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
-    ) -> tuple[BatchLaw, Parts]:
+    ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
-        ops = self._operations
-        parts = [times(self._block(cut, layout, run.block), run.count) for run in runs]
+        pieces: list[tuple[int, Piece]] = [(1, self._own_time(overlapped))]
+        for run in runs:
+            block = run.block
+            pieces += [
+                (run.count, self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)),
+                (run.count, self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)),
+                (run.count, self._reshards(block.ffn, cut.attention, cut.ffn, layout)),
+            ]
         if first:
-            parts.append(ops.embedding(self.model, cut.attention, layout))
+            pieces.append((1, self._embedding(self.model, cut.attention, layout)))
         if last:
-            parts.append(ops.head(self.model, cut.attention, layout))
-        total = merged(*parts, self._own_time(overlapped))
+            pieces.append((1, self._head(self.model, cut.attention, layout)))
         transfer = np.zeros(len(self.tables.tokens))
         if not last:
-            transfer = ops.transfer(self.model, cut.attention, layout.stage_link(self.cluster))
-        return self._law(total, transfer, cut.attention.dp), total
+            transfer = self._operations.transfer(self.model, cut.attention, layout.stage_link(self.cluster))
+        return self._law(pieces, transfer, cut.attention.dp), tuple(pieces)
 
-    def _block(self, cut: Plan, layout: Layout, block: Block) -> Parts:
-        """One layer; attention, FFN and the collectives between them are shared among plans separately."""
-        attention = self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)
-        ffn = self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)
-        return merged(attention, ffn, self._reshards(block.ffn, cut.attention, cut.ffn, layout))
-
-    def _own_time(self, overlapped: bool) -> Parts:
+    def _engine(self, overlapped: bool) -> Parts:
         """The engine's own time in every batch."""
         overhead, tables, power = self.overhead, self.tables, self.profile.power
         step_s = overhead.step_s if overlapped else overhead.blocking_step_s
@@ -137,13 +170,14 @@ class CostModel:
             ("engine", "mixed_ns"): Work.waiting(power, mixed),
         }
 
-    def _law(self, parts: Parts, transfer: Floats, copies: int) -> BatchLaw:
-        """Sum the operations into integer tables."""
+    def _law(self, pieces: Sequence[tuple[int, Piece]], transfer: Floats, copies: int) -> BatchLaw:
+        """Sum the pieces into integer tables."""
         sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
         sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
         seconds = {name: np.zeros(size) for name, size in sizes.items()}
-        for (_, table), work in parts.items():
-            seconds[table] += work.seconds
+        for count, piece in pieces:
+            for table, values in piece.seconds.items():
+                seconds[table] += count * values
         tables = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
         return BatchLaw(**tables, transfer_ns=_integers(transfer, False), copies=copies)
 

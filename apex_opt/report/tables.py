@@ -165,6 +165,10 @@ def _operations(console: Console, seconds: Document) -> None:
     _table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3})
 
 
+def _in_brackets(*facts: str) -> str:
+    return f" ({', '.join(filter(None, facts))})" if any(facts) else ""
+
+
 def _certificate(console: Console, document: Document) -> None:
     certificate = document["certificate"]
     if document["command"] == "simulate" and document["best"] is not None:
@@ -176,7 +180,10 @@ def _certificate(console: Console, document: Document) -> None:
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound",
         f"{certificate['simulated']:,} simulated"
-        + (f" ({certificate['missed']:,} missed an SLO)" if certificate["missed"] else ""),
+        + _in_brackets(
+            f"{certificate['cut_short']:,} cut short" if certificate["cut_short"] else "",
+            f"{certificate['missed']:,} missed an SLO" if certificate["missed"] else "",
+        ),
     ]
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"

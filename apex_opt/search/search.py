@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 
 from apex_opt.cost import CostModel, PlanCost, Usage, account
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
+from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
 from apex_opt.search.advice import nearest_violation
 from apex_opt.search.bounds import isolated
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
+from apex_opt.simulator.stop import Stop
+from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +31,9 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.objective import Objective
+    from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Routing
+    from apex_opt.simulator.stop import Metric
     from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
 
@@ -37,8 +43,10 @@ Status = Literal["optimal", "feasible", "infeasible"]
 """A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
 infeasible."""
 
-ROUND: Final = 16
+ROUND: Final = 4
 """Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
+
+_QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 _COUNTED: Final = ("divisibility", "format", "balance")
 
@@ -131,7 +139,9 @@ class Certificate:
     space : int                      plans there are
     infeasible : mapping             plans that break a constraint family, charged to the first in order
     bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
-    simulated : int                  plans scored exactly
+    simulated : int                  plans whose batches were simulated, those cut short included
+    cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
+                                     worse than those found or misses an SLO
     missed : int                     simulated plans that missed an SLO
     optimal : bool                   every plan is accounted for
     gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
@@ -141,6 +151,7 @@ class Certificate:
     infeasible: dict[str, int]
     bounded: int
     simulated: int
+    cut_short: int
     missed: int
     optimal: bool
     gap: float | None
@@ -163,6 +174,9 @@ class Evaluator:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
+        self._floors: dict[tuple[Plan, Layout], Metrics] = {}
+        generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+        self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -181,12 +195,18 @@ class Evaluator:
         settings = self.question.settings
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
+    def floor(self, plan: Plan) -> Metrics:
+        """Metrics that no run of the plan can beat; the same for any number of replicas."""
+        key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster)
+        if key not in self._floors:
+            cost = self.costs.plan_cost(plan)
+            self._floors[key] = self._measure(isolated(self.settings_for(plan), cost.laws, self.question.trace), cost)
+        return self._floors[key]
+
     def bound(self, plan: Plan) -> tuple[float, bool]:
         """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
         question = self.question
-        cost = self.costs.plan_cost(plan)
-        floor = isolated(self.settings_for(plan), cost.laws, question.trace)
-        metrics = self._measure(floor, cost)
+        metrics = self.floor(plan)
         idle_j = self.costs.profile.power.idle_w * plan.devices * metrics.makespan_s
         usage = Usage(energy_j=idle_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
         value = question.objective.value(metrics, usage)
@@ -199,17 +219,26 @@ class Evaluator:
         ------
         CapacityError    a request that the plan's KV cache cannot hold
         """
+        candidate = self.challenge(plan, bound, float("inf"))
+        assert candidate is not None  # nothing to cut it short
+        return candidate
+
+    def challenge(self, plan: Plan, bound: float | None, worst: float) -> Candidate | None:
+        """Score one plan exactly, or find that it misses an SLO or costs more than `worst` (None).
+
+        An infinite `worst` asks for the score whatever it is.
+
+        Raises
+        ------
+        CapacityError    a request that the plan's KV cache cannot hold
+        """
         question = self.question
         cost = self.costs.plan_cost(plan)
         memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
-        outcome = simulate(
-            self.settings_for(plan),
-            kv_blocks(memory) * plan.attention.dp,
-            cost.laws,
-            question.trace,
-            replicas=plan.replicas,
-            routing=question.routing,
-        )
+        stops = [] if worst == float("inf") else self._stops(plan, worst, cost.request_ns / NS_PER_S)
+        outcome = self._run(plan, cost, memory, stops=stops)
+        if outcome.stopped:
+            return None
         metrics = self._measure(outcome, cost)
         usage = account(plan, cost, self.costs, outcome)
         return Candidate(
@@ -223,6 +252,67 @@ class Evaluator:
             batches=outcome.batches,
         )
 
+    def batches(self, plan: Plan) -> tuple[Outcome, tuple[BatchLaw, ...]]:
+        """A run of the plan that keeps every batch, and the laws of its stages."""
+        cost = self.costs.plan_cost(plan)
+        memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings)
+        return self._run(plan, cost, memory, log=True), cost.laws
+
+    def _run(
+        self, plan: Plan, cost: PlanCost, memory: Sequence[StageMemory], stops: Sequence[Stop] = (), log: bool = False
+    ) -> Outcome:
+        settings, trace = self.settings_for(plan), self.question.trace
+        return simulate(
+            settings,
+            kv_blocks(memory) * plan.attention.dp,
+            cost.laws,
+            trace,
+            replicas=plan.replicas,
+            routing=self.question.routing,
+            log=log,
+            stops=stops,
+            floors=isolated(settings, cost.laws, trace) if stops else None,
+        )
+
+    def _stops(self, plan: Plan, worst: float, request_s: float) -> list[Stop]:
+        """What proves that a plan misses an SLO, or that its objective is worse than a cost."""
+        question = self.question
+        stops = []
+        for slo in question.slos:
+            if slo.metric == "throughput":
+                stops.append(self._slower_than(len(question.trace) / slo.limit))
+            else:
+                stops += self._latency_stop(slo.metric, slo.statistic, slo.limit, slo.fraction, request_s)
+        name = question.objective.name
+        if name == "makespan":
+            stops.append(self._slower_than(worst))
+        elif name == "throughput":
+            stops.append(self._slower_than(len(question.trace) / -worst))
+        elif name == "energy":
+            stops.append(self._slower_than(worst / (self.costs.profile.power.idle_w * plan.devices)))
+        else:
+            metric, statistic = name.split("_")
+            stops += self._latency_stop(metric, statistic, worst, None, request_s)
+        return stops
+
+    def _slower_than(self, makespan_s: float) -> Stop:
+        return Stop.percentile_above("makespan", makespan_s, 1.0, len(self.question.trace))
+
+    def _latency_stop(
+        self, metric: str, statistic: str, limit_s: float, fraction: float | None, request_s: float
+    ) -> list[Stop]:
+        """A statistic of a latency above a limit; nothing where no request has this latency."""
+        which: Metric = "ttft" if metric == "ttft" else "tpot" if metric == "tpot" else "e2e"
+        requests = self._decoding if metric == "tpot" else len(self.question.trace)
+        if not requests:
+            return []
+        inside_s = limit_s if metric == "tpot" else limit_s - request_s  # the simulator does not see the way in and out
+        if statistic == "mean":
+            return [Stop.mean_above(which, inside_s, requests)]
+        if fraction is not None:
+            return [Stop.attainment_below(which, inside_s, fraction, requests)]
+        return [Stop.percentile_above(which, inside_s, _QUANTILES[statistic], requests)]
+
     def _measure(self, outcome: Outcome, cost: PlanCost) -> Metrics:
         question = self.question
         return measure(
@@ -234,17 +324,18 @@ class Evaluator:
         )
 
 
-def search(question: Question, formulation: Formulation, progress: Progress | None = None) -> Answer:
-    """The best plan for a question, with its certificate.
+def search(question: Question, formulation: Formulation, progress: Progress | None = None, top: int = 1) -> Answer:
+    """The best plan for a question, with its certificate, and the next best.
 
     All feasible plans are enumerated, bounded and simulated best bound first, until the next bound is no better than
-    the incumbent. The answer is therefore the optimum of the space, unless the enumeration was cut short.
+    the `top`-th best plan found. So the answer is the optimum of the space, unless the enumeration was cut short.
 
     Parameters
     ----------
     question : Question
     formulation : Formulation        the program that enumerates feasible plans
     progress : callable, optional    told (what, done, total) along the way
+    top : int                        best plans to find, each exactly
 
     Raises
     ------
@@ -258,20 +349,25 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
     evaluator = Evaluator(question)
     queue: list[tuple[float, int, Plan]] = []
     bounded = 0
-    for index, plan in enumerate(enumeration.plans):
-        tell("bounding plans", index, len(enumeration.plans))
+    # Plans of the same cut share their tables while these are still there.
+    alike = sorted(enumerate(enumeration.plans), key=lambda item: _cut(item[1]))
+    for done_already, (index, plan) in enumerate(alike):
+        tell("bounding plans", done_already, len(alike))
         bound, possible = evaluator.bound(plan)
         bounded += not possible
         if possible:
             queue.append((bound, index, plan))
     queue.sort(key=lambda item: item[:2])
-    done, best = _simulate(queue, evaluator, tell)
-    left = len(queue) - len(done)
+    done, cut_short = _simulate(queue, evaluator, tell, top)
+    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
+    best = ranked[0] if ranked else None
+    left = len(queue) - len(done) - cut_short
     certificate = Certificate(
         space=counts.pop("space"),
         infeasible=counts,
         bounded=bounded + left,
-        simulated=len(done),
+        simulated=len(done) + cut_short,
+        cut_short=cut_short,
         missed=sum(not c.meets_slos for c in done),
         optimal=enumeration.complete,
         gap=(0.0 if enumeration.complete else None) if best else None,
@@ -280,7 +376,6 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
         closest = min(done, key=lambda c: _miss(question, c), default=None)
         reason = _why_not(question, instance, enumeration.plans, closest, evaluator)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
-    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
     status: Status = "optimal" if enumeration.complete else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
 
@@ -297,7 +392,14 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
     fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
     nothing = Certificate(
-        space=1, infeasible=dict.fromkeys(FAMILIES, 0), bounded=0, simulated=0, missed=0, optimal=True, gap=None
+        space=1,
+        infeasible=dict.fromkeys(FAMILIES, 0),
+        bounded=0,
+        simulated=0,
+        cut_short=0,
+        missed=0,
+        optimal=True,
+        gap=None,
     )
     if fatal:
         infeasible = {**nothing.infeasible, fatal[0].family: 1}
@@ -319,28 +421,43 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
 
 
 def _simulate(
-    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress
-) -> tuple[list[Candidate], Candidate | None]:
-    """Score plans best bound first, a round at a time, until no bound can beat the incumbent."""
+    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress, top: int
+) -> tuple[list[Candidate], int]:
+    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best.
+
+    Returns those with a score, and how many were cut short.
+    """
     question = evaluator.question
     done: list[Candidate] = []
-    best: Candidate | None = None
-    position = 0
+    cut_short = position = 0
+    worst = float("inf")
     if queue:
         _tell_compiling(tell)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
-            least = question.objective.cost(best.value) if best else float("inf")
-            batch = [item for item in queue[position : position + ROUND] if item[0] <= least]
+            batch = [item for item in queue[position : position + ROUND] if item[0] <= worst]
             if not batch:
                 break
             position += len(batch)
-            for candidate in pool.map(lambda item: evaluator.simulate(item[2], item[0]), batch):
-                done.append(candidate)
-                tell("simulating plans", len(done), len(queue))
-                if candidate.meets_slos and (best is None or _rank(question, candidate) < _rank(question, best)):
-                    best = candidate
-    return done, best
+            for candidate in pool.map(partial(_challenge, evaluator, worst), batch):
+                if candidate is None:
+                    cut_short += 1
+                else:
+                    done.append(candidate)
+                tell("simulating plans", len(done) + cut_short, len(queue))
+            good = sorted(question.objective.cost(c.value) for c in done if c.meets_slos)
+            worst = good[top - 1] if len(good) >= top else float("inf")
+    return done, cut_short
+
+
+def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, int, Plan]) -> Candidate | None:
+    bound, _, plan = item
+    return evaluator.challenge(plan, bound, worst)
+
+
+def _cut(plan: Plan) -> tuple[Any, ...]:
+    """Plans equal in this differ in their number of replicas only."""
+    return plan.stage_devices, plan.attention, plan.ffn, plan.weight_format, plan.kv_format, plan.stages, plan.replicas
 
 
 def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
