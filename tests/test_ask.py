@@ -132,7 +132,14 @@ def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path:
     path.write_text(text.replace('"max_position_embeddings": 131072', '"max_position_embeddings": 1048576'))
     assert ask(options(model=str(path))).settings.max_model_len == 1_048_576
     with pytest.raises(UsageError, match=rf"1048576 tokens whole, the limit is {LARGEST_BATCH}; pass --max_model_len"):
-        ask(options(model=str(path), chunked_prefill=False))
+        ask(options(model=str(path), chunked_prefill=False, max_model_len=1_048_576))
+
+
+@pytest.mark.parametrize("given", [{"chunked_prefill": False}, {"policy": "orca"}, {"policy": "static"}])
+def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(given: dict[str, Any]) -> None:
+    question = ask(options(trace="static:n=2,prompt=9000,output=7", **given))
+    assert question.settings.max_model_len == 9007
+    assert question.settings.max_num_batched_tokens == 9007
 
 
 @pytest.mark.parametrize(

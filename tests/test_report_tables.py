@@ -68,6 +68,7 @@ DOCUMENT: dict[str, Any] = {
         "infeasible": {"divisibility": 26, "format": 0, "memory": 40},
         "bounded": 1049,
         "simulated": 16,
+        "cut_short": 3,
         "missed": 2,
         "optimal": True,
         "gap": 0.0,
@@ -179,7 +180,7 @@ def test_the_certificate_counts_every_plan() -> None:
     text = " ".join(answer().split())
     assert (
         "Certificate: 1,131 plans in the space; 66 infeasible (26 divisibility, 40 memory); 1,049 ruled out by a "
-        "bound; 16 simulated (2 missed an SLO): every plan is accounted for, gap 0.0%."
+        "bound; 16 simulated (3 cut short, 2 missed an SLO): every plan is accounted for, gap 0.0%."
     ) in text
     one = {**DOCUMENT["certificate"], "space": 1, "optimal": False, "gap": None}
     text = " ".join(answer(certificate=one).split())

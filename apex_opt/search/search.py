@@ -174,7 +174,7 @@ class Evaluator:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
-        self._floors: dict[tuple[Plan, Layout], Metrics] = {}
+        self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
         generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
@@ -197,7 +197,7 @@ class Evaluator:
 
     def floor(self, plan: Plan) -> Metrics:
         """Metrics that no run of the plan can beat; the same for any number of replicas."""
-        key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster)
+        key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster), self.question.slos
         if key not in self._floors:
             cost = self.costs.plan_cost(plan)
             self._floors[key] = self._measure(isolated(self.settings_for(plan), cost.laws, self.question.trace), cost)
