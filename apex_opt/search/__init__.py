@@ -1,7 +1,10 @@
 """The search: which plan is best, and the proof that nothing in the space is better."""
 
+from apex_opt.search.answer import Answer, Candidate, Certificate, judged
+from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import Objective, load_objective
-from apex_opt.search.search import Answer, Candidate, Certificate, Evaluator, Question, judge, judged, search
+from apex_opt.search.question import Question
+from apex_opt.search.search import judge, search
 
 __all__ = [
     "Answer",

@@ -1,0 +1,82 @@
+"""What is answered: scored plans, and the certificate that none in the space is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from apex_opt.cost import Usage
+    from apex_opt.plan.memory import StageMemory
+    from apex_opt.plan.plan import Plan
+    from apex_opt.simulator.metrics import Metrics
+    from apex_opt.workload.slo import Slo
+
+Status = Literal["optimal", "feasible", "infeasible"]
+"""A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
+infeasible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A simulated plan."""
+
+    plan: Plan
+    value: float
+    metrics: Metrics
+    usage: Usage
+    memory: tuple[StageMemory, ...]
+    bound: float | None
+    preemptions: int
+    batches: int
+
+    @property
+    def meets_slos(self) -> bool:
+        return all(self.metrics.slo_met.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Why no plan of the space is better.
+
+    Parameters
+    ----------
+    space : int                      plans there are
+    infeasible : mapping             plans that break a constraint family, charged to the first in order
+    bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
+    simulated : int                  plans whose batches were simulated, those cut short included
+    cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
+                                     worse than those found or misses an SLO
+    missed : int                     simulated plans that missed an SLO
+    optimal : bool                   every plan is accounted for
+    gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    bounded: int
+    simulated: int
+    cut_short: int
+    missed: int
+    optimal: bool
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The best plan and the runners-up, or why there is none."""
+
+    status: Status
+    best: Candidate | None
+    candidates: tuple[Candidate, ...]
+    certificate: Certificate
+    reason: str | None = None
+
+
+def judged(metrics: Metrics, slo: Slo) -> float:
+    """The figure of a run that a goal is compared with."""
+    if slo.metric == "throughput":
+        return metrics.requests_per_s
+    if slo.statistic == "attain":
+        return metrics.attainment[slo.text]
+    return metrics.latency_s[slo.metric][slo.statistic]

@@ -1,0 +1,187 @@
+"""Bounds and scores of plans for one question."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from apex_opt.cost import CostModel, PlanCost, Usage, account
+from apex_opt.plan.layout import Layout
+from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
+from apex_opt.search.answer import Candidate
+from apex_opt.search.bounds import isolated
+from apex_opt.simulator import simulate
+from apex_opt.simulator.metrics import Metrics, measure
+from apex_opt.simulator.stop import Stop
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.question import Question
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.simulator.stop import Metric
+    from apex_opt.workload.slo import Slo
+
+_QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+class Evaluator:
+    """Scores plans for one question; costs of cells are shared among them."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
+        self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
+        generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+        self._decoding = int((generated > 1).sum())  # requests that have a time per output token
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the figures come from, per operation."""
+        found = self.costs.provenance
+        moe, fp8 = self.question.model.is_moe, "fp8" in self.question.weight_formats
+        skipped = {
+            name for name in found if (name.startswith("moe") and not moe) or (name.endswith("_fp8") and not fp8)
+        }
+        if self.question.max_devices <= self.question.cluster.gpus_per_node:
+            skipped |= {name for name in found if name.endswith("/inter")}
+        return {name: text for name, text in found.items() if name not in skipped}
+
+    def settings_for(self, plan: Plan) -> EngineSettings:
+        """Engine settings of a plan: on several stages other sequences fill the pipeline, not a batch formed ahead."""
+        settings = self.question.settings
+        return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
+
+    def floor(self, plan: Plan) -> Metrics:
+        """Metrics that no run of the plan can beat; the same for any number of replicas."""
+        key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster), self.question.slos
+        if key not in self._floors:
+            cost = self.costs.plan_cost(plan)
+            self._floors[key] = self._measure(isolated(self.settings_for(plan), cost.laws, self.question.trace), cost)
+        return self._floors[key]
+
+    def bound(self, plan: Plan) -> tuple[float, bool]:
+        """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
+        question = self.question
+        metrics = self.floor(plan)
+        idle_j = self.costs.profile.power.idle_w * plan.devices * metrics.makespan_s
+        usage = Usage(energy_j=idle_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
+        value = question.objective.value(metrics, usage)
+        return question.objective.cost(value), all(metrics.slo_met.values())
+
+    def simulate(self, plan: Plan, bound: float | None = None) -> Candidate:
+        """Score one plan exactly.
+
+        Raises
+        ------
+        CapacityError    a request that the plan's KV cache cannot hold
+        """
+        candidate = self.challenge(plan, bound, float("inf"))
+        assert candidate is not None  # nothing to cut it short
+        return candidate
+
+    def challenge(self, plan: Plan, bound: float | None, worst: float) -> Candidate | None:
+        """Score one plan exactly, or find that it misses an SLO or costs more than `worst` (None).
+
+        An infinite `worst` asks for the score whatever it is.
+
+        Raises
+        ------
+        CapacityError    a request that the plan's KV cache cannot hold
+        """
+        question = self.question
+        cost = self.costs.plan_cost(plan)
+        memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
+        stops = [] if worst == float("inf") else self._stops(plan, worst, cost.request_ns / NS_PER_S)
+        outcome = self._run(plan, cost, memory, stops=stops)
+        if outcome.stopped:
+            return None
+        metrics = self._measure(outcome, cost)
+        usage = account(plan, cost, self.costs, outcome)
+        return Candidate(
+            plan=plan,
+            value=question.objective.value(metrics, usage),
+            metrics=metrics,
+            usage=usage,
+            memory=memory,
+            bound=bound,
+            preemptions=outcome.preemptions,
+            batches=outcome.batches,
+        )
+
+    def batches(self, plan: Plan) -> tuple[Outcome, tuple[BatchLaw, ...]]:
+        """A run of the plan that keeps every batch, and the laws of its stages."""
+        cost = self.costs.plan_cost(plan)
+        memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings)
+        return self._run(plan, cost, memory, log=True), cost.laws
+
+    def _run(
+        self, plan: Plan, cost: PlanCost, memory: Sequence[StageMemory], stops: Sequence[Stop] = (), log: bool = False
+    ) -> Outcome:
+        settings, trace = self.settings_for(plan), self.question.trace
+        return simulate(
+            settings,
+            kv_blocks(memory) * plan.attention.dp,
+            cost.laws,
+            trace,
+            replicas=plan.replicas,
+            routing=self.question.routing,
+            log=log,
+            stops=stops,
+            floors=isolated(settings, cost.laws, trace) if stops else None,
+        )
+
+    def _stops(self, plan: Plan, worst: float, request_s: float) -> list[Stop]:
+        """What proves that a plan misses an SLO, or that its objective is worse than a cost."""
+        question = self.question
+        stops = []
+        for slo in question.slos:
+            if slo.metric == "throughput":
+                stops.append(self._slower_than(len(question.trace) / slo.limit))
+            else:
+                stops += self._latency_stop(slo.metric, slo.statistic, slo.limit, slo.fraction, request_s)
+        name = question.objective.name
+        if name == "makespan":
+            stops.append(self._slower_than(worst))
+        elif name == "throughput":
+            stops.append(self._slower_than(len(question.trace) / -worst))
+        elif name == "energy":
+            stops.append(self._slower_than(worst / (self.costs.profile.power.idle_w * plan.devices)))
+        else:
+            metric, statistic = name.split("_")
+            stops += self._latency_stop(metric, statistic, worst, None, request_s)
+        return stops
+
+    def _slower_than(self, makespan_s: float) -> Stop:
+        return Stop.percentile_above("makespan", makespan_s, 1.0, len(self.question.trace))
+
+    def _latency_stop(
+        self, metric: str, statistic: str, limit_s: float, fraction: float | None, request_s: float
+    ) -> list[Stop]:
+        """A statistic of a latency above a limit; nothing where no request has this latency."""
+        which: Metric = "ttft" if metric == "ttft" else "tpot" if metric == "tpot" else "e2e"
+        requests = self._decoding if metric == "tpot" else len(self.question.trace)
+        if not requests:
+            return []
+        inside_s = limit_s if metric == "tpot" else limit_s - request_s  # the simulator does not see the way in and out
+        if statistic == "mean":
+            return [Stop.mean_above(which, inside_s, requests)]
+        if fraction is not None:
+            return [Stop.attainment_below(which, inside_s, fraction, requests)]
+        return [Stop.percentile_above(which, inside_s, _QUANTILES[statistic], requests)]
+
+    def _measure(self, outcome: Outcome, cost: PlanCost) -> Metrics:
+        question = self.question
+        return measure(
+            outcome,
+            question.trace,
+            max_model_len=question.settings.max_model_len,
+            request_ns=cost.request_ns,
+            slos=question.slos,
+        )

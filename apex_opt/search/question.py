@@ -1,0 +1,64 @@
+"""What is asked: everything an answer depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.evaluate import Instance
+
+if TYPE_CHECKING:
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.ir.model import Model
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.search.objective import Objective
+    from apex_opt.simulator.outcome import Routing
+    from apex_opt.workload.slo import Slo
+    from apex_opt.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Everything an answer depends on.
+
+    Parameters
+    ----------
+    model, cluster, trace, settings, overhead
+    objective : Objective
+    slos : tuple of Slo              all must hold
+    weight_formats, kv_formats       formats to choose from, paired
+    max_devices : int                GPUs a plan may take
+    routing : how requests are dealt to replicas
+    """
+
+    model: Model
+    cluster: Cluster
+    trace: Trace
+    settings: EngineSettings
+    overhead: EngineOverhead
+    objective: Objective
+    slos: tuple[Slo, ...]
+    weight_formats: tuple[str, ...]
+    kv_formats: tuple[str, ...]
+    max_devices: int
+    routing: Routing = "round_robin"
+
+    def instance(self) -> Instance:
+        """The constraints' view of the question."""
+        # The last token of a request is never computed, so it needs no room in the cache.
+        held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
+        limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
+        decodes = bool((np.minimum(self.trace.output, self.settings.max_model_len - self.trace.prompt) > 1).any())
+        return Instance(
+            model=self.model,
+            cluster=self.cluster,
+            settings=self.settings,
+            longest_tokens=max(held, 1),
+            tpot_limit_ns=round(min(limits) * 1e9) if limits and decodes else None,
+            weight_formats=self.weight_formats,
+            kv_formats=self.kv_formats,
+            max_devices=self.max_devices,
+        )
