@@ -15,7 +15,7 @@ from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judge
 from apex_opt.search.evaluator import Evaluator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
@@ -134,9 +134,9 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
             reason=reason,
         )
     tell = progress or _silent
-    _tell_compiling(tell)
-    tell("simulating the plan", 0, 1)
     evaluator = Evaluator(question)
+    _tell_compiling(tell, evaluator, [plan])
+    tell("simulating the plan", 0, 1)
     candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
     certificate = replace(nothing, simulated=1, missed=int(not candidate.meets_slos), gap=0.0)
     return Answer(status="feasible", best=candidate, candidates=(candidate,), certificate=certificate)
@@ -153,14 +153,13 @@ def _simulate(
     done: list[Candidate] = []
     cut_short = position = 0
     worst = float("inf")
-    if queue:
-        _tell_compiling(tell)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
             batch = [item for item in queue[position : position + ROUND] if item[0] <= worst]
             if not batch:
                 break
             position += len(batch)
+            _tell_compiling(tell, evaluator, (plan for _, _, plan in batch))
             for candidate in pool.map(partial(_challenge, evaluator, worst), batch):
                 if candidate is None:
                     cut_short += 1
@@ -253,11 +252,11 @@ def _figure(slo: Slo, value: float) -> str:
     return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"
 
 
-def _tell_compiling(tell: Progress) -> None:
-    """Say that the first simulation will take longer, where it will."""
+def _tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan]) -> None:
+    """Say that the next simulations will take longer, where they will."""
     from apex_opt.simulator.pack import needs_compiling
 
-    if needs_compiling():
+    if any(needs_compiling(evaluator.settings_for(plan), plan.stages) for plan in plans):
         tell("compiling the simulator, once on this machine: 10 to 30 s", 0, 0)
 
 

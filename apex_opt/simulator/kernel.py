@@ -1081,6 +1081,7 @@ def advance_queued_nb(
 
 @_cached
 def simulate_nb(
+    general: int | None,
     routed: int,
     replicas: int,
     clients: int,
@@ -1097,10 +1098,11 @@ def simulate_nb(
 
     Dealt: request i goes to replica i mod R, so the replicas run one after the other; with clients, each keeps to
     its replica. Routed: each request goes to the replica with the fewest unanswered ones when it arrives (ties: the
-    lowest), so all replicas advance from arrival to arrival. The engine is called in one place, as the compiler
-    would otherwise build it twice.
+    lowest), so all replicas advance from arrival to arrival.
+
+    `general` is None where the single-stage engine can run it, else 1. Compiled for None, the branch that calls the
+    other engine is dropped, so that only engines in use are built, which takes seconds each.
     """
-    single = limits.stages == 1 and limits.threshold == 0 and cache.on == 0 and limits.policy == VLLM
     arrivals = requests.arrival.shape[0] if routed else 0
     for turn in range(arrivals + 1):
         until = requests.arrival[turn] if turn < arrivals else NEVER
@@ -1117,7 +1119,7 @@ def simulate_nb(
                     while i != NONE and i < clients:
                         i = requests.following[i]
                     state[BACKLOG] = i
-            if single:
+            if general is None:
                 advance_single_nb(replica, until, limits, laws, requests, work, stops, counts, log)
             else:
                 advance_queued_nb(replica, until, limits, laws, requests, work, cache, stops, counts, log)

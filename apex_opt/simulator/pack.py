@@ -55,14 +55,22 @@ def run(
         capacity = needed
 
 
-def needs_compiling() -> bool:
-    """Whether the next run will compile the kernel first: no cache on disk is younger than the source."""
-    dispatcher = kn.simulate_nb
+def needs_compiling(settings: EngineSettings, stages: int) -> bool:
+    """Whether a run of this kind will compile its engine first: no cache on disk is younger than the source."""
+    name = "advance_queued_nb" if _is_general(settings, stages) else "advance_single_nb"
+    dispatcher = getattr(kn, name)
     if not hasattr(dispatcher, "stats") or dispatcher.signatures:
         return False  # compiled already, or compiling is switched off
     source, folder = Path(kn.__file__), dispatcher.stats.cache_path
-    indices = Path(folder).glob(f"{source.stem}.simulate_nb-*.nbi") if folder else ()
+    indices = Path(folder).glob(f"{source.stem}.{name}-*.nbi") if folder else ()
     return all(index.stat().st_mtime < source.stat().st_mtime for index in indices)
+
+
+def _is_general(settings: EngineSettings, stages: int) -> bool:
+    """Whether a run needs the engine that walks the running sequences."""
+    return (
+        stages > 1 or settings.long_prefill_token_threshold > 0 or settings.prefix_caching or settings.policy != "vllm"
+    )
 
 
 def pack_laws(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace, blocks: int) -> kn.Laws:
@@ -130,7 +138,7 @@ def _run_once(
     closed = trace.concurrency is not None
     deal = routing == "round_robin" or closed or replicas == 1
     lanes = 1 if deal else replicas
-    queued = stages > 1 or limits.threshold > 0 or settings.prefix_caching or limits.policy != kn.VLLM
+    queued = _is_general(settings, stages)
     work = _work(
         limits, requests, replicas, lanes, blocks, 1 if queued else 1 << int(requests.limit.max()).bit_length()
     )
@@ -154,7 +162,18 @@ def _run_once(
             requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
         replicas = min(active, n)
     kn.simulate_nb(
-        int(not deal), replicas, trace.concurrency or 0, limits, laws, requests, work, cache, packed_stops, counts, log
+        1 if queued else None,
+        int(not deal),
+        replicas,
+        trace.concurrency or 0,
+        limits,
+        laws,
+        requests,
+        work,
+        cache,
+        packed_stops,
+        counts,
+        log,
     )
     state = work.state
     assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
