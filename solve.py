@@ -18,6 +18,8 @@ from apex_opt.options import COMMANDS, LARGEST_SEARCH, Request, arranged, method
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from apex_opt.plan.plan import Plan
+    from apex_opt.report import Progress
     from apex_opt.search import Answer, Question
 
 EXIT_INFEASIBLE = 3
@@ -62,16 +64,28 @@ def _run_simulate(options: dict[str, Any]) -> int:
     question, plan = ask_plan(options["plan"], Options.of(options))
     with Progress() as progress:
         answer = judge(question, plan, progress)
-        if options["timeline"] is not None and answer.best is not None:
-            from pathlib import Path
-
-            from apex_opt.report.timeline import write_timeline
-            from apex_opt.search import Evaluator
-
-            progress("writing the timeline", 0, 0)
-            outcome, laws = Evaluator(question).batches(plan)
-            write_timeline(Path(options["timeline"]), outcome, laws, question.settings.block_size)
+        if answer.best is not None:
+            _write_files(question, plan, options, progress)
     return _show_answer("simulate", question, answer, options)
+
+
+def _write_files(question: Question, plan: Plan, options: dict[str, Any], progress: Progress) -> None:
+    """Every request and every batch of a plan's run, where asked for."""
+    if options["requests"] is None and options["timeline"] is None:
+        return
+    from pathlib import Path
+
+    from apex_opt.report.requests import write_requests
+    from apex_opt.report.timeline import write_timeline
+    from apex_opt.search import Evaluator
+
+    progress("writing files", 0, 0)
+    outcome, cost = Evaluator(question).batches(plan)
+    settings = question.settings
+    if options["requests"] is not None:
+        write_requests(Path(options["requests"]), outcome, question.trace, settings.max_model_len, cost.request_ns)
+    if options["timeline"] is not None:
+        write_timeline(Path(options["timeline"]), outcome, cost.laws, settings.block_size)
 
 
 def _show_answer(command: str, question: Question, answer: Answer, options: dict[str, Any]) -> int:

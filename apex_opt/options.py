@@ -198,6 +198,7 @@ _QUESTION: Final = (
 )
 
 _TOP: Final = Option(name="top", kind=int, default=5, least=1, most=10_000, text="Candidates to show, best first.")
+_REQUESTS: Final = Option(name="requests", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(
     name="timeline",
     text="File to write every batch to, as a timeline for ui.perfetto.dev or chrome://tracing.",
@@ -236,6 +237,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         options=(
             _PLAN,
             *(replace(option, text=_ELSEWHERE.get(option.name, option.text)) for option in _QUESTION),
+            _REQUESTS,
             _TIMELINE,
             *_GENERAL,
         ),

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
-    from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.simulator.stop import Metric
     from apex_opt.workload.slo import Slo
@@ -115,11 +114,11 @@ class Evaluator:
             batches=outcome.batches,
         )
 
-    def batches(self, plan: Plan) -> tuple[Outcome, tuple[BatchLaw, ...]]:
-        """A run of the plan that keeps every batch, and the laws of its stages."""
+    def batches(self, plan: Plan) -> tuple[Outcome, PlanCost]:
+        """A run of the plan that keeps every batch, and what it was run with."""
         cost = self.costs.plan_cost(plan)
         memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings)
-        return self._run(plan, cost, memory, log=True), cost.laws
+        return self._run(plan, cost, memory, log=True), cost
 
     def _run(
         self, plan: Plan, cost: PlanCost, memory: Sequence[StageMemory], stops: Sequence[Stop] = (), log: bool = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from apex_opt.errors import CapacityError, UsageError
+from apex_opt.errors import CapacityError, UsageError, join_faults
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator.law import linear_law
 from apex_opt.units import NS_PER_US, ceil_div
@@ -131,10 +131,14 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
     ------
     UsageError, CapacityError, InputError    settings or requests that no engine accepts
     """
-    missing = [key for key in (*_SETTINGS, "num_gpu_blocks", "law_us") if key not in config]
+    caching = bool(config.get("prefix_caching", False))
+    needed = (*_SETTINGS, "num_gpu_blocks", "law_us", *(("hash_block_tokens",) if caching else ()))
+    missing = [key for key in needed if key not in config]
     if missing:
         raise UsageError(f"config: missing {', '.join(missing)}")
-    caching = bool(config.get("prefix_caching", False))
+    short = [f"row {number}: {len(row)} entries" for number, row in enumerate(trace, 1) if len(row) < 3 + caching]
+    if short:
+        raise join_faults(f"a request has {3 + caching}, with its content ids" if caching else "a request has 3", short)
     settings = EngineSettings(**{key: config[key] for key in _SETTINGS}, prefix_caching=caching)
     weights = config.get("stage_weight", [1] * config.get("stages", 1))
     if len(weights) != config.get("stages", 1):

@@ -1,0 +1,51 @@
+"""What each request saw, as a CSV file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.errors import InputError
+from apex_opt.simulator.metrics import per_request_s
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.workload.trace import Trace
+
+
+def write_requests(path: Path, outcome: Outcome, trace: Trace, max_model_len: int, request_ns: int) -> None:
+    """Write a row per request; the file appears whole or not at all.
+
+    Columns: request (its place in the trace), arrival_s, prompt and output (tokens generated), ttft_s, tpot_s (empty
+    for a single token), e2e_s. Times include a request's way in and out of the server, as the tables do.
+
+    Raises
+    ------
+    InputError    a path that cannot be written
+    """
+    import pandas as pd
+
+    generated = np.minimum(trace.output, max_model_len - trace.prompt)
+    latency = per_request_s(outcome, generated, request_ns)
+    table = pd.DataFrame(
+        {
+            "request": np.arange(len(trace)),
+            "arrival_s": outcome.arrival_ns / NS_PER_S,
+            "prompt": trace.prompt,
+            "output": generated,
+            **{f"{name}_s": values for name, values in latency.items()},
+        }
+    )
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        table.to_csv(beside, index=False, float_format="%.9f")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(
+            f"requests {path}: cannot be written ({error.strerror or error}); name a file in a folder that can"
+        ) from error
