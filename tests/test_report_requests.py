@@ -11,13 +11,14 @@ import pytest
 import solve
 from apex_opt.errors import InputError
 from apex_opt.report.requests import write_requests
-from apex_opt.simulator import Outcome
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.metrics import measure
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from apex_opt.simulator import Outcome
 
 TRACE = load_trace("poisson:rate=50,n=40,prompt=uniform(1,200),output=uniform(1,9)", seed=3)
 
