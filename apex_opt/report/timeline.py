@@ -5,6 +5,7 @@ Source of the format: "Trace Event Format", Google, 2016: complete events "X", c
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,11 @@ def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block
     ------
     InputError    a path that cannot be written
     """
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.parent / f".{path.name}.part"
     try:
+        # The finished file takes the place of what is there: a device or a pipe would be lost.
+        if "\0" in str(path) or (path.exists() and not path.is_file()):
+            raise OSError(None, "not a regular file")
         with beside.open("w", encoding="utf-8") as file:
             file.write('{"displayTimeUnit": "ms", "traceEvents": [')
             for number, event in enumerate(timeline_events(outcome, laws, block_size)):
@@ -117,7 +121,9 @@ def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block
             file.write("\n]}\n")
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(
             f"timeline {path}: cannot be written ({error.strerror}); name a file in a folder that can"
         ) from error
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            beside.unlink()

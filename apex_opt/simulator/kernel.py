@@ -170,7 +170,7 @@ class Stops(NamedTuple):
     limit: I64
     most: I64
     used: I64
-    floors: I64  # [3, requests]: least TTFT, TPOT and E2E
+    floors: I64  # [4, requests]: least value of each metric
     origin: int  # first arrival
     passed: I64  # [1]
 
@@ -253,7 +253,7 @@ def answer_nb(requests: Requests, state: I64, stops: Stops, i: int, now: int) ->
         if metric == TTFT:
             value = requests.first[i] - requests.arrival[i]
         elif metric == TPOT:
-            value = (now - requests.first[i]) // max(requests.limit[i] - 1, 1)
+            value = (now - requests.first[i]) // (requests.limit[i] - 1) if requests.limit[i] > 1 else 0
         elif metric == E2E:
             value = now - requests.arrival[i]
         if stops.adds[row] == 1:

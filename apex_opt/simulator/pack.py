@@ -226,10 +226,10 @@ def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int
 
 def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: kn.Requests, trace: Trace) -> kn.Stops:
     """Limits as columns; what is left for sums once every request has its floor."""
-    least = np.zeros((3, len(requests.arrival) if stops else 0), np.int64)
+    least = np.zeros((len(METRICS), len(requests.arrival) if stops else 0), np.int64)
     if stops and floors is not None:
         times = floors.arrival_ns, floors.first_token_ns, floors.finish_ns
-        for row, metric in enumerate(METRICS[:3]):
+        for row, metric in enumerate(METRICS):
             least[row] = latencies_ns(metric, *times, requests.limit)
     limits = [
         stop.limit_ns - (int(least[METRICS.index(stop.metric)].sum()) if stop.kind == "sum" else 0) for stop in stops

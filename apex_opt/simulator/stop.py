@@ -65,7 +65,7 @@ class Stop:
 
 def _upwards(seconds: float, terms: int) -> int:
     """Nanoseconds, rounded up beyond what adding up floating-point seconds can lose."""
-    return min(math.ceil(seconds * 1e9 * (1 + 1e-12)) + terms, 1 << 62)
+    return min(math.ceil(min(seconds * 1e9 * (1 + 1e-12), 2.0**62)) + terms, 1 << 62)
 
 
 def latencies_ns(
@@ -79,5 +79,5 @@ def latencies_ns(
     if metric == "ttft":
         return first_token_ns - arrival_ns
     if metric == "tpot":
-        return (finish_ns - first_token_ns) // np.maximum(generated - 1, 1)
+        return np.where(generated > 1, (finish_ns - first_token_ns) // np.maximum(generated - 1, 1), 0)
     return finish_ns - (arrival_ns if metric == "e2e" else arrival_ns.min())

@@ -1,0 +1,1 @@
+"""Speed of apex_opt: `python -m benchmarks` prints one line per figure."""

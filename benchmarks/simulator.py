@@ -1,0 +1,98 @@
+"""Speed of the exact batching simulator on costs of real plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+from benchmarks.questions import generated_chat, question
+from benchmarks.registry import Benchmark, best_of, one_core
+from benchmarks.traces import AZURE_CONVERSATION, conversation
+
+if TYPE_CHECKING:
+    from apex_opt.workload import Trace
+
+MODEL = "llama-3.1-8b"
+
+# Engine loop: plan, and whether batches are formed ahead.
+LOOPS = {
+    "sync": ("dp2 tp1", False),
+    "async": ("dp2 tp1", True),
+    "pipeline_2": ("dp2 pp2 tp1", True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Best of several runs of one trace."""
+
+    seconds: float
+    requests: int
+    batches: int
+
+
+def benchmarks() -> tuple[Benchmark, ...]:
+    """Figures of this module."""
+    trace = "azure_conv" if AZURE_CONVERSATION.is_file() else "azure_conv_lookalike"
+    title = "the Azure conversation trace" if AZURE_CONVERSATION.is_file() else "a trace like Azure's conversations"
+    found = [
+        Benchmark(
+            name="simulate_20000_requests_s",
+            unit="s",
+            about="scoring llama-3.1-70b at tp8 on 20,000 generated chat requests: batches, latencies and energy, warm",
+            measure=score_20000,
+        )
+    ]
+    for loop, (plan, _) in LOOPS.items():
+        for unit in ("batches", "requests"):
+            found.append(
+                Benchmark(
+                    name=f"simulate_{loop}_{trace}_{unit}_per_s",
+                    unit=f"{unit}/s",
+                    about=f"{title} on {MODEL}, {plan}, full cost of the plan, warm, on one core",
+                    measure=partial(rate, loop, unit),
+                )
+            )
+    return tuple(found)
+
+
+def score_20000(quick: bool) -> float:
+    """Best of five after a warm-up."""
+    from apex_opt.plan.plan import parse_plan
+    from apex_opt.search import Evaluator
+
+    asked = question("llama-3.1-70b", "8xh100-sxm", generated_chat(50 if quick else 20_000))
+    evaluator, plan = Evaluator(asked), parse_plan("tp8", asked.model)
+    with one_core():
+        evaluator.simulate(plan)
+        return best_of(1 if quick else 5, lambda: evaluator.simulate(plan))
+
+
+def rate(loop: str, unit: str, quick: bool) -> float:
+    """Batches or requests simulated per second."""
+    speed = _speed(loop, quick)
+    return (speed.batches if unit == "batches" else speed.requests) / speed.seconds
+
+
+@cache
+def _speed(loop: str, quick: bool) -> Speed:
+    """One engine loop, best of five after a warm-up."""
+    from apex_opt.plan.memory import kv_blocks, stage_memory
+    from apex_opt.plan.plan import parse_plan
+    from apex_opt.search import Evaluator
+    from apex_opt.simulator import simulate
+
+    text, ahead = LOOPS[loop]
+    trace: Trace = conversation(quick)
+    asked = question(MODEL, "4xh200-sxm", "chat", async_scheduling=ahead)
+    evaluator, plan = Evaluator(asked), parse_plan(text, asked.model)
+    settings, laws = evaluator.settings_for(plan), evaluator.costs.plan_cost(plan).laws
+    blocks = kv_blocks(stage_memory(asked.model, asked.cluster.gpu, plan, asked.settings))
+
+    def run() -> int:
+        return simulate(settings, blocks, laws, trace, replicas=plan.replicas).batches
+
+    with one_core():
+        batches = run()
+        return Speed(seconds=best_of(1 if quick else 5, run), requests=len(trace), batches=batches)

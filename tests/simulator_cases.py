@@ -1,0 +1,216 @@
+"""Random engines, laws and traces for the simulator's tests, and how two runs are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+
+import numpy as np
+from hypothesis import strategies as st
+
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.simulator import BatchLaw, Outcome, simulate
+from apex_opt.simulator.law import RATE_BITS, linear_law
+from apex_opt.units import ceil_div
+from apex_opt.workload import Trace, make_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.simulator.api import Implementation
+    from apex_opt.simulator.outcome import Routing
+    from apex_opt.workload.trace import Ints
+
+Loop = Literal[
+    "synchronous", "asynchronous", "threshold", "pipeline", "asynchronous pipeline", "prefix caching", "orca", "static"
+]
+LOOPS: Final[tuple[Loop, ...]] = get_args(Loop)
+VLLM_LOOPS: Final[tuple[Loop, ...]] = LOOPS[:-2]
+"""Those that split prompts and preempt."""
+Traffic = Literal["dealt", "routed", "closed"]
+TRAFFIC: Final[tuple[Traffic, ...]] = get_args(Traffic)
+IMPLEMENTATIONS: Final[tuple[Implementation, ...]] = ("reference", "kernel")
+EXACT: Final = 12 << RATE_BITS
+"""Rates that are multiples of this neither round nor, with up to 4 attention copies, leave a remainder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """All arguments of a simulation."""
+
+    settings: EngineSettings
+    blocks: int
+    laws: tuple[BatchLaw, ...]
+    trace: Trace
+    replicas: int = 1
+    routing: Routing = "round_robin"
+
+    def run(self, implementation: Implementation = "kernel", *, log: bool = True, **limits: Any) -> Outcome:
+        """Simulate, with `stops` and `floors` where given."""
+        return simulate(
+            self.settings,
+            self.blocks,
+            self.laws,
+            self.trace,
+            replicas=self.replicas,
+            routing=self.routing,
+            log=log,
+            implementation=implementation,
+            **limits,
+        )
+
+    def having(self, **changes: Any) -> Case:
+        """The case with some arguments exchanged."""
+        return replace(self, **changes)
+
+
+def requests(rows: Sequence[tuple[int, int, int]], concurrency: int | None = None, **content: Any) -> Trace:
+    """A trace from rows of arrival (ns), prompt and output tokens; what prompts say as in `make_trace`."""
+    arrival, prompt, output = zip(*rows, strict=True)
+    return make_trace(name="test", arrival_ns=arrival, prompt=prompt, output=output, concurrency=concurrency, **content)
+
+
+def moved(trace: Trace, arrival_ns: Ints) -> Trace:
+    """The same requests at other times, in the same order."""
+    arrival_ns.flags.writeable = False
+    return replace(trace, arrival_ns=arrival_ns)
+
+
+def linear(settings: EngineSettings, base: int, token: int = 0, context: int = 0, **changes: Any) -> BatchLaw:
+    """The law `base + token * tokens + context * context` for an engine, in ns."""
+    law = linear_law(
+        base_ns=base,
+        token_ns=token,
+        context_ns=context,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+    )
+    return replace(law, **changes)
+
+
+def blocks_of(settings: EngineSettings, prompt: int, output: int) -> int:
+    """Blocks a request holds when it computes its last token; the token it yields then is never computed."""
+    return ceil_div(min(prompt + output, settings.max_model_len) - 1, settings.block_size)
+
+
+def random_law(
+    settings: EngineSettings, seed: int, *, zeros: float, copies: int, unit: int = 1, rate_unit: int = 1
+) -> BatchLaw:
+    """Tables without any order: times to 40 units and rates to 4 ns, a share of both zero."""
+    rng = np.random.default_rng(seed)
+    seats, tokens = settings.max_num_seqs + 1, settings.max_num_batched_tokens + 1
+
+    def table(size: int, least: int, most: int, unit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        values = rng.integers(least, most, size, np.int64) * unit
+        values[rng.random(size) < zeros] = 0
+        return values
+
+    rate = (0, max(4 * (1 << RATE_BITS) // rate_unit, 4), rate_unit)
+    return BatchLaw(
+        decode_ns=table(seats, 1, 40, unit),
+        sequence_ns=table(seats, 0, 10, unit),
+        attend_ns=table(seats, 0, 10, unit),
+        context_rate=table(seats, *rate),
+        mixed_ns=table(tokens, 1, 40, unit),
+        chunk_ns=table(tokens, 0, 20, unit),
+        pair_rate=table(tokens, *rate),
+        chunk_context_rate=table(tokens, *rate),
+        transfer_ns=table(tokens, 0, 15, unit),
+        copies=copies,
+    )
+
+
+@st.composite
+def engines(draw: st.DrawFn, loop: Loop) -> EngineSettings:
+    """Small engines of one kind of loop: one seat or several, budgets below and above a prompt."""
+    seats = draw(st.integers(1, 8))
+    longest = draw(st.integers(2, 64))
+    coin = st.booleans()
+    chunked = draw(coin)
+    policy = loop if loop in ("orca", "static") else "vllm"
+    least = seats if chunked and policy == "vllm" else max(seats, longest)
+    if loop == "threshold":
+        threshold = draw(st.integers(1, 12))
+    else:
+        threshold = 0 if loop in ("synchronous", "asynchronous") else draw(st.sampled_from((0, 0, 1, 7)))
+    return EngineSettings(
+        max_num_seqs=seats,
+        max_num_batched_tokens=least + draw(st.sampled_from((0, 1, 5, 24))),
+        max_model_len=longest,
+        chunked_prefill=chunked,
+        long_prefill_token_threshold=threshold,
+        block_size=draw(st.one_of(st.integers(1, 4), st.integers(1, 32))),
+        async_scheduling=loop.startswith("asynchronous")
+        or (loop in ("threshold", "prefix caching", "orca", "static") and draw(coin)),
+        policy=policy,
+        prefix_caching=loop == "prefix caching",
+    )
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, loop: Loop, traffic: Traffic, *, busy: bool = False, exact: bool = False, most: int = 25
+) -> Case:
+    """Everything a simulation takes.
+
+    Parameters
+    ----------
+    loop, traffic : which engine loop, and how requests reach the replicas
+    busy : bool     every batch takes time, so that no two events of a replica coincide
+    exact : bool    no term of the law rounds
+    most : int      requests
+    """
+    settings = draw(engines(loop))
+    seeds = st.integers(0, 2**32 - 1)
+    zeros = 0.0 if busy else draw(st.sampled_from((0.0, 0.3, 0.8)))
+    stages = draw(st.integers(2, 4)) if loop.endswith("pipeline") else 1
+    if loop in ("prefix caching", "orca", "static"):
+        stages = draw(st.sampled_from((1, 1, 2, 3)))
+    laws = tuple(
+        random_law(
+            settings,
+            draw(seeds),
+            zeros=zeros,
+            copies=draw(st.integers(1, 4)),
+            unit=12 if exact else 1,
+            rate_unit=EXACT if exact else 1,
+        )
+        for _ in range(stages)
+    )
+    room = settings.max_model_len - 1
+    prompts = st.one_of(
+        st.just(1), st.integers(1, min(room, 6)), st.integers(1, room), st.integers(max(1, room - 2), room)
+    )
+    outputs = st.one_of(st.just(1), st.integers(1, 40))
+    gaps = st.sampled_from((0, 0, 0, 1, 7, 40, 300))
+    count = draw(st.integers(1, most))  # as lists of free length are mostly short, and short traces mostly dull
+    drawn = draw(st.lists(st.tuples(gaps, prompts, outputs), min_size=count, max_size=count))
+    arrivals = np.cumsum([gap for gap, _, _ in drawn]).tolist()
+    rows = [(arrival, p, o) for arrival, (_, p, o) in zip(arrivals, drawn, strict=True)]
+    needs = [blocks_of(settings, p, o) for _, p, o in rows]
+    spare = draw(st.sampled_from((0, 1, 2, max(needs), sum(needs))))
+    content: dict[str, Any] = {}
+    if settings.prefix_caching:
+        # Few different ids, so that many prompts begin alike.
+        piece = settings.block_size * draw(st.integers(1, 2))
+        ids = np.random.default_rng(draw(seeds)).integers(0, draw(st.integers(1, 3)), (count, 64)).tolist()
+        says = [ids[i][: ceil_div(p, piece)] for i, (_, p, _) in enumerate(rows)]
+        content = {"content": says, "content_tokens": piece} if draw(st.sampled_from((True, True, False))) else {}
+    return Case(
+        settings=settings,
+        blocks=max(needs) + draw(st.integers(0, spare)),
+        laws=laws,
+        trace=requests(rows, draw(st.integers(1, len(rows) + 2)) if traffic == "closed" else None, **content),
+        replicas=draw(st.integers(2 if traffic == "routed" else 1, 4)),
+        routing="least_loaded" if traffic == "routed" else "round_robin",
+    )
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """Every number of two runs, from the totals down to the batches."""
+    assert one.steps == other.steps
+    assert (one.preemptions, one.batches, one.stopped) == (other.preemptions, other.batches, other.stopped)
+    for name in ("arrival_ns", "first_token_ns", "finish_ns", "busy_ns"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        assert ours.dtype == theirs.dtype == np.int64 and np.array_equal(ours, theirs), (name, ours, theirs)
+    assert one.counts.equals(other.counts)

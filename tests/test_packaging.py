@@ -1,0 +1,136 @@
+"""The wheel: what is in it, and that it works away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("pip") is None or find_spec("hatchling") is None,
+        reason="needs pip and hatchling: pip install -e '.[test]'",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    _pip("wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    _pip("install", str(wheel), "--no-deps", "--no-compile", "--target", str(target))
+    return target
+
+
+def _pip(*words: str) -> None:
+    command = [sys.executable, "-m", "pip", words[0], "--quiet", "--no-index", *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _run(command: list[str], target: Path, elsewhere: Path) -> str:
+    """Run with the installed wheel and without the checkout on the path; stdout."""
+    # The installed files come before an editable install on the path; a safe path leaves the current folder out.
+    environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"solve.py"}
+    for folder, pattern in (
+        ("apex_opt", "**/*.py"),
+        ("apex_opt/ir/configs", "*.json"),
+        ("apex_opt/cluster/catalogue", "*.toml"),
+        ("formulations", "**/*.py"),
+        ("profiles", "**/*.*"),
+        ("traces", "*.*"),
+    ):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern)}
+        assert files, folder
+        wanted |= {name for name in files if "__pycache__" not in name}
+    assert wanted <= names
+    notices = {Path(name).name for name in names if "/licenses/" in name}
+    assert notices == {"LICENSE", "NOTICE"}
+
+
+def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "apex_opt",
+        "formulations",
+        "profiles",
+        "traces",
+        "solve.py",
+    }
+
+
+def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:
+    code = "import apex_opt, solve; print(apex_opt.__file__); print(solve.__file__)"
+    found = [Path(line) for line in _run([sys.executable, "-c", code], installed, tmp_path).splitlines()]
+    assert found == [installed / "apex_opt" / "__init__.py", installed / "solve.py"]
+
+
+def test_the_module_lists_models_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    document = json.loads(_run([sys.executable, "-m", "solve", "models", "--format=json"], installed, tmp_path))
+    assert "llama-3.1-70b" in {row["name"] for row in document["models"]}
+
+
+def test_the_installed_entry_point_finds_a_plan_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    entry = installed / "bin" / "apex-opt"
+    if not entry.exists():
+        entry = installed / "Scripts" / "apex-opt.exe"
+    words = ["plan", "--top", "1", "--trace", "static:n=5,prompt=100,output=10", "--format=json"]
+    document = json.loads(_run([str(entry), *words], installed, tmp_path))
+    assert document["status"] == "optimal"
+    assert document["certificate"]["optimal"] is True
+    assert len(document["candidates"]) == 1
+
+
+def test_a_shipped_trace_is_read_from_the_installed_package(installed: Path, tmp_path: Path) -> None:
+    document = json.loads(_run([sys.executable, "-m", "solve", "traces", "--format=json"], installed, tmp_path))
+    assert "chat" in {row["name"] for row in document["traces"]}
+
+
+def test_the_version_is_stated_once() -> None:
+    from apex_opt import __version__
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_every_package_the_tests_import_is_declared() -> None:
+    import ast
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {line.split(">")[0].split("=")[0].strip().lower() for line in declared}
+    own = {"apex_opt", "formulations", "benchmarks", "solve", *(path.stem for path in (ROOT / "tests").iterdir())}
+    for pattern in ("apex_opt/**/*.py", "formulations/**/*.py", "benchmarks/*.py", "tests/*.py"):
+        for path in ROOT.glob(pattern):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    modules = [node.module or ""]
+                for module in modules:
+                    top = module.split(".")[0]
+                    known = top in sys.stdlib_module_names or top in own
+                    assert known or top.lower() in names, f"{path.relative_to(ROOT)} imports {top}"

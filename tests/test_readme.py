@@ -1,0 +1,131 @@
+"""README: its two commands to the letter, every other command it shows, its files, and the answer it prints."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apex_opt.errors import ApexError
+from apex_opt.options import COMMANDS, arranged
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(kind, body) for kind, body in FENCE.findall(README)]
+
+PLAN_LINE = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python solve.py plan"
+TEST_LINE = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
+
+
+def _commands() -> list[list[str]]:
+    """Words after `solve.py` of every command shown, in fenced blocks or in the text."""
+    shown = [line.removeprefix("$ ") for _, body in BLOCKS for line in body.splitlines()]
+    shown += re.findall(r"`(solve\.py [^`]+)`", FENCE.sub("", README))
+    # An output may mention solve.py; a command begins with it, or with an interpreter.
+    found = [re.fullmatch(r"(?:\S*python3? )?solve\.py (.+)", line) for line in shown]
+    words = [shlex.split(match[1]) for match in found if match]
+    return [item for item in words if "COMMAND" not in item]
+
+
+def _solve(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "solve.py"), *words], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("line", [PLAN_LINE, TEST_LINE])
+def test_the_command_stands_alone_on_a_line_of_a_fenced_block(line: str) -> None:
+    assert sum(body.strip() == line for _, body in BLOCKS) == 1
+    assert README.splitlines().count(line) == 1
+
+
+def test_no_other_line_sets_up_an_environment() -> None:
+    assert README.count("-m venv") == 2
+
+
+def test_every_command_shown_parses() -> None:
+    commands = _commands()
+    assert len(commands) >= 8
+    for words in commands:
+        try:
+            assert arranged(words)
+        except ApexError as error:
+            pytest.fail(f"solve.py {shlex.join(words)}: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", _commands(), ids=shlex.join)
+def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
+    for kind, body in BLOCKS:
+        if kind == "toml":
+            (tmp_path / "h100-nvl.toml").write_text(body, encoding="utf-8")
+    assert "h100-nvl.toml" in README
+    done = _solve(words, tmp_path)
+    # One of them shows what is said where nothing fits.
+    assert done.returncode in (0, 3), done.stderr
+    assert (done.returncode == 3) == (words == ["plan", "--cluster", "1xh100-sxm"])
+
+
+def test_the_accelerator_described_is_the_one_that_is_used(tmp_path: Path) -> None:
+    from apex_opt.cluster import load_cluster
+
+    (body,) = [body for kind, body in BLOCKS if kind == "toml"]
+    path = tmp_path / "h100-nvl.toml"
+    path.write_text(body, encoding="utf-8")
+    cluster = load_cluster(str(path))
+    assert (cluster.size, cluster.gpu.name) == (4, "h100-nvl-94gb")
+
+
+@pytest.mark.slow
+def test_the_run_shown_gives_the_plans_and_the_certificate_shown() -> None:
+    (body,) = [body for kind, body in BLOCKS if kind == "console" and "--top 3" in body]
+    command, *shown = body.splitlines()
+    words = shlex.split(command.split("solve.py ")[1])
+    document = json.loads(_solve([*words, "--format", "json"]).stdout)
+    table = [line for line in shown if re.match(r" *[123] ", line)]
+    assert len(table) == len(document["candidates"]) == 3
+    for line, candidate in zip(table, document["candidates"], strict=True):
+        assert f" {candidate['plan']} " in line
+    certificate = document["certificate"]
+    (text,) = [" ".join(body.split()) for _, body in BLOCKS if body.startswith("Certificate")]
+    assert f"{certificate['space']:,} plans in the space" in text
+    assert f"{certificate['simulated']:,} simulated" in text
+
+
+def test_every_option_named_exists_and_every_option_is_named() -> None:
+    known = {option.name for command in COMMANDS.values() for option in command.options}
+    table = README.split("## Commands")[1].split("## Inputs")[0]
+    named = set(re.findall(r"`--(\w+)", table)) - {"help"}
+    assert named - known == set()
+    assert known - named - {"plan"} == set()
+
+
+def test_the_models_counted_are_the_models_there_are() -> None:
+    from apex_opt.ir import list_models
+    from apex_opt.ir.huggingface import SUPPORTED_MODEL_TYPES
+
+    assert f"{len(list_models())} by name" in README
+    assert ", ".join(SUPPORTED_MODEL_TYPES) in README
+
+
+def test_files_it_links_to_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_ci_runs_the_two_commands_and_is_a_valid_script() -> None:
+    script = ROOT / ".ci" / "run"
+    text = script.read_text(encoding="utf-8")
+    assert PLAN_LINE in text
+    assert TEST_LINE in text
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0

@@ -1,0 +1,170 @@
+"""apex_opt.simulator.law: the time of a batch, by hand and against counting pairs one by one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.simulator.law import RATE_BITS, BatchLaw, linear_law
+from apex_opt.simulator.outcome import BatchCounts
+
+SEATS, TOKENS = 4, 16
+ENGINE = EngineSettings(max_num_seqs=SEATS, max_num_batched_tokens=TOKENS, max_model_len=64)
+BY_TOKENS = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
+NS = 1 << RATE_BITS
+"""A rate of one nanosecond."""
+
+
+def law(*, copies: int = 1, **tables: Any) -> BatchLaw:
+    """A law that is zero but for the tables given, each a number for all entries or a mapping of some."""
+    arrays = {}
+    for f in fields(BatchLaw):
+        if f.name == "copies":
+            continue
+        array = np.zeros((TOKENS if f.name in BY_TOKENS else SEATS) + 1, np.int64)
+        given_entries = tables.get(f.name, 0)
+        if isinstance(given_entries, dict):
+            for index, value in given_entries.items():
+                array[index] = value
+        else:
+            array[:] = given_entries
+        arrays[f.name] = array
+    return BatchLaw(**arrays, copies=copies)
+
+
+def test_pure_decoding_reads_the_decode_tables_at_the_number_of_sequences() -> None:
+    decode = law(decode_ns={3: 100}, context_rate={3: 2 * NS}, mixed_ns=7000, sequence_ns=7000, attend_ns=7000)
+    assert decode.batch_ns([(1, 5), (1, 6), (1, 10)]) == 100 + 2 * (5 + 6 + 10)
+
+
+def test_a_prompt_of_one_token_counts_as_decoding() -> None:
+    decode = law(decode_ns={1: 100, 2: 110}, context_rate=NS, mixed_ns=7000)
+    assert decode.batch_ns([(1, 1)]) == 101
+    assert decode.batch_ns([(1, 1), (1, 9)]) == 120
+
+
+def test_a_mixed_batch_adds_tokens_sequences_decoders_their_context_and_each_chunk() -> None:
+    mixed = law(
+        decode_ns=7000,
+        mixed_ns={9: 1000},
+        sequence_ns={4: 200},
+        attend_ns={2: 30},
+        context_rate={2: 3 * NS},
+        chunk_ns={3: 4, 4: 5},
+        pair_rate={3: NS, 4: 2 * NS},
+        chunk_context_rate={3: 10 * NS, 4: 100 * NS},
+    )
+    # Two decoders that hold 11 and 7; a whole prompt of 3 (1 + 2 + 3 pairs); 4 tokens up to 10 (7 + 8 + 9 + 10).
+    expected = 1000 + 200 + 30 + 3 * (11 + 7) + (4 + 6 + 10 * 3) + (5 + 2 * 34 + 100 * 10)
+    assert mixed.batch_ns([(1, 11), (3, 3), (4, 10), (1, 7)]) == expected
+
+
+def test_a_batch_without_decoders_pays_attention_at_zero() -> None:
+    assert law(attend_ns={0: 50}, mixed_ns={5: 1}, sequence_ns={1: 3}).batch_ns([(5, 5)]) == 54
+
+
+@given(st.integers(2, TOKENS), st.integers(0, 40))
+def test_pairs_of_a_chunk_are_those_of_causal_attention(c: int, before: int) -> None:
+    held = before + c
+    pairs = sum(1 for query in range(before, held) for key in range(held) if key <= query)
+    assert law(pair_rate=NS).batch_ns([(c, held)]) == pairs
+    counts = BatchCounts.empty(ENGINE)
+    counts.add([(c, held)])
+    assert counts.chunk_pairs[c] == pairs
+
+
+def test_rates_round_down_once_for_all_decoders_and_once_per_chunk() -> None:
+    third = law(context_rate=NS // 2, chunk_context_rate=NS // 2)
+    assert third.batch_ns([(1, 3), (1, 4)]) == 3
+    assert third.batch_ns([(1, 3), (1, 4), (2, 3), (2, 5)]) == 3 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("copies", "prompts"), [(1, 10 + 11 + 11), (2, 16), (3, 10), (4, 10)], ids=["1", "2", "3", "more than chunks"]
+)
+def test_attention_copies_share_the_chunks_but_no_more_than_there_are(copies: int, prompts: int) -> None:
+    shared = law(copies=copies, chunk_ns={2: 10, 3: 11}, mixed_ns=1000)
+    assert shared.batch_ns([(2, 2), (3, 3), (3, 3), (1, 8)]) == 1000 + prompts
+
+
+def test_copies_leave_decoding_alone() -> None:
+    assert law(copies=4, decode_ns=40, context_rate=NS).batch_ns([(1, 4), (1, 6)]) == 50
+
+
+@given(
+    st.tuples(*[st.integers(0, 50)] * 3),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 30)), min_size=1, max_size=SEATS),
+)
+def test_linear_law_is_linear_in_tokens_and_context(terms: tuple[int, int, int], rows: list[tuple[int, int]]) -> None:
+    base, token, context = terms
+    linear = linear_law(
+        base_ns=base, token_ns=token, context_ns=context, max_num_seqs=SEATS, max_num_batched_tokens=TOKENS
+    )
+    chunks = [(c, before + c) for c, before in rows]
+    expected = base + token * sum(c for c, _ in chunks) + context * sum(held for _, held in chunks)
+    assert linear.batch_ns(chunks) == expected
+    sizes = {f.name: len(getattr(linear, f.name)) for f in fields(BatchLaw) if f.name != "copies"}
+    assert sizes == {name: (TOKENS if name in BY_TOKENS else SEATS) + 1 for name in sizes}
+    assert linear.scaled(7).batch_ns(chunks) == 7 * expected
+
+
+def test_scaling_multiplies_every_table_and_keeps_copies() -> None:
+    tables = {f.name: i + 2 for i, f in enumerate(fields(BatchLaw)) if f.name != "copies"}
+    one = law(copies=3, **tables)
+    three = one.scaled(3)
+    assert three.copies == 3
+    for name, value in tables.items():
+        assert set(getattr(three, name).tolist()) == {3 * value}, name
+        assert set(getattr(one, name).tolist()) == {value}, name
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 30)), min_size=1, max_size=SEATS), max_size=6))
+def test_counts_times_tables_are_the_time_of_all_batches(plans: list[list[tuple[int, int]]]) -> None:
+    """The promise of `BatchCounts`, for rates that do not round and one copy."""
+    rng = np.random.default_rng(5)
+    used = law()
+    by_seats, by_tokens = rng.integers(0, 99, (4, SEATS + 1)), rng.integers(0, 99, (4, TOKENS + 1))
+    used = replace(
+        used,
+        decode_ns=by_seats[0],
+        sequence_ns=by_seats[1],
+        attend_ns=by_seats[2],
+        context_rate=by_seats[3] * NS,
+        mixed_ns=by_tokens[0],
+        chunk_ns=by_tokens[1],
+        pair_rate=by_tokens[2] * NS,
+        chunk_context_rate=by_tokens[3] * NS,
+    )
+    counts, total, tokens = BatchCounts.empty(ENGINE), 0, 0
+    for plan in plans:
+        chunks = [(c, before + c) for c, before in plan]
+        counts.add(chunks)
+        total += used.batch_ns(chunks)
+        tokens += sum(c for c, _ in chunks)
+    summed = (
+        counts.decode @ used.decode_ns
+        + (counts.decode_context + counts.attend_context) @ by_seats[3]
+        + counts.sequences @ used.sequence_ns
+        + counts.attend @ used.attend_ns
+        + counts.mixed @ used.mixed_ns
+        + counts.chunk @ used.chunk_ns
+        + counts.chunk_pairs @ by_tokens[2]
+        + counts.chunk_context @ by_tokens[3]
+    )
+    assert summed == total
+    assert counts.tokens == tokens
+
+
+def test_counts_add_up_and_differ_where_they_do() -> None:
+    one, other, sum_of_both = (BatchCounts.empty(ENGINE) for _ in range(3))
+    for counts, chunks in ((one, [(1, 4)]), (other, [(3, 9), (1, 2)])):
+        counts.add(chunks)
+        sum_of_both.add(chunks)
+    assert (one + other).equals(sum_of_both)
+    assert not one.equals(other)

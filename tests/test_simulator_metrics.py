@@ -1,0 +1,139 @@
+"""apex_opt.simulator.metrics: what requests saw, against a few lines of arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.simulator.metrics import STATISTICS, Metrics, measure, per_request_s
+from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.workload import Trace, make_trace, parse_slos
+
+MS = 1_000_000
+# (arrival, first, finish) in ms, prompt and output tokens.
+ROWS = [(1000, 1010, 1050, 7, 5), (1020, 1050, 1050, 3, 1), (1030, 1100, 1400, 9, 4), (1040, 1080, 1100, 2, 3)]
+TTFT = [0.010, 0.030, 0.070, 0.040]
+TPOT = [0.010, 0.100, 0.010]  # request 1 has one token
+E2E = [0.050, 0.030, 0.370, 0.060]
+
+
+def run(rows: list[tuple[int, int, int, int, int]] = ROWS) -> tuple[Outcome, Trace]:
+    arrival, first, finish, prompt, output = (list(column) for column in zip(*rows, strict=True))
+    times = [np.array(column, np.int64) * MS for column in (arrival, first, finish)]
+    outcome = Outcome(
+        arrival_ns=times[0],
+        first_token_ns=times[1],
+        finish_ns=times[2],
+        preemptions=0,
+        batches=1,
+        busy_ns=np.zeros((1, 1), np.int64),
+        counts=BatchCounts.empty(EngineSettings(max_num_seqs=4, max_num_batched_tokens=4)),
+    )
+    return outcome, make_trace(name="t", arrival_ns=times[0], prompt=prompt, output=output)
+
+
+def measured(slos: str = "", *, max_model_len: int = 100, request_ns: int = 0) -> Metrics:
+    outcome, trace = run()
+    goals = parse_slos(slos) if slos else ()
+    return measure(outcome, trace, max_model_len=max_model_len, request_ns=request_ns, slos=goals)
+
+
+@pytest.mark.parametrize(("name", "values"), [("ttft", TTFT), ("tpot", TPOT), ("e2e", E2E)])
+def test_statistics_are_those_of_numpy(name: str, values: list[float]) -> None:
+    expected = {
+        "mean": np.mean(values),
+        "p50": np.percentile(values, 50),
+        "p90": np.percentile(values, 90),
+        "p95": np.percentile(values, 95),
+        "p99": np.percentile(values, 99),
+        "max": np.max(values),
+    }
+    assert tuple(expected) == STATISTICS
+    assert measured().latency_s[name] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rates_are_over_the_time_from_first_arrival_to_last_token() -> None:
+    metrics = measured()
+    assert metrics.makespan_s == pytest.approx(0.4)
+    assert metrics.requests_per_s == pytest.approx(4 / 0.4)
+    assert metrics.output_tokens_per_s == pytest.approx((5 + 1 + 4 + 3) / 0.4)
+    assert metrics.total_tokens_per_s == pytest.approx((7 + 3 + 9 + 2 + 13) / 0.4)
+
+
+def test_tpot_of_one_token_is_nan_and_left_out() -> None:
+    outcome, trace = run()
+    values = per_request_s(outcome, trace.output, 0)
+    assert np.isnan(values["tpot"]).tolist() == [False, True, False, False]
+    assert not np.isnan(values["ttft"]).any() and not np.isnan(values["e2e"]).any()
+    assert measured().latency_s["tpot"]["mean"] == pytest.approx(0.04)
+
+
+def test_tokens_the_model_has_no_room_for_are_not_counted() -> None:
+    """With a length of 10 request 0 (7 + 5) generates 3 and request 2 (9 + 4) only 1."""
+    metrics = measured(max_model_len=10)
+    assert metrics.output_tokens_per_s == pytest.approx((3 + 1 + 1 + 3) / 0.4)
+    assert metrics.latency_s["tpot"] == pytest.approx(
+        {"mean": 0.015, "p50": 0.015, "p90": 0.019, "p95": 0.0195, "p99": 0.0199, "max": 0.02}
+    )
+
+
+def test_time_outside_the_engine_is_in_ttft_and_e2e_but_not_between_tokens() -> None:
+    plain, later = measured(), measured(request_ns=3 * MS)
+    for statistic in STATISTICS:
+        assert later.latency_s["ttft"][statistic] == pytest.approx(plain.latency_s["ttft"][statistic] + 0.003)
+        assert later.latency_s["e2e"][statistic] == pytest.approx(plain.latency_s["e2e"][statistic] + 0.003)
+    assert later.latency_s["tpot"] == plain.latency_s["tpot"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "met", "attainment"),
+    [
+        ("ttft_max<=70ms", True, 1.0),
+        ("ttft_max<=69ms", False, 0.75),
+        ("ttft_p50<=35ms", True, 0.5),
+        ("ttft_p50<=34ms", False, 0.5),
+        ("ttft<=40ms@75%", True, 0.75),
+        ("ttft<=40ms@76%", False, 0.75),
+        ("tpot_mean<=40ms", True, 2 / 3),
+        ("tpot<=10ms@66%", True, 2 / 3),
+        ("tpot<=10ms@67%", False, 2 / 3),
+        ("e2e_mean<=128ms", True, 0.75),
+        ("e2e_mean<=127ms", False, 0.75),
+        ("throughput>=10", True, 1.0),
+        ("throughput>=10.01", False, 0.0),
+    ],
+)
+def test_goals_are_judged_by_their_statistic_and_attained_request_by_request(
+    goal: str, met: bool, attainment: float
+) -> None:
+    metrics = measured(goal)
+    assert metrics.slo_met == {goal: met}
+    assert metrics.attainment == {goal: pytest.approx(attainment)}
+
+
+def test_several_goals_are_judged_one_by_one() -> None:
+    metrics = measured("ttft_max<=70ms,e2e_max<=300ms,throughput>=5")
+    assert list(metrics.slo_met.values()) == [True, False, True]
+    assert list(metrics.attainment.values()) == [1.0, 0.75, 1.0]
+
+
+def test_a_goal_counts_time_outside_the_engine() -> None:
+    assert measured("ttft_max<=70ms", request_ns=0).slo_met == {"ttft_max<=70ms": True}
+    assert measured("ttft_max<=70ms", request_ns=1).slo_met == {"ttft_max<=70ms": False}
+
+
+def test_a_tpot_goal_holds_where_nobody_has_two_tokens() -> None:
+    outcome, trace = run([(0, 10, 10, 4, 1), (5, 20, 20, 4, 1)])
+    metrics = measure(outcome, trace, max_model_len=100, slos=parse_slos("tpot_p95<=1ms,tpot<=1ns@99%"))
+    assert all(metrics.slo_met.values()) and set(metrics.attainment.values()) == {1.0}
+    assert all(math.isnan(value) for value in metrics.latency_s["tpot"].values())
+
+
+def test_a_run_without_duration_has_finite_rates() -> None:
+    outcome, trace = run([(5, 5, 5, 4, 1)])
+    metrics = measure(outcome, trace, max_model_len=100)
+    assert metrics.makespan_s == pytest.approx(1e-9)
+    assert math.isfinite(metrics.requests_per_s)
