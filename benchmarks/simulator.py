@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.questions import generated_chat, question
 from benchmarks.registry import Benchmark, best_of, one_core
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 
 MODEL = "llama-3.1-8b"
 
-# Engine loop: plan, and whether batches are formed ahead.
-LOOPS = {
-    "sync": ("dp2 tp1", False),
-    "async": ("dp2 tp1", True),
-    "pipeline_2": ("dp2 pp2 tp1", True),
+# Engine loop: plan, and the engine settings that differ from the default.
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sync": ("dp2 tp1", {"async_scheduling": False}),
+    "async": ("dp2 tp1", {}),
+    "pipeline_2": ("dp2 pp2 tp1", {}),
+    "threshold": ("dp2 tp1", {"long_prefill_token_threshold": 512}),
 }
+
+PREFIX_CACHING: tuple[str, dict[str, Any]] = ("dp2 tp1", {"prefix_caching": True})
+CONVERSATIONS = "poisson:rate=10,n=20000,prompt=lognormal(mean=1155,sigma=0.8,max=8000),output=211,prefix=(512,50)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,14 @@ def benchmarks() -> tuple[Benchmark, ...]:
                     measure=partial(rate, loop, unit),
                 )
             )
+    found.append(
+        Benchmark(
+            name="simulate_prefix_caching_batches_per_s",
+            unit="batches/s",
+            about=f"20,000 generated requests of 50 shared beginnings on {MODEL}, dp2 tp1, warm, on one core",
+            measure=partial(rate, "prefix_caching", "batches"),
+        )
+    )
     return tuple(found)
 
 
@@ -82,10 +94,16 @@ def _speed(loop: str, quick: bool) -> Speed:
     from apex_opt.plan.plan import parse_plan
     from apex_opt.search import Evaluator
     from apex_opt.simulator import simulate
+    from apex_opt.workload import load_trace
 
-    text, ahead = LOOPS[loop]
-    trace: Trace = conversation(quick)
-    asked = question(MODEL, "4xh200-sxm", "chat", async_scheduling=ahead)
+    if loop == "prefix_caching":
+        text, changes = PREFIX_CACHING
+        trace: Trace = load_trace(CONVERSATIONS).head(50 if quick else 20_000)
+    else:
+        text, changes = LOOPS[loop]
+        trace = conversation(quick)
+    asked = question(MODEL, "4xh200-sxm", "chat")
+    asked = replace(asked, settings=replace(asked.settings, **changes))
     evaluator, plan = Evaluator(asked), parse_plan(text, asked.model)
     settings, laws = evaluator.settings_for(plan), evaluator.costs.plan_cost(plan).laws
     blocks = kv_blocks(stage_memory(asked.model, asked.cluster.gpu, plan, asked.settings))

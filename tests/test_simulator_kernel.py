@@ -39,7 +39,7 @@ SERVICE_NS = 1000
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_kernel_equals_reference_on_random_engines(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
     case = data.draw(cases(loop, traffic))

@@ -381,7 +381,7 @@ def audit(case: Case, outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "static"])
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_log_accounts_for_every_token_block_and_nanosecond(loop: Loop, data: st.DataObject) -> None:
     case = data.draw(st.one_of(cases(loop, "dealt", busy=True), cases(loop, "closed", busy=True)))

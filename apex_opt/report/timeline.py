@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import InputError
@@ -14,7 +16,6 @@ from apex_opt.units import NS_PER_US, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Step
@@ -108,22 +109,30 @@ def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block
     ------
     InputError    a path that cannot be written
     """
-    beside = path.parent / f".{path.name}.part"
     try:
-        # The finished file takes the place of what is there: a device or a pipe would be lost.
-        if "\0" in str(path) or (path.exists() and not path.is_file()):
-            raise OSError(None, "not a regular file")
-        with beside.open("w", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            for number, event in enumerate(timeline_events(outcome, laws, block_size)):
-                file.write(",\n" if number else "\n")
-                json.dump(event, file, separators=(",", ":"))
-            file.write("\n]}\n")
-        beside.replace(path)
+        _write(path, timeline_events(outcome, laws, block_size))
     except OSError as error:
         raise InputError(
             f"timeline {path}: cannot be written ({error.strerror}); name a file in a folder that can"
         ) from error
+
+
+def _write(path: Path, events: Iterator[Event]) -> None:
+    """Write beside the file that a name or a link stands for, then take its place."""
+    if "\0" in str(path):
+        raise OSError(None, "a name with a null character")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(None, "not a regular file")  # a device or a pipe would be lost
+    beside = target.parent / f".{target.name}.part"
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+            for number, event in enumerate(events):
+                file.write(",\n" if number else "\n")
+                json.dump(event, file, separators=(",", ":"))
+            file.write("\n]}\n")
+        beside.replace(target)
     finally:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             beside.unlink()

@@ -149,16 +149,8 @@ class Cache(NamedTuple):
     registered: I64  # [requests]
     slots: I64  # [lanes, max_num_seqs]: rows of `table` not in use, a stack
     table: I64  # [lanes, max_num_seqs, blocks of the longest request]
-    users: I64  # [lanes, blocks]
-    content: I64  # [lanes, blocks]
-    queue_after: I64  # [lanes, blocks + 1]: free blocks in a circle; the last entry is both ends
-    queue_before: I64
-    holder_after: I64  # [lanes, blocks]: blocks of equal content
-    holder_before: I64
-    first_holder: I64  # [lanes, keys]
-    last_holder: I64
-    mark: I64  # [lanes, blocks]: stamp of the blocks found for the request remembered in `memo`
-    position: I64  # [lanes, blocks]: which of them each is
+    block: I64  # [lanes, blocks + 1, 8]: what is known of each block, side by side as it is used together
+    holder: I64  # [lanes, keys, 2]: oldest and newest block of each content
     memo: I64  # [lanes, 4]: what was found last, so that a request that waits in front is not looked up again
 
 
@@ -177,6 +169,10 @@ class Stops(NamedTuple):
 
 VLLM, ORCA, STATIC = 0, 1, 2
 TTFT, TPOT, E2E, MAKESPAN = 0, 1, 2, 3
+# Columns of `Cache.block`. Free blocks stand in a circle from BEHIND to BEHIND, its last row being both ends; blocks of
+# equal content in a line from OLDER to NEWER; MARK is the stamp of those found for the request in `memo`, PLACE which.
+USERS, CONTENT, BEHIND, AHEAD, OLDER, NEWER, MARK, PLACE = 0, 1, 2, 3, 4, 5, 6, 7
+OLDEST, NEWEST = 0, 1
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP = 0, 1, 2, 3
 WAITS, RUNS, DONE = 0, 1, 2
 
@@ -269,16 +265,17 @@ def answer_nb(requests: Requests, state: I64, stops: Stops, i: int, now: int) ->
 @_cached
 def empty_cache_nb(cache: Cache, lane: int) -> None:
     """All blocks free, in order, and nothing known."""
-    blocks = cache.users.shape[1]
-    for b in range(blocks):
-        cache.users[lane, b] = 0
-        cache.content[lane, b] = NONE
-    for b in range(blocks + 1):
-        cache.queue_after[lane, b] = b + 1 if b < blocks else 0
-        cache.queue_before[lane, b] = b - 1 if b > 0 else blocks
-    for key in range(cache.first_holder.shape[1]):
-        cache.first_holder[lane, key] = NONE
-        cache.last_holder[lane, key] = NONE
+    block, holder = cache.block[lane], cache.holder[lane]
+    ends = block.shape[0] - 1
+    for b in range(ends + 1):
+        block[b, USERS] = 0
+        block[b, CONTENT] = NONE
+        block[b, BEHIND] = b + 1 if b < ends else 0
+        block[b, AHEAD] = b - 1 if b > 0 else ends
+        block[b, MARK] = 0
+    for key in range(holder.shape[0]):
+        holder[key, OLDEST] = NONE
+        holder[key, NEWEST] = NONE
     for row in range(cache.slots.shape[1]):
         cache.slots[lane, row] = row
     cache.memo[lane, MEMO_REQUEST] = NONE
@@ -315,35 +312,36 @@ def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slot
 
 
 @_cached
-def key_nb(cache: Cache, i: int, j: int) -> int:
-    """Content of the j-th block of request i."""
-    shared = cache.shared_blocks[i]
-    per = cache.piece_blocks
-    key: int = cache.own[i] + j - shared
+def key_nb(pieces: I64, per: int, start: int, shared: int, own: int, j: int) -> int:
+    """Content of a request's j-th block; takes the request's own figures, as passing `Cache` costs more than this."""
+    key: int = own + j - shared
     if j < shared:
-        key = cache.pieces[cache.starts[i] + j // per] * per + j % per
+        key = pieces[start + j // per] * per + j % per
     return key
 
 
 @_cached
 def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
     """Blocks that hold the beginning of request i, at most so many, and those of them that nobody uses."""
-    memo, mark = cache.memo[lane], cache.mark[lane]
+    block, holder, memo = cache.block[lane], cache.holder[lane], cache.memo[lane]
     if memo[MEMO_REQUEST] != i:
         memo[MEMO_REQUEST] = i
         memo[MEMO_FOUND] = 0
         memo[MEMO_UNUSED] = 0
         memo[MEMO_STAMP] += 1
+    pieces, per = cache.pieces, cache.piece_blocks
+    start, shared, own = cache.starts[i], cache.shared_blocks[i], cache.own[i]
+    stamp = memo[MEMO_STAMP]
     found = memo[MEMO_FOUND]
     unused = memo[MEMO_UNUSED]
     while found < most:
-        b = cache.first_holder[lane, key_nb(cache, i, found)]
+        b = holder[key_nb(pieces, per, start, shared, own, found), OLDEST]
         if b == NONE:
             break
-        if cache.users[lane, b] == 0:
+        if block[b, USERS] == 0:
             unused += 1
-        mark[b] = memo[MEMO_STAMP]
-        cache.position[lane, b] = found
+        block[b, MARK] = stamp
+        block[b, PLACE] = found
         found += 1
     memo[MEMO_FOUND] = found
     memo[MEMO_UNUSED] = unused
@@ -353,59 +351,65 @@ def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
 @_cached
 def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) -> None:
     """Give request i its found blocks, then fresh ones from the front of the queue, up to a total."""
-    users, content = cache.users[lane], cache.content[lane]
-    after, before = cache.queue_after[lane], cache.queue_before[lane]
+    block, holder, memo = cache.block[lane], cache.holder[lane], cache.memo[lane]
     table = cache.table[lane, cache.slot[i]]
-    memo, mark = cache.memo[lane], cache.mark[lane]
-    ends = users.shape[0]
+    pieces, per = cache.pieces, cache.piece_blocks
+    start, shared, own = cache.starts[i], cache.shared_blocks[i], cache.own[i]
+    stamp = memo[MEMO_STAMP]
+    ends = block.shape[0] - 1
     for j in range(held, total):
-        b = cache.first_holder[lane, key_nb(cache, i, j)] if j < found else after[ends]
-        if users[b] == 0:
-            after[before[b]] = after[b]
-            before[after[b]] = before[b]
-            if mark[b] == memo[MEMO_STAMP]:
+        b = holder[key_nb(pieces, per, start, shared, own, j), OLDEST] if j < found else block[ends, BEHIND]
+        if block[b, USERS] == 0:
+            block[block[b, AHEAD], BEHIND] = block[b, BEHIND]
+            block[block[b, BEHIND], AHEAD] = block[b, AHEAD]
+            if block[b, MARK] == stamp:
                 memo[MEMO_UNUSED] -= 1
-        if j >= found and content[b] != NONE:
-            if mark[b] == memo[MEMO_STAMP] and memo[MEMO_REQUEST] != NONE:
+        key = block[b, CONTENT]
+        if j >= found and key != NONE:
+            if block[b, MARK] == stamp and memo[MEMO_REQUEST] != NONE:
                 # What was found ends before this block now.
-                kept = cache.position[lane, b]
+                waits = memo[MEMO_REQUEST]
+                its_start, its_shared, its_own = cache.starts[waits], cache.shared_blocks[waits], cache.own[waits]
+                kept = block[b, PLACE]
                 for later in range(kept + 1, memo[MEMO_FOUND]):
-                    lost = cache.first_holder[lane, key_nb(cache, memo[MEMO_REQUEST], later)]
-                    memo[MEMO_UNUSED] -= users[lost] == 0
-                    mark[lost] = 0
+                    lost = holder[key_nb(pieces, per, its_start, its_shared, its_own, later), OLDEST]
+                    memo[MEMO_UNUSED] -= block[lost, USERS] == 0
+                    block[lost, MARK] = 0
                 memo[MEMO_FOUND] = kept
-                mark[b] = 0
-            key = content[b]
-            content[b] = NONE
-            older, newer = cache.holder_before[lane, b], cache.holder_after[lane, b]
+                block[b, MARK] = 0
+            block[b, CONTENT] = NONE
+            older, newer = block[b, OLDER], block[b, NEWER]
             if older == NONE:
-                cache.first_holder[lane, key] = newer
+                holder[key, OLDEST] = newer
             else:
-                cache.holder_after[lane, older] = newer
+                block[older, NEWER] = newer
             if newer == NONE:
-                cache.last_holder[lane, key] = older
+                holder[key, NEWEST] = older
             else:
-                cache.holder_before[lane, newer] = older
-        users[b] += 1
+                block[newer, OLDER] = older
+        block[b, USERS] += 1
         table[j] = b
 
 
 @_cached
 def register_nb(cache: Cache, lane: int, i: int, full: int) -> None:
     """The first `full` blocks of request i can be found from now on."""
+    block, holder = cache.block[lane], cache.holder[lane]
     table = cache.table[lane, cache.slot[i]]
+    pieces, per = cache.pieces, cache.piece_blocks
+    start, shared, own = cache.starts[i], cache.shared_blocks[i], cache.own[i]
     for j in range(cache.registered[i], full):
         b = table[j]
-        key = key_nb(cache, i, j)
-        cache.content[lane, b] = key
-        last = cache.last_holder[lane, key]
-        cache.holder_before[lane, b] = last
-        cache.holder_after[lane, b] = NONE
+        key = key_nb(pieces, per, start, shared, own, j)
+        block[b, CONTENT] = key
+        last = holder[key, NEWEST]
+        block[b, OLDER] = last
+        block[b, NEWER] = NONE
         if last == NONE:
-            cache.first_holder[lane, key] = b
+            holder[key, OLDEST] = b
         else:
-            cache.holder_after[lane, last] = b
-        cache.last_holder[lane, key] = b
+            block[last, NEWER] = b
+        holder[key, NEWEST] = b
     if full > cache.registered[i]:
         cache.registered[i] = full
 
@@ -413,23 +417,23 @@ def register_nb(cache: Cache, lane: int, i: int, full: int) -> None:
 @_cached
 def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
     """Give all blocks of request i back, the last one first; how many of them are free now."""
-    users = cache.users[lane]
-    after, before = cache.queue_after[lane], cache.queue_before[lane]
+    block, memo = cache.block[lane], cache.memo[lane]
     table = cache.table[lane, cache.slot[i]]
-    ends = users.shape[0]
+    stamp = memo[MEMO_STAMP]
+    ends = block.shape[0] - 1
     freed = 0
     for j in range(held - 1, -1, -1):
         b = table[j]
-        users[b] -= 1
-        if users[b] == 0:
-            last = before[ends]
-            after[last] = b
-            before[b] = last
-            after[b] = ends
-            before[ends] = b
+        block[b, USERS] -= 1
+        if block[b, USERS] == 0:
+            last = block[ends, AHEAD]
+            block[last, BEHIND] = b
+            block[b, AHEAD] = last
+            block[b, BEHIND] = ends
+            block[ends, AHEAD] = b
             freed += 1
-            if cache.mark[lane, b] == cache.memo[lane, MEMO_STAMP]:
-                cache.memo[lane, MEMO_UNUSED] += 1
+            if block[b, MARK] == stamp:
+                memo[MEMO_UNUSED] += 1
     cache.registered[i] = 0
     return freed
 

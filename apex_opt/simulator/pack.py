@@ -253,6 +253,8 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
     content = BlockContent.of(trace, settings.block_size, requests.limit, _number_pieces) if on else None
     longest = int((requests.prompt + requests.limit).max()) // settings.block_size + 1 if on else 0
     keys = content.total if content else 0
+    if max(keys, pool) >= 1 << 31:
+        raise UsageError(f"prefix caching: {max(keys, pool):,} blocks of content are too many; use a shorter trace")
     nothing = np.zeros(0, np.int64)
     return kn.Cache(
         on=int(on),
@@ -264,17 +266,10 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
         slot=np.zeros(n, np.int64),
         registered=np.zeros(n, np.int64),
         slots=np.zeros((lanes, seats), np.int64),
-        table=np.zeros((lanes, seats, min(longest, pool)), np.int64),
-        users=np.zeros((lanes, pool), np.int64),
-        content=np.zeros((lanes, pool), np.int64),
-        queue_after=np.zeros((lanes, pool + 1), np.int64),
-        queue_before=np.zeros((lanes, pool + 1), np.int64),
-        holder_after=np.zeros((lanes, pool), np.int64),
-        holder_before=np.zeros((lanes, pool), np.int64),
-        first_holder=np.zeros((lanes, keys), np.int64),
-        last_holder=np.zeros((lanes, keys), np.int64),
-        mark=np.zeros((lanes, pool), np.int64),
-        position=np.zeros((lanes, pool), np.int64),
+        # Half the bytes, as these are large and read all over.
+        table=np.zeros((lanes, seats, min(longest, pool)), np.int32),
+        block=np.zeros((lanes, pool + 1, 8), np.int32),
+        holder=np.zeros((lanes, keys, 2), np.int32),
         memo=np.zeros((lanes, 4), np.int64),
     )
 
