@@ -46,6 +46,7 @@ class Option:
     default : its value where it is not given; None where that follows from other options; `REQUIRED`
     least, most : number   range of an int or float, both ends included
     choices : tuple        the only texts allowed; any where empty
+    suffix : str           how the name of a file to write must end, so that no other text is taken for one
     text : str             what `--help` says
     """
 
@@ -55,6 +56,7 @@ class Option:
     least: float = 0
     most: float = 0
     choices: tuple[str, ...] = ()
+    suffix: str = ""
     text: str
 
 
@@ -198,10 +200,11 @@ _QUESTION: Final = (
 )
 
 _TOP: Final = Option(name="top", kind=int, default=5, least=1, most=10_000, text="Candidates to show, best first.")
-_REQUESTS: Final = Option(name="requests", text="CSV file to write the latencies of every request to.")
+_REQUESTS: Final = Option(name="requests", suffix=".csv", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(
     name="timeline",
-    text="File to write every batch to, as a timeline for ui.perfetto.dev or chrome://tracing.",
+    suffix=".json",
+    text="JSON file to write every batch to, as a timeline for ui.perfetto.dev or chrome://tracing.",
 )
 _PLAN: Final = Option(
     name="plan",
@@ -394,6 +397,8 @@ def checked(option: Option, value: Any) -> Any:
             raise UsageError(f"{label}: {len(value):,} characters are more than the {LONGEST_TEXT:,} allowed")
         if option.choices and value not in option.choices:
             raise UnknownNameError(label, value[:60], option.choices)
+        if not value.endswith(option.suffix) or value == option.suffix:
+            raise UsageError(f"{label}: expected a file name that ends in {option.suffix}, got {value!r:.60}")
     return value
 
 

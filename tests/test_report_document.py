@@ -88,7 +88,9 @@ def test_only_the_top_candidates_are_listed() -> None:
 
 def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
     question = ask(Options.of(method("plan")(None, **CHEAP).options))
-    nothing = Certificate(space=4, infeasible={"memory": 4}, bounded=0, simulated=0, cut_short=0, missed=0, optimal=True, gap=None)
+    nothing = Certificate(
+        space=4, infeasible={"memory": 4}, bounded=0, simulated=0, cut_short=0, missed=0, optimal=True, gap=None
+    )
     answer = Answer(status="infeasible", best=None, candidates=(), certificate=nothing, reason="too large")
     document = answer_document("plan", question, answer, {})
     assert (document["status"], document["best"], document["candidates"]) == ("infeasible", None, [])
