@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from simulator_cases import Case, assert_same, linear, requests
+from simulator_cases import IMPLEMENTATIONS, Case, assert_same, linear, requests
 
-from apex_opt.errors import CapacityError, UsageError
+from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator import kernel, law
+from apex_opt.simulator import kernel, law, replay
+from apex_opt.simulator.stop import Stop
 
 if TYPE_CHECKING:
     from apex_opt.simulator import BatchLaw
+    from apex_opt.simulator.api import Implementation
 
 ENGINE = EngineSettings(
     max_num_seqs=4, max_num_batched_tokens=8, max_model_len=32, block_size=4, async_scheduling=False
@@ -49,7 +51,7 @@ def test_less_than_one_attention_copy_is_refused(copies: int) -> None:
 @pytest.mark.parametrize(("table", "what"), [("context_rate", "decode"), ("pair_rate", "prefill")])
 def test_rates_whose_sums_could_leave_63_bits_are_refused(table: str, what: str) -> None:
     size = getattr(case().laws[0], table).shape
-    with pytest.raises(UsageError, match=f"{what} attention: .* would overflow 63 bits"):
+    with pytest.raises(UsageError, match=f"{what} attention of this .* would overflow 63 bits"):
         case(**{table: np.full(size, 1 << 58)}).run()
 
 
@@ -102,3 +104,71 @@ def test_a_log_longer_than_first_guessed_is_complete() -> None:
     outcome = used.run()
     assert outcome.steps is not None and len(outcome.steps) == outcome.batches == 50 * 30
     assert sum(c for _, _, rows, _ in outcome.steps for _, c, _ in rows) == 200 * 30
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("table", SEATS + TOKENS)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_table_that_does_not_reach_the_engines_limits_is_refused(
+    table: str, change: int, implementation: Implementation
+) -> None:
+    size = getattr(case().laws[0], table).size + change
+    with pytest.raises(
+        UsageError, match=f"stage 0: {table} has {size} entries, the engine's limits need {size - change}"
+    ):
+        case(**{table: np.ones(size, np.int64)}).run(implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_batch_too_long_to_add_up_is_refused(implementation: Implementation) -> None:
+    with pytest.raises(UsageError, match="a batch of this plan and trace would overflow 63 bits"):
+        case(decode_ns=np.full(5, law.LARGEST)).run(implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_run_beyond_the_simulated_clock_is_refused_not_cut(implementation: Implementation) -> None:
+    slow = case(decode_ns=np.full(5, law.LARGEST // 4), mixed_ns=np.full(9, law.LARGEST // 4))
+    slow.run(implementation)
+    with pytest.raises(UsageError, match="the simulated clock passes"):
+        replace(slow, trace=requests([(0, 9, 20)] * 40)).run(implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_stage_and_unknown_routing_are_refused(implementation: Implementation) -> None:
+    with pytest.raises(UsageError, match="a batch law for each of its stages, got none"):
+        replace(case(), laws=()).run(implementation)
+    with pytest.raises(UnknownNameError, match="unknown routing 'round'"):
+        replace(case(), routing="round").run(implementation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "speed", "kind": "sum"}, "unknown metric of a stop 'speed'"),
+        ({"metric": "makespan", "kind": "sum"}, "cannot sum the makespan"),
+        ({"metric": "e2e", "kind": "mean"}, "cannot mean the e2e"),
+        ({"metric": "e2e", "kind": "count", "most": 0}, "at 0 requests would always fire"),
+    ],
+)
+def test_a_stop_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApexError, match=message):
+        Stop(limit_ns=5, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({"law_us": [1, 2]}, [[0, 5, 3]], "law_us must be 3 whole"),
+        ({"law_us": [1, 2.5, 0]}, [[0, 5, 3]], "law_us must be 3 whole"),
+        ({"stages": "two"}, [[0, 5, 3]], "stages must be 1 whole"),
+        ({"num_gpu_blocks": 7.5}, [[0, 5, 3]], "num_gpu_blocks must be 1 whole"),
+        ({}, [[0.5, 5, 3]], "arrival_ns 0.5 is not a whole number"),
+        ({}, [[0, 5.5, 3]], "prompt 5.5 is not a whole number"),
+        ({}, [[1 << 60, 5, 3]], "row 1: arrival_ns"),
+        ({}, [[1 << 70, 5, 3]], "row 1: arrival_ns"),
+    ],
+)
+def test_a_replay_takes_whole_numbers_in_range_only(changes: dict[str, Any], rows: list[Any], message: str) -> None:
+    config = {name: getattr(ENGINE, name) for name in ENGINE.__slots__} | {"law_us": [9, 1, 0], "num_gpu_blocks": 21}
+    with pytest.raises(ApexError, match=message):
+        replay(config | changes, rows)

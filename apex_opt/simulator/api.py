@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from apex_opt.errors import CapacityError, UsageError, join_faults
+from apex_opt.errors import CapacityError, UnknownNameError, UsageError, join_faults
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.law import linear_law
+from apex_opt.simulator.law import check_laws, linear_law
+from apex_opt.simulator.outcome import Routing
 from apex_opt.units import NS_PER_US, ceil_div
 from apex_opt.workload.trace import make_trace
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.simulator.law import BatchLaw
-    from apex_opt.simulator.outcome import Outcome, Routing
+    from apex_opt.simulator.outcome import Outcome
     from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
@@ -90,7 +91,20 @@ def simulate(
     """
     if replicas < 1:
         raise UsageError(f"replicas: {replicas} is below 1")
+    if routing not in get_args(Routing):
+        raise UnknownNameError("routing", str(routing)[:60], get_args(Routing))
     check_fits(settings, blocks, trace)
+    longest = trace.longest
+    check_laws(
+        laws,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        longest=longest,
+        # Sequences that share a prefix hold more tokens together than there are in the pool.
+        held=longest * settings.max_num_seqs
+        if settings.prefix_caching
+        else min(longest * settings.max_num_seqs, blocks * settings.block_size),
+    )
     if implementation == "reference":
         from apex_opt.simulator import reference
 
@@ -140,10 +154,13 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
     if short:
         raise join_faults(f"a request has {3 + caching}, with its content ids" if caching else "a request has 3", short)
     settings = EngineSettings(**{key: config[key] for key in _SETTINGS}, prefix_caching=caching)
-    weights = config.get("stage_weight", [1] * config.get("stages", 1))
-    if len(weights) != config.get("stages", 1):
-        raise UsageError(f"config: {len(weights)} stage weights for {config.get('stages', 1)} stages")
-    base, token, context = (NS_PER_US * int(x) for x in config["law_us"])
+    (stages,) = _whole("stages", [config.get("stages", 1)], 1)
+    weights = config.get("stage_weight", [1] * stages)
+    if len(weights) != stages:
+        raise UsageError(f"config: {len(weights)} stage weights for {stages} stages")
+    weights = _whole("stage_weight", weights, stages)
+    (pool,) = _whole("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
+    base, token, context = (NS_PER_US * x for x in _whole("law_us", config["law_us"], 3))
     law = linear_law(
         base_ns=base,
         token_ns=token,
@@ -151,21 +168,21 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
     )
-    arrival, prompt, output = (np.array([row[k] for row in trace], np.int64) for k in range(3))
-    order = np.argsort(arrival, kind="stable")
     requests = make_trace(
         name="replay",
-        arrival_ns=arrival[order] * NS_PER_US,
-        prompt=prompt[order],
-        output=output[order],
-        content=[trace[i][3] for i in order] if caching else None,
+        # Multiplied as Python integers: what leaves 63 bits is refused rather than wrapped.
+        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in trace],
+        prompt=[row[1] for row in trace],
+        output=[row[2] for row in trace],
+        content=[row[3] for row in trace] if caching else None,
         content_tokens=config["hash_block_tokens"] if caching else 0,
         source="recorded batches",
     )
+    order = np.argsort([row[0] for row in trace], kind="stable")  # as `make_trace` sorts
     outcome = simulate(
         settings,
-        int(config["num_gpu_blocks"]) - 1,
-        [law.scaled(int(weight)) for weight in weights],
+        pool - 1,
+        [law.scaled(weight) for weight in weights],
         requests,
         log=True,
         implementation=implementation,
@@ -181,6 +198,15 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
     return Replay(
         steps=steps, first_token_us=first.tolist(), finish_us=finish.tolist(), preemptions=outcome.preemptions
     )
+
+
+def _whole(name: str, values: Sequence[Any], count: int) -> list[int]:
+    """So many whole numbers from 0, as they stand in a config."""
+    given: list[Any] = list(values) if isinstance(values, list | tuple) else [values]
+    good = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 40 for x in given)
+    if len(given) != count or not good:
+        raise UsageError(f"config: {name} must be {count} whole number(s) from 0 to 2**40, got {str(values)[:60]}")
+    return given
 
 
 _SETTINGS = (

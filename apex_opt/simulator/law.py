@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+LARGEST: Final = 1 << 58
+"""Nanoseconds (nine years) that one batch may take on a stage: sums of two such stay far within 63 bits."""
 
 RATE_BITS: Final = 20
 """Rates are integers in 2**-20 ns, so that fractions of a nanosecond per token are kept."""
@@ -79,6 +84,59 @@ class BatchLaw:
                 rates = int(self.pair_rate[c]) * pairs + int(self.chunk_context_rate[c]) * held
                 prompts += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
         return total + prompts // min(self.copies, n - d)
+
+
+def check_laws(
+    laws: Sequence[BatchLaw], *, max_num_seqs: int, max_num_batched_tokens: int, longest: int, held: int
+) -> None:
+    """Refuse laws that do not fit the engine, or whose sums could leave 63 bits.
+
+    Parameters
+    ----------
+    laws : BatchLaw of each stage
+    max_num_seqs, max_num_batched_tokens : the engine's limits, which the tables must reach
+    longest, held : int    tokens of the longest request; of all sequences that can run at once
+
+    Raises
+    ------
+    UsageError    no stage; a table too short; negative entries; less than one attention copy; entries too large
+    """
+    if not laws:
+        raise UsageError("a plan needs a batch law for each of its stages, got none")
+    by_tokens = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
+    for stage, law in enumerate(laws):
+        for name in (f.name for f in fields(law) if f.name != "copies"):
+            table = getattr(law, name)
+            limit = max_num_batched_tokens if name in by_tokens else max_num_seqs
+            if len(table) != limit + 1:
+                raise UsageError(
+                    f"stage {stage}: {name} has {len(table)} entries, the engine's limits need {limit + 1}"
+                )
+            if int(table.min()) < 0:
+                raise UsageError(f"stage {stage}: {name} must not be negative, it holds {int(table.min())}")
+        if law.copies < 1:
+            raise UsageError(f"stage {stage}: a batch law needs at least one attention copy, not {law.copies}")
+        chunk, pairs = max_num_batched_tokens, int(law.pair_rate.max()) * max_num_batched_tokens * longest
+        worst = {
+            "decode attention": int(law.context_rate.max()) * held,
+            "prefill attention": pairs + int(law.chunk_context_rate.max()) * longest,
+            "a batch": sum(int(getattr(law, n).max()) for n in ("decode_ns", "mixed_ns", "sequence_ns", "attend_ns"))
+            + int(law.chunk_ns.max()) * min(chunk, max_num_seqs)
+            + int(law.transfer_ns.max()),
+        }
+        for name, value in worst.items():
+            if value >= (LARGEST if name == "a batch" else LARGEST << 4):
+                raise UsageError(
+                    f"stage {stage}: {name} of this plan and trace would overflow 63 bits; use a shorter trace or "
+                    "smaller times"
+                )
+
+
+def clock_overflow() -> UsageError:
+    """The error for a run that does not end within the simulated clock."""
+    return UsageError(
+        "the simulated clock passes 2**62 ns (146 years) before the last request ends; use a shorter trace"
+    )
 
 
 def linear_law(

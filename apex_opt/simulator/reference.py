@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apex_opt.simulator.content import BlockContent
+from apex_opt.simulator.law import clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.pool import BlockPool, PrefixCachingPool
 from apex_opt.simulator.stop import latencies_ns
@@ -385,6 +386,9 @@ def simulate(
 
 def _outcome(engines: Seq[Engine], requests: int) -> Outcome:
     """Put the replicas' results together, requests in their own order."""
+
+    if any(engine.now >= 1 << 62 for engine in engines):
+        raise clock_overflow()
 
     def column(name: str) -> NDArray[np.int64]:
         values = np.zeros(requests, np.int64)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from apex_opt.errors import UnknownNameError, UsageError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -34,6 +36,14 @@ class Stop:
     kind: Literal["sum", "count"]
     limit_ns: int
     most: int = 1
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UnknownNameError("metric of a stop", str(self.metric)[:60], METRICS)
+        if self.kind not in ("sum", "count") or (self.kind == "sum" and self.metric == "makespan"):
+            raise UsageError(f"a stop cannot {self.kind} the {self.metric}; makespans are counted, latencies either")
+        if self.most < 1:
+            raise UsageError(f"a stop at {self.most} requests would always fire; count at least 1")
 
     @classmethod
     def mean_above(cls, metric: Metric, seconds: float, requests: int) -> Stop:
