@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 from collections import Counter
@@ -71,7 +72,7 @@ def test_batches_follow_each_other_on_every_stage_and_fill_its_busy_time(loop: L
             for stage in stages:
                 assert [e["args"]["batch"] for e in shown[stage]] == list(range(count))
                 spans = [(nanoseconds(e["ts"]), nanoseconds(e["ts"]) + nanoseconds(e["dur"])) for e in shown[stage]]
-                assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+                assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
                 assert sum(end - start for start, end in spans) == outcome.busy_ns[replica, stage]
             for number, (start, end, rows, lost) in enumerate(steps):
                 first, last = shown[0][number], shown[-1][number]
@@ -109,7 +110,8 @@ def test_counters_are_those_of_the_log_never_negative_and_nobody_waits_in_the_en
             position += count
             mine = {i for _, _, rows, _ in steps for i, _, _ in rows}
             waiting, held = counted(events, replica, "waiting"), counted(events, replica, "KV blocks")
-            assert [time for time, _ in waiting] == [time for time, _ in held] == [step[0] for step in steps]
+            times = [step[0] for step in steps] + [max((step[1] for step in steps), default=0)] * bool(steps)
+            assert [time for time, _ in waiting] == [time for time, _ in held] == times
             assert all(value >= 0 for _, value in waiting + held)
             last: dict[int, int] = {}
             for number, (start, _, rows, lost) in enumerate(steps):
@@ -122,11 +124,7 @@ def test_counters_are_those_of_the_log_never_negative_and_nobody_waits_in_the_en
                 assert held[number][1] == sum(ceil_div(last[i], size) for i in running)
                 if not hidden and not case.settings.prefix_caching:
                     assert held[number][1] <= case.blocks
-            # Who is preempted while the last token is on its way waits for that alone.
-            if count:
-                assert waiting[-1][1] <= len(steps[-1][3])
-                if not steps[-1][3]:
-                    assert waiting[-1][1] == 0
+            assert [value for _, value in waiting[-1:] + held[-1:]] == [0, 0] * bool(steps)
 
     check()
 
@@ -159,7 +157,7 @@ def test_a_run_by_hand() -> None:
     ]
     counters = [
         {"ph": "C", "name": name, "pid": 0, "ts": ts, "args": args}
-        for ts, blocks in ((1.0, 2), (6.3, 3))
+        for ts, blocks in ((1.0, 2), (6.3, 3), (10.2, 0))
         for name, args in (("waiting", {"sequences": 0}), ("KV blocks", {"held": blocks}))
     ]
     assert events_of(used, used.run()) == names + spans + counters
@@ -215,8 +213,8 @@ def test_preempted_requests_are_named_in_the_batch_that_took_their_blocks() -> N
     assert outcome.preemptions == 1
     shown = slices(events_of(used, outcome), 0, 0)
     assert [e["args"].get("preempted") for e in shown] == [None, [1], None, None]
-    assert [value for _, value in counted(events_of(used, outcome), 0, "waiting")] == [0, 1, 1, 0]
-    assert [value for _, value in counted(events_of(used, outcome), 0, "KV blocks")] == [2, 2, 2, 2]
+    assert [value for _, value in counted(events_of(used, outcome), 0, "waiting")] == [0, 1, 1, 0, 0]
+    assert [value for _, value in counted(events_of(used, outcome), 0, "KV blocks")] == [2, 2, 2, 2, 0]
 
 
 def test_every_kind_of_event_has_what_the_format_asks_for() -> None:
@@ -328,10 +326,10 @@ def test_simulate_writes_the_timeline_of_the_run_it_reports(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == ["run.json"]
     events = json.loads(path.read_text())["traceEvents"]
     batches = slices(events, 0, 0)
-    assert len(batches) == answer["best"]["batches"]
+    assert [e["args"]["batch"] for e in batches] == list(range(len(batches)))
     assert sum(e["args"]["tokens"] for e in batches) == 30 * (300 + 9 - 1)
     assert sum(e["args"]["prompt tokens"] for e in batches) == 30 * 300
-    assert {e["name"] for e in batches} > {"decode", "100% prefill"}
+    assert {e["name"] for e in batches} >= {"decode", "100% prefill"}
     # From the first arrival to the last token.
     last = max(nanoseconds(e["ts"]) + nanoseconds(e["dur"]) for e in batches)
     first = min(nanoseconds(e["ts"]) for e in batches)

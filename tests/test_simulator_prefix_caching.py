@@ -110,7 +110,7 @@ SMALL: dict[str, Any] = {
         ({"hash_block_tokens": 0}, [[0, 5, 3, [1]]], InputError, "content_tokens must be a whole number from 1"),
         ({}, [[0, 5, 3, [1]]], InputError, "row 1: 1 content ids for a prompt of 5 tokens; give one per 4"),
         ({}, [[0, 5, 3, [1, 2]], [0, 5, 3, [1, 2, 3]]], InputError, "row 2: 3 content ids for a prompt of 5 tokens"),
-        ({}, [[0, 5, 3, [1, 1.5]]], InputError, "content 1.5 is not a whole number"),
+        ({}, [[0, 5, 3, [1, 1.5]]], InputError, "content of row 1: piece 2: id 1.5 is not a whole number"),
         ({}, [[0, 5, 3, [1, 2]], [0, 5, 3]], InputError, "row 2: 3 entries"),
         ({"hash_block_tokens": None}, [[0, 5, 3, [1, 2]]], UsageError, "config: missing hash_block_tokens"),
     ],
@@ -288,6 +288,7 @@ def test_where_nothing_is_said_twice_a_large_pool_gives_the_times_of_no_caching(
     else:
         assert trace.content is not None
         ids = np.arange(len(trace.content))[::-1].copy()
+        ids.flags.writeable = False
         trace = replace(trace, content=ids)
     assert_same(case.having(trace=trace).run(), uncached(case).run())
 

@@ -35,7 +35,8 @@ def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int)
     Yields
     ------
     One process per replica, one thread per stage with its batches, named by their share of prompt tokens so that
-    viewers colour them by it, and two counters: sequences that wait, and KV blocks that running ones hold.
+    viewers colour them by it, and two counters: sequences that wait, and KV blocks that the computed tokens of running
+    ones fill (a block that several share counts for each).
     """
     assert outcome.steps is not None and outcome.steps_per_replica is not None
     position = 0
@@ -76,7 +77,7 @@ def _batches(replica: int, steps: Sequence[Step], laws: Sequence[BatchLaw]) -> I
 
 
 def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size: int) -> Iterator[Event]:
-    """Waiting sequences and held blocks whenever a batch is formed."""
+    """Waiting sequences and held blocks whenever a batch is formed; none once all is done."""
     mine = sorted({i for _, _, rows, _ in steps for i, _, _ in rows})
     arrivals = sorted((int(outcome.arrival_ns[i]), i) for i in mine)
     endings = sorted((int(outcome.finish_ns[i]), i) for i in mine)
@@ -97,9 +98,16 @@ def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size:
         for i, _, computed in rows:
             waiting.discard(i)
             held[i] = ceil_div(computed, block_size)
-        time = start / NS_PER_US
-        yield {"ph": "C", "name": "waiting", "pid": replica, "ts": time, "args": {"sequences": len(waiting)}}
-        yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": sum(held.values())}}
+        yield from _counted(replica, start, len(waiting), sum(held.values()))
+    if steps:
+        yield from _counted(replica, steps[-1][1], 0, 0)
+
+
+def _counted(replica: int, time_ns: int, waiting: int, held: int) -> Iterator[Event]:
+    """The values of both counters from a time on."""
+    time = time_ns / NS_PER_US
+    yield {"ph": "C", "name": "waiting", "pid": replica, "ts": time, "args": {"sequences": waiting}}
+    yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": held}}
 
 
 def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> None:

@@ -106,7 +106,7 @@ def check_laws(
     by_tokens = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
     for stage, law in enumerate(laws):
         for name in (f.name for f in fields(law) if f.name != "copies"):
-            table = getattr(law, name)
+            table = np.asarray(getattr(law, name))
             limit = max_num_batched_tokens if name in by_tokens else max_num_seqs
             if len(table) != limit + 1:
                 raise UsageError(
@@ -116,13 +116,12 @@ def check_laws(
                 raise UsageError(f"stage {stage}: {name} must not be negative, it holds {int(table.min())}")
         if law.copies < 1:
             raise UsageError(f"stage {stage}: a batch law needs at least one attention copy, not {law.copies}")
-        chunk, pairs = max_num_batched_tokens, int(law.pair_rate.max()) * max_num_batched_tokens * longest
+        most = {f.name: int(np.max(getattr(law, f.name))) for f in fields(law)}
         worst = {
-            "decode attention": int(law.context_rate.max()) * held,
-            "prefill attention": pairs + int(law.chunk_context_rate.max()) * longest,
-            "a batch": sum(int(getattr(law, n).max()) for n in ("decode_ns", "mixed_ns", "sequence_ns", "attend_ns"))
-            + int(law.chunk_ns.max()) * min(chunk, max_num_seqs)
-            + int(law.transfer_ns.max()),
+            "decode attention": most["context_rate"] * held,
+            "prefill attention": (most["pair_rate"] * max_num_batched_tokens + most["chunk_context_rate"]) * longest,
+            "a batch": sum(most[name] for name in ("decode_ns", "mixed_ns", "sequence_ns", "attend_ns", "transfer_ns"))
+            + most["chunk_ns"] * min(max_num_batched_tokens, max_num_seqs),
         }
         for name, value in worst.items():
             if value >= (LARGEST if name == "a batch" else LARGEST << 4):

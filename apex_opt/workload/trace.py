@@ -43,7 +43,8 @@ class Trace:
 
     Raises
     ------
-    InputError                     no requests, arrays of another type, values out of range (with their rows)
+    InputError                     no requests, arrays of another type, values out of range or content that does not
+                                   fit the prompts (with their rows)
     """
 
     name: str
@@ -65,6 +66,7 @@ class Trace:
         _check_sizes(self.name, columns)
         if faults := _row_faults(columns):
             raise join_faults(f"trace {self.name}", faults)
+        self._check_content()
         later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
         if later.size:
             raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
@@ -72,6 +74,22 @@ class Trace:
             _check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
             if self.arrival_ns.any():
                 raise InputError(f"trace {self.name}: a closed loop has arrival times of 0; use make_trace")
+
+    def _check_content(self) -> None:
+        """Pieces for every token of every prompt, or none at all."""
+        where, ids, starts = f"trace {self.name}", self.content, self.content_starts
+        if ids is None or starts is None:
+            if ids is not None or starts is not None or self.content_tokens != 0:
+                raise InputError(f"{where}: content, content_starts and content_tokens go together; use make_trace")
+            return
+        _check_count("content_tokens", self.content_tokens, MAX_TOKENS, where)
+        for label, column in (("content", ids), ("content_starts", starts)):
+            _check_layout(where, label, column)
+        if starts.size != len(self) + 1 or starts[0] != 0 or starts[-1] != ids.size:
+            raise InputError(
+                f"{where}: content_starts must lead from 0 to {ids.size} over all requests; use make_trace"
+            )
+        _check_counts(where, np.diff(starts), self.prompt, self.content_tokens)
 
     def __len__(self) -> int:
         return self.prompt.size
@@ -213,6 +231,7 @@ def make_trace(
     # Before sorting, so that rows are counted as they were given.
     if faults := _row_faults((arrival, prompts, outputs)):
         raise join_faults(f"trace {name}", faults)
+    pieces = _content(name, content, prompts, content_tokens) if content is not None else None
     if concurrency is not None:
         arrival = np.zeros_like(arrival)
     order = np.argsort(arrival, kind="stable")
@@ -220,8 +239,11 @@ def make_trace(
     for column in frozen:
         column.flags.writeable = False
     ids = starts = None
-    if content is not None:
-        ids, starts = _content(name, [content[i] for i in order], frozen[1], content_tokens)
+    if pieces is not None:
+        ids = np.concatenate([pieces[i] for i in order])
+        starts = np.concatenate(([0], np.cumsum([pieces[i].size for i in order])))
+        for column in (ids, starts):
+            column.flags.writeable = False
     return Trace(
         name=name,
         arrival_ns=frozen[0],
@@ -235,26 +257,27 @@ def make_trace(
     )
 
 
-def _content(
-    name: str, content: Sequence[Sequence[int] | npt.NDArray[Any]], prompt: Ints, tokens: int
-) -> tuple[Ints, Ints]:
-    """Content ids of all requests in one column, and where each request's begin."""
+def _content(name: str, content: Sequence[Sequence[int] | npt.NDArray[Any]], prompt: Ints, tokens: int) -> list[Ints]:
+    """Content ids of every request."""
     _check_count("content_tokens", tokens, MAX_TOKENS, f"trace {name}")
-    columns = [_to_int64(name, "content", ids) for ids in content]
-    counts = np.array([column.size for column in columns], np.int64)
+    if not hasattr(content, "__len__") or len(content) != prompt.size:
+        raise InputError(f"trace {name}: content must be a list of ids for each of {prompt.size} requests")
+    columns = [_to_int64(f"{name}, content of row {i}", "id", ids, "piece") for i, ids in enumerate(content, 1)]
+    _check_counts(f"trace {name}", np.array([column.size for column in columns]), prompt, tokens)
+    return columns
+
+
+def _check_counts(where: str, counts: Ints, prompt: Ints, tokens: int) -> None:
+    """A content id for every piece of every prompt."""
     wrong = np.flatnonzero(counts != -(-prompt // tokens))
     if wrong.size:
         raise join_faults(
-            f"trace {name}",
+            where,
             [
                 f"row {row + 1}: {counts[row]} content ids for a prompt of {prompt[row]} tokens; give one per {tokens}"
                 for row in wrong
             ],
         )
-    ids, starts = np.concatenate(columns), np.concatenate(([0], np.cumsum(counts)))
-    for column in (ids, starts):
-        column.flags.writeable = False
-    return ids, starts
 
 
 _LABELS = ("arrival_ns", "prompt", "output")
@@ -310,8 +333,8 @@ def _check_count(label: str, value: object, most: int, where: str) -> None:
         raise InputError(f"{where}: {label} must be a whole number from 1 to {most:,}, got {shown(value)}")
 
 
-def _to_int64(name: str, label: str, values: Sequence[int] | npt.NDArray[Any]) -> Ints:
-    """A column as int64; anything that is not a whole number in range is named by its row."""
+def _to_int64(name: str, label: str, values: Sequence[int] | npt.NDArray[Any], place: str = "row") -> Ints:
+    """A column as int64; anything that is not a whole number in range is named by its row, or what a place is."""
     if isinstance(values, np.ndarray):
         if values.ndim != 1:
             raise InputError(f"trace {name}: {label} must have one dimension, got {values.ndim}")
@@ -322,7 +345,7 @@ def _to_int64(name: str, label: str, values: Sequence[int] | npt.NDArray[Any]) -
         raise InputError(f"trace {name}: {label} must be a list of whole numbers, got {shown(values)}")
     given = list(values)
     faults = [
-        f"row {row}: {label} {shown(value)} is not a whole number below 2**63"
+        f"{place} {row}: {label} {shown(value)} is not a whole number below 2**63"
         for row, value in enumerate(given, 1)
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -(1 << 63) <= value < 1 << 63
     ]
