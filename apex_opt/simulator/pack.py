@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -235,7 +236,7 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
     """Scratch memory of prefix caching; next to nothing where it is off."""
     on = settings.prefix_caching
     n, seats, pool = (len(requests.arrival), settings.max_num_seqs, blocks) if on else (0, 0, 0)
-    content = BlockContent.of(trace, settings.block_size, requests.limit, _number_pieces) if on else None
+    content = _content(trace, settings.block_size, settings.max_model_len) if on else None
     longest = int((requests.prompt + requests.limit).max()) // settings.block_size + 1 if on else 0
     keys = content.total if content else 0
     if max(keys, pool) >= 1 << 31:
@@ -257,6 +258,13 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
         holder=np.zeros((lanes, keys, 2), np.int32),
         memo=np.zeros((lanes, 4), np.int64),
     )
+
+
+@lru_cache(maxsize=4)
+def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
+    """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
+    limits = np.minimum(trace.output, max_model_len - trace.prompt)
+    return BlockContent.of(trace, block_size, limits, _number_pieces)
 
 
 def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
