@@ -128,17 +128,28 @@ def test_content_that_does_not_fit_is_refused_in_one_line(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30) -> Case:
+def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30, crowded: bool = False) -> Case:
     """Requests that take up what an earlier one has said, from some point on in other words, or start anew.
 
     Blocks of 1 to 16 tokens and pools that hold little more than the largest request, so that what could be found is
-    often overwritten.
+    often overwritten. In a crowd several compute the same long prompt chunk by chunk, so that equal content lies in
+    many blocks, and preempt each other.
     """
-    engine = replace(draw(engines("prefix caching")), block_size=draw(st.integers(1, 16)))
+    engine = replace(draw(engines("prefix caching")), block_size=draw(st.integers(1, 4 if crowded else 16)))
+    if crowded:
+        engine = replace(
+            engine,
+            max_num_seqs=draw(st.integers(2, 6)),
+            max_num_batched_tokens=100,
+            max_model_len=draw(st.integers(12, 64)),
+            long_prefill_token_threshold=draw(st.integers(1, 30)),
+        )
     size = engine.block_size
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     piece = size * draw(st.sampled_from((1, 1, 2, 3)))
-    again, words = draw(st.sampled_from((0.3, 0.8, 1.0))), draw(st.sampled_from((1, 2, 1000)))
+    again, words = (
+        (0.9, 1) if crowded else draw(st.tuples(st.sampled_from((0.3, 0.8, 1.0)), st.sampled_from((2, 1000))))
+    )
     count, gap = draw(st.integers(1, most)), draw(st.sampled_from((1, 30, 300)))
     room = engine.max_model_len - 1
     said: list[list[int]] = []
@@ -157,7 +168,8 @@ def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30) -> Case:
     zeros = draw(st.sampled_from((0.0, 0.0, 0.5)))
     return Case(
         settings=engine,
-        blocks=max(need) + draw(st.sampled_from((0, 1, 3, max(need), sum(need)))),
+        blocks=max(need)
+        + draw(st.sampled_from((0, 1, 3, max(need) // 2, *(() if crowded else (max(need), sum(need)))))),
         laws=tuple(
             random_law(engine, int(rng.integers(2**32)), zeros=zeros, copies=int(rng.integers(1, 4)))
             for _ in range(stages)
@@ -173,10 +185,11 @@ def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30) -> Case:
     )
 
 
+@pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("traffic", TRAFFIC)
-def test_kernel_equals_reference_on_random_conversations(traffic: Traffic) -> None:
-    @settings(max_examples=400)
-    @given(conversations(traffic))
+def test_kernel_equals_reference_on_random_conversations(traffic: Traffic, crowded: bool) -> None:
+    @settings(max_examples=300)
+    @given(conversations(traffic, crowded=crowded))
     def check(case: Case) -> None:
         assert_same(case.run("kernel"), case.run("reference"))
 
