@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
-from apex_opt.ir.model import DenseFfn
-from apex_opt.plan.memory import attention_shard_bytes, kv_blocks, stage_memory
+from apex_opt.ir.model import Attention, DenseFfn
+from apex_opt.plan.memory import attention_shard_bytes, ffn_token_bytes, kv_blocks, stage_memory
 from apex_opt.plan.plan import Plan, Template, even_split
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from apex_opt.cluster.types import Cluster
-    from apex_opt.ir.model import Attention, Ffn, Model
+    from apex_opt.ir.model import AttentionCell, Ffn, Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.memory import StageMemory
 
@@ -113,10 +113,11 @@ def _divisibility(instance: Instance, plan: Plan) -> Iterator[str]:
         yield from _ffn_cut(run.block.ffn, plan.ffn)
 
 
-def _attention_cut(cell: Attention, tp: int) -> Iterator[str]:
+def _attention_cut(cell: AttentionCell, tp: int) -> Iterator[str]:
     if cell.query_heads % tp:
         yield f"attention tp{tp} does not divide {cell.query_heads} query heads"
-    if cell.kv_heads % tp and tp % cell.kv_heads:
+    # A latent KV cache is copied whole, whatever the number of shards.
+    if isinstance(cell, Attention) and cell.kv_heads % tp and tp % cell.kv_heads:
         yield f"attention tp{tp} neither divides nor is a multiple of {cell.kv_heads} KV heads"
 
 
@@ -136,9 +137,10 @@ def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
 
 def _format(instance: Instance, plan: Plan) -> Iterator[str]:
     gpu = instance.cluster.gpu
-    # A weight-only format expands its weights to whichever 16-bit type the GPU has.
-    if plan.weight_format in ("bf16", "fp16", "fp8") and not gpu.supports(plan.weight_format):
-        yield f"{gpu.name} does not compute in {plan.weight_format}"
+    needed = get_format(plan.weight_format).hardware_dtype
+    if needed is not None and not gpu.supports(needed):
+        reason = f", which {plan.weight_format} needs" if needed != plan.weight_format else ""
+        yield f"{gpu.name} does not compute in {needed}{reason}"
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -181,21 +183,11 @@ def _balance(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def decode_bytes(model: Model, plan: Plan) -> int:
-    """Least weights that one GPU of each stage together read for one token: what bounds time per output token.
-
-    Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
-    """
+    """Least weights that one GPU of each stage together read for one token: what bounds time per output token."""
     total = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     for run in model.runs:
-        cell = run.block.ffn
-        bits = get_format(plan.weight_format)
-        if isinstance(cell, DenseFfn):
-            columns = ceil_div(cell.intermediate, plan.ffn.tp * plan.ffn.ep)
-        else:
-            columns = ceil_div(cell.experts_per_token, plan.ffn.ep) * ceil_div(cell.expert_intermediate, plan.ffn.tp)
-            columns += ceil_div(cell.shared_intermediate, plan.ffn.tp * plan.ffn.ep)
-        ffn = bits.weight_bytes((2 + cell.gated) * cell.hidden * columns)
-        total += run.count * (attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format) + ffn)
+        attention = attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
+        total += run.count * (attention + ffn_token_bytes(run.block.ffn, plan.ffn, plan.weight_format))
     return total
 
 

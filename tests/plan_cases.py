@@ -11,7 +11,7 @@ from apex_opt.cluster import load_cluster
 from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost.engine import EngineOverhead
 from apex_opt.evaluate import Instance, decode_bytes, space
-from apex_opt.ir import KV_BYTES, Attention, Block, DenseFfn, Model, MoeFfn, Run
+from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
 from apex_opt.search import Question, load_objective
@@ -33,6 +33,11 @@ OVERHEAD = EngineOverhead(
     mixed_step_s=500e-6,
     request_s=4e-3,
     captured_sizes=(1, 2, 4, 8, 16),
+    gap_s=0.0,
+    launch_s=0.0,
+    captured_tokens=0,
+    fused=(),
+    kernels="vllm",
     source="for tests",
 )
 
@@ -113,8 +118,38 @@ def sparse(
     )
 
 
+def latent(block: Block, **changes: Any) -> Block:
+    """A block with latent attention of as many query heads in place of its own."""
+    cell = block.attention
+    figures: dict[str, Any] = {
+        "hidden": cell.hidden,
+        "query_heads": cell.query_heads,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "nope_head_dim": 32,
+        "rope_head_dim": 16,
+        "v_head_dim": 24,
+    }
+    return replace(block, attention=LatentAttention(**(figures | changes)))
+
+
+def partly(rng: np.random.Generator, block: Block) -> Block:
+    """A block of which the checkpoint leaves some parts in 16 bit, or none."""
+
+    def chosen(cell: Any, *names: str) -> Any:
+        return replace(cell, **{name: bool(rng.random() < 0.7) for name in names})
+
+    attention, ffn = block.attention, block.ffn
+    outer = ("output_quantised",) if isinstance(attention, LatentAttention) else ()
+    shared = ("shared_quantised",) if isinstance(ffn, MoeFfn) else ()
+    return Block(attention=chosen(attention, "quantised", *outer), ffn=chosen(ffn, "quantised", *shared))
+
+
 def random_model(rng: np.random.Generator) -> Model:
-    """Dense, sparse, dense layers before sparse ones, or layers with different attention; tied or not."""
+    """Dense, sparse, dense layers before sparse ones, or layers with different attention; tied or not.
+
+    Attention may be latent, windows may alternate, and parts may be left in 16 bit.
+    """
 
     def pick(*values: Any) -> Any:
         return values[rng.integers(len(values))]
@@ -122,19 +157,27 @@ def random_model(rng: np.random.Generator) -> Model:
     heads, kv = pick((4, 2), (6, 2), (8, 1), (8, 4), (8, 8), (12, 4), (24, 8))
     shape = {"hidden": pick(256, 512, 1024), "heads": heads, "kv": kv}
     extra = {"qkv_bias": pick(True, False), "output_bias": pick(True, False), "qk_norm": pick(True, False)}
+    extra |= {"qk_norm_whole": extra["qk_norm"] and pick(True, False), "sinks": pick(True, False)}
     plain = dense(**shape, **extra, columns=pick(512, 1000, 1536, 4096))
     experts = pick(2, 4, 6, 8)
     mixed = sparse(
         **shape, **extra, columns=pick(256, 384, 1024), experts=experts, chosen=pick(1, 2), shared=pick(0, 0, 512, 768)
     )
+    mixed = replace(mixed, ffn=replace(mixed.ffn, bias=pick(True, False), router_bias=pick(True, False)))
     other = dense(**(shape | {"kv": 2}), columns=2048)
+    if pick(True, False):
+        ranks = {"q_lora_rank": pick(None, 96, 130), "kv_lora_rank": pick(32, 100)}
+        plain, mixed = latent(plain, **ranks), latent(mixed, **ranks)
+    plain, mixed, other = (partly(rng, block) for block in (plain, mixed, other))
+    slid = replace(other, attention=replace(other.attention, window=128))
     few, many = int(rng.integers(1, 5)), int(rng.integers(1, 12))
-    kind = pick("dense", "sparse", "dense first", "hybrid")
+    kind = pick("dense", "sparse", "dense first", "hybrid", "alternating")
     runs: dict[str, list[tuple[Block, int]]] = {
         "dense": [(plain, many)],
         "sparse": [(mixed, many)],
         "dense first": [(plain, few), (mixed, many)],
         "hybrid": [(plain, few), (other, 1), (plain, many), (mixed, few)],
+        "alternating": [(mixed, 1), *[(slid, 1), (other, 1)] * few, (plain, 1)],
     }
     return make_model(*runs[kind], vocab=pick(1000, 32000, 128257), tied=pick(True, False))
 
@@ -185,10 +228,10 @@ def random_instance(seed: int) -> Instance:
     """A small question whose memory and time limits cut through the space of plans."""
     rng = np.random.default_rng(seed)
     model, gpus = random_model(rng), int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8, 8]))
-    pairs = [(w, k) for w in ("bf16", "fp16", "fp8", "w8a16", "w4a16") for k in KV_BYTES]
+    pairs = [(w, k) for w in FORMATS for k in KV_BYTES]
     rng.shuffle(pairs)
     formats = [(str(w), str(k)) for w, k in pairs[: rng.integers(1, 4)]]
-    flops = [("bf16", "fp16", "fp8"), ("bf16",), ("fp16",), ("bf16", "fp8")][rng.integers(4)]
+    flops = [("bf16", "fp16", "fp8", "fp4"), ("bf16",), ("fp16",), ("bf16", "fp8")][rng.integers(4)]
     settings = replace(
         SMALL,
         max_num_seqs=int(rng.choice([1, 7, 64])),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import SMALL, dense, instance_at, make_cluster, make_model, random_instance, sparse
+from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DENSE = make_model((dense(heads=12, kv=4, columns=1536), 12))
 SPARSE = make_model((sparse(heads=12, kv=4, columns=768, experts=6, shared=1536), 12))
+LATENT = make_model((latent(dense(heads=12, columns=1536)), 12))
 FIRST = make_model((dense(heads=8, kv=4, columns=1536), 2), (sparse(heads=8, kv=4, columns=512, experts=8), 10))
 
 
@@ -28,7 +29,7 @@ def broken(model: Model, text: str, gpus: int = 8, **limits: Any) -> dict[str, s
 
 
 def test_a_plan_with_room_breaks_nothing() -> None:
-    for model in (DENSE, SPARSE, FIRST):
+    for model in (DENSE, SPARSE, LATENT, FIRST):
         for text in ("tp4", "dp2 tp2", "pp2 tp4", "attn(dp2,tp2) ffn(tp4)", "attn(dp4) ffn(dp4)"):
             assert broken(model, text) == {}
 
@@ -48,6 +49,9 @@ def test_a_plan_takes_no_more_gpus_than_are_offered() -> None:
         (DENSE, "attn(dp7) ffn(tp7)", "FFN tp7 does not divide 1536 columns"),
         (DENSE, "attn(dp6) ffn(tp6)", None),
         (DENSE, "attn(tp2) ffn(ep2)", "ep2 needs experts; the FFN is dense"),
+        (LATENT, "attn(tp12) ffn(tp12)", None),
+        (LATENT, "attn(tp6) ffn(tp6)", None),
+        (LATENT, "attn(tp8) ffn(tp8)", "attention tp8 does not divide 12 query heads"),
         (SPARSE, "attn(tp4) ffn(ep4)", "ep4 does not divide 6 experts"),
         (SPARSE, "attn(dp5) ffn(tp5)", "FFN tp5 does not divide 768 columns of an expert"),
         (SPARSE, "attn(dp6) ffn(ep6)", None),
@@ -77,6 +81,8 @@ def test_tasks_divide_over_shards_and_kv_heads_are_copied_whole(model: Model, te
         ("fp8", ("bf16", "fp8"), True),
         ("w4a16", ("fp16",), True),
         ("w8a16", ("bf16",), True),
+        ("mxfp4", ("fp16",), True),
+        ("nvfp4", ("bf16", "fp8", "fp4"), True),
     ],
 )
 def test_a_gpu_computes_in_the_formats_it_has_and_expands_weights_to_one_of_them(
@@ -84,6 +90,11 @@ def test_a_gpu_computes_in_the_formats_it_has_and_expands_weights_to_one_of_them
 ) -> None:
     found = broken(DENSE, f"tp4 {weights}", formats=((weights, "bf16"),), flops=flops)
     assert found == ({} if allowed else {"format": f"test-gpu does not compute in {weights}"})
+
+
+def test_a_format_whose_arithmetic_has_another_name_says_which_it_needs() -> None:
+    found = broken(DENSE, "tp4 nvfp4", formats=(("nvfp4", "bf16"),), flops=("bf16", "fp8"))
+    assert found == {"format": "test-gpu does not compute in fp4, which nvfp4 needs"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def test_no_stage_holds_more_than_three_halves_of_the_mean(layers: int, text: st
     assert said is None or said in found["balance"]
 
 
-@pytest.mark.parametrize("model", [DENSE, SPARSE, FIRST])
+@pytest.mark.parametrize("model", [DENSE, SPARSE, LATENT, FIRST])
 @pytest.mark.parametrize("text", ["tp1", "tp4", "pp3 tp2", "attn(dp2,tp2) ffn(tp4)", "pp2[7,5] tp2 w4a16 kv=fp8"])
 def test_memory_is_enough_to_the_byte(model: Model, text: str) -> None:
     formats = (("bf16", "bf16"), ("w4a16", "fp8"))
@@ -127,7 +138,7 @@ def test_a_memory_fault_tells_weights_workspace_and_cache() -> None:
     assert "KV cache of the longest request 0.3) and may use 77.3" in fault.text
 
 
-@pytest.mark.parametrize("model", [DENSE, SPARSE, FIRST])
+@pytest.mark.parametrize("model", [DENSE, SPARSE, LATENT, FIRST])
 @pytest.mark.parametrize("text", ["tp1", "tp4", "pp3 tp2", "attn(dp4) ffn(dp4)"])
 def test_weights_can_be_read_within_the_limit_to_the_nanosecond(model: Model, text: str) -> None:
     assert broken(model, text, tpot=0) == {}
@@ -155,6 +166,13 @@ def test_a_token_reads_its_own_experts_only_and_of_these_the_most_that_one_group
     for ep, held in ((2, 2), (4, 1), (8, 1)):
         plan = parse_plan(f"attn(dp{ep}) ffn(ep{ep})", model)
         assert decode_bytes(model, plan) - rest == held * matrix
+
+
+def test_parts_left_in_16_bit_are_read_in_16_bit() -> None:
+    block = sparse(experts=4, chosen=2, shared=256)
+    kept = replace(block, ffn=replace(block.ffn, shared_quantised=False))
+    whole, partly = (decode_bytes(make_model((b, 3)), parse_plan("tp1 fp8", make_model((b, 3)))) for b in (block, kept))
+    assert partly - whole == 3 * block.ffn.shared_parameters
 
 
 def test_faults_come_in_the_order_in_which_plans_are_charged() -> None:

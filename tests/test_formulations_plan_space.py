@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from ortools.sat.python import cp_model
-from plan_cases import dense, instance_at, make_cluster, make_model, random_instance, sparse
+from plan_cases import dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, space, violations
@@ -80,6 +80,8 @@ def allowed(instance: Instance, plan: Plan, families: list[str]) -> bool:
 DENSE = make_model((dense(heads=12, kv=4), 12))
 SPARSE = make_model((sparse(experts=6, shared=768), 5))
 MIXED = make_model((dense(), 3), (sparse(), 6), tied=True)
+LATENT = make_model((latent(dense(heads=12)), 2), (latent(sparse(heads=12, experts=6, shared=768)), 4))
+WINDOWS = make_model(*[(dense(heads=12, window=window), 1) for window in (128, None) * 3])
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,12 @@ MIXED = make_model((dense(), 3), (sparse(), 6), tied=True)
         ("divisibility", SPARSE, "attn(dp6) ffn(ep6)", {}, True),
         ("divisibility", SPARSE, "attn(dp4) ffn(ep4)", {}, False),
         ("divisibility", MIXED, "attn(tp4) ffn(tp2,ep2)", {}, True),
+        ("divisibility", LATENT, "attn(tp12) ffn(tp12)", {}, True),  # the latent cache is copied
+        ("divisibility", LATENT, "attn(dp4) ffn(tp4)", {}, True),
+        ("divisibility", LATENT, "attn(tp8) ffn(tp8)", {}, False),
+        ("format", DENSE, "tp4 nvfp4", {"formats": (("nvfp4", "bf16"),)}, False),
+        ("format", DENSE, "tp4 nvfp4", {"formats": (("nvfp4", "bf16"),), "flops": ("bf16", "fp4")}, True),
+        ("format", DENSE, "tp4 mxfp4", {"formats": (("mxfp4", "bf16"),), "flops": ("fp16",)}, True),
         ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),)}, True),
         ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),), "flops": ("fp16",)}, False),
         ("format", DENSE, "tp4 w8a16", {"formats": (("w8a16", "bf16"),), "flops": ("fp16",)}, True),
@@ -103,6 +111,12 @@ MIXED = make_model((dense(), 3), (sparse(), 6), tied=True)
         ("memory", MIXED, "tp4", {"memory": -1}, False),
         ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": 0}, True),
         ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": -1}, False),
+        ("memory", LATENT, "pp2 attn(tp6) ffn(ep6)", {"memory": 0}, True),
+        ("memory", LATENT, "pp2 attn(tp6) ffn(ep6)", {"memory": -1}, False),
+        ("memory", WINDOWS, "pp3 tp4", {"memory": 0}, True),
+        ("memory", WINDOWS, "pp3 tp4", {"memory": -1}, False),
+        ("bandwidth", LATENT, "attn(tp6) ffn(ep6)", {"tpot": 0}, True),
+        ("bandwidth", LATENT, "attn(tp6) ffn(ep6)", {"tpot": -1}, False),
         ("memory", SPARSE, "attn(dp6) ffn(ep6)", {"memory": 0}, True),
         ("memory", SPARSE, "attn(dp6) ffn(ep6)", {"memory": -1}, False),
         ("bandwidth", SPARSE, "attn(dp6) ffn(ep6)", {"tpot": 0}, True),
@@ -120,6 +134,12 @@ def test_a_plan_pinned_is_allowed_up_to_the_line_and_no_further(
     assert (family in {v.family for v in violations(instance, plan)}) is not yes
     # No other family stands in the way.
     assert allowed(instance, plan, [name for name in FAMILIES if name != family])
+
+
+def test_windows_alone_make_no_more_of_a_program() -> None:
+    plain = make_model((dense(heads=12), 6))
+    sizes = [len(SPACE.build(instance_at(model, None, 12))[0].proto.variables) for model in (plain, WINDOWS)]
+    assert sizes[0] == sizes[1]
 
 
 def test_a_plan_over_more_gpus_than_offered_is_not_in_the_program() -> None:

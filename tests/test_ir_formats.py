@@ -18,6 +18,9 @@ from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_byte
         ("fp8", 8, "fp8"),
         ("w8a16", Fraction(65, 8), "bf16"),
         ("w4a16", Fraction(33, 8), "bf16"),
+        ("w4a16g32", Fraction(9, 2), "bf16"),
+        ("mxfp4", Fraction(17, 4), "bf16"),
+        ("nvfp4", Fraction(9, 2), "fp4"),
     ],
 )
 def test_each_format_has_its_bits_and_its_matrix_type(name: str, bits: Fraction, activation: str) -> None:
@@ -27,16 +30,35 @@ def test_each_format_has_its_bits_and_its_matrix_type(name: str, bits: Fraction,
 
 
 def test_there_are_no_other_formats() -> None:
-    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a16", "w4a16"}
+    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a16", "w4a16", "w4a16g32", "mxfp4", "nvfp4"}
     assert dict(KV_BYTES) == {"bf16": 2, "fp16": 2, "fp8": 1}
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "weight_bytes"),
-    [("bf16", 7, 14), ("fp8", 7, 7), ("w4a16", 128, 66), ("w4a16", 1, 1), ("w4a16", 0, 0), ("w8a16", 128, 130)],
+    [
+        ("bf16", 7, 14),
+        ("fp8", 7, 7),
+        ("w4a16", 128, 66),
+        ("w4a16", 1, 1),
+        ("w4a16", 0, 0),
+        ("w8a16", 128, 130),
+        ("w4a16g32", 32, 18),
+        ("mxfp4", 32, 17),
+        ("nvfp4", 16, 9),
+    ],
 )
 def test_bytes_include_group_scales_and_round_up(name: str, parameters: int, weight_bytes: int) -> None:
     assert get_format(name).weight_bytes(parameters) == weight_bytes
+
+
+@pytest.mark.parametrize(("name", "needed"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "fp8"), ("nvfp4", "fp4")])
+def test_a_format_with_its_own_arithmetic_needs_hardware_for_it(name: str, needed: str) -> None:
+    assert get_format(name).hardware_dtype == needed
+
+
+def test_formats_of_weights_alone_need_no_hardware_of_their_own() -> None:
+    assert {name for name in FORMATS if FORMATS[name].hardware_dtype is None} == {"w8a16", "w4a16", "w4a16g32", "mxfp4"}
 
 
 @given(st.sampled_from(sorted(FORMATS)), st.integers(0, 10**15))
@@ -66,7 +88,7 @@ def test_unknown_names_come_with_suggestions() -> None:
 def test_a_format_checks_itself() -> None:
     with pytest.raises(InputError, match="weight_bits must be a Fraction above 0"):
         NumberFormat(name="x", weight_bits=Fraction(0), activation="bf16", description="")
-    with pytest.raises(InputError, match="activation must be one of bf16, fp16, fp8, not 'int8'"):
+    with pytest.raises(InputError, match="activation must be one of bf16, fp16, fp8, fp4, not 'int8'"):
         NumberFormat(name="x", weight_bits=Fraction(8), activation="int8", description="")
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.errors import InputError
-from apex_opt.ir import SUPPORTED_MODEL_TYPES, DenseFfn, Model, MoeFfn, model_from_config, read_config
+from apex_opt.ir import (
+    SUPPORTED_MODEL_TYPES,
+    Attention,
+    DenseFfn,
+    LatentAttention,
+    Model,
+    MoeFfn,
+    model_from_config,
+    read_config,
+)
 from apex_opt.ir.huggingface import MAX_CONFIG_BYTES
 
 LLAMA: dict[str, Any] = {
@@ -36,6 +45,30 @@ QWEN_MOE: dict[str, Any] = LLAMA | {
 MIXTRAL: dict[str, Any] = LLAMA | {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+DEEPSEEK: dict[str, Any] = LLAMA | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 2,
+}
+GPT_OSS: dict[str, Any] = LLAMA | {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 8,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
@@ -174,6 +207,77 @@ def test_glm_45_air_has_its_published_size_and_a_dense_first_layer() -> None:
     assert (attention.qkv_bias, attention.output_bias, attention.qk_norm) == (True, False, False)
 
 
+def test_deepseek_has_latent_attention_and_dense_first_layers() -> None:
+    model = read(DEEPSEEK)
+    assert counts(model) == [2, 4]
+    attention, ffn = model.runs[1].block.attention, model.runs[1].block.ffn
+    assert attention == LatentAttention(
+        hidden=64, query_heads=8, q_lora_rank=24, kv_lora_rank=16, nope_head_dim=12, rope_head_dim=4, v_head_dim=10
+    )
+    assert ffn == MoeFfn(
+        hidden=64, expert_intermediate=24, experts=8, experts_per_token=2, shared_intermediate=24, router_bias=True
+    )
+    assert isinstance(model.runs[0].block.ffn, DenseFfn)
+
+
+def test_kimi_k2_is_read_as_deepseek_v3() -> None:
+    assert read(DEEPSEEK, model_type="kimi_k2") == read(DEEPSEEK)
+
+
+def test_deepseek_v2_lite_has_its_published_size() -> None:
+    """15.7 B parameters, 2.4 B active (DeepSeek-V2 report, appendix B): no compression of queries, no correction."""
+    model = read(
+        DEEPSEEK,
+        model_type="deepseek_v2",
+        architectures=["DeepseekV2ForCausalLM"],
+        hidden_size=2048,
+        intermediate_size=10944,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        vocab_size=102400,
+    )
+    assert model.parameters == pytest.approx(15.706e9, rel=0.0005)
+    assert model.active_parameters - model.embedding_parameters == pytest.approx(2.4e9, rel=0.03)
+    assert model.runs[1].block.ffn.router_parameters == 64 * 2048
+
+
+def test_moe_layer_freq_makes_every_nth_layer_sparse() -> None:
+    assert moe_pattern(read(DEEPSEEK, moe_layer_freq=3, first_k_dense_replace=1)) == [False] * 3 + [True] + [False] * 2
+    assert moe_pattern(read(DEEPSEEK, moe_layer_freq=2, first_k_dense_replace=0)) == [True, False] * 3
+
+
+def test_gpt_oss_has_biases_sinks_and_alternating_windows() -> None:
+    model = read(GPT_OSS)
+    assert windows(model) == [128, None] * 3
+    assert model.runs[1].block.attention == Attention(
+        hidden=64, query_heads=8, kv_heads=2, head_dim=8, qkv_bias=True, output_bias=True, sinks=True
+    )
+    assert model.runs[0].block.ffn == MoeFfn(
+        hidden=64, expert_intermediate=96, experts=4, experts_per_token=2, bias=True, router_bias=True
+    )
+
+
+def test_gpt_oss_alternates_where_its_file_does_not_spell_the_layers_out() -> None:
+    assert windows(read(GPT_OSS, layer_types=None)) == windows(read(GPT_OSS))
+
+
+def test_minimax_m2_norms_the_whole_width_of_query_and_key() -> None:
+    model = read(MIXTRAL, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], head_dim=16)
+    attention, ffn = model.runs[0].block.attention, model.runs[0].block.ffn
+    assert (attention.qk_norm, attention.qk_norm_whole, attention.norm_parameters) == (True, True, 10 * 16)
+    assert ffn == MoeFfn(hidden=64, expert_intermediate=96, experts=4, experts_per_token=2, router_bias=True)
+
+
 def test_architectures_stand_in_for_a_missing_model_type() -> None:
     config = {key: value for key, value in QWEN_MOE.items() if key != "model_type"}
     assert read(config).is_moe
@@ -274,6 +378,7 @@ def test_dtype_is_read_from_either_field(fields: dict[str, Any], dtype: str) -> 
 
 
 FLOAT8 = {"num_bits": 8, "type": "float"}
+FLOAT4 = {"num_bits": 4, "type": "float", "group_size": 16}
 
 
 def compressed(weights: object, inputs: object, **extra: Any) -> dict[str, Any]:
@@ -289,6 +394,15 @@ def compressed(weights: object, inputs: object, **extra: Any) -> dict[str, Any]:
         ({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}, "fp8", "fp8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "w4a16", None),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "w8a16", None),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "w4a16g32", None),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64}, "w4a16g32", None),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, "nvfp4", None),
+        ({"quant_algo": "FP8", "kv_cache_scheme": "FP8", "producer": {"name": "modelopt"}}, "fp8", "fp8"),
+        ({"producer": {}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}, "nvfp4", "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4", None),
+        (compressed(FLOAT4, FLOAT4), "nvfp4", None),
+        (compressed(FLOAT4 | {"group_size": 32}, None), "mxfp4", None),
+        (compressed({"num_bits": 4, "type": "int", "group_size": 32}, None), "w4a16g32", None),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "w4a16", None),
         ({"quant_method": "awq", "w_bit": 4}, "w4a16", None),
         (compressed(FLOAT8, FLOAT8), "fp8", None),
@@ -314,15 +428,25 @@ def test_quantisation_sections_become_formats(section: object, weights: str, kv:
         ("fp8", "quantization_config must be an object, not 'fp8'"),
         ({"quant_method": "gptq"}, "quantization_config.bits is missing"),
         ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported; supported: 4 and 8"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "group_size 32 is not supported"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "group_size 16 is not supported with 4 bits; .* 32"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 32}, "group_size 32 is not supported with 8 bits; .* 128"),
         ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size must be a whole number .* not True"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo must be FP8, not 'NVFP4'"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo must be FP8 or NVFP4, not 'W4A8'"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size 32 is not supported"),
+        ({"quant_method": "fp8", "ignore": "lm_head"}, "quantization_config.ignore must be a list, not 'lm_head'"),
+        ({"quant_method": "fp8", "ignore": ["lm_head", 3]}, "quantization_config.ignore must hold names, not 3"),
+        ({"quant_method": "fp8", "ignore": ["re:("]}, r"ignore holds no regular expression behind re: \(missing"),
+        (compressed(FLOAT8, FLOAT8, kv_cache_scheme="INT8"), "kv_cache_scheme must be FP8, not 'INT8'"),
+        (compressed(FLOAT4 | {"group_size": 32}, FLOAT4), "4-bit ones in groups of 16"),
         ({"quant_method": "compressed-tensors"}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": None}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": []}, "config_groups must be an object"),
         (compressed(None, None), "config_groups.group_0.weights is missing"),
         (compressed({"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "int"}), "group_0 must have 8-bit float"),
-        (compressed({"num_bits": 4, "type": "float"}, None), "'float' is supported with num_bits 8 only"),
+        (
+            compressed({"num_bits": 4, "type": "float"}, None),
+            "'float' is supported with num_bits 8, or with num_bits 4",
+        ),
         (compressed(FLOAT8, FLOAT8, kv_cache_scheme={"num_bits": 4, "type": "float"}), "kv_cache_scheme.num_bits 4"),
         (compressed(FLOAT8, FLOAT8, kv_cache_scheme={"num_bits": 8, "type": "int"}), "num_bits 8 of type 'int'"),
         (compressed(FLOAT8, FLOAT8, kv_cache_quant_algo="INT8"), "kv_cache_quant_algo must be FP8, not 'INT8'"),
@@ -343,12 +467,129 @@ def test_quantisation_sections_we_cannot_serve_are_refused(section: object, text
         read(LLAMA, quantization_config=section)
 
 
+# --- what a number format covers ----------------------------------------------------------------------------------
+
+
+def covered(model: Model) -> list[tuple[bool, ...]]:
+    """Per layer: attention, its output projection, FFN or routed experts, shared FFN."""
+    rows = []
+    for run in model.runs:
+        attention, ffn = run.block.attention, run.block.ffn
+        output = attention.output_quantised if isinstance(attention, LatentAttention) else attention.quantised
+        shared = ffn.shared_quantised if isinstance(ffn, MoeFfn) else True
+        rows += [(attention.quantised, output, ffn.quantised, shared)] * run.count
+    return rows
+
+
+def modelopt(*names: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": list(names)}
+
+
+ALL = (True, True, True, True)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        None,
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "fp8", "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]},
+        {
+            "quant_method": "fp8",
+            "modules_to_not_convert": ["model.layers.0.input_layernorm", "model.layers.3.mlp.gate"],
+        },
+        modelopt("lm_head", "model.embed_tokens", "*.mlp.gate", "vision_tower*", "mtp.layers.0*"),
+        compressed(FLOAT8, FLOAT8, ignore=["lm_head", "re:.*mlp.gate$", "re:visual.*"]),
+    ],
+)
+def test_a_section_that_leaves_out_no_matrix_of_a_block_covers_all(section: object) -> None:
+    assert covered(read(DEEPSEEK, quantization_config=section)) == [ALL] * 6
+
+
+@pytest.mark.parametrize(
+    ("names", "layers", "expected"),
+    [
+        (["model.layers.3.self_attn*"], {3}, (False, False, True, True)),
+        (["model.layers.3.self_attn"], {3}, (False, False, True, True)),
+        (["language_model.model.layers.3*"], {3}, (False, False, False, False)),
+        (["model.language_model.layers.3.mlp.shared_experts*"], {3}, (True, True, True, False)),
+        (["model.layers.3.self_attn.q_a_proj", "model.layers.3.self_attn.kv_b_proj"], {3}, (False, True, True, True)),
+        (["model.layers.3.self_attn.o_proj"], {3}, (True, False, True, True)),
+        (["model.layers.3.mlp.experts.*.down_proj"], {3}, (True, True, False, True)),
+        (["model.layers.*.self_attn"], set(range(6)), (False, False, True, True)),
+        (["self_attn"], set(range(6)), (False, False, True, True)),
+        (["*.mlp.shared_experts.*"], {2, 3, 4, 5}, (True, True, True, False)),
+        (["re:.*self_attn.*"], set(range(6)), (False, False, True, True)),
+        (["re:.*layers\\.3\\..*shared_experts.*"], {3}, (True, True, True, False)),
+        (["re:language_model.model.layers.3.mlp.experts"], {3}, (True, True, False, True)),
+        (["re:.*mlp\\.(gate|up|gate_up|down)_proj.*"], {0, 1}, (True, True, False, True)),
+        (["model.layers.30.self_attn*", "model.layers.3"], {3}, (False, False, False, False)),
+    ],
+)
+def test_modules_left_out_are_found_by_name_glob_and_expression(
+    names: list[str], layers: set[int], expected: tuple[bool, ...]
+) -> None:
+    rows = [expected if layer in layers else ALL for layer in range(6)]
+    assert covered(read(DEEPSEEK, quantization_config=modelopt(*names))) == rows
+    for key in ("ignore", "modules_to_not_convert"):
+        section = compressed(FLOAT8, FLOAT8, **{key: names})
+        assert covered(read(DEEPSEEK, quantization_config=section)) == rows
+
+
+def test_layers_that_are_quantised_differently_make_several_runs() -> None:
+    model = read(LLAMA, quantization_config=modelopt("model.layers.0.mlp*", "model.layers.5.self_attn.v_proj"))
+    assert counts(model) == [1, 4, 1]
+    assert covered(model) == [(True, True, False, True), *[ALL] * 4, (False, False, True, True)]
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (MIXTRAL, ["*.block_sparse_moe.experts.*"]),
+        (QWEN_MOE, ["model.layers.*.mlp.experts"]),
+        (LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}, ["re:.*gate_up_proj"]),
+    ],
+)
+def test_families_name_their_matrices_differently(config: dict[str, Any], names: list[str]) -> None:
+    assert covered(read(config, quantization_config=modelopt(*names))) == [(True, True, False, True)] * 6
+
+
+@pytest.mark.parametrize("listed", [["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"], []])
+def test_mxfp4_covers_routed_experts_alone(listed: list[str]) -> None:
+    section = {"quant_method": "mxfp4", "modules_to_not_convert": listed}
+    assert covered(read(GPT_OSS, quantization_config=section)) == [(False, False, True, True)] * 6
+    assert covered(read(DEEPSEEK, quantization_config=section))[0] == (False, False, False, True)
+    assert covered(read(DEEPSEEK, quantization_config=section))[5] == (False, False, True, False)
+
+
+def test_targets_that_are_named_are_the_only_ones_covered() -> None:
+    group = {"weights": FLOAT8, "input_activations": FLOAT8}
+    named = group | {"targets": ["re:.*mlp\\.experts.*"]}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"a": named}}
+    rows = covered(read(DEEPSEEK, quantization_config=section))
+    assert rows == [(False, False, False, True)] * 2 + [(False, False, True, False)] * 4
+    section["config_groups"]["b"] = group | {"targets": ["Linear"]}  # type: ignore[index]
+    assert covered(read(DEEPSEEK, quantization_config=section)) == [ALL] * 6
+
+
+def test_a_section_that_quantises_the_cache_alone_leaves_nothing_out() -> None:
+    section = {"quant_method": "compressed-tensors", "kv_cache_scheme": FLOAT8, "ignore": ["re:.*self_attn.*"]}
+    assert covered(read(DEEPSEEK, quantization_config=section)) == [ALL] * 6
+
+
+def test_a_long_list_of_modules_is_read_layer_by_layer() -> None:
+    layers = 2000
+    names = [f"model.layers.{n}.self_attn.{part}_proj" for n in range(0, layers, 2) for part in "qkvo"]
+    model = read(LLAMA, num_hidden_layers=layers, quantization_config=modelopt(*names))
+    assert [row[0] for row in covered(model)] == [False, True] * (layers // 2)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "model_type",
-    ["deepseek_v3", "bert", "llava", "gemma2", "t5", "gpt2", "qwen3_next", pytest.param("a" * 5000, id="long")],
+    ["deepseek_v32", "glm_moe_dsa", "qwen3_5_moe", "bert", "llava", "gemma2", pytest.param("a" * 5000, id="long")],
 )
 def test_other_families_are_refused_with_those_supported(model_type: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -434,6 +675,11 @@ def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
         (QWEN_MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1"),
         (QWEN_MOE, {"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number from 0"),
         (QWEN_MOE, {"model_type": "qwen2_moe"}, "shared_expert_intermediate_size is missing"),
+        (DEEPSEEK, {"kv_lora_rank": None}, "kv_lora_rank is missing"),
+        (DEEPSEEK, {"q_lora_rank": 0}, "q_lora_rank must be a whole number from 1"),
+        (DEEPSEEK, {"attention_bias": True}, "attention_bias true is not supported with latent attention"),
+        (DEEPSEEK, {"moe_layer_freq": [0, 1]}, "moe_layer_freq must be a whole number from 1"),
+        (GPT_OSS, {"sliding_window": None}, "but sliding_window is missing or switched off"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(config: dict[str, Any], changes: dict[str, Any], text: str) -> None:
@@ -466,6 +712,17 @@ def test_a_file_and_its_folder_give_the_same_model(tmp_path: Path) -> None:
     model = read_config(folder)
     assert model == read_config(folder / "config.json")
     assert (model.name, model.source) == ("my-llama", str(folder / "config.json"))
+
+
+def test_a_quantisation_file_beside_the_config_is_read_where_the_config_has_no_section(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
+    algo = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["*.self_attn*"]}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": algo}))
+    model = read_config(tmp_path)
+    assert (model.weight_format, model.kv_format) == ("nvfp4", "fp8")
+    assert covered(model) == [(False, False, True, True)] * 6
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK | {"quantization_config": {"quant_method": "fp8"}}))
+    assert read_config(tmp_path).weight_format == "fp8"
 
 
 @pytest.mark.parametrize("filename", ["small.config.json", "small.json"])
@@ -589,27 +846,40 @@ def test_parameters_are_the_sum_of_the_checkpoint_tensors(
     assert model.weight_bytes() == 2 * total
 
 
+WORDS = ["", "fp8", "gptq", "awq", "mxfp4", "modelopt", "NVFP4", "compressed-tensors", "float", "int", "Linear"]
+WORDS += ["full_attention", "a\nb", "re:[", "re:.*", "*"]
 LEAF = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 300) | st.integers(),
     st.floats(),
-    st.sampled_from(
-        ["", "fp8", "gptq", "awq", "modelopt", "compressed-tensors", "float", "int", "full_attention", "a\nb"]
-    ),
+    st.sampled_from(WORDS),
 )
 INNER_KEYS = ["quant_method", "bits", "group_size", "quant_algo", "config_groups", "kv_cache_scheme", "weights"]
+INNER_KEYS += ["ignore", "exclude_modules", "targets", "quantization"]
 GROUP = LEAF | st.dictionaries(
     st.sampled_from([*INNER_KEYS, "input_activations", "num_bits", "type"]), LEAF, max_size=3
 )
 JSON = GROUP | st.lists(LEAF, max_size=3) | st.dictionaries(st.sampled_from(INNER_KEYS), GROUP, max_size=4)
 KEYS = sorted(
-    {*LLAMA, *QWEN_MOE, "layer_types", "sliding_window", "use_sliding_window", "mlp_only_layers", "text_config"}
+    {
+        *LLAMA,
+        *QWEN_MOE,
+        *DEEPSEEK,
+        "layer_types",
+        "sliding_window",
+        "use_sliding_window",
+        "mlp_only_layers",
+        "text_config",
+    }
     | {"quantization_config", "max_window_layers", "decoder_sparse_step", "first_k_dense_replace", "dtype"}
 )
 
 
-@given(st.sampled_from([LLAMA, QWEN_MOE, MIXTRAL]), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
+@given(
+    st.sampled_from([LLAMA, QWEN_MOE, MIXTRAL, DEEPSEEK, GPT_OSS]),
+    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3),
+)
 def test_whatever_a_field_holds_the_answer_is_a_model_or_one_line(
     config: dict[str, Any], changes: dict[str, Any]
 ) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.ir import Attention, Block, DenseFfn, Model, MoeFfn, Run
+from apex_opt.ir import Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 
 ATTENTION = Attention(hidden=10, query_heads=6, kv_heads=2, head_dim=4)
+LATENT = LatentAttention(
+    hidden=10, query_heads=6, q_lora_rank=5, kv_lora_rank=3, nope_head_dim=4, rope_head_dim=2, v_head_dim=7
+)
 DENSE = DenseFfn(hidden=10, intermediate=7)
 MOE = MoeFfn(hidden=10, expert_intermediate=3, experts=5, experts_per_token=2)
 
@@ -44,7 +47,44 @@ def test_attention_counts_each_optional_part() -> None:
     assert replace(ATTENTION, qkv_bias=True).parameters == base + 24 + 8 + 8
     assert replace(ATTENTION, output_bias=True).parameters == base + 10
     assert replace(ATTENTION, qk_norm=True).parameters == base + 2 * 4
-    assert replace(ATTENTION, window=5, qkv_bias=True, qk_norm=True).matrix_parameters == base
+    assert replace(ATTENTION, qk_norm=True, qk_norm_whole=True).parameters == base + 24 + 8
+    assert replace(ATTENTION, sinks=True).parameters == base + 6
+    assert replace(ATTENTION, window=5, qkv_bias=True, qk_norm=True, sinks=True).matrix_parameters == base
+
+
+def test_latent_attention_is_the_sum_of_its_checkpoint_tensors() -> None:
+    q_a, q_b, kv_a, kv_b, output = 10 * 5, 5 * 6 * (4 + 2), 10 * (3 + 2), 3 * 6 * (4 + 7), 6 * 7 * 10
+    norms = 5 + 3
+    assert LATENT.matrix_parameters == q_a + q_b + kv_a + kv_b + output
+    assert LATENT.parameters == LATENT.active_parameters == LATENT.matrix_parameters + norms
+    direct = replace(LATENT, q_lora_rank=None)
+    assert direct.parameters == 10 * 6 * (4 + 2) + kv_a + kv_b + output + 3
+
+
+def test_latent_attention_caches_one_vector_that_all_heads_share() -> None:
+    assert LATENT.kv_elements_per_token == LATENT.latent_dim == 3 + 2
+    assert (LATENT.tasks, LATENT.kv_heads, LATENT.qk_head_dim, LATENT.window) == (6, 1, 6, None)
+
+
+def test_what_a_checkpoint_leaves_out_is_counted_but_not_quantised() -> None:
+    for cell in (ATTENTION, LATENT, DENSE, MOE):
+        assert replace(cell, quantised=False).parameters == cell.parameters
+        assert replace(cell, quantised=False).active_parameters == cell.active_parameters
+    assert replace(ATTENTION, quantised=False).matrix_parameters == 0
+    assert replace(DENSE, quantised=False).matrix_parameters == 0
+    output = 6 * 7 * 10
+    assert replace(LATENT, quantised=False).matrix_parameters == output
+    assert replace(LATENT, output_quantised=False).matrix_parameters == LATENT.matrix_parameters - output
+    shared = replace(MOE, shared_intermediate=4)
+    assert replace(shared, quantised=False).matrix_parameters == 3 * 10 * 4
+    assert replace(shared, shared_quantised=False).matrix_parameters == MOE.matrix_parameters
+
+
+def test_a_part_left_out_stays_16_bit_in_every_format() -> None:
+    block = Block(attention=replace(ATTENTION, quantised=False), ffn=DENSE)
+    kept = ATTENTION.parameters + block.norm_parameters
+    for name, ffn_bytes in (("bf16", 2 * 210), ("fp8", 210), ("nvfp4", 119), ("mxfp4", 112)):
+        assert block.weight_bytes(name) == 2 * kept + ffn_bytes
 
 
 def test_dense_ffn_counts_gate_and_biases() -> None:
@@ -62,6 +102,13 @@ def test_moe_ffn_counts_all_experts_but_activates_a_few() -> None:
     assert MOE.parameters == 5 * 90 + 50
     assert MOE.active_parameters == 2 * 90 + 50
     assert MOE.matrix_parameters == 5 * 90
+
+
+def test_moe_counts_the_biases_of_experts_and_router() -> None:
+    assert replace(MOE, bias=True).parameters == MOE.parameters + 5 * (3 + 3 + 10)
+    assert replace(MOE, bias=True).active_parameters == MOE.active_parameters + 2 * (3 + 3 + 10)
+    assert replace(MOE, router_bias=True).router_parameters == 50 + 5
+    assert replace(MOE, bias=True, router_bias=True).matrix_parameters == MOE.matrix_parameters
 
 
 def test_moe_shared_expert_is_always_active() -> None:
@@ -126,6 +173,25 @@ def test_attention_refuses(bad: dict[str, Any], text: str) -> None:
         replace(ATTENTION, **bad)
 
 
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"q_lora_rank": 0}, "latent attention: q_lora_rank must be a whole number from 1"),
+        ({"kv_lora_rank": None}, "kv_lora_rank must be a whole number from 1 to 2147483648, not None"),
+        ({"rope_head_dim": 0, "v_head_dim": -1}, "rope_head_dim must .*; v_head_dim must"),
+        ({"output_quantised": 1}, "output_quantised must be true or false, not 1"),
+    ],
+)
+def test_latent_attention_refuses(bad: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        replace(LATENT, **bad)
+
+
+def test_norms_over_all_heads_need_norms() -> None:
+    with pytest.raises(InputError, match="qk_norm_whole needs qk_norm"):
+        replace(ATTENTION, qk_norm_whole=True)
+
+
 def test_ffns_refuse_what_they_cannot_be() -> None:
     with pytest.raises(InputError, match="intermediate must be a whole number"):
         replace(DENSE, intermediate=2**31 + 1)
@@ -140,8 +206,9 @@ def test_ffns_refuse_what_they_cannot_be() -> None:
 
 
 def test_block_and_run_refuse_what_does_not_fit() -> None:
-    with pytest.raises(InputError, match="attention has hidden 10 but the FFN 12"):
-        Block(attention=ATTENTION, ffn=replace(DENSE, hidden=12))
+    for attention in (ATTENTION, LATENT):
+        with pytest.raises(InputError, match="attention has hidden 10 but the FFN 12"):
+            Block(attention=attention, ffn=replace(DENSE, hidden=12))
     with pytest.raises(InputError, match="count must be a whole number from 1 to 100000, not 0"):
         Run(block=Block(attention=ATTENTION, ffn=DENSE), count=0)
 

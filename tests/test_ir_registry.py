@@ -28,6 +28,15 @@ SIZES = {
     "qwen3-32b": 32.76,
     "qwen3-30b-a3b": 30.53,
     "qwen3-235b-a22b": 235.09,
+    "qwen3-coder-480b-a35b": 480.15,
+    "deepseek-v3": 671.03,
+    "deepseek-r1": 671.03,
+    "kimi-k2": 1026.4,
+    "kimi-k2.5": 1026.4,
+    "gpt-oss-20b": 20.91,
+    "gpt-oss-120b": 116.83,
+    "minimax-m2": 228.7,
+    "minimax-m2.5": 228.7,
 }
 
 
@@ -51,8 +60,60 @@ def test_active_parameters_match_the_published_figure(name: str, billions: float
 
 
 @pytest.mark.parametrize(
+    ("name", "billions", "tolerance"),
+    [
+        ("gpt-oss-20b", 3.61, 0.005),
+        ("gpt-oss-120b", 5.13, 0.005),
+        ("deepseek-v3", 37.0, 0.02),
+        ("kimi-k2", 32.0, 0.02),
+        ("minimax-m2", 10.0, 0.05),
+        ("qwen3-coder-480b-a35b", 35.0, 0.03),
+    ],
+)
+def test_active_parameters_without_the_embedding_match_the_published_figure(
+    name: str, billions: float, tolerance: float
+) -> None:
+    """OpenAI's model card counts the LM head but not the embedding; the others give two digits."""
+    model = load_model(name)
+    active = model.active_parameters - model.embedding_parameters
+    assert active == pytest.approx(billions * 1e9, rel=tolerance)
+
+
+def test_deepseek_v3_has_its_published_size_to_the_parameter() -> None:
+    """The sum over the shapes of its checkpoint, without the multi-token-prediction layer."""
+    attention = 7168 * 1536 + 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168
+    expert, norms = 3 * 7168 * 2048, 2 * 7168
+    sparse = 257 * expert + 256 * 7168 + 256
+    dense = 3 * 7168 * 18432
+    total = 61 * (attention + norms) + 3 * dense + 58 * sparse + 2 * 129280 * 7168 + 7168
+    assert load_model("deepseek-v3").parameters == total == 671_026_419_200
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "tolerance"),
+    [
+        # OpenAI, gpt-oss model card, 2025, table 1: 60.8 and 12.8 GiB.
+        ("gpt-oss-120b", 60.8 * 1.073741824, 0.002),
+        ("gpt-oss-20b", 12.8 * 1.073741824, 0.005),
+        # 688.6 GB of files hold the multi-token-prediction layer as well (README_WEIGHTS of DeepSeek-V3): 11.5 B
+        # parameters, and copies of embedding and LM head.
+        ("deepseek-r1", 688.6 - 11.5 - 2 * 1.85, 0.002),
+        # vLLM recipe for MiniMax-M2: 220 GB.
+        ("minimax-m2.5", 220.0, 0.05),
+    ],
+)
+def test_weights_take_the_bytes_of_the_published_checkpoint(name: str, gigabytes: float, tolerance: float) -> None:
+    assert load_model(name).weight_bytes() == pytest.approx(gigabytes * 1e9, rel=tolerance)
+
+
+@pytest.mark.parametrize(
     ("name", "kv_heads", "kv_bytes"),
-    [("llama-3.1-8b", 8, 131072), ("llama-3.1-405b", 8, 516096), ("mixtral-8x22b", 8, 229376)],
+    [
+        ("deepseek-v3", 1, 70272),
+        ("llama-3.1-8b", 8, 131072),
+        ("llama-3.1-405b", 8, 516096),
+        ("mixtral-8x22b", 8, 229376),
+    ],
 )
 def test_kv_cache_per_token_in_bf16(name: str, kv_heads: int, kv_bytes: int) -> None:
     model = load_model(name)
@@ -60,11 +121,39 @@ def test_kv_cache_per_token_in_bf16(name: str, kv_heads: int, kv_bytes: int) -> 
     assert model.kv_bytes_per_token(2) == kv_bytes
 
 
+def test_kimi_k25_has_4_bit_routed_experts_and_all_else_in_16_bit() -> None:
+    model = load_model("kimi-k2.5")
+    experts = 60 * 384 * 3 * 7168 * 2048
+    assert model.matrix_parameters == experts
+    assert model.weight_bytes() == experts * 9 // 16 + 2 * (model.parameters - experts)
+    assert model.weight_bytes("fp8") == experts + 2 * (model.parameters - experts)
+    assert model.weight_bytes("bf16") == 2 * model.parameters == load_model("kimi-k2").weight_bytes("bf16")
+
+
+def test_gpt_oss_alternates_windows_and_quantises_its_experts_alone() -> None:
+    model = load_model("gpt-oss-120b")
+    assert [run.block.attention.window for run in model.runs] == [128, None] * 18
+    assert model.matrix_parameters == 36 * 128 * 3 * 2880 * 2880
+
+
 def test_list_holds_every_model_once_under_its_own_name() -> None:
     models = list_models()
     assert [model.name for model in models] == list(SIZES)
-    assert all(len(model.runs) == 1 for model in models)
-    assert all(model.weight_format == model.dtype == "bf16" for model in models)
+    runs = {model.name: len(model.runs) for model in models if len(model.runs) > 1}
+    latent = dict.fromkeys(("deepseek-v3", "deepseek-r1", "kimi-k2", "kimi-k2.5"), 2)
+    assert runs == latent | {"gpt-oss-20b": 24, "gpt-oss-120b": 36}
+    formats = {model.name: model.weight_format for model in models if model.weight_format != "bf16"}
+    assert formats == {
+        "deepseek-v3": "fp8",
+        "deepseek-r1": "fp8",
+        "kimi-k2": "fp8",
+        "kimi-k2.5": "w4a16g32",
+        "gpt-oss-20b": "mxfp4",
+        "gpt-oss-120b": "mxfp4",
+        "minimax-m2": "fp8",
+        "minimax-m2.5": "fp8",
+    }
+    assert all(model.dtype == "bf16" for model in models)
 
 
 def test_the_trillion_parameter_model_says_that_it_is_synthetic() -> None:
@@ -79,6 +168,9 @@ def test_the_trillion_parameter_model_says_that_it_is_synthetic() -> None:
         ("META-LLAMA/LLAMA-3.3-70B-INSTRUCT", "llama-3.3-70b"),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
         ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
+        ("qwen3-coder-480b", "qwen3-coder-480b-a35b"),
+        ("deepseek-ai/DeepSeek-R1-0528", "deepseek-r1"),
+        ("openai/gpt-oss-120b", "gpt-oss-120b"),
         (" Llama-3.1-8B ", "llama-3.1-8b"),
     ],
 )
@@ -179,7 +271,7 @@ def test_an_unknown_name_tells_the_three_ways(name: str) -> None:
         ("llama3.1-70b", "did you mean llama-3.1-70b"),
         ("LLAMA-3.1-71B", "did you mean llama-3.1-70b"),
         ("meta-llama/Llama-3.1-71B", "meta-llama/llama-3.1-70b"),
-        ("nonsense-9z", "known: llama-1t, "),
+        ("nonsense-9z", "known: deepseek-r1, "),
     ],
 )
 def test_an_unknown_name_comes_with_suggestions(name: str, near: str) -> None:

@@ -7,12 +7,12 @@ import itertools
 
 import numpy as np
 import pytest
-from plan_cases import SMALL, dense, instance_at, make_gpu, make_model, random_model, sparse
+from plan_cases import SMALL, dense, instance_at, latent, make_gpu, make_model, random_model, sparse
 
 from apex_opt.cluster import load_cluster
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import space
-from apex_opt.ir import Block, Model, load_model
+from apex_opt.ir import Attention, Block, Model, load_model
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
 from apex_opt.plan.plan import Plan, parse_plan
@@ -82,8 +82,6 @@ def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: in
         if (
             plan.attention.dp == plan.ffn.dp == 1
             and model.vocab % plan.attention.tp == 0
-            and all(b.attention.query_heads % plan.attention.tp == 0 for b in blocks)
-            and all(b.attention.kv_heads % plan.attention.tp == 0 for b in blocks)
             and all(divides(b, plan) for b in blocks)
         ):
             equal += 1
@@ -93,20 +91,34 @@ def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: in
                 + 2 * model.hidden
                 + routers
             )
+            # The bias of a down projection goes with its expert, whole on each of its shards.
+            biases = sum(run.count * 2 * down_biases(run.block) for run in model.runs) * (plan.ffn.tp - 1)
             tied = 2 * model.vocab * model.hidden if model.tied_embeddings and plan.stages > 1 else 0
-            assert held == model.weight_bytes("bf16") + (plan.stage_devices - 1) * copied + tied
+            assert held == model.weight_bytes("bf16") + (plan.stage_devices - 1) * copied + biases + tied
     assert equal >= 1
 
 
 def small(block: Block) -> int:
     """Weights of an attention cell that no shard divides."""
     attention = block.attention
-    return attention.output_bias * attention.hidden + attention.qk_norm * 2 * attention.head_dim
+    if not isinstance(attention, Attention):
+        return attention.down_parameters + attention.norm_parameters
+    norms = attention.qk_norm * (not attention.qk_norm_whole) * 2 * attention.head_dim
+    return attention.output_bias * attention.hidden + norms
+
+
+def down_biases(block: Block) -> int:
+    """Weights of the biases of all experts' down projections."""
+    return block.ffn.experts * block.hidden * block.ffn.bias if block.is_moe else 0
 
 
 def divides(block: Block, plan: Plan) -> bool:
-    """Whether FFN shards are equal."""
-    ffn, tp, ep = block.ffn, plan.ffn.tp, plan.ffn.ep
+    """Whether shards are equal and no KV head is copied."""
+    attention, ffn, tp, ep = block.attention, block.ffn, plan.ffn.tp, plan.ffn.ep
+    if attention.query_heads % plan.attention.tp:
+        return False
+    if isinstance(attention, Attention) and attention.kv_heads % plan.attention.tp:
+        return False
     if block.is_moe:
         shared = ffn.shared_intermediate % (tp * ep) == 0
         return ffn.experts % ep == 0 and ffn.expert_intermediate % tp == 0 and shared
@@ -122,6 +134,45 @@ def test_a_gpu_holds_less_the_more_shards_there_are(name: str) -> None:
         assert one.workspace_bytes >= other.workspace_bytes
         assert one.kv_block_bytes >= other.kv_block_bytes
         assert one.kv_blocks <= other.kv_blocks
+
+
+def test_a_latent_cache_lies_whole_on_every_shard() -> None:
+    model = load_model("deepseek-v3")
+    for text in ("tp1", "tp8", "tp16", "attn(dp8,tp2) ffn(ep16)"):
+        (stage,) = stage_memory(model, H200, parse_plan(text, model), VLLM)
+        assert stage.kv_block_bytes == 16 * 61 * 576 * 2
+
+
+def test_weights_of_deepseek_on_eight_equal_sums_done_by_hand() -> None:
+    # Each GPU: both compressions whole, 16 of 128 heads, 32 of 256 experts, an eighth of the shared one and of the
+    # dense layers' columns; norms, router and its correction in 16 bit.
+    attention = 7168 * (1536 + 576) + 16 * (1536 * 192 + 512 * 256 + 128 * 7168)
+    norms = 2 * (1536 + 512 + 2 * 7168)
+    sparse_ffn = 32 * 3 * 7168 * 2048 + 3 * 7168 * 256 + 2 * (7168 * 256 + 256)
+    dense_ffn = 3 * 7168 * 2304
+    both_ends = 2 * 2 * (129280 // 8) * 7168 + 2 * 7168
+    model = load_model("deepseek-v3")
+    assert weights(model, "attn(tp8) ffn(ep8) fp8") == [
+        61 * (attention + norms) + 58 * sparse_ffn + 3 * dense_ffn + both_ends
+    ]
+
+
+def test_the_workspace_of_latent_attention_holds_expanded_keys_and_values_of_the_heads_here() -> None:
+    block = latent(dense(heads=8, columns=64), q_lora_rank=96)
+    model = make_model((block, 1), vocab=10)
+    plan = parse_plan("tp2", model)
+    # Per head: query, key, key nope and value out of the latent vector; the latent vectors of query and of key.
+    width = 4 * (48 + 48 + 32 + 24) + 96 + 64 + 16
+    assert workspace_bytes(model, plan, SMALL, last=False) == 2 * 256 * (2 * 512 + width)
+
+
+def test_what_the_checkpoint_leaves_out_stays_16_bit_in_every_plan() -> None:
+    model = load_model("gpt-oss-120b")
+    experts = 36 * 128 * 3 * 2880 * 2880
+    full = weights(model, "tp1 bf16")[0]
+    assert full == 2 * model.parameters
+    for name, bits in (("mxfp4", 4.25), ("nvfp4", 4.5), ("fp8", 8)):
+        assert weights(model, f"tp1 {name}")[0] == full - experts * (16 - bits) / 8
 
 
 def test_copies_of_a_cell_hold_it_whole() -> None:

@@ -80,6 +80,14 @@ def load_cluster(spec: str) -> Cluster:
     return replace(base, name=text.lower(), nodes=nodes, gpus_per_node=gpus)
 
 
+def is_catalogued(cluster: Cluster) -> bool:
+    """Whether the cluster's nodes are wired as those of the catalogue with the same accelerator."""
+    if cluster.gpu.name not in list_gpus():
+        return False
+    known = _catalogued(cluster.gpu.name)
+    return cluster.intra == known.intra and cluster.gpus_per_node <= known.gpus_per_node
+
+
 def _count(spec: str, text: str) -> int:
     """A count in a spec, 1..MAX_GPUS."""
     if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= MAX_GPUS:

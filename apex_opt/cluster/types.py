@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import networkx as nx
 
-DTYPES: Final = ("bf16", "fp16", "fp8")
+DTYPES: Final = ("bf16", "fp16", "fp8", "fp4")
 """Number formats whose matrix throughput an accelerator may state."""
 
 _HUGE: Final = 1e30

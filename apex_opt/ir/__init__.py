@@ -6,7 +6,18 @@ formats, `huggingface` the reader of `config.json` files.
 
 from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
 from apex_opt.ir.huggingface import SUPPORTED_MODEL_TYPES, model_from_config, read_config
-from apex_opt.ir.model import Attention, Block, Cell, DenseFfn, Ffn, Model, MoeFfn, Run
+from apex_opt.ir.model import (
+    Attention,
+    AttentionCell,
+    Block,
+    Cell,
+    DenseFfn,
+    Ffn,
+    LatentAttention,
+    Model,
+    MoeFfn,
+    Run,
+)
 from apex_opt.ir.registry import list_models, load_model
 
 __all__ = [
@@ -14,10 +25,12 @@ __all__ = [
     "KV_BYTES",
     "SUPPORTED_MODEL_TYPES",
     "Attention",
+    "AttentionCell",
     "Block",
     "Cell",
     "DenseFfn",
     "Ffn",
+    "LatentAttention",
     "Model",
     "MoeFfn",
     "NumberFormat",

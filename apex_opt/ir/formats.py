@@ -1,7 +1,8 @@
 """Number formats of weights and KV cache, and what they cost in bytes.
 
-A weight format covers the matrices of the blocks only (QKV and output projections, FFN and expert matrices).
-Embedding, LM head, norms, biases and the MoE router stay 16 bit in every format, as the engines leave them.
+A weight format covers the matrices of the blocks only (QKV and output projections, FFN and expert matrices), less those
+that a checkpoint leaves out. Embedding, LM head, norms, biases and the MoE router stay 16 bit in every format, as the
+engines leave them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from apex_opt.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ACTIVATIONS: Final = ("bf16", "fp16", "fp8")
+ACTIVATIONS: Final = ("bf16", "fp16", "fp8", "fp4")
 GROUP_WEIGHTS: Final = 128
-"""Weights that share one 16-bit scale in the weight-only formats: the usual GPTQ and AWQ group."""
+"""Weights that share one 16-bit scale in w8a16 and w4a16: the usual GPTQ and AWQ group."""
+SMALL_GROUP_WEIGHTS: Final = 32
+"""Weights that share one 16-bit scale in w4a16g32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,7 @@ class NumberFormat:
     ----------
     name : str              key in `FORMATS`
     weight_bits : Fraction  bits per weight, group scales included
-    activation : str        "bf16", "fp16" or "fp8": the type the matrix units see; a weight-only format
+    activation : str        one of `ACTIVATIONS`: the type the matrix units see; a weight-only format
                             expands its weights first, to bf16 or to fp16, which run at the same rate
     description : str       one line for tables
     """
@@ -51,6 +54,11 @@ class NumberFormat:
                 f"not {self.activation!r}"
             )
 
+    @property
+    def hardware_dtype(self) -> str | None:
+        """The type a GPU must multiply in; None for a weight-only format, which expands to its 16-bit type."""
+        return None if self.weight_bits < 16 and self.activation in ("bf16", "fp16") else self.activation
+
     def weight_bytes(self, parameters: int) -> int:
         """Bytes that `parameters` weights take in this format, rounded up.
 
@@ -66,6 +74,7 @@ class NumberFormat:
 
 
 _SCALE_BITS: Final = Fraction(16, GROUP_WEIGHTS)
+_SMALL_GROUP_SCALE_BITS: Final = Fraction(16, SMALL_GROUP_WEIGHTS)
 
 FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
     {
@@ -94,6 +103,26 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 weight_bits=4 + _SCALE_BITS,
                 activation="bf16",
                 description="4-bit weights, 16-bit activations; one 16-bit scale per 128 weights",
+            ),
+            NumberFormat(
+                name="w4a16g32",
+                weight_bits=4 + _SMALL_GROUP_SCALE_BITS,
+                activation="bf16",
+                description="4-bit weights, 16-bit activations; one 16-bit scale per 32 weights",
+            ),
+            # OCP Microscaling Formats (MX) specification 1.0, 2023. Weight-only: GPUs before Blackwell expand it.
+            NumberFormat(
+                name="mxfp4",
+                weight_bits=4 + Fraction(8, 32),
+                activation="bf16",
+                description="4-bit float weights, 16-bit activations; one 8-bit scale per 32 weights",
+            ),
+            # NVIDIA, "Introducing NVFP4 for Efficient and Accurate Low-Precision Inference", 2025.
+            NumberFormat(
+                name="nvfp4",
+                weight_bits=4 + Fraction(8, 16),
+                activation="fp4",
+                description="4-bit float weights and activations (W4A4); one 8-bit scale per 16 weights",
             ),
         )
     }

@@ -7,25 +7,28 @@ What the text decoder does not serve is left out: vision towers beside a `text_c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_opt.errors import InputError, join_faults
-from apex_opt.ir.formats import GROUP_WEIGHTS
+from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import (
     MAX_COUNT,
     MAX_LAYERS,
     Attention,
+    AttentionCell,
     Block,
     DenseFfn,
     Ffn,
+    LatentAttention,
     Model,
     MoeFfn,
     Run,
     count_fault,
     shown,
 )
+from apex_opt.ir.quantisation import Quantisation, read_quantisation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,33 +38,90 @@ MAX_CONFIG_BYTES: Final = 16 << 20
 """A larger file is not read: real ones are kilobytes, a weight file given by mistake is gigabytes."""
 
 
+_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
+_BLOCK_SPARSE_MODULES: Final = tuple(f"block_sparse_moe.experts.0.{name}" for name in ("w1", "w2", "w3"))
+_LATENT_MODULES: Final = tuple(
+    f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Family:
-    """What a model_type implies beyond the fields of its file; None means that the file says."""
+    """What a model_type implies beyond the fields of its file; None means that the file says.
+
+    The modules are the matrices of a layer by their names in a checkpoint; experts are quantised alike.
+    """
 
     architecture: str
+    latent: bool = False
     qkv_bias: bool | None = False
     output_bias: bool | None = False
     qk_norm: bool | None = False
+    qk_norm_whole: bool = False
+    sinks: bool = False
     mlp_bias: bool | None = False
     window: Literal["never", "always", "opt-in"] = "never"
+    window_pattern: int = 0
     experts_field: str = ""
     expert_width_field: str = "moe_intermediate_size"
     shared_width_field: str = ""
     shared_count_field: str = ""
     shared_gate: bool = False
+    expert_bias: bool = False
+    router_bias: bool = False
+    qkv_modules: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output_modules: tuple[str, ...] = ("self_attn.o_proj",)
+    dense_modules: tuple[str, ...] = tuple(f"mlp.{name}" for name in _PROJECTIONS)
+    expert_modules: tuple[str, ...] = tuple(f"mlp.experts.0.{name}" for name in _PROJECTIONS)
+    shared_modules: tuple[str, ...] = tuple(f"mlp.shared_experts.{name}" for name in _PROJECTIONS)
 
+
+_DEEPSEEK_V3: Final = _Family(
+    architecture="DeepseekV3ForCausalLM",
+    latent=True,
+    experts_field="n_routed_experts",
+    shared_count_field="n_shared_experts",
+    router_bias=True,
+    qkv_modules=_LATENT_MODULES,
+)
 
 _FAMILIES: Final[dict[str, _Family]] = {
     "llama": _Family(architecture="LlamaForCausalLM", qkv_bias=None, output_bias=None, mlp_bias=None),
     "granite": _Family(architecture="GraniteForCausalLM", qkv_bias=None, output_bias=None, mlp_bias=None),
     "mistral": _Family(architecture="MistralForCausalLM", window="always"),
-    "phi3": _Family(architecture="Phi3ForCausalLM", window="always"),
+    "phi3": _Family(
+        architecture="Phi3ForCausalLM",
+        window="always",
+        qkv_modules=("self_attn.qkv_proj",),
+        dense_modules=("mlp.gate_up_proj", "mlp.down_proj"),
+    ),
     "mixtral": _Family(
         architecture="MixtralForCausalLM",
         window="always",
         experts_field="num_local_experts",
         expert_width_field="intermediate_size",
+        expert_modules=_BLOCK_SPARSE_MODULES,
+    ),
+    "minimax_m2": _Family(
+        architecture="MiniMaxM2ForCausalLM",
+        qk_norm=True,
+        qk_norm_whole=True,
+        experts_field="num_local_experts",
+        expert_width_field="intermediate_size",
+        router_bias=True,
+        expert_modules=_BLOCK_SPARSE_MODULES,
+    ),
+    "gpt_oss": _Family(
+        architecture="GptOssForCausalLM",
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        window="always",
+        window_pattern=2,
+        experts_field="num_local_experts",
+        expert_width_field="intermediate_size",
+        expert_bias=True,
+        router_bias=True,
     ),
     "qwen2": _Family(architecture="Qwen2ForCausalLM", qkv_bias=True, window="opt-in"),
     "qwen2_moe": _Family(
@@ -71,6 +131,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
         experts_field="num_experts",
         shared_width_field="shared_expert_intermediate_size",
         shared_gate=True,
+        shared_modules=tuple(f"mlp.shared_expert.{name}" for name in _PROJECTIONS),
     ),
     "qwen3": _Family(architecture="Qwen3ForCausalLM", qkv_bias=None, output_bias=None, qk_norm=True, window="opt-in"),
     "qwen3_moe": _Family(
@@ -87,7 +148,17 @@ _FAMILIES: Final[dict[str, _Family]] = {
         qk_norm=None,
         experts_field="n_routed_experts",
         shared_count_field="n_shared_experts",
+        router_bias=True,
     ),
+    "deepseek_v2": _Family(
+        architecture="DeepseekV2ForCausalLM",
+        latent=True,
+        experts_field="n_routed_experts",
+        shared_count_field="n_shared_experts",
+        qkv_modules=_LATENT_MODULES,
+    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": _DEEPSEEK_V3,
 }
 
 SUPPORTED_MODEL_TYPES: Final = tuple(sorted(_FAMILIES))
@@ -97,67 +168,9 @@ _QWEN_FULL_LAYERS: Final = 28
 
 _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
-_QUANT_METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt (FP8)", "gptq", "awq", "compressed-tensors")
-
-
-@dataclass(slots=True)
-class _Fields:
-    """One JSON object and the faults found in it so far; a faulty number reads as 0 so that reading can go on."""
-
-    values: Mapping[str, Any]
-    prefix: str = ""
-    faults: list[str] = field(default_factory=list)
-
-    def fault(self, key: str, text: str) -> None:
-        self.faults.append(f"{self.prefix}{key} {text}")
-
-    def count(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                self.fault(key, "is missing")
-                return 0
-            return default
-        if fault := count_fault(self.prefix + key, value, minimum, maximum):
-            self.faults.append(fault)
-            return 0
-        return int(value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fault(key, f"must be true or false, not {shown(value)}")
-            return default
-        return value
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            self.fault(key, f"must be text, not {shown(value)}")
-            return ""
-        return value or ""
-
-    def section(self, key: str) -> _Fields | None:
-        """An object inside this one, sharing its list of faults; None where absent or no object."""
-        value = self.values.get(key)
-        if isinstance(value, dict):
-            return _Fields(value, f"{self.prefix}{key}.", self.faults)
-        if value is not None:
-            self.fault(key, f"must be an object, not {shown(value)}")
-        return None
-
-    def rows(self, key: str) -> list[Any] | None:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, list):
-            self.fault(key, f"must be a list, not {shown(value)}")
-            return None
-        return value
-
 
 def read_config(path: Path, name: str | None = None) -> Model:
-    """Model described by a Hugging Face `config.json`.
+    """Model described by a Hugging Face `config.json`, and by the `hf_quant_config.json` beside it if there is one.
 
     Parameters
     ----------
@@ -175,6 +188,9 @@ def read_config(path: Path, name: str | None = None) -> Model:
                 raise InputError(f"{path}: the folder holds no config.json; give the model's folder or the file itself")
             raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
         config = read_json_object(file)
+        beside = file.with_name("hf_quant_config.json")
+        if config.get("quantization_config") is None and beside.exists():
+            config["quantization_config"] = read_json_object(beside)
         if name is None:
             stem = file.name.removesuffix(".json").removesuffix(".config")
             name = stem if stem != "config" else file.resolve().parent.name
@@ -244,21 +260,20 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     vocab = fields.count("vocab_size")
     max_position = fields.count("max_position_embeddings")
     tied = fields.flag("tie_word_embeddings")
-    attention = _attention_fields(fields, family, hidden)
+    attention = _latent_fields(fields) if family.latent else _attention_fields(fields, family, hidden)
     windows = _windows(fields, family, layers)
     ffns = _ffns(fields, family, hidden, layers)
     dtype = _dtype(fields)
-    weight_format, kv_format = _formats(fields)
+    quantisation = read_quantisation(fields)
     if fields.faults:
         raise join_faults(source, fields.faults)
 
-    built = {
-        pair: Block(attention=Attention(hidden=hidden, window=pair[0], **attention), ffn=pair[1])
-        for pair in dict.fromkeys(zip(windows, ffns, strict=True))
-    }
-    runs = tuple(
-        Run(block=built[pair], count=sum(1 for _ in group)) for pair, group in groupby(zip(windows, ffns, strict=True))
-    )
+    layout = [
+        (window, ffn, _coverage(quantisation, family, layer, ffn))
+        for layer, (window, ffn) in enumerate(zip(windows, ffns, strict=True))
+    ]
+    built = {entry: _block(hidden, attention, family.latent, *entry) for entry in dict.fromkeys(layout)}
+    runs = tuple(Run(block=built[entry], count=sum(1 for _ in group)) for entry, group in groupby(layout))
     return Model(
         name=name,
         hidden=hidden,
@@ -267,26 +282,65 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         max_position=max_position,
         runs=runs,
         dtype=dtype,
-        weight_format=weight_format or dtype,
-        kv_format=kv_format,
+        weight_format=quantisation.weight_format or dtype,
+        kv_format=quantisation.kv_format,
         source=source,
     )
 
 
-def _text_part(config: Mapping[str, Any], source: str) -> tuple[_Fields, bool]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Coverage:
+    """Which parts of one layer the checkpoint's number format covers."""
+
+    qkv: bool
+    output: bool
+    ffn: bool
+    shared: bool
+
+
+def _coverage(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> _Coverage:
+    """What the checkpoint quantises of one layer."""
+    own = family.dense_modules
+    shared: tuple[str, ...] = ()
+    if isinstance(ffn, MoeFfn):
+        own = family.expert_modules
+        shared = family.shared_modules if ffn.shared_intermediate else ()
+    return _Coverage(
+        qkv=quantisation.covers(layer, family.qkv_modules),
+        output=quantisation.covers(layer, family.output_modules),
+        ffn=quantisation.covers(layer, own),
+        shared=quantisation.covers(layer, shared),
+    )
+
+
+def _block(
+    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, coverage: _Coverage
+) -> Block:
+    """One layer out of what all layers share and what is its own."""
+    cell: AttentionCell
+    if latent:
+        cell = LatentAttention(hidden=hidden, quantised=coverage.qkv, output_quantised=coverage.output, **attention)
+    else:
+        cell = Attention(hidden=hidden, window=window, quantised=coverage.qkv and coverage.output, **attention)
+    if isinstance(ffn, MoeFfn):
+        return Block(attention=cell, ffn=replace(ffn, quantised=coverage.ffn, shared_quantised=coverage.shared))
+    return Block(attention=cell, ffn=replace(ffn, quantised=coverage.ffn))
+
+
+def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     """The decoder's fields, and whether they lay in a text_config, which inherits what concerns the whole model."""
     if config.get("text_config") is None:
-        return _Fields(config), False
-    inner = _Fields(config).section("text_config")
+        return Fields(config), False
+    inner = Fields(config).section("text_config")
     if inner is None:
         raise InputError(f"{source}: text_config must be an object, not {shown(config['text_config'])}")
     shared = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
     inherited = {key: config[key] for key in shared if key in config}
     own = {key: value for key, value in inner.values.items() if value is not None}
-    return _Fields({**inherited, **own}), True
+    return Fields({**inherited, **own}), True
 
 
-def _family(fields: _Fields, wrapped: bool, source: str) -> _Family:
+def _family(fields: Fields, wrapped: bool, source: str) -> _Family:
     """The family of the model; an unsupported one ends the reading, as its other fields mean something else."""
     supported = f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
     model_type = fields.values.get("model_type")
@@ -312,7 +366,7 @@ def _family(fields: _Fields, wrapped: bool, source: str) -> _Family:
     return _FAMILIES[model_type]
 
 
-def _attention_fields(fields: _Fields, family: _Family, hidden: int) -> dict[str, Any]:
+def _attention_fields(fields: Fields, family: _Family, hidden: int) -> dict[str, Any]:
     """Arguments of `Attention` that all layers share."""
     heads = fields.count("num_attention_heads")
     kv_heads = fields.count("num_key_value_heads", default=heads)
@@ -327,6 +381,8 @@ def _attention_fields(fields: _Fields, family: _Family, hidden: int) -> dict[str
     bias = fields.flag("attention_bias")
     qk_norm = fields.flag("use_qk_norm")
     return {
+        "qk_norm_whole": family.qk_norm_whole,
+        "sinks": family.sinks,
         "query_heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -336,11 +392,25 @@ def _attention_fields(fields: _Fields, family: _Family, hidden: int) -> dict[str
     }
 
 
-def _windows(fields: _Fields, family: _Family, layers: int) -> list[int | None]:
+def _latent_fields(fields: Fields) -> dict[str, Any]:
+    """Arguments of `LatentAttention` that all layers share."""
+    if fields.flag("attention_bias"):
+        fields.fault("attention_bias", "true is not supported with latent attention")
+    return {
+        "query_heads": fields.count("num_attention_heads"),
+        "q_lora_rank": None if fields.values.get("q_lora_rank") is None else fields.count("q_lora_rank"),
+        "kv_lora_rank": fields.count("kv_lora_rank"),
+        "nope_head_dim": fields.count("qk_nope_head_dim"),
+        "rope_head_dim": fields.count("qk_rope_head_dim"),
+        "v_head_dim": fields.count("v_head_dim"),
+    }
+
+
+def _windows(fields: Fields, family: _Family, layers: int) -> list[int | None]:
     """Attention window of every layer, None for full attention."""
     window = fields.count("sliding_window", default=0)
     kinds = fields.rows("layer_types")
-    pattern = fields.count("sliding_window_pattern", default=0)
+    pattern = fields.count("sliding_window_pattern", default=family.window_pattern)
     spelled_out = kinds is not None or pattern > 0
     used = fields.flag("use_sliding_window", default=spelled_out or family.window == "always")
     full_layers = fields.count(
@@ -367,12 +437,13 @@ def _windows(fields: _Fields, family: _Family, layers: int) -> list[int | None]:
     return [window if slide and window else None for slide in slides]
 
 
-def _ffns(fields: _Fields, family: _Family, hidden: int, layers: int) -> list[Ffn]:
+def _ffns(fields: Fields, family: _Family, hidden: int, layers: int) -> list[Ffn]:
     """FFN of every layer; empty where a fault forbids to build one."""
     if not family.experts_field:
         sparse = [False] * layers
     else:
         step = fields.count("decoder_sparse_step", default=1)
+        every = fields.count("moe_layer_freq", default=1)
         dense_first = fields.count("first_k_dense_replace", default=0, minimum=0)
         dense_rows = fields.rows("mlp_only_layers") or []
         for row in dense_rows:
@@ -381,7 +452,10 @@ def _ffns(fields: _Fields, family: _Family, hidden: int, layers: int) -> list[Ff
                 return []
         dense = set(dense_rows) if layers else set()
         sparse = [
-            layer >= dense_first and layer not in dense and step > 0 and (layer + 1) % step == 0
+            layer >= dense_first
+            and layer not in dense
+            and (step > 0 and (layer + 1) % step == 0)
+            and (every > 0 and layer % every == 0)
             for layer in range(layers)
         ]
     dense_ffn = moe_ffn = None
@@ -396,7 +470,7 @@ def _ffns(fields: _Fields, family: _Family, hidden: int, layers: int) -> list[Ff
     return [ffn for ffn in chosen if ffn is not None]
 
 
-def _moe_ffn(fields: _Fields, family: _Family, hidden: int) -> MoeFfn | None:
+def _moe_ffn(fields: Fields, family: _Family, hidden: int) -> MoeFfn | None:
     """The mixture of experts all sparse layers share; None where a field is at fault."""
     before = len(fields.faults)
     width = fields.count(family.expert_width_field)
@@ -420,99 +494,15 @@ def _moe_ffn(fields: _Fields, family: _Family, hidden: int) -> MoeFfn | None:
         experts_per_token=per_token,
         shared_intermediate=shared,
         shared_gate=family.shared_gate and shared > 0,
+        bias=family.expert_bias,
+        router_bias=family.router_bias,
     )
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     """16-bit type the model is served in."""
     key = "dtype" if fields.values.get("dtype") is not None else "torch_dtype"
     given = fields.text(key).removeprefix("torch.")
     if given and given not in _DTYPES:
         fields.fault(key, f"must be one of {', '.join(_DTYPES)}, not {shown(given)}")
     return _DTYPES.get(given, "bf16")
-
-
-def _formats(fields: _Fields) -> tuple[str | None, str | None]:
-    """Weight format and KV format the quantisation section asks for; None where it leaves them 16 bit."""
-    section = fields.section("quantization_config")
-    if section is None:
-        return None, None
-    method = section.text("quant_method").lower()
-    weight: str | None = None
-    if method in ("fp8", "fbgemm_fp8"):
-        weight = "fp8"
-    elif method == "modelopt":
-        if section.text("quant_algo").upper() == "FP8":
-            weight = "fp8"
-        else:
-            section.fault("quant_algo", f"must be FP8, not {shown(section.values.get('quant_algo'))}")
-    elif method in ("gptq", "awq"):
-        key = "w_bit" if method == "awq" and "bits" not in section.values else "bits"
-        weight = _weight_only(section, key)
-    elif method == "compressed-tensors":
-        weight = _compressed_tensors(section)
-    elif not section.faults:
-        section.fault(
-            "quant_method",
-            f"{shown(method)} is not supported; supported: {', '.join(_QUANT_METHODS)}" if method else "is missing",
-        )
-    return weight, _kv_format(section)
-
-
-def _weight_only(section: _Fields, bits_key: str) -> str | None:
-    """Format of integer weights behind 16-bit activations."""
-    bits = section.count(bits_key)
-    group = section.values.get("group_size")
-    # -1 and null mean one scale per channel: a group longer than ours, so that counting ours errs upwards.
-    if group is not None and group != -1 and section.count("group_size") in range(1, GROUP_WEIGHTS):
-        section.fault("group_size", f"{group} is not supported; supported: {GROUP_WEIGHTS} and above, or -1")
-    if bits and bits not in (4, 8):
-        section.fault(bits_key, f"{bits} is not supported; supported: 4 and 8")
-    return {4: "w4a16", 8: "w8a16"}.get(bits)
-
-
-def _compressed_tensors(section: _Fields) -> str | None:
-    """Format of a compressed-tensors section, whose groups must agree."""
-    groups = section.section("config_groups")
-    if groups is None or not groups.values:
-        # Without groups only the KV cache is quantised.
-        if not section.values.get("config_groups") and not section.values.get("kv_cache_scheme"):
-            section.fault("config_groups", "is missing")
-        return None
-    found = set()
-    for key in groups.values:
-        group = groups.section(key)
-        weights = group.section("weights") if group else None
-        if group is None or weights is None:
-            groups.fault(f"{key}.weights", "is missing")
-            continue
-        inputs = group.section("input_activations")
-        kind = weights.text("type") or "int"
-        if inputs is None:
-            if kind == "float" and weights.values.get("num_bits") != 8:
-                weights.fault("type", "'float' is supported with num_bits 8 only")
-                continue
-            found.add(_weight_only(weights, "num_bits"))
-        elif {kind, inputs.text("type")} == {"float"} and (weights.count("num_bits") == inputs.count("num_bits") == 8):
-            found.add("fp8")
-        else:
-            groups.fault(key, "must have 8-bit float weights and activations, or 4- or 8-bit weights alone")
-    found.discard(None)
-    if len(found) > 1:
-        section.fault("config_groups", "mix number formats; one format for all blocks is supported")
-    return found.pop() if found else None
-
-
-def _kv_format(section: _Fields) -> str | None:
-    """KV format a quantisation section asks for."""
-    algo = section.text("kv_cache_quant_algo").upper()
-    if algo and algo != "FP8":
-        section.fault("kv_cache_quant_algo", f"must be FP8, not {shown(algo)}")
-    scheme = section.section("kv_cache_scheme")
-    if scheme is None:
-        return "fp8" if algo else None
-    bits = scheme.count("num_bits")
-    kind = scheme.text("type") or "float"
-    if bits and (bits != 8 or kind != "float"):
-        scheme.fault("num_bits", f"{bits} of type {kind!r:.20} is not supported; supported: 8 of type 'float'")
-    return "fp8"

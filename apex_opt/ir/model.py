@@ -6,7 +6,7 @@ LLM Serving", 2024): a Model is an embedding, runs of identical Blocks and an LM
 deals out to devices. Layers that differ form several runs, never an average.
 
 All counts are exact integers of weights. "Matrix parameters" are those that a number format may quantise; the others
-(norms, biases, router, embedding, LM head) stay 16 bit.
+(norms, biases, router, embedding, LM head, and matrices that the checkpoint leaves out) stay 16 bit.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class Attention:
     head_dim : int          elements per head; query_heads * head_dim need not equal hidden
     qkv_bias, output_bias : bool    a bias on the projection
     qk_norm : bool          one RMS norm each on query and key heads, shared by all heads
+    qk_norm_whole : bool    those norms span the whole width of all heads instead, as in MiniMax-M2
+    sinks : bool            one learned logit per query head beside the context, as in gpt-oss
     window : int or None    tokens of context a query sees; None is the whole context
+    quantised : bool        a number format covers the projections
     """
 
     hidden: int
@@ -82,7 +85,10 @@ class Attention:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    sinks: bool = False
     window: int | None = None
+    quantised: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -93,7 +99,17 @@ class Attention:
             head_dim=self.head_dim,
             window=1 if self.window is None else self.window,
         )
-        _check_flags("attention", qkv_bias=self.qkv_bias, output_bias=self.output_bias, qk_norm=self.qk_norm)
+        _check_flags(
+            "attention",
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            qk_norm=self.qk_norm,
+            qk_norm_whole=self.qk_norm_whole,
+            sinks=self.sinks,
+            quantised=self.quantised,
+        )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise InputError("attention: qk_norm_whole needs qk_norm")
         if self.query_heads % self.kv_heads:
             raise InputError(f"attention: query_heads {self.query_heads} is not a multiple of kv_heads {self.kv_heads}")
 
@@ -118,18 +134,31 @@ class Attention:
         return self.kv_heads
 
     @property
-    def matrix_parameters(self) -> int:
+    def projection_parameters(self) -> int:
         """Weights of the QKV and output projections."""
         return self.hidden * (self.query_dim + 2 * self.kv_dim) + self.query_dim * self.hidden
 
     @property
+    def matrix_parameters(self) -> int:
+        """Weights that a number format may quantise."""
+        return self.quantised * self.projection_parameters
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of the query and key norms."""
+        if self.qk_norm_whole:
+            return self.query_dim + self.kv_dim
+        return self.qk_norm * 2 * self.head_dim
+
+    @property
     def parameters(self) -> int:
-        """All weights of the cell: projections, biases, query and key norms."""
+        """All weights of the cell: projections, biases, query and key norms, sinks."""
         return (
-            self.matrix_parameters
+            self.projection_parameters
             + self.qkv_bias * (self.query_dim + 2 * self.kv_dim)
             + self.output_bias * self.hidden
-            + self.qk_norm * 2 * self.head_dim
+            + self.norm_parameters
+            + self.sinks * self.query_heads
         )
 
     @property
@@ -144,6 +173,120 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention: keys and values of all heads are kept as one short vector per token.
+
+    A token's latent vector (`kv_lora_rank`) and one rotary key (`rope_head_dim`) are all that the KV cache holds; every
+    head expands them with its own matrix, or absorbs that matrix into its query and output. Heads can be cut over
+    devices, the latent vector cannot: each device computes and keeps it whole.
+    Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1; tensor shapes as in `transformers`.
+
+    Parameters
+    ----------
+    hidden : int                width of the residual stream
+    query_heads : int           heads, each with its own keys and values expanded from the latent vector
+    q_lora_rank : int or None   width to which queries are compressed first; None projects them directly
+    kv_lora_rank : int          elements of the latent vector
+    nope_head_dim : int         elements of a query or key head without position
+    rope_head_dim : int         rotary elements of a query head, and of the one key that all heads share
+    v_head_dim : int            elements of a value head
+    quantised : bool            a number format covers the projections of query, key and value
+    output_quantised : bool     a number format covers the output projection
+    """
+
+    hidden: int
+    query_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_head_dim: int
+    rope_head_dim: int
+    v_head_dim: int
+    quantised: bool = True
+    output_quantised: bool = True
+
+    def __post_init__(self) -> None:
+        _check_counts(
+            "latent attention",
+            hidden=self.hidden,
+            query_heads=self.query_heads,
+            q_lora_rank=1 if self.q_lora_rank is None else self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            nope_head_dim=self.nope_head_dim,
+            rope_head_dim=self.rope_head_dim,
+            v_head_dim=self.v_head_dim,
+        )
+        _check_flags("latent attention", quantised=self.quantised, output_quantised=self.output_quantised)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Elements of one query head, and of one expanded key head."""
+        return self.nope_head_dim + self.rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Elements of one token in the KV cache: the latent vector and the rotary key."""
+        return self.kv_lora_rank + self.rope_head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads held in the KV cache: the latent vector is one that all query heads share."""
+        return 1
+
+    @property
+    def window(self) -> None:
+        """Tokens of context a query sees: the whole context."""
+        return None
+
+    @property
+    def tasks(self) -> int:
+        """Pieces the cell can be cut into: the query heads."""
+        return self.query_heads
+
+    @property
+    def down_parameters(self) -> int:
+        """Weights of the projections from hidden to the latent vectors: whole on every device."""
+        return self.hidden * ((self.q_lora_rank or 0) + self.latent_dim)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of one head's projections: its queries, and its keys and values out of the latent vector."""
+        queries = (self.q_lora_rank or self.hidden) * self.qk_head_dim
+        return queries + self.kv_lora_rank * (self.nope_head_dim + self.v_head_dim)
+
+    @property
+    def output_parameters(self) -> int:
+        """Weights of the output projection of one head."""
+        return self.v_head_dim * self.hidden
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of the norms of the latent vectors: whole on every device."""
+        return (self.q_lora_rank or 0) + self.kv_lora_rank
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Weights that a number format may quantise."""
+        inner = self.down_parameters + self.query_heads * self.head_parameters
+        return self.quantised * inner + self.output_quantised * self.query_heads * self.output_parameters
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the cell: projections and norms."""
+        heads = self.query_heads * (self.head_parameters + self.output_parameters)
+        return self.down_parameters + heads + self.norm_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights one token passes through: all of them."""
+        return self.parameters
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements one token adds to the KV cache of this layer."""
+        return self.latent_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFfn:
     """Feed-forward network: up (and gate) projection, activation, down projection.
 
@@ -153,16 +296,18 @@ class DenseFfn:
     intermediate : int      columns between the projections
     gated : bool            a gate projection beside the up projection, as in SwiGLU
     bias : bool             a bias on every projection
+    quantised : bool        a number format covers the projections
     """
 
     hidden: int
     intermediate: int
     gated: bool = True
     bias: bool = False
+    quantised: bool = True
 
     def __post_init__(self) -> None:
         _check_counts("FFN", hidden=self.hidden, intermediate=self.intermediate)
-        _check_flags("FFN", gated=self.gated, bias=self.bias)
+        _check_flags("FFN", gated=self.gated, bias=self.bias, quantised=self.quantised)
 
     @property
     def tasks(self) -> int:
@@ -170,14 +315,19 @@ class DenseFfn:
         return self.intermediate
 
     @property
-    def matrix_parameters(self) -> int:
+    def projection_parameters(self) -> int:
         """Weights of the projections."""
         return (2 + self.gated) * self.hidden * self.intermediate
 
     @property
+    def matrix_parameters(self) -> int:
+        """Weights that a number format may quantise."""
+        return self.quantised * self.projection_parameters
+
+    @property
     def parameters(self) -> int:
         """All weights of the cell: projections and biases."""
-        return self.matrix_parameters + self.bias * ((1 + self.gated) * self.intermediate + self.hidden)
+        return self.projection_parameters + self.bias * ((1 + self.gated) * self.intermediate + self.hidden)
 
     @property
     def active_parameters(self) -> int:
@@ -198,6 +348,10 @@ class MoeFfn:
     shared_intermediate : int   columns of the FFN every token passes through besides; 0 where there is none
     gated : bool                a gate projection beside the up projection of every expert
     shared_gate : bool          one output that scales the shared FFN per token, as in Qwen2-MoE
+    bias : bool                 a bias on every projection of every routed expert, as in gpt-oss
+    router_bias : bool          one more weight per routed expert that shifts its logit or its choice
+    quantised : bool            a number format covers the routed experts
+    shared_quantised : bool     a number format covers the shared FFN
     """
 
     hidden: int
@@ -207,6 +361,10 @@ class MoeFfn:
     shared_intermediate: int = 0
     gated: bool = True
     shared_gate: bool = False
+    bias: bool = False
+    router_bias: bool = False
+    quantised: bool = True
+    shared_quantised: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -217,7 +375,15 @@ class MoeFfn:
             experts_per_token=self.experts_per_token,
         )
         _check_counts("MoE", minimum=0, shared_intermediate=self.shared_intermediate)
-        _check_flags("MoE", gated=self.gated, shared_gate=self.shared_gate)
+        _check_flags(
+            "MoE",
+            gated=self.gated,
+            shared_gate=self.shared_gate,
+            bias=self.bias,
+            router_bias=self.router_bias,
+            quantised=self.quantised,
+            shared_quantised=self.shared_quantised,
+        )
         if self.experts_per_token > self.experts:
             raise InputError(f"MoE: experts_per_token {self.experts_per_token} is above experts {self.experts}")
         if self.shared_gate and not self.shared_intermediate:
@@ -230,8 +396,13 @@ class MoeFfn:
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of one routed expert."""
+        """Weights of one routed expert's projections."""
         return (2 + self.gated) * self.hidden * self.expert_intermediate
+
+    @property
+    def expert_bias_parameters(self) -> int:
+        """Weights of one routed expert's biases."""
+        return self.bias * ((1 + self.gated) * self.expert_intermediate + self.hidden)
 
     @property
     def shared_parameters(self) -> int:
@@ -240,34 +411,37 @@ class MoeFfn:
 
     @property
     def router_parameters(self) -> int:
-        """Weights of the router, and of the shared FFN's scale where there is one."""
-        return self.hidden * (self.experts + self.shared_gate)
+        """Weights of the router and its bias, and of the shared FFN's scale where there is one."""
+        return self.hidden * (self.experts + self.shared_gate) + self.router_bias * self.experts
 
     @property
     def matrix_parameters(self) -> int:
-        """Weights of all experts, shared one included, without the router."""
-        return self.experts * self.expert_parameters + self.shared_parameters
+        """Weights that a number format may quantise."""
+        return self.quantised * self.experts * self.expert_parameters + self.shared_quantised * self.shared_parameters
 
     @property
     def parameters(self) -> int:
         """All weights of the cell."""
-        return self.matrix_parameters + self.router_parameters
+        expert = self.expert_parameters + self.expert_bias_parameters
+        return self.experts * expert + self.shared_parameters + self.router_parameters
 
     @property
     def active_parameters(self) -> int:
         """Weights one token passes through."""
-        return self.experts_per_token * self.expert_parameters + self.shared_parameters + self.router_parameters
+        expert = self.expert_parameters + self.expert_bias_parameters
+        return self.experts_per_token * expert + self.shared_parameters + self.router_parameters
 
 
+AttentionCell = Attention | LatentAttention
 Ffn = DenseFfn | MoeFfn
-Cell = Attention | DenseFfn | MoeFfn
+Cell = AttentionCell | Ffn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """One layer: attention, then an FFN of the same width, each behind an RMS norm."""
 
-    attention: Attention
+    attention: AttentionCell
     ffn: Ffn
 
     def __post_init__(self) -> None:

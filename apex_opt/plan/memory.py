@@ -1,24 +1,27 @@
 """What a plan puts into a GPU's memory, in exact bytes.
 
-Weights are counted per device from the cells' shards; KV heads are copied where there are more shards than heads.
+Weights are counted per device from the cells' shards; KV heads are copied where there are more shards than heads, a
+latent KV cache and the projections to it lie whole on every shard. The cache is charged in full under a sliding window
+too: an engine that frees what has left the window holds less.
 The workspace is what the largest batch needs at once, the runtime what context, libraries and communicators hold.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.ir.model import DenseFfn, Run
+from apex_opt.ir.model import Attention, DenseFfn, Run
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.ir.model import Attention, Block, Ffn, Model
+    from apex_opt.ir.model import AttentionCell, Block, Ffn, Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan, Template
 
@@ -53,44 +56,89 @@ def stage_runs(model: Model, layers: Sequence[int]) -> tuple[tuple[Run, ...], ..
     if sum(layers) != model.layers:
         raise UsageError(f"pp: {list(layers)} are {sum(layers)} layers; {model.name} has {model.layers}")
     stages: list[tuple[Run, ...]] = []
-    runs = list(model.runs)
+    runs = deque(model.runs)
     for count in layers:
         mine: list[Run] = []
         while count > 0:
-            run = runs.pop(0)
+            run = runs.popleft()
             taken = min(count, run.count)
             mine.append(Run(block=run.block, count=taken))
             if taken < run.count:
-                runs.insert(0, Run(block=run.block, count=run.count - taken))
+                runs.appendleft(Run(block=run.block, count=run.count - taken))
             count -= taken
         stages.append(tuple(mine))
     return tuple(stages)
 
 
-def attention_shard_bytes(cell: Attention, tp: int, weight_format: str) -> int:
-    """Weights of one attention shard: its query heads, at least one KV head, and biases and norms in 16 bit."""
-    query_dim = ceil_div(cell.query_heads, tp) * cell.head_dim
+def _stored_bytes(weight_format: str, kept: int, *matrices: tuple[bool, int]) -> int:
+    """Bytes of matrices, each with whether the format covers it, and of `kept` weights that stay 16 bit."""
+    covered = sum(weights for quantised, weights in matrices if quantised)
+    others = sum(weights for quantised, weights in matrices if not quantised)
+    return get_format(weight_format).weight_bytes(covered) + 2 * (others + kept)
+
+
+def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> int:
+    """Weights of one attention shard: its query heads, at least one KV head, and biases, norms and sinks in 16 bit.
+
+    Of latent attention, the projections to the latent vectors and their norms are whole.
+    """
+    heads = ceil_div(cell.query_heads, tp)
+    if not isinstance(cell, Attention):
+        inner = cell.down_parameters + heads * cell.head_parameters
+        output = heads * cell.output_parameters
+        return _stored_bytes(
+            weight_format, cell.norm_parameters, (cell.quantised, inner), (cell.output_quantised, output)
+        )
+    query_dim = heads * cell.head_dim
     kv_dim = ceil_div(cell.kv_heads, tp) * cell.head_dim
     matrices = cell.hidden * (query_dim + 2 * kv_dim) + query_dim * cell.hidden
-    kept = cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.qk_norm * 2 * cell.head_dim
-    return get_format(weight_format).weight_bytes(matrices) + 2 * kept
+    kept = cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.sinks * heads
+    kept += query_dim + kv_dim if cell.qk_norm_whole else cell.norm_parameters
+    return _stored_bytes(weight_format, kept, (cell.quantised, matrices))
 
 
 def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
     """Weights of one FFN shard: experts over ep, their columns over tp, a dense FFN over both, the router whole."""
-    bits = get_format(weight_format)
+    shards = template.tp * template.ep
     if isinstance(cell, DenseFfn):
-        columns = ceil_div(cell.intermediate, template.tp * template.ep)
+        columns = ceil_div(cell.intermediate, shards)
         matrices = (2 + cell.gated) * cell.hidden * columns
-        return bits.weight_bytes(matrices) + 2 * cell.bias * ((1 + cell.gated) * columns + cell.hidden)
+        bias = cell.bias * ((1 + cell.gated) * columns + cell.hidden)
+        return _stored_bytes(weight_format, bias, (cell.quantised, matrices))
     experts = ceil_div(cell.experts, template.ep)
-    columns = experts * ceil_div(cell.expert_intermediate, template.tp)
-    columns += ceil_div(cell.shared_intermediate, template.tp * template.ep)
-    return bits.weight_bytes((2 + cell.gated) * cell.hidden * columns) + 2 * cell.router_parameters
+    columns = ceil_div(cell.expert_intermediate, template.tp)
+    column = (2 + cell.gated) * cell.hidden
+    bias = cell.bias * experts * ((1 + cell.gated) * columns + cell.hidden)
+    return _stored_bytes(
+        weight_format,
+        cell.router_parameters + bias,
+        (cell.quantised, column * experts * columns),
+        (cell.shared_quantised, column * ceil_div(cell.shared_intermediate, shards)),
+    )
 
 
-def kv_bytes_per_token(cell: Attention, tp: int, kv_format: str) -> int:
-    """Keys and values of one token in one layer on one device."""
+def ffn_token_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
+    """Least projection weights of one FFN shard that a token passes through.
+
+    Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
+    """
+    shards = template.tp * template.ep
+    column = (2 + cell.gated) * cell.hidden
+    if isinstance(cell, DenseFfn):
+        return _stored_bytes(weight_format, 0, (cell.quantised, column * ceil_div(cell.intermediate, shards)))
+    columns = ceil_div(cell.experts_per_token, template.ep) * ceil_div(cell.expert_intermediate, template.tp)
+    return _stored_bytes(
+        weight_format,
+        0,
+        (cell.quantised, column * columns),
+        (cell.shared_quantised, column * ceil_div(cell.shared_intermediate, shards)),
+    )
+
+
+def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
+    """Keys and values, or the latent vector, of one token in one layer on one device."""
+    if not isinstance(cell, Attention):
+        return cell.latent_dim * KV_BYTES[kv_format]
     return 2 * ceil_div(cell.kv_heads, tp) * cell.head_dim * KV_BYTES[kv_format]
 
 
@@ -108,7 +156,13 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
 
 def _attention_width(block: Block, template: Template) -> int:
     cell = block.attention
-    return (ceil_div(cell.query_heads, template.tp) + 2 * ceil_div(cell.kv_heads, template.tp)) * cell.head_dim
+    heads = ceil_div(cell.query_heads, template.tp)
+    if not isinstance(cell, Attention):
+        # A prompt's keys and values are expanded, its keys once more with the rotary part joined on. Decoding absorbs
+        # the expansion and is wider a token, but of a few tokens.
+        expanded = 2 * cell.qk_head_dim + cell.nope_head_dim + cell.v_head_dim
+        return heads * expanded + (cell.q_lora_rank or 0) + cell.latent_dim
+    return (heads + 2 * ceil_div(cell.kv_heads, template.tp)) * cell.head_dim
 
 
 def _ffn_width(block: Block, template: Template) -> int:

@@ -7,13 +7,15 @@ Coefficients are counted here from the tasks of the cells (head groups, columns,
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.ir.formats import FORMATS, KV_BYTES
-from apex_opt.ir.model import DenseFfn
+from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 from apex_opt.plan.memory import RUNTIME_BYTES
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from formulations.plan_space.variables import Variables
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], None]
+
+_ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4"}
+"""What the GPU must multiply in; the other formats are expanded to whichever 16-bit type it has."""
 
 
 def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
@@ -58,13 +63,16 @@ def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> N
 
 def heads_divide(instance: Instance, tp: int) -> bool:
     """Whether attention shards are equal in every block."""
-    cells = [block.attention for block in _blocks(instance)]
-    return all(c.query_heads % tp == 0 and (c.kv_heads % tp == 0 or tp % c.kv_heads == 0) for c in cells)
+    cells = [block.attention for block in _kinds(instance)]
+    return all(
+        c.query_heads % tp == 0 and (isinstance(c, LatentAttention) or c.kv_heads % tp == 0 or tp % c.kv_heads == 0)
+        for c in cells
+    )
 
 
 def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
     """Whether FFN shards are equal in every block."""
-    for block in _blocks(instance):
+    for block in _kinds(instance):
         ffn = block.ffn
         if isinstance(ffn, DenseFfn):
             if ffn.intermediate % (tp * ep):
@@ -76,7 +84,7 @@ def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
 
 def computes(instance: Instance, weight_format: str) -> bool:
     """Whether the GPU multiplies in the format, or expands it to one in which it does."""
-    return weight_format not in ("bf16", "fp16", "fp8") or instance.cluster.gpu.supports(weight_format)
+    return weight_format not in _ARITHMETIC or instance.cluster.gpu.supports(_ARITHMETIC[weight_format])
 
 
 def balanced(instance: Instance, stages: int) -> bool:
@@ -105,8 +113,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
     degrees = range(1, instance.max_devices + 1)
     head = _table(model, "head", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
     total: list[cp_model.LinearExpr] = [head]
-    for u, run in enumerate(instance.model.runs):
-        block = run.block
+    for u, (block, count) in enumerate(_kinds(instance).items()):
         attention = _table(
             model,
             f"attention_read_{u}",
@@ -127,7 +134,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
                 for f, name in enumerate(instance.weight_formats)
             ),
         )
-        total += [run.count * attention, run.count * ffn]
+        total += [count * attention, count * ffn]
     model.add(cp_model.LinearExpr.sum(total) <= limit)
 
 
@@ -138,8 +145,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     tokens = instance.kv_blocks_needed + 1  # one block is never handed out
     tokens *= instance.settings.block_size
     per_layer = []
-    for u, run in enumerate(instance.model.runs):
-        block = run.block
+    for u, block in enumerate(_kinds(instance)):
         attention = _table(
             model,
             f"attention_bytes_{u}",
@@ -201,7 +207,7 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
     degrees = range(1, instance.max_devices + 1)
     batch = instance.settings.max_num_batched_tokens
-    blocks = _blocks(instance)
+    blocks = list(_kinds(instance))
     hidden = _table(
         model, "hidden_bytes", [v.attention_dp], ((d, 4 * instance.model.hidden * -(-batch // d)) for d in degrees)
     )
@@ -210,7 +216,7 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
         "attention_workspace",
         [v.attention_dp, v.attention_tp],
         (
-            (d, t, 2 * -(-batch // d) * max(_heads(b, t)[0] + 2 * _heads(b, t)[1] for b in blocks))
+            (d, t, 2 * -(-batch // d) * max(_attention_width(b, t) for b in blocks))
             for d in degrees
             for t in range(1, instance.max_devices // d + 1)
         ),
@@ -229,12 +235,12 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
 
 
 def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, ...]]]]:
-    """Layers of each run held by the stages that can be the fullest, by number of stages.
+    """Layers of each kind held by the stages that can be the fullest, by number of stages.
 
     First and last are told apart for the embedding and the LM head. A middle stage matters only where it holds more
-    of some run than the first one does, which needs layers that differ; there, all maximal ones are kept.
+    of some kind than the first one does, which needs layers that differ; there, all maximal ones are kept.
     """
-    runs = [run.count for run in instance.model.runs]
+    before = _layers_before(instance)
     first: dict[int, tuple[int, ...]] = {}
     last: dict[int, tuple[int, ...]] = {}
     middles: dict[int, list[tuple[int, ...]]] = {}
@@ -244,25 +250,31 @@ def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, 
         ends = [0]
         for stage in range(stages):
             ends.append(ends[-1] + base + (stage < more))
-        held = [_overlaps(runs, lo, hi) for lo, hi in itertools.pairwise(ends)]
+        held = [
+            tuple(b - a for a, b in zip(before[lo], before[hi], strict=True)) for lo, hi in itertools.pairwise(ends)
+        ]
         first[stages], last[stages] = held[0], held[-1]
         inner = {h for h in held[1:-1] if not _below(h, held[0])}
         middles[stages] = [h for h in inner if not any(_below(h, o) for o in inner if o != h)]
     width = max(map(len, middles.values()))
-    nothing = (0,) * len(runs)
+    nothing = before[0]
     middle = [
         {s: (options[i] if i < len(options) else nothing) for s, options in middles.items()} for i in range(width)
     ]
     return {"first": [first], "last": [last], "middle": middle}
 
 
-def _overlaps(runs: Iterable[int], lo: int, hi: int) -> tuple[int, ...]:
-    """How many layers of each run lie in [lo, hi)."""
-    result, start = [], 0
-    for count in runs:
-        result.append(max(0, min(hi, start + count) - max(lo, start)))
-        start += count
-    return tuple(result)
+def _layers_before(instance: Instance) -> list[tuple[int, ...]]:
+    """How many layers of each kind come before each layer, and at the end."""
+    kinds = {block: u for u, block in enumerate(_kinds(instance))}
+    counts = [0] * len(kinds)
+    result = [tuple(counts)]
+    for run in instance.model.runs:
+        u = kinds[_kind(run.block)]
+        for _ in range(run.count):
+            counts[u] += 1
+            result.append(tuple(counts))
+    return result
 
 
 def _below(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -302,8 +314,18 @@ def _allow(model: cp_model.CpModel, variable: cp_model.IntVar, values: Iterable[
     model.add_allowed_assignments([variable], [(value,) for value in values])
 
 
-def _blocks(instance: Instance) -> list[Block]:
-    return [run.block for run in instance.model.runs]
+def _kinds(instance: Instance) -> dict[Block, int]:
+    """Blocks that differ in what they take, each with its number of layers, in the order in which they first come."""
+    layers: Counter[Block] = Counter()
+    for run in instance.model.runs:
+        layers[_kind(run.block)] += run.count
+    return layers
+
+
+def _kind(block: Block) -> Block:
+    """A block without its window, which changes neither bytes nor shards."""
+    cell = block.attention
+    return replace(block, attention=replace(cell, window=None)) if isinstance(cell, Attention) else block
 
 
 def _shards(instance: Instance) -> list[tuple[int, int]]:
@@ -313,13 +335,14 @@ def _shards(instance: Instance) -> list[tuple[int, int]]:
     return [(t, e) for t in range(1, gpus + 1) for e in range(1, min(experts, gpus // t) + 1)]
 
 
-def _heads(block: Block, tp: int) -> tuple[int, int]:
+def _heads(cell: Attention, tp: int) -> tuple[int, int]:
     """Widths of the query heads and of the KV heads in one attention shard."""
-    cell = block.attention
     return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
 
 
-def _packed(weights: int, name: str) -> int:
+def _packed(weights: int, name: str, quantised: bool) -> int:
+    if not quantised:
+        return 2 * weights
     bits = FORMATS[name].weight_bits
     return -(-weights * bits.numerator // (8 * bits.denominator))
 
@@ -327,13 +350,46 @@ def _packed(weights: int, name: str) -> int:
 def _attention_bytes(block: Block, tp: int, name: str) -> int:
     """Weights of one attention shard: a column of Q and of O per query element, of K and V per KV element."""
     cell = block.attention
-    query, kv = _heads(block, tp)
-    small = 2 * cell.head_dim * cell.qk_norm + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
-    return _packed(2 * cell.hidden * (query + kv), name) + 2 * small
+    if isinstance(cell, LatentAttention):
+        return _latent_bytes(cell, tp, name)
+    query, kv = _heads(cell, tp)
+    norms = query + kv if cell.qk_norm_whole else 2 * cell.head_dim * cell.qk_norm
+    small = norms + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
+    small += -(-cell.query_heads // tp) * cell.sinks
+    return _packed(2 * cell.hidden * (query + kv), name, cell.quantised) + 2 * small
+
+
+def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
+    """Weights of one shard of latent attention: compressions and their norms whole, per head what expands them."""
+    heads, latent, rope = -(-cell.query_heads // tp), cell.kv_lora_rank, cell.rope_head_dim
+    query_in = cell.hidden if cell.q_lora_rank is None else cell.q_lora_rank
+    compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
+    inner = cell.hidden * (compressed + latent + rope)
+    inner += heads * (query_in * (cell.nope_head_dim + rope) + latent * (cell.nope_head_dim + cell.v_head_dim))
+    output = heads * cell.v_head_dim * cell.hidden
+    norms = 2 * (compressed + latent)
+    if cell.quantised and cell.output_quantised:
+        return _packed(inner + output, name, True) + norms
+    return _packed(inner, name, cell.quantised) + _packed(output, name, cell.output_quantised) + norms
+
+
+def _attention_width(block: Block, tp: int) -> int:
+    """Elements alive per token inside one attention shard."""
+    cell = block.attention
+    if isinstance(cell, LatentAttention):
+        query = cell.nope_head_dim + cell.rope_head_dim
+        per_head = query + query + cell.nope_head_dim + cell.v_head_dim
+        compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
+        return -(-cell.query_heads // tp) * per_head + compressed + cell.kv_lora_rank + cell.rope_head_dim
+    query, kv = _heads(cell, tp)
+    return query + 2 * kv
 
 
 def _kv_bytes(block: Block, tp: int, name: str) -> int:
-    return 2 * _heads(block, tp)[1] * KV_BYTES[name]
+    cell = block.attention
+    if isinstance(cell, LatentAttention):
+        return (cell.kv_lora_rank + cell.rope_head_dim) * KV_BYTES[name]
+    return 2 * _heads(cell, tp)[1] * KV_BYTES[name]
 
 
 def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
@@ -343,11 +399,19 @@ def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> i
     if isinstance(cell, DenseFfn):
         columns = -(-cell.intermediate // (tp * ep))
         bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
-        return _packed(matrices * columns * cell.hidden, name) + 2 * bias
+        return _packed(matrices * columns * cell.hidden, name, cell.quantised) + 2 * bias
     experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
-    columns = experts * -(-cell.expert_intermediate // tp) + -(-cell.shared_intermediate // (tp * ep))
-    router = 0 if touched else 2 * cell.router_parameters
-    return _packed(matrices * columns * cell.hidden, name) + router
+    columns = -(-cell.expert_intermediate // tp)
+    routed = matrices * experts * columns * cell.hidden
+    shared = matrices * -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
+    if cell.quantised == cell.shared_quantised:
+        packed = _packed(routed + shared, name, cell.quantised)
+    else:
+        packed = _packed(routed, name, cell.quantised) + _packed(shared, name, cell.shared_quantised)
+    if touched:
+        return packed
+    bias = experts * (columns * (matrices - 1) + cell.hidden) * cell.bias
+    return packed + 2 * (bias + cell.router_parameters)
 
 
 def _ffn_width(block: Block, tp: int, ep: int) -> int:

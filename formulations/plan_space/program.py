@@ -1,10 +1,10 @@
 """The plan space as a constraint program.
 
 Sets and parameters
-    N       GPUs offered; L layers; u = 1..U runs of identical blocks, n_u layers each
+    N       GPUs offered; L layers; u = 1..U kinds of blocks that differ in what they take, n_u layers each
     M       bytes of one GPU the engine may use, less the runtime
     T       bytes a GPU can read within the tightest limit on time per output token (absent without such a limit)
-    W_u(t, f), F_u(t, e, f)   bytes of one attention shard and one FFN shard of a block of run u
+    W_u(t, f), F_u(t, e, f)   bytes of one attention shard and one FFN shard of a block of kind u
     K_u(t, f)                 bytes of the longest request's KV cache in one attention shard
 
 Variables

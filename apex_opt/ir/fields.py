@@ -1,0 +1,76 @@
+"""Reading of one JSON object field by field, with every fault noted rather than raised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.ir.model import MAX_COUNT, count_fault, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(slots=True)
+class Fields:
+    """One JSON object and the faults found in it so far; a faulty number reads as 0 so that reading can go on."""
+
+    values: Mapping[str, Any]
+    prefix: str = ""
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, key: str, text: str) -> None:
+        self.faults.append(f"{self.prefix}{key} {text}")
+
+    def count(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
+        value = self.values.get(key)
+        if value is None:
+            if default is None:
+                self.fault(key, "is missing")
+                return 0
+            return default
+        if fault := count_fault(self.prefix + key, value, minimum, maximum):
+            self.faults.append(fault)
+            return 0
+        return int(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fault(key, f"must be true or false, not {shown(value)}")
+            return default
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            self.fault(key, f"must be text, not {shown(value)}")
+            return ""
+        return value or ""
+
+    def section(self, key: str) -> Fields | None:
+        """An object inside this one, sharing its list of faults; None where absent or no object."""
+        value = self.values.get(key)
+        if isinstance(value, dict):
+            return Fields(value, f"{self.prefix}{key}.", self.faults)
+        if value is not None:
+            self.fault(key, f"must be an object, not {shown(value)}")
+        return None
+
+    def rows(self, key: str) -> list[Any] | None:
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, list):
+            self.fault(key, f"must be a list, not {shown(value)}")
+            return None
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """The texts of a list; empty where absent."""
+        rows = self.rows(key) or []
+        odd = [row for row in rows if not isinstance(row, str)]
+        if odd:
+            self.fault(key, f"must hold names, not {shown(odd[0])}")
+            return []
+        return rows
