@@ -1,4 +1,4 @@
-"""Time of collectives: published medians where there are any, laws laid over them elsewhere.
+"""Time of collectives: measured where a profile has them, else published medians, else laws laid over them.
 
 Sizes are those of the tensor that a rank holds whole: the input and output of an all-reduce, the output of an
 all-gather, the input of a reduce-scatter, what one rank sends in all (its own part included) in an all-to-all.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.types import LINK_KINDS, MAX_GPUS
 from apex_opt.errors import UsageError, join_faults
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from apex_opt.cluster.types import Cluster, Link
+    from apex_opt.profiles.operations import Profile
 
     Floats = NDArray[np.float64]
 
@@ -62,6 +64,37 @@ class _Table:
     efficiency: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Measured:
+    """Collectives measured inside a node of this accelerator.
+
+    `curves` maps (op, ranks) to logarithms of sizes and of times, both rising.
+    """
+
+    curves: dict[tuple[str, int], tuple[Floats, Floats]]
+    provenance: dict[str, str]
+
+    def has(self, op: str) -> bool:
+        """Whether a collective was measured on any number of ranks."""
+        return any(name == op for name, _ in self.curves)
+
+    def time_s(self, op: str, size: Floats, ranks: int) -> Floats:
+        """Time by size, on the measured number of ranks nearest to `ranks`.
+
+        Other numbers of ranks: the floor grows with the depth of a tree, the rest with what each rank sends (derived).
+        Beyond the largest size the last rate holds.
+        """
+        known = min((count for name, count in self.curves if name == op), key=lambda count: abs(np.log(count / ranks)))
+        sizes_log, times_log = self.curves[op, known]
+        size_log = np.log(np.maximum(size, 1.0))
+        beyond = np.exp(np.maximum(size_log - sizes_log[-1], 0.0))
+        time = np.exp(np.interp(size_log, sizes_log, times_log)) * beyond
+        if known == ranks:
+            return np.asarray(time)
+        floor = float(np.exp(times_log[0]))
+        return np.asarray(floor * _steps(ranks, known) + (time - floor) * _ring(ranks) / _ring(known))
+
+
 def _ring(ranks: int) -> float:
     """Share of the tensor that a bandwidth-optimal all-reduce sends from each rank."""
     return 2 * (ranks - 1) / ranks
@@ -87,10 +120,18 @@ class Collectives:
     gpus_per_node: int
     custom_all_reduce: bool
     table: _Table
+    measured: _Measured | None = None
 
     @property
     def provenance(self) -> dict[str, str]:
         """Origin of the figures per collective and level."""
+        levels = self._published_provenance()
+        if self.measured is not None:
+            levels |= {f"{op}/intra": text for op, text in self.measured.provenance.items()}
+        return levels
+
+    def _published_provenance(self) -> dict[str, str]:
+        """Origin of what is not measured."""
         series = self._series()
         if self.intra.kind == "nvlink":
             whose = "published medians" if series.gpu == self.gpu else "derived from the published medians"
@@ -129,6 +170,10 @@ class Collectives:
             return np.zeros_like(size)
         if spanned > 1:
             time = self._start_s(ranks, spanned) + size * self._across_s_per_byte(ranks, spanned)
+        elif self.measured is not None and self.measured.has("all_reduce"):
+            time = self.measured.time_s("all_reduce", size, ranks)
+            if self.custom_all_reduce and self.measured.has("custom_all_reduce"):
+                time = np.minimum(time, self.measured.time_s("custom_all_reduce", size, ranks))
         else:
             time = self._floor_s(ranks) + self._within(size, ranks)
             if self.custom_all_reduce and self.intra.kind == "nvlink" and ranks <= self.table.custom_ranks:
@@ -139,9 +184,21 @@ class Collectives:
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
         """Every rank ends with the whole tensor of which it held one part."""
+        return self._half_s("all_gather", tensor_bytes, ranks, link, nodes)
+
+    def reduce_scatter_s(
+        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
+    ) -> Floats:
+        """Every rank ends with one part of the sum of all ranks' tensors; the mirror image of an all-gather."""
+        return self._half_s("reduce_scatter", tensor_bytes, ranks, link, nodes)
+
+    def _half_s(self, op: str, tensor_bytes: ArrayLike, ranks: int, link: Link | None, nodes: int | None) -> Floats:
+        """One of the two halves of an all-reduce."""
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:
             return np.zeros_like(size)
+        if spanned == 1 and self.measured is not None and self.measured.has(op):
+            return _none_for_nothing(size, self.measured.time_s(op, size, ranks))
         if spanned > 1:
             stream = size * self._across_s_per_byte(ranks, spanned)
             start = self._start_s(ranks, spanned)
@@ -150,12 +207,6 @@ class Collectives:
             start = self._floor_s(ranks)
         return _none_for_nothing(size, start + stream / 2)
 
-    def reduce_scatter_s(
-        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
-    ) -> Floats:
-        """Every rank ends with one part of the sum of all ranks' tensors; the mirror image of an all-gather."""
-        return self.all_gather_s(tensor_bytes, ranks, link, nodes)
-
     def all_to_all_s(
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
@@ -163,6 +214,8 @@ class Collectives:
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:
             return np.zeros_like(size)
+        if spanned == 1 and self.measured is not None and self.measured.has("all_to_all"):
+            return _none_for_nothing(size, self.measured.time_s("all_to_all", size, ranks))
         inside = ceil_div(ranks, spanned)
         near = (inside - 1) / ranks * self._stream_s_per_byte(self.intra)
         if spanned == 1:
@@ -263,12 +316,15 @@ def _none_for_nothing(size: Floats, time: Floats) -> Floats:
     return np.asarray(np.where(size > 0, time, 0.0))
 
 
-def load_collectives(cluster: Cluster, *, custom_all_reduce: bool = True, path: Path | None = None) -> Collectives:
+def load_collectives(
+    cluster: Cluster, *, profile: Profile | None = None, custom_all_reduce: bool = True, path: Path | None = None
+) -> Collectives:
     """The collectives of a cluster.
 
     Parameters
     ----------
     cluster : Cluster
+    profile : Profile           whose measured collectives hold where the cluster's nodes are wired as the catalogue's
     custom_all_reduce : bool    whether the engine has its own all-reduce for small messages inside an NVLink node
     path : Path                 table of published times, by default the one that ships with the package
 
@@ -284,7 +340,25 @@ def load_collectives(cluster: Cluster, *, custom_all_reduce: bool = True, path: 
         gpus_per_node=cluster.gpus_per_node,
         custom_all_reduce=custom_all_reduce,
         table=_load_table(path or DATA_ROOT / "profiles" / "collectives.toml"),
+        measured=_measured(profile) if profile is not None and is_catalogued(cluster) else None,
     )
+
+
+def _measured(profile: Profile) -> _Measured | None:
+    """Curves of the first source that has each collective."""
+    curves: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+    provenance: dict[str, str] = {}
+    for source in profile.own("collective"):
+        table = source.table("collective")
+        for op in sorted(set(table["op"]) - set(provenance)):
+            provenance[op] = f"measured ({source.file('collective')})"
+            for ranks in np.unique(table["ranks"][table["op"] == op]):
+                rows = np.flatnonzero((table["op"] == op) & (table["ranks"] == ranks))
+                rows = rows[np.argsort(table["bytes"][rows])]
+                # A running maximum: more bytes never take less time.
+                times = np.log(np.maximum.accumulate(table["time_us"][rows]) * _US)
+                curves[op, int(ranks)] = np.log(table["bytes"][rows]), times
+    return _Measured(curves=curves, provenance=provenance) if curves else None
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,8 @@
 """Time and energy of single operations on one accelerator.
 
-Precedence: tables measured on this accelerator, else efficiencies measured on the H200 applied to this accelerator's
-datasheet. `Profile.provenance` says which, per operation. All times are float64 seconds over arrays of sizes.
+Precedence: tables measured on this accelerator with this engine's kernels, else with another engine's, else the efficiencies measured on the H200 applied to this
+accelerator's datasheet. `Profile.provenance` says which were used, per operation. All times are float64 seconds over
+arrays of sizes.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import numpy as np
 
 from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.profiles.laws import (
-    ELEMENT_BYTES,
     GEMM_FLOOR_S,
     GEMM_FLOOR_S_PER_DEPTH,
+    LATENT,
     MOE_FLOOR_S,
-    Tables,
+    Arithmetic,
+    DecodeLaw,
+    PrefillLaw,
+    Source,
     gemm_feature,
     gemm_work,
-    load_tables,
+    load_source,
     moe_feature,
     moe_work,
 )
@@ -29,6 +34,7 @@ from apex_opt.profiles.power import PowerModel, scale_power
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import ArrayLike, NDArray
@@ -41,111 +47,171 @@ if TYPE_CHECKING:
 REFERENCE: Final = "h200-sxm"
 """Folder whose efficiencies stand in where an accelerator has no tables of its own."""
 
-# Asymptotic share of peak of a causal attention kernel, and the length at which half of it is reached: after the
-# FlashAttention-3 paper's forward figures on H100 (2024, head width 128), about 0.3 of peak at 512 tokens and above
-# 0.6 at 16k. Assumed for every accelerator.
-_PREFILL_EFFICIENCY: Final = 0.66
-_PREFILL_HALF_LENGTH: Final = 512
+# Table formats that are variants of a plan format. fp8 is scaled by tensor or channel (usual for dense models) or by
+# block (published mixtures of experts), mxfp4 weights meet 16-bit or fp8 activations.
+_SAME: Final = {
+    "bf16": ("bf16", "fp16"),
+    "fp16": ("fp16", "bf16"),
+    "fp8": ("fp8", "fp8_block"),
+    "mxfp4": ("mxfp4", "mxfp4_fp8"),
+}
+# Formats whose efficiency stands in for one that was measured nowhere: of the same kind of kernel, then of 16 bit.
+_STAND_INS: Final = {"nvfp4": ("fp8", "bf16"), "mxfp4": ("w4a16", "bf16"), "w4a16": ("mxfp4", "bf16")}
+
+# Routings in the order of preference for each way tokens may fall on experts.
+_ROUTINGS: Final = {
+    "uniform": ("uniform", "balanced"),
+    "skewed": ("power_law_1.01", "power_law_1.2", "uniform", "balanced"),
+}
+
+# A time this many times another engine's for the same product is not believed.
+_EXPOSED: Final = 1.25
 # Share of peak that decode attention reaches when its arithmetic and not its traffic limits it. Assumed.
 _DECODE_COMPUTE_EFFICIENCY: Final = 0.5
+# Time of the shortest attention kernel, below which what is left of a measured module is not believed. Assumed.
+_LEAST_KERNEL_S: Final = 4e-6
 
 _MAX_SIZE: Final = 2.0**53
 _MAX_COUNT: Final = 2**31
+_LATENT: Final = tuple(int(size[0]) for size in LATENT.values())
+_LATENT_PAIR: Final = 192 + 128
+"""Width of key and value of one head that MLA prefill kernels are measured with (DeepSeek-V3)."""
+_LONGEST_WINDOW: Final = 1024
+"""Tokens of the longest attention window that is told from the whole context."""
 
 
 class Profile:
-    """Times of operations on one accelerator; make it with `load_profile`.
+    """Times of operations on one accelerator with one engine's kernels; make it with `load_profile`.
 
     Attributes
     ----------
     gpu : Gpu
     power : PowerModel
-    provenance : dict of str to str     per operation (`gemm`, `gemm_fp8`, `moe`, `moe_fp8`, `memory`,
-                                        `decode_attention`, `prefill_attention`, `power`; the fp8 ones where the
-                                        hardware has it): measured, derived or assumed, and from what
+    provenance : dict of str to str     per operation that was asked for: measured, derived or assumed, and from what
     """
 
-    def __init__(self, gpu: Gpu, own: Tables | None, reference: Tables) -> None:
+    def __init__(self, gpu: Gpu, engine: str, own: tuple[Source, ...], reference: tuple[Source, ...]) -> None:
         self.gpu = gpu
-        self.provenance: dict[str, str] = {}
-        self._gemm: dict[str, Surface] = {}
-        self._moe: dict[str, Surface] = {}
-        for dtype, _ in gpu.flops_per_s:
-            self._gemm[dtype] = self._surface("gemm", dtype, own, reference)
-            self._moe[dtype] = self._surface("moe", dtype, own, reference)
-        memory = own.memory if own and own.memory else reference.memory
-        attention = own.attention if own and own.attention else reference.attention
-        if memory is None or attention is None:
-            raise InputError(
-                f"profiles/{reference.card.name} lacks the memory or attention_decode table all others need"
-            )
-        self._memory, self._attention = memory, attention
-        self.provenance["memory"] = self._origin("memory", own if own and own.memory else None, reference)
-        self.provenance["decode_attention"] = self._origin(
-            "attention_decode", own if own and own.attention else None, reference
-        )
-        self.provenance["prefill_attention"] = (
-            "assumed: efficiency after the FlashAttention-3 paper (2024), traffic at the bandwidth of decode attention"
-        )
-        source = own if own and own.power else reference
-        if source.power is None:
-            raise InputError(
-                f"profiles/{reference.card.name} has no energies in its tables: the power model needs them"
-            )
-        origin = f"fitted on the energies of profiles/{source.card.name}"
-        self.provenance["power"] = (
-            f"measured ({origin})" if source is own else f"derived: {origin}, scaled by power limit"
-        )
-        card = source.card
-        self.power: PowerModel = scale_power(
-            source.power, (card.tdp_w, card.memory_bytes_per_s, dict(card.flops_per_s)), gpu, self.provenance["power"]
-        )
+        self.engine = engine
+        self._own, self._reference = own, reference
+        matching = tuple(source for source in own if source.card.engine in (None, engine))
+        others = tuple(source for source in own if source not in matching)
+        usual = tuple(source for source in reference if source.card.engine in (None, engine))
+        rest = tuple(source for source in reference if source not in usual)
+        self._tiers = tuple(tier for tier in (matching, others, usual, rest) if tier)
+        self._used: dict[str, dict[str, None]] = {}
+        self.power: PowerModel = self._power_model()
+        self._note("power", self.power.provenance)
 
-    def _origin(self, table: str, own: Tables | None, reference: Tables) -> str:
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the figures come from, per operation that was asked for."""
+        return {name: "; ".join(texts) for name, texts in self._used.items()}
+
+    def _note(self, operation: str, text: str) -> None:
+        self._used.setdefault(operation, {})[text] = None
+
+    def own(self, kind: str) -> tuple[Source, ...]:
+        """Sources with a table of a kind measured on this accelerator, the engine's first."""
+        return tuple(source for tier in self._tiers for source in tier if source in self._own and source.has(kind))
+
+    def _sources(self, kind: str) -> Iterator[tuple[Source, ...]]:
+        """Sources with a table of a kind, tier by tier."""
+        for tier in self._tiers:
+            if having := tuple(source for source in tier if source.has(kind)):
+                yield having
+
+    def _origin(self, source: Source, kind: str, exact: bool = True) -> str:
         """Where one operation's figures come from: measured only if this is the accelerator the card describes."""
-        tables = own or reference
-        file = f"profiles/{tables.card.name}/{tables.files[table]}"
-        card = (tables.card.memory_bytes_per_s, dict(tables.card.flops_per_s))
-        if own is not None and card == (self.gpu.memory_bytes_per_s, dict(self.gpu.flops_per_s)):
-            return f"measured ({file})"
+        file = source.file(kind)
+        card = source.card
+        peaks = dict(self.gpu.flops_per_s)
+        same = card.memory_bytes_per_s == self.gpu.memory_bytes_per_s and all(
+            peaks.get(dtype, peak) == peak for dtype, peak in card.flops_per_s
+        )
+        if source in self._own and same:
+            return f"measured ({file})" if exact else f"derived: between the measured shapes of {file}"
         return f"derived from the efficiencies of {file} on the datasheet of {self.gpu.name}"
 
-    def _surface(self, kind: str, dtype: str, own: Tables | None, reference: Tables) -> Surface:
-        """The best surface for a format: own before reference, the same width before another."""
-        half = ("bf16", "fp16")
-        same = (dtype, *(name for name in half if name != dtype)) if dtype in half else (dtype,)
-        key = kind if dtype in half else f"{kind}_{dtype}"
-        for names in (same, half):
-            for tables in (own, reference):
-                if tables is None:
+    def _power_model(self) -> PowerModel:
+        """The first power model among the sources, scaled where it is another accelerator's."""
+        for source in (*self._own, *self._reference):
+            card = source.card
+            if card.power is not None:
+                text = f"{card.power.source} (profiles/{source.name}/card.toml)"
+                if source not in self._own:
+                    text = f"derived: scaled by power limit and peaks from {card.gpu}: {text}"
+                figures = (card.tdp_w, card.memory_bytes_per_s, dict(card.flops_per_s))
+                return scale_power(card.power, figures, self.gpu, text)
+        raise InputError(f"no card of profiles/{REFERENCE} has the [power] table that all others need")
+
+    def _best(
+        self, kind: str, name: str, feature: tuple[float, ...], find: Callable[[Source, str], Surface | None]
+    ) -> tuple[tuple[Surface, ...], tuple[Surface, ...], bool]:
+        """Surfaces for a shape in a format: where the shape was measured, else whose shapes come nearest.
+
+        Tables of this accelerator come before the reference's, the format itself before its stand-ins, what we
+        measured of the very shape before anything else.
+
+        Returns
+        -------
+        trusted, every, bare    of this engine (or of any, where it has none), and all: see `_fastest`; whether they are
+                                ours, which time a product without the kernel that narrows its input
+        """
+        names = dict.fromkeys((name, *_STAND_INS.get(name, ()), "bf16"))
+        formats = [_SAME.get(other, (other,)) for other in names]
+        pools = [tuple(s for s in sources if s.has(kind)) for sources in (self._own, self._reference)]
+        for group in formats:
+            for pool in pools:
+                found = [
+                    (round(surface.distance(feature), 9), source, dtype, surface)
+                    for source in pool
+                    for dtype in group
+                    if (surface := find(source, dtype)) is not None
+                ]
+                if not found:
                     continue
-                surfaces: dict[str, Surface] = getattr(tables, kind)
-                for name in names:
-                    if name in surfaces:
-                        origin = self._origin(kind, tables if tables is own else None, reference)
-                        if names is half and dtype not in half:
-                            origin = f"derived: {name} efficiencies, {origin}"
-                        self.provenance[key] = origin
-                        return surfaces[name]
-        raise InputError(f"profiles/{reference.card.name} lacks the {kind} table all others need")
+                distance = min(entry[0] for entry in found)
+                near = [entry for entry in found if entry[0] == distance]
+                if distance == 0 and near[0][1].card.engine is None:
+                    near = near[:1]
+                mine = [entry for entry in near if entry[1].card.engine in (None, self.engine)] or near
+                for _, source, dtype, _ in mine:
+                    origin = self._origin(source, kind, distance == 0)
+                    standing_in = "" if group == formats[0] else f"{dtype} efficiencies, "
+                    self._note(f"{kind} {name}", f"derived: {standing_in}{origin}" if standing_in else origin)
+                bare = all(source.card.engine is None for _, source, _, _ in mine)
+                return tuple(entry[3] for entry in mine), tuple(entry[3] for entry in near), bare
+        raise InputError(f"profiles/{REFERENCE} lacks the {kind} table all others need")
 
-    def _bound(self, dtype: str, flops: Floats, moved: Floats) -> Floats:
+    def _bound(self, kernel: Arithmetic, flops: Floats, moved: Floats) -> Floats:
         """Roofline: no operation takes less than its arithmetic at peak, nor less than its traffic at peak."""
-        return np.maximum(flops / self.gpu.peak_flops_per_s(dtype), moved / self.gpu.memory_bytes_per_s)
+        return np.maximum(flops / self.gpu.peak_flops_per_s(kernel.peak), moved / self.gpu.memory_bytes_per_s)
 
-    def gemm_time_s(
-        self, dtype: str, m: ArrayLike, n: int, k: int, weight_bytes_per_element: float | None = None
-    ) -> Floats:
+    def kernel(self, name: str) -> Arithmetic:
+        """Arithmetic of a plan's number format on this accelerator: 16 bit in the type it has.
+
+        Raises
+        ------
+        UsageError      a format the accelerator lacks
+        """
+        kernel = Arithmetic.of(name)
+        if kernel.peak in ("bf16", "fp16"):
+            kernel = Arithmetic(self.gpu.half_dtype, kernel.input_bytes, kernel.weight_bytes)
+        self.gpu.peak_flops_per_s(kernel.peak)
+        return kernel
+
+    def gemm_time_s(self, name: str, m: ArrayLike, n: int, k: int, *, fused: bool = False) -> Floats:
         """Time of out[m,n] = in[m,k] W[n,k]^T.
 
         Parameters
         ----------
-        dtype : str                     bf16, fp16 or fp8: format of the arithmetic
+        name : str                      number format of the weights, a key of `FORMATS`; weight-only formats read
+                                        fewer bytes and compute in 16 bit, unpacking hides behind the reads (derived)
         m : int64[...]                  rows, >= 0
         n, k : int                      shape of the weights
-        weight_bytes_per_element : float, optional
-            size of a stored weight where it is not that of `dtype` (1.0 for w8a16, 0.5 for w4a16): fewer bytes are
-            read, arithmetic stays in `dtype`; unpacking is taken to hide behind the reads (derived)
+        fused : bool                    the input arrives in the narrow format of the arithmetic; otherwise a kernel
+                                        narrows it, which the tables of engines hold and our own do not
 
         Returns
         -------
@@ -158,55 +224,53 @@ class Profile:
         Notes
         -----
         time = (floor + roofline) / ratio, with the floor fixed in seconds and the ratio interpolated in log m between
-        measured sizes and over the six nearest shapes in (log n, log k). Leaving out each measured shape in turn, the
-        error on h200-sxm is 3.3% (bf16) and 4.1% (fp8) in the median, 14% and 16% at the 95th percentile.
+        measured sizes, and between measured shapes as `Surface` says.
         """
-        bound, rows = self._gemm_bound(dtype, m, n, k, weight_bytes_per_element)
+        bound, rows = self._gemm_bound(name, m, n, k)
+        feature = gemm_feature(n, k)
+        trusted, every, bare = self._best("gemm", name, feature, lambda source, dtype: source.gemm(dtype))
         floor = GEMM_FLOOR_S + GEMM_FLOOR_S_PER_DEPTH * k
-        ratio = self._gemm[dtype].ratio(gemm_feature(n, k), np.log(np.maximum(rows, 1.0)))
-        return np.asarray(np.where(rows > 0, np.maximum((floor + bound) / ratio, bound), 0.0))
+        ratio = _fastest(trusted, every, feature, np.log(np.maximum(rows, 1.0)))
+        seconds = np.where(rows > 0, np.maximum((floor + bound) / ratio, bound), 0.0)
+        kernel = self.kernel(name)
+        if kernel.input_bytes < 2 and bare and not fused:
+            seconds = seconds + self.memory_time_s(rows * (k * (2.0 + kernel.input_bytes)))
+        return np.asarray(seconds)
 
-    def gemm_roofline_s(
-        self, dtype: str, m: ArrayLike, n: int, k: int, weight_bytes_per_element: float | None = None
-    ) -> Floats:
+    def gemm_roofline_s(self, name: str, m: ArrayLike, n: int, k: int) -> Floats:
         """Least time the datasheet allows for `gemm_time_s` with the same arguments; same errors."""
-        return self._gemm_bound(dtype, m, n, k, weight_bytes_per_element)[0]
+        return self._gemm_bound(name, m, n, k)[0]
 
-    def _gemm_bound(self, dtype: str, m: ArrayLike, n: int, k: int, weight: float | None) -> tuple[Floats, Floats]:
+    def _gemm_bound(self, name: str, m: ArrayLike, n: int, k: int) -> tuple[Floats, Floats]:
         """Roofline and rows of a product."""
-        self.gpu.peak_flops_per_s(dtype)
-        rows = sizes("m", m)
-        element = ELEMENT_BYTES[dtype]
-        flops, moved = gemm_work(
-            rows, _count("n", n), _count("k", k), element, element if weight is None else _weight_bytes(weight)
-        )
-        return np.asarray(np.where(rows > 0, self._bound(dtype, flops, moved), 0.0)), rows
+        kernel, rows = self.kernel(name), sizes("m", m)
+        flops, moved = gemm_work(rows, _count("n", n), _count("k", k), kernel.input_bytes, kernel.weight_bytes)
+        return np.asarray(np.where(rows > 0, self._bound(kernel, flops, moved), 0.0)), rows
 
     def moe_time_s(
         self,
-        dtype: str,
+        name: str,
         tokens: ArrayLike,
         hidden: int,
         expert_ffn: int,
         experts: int,
-        topk: float,
-        weight_bytes_per_element: float | None = None,
+        held: int,
+        topk: int,
+        routing: str = "uniform",
     ) -> Floats:
-        """Time of the fused experts of one layer: gate-up, activation, down.
+        """Time of the fused experts of one layer on one rank: gate-up, activation, down.
 
         Parameters
         ----------
-        dtype : str                     bf16, fp16 or fp8
-        tokens : int64[...]             tokens routed, >= 0
-        hidden, expert_ffn : int        width of the model and of one expert
-        experts : int                   experts held by this rank
-        topk : float                    mean experts of this rank per token, 0 < topk <= experts; may be a fraction
-                                        under expert parallelism
-        weight_bytes_per_element : float, optional      as in `gemm_time_s`
+        name : str                      number format of the experts, a key of `FORMATS`
+        tokens : float64[...]           tokens routed over all experts, >= 0
+        hidden, expert_ffn : int        width of the model, and of one expert on this rank
+        experts, held, topk : int       experts of the layer, those on this rank, experts per token
+        routing : str                   "uniform" at random, or "skewed" as the power-law tables have it
 
         Returns
         -------
-        float64[...]                    seconds, for routing uniform at random; 0 where tokens == 0
+        float64[...]                    seconds; 0 where tokens == 0
 
         Raises
         ------
@@ -214,74 +278,87 @@ class Profile:
 
         Notes
         -----
-        As `gemm_time_s`, with the ratio interpolated in tokens per expert. Leaving out each of the eleven measured
-        shapes in turn, the error on h200-sxm is 4.6% in the median, 17% at the 95th percentile.
-        One measured row of 154 is 0.1% faster than the roofline, by the luck of its routing; it is held to it.
+        As `gemm_time_s`, with the ratio interpolated in tokens per expert.
         """
-        bound, routed = self._moe_bound(dtype, tokens, hidden, expert_ffn, experts, topk, weight_bytes_per_element)
-        per_expert = np.log(np.maximum(routed, 1.0) * topk / experts)
-        ratio = self._moe[dtype].ratio(moe_feature(hidden, expert_ffn, experts, topk), per_expert)
+        bound, routed = self._moe_bound(name, tokens, hidden, expert_ffn, experts, held, topk)
+        feature = moe_feature(hidden, expert_ffn, experts, held, topk)
+
+        def find(source: Source, dtype: str) -> Surface | None:
+            found = (source.moe(dtype, wanted) for wanted in _ROUTINGS[routing])
+            return next((surface for surface in found if surface is not None), None)
+
+        trusted, every, _ = self._best("moe", name, feature, find)
+        ratio = _fastest(trusted, every, feature, np.log(np.maximum(routed, 1.0) * topk / experts))
         return np.asarray(np.where(routed > 0, np.maximum((MOE_FLOOR_S + bound) / ratio, bound), 0.0))
 
     def moe_roofline_s(
-        self,
-        dtype: str,
-        tokens: ArrayLike,
-        hidden: int,
-        expert_ffn: int,
-        experts: int,
-        topk: float,
-        weight_bytes_per_element: float | None = None,
+        self, name: str, tokens: ArrayLike, hidden: int, expert_ffn: int, experts: int, held: int, topk: int
     ) -> Floats:
         """Least time the datasheet allows for `moe_time_s` with the same arguments; same errors."""
-        return self._moe_bound(dtype, tokens, hidden, expert_ffn, experts, topk, weight_bytes_per_element)[0]
+        return self._moe_bound(name, tokens, hidden, expert_ffn, experts, held, topk)[0]
 
     def _moe_bound(
-        self, dtype: str, tokens: ArrayLike, hidden: int, ffn: int, experts: int, topk: float, weight: float | None
+        self, name: str, tokens: ArrayLike, hidden: int, ffn: int, experts: int, held: int, topk: int
     ) -> tuple[Floats, Floats]:
         """Roofline and tokens of the fused experts."""
-        self.gpu.peak_flops_per_s(dtype)
-        routed = sizes("tokens", tokens)
+        kernel, routed = self.kernel(name), sizes("tokens", tokens)
         _count("experts", experts)
-        if not _is_number(topk) or not 0 < topk <= experts:
-            raise UsageError(f"topk = {shown(topk)} must be a number above 0 and at most the {experts} experts held")
-        weight_bytes = ELEMENT_BYTES[dtype] if weight is None else _weight_bytes(weight)
-        flops, moved = moe_work(
-            routed, _count("hidden", hidden), _count("expert_ffn", ffn), experts, float(topk), weight_bytes
-        )
-        return np.asarray(np.where(routed > 0, self._bound(dtype, flops, moved), 0.0)), routed
+        for what, value in (("held", held), ("topk", topk)):
+            if _count(what, value) > experts:
+                raise UsageError(f"{what} = {value} must be at most the {experts} experts of the layer")
+        shape = (_count("hidden", hidden), _count("expert_ffn", ffn), experts, held, topk)
+        flops, moved = moe_work(routed, *shape, kernel.weight_bytes)
+        return np.asarray(np.where(routed > 0, self._bound(kernel, flops, moved), 0.0)), routed
 
-    def memory_time_s(self, moved_bytes: ArrayLike) -> Floats:
+    def memory_time_s(
+        self, moved_bytes: ArrayLike, kind: str = "plain", width: int = 0, *, launched: bool = True
+    ) -> Floats:
         """Time of one element-wise kernel (norm, activation, rotary, embedding).
 
         Parameters
         ----------
         moved_bytes : float64[...]      bytes read plus written, >= 0
+        kind : str                      of `MEMORY_KERNELS`: plain, norm or activation
+        width : int                     elements of a row
+        launched : bool                 False where it rides on another kernel: no floor then
 
         Returns
         -------
-        float64[...]                    seconds: launch floor + bytes at the measured share of peak bandwidth; 0 where
+        float64[...]                    seconds: floor + bytes at the measured share of peak bandwidth; 0 where
                                         nothing is moved
 
         Notes
         -----
-        Floor and share are medians over the small and large rows of memory.csv. Hits in the L2 cache are not counted
-        on, so rows of 10 to 60 MB take less than this says.
+        Floors are fitted on the small rows of the table, the share is the median of the large ones. Hits in the L2
+        cache are not counted on, so rows of 10 to 60 MB take less than this says.
         """
         moved = sizes("moved_bytes", moved_bytes)
-        floor_s, efficiency = self._memory
-        return np.asarray(np.where(moved > 0, floor_s + moved / (efficiency * self.gpu.memory_bytes_per_s), 0.0))
+        source = next(self._sources("memory"), (None,))[0]
+        if source is None:
+            raise InputError(f"profiles/{REFERENCE} lacks the memory table all others need")
+        self._note("memory", self._origin(source, "memory"))
+        law = source.memory()
+        base_s, slope_s = law.floors[kind]
+        floor_s = base_s + slope_s * width if launched else 0.0
+        return np.asarray(np.where(moved > 0, floor_s + moved / (law.efficiency * self.gpu.memory_bytes_per_s), 0.0))
 
     def decode_attention(
-        self, query_heads: int, kv_heads: int, head_dim: int, kv_bytes_per_element: float, sequences: ArrayLike
+        self,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_format: str,
+        sequences: ArrayLike,
+        window: int | None = None,
     ) -> tuple[Floats, Floats]:
         """Decode attention of one layer: time = base + per_token x (tokens of context summed over the batch).
 
         Parameters
         ----------
         query_heads, kv_heads, head_dim : int   heads on this rank and their width
-        kv_bytes_per_element : float            2 for a 16-bit cache, 1 for fp8
+        kv_format : str                         a key of `KV_BYTES`
         sequences : int64[...]                  sequences of the batch, >= 0
+        window : int or None                    tokens a query sees at most
 
         Returns
         -------
@@ -293,37 +370,49 @@ class Profile:
 
         Notes
         -----
-        Fitted per measured batch, interpolated in the logarithm of sequences x KV heads, the pieces of work a kernel
-        has to spread. Beyond the measured 64 x 8 the share of bandwidth holds and the base grows in proportion: each
-        piece then waits its turn on the cores. (Held flat it would miss 0.3 us per layer and sequence that serving
-        steps of 128 and 256 sequences with equal context show.)
+        Fitted per measured batch of the nearest shape, interpolated in the logarithm of sequences x KV heads, the
+        pieces of work a kernel has to spread. Beyond the largest the share of bandwidth holds and the base grows in
+        proportion. Within a short window (up to 1,024 tokens) every sequence is charged the whole window; a longer
+        one is charged as if it had no end.
         """
         count = sizes("sequences", sequences)
-        token_bytes = self._token_bytes(kv_heads, head_dim, kv_bytes_per_element)
-        units_log = np.log(np.maximum(count, 1.0) * kv_heads)
-        law = self._attention
-        base = np.interp(units_log, law.units_log, law.base_s) * np.exp(np.maximum(units_log - law.units_log[-1], 0.0))
-        traffic = token_bytes / (np.interp(units_log, law.units_log, law.efficiency) * self.gpu.memory_bytes_per_s)
-        peak = self.gpu.peak_flops_per_s(self.gpu.half_dtype) * _DECODE_COMPUTE_EFFICIENCY
-        per_token = np.maximum(traffic, 4.0 * _count("query_heads", query_heads) * head_dim / peak)
+        for what, value in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            _count(what, value)
+        short = window if window is not None and window <= _LONGEST_WINDOW else 0
+        token_bytes = 2.0 * kv_heads * head_dim * _kv_bytes(kv_format)
+        law, measured_window = self._decode_law(
+            "attention_decode", (query_heads, kv_heads, head_dim), kv_format, short
+        )
+        base, traffic = self._read_decode(law, count, kv_heads, token_bytes)
+        compute = 4.0 * query_heads * head_dim / (self._half_peak() * _DECODE_COMPUTE_EFFICIENCY)
+        per_token = np.maximum(traffic, compute)
+        if short:
+            base = base if measured_window else base + per_token * count * short
+            per_token = np.zeros_like(per_token)
         return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, per_token, 0.0))
 
     def prefill_attention(
-        self, query_heads: int, head_dim: int, kv_heads: int, kv_bytes_per_element: float, chunk: ArrayLike
-    ) -> tuple[Floats, Floats, Floats]:
-        """Prefill attention of one layer and one sequence: base + per_pair x pairs + per_context x context.
+        self,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_format: str,
+        chunk: ArrayLike,
+        window: int | None = None,
+    ) -> tuple[Floats, Floats]:
+        """Prefill attention of one layer and one sequence: base + per_pair x query-key pairs.
 
         Parameters
         ----------
-        query_heads, head_dim, kv_heads : int   heads on this rank and their width
-        kv_bytes_per_element : float            2 for a 16-bit cache, 1 for fp8
+        query_heads, kv_heads, head_dim : int   heads on this rank and their width
+        kv_format : str                         a key of `KV_BYTES`
         chunk : int64[...]                      new tokens of the sequence in this batch, >= 0
+        window : int or None                    tokens a query sees at most
 
         Returns
         -------
-        base_s, per_pair_s, per_context_s : float64[...]
-            `pairs` are the query-key pairs under the causal mask, `context` the tokens cached including the chunk;
-            all 0 where chunk == 0. The base holds one launch: sequences that share a launch share it.
+        base_s, per_pair_s : float64[...]       pairs are those under the causal mask; 0 where chunk == 0. The launch
+                                                is not in the base: sequences of a batch share it.
 
         Raises
         ------
@@ -331,68 +420,176 @@ class Profile:
 
         Notes
         -----
-        A whole prompt of L tokens has L^2/2 pairs of 4 heads width FLOP each; at the share of peak
-        0.66 L / (L + 512) that is the cost of L^2/2 + 256 L pairs at 0.66. The second term goes into the base, so
-        that a short chunk against a long context is not charged the poor efficiency of a short prompt. Assumed.
+        A whole prompt takes what the nearest measured shape took, scaled by heads and width. Pairs with tokens of
+        earlier chunks are charged at the rate of the longest prompts, but at least the time to read their keys.
         """
         count = sizes("chunk", chunk)
-        token_bytes = self._token_bytes(kv_heads, head_dim, kv_bytes_per_element)
-        peak = self.gpu.peak_flops_per_s(self.gpu.half_dtype) * _PREFILL_EFFICIENCY
-        pair_s = 4.0 * _count("query_heads", query_heads) * head_dim / peak
-        context_s = token_bytes / (float(self._attention.efficiency[-1]) * self.gpu.memory_bytes_per_s)
-        base = float(self._attention.base_s[0]) + pair_s * _PREFILL_HALF_LENGTH / 2 * count
-        some = count > 0
-        return (
-            np.asarray(np.where(some, base, 0.0)),
-            np.asarray(np.where(some, pair_s, 0.0)),
-            np.asarray(np.where(some, context_s, 0.0)),
+        for what, value in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+            _count(what, value)
+        short = window if window is not None and window <= _LONGEST_WINDOW else 0
+        law, measured_window = self._prefill_law(
+            "attention_prefill", (query_heads, kv_heads, head_dim), kv_format, short
         )
+        token_bytes = 2.0 * kv_heads * head_dim * _kv_bytes(kv_format)
+        base, pair = self._read_prefill(law, count, 4.0 * query_heads * head_dim, token_bytes)
+        if short:
+            seen = np.minimum(count, short)
+            pairs = count * seen - seen * (seen - 1) / 2
+            base = base if measured_window else base + pair * pairs
+            pair = np.zeros_like(pair)
+        return base, pair
 
-    def _token_bytes(self, kv_heads: int, head_dim: int, element: float) -> float:
-        """Bytes of keys and values per token of context and layer."""
-        return 2.0 * _count("kv_heads", kv_heads) * _count("head_dim", head_dim) * _weight_bytes(element)
+    def latent_decode(
+        self, heads: int, kv_lora_rank: int, rope_dim: int, kv_format: str, sequences: ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Decode over a latent cache, without projections: as `decode_attention`, `heads` on this rank."""
+        count = sizes("sequences", sequences)
+        width = _count("kv_lora_rank", kv_lora_rank) + _count("rope_dim", rope_dim)
+        law, _ = self._decode_law("mla_kernel_decode", (_count("heads", heads), *_LATENT), kv_format, 0)
+        base, traffic = self._read_decode(law, count, 1, width * float(_kv_bytes(kv_format)))
+        compute = 2.0 * heads * (2 * kv_lora_rank + rope_dim) / (self._half_peak() * _DECODE_COMPUTE_EFFICIENCY)
+        # What is read once serves all heads: with many of them the arithmetic decides, and the fitted share holds it.
+        per_token = np.where(law.efficiency[-1] < 1.0, traffic, np.maximum(traffic, compute))
+        return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, per_token, 0.0))
+
+    def latent_prefill(
+        self, heads: int, key_dim: int, value_dim: int, kv_format: str, chunk: ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Prefill attention over keys and values expanded from the latent cache: as `prefill_attention`."""
+        count = sizes("chunk", chunk)
+        law, _ = self._prefill_law("mla_kernel_prefill", (_count("heads", heads), *_LATENT), kv_format, 0)
+        flops = 2.0 * heads * (_count("key_dim", key_dim) + _count("value_dim", value_dim))
+        return self._read_prefill(law, count, flops, heads * (key_dim + value_dim) * 2.0)
+
+    def _decode_law(
+        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
+    ) -> tuple[DecodeLaw, bool]:
+        """Law of the nearest measured shape, and whether it was measured with the window."""
+        source, dtype, index, found = self._nearest(kind, shape, kv_format, window)
+        shapes = source.shapes(kind, dtype, found)
+        assert shapes is not None
+        _, kv_heads, head_dim = (int(size) for size in shapes.shapes[index])
+        width = head_dim if kind.startswith("mla") else 2 * kv_heads * head_dim
+        return source.decode(kind, dtype, found, index, float(width * KV_BYTES[dtype])), found == window > 0
+
+    def _prefill_law(
+        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
+    ) -> tuple[PrefillLaw, bool]:
+        """Law of the nearest measured shape, and whether it was measured with the window."""
+        source, dtype, index, found = self._nearest(kind, shape, kv_format, window)
+        shapes = source.shapes(kind, dtype, found)
+        assert shapes is not None
+        heads, _, head_dim = (int(size) for size in shapes.shapes[index])
+        width = 2 * _LATENT_PAIR if kind.startswith("mla") else 4 * head_dim
+        return source.prefill(kind, dtype, found, index, float(heads * width)), found == window > 0
+
+    def _nearest(
+        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
+    ) -> tuple[Source, str, int, int]:
+        """Source, KV format, index and window of the measured shape nearest to a shape of heads.
+
+        The window itself before none, the KV format itself before another.
+        """
+        half = ("bf16", "fp16") if kv_format in ("bf16", "fp16") else (kv_format,)
+        for names in (half, tuple(KV_BYTES)):
+            for tier in self._sources(kind):
+                for wanted in dict.fromkeys((window, 0)):
+                    found = [
+                        (*reversed(shapes.nearest(*shape)), source, dtype)
+                        for source in tier
+                        for dtype in names
+                        if (shapes := source.shapes(kind, dtype, wanted)) is not None
+                    ]
+                    if found:
+                        distance, index, source, dtype = min(found, key=lambda entry: round(float(entry[0]), 9))
+                        self._note(kind.replace("_", " "), self._origin(source, kind, float(distance) < 1e-9))
+                        return source, dtype, int(index), wanted
+        raise InputError(f"profiles/{REFERENCE} lacks the {kind} table all others need")
+
+    def _read_decode(self, law: DecodeLaw, count: Floats, units: int, token_bytes: float) -> tuple[Floats, Floats]:
+        """Base and time per token of context of batches."""
+        units_log = np.log(np.maximum(count, 1.0) * units)
+        beyond = np.exp(np.maximum(units_log - law.units_log[-1], 0.0))
+        base = np.interp(units_log, law.units_log, law.base_s) * beyond
+        share = np.interp(units_log, law.units_log, law.efficiency)
+        return base, token_bytes / (share * self.gpu.memory_bytes_per_s)
+
+    def _read_prefill(
+        self, law: PrefillLaw, count: Floats, pair_flops: float, token_bytes: float
+    ) -> tuple[Floats, Floats]:
+        """Base and time per pair of chunks."""
+        length_log = np.log(np.maximum(count, 1.0))
+        extra = np.interp(length_log, law.length_log, law.extra_s) * pair_flops
+        beyond = np.exp(np.maximum(length_log - law.length_log[-1], 0.0))
+        reading = token_bytes / self.gpu.memory_bytes_per_s / np.maximum(count, 1.0)
+        pair = np.maximum(law.pair_s * pair_flops, reading)
+        some = count > 0
+        return np.asarray(np.where(some, extra * beyond, 0.0)), np.asarray(np.where(some, pair, 0.0))
+
+    def _half_peak(self) -> float:
+        return self.gpu.peak_flops_per_s(self.gpu.half_dtype)
 
 
-def load_profile(gpu: Gpu, root: Path | None = None) -> Profile:
+def load_profile(gpu: Gpu, engine: str = "vllm", root: Path | None = None) -> Profile:
     """The profile of an accelerator.
 
     Parameters
     ----------
-    gpu : Gpu           its `profile` names a folder with tables measured on it, or is None
-    root : Path         folder of profile folders, by default the one that ships with the package
+    gpu : Gpu           its `profile` names a folder of folders with tables measured on it, or is None
+    engine : str        engine whose kernels are preferred
+    root : Path         folder of all profiles, by default the one that ships with the package
 
     Raises
     ------
     UnknownNameError    `gpu.profile` names a folder that does not exist
     InputError          a card or table with faults
     """
-    return _load_profile(gpu, DATA_ROOT / "profiles" if root is None else root)
-
-
-@lru_cache(maxsize=64)
-def _load_profile(gpu: Gpu, root: Path) -> Profile:
-    """As `load_profile`; one object per accelerator."""
-    own: Tables | None = None
+    folder = DATA_ROOT / "profiles" if root is None else root
+    own: tuple[Source, ...] = ()
     if gpu.profile is not None:
-        folders = [path.parent.name for path in root.glob("*/card.toml")]
-        if gpu.profile not in folders:
+        own = _load_sources(folder / gpu.profile)
+        if not own:
             raise UnknownNameError(
                 f"profile of {gpu.name}",
                 gpu.profile,
-                folders,
-                f"folders of {root}; leave it out to derive from the datasheet",
+                sorted({path.parent.parent.name for path in folder.glob("*/*/card.toml")}),
+                f"folders of {folder}; leave it out to derive from the datasheet",
             )
-        own = load_tables(root / gpu.profile)
-    shipped = DATA_ROOT / "profiles"
-    home = root if (root / REFERENCE / "card.toml").is_file() else shipped
-    return Profile(gpu, own, load_tables(home / REFERENCE))
+    return Profile(gpu, engine, own, _load_sources(DATA_ROOT / "profiles" / REFERENCE))
 
 
-def _is_number(value: object) -> bool:
-    """A finite number that is not a truth value."""
-    if isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < _MAX_SIZE
-    return isinstance(value, float | np.floating | np.integer) and abs(float(value)) < _MAX_SIZE
+@lru_cache(maxsize=64)
+def _load_sources(folder: Path) -> tuple[Source, ...]:
+    """Folders with cards below a folder: our own measurements first, then the newest of each engine."""
+    found = [load_source(path.parent) for path in sorted(folder.glob("*/card.toml"))]
+    return tuple(sorted(found, key=lambda source: source.card.engine is not None))
+
+
+def _fastest(
+    trusted: tuple[Surface, ...], every: tuple[Surface, ...], feature: tuple[float, ...], size_log: Floats
+) -> Floats:
+    """Ratio of bound to time: of this engine's fastest variant, unless other engines' tables expose it.
+
+    Variants of a format (fp8 scaled by tensor or by block) are the deployer's choice. Engines share kernel libraries, so
+    a time far above what another engine's collection has for the same shape is a launch floor of the collection.
+    """
+    ratio = _largest(trusted, feature, size_log)
+    if len(every) == len(trusted):
+        return ratio
+    best = _largest(every, feature, size_log)
+    return np.where(ratio * _EXPOSED < best, best, ratio)
+
+
+def _largest(surfaces: tuple[Surface, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
+    ratios = [surface.ratio(feature, size_log) for surface in surfaces]
+    return ratios[0] if len(ratios) == 1 else np.asarray(np.maximum.reduce(ratios))
+
+
+def _kv_bytes(name: str) -> int:
+    """Bytes of an element of the KV cache."""
+    if name not in KV_BYTES:
+        raise UnknownNameError("KV format", name, KV_BYTES)
+    return KV_BYTES[name]
 
 
 def _count(name: str, value: int) -> int:
@@ -400,13 +597,6 @@ def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= _MAX_COUNT:
         raise UsageError(f"{name} = {shown(value)} must be a whole number from 1 to {_MAX_COUNT}")
     return int(value)
-
-
-def _weight_bytes(value: float) -> float:
-    """Size of one stored element in bytes."""
-    if not _is_number(value) or not 0 < value <= 16:
-        raise UsageError(f"bytes per element = {shown(value)} must be a number above 0 and at most 16")
-    return float(value)
 
 
 def sizes(name: str, values: ArrayLike) -> Floats:

@@ -58,13 +58,13 @@ class PowerModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerFit:
-    """Coefficients fitted on one accelerator, and the relative errors on the samples they came from."""
+    """Coefficients fitted on one accelerator, and where they come from; `narrow` is fp8 and fp4 arithmetic."""
 
     active_w: float
     joule_per_flop_half: float
-    joule_per_flop_fp8: float
+    joule_per_flop_narrow: float
     joule_per_byte: float
-    errors: tuple[float, ...]
+    source: str = ""
 
 
 def fit_power(
@@ -73,14 +73,18 @@ def fit_power(
     energy_j: NDArray[np.float64],
     idle_w: float,
     limit_w: float,
-) -> PowerFit:
-    """Non-negative coefficients of time, 16-bit FLOP, fp8 FLOP and bytes that explain the energies.
+) -> tuple[PowerFit, NDArray[np.float64]]:
+    """Non-negative coefficients of time, 16-bit FLOP, narrow FLOP and bytes that explain the energies.
 
     Parameters
     ----------
-    time_s, energy_j : float64[n]       per sample, one call of an operation
-    work : float64[n, 3]                16-bit FLOP, fp8 FLOP, bytes
+    time_s, energy_j : float64[n]       per sample, one call of an operation or one run of an engine
+    work : float64[n, 3]                16-bit FLOP, narrow FLOP, bytes
     idle_w, limit_w : float             known draw at rest; board limit
+
+    Returns
+    -------
+    fit, errors : PowerFit, float64[n]      coefficients; relative error of every sample
 
     Notes
     -----
@@ -101,13 +105,13 @@ def fit_power(
             break
         used = now
     predicted = np.minimum(work @ coefficients[1:] + (idle_w + coefficients[0]) * time_s, limit_w * time_s)
-    return PowerFit(
+    fit = PowerFit(
         active_w=float(coefficients[0]),
         joule_per_flop_half=float(coefficients[1]),
-        joule_per_flop_fp8=float(coefficients[2]),
+        joule_per_flop_narrow=float(coefficients[2]),
         joule_per_byte=float(coefficients[3]),
-        errors=tuple((predicted / energy - 1).tolist()),
     )
+    return fit, np.asarray(predicted / energy - 1)
 
 
 def _non_negative(columns: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -143,13 +147,10 @@ def scale_power(
     half = flops_per_s["bf16"] if "bf16" in flops_per_s else flops_per_s["fp16"]
     per_flop: dict[str, float] = {}
     for dtype, peak in gpu.flops_per_s:
-        if dtype == "fp8":
-            # Where the fit has no fp8, the share of the limit that 16-bit work draws stands in.
-            joule, reference = fit.joule_per_flop_fp8, flops_per_s.get("fp8", half)
-            if joule <= 0:
-                joule, reference = fit.joule_per_flop_half, half
-        else:
-            joule, reference = fit.joule_per_flop_half, half
+        joule, reference = fit.joule_per_flop_half, half
+        if dtype in ("fp8", "fp4") and fit.joule_per_flop_narrow > 0:
+            # Without narrow samples, the share of the limit that 16-bit work draws stands in.
+            joule, reference = fit.joule_per_flop_narrow, flops_per_s.get(dtype, flops_per_s.get("fp8", half))
         per_flop[dtype] = joule * limit * reference / peak
     return PowerModel(
         idle_w=gpu.idle_w,

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Curve = tuple[Floats, Floats]
+
+_SAME: Final = 1e-9
+"""Distance between logarithms of shapes below which they are the same shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,19 +30,20 @@ class Surface:
     Attributes
     ----------
     features : float64[n_shapes, n_features]    logarithms of the shape, scaled so that distances compare
-    knots : tuple of float64[n_points]          per shape: logarithms of the measured sizes, rising
-    values : tuple of float64[n_points]         per shape: log(bound / time)
-    neighbours, power : int, float              a shape not measured is the mean of its nearest, weighted by
+    starts : int64[n_shapes + 1]                where each shape's points lie in the next two
+    knots, values : float64[n_points]           logarithms of the measured sizes, rising; log(bound / time)
+    neighbours, power : int, float              a shape between no others is the mean of its nearest, weighted by
                                                 distance ** -power
     """
 
-    features: NDArray[np.float64]
-    knots: tuple[NDArray[np.float64], ...]
-    values: tuple[NDArray[np.float64], ...]
+    features: Floats
+    starts: NDArray[np.int64]
+    knots: Floats
+    values: Floats
     neighbours: int
     power: float
 
-    def ratio(self, feature: tuple[float, ...], size_log: NDArray[np.float64]) -> NDArray[np.float64]:
+    def ratio(self, feature: tuple[float, ...], size_log: Floats) -> Floats:
         """Bound / time of a shape at the given sizes; beyond the measured sizes the last ratio holds.
 
         Parameters
@@ -50,47 +58,89 @@ class Surface:
         knots, values = _curve(self, feature)
         return np.exp(np.interp(size_log, knots, values))
 
-    def leave_one_out(self) -> NDArray[np.float64]:
+    def distance(self, feature: tuple[float, ...]) -> float:
+        """How far the nearest measured shape is, in scaled logarithms; 0 where the shape itself was measured."""
+        return float(np.sqrt(((self.features - np.array(feature)) ** 2).sum(axis=1).min()))
+
+    def shape(self, index: int) -> Curve:
+        """Knots and values of one measured shape."""
+        points = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        return self.knots[points], self.values[points]
+
+    def without(self, index: int) -> Surface:
+        """The surface with one shape left out."""
+        kept = np.arange(len(self.features)) != index
+        counts = np.diff(self.starts)
+        points = np.repeat(kept, counts)
+        return Surface(
+            features=self.features[kept],
+            starts=np.concatenate([[0], np.cumsum(counts[kept])]),
+            knots=self.knots[points],
+            values=self.values[points],
+            neighbours=self.neighbours,
+            power=self.power,
+        )
+
+    def leave_one_out(self) -> Floats:
         """Relative error of the time at every measured point, its whole shape being left out of the table."""
         errors = []
-        for shape in range(len(self.knots)):
-            kept = [other for other in range(len(self.knots)) if other != shape]
-            rest = Surface(
-                features=self.features[kept],
-                knots=tuple(self.knots[other] for other in kept),
-                values=tuple(self.values[other] for other in kept),
-                neighbours=self.neighbours,
-                power=self.power,
-            )
-            guess = rest.ratio(tuple(self.features[shape]), self.knots[shape])
-            errors.append(np.exp(self.values[shape]) / guess - 1)
+        for index in range(len(self.features)):
+            knots, values = self.shape(index)
+            guess = self.without(index).ratio(tuple(self.features[index]), knots)
+            errors.append(np.exp(values) / guess - 1)
         return np.concatenate(errors)
 
 
 @lru_cache(maxsize=4096)
-def _curve(surface: Surface, feature: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The curve of one shape: its own where measured, else the weighted mean of its neighbours'."""
+def _curve(surface: Surface, feature: tuple[float, ...]) -> Curve:
+    """The curve of one shape: its own where measured, else a mean of those around it, else of the nearest."""
     distance = np.sqrt(((surface.features - np.array(feature)) ** 2).sum(axis=1))
-    near = np.argsort(distance, kind="stable")[: surface.neighbours]
-    if distance[near[0]] < 1e-9:
-        return surface.knots[near[0]], surface.values[near[0]]
-    weights = distance[near] ** -surface.power
-    weights /= weights.sum()
+    nearest = int(distance.argmin())
+    if distance[nearest] < _SAME:
+        return surface.shape(nearest)
+    around = _corners(surface.features, feature)
+    if around is None:
+        near = np.argsort(distance, kind="stable")[: surface.neighbours]
+        weights = distance[near] ** -surface.power
+        around = [(int(index), float(weight)) for index, weight in zip(near, weights / weights.sum(), strict=True)]
     # Piecewise linear curves sum to a piecewise linear curve over all their knots: one look-up then serves any array.
-    knots = np.unique(np.concatenate([surface.knots[shape] for shape in near]))
+    curves = [(weight, *surface.shape(index)) for index, weight in around]
+    knots = np.unique(np.concatenate([own for _, own, _ in curves]))
     values = np.zeros_like(knots)
-    for weight, shape in zip(weights, near, strict=True):
-        values += weight * np.interp(knots, surface.knots[shape], surface.values[shape])
+    for weight, own, value in curves:
+        values += weight * np.interp(knots, own, value)
     return knots, values
 
 
+def _corners(features: Floats, feature: tuple[float, ...]) -> list[tuple[int, float]] | None:
+    """Shapes at the corners of the smallest box of the grid around a shape with their multilinear weights.
+
+    None where the shape lies outside the grid, or a corner was not measured.
+    """
+    sides: list[tuple[tuple[float, float], ...]] = []
+    for axis, value in enumerate(feature):
+        lines = np.unique(features[:, axis])
+        at = int(np.searchsorted(lines, value - _SAME))
+        if at < len(lines) and abs(lines[at] - value) < _SAME:
+            sides.append(((float(lines[at]), 1.0),))
+            continue
+        if at in (0, len(lines)):
+            return None
+        low, high = float(lines[at - 1]), float(lines[at])
+        share = (value - low) / (high - low)
+        sides.append(((low, 1 - share), (high, share)))
+    found = []
+    for corner in product(*sides):
+        distance = np.abs(features - np.array([line for line, _ in corner])).max(axis=1)
+        index = int(distance.argmin())
+        if distance[index] >= _SAME:
+            return None
+        found.append((index, float(np.prod([weight for _, weight in corner]))))
+    return found
+
+
 def build_surface(
-    shapes: NDArray[np.float64],
-    feature_scale: tuple[float, ...],
-    size_log: NDArray[np.float64],
-    ratio: NDArray[np.float64],
-    neighbours: int,
-    power: float,
+    shapes: Floats, feature_scale: tuple[float, ...], size_log: Floats, ratio: Floats, neighbours: int, power: float
 ) -> Surface:
     """A surface from rows of a table.
 
@@ -100,17 +150,15 @@ def build_surface(
     feature_scale : n_features numbers          factor on each logarithm
     size_log, ratio : float64[n_rows]           logarithm of the size; bound / time
     """
-    distinct, owner = np.unique(shapes, axis=0, return_inverse=True)
-    knots, values = [], []
-    for shape in range(len(distinct)):
-        rows = np.flatnonzero(owner.ravel() == shape)
-        rows = rows[np.argsort(size_log[rows])]
-        knots.append(size_log[rows])
-        values.append(np.log(ratio[rows]))
+    order = np.lexsort((size_log, *shapes.T[::-1]))
+    rows = shapes[order]
+    first = np.concatenate([[True], (rows[1:] != rows[:-1]).any(axis=1)])
+    starts = np.flatnonzero(first)
     return Surface(
-        features=np.log(distinct) * np.array(feature_scale),
-        knots=tuple(knots),
-        values=tuple(values),
+        features=np.log(rows[starts]) * np.array(feature_scale),
+        starts=np.concatenate([starts, [len(rows)]]),
+        knots=size_log[order],
+        values=np.log(ratio[order]),
         neighbours=neighbours,
         power=power,
     )

@@ -1,0 +1,1 @@
+"""Tables that others have measured, read into the columns of `apex_opt.profiles.schema`."""
