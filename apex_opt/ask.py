@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.plan import Plan
 
 ROUTINGS = ("round_robin", "least_loaded")
+EXPERT_ROUTINGS = ("uniform", "skewed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Options:
     kv: str | None
     gpus: int | None
     routing: str
+    expert_routing: str
     engine: str
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -72,6 +74,8 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
     slos = parse_slos(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
         raise UnknownNameError("routing", options.routing, ROUTINGS)
+    if options.expert_routing not in EXPERT_ROUTINGS:
+        raise UnknownNameError("expert_routing", options.expert_routing, EXPERT_ROUTINGS)
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
     cluster = load_cluster(options.cluster)
@@ -118,6 +122,7 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         weight_formats=weight_formats,
         kv_formats=kv_formats,
         max_devices=gpus,
+        expert_routing=options.expert_routing,
         routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
     )
 

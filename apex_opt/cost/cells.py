@@ -19,8 +19,8 @@ import numpy as np
 
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
-from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.ir.model import DenseFfn
+from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.model import DenseFfn, LatentAttention
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Link
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Attention, Ffn, Model, MoeFfn
+    from apex_opt.ir.model import Attention, Block, Ffn, Model, MoeFfn
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Template
     from apex_opt.profiles import Collectives, Profile
@@ -45,6 +45,13 @@ class Place(Protocol):
 
     def __call__(self, *, operation: str, cost: Callable[[Ints], Work]) -> Parts: ...
 
+
+# Kernels of a layer, in captured graphs and as launched one by one. Norm, QKV, rotary, cache write, attention of prompts
+# and of decoding sequences, output; latent attention has two more products and norms, and beside them, outside graphs,
+# splits, expansions and copies of the parts of every head; norm, up, activation, down; norm, router, choice and the
+# experts (sort, two products, activation, sum), with their scales and permutations outside graphs. Counted in vLLM's
+# models, roughly.
+_ATTENTION_KERNELS, _LATENT_KERNELS, _DENSE_KERNELS, _MOE_KERNELS = (7, 7), (11, 26), (4, 4), (8, 14)
 
 _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads or writes of fp32 logits. Assumed.
 
@@ -123,35 +130,53 @@ def times(parts: Parts, count: int) -> Parts:
 class Operations:
     """Operations on one kind of GPU within one cluster."""
 
-    def __init__(self, tables: Tables, profile: Profile, collectives: Collectives) -> None:
+    def __init__(
+        self, tables: Tables, profile: Profile, collectives: Collectives, routing: str, fused: tuple[str, ...] = ()
+    ) -> None:
         self.tables = tables
+        self.routing = routing
+        self.fused = frozenset(fused)
         self.profile = profile
         self.collectives = collectives
         self.power = profile.power
         self.half = profile.gpu.half_dtype
 
-    def gemm(self, weight_format: str, n: int, k: int) -> Callable[[Ints], Work]:
-        """out[m, n] = in[m, k] x weights, in a weight format."""
-        bits = get_format(weight_format)
-        stored = float(bits.weight_bits / 8)
-        dtype = "fp8" if bits.activation == "fp8" else self.half
-        element = 1.0 if dtype == "fp8" else 2.0
+    def gemm(self, name: str, n: int, k: int) -> Callable[[Ints], Work]:
+        """out[m, n] = in[m, k] x weights, in a number format."""
+        kernel = self.profile.kernel(name)
+        fused = "quantise" in self.fused
 
         def cost(m: Ints) -> Work:
-            seconds = self.profile.gemm_time_s(
-                dtype, m, n, k, weight_bytes_per_element=None if stored == element else stored
-            )
-            moved = np.where(m > 0, stored * n * k + m * (element * k + 2.0 * n), 0.0)
-            return Work.of(self.power, seconds, 2.0 * m * n * k, moved, dtype)
+            seconds = self.profile.gemm_time_s(name, m, n, k, fused=fused)
+            moved = np.where(m > 0, kernel.weight_bytes * n * k + m * (kernel.input_bytes * k + 2.0 * n), 0.0)
+            return Work.of(self.power, seconds, 2.0 * m * n * k, moved, kernel.peak)
 
         return cost
 
-    def elementwise(self, bytes_per_token: float) -> Callable[[Ints], Work]:
-        """A kernel that only reads and writes memory."""
+    def kernels(self, block: Block, attention: Template, ffn: Template) -> NDArray[np.int64]:
+        """Kernels of one layer, collectives included: in captured graphs, and launched one by one."""
+        latent = isinstance(block.attention, LatentAttention)
+        count = np.array(_LATENT_KERNELS if latent else _ATTENTION_KERNELS)
+        if isinstance(block.ffn, DenseFfn):
+            count += _DENSE_KERNELS
+        else:
+            count += np.array(_MOE_KERNELS) + np.array(_DENSE_KERNELS) * (block.ffn.shared_intermediate > 0)
+        return count + (attention.devices > 1) + (ffn.devices > 1)
+
+    def held_in(self, weight_format: str, quantised: bool) -> str:
+        """The format a matrix is held in: 16 bit where the checkpoint leaves it out of every narrower one."""
+        return weight_format if quantised else self.half
+
+    def elementwise(
+        self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0
+    ) -> Callable[[Ints], Work]:
+        """A kernel that only reads and writes memory, or its traffic alone where the engine fuses the operation."""
+        launched = operation not in self.fused
 
         def cost(m: Ints) -> Work:
             moved = m * float(bytes_per_token)
-            return Work.of(self.power, self.profile.memory_time_s(moved), 0.0, moved, self.half)
+            seconds = self.profile.memory_time_s(moved, kind, width, launched=launched)
+            return Work.of(self.power, seconds, 0.0, moved, self.half)
 
         return cost
 
@@ -165,48 +190,111 @@ class Operations:
 
     def norm(self, hidden: int) -> Callable[[Ints], Work]:
         """Residual addition and norm: both read and written in 16 bit."""
-        return self.elementwise(8.0 * hidden)
+        return self.elementwise(8.0 * hidden, "norm", "norm", hidden)
 
-    def attention(self, cell: Attention, template: Template, weight_format: str, kv_format: str) -> Parts:
-        """One attention cell: norm, QKV, rotary and cache write, attention, output projection."""
+    def attention(
+        self, cell: Attention | LatentAttention, template: Template, weight_format: str, kv_format: str
+    ) -> Parts:
+        """One attention cell: norm, projections, rotary and cache write, attention, output projection."""
+        if isinstance(cell, LatentAttention):
+            return self._latent(cell, template, weight_format, kv_format)
         tp, dp = template.tp, template.dp
         heads, kv_heads = ceil_div(cell.query_heads, tp), ceil_div(cell.kv_heads, tp)
         query, kv = heads * cell.head_dim, kv_heads * cell.head_dim
+        held = self.held_in(weight_format, cell.quantised)
 
         def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
             return owned(self.tables, operation, dp, 1, cost)
 
-        rotary = [own("rotary", self.elementwise(4.0 * (query + kv)))]
+        rotary = [own("rotary", self.elementwise(4.0 * (query + kv), "rotary"))]
         if cell.qk_norm:
-            rotary.append(own("norm", self.elementwise(4.0 * (query + kv))))
+            rotary.append(own("norm", self.elementwise(4.0 * (query + kv), "qk norm", "norm", query if cell.qk_norm_whole else cell.head_dim)))
         return merged(
             own("norm", self.norm(cell.hidden)),
-            own("qkv", self.gemm(weight_format, query + 2 * kv, cell.hidden)),
+            own("qkv", self.gemm(held, query + 2 * kv, cell.hidden)),
             *rotary,
-            own("kv write", self.elementwise(2.0 * kv * (2 + KV_BYTES[kv_format]))),
-            self._attend(cell.head_dim, heads, kv_heads, dp, KV_BYTES[kv_format]),
-            own("output", self.gemm(weight_format, cell.hidden, query)),
+            own("kv write", self.elementwise(2.0 * kv * (2 + KV_BYTES[kv_format]), "kv write")),
+            self._attend(cell, heads, kv_heads, dp, kv_format),
+            own("output", self.gemm(held, cell.hidden, query)),
         )
 
-    def _attend(self, head_dim: int, heads: int, kv_heads: int, dp: int, kv_bytes: int) -> Parts:
+    def _attend(self, cell: Attention, heads: int, kv_heads: int, dp: int, kv_format: str) -> Parts:
         """The attention kernel itself: decoding sequences by context, prompts by query-key pairs."""
-        tables, profile, power = self.tables, self.profile, self.power
-        token_bytes = 2.0 * kv_heads * head_dim * kv_bytes
-        token_flops = 4.0 * heads * head_dim
-        base, per_token = profile.decode_attention(heads, kv_heads, head_dim, kv_bytes, _ceil(tables.sequences, dp))
+        shape = (heads, kv_heads, cell.head_dim, kv_format)
+        decode = self.profile.decode_attention(*shape, _ceil(self.tables.sequences, dp), cell.window)
+        prefill = self.profile.prefill_attention(*shape, self.tables.tokens, cell.window)
+        flops = 4.0 * heads * cell.head_dim
+        return self._attention_parts(decode, prefill, dp, flops, flops, 2.0 * kv_heads * cell.head_dim, kv_format)
+
+    def _attention_parts(
+        self,
+        decode: tuple[Floats, Floats],
+        prefill: tuple[Floats, Floats],
+        dp: int,
+        decode_flops: float,
+        pair_flops: float,
+        elements: float,
+        kv_format: str,
+    ) -> Parts:
+        """Attention times as work; arithmetic per token of context and per pair, cached elements per token."""
+        power, half = self.power, self.half
+        base, per_token = decode
         base[0] = base[1]  # a batch of prompts alone launches the kernel as well
-        launch = Work.of(power, base, 0.0, 0.0, self.half)
-        read = Work.of(power, per_token / dp, token_flops / dp, token_bytes / dp, self.half)
-        chunk, pair, context = profile.prefill_attention(heads, head_dim, kv_heads, kv_bytes, tables.tokens)
-        chunk = np.maximum(chunk - chunk[1], 0.0)  # the launch is counted once a batch, above
+        launch = Work.of(power, base, 0.0, 0.0, half)
+        read = Work.of(power, per_token / dp, decode_flops / dp, elements * KV_BYTES[kv_format] / dp, half)
+        chunk, pair = prefill
         return {
             ("decode attention", "decode_ns"): launch,
             ("decode attention", "attend_ns"): launch,
             ("decode attention", "context_rate"): read,
-            ("prefill attention", "chunk_ns"): Work.of(power, chunk, 0.0, 0.0, self.half),
-            ("prefill attention", "pair_rate"): Work.of(power, pair, token_flops, 0.0, self.half),
-            ("prefill attention", "chunk_context_rate"): Work.of(power, context, 0.0, token_bytes, self.half),
+            ("prefill attention", "chunk_ns"): Work.of(power, chunk, 0.0, 0.0, half),
+            ("prefill attention", "pair_rate"): Work.of(power, pair, pair_flops, 0.0, half),
         }
+
+    def _latent(self, cell: LatentAttention, template: Template, weight_format: str, kv_format: str) -> Parts:
+        """Multi-head latent attention: the latent vectors whole on every rank, the heads cut.
+
+        Expanding keys and values of new tokens (prompts) and absorbing that matrix into query and output (decoding)
+        are the same arithmetic on the same weights, so one product stands for both. Contexts expanded again by later
+        chunks of a prompt are left out.
+        """
+        heads, dp = ceil_div(cell.query_heads, template.tp), template.dp
+        held = self.held_in(weight_format, cell.quantised)
+
+        def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
+            return owned(self.tables, operation, dp, 1, cost)
+
+        queries = heads * cell.qk_head_dim
+        if cell.q_lora_rank is None:
+            projections = [own("qkv", self.gemm(held, queries + cell.latent_dim, cell.hidden))]
+        else:
+            projections = [
+                own("qkv", self.gemm(held, cell.q_lora_rank + cell.latent_dim, cell.hidden)),
+                own("norm", self.elementwise(4.0 * (cell.q_lora_rank + cell.latent_dim), "norm", "norm", cell.q_lora_rank)),
+                own("qkv", self.gemm(held, queries, cell.q_lora_rank)),
+            ]
+        decode = self.profile.latent_decode(
+            heads, cell.kv_lora_rank, cell.rope_head_dim, kv_format, _ceil(self.tables.sequences, dp)
+        )
+        prefill = self.profile.latent_prefill(
+            heads, cell.qk_head_dim, cell.v_head_dim, kv_format, self.tables.tokens
+        )
+        pair_flops = 2.0 * heads * (cell.qk_head_dim + cell.v_head_dim)
+        decode_flops = 2.0 * heads * (cell.latent_dim + cell.kv_lora_rank)
+        return merged(
+            own("norm", self.norm(cell.hidden)),
+            *projections,
+            own("rotary", self.elementwise(4.0 * (heads + 1) * cell.rope_head_dim, "rotary")),
+            own("kv write", self.elementwise(cell.latent_dim * (2.0 + KV_BYTES[kv_format]), "kv write")),
+            own("latent", self.gemm(self.half, heads * (cell.nope_head_dim + cell.v_head_dim), cell.kv_lora_rank)),
+            self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, cell.latent_dim, kv_format),
+            own(
+                "output",
+                self.gemm(
+                    self.held_in(weight_format, cell.output_quantised), cell.hidden, heads * cell.v_head_dim
+                ),
+            ),
+        )
 
     def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
         """One FFN cell: norm, projections and activation, or router and experts."""
@@ -218,13 +306,15 @@ class Operations:
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
-            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, weight_format))
-        experts = own("experts", self._experts(cell, template, weight_format))
+            held = self.held_in(weight_format, cell.quantised)
+            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, held))
+        experts = own("experts", self._experts(cell, template, self.held_in(weight_format, cell.quantised)))
         router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
         choose = own("router", self.elementwise(8.0 * cell.experts))
         shared: Parts = {}
         if cell.shared_intermediate:
-            shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, weight_format)
+            held = self.held_in(weight_format, cell.shared_quantised)
+            shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, held)
         return merged(norm, router, choose, experts, shared)
 
     def _dense(
@@ -239,39 +329,30 @@ class Operations:
         columns = ceil_div(intermediate, ranks)
         return merged(
             own("ffn up", self.gemm(weight_format, (1 + gated) * columns, hidden)),
-            own("activation", self.elementwise(2.0 * (2 + gated) * columns)),
+            own("activation", self.elementwise(2.0 * (2 + gated) * columns, "activation", "activation", columns)),
             own("ffn down", self.gemm(weight_format, hidden, columns)),
         )
 
-    def _experts(self, cell: MoeFfn, template: Template, weight_format: str) -> Callable[[Ints], Work]:
+    def _experts(self, cell: MoeFfn, template: Template, name: str) -> Callable[[Ints], Work]:
         """Fused experts of the fullest expert group."""
-        bits = get_format(weight_format)
-        stored = float(bits.weight_bits / 8)
-        dtype = "fp8" if bits.activation == "fp8" else self.half
-        element = 1.0 if dtype == "fp8" else 2.0
-        held = ceil_div(cell.experts, template.ep)
+        kernel = self.profile.kernel(name)
+        held, topk = ceil_div(cell.experts, template.ep), cell.experts_per_token
         columns = ceil_div(cell.expert_intermediate, template.tp)
-        per_token = cell.experts_per_token / template.ep
-        together = ceil_div(cell.experts_per_token, template.ep)  # experts of one token that some group must hold
-        matrices = 2 + cell.gated
+        shape = (cell.hidden, columns, cell.experts, held, topk)
+        share = topk / cell.experts
+        # A token sends a group no more assignments than the group has experts.
+        fullest = min(topk, held) / (share * held)
 
         def cost(m: Ints) -> Work:
-            factor = fullest_group_factor(m * cell.experts_per_token, template.ep)
-            # A token sends a group no more assignments than the group has experts.
-            load = np.minimum(m * per_token * factor, m * float(min(cell.experts_per_token, held)))
-            seconds = self.profile.moe_time_s(
-                dtype,
-                load / together,
-                cell.hidden,
-                columns,
-                held,
-                float(together),
-                weight_bytes_per_element=None if stored == element else stored,
-            )
-            touched = held * (1.0 - (1.0 - min(per_token / held, 1.0)) ** m)
-            weights = matrices * cell.hidden * columns
-            moved = touched * weights * stored + m * per_token * (element + 2.0) * cell.hidden
-            return Work.of(self.power, seconds, 2.0 * weights * per_token * m, moved, dtype)
+            load = m.astype(np.float64)
+            if self.routing == "uniform":
+                load = load * np.minimum(fullest_group_factor(m * topk, template.ep), fullest)
+            seconds = self.profile.moe_time_s(name, load, *shape, self.routing)
+            routed = m * share * held
+            touched = held * (1.0 - (1.0 - share) ** m)
+            weights = (2 + cell.gated) * cell.hidden * columns
+            moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * cell.hidden
+            return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
 
         return cost
 

@@ -26,8 +26,16 @@ class EngineOverhead:
     blocking_step_s : float    of each batch where it is formed, launched and its tokens collected one after another
     sequence_s : float         of each sequence of a batch: sampling and bookkeeping that grow with their number
     mixed_step_s : float       more of a batch with a prefill chunk, which does not run as one captured graph
+    gap_s : float              from the end of a kernel to the start of the next that needs it
+    launch_s : float           host time to launch one kernel outside captured graphs: a batch with a prefill chunk takes
+                               at least that of all its kernels
+    captured_tokens : int      batches with a prefill chunk of up to so many tokens run from captured pieces instead
     request_s : float          of each request on its way in and out of the server
     captured_sizes : tuple     decode batches are padded up to the next of these numbers of sequences
+    fused : tuple of str       element-wise operations that ride on the kernel before or after: their traffic counts,
+                               their launch does not; "quantise" among them where inputs of narrow products are
+                               written narrow at once
+    kernels : str              engine whose kernel tables are preferred
     source : str
     """
 
@@ -36,12 +44,17 @@ class EngineOverhead:
     blocking_step_s: float
     sequence_s: float
     mixed_step_s: float
+    gap_s: float
+    launch_s: float
+    captured_tokens: int
     request_s: float
     captured_sizes: tuple[int, ...]
+    fused: tuple[str, ...]
+    kernels: str
     source: str
 
     def __post_init__(self) -> None:
-        for field in ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "request_s"):
+        for field in ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "gap_s", "launch_s", "request_s"):
             value = getattr(self, field)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"engine {self.name}: {field} = {value!r} must be a finite number of at least 0")
@@ -69,6 +82,11 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
             mixed_step_s=entry["mixed_step_us"] * 1e-6,
             request_s=entry["request_us"] * 1e-6,
             captured_sizes=tuple(n for first, last, step in entry["captured"] for n in range(first, last + 1, step)),
+            gap_s=entry["gap_us"] * 1e-6,
+            launch_s=entry["launch_us"] * 1e-6,
+            captured_tokens=int(entry["captured_tokens"]),
+            fused=tuple(str(name) for name in entry["fused"]),
+            kernels=entry["kernels"],
             source=entry["source"],
         )
     except KeyError as error:

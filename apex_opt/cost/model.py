@@ -81,24 +81,32 @@ class CostModel:
     Parameters
     ----------
     model, cluster, settings
-    overhead : EngineOverhead    the engine's own time
+    overhead : EngineOverhead    the engine's own time, and whose kernels it runs
+    routing : str                how tokens fall on experts: "uniform" at random, or "skewed"
 
     Raises
     ------
     InputError, UnknownNameError    profiles of the GPU that cannot be read
     """
 
-    def __init__(self, model: Model, cluster: Cluster, settings: EngineSettings, overhead: EngineOverhead) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        settings: EngineSettings,
+        overhead: EngineOverhead,
+        routing: str = "uniform",
+    ) -> None:
         self.model = model
         self.cluster = cluster
         self.settings = settings
         self.overhead = overhead
-        self.profile = load_profile(cluster.gpu)
-        self.collectives = load_collectives(cluster)
+        self.profile = load_profile(cluster.gpu, overhead.kernels)
+        self.collectives = load_collectives(cluster, profile=self.profile)
         tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
         sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
         self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
-        operations = Operations(self.tables, self.profile, self.collectives)
+        operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused)
         self._operations = operations
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
@@ -110,12 +118,11 @@ class CostModel:
         self._reshards = kept(operations.reshards)
         self._embedding = kept(operations.embedding)
         self._head = kept(operations.head)
-        self._own_time = kept(self._engine)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Where the figures behind the costs come from, per operation."""
+        """Where the figures behind the costs asked for so far come from, per operation."""
         links = {f"{name}": text for name, text in self.collectives.provenance.items() if name.startswith("all_reduce")}
         return {**self.profile.provenance, **links, f"engine ({self.overhead.name})": self.overhead.source}
 
@@ -140,9 +147,11 @@ class CostModel:
         self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
     ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
-        pieces: list[tuple[int, Piece]] = [(1, self._own_time(overlapped))]
+        pieces: list[tuple[int, Piece]] = []
+        kernels = np.zeros(2, np.int64)
         for run in runs:
             block = run.block
+            kernels += run.count * self._operations.kernels(block, cut.attention, cut.ffn)
             pieces += [
                 (run.count, self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)),
                 (run.count, self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)),
@@ -152,18 +161,37 @@ class CostModel:
             pieces.append((1, self._embedding(self.model, cut.attention, layout)))
         if last:
             pieces.append((1, self._head(self.model, cut.attention, layout)))
+        busy = {
+            table: np.asarray(sum(count * piece.seconds[table] for count, piece in pieces if table in piece.seconds))
+            for table in ("mixed_ns", "decode_ns")
+        }
+        pieces.append((1, Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), busy))))
         transfer = np.zeros(len(self.tables.tokens))
         if not last:
             transfer = self._operations.transfer(self.model, cut.attention, layout.stage_link(self.cluster))
         return self._law(pieces, transfer, cut.attention.dp), tuple(pieces)
 
-    def _engine(self, overlapped: bool) -> Parts:
-        """The engine's own time in every batch."""
+    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats]) -> Parts:
+        """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
+
+        Parameters
+        ----------
+        captured, launched : int        kernels of a batch, from captured graphs and one by one
+        busy : dict of float64[n]       seconds of those of a batch, per table of the law
+        """
         overhead, tables, power = self.overhead, self.tables, self.profile.power
         step_s = overhead.step_s if overlapped else overhead.blocking_step_s
+        if self.cluster.gpu.supports("fp4"):
+            captured = 0  # Blackwell: kernels start before those they depend on end (programmatic dependent launch)
+        step_s += captured * overhead.gap_s
         sequences = np.where(tables.sequences > 0, overhead.sequence_s * tables.sequences, 0.0)
         mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
+        waiting = np.maximum(launched * overhead.launch_s - busy["mixed_ns"] - mixed, 0.0)
+        mixed = mixed + np.where(tables.tokens > overhead.captured_tokens, waiting, 0.0)
         decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
+        if not overhead.captured_sizes:
+            bare = np.maximum(launched * overhead.launch_s - busy["decode_ns"] - decode, 0.0)
+            decode = decode + np.where(tables.sequences > 0, bare, 0.0)
         return {
             ("engine", "decode_ns"): Work.waiting(power, decode),
             ("engine", "sequence_ns"): Work.waiting(power, sequences),

@@ -18,7 +18,7 @@ from apex_opt.simulator.stop import Stop
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
@@ -35,22 +35,21 @@ class Evaluator:
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.costs = CostModel(question.model, question.cluster, question.settings, question.overhead)
+        self.costs = CostModel(
+            question.model, question.cluster, question.settings, question.overhead, question.expert_routing
+        )
         self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
         generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Where the figures come from, per operation."""
+    def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
+        """Where the figures behind the costs of plans come from, per operation."""
+        for plan in plans:
+            self.costs.plan_cost(plan)
         found = self.costs.provenance
-        moe, fp8 = self.question.model.is_moe, "fp8" in self.question.weight_formats
-        skipped = {
-            name for name in found if (name.startswith("moe") and not moe) or (name.endswith("_fp8") and not fp8)
-        }
         if self.question.max_devices <= self.question.cluster.gpus_per_node:
-            skipped |= {name for name in found if name.endswith("/inter")}
-        return {name: text for name, text in found.items() if name not in skipped}
+            found = {name: text for name, text in found.items() if not name.endswith("/inter")}
+        return found
 
     def settings_for(self, plan: Plan) -> EngineSettings:
         """Engine settings of a plan: on several stages other sequences fill the pipeline, not a batch formed ahead."""

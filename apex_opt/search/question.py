@@ -32,6 +32,7 @@ class Question:
     weight_formats, kv_formats       formats to choose from, paired
     max_devices : int                GPUs a plan may take
     routing : how requests are dealt to replicas
+    expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Question:
     kv_formats: tuple[str, ...]
     max_devices: int
     routing: Routing = "round_robin"
+    expert_routing: str = "uniform"
 
     def instance(self) -> Instance:
         """The constraints' view of the question."""
