@@ -1,4 +1,4 @@
-"""Collectives: the published times come back, laws between and beyond them never fall as messages grow."""
+"""Collectives: measured and published times come back, laws between and beyond them never fall as messages grow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profile_cases import ROOT, mine, write_source
 
-from apex_opt.cluster import Cluster, Link, load_cluster
+from apex_opt.cluster import Cluster, Link, list_gpus, load_cluster
 from apex_opt.errors import InputError, UsageError
-from apex_opt.profiles import load_collectives
+from apex_opt.profiles import Collectives, load_collectives, load_profile
+from apex_opt.profiles.laws import load_source
 from apex_opt.units import DATA_ROOT, KIB, MIB
 
 if TYPE_CHECKING:
@@ -21,6 +23,16 @@ if TYPE_CHECKING:
 TABLE = DATA_ROOT / "profiles" / "collectives.toml"
 SIZES = np.array([130 * KIB, MIB, 8 * MIB, 64 * MIB])
 NAMES = ("all_reduce_s", "all_gather_s", "reduce_scatter_s", "all_to_all_s")
+NODES = {"gb200-nvl72-185gb": "4xgb200-nvl72-185gb"} | {
+    name: f"8x{name}" for name in list_gpus() if "nvl72" not in name
+}
+HEAD = "op,ranks,bytes,time_us\n"
+
+
+def measured(spec: str, engine: str = "vllm", **changes: Any) -> Collectives:
+    """Collectives of a cluster with the profile of its GPU."""
+    cluster = replace(load_cluster(spec), **changes)
+    return load_collectives(cluster, profile=load_profile(cluster.gpu, engine))
 
 
 @pytest.mark.parametrize(("spec", "times_us"), [("8xh100", [19, 34, 74, 322]), ("8xa100", [32, 64, 155, 675])])
@@ -49,21 +61,111 @@ def test_the_engines_own_all_reduce_serves_small_messages_only() -> None:
     assert own.all_reduce_s(MIB, 8) == plain.all_reduce_s(MIB, 8)
 
 
+@pytest.mark.parametrize(
+    ("spec", "folder", "engine", "own"),
+    [
+        ("8xh200-sxm", "h200-sxm/nccl-2.29.2", "vllm", "h200-sxm/vllm-0.24.0"),
+        ("8xb200-sxm", "b200-sxm/nccl-2.29.2", "trtllm", "b200-sxm/trtllm-1.3.0rc20"),
+        ("8xl40s", "l40s/nccl-2.27.3", "sglang", "l40s/sglang-0.5.14"),
+        ("4xgb200", "gb200/nccl-2.29.2", "vllm", "gb200/vllm-0.24.0"),
+    ],
+)
+def test_measured_collectives_come_back(spec: str, folder: str, engine: str, own: str) -> None:
+    calls = measured(spec, engine)
+    plain = replace(calls, custom_all_reduce=False)
+    for source, library in ((folder, plain), (own, calls)):
+        table = load_source(ROOT / source).table("collective")
+        for op, ranks, size in zip(*(table[name] for name in ("op", "ranks", "bytes")), strict=True):
+            if size > 2**29:
+                continue
+            own_kernel = op == "custom_all_reduce"
+            found = float(getattr(library, f"{'all_reduce' if own_kernel else op}_s")(size, int(ranks))) * 1e6
+            # A message takes no less than a smaller one; the library may be faster than the engine's own kernel.
+            smaller = (table["op"] == op) & (table["ranks"] == ranks) & (table["bytes"] <= size)
+            expected = float(table["time_us"][smaller].max())
+            assert found == pytest.approx(expected) or (own_kernel and found < expected)
+
+
+def test_the_engines_own_all_reduce_is_told_of_where_it_is_used() -> None:
+    calls = measured("8xh200-sxm")
+    plain = replace(calls, custom_all_reduce=False)
+    library = "measured on 2, 4, 8 ranks (profiles/h200-sxm/nccl-2.29.2/collective.npz), other numbers derived"
+    assert plain.provenance["all_reduce/intra"] == library
+    assert calls.provenance["all_reduce/intra"] == (
+        f"{library}; an engine's own where it is faster, measured on 2, 4, 8 ranks "
+        "(profiles/h200-sxm/vllm-0.24.0/collective.npz), other numbers derived"
+    )
+    assert "custom_all_reduce/intra" not in calls.provenance
+    for name in ("all_gather", "reduce_scatter", "all_to_all"):
+        assert calls.provenance[f"{name}/intra"] == library
+    assert calls.provenance["point_to_point/intra"].startswith("assumed")
+    assert float(calls.all_reduce_s(16 * KIB, 8)) < 0.5 * float(plain.all_reduce_s(16 * KIB, 8))
+    assert "engines' own all-reduce" in load_collectives(load_cluster("8xh200-sxm")).provenance["all_reduce/intra"]
+
+
+def test_an_engines_own_all_reduce_serves_no_more_ranks_than_such_kernels_do_and_no_larger_messages(
+    tmp_path: Path,
+) -> None:
+    rows = [f"all_reduce,{ranks},{size},{time}" for ranks in (2, 16) for size, time in ((1024, 20), (2**26, 400))]
+    write_source(tmp_path, "one/nccl", {"collective": HEAD + "\n".join(rows)})
+    own = ["custom_all_reduce,2,1024,4", "custom_all_reduce,2,65536,8"]
+    write_source(tmp_path, "one/vllm-1", {"collective": HEAD + "\n".join(own)}, "vllm")
+    profile = load_profile(mine("one"), "vllm", tmp_path)
+    node = load_cluster("8xh200-sxm")
+    calls = load_collectives(node, profile=profile)
+    assert calls.all_reduce_s([1024, 65536], 2) * 1e6 == pytest.approx([4, 8])
+    assert float(calls.all_reduce_s(65537, 2)) > 40e-6
+    assert replace(calls, gpus_per_node=16).all_reduce_s(1024, 16) * 1e6 == pytest.approx(20)
+
+
+def test_numbers_of_ranks_between_measured_ones_lie_between_and_others_follow_the_traffic(tmp_path: Path) -> None:
+    rows = [f"all_reduce,{ranks},{size},{time * ranks}" for ranks in (2, 4) for size, time in ((1024, 5), (2**26, 400))]
+    write_source(tmp_path, "one/nccl", {"collective": HEAD + "\n".join(rows)})
+    profile = load_profile(mine("one"), "vllm", tmp_path)
+    calls = replace(load_collectives(load_cluster("8xh200-sxm"), profile=profile), custom_all_reduce=False)
+    assert calls.all_reduce_s([1024, 2**26], 3) * 1e6 == pytest.approx([15, 1200])
+    small, large = calls.all_reduce_s([1024, 2**26], 8) * 1e6
+    assert small == pytest.approx(20 * 4 / 3)
+    assert large - small == pytest.approx(1580 * (7 / 8) / (3 / 4))
+    beyond = calls.all_reduce_s([2**26, 2**28], 4)
+    assert beyond[1] == pytest.approx(4 * beyond[0])
+
+
+def test_nodes_wired_otherwise_than_those_measured_fall_back_on_laws() -> None:
+    pcie = Link(bytes_per_s=5e10, latency_s=1e-5, kind="pcie")
+    for spec, kept in (("8xh200-sxm", "measured"), ("2x8xh200-sxm", "measured")):
+        assert measured(spec).provenance["all_reduce/intra"].startswith(kept)
+        other = measured(spec, intra=pcie)
+        assert other.provenance["all_reduce/intra"].startswith("assumed: latency and share of the pcie link")
+        assert float(other.all_reduce_s(64 * MIB, 8)) > 3 * float(measured(spec).all_reduce_s(64 * MIB, 8))
+    faster = load_cluster("8xh200-sxm").intra
+    assert (
+        measured("8xh200-sxm", intra=replace(faster, bytes_per_s=9e11))
+        .provenance["all_reduce/intra"]
+        .startswith("derived from the published medians of h100-sxm-80gb")
+    )
+    assert measured("8xv100-pcie-16gb").provenance["all_gather/intra"].startswith("assumed")
+    assert measured("2x8xh200-sxm").provenance["all_reduce/inter"].startswith("derived from published times of two")
+
+
 @settings(deadline=None, max_examples=80)
 @given(
-    spec=st.sampled_from(["8xh100", "4x8xh100", "8xa100", "3x8xb200", "4x8xl40s", "2x8xv100", "h200"]),
+    spec=st.sampled_from(["8xh100", "4x8xh100", "8xa100", "3x8xb200", "4x8xl40s", "2x8xv100", "h200", "16xgb200"]),
     ranks=st.integers(1, 32),
     sizes=st.lists(st.integers(0, 2**40), min_size=2, max_size=30),
     name=st.sampled_from(NAMES),
     own=st.booleans(),
+    tables=st.booleans(),
 )
 def test_every_collective_is_finite_and_never_falls_as_messages_grow(
-    spec: str, ranks: int, sizes: list[int], name: str, own: bool
+    spec: str, ranks: int, sizes: list[int], name: str, own: bool, tables: bool
 ) -> None:
     cluster = load_cluster(spec)
     ranks = min(ranks, cluster.size)
     moved = np.sort(np.array(sizes))
-    times = getattr(load_collectives(cluster, custom_all_reduce=own), name)(moved, ranks)
+    profile = load_profile(cluster.gpu) if tables else None
+    calls = load_collectives(cluster, profile=profile, custom_all_reduce=own)
+    times = getattr(calls, name)(moved, ranks)
     assert np.isfinite(times).all()
     assert (np.diff(times) >= 0).all()
     assert (times[moved == 0] == 0).all()
@@ -71,6 +173,17 @@ def test_every_collective_is_finite_and_never_falls_as_messages_grow(
         assert (times == 0).all()
     else:
         assert (times[moved > 0] > 0).all()
+
+
+@pytest.mark.parametrize("gpu", sorted(NODES))
+def test_no_large_collective_beats_the_link_by_more_than_a_switch_that_adds_up(gpu: str) -> None:
+    calls = measured(NODES[gpu])
+    for ranks in range(2, calls.gpus_per_node + 1):
+        sent = (ranks - 1) / ranks * 2**30 / calls.intra.bytes_per_s
+        assert calls.all_gather_s(2**30, ranks) > 0.9 * sent
+        assert calls.reduce_scatter_s(2**30, ranks) > 0.9 * sent
+        assert calls.all_to_all_s(2**30, ranks) > 0.9 * sent
+        assert calls.all_reduce_s(2**30, ranks) > sent
 
 
 @pytest.mark.parametrize("spec", ["8xh100", "8xl40s"])

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import zipfile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apex_opt.errors import InputError
-from apex_opt.profiles.schema import GEMM, MEMORY, SCHEMAS, read_card, read_table
+from apex_opt.profiles.schema import COLLECTIVE, GEMM, MEMORY, MOE, SCHEMAS, read_card, read_table, write_table
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FOLDERS = sorted(path.parent for path in (DATA_ROOT / "profiles").glob("*/card.toml"))
+    from numpy.typing import NDArray
+
+ROOT = DATA_ROOT / "profiles"
+FOLDERS = sorted(path.parent for path in ROOT.glob("*/*/card.toml"))
+OWN = ROOT / "h200-sxm" / "ops"
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(ROOT).as_posix())
 def test_every_shipped_table_is_on_its_card_with_its_checksum(folder: Path) -> None:
     card = read_card(folder)
+    assert card.name == folder.relative_to(ROOT).as_posix()
     assert card.licence == "Apache-2.0"
-    assert {file for _, file, _ in card.tables} == {path.name for path in folder.glob("*.csv")}
+    assert {file for _, file, _ in card.tables} == {path.name for path in folder.iterdir()} - {"card.toml"}
     schemas = {schema.name: schema for schema in SCHEMAS}
     for name, file, digest in card.tables:
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
         assert len(read_table(folder / file, schemas[name])["time_us"]) > 10
 
 
+def test_the_tables_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 8e6
+
+
+def test_only_samples_that_a_power_model_is_fitted_on_are_kept_out_of_look_ups() -> None:
+    kept_out = {folder.name for folder in FOLDERS if read_card(folder).use == "energies"}
+    assert kept_out == {folder.name for folder in FOLDERS if folder.name.endswith("-power")}
+
+
 def test_the_data_dictionary_names_every_column() -> None:
-    text = (DATA_ROOT / "profiles" / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     for schema in SCHEMAS:
         assert f"| {schema.name} |" in text
         assert all(column.name in text and column.meaning for column in schema.columns)
@@ -41,6 +58,14 @@ def test_columns_may_come_in_any_order_and_optional_ones_may_lack(tmp_path: Path
     table = read_table(tmp_path / "t.csv", GEMM)
     assert (table["dtype"][0], table["m"][0], table["k"][0], table["time_us"][0]) == ("fp8", 1, 3, 1.5)
     assert np.isnan(table["energy_uj"][0])
+
+
+def test_columns_with_a_default_may_lack_and_a_default_may_be_another_column(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("dtype,tokens,hidden,expert_ffn,experts,topk,time_us\nmxfp4,1,2,3,64,4,5\n")
+    table = read_table(tmp_path / "t.csv", MOE)
+    assert (table["held"][0], table["routing"][0]) == (64, "uniform")
+    write_table(tmp_path / "t.npz", MOE, table)
+    assert list(read_table(tmp_path / "t.npz", MOE)) == [column.name for column in MOE.columns]
 
 
 GOOD = "dtype,m,n,k,time_us,energy_uj\nbfloat16,1,2,3,4.5,\n"
@@ -59,6 +84,7 @@ GOOD = "dtype,m,n,k,time_us,energy_uj\nbfloat16,1,2,3,4.5,\n"
         (GOOD.replace(",1,", ",0,"), "line 2: m = '0'"),
         (GOOD.replace(",1,", ",x,"), "line 2: m = 'x'"),
         (GOOD.replace(",1,", ",,"), "line 2: m = ''"),
+        (GOOD.replace(",1,", ",1e300,"), "line 2: m = '1e300'"),
         (GOOD.replace("4.5", "nan"), "line 2: time_us = 'nan' must be a number"),
         (GOOD.replace("4.5", "inf"), "line 2: time_us = 'inf'"),
         (GOOD.replace("4.5", "-1"), "line 2: time_us = '-1'"),
@@ -90,16 +116,183 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             read_table(tmp_path / path, GEMM)
 
 
+ROWS = st.lists(
+    st.tuples(
+        st.sampled_from(["bf16", "fp8", "mxfp4_fp8"]),
+        st.integers(1, 2**31),
+        st.integers(1, 70000),
+        st.integers(1, 300),
+        st.floats(1e-3, 1e9),
+        st.one_of(st.just(float("nan")), st.floats(1e-3, 1e12)),
+    ),
+    min_size=1,
+    max_size=30,
+    unique_by=lambda row: row[:4],
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS)
+def test_an_archive_gives_back_keys_exactly_and_figures_within_a_step(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[Any, ...]]
+) -> None:
+    columns = list(zip(*rows, strict=True))
+    table: dict[str, NDArray[Any]] = {"dtype": np.array(columns[0], dtype=object)}
+    for name, values in zip(("m", "n", "k", "time_us", "energy_uj"), columns[1:], strict=True):
+        table[name] = np.array(values, dtype=np.float64)
+    path = tmp_path_factory.getbasetemp() / "archive.npz"
+    write_table(path, GEMM, table)
+    first = path.read_bytes()
+    found = read_table(path, GEMM)
+    for name in ("dtype", "m", "n", "k"):
+        assert found[name].tolist() == table[name].tolist()
+        assert found[name].dtype == table[name].dtype
+    for name in ("time_us", "energy_uj"):
+        np.testing.assert_allclose(found[name], table[name], rtol=1.01 / 1024)
+    write_table(path, GEMM, table)
+    assert path.read_bytes() == first
+    write_table(path, GEMM, found)
+    assert path.read_bytes() == first, "what was read is written as it was"
+
+
+def archive(path: Path, **changed: Any) -> Path:
+    """A good archive of two rows, some of its arrays replaced, or left out where None."""
+    arrays: dict[str, Any] = {
+        "dtype": np.array([0, 0], dtype=np.uint8),
+        "dtype_names": np.array(["bfloat16"]),
+        "m": np.array([1, 2], dtype=np.uint16),
+        "n": np.array([3, 3], dtype=np.uint16),
+        "k": np.array([4, 4], dtype=np.uint16),
+        "time_us": np.array([1000, 2000], dtype=np.int16),
+    }
+    arrays |= changed
+    np.savez_compressed(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"time_us": None}, "column time_us is missing"),
+        ({"more": np.array([1, 2], dtype=np.uint8)}, "column 'more' is not known"),
+        ({"m": np.array([1], dtype=np.uint8)}, "one-dimensional and equally long"),
+        ({"m": np.array([[1, 2]], dtype=np.uint8)}, "one-dimensional and equally long"),
+        ({"m": np.array([1.0, 2.0])}, "array m of float64 must be unsigned integers"),
+        ({"m": np.array([1, -2])}, "array m of int64 must be unsigned integers"),
+        ({"m": np.array([1, 0], dtype=np.uint8)}, "row 2: m = '0' must be a whole number above 0"),
+        ({"m": np.array([1, 2**40], dtype=np.uint64)}, f"row 2: m = '{2**40}'"),
+        ({"m": np.array([1, 1], dtype=np.uint8)}, "row 2 repeats the key of row 1"),
+        ({"time_us": np.array([1.0, 2.0])}, "array time_us of float64 must be int16 logarithms"),
+        ({"time_us": np.array([1000, -32768], dtype=np.int16)}, "row 2: time_us = '-32768' must be a number"),
+        ({"time_us": np.array([1000, 32000], dtype=np.int16)}, "row 2: time_us = '32000' must be a number"),
+        ({"dtype": np.array([0, 1], dtype=np.uint8)}, "array dtype has code 1 and only 1 names"),
+        ({"dtype_names": None}, "must be codes with dtype_names"),
+        ({"dtype_names": np.array(["int3"])}, "row 1: dtype = 'int3' must be one of"),
+        ({"dtype_names": np.array([1])}, "must be codes with dtype_names"),
+        ({"dtype_names": np.array(["bfloat16", {}], dtype=object)}, "not an .npz archive of plain arrays"),
+    ],
+)
+def test_bad_archives_name_array_row_and_limit(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_table(archive(tmp_path / "t.npz", **changed), GEMM)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    whole = archive(tmp_path / "good.npz").read_bytes()
+    (tmp_path / "text.npz").write_text("dtype,m\n")
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "bad.npz").write_bytes(whole[:60] + bytes([whole[60] ^ 255]) + whole[61:])
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as file:
+        file.writestr("m.npy", "no array")
+    for name in ("text", "cut", "bad", "other"):
+        with pytest.raises(InputError, match=r"not an \.npz archive") as caught:
+            read_table(tmp_path / f"{name}.npz", GEMM)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no such file"):
+        read_table(tmp_path / "no.npz", GEMM)
+
+
+def test_repeats_are_found_however_wide_the_keys_are(tmp_path: Path) -> None:
+    lines = [f"all_reduce,{2**20 - row % 3},{2**50 - row},{row + 1}" for row in range(9)]
+    path = tmp_path / "collective.csv"
+    path.write_text("\n".join(["op,ranks,bytes,time_us", *lines]))
+    assert len(read_table(path, COLLECTIVE)["bytes"]) == 9
+    path.write_text("\n".join(["op,ranks,bytes,time_us", *lines, lines[4], lines[2]]))
+    with pytest.raises(InputError, match="line 11 repeats the key of line 6; line 12 repeats the key of line 4"):
+        read_table(path, COLLECTIVE)
+
+
 def test_bad_cards_name_all_their_faults(tmp_path: Path) -> None:
-    text = (FOLDERS[0] / "card.toml").read_text()
+    text = (OWN / "card.toml").read_text()
     bad = text.replace("tdp_w = 700", "tdp_w = -1").replace('"gemm.csv"', '"../gemm.csv"').replace("licence", "license")
-    (tmp_path / "card.toml").write_text(bad)
+    (tmp_path / "card.toml").write_text('engine = "vllm2"\nuse = "all"\n' + bad)
     with pytest.raises(InputError) as caught:
         read_card(tmp_path)
     for part in (
         "licence is missing",
+        "engine = 'vllm2' must be one of vllm, sglang, trtllm",
+        "use = 'all' must be one of times, energies",
         "gpu.tdp_w = -1",
-        "'../gemm.csv' must name a .csv file",
-        "license is not a known",
+        "'../gemm.csv' must name a .csv or .npz file",
     ):
         assert part in str(caught.value)
+    (tmp_path / "card.toml").write_text(text + "\n[tables.gemms]\n")
+    with pytest.raises(InputError, match=r"tables\.gemms is not a known field"):
+        read_card(tmp_path)
+
+
+POWER = {
+    "active_w": "250",
+    "pj_per_flop": "0.6",
+    "pj_per_narrow_flop": "0",
+    "pj_per_byte": "46",
+    "source": '"fitted on something"',
+}
+
+
+def with_power(folder: Path, **changes: str | None) -> Path:
+    """A folder with the card of our own tables, its power table rewritten with some fields changed or left out."""
+    head, rest = (OWN / "card.toml").read_text().split("[power]")
+    fields = {name: value for name, value in (POWER | changes).items() if value is not None}
+    body = "".join(f"{name} = {value}\n" for name, value in fields.items())
+    (folder / "card.toml").write_text(f"{head}[power]\n{body}\n[tables{rest.partition('[tables')[2]}")
+    return folder
+
+
+def test_a_power_table_is_read_in_joules_and_may_hold_zeros(tmp_path: Path) -> None:
+    power = read_card(with_power(tmp_path)).power
+    assert power is not None
+    assert (power.active_w, power.joule_per_flop_narrow) == (250, 0)
+    assert (power.joule_per_flop_half, power.joule_per_byte) == pytest.approx((0.6e-12, 46e-12))
+    assert power.source == "fitted on something"
+    (tmp_path / "card.toml").write_text((tmp_path / "card.toml").read_text().replace("[power]", "[tables.power]"))
+    with pytest.raises(InputError, match=r"tables\.power is not a known field"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"active_w": None}, "power.active_w is missing"),
+        ({"source": None}, "power.source is missing"),
+        ({"pj_per_byte": "-1"}, "power.pj_per_byte = -1 must be above"),
+        ({"pj_per_flop": '"0.6"'}, "power.pj_per_flop = '0.6' must be a number"),
+        ({"pj_per_flop": "inf"}, "power.pj_per_flop = inf must be"),
+        ({"joule_per_flop": "1"}, "power.joule_per_flop is not a known field"),
+        ({"active_w": "-1", "pj_per_byte": None}, "power.active_w = -1 must be above"),
+    ],
+)
+def test_bad_power_tables_name_field_value_and_limit(
+    tmp_path: Path, changes: dict[str, str | None], message: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read_card(with_power(tmp_path, **changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_may_go_without_a_power_table() -> None:
+    powered = {folder.relative_to(ROOT).as_posix() for folder in FOLDERS if read_card(folder).power is not None}
+    assert powered == {"h200-sxm/ops", "b200-sxm/vllm-0.22.0-power"}

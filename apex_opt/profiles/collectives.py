@@ -68,31 +68,49 @@ class _Table:
 class _Measured:
     """Collectives measured inside a node of this accelerator.
 
-    `curves` maps (op, ranks) to logarithms of sizes and of times, both rising.
+    `curves` maps (op, ranks) to logarithms of sizes and of times, both rising; `files` an op to its table.
     """
 
     curves: dict[tuple[str, int], tuple[Floats, Floats]]
-    provenance: dict[str, str]
+    files: dict[str, str]
 
     def has(self, op: str) -> bool:
         """Whether a collective was measured on any number of ranks."""
-        return any(name == op for name, _ in self.curves)
+        return op in self.files
+
+    def origin(self, op: str) -> str:
+        """Where the times of a collective come from."""
+        ranks = ", ".join(str(count) for name, count in sorted(self.curves) if name == op)
+        return f"measured on {ranks} ranks ({self.files[op]}), other numbers derived"
+
+    def largest(self, op: str) -> float:
+        """Largest size measured on every number of ranks, in bytes."""
+        return float(np.exp(min(sizes_log[-1] for (name, _), (sizes_log, _) in self.curves.items() if name == op)))
 
     def time_s(self, op: str, size: Floats, ranks: int) -> Floats:
-        """Time by size, on the measured number of ranks nearest to `ranks`.
+        """Time by size; beyond the largest the last rate holds.
 
-        Other numbers of ranks: the floor grows with the depth of a tree, the rest with what each rank sends (derived).
-        Beyond the largest size the last rate holds.
+        Between two measured numbers of ranks times are interpolated in logarithms. Beyond them the floor grows with the
+        depth of a tree, the rest with what each rank sends (derived).
         """
-        known = min((count for name, count in self.curves if name == op), key=lambda count: abs(np.log(count / ranks)))
-        sizes_log, times_log = self.curves[op, known]
+        known = sorted(count for name, count in self.curves if name == op)
+        below = max((count for count in known if count <= ranks), default=known[0])
+        above = min((count for count in known if count >= ranks), default=known[-1])
+        if below < above:
+            share = np.log(ranks / below) / np.log(above / below)
+            return np.asarray(self._read(op, size, below) ** (1 - share) * self._read(op, size, above) ** share)
+        time = self._read(op, size, below)
+        if below == ranks:
+            return time
+        floor = float(np.exp(self.curves[op, below][1][0]))
+        return np.asarray(floor * _steps(ranks, below) + (time - floor) * _ring(ranks) / _ring(below))
+
+    def _read(self, op: str, size: Floats, ranks: int) -> Floats:
+        """Time by size on a measured number of ranks."""
+        sizes_log, times_log = self.curves[op, ranks]
         size_log = np.log(np.maximum(size, 1.0))
         beyond = np.exp(np.maximum(size_log - sizes_log[-1], 0.0))
-        time = np.exp(np.interp(size_log, sizes_log, times_log)) * beyond
-        if known == ranks:
-            return np.asarray(time)
-        floor = float(np.exp(times_log[0]))
-        return np.asarray(floor * _steps(ranks, known) + (time - floor) * _ring(ranks) / _ring(known))
+        return np.asarray(np.exp(np.interp(size_log, sizes_log, times_log)) * beyond)
 
 
 def _ring(ranks: int) -> float:
@@ -109,8 +127,11 @@ class Collectives:
     float64[...] seconds that never fall as sizes grow, 0 for one rank and for no bytes, and raises UsageError for more
     ranks than the cluster has, or several nodes without a link between them.
 
-    `custom_all_reduce` says whether the engine replaces small all-reduces inside an NVLink node by its own kernel.
-    `provenance` tells, per method name and level (`all_reduce/intra`, `all_reduce/inter` ...), where figures come from.
+    Measured times need not rise with the number of ranks: switches that add up serve eight faster than four.
+
+    `custom_all_reduce` says whether the engine has its own all-reduce for small messages inside a node, taken where it
+    is faster. `provenance` tells, per method name and level (`all_reduce/intra`, `all_reduce/inter` ...), where figures
+    come from.
     """
 
     gpu: str
@@ -127,7 +148,10 @@ class Collectives:
         """Origin of the figures per collective and level."""
         levels = self._published_provenance()
         if self.measured is not None:
-            levels |= {f"{op}/intra": text for op, text in self.measured.provenance.items()}
+            own = "custom_all_reduce"
+            levels |= {f"{op}/intra": self.measured.origin(op) for op in self.measured.files if op != own}
+            if self.custom_all_reduce and self.measured.has(own) and self.measured.has("all_reduce"):
+                levels["all_reduce/intra"] += f"; an engine's own where it is faster, {self.measured.origin(own)}"
         return levels
 
     def _published_provenance(self) -> dict[str, str]:
@@ -137,7 +161,7 @@ class Collectives:
             whose = "published medians" if series.gpu == self.gpu else "derived from the published medians"
             reduce = f"{whose} of {series.gpu} (profiles/collectives.toml), scaled by ranks and link"
             if self.custom_all_reduce:
-                reduce += "; small messages by the assumed law of the engines' own all-reduce"
+                reduce += "; small messages by the engines' own all-reduce, a law assumed through one published point"
             half = f"derived: half the traffic of an all-reduce, {series.gpu} medians"
         else:
             reduce = half = f"assumed: latency and share of the {self.intra.kind} link's rate"
@@ -172,8 +196,10 @@ class Collectives:
             time = self._start_s(ranks, spanned) + size * self._across_s_per_byte(ranks, spanned)
         elif self.measured is not None and self.measured.has("all_reduce"):
             time = self.measured.time_s("all_reduce", size, ranks)
-            if self.custom_all_reduce and self.measured.has("custom_all_reduce"):
-                time = np.minimum(time, self.measured.time_s("custom_all_reduce", size, ranks))
+            own = "custom_all_reduce"
+            if self.custom_all_reduce and self.measured.has(own) and ranks <= self.table.custom_ranks:
+                faster = np.minimum(time, self.measured.time_s(own, size, ranks))
+                time = np.where(size <= self.measured.largest(own) * (1 + 1e-9), faster, time)
         else:
             time = self._floor_s(ranks) + self._within(size, ranks)
             if self.custom_all_reduce and self.intra.kind == "nvlink" and ranks <= self.table.custom_ranks:
@@ -347,18 +373,18 @@ def load_collectives(
 def _measured(profile: Profile) -> _Measured | None:
     """Curves of the first source that has each collective."""
     curves: dict[tuple[str, int], tuple[Floats, Floats]] = {}
-    provenance: dict[str, str] = {}
+    files: dict[str, str] = {}
     for source in profile.own("collective"):
         table = source.table("collective")
-        for op in sorted(set(table["op"]) - set(provenance)):
-            provenance[op] = f"measured ({source.file('collective')})"
+        for op in sorted(set(table["op"]) - set(files)):
+            files[op] = source.file("collective")
             for ranks in np.unique(table["ranks"][table["op"] == op]):
                 rows = np.flatnonzero((table["op"] == op) & (table["ranks"] == ranks))
                 rows = rows[np.argsort(table["bytes"][rows])]
                 # A running maximum: more bytes never take less time.
                 times = np.log(np.maximum.accumulate(table["time_us"][rows]) * _US)
                 curves[op, int(ranks)] = np.log(table["bytes"][rows]), times
-    return _Measured(curves=curves, provenance=provenance) if curves else None
+    return _Measured(curves=curves, files=files) if curves else None
 
 
 @lru_cache(maxsize=8)

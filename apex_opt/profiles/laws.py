@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from apex_opt.errors import InputError
-from apex_opt.ir.formats import get_format
-from apex_opt.profiles.schema import SCHEMAS, Card, read_card, read_table
+from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.profiles.schema import Card, read_card, read_table, schema_of
+from apex_opt.profiles.sources.aiconfigurator import PACKAGE, distilled_from, full_tables
 from apex_opt.profiles.surface import Surface, build_surface
+from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Columns = dict[str, NDArray[Any]]
     Size = Floats | float
+
+_Number = TypeVar("_Number", float, "NDArray[np.float64]")
 
 # Time a product takes however little it moves: the launch, and one pass down the depth k by a single tile. Chosen by
 # leaving out each shape of h200-sxm/ops/gemm.csv in turn: the mean error falls from 7.0 to 4.7% (bf16), 8.8 to 5.6%
@@ -44,11 +49,21 @@ _MOE_SCALE: Final = (1.0, 1.0, 0.5, 1.0, 1.0)
 # Distance between two attention shapes per factor of e: heads per KV head, KV heads, width of a head.
 _ATTENTION_SCALE: Final = (1.0, 0.5, 4.0)
 
-LATENT: Final = {"kv_heads": np.array([1]), "head_dim": np.array([576])}
-"""Shape of the cache that tables of latent attention are measured with (DeepSeek-V3: one vector of 512 + 64)."""
+LATENT_RANK, LATENT_ROPE = 512, 64
+LATENT_PAIR: Final = 192 + 128
+"""Tables of latent attention are measured on the shapes of DeepSeek-V3: one cached vector of 512 + 64, and in prompts a
+key of 192 and a value of 128 per head."""
+_LATENT: Final = {"kv_heads": np.array([1]), "head_dim": np.array([LATENT_RANK + LATENT_ROPE])}
 
 _SHORTEST_CONTEXT, _LONGEST_CONTEXT = 64, 40_000
 """Contexts a decode law is fitted on: shorter ones cost no time, longer ones are rare and would outweigh the rest."""
+_LAUNCHED: Final = 128
+"""Tokens of a prompt up to which its time is that of a launch."""
+# A call that reads faster than the memory can by so much found its context in the cache, where repeated calls leave it;
+# so did calls that read less. Where reading takes less than the second share of a call, it matters to neither.
+_CACHED, _SILENT = 1.1, 0.2
+_UNCACHED_BYTES: Final = 2**28
+"""What no cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +94,8 @@ def moe_work(
     experts: Size,
     held: Size,
     topk: Size,
-    weight_bytes: Size,
     *,
+    weight_bytes: Size,
     balanced: bool | NDArray[np.bool_] = False,
 ) -> tuple[Floats, Floats]:
     """FLOP and bytes of gate-up and down over the tokens routed to the `held` of `experts` experts.
@@ -99,7 +114,10 @@ def moe_work(
 
 
 MEMORY_KERNELS: Final = {"plain": "copy", "norm": "add_rms_norm", "activation": "silu_and_mul"}
-"""Kinds of element-wise kernels, and how the rows they are fitted on begin in a memory table."""
+"""Kinds of element-wise kernels, and the names of those that stand for them in a memory table, less their widths."""
+_KERNEL_NAME: Final = re.compile(r"(.+)_([0-9]{1,9})")
+_SMALL_BYTES, _LARGE_BYTES = 2**20, 2**27
+"""Rows of which memory tables tell launches, and those that tell bandwidth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -107,36 +125,56 @@ class MemoryLaw:
     """Element-wise kernels: time = floor + slope x width + bytes / (efficiency x bandwidth).
 
     `floors` maps a kind of kernel to its floor and slope in seconds: one block of threads works along a whole row, so
-    that a wide row takes its time however few there are.
+    a wide row takes its time however few there are.
     """
 
     floors: dict[str, tuple[float, float]]
     efficiency: float
 
 
+def context_work(
+    heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number
+) -> tuple[_Number, _Number]:
+    """FLOP and bytes of one decoding sequence per token of its context."""
+    return 4.0 * heads * head_dim, 2.0 * kv_heads * head_dim * element_bytes
+
+
+def latent_work(heads: float, rank: float, rope: float, element_bytes: float) -> tuple[float, float]:
+    """The same over a latent cache, of which all heads read one vector per token."""
+    return 2.0 * heads * (2 * rank + rope), (rank + rope) * element_bytes
+
+
+def causal_pairs(length: Floats, seen: Floats) -> Floats:
+    """Query-key pairs of a prompt under the causal mask whose last query sees so many tokens, itself included."""
+    return np.asarray(length * seen - seen * (seen - 1) / 2)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecodeLaw:
-    """Decode attention of one measured shape, over units (sequences x KV heads): base, and share of bandwidth.
+    """Decode attention of one measured shape, over units (sequences x KV heads): base, and share of the roofline.
 
-    The base is the time at no context; the share is that at which the context is read.
+    The base is the time at no context in seconds; the share is that of bandwidth, or of arithmetic where this is the
+    limit, at which the context is worked through. `fitted` is False where no batch of the table tells it: it is 1 then.
     """
 
     units_log: Floats
     base_s: Floats
-    efficiency: Floats
+    share: Floats
+    fitted: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PrefillLaw:
-    """Attention of one whole prompt of one measured shape: seconds per FLOP of a long one, and what shorter ones add.
+    """Attention of one whole prompt of one measured shape: share of peak that a long one reaches, what others add.
 
-    `extra` is in the same unit: (time - launch) / FLOP of one query-key pair - pairs x asymptote, over log(length).
+    `extra` is over log(length): time beside the launch and the pairs at that share, in pairs at peak. `fitted` is False
+    where the table has no long prompt: the share is 1 then.
     """
 
-    launch_s: float
     length_log: Floats
-    extra_s: Floats
-    pair_s: float
+    extra: Floats
+    share: float
+    fitted: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +192,7 @@ class Shapes:
     def of(cls, table: Columns, chosen: NDArray[np.bool_]) -> Shapes:
         """Group the chosen rows."""
         index = np.flatnonzero(chosen)
-        sizes = [table["heads"], *(table.get(name, LATENT[name]) for name in LATENT)]
+        sizes = [table["heads"], *(table.get(name, size) for name, size in _LATENT.items())]
         keys = np.column_stack([np.broadcast_to(size, len(chosen))[index] for size in sizes]).astype(np.int64)
         shapes, owner = np.unique(keys, axis=0, return_inverse=True)
         owner = owner.reshape(-1)
@@ -183,11 +221,12 @@ class Source:
     name : str      for people: the folder below `profiles/`
     """
 
-    def __init__(self, folder: Path, card: Card) -> None:
+    def __init__(self, folder: Path, card: Card, whole: bool = False) -> None:
         self.card = card
         self.name = f"{folder.parent.name}/{folder.name}"
         self.folder = folder
         self._files = {name: file for name, file, _ in card.tables}
+        self._engine = distilled_from(folder.parent.name, folder.name) if whole else None
         self._peaks = dict(card.flops_per_s)
         half = self._peaks["bf16"] if "bf16" in self._peaks else self._peaks["fp16"]
         self._peaks.setdefault("bf16", half)
@@ -207,12 +246,16 @@ class Source:
 
     def file(self, kind: str) -> str:
         """A table as messages and provenance name it."""
-        return f"profiles/{self.name}/{self._files[kind]}"
+        if self._engine is not None:
+            return f"{PACKAGE}, all rows of profiles/{self.name}/{self._files[kind]}"
+        shipped = self.folder.is_relative_to(DATA_ROOT / "profiles")
+        return f"profiles/{self.name}/{self._files[kind]}" if shipped else str(self.folder / self._files[kind])
 
     def _table(self, kind: str) -> Columns:
-        """A table as columns."""
-        schema = next(schema for schema in SCHEMAS if schema.name == kind)
-        return read_table(self.folder / self._files[kind], schema)
+        """A table as columns; where all rows are asked for, those that the one that ships was distilled from."""
+        if self._engine is not None:
+            return full_tables(self.folder.parent.name, self._engine, kinds=(kind,))[kind]
+        return read_table(self.folder / self._files[kind], schema_of(kind))
 
     def bound_s(self, kernel: Arithmetic, flops: ArrayLike, moved: ArrayLike) -> Floats:
         """Roofline on the accelerator of the card."""
@@ -239,7 +282,12 @@ class Source:
         m, n, k = (rows[name] for name in ("m", "n", "k"))
         kernel = Arithmetic.of(dtype)
         bound = self.bound_s(kernel, *gemm_work(m, n, k, kernel.input_bytes, kernel.weight_bytes))
-        seconds = _envelope(np.column_stack([n, k]), m, rows["time_us"] * 1e-6)
+        weights, seconds = n * k * kernel.weight_bytes, rows["time_us"] * 1e-6
+        large = weights >= _UNCACHED_BYTES
+        if large.any():
+            # Repeated calls find small weights in a large cache, steps of a model do not: no faster than the large.
+            seconds = np.maximum(seconds, weights / (weights / seconds)[large].max())
+        seconds = _envelope(np.column_stack([n, k]), m, seconds)
         ratio = (GEMM_FLOOR_S + GEMM_FLOOR_S_PER_DEPTH * k + bound) / seconds
         return build_surface(np.column_stack([n, k]), _GEMM_SCALE, np.log(m), ratio, 6, 2.0)
 
@@ -253,7 +301,7 @@ class Source:
         names = ("tokens", "hidden", "expert_ffn", "experts", "held", "topk")
         tokens, *shape = (rows[name][chosen] for name in names)
         kernel = Arithmetic.of(dtype)
-        work = moe_work(tokens, *shape, kernel.weight_bytes, balanced=routing == "balanced")
+        work = moe_work(tokens, *shape, weight_bytes=kernel.weight_bytes, balanced=routing == "balanced")
         bound = self.bound_s(kernel, *work)
         ratio = (MOE_FLOOR_S + bound) / _envelope(np.column_stack(shape), tokens, rows["time_us"][chosen] * 1e-6)
         per_expert = np.log(tokens * shape[4] / shape[2])
@@ -267,75 +315,75 @@ class Source:
         chosen = (table["dtype"] == dtype) & (table.get("window", np.zeros(1)) == window)
         return Shapes.of(table, chosen) if chosen.any() else None
 
-    def _decode(self, kind: str, dtype: str, window: int, index: int, token_bytes: float) -> DecodeLaw:
-        """Per measured batch: a straight line in the total context, by least squares on relative errors.
+    def _decode(self, kind: str, dtype: str, window: int, index: int) -> DecodeLaw:
+        """Per measured batch a straight line in the total context, by least squares on relative errors.
 
-        `token_bytes` is what the shape reads per token of context.
+        Times that only the cache explains are left out. Batches without two contexts to fit take the share of their
+        neighbours. A window has one context, itself: its base is the quickest batch, the rest goes to the share.
         """
         shapes = self.shapes(kind, dtype, window)
         assert shapes is not None
         table, rows = self.table(kind), shapes.rows[index]
-        units = int(shapes.shapes[index][1])
-        batches, context, time = (table[name][rows] for name in ("batch", "context", "time_us"))
-        lines: list[tuple[float, float, float]] = []
-        for batch in np.unique(batches):
-            at = batches == batch
-            usual = at & (context >= max(_SHORTEST_CONTEXT, window)) & (context <= _LONGEST_CONTEXT)
-            at = usual if usual.sum() >= (1 if window else 2) else at
-            total, seconds = batch * context[at], time[at] * 1e-6
-            if window:
-                lines.append((float(batch), float(np.median(seconds)), 1.0))
-                continue
-            if at.sum() < 2:
-                continue
-            columns = np.column_stack([1 / seconds, total / seconds])
-            base, slope = np.linalg.lstsq(columns, np.ones(len(seconds)), rcond=None)[0]
-            if base <= 0 or slope <= 0:
-                continue  # noise on a flat curve: neighbouring batches speak for it
-            lines.append((float(batch), float(base), min(token_bytes / (slope * self.card.memory_bytes_per_s), 1.0)))
-        if not lines:
-            raise InputError(f"profile {self.name}: {self._files[kind]} has no batch that grows with its context")
-        batch_log = np.log([line[0] * units for line in lines])
-        # A running maximum: more work never has a smaller base.
-        base_s = np.maximum.accumulate([line[1] for line in lines])
-        return DecodeLaw(units_log=batch_log, base_s=base_s, efficiency=np.array([line[2] for line in lines]))
+        heads, kv_heads, head_dim = (int(size) for size in shapes.shapes[index])
+        if kind.startswith("mla"):
+            flops, moved = latent_work(heads, LATENT_RANK, LATENT_ROPE, KV_BYTES[dtype])
+        else:
+            flops, moved = context_work(heads, kv_heads, head_dim, KV_BYTES[dtype])
+        roof_s = float(self.bound_s(Arithmetic.of("bf16"), flops, moved))
+        calls = table["batch"][rows], table["context"][rows], table["time_us"][rows] * 1e-6
+        lines = _windowed(*calls, roof_s, window) if window else _lines(*calls, roof_s, _UNCACHED_BYTES / moved)
+        batches, base_s, share = (np.array(column) for column in zip(*lines, strict=True))
+        known = np.isfinite(share)
+        units_log = np.log(batches * kv_heads)
+        return DecodeLaw(
+            units_log=units_log,
+            # A running maximum: more work never has a smaller base.
+            base_s=np.maximum.accumulate(base_s),
+            share=np.interp(units_log, units_log[known], share[known]) if known.any() else np.ones(len(share)),
+            fitted=bool(known.any()),
+        )
 
-    def _prefill(self, kind: str, dtype: str, window: int, index: int, pair_flops: float) -> PrefillLaw:
-        """Single prompts of one shape: launch, asymptote of long ones, and what short ones take more."""
+    def _prefill(self, kind: str, dtype: str, window: int, index: int) -> PrefillLaw:
+        """Single prompts of one shape: launch, share of peak of long ones, and what short ones take more."""
         shapes = self.shapes(kind, dtype, window)
         assert shapes is not None
         table, rows = self.table(kind), shapes.rows[index]
+        heads, _, head_dim = (int(size) for size in shapes.shapes[index])
+        flops = heads * (2.0 * LATENT_PAIR if kind.startswith("mla") else 4.0 * head_dim)
         rows = rows[table["batch"][rows] == table["batch"][rows].min()]
         rows = rows[np.argsort(table["length"][rows])]
         length, seconds = table["length"][rows], table["time_us"][rows] * 1e-6 / table["batch"][rows]
-        launch = float(seconds[0])
-        pairs = length * (length + 1) / 2
-        pair_s = 0.0 if window else float(np.median(((seconds - launch) / pairs)[-3:]))
-        extra = np.maximum(seconds - launch - pair_s * pairs, 0.0)
+        # In pairs at peak from here on. No prompt takes more than a longer one: short ones differ by noise alone.
+        taken = (seconds - (seconds[0] if length[0] <= _LAUNCHED else 0.0)) * self._peaks["bf16"] / flops
+        taken = np.minimum.accumulate(np.maximum(taken, 0.0)[::-1])[::-1]
+        pairs = causal_pairs(length, _seen(length, window))
+        long = length > _LAUNCHED
+        # The best of the longest: of few heads only the very longest come near it, and what others lack is in `extra`.
+        shares = (pairs[long] / np.maximum(taken[long], pairs[long]))[-3:]
+        share = float(shares.max(initial=0.0)) or 1.0
         return PrefillLaw(
-            launch_s=launch,
             length_log=np.log(length),
-            extra_s=extra / pair_flops,
-            pair_s=pair_s / pair_flops,
+            extra=np.maximum(taken - pairs / share, 0.0),
+            share=share,
+            fitted=len(shares) > 0,
         )
 
     def _memory(self) -> MemoryLaw:
         """Launch floor per kind of kernel and share of peak bandwidth, from kernels other than plain copies."""
         table = self.table("memory")
-        names = [str(op).rsplit("_", 1) for op in table["op"]]
+        names = [_KERNEL_NAME.fullmatch(op) for op in table["op"]]
+        kernels = np.array([name[1] if name else op for name, op in zip(names, table["op"], strict=True)], dtype=object)
+        widths = np.array([float(name[2]) if name else 0.0 for name in names])
         moved, seconds = table["bytes"], table["time_us"] * 1e-6
-        small = moved <= 2**20
         floors: dict[str, tuple[float, float]] = {}
-        for kind, beginning in MEMORY_KERNELS.items():
-            rows = np.flatnonzero(np.array([name[0].startswith(beginning) for name in names]) & small)
-            if not len(rows):
-                raise InputError(f"profile {self.name}: the memory table needs a {beginning} row of at most 1 MiB")
-            widths = np.array([float(names[row][1]) if len(names[row]) > 1 else 0.0 for row in rows])
-            line = np.polyfit(widths, seconds[rows], 1) if np.ptp(widths) > 0 else np.array([0.0, seconds[rows].mean()])
-            floors[kind] = (float(max(line[1], 0.0)), float(max(line[0], 0.0)))
-        large = np.array([not name[0].startswith("copy") for name in names]) & (moved >= 2**27)
+        for kind, kernel in MEMORY_KERNELS.items():
+            rows = (kernels == kernel) & (moved <= _SMALL_BYTES)
+            if not rows.any():
+                raise InputError(f"{self.file('memory')}: the memory table needs a row of {kernel} of at most 1 MiB")
+            floors[kind] = _rising_line(widths[rows], seconds[rows])
+        large = (kernels != MEMORY_KERNELS["plain"]) & (moved >= _LARGE_BYTES)
         if not large.any():
-            raise InputError(f"profile {self.name}: the memory table needs a row of at least 128 MiB")
+            raise InputError(f"{self.file('memory')}: the memory table needs a row of at least 128 MiB")
         stream = np.maximum(seconds[large] - min(floor for floor, _ in floors.values()), 1e-9)
         share = float(np.median(moved[large] / stream)) / self.card.memory_bytes_per_s
         return MemoryLaw(floors=floors, efficiency=min(share, 1.0))
@@ -376,7 +424,7 @@ def _gemm_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
 def _moe_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
     peaks, _, weights = _kernels(table)
     shape = (table[name] for name in ("tokens", "hidden", "expert_ffn", "experts", "held", "topk"))
-    return peaks, *moe_work(*shape, weights, balanced=table["routing"] == "balanced")
+    return peaks, *moe_work(*shape, weight_bytes=weights, balanced=table["routing"] == "balanced")
 
 
 def _memory_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
@@ -384,17 +432,16 @@ def _memory_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
 
 
 def _decode_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
-    tokens = table["batch"] * table["context"]
-    element = np.array([INPUT_BYTES[dtype] for dtype in table["dtype"]])
-    flops = 4 * table["heads"] * table["head_dim"] * tokens
-    moved = 2 * table["kv_heads"] * table["head_dim"] * tokens * element
+    tokens = table["batch"] * _seen(table["context"], table["window"])
+    element = np.array([float(KV_BYTES[dtype]) for dtype in table["dtype"]])
+    flops, moved = context_work(table["heads"], table["kv_heads"], table["head_dim"], element)
     # The table names the cache's format; attention is computed in 16 bits.
-    return np.full(len(tokens), "bf16"), flops, moved
+    return np.full(len(tokens), "bf16"), np.asarray(flops * tokens), np.asarray(moved * tokens)
 
 
 def _prefill_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
-    pairs = table["batch"] * table["length"] * (table["length"] + 1) / 2
-    flops = 4 * table["heads"] * table["head_dim"] * pairs
+    pairs = table["batch"] * causal_pairs(table["length"], _seen(table["length"], table["window"]))
+    flops = 4.0 * table["heads"] * table["head_dim"] * pairs
     width = (2 * table["heads"] + 2 * table["kv_heads"]) * table["head_dim"] * _HALF_BYTES
     return np.full(len(pairs), "bf16"), flops, width * table["batch"] * table["length"]
 
@@ -406,6 +453,88 @@ _WORK: Final = {
     "attention_decode": _decode_energy,
     "attention_prefill": _prefill_energy,
 }
+
+
+def _lines(
+    batch: Floats, context: Floats, seconds: Floats, roof_s: float, cacheable: float
+) -> list[tuple[float, float, float]]:
+    """Per batch: itself, seconds at no context, share of the roofline (NaN where only other batches can tell).
+
+    `roof_s` is the least time per token of context; a cache may hold so many tokens.
+    """
+    total = batch * context
+    share = total * roof_s / seconds
+    too_fast = share > _CACHED
+    found_in_cache = total[too_fast & (total < cacheable)].max(initial=0.0)
+    usual = (context >= _SHORTEST_CONTEXT) & (context <= _LONGEST_CONTEXT)
+    usual &= ~too_fast & ((total > found_in_cache) | (share <= _SILENT))
+    lines: dict[float, tuple[float, float] | None] = {}
+    for size in np.unique(batch):
+        at = usual & (batch == size)
+        line = _fit_line(total[at], seconds[at], roof_s) if at.sum() > 1 else None
+        if line is not None and line[1] == 1.0 and total[at].max() <= found_in_cache:
+            line = None  # The cache kept up with so few tokens, which tells nothing of the memory.
+        if line is not None and found_in_cache:
+            # Fitted far out; what the cache served took the base at the least.
+            line = min(line[0], float(seconds[batch == size].min())), line[1]
+        lines[float(size)] = line
+    known = {size: line for size, line in lines.items() if line is not None}
+    sizes, shares = np.log(list(known)), [line[1] for line in known.values()]
+    found = []
+    for size in lines:
+        if size in known:
+            found.append((size, *known[size]))
+            continue
+        near = float(np.interp(np.log(size), sizes, shares)) if known else 1.0
+        base = (seconds - total * roof_s / near)[usual & (batch == size)].min(initial=np.inf)
+        found.append((size, float(base if 0 < base < np.inf else seconds[batch == size].min()), float("nan")))
+    return found
+
+
+def _fit_line(total: Floats, seconds: Floats, roof_s: float) -> tuple[float, float] | None:
+    """Base and share of the roofline of one batch; None where noise on a flat curve leaves no such line."""
+    weight = 1 / seconds
+    base, slope = np.linalg.lstsq(np.column_stack([weight, total * weight]), np.ones(len(seconds)), rcond=None)[0]
+    if 0 < slope < roof_s:
+        slope = roof_s  # and so the share exactly 1
+        base = float((weight**2) @ (seconds - total * roof_s) / (weight**2).sum())
+    return (float(base), float(roof_s / slope)) if base > 0 and slope > 0 else None
+
+
+def _windowed(
+    batch: Floats, context: Floats, seconds: Floats, roof_s: float, window: int
+) -> list[tuple[float, float, float]]:
+    """As `_lines`, of sequences that fill their window.
+
+    At twice the window, where there are such rows: kernels change their ways at the window itself.
+    """
+    full = min(2.0 * window, float(context.max()))
+    times = {}
+    for size in np.unique(batch):
+        at = (batch == size) & (context >= full)
+        if at.any():
+            times[float(size)] = float(np.median(seconds[at]))
+    launch = min(times.values())
+    lines = []
+    for size in np.unique(batch):
+        least = float(size) * min(full, window) * roof_s
+        share = least / max(times[size] - launch, least) if size in times else float("nan")
+        lines.append((float(size), launch, share))
+    return lines
+
+
+def _seen(tokens: Floats, window: Size) -> Floats:
+    """Tokens that a query sees of those there are; a window of 0 is none."""
+    return np.where(np.asarray(window) > 0, np.minimum(tokens, window), tokens)
+
+
+def _rising_line(widths: Floats, seconds: Floats) -> tuple[float, float]:
+    """Seconds at no width and per element, neither below zero; the mean where the widths do not tell."""
+    if np.ptp(widths) > 0:
+        slope, floor = np.polyfit(widths, seconds, 1)
+        if slope > 0 and floor > 0:
+            return float(floor), float(slope)
+    return float(seconds.mean()), 0.0
 
 
 def _envelope(shapes: Floats, size: Floats, seconds: Floats) -> Floats:
@@ -427,9 +556,9 @@ def _envelope(shapes: Floats, size: Floats, seconds: Floats) -> Floats:
 
 
 @lru_cache(maxsize=64)
-def load_source(folder: Path) -> Source:
-    """A profile folder; its card is read at once, its tables when asked for."""
-    return Source(folder, read_card(folder))
+def load_source(folder: Path, whole: bool = False) -> Source:
+    """A profile folder; its card is read at once, its tables when asked for, `whole` for the rows left out too."""
+    return Source(folder, read_card(folder), whole)
 
 
 def gemm_feature(n: int, k: int) -> tuple[float, ...]:

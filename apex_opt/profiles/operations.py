@@ -1,41 +1,52 @@
 """Time and energy of single operations on one accelerator.
 
-Precedence: tables measured on this accelerator with this engine's kernels, else with another engine's, else the efficiencies measured on the H200 applied to this
-accelerator's datasheet. `Profile.provenance` says which were used, per operation. All times are float64 seconds over
-arrays of sizes.
+Precedence: tables measured on this accelerator with this engine's kernels, else with another engine's, else the
+efficiencies measured on the H200 applied to this accelerator's datasheet. `Profile.provenance` says which were used,
+per operation. All times are float64 seconds over arrays of sizes.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UnknownNameError, UsageError
-from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.ir.formats import KV_BYTES
+from apex_opt.profiles.clock import Clock
 from apex_opt.profiles.laws import (
     GEMM_FLOOR_S,
     GEMM_FLOOR_S_PER_DEPTH,
-    LATENT,
+    LATENT_PAIR,
+    LATENT_RANK,
+    LATENT_ROPE,
     MOE_FLOOR_S,
     Arithmetic,
     DecodeLaw,
     PrefillLaw,
     Source,
+    causal_pairs,
+    context_work,
     gemm_feature,
     gemm_work,
+    latent_work,
     load_source,
     moe_feature,
     moe_work,
 )
 from apex_opt.profiles.power import PowerModel, scale_power
+from apex_opt.profiles.schema import TABLE_ENGINES
+from apex_opt.profiles.sources.aiconfigurator import data_folder
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -43,6 +54,9 @@ if TYPE_CHECKING:
     from apex_opt.profiles.surface import Surface
 
     Floats = NDArray[np.float64]
+
+SHIPPED, SILICON = "shipped", "silicon"
+"""In place of a folder of profiles: those that ship; all the rows that these are a part of."""
 
 REFERENCE: Final = "h200-sxm"
 """Folder whose efficiencies stand in where an accelerator has no tables of its own."""
@@ -54,30 +68,61 @@ _SAME: Final = {
     "fp16": ("fp16", "bf16"),
     "fp8": ("fp8", "fp8_block"),
     "mxfp4": ("mxfp4", "mxfp4_fp8"),
+    "w4a16g32": ("w4a16",),
 }
 # Formats whose efficiency stands in for one that was measured nowhere: of the same kind of kernel, then of 16 bit.
-_STAND_INS: Final = {"nvfp4": ("fp8", "bf16"), "mxfp4": ("w4a16", "bf16"), "w4a16": ("mxfp4", "bf16")}
-
-# Routings in the order of preference for each way tokens may fall on experts.
-_ROUTINGS: Final = {
-    "uniform": ("uniform", "balanced"),
-    "skewed": ("power_law_1.01", "power_law_1.2", "uniform", "balanced"),
+_STAND_INS: Final = {
+    "nvfp4": ("fp8", "bf16"),
+    "mxfp4": ("w4a16", "bf16"),
+    "w4a16": ("mxfp4", "bf16"),
+    "w4a16g32": ("mxfp4", "bf16"),
+    "w8a16": ("w4a16", "bf16"),
 }
 
-# A time this many times another engine's for the same product is not believed.
+# Routings of tables for each way tokens may fall on experts: those of its kind, then its stand-ins, each in the order
+# of preference.
+_ROUTINGS: Final = {
+    "uniform": (("uniform", "balanced"),),
+    "skewed": (("power_law_1.01", "power_law_1.2"), ("uniform", "balanced")),
+}
+
+_BEYOND: Final = "roofline at the efficiency of the nearest shapes, beyond the measured shapes of"
 _EXPOSED: Final = 1.25
-# Share of peak that decode attention reaches when its arithmetic and not its traffic limits it. Assumed.
-_DECODE_COMPUTE_EFFICIENCY: Final = 0.5
-# Time of the shortest attention kernel, below which what is left of a measured module is not believed. Assumed.
-_LEAST_KERNEL_S: Final = 4e-6
+"""A time this many times another engine's for the same product is not believed."""
+_SPREAD: Final = 64
+"""Decoding sequences at which the tables of other engines are compared."""
 
 _MAX_SIZE: Final = 2.0**53
 _MAX_COUNT: Final = 2**31
-_LATENT: Final = tuple(int(size[0]) for size in LATENT.values())
-_LATENT_PAIR: Final = 192 + 128
-"""Width of key and value of one head that MLA prefill kernels are measured with (DeepSeek-V3)."""
 _LONGEST_WINDOW: Final = 1024
 """Tokens of the longest attention window that is told from the whole context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pick:
+    """A surface that tells of a shape; `trusted` where it is the engine's own, or no other is."""
+
+    surface: Surface
+    origin: str
+    trusted: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Nearest:
+    """Where the measured shape nearest to a shape of heads lies; a `window` of 0 is none."""
+
+    source: Source
+    kind: str
+    dtype: str
+    window: int
+    index: int
+    distance: float
+
+    def decode(self) -> DecodeLaw:
+        return self.source.decode(self.kind, self.dtype, self.window, self.index)
+
+    def prefill(self) -> PrefillLaw:
+        return self.source.prefill(self.kind, self.dtype, self.window, self.index)
 
 
 class Profile:
@@ -86,21 +131,26 @@ class Profile:
     Attributes
     ----------
     gpu : Gpu
+    engine : str
+    clock : Clock
     power : PowerModel
     provenance : dict of str to str     per operation that was asked for: measured, derived or assumed, and from what
     """
 
-    def __init__(self, gpu: Gpu, engine: str, own: tuple[Source, ...], reference: tuple[Source, ...]) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        engine: str,
+        own: tuple[Source, ...],
+        reference: tuple[Source, ...],
+        clock: Clock = Clock(),  # noqa: B008
+    ) -> None:
         self.gpu = gpu
         self.engine = engine
+        self.clock = clock
         self._own, self._reference = own, reference
-        matching = tuple(source for source in own if source.card.engine in (None, engine))
-        others = tuple(source for source in own if source not in matching)
-        usual = tuple(source for source in reference if source.card.engine in (None, engine))
-        rest = tuple(source for source in reference if source not in usual)
-        self._tiers = tuple(tier for tier in (matching, others, usual, rest) if tier)
         self._used: dict[str, dict[str, None]] = {}
-        self.power: PowerModel = self._power_model()
+        self.power: PowerModel = clock.power(self._power_model())
         self._note("power", self.power.provenance)
 
     @property
@@ -113,61 +163,73 @@ class Profile:
 
     def own(self, kind: str) -> tuple[Source, ...]:
         """Sources with a table of a kind measured on this accelerator, the engine's first."""
-        return tuple(source for tier in self._tiers for source in tier if source in self._own and source.has(kind))
+        return tuple(source for tier in self._tiers(self._own, kind) for source in tier)
 
-    def _sources(self, kind: str) -> Iterator[tuple[Source, ...]]:
-        """Sources with a table of a kind, tier by tier."""
-        for tier in self._tiers:
-            if having := tuple(source for source in tier if source.has(kind)):
-                yield having
+    def _serves(self, source: Source) -> bool:
+        """Whether a source holds this engine's kernels, or those of all."""
+        return source.card.engine in (None, self.engine)
 
-    def _origin(self, source: Source, kind: str, exact: bool = True) -> str:
-        """Where one operation's figures come from: measured only if this is the accelerator the card describes."""
-        file = source.file(kind)
-        card = source.card
-        peaks = dict(self.gpu.flops_per_s)
-        same = card.memory_bytes_per_s == self.gpu.memory_bytes_per_s and all(
-            peaks.get(dtype, peak) == peak for dtype, peak in card.flops_per_s
+    def _tiers(self, pool: tuple[Source, ...], kind: str) -> tuple[tuple[Source, ...], ...]:
+        """Sources of a pool that have a table of a kind: those of the engine, then the others."""
+        having = [source for source in pool if source.has(kind)]
+        serving = tuple(source for source in having if self._serves(source))
+        return tuple(tier for tier in (serving, tuple(s for s in having if s not in serving)) if tier)
+
+    def _is_ours(self, source: Source) -> bool:
+        """Whether a source was measured on this accelerator: named by it, with its datasheet."""
+        card, peaks = source.card, dict(self.gpu.flops_per_s)
+        return (
+            source in self._own
+            and card.memory_bytes_per_s == self.gpu.memory_bytes_per_s
+            and all(peaks.get(dtype, peak) == peak for dtype, peak in card.flops_per_s)
         )
-        if source in self._own and same:
-            return f"measured ({file})" if exact else f"derived: between the measured shapes of {file}"
-        return f"derived from the efficiencies of {file} on the datasheet of {self.gpu.name}"
+
+    def _origin(self, source: Source, kind: str, how: str = "") -> str:
+        """Where one operation's figures come from; `how` says what keeps them from being the table's own."""
+        file = source.file(kind)
+        if not self._is_ours(source):
+            return f"derived: {how or 'from'} {file}, its efficiencies on the datasheet of {self.gpu.name}"
+        return f"derived: {how} {file}" if how else f"measured ({file})"
 
     def _power_model(self) -> PowerModel:
         """The first power model among the sources, scaled where it is another accelerator's."""
         for source in (*self._own, *self._reference):
             card = source.card
             if card.power is not None:
-                text = f"{card.power.source} (profiles/{source.name}/card.toml)"
-                if source not in self._own:
-                    text = f"derived: scaled by power limit and peaks from {card.gpu}: {text}"
+                ours = self._is_ours(source) and card.tdp_w == self.gpu.tdp_w
+                how = "measured" if ours else f"derived: scaled by power limit and peaks from {card.gpu}"
+                text = f"{how}: {card.power.source} (profiles/{source.name}/card.toml)"
                 figures = (card.tdp_w, card.memory_bytes_per_s, dict(card.flops_per_s))
                 return scale_power(card.power, figures, self.gpu, text)
         raise InputError(f"no card of profiles/{REFERENCE} has the [power] table that all others need")
 
     def _best(
-        self, kind: str, name: str, feature: tuple[float, ...], find: Callable[[Source, str], Surface | None]
-    ) -> tuple[tuple[Surface, ...], tuple[Surface, ...], bool]:
+        self,
+        kind: str,
+        name: str,
+        feature: tuple[float, ...],
+        find: Callable[[Source, str, tuple[str, ...]], Surface | None],
+        routings: Sequence[tuple[str, ...]] = ((),),
+    ) -> tuple[tuple[_Pick, ...], bool]:
         """Surfaces for a shape in a format: where the shape was measured, else whose shapes come nearest.
 
-        Tables of this accelerator come before the reference's, the format itself before its stand-ins, what we
-        measured of the very shape before anything else.
+        The format itself comes before its stand-ins, tables of this accelerator before the reference's, a routing
+        before its stand-ins; then what we measured of the very shape before anything else.
 
         Returns
         -------
-        trusted, every, bare    of this engine (or of any, where it has none), and all: see `_fastest`; whether they are
-                                ours, which time a product without the kernel that narrows its input
+        picks, bare     surfaces; whether they are ours, which time a product without the kernel that narrows its input
         """
         names = dict.fromkeys((name, *_STAND_INS.get(name, ()), "bf16"))
         formats = [_SAME.get(other, (other,)) for other in names]
-        pools = [tuple(s for s in sources if s.has(kind)) for sources in (self._own, self._reference)]
+        pools = [[source for source in pool if source.has(kind)] for pool in (self._own, self._reference)]
         for group in formats:
-            for pool in pools:
+            for pool, wanted in product(pools, routings):
                 found = [
                     (round(surface.distance(feature), 9), source, dtype, surface)
                     for source in pool
                     for dtype in group
-                    if (surface := find(source, dtype)) is not None
+                    if (surface := find(source, dtype, wanted)) is not None
                 ]
                 if not found:
                     continue
@@ -175,18 +237,49 @@ class Profile:
                 near = [entry for entry in found if entry[0] == distance]
                 if distance == 0 and near[0][1].card.engine is None:
                     near = near[:1]
-                mine = [entry for entry in near if entry[1].card.engine in (None, self.engine)] or near
-                for _, source, dtype, _ in mine:
-                    origin = self._origin(source, kind, distance == 0)
-                    standing_in = "" if group == formats[0] else f"{dtype} efficiencies, "
-                    self._note(f"{kind} {name}", f"derived: {standing_in}{origin}" if standing_in else origin)
-                bare = all(source.card.engine is None for _, source, _, _ in mine)
-                return tuple(entry[3] for entry in mine), tuple(entry[3] for entry in near), bare
+                serving = any(self._serves(source) for _, source, _, _ in near)
+                picks = []
+                for _, source, dtype, surface in near:
+                    how = [] if group == formats[0] else [f"{dtype} efficiencies,"]
+                    if wanted != routings[0]:
+                        how.append("uniform routing,")
+                    if distance > 0:
+                        how.append("between the measured shapes of" if surface.encloses(feature) else _BEYOND)
+                    elif how:
+                        how.append("from")
+                    origin = self._origin(source, kind, " ".join(how))
+                    picks.append(_Pick(surface=surface, origin=origin, trusted=self._serves(source) or not serving))
+                return tuple(picks), all(source.card.engine is None for _, source, _, _ in near)
         raise InputError(f"profiles/{REFERENCE} lacks the {kind} table all others need")
 
-    def _bound(self, kernel: Arithmetic, flops: Floats, moved: Floats) -> Floats:
+    def _ratio(self, operation: str, picks: tuple[_Pick, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
+        """Ratio of bound to time: of this engine's fastest variant, unless other engines' tables expose it.
+
+        Variants of a format (fp8 scaled by tensor or by block) are the deployer's choice. Engines share kernel
+        libraries, so a time far above what another engine's collection has for the same shape is a launch floor of the
+        collection.
+        """
+        trusted = [pick for pick in picks if pick.trusted]
+        others = [pick for pick in picks if not pick.trusted]
+        for pick in trusted:
+            beyond = size_log.size and float(size_log.max()) > pick.surface.last(feature) + 1e-9
+            self._note(
+                operation, f"{pick.origin}, roofline at the last efficiency beyond its sizes" if beyond else pick.origin
+            )
+        ratio = _largest(trusted, feature, size_log)
+        if not others:
+            return ratio
+        other = _largest(others, feature, size_log)
+        exposed = ratio * _EXPOSED < other
+        if exposed.any():
+            for pick in others:
+                self._note(operation, f"{pick.origin}, where the engine's own table is {_EXPOSED:g} times slower")
+        return np.asarray(np.where(exposed, other, ratio))
+
+    def _bound(self, kernel: Arithmetic, flops: Floats | float, moved: Floats | float) -> Floats:
         """Roofline: no operation takes less than its arithmetic at peak, nor less than its traffic at peak."""
-        return np.maximum(flops / self.gpu.peak_flops_per_s(kernel.peak), moved / self.gpu.memory_bytes_per_s)
+        peak = self.gpu.peak_flops_per_s(kernel.peak) * self.clock.share
+        return np.asarray(np.maximum(flops / peak, moved / self.gpu.memory_bytes_per_s))
 
     def kernel(self, name: str) -> Arithmetic:
         """Arithmetic of a plan's number format on this accelerator: 16 bit in the type it has.
@@ -223,29 +316,21 @@ class Profile:
 
         Notes
         -----
-        time = (floor + roofline) / ratio, with the floor fixed in seconds and the ratio interpolated in log m between
-        measured sizes, and between measured shapes as `Surface` says.
+        time = (floor + roofline) / ratio, at least the roofline, with the floor fixed in seconds and the ratio
+        interpolated in log m between measured sizes, and between measured shapes as `Surface` says. Beyond the measured
+        sizes and shapes the ratio of the last holds: there the time is the roofline at the efficiency of the nearest.
         """
-        bound, rows = self._gemm_bound(name, m, n, k)
+        kernel, rows = self.kernel(name), sizes("m", m)
+        work = gemm_work(rows, _count("n", n), _count("k", k), kernel.input_bytes, kernel.weight_bytes)
+        bound = self._bound(kernel, *work)
         feature = gemm_feature(n, k)
-        trusted, every, bare = self._best("gemm", name, feature, lambda source, dtype: source.gemm(dtype))
-        floor = GEMM_FLOOR_S + GEMM_FLOOR_S_PER_DEPTH * k
-        ratio = _fastest(trusted, every, feature, np.log(np.maximum(rows, 1.0)))
+        picks, bare = self._best("gemm", name, feature, lambda source, dtype, _: source.gemm(dtype))
+        ratio = self._ratio(f"gemm {name}", picks, feature, np.log(np.maximum(rows, 1.0)))
+        floor = (GEMM_FLOOR_S + GEMM_FLOOR_S_PER_DEPTH * k) / self.clock.share
         seconds = np.where(rows > 0, np.maximum((floor + bound) / ratio, bound), 0.0)
-        kernel = self.kernel(name)
         if kernel.input_bytes < 2 and bare and not fused:
             seconds = seconds + self.memory_time_s(rows * (k * (2.0 + kernel.input_bytes)))
         return np.asarray(seconds)
-
-    def gemm_roofline_s(self, name: str, m: ArrayLike, n: int, k: int) -> Floats:
-        """Least time the datasheet allows for `gemm_time_s` with the same arguments; same errors."""
-        return self._gemm_bound(name, m, n, k)[0]
-
-    def _gemm_bound(self, name: str, m: ArrayLike, n: int, k: int) -> tuple[Floats, Floats]:
-        """Roofline and rows of a product."""
-        kernel, rows = self.kernel(name), sizes("m", m)
-        flops, moved = gemm_work(rows, _count("n", n), _count("k", k), kernel.input_bytes, kernel.weight_bytes)
-        return np.asarray(np.where(rows > 0, self._bound(kernel, flops, moved), 0.0)), rows
 
     def moe_time_s(
         self,
@@ -280,35 +365,25 @@ class Profile:
         -----
         As `gemm_time_s`, with the ratio interpolated in tokens per expert.
         """
-        bound, routed = self._moe_bound(name, tokens, hidden, expert_ffn, experts, held, topk)
-        feature = moe_feature(hidden, expert_ffn, experts, held, topk)
-
-        def find(source: Source, dtype: str) -> Surface | None:
-            found = (source.moe(dtype, wanted) for wanted in _ROUTINGS[routing])
-            return next((surface for surface in found if surface is not None), None)
-
-        trusted, every, _ = self._best("moe", name, feature, find)
-        ratio = _fastest(trusted, every, feature, np.log(np.maximum(routed, 1.0) * topk / experts))
-        return np.asarray(np.where(routed > 0, np.maximum((MOE_FLOOR_S + bound) / ratio, bound), 0.0))
-
-    def moe_roofline_s(
-        self, name: str, tokens: ArrayLike, hidden: int, expert_ffn: int, experts: int, held: int, topk: int
-    ) -> Floats:
-        """Least time the datasheet allows for `moe_time_s` with the same arguments; same errors."""
-        return self._moe_bound(name, tokens, hidden, expert_ffn, experts, held, topk)[0]
-
-    def _moe_bound(
-        self, name: str, tokens: ArrayLike, hidden: int, ffn: int, experts: int, held: int, topk: int
-    ) -> tuple[Floats, Floats]:
-        """Roofline and tokens of the fused experts."""
         kernel, routed = self.kernel(name), sizes("tokens", tokens)
         _count("experts", experts)
         for what, value in (("held", held), ("topk", topk)):
             if _count(what, value) > experts:
                 raise UsageError(f"{what} = {value} must be at most the {experts} experts of the layer")
-        shape = (_count("hidden", hidden), _count("expert_ffn", ffn), experts, held, topk)
-        flops, moved = moe_work(routed, *shape, kernel.weight_bytes)
-        return np.asarray(np.where(routed > 0, self._bound(kernel, flops, moved), 0.0)), routed
+        if routing not in _ROUTINGS:
+            raise UnknownNameError("routing", routing, _ROUTINGS)
+        shape = (_count("hidden", hidden), _count("expert_ffn", expert_ffn), experts, held, topk)
+        bound = self._bound(kernel, *moe_work(routed, *shape, weight_bytes=kernel.weight_bytes))
+        feature = moe_feature(*shape)
+
+        def find(source: Source, dtype: str, wanted: tuple[str, ...]) -> Surface | None:
+            found = (source.moe(dtype, one) for one in wanted)
+            return next((surface for surface in found if surface is not None), None)
+
+        picks, _ = self._best("moe", name, feature, find, _ROUTINGS[routing])
+        ratio = self._ratio(f"moe {name}", picks, feature, np.log(np.maximum(routed, 1.0) * topk / experts))
+        floor = MOE_FLOOR_S / self.clock.share
+        return np.asarray(np.where(routed > 0, np.maximum((floor + bound) / ratio, bound), 0.0))
 
     def memory_time_s(
         self, moved_bytes: ArrayLike, kind: str = "plain", width: int = 0, *, launched: bool = True
@@ -333,13 +408,16 @@ class Profile:
         cache are not counted on, so rows of 10 to 60 MB take less than this says.
         """
         moved = sizes("moved_bytes", moved_bytes)
-        source = next(self._sources("memory"), (None,))[0]
-        if source is None:
+        tiers = (*self._tiers(self._own, "memory"), *self._tiers(self._reference, "memory"))
+        if not tiers:
             raise InputError(f"profiles/{REFERENCE} lacks the memory table all others need")
+        source = tiers[0][0]
         self._note("memory", self._origin(source, "memory"))
         law = source.memory()
+        if kind not in law.floors:
+            raise UnknownNameError("kind of memory kernel", kind, law.floors)
         base_s, slope_s = law.floors[kind]
-        floor_s = base_s + slope_s * width if launched else 0.0
+        floor_s = (base_s + slope_s * width) / self.clock.share if launched else 0.0
         return np.asarray(np.where(moved > 0, floor_s + moved / (law.efficiency * self.gpu.memory_bytes_per_s), 0.0))
 
     def decode_attention(
@@ -371,25 +449,18 @@ class Profile:
         Notes
         -----
         Fitted per measured batch of the nearest shape, interpolated in the logarithm of sequences x KV heads, the
-        pieces of work a kernel has to spread. Beyond the largest the share of bandwidth holds and the base grows in
-        proportion. Within a short window (up to 1,024 tokens) every sequence is charged the whole window; a longer
-        one is charged as if it had no end.
+        pieces of work a kernel has to spread. The context is worked through at the share of the roofline that shape
+        reaches. Beyond the largest batch the share holds and the base grows in proportion. Within a short window (up
+        to 1,024 tokens) every sequence is charged the whole window; a longer one is charged as if it had no end.
         """
         count = sizes("sequences", sequences)
-        for what, value in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-            _count(what, value)
-        short = window if window is not None and window <= _LONGEST_WINDOW else 0
-        token_bytes = 2.0 * kv_heads * head_dim * _kv_bytes(kv_format)
-        law, measured_window = self._decode_law(
-            "attention_decode", (query_heads, kv_heads, head_dim), kv_format, short
-        )
-        base, traffic = self._read_decode(law, count, kv_heads, token_bytes)
-        compute = 4.0 * query_heads * head_dim / (self._half_peak() * _DECODE_COMPUTE_EFFICIENCY)
-        per_token = np.maximum(traffic, compute)
+        shape = (_count("query_heads", query_heads), _count("kv_heads", kv_heads), _count("head_dim", head_dim))
+        short = _short(window)
+        nearest = self._nearest("attention_decode", shape, kv_format, short)
+        base, per_token = self._read_decode(nearest, count, kv_heads, context_work(*shape, KV_BYTES[kv_format]))
         if short:
-            base = base if measured_window else base + per_token * count * short
-            per_token = np.zeros_like(per_token)
-        return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, per_token, 0.0))
+            return base + per_token * count * short, np.zeros_like(per_token)
+        return base, per_token
 
     def prefill_attention(
         self,
@@ -420,23 +491,19 @@ class Profile:
 
         Notes
         -----
-        A whole prompt takes what the nearest measured shape took, scaled by heads and width. Pairs with tokens of
-        earlier chunks are charged at the rate of the longest prompts, but at least the time to read their keys.
+        A whole prompt takes what the nearest measured shape took, scaled by heads and width; several in one batch are
+        charged one after another, though many short ones take less. Pairs with tokens of earlier chunks are charged at
+        the rate of the longest prompts, but at least the time to read their keys.
         """
         count = sizes("chunk", chunk)
-        for what, value in (("query_heads", query_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
-            _count(what, value)
-        short = window if window is not None and window <= _LONGEST_WINDOW else 0
-        law, measured_window = self._prefill_law(
-            "attention_prefill", (query_heads, kv_heads, head_dim), kv_format, short
+        shape = (_count("query_heads", query_heads), _count("kv_heads", kv_heads), _count("head_dim", head_dim))
+        short = _short(window)
+        nearest = self._nearest("attention_prefill", shape, kv_format, short)
+        base, pair = self._read_prefill(
+            nearest, count, 4.0 * query_heads * head_dim, context_work(*shape, KV_BYTES[kv_format])[1]
         )
-        token_bytes = 2.0 * kv_heads * head_dim * _kv_bytes(kv_format)
-        base, pair = self._read_prefill(law, count, 4.0 * query_heads * head_dim, token_bytes)
         if short:
-            seen = np.minimum(count, short)
-            pairs = count * seen - seen * (seen - 1) / 2
-            base = base if measured_window else base + pair * pairs
-            pair = np.zeros_like(pair)
+            return base + pair * causal_pairs(count, np.minimum(count, short)), np.zeros_like(pair)
         return base, pair
 
     def latent_decode(
@@ -444,152 +511,183 @@ class Profile:
     ) -> tuple[Floats, Floats]:
         """Decode over a latent cache, without projections: as `decode_attention`, `heads` on this rank."""
         count = sizes("sequences", sequences)
-        width = _count("kv_lora_rank", kv_lora_rank) + _count("rope_dim", rope_dim)
-        law, _ = self._decode_law("mla_kernel_decode", (_count("heads", heads), *_LATENT), kv_format, 0)
-        base, traffic = self._read_decode(law, count, 1, width * float(_kv_bytes(kv_format)))
-        compute = 2.0 * heads * (2 * kv_lora_rank + rope_dim) / (self._half_peak() * _DECODE_COMPUTE_EFFICIENCY)
-        # What is read once serves all heads: with many of them the arithmetic decides, and the fitted share holds it.
-        per_token = np.where(law.efficiency[-1] < 1.0, traffic, np.maximum(traffic, compute))
-        return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, per_token, 0.0))
+        parts = (_count("kv_lora_rank", kv_lora_rank), _count("rope_dim", rope_dim))
+        nearest = self._nearest("mla_kernel_decode", (_count("heads", heads), 1, sum(parts)), kv_format, 0)
+        return self._read_decode(nearest, count, 1, latent_work(heads, *parts, KV_BYTES[kv_format]))
 
     def latent_prefill(
         self, heads: int, key_dim: int, value_dim: int, kv_format: str, chunk: ArrayLike
     ) -> tuple[Floats, Floats]:
         """Prefill attention over keys and values expanded from the latent cache: as `prefill_attention`."""
         count = sizes("chunk", chunk)
-        law, _ = self._prefill_law("mla_kernel_prefill", (_count("heads", heads), *_LATENT), kv_format, 0)
-        flops = 2.0 * heads * (_count("key_dim", key_dim) + _count("value_dim", value_dim))
-        return self._read_prefill(law, count, flops, heads * (key_dim + value_dim) * 2.0)
+        pair = _count("key_dim", key_dim) + _count("value_dim", value_dim)
+        # Tables name the cached vector, which prompts do not read: another pair of widths is another shape.
+        width = (LATENT_RANK + LATENT_ROPE) * pair // LATENT_PAIR
+        nearest = self._nearest("mla_kernel_prefill", (_count("heads", heads), 1, width), kv_format, 0)
+        return self._read_prefill(nearest, count, 2.0 * heads * pair, heads * pair * 2.0)
 
-    def _decode_law(
-        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
-    ) -> tuple[DecodeLaw, bool]:
-        """Law of the nearest measured shape, and whether it was measured with the window."""
-        source, dtype, index, found = self._nearest(kind, shape, kv_format, window)
-        shapes = source.shapes(kind, dtype, found)
-        assert shapes is not None
-        _, kv_heads, head_dim = (int(size) for size in shapes.shapes[index])
-        width = head_dim if kind.startswith("mla") else 2 * kv_heads * head_dim
-        return source.decode(kind, dtype, found, index, float(width * KV_BYTES[dtype])), found == window > 0
+    def _nearest(self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int) -> _Nearest:
+        """The measured shape nearest to a shape of heads.
 
-    def _prefill_law(
-        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
-    ) -> tuple[PrefillLaw, bool]:
-        """Law of the nearest measured shape, and whether it was measured with the window."""
-        source, dtype, index, found = self._nearest(kind, shape, kv_format, window)
-        shapes = source.shapes(kind, dtype, found)
-        assert shapes is not None
-        heads, _, head_dim = (int(size) for size in shapes.shapes[index])
-        width = 2 * _LATENT_PAIR if kind.startswith("mla") else 4 * head_dim
-        return source.prefill(kind, dtype, found, index, float(heads * width)), found == window > 0
-
-    def _nearest(
-        self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int
-    ) -> tuple[Source, str, int, int]:
-        """Source, KV format, index and window of the measured shape nearest to a shape of heads.
-
-        The window itself before none, the KV format itself before another.
+        This accelerator before the reference, the KV format itself before another, the engine before others, the window
+        itself before none. Of several other engines the one that is fastest: they choose among the same kernels.
         """
+        if kv_format not in KV_BYTES:
+            raise UnknownNameError("KV format", kv_format, KV_BYTES)
         half = ("bf16", "fp16") if kv_format in ("bf16", "fp16") else (kv_format,)
-        for names in (half, tuple(KV_BYTES)):
-            for tier in self._sources(kind):
-                for wanted in dict.fromkeys((window, 0)):
-                    found = [
-                        (*reversed(shapes.nearest(*shape)), source, dtype)
-                        for source in tier
-                        for dtype in names
-                        if (shapes := source.shapes(kind, dtype, wanted)) is not None
-                    ]
-                    if found:
-                        distance, index, source, dtype = min(found, key=lambda entry: round(float(entry[0]), 9))
-                        self._note(kind.replace("_", " "), self._origin(source, kind, float(distance) < 1e-9))
-                        return source, dtype, int(index), wanted
+        for pool in (self._own, self._reference):
+            for names in (half, tuple(name for name in KV_BYTES if name not in half)):
+                for tier in self._tiers(pool, kind):
+                    for wanted in dict.fromkeys((window, 0)):
+                        found = _nearest_of(tier, kind, names, wanted, shape)
+                        if found:
+                            serving = self._serves(tier[0])
+                            best = found[0] if serving else max(found, key=_pace)
+                            self._note_nearest(best, names is half, wanted == window)
+                            return best
         raise InputError(f"profiles/{REFERENCE} lacks the {kind} table all others need")
 
-    def _read_decode(self, law: DecodeLaw, count: Floats, units: int, token_bytes: float) -> tuple[Floats, Floats]:
-        """Base and time per token of context of batches."""
+    def _note_nearest(self, best: _Nearest, same_format: bool, same_window: bool) -> None:
+        """Note which table an attention law is of, and what keeps it from being the table's own."""
+        how = [] if same_format else [f"{best.dtype} cache,"]
+        if not same_window:
+            how.append("no window,")
+        if best.distance > 0:
+            how.append("the nearest shape of")
+        elif how:
+            how.append("from")
+        law = best.decode() if best.kind.endswith("decode") else best.prefill()
+        if not law.fitted:
+            how = ["roofline above the launches of"]
+        self._note(best.kind.replace("_", " "), self._origin(best.source, best.kind, " ".join(how)))
+
+    def _read_decode(
+        self, nearest: _Nearest, count: Floats, units: int, work: tuple[float, float]
+    ) -> tuple[Floats, Floats]:
+        """Base and time per token of context of batches; `work` is FLOP and bytes per token."""
+        law = nearest.decode()
         units_log = np.log(np.maximum(count, 1.0) * units)
         beyond = np.exp(np.maximum(units_log - law.units_log[-1], 0.0))
-        base = np.interp(units_log, law.units_log, law.base_s) * beyond
-        share = np.interp(units_log, law.units_log, law.efficiency)
-        return base, token_bytes / (share * self.gpu.memory_bytes_per_s)
+        base = np.interp(units_log, law.units_log, law.base_s) * beyond / self.clock.share
+        per_token = self._bound(self.kernel(self.gpu.half_dtype), *work) / np.interp(
+            units_log, law.units_log, law.share
+        )
+        return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, per_token, 0.0))
 
     def _read_prefill(
-        self, law: PrefillLaw, count: Floats, pair_flops: float, token_bytes: float
+        self, nearest: _Nearest, count: Floats, pair_flops: float, token_bytes: float
     ) -> tuple[Floats, Floats]:
         """Base and time per pair of chunks."""
+        law = nearest.prefill()
+        at_peak = pair_flops / (self.gpu.peak_flops_per_s(self.gpu.half_dtype) * self.clock.share)
         length_log = np.log(np.maximum(count, 1.0))
-        extra = np.interp(length_log, law.length_log, law.extra_s) * pair_flops
         beyond = np.exp(np.maximum(length_log - law.length_log[-1], 0.0))
+        base = np.interp(length_log, law.length_log, law.extra) * at_peak * beyond
         reading = token_bytes / self.gpu.memory_bytes_per_s / np.maximum(count, 1.0)
-        pair = np.maximum(law.pair_s * pair_flops, reading)
-        some = count > 0
-        return np.asarray(np.where(some, extra * beyond, 0.0)), np.asarray(np.where(some, pair, 0.0))
-
-    def _half_peak(self) -> float:
-        return self.gpu.peak_flops_per_s(self.gpu.half_dtype)
+        pair = np.maximum(at_peak / law.share, reading)
+        return np.asarray(np.where(count > 0, base, 0.0)), np.asarray(np.where(count > 0, pair, 0.0))
 
 
-def load_profile(gpu: Gpu, engine: str = "vllm", root: Path | None = None) -> Profile:
+def check_profiles(profiles: str) -> str:
+    """What `load_profile` is to take its tables from, where there is something; `~` is the home folder.
+
+    Raises
+    ------
+    InputError      no such folder of profile folders; no package to read all rows from
+    """
+    if profiles == SILICON:
+        data_folder()
+    if profiles in (SHIPPED, SILICON):
+        return profiles
+    folder = Path(os.path.expanduser(profiles))
+    if not folder.is_dir() or not any(folder.glob("*/*/card.toml")):
+        raise InputError(
+            f"--profiles: {profiles[:60]!r} is neither {SHIPPED} nor {SILICON} nor a folder of profile folders "
+            "(<accelerator>/<source>/card.toml)"
+        )
+    return str(folder)
+
+
+def load_profile(
+    gpu: Gpu, engine: str = "vllm", profiles: Path | str = SHIPPED, clock_mhz: int | None = None
+) -> Profile:
     """The profile of an accelerator.
 
     Parameters
     ----------
     gpu : Gpu           its `profile` names a folder of folders with tables measured on it, or is None
-    engine : str        engine whose kernels are preferred
-    root : Path         folder of all profiles, by default the one that ships with the package
+    engine : str        engine whose kernels are preferred, of `TABLE_ENGINES`
+    profiles : Path     folder of profile folders, which come before those that ship; `SHIPPED` for these alone,
+                        `SILICON` for all the rows that they are a part of
+    clock_mhz : int     clock it is held at, by the laws of `apex_opt.profiles.clock`; None is the highest
 
     Raises
     ------
-    UnknownNameError    `gpu.profile` names a folder that does not exist
-    InputError          a card or table with faults
+    UnknownNameError    a folder that does not exist; an engine without tables
+    InputError          a card or table with faults; no package to read all rows from
+    UsageError          a clock it does not have
     """
-    folder = DATA_ROOT / "profiles" if root is None else root
-    own: tuple[Source, ...] = ()
-    if gpu.profile is not None:
-        own = _load_sources(folder / gpu.profile)
-        if not own:
-            raise UnknownNameError(
-                f"profile of {gpu.name}",
-                gpu.profile,
-                sorted({path.parent.parent.name for path in folder.glob("*/*/card.toml")}),
-                f"folders of {folder}; leave it out to derive from the datasheet",
-            )
-    return Profile(gpu, engine, own, _load_sources(DATA_ROOT / "profiles" / REFERENCE))
+    if engine not in TABLE_ENGINES:
+        raise UnknownNameError("engine of kernel tables", engine, TABLE_ENGINES)
+    shipped, whole = DATA_ROOT / "profiles", profiles == SILICON
+    own = () if gpu.profile is None else _load_sources(shipped / gpu.profile, whole)
+    folder = shipped if profiles in (SHIPPED, SILICON) else Path(profiles).resolve()
+    name = gpu.profile if folder == shipped else gpu.profile or gpu.name
+    if folder != shipped and name is not None:
+        theirs = _load_sources(folder / name)
+        own = (*theirs, *own) if theirs else ()
+    if name is not None and not own:
+        raise UnknownNameError(
+            f"profile of {gpu.name}",
+            name,
+            sorted({path.parent.parent.name for path in folder.glob("*/*/card.toml")}),
+            f"folders of {folder}; leave it out to derive from the datasheet",
+        )
+    return Profile(gpu, engine, own, _load_sources(shipped / REFERENCE, whole), Clock.of(gpu, clock_mhz))
 
 
 @lru_cache(maxsize=64)
-def _load_sources(folder: Path) -> tuple[Source, ...]:
-    """Folders with cards below a folder: our own measurements first, then the newest of each engine."""
-    found = [load_source(path.parent) for path in sorted(folder.glob("*/card.toml"))]
+def _load_sources(folder: Path, whole: bool = False) -> tuple[Source, ...]:
+    """Folders with cards below a folder: those that serve every engine first, our own measurements among them."""
+    found = [load_source(path.parent, whole) for path in sorted(folder.glob("*/card.toml"))]
     return tuple(sorted(found, key=lambda source: source.card.engine is not None))
 
 
-def _fastest(
-    trusted: tuple[Surface, ...], every: tuple[Surface, ...], feature: tuple[float, ...], size_log: Floats
-) -> Floats:
-    """Ratio of bound to time: of this engine's fastest variant, unless other engines' tables expose it.
-
-    Variants of a format (fp8 scaled by tensor or by block) are the deployer's choice. Engines share kernel libraries, so
-    a time far above what another engine's collection has for the same shape is a launch floor of the collection.
-    """
-    ratio = _largest(trusted, feature, size_log)
-    if len(every) == len(trusted):
-        return ratio
-    best = _largest(every, feature, size_log)
-    return np.where(ratio * _EXPOSED < best, best, ratio)
-
-
-def _largest(surfaces: tuple[Surface, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
-    ratios = [surface.ratio(feature, size_log) for surface in surfaces]
+def _largest(picks: Sequence[_Pick], feature: tuple[float, ...], size_log: Floats) -> Floats:
+    """The largest ratio of several surfaces."""
+    ratios = [pick.surface.ratio(feature, size_log) for pick in picks]
     return ratios[0] if len(ratios) == 1 else np.asarray(np.maximum.reduce(ratios))
 
 
-def _kv_bytes(name: str) -> int:
-    """Bytes of an element of the KV cache."""
-    if name not in KV_BYTES:
-        raise UnknownNameError("KV format", name, KV_BYTES)
-    return KV_BYTES[name]
+def _nearest_of(
+    sources: tuple[Source, ...], kind: str, names: tuple[str, ...], window: int, shape: tuple[int, int, int]
+) -> list[_Nearest]:
+    """The measured shapes nearest to a shape of heads, all equally near."""
+    found = []
+    for source in sources:
+        for dtype in names:
+            if (shapes := source.shapes(kind, dtype, window)) is not None:
+                index, distance = shapes.nearest(*shape)
+                found.append(
+                    _Nearest(
+                        source=source, kind=kind, dtype=dtype, window=window, index=index, distance=round(distance, 9)
+                    )
+                )
+    least = min((entry.distance for entry in found), default=0.0)
+    return [entry for entry in found if entry.distance == least]
+
+
+def _pace(nearest: _Nearest) -> float:
+    """Share of the roofline that a law reaches."""
+    if nearest.kind.endswith("prefill"):
+        return nearest.prefill().share
+    law = nearest.decode()
+    return float(np.interp(np.log(_SPREAD), law.units_log, law.share))
+
+
+def _short(window: int | None) -> int:
+    """The window if it is short, else 0."""
+    return window if window is not None and _count("window", window) <= _LONGEST_WINDOW else 0
 
 
 def _count(name: str, value: int) -> int:

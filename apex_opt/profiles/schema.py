@@ -44,6 +44,9 @@ PEAK_DTYPES: Final = ("bf16", "fp16", "fp8", "fp4")
 CARD_USES: Final = ("times", "energies")
 """What a folder serves: look-ups, or only the fit of a power model on a sample of rows."""
 
+CARD_TEXTS: Final = ("hardware", "software", "method", "origin", "derived", "not_measured", "dropped")
+"""What a card tells people: on what, with what and how its tables were measured, and what became of them since."""
+
 TABLE_ENGINES: Final = ("vllm", "sglang", "trtllm")
 """Engines whose kernels a folder may hold; a card without one serves all of them."""
 
@@ -208,6 +211,11 @@ SCHEMAS: Final = (
 )
 
 
+def schema_of(kind: str) -> Schema:
+    """The schema of a kind of table."""
+    return next(schema for schema in SCHEMAS if schema.name == kind)
+
+
 def read_table(path: Path, schema: Schema) -> dict[str, NDArray[Any]]:
     """A table as columns, from a .csv or .npz file.
 
@@ -362,11 +370,7 @@ def _check(column: Column, cells: _Cells, where: Callable[[int], str]) -> list[s
         good = np.array(known)[cells.values]
         quoted = cells.names[cells.values]
     else:
-        values = cells.values
-        with np.errstate(invalid="ignore"):
-            good = (values > column.low) & (values <= column.high)
-            if column.kind == "int":
-                good &= values == np.floor(values)
+        good = _in_bounds(column, cells.values)
         if column.optional:
             good |= cells.blank if cells.blank is not None else cells.shown == ""
         kind = "a whole number" if column.kind == "int" else "a number"
@@ -376,6 +380,34 @@ def _check(column: Column, cells: _Cells, where: Callable[[int], str]) -> list[s
         f"{where(row)}: {column.name} = {str(quoted[row])[:40]!r} must be {wanted}"
         for row in np.flatnonzero(~good).tolist()
     ]
+
+
+def _in_bounds(column: Column, values: NDArray[Any]) -> NDArray[np.bool_]:
+    """The numbers that a column may hold."""
+    with np.errstate(invalid="ignore"):
+        good: NDArray[np.bool_] = (values > column.low) & (values <= column.high)
+        if column.kind == "int":
+            good &= values == np.floor(values)
+    return good
+
+
+def in_bounds(schema: Schema, table: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """The rows whose numbers a table may hold.
+
+    Parameters
+    ----------
+    table : dict of str to array[n_rows]        as `read_table` returns it, but unchecked
+
+    Returns
+    -------
+    bool[n_rows]
+    """
+    good = np.ones(len(table["time_us"]), dtype=bool)
+    for column in schema.columns:
+        if column.kind != "text":
+            values = table[column.name]
+            good &= _in_bounds(column, values) | (np.isnan(values) if column.optional else False)
+    return good
 
 
 def _number(cell: str) -> float:
@@ -492,6 +524,7 @@ class Card:
     flops_per_s : tuple of (dtype, float)       by the formats of `PEAK_DTYPES`
     tables : tuple of (kind, file, sha256)      sha256 may be empty
     power : PowerFit or None    coefficients of a power model fitted on this accelerator
+    texts : tuple of (field, text)      what people are told: `CARD_TEXTS` that are there
     """
 
     name: str
@@ -506,6 +539,7 @@ class Card:
     idle_w: float
     tables: tuple[tuple[str, str, str], ...]
     power: PowerFit | None = None
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 def read_card(folder: Path) -> Card:
@@ -521,8 +555,7 @@ def read_card(folder: Path) -> Card:
     use = root.text("use", choices=CARD_USES, required=False)
     engine = root.text("engine", choices=TABLE_ENGINES, required=False)
     date = root.text("date", required=False)
-    for field in ("hardware", "software", "method", "origin", "derived", "not_measured", "dropped"):
-        root.text(field, required=False)
+    texts = tuple((field, text) for field in CARD_TEXTS if (text := root.text(field, required=False)))
     gpu_name = memory = tdp_w = idle_w = None
     flops: list[tuple[str, float]] = []
     if (gpu := root.table("gpu")) is not None:
@@ -572,6 +605,7 @@ def read_card(folder: Path) -> Card:
         idle_w=idle_w,
         tables=tuple(tables),
         power=power,
+        texts=texts,
     )
 
 

@@ -60,7 +60,17 @@ class Surface:
 
     def distance(self, feature: tuple[float, ...]) -> float:
         """How far the nearest measured shape is, in scaled logarithms; 0 where the shape itself was measured."""
-        return float(np.sqrt(((self.features - np.array(feature)) ** 2).sum(axis=1).min()))
+        return float(_distances(self, feature).min())
+
+    def encloses(self, feature: tuple[float, ...]) -> bool:
+        """Whether no size of a shape is smaller or larger than all measured ones."""
+        point = np.array(feature)
+        low, high = self.features.min(axis=0) - _SAME, self.features.max(axis=0) + _SAME
+        return bool(((point >= low) & (point <= high)).all())
+
+    def last(self, feature: tuple[float, ...]) -> float:
+        """Logarithm of the largest size on the curve of a shape: beyond it the ratio is held."""
+        return float(_curve(self, feature)[0][-1])
 
     def shape(self, index: int) -> Curve:
         """Knots and values of one measured shape."""
@@ -91,10 +101,15 @@ class Surface:
         return np.concatenate(errors)
 
 
+def _distances(surface: Surface, feature: tuple[float, ...]) -> Floats:
+    """How far every measured shape is."""
+    return np.asarray(np.sqrt(((surface.features - np.array(feature)) ** 2).sum(axis=1)))
+
+
 @lru_cache(maxsize=4096)
 def _curve(surface: Surface, feature: tuple[float, ...]) -> Curve:
     """The curve of one shape: its own where measured, else a mean of those around it, else of the nearest."""
-    distance = np.sqrt(((surface.features - np.array(feature)) ** 2).sum(axis=1))
+    distance = _distances(surface, feature)
     nearest = int(distance.argmin())
     if distance[nearest] < _SAME:
         return surface.shape(nearest)

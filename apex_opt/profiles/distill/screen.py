@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.profiles.distill.curves import Curves, group, ordered_keys
-from apex_opt.profiles.schema import SCHEMAS
+from apex_opt.profiles.schema import schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,11 +62,6 @@ class Screened:
     columns: Columns
     dropped: tuple[Rule, ...]
     judged: Columns
-
-
-def schema_of(kind: str) -> Schema:
-    """The schema of a kind of table."""
-    return next(schema for schema in SCHEMAS if schema.name == kind)
 
 
 def take(columns: Columns, rows: NDArray[Any]) -> Columns:

@@ -17,7 +17,6 @@ Source: aiconfigurator-core 0.12.0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +26,7 @@ import numpy as np
 from apex_opt.cluster.catalogue import load_cluster
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.profiles.distill.curves import group
-from apex_opt.profiles.schema import SCHEMAS
+from apex_opt.profiles.schema import schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,8 +65,8 @@ CATALOGUE: Final = {
 }
 """Their names in our catalogue."""
 
-POWER_RELEASES: Final = {"b200-sxm": ("vllm", "0.22.0")}
-"""The release whose rows carry the board power."""
+POWER_RELEASES: Final = {"b200-sxm": (("vllm", "0.22.0"),)}
+"""The releases whose rows carry the board power."""
 
 _FORMATS: Final = {
     "bfloat16": "bf16",
@@ -315,7 +314,7 @@ def raw_tables(
             raise InputError(
                 f"{path}: column {error} is missing; {PACKAGE} {VERSION} is the release read here"
             ) from None
-        order = next(schema for schema in SCHEMAS if schema.name == kind).columns
+        order = schema_of(kind).columns
         good = keep & np.isfinite(columns["time_us"]) & (columns["time_us"] > 0)
         if good.any():
             tables[kind] = Raw(
@@ -334,8 +333,19 @@ def listed_gpu(gpu: str) -> Gpu:
     return load_cluster(CATALOGUE[gpu]).gpu
 
 
-def full_tables(gpu: str, engine: str, source: Path | None = None) -> dict[str, Columns]:
+def distilled_from(gpu: str, folder: str) -> str | None:
+    """The engine (or `NCCL`) whose times a shipped profile folder was distilled from, None where there is none."""
+    return next((engine for engine, version in RELEASES.get(gpu, ()) if folder == f"{engine}-{version}"), None)
+
+
+def full_tables(gpu: str, engine: str, source: Path | None = None, kinds: tuple[str, ...] = ()) -> dict[str, Columns]:
     """The screened tables of one engine on one accelerator, none of their points left out.
+
+    Parameters
+    ----------
+    gpu, engine : str       as in `RELEASES`; `NCCL` is an engine here
+    source : Path           where the package is unpacked; by default the one installed
+    kinds : tuple of str    kinds of table, by default all
 
     Returns
     -------
@@ -345,11 +355,6 @@ def full_tables(gpu: str, engine: str, source: Path | None = None) -> dict[str, 
     ------
     InputError, UnknownNameError    no package, or no such accelerator or engine in it
     """
-    return _full_tables(gpu, engine, source)
-
-
-@lru_cache(maxsize=4)
-def _full_tables(gpu: str, engine: str, source: Path | None) -> dict[str, Columns]:
     from apex_opt.profiles.distill.screen import screen
 
     if gpu not in RELEASES:
@@ -358,7 +363,7 @@ def _full_tables(gpu: str, engine: str, source: Path | None) -> dict[str, Column
     if engine not in releases:
         raise UnknownNameError(f"engine with tables in {PACKAGE} on {gpu}", engine, releases)
     tables: dict[str, Columns] = {}
-    for kind, raw in raw_tables(gpu, engine, releases[engine], source).items():
+    for kind, raw in raw_tables(gpu, engine, releases[engine], source, kinds).items():
         columns = screen(kind, raw.columns, raw.kernel, listed_gpu(gpu)).columns
         if len(columns["time_us"]):
             tables[kind] = columns
