@@ -40,6 +40,11 @@ OVERHEAD = EngineOverhead(
     kernels="vllm",
     source="for tests",
 )
+LAUNCHING = replace(OVERHEAD, gap_s=1e-6, launch_s=20e-6, captured_tokens=64, fused=("rotary", "kv write"))
+"""An engine whose batches with prompts wait for their launches, and leaves gaps between kernels."""
+EAGER = replace(LAUNCHING, captured_sizes=(), captured_tokens=0)
+"""An engine that launches every kernel of every batch."""
+ENGINES = (OVERHEAD, LAUNCHING, EAGER)
 
 
 def make_gpu(**changes: Any) -> Gpu:
@@ -50,6 +55,7 @@ def make_gpu(**changes: Any) -> Gpu:
         "memory_bytes_per_s": 3.35e12,
         "flops_per_s": (("bf16", 989e12), ("fp16", 989e12), ("fp8", 1979e12)),
         "tdp_w": 700.0,
+        "clock_mhz": 1980.0,
         "idle_w": 125.0,
     }
     return Gpu(**(figures | changes))

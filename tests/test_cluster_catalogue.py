@@ -89,7 +89,8 @@ def test_bad_specs_get_one_clear_line(spec: object, error: type[ApexError], mess
 def test_every_catalogue_cluster_loads_and_every_figure_has_a_source(spec: str) -> None:
     cluster = load_cluster(spec)
     sources = dict(cluster.gpu.sources)
-    assert set(sources) == {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"}
+    figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz"}
+    assert set(sources) == figures | ({"overlapped_launch"} if cluster.gpu.overlapped_launch else set())
     assert all(len(text) > 15 for text in sources.values())
     assert cluster.inter is not None
     assert cluster.intra.source and cluster.inter.source
@@ -100,7 +101,10 @@ def test_the_catalogue_says_which_formats_the_hardware_has() -> None:
     has = {name: {dtype for dtype, _ in load_cluster(name).gpu.flops_per_s} for name in list_gpus()}
     assert has["v100-pcie-16gb"] == {"fp16"}
     assert has["a100-sxm-80gb"] == {"bf16", "fp16"}
-    assert all(has[name] == {"bf16", "fp16", "fp8"} for name in has if name[:4] not in ("v100", "a100"))
+    blackwell = {name for name in has if name.startswith(("b200", "b300", "gb200"))}
+    assert all(has[name] == {"bf16", "fp16", "fp8"} for name in has if name[:4] in ("h100", "h200", "l40s"))
+    assert all(has[name] == {"bf16", "fp16", "fp8", "fp4"} for name in blackwell)
+    assert {name for name in has if load_cluster(name).gpu.overlapped_launch} == blackwell
     assert load_cluster("h200-sxm").gpu.memory_bytes == 143771 * MIB
 
 
@@ -113,6 +117,9 @@ def test_a_new_accelerator_needs_a_file_and_no_code(tmp_path: Path) -> None:
     assert "assumed" in dict(cluster.gpu.sources)["idle_w"]
     assert cluster.link_between([0, 15]).bytes_per_s == 200e9
     assert cluster.link_between([0, 16]).kind == "ethernet"
+    assert not cluster.gpu.overlapped_launch
+    launching = NEW_GPU.replace("tdp_w = 600", "tdp_w = 600\noverlapped_launch = true")
+    assert load_cluster(write(tmp_path, launching)).gpu.overlapped_launch
 
 
 def test_a_file_may_name_a_catalogue_gpu_and_rewire_it(tmp_path: Path) -> None:
@@ -161,6 +168,11 @@ def test_all_faults_of_a_file_come_at_once(tmp_path: Path) -> None:
         ("latency_us = 4", "latency_us = -4", "intra.latency_us = -4"),
         ('name = "accel-9"', 'name = "accel-9"\nprofile = "../etc"', "gpu.profile = '../etc'"),
         ('name = "accel-9"', 'name = "accel-9"\nidle_w = 700', "idle_w = 700.0 must be below tdp_w"),
+        (
+            'name = "accel-9"',
+            'name = "accel-9"\noverlapped_launch = 1',
+            "gpu.overlapped_launch = 1 must be true or false",
+        ),
         ("nodes = 2", "nodes = = 2", "not valid TOML"),
         ("nodes = 2", "nodes = " + "9" * 5000, "mine.toml"),
         ("[inter]", "[inner]", "inter is missing"),

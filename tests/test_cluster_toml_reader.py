@@ -23,8 +23,11 @@ def test_getters_note_faults_and_return_none() -> None:
     assert table.text("e") is None
     assert table.tables("d") == []
     assert table.numbers("d", high=1.0) == []
+    assert table.switch("a") is None
     assert table.integer("absent", high=1, required=False) is None
-    assert len(faults) == 7
+    assert table.switch("absent", required=False) is None
+    assert len(faults) == 8
+    assert table.switch("b") is True
     assert all(fault.startswith("t.") for fault in faults)
 
 

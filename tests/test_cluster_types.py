@@ -46,7 +46,7 @@ def test_a_format_without_hardware_is_refused_naming_gpu_and_format() -> None:
         ({"idle_w": -1.0}, "idle_w = -1.0"),
         ({"idle_w": 300.0}, "idle_w = 300.0 must be below tdp_w"),
         ({"flops_per_s": (("fp8", 1e15),)}, "needs bf16 or fp16"),
-        ({"flops_per_s": (("fp16", 1e15), ("fp4", 1e15))}, "names fp4; allowed: bf16, fp16, fp8"),
+        ({"flops_per_s": (("fp16", 1e15), ("fp3", 1e15))}, "names fp3; allowed: bf16, fp16, fp8, fp4"),
         ({"flops_per_s": (("fp16", 1e15), ("fp16", 1e15))}, "twice"),
     ],
 )

@@ -139,6 +139,18 @@ def test_gpus_that_wait_cost_their_idle_draw() -> None:
     assert np.isclose(eight.usage.idle_energy_j, 8 * 125 * eight.metrics.makespan_s, rtol=0.3)
 
 
+def test_shares_of_peak_of_4_bit_arithmetic_refer_to_its_peak_and_of_stored_4_bit_to_that_of_16() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "1xb200-sxm", random_trace(1, 20))
+    evaluator = Evaluator(question)
+    done = {}
+    for name, peak in (("bf16", 2.25e15), ("nvfp4", 9e15), ("mxfp4", 2.25e15)):
+        run = evaluator.simulate(parse_plan(f"tp1 {name} kv=bf16", question.model))
+        done[name] = run.usage.mfu * peak * run.metrics.makespan_s
+    # The same traffic, in batches that differ a little.
+    assert done["nvfp4"] == pytest.approx(done["bf16"], rel=0.3)
+    assert done["mxfp4"] == pytest.approx(done["bf16"], rel=0.3)
+
+
 def test_shares_of_peak_refer_to_the_format_that_is_computed_in() -> None:
     question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 20))
     evaluator = Evaluator(question)

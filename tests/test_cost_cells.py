@@ -7,17 +7,19 @@ sums of which devices went into them.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from plan_cases import dense, make_cluster, sparse
+from plan_cases import latent as latent_block
 
+from apex_opt.cluster import load_cluster
 from apex_opt.cost.cells import Operations, Parts, Tables
 from apex_opt.cost.work import Work
-from apex_opt.ir import DenseFfn
+from apex_opt.ir import LatentAttention, MoeFfn, get_format
 from apex_opt.plan.layout import Layout
 from apex_opt.plan.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.cost.cells import Place
-    from apex_opt.ir import Ffn
+    from apex_opt.ir import Block
+    from apex_opt.profiles import Profile
 
 TOKENS = 840  # divisible by every degree up to 8
 CLUSTER = make_cluster(8)
@@ -170,6 +173,211 @@ def test_the_fullest_group_is_never_faster_than_an_even_share_and_reads_what_one
         assert parts.flops[TOKENS] == pytest.approx(shared.flops[TOKENS])
 
 
+def experts_of(gpu: str, routing: str) -> tuple[Profile, Work]:
+    """The experts of Mixtral 8x7B, all on one GPU."""
+    found = load_profile(load_cluster(gpu).gpu)
+    moe = sparse(hidden=4096, columns=14336, experts=8, chosen=2).ffn
+    parts = Operations(tables(), found, load_collectives(CLUSTER), routing).ffn(moe, Template(), Template(), "bf16")
+    return found, parts["experts", "mixed_ns"]
+
+
+def test_experts_of_one_group_take_what_was_measured_at_that_many_tokens() -> None:
+    found, work = experts_of("h200-sxm", "uniform")
+    rows = found.own("moe")[0].table("moe")
+    shape = {"hidden": 4096, "expert_ffn": 14336, "experts": 8, "held": 8, "topk": 2, "dtype": "bf16"}
+    chosen = np.all([rows[name] == value for name, value in shape.items()], axis=0) & (rows["tokens"] <= TOKENS)
+    assert chosen.sum() >= 8
+    for tokens, time_us in zip(rows["tokens"][chosen], rows["time_us"][chosen], strict=True):
+        # A table may take a larger batch for the faster one.
+        assert 0.9 * time_us < work.seconds[int(tokens)] * 1e6 <= time_us * 1.001
+
+
+@pytest.mark.parametrize("gpu", ["h200-sxm", "h100-sxm", "b200-sxm"])
+def test_experts_take_the_table_of_their_routing_at_all_tokens_and_do_the_work_of_an_even_share(gpu: str) -> None:
+    found, uniform = experts_of(gpu, "uniform")
+    _, skewed = experts_of(gpu, "skewed")
+    for routing, work in (("uniform", uniform), ("skewed", skewed)):
+        asked = found.moe_time_s("bf16", np.arange(1.0, TOKENS + 1), 4096, 14336, 8, 8, 2, routing)
+        assert np.array_equal(work.seconds[1:], np.minimum.accumulate(asked[::-1])[::-1])
+        assert (work.seconds[1:] > 0.7 * asked).all()
+    assert np.array_equal(uniform.flops, skewed.flops)
+    assert np.array_equal(uniform.moved, skewed.moved)
+
+
+def test_experts_that_do_not_divide_leave_the_fullest_group_one_more() -> None:
+    moe = sparse(hidden=1024, columns=512, experts=10, chosen=2).ffn
+    cut, whole = (
+        operations().ffn(moe, Template(), ffn, "bf16")["experts", "mixed_ns"] for ffn in (Template(ep=4), Template())
+    )
+    assert cut.flops[TOKENS] == pytest.approx(whole.flops[TOKENS] * 3 / 10)
+
+
+def test_attention_within_a_window_takes_the_same_however_long_the_context() -> None:
+    cell = dense(heads=24, kv=24, columns=1680, window=128).attention
+    full, short = (operations().attention(block, Template(dp=2), "bf16", "bf16") for block in (DENSE.attention, cell))
+    read, base = short["decode attention", "context_rate"], short["decode attention", "decode_ns"]
+    assert not read.seconds.any()
+    assert not read.flops.any()
+    assert not read.moved.any()
+    each = full["decode attention", "context_rate"]
+    for sequences in (2, 64, TOKENS):
+        assert base.flops[sequences] == pytest.approx(128 * sequences * each.flops[1])
+        assert base.moved[sequences] == pytest.approx(128 * sequences * each.moved[1])
+        assert base.seconds[sequences] > 0.99 * base.moved[sequences] / CLUSTER.gpu.memory_bytes_per_s
+    chunk, pair = short["prefill attention", "chunk_ns"], short["prefill attention", "pair_rate"]
+    assert not pair.seconds.any()
+    assert not pair.flops.any()
+    # Every query sees itself and up to 127 tokens before it.
+    pairs = sum(min(place + 1, 128) for place in range(TOKENS))
+    assert chunk.flops[TOKENS] == pytest.approx(pairs * full["prefill attention", "pair_rate"].flops[TOKENS])
+    long = operations().attention(replace(cell, window=100_000), Template(dp=2), "bf16", "bf16")
+    assert np.array_equal(long["decode attention", "context_rate"].seconds, each.seconds)
+
+
+LATENT = LatentAttention(
+    hidden=7168,
+    query_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    nope_head_dim=128,
+    rope_head_dim=64,
+    v_head_dim=128,
+)
+"""Attention of DeepSeek-V3."""
+
+
+def test_latent_attention_does_the_arithmetic_of_its_projections_and_reads_its_cache() -> None:
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * (128 + 64)
+    expand, output = 512 * 128 * (128 + 128), 128 * 128 * 7168
+    assert LATENT.parameters == down + up + expand + output + 1536 + 512
+    parts = operations().attention(LATENT, Template(), "bf16", "fp8")
+    for name, weights in (("qkv", down + up), ("latent", expand), ("output", output)):
+        work = parts[name, "mixed_ns"]
+        assert work.flops[TOKENS] == pytest.approx(2 * TOKENS * weights)
+        # One token: the weights, and next to nothing beside them.
+        assert 2 * weights < work.moved[1] < 2 * weights + 1e6
+        assert work.seconds[1] >= 2 * weights / CLUSTER.gpu.memory_bytes_per_s
+    read, pair = parts["decode attention", "context_rate"], parts["prefill attention", "pair_rate"]
+    assert read.moved[1] == 512 + 64
+    assert read.flops[1] == 2 * 128 * (512 + 64 + 512)
+    assert pair.flops[1] == 2 * 128 * (128 + 64 + 128)
+    assert read.seconds[TOKENS] >= max(576 / 3.35e12, read.flops[1] / 989e12)
+    assert (pair.seconds[1:] >= pair.flops[1] / 989e12).all()
+    written = parts["kv write", "mixed_ns"].moved[TOKENS]
+    assert written == TOKENS * 576 * (2 + 1)  # read in 16 bit, written in 8
+
+
+def test_shards_of_latent_attention_cut_its_heads_and_copy_its_vectors() -> None:
+    whole = operations().attention(LATENT, Template(), "bf16", "bf16")
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * (128 + 64)
+    for tp in (2, 8):
+        cut = operations().attention(LATENT, Template(tp=tp), "bf16", "bf16")
+        for name in ("latent", "output"):
+            assert cut[name, "mixed_ns"].flops[TOKENS] == pytest.approx(whole[name, "mixed_ns"].flops[TOKENS] / tp)
+        assert cut["qkv", "mixed_ns"].flops[TOKENS] == pytest.approx(2 * TOKENS * (down + up / tp))
+        reads = [parts["decode attention", "context_rate"] for parts in (cut, whole)]
+        assert reads[0].moved[1] == reads[1].moved[1]
+        assert reads[0].flops[1] == pytest.approx(reads[1].flops[1] / tp)
+        pairs = [parts["prefill attention", "pair_rate"] for parts in (cut, whole)]
+        assert pairs[0].flops[1] == pytest.approx(pairs[1].flops[1] / tp)
+    copied = operations().attention(LATENT, Template(dp=4), "bf16", "bf16")
+    assert copied["decode attention", "context_rate"].moved[1] == (512 + 64) * 2 / 4
+    assert copied["qkv", "chunk_ns"].flops[TOKENS] == whole["qkv", "mixed_ns"].flops[TOKENS]
+    assert ("qkv", "mixed_ns") not in copied
+
+
+def test_queries_that_are_not_compressed_are_projected_at_once() -> None:
+    direct = operations().attention(replace(LATENT, q_lora_rank=None), Template(tp=2), "bf16", "bf16")
+    assert direct["qkv", "mixed_ns"].flops[TOKENS] == 2 * TOKENS * 7168 * (64 * 192 + 576)
+
+
+@pytest.mark.parametrize("weights", ["fp8", "w4a16", "mxfp4"])
+def test_parts_that_the_checkpoint_leaves_in_16_bit_are_read_and_computed_so(weights: str) -> None:
+    stored = float(get_format(weights).weight_bits / 8)
+
+    def read(parts: Parts, operation: str) -> float:
+        """Bytes per weight that one token reads, activations left out: these are the same in both."""
+        return float(parts[operation, "mixed_ns"].moved[1])
+
+    cell, moe = DENSE.attention, SPARSE.ffn
+    narrow, wide = (
+        operations().attention(replace(cell, quantised=flag), Template(), weights, "bf16") for flag in (True, False)
+    )
+    half = operations().attention(cell, Template(), "bf16", "bf16")
+    for operation in ("qkv", "output"):
+        assert np.array_equal(wide[operation, "mixed_ns"].seconds, half[operation, "mixed_ns"].seconds)
+        assert np.array_equal(wide[operation, "mixed_ns"].joules, half[operation, "mixed_ns"].joules)
+        count = 4 * cell.hidden * cell.query_dim * (0.75 if operation == "qkv" else 0.25)
+        assert read(wide, operation) - read(narrow, operation) == pytest.approx((2 - stored) * count, rel=0.01)
+    latent = [
+        operations().attention(replace(LATENT, quantised=a, output_quantised=b), Template(), weights, "bf16")
+        for a, b in ((True, True), (False, True), (True, False))
+    ]
+    assert read(latent[1], "qkv") > read(latent[0], "qkv") == read(latent[2], "qkv")
+    assert read(latent[2], "output") > read(latent[0], "output") == read(latent[1], "output")
+    assert isinstance(moe, MoeFfn)
+    shared = replace(moe, shared_intermediate=1680)
+    both, routed, beside = (
+        operations().ffn(replace(shared, quantised=a, shared_quantised=b), Template(), Template(), weights)
+        for a, b in ((True, True), (False, True), (True, False))
+    )
+    assert read(routed, "experts") > read(both, "experts") == read(beside, "experts")
+    assert read(beside, "ffn up") > read(both, "ffn up") == read(routed, "ffn up")
+    assert read(routed, "router") == read(both, "router")
+    plain = [operations().ffn(replace(DENSE.ffn, quantised=a), Template(), Template(), weights) for a in (True, False)]
+    assert read(plain[1], "ffn down") > read(plain[0], "ffn down")
+
+
+def test_fused_operations_lose_their_launch_and_keep_their_traffic() -> None:
+    cell = dense(heads=24, kv=24, columns=1680, qk_norm=True).attention
+    names = ("rotary", "kv write", "qk norm", "activation")
+    fused = Operations(tables(), load_profile(CLUSTER.gpu), load_collectives(CLUSTER), fused=names)
+    launch_s = float(operations().profile.memory_time_s(np.array([1.0]))[0])
+    for parts, others in (
+        (operations().attention(cell, Template(), "bf16", "bf16"), fused.attention(cell, Template(), "bf16", "bf16")),
+        (
+            operations().ffn(DENSE.ffn, Template(), Template(), "bf16"),
+            fused.ffn(DENSE.ffn, Template(), Template(), "bf16"),
+        ),
+    ):
+        for key, work in parts.items():
+            assert np.array_equal(work.flops, others[key].flops)
+            assert np.array_equal(work.moved, others[key].moved)
+            saved = work.seconds - others[key].seconds
+            if key[0] in ("rotary", "kv write"):
+                assert np.allclose(saved[1:], launch_s)
+            elif key[0] in ("norm", "activation"):
+                assert np.ptp(saved[1:]) < 1e-12
+                assert (saved[1] > 0) == (key[0] == "activation" or "decode attention" in {op for op, _ in parts})
+            else:
+                assert not saved.any()
+
+
+def test_kernels_of_a_layer_are_those_of_its_cells_less_the_fused_and_its_collectives() -> None:
+    one, eight, copies = Template(), Template(tp=8), Template(dp=8)
+    count = {
+        "dense": operations().kernels(DENSE, one, one),
+        "dense tp8": operations().kernels(DENSE, eight, eight),
+        "dense dp8": operations().kernels(DENSE, copies, copies),
+        "sparse dp8 ep8": operations().kernels(SPARSE, copies, Template(ep=8)),
+        "sparse": operations().kernels(SPARSE, one, one),
+    }
+    assert count["dense"].tolist() == [11, 11]
+    assert (count["dense tp8"] - count["dense"]).tolist() == [2, 2]
+    assert (count["dense dp8"] - count["dense"]).tolist() == [0, 0]
+    assert (count["sparse dp8 ep8"] - count["sparse"]).tolist() == [2, 2]
+    assert (count["sparse"] > count["dense"]).all()
+    fused = Operations(
+        tables(), load_profile(CLUSTER.gpu), load_collectives(CLUSTER), fused=("rotary", "kv write", "quantise")
+    )
+    assert (count["dense"] - fused.kernels(DENSE, one, one)).tolist() == [2, 2]
+    shared = replace(SPARSE, ffn=replace(SPARSE.ffn, shared_intermediate=1680))
+    assert (operations().kernels(shared, one, one) - count["sparse"]).tolist() == [4, 4]
+    latent = operations().kernels(latent_block(DENSE), one, one)
+    assert (latent > count["dense"]).all()
+    assert latent[1] > latent[0]
+
+
 # ---- collectives ------------------------------------------------------------------------------------------------
 
 
@@ -183,23 +391,19 @@ class Recorded(Operations):
         super().__init__(tables(), load_profile(CLUSTER.gpu), load_collectives(CLUSTER))
 
     def _collective(
-        self, place: Place, time_s: Callable[..., Any], token_bytes: float, ranks: int, layout: Layout, stride: int = 1
+        self, place: Place, time_s: Callable[..., Any], token_bytes: float, ranks: int, stride: int, layout: Layout
     ) -> Parts:
-        if ranks == 1:
-            return {}
-
-        def sizes(m: Any) -> Work:
-            return Work(seconds=m * token_bytes, flops=m * 0.0, moved=m * 0.0, joules=m * 0.0)
-
+        sizes, nothing = self.tables.tokens * token_bytes, self.tables.tokens * 0.0
+        work = Work(seconds=sizes, flops=nothing, moved=nothing, joules=nothing)
         nodes = min(ranks, layout.nodes_spanned(ranks * stride))
-        size = place(operation="communication", cost=sizes)["communication", "decode_ns"].seconds[TOKENS]
+        size = place(operation="communication", work=work)["communication", "decode_ns"].seconds[TOKENS]
         self.calls.append((time_s.__name__, ranks, stride, nodes, float(size)))
         return {}
 
 
-def calls(cell: Ffn, attention: Template, ffn: Template, where: Layout | None = None) -> list[tuple[Any, ...]]:
+def calls(block: Block, attention: Template, ffn: Template, where: Layout | None = None) -> list[tuple[Any, ...]]:
     recorder = Recorded()
-    recorder.reshards(cell, attention, ffn, where or layout(attention.devices))
+    recorder.reshards(block, attention, ffn, where or layout(attention.devices))
     return recorder.calls
 
 
@@ -317,13 +521,13 @@ def carry_out(attention: Template, ffn: Template, found: list[tuple[Any, ...]], 
 
 def test_reductions_gathers_and_scatters_bring_every_token_where_the_next_cell_needs_it() -> None:
     for attention, ffn in pairs(experts=False):
-        carry_out(attention, ffn, calls(DENSE.ffn, attention, ffn), 2.0 * DENSE.hidden)
+        carry_out(attention, ffn, calls(DENSE, attention, ffn), 2.0 * DENSE.hidden)
 
 
 def test_experts_in_groups_without_attention_copies_are_reduced_like_shards() -> None:
     for attention, ffn in pairs(experts=True):
         if ffn.ep > 1 and (attention.dp <= ffn.dp or attention.dp % ffn.dp):
-            carry_out(attention, ffn, calls(SPARSE.ffn, attention, ffn), 2.0 * SPARSE.hidden)
+            carry_out(attention, ffn, calls(SPARSE, attention, ffn), 2.0 * SPARSE.hidden)
 
 
 def test_experts_behind_attention_copies_are_reached_by_all_to_all_and_the_tokens_come_back() -> None:
@@ -334,7 +538,7 @@ def test_experts_behind_attention_copies_are_reached_by_all_to_all_and_the_token
             continue
         seen += 1
         devices = attention.devices
-        found = calls(SPARSE.ffn, attention, ffn)
+        found = calls(SPARSE, attention, ffn)
         expected = [("all_reduce_s", attention.tp, 1, hidden * TOKENS / attention.dp)]
         # A device sends its share of the tokens, once per chosen expert; a group of experts then gathers what came.
         exchange = ("all_to_all_s", ffn.ep, ffn.tp, hidden * chosen * TOKENS / devices)
@@ -373,18 +577,25 @@ def test_known_cuts_use_the_collectives_that_engines_use(
     attention: str, ffn: str, meant: list[tuple[str, int, int]]
 ) -> None:
     cuts = [Template(**{part[:2]: int(part[2:]) for part in text.split(",")}) for text in (attention, ffn)]
-    assert [call[:3] for call in calls(SPARSE.ffn, cuts[0], cuts[1])] == meant
+    assert [call[:3] for call in calls(SPARSE, cuts[0], cuts[1])] == meant
+
+
+def test_norms_over_the_whole_width_of_queries_and_keys_sum_their_squares_over_the_shards() -> None:
+    whole = replace(DENSE, attention=replace(DENSE.attention, qk_norm=True, qk_norm_whole=True))
+    assert calls(whole, Template(tp=8), Template(tp=8))[0] == ("all_reduce_s", 8, 1, 1, 8.0 * TOKENS)
+    assert len(calls(whole, Template(tp=8), Template(tp=8))) == 1 + len(calls(DENSE, Template(tp=8), Template(tp=8)))
+    assert calls(whole, Template(dp=8), Template(dp=8)) == []
 
 
 def test_attention_copies_without_shards_reduce_nothing_after_attention() -> None:
     for attention, ffn in pairs(experts=True):
         if attention.tp == 1 and attention.dp > 1:
-            found = calls(SPARSE.ffn, attention, ffn)
+            found = calls(SPARSE, attention, ffn)
             assert not found or found[0][0] != "all_reduce_s" or attention.dp <= ffn.dp
 
 
 def test_a_group_that_is_spread_over_nodes_crosses_them_though_it_has_few_ranks() -> None:
-    found = calls(DENSE.ffn, Template(dp=2, tp=8), Template(tp=16), layout(16, nodes=2))
+    found = calls(DENSE, Template(dp=2, tp=8), Template(tp=16), layout(16, nodes=2))
     assert [(name, ranks, nodes) for name, ranks, _, nodes, _ in found] == [
         ("all_reduce_s", 8, 1),
         ("all_gather_s", 2, 2),
@@ -395,10 +606,10 @@ def test_a_group_that_is_spread_over_nodes_crosses_them_though_it_has_few_ranks(
 
 def test_communication_is_never_negative_and_grows_with_the_tokens() -> None:
     for attention, ffn in pairs(experts=True):
-        for cell in (DENSE.ffn, SPARSE.ffn):
-            if isinstance(cell, DenseFfn) and ffn.ep > 1:
+        for block in (DENSE, SPARSE):
+            if block is DENSE and ffn.ep > 1:
                 continue
-            for (operation, _), work in operations().reshards(cell, attention, ffn, layout(attention.devices)).items():
+            for (operation, _), work in operations().reshards(block, attention, ffn, layout(attention.devices)).items():
                 assert operation == "communication"
                 assert (work.seconds >= 0).all()
                 assert np.isfinite(work.seconds).all()

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, dense, instance_at, make_cluster, make_model, sparse
+from plan_cases import OVERHEAD, dense, instance_at, make_cluster, make_model, random_model, sparse
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.evaluate import decode_bytes, space, violations
-from apex_opt.ir import load_model
+from apex_opt.ir import FORMATS, MoeFfn, load_model
 from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.memory import attention_shard_bytes, ffn_token_bytes
 from apex_opt.plan.plan import parse_plan
+from apex_opt.profiles.power import SHORT_DRAW
 from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 
@@ -135,8 +137,10 @@ def test_context_costs_what_reading_its_keys_and_values_costs() -> None:
     least = 32 * 2 * 8 * 128 * 2 / 4.8e12
     assert (per_token[1:] >= least).all()
     assert (per_token[32:] <= 1.3 * least).all()
-    halved = cost_of("llama-3.1-8b", "tp1 bf16 kv=fp8", "1xh200-sxm").laws[0].context_rate
-    assert np.allclose(halved[1:] * 2, law.context_rate[1:], rtol=0.3)
+    # Measured kernels read a cache of half the bytes in more than half the time.
+    narrow = cost_of("llama-3.1-8b", "tp1 bf16 kv=fp8", "1xh200-sxm").laws[0].context_rate
+    assert (narrow[1:] / 2**RATE_BITS / 1e9 >= least / 2).all()
+    assert (narrow[1:] <= 0.8 * law.context_rate[1:]).all()
     shared = cost_of("llama-3.1-70b", "attn(dp8) ffn(tp8)").laws[0].context_rate
     whole = cost_of("llama-3.1-70b", "tp1").laws[0].context_rate
     assert shared[256] == pytest.approx(whole[32] / 8, rel=0.01)
@@ -164,9 +168,15 @@ def test_more_gpus_make_a_single_sequence_faster(cluster: str) -> None:
 @pytest.mark.parametrize(("model", "plan"), CASES)
 def test_more_work_is_never_much_cheaper(model: str, plan: str) -> None:
     for law in cost_of(model, plan).laws:
-        for name in ("decode_ns", "mixed_ns", "chunk_ns", "sequence_ns", "attend_ns"):
+        for name in ("decode_ns", "sequence_ns", "attend_ns", "transfer_ns"):
             table = getattr(law, name)[1:]
             assert (table >= 0.75 * np.maximum.accumulate(table)).all(), name
+        # One prompt; one for every copy; one beside sequences that decode.
+        for prompts, decoding in ((1, 0), (law.copies, 0), (1, 64)):
+            beside = [(1, 300)] * decoding
+            lengths = range(2, (2048 - decoding) // prompts + 1)
+            took = np.array([law.batch_ns([(n, n)] * prompts + beside) for n in lengths])
+            assert (took >= 0.75 * np.maximum.accumulate(took)).all(), (prompts, decoding)
 
 
 @pytest.mark.parametrize(
@@ -187,12 +197,16 @@ def test_smaller_numbers_are_faster_on_an_h100(model: str, plan: str) -> None:
     [("llama-3.1-70b", "tp4", "pp2 tp4"), ("mixtral-8x22b", "ep4", "pp4[10,16,20,10] ep4")],
 )
 def test_stages_add_up_to_one_stage_with_embedding_and_head_once(model: str, whole: str, split: str) -> None:
-    one = cost_of(model, whole).laws[0]
-    stages = cost_of(model, split).laws
-    step_ns = round(costs(model).overhead.step_s * 1e9)
-    mixed_ns = step_ns + round(costs(model).overhead.mixed_step_s * 1e9)
+    # Gaps between kernels are those of the layers; the wait for launches would not add up.
+    engine = replace(load_engine("vllm"), launch_s=0.0)
+    shape = load_model(model)
+    found = CostModel(shape, load_cluster("8xh100-sxm"), SETTINGS, engine)
+    one = found.plan_cost(parse_plan(whole, shape)).laws[0]
+    stages = found.plan_cost(parse_plan(split, shape)).laws
+    step_ns = round(engine.step_s * 1e9)
+    mixed_ns = step_ns + round(engine.mixed_step_s * 1e9)
     again = {"decode_ns": step_ns, "mixed_ns": mixed_ns}  # every stage has the engine's own time
-    sequence_ns = costs(model).overhead.sequence_s * 1e9
+    sequence_ns = engine.sequence_s * 1e9
     for name in TABLES:
         if name == "transfer_ns":
             continue
@@ -208,14 +222,33 @@ def test_stages_add_up_to_one_stage_with_embedding_and_head_once(model: str, who
         assert (law.transfer_ns[1:] > 0).all()
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b", "mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b"])
-@pytest.mark.parametrize("cluster", ["8xh100-sxm", "8xh200-sxm", "8xa100-sxm"])
-def test_no_plan_decodes_faster_than_the_bandwidth_family_says_it_can(name: str, cluster: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cluster", "formats"),
+    [
+        *(
+            (name, cluster, ("bf16", "w4a16") if "h200" in cluster else ("bf16",))
+            for name in ("llama-3.1-70b", "mixtral-8x22b", "mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b")
+            for cluster in ("8xh100-sxm", "8xh200-sxm", "8xa100-sxm")
+        ),
+        ("deepseek-r1", "8xh200-sxm", ("fp8", "w4a16g32")),
+        ("deepseek-r1", "8xb200-sxm", ("nvfp4",)),
+        ("gpt-oss-120b", "8xh200-sxm", ("mxfp4",)),
+        ("gpt-oss-120b", "8xb200-sxm", ("mxfp4", "nvfp4")),
+        ("minimax-m2.5", "8xb300-sxm", ("fp8", "nvfp4")),
+        ("kimi-k2.5", "8xh200-sxm", ("w4a16g32",)),
+    ],
+)
+def test_no_plan_decodes_faster_than_the_bandwidth_family_says_it_can(
+    name: str, cluster: str, formats: tuple[str, ...]
+) -> None:
     model, found = load_model(name), load_cluster(cluster)
     settings = EngineSettings(max_num_seqs=32, max_num_batched_tokens=256)
-    for weights in ("bf16", "w4a16") if cluster == "8xh200-sxm" else ("bf16",):
+    for weights in formats:
         instance = replace(instance_at(model, None, 8, settings=settings, formats=((weights, "bf16"),)), cluster=found)
-        model_costs = CostModel(model, found, settings, replace(OVERHEAD, step_s=0.0, sequence_s=0.0, mixed_step_s=0.0))
+        engine = replace(
+            OVERHEAD, step_s=0.0, sequence_s=0.0, mixed_step_s=0.0, fused=("rotary", "kv write", "norm", "activation")
+        )
+        model_costs = CostModel(model, found, settings, engine)
         checked = 0
         for plan in space(instance):
             families = {v.family for v in violations(instance, plan)}
@@ -224,6 +257,26 @@ def test_no_plan_decodes_faster_than_the_bandwidth_family_says_it_can(name: str,
                 assert floor >= decode_bytes(model, plan) / found.gpu.memory_bytes_per_s * 1e9, plan
                 checked += 1
         assert checked > 20
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_random_model_decodes_faster_than_a_slow_memory_reads_what_a_token_needs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    model = random_model(rng)
+    peaks = tuple((dtype, 1e15) for dtype in ("bf16", "fp16", "fp8", "fp4"))
+    cluster = make_cluster(4, memory_bytes_per_s=1e10, flops_per_s=peaks)
+    formats = [(str(name), "fp8") for name in rng.permutation(list(FORMATS))[:3]]
+    settings = EngineSettings(max_num_seqs=8, max_num_batched_tokens=64)
+    instance = replace(instance_at(model, None, 4, settings=settings, formats=formats), cluster=cluster)
+    engine = replace(OVERHEAD, step_s=0.0, sequence_s=0.0, mixed_step_s=0.0, fused=("rotary", "kv write", "qk norm"))
+    found = CostModel(model, cluster, settings, engine, ("uniform", "skewed")[seed % 2])
+    checked = 0
+    for plan in space(instance):
+        if plan.replicas == 1 and not {v.family for v in violations(instance, plan)} - {"memory"}:
+            floor = sum(StageFloor.of(law).batch_ns for law in found.plan_cost(plan).laws)
+            assert floor >= decode_bytes(model, plan) / 1e10 * 1e9, plan
+            checked += 1
+    assert checked > 5
 
 
 def test_blocks_that_differ_only_in_what_is_chosen_are_not_mixed_up() -> None:
@@ -270,10 +323,89 @@ def test_plans_that_share_a_stage_share_its_law_and_old_ones_are_given_up() -> N
 
 
 def test_sources_are_told_for_every_kind_of_figure() -> None:
-    found = costs("llama-3.1-70b").provenance
-    assert {"gemm", "memory", "decode_attention", "prefill_attention", "power", "all_reduce/intra"} <= set(found)
-    assert found["engine (vllm)"]
-    assert all(text.split(" ")[0].rstrip(":;,") for text in found.values())
+    model = load_model("mixtral-8x22b")
+    found = CostModel(model, load_cluster("2x8xh100-sxm"), SETTINGS, load_engine("vllm"))
+    assert set(found.provenance) == {"power", "engine (vllm)"}
+    found.plan_cost(parse_plan("tp1", model))
+    alone = {"gemm bf16", "moe bf16", "memory", "attention decode", "attention prefill", "power", "engine (vllm)"}
+    assert set(found.provenance) == alone
+    found.plan_cost(parse_plan("pp2 tp8 fp8", model))
+    near = {"all_reduce/intra", "all_gather/intra", "point_to_point/inter"}
+    assert set(found.provenance) == alone | near | {"gemm fp8", "moe fp8"}
+    found.plan_cost(parse_plan("pp3 attn(dp2) ffn(ep2)", model))
+    assert set(found.provenance) == alone | near | {"gemm fp8", "moe fp8", "all_to_all/intra", "point_to_point/intra"}
+    found.plan_cost(parse_plan("tp16", model))
+    assert {"all_reduce/inter", "all_gather/inter"} <= set(found.provenance)
+    assert all(
+        text.startswith(("measured", "derived", "published", "assumed", "fitted")) for text in found.provenance.values()
+    )
+
+
+HUGE = {
+    "deepseek-r1": ("fp8", ("tp8", "ep8", "attn(dp8) ffn(ep8)")),
+    "gpt-oss-120b": ("mxfp4", ("tp1", "tp4", "attn(dp4) ffn(ep4)")),
+    "minimax-m2.5": ("fp8", ("tp4", "attn(dp8) ffn(ep8)")),
+    "kimi-k2": ("fp8", ("tp8", "attn(dp8) ffn(ep8)")),
+}
+
+
+def read_bytes(name: str, plan: str, weights: str, sequences: int) -> float:
+    """Bytes of weights that a GPU reads at least to decode so many sequences: of the experts those that are touched."""
+    model = load_model(name)
+    cut = parse_plan(f"{plan} {weights}", model)
+    total = 2.0 * model.vocab * model.hidden / cut.attention.tp
+    for run in model.runs:
+        total += run.count * attention_shard_bytes(run.block.attention, cut.attention.tp, weights)
+        cell = run.block.ffn
+        if isinstance(cell, MoeFfn):
+            missed = (1 - cell.experts_per_token / cell.experts) ** sequences
+            cell = replace(cell, experts_per_token=cell.experts, shared_intermediate=0)
+            total += run.count * ffn_token_bytes(cell, cut.ffn, weights) * (1 - missed)
+        else:
+            total += run.count * ffn_token_bytes(cell, cut.ffn, weights)
+    return total
+
+
+@pytest.mark.parametrize("cluster", ["8xh200-sxm", "8xb200-sxm"])
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_the_largest_models_decode_within_reach_of_reading_their_weights(name: str, cluster: str, engine: str) -> None:
+    weights, plans = HUGE[name]
+    model, found = load_model(name), load_cluster(cluster)
+    costed = CostModel(model, found, SETTINGS, load_engine(engine))
+    for plan in plans:
+        laws = costed.plan_cost(parse_plan(f"{plan} {weights}", model)).laws
+        for sequences in (1, 256):
+            least = read_bytes(name, plan, weights, sequences) / found.gpu.memory_bytes_per_s
+            took = sum(int(law.decode_ns[sequences]) for law in laws) / 1e9
+            # Of few bytes most of the time is that of starting kernels.
+            assert least < took < 10 * least + (100e-6 * model.layers if sequences == 1 else 0.0), (plan, sequences)
+
+
+def test_a_narrower_format_of_the_same_model_decodes_faster_on_blackwell() -> None:
+    model, found = load_model("deepseek-r1"), load_cluster("8xb200-sxm")
+    for engine in ("vllm", "sglang", "trtllm"):
+        costed = CostModel(model, found, SETTINGS, load_engine(engine))
+        wide, narrow = (costed.plan_cost(parse_plan(f"tp8 {name} kv=fp8", model)).laws[0] for name in ("fp8", "nvfp4"))
+        for sequences in (1, 16, 64, 256):
+            assert narrow.decode_ns[sequences] < wide.decode_ns[sequences], (engine, sequences)
+
+
+def test_energy_of_narrow_arithmetic_is_that_of_its_own_type_and_within_what_a_kernel_draws() -> None:
+    model, found = load_model("deepseek-r1"), load_cluster("8xb200-sxm")
+    costed = CostModel(model, found, SETTINGS, load_engine("trtllm"))
+    power = costed.profile.power
+    most_w = SHORT_DRAW * power.limit_w - power.idle_w
+    for weights, dtype in (("fp8", "fp8"), ("nvfp4", "fp4")):
+        parts = costed.plan_cost(parse_plan(f"ep8 {weights} kv=fp8", model)).parts[0]
+        for key, work in parts.items():
+            assert (work.joules >= 0).all(), key
+            assert (work.joules <= most_w * work.seconds * 1.001 + 1e-12).all(), key
+        work = parts["experts", "mixed_ns"]
+        free = (
+            power.active_w * work.seconds + power.joule_per_flop[dtype] * work.flops + power.joule_per_byte * work.moved
+        )
+        assert np.allclose(work.joules, np.minimum(free, most_w * work.seconds), rtol=1e-6)
 
 
 def test_time_outside_the_engine_is_passed_on() -> None:

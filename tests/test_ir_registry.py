@@ -170,6 +170,8 @@ def test_the_trillion_parameter_model_says_that_it_is_synthetic() -> None:
         ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
         ("qwen3-coder-480b", "qwen3-coder-480b-a35b"),
         ("deepseek-ai/DeepSeek-R1-0528", "deepseek-r1"),
+        ("deepseek-v3.1", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-V3.1", "deepseek-v3"),
         ("openai/gpt-oss-120b", "gpt-oss-120b"),
         (" Llama-3.1-8B ", "llama-3.1-8b"),
     ],

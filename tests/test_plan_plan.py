@@ -14,6 +14,7 @@ from apex_opt.ir import FORMATS, KV_BYTES, load_model
 from apex_opt.plan.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
 
 degrees = st.integers(1, 12)
+LIMITS = st.one_of(st.none(), st.integers(1, LARGEST_DEGREE))
 
 
 @st.composite
@@ -29,6 +30,9 @@ def plans(draw: st.DrawFn) -> Plan:
         ffn=draw(st.sampled_from(cuts)),
         weight_format=draw(st.sampled_from(sorted(FORMATS))),
         kv_format=draw(st.sampled_from(sorted(KV_BYTES))),
+        clock_mhz=draw(LIMITS),
+        max_num_seqs=draw(LIMITS),
+        max_num_batched_tokens=draw(LIMITS),
     )
 
 
@@ -61,6 +65,8 @@ def test_an_even_split_is_left_out_of_the_text_and_an_uneven_one_is_told(plan: P
         ("w4a16 kv=fp16", "attn(tp1) ffn(tp1) w4a16 kv=fp16"),
         ("tp1 kv=fp8", "attn(tp1) ffn(tp1) bf16 kv=fp8"),
         ("attn(tp2,dp3) ffn(dp2,ep3)", "attn(dp3,tp2) ffn(dp2,ep3) bf16"),
+        ("clock=1200 tp2", "attn(tp2) ffn(tp2) bf16 clock=1200"),
+        ("clock=01200 tokens=2048 seqs=64 tp2", "attn(tp2) ffn(tp2) bf16 seqs=64 tokens=2048 clock=1200"),
     ],
 )
 def test_short_forms_stand_for_whole_plans(text: str, meant: str) -> None:
@@ -116,6 +122,17 @@ def test_formats_left_out_are_those_of_the_checkpoint_and_kv_follows_weights_tha
         ("tp4\x00", "cannot read"),
         ("(((", "cannot read"),
         ("kv=", "cannot read"),
+        ("clock=0", "clock: 0 is not a whole number from 1"),
+        ("seqs=0", "seqs: 0 is not a whole number from 1"),
+        ("tokens=1048577", "tokens: 1048577 is not a whole number from 1 to 1048576"),
+        ("tokens=99999999", "99999999 is above the limit of 1048576"),
+        ("clock=900 clock=1200", "clock is given twice"),
+        ("seqs=4 seqs=4", "seqs is given twice"),
+        ("tokens=4 tokens=4", "tokens is given twice"),
+        ("clock=1.2", "cannot read 'clock=1.2'"),
+        ("clock=", "cannot read 'clock='"),
+        ("clock1200", "unknown weight format 'clock1200'"),
+        ("seqs=-4", "cannot read 'seqs=-4'"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused_in_one_line_that_says_why(text: str, said: str) -> None:

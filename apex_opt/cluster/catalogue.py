@@ -168,6 +168,8 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     gb_per_s = table.number("memory_gb_per_s", high=1e6)
     tdp_w = table.number("tdp_w", high=1e5)
     idle_w = table.number("idle_w", high=1e5, required=False)
+    clock_mhz = table.number("clock_mhz", high=1e5, required=False)
+    overlapped_launch = table.switch("overlapped_launch", required=False)
     flops: list[tuple[str, float]] = []
     if (peaks := table.table("tflops")) is not None:
         for dtype in DTYPES:
@@ -178,7 +180,8 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     if profile is not None and not _FOLDER_NAME.fullmatch(profile):
         table.faults.append(f"gpu.profile = {profile!r} must be the name of a folder in profiles/")
     source = table.text("source", required=False) or f"stated in {path.name}"
-    figures = ("memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w")
+    figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
+    figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
     sources = dict.fromkeys(figures, source)
     if idle_w is None:
         sources["idle_w"] = "assumed: the share of the power limit measured on the H200 (125 of 700 W)"
@@ -198,6 +201,8 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             flops_per_s=tuple(flops),
             tdp_w=tdp_w,
             idle_w=tdp_w * _IDLE_SHARE if idle_w is None else idle_w,
+            clock_mhz=clock_mhz,
+            overlapped_launch=bool(overlapped_launch),
             profile=profile,
             sources=tuple(sources.items()),
         )

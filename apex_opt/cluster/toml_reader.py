@@ -93,6 +93,16 @@ class TomlTable:
             return value
         return None
 
+    def switch(self, field: str, *, required: bool = True) -> bool | None:
+        """True or false."""
+        if self._missing(field, required):
+            return None
+        value = self._table[field]
+        if isinstance(value, bool):
+            return value
+        self.faults.append(f"{self._label(field)} = {shown(value)} must be true or false")
+        return None
+
     def text(self, field: str, *, choices: tuple[str, ...] = (), required: bool = True) -> str | None:
         """A text that is not empty, one of `choices` where given."""
         if self._missing(field, required):

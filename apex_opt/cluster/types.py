@@ -48,6 +48,9 @@ class Gpu:
     flops_per_s : tuple of (dtype, float)
         dense matrix peak per format of `DTYPES`; a format left out is not supported in hardware
     tdp_w, idle_w : float               board power limit; draw with a context open and nothing running
+    clock_mhz : float or None           highest clock of the multiprocessors; None where not stated, and then not set
+    overlapped_launch : bool            engines start a kernel before the one it depends on ends (programmatic dependent
+                                        launch), so that no gap is left between them
     profile : str or None               folder in `profiles/` with tables measured on this accelerator
     sources : tuple of (field, text)    where each figure comes from
     """
@@ -58,6 +61,8 @@ class Gpu:
     flops_per_s: tuple[tuple[str, float], ...]
     tdp_w: float
     idle_w: float
+    clock_mhz: float | None = None
+    overlapped_launch: bool = False
     profile: str | None = None
     sources: tuple[tuple[str, str], ...] = ()
 
@@ -67,6 +72,8 @@ class Gpu:
         _figure(faults, "memory_bytes_per_s", self.memory_bytes_per_s)
         _figure(faults, "tdp_w", self.tdp_w)
         _figure(faults, "idle_w", self.idle_w, zero=True)
+        if self.clock_mhz is not None:
+            _figure(faults, "clock_mhz", self.clock_mhz)
         for dtype, flops_per_s in self.flops_per_s:
             _figure(faults, f"flops_per_s[{dtype}]", flops_per_s)
         named = [dtype for dtype, _ in self.flops_per_s]

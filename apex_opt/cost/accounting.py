@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from apex_opt.ir.formats import get_format
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from apex_opt.cost.model import CostModel, PlanCost
@@ -44,32 +45,57 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> U
     the stage. Energy is that of the operations above idle plus the idle draw of all devices for the whole run, so
     bubbles and waits cost what they cost; GPUs of the cluster that the plan leaves out are not counted.
     """
-    counts = law_counts(outcome.counts)
+    # Batches of a run use few entries of the tables.
+    entries = {table: np.flatnonzero(count) for table, count in law_counts(outcome.counts).items()}
+    counts = {table: count[entries[table]].astype(np.float64) for table, count in law_counts(outcome.counts).items()}
     makespan_s = outcome.makespan_ns / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
-    for parts in cost.parts:
-        for (operation, table), work in parts.items():
-            count = counts[table]
-            copies = plan.attention.dp if table in _OF_ONE_COPY else 1
-            devices = plan.stage_devices / copies
-            flops += devices * float(count @ work.flops)
-            moved += devices * float(count @ work.moved)
-            joules += devices * float(count @ work.joules)
-            spent = float(count @ work.seconds) / (copies * plan.stages * plan.replicas)
-            seconds[operation] = seconds.get(operation, 0.0) + spent
+    for stage in cost.pieces:
+        for times, piece in stage:
+            for (operation, table), work in piece.parts.items():
+                count, entry = counts[table], entries[table]
+                copies = plan.attention.dp if table in _OF_ONE_COPY else 1
+                devices = times * plan.stage_devices / copies
+                flops += devices * float(count @ work.flops[entry])
+                moved += devices * float(count @ work.moved[entry])
+                joules += devices * float(count @ work.joules[entry])
+                spent = times * float(count @ work.seconds[entry]) / (copies * plan.stages * plan.replicas)
+                seconds[operation] = seconds.get(operation, 0.0) + spent
     seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
     gpu = model.cluster.gpu
-    dtype = "fp8" if get_format(plan.weight_format).activation == "fp8" else gpu.half_dtype
+    dtype = get_format(plan.weight_format).hardware_dtype or gpu.half_dtype
     idle_j = model.profile.power.idle_w * plan.devices * makespan_s
     device_s = max(plan.devices * makespan_s, 1e-12)
+    most_j = model.profile.power.limit_w * plan.devices * makespan_s
     return Usage(
-        energy_j=joules + idle_j,
+        energy_j=min(joules + idle_j, most_j),
         idle_energy_j=idle_j,
         mfu=flops / (device_s * gpu.peak_flops_per_s(dtype)),
         mbu=moved / (device_s * gpu.memory_bytes_per_s),
         operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
     )
+
+
+def least_joules_per_token(cost: PlanCost) -> float:
+    """Energy above the idle draw that any token takes at least, over one device of every stage.
+
+    A token is computed in a batch of decoding sequences or in one with a prefill chunk. Either way it has a share of
+    the batch's energy, no less than the least there is per token over all sizes of a batch; what is counted by context
+    or by chunk only adds.
+    """
+    total = 0.0
+    for stage in cost.pieces:
+        shares = []
+        for table in ("decode_ns", "mixed_ns"):
+            joules = sum(
+                (times * work.joules for times, piece in stage for (_, of), work in piece.parts.items() if of == table),
+                start=np.zeros(1),
+            )
+            if len(joules) > 1:
+                shares.append(float((joules[1:] / np.arange(1, len(joules))).min()))
+        total += min(shares, default=0.0)
+    return total
 
 
 def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:

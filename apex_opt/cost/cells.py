@@ -12,15 +12,15 @@ attention copy goes with it; one that serves several may get all prompts of a ba
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
 from apex_opt.ir.formats import KV_BYTES
-from apex_opt.ir.model import DenseFfn, LatentAttention
+from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Link
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Attention, Block, Ffn, Model, MoeFfn
+    from apex_opt.ir.model import Block, Ffn, Model, MoeFfn
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Template
     from apex_opt.profiles import Collectives, Profile
@@ -43,16 +43,23 @@ Parts = dict[tuple[str, str], Work]
 class Place(Protocol):
     """Enters an operation into the tables by which batches it grows with: see `owned` and `crowded`."""
 
-    def __call__(self, *, operation: str, cost: Callable[[Ints], Work]) -> Parts: ...
+    def __call__(self, *, operation: str, work: Work) -> Parts: ...
 
 
-# Kernels of a layer, in captured graphs and as launched one by one. Norm, QKV, rotary, cache write, attention of prompts
-# and of decoding sequences, output; latent attention has two more products and norms, and beside them, outside graphs,
-# splits, expansions and copies of the parts of every head; norm, up, activation, down; norm, router, choice and the
-# experts (sort, two products, activation, sum), with their scales and permutations outside graphs. Counted in vLLM's
-# models, roughly.
+Exchange = tuple[Place, "Callable[..., Floats]", float, int, int]
+"""A collective: by which batches it grows, its time by size, bytes per token of a copy, ranks, devices between them."""
+
+
+# Kernels of a layer without collectives, in captured graphs and as launched one by one. Norm, QKV, rotary, cache write,
+# attention of prompts and of decoding sequences, output; latent attention has two more products and norms, and beside
+# them, outside graphs, splits, expansions and copies of the parts of every head; norm, up, activation, down; norm,
+# router, choice and the experts (sort, two products, activation, sum), with their scales and permutations outside
+# graphs. Counted in vLLM's models, roughly.
 _ATTENTION_KERNELS, _LATENT_KERNELS, _DENSE_KERNELS, _MOE_KERNELS = (7, 7), (11, 26), (4, 4), (8, 14)
+_COUNTED_APART = frozenset({"rotary", "kv write"})  # operations among them that an engine may fuse with others
 
+_KEPT = 64  # results of each kind, up to a few MB each: a few dozen are alike among the plans of a model
+_NORM_SUMS_BYTES = 8.0  # fp32 sums of squares of a query and a key
 _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads or writes of fp32 logits. Assumed.
 
 
@@ -68,39 +75,33 @@ class Tables:
     padded: Ints
 
 
-def linear(tables: Tables, operation: str, cost: Callable[[Ints], Work]) -> Parts:
-    """An operation that depends on the tokens of the batch alone."""
-    by_tokens = cost(tables.tokens)
-    return {(operation, "mixed_ns"): by_tokens, (operation, "decode_ns"): by_tokens.at(tables.padded)}
-
-
-def owned(tables: Tables, operation: str, copies: int, split: int, cost: Callable[[Ints], Work]) -> Parts:
+def owned(tables: Tables, operation: str, copies: int, split: int, work: Work) -> Parts:
     """An operation on the copy that owns a sequence, `split` groups of devices sharing the tokens of one copy.
 
     Sequences that decode beside prompts are counted apart, at the rate of a full batch: the weights are read already.
+
+    Parameters
+    ----------
+    work : by tokens of one group
     """
-    if copies == 1 and split == 1:
-        return linear(tables, operation, cost)
-    by_tokens = cost(tables.tokens)
-    spread = by_tokens.at(_ceil(tables.padded, copies * split))
-    shared = by_tokens.at(_ceil(tables.tokens, split))
+    spread = work.at(_ceil(tables.padded, copies * split))
+    shared = work if split == 1 else work.at(_ceil(tables.tokens, split))
     if copies == 1:
         return {(operation, "mixed_ns"): shared, (operation, "decode_ns"): spread}
     rows = _ceil(tables.sequences, copies * split).astype(np.float64)
-    beside = by_tokens.at(tables.tokens[-1:]) * (rows / tables.tokens[-1])
+    beside = work.at(tables.tokens[-1:]) * (rows / tables.tokens[-1])
     return {(operation, "chunk_ns"): shared, (operation, "decode_ns"): spread, (operation, "attend_ns"): beside}
 
 
-def crowded(tables: Tables, operation: str, copies: int, cost: Callable[[Ints], Work]) -> Parts:
+def crowded(tables: Tables, operation: str, copies: int, work: Work) -> Parts:
     """An operation on copies that serve several attention copies each: one of them may get every prompt of a batch.
 
     Arithmetic and traffic are those of an even share, which is what all copies together do.
     """
-    by_tokens = cost(tables.tokens)
-    even = by_tokens.at(_ceil(tables.tokens, copies))
+    even = work.at(_ceil(tables.tokens, copies))
     return {
-        (operation, "mixed_ns"): replace(even, seconds=by_tokens.seconds),
-        (operation, "decode_ns"): by_tokens.at(_ceil(tables.padded, copies)),
+        (operation, "mixed_ns"): replace(even, seconds=work.seconds),
+        (operation, "decode_ns"): work.at(_ceil(tables.padded, copies)),
     }
 
 
@@ -128,30 +129,36 @@ def times(parts: Parts, count: int) -> Parts:
 
 
 class Operations:
-    """Operations on one kind of GPU within one cluster."""
+    """Operations on one kind of GPU within one cluster; work is per number of tokens, for all entries of `tables`."""
 
     def __init__(
-        self, tables: Tables, profile: Profile, collectives: Collectives, routing: str, fused: tuple[str, ...] = ()
+        self,
+        tables: Tables,
+        profile: Profile,
+        collectives: Collectives,
+        routing: str = "uniform",
+        fused: tuple[str, ...] = (),
     ) -> None:
         self.tables = tables
         self.routing = routing
         self.fused = frozenset(fused)
+        self.called: set[str] = set()  # collectives asked for so far, as `Collectives.provenance` names them
         self.profile = profile
         self.collectives = collectives
         self.power = profile.power
         self.half = profile.gpu.half_dtype
+        # Templates share most of their operations. Per object: all of them live as long as a question.
+        self.gemm = lru_cache(maxsize=_KEPT)(self._gemm)
+        self.elementwise = lru_cache(maxsize=_KEPT)(self._elementwise)
+        self.link = lru_cache(maxsize=_KEPT)(self._link)
+        self.experts = lru_cache(maxsize=_KEPT)(self._experts)
 
-    def gemm(self, name: str, n: int, k: int) -> Callable[[Ints], Work]:
+    def _gemm(self, name: str, n: int, k: int) -> Work:
         """out[m, n] = in[m, k] x weights, in a number format."""
-        kernel = self.profile.kernel(name)
-        fused = "quantise" in self.fused
-
-        def cost(m: Ints) -> Work:
-            seconds = self.profile.gemm_time_s(name, m, n, k, fused=fused)
-            moved = np.where(m > 0, kernel.weight_bytes * n * k + m * (kernel.input_bytes * k + 2.0 * n), 0.0)
-            return Work.of(self.power, seconds, 2.0 * m * n * k, moved, kernel.peak)
-
-        return cost
+        kernel, m = self.profile.kernel(name), self.tables.tokens
+        seconds = self.profile.gemm_time_s(name, m, n, k, fused="quantise" in self.fused)
+        moved = np.where(m > 0, kernel.weight_bytes * n * k + m * (kernel.input_bytes * k + 2.0 * n), 0.0)
+        return Work.of(self.power, seconds, 2.0 * m * n * k, moved, kernel.peak)
 
     def kernels(self, block: Block, attention: Template, ffn: Template) -> NDArray[np.int64]:
         """Kernels of one layer, collectives included: in captured graphs, and launched one by one."""
@@ -161,34 +168,24 @@ class Operations:
             count += _DENSE_KERNELS
         else:
             count += np.array(_MOE_KERNELS) + np.array(_DENSE_KERNELS) * (block.ffn.shared_intermediate > 0)
-        return count + (attention.devices > 1) + (ffn.devices > 1)
+        return count - len(self.fused & _COUNTED_APART) + len(self._exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: bool) -> str:
         """The format a matrix is held in: 16 bit where the checkpoint leaves it out of every narrower one."""
         return weight_format if quantised else self.half
 
-    def elementwise(
-        self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0
-    ) -> Callable[[Ints], Work]:
-        """A kernel that only reads and writes memory, or its traffic alone where the engine fuses the operation."""
-        launched = operation not in self.fused
+    def _elementwise(self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0) -> Work:
+        """A kernel that only reads and writes memory; its traffic alone where the engine fuses the operation."""
+        moved = self.tables.tokens * float(bytes_per_token)
+        seconds = self.profile.memory_time_s(moved, kind, width, launched=operation not in self.fused)
+        return Work.of(self.power, seconds, 0.0, moved, self.half)
 
-        def cost(m: Ints) -> Work:
-            moved = m * float(bytes_per_token)
-            seconds = self.profile.memory_time_s(moved, kind, width, launched=launched)
-            return Work.of(self.power, seconds, 0.0, moved, self.half)
+    def _link(self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, nodes: int) -> Work:
+        """A collective of so many bytes per token."""
+        self.called.add(f"{time_s.__name__.removesuffix('_s')}/{'inter' if nodes > 1 else 'intra'}")
+        return Work.waiting(self.power, time_s(self.tables.tokens * float(bytes_per_token), ranks=ranks, nodes=nodes))
 
-        return cost
-
-    def link(self, time_s: Callable[..., Floats], bytes_per_token: float, **where: Any) -> Callable[[Ints], Work]:
-        """A collective or transfer of so many bytes per token."""
-
-        def cost(m: Ints) -> Work:
-            return Work.waiting(self.power, time_s(m * float(bytes_per_token), **where))
-
-        return cost
-
-    def norm(self, hidden: int) -> Callable[[Ints], Work]:
+    def norm(self, hidden: int) -> Work:
         """Residual addition and norm: both read and written in 16 bit."""
         return self.elementwise(8.0 * hidden, "norm", "norm", hidden)
 
@@ -203,12 +200,13 @@ class Operations:
         query, kv = heads * cell.head_dim, kv_heads * cell.head_dim
         held = self.held_in(weight_format, cell.quantised)
 
-        def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
-            return owned(self.tables, operation, dp, 1, cost)
+        def own(operation: str, work: Work) -> Parts:
+            return owned(self.tables, operation, dp, 1, work)
 
         rotary = [own("rotary", self.elementwise(4.0 * (query + kv), "rotary"))]
         if cell.qk_norm:
-            rotary.append(own("norm", self.elementwise(4.0 * (query + kv), "qk norm", "norm", query if cell.qk_norm_whole else cell.head_dim)))
+            width = query if cell.qk_norm_whole else cell.head_dim
+            rotary.append(own("norm", self.elementwise(4.0 * (query + kv), "qk norm", "norm", width)))
         return merged(
             own("norm", self.norm(cell.hidden)),
             own("qkv", self.gemm(held, query + 2 * kv, cell.hidden)),
@@ -223,8 +221,10 @@ class Operations:
         shape = (heads, kv_heads, cell.head_dim, kv_format)
         decode = self.profile.decode_attention(*shape, _ceil(self.tables.sequences, dp), cell.window)
         prefill = self.profile.prefill_attention(*shape, self.tables.tokens, cell.window)
-        flops = 4.0 * heads * cell.head_dim
-        return self._attention_parts(decode, prefill, dp, flops, flops, 2.0 * kv_heads * cell.head_dim, kv_format)
+        flops, token_bytes = 4.0 * heads * cell.head_dim, 2.0 * kv_heads * cell.head_dim * KV_BYTES[kv_format]
+        # Within a short window time does not grow with the context: then all of it is charged to the window.
+        window = cell.window if cell.window is not None and not decode[1].any() else None
+        return self._attention_parts(decode, prefill, dp, flops, flops, token_bytes, window)
 
     def _attention_parts(
         self,
@@ -233,22 +233,33 @@ class Operations:
         dp: int,
         decode_flops: float,
         pair_flops: float,
-        elements: float,
-        kv_format: str,
+        token_bytes: float,
+        window: int | None = None,
     ) -> Parts:
-        """Attention times as work; arithmetic per token of context and per pair, cached elements per token."""
-        power, half = self.power, self.half
+        """Attention times as work.
+
+        Parameters
+        ----------
+        decode, prefill : base and rate each, as `Profile` gives them for one copy
+        decode_flops, token_bytes : per token of context
+        pair_flops : per query-key pair
+        window : tokens that every sequence is charged with in the base; None charges by context and pair
+        """
+        power, half, tokens = self.power, self.half, self.tables.tokens
         base, per_token = decode
         base[0] = base[1]  # a batch of prompts alone launches the kernel as well
-        launch = Work.of(power, base, 0.0, 0.0, half)
-        read = Work.of(power, per_token / dp, decode_flops / dp, elements * KV_BYTES[kv_format] / dp, half)
         chunk, pair = prefill
+        by_context = float(window is None)
+        held, seen = self.tables.sequences * ((window or 0) / dp), np.minimum(tokens, window or 0)
+        pairs = tokens * seen - seen * (seen - 1) / 2
+        launch = Work.of(power, base, held * decode_flops, held * token_bytes, half)
+        read = Work.of(power, per_token / dp, by_context * decode_flops / dp, by_context * token_bytes / dp, half)
         return {
             ("decode attention", "decode_ns"): launch,
             ("decode attention", "attend_ns"): launch,
             ("decode attention", "context_rate"): read,
-            ("prefill attention", "chunk_ns"): Work.of(power, chunk, 0.0, 0.0, half),
-            ("prefill attention", "pair_rate"): Work.of(power, pair, pair_flops, 0.0, half),
+            ("prefill attention", "chunk_ns"): Work.of(power, chunk, pairs * pair_flops, 0.0, half),
+            ("prefill attention", "pair_rate"): Work.of(power, pair, by_context * pair_flops, 0.0, half),
         }
 
     def _latent(self, cell: LatentAttention, template: Template, weight_format: str, kv_format: str) -> Parts:
@@ -259,26 +270,26 @@ class Operations:
         chunks of a prompt are left out.
         """
         heads, dp = ceil_div(cell.query_heads, template.tp), template.dp
-        held = self.held_in(weight_format, cell.quantised)
+        held, output = (self.held_in(weight_format, part) for part in (cell.quantised, cell.output_quantised))
+        token_bytes = float(cell.latent_dim * KV_BYTES[kv_format])
 
-        def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
-            return owned(self.tables, operation, dp, 1, cost)
+        def own(operation: str, work: Work) -> Parts:
+            return owned(self.tables, operation, dp, 1, work)
 
         queries = heads * cell.qk_head_dim
         if cell.q_lora_rank is None:
             projections = [own("qkv", self.gemm(held, queries + cell.latent_dim, cell.hidden))]
         else:
+            ranks = cell.q_lora_rank + cell.latent_dim
             projections = [
-                own("qkv", self.gemm(held, cell.q_lora_rank + cell.latent_dim, cell.hidden)),
-                own("norm", self.elementwise(4.0 * (cell.q_lora_rank + cell.latent_dim), "norm", "norm", cell.q_lora_rank)),
+                own("qkv", self.gemm(held, ranks, cell.hidden)),
+                own("norm", self.elementwise(4.0 * ranks, "norm", "norm", cell.q_lora_rank)),
                 own("qkv", self.gemm(held, queries, cell.q_lora_rank)),
             ]
         decode = self.profile.latent_decode(
             heads, cell.kv_lora_rank, cell.rope_head_dim, kv_format, _ceil(self.tables.sequences, dp)
         )
-        prefill = self.profile.latent_prefill(
-            heads, cell.qk_head_dim, cell.v_head_dim, kv_format, self.tables.tokens
-        )
+        prefill = self.profile.latent_prefill(heads, cell.qk_head_dim, cell.v_head_dim, kv_format, self.tables.tokens)
         pair_flops = 2.0 * heads * (cell.qk_head_dim + cell.v_head_dim)
         decode_flops = 2.0 * heads * (cell.latent_dim + cell.kv_lora_rank)
         return merged(
@@ -287,13 +298,8 @@ class Operations:
             own("rotary", self.elementwise(4.0 * (heads + 1) * cell.rope_head_dim, "rotary")),
             own("kv write", self.elementwise(cell.latent_dim * (2.0 + KV_BYTES[kv_format]), "kv write")),
             own("latent", self.gemm(self.half, heads * (cell.nope_head_dim + cell.v_head_dim), cell.kv_lora_rank)),
-            self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, cell.latent_dim, kv_format),
-            own(
-                "output",
-                self.gemm(
-                    self.held_in(weight_format, cell.output_quantised), cell.hidden, heads * cell.v_head_dim
-                ),
-            ),
+            self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, token_bytes),
+            own("output", self.gemm(output, cell.hidden, heads * cell.v_head_dim)),
         )
 
     def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
@@ -301,14 +307,14 @@ class Operations:
         place = sharing(self.tables, attention.dp, template.dp)
         ranks = template.tp * template.ep
 
-        def own(operation: str, cost: Callable[[Ints], Work]) -> Parts:
-            return place(operation=operation, cost=cost)
+        def own(operation: str, work: Work) -> Parts:
+            return place(operation=operation, work=work)
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
             held = self.held_in(weight_format, cell.quantised)
             return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, held))
-        experts = own("experts", self._experts(cell, template, self.held_in(weight_format, cell.quantised)))
+        experts = own("experts", self.experts(cell, template, self.held_in(weight_format, cell.quantised)))
         router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
         choose = own("router", self.elementwise(8.0 * cell.experts))
         shared: Parts = {}
@@ -319,7 +325,7 @@ class Operations:
 
     def _dense(
         self,
-        own: Callable[[str, Callable[[Ints], Work]], Parts],
+        own: Callable[[str, Work], Parts],
         hidden: int,
         intermediate: int,
         gated: bool,
@@ -333,77 +339,81 @@ class Operations:
             own("ffn down", self.gemm(weight_format, hidden, columns)),
         )
 
-    def _experts(self, cell: MoeFfn, template: Template, name: str) -> Callable[[Ints], Work]:
+    def _experts(self, cell: MoeFfn, template: Template, name: str) -> Work:
         """Fused experts of the fullest expert group."""
-        kernel = self.profile.kernel(name)
+        kernel, m = self.profile.kernel(name), self.tables.tokens
         held, topk = ceil_div(cell.experts, template.ep), cell.experts_per_token
         columns = ceil_div(cell.expert_intermediate, template.tp)
         shape = (cell.hidden, columns, cell.experts, held, topk)
         share = topk / cell.experts
-        # A token sends a group no more assignments than the group has experts.
+        weights = (2 + cell.gated) * cell.hidden * columns
+        # A token sends a group no more assignments than the group has experts, and some group its share of them.
         fullest = min(topk, held) / (share * held)
+        least_s = ceil_div(topk, template.ep) * weights * kernel.weight_bytes / self.profile.gpu.memory_bytes_per_s
+        load = m.astype(np.float64)
+        if self.routing == "uniform":
+            load = load * np.minimum(fullest_group_factor(m * topk, template.ep), fullest)
+        seconds = self.profile.moe_time_s(name, load, *shape, self.routing)
+        # The engine could pad the batch to a larger one: tables are not monotone where shapes are interpolated.
+        seconds = np.minimum.accumulate(np.maximum(seconds, least_s)[::-1])[::-1]
+        seconds = np.where(m > 0, seconds, 0.0)
+        routed = m * share * held
+        touched = held * (1.0 - (1.0 - share) ** m)
+        moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * cell.hidden
+        return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
 
-        def cost(m: Ints) -> Work:
-            load = m.astype(np.float64)
-            if self.routing == "uniform":
-                load = load * np.minimum(fullest_group_factor(m * topk, template.ep), fullest)
-            seconds = self.profile.moe_time_s(name, load, *shape, self.routing)
-            routed = m * share * held
-            touched = held * (1.0 - (1.0 - share) ** m)
-            weights = (2 + cell.gated) * cell.hidden * columns
-            moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * cell.hidden
-            return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
+    def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:
+        """Collectives of a layer: those that turn the layout of each cell into the next one's."""
+        return merged(*(self._collective(*call, layout) for call in self._exchanges(block, attention, ffn)))
 
-        return cost
-
-    def reshards(self, cell: Ffn, attention: Template, ffn: Template, layout: Layout) -> Parts:
-        """Collectives after each cell, that turn its layout into the next one's.
+    def _exchanges(self, block: Block, attention: Template, ffn: Template) -> tuple[Exchange, ...]:
+        """Collectives of a layer in order.
 
         Partial sums are reduced within the shards of a copy. Where an attention copy feeds several FFN copies, each
         takes its slice for free and the results are gathered. Where an FFN copy serves several attention copies, their
         tokens are gathered, and the sums scattered back; experts in groups are reached by an all-to-all of the chosen
         tokens instead, gathered within a group whose experts are cut. Where the copies of one cell straddle those of
-        the other, every device gets all tokens after each cell.
+        the other, every device gets all tokens after each cell. Norms over the whole width of queries and keys sum
+        up two squares per token over the shards.
         """
-        tables, calls = self.tables, self.collectives
+        tables, calls, cell = self.tables, self.collectives, block.ffn
         hidden = 2.0 * cell.hidden
         shards = ffn.tp * ffn.ep
-
-        def call(place: Place, time_s: Callable[..., Floats], token_bytes: float, ranks: int, stride: int = 1) -> Parts:
-            return self._collective(place, time_s, token_bytes, ranks, layout, stride)
-
         of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)
         of_ffn = sharing(tables, attention.dp, ffn.dp)
         of_all: Place = partial(owned, tables, copies=1, split=1)
-        parts = [call(of_attention, calls.all_reduce_s, hidden, attention.tp)]
+        found: list[Exchange] = []
+        if isinstance(block.attention, Attention) and block.attention.qk_norm_whole:
+            found.append((of_attention, calls.all_reduce_s, _NORM_SUMS_BYTES, attention.tp, 1))
+        found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1))
         if ffn.dp % attention.dp == 0:
-            parts += [
-                call(of_ffn, calls.all_reduce_s, hidden, shards),
-                call(of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards),
+            found += [
+                (of_ffn, calls.all_reduce_s, hidden, shards, 1),
+                (of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards),
             ]
         elif attention.dp % ffn.dp:
-            parts += [
-                call(of_all, calls.all_gather_s, hidden, attention.dp, attention.tp),
-                call(of_ffn, calls.all_reduce_s, hidden, shards),
-                call(of_all, calls.all_gather_s, hidden, ffn.dp, shards),
+            found += [
+                (of_all, calls.all_gather_s, hidden, attention.dp, attention.tp),
+                (of_ffn, calls.all_reduce_s, hidden, shards, 1),
+                (of_all, calls.all_gather_s, hidden, ffn.dp, shards),
             ]
         else:
             if ffn.ep > 1 and not isinstance(cell, DenseFfn):
                 # The devices of a copy hold the same tokens, so each sends its part of them.
                 chosen, arrived = (hidden * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
-                parts += [
-                    call(of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
-                    call(of_ffn, calls.all_gather_s, arrived, ffn.tp),
-                    call(of_ffn, calls.reduce_scatter_s, arrived, ffn.tp),
-                    call(of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
+                found += [
+                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
+                    (of_ffn, calls.all_gather_s, arrived, ffn.tp, 1),
+                    (of_ffn, calls.reduce_scatter_s, arrived, ffn.tp, 1),
+                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
                 ]
             else:
-                parts += [
-                    call(of_ffn, calls.all_gather_s, hidden, attention.dp // ffn.dp, attention.tp),
-                    call(of_ffn, calls.reduce_scatter_s, hidden, shards),
+                found += [
+                    (of_ffn, calls.all_gather_s, hidden, attention.dp // ffn.dp, attention.tp),
+                    (of_ffn, calls.reduce_scatter_s, hidden, shards, 1),
                 ]
-            parts.append(call(of_attention, calls.all_gather_s, hidden, attention.tp))
-        return merged(*parts)
+            found.append((of_attention, calls.all_gather_s, hidden, attention.tp, 1))
+        return tuple(call for call in found if call[3] > 1)
 
     def _collective(
         self,
@@ -411,21 +421,21 @@ class Operations:
         time_s: Callable[..., Floats],
         token_bytes: float,
         ranks: int,
+        stride: int,
         layout: Layout,
-        stride: int = 1,
     ) -> Parts:
         """A collective of so many bytes per token of a copy, over ranks that lie `stride` devices apart."""
         if ranks == 1:
             return {}
-        where = {"ranks": ranks, "nodes": min(ranks, layout.nodes_spanned(ranks * stride))}
-        return place(operation="communication", cost=self.link(time_s, token_bytes, **where))
+        nodes = min(ranks, layout.nodes_spanned(ranks * stride))
+        return place(operation="communication", work=self.link(time_s, token_bytes, ranks, nodes))
 
     def embedding(self, model: Model, attention: Template, layout: Layout) -> Parts:
         """Rows of the embedding, and their sum over the vocabulary shards."""
         place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
         return merged(
-            place(operation="embedding", cost=self.elementwise(4.0 * model.hidden)),
-            self._collective(place, self.collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, layout),
+            place(operation="embedding", work=self.elementwise(4.0 * model.hidden)),
+            self._collective(place, self.collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, 1, layout),
         )
 
     def head(self, model: Model, attention: Template, layout: Layout) -> Parts:
@@ -437,18 +447,20 @@ class Operations:
             ("sampler", self.elementwise(4.0 * model.vocab * _LOGIT_PASSES)),
         ]
         if attention.tp > 1:
-            where = {"ranks": attention.tp, "nodes": layout.nodes_spanned(attention.tp)}
-            operations.append(("communication", self.link(self.collectives.all_gather_s, 2.0 * model.vocab, **where)))
+            nodes = layout.nodes_spanned(attention.tp)
+            gather = self.link(self.collectives.all_gather_s, 2.0 * model.vocab, attention.tp, nodes)
+            operations.append(("communication", gather))
         rows = _ceil(self.tables.sequences, attention.dp)
         parts: list[Parts] = []
-        for operation, cost in operations:
-            work = cost(rows)
+        for operation, by_rows in operations:
+            work = by_rows.at(rows)
             parts.append({(operation, "sequence_ns"): work, (operation, "decode_ns"): work})
         return merged(*parts)
 
     def transfer(self, model: Model, attention: Template, link: Link) -> Floats:
         """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each."""
         share = 4.0 * model.hidden / attention.devices
+        self.called.add(f"point_to_point/{'intra' if link == self.collectives.intra else 'inter'}")
         return self.collectives.point_to_point_s(self.tables.tokens * share, link)
 
 

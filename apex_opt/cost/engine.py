@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cluster.toml_reader import read_toml
 from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.profiles.schema import TABLE_ENGINES
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+FUSABLE: Final = ("rotary", "kv write", "qk norm", "norm", "activation", "quantise")
+"""Operations that an engine may fuse with the kernel before or after."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +32,14 @@ class EngineOverhead:
     sequence_s : float         of each sequence of a batch: sampling and bookkeeping that grow with their number
     mixed_step_s : float       more of a batch with a prefill chunk, which does not run as one captured graph
     gap_s : float              from the end of a kernel to the start of the next that needs it
-    launch_s : float           host time to launch one kernel outside captured graphs: a batch with a prefill chunk takes
-                               at least that of all its kernels
+    launch_s : float           host time to launch one kernel outside captured graphs: a batch with a prefill chunk
+                               takes at least that of all its kernels
     captured_tokens : int      batches with a prefill chunk of up to so many tokens run from captured pieces instead
     request_s : float          of each request on its way in and out of the server
     captured_sizes : tuple     decode batches are padded up to the next of these numbers of sequences
-    fused : tuple of str       element-wise operations that ride on the kernel before or after: their traffic counts,
-                               their launch does not; "quantise" among them where inputs of narrow products are
-                               written narrow at once
-    kernels : str              engine whose kernel tables are preferred
+    fused : tuple of str       operations of `FUSABLE` that ride on the kernel before or after: their traffic counts,
+                               their launch does not; "quantise" where inputs of narrow products are written narrow
+    kernels : str              engine whose kernel tables are preferred, of `TABLE_ENGINES`
     source : str
     """
 
@@ -58,6 +62,16 @@ class EngineOverhead:
             value = getattr(self, field)
             if not math.isfinite(value) or value < 0:
                 raise InputError(f"engine {self.name}: {field} = {value!r} must be a finite number of at least 0")
+        if not isinstance(self.captured_tokens, int) or self.captured_tokens < 0:
+            raise InputError(
+                f"engine {self.name}: captured_tokens = {self.captured_tokens!r} must be a whole number of at least 0"
+            )
+        if unknown := [name for name in self.fused if name not in FUSABLE]:
+            raise InputError(f"engine {self.name}: fused names {unknown[0]!r:.40}; known: {', '.join(FUSABLE)}")
+        if self.kernels not in TABLE_ENGINES:
+            raise InputError(
+                f"engine {self.name}: kernels = {self.kernels!r:.40} must be one of {', '.join(TABLE_ENGINES)}"
+            )
 
 
 def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
@@ -84,7 +98,7 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
             captured_sizes=tuple(n for first, last, step in entry["captured"] for n in range(first, last + 1, step)),
             gap_s=entry["gap_us"] * 1e-6,
             launch_s=entry["launch_us"] * 1e-6,
-            captured_tokens=int(entry["captured_tokens"]),
+            captured_tokens=entry["captured_tokens"],
             fused=tuple(str(name) for name in entry["fused"]),
             kernels=entry["kernels"],
             source=entry["source"],

@@ -10,9 +10,10 @@ import numpy as np
 
 from apex_opt.cost.cells import Operations, Parts, Tables, merged, times
 from apex_opt.cost.work import Work
+from apex_opt.plan.engine import limited
 from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import stage_runs
-from apex_opt.profiles import load_collectives, load_profile
+from apex_opt.profiles import SHIPPED, load_collectives, load_profile
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.units import NS_PER_S
 
@@ -83,10 +84,13 @@ class CostModel:
     model, cluster, settings
     overhead : EngineOverhead    the engine's own time, and whose kernels it runs
     routing : str                how tokens fall on experts: "uniform" at random, or "skewed"
+    profiles : str               measured tables, as `load_profile` takes them
+    clock_mhz : int or None      clock of plans that do not name one
 
     Raises
     ------
     InputError, UnknownNameError    profiles of the GPU that cannot be read
+    UsageError                      a clock that the GPU does not have
     """
 
     def __init__(
@@ -96,18 +100,20 @@ class CostModel:
         settings: EngineSettings,
         overhead: EngineOverhead,
         routing: str = "uniform",
+        profiles: str = SHIPPED,
+        clock_mhz: int | None = None,
     ) -> None:
         self.model = model
         self.cluster = cluster
         self.settings = settings
         self.overhead = overhead
-        self.profile = load_profile(cluster.gpu, overhead.kernels)
+        self.profile = load_profile(cluster.gpu, overhead.kernels, profiles, clock_mhz)
         self.collectives = load_collectives(cluster, profile=self.profile)
         tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
         sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
         self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
         operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused)
-        self._operations = operations
+        self.operations = operations
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         def kept(build: Callable[..., Parts]) -> Callable[..., Piece]:
@@ -119,21 +125,39 @@ class CostModel:
         self._embedding = kept(operations.embedding)
         self._head = kept(operations.head)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
+        self._variants: dict[tuple[int | None, EngineSettings], CostModel] = {(clock_mhz, settings): self}
+        self._arguments, self._clock_mhz = (overhead, routing, profiles), clock_mhz
 
     @property
     def provenance(self) -> dict[str, str]:
         """Where the figures behind the costs asked for so far come from, per operation."""
-        links = {f"{name}": text for name, text in self.collectives.provenance.items() if name.startswith("all_reduce")}
-        return {**self.profile.provenance, **links, f"engine ({self.overhead.name})": self.overhead.source}
+        found: dict[str, str] = {}
+        for variant in self._variants.values():
+            called = variant.operations.called
+            links = {name: text for name, text in variant.collectives.provenance.items() if name in called}
+            found |= {**variant.profile.provenance, **links}
+        return {**found, f"engine ({self.overhead.name})": self.overhead.source}
 
     def plan_cost(self, plan: Plan) -> PlanCost:
-        """Laws and operations of every stage of a plan."""
+        """Laws and operations of every stage of a plan, at its clock and within its limits of a batch.
+
+        Raises
+        ------
+        UsageError    a clock that the GPU does not have
+        """
+        clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
+        key = clock_mhz, limited(self.settings, plan)
+        if key not in self._variants:
+            self._variants[key] = CostModel(self.model, self.cluster, key[1], *self._arguments, clock_mhz)
+        if (variant := self._variants[key]) is not self:
+            return variant.plan_cost(plan)
         layout = Layout.of(plan, self.cluster)
         stages = stage_runs(self.model, plan.layers)
         last = len(stages) - 1
         # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
         overlapped = self.settings.async_scheduling or plan.stages > 1
-        cut = replace(plan, replicas=1, layers=(1,))  # what a stage depends on beside its own layers
+        # What a stage depends on beside its own layers, the clock and the limits.
+        cut = replace(plan, replicas=1, layers=(1,), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None)
         built = [
             self._stages(cut, layout, runs, index == 0, index == last, overlapped) for index, runs in enumerate(stages)
         ]
@@ -148,45 +172,53 @@ class CostModel:
     ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
         pieces: list[tuple[int, Piece]] = []
-        kernels = np.zeros(2, np.int64)
+        kernels, copies = np.zeros(2, np.int64), cut.attention.dp
         for run in runs:
             block = run.block
-            kernels += run.count * self._operations.kernels(block, cut.attention, cut.ffn)
+            kernels += run.count * self.operations.kernels(block, cut.attention, cut.ffn)
             pieces += [
                 (run.count, self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)),
                 (run.count, self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)),
-                (run.count, self._reshards(block.ffn, cut.attention, cut.ffn, layout)),
+                (run.count, self._reshards(block, cut.attention, cut.ffn, layout)),
             ]
         if first:
             pieces.append((1, self._embedding(self.model, cut.attention, layout)))
         if last:
             pieces.append((1, self._head(self.model, cut.attention, layout)))
-        busy = {
-            table: np.asarray(sum(count * piece.seconds[table] for count, piece in pieces if table in piece.seconds))
-            for table in ("mixed_ns", "decode_ns")
-        }
-        pieces.append((1, Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), busy))))
-        transfer = np.zeros(len(self.tables.tokens))
+        seconds = self._seconds(pieces)
+        engine = Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
+        for table, values in engine.seconds.items():
+            seconds[table] += values
+        seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
-            transfer = self._operations.transfer(self.model, cut.attention, layout.stage_link(self.cluster))
-        return self._law(pieces, transfer, cut.attention.dp), tuple(pieces)
+            link = layout.stage_link(self.cluster)
+            seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, link)
+        law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
+        return law, (*pieces, (1, engine))
 
-    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats]) -> Parts:
+    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
         """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
+
+        The host launches while the device computes, so only what the launches take longer is waited for. What a batch
+        computes is counted as if its prompts were dealt evenly to the attention copies, and without what grows with
+        contexts: where it is more the wait is too long, and the batch at most twice as long as it should be.
 
         Parameters
         ----------
         captured, launched : int        kernels of a batch, from captured graphs and one by one
         busy : dict of float64[n]       seconds of those of a batch, per table of the law
+        copies : int                    attention copies
         """
         overhead, tables, power = self.overhead, self.tables, self.profile.power
         step_s = overhead.step_s if overlapped else overhead.blocking_step_s
-        if self.cluster.gpu.supports("fp4"):
-            captured = 0  # Blackwell: kernels start before those they depend on end (programmatic dependent launch)
-        step_s += captured * overhead.gap_s
-        sequences = np.where(tables.sequences > 0, overhead.sequence_s * tables.sequences, 0.0)
+        if not self.cluster.gpu.overlapped_launch:
+            step_s += captured * overhead.gap_s
+        sequences = overhead.sequence_s * tables.sequences.astype(np.float64)
         mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
-        waiting = np.maximum(launched * overhead.launch_s - busy["mixed_ns"] - mixed, 0.0)
+        computed = busy["mixed_ns"]
+        if copies > 1:
+            computed = computed + busy["chunk_ns"][-(-tables.tokens // copies)]
+        waiting = np.maximum(launched * overhead.launch_s - computed - mixed, 0.0)
         mixed = mixed + np.where(tables.tokens > overhead.captured_tokens, waiting, 0.0)
         decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
         if not overhead.captured_sizes:
@@ -198,16 +230,15 @@ class CostModel:
             ("engine", "mixed_ns"): Work.waiting(power, mixed),
         }
 
-    def _law(self, pieces: Sequence[tuple[int, Piece]], transfer: Floats, copies: int) -> BatchLaw:
-        """Sum the pieces into integer tables."""
+    def _seconds(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
+        """Sum of pieces per table of the law."""
         sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
         sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
         seconds = {name: np.zeros(size) for name, size in sizes.items()}
         for count, piece in pieces:
             for table, values in piece.seconds.items():
                 seconds[table] += count * values
-        tables = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
-        return BatchLaw(**tables, transfer_ns=_integers(transfer, False), copies=copies)
+        return seconds
 
 
 def _integers(seconds: Floats, rate: bool) -> NDArray[np.int64]:

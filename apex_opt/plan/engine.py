@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.model import shown
+
+if TYPE_CHECKING:
+    from apex_opt.plan.plan import Plan
 
 _LARGEST = 1 << 31
 POLICIES: Final = ("vllm", "orca", "static")
@@ -86,3 +89,19 @@ class EngineSettings:
                 f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "
                 f"max_model_len {self.max_model_len}: a longer prompt would never be scheduled"
             )
+
+
+def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
+    """Settings with the limits of a batch that a plan sets.
+
+    Raises
+    ------
+    UsageError    limits that do not go with the other settings
+    """
+    if plan.max_num_seqs is None and plan.max_num_batched_tokens is None:
+        return settings
+    return replace(
+        settings,
+        max_num_seqs=plan.max_num_seqs or settings.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens or settings.max_num_batched_tokens,
+    )

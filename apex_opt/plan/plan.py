@@ -3,7 +3,9 @@
 ``dp2 pp2 attn(tp4) ffn(ep4) fp8 kv=fp8`` reads: two replicas of the whole model; each a pipeline of two stages; in
 each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by experts; weights in fp8, KV cache in fp8.
 Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
-larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default.
+larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
+at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
+the tokens of a batch where they are not the engine's.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class Plan:
     attention, ffn : Template      both over the same devices of a stage; attention has no ep
     weight_format : str            key of `FORMATS`
     kv_format : str                key of `KV_BYTES`
+    clock_mhz : int or None        clock the GPUs are held at; None leaves them at the highest
+    max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
 
     Raises
     ------
@@ -79,6 +83,9 @@ class Plan:
     ffn: Template
     weight_format: str
     kv_format: str
+    clock_mhz: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_degree(self.replicas):
@@ -96,6 +103,10 @@ class Plan:
             raise UsageError(f"unknown weight format {self.weight_format!r}; known: {', '.join(FORMATS)}")
         if self.kv_format not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
+        limits = (("clock", self.clock_mhz), ("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens))
+        for name, value in limits:
+            if value is not None and not _is_degree(value):
+                raise UsageError(f"{name}: {shown(value)} is not a whole number from 1 to {LARGEST_DEGREE}")
 
     @property
     def stages(self) -> int:
@@ -121,6 +132,8 @@ class Plan:
         words += [f"attn({self.attention})", f"ffn({self.ffn})", self.weight_format]
         if self.kv_format != default_kv_format(self.weight_format):
             words.append(f"kv={self.kv_format}")
+        limits = (("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens), ("clock", self.clock_mhz))
+        words += [f"{name}={value}" for name, value in limits if value is not None]
         return " ".join(words)
 
 
@@ -147,6 +160,7 @@ _WORD: Final = re.compile(
     r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
+    r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+)"
 )
@@ -185,6 +199,8 @@ def parse_plan(text: str, model: Model) -> Plan:
             cells[match["cell"]] = _template(match["inside"], text)
         elif match["kv"]:
             _once(found, "kv", match["kv"], text)
+        elif match["limit"]:
+            _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
             degree = _template(match["short"], text)
             _once(found, "attn", word, text)
@@ -210,6 +226,9 @@ def parse_plan(text: str, model: Model) -> Plan:
         ffn=ffn,
         weight_format=weight_format,
         kv_format=found.get("kv", kv_format).lower(),
+        clock_mhz=_limit(found, "clock", text),
+        max_num_seqs=_limit(found, "seqs", text),
+        max_num_batched_tokens=_limit(found, "tokens", text),
     )
 
 
@@ -223,6 +242,10 @@ def _number(digits: str, text: str) -> int:
     if len(digits) > 7:
         raise UsageError(f"plan {text!r}: {digits} is above the limit of {LARGEST_DEGREE}")
     return int(digits)
+
+
+def _limit(found: dict[str, str], name: str, text: str) -> int | None:
+    return _number(found[name], text) if name in found else None
 
 
 def _template(inside: str, text: str) -> Template:
