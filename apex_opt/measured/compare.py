@@ -1,0 +1,313 @@
+"""Measured runs against their simulation: errors run by run, in total, and what could not be compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import numpy as np
+
+from apex_opt.cluster import load_cluster
+from apex_opt.cost import CostModel, account
+from apex_opt.cost.engine import load_engine
+from apex_opt.errors import ApexError
+from apex_opt.evaluate import Instance, violations
+from apex_opt.ir.formats import get_format
+from apex_opt.measured.names import find_model
+from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
+from apex_opt.measured.steps import StepTimes, step_times
+from apex_opt.plan.memory import kv_blocks, stage_memory
+from apex_opt.plan.plan import parse_plan
+from apex_opt.profiles import SHIPPED
+from apex_opt.simulator import simulate
+from apex_opt.simulator.metrics import measure
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.cost import Usage
+    from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.ir.model import Model
+    from apex_opt.measured.runs import Run
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan
+    from apex_opt.simulator import Outcome
+    from apex_opt.simulator.metrics import Metrics
+
+T = TypeVar("T")
+
+_KEPT: Final = 4
+"""Cost models kept: each holds tables of some ten MB, and runs of one kind come together."""
+
+_NOT_OF_A_RUN: Final = ("devices", "balance", "bandwidth")
+"""Constraint families that say what a good plan is, not what an engine runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the simulation of one run gave.
+
+    Parameters
+    ----------
+    plan : Plan
+    values : mapping             keys of `METRICS`, all of them that are defined
+    operations_s : mapping       mean time per GPU in each operation, "idle" the rest
+    sample : 4 numbers           per GPU, from time 0: seconds, FLOP in 16 bit, FLOP in fewer, bytes moved
+    preemptions, batches : int
+    steps : tuple of StepTimes   measured steps against the batch law, where the run has a log
+    steps_left_out : int         steps of the log that could not be told
+    """
+
+    plan: Plan
+    values: Mapping[str, float]
+    operations_s: Mapping[str, float]
+    sample: tuple[float, float, float, float]
+    preemptions: int
+    batches: int
+    steps: tuple[StepTimes, ...] = ()
+    steps_left_out: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A run and its prediction, or why there is none.
+
+    Parameters
+    ----------
+    run : MeasuredRun or UnusableRun
+    prediction : Prediction or None
+    reason, detail : str            why there is none: its sort, and the figures of this run
+    model : str                     name of the model, or "" where it is none that we can describe
+    """
+
+    run: Run
+    prediction: Prediction | None = None
+    reason: str = ""
+    detail: str = ""
+    model: str = ""
+
+    def errors_pct(self, *, all_of_them: bool) -> dict[str, float]:
+        """Signed error of every metric measured and predicted; without those set aside unless `all_of_them`."""
+        run, prediction = self.run, self.prediction
+        if prediction is None or not isinstance(run, MeasuredRun):
+            return {}
+        return {
+            metric: 100 * (prediction.values[metric] / value - 1)
+            for metric, value in run.measured.items()
+            if metric in prediction.values and (all_of_them or metric not in run.set_aside)
+        }
+
+
+class _Refused(Exception):
+    """A run that cannot be simulated: the sort of reason, and the figures."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class Predictor:
+    """Simulates measured runs; what they have in common is computed once.
+
+    `overheads` stand in for engines of the shipped table. `provenance` gathers where the figures of all runs come from,
+    per GPU and operation.
+    """
+
+    def __init__(self, overheads: Mapping[str, EngineOverhead] | None = None, profiles: str = SHIPPED) -> None:
+        self.provenance: dict[str, str] = {}
+        self._overheads = overheads or {}
+        self._profiles = profiles
+        self._costs = lru_cache(maxsize=_KEPT)(self._cost_model)
+        self._known: dict[tuple[object, ...], Prediction] = {}
+
+    def _cost_model(
+        self, model: Model, cluster: Cluster, settings: EngineSettings, overhead: EngineOverhead
+    ) -> CostModel:
+        return CostModel(model, cluster, settings, overhead, profiles=self._profiles)
+
+    def compare(self, runs: Sequence[Run], progress: Callable[[str, int, int], None]) -> tuple[Comparison, ...]:
+        """Every run with its prediction, in the order given; those alike are simulated one after another."""
+        found: dict[int, Comparison] = {}
+        order = sorted(range(len(runs)), key=lambda i: _likeness(runs[i]))
+        for done, i in enumerate(order):
+            progress("simulating measured runs", done, len(runs))
+            found[i] = self._one(runs[i])
+        return tuple(found[i] for i in range(len(runs)))
+
+    def _one(self, run: Run) -> Comparison:
+        try:
+            model = find_model(run.model)
+        except ApexError as error:
+            return Comparison(run=run, reason=f"model not described: {run.model}", detail=str(error))
+        if isinstance(run, UnusableRun):
+            return Comparison(run=run, reason=run.reason, detail=run.detail, model=model.name)
+        # Tables list many a measurement more than once.
+        same = (*_likeness(run), run.trace, run.kv_blocks, run.poll_every)
+        try:
+            if same not in self._known:
+                self._known[same] = self._predict(run, model)
+            return Comparison(run=run, prediction=self._known[same], model=model.name)
+        except _Refused as refused:
+            return Comparison(run=run, reason=refused.reason, detail=refused.detail, model=model.name)
+
+    def _predict(self, run: MeasuredRun, model: Model) -> Prediction:
+        """Simulate one run as it was served.
+
+        Raises
+        ------
+        _Refused    anything of it that is not known or does not fit
+        """
+        cluster = _loaded("GPU not in the catalogue", lambda: load_cluster(run.cluster))
+        overhead = self._overheads.get(run.engine) or _loaded("engine not described", lambda: load_engine(run.engine))
+        plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
+        _check(run, model, cluster, plan)
+        # On several stages other sequences fill the pipeline, not a batch formed ahead.
+        settings = run.settings if plan.stages == 1 else replace(run.settings, async_scheduling=False)
+        costs = _loaded("operations without figures", lambda: self._costs(model, cluster, run.settings, overhead))
+        cost = _loaded("operations without figures", lambda: costs.plan_cost(plan))
+        self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}
+        blocks = run.kv_blocks
+        if blocks is None:
+            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, run.settings)) * plan.attention.dp
+        outcome = _loaded(
+            "request beyond the engine's limits",
+            lambda: simulate(settings, blocks, cost.laws, run.trace, replicas=plan.replicas),
+        )
+        # An engine that looks for requests every so many batches lets them wait half of that; not simulated.
+        waiting_ns = (run.poll_every - 1) * outcome.makespan_ns * plan.replicas // (2 * max(outcome.batches, 1))
+        request_ns = cost.request_ns + waiting_ns
+        metrics = measure(outcome, run.trace, max_model_len=settings.max_model_len, request_ns=request_ns)
+        usage = account(plan, cost, costs, outcome)
+        steps: tuple[StepTimes, ...] = ()
+        left_out = 0
+        if run.iterations is not None and plan.stages == 1:
+            steps, left_out = step_times(run.iterations, settings, cost.laws[0])
+        # The measured window begins at time 0, with an idle engine.
+        lead_s = int(outcome.arrival_ns.min()) / NS_PER_S
+        lead_j = costs.profile.power.idle_w * plan.devices * lead_s
+        return Prediction(
+            plan=plan,
+            values=_values(run, metrics, usage.energy_j + lead_j, outcome),
+            operations_s=usage.operations_s,
+            sample=(lead_s + metrics.makespan_s, *_work(plan, usage, metrics.makespan_s, cluster)),
+            preemptions=outcome.preemptions,
+            batches=outcome.batches,
+            steps=steps,
+            steps_left_out=left_out,
+        )
+
+
+def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tuple[float, float, float]:
+    """What a power model is fitted on beside time: arithmetic in 16 bit and in fewer, and traffic of one GPU."""
+    gpu, activation = cluster.gpu, get_format(plan.weight_format).activation
+    narrow = activation in ("fp8", "fp4")
+    flops = usage.mfu * makespan_s * gpu.peak_flops_per_s(activation if narrow else gpu.half_dtype)
+    moved = usage.mbu * makespan_s * gpu.memory_bytes_per_s
+    return 0.0 if narrow else flops, flops if narrow else 0.0, moved
+
+
+def _check(run: MeasuredRun, model: Model, cluster: Cluster, plan: Plan) -> None:
+    """Refuse a plan that cannot be simulated; where the engine said how many KV blocks it had, it did fit."""
+    if plan.devices > cluster.size:
+        raise _Refused("plan does not fit: devices", f"{plan} takes {plan.devices} of {cluster.size} GPUs")
+    held = int(np.minimum(run.trace.prompt + run.trace.output, run.settings.max_model_len).max()) - 1
+    instance = Instance(
+        model=model,
+        cluster=cluster,
+        settings=run.settings,
+        longest_tokens=max(held, 1),
+        weight_formats=(plan.weight_format,),
+        kv_formats=(plan.kv_format,),
+        max_devices=cluster.size,
+    )
+    passed = (*_NOT_OF_A_RUN, *(() if run.kv_blocks is None else ("memory",)))
+    for violation in violations(instance, plan):
+        if violation.family == "format":
+            raise _Refused("format the GPU lacks", violation.text)
+        if violation.family not in passed:
+            raise _Refused(f"plan does not fit: {violation.family}", violation.text)
+
+
+def _likeness(run: Run) -> tuple[str, ...]:
+    """Runs that share tables stand together in this order."""
+    if not isinstance(run, MeasuredRun):
+        return ("",)
+    return (run.engine, run.cluster, run.model, str(run.settings), run.plan)
+
+
+def _loaded(reason: str, load: Callable[[], T]) -> T:
+    """What is loaded; a run that names something unknown is refused."""
+    try:
+        return load()
+    except ApexError as error:
+        raise _Refused(reason, str(error)) from None
+
+
+def _values(run: MeasuredRun, metrics: Metrics, energy_j: float, outcome: Outcome) -> dict[str, float]:
+    """Every metric of a simulated run that is defined."""
+    gaps = int((np.minimum(run.trace.output, run.settings.max_model_len - run.trace.prompt) - 1).sum())
+    spent_ns = int((outcome.finish_ns - outcome.first_token_ns).sum())
+    latency = metrics.latency_s
+    values = {
+        "ttft_mean": latency["ttft"]["mean"],
+        "ttft_p95": latency["ttft"]["p95"],
+        "tpot_mean": latency["tpot"]["mean"],
+        "tpot_p95": latency["tpot"]["p95"],
+        "itl_mean": spent_ns / gaps / NS_PER_S if gaps else np.nan,
+        "e2e_mean": latency["e2e"]["mean"],
+        "throughput": metrics.requests_per_s,
+        "energy": energy_j,
+    }
+    return {metric: value for metric, value in values.items() if np.isfinite(value)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Errors of one metric over runs, in percent of the measured value."""
+
+    mean_ape_pct: float
+    median_ape_pct: float
+    bias_pct: float
+    n: int
+
+
+def summarise(comparisons: Iterable[Comparison], *, all_of_them: bool = False) -> dict[str, Summary]:
+    """Mean and median absolute error and the mean signed one, metric by metric, every run weighing the same."""
+    errors: dict[str, list[float]] = {}
+    for comparison in comparisons:
+        for metric, error in comparison.errors_pct(all_of_them=all_of_them).items():
+            errors.setdefault(metric, []).append(error)
+    return {
+        metric: Summary(
+            mean_ape_pct=float(np.abs(errors[metric]).mean()),
+            median_ape_pct=float(np.median(np.abs(errors[metric]))),
+            bias_pct=float(np.mean(errors[metric])),
+            n=len(errors[metric]),
+        )
+        for metric in METRICS
+        if metric in errors
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How many runs were predicted, of all and of those whose model we can describe; why the others were not."""
+
+    predicted: int
+    total: int
+    supported: int
+    reasons: Mapping[str, int]
+
+
+def coverage(comparisons: Sequence[Comparison]) -> Coverage:
+    """Count the runs."""
+    return Coverage(
+        predicted=sum(c.prediction is not None for c in comparisons),
+        total=len(comparisons),
+        supported=sum(bool(c.model) for c in comparisons),
+        reasons=dict(Counter(c.reason for c in comparisons if c.prediction is None).most_common()),
+    )

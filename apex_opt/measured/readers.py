@@ -1,0 +1,92 @@
+"""From a path to measured runs: every file is recognised by what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import InputError
+from apex_opt.measured import apex, silicon, vllm_runs
+from apex_opt.measured.files import read_header, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from apex_opt.measured.runs import Run
+
+READERS: Final[Mapping[str, Callable[[Path], list[Run]]]] = MappingProxyType(
+    {
+        vllm_runs.KIND: vllm_runs.read_vllm_runs,
+        apex.KIND: apex.read_apex,
+        silicon.KIND: silicon.read_silicon,
+    }
+)
+"""Reader of each layout."""
+
+_COLUMNS: Final = {silicon.KIND: silicon.NEEDED, apex.KIND: apex.NEEDED}
+_LAYOUTS: Final = (
+    "a .json or .json.gz with 'engine' and 'runs'; a .csv with "
+    f"{', '.join(silicon.NEEDED[-2:])}; a .csv with {', '.join(apex.NEEDED[-2:])}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """Every run found, and the files that hold none."""
+
+    runs: tuple[Run, ...]
+    files: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+
+def read_measured(path: Path) -> Measurements:
+    """Every run of a file, or of all files in a folder and below it, in order of their names.
+
+    Files of a folder that have none of the known layouts are passed over and named; a file asked for must have one.
+
+    Raises
+    ------
+    InputError    no such path, no run in it, or a file of a known layout with faults: the first, in one line
+    """
+    try:
+        single = path.is_file()
+        if not single and not path.is_dir():
+            raise InputError(f"{path}: no such file or folder; name measured runs as described in the README")
+        files = [path] if single else sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    runs: list[Run] = []
+    read: list[str] = []
+    passed: list[str] = []
+    for file in files:
+        kind = _kind(file)
+        if kind is None and single:
+            raise InputError(f"{file}: not a known layout of measured runs; expected {_LAYOUTS}")
+        if kind is None:
+            passed.append(str(file))
+        else:
+            read.append(str(file))
+            runs += READERS[kind](file)
+    if not runs:
+        raise InputError(f"{path}: holds no measured runs; expected {_LAYOUTS}")
+    return Measurements(runs=tuple(runs), files=tuple(read), passed_over=tuple(passed))
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _kind(path: Path) -> str | None:
+    """The layout of a file, by its columns or its top-level keys."""
+    name = path.name.lower()
+    if name.endswith(".csv"):
+        header = read_header(path)
+        for kind, columns in _COLUMNS.items():
+            # Half of them: a file that lacks some is one with faults, not one of another layout.
+            if 2 * len(set(columns) & set(header)) >= len(columns):
+                return kind
+    elif name.endswith((".json", ".json.gz")) and vllm_runs.recognised(read_json(path)):
+        return vllm_runs.KIND
+    return None
