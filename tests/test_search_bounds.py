@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_cases import SMALL, dense, make_cluster, make_model, make_question, random_trace, sparse
+from plan_cases import ENGINES, SMALL, dense, latent, make_cluster, make_model, make_question, random_trace, sparse
 from simulator_cases import TRAFFIC, Case, cases, linear, random_law, requests
 
+from apex_opt.cost.engine import load_engine
 from apex_opt.evaluate import space, violations
 from apex_opt.ir import load_model
 from apex_opt.plan.engine import EngineSettings
@@ -142,6 +143,9 @@ def test_a_floor_is_the_least_entry_whatever_the_order_of_the_tables() -> None:
     assert floor.token_ns == pytest.approx(min(450 / 6, 640 / 8) + 20 / 7)
     assert StageFloor.of(replace(bumpy, copies=2)).token_ns == pytest.approx(min(450 / 6, 640 / 8) + 20 / 14)
     assert floor.context_rate == 3 << RATE_BITS
+    every = replace(bumpy, sequence_ns=np.array([0, 9, 8, 7, 20]), attend_ns=np.array([5, 6, 4, 6, 8]))
+    assert StageFloor.of(every).batch_ns == 450 + 20 + 7 + 4
+    assert StageFloor.of(every).token_ns == floor.token_ns
     single = EngineSettings(max_num_seqs=1, max_num_batched_tokens=1, max_model_len=64)
     assert StageFloor.of(linear(single, 100, 10, 3)).batch_ns == 110
 
@@ -150,12 +154,14 @@ MODELS = {
     "dense": make_model((dense(hidden=1024, heads=8, kv=4, columns=4096, width=128), 6)),
     "sparse": make_model((sparse(hidden=1024, heads=8, kv=2, columns=1024, experts=8, chosen=2, shared=512), 5)),
     "dense first": make_model((dense(hidden=1024, columns=4096), 2), (sparse(hidden=1024, columns=768), 4), tied=True),
+    "latent": make_model((latent(dense(hidden=1024, columns=2048)), 1), (latent(sparse(hidden=1024, shared=512)), 4)),
+    "windows": make_model(*[(dense(hidden=1024, columns=2048, window=window), 1) for window in (128, None)] * 3),
 }
 TRAFFICS = list(itertools.product(range(3), ("round_robin", "least_loaded", "closed")))
 
 
-def plans_of(model_name: str, gpus: int, weights: tuple[str, ...] = ("bf16",)) -> tuple[Evaluator, list[Plan]]:
-    question = make_question(MODELS[model_name], make_cluster(gpus), random_trace(0), weight_formats=weights)
+def plans_of(model_name: str, gpus: int, **changes: Any) -> tuple[Evaluator, list[Plan]]:
+    question = make_question(MODELS[model_name], make_cluster(gpus), random_trace(0), **changes)
     instance = question.instance()
     return Evaluator(question), [plan for plan in space(instance) if not violations(instance, plan)]
 
@@ -163,7 +169,9 @@ def plans_of(model_name: str, gpus: int, weights: tuple[str, ...] = ("bf16",)) -
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("seed", "traffic"), TRAFFICS)
 def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, seed: int, traffic: str) -> None:
-    evaluator, plans = plans_of(name, 8)
+    # Every engine meets every kind of traffic, with some model.
+    engine_time = ENGINES[(seed + list(MODELS).index(name)) % len(ENGINES)]
+    evaluator, plans = plans_of(name, 8, overhead=engine_time, expert_routing=("uniform", "skewed")[seed % 2])
     rng = np.random.default_rng(seed)
     trace = random_trace(seed + 10, 40, closed=traffic == "closed")
     chosen = [plans[i] for i in rng.permutation(len(plans))[:25]]
@@ -172,7 +180,7 @@ def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, see
     base = replace(evaluator.question, trace=trace, routing="round_robin" if traffic == "closed" else traffic)
     for plan in chosen:
         evaluator.question = base
-        engine = evaluator.settings_for(plan)
+        engine = evaluator.question.settings_for(plan)
         cost = evaluator.costs.plan_cost(plan)
         candidate = evaluator.simulate(plan)
         for objective in NAMES:
@@ -219,18 +227,27 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
 
 @pytest.mark.parametrize(
     ("name", "cluster"),
-    [("llama-3.1-8b", "4xh100-sxm"), ("mixtral-8x7b", "8xh200-sxm"), ("llama-3.1-70b", "2x4xh100-sxm")],
+    [
+        ("llama-3.1-8b", "4xh100-sxm"),
+        ("mixtral-8x7b", "8xh200-sxm"),
+        ("llama-3.1-70b", "2x4xh100-sxm"),
+        ("deepseek-r1", "8xb200-sxm"),
+        ("gpt-oss-120b", "4xh200-sxm"),
+    ],
 )
 def test_no_shipped_model_on_a_catalogue_cluster_beats_its_bounds(name: str, cluster: str) -> None:
-    for closed in (False, True):
-        question = make_question(load_model(name), cluster, random_trace(5, 25, closed=closed), objective="energy")
+    model = load_model(name)
+    formats = {"weight_formats": (model.weight_format,), "kv_formats": ("fp8",)}
+    for closed, engine in ((False, "vllm"), (True, "trtllm")):
+        trace = random_trace(5, 25, closed=closed)
+        question = make_question(model, cluster, trace, objective="energy", overhead=load_engine(engine), **formats)
         instance, evaluator = question.instance(), Evaluator(question)
         plans = [plan for plan in space(instance) if not violations(instance, plan)]
         for plan in plans[:: max(1, len(plans) // 15)]:
             bound, _ = evaluator.bound(plan)
             assert bound <= evaluator.simulate(plan).value
             cost = evaluator.costs.plan_cost(plan)
-            floor = isolated(evaluator.settings_for(plan), cost.laws, question.trace)
+            floor = isolated(evaluator.question.settings_for(plan), cost.laws, question.trace)
             assert (floor.first_token_ns > floor.arrival_ns).all()
             assert (floor.finish_ns >= floor.first_token_ns).all()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from plan_cases import (
+    ENGINES,
     OVERHEAD,
     SMALL,
     dense,
@@ -30,7 +31,7 @@ from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Answer, Candidate, Evaluator, Question, judge, judged, load_objective, search
 from apex_opt.search.objective import NAMES
-from apex_opt.workload import make_trace, parse_slos
+from apex_opt.workload import load_trace, make_trace, parse_slos
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def random_question(seed: int) -> Question:
     rng.shuffle(pairs)
     kept = pairs[: rng.integers(1, 3)]
     trace = random_trace(seed, 25, closed=rng.random() < 0.3)
+    other = np.random.default_rng(seed + 2000)
     question = make_question(
         model,
         make_cluster(gpus // nodes, nodes),
@@ -63,6 +65,8 @@ def random_question(seed: int) -> Question:
         settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7)),
         weight_formats=tuple(str(w) for w, _ in kept),
         kv_formats=tuple(str(k) for _, k in kept),
+        overhead=ENGINES[other.integers(len(ENGINES))],
+        expert_routing=str(other.choice(["uniform", "skewed"])),
     )
     plans = list(space(question.instance()))
     if rng.random() < 0.6:
@@ -235,6 +239,27 @@ def test_a_model_too_large_is_answered_with_what_comes_nearest() -> None:
     assert "weights 141.1" in answer.reason
 
 
+@pytest.mark.parametrize(
+    ("name", "cluster", "weights", "said"),
+    [
+        # Of each width and arithmetic the smallest variant that the GPU computes, in the order of the list of formats.
+        ("llama-3.1-405b", "4xh100-sxm", "bf16", ["w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "bf16", ["fp8", "w8a16", "w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "fp16", ["fp8", "w8a16", "w4a16"]),
+        ("llama-3.1-405b", "4xb200-sxm", "bf16", ["fp8", "w8a16", "w4a16", "nvfp4"]),
+        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w4a16"]),
+        ("llama-3.1-8b", "1xv100-pcie", "fp16", ["w8a16", "w4a16"]),
+    ],
+)
+def test_ways_out_are_the_usual_formats_that_the_gpu_computes(
+    name: str, cluster: str, weights: str, said: list[str]
+) -> None:
+    question = make_question(load_model(name), cluster, random_trace(1, 5), weight_formats=(weights,))
+    answer = search(question, SPACE)
+    assert answer.reason is not None
+    assert [word.partition("=")[2] for word in answer.reason.split() if word.startswith("--weights=")] == said
+
+
 def test_the_nearest_plan_is_the_one_that_lacks_least_not_the_first_by_name() -> None:
     answer = search(make_question(load_model("llama-3.1-405b"), "8xa100-sxm", random_trace(1, 5)), SPACE)
     assert answer.reason is not None
@@ -304,6 +329,76 @@ def test_an_enumeration_cut_short_proves_nothing() -> None:
     assert answer.certificate.gap is None
 
 
+# ---- a time limit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["e2e_mean", "energy", "throughput"])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_time_was_up_the_gap_holds_the_optimum_and_every_plan_is_counted(seed: int, objective: str) -> None:
+    question = make_question(make_model((dense(hidden=1024, columns=4096), 4)), make_cluster(4), random_trace(seed, 20))
+    question = replace(question, objective=load_objective(objective), clocks=(None, 1200))
+    best = search(question, SPACE).best
+    answer = search(question, SPACE, time_limit_s=0.0)
+    found, certificate = answer.best, answer.certificate
+    assert best is not None
+    assert found is not None
+    cost, least = question.objective.cost(found.value), question.objective.cost(best.value)
+    assert certificate.gap is not None
+    assert cost - least <= certificate.gap * abs(cost) + 1e-12
+    # With energy the first four plans may prove the rest worse; with the others they cannot.
+    assert certificate.left > 0 or objective == "energy"
+    assert certificate.optimal == (certificate.left == 0)
+    assert answer.status == ("optimal" if certificate.optimal else "feasible")
+    counted = sum(certificate.infeasible.values()) + certificate.bounded + certificate.simulated + certificate.left
+    assert counted == certificate.space
+
+
+def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+    question = make_question(make_model((dense(), 4)), make_cluster(4), random_trace(1, 10))
+    assert search(question, SPACE, time_limit_s=1e6) == search(question, SPACE)
+
+
+def test_where_time_was_up_before_a_plan_met_the_goals_the_answer_is_unknown() -> None:
+    question = make_question(make_model((dense(hidden=1024, columns=4096), 4)), make_cluster(8), random_trace(1, 40))
+    # A goal between what plans reach and what their bounds allow.
+    value = search(question, SPACE).best
+    assert value is not None
+    goal = parse_slos(f"e2e_mean<={value.metrics.latency_s['e2e']['mean'] * 0.999 * 1e3:.9f}ms")
+    answer = search(replace(question, slos=goal, objective=load_objective("energy")), SPACE, time_limit_s=0.0)
+    assert (answer.status == "unknown") == (answer.certificate.left > 0)
+    assert answer.best is None
+    assert answer.reason is not None
+
+
+# ---- clocks to choose from --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["e2e_mean", "energy"])
+def test_the_best_clock_is_what_simulating_every_plan_at_every_clock_finds(objective: str) -> None:
+    clocks = (None, 1500, 900)
+    model = make_model((dense(hidden=1024, columns=4096), 4))
+    question = replace(
+        make_question(model, make_cluster(4), random_trace(2, 30)), objective=load_objective(objective), clocks=clocks
+    )
+    evaluator, instance = Evaluator(question), question.instance()
+    feasible = [plan for plan in space(instance) if not violations(instance, plan)]
+    every = [evaluator.simulate(replace(plan, clock_mhz=clock)) for plan in feasible for clock in clocks]
+    answer = search(question, SPACE)
+    assert answer.best is not None
+    assert answer.best.value == min(candidate.value for candidate in every)
+    assert answer.certificate.space == 3 * search(replace(question, clocks=(None,)), SPACE).certificate.space
+
+
+def test_a_choice_of_clocks_never_makes_the_optimum_worse() -> None:
+    question = make_question(load_model("llama-3.1-8b"), "2xh100-sxm", random_trace(3, 30))
+    question = replace(question, objective=load_objective("energy"))
+    fixed, free = search(question, SPACE).best, search(replace(question, clocks=(None, 1200, 990)), SPACE).best
+    assert fixed is not None
+    assert free is not None
+    assert free.value < fixed.value
+    assert free.plan.clock_mhz is not None
+
+
 # ---- one given plan ---------------------------------------------------------------------------------------------
 
 
@@ -329,6 +424,67 @@ def test_a_given_plan_may_split_its_layers_unevenly() -> None:
     assert uneven.best.value > even.best.value
     lopsided = judged_plan("pp2[31,1] tp1")  # out of balance, so not in the space, but it runs
     assert lopsided.status == "feasible"
+
+
+@pytest.mark.parametrize(("requests", "prompt", "output"), [(2, 32, 200), (40, 600, 2), (60, 300, 39)])
+@pytest.mark.parametrize("plan", ["tp1", "tp2", "pp2", "dp2 fp8"])
+def test_a_lower_clock_is_never_faster(plan: str, requests: int, prompt: int, output: int) -> None:
+    model, trace = load_model("llama-3.1-8b"), load_trace(f"static:n={requests},prompt={prompt},output={output}")
+    question = make_question(model, "2xh200-sxm", trace)
+    slower: dict[str, float] = {}
+    for clock in (1980, 1700, 1200, 600):
+        best = judge(question, parse_plan(f"{plan} clock={clock}", model)).best
+        assert best is not None
+        means = {metric: figures["mean"] for metric, figures in best.metrics.latency_s.items()}
+        assert all(means[metric] >= value for metric, value in slower.items())
+        slower = means
+
+
+def test_a_lower_clock_saves_energy_where_memory_binds_and_costs_less_time_than_clock() -> None:
+    model, trace = load_model("llama-3.1-70b"), load_trace("static:n=4,prompt=16,output=200")
+    question = make_question(model, "4xh200-sxm", trace)
+    full, low = (judge(question, parse_plan(text, model)).best for text in ("tp4", "tp4 clock=1400"))
+    assert full is not None
+    assert low is not None
+    assert low.usage.energy_j < 0.97 * full.usage.energy_j
+    assert low.metrics.latency_s["tpot"]["mean"] < 1.2 * full.metrics.latency_s["tpot"]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("seqs=3", {"max_num_seqs": 3}),
+        ("tokens=64", {"max_num_batched_tokens": 64}),
+        ("seqs=5 tokens=100", {"max_num_seqs": 5, "max_num_batched_tokens": 100}),
+        ("seqs=32", {"max_num_seqs": 32}),
+    ],
+)
+@pytest.mark.parametrize("plan", ["tp2", "dp2", "pp2"])
+def test_limits_of_a_plan_act_as_the_same_settings_do(plan: str, text: str, limits: dict[str, int]) -> None:
+    model, trace = load_model("llama-3.1-8b"), random_trace(3, 60)
+    question = make_question(model, "2xh200-sxm", trace)
+    told = judge(question, parse_plan(f"{plan} {text}", model)).best
+    settings = replace(question.settings, **limits)
+    set_so = judge(replace(question, settings=settings), parse_plan(plan, model)).best
+    free = judge(question, parse_plan(plan, model)).best
+    assert told is not None
+    assert set_so is not None
+    assert free is not None
+    assert replace(told, plan=set_so.plan) == set_so
+    assert told.batches != free.batches or "32" in text  # as many sequences as there ever are at once
+
+
+def test_limits_that_do_not_go_with_the_settings_are_refused() -> None:
+    model = load_model("llama-3.1-8b")
+    question = make_question(model, "2xh200-sxm", random_trace(3, 5))
+    with pytest.raises(UsageError, match="max_num_batched_tokens 8 is below max_num_seqs 16"):
+        judge(question, parse_plan("tp2 tokens=8", model))
+
+
+def test_a_given_plan_at_a_clock_the_gpu_does_not_have_is_refused() -> None:
+    model = load_model("llama-3.1-8b")
+    with pytest.raises(UsageError, match="clock=2500: h100-sxm-80gb can be held at 495 to 1980 MHz"):
+        judge(make_question(model, "2xh100-sxm", random_trace(3, 5)), parse_plan("tp2 clock=2500", model))
 
 
 def test_a_given_plan_that_misses_a_goal_is_scored_and_the_miss_is_told() -> None:
@@ -365,11 +521,15 @@ def test_a_plan_for_another_model_is_refused() -> None:
 
 def test_sources_name_what_the_question_uses_and_no_more() -> None:
     question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 5))
-    plain = Evaluator(question).provenance
-    assert not {name for name in plain if name.startswith("moe") or name.endswith(("_fp8", "/inter"))}
-    moe = make_question(
-        load_model("mixtral-8x7b"), "2x8xh100-sxm", random_trace(1, 5), weight_formats=("fp8",), kv_formats=("bf16",)
-    )
-    assert {"moe", "moe_fp8", "gemm_fp8", "all_reduce/inter"} <= set(Evaluator(moe).provenance)
+    plain = Evaluator(question).provenance([parse_plan("tp1", question.model)])
+    attention = {"attention decode", "attention prefill", "memory", "power", "engine (test)"}
+    assert set(plain) == attention | {"gemm bf16"}
+    moe = make_question(load_model("mixtral-8x7b"), "2x8xh100-sxm", random_trace(1, 5))
+    plans = [parse_plan(text, moe.model) for text in ("tp16 fp8", "pp2 attn(dp2) ffn(ep2) fp8")]
+    near = {"all_reduce/inter", "all_gather/inter"}
+    formats = {"gemm bf16", "gemm fp8", "moe fp8"}
+    assert set(Evaluator(moe).provenance(plans[:1])) == attention | formats | near
+    far = {"all_to_all/intra", "point_to_point/intra"}
+    assert set(Evaluator(moe).provenance(plans)) == attention | formats | near | far
     assert OVERHEAD.source in plain["engine (test)"]
     assert load_objective("energy").name == "energy"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.slo import Slo
 
-Status = Literal["optimal", "feasible", "infeasible"]
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 """A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
 infeasible."""
 
@@ -48,6 +48,7 @@ class Certificate:
     cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
                                      worse than those found or misses an SLO
     missed : int                     simulated plans that missed an SLO
+    left : int                       plans that could still be better when the time limit was reached
     optimal : bool                   every plan is accounted for
     gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
     """
@@ -60,6 +61,7 @@ class Certificate:
     missed: int
     optimal: bool
     gap: float | None
+    left: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

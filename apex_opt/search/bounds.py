@@ -57,8 +57,9 @@ class StageFloor:
             return cls(batch_ns=least, token_ns=per_token, pair_rate=context, context_rate=context)
         tokens = np.arange(2, len(law.mixed_ns))
         pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
+        every = int(law.sequence_ns[1:].min()) + int(law.attend_ns.min())
         return cls(
-            batch_ns=min(least, int(mixed.min()) + int(chunk.min())),
+            batch_ns=min(least, int(mixed.min()) + int(chunk.min()) + every),
             token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
             pair_rate=min(context, pair // law.copies),
             context_rate=min(context, again // law.copies),

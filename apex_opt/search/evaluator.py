@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.cost import CostModel, PlanCost, Usage, account
+from apex_opt.cost import CostModel, PlanCost, Usage, account, least_joules_per_token
 from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
 from apex_opt.search.answer import Candidate
@@ -20,12 +21,12 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.simulator.stop import Metric
     from apex_opt.workload.slo import Slo
+    from apex_opt.workload.trace import Trace
 
 _QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
@@ -36,42 +37,55 @@ class Evaluator:
     def __init__(self, question: Question) -> None:
         self.question = question
         self.costs = CostModel(
-            question.model, question.cluster, question.settings, question.overhead, question.expert_routing
+            question.model,
+            question.cluster,
+            question.settings,
+            question.overhead,
+            question.expert_routing,
+            question.profiles,
         )
         self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
         generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+        self._joules: dict[Plan, float] = {}
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
     def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
         """Where the figures behind the costs of plans come from, per operation."""
         for plan in plans:
             self.costs.plan_cost(plan)
-        found = self.costs.provenance
-        if self.question.max_devices <= self.question.cluster.gpus_per_node:
-            found = {name: text for name, text in found.items() if not name.endswith("/inter")}
-        return found
-
-    def settings_for(self, plan: Plan) -> EngineSettings:
-        """Engine settings of a plan: on several stages other sequences fill the pipeline, not a batch formed ahead."""
-        settings = self.question.settings
-        return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
+        return self.costs.provenance
 
     def floor(self, plan: Plan) -> Metrics:
         """Metrics that no run of the plan can beat; the same for any number of replicas."""
         key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster), self.question.slos
         if key not in self._floors:
             cost = self.costs.plan_cost(plan)
-            self._floors[key] = self._measure(isolated(self.settings_for(plan), cost.laws, self.question.trace), cost)
+            alone = isolated(self.question.settings_for(plan), cost.laws, self.question.trace)
+            self._floors[key] = self._measure(alone, cost)
         return self._floors[key]
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
         """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
         question = self.question
         metrics = self.floor(plan)
-        idle_j = self.costs.profile.power.idle_w * plan.devices * metrics.makespan_s
-        usage = Usage(energy_j=idle_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
+        power = self.costs.profile.power
+        idle_j = power.idle_w * plan.devices * metrics.makespan_s
+        energy_j = idle_j
+        if question.objective.name == "energy":
+            # The board's limit holds over a run, so its whole draw may be capped; the run is no shorter than its floor.
+            most_j = power.limit_w * plan.devices * metrics.makespan_s
+            energy_j = min(idle_j + self._least_joules(plan), most_j)
+        usage = Usage(energy_j=energy_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
         value = question.objective.value(metrics, usage)
         return question.objective.cost(value), all(metrics.slo_met.values())
+
+    def _least_joules(self, plan: Plan) -> float:
+        """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
+        key = replace(plan, replicas=1)
+        if key not in self._joules:
+            self._joules[key] = least_joules_per_token(self.costs.plan_cost(plan)) * plan.stage_devices
+        settings, trace = self.question.settings, self.question.trace
+        return self._joules[key] * _computed_tokens(trace, settings.max_model_len, settings.prefix_caching)
 
     def simulate(self, plan: Plan, bound: float | None = None) -> Candidate:
         """Score one plan exactly.
@@ -95,7 +109,7 @@ class Evaluator:
         """
         question = self.question
         cost = self.costs.plan_cost(plan)
-        memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
+        memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings_for(plan))
         stops = [] if worst == float("inf") else self._stops(plan, worst, cost.request_ns / NS_PER_S)
         outcome = self._run(plan, cost, memory, stops=stops)
         if outcome.stopped:
@@ -116,13 +130,13 @@ class Evaluator:
     def batches(self, plan: Plan) -> tuple[Outcome, PlanCost]:
         """A run of the plan that keeps every batch, and what it was run with."""
         cost = self.costs.plan_cost(plan)
-        memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings)
+        memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings_for(plan))
         return self._run(plan, cost, memory, log=True), cost
 
     def _run(
         self, plan: Plan, cost: PlanCost, memory: Sequence[StageMemory], stops: Sequence[Stop] = (), log: bool = False
     ) -> Outcome:
-        settings, trace = self.settings_for(plan), self.question.trace
+        settings, trace = self.question.settings_for(plan), self.question.trace
         return simulate(
             settings,
             kv_blocks(memory) * plan.attention.dp,
@@ -183,3 +197,10 @@ class Evaluator:
             request_ns=cost.request_ns,
             slos=question.slos,
         )
+
+
+@lru_cache(maxsize=8)
+def _computed_tokens(trace: Trace, max_model_len: int, prefix_caching: bool) -> int:
+    """Tokens that any run computes: prompts unless a cache may hold them, answers but for their last token."""
+    generated = np.minimum(trace.output, max_model_len - trace.prompt)
+    return int((generated - 1).sum()) + (0 if prefix_caching else int(trace.prompt.sum()))

@@ -6,6 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from apex_opt.errors import CapacityError
@@ -46,7 +47,13 @@ class Formulation(Protocol):
     def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
 
 
-def search(question: Question, formulation: Formulation, progress: Progress | None = None, top: int = 1) -> Answer:
+def search(
+    question: Question,
+    formulation: Formulation,
+    progress: Progress | None = None,
+    top: int = 1,
+    time_limit_s: float | None = None,
+) -> Answer:
     """The best plan for a question, with its certificate, and the next best.
 
     All feasible plans are enumerated, bounded and simulated best bound first, until the next bound is no better than
@@ -58,11 +65,13 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
     formulation : Formulation        the program that enumerates feasible plans
     progress : callable, optional    told (what, done, total) along the way
     top : int                        best plans to find, each exactly
+    time_limit_s : float, optional   after so long no further simulation is begun; what is open then makes the gap
 
     Raises
     ------
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
+    deadline = float("inf") if time_limit_s is None else monotonic() + time_limit_s
     tell = progress or _silent
     _check_lengths(question)
     instance = question.instance()
@@ -72,7 +81,9 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
     queue: list[tuple[float, int, Plan]] = []
     bounded = 0
     # Plans of the same cut share their tables while these are still there.
-    alike = sorted(enumerate(enumeration.plans), key=lambda item: _cut(item[1]))
+    plans = [replace(plan, clock_mhz=clock) for clock in question.clocks for plan in enumeration.plans]
+    counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
+    alike = sorted(enumerate(plans), key=lambda item: _cut(item[1]))
     for done_already, (index, plan) in enumerate(alike):
         tell("bounding plans", done_already, len(alike))
         bound, possible = evaluator.bound(plan)
@@ -80,25 +91,32 @@ def search(question: Question, formulation: Formulation, progress: Progress | No
         if possible:
             queue.append((bound, index, plan))
     queue.sort(key=lambda item: item[:2])
-    done, cut_short = _simulate(queue, evaluator, tell, top)
+    done, cut_short = _simulate(queue, evaluator, tell, top, deadline)
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
     best = ranked[0] if ranked else None
-    left = len(queue) - len(done) - cut_short
+    rest = [bound for bound, _, _ in queue[len(done) + cut_short :]]
+    # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
+    left = [bound for bound in rest if len(ranked) < top or bound <= question.objective.cost(ranked[top - 1].value)]
+    proved = enumeration.complete and not left
     certificate = Certificate(
         space=counts.pop("space"),
         infeasible=counts,
-        bounded=bounded + left,
+        bounded=bounded + len(rest) - len(left),
         simulated=len(done) + cut_short,
         cut_short=cut_short,
         missed=sum(not c.meets_slos for c in done),
-        optimal=enumeration.complete,
-        gap=(0.0 if enumeration.complete else None) if best else None,
+        left=len(left),
+        optimal=proved,
+        gap=_gap(question, best, left) if best and enumeration.complete else None,
     )
+    if best is None and left:
+        reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
+        return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
     if best is None:
         closest = min(done, key=lambda c: _miss(question, c), default=None)
         reason = _why_not(question, instance, enumeration.plans, closest, evaluator)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
-    status: Status = "optimal" if enumeration.complete else "feasible"
+    status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
 
 
@@ -110,7 +128,7 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     CapacityError    a request that no plan of this model could serve
     """
     _check_lengths(question)
-    broken = violations(question.instance(), plan)
+    broken = violations(question.instance(plan), plan)
     # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
     fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
     nothing = Certificate(
@@ -143,9 +161,9 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
 
 
 def _simulate(
-    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress, top: int
+    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress, top: int, deadline: float
 ) -> tuple[list[Candidate], int]:
-    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best.
+    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up.
 
     Returns those with a score, and how many were cut short.
     """
@@ -156,7 +174,7 @@ def _simulate(
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
             batch = [item for item in queue[position : position + ROUND] if item[0] <= worst]
-            if not batch:
+            if not batch or (position and monotonic() > deadline):
                 break
             position += len(batch)
             _tell_compiling(tell, evaluator, (plan for _, _, plan in batch))
@@ -171,6 +189,13 @@ def _simulate(
     return done, cut_short
 
 
+def _gap(question: Question, best: Candidate, left: Sequence[float]) -> float:
+    """How far the best plan found can be from the best there is, by the least bound of what is left."""
+    cost = question.objective.cost(best.value)
+    least = min([cost, *left])
+    return 0.0 if least >= cost else (cost - least) / abs(cost)
+
+
 def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, int, Plan]) -> Candidate | None:
     bound, _, plan = item
     return evaluator.challenge(plan, bound, worst)
@@ -178,7 +203,8 @@ def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, int, Plan]
 
 def _cut(plan: Plan) -> tuple[Any, ...]:
     """Plans equal in this differ in their number of replicas only."""
-    return plan.stage_devices, plan.attention, plan.ffn, plan.weight_format, plan.kv_format, plan.stages, plan.replicas
+    cells = plan.stage_devices, plan.attention, plan.ffn, plan.weight_format, plan.kv_format
+    return plan.clock_mhz or 0, *cells, plan.stages, plan.replicas
 
 
 def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
@@ -256,7 +282,7 @@ def _tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan])
     """Say that the next simulations will take longer, where they will."""
     from apex_opt.simulator.pack import needs_compiling
 
-    if any(needs_compiling(evaluator.settings_for(plan), plan.stages) for plan in plans):
+    if any(needs_compiling(evaluator.question.settings_for(plan), plan.stages) for plan in plans):
         tell("compiling the simulator, once on this machine: 10 to 30 s", 0, 0)
 
 

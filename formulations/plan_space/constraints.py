@@ -1,5 +1,8 @@
 """One function per constraint family. Numbers (C1, ...) refer to the statement in `program.py`.
 
+A function returns the constraints that bind; what else it adds only tabulates, and has a solution for every plan. So a
+family is switched off by enforcing what it returned on a literal that is false.
+
 Coefficients are counted here from the tasks of the cells (head groups, columns, experts), independently of
 `apex_opt.plan.memory`, so that the oracle can find fault with either. All are whole bytes: nothing is rounded.
 """
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Block
     from formulations.plan_space.variables import Variables
 
-    Family = Callable[[cp_model.CpModel, Instance, Variables], None]
+    Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
 
 _ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4"}
 """What the GPU must multiply in; the other formats are expanded to whichever 16-bit type it has."""
@@ -52,13 +55,18 @@ def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variable
     )
 
 
-def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C3: equal shards. Heads, columns and experts divide; KV heads divide or are copied a whole number of times."""
     degrees = range(1, instance.max_devices + 1)
-    _allow(model, v.attention_tp, (t for t in degrees if heads_divide(instance, t)))
-    model.add_allowed_assignments(
-        [v.ffn_tp, v.ffn_ep], [(t, e) for t, e in _shards(instance) if columns_divide(instance, t, e)]
-    )
+    return [
+        _holds(model, "heads_divide", [v.attention_tp], ((t, heads_divide(instance, t)) for t in degrees)),
+        _holds(
+            model,
+            "columns_divide",
+            [v.ffn_tp, v.ffn_ep],
+            ((t, e, columns_divide(instance, t, e)) for t, e in _shards(instance)),
+        ),
+    ]
 
 
 def heads_divide(instance: Instance, tp: int) -> bool:
@@ -93,23 +101,23 @@ def balanced(instance: Instance, stages: int) -> bool:
     return stages * -(-layers // stages) * IMBALANCE[1] <= IMBALANCE[0] * layers
 
 
-def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C4: the GPU multiplies in the format, or expands it to one in which it does."""
     names = instance.weight_formats
-    _allow(model, v.formats, (i for i, name in enumerate(names) if computes(instance, name)))
+    return [_holds(model, "computes", [v.formats], ((i, computes(instance, name)) for i, name in enumerate(names)))]
 
 
-def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C5: the largest stage holds at most 3/2 of the mean layers."""
     counts = range(1, min(instance.max_devices, instance.model.layers) + 1)
-    _allow(model, v.stages, (s for s in counts if balanced(instance, s)))
+    return [_holds(model, "balanced", [v.stages], ((s, balanced(instance, s)) for s in counts))]
 
 
-def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C7: the weights one token passes through can be read within the tightest limit on time per output token."""
     limit = instance.decode_bytes_limit
     if limit is None:
-        return
+        return []
     degrees = range(1, instance.max_devices + 1)
     head = _table(model, "head", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
     total: list[cp_model.LinearExpr] = [head]
@@ -135,10 +143,10 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             ),
         )
         total += [count * attention, count * ffn]
-    model.add(cp_model.LinearExpr.sum(total) <= limit)
+    return [model.add(cp_model.LinearExpr.sum(total) <= limit)]
 
 
-def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
+def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C6: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
     degrees = range(1, instance.max_devices + 1)
     formats = list(enumerate(instance.weight_formats))
@@ -193,14 +201,17 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         place: [_layers_held(model, instance, v, per_layer, f"{place}{i}", rows) for i, rows in enumerate(options)]
         for place, options in kinds.items()
     }
+    bounds = []
     for workspace in _workspaces(model, instance, v):
         for layers in held["first"]:
-            model.add(layers + copies * vocab + norm + workspace + logits <= capacity).only_enforce_if(alone)
-            model.add(layers + vocab + workspace <= capacity).only_enforce_if(alone.negated())
+            lone = model.add(layers + copies * vocab + norm + workspace + logits <= capacity)
+            front = model.add(layers + vocab + workspace <= capacity)
+            bounds += [lone.only_enforce_if(alone), front.only_enforce_if(alone.negated())]
         for layers in held["last"]:
-            model.add(layers + vocab + norm + workspace + logits <= capacity).only_enforce_if(alone.negated())
-        for layers in held["middle"]:
-            model.add(layers + workspace <= capacity)
+            back = model.add(layers + vocab + norm + workspace + logits <= capacity)
+            bounds.append(back.only_enforce_if(alone.negated()))
+        bounds += [model.add(layers + workspace <= capacity) for layers in held["middle"]]
+    return bounds
 
 
 def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> Iterable[cp_model.LinearExpr]:
@@ -310,8 +321,11 @@ def _table(
     return result
 
 
-def _allow(model: cp_model.CpModel, variable: cp_model.IntVar, values: Iterable[int]) -> None:
-    model.add_allowed_assignments([variable], [(value,) for value in values])
+def _holds(
+    model: cp_model.CpModel, name: str, keys: list[cp_model.IntVar], rows: Iterable[tuple[int, ...]]
+) -> cp_model.Constraint:
+    """A tabulated condition: the last column says whether it holds. Unlike a table, a sum can be enforced anywhere."""
+    return model.add(_table(model, name, keys, rows) == 1)
 
 
 def _kinds(instance: Instance) -> dict[Block, int]:

@@ -47,7 +47,7 @@ from formulations.plan_space.constraints import cells_share_devices
 from formulations.plan_space.variables import Variables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
@@ -90,6 +90,39 @@ class PlanSpace:
             raise FormulationError(f"plan space: {fault}")
         return model, variables
 
+    def diagnosis(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[Any, dict[str, Any]]:
+        """The model with C1, C2 and each chosen family enforced on a literal of its own, and the literals by name."""
+        model = cp_model.CpModel()
+        variables = Variables.create(model, instance)
+        cells_share_devices(model, instance, variables)
+        literals = {}
+        for name in families:
+            literals[name] = model.new_bool_var(f"{name} holds")
+            for constraint in BUILDERS[name](model, instance, variables):
+                constraint.only_enforce_if(literals[name])
+        fault = model.validate()
+        if fault:
+            raise FormulationError(f"plan space: {fault}")
+        return model, literals
+
+    def clash(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[str, ...]:
+        """An irreducible set of the families that no plan satisfies together; empty where a plan satisfies them all.
+
+        Of a set that the solver finds sufficient, families are dropped one at a time as long as the rest still clashes.
+
+        Raises
+        ------
+        FormulationError    the solver does not decide
+        """
+        model, literals = self.diagnosis(instance, families)
+        kept = _core(model, literals, families)
+        if kept is None:
+            return ()
+        for name in kept:
+            smaller = _core(model, literals, [other for other in kept if other != name]) if name in kept else None
+            kept = kept if smaller is None else smaller
+        return kept
+
     def count(self, instance: Instance, families: Sequence[str]) -> int:
         """Number of plans that satisfy some of "divisibility", "format" and "balance", without listing them."""
         return counting.count(instance, families)
@@ -125,6 +158,22 @@ class PlanSpace:
             complete=status in (cp_model.OPTIMAL, cp_model.INFEASIBLE),
             wall_s=time.perf_counter() - started,
         )
+
+
+def _core(model: cp_model.CpModel, literals: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...] | None:
+    """Families among those named that suffice to clash, in their order; None where some plan satisfies all named."""
+    model.clear_assumptions()
+    model.add_assumptions([literals[name] for name in names])
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    status = solver.solve(model)
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None
+    if status != cp_model.INFEASIBLE:
+        raise FormulationError(f"plan space: the diagnosis ends as {solver.status_name(status)}")
+    found = set(solver.sufficient_assumptions_for_infeasibility())
+    return tuple(name for name in names if literals[name].index in found)
 
 
 def _order(plan: Plan) -> tuple[Any, ...]:

@@ -1,0 +1,289 @@
+"""Explanations: the clash is irreducible, every relaxation holds when asked for, and terms add up."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from plan_cases import SMALL, dense, make_cluster, make_gpu, make_model, make_question, memory_need, random_trace
+
+from apex_opt.cluster import load_cluster
+from apex_opt.evaluate import space, violations
+from apex_opt.ir import load_model
+from apex_opt.plan.memory import stage_memory
+from apex_opt.plan.plan import default_kv_format, parse_plan
+from apex_opt.search import Candidate, Evaluator, Question, judged, search
+from apex_opt.search.explain import Explanation, Relaxation, compare, explain
+from apex_opt.simulator.metrics import per_request_s
+from apex_opt.workload import make_trace, parse_slos
+from formulations.plan_space import PlanSpace
+
+SPACE = PlanSpace()
+EIGHT = load_model("llama-3.1-8b")
+
+
+def changed(question: Question, relaxation: Relaxation) -> Question:
+    """The question as the options of a relaxation ask it."""
+    for name, value in relaxation.options.items():
+        if name == "weights":
+            question = replace(question, weight_formats=(value,), kv_formats=(default_kv_format(value),))
+        elif name == "kv":
+            question = replace(question, kv_formats=(value,) * len(question.kv_formats))
+        elif name == "slo":
+            question = replace(question, slos=parse_slos(value))
+        elif name == "max_model_len":
+            question = replace(question, settings=replace(question.settings, max_model_len=int(value)))
+        elif name == "nodes":
+            cluster = replace(question.cluster, nodes=int(value))
+            question = replace(question, cluster=cluster, max_devices=cluster.size)
+        elif name == "cluster":
+            cluster = load_cluster(value)
+            question = replace(question, cluster=cluster, max_devices=cluster.size)
+        else:
+            assert name == "gpus"
+            question = replace(question, max_devices=int(value))
+    return question
+
+
+def indivisible() -> Question:
+    """Three GPUs that would hold the model if its eight heads were divided by three."""
+    model = make_model((dense(hidden=1024, columns=4096), 1))
+    settings = replace(SMALL, max_num_seqs=1, max_num_batched_tokens=16)
+    question = make_question(model, make_cluster(3), random_trace(1, 5), settings=settings)
+    stages = stage_memory(model, make_gpu(), parse_plan("tp3", model), settings)
+    need = max(memory_need(stage, question.instance().kv_blocks_needed) for stage in stages)
+    return replace(question, cluster=make_cluster(3, memory_bytes=int(need / 0.9) + 1000))
+
+
+def missed_by_simulation() -> Question:
+    """A goal between the lower bound and what is reached."""
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 20), objective="ttft_p95")
+    best = search(question, SPACE).best
+    assert best is not None
+    assert best.bound is not None
+    assert best.bound < best.value
+    return replace(question, slos=parse_slos(f"ttft_p95<={(best.bound + best.value) / 2:.12f}s"))
+
+
+def question_of(name: str) -> Question:
+    if name == "memory":
+        return make_question(load_model("llama-3.1-70b"), "1xh100-sxm", random_trace(1, 5))
+    if name == "format":
+        return make_question(EIGHT, "1xa100-sxm", random_trace(1, 5), weight_formats=("fp8",))
+    if name == "divisibility":
+        return indivisible()
+    if name == "bound":
+        return make_question(EIGHT, "2xh100-sxm", random_trace(1, 20), "ttft_p95<=1us")
+    return missed_by_simulation()
+
+
+IMPOSSIBLE = ("memory", "format", "divisibility", "bound", "simulation")
+
+
+@cache
+def explained(name: str) -> Explanation:
+    return explain(question_of(name), SPACE)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_request_is_told_its_clash_with_numbers(name: str) -> None:
+    question, found = question_of(name), explained(name)
+    assert found.answer.status == "infeasible"
+    (clash,) = found.clashes
+    goals = tuple(goal.text for goal in question.slos)
+    of, proof, said = {
+        "memory": (("memory",), "constraints", "a GPU needs 14"),
+        "format": (("format",), "constraints", "does not compute in fp8"),
+        "divisibility": (("divisibility", "memory"), "constraints", "attention tp3 does not divide 8 query heads"),
+        "bound": (goals, "bound", "its lower bound, as if no other request were there, is"),
+        "simulation": (goals, "simulation", "comes closest and reaches"),
+    }[name]
+    assert (clash.of, clash.proof) == (of, proof)
+    assert said in " ".join(clash.facts)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_every_relaxation_is_feasible_when_asked_for_and_none_comes_before_a_cheaper_one(name: str) -> None:
+    question, found = question_of(name), explained(name)
+    assert found.relaxations
+    for relaxation in found.relaxations:
+        asked = changed(question, relaxation)
+        best = search(asked, SPACE).best
+        assert best is not None
+        assert violations(asked.instance(relaxation.plan), relaxation.plan) == ()
+        assert asked.max_devices == question.max_devices + relaxation.more_gpus
+        if question.slos:
+            assert (best.plan, best.value) == (relaxation.plan, relaxation.value)
+    costs = [relaxation.more_gpus for relaxation in found.relaxations]
+    assert costs == sorted(costs)
+
+
+def test_the_gpus_proposed_are_the_fewest_of_the_sizes_there_are() -> None:
+    question = make_question(load_model("llama-3.1-405b"), "4xh100-sxm", random_trace(1, 5))
+    (more,) = [r for r in explain(question, SPACE).relaxations if r.more_gpus]
+    assert more.options == {"cluster": "2x8xh100-sxm-80gb"}
+    assert search(replace(question, cluster=load_cluster("8xh100-sxm"), max_devices=8), SPACE).best is None
+    fewer = replace(question, cluster=load_cluster("2x8xh100-sxm"), max_devices=2)
+    (more,) = [r for r in explain(fewer, SPACE).relaxations if r.more_gpus]
+    assert int(more.options["gpus"]) == 2 + more.more_gpus
+    assert search(replace(fewer, max_devices=1 + more.more_gpus), SPACE).best is None
+
+
+def test_the_weights_proposed_are_those_of_the_most_bits_that_do() -> None:
+    question = make_question(load_model("llama-3.1-405b"), "8xh100-sxm", random_trace(1, 5))
+    (weights,) = [r for r in explain(question, SPACE).relaxations if "weights" in r.options]
+    assert weights.options == {"weights": "w8a16"}
+
+
+def test_a_request_too_long_for_the_cache_may_be_cut_to_the_last_token_that_fits() -> None:
+    trace = make_trace(name="long", arrival_ns=[0, 0], prompt=[11_000, 10], output=[120_000, 10])
+    settings = replace(SMALL, max_model_len=131_072)
+    question = make_question(load_model("llama-3.1-70b"), "2xh100-sxm", trace, settings=settings)
+    found = explain(question, SPACE)
+    assert "one of a single token would fit" in " ".join(found.clashes[0].facts)
+    (cut,) = [r for r in found.relaxations if "max_model_len" in r.options]
+    tokens = int(cut.options["max_model_len"])
+    assert "1 of 2 answers end early" in cut.text
+    for longest, fits in ((tokens, True), (tokens + 1, False)):
+        asked = replace(question, settings=replace(settings, max_model_len=longest))
+        assert any(not violations(asked.instance(), plan) for plan in space(asked.instance())) is fits
+
+
+# ---- goals --------------------------------------------------------------------------------------------------------
+
+
+def every_plan(question: Question) -> list[Candidate]:
+    """All plans that can run, simulated."""
+    evaluator, instance = Evaluator(question), replace(question, slos=()).instance()
+    return [evaluator.simulate(plan) for plan in space(instance) if not violations(instance, plan)]
+
+
+@cache
+def at_odds(seed: int) -> Question:
+    """Goals that some plan meets each, some of which no plan meets together."""
+    rng = np.random.default_rng(seed)
+    model = make_model((dense(hidden=1024, columns=4096), int(rng.integers(2, 9))))
+    names = ["ttft_p95", "tpot_p95", "e2e_mean", "throughput"]
+    goals = ",".join(f"{name}{'>=1e-9' if name == 'throughput' else '<=100s'}" for name in names)
+    question = make_question(model, make_cluster(4), random_trace(seed, 25), goals)
+    scored = every_plan(question)
+    limits = []
+    for goal in question.slos:
+        values = [judged(c.metrics, goal) for c in scored]
+        limits.append(replace(goal, limit=max(values) if goal.metric == "throughput" else min(values), text=""))
+    return replace(question, slos=tuple(limits))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_clash_of_goals_is_one_that_no_plan_meets_and_any_part_of_it_some_plan_does(seed: int) -> None:
+    question = at_odds(seed)
+    met = [frozenset(text for text, yes in c.metrics.slo_met.items() if yes) for c in every_plan(question)]
+    found = explain(question, SPACE)
+    if found.answer.best is not None:
+        assert any(len(held) == len(question.slos) for held in met)
+        return
+    for clash in found.clashes:
+        assert clash.proof == "simulation"
+        assert not any(set(clash.of) <= held for held in met)
+        for fewer in itertools.combinations(clash.of, len(clash.of) - 1):
+            assert any(set(fewer) <= held for held in met)
+    # Without the goals of all clashes some plan is left.
+    blamed = {text for clash in found.clashes for text in clash.of}
+    assert any({goal.text for goal in question.slos} - blamed <= held for held in met)
+    for relaxation in found.relaxations:
+        assert search(changed(question, relaxation), SPACE).best is not None
+
+
+def test_these_goals_are_at_odds_in_most_questions() -> None:
+    assert sum(search(at_odds(seed), SPACE).best is None for seed in range(6)) >= 3
+
+
+@pytest.mark.parametrize(
+    "goal", ["ttft_p95<=1us", "tpot_mean<=1us", "throughput>=1e6", "ttft<=1us@93%", "e2e<=1us@50%"]
+)
+def test_the_limit_proposed_is_the_best_over_all_plans_to_three_digits(goal: str) -> None:
+    model = make_model((dense(hidden=1024, columns=4096), 5))
+    question = make_question(model, make_cluster(4), random_trace(2, 40), goal)
+    (slo,) = question.slos
+    evaluator = Evaluator(question)
+    values = []
+    for candidate in every_plan(question):
+        if slo.fraction is None:
+            values.append(judged(candidate.metrics, slo))
+            continue
+        outcome, cost = evaluator.batches(candidate.plan)
+        seen = sorted(per_request_s(outcome, question.trace.output, cost.request_ns)[slo.metric])
+        values.append(next(v for i, v in enumerate(seen) if (i + 1) / len(seen) >= slo.fraction))
+    best = max(values) if slo.metric == "throughput" else min(values)
+    (eased,) = [r for r in explain(question, SPACE).relaxations if "slo" in r.options]
+    limit = parse_slos(eased.options["slo"])[0].limit
+    assert limit == pytest.approx(best, rel=0.01)
+    assert limit <= best if slo.metric == "throughput" else limit >= best
+    tighter = replace(slo, limit=best * (1.000001 if slo.metric == "throughput" else 0.999999), text="")
+    assert search(replace(question, slos=(tighter,)), SPACE).best is None
+
+
+def test_goals_that_each_are_out_of_reach_are_eased_together() -> None:
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 10), "ttft_p95<=1us,tpot_p95<=1us,e2e_max<=100s")
+    found = explain(question, SPACE)
+    assert [clash.of for clash in found.clashes] == [("bandwidth",), ("ttft_p95<=1us",)]
+    (eased,) = [r for r in found.relaxations if "slo" in r.options]
+    assert search(changed(question, eased), SPACE).best is not None
+    assert "e2e_max<=100s" in eased.options["slo"]
+    assert "the best beside that is" in eased.text
+
+
+def test_a_clash_of_format_and_one_of_memory_are_both_told_and_solved_together() -> None:
+    question = make_question(load_model("llama-3.1-70b"), "1xv100-pcie", random_trace(1, 5), weight_formats=("fp8",))
+    found = explain(question, SPACE)
+    assert [clash.of for clash in found.clashes] == [("format",), ("memory",)]
+    (both,) = found.relaxations
+    assert set(both.options) == {"cluster", "weights"}
+    assert search(changed(question, both), SPACE).best is not None
+    assert "another weight format" in found.failed
+
+
+# ---- a plan beside the best ---------------------------------------------------------------------------------------
+
+
+def test_terms_are_those_that_differ_largest_first_and_add_up() -> None:
+    question = make_question(EIGHT, "4xh100-sxm", random_trace(1, 30))
+    found = explain(question, SPACE, plan=parse_plan("dp4", EIGHT))
+    assert found.answer.best is not None
+    assert (found.clashes, found.relaxations) == ((), ())
+    best, comparison = found.answer.best, found.comparison
+    assert comparison is not None
+    assert comparison.candidate is not None
+    shares = [term.share for term in comparison.terms]
+    assert shares == sorted(shares, reverse=True)
+    assert all(term.difference for term in comparison.terms)
+    by_part = {
+        part: sum(term.difference for term in comparison.terms if term.part == part)
+        for part in ("time per GPU", "mean latency", "energy")
+    }
+    mine = comparison.candidate
+    assert by_part["time per GPU"] == pytest.approx(mine.metrics.makespan_s - best.metrics.makespan_s, abs=1e-9)
+    assert by_part["energy"] == pytest.approx(mine.usage.energy_j - best.usage.energy_j)
+    assert by_part["mean latency"] == pytest.approx(
+        mine.metrics.latency_s["e2e"]["mean"] - best.metrics.latency_s["e2e"]["mean"]
+    )
+
+
+def test_the_best_plan_differs_from_itself_in_nothing() -> None:
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 10))
+    best = search(question, SPACE).best
+    assert best is not None
+    assert compare(question, best.plan, best).terms == ()
+
+
+def test_a_plan_that_cannot_run_or_misses_a_goal_is_told_so() -> None:
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 10), "ttft_p95<=1us")
+    too_many = compare(question, parse_plan("tp8", EIGHT), None)
+    assert too_many.candidate is None
+    assert "takes 8 GPUs, 2 are offered" in str(too_many.reason)
+    late = compare(question, parse_plan("tp2", EIGHT), None)
+    assert late.candidate is not None
+    assert str(late.reason).startswith("misses ttft_p95<=1us (it reaches ")
