@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import ApexError
-from apex_opt.options import COMMANDS, LARGEST_SEARCH, Request, arranged, method, wrapped
+from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, group, method, wrapped
+from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,8 +42,10 @@ class Commands:
     """
 
 
-for _name in COMMANDS:
+for _name in (name for name in COMMANDS if " " not in name):
     setattr(Commands, _name, method(_name))
+for _name in GROUPS:
+    setattr(Commands, _name, group(_name))
 
 
 def _run_plan(options: dict[str, Any]) -> int:
@@ -52,8 +56,29 @@ def _run_plan(options: dict[str, Any]) -> int:
 
     question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
     with Progress() as progress:
-        answer = search(question, PlanSpace(), progress, options["top"])
+        answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
     return _show_answer("plan", question, answer, options)
+
+
+def _run_energy(options: dict[str, Any]) -> int:
+    from dataclasses import replace
+
+    from apex_opt.ask import Options, ask
+    from apex_opt.report import Progress, answer_document, beside, show
+    from apex_opt.search import Evaluator, load_objective, search
+    from formulations.plan_space import PlanSpace
+
+    question = ask(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
+    fast = replace(question, objective=load_objective(options["latency"]), clocks=(None,))
+    with Progress() as progress:
+        answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
+        fastest = search(fast, PlanSpace(), progress) if answer.best is not None else None
+    provenance = Evaluator(question).provenance([candidate.plan for candidate in answer.candidates[: options["top"]]])
+    document = answer_document("energy", question, answer, provenance, options["top"])
+    if fastest is not None and fastest.best is not None:
+        document = beside(document, fast, fastest)
+    show(document, options["format"])
+    return EXIT_INFEASIBLE if answer.best is None else 0
 
 
 def _run_simulate(options: dict[str, Any]) -> int:
@@ -67,6 +92,28 @@ def _run_simulate(options: dict[str, Any]) -> int:
         if answer.best is not None:
             _write_files(question, plan, options, progress)
     return _show_answer("simulate", question, answer, options)
+
+
+def _run_explain(options: dict[str, Any]) -> int:
+    from apex_opt.ask import Options, ask, ask_plan
+    from apex_opt.report import Progress, show
+    from apex_opt.report.explain import explanation_document
+    from apex_opt.search import Evaluator
+    from apex_opt.search.explain import explain
+    from formulations.plan_space import PlanSpace
+
+    given = Options.of(options)
+    question, plan = ask(given, most_gpus=LARGEST_SEARCH), None
+    if options["plan"] is not None:
+        # Of several formats to choose from, the first is that of a plan that names none.
+        first = None if given.weights is None else given.weights.split(",")[0]
+        plan = ask_plan(options["plan"], replace(given, weights=first))[1]
+    with Progress() as progress:
+        found = explain(question, PlanSpace(), progress, plan)
+    best = found.answer.best
+    provenance = Evaluator(question).provenance([] if best is None else [best.plan])
+    show(explanation_document(question, found, provenance), options["format"])
+    return EXIT_INFEASIBLE if best is None else 0
 
 
 def _write_files(question: Question, plan: Plan, options: dict[str, Any], progress: Progress) -> None:
@@ -92,9 +139,52 @@ def _show_answer(command: str, question: Question, answer: Answer, options: dict
     from apex_opt.report import answer_document, show
     from apex_opt.search import Evaluator
 
-    provenance = Evaluator(question).provenance
-    show(answer_document(command, question, answer, provenance, options.get("top", 1)), options["format"])
+    top = options.get("top", 1)
+    provenance = Evaluator(question).provenance(candidate.plan for candidate in answer.candidates[:top])
+    show(answer_document(command, question, answer, provenance, top), options["format"])
     return EXIT_INFEASIBLE if answer.best is None else 0
+
+
+def _run_capacity(options: dict[str, Any]) -> int:
+    from apex_opt.ask import Options, ask, ask_plan
+    from apex_opt.report import Progress, show
+    from apex_opt.report.capacity import capacity_document
+    from apex_opt.search import Evaluator
+    from apex_opt.search.capacity import fewest_gpus, highest_rate
+    from formulations.plan_space import PlanSpace
+
+    asked, plan = Options.of(options), None
+    if options["plan"] is None:
+        question = ask(asked, most_gpus=LARGEST_SEARCH)
+    else:
+        question, plan = ask_plan(options["plan"], asked)
+    with Progress() as progress:
+        given: dict[str, Any] = {"plan": plan, "progress": progress, "top": options["top"]}
+        if options["rate"] is None:
+            found = highest_rate(question, PlanSpace(), resolution=options["resolution"], **given)
+        else:
+            found = fewest_gpus(question, PlanSpace(), options["rate"], **given)
+    provenance = Evaluator(question).provenance(item.plan for item in found.plans)
+    show(capacity_document(question, found, provenance), options["format"])
+    return 0 if found.plans else EXIT_INFEASIBLE
+
+
+def _run_validate(options: dict[str, Any]) -> int:
+    from apex_opt.measured import Predictor, read_measured
+    from apex_opt.profiles import check_profiles
+    from apex_opt.report import Progress, show, validation_document
+
+    predictor = Predictor(profiles=check_profiles(options["profiles"]))
+    measurements = read_measured(Path(os.path.expanduser(options["measured"])))
+    with Progress() as progress:
+        comparisons = predictor.compare(measurements.runs, progress)
+    document = validation_document(measurements, comparisons, predictor.provenance)
+    if options["plot"] is not None:
+        from apex_opt.report.validation_plot import write_plot
+
+        write_plot(Path(os.path.expanduser(options["plot"])), document)
+    show(document, options["format"], options["limit"])
+    return 0 if document["coverage"]["predicted"] else EXIT_INFEASIBLE
 
 
 def _run_models(options: dict[str, Any]) -> int:
@@ -124,9 +214,90 @@ def _run_traces(options: dict[str, Any]) -> int:
     return 0
 
 
+def _run_profile_show(options: dict[str, Any]) -> int:
+    from apex_opt.profiles.inventory import inventory
+    from apex_opt.report import show
+    from apex_opt.report.profiles import inventory_document
+
+    root = DATA_ROOT / "profiles" if options["profiles"] is None else _path(options["profiles"])
+    show(inventory_document(root, inventory(root, options["gpu"])), options["format"])
+    return 0
+
+
+def _run_profile_distill(options: dict[str, Any]) -> int:
+    from apex_opt.profiles.distill.command import default_target, distill
+    from apex_opt.report import Progress, show
+    from apex_opt.report.profiles import tables_document
+
+    source = None if options["source"] is None else _path(options["source"])
+    target = default_target() if options["target"] is None else _path(options["target"])
+    with Progress() as progress:
+        reports = distill(source, target, progress, () if options["gpu"] is None else (options["gpu"],))
+    show(tables_document("profile distill", target, reports), options["format"])
+    return 0
+
+
+def _run_profile_import(options: dict[str, Any]) -> int:
+    from apex_opt.cluster import load_cluster
+    from apex_opt.profiles.importers import import_profile
+    from apex_opt.report import show
+    from apex_opt.report.profiles import tables_document
+
+    gpu, target = load_cluster(options["gpu"]).gpu, _path(options["target"])
+    found = import_profile(options["kind"], _path(options["source"]), gpu, target)
+    show(tables_document("profile import", found.folder, found.reports, found.passed_over), options["format"])
+    return 0
+
+
+def _run_profile_collect(options: dict[str, Any]) -> int:
+    from datetime import date
+
+    from apex_opt.cluster import load_cluster
+    from apex_opt.profiles.collect import asked_ops, collect, recognised
+    from apex_opt.profiles.collect.torch_machine import open_machine
+    from apex_opt.report import Progress, show
+    from apex_opt.report.profiles import tables_document
+
+    ops, target = asked_ops(options["ops"]), _path(options["target"])
+    described = None if options["gpu"] is None else load_cluster(options["gpu"]).gpu
+    machine = open_machine()
+    gpu = described or recognised(machine.name, machine.memory_bytes)
+    with Progress() as progress:
+        found = collect(machine, gpu, target, ops, date.today().isoformat(), quick=options["quick"], progress=progress)
+    show(tables_document("profile collect", found.folder, found.reports, found.passed_over), options["format"])
+    return 0
+
+
+def _run_profile_fit(options: dict[str, Any]) -> int:
+    from apex_opt.measured import read_measured
+    from apex_opt.measured.fit import fit_board, fit_engine
+    from apex_opt.report import Progress, show
+    from apex_opt.report.fitting import fit_document
+
+    runs = read_measured(_path(options["measured"])).runs
+    with Progress() as progress:
+        fit = fit_engine(runs, options["engine"], progress)
+        boards = fit_board(runs, progress, {fit.after.name: fit.after})
+    show(fit_document(fit, boards), options["format"])
+    return 0
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
+
+
 RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "plan": _run_plan,
+    "energy": _run_energy,
+    "explain": _run_explain,
     "simulate": _run_simulate,
+    "capacity": _run_capacity,
+    "validate": _run_validate,
+    "profile show": _run_profile_show,
+    "profile distill": _run_profile_distill,
+    "profile import": _run_profile_import,
+    "profile collect": _run_profile_collect,
+    "profile fit": _run_profile_fit,
     "models": _run_models,
     "clusters": _run_clusters,
     "traces": _run_traces,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +13,8 @@ from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import default_kv_format, parse_plan
+from apex_opt.profiles import check_profiles
+from apex_opt.profiles.clock import Clock
 from apex_opt.search import Question, load_objective
 from apex_opt.workload import load_trace, parse_slos
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 ROUTINGS = ("round_robin", "least_loaded")
 EXPERT_ROUTINGS = ("uniform", "skewed")
+_CLOCK_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the highest, with which `all` stands for six
+_CLOCK_STEP = 15  # MHz: GPUs step their clock so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,8 @@ class Options:
     gpus: int | None
     routing: str
     expert_routing: str
+    clock: str | None
+    profiles: str
     engine: str
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -122,7 +129,9 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         weight_formats=weight_formats,
         kv_formats=kv_formats,
         max_devices=gpus,
+        clocks=_clocks(options, cluster.gpu),
         expert_routing=options.expert_routing,
+        profiles=check_profiles(options.profiles),
         routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
     )
 
@@ -146,8 +155,33 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
         kv = question.model.kv_format or default_kv_format(weights)
     else:
         kv = question.kv_formats[0]
-    plan = replace(plan, weight_format=weights, kv_format=kv)
+    if len(question.clocks) > 1:
+        raise UsageError(f"--clock: {options.clock!r:.60} names several clocks; one plan has one")
+    clock = question.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
+    plan = replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
     return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
+
+
+def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:
+    """Clocks to choose from; the highest is None, which needs no law."""
+    if options.clock is None:
+        return (None,)
+    if options.clock.strip().lower() == "all":
+        if gpu.clock_mhz is None:
+            raise UsageError(f"--clock: the highest clock of {gpu.name} is not stated; give gpu.clock_mhz")
+        return (None, *(round(gpu.clock_mhz * share / _CLOCK_STEP) * _CLOCK_STEP for share in _CLOCK_SHARES))
+    clocks: list[int | None] = []
+    for text in options.clock.split(","):
+        if not re.fullmatch(r"[0-9]{1,5}", text.strip()):
+            raise UsageError(
+                f"--clock: {text.strip()[:20]!r} is no clock in MHz; e.g. --clock=1200,1600 or --clock=all"
+            )
+        mhz = int(text)
+        Clock.of(gpu, mhz)
+        clocks.append(None if mhz == gpu.clock_mhz else mhz)
+    if len(set(clocks)) < len(clocks):
+        raise UsageError(f"--clock: {options.clock!r:.60} names a clock twice")
+    return tuple(clocks)
 
 
 def _batched_tokens(options: Options, longest: int) -> int:

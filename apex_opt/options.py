@@ -73,6 +73,14 @@ class Command:
         return next(option for option in self.options if option.name == name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Commands that share their first word: what they are about in a line, more on it with examples."""
+
+    summary: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A command and its options in their types, not yet run."""
@@ -84,6 +92,13 @@ class Request:
 _GENERAL: Final = (
     Option(name="format", default="table", choices=("table", "json"), text="Form of the answer: table or json."),
     Option(name="debug", kind=bool, default=False, text="Show the traceback of an error."),
+)
+
+_PROFILES: Final = Option(
+    name="profiles",
+    default="shipped",
+    text="Measured tables to use: shipped; silicon, all rows of aiconfigurator-core, of which those shipped are a part "
+    "(needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those shipped.",
 )
 
 _QUESTION: Final = (
@@ -126,17 +141,33 @@ _QUESTION: Final = (
     ),
     Option(
         name="weights",
-        text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a16, w4a16. By default the "
-        "model's own, in the 16-bit type the GPU has.",
+        text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a16, w4a16, w4a16g32, mxfp4, "
+        "nvfp4. By default the model's own, in the 16-bit type the GPU has.",
     ),
     Option(name="kv", text="KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit."),
+    Option(
+        name="clock",
+        text="GPU clocks to choose from, in MHz, such as 1200,1600,1980, or all: six from half to the highest. By "
+        "default the highest. Times and power at others follow published laws.",
+    ),
     Option(
         name="routing",
         default="round_robin",
         choices=("round_robin", "least_loaded"),
         text="How requests are dealt to replicas: round_robin or least_loaded.",
     ),
-    Option(name="engine", default="vllm", text="Serving engine whose own time is added: vllm."),
+    Option(
+        name="expert_routing",
+        default="uniform",
+        choices=("uniform", "skewed"),
+        text="How tokens fall on the experts of a mixture: uniform at random, or skewed as measured power laws are.",
+    ),
+    _PROFILES,
+    Option(
+        name="engine",
+        default="vllm",
+        text="Serving engine, for its kernels and its own time: vllm, sglang, trtllm; or vllm-0.6, sglang-eager.",
+    ),
     Option(
         name="max_num_seqs",
         kind=int,
@@ -200,6 +231,19 @@ _QUESTION: Final = (
 )
 
 _TOP: Final = Option(name="top", kind=int, default=5, least=1, most=10_000, text="Candidates to show, best first.")
+_TIME_LIMIT: Final = Option(
+    name="time_limit",
+    kind=float,
+    least=0.001,
+    most=1e6,
+    text="Seconds after which no further plan is simulated; the answer then shows its gap. By default none.",
+)
+_LATENCY: Final = Option(
+    name="latency",
+    default="e2e_mean",
+    text="Latency whose best plan, at the highest clock, is shown beside: ttft, tpot or e2e with _mean, _p50, _p90, "
+    "_p95, _p99 or _max; or makespan.",
+)
 _REQUESTS: Final = Option(name="requests", suffix=".csv", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(
     name="timeline",
@@ -212,13 +256,64 @@ _PLAN: Final = Option(
     text='Replicas, pipeline stages, cut of attention, cut of FFN, number formats: "dp2 pp2 attn(tp2) ffn(tp2) bf16", '
     '"attn(dp4,tp2) ffn(ep8) fp8 kv=fp8"; "tp8" alone cuts both cells; "pp2[41,39]" sets the layers of each stage.',
 )
+_RATE: Final = (
+    Option(
+        name="rate",
+        kind=float,
+        least=1e-6,
+        most=1e6,
+        text="Requests per second to find the fewest GPUs for; by default the highest rate is searched for.",
+    ),
+    Option(
+        name="resolution",
+        kind=float,
+        default=0.02,
+        least=0.001,
+        most=1,
+        text="Step of the rates that are searched, as a share of the rate.",
+    ),
+)
+_MEASURED: Final = Option(
+    name="measured",
+    default=REQUIRED,
+    text="File of measured runs, or a folder with such files in it or below: vLLM runs with the engine's log "
+    "(.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it).",
+)
+_PLOT: Final = Option(
+    name="plot", suffix=".png", text="PNG file to draw predicted against measured into; needs apex-opt[plot]."
+)
+_LIMIT: Final = Option(
+    name="limit",
+    kind=int,
+    default=30,
+    least=1,
+    most=100_000,
+    text="Runs to show in the table, of more those with the largest errors; json has all.",
+)
+_SHOWN_PROFILES: Final = Option(name="profiles", text="Folder of profiles; by default the one that ships.")
+_TARGET: Final = Option(
+    name="target", default="profiles", text="Folder to write to; <accelerator>/<source> in it is replaced."
+)
 _ELSEWHERE: Final = {
     "objective": "Figure to show first: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; makespan, "
     "throughput or energy.",
     "slo": 'Goals to judge by, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests) or '
     '"throughput>=10" (requests/s).',
-    "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a16 or w4a16; by default the model's own.",
+    "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a16, w4a16, w4a16g32, mxfp4 or nvfp4; by "
+    "default the model's own.",
+    "clock": "GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.",
     "kv": "KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.",
+}
+_BY_RATE: Final[Mapping[str, Mapping[str, Any]]] = {
+    "slo": {
+        "default": REQUIRED,
+        "text": 'Latency goals that must all hold, such as "ttft_p95<=500ms,tpot_p95<=50ms" or "ttft<=1s@99%" (of the '
+        "requests).",
+    },
+    "objective": {
+        "text": "With --rate, what makes a plan best among those on the fewest GPUs: ttft, tpot or e2e with _mean, "
+        "_p50, _p90, _p95, _p99 or _max; makespan, throughput or energy."
+    },
 }
 
 COMMANDS: Final[Mapping[str, Command]] = {
@@ -229,7 +324,41 @@ COMMANDS: Final[Mapping[str, Command]] = {
         '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
         "  solve.py plan --model=./config.json --weights=bf16,fp8 --format=json\n\n"
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
-        options=(*_QUESTION, _TOP, *_GENERAL),
+        options=(*_QUESTION, _TOP, _TIME_LIMIT, *_GENERAL),
+    ),
+    "energy": Command(
+        summary="Find the plan that needs the least energy within the goals.",
+        text="Over plans, numbers of GPUs, formats and clocks; the plan with the best latency within the same goals is "
+        "shown beside it. For example:\n\n"
+        '  solve.py energy --slo="ttft_p95<=500ms,tpot_p95<=50ms" --weights=bf16,fp8\n'
+        '  solve.py energy --slo="e2e_p95<=30s" --clock=1200,1600,1980\n\n'
+        "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
+        options=(
+            *(
+                replace(option, default="all") if option.name == "clock" else option
+                for option in _QUESTION
+                if option.name != "objective"
+            ),
+            _LATENCY,
+            _TOP,
+            _TIME_LIMIT,
+            *_GENERAL,
+        ),
+    ),
+    "explain": Command(
+        summary="Say why no plan fits and what would, or why a plan loses to the best.",
+        text="For example:\n\n"
+        "  solve.py explain --model=llama-3.1-70b --cluster=1xh100-sxm\n"
+        '  solve.py explain --slo="ttft_p95<=60ms"\n'
+        '  solve.py explain --plan="dp2 tp4"\n\n'
+        "Where nothing fits: constraints that clash, none of which could be spared, with numbers; and the cheapest "
+        "changes that were solved and found feasible. Goals take many searches. Exit code: 0 where a plan fits, 3 "
+        "where none does, 2 for bad input.",
+        options=(
+            *_QUESTION,
+            replace(_PLAN, default=None, text=f"Plan to compare with the best. {_PLAN.text}"),
+            *_GENERAL,
+        ),
     ),
     "simulate": Command(
         summary="Score one given plan, batch by batch.",
@@ -245,10 +374,138 @@ COMMANDS: Final[Mapping[str, Command]] = {
             *_GENERAL,
         ),
     ),
+    "capacity": Command(
+        summary="Find the highest request rate within the goals, or the fewest GPUs for a rate.",
+        text="For example:\n\n"
+        '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms"\n'
+        '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms" --rate=4\n'
+        '  solve.py capacity --plan=tp8 --slo="tpot<=50ms@99%" --resolution=0.01\n\n'
+        "The trace is brought to other rates by dividing its arrival times; lengths and order stay. Exit code: 0 with "
+        "a rate or a plan, 3 where no plan meets the goals, 2 for bad input.",
+        options=(
+            *(replace(option, **_BY_RATE.get(option.name, {})) for option in _QUESTION),
+            replace(_PLAN, default=None, text="The only plan to ask about, such as tp8; by default all are searched."),
+            *_RATE,
+            _TOP,
+            *_GENERAL,
+        ),
+    ),
+    "validate": Command(
+        summary="Compare measured serving runs with their simulation.",
+        text="For example:\n\n"
+        "  solve.py validate --measured=runs/llama-3.1-8b.json.gz\n"
+        "  solve.py validate --measured=runs --format=json\n"
+        "  solve.py validate --measured=runs --plot=errors.png\n\n"
+        "Exit code: 0 where a run was predicted, 3 where none could be, 2 for bad input.",
+        options=(_MEASURED, _PROFILES, _PLOT, _LIMIT, *_GENERAL),
+    ),
+    "profile show": Command(
+        summary="List the measured tables there are, and where they come from.",
+        text="For example:\n\n"
+        "  solve.py profile show\n"
+        "  solve.py profile show --gpu=h200-sxm\n\n"
+        "Every table is read and checked. Exit code: 0, or 2 where one is faulty.",
+        options=(
+            Option(
+                name="gpu", text="Accelerator to show in full: a folder's name or one listed by: solve.py clusters."
+            ),
+            _SHOWN_PROFILES,
+            *_GENERAL,
+        ),
+    ),
+    "profile distill": Command(
+        summary="Make the shipped tables anew from the package aiconfigurator-core.",
+        text="For example:\n\n"
+        "  pip install 'apex-opt[distill]'\n"
+        "  solve.py profile distill --target=profiles\n\n"
+        "Rows that cannot be believed are dropped, those that follow from their neighbours left out; both are counted, "
+        "with the error that makes. Equal input gives equal files. Exit code: 0, or 2 without the package or pyarrow.",
+        options=(
+            Option(name="source", text="Folder the package is unpacked in; by default the one installed."),
+            replace(
+                _TARGET,
+                default=None,
+                text="Folder to write to; by default the checkout's own profiles, or ./profiles where there is none.",
+            ),
+            Option(name="gpu", text="One accelerator only, such as h100-sxm; by default all of them."),
+            *_GENERAL,
+        ),
+    ),
+    "profile import": Command(
+        summary="Read the profile CSV files of APEX+ or Vidur.",
+        text="For example:\n\n"
+        "  solve.py profile import --kind=apex --source=apex_plus --gpu=h100-sxm\n"
+        "  solve.py profile import --kind=vidur --source=vidur/data/profiling --gpu=a100-sxm\n"
+        "  solve.py plan --profiles=profiles --cluster=8xa100-sxm\n\n"
+        "Exit code: 0 with a folder written, 2 for files that are no such tables.",
+        options=(
+            Option(name="kind", default=REQUIRED, choices=("apex", "vidur"), text="Whose files: apex or vidur."),
+            Option(name="source", default=REQUIRED, text="Its repository, or a folder or file of its profiles."),
+            Option(
+                name="gpu",
+                default=REQUIRED,
+                text="Accelerator they were measured on: one listed by solve.py clusters, or path of a cluster file.",
+            ),
+            _TARGET,
+            *_GENERAL,
+        ),
+    ),
+    "profile collect": Command(
+        summary="Measure the GPU of this machine.",
+        text="For example:\n\n"
+        "  solve.py profile collect --quick\n"
+        "  solve.py profile collect --ops=gemm,attention --target=profiles\n"
+        "  solve.py plan --profiles=profiles\n\n"
+        "Needs torch with CUDA; takes vLLM's kernels where vllm is installed, else torch's own, and reads the energy "
+        "counter where pynvml is. Estimated to take half an hour, with --quick two minutes. Exit code: 0 with a folder "
+        "written, 2 without a GPU or torch.",
+        options=(
+            Option(
+                name="ops",
+                default="gemm,moe,attention,memory,collective",
+                text="Operations to measure: gemm, moe, attention, memory, collective.",
+            ),
+            Option(
+                name="gpu",
+                text="What the GPU is, where its name does not say it: one listed by solve.py clusters, or path of a "
+                "cluster file.",
+            ),
+            Option(name="quick", kind=bool, default=False, text="Measure a few points of every table, and no energy."),
+            _TARGET,
+            *_GENERAL,
+        ),
+    ),
+    "profile fit": Command(
+        summary="Fit an engine's own time and the power of GPUs on measured runs.",
+        text="For example:\n\n"
+        "  solve.py profile fit --measured=runs\n"
+        "  solve.py profile fit --measured=runs/sglang.csv --engine=sglang --format=json\n\n"
+        "Prints the engine's section for profiles/engines.toml with the errors before and after, and the power table "
+        "for the card of each GPU whose runs have energies. Writes no file. Every run is simulated some sixty times. "
+        "Exit code: 0, or 2 where no run of the engine can be predicted.",
+        options=(
+            _MEASURED,
+            Option(name="engine", default="vllm", text="Engine of profiles/engines.toml whose runs are fitted."),
+            *_GENERAL,
+        ),
+    ),
     "models": Command(summary="List the models that can be named.", options=_GENERAL),
     "clusters": Command(summary="List the accelerators that can be named, and a node of each.", options=_GENERAL),
     "traces": Command(summary="List the traces that ship with apex_opt.", options=_GENERAL),
 }
+
+GROUPS: Final[Mapping[str, Group]] = {
+    "profile": Group(
+        summary="Measured tables of accelerators: show, distill, import, collect, fit.",
+        text="Times come from tables of single operations measured on an\n"
+        "accelerator. These commands list those that ship and make more:\n\n"
+        "  solve.py profile show\n"
+        "  solve.py profile collect --target=profiles\n"
+        "  solve.py plan --profiles=profiles\n\n"
+        "Every command has its own help: solve.py profile show --help",
+    )
+}
+"""First words of the commands of two words."""
 
 
 def method(name: str) -> Callable[..., Request]:
@@ -264,7 +521,7 @@ def method(name: str) -> Callable[..., Request]:
         return Request(name, {key: checked(command.option(key), value) for key, value in (defaults | given).items()})
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    ask.__name__ = ask.__qualname__ = name
+    ask.__name__ = ask.__qualname__ = name.split()[-1]
     ask.__doc__ = _docstring(command)
     ask.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -273,6 +530,12 @@ def method(name: str) -> Callable[..., Request]:
         ]
     )
     return ask
+
+
+def group(name: str) -> object:
+    """The commands that share a first word, as an object with a method for each."""
+    members = {command.split()[1]: method(command) for command in COMMANDS if command.startswith(f"{name} ")}
+    return type(name, (), {"__doc__": f"{GROUPS[name].summary}\n\n{GROUPS[name].text}", **members})()
 
 
 def _docstring(command: Command) -> str:
@@ -301,29 +564,40 @@ def arranged(words: Sequence[str]) -> list[str]:
 
     Parameters
     ----------
-    words : a command, then `--name=value`, `--name value` or, where no other option starts with that letter,
-        `-n value`; a switch alone is true; `--help` anywhere asks for help
+    words : a command of one word or two, then `--name=value`, `--name value` or, where no other option starts with
+        that letter, `-n value`; a switch alone is true; `--help` anywhere asks for help
 
     Raises
     ------
     UnknownNameError    a command or an option that there is not, with suggestions
     UsageError          a word without option, an option given twice or without value, a required one left out
     """
-    asks = any(word in ("-h", "--help") for word in words) or list(words[:1]) == ["help"] or not words
-    first = next((word for word in words if word not in ("-h", "--help", "help")), None)
-    if first is None:
-        return ["--", "--help"]
-    if first.startswith("-") and (given := [word for word in words if word in COMMANDS]):
-        raise UsageError(f"{first!r:.60} stands before the command; write solve.py {given[0]} --name=value")
-    if first not in COMMANDS:
-        raise UnknownNameError("command", first[:60], COMMANDS, "see solve.py --help")
+    asks = any(word in ("-h", "--help") for word in words) or list(words[:1]) == ["help"]
+    named = [word for word in words if word not in ("-h", "--help", "help")]
+    if not named or (named[0] in GROUPS and len(named) == 1):
+        return [*named, "--", "--help"]
+    name = _command(named, words)
+    parts = name.split()
     if asks:
-        return [first, "--", "--help"]
-    values = _values(first, words[1:])
-    missing = [o.name for o in COMMANDS[first].options if o.default is REQUIRED and o.name not in values]
+        return [*parts, "--", "--help"]
+    values = _values(name, words[len(parts) :])
+    missing = [o.name for o in COMMANDS[name].options if o.default is REQUIRED and o.name not in values]
     if missing:
-        raise UsageError(f"{first}: needs --{missing[0]}; see solve.py {first} --help")
-    return [first, *(f"--{name}={value!r}" for name, value in values.items())]
+        raise UsageError(f"{name}: needs --{missing[0]}; see solve.py {name} --help")
+    return [*parts, *(f"--{name}={value!r}" for name, value in values.items())]
+
+
+def _command(named: Sequence[str], words: Sequence[str]) -> str:
+    """The command that the first words name, the second too where the first is a group's."""
+    group = f"{named[0]} " if named[0] in GROUPS else ""
+    word = named[1 if group else 0]
+    known = dict.fromkeys(command.removeprefix(group).split()[0] for command in COMMANDS if command.startswith(group))
+    if word.startswith("-") and (given := [word for word in words if word in known]):
+        raise UsageError(f"{word!r:.60} stands before the command; write solve.py {group}{given[0]} --name=value")
+    if word not in known:
+        kind = f"command of {named[0]}" if group else "command"
+        raise UnknownNameError(kind, word[:60], known, f"see solve.py {group}--help")
+    return group + word
 
 
 def _values(command: str, words: Sequence[str]) -> dict[str, str]:

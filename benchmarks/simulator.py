@@ -105,7 +105,7 @@ def _speed(loop: str, quick: bool) -> Speed:
     asked = question(MODEL, "4xh200-sxm", "chat")
     asked = replace(asked, settings=replace(asked.settings, **changes))
     evaluator, plan = Evaluator(asked), parse_plan(text, asked.model)
-    settings, laws = evaluator.settings_for(plan), evaluator.costs.plan_cost(plan).laws
+    settings, laws = asked.settings_for(plan), evaluator.costs.plan_cost(plan).laws
     blocks = kv_blocks(stage_memory(asked.model, asked.cluster.gpu, plan, asked.settings))
 
     def run() -> int:

@@ -77,7 +77,7 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"slo": "tpot_p95<=nanms"}, "the limit must be a number and a unit"),
         ({"slo": "tpot_p95<=1e999ms"}, "the limit must be above 0 and finite"),
         ({"slo": "tpot_p95<=1ms,tpot_p95<=2ms"}, "limited twice"),
-        ({"engine": "triton"}, "unknown engine 'triton'; known: vllm"),
+        ({"engine": "orca"}, "unknown engine 'orca'; known: sglang, sglang-eager, trtllm, vllm, vllm-0.6"),
         ({"model": "llama-9"}, "unknown model 'llama-9'"),
         ({"cluster": "8xh101"}, "unknown GPU 'h101'"),
         ({"cluster": "16xh100-sxm"}, "one node of h100-sxm-80gb holds 8 GPUs, asked for 16; write 2x8x"),
@@ -112,6 +112,8 @@ def test_ranges_hold_for_callers_that_skip_the_command_line() -> None:
         ask(Options(**{**given, "seed": -1}))
     with pytest.raises(UnknownNameError, match="unknown routing 'x'"):
         ask(Options(**{**given, "routing": "x"}))
+    with pytest.raises(UnknownNameError, match="unknown expert_routing 'x'; known: skewed, uniform"):
+        ask(Options(**{**given, "expert_routing": "x"}))
     with pytest.raises(UsageError, match="--gpus: 0 is not between 1 and"):
         ask(Options(**{**given, "gpus": 0}))
 

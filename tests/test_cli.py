@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +18,39 @@ import numba
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured_cases import engine, recorded, write_runs
+from measured_package import write_package
 
 import solve
 from apex_opt.ask import Options, ask, ask_plan
-from apex_opt.options import COMMANDS
+from apex_opt.cluster import load_cluster
+from apex_opt.cost import CostModel
+from apex_opt.cost.engine import load_engine
+from apex_opt.ir import load_model
+from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
+from apex_opt.options import COMMANDS, GROUPS
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.plan.plan import parse_plan
+from apex_opt.workload import load_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
-ONE = {"plan": (), "simulate": ("--plan=tp2",), "models": (), "clusters": (), "traces": ()}
+ONE = {
+    "plan": (),
+    "energy": (),
+    "explain": (),
+    "simulate": ("--plan=tp2",),
+    "capacity": ("--slo=ttft_p95<=1s",),
+    "validate": ("--measured=runs",),
+    "profile show": (),
+    "profile distill": ("--source=nowhere",),
+    "profile import": ("--kind=apex", "--source=nowhere", "--gpu=h100-sxm"),
+    "profile collect": (),
+    "profile fit": ("--measured=runs",),
+    "models": (),
+    "clusters": (),
+    "traces": (),
+}
 
 
 class Ran(NamedTuple):
@@ -211,6 +238,157 @@ def test_the_options_of_batching_reach_the_answer() -> None:
     assert narrow["e2e_s"]["mean"] > plain["e2e_s"]["mean"]
 
 
+# ---- capacity ------------------------------------------------------------------------------------------------------
+
+OPEN = (*CHEAP[:2], "--trace=poisson:rate=2,n=200,prompt=512,output=8", "--slo=ttft_p95<=60ms")
+
+
+def test_the_highest_rate_comes_as_table_and_json_and_the_fewest_gpus_agree_with_it() -> None:
+    ran = run("capacity", *OPEN, "--resolution=0.1", "--format=json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    best = document["best"]
+    assert document["status"] == "optimal"
+    assert best["next_rate_per_s"] == pytest.approx(1.1 * best["rate_per_s"], rel=1e-4)
+    assert best["metrics"]["slo"]["ttft_p95<=60ms"]["met"]
+    assert list(best["missed_at_next_rate"]) == ["ttft_p95<=60ms"]
+    assert "searching rates ..." in ran.err
+    table = run("capacity", *OPEN, "--resolution=0.1")
+    assert f"highest rate: {best['rate_per_s']:.3f} requests/s with {best['plan']}" in table.out
+    fewest = json.loads(run("capacity", *OPEN, f"--rate={best['rate_per_s']}", "-f=json").out)["best"]
+    assert fewest["gpus"] == best["gpus"]
+    assert run("capacity", *OPEN, f"--rate={best['next_rate_per_s']}").code == 3
+
+
+def test_the_highest_rate_of_one_plan_is_asked_for_by_its_text() -> None:
+    ran = run("capacity", *OPEN, "--plan=tp2", "--format=json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert (document["best"]["plan"], document["status"]) == ("attn(tp2) ffn(tp2) bf16", "feasible")
+    too_large = run("capacity", *OPEN, "--plan=tp8")
+    assert too_large.code == 3
+    assert "the plan takes 8 GPUs, 2 are offered" in " ".join(too_large.out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ((*CHEAP, "--slo=ttft_p95<=1s"), "has all its requests arrive at once, so there is no rate"),
+        (
+            (*CHEAP[:2], "--trace=closed:concurrency=2,n=6", "--slo=ttft_p95<=1s"),
+            "is a closed loop, so there is no rate",
+        ),
+        ((*OPEN[:3], "--slo=throughput>=3"), "throughput>=3 is a goal on the rate itself"),
+        (OPEN[:3], "capacity: needs --slo"),
+        ((*OPEN, "--rate=0"), "--rate: 0.0 is not between 1e-06 and 1000000"),
+        ((*OPEN, "--resolution=2"), "--resolution: 2.0 is not between 0.001 and 1"),
+    ],
+)
+def test_what_has_no_highest_rate_is_refused(words: tuple[str, ...], part: str) -> None:
+    assert part in refused("capacity", *words)
+
+
+# ---- measured tables -----------------------------------------------------------------------------------------------
+
+
+def test_profiles_are_shown_as_table_and_json() -> None:
+    document = json.loads(run("profile", "show", "--format=json").out)
+    assert document["status"] == "ok"
+    assert len(document["profiles"]) > 20
+    assert document["bytes"] == sum(profile["bytes"] for profile in document["profiles"])
+    for profile in document["profiles"]:
+        assert {"accelerator", "source", "engine", "licence", "hardware", "software", "tables"} <= set(profile)
+    table = run("profile", "show")
+    assert table.code == 0
+    for profile in document["profiles"]:
+        row = next(line for line in table.out.splitlines() if f"{profile['accelerator']}/{profile['source']} " in line)
+        assert f"{profile['rows']:,}" in row
+    one = run("profile", "show", "--gpu=h200")
+    assert "power limit 700 W" in one.out
+    assert "l40s" not in one.out
+
+
+def test_an_empty_folder_has_no_profiles_to_show(tmp_path: Path) -> None:
+    assert "holds no profile folders" in refused("profile", "show", f"--profiles={tmp_path}")
+
+
+def test_tables_that_were_imported_are_used_where_they_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "H200-SXM-141GB"
+    source.mkdir()
+    lines = ["gpu,dtype,m,k,n,time(us)", *(f"H200,half,6144,4096,{tokens},777" for tokens in (1, 64, 4096))]
+    (source / "gemm_0.csv").write_text("\n".join(lines))
+    words = ("profile", "import", "--kind=apex", f"--source={tmp_path}", "--gpu=h200-sxm", f"--target={tmp_path}/mine")
+    document = json.loads(run(*words, "--format=json").out)
+    assert document["tables"][0]["rows"] == 3
+    assert "3 of 3 rows" in run(*words).out
+    shown = json.loads(run("profile", "show", f"--profiles={tmp_path}/mine", "--format=json").out)
+    assert [profile["licence"] for profile in shown["profiles"]] == ["MIT"]
+    asked = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=h200-sxm", CHEAP[2], "--format=json")
+    own, shipped = (json.loads(run(*asked, *more).out) for more in ((f"--profiles={tmp_path}/mine",), ()))
+    assert str(tmp_path / "mine") in own["provenance"]["gemm bf16"]
+    assert str(tmp_path) not in shipped["provenance"]["gemm bf16"]
+    assert own["best"]["metrics"]["e2e_s"]["mean"] > 2 * shipped["best"]["metrics"]["e2e_s"]["mean"]
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "validate"])
+def test_tables_that_are_not_there_are_named(command: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    words = (command, *(f"--measured={tmp_path}/runs" if "measured" in word else word for word in ONE[command]))
+    message = refused(*words, f"--profiles={tmp_path}/runs")
+    assert "is neither shipped nor silicon nor a folder of profile folders" in message
+    if find_spec("aiconfigurator_core") is None:
+        assert "pip install 'apex-opt[distill]'" in refused(*words, "--profiles=silicon")
+
+
+def test_distilling_tells_what_was_kept_and_at_what_error(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install -e '.[distill]'")
+    package = write_package(tmp_path / "package")
+    words = ("profile", "distill", f"--source={package}", f"--target={tmp_path}/out", "--gpu=a100-sxm")
+    document = json.loads(run(*words, "--format=json").out)
+    assert document["rows"] == sum(table["rows"] for table in document["tables"])
+    shown = run(*words)
+    assert shown.code == 0
+    gemm = next(table for table in document["tables"] if table["table"] == "gemm")
+    row = next(line for line in shown.out.splitlines() if line.startswith(f"{gemm['folder']} "))
+    assert f" {gemm['rows']} " in row
+    assert f"{gemm['lookup_error']['p95']:.1%}" in row
+    assert "distilling a100-sxm/vllm-0.14.0 ..." in shown.err
+    assert "did you mean" in refused(*words[:-1], "--gpu=a10-sxm")
+
+
+@pytest.mark.skipif(find_spec("torch") is not None, reason="torch is installed here")
+def test_measuring_without_torch_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    message = refused("profile", "collect", "--quick", f"--target={tmp_path}/out")
+    assert "measuring needs torch, which is not installed" in message
+    assert list(tmp_path.iterdir()) == []
+    assert "unknown operation 'gem'; did you mean gemm" in refused("profile", "collect", "--ops=gem")
+
+
+def test_a_fit_prints_sections_to_copy_and_writes_nothing(tmp_path: Path) -> None:
+    settings = EngineSettings(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=1024)
+    costs = CostModel(load_model("llama-3.1-8b"), load_cluster("h200-sxm"), settings, load_engine("vllm"))
+    trace = load_trace("static:n=4,prompt=200,output=12")
+    law = costs.plan_cost(parse_plan("tp1", load_model("llama-3.1-8b"))).laws[0]
+    (tmp_path / "h200-vllm-1").mkdir()
+    write_runs(tmp_path / "h200-vllm-1/x.json.gz", {"a": recorded(settings, law, trace)}, engine(settings))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    words = ("profile", "fit", f"--measured={tmp_path}")
+    ran = run(*words, "--format=json")
+    assert (ran.code, json.loads(ran.out)["runs"]) == (0, 1)
+    assert "fitting step_s ..." in ran.err
+    document = json.loads(ran.out)
+    assert list(tomllib.loads(document["engine_toml"])) == ["vllm"]
+    (board,) = document["boards"]
+    assert set(tomllib.loads(board["power_toml"])["power"]) == {*board["coefficients"], "source"}
+    table = run(*words).out
+    assert document["engine_toml"] in table
+    assert board["power_toml"] in table
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert refused(*words, "--engine=sglang") == "no run of engine sglang could be predicted: nothing to fit on"
+    assert "unknown engine 'vlm'; did you mean vllm" in refused(*words, "--engine=vlm")
+    assert "nowhere" in refused("profile", "fit", "--measured=nowhere")
+
+
 # ---- what cannot be ----------------------------------------------------------------------------------------------
 
 
@@ -258,11 +436,63 @@ def test_what_is_infeasible_exits_3_and_says_why_with_numbers(words: tuple[str, 
     assert "Traceback" not in table.err
 
 
+def test_energy_shows_what_is_saved_beside_the_plan_of_the_best_latency() -> None:
+    words = ("energy", *CHEAP)
+    document, table = run(*words, "--format=json"), run(*words)
+    assert (document.code, table.code) == (0, 0)
+    answer = json.loads(document.out)
+    best, beside = answer["best"], answer["beside"]
+    fastest = json.loads(run("plan", *CHEAP, "--format=json").out)["best"]
+    assert beside["best"]["plan"] == fastest["plan"]
+    assert beside["best"]["metrics"]["energy_j"] == fastest["metrics"]["energy_j"]
+    saving = 1 - best["metrics"]["energy_j"] / fastest["metrics"]["energy_j"]
+    assert beside["energy_saving"] == pytest.approx(saving)
+    assert saving > 0
+    assert f"{saving:.1%} less energy than the best {beside['objective']}" in table.out
+    assert fastest["plan"] in table.out
+    # The clock is chosen too: holding each plan at the GPU's own would cost more.
+    assert "clock=" in best["plan"]
+    held = json.loads(run("plan", *CHEAP, "--objective=energy", "--format=json").out)["best"]
+    assert best["metrics"]["energy_j"] < held["metrics"]["energy_j"]
+
+
+def test_what_energy_cannot_reach_is_infeasible() -> None:
+    ran = run("energy", *CHEAP, "--slo=ttft_p95<=1us", "--format=json")
+    assert ran.code == 3
+    assert json.loads(ran.out)["status"] == "infeasible"
+
+
 def test_a_request_that_the_cache_cannot_hold_is_infeasible_and_named() -> None:
     ran = run("plan", "--model=llama-3.1-70b", "--cluster=2xh100-sxm", "--trace=static:n=2,prompt=131000,output=60")
     assert ran.code == 3
     assert "KV cache of the longest request 21.5" in " ".join(ran.out.split())
     assert "Feasible would be: --weights=fp8" in " ".join(ran.out.split())
+
+
+def test_an_explanation_offers_options_that_then_have_a_plan() -> None:
+    asked = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=4,prompt=64,output=4")
+    late = "--slo=ttft_p95<=1us"
+    document = run("explain", *asked, late, "--format=json")
+    assert document.code == 3, document
+    found = json.loads(document.out)
+    assert [clash["of"] for clash in found["clashes"]] == [["ttft_p95<=1us"]]
+    (eased,) = [way for way in found["relaxations"] if list(way["options"]) == ["slo"]]
+    planned = run("plan", *asked, f"--slo={eased['options']['slo']}", "--format=json")
+    assert planned.code == 0, planned
+    assert json.loads(planned.out)["best"]["plan"] == eased["plan"]
+    table = run("explain", *asked, late)
+    assert table.code == 3
+    assert all(fact in " ".join(table.out.split()) for clash in found["clashes"] for fact in clash["facts"])
+
+
+def test_an_explanation_compares_a_plan_with_the_best_of_several_formats() -> None:
+    ran = run("explain", *CHEAP, "--weights=bf16,fp8", "--plan=dp2 fp8", "--format=json")
+    assert ran.code == 0, ran
+    found = json.loads(ran.out)
+    assert found["comparison"]["plan"] == "dp2 attn(tp1) ffn(tp1) fp8"
+    assert found["comparison"]["value"] >= found["objective"]["value"]
+    assert found["comparison"]["terms"]
+    assert "cannot read 'tp2?'" in refused("explain", *CHEAP, "--plan=tp2?")
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate"])
@@ -293,6 +523,71 @@ def test_a_plan_is_held_to_the_gpus_offered() -> None:
     assert "the plan takes 2 GPUs, 1 are offered" in ran.out
 
 
+# ---- measured runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a measured run, and a table with one row that can be predicted and one that cannot."""
+    folder = tmp_path_factory.mktemp("h200-vllm-0.20")
+    rows = [[0.0, 0.03, 0.13, 200, 21], [0.5, 0.52, 0.9, 50, 61]]
+    write_runs(
+        folder / "x.json.gz", {"a": {"requests": rows, "summary": {"energy_J": 300.0}}}, engine(EngineSettings())
+    )
+    values = ["r", "vllm", "llama-3.1-8b", "h200_sxm", "512", "64", "", "", "4", "1", "1", "1", "1", "1", "40", "6"]
+    lines = [",".join(SILICON_COLUMNS), ",".join(values), ",".join(["s", "tgi", *values[2:]])]
+    (folder / "agg.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_measured_runs_are_compared_and_counted(runs: Path) -> None:
+    ran = run("validate", f"--measured={runs}", "--format=json")
+    assert ran.code == 0, ran
+    document = json.loads(ran.out)
+    assert document["coverage"] == {
+        "predicted": 2,
+        "total": 3,
+        "supported": 3,
+        "reasons": {"engine not described": 1},
+    }
+    assert {row["name"] for row in document["rows"]} == {"x/a", "r", "s"}
+    assert document["summary"]["ttft_mean"]["n"] == 2
+    assert document["summary"]["energy"]["n"] == 1
+    table = run("validate", f"--measured={runs}")
+    assert table.code == 0
+    assert "2 of 3 measured runs predicted" in table.out
+    assert "engine not described" in table.out
+
+
+def test_measured_runs_of_which_none_can_be_predicted_are_no_success(runs: Path, tmp_path: Path) -> None:
+    lines = (runs / "agg.csv").read_text().splitlines()
+    (tmp_path / "agg.csv").write_text("\n".join([lines[0], lines[2]]))
+    ran = run("validate", f"--measured={tmp_path}", "--format=json")
+    assert ran.code == 3
+    assert json.loads(ran.out)["status"] == "nothing predicted"
+
+
+def test_a_plot_of_measured_runs_is_written(runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    ran = run("validate", f"--measured={runs}", f"--plot={tmp_path / 'a.png'}", "--limit=1")
+    assert ran.code == 0, ran
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "Runs (1 of 2, largest errors first)" in ran.out
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b broken", b"", b"{}"])
+def test_measured_runs_that_cannot_be_read_are_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json.gz").write_bytes(content)
+    assert str(tmp_path / "x.json.gz") in refused("validate", f"--measured={tmp_path / 'x.json.gz'}")
+
+
+def test_measured_runs_must_be_somewhere(tmp_path: Path) -> None:
+    assert "no such file or folder" in refused("validate", "--measured=~nobody/there")
+    assert "no such file or folder" in refused("validate", f"--measured={tmp_path / 'a.csv'}")
+    assert "holds no measured runs" in refused("validate", f"--measured={tmp_path}")
+    assert "needs --measured" in refused("validate")
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 NONSENSE = [
@@ -318,24 +613,29 @@ ACCEPTED = {
 }
 
 
+def others(command: str, name: str) -> tuple[str, ...]:
+    """What a command needs beside one of its options."""
+    return tuple(word for word in ONE[command] if not word.startswith(f"--{name}="))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("text", NONSENSE, ids=repr)
 def test_nonsense_for_any_option_is_refused_in_one_line(command: str, text: str) -> None:
     for option in COMMANDS[command].options:
         if (option.name, text) not in ACCEPTED:
-            message = refused(command, *ONE[command][: option.name != "plan"], f"--{option.name}={text}")
+            message = refused(*command.split(), *others(command, option.name), f"--{option.name}={text}")
             assert len(message) < 1100
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_needs_its_value_and_comes_once(command: str) -> None:
     for option in COMMANDS[command].options:
-        rest = ONE[command][: option.name != "plan"]
+        rest = others(command, option.name)
         if option.kind is not bool:
             for words in ((f"--{option.name}",), (f"--{option.name}", "--debug=false")):
-                assert f"--{option.name}: needs a value" in refused(command, *rest, *words)
+                assert f"--{option.name}: needs a value" in refused(*command.split(), *rest, *words)
         twice = (f"--{option.name}=false", f"--{option.name}=false")
-        assert f"--{option.name}: given twice" in refused(command, *rest, *twice)
+        assert f"--{option.name}: given twice" in refused(*command.split(), *rest, *twice)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -345,7 +645,7 @@ def test_every_option_needs_its_value_and_comes_once(command: str) -> None:
     ids=" ".join,
 )
 def test_words_that_belong_to_nothing_are_refused(command: str, words: tuple[str, ...]) -> None:
-    message = refused(command, *ONE[command], *words)
+    message = refused(*command.split(), *ONE[command], *words)
     assert words[0].partition("=")[0] in message
 
 
@@ -442,7 +742,7 @@ def test_no_words_get_past_the_parser_unchecked(command: str, words: list[str]) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(solve, "RUNNERS", dict.fromkeys(COMMANDS, note))
-        ran = run(command, *words)
+        ran = run(*(command.split() if command in COMMANDS else [command]), *words)
     assert ran.code in (0, 2)
     if ran.code == 2:
         # With --debug a traceback stands before the line.
@@ -499,7 +799,7 @@ def test_no_text_makes_a_question_fail_unnamed(given: dict[str, None], data: st.
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option_and_nothing_else(command: str) -> None:
-    ran = run(command, "--help")
+    ran = run(*command.split(), "--help")
     assert (ran.code, ran.err) == (0, "")
     text = " ".join(ran.out.split())
     for option in COMMANDS[command].options:
@@ -513,8 +813,15 @@ def test_help_explains_every_option_and_nothing_else(command: str) -> None:
 def test_help_lists_the_commands() -> None:
     ran = run("--help")
     assert (ran.code, ran.err) == (0, "")
-    for name, command in COMMANDS.items():
-        assert re.search(rf"\n +{name}\n +{re.escape(command.summary)}", ran.out)
+    flat = " ".join(ran.out.split())
+    for name, command in {**COMMANDS, **GROUPS}.items():
+        if " " not in name:
+            assert f" {name} {command.summary}" in flat
+    for name in GROUPS:
+        shown = " ".join(run(name, "--help").out.split())
+        members = {key.split()[1]: command for key, command in COMMANDS.items() if key.startswith(f"{name} ")}
+        assert all(f" {member} {command.summary}" in shown for member, command in members.items())
+        assert run(name).out == run("help", name).out == run(name, "--help").out
     assert run().out == run("-h").out == run("help").out == ran.out
 
 
@@ -546,7 +853,7 @@ def test_short_names_in_the_help_work() -> None:
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys, time; start = time.perf_counter(); import solve\n"
-        "for words in (['--help'], ['plan', '--help'], ['plan', '--bogus']):\n"
+        "for words in (['--help'], ['plan', '--help'], ['plan', '--bogus'], ['profile'], ['profile', 'import']):\n"
         "    try: solve.main(words)\n"
         "    except SystemExit: pass\n"
         "heavy = {'numba', 'ortools', 'pandas', 'rich', 'numpy', 'networkx'}\n"

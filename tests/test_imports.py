@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.plan",),
     ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles"),
     ("apex_opt.cost",),
-    ("apex_opt.search",),
+    ("apex_opt.search", "apex_opt.measured"),
     ("apex_opt.options",),
     ("apex_opt.ask",),
     ("apex_opt.report",),
@@ -119,7 +119,12 @@ def test_programs_see_the_domain_and_the_oracle_and_nothing_above(path: Path) ->
 
 @pytest.mark.parametrize("path", [*files("apex_opt"), *files("formulations")], ids=module_of)
 def test_compilers_and_solvers_are_imported_where_they_are_used(path: Path) -> None:
-    owners = {"numba": "apex_opt.simulator.kernel", "ortools": "formulations."}
+    owners = {
+        "numba": "apex_opt.simulator.kernel",
+        "ortools": "formulations.",
+        "pyarrow": "apex_opt.profiles.sources.",
+        **dict.fromkeys(("torch", "vllm", "pynvml"), "apex_opt.profiles.collect.torch_"),
+    }
     for name in imports(path):
         owner = owners.get(name.split(".")[0])
         assert owner is None or module_of(path).startswith(owner), f"{module_of(path)} imports {name}"
@@ -138,8 +143,29 @@ def loaded_by(statement: str) -> set[str]:
     "statement", ["import solve", "import apex_opt", "from apex_opt import ir, cluster, workload, plan, errors"]
 )
 def test_the_command_line_starts_without_compiler_solver_and_tables(statement: str) -> None:
-    assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "networkx"}
+    assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "networkx", "matplotlib"}
 
 
 def test_costing_and_searching_do_not_load_the_compiler_before_they_simulate() -> None:
-    assert not loaded_by("import apex_opt.search, apex_opt.evaluate") & {"numba", "ortools", "pandas", "rich"}
+    statement = "import apex_opt.search, apex_opt.evaluate, apex_opt.measured"
+    assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "matplotlib"}
+
+
+def test_what_reads_measurements_knows_nothing_of_the_search() -> None:
+    for path in files("apex_opt/measured"):
+        assert not ours(path, "apex_opt.search"), path
+
+
+def test_the_plot_alone_imports_the_plotting_library() -> None:
+    for path in [*files("apex_opt"), *files("formulations"), ROOT / "solve.py"]:
+        assert path.name == "validation_plot.py" or not any(
+            name.split(".")[0] == "matplotlib" for name in imports(path)
+        ), path
+
+
+def test_reading_and_making_profiles_loads_no_package_that_only_some_of_them_need() -> None:
+    statement = (
+        "import apex_opt.profiles.importers, apex_opt.profiles.collect.torch_machine, apex_opt.profiles.inventory"
+    )
+    loaded = loaded_by(f"{statement}, apex_opt.profiles.distill.command")
+    assert not loaded & {"torch", "vllm", "pynvml", "pyarrow", "pandas", "rich", "numba", "ortools"}

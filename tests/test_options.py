@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import tomllib
 from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.ask import Options
+from apex_opt.ask import EXPERT_ROUTINGS, ROUTINGS, Options
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.options import COMMANDS, LONGEST_TEXT, REQUIRED, arranged, checked, method, wrapped
+from apex_opt.ir import FORMATS, KV_BYTES
+from apex_opt.options import COMMANDS, GROUPS, LONGEST_TEXT, REQUIRED, arranged, checked, group, method, wrapped
+from apex_opt.units import DATA_ROOT
 
 PLAN = COMMANDS["plan"]
 NUMBERS = [option for option in PLAN.options if option.kind in (int, float)]
@@ -204,7 +208,7 @@ def test_help_is_shown_wherever_it_is_asked_for(words: list[str]) -> None:
     ("words", "message"),
     [
         (["plna"], "unknown command 'plna'; did you mean plan"),
-        (["_run"], "unknown command '_run'; known: clusters, models, plan, simulate, traces"),
+        (["_run"], f"unknown command '_run'; known: {', '.join(sorted({n.split()[0] for n in COMMANDS}))}; see"),
         (["__class__"], "unknown command '__class__'"),
         (["Plan"], "unknown command 'Plan'; did you mean plan"),
         (["plna", "--help"], "unknown command 'plna'"),
@@ -236,6 +240,16 @@ def test_help_is_shown_wherever_it_is_asked_for(words: list[str]) -> None:
         (["plan", "--top"], "--top: needs a value, such as --top=8"),
         (["simulate"], "simulate: needs --plan; see solve.py simulate --help"),
         (["simulate", "--model=x"], "simulate: needs --plan"),
+        (["profile", "shwo"], "unknown command of profile 'shwo'; did you mean show?; see solve.py profile --help"),
+        (["profile", "plan"], "unknown command of profile 'plan'"),
+        (["profile", "show --gpu=x"], "unknown command of profile 'show --gpu=x'"),
+        (["show"], "unknown command 'show'"),
+        (["profile show"], "unknown command 'profile show'; did you mean profile"),
+        (["profile", "--gpu=x", "show"], "'--gpu=x' stands before the command; write solve.py profile show --name"),
+        (["--gpu=x", "profile", "show"], "'--gpu=x' stands before the command; write solve.py profile --name=value"),
+        (["profile", "show", "all"], "profile show: 'all' belongs to no option"),
+        (["profile", "show", "--model=x"], "unknown option of profile show '--model'"),
+        (["profile", "import", "--kind=apex"], "profile import: needs --source; see solve.py profile import --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -245,9 +259,56 @@ def test_words_that_make_no_sense_are_named(words: list[str], message: str) -> N
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("words", [["profile"], ["profile", "--help"], ["help", "profile"], ["profile", "-h"]])
+def test_a_first_word_alone_shows_what_may_follow(words: list[str]) -> None:
+    assert arranged(words) == ["profile", "--", "--help"]
+
+
+@pytest.mark.parametrize(
+    "words", [["profile", "show", "-h"], ["--help", "profile", "show"], ["help", "profile", "show"]]
+)
+def test_commands_of_two_words_have_help_of_their_own(words: list[str]) -> None:
+    assert arranged(words) == ["profile", "show", "--", "--help"]
+
+
+def test_commands_of_two_words_take_options_as_others_do() -> None:
+    assert arranged(["profile", "show", "-g", "l40s", "--format=json"]) == [
+        "profile",
+        "show",
+        "--gpu='l40s'",
+        "--format='json'",
+    ]
+    shown = group("profile")
+    request = shown.show(gpu="l40s")
+    assert (request.command, request.options["gpu"], request.options["format"]) == ("profile show", "l40s", "table")
+    with pytest.raises(UsageError, match="profile import: needs --kind"):
+        getattr(shown, "import")()
+
+
+def test_every_group_has_commands_and_every_second_word_a_group() -> None:
+    assert {name.split()[0] for name in COMMANDS if " " in name} == set(GROUPS)
+    assert not set(GROUPS) & set(COMMANDS)
+    for name in GROUPS:
+        members = {command.split()[1] for command in COMMANDS if command.startswith(f"{name} ")}
+        assert {member for member in dir(group(name)) if not member.startswith("_")} == members
+        assert inspect.getdoc(group(name)).startswith(GROUPS[name].summary)
+
+
 def test_help_is_broken_at_its_own_indentation() -> None:
     text = "NAME\n\n        " + "word " * 40
     lines = wrapped(text).splitlines()
     assert lines[:2] == ["NAME", ""]
     assert all(line.startswith("        word") and len(line) <= 80 for line in lines[2:])
     assert " ".join(lines[2:]).split() == ["word"] * 40
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_help_names_every_number_format_engine_and_routing_there_is(command: str) -> None:
+    def words(name: str) -> set[str]:
+        return set(re.findall(r"[\w.-]*\w", COMMANDS[command].option(name).text))
+
+    assert set(FORMATS) <= words("weights")
+    assert set(KV_BYTES) <= words("kv")
+    assert set(tomllib.loads((DATA_ROOT / "profiles" / "engines.toml").read_text())) <= words("engine")
+    assert COMMANDS[command].option("expert_routing").choices == EXPERT_ROUTINGS
+    assert COMMANDS[command].option("routing").choices == ROUTINGS

@@ -9,11 +9,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from apex_opt.errors import ApexError
 from apex_opt.options import COMMANDS, arranged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +25,10 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(kind, body) for kind, body in FENCE.findall(README)]
 
 PLAN_LINE = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python solve.py plan"
+MEASURED = ROOT.parent / "shared" / "measured"
+SETS = {"H200": "h200-vllm-0.20.2", "8 H100": "apex-8xh100.csv", "closed loops": "silicon/agg_dev.csv"}
+FIGURES = {"TTFT": "ttft_mean", "TPOT": "tpot_mean", "ITL": "itl_mean", "E2E": "e2e_mean", "energy": "energy"}
+
 TEST_LINE = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
 
 
@@ -67,10 +75,14 @@ def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
         if kind == "toml":
             (tmp_path / "h100-nvl.toml").write_text(body, encoding="utf-8")
     assert "h100-nvl.toml" in README
+    if "runs" in words:
+        if not MEASURED.is_dir():
+            pytest.skip(f"no measured runs in {MEASURED}")
+        (tmp_path / "runs").symlink_to(MEASURED / "h200-vllm-0.20.2")
     done = _solve(words, tmp_path)
-    # One of them shows what is said where nothing fits.
+    # Two of them show what is said where nothing fits.
     assert done.returncode in (0, 3), done.stderr
-    assert (done.returncode == 3) == (words == ["plan", "--cluster", "1xh100-sxm"])
+    assert (done.returncode == 3) == (words[1:] == ["--cluster", "1xh100-sxm"])
 
 
 def test_the_accelerator_described_is_the_one_that_is_used(tmp_path: Path) -> None:
@@ -97,6 +109,35 @@ def test_the_run_shown_gives_the_plans_and_the_certificate_shown() -> None:
     (text,) = [" ".join(body.split()) for _, body in BLOCKS if body.startswith("Certificate")]
     assert f"{certificate['space']:,} plans in the space" in text
     assert f"{certificate['simulated']:,} simulated" in text
+
+
+def _errors(label: str, figures: Iterable[str], summary: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Rows of a table of errors as the README has them."""
+    rows = []
+    for figure in figures:
+        error = summary[FIGURES[figure]]
+        numbers = f"{error['mean_ape_pct']:.1f}% | {error['median_ape_pct']:.1f}% | {error['bias_pct']:+.1f}%"
+        rows.append(f"| {label} | {figure} | {numbers} | {error['n']:,} |")
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize("name", SETS)
+def test_the_errors_shown_are_those_that_validate_finds(name: str) -> None:
+    path = MEASURED / SETS[name]
+    if not path.exists():
+        pytest.skip(f"no measured runs in {path}")
+    shown = re.findall(rf"^\| {name} \| (\w+) \|", README, re.MULTILINE)
+    assert len(shown) >= 2
+    document = json.loads(_solve(["validate", "--measured", str(path), "--format", "json"]).stdout)
+    for row in _errors(name, shown, document["summary"]):
+        assert row in README
+    for engine, summary in document["summary_by"]["engine"].items() if name == "closed loops" else ():
+        for row in _errors(f"`{engine}`", ("TTFT", "TPOT"), summary):
+            assert row in README
+    covered = document["coverage"]
+    assert f"{covered['predicted']:,} of {covered['total']:,}" in README
 
 
 def test_every_option_named_exists_and_every_option_is_named() -> None:

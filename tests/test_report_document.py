@@ -24,7 +24,7 @@ def scored(plan: str = "tp2", **given: Any) -> tuple[Question, Answer]:
 
 
 def test_a_document_has_everything_an_answer_depends_on() -> None:
-    question, answer = scored(slo="ttft_p95<=1s")
+    question, answer = scored(slo="ttft_p95<=1s", expert_routing="skewed")
     document = answer_document("simulate", question, answer, {"gemm": "measured"})
     assert list(document) == [
         "command",
@@ -43,6 +43,11 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
     assert set(document["certificate"]) >= {"space", "infeasible", "bounded", "simulated", "optimal", "gap"}
     assert document["provenance"] == {"gemm": "measured"}
     assert document["question"]["trace"]["requests"] == 4
+    assert document["question"]["engine"]["name"] == "vllm"
+    assert (document["question"]["engine"]["routing"], document["question"]["engine"]["expert_routing"]) == (
+        "round_robin",
+        "skewed",
+    )
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 
 
@@ -125,6 +130,7 @@ def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:
     row = cluster_row(question.cluster)
     assert (row["gpu"], row["gpus"], row["cluster"]) == ("h200-sxm-141gb", 2, "2xh200-sxm")
     assert row["profile"].startswith("measured")
+    assert (row["bf16_flops_per_s"], row["fp8_flops_per_s"], row["fp4_flops_per_s"]) == (989e12, 1979e12, None)
     assert row["sources"]
     assert trace_row(question.trace, "Four")["title"] == "Four"
     assert trace_row(question.trace, "Four")["requests"] == 4

@@ -68,6 +68,7 @@ DOCUMENT: dict[str, Any] = {
         "infeasible": {"divisibility": 26, "format": 0, "memory": 40},
         "bounded": 1049,
         "simulated": 16,
+        "left": 0,
         "cut_short": 3,
         "missed": 2,
         "optimal": True,
@@ -291,6 +292,7 @@ def test_lists_have_a_row_for_each_thing_named() -> None:
         "bf16_flops_per_s": None,
         "fp16_flops_per_s": 1.12e14,
         "fp8_flops_per_s": None,
+        "fp4_flops_per_s": None,
         "tdp_w": 1000,
         "link": "pcie",
         "link_bytes_per_s": 16e9,
@@ -298,7 +300,10 @@ def test_lists_have_a_row_for_each_thing_named() -> None:
     }
     text = rendered({"status": "ok", "clusters": [cluster], "version": "0"})
     row = " ".join(text.splitlines()[2].split())
-    assert row == "v 8xv 16 GiB 0.90 TB/s 112 TFLOP/s - 1,000 W pcie 16 GB/s derived"
+    assert text.split("\n")[0].split() == (
+        ["GPU", "one", "node", "memory", "TB/s", "16-bit", "TFLOPS", "fp8", "fp4", "limit", "link", "figures"]
+    )
+    assert row == "v 8xv 16 GiB 0.90 112 - - 1,000 W pcie 16 GB/s derived"
 
 
 def test_titles_of_traces_wrap_rather_than_vanish(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from apex_opt import __version__
+from apex_opt.cluster import DTYPES
 from apex_opt.search import judged
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def answer_document(
     """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules."""
     objective = question.objective
     best = answer.best
-    return _cleaned(
+    return cleaned(
         {
             "command": command,
             "status": answer.status,
@@ -43,6 +44,20 @@ def answer_document(
             "version": __version__,
         }
     )
+
+
+def beside(document: Document, question: Question, answer: Answer) -> Document:
+    """An answer on energy with the plan that another question prefers, and the share of its energy that is saved."""
+    best, other = document["best"], answer.best
+    assert other is not None
+    return document | {
+        "beside": {
+            "objective": question.objective.name,
+            "best": cleaned(_candidate(question, other)),
+            "certificate": asdict(answer.certificate),
+            "energy_saving": 1 - best["metrics"]["energy_j"] / other.usage.energy_j,
+        }
+    }
 
 
 def _candidate(question: Question, candidate: Candidate) -> Document:
@@ -107,7 +122,12 @@ def _question(question: Question) -> Document:
         "slo": [slo.text for slo in question.slos],
         "weights": list(question.weight_formats),
         "kv": list(question.kv_formats),
-        "engine": {"name": question.overhead.name, **settings, "routing": question.routing},
+        "engine": {
+            "name": question.overhead.name,
+            **settings,
+            "routing": question.routing,
+            "expert_routing": question.expert_routing,
+        },
     }
 
 
@@ -137,7 +157,7 @@ def cluster_row(cluster: Cluster) -> Document:
         "gpus": cluster.size,
         "memory_bytes": gpu.memory_bytes,
         "memory_bytes_per_s": gpu.memory_bytes_per_s,
-        **{f"{dtype}_flops_per_s": flops.get(dtype) for dtype in ("bf16", "fp16", "fp8")},
+        **{f"{dtype}_flops_per_s": flops.get(dtype) for dtype in DTYPES},
         "tdp_w": gpu.tdp_w,
         "idle_w": gpu.idle_w,
         "link": cluster.intra.kind,
@@ -154,10 +174,10 @@ def trace_row(trace: Trace, title: str) -> Document:
 
 def listing_document(kind: str, rows: list[Document]) -> Document:
     """A list of what can be named."""
-    return _cleaned({"status": "ok", kind: rows, "version": __version__})
+    return cleaned({"status": "ok", kind: rows, "version": __version__})
 
 
-def _cleaned(document: Document) -> Document:
+def cleaned(document: Document) -> Document:
     return {key: _clean(value) for key, value in document.items()}
 
 

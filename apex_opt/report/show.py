@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from apex_opt.report.document import Document
 
 
-def show(document: Document, form: str) -> None:
+def show(document: Document, form: str, limit: int = 0) -> None:
     """Print a document, whole, as "json" or as a "table".
+
+    Parameters
+    ----------
+    document, form
+    limit : int    runs in the table of `validate`
 
     Raises
     ------
@@ -23,6 +28,22 @@ def show(document: Document, form: str) -> None:
         import json
 
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    elif document.get("command") == "validate":
+        from apex_opt.report.validation_tables import validation_page
+
+        text = validation_page(document, limit)
+    elif document.get("command") == "capacity":
+        from apex_opt.report.capacity import capacity_page
+
+        text = capacity_page(document)
+    elif document.get("command") == "explain":
+        from apex_opt.report.explain import explanation_page
+
+        text = explanation_page(document)
+    elif document.get("command", "").startswith("profile "):
+        from apex_opt.report.profile_tables import profile_page
+
+        text = profile_page(document)
     else:
         from apex_opt.report.tables import rendered
 

@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from io import StringIO
 from typing import TYPE_CHECKING, Final
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
+from apex_opt.report.layout import count, page, seconds, table
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
 
     from apex_opt.report.document import Document
 
     Column = tuple[str, Callable[[Document], str]]
 
-_PIPE_WIDTH: Final = 120
 _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
-_RULE: Final = SIMPLE_HEAD.head_row_horizontal
 _LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
 def rendered(document: Document) -> str:
-    """A document as text for the terminal that stdout is, or for a pipe: 120 columns wide, or as COLUMNS says."""
-    terminal = sys.stdout.isatty()
-    columns = os.environ.get("COLUMNS", "")
-    width = Console().width if terminal or columns.isdecimal() else _PIPE_WIDTH
-    page = StringIO()
-    console = Console(
-        file=page,
-        width=max(width, 40),
-        force_terminal=terminal,
-        color_system="auto" if terminal else None,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    if "certificate" in document:
-        _answer(console, document)
-    else:
-        _listing(console, document)
-    text = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
-    return text if (sys.stdout.encoding or "").lower().startswith("utf") else text.replace(_RULE, "-")
+    """A document as text, as wide as `apex_opt.report.layout.page` makes it."""
+    return page(lambda console: (_answer if "certificate" in document else _listing)(console, document))
 
 
 def _answer(console: Console, document: Document) -> None:
@@ -61,22 +37,42 @@ def _answer(console: Console, document: Document) -> None:
             (question["model"]["name"], "bold"),
             f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
             (question["cluster"]["name"], "bold"),
-            f", trace {trace['name']} ({_count(trace['requests'], 'request')}, {load})",
+            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {load})",
         )
     )
     if best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
-        word = "best plan" if document["command"] == "plan" else "plan as given"
+        word = "plan as given" if document["command"] == "simulate" else "best plan"
         aim = f"{objective['name']} = {_amount(objective['value'], objective['unit'])}"
-        text = f" on {_count(best['gpus'], 'GPU')}, {aim}\n"
+        text = f" on {count(best['gpus'], 'GPU')}, {aim}\n"
         console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
         if len(document["candidates"]) > 1:
             _candidates(console, document)
+        if "beside" in document:
+            _beside(console, document)
         _best(console, best)
     _certificate(console, document)
     if best is not None:
-        _table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+
+
+def _beside(console: Console, document: Document) -> None:
+    """The plan with the least energy against the one with the best latency."""
+    other = document["beside"]
+    rows = [
+        (
+            aim,
+            plan["plan"],
+            str(plan["gpus"]),
+            f"{plan['metrics']['energy_j'] / 1e3:,.1f}",
+            *(seconds(plan["metrics"][f"{name}_s"]["p95"]) for name in ("ttft", "tpot", "e2e")),
+        )
+        for aim, plan in (("energy", document["best"]), (other["objective"], other["best"]))
+    ]
+    head = ("best for", "plan", "GPUs", "kJ", "TTFT p95", "TPOT p95", "E2E p95")
+    title = f"{other['energy_saving']:.1%} less energy than the best {other['objective']}"
+    table(console, title, head, rows, left={0, 1})
 
 
 def _candidates(console: Console, document: Document) -> None:
@@ -85,9 +81,9 @@ def _candidates(console: Console, document: Document) -> None:
         ("plan", lambda c: c["plan"]),
         ("GPUs", lambda c: str(c["gpus"])),
         (objective["name"], lambda c: _amount(c["value"], objective["unit"])),
-        ("TTFT p95", lambda c: _seconds(c["metrics"]["ttft_s"]["p95"])),
-        ("TPOT p95", lambda c: _seconds(c["metrics"]["tpot_s"]["p95"])),
-        ("E2E p95", lambda c: _seconds(c["metrics"]["e2e_s"]["p95"])),
+        ("TTFT p95", lambda c: seconds(c["metrics"]["ttft_s"]["p95"])),
+        ("TPOT p95", lambda c: seconds(c["metrics"]["tpot_s"]["p95"])),
+        ("E2E p95", lambda c: seconds(c["metrics"]["e2e_s"]["p95"])),
         ("req/s", lambda c: f"{c['metrics']['throughput_rps']:.2f}"),
         ("kJ", lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}"),
         ("MFU", lambda c: f"{c['metrics']['mfu']:.1%}"),
@@ -97,14 +93,14 @@ def _candidates(console: Console, document: Document) -> None:
         (str(rank), *(read(candidate) for _, read in columns))
         for rank, candidate in enumerate(document["candidates"], 1)
     ]
-    _table(console, "Candidates", ("#", *(head for head, _ in columns)), rows, left={1}, kept=4)
+    table(console, "Candidates", ("#", *(head for head, _ in columns)), rows, left={1}, kept=4)
 
 
 def _best(console: Console, best: Document) -> None:
     metrics = best["metrics"]
     heads = tuple(metrics["ttft_s"])
-    rows = [(name, *(_seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items()]
-    _table(console, "Latency", ("", *heads), rows, left={0})
+    rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items()]
+    table(console, "Latency", ("", *heads), rows, left={0})
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
         for text, slo in metrics["slo"].items()
@@ -115,16 +111,16 @@ def _best(console: Console, best: Document) -> None:
             f"{metrics['throughput_rps']:.3f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s, "
             f"{metrics['total_tokens_per_s']:,.0f} tokens/s in all",
         ),
-        ("makespan", _seconds(metrics["makespan_s"])),
+        ("makespan", seconds(metrics["makespan_s"])),
         (
             "energy",
             f"{metrics['energy_j'] / 1e3:,.1f} kJ, of which {metrics['idle_energy_j'] / 1e3:,.1f} kJ idle draw; "
             f"{metrics['energy_per_output_token_j']:.2f} J per output token; {metrics['mean_power_w']:,.0f} W mean",
         ),
         ("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}"),
-        ("batches", f"{metrics['batches']:,}, {_count(metrics['preemptions'], 'preemption')}"),
+        ("batches", f"{metrics['batches']:,}, {count(metrics['preemptions'], 'preemption')}"),
     ]
-    _table(console, "Service", ("", ""), facts, left={0, 1})
+    table(console, "Service", ("", ""), facts, left={0, 1})
     _memory(console, best["memory"])
     _operations(console, metrics["operations_s"])
 
@@ -134,7 +130,7 @@ def _reached(text: str, slo: Document) -> str:
     if text.startswith("throughput"):
         return f"{slo['reached']:.3f} requests/s"
     share = f"{slo['attainment']:.1%} of requests within"
-    return share if "@" in text else f"{_seconds(slo['reached'])} reached, {share}"
+    return share if "@" in text else f"{seconds(slo['reached'])} reached, {share}"
 
 
 def _memory(console: Console, stages: Sequence[Document]) -> None:
@@ -150,19 +146,19 @@ def _memory(console: Console, stages: Sequence[Document]) -> None:
         )
         for stage, part in enumerate(stages)
     ]
-    _table(console, "Memory per GPU, GB", heads, rows)
+    table(console, "Memory per GPU, GB", heads, rows)
 
 
-def _operations(console: Console, seconds: Document) -> None:
+def _operations(console: Console, operations: Document) -> None:
     """Time by operation, longest first; what is too short to list together; idle last and always."""
-    total = sum(seconds.values()) or 1.0
-    busy = [item for item in seconds.items() if item[0] != "idle"]
+    total = sum(operations.values()) or 1.0
+    busy = [item for item in operations.items() if item[0] != "idle"]
     shown = busy[:_OPERATIONS_SHOWN]
     if len(busy) > len(shown):
         shown.append(("other", sum(spent for _, spent in busy[len(shown) :])))
-    shown.append(("idle", seconds["idle"]))
-    rows = [(name, _seconds(spent), f"{spent / total:.1%}", "#" * round(_BAR * spent / total)) for name, spent in shown]
-    _table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3})
+    shown.append(("idle", operations["idle"]))
+    rows = [(name, seconds(spent), f"{spent / total:.1%}", "#" * round(_BAR * spent / total)) for name, spent in shown]
+    table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3})
 
 
 def _in_brackets(*facts: str) -> str:
@@ -176,7 +172,7 @@ def _certificate(console: Console, document: Document) -> None:
         return
     lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
-        f"{_count(certificate['space'], 'plan')} in the space",
+        f"{count(certificate['space'], 'plan')} in the space",
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound",
         f"{certificate['simulated']:,} simulated"
@@ -185,6 +181,8 @@ def _certificate(console: Console, document: Document) -> None:
             f"{certificate['missed']:,} missed an SLO" if certificate["missed"] else "",
         ),
     ]
+    if certificate["left"]:
+        parts.append(f"{certificate['left']:,} left when the time was up")
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
     console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(parts)}: {proof}{gap}.\n"))
@@ -194,7 +192,7 @@ def _listing(console: Console, document: Document) -> None:
     kind = next(key for key in document if key not in ("status", "version"))
     columns = _LISTINGS[kind]
     rows = [tuple(read(row) for _, read in columns) for row in document[kind]]
-    _table(
+    table(
         console,
         "",
         [head for head, _ in columns],
@@ -220,9 +218,10 @@ _LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
         ("GPU", lambda r: r["gpu"]),
         ("one node", lambda r: r["cluster"]),
         ("memory", lambda r: f"{r['memory_bytes'] / GIB:.0f} GiB"),
-        ("bandwidth", lambda r: f"{r['memory_bytes_per_s'] / TERA:.2f} TB/s"),
-        ("16 bit", lambda r: _tflops(r["bf16_flops_per_s"] or r["fp16_flops_per_s"])),
+        ("TB/s", lambda r: f"{r['memory_bytes_per_s'] / TERA:.2f}"),
+        ("16-bit TFLOPS", lambda r: _tflops(r["bf16_flops_per_s"] or r["fp16_flops_per_s"])),
         ("fp8", lambda r: _tflops(r["fp8_flops_per_s"])),
+        ("fp4", lambda r: _tflops(r["fp4_flops_per_s"])),
         ("limit", lambda r: f"{r['tdp_w']:,.0f} W"),
         ("link", lambda r: f"{r['link']} {r['link_bytes_per_s'] / GB:,.0f} GB/s"),
         ("figures", lambda r: r["profile"].split()[0]),
@@ -239,68 +238,12 @@ _LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
 }
 
 
-def _table(
-    console: Console,
-    title: str,
-    heads: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    left: set[int] | None = None,
-    kept: int | None = None,
-) -> None:
-    """One table. Where `kept` is given and the console too narrow, columns after so many are dropped, and named."""
-    cells = list(rows)
-    shown = len(heads)
-    table = _built(title, heads, cells, left or set())
-    wide = console.options.update(max_width=10_000)
-    while kept is not None and shown > kept and Measurement.get(console, wide, table).maximum > console.width:
-        shown -= 1
-        table = _built(title, heads[:shown], [row[:shown] for row in cells], left or set())
-    console.print(table)
-    if shown < len(heads):
-        console.print(Text(f"left out for lack of width: {', '.join(heads[shown:])}", "dim"))
-    console.print()
-
-
-def _built(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: set[int]) -> Table:
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_header=any(heads),
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index in left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _seconds(value: float | None) -> str:
-    """A duration with the unit that suits it."""
-    if value is None:
-        return "-"
-    if value < 1e-3:
-        return f"{value * 1e6:.1f} us"
-    if value < 1:
-        return f"{value * 1e3:.1f} ms"
-    return f"{value:.2f} s" if value < 1e4 else f"{value:,.0f} s"
-
-
 def _amount(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
     if unit == "s":
-        return _seconds(value)
+        return seconds(value)
     return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _rate(value: float | None) -> str:
@@ -308,4 +251,4 @@ def _rate(value: float | None) -> str:
 
 
 def _tflops(value: float | None) -> str:
-    return "-" if value is None else f"{value / TERA:,.0f} TFLOP/s"
+    return "-" if value is None else f"{value / TERA:,.0f}"

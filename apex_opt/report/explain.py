@@ -1,0 +1,196 @@
+"""Explanations as plain data and as a page: why there is no plan, what would give one, why a plan loses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from rich.padding import Padding
+from rich.text import Text
+
+from apex_opt.report.document import answer_document, cleaned
+from apex_opt.report.layout import count, page, seconds, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from apex_opt.report.document import Document
+    from apex_opt.search import Question
+    from apex_opt.search.explain import Comparison, Explanation, Relaxation
+
+_TERMS_SHOWN: Final = 12
+_PROOFS: Final = {
+    "constraints": "by the constraints, before anything is simulated",
+    "bound": "by a lower bound of every plan",
+    "simulation": "by simulating the plans",
+}
+
+
+def explanation_document(question: Question, found: Explanation, provenance: dict[str, str]) -> Document:
+    """An explanation and the answer it is of; seconds, joules, requests per second."""
+    document = answer_document("explain", question, found.answer, provenance)
+    added = {
+        "clashes": [
+            {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts)} for clash in found.clashes
+        ],
+        "relaxations": [_relaxation(relaxation) for relaxation in found.relaxations],
+        "tried_for_nothing": list(found.failed),
+        "comparison": None if found.comparison is None else _comparison(question, found.comparison),
+    }
+    return cleaned(document | added)
+
+
+def _relaxation(relaxation: Relaxation) -> Document:
+    return {
+        "options": relaxation.options,
+        "text": relaxation.text,
+        "more_gpus": relaxation.more_gpus,
+        "plan": str(relaxation.plan),
+        "gpus": relaxation.plan.devices,
+        "value": relaxation.value,
+    }
+
+
+def _comparison(question: Question, comparison: Comparison) -> Document:
+    one = comparison.candidate
+    return {
+        "plan": str(comparison.plan),
+        "gpus": comparison.plan.devices,
+        "value": None if one is None else one.value,
+        "meets_slos": None if one is None else one.meets_slos,
+        "reason": comparison.reason,
+        "preemptions": None if one is None else one.preemptions,
+        "batches": None if one is None else one.batches,
+        "makespan_s": None if one is None else one.metrics.makespan_s,
+        "terms": [
+            {
+                "part": term.part,
+                "name": term.name,
+                "unit": term.unit,
+                "plan": term.plan,
+                "best": term.best,
+                "difference": term.difference,
+                "share": term.share,
+            }
+            for term in comparison.terms
+        ],
+    }
+
+
+def explanation_page(document: Document) -> str:
+    """The same for people."""
+    return page(lambda console: _page(console, document))
+
+
+def _page(console: Console, document: Document) -> None:
+    asked = document["question"]
+    console.print(
+        Text.assemble(
+            (asked["model"]["name"], "bold"),
+            " on ",
+            (f"{asked['cluster']['offered']} x {asked['cluster']['gpu']}", "bold"),
+            f", weights {' or '.join(asked['weights'])}, trace {asked['trace']['name']}"
+            + "".join(f", {goal}" for goal in asked["slo"]),
+        )
+    )
+    if document["best"] is None:
+        _why_not(console, document)
+    else:
+        best, unit = document["best"], document["objective"]["unit"]
+        plan = (best["plan"], "bold green")
+        value = f"{document['objective']['name']} = {_amount(best['value'], unit)}"
+        console.print(
+            Text.assemble("feasible: the best plan is ", plan, f" on {count(best['gpus'], 'GPU')}, {value}\n")
+        )
+    if document["comparison"] is not None:
+        _compared(console, document)
+
+
+def _why_not(console: Console, document: Document) -> None:
+    console.print()
+    for clash in document["clashes"]:
+        names = (" and ".join(clash["of"]), "bold")
+        more = "together, though without any one of them one does" if len(clash["of"]) > 1 else "it"
+        proof = f": no plan satisfies {more}, shown {_PROOFS[clash['proof']]}."
+        console.print(Text.assemble(("infeasible", "bold red"), ", ", names, proof))
+        for fact in clash["facts"]:
+            console.print(Padding(Text(f"{fact}."), (0, 0, 0, 2)))
+        console.print()
+    unit = document["objective"]["unit"]
+    rows = [
+        (
+            " ".join(_option(name, value) for name, value in way["options"].items()),
+            way["text"],
+            way["plan"],
+            "-" if way["value"] is None else _amount(way["value"], unit),
+        )
+        for way in document["relaxations"]
+    ]
+    if rows:
+        heads = ("ask for", "that is", "plan", document["objective"]["name"])
+        table(console, "Feasible would be, cheapest first", heads, rows, left={0, 1, 2})
+    else:
+        console.print("No change that was tried makes it feasible: use other GPUs, or a lighter or shorter trace.")
+    if document["tried_for_nothing"]:
+        console.print(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.\n")
+
+
+def _option(name: str, value: str) -> str:
+    """An option as a shell takes it; a cluster that is not in the catalogue grows in its file."""
+    if name == "nodes":
+        return f"nodes = {value} in the cluster's file"
+    return f"--{name}={value}" if value.replace("-", "").replace(".", "").isalnum() else f'--{name}="{value}"'
+
+
+def _compared(console: Console, document: Document) -> None:
+    given, best, objective = document["comparison"], document["best"], document["objective"]
+    if given["meets_slos"] is None:
+        console.print(f"{given['reason']}\n")
+        return
+    reason = f"; it {given['reason']}" if given["reason"] else ""
+    if best is None:
+        console.print(f"{given['plan']} runs{reason}\n")
+        return
+    values = [_amount(one["value"], objective["unit"]) for one in (given, best)]
+    console.print(
+        f"{given['plan']} on {count(given['gpus'], 'GPU')}: {objective['name']} = {values[0]}, the best has {values[1]}"
+        f"{_apart(given['value'], best['value'])}{reason}\n"
+    )
+    metrics = best["metrics"]
+    facts = [
+        ("GPUs", str(given["gpus"]), str(best["gpus"])),
+        ("preemptions", f"{given['preemptions']:,}", f"{metrics['preemptions']:,}"),
+        ("batches", f"{given['batches']:,}", f"{metrics['batches']:,}"),
+        ("makespan", seconds(given["makespan_s"]), seconds(metrics["makespan_s"])),
+    ]
+    table(console, "Runs", ("", "plan", "best"), facts, left={0})
+    terms = given["terms"][:_TERMS_SHOWN]
+    rows = [
+        (
+            term["part"],
+            term["name"],
+            _amount(term["plan"], term["unit"]),
+            _amount(term["best"], term["unit"]),
+            ("+" if term["difference"] > 0 else "-") + _amount(abs(term["difference"]), term["unit"]),
+            f"{term['share']:.1%}",
+        )
+        for term in terms
+    ]
+    if rows:
+        heads = ("of", "", "plan", "best", "difference", "share")
+        table(console, "What differs, largest share of its whole first", heads, rows, left={0, 1})
+    else:
+        console.print("The two runs take the same.\n")
+
+
+def _apart(value: float | None, best: float | None) -> str:
+    if value is None or not best or value == best:
+        return ""
+    return f" ({value / best - 1:+.1%})"
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    if unit == "s":
+        return seconds(value)
+    return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"

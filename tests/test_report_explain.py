@@ -1,0 +1,104 @@
+"""Explanations as a document and as a page: the same figures, at any width."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from apex_opt.ask import Options, ask, ask_plan
+from apex_opt.options import method
+from apex_opt.report.explain import explanation_document, explanation_page
+from apex_opt.search.explain import explain
+from formulations.plan_space import PlanSpace
+
+CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
+
+
+def document(plan: str | None = None, **given: Any) -> dict[str, Any]:
+    """One question, explained."""
+    options = Options.of(method("explain")(None, **CHEAP | given).options)
+    parsed = None if plan is None else ask_plan(plan, options)[1]
+    question = ask(options)
+    return explanation_document(question, explain(question, PlanSpace(), plan=parsed), {})
+
+
+def words(page: str) -> str:
+    return " ".join(page.split())
+
+
+@pytest.fixture(scope="module")
+def infeasible() -> dict[str, Any]:
+    return document(model="llama-3.1-70b", cluster="1xh100-sxm")
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, Any]:
+    return document("dp2", slo="ttft_p95<=10s")
+
+
+def test_a_document_of_an_infeasible_question_is_json_with_clashes_and_relaxations(infeasible: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(infeasible, allow_nan=False)) == infeasible
+    assert (infeasible["command"], infeasible["status"], infeasible["best"]) == ("explain", "infeasible", None)
+    assert [clash["of"] for clash in infeasible["clashes"]] == [["memory"]]
+    assert infeasible["comparison"] is None
+    assert {name for way in infeasible["relaxations"] for name in way["options"]} == {"weights", "cluster"}
+    assert all(way["gpus"] <= 1 + way["more_gpus"] for way in infeasible["relaxations"])
+
+
+def test_the_page_says_what_the_document_says(infeasible: dict[str, Any]) -> None:
+    page = words(explanation_page(infeasible))
+    for clash in infeasible["clashes"]:
+        assert all(fact in page for fact in clash["facts"])
+    for way in infeasible["relaxations"]:
+        assert all(f"--{name}={value}" in page for name, value in way["options"].items())
+        assert way["plan"] in page
+    assert all(what in page for what in infeasible["tried_for_nothing"])
+
+
+def test_limits_are_shown_as_a_shell_takes_them() -> None:
+    late = document(slo="ttft_p95<=1us")
+    (eased,) = [way for way in late["relaxations"] if "slo" in way["options"]]
+    page = explanation_page(late)
+    assert f'--slo="{eased["options"]["slo"]}"' in page
+    assert "shown by a lower bound of every plan" in words(page)
+
+
+def test_nodes_are_no_option_but_a_line_of_the_file_that_describes_the_cluster(infeasible: dict[str, Any]) -> None:
+    way = infeasible["relaxations"][0] | {"options": {"nodes": "2"}}
+    page = words(explanation_page(infeasible | {"relaxations": [way]}))
+    assert "--nodes" not in page
+    assert "nodes = 2 in the" in page
+
+
+def test_where_nothing_helps_the_page_says_so(infeasible: dict[str, Any]) -> None:
+    page = words(explanation_page(infeasible | {"relaxations": []}))
+    assert "No change that was tried makes it feasible" in page
+
+
+def test_a_plan_is_shown_beside_the_best_with_what_differs_largest_first(compared: dict[str, Any]) -> None:
+    given, page = compared["comparison"], explanation_page(compared)
+    assert given["plan"] == "dp2 attn(tp1) ffn(tp1) bf16"
+    assert f"({given['value'] / compared['best']['value'] - 1:+.1%})" in page
+    assert compared["best"]["plan"] in page
+    terms = [(term["part"], term["name"]) for term in given["terms"]][:12]
+    rows = [line for line in page.splitlines() if line.startswith(("time per GPU", "mean latency", "energy"))]
+    assert len(rows) == len(terms) >= 5
+    assert all(line.startswith(part) and name in line for line, (part, name) in zip(rows, terms, strict=True))
+    assert all(term["difference"] == term["plan"] - term["best"] for term in given["terms"])
+
+
+def test_a_plan_that_cannot_run_is_shown_with_its_reason() -> None:
+    found = document("tp8")
+    assert found["comparison"]["value"] is None
+    assert "takes 8 GPUs, 2 are offered" in words(explanation_page(found))
+
+
+@pytest.mark.parametrize("columns", ["40", "70", "400"])
+def test_pages_fit_the_width(
+    columns: str, infeasible: dict[str, Any], compared: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for shown in (infeasible, compared):
+        assert max(map(len, explanation_page(shown).splitlines())) <= int(columns)
