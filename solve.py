@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from apex_opt.plan.plan import Plan
     from apex_opt.report import Progress
-    from apex_opt.search import Answer, Question
+    from apex_opt.search import Answer, Check, Question
 
+EXIT_FAULT = 1
 EXIT_INFEASIBLE = 3
 EXIT_INTERRUPTED = 130
 LONGEST_ERROR = 1000
@@ -51,21 +52,22 @@ for _name in GROUPS:
 def _run_plan(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask
     from apex_opt.report import Progress
-    from apex_opt.search import search
+    from apex_opt.search import check, search
     from formulations.plan_space import PlanSpace
 
     question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
     with Progress() as progress:
         answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
-    return _show_answer("plan", question, answer, options)
+        replay = check(question, answer, progress) if options["check"] else None
+    return _show_answer("plan", question, answer, options, replay)
 
 
 def _run_energy(options: dict[str, Any]) -> int:
     from dataclasses import replace
 
     from apex_opt.ask import Options, ask
-    from apex_opt.report import Progress, answer_document, beside, show
-    from apex_opt.search import Evaluator, load_objective, search
+    from apex_opt.report import Progress, answer_document, beside, checked, show
+    from apex_opt.search import Evaluator, check, load_objective, search
     from formulations.plan_space import PlanSpace
 
     question = ask(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
@@ -73,12 +75,13 @@ def _run_energy(options: dict[str, Any]) -> int:
     with Progress() as progress:
         answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
         fastest = search(fast, PlanSpace(), progress) if answer.best is not None else None
+        replay = check(question, answer, progress) if options["check"] else None
     provenance = Evaluator(question).provenance([candidate.plan for candidate in answer.candidates[: options["top"]]])
     document = answer_document("energy", question, answer, provenance, options["top"])
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
-    show(document, options["format"])
-    return EXIT_INFEASIBLE if answer.best is None else 0
+    show(document if replay is None else checked(document, replay), options["format"])
+    return _exit_code(answer, replay)
 
 
 def _run_simulate(options: dict[str, Any]) -> int:
@@ -135,13 +138,23 @@ def _write_files(question: Question, plan: Plan, options: dict[str, Any], progre
         write_timeline(Path(options["timeline"]), outcome, cost.laws, settings.block_size)
 
 
-def _show_answer(command: str, question: Question, answer: Answer, options: dict[str, Any]) -> int:
-    from apex_opt.report import answer_document, show
+def _show_answer(
+    command: str, question: Question, answer: Answer, options: dict[str, Any], replay: Check | None = None
+) -> int:
+    from apex_opt.report import answer_document, checked, show
     from apex_opt.search import Evaluator
 
     top = options.get("top", 1)
     provenance = Evaluator(question).provenance(candidate.plan for candidate in answer.candidates[:top])
-    show(answer_document(command, question, answer, provenance, top), options["format"])
+    document = answer_document(command, question, answer, provenance, top)
+    show(document if replay is None else checked(document, replay), options["format"])
+    return _exit_code(answer, replay)
+
+
+def _exit_code(answer: Answer, replay: Check | None) -> int:
+    """A certificate that does not hold is a fault of ours, whatever the answer."""
+    if replay is not None and not replay.holds:
+        return EXIT_FAULT
     return EXIT_INFEASIBLE if answer.best is None else 0
 
 

@@ -238,6 +238,12 @@ _TIME_LIMIT: Final = Option(
     most=1e6,
     text="Seconds after which no further plan is simulated; the answer then shows its gap. By default none.",
 )
+_CHECK: Final = Option(
+    name="check",
+    kind=bool,
+    default=False,
+    text="Replay the certificate: count the space again in plain Python and simulate every feasible plan to its end.",
+)
 _LATENCY: Final = Option(
     name="latency",
     default="e2e_mean",
@@ -324,7 +330,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
         "  solve.py plan --model=./config.json --weights=bf16,fp8 --format=json\n\n"
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
-        options=(*_QUESTION, _TOP, _TIME_LIMIT, *_GENERAL),
+        options=(*_QUESTION, _TOP, _TIME_LIMIT, _CHECK, *_GENERAL),
     ),
     "energy": Command(
         summary="Find the plan that needs the least energy within the goals.",
@@ -342,6 +348,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _LATENCY,
             _TOP,
             _TIME_LIMIT,
+            _CHECK,
             *_GENERAL,
         ),
     ),

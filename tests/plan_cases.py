@@ -10,11 +10,12 @@ import numpy as np
 from apex_opt.cluster import load_cluster
 from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost.engine import EngineOverhead
-from apex_opt.evaluate import Instance, decode_bytes, space
+from apex_opt.evaluate import Instance, decode_bytes, space, violations
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
-from apex_opt.search import Question, load_objective
+from apex_opt.search import Evaluator, Question, load_objective
+from apex_opt.search.objective import NAMES
 from apex_opt.units import GIB
 from apex_opt.workload import Trace, make_trace, parse_slos
 
@@ -285,3 +286,45 @@ def random_trace(seed: int, requests: int = 30, *, closed: bool = False) -> Trac
         output=rng.integers(1, 40, requests),
         concurrency=int(rng.integers(1, 8)) if closed else None,
     )
+
+
+def random_question(seed: int) -> Question:
+    """A small question; memory is tight for some plans, and goals are out of reach for some or all."""
+    rng = np.random.default_rng(seed + 1000)
+    model = random_model(rng)
+    gpus = int(rng.choice([1, 2, 3, 4, 4]))
+    nodes = 2 if gpus == 4 and rng.random() < 0.3 else 1
+    pairs = [("bf16", "bf16"), ("fp8", "fp8"), ("w4a16", "bf16")]
+    rng.shuffle(pairs)
+    kept = pairs[: rng.integers(1, 3)]
+    trace = random_trace(seed, 25, closed=rng.random() < 0.3)
+    other = np.random.default_rng(seed + 2000)
+    question = make_question(
+        model,
+        make_cluster(gpus // nodes, nodes),
+        trace,
+        objective=str(rng.choice(NAMES)),
+        routing="least_loaded" if rng.random() < 0.3 else "round_robin",
+        settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7)),
+        weight_formats=tuple(str(w) for w, _ in kept),
+        kv_formats=tuple(str(k) for _, k in kept),
+        overhead=ENGINES[other.integers(len(ENGINES))],
+        expert_routing=str(other.choice(["uniform", "skewed"])),
+    )
+    plans = list(space(question.instance()))
+    if rng.random() < 0.6:
+        # Enough memory for one plan, whichever it is, and a handful of blocks to spare.
+        plan = plans[rng.integers(len(plans))]
+        blocks = question.instance().kv_blocks_needed + int(rng.integers(0, 50))
+        need = max(memory_need(stage, blocks) for stage in stage_memory(model, make_gpu(), plan, question.settings))
+        cluster = make_cluster(gpus // nodes, nodes, memory_bytes=int(need / 0.9) + 1000)
+        question = replace(question, cluster=cluster)
+    if rng.random() < 0.7:
+        feasible = [p for p in plans if not violations(question.instance(), p)]
+        if feasible:
+            metrics = Evaluator(question).simulate(feasible[rng.integers(len(feasible))]).metrics
+            factor = float(rng.choice([0.02, 0.8, 1.0000001, 1.5]))
+            ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["max"] * factor
+            goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_max<={tpot:.12f}s", f"tpot<={tpot:.12f}s@80%"]
+            question = replace(question, slos=parse_slos(",".join(goals[int(rng.integers(3)) :])))
+    return question

@@ -31,6 +31,7 @@ from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
 from apex_opt.options import COMMANDS, GROUPS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
+from apex_opt.search import Evaluator
 from apex_opt.workload import load_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -454,6 +455,29 @@ def test_energy_shows_what_is_saved_beside_the_plan_of_the_best_latency() -> Non
     assert "clock=" in best["plan"]
     held = json.loads(run("plan", *CHEAP, "--objective=energy", "--format=json").out)["best"]
     assert best["metrics"]["energy_j"] < held["metrics"]["energy_j"]
+
+
+@pytest.mark.parametrize("command", ["plan", "energy"])
+def test_a_certificate_is_replayed_on_request(command: str) -> None:
+    words = (command, *CHEAP, "--check")
+    document, table = run(*words, "--format=json"), run(*words)
+    assert (document.code, table.code) == (0, 0)
+    answer = json.loads(document.out)
+    replay, certificate = answer["check"], answer["certificate"]
+    assert (replay["holds"], replay["disagreements"]) == (True, [])
+    assert (replay["space"], replay["infeasible"]) == (certificate["space"], certificate["infeasible"])
+    assert "the certificate holds." in " ".join(table.out.split())
+    assert "check" not in json.loads(run(command, *CHEAP, "--format=json").out)
+
+
+def test_a_certificate_that_does_not_hold_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Evaluator.bound
+    monkeypatch.setattr(Evaluator, "bound", lambda self, plan: (true(self, plan)[0] * 100, True))
+    ran = run("plan", *CHEAP, "--check")
+    assert ran.code == 1
+    text = " ".join(ran.out.split())
+    assert "the certificate does not hold: " in text
+    assert "less than its bound" in text
 
 
 def test_what_energy_cannot_reach_is_infeasible() -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.report.document import _candidate, _question, cleaned
+from apex_opt.report.document import candidate_document, cleaned, question_document
 from apex_opt.report.layout import count, page, seconds, table
-from apex_opt.report.tables import _best
+from apex_opt.report.tables import best_tables
 from apex_opt.search import judged
 from apex_opt.search.capacity import ASSUMPTION
 
@@ -42,7 +42,7 @@ def capacity_document(question: Question, capacity: Capacity, provenance: dict[s
             "candidates": rows,
             "certificate": asdict(capacity.certificate),
             "assumption": ASSUMPTION if capacity.asked_per_s is None else None,
-            "question": _question(question),
+            "question": question_document(question),
             "provenance": provenance,
             "version": __version__,
         }
@@ -67,7 +67,7 @@ def _plan_rate(question: Question, item: PlanRate) -> Document:
         "near": [{"rate_per_s": rate, "holds": holds} for rate, holds in item.near],
         "arrivals_s": span_s,
         "after_last_arrival_s": max(item.holds.metrics.makespan_s - span_s, 0.0),
-        **_candidate(question, item.holds),
+        **candidate_document(question, item.holds),
     }
 
 
@@ -94,7 +94,7 @@ def _draw(console: Console, document: Document) -> None:
         console.print(Text.assemble(f"{document['asked']['for']}: ", *_headline(document, best)))
         console.print(f"{_ends(document, best)}\n")
         _plans(console, document)
-        _best(console, best)
+        best_tables(console, best)
     _certificate(console, document)
     if best is not None:
         table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})

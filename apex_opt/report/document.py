@@ -13,7 +13,7 @@ from apex_opt.search import judged
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Model
-    from apex_opt.search import Answer, Candidate, Question
+    from apex_opt.search import Answer, Candidate, Check, Question
     from apex_opt.workload.trace import Trace
 
 Document = dict[str, Any]
@@ -36,14 +36,19 @@ def answer_document(
                 "value": best.value if best else None,
             },
             "reason": answer.reason,
-            "best": _candidate(question, best) if best else None,
-            "candidates": [_candidate(question, c) for c in answer.candidates[:top]],
+            "best": candidate_document(question, best) if best else None,
+            "candidates": [candidate_document(question, c) for c in answer.candidates[:top]],
             "certificate": asdict(answer.certificate),
-            "question": _question(question),
+            "question": question_document(question),
             "provenance": provenance,
             "version": __version__,
         }
     )
+
+
+def checked(document: Document, check: Check) -> Document:
+    """An answer with the replay of its certificate."""
+    return document | {"check": asdict(check) | {"holds": check.holds}}
 
 
 def beside(document: Document, question: Question, answer: Answer) -> Document:
@@ -53,14 +58,15 @@ def beside(document: Document, question: Question, answer: Answer) -> Document:
     return document | {
         "beside": {
             "objective": question.objective.name,
-            "best": cleaned(_candidate(question, other)),
+            "best": cleaned(candidate_document(question, other)),
             "certificate": asdict(answer.certificate),
             "energy_saving": 1 - best["metrics"]["energy_j"] / other.usage.energy_j,
         }
     }
 
 
-def _candidate(question: Question, candidate: Candidate) -> Document:
+def candidate_document(question: Question, candidate: Candidate) -> Document:
+    """A simulated plan; latencies in seconds, energy in joules, memory in bytes."""
     metrics, usage = candidate.metrics, candidate.usage
     bound = candidate.bound
     if bound is not None and question.objective.maximise:
@@ -102,7 +108,8 @@ def _candidate(question: Question, candidate: Candidate) -> Document:
     }
 
 
-def _question(question: Question) -> Document:
+def question_document(question: Question) -> Document:
+    """What was asked, in the names and numbers that were understood."""
     settings = {name: getattr(question.settings, name) for name in question.settings.__slots__}
     return {
         "model": {

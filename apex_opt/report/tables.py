@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
+_DISAGREEMENTS: Final = 3
 _LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
 
 
@@ -51,7 +52,7 @@ def _answer(console: Console, document: Document) -> None:
             _candidates(console, document)
         if "beside" in document:
             _beside(console, document)
-        _best(console, best)
+        best_tables(console, best)
     _certificate(console, document)
     if best is not None:
         table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
@@ -96,7 +97,8 @@ def _candidates(console: Console, document: Document) -> None:
     table(console, "Candidates", ("#", *(head for head, _ in columns)), rows, left={1}, kept=4)
 
 
-def _best(console: Console, best: Document) -> None:
+def best_tables(console: Console, best: Document) -> None:
+    """The latencies, service, memory and operations of the plan that is answered."""
     metrics = best["metrics"]
     heads = tuple(metrics["ttft_s"])
     rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items()]
@@ -186,6 +188,22 @@ def _certificate(console: Console, document: Document) -> None:
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
     console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(parts)}: {proof}{gap}.\n"))
+    if "check" in document:
+        _check(console, document["check"])
+
+
+def _check(console: Console, check: Document) -> None:
+    replay = (
+        f"{count(check['space'], 'plan')} counted again, {sum(check['infeasible'].values()):,} infeasible; "
+        f"{check['simulated']:,} simulated to the end, {check['meeting']:,} within the goals"
+    )
+    if check["holds"]:
+        console.print(Text.assemble(("Check", "bold"), f": {replay}: the certificate holds.\n"))
+        return
+    shown = check["disagreements"][:_DISAGREEMENTS]
+    more = len(check["disagreements"]) - len(shown)
+    faults = "; ".join(shown) + (f"; {more:,} more" if more else "")
+    console.print(Text.assemble(("Check", "bold"), f": {replay}: the certificate does not hold: {faults}.\n"))
 
 
 def _listing(console: Console, document: Document) -> None:

@@ -1,6 +1,7 @@
 """The search: which plan is best, and the proof that nothing in the space is better."""
 
 from apex_opt.search.answer import Answer, Candidate, Certificate, judged
+from apex_opt.search.check import Check, check
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import Objective, load_objective
 from apex_opt.search.question import Question
@@ -10,9 +11,11 @@ __all__ = [
     "Answer",
     "Candidate",
     "Certificate",
+    "Check",
     "Evaluator",
     "Objective",
     "Question",
+    "check",
     "judge",
     "judged",
     "load_objective",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from apex_opt.cost import Usage
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
@@ -82,3 +84,15 @@ def judged(metrics: Metrics, slo: Slo) -> float:
     if slo.statistic == "attain":
         return metrics.attainment[slo.text]
     return metrics.latency_s[slo.metric][slo.statistic]
+
+
+def misses(metrics: Metrics, slos: Iterable[Slo]) -> str:
+    """The goals that a run misses and what it reaches, in words."""
+    missed = (slo for slo in slos if not metrics.slo_met[slo.text])
+    return " and ".join(f"{slo.text} (it reaches {_reached(slo, judged(metrics, slo))})" for slo in missed)
+
+
+def _reached(slo: Slo, value: float) -> str:
+    if slo.metric == "throughput":
+        return f"{value:.3g} requests/s"
+    return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"

@@ -21,9 +21,9 @@ import numpy as np
 
 from apex_opt.errors import UsageError
 from apex_opt.plan.memory import kv_blocks, stage_memory
-from apex_opt.search.answer import judged
+from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, _check_lengths, _enumerate, _figure, _silent, _tell_compiling, judge, search
+from apex_opt.search.search import ROUND, check_lengths, enumerate_space, judge, search, silent, tell_compiling
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
@@ -233,7 +233,7 @@ def highest_rate(
     UsageError       a trace without rate, no goals, goals on throughput
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    tell = progress or _silent
+    tell = progress or silent
     _check_goals(question)
     rates = _Rates(question, resolution)
     space = _listed(question, formulation, plan, tell)
@@ -241,7 +241,7 @@ def highest_rate(
     queue = sorted(possible, key=lambda plan: (-_guess(rates.at(0), plan), *_size(plan)))
     found: list[_Found] = []
     bounded, simulations = 0, space.simulations
-    _tell_compiling(tell, rates.at(0), queue)
+    tell_compiling(tell, rates.at(0), queue)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for start in range(0, len(queue), ROUND):
             tell("searching rates", start, len(queue))
@@ -299,7 +299,7 @@ def fewest_gpus(
     UsageError       a trace without rate, no goals, goals on throughput
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    tell = progress or _silent
+    tell = progress or silent
     _check_goals(question)
     asked = at_rate(question, rate_per_s / own_rate(question.trace))
     space = _listed(asked, formulation, plan, tell)
@@ -308,7 +308,7 @@ def fewest_gpus(
     found: list[Candidate] = []
     bounded = seen = 0
     simulations = space.simulations
-    _tell_compiling(tell, evaluator, possible)
+    tell_compiling(tell, evaluator, possible)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for gpus in sorted({plan.devices for plan in possible}):
             bounds = {plan: evaluator.bound(plan)[0] for plan in possible if plan.devices == gpus}
@@ -444,9 +444,9 @@ def _listed(question: Question, formulation: Formulation, plan: Plan | None, tel
             simulations=answer.certificate.simulated,
             reason=answer.reason,
         )
-    _check_lengths(question)
+    check_lengths(question)
     tell("enumerating plans", 0, 0)
-    counts, enumeration = _enumerate(question.instance(), formulation)
+    counts, enumeration = enumerate_space(question.instance(), formulation)
     return _Space(
         size=counts.pop("space"),
         infeasible=counts,
@@ -502,12 +502,7 @@ def _why_not(where: str, question: Question, formulation: Formulation, space: _S
     (plan,) = space.plans
     closest = judge(question, plan).best
     assert closest is not None, "the plan can run"
-    missed = [
-        f"{slo.text} (it reaches {_figure(slo, judged(closest.metrics, slo))})"
-        for slo in question.slos
-        if not closest.metrics.slo_met[slo.text]
-    ]
-    return f"{where}, {plan} misses {' and '.join(missed)}: relax these or ask about another plan"
+    return f"{where}, {plan} misses {misses(closest.metrics, question.slos)}: relax these or ask about another plan"
 
 
 def _any_cost(evaluator: Evaluator) -> float:

@@ -19,7 +19,7 @@ from apex_opt.search.advice import MOST_GPUS, feasible, nearest, other_formats
 from apex_opt.search.answer import Answer, Candidate, judged
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import load_objective
-from apex_opt.search.search import ROUND, Formulation, judge, search
+from apex_opt.search.search import ROUND, Formulation, judge, search, silent
 from apex_opt.simulator.metrics import per_request_s
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def explain(
     ------
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    work = _Work(formulation=formulation, tell=progress or _silent)
+    work = _Work(formulation=formulation, tell=progress or silent)
     answer = search(question, formulation, work.tell)
     comparison = None if plan is None else compare(question, plan, answer.best, work.tell)
     if answer.best is not None:
@@ -569,7 +569,3 @@ def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, fl
 
 def _amount(goal: Slo, value: float) -> str:
     return f"{value:.4g} requests/s" if goal.metric == "throughput" else f"{value * 1e3:.4g} ms"
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""

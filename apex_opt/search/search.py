@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
 from apex_opt.search.advice import nearest_violation
-from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judged
+from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judged, misses
 from apex_opt.search.evaluator import Evaluator
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
-    from apex_opt.workload.slo import Slo
 
     Progress = Callable[[str, int, int], None]
 
@@ -72,11 +71,11 @@ def search(
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
     deadline = float("inf") if time_limit_s is None else monotonic() + time_limit_s
-    tell = progress or _silent
-    _check_lengths(question)
+    tell = progress or silent
+    check_lengths(question)
     instance = question.instance()
     tell("enumerating plans", 0, 0)
-    counts, enumeration = _enumerate(instance, formulation)
+    counts, enumeration = enumerate_space(instance, formulation)
     evaluator = Evaluator(question)
     queue: list[tuple[float, int, Plan]] = []
     bounded = 0
@@ -92,7 +91,7 @@ def search(
             queue.append((bound, index, plan))
     queue.sort(key=lambda item: item[:2])
     done, cut_short = _simulate(queue, evaluator, tell, top, deadline)
-    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: _rank(question, c))
+    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: rank(question, c))
     best = ranked[0] if ranked else None
     rest = [bound for bound, _, _ in queue[len(done) + cut_short :]]
     # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
@@ -127,7 +126,7 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     ------
     CapacityError    a request that no plan of this model could serve
     """
-    _check_lengths(question)
+    check_lengths(question)
     broken = violations(question.instance(plan), plan)
     # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
     fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
@@ -151,9 +150,9 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
             certificate=replace(nothing, infeasible=infeasible),
             reason=reason,
         )
-    tell = progress or _silent
+    tell = progress or silent
     evaluator = Evaluator(question)
-    _tell_compiling(tell, evaluator, [plan])
+    tell_compiling(tell, evaluator, [plan])
     tell("simulating the plan", 0, 1)
     candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
     certificate = replace(nothing, simulated=1, missed=int(not candidate.meets_slos), gap=0.0)
@@ -177,7 +176,7 @@ def _simulate(
             if not batch or (position and monotonic() > deadline):
                 break
             position += len(batch)
-            _tell_compiling(tell, evaluator, (plan for _, _, plan in batch))
+            tell_compiling(tell, evaluator, (plan for _, _, plan in batch))
             for candidate in pool.map(partial(_challenge, evaluator, worst), batch):
                 if candidate is None:
                     cut_short += 1
@@ -207,7 +206,7 @@ def _cut(plan: Plan) -> tuple[Any, ...]:
     return plan.clock_mhz or 0, *cells, plan.stages, plan.replicas
 
 
-def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
+def enumerate_space(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
     """Feasible plans, and how many of the space each constraint family takes away in turn."""
     left = formulation.count(instance, ())
     counts = {"space": left}
@@ -224,7 +223,7 @@ def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, 
     return counts, feasible
 
 
-def _check_lengths(question: Question) -> None:
+def check_lengths(question: Question) -> None:
     """Refuse a prompt that fills the model's length by itself: no plan helps."""
     longest = int(question.trace.prompt.max())
     if longest >= question.settings.max_model_len:
@@ -236,7 +235,7 @@ def _check_lengths(question: Question) -> None:
         )
 
 
-def _rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
+def rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
     """Better first: objective, then fewer GPUs, then the text form, so that ties fall the same way every time."""
     return question.objective.cost(candidate.value), candidate.plan.devices, str(candidate.plan)
 
@@ -261,24 +260,13 @@ def _why_not(
         # Every plan was ruled out by a bound; the one with the least bound shows by how much.
         first = min(plans, key=lambda plan: evaluator.bound(plan)[0])
         closest = evaluator.simulate(first)
-    missed = [
-        f"{slo.text} (it reaches {_figure(slo, judged(closest.metrics, slo))})"
-        for slo in question.slos
-        if not closest.metrics.slo_met[slo.text]
-    ]
     return (
-        f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses {' and '.join(missed)}: "
-        "relax these, offer more or faster GPUs, or lighten the trace"
+        f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses "
+        f"{misses(closest.metrics, question.slos)}: relax these, offer more or faster GPUs, or lighten the trace"
     )
 
 
-def _figure(slo: Slo, value: float) -> str:
-    if slo.metric == "throughput":
-        return f"{value:.3g} requests/s"
-    return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"
-
-
-def _tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan]) -> None:
+def tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan]) -> None:
     """Say that the next simulations will take longer, where they will."""
     from apex_opt.simulator.pack import needs_compiling
 
@@ -286,5 +274,5 @@ def _tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan])
         tell("compiling the simulator, once on this machine: 10 to 30 s", 0, 0)
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """Tell nobody."""

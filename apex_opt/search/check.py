@@ -1,0 +1,142 @@
+"""The certificate replayed: the space counted by plain Python, every feasible plan simulated to its end.
+
+It shares with the search the simulator and the costs that plans are scored with, and nothing of what makes the search
+quick: not the constraint program, not the bounds, not the early ends, not the order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.evaluate import FAMILIES, space, violations
+from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.search import rank, silent, tell_compiling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.answer import Answer, Candidate
+    from apex_opt.search.question import Question
+    from apex_opt.search.search import Progress
+
+ROUNDING: Final = 1e-12
+"""Share by which sums of floats taken in another order may differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What the replay found.
+
+    Parameters
+    ----------
+    space : int                    plans counted
+    infeasible : mapping           plans that break a constraint family, charged to the first in order
+    simulated : int                feasible plans, each simulated to its end
+    meeting : int                  those that meet the goals
+    disagreements : tuple of str   what the certificate claims and the replay does not bear out
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    simulated: int
+    meeting: int
+    disagreements: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.disagreements
+
+
+def check(question: Question, answer: Answer, progress: Progress | None = None) -> Check:
+    """Replay the certificate of an answer to a question.
+
+    It takes the time of simulating every feasible plan, which the search is there to save.
+    """
+    tell = progress or silent
+    plans = [plan for plan in space(question.instance())]
+    feasible, lost = [], Counter[str]()
+    for index, plan in enumerate(plans):
+        tell("checking constraints", index, len(plans))
+        broken = violations(question.instance(plan), plan)
+        lost.update(v.family for v in broken[:1])
+        if not broken:
+            feasible.append(plan)
+    every = [replace(plan, clock_mhz=clock) for clock in question.clocks for plan in feasible]
+    infeasible = {family: lost[family] * len(question.clocks) for family in FAMILIES}
+    scored = _scored(question, every, tell)
+    meeting = sorted((c for c in scored if c.meets_slos), key=partial(rank, question))
+    certificate = answer.certificate
+    size = len(plans) * len(question.clocks)
+    disagreements: list[str] = []
+    if certificate.space != size:
+        disagreements.append(f"the space has {size} plans, not {certificate.space}")
+    for family in FAMILIES:
+        if certificate.infeasible[family] != infeasible[family]:
+            disagreements.append(
+                f"{infeasible[family]} plans break {family} first, not {certificate.infeasible[family]}"
+            )
+    accounted = certificate.bounded + certificate.simulated + certificate.left
+    if accounted != len(every):
+        disagreements.append(f"{len(every)} plans are feasible, {accounted} are accounted for")
+    disagreements += _optimum(question, answer, meeting)
+    disagreements += _bounds(question, scored)
+    return Check(
+        space=size,
+        infeasible=infeasible,
+        simulated=len(every),
+        meeting=len(meeting),
+        disagreements=tuple(disagreements),
+    )
+
+
+def _scored(question: Question, plans: list[Plan], tell: Progress) -> list[Candidate]:
+    """Every plan simulated to its end, with its bound beside."""
+    evaluator = Evaluator(question)
+    bounds = []
+    for index, plan in enumerate(plans):
+        tell("bounding plans", index, len(plans))
+        bounds.append(evaluator.bound(plan))
+    tell_compiling(tell, evaluator, plans)
+    scored = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        # A plan that its bound says misses a goal has an endless one: it may be no better than anything.
+        least = [bound if possible else math.inf for bound, possible in bounds]
+        for candidate in pool.map(evaluator.simulate, plans, least):
+            scored.append(candidate)
+            tell("simulating every plan", len(scored), len(plans))
+    return scored
+
+
+def _optimum(question: Question, answer: Answer, meeting: list[Candidate]) -> Iterator[str]:
+    """What contradicts the plan that is answered, or that there is none."""
+    best, gap = answer.best, answer.certificate.gap
+    if best is None:
+        if meeting and answer.status == "infeasible":
+            yield f"{meeting[0].plan} meets the goals, though no plan is said to"
+        return
+    if best.plan not in {candidate.plan for candidate in meeting}:
+        yield f"{best.plan} is not among the plans that meet the goals"
+        return
+    first = meeting[0]
+    if answer.status == "optimal" and rank(question, first) < rank(question, best):
+        yield f"{first.plan} comes before {best.plan}: {first.value:.6g} against {best.value:.6g}"
+    cost, least = question.objective.cost(best.value), question.objective.cost(first.value)
+    if gap is not None and least < cost - (gap + ROUNDING) * abs(cost):
+        yield f"{first.plan} is better by more than the gap of {gap:.1%}: {first.value:.6g} against {best.value:.6g}"
+
+
+def _bounds(question: Question, scored: list[Candidate]) -> Iterator[str]:
+    """Plans that are better than a bound allows."""
+    for candidate in scored:
+        cost, bound = question.objective.cost(candidate.value), candidate.bound
+        if bound == math.inf and candidate.meets_slos:
+            yield f"{candidate.plan} meets the goals, which its bound rules out"
+        elif bound is not None and bound != math.inf and cost < bound - ROUNDING * abs(bound):
+            yield f"{candidate.plan} costs {cost:.6g}, less than its bound {bound:.6g}"
