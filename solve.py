@@ -97,6 +97,25 @@ def _run_simulate(options: dict[str, Any]) -> int:
     return _show_answer("simulate", question, answer, options)
 
 
+def _run_pareto(options: dict[str, Any]) -> int:
+    from apex_opt.ask import Options, ask
+    from apex_opt.report import Progress, show
+    from apex_opt.report.pareto import pareto_document, write_front
+    from apex_opt.search import Evaluator, load_objective, pareto
+    from formulations.plan_space import PlanSpace
+
+    objectives = [load_objective(name.strip()) for name in options["objective"].split(",")]
+    question = ask(Options.of(options | {"objective": objectives[0].name}), most_gpus=LARGEST_SEARCH)
+    with Progress() as progress:
+        front = pareto(question, objectives, PlanSpace(), progress)
+    provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)
+    document = pareto_document(question, front, provenance)
+    if options["plot"] is not None and front.plans:
+        write_front(_path(options["plot"]), document)
+    show(document, options["format"])
+    return 0 if front.plans else EXIT_INFEASIBLE
+
+
 def _run_explain(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask, ask_plan
     from apex_opt.report import Progress, show
@@ -302,6 +321,7 @@ def _path(text: str) -> Path:
 RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "plan": _run_plan,
     "energy": _run_energy,
+    "pareto": _run_pareto,
     "explain": _run_explain,
     "simulate": _run_simulate,
     "capacity": _run_capacity,

@@ -322,6 +322,15 @@ _BY_RATE: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
+_FRONT: Final[Mapping[str, Mapping[str, Any]]] = {
+    "objective": {
+        "default": "e2e_mean,energy",
+        "text": "Two or three figures to make best: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; "
+        "makespan, throughput or energy.",
+    },
+    "clock": {"default": "all"},
+}
+
 COMMANDS: Final[Mapping[str, Command]] = {
     "plan": Command(
         summary="Find the plan that serves a trace best, and prove it.",
@@ -349,6 +358,19 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _TOP,
             _TIME_LIMIT,
             _CHECK,
+            *_GENERAL,
+        ),
+    ),
+    "pareto": Command(
+        summary="Find every plan that no other beats in all of two or three objectives.",
+        text="For example:\n\n"
+        "  solve.py pareto --objective=e2e_mean,energy\n"
+        '  solve.py pareto --objective=ttft_p95,tpot_p95,energy --slo="e2e_p95<=30s" --plot=front.png\n\n'
+        "The front is exact: a plan is left out only where another is proved to beat it. Exit code: 0 with a front, 3 "
+        "where no plan is feasible, 2 for bad input.",
+        options=(
+            *(replace(option, **_FRONT.get(option.name, {})) for option in _QUESTION),
+            replace(_PLOT, text="PNG file to draw the front into; needs apex-opt[plot]."),
             *_GENERAL,
         ),
     ),

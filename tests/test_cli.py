@@ -39,6 +39,7 @@ CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,pro
 ONE = {
     "plan": (),
     "energy": (),
+    "pareto": (),
     "explain": (),
     "simulate": ("--plan=tp2",),
     "capacity": ("--slo=ttft_p95<=1s",),
@@ -478,6 +479,24 @@ def test_a_certificate_that_does_not_hold_is_a_fault(monkeypatch: pytest.MonkeyP
     text = " ".join(ran.out.split())
     assert "the certificate does not hold: " in text
     assert "less than its bound" in text
+
+
+def test_pareto_answers_with_a_front_a_table_and_a_picture(tmp_path: Path) -> None:
+    words = ("pareto", *CHEAP, "--objective=e2e_mean,energy")
+    document = run(*words, "--format=json", f"--plot={tmp_path / 'front.png'}")
+    table = run(*words)
+    assert (document.code, table.code) == (0, 0)
+    answer = json.loads(document.out)
+    assert len(answer["candidates"]) > 1
+    assert all(row["plan"] in table.out for row in answer["candidates"])
+    fastest = json.loads(run("plan", *CHEAP, "--format=json").out)["best"]
+    thriftiest = json.loads(run("energy", *CHEAP, "--format=json").out)["best"]
+    assert answer["candidates"][0]["plan"] == fastest["plan"]
+    assert answer["candidates"][-1]["values"]["energy"] == thriftiest["metrics"]["energy_j"]
+    assert (tmp_path / "front.png").is_file()
+    assert run(*words, "--slo=ttft_p95<=1us").code == 3
+    assert "two or three objectives" in refused("pareto", *CHEAP, "--objective=energy")
+    assert "unknown objective 'speed'" in refused("pareto", *CHEAP, "--objective=energy,speed")
 
 
 def test_what_energy_cannot_reach_is_infeasible() -> None:

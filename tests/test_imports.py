@@ -158,9 +158,7 @@ def test_what_reads_measurements_knows_nothing_of_the_search() -> None:
 
 def test_the_plot_alone_imports_the_plotting_library() -> None:
     for path in [*files("apex_opt"), *files("formulations"), ROOT / "solve.py"]:
-        assert path.name == "validation_plot.py" or not any(
-            name.split(".")[0] == "matplotlib" for name in imports(path)
-        ), path
+        assert path.name == "picture.py" or not any(name.split(".")[0] == "matplotlib" for name in imports(path)), path
 
 
 def test_reading_and_making_profiles_loads_no_package_that_only_some_of_them_need() -> None:

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import count, page, seconds, table
+from apex_opt.report.layout import amount, count, page, seconds, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,7 +97,7 @@ def _page(console: Console, document: Document) -> None:
     else:
         best, unit = document["best"], document["objective"]["unit"]
         plan = (best["plan"], "bold green")
-        value = f"{document['objective']['name']} = {_amount(best['value'], unit)}"
+        value = f"{document['objective']['name']} = {amount(best['value'], unit)}"
         console.print(
             Text.assemble("feasible: the best plan is ", plan, f" on {count(best['gpus'], 'GPU')}, {value}\n")
         )
@@ -121,7 +121,7 @@ def _why_not(console: Console, document: Document) -> None:
             " ".join(_option(name, value) for name, value in way["options"].items()),
             way["text"],
             way["plan"],
-            "-" if way["value"] is None else _amount(way["value"], unit),
+            "-" if way["value"] is None else amount(way["value"], unit),
         )
         for way in document["relaxations"]
     ]
@@ -150,7 +150,7 @@ def _compared(console: Console, document: Document) -> None:
     if best is None:
         console.print(f"{given['plan']} runs{reason}\n")
         return
-    values = [_amount(one["value"], objective["unit"]) for one in (given, best)]
+    values = [amount(one["value"], objective["unit"]) for one in (given, best)]
     console.print(
         f"{given['plan']} on {count(given['gpus'], 'GPU')}: {objective['name']} = {values[0]}, the best has {values[1]}"
         f"{_apart(given['value'], best['value'])}{reason}\n"
@@ -168,9 +168,9 @@ def _compared(console: Console, document: Document) -> None:
         (
             term["part"],
             term["name"],
-            _amount(term["plan"], term["unit"]),
-            _amount(term["best"], term["unit"]),
-            ("+" if term["difference"] > 0 else "-") + _amount(abs(term["difference"]), term["unit"]),
+            amount(term["plan"], term["unit"]),
+            amount(term["best"], term["unit"]),
+            ("+" if term["difference"] > 0 else "-") + amount(abs(term["difference"]), term["unit"]),
             f"{term['share']:.1%}",
         )
         for term in terms
@@ -186,11 +186,3 @@ def _apart(value: float | None, best: float | None) -> str:
     if value is None or not best or value == best:
         return ""
     return f" ({value / best - 1:+.1%})"
-
-
-def _amount(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if unit == "s":
-        return seconds(value)
-    return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"

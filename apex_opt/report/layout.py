@@ -93,5 +93,14 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value < 1e4 else f"{value:,.0f} s"
 
 
+def amount(value: float | None, unit: str) -> str:
+    """A figure in seconds, joules or another unit, as people read it."""
+    if value is None:
+        return "-"
+    if unit == "s":
+        return seconds(value)
+    return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

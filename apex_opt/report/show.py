@@ -36,6 +36,10 @@ def show(document: Document, form: str, limit: int = 0) -> None:
         from apex_opt.report.capacity import capacity_page
 
         text = capacity_page(document)
+    elif document.get("command") == "pareto":
+        from apex_opt.report.pareto import pareto_page
+
+        text = pareto_page(document)
     elif document.get("command") == "explain":
         from apex_opt.report.explain import explanation_page
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.report.layout import count, page, seconds, table
+from apex_opt.report.layout import amount, count, page, seconds, table
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
@@ -30,7 +30,27 @@ def rendered(document: Document) -> str:
 
 
 def _answer(console: Console, document: Document) -> None:
-    question, objective, best = document["question"], document["objective"], document["best"]
+    objective, best = document["objective"], document["best"]
+    question_line(console, document["question"])
+    if best is None:
+        console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
+    else:
+        word = "plan as given" if document["command"] == "simulate" else "best plan"
+        aim = f"{objective['name']} = {amount(objective['value'], objective['unit'])}"
+        text = f" on {count(best['gpus'], 'GPU')}, {aim}\n"
+        console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
+        if len(document["candidates"]) > 1:
+            _candidates(console, document)
+        if "beside" in document:
+            _beside(console, document)
+        best_tables(console, best)
+    certificate_line(console, document)
+    if best is not None:
+        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+
+
+def question_line(console: Console, question: Document) -> None:
+    """Model, GPUs and traffic that were asked about."""
     trace = question["trace"]
     load = f"{trace['concurrency']} clients" if trace["concurrency"] else _rate(trace["rate_per_s"])
     console.print(
@@ -41,21 +61,6 @@ def _answer(console: Console, document: Document) -> None:
             f", trace {trace['name']} ({count(trace['requests'], 'request')}, {load})",
         )
     )
-    if best is None:
-        console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
-    else:
-        word = "plan as given" if document["command"] == "simulate" else "best plan"
-        aim = f"{objective['name']} = {_amount(objective['value'], objective['unit'])}"
-        text = f" on {count(best['gpus'], 'GPU')}, {aim}\n"
-        console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
-        if len(document["candidates"]) > 1:
-            _candidates(console, document)
-        if "beside" in document:
-            _beside(console, document)
-        best_tables(console, best)
-    _certificate(console, document)
-    if best is not None:
-        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
 
 
 def _beside(console: Console, document: Document) -> None:
@@ -81,7 +86,7 @@ def _candidates(console: Console, document: Document) -> None:
     columns: tuple[Column, ...] = (
         ("plan", lambda c: c["plan"]),
         ("GPUs", lambda c: str(c["gpus"])),
-        (objective["name"], lambda c: _amount(c["value"], objective["unit"])),
+        (objective["name"], lambda c: amount(c["value"], objective["unit"])),
         ("TTFT p95", lambda c: seconds(c["metrics"]["ttft_s"]["p95"])),
         ("TPOT p95", lambda c: seconds(c["metrics"]["tpot_s"]["p95"])),
         ("E2E p95", lambda c: seconds(c["metrics"]["e2e_s"]["p95"])),
@@ -167,7 +172,8 @@ def _in_brackets(*facts: str) -> str:
     return f" ({', '.join(filter(None, facts))})" if any(facts) else ""
 
 
-def _certificate(console: Console, document: Document) -> None:
+def certificate_line(console: Console, document: Document) -> None:
+    """How every plan of the space was accounted for."""
     certificate = document["certificate"]
     if document["command"] == "simulate" and document["best"] is not None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
@@ -254,14 +260,6 @@ _LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
         ("title", lambda r: r["title"]),
     ),
 }
-
-
-def _amount(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if unit == "s":
-        return seconds(value)
-    return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
 
 
 def _rate(value: float | None) -> str:

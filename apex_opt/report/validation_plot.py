@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.errors import InputError, UsageError
+from apex_opt.errors import InputError
+from apex_opt.report.picture import blank_figure, write_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,10 +28,7 @@ def write_plot(path: Path, document: Document) -> None:
     UsageError    matplotlib is not installed
     InputError    nothing to draw, or a path that cannot be written
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot: needs matplotlib; pip install 'apex-opt[plot]'") from None
+    blank = blank_figure()
     rows = [row for row in document["rows"] if row["status"] == "predicted"]
     metrics = [metric for metric in document["units"] if any(metric in row["metrics"] for row in rows)]
     if not metrics:
@@ -42,7 +38,7 @@ def write_plot(path: Path, document: Document) -> None:
     groups = sorted({_group(row) for row in rows})
     legend_lines = -(-(len(groups) + len(_BANDS)) // _COLUMNS)
     height = (_PANEL_INCHES + 0.2) * lines + 0.2 * legend_lines
-    figure = Figure(figsize=(_PANEL_INCHES * columns, height), layout="constrained")
+    figure = blank(figsize=(_PANEL_INCHES * columns, height), layout="constrained")
     for place, metric in enumerate(metrics, 1):
         axes = figure.add_subplot(lines, columns, place)
         points = _draw(axes, metric, rows, groups)
@@ -51,9 +47,7 @@ def write_plot(path: Path, document: Document) -> None:
         axes.set_ylabel("predicted", fontsize=8)
     handles, labels = _legend(figure)
     figure.legend(handles, labels, loc="outside lower center", ncols=_COLUMNS, fontsize=8, frameon=False)
-    page = BytesIO()
-    figure.savefig(page, format="png", dpi=120)
-    _write(path, page.getvalue())
+    write_picture(path, figure)
 
 
 def _group(row: Document) -> str:
@@ -110,15 +104,3 @@ def _legend(figure: Any) -> tuple[list[Any], list[str]]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     return list(found.values()), list(found)
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            beside.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"plot {path}: cannot be written ({reason}); name a file in a folder that can") from error

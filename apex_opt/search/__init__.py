@@ -4,6 +4,7 @@ from apex_opt.search.answer import Answer, Candidate, Certificate, judged
 from apex_opt.search.check import Check, check
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import Objective, load_objective
+from apex_opt.search.pareto import Front, pareto
 from apex_opt.search.question import Question
 from apex_opt.search.search import judge, search
 
@@ -13,11 +14,13 @@ __all__ = [
     "Certificate",
     "Check",
     "Evaluator",
+    "Front",
     "Objective",
     "Question",
     "check",
     "judge",
     "judged",
     "load_objective",
+    "pareto",
     "search",
 ]

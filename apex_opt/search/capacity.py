@@ -23,7 +23,7 @@ from apex_opt.errors import UsageError
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, check_lengths, enumerate_space, judge, search, silent, tell_compiling
+from apex_opt.search.search import ROUND, check_lengths, judge, list_plans, search, silent, tell_compiling
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
@@ -445,14 +445,9 @@ def _listed(question: Question, formulation: Formulation, plan: Plan | None, tel
             reason=answer.reason,
         )
     check_lengths(question)
-    tell("enumerating plans", 0, 0)
-    counts, enumeration = enumerate_space(question.instance(), formulation)
+    listed = list_plans(question, formulation, tell)
     return _Space(
-        size=counts.pop("space"),
-        infeasible=counts,
-        plans=enumeration.plans,
-        complete=enumeration.complete,
-        given=False,
+        size=listed.space, infeasible=listed.counts, plans=listed.plans, complete=listed.complete, given=False
     )
 
 

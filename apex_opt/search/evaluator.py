@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from apex_opt.plan.plan import Plan
+    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.simulator.stop import Metric
@@ -66,18 +67,22 @@ class Evaluator:
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
         """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
-        question = self.question
+        (bound,), possible = self.bounds(plan, (self.question.objective,))
+        return bound, possible
+
+    def bounds(self, plan: Plan, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], bool]:
+        """Lower bounds on the plan's costs by several objectives, and whether the SLOs can still hold."""
         metrics = self.floor(plan)
         power = self.costs.profile.power
         idle_j = power.idle_w * plan.devices * metrics.makespan_s
         energy_j = idle_j
-        if question.objective.name == "energy":
+        if any(objective.name == "energy" for objective in objectives):
             # The board's limit holds over a run, so its whole draw may be capped; the run is no shorter than its floor.
             most_j = power.limit_w * plan.devices * metrics.makespan_s
             energy_j = min(idle_j + self._least_joules(plan), most_j)
         usage = Usage(energy_j=energy_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
-        value = question.objective.value(metrics, usage)
-        return question.objective.cost(value), all(metrics.slo_met.values())
+        costs = tuple(objective.cost(objective.value(metrics, usage)) for objective in objectives)
+        return costs, all(metrics.slo_met.values())
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -46,6 +46,37 @@ class Formulation(Protocol):
     def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """The space of a question: how many plans there are, and those that are feasible, at every clock.
+
+    Parameters
+    ----------
+    space : int                  plans there are
+    counts : mapping             plans that break a constraint family, charged to the first in order
+    plans : tuple of Plan        feasible plans
+    complete : bool              whether these are all
+    """
+
+    space: int
+    counts: dict[str, int]
+    plans: tuple[Plan, ...]
+    complete: bool
+
+    def alike(self) -> list[tuple[int, Plan]]:
+        """Plans with their place in `plans`, those of the same cut together: these share their tables."""
+        return sorted(enumerate(self.plans), key=lambda item: _cut(item[1]))
+
+
+def list_plans(question: Question, formulation: Formulation, tell: Progress) -> Listed:
+    """Enumerate the feasible plans and count the others."""
+    tell("enumerating plans", 0, 0)
+    counts, enumeration = _enumerate(question.instance(), formulation)
+    counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
+    plans = tuple(replace(plan, clock_mhz=clock) for clock in question.clocks for plan in enumeration.plans)
+    return Listed(space=counts.pop("space"), counts=counts, plans=plans, complete=enumeration.complete)
+
+
 def search(
     question: Question,
     formulation: Formulation,
@@ -73,18 +104,13 @@ def search(
     deadline = float("inf") if time_limit_s is None else monotonic() + time_limit_s
     tell = progress or silent
     check_lengths(question)
-    instance = question.instance()
-    tell("enumerating plans", 0, 0)
-    counts, enumeration = enumerate_space(instance, formulation)
+    listed = list_plans(question, formulation, tell)
+    counts = listed.counts
     evaluator = Evaluator(question)
     queue: list[tuple[float, int, Plan]] = []
     bounded = 0
-    # Plans of the same cut share their tables while these are still there.
-    plans = [replace(plan, clock_mhz=clock) for clock in question.clocks for plan in enumeration.plans]
-    counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
-    alike = sorted(enumerate(plans), key=lambda item: _cut(item[1]))
-    for done_already, (index, plan) in enumerate(alike):
-        tell("bounding plans", done_already, len(alike))
+    for done_already, (index, plan) in enumerate(listed.alike()):
+        tell("bounding plans", done_already, len(listed.plans))
         bound, possible = evaluator.bound(plan)
         bounded += not possible
         if possible:
@@ -96,9 +122,9 @@ def search(
     rest = [bound for bound, _, _ in queue[len(done) + cut_short :]]
     # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
     left = [bound for bound in rest if len(ranked) < top or bound <= question.objective.cost(ranked[top - 1].value)]
-    proved = enumeration.complete and not left
+    proved = listed.complete and not left
     certificate = Certificate(
-        space=counts.pop("space"),
+        space=listed.space,
         infeasible=counts,
         bounded=bounded + len(rest) - len(left),
         simulated=len(done) + cut_short,
@@ -106,14 +132,13 @@ def search(
         missed=sum(not c.meets_slos for c in done),
         left=len(left),
         optimal=proved,
-        gap=_gap(question, best, left) if best and enumeration.complete else None,
+        gap=_gap(question, best, left) if best and listed.complete else None,
     )
     if best is None and left:
         reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
         return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
     if best is None:
-        closest = min(done, key=lambda c: _miss(question, c), default=None)
-        reason = _why_not(question, instance, enumeration.plans, closest, evaluator)
+        reason = why_not(evaluator, listed.plans, done)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
@@ -206,7 +231,7 @@ def _cut(plan: Plan) -> tuple[Any, ...]:
     return plan.clock_mhz or 0, *cells, plan.stages, plan.replicas
 
 
-def enumerate_space(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
+def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
     """Feasible plans, and how many of the space each constraint family takes away in turn."""
     left = formulation.count(instance, ())
     counts = {"space": left}
@@ -246,16 +271,12 @@ def _miss(question: Question, candidate: Candidate) -> float:
     return max((-slo.margin(judged(candidate.metrics, slo)) for slo in missed), default=0.0)
 
 
-def _why_not(
-    question: Question,
-    instance: Instance,
-    plans: Sequence[Plan],
-    closest: Candidate | None,
-    evaluator: Evaluator,
-) -> str:
-    """One sentence on why there is no answer, with the numbers of the plan that comes closest."""
+def why_not(evaluator: Evaluator, plans: Sequence[Plan], done: Sequence[Candidate]) -> str:
+    """One sentence on why none of the feasible plans is an answer, with the numbers of the one that comes closest."""
+    question = evaluator.question
     if not plans:
-        return nearest_violation(instance)
+        return nearest_violation(question.instance())
+    closest = min(done, key=lambda c: _miss(question, c), default=None)
     if closest is None:
         # Every plan was ruled out by a bound; the one with the least bound shows by how much.
         first = min(plans, key=lambda plan: evaluator.bound(plan)[0])

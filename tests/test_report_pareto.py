@@ -1,0 +1,64 @@
+"""The front for people, for programs and as a picture: the same plans and figures in each."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from plan_cases import make_cluster, make_question, random_trace
+
+from apex_opt.errors import InputError
+from apex_opt.ir import load_model
+from apex_opt.report.pareto import pareto_document, pareto_page, write_front
+from apex_opt.search import load_objective, pareto
+from formulations.plan_space import PlanSpace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def document(*names: str, slo: str = "") -> dict[str, Any]:
+    question = make_question(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
+    front = pareto(question, [load_objective(name) for name in names], PlanSpace())
+    return pareto_document(question, front, {"gemm": "measured"})
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_the_table_has_the_plans_of_the_document_in_its_order() -> None:
+    found = document("e2e_mean", "energy")
+    text = pareto_page(found)
+    assert len(found["candidates"]) > 1
+    places = [text.index(f" {row['plan']} ") for row in found["candidates"]]
+    assert places == sorted(places)
+    assert f"front of e2e_mean against energy: {len(found['candidates'])} plans" in text
+    assert "every plan is accounted for, gap 0.0%" in " ".join(text.split())
+    for row in found["candidates"]:
+        assert row["values"]["energy"] == row["metrics"]["energy_j"]
+        assert row["values"]["e2e_mean"] == row["metrics"]["e2e_s"]["mean"]
+        assert f"{row['values']['energy'] / 1e3:,.1f} kJ" in text
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_where_there_is_no_plan_the_reason_is_shown() -> None:
+    found = document("e2e_mean", "energy", slo="ttft_p95<=1us")
+    assert (found["status"], found["candidates"]) == ("infeasible", [])
+    assert found["reason"] in " ".join(pareto_page(found).split())
+
+
+@pytest.mark.parametrize("names", [("e2e_mean", "energy"), ("ttft_p95", "throughput", "energy")])
+def test_the_picture_is_a_png_and_nothing_is_left_beside_it(tmp_path: Path, names: tuple[str, ...]) -> None:
+    pytest.importorskip("matplotlib")
+    write_front(tmp_path / "front.png", document(*names))
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["front.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_front(tmp_path / "nowhere" / "front.png", document("e2e_mean", "energy"))

@@ -1,0 +1,121 @@
+"""The front is what simulating every plan and comparing all pairs gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from plan_cases import make_cluster, make_question, random_question, random_trace
+
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.evaluate import space, violations
+from apex_opt.ir import load_model
+from apex_opt.search import Candidate, Evaluator, Objective, Question, load_objective, pareto, search
+from apex_opt.search.objective import NAMES
+from apex_opt.search.pareto import Front, dominates
+from apex_opt.workload import make_trace
+from formulations.plan_space import PlanSpace
+
+SEEDS = range(300, 380)
+SPACE = PlanSpace()
+
+
+def some_objectives(seed: int) -> tuple[Objective, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(load_objective(str(name)) for name in rng.choice(NAMES, size=2 + seed % 2, replace=False))
+
+
+def vector(candidate: Candidate, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
+    return tuple(o.cost(o.value(candidate.metrics, candidate.usage)) for o in objectives)
+
+
+def brute_force(question: Question, objectives: tuple[Objective, ...]) -> list[tuple[float, ...]]:
+    evaluator, instance = Evaluator(question), question.instance()
+    plans = [plan for plan in space(instance) if not violations(instance, plan)]
+    runs = [evaluator.simulate(replace(plan, clock_mhz=clock)) for clock in question.clocks for plan in plans]
+    vectors = {vector(run, objectives) for run in runs if run.meets_slos}
+    return sorted(
+        one
+        for one in vectors
+        if not any(other != one and all(a <= b for a, b in zip(other, one, strict=True)) for other in vectors)
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_front_is_what_comparing_every_plan_with_every_other_gives(seed: int) -> None:
+    question, objectives = random_question(seed), some_objectives(seed)
+    front = pareto(question, objectives, SPACE)
+    assert [vector(candidate, objectives) for candidate in front.plans] == brute_force(question, objectives)
+    assert front.status == ("optimal" if front.plans else "infeasible")
+    assert (front.reason is None) == bool(front.plans)
+    certificate = front.certificate
+    assert certificate.space == sum(certificate.infeasible.values()) + certificate.bounded + certificate.simulated
+    assert len(front.plans) + len(front.beaten) + certificate.missed == certificate.simulated
+    for loser in front.beaten:
+        mine = vector(loser, objectives)
+        winners = [vector(candidate, objectives) for candidate in front.plans]
+        assert any(dominates(winner, mine) or winner == mine for winner in winners)
+
+
+def test_bounds_spare_simulations_in_some_of_these_questions() -> None:
+    fronts = [pareto(random_question(seed), some_objectives(seed), SPACE) for seed in SEEDS]
+    assert sum(front.certificate.bounded > front.certificate.missed for front in fronts) >= 20
+    assert sum(len(front.plans) > 1 for front in fronts) >= 10
+    assert sum(front.status == "infeasible" for front in fronts) >= 3
+
+
+def dense_question(slo: str = "") -> Question:
+    return make_question(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
+
+
+def front_of(question: Question, *names: str) -> Front:
+    return pareto(question, [load_objective(name) for name in names], SPACE)
+
+
+def test_clocks_are_part_of_the_space() -> None:
+    question = replace(dense_question(), clocks=(None, 1500, 900))
+    objectives = (load_objective("e2e_mean"), load_objective("energy"))
+    front = pareto(question, objectives, SPACE)
+    assert [vector(candidate, objectives) for candidate in front.plans] == brute_force(question, objectives)
+    assert len({candidate.plan.clock_mhz for candidate in front.plans}) > 1
+
+
+@pytest.mark.parametrize(
+    "names", [("e2e_mean", "energy"), ("ttft_p95", "throughput"), ("tpot_p99", "energy", "makespan")]
+)
+def test_the_best_plan_by_each_objective_is_an_end_of_the_front(names: tuple[str, ...]) -> None:
+    question = dense_question()
+    front = front_of(question, *names)
+    for objective in front.objectives:
+        best = search(replace(question, objective=objective), SPACE).best
+        assert best is not None
+        costs = [objective.cost(objective.value(c.metrics, c.usage)) for c in front.plans]
+        assert min(costs) == objective.cost(best.value)
+
+
+def test_the_order_of_objectives_changes_the_order_of_the_front_only() -> None:
+    question = dense_question()
+    one, other = front_of(question, "e2e_mean", "energy"), front_of(question, "energy", "e2e_mean")
+    assert [c.plan for c in one.plans] == [c.plan for c in reversed(other.plans)]
+
+
+def test_goals_out_of_reach_are_answered_with_what_is_reached() -> None:
+    front = front_of(dense_question("ttft_p95<=1us"), "e2e_mean", "energy")
+    assert (front.status, front.plans, front.certificate.gap) == ("infeasible", (), None)
+    assert "ttft_p95<=1us (it reaches" in str(front.reason)
+
+
+@pytest.mark.parametrize(
+    "names", [("energy",), ("energy", "energy"), ("energy", "e2e_mean", "ttft_mean", "makespan"), ()]
+)
+def test_other_than_two_or_three_different_objectives_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="two or three objectives, each named once"):
+        front_of(dense_question(), *names)
+
+
+def test_a_prompt_as_long_as_the_model_allows_is_refused() -> None:
+    question = dense_question()
+    long = make_trace(name="long", arrival_ns=[0], prompt=[question.settings.max_model_len], output=[5])
+    with pytest.raises(CapacityError, match="leaves no room to answer"):
+        front_of(replace(question, trace=long), "e2e_mean", "energy")
