@@ -238,6 +238,20 @@ def test_a_model_too_large_is_answered_with_what_comes_nearest() -> None:
     assert "at a time" not in answer.reason
 
 
+def test_the_clock_asked_for_is_the_one_that_is_searched() -> None:
+    for seed in range(40):
+        question = asked(seed)
+        free = highest_rate(question, SPACE, resolution=COARSE)
+        low = highest_rate(replace(question, clocks=(600,)), SPACE, resolution=COARSE)
+        both = highest_rate(replace(question, clocks=(None, 600)), SPACE, resolution=COARSE)
+        assert {item.plan.clock_mhz for item in low.plans} <= {600}
+        assert both.certificate.space == 2 * free.certificate.space
+        if low.plans and free.plans[0].rate_per_s > low.plans[0].rate_per_s:
+            assert both.plans[0].plan.clock_mhz is None
+            return
+    pytest.fail("no rate here depends on the clock")
+
+
 def test_progress_is_told_along_the_way() -> None:
     told: list[tuple[str, int, int]] = []
     highest_rate(asked(7), SPACE, progress=lambda *step: told.append(step))
