@@ -63,8 +63,6 @@ def _run_plan(options: dict[str, Any]) -> int:
 
 
 def _run_energy(options: dict[str, Any]) -> int:
-    from dataclasses import replace
-
     from apex_opt.ask import Options, ask
     from apex_opt.report import Progress, answer_document, beside, checked, show
     from apex_opt.search import Evaluator, check, load_objective, search
@@ -142,8 +140,6 @@ def _write_files(question: Question, plan: Plan, options: dict[str, Any], progre
     """Every request and every batch of a plan's run, where asked for."""
     if options["requests"] is None and options["timeline"] is None:
         return
-    from pathlib import Path
-
     from apex_opt.report.requests import write_requests
     from apex_opt.report.timeline import write_timeline
     from apex_opt.search import Evaluator
@@ -207,14 +203,14 @@ def _run_validate(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress, show, validation_document
 
     predictor = Predictor(profiles=check_profiles(options["profiles"]))
-    measurements = read_measured(Path(os.path.expanduser(options["measured"])))
+    measurements = read_measured(_path(options["measured"]))
     with Progress() as progress:
         comparisons = predictor.compare(measurements.runs, progress)
     document = validation_document(measurements, comparisons, predictor.provenance)
     if options["plot"] is not None:
         from apex_opt.report.validation_plot import write_plot
 
-        write_plot(Path(os.path.expanduser(options["plot"])), document)
+        write_plot(_path(options["plot"]), document)
     show(document, options["format"], options["limit"])
     return 0 if document["coverage"]["predicted"] else EXIT_INFEASIBLE
 

@@ -21,7 +21,7 @@ from apex_opt.profiles.schema import read_card, read_table, schema_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apex_opt.profiles.importers import Imported
+    from apex_opt.profiles.folder import Written
 
 H100, A100 = (load_cluster(name).gpu for name in ("h100-sxm", "a100-sxm"))
 VIDUR_OPS = (
@@ -38,11 +38,11 @@ def write_csv(path: Path, head: list[str], rows: list[list[Any]]) -> Path:
     return path
 
 
-def found(imported: Imported, kind: str) -> dict[str, Any]:
+def found(imported: Written, kind: str) -> dict[str, Any]:
     return read_table(imported.folder / f"{kind}.npz", schema_of(kind))
 
 
-def dropped(imported: Imported, kind: str) -> dict[str, int]:
+def dropped(imported: Written, kind: str) -> dict[str, int]:
     return dict(next(report.dropped for report in imported.reports if report.kind == kind))
 
 

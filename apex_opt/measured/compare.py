@@ -249,7 +249,7 @@ def _loaded(reason: str, load: Callable[[], T]) -> T:
 
 def _values(run: MeasuredRun, metrics: Metrics, energy_j: float, outcome: Outcome) -> dict[str, float]:
     """Every metric of a simulated run that is defined."""
-    gaps = int((np.minimum(run.trace.output, run.settings.max_model_len - run.trace.prompt) - 1).sum())
+    gaps = int((run.trace.generated(run.settings.max_model_len) - 1).sum())
     spent_ns = int((outcome.finish_ns - outcome.first_token_ns).sum())
     latency = metrics.latency_s
     values = {

@@ -70,6 +70,22 @@ class TableReport:
     error: tuple[float, float, float, float] | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a command made.
+
+    Attributes
+    ----------
+    folder : Path                               the profile folder written
+    reports : tuple of TableReport
+    passed_over : tuple of (source, reason)     files not read, or only in part; tables that could not be measured
+    """
+
+    folder: Path
+    reports: tuple[TableReport, ...]
+    passed_over: tuple[tuple[str, str], ...]
+
+
 def write_folder(
     folder: Path, made: str, head: Mapping[str, str], gpu: Gpu, tables: Sequence[Table]
 ) -> tuple[TableReport, ...]:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, question_document
-from apex_opt.report.layout import count, page, seconds, table
+from apex_opt.report.layout import count, page, provenance_table, seconds, table
 from apex_opt.report.tables import best_tables
 from apex_opt.search import judged
 from apex_opt.search.capacity import ASSUMPTION
@@ -97,7 +97,7 @@ def _draw(console: Console, document: Document) -> None:
         best_tables(console, best)
     _certificate(console, document)
     if best is not None:
-        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+        provenance_table(console, document["provenance"])
 
 
 def _headline(document: Document, best: Document) -> tuple[str | tuple[str, str], ...]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 _PIPE_WIDTH: Final = 120
 _RULE: Final = SIMPLE_HEAD.head_row_horizontal
@@ -62,6 +62,11 @@ def table(
     if shown < len(heads):
         console.print(Text(f"left out for lack of width: {', '.join(heads[shown:])}", "dim"))
     console.print()
+
+
+def provenance_table(console: Console, provenance: Mapping[str, str]) -> None:
+    """Where the figures of an answer come from, a row each."""
+    table(console, "Where the figures come from", ("", ""), provenance.items(), left={0, 1})
 
 
 def _built(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: set[int]) -> Table:

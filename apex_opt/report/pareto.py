@@ -10,7 +10,7 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, question_document
-from apex_opt.report.layout import amount, count, page, table
+from apex_opt.report.layout import amount, count, page, provenance_table, table
 from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
@@ -77,7 +77,7 @@ def _draw(console: Console, document: Document) -> None:
         table(console, "No plan is better in one of these without being worse in another", heads, rows, left={1})
     certificate_line(console, document)
     if document["reason"] is None:
-        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+        provenance_table(console, document["provenance"])
 
 
 def write_front(path: Path, document: Document) -> None:

@@ -29,7 +29,7 @@ def write_requests(path: Path, outcome: Outcome, trace: Trace, max_model_len: in
     """
     import pandas as pd
 
-    generated = np.minimum(trace.output, max_model_len - trace.prompt)
+    generated = trace.generated(max_model_len)
     latency = per_request_s(outcome, generated, request_ns)
     table = pd.DataFrame(
         {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.report.layout import amount, count, page, seconds, table
+from apex_opt.report.layout import amount, count, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _answer(console: Console, document: Document) -> None:
         best_tables(console, best)
     certificate_line(console, document)
     if best is not None:
-        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+        provenance_table(console, document["provenance"])
 
 
 def question_line(console: Console, question: Document) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.report.layout import count, page, seconds, table
+from apex_opt.report.layout import count, page, provenance_table, seconds, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def _draw(console: Console, document: Document, limit: int) -> None:
         _steps(console, document)
     _reasons(console, document)
     if predicted:
-        table(console, "Where the figures come from", ("", ""), document["provenance"].items(), left={0, 1})
+        provenance_table(console, document["provenance"])
 
 
 def _runs(console: Console, document: Document, rows: list[Document], limit: int) -> None:

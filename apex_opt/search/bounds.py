@@ -79,7 +79,7 @@ def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -
     Outcome    per request lower bounds of the times since its arrival; counts are empty
     """
     floors = [StageFloor.of(law) for law in laws]
-    prompt, generated = trace.prompt, np.minimum(trace.output, settings.max_model_len - trace.prompt)
+    prompt, generated = trace.prompt, trace.generated(settings.max_model_len)
     found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
     computed = prompt - found
     pairs = prompt * (prompt + 1) // 2 - found * (found + 1) // 2

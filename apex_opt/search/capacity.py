@@ -23,7 +23,7 @@ from apex_opt.errors import UsageError
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, check_lengths, judge, list_plans, search, silent, tell_compiling
+from apex_opt.search.search import ROUND, bound_plans, check_lengths, judge, list_plans, search, silent, tell_compiling
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
@@ -453,12 +453,8 @@ def _listed(question: Question, formulation: Formulation, plan: Plan | None, tel
 
 def _possible(evaluator: Evaluator, space: _Space, tell: Progress) -> list[Plan]:
     """Plans that meet the goals at least where every request is alone."""
-    kept = []
-    for done, plan in enumerate(space.plans):
-        tell("bounding plans", done, len(space.plans))
-        if evaluator.bound(plan)[1]:
-            kept.append(plan)
-    return kept
+    bounds = bound_plans(evaluator, space.plans, (), tell)
+    return [plan for plan, (_, possible) in zip(space.plans, bounds, strict=True) if possible]
 
 
 def _guess(evaluator: Evaluator, plan: Plan) -> float:
@@ -470,7 +466,7 @@ def _guess(evaluator: Evaluator, plan: Plan) -> float:
     settings, trace = question.settings_for(plan), question.trace
     laws = evaluator.costs.plan_cost(plan).laws
     prompt = float(trace.prompt.mean())
-    output = float(np.minimum(trace.output, settings.max_model_len - trace.prompt).mean())
+    output = float(trace.generated(settings.max_model_len).mean())
     held = prompt + output / 2
     blocks = kv_blocks(stage_memory(question.model, question.cluster.gpu, plan, settings)) * plan.attention.dp
     most = int(blocks * settings.block_size / held / plan.stages)

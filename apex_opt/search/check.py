@@ -60,11 +60,12 @@ def check(question: Question, answer: Answer, progress: Progress | None = None) 
     It takes the time of simulating every feasible plan, which the search is there to save.
     """
     tell = progress or silent
-    plans = [plan for plan in space(question.instance())]
+    instance = question.instance()
+    plans = list(space(instance))
     feasible, lost = [], Counter[str]()
     for index, plan in enumerate(plans):
         tell("checking constraints", index, len(plans))
-        broken = violations(question.instance(plan), plan)
+        broken = violations(instance, plan)
         lost.update(v.family for v in broken[:1])
         if not broken:
             feasible.append(plan)

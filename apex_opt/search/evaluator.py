@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from apex_opt.cost import CostModel, PlanCost, Usage, account, least_joules_per_token
 from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
@@ -46,7 +44,7 @@ class Evaluator:
             question.profiles,
         )
         self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
-        generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+        generated = question.trace.generated(question.settings.max_model_len)
         self._joules: dict[Plan, float] = {}
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
@@ -207,5 +205,5 @@ class Evaluator:
 @lru_cache(maxsize=8)
 def _computed_tokens(trace: Trace, max_model_len: int, prefix_caching: bool) -> int:
     """Tokens that any run computes: prompts unless a cache may hold them, answers but for their last token."""
-    generated = np.minimum(trace.output, max_model_len - trace.prompt)
+    generated = trace.generated(max_model_len)
     return int((generated - 1).sum()) + (0 if prefix_caching else int(trace.prompt.sum()))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, check_lengths, list_plans, silent, tell_compiling, why_not
+from apex_opt.search.search import ROUND, bound_plans, check_lengths, list_plans, silent, tell_compiling, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,12 +69,8 @@ def pareto(
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
     evaluator = Evaluator(question)
-    queue: list[tuple[Costs, int, Plan]] = []
-    for done_already, (index, plan) in enumerate(listed.alike()):
-        tell("bounding plans", done_already, len(listed.plans))
-        bounds, possible = evaluator.bounds(plan, objectives)
-        if possible:
-            queue.append((bounds, index, plan))
+    bounds = bound_plans(evaluator, listed.plans, objectives, tell)
+    queue = [(least, index, listed.plans[index]) for index, (least, possible) in enumerate(bounds) if possible]
     missing = len(listed.plans) - len(queue)
     done, beaten = _simulate(_from_all_sides(queue), evaluator, objectives, tell)
     good = [candidate for candidate in done if candidate.meets_slos]

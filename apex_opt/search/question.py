@@ -71,7 +71,7 @@ class Question:
         # The last token of a request is never computed, so it needs no room in the cache.
         held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
         limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
-        decodes = bool((np.minimum(self.trace.output, self.settings.max_model_len - self.trace.prompt) > 1).any())
+        decodes = bool((self.trace.generated(self.settings.max_model_len) > 1).any())
         return Instance(
             model=self.model,
             cluster=self.cluster,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.plan.plan import Plan
+    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
 
     Progress = Callable[[str, int, int], None]
@@ -63,10 +64,6 @@ class Listed:
     plans: tuple[Plan, ...]
     complete: bool
 
-    def alike(self) -> list[tuple[int, Plan]]:
-        """Plans with their place in `plans`, those of the same cut together: these share their tables."""
-        return sorted(enumerate(self.plans), key=lambda item: _cut(item[1]))
-
 
 def list_plans(question: Question, formulation: Formulation, tell: Progress) -> Listed:
     """Enumerate the feasible plans and count the others."""
@@ -75,6 +72,18 @@ def list_plans(question: Question, formulation: Formulation, tell: Progress) -> 
     counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
     plans = tuple(replace(plan, clock_mhz=clock) for clock in question.clocks for plan in enumeration.plans)
     return Listed(space=counts.pop("space"), counts=counts, plans=plans, complete=enumeration.complete)
+
+
+def bound_plans(
+    evaluator: Evaluator, plans: Sequence[Plan], objectives: Sequence[Objective], tell: Progress
+) -> list[tuple[tuple[float, ...], bool]]:
+    """Of each plan its lower bounds by some objectives, and whether it can still meet the goals."""
+    found: dict[int, tuple[tuple[float, ...], bool]] = {}
+    # Plans of the same cut share their tables while these are still there.
+    for index in sorted(range(len(plans)), key=lambda index: _cut(plans[index])):
+        tell("bounding plans", len(found), len(plans))
+        found[index] = evaluator.bounds(plans[index], objectives)
+    return [found[index] for index in range(len(plans))]
 
 
 def search(
@@ -105,17 +114,9 @@ def search(
     tell = progress or silent
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
-    counts = listed.counts
     evaluator = Evaluator(question)
-    queue: list[tuple[float, int, Plan]] = []
-    bounded = 0
-    for done_already, (index, plan) in enumerate(listed.alike()):
-        tell("bounding plans", done_already, len(listed.plans))
-        bound, possible = evaluator.bound(plan)
-        bounded += not possible
-        if possible:
-            queue.append((bound, index, plan))
-    queue.sort(key=lambda item: item[:2])
+    bounds = bound_plans(evaluator, listed.plans, (question.objective,), tell)
+    queue = sorted((bound, index, listed.plans[index]) for index, ((bound,), possible) in enumerate(bounds) if possible)
     done, cut_short = _simulate(queue, evaluator, tell, top, deadline)
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: rank(question, c))
     best = ranked[0] if ranked else None
@@ -125,8 +126,8 @@ def search(
     proved = listed.complete and not left
     certificate = Certificate(
         space=listed.space,
-        infeasible=counts,
-        bounded=bounded + len(rest) - len(left),
+        infeasible=listed.counts,
+        bounded=len(listed.plans) - len(queue) + len(rest) - len(left),
         simulated=len(done) + cut_short,
         cut_short=cut_short,
         missed=sum(not c.meets_slos for c in done),

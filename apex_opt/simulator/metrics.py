@@ -66,7 +66,7 @@ def measure(
     request_ns : int        time of a request outside the engine, added to TTFT and E2E
     slos : goals to judge by
     """
-    generated = np.minimum(trace.output, max_model_len - trace.prompt)
+    generated = trace.generated(max_model_len)
     values = per_request_s(outcome, generated, request_ns)
     latency = {name: _statistics(values[name]) for name in LATENCIES}
     makespan_s = max(outcome.makespan_ns / NS_PER_S, 1 / NS_PER_S)

@@ -114,7 +114,7 @@ def _run_once(
         arrival=np.array(trace.arrival_ns, np.int64),
         prompt=np.array(trace.prompt, np.int64),
         output=np.array(trace.output, np.int64),
-        limit=np.minimum(trace.output, settings.max_model_len - trace.prompt).astype(np.int64),
+        limit=trace.generated(settings.max_model_len).astype(np.int64),
         following=np.full(n, kn.NONE, np.int64),
         first=np.zeros(n, np.int64),
         finish=np.zeros(n, np.int64),
@@ -263,8 +263,7 @@ def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes:
 @lru_cache(maxsize=4)
 def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
     """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
-    limits = np.minimum(trace.output, max_model_len - trace.prompt)
-    return BlockContent.of(trace, block_size, limits, _number_pieces)
+    return BlockContent.of(trace, block_size, trace.generated(max_model_len), _number_pieces)
 
 
 def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:

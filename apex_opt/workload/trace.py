@@ -109,6 +109,10 @@ class Trace:
         """Tokens of the longest request, prompt and output together: what a KV cache must be able to hold."""
         return int((self.prompt + self.output).max())
 
+    def generated(self, max_model_len: int) -> Ints:
+        """Tokens that each request generates before it is at the length the model allows."""
+        return np.minimum(self.output, max_model_len - self.prompt)
+
     @property
     def duration_s(self) -> float:
         """Seconds from the first arrival to the last."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -13,7 +12,7 @@ from apex_opt.cluster import list_gpus, load_cluster
 from apex_opt.errors import InputError
 from apex_opt.profiles.collect.points import OPS, points
 from apex_opt.profiles.collect.timing import CallError, Effort, Result, measure
-from apex_opt.profiles.folder import Table, TableReport, write_folder
+from apex_opt.profiles.folder import Table, Written, write_folder
 from apex_opt.profiles.schema import SCHEMAS
 
 if TYPE_CHECKING:
@@ -37,22 +36,6 @@ _ABOUT: Final = {
     "memory": "device copy, fused add and RMSNorm, SiLU and multiply; small sizes are served from the L2 cache",
     "collective": "within one node; bytes are those of the whole vector: input of reductions, output of gathers",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """What was measured.
-
-    Attributes
-    ----------
-    folder : Path                               the profile folder written
-    reports : tuple of TableReport
-    passed_over : tuple of (table, reason)      what could not be measured here
-    """
-
-    folder: Path
-    reports: tuple[TableReport, ...]
-    passed_over: tuple[tuple[str, str], ...]
 
 
 def recognised(name: str, memory_bytes: int) -> Gpu:
@@ -83,7 +66,7 @@ def collect(
     *,
     quick: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Collected:
+) -> Written:
     """Measure, then write `target/<accelerator>/collected/`; nothing is written where nothing could be measured.
 
     Parameters
@@ -148,7 +131,7 @@ def collect(
     }
     folder = target / (gpu.profile or gpu.name) / _NAME
     reports = write_folder(folder, "measures", head, gpu, tables)
-    return Collected(folder=folder, reports=reports, passed_over=tuple(passed_over))
+    return Written(folder=folder, reports=reports, passed_over=tuple(passed_over))
 
 
 def _measured(machine: Machine, point: Point, effort: Effort) -> Result:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.profiles.distill.screen import screen, take
-from apex_opt.profiles.folder import Table, TableReport, write_folder
+from apex_opt.profiles.folder import Table, Written, write_folder
 from apex_opt.profiles.importers.apex import read_apex
 from apex_opt.profiles.importers.vidur import read_vidur
 from apex_opt.profiles.schema import SCHEMAS, in_bounds, schema_of
@@ -37,23 +36,7 @@ _ABOUT: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
-    """What became of the files.
-
-    Attributes
-    ----------
-    folder : Path                               the profile folder written
-    reports : tuple of TableReport
-    passed_over : tuple of (file, reason)       what was not read, or only in part
-    """
-
-    folder: Path
-    reports: tuple[TableReport, ...]
-    passed_over: tuple[tuple[str, str], ...]
-
-
-def import_profile(kind: str, source: Path, gpu: Gpu, target: Path) -> Imported:
+def import_profile(kind: str, source: Path, gpu: Gpu, target: Path) -> Written:
     """Write `target/<accelerator>/<kind>/` from the tables of another simulator; equal input gives equal bytes.
 
     Parameters
@@ -83,7 +66,7 @@ def import_profile(kind: str, source: Path, gpu: Gpu, target: Path) -> Imported:
     folder = target / (gpu.profile or gpu.name) / kind
     reports = write_folder(folder, "imports", head, gpu, [table for table in tables if table.kind not in empty])
     unused = tuple((name, "no row can be used") for name in empty)
-    return Imported(folder=folder, reports=reports, passed_over=(*found.passed_over, *unused))
+    return Written(folder=folder, reports=reports, passed_over=(*found.passed_over, *unused))
 
 
 def _table(kind: str, parts: Sequence[Part], gpu: Gpu) -> Table:
