@@ -287,3 +287,9 @@ def test_a_plan_that_cannot_run_or_misses_a_goal_is_told_so() -> None:
     late = compare(question, parse_plan("tp2", EIGHT), None)
     assert late.candidate is not None
     assert str(late.reason).startswith("misses ttft_p95<=1us (it reaches ")
+
+
+def test_a_goal_missed_by_a_share_of_the_requests_is_told_as_a_share() -> None:
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 10), "ttft<=1us@99%")
+    late = compare(question, parse_plan("tp2", EIGHT), None)
+    assert str(late.reason) == "misses ttft<=1us@99% (it reaches 0.0%)"

@@ -16,7 +16,7 @@ from apex_opt.evaluate import FAMILIES
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
 from apex_opt.search.advice import MOST_GPUS, feasible, nearest, other_formats
-from apex_opt.search.answer import Answer, Candidate, judged
+from apex_opt.search.answer import Answer, Candidate, misses
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import load_objective
 from apex_opt.search.search import ROUND, Formulation, judge, search, silent
@@ -159,7 +159,7 @@ def explain(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Listed:
+class _Known:
     """A formulation whose plans are known."""
 
     plans: tuple[Plan, ...]
@@ -168,7 +168,7 @@ class _Listed:
     def count(self, instance: Instance, families: Sequence[str]) -> int:
         return len(self.plans)
 
-    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> _Listed:
+    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> _Known:
         return self
 
 
@@ -192,7 +192,7 @@ class _Work:
         plans = tuple(plan for plan in self.formulation.enumerate(instance).plans if plan.devices > above)
         if not plans or (question.clocks == (None,) and not _some_meets(question, plans)):
             return None
-        best = search(question, _Listed(plans=plans), self.tell).best
+        best = search(question, _Known(plans=plans), self.tell).best
         return None if best is None else (best.plan, best.value)
 
     def meets(self, question: Question, goals: Goals) -> bool:
@@ -216,7 +216,7 @@ class _Work:
         statistic = "mean" if goal.fraction is not None else goal.statistic
         name = goal.metric if goal.metric == "throughput" else f"{goal.metric}_{statistic}"
         asked = replace(question, objective=load_objective(name))
-        answer = search(asked, _Listed(plans=plans), self.tell, 1 if goal.fraction is None else _EVERY)
+        answer = search(asked, _Known(plans=plans), self.tell, 1 if goal.fraction is None else _EVERY)
         if answer.best is None or np.isnan(answer.best.value):
             return None
         if goal.fraction is None:
@@ -238,7 +238,7 @@ def _least_limit(question: Question, candidates: Sequence[Candidate], goal: Slo)
 
 def _below(question: Question, candidate: Candidate, goal: Slo) -> float:
     """A latency that this share of the requests is not within less of: a percentile two requests below the share."""
-    generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+    generated = question.trace.generated(question.settings.max_model_len)
     requests = int((generated > 1).sum()) if goal.metric == "tpot" else len(question.trace)
     latency = candidate.metrics.latency_s[goal.metric]
     return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * requests >= 2), default=0.0)
@@ -260,7 +260,7 @@ def _some_meets(question: Question, plans: Sequence[Plan]) -> bool:
 def _limit(question: Question, evaluator: Evaluator, plan: Plan, goal: Slo) -> float:
     """The least limit that the share of requests a goal asks for is within."""
     outcome, cost = evaluator.batches(plan)
-    generated = np.minimum(question.trace.output, question.settings.max_model_len - question.trace.prompt)
+    generated = question.trace.generated(question.settings.max_model_len)
     values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
     values = np.sort(values[~np.isnan(values)])
     shares = np.arange(1, len(values) + 1) / len(values)
@@ -317,9 +317,7 @@ def _of_families(instance: Instance, core: tuple[str, ...], tight: Goals, work: 
 def _of_goals(question: Question, goals: Goals, work: _Work) -> Clash:
     """A clash of goals: the best value of each while the others are met."""
     asked = replace(question, slos=goals)
-    certificate = search(
-        asked, _Listed(plans=work.formulation.enumerate(asked.instance()).plans), work.tell
-    ).certificate
+    certificate = search(asked, _Known(plans=work.formulation.enumerate(asked.instance()).plans), work.tell).certificate
     by_bound = certificate.simulated == 0
     parts = []
     for goal in goals:
@@ -529,12 +527,8 @@ def compare(question: Question, plan: Plan, best: Candidate | None, progress: Pr
     if answer.best is None:
         return Comparison(plan=plan, candidate=None, reason=answer.reason)
     candidate = answer.best
-    missed = [
-        f"{goal.text} (it reaches {_amount(goal, judged(candidate.metrics, goal))})"
-        for goal in question.slos
-        if not candidate.metrics.slo_met[goal.text]
-    ]
-    reason = f"misses {' and '.join(missed)}" if missed else None
+    missed = misses(candidate.metrics, question.slos)
+    reason = f"misses {missed}" if missed else None
     if best is None:
         return Comparison(plan=plan, candidate=candidate, reason=reason)
     evaluator = Evaluator(question)
