@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from apex_opt.cluster import load_cluster
 from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost.engine import EngineOverhead
-from apex_opt.evaluate import Instance, decode_bytes, space, violations
+from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
@@ -18,6 +18,7 @@ from apex_opt.search import Evaluator, Question, load_objective
 from apex_opt.search.objective import NAMES
 from apex_opt.units import GIB
 from apex_opt.workload import Trace, make_trace, parse_slos
+from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -328,3 +329,17 @@ def random_question(seed: int) -> Question:
             goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_max<={tpot:.12f}s", f"tpot<={tpot:.12f}s@80%"]
             question = replace(question, slos=parse_slos(",".join(goals[int(rng.integers(3)) :])))
     return question
+
+
+@dataclass(frozen=True)
+class Short:
+    """A formulation that lists only the first plans."""
+
+    plans: tuple[Plan, ...] = ()
+    complete: bool = False
+
+    def count(self, instance: Instance, families: Sequence[str]) -> int:
+        return PlanSpace().count(instance, families)
+
+    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> Short:
+        return Short(plans=PlanSpace().enumerate(instance, families).plans[:3])

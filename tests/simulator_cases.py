@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
+from golden.condense import digest
 from hypothesis import strategies as st
 
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator import BatchLaw, Outcome, simulate
+from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law
 from apex_opt.units import ceil_div
 from apex_opt.workload import Trace, make_trace
@@ -214,3 +215,11 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         ours, theirs = getattr(one, name), getattr(other, name)
         assert ours.dtype == theirs.dtype == np.int64 and np.array_equal(ours, theirs), (name, ours, theirs)
     assert one.counts.equals(other.counts)
+
+
+def assert_recorded(result: Replay, recorded: dict[str, Any]) -> None:
+    assert result.first_token_us == recorded["first_token_us"]
+    assert result.finish_us == recorded["finish_us"]
+    assert result.preemptions == recorded["preemptions"]
+    assert len(result.steps) == recorded["batches"]
+    assert digest(result.steps) == recorded["batches_sha256"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import dense, make_cluster, make_model, make_question, random_model, random_trace
+from plan_cases import Short, dense, make_cluster, make_model, make_question, random_model, random_trace
 
 from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
@@ -32,10 +32,7 @@ from apex_opt.workload import make_trace, parse_slos
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from apex_opt.cost import PlanCost
-    from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
 
 SPACE = PlanSpace()
@@ -258,20 +255,6 @@ def test_progress_is_told_along_the_way() -> None:
     assert told[0] == ("enumerating plans", 0, 0)
     assert "searching rates" in {what for what, _, _ in told}
     assert all(0 <= done <= total for _, done, total in told)
-
-
-@dataclass(frozen=True)
-class Short:
-    """A formulation that lists only the first plans."""
-
-    plans: tuple[Plan, ...] = ()
-    complete: bool = False
-
-    def count(self, instance: Instance, families: Sequence[str]) -> int:
-        return SPACE.count(instance, families)
-
-    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> Short:
-        return Short(plans=SPACE.enumerate(instance, families).plans[:3])
 
 
 def test_an_enumeration_cut_short_proves_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from plan_cases import (
     OVERHEAD,
+    Short,
     dense,
     make_cluster,
     make_model,
@@ -29,10 +30,7 @@ from apex_opt.workload import load_trace, make_trace, parse_slos
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from apex_opt.cost import PlanCost
-    from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
 
 SEEDS = range(44)
@@ -257,20 +255,6 @@ def test_a_prompt_as_long_as_the_model_allows_is_refused() -> None:
 
 
 # ---- enumerations that are cut short ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Short:
-    """A formulation that lists only the first plans."""
-
-    plans: tuple[Plan, ...] = ()
-    complete: bool = False
-
-    def count(self, instance: Instance, families: Sequence[str]) -> int:
-        return SPACE.count(instance, families)
-
-    def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> Short:
-        return Short(plans=SPACE.enumerate(instance, families).plans[:3])
 
 
 def test_an_enumeration_cut_short_proves_nothing() -> None:

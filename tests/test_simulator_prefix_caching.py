@@ -18,6 +18,7 @@ from simulator_cases import (
     TRAFFIC,
     Case,
     Traffic,
+    assert_recorded,
     assert_same,
     blocks_of,
     engines,
@@ -53,12 +54,7 @@ def computed(steps: list[Any]) -> int:
 @pytest.mark.parametrize("number", range(len(RECORDED)))
 def test_recorded_batches_come_out_batch_for_batch(number: int, implementation: Implementation) -> None:
     case = RECORDED[number]
-    result = replay(case["config"], case["trace"], implementation)
-    assert result.first_token_us == case["first_token_us"]
-    assert result.finish_us == case["finish_us"]
-    assert result.preemptions == case["preemptions"]
-    assert len(result.steps) == case["batches"]
-    assert digest(result.steps) == case["batches_sha256"]
+    assert_recorded(replay(case["config"], case["trace"], implementation), case)
 
 
 def test_the_recording_has_hits_preemptions_and_every_kind_of_engine_loop() -> None:

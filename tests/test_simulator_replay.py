@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from golden.condense import TARGET, digest, read_recorded
-from simulator_cases import IMPLEMENTATIONS
+from simulator_cases import IMPLEMENTATIONS, assert_recorded
 
 from apex_opt.errors import ApexError, CapacityError, InputError, UsageError
 from apex_opt.simulator import Replay, replay
@@ -36,14 +36,6 @@ SMALL: dict[str, Any] = {
     "stage_weight": [1],
     "law_us": [10, 1, 0],
 }
-
-
-def assert_recorded(result: Replay, recorded: dict[str, Any]) -> None:
-    assert result.first_token_us == recorded["first_token_us"]
-    assert result.finish_us == recorded["finish_us"]
-    assert result.preemptions == recorded["preemptions"]
-    assert len(result.steps) == recorded["batches"]
-    assert digest(result.steps) == recorded["batches_sha256"]
 
 
 def test_the_recording_has_every_kind_of_engine_loop() -> None:
