@@ -215,14 +215,60 @@ def space(instance: Instance) -> Iterator[Plan]:
     stage have are replicas, so the copies of attention and of FFN have no common factor. Layers are split evenly;
     where that leaves the stages unequal and another split is better and fits (`moved`), that is a plan as well.
     """
-    for cut in _cuts(instance):
-        moved_layers = moved(instance, cut)
-        for plan in (cut,) if moved_layers is None else (cut, replace(cut, layers=moved_layers)):
+    for cut in cuts(instance):
+        layers = moved(instance, cut)
+        for plan in (cut,) if layers in (None, cut.layers) else (cut, replace(cut, layers=layers)):
             for replicas in range(1, instance.max_devices // cut.devices + 1):
                 yield replace(plan, replicas=replicas)
 
 
-def _cuts(instance: Instance) -> Iterator[Plan]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """The space of an instance, counted plan by plan.
+
+    Parameters
+    ----------
+    space : int              plans there are; every cut into several stages is two, with layers even and moved
+    infeasible : mapping     plans that break a constraint family, charged to the first in order
+    repeated : int           feasible plans whose layers, moved, stay even, and which so are another plan
+    plans : tuple of Plan    the other feasible ones
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    repeated: int
+    plans: tuple[Plan, ...]
+
+
+def tally(instance: Instance) -> Tally:
+    """Count the space and ask the oracle about each plan of it."""
+    lost, size, repeated = dict.fromkeys(FAMILIES, 0), 0, 0
+    plans: list[Plan] = []
+    for cut in cuts(instance):
+        counts = range(1, instance.max_devices // cut.devices + 1)
+        broken = [violation.family for violation in violations(instance, cut)]
+        found = [(cut, broken)]
+        if cut.stages > 1:
+            # Where layers lie changes what a stage holds and nothing else.
+            layers = moved(instance, cut)
+            others = [family for family in broken if family != "memory"]
+            if layers is None:
+                found.append((cut, sorted({*others, "memory"}, key=FAMILIES.index)))
+            elif others or layers != cut.layers:
+                found.append((replace(cut, layers=layers), others))
+            else:
+                repeated += len(counts)
+                size += len(counts)
+        for plan, families in found:
+            size += len(counts)
+            if families:
+                lost[families[0]] += len(counts)
+            else:
+                plans += [replace(plan, replicas=count) for count in counts]
+    return Tally(space=size, infeasible=lost, repeated=repeated, plans=tuple(plans))
+
+
+def cuts(instance: Instance) -> Iterator[Plan]:
     """Every way to cut one replica, with even stages."""
     model = instance.model
     for stages in range(1, min(instance.max_devices, model.layers) + 1):
@@ -256,12 +302,12 @@ def _templates(devices: int, *, expert: bool) -> Iterator[Template]:
 
 
 def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
-    """Layers of the stages such that the heaviest is as light as can be; None where they are even or nothing fits.
+    """Layers of the stages such that the heaviest is as light as can be; None where nothing fits.
 
     A stage weighs the bytes that a full batch reads: its layers, and the LM head on the last. Of the lightest splits
     it is the one that leaves the most for the KV cache where the least is left, of these the one whose boundaries, in
     order, lie nearest those of the even split. Activations are looked at only where a split does not fit beside them.
-    Stages are balanced and shards equal, or there is none.
+    Stages are several and balanced, and shards equal, or there is none.
     """
     if plan.stages == 1 or next(_divisibility(instance, plan), None) or next(_format(instance, plan), None):
         return None
@@ -290,7 +336,7 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
         held[j] - held[i] > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
     ):
         found = _lightest(tuple(weights), tuple(held), extra, active, most)
-    return None if found is None or found == plan.layers else found
+    return found
 
 
 @lru_cache(maxsize=1 << 12)

@@ -23,7 +23,7 @@ REQUIRED: Final[Any] = inspect.Parameter.empty
 LONGEST_TEXT: Final = 4096
 """Characters of one value: as long as a path may be."""
 
-LARGEST_SEARCH: Final = 512
+LARGEST_SEARCH: Final = 1024
 """GPUs of the largest plan searched for. The space of 256 is enumerated in half a minute and grows faster than n**2."""
 
 LARGEST_BATCH: Final = 262_144

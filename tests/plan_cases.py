@@ -347,6 +347,7 @@ class Short:
     """A formulation that lists only the first plans."""
 
     plans: tuple[Plan, ...] = ()
+    movable: tuple[Plan, ...] = ()
     complete: bool = False
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
@@ -354,3 +355,6 @@ class Short:
 
     def enumerate(self, instance: Instance, families: Sequence[str] = FAMILIES) -> Short:
         return Short(plans=PlanSpace().enumerate(instance, families).plans[:3])
+
+    def moved(self, instance: Instance, plan: Plan) -> Plan | None:
+        return PlanSpace().moved(instance, plan)

@@ -13,7 +13,7 @@ from ortools.sat.python import cp_model
 from plan_cases import dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
 
 from apex_opt.errors import UsageError
-from apex_opt.evaluate import FAMILIES, Instance, space, violations
+from apex_opt.evaluate import FAMILIES, Instance, moved, space, violations
 from apex_opt.ir import load_model
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
@@ -28,9 +28,22 @@ SPACE = PlanSpace()
 
 @functools.lru_cache
 def brute_force(seed: int) -> dict[Plan, frozenset[str]]:
-    """Every plan of a random question with the families it breaks."""
+    """Every plan of a random question with the families it breaks, layers even."""
     instance = random_instance(seed)
-    return {plan: frozenset(v.family for v in violations(instance, plan)) for plan in space(instance)}
+    plans = [plan for plan in space(instance) if plan.even]
+    return {plan: frozenset(v.family for v in violations(instance, plan)) for plan in plans}
+
+
+@functools.lru_cache
+def movable(seed: int) -> dict[Plan, tuple[tuple[int, ...] | None, frozenset[str]]]:
+    """Plans of several stages, the layers they should have, and the families they then break."""
+    instance = random_instance(seed)
+    found = {}
+    for plan, faults in brute_force(seed).items():
+        if plan.stages > 1:
+            layers = moved(instance, plan)
+            found[plan] = layers, faults - {"memory"} | ({"memory"} if layers is None else set())
+    return found
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -38,9 +51,20 @@ def test_the_feasible_plans_are_those_the_oracle_lets_through_in_order_and_once(
     found = SPACE.enumerate(random_instance(seed))
     assert found.complete
     assert set(found.plans) == {plan for plan, faults in brute_force(seed).items() if not faults}
-    assert len(set(found.plans)) == len(found.plans)
-    sizes = [(plan.devices, plan.replicas, plan.stages, plan.attention, plan.ffn) for plan in found.plans]
-    assert sizes == sorted(sizes)
+    assert set(found.movable) == {plan for plan, (_, faults) in movable(seed).items() if not faults}
+    for plans in (found.plans, found.movable):
+        assert len(set(plans)) == len(plans)
+        sizes = [(plan.devices, plan.replicas, plan.stages, plan.attention, plan.ffn) for plan in plans]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_layers_are_moved_to_where_trying_every_split_puts_them(seed: int) -> None:
+    instance = random_instance(seed)
+    for plan in SPACE.enumerate(instance).movable:
+        layers, _ = movable(seed)[plan]
+        assert layers is not None
+        assert SPACE.moved(instance, plan) == (None if layers == plan.layers else replace(plan, layers=layers))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -61,10 +85,10 @@ def test_every_family_both_lets_through_and_keeps_out_in_many_of_these_questions
 def test_counting_without_listing_gives_the_number_of_plans_of_any_families_it_knows(seed: int) -> None:
     instance = random_instance(seed)
     known = ("divisibility", "format", "balance")
+    every = [*brute_force(seed).values(), *(faults for _, faults in movable(seed).values())]
     for size in range(4):
         for families in itertools.combinations(known, size):
-            kept = sum(not faults & set(families) for plan, faults in brute_force(seed).items() if plan.even)
-            assert SPACE.count(instance, families) == kept, families
+            assert SPACE.count(instance, families) == sum(not faults & set(families) for faults in every), families
 
 
 def allowed(instance: Instance, plan: Plan, families: list[str]) -> bool:
@@ -170,8 +194,11 @@ def test_common_copies_of_both_cells_are_no_plans_of_their_own() -> None:
 
 
 def test_moved_layers_and_limits_of_a_batch_occur_among_the_plans_of_these_questions() -> None:
+    splits = [(plan, layers) for seed in SEEDS for plan, (layers, faults) in movable(seed).items() if not faults]
+    assert sum(layers != plan.layers for plan, layers in splits) >= 50
+    # Some fit only so.
+    assert sum("memory" in brute_force(seed)[p] for seed in SEEDS for p, (_, lost) in movable(seed).items() if not lost)
     plans = [plan for seed in SEEDS for plan in SPACE.enumerate(random_instance(seed)).plans]
-    assert sum(not plan.even for plan in plans) >= 50
     assert len({(plan.max_num_seqs, plan.max_num_batched_tokens) for plan in plans}) == 4
 
 

@@ -173,6 +173,7 @@ def _certificate(console: Console, document: Document) -> None:
         f"{count(certificate['space'], 'plan')} in the space",
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound",
+        f"{certificate['repeated']:,} the same with layers moved" if certificate["repeated"] else "",
         f"{certificate['ruled_out']:,} ruled out by simulation at the rate "
         + ("of those found" if highest else "asked for"),
         f"{certificate['found']:,} " + ("searched for their highest rate" if highest else "hold"),
@@ -182,7 +183,7 @@ def _certificate(console: Console, document: Document) -> None:
     parts.append(f"{count(certificate['simulations'], 'simulation')} in all")
     proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
     assumed = f" Assumed: {document['assumption']}." if document["assumption"] else ""
-    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(parts)}: {proof}.{assumed}\n"))
+    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(filter(None, parts))}: {proof}.{assumed}\n"))
 
 
 def _rate(value: float) -> str:

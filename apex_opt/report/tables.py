@@ -183,6 +183,7 @@ def certificate_line(console: Console, document: Document) -> None:
         f"{count(certificate['space'], 'plan')} in the space",
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound",
+        f"{certificate['repeated']:,} the same with layers moved" if certificate["repeated"] else "",
         f"{certificate['simulated']:,} simulated"
         + _in_brackets(
             f"{certificate['cut_short']:,} cut short" if certificate["cut_short"] else "",
@@ -193,14 +194,15 @@ def certificate_line(console: Console, document: Document) -> None:
         parts.append(f"{certificate['left']:,} left when the time was up")
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
-    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(parts)}: {proof}{gap}.\n"))
+    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
     if "check" in document:
         _check(console, document["check"])
 
 
 def _check(console: Console, check: Document) -> None:
+    lost, same = sum(check["infeasible"].values()), check["repeated"]
     replay = (
-        f"{count(check['space'], 'plan')} counted again, {sum(check['infeasible'].values()):,} infeasible; "
+        f"{count(check['space'], 'plan')} counted again, {lost:,} infeasible, {same:,} the same with layers moved; "
         f"{check['simulated']:,} simulated to the end, {check['meeting']:,} within the goals"
     )
     if check["holds"]:

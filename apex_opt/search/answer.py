@@ -46,6 +46,7 @@ class Certificate:
     space : int                      plans there are
     infeasible : mapping             plans that break a constraint family, charged to the first in order
     bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
+    repeated : int                   plans whose layers, moved to lighten the heaviest stage, stay even: listed already
     simulated : int                  plans whose batches were simulated, those cut short included
     cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
                                      worse than those found or misses an SLO
@@ -64,6 +65,7 @@ class Certificate:
     optimal: bool
     gap: float | None
     left: int = 0
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,17 @@ from apex_opt.errors import UsageError
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, bound_plans, check_lengths, judge, list_plans, search, silent, tell_compiling
+from apex_opt.search.search import (
+    ROUND,
+    bound_plans,
+    check_lengths,
+    judge,
+    list_plans,
+    search,
+    settled,
+    silent,
+    tell_compiling,
+)
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
@@ -81,6 +91,7 @@ class RateCertificate:
     infeasible : mapping     plans that break a constraint family, charged to the first in order
     bounded : int            plans that a lower bound ruled out: they miss a goal at any rate, or are no better
     ruled_out : int          plans that missed a goal, or the objective of those found, at the rate they had to reach
+    repeated : int           plans whose layers, moved to lighten the heaviest stage, stay even: listed already
     found : int              plans whose highest rate was found or, where a rate was given, that hold at it
     larger : int             plans on more GPUs than were needed for the rate given
     simulations : int        runs of all plans together
@@ -95,6 +106,7 @@ class RateCertificate:
     larger: int
     simulations: int
     complete: bool
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +140,7 @@ class _Space:
     plans: tuple[Plan, ...]
     complete: bool
     given: bool
+    repeated: int = 0
     simulations: int = 0
     reason: str | None = None
 
@@ -262,6 +275,7 @@ def highest_rate(
         larger=0,
         simulations=simulations + sum(len(item.near) for item in plans),
         complete=space.complete,
+        repeated=space.repeated,
     )
     reason = None
     if not plans:
@@ -337,6 +351,7 @@ def fewest_gpus(
         larger=len(possible) - seen,
         simulations=simulations,
         complete=space.complete,
+        repeated=space.repeated,
     )
     return Capacity(
         status=space.status(bool(best)),
@@ -446,8 +461,14 @@ def _listed(question: Question, formulation: Formulation, plan: Plan | None, tel
         )
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
+    plans, repeated = settled(question, formulation, listed)
     return _Space(
-        size=listed.space, infeasible=listed.counts, plans=listed.plans, complete=listed.complete, given=False
+        size=listed.space,
+        infeasible=listed.counts,
+        repeated=repeated,
+        plans=plans,
+        complete=listed.complete,
+        given=False,
     )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.evaluate import FAMILIES, space, violations
+from apex_opt.evaluate import FAMILIES, tally
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.search import rank, silent, tell_compiling
 
@@ -38,6 +37,7 @@ class Check:
     ----------
     space : int                    plans counted
     infeasible : mapping           plans that break a constraint family, charged to the first in order
+    repeated : int                 plans that are others with their layers moved, for these stay even
     simulated : int                feasible plans, each simulated to its end
     meeting : int                  those that meet the goals
     disagreements : tuple of str   what the certificate claims and the replay does not bear out
@@ -45,6 +45,7 @@ class Check:
 
     space: int
     infeasible: dict[str, int]
+    repeated: int
     simulated: int
     meeting: int
     disagreements: tuple[str, ...]
@@ -61,20 +62,14 @@ def check(question: Question, answer: Answer, progress: Progress | None = None) 
     """
     tell = progress or silent
     instance = question.instance()
-    plans = list(space(instance))
-    feasible, lost = [], Counter[str]()
-    for index, plan in enumerate(plans):
-        tell("checking constraints", index, len(plans))
-        broken = violations(instance, plan)
-        lost.update(v.family for v in broken[:1])
-        if not broken:
-            feasible.append(plan)
-    every = [replace(plan, clock_mhz=clock) for clock in question.clocks for plan in feasible]
-    infeasible = {family: lost[family] * len(question.clocks) for family in FAMILIES}
+    tell("checking constraints", 0, 0)
+    counted, clocks = tally(instance), len(question.clocks)
+    every = [replace(plan, clock_mhz=clock) for clock in question.clocks for plan in counted.plans]
+    infeasible = {family: count * clocks for family, count in counted.infeasible.items()}
+    repeated, size = counted.repeated * clocks, counted.space * clocks
     scored = _scored(question, every, tell)
     meeting = sorted((c for c in scored if c.meets_slos), key=partial(rank, question))
     certificate = answer.certificate
-    size = len(plans) * len(question.clocks)
     disagreements: list[str] = []
     if certificate.space != size:
         disagreements.append(f"the space has {size} plans, not {certificate.space}")
@@ -83,14 +78,18 @@ def check(question: Question, answer: Answer, progress: Progress | None = None) 
             disagreements.append(
                 f"{infeasible[family]} plans break {family} first, not {certificate.infeasible[family]}"
             )
-    accounted = certificate.bounded + certificate.simulated + certificate.left
-    if accounted != len(every):
-        disagreements.append(f"{len(every)} plans are feasible, {accounted} are accounted for")
+    accounted = certificate.bounded + certificate.repeated + certificate.simulated + certificate.left
+    listed = len(every) + repeated
+    if accounted != listed:
+        disagreements.append(f"{listed} plans are feasible, {accounted} are accounted for")
+    if certificate.repeated > repeated:
+        disagreements.append(f"{repeated} plans have even stages once moved, not {certificate.repeated}")
     disagreements += _optimum(question, answer, meeting)
     disagreements += _bounds(question, scored)
     return Check(
         space=size,
         infeasible=infeasible,
+        repeated=repeated,
         simulated=len(every),
         meeting=len(meeting),
         disagreements=tuple(disagreements),

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.search import ROUND, bound_plans, check_lengths, list_plans, silent, tell_compiling, why_not
+from apex_opt.search.search import (
+    ROUND,
+    bound_plans,
+    check_lengths,
+    list_plans,
+    settled,
+    silent,
+    tell_compiling,
+    why_not,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -69,9 +78,10 @@ def pareto(
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
     evaluator = Evaluator(question)
-    bounds = bound_plans(evaluator, listed.plans, objectives, tell)
-    queue = [(least, index, listed.plans[index]) for index, (least, possible) in enumerate(bounds) if possible]
-    missing = len(listed.plans) - len(queue)
+    plans, repeated = settled(question, formulation, listed)
+    bounds = bound_plans(evaluator, plans, objectives, tell)
+    queue = [(least, index, plans[index]) for index, (least, possible) in enumerate(bounds) if possible]
+    missing = len(plans) - len(queue)
     done, beaten = _simulate(_from_all_sides(queue), evaluator, objectives, tell)
     good = [candidate for candidate in done if candidate.meets_slos]
     front = _front(good, objectives)
@@ -79,6 +89,7 @@ def pareto(
         space=listed.space,
         infeasible=listed.counts,
         bounded=missing + beaten,
+        repeated=repeated,
         simulated=len(done),
         cut_short=0,
         missed=len(done) - len(good),
@@ -92,7 +103,7 @@ def pareto(
         plans=tuple(front),
         beaten=tuple(candidate for candidate in good if candidate.plan not in chosen),
         certificate=certificate,
-        reason=None if front else why_not(evaluator, listed.plans, done),
+        reason=None if front else why_not(evaluator, plans, done),
     )
 
 

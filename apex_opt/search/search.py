@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
@@ -31,10 +31,12 @@ _COUNTED: Final = ("divisibility", "format", "balance")
 
 
 class Enumeration(Protocol):
-    """Plans and whether they are all."""
+    """Plans, those whose layers are yet to be moved, and whether they are all."""
 
     @property
     def plans(self) -> tuple[Plan, ...]: ...
+    @property
+    def movable(self) -> tuple[Plan, ...]: ...
     @property
     def complete(self) -> bool: ...
 
@@ -46,6 +48,8 @@ class Formulation(Protocol):
 
     def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
 
+    def moved(self, instance: Instance, plan: Plan) -> Plan | None: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
@@ -56,12 +60,14 @@ class Listed:
     space : int                  plans there are
     counts : mapping             plans that break a constraint family, charged to the first in order
     plans : tuple of Plan        feasible plans
+    movable : tuple of Plan      feasible plans whose layers are yet to be moved, with even stages
     complete : bool              whether these are all
     """
 
     space: int
     counts: dict[str, int]
     plans: tuple[Plan, ...]
+    movable: tuple[Plan, ...]
     complete: bool
 
 
@@ -70,8 +76,34 @@ def list_plans(question: Question, formulation: Formulation, tell: Progress) -> 
     tell("enumerating plans", 0, 0)
     counts, enumeration = _enumerate(question.instance(), formulation)
     counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
-    plans = tuple(replace(plan, clock_mhz=clock) for clock in question.clocks for plan in enumeration.plans)
-    return Listed(space=counts.pop("space"), counts=counts, plans=plans, complete=enumeration.complete)
+    plans, movable = (
+        tuple(replace(plan, clock_mhz=clock) for clock in question.clocks for plan in some)
+        for some in (enumeration.plans, enumeration.movable)
+    )
+    return Listed(space=counts.pop("space"), counts=counts, plans=plans, movable=movable, complete=enumeration.complete)
+
+
+class Moves:
+    """Layers moved, once for all plans that cut the model alike."""
+
+    def __init__(self, question: Question, formulation: Formulation) -> None:
+        self._instance, self._formulation = question.instance(), formulation
+        self._found: dict[Plan, Plan | None] = {}
+
+    def __call__(self, plan: Plan) -> Plan | None:
+        """A movable plan with its layers moved; None where its stages stay even, and so it is a plan already."""
+        cut = replace(plan, replicas=1, clock_mhz=None)
+        if cut not in self._found:
+            self._found[cut] = self._formulation.moved(self._instance, cut)
+        moved = self._found[cut]
+        return None if moved is None else replace(plan, layers=moved.layers)
+
+
+def settled(question: Question, formulation: Formulation, listed: Listed) -> tuple[tuple[Plan, ...], int]:
+    """All feasible plans with the layers of the movable ones moved, and how many of these stay even: no new plans."""
+    moves = Moves(question, formulation)
+    moved = [plan for movable in listed.movable if (plan := moves(movable)) is not None]
+    return (*listed.plans, *moved), len(listed.movable) - len(moved)
 
 
 def bound_plans(
@@ -115,19 +147,27 @@ def search(
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
     evaluator = Evaluator(question)
-    bounds = bound_plans(evaluator, listed.plans, (question.objective,), tell)
-    queue = sorted((bound, index, listed.plans[index]) for index, ((bound,), possible) in enumerate(bounds) if possible)
-    done, cut_short = _simulate(queue, evaluator, tell, top, deadline)
+    feasible = (*listed.plans, *listed.movable)
+    bounds = bound_plans(evaluator, feasible, (question.objective,), tell)
+    queue = [
+        _Queued(bound, index, feasible[index], index >= len(listed.plans))
+        for index, ((bound,), possible) in enumerate(bounds)
+        if possible
+    ]
+    queue.sort(key=lambda item: (item.bound, item.place))
+    run = _simulate(queue, evaluator, Moves(question, formulation), tell, top, deadline)
+    done, cut_short, repeated = run.done, run.cut_short, run.repeated
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: rank(question, c))
     best = ranked[0] if ranked else None
-    rest = [bound for bound, _, _ in queue[len(done) + cut_short :]]
+    rest = [item.bound for item in queue[len(done) + cut_short + repeated :]]
     # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
     left = [bound for bound in rest if len(ranked) < top or bound <= question.objective.cost(ranked[top - 1].value)]
     proved = listed.complete and not left
     certificate = Certificate(
         space=listed.space,
         infeasible=listed.counts,
-        bounded=len(listed.plans) - len(queue) + len(rest) - len(left),
+        bounded=len(feasible) - len(queue) + len(rest) - len(left),
+        repeated=repeated,
         simulated=len(done) + cut_short,
         cut_short=cut_short,
         missed=sum(not c.meets_slos for c in done),
@@ -139,7 +179,7 @@ def search(
         reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
         return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
     if best is None:
-        reason = why_not(evaluator, listed.plans, done)
+        reason = why_not(evaluator, settled(question, formulation, listed)[0], done)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
@@ -185,24 +225,41 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     return Answer(status="feasible", best=candidate, candidates=(candidate,), certificate=certificate)
 
 
-def _simulate(
-    queue: Sequence[tuple[float, int, Plan]], evaluator: Evaluator, tell: Progress, top: int, deadline: float
-) -> tuple[list[Candidate], int]:
-    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up.
+class _Queued(NamedTuple):
+    """A plan to simulate: its bound, its place among equals, and whether its layers are yet to be moved."""
 
-    Returns those with a score, and how many were cut short.
-    """
+    bound: float
+    place: int
+    plan: Plan
+    movable: bool
+
+
+class _Simulated(NamedTuple):
+    """Plans with a score, how many were cut short, and how many turned out to be others with their layers even."""
+
+    done: list[Candidate]
+    cut_short: int
+    repeated: int
+
+
+def _simulate(
+    queue: Sequence[_Queued], evaluator: Evaluator, moves: Moves, tell: Progress, top: int, deadline: float
+) -> _Simulated:
+    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up."""
     question = evaluator.question
     done: list[Candidate] = []
-    cut_short = position = 0
+    cut_short = repeated = position = 0
     worst = float("inf")
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
-            batch = [item for item in queue[position : position + ROUND] if item[0] <= worst]
-            if not batch or (position and monotonic() > deadline):
+            items = [item for item in queue[position : position + ROUND] if item.bound <= worst]
+            if not items or (position and monotonic() > deadline):
                 break
-            position += len(batch)
-            tell_compiling(tell, evaluator, (plan for _, _, plan in batch))
+            position += len(items)
+            moved = [moves(item.plan) if item.movable else item.plan for item in items]
+            batch = [(item.bound, plan) for item, plan in zip(items, moved, strict=True) if plan is not None]
+            repeated += len(items) - len(batch)
+            tell_compiling(tell, evaluator, (plan for _, plan in batch))
             for candidate in pool.map(partial(_challenge, evaluator, worst), batch):
                 if candidate is None:
                     cut_short += 1
@@ -211,7 +268,7 @@ def _simulate(
                 tell("simulating plans", len(done) + cut_short, len(queue))
             good = sorted(question.objective.cost(c.value) for c in done if c.meets_slos)
             worst = good[top - 1] if len(good) >= top else float("inf")
-    return done, cut_short
+    return _Simulated(done, cut_short, repeated)
 
 
 def _gap(question: Question, best: Candidate, left: Sequence[float]) -> float:
@@ -221,8 +278,8 @@ def _gap(question: Question, best: Candidate, left: Sequence[float]) -> float:
     return 0.0 if least >= cost else (cost - least) / abs(cost)
 
 
-def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, int, Plan]) -> Candidate | None:
-    bound, _, plan = item
+def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, Plan]) -> Candidate | None:
+    bound, plan = item
     return evaluator.challenge(plan, bound, worst)
 
 
@@ -244,11 +301,8 @@ def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, 
     held = feasible
     if instance.tpot_limit_ns is not None:
         held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
-    # Layers are moved only to where they fit: such plans come on top of those that were counted.
-    moved = sum(not plan.even for plan in held.plans)
-    counts["space"] += moved
-    counts["memory"] = left + moved - len(held.plans)
-    counts["bandwidth"] = len(held.plans) - len(feasible.plans)
+    listed, fast = (len(found.plans) + len(found.movable) for found in (held, feasible))
+    counts["memory"], counts["bandwidth"] = left - listed, listed - fast
     return counts, feasible
 
 

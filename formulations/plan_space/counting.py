@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def count(instance: Instance, families: Sequence[str]) -> int:
-    """Plans with even stages under C1, C2 and any of "divisibility" (C3), "format" (C4) and "balance" (C5).
+    """Plans under C1, C2 and any of "divisibility" (C3), "format" (C4) and "balance" (C5).
 
     For a stage of g devices the choices of cells, of stages with replicas, of format and of limits are independent.
+    Several stages are two plans, with layers split evenly and with layers moved.
     """
     gpus = instance.max_devices
     divide, balance = "divisibility" in families, "balance" in families
@@ -39,5 +40,5 @@ def count(instance: Instance, families: Sequence[str]) -> int:
             for shard, ways in shards.items()
             if devices % shard == 0
         )
-        total += cells * sum(gpus // (s * devices) for s in stages)
+        total += cells * sum(gpus // (s * devices) * (1 + (s > 1)) for s in stages)
     return total * formats * len(instance.batch_limits)

@@ -30,7 +30,8 @@ common are whole copies of the model, which is what replicas are: hence gcd(ad, 
 r * s * g <= N, so the program finds how one replica is cut, and each of its plans stands for N // (s * g).
 All solutions are enumerated. C1 to C5 bind few variables at a time, so how many plans satisfy a prefix of them is a
 sum of products and is counted rather than enumerated. Layers are split evenly in the program; the program of
-`formulations.layers` then moves them (`stages.py`), and where that gives another split the cut makes a second plan.
+`formulations.layers` moves them (`stages.py`): every cut into several stages makes a second plan, whose split is found
+when the search gets to it.
 The workload's other constraints are not linear in these choices and belong to the simulation.
 """
 
@@ -47,7 +48,7 @@ from apex_opt.evaluate import FAMILIES, violations
 from formulations.plan_space import counting
 from formulations.plan_space.constraints import FAMILIES as BUILDERS
 from formulations.plan_space.constraints import cells_share_devices
-from formulations.plan_space.stages import moved
+from formulations.plan_space.stages import Stages
 from formulations.plan_space.variables import Variables
 
 if TYPE_CHECKING:
@@ -59,15 +60,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enumeration:
-    """Plans that satisfy the chosen families; `complete` unless a limit was hit."""
+    """Plans that satisfy the chosen families; `complete` unless a limit was hit.
+
+    `movable` are plans of several stages, given with even ones, whose layers can be split such that they fit: each
+    stands for the plan with the layers that `PlanSpace.moved` finds.
+    """
 
     plans: tuple[Plan, ...]
+    movable: tuple[Plan, ...]
     complete: bool
     wall_s: float
 
 
-_MOVABLE = ("divisibility", "format")
-"""What a cut must satisfy for its layers to be moved."""
+_MOVABLE = ("divisibility", "format", "balance")
+"""What a cut must satisfy for its layers to be moved, beside the memory of some split."""
 
 
 class _Collector(cp_model.CpSolverSolutionCallback):
@@ -85,6 +91,9 @@ class _Collector(cp_model.CpSolverSolutionCallback):
 
 class PlanSpace:
     """Enumerates plans; satisfies `apex_opt.search.Formulation`."""
+
+    def __init__(self) -> None:
+        self._kept: Stages | None = None
 
     def build(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[Any, Variables]:
         """The model with C1, C2 and the chosen families, and its variables."""
@@ -132,15 +141,13 @@ class PlanSpace:
         return kept
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
-        """Number of plans with even stages that satisfy some of "divisibility", "format" and "balance"."""
+        """Number of plans that satisfy some of "divisibility", "format" and "balance", those to be moved included."""
         return counting.count(instance, families)
 
     def enumerate(
         self, instance: Instance, families: Sequence[str] = FAMILIES, time_limit_s: float | None = None
     ) -> Enumeration:
-        """All plans that satisfy the chosen families, in a fixed order.
-
-        Plans with moved layers satisfy all but "bandwidth" by construction.
+        """All plans that satisfy the chosen families, in a fixed order; of the movable ones only "bandwidth" is chosen.
 
         Raises
         ------
@@ -148,39 +155,53 @@ class PlanSpace:
         """
         started = time.perf_counter()
         even, complete = self._solve(instance, families, time_limit_s)
-        needed = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
-        movable = even
-        if instance.max_devices > 1 and set(needed) != set(families):
-            spent = time.perf_counter() - started
-            left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
-            movable, all_movable = self._solve(instance, needed, left)
-            complete = complete and all_movable
-        found = list(even)
-        for cut in movable:
-            if time_limit_s is not None and time.perf_counter() - started > time_limit_s:
-                complete = False
-                break
-            layers = moved(instance, cut)
-            if layers is not None:
-                found.append(replace(cut, layers=layers))
-        for plan in found:
+        for plan in even:
             broken = [v for v in violations(instance, plan) if v.family in (*families, "devices")]
             if broken:
                 raise FormulationError(f"plan space: {plan} breaks {broken[0].family}: {broken[0].text}")
-        every = [
-            replace(plan, replicas=replicas)
-            for plan in found
-            for replicas in range(1, instance.max_devices // plan.devices + 1)
-        ]
+        movable: list[Plan] = []
+        if instance.max_devices > 1 and instance.model.layers > 1:
+            spent = time.perf_counter() - started
+            left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
+            chosen = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
+            cuts, all_cuts = self._solve(instance, chosen, left, several=True)
+            complete = complete and all_cuts
+            movable = [plan for plan in cuts if self._stages(instance).fit(plan)]
         return Enumeration(
-            plans=tuple(sorted(every, key=_order)), complete=complete, wall_s=time.perf_counter() - started
+            plans=_replicated(instance, even),
+            movable=_replicated(instance, movable),
+            complete=complete,
+            wall_s=time.perf_counter() - started,
         )
 
+    def moved(self, instance: Instance, plan: Plan) -> Plan | None:
+        """A movable plan with its layers moved; None where the best split is the even one.
+
+        Raises
+        ------
+        FormulationError    the program and the oracle disagree, or no split fits
+        """
+        layers = self._stages(instance).moved(plan)
+        if layers is None:
+            raise FormulationError(f"plan space: the layers of {plan} fit no stages")
+        found = replace(plan, layers=layers)
+        if broken := violations(instance, found):
+            raise FormulationError(f"plan space: {found} breaks {broken[0].family}: {broken[0].text}")
+        return None if found.even else found
+
+    def _stages(self, instance: Instance) -> Stages:
+        """The splits of an instance; those of the last one asked about are kept."""
+        if self._kept is None or self._kept.instance != instance:
+            self._kept = Stages(instance)
+        return self._kept
+
     def _solve(
-        self, instance: Instance, families: Sequence[str], time_limit_s: float | None
+        self, instance: Instance, families: Sequence[str], time_limit_s: float | None, several: bool = False
     ) -> tuple[list[Plan], bool]:
-        """How one replica can be cut, with even stages, and whether these are all ways."""
+        """How one replica can be cut, with even stages or only with `several`, and whether these are all ways."""
         model, variables = self.build(instance, families)
+        if several:
+            model.add(variables.stages > 1)
         solver = cp_model.CpSolver()
         solver.parameters.enumerate_all_solutions = True
         solver.parameters.num_workers = 1
@@ -210,7 +231,17 @@ def _core(model: cp_model.CpModel, literals: Mapping[str, Any], names: Sequence[
     return tuple(name for name in names if literals[name].index in found)
 
 
+def _replicated(instance: Instance, cuts: Sequence[Plan]) -> tuple[Plan, ...]:
+    """Every number of replicas of each cut that finds room, in a fixed order."""
+    every = (
+        replace(cut, replicas=replicas)
+        for cut in cuts
+        for replicas in range(1, instance.max_devices // cut.devices + 1)
+    )
+    return tuple(sorted(every, key=_order))
+
+
 def _order(plan: Plan) -> tuple[Any, ...]:
     cells = plan.attention, plan.ffn, plan.weight_format, plan.kv_format
     limits = plan.max_num_seqs or 0, plan.max_num_batched_tokens or 0
-    return (plan.devices, plan.replicas, plan.stages, *cells, *limits, not plan.even)
+    return (plan.devices, plan.replicas, plan.stages, *cells, *limits)

@@ -1,8 +1,10 @@
-"""Stages that hold unequal numbers of layers: the layer program asked about one cut of the plan space."""
+"""Stages that hold unequal numbers of layers: the layer program asked about cuts of the plan space."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -23,64 +25,104 @@ from formulations.plan_space.sizes import (
 
 if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plan.plan import Plan, Template
 
 
-def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
-    """Layers of the stages of a cut with the lightest heaviest stage; None where they are even or nothing fits.
+class Stages:
+    """The splits of an instance's cuts; what cuts share is counted once."""
 
-    A stage weighs the bytes that a full batch reads: its layers, and the LM head on the last. Activations differ from
-    cut to cut, so they are brought in only where the split without them does not fit: most cuts share their split.
-    """
-    stages = plan.stages
-    if stages == 1:
-        return None
-    blocks = list(kinds(instance))
-    order = tuple(blocks.index(kind(run.block)) for run in instance.model.runs for _ in range(run.count))
-    tp, ffn = plan.attention.tp, plan.ffn
-    weight = tuple(
-        attention_bytes(block, tp, plan.weight_format)
-        + 4 * block.hidden
-        + ffn_bytes(block, ffn.tp, ffn.ep, plan.weight_format, touched=False)
-        for block in blocks
-    )
-    tokens = (instance.kv_blocks_needed + 1) * instance.settings.block_size
-    held = tuple(
-        read + tokens * kv_bytes(block, tp, plan.kv_format) for read, block in zip(weight, blocks, strict=True)
-    )
-    vocab = vocab_bytes(instance, tp)
-    head = vocab + 2 * instance.model.hidden
-    capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
-    middle = (capacity,) * (stages - 2)
-    pipeline = Pipeline(
-        kinds=order,
-        weight=weight,
-        held=held,
-        extra=(*(0,) * (stages - 1), head),
-        room=(capacity - vocab, *middle, capacity - head),
-        most=IMBALANCE[0] * instance.model.layers // (IMBALANCE[1] * stages),
-    )
-    activations, logits = _activations(instance, plan)
-    room = tuple(free - activations - logits * (k == stages - 1) for k, free in enumerate(pipeline.room))
-    sums = [0, *accumulate(held[u] for u in order)]
-    if sums[-1] > sum(room):
-        return None
-    found = split(pipeline)
-    if found is not None:
-        ends = pairwise([0, *accumulate(found)])
-        if any(sums[j] - sums[i] > free for (i, j), free in zip(ends, room, strict=True)):
-            found = split(replace(pipeline, room=room))
-    return None if found is None or found == plan.layers else found
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self._blocks = list(kinds(instance))
+        self._order = tuple(
+            self._blocks.index(kind(run.block)) for run in instance.model.runs for _ in range(run.count)
+        )
+        memory = instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization
+        self._capacity = int(memory) - RUNTIME_BYTES
+        self._limits = batch_limits(instance)
+        self._sizes = cache(self._count)
+        self._activations = cache(self._count_activations)
 
+    def fit(self, plan: Plan) -> bool:
+        """Whether the layers of a cut can be split such that every stage fits."""
+        _, sums, _ = self._sizes(plan.attention.tp, plan.ffn, plan.weight_format, plan.kv_format)
+        layers, most = len(self._order), self._most(plan.stages)
+        ends = {0}
+        for stage, room in enumerate(self._room(plan), 1):
+            last = layers - plan.stages + stage  # each stage to come needs a layer
+            reach = {done: min(bisect_right(sums, sums[done] + room) - 1, done + most, last) for done in ends}
+            # Where layers are alike, the further a stage goes the better; else a heavy layer may stop the next one.
+            if len(self._blocks) == 1:
+                ends = {max(reach.values())} - ends
+            else:
+                ends = {end for done, furthest in reach.items() for end in range(done + 1, furthest + 1)}
+            if not ends:
+                return False
+        return layers in ends
 
-def _activations(instance: Instance, plan: Plan) -> tuple[int, int]:
-    """Bytes of the largest batch on every stage, and of its logits on the last."""
-    choice = instance.batch_limits.index((plan.max_num_seqs, plan.max_num_batched_tokens))
-    seqs, tokens = batch_limits(instance)[choice]
-    own, others = -(-tokens // plan.attention.dp), -(-tokens // plan.ffn.dp)
-    widest = max(
-        max(own * attention_width(block, plan.attention.tp), others * ffn_width(block, plan.ffn.tp, plan.ffn.ep))
-        for block in kinds(instance)
-    )
-    hidden = instance.model.hidden
-    return 4 * hidden * own + 2 * widest, 4 * instance.model.vocab * -(-seqs // plan.attention.dp)
+    def moved(self, plan: Plan) -> tuple[int, ...] | None:
+        """Layers of the stages of a cut with the lightest heaviest stage; None where nothing fits.
+
+        A stage weighs the bytes that a full batch reads: its layers, and the LM head on the last. Activations differ
+        from cut to cut, so they are brought in only where the split without them does not fit.
+        """
+        tp, stages = plan.attention.tp, plan.stages
+        weight, sums, held = self._sizes(tp, plan.ffn, plan.weight_format, plan.kv_format)
+        vocab = vocab_bytes(self.instance, tp)
+        head = vocab + 2 * self.instance.model.hidden
+        middle = (self._capacity,) * (stages - 2)
+        pipeline = Pipeline(
+            kinds=self._order,
+            weight=weight,
+            held=held,
+            extra=(*(0,) * (stages - 1), head),
+            room=(self._capacity - vocab, *middle, self._capacity - head),
+            most=self._most(stages),
+        )
+        room = self._room(plan)
+        found = split(pipeline)
+        if found is not None:
+            ends = pairwise([0, *accumulate(found)])
+            if any(sums[j] - sums[i] > free for (i, j), free in zip(ends, room, strict=True)):
+                found = split(replace(pipeline, room=room))
+        return found
+
+    def _most(self, stages: int) -> int:
+        """Layers that a balanced stage may hold."""
+        return IMBALANCE[0] * self.instance.model.layers // (IMBALANCE[1] * stages)
+
+    def _room(self, plan: Plan) -> tuple[int, ...]:
+        """Bytes that each stage of a pipeline has for its layers."""
+        choice = self.instance.batch_limits.index((plan.max_num_seqs, plan.max_num_batched_tokens))
+        activations, logits = self._activations(choice, plan.attention, plan.ffn)
+        vocab = vocab_bytes(self.instance, plan.attention.tp)
+        free = self._capacity - activations
+        last = free - vocab - 2 * self.instance.model.hidden - logits
+        return (free - vocab, *(free,) * (plan.stages - 2), last)
+
+    def _count(
+        self, tp: int, ffn: Template, weight_format: str, kv_format: str
+    ) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
+        """By kind the weights of a layer; the bytes of the first layers, for every number of them; by kind those."""
+        weight = tuple(
+            attention_bytes(block, tp, weight_format)
+            + 4 * block.hidden
+            + ffn_bytes(block, ffn.tp, ffn.ep, weight_format, touched=False)
+            for block in self._blocks
+        )
+        tokens = (self.instance.kv_blocks_needed + 1) * self.instance.settings.block_size
+        held = tuple(
+            read + tokens * kv_bytes(block, tp, kv_format) for read, block in zip(weight, self._blocks, strict=True)
+        )
+        return weight, [0, *accumulate(held[u] for u in self._order)], held
+
+    def _count_activations(self, choice: int, attention: Template, ffn: Template) -> tuple[int, int]:
+        """Bytes of the largest batch on every stage, and of its logits on the last."""
+        seqs, tokens = self._limits[choice]
+        own, others = -(-tokens // attention.dp), -(-tokens // ffn.dp)
+        widest = max(
+            max(own * attention_width(block, attention.tp), others * ffn_width(block, ffn.tp, ffn.ep))
+            for block in self._blocks
+        )
+        hidden = self.instance.model.hidden
+        return 4 * hidden * own + 2 * widest, 4 * self.instance.model.vocab * -(-seqs // attention.dp)
