@@ -10,6 +10,7 @@ from golden.condense import digest
 from hypothesis import strategies as st
 
 from apex_opt.plan.engine import EngineSettings
+from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law
 from apex_opt.units import ceil_div
@@ -63,6 +64,11 @@ class Case:
     def having(self, **changes: Any) -> Case:
         """The case with some arguments exchanged."""
         return replace(self, **changes)
+
+
+def floors_of(laws: Sequence[BatchLaw]) -> list[StageFloor]:
+    """The floor of every stage."""
+    return [StageFloor.of(law) for law in laws]
 
 
 def requests(rows: Sequence[tuple[int, int, int]], concurrency: int | None = None, **content: Any) -> Trace:

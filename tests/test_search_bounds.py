@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_cases import ENGINES, SMALL, dense, latent, make_cluster, make_model, make_question, random_trace, sparse
-from simulator_cases import TRAFFIC, Case, cases, linear, random_law, requests
+from simulator_cases import TRAFFIC, Case, cases, floors_of, linear, random_law, requests
 
 from apex_opt.cost.engine import load_engine
 from apex_opt.evaluate import space, violations
@@ -54,7 +54,7 @@ def test_no_request_beats_its_bound_under_any_law_engine_and_traffic(
     if len(case.laws) > 1:
         # Other sequences fill a pipeline; the next token of one is not formed while its last is under way.
         case = case.having(settings=replace(case.settings, async_scheduling=False))
-    floor = isolated(case.settings, case.laws, case.trace)
+    floor = isolated(case.settings, floors_of(case.laws), case.trace)
     check_never_beaten(case.settings, floor, case.run(log=False), case.trace)
 
 
@@ -71,7 +71,7 @@ def test_no_request_beats_its_bound_under_other_policies(policy: str, traffic: s
         random_law(engine, seed, zeros=0.3, copies=law.copies) for seed, law in zip(seeds, drawn.laws, strict=True)
     )
     case = drawn.having(settings=engine, laws=laws)
-    check_never_beaten(engine, isolated(engine, laws, case.trace), case.run(log=False), case.trace)
+    check_never_beaten(engine, isolated(engine, floors_of(laws), case.trace), case.run(log=False), case.trace)
 
 
 def test_a_prompt_that_others_share_is_bounded_by_what_is_its_own() -> None:
@@ -88,13 +88,13 @@ def test_a_prompt_that_others_share_is_bounded_by_what_is_its_own() -> None:
     ids = [[1] * 20, [1] * 10 + [2] * 10, [3] * 20, [1] * 2]
     trace = requests(rows, content=ids, content_tokens=16)
     case = Case(settings=engine, blocks=500, laws=(law,), trace=trace)
-    floor, run = isolated(engine, case.laws, trace), case.run(log=False)
+    floor, run = isolated(engine, floors_of(case.laws), trace), case.run(log=False)
     check_never_beaten(engine, floor, run, trace)
     # The first finds nothing, though it could; the second computes 160 tokens, the third all, the last one block.
     assert (run.first_token_ns - run.arrival_ns).tolist() == [320_000, 160_000, 320_000, 16_000]
     least = (floor.first_token_ns - floor.arrival_ns).tolist()
     assert [round(ns, -3) for ns in least] == [160_000, 160_000, 320_000, 1_000]
-    cold = isolated(replace(engine, prefix_caching=False), case.laws, trace)
+    cold = isolated(replace(engine, prefix_caching=False), floors_of(case.laws), trace)
     assert [round(ns, -3) for ns in (cold.first_token_ns - cold.arrival_ns).tolist()] == [320_000] * 3 + [32_000]
 
 
@@ -110,7 +110,7 @@ def test_a_preempted_sequence_that_computes_its_tokens_again_for_nothing_does_no
     run = case.run(log=False)
     assert run.preemptions == 1
     assert run.finish_ns[1] - run.first_token_ns[1] < 1000 + 4096 * 31
-    check_never_beaten(engine, isolated(engine, case.laws, case.trace), run, case.trace)
+    check_never_beaten(engine, isolated(engine, floors_of(case.laws), case.trace), run, case.trace)
 
 
 def test_a_request_alone_on_a_linear_law_takes_its_bound() -> None:
@@ -120,7 +120,7 @@ def test_a_request_alone_on_a_linear_law_takes_its_bound() -> None:
     for base, token, prompt, output in ((1_000_000, 0, 300, 1), (0, 700, 400, 1), (1_000_000, 0, 700, 30)):
         law = linear(engine, base, token)
         case = Case(settings=engine, blocks=500, laws=(law,), trace=requests([(5, prompt, output)]))
-        floor, run = isolated(engine, case.laws, case.trace), case.run(log=False)
+        floor, run = isolated(engine, floors_of(case.laws), case.trace), case.run(log=False)
         if token == 0 and prompt <= 512:
             # A nanosecond may be lost to rounding for every chunk there could have been.
             assert 0 <= run.first_token_ns[0] - floor.first_token_ns[0] <= prompt + 2
@@ -181,7 +181,6 @@ def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, see
     for plan in chosen:
         evaluator.question = base
         engine = evaluator.question.settings_for(plan)
-        cost = evaluator.costs.plan_cost(plan)
         candidate = evaluator.simulate(plan)
         for objective in NAMES:
             evaluator.question = replace(base, objective=load_objective(objective))
@@ -190,7 +189,11 @@ def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, see
             reached = evaluator.question.objective.cost(value)
             assert possible
             assert bound <= reached + 1e-12 * abs(reached), (str(plan), objective)
-        assert isolated(engine, cost.laws, trace).preemptions == 0
+        # Every request, too, by the floors of the stages as they are split and by those of all splits.
+        run, cost = evaluator.batches(plan)
+        mean = StageFloor.mean(evaluator.costs.least(plan), plan.stages, plan.attention.dp)
+        for floors in (floors_of(cost.laws), [mean] * plan.stages):
+            check_never_beaten(engine, isolated(engine, floors, trace), run, trace)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -247,7 +250,7 @@ def test_no_shipped_model_on_a_catalogue_cluster_beats_its_bounds(name: str, clu
             bound, _ = evaluator.bound(plan)
             assert bound <= evaluator.simulate(plan).value
             cost = evaluator.costs.plan_cost(plan)
-            floor = isolated(evaluator.question.settings_for(plan), cost.laws, question.trace)
+            floor = isolated(evaluator.question.settings_for(plan), floors_of(cost.laws), question.trace)
             assert (floor.first_token_ns > floor.arrival_ns).all()
             assert (floor.finish_ns >= floor.first_token_ns).all()
 
@@ -266,7 +269,7 @@ def test_sizes_near_the_limits_do_not_overflow() -> None:
     engine = replace(SMALL, max_model_len=(1 << 31) - 1)
     law = linear(engine, 10**6, 1000, 50)
     trace = make_trace(name="long", arrival_ns=[0], prompt=[10_000_000], output=[10_000_000])
-    floor = isolated(engine, [law], trace)
+    floor = isolated(engine, floors_of([law]), trace)
     assert floor.first_token_ns[0] >= 10_000_000 * 1000 - 10_000_002
     context = sum(range(10_000_001, 20_000_000))
     assert floor.finish_ns[0] - floor.first_token_ns[0] == pytest.approx(50 * context + 9_999_999 * 1_001_000, rel=1e-6)

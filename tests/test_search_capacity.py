@@ -182,7 +182,9 @@ def test_twice_the_times_of_everything_halve_the_rate(monkeypatch: pytest.Monkey
         cost = original(self, plan)
         return replace(cost, laws=tuple(law.scaled(2) for law in cost.laws), request_ns=2 * cost.request_ns)
 
+    own_ns = CostModel.request_ns.fget
     monkeypatch.setattr(CostModel, "plan_cost", slower)
+    monkeypatch.setattr(CostModel, "request_ns", property(lambda self: 2 * own_ns(self)))
     goals = parse_slos("ttft_p95<=24ms,tpot_mean<=1.8ms")
     twice = highest_rate(replace(question, trace=trace.stretched(2), slos=goals), SPACE)
     assert once.plans[0].next_rate_per_s is not None

@@ -1,6 +1,6 @@
 """Time and energy of one batch on one stage of a plan."""
 
-from apex_opt.cost.accounting import Usage, account, least_joules_per_token
+from apex_opt.cost.accounting import Usage, account
 from apex_opt.cost.model import CostModel, PlanCost
 
-__all__ = ["CostModel", "PlanCost", "Usage", "account", "least_joules_per_token"]
+__all__ = ["CostModel", "PlanCost", "Usage", "account"]

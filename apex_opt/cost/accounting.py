@@ -77,27 +77,6 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> U
     )
 
 
-def least_joules_per_token(cost: PlanCost) -> float:
-    """Energy above the idle draw that any token takes at least, over one device of every stage.
-
-    A token is computed in a batch of decoding sequences or in one with a prefill chunk. Either way it has a share of
-    the batch's energy, no less than the least there is per token over all sizes of a batch; what is counted by context
-    or by chunk only adds.
-    """
-    total = 0.0
-    for stage in cost.pieces:
-        shares = []
-        for table in ("decode_ns", "mixed_ns"):
-            joules = sum(
-                (times * work.joules for times, piece in stage for (_, of), work in piece.parts.items() if of == table),
-                start=np.zeros(1),
-            )
-            if len(joules) > 1:
-                shares.append(float((joules[1:] / np.arange(1, len(joules))).min()))
-        total += min(shares, default=0.0)
-    return total
-
-
 def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:
     """How often each entry of each table of the law was used."""
     return {

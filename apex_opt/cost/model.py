@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache, lru_cache
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apex_opt.cost.cells import Operations, Parts, Tables, merged, times
+from apex_opt.cost.least import Least
 from apex_opt.cost.work import Work
 from apex_opt.plan.engine import limited
 from apex_opt.plan.layout import Layout
@@ -18,7 +20,7 @@ from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -49,6 +51,11 @@ class Piece:
         for (_, table), work in parts.items():
             seconds[table] = seconds[table] + work.seconds if table in seconds else work.seconds
         return cls(parts, seconds)
+
+    @property
+    def least(self) -> Least:
+        """What it takes at least in any batch."""
+        return Least.of(self.parts, self.seconds)
 
 
 Pieces = tuple[tuple[int, Piece], ...]
@@ -116,17 +123,16 @@ class CostModel:
         self.operations = operations
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
-        def kept(build: Callable[..., Parts]) -> Callable[..., Piece]:
-            return lru_cache(maxsize=_KEPT)(lambda *arguments: Piece.of(build(*arguments)))
-
-        self._attention = kept(operations.attention)
-        self._ffn = kept(operations.ffn)
-        self._reshards = kept(operations.reshards)
-        self._embedding = kept(operations.embedding)
-        self._head = kept(operations.head)
+        self._piece = lru_cache(maxsize=_KEPT)(_piece)
+        self._least_of = cache(lambda *what: self._piece(*what).least)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
         self._variants: dict[tuple[int | None, EngineSettings], CostModel] = {(clock_mhz, settings): self}
         self._arguments, self._clock_mhz = (overhead, routing, profiles), clock_mhz
+
+    @property
+    def request_ns(self) -> int:
+        """Time of a request outside the engine, on its way in and out."""
+        return round(self.overhead.request_s * NS_PER_S)
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -145,11 +151,7 @@ class CostModel:
         ------
         UsageError    a clock that the GPU does not have
         """
-        clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
-        key = clock_mhz, limited(self.settings, plan)
-        if key not in self._variants:
-            self._variants[key] = CostModel(self.model, self.cluster, key[1], *self._arguments, clock_mhz)
-        if (variant := self._variants[key]) is not self:
+        if (variant := self._variant(plan)) is not self:
             return variant.plan_cost(plan)
         layout = Layout.of(plan, self.cluster)
         stages = stage_runs(self.model, plan.layers)
@@ -164,27 +166,17 @@ class CostModel:
         return PlanCost(
             laws=tuple(law for law, _ in built),
             pieces=tuple(pieces for _, pieces in built),
-            request_ns=round(self.overhead.request_s * NS_PER_S),
+            request_ns=self.request_ns,
         )
 
     def _stage(
         self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
     ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
-        pieces: list[tuple[int, Piece]] = []
         kernels, copies = np.zeros(2, np.int64), cut.attention.dp
         for run in runs:
-            block = run.block
-            kernels += run.count * self.operations.kernels(block, cut.attention, cut.ffn)
-            pieces += [
-                (run.count, self._attention(block.attention, cut.attention, cut.weight_format, cut.kv_format)),
-                (run.count, self._ffn(block.ffn, cut.attention, cut.ffn, cut.weight_format)),
-                (run.count, self._reshards(block, cut.attention, cut.ffn, layout)),
-            ]
-        if first:
-            pieces.append((1, self._embedding(self.model, cut.attention, layout)))
-        if last:
-            pieces.append((1, self._head(self.model, cut.attention, layout)))
+            kernels += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
+        pieces = [(count, self._piece(*what)) for count, what in self._made_of(cut, layout, runs, first, last)]
         seconds = self._seconds(pieces)
         engine = Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
         for table, values in engine.seconds.items():
@@ -195,6 +187,57 @@ class CostModel:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, link)
         law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
         return law, (*pieces, (1, engine))
+
+    def _made_of(
+        self, cut: Plan, layout: Layout, runs: Iterable[Run], first: bool, last: bool
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Pieces of a stage: how often each, and what `_piece` makes it of."""
+        operations = self.operations
+        for run in runs:
+            block = run.block
+            yield run.count, (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format)
+            yield run.count, (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format)
+            yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
+        if first:
+            yield 1, (operations.embedding, self.model, cut.attention, layout)
+        if last:
+            yield 1, (operations.head, self.model, cut.attention, layout)
+
+    def least(self, plan: Plan) -> Least:
+        """What a batch takes at least on all stages together, however the layers are split among as many.
+
+        Waits for launches are left out: how long they are depends on the split.
+
+        Raises
+        ------
+        UsageError    a clock that the GPU does not have
+        """
+        if (variant := self._variant(plan)) is not self:
+            return variant.least(plan)
+        layout = Layout.of(plan, self.cluster)
+        total = Least()
+        for count, what in self._made_of(plan, layout, self.model.runs, True, True):
+            total = total.plus(self._least_of(*what), count)
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        kernels = sum(
+            run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
+        )
+        engine = Piece.of(self._engine(overlapped, 0, 0, self._seconds(()), 1)).least
+        total = total.plus(engine, plan.stages)
+        if not self.cluster.gpu.overlapped_launch:
+            gaps = kernels * self.overhead.gap_s
+            total = total.plus(Least(decode=gaps, mixed=gaps), 1)
+        if len(self.tables.tokens) <= 2:  # no batch has room for a prompt of two tokens
+            return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
+        return total
+
+    def _variant(self, plan: Plan) -> CostModel:
+        """The costs at a plan's clock and within its limits of a batch."""
+        clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
+        key = clock_mhz, limited(self.settings, plan)
+        if key not in self._variants:
+            self._variants[key] = CostModel(self.model, self.cluster, key[1], *self._arguments, clock_mhz)
+        return self._variants[key]
 
     def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
         """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
@@ -239,6 +282,11 @@ class CostModel:
             for table, values in piece.seconds.items():
                 seconds[table] += count * values
         return seconds
+
+
+def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:
+    """The operations that a method of `Operations` gives, with their sums."""
+    return Piece.of(build(*arguments))
 
 
 def _integers(seconds: Floats, rate: bool) -> NDArray[np.int64]:

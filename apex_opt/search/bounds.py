@@ -6,27 +6,32 @@ over no more copies than there are prompts: at least their mean, hence the least
 share. A stage runs one batch at a time and the next token of a sequence needs its last one, so a request cannot take
 less than its own batches one after the other. A preempted sequence computes tokens again, as a chunk over at least as
 many pairs as it holds tokens. Of a prompt, only what another request says as well can be found in a cache. Waiting in
-queues and routing only add. Where tables are not monotone their least entries are taken.
+queues and routing only add. The slowest of the stages is no faster than their mean, and a batch is of one size on all:
+so sums of the least over all layers bound every split of these into as many stages. Where tables are not monotone
+their least entries are taken.
 Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from apex_opt.cost.least import Least
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.workload.trace import Trace
@@ -65,27 +70,51 @@ class StageFloor:
             context_rate=min(context, again // law.copies),
         )
 
+    @classmethod
+    def mean(cls, least: Least, stages: int, copies: int) -> StageFloor:
+        """The mean floor of the stages of a pipeline, however its layers are split.
 
-def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -> Outcome:
+        A table entry is rounded to the nearest nanosecond and a rate to the nearest 2**-20 ns, four entries a batch.
+        """
+        scale, rates = NS_PER_S / stages, NS_PER_S * (1 << RATE_BITS) / stages
+        batch = min(least.decode, least.mixed + least.chunk + least.sequence + least.attend)
+        token = min(least.decode_share, least.mixed_share + least.chunk_share / copies)
+        return cls(
+            batch_ns=max(int(batch * scale) - _ROUNDED, 0),
+            token_ns=max(token * scale - _ROUNDED, 0.0),
+            pair_rate=max(int(min(least.context, least.pair / copies) * rates) - _ROUNDED, 0),
+            context_rate=max(int(min(least.context, least.again / copies) * rates) - _ROUNDED, 0),
+        )
+
+
+_ROUNDED: Final = 3
+"""Most that rounding four table entries and cutting off what is lost to an integer takes away, in units of each."""
+
+
+def isolated(settings: EngineSettings, floors: Sequence[StageFloor], trace: Trace) -> Outcome:
     """Times that no request can beat, in the form of a run: arrivals as given, tokens as early as could be.
+
+    Where only the mean floor of the stages is known, so many equal to it serve as well: the slowest stage is no faster
+    than the mean one.
 
     Parameters
     ----------
-    settings, laws, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where
-        batches still run one after the other
+    settings, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where batches
+        still run one after the other
+    floors : StageFloor of each stage
 
     Returns
     -------
     Outcome    per request lower bounds of the times since its arrival; counts are empty
     """
-    floors = [StageFloor.of(law) for law in laws]
+    alike = Counter(floors)
     prompt, generated = trace.prompt, trace.generated(settings.max_model_len)
     found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
     computed = prompt - found
     pairs = prompt * (prompt + 1) // 2 - found * (found + 1) // 2
-    all_batches = sum(f.batch_ns for f in floors)
+    all_batches = sum(floor.batch_ns for floor in floors)
     first = np.zeros(len(trace), np.int64)
-    for floor in floors:
+    for floor in alike:
         own = np.maximum(np.floor(computed * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
         own = own + _scaled(pairs, floor.pair_rate) - _chunks(computed)
         # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
@@ -93,9 +122,10 @@ def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -
     steps = generated - 1
     # Token j + 1 is computed over a context of prompt + j tokens.
     context = steps * prompt + steps * (steps + 1) // 2
-    rest = steps * sum(f.batch_ns for f in floors)
-    for floor in floors:
-        rest = rest + np.maximum(_scaled(context, floor.context_rate) - steps, 0)  # each batch rounds down by < 1 ns
+    rest = steps * all_batches
+    for floor, stages in alike.items():
+        # Each batch rounds down by less than a nanosecond.
+        rest = rest + stages * np.maximum(_scaled(context, floor.context_rate) - steps, 0)
     arrival = trace.arrival_ns
     return Outcome(
         arrival_ns=arrival,
@@ -103,7 +133,7 @@ def isolated(settings: EngineSettings, laws: Sequence[BatchLaw], trace: Trace) -
         finish_ns=arrival + np.maximum(first, 0) + rest,
         preemptions=0,
         batches=0,
-        busy_ns=np.zeros((1, len(laws)), np.int64),
+        busy_ns=np.zeros((1, len(floors)), np.int64),
         counts=BatchCounts.empty(settings),
     )
 

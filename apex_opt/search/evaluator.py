@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.cost import CostModel, PlanCost, Usage, account, least_joules_per_token
+from apex_opt.cost import CostModel, PlanCost, Usage, account
 from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
+from apex_opt.plan.plan import even_split
 from apex_opt.search.answer import Candidate
-from apex_opt.search.bounds import isolated
+from apex_opt.search.bounds import StageFloor, isolated
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
 from apex_opt.simulator.stop import Stop
@@ -45,7 +46,6 @@ class Evaluator:
         )
         self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
         generated = question.trace.generated(question.settings.max_model_len)
-        self._joules: dict[Plan, float] = {}
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
 
     def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
@@ -55,12 +55,14 @@ class Evaluator:
         return self.costs.provenance
 
     def floor(self, plan: Plan) -> Metrics:
-        """Metrics that no run of the plan can beat; the same for any number of replicas."""
-        key = replace(plan, replicas=1), Layout.of(plan, self.question.cluster), self.question.slos
+        """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
+        layers = even_split(self.question.model.layers, plan.stages)
+        cut = replace(plan, replicas=1, layers=layers)
+        key = cut, Layout.of(plan, self.question.cluster), self.question.slos
         if key not in self._floors:
-            cost = self.costs.plan_cost(plan)
-            alone = isolated(self.question.settings_for(plan), cost.laws, self.question.trace)
-            self._floors[key] = self._measure(alone, cost)
+            mean = StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)
+            alone = isolated(self.question.settings_for(plan), [mean] * plan.stages, self.question.trace)
+            self._floors[key] = self._measure(alone)
         return self._floors[key]
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
@@ -84,11 +86,10 @@ class Evaluator:
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
-        key = replace(plan, replicas=1)
-        if key not in self._joules:
-            self._joules[key] = least_joules_per_token(self.costs.plan_cost(plan)) * plan.stage_devices
+        least = self.costs.least(plan)
+        joules = min(least.decode_joules, least.mixed_joules) * plan.stage_devices
         settings, trace = self.question.settings, self.question.trace
-        return self._joules[key] * _computed_tokens(trace, settings.max_model_len, settings.prefix_caching)
+        return joules * _computed_tokens(trace, settings.max_model_len, settings.prefix_caching)
 
     def simulate(self, plan: Plan, bound: float | None = None) -> Candidate:
         """Score one plan exactly.
@@ -113,11 +114,11 @@ class Evaluator:
         question = self.question
         cost = self.costs.plan_cost(plan)
         memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings_for(plan))
-        stops = [] if worst == float("inf") else self._stops(plan, worst, cost.request_ns / NS_PER_S)
+        stops = [] if worst == float("inf") else self._stops(plan, worst)
         outcome = self._run(plan, cost, memory, stops=stops)
         if outcome.stopped:
             return None
-        metrics = self._measure(outcome, cost)
+        metrics = self._measure(outcome)
         usage = account(plan, cost, self.costs, outcome)
         return Candidate(
             plan=plan,
@@ -149,10 +150,10 @@ class Evaluator:
             routing=self.question.routing,
             log=log,
             stops=stops,
-            floors=isolated(settings, cost.laws, trace) if stops else None,
+            floors=isolated(settings, [StageFloor.of(law) for law in cost.laws], trace) if stops else None,
         )
 
-    def _stops(self, plan: Plan, worst: float, request_s: float) -> list[Stop]:
+    def _stops(self, plan: Plan, worst: float) -> list[Stop]:
         """What proves that a plan misses an SLO, or that its objective is worse than a cost."""
         question = self.question
         stops = []
@@ -160,7 +161,7 @@ class Evaluator:
             if slo.metric == "throughput":
                 stops.append(self._slower_than(len(question.trace) / slo.limit))
             else:
-                stops += self._latency_stop(slo.metric, slo.statistic, slo.limit, slo.fraction, request_s)
+                stops += self._latency_stop(slo.metric, slo.statistic, slo.limit, slo.fraction)
         name = question.objective.name
         if name == "makespan":
             stops.append(self._slower_than(worst))
@@ -170,34 +171,33 @@ class Evaluator:
             stops.append(self._slower_than(worst / (self.costs.profile.power.idle_w * plan.devices)))
         else:
             metric, statistic = name.split("_")
-            stops += self._latency_stop(metric, statistic, worst, None, request_s)
+            stops += self._latency_stop(metric, statistic, worst, None)
         return stops
 
     def _slower_than(self, makespan_s: float) -> Stop:
         return Stop.percentile_above("makespan", makespan_s, 1.0, len(self.question.trace))
 
-    def _latency_stop(
-        self, metric: str, statistic: str, limit_s: float, fraction: float | None, request_s: float
-    ) -> list[Stop]:
+    def _latency_stop(self, metric: str, statistic: str, limit_s: float, fraction: float | None) -> list[Stop]:
         """A statistic of a latency above a limit; nothing where no request has this latency."""
         which: Metric = "ttft" if metric == "ttft" else "tpot" if metric == "tpot" else "e2e"
         requests = self._decoding if metric == "tpot" else len(self.question.trace)
         if not requests:
             return []
-        inside_s = limit_s if metric == "tpot" else limit_s - request_s  # the simulator does not see the way in and out
+        # The simulator does not see the way in and out.
+        inside_s = limit_s if metric == "tpot" else limit_s - self.costs.request_ns / NS_PER_S
         if statistic == "mean":
             return [Stop.mean_above(which, inside_s, requests)]
         if fraction is not None:
             return [Stop.attainment_below(which, inside_s, fraction, requests)]
         return [Stop.percentile_above(which, inside_s, _QUANTILES[statistic], requests)]
 
-    def _measure(self, outcome: Outcome, cost: PlanCost) -> Metrics:
+    def _measure(self, outcome: Outcome) -> Metrics:
         question = self.question
         return measure(
             outcome,
             question.trace,
             max_model_len=question.settings.max_model_len,
-            request_ns=cost.request_ns,
+            request_ns=self.costs.request_ns,
             slos=question.slos,
         )
 

@@ -1,0 +1,86 @@
+"""What a batch takes at least, in figures that add up over the layers of a pipeline however it is split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apex_opt.cost.cells import Parts
+    from apex_opt.cost.work import Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Least:
+    """Least entries of the tables of a batch law, in seconds, and of energy above the idle draw, in joules.
+
+    A batch is of the same size on every stage, and the least of a sum is no less than the sum of the least: so sums of
+    these hold for every split of the layers into stages.
+
+    Parameters
+    ----------
+    decode, mixed, chunk, sequence, attend : float    of any batch with sequences, with a prompt, of any chunk
+    decode_share, mixed_share, chunk_share : float    per sequence or token of the batch
+    context, pair, again : float                      per token of context, query-key pair, or both of one chunk
+    decode_joules, mixed_joules : float               per sequence or token of the batch, on one device
+    """
+
+    decode: float = 0.0
+    mixed: float = 0.0
+    chunk: float = 0.0
+    sequence: float = 0.0
+    attend: float = 0.0
+    decode_share: float = 0.0
+    mixed_share: float = 0.0
+    chunk_share: float = 0.0
+    context: float = 0.0
+    pair: float = 0.0
+    again: float = 0.0
+    decode_joules: float = 0.0
+    mixed_joules: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
+        """Of operations and their seconds per table; batches of prompts take two tokens or more."""
+        pair = seconds.get("pair_rate", _NONE)
+        again = pair + seconds["chunk_context_rate"] if "chunk_context_rate" in seconds else pair
+        joules = {
+            table: sum((work.joules for (_, of), work in parts.items() if of == table), start=np.zeros(1))
+            for table in ("decode_ns", "mixed_ns")
+        }
+        return cls(
+            decode=_least(seconds.get("decode_ns", _NONE), 1),
+            mixed=_least(seconds.get("mixed_ns", _NONE), 2),
+            chunk=_least(seconds.get("chunk_ns", _NONE), 2),
+            sequence=_least(seconds.get("sequence_ns", _NONE), 1),
+            attend=_least(seconds.get("attend_ns", _NONE), 0),
+            decode_share=_share(seconds.get("decode_ns", _NONE), 1),
+            mixed_share=_share(seconds.get("mixed_ns", _NONE), 2),
+            chunk_share=_share(seconds.get("chunk_ns", _NONE), 2),
+            context=_least(seconds.get("context_rate", _NONE), 1),
+            pair=_least(pair, 2),
+            again=_least(again, 2),
+            decode_joules=_share(joules["decode_ns"], 1),
+            mixed_joules=_share(joules["mixed_ns"], 1),
+        )
+
+    def plus(self, other: Least, times: int) -> Least:
+        """With another so many times on top."""
+        return Least(**{f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)})
+
+
+_NONE = np.zeros(1)
+
+
+def _least(table: Floats, first: int) -> float:
+    """The least entry from one on; 0 where there is none."""
+    return float(table[first:].min()) if len(table) > first else 0.0
+
+
+def _share(table: Floats, first: int) -> float:
+    """The least share of an entry that one sequence or token has."""
+    return float((table[first:] / np.arange(first, len(table))).min()) if len(table) > first else 0.0
