@@ -33,6 +33,7 @@ and belong to the simulation.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ from formulations.plan_space.constraints import cells_share_devices
 from formulations.plan_space.variables import Variables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
@@ -90,8 +91,10 @@ class PlanSpace:
             raise FormulationError(f"plan space: {fault}")
         return model, variables
 
-    def diagnosis(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[Any, dict[str, Any]]:
-        """The model with C1, C2 and each chosen family enforced on a literal of its own, and the literals by name."""
+    def diagnosis(
+        self, instance: Instance, families: Sequence[str] = FAMILIES
+    ) -> tuple[Any, dict[str, Any], Variables]:
+        """The model with C1, C2 and each chosen family enforced on a literal, the literals by name, the variables."""
         model = cp_model.CpModel()
         variables = Variables.create(model, instance)
         cells_share_devices(model, instance, variables)
@@ -103,25 +106,31 @@ class PlanSpace:
         fault = model.validate()
         if fault:
             raise FormulationError(f"plan space: {fault}")
-        return model, literals
+        return model, literals, variables
 
     def clash(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[str, ...]:
-        """An irreducible set of the families that no plan satisfies together; empty where a plan satisfies them all.
+        """The fewest of the families that no plan satisfies together; empty where a plan satisfies them all.
 
-        Of a set that the solver finds sufficient, families are dropped one at a time as long as the rest still clashes.
+        Sets are tried by size, those of one size in the order of the families, so of several the first is returned. A
+        set to which a plan keeps that was found for another one is passed over.
 
         Raises
         ------
         FormulationError    the solver does not decide
         """
-        model, literals = self.diagnosis(instance, families)
-        kept = _core(model, literals, families)
-        if kept is None:
+        model, literals, variables = self.diagnosis(instance, families)
+        if _keeping(model, list(literals.values()), variables, instance) is not None:
             return ()
-        for name in kept:
-            smaller = _core(model, literals, [other for other in kept if other != name]) if name in kept else None
-            kept = kept if smaller is None else smaller
-        return kept
+        kept: list[set[str]] = []
+        smaller = (itertools.combinations(families, size) for size in range(1, len(families)))
+        for names in itertools.chain.from_iterable(smaller):
+            if any(held.issuperset(names) for held in kept):
+                continue
+            plan = _keeping(model, [literals[name] for name in names], variables, instance)
+            if plan is None:
+                return names
+            kept.append(set(families) - {violation.family for violation in violations(instance, plan)})
+        return tuple(families)
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
         """Number of plans that satisfy some of "divisibility", "format" and "balance", without listing them."""
@@ -160,20 +169,22 @@ class PlanSpace:
         )
 
 
-def _core(model: cp_model.CpModel, literals: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...] | None:
-    """Families among those named that suffice to clash, in their order; None where some plan satisfies all named."""
+def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variables, instance: Instance) -> Plan | None:
+    """A plan with which these literals are true; None where there is none."""
     model.clear_assumptions()
-    model.add_assumptions([literals[name] for name in names])
+    model.add_assumptions(literals)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
+    # One plan of a few choices is asked for: looking for structure first takes ten times as long as finding it.
+    solver.parameters.cp_model_probing_level = 0
+    solver.parameters.linearization_level = 0
     status = solver.solve(model)
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None
+        return variables.extract(solver, instance)
     if status != cp_model.INFEASIBLE:
         raise FormulationError(f"plan space: the diagnosis ends as {solver.status_name(status)}")
-    found = set(solver.sufficient_assumptions_for_infeasibility())
-    return tuple(name for name in names if literals[name].index in found)
+    return None
 
 
 def _order(plan: Plan) -> tuple[Any, ...]:
