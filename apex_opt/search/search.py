@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
-from apex_opt.search.advice import nearest_violation
 from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judged, misses
 from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.nearest import nearest_violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +92,7 @@ def search(
     progress: Progress | None = None,
     top: int = 1,
     time_limit_s: float | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Answer:
     """The best plan for a question, with its certificate, and the next best.
 
@@ -105,6 +106,7 @@ def search(
     progress : callable, optional    told (what, done, total) along the way
     top : int                        best plans to find, each exactly
     time_limit_s : float, optional   after so long no further simulation is begun; what is open then makes the gap
+    evaluator : Evaluator, optional  of this question, with the costs and floors it already has, for others to share
 
     Raises
     ------
@@ -114,7 +116,7 @@ def search(
     tell = progress or silent
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
-    evaluator = Evaluator(question)
+    evaluator = evaluator or Evaluator(question)
     bounds = bound_plans(evaluator, listed.plans, (question.objective,), tell)
     queue = sorted((bound, index, listed.plans[index]) for index, ((bound,), possible) in enumerate(bounds) if possible)
     done, cut_short = _simulate(queue, evaluator, tell, top, deadline)

@@ -2,7 +2,7 @@
 
 from apex_opt.search.explain.clashes import Clash
 from apex_opt.search.explain.comparison import Comparison, Term, compare
-from apex_opt.search.explain.explanation import Explanation, explain
-from apex_opt.search.explain.relaxations import Relaxation
+from apex_opt.search.explain.explanation import Explanation, explain, explained
+from apex_opt.search.explain.relaxations import Relaxation, Tried
 
-__all__ = ["Clash", "Comparison", "Explanation", "Relaxation", "Term", "compare", "explain"]
+__all__ = ["Clash", "Comparison", "Explanation", "Relaxation", "Term", "Tried", "compare", "explain", "explained"]

@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from apex_opt.evaluate import FAMILIES
-from apex_opt.search.advice import nearest
-from apex_opt.search.explain.solving import Known, amount
-from apex_opt.search.search import search
+from apex_opt.search.explain.solving import OutOfTime, amount
+from apex_opt.search.nearest import nearest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apex_opt.evaluate import Instance
     from apex_opt.search.explain.solving import Goals, Work
-    from apex_opt.search.question import Question
 
 Proof = Literal["constraints", "bound", "simulation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clash:
-    """Constraints that no plan satisfies together, though some plan satisfies any of them but one.
+    """Constraints that no plan satisfies together: the fewest such, the first in order of several such sets.
 
     Parameters
     ----------
     of : tuple of str       constraint families, or goals as they were said
     proof : str             shown by the constraints, by a lower bound of every plan, or by simulating the plans
     facts : tuple of str    in words, with the numbers of the plans that come nearest
+    smallest : bool         whether that is shown too; not where the time was up first
     """
 
     of: tuple[str, ...]
     proof: Proof
     facts: tuple[str, ...]
+    smallest: bool = True
 
 
-def clashes(question: Question, work: Work) -> tuple[tuple[Clash, ...], Goals]:
-    """Irreducible clashes, each beside what the ones before it leave, and the goals that have part in them.
+def find_clashes(work: Work) -> tuple[tuple[Clash, ...], Goals]:
+    """Smallest clashes, each beside what the ones before it leave, and the goals that have part in them.
 
     A plan that breaks a family other than bandwidth cannot run. So goals are judged among the plans that can.
     """
+    question = work.question
     found: list[Clash] = []
     families, goals = tuple(FAMILIES), question.slos
     while core := work.formulation.clash(replace(question, slos=goals).instance(), families):
@@ -48,14 +53,22 @@ def clashes(question: Question, work: Work) -> tuple[tuple[Clash, ...], Goals]:
             goals = tuple(goal for goal in goals if goal not in tight)
         else:
             families = tuple(name for name in families if name not in core)
-    while families == FAMILIES and goals and not work.meets(question, goals):
-        kept = goals
-        for goal in goals:
-            fewer = tuple(other for other in kept if other != goal)
-            kept = fewer if fewer and not work.meets(question, fewer) else kept
-        found.append(_of_goals(question, kept, work))
-        goals = tuple(goal for goal in goals if goal not in kept)
+    try:
+        while goals and families == FAMILIES and (clashing := smallest_clash(goals, work.runs.some_meets)):
+            found.append(_of_goals(clashing, work))
+            goals = tuple(goal for goal in goals if goal not in clashing)
+    except OutOfTime:
+        if not found:
+            found.append(Clash(of=tuple(g.text for g in goals), proof="simulation", facts=(), smallest=False))
+            goals = ()
     return tuple(found), tuple(goal for goal in question.slos if goal not in goals)
+
+
+def smallest_clash(goals: Goals, some_meets: Callable[[Goals], bool]) -> Goals:
+    """The fewest goals that no plan meets together, of several such sets the first; none where a plan meets all."""
+    subsets = (itertools.combinations(goals, size) for size in range(1, len(goals) + 1))
+    every = itertools.chain.from_iterable(subsets)
+    return () if some_meets(goals) else next(some for some in every if not some_meets(some))
 
 
 def _tightest(goals: Goals) -> Goals:
@@ -81,22 +94,20 @@ def _of_families(instance: Instance, core: tuple[str, ...], tight: Goals, work: 
     return Clash(of=core, proof="constraints", facts=tuple(parts))
 
 
-def _of_goals(question: Question, goals: Goals, work: Work) -> Clash:
-    """A clash of goals: the best value of each while the others are met."""
-    asked = replace(question, slos=goals)
-    certificate = search(asked, Known(plans=work.formulation.enumerate(asked.instance()).plans), work.tell).certificate
-    by_bound = certificate.simulated == 0
+def _of_goals(goals: Goals, work: Work) -> Clash:
+    """A clash of goals: the best value of each while the others are met, as far as the time allows."""
+    by_bound = work.runs.ruled_out(goals)
     parts = []
-    for goal in goals:
-        others = tuple(other for other in goals if other != goal)
-        best = work.best(question, goal, others)
-        if best is None:  # the other goals are on tokens that nobody generates
-            continue
-        value, candidate = best
-        among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
-        part = f"{goal.text}: {among} {candidate.plan} comes closest and reaches {amount(goal, value)}"
-        if by_bound and goal.fraction is None and candidate.bound is not None:
-            part += f", its lower bound, as if no other request were there, is {amount(goal, abs(candidate.bound))}"
-        parts.append(part)
-    proof: Proof = "bound" if by_bound else "simulation"
-    return Clash(of=tuple(goal.text for goal in goals), proof=proof, facts=tuple(parts))
+    with suppress(OutOfTime):
+        for goal in goals:
+            others = tuple(other for other in goals if other != goal)
+            closest = work.runs.closest(goal, others)
+            if closest is None:  # the other goals are on tokens that nobody generates
+                continue
+            value, run = closest
+            among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
+            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {amount(goal, value)}"
+            if by_bound and (bound := work.runs.bound(goal, run.plan)) is not None:
+                part += f", its lower bound, as if no other request were there, is {amount(goal, bound)}"
+            parts.append(part)
+    return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

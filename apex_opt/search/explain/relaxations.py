@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.cluster import list_clusters, load_cluster
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
-from apex_opt.search.advice import MOST_GPUS, feasible, other_formats
-from apex_opt.search.explain.solving import amount
+from apex_opt.search.explain.solving import OutOfTime, Solved, amount
+from apex_opt.search.nearest import feasible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
     from apex_opt.search.explain.clashes import Clash
     from apex_opt.search.explain.solving import Goals, Work
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 GROWTH: Final = 4
 """How many times the fewest GPUs on which plans can run are tried for goals: every size is a search of its own."""
+
+MOST_GPUS: Final = 64
+"""How far more GPUs are tried."""
 
 _DIGITS: Final = 3
 
@@ -36,65 +41,91 @@ class Relaxation:
     ----------
     options : mapping            what to ask for instead: option to value; "nodes" is that of the cluster's file
     more_gpus : int              GPUs beyond those offered
-    plan : Plan                  the best plan then, or where there are no goals one that fits
-    value : float or None        its objective, where it was simulated
+    solved : Solved              the plan it gives: the best, or where there are no goals one that fits
     text : str                   the change in words
     """
 
     options: dict[str, str]
     more_gpus: int = 0
-    plan: Plan
-    value: float | None = None
+    solved: Solved
     text: str
 
 
-def relaxations(
-    question: Question, clashing: Sequence[Clash], blamed: Goals, work: Work
-) -> tuple[tuple[Relaxation, ...], tuple[str, ...]]:
-    """Changes that give the question a plan, those without more GPUs first, and those tried for nothing."""
-    found: list[Relaxation] = []
-    failed: list[str] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """What was tried: changes that give a plan, those without more GPUs first, those that do not, and those left."""
+
+    found: tuple[Relaxation, ...] = ()
+    failed: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
+
+
+def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
+    """Try changes to a question without a plan, those that are quick to solve first, until the time is up.
+
+    Parameters
+    ----------
+    clashing : sequence of Clash    why it has none
+    blamed : tuple of Slo           goals that have part in that
+    work : Work
+    """
+    question = work.question
     memory = any("memory" in clash.of for clash in clashing)
+    kinds: list[tuple[str, Callable[[], list[Relaxation]]]] = []
     if blamed:
-        eased = _easier_goals(question, blamed, work)
-        found += eased
-        failed += [] if eased else ["other limits of the goals"]
+        kinds.append(("other limits of the goals", partial(_easier_goals, blamed, work)))
     if memory:
-        shorter = _shorter(question, work)
-        found += shorter
-        failed += [] if shorter else ["a shorter max_model_len"]
+        kinds.append(("a shorter max_model_len", partial(_shorter, work)))
     for ways, what in ((_kv_formats(question), "an fp8 KV cache"), (_weights(question), "another weight format")):
         if ways:
-            held = _first(ways, work)
+            kinds.append((what, partial(_first, ways, work)))
+    found: list[Relaxation] = []
+    failed: list[str] = []
+    untried: list[str] = []
+    for what, solve in kinds:
+        try:
+            held = solve()
+        except OutOfTime:
+            untried.append(what)
+        else:
             found += held
             failed += [] if held else [what]
-    sizes = list(_sizes(question))
-    if sizes:
-        more = _more_gpus(question, sizes, work)
-        found += more
-        failed += [] if more else [f"up to {sizes[-1][0].max_devices} GPUs"]
-    if not found:
-        found = _both(question, work)
-    return tuple(sorted(found, key=lambda r: r.more_gpus)), tuple(failed)
+    more = _more_gpus(question, work)
+    found, failed, untried = found + list(more.found), failed + list(more.failed), untried + list(more.untried)
+    if not found and not untried:
+        both = _both(work)
+        found, untried = list(both.found), list(both.untried)
+    ordered = sorted(found, key=lambda r: r.more_gpus)
+    return Tried(found=tuple(ordered), failed=tuple(failed), untried=tuple(untried))
 
 
 def _first(ways: Sequence[tuple[Question, dict[str, str], str]], work: Work) -> list[Relaxation]:
     """The first of some changes that gives a plan."""
     for changed, options, text in ways:
         if (solved := work.solve(changed)) is not None:
-            plan, value = solved
-            return [Relaxation(options=options, plan=plan, value=value, text=text)]
+            return [Relaxation(options=options, solved=solved, text=text)]
     return []
 
 
 def _weights(question: Question) -> list[tuple[Question, dict[str, str], str]]:
     """Other weight formats, those of the most bits first."""
     ways = []
-    for name in sorted(other_formats(question.instance()), key=lambda name: -FORMATS[name].weight_bits):
+    for name in sorted(_other_formats(question.instance()), key=lambda name: -FORMATS[name].weight_bits):
         kv = question.model.kv_format or default_kv_format(name)
         changed = replace(question, weight_formats=(name,), kv_formats=(kv,))
         ways.append((changed, {"weights": name}, f"weights in {name}: {FORMATS[name].description}"))
     return ways
+
+
+def _other_formats(instance: Instance) -> tuple[str, ...]:
+    """Formats worth proposing: those of other bits or other arithmetic than asked for, of variants the smallest."""
+    gpu = instance.cluster.gpu
+    smallest: dict[tuple[int, str], str] = {}
+    for entry in sorted(FORMATS.values(), key=lambda entry: -entry.weight_bits):
+        dtype = entry.hardware_dtype or gpu.half_dtype
+        if gpu.supports(dtype) and (entry.weight_bits < 16 or dtype == gpu.half_dtype):
+            smallest[int(entry.weight_bits), dtype] = entry.name
+    return tuple(name for name in FORMATS if name in smallest.values() and name not in instance.weight_formats)
 
 
 def _kv_formats(question: Question) -> list[tuple[Question, dict[str, str], str]]:
@@ -105,8 +136,9 @@ def _kv_formats(question: Question) -> list[tuple[Question, dict[str, str], str]
     return [(changed, {"kv": "fp8"}, "KV cache in fp8")]
 
 
-def _shorter(question: Question, work: Work) -> list[Relaxation]:
+def _shorter(work: Work) -> list[Relaxation]:
     """The largest max_model_len at which the longest request fits; less of it is held the shorter it is."""
+    question = work.question
     trace, settings = question.trace, question.settings
 
     def limited_to(tokens: int) -> Question:
@@ -124,42 +156,49 @@ def _shorter(question: Question, work: Work) -> list[Relaxation]:
     return _first([(limited_to(low), {"max_model_len": str(low)}, text)], work)
 
 
-def _easier_goals(question: Question, blamed: Goals, work: Work) -> list[Relaxation]:
+def _easier_goals(blamed: Goals, work: Work) -> list[Relaxation]:
     """For each goal that clashes the nearest limit that can be had; where one is not enough, all of them in turn."""
+    slos = work.question.slos
     found = []
     for goal in blamed:
-        others = tuple(other for other in question.slos if other != goal)
-        if (eased := _eased(question, goal, others, work)) is not None:
-            found += _with_goals(question, {goal: eased}, work)
+        others = tuple(other for other in slos if other != goal)
+        if (eased := _eased(goal, others, work)) is not None:
+            found += _with_goals({goal: eased}, work)
     if not found and len(blamed) > 1:
-        kept = tuple(goal for goal in question.slos if goal not in blamed)
+        kept = tuple(goal for goal in slos if goal not in blamed)
         changes: dict[Slo, tuple[Slo, float]] = {}
         for goal in blamed:
-            if (eased := _eased(question, goal, kept, work)) is None:
+            if (eased := _eased(goal, kept, work)) is None:
                 return []
             changes[goal] = eased
             kept = (*kept, eased[0])
-        found += _with_goals(question, changes, work)
+        found += _with_goals(changes, work)
     return found
 
 
-def _eased(question: Question, goal: Slo, others: Goals, work: Work) -> tuple[Slo, float] | None:
+def _eased(goal: Slo, others: Goals, work: Work) -> tuple[Slo, float] | None:
     """A goal with the best limit that plans reach, rounded to what is easier, and that limit as it is."""
-    best = work.best(question, goal, others)
-    if best is None:
+    closest = work.runs.closest(goal, others)
+    if closest is None:
         return None
-    if (goal.limit <= best[0]) if goal.metric == "throughput" else (goal.limit >= best[0]):
+    value, _ = closest
+    if (goal.limit <= value) if goal.metric == "throughput" else (goal.limit >= value):
         return goal, goal.limit
-    return _rounded(goal, best[0]), best[0]
+    return _rounded(goal, value), value
 
 
-def _with_goals(question: Question, changes: dict[Slo, tuple[Slo, float]], work: Work) -> list[Relaxation]:
-    goals = tuple(changes[goal][0] if goal in changes else goal for goal in question.slos)
+def _with_goals(changes: dict[Slo, tuple[Slo, float]], work: Work) -> list[Relaxation]:
+    """The question with other limits of some goals: its plans are those of the asked one, with the same runs."""
+    goals = tuple(changes[goal][0] if goal in changes else goal for goal in work.question.slos)
     text = " and ".join(
         f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {amount(goal, value)}"
         for index, (goal, (new, value)) in enumerate(changes.items())
     )
-    return _first([(replace(question, slos=goals), {"slo": ",".join(goal.text for goal in goals)}, text)], work)
+    best = work.runs.best(goals)
+    if best is None:
+        return []
+    solved = Solved(plan=best.plan, value=best.value)
+    return [Relaxation(options={"slo": ",".join(goal.text for goal in goals)}, solved=solved, text=text)]
 
 
 def _rounded(goal: Slo, value: float) -> Slo:
@@ -205,24 +244,38 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
         yield replace(question, cluster=larger, max_devices=larger.size), options
 
 
-def _more_gpus(question: Question, sizes: Sequence[tuple[Question, dict[str, str]]], work: Work) -> list[Relaxation]:
+def _more_gpus(question: Question, work: Work) -> Tried:
     """The fewest GPUs that give a plan; plans over fewer were tried with the size before."""
-    above = question.max_devices
+    sizes = list(_sizes(question))
+    if not sizes:
+        return Tried()
+    first, last, above = question.max_devices, sizes[-1][0].max_devices, question.max_devices
+    plans: tuple[Plan, ...] | None = None
     for changed, options in sizes:
-        work.tell("trying more GPUs", changed.max_devices, sizes[-1][0].max_devices)
-        if (solved := work.solve(changed, above)) is not None:
-            plan, value = solved
-            more = changed.max_devices - question.max_devices
-            text = f"{changed.max_devices} GPUs in place of {question.max_devices}, as {changed.cluster.name}"
-            return [Relaxation(options=options, more_gpus=more, plan=plan, value=value, text=text)]
-        above = changed.max_devices
-    return []
+        gpus = changed.max_devices
+        try:
+            work.tell("trying more GPUs", gpus, last)
+            if question.slos and plans is None:
+                plans = work.plans(sizes[-1][0])  # constraints ask how many GPUs there are, not how they are wired
+            new = None if plans is None else tuple(plan for plan in plans if above < plan.devices <= gpus)
+            solved = work.solve(changed, new)
+        except OutOfTime:
+            failed = (f"up to {above} GPUs",) if above > first else ()
+            return Tried(failed=failed, untried=(f"{gpus} GPUs" if gpus == last else f"{gpus} to {last} GPUs",))
+        if solved is not None:
+            text = f"{gpus} GPUs in place of {first}, as {changed.cluster.name}"
+            return Tried(found=(Relaxation(options=options, more_gpus=gpus - first, solved=solved, text=text),))
+        above = gpus
+    return Tried(failed=(f"up to {last} GPUs",))
 
 
-def _both(question: Question, work: Work) -> list[Relaxation]:
+def _both(work: Work) -> Tried:
     """Where no single change will do: another weight format with the fewest GPUs it takes, of these the fewest."""
-    found = []
-    for changed, weights, text in _weights(question):
-        for relaxation in _more_gpus(changed, list(_sizes(changed)), work):
-            found.append(replace(relaxation, options=relaxation.options | weights, text=f"{relaxation.text}; {text}"))
-    return [min(found, key=lambda r: r.more_gpus)] if found else []
+    found: list[Relaxation] = []
+    untried: list[str] = []
+    for changed, weights, text in _weights(work.question):
+        more = _more_gpus(changed, work)
+        found += [replace(r, options=r.options | weights, text=f"{r.text}; {text}") for r in more.found]
+        untried += [f"{gpus} with weights in {weights['weights']}" for gpus in more.untried]
+    fewest = min(found, key=lambda r: r.more_gpus, default=None)
+    return Tried(found=() if fewest is None else (fewest,), untried=tuple(untried))
