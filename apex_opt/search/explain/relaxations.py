@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.evaluate import Instance
-    from apex_opt.plan.plan import Plan
     from apex_opt.search.explain.clashes import Clash
     from apex_opt.search.explain.solving import Goals, Work
     from apex_opt.search.question import Question
@@ -245,28 +244,40 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
 
 
 def _more_gpus(question: Question, work: Work) -> Tried:
-    """The fewest GPUs that give a plan; plans over fewer were tried with the size before."""
+    """The fewest GPUs that give a plan: sizes up to twice as many, then up to twice those."""
     sizes = list(_sizes(question))
-    if not sizes:
-        return Tried()
-    first, last, above = question.max_devices, sizes[-1][0].max_devices, question.max_devices
-    plans: tuple[Plan, ...] | None = None
-    for changed, options in sizes:
-        gpus = changed.max_devices
+    first, above = question.max_devices, question.max_devices
+    last = sizes[-1][0].max_devices if sizes else first
+    while sizes:
+        band = [size for size in sizes if size[0].max_devices <= 2 * above] or sizes[:1]
+        sizes = sizes[len(band) :]
         try:
-            work.tell("trying more GPUs", gpus, last)
-            if question.slos and plans is None:
-                plans = work.plans(sizes[-1][0])  # constraints ask how many GPUs there are, not how they are wired
-            new = None if plans is None else tuple(plan for plan in plans if above < plan.devices <= gpus)
-            solved = work.solve(changed, new)
+            found = _fewest(band, first, above, work)
         except OutOfTime:
             failed = (f"up to {above} GPUs",) if above > first else ()
-            return Tried(failed=failed, untried=(f"{gpus} GPUs" if gpus == last else f"{gpus} to {last} GPUs",))
+            return Tried(failed=failed, untried=(f"{band[0][0].max_devices} to {last} GPUs",))
+        if found is not None:
+            return Tried(found=(found,))
+        above = band[-1][0].max_devices
+    return Tried(failed=(f"up to {last} GPUs",) if last > first else ())
+
+
+def _fewest(sizes: Sequence[tuple[Question, dict[str, str]]], first: int, above: int, work: Work) -> Relaxation | None:
+    """The first of some sizes that gives a plan over more than `above` GPUs, in place of the `first` there were."""
+    largest = sizes[-1][0]
+    # Constraints ask how many GPUs there are, not how they are wired; and more nodes wire no plan worse.
+    plans = tuple(plan for plan in work.plans(largest) if plan.devices > above) if largest.slos else ()
+    if largest.slos and len(sizes) > 1 and not work.some_meets(largest, plans):
+        return None
+    for changed, options in sizes:
+        gpus = changed.max_devices
+        work.tell("trying more GPUs", gpus, largest.max_devices)
+        solved = work.solve(changed, tuple(plan for plan in plans if above < plan.devices <= gpus))
         if solved is not None:
             text = f"{gpus} GPUs in place of {first}, as {changed.cluster.name}"
-            return Tried(found=(Relaxation(options=options, more_gpus=gpus - first, solved=solved, text=text),))
+            return Relaxation(options=options, more_gpus=gpus - first, solved=solved, text=text)
         above = gpus
-    return Tried(failed=(f"up to {last} GPUs",))
+    return None
 
 
 def _both(work: Work) -> Tried:

@@ -142,7 +142,7 @@ class Work:
             return None if plan is None else Solved(plan=plan)
         plans = self.plans(question) if plans is None else plans
         evaluator = Evaluator(question)
-        first = self._first(evaluator, [replace(plan, clock_mhz=c) for c in question.clocks for plan in plans])
+        first = self._first(evaluator, plans)
         if first is None:
             return None
         try:
@@ -152,11 +152,16 @@ class Work:
         assert best is not None, "a plan meets the goals"
         return Solved(plan=best.plan, value=best.value)
 
+    def some_meets(self, question: Question, plans: Sequence[Plan]) -> bool:
+        """Whether some of these plans meets the goals."""
+        return self._first(Evaluator(question), plans) is not None
+
     def _first(self, evaluator: Evaluator, plans: Sequence[Plan]) -> Candidate | None:
         """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on."""
         objective = evaluator.question.objective
         worst = -1 / _LONGEST_S if objective.maximise else _LONGEST_S
-        for batch in rounds(self._quickest(evaluator, plans)):
+        clocked = [replace(plan, clock_mhz=clock) for clock in evaluator.question.clocks for plan in plans]
+        for batch in rounds(self._quickest(evaluator, clocked)):
             tell_compiling(self.tell, evaluator, batch)
             for run in in_parallel(lambda plan: evaluator.challenge(plan, None, worst), batch):
                 if run is not None and run.meets_slos:
