@@ -16,9 +16,10 @@ from apex_opt.ir import load_model
 from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.search import Candidate, Evaluator, Question, judged, search
-from apex_opt.search.explain import Clash, Explanation, Relaxation, compare, explain
+from apex_opt.search.explain import Clash, Explanation, Relaxation, compare, explain, explained
 from apex_opt.search.explain.clashes import find_clashes, smallest_clash
-from apex_opt.search.explain.solving import Solved, Work
+from apex_opt.search.explain.relaxations import other_weights
+from apex_opt.search.explain.solving import OutOfTime, Solved, Work
 from apex_opt.search.search import silent
 from apex_opt.simulator.metrics import per_request_s
 from apex_opt.workload import make_trace, parse_slos
@@ -87,13 +88,13 @@ IMPOSSIBLE = ("memory", "format", "divisibility", "bound", "simulation")
 
 
 @cache
-def explained(name: str) -> Explanation:
+def explained_as(name: str) -> Explanation:
     return explain(question_of(name), SPACE)
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_an_impossible_request_is_told_its_clash_with_numbers(name: str) -> None:
-    question, found = question_of(name), explained(name)
+    question, found = question_of(name), explained_as(name)
     assert found.answer.status == "infeasible"
     (clash,) = found.clashes
     goals = tuple(goal.text for goal in question.slos)
@@ -101,7 +102,7 @@ def test_an_impossible_request_is_told_its_clash_with_numbers(name: str) -> None
         "memory": (("memory",), "constraints", "a GPU needs 14"),
         "format": (("format",), "constraints", "does not compute in fp8"),
         "divisibility": (("divisibility", "memory"), "constraints", "attention tp3 does not divide 8 query heads"),
-        "bound": (goals, "bound", "its lower bound, as if no other request were there, is"),
+        "bound": (goals, "bound", "its bound, as if no other request were there, is"),
         "simulation": (goals, "simulation", "comes closest and reaches"),
     }[name]
     assert (clash.of, clash.proof) == (of, proof)
@@ -110,7 +111,7 @@ def test_an_impossible_request_is_told_its_clash_with_numbers(name: str) -> None
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_every_relaxation_is_feasible_when_asked_for_and_none_comes_before_a_cheaper_one(name: str) -> None:
-    question, found = question_of(name), explained(name)
+    question, found = question_of(name), explained_as(name)
     assert found.tried.found
     for relaxation in found.tried.found:
         asked = changed(question, relaxation)
@@ -139,6 +140,33 @@ def test_the_weights_proposed_are_those_of_the_most_bits_that_do() -> None:
     question = make_question(load_model("llama-3.1-405b"), "8xh100-sxm", random_trace(1, 5))
     (weights,) = [r for r in explain(question, SPACE).tried.found if "weights" in r.options]
     assert weights.options == {"weights": "w8a16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "weights", "said"),
+    [
+        # Of each width and arithmetic the smallest variant that the GPU computes, those of the most bits first.
+        ("llama-3.1-405b", "4xh100-sxm", "bf16", ["w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "bf16", ["w8a16", "fp8", "w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "fp16", ["w8a16", "fp8", "w4a16"]),
+        ("llama-3.1-405b", "4xb200-sxm", "bf16", ["w8a16", "fp8", "nvfp4", "w4a16"]),
+        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w4a16"]),
+        ("llama-3.1-8b", "1xv100-pcie", "fp16", ["w8a16", "w4a16"]),
+    ],
+)
+def test_the_weights_tried_are_the_usual_formats_and_the_first_that_fits_is_proposed(
+    name: str, cluster: str, weights: str, said: list[str]
+) -> None:
+    question = make_question(load_model(name), cluster, random_trace(1, 5), weight_formats=(weights,))
+    fitting = [
+        changed.weight_formats[0]
+        for changed, _, _ in other_weights(question)
+        if any(not violations(changed.instance(), plan) for plan in space(changed.instance()))
+    ]
+    assert fitting == said
+    tried = explain(question, SPACE).tried
+    assert tried is not None
+    assert [r.options["weights"] for r in tried.found if "weights" in r.options] == said[:1]
 
 
 def test_a_request_too_long_for_the_cache_may_be_cut_to_the_last_token_that_fits() -> None:
@@ -278,6 +306,43 @@ def test_a_clash_of_format_and_one_of_memory_are_both_told_and_solved_together()
     assert set(both.options) == {"cluster", "weights"}
     assert search(changed(question, both), SPACE).best is not None
     assert "another weight format" in found.tried.failed
+
+
+# ---- time ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["memory", "simulation"])
+def test_when_the_time_is_up_what_was_not_tried_is_told_and_nothing_is_proposed(name: str) -> None:
+    question = question_of(name)
+    found = explained(question, search(question, SPACE), SPACE, time_limit_s=0)
+    (clash,) = found.clashes
+    assert found.tried is not None
+    assert found.tried.found == ()
+    goals = () if name == "memory" else ("other limits of the goals",)
+    *ways, gpus = found.tried.untried
+    assert tuple(ways) == (*goals, "an fp8 KV cache", "another weight format")
+    assert gpus.endswith(" GPUs")
+    # Constraints alone are judged within any time; of goals it is then not known whether fewer of them clash.
+    assert clash.smallest is (name == "memory")
+    assert clash.of == (("memory",) if name == "memory" else tuple(goal.text for goal in question.slos))
+
+
+def test_where_the_time_is_up_between_the_first_plan_and_the_best_the_first_is_told_as_such() -> None:
+    question = make_question(EIGHT, "2xh100-sxm", random_trace(1, 20), "e2e_max<=100s")
+    plans = SPACE.enumerate(question.instance()).plans
+
+    def stop(what: str, done: int, total: int) -> None:
+        # The bounds of the first plan are looked at in one pass; those of the search in another.
+        seen.append(what)
+        if seen.count("bounding plans") > len(plans):
+            raise OutOfTime
+
+    seen: list[str] = []
+    solved = Work(question, SPACE, stop).solve(question)
+    assert solved is not None
+    assert not solved.best
+    assert solved.plan in plans
+    assert Evaluator(question).simulate(solved.plan).value == solved.value
 
 
 # ---- a plan beside the best ---------------------------------------------------------------------------------------

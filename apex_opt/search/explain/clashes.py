@@ -108,6 +108,6 @@ def _of_goals(goals: Goals, work: Work) -> Clash:
             among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
             part = f"{goal.text}: {among} {run.plan} comes closest and reaches {amount(goal, value)}"
             if by_bound and (bound := work.runs.bound(goal, run.plan)) is not None:
-                part += f", its lower bound, as if no other request were there, is {amount(goal, bound)}"
+                part += f", its bound, as if no other request were there, is {amount(goal, bound)}"
             parts.append(part)
     return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

@@ -70,14 +70,17 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
     """
     question = work.question
     memory = any("memory" in clash.of for clash in clashing)
+    # A format that the GPU does not compute stays one with any cache, on any number of GPUs and for any goal.
+    format_alone = any(clash.of == ("format",) for clash in clashing)
     kinds: list[tuple[str, Callable[[], list[Relaxation]]]] = []
     if blamed:
         kinds.append(("other limits of the goals", partial(_easier_goals, blamed, work)))
-    if memory:
+    if memory and not format_alone:
         kinds.append(("a shorter max_model_len", partial(_shorter, work)))
-    for ways, what in ((_kv_formats(question), "an fp8 KV cache"), (_weights(question), "another weight format")):
-        if ways:
-            kinds.append((what, partial(_first, ways, work)))
+    if not format_alone and (ways := _kv_formats(question)):
+        kinds.append(("an fp8 KV cache", partial(_first, ways, work)))
+    if ways := other_weights(question):
+        kinds.append(("another weight format", partial(_first, ways, work)))
     found: list[Relaxation] = []
     failed: list[str] = []
     untried: list[str] = []
@@ -89,7 +92,7 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
         else:
             found += held
             failed += [] if held else [what]
-    more = _more_gpus(question, work)
+    more = Tried() if format_alone else _more_gpus(question, work)
     found, failed, untried = found + list(more.found), failed + list(more.failed), untried + list(more.untried)
     if not found and not untried:
         both = _both(work)
@@ -106,7 +109,7 @@ def _first(ways: Sequence[tuple[Question, dict[str, str], str]], work: Work) -> 
     return []
 
 
-def _weights(question: Question) -> list[tuple[Question, dict[str, str], str]]:
+def other_weights(question: Question) -> list[tuple[Question, dict[str, str], str]]:
     """Other weight formats, those of the most bits first."""
     ways = []
     for name in sorted(_other_formats(question.instance()), key=lambda name: -FORMATS[name].weight_bits):
@@ -284,7 +287,7 @@ def _both(work: Work) -> Tried:
     """Where no single change will do: another weight format with the fewest GPUs it takes, of these the fewest."""
     found: list[Relaxation] = []
     untried: list[str] = []
-    for changed, weights, text in _weights(work.question):
+    for changed, weights, text in other_weights(work.question):
         more = _more_gpus(changed, work)
         found += [replace(r, options=r.options | weights, text=f"{r.text}; {text}") for r in more.found]
         untried += [f"{gpus} with weights in {weights['weights']}" for gpus in more.untried]
