@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.evaluate import FAMILIES, decode_bytes, space, violations
+from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
+from apex_opt.plan.memory import stage_memory
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -26,13 +27,18 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
     """The plan that comes nearest to feasible, where none is, and what it breaks: nothing of the families `kept`.
 
     Nearest is the plan that breaks the fewest families, of these the latest in order, over the most GPUs, with the
-    least to read from memory for a token.
+    least to hold in memory where that is broken, else with the least to read from it for a token.
     """
 
-    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, int, str]:
+    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, int, int, str]:
         plan, broken = item
-        latest = min(FAMILIES.index(v.family) for v in broken)
-        return len(broken), -latest, -plan.devices, decode_bytes(instance.model, plan), str(plan)
+        families = {v.family for v in broken}
+        latest = min(FAMILIES.index(family) for family in families)
+        held = 0
+        if "memory" in families:
+            stages = stage_memory(instance.model, instance.cluster.gpu, plan, instance.settings)
+            held = max(needed_bytes(instance, stage) for stage in stages)
+        return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan), str(plan)
 
     found = ((plan, violations(instance, plan)) for plan in _single(instance))
     return min((item for item in found if not {v.family for v in item[1]} & set(kept)), key=order)

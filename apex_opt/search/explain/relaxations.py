@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from functools import partial
@@ -213,7 +214,7 @@ def _rounded(goal: Slo, value: float) -> Slo:
 
 def _sizes(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     """The question with more GPUs, fewest first, as far as they are tried."""
-    first = question.max_devices if feasible(question.instance()) is not None else None
+    first = question.max_devices if not question.slos or feasible(question.instance()) is not None else None
     for larger, options in _clusters(question):
         if first is None and feasible(larger.instance()) is not None:
             first = larger.max_devices
@@ -268,7 +269,10 @@ def _more_gpus(question: Question, work: Work) -> Tried:
 def _fewest(sizes: Sequence[tuple[Question, dict[str, str]]], first: int, above: int, work: Work) -> Relaxation | None:
     """The first of some sizes that gives a plan over more than `above` GPUs, in place of the `first` there were."""
     largest = sizes[-1][0]
-    # Constraints ask how many GPUs there are, not how they are wired; and more nodes wire no plan worse.
+    # Constraints ask how many GPUs there are, not how they are wired, so what fits on some fits on more.
+    if not largest.slos:
+        sizes = sizes[bisect_left(sizes, True, key=lambda size: work.fits(size[0])) :][:1] if work.fits(largest) else ()
+    # More nodes wire no plan worse.
     plans = tuple(plan for plan in work.plans(largest) if plan.devices > above) if largest.slos else ()
     if largest.slos and len(sizes) > 1 and not work.some_meets(largest, plans):
         return None

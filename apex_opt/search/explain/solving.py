@@ -124,6 +124,11 @@ class Work:
         self.tell("enumerating plans")
         return self.formulation.enumerate(question.instance()).plans
 
+    def fits(self, question: Question) -> bool:
+        """Whether some plan satisfies the constraints."""
+        self.tell("trying constraints")
+        return not self.formulation.clash(question.instance())
+
     def solve(self, question: Question, plans: tuple[Plan, ...] | None = None) -> Solved | None:
         """The best plan, or where there are no goals a plan that fits; None where there is none.
 
