@@ -151,17 +151,17 @@ def why_not(console: Console, document: Document) -> None:
         table(console, "Feasible would be, cheapest first", heads, rows, left={0, 1, 2})
     elif not document["not_tried"]:
         console.print("No change that was tried makes it feasible: use other GPUs, or a lighter or shorter trace.")
+    notes = []
     if early := [way["plan"] for way in document["relaxations"] if not way["best"]]:
-        console.print(f"Not shown to be the best, the time was up: {', '.join(early)}.")
+        notes.append(f"Not shown to be the best, the time was up: {', '.join(early)}.")
     if document["tried_for_nothing"]:
-        console.print(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.")
+        notes.append(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.")
     if document["not_tried"]:
         limit = f"{document['explain_time_limit_s']:g} s"
-        console.print(
-            f"Not tried, as the time limit of {limit} was reached: {', '.join(document['not_tried'])}. A longer "
-            "--time_limit tries them."
-        )
-    console.print()
+        left = ", ".join(document["not_tried"])
+        notes.append(f"Not tried, as the time limit of {limit} was reached: {left}. A longer --time_limit tries them.")
+    if notes:
+        console.print("\n".join(notes) + "\n")
 
 
 def _option(name: str, value: str) -> str:
