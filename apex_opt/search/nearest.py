@@ -19,7 +19,8 @@ def nearest_violation(instance: Instance) -> str:
     plan, broken = nearest(instance)
     return (
         f"no plan for {instance.model.name} on {instance.max_devices} x {instance.cluster.gpu.name} is feasible. "
-        f"The nearest, {plan}, breaks {' and '.join(f'{v.family}: {v.text}' for v in broken)}"
+        f"The nearest, {plan}, breaks {' and '.join(f'{v.family}: {v.text}' for v in broken)}; solve.py explain tells "
+        "what would help"
     )
 
 
