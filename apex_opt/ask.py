@@ -48,8 +48,8 @@ class Options:
     clock: str | None
     profiles: str
     engine: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_seqs: int | tuple[int, ...]
+    max_num_batched_tokens: int | tuple[int, ...]
     max_model_len: int | None
     block_size: int
     chunked_prefill: bool
@@ -106,9 +106,10 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         raise UsageError(
             f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
         )
+    limits = _batch_limits(options, longest if whole else 0)
     settings = EngineSettings(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=_batched_tokens(options, longest) if whole else options.max_num_batched_tokens,
+        max_num_seqs=max(seqs for seqs, _ in limits),
+        max_num_batched_tokens=max(tokens for _, tokens in limits),
         max_model_len=longest,
         chunked_prefill=options.chunked_prefill,
         policy=options.policy,
@@ -130,6 +131,7 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         kv_formats=kv_formats,
         max_devices=gpus,
         clocks=_clocks(options, cluster.gpu),
+        batch_limits=_choices(limits),
         expert_routing=options.expert_routing,
         profiles=check_profiles(options.profiles),
         routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
@@ -157,6 +159,8 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
         kv = question.kv_formats[0]
     if len(question.clocks) > 1:
         raise UsageError(f"--clock: {options.clock!r:.60} names several clocks; one plan has one")
+    if len(question.batch_limits) > 1:
+        raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
     clock = question.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
     plan = replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
     return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
@@ -184,14 +188,31 @@ def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:
     return tuple(clocks)
 
 
-def _batched_tokens(options: Options, longest: int) -> int:
-    """Where prompts are not split a batch must take the longest one, so the limit grows to the model's length."""
-    if longest > LARGEST_BATCH:
+def _batch_limits(options: Options, least_tokens: int) -> list[tuple[int, int]]:
+    """Pairs of limits of a batch to choose from, those without room for a token of every sequence left out.
+
+    Where prompts are not split a batch must take the longest one, so the limit on tokens is no less.
+    """
+    if least_tokens > LARGEST_BATCH:
         raise UsageError(
-            f"--chunked_prefill=false: a batch would have to take a prompt of {longest} tokens whole, the limit is "
-            f"{LARGEST_BATCH}; pass --max_model_len={LARGEST_BATCH} or less, or chunk"
+            f"--chunked_prefill=false: a batch would have to take a prompt of {least_tokens} tokens whole, the limit "
+            f"is {LARGEST_BATCH}; pass --max_model_len={LARGEST_BATCH} or less, or chunk"
         )
-    return max(options.max_num_batched_tokens, longest)
+    all_seqs, all_tokens = _several(options.max_num_seqs), _several(options.max_num_batched_tokens)
+    all_tokens = tuple(dict.fromkeys(max(tokens, least_tokens) for tokens in all_tokens))
+    pairs = [(seqs, tokens) for seqs in all_seqs for tokens in all_tokens]
+    # With no pair left the settings say what is wrong with the widest.
+    return [pair for pair in pairs if pair[0] <= pair[1]] or [(min(all_seqs), max(all_tokens))]
+
+
+def _choices(limits: list[tuple[int, int]]) -> tuple[tuple[int | None, int | None], ...]:
+    """Limits as plans name them: only where there is a choice."""
+    some_seqs, some_tokens = (len(set(column)) > 1 for column in zip(*limits, strict=True))
+    return tuple((seqs if some_seqs else None, tokens if some_tokens else None) for seqs, tokens in limits)
+
+
+def _several(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -6,18 +6,29 @@ mistake in one shows as a disagreement with the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn
-from apex_opt.plan.memory import attention_shard_bytes, ffn_token_bytes, kv_blocks, stage_memory
+from apex_opt.plan.engine import limited
+from apex_opt.plan.memory import (
+    attention_shard_bytes,
+    ffn_shard_bytes,
+    ffn_token_bytes,
+    kv_blocks,
+    kv_bytes_per_token,
+    stage_memory,
+)
 from apex_opt.plan.plan import Plan, Template, even_split
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import AttentionCell, Ffn, Model
@@ -43,6 +54,8 @@ class Instance:
     weight_formats, kv_formats : tuple of str
                                   formats to choose from, keys of `FORMATS`, each with its KV format
     max_devices : int             GPUs a plan may take, at most the cluster's
+    batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
+                                  limits of a batch to choose from; None leaves one to the settings
     """
 
     model: Model
@@ -53,8 +66,11 @@ class Instance:
     weight_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
     max_devices: int
+    batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
 
     def __post_init__(self) -> None:
+        if not self.batch_limits:
+            raise UsageError("an instance needs limits of a batch, if only those of the settings")
         if not self.weight_formats or len(self.weight_formats) != len(self.kv_formats):
             raise UsageError("an instance needs weight formats, each with its KV format")
         for name in self.weight_formats:
@@ -144,7 +160,7 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
-    memory = stage_memory(instance.model, instance.cluster.gpu, plan, instance.settings)
+    memory = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
     blocks = kv_blocks(memory)
     need = instance.kv_blocks_needed
     if blocks < need:
@@ -196,23 +212,38 @@ def space(instance: Instance) -> Iterator[Plan]:
     """Every plan there is, feasible or not, by counting: the brute force that programs are tested against.
 
     A plan takes at most `max_devices` GPUs and at most as many stages as the model has layers; a model without experts
-    has no expert parallelism. Formats are those of the instance; layers are split evenly.
+    has no expert parallelism. Formats and limits of a batch are those of the instance. Copies that both cells of a
+    stage have are replicas, so the copies of attention and of FFN have no common factor. Layers are split evenly;
+    where that leaves the stages unequal and another split is better and fits (`moved`), that is a plan as well.
     """
+    for cut in _cuts(instance):
+        moved_layers = moved(instance, cut)
+        for plan in (cut,) if moved_layers is None else (cut, replace(cut, layers=moved_layers)):
+            for replicas in range(1, instance.max_devices // cut.devices + 1):
+                yield replace(plan, replicas=replicas)
+
+
+def _cuts(instance: Instance) -> Iterator[Plan]:
+    """Every way to cut one replica, with even stages."""
     model = instance.model
     for stages in range(1, min(instance.max_devices, model.layers) + 1):
         layers = even_split(model.layers, stages)
         for devices in range(1, instance.max_devices // stages + 1):
-            for replicas in range(1, instance.max_devices // (stages * devices) + 1):
-                for attention in _templates(devices, expert=False):
-                    for ffn in _templates(devices, expert=model.is_moe):
-                        for weight_format, kv_format in zip(instance.weight_formats, instance.kv_formats, strict=True):
+            for attention in _templates(devices, expert=False):
+                for ffn in _templates(devices, expert=model.is_moe):
+                    if math.gcd(attention.dp, ffn.dp) > 1:
+                        continue
+                    for weight_format, kv_format in zip(instance.weight_formats, instance.kv_formats, strict=True):
+                        for seqs, tokens in instance.batch_limits:
                             yield Plan(
-                                replicas=replicas,
+                                replicas=1,
                                 layers=layers,
                                 attention=attention,
                                 ffn=ffn,
                                 weight_format=weight_format,
                                 kv_format=kv_format,
+                                max_num_seqs=seqs,
+                                max_num_batched_tokens=tokens,
                             )
 
 
@@ -223,3 +254,90 @@ def _templates(devices: int, *, expert: bool) -> Iterator[Template]:
         for tp in divisors:
             if devices % (dp * tp) == 0 and (expert or dp * tp == devices):
                 yield Template(dp=dp, tp=tp, ep=devices // (dp * tp))
+
+
+def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
+    """Layers of the stages such that the heaviest is as light as can be; None where they are even or nothing fits.
+
+    A stage weighs the bytes that a full batch reads: its layers, and the LM head on the last. Of the lightest splits
+    it is the one that leaves the most for the KV cache where the least is left, of these the one whose boundaries, in
+    order, lie nearest those of the even split. Activations are looked at only where a split does not fit beside them.
+    Stages are balanced and shards equal, or there is none.
+    """
+    if plan.stages == 1 or next(_divisibility(instance, plan), None) or next(_format(instance, plan), None):
+        return None
+    model, tp = instance.model, plan.attention.tp
+    vocab = 2 * ceil_div(model.vocab, tp) * model.hidden
+    kept = (instance.kv_blocks_needed + 1) * instance.settings.block_size
+    weights, held = [0], [0]
+    for run in model.runs:
+        attention = attention_shard_bytes(run.block.attention, tp, plan.weight_format)
+        read = attention + ffn_shard_bytes(run.block.ffn, plan.ffn, plan.weight_format) + 2 * run.block.norm_parameters
+        kv = kept * kv_bytes_per_token(run.block.attention, tp, plan.kv_format)
+        for _ in range(run.count):
+            weights.append(weights[-1] + read)
+            held.append(held[-1] + read + kv)
+    stages = stage_memory(model, instance.cluster.gpu, plan, limited(instance.settings, plan))
+    head = vocab + 2 * model.hidden
+    beside = (vocab, *(0,) * (plan.stages - 2), head)
+    extra = (*(0,) * (plan.stages - 1), head)
+    most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)
+    rooms = tuple(s.usable_bytes - s.runtime_bytes - other for s, other in zip(stages, beside, strict=True))
+    active = tuple(room - stage.workspace_bytes for room, stage in zip(rooms, stages, strict=True))
+    if sum(active) < held[-1]:
+        return None
+    found = _lightest(tuple(weights), tuple(held), extra, rooms, most)
+    if found is not None and any(
+        held[j] - held[i] > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
+    ):
+        found = _lightest(tuple(weights), tuple(held), extra, active, most)
+    return None if found is None or found == plan.layers else found
+
+
+@lru_cache(maxsize=1 << 12)
+def _lightest(
+    weight: tuple[int, ...], held: tuple[int, ...], extra: tuple[int, ...], room: tuple[int, ...], most: int
+) -> tuple[int, ...] | None:
+    """The split of `moved`: what a stage may weigh and must leave by bisection, the boundaries from the last stage."""
+    layers, stages = len(weight) - 1, len(extra)
+    even = [0, *accumulate(even_split(layers, stages))]
+
+    def reach(top: int, least: int) -> tuple[int, ...] | None:
+        """The boundaries nearest the even ones within a weight and with so much left."""
+        tails: dict[int, tuple[tuple[int, int], ...] | None] = {layers: ()}
+        for k in range(stages - 1, -1, -1):
+            fresh: dict[int, tuple[tuple[int, int], ...] | None] = {}
+            for i in range(layers):
+                options = [
+                    ((abs(j - even[k + 1]), j), *tail)
+                    for j in range(i + 1, min(i + most, layers) + 1)
+                    if (tail := tails.get(j)) is not None
+                    and weight[j] - weight[i] + extra[k] <= top
+                    and room[k] - held[j] + held[i] >= least
+                ]
+                if options:
+                    fresh[i] = min(options)
+            tails = fresh
+        found = tails.get(0)
+        return None if found is None else tuple(j for _, j in found)
+
+    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + most, layers) + 1)]
+    tops = sorted({weight[j] - weight[i] + e for i, j in spans for e in set(extra)})
+    top = _first(tops, lambda value: reach(value, 0) is not None)
+    if top is None:
+        return None
+    frees = sorted({r - held[j] + held[i] for i, j in spans for r in set(room)}, reverse=True)
+    least = _first([free for free in frees if free >= 0], lambda value: reach(top, value) is not None)
+    assert least is not None  # what is least left in the split just found is among them
+    ends = reach(top, least)
+    assert ends is not None
+    return tuple(j - i for i, j in pairwise((0, *ends)))
+
+
+def _first(values: list[int], holds: Callable[[int], bool]) -> int | None:
+    """The first value from which on something holds, by bisection."""
+    low, high = 0, len(values)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(values[middle]) else (middle + 1, high)
+    return values[low] if low < len(values) else None

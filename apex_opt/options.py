@@ -47,6 +47,7 @@ class Option:
     least, most : number   range of an int or float, both ends included
     choices : tuple        the only texts allowed; any where empty
     suffix : str           how the name of a file to write must end, so that no other text is taken for one
+    many : bool            several values may be given, with commas between them: a tuple where there are more than one
     text : str             what `--help` says
     """
 
@@ -57,6 +58,7 @@ class Option:
     most: float = 0
     choices: tuple[str, ...] = ()
     suffix: str = ""
+    many: bool = False
     text: str
 
 
@@ -174,7 +176,8 @@ _QUESTION: Final = (
         default=1024,
         least=1,
         most=65_536,
-        text="Sequences running at once in one replica.",
+        many=True,
+        text="Sequences running at once in one replica; several to choose from, such as 64,256,1024.",
     ),
     Option(
         name="max_num_batched_tokens",
@@ -182,7 +185,9 @@ _QUESTION: Final = (
         default=8192,
         least=1,
         most=LARGEST_BATCH,
-        text="Tokens in one batch; where prompts are not split at least max_model_len.",
+        many=True,
+        text="Tokens in one batch; several to choose from, such as 2048,8192; where prompts are not split at least "
+        "max_model_len.",
     ),
     Option(
         name="max_model_len",
@@ -686,6 +691,11 @@ def checked(option: Option, value: Any) -> Any:
     """
     if value is option.default:
         return value
+    if option.many and isinstance(value, str | tuple) and len(parts := _parts(value)) > 1:
+        values = tuple(checked(replace(option, default=None), part) for part in parts)
+        if len(set(values)) < len(values):
+            raise UsageError(f"--{option.name}: {value!r:.60} names a value twice")
+        return values
     label = f"--{option.name}"
     if option.kind is not str and isinstance(value, str):
         value = _read(option, label, value)
@@ -704,6 +714,11 @@ def checked(option: Option, value: Any) -> Any:
         if not value.endswith(option.suffix) or value == option.suffix:
             raise UsageError(f"{label}: expected a file name that ends in {option.suffix}, got {value!r:.60}")
     return value
+
+
+def _parts(value: str | tuple[Any, ...]) -> Sequence[Any]:
+    """Several values, as a text with commas between them or as a tuple."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def _read(option: Option, label: str, text: str) -> Any:

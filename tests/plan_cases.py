@@ -249,6 +249,8 @@ def random_instance(seed: int) -> Instance:
     kwargs: dict[str, Any] = {"formats": formats, "settings": settings, "flops": flops}
     kwargs["longest"] = int(rng.choice([1, 500, 20_000]))
     plans = list(space(instance_at(model, None, gpus, **kwargs)))
+    limits: tuple[tuple[int | None, int | None], ...] = ((None, None), (7, 300), (1, None), (None, 9000))
+    chosen = tuple(limits[i] for i in rng.permutation(4)[: rng.choice([1, 1, 2])])
     slack = int(rng.choice([-1, 0, 1, 10**6]))
     memory, tpot = (
         (slack if rng.random() < 0.8 else None),
@@ -256,9 +258,18 @@ def random_instance(seed: int) -> Instance:
     )
     tight = instance_at(model, plans[rng.integers(len(plans))], gpus, memory=memory, **kwargs)
     timed = instance_at(model, plans[rng.integers(len(plans))], gpus, tpot=tpot, **kwargs)
+    offered = max(1, gpus - int(rng.choice([0, 0, 0, 1, 2])))
     return replace(
-        tight, tpot_limit_ns=timed.tpot_limit_ns, max_devices=max(1, gpus - int(rng.choice([0, 0, 0, 1, 2])))
+        tight,
+        tpot_limit_ns=timed.tpot_limit_ns,
+        max_devices=offered,
+        batch_limits=tuple(pair for pair in chosen if _fits(settings, pair)) or ((None, None),),
     )
+
+
+def _fits(settings: EngineSettings, limits: tuple[int | None, int | None]) -> bool:
+    """Whether limits of a batch go together."""
+    return (limits[0] or settings.max_num_seqs) <= (limits[1] or settings.max_num_batched_tokens)
 
 
 def make_question(model: Model, cluster: Cluster | str, trace: Trace, slo: str = "", **changes: Any) -> Question:

@@ -87,11 +87,23 @@ def test_a_method_refuses_unknown_and_missing_options() -> None:
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "x", "nan", "NaN", "inf", "-inf", "Infinity", "1_000", "0x10", "1,2", "[1]", "True", "None", "1 2", "٣"],
+    ["", " ", "x", "nan", "NaN", "inf", "-inf", "Infinity", "1_000", "0x10", "1,,2", "[1]", "True", "None", "1 2", "٣"],
 )
 def test_numbers_are_refused_unless_spelled_as_such(option: object, text: str) -> None:
     with pytest.raises(UsageError, match=rf"--{option.name}: expected .*number between .* got "):
         checked(option, text)
+
+
+def test_several_values_are_a_tuple_each_checked_and_none_twice() -> None:
+    option = PLAN.option("max_num_seqs")
+    assert checked(option, "64, 256,1024") == (64, 256, 1024)
+    assert checked(option, (64, 256)) == (64, 256)
+    assert checked(option, "64") == 64
+    for text, fault in (("64,64", "twice"), ("64,0", "between 1 and"), ("64,x", "expected a whole number")):
+        with pytest.raises(UsageError, match=f"--max_num_seqs: .*{fault}"):
+            checked(option, text)
+    with pytest.raises(UsageError, match="--block_size: expected a whole number"):
+        checked(PLAN.option("block_size"), "8,16")
 
 
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)

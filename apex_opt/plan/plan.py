@@ -122,13 +122,17 @@ class Plan:
         """GPUs the whole plan takes."""
         return self.replicas * self.stages * self.stage_devices
 
+    @property
+    def even(self) -> bool:
+        """Whether layers are split as evenly as can be."""
+        return self.layers == even_split(sum(self.layers), self.stages)
+
     def __str__(self) -> str:
         words = []
         if self.replicas > 1:
             words.append(f"dp{self.replicas}")
         if self.stages > 1:
-            even = self.layers == even_split(sum(self.layers), self.stages)
-            words.append(f"pp{self.stages}" + ("" if even else f"[{','.join(map(str, self.layers))}]"))
+            words.append(f"pp{self.stages}" + ("" if self.even else f"[{','.join(map(str, self.layers))}]"))
         words += [f"attn({self.attention})", f"ffn({self.ffn})", self.weight_format]
         if self.kv_format != default_kv_format(self.weight_format):
             words.append(f"kv={self.kv_format}")

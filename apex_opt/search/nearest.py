@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
+from apex_opt.plan.engine import limited
 from apex_opt.plan.memory import stage_memory
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
         latest = min(FAMILIES.index(family) for family in families)
         held = 0
         if "memory" in families:
-            stages = stage_memory(instance.model, instance.cluster.gpu, plan, instance.settings)
+            stages = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
             held = max(needed_bytes(instance, stage) for stage in stages)
         return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan), str(plan)
 

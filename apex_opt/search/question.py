@@ -36,6 +36,8 @@ class Question:
     max_devices : int                GPUs a plan may take
     routing : how requests are dealt to replicas
     clocks : tuple of int or None    GPU clocks in MHz to choose from; None is the highest
+    batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
+                                     limits of a batch to choose from; None leaves one to the settings
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
     """
@@ -52,6 +54,7 @@ class Question:
     max_devices: int
     routing: Routing = "round_robin"
     clocks: tuple[int | None, ...] = (None,)
+    batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
 
@@ -65,9 +68,8 @@ class Question:
         settings = limited(self.settings, plan)
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
-    def instance(self, plan: Plan | None = None) -> Instance:
-        """The constraints' view of the question, within the limits that a plan sets."""
-        settings = self.settings if plan is None else limited(self.settings, plan)
+    def instance(self) -> Instance:
+        """The constraints' view of the question."""
         # The last token of a request is never computed, so it needs no room in the cache.
         held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
         limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
@@ -75,10 +77,11 @@ class Question:
         return Instance(
             model=self.model,
             cluster=self.cluster,
-            settings=settings,
+            settings=self.settings,
             longest_tokens=max(held, 1),
             tpot_limit_ns=round(min(limits) * 1e9) if limits and decodes else None,
             weight_formats=self.weight_formats,
             kv_formats=self.kv_formats,
             max_devices=self.max_devices,
+            batch_limits=self.batch_limits,
         )

@@ -155,7 +155,7 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     CapacityError    a request that no plan of this model could serve
     """
     check_lengths(question)
-    broken = violations(question.instance(plan), plan)
+    broken = violations(question.instance(), plan)
     # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
     fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
     nothing = Certificate(
@@ -246,7 +246,10 @@ def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, 
     held = feasible
     if instance.tpot_limit_ns is not None:
         held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
-    counts["memory"] = left - len(held.plans)
+    # Layers are moved only to where they fit: such plans come on top of those that were counted.
+    moved = sum(not plan.even for plan in held.plans)
+    counts["space"] += moved
+    counts["memory"] = left + moved - len(held.plans)
     counts["bandwidth"] = len(held.plans) - len(feasible.plans)
     return counts, feasible
 

@@ -3,29 +3,37 @@
 A function returns the constraints that bind; what else it adds only tabulates, and has a solution for every plan. So a
 family is switched off by enforcing what it returned on a literal that is false.
 
-Coefficients are counted here from the tasks of the cells (head groups, columns, experts), independently of
-`apex_opt.plan.memory`, so that the oracle can find fault with either. All are whole bytes: nothing is rounded.
+Coefficients are those of `sizes.py`: whole bytes, nothing is rounded.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from dataclasses import replace
+import math
 from typing import TYPE_CHECKING
 
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.ir.formats import FORMATS, KV_BYTES
-from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
+from apex_opt.ir.model import DenseFfn, LatentAttention
 from apex_opt.plan.memory import RUNTIME_BYTES
+from formulations.plan_space.sizes import (
+    attention_bytes,
+    attention_width,
+    batch_limits,
+    ffn_bytes,
+    ffn_width,
+    kind,
+    kinds,
+    kv_bytes,
+    shards,
+    vocab_bytes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from apex_opt.evaluate import Instance
-    from apex_opt.ir.model import Block
     from formulations.plan_space.variables import Variables
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
@@ -35,16 +43,11 @@ _ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4"}
 
 
 def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
-    """C1, C2: both cells are cut over the devices of a stage, and all stages of all replicas fit the cluster."""
+    """C1, C2: both cells are cut over the devices of a stage, no copies are common, and all stages fit the cluster."""
     gpus = instance.max_devices
     model.add_allowed_assignments(
-        [v.replicas, v.stages, v.devices],
-        [
-            (r, s, g)
-            for s in range(1, min(gpus, instance.model.layers) + 1)
-            for g in range(1, gpus // s + 1)
-            for r in range(1, gpus // (s * g) + 1)
-        ],
+        [v.stages, v.devices],
+        [(s, g) for s in range(1, min(gpus, instance.model.layers) + 1) for g in range(1, gpus // s + 1)],
     )
     pairs = [(dp, tp) for dp in range(1, gpus + 1) for tp in range(1, gpus // dp + 1)]
     model.add_allowed_assignments([v.attention_dp, v.attention_tp, v.devices], [(d, t, d * t) for d, t in pairs])
@@ -53,6 +56,8 @@ def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variable
         [v.ffn_dp, v.ffn_tp, v.ffn_ep, v.devices],
         [(d, t, e, d * t * e) for d, t in pairs for e in range(1, min(experts, gpus // (d * t)) + 1)],
     )
+    # Without common factors both divide the devices together.
+    model.add_allowed_assignments([v.attention_dp, v.ffn_dp], [(a, f) for a, f in pairs if math.gcd(a, f) == 1])
 
 
 def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
@@ -64,14 +69,14 @@ def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> l
             model,
             "columns_divide",
             [v.ffn_tp, v.ffn_ep],
-            ((t, e, columns_divide(instance, t, e)) for t, e in _shards(instance)),
+            ((t, e, columns_divide(instance, t, e)) for t, e in shards(instance)),
         ),
     ]
 
 
 def heads_divide(instance: Instance, tp: int) -> bool:
     """Whether attention shards are equal in every block."""
-    cells = [block.attention for block in _kinds(instance)]
+    cells = [block.attention for block in kinds(instance)]
     return all(
         c.query_heads % tp == 0 and (isinstance(c, LatentAttention) or c.kv_heads % tp == 0 or tp % c.kv_heads == 0)
         for c in cells
@@ -80,7 +85,7 @@ def heads_divide(instance: Instance, tp: int) -> bool:
 
 def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
     """Whether FFN shards are equal in every block."""
-    for block in _kinds(instance):
+    for block in kinds(instance):
         ffn = block.ffn
         if isinstance(ffn, DenseFfn):
             if ffn.intermediate % (tp * ep):
@@ -119,15 +124,15 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
     if limit is None:
         return []
     degrees = range(1, instance.max_devices + 1)
-    head = _table(model, "head", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
+    head = _table(model, "head", [v.attention_tp], ((t, vocab_bytes(instance, t)) for t in degrees))
     total: list[cp_model.LinearExpr] = [head]
-    for u, (block, count) in enumerate(_kinds(instance).items()):
+    for u, (block, count) in enumerate(kinds(instance).items()):
         attention = _table(
             model,
             f"attention_read_{u}",
             [v.attention_tp, v.formats],
             (
-                (t, f, _attention_bytes(block, t, name))
+                (t, f, attention_bytes(block, t, name))
                 for t in degrees
                 for f, name in enumerate(instance.weight_formats)
             ),
@@ -137,8 +142,8 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             f"ffn_read_{u}",
             [v.ffn_tp, v.ffn_ep, v.formats],
             (
-                (t, e, f, _ffn_bytes(block, t, e, name, touched=True))
-                for t, e in _shards(instance)
+                (t, e, f, ffn_bytes(block, t, e, name, touched=True))
+                for t, e in shards(instance)
                 for f, name in enumerate(instance.weight_formats)
             ),
         )
@@ -153,7 +158,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     tokens = instance.kv_blocks_needed + 1  # one block is never handed out
     tokens *= instance.settings.block_size
     per_layer = []
-    for u, block in enumerate(_kinds(instance)):
+    for u, block in enumerate(kinds(instance)):
         attention = _table(
             model,
             f"attention_bytes_{u}",
@@ -162,9 +167,9 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
                 (
                     t,
                     f,
-                    _attention_bytes(block, t, name)
+                    attention_bytes(block, t, name)
                     + 4 * block.hidden  # two norms of 16-bit weights
-                    + tokens * _kv_bytes(block, t, instance.kv_formats[f]),
+                    + tokens * kv_bytes(block, t, instance.kv_formats[f]),
                 )
                 for t in degrees
                 for f, name in formats
@@ -175,20 +180,24 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             f"ffn_bytes_{u}",
             [v.ffn_tp, v.ffn_ep, v.formats],
             (
-                (t, e, f, _ffn_bytes(block, t, e, name, touched=False))
-                for t, e in _shards(instance)
+                (t, e, f, ffn_bytes(block, t, e, name, touched=False))
+                for t, e in shards(instance)
                 for f, name in formats
             ),
         )
         layer = model.new_int_var(0, 1 << 50, f"layer_bytes_{u}")
         model.add(layer == attention + ffn)
         per_layer.append(layer)
-    vocab = _table(model, "vocab_bytes", [v.attention_tp], ((t, _vocab_bytes(instance, t)) for t in degrees))
+    vocab = _table(model, "vocab_bytes", [v.attention_tp], ((t, vocab_bytes(instance, t)) for t in degrees))
     logits = _table(
         model,
         "logit_bytes",
-        [v.attention_dp],
-        ((d, 4 * instance.model.vocab * -(-instance.settings.max_num_seqs // d)) for d in degrees),
+        [v.limits, v.attention_dp],
+        (
+            (i, d, 4 * instance.model.vocab * -(-seqs // d))
+            for i, (seqs, _) in enumerate(batch_limits(instance))
+            for d in degrees
+        ),
     )
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
     norm = 2 * instance.model.hidden
@@ -196,10 +205,10 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     alone = model.new_bool_var("one_stage")
     model.add(v.stages == 1).only_enforce_if(alone)
     model.add(v.stages > 1).only_enforce_if(alone.negated())
-    kinds = _critical_stages(instance)
+    critical = _critical_stages(instance)
     held = {
         place: [_layers_held(model, instance, v, per_layer, f"{place}{i}", rows) for i, rows in enumerate(options)]
-        for place, options in kinds.items()
+        for place, options in critical.items()
     }
     bounds = []
     for workspace in _workspaces(model, instance, v):
@@ -217,17 +226,21 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
 def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> Iterable[cp_model.LinearExpr]:
     """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
     degrees = range(1, instance.max_devices + 1)
-    batch = instance.settings.max_num_batched_tokens
-    blocks = list(_kinds(instance))
+    batches = [(i, tokens) for i, (_, tokens) in enumerate(batch_limits(instance))]
+    blocks = list(kinds(instance))
     hidden = _table(
-        model, "hidden_bytes", [v.attention_dp], ((d, 4 * instance.model.hidden * -(-batch // d)) for d in degrees)
+        model,
+        "hidden_bytes",
+        [v.limits, v.attention_dp],
+        ((i, d, 4 * instance.model.hidden * -(-tokens // d)) for i, tokens in batches for d in degrees),
     )
     heads = _table(
         model,
         "attention_workspace",
-        [v.attention_dp, v.attention_tp],
+        [v.limits, v.attention_dp, v.attention_tp],
         (
-            (d, t, 2 * -(-batch // d) * max(_attention_width(b, t) for b in blocks))
+            (i, d, t, 2 * -(-tokens // d) * max(attention_width(b, t) for b in blocks))
+            for i, tokens in batches
             for d in degrees
             for t in range(1, instance.max_devices // d + 1)
         ),
@@ -235,10 +248,11 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     ffn = _table(
         model,
         "ffn_workspace",
-        [v.ffn_dp, v.ffn_tp, v.ffn_ep],
+        [v.limits, v.ffn_dp, v.ffn_tp, v.ffn_ep],
         (
-            (d, t, e, 2 * -(-batch // d) * max(_ffn_width(b, t, e) for b in blocks))
-            for t, e in _shards(instance)
+            (i, d, t, e, 2 * -(-tokens // d) * max(ffn_width(b, t, e) for b in blocks))
+            for i, tokens in batches
+            for t, e in shards(instance)
             for d in range(1, instance.max_devices // (t * e) + 1)
         ),
     )
@@ -277,11 +291,11 @@ def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, 
 
 def _layers_before(instance: Instance) -> list[tuple[int, ...]]:
     """How many layers of each kind come before each layer, and at the end."""
-    kinds = {block: u for u, block in enumerate(_kinds(instance))}
-    counts = [0] * len(kinds)
+    order = {block: u for u, block in enumerate(kinds(instance))}
+    counts = [0] * len(order)
     result = [tuple(counts)]
     for run in instance.model.runs:
-        u = kinds[_kind(run.block)]
+        u = order[kind(run.block)]
         for _ in range(run.count):
             counts[u] += 1
             result.append(tuple(counts))
@@ -326,119 +340,6 @@ def _holds(
 ) -> cp_model.Constraint:
     """A tabulated condition: the last column says whether it holds. Unlike a table, a sum can be enforced anywhere."""
     return model.add(_table(model, name, keys, rows) == 1)
-
-
-def _kinds(instance: Instance) -> dict[Block, int]:
-    """Blocks that differ in what they take, each with its number of layers, in the order in which they first come."""
-    layers: Counter[Block] = Counter()
-    for run in instance.model.runs:
-        layers[_kind(run.block)] += run.count
-    return layers
-
-
-def _kind(block: Block) -> Block:
-    """A block without its window, which changes neither bytes nor shards."""
-    cell = block.attention
-    return replace(block, attention=replace(cell, window=None)) if isinstance(cell, Attention) else block
-
-
-def _shards(instance: Instance) -> list[tuple[int, int]]:
-    """Degrees (tp, ep) that could occur together."""
-    gpus = instance.max_devices
-    experts = gpus if instance.model.is_moe else 1
-    return [(t, e) for t in range(1, gpus + 1) for e in range(1, min(experts, gpus // t) + 1)]
-
-
-def _heads(cell: Attention, tp: int) -> tuple[int, int]:
-    """Widths of the query heads and of the KV heads in one attention shard."""
-    return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
-
-
-def _packed(weights: int, name: str, quantised: bool) -> int:
-    if not quantised:
-        return 2 * weights
-    bits = FORMATS[name].weight_bits
-    return -(-weights * bits.numerator // (8 * bits.denominator))
-
-
-def _attention_bytes(block: Block, tp: int, name: str) -> int:
-    """Weights of one attention shard: a column of Q and of O per query element, of K and V per KV element."""
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        return _latent_bytes(cell, tp, name)
-    query, kv = _heads(cell, tp)
-    norms = query + kv if cell.qk_norm_whole else 2 * cell.head_dim * cell.qk_norm
-    small = norms + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
-    small += -(-cell.query_heads // tp) * cell.sinks
-    return _packed(2 * cell.hidden * (query + kv), name, cell.quantised) + 2 * small
-
-
-def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
-    """Weights of one shard of latent attention: compressions and their norms whole, per head what expands them."""
-    heads, latent, rope = -(-cell.query_heads // tp), cell.kv_lora_rank, cell.rope_head_dim
-    query_in = cell.hidden if cell.q_lora_rank is None else cell.q_lora_rank
-    compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
-    inner = cell.hidden * (compressed + latent + rope)
-    inner += heads * (query_in * (cell.nope_head_dim + rope) + latent * (cell.nope_head_dim + cell.v_head_dim))
-    output = heads * cell.v_head_dim * cell.hidden
-    norms = 2 * (compressed + latent)
-    if cell.quantised and cell.output_quantised:
-        return _packed(inner + output, name, True) + norms
-    return _packed(inner, name, cell.quantised) + _packed(output, name, cell.output_quantised) + norms
-
-
-def _attention_width(block: Block, tp: int) -> int:
-    """Elements alive per token inside one attention shard."""
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        query = cell.nope_head_dim + cell.rope_head_dim
-        per_head = query + query + cell.nope_head_dim + cell.v_head_dim
-        compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
-        return -(-cell.query_heads // tp) * per_head + compressed + cell.kv_lora_rank + cell.rope_head_dim
-    query, kv = _heads(cell, tp)
-    return query + 2 * kv
-
-
-def _kv_bytes(block: Block, tp: int, name: str) -> int:
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        return (cell.kv_lora_rank + cell.rope_head_dim) * KV_BYTES[name]
-    return 2 * _heads(cell, tp)[1] * KV_BYTES[name]
-
-
-def _ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
-    """Weights of one FFN shard, or only those that a single token certainly touches."""
-    cell = block.ffn
-    matrices = 3 if cell.gated else 2
-    if isinstance(cell, DenseFfn):
-        columns = -(-cell.intermediate // (tp * ep))
-        bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
-        return _packed(matrices * columns * cell.hidden, name, cell.quantised) + 2 * bias
-    experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
-    columns = -(-cell.expert_intermediate // tp)
-    routed = matrices * experts * columns * cell.hidden
-    shared = matrices * -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
-    if cell.quantised == cell.shared_quantised:
-        packed = _packed(routed + shared, name, cell.quantised)
-    else:
-        packed = _packed(routed, name, cell.quantised) + _packed(shared, name, cell.shared_quantised)
-    if touched:
-        return packed
-    bias = experts * (columns * (matrices - 1) + cell.hidden) * cell.bias
-    return packed + 2 * (bias + cell.router_parameters)
-
-
-def _ffn_width(block: Block, tp: int, ep: int) -> int:
-    """Elements alive per token inside one FFN shard."""
-    cell = block.ffn
-    matrices = 3 if cell.gated else 2
-    if isinstance(cell, DenseFfn):
-        return matrices * -(-cell.intermediate // (tp * ep))
-    return cell.experts_per_token * (cell.hidden + matrices * -(-cell.expert_intermediate // tp))
-
-
-def _vocab_bytes(instance: Instance, tp: int) -> int:
-    return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
 
 
 FAMILIES: dict[str, Family] = {

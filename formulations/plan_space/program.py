@@ -8,34 +8,37 @@ Sets and parameters
     K_u(t, f)                 bytes of the longest request's KV cache in one attention shard
 
 Variables
-    r       replicas              1..N
     s       stages                1..min(N, L)
     g       devices of a stage    1..N
     ad, at  attention copies and shards; fd, ft, fe FFN copies, column shards and expert groups
     f       format                index into the formats to choose from
+    l       limits of a batch     index into those to choose from
 
 Constraints
-    C1  r * s * g <= N
-    C2  ad * at = g,  fd * ft * fe = g,  fe = 1 for a dense model
+    C1  s * g <= N
+    C2  ad * at = g,  fd * ft * fe = g,  gcd(ad, fd) = 1,  fe = 1 for a dense model
     C3  equal shards (divisibility)
     C4  the GPU computes in f (format)
     C5  s * ceil(L / s) <= 3/2 * L (balance)
     C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
-        + embedding and LM head where they are + workspace(ad, at, fd, ft, fe) <= M (memory)
+        + embedding and LM head where they are + workspace(ad, at, fd, ft, fe, l) <= M (memory)
     C7  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
 
-Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, layers
-are split evenly in one way, and identical blocks count once, so a deep model is no larger than a shallow one.
+Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, and
+identical blocks count once, so a deep model is no larger than a shallow one. Copies that attention and FFN have in
+common are whole copies of the model, which is what replicas are: hence gcd(ad, fd) = 1. Replicas bind nothing but
+r * s * g <= N, so the program finds how one replica is cut, and each of its plans stands for N // (s * g).
 All solutions are enumerated. C1 to C5 bind few variables at a time, so how many plans satisfy a prefix of them is a
-sum of products and is counted rather than enumerated. The workload's other constraints are not linear in these choices
-and belong to the simulation.
+sum of products and is counted rather than enumerated. Layers are split evenly in the program; the program of
+`formulations.layers` then moves them (`stages.py`), and where that gives another split the cut makes a second plan.
+The workload's other constraints are not linear in these choices and belong to the simulation.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ortools.sat.python import cp_model
@@ -45,6 +48,7 @@ from apex_opt.evaluate import FAMILIES, violations
 from formulations.plan_space import counting
 from formulations.plan_space.constraints import FAMILIES as BUILDERS
 from formulations.plan_space.constraints import cells_share_devices
+from formulations.plan_space.stages import moved
 from formulations.plan_space.variables import Variables
 
 if TYPE_CHECKING:
@@ -61,6 +65,10 @@ class Enumeration:
     plans: tuple[Plan, ...]
     complete: bool
     wall_s: float
+
+
+_MOVABLE = ("divisibility", "format")
+"""What a cut must satisfy for its layers to be moved."""
 
 
 class _Collector(cp_model.CpSolverSolutionCallback):
@@ -122,6 +130,13 @@ class PlanSpace:
         if _keeping(model, list(literals.values()), variables, instance) is not None:
             return ()
         kept: list[set[str]] = []
+        # Layers are moved outside the program, to where they fit: such plans keep to all but perhaps bandwidth.
+        for fitting in (FAMILIES, tuple(name for name in FAMILIES if name != "bandwidth")):
+            if "memory" in families and instance.max_devices > 1 and self.enumerate(instance, fitting).plans:
+                kept.append(set(fitting))
+                break
+        if any(held.issuperset(families) for held in kept):
+            return ()
         smaller = (itertools.combinations(families, size) for size in range(1, len(families)))
         for names in itertools.chain.from_iterable(smaller):
             if any(held.issuperset(names) for held in kept):
@@ -133,7 +148,7 @@ class PlanSpace:
         return tuple(families)
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
-        """Number of plans that satisfy some of "divisibility", "format" and "balance", without listing them."""
+        """Number of plans with even stages that satisfy some of "divisibility", "format" and "balance"."""
         return counting.count(instance, families)
 
     def enumerate(
@@ -141,11 +156,46 @@ class PlanSpace:
     ) -> Enumeration:
         """All plans that satisfy the chosen families, in a fixed order.
 
+        Plans with moved layers satisfy all but "bandwidth" by construction.
+
         Raises
         ------
         FormulationError    the program and the oracle disagree on a plan
         """
         started = time.perf_counter()
+        even, complete = self._solve(instance, families, time_limit_s)
+        needed = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
+        movable = even
+        if instance.max_devices > 1 and set(needed) != set(families):
+            spent = time.perf_counter() - started
+            left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
+            movable, all_movable = self._solve(instance, needed, left)
+            complete = complete and all_movable
+        found = list(even)
+        for cut in movable:
+            if time_limit_s is not None and time.perf_counter() - started > time_limit_s:
+                complete = False
+                break
+            layers = moved(instance, cut)
+            if layers is not None:
+                found.append(replace(cut, layers=layers))
+        for plan in found:
+            broken = [v for v in violations(instance, plan) if v.family in (*families, "devices")]
+            if broken:
+                raise FormulationError(f"plan space: {plan} breaks {broken[0].family}: {broken[0].text}")
+        every = [
+            replace(plan, replicas=replicas)
+            for plan in found
+            for replicas in range(1, instance.max_devices // plan.devices + 1)
+        ]
+        return Enumeration(
+            plans=tuple(sorted(every, key=_order)), complete=complete, wall_s=time.perf_counter() - started
+        )
+
+    def _solve(
+        self, instance: Instance, families: Sequence[str], time_limit_s: float | None
+    ) -> tuple[list[Plan], bool]:
+        """How one replica can be cut, with even stages, and whether these are all ways."""
         model, variables = self.build(instance, families)
         solver = cp_model.CpSolver()
         solver.parameters.enumerate_all_solutions = True
@@ -157,16 +207,7 @@ class PlanSpace:
         status = solver.solve(model, collector)
         if status == cp_model.MODEL_INVALID:
             raise FormulationError("plan space: the solver calls the model invalid")
-        plans = tuple(sorted(collector.plans, key=_order))
-        for plan in plans:
-            broken = [v for v in violations(instance, plan) if v.family in (*families, "devices")]
-            if broken:
-                raise FormulationError(f"plan space: {plan} breaks {broken[0].family}: {broken[0].text}")
-        return Enumeration(
-            plans=plans,
-            complete=status in (cp_model.OPTIMAL, cp_model.INFEASIBLE),
-            wall_s=time.perf_counter() - started,
-        )
+        return collector.plans, status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
 
 
 def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variables, instance: Instance) -> Plan | None:
@@ -188,4 +229,6 @@ def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variab
 
 
 def _order(plan: Plan) -> tuple[Any, ...]:
-    return (plan.devices, plan.replicas, plan.stages, plan.attention, plan.ffn, plan.weight_format, plan.kv_format)
+    cells = plan.attention, plan.ffn, plan.weight_format, plan.kv_format
+    limits = plan.max_num_seqs or 0, plan.max_num_batched_tokens or 0
+    return (plan.devices, plan.replicas, plan.stages, *cells, *limits, not plan.even)

@@ -24,7 +24,6 @@ class Values(Protocol):
 class Variables:
     """One integer per choice; see `program.py` for the symbols."""
 
-    replicas: cp_model.IntVar
     stages: cp_model.IntVar
     devices: cp_model.IntVar
     attention_dp: cp_model.IntVar
@@ -33,13 +32,13 @@ class Variables:
     ffn_tp: cp_model.IntVar
     ffn_ep: cp_model.IntVar
     formats: cp_model.IntVar
+    limits: cp_model.IntVar
 
     @classmethod
     def create(cls, model: cp_model.CpModel, instance: Instance) -> Variables:
         """All variables with the bounds that the number of GPUs and layers gives."""
         gpus = instance.max_devices
         return cls(
-            replicas=model.new_int_var(1, gpus, "replicas"),
             stages=model.new_int_var(1, min(gpus, instance.model.layers), "stages"),
             devices=model.new_int_var(1, gpus, "devices"),
             attention_dp=model.new_int_var(1, gpus, "attention_dp"),
@@ -48,35 +47,42 @@ class Variables:
             ffn_tp=model.new_int_var(1, gpus, "ffn_tp"),
             ffn_ep=model.new_int_var(1, gpus, "ffn_ep"),
             formats=model.new_int_var(0, len(instance.weight_formats) - 1, "format"),
+            limits=model.new_int_var(0, len(instance.batch_limits) - 1, "limits"),
         )
 
     def extract(self, values: Values, instance: Instance) -> Plan:
-        """The plan that a solution stands for."""
+        """The plan of one replica that a solution stands for."""
         chosen = values.value(self.formats)
+        seqs, tokens = instance.batch_limits[values.value(self.limits)]
         return Plan(
-            replicas=values.value(self.replicas),
+            replicas=1,
             layers=even_split(instance.model.layers, values.value(self.stages)),
             attention=Template(dp=values.value(self.attention_dp), tp=values.value(self.attention_tp)),
             ffn=Template(dp=values.value(self.ffn_dp), tp=values.value(self.ffn_tp), ep=values.value(self.ffn_ep)),
             weight_format=instance.weight_formats[chosen],
             kv_format=instance.kv_formats[chosen],
+            max_num_seqs=seqs,
+            max_num_batched_tokens=tokens,
         )
 
     def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
-        """Pin every choice to a given plan.
+        """Pin every choice to a given plan; its replicas must find room.
 
         Raises
         ------
-        UsageError    layers split unevenly, or formats that are not among those to choose from
+        UsageError    layers split unevenly, or formats or limits that are not among those to choose from
         """
         pairs = list(zip(instance.weight_formats, instance.kv_formats, strict=True))
         formats = (plan.weight_format, plan.kv_format)
         if formats not in pairs:
             raise UsageError(f"{plan}: its weight and KV formats are not among the choices {pairs}")
-        if plan.layers != even_split(instance.model.layers, plan.stages):
+        limits = (plan.max_num_seqs, plan.max_num_batched_tokens)
+        if limits not in instance.batch_limits:
+            raise UsageError(f"{plan}: its limits of a batch are not among the choices {list(instance.batch_limits)}")
+        if not plan.even:
             raise UsageError(f"{plan}: the plan space splits layers evenly, not as {list(plan.layers)}")
+        model.add(plan.replicas * plan.stages * self.devices <= instance.max_devices)
         for variable, value in (
-            (self.replicas, plan.replicas),
             (self.stages, plan.stages),
             (self.attention_dp, plan.attention.dp),
             (self.attention_tp, plan.attention.tp),
@@ -84,5 +90,6 @@ class Variables:
             (self.ffn_tp, plan.ffn.tp),
             (self.ffn_ep, plan.ffn.ep),
             (self.formats, pairs.index(formats)),
+            (self.limits, instance.batch_limits.index(limits)),
         ):
             model.add(variable == value)

@@ -1,0 +1,140 @@
+"""The layers of each stage of a pipeline, as a constraint program.
+
+Sets and parameters
+    L layers, in order, each of a kind; s stages
+    w_u     weight of a layer of kind u on a stage: what makes its batches long
+    a_k     weight of what stage k holds beside layers: the LM head on the last
+    b_u     bytes of a layer of kind u
+    c_k     bytes that stage k has for its layers, beside embedding, LM head and the rest
+    m       most layers of a stage
+
+Variables
+    e_k     layers before stage k + 1, k = 1..s-1;  e_0 = 0, e_s = L
+    T       weight of the heaviest stage
+    F       least bytes that a stage has left
+
+Constraints
+    S1  1 <= e_k - e_(k-1) <= m
+    S2  a_k + W(e_k) - W(e_(k-1)) <= T,  W(n) the weight of the first n layers
+    S3  c_k - B(e_k) + B(e_(k-1)) >= F >= 0,  B(n) their bytes
+
+    d_k     how far e_k lies from where the even split cuts
+
+Objective: the least T; of these the most F, so that the KV cache has the most room; of these the least d_1, then d_2,
+and so on, so that the answer is one. T and F take only values that some range of layers gives. They are decided first,
+the least T and the most F first, then the cuts in order; for given T and F the cuts follow by propagation, so the
+first solution met is the best one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
+from typing import TYPE_CHECKING
+
+from ortools.sat.python import cp_model
+
+from apex_opt.errors import FormulationError
+from apex_opt.plan.plan import even_split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """What is to be split.
+
+    Parameters
+    ----------
+    kinds : tuple of int      kind of every layer, in order
+    weight, held : tuple of int      weight and bytes of a layer, by kind
+    extra : tuple of int      weight of each stage beside its layers
+    room : tuple of int       bytes each stage has for its layers
+    most : int                layers a stage may hold
+    """
+
+    kinds: tuple[int, ...]
+    weight: tuple[int, ...]
+    held: tuple[int, ...]
+    extra: tuple[int, ...]
+    room: tuple[int, ...]
+    most: int
+
+
+@lru_cache(maxsize=1 << 16)
+def split(pipeline: Pipeline) -> tuple[int, ...] | None:
+    """Layers of each stage, such that the heaviest stage is as light as can be; None where no split fits.
+
+    Raises
+    ------
+    FormulationError    the solver does not decide
+    """
+    layers, stages = len(pipeline.kinds), len(pipeline.extra)
+    weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)]
+    held = [0, *accumulate(pipeline.held[kind] for kind in pipeline.kinds)]
+    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
+    # On average a stage weighs so much, hence the heaviest does.
+    mean = -(-(weight[-1] + sum(pipeline.extra)) // stages)
+    tops = {weight[j] - weight[i] + extra for i, j in spans for extra in set(pipeline.extra)}
+    tops = {top for top in tops if top >= mean}
+    left = {room - held[j] + held[i] for i, j in spans for room in set(pipeline.room)}
+    left = {free for free in left if free >= 0}
+    if not tops or not left or stages > layers:
+        return None
+    model = cp_model.CpModel()
+    heaviest = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(tops)), "heaviest")
+    spare = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(left)), "spare")
+    cuts = [model.new_int_var(k, layers - stages + k, f"cut_{k}") for k in range(1, stages)]
+    weights, bytes_held = [], []
+    for cut in cuts:
+        before = _before(model, cut, pipeline.kinds)
+        weights.append(cp_model.LinearExpr.sum([pipeline.weight[kind] * count for kind, count in before]))
+        bytes_held.append(cp_model.LinearExpr.sum([pipeline.held[kind] * count for kind, count in before]))
+    for count in _between(cuts, layers):
+        model.add_linear_constraint(count, 1, pipeline.most)
+    for own, extra in zip(_between(weights, weight[-1]), pipeline.extra, strict=True):
+        model.add(own + extra <= heaviest)
+    for own, room in zip(_between(bytes_held, held[-1]), pipeline.room, strict=True):
+        model.add(room - own >= spare)
+    model.add_decision_strategy([heaviest], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
+    model.add_decision_strategy([spare], cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
+    for cut, even in zip(cuts, accumulate(even_split(layers, stages)), strict=False):
+        apart = model.new_int_var(0, layers, "apart")
+        model.add_abs_equality(apart, cut - even)
+        model.add_decision_strategy([apart, cut], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = 0
+    solver.parameters.search_branching = cp_model.FIXED_SEARCH
+    solver.parameters.cp_model_presolve = False  # propagation is all it takes; and solutions must not be lost
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return None
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise FormulationError(f"layers: the solver ends as {solver.status_name(status)}")
+    return tuple(solver.value(count) for count in _between(cuts, layers))
+
+
+def _between(cuts: Sequence[cp_model.LinearExpr], end: int) -> list[cp_model.LinearExpr]:
+    """What lies between neighbouring cuts, from 0 to the end."""
+    ends = [cp_model.LinearExpr.affine(cut, 1, 0) for cut in cuts] + [cp_model.LinearExpr.constant(end)]
+    return [hi - lo for lo, hi in pairwise([cp_model.LinearExpr.constant(0), *ends])]
+
+
+def _before(model: cp_model.CpModel, cut: cp_model.IntVar, kinds: tuple[int, ...]) -> list[tuple[int, cp_model.IntVar]]:
+    """Of each run of layers alike its kind and how many lie before a cut: bounds propagate through these both ways."""
+    runs = [(kind, len(list(group))) for kind, group in groupby(kinds)]
+    if len(runs) == 1:
+        return [(kinds[0], cut)]
+    result, start = [], 0
+    for kind, length in runs:
+        count = model.new_int_var(0, length, "before")
+        reached = model.new_int_var(-start, length, "reached")
+        model.add_min_equality(reached, [cut - start, length])
+        model.add_max_equality(count, [reached, 0])
+        result.append((kind, count))
+        start += length
+    model.add(cp_model.LinearExpr.sum([count for _, count in result]) == cut)
+    return result

@@ -1,0 +1,137 @@
+"""Bytes and widths of shards, counted from the tasks of the cells (head groups, columns, experts).
+
+Counted independently of `apex_opt.plan.memory`, so that the oracle can find fault with either. All are whole bytes:
+nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from apex_opt.ir.formats import FORMATS, KV_BYTES
+from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
+
+if TYPE_CHECKING:
+    from apex_opt.evaluate import Instance
+    from apex_opt.ir.model import Block
+
+
+def kinds(instance: Instance) -> dict[Block, int]:
+    """Blocks that differ in what they take, each with its number of layers, in the order in which they first come."""
+    layers: Counter[Block] = Counter()
+    for run in instance.model.runs:
+        layers[kind(run.block)] += run.count
+    return layers
+
+
+def kind(block: Block) -> Block:
+    """A block without its window, which changes neither bytes nor shards."""
+    cell = block.attention
+    return replace(block, attention=replace(cell, window=None)) if isinstance(cell, Attention) else block
+
+
+def shards(instance: Instance) -> list[tuple[int, int]]:
+    """Degrees (tp, ep) that could occur together."""
+    gpus = instance.max_devices
+    experts = gpus if instance.model.is_moe else 1
+    return [(t, e) for t in range(1, gpus + 1) for e in range(1, min(experts, gpus // t) + 1)]
+
+
+def _heads(cell: Attention, tp: int) -> tuple[int, int]:
+    """Widths of the query heads and of the KV heads in one attention shard."""
+    return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
+
+
+def _packed(weights: int, name: str, quantised: bool) -> int:
+    if not quantised:
+        return 2 * weights
+    bits = FORMATS[name].weight_bits
+    return -(-weights * bits.numerator // (8 * bits.denominator))
+
+
+def attention_bytes(block: Block, tp: int, name: str) -> int:
+    """Weights of one attention shard: a column of Q and of O per query element, of K and V per KV element."""
+    cell = block.attention
+    if isinstance(cell, LatentAttention):
+        return _latent_bytes(cell, tp, name)
+    query, kv = _heads(cell, tp)
+    norms = query + kv if cell.qk_norm_whole else 2 * cell.head_dim * cell.qk_norm
+    small = norms + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
+    small += -(-cell.query_heads // tp) * cell.sinks
+    return _packed(2 * cell.hidden * (query + kv), name, cell.quantised) + 2 * small
+
+
+def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
+    """Weights of one shard of latent attention: compressions and their norms whole, per head what expands them."""
+    heads, latent, rope = -(-cell.query_heads // tp), cell.kv_lora_rank, cell.rope_head_dim
+    query_in = cell.hidden if cell.q_lora_rank is None else cell.q_lora_rank
+    compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
+    inner = cell.hidden * (compressed + latent + rope)
+    inner += heads * (query_in * (cell.nope_head_dim + rope) + latent * (cell.nope_head_dim + cell.v_head_dim))
+    output = heads * cell.v_head_dim * cell.hidden
+    norms = 2 * (compressed + latent)
+    if cell.quantised and cell.output_quantised:
+        return _packed(inner + output, name, True) + norms
+    return _packed(inner, name, cell.quantised) + _packed(output, name, cell.output_quantised) + norms
+
+
+def attention_width(block: Block, tp: int) -> int:
+    """Elements alive per token inside one attention shard."""
+    cell = block.attention
+    if isinstance(cell, LatentAttention):
+        query = cell.nope_head_dim + cell.rope_head_dim
+        per_head = query + query + cell.nope_head_dim + cell.v_head_dim
+        compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
+        return -(-cell.query_heads // tp) * per_head + compressed + cell.kv_lora_rank + cell.rope_head_dim
+    query, kv = _heads(cell, tp)
+    return query + 2 * kv
+
+
+def kv_bytes(block: Block, tp: int, name: str) -> int:
+    cell = block.attention
+    if isinstance(cell, LatentAttention):
+        return (cell.kv_lora_rank + cell.rope_head_dim) * KV_BYTES[name]
+    return 2 * _heads(cell, tp)[1] * KV_BYTES[name]
+
+
+def ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
+    """Weights of one FFN shard, or only those that a single token certainly touches."""
+    cell = block.ffn
+    matrices = 3 if cell.gated else 2
+    if isinstance(cell, DenseFfn):
+        columns = -(-cell.intermediate // (tp * ep))
+        bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
+        return _packed(matrices * columns * cell.hidden, name, cell.quantised) + 2 * bias
+    experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
+    columns = -(-cell.expert_intermediate // tp)
+    routed = matrices * experts * columns * cell.hidden
+    shared = matrices * -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
+    if cell.quantised == cell.shared_quantised:
+        packed = _packed(routed + shared, name, cell.quantised)
+    else:
+        packed = _packed(routed, name, cell.quantised) + _packed(shared, name, cell.shared_quantised)
+    if touched:
+        return packed
+    bias = experts * (columns * (matrices - 1) + cell.hidden) * cell.bias
+    return packed + 2 * (bias + cell.router_parameters)
+
+
+def ffn_width(block: Block, tp: int, ep: int) -> int:
+    """Elements alive per token inside one FFN shard."""
+    cell = block.ffn
+    matrices = 3 if cell.gated else 2
+    if isinstance(cell, DenseFfn):
+        return matrices * -(-cell.intermediate // (tp * ep))
+    return cell.experts_per_token * (cell.hidden + matrices * -(-cell.expert_intermediate // tp))
+
+
+def vocab_bytes(instance: Instance, tp: int) -> int:
+    return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
+
+
+def batch_limits(instance: Instance) -> list[tuple[int, int]]:
+    """Sequences and tokens of a batch to choose from, those of the settings where a choice names none."""
+    own = instance.settings
+    return [(seqs or own.max_num_seqs, tokens or own.max_num_batched_tokens) for seqs, tokens in instance.batch_limits]

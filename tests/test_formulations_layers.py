@@ -1,0 +1,90 @@
+"""The layer program finds the same split as trying every one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate, combinations, pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apex_opt.plan.plan import even_split
+from formulations.layers import Pipeline, split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SMALL = st.integers(1, 9)
+
+
+@st.composite
+def pipelines(draw: Callable[..., int]) -> Pipeline:
+    """Few layers of up to three kinds, over stages that hold more or less beside them and have more or less room."""
+    kinds = draw(st.integers(1, 3))
+    order = tuple(draw(st.lists(st.integers(0, kinds - 1), min_size=1, max_size=9)))
+    stages = draw(st.integers(1, min(5, len(order))))
+
+    def each(values: st.SearchStrategy[int], count: int) -> tuple[int, ...]:
+        return tuple(draw(st.lists(values, min_size=count, max_size=count)))
+
+    return Pipeline(
+        kinds=order,
+        weight=each(SMALL, kinds),
+        held=each(SMALL, kinds),
+        extra=each(st.sampled_from((0, 0, 3, 8)), stages),
+        room=each(st.integers(5, 60), stages),
+        most=draw(st.sampled_from((len(order), -(-3 * len(order) // (2 * stages))))),
+    )
+
+
+def brute_force(p: Pipeline) -> tuple[int, ...] | None:
+    """The best of all splits that fit."""
+    layers, stages = len(p.kinds), len(p.extra)
+    even = list(accumulate(even_split(layers, stages)))
+    best = []
+    for cuts in combinations(range(1, layers), stages - 1):
+        parts = [p.kinds[i:j] for i, j in pairwise((0, *cuts, layers))]
+        heaviest = max(sum(p.weight[k] for k in part) + extra for part, extra in zip(parts, p.extra, strict=True))
+        spare = min(room - sum(p.held[k] for k in part) for part, room in zip(parts, p.room, strict=True))
+        if spare >= 0 and max(map(len, parts)) <= p.most:
+            apart = tuple((abs(cut - other), cut) for cut, other in zip(cuts, even, strict=False))
+            best.append((heaviest, -spare, apart, tuple(map(len, parts))))
+    return min(best)[-1] if best else None
+
+
+@given(pipelines())
+@settings(max_examples=600, deadline=None)
+def test_the_split_is_the_best_of_all_that_fit(pipeline: Pipeline) -> None:
+    assert split(pipeline) == brute_force(pipeline)
+
+
+@given(pipelines(), st.integers(2, 50))
+@settings(max_examples=100, deadline=None)
+def test_scaled_weights_are_split_alike(pipeline: Pipeline, factor: int) -> None:
+    scaled = replace(
+        pipeline,
+        weight=tuple(factor * w for w in pipeline.weight),
+        extra=tuple(factor * e for e in pipeline.extra),
+    )
+    assert split(scaled) == split(pipeline)
+
+
+@pytest.mark.parametrize(("head", "layers"), [(0, (4, 4, 4)), (3, (5, 5, 2)), (1, (4, 4, 4))])
+def test_the_last_stage_has_fewer_layers_the_more_its_lm_head_weighs(head: int, layers: tuple[int, ...]) -> None:
+    pipeline = Pipeline(kinds=(0,) * 12, weight=(1,), held=(1,), extra=(0, 0, head), room=(99,) * 3, most=6)
+    found = split(pipeline)
+    assert found is not None
+    assert max(found[0], found[1], found[2] + head) == max(layers[0], layers[1], layers[2] + head)
+    assert found[2] <= layers[2]
+
+
+def test_a_stage_with_less_room_holds_fewer_layers_and_none_at_all_fits_nowhere() -> None:
+    def asked(*room: int) -> tuple[int, ...] | None:
+        return split(Pipeline(kinds=(0,) * 9, weight=(2,), held=(10,), extra=(0, 0, 0), room=room, most=9))
+
+    assert asked(99, 99, 99) == (3, 3, 3)
+    assert asked(99, 25, 99) == (4, 1, 4)
+    assert asked(99, 9, 99) is None
+    assert asked(20, 20, 20) is None
