@@ -252,6 +252,18 @@ def test_a_clash_is_the_first_of_the_smallest_sets_that_brute_force_leaves_witho
         assert SPACE.clash(instance, families) == smallest
 
 
+def test_what_fits_with_moved_layers_alone_does_not_clash_in_memory() -> None:
+    shape = {"hidden": 576, "heads": 9, "kv": 9}  # which two GPUs do not divide
+    model = make_model((dense(**shape, columns=6145), 10), (dense(**shape, columns=1537), 30))
+    uneven = next(plan for plan in space(instance_at(model, None, 2)) if not plan.even)
+    tight = instance_at(model, uneven, 2, memory=0)
+    assert {plan for plan in space(tight) if not violations(tight, plan)} == {uneven}
+    assert SPACE.clash(tight) == ()
+    timed = replace(tight, tpot_limit_ns=1)
+    assert SPACE.clash(timed, ("memory", "bandwidth")) == ("bandwidth",)
+    assert SPACE.clash(timed, ("divisibility", "format", "balance", "memory")) == ()
+
+
 def test_these_questions_clash_over_one_family_and_over_several() -> None:
     cores = {SPACE.clash(random_instance(seed)) for seed in SEEDS}
     assert {len(core) for core in cores} >= {0, 1, 2}
