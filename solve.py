@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.plan import Plan
     from apex_opt.report import Progress
     from apex_opt.search import Answer, Check, Question
+    from apex_opt.search.explain import Explanation
 
 EXIT_FAULT = 1
 EXIT_INFEASIBLE = 3
@@ -52,30 +53,37 @@ for _name in GROUPS:
 def _run_plan(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask
     from apex_opt.report import Progress
-    from apex_opt.search import check, search
+    from apex_opt.search import Evaluator, check, search
+    from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
     question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
+    evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
-        answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
+        answer = search(question, space, progress, options["top"], limit_s, evaluator)
+        found = explained(question, answer, space, progress, limit_s, evaluator)
         replay = check(question, answer, progress) if options["check"] else None
-    return _show_answer("plan", question, answer, options, replay)
+    return _show_answer("plan", question, found.answer, options, replay, found)
 
 
 def _run_energy(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask
     from apex_opt.report import Progress, answer_document, beside, checked, show
+    from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator, check, load_objective, search
+    from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
     question = ask(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
     fast = replace(question, objective=load_objective(options["latency"]), clocks=(None,))
+    evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
-        answer = search(question, PlanSpace(), progress, options["top"], options["time_limit"])
-        fastest = search(fast, PlanSpace(), progress) if answer.best is not None else None
+        answer = search(question, space, progress, options["top"], limit_s, evaluator)
+        found = explained(question, answer, space, progress, limit_s, evaluator)
+        fastest = search(fast, space, progress) if answer.best is not None else None
         replay = check(question, answer, progress) if options["check"] else None
     provenance = Evaluator(question).provenance([candidate.plan for candidate in answer.candidates[: options["top"]]])
-    document = answer_document("energy", question, answer, provenance, options["top"])
+    document = explained_document(answer_document("energy", question, found.answer, provenance, options["top"]), found)
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
     show(document if replay is None else checked(document, replay), options["format"])
@@ -129,7 +137,7 @@ def _run_explain(options: dict[str, Any]) -> int:
         first = None if given.weights is None else given.weights.split(",")[0]
         plan = ask_plan(options["plan"], replace(given, weights=first))[1]
     with Progress() as progress:
-        found = explain(question, PlanSpace(), progress, plan)
+        found = explain(question, PlanSpace(), progress, plan, options["time_limit"])
     best = found.answer.best
     provenance = Evaluator(question).provenance([] if best is None else [best.plan])
     show(explanation_document(question, found, provenance), options["format"])
@@ -154,14 +162,22 @@ def _write_files(question: Question, plan: Plan, options: dict[str, Any], progre
 
 
 def _show_answer(
-    command: str, question: Question, answer: Answer, options: dict[str, Any], replay: Check | None = None
+    command: str,
+    question: Question,
+    answer: Answer,
+    options: dict[str, Any],
+    replay: Check | None = None,
+    found: Explanation | None = None,
 ) -> int:
     from apex_opt.report import answer_document, checked, show
+    from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator
 
     top = options.get("top", 1)
     provenance = Evaluator(question).provenance(candidate.plan for candidate in answer.candidates[:top])
     document = answer_document(command, question, answer, provenance, top)
+    if found is not None:
+        document = explained_document(document, found)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
 

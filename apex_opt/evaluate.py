@@ -164,18 +164,19 @@ def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
     blocks = kv_blocks(memory)
     need = instance.kv_blocks_needed
     if blocks < need:
-
-        def total(stage: StageMemory) -> int:
-            held = (need + 1) * stage.kv_block_bytes
-            return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + held
-
-        worst = max(memory, key=total)
+        worst = max(memory, key=lambda stage: needed_bytes(instance, stage))
         kv = (need + 1) * worst.kv_block_bytes
         yield (
-            f"a GPU needs {total(worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, workspace "
-            f"{(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of the longest request "
+            f"a GPU needs {needed_bytes(instance, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
+            f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of the longest request "
             f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
         )
+
+
+def needed_bytes(instance: Instance, stage: StageMemory) -> int:
+    """What a GPU of a stage must have room for: beside the engine and the weights the cache of the longest request."""
+    held = (instance.kv_blocks_needed + 1) * stage.kv_block_bytes
+    return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + held
 
 
 def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:

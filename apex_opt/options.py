@@ -241,7 +241,8 @@ _TIME_LIMIT: Final = Option(
     kind=float,
     least=0.001,
     most=1e6,
-    text="Seconds after which no further plan is simulated; the answer then shows its gap. By default none.",
+    text="Seconds after which no further plan is simulated; the answer then shows its gap. By default none. Where "
+    "nothing fits, seconds to find out what would; by default 10.",
 )
 _CHECK: Final = Option(
     name="check",
@@ -385,12 +386,12 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  solve.py explain --model=llama-3.1-70b --cluster=1xh100-sxm\n"
         '  solve.py explain --slo="ttft_p95<=60ms"\n'
         '  solve.py explain --plan="dp2 tp4"\n\n'
-        "Where nothing fits: constraints that clash, none of which could be spared, with numbers; and the cheapest "
-        "changes that were solved and found feasible. Goals take many searches. Exit code: 0 where a plan fits, 3 "
-        "where none does, 2 for bad input.",
+        "Where nothing fits: the fewest constraints that clash, with numbers, and the cheapest changes that were "
+        "solved and found feasible. Exit code: 0 where a plan fits, 3 where none does, 2 for bad input.",
         options=(
             *_QUESTION,
             replace(_PLAN, default=None, text=f"Plan to compare with the best. {_PLAN.text}"),
+            _TIME_LIMIT,
             *_GENERAL,
         ),
     ),

@@ -400,27 +400,27 @@ def test_a_fit_prints_sections_to_copy_and_writes_nothing(tmp_path: Path) -> Non
     [
         (
             ("--cluster=1xl40s", "--model=llama-3.1-70b"),
-            ("memory: a GPU needs 14", "weights 141.1", "may use 43.5", "--weights=w4a16", "4 such GPUs (attn(tp4)"),
+            ("a GPU needs 14", "weights 141.1", "may use 43.5", "--cluster=4xl40s"),
         ),
         (
             ("--cluster=1xh100-sxm", "--model=llama-3.1-70b"),
-            ("needs 14", "may use 77.0", "--weights=fp8", "2 such GPUs (attn(tp2) ffn(tp2) bf16)"),
+            ("needs 14", "may use 77.0", "--weights=fp8", "--cluster=2xh100-sxm-80gb", "attn(tp2) ffn(tp2) bf16"),
         ),
         (
             ("--cluster=2xa100-sxm", "--weights=fp8", "--model=llama-3.1-8b"),
-            ("format: a100-sxm-80gb does not compute in fp8", "Feasible would be: --weights=bf16"),
+            ("a100-sxm-80gb does not compute in fp8", "--weights=bf16"),
         ),
         (
             ("--slo=tpot_p95<=1us", "--model=llama-3.1-8b", "--cluster=2xh200-sxm"),
-            ("GB of weights per GPU", "TPOT limit is 0.001 ms", "any number of GPUs up to 64: relax the SLO"),
+            ("GB of weights per GPU", "TPOT limit is 0.001 ms", "--slo=", "another weight format, up to 64 GPUs"),
         ),
         (
             ("--slo=ttft_p95<=1us", "--model=llama-3.1-8b", "--cluster=2xh200-sxm"),
-            ("misses ttft_p95<=1us (it reaches", "relax"),
+            ("ttft_p95<=1us: of all plans", "comes closest and reaches", "its bound", "--slo="),
         ),
         (
             ("--slo=throughput>=1e9", "--model=llama-3.1-8b", "--cluster=2xh200-sxm"),
-            ("misses throughput>=1000000000 (it reaches", "requests/s"),
+            ("throughput>=1000000000: of all plans", "comes closest and reaches", "requests/s", "--slo="),
         ),
     ],
     ids=lambda value: " ".join(value)[:60],
@@ -431,12 +431,19 @@ def test_what_is_infeasible_exits_3_and_says_why_with_numbers(words: tuple[str, 
     assert document.code == 3, document
     answer = json.loads(document.out)
     assert (answer["status"], answer["best"], answer["candidates"]) == ("infeasible", None, [])
-    for part in parts:
-        assert part in answer["reason"]
+    assert answer["clashes"]
+    assert answer["relaxations"]
+    facts = [fact for clash in answer["clashes"] for fact in clash["facts"]]
+    assert answer["reason"] == f"no plan is feasible: {'; '.join(facts)}"
     table = run(*words)
     assert table.code == 3
-    assert answer["reason"] in " ".join(table.out.split())
     assert "Traceback" not in table.err
+    text = " ".join(table.out.split())
+    assert all(fact in text for fact in facts)
+    assert all(way["plan"] in text for way in answer["relaxations"])
+    assert all(value in text for way in answer["relaxations"] for value in way["options"].values())
+    for part in parts:
+        assert part in text
 
 
 def test_energy_shows_what_is_saved_beside_the_plan_of_the_best_latency() -> None:
@@ -503,14 +510,29 @@ def test_pareto_answers_with_a_front_a_table_and_a_picture(tmp_path: Path) -> No
 def test_what_energy_cannot_reach_is_infeasible() -> None:
     ran = run("energy", *CHEAP, "--slo=ttft_p95<=1us", "--format=json")
     assert ran.code == 3
-    assert json.loads(ran.out)["status"] == "infeasible"
+    answer = json.loads(ran.out)
+    assert answer["status"] == "infeasible"
+    assert [clash["of"] for clash in answer["clashes"]] == [["ttft_p95<=1us"]]
+    assert all(way["options"]["slo"] for way in answer["relaxations"])
+
+
+@pytest.mark.parametrize("command", ["plan", "energy", "explain"])
+def test_what_the_time_does_not_suffice_for_is_named(command: str) -> None:
+    words = (command, *CHEAP, "--slo=ttft_p95<=1us", "--time_limit=0.001")
+    document, table = run(*words, "--format=json"), run(*words)
+    assert (document.code, table.code) == (3, 3)
+    answer = json.loads(document.out)
+    assert (answer["relaxations"], answer["explain_time_limit_s"]) == ([], 0.001)
+    assert "an fp8 KV cache" in answer["not_tried"]
+    text = " ".join(table.out.split())
+    assert f"Not tried, as the time limit of 0.001 s was reached: {', '.join(answer['not_tried'])}." in text
 
 
 def test_a_request_that_the_cache_cannot_hold_is_infeasible_and_named() -> None:
     ran = run("plan", "--model=llama-3.1-70b", "--cluster=2xh100-sxm", "--trace=static:n=2,prompt=131000,output=60")
     assert ran.code == 3
     assert "KV cache of the longest request 21.5" in " ".join(ran.out.split())
-    assert "Feasible would be: --weights=fp8" in " ".join(ran.out.split())
+    assert "--weights=w8a16" in ran.out
 
 
 def test_an_explanation_offers_options_that_then_have_a_plan() -> None:

@@ -7,22 +7,20 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from doc_cases import FENCE, ROOT, blocks_of, shown_and_printed, solve, words_of
 
 from apex_opt.errors import ApexError
 from apex_opt.options import COMMANDS, arranged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-BLOCKS = [(kind, body) for kind, body in FENCE.findall(README)]
+BLOCKS = blocks_of(README)
 
 PLAN_LINE = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python solve.py plan"
 MEASURED = ROOT.parent / "shared" / "measured"
@@ -34,18 +32,10 @@ TEST_LINE = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .ven
 
 def _commands() -> list[list[str]]:
     """Words after `solve.py` of every command shown, in fenced blocks or in the text."""
-    shown = [line.removeprefix("$ ") for _, body in BLOCKS for line in body.splitlines()]
+    shown = [line for _, body in BLOCKS for line in body.splitlines()]
     shown += re.findall(r"`(solve\.py [^`]+)`", FENCE.sub("", README))
-    # An output may mention solve.py; a command begins with it, or with an interpreter.
-    found = [re.fullmatch(r"(?:\S*python3? )?solve\.py (.+)", line) for line in shown]
-    words = [shlex.split(match[1]) for match in found if match]
+    words = [words for line in shown if (words := words_of(line))]
     return [item for item in words if "COMMAND" not in item]
-
-
-def _solve(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "solve.py"), *words], cwd=cwd, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.parametrize("line", [PLAN_LINE, TEST_LINE])
@@ -79,7 +69,7 @@ def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
         if not MEASURED.is_dir():
             pytest.skip(f"no measured runs in {MEASURED}")
         (tmp_path / "runs").symlink_to(MEASURED / "h200-vllm-0.20.2")
-    done = _solve(words, tmp_path)
+    done = solve(words, tmp_path)
     # Two of them show what is said where nothing fits.
     assert done.returncode in (0, 3), done.stderr
     assert (done.returncode == 3) == (words[1:] == ["--cluster", "1xh100-sxm"])
@@ -100,7 +90,7 @@ def test_the_run_shown_gives_the_plans_and_the_certificate_shown() -> None:
     (body,) = [body for kind, body in BLOCKS if kind == "console" and "--top 3" in body]
     command, *shown = body.splitlines()
     words = shlex.split(command.split("solve.py ")[1])
-    document = json.loads(_solve([*words, "--format", "json"]).stdout)
+    document = json.loads(solve([*words, "--format", "json"]).stdout)
     table = [line for line in shown if re.match(r" *[123] ", line)]
     assert len(table) == len(document["candidates"]) == 3
     for line, candidate in zip(table, document["candidates"], strict=True):
@@ -109,6 +99,13 @@ def test_the_run_shown_gives_the_plans_and_the_certificate_shown() -> None:
     (text,) = [" ".join(body.split()) for _, body in BLOCKS if body.startswith("Certificate")]
     assert f"{certificate['space']:,} plans in the space" in text
     assert f"{certificate['simulated']:,} simulated" in text
+
+
+@pytest.mark.slow
+def test_what_is_shown_where_nothing_fits_is_what_is_printed() -> None:
+    (body,) = [body for kind, body in BLOCKS if kind == "console" and "infeasible" in body]
+    shown, printed = shown_and_printed(body)
+    assert shown in printed
 
 
 def _errors(label: str, figures: Iterable[str], summary: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -130,7 +127,7 @@ def test_the_errors_shown_are_those_that_validate_finds(name: str) -> None:
         pytest.skip(f"no measured runs in {path}")
     shown = re.findall(rf"^\| {name} \| (\w+) \|", README, re.MULTILINE)
     assert len(shown) >= 2
-    document = json.loads(_solve(["validate", "--measured", str(path), "--format", "json"]).stdout)
+    document = json.loads(solve(["validate", "--measured", str(path), "--format", "json"]).stdout)
     for row in _errors(name, shown, document["summary"]):
         assert row in README
     for engine, summary in document["summary_by"]["engine"].items() if name == "closed loops" else ():

@@ -77,6 +77,26 @@ def test_where_nothing_helps_the_page_says_so(infeasible: dict[str, Any]) -> Non
     assert "No change that was tried makes it feasible" in page
 
 
+def test_what_the_time_cut_short_is_said_in_words(infeasible: dict[str, Any]) -> None:
+    goals = {"of": ["ttft_p95<=1s", "tpot_p95<=1ms"], "proof": "simulation", "facts": [], "smallest": False}
+    way = infeasible["relaxations"][0] | {"best": False}
+    cut = {"clashes": [goals], "relaxations": [way], "not_tried": ["16 to 64 GPUs"], "explain_time_limit_s": 2.5}
+    page = words(explanation_page(infeasible | cut))
+    assert "no plan satisfies them together, shown by simulating the plans." in page
+    assert "Fewer of them may clash already: the time was up" in page
+    assert f"Not shown to be the best, the time was up: {way['plan']}." in page
+    assert "Not tried, as the time limit of 2.5 s was reached: 16 to 64 GPUs." in page
+    whole = words(explanation_page(infeasible))
+    assert "the time was up" not in whole
+    assert "Not tried" not in whole
+
+
+def test_a_clash_of_several_says_that_fewer_of_them_do_not_clash(infeasible: dict[str, Any]) -> None:
+    several = infeasible["clashes"][0] | {"of": ["divisibility", "memory"]}
+    assert "though some plan satisfies any fewer" in words(explanation_page(infeasible | {"clashes": [several]}))
+    assert "any fewer" not in words(explanation_page(infeasible))
+
+
 def test_a_plan_is_shown_beside_the_best_with_what_differs_largest_first(compared: dict[str, Any]) -> None:
     given, page = compared["comparison"], explanation_page(compared)
     assert given["plan"] == "dp2 attn(tp1) ffn(tp1) bf16"

@@ -189,27 +189,6 @@ def test_a_model_too_large_is_answered_with_what_comes_nearest() -> None:
     assert "weights 141.1" in answer.reason
 
 
-@pytest.mark.parametrize(
-    ("name", "cluster", "weights", "said"),
-    [
-        # Of each width and arithmetic the smallest variant that the GPU computes, in the order of the list of formats.
-        ("llama-3.1-405b", "4xh100-sxm", "bf16", ["w4a16"]),
-        ("llama-3.1-70b", "1xh200-sxm", "bf16", ["fp8", "w8a16", "w4a16"]),
-        ("llama-3.1-70b", "1xh200-sxm", "fp16", ["fp8", "w8a16", "w4a16"]),
-        ("llama-3.1-405b", "4xb200-sxm", "bf16", ["fp8", "w8a16", "w4a16", "nvfp4"]),
-        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w4a16"]),
-        ("llama-3.1-8b", "1xv100-pcie", "fp16", ["w8a16", "w4a16"]),
-    ],
-)
-def test_ways_out_are_the_usual_formats_that_the_gpu_computes(
-    name: str, cluster: str, weights: str, said: list[str]
-) -> None:
-    question = make_question(load_model(name), cluster, random_trace(1, 5), weight_formats=(weights,))
-    answer = search(question, SPACE)
-    assert answer.reason is not None
-    assert [word.partition("=")[2] for word in answer.reason.split() if word.startswith("--weights=")] == said
-
-
 def test_the_nearest_plan_is_the_one_that_lacks_least_not_the_first_by_name() -> None:
     answer = search(make_question(load_model("llama-3.1-405b"), "8xa100-sxm", random_trace(1, 5)), SPACE)
     assert answer.reason is not None

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
 from apex_opt.report.layout import amount, count, page, seconds, table
+from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,26 +28,37 @@ _PROOFS: Final = {
 
 def explanation_document(question: Question, found: Explanation, provenance: dict[str, str]) -> Document:
     """An explanation and the answer it is of; seconds, joules, requests per second."""
-    document = answer_document("explain", question, found.answer, provenance)
+    document = explained_document(answer_document("explain", question, found.answer, provenance), found)
+    compared = None if found.comparison is None else _comparison(question, found.comparison)
+    return cleaned(document | {"comparison": compared})
+
+
+def explained_document(document: Document, found: Explanation) -> Document:
+    """An answer, with why there is none and what would help where that was asked."""
+    tried = found.tried or Tried()
     added = {
         "clashes": [
-            {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts)} for clash in found.clashes
+            {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts), "smallest": clash.smallest}
+            for clash in found.clashes
         ],
-        "relaxations": [_relaxation(relaxation) for relaxation in found.relaxations],
-        "tried_for_nothing": list(found.failed),
-        "comparison": None if found.comparison is None else _comparison(question, found.comparison),
+        "relaxations": [_relaxation(relaxation) for relaxation in tried.found],
+        "tried_for_nothing": list(tried.failed),
+        "not_tried": list(tried.untried),
+        "explain_time_limit_s": found.time_limit_s,
     }
     return cleaned(document | added)
 
 
 def _relaxation(relaxation: Relaxation) -> Document:
+    solved = relaxation.solved
     return {
         "options": relaxation.options,
         "text": relaxation.text,
         "more_gpus": relaxation.more_gpus,
-        "plan": str(relaxation.plan),
-        "gpus": relaxation.plan.devices,
-        "value": relaxation.value,
+        "plan": str(solved.plan),
+        "gpus": solved.plan.devices,
+        "value": solved.value,
+        "best": solved.best,
     }
 
 
@@ -92,8 +104,11 @@ def _page(console: Console, document: Document) -> None:
             + "".join(f", {goal}" for goal in asked["slo"]),
         )
     )
-    if document["best"] is None:
-        _why_not(console, document)
+    if document["clashes"]:
+        console.print()
+        why_not(console, document)
+    elif document["best"] is None:
+        console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
         best, unit = document["best"], document["objective"]["unit"]
         plan = (best["plan"], "bold green")
@@ -105,15 +120,21 @@ def _page(console: Console, document: Document) -> None:
         _compared(console, document)
 
 
-def _why_not(console: Console, document: Document) -> None:
-    console.print()
+def why_not(console: Console, document: Document) -> None:
+    """The constraints that clash, what would give a plan, and what was tried for nothing or not at all."""
     for clash in document["clashes"]:
         names = (" and ".join(clash["of"]), "bold")
-        more = "together, though without any one of them one does" if len(clash["of"]) > 1 else "it"
-        proof = f": no plan satisfies {more}, shown {_PROOFS[clash['proof']]}."
-        console.print(Text.assemble(("infeasible", "bold red"), ", ", names, proof))
+        several = len(clash["of"]) > 1
+        fewer = ", though some plan satisfies any fewer of them" if clash["smallest"] else ""
+        proof = f", shown {_PROOFS[clash['proof']]}."
+        said = f": no plan satisfies {f'them together{fewer}' if several else 'it'}{proof}"
+        console.print(Text.assemble(("infeasible", "bold red"), ", ", names, said))
         for fact in clash["facts"]:
             console.print(Padding(Text(f"{fact}."), (0, 0, 0, 2)))
+        if several and not clash["smallest"]:
+            console.print(
+                Padding("Fewer of them may clash already: the time was up before that was known.", (0, 0, 0, 2))
+            )
         console.print()
     unit = document["objective"]["unit"]
     rows = [
@@ -128,10 +149,19 @@ def _why_not(console: Console, document: Document) -> None:
     if rows:
         heads = ("ask for", "that is", "plan", document["objective"]["name"])
         table(console, "Feasible would be, cheapest first", heads, rows, left={0, 1, 2})
-    else:
+    elif not document["not_tried"]:
         console.print("No change that was tried makes it feasible: use other GPUs, or a lighter or shorter trace.")
+    notes = []
+    if early := [way["plan"] for way in document["relaxations"] if not way["best"]]:
+        notes.append(f"Not shown to be the best, the time was up: {', '.join(early)}.")
     if document["tried_for_nothing"]:
-        console.print(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.\n")
+        notes.append(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.")
+    if document["not_tried"]:
+        limit = f"{document['explain_time_limit_s']:g} s"
+        left = ", ".join(document["not_tried"])
+        notes.append(f"Not tried, as the time limit of {limit} was reached: {left}. A longer --time_limit tries them.")
+    if notes:
+        console.print("\n".join(notes) + "\n")
 
 
 def _option(name: str, value: str) -> str:

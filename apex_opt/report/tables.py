@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from apex_opt.report.explain import why_not
 from apex_opt.report.layout import amount, count, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
 
@@ -32,7 +33,9 @@ def rendered(document: Document) -> str:
 def _answer(console: Console, document: Document) -> None:
     objective, best = document["objective"], document["best"]
     question_line(console, document["question"])
-    if best is None:
+    if document.get("clashes"):
+        why_not(console, document)
+    elif best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
         word = "plan as given" if document["command"] == "simulate" else "best plan"

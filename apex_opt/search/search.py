@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
-from apex_opt.search.advice import nearest_violation
 from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judged, misses
 from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.nearest import nearest_violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -99,11 +99,11 @@ class Moves:
         return None if moved is None else replace(plan, layers=moved.layers)
 
 
-def settled(question: Question, formulation: Formulation, listed: Listed) -> tuple[tuple[Plan, ...], int]:
+def settled(question: Question, formulation: Formulation, found: Listed | Enumeration) -> tuple[tuple[Plan, ...], int]:
     """All feasible plans with the layers of the movable ones moved, and how many of these stay even: no new plans."""
     moves = Moves(question, formulation)
-    moved = [plan for movable in listed.movable if (plan := moves(movable)) is not None]
-    return (*listed.plans, *moved), len(listed.movable) - len(moved)
+    moved = [plan for movable in found.movable if (plan := moves(movable)) is not None]
+    return (*found.plans, *moved), len(found.movable) - len(moved)
 
 
 def bound_plans(
@@ -124,6 +124,7 @@ def search(
     progress: Progress | None = None,
     top: int = 1,
     time_limit_s: float | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Answer:
     """The best plan for a question, with its certificate, and the next best.
 
@@ -137,6 +138,7 @@ def search(
     progress : callable, optional    told (what, done, total) along the way
     top : int                        best plans to find, each exactly
     time_limit_s : float, optional   after so long no further simulation is begun; what is open then makes the gap
+    evaluator : Evaluator, optional  of this question, with the costs and floors it already has, for others to share
 
     Raises
     ------
@@ -146,7 +148,7 @@ def search(
     tell = progress or silent
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
-    evaluator = Evaluator(question)
+    evaluator = evaluator or Evaluator(question)
     feasible = (*listed.plans, *listed.movable)
     bounds = bound_plans(evaluator, feasible, (question.objective,), tell)
     queue = [

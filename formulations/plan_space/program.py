@@ -37,6 +37,7 @@ The workload's other constraints are not linear in these choices and belong to t
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ from formulations.plan_space.stages import Stages
 from formulations.plan_space.variables import Variables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
@@ -107,8 +108,10 @@ class PlanSpace:
             raise FormulationError(f"plan space: {fault}")
         return model, variables
 
-    def diagnosis(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[Any, dict[str, Any]]:
-        """The model with C1, C2 and each chosen family enforced on a literal of its own, and the literals by name."""
+    def diagnosis(
+        self, instance: Instance, families: Sequence[str] = FAMILIES
+    ) -> tuple[Any, dict[str, Any], Variables]:
+        """The model with C1, C2 and each chosen family enforced on a literal, the literals by name, the variables."""
         model = cp_model.CpModel()
         variables = Variables.create(model, instance)
         cells_share_devices(model, instance, variables)
@@ -120,25 +123,38 @@ class PlanSpace:
         fault = model.validate()
         if fault:
             raise FormulationError(f"plan space: {fault}")
-        return model, literals
+        return model, literals, variables
 
     def clash(self, instance: Instance, families: Sequence[str] = FAMILIES) -> tuple[str, ...]:
-        """An irreducible set of the families that no plan satisfies together; empty where a plan satisfies them all.
+        """The fewest of the families that no plan satisfies together; empty where a plan satisfies them all.
 
-        Of a set that the solver finds sufficient, families are dropped one at a time as long as the rest still clashes.
+        Sets are tried by size, those of one size in the order of the families, so of several the first is returned. A
+        set to which a plan keeps that was found for another one is passed over.
 
         Raises
         ------
         FormulationError    the solver does not decide
         """
-        model, literals = self.diagnosis(instance, families)
-        kept = _core(model, literals, families)
-        if kept is None:
+        model, literals, variables = self.diagnosis(instance, families)
+        if _keeping(model, list(literals.values()), variables, instance) is not None:
             return ()
-        for name in kept:
-            smaller = _core(model, literals, [other for other in kept if other != name]) if name in kept else None
-            kept = kept if smaller is None else smaller
-        return kept
+        kept: list[set[str]] = []
+        # Layers are moved outside the program, to where they fit: such plans keep to all but perhaps bandwidth.
+        for fitting in (FAMILIES, tuple(name for name in FAMILIES if name != "bandwidth")):
+            if "memory" in families and self._movable(instance, fitting)[0]:
+                kept.append(set(fitting))
+                break
+        if any(held.issuperset(families) for held in kept):
+            return ()
+        smaller = (itertools.combinations(families, size) for size in range(1, len(families)))
+        for names in itertools.chain.from_iterable(smaller):
+            if any(held.issuperset(names) for held in kept):
+                continue
+            plan = _keeping(model, [literals[name] for name in names], variables, instance)
+            if plan is None:
+                return names
+            kept.append(set(families) - {violation.family for violation in violations(instance, plan)})
+        return tuple(families)
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
         """Number of plans that satisfy some of "divisibility", "format" and "balance", those to be moved included."""
@@ -159,20 +175,25 @@ class PlanSpace:
             broken = [v for v in violations(instance, plan) if v.family in (*families, "devices")]
             if broken:
                 raise FormulationError(f"plan space: {plan} breaks {broken[0].family}: {broken[0].text}")
-        movable: list[Plan] = []
-        if instance.max_devices > 1 and instance.model.layers > 1:
-            spent = time.perf_counter() - started
-            left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
-            chosen = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
-            cuts, all_cuts = self._solve(instance, chosen, left, several=True)
-            complete = complete and all_cuts
-            movable = [plan for plan in cuts if self._stages(instance).fit(plan)]
+        spent = time.perf_counter() - started
+        left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
+        movable, all_movable = self._movable(instance, families, left)
         return Enumeration(
             plans=_replicated(instance, even),
             movable=_replicated(instance, movable),
-            complete=complete,
+            complete=complete and all_movable,
             wall_s=time.perf_counter() - started,
         )
+
+    def _movable(
+        self, instance: Instance, families: Sequence[str], time_limit_s: float | None = None
+    ) -> tuple[list[Plan], bool]:
+        """How one replica can be cut into several stages that some split fits, and whether these are all ways."""
+        if instance.max_devices == 1 or instance.model.layers == 1:
+            return [], True
+        chosen = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
+        cuts, complete = self._solve(instance, chosen, time_limit_s, several=True)
+        return [plan for plan in cuts if self._stages(instance).fit(plan)], complete
 
     def moved(self, instance: Instance, plan: Plan) -> Plan | None:
         """A movable plan with its layers moved; None where the best split is the even one.
@@ -215,20 +236,22 @@ class PlanSpace:
         return collector.plans, status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
 
 
-def _core(model: cp_model.CpModel, literals: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...] | None:
-    """Families among those named that suffice to clash, in their order; None where some plan satisfies all named."""
+def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variables, instance: Instance) -> Plan | None:
+    """A plan with which these literals are true; None where there is none."""
     model.clear_assumptions()
-    model.add_assumptions([literals[name] for name in names])
+    model.add_assumptions(literals)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
+    # One plan of a few choices is asked for: looking for structure first takes ten times as long as finding it.
+    solver.parameters.cp_model_probing_level = 0
+    solver.parameters.linearization_level = 0
     status = solver.solve(model)
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None
+        return variables.extract(solver, instance)
     if status != cp_model.INFEASIBLE:
         raise FormulationError(f"plan space: the diagnosis ends as {solver.status_name(status)}")
-    found = set(solver.sufficient_assumptions_for_infeasibility())
-    return tuple(name for name in names if literals[name].index in found)
+    return None
 
 
 def _replicated(instance: Instance, cuts: Sequence[Plan]) -> tuple[Plan, ...]:

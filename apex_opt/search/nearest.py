@@ -1,0 +1,56 @@
+"""Plans that come nearest to feasible, and the first that is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
+from apex_opt.plan.engine import limited
+from apex_opt.plan.memory import stage_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from apex_opt.evaluate import Instance, Violation
+    from apex_opt.plan.plan import Plan
+
+
+def nearest_violation(instance: Instance) -> str:
+    """Why no plan is feasible: what the plan that comes nearest still breaks, in numbers."""
+    plan, broken = nearest(instance)
+    return (
+        f"no plan for {instance.model.name} on {instance.max_devices} x {instance.cluster.gpu.name} is feasible. "
+        f"The nearest, {plan}, breaks {' and '.join(f'{v.family}: {v.text}' for v in broken)}; solve.py explain tells "
+        "what would help"
+    )
+
+
+def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple[Violation, ...]]:
+    """The plan that comes nearest to feasible, where none is, and what it breaks: nothing of the families `kept`.
+
+    Nearest is the plan that breaks the fewest families, of these the latest in order, over the most GPUs, with the
+    least to hold in memory where that is broken, else with the least to read from it for a token.
+    """
+
+    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, int, int, str]:
+        plan, broken = item
+        families = {v.family for v in broken}
+        latest = min(FAMILIES.index(family) for family in families)
+        held = 0
+        if "memory" in families:
+            stages = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
+            held = max(needed_bytes(instance, stage) for stage in stages)
+        return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan), str(plan)
+
+    found = ((plan, violations(instance, plan)) for plan in _single(instance))
+    return min((item for item in found if not {v.family for v in item[1]} & set(kept)), key=order)
+
+
+def feasible(instance: Instance) -> Plan | None:
+    """Some feasible plan over few GPUs, if there is one."""
+    return next((plan for plan in _single(instance) if not violations(instance, plan)), None)
+
+
+def _single(instance: Instance) -> Iterator[Plan]:
+    """Plans of one replica: further replicas change no constraint but the number of GPUs."""
+    return (plan for plan in space(instance) if plan.replicas == 1)

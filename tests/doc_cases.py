@@ -1,0 +1,39 @@
+"""Documents for the tests of what they show: their fenced blocks, and the commands in them, run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Kind and body of every fenced block."""
+    return FENCE.findall(text)
+
+
+def words_of(line: str) -> list[str] | None:
+    """Words after `solve.py`; an output may mention it, a command begins with it or with an interpreter."""
+    match = re.fullmatch(r"(?:\S*python3? )?solve\.py (.+)", line.removeprefix("$ "))
+    return shlex.split(match[1]) if match else None
+
+
+def solve(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run a command as its reader would, into a pipe: its tables are as wide as those shown."""
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    program = [sys.executable, str(ROOT / "solve.py"), *words]
+    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def shown_and_printed(body: str, *more: str) -> tuple[str, str]:
+    """What a console block shows below its command, and what the command prints, both with single spaces."""
+    command, *shown = body.splitlines()
+    words = words_of(command)
+    assert words is not None, command
+    return " ".join(" ".join(shown).split()), " ".join(solve([*words, *more]).stdout.split())
