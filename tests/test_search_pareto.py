@@ -27,7 +27,7 @@ def some_objectives(seed: int) -> tuple[Objective, ...]:
 
 
 def vector(candidate: Candidate, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
-    return tuple(o.cost(o.value(candidate.metrics, candidate.usage)) for o in objectives)
+    return tuple(o.cost(o.value(candidate.metrics)) for o in objectives)
 
 
 def brute_force(question: Question, objectives: tuple[Objective, ...]) -> list[tuple[float, ...]]:
@@ -90,7 +90,7 @@ def test_the_best_plan_by_each_objective_is_an_end_of_the_front(names: tuple[str
     for objective in front.objectives:
         best = search(replace(question, objective=objective), SPACE).best
         assert best is not None
-        costs = [objective.cost(objective.value(c.metrics, c.usage)) for c in front.plans]
+        costs = [objective.cost(objective.value(c.metrics)) for c in front.plans]
         assert min(costs) == objective.cost(best.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,7 +33,7 @@ def read_off(case: Case, run: Outcome) -> list[int]:
             known = sum(time <= start for time in came[i]) if not case.settings.async_scheduling else len(came[i])
             if len(came[i]) < limits[i] and computed >= case.trace.prompt[i] + known:
                 came[i].append(end)
-    return [b - a for times in came for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for times in came for a, b in pairwise(times)]
 
 
 @pytest.mark.parametrize("traffic", TRAFFIC)

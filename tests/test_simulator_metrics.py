@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.metrics import STATISTICS, Metrics, measure, per_request_s
+from apex_opt.simulator.metrics import Metrics, measure, per_request_s
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.workload import Trace, make_trace, parse_slos
+from apex_opt.workload.slo import STATISTICS
 
 MS = 1_000_000
 # (arrival, first, finish) in ms, prompt and output tokens.

@@ -15,10 +15,11 @@ from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, assert_same, cas
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.search.bounds import isolated
-from apex_opt.simulator.metrics import STATISTICS, measure
+from apex_opt.simulator.metrics import measure
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.stop import METRICS, Stop, latencies_ns
 from apex_opt.workload import Slo, make_trace
+from apex_opt.workload.slo import STATISTICS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,10 +21,13 @@ from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import load_objective
 from apex_opt.search.search import ROUND, Formulation, judge, search, silent
 from apex_opt.simulator.metrics import per_request_s
+from apex_opt.units import NS_PER_S
+from apex_opt.workload.slo import AT_LEAST, FIGURES, LATENCIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
@@ -150,6 +153,7 @@ def explain(
     comparison = None if plan is None else compare(question, plan, answer.best, work.tell)
     if answer.best is not None:
         return Explanation(answer=answer, comparison=comparison)
+    question = replace(question, request_slos=question.per_request)  # what goodput counts stays as asked
     clashes, blamed = _clashes(question, work)
     relaxations, failed = _relaxations(question, clashes, blamed, work)
     return Explanation(answer=answer, clashes=clashes, relaxations=relaxations, failed=failed, comparison=comparison)
@@ -214,8 +218,8 @@ class _Work:
         if not plans:
             return None
         statistic = "mean" if goal.fraction is not None else goal.statistic
-        name = goal.metric if goal.metric == "throughput" else f"{goal.metric}_{statistic}"
-        asked = replace(question, objective=load_objective(name))
+        name = goal.metric if goal.metric in FIGURES else f"{goal.metric}_{statistic}"
+        asked = replace(question, objective=load_objective(name), then=())
         answer = search(asked, _Known(plans=plans), self.tell, 1 if goal.fraction is None else _EVERY)
         if answer.best is None or np.isnan(answer.best.value):
             return None
@@ -239,19 +243,19 @@ def _least_limit(question: Question, candidates: Sequence[Candidate], goal: Slo)
 def _below(question: Question, candidate: Candidate, goal: Slo) -> float:
     """A latency that this share of the requests is not within less of: a percentile two requests below the share."""
     generated = question.trace.generated(question.settings.max_model_len)
-    requests = int((generated > 1).sum()) if goal.metric == "tpot" else len(question.trace)
+    of = {"tpot": int((generated > 1).sum()), "itl": int((generated - 1).sum())}.get(goal.metric, len(question.trace))
     latency = candidate.metrics.latency_s[goal.metric]
-    return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * requests >= 2), default=0.0)
+    return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2), default=0.0)
 
 
 def _some_meets(question: Question, plans: Sequence[Plan]) -> bool:
     """Whether some plan meets the goals: runs end as soon as they are known to miss one, which a search lets run on."""
-    evaluator = Evaluator(replace(question, objective=load_objective("makespan")))
+    evaluator = Evaluator(replace(question, objective=load_objective("makespan"), then=()))
     bounds = {plan: evaluator.bound(plan) for plan in plans}
     hopeful = sorted((plan for plan in plans if bounds[plan][1]), key=lambda plan: bounds[plan][0])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for start in range(0, len(hopeful), ROUND):
-            runs = pool.map(lambda plan: evaluator.challenge(plan, None, _LONGEST_S), hopeful[start : start + ROUND])
+            runs = pool.map(lambda plan: evaluator.challenge(plan, None, (_LONGEST_S,)), hopeful[start : start + ROUND])
             if any([run is not None and run.meets_slos for run in runs]):
                 return True
     return False
@@ -261,7 +265,11 @@ def _limit(question: Question, evaluator: Evaluator, plan: Plan, goal: Slo) -> f
     """The least limit that the share of requests a goal asks for is within."""
     outcome, cost = evaluator.batches(plan)
     generated = question.trace.generated(question.settings.max_model_len)
-    values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
+    if goal.metric == "itl":
+        assert outcome.gaps_ns is not None, "a log tells them"
+        values = outcome.gaps_ns / NS_PER_S
+    else:
+        values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
     values = np.sort(values[~np.isnan(values)])
     shares = np.arange(1, len(values) + 1) / len(values)
     return float(values[np.argmax(shares >= goal.threshold)])
@@ -438,7 +446,7 @@ def _eased(question: Question, goal: Slo, others: Goals, work: _Work) -> tuple[S
     best = work.best(question, goal, others)
     if best is None:
         return None
-    if (goal.limit <= best[0]) if goal.metric == "throughput" else (goal.limit >= best[0]):
+    if (goal.limit <= best[0]) if goal.metric in AT_LEAST else (goal.limit >= best[0]):
         return goal, goal.limit
     return _rounded(goal, best[0]), best[0]
 
@@ -456,7 +464,7 @@ def _rounded(goal: Slo, value: float) -> Slo:
     """The goal with a limit of three digits that the value meets."""
     exact = Decimal(repr(value))
     step = Decimal(1).scaleb(exact.adjusted() - _DIGITS + 1)
-    rounding = ROUND_FLOOR if goal.metric == "throughput" else ROUND_CEILING
+    rounding = ROUND_FLOOR if goal.metric in AT_LEAST else ROUND_CEILING
     return replace(goal, limit=float((exact / step).to_integral_value(rounding) * step), text="")
 
 
@@ -476,7 +484,8 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     cluster, gpu, most = question.cluster, question.cluster.gpu, MOST_GPUS
     for gpus in range(question.max_devices + 1, min(cluster.size, most) + 1):
         yield replace(question, max_devices=gpus), {"gpus": str(gpus)}
-    known = is_catalogued(cluster) and load_cluster(gpu.name).gpu == gpu
+    # Another price leaves it the GPU it is; sources differ with it.
+    known = is_catalogued(cluster) and _unpriced(load_cluster(gpu.name).gpu) == _unpriced(gpu)
     node = cluster.gpus_per_node
     specs = []
     if known and cluster.nodes == 1:
@@ -488,11 +497,19 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     for nodes, gpus, spec in specs:
         if nodes * gpus > most:
             return
-        larger = load_cluster(spec) if known else replace(cluster, name=spec, nodes=nodes, gpus_per_node=gpus)
+        larger = (
+            replace(load_cluster(spec), gpu=gpu)
+            if known
+            else replace(cluster, name=spec, nodes=nodes, gpus_per_node=gpus)
+        )
         options = {"cluster": spec} if known else {"nodes": str(nodes)}
         if question.max_devices < cluster.size:
             options["gpus"] = str(larger.size)
         yield replace(question, cluster=larger, max_devices=larger.size), options
+
+
+def _unpriced(gpu: Gpu) -> Gpu:
+    return replace(gpu, price_per_h=None, sources=())
 
 
 def _more_gpus(question: Question, sizes: Sequence[tuple[Question, dict[str, str]]], work: _Work) -> list[Relaxation]:
@@ -562,4 +579,4 @@ def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, fl
 
 
 def _amount(goal: Slo, value: float) -> str:
-    return f"{value:.4g} requests/s" if goal.metric == "throughput" else f"{value * 1e3:.4g} ms"
+    return f"{value * 1e3:.4g} ms" if goal.metric in LATENCIES else f"{value:.4g} {goal.unit}"

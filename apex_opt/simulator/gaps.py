@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def gaps_ns(
-    request: NDArray[np.int64], token_ns: NDArray[np.int64], generated: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def gaps_ns(request: NDArray[np.int64], token_ns: NDArray[np.int64], generated: NDArray[np.int64]) -> NDArray[np.int64]:
     """Times between consecutive tokens of the same request.
 
     Parameters
@@ -29,4 +27,4 @@ def gaps_ns(
     first = np.concatenate(([0], np.cumsum(np.bincount(request, minlength=len(generated)))))[:-1]
     kept = np.arange(len(request)) - first[request] < generated[request]
     request, token_ns = request[kept], token_ns[kept]
-    return np.diff(token_ns)[request[1:] == request[:-1]]
+    return np.asarray(np.diff(token_ns)[request[1:] == request[:-1]])

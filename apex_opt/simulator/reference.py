@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -384,7 +385,7 @@ def simulate(
     times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
     generated = np.array([sequence.limit for sequence in sequences])
     stopped = any(stop.passed(latencies_ns(stop.metric, *times, generated)) for stop in stops)
-    between = [b - a for s in sequences for a, b in zip(s.token_ns, s.token_ns[1:], strict=False)]
+    between = [b - a for s in sequences for a, b in pairwise(s.token_ns)]
     return replace(outcome, stopped=stopped, gaps_ns=np.array(between, np.int64) if log or gaps else None)
 
 
