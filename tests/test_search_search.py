@@ -25,7 +25,8 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import FAMILIES, space, violations
 from apex_opt.ir import load_model
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Answer, Candidate, Evaluator, Question, judge, load_objective, search
+from apex_opt.search import Answer, Candidate, Evaluator, Question, judge, load_objective, load_objectives, search
+from apex_opt.search.objective import NAMES
 from apex_opt.workload import load_trace, make_trace, parse_slos
 from formulations.plan_space import PlanSpace
 
@@ -89,6 +90,95 @@ def test_the_optimum_is_what_simulating_every_plan_without_bounds_finds(seed: in
     assert [c.plan for c in answer.candidates] == [
         c.plan for c in sorted(answer.candidates, key=lambda c: rank(question, c))
     ]
+
+
+def near_question(seed: int) -> Question:
+    """A random question whose first objective, or second, or both, have a tolerance."""
+    question = random_question(seed)
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.choice([n for n in NAMES if n != "cost"], size=2 + seed % 2, replace=False)]
+    shares = rng.choice([0.001, 0.02, 0.2, 0.5], size=len(names) - 1)
+    aims = [replace(load_objective(n), tolerance=float(s)) for n, s in zip(names, (*shares, 0.0), strict=True)]
+    if seed % 4 == 1:
+        aims[0] = replace(aims[0], tolerance=0.0)
+    return replace(question, objective=aims[0], then=tuple(aims[1:]), request_slos=parse_slos("ttft_max<=20ms"))
+
+
+def near_by_hand(question: Question, good: list[Candidate]) -> list[Candidate]:
+    """The plans left to choose from, objective by objective; of those left the best come first."""
+    begin = 0
+    for end, aim in enumerate(question.objectives, 1):
+        if not aim.tolerance:
+            continue
+        best = min(good, key=lambda c: rank(replace_objectives(question, begin, end), c)[0])
+        for part in question.objectives[begin:end]:
+            value = part.value(best.metrics)
+            if np.isnan(value):
+                continue
+            if part.maximise:
+                good = [c for c in good if part.value(c.metrics) >= value * (1 - part.tolerance)]
+            else:
+                good = [c for c in good if part.value(c.metrics) <= value * (1 + part.tolerance)]
+        begin = end
+    return sorted(good, key=lambda c: rank(replace_objectives(question, begin, None), c))
+
+
+def replace_objectives(question: Question, begin: int, end: int | None) -> Question:
+    first, *then = question.objectives[begin:end]
+    return replace(question, objective=first, then=tuple(then))
+
+
+@pytest.mark.parametrize("seed", range(200, 280))
+def test_within_a_tolerance_of_the_best_by_one_objective_the_best_by_the_next_is_found(seed: int) -> None:
+    question = near_question(seed)
+    answer = search(question, SPACE)
+    evaluator, instance = Evaluator(question), question.instance()
+    scored = [evaluator.simulate(plan) for plan in space(instance) if not violations(instance, plan)]
+    good = [c for c in scored if c.meets_slos]
+    if not good:
+        assert (answer.status, answer.best) == ("infeasible", None)
+        return
+    assert answer.best is not None
+    assert (answer.status, answer.best.plan) == ("optimal", near_by_hand(question, good)[0].plan)
+    assert answer.best.value == question.objective.value(answer.best.metrics) or np.isnan(answer.best.value)
+    certificate = answer.certificate
+    tolerant = sum(aim.tolerance > 0 for aim in question.objectives)
+    assert len(certificate.before) == tolerant
+    for each in (certificate, *certificate.before):
+        assert each.space == sum(each.infeasible.values()) + each.bounded + each.simulated
+        assert each.optimal
+
+
+def test_a_tolerance_lets_the_next_objective_choose_another_plan_in_some_of_these_questions() -> None:
+    changed = 0
+    for seed in range(200, 280):
+        question = near_question(seed)
+        exact = tuple(replace(aim, tolerance=0.0) for aim in question.objectives)
+        answers = [search(q, SPACE).best for q in (question, replace(question, objective=exact[0], then=exact[1:]))]
+        if answers[0] is not None and answers[1] is not None:
+            changed += answers[0].plan != answers[1].plan
+    assert changed >= 10
+
+
+def test_ties_by_the_first_objective_are_decided_by_the_second_in_some_of_these_questions() -> None:
+    decided = 0
+    for seed in SEEDS:
+        question = replace(random_question(seed), objective=load_objective("cost"), then=(load_objective("e2e_mean"),))
+        answers = [search(q, SPACE).best for q in (question, replace(question, then=()))]
+        if answers[0] is not None and answers[1] is not None:
+            assert answers[0].value == answers[1].value
+            decided += answers[0].plan != answers[1].plan
+    assert decided >= 5
+
+
+def test_a_time_limit_holds_over_all_searches_and_leaves_nothing_proved() -> None:
+    question = make_question(make_model((dense(hidden=1024, columns=4096), 4)), make_cluster(4), random_trace(1, 20))
+    aims = load_objectives("throughput~5%,e2e_mean")
+    question = replace(question, objective=aims[0], then=aims[1:], clocks=(None, 1200))
+    answer = search(question, SPACE, time_limit_s=1e-6)
+    assert answer.best is not None
+    assert (answer.status, answer.certificate.optimal, answer.certificate.gap) == ("feasible", False, None)
+    assert search(question, SPACE, time_limit_s=1e6) == search(question, SPACE)
 
 
 def test_these_questions_have_answers_of_every_kind() -> None:

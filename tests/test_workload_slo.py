@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.workload import Slo, parse_slos
-from apex_opt.workload.slo import FIGURES, LATENCIES, STATISTICS, percent
+from apex_opt.workload.slo import AT_LEAST, FIGURES, LATENCIES, STATISTICS, percent
 
 
 @pytest.mark.parametrize("metric", LATENCIES)
@@ -133,6 +133,10 @@ def test_the_percentile_of_a_statistic_is_its_number_and_that_of_the_maximum_100
 def test_figures_of_a_run_take_their_units_and_have_one_spelling(text: str, limit: float, canonical: str) -> None:
     (goal,) = parse_slos(text)
     assert (goal.limit, goal.text) == (limit, canonical)
+
+
+def test_more_is_better_of_requests_per_second_only() -> None:
+    assert set(AT_LEAST) == {name for name, unit in FIGURES.items() if unit == "requests/s"}
 
 
 def test_goals_mean_something_for_one_request_where_they_are_on_its_own_latency() -> None:
