@@ -9,6 +9,7 @@ from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
 from apex_opt.report.layout import amount, count, page, seconds, table
+from apex_opt.report.tables import aim
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,9 +96,9 @@ def _page(console: Console, document: Document) -> None:
     if document["best"] is None:
         _why_not(console, document)
     else:
-        best, unit = document["best"], document["objective"]["unit"]
+        best = document["best"]
         plan = (best["plan"], "bold green")
-        value = f"{document['objective']['name']} = {amount(best['value'], unit)}"
+        value = ", ".join(map(aim, (document["objective"], *document["then"])))
         console.print(
             Text.assemble("feasible: the best plan is ", plan, f" on {count(best['gpus'], 'GPU')}, {value}\n")
         )

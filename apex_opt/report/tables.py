@@ -37,8 +37,7 @@ def _answer(console: Console, document: Document) -> None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
         word = "plan as given" if document["command"] == "simulate" else "best plan"
-        aim = ", ".join(_aim(part) for part in (objective, *document["then"]))
-        text = f" on {count(best['gpus'], 'GPU')}, {aim}\n"
+        text = f" on {count(best['gpus'], 'GPU')}, {', '.join(map(aim, (objective, *document['then'])))}\n"
         console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
         if len(document["candidates"]) > 1:
             _candidates(console, document)
@@ -50,7 +49,7 @@ def _answer(console: Console, document: Document) -> None:
         provenance_table(console, document["provenance"])
 
 
-def _aim(objective: Document) -> str:
+def aim(objective: Document) -> str:
     """An objective and what the plan reaches of it; where others come after it, how near to the best it had to be."""
     near = f" (at most {100 * objective['tolerance']:.4g}% from the best)" if objective["tolerance"] else ""
     return f"{objective['name']} = {amount(objective['value'], objective['unit'])}{near}"
@@ -75,13 +74,13 @@ def _beside(console: Console, document: Document) -> None:
     other = document["beside"]
     rows = [
         (
-            aim,
+            best_for,
             plan["plan"],
             str(plan["gpus"]),
             f"{plan['metrics']['energy_j'] / 1e3:,.1f}",
             *(seconds(plan["metrics"][f"{name}_s"]["p95"]) for name in ("ttft", "tpot", "e2e")),
         )
-        for aim, plan in (("energy", document["best"]), (other["objective"], other["best"]))
+        for best_for, plan in (("energy", document["best"]), (other["objective"], other["best"]))
     ]
     head = ("best for", "plan", "GPUs", "kJ", "TTFT p95", "TPOT p95", "E2E p95")
     title = f"{other['energy_saving']:.1%} less energy than the best {other['objective']}"
@@ -202,10 +201,9 @@ def certificate_line(console: Console, document: Document) -> None:
     if document["command"] == "simulate" and document["best"] is not None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
         return
-    tolerant = [
-        part["name"] for part in (document.get("objective"), *document.get("then", ())) if part and part["tolerance"]
-    ]
-    for name, before in zip(tolerant, certificate.get("before", ()), strict=False):
+    aims = (document["objective"], *document["then"]) if "then" in document else ()
+    tolerant = [part["name"] for part in aims if part["tolerance"]]
+    for name, before in zip(tolerant, certificate["before"], strict=False):
         _proof(console, f"Certificate of the best {name}", before)
     _proof(console, "Certificate", certificate)
     if "check" in document:

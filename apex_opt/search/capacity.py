@@ -432,7 +432,7 @@ def _check_goals(question: Question) -> None:
             "--rate"
         )
     if tolerant := [part.name for part in question.objectives if part.tolerance]:
-        raise UsageError(f"--objective: {tolerant[0]} has a tolerance, which only plan knows; leave it out")
+        raise UsageError(f"--objective: {tolerant[0]} has a tolerance, which capacity does not know; leave it out")
 
 
 def _listed(question: Question, formulation: Formulation, plan: Plan | None, tell: Progress) -> _Space:
