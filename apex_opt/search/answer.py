@@ -89,6 +89,11 @@ def misses(metrics: Metrics, slos: Iterable[Slo]) -> str:
 
 
 def _reached(slo: Slo, value: float) -> str:
-    if slo.statistic == "attain":
-        return f"{value:.1%}"
-    return f"{value * 1e3:.4g} ms" if slo.metric in LATENCIES else f"{value:.4g} {slo.unit}"
+    return f"{value:.1%}" if slo.statistic == "attain" else in_words(slo, value)
+
+
+def in_words(slo: Slo, value: float) -> str:
+    """A value of what a goal limits, with a unit."""
+    if slo.metric in LATENCIES:
+        return f"{value * 1e3:.4g} ms"
+    return f"{value / 1e3:.4g} kJ" if slo.unit == "J" else f"{value:.4g} {slo.unit}"

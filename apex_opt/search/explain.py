@@ -16,13 +16,13 @@ from apex_opt.evaluate import FAMILIES
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
 from apex_opt.search.advice import MOST_GPUS, feasible, nearest, other_formats
-from apex_opt.search.answer import Answer, Candidate, misses
+from apex_opt.search.answer import Answer, Candidate, in_words, misses
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.objective import load_objective
 from apex_opt.search.search import ROUND, Formulation, judge, search, silent
 from apex_opt.simulator.metrics import per_request_s
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import AT_LEAST, FIGURES, LATENCIES
+from apex_opt.workload.slo import AT_LEAST, FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -335,9 +335,9 @@ def _of_goals(question: Question, goals: Goals, work: _Work) -> Clash:
             continue
         value, candidate = best
         among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
-        part = f"{goal.text}: {among} {candidate.plan} comes closest and reaches {_amount(goal, value)}"
+        part = f"{goal.text}: {among} {candidate.plan} comes closest and reaches {in_words(goal, value)}"
         if by_bound and goal.fraction is None and candidate.bound is not None:
-            part += f", its lower bound, as if no other request were there, is {_amount(goal, abs(candidate.bound))}"
+            part += f", its lower bound, as if no other request were there, is {in_words(goal, abs(candidate.bound))}"
         parts.append(part)
     proof: Proof = "bound" if by_bound else "simulation"
     return Clash(of=tuple(goal.text for goal in goals), proof=proof, facts=tuple(parts))
@@ -454,7 +454,7 @@ def _eased(question: Question, goal: Slo, others: Goals, work: _Work) -> tuple[S
 def _with_goals(question: Question, changes: dict[Slo, tuple[Slo, float]], work: _Work) -> list[Relaxation]:
     goals = tuple(changes[goal][0] if goal in changes else goal for goal in question.slos)
     text = " and ".join(
-        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {_amount(goal, value)}"
+        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {in_words(goal, value)}"
         for index, (goal, (new, value)) in enumerate(changes.items())
     )
     return _first([(replace(question, slos=goals), {"slo": ",".join(goal.text for goal in goals)}, text)], work)
@@ -576,7 +576,3 @@ def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, fl
         },
         "energy": {"idle draw": usage.idle_energy_j, "operations": usage.energy_j - usage.idle_energy_j},
     }
-
-
-def _amount(goal: Slo, value: float) -> str:
-    return f"{value * 1e3:.4g} ms" if goal.metric in LATENCIES else f"{value:.4g} {goal.unit}"
