@@ -102,10 +102,10 @@ def load_objectives(text: str) -> tuple[Objective, ...]:
 
 
 def _share(part: str, text: str) -> float:
-    """A share in percent, above 0 and below 100."""
+    """A share in percent, above 0 and at most 1000."""
     digits = text.removesuffix("%")
-    if text.endswith("%") and digits.replace(".", "", 1).isdecimal() and digits.isascii() and 0 < float(digits) < 100:
+    if text.endswith("%") and digits.replace(".", "", 1).isdecimal() and digits.isascii() and 0 < float(digits) <= 1000:
         return float(Decimal(digits) / 100)
     raise UsageError(
-        f"--objective: {part!r:.60}: a tolerance is a share above 0% and below 100%, e.g. energy~2%,e2e_p95"
+        f"--objective: {part!r:.60}: a tolerance is a share above 0% and at most 1000%, e.g. energy~2%,e2e_p95"
     )
