@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from apex_opt.search.objective import NAMES
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.simulator.metrics import per_request_s
 from apex_opt.workload import make_trace, parse_slos
+from apex_opt.workload.slo import FIGURES, LATENCIES
 
 if TYPE_CHECKING:
     from apex_opt.plan.plan import Plan
@@ -207,8 +209,9 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
     rng = np.random.default_rng(seed)
     # Goals on both sides of what the first plan reaches, near it and near what is impossible.
     first = make_question(MODELS[name], make_cluster(4), trace)
-    metrics = Evaluator(first).simulate(plans[0]).metrics
-    ruled_out = met = 0
+    first = replace(first, request_slos=parse_slos("ttft_max<=20ms,tpot_max<=9ms"))
+    metrics = Evaluator(first, gaps=True).simulate(plans[0]).metrics
+    ruled_out, met = Counter[str](), Counter[str]()
     for factor in (0.05, 0.2, 0.5, 0.9, 1.1):
         ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["mean"] * factor
         e2e, rate = metrics.latency_s["e2e"]["p50"] * factor, metrics.requests_per_s / factor
@@ -218,17 +221,26 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
             f"e2e<={e2e:.9f}s@60%",
             f"tpot<={tpot * 1e3:.9f}ms@90%",
             f"throughput>={rate:.9f}",
+            f"goodput>={max(metrics.value('goodput'), 1e-3) / factor:.9f}",
+            f"makespan<={metrics.makespan_s * factor:.9f}s",
+            f"itl_p90<={metrics.latency_s['itl']['p90'] * factor:.12f}s",
+            f"itl<={metrics.latency_s['itl']['p50'] * factor:.12f}s@70%",
+            f"energy<={2 * metrics.value('energy') * factor:.9f}J",
+            f"energy_per_token<={2 * metrics.value('energy_per_token') * factor:.9f}J",
+            f"cost<={4 * metrics.value('cost') * factor:.9f}",
+            f"cost_per_mtoken<={4 * metrics.value('cost_per_mtoken') * factor:.9f}",
         ):
-            question = make_question(MODELS[name], make_cluster(4), trace, goal)
+            question = replace(first, slos=parse_slos(goal))
             evaluator.question = question
             for index in rng.permutation(len(plans))[:6]:
                 possible = evaluator.bound(plans[index])[1]
                 holds = evaluator.simulate(plans[index]).meets_slos
                 assert possible or not holds, (str(plans[index]), goal)
-                ruled_out += not possible
-                met += holds
-    assert ruled_out > 10
-    assert met > 5
+                metric = question.slos[0].metric
+                ruled_out[metric] += not possible
+                met[metric] += holds
+    assert set(+ruled_out) == {*LATENCIES, *FIGURES}
+    assert len(+met) >= 8
 
 
 @pytest.mark.parametrize(

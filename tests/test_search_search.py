@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -460,6 +461,16 @@ def test_a_given_plan_is_scored_as_the_search_scores_it() -> None:
     assert answer.certificate.simulated == answer.certificate.space == 1
     question = make_question(load_model("llama-3.1-8b"), "4xh100-sxm", random_trace(1, 20))
     assert answer.best.value == Evaluator(question).simulate(answer.best.plan).value
+
+
+def test_a_given_plan_tells_times_between_tokens_unless_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = judged_plan("tp2").best
+    monkeypatch.setattr(sys.modules["apex_opt.search.search"], "MOST_GAPS", 10)
+    untold = judged_plan("tp2").best
+    assert told is not None
+    assert untold is not None
+    assert "itl" in told.metrics.latency_s and "itl" not in untold.metrics.latency_s
+    assert told.value == untold.value
 
 
 def test_a_given_plan_may_split_its_layers_unevenly() -> None:

@@ -184,6 +184,7 @@ def cluster_row(cluster: Cluster) -> Document:
         "idle_w": gpu.idle_w,
         "link": cluster.intra.kind,
         "link_bytes_per_s": cluster.intra.bytes_per_s,
+        "usd_per_gpu_h": gpu.price_per_h,
         "profile": f"measured (profiles/{gpu.profile})" if gpu.profile else "derived from the datasheet",
         "sources": dict(gpu.sources),
     }
