@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
 
-_OF_GPUS: Final = ("energy", "energy_per_token", "cost", "cost_per_mtoken")
+_ENERGIES: Final = ("energy", "energy_per_token")
+
+_OF_GPUS: Final = (*_ENERGIES, "cost", "cost_per_mtoken")
 """Figures that depend on how many GPUs there are, so that replicas do not have them in common."""
 
 
@@ -103,7 +105,7 @@ class Evaluator:
         metrics = self.floor(plan)
         energy_j = power.idle_w * plan.devices * metrics.makespan_s
         asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
-        if any(part.metric in ("energy", "energy_per_token") for part in asked):
+        if any(part.metric in _ENERGIES for part in asked):
             most_j = power.limit_w * plan.devices * metrics.makespan_s
             energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
         least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
@@ -208,7 +210,7 @@ class Evaluator:
             decoding=self._decoding,
             output_tokens=self._generated,
             request_s=request_s,
-            least_j=self._least_joules(plan) * (1 - ROUNDING),
+            least_j=self._least_joules(plan) * (1 - ROUNDING) if question.asks(*_ENERGIES) else 0.0,
             idle_w=power.idle_w * plan.devices,
             limit_w=power.limit_w * plan.devices,
             cost_per_h=question.cost_per_h(plan),
