@@ -111,7 +111,7 @@ def _run_pareto(options: dict[str, Any]) -> int:
     from formulations.plan_space import PlanSpace
 
     objectives = [load_objective(name.strip()) for name in options["objective"].split(",")]
-    question = ask(Options.of(options | {"objective": objectives[0].name}), most_gpus=LARGEST_SEARCH)
+    question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
     with Progress() as progress:
         front = pareto(question, objectives, PlanSpace(), progress)
     provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)

@@ -15,7 +15,7 @@ from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
-from apex_opt.search import Question, load_objective
+from apex_opt.search import Question, load_objectives
 from apex_opt.workload import load_trace, parse_slos
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Options:
     trace: str
     objective: str
     slo: str | None
+    price: float | None
     weights: str | None
     kv: str | None
     gpus: int | None
@@ -77,7 +78,7 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
     ------
     ApexError    anything unknown, unreadable or out of range, in one line
     """
-    objective = load_objective(options.objective)
+    objective, *then = load_objectives(options.objective)
     slos = parse_slos(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
         raise UnknownNameError("routing", options.routing, ROUTINGS)
@@ -86,6 +87,8 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
     cluster = load_cluster(options.cluster)
+    if options.price is not None:
+        cluster = replace(cluster, gpu=cluster.gpu.priced(options.price, "given: --price"))
     gpus = cluster.size if options.gpus is None else options.gpus
     if not 1 <= gpus <= cluster.size:
         raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {cluster.name}")
@@ -126,6 +129,7 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         settings=settings,
         overhead=overhead,
         objective=objective,
+        then=tuple(then),
         slos=slos,
         weight_formats=weight_formats,
         kv_formats=kv_formats,

@@ -103,6 +103,17 @@ _PROFILES: Final = Option(
     "(needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those shipped.",
 )
 
+_AIMS: Final = (
+    "ttft, tpot, itl (between tokens) or e2e with _mean, _max or a percentile such as _p95 or _p99.9; makespan; "
+    "throughput; goodput (requests/s within the latency goals); energy (J); energy_per_token (J); cost ($/h); "
+    "cost_per_mtoken ($ per million output tokens)"
+)
+_GOALS: Final = (
+    '"ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests), "itl<=50ms@99%" (of the gaps between tokens), '
+    '"throughput>=10" or "goodput>=10" (requests/s), "makespan<=60s", "energy<=200kJ", "energy_per_token<=2J", '
+    '"cost<=20$/h", "cost_per_mtoken<=3$"'
+)
+
 _QUESTION: Final = (
     Option(
         name="model",
@@ -133,13 +144,19 @@ _QUESTION: Final = (
     Option(
         name="objective",
         default="e2e_mean",
-        text="What to make best: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; makespan, throughput or "
-        "energy.",
+        text=f"What to make best: {_AIMS}. Of several, as in energy,e2e_p95, the later ones decide between plans equal "
+        "by those before; with energy~2%,e2e_p95 all within 2% of the least energy count as equal.",
     ),
     Option(
         name="slo",
-        text='Goals that must all hold, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests) or '
-        '"throughput>=10" (requests/s).',
+        text=f"Goals that must all hold, such as {_GOALS}.",
+    ),
+    Option(
+        name="price",
+        kind=float,
+        least=1e-6,
+        most=1e6,
+        text="$ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.",
     ),
     Option(
         name="weights",
@@ -253,8 +270,8 @@ _CHECK: Final = Option(
 _LATENCY: Final = Option(
     name="latency",
     default="e2e_mean",
-    text="Latency whose best plan, at the highest clock, is shown beside: ttft, tpot or e2e with _mean, _p50, _p90, "
-    "_p95, _p99 or _max; or makespan.",
+    text="Latency whose best plan, at the highest clock, is shown beside: ttft, tpot, itl or e2e with _mean, _max or a "
+    "percentile such as _p95; or makespan.",
 )
 _REQUESTS: Final = Option(name="requests", suffix=".csv", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(
@@ -307,10 +324,8 @@ _TARGET: Final = Option(
     name="target", default="profiles", text="Folder to write to; <accelerator>/<source> in it is replaced."
 )
 _ELSEWHERE: Final = {
-    "objective": "Figure to show first: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; makespan, "
-    "throughput or energy.",
-    "slo": 'Goals to judge by, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests) or '
-    '"throughput>=10" (requests/s).',
+    "objective": f"Figure to show first, or several: {_AIMS}.",
+    "slo": f"Goals to judge by, such as {_GOALS}.",
     "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a16, w4a16, w4a16g32, mxfp4 or nvfp4; by "
     "default the model's own.",
     "clock": "GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.",
@@ -319,20 +334,18 @@ _ELSEWHERE: Final = {
 _BY_RATE: Final[Mapping[str, Mapping[str, Any]]] = {
     "slo": {
         "default": REQUIRED,
-        "text": 'Latency goals that must all hold, such as "ttft_p95<=500ms,tpot_p95<=50ms" or "ttft<=1s@99%" (of the '
-        "requests).",
+        "text": 'Goals that must all hold, on latencies or cost, such as "ttft_p95<=500ms,tpot_p95<=50ms", '
+        '"ttft<=1s@99%" (of the requests) or "itl_p99<=80ms".',
     },
     "objective": {
-        "text": "With --rate, what makes a plan best among those on the fewest GPUs: ttft, tpot or e2e with _mean, "
-        "_p50, _p90, _p95, _p99 or _max; makespan, throughput or energy."
+        "text": f"With --rate, what makes a plan best among those on the fewest GPUs, or several in turn: {_AIMS}."
     },
 }
 
 _FRONT: Final[Mapping[str, Mapping[str, Any]]] = {
     "objective": {
         "default": "e2e_mean,energy",
-        "text": "Two or three figures to make best: ttft, tpot or e2e with _mean, _p50, _p90, _p95, _p99 or _max; "
-        "makespan, throughput or energy.",
+        "text": f"Two or three figures to make best: {_AIMS}.",
     },
     "clock": {"default": "all"},
 }

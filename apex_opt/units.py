@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Final
 
 NS_PER_S: Final = 1_000_000_000
+S_PER_H: Final = 3600
 NS_PER_MS: Final = 1_000_000
 NS_PER_US: Final = 1_000
 KIB: Final = 1 << 10

@@ -18,6 +18,7 @@ from apex_opt.search import Evaluator, Question, load_objective
 from apex_opt.search.objective import NAMES
 from apex_opt.units import GIB
 from apex_opt.workload import Trace, make_trace, parse_slos
+from apex_opt.workload.slo import AT_LEAST, FIGURES
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
+    from apex_opt.simulator.metrics import Metrics
 
 SMALL = EngineSettings(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=2048)
 OVERHEAD = EngineOverhead(
@@ -59,6 +61,7 @@ def make_gpu(**changes: Any) -> Gpu:
         "tdp_w": 700.0,
         "clock_mhz": 1980.0,
         "idle_w": 125.0,
+        "price_per_h": 2.5,
     }
     return Gpu(**(figures | changes))
 
@@ -311,11 +314,14 @@ def random_question(seed: int) -> Question:
     kept = pairs[: rng.integers(1, 3)]
     trace = random_trace(seed, 25, closed=rng.random() < 0.3)
     other = np.random.default_rng(seed + 2000)
+    names = [str(name) for name in rng.choice(NAMES, size=3, replace=False)]
     question = make_question(
         model,
         make_cluster(gpus // nodes, nodes),
         trace,
-        objective=str(rng.choice(NAMES)),
+        "ttft<=50ms@1%",
+        objective=names[0],
+        then=tuple(load_objective(name) for name in names[1 : int(other.choice([1, 1, 2, 3]))]),
         routing="least_loaded" if rng.random() < 0.3 else "round_robin",
         settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7)),
         weight_formats=tuple(str(w) for w, _ in kept),
@@ -334,12 +340,26 @@ def random_question(seed: int) -> Question:
     if rng.random() < 0.7:
         feasible = [p for p in plans if not violations(question.instance(), p)]
         if feasible:
-            metrics = Evaluator(question).simulate(feasible[rng.integers(len(feasible))]).metrics
+            metrics = Evaluator(question, gaps=True).simulate(feasible[rng.integers(len(feasible))]).metrics
             factor = float(rng.choice([0.02, 0.8, 1.0000001, 1.5]))
             ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["max"] * factor
             goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_max<={tpot:.12f}s", f"tpot<={tpot:.12f}s@80%"]
-            question = replace(question, slos=parse_slos(",".join(goals[int(rng.integers(3)) :])))
+            goals = goals[int(rng.integers(3)) :]
+            if other.random() < 0.6:
+                goals.append(random_goal(other, metrics, factor))
+            question = replace(question, slos=parse_slos(",".join(goals)))
     return question
+
+
+def random_goal(rng: np.random.Generator, metrics: Metrics, factor: float) -> str:
+    """A goal on a figure of a run, or on times between tokens, so many times off what the run reaches."""
+    itl = metrics.latency_s["itl"]["p90"] * factor
+    units = {"s": "s", "J": "J", "J/token": "J", "requests/s": "", "$/h": "$/h", "$/Mtoken": "$"}
+    values = {name: metrics.value(name) for name in FIGURES}
+    signs = {name: ">=" if name in AT_LEAST else "<=" for name in FIGURES}
+    limits = {name: max(value / factor if name in AT_LEAST else value * factor, 1e-9) for name, value in values.items()}
+    goals = [f"{name}{signs[name]}{limits[name]:.12f}{units[unit]}" for name, unit in FIGURES.items()]
+    return str(rng.choice([*goals, f"itl_p90<={itl:.12f}s", f"itl<={itl:.12f}s@90%"]))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from golden.condense import digest
 from hypothesis import strategies as st
 
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.search.bounds import StageFloor
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law
 from apex_opt.units import ceil_div
@@ -64,6 +64,12 @@ class Case:
     def having(self, **changes: Any) -> Case:
         """The case with some arguments exchanged."""
         return replace(self, **changes)
+
+
+def alone(case: Case) -> Outcome:
+    """Times that no request of a case can beat."""
+    overtaking = may_preempt(case.settings, case.blocks, case.trace)
+    return isolated(case.settings, floors_of(case.laws), case.trace, overtaking=overtaking)
 
 
 def floors_of(laws: Sequence[BatchLaw]) -> list[StageFloor]:

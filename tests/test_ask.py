@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from apex_opt.ask import Options, ask, ask_plan
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.options import LARGEST_BATCH, method
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}
 
@@ -30,6 +34,48 @@ def test_a_question_holds_what_was_asked() -> None:
 
 def test_all_gpus_are_offered_unless_fewer_are_asked_for() -> None:
     assert ask(options()).max_devices == 8
+
+
+def test_a_price_that_is_given_stands_in_place_of_the_catalogues() -> None:
+    gpu = ask(options(cluster="2xh100-sxm")).cluster.gpu
+    priced = ask(options(cluster="2xh100-sxm", price=2.25)).cluster.gpu
+    assert (gpu.price_per_h, priced.price_per_h) == (3.0, 2.25)
+    assert dict(gpu.sources)["price_per_h"].startswith("assumed")
+    assert dict(priced.sources)["price_per_h"] == "given: --price"
+    assert replace(priced, price_per_h=gpu.price_per_h, sources=gpu.sources) == gpu
+
+
+def test_a_cost_of_gpus_without_a_price_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'nodes = 1\ngpus_per_node = 1\n[gpu]\nname = "mine"\nmemory_gib = 80\nmemory_gb_per_s = 3000\n'
+        "tflops = { bf16 = 900 }\ntdp_w = 700\n"
+    )
+    assert ask(options(cluster=str(file))).cluster.gpu.price_per_h is None
+    for asked in ({"objective": "cost"}, {"objective": "energy,cost_per_mtoken"}, {"slo": "cost<=3$/h"}):
+        with pytest.raises(UsageError, match=r"no price is stated for mine.*--price, or gpu\.price_per_h"):
+            ask(options(cluster=str(file), **asked))
+        assert ask(options(cluster=str(file), price=2.0, **asked)).cluster.gpu.price_per_h == 2.0
+    file.write_text(file.read_text() + "price_per_h = 1.5\n")
+    gpu = ask(options(cluster=str(file), objective="cost")).cluster.gpu
+    assert (gpu.price_per_h, dict(gpu.sources)["price_per_h"]) == (1.5, "stated in mine.toml")
+
+
+def test_several_objectives_are_asked_in_their_order() -> None:
+    question = ask(options(objective="energy~2%,e2e_p99.9,cost", slo="ttft_p12.5<=1s,tpot<=1s@99%"))
+    assert [(part.name, part.tolerance) for part in question.objectives] == [
+        ("energy", 0.02),
+        ("e2e_p99.9", 0.0),
+        ("cost", 0.0),
+    ]
+    assert question.percentiles == ("p12.5", "p99.9")
+    assert [question.asks(name) for name in ("energy", "cost", "itl", "tpot", "goodput")] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_the_seed_reaches_described_traces() -> None:
@@ -71,7 +117,12 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
     [
         ({"objective": "e2e"}, "unknown objective 'e2e'; did you mean"),
         ({"objective": "latency"}, "unknown objective 'latency'"),
-        ({"objective": "ttft_p42"}, "unknown objective 'ttft_p42'; did you mean ttft_p"),
+        ({"objective": "ttft_q95"}, "unknown objective: statistic of ttft 'q95'; did you mean p95"),
+        ({"objective": "energy,energy"}, "--objective: 'energy,energy' names energy twice"),
+        ({"objective": "energy~2%"}, "has a tolerance and nothing after it"),
+        ({"objective": "goodput"}, "goodput counts requests within their latency goals, and there are none"),
+        ({"objective": "goodput", "slo": "ttft_mean<=1s,itl_p95<=1s"}, "give percentiles or shares of ttft"),
+        ({"slo": "goodput>=5"}, "goodput counts requests"),
         ({"slo": "tpot"}, "SLO 'tpot': expected METRIC_STATISTIC<=LIMIT"),
         ({"slo": "tpot_p95<=0ms"}, "the limit must be above 0"),
         ({"slo": "tpot_p95<=nanms"}, "the limit must be a number and a unit"),

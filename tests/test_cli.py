@@ -126,6 +126,7 @@ def test_tables_and_json_have_the_same_figures(planned: tuple[dict[str, Any], st
     assert numbers_in(rows["throughput"]) == [
         pytest.approx(metrics[key], rel=0.01) for key in ("throughput_rps", "output_tokens_per_s", "total_tokens_per_s")
     ]
+    assert numbers_in(rows["goodput"])[0] == pytest.approx(metrics["goodput_rps"], rel=0.01)
     assert numbers_in(rows["energy"]) == [
         pytest.approx(value, rel=0.05, abs=0.06)
         for value in (
@@ -167,6 +168,30 @@ def numbers_in(line: str) -> list[float]:
     return [float(text.replace(",", "")) for text in re.findall(r"\d[\d,]*(?:\.\d+)?", line)]
 
 
+def test_several_objectives_costs_and_goals_on_every_figure_are_answered_and_replayed() -> None:
+    goals = (
+        "ttft_p95<=1s,itl_p99.9<=1s,itl<=1s@99%,goodput>=0.001,makespan<=1000s,energy<=1MJ,energy_per_token<=1kJ,"
+        "cost<=100$/h,cost_per_mtoken<=100000$"
+    )
+    words = (*CHEAP, f"--slo={goals}", "--price=2.5", "--objective=cost~150%,e2e_p99.9", "--check")
+    ran = run("plan", *words, "--format=json")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    best = document["best"]
+    assert document["check"]["holds"]
+    assert best["metrics"]["cost_usd_per_h"] == best["value"] == 2.5 * best["gpus"]
+    assert len(document["certificate"]["before"]) == 1
+    assert list(best["metrics"]["slo"]) == goals.split(",")
+    assert all(slo["met"] for slo in best["metrics"]["slo"].values())
+    alone = json.loads(run("plan", *CHEAP, "--objective=e2e_p99.9", "--format=json").out)["best"]
+    assert best["then"] == [alone["value"]]
+    cheapest = json.loads(run("plan", *CHEAP, "--objective=cost", "--format=json").out)["best"]
+    assert cheapest["gpus"] < best["gpus"]
+    table = run("plan", *words)
+    assert "given: --price" in table.out
+    assert "the certificate holds" in " ".join(table.out.split())
+
+
 def test_progress_is_on_stderr_only(planned: tuple[dict[str, Any], str]) -> None:
     ran = run("plan", *CHEAP, "--format=json")
     json.loads(ran.out)
@@ -183,6 +208,8 @@ def test_a_simulated_plan_equals_the_same_plan_found(planned: tuple[dict[str, An
     assert ran.code == 0
     document = json.loads(ran.out)
     assert document["best"]["plan"] == best["plan"]
+    between = document["best"]["metrics"].pop("itl_s")
+    assert between["p50"] <= between["p95"] <= between["max"]
     assert document["best"]["metrics"] == best["metrics"]
     assert document["best"]["memory"] == best["memory"]
 
@@ -281,7 +308,7 @@ def test_the_highest_rate_of_one_plan_is_asked_for_by_its_text() -> None:
             (*CHEAP[:2], "--trace=closed:concurrency=2,n=6", "--slo=ttft_p95<=1s"),
             "is a closed loop, so there is no rate",
         ),
-        ((*OPEN[:3], "--slo=throughput>=3"), "throughput>=3 is a goal on the rate itself"),
+        ((*OPEN[:3], "--slo=throughput>=3"), "throughput>=3 moves with the rate itself"),
         (OPEN[:3], "capacity: needs --slo"),
         ((*OPEN, "--rate=0"), "--rate: 0.0 is not between 1e-06 and 1000000"),
         ((*OPEN, "--resolution=2"), "--resolution: 2.0 is not between 0.001 and 1"),

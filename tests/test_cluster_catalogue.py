@@ -89,8 +89,11 @@ def test_bad_specs_get_one_clear_line(spec: object, error: type[ApexError], mess
 def test_every_catalogue_cluster_loads_and_every_figure_has_a_source(spec: str) -> None:
     cluster = load_cluster(spec)
     sources = dict(cluster.gpu.sources)
-    figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz"}
+    figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz", "price_per_h"}
     assert set(sources) == figures | ({"overlapped_launch"} if cluster.gpu.overlapped_launch else set())
+    assert sources["price_per_h"].startswith("assumed: ")
+    assert cluster.gpu.price_per_h is not None
+    assert 0.1 < cluster.gpu.price_per_h < 20
     assert all(len(text) > 15 for text in sources.values())
     assert cluster.inter is not None
     assert cluster.intra.source and cluster.inter.source

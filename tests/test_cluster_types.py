@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import networkx as nx
 import pytest
+from plan_cases import make_gpu
 
 from apex_opt.cluster import MAX_GPUS, Cluster, Gpu, Link, load_cluster
 from apex_opt.errors import InputError, UsageError
@@ -97,3 +98,12 @@ def test_paths_in_the_graph_add_up_to_the_links_they_stand_for() -> None:
         assert sum(edge["latency_s"] for edge in edges) == pytest.approx(link.latency_s)
         assert min(edge["bytes_per_s"] for edge in edges) == link.bytes_per_s
     assert len(load_cluster("h200-sxm").graph()) == 2
+
+
+def test_a_price_is_a_number_above_nothing_and_keeps_its_source() -> None:
+    with pytest.raises(InputError, match="price_per_h = 0 must be a finite number above 0"):
+        make_gpu(price_per_h=0)
+    gpu = make_gpu(price_per_h=None, sources=(("tdp_w", "datasheet"),))
+    priced = gpu.priced(2.5, "given").priced(3.5, "given again")
+    assert priced.price_per_h == 3.5
+    assert dict(priced.sources) == {"tdp_w": "datasheet", "price_per_h": "given again"}

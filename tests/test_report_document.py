@@ -11,7 +11,9 @@ import pytest
 from apex_opt.ask import Options, ask, ask_plan
 from apex_opt.options import method
 from apex_opt.report import answer_document, cluster_row, listing_document, model_row, trace_row
-from apex_opt.search import Answer, Certificate, Question, judge
+from apex_opt.report.document import candidate_document
+from apex_opt.search import Answer, Certificate, Evaluator, Question, judge
+from apex_opt.workload import parse_slos
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
 
@@ -30,6 +32,7 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
         "command",
         "status",
         "objective",
+        "then",
         "reason",
         "best",
         "candidates",
@@ -70,8 +73,63 @@ def test_metrics_are_those_of_the_candidate() -> None:
         "met": True,
         "reached": best.metrics.latency_s["ttft"]["p95"],
         "attainment": 1.0,
+        "unit": "s",
     }
     assert metrics["slo"]["throughput>=1"]["reached"] == best.metrics.requests_per_s
+
+
+def test_times_between_tokens_are_told_of_a_given_plan_and_of_others_where_asked_for() -> None:
+    question, answer = scored()
+    assert answer.best is not None
+    metrics = answer_document("simulate", question, answer, {})["best"]["metrics"]
+    assert metrics["itl_s"] == answer.best.metrics.latency_s["itl"]
+    plain = Evaluator(question).simulate(answer.best.plan)
+    assert "itl_s" not in candidate_document(question, plain)["metrics"]
+    asked = replace(question, slos=parse_slos("itl_p99.9<=1s"))
+    metrics = candidate_document(asked, Evaluator(asked).simulate(answer.best.plan))["metrics"]
+    assert list(metrics["itl_s"]) == list(metrics["ttft_s"]) == ["mean", "p50", "p90", "p95", "p99", "p99.9", "max"]
+    assert metrics["slo"]["itl_p99.9<=1s"]["reached"] == metrics["itl_s"]["p99.9"]
+
+
+def test_costs_are_told_where_asked_for_and_where_the_price_is_not_an_assumed_one() -> None:
+    def told(**given: Any) -> dict[str, Any]:
+        question, answer = scored(**given)
+        assert answer.best is not None
+        provenance = Evaluator(question).provenance([answer.best.plan])
+        document = answer_document("simulate", question, answer, provenance)
+        names = ("cost_usd_per_h", "cost_usd_per_mtoken")
+        found = {name: document["best"]["metrics"].get(name) for name in names}
+        price = document["question"]["cluster"].get("usd_per_gpu_h")
+        return found | {"price": price, "source": document["provenance"].get("price")}
+
+    assert set(told().values()) == {None}
+    assumed = told(objective="cost")
+    assert (assumed["price"], assumed["cost_usd_per_h"]) == (3.8, 7.6)
+    assert assumed["source"].startswith("$3.8 per GPU and hour; assumed: ")
+    given = told(price=2.5)
+    assert (given["cost_usd_per_h"], given["source"]) == (5.0, "$2.5 per GPU and hour; given: --price")
+    answer = scored(price=2.5)[1]
+    assert answer.best is not None
+    hours = answer.best.metrics.makespan_s / 3600
+    assert given["cost_usd_per_mtoken"] == pytest.approx(5.0 * hours / 64 * 1e6)
+
+
+def test_goodput_is_told_where_requests_have_limits() -> None:
+    question, answer = scored(slo="ttft_p95<=1us")
+    metrics = answer_document("simulate", question, answer, {})["best"]["metrics"]
+    assert metrics["goodput_rps"] == 0.0
+    question, answer = scored(slo="throughput>=1")
+    assert "goodput_rps" not in answer_document("simulate", question, answer, {})["best"]["metrics"]
+
+
+def test_every_objective_is_told_in_turn_with_its_tolerance() -> None:
+    question, answer = scored(objective="energy~2%,ttft_p95")
+    document = answer_document("simulate", question, answer, {})
+    assert answer.best is not None
+    assert (document["objective"]["name"], document["objective"]["tolerance"]) == ("energy", 0.02)
+    (then,) = document["then"]
+    assert (then["name"], then["tolerance"]) == ("ttft_p95", 0.0)
+    assert then["value"] == answer.best.metrics.latency_s["ttft"]["p95"] == document["best"]["then"][0]
 
 
 def test_memory_is_listed_per_stage() -> None:

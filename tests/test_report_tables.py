@@ -18,6 +18,7 @@ CANDIDATE: dict[str, Any] = {
     "plan": "dp2 pp2[41,39] attn(tp2) ffn(tp2) bf16",
     "gpus": 8,
     "value": 2.51,
+    "then": [],
     "bound": 2.0,
     "metrics": {
         "ttft_s": LATENCY,
@@ -28,9 +29,9 @@ CANDIDATE: dict[str, Any] = {
         "output_tokens_per_s": 842.4,
         "total_tokens_per_s": 1690.2,
         "slo": {
-            "ttft_p95<=50ms": {"met": False, "reached": 0.0688, "attainment": 0.81},
-            "e2e<=9s@90%": {"met": True, "reached": 0.95, "attainment": 0.95},
-            "throughput>=1": {"met": True, "reached": 3.862, "attainment": 1.0},
+            "ttft_p95<=50ms": {"met": False, "reached": 0.0688, "attainment": 0.81, "unit": "s"},
+            "e2e<=9s@90%": {"met": True, "reached": 0.95, "attainment": 0.95, "unit": "share"},
+            "throughput>=1": {"met": True, "reached": 3.862, "attainment": 1.0, "unit": "requests/s"},
         },
         "energy_j": 907_654.0,
         "idle_energy_j": 259_000.0,
@@ -59,7 +60,8 @@ CANDIDATE: dict[str, Any] = {
 DOCUMENT: dict[str, Any] = {
     "command": "plan",
     "status": "optimal",
-    "objective": {"name": "e2e_mean", "unit": "s", "direction": "minimise", "value": 2.51},
+    "objective": {"name": "e2e_mean", "unit": "s", "direction": "minimise", "tolerance": 0.0, "value": 2.51},
+    "then": [],
     "reason": None,
     "best": CANDIDATE,
     "candidates": [CANDIDATE, {**CANDIDATE, "plan": "dp2 attn(dp2,tp2) ffn(dp2,tp2) w4a16 kv=fp8"}],
@@ -73,6 +75,7 @@ DOCUMENT: dict[str, Any] = {
         "missed": 2,
         "optimal": True,
         "gap": 0.0,
+        "before": [],
     },
     "question": {
         "model": {"name": "llama-3.1-70b", "parameters": 70_553_706_496},
@@ -251,11 +254,61 @@ def test_an_encoding_without_rules_gets_dashes(monkeypatch: pytest.MonkeyPatch) 
         (None, "s", "-"),
         (907_654.0, "J", "907.7 kJ"),
         (3.862, "requests/s", "3.862 requests/s"),
+        (1.2345, "J/token", "1.234 J/token"),
+        (24.0, "$/h", "24.000 $/h"),
     ],
 )
 def test_figures_have_the_unit_that_suits_them(value: float | None, unit: str, expected: str) -> None:
-    objective = {"name": "aim", "unit": unit, "direction": "minimise", "value": value}
+    objective = {"name": "aim", "unit": unit, "direction": "minimise", "tolerance": 0.0, "value": value}
     assert f"aim = {expected}\n" in answer(objective=objective)
+
+
+def test_several_objectives_are_told_with_their_tolerances_and_each_has_a_column_and_a_proof() -> None:
+    energy = {"name": "energy", "unit": "J", "direction": "minimise", "tolerance": 0.02, "value": 907_654.0}
+    then = {"name": "e2e_p99.9", "unit": "s", "direction": "minimise", "tolerance": 0.0, "value": 2.5}
+    before = {**DOCUMENT["certificate"], "simulated": 7, "cut_short": 0, "missed": 0}
+    candidates = [{**candidate, "value": 907_654.0, "then": [2.5]} for candidate in DOCUMENT["candidates"]]
+    text = answer(
+        objective=energy,
+        then=[then],
+        candidates=candidates,
+        certificate={**DOCUMENT["certificate"], "before": [before]},
+    )
+    flat = " ".join(text.split())
+    assert "energy = 907.7 kJ (at most 2% from the best), e2e_p99.9 = 2.50 s Candidates" in flat
+    head, _, first, *_ = block(text, "Candidates")
+    assert head.split()[3:5] == ["energy", "e2e_p99.9"]
+    assert "907.7 kJ     2.50 s" in first
+    assert "Certificate of the best energy: 1,131 plans in the space" in flat
+    assert "7 simulated: every plan" in flat
+    assert "16 simulated (3 cut short, 2 missed an SLO): every plan" in flat
+
+
+def test_costs_goodput_and_times_between_tokens_have_their_place_where_they_are_known() -> None:
+    metrics = {
+        **CANDIDATE["metrics"],
+        "itl_s": LATENCY,
+        "goodput_rps": 3.5,
+        "cost_usd_per_h": 24.0,
+        "cost_usd_per_mtoken": 2.0216,
+        "slo": {
+            "goodput>=3": {"met": True, "reached": 3.5, "attainment": 1.0, "unit": "requests/s"},
+            "energy_per_token<=2J": {"met": False, "reached": 4.157, "attainment": 0.0, "unit": "J/token"},
+            "itl<=50ms@99%": {"met": True, "reached": 0.995, "attainment": 0.995, "unit": "share"},
+            "itl_p99<=80ms": {"met": True, "reached": 0.0431, "attainment": 0.997, "unit": "s"},
+        },
+    }
+    text = answer(best={**CANDIDATE, "metrics": metrics})
+    assert [line.split()[0] for line in block(text, "Latency")[2:]] == ["TTFT", "TPOT", "ITL", "E2E"]
+    service = [" ".join(line.split()) for line in block(text, "Service")]
+    assert service[:4] == [
+        "SLO goodput>=3: met, 3.500 requests/s",
+        "SLO energy_per_token<=2J: MISSED, 4.157 J/token",
+        "SLO itl<=50ms@99%: met, 99.5% of gaps within",
+        "SLO itl_p99<=80ms: met, 43.1 ms reached, 99.7% of gaps within",
+    ]
+    assert "goodput 3.500 requests/s, 90.6% of them, keep to the limits of the goals themselves" in service
+    assert "cost 24.00 $/h; 2.022 $ per million output tokens" in service
 
 
 def test_lists_have_a_row_for_each_thing_named() -> None:

@@ -368,7 +368,8 @@ def test_any_objective_chooses_among_the_plans_on_the_fewest_gpus(objective: str
         (random_trace(1, 10, closed=True), "ttft_p95<=1s", "is a closed loop, so there is no rate"),
         (make_trace(name="s", arrival_ns=[5, 5], prompt=[9, 9], output=[9, 9]), "ttft_p95<=1s", "arrive at once"),
         (make_trace(name="s", arrival_ns=[5], prompt=[9], output=[9]), "ttft_p95<=1s", "arrive at once"),
-        (random_trace(1, 10), "ttft_p95<=1s,throughput>=3", "throughput>=3 is a goal on the rate itself"),
+        (random_trace(1, 10), "ttft_p95<=1s,throughput>=3", "throughput>=3 moves with the rate itself"),
+        (random_trace(1, 10), "ttft_p95<=1s,energy<=3kJ", "energy<=3kJ moves with the rate itself"),
         (random_trace(1, 10), "", "needs goals that end it"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from plan_cases import make_cluster, make_question, random_question, random_trace
 
 from apex_opt.ir import load_model
-from apex_opt.search import Answer, Question, check, load_objective, search
+from apex_opt.search import Answer, Question, check, load_objective, load_objectives, search
 from formulations.plan_space import PlanSpace
 
 SEEDS = range(100, 200)
@@ -41,6 +41,27 @@ def test_the_certificate_of_every_answer_holds_when_replayed(seed: int) -> None:
     assert found.disagreements == ()
     assert (found.meeting == 0) == (answer.best is None)
     assert found.space == sum(found.infeasible.values()) + found.repeated + found.simulated
+
+
+@pytest.mark.parametrize("seed", SEEDS[:40])
+@pytest.mark.parametrize("aims", ["cost,e2e_mean", "energy~5%,itl_p99", "e2e_mean~20%,cost~50%,energy_per_token"])
+def test_the_certificate_of_several_objectives_holds_when_replayed(seed: int, aims: str) -> None:
+    objective, *then = load_objectives(aims)
+    question = replace(random_question(seed), objective=objective, then=tuple(then))
+    assert check(question, search(question, SPACE)).disagreements == ()
+
+
+@pytest.mark.parametrize("aims", ["cost,energy", "energy~50%,e2e_mean"])
+def test_a_plan_that_is_best_by_the_first_objective_alone_is_found_out(aims: str) -> None:
+    objective, *then = load_objectives(aims)
+    question = replace(honest()[0], objective=objective, then=tuple(then), clocks=(None, 1500, 900))
+    answer = search(question, SPACE)
+    alone = search(replace(question, objective=load_objective(objective.name), then=()), SPACE)
+    assert answer.best is not None
+    assert alone.best is not None
+    assert answer.best.plan != alone.best.plan
+    said = disagreements(question, replace(answer, best=alone.best))
+    assert f"{answer.best.plan} comes before {alone.best.plan}" in said
 
 
 @pytest.mark.parametrize("objective", ["energy", "e2e_mean"])

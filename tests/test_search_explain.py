@@ -15,7 +15,7 @@ from apex_opt.evaluate import space, violations
 from apex_opt.ir import load_model
 from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import default_kv_format, parse_plan
-from apex_opt.search import Candidate, Evaluator, Question, judged, search
+from apex_opt.search import Candidate, Evaluator, Question, search
 from apex_opt.search.explain import Clash, Explanation, Relaxation, compare, explain, explained
 from apex_opt.search.explain.clashes import find_clashes, smallest_clash
 from apex_opt.search.explain.relaxations import other_weights
@@ -203,7 +203,7 @@ def at_odds(seed: int) -> Question:
     scored = every_plan(question)
     limits = []
     for goal in question.slos:
-        values = [judged(c.metrics, goal) for c in scored]
+        values = [c.metrics.judged(goal) for c in scored]
         best = max(values) if goal.metric == "throughput" else min(values)
         limits.append(replace(goal, limit=best * float(rng.choice([0.98, 1, 1, 1, 1.02])), text=""))
     return replace(question, slos=tuple(limits))
@@ -274,7 +274,7 @@ def test_the_limit_proposed_is_the_best_over_all_plans_to_three_digits(goal: str
     values = []
     for candidate in every_plan(question):
         if slo.fraction is None:
-            values.append(judged(candidate.metrics, slo))
+            values.append(candidate.metrics.judged(slo))
             continue
         outcome, cost = evaluator.batches(candidate.plan)
         seen = sorted(per_request_s(outcome, question.trace.output, cost.request_ns)[slo.metric])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.metrics import STATISTICS, Metrics, measure, per_request_s
+from apex_opt.simulator.metrics import Metrics, measure, per_request_s
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.workload import Trace, make_trace, parse_slos
+from apex_opt.workload.slo import STATISTICS
 
 MS = 1_000_000
 # (arrival, first, finish) in ms, prompt and output tokens.
@@ -137,3 +139,68 @@ def test_a_run_without_duration_has_finite_rates() -> None:
     metrics = measure(outcome, trace, max_model_len=100)
     assert metrics.makespan_s == pytest.approx(1e-9)
     assert math.isfinite(metrics.requests_per_s)
+
+
+@pytest.mark.parametrize(
+    ("goals", "good"),
+    [
+        ("ttft_max<=40ms", 3),  # by its own TTFT, whatever the statistic
+        ("ttft_p50<=40ms,e2e<=50ms@1%", 2),
+        ("tpot_p95<=10ms", 3),  # a single token has no time per token
+        ("ttft_p95<=9ms", 0),
+        ("ttft_p95<=70ms,ttft_mean<=1ms,throughput>=100", 4),  # means and rates bind no request
+    ],
+)
+def test_goodput_counts_requests_within_all_limits_that_mean_something_for_one(goals: str, good: int) -> None:
+    assert measured(goals).goodput_per_s == pytest.approx(good / 0.4)
+    assert measured(goals).value("goodput") == measured(goals).goodput_per_s
+
+
+def test_goodput_is_unknown_where_requests_have_no_limits_and_judged_by_those_given_elsewhere() -> None:
+    assert measured("ttft_mean<=1s").goodput_per_s is None
+    assert math.isnan(measured().value("goodput"))
+    outcome, trace = run()
+    own = parse_slos("ttft_max<=40ms")
+    metrics = measure(outcome, trace, max_model_len=100, slos=parse_slos("goodput>=7.5"), request_slos=own)
+    assert metrics.goodput_per_s == pytest.approx(7.5)
+    assert metrics.slo_met == {"goodput>=7.5": True}
+
+
+def test_energy_and_cost_are_told_for_the_run_and_for_a_token() -> None:
+    outcome, trace = run()
+    goals = "energy<=26J,energy_per_token<=1.9J,cost<=36$/h,cost_per_mtoken<=307.6$,cost_per_mtoken<=307.7$"
+    slos = [slo for goal in goals.split(",") for slo in parse_slos(goal)]
+    metrics = measure(outcome, trace, max_model_len=100, slos=slos, energy_j=26.0, cost_per_h=36.0)
+    assert metrics.output_tokens == 13
+    assert [metrics.value(name) for name in ("energy", "energy_per_token", "cost", "makespan")] == [
+        26.0,
+        2.0,
+        36.0,
+        0.4,
+    ]
+    assert metrics.value("cost_per_mtoken") == pytest.approx(0.01 * 0.4 / 13 * 1e6)  # 0.01 $ a second: 307.69
+    assert list(metrics.slo_met.values()) == [True, False, True, False, True]
+    assert list(metrics.attainment.values()) == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert math.isnan(measured().value("energy")) and math.isnan(measured().value("cost_per_mtoken"))
+
+
+def test_further_percentiles_stand_in_their_place() -> None:
+    outcome, trace = run()
+    metrics = measure(outcome, trace, max_model_len=100, percentiles=("p99.9", "p12.5"))
+    assert list(metrics.latency_s["e2e"]) == ["mean", "p12.5", "p50", "p90", "p95", "p99", "p99.9", "max"]
+    assert metrics.latency_s["e2e"]["p12.5"] == pytest.approx(np.percentile(E2E, 12.5))
+
+
+def test_times_between_tokens_weigh_the_same_and_are_judged_by_their_own_share() -> None:
+    outcome, trace = run()
+    gaps = np.array([5, 10, 10, 15, 100, 100, 100, 10, 10]) * MS
+    told = replace(outcome, gaps_ns=gaps)
+    slos = parse_slos("itl_mean<=40ms,itl<=15ms@66%,itl<=15ms@67%")
+    metrics = measure(told, trace, max_model_len=100, slos=slos, request_ns=3 * MS)
+    assert metrics.latency_s["itl"]["mean"] == pytest.approx(0.040)
+    assert metrics.latency_s["itl"]["p50"] == pytest.approx(0.010)
+    assert list(metrics.slo_met.values()) == [True, True, False]
+    assert list(metrics.attainment.values()) == pytest.approx([2 / 3] * 3)
+    assert "itl" not in measured().latency_s
+    nobody = measure(replace(outcome, gaps_ns=gaps[:0]), trace, max_model_len=100, slos=parse_slos("itl_p95<=1ms"))
+    assert nobody.slo_met == {"itl_p95<=1ms": True}

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, assert_same, cases, floors_of, linear, requests
+from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, alone, assert_same, cases, linear, requests
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.search.bounds import isolated
-from apex_opt.simulator.metrics import STATISTICS, measure
+from apex_opt.simulator.metrics import measure
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.stop import METRICS, Stop, latencies_ns
 from apex_opt.workload import Slo, make_trace
+from apex_opt.workload.slo import STATISTICS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,7 +86,7 @@ def test_a_run_stops_exactly_where_the_whole_one_passes_a_limit_and_is_whole_oth
         plain = case.run(stops=limits)
         runs = [plain]
         if len(case.laws) == 1 or not case.settings.async_scheduling:
-            floors = isolated(case.settings, floors_of(case.laws), case.trace)
+            floors = alone(case)
             runs.append(case.run(stops=limits, floors=floors))
             assert runs[1].batches <= plain.batches, "floors only stop a run sooner"
         for run in runs:
@@ -107,7 +107,7 @@ def test_what_a_request_needs_alone_is_a_floor_under_any_law(loop: Loop) -> None
     def check(case: Case) -> None:
         if len(case.laws) > 1 and case.settings.async_scheduling:
             return
-        floors, whole = isolated(case.settings, floors_of(case.laws), case.trace), case.run(log=False)
+        floors, whole = alone(case), case.run(log=False)
         for metric in METRICS[:3]:
             least = latencies_ns(
                 metric, floors.arrival_ns, floors.first_token_ns, floors.finish_ns, generated(case)

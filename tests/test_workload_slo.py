@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.workload import Slo, parse_slos
-from apex_opt.workload.slo import LATENCIES, STATISTICS
+from apex_opt.workload.slo import AT_LEAST, FIGURES, LATENCIES, STATISTICS, percent
 
 
 @pytest.mark.parametrize("metric", LATENCIES)
@@ -92,10 +92,59 @@ def test_canonical_text_of_a_share_round_trips(metric: str, limit: float, fracti
     assert parse_slos(goal.text) == (goal,)
 
 
-@given(positive)
-def test_canonical_text_of_throughput_round_trips(limit: float) -> None:
-    goal = Slo(metric="throughput", statistic="mean", limit=limit)
+@given(st.sampled_from(list(FIGURES)), positive)
+def test_canonical_text_of_a_figure_round_trips(metric: str, limit: float) -> None:
+    goal = Slo(metric=metric, statistic="mean", limit=limit)
     assert parse_slos(goal.text) == (goal,)
+
+
+@given(st.integers(1, 10**8))
+def test_any_percentile_round_trips_in_its_one_spelling(millionths: int) -> None:
+    (goal,) = parse_slos(f"itl_p{millionths / 10**6:.6f}<=1s")
+    assert percent(goal.statistic) == float(f"{millionths / 10**6:.6f}")
+    assert not goal.statistic.endswith((".0", "."))
+    assert parse_slos(goal.text) == (goal,)
+
+
+def test_the_percentile_of_a_statistic_is_its_number_and_that_of_the_maximum_100() -> None:
+    assert [percent(name) for name in ("p50", "p99.9", "p0.5", "p100", "max")] == [50.0, 99.9, 0.5, 100.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "canonical"),
+    [
+        ("makespan<=2min", 120.0, "makespan<=120s"),
+        ("energy<=200kJ", 2e5, "energy<=200kJ"),
+        ("energy<=1.5kWh", 5.4e6, "energy<=5.4MJ"),
+        ("energy<=10Wh", 36000.0, "energy<=36kJ"),
+        ("ENERGY<=7J", 7.0, "energy<=7J"),
+        ("energy_per_token<=2J", 2.0, "energy_per_token<=2J"),
+        ("energy_per_token<=500mJ/token", 0.5, "energy_per_token<=500mJ"),
+        ("cost<=20", 20.0, "cost<=20$/h"),
+        ("cost<=$20", 20.0, "cost<=20$/h"),
+        ("cost <= 20$/h", 20.0, "cost<=20$/h"),
+        ("cost_per_mtoken<=3$", 3.0, "cost_per_mtoken<=3$"),
+        ("cost_per_mtoken<=0.3$/Mtoken", 0.3, "cost_per_mtoken<=0.3$"),
+        ("goodput>=5", 5.0, "goodput>=5"),
+        ("itl_p99.90<=80ms", 0.08, "itl_p99.9<=80ms"),
+        ("itl<=50ms@99%", 0.05, "itl<=50ms@99%"),
+    ],
+)
+def test_figures_of_a_run_take_their_units_and_have_one_spelling(text: str, limit: float, canonical: str) -> None:
+    (goal,) = parse_slos(text)
+    assert (goal.limit, goal.text) == (limit, canonical)
+
+
+def test_more_is_better_of_requests_per_second_only() -> None:
+    assert set(AT_LEAST) == {name for name, unit in FIGURES.items() if unit == "requests/s"}
+
+
+def test_goals_mean_something_for_one_request_where_they_are_on_its_own_latency() -> None:
+    goals = parse_slos(
+        "ttft_p95<=1s,tpot_max<=1s,e2e<=1s@9%,ttft_mean<=1s,itl_p95<=1s,itl<=1s@9%,throughput>=1,energy<=1J"
+    )
+    assert [goal.metric for goal in goals if goal.of_requests] == ["ttft", "tpot", "e2e"]
+    assert [goal.at_most for goal in goals] == [True, True, False, True, True, False, False, True]
 
 
 def test_given_text_is_kept_and_does_not_tell_goals_apart() -> None:
@@ -134,8 +183,22 @@ def test_given_text_is_kept_and_does_not_tell_goals_apart() -> None:
         ("throughput>10", "throughput takes >=, got >"),
         ("throughput>=10ms", "a number, in requests per second, got '10ms'"),
         ("throughput>=0", "the limit must be above 0"),
-        ("throughput_p95>=10", "throughput has no statistic"),
-        ("throughput>=10@99%", "throughput has no statistic and no share"),
+        ("throughput>=10@99%", "a run has one throughput, so no share of it"),
+        ("goodput<=5", "goodput takes >=, got <="),
+        ("goodput>=5s", "a number, in requests per second, got '5s'"),
+        ("makespan>=60s", "makespan takes <=, got >="),
+        ("makespan<=60", r"a number and a unit \(ns, us, ms, s, m, min\), got '60'"),
+        ("energy<=200", r"a number and a unit \(mJ, J, kJ, MJ, Wh, kWh\), got '200'"),
+        ("energy<=200kj", r"a number and a unit \(mJ, J, kJ, MJ, Wh, kWh\), got '200kj'"),
+        ("energy<=200kJ@99%", "a run has one energy"),
+        ("energy<=0J", "the limit must be above 0"),
+        ("energy_per_token<=2", "a number and a unit .*, per output token, got '2'"),
+        ("cost<=20s", r"a number, in \$ per hour such as 20\$/h, got '20s'"),
+        ("cost<=$", r"a number, in \$ per hour such as 20\$/h, got '\$'"),
+        ("cost<=-3$", "the limit must be above 0"),
+        ("cost_per_mtoken<=3J", r"a number, in \$ per million output tokens such as 3\$, got '3J'"),
+        ("itl<=50ms", r"of which tokens\? e.g. itl_p95<=500ms or itl<=500ms@99%"),
+        ("itl_p99<=80", "a number and a unit"),
         ("ttft<=500ms", r"of which requests\? e.g. ttft_p95<=500ms or ttft<=500ms@99%"),
         ("ttft_<=500ms", r"of which requests\?"),
         ("ttft_p95<=500ms@99%", "a statistic and a share exclude each other"),
@@ -149,6 +212,8 @@ def test_given_text_is_kept_and_does_not_tell_goals_apart() -> None:
         ("ttft_p95<=500ms,ttft_p95<=400ms", "ttft_p95 is limited twice"),
         ("ttft<=500ms@99%,ttft<=400ms@99.0%", "ttft is limited twice"),
         ("throughput>=1,throughput>=2", "throughput is limited twice"),
+        ("energy<=5J,energy<=5kJ", "energy is limited twice"),
+        ("ttft_p99.9<=1s,ttft_p99.90<=2s", "ttft_p99.9 is limited twice"),
     ],
 )
 def test_bad_goals_are_refused_in_one_line(text: Any, message: str) -> None:
@@ -161,8 +226,15 @@ def test_bad_goals_are_refused_in_one_line(text: Any, message: str) -> None:
     ("text", "message"),
     [
         ("tttf_p95<=500ms", r"unknown SLO metric 'tttf'; did you mean ttft"),
-        ("itl_p95<=500ms", "unknown SLO metric 'itl'"),
-        ("ttft_p59<=500ms", r"unknown statistic of ttft 'p59'; did you mean p"),
+        ("tlt_p95<=500ms", "unknown SLO metric 'tlt'; did you mean itl"),
+        ("enrgy<=3J", "unknown SLO metric 'enrgy'; did you mean energy"),
+        ("energy_p95<=3J", "unknown SLO metric 'energy_p95'; did you mean energy"),
+        ("throughput_p95>=10", "unknown SLO metric 'throughput_p95'; did you mean throughput"),
+        ("cost_per_token<=3", "unknown SLO metric 'cost_per_token'; did you mean cost_per_mtoken"),
+        ("ttft_q95<=500ms", r"unknown statistic of ttft 'q95'; did you mean p"),
+        ("ttft_p0<=500ms", r"unknown statistic of ttft 'p0'.*any percentile above 0 to 100, as p99.9"),
+        ("ttft_p100.1<=500ms", "unknown statistic of ttft 'p100.1'"),
+        ("ttft_p<=500ms", "unknown statistic of ttft 'p'"),
         ("ttft_attain<=500ms", "goes with"),
         ("ttft@99%<=500ms", "unknown SLO metric 'ttft@99%'; did you mean ttft"),
     ],
@@ -184,8 +256,11 @@ def test_unknown_words_are_suggested(text: str, message: str) -> None:
         {"metric": 10**5000},
         {"limit": True},
         {"limit": "1"},
-        {"metric": "itl"},
-        {"statistic": "p42"},
+        {"metric": "itk"},
+        {"metric": "energy"},
+        {"statistic": "p142"},
+        {"statistic": "p0"},
+        {"statistic": "42"},
         {"statistic": "attain"},
         {"fraction": 0.9},
         {"statistic": "attain", "fraction": 0.0},
@@ -193,6 +268,7 @@ def test_unknown_words_are_suggested(text: str, message: str) -> None:
         {"statistic": "attain", "fraction": float("nan")},
         {"statistic": "attain", "fraction": True},
         {"metric": "throughput", "statistic": "p95"},
+        {"metric": "cost", "statistic": "attain", "fraction": 0.9},
     ],
 )
 def test_a_goal_made_by_hand_checks_itself(fields: dict[str, Any]) -> None:
@@ -202,9 +278,9 @@ def test_a_goal_made_by_hand_checks_itself(fields: dict[str, Any]) -> None:
         Slo(**(good | fields))
 
 
-@given(st.text(alphabet="tfpoe2_95<=>@%ms,.0 1-+enu", max_size=40))
+@given(st.text(alphabet="tfpoe2_95<=>@%ms,.0 1-+enu$JWh/k", max_size=40))
 def test_no_text_escapes_with_another_error(text: str) -> None:
-    for given_text in (text, f"ttft_p95<={text}", f"ttft<=5ms@{text}"):
+    for given_text in (text, f"ttft_p95<={text}", f"ttft<=5ms@{text}", f"energy<={text}", f"cost<={text}"):
         try:
             goals = parse_slos(given_text)
         except ApexError:

@@ -170,6 +170,7 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     idle_w = table.number("idle_w", high=1e5, required=False)
     clock_mhz = table.number("clock_mhz", high=1e5, required=False)
     overlapped_launch = table.switch("overlapped_launch", required=False)
+    price_per_h = table.number("price_per_h", high=1e6, required=False)
     flops: list[tuple[str, float]] = []
     if (peaks := table.table("tflops")) is not None:
         for dtype in DTYPES:
@@ -182,6 +183,7 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     source = table.text("source", required=False) or f"stated in {path.name}"
     figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
     figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
+    figures += ["price_per_h"] * (price_per_h is not None)
     sources = dict.fromkeys(figures, source)
     if idle_w is None:
         sources["idle_w"] = "assumed: the share of the power limit measured on the H200 (125 of 700 W)"
@@ -203,6 +205,7 @@ def _read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             idle_w=tdp_w * _IDLE_SHARE if idle_w is None else idle_w,
             clock_mhz=clock_mhz,
             overlapped_launch=bool(overlapped_launch),
+            price_per_h=price_per_h,
             profile=profile,
             sources=tuple(sources.items()),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.cluster.toml_reader import shown
@@ -51,6 +51,7 @@ class Gpu:
     clock_mhz : float or None           highest clock of the multiprocessors; None where not stated, and then not set
     overlapped_launch : bool            engines start a kernel before the one it depends on ends (programmatic dependent
                                         launch), so that no gap is left between them
+    price_per_h : float or None         $ for an hour of it; None where not stated, and then no cost is told
     profile : str or None               folder in `profiles/` with tables measured on this accelerator
     sources : tuple of (field, text)    where each figure comes from
     """
@@ -63,6 +64,7 @@ class Gpu:
     idle_w: float
     clock_mhz: float | None = None
     overlapped_launch: bool = False
+    price_per_h: float | None = None
     profile: str | None = None
     sources: tuple[tuple[str, str], ...] = ()
 
@@ -74,6 +76,8 @@ class Gpu:
         _figure(faults, "idle_w", self.idle_w, zero=True)
         if self.clock_mhz is not None:
             _figure(faults, "clock_mhz", self.clock_mhz)
+        if self.price_per_h is not None:
+            _figure(faults, "price_per_h", self.price_per_h)
         for dtype, flops_per_s in self.flops_per_s:
             _figure(faults, f"flops_per_s[{dtype}]", flops_per_s)
         named = [dtype for dtype, _ in self.flops_per_s]
@@ -86,6 +90,11 @@ class Gpu:
         if not faults and self.idle_w >= self.tdp_w:
             faults.append(f"idle_w = {self.idle_w} must be below tdp_w = {self.tdp_w}")
         _refuse(f"gpu {self.name!r}", faults)
+
+    def priced(self, price_per_h: float, source: str) -> Gpu:
+        """The same accelerator at another price, with where that comes from."""
+        sources = dict(self.sources) | {"price_per_h": source}
+        return replace(self, price_per_h=price_per_h, sources=tuple(sources.items()))
 
     def supports(self, dtype: str) -> bool:
         """Whether the hardware multiplies matrices in this format."""

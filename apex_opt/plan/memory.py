@@ -180,11 +180,11 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     a tied model on one stage holds the matrix once.
     """
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
-    result = []
     parts = stage_runs(model, plan.layers)
     vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
-    for index, runs in enumerate(parts):
-        last = index == len(parts) - 1
+    found: dict[tuple[tuple[Run, ...], bool, bool], StageMemory] = {}
+    alike = [(runs, index == 0, index == len(parts) - 1) for index, runs in enumerate(parts)]
+    for runs, first, last in dict.fromkeys(alike):
         weights = sum(
             run.count
             * (
@@ -194,26 +194,49 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             )
             for run in runs
         )
-        copies = (index == 0) + last - (index == 0 and last and model.tied_embeddings)
+        copies = first + last - (first and last and model.tied_embeddings)
         weights += copies * vocab_shard + last * 2 * model.hidden
         workspace = workspace_bytes(model, plan, settings, last)
         block_bytes = settings.block_size * sum(
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
         )
         left = usable - weights - workspace - RUNTIME_BYTES
-        result.append(
-            StageMemory(
-                weights_bytes=weights,
-                workspace_bytes=workspace,
-                runtime_bytes=RUNTIME_BYTES,
-                usable_bytes=usable,
-                kv_block_bytes=block_bytes,
-                kv_blocks=max(0, left) // block_bytes,
-            )
+        found[runs, first, last] = StageMemory(
+            weights_bytes=weights,
+            workspace_bytes=workspace,
+            runtime_bytes=RUNTIME_BYTES,
+            usable_bytes=usable,
+            kv_block_bytes=block_bytes,
+            kv_blocks=max(0, left) // block_bytes,
         )
-    return tuple(result)
+    return tuple(found[key] for key in alike)
 
 
 def kv_blocks(memory: Sequence[StageMemory]) -> int:
     """Blocks a sequence can use on one attention copy: the stage with the least, one block kept back by the engine."""
     return max(0, min(stage.kv_blocks for stage in memory) - 1)
+
+
+def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int) -> int:
+    """Blocks as `kv_blocks`, of any split of the layers whose heaviest stage weighs no more than that of an even one.
+
+    A stage then holds the weights of the heaviest one and the embedding at most, and so many layers as the lightest of
+    these make up.
+
+    Parameters
+    ----------
+    memory : StageMemory of each stage of the plan, with even stages
+    block_size : int      tokens in a block
+    """
+    vocab = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
+    tp, blocks = plan.attention.tp, [run.block for run in model.runs]
+    heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
+    lightest = min(
+        attention_shard_bytes(block.attention, tp, plan.weight_format)
+        + ffn_shard_bytes(block.ffn, plan.ffn, plan.weight_format)
+        for block in blocks
+    )
+    layers = min(heaviest // lightest, model.layers)
+    token = max(kv_bytes_per_token(block.attention, tp, plan.kv_format) for block in blocks)
+    left = min(stage.usable_bytes - stage.runtime_bytes - stage.workspace_bytes for stage in memory) - heaviest - vocab
+    return max(0, max(0, left) // (layers * token * block_size) - 1)

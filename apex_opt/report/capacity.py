@@ -11,7 +11,6 @@ from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, question_document
 from apex_opt.report.layout import count, page, provenance_table, seconds, table
 from apex_opt.report.tables import best_tables
-from apex_opt.search import judged
 from apex_opt.search.capacity import ASSUMPTION
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def _plan_rate(question: Question, item: PlanRate) -> Document:
     missed = {}
     if item.fails is not None:
         metrics = item.fails.metrics
-        missed = {slo.text: judged(metrics, slo) for slo in question.slos if not metrics.slo_met[slo.text]}
+        missed = {slo.text: metrics.judged(slo) for slo in question.slos if not metrics.slo_met[slo.text]}
     span_s = question.trace.duration_s * own / item.rate_per_s
     return {
         "rate_per_s": item.rate_per_s,

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt import __version__
 from apex_opt.cluster import DTYPES
-from apex_opt.search import judged
 
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Model
-    from apex_opt.search import Answer, Candidate, Check, Question
+    from apex_opt.search import Answer, Candidate, Check, Objective, Question
     from apex_opt.workload.trace import Trace
 
 Document = dict[str, Any]
+
+_COSTS: Final = {"cost_usd_per_h": "cost", "cost_usd_per_mtoken": "cost_per_mtoken"}
 
 
 def answer_document(
     command: str, question: Question, answer: Answer, provenance: dict[str, str], top: int = 1
 ) -> Document:
-    """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules."""
-    objective = question.objective
+    """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules, costs in $."""
     best = answer.best
+    first, *then = (objective_document(objective, best) for objective in question.objectives)
     return cleaned(
         {
             "command": command,
             "status": answer.status,
-            "objective": {
-                "name": objective.name,
-                "unit": objective.unit,
-                "direction": "maximise" if objective.maximise else "minimise",
-                "value": best.value if best else None,
-            },
+            "objective": first,
+            "then": then,
             "reason": answer.reason,
             "best": candidate_document(question, best) if best else None,
             "candidates": [candidate_document(question, c) for c in answer.candidates[:top]],
@@ -44,6 +41,17 @@ def answer_document(
             "version": __version__,
         }
     )
+
+
+def objective_document(objective: Objective, best: Candidate | None) -> Document:
+    """An objective and what the best plan reaches, in its unit; plans within the tolerance, a share, count as equal."""
+    return {
+        "name": objective.name,
+        "unit": objective.unit,
+        "direction": "maximise" if objective.maximise else "minimise",
+        "tolerance": objective.tolerance,
+        "value": None if best is None else objective.value(best.metrics),
+    }
 
 
 def checked(document: Document, check: Check) -> Document:
@@ -71,29 +79,35 @@ def candidate_document(question: Question, candidate: Candidate) -> Document:
     bound = candidate.bound
     if bound is not None and question.objective.maximise:
         bound = -bound
-    tokens = metrics.output_tokens_per_s * metrics.makespan_s
+    cost = {}
+    if question.tells_cost:
+        cost = {name: metrics.value(metric) for name, metric in _COSTS.items()}
     return {
         "plan": str(candidate.plan),
         "gpus": candidate.plan.devices,
         "value": candidate.value,
+        "then": [objective.value(metrics) for objective in question.then],
         "bound": bound,
         "metrics": {
             **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
             "makespan_s": metrics.makespan_s,
             "throughput_rps": metrics.requests_per_s,
+            **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
             "output_tokens_per_s": metrics.output_tokens_per_s,
             "total_tokens_per_s": metrics.total_tokens_per_s,
             "slo": {
                 slo.text: {
                     "met": metrics.slo_met[slo.text],
-                    "reached": judged(metrics, slo),
+                    "reached": metrics.judged(slo),
                     "attainment": metrics.attainment[slo.text],
+                    "unit": "share" if slo.fraction is not None else slo.unit,
                 }
                 for slo in question.slos
             },
             "energy_j": usage.energy_j,
             "idle_energy_j": usage.idle_energy_j,
-            "energy_per_output_token_j": usage.energy_j / max(tokens, 1),
+            "energy_per_output_token_j": metrics.value("energy_per_token"),
+            **cost,
             "mean_power_w": usage.energy_j / metrics.makespan_s,
             "mfu": usage.mfu,
             "mbu": usage.mbu,
@@ -124,6 +138,7 @@ def question_document(question: Question) -> Document:
             "gpus": question.cluster.size,
             "offered": question.max_devices,
             "gpu": question.cluster.gpu.name,
+            **({"usd_per_gpu_h": question.cluster.gpu.price_per_h} if question.tells_cost else {}),
         },
         "trace": question.trace.summary(),
         "slo": [slo.text for slo in question.slos],
@@ -169,6 +184,7 @@ def cluster_row(cluster: Cluster) -> Document:
         "idle_w": gpu.idle_w,
         "link": cluster.intra.kind,
         "link_bytes_per_s": cluster.intra.bytes_per_s,
+        "usd_per_gpu_h": gpu.price_per_h,
         "profile": f"measured (profiles/{gpu.profile})" if gpu.profile else "derived from the datasheet",
         "sources": dict(gpu.sources),
     }

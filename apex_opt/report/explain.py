@@ -9,6 +9,7 @@ from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
 from apex_opt.report.layout import amount, count, page, seconds, table
+from apex_opt.report.tables import aim
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def _page(console: Console, document: Document) -> None:
     elif document["best"] is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
-        best, unit = document["best"], document["objective"]["unit"]
+        best = document["best"]
         plan = (best["plan"], "bold green")
-        value = f"{document['objective']['name']} = {amount(best['value'], unit)}"
+        value = ", ".join(map(aim, (document["objective"], *document["then"])))
         console.print(
             Text.assemble("feasible: the best plan is ", plan, f" on {count(best['gpus'], 'GPU')}, {value}\n")
         )

@@ -32,7 +32,7 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
     """The front, best by the first objective first, and the plans it beats; seconds, joules, requests per second."""
 
     def values(candidate: Candidate) -> dict[str, float]:
-        return {o.name: o.value(candidate.metrics, candidate.usage) for o in front.objectives}
+        return {o.name: o.value(candidate.metrics) for o in front.objectives}
 
     return cleaned(
         {

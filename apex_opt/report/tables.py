@@ -9,6 +9,7 @@ from rich.text import Text
 from apex_opt.report.explain import why_not
 from apex_opt.report.layout import amount, count, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
+from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
 _DISAGREEMENTS: Final = 3
-_LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "E2E"}
+_LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 
 
 def rendered(document: Document) -> str:
@@ -39,8 +40,7 @@ def _answer(console: Console, document: Document) -> None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
         word = "plan as given" if document["command"] == "simulate" else "best plan"
-        aim = f"{objective['name']} = {amount(objective['value'], objective['unit'])}"
-        text = f" on {count(best['gpus'], 'GPU')}, {aim}\n"
+        text = f" on {count(best['gpus'], 'GPU')}, {', '.join(map(aim, (objective, *document['then'])))}\n"
         console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
         if len(document["candidates"]) > 1:
             _candidates(console, document)
@@ -50,6 +50,12 @@ def _answer(console: Console, document: Document) -> None:
     certificate_line(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
+
+
+def aim(objective: Document) -> str:
+    """An objective and what the plan reaches of it; where others come after it, how near to the best it had to be."""
+    near = f" (at most {100 * objective['tolerance']:.4g}% from the best)" if objective["tolerance"] else ""
+    return f"{objective['name']} = {amount(objective['value'], objective['unit'])}{near}"
 
 
 def question_line(console: Console, question: Document) -> None:
@@ -71,13 +77,13 @@ def _beside(console: Console, document: Document) -> None:
     other = document["beside"]
     rows = [
         (
-            aim,
+            best_for,
             plan["plan"],
             str(plan["gpus"]),
             f"{plan['metrics']['energy_j'] / 1e3:,.1f}",
             *(seconds(plan["metrics"][f"{name}_s"]["p95"]) for name in ("ttft", "tpot", "e2e")),
         )
-        for aim, plan in (("energy", document["best"]), (other["objective"], other["best"]))
+        for best_for, plan in (("energy", document["best"]), (other["objective"], other["best"]))
     ]
     head = ("best for", "plan", "GPUs", "kJ", "TTFT p95", "TPOT p95", "E2E p95")
     title = f"{other['energy_saving']:.1%} less energy than the best {other['objective']}"
@@ -90,6 +96,10 @@ def _candidates(console: Console, document: Document) -> None:
         ("plan", lambda c: c["plan"]),
         ("GPUs", lambda c: str(c["gpus"])),
         (objective["name"], lambda c: amount(c["value"], objective["unit"])),
+        *(
+            (part["name"], lambda c, place=place, unit=part["unit"]: amount(c["then"][place], unit))
+            for place, part in enumerate(document["then"])
+        ),
         ("TTFT p95", lambda c: seconds(c["metrics"]["ttft_s"]["p95"])),
         ("TPOT p95", lambda c: seconds(c["metrics"]["tpot_s"]["p95"])),
         ("E2E p95", lambda c: seconds(c["metrics"]["e2e_s"]["p95"])),
@@ -109,7 +119,7 @@ def best_tables(console: Console, best: Document) -> None:
     """The latencies, service, memory and operations of the plan that is answered."""
     metrics = best["metrics"]
     heads = tuple(metrics["ttft_s"])
-    rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items()]
+    rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items() if key in metrics]
     table(console, "Latency", ("", *heads), rows, left={0})
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
@@ -121,12 +131,14 @@ def best_tables(console: Console, best: Document) -> None:
             f"{metrics['throughput_rps']:.3f} requests/s, {metrics['output_tokens_per_s']:,.0f} output tokens/s, "
             f"{metrics['total_tokens_per_s']:,.0f} tokens/s in all",
         ),
+        *_goodput(metrics),
         ("makespan", seconds(metrics["makespan_s"])),
         (
             "energy",
             f"{metrics['energy_j'] / 1e3:,.1f} kJ, of which {metrics['idle_energy_j'] / 1e3:,.1f} kJ idle draw; "
             f"{metrics['energy_per_output_token_j']:.2f} J per output token; {metrics['mean_power_w']:,.0f} W mean",
         ),
+        *_cost(metrics),
         ("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}"),
         ("batches", f"{metrics['batches']:,}, {count(metrics['preemptions'], 'preemption')}"),
     ]
@@ -135,12 +147,26 @@ def best_tables(console: Console, best: Document) -> None:
     _operations(console, metrics["operations_s"])
 
 
+def _goodput(metrics: Document) -> list[tuple[str, str]]:
+    if "goodput_rps" not in metrics:
+        return []
+    good, share = metrics["goodput_rps"], metrics["goodput_rps"] / metrics["throughput_rps"]
+    return [("goodput", f"{good:.3f} requests/s, {share:.1%} of them, keep to the limits of the goals themselves")]
+
+
+def _cost(metrics: Document) -> list[tuple[str, str]]:
+    if "cost_usd_per_h" not in metrics:
+        return []
+    per_token = f"{metrics['cost_usd_per_mtoken']:,.3f} $ per million output tokens"
+    return [("cost", f"{metrics['cost_usd_per_h']:,.2f} $/h; {per_token}")]
+
+
 def _reached(text: str, slo: Document) -> str:
-    """The figure that a goal was compared with, and the share of requests within its limit."""
-    if text.startswith("throughput"):
-        return f"{slo['reached']:.3f} requests/s"
-    share = f"{slo['attainment']:.1%} of requests within"
-    return share if "@" in text else f"{seconds(slo['reached'])} reached, {share}"
+    """The figure that a goal was compared with, and the share of requests within its limit where it is on these."""
+    if text.partition("<")[0].partition(">")[0] in FIGURES:
+        return amount(slo["reached"], slo["unit"])
+    share = f"{slo['attainment']:.1%} of {'gaps' if text.startswith('itl') else 'requests'} within"
+    return share if slo["unit"] == "share" else f"{seconds(slo['reached'])} reached, {share}"
 
 
 def _memory(console: Console, stages: Sequence[Document]) -> None:
@@ -176,11 +202,21 @@ def _in_brackets(*facts: str) -> str:
 
 
 def certificate_line(console: Console, document: Document) -> None:
-    """How every plan of the space was accounted for."""
+    """How every plan of the space was accounted for, in each of the searches where there were several."""
     certificate = document["certificate"]
     if document["command"] == "simulate" and document["best"] is not None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
         return
+    aims = (document["objective"], *document["then"]) if "then" in document else ()
+    tolerant = [part["name"] for part in aims if part["tolerance"]]
+    for name, before in zip(tolerant, certificate["before"], strict=False):
+        _proof(console, f"Certificate of the best {name}", before)
+    _proof(console, "Certificate", certificate)
+    if "check" in document:
+        _check(console, document["check"])
+
+
+def _proof(console: Console, title: str, certificate: Document) -> None:
     lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
         f"{count(certificate['space'], 'plan')} in the space",
@@ -197,9 +233,7 @@ def certificate_line(console: Console, document: Document) -> None:
         parts.append(f"{certificate['left']:,} left when the time was up")
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
-    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
-    if "check" in document:
-        _check(console, document["check"])
+    console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
 
 
 def _check(console: Console, check: Document) -> None:

@@ -1,9 +1,9 @@
 """The search: which plan is best, and the proof that nothing in the space is better."""
 
-from apex_opt.search.answer import Answer, Candidate, Certificate, judged
+from apex_opt.search.answer import Answer, Candidate, Certificate
 from apex_opt.search.check import Check, check
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.objective import Objective, load_objective
+from apex_opt.search.objective import Objective, load_objective, load_objectives
 from apex_opt.search.pareto import Front, pareto
 from apex_opt.search.question import Question
 from apex_opt.search.search import judge, search
@@ -19,8 +19,8 @@ __all__ = [
     "Question",
     "check",
     "judge",
-    "judged",
     "load_objective",
+    "load_objectives",
     "pareto",
     "search",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from apex_opt.workload.slo import LATENCIES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -54,6 +56,8 @@ class Certificate:
     left : int                       plans that could still be better when the time limit was reached
     optimal : bool                   every plan is accounted for
     gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
+    before : tuple of Certificate    of the searches that found the best value of an objective with a tolerance, which
+                                     plans then had to come near
     """
 
     space: int
@@ -66,6 +70,7 @@ class Certificate:
     gap: float | None
     left: int = 0
     repeated: int = 0
+    before: tuple[Certificate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,22 +84,18 @@ class Answer:
     reason: str | None = None
 
 
-def judged(metrics: Metrics, slo: Slo) -> float:
-    """The figure of a run that a goal is compared with."""
-    if slo.metric == "throughput":
-        return metrics.requests_per_s
-    if slo.statistic == "attain":
-        return metrics.attainment[slo.text]
-    return metrics.latency_s[slo.metric][slo.statistic]
-
-
 def misses(metrics: Metrics, slos: Iterable[Slo]) -> str:
     """The goals that a run misses and what it reaches, in words."""
     missed = (slo for slo in slos if not metrics.slo_met[slo.text])
-    return " and ".join(f"{slo.text} (it reaches {_reached(slo, judged(metrics, slo))})" for slo in missed)
+    return " and ".join(f"{slo.text} (it reaches {_reached(slo, metrics.judged(slo))})" for slo in missed)
 
 
 def _reached(slo: Slo, value: float) -> str:
-    if slo.metric == "throughput":
-        return f"{value:.3g} requests/s"
-    return f"{value:.1%}" if slo.statistic == "attain" else f"{value * 1e3:.4g} ms"
+    return f"{value:.1%}" if slo.statistic == "attain" else in_words(slo, value)
+
+
+def in_words(slo: Slo, value: float) -> str:
+    """A value of what a goal limits, with a unit."""
+    if slo.metric in LATENCIES:
+        return f"{value * 1e3:.4g} ms"
+    return f"{value / 1e3:.4g} kJ" if slo.unit == "J" else f"{value:.4g} {slo.unit}"

@@ -4,7 +4,8 @@ Why they are admissible. A batch that holds a sequence takes at least the least 
 own attention at the lowest rate in the tables; other sequences only add. Of the prompts of a batch, time is the sum
 over no more copies than there are prompts: at least their mean, hence the least of one, and at least the sequence's own
 share. A stage runs one batch at a time and the next token of a sequence needs its last one, so a request cannot take
-less than its own batches one after the other. A preempted sequence computes tokens again, as a chunk over at least as
+less than its own batches one after the other; where sequences may be preempted in a pipeline, `_overtaken` says what
+is left of that. A preempted sequence computes tokens again, as a chunk over at least as
 many pairs as it holds tokens. Of a prompt, only what another request says as well can be found in a cache. Waiting in
 queues and routing only add. The slowest of the stages is no faster than their mean, and a batch is of one size on all:
 so sums of the least over all layers bound every split of these into as many stages. Where tables are not monotone
@@ -91,7 +92,9 @@ _ROUNDED: Final = 3
 """Most that rounding four table entries and cutting off what is lost to an integer takes away, in units of each."""
 
 
-def isolated(settings: EngineSettings, floors: Sequence[StageFloor], trace: Trace) -> Outcome:
+def isolated(
+    settings: EngineSettings, floors: Sequence[StageFloor], trace: Trace, *, overtaking: bool = False
+) -> Outcome:
     """Times that no request can beat, in the form of a run: arrivals as given, tokens as early as could be.
 
     Where only the mean floor of the stages is known, so many equal to it serve as well: the slowest stage is no faster
@@ -102,6 +105,7 @@ def isolated(settings: EngineSettings, floors: Sequence[StageFloor], trace: Trac
     settings, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where batches
         still run one after the other
     floors : StageFloor of each stage
+    overtaking : bool     whether sequences may be preempted on several stages (`may_preempt`)
 
     Returns
     -------
@@ -122,10 +126,59 @@ def isolated(settings: EngineSettings, floors: Sequence[StageFloor], trace: Trac
     steps = generated - 1
     # Token j + 1 is computed over a context of prompt + j tokens.
     context = steps * prompt + steps * (steps + 1) // 2
+    if overtaking and len(floors) > 1:
+        return _outcome(settings, floors, trace, first, _overtaken(floors, prompt, steps))
     rest = steps * all_batches
     for floor, stages in alike.items():
         # Each batch rounds down by less than a nanosecond.
         rest = rest + stages * np.maximum(_scaled(context, floor.context_rate) - steps, 0)
+    return _outcome(settings, floors, trace, first, rest)
+
+
+def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: int | None = None) -> bool:
+    """Whether the sequences that can run at once may need more KV blocks than there are.
+
+    Parameters
+    ----------
+    requests : int or None    most of the trace's requests that can be on the replica at all; None for all
+    """
+    if settings.policy != "vllm":
+        return False
+    at_once = min(settings.max_num_seqs, len(trace), requests or len(trace), trace.concurrency or len(trace))
+    return _most_blocks(trace, settings.max_model_len, settings.block_size)[at_once - 1] > blocks
+
+
+@lru_cache(maxsize=8)
+def _most_blocks(trace: Trace, max_model_len: int, block_size: int) -> list[int]:
+    """KV blocks of the largest request, of the two largest, and so on."""
+    held = trace.prompt + trace.generated(max_model_len) - 1  # the last token is never computed
+    return [int(n) for n in np.cumsum(np.sort(-(-held // block_size))[::-1])]
+
+
+def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Least times from the first token to the last where a batch may begin before the one before it has ended.
+
+    A sequence that gives way while a batch with it is on its way through the pipeline may come back before that batch
+    ends. Still its batches pass every stage one after the other, all but those that are on their way with the first
+    token at least after it, and lack no more tokens than can be on their way.
+    """
+    stages = len(floors)
+    kept = np.maximum(steps - stages + 1, 0)
+    context = kept * np.maximum(prompt - stages, 0)
+    total = np.zeros_like(kept)
+    for floor, count in Counter(floors).items():
+        total += count * np.maximum(kept * floor.batch_ns + _scaled(context, floor.context_rate) - kept, 0)
+    return np.asarray(total // stages)
+
+
+def _outcome(
+    settings: EngineSettings,
+    floors: Sequence[StageFloor],
+    trace: Trace,
+    first: NDArray[np.int64],
+    rest: NDArray[np.int64],
+) -> Outcome:
+    """Times since the arrival, in the form of a run."""
     arrival = trace.arrival_ns
     return Outcome(
         arrival_ns=arrival,

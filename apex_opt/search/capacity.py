@@ -36,6 +36,7 @@ from apex_opt.search.search import (
 )
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.slo import LATENCIES
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def fewest_gpus(
     _check_goals(question)
     asked = at_rate(question, rate_per_s / own_rate(question.trace))
     space = _listed(asked, formulation, plan, tell)
-    evaluator, objective = Evaluator(asked), question.objective
+    evaluator = Evaluator(asked)
     possible = _possible(evaluator, space, tell)
     found: list[Candidate] = []
     bounded = seen = 0
@@ -325,23 +326,23 @@ def fewest_gpus(
     tell_compiling(tell, evaluator, possible)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for gpus in sorted({plan.devices for plan in possible}):
-            bounds = {plan: evaluator.bound(plan)[0] for plan in possible if plan.devices == gpus}
+            bounds = {plan: evaluator.bounds(plan, asked.objectives)[0] for plan in possible if plan.devices == gpus}
             queue = sorted(bounds, key=lambda plan: (bounds[plan], str(plan)))
             for start in range(0, len(queue), ROUND):
                 tell("simulating plans", seen, len(possible))
-                costs = sorted(objective.cost(candidate.value) for candidate in found)
+                costs = sorted(asked.costs(candidate.metrics) for candidate in found)
                 worst = costs[top - 1] if len(costs) >= top else _any_cost(evaluator)
                 batch = [plan for plan in queue[start : start + ROUND] if bounds[plan] <= worst]
                 bounded += len(queue[start : start + ROUND]) - len(batch)
                 seen += len(queue[start : start + ROUND])
                 simulations += len(batch)
                 challenge = partial(evaluator.challenge, worst=worst)
-                for candidate in pool.map(challenge, batch, [bounds[plan] for plan in batch]):
+                for candidate in pool.map(challenge, batch, [bounds[plan][0] for plan in batch]):
                     if candidate is not None and candidate.meets_slos:
                         found.append(candidate)
             if found:
                 break
-    best = sorted(found, key=lambda item: (objective.cost(item.value), str(item.plan)))[:top]
+    best = sorted(found, key=lambda item: (asked.costs(item.metrics), str(item.plan)))[:top]
     certificate = RateCertificate(
         space=space.size,
         infeasible=space.infeasible,
@@ -440,10 +441,13 @@ def _check_goals(question: Question) -> None:
     own_rate(question.trace)
     if not question.slos:
         raise UsageError("--slo: a highest rate needs goals that end it, such as ttft_p95<=500ms,tpot_p95<=50ms")
-    if wrong := [slo.text for slo in question.slos if slo.metric == "throughput"]:
+    if wrong := [slo.text for slo in question.slos if slo.metric not in (*LATENCIES, "cost")]:
         raise UsageError(
-            f"--slo: {wrong[0]} is a goal on the rate itself; give goals on ttft, tpot or e2e, and a rate as --rate"
+            f"--slo: {wrong[0]} moves with the rate itself; give goals on ttft, tpot, itl, e2e or cost, and a rate as "
+            "--rate"
         )
+    if tolerant := [part.name for part in question.objectives if part.tolerance]:
+        raise UsageError(f"--objective: {tolerant[0]} has a tolerance, which capacity does not know; leave it out")
 
 
 def _listed(question: Question, formulation: Formulation, plan: Plan | None, tell: Progress) -> _Space:
@@ -517,9 +521,9 @@ def _why_not(where: str, question: Question, formulation: Formulation, space: _S
     return f"{where}, {plan} misses {misses(closest.metrics, question.slos)}: relax these or ask about another plan"
 
 
-def _any_cost(evaluator: Evaluator) -> float:
-    """A cost that no plan passes, finite: simulations then end once they miss a goal, and for no other reason."""
-    return -1 / _ANY_COST if evaluator.question.objective.maximise else _ANY_COST
+def _any_cost(evaluator: Evaluator) -> tuple[float, ...]:
+    """Costs that no plan passes, finite: simulations then end once they miss a goal, and for no other reason."""
+    return tuple(-1 / _ANY_COST if part.maximise else _ANY_COST for part in evaluator.question.objectives)
 
 
 def _size(plan: Plan) -> tuple[int, str]:

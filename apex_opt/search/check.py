@@ -10,7 +10,6 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.evaluate import FAMILIES, tally
@@ -68,7 +67,7 @@ def check(question: Question, answer: Answer, progress: Progress | None = None) 
     infeasible = {family: count * clocks for family, count in counted.infeasible.items()}
     repeated, size = counted.repeated * clocks, counted.space * clocks
     scored = _scored(question, every, tell)
-    meeting = sorted((c for c in scored if c.meets_slos), key=partial(rank, question))
+    meeting = [c for c in scored if c.meets_slos]
     certificate = answer.certificate
     disagreements: list[str] = []
     if certificate.space != size:
@@ -114,22 +113,38 @@ def _scored(question: Question, plans: list[Plan], tell: Progress) -> list[Candi
     return scored
 
 
+def _in_order(question: Question, meeting: list[Candidate]) -> list[Candidate]:
+    """The plans that can be the answer, best first: near enough by objectives with a tolerance, then by the others."""
+    kept, begin = meeting, 0
+    for end, part in enumerate(question.objectives, 1):
+        if part.tolerance and kept:
+            aims = question.objectives[begin:end]
+            best = min(kept, key=lambda c: question.costs(c.metrics)[begin:end])
+            goals = [goal for aim in aims for goal in aim.near(aim.value(best.metrics))]
+            kept = [c for c in kept if all(goal.met(c.metrics.judged(goal)) for goal in goals)]
+            begin = end
+    return sorted(kept, key=lambda c: (question.costs(c.metrics)[begin:], *rank(question, c)[1:]))
+
+
 def _optimum(question: Question, answer: Answer, meeting: list[Candidate]) -> Iterator[str]:
     """What contradicts the plan that is answered, or that there is none."""
     best, gap = answer.best, answer.certificate.gap
     if best is None:
         if meeting and answer.status == "infeasible":
-            yield f"{meeting[0].plan} meets the goals, though no plan is said to"
+            yield f"{_in_order(question, meeting)[0].plan} meets the goals, though no plan is said to"
         return
     if best.plan not in {candidate.plan for candidate in meeting}:
         yield f"{best.plan} is not among the plans that meet the goals"
         return
-    first = meeting[0]
-    if answer.status == "optimal" and rank(question, first) < rank(question, best):
-        yield f"{first.plan} comes before {best.plan}: {first.value:.6g} against {best.value:.6g}"
-    cost, least = question.objective.cost(best.value), question.objective.cost(first.value)
+    first = _in_order(question, meeting)[0]
+    parts = question.objectives
+    aim = next(part for index, part in enumerate(parts) if not any(later.tolerance for later in parts[index:]))
+    said = f"{aim.value(first.metrics):.6g} against {aim.value(best.metrics):.6g}"
+    if answer.status == "optimal" and first.plan != best.plan:
+        yield f"{first.plan} comes before {best.plan}: {said}"
+    cost, least = aim.cost(aim.value(best.metrics)), aim.cost(aim.value(first.metrics))
     if gap is not None and least < cost - (gap + ROUNDING) * abs(cost):
-        yield f"{first.plan} is better by more than the gap of {gap:.1%}: {first.value:.6g} against {best.value:.6g}"
+        yield f"{first.plan} is better by more than the gap of {gap:.1%}: {said}"
 
 
 def _bounds(question: Question, scored: list[Candidate]) -> Iterator[str]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.cost import CostModel, PlanCost, Usage, account
+from apex_opt.cost import CostModel, PlanCost, account
 from apex_opt.plan.layout import Layout
-from apex_opt.plan.memory import StageMemory, kv_blocks, stage_memory
+from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, stage_memory
 from apex_opt.plan.plan import even_split
 from apex_opt.search.answer import Candidate
-from apex_opt.search.bounds import StageFloor, isolated
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.gaps import least_gaps_ns
+from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
-from apex_opt.simulator.stop import Stop
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -24,17 +25,29 @@ if TYPE_CHECKING:
     from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
     from apex_opt.simulator.outcome import Outcome
-    from apex_opt.simulator.stop import Metric
+    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
 
-_QUANTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    Costs = tuple[float, ...]
+
+ROUNDING: Final = 1e-12
+"""Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
+
+_ENERGIES: Final = ("energy", "energy_per_token")
+
+OF_GPUS: Final = (*_ENERGIES, "cost", "cost_per_mtoken")
+"""Figures that depend on how many GPUs there are, so that replicas do not have them in common."""
 
 
 class Evaluator:
-    """Scores plans for one question; costs of cells are shared among them."""
+    """Scores plans for one question; costs of cells are shared among them.
 
-    def __init__(self, question: Question) -> None:
+    The times between tokens are only looked at where the question asks for them, or `gaps` says so: it takes a log.
+    """
+
+    def __init__(self, question: Question, *, gaps: bool = False) -> None:
+        self._gaps = gaps
         self.question = question
         self.costs = CostModel(
             question.model,
@@ -44,25 +57,39 @@ class Evaluator:
             question.expert_routing,
             question.profiles,
         )
-        self._floors: dict[tuple[Plan, Layout, tuple[Slo, ...]], Metrics] = {}
+        self._floors: dict[tuple[Any, ...], Metrics] = {}
+        self._memories: dict[Plan, tuple[StageMemory, ...]] = {}
+        self._needed = question.instance().kv_blocks_needed
         generated = question.trace.generated(question.settings.max_model_len)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
+        self._generated = int(generated.sum())
 
     def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
-        """Where the figures behind the costs of plans come from, per operation."""
+        """Where the figures behind the costs of plans come from, per operation, and the price where there is a cost."""
         for plan in plans:
             self.costs.plan_cost(plan)
-        return self.costs.provenance
+        if not self.question.tells_cost:
+            return self.costs.provenance
+        gpu = self.question.cluster.gpu
+        source = dict(gpu.sources).get("price_per_h", f"stated for {gpu.name}")
+        return self.costs.provenance | {"price": f"${gpu.price_per_h:g} per GPU and hour; {source}"}
 
-    def floor(self, plan: Plan) -> Metrics:
+    def floor(self, plan: Plan, movable: bool = False) -> Metrics:
         """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
-        layers = even_split(self.question.model.layers, plan.stages)
+        question = self.question
+        asked = question.goals, question.per_request, question.percentiles, self._tells_gaps
+        layers = even_split(question.model.layers, plan.stages)
         cut = replace(plan, replicas=1, layers=layers)
-        key = cut, Layout.of(plan, self.question.cluster), self.question.slos
+        overtaking = self._overtaking(plan, movable)
+        key = cut, Layout.of(plan, question.cluster), overtaking, asked
         if key not in self._floors:
-            mean = StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)
-            alone = isolated(self.question.settings_for(plan), [mean] * plan.stages, self.question.trace)
-            self._floors[key] = self._measure(alone)
+            settings = question.settings_for(plan)
+            floors = [StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)] * plan.stages
+            alone = isolated(settings, floors, question.trace, overtaking=overtaking)
+            if self._tells_gaps:
+                gaps_ns = least_gaps_ns(settings, floors, question.trace, overtaking=overtaking)
+                alone = replace(alone, gaps_ns=gaps_ns)
+            self._floors[key] = self._measure(alone, [s for s in question.goals if s.metric not in OF_GPUS])
         return self._floors[key]
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
@@ -70,19 +97,48 @@ class Evaluator:
         (bound,), possible = self.bounds(plan, (self.question.objective,))
         return bound, possible
 
-    def bounds(self, plan: Plan, objectives: Sequence[Objective]) -> tuple[tuple[float, ...], bool]:
-        """Lower bounds on the plan's costs by several objectives, and whether the SLOs can still hold."""
-        metrics = self.floor(plan)
-        power = self.costs.profile.power
-        idle_j = power.idle_w * plan.devices * metrics.makespan_s
-        energy_j = idle_j
-        if any(objective.name == "energy" for objective in objectives):
-            # The board's limit holds over a run, so its whole draw may be capped; the run is no shorter than its floor.
+    def _overtaking(self, plan: Plan, movable: bool = False) -> bool:
+        """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
+        if plan.stages == 1:
+            return False
+        question, memory = self.question, self._memory(plan)
+        blocks = kv_blocks(memory)
+        if movable:
+            # The split sought is no heavier than the even one, where that one fits.
+            fits = blocks >= self._needed
+            blocks = least_blocks(question.model, plan, memory, question.settings.block_size) if fits else 0
+        dealt = question.routing == "round_robin" and question.trace.concurrency is None
+        most = -(-len(question.trace) // plan.replicas) if dealt else None
+        return may_preempt(question.settings_for(plan), blocks * plan.attention.dp, question.trace, most)
+
+    def bounds(self, plan: Plan, objectives: Sequence[Objective], movable: bool = False) -> tuple[Costs, bool]:
+        """Lower bounds on the plan's costs by several objectives, and whether the SLOs can still hold.
+
+        They hold for every split of the layers; of one that is yet to be found (`movable`) they are as loose as it may
+        need.
+
+        Why they are admissible, beyond what `bounds` and `gaps` say of latencies and the makespan. Goodput: a request
+        within its limits is within them by its floors too, and the makespan is no shorter than its own. Energy: every
+        token is computed, the GPUs idle for the makespan at least, and the board's limit holds over a run; the tokens
+        generated are known, so it is also one per token. Cost: the GPUs and their price are known; that of tokens grows
+        with the makespan.
+        """
+        question, power = self.question, self.costs.profile.power
+        metrics = self.floor(plan, movable)
+        energy_j = power.idle_w * plan.devices * metrics.makespan_s
+        asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
+        if any(part.metric in _ENERGIES for part in asked):
             most_j = power.limit_w * plan.devices * metrics.makespan_s
-            energy_j = min(idle_j + self._least_joules(plan), most_j)
-        usage = Usage(energy_j=energy_j, idle_energy_j=idle_j, mfu=0.0, mbu=0.0, operations_s={})
-        costs = tuple(objective.cost(objective.value(metrics, usage)) for objective in objectives)
-        return costs, all(metrics.slo_met.values())
+            energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
+        least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
+        # A goal on the edge of what rounding moves is left to the run.
+        possible = all(
+            metrics.slo_met.get(slo.text, False)
+            or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING))
+            for slo in question.goals
+        )
+        costs = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
+        return costs, possible
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
@@ -98,14 +154,14 @@ class Evaluator:
         ------
         CapacityError    a request that the plan's KV cache cannot hold
         """
-        candidate = self.challenge(plan, bound, float("inf"))
+        candidate = self.challenge(plan, bound, (float("inf"),))
         assert candidate is not None  # nothing to cut it short
         return candidate
 
-    def challenge(self, plan: Plan, bound: float | None, worst: float) -> Candidate | None:
+    def challenge(self, plan: Plan, bound: float | None, worst: Costs) -> Candidate | None:
         """Score one plan exactly, or find that it misses an SLO or costs more than `worst` (None).
 
-        An infinite `worst` asks for the score whatever it is.
+        Costs are compared objective by objective. An infinite one asks for the score whatever it is.
 
         Raises
         ------
@@ -113,16 +169,17 @@ class Evaluator:
         """
         question = self.question
         cost = self.costs.plan_cost(plan)
-        memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings_for(plan))
-        stops = [] if worst == float("inf") else self._stops(plan, worst)
-        outcome = self._run(plan, cost, memory, stops=stops)
+        memory = self._memory(plan)
+        stops = [] if worst[0] == float("inf") else self._stops(plan, worst)
+        outcome = self._run(plan, cost, memory, stops=stops, gaps=self._tells_gaps)
         if outcome.stopped:
             return None
-        metrics = self._measure(outcome)
         usage = account(plan, cost, self.costs, outcome)
+        figures = {"energy_j": usage.energy_j, "cost_per_h": question.cost_per_h(plan)}
+        metrics = self._measure(outcome, question.goals, **figures)
         return Candidate(
             plan=plan,
-            value=question.objective.value(metrics, usage),
+            value=question.objective.value(metrics),
             metrics=metrics,
             usage=usage,
             memory=memory,
@@ -134,11 +191,27 @@ class Evaluator:
     def batches(self, plan: Plan) -> tuple[Outcome, PlanCost]:
         """A run of the plan that keeps every batch, and what it was run with."""
         cost = self.costs.plan_cost(plan)
-        memory = stage_memory(self.question.model, self.question.cluster.gpu, plan, self.question.settings_for(plan))
-        return self._run(plan, cost, memory, log=True), cost
+        return self._run(plan, cost, self._memory(plan), log=True), cost
+
+    @property
+    def _tells_gaps(self) -> bool:
+        return self._gaps or self.question.asks("itl")
+
+    def _memory(self, plan: Plan) -> tuple[StageMemory, ...]:
+        cut = replace(plan, replicas=1, clock_mhz=None)
+        if cut not in self._memories:
+            settings = self.question.settings_for(plan)
+            self._memories[cut] = stage_memory(self.question.model, self.question.cluster.gpu, plan, settings)
+        return self._memories[cut]
 
     def _run(
-        self, plan: Plan, cost: PlanCost, memory: Sequence[StageMemory], stops: Sequence[Stop] = (), log: bool = False
+        self,
+        plan: Plan,
+        cost: PlanCost,
+        memory: Sequence[StageMemory],
+        stops: Sequence[Stop] = (),
+        log: bool = False,
+        gaps: bool = False,
     ) -> Outcome:
         settings, trace = self.question.settings_for(plan), self.question.trace
         return simulate(
@@ -149,57 +222,55 @@ class Evaluator:
             replicas=plan.replicas,
             routing=self.question.routing,
             log=log,
+            gaps=gaps,
             stops=stops,
-            floors=isolated(settings, [StageFloor.of(law) for law in cost.laws], trace) if stops else None,
+            floors=isolated(
+                settings, [StageFloor.of(law) for law in cost.laws], trace, overtaking=self._overtaking(plan)
+            )
+            if stops
+            else None,
         )
 
-    def _stops(self, plan: Plan, worst: float) -> list[Stop]:
-        """What proves that a plan misses an SLO, or that its objective is worse than a cost."""
-        question = self.question
+    def _stops(self, plan: Plan, worst: Costs) -> list[Stop]:
+        """What proves that a plan misses an SLO, or that its objectives are worse than some costs."""
+        question, power = self.question, self.costs.profile.power
+        passing = Passing(
+            requests=len(question.trace),
+            decoding=self._decoding,
+            output_tokens=self._generated,
+            request_s=self.costs.request_ns / NS_PER_S,
+            least_j=self._least_joules(plan) * (1 - ROUNDING) if question.asks(*_ENERGIES) else 0.0,
+            idle_w=power.idle_w * plan.devices,
+            limit_w=power.limit_w * plan.devices,
+            cost_per_h=question.cost_per_h(plan),
+        )
         stops = []
-        for slo in question.slos:
-            if slo.metric == "throughput":
-                stops.append(self._slower_than(len(question.trace) / slo.limit))
-            else:
-                stops += self._latency_stop(slo.metric, slo.statistic, slo.limit, slo.fraction)
-        name = question.objective.name
-        if name == "makespan":
-            stops.append(self._slower_than(worst))
-        elif name == "throughput":
-            stops.append(self._slower_than(len(question.trace) / -worst))
-        elif name == "energy":
-            stops.append(self._slower_than(worst / (self.costs.profile.power.idle_w * plan.devices)))
-        else:
-            metric, statistic = name.split("_")
-            stops += self._latency_stop(metric, statistic, worst, None)
+        for slo in question.goals:
+            stops += passing.limit(slo.metric, slo.statistic, slo.limit, slo.fraction)
+        bounds, _ = self.bounds(plan, question.objectives)
+        for objective, cost, bound in zip(question.objectives, worst, bounds, strict=True):
+            stops += passing.limit(objective.metric, objective.statistic, objective.cost(cost))
+            if bound < cost:
+                break  # better by this one, it may be worse by the next
         return stops
 
-    def _slower_than(self, makespan_s: float) -> Stop:
-        return Stop.percentile_above("makespan", makespan_s, 1.0, len(self.question.trace))
-
-    def _latency_stop(self, metric: str, statistic: str, limit_s: float, fraction: float | None) -> list[Stop]:
-        """A statistic of a latency above a limit; nothing where no request has this latency."""
-        which: Metric = "ttft" if metric == "ttft" else "tpot" if metric == "tpot" else "e2e"
-        requests = self._decoding if metric == "tpot" else len(self.question.trace)
-        if not requests:
-            return []
-        # The simulator does not see the way in and out.
-        inside_s = limit_s if metric == "tpot" else limit_s - self.costs.request_ns / NS_PER_S
-        if statistic == "mean":
-            return [Stop.mean_above(which, inside_s, requests)]
-        if fraction is not None:
-            return [Stop.attainment_below(which, inside_s, fraction, requests)]
-        return [Stop.percentile_above(which, inside_s, _QUANTILES[statistic], requests)]
-
-    def _measure(self, outcome: Outcome) -> Metrics:
+    def _measure(self, outcome: Outcome, slos: Sequence[Slo], **figures: float | None) -> Metrics:
         question = self.question
         return measure(
             outcome,
             question.trace,
             max_model_len=question.settings.max_model_len,
             request_ns=self.costs.request_ns,
-            slos=question.slos,
+            slos=slos,
+            request_slos=question.per_request,
+            percentiles=question.percentiles,
+            **figures,
         )
+
+
+def _lowered(objective: Objective, cost: float) -> float:
+    """A bound less what rounding can have added; the cost of GPUs is one product, the same in every run."""
+    return cost if objective.metric == "cost" else cost - ROUNDING * abs(cost)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from apex_opt.errors import UsageError
@@ -75,6 +75,7 @@ def pareto(
     if not 2 <= len(names) <= 3 or len(set(names)) < len(names):
         raise UsageError(f"--objective: {','.join(names)}: a front is of two or three objectives, each named once")
     tell = progress or silent
+    question = replace(question, objective=objectives[0], then=tuple(objectives[1:]))
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
     evaluator = Evaluator(question)
@@ -109,7 +110,7 @@ def pareto(
 
 def costs(candidate: Candidate, objectives: Iterable[Objective]) -> Costs:
     """The figures of a run by each objective, signed such that less is better."""
-    return tuple(o.cost(o.value(candidate.metrics, candidate.usage)) for o in objectives)
+    return tuple(o.cost(o.value(candidate.metrics)) for o in objectives)
 
 
 def dominates(one: Costs, other: Costs) -> bool:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.errors import UsageError
 from apex_opt.evaluate import Instance
 from apex_opt.plan.engine import limited
 from apex_opt.profiles import SHIPPED
+from apex_opt.workload.slo import STATISTICS, percent
 
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.objective import Objective
+    from apex_opt.simulator.metrics import Metrics
     from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
@@ -31,6 +34,7 @@ class Question:
     ----------
     model, cluster, trace, settings, overhead
     objective : Objective
+    then : tuple of Objective        what decides between plans that are equal by those before, in this order
     slos : tuple of Slo              all must hold
     weight_formats, kv_formats       formats to choose from, paired
     max_devices : int                GPUs a plan may take
@@ -40,6 +44,13 @@ class Question:
                                      limits of a batch to choose from; None leaves one to the settings
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
+    near : tuple of Slo              what else a plan must reach to be as good as one found before
+    request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
+                                           that mean something for one request
+
+    Raises
+    ------
+    UsageError    goodput without such a goal, a cost without the price of a GPU
     """
 
     model: Model
@@ -48,6 +59,7 @@ class Question:
     settings: EngineSettings
     overhead: EngineOverhead
     objective: Objective
+    then: tuple[Objective, ...] = ()
     slos: tuple[Slo, ...]
     weight_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
@@ -57,6 +69,68 @@ class Question:
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
+    near: tuple[Slo, ...] = ()
+    request_slos: tuple[Slo, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.asks("goodput") and not self.per_request:
+            raise UsageError(
+                "goodput counts requests within their latency goals, and there are none: give percentiles or shares of "
+                "ttft, tpot or e2e as --slo, such as ttft_p95<=500ms,tpot_p95<=50ms"
+            )
+        if self.asks("cost", "cost_per_mtoken") and self.cluster.gpu.price_per_h is None:
+            raise UsageError(
+                f"no price is stated for {self.cluster.gpu.name}, so there is no cost: give $ per GPU and hour as "
+                "--price, or gpu.price_per_h in the cluster's file"
+            )
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All of them, the most important first."""
+        return self.objective, *self.then
+
+    @property
+    def asked(self) -> tuple[Objective | Slo, ...]:
+        """Everything that plans are judged by."""
+        return *self.objectives, *self.goals
+
+    @property
+    def goals(self) -> tuple[Slo, ...]:
+        """All that a run is judged by."""
+        return *self.slos, *self.near
+
+    @property
+    def per_request(self) -> tuple[Slo, ...]:
+        """Goals whose limits a request must keep to for goodput."""
+        if self.request_slos is not None:
+            return self.request_slos
+        return tuple(slo for slo in self.slos if slo.of_requests)
+
+    @property
+    def percentiles(self) -> tuple[str, ...]:
+        """Percentiles that are asked for beyond those always told."""
+        asked = {part.statistic for part in self.asked} - {*STATISTICS, "attain"}
+        return tuple(sorted(asked, key=percent))
+
+    def asks(self, *metrics: str) -> bool:
+        """Whether an objective or a goal is on one of these."""
+        return any(part.metric in metrics for part in self.asked)
+
+    @property
+    def tells_cost(self) -> bool:
+        """Whether costs are shown: where asked for, or where the price is not an assumed one."""
+        gpu = self.cluster.gpu
+        assumed = dict(gpu.sources).get("price_per_h", "").startswith("assumed")
+        return self.asks("cost", "cost_per_mtoken") or (gpu.price_per_h is not None and not assumed)
+
+    def cost_per_h(self, plan: Plan) -> float | None:
+        """$ per hour of a plan's GPUs, where their price is stated."""
+        price = self.cluster.gpu.price_per_h
+        return None if price is None else price * plan.devices
+
+    def costs(self, metrics: Metrics) -> tuple[float, ...]:
+        """The figures of a run by each objective, signed such that less is better."""
+        return tuple(objective.cost(objective.value(metrics)) for objective in self.objectives)
 
     def settings_for(self, plan: Plan) -> EngineSettings:
         """Engine settings of a plan: its limits; on several stages sequences fill the pipeline, not async batches.

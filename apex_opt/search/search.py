@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
-from apex_opt.search.answer import Answer, Candidate, Certificate, Status, judged, misses
+from apex_opt.search.answer import Answer, Candidate, Certificate, Status, misses
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.nearest import nearest_violation
 
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
 
+    Costs = tuple[float, ...]
     Progress = Callable[[str, int, int], None]
 
 ROUND: Final = 4
 """Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
+
+MOST_GAPS: Final = 20_000_000
+"""Tokens up to which a given plan's times between tokens are told without being asked for: a log takes 24 B each."""
 
 _COUNTED: Final = ("divisibility", "format", "balance")
 
@@ -107,14 +111,22 @@ def settled(question: Question, formulation: Formulation, found: Listed | Enumer
 
 
 def bound_plans(
-    evaluator: Evaluator, plans: Sequence[Plan], objectives: Sequence[Objective], tell: Progress
+    evaluator: Evaluator,
+    plans: Sequence[Plan],
+    objectives: Sequence[Objective],
+    tell: Progress,
+    movable: int | None = None,
 ) -> list[tuple[tuple[float, ...], bool]]:
-    """Of each plan its lower bounds by some objectives, and whether it can still meet the goals."""
+    """Of each plan its lower bounds by some objectives, and whether it can still meet the goals.
+
+    The layers of those from the `movable`-th on are yet to be moved.
+    """
+    first = len(plans) if movable is None else movable
     found: dict[int, tuple[tuple[float, ...], bool]] = {}
     # Plans of the same cut share their tables while these are still there.
     for index in sorted(range(len(plans)), key=lambda index: _cut(plans[index])):
         tell("bounding plans", len(found), len(plans))
-        found[index] = evaluator.bounds(plans[index], objectives)
+        found[index] = evaluator.bounds(plans[index], objectives, index >= first)
     return [found[index] for index in range(len(plans))]
 
 
@@ -127,6 +139,9 @@ def search(
     evaluator: Evaluator | None = None,
 ) -> Answer:
     """The best plan for a question, with its certificate, and the next best.
+
+    Where an objective has a tolerance, the best by it is searched for first, and then, among the plans that come as
+    near to it as that, the best by those after it.
 
     All feasible plans are enumerated, bounded and simulated best bound first, until the next bound is no better than
     the `top`-th best plan found. So the answer is the optimum of the space, unless the enumeration was cut short.
@@ -147,13 +162,28 @@ def search(
     deadline = float("inf") if time_limit_s is None else monotonic() + time_limit_s
     tell = progress or silent
     check_lengths(question)
+    return _search(question, formulation, tell, top, deadline, evaluator)
+
+
+def _search(
+    question: Question,
+    formulation: Formulation,
+    tell: Progress,
+    top: int,
+    deadline: float,
+    evaluator: Evaluator | None = None,
+) -> Answer:
+    """As `search`, until a point in time."""
+    split = next((index for index, part in enumerate(question.objectives, 1) if part.tolerance), None)
+    if split is not None:
+        return _search_near(question, split, formulation, tell, top, deadline)
     listed = list_plans(question, formulation, tell)
     evaluator = evaluator or Evaluator(question)
     feasible = (*listed.plans, *listed.movable)
-    bounds = bound_plans(evaluator, feasible, (question.objective,), tell)
+    bounds = bound_plans(evaluator, feasible, question.objectives, tell, len(listed.plans))
     queue = [
         _Queued(bound, index, feasible[index], index >= len(listed.plans))
-        for index, ((bound,), possible) in enumerate(bounds)
+        for index, (bound, possible) in enumerate(bounds)
         if possible
     ]
     queue.sort(key=lambda item: (item.bound, item.place))
@@ -163,7 +193,7 @@ def search(
     best = ranked[0] if ranked else None
     rest = [item.bound for item in queue[len(done) + cut_short + repeated :]]
     # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
-    left = [bound for bound in rest if len(ranked) < top or bound <= question.objective.cost(ranked[top - 1].value)]
+    left = [bound for bound in rest if len(ranked) < top or bound <= question.costs(ranked[top - 1].metrics)]
     proved = listed.complete and not left
     certificate = Certificate(
         space=listed.space,
@@ -185,6 +215,35 @@ def search(
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
+
+
+def _search_near(
+    question: Question, split: int, formulation: Formulation, tell: Progress, top: int, deadline: float
+) -> Answer:
+    """The best by the first objectives, then by the others among the plans that are as good but for a tolerance."""
+    aims = tuple(replace(part, tolerance=0.0) for part in question.objectives[:split])
+    first = _search(replace(question, objective=aims[0], then=aims[1:]), formulation, tell, 1, deadline)
+    if first.best is None:
+        return first
+    near = (goal for part in question.objectives[:split] for goal in part.near(part.value(first.best.metrics)))
+    objective, *then = question.objectives[split:]
+    nearer = replace(question, objective=objective, then=tuple(then), near=(*question.near, *near))
+    found = _search(nearer, formulation, tell, top, deadline)
+    proved = first.certificate.optimal and found.certificate.optimal
+    certificate = replace(
+        found.certificate,
+        before=(first.certificate, *found.certificate.before),
+        optimal=proved,
+        gap=found.certificate.gap if first.certificate.optimal else None,
+    )
+    evaluator = Evaluator(question)
+    ranked = tuple(
+        replace(c, value=question.objective.value(c.metrics), bound=evaluator.bound(c.plan)[0])
+        for c in found.candidates or first.candidates
+    )
+    return Answer(
+        status="optimal" if proved else "feasible", best=ranked[0], candidates=ranked, certificate=certificate
+    )
 
 
 def judge(question: Question, plan: Plan, progress: Progress | None = None) -> Answer:
@@ -219,7 +278,7 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
             reason=reason,
         )
     tell = progress or silent
-    evaluator = Evaluator(question)
+    evaluator = Evaluator(question, gaps=int(question.trace.output.sum()) <= MOST_GAPS)
     tell_compiling(tell, evaluator, [plan])
     tell("simulating the plan", 0, 1)
     candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
@@ -228,9 +287,9 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
 
 
 class _Queued(NamedTuple):
-    """A plan to simulate: its bound, its place among equals, and whether its layers are yet to be moved."""
+    """A plan to simulate: its bounds, its place among equals, and whether its layers are yet to be moved."""
 
-    bound: float
+    bound: Costs
     place: int
     plan: Plan
     movable: bool
@@ -251,7 +310,7 @@ def _simulate(
     question = evaluator.question
     done: list[Candidate] = []
     cut_short = repeated = position = 0
-    worst = float("inf")
+    worst: Costs = (float("inf"),)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
             items = [item for item in queue[position : position + ROUND] if item.bound <= worst]
@@ -268,21 +327,21 @@ def _simulate(
                 else:
                     done.append(candidate)
                 tell("simulating plans", len(done) + cut_short, len(queue))
-            good = sorted(question.objective.cost(c.value) for c in done if c.meets_slos)
-            worst = good[top - 1] if len(good) >= top else float("inf")
+            good = sorted(question.costs(c.metrics) for c in done if c.meets_slos)
+            worst = good[top - 1] if len(good) >= top else worst
     return _Simulated(done, cut_short, repeated)
 
 
-def _gap(question: Question, best: Candidate, left: Sequence[float]) -> float:
-    """How far the best plan found can be from the best there is, by the least bound of what is left."""
+def _gap(question: Question, best: Candidate, left: Sequence[Costs]) -> float:
+    """How far the best plan found can be from the best there is by the first objective, as what is left is bounded."""
     cost = question.objective.cost(best.value)
-    least = min([cost, *left])
+    least = min([cost, *(first for first, *_ in left)])
     return 0.0 if least >= cost else (cost - least) / abs(cost)
 
 
-def _challenge(evaluator: Evaluator, worst: float, item: tuple[float, Plan]) -> Candidate | None:
+def _challenge(evaluator: Evaluator, worst: Costs, item: tuple[Costs, Plan]) -> Candidate | None:
     bound, plan = item
-    return evaluator.challenge(plan, bound, worst)
+    return evaluator.challenge(plan, bound[0], worst)
 
 
 def _cut(plan: Plan) -> tuple[Any, ...]:
@@ -320,15 +379,15 @@ def check_lengths(question: Question) -> None:
         )
 
 
-def rank(question: Question, candidate: Candidate) -> tuple[float, int, str]:
-    """Better first: objective, then fewer GPUs, then the text form, so that ties fall the same way every time."""
-    return question.objective.cost(candidate.value), candidate.plan.devices, str(candidate.plan)
+def rank(question: Question, candidate: Candidate) -> tuple[Costs, int, str]:
+    """Better first: the objectives in turn, fewer GPUs, the text form, so that ties fall the same way every time."""
+    return question.costs(candidate.metrics), candidate.plan.devices, str(candidate.plan)
 
 
 def _miss(question: Question, candidate: Candidate) -> float:
     """How far a plan is from the goals it misses: the worst relative excess."""
     missed = (slo for slo in question.slos if not candidate.metrics.slo_met[slo.text])
-    return max((-slo.margin(judged(candidate.metrics, slo)) for slo in missed), default=0.0)
+    return max((-slo.margin(candidate.metrics.judged(slo)) for slo in missed), default=0.0)
 
 
 def why_not(evaluator: Evaluator, plans: Sequence[Plan], done: Sequence[Candidate]) -> str:

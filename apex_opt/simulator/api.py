@@ -60,6 +60,7 @@ def simulate(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    gaps: bool = False,
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
     implementation: Implementation = "kernel",
@@ -77,6 +78,7 @@ def simulate(
     routing : "round_robin" (request i to replica i mod R) or "least_loaded" (fewest unanswered requests when the
               request arrives, ties to the lowest replica)
     log : bool                    keep every batch
+    gaps : bool                   keep the times between the tokens of every request, as a log does too
     stops : limits whose passing cuts the run short (`Outcome.stopped`); with `floors`, times that no request can beat,
         sooner
     implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
@@ -109,12 +111,21 @@ def simulate(
         from apex_opt.simulator import reference
 
         return reference.simulate(
-            settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, stops=stops
+            settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, gaps=gaps, stops=stops
         )
     from apex_opt.simulator import pack
 
     return pack.run(
-        settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, stops=stops, floors=floors
+        settings,
+        blocks,
+        laws,
+        trace,
+        replicas=replicas,
+        routing=routing,
+        log=log,
+        gaps=gaps,
+        stops=stops,
+        floors=floors,
     )
 
 

@@ -132,7 +132,7 @@ class Log(NamedTuple):
     on: int
     at: I64  # [3]: steps, rows, preempted
     steps: I64  # [_, 5]: replica, start, end, rows, preempted
-    rows: I64  # [_, 3]: request, tokens, computed after
+    rows: I64  # [_, 3]: 2 * request + yields, tokens, computed after
     preempted: I64
 
 
@@ -188,10 +188,10 @@ def _cached(function: Any) -> Any:
 
 
 @_cached
-def log_row_nb(log: Log, request: int, tokens: int, computed: int) -> None:
+def log_row_nb(log: Log, request: int, yields: int, tokens: int, computed: int) -> None:
     at = log.at[1]
     if at < log.rows.shape[0]:
-        log.rows[at, 0] = request
+        log.rows[at, 0] = 2 * request + yields
         log.rows[at, 1] = tokens
         log.rows[at, 2] = computed
     log.at[1] = at + 1
@@ -529,7 +529,7 @@ def advance_single_nb(
                     if log.on:
                         i = first_run
                         while i != NONE:
-                            log_row_nb(log, i, 1, offset[i] + k)
+                            log_row_nb(log, i, 1, 1, offset[i] + k)
                             i = after[i]
                         log_step_nb(log, replica, turn, end, n, 0)
                 counts.decode[n] += k - first_batch
@@ -611,7 +611,7 @@ def advance_single_nb(
             i = first_run
             while i != NONE:
                 if flight == 0 or joined[i] + limit[i] - generated[i] - 1 != k:
-                    log_row_nb(log, i, 1, offset[i] + k + 1)
+                    log_row_nb(log, i, 1, 1, offset[i] + k + 1)
                 i = after[i]
         joining = NONE
         if chunk > 0:
@@ -624,7 +624,8 @@ def advance_single_nb(
                 chunks_ns += chunk_time_nb(laws, 0, chunk, partial_done)
                 count_chunk_nb(counts, chunk, partial_done)
             if log.on:
-                log_row_nb(log, partial, chunk, partial_done)
+                whole = 1 if partial_done == prompt[partial] + generated[partial] else 0
+                log_row_nb(log, partial, whole, chunk, partial_done)
             if partial_done == prompt[partial] + generated[partial]:
                 joining = partial
                 partial = NONE
@@ -686,7 +687,7 @@ def advance_single_nb(
                 chunks_ns += chunk_time_nb(laws, 0, c, c)
                 count_chunk_nb(counts, c, c)
             if log.on:
-                log_row_nb(log, i, c, c)
+                log_row_nb(log, i, 1 if c == known else 0, c, c)
             if c == known:
                 joining = i
             else:
@@ -849,7 +850,7 @@ def advance_queued_nb(
                     d += 1
                     read += computed[i]
                     if log.on:
-                        log_row_nb(log, i, 1, computed[i])
+                        log_row_nb(log, i, 0, 1, computed[i])
                     index += 1
                     continue
                 coming = in_flight[i]
@@ -910,7 +911,7 @@ def advance_queued_nb(
                     count_chunk_nb(counts, c, computed[i])
                 row_tokens[rows - 1] = c
                 if log.on:
-                    log_row_nb(log, i, c, computed[i])
+                    log_row_nb(log, i, yields, c, computed[i])
                 index += 1
 
             # Waiting sequences, in order, where nobody had to give way.
@@ -968,7 +969,7 @@ def advance_queued_nb(
                         count_chunk_nb(counts, c, computed[i])
                     row_tokens[rows - 1] = c
                     if log.on:
-                        log_row_nb(log, i, c, computed[i])
+                        log_row_nb(log, i, yields, c, computed[i])
             state[PREEMPTIONS] += preempted
 
             # Through the stages.

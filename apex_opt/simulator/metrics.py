@@ -1,38 +1,40 @@
-"""Latency, throughput and attainment of a simulated run."""
+"""Latency, rates, energy, cost and attainment of a simulated run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import LATENCIES, Slo
+from apex_opt.units import NS_PER_S, S_PER_H
+from apex_opt.workload.slo import FIGURES, OF_REQUESTS, STATISTICS, Slo, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.workload.trace import Trace
 
-STATISTICS: Final = ("mean", "p50", "p90", "p95", "p99", "max")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """What the requests saw.
+    """What the requests saw, and what that took.
 
     Parameters
     ----------
-    latency_s : mapping of "ttft", "tpot", "e2e" to mapping of statistic to seconds
+    latency_s : mapping of "ttft", "tpot", "e2e" and where known "itl" to mapping of statistic to seconds
         TTFT from arrival to first token, queueing included; TPOT (last - first) / (n - 1) over requests with n > 1
-        tokens (NaN where there is none); E2E from arrival to last token; percentiles interpolate linearly
+        tokens (NaN where there is none); E2E from arrival to last token; ITL between consecutive tokens of a request,
+        every gap weighing the same; percentiles interpolate linearly
     makespan_s : float                    from the first arrival to the last token
     requests_per_s, output_tokens_per_s, total_tokens_per_s : float    over the makespan
-    attainment : mapping of SLO text to share of requests within its limit (1 or 0 for a throughput goal)
+    goodput_per_s : float or None         of the requests that keep to what was asked of each; None where nothing was
+    output_tokens : int                   tokens generated
+    energy_j, cost_per_h : float or None  energy of the run, and $ per hour of its GPUs, where known
+    attainment : mapping of SLO text to share of requests (for ITL, of gaps) within its limit; 1 or 0 for a figure
     slo_met : mapping of SLO text to whether the goal holds
     """
 
@@ -41,8 +43,36 @@ class Metrics:
     requests_per_s: float
     output_tokens_per_s: float
     total_tokens_per_s: float
+    output_tokens: int
+    goodput_per_s: float | None = None
+    energy_j: float | None = None
+    cost_per_h: float | None = None
     attainment: dict[str, float]
     slo_met: dict[str, bool]
+
+    def value(self, metric: str, statistic: str = "mean") -> float:
+        """A statistic of a latency in seconds, or a figure in its unit (`FIGURES`); NaN where not known."""
+        if metric not in FIGURES:
+            return self.latency_s[metric][statistic]
+        nan = float("nan")
+        energy_j = nan if self.energy_j is None else self.energy_j
+        cost_per_h = nan if self.cost_per_h is None else self.cost_per_h
+        figures = {
+            "makespan": self.makespan_s,
+            "throughput": self.requests_per_s,
+            "goodput": nan if self.goodput_per_s is None else self.goodput_per_s,
+            "energy": energy_j,
+            "energy_per_token": energy_j / self.output_tokens,
+            "cost": cost_per_h,
+            "cost_per_mtoken": cost_per_h * self.makespan_s / S_PER_H / self.output_tokens * 1e6,
+        }
+        return figures[metric]
+
+    def judged(self, slo: Slo) -> float:
+        """The figure that a goal is compared with; NaN for a latency that nobody has."""
+        if slo.statistic == "attain":
+            return self.attainment[slo.text]
+        return self.value(slo.metric, slo.statistic)
 
 
 def per_request_s(outcome: Outcome, generated: NDArray[np.int64], request_ns: int) -> dict[str, NDArray[np.float64]]:
@@ -55,7 +85,16 @@ def per_request_s(outcome: Outcome, generated: NDArray[np.int64], request_ns: in
 
 
 def measure(
-    outcome: Outcome, trace: Trace, *, max_model_len: int, request_ns: int = 0, slos: Sequence[Slo] = ()
+    outcome: Outcome,
+    trace: Trace,
+    *,
+    max_model_len: int,
+    request_ns: int = 0,
+    slos: Sequence[Slo] = (),
+    request_slos: Sequence[Slo] | None = None,
+    percentiles: Sequence[str] = (),
+    energy_j: float | None = None,
+    cost_per_h: float | None = None,
 ) -> Metrics:
     """Metrics of a run.
 
@@ -65,44 +104,53 @@ def measure(
     max_model_len : int     requests end there, so fewer tokens may have been generated than asked
     request_ns : int        time of a request outside the engine, added to TTFT and E2E
     slos : goals to judge by
+    request_slos : goals whose limits a request must keep to for goodput; by default those among `slos` that mean
+                   something for one request
+    percentiles : statistics to tell beyond `STATISTICS`
+    energy_j, cost_per_h : energy of the run, and $ per hour of its GPUs
     """
     generated = trace.generated(max_model_len)
-    values = per_request_s(outcome, generated, request_ns)
-    latency = {name: _statistics(values[name]) for name in LATENCIES}
+    each = per_request_s(outcome, generated, request_ns)
+    values = {name: each[name][~np.isnan(each[name])] for name in OF_REQUESTS}
+    if outcome.gaps_ns is not None:
+        values["itl"] = outcome.gaps_ns / NS_PER_S
     makespan_s = max(outcome.makespan_ns / NS_PER_S, 1 / NS_PER_S)
-    rate = len(trace) / makespan_s
-    attainment, met = {}, {}
-    for slo in slos:
-        if slo.metric == "throughput":
-            met[slo.text] = slo.met(rate)
-            attainment[slo.text] = float(met[slo.text])
-            continue
-        seen = values[slo.metric][~np.isnan(values[slo.metric])]
-        within = float(np.mean(seen <= slo.limit)) if len(seen) else 1.0
-        attainment[slo.text] = within
-        judged = within if slo.statistic == "attain" else latency[slo.metric][slo.statistic]
-        met[slo.text] = slo.met(judged) or not len(seen)
-    return Metrics(
-        latency_s=latency,
+    if request_slos is None:
+        request_slos = [slo for slo in slos if slo.of_requests]
+    metrics = Metrics(
+        latency_s={name: _statistics(seen, percentiles) for name, seen in values.items()},
         makespan_s=makespan_s,
-        requests_per_s=rate,
+        requests_per_s=len(trace) / makespan_s,
         output_tokens_per_s=int(generated.sum()) / makespan_s,
         total_tokens_per_s=int((generated + trace.prompt).sum()) / makespan_s,
-        attainment=attainment,
-        slo_met=met,
+        output_tokens=int(generated.sum()),
+        goodput_per_s=_good(each, request_slos) / makespan_s if request_slos else None,
+        energy_j=energy_j,
+        cost_per_h=cost_per_h,
+        attainment={},
+        slo_met={},
     )
+    for slo in slos:
+        if slo.metric in FIGURES:
+            metrics.slo_met[slo.text] = slo.met(metrics.judged(slo))
+            metrics.attainment[slo.text] = float(metrics.slo_met[slo.text])
+            continue
+        seen = values[slo.metric]
+        metrics.attainment[slo.text] = float(np.mean(seen <= slo.limit)) if len(seen) else 1.0
+        metrics.slo_met[slo.text] = slo.met(metrics.judged(slo)) or not len(seen)
+    return metrics
 
 
-def _statistics(values: NDArray[np.float64]) -> dict[str, float]:
-    seen = values[~np.isnan(values)]
-    if not len(seen):
-        return dict.fromkeys(STATISTICS, float("nan"))
-    p50, p90, p95, p99 = np.percentile(seen, [50, 90, 95, 99]).tolist()
-    return {
-        "mean": float(seen.mean()),
-        "p50": p50,
-        "p90": p90,
-        "p95": p95,
-        "p99": p99,
-        "max": float(seen.max()),
-    }
+def _good(each: Mapping[str, NDArray[np.float64]], slos: Sequence[Slo]) -> int:
+    """Requests whose own latencies are all within the limits; a latency that a request does not have binds nothing."""
+    beyond = [each[slo.metric] > slo.limit for slo in slos]
+    return int((~np.any(beyond, axis=0)).sum())
+
+
+def _statistics(values: NDArray[np.float64], percentiles: Sequence[str]) -> dict[str, float]:
+    """The usual statistics and further percentiles, in rising order; NaN of no values."""
+    names = sorted((*STATISTICS[1:-1], *percentiles), key=percent)
+    if not len(values):
+        return dict.fromkeys(("mean", *names, "max"), float("nan"))
+    found = np.percentile(values, [percent(name) for name in names]).tolist()
+    return {"mean": float(values.mean()), **dict(zip(names, found, strict=True)), "max": float(values.max())}

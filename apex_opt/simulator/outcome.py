@@ -99,6 +99,7 @@ class Outcome:
     counts : BatchCounts                 over all replicas
     steps : list of Step or None         every batch, replica by replica, where asked for
     steps_per_replica : list of int or None    how many of them are whose
+    gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     """
 
@@ -111,6 +112,7 @@ class Outcome:
     counts: BatchCounts
     steps: list[Step] | None = None
     steps_per_replica: list[int] | None = None
+    gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from apex_opt.errors import UsageError
 from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator import kernel as kn
 from apex_opt.simulator.content import BlockContent
+from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.stop import METRICS, latencies_ns
@@ -39,6 +40,7 @@ def run(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    gaps: bool = False,
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
 ) -> Outcome:
@@ -46,12 +48,19 @@ def run(
     packed_laws = pack_laws(laws)
     capacity = (0, 0, 0)
     while True:
-        outcome, needed = _run_once(
-            settings, blocks, packed_laws, trace, replicas, routing, capacity if log else None, stops, floors
+        outcome, batches = _run_once(
+            settings, blocks, packed_laws, trace, replicas, routing, capacity if log or gaps else None, stops, floors
         )
-        if all(n <= c for n, c in zip(needed, capacity, strict=True)) or not log:
+        needed = int(batches.at[0]), int(batches.at[1]), int(batches.at[2])
+        if not log and (not gaps or outcome.stopped):
             return outcome
+        if all(n <= c for n, c in zip(needed, capacity, strict=True)):
+            break
         capacity = needed
+    outcome = replace(outcome, gaps_ns=_gaps(batches, trace.generated(settings.max_model_len)))
+    if not log:
+        return outcome
+    return replace(outcome, steps=_steps(batches), steps_per_replica=_steps_per_replica(batches, len(outcome.busy_ns)))
 
 
 def needs_compiling(settings: EngineSettings, stages: int) -> bool:
@@ -92,7 +101,7 @@ def _run_once(
     capacity: tuple[int, int, int] | None,
     stops: Sequence[Stop],
     floors: Outcome | None,
-) -> tuple[Outcome, tuple[int, int, int]]:
+) -> tuple[Outcome, kn.Log]:
     stages = laws.decode_ns.shape[0]
     depth = stages if stages > 1 else (2 if settings.async_scheduling else 1)
     if settings.policy == "static":
@@ -171,11 +180,9 @@ def _run_once(
         batches=int(state[:, kn.BATCHES].sum()),
         busy_ns=work.busy,
         counts=counts_arrays,
-        steps=_steps(log) if capacity is not None else None,
-        steps_per_replica=_steps_per_replica(log, replicas) if capacity is not None else None,
         stopped=bool(packed_stops.passed[0]),
     )
-    return outcome, (int(log.at[0]), int(log.at[1]), int(log.at[2]))
+    return outcome, log
 
 
 def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int, blocks: int, ring: int) -> kn.Work:
@@ -273,19 +280,24 @@ def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tup
     return pieces, int(kn.number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
 
 
+def _gaps(log: kn.Log, generated: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Times between tokens: a token comes when the batch that yields it ends."""
+    yields = (log.rows[:, 0] & 1).astype(bool)
+    end_ns = np.repeat(log.steps[:, 2], log.steps[:, 3])
+    return gaps_ns(log.rows[yields, 0] >> 1, end_ns[yields], generated)
+
+
 def _steps_per_replica(log: kn.Log, replicas: int) -> list[int]:
-    replica = log.steps[: min(int(log.at[0]), len(log.steps)), 0]
-    return [int(count) for count in np.bincount(replica, minlength=replicas)]
+    return [int(count) for count in np.bincount(log.steps[:, 0], minlength=replicas)]
 
 
 def _steps(log: kn.Log) -> list[Step]:
     """The log as lists, replica by replica."""
-    count = min(int(log.at[0]), len(log.steps))
     rows, preempted = log.rows.tolist(), log.preempted.tolist()
     steps: list[tuple[int, Step]] = []
     row = gone = 0
-    for replica, start, end, size, lost in log.steps[:count].tolist():
-        chunk = [(i, tokens, computed) for i, tokens, computed in rows[row : row + size]]
+    for replica, start, end, size, lost in log.steps.tolist():
+        chunk = [(i >> 1, tokens, computed) for i, tokens, computed in rows[row : row + size]]
         steps.append((replica, (start, end, chunk, sorted(preempted[gone : gone + lost]))))
         row += size
         gone += lost

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,7 @@ class Sequence:
     keys: list[int] = field(default_factory=list)  # content of its full blocks, prefix included; for prefix caching
     table: list[int] = field(default_factory=list)  # the blocks themselves
     registered: int = 0  # blocks whose content can be found by others
+    token_ns: list[int] = field(default_factory=list)  # when each of its tokens came
 
     @property
     def known(self) -> int:
@@ -161,8 +163,8 @@ class Scheduler:
         sequence.computed = 0
         self.waiting.appendleft(sequence)
 
-    def update(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Take in the tokens of a finished batch; return who got a first token and who ended."""
+    def update(self, batch: Batch, now_ns: int) -> tuple[list[int], list[int]]:
+        """Take in the tokens of a batch that finishes now; return who got a first token and who ended."""
         first: list[int] = []
         ended: list[int] = []
         for row in batch.rows:
@@ -174,6 +176,7 @@ class Scheduler:
             if sequence.generated == 0:
                 first.append(sequence.id)
             sequence.generated += 1
+            sequence.token_ns.append(now_ns)
             if self.settings.async_scheduling and sequence.table:
                 # Tokens were unknown when they were scheduled; now their blocks have content.
                 self.pool.register(sequence, sequence.computed - sequence.in_flight)
@@ -308,7 +311,7 @@ class Engine:
                     continue
             finish_ns, batch = self.queue.popleft()
             self.now = max(self.now, finish_ns)
-            first, done = scheduler.update(batch)
+            first, done = scheduler.update(batch, self.now)
             self.first_token_ns.update(dict.fromkeys(first, self.now))
             self.finish_ns.update(dict.fromkeys(done, self.now))
             for _ in done[: len(self.backlog)]:
@@ -345,6 +348,7 @@ def simulate(
     replicas: int = 1,
     routing: Routing = "round_robin",
     log: bool = False,
+    gaps: bool = False,
     stops: Seq[Stop] = (),
 ) -> Outcome:
     """Run a trace on identical replicas; see `apex_opt.simulator.api.simulate` for the parameters."""
@@ -381,7 +385,8 @@ def simulate(
     times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
     generated = np.array([sequence.limit for sequence in sequences])
     stopped = any(stop.passed(latencies_ns(stop.metric, *times, generated)) for stop in stops)
-    return replace(outcome, stopped=stopped)
+    between = [b - a for s in sequences for a, b in pairwise(s.token_ns)]
+    return replace(outcome, stopped=stopped, gaps_ns=np.array(between, np.int64) if log or gaps else None)
 
 
 def _outcome(engines: Seq[Engine], requests: int) -> Outcome:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from apex_opt.evaluate import FAMILIES
-from apex_opt.search.explain.solving import OutOfTime, amount
+from apex_opt.search.answer import in_words
+from apex_opt.search.explain.solving import OutOfTime
 from apex_opt.search.nearest import nearest
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def _of_goals(goals: Goals, work: Work) -> Clash:
                 continue
             value, run = closest
             among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
-            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {amount(goal, value)}"
+            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {in_words(goal, value)}"
             if by_bound and (bound := work.runs.bound(goal, run.plan)) is not None:
-                part += f", its bound, as if no other request were there, is {amount(goal, bound)}"
+                part += f", its bound, as if no other request were there, is {in_words(goal, bound)}"
             parts.append(part)
     return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

@@ -86,6 +86,7 @@ def explained(
     limit_s = TIME_LIMIT_S if time_limit_s is None else time_limit_s
     if answer.status != "infeasible":
         return Explanation(answer=answer, time_limit_s=limit_s)
+    question = replace(question, request_slos=question.per_request)  # what goodput counts stays as asked
     work = Work(question, formulation, progress or silent, limit_s, evaluator)
     clashes, blamed = find_clashes(work)
     facts = "; ".join(fact for clash in clashes for fact in clash.facts)

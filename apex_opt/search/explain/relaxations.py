@@ -12,12 +12,15 @@ from apex_opt.cluster import list_clusters, load_cluster
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
-from apex_opt.search.explain.solving import OutOfTime, Solved, amount
+from apex_opt.search.answer import in_words
+from apex_opt.search.explain.solving import OutOfTime, Solved
 from apex_opt.search.nearest import feasible
+from apex_opt.workload.slo import AT_LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
     from apex_opt.search.explain.clashes import Clash
     from apex_opt.search.explain.solving import Goals, Work
@@ -185,7 +188,7 @@ def _eased(goal: Slo, others: Goals, work: Work) -> tuple[Slo, float] | None:
     if closest is None:
         return None
     value, _ = closest
-    if (goal.limit <= value) if goal.metric == "throughput" else (goal.limit >= value):
+    if (goal.limit <= value) if goal.metric in AT_LEAST else (goal.limit >= value):
         return goal, goal.limit
     return _rounded(goal, value), value
 
@@ -194,7 +197,7 @@ def _with_goals(changes: dict[Slo, tuple[Slo, float]], work: Work) -> list[Relax
     """The question with other limits of some goals: its plans are those of the asked one, with the same runs."""
     goals = tuple(changes[goal][0] if goal in changes else goal for goal in work.question.slos)
     text = " and ".join(
-        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {amount(goal, value)}"
+        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {in_words(goal, value)}"
         for index, (goal, (new, value)) in enumerate(changes.items())
     )
     best = work.runs.best(goals)
@@ -208,7 +211,7 @@ def _rounded(goal: Slo, value: float) -> Slo:
     """The goal with a limit of three digits that the value meets."""
     exact = Decimal(repr(value))
     step = Decimal(1).scaleb(exact.adjusted() - _DIGITS + 1)
-    rounding = ROUND_FLOOR if goal.metric == "throughput" else ROUND_CEILING
+    rounding = ROUND_FLOOR if goal.metric in AT_LEAST else ROUND_CEILING
     return replace(goal, limit=float((exact / step).to_integral_value(rounding) * step), text="")
 
 
@@ -228,7 +231,8 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     cluster, gpu, most = question.cluster, question.cluster.gpu, MOST_GPUS
     for gpus in range(question.max_devices + 1, min(cluster.size, most) + 1):
         yield replace(question, max_devices=gpus), {"gpus": str(gpus)}
-    known = is_catalogued(cluster) and load_cluster(gpu.name).gpu == gpu
+    # Another price leaves it the GPU it is; sources differ with it.
+    known = is_catalogued(cluster) and _unpriced(load_cluster(gpu.name).gpu) == _unpriced(gpu)
     node = cluster.gpus_per_node
     specs = []
     if known and cluster.nodes == 1:
@@ -240,11 +244,16 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     for nodes, gpus, spec in specs:
         if nodes * gpus > most:
             return
-        larger = load_cluster(spec) if known else replace(cluster, name=spec, nodes=nodes, gpus_per_node=gpus)
+        wired = load_cluster(spec) if known else replace(cluster, name=spec, nodes=nodes, gpus_per_node=gpus)
+        larger = replace(wired, gpu=gpu)
         options = {"cluster": spec} if known else {"nodes": str(nodes)}
         if question.max_devices < cluster.size:
             options["gpus"] = str(larger.size)
         yield replace(question, cluster=larger, max_devices=larger.size), options
+
+
+def _unpriced(gpu: Gpu) -> Gpu:
+    return replace(gpu, price_per_h=None, sources=())
 
 
 def _more_gpus(question: Question, work: Work) -> Tried:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 import numpy as np
 
 from apex_opt.evaluate import FAMILIES, decode_bytes
-from apex_opt.search.answer import judged
-from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.evaluator import OF_GPUS, Evaluator
 from apex_opt.search.nearest import feasible
 from apex_opt.search.objective import load_objective
 from apex_opt.search.search import ROUND, Formulation, bound_plans, search, settled, tell_compiling
 from apex_opt.simulator.metrics import per_request_s
+from apex_opt.units import NS_PER_S
+from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Goals = tuple[Slo, ...]
 
-_LONGEST_S: Final = 1e9
+_ANY_COST: Final = 1e300
 _PERCENTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
@@ -167,8 +168,8 @@ class Work:
 
     def _first(self, evaluator: Evaluator, plans: Sequence[Plan]) -> Candidate | None:
         """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on."""
-        objective = evaluator.question.objective
-        worst = -1 / _LONGEST_S if objective.maximise else _LONGEST_S
+        # A cost that no plan passes, finite: runs then end once they miss a goal, and for no other reason.
+        worst = (_ANY_COST,) * len(evaluator.question.objectives)
         clocked = [replace(plan, clock_mhz=clock) for clock in evaluator.question.clocks for plan in plans]
         for batch in rounds(self._quickest(evaluator, clocked)):
             tell_compiling(self.tell, evaluator, batch)
@@ -261,7 +262,7 @@ class Runs:
         able = []
         for index, (plan, ((bound,), _)) in enumerate(zip(plans, bounds, strict=True)):
             floor = self._evaluator.floor(plan)
-            if all(self._met(floor, one) is not False for one in goals):
+            if all(one.metric in OF_GPUS or self._met(floor, one) is not False for one in goals):
                 able.append((bound if goal is None else self._below(floor, goal), index))
         return [(bound, plans[index]) for bound, index in sorted(able)]
 
@@ -286,14 +287,14 @@ class Runs:
         """Whether figures meet a goal; None of one on a share of the requests that was not among those asked."""
         if goal.text in metrics.slo_met:
             return metrics.slo_met[goal.text]
-        return None if goal.fraction is not None else goal.met(judged(metrics, goal))
+        return None if goal.fraction is not None else goal.met(metrics.judged(goal))
 
     def _below(self, metrics: Metrics, goal: Slo) -> float:
         """A latency that this share of the requests is not within less of: a percentile two requests below it."""
         generated = self._question.trace.generated(self._question.settings.max_model_len)
-        requests = int((generated > 1).sum()) if goal.metric == "tpot" else len(generated)
+        of = {"tpot": int((generated > 1).sum()), "itl": int((generated - 1).sum())}.get(goal.metric, len(generated))
         latency = metrics.latency_s[goal.metric]
-        return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * requests >= 2), default=0.0)
+        return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2), default=0.0)
 
     def _limit(self, run: Candidate, goal: Slo) -> float:
         """The least limit that the share of requests a goal asks for is within; NaN where none has the latency."""
@@ -301,7 +302,11 @@ class Runs:
         if key not in self._limits:
             outcome, cost = self._evaluator.batches(run.plan)
             generated = self._question.trace.generated(self._question.settings.max_model_len)
-            values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
+            if goal.metric == "itl":
+                assert outcome.gaps_ns is not None, "a log tells them"
+                values = outcome.gaps_ns / NS_PER_S
+            else:
+                values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
             values = np.sort(values[~np.isnan(values)])
             shares = np.arange(1, len(values) + 1) / max(len(values), 1)
             self._limits[key] = float(values[np.argmax(shares >= goal.threshold)]) if len(values) else math.nan
@@ -319,16 +324,11 @@ def in_parallel(work: Callable[[Plan], Run], plans: Sequence[Plan]) -> list[Run]
         return list(pool.map(work, plans))
 
 
-def amount(goal: Slo, value: float) -> str:
-    """A figure that a goal is on, in words."""
-    return f"{value:.4g} requests/s" if goal.metric == "throughput" else f"{value * 1e3:.4g} ms"
-
-
 def _objective(goal: Slo) -> Objective:
     """What a goal is on, as an objective; of a share of the requests their mean."""
     statistic = "mean" if goal.fraction is not None else goal.statistic
-    return load_objective(goal.metric if goal.metric == "throughput" else f"{goal.metric}_{statistic}")
+    return load_objective(goal.metric if goal.metric in FIGURES else f"{goal.metric}_{statistic}")
 
 
 def _value(run: Candidate, objective: Objective) -> float:
-    return objective.value(run.metrics, run.usage)
+    return objective.value(run.metrics)
