@@ -146,7 +146,7 @@ def test_within_a_tolerance_of_the_best_by_one_objective_the_best_by_the_next_is
     tolerant = sum(aim.tolerance > 0 for aim in question.objectives)
     assert len(certificate.before) == tolerant
     for each in (certificate, *certificate.before):
-        assert each.space == sum(each.infeasible.values()) + each.bounded + each.simulated
+        assert each.space == sum(each.infeasible.values()) + each.bounded + each.repeated + each.simulated
         assert each.optimal
 
 

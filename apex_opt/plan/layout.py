@@ -38,9 +38,10 @@ class Layout:
         per_node = cluster.gpus_per_node // plan.stage_devices
         groups = plan.replicas * plan.stages
         packed = per_node * cluster.nodes >= groups
-        # Replica r takes stage groups r * stages onwards.
+        # Replica r takes stage groups r * stages onwards; after as many as a node has groups they lie alike again.
         together = packed and all(
-            first // per_node == (first + plan.stages - 1) // per_node for first in range(0, groups, plan.stages)
+            first % per_node + plan.stages <= per_node
+            for first in range(0, plan.stages * min(plan.replicas, per_node), plan.stages)
         )
         return cls(
             nodes=cluster.nodes,

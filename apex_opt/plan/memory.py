@@ -217,6 +217,17 @@ def kv_blocks(memory: Sequence[StageMemory]) -> int:
     return max(0, min(stage.kv_blocks for stage in memory) - 1)
 
 
+def most_blocks(memory: Sequence[StageMemory]) -> int:
+    """Blocks as `kv_blocks`, at most, of any split of the layers: as if what is left of all stages lay together.
+
+    Parameters
+    ----------
+    memory : StageMemory of each stage of some split
+    """
+    left = sum(s.usable_bytes - s.runtime_bytes - s.workspace_bytes - s.weights_bytes for s in memory)
+    return max(0, left // sum(stage.kv_block_bytes for stage in memory))
+
+
 def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int) -> int:
     """Blocks as `kv_blocks`, of any split of the layers whose heaviest stage weighs no more than that of an even one.
 

@@ -123,6 +123,12 @@ class Plan:
         return self.replicas * self.stages * self.stage_devices
 
     @property
+    def cut(self) -> tuple[Template, Template, str, str, int, int, int]:
+        """What one stage is like beside its layers: cells, formats, clock and limits of a batch (0 for None)."""
+        limits = self.max_num_seqs or 0, self.max_num_batched_tokens or 0
+        return self.attention, self.ffn, self.weight_format, self.kv_format, self.clock_mhz or 0, *limits
+
+    @property
     def even(self) -> bool:
         """Whether layers are split as evenly as can be."""
         return self.layers == even_split(sum(self.layers), self.stages)

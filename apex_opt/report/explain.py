@@ -8,8 +8,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import amount, count, page, seconds, table
-from apex_opt.report.tables import aim
+from apex_opt.report.layout import aim, amount, count, page, seconds, table
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:

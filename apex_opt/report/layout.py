@@ -16,6 +16,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from apex_opt.report.document import Document
+
 _PIPE_WIDTH: Final = 120
 _RULE: Final = SIMPLE_HEAD.head_row_horizontal
 
@@ -109,3 +111,9 @@ def amount(value: float | None, unit: str) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def aim(objective: Document) -> str:
+    """An objective and what the plan reaches of it; where others come after it, how near to the best it had to be."""
+    near = f" (at most {100 * objective['tolerance']:.4g}% from the best)" if objective["tolerance"] else ""
+    return f"{objective['name']} = {amount(objective['value'], objective['unit'])}{near}"

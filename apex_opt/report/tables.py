@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from apex_opt.report.explain import why_not
-from apex_opt.report.layout import amount, count, page, provenance_table, seconds, table
+from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
 from apex_opt.workload.slo import FIGURES
 
@@ -50,12 +50,6 @@ def _answer(console: Console, document: Document) -> None:
     certificate_line(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
-
-
-def aim(objective: Document) -> str:
-    """An objective and what the plan reaches of it; where others come after it, how near to the best it had to be."""
-    near = f" (at most {100 * objective['tolerance']:.4g}% from the best)" if objective["tolerance"] else ""
-    return f"{objective['name']} = {amount(objective['value'], objective['unit'])}{near}"
 
 
 def question_line(console: Console, question: Document) -> None:

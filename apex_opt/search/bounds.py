@@ -42,31 +42,41 @@ if TYPE_CHECKING:
 class StageFloor:
     """Least times of one stage.
 
-    `batch_ns` of any batch; `token_ns` of a prompt token within the batch that computes it; `pair_rate` of a query-key
-    pair of a prompt and `context_rate` of a token held when a later one is computed, in 2**-20 ns.
+    `batch_ns` of any batch; `token_ns` of a prompt token and `decode_token_ns` of a later one within the batch that
+    computes it; `pair_rate` of a query-key pair of a prompt and `context_rate` of a token held when a later one is
+    computed, in 2**-20 ns.
     """
 
     batch_ns: int
     token_ns: float
+    decode_token_ns: float
     pair_rate: int
     context_rate: int
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, law: BatchLaw) -> StageFloor:
-        """The floor of a batch law."""
+        """The floor of a batch law; laws are the same where they are the same object, and stages share them."""
         context = int(law.context_rate[1:].min())
         least = int(law.decode_ns[1:].min())
         # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].
         per_token = float((law.decode_ns[1:] / np.arange(1, len(law.decode_ns))).min())
         mixed, chunk = law.mixed_ns[2:], law.chunk_ns[2:]
         if not len(mixed):
-            return cls(batch_ns=least, token_ns=per_token, pair_rate=context, context_rate=context)
+            return cls(
+                batch_ns=least,
+                token_ns=per_token,
+                decode_token_ns=per_token,
+                pair_rate=context,
+                context_rate=context,
+            )
         tokens = np.arange(2, len(law.mixed_ns))
         pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
         every = int(law.sequence_ns[1:].min()) + int(law.attend_ns.min())
         return cls(
             batch_ns=min(least, int(mixed.min()) + int(chunk.min()) + every),
             token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
+            decode_token_ns=min(per_token, float((mixed / tokens).min())),
             pair_rate=min(context, pair // law.copies),
             context_rate=min(context, again // law.copies),
         )
@@ -83,6 +93,7 @@ class StageFloor:
         return cls(
             batch_ns=max(int(batch * scale) - _ROUNDED, 0),
             token_ns=max(token * scale - _ROUNDED, 0.0),
+            decode_token_ns=max(min(least.decode_share, least.mixed_share) * scale - _ROUNDED, 0.0),
             pair_rate=max(int(min(least.context, least.pair / copies) * rates) - _ROUNDED, 0),
             context_rate=max(int(min(least.context, least.again / copies) * rates) - _ROUNDED, 0),
         )
@@ -113,14 +124,12 @@ def isolated(
     """
     alike = Counter(floors)
     prompt, generated = trace.prompt, trace.generated(settings.max_model_len)
-    found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
-    computed = prompt - found
-    pairs = prompt * (prompt + 1) // 2 - found * (found + 1) // 2
+    computed, pairs = computed_prompts(settings, trace)
     all_batches = sum(floor.batch_ns for floor in floors)
     first = np.zeros(len(trace), np.int64)
     for floor in alike:
         own = np.maximum(np.floor(computed * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
-        own = own + _scaled(pairs, floor.pair_rate) - _chunks(computed)
+        own = own + scaled(pairs, floor.pair_rate) - chunked(computed)
         # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
         first = np.maximum(first, own + all_batches - floor.batch_ns)
     steps = generated - 1
@@ -131,7 +140,7 @@ def isolated(
     rest = steps * all_batches
     for floor, stages in alike.items():
         # Each batch rounds down by less than a nanosecond.
-        rest = rest + stages * np.maximum(_scaled(context, floor.context_rate) - steps, 0)
+        rest = rest + stages * np.maximum(scaled(context, floor.context_rate) - steps, 0)
     return _outcome(settings, floors, trace, first, rest)
 
 
@@ -167,7 +176,7 @@ def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: N
     context = kept * np.maximum(prompt - stages, 0)
     total = np.zeros_like(kept)
     for floor, count in Counter(floors).items():
-        total += count * np.maximum(kept * floor.batch_ns + _scaled(context, floor.context_rate) - kept, 0)
+        total += count * np.maximum(kept * floor.batch_ns + scaled(context, floor.context_rate) - kept, 0)
     return np.asarray(total // stages)
 
 
@@ -191,6 +200,13 @@ def _outcome(
     )
 
 
+def computed_prompts(settings: EngineSettings, trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and query-key pairs of each prompt that are computed whatever a cache finds."""
+    prompt = trace.prompt
+    found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
+    return prompt - found, prompt * (prompt + 1) // 2 - found * (found + 1) // 2
+
+
 @lru_cache(maxsize=8)
 def _findable(trace: Trace) -> NDArray[np.int64]:
     """Most prompt tokens of each request that another one can have computed; the last token always is its own."""
@@ -202,12 +218,12 @@ def _findable(trace: Trace) -> NDArray[np.int64]:
     return np.asarray(np.minimum(shared * trace.content_tokens, trace.prompt - 1))
 
 
-def _scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
+def scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
     """amount x rate / 2**20, rounded down; in two halves, so that no product leaves 63 bits."""
     high, low = amount >> RATE_BITS, amount & ((1 << RATE_BITS) - 1)
     return high * rate + (low * rate >> RATE_BITS)
 
 
-def _chunks(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+def chunked(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """Most nanoseconds that rounding down once a chunk can lose over so many tokens, where chunks may be one token."""
     return np.asarray(tokens + 1)

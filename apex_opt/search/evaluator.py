@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cost import CostModel, PlanCost, account
 from apex_opt.plan.layout import Layout
-from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, stage_memory
-from apex_opt.plan.plan import even_split
+from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.answer import Candidate
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.gaps import least_gaps_ns
+from apex_opt.search.load import Load
 from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
@@ -21,6 +21,7 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
@@ -58,7 +59,10 @@ class Evaluator:
             question.profiles,
         )
         self._floors: dict[tuple[Any, ...], Metrics] = {}
-        self._memories: dict[Plan, tuple[StageMemory, ...]] = {}
+        self._means: dict[tuple[Any, ...], StageFloor] = {}
+        self._blocks: dict[tuple[Any, ...], tuple[int, EngineSettings]] = {}
+        self._loads: dict[tuple[Any, ...], Load] = {}
+        self._memories: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         self._needed = question.instance().kv_blocks_needed
         generated = question.trace.generated(question.settings.max_model_len)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
@@ -76,15 +80,16 @@ class Evaluator:
 
     def floor(self, plan: Plan, movable: bool = False) -> Metrics:
         """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
+        return self._alone(plan, Layout.of(plan, self.question.cluster), self._overtaking(plan, movable))
+
+    def _alone(self, plan: Plan, layout: Layout, overtaking: bool) -> Metrics:
+        """Metrics of requests that are each alone."""
         question = self.question
         asked = question.goals, question.per_request, question.percentiles, self._tells_gaps
-        layers = even_split(question.model.layers, plan.stages)
-        cut = replace(plan, replicas=1, layers=layers)
-        overtaking = self._overtaking(plan, movable)
-        key = cut, Layout.of(plan, question.cluster), overtaking, asked
+        key = plan.cut, plan.stages, layout, overtaking, asked
         if key not in self._floors:
             settings = question.settings_for(plan)
-            floors = [StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)] * plan.stages
+            floors = [self._mean(plan, layout)] * plan.stages
             alone = isolated(settings, floors, question.trace, overtaking=overtaking)
             if self._tells_gaps:
                 gaps_ns = least_gaps_ns(settings, floors, question.trace, overtaking=overtaking)
@@ -92,24 +97,55 @@ class Evaluator:
             self._floors[key] = self._measure(alone, [s for s in question.goals if s.metric not in OF_GPUS])
         return self._floors[key]
 
+    def _mean(self, plan: Plan, layout: Layout) -> StageFloor:
+        """Mean floor of the stages of a plan."""
+        key = plan.cut, plan.stages, layout
+        if key not in self._means:
+            self._means[key] = StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)
+        return self._means[key]
+
     def bound(self, plan: Plan) -> tuple[float, bool]:
         """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
         (bound,), possible = self.bounds(plan, (self.question.objective,))
         return bound, possible
 
+    def _least(self, plan: Plan, movable: bool) -> Metrics:
+        """Metrics that no run of the plan can beat: of each request alone, and of all together."""
+        question, layout = self.question, Layout.of(plan, self.question.cluster)
+        overtaking = self._overtaking(plan, movable)
+        alone = self._alone(plan, layout, overtaking)
+        statistics = tuple(alone.latency_s["e2e"])
+        key = plan.cut, plan.layers, layout, overtaking, statistics
+        if key not in self._loads:
+            self._loads[key] = Load.of(
+                question.settings_for(plan),
+                self._mean(plan, layout),
+                plan.stages,
+                question.trace,
+                most_blocks(self._memory(plan)) * plan.attention.dp,
+                statistics,
+                overtaking=overtaking,
+            )
+        closed = question.trace.concurrency is not None
+        return self._loads[key].added(alone, plan.replicas, self.costs.request_ns / NS_PER_S, closed)
+
     def _overtaking(self, plan: Plan, movable: bool = False) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
         if plan.stages == 1:
             return False
-        question, memory = self.question, self._memory(plan)
-        blocks = kv_blocks(memory)
-        if movable:
-            # The split sought is no heavier than the even one, where that one fits.
-            fits = blocks >= self._needed
-            blocks = least_blocks(question.model, plan, memory, question.settings.block_size) if fits else 0
+        key, question = (plan.cut, plan.layers, movable), self.question
+        if key not in self._blocks:
+            memory = self._memory(plan)
+            blocks = kv_blocks(memory)
+            if movable:
+                # The split sought is no heavier than the even one, where that one fits.
+                fits = blocks >= self._needed
+                blocks = least_blocks(question.model, plan, memory, question.settings.block_size) if fits else 0
+            self._blocks[key] = blocks * plan.attention.dp, question.settings_for(plan)
+        blocks, settings = self._blocks[key]
         dealt = question.routing == "round_robin" and question.trace.concurrency is None
         most = -(-len(question.trace) // plan.replicas) if dealt else None
-        return may_preempt(question.settings_for(plan), blocks * plan.attention.dp, question.trace, most)
+        return may_preempt(settings, blocks, question.trace, most)
 
     def bounds(self, plan: Plan, objectives: Sequence[Objective], movable: bool = False) -> tuple[Costs, bool]:
         """Lower bounds on the plan's costs by several objectives, and whether the SLOs can still hold.
@@ -124,7 +160,7 @@ class Evaluator:
         with the makespan.
         """
         question, power = self.question, self.costs.profile.power
-        metrics = self.floor(plan, movable)
+        metrics = self._least(plan, movable)
         energy_j = power.idle_w * plan.devices * metrics.makespan_s
         asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
         if any(part.metric in _ENERGIES for part in asked):
@@ -133,12 +169,16 @@ class Evaluator:
         least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
         # A goal on the edge of what rounding moves is left to the run.
         possible = all(
-            metrics.slo_met.get(slo.text, False)
-            or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING))
+            (slo.metric in OF_GPUS or metrics.slo_met[slo.text])
+            and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
             for slo in question.goals
         )
         costs = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
         return costs, possible
+
+    def _any_has(self, slo: Slo) -> bool:
+        """Whether there is a figure to judge by: times between tokens take two of them."""
+        return slo.metric not in ("tpot", "itl") or self._decoding > 0
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
@@ -198,11 +238,11 @@ class Evaluator:
         return self._gaps or self.question.asks("itl")
 
     def _memory(self, plan: Plan) -> tuple[StageMemory, ...]:
-        cut = replace(plan, replicas=1, clock_mhz=None)
-        if cut not in self._memories:
+        key = plan.cut, plan.layers
+        if key not in self._memories:
             settings = self.question.settings_for(plan)
-            self._memories[cut] = stage_memory(self.question.model, self.question.cluster.gpu, plan, settings)
-        return self._memories[cut]
+            self._memories[key] = stage_memory(self.question.model, self.question.cluster.gpu, plan, settings)
+        return self._memories[key]
 
     def _run(
         self,

@@ -92,14 +92,15 @@ class Moves:
 
     def __init__(self, question: Question, formulation: Formulation) -> None:
         self._instance, self._formulation = question.instance(), formulation
-        self._found: dict[Plan, Plan | None] = {}
+        self._found: dict[tuple[Any, ...], Plan | None] = {}
 
     def __call__(self, plan: Plan) -> Plan | None:
         """A movable plan with its layers moved; None where its stages stay even, and so it is a plan already."""
         cut = replace(plan, replicas=1, clock_mhz=None)
-        if cut not in self._found:
-            self._found[cut] = self._formulation.moved(self._instance, cut)
-        moved = self._found[cut]
+        key = cut.cut, cut.stages
+        if key not in self._found:
+            self._found[key] = self._formulation.moved(self._instance, cut)
+        moved = self._found[key]
         return None if moved is None else replace(plan, layers=moved.layers)
 
 
@@ -124,7 +125,7 @@ def bound_plans(
     first = len(plans) if movable is None else movable
     found: dict[int, tuple[tuple[float, ...], bool]] = {}
     # Plans of the same cut share their tables while these are still there.
-    for index in sorted(range(len(plans)), key=lambda index: _cut(plans[index])):
+    for index in sorted(range(len(plans)), key=lambda index: (plans[index].cut, plans[index].stages)):
         tell("bounding plans", len(found), len(plans))
         found[index] = evaluator.bounds(plans[index], objectives, index >= first)
     return [found[index] for index in range(len(plans))]
@@ -342,12 +343,6 @@ def _gap(question: Question, best: Candidate, left: Sequence[Costs]) -> float:
 def _challenge(evaluator: Evaluator, worst: Costs, item: tuple[Costs, Plan]) -> Candidate | None:
     bound, plan = item
     return evaluator.challenge(plan, bound[0], worst)
-
-
-def _cut(plan: Plan) -> tuple[Any, ...]:
-    """Plans equal in this differ in their number of replicas only."""
-    cells = plan.stage_devices, plan.attention, plan.ffn, plan.weight_format, plan.kv_format
-    return plan.clock_mhz or 0, *cells, plan.stages, plan.replicas
 
 
 def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:

@@ -104,7 +104,9 @@ def check_laws(
     if not laws:
         raise UsageError("a plan needs a batch law for each of its stages, got none")
     by_tokens = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
-    for stage, law in enumerate(laws):
+    first = {id(law): stage for stage, law in reversed(list(enumerate(laws)))}  # stages alike share their law
+    for stage in sorted(first.values()):
+        law = laws[stage]
         for name in (f.name for f in fields(law) if f.name != "copies"):
             table = np.asarray(getattr(law, name))
             limit = max_num_batched_tokens if name in by_tokens else max_num_seqs

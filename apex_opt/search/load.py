@@ -1,0 +1,144 @@
+"""Lower bounds that grow with the load: what all requests together take of the replicas there are.
+
+Why they are admissible. A batch takes at least the sum of what its tokens take at the least share of any batch; the
+mean stage of a pipeline is busy for its mean share of that, and works on one batch at a time. So requests whose work is
+w take one replica at least their sum, r replicas an r-th of it, and whichever k of the requests are the first to be
+done, they are done no sooner than the k smallest works would be from the first arrival on.
+
+The KV cache is such a limit, too. While a batch with one of its tokens is under way a sequence holds the blocks of its
+prompt, and with more blocks than there are it does not run: blocks held, times the least time of a batch, summed over
+the tokens, is at most the blocks there are times the time it all takes. In a pipeline a token is under way on all
+stages in turn; where batches of one sequence may overtake each other (`bounds.may_preempt`), on one of them at least.
+
+A request that is the k-th to be done, of n, waited since the last arrival at least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from apex_opt.search.bounds import chunked, computed_prompts, scaled
+from apex_opt.units import NS_PER_S
+from apex_opt.workload.slo import percent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.search.bounds import StageFloor
+    from apex_opt.simulator.metrics import Metrics
+    from apex_opt.workload.trace import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Seconds from the first arrival that one replica would need at least, divided by replicas where there are more.
+
+    Parameters
+    ----------
+    total_s : float                          for all requests
+    first_s, whole_s : mapping of statistic to seconds
+        until so many requests have their first token, or are done; of the mean, the mean over the requests
+    mean_arrival_s, last_arrival_s : float   since the first arrival
+    """
+
+    total_s: float
+    first_s: Mapping[str, float]
+    whole_s: Mapping[str, float]
+    mean_arrival_s: float
+    last_arrival_s: float
+
+    @classmethod
+    def of(
+        cls,
+        settings: EngineSettings,
+        mean: StageFloor,
+        stages: int,
+        trace: Trace,
+        blocks: int,
+        statistics: Sequence[str],
+        *,
+        overtaking: bool = False,
+    ) -> Self:
+        """The load of a trace on one replica.
+
+        Parameters
+        ----------
+        mean : StageFloor          mean floor of the stages
+        blocks : int               most KV blocks that sequences can hold together
+        statistics : "mean", "max" and percentiles, for which bounds are wanted
+        """
+        prompts, pairs = computed_prompts(settings, trace)
+        steps = trace.generated(settings.max_model_len) - 1
+        context = steps * trace.prompt + steps * (steps + 1) // 2
+        first = np.maximum(np.floor(prompts * mean.token_ns) + scaled(pairs, mean.pair_rate) - chunked(prompts), 0)
+        later = np.floor(steps * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - steps, 0)
+        whole = np.cumsum(np.sort(first + later))
+        under_way_ns = mean.batch_ns * (1 if overtaking else stages)
+        if not settings.prefix_caching:  # blocks that prompts share are held once
+            held = -(-trace.prompt // settings.block_size)
+            whole = np.maximum(whole, np.cumsum(np.sort(steps * held)) * (under_way_ns / max(blocks, 1)))
+        whole = np.maximum(whole, np.cumsum(np.sort(steps)) * (under_way_ns / settings.max_num_seqs))
+        arrival, last = _arrivals_s(trace)
+        return cls(
+            total_s=float(whole[-1]) / NS_PER_S,
+            first_s=_by_statistic(np.cumsum(np.sort(first)), statistics),
+            whole_s=_by_statistic(whole, statistics),
+            mean_arrival_s=arrival,
+            last_arrival_s=last,
+        )
+
+    def added(self, floor: Metrics, replicas: int, request_s: float, closed: bool) -> Metrics:
+        """Metrics that no run beats: those of requests alone, or of the load where it makes more.
+
+        In a closed loop when a request is sent depends on the run; only what all take together is known.
+        """
+        makespan_s = max(floor.makespan_s, self.total_s / replicas)
+        longer = floor.makespan_s / makespan_s
+        latency_s = dict(floor.latency_s)
+        if not closed:
+            for metric, seconds in (("ttft", self.first_s), ("e2e", self.whole_s)):
+                latency_s[metric] = {
+                    statistic: max(
+                        least,
+                        seconds[statistic] / replicas
+                        - (self.mean_arrival_s if statistic == "mean" else self.last_arrival_s)
+                        + request_s,
+                    )
+                    for statistic, least in floor.latency_s[metric].items()
+                }
+        return replace(
+            floor,
+            latency_s=latency_s,
+            makespan_s=makespan_s,
+            requests_per_s=floor.requests_per_s * longer,
+            output_tokens_per_s=floor.output_tokens_per_s * longer,
+            total_tokens_per_s=floor.total_tokens_per_s * longer,
+            goodput_per_s=None if floor.goodput_per_s is None else floor.goodput_per_s * longer,
+        )
+
+
+def _by_statistic(ends_ns: NDArray[np.float64], statistics: Sequence[str]) -> dict[str, float]:
+    """Of the earliest ends in order, their mean, or the one that a percentile is no less than."""
+    found = {}
+    for statistic in statistics:
+        if statistic == "mean":
+            found[statistic] = float(ends_ns.mean()) / NS_PER_S
+        else:
+            share = 1.0 if statistic == "max" else percent(statistic) / 100
+            found[statistic] = float(ends_ns[math.floor(share * (len(ends_ns) - 1))]) / NS_PER_S
+    return found
+
+
+@lru_cache(maxsize=8)
+def _arrivals_s(trace: Trace) -> tuple[float, float]:
+    """Mean and last arrival, in seconds since the first."""
+    since = (trace.arrival_ns - trace.arrival_ns.min()) / NS_PER_S
+    return float(since.mean()), float(since.max())

@@ -1,0 +1,88 @@
+"""What all requests take together bounds a run, and more tightly the fewer the replicas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from plan_cases import dense, latent, make_cluster, make_model, make_question, random_trace, sparse
+
+from apex_opt.evaluate import space, violations
+from apex_opt.search import Evaluator, load_objective
+from apex_opt.workload import make_trace
+
+if TYPE_CHECKING:
+    from apex_opt.search import Question
+    from apex_opt.workload import Trace
+
+MODELS = {
+    "dense": make_model((dense(hidden=1024, heads=8, kv=4, columns=4096, width=128), 6)),
+    "sparse": make_model((sparse(hidden=1024, heads=8, kv=2, columns=1024, experts=8, chosen=2), 5)),
+    "latent": make_model((latent(dense(hidden=1024, columns=2048)), 4)),
+}
+NAMES = ("e2e_mean", "e2e_p50", "e2e_p99.9", "e2e_max", "ttft_mean", "ttft_p95", "makespan", "throughput", "energy")
+OBJECTIVES = tuple(load_objective(name) for name in NAMES)
+
+
+def crowd(seed: int, requests: int = 60) -> Trace:
+    """Requests that come faster than they can be answered, some with long prompts and some with long answers."""
+    rng = np.random.default_rng(seed)
+    return make_trace(
+        name="crowd",
+        arrival_ns=np.sort(rng.integers(0, int(rng.choice([1, 10**7, 10**9])), requests)),
+        prompt=rng.choice([5, 300, 1500], requests),
+        output=rng.choice([1, 20, 200], requests),
+    )
+
+
+def tight(question: Question, share: float) -> Question:
+    """The question with less memory, so that sequences wait for blocks or give way."""
+    gpu = question.cluster.gpu
+    return replace(
+        question,
+        cluster=replace(question.cluster, gpu=replace(gpu, memory_bytes=int(gpu.memory_bytes * share))),
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(8))
+def test_no_plan_beats_its_bounds_under_a_crowd_with_much_or_little_memory(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    question = make_question(
+        MODELS[name], make_cluster(4), crowd(seed), routing=("round_robin", "least_loaded")[seed % 2]
+    )
+    question = replace(question, objective=OBJECTIVES[0], then=OBJECTIVES[1:])
+    question = tight(question, (1.0, 0.06, 0.045, 0.04)[seed % 4])
+    instance, evaluator = question.instance(), Evaluator(question)
+    plans = [plan for plan in space(instance) if not violations(instance, plan)]
+    for index in rng.permutation(len(plans))[:12]:
+        candidate = evaluator.simulate(plans[index])
+        bounds, possible = evaluator.bounds(plans[index], OBJECTIVES)
+        assert possible
+        short = [
+            (objective.name, bound, reached)
+            for objective, bound, reached in zip(OBJECTIVES, bounds, question.costs(candidate.metrics), strict=True)
+            if bound > reached
+        ]
+        assert not short, (str(plans[index]), short)
+
+
+def test_a_crowd_is_bounded_more_tightly_than_its_requests_each_alone_and_less_the_more_replicas_there_are() -> None:
+    question = make_question(MODELS["dense"], make_cluster(4), crowd(0, 400))
+    evaluator = Evaluator(question)
+    plans = [plan for plan in space(question.instance()) if plan.stages == plan.stage_devices == 1]
+    bounds = [evaluator.bound(plan)[0] for plan in sorted(plans, key=lambda plan: plan.replicas)]
+    alone = evaluator.floor(plans[0]).latency_s["e2e"]["mean"]
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[0] > 3 * alone
+    assert bounds[-1] > alone
+
+
+def test_where_requests_hardly_meet_the_bound_is_that_of_each_alone() -> None:
+    question = make_question(MODELS["dense"], make_cluster(1), random_trace(1, 20).stretched(1000))
+    evaluator = Evaluator(question)
+    plan = next(space(question.instance()))
+    alone = evaluator.floor(plan).latency_s["e2e"]["mean"]
+    assert evaluator.bound(plan)[0] == pytest.approx(alone, rel=1e-11)
