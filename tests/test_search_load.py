@@ -70,7 +70,8 @@ def test_no_plan_beats_its_bounds_under_a_crowd_with_much_or_little_memory(name:
 
 
 def test_a_crowd_is_bounded_more_tightly_than_its_requests_each_alone_and_less_the_more_replicas_there_are() -> None:
-    question = make_question(MODELS["dense"], make_cluster(4), crowd(0, 400))
+    at_once = make_trace(name="at once", arrival_ns=[0] * 400, prompt=[100] * 400, output=[50] * 400)
+    question = make_question(MODELS["dense"], make_cluster(4), at_once)
     evaluator = Evaluator(question)
     plans = [plan for plan in space(question.instance()) if plan.stages == plan.stage_devices == 1]
     bounds = [evaluator.bound(plan)[0] for plan in sorted(plans, key=lambda plan: plan.replicas)]
