@@ -350,6 +350,11 @@ _FRONT: Final[Mapping[str, Mapping[str, Any]]] = {
     "clock": {"default": "all"},
 }
 
+_ENERGY: Final[Mapping[str, Mapping[str, Any]]] = {
+    "clock": {"default": "all"},
+    "max_num_seqs": {"default": (64, 256, 1024)},
+}
+
 COMMANDS: Final[Mapping[str, Command]] = {
     "plan": Command(
         summary="Find the plan that serves a trace best, and prove it.",
@@ -362,17 +367,13 @@ COMMANDS: Final[Mapping[str, Command]] = {
     ),
     "energy": Command(
         summary="Find the plan that needs the least energy within the goals.",
-        text="Over plans, numbers of GPUs, formats and clocks; the plan with the best latency within the same goals is "
-        "shown beside it. For example:\n\n"
+        text="Over plans, numbers of GPUs, formats, limits of a batch and clocks; the plan with the best latency "
+        "within the same goals is shown beside it. For example:\n\n"
         '  solve.py energy --slo="ttft_p95<=500ms,tpot_p95<=50ms" --weights=bf16,fp8\n'
         '  solve.py energy --slo="e2e_p95<=30s" --clock=1200,1600,1980\n\n'
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
         options=(
-            *(
-                replace(option, default="all") if option.name == "clock" else option
-                for option in _QUESTION
-                if option.name != "objective"
-            ),
+            *(replace(option, **_ENERGY.get(option.name, {})) for option in _QUESTION if option.name != "objective"),
             _LATENCY,
             _TOP,
             _TIME_LIMIT,

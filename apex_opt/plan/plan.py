@@ -90,7 +90,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not _is_degree(self.replicas):
             raise UsageError(f"dp: {shown(self.replicas)} replicas is not a whole number from 1 to {LARGEST_DEGREE}")
-        if not self.layers or not all(map(_is_degree, self.layers)):
+        if not self.layers or not all(map(_is_degree, set(self.layers))):
             raise UsageError(f"pp: every stage needs at least one layer, got {shown(list(self.layers))}")
         if self.attention.ep != 1:
             raise UsageError(f"attn: ep{self.attention.ep} makes no sense; only an FFN has experts")

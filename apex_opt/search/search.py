@@ -81,7 +81,7 @@ def list_plans(question: Question, formulation: Formulation, tell: Progress) -> 
     counts, enumeration = _enumerate(question.instance(), formulation)
     counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
     plans, movable = (
-        tuple(replace(plan, clock_mhz=clock) for clock in question.clocks for plan in some)
+        tuple(plan if clock is None else replace(plan, clock_mhz=clock) for clock in question.clocks for plan in some)
         for some in (enumeration.plans, enumeration.movable)
     )
     return Listed(space=counts.pop("space"), counts=counts, plans=plans, movable=movable, complete=enumeration.complete)

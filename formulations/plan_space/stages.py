@@ -46,16 +46,20 @@ class Stages:
     def fit(self, plan: Plan) -> bool:
         """Whether the layers of a cut can be split such that every stage fits."""
         _, sums, _ = self._sizes(plan.attention.tp, plan.ffn, plan.weight_format, plan.kv_format)
-        layers, most = len(self._order), self._most(plan.stages)
-        ends = {0}
-        for stage, room in enumerate(self._room(plan), 1):
-            last = layers - plan.stages + stage  # each stage to come needs a layer
+        # The further a stage goes the better, but where layers differ: then a heavy one may stop the next stage.
+        rooms = self._room(plan)
+        return self._reaches(sums, rooms, True) or (len(self._blocks) > 1 and self._reaches(sums, rooms, False))
+
+    def _reaches(self, sums: list[int], rooms: tuple[int, ...], furthest: bool) -> bool:
+        """Whether stages filled in turn hold all layers, each filled as far as it goes or to any layer before."""
+        layers, most, ends = len(self._order), self._most(len(rooms)), {0}
+        for stage, room in enumerate(rooms, 1):
+            last = layers - len(rooms) + stage  # each stage to come needs a layer
             reach = {done: min(bisect_right(sums, sums[done] + room) - 1, done + most, last) for done in ends}
-            # Where layers are alike, the further a stage goes the better; else a heavy layer may stop the next one.
-            if len(self._blocks) == 1:
+            if furthest:
                 ends = {max(reach.values())} - ends
             else:
-                ends = {end for done, furthest in reach.items() for end in range(done + 1, furthest + 1)}
+                ends = {end for done, far in reach.items() for end in range(done + 1, far + 1)}
             if not ends:
                 return False
         return layers in ends
