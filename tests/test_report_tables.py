@@ -69,6 +69,7 @@ DOCUMENT: dict[str, Any] = {
         "space": 1131,
         "infeasible": {"divisibility": 26, "format": 0, "memory": 40},
         "bounded": 1049,
+        "repeated": 0,
         "simulated": 16,
         "left": 0,
         "cut_short": 3,

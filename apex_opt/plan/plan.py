@@ -123,10 +123,12 @@ class Plan:
         return self.replicas * self.stages * self.stage_devices
 
     @property
-    def cut(self) -> tuple[Template, Template, str, str, int, int, int]:
+    def cut(self) -> tuple[int | str, ...]:
         """What one stage is like beside its layers: cells, formats, clock and limits of a batch (0 for None)."""
-        limits = self.max_num_seqs or 0, self.max_num_batched_tokens or 0
-        return self.attention, self.ffn, self.weight_format, self.kv_format, self.clock_mhz or 0, *limits
+        attention, ffn = self.attention, self.ffn
+        cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
+        limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
+        return *cells, self.weight_format, self.kv_format, *limits
 
     @property
     def even(self) -> bool:

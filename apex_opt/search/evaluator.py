@@ -61,7 +61,7 @@ class Evaluator:
         self._floors: dict[tuple[Any, ...], Metrics] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._blocks: dict[tuple[Any, ...], tuple[int, EngineSettings]] = {}
-        self._loads: dict[tuple[Any, ...], Load] = {}
+        self._loads: dict[tuple[Any, ...], tuple[Load, float]] = {}
         self._memories: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         self._needed = question.instance().kv_blocks_needed
         generated = question.trace.generated(question.settings.max_model_len)
@@ -117,7 +117,7 @@ class Evaluator:
         statistics = tuple(alone.latency_s["e2e"])
         key = plan.cut, plan.layers, layout, overtaking, statistics
         if key not in self._loads:
-            self._loads[key] = Load.of(
+            load = Load.of(
                 question.settings_for(plan),
                 self._mean(plan, layout),
                 plan.stages,
@@ -126,8 +126,12 @@ class Evaluator:
                 statistics,
                 overtaking=overtaking,
             )
+            self._loads[key] = load, load.enough(alone, self.costs.request_ns / NS_PER_S)
+        load, enough = self._loads[key]
+        if plan.replicas > enough * (1 + ROUNDING):
+            return alone
         closed = question.trace.concurrency is not None
-        return self._loads[key].added(alone, plan.replicas, self.costs.request_ns / NS_PER_S, closed)
+        return load.added(alone, plan.replicas, self.costs.request_ns / NS_PER_S, closed)
 
     def _overtaking(self, plan: Plan, movable: bool = False) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
@@ -166,7 +170,9 @@ class Evaluator:
         if any(part.metric in _ENERGIES for part in asked):
             most_j = power.limit_w * plan.devices * metrics.makespan_s
             energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
-        least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
+        least = metrics
+        if any(part.metric in OF_GPUS for part in asked):
+            least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
         # A goal on the edge of what rounding moves is left to the run.
         possible = all(
             (slo.metric in OF_GPUS or metrics.slo_met[slo.text])

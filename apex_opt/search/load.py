@@ -95,6 +95,15 @@ class Load:
             last_arrival_s=last,
         )
 
+    def enough(self, floor: Metrics, request_s: float) -> float:
+        """Replicas from which on the load adds nothing to what requests take alone."""
+        most = self.total_s / floor.makespan_s
+        for metric, seconds in (("ttft", self.first_s), ("e2e", self.whole_s)):
+            for statistic, least in floor.latency_s[metric].items():
+                since = self.mean_arrival_s if statistic == "mean" else self.last_arrival_s
+                most = max(most, seconds[statistic] / max(least - request_s + since, 1e-9))
+        return most
+
     def added(self, floor: Metrics, replicas: int, request_s: float, closed: bool) -> Metrics:
         """Metrics that no run beats: those of requests alone, or of the load where it makes more.
 
