@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import dense, latent, make_cluster, make_model, make_question, random_trace, sparse
+from plan_cases import SMALL, dense, latent, make_cluster, make_model, make_question, random_trace, sparse
 
 from apex_opt.evaluate import space, violations
 from apex_opt.search import Evaluator, load_objective
+from apex_opt.search.bounds import StageFloor
+from apex_opt.search.load import Load, replicas_with_room
 from apex_opt.workload import make_trace
+from apex_opt.workload.slo import STATISTICS
 
 if TYPE_CHECKING:
     from apex_opt.search import Question
@@ -87,3 +90,21 @@ def test_where_requests_hardly_meet_the_bound_is_that_of_each_alone() -> None:
     plan = next(space(question.instance()))
     alone = evaluator.floor(plan).latency_s["e2e"]["mean"]
     assert evaluator.bound(plan)[0] == pytest.approx(alone, rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_from_as_many_replicas_as_have_room_the_load_adds_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(float(rng.choice([1e6, 3e7, 3e8])), 40).astype(np.int64))
+    trace = make_trace(
+        name="mixed", arrival_ns=arrivals, prompt=rng.integers(1, 900, 40), output=rng.integers(1, 90, 40)
+    )
+    mean = StageFloor(batch_ns=3_000_000, token_ns=20_000.0, decode_token_ns=9_000.0, pair_rate=900, context_rate=700)
+    engine = SMALL, mean, int(rng.integers(1, 4)), trace, int(rng.integers(60, 900))
+    room = replicas_with_room(*engine)
+    load = Load.of(*engine, STATISTICS)
+    assert load.total_s / room <= load.last_arrival_s * (1 + 1e-12)
+    for seconds in (load.first_s, load.whole_s):
+        for statistic, end in seconds.items():
+            since = load.mean_arrival_s if statistic == "mean" else load.last_arrival_s
+            assert end / room <= since * (1 + 1e-12), statistic

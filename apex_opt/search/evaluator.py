@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cost import CostModel, PlanCost, account
@@ -12,14 +12,14 @@ from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_bloc
 from apex_opt.search.answer import Candidate
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.gaps import least_gaps_ns
-from apex_opt.search.load import Load
+from apex_opt.search.load import Load, replicas_with_room
 from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
@@ -61,6 +61,7 @@ class Evaluator:
         self._floors: dict[tuple[Any, ...], Metrics] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._blocks: dict[tuple[Any, ...], tuple[int, EngineSettings]] = {}
+        self._room: dict[tuple[Any, ...], tuple[float, Callable[..., Load]]] = {}
         self._loads: dict[tuple[Any, ...], tuple[Load, float]] = {}
         self._memories: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         self._needed = question.instance().kv_blocks_needed
@@ -114,18 +115,18 @@ class Evaluator:
         question, layout = self.question, Layout.of(plan, self.question.cluster)
         overtaking = self._overtaking(plan, movable)
         alone = self._alone(plan, layout, overtaking)
+        cut = plan.cut, plan.layers, layout
+        if cut not in self._room:
+            blocks = most_blocks(self._memory(plan)) * plan.attention.dp
+            engine = question.settings_for(plan), self._mean(plan, layout), plan.stages, question.trace, blocks
+            self._room[cut] = replicas_with_room(*engine), partial(Load.of, *engine)
+        room, load_of = self._room[cut]
+        if plan.replicas >= room * (1 + ROUNDING):
+            return alone
         statistics = tuple(alone.latency_s["e2e"])
-        key = plan.cut, plan.layers, layout, overtaking, statistics
+        key = *cut, overtaking, statistics
         if key not in self._loads:
-            load = Load.of(
-                question.settings_for(plan),
-                self._mean(plan, layout),
-                plan.stages,
-                question.trace,
-                most_blocks(self._memory(plan)) * plan.attention.dp,
-                statistics,
-                overtaking=overtaking,
-            )
+            load = load_of(statistics, overtaking=overtaking)
             self._loads[key] = load, load.enough(alone, self.costs.request_ns / NS_PER_S)
         load, enough = self._loads[key]
         if plan.replicas > enough * (1 + ROUNDING):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from apex_opt.search.bounds import chunked, computed_prompts, scaled
+from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.slo import percent
 
@@ -35,6 +36,33 @@ if TYPE_CHECKING:
     from apex_opt.search.bounds import StageFloor
     from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
+
+
+def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, trace: Trace, blocks: int) -> float:
+    """Replicas from which on a load adds nothing to what requests take alone, known without ordering the requests.
+
+    All of the work is then done by the last arrival, and half of it by the mean one: ends of works in rising order lie
+    no later on average than if all works were the same.
+    """
+    prompts, pairs, steps, context, held = _sums(settings, trace)
+    rates = 1 / (1 << RATE_BITS)
+    work = prompts * mean.token_ns + pairs * mean.pair_rate * rates
+    work += steps * mean.decode_token_ns + context * mean.context_rate * rates
+    slots = stages * mean.batch_ns * max(held / max(blocks, 1), steps / settings.max_num_seqs)
+    total_s = max(work, slots) / NS_PER_S
+    mean_arrival, last_arrival = _arrivals_s(trace)
+    free_s = min(last_arrival, 2 * mean_arrival * len(trace) / (len(trace) + 1))
+    return total_s / free_s if free_s else math.inf
+
+
+@lru_cache(maxsize=8)
+def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, float, float]:
+    """Over all requests: prompt tokens, query-key pairs, later tokens, their context, and the blocks they hold."""
+    prompts, pairs = computed_prompts(settings, trace)
+    steps = trace.generated(settings.max_model_len) - 1
+    context = steps * trace.prompt + steps * (steps + 1) // 2
+    held = steps * -(-trace.prompt // settings.block_size)
+    return tuple(float(column.sum()) for column in (prompts, pairs, steps, context, held))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -212,7 +212,7 @@ def _search(
         reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
         return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
     if best is None:
-        reason = why_not(evaluator, settled(question, formulation, listed)[0], done)
+        reason = why_not(evaluator, listed.plans or settled(question, formulation, listed)[0], done)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
