@@ -24,7 +24,7 @@ LONGEST_TEXT: Final = 4096
 """Characters of one value: as long as a path may be."""
 
 LARGEST_SEARCH: Final = 1024
-"""GPUs of the largest plan searched for. The space of 256 is enumerated in half a minute and grows faster than n**2."""
+"""GPUs of the largest plan searched for: their space is enumerated in 5 to 10 s, and grows faster than n**2."""
 
 LARGEST_BATCH: Final = 262_144
 """Tokens in one batch. Times are tabulated per token count and plan: this many take some 200 MB a plan."""
