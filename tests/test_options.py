@@ -33,8 +33,9 @@ def test_commands_offer_every_option_of_a_question(command: str) -> None:
 def test_defaults_pass_their_own_checks(name: str) -> None:
     for option in COMMANDS[name].options:
         if option.default is not None and option.default is not REQUIRED:
-            spelled = str(option.default).lower() if option.kind is bool else str(option.default)
-            assert checked(option, spelled) == option.default
+            values = option.default if isinstance(option.default, tuple) else (option.default,)
+            spelled = ",".join(map(str, values))
+            assert checked(option, spelled.lower() if option.kind is bool else spelled) == option.default
 
 
 @pytest.mark.parametrize("name", COMMANDS)
