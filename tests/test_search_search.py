@@ -198,6 +198,14 @@ def test_the_certificate_accounts_for_every_plan_of_the_space(seed: int) -> None
     assert (certificate.space, certificate.infeasible) == (counted.space, counted.infeasible)
     assert certificate.repeated <= counted.repeated
     assert certificate.bounded + certificate.repeated + certificate.simulated == len(counted.plans) + counted.repeated
+    assert certificate.out_of_reach <= certificate.bounded
+    assert (certificate.least_bound is None) == (certificate.out_of_reach == certificate.bounded)
+    if certificate.least_bound is not None:
+        best = answer_of(seed).best
+        assert best is not None
+        assert certificate.incumbent is not None
+        assert question.objective.cost(certificate.least_bound) >= question.objective.cost(certificate.incumbent)
+        assert question.objective.cost(certificate.incumbent) >= question.objective.cost(best.value)
     assert certificate.optimal
     assert certificate.gap == (0.0 if answer_of(seed).best else None)
     assert 0 <= certificate.missed <= certificate.simulated

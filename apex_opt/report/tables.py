@@ -202,20 +202,27 @@ def certificate_line(console: Console, document: Document) -> None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
         return
     aims = (document["objective"], *document["then"]) if "then" in document else ()
-    tolerant = [part["name"] for part in aims if part["tolerance"]]
-    for name, before in zip(tolerant, certificate["before"], strict=False):
-        _proof(console, f"Certificate of the best {name}", before)
-    _proof(console, "Certificate", certificate)
+    unit = aims[0]["unit"] if aims else ""
+    tolerant = [index for index, part in enumerate(aims) if part["tolerance"]]
+    for index, before in zip(tolerant, certificate["before"], strict=False):
+        _proof(console, f"Certificate of the best {aims[index]['name']}", before, unit)
+        unit = aims[index + 1]["unit"]
+    _proof(console, "Certificate", certificate, unit)
     if "check" in document:
         _check(console, document["check"])
 
 
-def _proof(console: Console, title: str, certificate: Document) -> None:
+def _proof(console: Console, title: str, certificate: Document, unit: str) -> None:
+    """Where plans were ruled out by a bound, it tells what was out of reach and how near the others could come."""
     lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
         f"{count(certificate['space'], 'plan')} in the space",
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
-        f"{certificate['bounded']:,} ruled out by a bound",
+        f"{certificate['bounded']:,} ruled out by a bound"
+        + _in_brackets(
+            f"{certificate['out_of_reach']:,} miss an SLO" if certificate["out_of_reach"] else "",
+            _against(certificate, unit),
+        ),
         f"{certificate['repeated']:,} the same with layers moved" if certificate["repeated"] else "",
         f"{certificate['simulated']:,} simulated"
         + _in_brackets(
@@ -228,6 +235,14 @@ def _proof(console: Console, title: str, certificate: Document) -> None:
     proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
     console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
+
+
+def _against(certificate: Document, unit: str) -> str:
+    """How near the plans ruled out could come to those shown."""
+    if certificate["least_bound"] is None:
+        return ""
+    least, found = (amount(certificate[name], unit) for name in ("least_bound", "incumbent"))
+    return f"at best {least}, those shown have {found} or better"
 
 
 def _check(console: Console, check: Document) -> None:

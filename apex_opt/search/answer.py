@@ -48,6 +48,9 @@ class Certificate:
     space : int                      plans there are
     infeasible : mapping             plans that break a constraint family, charged to the first in order
     bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
+    out_of_reach : int               of these, plans whose bound misses a goal
+    least_bound : float or None      of the others the best that any could be by the first objective, in its unit
+    incumbent : float or None        what they had to be better than: the last of the plans to show
     repeated : int                   plans whose layers, moved to lighten the heaviest stage, stay even: listed already
     simulated : int                  plans whose batches were simulated, those cut short included
     cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
@@ -70,6 +73,9 @@ class Certificate:
     gap: float | None
     left: int = 0
     repeated: int = 0
+    out_of_reach: int = 0
+    least_bound: float | None = None
+    incumbent: float | None = None
     before: tuple[Certificate, ...] = ()
 
 

@@ -194,12 +194,17 @@ def _search(
     best = ranked[0] if ranked else None
     rest = [item.bound for item in queue[len(done) + cut_short + repeated :]]
     # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
-    left = [bound for bound in rest if len(ranked) < top or bound <= question.costs(ranked[top - 1].metrics)]
+    last = question.costs(ranked[top - 1].metrics) if len(ranked) >= top else None
+    left = [bound for bound in rest if last is None or bound <= last]
+    beaten = [bound for bound in rest if last is not None and bound > last]
     proved = listed.complete and not left
     certificate = Certificate(
         space=listed.space,
         infeasible=listed.counts,
-        bounded=len(feasible) - len(queue) + len(rest) - len(left),
+        bounded=len(feasible) - len(queue) + len(beaten),
+        out_of_reach=len(feasible) - len(queue),
+        least_bound=question.objective.cost(min(beaten)[0]) if beaten else None,
+        incumbent=ranked[top - 1].value if beaten else None,
         repeated=repeated,
         simulated=len(done) + cut_short,
         cut_short=cut_short,
