@@ -144,6 +144,11 @@ def question_document(question: Question) -> Document:
         "slo": [slo.text for slo in question.slos],
         "weights": list(question.weight_formats),
         "kv": list(question.kv_formats),
+        # Choices; null is the highest clock, or the limit among the engine's settings.
+        "clocks_mhz": list(question.clocks),
+        "batch_limits": [
+            {"max_num_seqs": seqs, "max_num_batched_tokens": tokens} for seqs, tokens in question.batch_limits
+        ],
         "engine": {
             "name": question.overhead.name,
             **settings,
