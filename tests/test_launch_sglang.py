@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
@@ -90,11 +91,11 @@ def test_what_it_has_no_words_for_gets_a_reason_and_no_command(
 
 def test_its_own_parser_takes_every_command() -> None:
     pytest.importorskip("sglang", reason="sglang is not installed: its own parser cannot judge the commands")
-    arguments = pytest.importorskip("sglang.srt.server_args")
     parser = argparse.ArgumentParser()
-    arguments.ServerArgs.add_cli_args(parser)
-    commands = [command for model, *place in PLANS for command in servers(emitted("sglang", model, *place))]
+    importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    commands = [command for plan in PLANS for command in servers(emitted("sglang", *plan))]
     assert len(commands) >= len(PLANS)
     for command in commands:
         read = parser.parse_args(command.argv[3:])
         assert str(read.tp_size) == value(command, "--tp-size")
+        assert str(read.ep_size) == (value(command, "--ep-size") or "1")
