@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, on_nodes, placed
@@ -55,13 +54,15 @@ def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
 
 def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[Command]:
     """One command per replica and node; what answers requests listens on the first node of the replica."""
-    heads: Counter[int] = Counter()
+    taken: dict[int, int] = {}
     # Engines do not agree on which stages get what does not divide evenly.
     stated = len(set(asked.plan.layers)) > 1
     for replica in replicas:
         head, *_ = replica.nodes
-        words = engine.words(asked, FIRST_PORT + PORT_STEP * heads[head])
-        heads[head] += 1
+        # The other nodes of a replica listen too, to be asked whether they are alive.
+        place = max(taken.get(node, 0) for node in replica.nodes)
+        taken.update(dict.fromkeys(replica.nodes, place + 1))
+        words = engine.words(asked, FIRST_PORT + PORT_STEP * place)
         for rank, (node, gpus) in enumerate(replica.on_nodes(engine.ranks(asked, replica))):
             env = [("CUDA_VISIBLE_DEVICES", ",".join(map(str, gpus)))]
             if stated:
@@ -88,7 +89,7 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
             f"({'least_conn' if question.routing == 'least_loaded' else 'the default'} of nginx)"
         )
     if any(len(replica.nodes) > 1 for replica in replicas):
-        yield "NODE0, NODE1, ...: put the addresses of the nodes in their place; all commands of a replica run at once"
+        yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"
     if plan.clock_mhz is not None:
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
     if asked.whole_copies:

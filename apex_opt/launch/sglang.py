@@ -79,7 +79,7 @@ class Sglang:
             words += ["--dp-size", str(copies)]
             if not asked.whole_copies:
                 words.append("--enable-dp-attention")
-        if plan.ffn.ep > 1:
+        if asked.moe and plan.ffn.ep > 1:
             words += ["--ep-size", str(plan.ffn.ep)]
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]

@@ -87,7 +87,7 @@ class Vllm:
         words += ["--pipeline-parallel-size", str(plan.stages)]
         if attention.dp > 1:
             words += ["--data-parallel-size", str(attention.dp)]
-        if plan.ffn.ep > 1:
+        if asked.moe and plan.ffn.ep > 1:
             words.append("--enable-expert-parallel")
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]

@@ -30,7 +30,7 @@ def launched(document: Document, launch: Launch) -> Document:
 
 
 def launch_section(console: Console, launch: Document) -> None:
-    """Commands one to a line however long, the rest as comments, so that a shell takes all of it."""
+    """Commands one to a line however long, to be copied; the rest as a shell's comments."""
     console.print(Text(f"Launch ({launch['engine']})", "bold"))
     for note in launch["notes"]:
         # Options are not to be broken at their hyphens.
