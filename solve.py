@@ -86,6 +86,7 @@ def _run_energy(options: dict[str, Any]) -> int:
     document = explained_document(answer_document("energy", question, found.answer, provenance, options["top"]), found)
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
+    document = _with_commands(document, question, answer, options)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
 
@@ -178,8 +179,23 @@ def _show_answer(
     document = answer_document(command, question, answer, provenance, top)
     if found is not None:
         document = explained_document(document, found)
+    document = _with_commands(document, question, answer, options)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
+
+
+def _with_commands(
+    document: dict[str, Any], question: Question, answer: Answer, options: dict[str, Any]
+) -> dict[str, Any]:
+    """An answer with the commands that start its plan, where asked for and where there is one."""
+    if options["emit"] is None or answer.best is None:
+        return document
+    from apex_opt.ir import checkpoint_of
+    from apex_opt.launch import launch
+    from apex_opt.report.launch import launched
+
+    plan = answer.best.plan
+    return launched(document, launch(question, plan, options["emit"], checkpoint_of(options["model"])))
 
 
 def _exit_code(answer: Answer, replay: Check | None) -> int:

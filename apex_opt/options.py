@@ -302,6 +302,11 @@ _RATE: Final = (
         text="Step of the rates that are searched, as a share of the rate.",
     ),
 )
+_EMIT: Final = Option(
+    name="emit",
+    choices=("vllm", "sglang"),
+    text="Print the commands that start the plan on this engine, vllm or sglang, and what they cannot say.",
+)
 _MEASURED: Final = Option(
     name="measured",
     default=REQUIRED,
@@ -363,7 +368,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
         "  solve.py plan --model=./config.json --weights=bf16,fp8 --format=json\n\n"
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
-        options=(*_QUESTION, _TOP, _TIME_LIMIT, _CHECK, *_GENERAL),
+        options=(*_QUESTION, _TOP, _TIME_LIMIT, _CHECK, _EMIT, *_GENERAL),
     ),
     "energy": Command(
         summary="Find the plan that needs the least energy within the goals.",
@@ -378,6 +383,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _TOP,
             _TIME_LIMIT,
             _CHECK,
+            _EMIT,
             *_GENERAL,
         ),
     ),
@@ -420,6 +426,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             *(replace(option, text=_ELSEWHERE.get(option.name, option.text)) for option in _QUESTION),
             _REQUESTS,
             _TIMELINE,
+            _EMIT,
             *_GENERAL,
         ),
     ),

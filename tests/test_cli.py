@@ -157,6 +157,47 @@ def test_tables_and_json_have_the_same_figures(planned: tuple[dict[str, Any], st
         assert source.split()[0] in table
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--weights=bf16,fp8"),
+        ("energy", "--slo=e2e_p95<=30s", "--clock=1200,1980", "--max_num_seqs=64"),
+        ("simulate", "--plan=tp2"),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_the_plan_is_started_by_the_commands_shown_below_it(words: tuple[str, ...], engine: str) -> None:
+    command, *more = words
+    asked = (command, *CHEAP, *more, f"--emit={engine}")
+    ran, table = run(*asked, "--format=json"), run(*asked)
+    assert (ran.code, table.code) == (0, 0)
+    document = json.loads(ran.out)
+    assert document["launch"]["engine"] == engine
+    plan, servers = document["best"]["plan"], document["launch"]["commands"]
+    assert (
+        sum(len(one["env"]["CUDA_VISIBLE_DEVICES"].split(",")) for one in servers if one["env"])
+        == (document["best"]["gpus"])
+    )
+    assert ("-lgc" in table.out) == ("clock=" in plan)
+    lines = table.out.splitlines()
+    for one in servers:
+        assert one["text"] in lines
+    assert any("meta-llama/Llama-3.1-8B" in one["argv"] for one in servers)
+
+
+def test_no_commands_are_shown_where_none_are_asked_for_or_there_is_no_plan() -> None:
+    assert "launch" not in json.loads(run("simulate", *CHEAP, "--plan=tp2", "--format=json").out)
+    words = ("--model=llama-3.1-70b", "--cluster=1xh100-sxm", "--plan=tp1", "--emit=vllm")
+    ran = run("simulate", *words, "--format=json")
+    assert ran.code == 3
+    assert "launch" not in json.loads(ran.out)
+
+
+def test_an_engine_whose_words_are_not_known_is_refused() -> None:
+    assert refused("plan", *CHEAP, "--emit=tensorrt") == "unknown --emit 'tensorrt'; known: sglang, vllm"
+
+
 def seconds_in(line: str) -> list[float]:
     """Durations of a line, in seconds."""
     scale = {"us": 1e-6, "ms": 1e-3, "s": 1.0}

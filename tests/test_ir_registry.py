@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.ir import list_models, load_model
+from apex_opt.ir import checkpoint_of, list_models, load_model
 from apex_opt.ir.registry import CONFIG_FOLDER
 
 # Billions of parameters: sums over the published checkpoints.
@@ -285,3 +285,23 @@ def test_an_unknown_name_comes_with_suggestions(name: str, near: str) -> None:
 def test_a_path_with_nothing_there_is_called_one() -> None:
     with pytest.raises(UnknownNameError, match="no such file"):
         load_model("/nowhere/config.json")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("llama-3.1-70b", "meta-llama/Llama-3.1-70B"),
+        ("meta-llama/llama-3.1-70b-instruct", "meta-llama/Llama-3.1-70B-Instruct"),
+        ("deepseek-v3.1", "deepseek-ai/DeepSeek-V3.1"),
+        ("qwen3-coder-480b", "Qwen/Qwen3-Coder-480B-A35B-Instruct"),
+        ("llama-1t", "llama-1t"),
+        ("someone/something", "someone/something"),
+    ],
+)
+def test_weights_are_found_under_the_id_nearest_to_the_name(wanted: str, found: str) -> None:
+    assert checkpoint_of(wanted) == found
+
+
+def test_weights_lie_in_the_folder_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert checkpoint_of(str(tmp_path)) == checkpoint_of(str(tmp_path / "config.json")) == str(tmp_path)

@@ -96,3 +96,17 @@ def test_stages_talk_inside_a_node_only_where_every_replica_has_one_to_itself() 
     assert layout("pp3 tp2", 2, 8).stage_link(two) == two.intra
     assert layout("pp3 tp2", 1, 8).stage_link(one) == one.intra
     assert layout("pp2 tp8", 2, 8).stage_link(two) == two.inter
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes", "gpus", "firsts"),
+    [
+        ("dp2 pp2 tp3", 2, 8, [0, 3, 8, 11]),  # two groups to a node, two of its GPUs left free
+        ("dp3 tp2", 2, 3, [0, 2, 4]),  # no room for that: without gaps
+    ],
+)
+def test_stage_groups_begin_where_the_one_before_ends_or_on_the_next_node(
+    plan: str, nodes: int, gpus: int, firsts: list[int]
+) -> None:
+    found = layout(plan, nodes, gpus)
+    assert [found.first_gpu(group) for group in range(len(firsts))] == firsts

@@ -108,6 +108,14 @@ def test_what_is_shown_where_nothing_fits_is_what_is_printed() -> None:
     assert shown in printed
 
 
+@pytest.mark.slow
+def test_the_commands_shown_to_start_a_plan_are_those_printed() -> None:
+    (body,) = [body for kind, body in BLOCKS if kind == "console" and "--emit" in body]
+    shown, printed = shown_and_printed(body)
+    assert shown.startswith("Launch")
+    assert shown in printed
+
+
 def _errors(label: str, figures: Iterable[str], summary: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Rows of a table of errors as the README has them."""
     rows = []

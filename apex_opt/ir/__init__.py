@@ -18,7 +18,7 @@ from apex_opt.ir.model import (
     MoeFfn,
     Run,
 )
-from apex_opt.ir.registry import list_models, load_model
+from apex_opt.ir.registry import checkpoint_of, list_models, load_model
 
 __all__ = [
     "FORMATS",
@@ -35,6 +35,7 @@ __all__ = [
     "MoeFfn",
     "NumberFormat",
     "Run",
+    "checkpoint_of",
     "get_format",
     "get_kv_bytes",
     "list_models",

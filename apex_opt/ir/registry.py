@@ -54,6 +54,23 @@ def load_model(name_or_path: str) -> Model:
     raise UnknownNameError("model", shown, near or entries, hint=hint)
 
 
+def checkpoint_of(name_or_path: str) -> str:
+    """Where an engine finds the weights of what `load_model` found under this name: a folder or a Hugging Face id.
+
+    A registry name stands for the Hugging Face id nearest to it, or for itself where there is none.
+    """
+    wanted = name_or_path.strip()
+    name = _names().get(wanted.lower())
+    if name is not None:
+        ids = [alias for alias in _entries()[name]["aliases"] if "/" in alias]
+        same = (hub_id for hub_id in ids if wanted.lower() in (hub_id.lower(), hub_id.lower().partition("/")[2]))
+        return next(same, ids[0] if ids else name)
+    path = Path(os.path.expanduser(wanted))
+    if not _exists(path):
+        return wanted
+    return str(path if path.is_dir() else path.parent)
+
+
 def list_models() -> tuple[Model, ...]:
     """Every model of the registry, in the order of its index."""
     return tuple(_registered(name, entry) for name, entry in _entries().items())

@@ -51,6 +51,13 @@ class Layout:
             stage_devices=plan.stage_devices,
         )
 
+    def first_gpu(self, group: int) -> int:
+        """GPU of the cluster with which a stage group of the plan begins."""
+        if not self.packed:
+            return group * self.stage_devices
+        node, place = divmod(group, self.gpus_per_node // self.stage_devices)
+        return node * self.gpus_per_node + place * self.stage_devices
+
     def nodes_spanned(self, ranks: int) -> int:
         """Nodes that a group of consecutive ranks of a stage touches, at worst."""
         if ranks == 1 or self.packed:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from apex_opt.report.explain import why_not
+from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
 from apex_opt.workload.slo import FIGURES
@@ -50,6 +51,8 @@ def _answer(console: Console, document: Document) -> None:
     certificate_line(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
+    if "launch" in document:
+        launch_section(console, document["launch"])
 
 
 def question_line(console: Console, question: Document) -> None:

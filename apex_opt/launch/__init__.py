@@ -1,0 +1,99 @@
+"""Commands that start a plan on a serving engine, and in words what they cannot say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, on_nodes, placed
+from apex_opt.launch.sglang import Sglang
+from apex_opt.launch.vllm import Vllm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from apex_opt.launch.commands import Engine, Replica
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.question import Question
+
+__all__ = ["ENGINES", "Command", "Launch", "launch"]
+
+ENGINES: Final[Mapping[str, Engine]] = {engine.name: engine for engine in (Vllm(), Sglang())}
+
+
+def launch(question: Question, plan: Plan, engine: str, checkpoint: str) -> Launch:
+    """Commands that start a plan on its default layout.
+
+    Parameters
+    ----------
+    question, plan
+    engine : str         key of `ENGINES`
+    checkpoint : str     where the engine finds the weights: a folder or a Hugging Face id
+    """
+    spoken = ENGINES[engine]
+    asked = Asked(question=question, plan=plan, checkpoint=checkpoint)
+    replicas = placed(plan, question.cluster)
+    refusals = spoken.refusals(asked, replicas)
+    if asked.settings.policy != "vllm":
+        refusals.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
+    if refusals:
+        notes = [f"no command: {spoken.release} cannot run this plan", *refusals]
+        return Launch(engine=engine, commands=(), notes=tuple(notes))
+    commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas))
+    return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
+
+
+def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
+    """Hold the GPUs of each node at the plan's clock."""
+    if asked.plan.clock_mhz is None:
+        return
+    gpus = (gpu for replica in replicas for gpu in replica.by_stage)
+    for node, slots in on_nodes(gpus, asked.question.cluster.gpus_per_node):
+        words = ("nvidia-smi", "-i", ",".join(map(str, slots)), "-lgc", str(asked.plan.clock_mhz))
+        yield Command(node=node, replica=None, argv=words)
+
+
+def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[Command]:
+    """One command per replica and node; what answers requests listens on the first node of the replica."""
+    taken: dict[int, int] = {}
+    # Engines do not agree on which stages get what does not divide evenly.
+    stated = len(set(asked.plan.layers)) > 1
+    for replica in replicas:
+        head, *_ = replica.nodes
+        # The other nodes of a replica listen too, to be asked whether they are alive.
+        place = max(taken.get(node, 0) for node in replica.nodes)
+        taken.update(dict.fromkeys(replica.nodes, place + 1))
+        words = engine.words(asked, FIRST_PORT + PORT_STEP * place)
+        for rank, (node, gpus) in enumerate(replica.on_nodes(engine.ranks(asked, replica))):
+            env = [("CUDA_VISIBLE_DEVICES", ",".join(map(str, gpus)))]
+            if stated:
+                env.append((engine.layers, ",".join(map(str, asked.plan.layers))))
+            more = engine.joined(len(replica.nodes), rank, head) if len(replica.nodes) > 1 else []
+            yield Command(node=node, replica=replica.index, env=tuple(env), argv=(*words, *more))
+
+
+def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[str]:
+    plan, question = asked.plan, asked.question
+    yield f"options as {engine.release} has them"
+    if question.overhead.name != engine.name:
+        yield f"the figures are of {question.overhead.name}; for those of {engine.name} ask with --engine={engine.name}"
+    if asked.quantised_when_loaded:
+        yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"
+    elif not asked.as_published:
+        yield (
+            f"weights: needs a checkpoint in this format, {plan.weight_format}: put it in place of {asked.weights}; "
+            f"{asked.checkpoint} is in {question.model.weight_format}"
+        )
+    if len(replicas) > 1:
+        yield (
+            f"requests: put a router before the {len(replicas)} servers that deals them {question.routing} "
+            f"({'least_conn' if question.routing == 'least_loaded' else 'the default'} of nginx)"
+        )
+    if any(len(replica.nodes) > 1 for replica in replicas):
+        yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"
+    if plan.clock_mhz is not None:
+        yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
+    if asked.whole_copies:
+        yield "copies: each runs on its own, in the figures they form batches together"
+    if asked.latent:
+        yield f"latent attention: some kernels of {engine.name} want blocks of another size: check"
+    yield from engine.notes(asked, replicas)

@@ -1,0 +1,55 @@
+"""Launch commands: in a document, and as lines to copy."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from apex_opt.launch import Launch
+    from apex_opt.report.document import Document
+
+
+def launched(document: Document, launch: Launch) -> Document:
+    """An answer with the commands that start its plan."""
+    commands = [
+        {
+            "node": command.node,
+            "replica": command.replica,
+            "env": dict(command.env),
+            "argv": list(command.argv),
+            "text": command.text,
+        }
+        for command in launch.commands
+    ]
+    return document | {"launch": {"engine": launch.engine, "commands": commands, "notes": list(launch.notes)}}
+
+
+def launch_section(console: Console, launch: Document) -> None:
+    """Commands one to a line however long, to be copied; the rest as a shell's comments."""
+    console.print(Text(f"Launch ({launch['engine']})", "bold"))
+    for note in launch["notes"]:
+        # Options are not to be broken at their hyphens.
+        lines = textwrap.wrap(
+            note, console.width, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False
+        )
+        for line in lines:
+            _line(console, line)
+    before = None
+    for command in launch["commands"]:
+        place = f"# node {command['node']}"
+        if command["replica"] is not None:
+            place += f", replica {command['replica']}"
+        if place != before:
+            _line(console, place)
+        before = place
+        _line(console, command["text"])
+    console.print()
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)

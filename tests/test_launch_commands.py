@@ -1,0 +1,191 @@
+"""Where the ranks of a plan go: every GPU in one command, degrees that multiply to the GPUs listed."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from launch_cases import CHECKPOINT, DENSE, MOE, asked, emitted, has, servers, value
+from plan_cases import dense, make_cluster, make_model
+
+from apex_opt.ir import Model, load_model
+from apex_opt.launch import ENGINES, Command, launch
+from apex_opt.launch.commands import placed
+from apex_opt.plan.layout import Layout
+from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
+
+DEGREES = {
+    "vllm": ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"),
+    "sglang": ("--tp-size", "--pp-size"),
+}
+MIXTURE = load_model(MOE)
+SHALLOW = make_model((dense(heads=16, kv=16), 16))
+
+
+def degrees(command: Command, engine: str) -> int:
+    """GPUs that an engine takes for its degrees. SGLang counts attention copies within tp, whole copies beside it."""
+    flags = DEGREES[engine]
+    if engine == "sglang" and "--enable-dp-attention" not in command.argv:
+        flags = (*flags, "--dp-size")
+    return math.prod(int(value(command, flag) or 1) for flag in flags)
+
+
+@given(
+    engine=st.sampled_from(sorted(ENGINES)),
+    nodes=st.integers(1, 4),
+    gpus=st.integers(1, 8),
+    replicas=st.integers(1, 4),
+    stages=st.integers(1, 4),
+    attention=st.builds(Template, dp=st.sampled_from([1, 2, 4]), tp=st.integers(1, 8)),
+    cut=st.sampled_from(["tp", "ep", "both", "copies"]),
+    model=st.sampled_from([SHALLOW, MIXTURE]),
+)
+def test_every_gpu_is_in_one_command_and_the_degrees_multiply_to_them(
+    engine: str, nodes: int, gpus: int, replicas: int, stages: int, attention: Template, cut: str, model: Model
+) -> None:
+    devices = attention.devices
+    assume(replicas * stages * devices <= nodes * gpus)
+    assume(cut != "both" or devices % 2 == 0)
+    ffn = {
+        "tp": Template(tp=devices),
+        "ep": Template(ep=devices),
+        "both": Template(tp=2, ep=max(devices // 2, 1)),
+        "copies": Template(dp=attention.dp, tp=attention.tp),
+    }[cut]
+    question = asked(model, nodes, gpus)
+    plan = Plan(
+        replicas=replicas,
+        layers=even_split(question.model.layers, stages),
+        attention=attention,
+        ffn=ffn,
+        weight_format="bf16",
+        kv_format="bf16",
+        clock_mhz=1200,
+    )
+    found = launch(question, plan, engine, CHECKPOINT)
+    if not found.commands:
+        assert found.notes[0].startswith("no command")
+        assert len(found.notes) > 1
+        return
+    wanted = Counter(
+        (gpu // gpus, gpu % gpus)
+        for replica in placed(plan, question.cluster)
+        for stage in replica.stages
+        for gpu in stage
+    )
+    listed: Counter[tuple[int, int]] = Counter()
+    of_replica: Counter[int] = Counter()
+    for command in servers(found):
+        assert command.replica is not None
+        mine = [int(gpu) for gpu in dict(command.env)["CUDA_VISIBLE_DEVICES"].split(",")]
+        listed.update((command.node, gpu) for gpu in mine)
+        of_replica[command.replica] += len(mine)
+        assert degrees(command, engine) == plan.stages * plan.stage_devices
+    assert listed == wanted
+    assert set(wanted.values()) == {1}
+    assert of_replica == dict.fromkeys(range(replicas), plan.stages * plan.stage_devices)
+    held = {
+        (command.node, int(gpu))
+        for command in found.commands
+        if command.replica is None
+        for gpu in command.argv[2].split(",")
+    }
+    assert held == set(wanted)
+    ports = [(command.node, value(command, "--port")) for command in servers(found)]
+    assert len(set(ports)) == len(ports)
+
+
+@given(
+    nodes=st.integers(1, 5),
+    gpus=st.integers(1, 8),
+    replicas=st.integers(1, 6),
+    stages=st.integers(1, 4),
+    tp=st.integers(1, 8),
+)
+def test_stage_groups_lie_as_their_layout_says(nodes: int, gpus: int, replicas: int, stages: int, tp: int) -> None:
+    assume(replicas * stages * tp <= nodes * gpus)
+    plan = parse_plan(f"dp{replicas} pp{stages} tp{tp}", SHALLOW)
+    cluster = make_cluster(gpus, nodes)
+    layout, found = Layout.of(plan, cluster), placed(plan, cluster)
+    groups = [stage for replica in found for stage in replica.stages]
+    assert max(gpu for stage in groups for gpu in stage) < cluster.size
+    assert layout.packed <= all(len({gpu // gpus for gpu in stage}) == 1 for stage in groups)
+    assert layout.together <= all(len(replica.nodes) == 1 for replica in found)
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_replica_over_nodes_has_a_command_on_each(engine: str) -> None:
+    found = servers(emitted(engine, DENSE, "dp2 pp2[41,39] tp2", 4, 2))
+    assert [(command.replica, command.node) for command in found] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert [value(command, "--node-rank") for command in found] == ["0", "1", "0", "1"]
+    assert all(value(command, "--nnodes") == "2" for command in found)
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_the_layers_of_stages_are_told_where_they_differ(engine: str) -> None:
+    (command,) = emitted(engine, DENSE, "pp2[41,39] tp2", 1, 4).commands
+    assert dict(command.env)[ENGINES[engine].layers] == "41,39"
+    # 80 layers on three stages: larger ones first with us, last with SGLang, in the middle with vLLM.
+    (command,) = emitted(engine, DENSE, "pp3 tp2", 1, 8).commands
+    assert dict(command.env)[ENGINES[engine].layers] == "27,27,26"
+    (command,) = emitted(engine, DENSE, "pp2 tp2", 1, 4).commands
+    assert ENGINES[engine].layers not in dict(command.env)
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_clock_is_set_on_the_gpus_of_the_plan(engine: str) -> None:
+    found = emitted(engine, DENSE, "dp2 tp3 clock=1200", 2, 4)
+    clocks = [command.text for command in found.commands if command.replica is None]
+    assert clocks == ["nvidia-smi -i 0,1,2 -lgc 1200"] * 2
+    assert has(found, "nvidia-smi -lgc", "root")
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_replicas_stand_behind_a_router_that_deals_as_asked(engine: str) -> None:
+    found = emitted(engine, DENSE, "dp2 tp4", 1, 8, routing="least_loaded")
+    assert has(found, "router", "2 servers", "least_loaded")
+    assert len({value(command, "--port") for command in found.commands}) == 2
+    assert not has(emitted(engine, DENSE, "tp4", 1, 8), "router")
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("policy", ["orca", "static"])
+def test_another_policy_is_refused(engine: str, policy: str) -> None:
+    settings = {"policy": policy, "max_num_batched_tokens": 8192}
+    found = emitted(engine, DENSE, "tp8", 1, 8, settings=settings)
+    assert found.commands == ()
+    assert has(found, f"policy {policy}")
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("weights", ["w4a16", "nvfp4", "mxfp4"])
+def test_a_format_that_is_not_made_while_loading_needs_its_checkpoint(engine: str, weights: str) -> None:
+    found = emitted(engine, DENSE, f"tp8 {weights}", 1, 8)
+    assert has(found, "needs a checkpoint in this format", weights)
+    assert CHECKPOINT not in found.commands[0].argv
+    assert f"CHECKPOINT_IN_{weights.upper()}" in found.commands[0].argv
+    assert "--quantization" not in found.commands[0].argv
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_fp8_is_made_of_16_bits_and_taken_from_fp8(engine: str) -> None:
+    made = emitted(engine, DENSE, "tp8 fp8", 1, 8)
+    assert value(made.commands[0], "--quantization") == "fp8"
+    assert CHECKPOINT in made.commands[0].argv
+    taken = emitted(engine, "deepseek-v3", "attn(dp8) ffn(ep8) fp8", 1, 8)
+    assert "--quantization" not in taken.commands[0].argv
+    wider = emitted(engine, "deepseek-v3", "attn(dp8) ffn(ep8) bf16", 1, 8)
+    assert has(wider, "needs a checkpoint", "bf16")
+
+
+def test_figures_of_another_engine_are_said_to_be() -> None:
+    assert has(emitted("sglang", DENSE, "tp8", 1, 8), "the figures are of test", "--engine=sglang")
+
+
+def test_text_is_what_a_shell_reads_as_the_words() -> None:
+    command = Command(node=0, replica=0, env=(("A", "1,2"), ("B", "x y")), argv=("vllm", "serve", "a folder/it's"))
+    assert shlex.split(command.text) == ["A=1,2", "B=x y", "vllm", "serve", "a folder/it's"]

@@ -1,0 +1,101 @@
+"""Plans in SGLang's words: typical ones, those it has no words for, and its own parser on all of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import pytest
+from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
+
+
+def test_tensor_shards_on_one_node() -> None:
+    (command,) = emitted("sglang", DENSE, "tp8", 1, 8).commands
+    assert command.env == (("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"),)
+    share = value(command, "--mem-fraction-static")
+    assert share is not None
+    assert 0.7 < float(share) < 0.9
+    assert " ".join(command.argv) == (
+        f"python -m sglang.launch_server --model-path {CHECKPOINT} --tp-size 8 --pp-size 1 --dtype bfloat16 "
+        f"--kv-cache-dtype auto --mem-fraction-static {share} --max-running-requests 1024 --chunked-prefill-size 8192 "
+        "--context-length 8192 --page-size 16 --disable-radix-cache --port 8000"
+    )
+
+
+def test_one_replica_over_two_nodes() -> None:
+    head, other = emitted("sglang", DENSE, "pp2[41,39] tp4 kv=fp8", 2, 4).commands
+    assert head.argv[-6:] == ("--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "NODE0:20000")
+    assert value(other, "--node-rank") == "1"
+    assert dict(other.env) == {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SGLANG_PP_LAYER_PARTITION": "41,39"}
+    assert value(other, "--kv-cache-dtype") == "fp8_e4m3"
+    assert "--disable-overlap-schedule" in other.argv
+
+
+def test_attention_copies_lie_within_the_shards() -> None:
+    found = emitted("sglang", MOE, "attn(dp8) ffn(ep8) seqs=100 tokens=2000", 1, 8)
+    (command,) = found.commands
+    for flag, wanted in (("--tp-size", "8"), ("--dp-size", "8"), ("--ep-size", "8")):
+        assert value(command, flag) == wanted
+    assert "--enable-dp-attention" in command.argv
+    # SGLang shares these out over the copies itself.
+    assert value(command, "--max-running-requests") == "100"
+    assert value(command, "--chunked-prefill-size") == "2000"
+
+
+def test_experts_may_be_cut_both_ways() -> None:
+    (command,) = emitted("sglang", MOE, "attn(tp8) ffn(tp2,ep4)", 1, 8).commands
+    assert value(command, "--tp-size") == "8"
+    assert value(command, "--ep-size") == "4"
+
+
+def test_attention_copies_before_a_dense_ffn_are_to_be_checked() -> None:
+    assert has(emitted("sglang", DENSE, "attn(dp2,tp4) ffn(tp8)", 1, 8), "not every dense model", "check")
+
+
+def test_whole_copies_are_engines_of_their_own() -> None:
+    (command,) = emitted("sglang", DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8).commands
+    assert value(command, "--tp-size") == "4"
+    assert value(command, "--dp-size") == "2"
+    assert value(command, "--max-running-requests") == "512"
+    assert "--enable-dp-attention" not in command.argv
+
+
+def test_whole_prompts_have_no_chunks() -> None:
+    (command,) = emitted("sglang", DENSE, "tp8", 1, 8, settings={"chunked_prefill": False}).commands
+    assert value(command, "--chunked-prefill-size") == "-1"
+    assert value(command, "--max-prefill-tokens") == "8192"
+    assert (
+        "--disable-radix-cache"
+        not in emitted("sglang", DENSE, "tp8", 1, 8, settings={"prefix_caching": True}).commands[0].argv
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "nodes", "gpus", "why"),
+    [
+        (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
+        (DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 2, 4, "on one node"),
+        (DENSE, "tp6", 2, 4, "4 and 2 GPUs"),
+        (DENSE, "pp3 tp2", 2, 3, "3 stages on 2 nodes"),
+        (DENSE, "pp2 tp8", 4, 4, ""),
+        (DENSE, "pp4 tp2", 2, 4, ""),
+    ],
+)
+def test_what_it_has_no_words_for_gets_a_reason_and_no_command(
+    model: str, plan: str, nodes: int, gpus: int, why: str
+) -> None:
+    found = emitted("sglang", model, plan, nodes, gpus)
+    assert bool(found.commands) == (not why)
+    assert not why or has(found, why)
+
+
+def test_its_own_parser_takes_every_command() -> None:
+    pytest.importorskip("sglang", reason="sglang is not installed: its own parser cannot judge the commands")
+    parser = argparse.ArgumentParser()
+    importlib.import_module("sglang.srt.server_args").ServerArgs.add_cli_args(parser)
+    commands = [command for plan in PLANS for command in servers(emitted("sglang", *plan))]
+    assert len(commands) >= len(PLANS)
+    for command in commands:
+        read = parser.parse_args(command.argv[3:])
+        assert str(read.tp_size) == value(command, "--tp-size")
+        assert str(read.ep_size) == (value(command, "--ep-size") or "1")

@@ -1,0 +1,134 @@
+"""Plans in vLLM's words: typical ones, those it has no words for, and its own parser on all of them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
+
+
+def test_tensor_shards_on_one_node() -> None:
+    (command,) = emitted("vllm", DENSE, "tp8", 1, 8).commands
+    assert command.env == (("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7"),)
+    assert " ".join(command.argv) == (
+        f"vllm serve {CHECKPOINT} --tensor-parallel-size 8 --pipeline-parallel-size 1 --dtype bfloat16 "
+        "--kv-cache-dtype auto --max-num-seqs 1024 --max-num-batched-tokens 8192 --max-model-len 8192 --block-size 16 "
+        "--gpu-memory-utilization 0.9 --enable-chunked-prefill --no-enable-prefix-caching --async-scheduling "
+        "--distributed-executor-backend mp --port 8000"
+    )
+
+
+def test_stages_of_two_replicas_on_two_nodes() -> None:
+    found = emitted("vllm", DENSE, "dp2 pp2[41,39] tp2", 2, 4)
+    assert [(command.node, command.replica) for command in found.commands] == [(0, 0), (1, 1)]
+    for command in found.commands:
+        assert dict(command.env) == {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "VLLM_PP_LAYER_PARTITION": "41,39"}
+        assert value(command, "--pipeline-parallel-size") == "2"
+        assert "--no-async-scheduling" in command.argv
+        assert "--nnodes" not in command.argv
+
+
+def test_one_replica_over_two_nodes() -> None:
+    head, other = emitted("vllm", DENSE, "pp2[41,39] tp4", 2, 4).commands
+    assert head.argv[-6:] == ("--nnodes", "2", "--node-rank", "0", "--master-addr", "NODE0")
+    assert other.argv[-7:] == ("--nnodes", "2", "--node-rank", "1", "--master-addr", "NODE0", "--headless")
+
+
+def test_attention_copies_with_experts_over_all_of_them() -> None:
+    found = emitted("vllm", MOE, "attn(dp8) ffn(ep8) seqs=100 tokens=2000", 1, 8)
+    (command,) = found.commands
+    assert value(command, "--tensor-parallel-size") == "1"
+    assert value(command, "--data-parallel-size") == "8"
+    assert "--enable-expert-parallel" in command.argv
+    assert value(command, "--max-num-seqs") == "13"
+    assert value(command, "--max-num-batched-tokens") == "250"
+    assert has(found, "per attention copy")
+    assert not has(found, "shared experts")
+    assert has(emitted("vllm", "deepseek-v3", "attn(dp8) ffn(ep8)", 1, 8), "shared experts")
+
+
+def test_experts_in_shards_need_no_flag() -> None:
+    (command,) = emitted("vllm", MOE, "attn(dp2,tp4) ffn(tp8)", 1, 8).commands
+    assert "--enable-expert-parallel" not in command.argv
+
+
+def test_gpus_are_listed_copy_by_copy_where_copies_have_stages() -> None:
+    (command,) = emitted("vllm", MOE, "pp2 attn(dp2,tp2) ffn(ep4)", 1, 8).commands
+    assert dict(command.env)["CUDA_VISIBLE_DEVICES"] == "0,1,4,5,2,3,6,7"
+
+
+def test_settings_have_their_flags() -> None:
+    settings: dict[str, Any] = {
+        "chunked_prefill": False,
+        "prefix_caching": True,
+        "async_scheduling": False,
+        "block_size": 32,
+        "gpu_memory_utilization": 0.85,
+        "long_prefill_token_threshold": 512,
+    }
+    (command,) = emitted("vllm", DENSE, "tp8 fp16 kv=fp8", 1, 8, settings=settings).commands
+    assert {"--no-enable-chunked-prefill", "--enable-prefix-caching", "--no-async-scheduling"} <= set(command.argv)
+    assert value(command, "--block-size") == "32"
+    assert value(command, "--gpu-memory-utilization") == "0.85"
+    assert value(command, "--long-prefill-token-threshold") == "512"
+    assert value(command, "--dtype") == "float16"
+    assert value(command, "--kv-cache-dtype") == "fp8"
+
+
+@pytest.mark.parametrize("settings", [{"chunked_prefill": False}, {}])
+def test_an_attention_copy_takes_the_longest_prompt_where_it_must_whole(settings: dict[str, Any]) -> None:
+    (command,) = emitted("vllm", MOE, "attn(dp8) ffn(ep8)", 1, 8, settings=settings).commands
+    assert value(command, "--max-num-batched-tokens") == ("8192" if settings else "1024")
+
+
+def test_limits_of_the_plan_come_before_those_of_the_engine() -> None:
+    (command,) = emitted("vllm", DENSE, "tp8 seqs=64 tokens=2048", 1, 8).commands
+    assert value(command, "--max-num-seqs") == "64"
+    assert value(command, "--max-num-batched-tokens") == "2048"
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "nodes", "gpus", "why"),
+    [
+        (DENSE, "attn(dp2,tp4) ffn(tp8)", 1, 8, "dense FFN"),
+        (MOE, "attn(tp8) ffn(tp2,ep4)", 1, 8, "either by ep or by tp"),
+        (MOE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8, "over all attention copies"),
+        (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
+        (DENSE, "tp6", 2, 4, "4 and 2 GPUs"),
+        (MOE, "pp2 attn(dp2,tp2) ffn(ep4)", 2, 4, "copy by copy"),
+        (MOE, "attn(dp4,tp2) ffn(ep8)", 2, 4, ""),
+        (MOE, "attn(dp2,tp3) ffn(ep6)", 3, 2, "do not divide evenly"),
+    ],
+)
+def test_what_it_has_no_words_for_gets_a_reason_and_no_command(
+    model: str, plan: str, nodes: int, gpus: int, why: str
+) -> None:
+    found = emitted("vllm", model, plan, nodes, gpus)
+    assert bool(found.commands) == (not why)
+    assert not why or has(found, why)
+
+
+def test_copies_that_share_nothing_are_engines_behind_one_port() -> None:
+    found = emitted("vllm", DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8)
+    assert value(found.commands[0], "--data-parallel-size") == "2"
+    assert has(found, "runs on its own")
+
+
+def test_its_own_parser_takes_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm", reason="vllm is not installed: its own parser cannot judge the commands")
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if not platform.device_type:  # without a GPU vLLM does not even list its options
+        monkeypatch.setattr(platform, "device_type", "cuda", raising=False)
+    parsing = importlib.import_module("vllm.utils.argparse_utils")
+    parser = importlib.import_module("vllm.entrypoints.openai.cli_args").make_arg_parser(
+        parsing.FlexibleArgumentParser()
+    )
+    commands = [command for plan in PLANS for command in servers(emitted("vllm", *plan))]
+    assert len(commands) >= len(PLANS) - 2
+    for command in commands:
+        read = parser.parse_args(list(command.argv[2:]))
+        assert str(read.tensor_parallel_size) == value(command, "--tensor-parallel-size")
+        assert read.enable_expert_parallel == ("--enable-expert-parallel" in command.argv)
+        assert read.async_scheduling == ("--async-scheduling" in command.argv)
