@@ -465,7 +465,7 @@ def _listed(question: Question, formulation: Formulation, plan: Plan | None, tel
         )
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
-    plans, repeated = settled(question, formulation, listed)
+    plans, repeated = settled(question, formulation, listed, tell)
     return _Space(
         size=listed.space,
         infeasible=listed.counts,

@@ -79,7 +79,7 @@ def pareto(
     check_lengths(question)
     listed = list_plans(question, formulation, tell)
     evaluator = Evaluator(question)
-    plans, repeated = settled(question, formulation, listed)
+    plans, repeated = settled(question, formulation, listed, tell)
     bounds = bound_plans(evaluator, plans, objectives, tell)
     queue = [(least, index, plans[index]) for index, (least, possible) in enumerate(bounds) if possible]
     missing = len(plans) - len(queue)

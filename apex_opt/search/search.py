@@ -104,10 +104,15 @@ class Moves:
         return None if moved is None else replace(plan, layers=moved.layers)
 
 
-def settled(question: Question, formulation: Formulation, found: Listed | Enumeration) -> tuple[tuple[Plan, ...], int]:
+def settled(
+    question: Question, formulation: Formulation, found: Listed | Enumeration, tell: Progress
+) -> tuple[tuple[Plan, ...], int]:
     """All feasible plans with the layers of the movable ones moved, and how many of these stay even: no new plans."""
-    moves = Moves(question, formulation)
-    moved = [plan for movable in found.movable if (plan := moves(movable)) is not None]
+    moves, moved = Moves(question, formulation), []
+    for index, movable in enumerate(found.movable):
+        tell("moving layers", index, len(found.movable))
+        if (plan := moves(movable)) is not None:
+            moved.append(plan)
     return (*found.plans, *moved), len(found.movable) - len(moved)
 
 
@@ -217,7 +222,7 @@ def _search(
         reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
         return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
     if best is None:
-        reason = why_not(evaluator, listed.plans or settled(question, formulation, listed)[0], done)
+        reason = why_not(evaluator, listed.plans or settled(question, formulation, listed, tell)[0], done)
         return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
     status: Status = "optimal" if proved else "feasible"
     return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)

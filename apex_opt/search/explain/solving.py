@@ -127,7 +127,7 @@ class Work:
     def plans(self, question: Question) -> tuple[Plan, ...]:
         """Feasible plans of a question, at the highest clock."""
         self.tell("enumerating plans")
-        return settled(question, self.formulation, self.formulation.enumerate(question.instance()))[0]
+        return settled(question, self.formulation, self.formulation.enumerate(question.instance()), self.tell)[0]
 
     def fits(self, question: Question) -> bool:
         """Whether some plan satisfies the constraints."""
