@@ -49,6 +49,8 @@ ONE = {
     "profile import": ("--kind=apex", "--source=nowhere", "--gpu=h100-sxm"),
     "profile collect": (),
     "profile fit": ("--measured=runs",),
+    "cluster show": (),
+    "cluster import": ("--source=nowhere",),
     "models": (),
     "clusters": (),
     "traces": (),

@@ -61,6 +61,11 @@ class Node:
     sockets: Level
     nics: Level | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.sockets.groups) == 1:
+            # The link from it to others does not exist: nodes alike are equal, however they were described.
+            object.__setattr__(self, "sockets", Level(self.sockets.groups, self.pcie.link))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
@@ -404,6 +409,23 @@ def _read_network(table: TomlTable) -> Network:
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def resized(node: Node, gpus: int) -> Node:
+    """The same node with its first GPUs only."""
+
+    def first(level: Level) -> Level:
+        groups = (tuple(gpu for gpu in group if gpu < gpus) for group in level.groups)
+        return replace(level, groups=tuple(group for group in groups if group))
+
+    return replace(
+        node,
+        gpus=gpus,
+        nvlink=first(node.nvlink) if node.nvlink else None,
+        pcie=first(node.pcie),
+        sockets=first(node.sockets),
+        nics=first(node.nics) if node.nics else None,
+    )
 
 
 def _neighbours(gpus: int, size: int) -> tuple[tuple[int, ...], ...]:
