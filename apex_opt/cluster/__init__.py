@@ -1,7 +1,7 @@
 """Accelerators, links and clusters: domain types, the built-in catalogue, cluster files and single GPUs' wiring."""
 
 from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_topology
-from apex_opt.cluster.composition import list_presets
+from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.cluster.uniform import list_gpus
@@ -11,9 +11,13 @@ __all__ = [
     "LINK_KINDS",
     "MAX_GPUS",
     "Cluster",
+    "Composition",
     "Device",
     "Gpu",
+    "Level",
     "Link",
+    "Network",
+    "Node",
     "Switch",
     "Topology",
     "list_clusters",

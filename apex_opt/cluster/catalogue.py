@@ -12,7 +12,7 @@ from apex_opt.cluster.toml_reader import read_toml, shown
 from apex_opt.cluster.topology import Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster
 from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, uniform_cluster
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.units import ceil_div
 
 _FORM: Final = (
@@ -83,7 +83,11 @@ def _loaded(spec: str) -> Cluster | Composition:
         if len(counts) == 2:
             raise UsageError(f"cluster {shown(spec)}: a preset is a whole node; write {counts[0]}x{match[3]}")
         return load_preset(preset, counts[0] if counts else 1, text.lower())
-    base = catalogued(gpu_name(match[3]))
+    try:
+        base = catalogued(gpu_name(match[3]))
+    except UnknownNameError:
+        names = (*list_gpus(), *list_presets())
+        raise UnknownNameError("GPU", match[3], names, "or describe it in a cluster TOML file") from None
     gpus = counts[-1] if counts else 1
     nodes = counts[0] if len(counts) == 2 else 1
     if gpus > base.gpus_per_node:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -149,16 +149,19 @@ class Composition:
             intra = replace(narrow, latency_s=max(within.latency(*pair) for pair in pairs))
         inter = None
         if count > 1 and node.nics:
-            whole = self.topology()
-            ends = whole.gpus()[0], whole.gpus()[-1]
+            # Two nodes stand for all, on different leaves where there are several; equal ranks talk on their own rail.
+            several = count > (self.network.nodes_per_leaf or count)
+            network = replace(self.network, nodes_per_leaf=1 if several else None, rails=False)
+            two = replace(self, nodes=((2, node),), network=network).topology()
+            apart = list(product(two.gpus()[: node.gpus], two.gpus()[node.gpus :]))
             port = node.nics.link
             share = port.bytes_per_s / max(map(len, node.nics.groups))
-            if "spine" in whole.route(*ends):
-                share /= self.network.oversubscription
+            if several:
+                share /= network.oversubscription
             inter = replace(
                 port,
-                bytes_per_s=min(share, whole.bandwidth(*ends)),
-                latency_s=whole.latency(*ends),
+                bytes_per_s=min(share, *(two.bandwidth(*pair) for pair in apart)),
+                latency_s=max(two.latency(*pair) for pair in apart),
             )
         return Cluster(name=self.name, gpu=node.gpu, nodes=count, gpus_per_node=node.gpus, intra=intra, inter=inter)
 
