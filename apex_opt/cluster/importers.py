@@ -203,7 +203,7 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
     """A node for every line, one after another."""
     faults: list[str] = []
     nodes: list[tuple[int, Node]] = []
-    names: list[str] = []
+    names: dict[str, None] = {}
     for number, words in rows:
         if words[0].startswith("#"):
             continue
@@ -213,7 +213,7 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
             continue
         if words[0] in names:
             faults.append(f"line {number}: a second node {words[0][:40]!r}")
-        names.append(words[0])
+        names[words[0]] = None
         try:
             node = _like(words[2])
         except (UsageError, UnknownNameError) as error:
