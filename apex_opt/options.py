@@ -549,7 +549,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  solve.py cluster show --cluster=2xdgx-h100\n"
         '  solve.py cluster show --cluster=mine.toml --busy="node0:0-3,node2:1" --down=node1\n'
         "  solve.py cluster show --cluster=server-8xl40s --plot=wiring.svg\n\n"
-        "Exit code: 0, or 2 for bad input.",
+        "Presets: cloud-8xa100, cloud-8xh100, cloud-8xl40s, dgx-a100, dgx-b200, dgx-b300, dgx-h100, dgx-h200, "
+        "nvl72-gb200, server-4xv100, server-8xl40s. Exit code: 0, or 2 for bad input.",
         options=(
             Option(
                 name="cluster",

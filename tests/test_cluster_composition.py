@@ -120,7 +120,7 @@ def test_rails_have_a_leaf_for_each_nic_of_a_node(tmp_path: Path) -> None:
         ("count = 2", "cuont = 2", "nodes[0].cuont is not a known field"),
         ('"dgx-h100"', '"dgx-h101"', "nodes[0].preset: unknown preset 'dgx-h101'; did you mean dgx-h100"),
         ('"a100-sxm"', '"a101"', "nodes[2].gpu: unknown GPU 'a101'"),
-        ("gpus = 4\nnvlink", "gpus = 1025\nnvlink", "nodes[2].gpus = 1025 must be from 1 to 1024"),
+        ("gpus = 4\nnvlink", "gpus = 577\nnvlink", "nodes[2].gpus = 577 must be from 1 to 576"),
         (
             "[0, 3]",
             "[0, 4]",
@@ -130,6 +130,11 @@ def test_rails_have_a_leaf_for_each_nic_of_a_node(tmp_path: Path) -> None:
         ("[0, 3]", "[]", "nodes[2].nvlink.gpus = [[], [1, 2]] must be a number of GPUs or lists"),
         ("{ gpus = 4, gb_per_s = 12.5, l", "{ gpus = [[0, 1]], gb_per_s = 12.5, l", "leaves out GPU 2: all 4 must be"),
         ("pcie = { gpus = 2", "pcie = { gpus = 4", "pcie.gpus: GPUs 0, 1, 2, 3 share a switch but sit on different"),
+        (
+            "gpus = 4\nnvlink = { gpus = [[0, 3], [1, 2]]",
+            "gpus = 260\nnvlink = { gpus = 2",
+            "nodes[2].sockets.gpus makes 130 sockets, above the limit of 64",
+        ),
         ("gb_per_s = 20", "gb_per_s = -20", "nodes[2].sockets.gb_per_s = -20 must be above 0"),
         ('kind = "ethernet"', 'kind = "nvlink"', "nodes[2].nics.kind = 'nvlink' must be one of infiniband, ethernet"),
         ("pcie = ", "pice = ", "nodes[2].pcie is missing"),
@@ -207,6 +212,8 @@ def test_every_preset_loads_alone_and_twice_and_every_figure_has_a_source(name: 
 def test_a_preset_with_nvlink_is_wired_as_the_catalogue_has_it(preset: str, spec: str, port: float) -> None:
     cluster, known = load_cluster(f"2x{preset}"), load_cluster(f"2x{spec}")
     assert is_catalogued(cluster)
+    # More nodes of a single one can be offered.
+    assert load_cluster(preset).inter == cluster.inter
     assert (cluster.gpu, cluster.gpus_per_node, cluster.intra) == (known.gpu, known.gpus_per_node, known.intra)
     assert cluster.inter is not None
     assert known.inter is not None

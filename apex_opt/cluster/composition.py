@@ -19,8 +19,10 @@ from apex_opt.units import GB
 
 _FOLDER: Final = Path(__file__).with_name("presets")
 
-MAX_NODE: Final = 1024
-"""Most GPUs of one node."""
+MAX_NODE: Final = 576
+"""Most GPUs of one node: an NVLink domain of the largest rack announced."""
+
+_MOST_SOCKETS: Final = 64
 
 _HOP_S: Final = 0.5e-6
 """Seconds of a link between leaf and spine where none are given. Assumed: a switch takes some hundreds of ns."""
@@ -148,7 +150,7 @@ class Composition:
             narrow = min((link for pair in pairs for link in within.path(*pair)), key=lambda link: link.bytes_per_s)
             intra = replace(narrow, latency_s=max(within.latency(*pair) for pair in pairs))
         inter = None
-        if count > 1 and node.nics:
+        if node.nics:
             # Two nodes stand for all, on different leaves where there are several; equal ranks talk on their own rail.
             several = count > (self.network.nodes_per_leaf or count)
             network = replace(self.network, nodes_per_leaf=1 if several else None, rails=False)
@@ -318,6 +320,9 @@ def _read_node(entry: TomlTable, path: Path) -> tuple[int, Node] | None:
     if split := next((group for group in pcie.groups if sockets.holding(group) is None), None):
         faults.append(f"{where}.pcie.gpus: GPUs {_listed(split)} share a switch but sit on different sockets")
         return None
+    if len(sockets.groups) > _MOST_SOCKETS:
+        faults.append(f"{where}.sockets.gpus makes {len(sockets.groups)} sockets, above the limit of {_MOST_SOCKETS}")
+        return None
     nvlink, nics = levels["nvlink"], levels["nics"]
     return count, Node(gpu=gpu, gpus=gpus, nvlink=nvlink, pcie=pcie, sockets=sockets, nics=nics)
 
@@ -411,7 +416,7 @@ def _read_network(table: TomlTable) -> Network:
     )
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- groups, and writing them ---------------------------------------------------------------------------------------
 
 
 def resized(node: Node, gpus: int) -> Node:
