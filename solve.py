@@ -265,6 +265,35 @@ def _run_clusters(options: dict[str, Any]) -> int:
     return 0
 
 
+def _run_cluster_show(options: dict[str, Any]) -> int:
+    from apex_opt.cluster import load_topology
+    from apex_opt.report import show
+    from apex_opt.report.topology import topology_document, write_topology
+
+    topology = load_topology(options["cluster"])
+    for state in ("busy", "down"):
+        if options[state] is not None:
+            topology = topology.marked(state, topology.named(options[state], f"--{state}"))
+    document = topology_document(topology)
+    if options["plot"] is not None:
+        write_topology(_path(options["plot"]), document)
+    show(document, options["format"])
+    return 0
+
+
+def _run_cluster_import(options: dict[str, Any]) -> int:
+    from apex_opt.cluster.importers import import_cluster
+    from apex_opt.report import show
+    from apex_opt.report.topology import import_document, write_toml
+
+    composition, notes = import_cluster(_path(options["source"]), options["gpu"])
+    document = import_document(composition, notes, options["target"])
+    if options["target"] is not None:
+        write_toml(_path(options["target"]), document)
+    show(document, options["format"])
+    return 0
+
+
 def _run_traces(options: dict[str, Any]) -> int:
     from apex_opt.report import listing_document, show, trace_row
     from apex_opt.workload import list_traces, load_trace
@@ -359,6 +388,8 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "profile import": _run_profile_import,
     "profile collect": _run_profile_collect,
     "profile fit": _run_profile_fit,
+    "cluster show": _run_cluster_show,
+    "cluster import": _run_cluster_import,
     "models": _run_models,
     "clusters": _run_clusters,
     "traces": _run_traces,

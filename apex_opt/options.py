@@ -46,7 +46,8 @@ class Option:
     default : its value where it is not given; None where that follows from other options; `REQUIRED`
     least, most : number   range of an int or float, both ends included
     choices : tuple        the only texts allowed; any where empty
-    suffix : str           how the name of a file to write must end, so that no other text is taken for one
+    suffix : str           how the name of a file to write must end, so that no other text is taken for one; ".a or .b"
+                           for two ways
     many : bool            several values may be given, with commas between them: a tuple where there are more than one
     text : str             what `--help` says
     """
@@ -125,7 +126,7 @@ _QUESTION: Final = (
         name="cluster",
         default="8xh100-sxm",
         text="GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py "
-        "clusters; or path of a TOML file.",
+        "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file.",
     ),
     Option(
         name="gpus",
@@ -327,6 +328,10 @@ _LIMIT: Final = Option(
 _SHOWN_PROFILES: Final = Option(name="profiles", text="Folder of profiles; by default the one that ships.")
 _TARGET: Final = Option(
     name="target", default="profiles", text="Folder to write to; <accelerator>/<source> in it is replaced."
+)
+_TAKEN: Final = (
+    Option(name="busy", text="GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node."),
+    Option(name="down", text="GPUs that are out of order, listed as those of --busy."),
 )
 _ELSEWHERE: Final = {
     "objective": f"Figure to show first, or several: {_AIMS}.",
@@ -545,12 +550,58 @@ COMMANDS: Final[Mapping[str, Command]] = {
             *_GENERAL,
         ),
     ),
+    "cluster show": Command(
+        summary="Show the GPUs of a cluster, how they are wired, and which are free.",
+        text="For example:\n\n"
+        "  solve.py cluster show --cluster=2xdgx-h100\n"
+        '  solve.py cluster show --cluster=mine.toml --busy="node0:0-3,node2:1" --down=node1\n'
+        "  solve.py cluster show --cluster=server-8xl40s --plot=wiring.svg\n\n"
+        "Presets: cloud-8xa100, cloud-8xh100, cloud-8xl40s, dgx-a100, dgx-b200, dgx-b300, dgx-h100, dgx-h200, "
+        "nvl72-gb200, server-4xv100, server-8xl40s. Exit code: 0, or 2 for bad input.",
+        options=(
+            Option(
+                name="cluster",
+                default="8xh100-sxm",
+                text="Cluster as plan takes it: COUNTxGPU, NODESxCOUNTxGPU, a preset such as dgx-h100 or 4xdgx-h100, "
+                "or path of a TOML file; its nodes may differ.",
+            ),
+            *_TAKEN,
+            replace(_PLOT, suffix=".png or .svg", text="PNG or SVG file to draw it into; needs apex-opt[plot]."),
+            *_GENERAL,
+        ),
+    ),
+    "cluster import": Command(
+        summary="Make a cluster file of what nvidia-smi topo -m printed, or of a list of nodes.",
+        text="For example:\n\n"
+        "  nvidia-smi topo -m > topo.txt\n"
+        "  solve.py cluster import --source=topo.txt --gpu=h100-sxm --target=mine.toml\n"
+        "  solve.py cluster show --cluster=mine.toml\n\n"
+        "A list has a line NAME GPUS TYPE for every node, as in 'worker-1 8 dgx-h100'; the type is a GPU or a preset. "
+        "Exit code: 0, or 2 for bad input.",
+        options=(
+            Option(name="source", default=REQUIRED, text="File with the matrix or the list."),
+            Option(
+                name="gpu",
+                text="What the GPUs of a matrix are: one listed by solve.py clusters, or a preset.",
+            ),
+            Option(name="target", suffix=".toml", text="TOML file to write; by default it is printed."),
+            *_GENERAL,
+        ),
+    ),
     "models": Command(summary="List the models that can be named.", options=_GENERAL),
     "clusters": Command(summary="List the accelerators that can be named, and a node of each.", options=_GENERAL),
     "traces": Command(summary="List the traces that ship with apex_opt.", options=_GENERAL),
 }
 
 GROUPS: Final[Mapping[str, Group]] = {
+    "cluster": Group(
+        summary="Single GPUs of a cluster and their wiring: show, import.",
+        text="A cluster is more than so many GPUs: what a transfer crosses depends\n"
+        "on which two they are, and some may be taken. These commands show it:\n\n"
+        "  solve.py cluster show --cluster=2xdgx-h100\n"
+        "  solve.py cluster import --source=topo.txt --gpu=h100-sxm\n\n"
+        "Every command has its own help: solve.py cluster show --help",
+    ),
     "profile": Group(
         summary="Measured tables of accelerators: show, distill, import, collect, fit.",
         text="Times come from tables of single operations measured on an\n"
@@ -559,7 +610,7 @@ GROUPS: Final[Mapping[str, Group]] = {
         "  solve.py profile collect --target=profiles\n"
         "  solve.py plan --profiles=profiles\n\n"
         "Every command has its own help: solve.py profile show --help",
-    )
+    ),
 }
 """First words of the commands of two words."""
 
@@ -732,7 +783,8 @@ def checked(option: Option, value: Any) -> Any:
             raise UsageError(f"{label}: {len(value):,} characters are more than the {LONGEST_TEXT:,} allowed")
         if option.choices and value not in option.choices:
             raise UnknownNameError(label, value[:60], option.choices)
-        if not value.endswith(option.suffix) or value == option.suffix:
+        suffixes = tuple(option.suffix.split(" or "))
+        if not value.endswith(suffixes) or (value and value in suffixes):
             raise UsageError(f"{label}: expected a file name that ends in {option.suffix}, got {value!r:.60}")
     return value
 

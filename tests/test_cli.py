@@ -49,6 +49,8 @@ ONE = {
     "profile import": ("--kind=apex", "--source=nowhere", "--gpu=h100-sxm"),
     "profile collect": (),
     "profile fit": ("--measured=runs",),
+    "cluster show": (),
+    "cluster import": ("--source=nowhere",),
     "models": (),
     "clusters": (),
     "traces": (),
@@ -723,6 +725,53 @@ def test_measured_runs_must_be_somewhere(tmp_path: Path) -> None:
     assert "needs --measured" in refused("validate")
 
 
+# ---- clusters ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_is_shown_with_its_gpus_that_are_taken(tmp_path: Path) -> None:
+    words = ("cluster", "show", "--cluster=2xdgx-h100", "--busy=node0:0-3,node1:1", "--down=node1:7")
+    document = json.loads(run(*words, "--format=json").out)
+    assert document["count"] == {"free": 10, "busy": 5, "down": 1}
+    table = run(*words)
+    assert table.code == 0
+    assert "2xdgx-h100: 16 GPUs, 10 free, 5 busy, 1 down" in table.out
+    assert refused(*words[:3], "--busy=node2:0") == (
+        "--busy: node2:0: no such node in 2xdgx-h100; it has node0:0-7, node1:0-7"
+    )
+    assert "--plot: expected a file name that ends in .png or .svg" in refused(*words, "--plot=a.pdf")
+    assert "cannot be written" in refused(*words, f"--plot={tmp_path}/gone/a.svg")
+
+
+def test_a_matrix_becomes_a_file_that_is_shown_and_planned_on(tmp_path: Path) -> None:
+    matrix = "GPU0 GPU1 NIC0 CPU Affinity\nGPU0 X NV18 PIX 0-7\nGPU1 NV18 X PIX 0-7\nNIC0 PIX PIX X\n"
+    (tmp_path / "topo.txt").write_text(matrix)
+    words = ("cluster", "import", f"--source={tmp_path}/topo.txt")
+    printed = run(*words, "--gpu=h100-sxm")
+    assert tomllib.loads(printed.out)["nodes"][0]["gpus"] == 2
+    path = tmp_path / "made.toml"
+    written = run(*words, "--gpu=h100-sxm", f"--target={path}")
+    assert "1 node with 2 GPUs written to" in written.out
+    assert path.read_text() == printed.out
+    assert json.loads(run(*words, "--gpu=h100-sxm", "--format=json").out)["toml"] == printed.out
+    shown = json.loads(run("cluster", "show", f"--cluster={path}", "--format=json").out)
+    assert shown["domains"]["nvlink"] == [["node0:0", "node0:1"]]
+    planned = [
+        json.loads(run("plan", CHEAP[0], f"--cluster={name}", CHEAP[2], "--format=json").out)["best"]
+        for name in (path, "2xh100-sxm")
+    ]
+    assert planned[0]["metrics"] == planned[1]["metrics"]
+
+
+def test_what_cannot_be_imported_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "topo.txt").write_text("GPU0 GPU1\nGPU0 X NV18\n")
+    words = ("cluster", "import", f"--source={tmp_path}/topo.txt", f"--target={tmp_path}/made.toml")
+    assert "no row of GPU1" in refused(*words, "--gpu=h100-sxm")
+    assert "--gpu: nvidia-smi topo -m does not tell what its GPUs are" in refused(*words)
+    assert "no such file" in refused(*words[:2], f"--source={tmp_path}/gone", words[3])
+    assert [path.name for path in tmp_path.iterdir()] == ["topo.txt"]
+    assert "--target: expected a file name that ends in .toml" in refused(*words[:3], "--target=made.txt")
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 NONSENSE = [
@@ -886,7 +935,9 @@ def test_no_words_get_past_the_parser_unchecked(command: str, words: list[str]) 
         assert (ran.out, seen) == ("", [])
     elif seen:
         for option in COMMANDS[command].options:
-            assert seen[0][option.name] is None or type(seen[0][option.name]) in (option.kind, int)
+            value = seen[0][option.name]
+            for one in value if option.many and isinstance(value, tuple) else (value,):
+                assert one is None or type(one) in (option.kind, int)
     else:
         assert ran.out.startswith("NAME")
 

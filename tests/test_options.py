@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.ask import EXPERT_ROUTINGS, ROUTINGS, Options
+from apex_opt.cluster import list_presets
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import FORMATS, KV_BYTES
 from apex_opt.options import COMMANDS, GROUPS, LONGEST_TEXT, REQUIRED, arranged, checked, group, method, wrapped
@@ -36,6 +37,18 @@ def test_defaults_pass_their_own_checks(name: str) -> None:
             values = option.default if isinstance(option.default, tuple) else (option.default,)
             spelled = ",".join(map(str, values))
             assert checked(option, spelled.lower() if option.kind is bool else spelled) == option.default
+
+
+def test_every_preset_is_named_in_the_help() -> None:
+    assert f"Presets: {', '.join(list_presets())}." in COMMANDS["cluster show"].text
+
+
+def test_a_file_to_write_may_end_in_either_of_two_ways() -> None:
+    plot = COMMANDS["cluster show"].option("plot")
+    assert [checked(plot, name) for name in ("a.png", "a.svg")] == ["a.png", "a.svg"]
+    for name in ("a.pdf", ".svg", "svg", " or "):
+        with pytest.raises(UsageError, match=r"expected a file name that ends in \.png or \.svg"):
+            checked(plot, name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -62,6 +62,7 @@ def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
         ("apex_opt", "**/*.py"),
         ("apex_opt/ir/configs", "*.json"),
         ("apex_opt/cluster/catalogue", "*.toml"),
+        ("apex_opt/cluster/presets", "*.toml"),
         ("formulations", "**/*.py"),
         ("profiles", "**/*.*"),
         ("traces", "*.*"),

@@ -1,6 +1,28 @@
-"""Accelerators, links and clusters: domain types, the built-in catalogue and the reader of cluster files."""
+"""Accelerators, links and clusters: domain types, the built-in catalogue, cluster files and single GPUs' wiring."""
 
-from apex_opt.cluster.catalogue import list_clusters, list_gpus, load_cluster
+from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_topology
+from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
+from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
+from apex_opt.cluster.uniform import list_gpus
 
-__all__ = ["DTYPES", "LINK_KINDS", "MAX_GPUS", "Cluster", "Gpu", "Link", "list_clusters", "list_gpus", "load_cluster"]
+__all__ = [
+    "DTYPES",
+    "LINK_KINDS",
+    "MAX_GPUS",
+    "Cluster",
+    "Composition",
+    "Device",
+    "Gpu",
+    "Level",
+    "Link",
+    "Network",
+    "Node",
+    "Switch",
+    "Topology",
+    "list_clusters",
+    "list_gpus",
+    "list_presets",
+    "load_cluster",
+    "load_topology",
+]

@@ -43,12 +43,12 @@ class TomlTable:
 
     def __init__(self, table: dict[str, Any], where: str, faults: list[str]) -> None:
         self._table = table
-        self._where = where
+        self.where = where
         self._asked: list[str] = []
         self.faults = faults
 
     def _label(self, field: str) -> str:
-        return f"{self._where}.{field}" if self._where else field
+        return f"{self.where}.{field}" if self.where else field
 
     def has(self, field: str) -> bool:
         """Whether the field is there; counts as known either way."""

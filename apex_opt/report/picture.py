@@ -1,4 +1,4 @@
-"""Pictures as PNG files, drawn by matplotlib where it is installed."""
+"""Pictures as PNG or SVG files, drawn by matplotlib where it is installed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def blank_figure() -> Any:
 
 
 def write_picture(path: Path, figure: Any) -> None:
-    """Write a figure; the file appears whole or not at all.
+    """Write a figure in the form its name ends in, .png or .svg; the file appears whole or not at all.
 
     Raises
     ------
     InputError    a path that cannot be written
     """
     page = BytesIO()
-    figure.savefig(page, format="png", dpi=120)
+    figure.savefig(page, format="svg" if path.suffix == ".svg" else "png", dpi=120)
     beside = path.with_name(f".{path.name}.part")
     try:
         beside.write_bytes(page.getvalue())

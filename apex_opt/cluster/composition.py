@@ -1,0 +1,464 @@
+"""Clusters put together from nodes of any kind: the file that describes them, and the wiring it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any, Final
+
+from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
+from apex_opt.cluster.topology import Device, Switch, Topology
+from apex_opt.cluster.types import LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
+from apex_opt.cluster.uniform import catalogued, gpu_name, read_gpu
+from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
+from apex_opt.units import GB
+
+_FOLDER: Final = Path(__file__).with_name("presets")
+
+MAX_NODE: Final = 576
+"""Most GPUs of one node: an NVLink domain of the largest rack announced."""
+
+_MOST_SOCKETS: Final = 64
+
+_HOP_S: Final = 0.5e-6
+"""Seconds of a link between leaf and spine where none are given. Assumed: a switch takes some hundreds of ns."""
+
+_LEVELS: Final = ("nvlink", "pcie", "sockets", "nics")
+_ACROSS: Final = LINK_KINDS[2:]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Groups of a node's GPUs that share an NVLink domain, a PCIe switch, a socket or a NIC, and the link to it."""
+
+    groups: tuple[tuple[int, ...], ...]
+    link: Link
+
+    def holding(self, group: tuple[int, ...]) -> int | None:
+        """Number of the group that holds all of another."""
+        return next((index for index, mine in enumerate(self.groups) if set(group) <= set(mine)), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """GPUs of one node and their wiring.
+
+    Parameters
+    ----------
+    nvlink : Level or None      its link leads from a GPU to its NVLink domain
+    pcie : Level                its link leads from a GPU to its PCIe switch, from there to the socket and to a NIC;
+                                a GPU in no group hangs on the socket
+    sockets : Level             its link leads from one socket to another; all GPUs are in one of the groups
+    nics : Level or None        its link leads from a NIC to its leaf switch; all GPUs are in one of the groups
+    """
+
+    gpu: Gpu
+    gpus: int
+    nvlink: Level | None = None
+    pcie: Level
+    sockets: Level
+    nics: Level | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.sockets.groups) == 1:
+            # The link from it to others does not exist: nodes alike are equal, however they were described.
+            object.__setattr__(self, "sockets", Level(self.sockets.groups, self.pcie.link))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Leaf switches that so many nodes share (all where None), with `rails` one for each NIC of a node, and a spine.
+
+    `oversubscription` is what the ports below a leaf can send over what its links to the spine carry.
+    """
+
+    nodes_per_leaf: int | None = None
+    rails: bool = False
+    oversubscription: float = 1.0
+    latency_s: float = _HOP_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """Nodes in order, each with how often it stands there, and the network between them."""
+
+    name: str
+    nodes: tuple[tuple[int, Node], ...]
+    network: Network = Network()
+
+    def topology(self) -> Topology:
+        """Every GPU, switch and link."""
+        flat = [node for count, node in self.nodes for _ in range(count)]
+        wiring = _Wiring([], [], [])
+        ports: dict[tuple[int, int], list[tuple[str, Link]]] = {}
+        for index, node in enumerate(flat):
+            wiring.add(index, node)
+            if node.nics is None or len(flat) == 1:
+                continue  # nothing to reach over ports
+            for rail in range(len(node.nics.groups)):
+                leaf = index // (self.network.nodes_per_leaf or len(flat)), rail if self.network.rails else 0
+                ports.setdefault(leaf, []).append((f"node{index}:nic{rail}", node.nics.link))
+        for number, key in enumerate(sorted(ports)):
+            wiring.switches.append(Switch(name=f"leaf{number}", kind="leaf"))
+            wiring.wires.extend((port, f"leaf{number}", link) for port, link in ports[key])
+            if len(ports) > 1:
+                wiring.wires.append((f"leaf{number}", "spine", self._uplink([link for _, link in ports[key]])))
+        if len(ports) > 1:
+            wiring.switches.append(Switch(name="spine", kind="spine"))
+        return Topology(
+            name=self.name,
+            devices=tuple(wiring.devices),
+            switches=tuple(wiring.switches),
+            wires=tuple(wiring.wires),
+        )
+
+    def _uplink(self, ports: list[Link]) -> Link:
+        """All links of a leaf to the spine switches, as one."""
+        ratio = self.network.oversubscription
+        return Link(
+            bytes_per_s=sum(port.bytes_per_s for port in ports) / ratio,
+            latency_s=self.network.latency_s,
+            kind="ethernet" if any(port.kind == "ethernet" for port in ports) else "infiniband",
+            source=f"ports below the leaf, {ratio:g}:1",
+        )
+
+    def cluster(self) -> Cluster:
+        """The same as identical nodes with one link inside and one between them: the worst, so against us.
+
+        Between nodes a GPU has its share of the NIC and of the way to the spine; all send at once.
+
+        Raises
+        ------
+        InputError      nodes that differ
+        """
+        kinds = {node for _, node in self.nodes}
+        if len(kinds) > 1:
+            raise InputError(
+                f"cluster {self.name!r}: a plan needs identical nodes, and these differ; describe those of one kind "
+                "in a file of their own"
+            )
+        (node,) = kinds
+        count = sum(count for count, _ in self.nodes)
+        within = replace(self, nodes=((1, node),)).topology()
+        pairs = list(combinations(within.gpus(), 2))
+        intra = node.nvlink.link if node.nvlink else node.pcie.link
+        if pairs:
+            narrow = min((link for pair in pairs for link in within.path(*pair)), key=lambda link: link.bytes_per_s)
+            intra = replace(narrow, latency_s=max(within.latency(*pair) for pair in pairs))
+        inter = None
+        if node.nics:
+            # Two nodes stand for all, on different leaves where there are several; equal ranks talk on their own rail.
+            several = count > (self.network.nodes_per_leaf or count)
+            network = replace(self.network, nodes_per_leaf=1 if several else None, rails=False)
+            two = replace(self, nodes=((2, node),), network=network).topology()
+            apart = list(product(two.gpus()[: node.gpus], two.gpus()[node.gpus :]))
+            port = node.nics.link
+            share = port.bytes_per_s / max(map(len, node.nics.groups))
+            if several:
+                share /= network.oversubscription
+            inter = replace(
+                port,
+                bytes_per_s=min(share, *(two.bandwidth(*pair) for pair in apart)),
+                latency_s=max(two.latency(*pair) for pair in apart),
+            )
+        return Cluster(name=self.name, gpu=node.gpu, nodes=count, gpus_per_node=node.gpus, intra=intra, inter=inter)
+
+    def toml(self, notes: tuple[str, ...] = ()) -> str:
+        """The file that describes it, with `notes` above as comments; GPUs by their names in the catalogue."""
+        lines = [*(f"# {note}" for note in notes), f"name = {_quoted(self.name)}"]
+        for count, node in self.nodes:
+            lines += ["", "[[nodes]]", f"count = {count}", f"gpu = {_quoted(node.gpu.name)}", f"gpus = {node.gpus}"]
+            for field in _LEVELS:
+                level: Level | None = getattr(node, field)
+                if level is not None and (field != "sockets" or len(level.groups) > 1):
+                    lines.append(f"{field} = {{ {_level_toml(level, node.gpus, field)} }}")
+        network = self.network
+        if network != Network():
+            lines += ["", "[network]"]
+            lines += [f"nodes_per_leaf = {network.nodes_per_leaf}"] * (network.nodes_per_leaf is not None)
+            lines += ["rails = true"] * network.rails
+            lines += [f"oversubscription = {network.oversubscription:.12g}"]
+            lines += [f"latency_us = {network.latency_s * 1e6:.12g}"]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Wiring:
+    """What is there so far."""
+
+    devices: list[Device]
+    switches: list[Switch]
+    wires: list[tuple[str, str, Link]]
+
+    def add(self, index: int, node: Node) -> None:
+        """Wire one node, its NICs included."""
+        here = f"node{index}:"
+        pcie, bus = node.pcie, node.pcie.link
+        for kind, level in (("nvlink", node.nvlink), ("pcie", pcie), ("socket", node.sockets), ("nic", node.nics)):
+            for number in range(len(level.groups) if level else 0):
+                self.switches.append(Switch(name=f"{here}{kind}{number}", kind=kind, node=index))
+        for local in range(node.gpus):
+            self.devices.append(Device(node=index, local=local, gpu=node.gpu))
+            if node.nvlink and (domain := node.nvlink.holding((local,))) is not None:
+                self.wires.append((f"{here}{local}", f"{here}nvlink{domain}", node.nvlink.link))
+            switch = pcie.holding((local,))
+            above = f"socket{node.sockets.holding((local,))}" if switch is None else f"pcie{switch}"
+            self.wires.append((f"{here}{local}", f"{here}{above}", bus))
+        for number, group in enumerate(pcie.groups):
+            self.wires.append((f"{here}pcie{number}", f"{here}socket{node.sockets.holding(group)}", bus))
+        for one, other in combinations(range(len(node.sockets.groups)), 2):
+            self.wires.append((f"{here}socket{one}", f"{here}socket{other}", node.sockets.link))
+        nics = node.nics.groups if node.nics else ()
+        # A NIC of its own is reached over its GPU's PCIe switch, which nothing else then has to share.
+        alone = all(len(group) == 1 for group in nics)
+        for number, group in enumerate(nics):
+            above = str(group[0]) if alone else _above(node, group)
+            self.wires.append((f"{here}{above}", f"{here}nic{number}", bus))
+
+
+def _above(node: Node, group: tuple[int, ...]) -> str:
+    """What a shared NIC hangs on: the PCIe switch of its GPUs, their socket, else the socket of the first."""
+    if (switch := node.pcie.holding(group)) is not None:
+        return f"pcie{switch}"
+    socket = node.sockets.holding(group)
+    return f"socket{node.sockets.holding(group[:1]) if socket is None else socket}"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def list_presets() -> tuple[str, ...]:
+    """Names of the nodes that are described here, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+
+
+def load_preset(preset: str, count: int = 1, name: str | None = None) -> Composition:
+    """So many nodes of a preset.
+
+    Raises
+    ------
+    UnknownNameError    a preset that is not there
+    InputError          more than MAX_GPUS GPUs
+    """
+    found = replace(_preset(preset), name=name or preset)
+    ((_, node),) = found.nodes
+    if count * node.gpus > MAX_GPUS:
+        raise InputError(f"cluster {found.name!r}: {count * node.gpus} GPUs, above the limit of {MAX_GPUS}")
+    return replace(found, nodes=((count, node),))
+
+
+@lru_cache(maxsize=32)
+def _preset(preset: str) -> Composition:
+    path = _FOLDER / f"{preset}.toml"
+    return read_composition(path, _preset_fields(preset))
+
+
+def _preset_fields(preset: str) -> dict[str, Any]:
+    if preset not in list_presets():
+        raise UnknownNameError("preset", preset, list_presets())
+    return read_toml(_FOLDER / f"{preset}.toml", "cluster file")
+
+
+def read_composition(path: Path, fields: dict[str, Any]) -> Composition:
+    """The cluster that a file with a list of nodes describes, from what was read of it.
+
+    Raises
+    ------
+    InputError      faults, all of them in one line
+    """
+    faults: list[str] = []
+    root = TomlTable(fields, "", faults)
+    name = root.text("name", required=False) or path.stem
+    entries = [_read_node(entry, path) for entry in root.tables("nodes")]
+    table = root.table("network", required=False)
+    network = Network() if table is None else _read_network(table)
+    root.close()
+    nodes = [entry for entry in entries if entry is not None]
+    if not faults and (size := sum(count * node.gpus for count, node in nodes)) > MAX_GPUS:
+        faults.append(f"nodes hold {size} GPUs together, above the limit of {MAX_GPUS}")
+    if not faults and sum(count for count, _ in nodes) > 1:
+        for row, (_, node) in enumerate(nodes):
+            if node.nics is None:
+                faults.append(f"nodes[{row}].nics is missing: several nodes need ports between them")
+    if faults:
+        raise join_faults(f"cluster file {path}", faults)
+    return Composition(name=name, nodes=tuple(nodes), network=network)
+
+
+def _read_node(entry: TomlTable, path: Path) -> tuple[int, Node] | None:
+    """How many nodes of one kind, or None after noting faults."""
+    faults, where = entry.faults, entry.where
+    before = len(faults)
+    count = entry.integer("count", high=MAX_GPUS, required=False) or 1
+    if (preset := entry.text("preset", required=False)) is not None:
+        try:
+            (base,) = _preset_fields(preset)["nodes"]
+        except UnknownNameError as error:
+            faults.append(f"{where}.preset: {error}")
+            return None
+        given = {key: value for key, value in entry.items() if key not in ("count", "preset")}
+        entry = TomlTable(_merged(base, given), where, faults)
+    gpu, wired = _read_accelerator(entry, path)
+    gpus = entry.integer("gpus", high=MAX_NODE)
+    levels: dict[str, Level | None] = dict.fromkeys(_LEVELS)
+    for field in _LEVELS:
+        table = entry.table(field, required=field == "pcie")
+        if table is not None and gpus is not None:
+            levels[field] = _read_level(table, field, gpus, path, wired if field == "nvlink" else None)
+        elif table is not None:
+            table.items()
+    entry.close()
+    if len(faults) > before or gpu is None or gpus is None or levels["pcie"] is None:
+        return None
+    pcie = levels["pcie"]
+    sockets = levels["sockets"] or Level((tuple(range(gpus)),), pcie.link)
+    if split := next((group for group in pcie.groups if sockets.holding(group) is None), None):
+        faults.append(f"{where}.pcie.gpus: GPUs {_listed(split)} share a switch but sit on different sockets")
+        return None
+    if len(sockets.groups) > _MOST_SOCKETS:
+        faults.append(f"{where}.sockets.gpus makes {len(sockets.groups)} sockets, above the limit of {_MOST_SOCKETS}")
+        return None
+    nvlink, nics = levels["nvlink"], levels["nics"]
+    return count, Node(gpu=gpu, gpus=gpus, nvlink=nvlink, pcie=pcie, sockets=sockets, nics=nics)
+
+
+def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset's fields with those given in their place, table by table; a figure given has not the preset's source."""
+    merged = dict(base)
+    for key, value in given.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            kept = {name: item for name, item in old.items() if name != "source" or not value.keys() & {"gb_per_s"}}
+            merged[key] = kept | value
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read_accelerator(entry: TomlTable, path: Path) -> tuple[Gpu | None, Link | None]:
+    """The GPU of a node, and its NVLink as the catalogue has it."""
+    if isinstance(name := entry.raw("gpu"), str):
+        try:
+            base = catalogued(gpu_name(name))
+        except (UnknownNameError, UsageError) as error:
+            entry.faults.append(f"{entry.where}.gpu: {error}")
+            return None, None
+        return base.gpu, base.intra if base.intra.kind == "nvlink" else None
+    table = entry.table("gpu")
+    return (None if table is None else read_gpu(table, path)), None
+
+
+def _read_level(table: TomlTable, field: str, gpus: int, path: Path, wired: Link | None) -> Level | None:
+    """Groups and their link; NVLink figures left out are those of the catalogue, of which a link is one half."""
+    before = len(table.faults)
+    groups = _read_groups(table, gpus, whole=field in ("sockets", "nics"), required=field != "pcie")
+    known = wired is not None and not (table.has("gb_per_s") or table.has("latency_us"))
+    gb_per_s = table.number("gb_per_s", high=1e6, required=not known)
+    latency_us = table.number("latency_us", low=-1e-9, high=1e6, required=not known)
+    kind = "nvlink" if field == "nvlink" else "pcie"
+    if field == "nics":
+        kind = table.text("kind", choices=_ACROSS) or kind
+    source = table.text("source", required=False) or f"stated in {path.name}"
+    table.close()
+    if len(table.faults) > before:
+        return None
+    if wired is not None and known:
+        return Level(groups, replace(wired, latency_s=wired.latency_s / 2))
+    assert gb_per_s is not None and latency_us is not None
+    link = Link(bytes_per_s=gb_per_s * GB, latency_s=max(latency_us, 0.0) / 1e6, kind=kind, source=source)
+    return Level(groups, link)
+
+
+def _read_groups(table: TomlTable, gpus: int, *, whole: bool, required: bool) -> tuple[tuple[int, ...], ...]:
+    """`gpus` of a table: how many neighbours share one, or lists of GPUs; `whole` where every GPU must be in one."""
+    value = table.raw("gpus")
+    if value is None or isinstance(value, int):
+        size = table.integer("gpus", high=MAX_NODE, required=required)
+        return _neighbours(gpus, size) if size else ()
+    label = f"{table.where}.gpus = {shown(value)}"
+    good = isinstance(value, list) and all(
+        isinstance(group, list) and group and all(type(gpu) is int and 0 <= gpu < gpus for gpu in group)
+        for group in value
+    )
+    if not good:
+        table.faults.append(f"{label} must be a number of GPUs or lists of GPUs from 0 to {gpus - 1}")
+        return ()
+    times = Counter(gpu for group in value for gpu in group)
+    if twice := [gpu for gpu, number in times.items() if number > 1]:
+        table.faults.append(f"{label} names GPU {twice[0]} twice: groups have no common GPUs")
+    if whole and len(times) < gpus:
+        missing = next(gpu for gpu in range(gpus) if gpu not in times)
+        table.faults.append(f"{label} leaves out GPU {missing}: all {gpus} must be in a group")
+    return tuple(tuple(sorted(group)) for group in value)
+
+
+def _read_network(table: TomlTable) -> Network:
+    nodes_per_leaf = table.integer("nodes_per_leaf", high=MAX_GPUS, required=False)
+    rails = table.switch("rails", required=False)
+    ratio = table.number("oversubscription", high=1000, required=False)
+    if ratio is not None and ratio < 1:
+        table.faults.append(
+            f"{table.where}.oversubscription = {ratio:g} must be from 1 to 1000; 2 where the ports of a leaf can send "
+            "twice what its uplinks carry"
+        )
+    latency_us = table.number("latency_us", low=-1e-9, high=1e6, required=False)
+    table.close()
+    return Network(
+        nodes_per_leaf=nodes_per_leaf,
+        rails=bool(rails),
+        oversubscription=1.0 if ratio is None else ratio,
+        latency_s=_HOP_S if latency_us is None else max(latency_us, 0.0) / 1e6,
+    )
+
+
+# ---- groups, and writing them ---------------------------------------------------------------------------------------
+
+
+def resized(node: Node, gpus: int) -> Node:
+    """The same node with its first GPUs only."""
+
+    def first(level: Level) -> Level:
+        groups = (tuple(gpu for gpu in group if gpu < gpus) for group in level.groups)
+        return replace(level, groups=tuple(group for group in groups if group))
+
+    return replace(
+        node,
+        gpus=gpus,
+        nvlink=first(node.nvlink) if node.nvlink else None,
+        pcie=first(node.pcie),
+        sockets=first(node.sockets),
+        nics=first(node.nics) if node.nics else None,
+    )
+
+
+def _neighbours(gpus: int, size: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of so many neighbours; the last one may be smaller."""
+    return tuple(tuple(range(first, min(first + size, gpus))) for first in range(0, gpus, size))
+
+
+def _level_toml(level: Level, gpus: int, field: str) -> str:
+    """The fields of one level."""
+    fields = []
+    if level.groups:
+        size = len(level.groups[0])
+        plain = level.groups == _neighbours(gpus, size)
+        fields.append(f"gpus = {size}" if plain else f"gpus = {[list(group) for group in level.groups]}")
+    link = level.link
+    fields += [f"gb_per_s = {link.bytes_per_s / GB:.12g}", f"latency_us = {link.latency_s * 1e6:.12g}"]
+    fields += [f"kind = {_quoted(link.kind)}"] * (field == "nics")
+    fields += [f"source = {_quoted(link.source)}"] * bool(link.source)
+    return ", ".join(fields)
+
+
+def _quoted(text: str) -> str:
+    """A TOML string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _listed(group: tuple[int, ...]) -> str:
+    return ", ".join(map(str, group))

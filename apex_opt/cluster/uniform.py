@@ -1,0 +1,167 @@
+"""Accelerators of the built-in catalogue, and cluster files of identical nodes.
+
+The catalogue is a folder of such files, each one node of one accelerator, so a new accelerator needs a file and no
+code.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from apex_opt.cluster.toml_reader import TomlTable, read_toml
+from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
+from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
+from apex_opt.units import GB, GIB, MIB, TERA
+
+_FOLDER: Final = Path(__file__).with_name("catalogue")
+_FOLDER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+# Idle draw where none is given: the share of the limit measured on the H200 (125 of 700 W).
+_IDLE_SHARE: Final = 125 / 700
+
+
+def list_gpus() -> tuple[str, ...]:
+    """Names of the accelerators in the catalogue, sorted."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+
+
+def gpu_name(text: str) -> str:
+    """The catalogue name that starts with the text."""
+    names = list_gpus()
+    near = [name for name in names if name.startswith(text.lower())]
+    if len(near) > 1 and text.lower() not in near:
+        raise UsageError(f"GPU {text!r} fits {', '.join(near)}: write one of these")
+    if not near:
+        raise UnknownNameError("GPU", text, names, "or describe it in a cluster TOML file")
+    return text.lower() if text.lower() in near else near[0]
+
+
+@lru_cache(maxsize=64)
+def catalogued(name: str) -> Cluster:
+    """One node of a catalogue accelerator."""
+    path = _FOLDER / f"{name}.toml"
+    return uniform_cluster(path, read_toml(path, "cluster file"))
+
+
+def uniform_cluster(path: Path, fields: dict[str, Any]) -> Cluster:
+    """The cluster that a file of identical nodes describes, from what was read of it.
+
+    Raises
+    ------
+    InputError      faults, all of them in one line
+    """
+    root = TomlTable(fields, "", faults := [])
+    name = root.text("name", required=False) or path.stem
+    nodes = root.integer("nodes", high=MAX_GPUS)
+    gpus_per_node = root.integer("gpus_per_node", high=MAX_GPUS)
+    base: Cluster | None = None
+    gpu: Gpu | None = None
+    named = isinstance(root.raw("gpu"), str)
+    if named:
+        try:
+            base = catalogued(gpu_name(root.raw("gpu")))
+            gpu = base.gpu
+        except (UnknownNameError, UsageError) as error:
+            faults.append(f"gpu: {error}")
+    elif (table := root.table("gpu")) is not None:
+        gpu = read_gpu(table, path)
+    intra, inter = (_read_link(root.table(level, required=False), path) for level in ("intra", "inter"))
+    if gpus_per_node and not root.has("intra"):
+        if base and gpus_per_node > base.gpus_per_node:
+            faults.append(
+                f"gpus_per_node = {gpus_per_node}, but one node of {base.gpu.name} holds {base.gpus_per_node}; "
+                "describe the wiring of this node in [intra]"
+            )
+        elif gpus_per_node > 1 and not named:
+            faults.append("intra is missing: a node of several GPUs needs the link between them")
+    if nodes and nodes > 1 and not root.has("inter") and not named:
+        faults.append("inter is missing: several nodes need the link between them")
+    root.close()
+    if gpu and nodes and gpus_per_node and not faults:
+        lone = Link(bytes_per_s=gpu.memory_bytes_per_s, latency_s=0.0, kind="pcie", source="a single GPU uses no link")
+        try:
+            return Cluster(
+                name=name,
+                gpu=gpu,
+                nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                intra=intra or (base.intra if base else lone),
+                inter=inter or (base.inter if base else None),
+            )
+        except InputError as error:
+            faults.append(str(error))
+    raise join_faults(f"cluster file {path}", faults)
+
+
+def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
+    """An accelerator described in a file, or None after noting its faults."""
+    before = len(table.faults)
+    name = table.text("name")
+    in_mib = table.has("memory_mib")
+    memory = table.number("memory_mib" if in_mib else "memory_gib", high=1e9 if in_mib else 1e6)
+    if in_mib and table.has("memory_gib"):
+        table.faults.append("gpu.memory_mib and gpu.memory_gib are both given: keep one")
+    gb_per_s = table.number("memory_gb_per_s", high=1e6)
+    tdp_w = table.number("tdp_w", high=1e5)
+    idle_w = table.number("idle_w", high=1e5, required=False)
+    clock_mhz = table.number("clock_mhz", high=1e5, required=False)
+    overlapped_launch = table.switch("overlapped_launch", required=False)
+    price_per_h = table.number("price_per_h", high=1e6, required=False)
+    flops: list[tuple[str, float]] = []
+    if (peaks := table.table("tflops")) is not None:
+        for dtype in DTYPES:
+            if (tflops := peaks.number(dtype, high=1e6, required=False)) is not None:
+                flops.append((dtype, tflops * TERA))
+        peaks.close()
+    profile = table.text("profile", required=False)
+    if profile is not None and not _FOLDER_NAME.fullmatch(profile):
+        table.faults.append(f"gpu.profile = {profile!r} must be the name of a folder in profiles/")
+    source = table.text("source", required=False) or f"stated in {path.name}"
+    figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
+    figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
+    figures += ["price_per_h"] * (price_per_h is not None)
+    sources = dict.fromkeys(figures, source)
+    if idle_w is None:
+        sources["idle_w"] = "assumed: the share of the power limit measured on the H200 (125 of 700 W)"
+    if (given := table.table("sources", required=False)) is not None:
+        for figure in figures:
+            if (text := given.text(figure, required=False)) is not None:
+                sources[figure] = text
+        given.close()
+    table.close()
+    if len(table.faults) > before or not (name and memory and gb_per_s and tdp_w):
+        return None
+    try:
+        return Gpu(
+            name=name,
+            memory_bytes=int(memory * (MIB if in_mib else GIB)),
+            memory_bytes_per_s=gb_per_s * GB,
+            flops_per_s=tuple(flops),
+            tdp_w=tdp_w,
+            idle_w=tdp_w * _IDLE_SHARE if idle_w is None else idle_w,
+            clock_mhz=clock_mhz,
+            overlapped_launch=bool(overlapped_launch),
+            price_per_h=price_per_h,
+            profile=profile,
+            sources=tuple(sources.items()),
+        )
+    except InputError as error:
+        table.faults.append(str(error))
+        return None
+
+
+def _read_link(table: TomlTable | None, path: Path) -> Link | None:
+    """A link described in a file, or None where there is none or it has faults."""
+    if table is None:
+        return None
+    gb_per_s = table.number("gb_per_s", high=1e6)
+    latency_us = table.number("latency_us", low=-1e-9, high=1e6)
+    kind = table.text("kind", choices=LINK_KINDS)
+    source = table.text("source", required=False) or f"stated in {path.name}"
+    table.close()
+    if gb_per_s is None or latency_us is None or kind is None:
+        return None
+    return Link(bytes_per_s=gb_per_s * GB, latency_s=max(latency_us, 0.0) / 1e6, kind=kind, source=source)

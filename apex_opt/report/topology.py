@@ -1,0 +1,274 @@
+"""What `cluster` answers: GPUs and their wiring as a document, as tables, as a picture and as a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.text import Text
+
+from apex_opt import __version__
+from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
+from apex_opt.errors import InputError
+from apex_opt.report.document import cleaned
+from apex_opt.report.layout import count, page, seconds, table
+from apex_opt.report.picture import blank_figure, write_picture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from apex_opt.cluster.composition import Composition
+    from apex_opt.cluster.topology import Topology
+    from apex_opt.report.document import Document
+
+_HEIGHTS: Final = {"nvlink": -1.0, "gpu": 0.0, "pcie": 1.0, "socket": 2.0, "nic": 3.0, "leaf": 4.0, "spine": 5.0}
+_COLOURS: Final = {"nvlink": "C2", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}
+_FILLS: Final = {"free": "white", "busy": "0.75", "down": "C3"}
+_DRAWN: Final = 256
+"""GPUs of the largest picture; more could not be told apart."""
+
+
+def topology_document(topology: Topology) -> Document:
+    """Every GPU with its state, what they share, every link, and what one GPU reaches; bytes per second, seconds."""
+    states = Counter(device.state for device in topology.devices)
+    return cleaned(
+        {
+            "command": "cluster show",
+            "status": "ok",
+            "cluster": topology.name,
+            "count": {state: states[state] for state in STATES},
+            "gpus": [{"name": d.name, "node": d.node, "gpu": d.gpu.name, "state": d.state} for d in topology.devices],
+            "switches": [{"name": s.name, "node": s.node, "kind": s.kind} for s in topology.switches],
+            "domains": {kind: _domains(topology, kind) for kind in DOMAIN_KINDS},
+            "links": [
+                {
+                    "ends": [a, b],
+                    "kind": link.kind,
+                    "bytes_per_s": link.bytes_per_s,
+                    "latency_s": link.latency_s,
+                    "source": link.source,
+                }
+                for a, b, link in topology.wires
+            ],
+            "reached": _reached(topology),
+            "version": __version__,
+        }
+    )
+
+
+def _domains(topology: Topology, kind: str) -> list[list[str]]:
+    """GPUs of every domain, in their order."""
+    order = {name: place for place, name in enumerate(topology.gpus())}
+    return [sorted(domain, key=order.__getitem__) for domain in topology.domains(kind)]
+
+
+def _reached(topology: Topology) -> list[Document]:
+    """What the first GPU of every kind of node reaches, by the switches on the way; the first GPU of each such way."""
+    kinds = {switch.name: switch.kind for switch in topology.switches}
+    shapes: dict[Any, str] = {}
+    for domain in _domains(topology, "node"):
+        devices = [topology.device(name) for name in domain]
+        shapes.setdefault((devices[0].gpu.name, len(devices)), domain[0])
+    rows: list[Document] = []
+    for first in shapes.values():
+        ways: dict[str, Document] = {}
+        for other in topology.gpus():
+            if other == first:
+                continue
+            try:
+                route = topology.route(first, other)
+            except InputError:  # no links lead there
+                continue
+            found = {
+                "over": [kinds[name] for name in route[1:-1]],
+                "bytes_per_s": topology.bandwidth(first, other),
+                "latency_s": topology.latency(first, other),
+            }
+            way = ways.setdefault(str(found), {"from": first, "to": other, "gpus": 0, **found})
+            way["gpus"] += 1
+        rows += ways.values()
+    return rows
+
+
+def import_document(composition: Composition, notes: tuple[str, ...], target: str | None) -> Document:
+    """A cluster file, where it goes, and what is in it."""
+    return cleaned(
+        {
+            "command": "cluster import",
+            "status": "ok",
+            "cluster": composition.name,
+            "nodes": sum(count for count, _ in composition.nodes),
+            "gpus": sum(count * node.gpus for count, node in composition.nodes),
+            "notes": list(notes),
+            "toml": composition.toml(notes),
+            "target": target,
+            "version": __version__,
+        }
+    )
+
+
+def write_toml(path: Path, document: Document) -> None:
+    """Write the cluster file; it appears whole or not at all.
+
+    Raises
+    ------
+    InputError    a path that cannot be written
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(document["toml"], encoding="utf-8")
+        beside.replace(path)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            beside.unlink()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"target {path}: cannot be written ({reason}); name a file in a folder that can") from error
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def cluster_page(document: Document) -> str:
+    """The document as text; a cluster file that goes nowhere else as it is."""
+    if document["command"] == "cluster show":
+        return page(lambda console: _shown(console, document))
+    if document["target"] is None:
+        return str(document["toml"])
+    made = f"{count(document['nodes'], 'node')} with {count(document['gpus'], 'GPU')} written to {document['target']}"
+    return page(lambda console: console.print(Text("\n".join([made, *document["notes"]]))))
+
+
+def _shown(console: Console, document: Document) -> None:
+    states = ", ".join(f"{number:,} {state}" for state, number in document["count"].items() if number)
+    console.print(Text.assemble((document["cluster"], "bold"), f": {count(len(document['gpus']), 'GPU')}, {states}\n"))
+    heads = ("node", "GPUs", "type", "NVLink", "PCIe switch", "socket", "NIC", "free", "busy", "down")
+    table(console, "Nodes, and how many GPUs share what", heads, _node_rows(document), left={0, 2, 3, 4, 5, 6})
+    rows = [
+        (row["from"], row["to"], str(row["gpus"]), ", ".join(row["over"]), _rate(row), seconds(row["latency_s"]))
+        for row in document["reached"]
+    ]
+    ways = ("from", "to", "GPUs like it", "over", "bandwidth", "latency")
+    table(console, "What a transfer crosses", ways, rows, left={0, 1, 3})
+    links = ("link", "kind", "links", "bandwidth", "latency", "source")
+    table(console, "Links, each way", links, _link_rows(document), left={0, 1, 5})
+
+
+def _node_rows(document: Document) -> list[tuple[str, ...]]:
+    """A row for neighbouring nodes that are alike."""
+    nodes: dict[int, list[Document]] = {}
+    for gpu in document["gpus"]:
+        nodes.setdefault(gpu["node"], []).append(gpu)
+    shares: dict[tuple[int, str], list[int]] = {}
+    home = {gpu["name"]: gpu["node"] for gpu in document["gpus"]}
+    for kind in ("nvlink", "pcie", "socket", "nic"):
+        for domain in document["domains"][kind]:
+            shares.setdefault((home[domain[0]], kind), []).append(len(domain))
+    rows: list[tuple[list[int], tuple[str, ...]]] = []
+    for node, gpus in nodes.items():
+        states = Counter(gpu["state"] for gpu in gpus)
+        cells = (
+            str(len(gpus)),
+            ", ".join(dict.fromkeys(gpu["gpu"] for gpu in gpus)),
+            *(_sizes(shares.get((node, kind), [])) for kind in ("nvlink", "pcie", "socket", "nic")),
+            *(str(states[state]) for state in STATES),
+        )
+        if rows and rows[-1][1] == cells:
+            rows[-1][0].append(node)
+        else:
+            rows.append(([node], cells))
+    return [(f"node{at[0]}" if len(at) == 1 else f"node{at[0]}-{at[-1]}", *cells) for at, cells in rows]
+
+
+def _sizes(sizes: list[int]) -> str:
+    """How many domains of which size: `4 of 2`."""
+    return ", ".join(f"{number} of {size}" for size, number in Counter(sizes).items()) or "-"
+
+
+def _link_rows(document: Document) -> Iterable[tuple[str, ...]]:
+    """A row for links alike."""
+    kinds = {entry["name"]: entry["kind"] for entry in document["switches"]}
+    alike: Counter[tuple[str, ...]] = Counter()
+    for link in document["links"]:
+        ends = " to ".join(kinds.get(end, "GPU") for end in link["ends"])
+        alike[ends, link["kind"], _rate(link), seconds(link["latency_s"]), link["source"]] += 1
+    return [(ends, kind, f"{number:,}", *rest) for (ends, kind, *rest), number in alike.items()]
+
+
+def _rate(row: Document) -> str:
+    return f"{row['bytes_per_s'] / 1e9:,.4g} GB/s"
+
+
+# ---- picture ------------------------------------------------------------------------------------------------------
+
+
+def write_topology(path: Path, document: Document) -> None:
+    """Draw GPUs, switches and links into a PNG or SVG file, each kind at its own height.
+
+    Raises
+    ------
+    UsageError    matplotlib is not installed
+    InputError    more than 256 GPUs, or a path that cannot be written
+    """
+    blank = blank_figure()
+    gpus, switches = document["gpus"], document["switches"]
+    if len(gpus) > _DRAWN:
+        raise InputError(
+            f"plot {path}: {len(gpus)} GPUs are above the {_DRAWN} that a picture can show; draw fewer nodes"
+        )
+    places = _places(document)
+    figure = blank(figsize=(max(5.0, 0.42 * len(gpus) + 1.5), 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    labelled: set[str] = set()
+    for link in document["links"]:
+        (x0, y0), (x1, y1) = (places[end] for end in link["ends"])
+        label = None if link["kind"] in labelled else link["kind"]
+        labelled.add(link["kind"])
+        axes.plot([x0, x1], [y0, y1], color=_COLOURS[link["kind"]], lw=_width(link), zorder=1, label=label)
+    box = {"boxstyle": "round,pad=0.25", "lw": 0.6}
+    style = {"ha": "center", "va": "center", "fontsize": 6, "zorder": 2}
+    for gpu in gpus:
+        axes.text(*places[gpu["name"]], _short(gpu["name"]), bbox={**box, "fc": _FILLS[gpu["state"]]}, **style)
+    for switch in switches:
+        axes.text(*places[switch["name"]], _short(switch["name"]), bbox={**box, "fc": "0.93", "ls": ":"}, **style)
+    for node in dict.fromkeys(gpu["node"] for gpu in gpus):
+        across = [places[gpu["name"]][0] for gpu in gpus if gpu["node"] == node]
+        axes.text((across[0] + across[-1]) / 2, -1.7, f"node{node}", ha="center", fontsize=7)
+    axes.set(ylim=(-2, max(y for _, y in places.values()) + 0.6), title=document["cluster"])
+    axes.margins(x=0.03)
+    axes.set_axis_off()
+    axes.legend(fontsize=6, frameon=False, loc="upper right")
+    write_picture(path, figure)
+
+
+def _places(document: Document) -> dict[str, tuple[float, float]]:
+    """Where everything is drawn: GPUs side by side with a gap between nodes, the rest above or below its own."""
+    places = {gpu["name"]: (index + 0.8 * gpu["node"], _HEIGHTS["gpu"]) for index, gpu in enumerate(document["gpus"])}
+    beside: dict[str, list[str]] = {}
+    for a, b in (link["ends"] for link in document["links"]):
+        beside.setdefault(a, []).append(b)
+        beside.setdefault(b, []).append(a)
+    for kind, height in sorted(_HEIGHTS.items(), key=lambda entry: abs(entry[1])):
+        above: dict[str, tuple[float, float]] = {}
+        for name in (switch["name"] for switch in document["switches"] if switch["kind"] == kind):
+            # What hangs on it is placed already; others of its kind are not.
+            below = [places[other][0] for other in beside.get(name, ()) if other in places] or [0.0]
+            place = sum(below) / len(below), height
+            while place in above.values():
+                place = place[0], place[1] - 0.3
+            above[name] = place
+        places |= above
+    return places
+
+
+def _short(name: str) -> str:
+    """A name within its node."""
+    return name.partition(":")[2] or name
+
+
+def _width(link: Document) -> float:
+    """Points: wider for more bytes, from 1 to 1,000 GB/s."""
+    return float(min(max(0.5 + 0.8 * (len(f"{link['bytes_per_s'] / 1e9:.0f}") - 1), 0.5), 3.0))
