@@ -125,6 +125,8 @@ class CostModel:
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         self._piece = lru_cache(maxsize=_KEPT)(_piece)
         self._least_of = cache(lambda *what: self._piece(*what).least)
+        # Without launches to wait for the engine's own time is the same for every stage.
+        self._engine_least = cache(lambda over: Piece.of(self._engine(over, 0, 0, self._seconds(()), 1)).least)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
         self._variants: dict[tuple[int | None, EngineSettings], CostModel] = {(clock_mhz, settings): self}
         self._arguments, self._clock_mhz = (overhead, routing, profiles), clock_mhz
@@ -222,8 +224,7 @@ class CostModel:
         kernels = sum(
             run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
         )
-        engine = Piece.of(self._engine(overlapped, 0, 0, self._seconds(()), 1)).least
-        total = total.plus(engine, plan.stages)
+        total = total.plus(self._engine_least(overlapped), plan.stages)
         if not self.cluster.gpu.overlapped_launch:
             gaps = kernels * self.overhead.gap_s
             total = total.plus(Least(decode=gaps, mixed=gaps), 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
@@ -46,7 +47,8 @@ class StageMemory:
     kv_blocks: int
 
 
-def stage_runs(model: Model, layers: Sequence[int]) -> tuple[tuple[Run, ...], ...]:
+@lru_cache(maxsize=1 << 10)
+def stage_runs(model: Model, layers: tuple[int, ...]) -> tuple[tuple[Run, ...], ...]:
     """The model's runs cut at the stage boundaries: for each stage, its own runs in order.
 
     Raises
@@ -182,9 +184,16 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
     parts = stage_runs(model, plan.layers)
     vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
-    found: dict[tuple[tuple[Run, ...], bool, bool], StageMemory] = {}
-    alike = [(runs, index == 0, index == len(parts) - 1) for index, runs in enumerate(parts)]
-    for runs, first, last in dict.fromkeys(alike):
+    found: dict[tuple[object, ...], StageMemory] = {}
+    # Stages of as many of the same blocks are alike; blocks are told apart by identity, which is quicker.
+    alike = [
+        (tuple((id(run.block), run.count) for run in runs), index == 0, index == len(parts) - 1)
+        for index, runs in enumerate(parts)
+    ]
+    for key, runs in zip(alike, parts, strict=True):
+        if key in found:
+            continue
+        _, first, last = key
         weights = sum(
             run.count
             * (
@@ -201,7 +210,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
         )
         left = usable - weights - workspace - RUNTIME_BYTES
-        found[runs, first, last] = StageMemory(
+        found[key] = StageMemory(
             weights_bytes=weights,
             workspace_bytes=workspace,
             runtime_bytes=RUNTIME_BYTES,
