@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.simulator.law import RATE_BITS
+from apex_opt.search.bounds import scaled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,10 +44,5 @@ def least_gaps_ns(
         return np.zeros(len(held), np.int64)
     least = np.zeros(len(held), np.int64)
     for floor in floors:
-        least += floor.batch_ns + _scaled(held, floor.context_rate)
+        least += floor.batch_ns + scaled(held, floor.context_rate)
     return least
-
-
-def _scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
-    """amount x rate / 2**20, rounded down; amounts are of one sequence, so products stay within 63 bits."""
-    return amount * rate >> RATE_BITS
