@@ -57,8 +57,6 @@ NEAR: Final = 5
 
 ASSUMPTION: Final = "goals that fail at a rate fail at every higher one"
 
-_ANY_COST: Final = 1e300
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRate:
@@ -176,7 +174,7 @@ class _Rates:
     def run(self, plan: Plan, step: int) -> Candidate | None:
         """The run of a plan at a step, where the goals hold; else cut short."""
         evaluator = self.at(step)
-        candidate = evaluator.challenge(plan, None, _any_cost(evaluator))
+        candidate = evaluator.challenge(plan, None, evaluator.any_cost)
         return candidate if candidate is not None and candidate.meets_slos else None
 
     def rate_per_s(self, step: int) -> float:
@@ -331,7 +329,7 @@ def fewest_gpus(
             for start in range(0, len(queue), ROUND):
                 tell("simulating plans", seen, len(possible))
                 costs = sorted(asked.costs(candidate.metrics) for candidate in found)
-                worst = costs[top - 1] if len(costs) >= top else _any_cost(evaluator)
+                worst = costs[top - 1] if len(costs) >= top else evaluator.any_cost
                 batch = [plan for plan in queue[start : start + ROUND] if bounds[plan] <= worst]
                 bounded += len(queue[start : start + ROUND]) - len(batch)
                 seen += len(queue[start : start + ROUND])
@@ -519,11 +517,6 @@ def _why_not(where: str, question: Question, formulation: Formulation, space: _S
     closest = judge(question, plan).best
     assert closest is not None, "the plan can run"
     return f"{where}, {plan} misses {misses(closest.metrics, question.slos)}: relax these or ask about another plan"
-
-
-def _any_cost(evaluator: Evaluator) -> tuple[float, ...]:
-    """Costs that no plan passes, finite: simulations then end once they miss a goal, and for no other reason."""
-    return tuple(-1 / _ANY_COST if part.maximise else _ANY_COST for part in evaluator.question.objectives)
 
 
 def _size(plan: Plan) -> tuple[int, str]:

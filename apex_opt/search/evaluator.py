@@ -21,6 +21,7 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from apex_opt.cost.least import Least
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.objective import Objective
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
+
+_ANY_COST: Final = 1e300
 
 _ENERGIES: Final = ("energy", "energy_per_token")
 
@@ -59,6 +62,7 @@ class Evaluator:
             question.profiles,
         )
         self._floors: dict[tuple[Any, ...], Metrics] = {}
+        self._leasts: dict[tuple[Any, ...], Least] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._blocks: dict[tuple[Any, ...], tuple[int, EngineSettings]] = {}
         self._room: dict[tuple[Any, ...], tuple[float, Callable[..., Load]]] = {}
@@ -102,8 +106,15 @@ class Evaluator:
         """Mean floor of the stages of a plan."""
         key = plan.cut, plan.stages, layout
         if key not in self._means:
-            self._means[key] = StageFloor.mean(self.costs.least(plan), plan.stages, plan.attention.dp)
+            self._means[key] = StageFloor.mean(self._least_cost(plan, layout), plan.stages, plan.attention.dp)
         return self._means[key]
+
+    def _least_cost(self, plan: Plan, layout: Layout) -> Least:
+        """What a batch takes at least; the same for any number of replicas that lie alike."""
+        key = plan.cut, plan.stages, layout
+        if key not in self._leasts:
+            self._leasts[key] = self.costs.least(plan)
+        return self._leasts[key]
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
         """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
@@ -189,7 +200,7 @@ class Evaluator:
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
-        least = self.costs.least(plan)
+        least = self._least_cost(plan, Layout.of(plan, self.question.cluster))
         joules = min(least.decode_joules, least.mixed_joules) * plan.stage_devices
         settings, trace = self.question.settings, self.question.trace
         return joules * _computed_tokens(trace, settings.max_model_len, settings.prefix_caching)
@@ -234,6 +245,11 @@ class Evaluator:
             preemptions=outcome.preemptions,
             batches=outcome.batches,
         )
+
+    @property
+    def any_cost(self) -> Costs:
+        """Costs that no plan passes, finite: runs then end once they miss a goal, and for no other reason."""
+        return tuple(-1 / _ANY_COST if part.maximise else _ANY_COST for part in self.question.objectives)
 
     def batches(self, plan: Plan) -> tuple[Outcome, PlanCost]:
         """A run of the plan that keeps every batch, and what it was run with."""

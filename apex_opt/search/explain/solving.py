@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     Goals = tuple[Slo, ...]
 
-_ANY_COST: Final = 1e300
 _PERCENTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
@@ -168,8 +167,7 @@ class Work:
 
     def _first(self, evaluator: Evaluator, plans: Sequence[Plan]) -> Candidate | None:
         """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on."""
-        # A cost that no plan passes, finite: runs then end once they miss a goal, and for no other reason.
-        worst = (_ANY_COST,) * len(evaluator.question.objectives)
+        worst = evaluator.any_cost
         clocked = [replace(plan, clock_mhz=clock) for clock in evaluator.question.clocks for plan in plans]
         for batch in rounds(self._quickest(evaluator, clocked)):
             tell_compiling(self.tell, evaluator, batch)
