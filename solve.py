@@ -193,9 +193,12 @@ def _with_commands(
     from apex_opt.ir import checkpoint_of
     from apex_opt.launch import launch
     from apex_opt.report.launch import launched
+    from apex_opt.search import Evaluator
+    from formulations.placement import place_plan
 
-    plan = answer.best.plan
-    return launched(document, launch(question, plan, options["emit"], checkpoint_of(options["model"])))
+    plan, checkpoint = answer.best.plan, checkpoint_of(options["model"])
+    found = place_plan(Evaluator(question).costs.layouts, plan)
+    return launched(document, launch(question, plan, options["emit"], checkpoint, found.assignment))
 
 
 def _exit_code(answer: Answer, replay: Check | None) -> int:

@@ -11,9 +11,13 @@ from apex_opt.ir import load_model
 from apex_opt.launch import Command, Launch, launch
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
+from apex_opt.search import Evaluator
+from formulations.placement import place_plan
 
 if TYPE_CHECKING:
     from apex_opt.ir import Model
+    from apex_opt.placement import Assignment
+    from apex_opt.plan.plan import Plan
     from apex_opt.search import Question
 
 DENSE, MOE = "llama-3.1-70b", "mixtral-8x7b"
@@ -49,7 +53,13 @@ def asked(model: str | Model, nodes: int, gpus: int, **changes: Any) -> Question
 def emitted(engine: str, model: str | Model, plan: str, nodes: int, gpus: int, **changes: Any) -> Launch:
     """What starts a plan given as text."""
     question = asked(model, nodes, gpus, **changes)
-    return launch(question, parse_plan(plan, question.model), engine, CHECKPOINT)
+    parsed = parse_plan(plan, question.model)
+    return launch(question, parsed, engine, CHECKPOINT, placed(question, parsed))
+
+
+def placed(question: Question, plan: Plan) -> Assignment:
+    """The best placement of a plan."""
+    return place_plan(Evaluator(question).costs.layouts, plan).assignment
 
 
 def servers(found: Launch) -> list[Command]:

@@ -20,7 +20,7 @@ from apex_opt.cluster import load_cluster
 from apex_opt.cost.cells import Operations, Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.ir import LatentAttention, MoeFfn, get_format
-from apex_opt.plan.layout import Layout
+from apex_opt.plan.layout import Layout, Tier
 from apex_opt.plan.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
 
@@ -46,9 +46,13 @@ def operations() -> Operations:
     return Operations(tables(), load_profile(CLUSTER.gpu), load_collectives(CLUSTER))
 
 
-def layout(devices: int, nodes: int = 1, gpus: int = 8) -> Layout:
-    packed = devices <= gpus
-    return Layout(nodes=nodes, gpus_per_node=gpus, packed=packed, together=packed, stage_devices=devices)
+def layout(devices: int, nodes: int = 1) -> Layout:
+    """A stage in equal parts on so many nodes."""
+    intra, inter = CLUSTER.intra, load_cluster("2x8xh100-sxm").inter
+    assert inter is not None
+    tiers = [Tier("node", devices // nodes, intra, False)] * (devices > nodes)
+    tiers += [Tier("cluster", devices, inter, True)] * (nodes > 1)
+    return Layout(stage_devices=devices, tiers=tuple(tiers))
 
 
 def templates(devices: int, *, experts: bool) -> list[Template]:
@@ -395,7 +399,7 @@ class Recorded(Operations):
     ) -> Parts:
         sizes, nothing = self.tables.tokens * token_bytes, self.tables.tokens * 0.0
         work = Work(seconds=sizes, flops=nothing, moved=nothing, joules=nothing)
-        nodes = min(ranks, layout.nodes_spanned(ranks * stride))
+        nodes = layout.spread(ranks, stride).nodes
         size = place(operation="communication", work=work)["communication", "decode_ns"].seconds[TOKENS]
         self.calls.append((time_s.__name__, ranks, stride, nodes, float(size)))
         return {}
@@ -645,7 +649,10 @@ def test_stages_hand_on_hidden_state_and_residual_a_shard_each() -> None:
 
     model = make_model((DENSE, 2))
     link = CLUSTER.intra
-    one, eight = (operations().transfer(model, Template(tp=n), link) for n in (1, 8))
+    one, eight = (
+        operations().transfer(model, Template(tp=n), Layout(stage_devices=n, tiers=(Tier("node", 2 * n, link, False),)))
+        for n in (1, 8)
+    )
     assert one[0] == eight[0] == 0
     assert (one[TOKENS] - link.latency_s) == pytest.approx(8 * (eight[TOKENS] - link.latency_s))
     assert one[TOKENS] - link.latency_s >= TOKENS * 4 * DENSE.hidden / link.bytes_per_s

@@ -200,7 +200,7 @@ def test_stages_add_up_to_one_stage_with_embedding_and_head_once(model: str, who
     # Gaps between kernels are those of the layers; the wait for launches would not add up.
     engine = replace(load_engine("vllm"), launch_s=0.0)
     shape = load_model(model)
-    found = CostModel(shape, load_cluster("8xh100-sxm"), SETTINGS, engine)
+    found = CostModel(shape, load_cluster("2x8xh100-sxm"), SETTINGS, engine)
     one = found.plan_cost(parse_plan(whole, shape)).laws[0]
     stages = found.plan_cost(parse_plan(split, shape)).laws
     step_ns = round(engine.step_s * 1e9)

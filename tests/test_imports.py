@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.units", "apex_opt.errors"),
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
     ("apex_opt.plan",),
-    ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles"),
+    ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
     ("apex_opt.cost",),
     ("apex_opt.search", "apex_opt.measured"),
     ("apex_opt.launch",),

@@ -9,14 +9,13 @@ from collections import Counter
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from launch_cases import CHECKPOINT, DENSE, MOE, asked, emitted, has, servers, value
-from plan_cases import dense, make_cluster, make_model
+from launch_cases import CHECKPOINT, DENSE, MOE, asked, emitted, has, placed, servers, value
+from plan_cases import dense, make_model
 
+from apex_opt.cluster.tree import place_of
 from apex_opt.ir import Model, load_model
 from apex_opt.launch import ENGINES, Command, launch
-from apex_opt.launch.commands import placed
-from apex_opt.plan.layout import Layout
-from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
+from apex_opt.plan.plan import Plan, Template, even_split
 
 DEGREES = {
     "vllm": ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"),
@@ -66,17 +65,13 @@ def test_every_gpu_is_in_one_command_and_the_degrees_multiply_to_them(
         kv_format="bf16",
         clock_mhz=1200,
     )
-    found = launch(question, plan, engine, CHECKPOINT)
+    assignment = placed(question, plan)
+    found = launch(question, plan, engine, CHECKPOINT, assignment)
     if not found.commands:
         assert found.notes[0].startswith("no command")
         assert len(found.notes) > 1
         return
-    wanted = Counter(
-        (gpu // gpus, gpu % gpus)
-        for replica in placed(plan, question.cluster)
-        for stage in replica.stages
-        for gpu in stage
-    )
+    wanted = Counter(place_of(gpu) for replica in assignment for stage in replica for gpu in stage)
     listed: Counter[tuple[int, int]] = Counter()
     of_replica: Counter[int] = Counter()
     for command in servers(found):
@@ -97,24 +92,6 @@ def test_every_gpu_is_in_one_command_and_the_degrees_multiply_to_them(
     assert held == set(wanted)
     ports = [(command.node, value(command, "--port")) for command in servers(found)]
     assert len(set(ports)) == len(ports)
-
-
-@given(
-    nodes=st.integers(1, 5),
-    gpus=st.integers(1, 8),
-    replicas=st.integers(1, 6),
-    stages=st.integers(1, 4),
-    tp=st.integers(1, 8),
-)
-def test_stage_groups_lie_as_their_layout_says(nodes: int, gpus: int, replicas: int, stages: int, tp: int) -> None:
-    assume(replicas * stages * tp <= nodes * gpus)
-    plan = parse_plan(f"dp{replicas} pp{stages} tp{tp}", SHALLOW)
-    cluster = make_cluster(gpus, nodes)
-    layout, found = Layout.of(plan, cluster), placed(plan, cluster)
-    groups = [stage for replica in found for stage in replica.stages]
-    assert max(gpu for stage in groups for gpu in stage) < cluster.size
-    assert layout.packed <= all(len({gpu // gpus for gpu in stage}) == 1 for stage in groups)
-    assert layout.together <= all(len(replica.nodes) == 1 for replica in found)
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))

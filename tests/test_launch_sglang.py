@@ -75,7 +75,7 @@ def test_whole_prompts_have_no_chunks() -> None:
     [
         (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
         (DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 2, 4, "on one node"),
-        (DENSE, "tp6", 2, 4, "4 and 2 GPUs"),
+        (DENSE, "tp5", 2, 3, "3 and 2 GPUs"),
         (DENSE, "pp3 tp2", 2, 3, "3 stages on 2 nodes"),
         (DENSE, "pp2 tp8", 4, 4, ""),
         (DENSE, "pp4 tp2", 2, 4, ""),

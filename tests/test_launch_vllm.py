@@ -96,7 +96,7 @@ def test_limits_of_the_plan_come_before_those_of_the_engine() -> None:
         (MOE, "attn(tp8) ffn(tp2,ep4)", 1, 8, "either by ep or by tp"),
         (MOE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8, "over all attention copies"),
         (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
-        (DENSE, "tp6", 2, 4, "4 and 2 GPUs"),
+        (DENSE, "tp5", 2, 3, "3 and 2 GPUs"),
         (MOE, "pp2 attn(dp2,tp2) ffn(ep4)", 2, 4, "copy by copy"),
         (MOE, "attn(dp4,tp2) ffn(ep8)", 2, 4, ""),
         (MOE, "attn(dp2,tp3) ffn(ep6)", 3, 2, "do not divide evenly"),

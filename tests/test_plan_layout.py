@@ -1,112 +1,89 @@
-"""Which groups of ranks cross nodes when plans are laid out one group after another."""
+"""What groups of ranks cross, given the chunks of a replica and the links between them."""
 
 from __future__ import annotations
 
-import itertools
+from math import ceil
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from plan_cases import dense, make_cluster, make_model
 
-from apex_opt.plan.layout import Layout
-from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
-
-MODEL = make_model((dense(heads=16, kv=16), 16))
+from apex_opt.cluster import Link
+from apex_opt.plan.layout import Layout, Tier
 
 
-def layout(text: str, nodes: int, gpus: int) -> Layout:
-    return Layout.of(parse_plan(text, MODEL), make_cluster(gpus, nodes))
+def link(gb_per_s: float, latency_us: float, kind: str = "pcie") -> Link:
+    return Link(bytes_per_s=gb_per_s * 1e9, latency_s=latency_us / 1e6, kind=kind)
+
+
+SWITCH, SOCKET, NODE = link(32, 10), link(30, 20), link(16, 22)
+LEAF, SPINE = link(25, 5, "ethernet"), link(12, 6, "ethernet")
+DEEP = Layout(
+    stage_devices=16,
+    tiers=(
+        Tier("switch", 2, SWITCH, False),
+        Tier("socket", 4, SOCKET, False),
+        Tier("node", 8, NODE, False),
+        Tier("leaf", 16, LEAF, True),
+        Tier("cluster", 64, SPINE, True),
+    ),
+)
 
 
 @pytest.mark.parametrize(
-    ("plan", "nodes", "gpus", "ranks", "spanned"),
+    ("ranks", "stride", "nodes", "near", "far"),
     [
-        ("tp8", 1, 8, 8, 1),
-        ("tp8", 2, 8, 8, 1),
-        ("tp16", 2, 8, 16, 2),
-        ("tp16", 2, 8, 8, 1),
-        ("attn(dp2,tp8) ffn(tp16)", 2, 8, 8, 1),
-        ("dp2 tp4", 2, 4, 4, 1),
-        ("dp4 tp4", 2, 8, 4, 1),
-        ("tp6", 2, 4, 6, 2),
-        ("dp3 tp2", 2, 3, 2, 2),  # three pairs over two nodes of three: the middle one is split
-        ("dp2 tp2", 2, 3, 2, 1),  # a pair per node
-        ("tp12", 4, 3, 4, 2),
-        ("tp12", 4, 3, 12, 4),
-        ("tp4", 2, 2, 4, 2),
-        ("dp2 tp4", 4, 3, 4, 2),
-        ("dp2 tp5", 4, 3, 5, 3),  # at worst one GPU, a whole node, one more GPU
-        ("tp5", 2, 3, 5, 2),  # at worst two nodes: there are no more
+        (1, 1, 1, None, None),
+        (1, 8, 1, None, None),
+        (2, 1, 1, SWITCH, None),
+        (4, 1, 1, SOCKET, None),
+        (2, 2, 1, SOCKET, None),
+        (8, 1, 1, NODE, None),
+        (2, 4, 1, NODE, None),
+        (16, 1, 2, NODE, LEAF),
+        (2, 8, 2, NODE, LEAF),
+        (8, 2, 2, NODE, LEAF),
     ],
 )
-def test_groups_span_as_many_nodes_as_the_worst_of_them(
-    plan: str, nodes: int, gpus: int, ranks: int, spanned: int
+def test_a_group_crosses_the_domains_that_hold_less_than_all_of_it(
+    ranks: int, stride: int, nodes: int, near: Link | None, far: Link | None
 ) -> None:
-    assert layout(plan, nodes, gpus).nodes_spanned(ranks) == spanned
+    assert DEEP.spread(ranks, stride) == (nodes, near, far)
 
 
-@given(
-    nodes=st.integers(1, 5),
-    gpus=st.integers(1, 8),
-    replicas=st.integers(1, 6),
-    stages=st.integers(1, 4),
-    dp=st.integers(1, 4),
-    tp=st.integers(1, 8),
-)
-def test_no_group_spans_more_nodes_than_it_is_said_to(
-    nodes: int, gpus: int, replicas: int, stages: int, dp: int, tp: int
-) -> None:
-    assume(replicas * stages * dp * tp <= nodes * gpus)
-    cut = Template(dp=dp, tp=tp)
-    plan = Plan(
-        replicas=replicas,
-        layers=even_split(8, stages),
-        attention=cut,
-        ffn=cut,
-        weight_format="bf16",
-        kv_format="bf16",
-    )
-    found = Layout.of(plan, make_cluster(gpus, nodes))
-    size = dp * tp
-    # Deal the groups out: into whole nodes where all fit that way, else without gaps.
-    per_node = gpus // size
-    groups = [
-        [(i // per_node) * gpus + (i % per_node) * size + k if found.packed else i * size + k for k in range(size)]
-        for i in range(replicas * stages)
-    ]
-    assert max(itertools.chain(*groups)) < nodes * gpus
-    for group in groups:
-        for start in range(0, size, tp):
-            assert len({gpu // gpus for gpu in group[start : start + tp]}) <= found.nodes_spanned(tp)
-        assert len({gpu // gpus for gpu in group}) <= found.nodes_spanned(size)
-    inside = all(
-        len({gpu // gpus for group in groups[r : r + stages] for gpu in group}) == 1
-        for r in range(0, len(groups), stages)
-    )
-    assert found.together == (inside and found.packed)
+def test_the_slowest_link_on_the_way_decides_and_the_outermost_tells_the_latency() -> None:
+    tiers = (Tier("switch", 2, link(10, 1), False), Tier("node", 4, link(30, 7), False))
+    found = Layout(stage_devices=4, tiers=tiers).spread(4).near
+    assert found is not None
+    assert (found.bytes_per_s, found.latency_s) == (10e9, pytest.approx(7e-6))
 
 
-def test_stages_talk_inside_a_node_only_where_every_replica_has_one_to_itself() -> None:
-    two = make_cluster(8, 2)
-    one = make_cluster(8, 1)
-    assert layout("pp2 tp4", 2, 8).stage_link(two) == two.intra
-    assert layout("pp4 tp4", 2, 8).stage_link(two) == two.inter
-    assert layout("dp2 pp3 tp2", 2, 8).stage_link(two) == two.inter  # the second replica lies across both
-    assert layout("pp3 tp2", 2, 8).stage_link(two) == two.intra
-    assert layout("pp3 tp2", 1, 8).stage_link(one) == one.intra
-    assert layout("pp2 tp8", 2, 8).stage_link(two) == two.inter
+def test_stages_talk_over_the_links_beyond_a_stage() -> None:
+    found, far = DEEP.stage_link
+    assert (found, far) == (SPINE, True)
+    inside = Layout(stage_devices=2, tiers=DEEP.tiers[:3])
+    assert inside.stage_link == (NODE, False)
+    assert Layout(stage_devices=8, tiers=DEEP.tiers[:3]).stage_link == (None, False)
 
 
 @pytest.mark.parametrize(
-    ("plan", "nodes", "gpus", "firsts"),
-    [
-        ("dp2 pp2 tp3", 2, 8, [0, 3, 8, 11]),  # two groups to a node, two of its GPUs left free
-        ("dp3 tp2", 2, 3, [0, 2, 4]),  # no room for that: without gaps
-    ],
+    ("chunk", "ranks", "nodes"),
+    [(4, 12, 3), (6, 12, 2), (4, 6, 3), (6, 4, 2), (1, 4, 4), (3, 4, 2), (4, 5, 2)],
 )
-def test_stage_groups_begin_where_the_one_before_ends_or_on_the_next_node(
-    plan: str, nodes: int, gpus: int, firsts: list[int]
+def test_ranks_that_do_not_fill_the_chunks_straddle_them(chunk: int, ranks: int, nodes: int) -> None:
+    tiers = (Tier("node", chunk, NODE, False), Tier("cluster", 60, LEAF, True))[chunk == 1 :]
+    assert Layout(stage_devices=60, tiers=tiers).spread(ranks).nodes == nodes
+
+
+@given(chunk=st.integers(1, 12), parts=st.integers(2, 6), ranks=st.integers(1, 24), stride=st.integers(1, 3))
+def test_no_aligned_block_touches_more_nodes_than_it_is_said_to(
+    chunk: int, parts: int, ranks: int, stride: int
 ) -> None:
-    found = layout(plan, nodes, gpus)
-    assert [found.first_gpu(group) for group in range(len(firsts))] == firsts
+    block, whole = ranks * stride, chunk * parts
+    tiers = (Tier("node", chunk, NODE, False), Tier("cluster", whole, LEAF, True))[chunk == 1 :]
+    found = Layout(stage_devices=whole, tiers=tiers).spread(ranks, stride)
+    for first in range(0, whole - block + 1, block):
+        for offset in range(stride):
+            touched = {(first + offset + rank * stride) // chunk for rank in range(ranks)}
+            assert len(touched) <= found.nodes
+    assert found.nodes <= max(1, min(ranks, ceil(block / chunk) + 1))

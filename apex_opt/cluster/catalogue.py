@@ -51,7 +51,7 @@ def load_cluster(spec: str) -> Cluster:
     ------
     figures and their origin: `catalogue/*.toml`, `presets/*.toml`
     """
-    found = _loaded(spec)
+    found = load_wiring(spec)
     return found.cluster() if isinstance(found, Composition) else found
 
 
@@ -62,11 +62,11 @@ def load_topology(spec: str) -> Topology:
     ------
     UsageError, UnknownNameError, InputError    as `load_cluster`
     """
-    found = _loaded(spec)
+    found = load_wiring(spec)
     return found.topology() if isinstance(found, Composition) else Topology.of(found)
 
 
-def _loaded(spec: str) -> Cluster | Composition:
+def load_wiring(spec: str) -> Cluster | Composition:
     """What a spec names, as it is described."""
     if not isinstance(spec, str) or not spec.strip():
         raise UsageError(f"cluster: expected {_FORM}, got {shown(spec)}")

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from apex_opt.cluster.tree import LEVELS
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
 from apex_opt.ir.formats import KV_BYTES
 from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
+from apex_opt.profiles.collectives import Collectives
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -28,12 +30,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from apex_opt.cluster.types import Link
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Block, Ffn, Model, MoeFfn
-    from apex_opt.plan.layout import Layout
+    from apex_opt.plan.layout import Layout, Spread
     from apex_opt.plan.plan import Template
-    from apex_opt.profiles import Collectives, Profile
+    from apex_opt.profiles import Profile
 
     Ints = NDArray[np.int64]
 
@@ -46,8 +47,19 @@ class Place(Protocol):
     def __call__(self, *, operation: str, work: Work) -> Parts: ...
 
 
-Exchange = tuple[Place, "Callable[..., Floats]", float, int, int]
-"""A collective: by which batches it grows, its time by size, bytes per token of a copy, ranks, devices between them."""
+class Exchange(NamedTuple):
+    """A collective: by which batches it grows, its time by size, bytes per token of a copy, ranks, and the devices
+    between them.
+
+    So many `copies` share the tokens of a batch.
+    """
+
+    place: Place
+    time_s: Callable[..., Floats]
+    token_bytes: float
+    ranks: int
+    stride: int
+    copies: int
 
 
 # Kernels of a layer without collectives, in captured graphs and as launched one by one. Norm, QKV, rotary, cache write,
@@ -57,6 +69,14 @@ Exchange = tuple[Place, "Callable[..., Floats]", float, int, int]
 # graphs. Counted in vLLM's models, roughly.
 _ATTENTION_KERNELS, _LATENT_KERNELS, _DENSE_KERNELS, _MOE_KERNELS = (7, 7), (11, 26), (4, 4), (8, 14)
 _COUNTED_APART = frozenset({"rotary", "kv write"})  # operations among them that an engine may fuse with others
+
+
+class Exchanged(NamedTuple):
+    """What all collectives of a batch take, and what a rank sends across domains of each kind, the widest first."""
+
+    seconds: float
+    sent: tuple[float, ...]
+
 
 _KEPT = 64  # results of each kind, up to a few MB each: a few dozen are alike among the plans of a model
 _NORM_SUMS_BYTES = 8.0  # fp32 sums of squares of a query and a key
@@ -142,7 +162,7 @@ class Operations:
         self.tables = tables
         self.routing = routing
         self.fused = frozenset(fused)
-        self.called: set[str] = set()  # collectives asked for so far, as `Collectives.provenance` names them
+        self.called: dict[str, str] = {}  # collectives asked for so far, and where their times come from
         self.profile = profile
         self.collectives = collectives
         self.power = profile.power
@@ -168,7 +188,7 @@ class Operations:
             count += _DENSE_KERNELS
         else:
             count += np.array(_MOE_KERNELS) + np.array(_DENSE_KERNELS) * (block.ffn.shared_intermediate > 0)
-        return count - len(self.fused & _COUNTED_APART) + len(self._exchanges(block, attention, ffn))
+        return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: bool) -> str:
         """The format a matrix is held in: 16 bit where the checkpoint leaves it out of every narrower one."""
@@ -180,10 +200,13 @@ class Operations:
         seconds = self.profile.memory_time_s(moved, kind, width, launched=operation not in self.fused)
         return Work.of(self.power, seconds, 0.0, moved, self.half)
 
-    def _link(self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, nodes: int) -> Work:
-        """A collective of so many bytes per token."""
-        self.called.add(f"{time_s.__name__.removesuffix('_s')}/{'inter' if nodes > 1 else 'intra'}")
-        return Work.waiting(self.power, time_s(self.tables.tokens * float(bytes_per_token), ranks=ranks, nodes=nodes))
+    def _link(self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, spread: Spread) -> Work:
+        """A collective of so many bytes per token, over what its ranks spread over."""
+        over = self.collectives.over(spread.near, spread.far)
+        name = f"{time_s.__name__.removesuffix('_s')}/{'inter' if spread.nodes > 1 else 'intra'}"
+        self.called[name] = over.provenance[name]
+        sizes = self.tables.tokens * float(bytes_per_token)
+        return Work.waiting(self.power, time_s(over, sizes, ranks=ranks, nodes=spread.nodes))
 
     def norm(self, hidden: int) -> Work:
         """Residual addition and norm: both read and written in 16 bit."""
@@ -364,9 +387,9 @@ class Operations:
 
     def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:
         """Collectives of a layer: those that turn the layout of each cell into the next one's."""
-        return merged(*(self._collective(*call, layout) for call in self._exchanges(block, attention, ffn)))
+        return merged(*(self._collective(*call[:-1], layout) for call in self.exchanges(block, attention, ffn)))
 
-    def _exchanges(self, block: Block, attention: Template, ffn: Template) -> tuple[Exchange, ...]:
+    def exchanges(self, block: Block, attention: Template, ffn: Template) -> tuple[Exchange, ...]:
         """Collectives of a layer in order.
 
         Partial sums are reduced within the shards of a copy. Where an attention copy feeds several FFN copies, each
@@ -376,44 +399,44 @@ class Operations:
         the other, every device gets all tokens after each cell. Norms over the whole width of queries and keys sum
         up two squares per token over the shards.
         """
-        tables, calls, cell = self.tables, self.collectives, block.ffn
+        tables, calls, cell = self.tables, Collectives, block.ffn
         hidden = 2.0 * cell.hidden
         shards = ffn.tp * ffn.ep
         of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)
         of_ffn = sharing(tables, attention.dp, ffn.dp)
         of_all: Place = partial(owned, tables, copies=1, split=1)
-        found: list[Exchange] = []
+        found: list[tuple[Any, ...]] = []
         if isinstance(block.attention, Attention) and block.attention.qk_norm_whole:
-            found.append((of_attention, calls.all_reduce_s, _NORM_SUMS_BYTES, attention.tp, 1))
-        found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1))
+            found.append((of_attention, calls.all_reduce_s, _NORM_SUMS_BYTES, attention.tp, 1, attention.dp))
+        found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1, attention.dp))
         if ffn.dp % attention.dp == 0:
             found += [
-                (of_ffn, calls.all_reduce_s, hidden, shards, 1),
-                (of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards),
+                (of_ffn, calls.all_reduce_s, hidden, shards, 1, ffn.dp),
+                (of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards, attention.dp),
             ]
         elif attention.dp % ffn.dp:
             found += [
-                (of_all, calls.all_gather_s, hidden, attention.dp, attention.tp),
-                (of_ffn, calls.all_reduce_s, hidden, shards, 1),
-                (of_all, calls.all_gather_s, hidden, ffn.dp, shards),
+                (of_all, calls.all_gather_s, hidden, attention.dp, attention.tp, 1),
+                (of_ffn, calls.all_reduce_s, hidden, shards, 1, ffn.dp),
+                (of_all, calls.all_gather_s, hidden, ffn.dp, shards, 1),
             ]
         else:
             if ffn.ep > 1 and not isinstance(cell, DenseFfn):
                 # The devices of a copy hold the same tokens, so each sends its part of them.
                 chosen, arrived = (hidden * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
                 found += [
-                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
-                    (of_ffn, calls.all_gather_s, arrived, ffn.tp, 1),
-                    (of_ffn, calls.reduce_scatter_s, arrived, ffn.tp, 1),
-                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp),
+                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp, attention.dp),
+                    (of_ffn, calls.all_gather_s, arrived, ffn.tp, 1, ffn.dp),
+                    (of_ffn, calls.reduce_scatter_s, arrived, ffn.tp, 1, ffn.dp),
+                    (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp, attention.dp),
                 ]
             else:
                 found += [
-                    (of_ffn, calls.all_gather_s, hidden, attention.dp // ffn.dp, attention.tp),
-                    (of_ffn, calls.reduce_scatter_s, hidden, shards, 1),
+                    (of_ffn, calls.all_gather_s, hidden, attention.dp // ffn.dp, attention.tp, ffn.dp),
+                    (of_ffn, calls.reduce_scatter_s, hidden, shards, 1, ffn.dp),
                 ]
-            found.append((of_attention, calls.all_gather_s, hidden, attention.tp, 1))
-        return tuple(call for call in found if call[3] > 1)
+            found.append((of_attention, calls.all_gather_s, hidden, attention.tp, 1, attention.dp))
+        return tuple(call for call in (Exchange(*call) for call in found) if call.ranks > 1)
 
     def _collective(
         self,
@@ -427,15 +450,15 @@ class Operations:
         """A collective of so many bytes per token of a copy, over ranks that lie `stride` devices apart."""
         if ranks == 1:
             return {}
-        nodes = min(ranks, layout.nodes_spanned(ranks * stride))
-        return place(operation="communication", work=self.link(time_s, token_bytes, ranks, nodes))
+        work = self.link(time_s, token_bytes, ranks, layout.spread(ranks, stride))
+        return place(operation="communication", work=work)
 
     def embedding(self, model: Model, attention: Template, layout: Layout) -> Parts:
         """Rows of the embedding, and their sum over the vocabulary shards."""
         place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
         return merged(
             place(operation="embedding", work=self.elementwise(4.0 * model.hidden)),
-            self._collective(place, self.collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, 1, layout),
+            self._collective(place, Collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, 1, layout),
         )
 
     def head(self, model: Model, attention: Template, layout: Layout) -> Parts:
@@ -447,8 +470,8 @@ class Operations:
             ("sampler", self.elementwise(4.0 * model.vocab * _LOGIT_PASSES)),
         ]
         if attention.tp > 1:
-            nodes = layout.nodes_spanned(attention.tp)
-            gather = self.link(self.collectives.all_gather_s, 2.0 * model.vocab, attention.tp, nodes)
+            spread = layout.spread(attention.tp)
+            gather = self.link(Collectives.all_gather_s, 2.0 * model.vocab, attention.tp, spread)
             operations.append(("communication", gather))
         rows = _ceil(self.tables.sequences, attention.dp)
         parts: list[Parts] = []
@@ -457,11 +480,45 @@ class Operations:
             parts.append({(operation, "sequence_ns"): work, (operation, "decode_ns"): work})
         return merged(*parts)
 
-    def transfer(self, model: Model, attention: Template, link: Link) -> Floats:
+    def transfer(self, model: Model, attention: Template, layout: Layout) -> Floats:
         """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each."""
-        share = 4.0 * model.hidden / attention.devices
-        self.called.add(f"point_to_point/{'intra' if link == self.collectives.intra else 'inter'}")
-        return self.collectives.point_to_point_s(self.tables.tokens * share, link)
+        link, far = layout.stage_link
+        over = self.collectives.over(None, link) if far else self.collectives.over(link, None)
+        name = f"point_to_point/{'inter' if far else 'intra'}"
+        self.called[name] = over.provenance[name]
+        return over.point_to_point_s(self.tables.tokens * _transferred_bytes(model, attention), link)
+
+    def exchanged(self, model: Model, attention: Template, ffn: Template, layout: Layout) -> Exchanged:
+        """What the collectives of one full batch take on its way through all stages, and what they send how far."""
+        tokens, sequences = int(self.tables.tokens[-1]), int(self.tables.sequences[-1])
+        seconds, sent = 0.0, dict.fromkeys(LEVELS, 0.0)
+        calls = [
+            (run.count, call.time_s, call.token_bytes * ceil_div(tokens, call.copies), call.ranks, call.stride)
+            for run in model.runs
+            for call in self.exchanges(run.block, attention, ffn)
+        ]
+        own = ceil_div(tokens, attention.dp), ceil_div(sequences, attention.dp)
+        calls.append((1, Collectives.all_reduce_s, 2.0 * model.hidden * own[0], attention.tp, 1))
+        calls.append((1, Collectives.all_gather_s, 2.0 * model.vocab * own[1], attention.tp, 1))
+        for count, time_s, size, ranks, stride in calls:
+            if crossed := layout.crossed(ranks, stride):
+                spread = layout.spread(ranks, stride)
+                over = self.collectives.over(spread.near, spread.far)
+                seconds += count * float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
+                sent[crossed[-1].kind] += count * size
+        link, far = layout.stage_link
+        if link is not None:
+            over = self.collectives.over(None, link) if far else self.collectives.over(link, None)
+            size = tokens * _transferred_bytes(model, attention)
+            between = layout.tiers[-1].chunk // attention.devices - 1
+            seconds += between * float(over.point_to_point_s(size, link))
+            sent[layout.tiers[-1].kind] += between * size
+        return Exchanged(seconds, tuple(sent[kind] for kind in reversed(LEVELS)))
+
+
+def _transferred_bytes(model: Model, attention: Template) -> float:
+    """Bytes of a token that each device of a stage sends to the next one."""
+    return 4.0 * model.hidden / attention.devices
 
 
 def _ceil(values: Ints, parts: int) -> Ints:

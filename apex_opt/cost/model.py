@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apex_opt.cost.cells import Operations, Parts, Tables, merged, times
+from apex_opt.cluster.tree import Tree
+from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables, merged, times
 from apex_opt.cost.least import Least
 from apex_opt.cost.work import Work
+from apex_opt.placement.layouts import Layouts
 from apex_opt.plan.engine import limited
-from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import stage_runs
 from apex_opt.profiles import SHIPPED, load_collectives, load_profile
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Model, Run
     from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
 
 _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
@@ -93,6 +95,7 @@ class CostModel:
     routing : str                how tokens fall on experts: "uniform" at random, or "skewed"
     profiles : str               measured tables, as `load_profile` takes them
     clock_mhz : int or None      clock of plans that do not name one
+    tree : Tree or None          the GPUs that plans are placed on, by default all of the cluster
 
     Raises
     ------
@@ -109,6 +112,7 @@ class CostModel:
         routing: str = "uniform",
         profiles: str = SHIPPED,
         clock_mhz: int | None = None,
+        tree: Tree | None = None,
     ) -> None:
         self.model = model
         self.cluster = cluster
@@ -130,6 +134,7 @@ class CostModel:
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
         self._variants: dict[tuple[int | None, EngineSettings], CostModel] = {(clock_mhz, settings): self}
         self._arguments, self._clock_mhz = (overhead, routing, profiles), clock_mhz
+        self.layouts = Layouts(tree or Tree.of(cluster), self.exchanged)
 
     @property
     def request_ns(self) -> int:
@@ -141,9 +146,7 @@ class CostModel:
         """Where the figures behind the costs asked for so far come from, per operation."""
         found: dict[str, str] = {}
         for variant in self._variants.values():
-            called = variant.operations.called
-            links = {name: text for name, text in variant.collectives.provenance.items() if name in called}
-            found |= {**variant.profile.provenance, **links}
+            found |= {**variant.profile.provenance, **variant.operations.called}
         return {**found, f"engine ({self.overhead.name})": self.overhead.source}
 
     def plan_cost(self, plan: Plan) -> PlanCost:
@@ -155,7 +158,7 @@ class CostModel:
         """
         if (variant := self._variant(plan)) is not self:
             return variant.plan_cost(plan)
-        layout = Layout.of(plan, self.cluster)
+        layout = self.layouts.best(plan)
         stages = stage_runs(self.model, plan.layers)
         last = len(stages) - 1
         # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
@@ -185,8 +188,7 @@ class CostModel:
             seconds[table] += values
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
-            link = layout.stage_link(self.cluster)
-            seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, link)
+            seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
         law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
         return law, (*pieces, (1, engine))
 
@@ -216,7 +218,7 @@ class CostModel:
         """
         if (variant := self._variant(plan)) is not self:
             return variant.least(plan)
-        layout = Layout.of(plan, self.cluster)
+        layout = self.layouts.best(plan)
         total = Least()
         for count, what in self._made_of(plan, layout, self.model.runs, True, True):
             total = total.plus(self._least_of(*what), count)
@@ -232,12 +234,20 @@ class CostModel:
             return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
         return total
 
+    def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
+        """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
+        if (variant := self._variant(plan)) is not self:
+            return variant.exchanged(plan, layout)
+        return self.operations.exchanged(self.model, plan.attention, plan.ffn, layout)
+
     def _variant(self, plan: Plan) -> CostModel:
         """The costs at a plan's clock and within its limits of a batch."""
         clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
         key = clock_mhz, limited(self.settings, plan)
         if key not in self._variants:
-            self._variants[key] = CostModel(self.model, self.cluster, key[1], *self._arguments, clock_mhz)
+            self._variants[key] = CostModel(
+                self.model, self.cluster, key[1], *self._arguments, clock_mhz, self.layouts.tree
+            )
         return self._variants[key]
 
     def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, on_nodes, placed
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import Sglang
 from apex_opt.launch.vllm import Vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from apex_opt.launch.commands import Engine, Replica
+    from apex_opt.launch.commands import Engine
+    from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
 
@@ -20,18 +21,19 @@ __all__ = ["ENGINES", "Command", "Launch", "launch"]
 ENGINES: Final[Mapping[str, Engine]] = {engine.name: engine for engine in (Vllm(), Sglang())}
 
 
-def launch(question: Question, plan: Plan, engine: str, checkpoint: str) -> Launch:
-    """Commands that start a plan on its default layout.
+def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
+    """Commands that start a plan on its GPUs.
 
     Parameters
     ----------
     question, plan
     engine : str         key of `ENGINES`
     checkpoint : str     where the engine finds the weights: a folder or a Hugging Face id
+    assignment : Assignment    GPUs by replica, stage and rank
     """
     spoken = ENGINES[engine]
     asked = Asked(question=question, plan=plan, checkpoint=checkpoint)
-    replicas = placed(plan, question.cluster)
+    replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
     refusals = spoken.refusals(asked, replicas)
     if asked.settings.policy != "vllm":
         refusals.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
@@ -47,7 +49,7 @@ def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
     if asked.plan.clock_mhz is None:
         return
     gpus = (gpu for replica in replicas for gpu in replica.by_stage)
-    for node, slots in on_nodes(gpus, asked.question.cluster.gpus_per_node):
+    for node, slots in on_nodes(gpus):
         words = ("nvidia-smi", "-i", ",".join(map(str, slots)), "-lgc", str(asked.plan.clock_mhz))
         yield Command(node=node, replica=None, argv=words)
 
@@ -63,7 +65,7 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Itera
         place = max(taken.get(node, 0) for node in replica.nodes)
         taken.update(dict.fromkeys(replica.nodes, place + 1))
         words = engine.words(asked, FIRST_PORT + PORT_STEP * place)
-        for rank, (node, gpus) in enumerate(replica.on_nodes(engine.ranks(asked, replica))):
+        for rank, (node, gpus) in enumerate(on_nodes(engine.ranks(asked, replica))):
             env = [("CUDA_VISIBLE_DEVICES", ",".join(map(str, gpus)))]
             if stated:
                 env.append((engine.layers, ",".join(map(str, asked.plan.layers))))

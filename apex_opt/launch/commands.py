@@ -6,15 +6,14 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from apex_opt.cluster.tree import place_of
 from apex_opt.ir.formats import FORMATS
 from apex_opt.ir.model import LatentAttention, MoeFfn
-from apex_opt.plan.layout import Layout
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from apex_opt.cluster.types import Cluster
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
@@ -128,18 +127,17 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """Where one replica sits: the GPUs of each stage, numbered through the cluster."""
+    """Where one replica sits: the GPUs of each stage, by name."""
 
     index: int
-    stages: tuple[tuple[int, ...], ...]
-    gpus_per_node: int
+    stages: tuple[tuple[str, ...], ...]
 
     @property
-    def by_stage(self) -> tuple[int, ...]:
+    def by_stage(self) -> tuple[str, ...]:
         """GPUs stage by stage."""
         return tuple(gpu for stage in self.stages for gpu in stage)
 
-    def by_copy(self, copies: int) -> tuple[int, ...]:
+    def by_copy(self, copies: int) -> tuple[str, ...]:
         """GPUs copy by copy, each through all stages."""
         width = len(self.stages[0]) // copies
         parts = range(0, width * copies, width)
@@ -147,35 +145,15 @@ class Replica:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(gpu // self.gpus_per_node for gpu in self.by_stage))
-
-    def on_nodes(self, ranks: Sequence[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """The GPUs of each node as the node numbers them, in the order of the ranks."""
-        return on_nodes(ranks, self.gpus_per_node)
+        return tuple(node for node, _ in on_nodes(self.by_stage))
 
 
-def on_nodes(gpus: Iterable[int], gpus_per_node: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """GPUs numbered through the cluster by node, numbered within it."""
+def on_nodes(gpus: Iterable[str]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """GPUs by node, numbered within it, in the order in which they and their nodes come."""
     found: dict[int, list[int]] = {}
-    for gpu in gpus:
-        found.setdefault(gpu // gpus_per_node, []).append(gpu % gpus_per_node)
+    for node, local in map(place_of, gpus):
+        found.setdefault(node, []).append(local)
     return tuple((node, tuple(slots)) for node, slots in found.items())
-
-
-def placed(plan: Plan, cluster: Cluster) -> tuple[Replica, ...]:
-    """Every replica on its GPUs, in the default layout."""
-    layout = Layout.of(plan, cluster)
-    return tuple(
-        Replica(
-            index=index,
-            stages=tuple(
-                tuple(range(first, first + plan.stage_devices))
-                for first in (layout.first_gpu(index * plan.stages + stage) for stage in range(plan.stages))
-            ),
-            gpus_per_node=cluster.gpus_per_node,
-        )
-        for index in range(plan.replicas)
-    )
 
 
 class Engine(Protocol):
@@ -194,7 +172,7 @@ class Engine(Protocol):
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         """What its commands do otherwise than the plan, and what to check."""
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[int, ...]:
+    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
         """GPUs of a replica in the order in which the engine deals its ranks."""
 
     def words(self, asked: Asked, port: int) -> list[str]:
@@ -207,7 +185,7 @@ class Engine(Protocol):
 def uneven(replicas: Sequence[Replica]) -> str | None:
     """The first replica with more GPUs on one node than on another, in words."""
     for replica in replicas:
-        counts = [len(gpus) for _, gpus in replica.on_nodes(replica.by_stage)]
+        counts = [len(gpus) for _, gpus in on_nodes(replica.by_stage)]
         if len(set(counts)) > 1:
             return f"replica {replica.index} has {' and '.join(map(str, counts))} GPUs on its nodes"
     return None

@@ -64,7 +64,7 @@ class Sglang:
                 found.append("not every dense model has attention copies in SGLang (--enable-dp-attention): check")
         return found
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[int, ...]:
+    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
         return replica.by_copy(asked.plan.attention.dp) if asked.whole_copies else replica.by_stage
 
     def words(self, asked: Asked, port: int) -> list[str]:

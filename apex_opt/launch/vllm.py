@@ -74,7 +74,7 @@ class Vllm:
             )
         return found
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[int, ...]:
+    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
         return replica.by_copy(asked.plan.attention.dp)
 
     def words(self, asked: Asked, port: int) -> list[str]:

@@ -1,76 +1,97 @@
-"""Where a plan's groups sit when they are placed one after another, as engines do by default.
+"""How the ranks of a plan lie on the hardware, as far as collectives can tell.
 
-Ranks are dealt to GPUs in order: replica by replica, stage by stage. A stage group stays inside a node where the nodes
-have room for all groups that way; else groups follow each other without gaps and some span nodes.
+Ranks of a replica are numbered stage by stage, within a stage as its cells are cut. A placement is as good as its
+worst replica: what counts is how large the chunks of consecutive ranks are of which every one, in every replica, lies
+inside one domain of a kind, and what links the chunks have between them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from apex_opt.cluster.types import Cluster, Link
-    from apex_opt.plan.plan import Plan
+    from collections.abc import Sequence
+
+    from apex_opt.cluster.types import Link
+
+
+class Tier(NamedTuple):
+    """Domains of a kind: the ranks of a replica that lie in one, and what the smaller chunks in it have between them.
+
+    `link` is what each chunk gets when all chunks send at once; `far` where it leads out of nodes, and then each rank.
+    """
+
+    kind: str
+    chunk: int
+    link: Link
+    far: bool
+
+
+class Spread(NamedTuple):
+    """What a collective crosses: nodes, the slowest link inside them and the slowest between them, if any."""
+
+    nodes: int
+    near: Link | None
+    far: Link | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Spans of the worst-placed groups of a plan.
+    """Chunks of a replica's ranks and the links between them.
 
     Parameters
     ----------
-    nodes, gpus_per_node : int
-    packed : bool               every stage group lies inside one node
-    together : bool             every replica lies inside one node
     stage_devices : int
+    tiers : tuple of Tier       from the innermost, chunks rising, each a multiple of the one before; the last holds the
+                                whole replica; none for a single rank
     """
 
-    nodes: int
-    gpus_per_node: int
-    packed: bool
-    together: bool
     stage_devices: int
+    tiers: tuple[Tier, ...]
 
-    @classmethod
-    def of(cls, plan: Plan, cluster: Cluster) -> Layout:
-        """The default layout of a plan on a cluster."""
-        per_node = cluster.gpus_per_node // plan.stage_devices
-        groups = plan.replicas * plan.stages
-        packed = per_node * cluster.nodes >= groups
-        # Replica r takes stage groups r * stages onwards; after as many as a node has groups they lie alike again.
-        together = packed and all(
-            first % per_node + plan.stages <= per_node
-            for first in range(0, plan.stages * min(plan.replicas, per_node), plan.stages)
-        )
-        return cls(
-            nodes=cluster.nodes,
-            gpus_per_node=cluster.gpus_per_node,
-            packed=packed,
-            together=together,
-            stage_devices=plan.stage_devices,
-        )
+    @property
+    def node_chunk(self) -> int:
+        """Ranks of a replica that lie in one node."""
+        return max((tier.chunk for tier in self.tiers if not tier.far), default=1)
 
-    def first_gpu(self, group: int) -> int:
-        """GPU of the cluster with which a stage group of the plan begins."""
-        if not self.packed:
-            return group * self.stage_devices
-        node, place = divmod(group, self.gpus_per_node // self.stage_devices)
-        return node * self.gpus_per_node + place * self.stage_devices
+    def crossed(self, ranks: int, stride: int = 1) -> tuple[Tier, ...]:
+        """The tiers over which so many ranks, so many apart, lie at worst, from the innermost; none for one rank."""
+        block, inside = ranks * stride, 1
+        found = []
+        for tier in self.tiers if ranks > 1 else ():
+            if inside % block == 0:
+                break
+            found.append(tier)
+            inside = tier.chunk
+        return tuple(found)
 
-    def nodes_spanned(self, ranks: int) -> int:
-        """Nodes that a group of consecutive ranks of a stage touches, at worst."""
-        if ranks == 1 or self.packed:
-            return 1
-        if self.gpus_per_node % ranks == 0 and self.stage_devices % ranks == 0:
-            return 1  # aligned to the node
-        aligned = ranks % self.gpus_per_node == 0 and self.stage_devices % self.gpus_per_node == 0
-        # Unaligned, a group can begin with the last GPU of a node.
-        worst = ranks // self.gpus_per_node if aligned else (ranks - 2) // self.gpus_per_node + 2
-        return min(self.nodes, worst)
+    def spread(self, ranks: int, stride: int = 1) -> Spread:
+        """What a collective of so many ranks, so many apart, crosses at worst."""
+        crossed = self.crossed(ranks, stride)
+        near, far = ([tier.link for tier in crossed if tier.far == out] for out in (False, True))
+        nodes = min(ranks, _touched(ranks * stride, self.node_chunk)) if far else 1
+        return Spread(nodes, slowest(near), slowest(far))
 
-    def stage_link(self, cluster: Cluster) -> Link:
-        """Link between consecutive stages: inside a node only where the stages of every replica share one."""
-        if self.together or cluster.inter is None:
-            return cluster.intra
-        return cluster.inter
+    @property
+    def stage_link(self) -> tuple[Link | None, bool]:
+        """Link between consecutive stages where it is slowest, None for one stage; whether it leads out of a node."""
+        tiers = [tier for tier in self.tiers if tier.chunk > self.stage_devices]
+        return slowest([tier.link for tier in tiers]), any(tier.far for tier in tiers)
+
+
+def slowest(links: Sequence[Link]) -> Link | None:
+    """The narrowest of the links on a way, the latency that of the last; None for none."""
+    if not links:
+        return None
+    narrow = min(links, key=lambda link: link.bytes_per_s)
+    return narrow if narrow.latency_s == links[-1].latency_s else replace(narrow, latency_s=links[-1].latency_s)
+
+
+def _touched(block: int, chunk: int) -> int:
+    """Chunks that aligned blocks of ranks touch at worst."""
+    if chunk % block == 0:
+        return 1
+    if block % chunk == 0:
+        return block // chunk
+    return (block - 2) // chunk + 2

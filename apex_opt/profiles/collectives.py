@@ -6,7 +6,7 @@ all-gather, the input of a reduce-scatter, what one rank sends in all (its own p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -142,6 +142,17 @@ class Collectives:
     custom_all_reduce: bool
     table: _Table
     measured: _Measured | None = None
+
+    def over(self, near: Link | None, far: Link | None) -> Collectives:
+        """The same collectives over other links inside a node and between nodes; None leaves one as it is.
+
+        What was measured holds on links as fast as those it was measured on.
+        """
+        if near in (None, self.intra) and far in (None, self.inter):
+            return self
+        near = near or self.intra
+        same = (near.kind, near.bytes_per_s) == (self.intra.kind, self.intra.bytes_per_s)
+        return replace(self, intra=near, inter=far or self.inter, measured=self.measured if same else None)
 
     @property
     def provenance(self) -> dict[str, str]:

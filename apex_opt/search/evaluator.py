@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cost import CostModel, PlanCost, account
-from apex_opt.plan.layout import Layout
 from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.answer import Candidate
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cost.least import Least
     from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
     from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
@@ -85,7 +85,7 @@ class Evaluator:
 
     def floor(self, plan: Plan, movable: bool = False) -> Metrics:
         """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
-        return self._alone(plan, Layout.of(plan, self.question.cluster), self._overtaking(plan, movable))
+        return self._alone(plan, self.costs.layouts.best(plan), self._overtaking(plan, movable))
 
     def _alone(self, plan: Plan, layout: Layout, overtaking: bool) -> Metrics:
         """Metrics of requests that are each alone."""
@@ -123,7 +123,7 @@ class Evaluator:
 
     def _least(self, plan: Plan, movable: bool) -> Metrics:
         """Metrics that no run of the plan can beat: of each request alone, and of all together."""
-        question, layout = self.question, Layout.of(plan, self.question.cluster)
+        question, layout = self.question, self.costs.layouts.best(plan)
         overtaking = self._overtaking(plan, movable)
         alone = self._alone(plan, layout, overtaking)
         cut = plan.cut, plan.layers, layout
@@ -200,7 +200,7 @@ class Evaluator:
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
-        least = self._least_cost(plan, Layout.of(plan, self.question.cluster))
+        least = self._least_cost(plan, self.costs.layouts.best(plan))
         joules = min(least.decode_joules, least.mixed_joules) * plan.stage_devices
         settings, trace = self.question.settings, self.question.trace
         return joules * _computed_tokens(trace, settings.max_model_len, settings.prefix_caching)

@@ -1,0 +1,7 @@
+"""Ranks of a plan on GPUs: the ways to lay them out, and what an assignment amounts to."""
+
+from apex_opt.placement.assignment import Assignment, layout_of, rank_order
+from apex_opt.placement.layouts import Layouts
+from apex_opt.placement.shape import Shape, Way, fits, ways
+
+__all__ = ["Assignment", "Layouts", "Shape", "Way", "fits", "layout_of", "rank_order", "ways"]

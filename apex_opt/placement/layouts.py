@@ -1,0 +1,54 @@
+"""The best layouts of plans on one tree, found by counting."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.errors import CapacityError
+from apex_opt.placement.shape import Shape, fits, ways
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from apex_opt.cluster.tree import Tree
+    from apex_opt.plan.layout import Layout
+    from apex_opt.plan.plan import Plan
+
+
+class Layouts:
+    """Layouts on a tree; `measure` orders those of a plan, the best first."""
+
+    def __init__(self, tree: Tree, measure: Callable[[Plan, Layout], Any]) -> None:
+        self.tree = tree
+        self._ways = cache(lambda shape: tuple(ways(tree, shape)))
+        self._fits = cache(lambda shape, way: fits(tree, shape, way))
+        self._measure = measure
+        self._measured: dict[tuple[Any, ...], Any] = {}
+        self._best: dict[tuple[Any, ...], Layout] = {}
+
+    def best(self, plan: Plan) -> Layout:
+        """The layout of the least measure.
+
+        Raises
+        ------
+        CapacityError    more GPUs than there are
+        """
+        shape = Shape.of(plan)
+        key = shape, plan.cut
+        if key not in self._best:
+            found = self._ways(shape)
+            if not found:
+                raise CapacityError(f"{plan} takes {shape.size} GPUs, {self.tree.size} of {self.tree.name} are free")
+            if len(found) > 1:
+                ordered = sorted(found, key=lambda way: self.measured(plan, way.layout))
+                found = tuple(way for way in ordered if self._fits(shape, way))
+            self._best[key] = found[0].layout
+        return self._best[key]
+
+    def measured(self, plan: Plan, layout: Layout) -> Any:
+        """The measure of a layout, the same for any number of replicas."""
+        key = plan.cut, layout
+        if key not in self._measured:
+            self._measured[key] = self._measure(plan, layout)
+        return self._measured[key]
