@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from apex_opt.cluster import load_cluster
+from apex_opt.cluster import Cluster, Tree, load_cluster, load_topology, load_wiring
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
@@ -59,6 +59,8 @@ class Options:
     async_scheduling: bool
     gpu_memory_utilization: float
     seed: int
+    busy: str | None = None
+    down: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -86,12 +88,14 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         raise UnknownNameError("expert_routing", options.expert_routing, EXPERT_ROUTINGS)
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
-    cluster = load_cluster(options.cluster)
+    cluster, tree = load_cluster(options.cluster), placeable(options)
     if options.price is not None:
         cluster = replace(cluster, gpu=cluster.gpu.priced(options.price, "given: --price"))
-    gpus = cluster.size if options.gpus is None else options.gpus
-    if not 1 <= gpus <= cluster.size:
-        raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {cluster.name}")
+    free = cluster.size if tree is None else tree.size
+    gpus = free if options.gpus is None else options.gpus
+    if not 1 <= gpus <= free:
+        which = "" if free == cluster.size else "free "
+        raise UsageError(f"--gpus: {gpus} is not between 1 and the {free} {which}GPUs of {cluster.name}")
     if most_gpus is not None and gpus > most_gpus:
         raise UsageError(
             f"--gpus: plans of {gpus} GPUs are too many to enumerate, the limit is {most_gpus}; pass "
@@ -138,8 +142,24 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         batch_limits=_choices(limits),
         expert_routing=options.expert_routing,
         profiles=check_profiles(options.profiles),
+        tree=tree,
         routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
     )
+
+
+def placeable(options: Options) -> Tree | None:
+    """The free GPUs of the cluster with their wiring; None where it is identical nodes and all are free.
+
+    Raises
+    ------
+    ApexError    as `load_topology`; GPUs taken out that are not there, or all of them
+    """
+    wiring, taken = load_wiring(options.cluster), [("--busy", options.busy), ("--down", options.down)]
+    if isinstance(wiring, Cluster) and not any(text for _, text in taken):
+        return None
+    topology = load_topology(options.cluster) if any(text for _, text in taken) else None
+    out = {gpu for what, text in taken if topology and text is not None for gpu in topology.named(text, what)}
+    return Tree.of(wiring, out)
 
 
 def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:

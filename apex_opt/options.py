@@ -115,6 +115,11 @@ _GOALS: Final = (
     '"cost<=20$/h", "cost_per_mtoken<=3$"'
 )
 
+_TAKEN: Final = (
+    Option(name="busy", text="GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node."),
+    Option(name="down", text="GPUs that are out of order, listed as those of --busy."),
+)
+
 _QUESTION: Final = (
     Option(
         name="model",
@@ -128,6 +133,7 @@ _QUESTION: Final = (
         text="GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py "
         "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file.",
     ),
+    *_TAKEN,
     Option(
         name="gpus",
         kind=int,
@@ -328,10 +334,6 @@ _LIMIT: Final = Option(
 _SHOWN_PROFILES: Final = Option(name="profiles", text="Folder of profiles; by default the one that ships.")
 _TARGET: Final = Option(
     name="target", default="profiles", text="Folder to write to; <accelerator>/<source> in it is replaced."
-)
-_TAKEN: Final = (
-    Option(name="busy", text="GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node."),
-    Option(name="down", text="GPUs that are out of order, listed as those of --busy."),
 )
 _ELSEWHERE: Final = {
     "objective": f"Figure to show first, or several: {_AIMS}.",

@@ -45,7 +45,7 @@ def load_cluster(spec: str) -> Cluster:
     ------
     UsageError          a spec of another form, a count out of range, more GPUs than a node of that accelerator holds
     UnknownNameError    an accelerator that is not in the catalogue
-    InputError          a cluster file with faults, all of them in one line; one whose nodes differ
+    InputError          a cluster file with faults, all of them in one line; one with several types of GPUs
 
     Source
     ------

@@ -129,43 +129,56 @@ class Composition:
     def cluster(self) -> Cluster:
         """The same as identical nodes with one link inside and one between them: the worst, so against us.
 
-        Between nodes a GPU has its share of the NIC and of the way to the spine; all send at once.
+        Between nodes a GPU has its share of the NIC and of the way to the spine; all send at once. A node counts as
+        large as the largest.
 
         Raises
         ------
-        InputError      nodes that differ
+        InputError      GPUs of several types
         """
-        kinds = {node for _, node in self.nodes}
-        if len(kinds) > 1:
+        if len({node.gpu for _, node in self.nodes}) > 1:
+            names = ", ".join(dict.fromkeys(node.gpu.name for _, node in self.nodes))
             raise InputError(
-                f"cluster {self.name!r}: a plan needs identical nodes, and these differ; describe those of one kind "
-                "in a file of their own"
+                f"cluster {self.name!r}: its GPUs are of several types ({names}), and this takes one; describe the "
+                "nodes of each in a file of their own"
             )
-        (node,) = kinds
-        count = sum(count for count, _ in self.nodes)
+        kinds = [self._worst(node) for node in dict.fromkeys(node for _, node in self.nodes)]
+        inters = [link for _, link in kinds if link is not None]
+        return Cluster(
+            name=self.name,
+            gpu=self.nodes[0][1].gpu,
+            nodes=sum(count for count, _ in self.nodes),
+            gpus_per_node=max(node.gpus for _, node in self.nodes),
+            intra=min((link for link, _ in kinds), key=lambda link: link.bytes_per_s),
+            inter=min(inters, key=lambda link: link.bytes_per_s, default=None),
+        )
+
+    def _worst(self, node: Node) -> tuple[Link, Link | None]:
+        """The worst link inside a kind of node, and between two of them."""
         within = replace(self, nodes=((1, node),)).topology()
         pairs = list(combinations(within.gpus(), 2))
         intra = node.nvlink.link if node.nvlink else node.pcie.link
         if pairs:
             narrow = min((link for pair in pairs for link in within.path(*pair)), key=lambda link: link.bytes_per_s)
             intra = replace(narrow, latency_s=max(within.latency(*pair) for pair in pairs))
-        inter = None
-        if node.nics:
-            # Two nodes stand for all, on different leaves where there are several; equal ranks talk on their own rail.
-            several = count > (self.network.nodes_per_leaf or count)
-            network = replace(self.network, nodes_per_leaf=1 if several else None, rails=False)
-            two = replace(self, nodes=((2, node),), network=network).topology()
-            apart = list(product(two.gpus()[: node.gpus], two.gpus()[node.gpus :]))
-            port = node.nics.link
-            share = port.bytes_per_s / max(map(len, node.nics.groups))
-            if several:
-                share /= network.oversubscription
-            inter = replace(
-                port,
-                bytes_per_s=min(share, *(two.bandwidth(*pair) for pair in apart)),
-                latency_s=max(two.latency(*pair) for pair in apart),
-            )
-        return Cluster(name=self.name, gpu=node.gpu, nodes=count, gpus_per_node=node.gpus, intra=intra, inter=inter)
+        if not node.nics:
+            return intra, None
+        # Two nodes stand for all, on different leaves where there are several; equal ranks talk on their own rail.
+        count = sum(count for count, _ in self.nodes)
+        several = count > (self.network.nodes_per_leaf or count)
+        network = replace(self.network, nodes_per_leaf=1 if several else None, rails=False)
+        two = replace(self, nodes=((2, node),), network=network).topology()
+        apart = list(product(two.gpus()[: node.gpus], two.gpus()[node.gpus :]))
+        port = node.nics.link
+        share = port.bytes_per_s / max(map(len, node.nics.groups))
+        if several:
+            share /= network.oversubscription
+        inter = replace(
+            port,
+            bytes_per_s=min(share, *(two.bandwidth(*pair) for pair in apart)),
+            latency_s=max(two.latency(*pair) for pair in apart),
+        )
+        return intra, inter
 
     def toml(self, notes: tuple[str, ...] = ()) -> str:
         """The file that describes it, with `notes` above as comments; GPUs by their names in the catalogue."""

@@ -69,7 +69,7 @@ class Port(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class DomainLevel:
     """All domains of one kind, in the order of their bins; `far` where their parts are nodes or more."""
 
     kind: str
@@ -86,7 +86,7 @@ class Tree:
 
     name: str
     bins: tuple[Bin, ...]
-    levels: tuple[Level, ...]
+    levels: tuple[DomainLevel, ...]
     ports: tuple[Port, ...] = ()
 
     @property
@@ -181,10 +181,10 @@ def _uniform(cluster: Cluster, taken: frozenset[str]) -> Tree:
         Domain(name=f"node{node}", first=index, last=index + 1, link=cluster.intra)
         for index, (node, _) in enumerate(nodes)
     )
-    levels = [Level(kind="node", far=False, domains=tuple(domains))]
+    levels = [DomainLevel(kind="node", far=False, domains=tuple(domains))]
     if len(nodes) > 1:
         whole = Domain(name="cluster", first=0, last=len(nodes), link=cluster.inter)
-        levels.append(Level(kind="cluster", far=True, domains=(whole,)))
+        levels.append(DomainLevel(kind="cluster", far=True, domains=(whole,)))
     bins = tuple(Bin(gpus=gpus, gpu=cluster.gpu) for _, gpus in nodes)
     return Tree(name=cluster.name, bins=bins, levels=tuple(levels))
 
@@ -285,7 +285,7 @@ def _compose(composition: Composition, taken: frozenset[str]) -> Tree:
     keys = [group[0] for group in members]
     far = _Network(composition, kinds)
     inner = [[(shape.within(level), shape.out(level)) for level in range(_NODE + 1)] for shape in shapes]
-    levels: list[Level] = []
+    levels: list[DomainLevel] = []
     for depth, kind in enumerate(LEVELS):
         width, at = len(LEVELS) - 1 - depth, 0
         domains: list[Domain] = []
@@ -303,14 +303,14 @@ def _compose(composition: Composition, taken: frozenset[str]) -> Tree:
                 name, out = ("cluster", float("inf")) if across else (f"leaf{slot.leaf}", far.uplink(slot.leaf))
             domains.append(Domain(name=name, first=at, last=last, link=link, out_bytes_per_s=out))
             at = last
-        levels.append(Level(kind=kind, far=depth > _NODE, domains=tuple(domains)))
+        levels.append(DomainLevel(kind=kind, far=depth > _NODE, domains=tuple(domains)))
     kept = _several(levels, bins)
     return Tree(name=composition.name, bins=bins, levels=kept, ports=far.ports(keys, kept))
 
 
-def _several(levels: Iterable[Level], bins: Sequence[Bin]) -> tuple[Level, ...]:
+def _several(levels: Iterable[DomainLevel], bins: Sequence[Bin]) -> tuple[DomainLevel, ...]:
     """The levels but those whose domains have one part each, which are joined with the level below."""
-    kept: list[Level] = []
+    kept: list[DomainLevel] = []
     for level in levels:
         spans = [(domain.first, domain.last) for domain in level.domains]
         alone = all(last - first == 1 and len(bins[first].gpus) == 1 for first, last in spans)
@@ -376,7 +376,7 @@ class _Network:
         nics = self.composition.nodes[kind][1].nics
         return 0.0 if nics is None else len(nics.groups) * nics.link.bytes_per_s
 
-    def ports(self, keys: Sequence[_Slot], levels: Sequence[Level]) -> tuple[Port, ...]:
+    def ports(self, keys: Sequence[_Slot], levels: Sequence[DomainLevel]) -> tuple[Port, ...]:
         """NICs that several GPUs share; where their GPUs lie across domains, all of a node as if they were one."""
         found: list[Port] = []
         for node, mates in groupby(enumerate(keys), key=lambda item: item[1].node):

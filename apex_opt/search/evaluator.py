@@ -60,6 +60,7 @@ class Evaluator:
             question.overhead,
             question.expert_routing,
             question.profiles,
+            tree=question.tree,
         )
         self._floors: dict[tuple[Any, ...], Metrics] = {}
         self._leasts: dict[tuple[Any, ...], Least] = {}

@@ -14,6 +14,7 @@ from apex_opt.profiles import SHIPPED
 from apex_opt.workload.slo import STATISTICS, percent
 
 if TYPE_CHECKING:
+    from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.ir.model import Model
@@ -44,6 +45,7 @@ class Question:
                                      limits of a batch to choose from; None leaves one to the settings
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
+    tree : Tree or None              the GPUs that plans are placed on; None: all of the cluster, as it is
     near : tuple of Slo              what else a plan must reach to be as good as one found before
     request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
@@ -69,6 +71,7 @@ class Question:
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
+    tree: Tree | None = None
     near: tuple[Slo, ...] = ()
     request_slos: tuple[Slo, ...] | None = None
 
@@ -93,6 +96,11 @@ class Question:
     def asked(self) -> tuple[Objective | Slo, ...]:
         """Everything that plans are judged by."""
         return *self.objectives, *self.goals
+
+    @property
+    def free(self) -> int:
+        """GPUs that there are."""
+        return self.cluster.size if self.tree is None else self.tree.size
 
     @property
     def goals(self) -> tuple[Slo, ...]:

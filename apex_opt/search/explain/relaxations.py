@@ -229,7 +229,7 @@ def _sizes(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
 def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
     """The question with more GPUs of the same type: more of the cluster, then of a full node, then whole nodes."""
     cluster, gpu, most = question.cluster, question.cluster.gpu, MOST_GPUS
-    for gpus in range(question.max_devices + 1, min(cluster.size, most) + 1):
+    for gpus in range(question.max_devices + 1, min(question.free, most) + 1):
         yield replace(question, max_devices=gpus), {"gpus": str(gpus)}
     # Another price leaves it the GPU it is; sources differ with it.
     known = is_catalogued(cluster) and _unpriced(load_cluster(gpu.name).gpu) == _unpriced(gpu)
@@ -249,7 +249,7 @@ def _clusters(question: Question) -> Iterator[tuple[Question, dict[str, str]]]:
         options = {"cluster": spec} if known else {"nodes": str(nodes)}
         if question.max_devices < cluster.size:
             options["gpus"] = str(larger.size)
-        yield replace(question, cluster=larger, max_devices=larger.size), options
+        yield replace(question, cluster=larger, tree=None, max_devices=larger.size), options
 
 
 def _unpriced(gpu: Gpu) -> Gpu:
