@@ -82,9 +82,14 @@ def test_nodes_of_different_kinds_stand_one_after_another(tmp_path: Path) -> Non
     assert (port.bytes_per_s, port.kind, port.source) == (12.5e9, "ethernet", "stated in lab.toml")
 
 
-def test_a_plan_needs_nodes_that_are_alike(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'lab': a plan needs identical nodes, and these differ; describe"):
+def test_gpus_of_several_types_are_no_one_cluster_and_unlike_nodes_are_as_their_worst(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'lab': its GPUs are of several types \(h100-sxm-80gb, l40s-48gb, a100"):
         load_cluster(write(tmp_path, LAB))
+    unlike = '[[nodes]]\npreset = "dgx-h100"\n[[nodes]]\ncount = 2\npreset = "cloud-8xh100"\ngpus = 8\n'
+    worst = load_cluster(write(tmp_path, unlike))
+    assert (worst.nodes, worst.gpus_per_node) == (3, 8)
+    assert worst.inter is not None
+    assert worst.inter.bytes_per_s == 12.5e9 / 8
     alike = load_cluster(write(tmp_path, '[[nodes]]\ncount = 3\npreset = "dgx-h200"\n[network]\nnodes_per_leaf = 2\n'))
     assert (alike.nodes, alike.gpus_per_node, alike.gpu.name) == (3, 8, "h200-sxm-141gb")
 

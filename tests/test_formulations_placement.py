@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from hypothesis import HealthCheck, assume, given, settings
@@ -12,12 +12,13 @@ from topology_cases import compositions
 from apex_opt.cluster.tree import Tree
 from apex_opt.placement.assignment import arranged, layout_of
 from apex_opt.placement.shape import Shape, fits, ways
-from formulations.placement import kept_groups, place
+from formulations.placement import kept_groups, move, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apex_opt.cluster import Composition
+    from apex_opt.placement.assignment import Assignment
     from apex_opt.plan.layout import Layout
 
 MOST_ASSIGNMENTS = 1000
@@ -86,7 +87,9 @@ def test_no_assignment_of_ranks_to_gpus_is_better(
     tree, shape, judged = asked
     found = place(tree, shape, judged)
     assert found is not None, "a shape that takes no more GPUs than there are always fits"
-    best = min(judged(layout_of(tree, shape, arranged(gpus, shape))) for gpus in permutations(tree.gpus, shape.size))
+    best = min(
+        judged(layout_of(tree, shape, arranged(gpus, shape))) for gpus in itertools.permutations(tree.gpus, shape.size)
+    )
     assert judged(found.layout) == judged(layout_of(tree, shape, found.assignment)) == best
     assert found.optimal
 
@@ -107,7 +110,7 @@ def test_of_equally_quick_assignments_none_keeps_more_gpus_in_groups(
 
     quick = (
         kept(set(gpus))
-        for gpus in permutations(tree.gpus, shape.size)
+        for gpus in itertools.permutations(tree.gpus, shape.size)
         if judged(layout_of(tree, shape, arranged(gpus, shape))) == judged(found.layout)
     )
     mine = {gpu for replica in found.assignment for stage in replica for gpu in stage}
@@ -125,3 +128,37 @@ def test_what_the_search_counts_with_is_what_the_program_places(
     found = place(tree, shape, judged)
     assert found is not None
     assert judged(counted) == found.measure
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(questions(), st.data())
+def test_no_assignment_as_quick_moves_fewer_weights(
+    asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]], data: st.DataObject
+) -> None:
+    tree, shape, judged = asked
+    others = ["node9:0", "node9:1", "node9:2"]
+    size = data.draw(st.integers(shape.replicas, shape.replicas + 1)) * shape.replica
+    gpus = data.draw(st.permutations([*tree.gpus, *others]))
+    assume(size <= len(gpus))
+    before = arranged(gpus[:size], shape._replace(replicas=size // shape.replica))
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=shape.stages, max_size=shape.stages))
+    found = move(tree, shape, judged, before, weights)
+    assert found is not None
+    ends = [weights[stage] for stage in range(shape.stages) for _ in range(shape.ranks)]
+
+    def lost(placed: Assignment, was: Assignment) -> int:
+        pairs = zip(placed, was, strict=True)
+        return sum(
+            weight
+            for new, old in pairs
+            for weight, gpu, before_gpu in zip(ends, itertools.chain(*new), itertools.chain(*old), strict=True)
+            if gpu != before_gpu
+        )
+
+    kept = [[before[index] for index in some] for some in itertools.combinations(range(len(before)), shape.replicas)]
+    best = min(
+        (judged(layout_of(tree, shape, placed)), min(lost(placed, tuple(was)) for was in kept))
+        for placed in (arranged(some, shape) for some in itertools.permutations(tree.gpus, shape.size))
+    )
+    assert (judged(found.layout), found.moved_bytes) == best
+    assert lost(found.assignment, tuple(before[index] for index in found.replicas)) == found.moved_bytes

@@ -33,7 +33,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ortools.sat.python import cp_model
 
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from apex_opt.placement.shape import Way
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,26 +90,37 @@ def place(
     ------
     FormulationError    the solver does not decide
     """
+    found = first_found(tree, shape, measure, lambda way: _solve(tree, shape, way, time_limit_s))
+    if found is None:
+        return None
+    value, tried, alike = found
+    way, counts = max(alike, key=lambda item: item[1].kept)
+    assignment, layout = _arranged(tree, shape, way, counts.used, measure)
+    return Placed(
+        assignment=assignment,
+        layout=layout,
+        measure=value,
+        kept=counts.kept,
+        optimal=all(some.optimal for _, some in alike),
+        tried=tried,
+    )
+
+
+def first_found(
+    tree: Tree, shape: Shape, measure: Callable[[Layout], Any], solve: Callable[[Way], Found | None]
+) -> tuple[Any, int, list[tuple[Way, Found]]] | None:
+    """The least measure of a way that `solve` finds GPUs for, the ways before it, and what it finds for all such."""
     ordered = sorted((measure(way.layout), index, way) for index, way in enumerate(ways(tree, shape)))
     tried = 0
     for value, alike in groupby(ordered, key=lambda item: item[0]):
         found = []
         for _, _, way in alike:
             # Ways without room are known before the program is asked.
-            counts = _solve(tree, shape, way, time_limit_s) if fits(tree, shape, way) else None
-            tried += counts is None
-            found += [(counts.kept, way, counts)] if counts is not None else []
+            solved = solve(way) if fits(tree, shape, way) else None
+            tried += solved is None
+            found += [(way, solved)] if solved is not None else []
         if found:
-            kept, way, counts = max(found, key=lambda item: item[0])
-            assignment, layout = _arranged(tree, shape, way, counts.used, measure)
-            return Placed(
-                assignment=assignment,
-                layout=layout,
-                measure=value,
-                kept=kept,
-                optimal=all(some.optimal for _, _, some in found),
-                tried=tried,
-            )
+            return value, tried, found
     return None
 
 
