@@ -2,6 +2,7 @@
 
 from apex_opt.placement.assignment import Assignment, layout_of, rank_order
 from apex_opt.placement.layouts import Layouts
+from apex_opt.placement.reasons import Lies, lies
 from apex_opt.placement.shape import Shape, Way, fits, ways
 
-__all__ = ["Assignment", "Layouts", "Shape", "Way", "fits", "layout_of", "rank_order", "ways"]
+__all__ = ["Assignment", "Layouts", "Lies", "Shape", "Way", "fits", "layout_of", "lies", "rank_order", "ways"]
