@@ -322,9 +322,7 @@ class Collectives:
         fitted = across.times_s[0] - across.sizes_bytes[0] * across.tail_s_per_byte
         trips = 2 * np.log2(across.nodes) * across.link_latency_s
         return float(
-            near
-            + (fitted - trips) * np.log2(ranks) / np.log2(across.ranks)
-            + 2 * np.log2(nodes) * self.inter.latency_s
+            near + (fitted - trips) * np.log2(ranks) / np.log2(across.ranks) + 2 * np.log2(nodes) * self.inter.latency_s
         )
 
     def _across_s_per_byte(self, ranks: int, nodes: int) -> float:
