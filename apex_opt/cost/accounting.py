@@ -63,16 +63,17 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> U
                 spent = times * float(count @ work.seconds[entry]) / (copies * plan.stages * plan.replicas)
                 seconds[operation] = seconds.get(operation, 0.0) + spent
     seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
-    gpu = model.cluster.gpu
-    dtype = get_format(plan.weight_format).hardware_dtype or gpu.half_dtype
-    idle_j = model.profile.power.idle_w * plan.devices * makespan_s
-    device_s = max(plan.devices * makespan_s, 1e-12)
-    most_j = model.profile.power.limit_w * plan.devices * makespan_s
+    run_s, peak, rate = max(makespan_s, 1e-12), 0.0, 0.0
+    for costs, devices in model.on(plan):
+        gpu = costs.cluster.gpu
+        peak += devices * gpu.peak_flops_per_s(get_format(plan.weight_format).hardware_dtype or gpu.half_dtype)
+        rate += devices * gpu.memory_bytes_per_s
+    idle_j = model.idle_w(plan) * makespan_s
     return Usage(
-        energy_j=min(joules + idle_j, most_j),
+        energy_j=min(joules + idle_j, model.limit_w(plan) * makespan_s),
         idle_energy_j=idle_j,
-        mfu=flops / (device_s * gpu.peak_flops_per_s(dtype)),
-        mbu=moved / (device_s * gpu.memory_bytes_per_s),
+        mfu=flops / (run_s * peak),
+        mbu=moved / (run_s * rate),
         operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
     )
 

@@ -188,7 +188,7 @@ class Predictor:
             steps, left_out = step_times(run.iterations, settings, cost.laws[0])
         # The measured window begins at time 0, with an idle engine.
         lead_s = int(outcome.arrival_ns.min()) / NS_PER_S
-        lead_j = costs.profile.power.idle_w * plan.devices * lead_s
+        lead_j = costs.idle_w(plan) * lead_s
         return Prediction(
             plan=plan,
             values=_values(run, metrics, usage.energy_j + lead_j, outcome),

@@ -176,12 +176,12 @@ class Evaluator:
         generated are known, so it is also one per token. Cost: the GPUs and their price are known; that of tokens grows
         with the makespan.
         """
-        question, power = self.question, self.costs.profile.power
+        question, costs = self.question, self.costs
         metrics = self._least(plan, movable)
-        energy_j = power.idle_w * plan.devices * metrics.makespan_s
+        energy_j = costs.idle_w(plan) * metrics.makespan_s
         asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
         if any(part.metric in _ENERGIES for part in asked):
-            most_j = power.limit_w * plan.devices * metrics.makespan_s
+            most_j = costs.limit_w(plan) * metrics.makespan_s
             energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
         least = metrics
         if any(part.metric in OF_GPUS for part in asked):
@@ -192,8 +192,8 @@ class Evaluator:
             and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
             for slo in question.goals
         )
-        costs = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
-        return costs, possible
+        found = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
+        return found, possible
 
     def _any_has(self, slo: Slo) -> bool:
         """Whether there is a figure to judge by: times between tokens take two of them."""
@@ -297,15 +297,15 @@ class Evaluator:
 
     def _stops(self, plan: Plan, worst: Costs) -> list[Stop]:
         """What proves that a plan misses an SLO, or that its objectives are worse than some costs."""
-        question, power = self.question, self.costs.profile.power
+        question = self.question
         passing = Passing(
             requests=len(question.trace),
             decoding=self._decoding,
             output_tokens=self._generated,
             request_s=self.costs.request_ns / NS_PER_S,
             least_j=self._least_joules(plan) * (1 - ROUNDING) if question.asks(*_ENERGIES) else 0.0,
-            idle_w=power.idle_w * plan.devices,
-            limit_w=power.limit_w * plan.devices,
+            idle_w=self.costs.idle_w(plan),
+            limit_w=self.costs.limit_w(plan),
             cost_per_h=question.cost_per_h(plan),
         )
         stops = []
