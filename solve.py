@@ -197,7 +197,7 @@ def _with_commands(
     from formulations.placement import place_plan
 
     plan, checkpoint = answer.best.plan, checkpoint_of(options["model"])
-    found = place_plan(Evaluator(question).costs.layouts, plan)
+    found = place_plan(Evaluator(question).layouts, plan)
     return launched(document, launch(question, plan, options["emit"], checkpoint, found.assignment))
 
 

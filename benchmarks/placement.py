@@ -48,7 +48,7 @@ def place(preset: str, nodes: int, quick: bool) -> float:
     def run() -> None:
         tree = Tree.of(wiring, busy)
         evaluator = Evaluator(replace(asked, cluster=replace(asked.cluster, nodes=nodes), tree=tree))
-        assert place_plan(evaluator.costs.layouts, plan).optimal
+        assert place_plan(evaluator.layouts, plan).optimal
 
     with one_core():
         run()

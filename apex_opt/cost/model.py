@@ -245,14 +245,6 @@ class CostModel:
         """Whose GPUs a plan runs on, and how many of each."""
         return ((self, plan.devices),)
 
-    def idle_w(self, plan: Plan) -> float:
-        """Watts that the GPUs of a plan draw at least."""
-        return sum(costs.profile.power.idle_w * gpus for costs, gpus in self.on(plan))
-
-    def limit_w(self, plan: Plan) -> float:
-        """Watts that the GPUs of a plan may draw."""
-        return sum(costs.profile.power.limit_w * gpus for costs, gpus in self.on(plan))
-
     def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
         if (variant := self._variant(plan)) is not self:

@@ -57,7 +57,7 @@ def compare(question: Question, plan: Plan, best: Candidate | None, progress: Pr
     missed = misses(candidate.metrics, question.slos)
     reason = f"misses {missed}" if missed else None
     evaluator = Evaluator(question)
-    layouts = evaluator.costs.layouts
+    layouts = evaluator.layouts
     where = lies(layouts.tree, plan, layouts.best(plan))
     if best is None:
         return Comparison(plan=plan, candidate=candidate, reason=reason, lies=where)
