@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     Costs = tuple[float, ...]
 
-MOST_JOINT: Final = 32
-"""GPUs of both types together up to which pipelines over both are looked for: there are a hundred thousand at 64."""
+MOST_JOINT: Final = 64
+"""GPUs of both types together up to which pipelines over both are looked for: a dense model has 7,000 of them on 64."""
 
 _PACES: Final = 1000
 _SHAPES: Final = ("divisibility", "format")
