@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from apex_opt.cluster import load_cluster
+from apex_opt.cluster import load_pools
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
@@ -76,8 +76,20 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
 
     Raises
     ------
-    ApexError    anything unknown, unreadable or out of range, in one line
+    ApexError    anything unknown, unreadable or out of range, in one line; a cluster with GPUs of several types
     """
+    question, *others = ask_pools(options, most_gpus)
+    if others:
+        types = ", ".join(pool.cluster.gpu.name for pool in (question, *others))
+        raise UsageError(
+            f"--cluster: {question.cluster.name} has GPUs of several types ({types}), which plan and energy take "
+            "together and no other command does yet; describe those of one type in a file of their own"
+        )
+    return question
+
+
+def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question, ...]:
+    """A question for each type of GPU in a cluster, the same but for the GPUs and what follows from them; as `ask`."""
     objective, *then = load_objectives(options.objective)
     slos = parse_slos(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
@@ -86,12 +98,18 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         raise UnknownNameError("expert_routing", options.expert_routing, EXPERT_ROUTINGS)
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
-    cluster = load_cluster(options.cluster)
+    clusters = load_pools(options.cluster)
+    name, size = clusters[0].name, sum(cluster.size for cluster in clusters)
     if options.price is not None:
-        cluster = replace(cluster, gpu=cluster.gpu.priced(options.price, "given: --price"))
-    gpus = cluster.size if options.gpus is None else options.gpus
-    if not 1 <= gpus <= cluster.size:
-        raise UsageError(f"--gpus: {gpus} is not between 1 and the {cluster.size} GPUs of {cluster.name}")
+        if len(clusters) > 1:
+            raise UsageError(
+                f"--price: {name} has GPUs of several types, each with a price of its own; give gpu.price_per_h in the "
+                "cluster's file"
+            )
+        clusters = tuple(replace(c, gpu=c.gpu.priced(options.price, "given: --price")) for c in clusters)
+    gpus = size if options.gpus is None else options.gpus
+    if not 1 <= gpus <= size:
+        raise UsageError(f"--gpus: {gpus} is not between 1 and the {size} GPUs of {name}")
     if most_gpus is not None and gpus > most_gpus:
         raise UsageError(
             f"--gpus: plans of {gpus} GPUs are too many to enumerate, the limit is {most_gpus}; pass "
@@ -121,24 +139,27 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         async_scheduling=options.async_scheduling,
         gpu_memory_utilization=options.gpu_memory_utilization,
     )
-    weight_formats, kv_formats = _formats(options, model, cluster.gpu)
-    return Question(
-        model=model,
-        cluster=cluster,
-        trace=trace,
-        settings=settings,
-        overhead=overhead,
-        objective=objective,
-        then=tuple(then),
-        slos=slos,
-        weight_formats=weight_formats,
-        kv_formats=kv_formats,
-        max_devices=gpus,
-        clocks=_clocks(options, cluster.gpu),
-        batch_limits=_choices(limits),
-        expert_routing=options.expert_routing,
-        profiles=check_profiles(options.profiles),
-        routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+    formats = [_formats(options, model, cluster.gpu) for cluster in clusters]
+    return tuple(
+        Question(
+            model=model,
+            cluster=cluster,
+            trace=trace,
+            settings=settings,
+            overhead=overhead,
+            objective=objective,
+            then=tuple(then),
+            slos=slos,
+            weight_formats=weight_formats,
+            kv_formats=kv_formats,
+            max_devices=min(gpus, cluster.size),
+            clocks=_clocks(options, cluster.gpu),
+            batch_limits=_choices(limits),
+            expert_routing=options.expert_routing,
+            profiles=check_profiles(options.profiles),
+            routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+        )
+        for cluster, (weight_formats, kv_formats) in zip(clusters, formats, strict=True)
     )
 
 

@@ -1,6 +1,6 @@
 """Accelerators, links and clusters: domain types, the built-in catalogue, cluster files and single GPUs' wiring."""
 
-from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_topology
+from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_pools, load_topology
 from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
@@ -24,5 +24,6 @@ __all__ = [
     "list_gpus",
     "list_presets",
     "load_cluster",
+    "load_pools",
     "load_topology",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apex_opt.cost import CostModel, PlanCost, account
 from apex_opt.plan.layout import Layout
@@ -21,6 +21,9 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from apex_opt.cost.least import Least
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from apex_opt.workload.trace import Trace
 
     Costs = tuple[float, ...]
+
+AnyCost = TypeVar("AnyCost", float, "NDArray[np.float64]")
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
@@ -191,7 +196,7 @@ class Evaluator:
             and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
             for slo in question.goals
         )
-        costs = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
+        costs = tuple(lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
         return costs, possible
 
     def _any_has(self, slo: Slo) -> bool:
@@ -331,8 +336,8 @@ class Evaluator:
         )
 
 
-def _lowered(objective: Objective, cost: float) -> float:
-    """A bound less what rounding can have added; the cost of GPUs is one product, the same in every run."""
+def lowered(objective: Objective, cost: AnyCost) -> AnyCost:
+    """A bound, or bounds, less what rounding can have added; the cost of GPUs is one product, the same in every run."""
     return cost if objective.metric == "cost" else cost - ROUNDING * abs(cost)
 
 

@@ -1,0 +1,469 @@
+"""The best fleet over several types of GPU, with its certificate.
+
+Every type alone is searched as ever, so the best fleet is never worse than the best plan of any one type. What these
+searches find is what fleets over several types have to beat: they are bounded, pool by pool and then one by one, and
+simulated best bound first until no bound is as good as the last of the fleets to show.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import insort
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations, product
+from math import inf, prod
+from time import monotonic
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from apex_opt.search.answer import Certificate
+from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.fleet import Fleet, FleetEvaluator, FleetPart
+from apex_opt.search.fleet_bounds import FleetBounds, blocks, parts_of
+from apex_opt.search.search import ROUND, list_plans, search, settled, silent, tell_compiling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from apex_opt.search.answer import Answer, Candidate, Status
+    from apex_opt.search.fleet_bounds import Part
+    from apex_opt.search.question import Question
+    from apex_opt.search.search import Formulation, Progress
+
+    Costs = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetAnswer:
+    """The best fleet and the runners-up, or why there is none.
+
+    Parameters
+    ----------
+    alone : tuple of Fleet or None     the best plan of each type of GPU alone; None where none meets the goals
+    certificates : tuple of (places of pools, Certificate)
+        of each type alone, then of fleets over several; of these `infeasible` counts "part", those with a plan that is
+        infeasible on its GPUs, "gpus", those over the limit on GPUs, and "share", those with a part for which the
+        dealing leaves no request or no client, of the fleets that were dealt to
+    optimal, gap : as in `Certificate`, over all of them
+    """
+
+    status: Status
+    best: Fleet | None
+    candidates: tuple[Fleet, ...]
+    alone: tuple[Fleet | None, ...]
+    certificates: tuple[tuple[tuple[int, ...], Certificate], ...]
+    optimal: bool
+    gap: float | None
+    reason: str | None = None
+
+
+def search_fleets(
+    pools: Sequence[Question],
+    formulation: Formulation,
+    progress: Progress | None = None,
+    top: int = 1,
+    time_limit_s: float | None = None,
+    most_gpus: int | None = None,
+) -> FleetAnswer:
+    """The best fleet over some pools, and the next best; objectives with a tolerance are searched for as in `search`.
+
+    Parameters
+    ----------
+    pools : Question of each             the same but for their GPUs, and formats and clocks that follow from these
+    formulation, progress, top : as for `search`
+    time_limit_s : float, optional       after so long no further simulation is begun
+    most_gpus : int, optional            GPUs a fleet may take in all
+
+    Raises
+    ------
+    CapacityError    a request no engine of this model could serve, whatever the plan
+    """
+    deadline = inf if time_limit_s is None else monotonic() + time_limit_s
+    return _search(tuple(pools), formulation, progress or silent, top, deadline, most_gpus)
+
+
+def _search(
+    pools: Sequence[Question],
+    formulation: Formulation,
+    tell: Progress,
+    top: int,
+    deadline: float,
+    most_gpus: int | None,
+) -> FleetAnswer:
+    """As `search_fleets`, until a point in time."""
+    question = pools[0]
+    split = next((index for index, part in enumerate(question.objectives, 1) if part.tolerance), None)
+    if split is not None:
+        return _search_near(pools, split, formulation, tell, top, deadline, most_gpus)
+    evaluators = [Evaluator(pool) for pool in pools]
+    answers = []
+    for pool, evaluator in zip(pools, evaluators, strict=True):
+        left_s = None if deadline == inf else deadline - monotonic()
+        answers.append(search(pool, formulation, tell, top, left_s, evaluator))
+    alone = [
+        _alone(index, pool, candidate)
+        for index, (pool, answer) in enumerate(zip(pools, answers, strict=True))
+        for candidate in answer.candidates
+    ]
+    run = _Run(pools, evaluators, top, deadline, most_gpus, tell, [question.costs(fleet.metrics) for fleet in alone])
+    run.queue(formulation, answers)
+    run.simulate()
+    ranked = sorted([*alone, *run.done], key=lambda fleet: _rank(question, fleet))
+    last = question.costs(ranked[top - 1].metrics) if len(ranked) >= top else None
+    several = [(space.pools, space.certificate(question, last)) for space in run.spaces]
+    certificates = (*(((index,), answer.certificate) for index, answer in enumerate(answers)), *several)
+    optimal = all(certificate.optimal for _, certificate in certificates)
+    best = ranked[0] if ranked else None
+    status: Status = "feasible"
+    if best is None:
+        status = "infeasible" if optimal else "unknown"
+    elif optimal:
+        status = "optimal"
+    return FleetAnswer(
+        status=status,
+        best=best,
+        candidates=tuple(ranked),
+        alone=tuple(
+            next((fleet for fleet in alone if fleet.parts[0].pool == index), None) for index in range(len(pools))
+        ),
+        certificates=certificates,
+        optimal=optimal,
+        gap=None if best is None else _gap(question, best, answers, run.spaces, last),
+        reason=_reason(pools, answers, several) if best is None else None,
+    )
+
+
+def _search_near(
+    pools: Sequence[Question],
+    split: int,
+    formulation: Formulation,
+    tell: Progress,
+    top: int,
+    deadline: float,
+    most_gpus: int | None,
+) -> FleetAnswer:
+    """The best by the first objectives, then by the others among the fleets that are as good but for a tolerance."""
+    question = pools[0]
+    objective, *then = (replace(part, tolerance=0.0) for part in question.objectives[:split])
+    aimed = [replace(pool, objective=objective, then=tuple(then)) for pool in pools]
+    first = _search(aimed, formulation, tell, 1, deadline, most_gpus)
+    if first.best is None:
+        return first
+    metrics = first.best.metrics
+    near = [goal for part in question.objectives[:split] for goal in part.near(part.value(metrics))]
+    objective, *then = question.objectives[split:]
+    nearer = [replace(pool, objective=objective, then=tuple(then), near=(*pool.near, *near)) for pool in pools]
+    found = _search(nearer, formulation, tell, top, deadline, most_gpus)
+    certificates = tuple(
+        (places, replace(after, before=(before, *after.before)))
+        for (places, before), (_, after) in zip(first.certificates, found.certificates, strict=True)
+    )
+    optimal = first.optimal and found.optimal
+    # Values are those of the first objective; a bound of another has nothing to say about them.
+    ranked = tuple(
+        replace(fleet, value=question.objective.value(fleet.metrics), bound=None)
+        for fleet in found.candidates or first.candidates
+    )
+    alone = tuple(after or before for after, before in zip(found.alone, first.alone, strict=True))
+    return replace(
+        found,
+        status="optimal" if optimal else "feasible",
+        best=ranked[0],
+        candidates=ranked,
+        alone=tuple(fleet and replace(fleet, value=question.objective.value(fleet.metrics)) for fleet in alone),
+        certificates=certificates,
+        optimal=optimal,
+        gap=found.gap if first.optimal else None,
+        reason=None,
+    )
+
+
+class _Queued(NamedTuple):
+    """A fleet to simulate: its bounds, its place among equals, the space it is of, and its parts."""
+
+    bound: Costs
+    place: int
+    space: _Space
+    parts: tuple[Part, ...]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Space:
+    """Fleets over some pools, and what became of them.
+
+    Parameters
+    ----------
+    pools : places of the pools
+    size : int                 fleets there are, any plan of each pool with any of the others
+    infeasible : mapping       as in `FleetAnswer`
+    repeated : int             fleets with a part that is another with its layers moved
+    out_of_reach, beaten : int    ruled out by bounds of goals, of objectives
+    least : Costs or None      least bound of those beaten
+    waiting : list of Costs    bounds of those to simulate that are not yet
+    complete : bool            whether all feasible plans of the pools are known
+    """
+
+    pools: tuple[int, ...]
+    size: int
+    infeasible: dict[str, int]
+    repeated: int
+    complete: bool
+    out_of_reach: int = 0
+    beaten: int = 0
+    least: Costs | None = None
+    simulated: int = 0
+    cut_short: int = 0
+    missed: int = 0
+    waiting: list[Costs]
+
+    def beat(self, bound: Costs, fleets: int = 1) -> None:
+        """Rule out fleets whose bounds are no better than this."""
+        self.beaten += fleets
+        self.least = bound if self.least is None else min(self.least, bound)
+
+    def certificate(self, question: Question, last: Costs | None) -> Certificate:
+        """Once the search has ended, with `last` the costs of the last of the fleets to show."""
+        left = [bound for bound in self.waiting if last is None or bound <= last]
+        for bound in self.waiting:
+            if last is not None and bound > last:
+                self.beat(bound)
+        proved = self.complete and not left
+        objective = question.objective
+        return Certificate(
+            space=self.size,
+            infeasible=self.infeasible,
+            bounded=self.out_of_reach + self.beaten,
+            out_of_reach=self.out_of_reach,
+            least_bound=None if self.least is None else objective.cost(self.least[0]),
+            incumbent=None if self.least is None or last is None else objective.cost(last[0]),
+            repeated=self.repeated,
+            simulated=self.simulated,
+            cut_short=self.cut_short,
+            missed=self.missed,
+            left=len(left),
+            optimal=proved,
+            gap=0.0 if proved else None,
+        )
+
+
+class _Run:
+    """One search over the fleets of several pools, for objectives without tolerance."""
+
+    def __init__(
+        self,
+        pools: Sequence[Question],
+        evaluators: Sequence[Evaluator],
+        top: int,
+        deadline: float,
+        most_gpus: int | None,
+        tell: Progress,
+        found: Sequence[Costs],
+    ) -> None:
+        self._pools, self._evaluators, self._top, self._tell = pools, evaluators, top, tell
+        self._deadline = deadline
+        self._most_gpus = sum(pool.max_devices for pool in pools) if most_gpus is None else most_gpus
+        self._good = sorted(found)
+        self._queue: list[_Queued] = []
+        self.spaces: list[_Space] = []
+        self.done: list[Fleet] = []
+
+    @property
+    def _worst(self) -> Costs:
+        """Costs that a fleet has to reach to be shown."""
+        return self._good[self._top - 1] if len(self._good) >= self._top else (inf,)
+
+    def queue(self, formulation: Formulation, answers: Sequence[Answer]) -> None:
+        """Bound every fleet, and queue those that may be among the best."""
+        bounds, listed, parts = FleetBounds(self._evaluators[0]), [], []
+        for pool, evaluator in zip(self._pools, self._evaluators, strict=True):
+            found = list_plans(pool, formulation, self._tell)
+            plans, _ = settled(pool, formulation, found, self._tell)
+            listed.append((len(found.plans) + len(found.movable), found.complete))
+            parts.append(parts_of(evaluator, plans, self._tell))
+        helped = self._with_help(bounds, parts)
+        for size in range(2, len(parts) + 1):
+            for places in combinations(range(len(parts)), size):
+                spaces = prod(answers[place].certificate.space for place in places)
+                feasible = prod(listed[place][0] for place in places)
+                chosen = [parts[place] for place in places]
+                different = prod(map(len, chosen))
+                fitting = _within(_devices(chosen, map(range, map(len, chosen))), self._most_gpus)
+                space = _Space(
+                    pools=places,
+                    size=spaces,
+                    infeasible={"part": spaces - feasible, "gpus": different - fitting, "share": 0},
+                    repeated=feasible - different,
+                    complete=all(listed[place][1] for place in places),
+                    waiting=[],
+                )
+                self.spaces.append(space)
+                if fitting:
+                    self._bound(bounds, space, chosen, [helped[place] for place in places])
+        self._queue.sort(key=lambda item: (item.bound, item.place))
+
+    def _with_help(self, bounds: FleetBounds, parts: Sequence[Sequence[Part]]) -> list[dict[int, Costs]]:
+        """Bounds of all fleets that a plan of each pool is in; of those plans that can meet the goals."""
+        found: list[dict[int, Costs]] = []
+        for index, mine in enumerate(parts):
+            others = [part for place, some in enumerate(parts) if place != index for part in some]
+            found.append({})
+            if mine and others:
+                costs, possible = bounds.with_any(mine, others)
+                found[-1] = {place: tuple(costs[place].tolist()) for place in np.flatnonzero(possible).tolist()}
+        return found
+
+    def _bound(
+        self,
+        bounds: FleetBounds,
+        space: _Space,
+        parts: Sequence[Sequence[Part]],
+        helped: Sequence[dict[int, Costs]],
+    ) -> None:
+        """Rule out fleets by the bounds of their parts, then by their own; queue the others."""
+        worst, requests = self._worst, len(self._pools[0].trace)
+        fitting = _within(_devices(parts, map(range, map(len, parts))), self._most_gpus)
+        reached = _within(_devices(parts, helped), self._most_gpus)
+        space.out_of_reach += fitting - reached
+        kept = [[place for place, bound in some.items() if bound <= worst] for some in helped]
+        near = _within(_devices(parts, kept), self._most_gpus)
+        if beaten := reached - near:
+            space.beat(min(bound for some in helped for bound in some.values() if bound > worst), beaten)
+        chosen = (
+            (tuple(some[i] for some, i in zip(parts, places, strict=True)), places)
+            for places in product(*kept)
+            if sum(some[i].plan.devices for some, i in zip(parts, places, strict=True)) <= self._most_gpus
+        )
+        done = 0
+        for block in blocks(chosen, requests):
+            self._tell("bounding fleets", done, near)
+            done += len(block)
+            if monotonic() > self._deadline:
+                for fleet, places in block:
+                    self._put(space, max(some[i] for some, i in zip(helped, places, strict=True)), fleet)
+                continue
+            costs, possible, served = bounds.of([fleet for fleet, _ in block])
+            for (fleet, _), bound, can, has in zip(
+                block, costs.tolist(), possible.tolist(), served.tolist(), strict=True
+            ):
+                if not has:
+                    space.infeasible["share"] += 1
+                elif not can:
+                    space.out_of_reach += 1
+                elif tuple(bound) > worst:
+                    space.beat(tuple(bound))
+                else:
+                    self._put(space, tuple(bound), fleet)
+
+    def _put(self, space: _Space, bound: Costs, fleet: tuple[Part, ...]) -> None:
+        self._queue.append(_Queued(bound, len(self._queue), space, fleet))
+
+    def simulate(self) -> None:
+        """Score fleets best bound first, a round at a time, until no bound is good enough or time is up."""
+        question, scorer = self._pools[0], FleetEvaluator(self._evaluators)
+        position = 0
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            while position < len(self._queue) and monotonic() <= self._deadline:
+                worst = self._worst
+                items = [item for item in self._queue[position : position + ROUND] if item.bound <= worst]
+                if not items:
+                    break
+                position += len(items)
+                self._tell("simulating fleets", position, len(self._queue))
+                for item in items:
+                    for pool, part in zip(item.space.pools, item.parts, strict=True):
+                        tell_compiling(self._tell, self._evaluators[pool], [part.plan])
+                # Without fleets to beat a run still ends once it misses a goal.
+                aims = self._evaluators[0].any_cost if worst[0] == inf else worst
+                for item, fleet in zip(items, threads.map(partial(_challenged, scorer, aims), items), strict=True):
+                    item.space.simulated += 1
+                    if fleet is None:
+                        item.space.cut_short += 1
+                    elif fleet.meets_slos:
+                        self.done.append(fleet)
+                        insort(self._good, question.costs(fleet.metrics))
+                    else:
+                        item.space.missed += 1
+        for item in self._queue[position:]:
+            item.space.waiting.append(item.bound)
+
+
+def _challenged(scorer: FleetEvaluator, worst: Costs, item: _Queued) -> Fleet | None:
+    return scorer.challenge(item.space.pools, item.parts, item.bound, worst)
+
+
+def _devices(parts: Iterable[Sequence[Part]], places: Iterable[Iterable[int]]) -> Iterator[list[int]]:
+    """GPUs of some parts of each pool."""
+    for some, those in zip(parts, places, strict=True):
+        yield [some[place].plan.devices for place in those]
+
+
+def _within(devices: Iterable[Sequence[int]], most: int) -> int:
+    """Fleets of one plan of each pool, given by their GPUs, that take so many in all at most."""
+    totals = Counter({0: 1})
+    for some in devices:
+        sums: Counter[int] = Counter()
+        for (one, times), (other, often) in product(totals.items(), Counter(some).items()):
+            if one + other <= most:
+                sums[one + other] += times * often
+        totals = sums
+    return totals.total()
+
+
+def _alone(index: int, pool: Question, candidate: Candidate) -> Fleet:
+    """A plan of one pool as a fleet."""
+    part = FleetPart(
+        pool=index,
+        gpu=pool.cluster.gpu.name,
+        plan=candidate.plan,
+        requests=len(pool.trace),
+        usage=candidate.usage,
+        memory=candidate.memory,
+        preemptions=candidate.preemptions,
+        batches=candidate.batches,
+    )
+    return Fleet(parts=(part,), value=candidate.value, metrics=candidate.metrics, bound=candidate.bound)
+
+
+def _rank(question: Question, fleet: Fleet) -> tuple[Costs, int, str]:
+    """Better first: the objectives in turn, fewer GPUs, the text form, so that ties fall the same way every time."""
+    return question.costs(fleet.metrics), fleet.devices, fleet.text
+
+
+def _gap(
+    question: Question, best: Fleet, answers: Sequence[Answer], spaces: Sequence[_Space], last: Costs | None
+) -> float | None:
+    """How far the best fleet found can be from the best there is by the first objective; None where no bound tells."""
+    objective = question.objective
+    cost = least = objective.cost(best.value)
+    for answer in answers:
+        certificate = answer.certificate
+        if certificate.optimal:
+            continue
+        if answer.best is None or certificate.gap is None:
+            return None
+        own = objective.cost(answer.best.value)
+        least = min(least, own - certificate.gap * abs(own))
+    for space in spaces:
+        if not space.complete:
+            return None
+        least = min([least, *(bound[0] for bound in space.waiting if last is None or bound <= last)])
+    return 0.0 if least >= cost else (cost - least) / abs(cost)
+
+
+def _reason(
+    pools: Sequence[Question],
+    answers: Sequence[Answer],
+    several: Sequence[tuple[tuple[int, ...], Certificate]],
+) -> str:
+    """Why there is no answer: that of each pool, and what became of the fleets over several."""
+    found = [f"{pool.cluster.gpu.name} alone: {a.reason}" for pool, a in zip(pools, answers, strict=True)]
+    fleets = sum(certificate.bounded + certificate.simulated for _, certificate in several)
+    if left := sum(certificate.left for _, certificate in several):
+        found.append(f"together: the time limit was reached with {left} fleets left")
+    elif fleets:
+        found.append(f"together: none of {fleets} fleets meets the SLOs")
+    return "; ".join(found)
