@@ -16,7 +16,8 @@ from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search import Evaluator, Question, load_objectives, search
 from apex_opt.search.dealing import clients_of, dealt, merged, tokens_per_s
 from apex_opt.search.fleet import Fleet, FleetEvaluator
-from apex_opt.search.fleet_bounds import FleetBounds, Part, parts_of
+from apex_opt.search.fleet_bounds import FleetBounds
+from apex_opt.search.fleet_parts import Part, parts_of
 from apex_opt.search.fleet_search import FleetAnswer, search_fleets
 from apex_opt.search.search import list_plans, settled, silent
 from apex_opt.simulator import simulate

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
     from apex_opt.search.evaluator import Evaluator
-    from apex_opt.search.fleet_bounds import Part
+    from apex_opt.search.fleet_parts import Part
     from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
 

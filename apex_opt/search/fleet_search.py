@@ -23,14 +23,16 @@ import numpy as np
 from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.fleet import Fleet, FleetEvaluator, FleetPart
-from apex_opt.search.fleet_bounds import FleetBounds, blocks, parts_of
+from apex_opt.search.fleet_bounds import FleetBounds, blocks
+from apex_opt.search.fleet_parts import parts_of
 from apex_opt.search.search import ROUND, list_plans, search, settled, silent, tell_compiling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Answer, Candidate, Status
-    from apex_opt.search.fleet_bounds import Part
+    from apex_opt.search.fleet_parts import Part
     from apex_opt.search.question import Question
     from apex_opt.search.search import Formulation, Progress
 
@@ -266,7 +268,10 @@ class _Run:
         self._pools, self._evaluators, self._top, self._tell = pools, evaluators, top, tell
         self._deadline = deadline
         self._most_gpus = sum(pool.max_devices for pool in pools) if most_gpus is None else most_gpus
+        self._alone = found
         self._good = sorted(found)
+        self._scorer = FleetEvaluator(evaluators)
+        self._scouts: dict[tuple[Plan | int, ...], Fleet] = {}
         self._queue: list[_Queued] = []
         self.spaces: list[_Space] = []
         self.done: list[Fleet] = []
@@ -274,7 +279,9 @@ class _Run:
     @property
     def _worst(self) -> Costs:
         """Costs that a fleet has to reach to be shown."""
-        return self._good[self._top - 1] if len(self._good) >= self._top else (inf,)
+        question = self._pools[0]
+        known = sorted([*self._alone, *(question.costs(fleet.metrics) for fleet in self._scouts.values())])
+        return min(some[self._top - 1] if len(some) >= self._top else (inf,) for some in (known, self._good))
 
     def queue(self, formulation: Formulation, answers: Sequence[Answer]) -> None:
         """Bound every fleet, and queue those that may be among the best."""
@@ -284,26 +291,64 @@ class _Run:
             plans, _ = settled(pool, formulation, found, self._tell)
             listed.append((len(found.plans) + len(found.movable), found.complete))
             parts.append(parts_of(evaluator, plans, self._tell))
+        self._scout(bounds, parts, answers)
         helped = self._with_help(bounds, parts)
-        for size in range(2, len(parts) + 1):
-            for places in combinations(range(len(parts)), size):
-                spaces = prod(answers[place].certificate.space for place in places)
-                feasible = prod(listed[place][0] for place in places)
-                chosen = [parts[place] for place in places]
-                different = prod(map(len, chosen))
-                fitting = _within(_devices(chosen, map(range, map(len, chosen))), self._most_gpus)
-                space = _Space(
-                    pools=places,
-                    size=spaces,
-                    infeasible={"part": spaces - feasible, "gpus": different - fitting, "share": 0},
-                    repeated=feasible - different,
-                    complete=all(listed[place][1] for place in places),
-                    waiting=[],
-                )
-                self.spaces.append(space)
-                if fitting:
-                    self._bound(bounds, space, chosen, [helped[place] for place in places])
+        for places in self._choices:
+            spaces = prod(answers[place].certificate.space for place in places)
+            feasible = prod(listed[place][0] for place in places)
+            chosen = [parts[place] for place in places]
+            different = prod(map(len, chosen))
+            fitting = _within(_devices(chosen, map(range, map(len, chosen))), self._most_gpus)
+            space = _Space(
+                pools=places,
+                size=spaces,
+                infeasible={"part": spaces - feasible, "gpus": different - fitting, "share": 0},
+                repeated=feasible - different,
+                complete=all(listed[place][1] for place in places),
+                waiting=[],
+            )
+            self.spaces.append(space)
+            if fitting:
+                self._bound(bounds, space, chosen, [helped[place] for place in places])
         self._queue.sort(key=lambda item: (item.bound, item.place))
+
+    def _scout(self, bounds: FleetBounds, parts: Sequence[Sequence[Part]], answers: Sequence[Answer]) -> None:
+        """Simulate fleets of the best plans of each pool: the better those known, the more the bounds rule out.
+
+        Where a pool has no answer of its own, its plans with the most weight are taken.
+        """
+        chosen = []
+        for some, answer in zip(parts, answers, strict=True):
+            places = {part.plan: place for place, part in enumerate(some)}
+            best = [some[places[candidate.plan]] for candidate in answer.candidates[:ROUND]]
+            chosen.append(best or sorted(some, key=lambda part: -part.weight)[:ROUND])
+        for pools in self._choices:
+            fleets = [
+                fleet
+                for fleet in product(*(chosen[place] for place in pools))
+                if sum(part.plan.devices for part in fleet) <= self._most_gpus
+            ]
+            if not fleets or monotonic() > self._deadline:
+                continue
+            costs, possible, served = bounds.of(fleets)
+            for place in np.flatnonzero(possible & served).tolist():
+                self._tell("simulating fleets", place, len(fleets))
+                fleet = fleets[place]
+                found = self._scorer.challenge(pools, fleet, tuple(costs[place].tolist()), self._aims)
+                if found is not None and found.meets_slos:
+                    self._scouts[_key(pools, fleet)] = found
+
+    @property
+    def _choices(self) -> Iterator[tuple[int, ...]]:
+        """Places of the pools of each kind of fleet over several."""
+        for size in range(2, len(self._pools) + 1):
+            yield from combinations(range(len(self._pools)), size)
+
+    @property
+    def _aims(self) -> Costs:
+        """Costs beyond which a run may end; without fleets to beat it still ends once it misses a goal."""
+        worst = self._worst
+        return self._evaluators[0].any_cost if worst[0] == inf else worst
 
     def _with_help(self, bounds: FleetBounds, parts: Sequence[Sequence[Part]]) -> list[dict[int, Costs]]:
         """Bounds of all fleets that a plan of each pool is in; of those plans that can meet the goals."""
@@ -363,8 +408,8 @@ class _Run:
 
     def simulate(self) -> None:
         """Score fleets best bound first, a round at a time, until no bound is good enough or time is up."""
-        question, scorer = self._pools[0], FleetEvaluator(self._evaluators)
-        position = 0
+        question = self._pools[0]
+        position, compiled = 0, set[int]()
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
             while position < len(self._queue) and monotonic() <= self._deadline:
                 worst = self._worst
@@ -373,12 +418,12 @@ class _Run:
                     break
                 position += len(items)
                 self._tell("simulating fleets", position, len(self._queue))
-                for item in items:
-                    for pool, part in zip(item.space.pools, item.parts, strict=True):
+                for pool, part in (pair for item in items for pair in zip(item.space.pools, item.parts, strict=True)):
+                    if part.plan.stages not in compiled:
+                        compiled.add(part.plan.stages)
                         tell_compiling(self._tell, self._evaluators[pool], [part.plan])
-                # Without fleets to beat a run still ends once it misses a goal.
-                aims = self._evaluators[0].any_cost if worst[0] == inf else worst
-                for item, fleet in zip(items, threads.map(partial(_challenged, scorer, aims), items), strict=True):
+                runs = threads.map(partial(self._challenged, self._aims), items)
+                for item, fleet in zip(items, runs, strict=True):
                     item.space.simulated += 1
                     if fleet is None:
                         item.space.cut_short += 1
@@ -389,10 +434,18 @@ class _Run:
                         item.space.missed += 1
         for item in self._queue[position:]:
             item.space.waiting.append(item.bound)
+        # Where time was up before their turn, those known beforehand may be the best all the same.
+        known = {fleet.text for fleet in self.done}
+        self.done += [fleet for fleet in self._scouts.values() if fleet.text not in known]
+
+    def _challenged(self, worst: Costs, item: _Queued) -> Fleet | None:
+        known = self._scouts.get(_key(item.space.pools, item.parts))
+        return known or self._scorer.challenge(item.space.pools, item.parts, item.bound, worst)
 
 
-def _challenged(scorer: FleetEvaluator, worst: Costs, item: _Queued) -> Fleet | None:
-    return scorer.challenge(item.space.pools, item.parts, item.bound, worst)
+def _key(pools: Sequence[int], parts: Sequence[Part]) -> tuple[Plan | int, ...]:
+    """What tells a fleet from others."""
+    return (*pools, *(part.plan for part in parts))
 
 
 def _devices(parts: Iterable[Sequence[Part]], places: Iterable[Iterable[int]]) -> Iterator[list[int]]:
