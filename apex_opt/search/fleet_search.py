@@ -205,7 +205,7 @@ class _Space:
     repeated : int             fleets with a part that is another with its layers moved
     out_of_reach, beaten : int    ruled out by bounds of goals, of objectives
     least : Costs or None      least bound of those beaten
-    waiting : list of Costs    bounds of those to simulate that are not yet
+    waiting : list of (Costs, int)    bounds of those to simulate that are not yet, and of how many fleets each is one
     complete : bool            whether all feasible plans of the pools are known
     """
 
@@ -220,19 +220,23 @@ class _Space:
     simulated: int = 0
     cut_short: int = 0
     missed: int = 0
-    waiting: list[Costs]
+    waiting: list[tuple[Costs, int]]
 
     def beat(self, bound: Costs, fleets: int = 1) -> None:
         """Rule out fleets whose bounds are no better than this."""
         self.beaten += fleets
         self.least = bound if self.least is None else min(self.least, bound)
 
+    def left(self, last: Costs | None) -> list[tuple[Costs, int]]:
+        """Those waiting that may still be among the best, with `last` the costs of the last of the fleets to show."""
+        return [(bound, fleets) for bound, fleets in self.waiting if last is None or bound <= last]
+
     def certificate(self, question: Question, last: Costs | None) -> Certificate:
         """Once the search has ended, with `last` the costs of the last of the fleets to show."""
-        left = [bound for bound in self.waiting if last is None or bound <= last]
-        for bound in self.waiting:
+        left = sum(fleets for _, fleets in self.left(last))
+        for bound, fleets in self.waiting:
             if last is not None and bound > last:
-                self.beat(bound)
+                self.beat(bound, fleets)
         proved = self.complete and not left
         objective = question.objective
         return Certificate(
@@ -246,7 +250,7 @@ class _Space:
             simulated=self.simulated,
             cut_short=self.cut_short,
             missed=self.missed,
-            left=len(left),
+            left=left,
             optimal=proved,
             gap=0.0 if proved else None,
         )
@@ -378,22 +382,21 @@ class _Run:
         if beaten := reached - near:
             space.beat(min(bound for some in helped for bound in some.values() if bound > worst), beaten)
         chosen = (
-            (tuple(some[i] for some, i in zip(parts, places, strict=True)), places)
-            for places in product(*kept)
-            if sum(some[i].plan.devices for some, i in zip(parts, places, strict=True)) <= self._most_gpus
+            fleet
+            for fleet in product(*([some[i] for i in places] for some, places in zip(parts, kept, strict=True)))
+            if sum(part.plan.devices for part in fleet) <= self._most_gpus
         )
         done = 0
         for block in blocks(chosen, requests):
             self._tell("bounding fleets", done, near)
-            done += len(block)
             if monotonic() > self._deadline:
-                for fleet, places in block:
-                    self._put(space, max(some[i] for some, i in zip(helped, places, strict=True)), fleet)
-                continue
-            costs, possible, served = bounds.of([fleet for fleet, _ in block])
-            for (fleet, _), bound, can, has in zip(
-                block, costs.tolist(), possible.tolist(), served.tolist(), strict=True
-            ):
+                # No fleet that is left is better than what the best of its parts can reach with any help.
+                least = max(min(some[i] for i in places) for some, places in zip(helped, kept, strict=True))
+                space.waiting.append((least, near - done))
+                break
+            done += len(block)
+            costs, possible, served = bounds.of(block)
+            for fleet, bound, can, has in zip(block, costs.tolist(), possible.tolist(), served.tolist(), strict=True):
                 if not has:
                     space.infeasible["share"] += 1
                 elif not can:
@@ -401,10 +404,7 @@ class _Run:
                 elif tuple(bound) > worst:
                     space.beat(tuple(bound))
                 else:
-                    self._put(space, tuple(bound), fleet)
-
-    def _put(self, space: _Space, bound: Costs, fleet: tuple[Part, ...]) -> None:
-        self._queue.append(_Queued(bound, len(self._queue), space, fleet))
+                    self._queue.append(_Queued(tuple(bound), len(self._queue), space, fleet))
 
     def simulate(self) -> None:
         """Score fleets best bound first, a round at a time, until no bound is good enough or time is up."""
@@ -433,7 +433,7 @@ class _Run:
                     else:
                         item.space.missed += 1
         for item in self._queue[position:]:
-            item.space.waiting.append(item.bound)
+            item.space.waiting.append((item.bound, 1))
         # Where time was up before their turn, those known beforehand may be the best all the same.
         known = {fleet.text for fleet in self.done}
         self.done += [fleet for fleet in self._scouts.values() if fleet.text not in known]
@@ -503,7 +503,7 @@ def _gap(
     for space in spaces:
         if not space.complete:
             return None
-        least = min([least, *(bound[0] for bound in space.waiting if last is None or bound <= last)])
+        least = min([least, *(bound[0] for bound, _ in space.left(last))])
     return 0.0 if least >= cost else (cost - least) / abs(cost)
 
 
