@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, dense, make_cluster, make_model, make_question, random_question
+from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_question, random_question
 
 from apex_opt.evaluate import space, violations
 from apex_opt.plan.memory import kv_blocks, stage_memory
@@ -246,6 +246,31 @@ def mixed(**changes: Any) -> list[Question]:
         make_question(model, make_cluster(2, **gpu), **fields)
         for gpu in ({"name": "quick"}, {**OTHERS[0], "idle_w": 60.0})
     ]
+
+
+@pytest.mark.parametrize("policy", ["vllm", "orca", "static"])
+def test_the_best_fleet_is_found_where_prompts_share_what_they_say_and_batches_are_formed_otherwise(
+    policy: str,
+) -> None:
+    rng = np.random.default_rng(11)
+    prompt = rng.integers(20, 200, 40)
+    trace = make_trace(
+        name="shared",
+        arrival_ns=np.cumsum(rng.exponential(2e6, 40)).astype(np.int64),
+        prompt=prompt,
+        output=rng.integers(2, 40, 40),
+        content=[[int(rng.integers(2)), *range(100, 99 + -(-int(n) // 16))] for n in prompt],
+        content_tokens=16,
+    )
+    settings = replace(SMALL, policy=policy, prefix_caching=policy == "vllm", max_model_len=256)
+    pools = mixed(trace=trace, settings=settings, objective="e2e_p90")
+    some, scorer = parts_for(pools), FleetEvaluator([Evaluator(pool) for pool in pools])
+    good = [scorer.simulate((place,), (part,)) for place in (0, 1) for part in some[place]]
+    good += [scorer.simulate((0, 1), fleet) for fleet in product(*some) if served(trace, fleet)]
+    good.sort(key=lambda fleet: key(pools[0], fleet))
+    answer = search_fleets(pools, SPACE, top=4)
+    assert [fleet.text for fleet in answer.candidates[:4]] == [fleet.text for fleet in good[:4]]
+    assert any(len(fleet.parts) == 2 for fleet in good[:4])
 
 
 def test_a_fleet_is_what_its_parts_do_on_their_own_share_of_the_requests() -> None:
