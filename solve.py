@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.errors import ApexError
+from apex_opt.errors import ApexError, UsageError
 from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, group, method, wrapped
 from apex_opt.units import DATA_ROOT
 
@@ -51,13 +51,15 @@ for _name in GROUPS:
 
 
 def _run_plan(options: dict[str, Any]) -> int:
-    from apex_opt.ask import Options, ask
+    from apex_opt.ask import Options, ask_pools
     from apex_opt.report import Progress
     from apex_opt.search import Evaluator, check, search
     from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
-    question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
+    question, *others = ask_pools(Options.of(options), most_gpus=LARGEST_SEARCH)
+    if others:
+        return _run_fleets("plan", (question, *others), options)
     evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
         answer = search(question, space, progress, options["top"], limit_s, evaluator)
@@ -67,14 +69,16 @@ def _run_plan(options: dict[str, Any]) -> int:
 
 
 def _run_energy(options: dict[str, Any]) -> int:
-    from apex_opt.ask import Options, ask
+    from apex_opt.ask import Options, ask_pools
     from apex_opt.report import Progress, answer_document, beside, checked, show
     from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator, check, load_objective, search
     from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
-    question = ask(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
+    question, *others = ask_pools(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
+    if others:
+        return _run_fleets("energy", (question, *others), options)
     fast = replace(question, objective=load_objective(options["latency"]), clocks=(None,))
     evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
@@ -89,6 +93,36 @@ def _run_energy(options: dict[str, Any]) -> int:
     document = _with_commands(document, question, answer, options)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
+
+
+def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> int:
+    """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
+    from apex_opt.ask import Options, between_pools
+    from apex_opt.report import Progress, show
+    from apex_opt.report.fleet import beside_fleet, fleet_document
+    from apex_opt.search import load_objective
+    from apex_opt.search.fleet_search import fleet_provenance, search_fleets
+    from formulations.plan_space import PlanSpace
+
+    refused = {"check": options["check"], "emit": options["emit"] is not None}
+    if asked := [name for name, given in refused.items() if given]:
+        raise UsageError(
+            f"--{asked[0]}: is for GPUs of one type, and {pools[0].cluster.name} has several; leave it out, or "
+            "describe the nodes of one type in a file of their own"
+        )
+    space, limit_s, fastest, between = PlanSpace(), options["time_limit"], None, between_pools(Options.of(options))
+    with Progress() as progress:
+        answer = search_fleets(pools, space, progress, options["top"], limit_s, options["gpus"], between)
+        if command == "energy" and answer.best is not None:
+            latency = load_objective(options["latency"])
+            fast = [replace(pool, objective=latency, clocks=(None,)) for pool in pools]
+            fastest = search_fleets(fast, space, progress, 1, limit_s, options["gpus"], between).best
+    provenance = fleet_provenance(pools, answer.candidates[: options["top"]], between)
+    document = fleet_document(command, pools, answer, provenance, options["top"])
+    if fastest is not None:
+        document = beside_fleet(document, fast, fastest)
+    show(document, options["format"])
+    return EXIT_INFEASIBLE if answer.best is None else 0
 
 
 def _run_simulate(options: dict[str, Any]) -> int:

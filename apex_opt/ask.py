@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from apex_opt.cluster import Cluster, Tree, load_cluster, load_topology, load_wiring
+from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
@@ -21,7 +21,7 @@ from apex_opt.workload import load_trace, parse_slos
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from apex_opt.cluster.types import Gpu
+    from apex_opt.cluster.types import Gpu, Link
     from apex_opt.ir.model import Model
     from apex_opt.plan.plan import Plan
 
@@ -78,8 +78,20 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
 
     Raises
     ------
-    ApexError    anything unknown, unreadable or out of range, in one line
+    ApexError    anything unknown, unreadable or out of range, in one line; a cluster with GPUs of several types
     """
+    question, *others = ask_pools(options, most_gpus)
+    if others:
+        types = ", ".join(pool.cluster.gpu.name for pool in (question, *others))
+        raise UsageError(
+            f"--cluster: {question.cluster.name} has GPUs of several types ({types}), which plan and energy take "
+            "together and no other command does yet; describe those of one type in a file of their own"
+        )
+    return question
+
+
+def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question, ...]:
+    """A question for each type of GPU in a cluster, the same but for the GPUs and what follows from them; as `ask`."""
     objective, *then = load_objectives(options.objective)
     slos = parse_slos(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
@@ -88,14 +100,19 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         raise UnknownNameError("expert_routing", options.expert_routing, EXPERT_ROUTINGS)
     if not 0 <= options.seed < 1 << 32:
         raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
-    cluster, tree = load_cluster(options.cluster), placeable(options)
+    clusters, trees = _pools(options)
+    name, free = clusters[0].name, sum(c.size if t is None else t.size for c, t in zip(clusters, trees, strict=True))
     if options.price is not None:
-        cluster = replace(cluster, gpu=cluster.gpu.priced(options.price, "given: --price"))
-    free = cluster.size if tree is None else tree.size
+        if len(clusters) > 1:
+            raise UsageError(
+                f"--price: {name} has GPUs of several types, each with a price of its own; give gpu.price_per_h in the "
+                "cluster's file"
+            )
+        clusters = tuple(replace(c, gpu=c.gpu.priced(options.price, "given: --price")) for c in clusters)
     gpus = free if options.gpus is None else options.gpus
     if not 1 <= gpus <= free:
-        which = "" if free == cluster.size else "free "
-        raise UsageError(f"--gpus: {gpus} is not between 1 and the {free} {which}GPUs of {cluster.name}")
+        which = "free " if options.busy or options.down else ""
+        raise UsageError(f"--gpus: {gpus} is not between 1 and the {free} {which}GPUs of {name}")
     if most_gpus is not None and gpus > most_gpus:
         raise UsageError(
             f"--gpus: plans of {gpus} GPUs are too many to enumerate, the limit is {most_gpus}; pass "
@@ -125,41 +142,53 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
         async_scheduling=options.async_scheduling,
         gpu_memory_utilization=options.gpu_memory_utilization,
     )
-    weight_formats, kv_formats = _formats(options, model, cluster.gpu)
-    return Question(
-        model=model,
-        cluster=cluster,
-        trace=trace,
-        settings=settings,
-        overhead=overhead,
-        objective=objective,
-        then=tuple(then),
-        slos=slos,
-        weight_formats=weight_formats,
-        kv_formats=kv_formats,
-        max_devices=gpus,
-        clocks=_clocks(options, cluster.gpu),
-        batch_limits=_choices(limits),
-        expert_routing=options.expert_routing,
-        profiles=check_profiles(options.profiles),
-        tree=tree,
-        routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+    formats = [_formats(options, model, cluster.gpu) for cluster in clusters]
+    return tuple(
+        Question(
+            model=model,
+            cluster=cluster,
+            trace=trace,
+            settings=settings,
+            overhead=overhead,
+            objective=objective,
+            then=tuple(then),
+            slos=slos,
+            weight_formats=weight_formats,
+            kv_formats=kv_formats,
+            max_devices=min(gpus, cluster.size if tree is None else tree.size),
+            clocks=_clocks(options, cluster.gpu),
+            batch_limits=_choices(limits),
+            expert_routing=options.expert_routing,
+            profiles=check_profiles(options.profiles),
+            tree=tree,
+            routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+        )
+        for cluster, tree, (weight_formats, kv_formats) in zip(clusters, trees, formats, strict=True)
     )
 
 
-def placeable(options: Options) -> Tree | None:
-    """The free GPUs of the cluster with their wiring; None where it is identical nodes and all are free.
+def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
+    """The cluster of each type of GPU that has any free, with their wiring; None where nodes are alike and all free."""
+    wiring, taken = load_wiring(options.cluster), _taken(options)
+    clusters = load_pools(options.cluster)
+    if isinstance(wiring, Cluster) and not taken:
+        return clusters, (None,)
+    some = free_types(wiring, taken)
+    clusters = tuple(cluster for cluster in clusters if cluster.gpu.name in some) or clusters[:1]
+    return clusters, tuple(Tree.of(wiring, taken, cluster.gpu.name) for cluster in clusters)
 
-    Raises
-    ------
-    ApexError    as `load_topology`; GPUs taken out that are not there, or all of them
-    """
-    wiring, taken = load_wiring(options.cluster), [("--busy", options.busy), ("--down", options.down)]
-    if isinstance(wiring, Cluster) and not any(text for _, text in taken):
-        return None
-    topology = load_topology(options.cluster) if any(text for _, text in taken) else None
-    out = {gpu for what, text in taken if topology and text is not None for gpu in topology.named(text, what)}
-    return Tree.of(wiring, out)
+
+def _taken(options: Options) -> set[str]:
+    """GPUs that are not to be had."""
+    given = [(f"--{name}", text) for name in ("busy", "down") if (text := getattr(options, name)) is not None]
+    topology = load_topology(options.cluster) if given else None
+    return {gpu for what, text in given if topology is not None for gpu in topology.named(text, what)}
+
+
+def between_pools(options: Options) -> Link | None:
+    """The worst link between nodes of a cluster whose GPUs are of several types; None in a single node."""
+    top = Tree.of(load_wiring(options.cluster), _taken(options)).levels[-1]
+    return top.domains[0].link if top.far else None
 
 
 def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:

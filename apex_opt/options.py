@@ -131,7 +131,8 @@ _QUESTION: Final = (
         name="cluster",
         default="8xh100-sxm",
         text="GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py "
-        "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file.",
+        "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file. Of GPUs of several types plan and "
+        "energy find the best fleet: a plan for each type, side by side.",
     ),
     *_TAKEN,
     Option(

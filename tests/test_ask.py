@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apex_opt.ask import Options, ask, ask_plan
+from apex_opt.ask import Options, ask, ask_plan, ask_pools
+from apex_opt.cluster.tree import place_of
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.options import LARGEST_BATCH, method
 
@@ -34,6 +35,55 @@ def test_a_question_holds_what_was_asked() -> None:
 
 def test_all_gpus_are_offered_unless_fewer_are_asked_for() -> None:
     assert ask(options()).max_devices == 8
+
+
+MIXED = "".join(f'[[nodes]]\npreset = "{preset}"\n' for preset in ("server-4xv100", "dgx-h100", "server-4xv100"))
+
+
+def test_gpus_of_several_types_make_a_question_each_that_differ_in_what_follows_from_the_gpu(tmp_path: Path) -> None:
+    (file := tmp_path / "mixed.toml").write_text(MIXED)
+    old, new = ask_pools(options(cluster=str(file), gpus=10))
+    assert [pool.cluster.gpu.name for pool in (old, new)] == ["v100-pcie-16gb", "h100-sxm-80gb"]
+    assert [(pool.cluster.nodes, pool.cluster.size, pool.max_devices) for pool in (old, new)] == [(2, 8, 8), (1, 8, 8)]
+    assert [pool.weight_formats for pool in (old, new)] == [("fp16",), ("bf16",)]
+    assert old.trace is new.trace
+    assert old.tree is not None
+    assert new.tree is not None
+    assert {place_of(gpu)[0] for gpu in old.tree.gpus} == {0, 2}
+    assert {place_of(gpu)[0] for gpu in new.tree.gpus} == {1}
+    same = replace(new, cluster=old.cluster, tree=old.tree, weight_formats=("fp16",), kv_formats=old.kv_formats)
+    assert same == old
+    assert [pool.max_devices for pool in ask_pools(options(cluster=str(file), gpus=3))] == [3, 3]
+    (one,) = ask_pools(options())
+    assert replace(ask(options()), trace=one.trace) == one
+
+
+def test_gpus_of_several_types_are_no_one_question_and_have_no_one_price(tmp_path: Path) -> None:
+    (file := tmp_path / "mixed.toml").write_text(MIXED)
+    with pytest.raises(
+        UsageError, match=r"--cluster: mixed has GPUs of several types \(v100-pcie-16gb, h100-sxm-80gb\)"
+    ):
+        ask(options(cluster=str(file)))
+    with pytest.raises(UsageError, match=r"--price: mixed has GPUs of several types.*gpu\.price_per_h"):
+        ask_pools(options(cluster=str(file), price=2.0))
+    with pytest.raises(UsageError, match="--gpus: 17 is not between 1 and the 16 GPUs of mixed"):
+        ask_pools(options(cluster=str(file), gpus=17))
+    with pytest.raises(UsageError, match="the limit is 8"):
+        ask_pools(options(cluster=str(file)), most_gpus=8)
+
+
+def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_question(tmp_path: Path) -> None:
+    (file := tmp_path / "mixed.toml").write_text(MIXED)
+    (new,) = ask_pools(options(cluster=str(file), busy="node0", down="node2,node1:3"))
+    assert (new.cluster.gpu.name, new.max_devices, new.free) == ("h100-sxm-80gb", 7, 7)
+    one = ask(options(cluster="8xh100-sxm", busy="node0:0-2"))
+    assert (one.max_devices, one.tree and one.tree.gpus[0]) == (5, "node0:3")
+    with pytest.raises(UsageError, match="--gpus: 6 is not between 1 and the 5 free GPUs of 8xh100-sxm"):
+        ask(options(cluster="8xh100-sxm", busy="node0:0-2", gpus=6))
+    with pytest.raises(UsageError, match="'8xh100-sxm': no GPU is free; take fewer out"):
+        ask(options(cluster="8xh100-sxm", busy="node0"))
+    with pytest.raises(UsageError, match="--down: node0:8: node0 has GPUs 0 to 7"):
+        ask(options(cluster="8xh100-sxm", down="node0:8"))
 
 
 def test_a_price_that_is_given_stands_in_place_of_the_catalogues() -> None:

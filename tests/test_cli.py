@@ -762,6 +762,59 @@ def test_a_matrix_becomes_a_file_that_is_shown_and_planned_on(tmp_path: Path) ->
     assert planned[0]["metrics"] == planned[1]["metrics"]
 
 
+@pytest.fixture
+def two_types(tmp_path: Path) -> str:
+    """An option for two GPUs of one type beside one of another."""
+    level = "gb_per_s = 32, latency_us = 1"
+    nics = f'nics = {{ gpus = 1, {level}, kind = "infiniband" }}'
+    nodes = [
+        f'[[nodes]]\ngpu = "{gpu}"\ngpus = {gpus}\npcie = {{ {level} }}\n{nics}'
+        for gpu, gpus in (("a100-sxm", 2), ("h100-sxm", 1))
+    ]
+    (tmp_path / "mixed.toml").write_text("\n".join(nodes))
+    return f"--cluster={tmp_path}/mixed.toml"
+
+
+def test_gpus_of_two_types_serve_together_or_alone_whichever_is_better(two_types: str) -> None:
+    words = (CHEAP[0], two_types, CHEAP[2])
+    document, table = run("plan", *words, "--top=2", "--format=json"), run("plan", *words, "--top=2")
+    assert (document.code, table.code) == (0, 0)
+    answer = json.loads(document.out)
+    assert (answer["command"], answer["status"], answer["optimal"]) == ("plan", "optimal", True)
+    assert len(answer["candidates"]) == 2
+    assert f"best fleet: {answer['best']['plan']}" in " ".join(table.out.split())
+    for alone, name in zip(answer["alone"], ("2xa100-sxm", "h100-sxm"), strict=True):
+        assert answer["best"]["value"] <= alone["value"]
+        one = json.loads(run("plan", CHEAP[0], f"--cluster={name}", CHEAP[2], "--format=json").out)["best"]
+        assert alone["parts"][0]["plan"].split()[-1] == one["plan"].split()[-1]
+    few = json.loads(run("plan", *words, "--gpus=1", "--format=json").out)
+    assert few["best"]["gpus"] == 1
+    assert [certificate["simulated"] for certificate in few["certificates"]][2] == 0
+    energy = run("energy", *words, "--max_num_seqs=64", "--format=json")
+    assert energy.code == 0
+    found = json.loads(energy.out)
+    assert found["objective"]["name"] == "energy"
+    assert found["beside"]["energy_saving"] >= 0
+
+
+def test_gpus_of_two_types_that_cannot_serve_say_why_type_by_type(two_types: str) -> None:
+    ran = run("plan", "--model=llama-3.1-405b", two_types, CHEAP[2])
+    assert ran.code == 3
+    text = " ".join(ran.out.split())
+    assert "infeasible: a100-sxm-80gb alone: no plan for llama-3.1-405b on 2 x a100-sxm-80gb is feasible" in text
+    assert "; h100-sxm-80gb alone: no plan for llama-3.1-405b on 1 x h100-sxm-80gb is feasible" in text
+
+
+def test_what_takes_gpus_of_one_type_refuses_two_in_one_line(two_types: str) -> None:
+    for command in ("pareto", "explain", "simulate", "capacity"):
+        text = refused(command, two_types, *ONE[command])
+        assert text.startswith("--cluster: mixed has GPUs of several types (a100-sxm-80gb, h100-sxm-80gb), which plan")
+    for option in ("--check", "--emit=vllm"):
+        assert refused("plan", two_types, option).startswith(f"{option.split('=')[0]}: is for GPUs of one type")
+    assert refused("energy", two_types, "--price=2").startswith("--price: mixed has GPUs of several types")
+    assert refused("plan", two_types, "--gpus=4") == "--gpus: 4 is not between 1 and the 3 GPUs of mixed"
+
+
 def test_what_cannot_be_imported_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "topo.txt").write_text("GPU0 GPU1\nGPU0 X NV18\n")
     words = ("cluster", "import", f"--source={tmp_path}/topo.txt", f"--target={tmp_path}/made.toml")

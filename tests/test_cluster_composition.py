@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from topology_cases import compositions
 
-from apex_opt.cluster import Composition, list_gpus, list_presets, load_cluster, load_topology
+from apex_opt.cluster import Composition, list_gpus, list_presets, load_cluster, load_pools, load_topology
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.cluster.composition import read_composition
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
@@ -92,6 +93,23 @@ def test_gpus_of_several_types_are_no_one_cluster_and_unlike_nodes_are_as_their_
     assert worst.inter.bytes_per_s == 12.5e9 / 8
     alike = load_cluster(write(tmp_path, '[[nodes]]\ncount = 3\npreset = "dgx-h200"\n[network]\nnodes_per_leaf = 2\n'))
     assert (alike.nodes, alike.gpus_per_node, alike.gpu.name) == (3, 8, "h200-sxm-141gb")
+
+
+def test_the_nodes_of_each_type_of_gpu_are_a_cluster_of_their_own(tmp_path: Path) -> None:
+    more = LAB.replace("count = 2\n", "", 1) + '\n[[nodes]]\npreset = "dgx-h100"\n'
+    pools = load_pools(write(tmp_path, more))
+    assert [(pool.gpu.name, pool.nodes, pool.gpus_per_node) for pool in pools] == [
+        ("h100-sxm-80gb", 2, 8),
+        ("l40s-48gb", 1, 4),
+        ("a100-sxm-80gb", 1, 4),
+    ]
+    assert pools[0] == replace(load_cluster("2xdgx-h100"), name="lab", inter=pools[0].inter)
+    assert load_pools("2xdgx-h100") == (load_cluster("2xdgx-h100"),)
+    assert load_pools("8xh100-sxm") == (load_cluster("8xh100-sxm"),)
+    # Nodes of one type that differ count as the worst of them.
+    other = '[[nodes]]\npreset = "dgx-h100"\ngpus = 4\nsockets = { gpus = 2 }\nnics = { gpus = 4 }\n'
+    (unlike, *_) = load_pools(write(tmp_path, LAB + other))
+    assert (unlike.nodes, unlike.gpus_per_node) == (3, 8)
 
 
 @pytest.mark.parametrize("rails", ["", "rails = true\n"])

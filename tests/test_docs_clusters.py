@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from typing import TYPE_CHECKING
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 TEXT = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(TEXT)
 MATRIX, LIST = (body for kind, body in BLOCKS if kind == "text")
-(LAB,) = (body for kind, body in BLOCKS if kind == "toml")
+LAB, MIXED = (body for kind, body in BLOCKS if kind == "toml")
 
 
 @pytest.mark.parametrize("body", [body for kind, body in BLOCKS if kind == "console"], ids=lambda body: body[:60])
 def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> None:
     (tmp_path / "lab.toml").write_text(LAB)
+    (tmp_path / "mixed.toml").write_text(MIXED)
     (tmp_path / "topo.txt").write_text(MATRIX)
     command, *shown = body.splitlines()
     words = words_of(command)
@@ -31,6 +33,15 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
     printed = " ".join(solve(words, tmp_path).stdout.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
+
+
+@pytest.mark.slow
+def test_with_few_requests_the_faster_type_serves_them_best_alone(tmp_path: Path) -> None:
+    (tmp_path / "mixed.toml").write_text(MIXED)
+    done = solve(["plan", "--cluster", "mixed.toml", "--top", "1", "--format", "json"], tmp_path)
+    document = json.loads(done.stdout)
+    assert [part["gpu"] for part in document["best"]["parts"]] == ["h100-sxm-80gb"]
+    assert f"{document['question']['trace']['rate_per_s']:.2f} requests/s of the `chat` trace" in TEXT
 
 
 def test_the_list_is_read(tmp_path: Path) -> None:

@@ -108,9 +108,11 @@ def test_no_pipeline_is_better_than_its_bound_and_the_search_finds_the_best(obje
         scored.append(question.costs(candidate.metrics))
     found = search_joint(question, PlanSpace(), silent, 1, FREE, (FREE,))
     assert min(question.costs(c.metrics) for c in found.done) == min(scored)
-    assert found.space == len(scored) + found.infeasible
-    assert found.space == found.infeasible + found.bounded + found.simulated
-    assert search_joint(question, PlanSpace(), silent, 1, FREE, (-FREE,)).bounded == found.space
+    proof = found.certificate(question, min(scored))
+    assert proof.optimal
+    assert proof.space == found.infeasible + proof.bounded + proof.simulated
+    none = search_joint(question, PlanSpace(), silent, 1, FREE, (-FREE,))
+    assert none.certificate(question, (-FREE,)).bounded == found.space
 
 
 def test_a_model_too_large_for_either_type_is_served_by_both() -> None:

@@ -1,9 +1,9 @@
 """Accelerators, links and clusters: domain types, the built-in catalogue, cluster files and single GPUs' wiring."""
 
-from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_topology, load_wiring
+from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_pools, load_topology, load_wiring
 from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
 from apex_opt.cluster.topology import Device, Switch, Topology
-from apex_opt.cluster.tree import Tree
+from apex_opt.cluster.tree import Tree, free_types
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.cluster.uniform import list_gpus
 
@@ -22,10 +22,12 @@ __all__ = [
     "Switch",
     "Topology",
     "Tree",
+    "free_types",
     "list_clusters",
     "list_gpus",
     "list_presets",
     "load_cluster",
+    "load_pools",
     "load_topology",
     "load_wiring",
 ]

@@ -55,6 +55,21 @@ def load_cluster(spec: str) -> Cluster:
     return found.cluster() if isinstance(found, Composition) else found
 
 
+def load_pools(spec: str) -> tuple[Cluster, ...]:
+    """The GPUs of each type that a spec names, as a cluster of identical nodes; types in the order of their nodes.
+
+    Raises
+    ------
+    UsageError, UnknownNameError, InputError    as `load_cluster`
+    """
+    found = load_wiring(spec)
+    if not isinstance(found, Composition):
+        return (found,)
+    types = dict.fromkeys(node.gpu.name for _, node in found.nodes)
+    nodes = [tuple(item for item in found.nodes if item[1].gpu.name == name) for name in types]
+    return tuple(replace(found, nodes=some).cluster() for some in nodes)
+
+
 def load_topology(spec: str) -> Topology:
     """The single GPUs and links of what a spec names, which `load_cluster` describes; its nodes may differ.
 

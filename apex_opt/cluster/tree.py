@@ -151,8 +151,8 @@ class Tree:
         return tuple(found)
 
     @classmethod
-    def of(cls, cluster: Cluster | Composition, taken: Collection[str] = ()) -> Tree:
-        """The GPUs of a cluster but those taken.
+    def of(cls, cluster: Cluster | Composition, taken: Collection[str] = (), gpu: str | None = None) -> Tree:
+        """The GPUs of a cluster but those taken, or of these those of one type, by its name.
 
         Equal GPUs of nodes talk on their own rail. An NVLink domain over several sockets joins them.
 
@@ -161,8 +161,21 @@ class Tree:
         UsageError      no GPU is left
         """
         if isinstance(cluster, Composition):
-            return _compose(cluster, frozenset(taken))
+            return _compose(cluster, frozenset(taken), gpu)
         return _uniform(cluster, frozenset(taken))
+
+
+def free_types(cluster: Cluster | Composition, taken: Collection[str] = ()) -> tuple[str, ...]:
+    """Types of which a GPU is left, in the order of the nodes."""
+    if not isinstance(cluster, Composition):
+        return (cluster.gpu.name,) if len(taken) < cluster.size else ()
+    found, first = {}, 0
+    for count, node in cluster.nodes:
+        names = (f"node{n}:{local}" for n in range(first, first + count) for local in range(node.gpus))
+        if any(name not in taken for name in names):
+            found[node.gpu.name] = True
+        first += count
+    return tuple(found)
 
 
 def place_of(gpu: str) -> tuple[int, int]:
@@ -262,7 +275,7 @@ class _Shape:
         return found
 
 
-def _compose(composition: Composition, taken: frozenset[str]) -> Tree:
+def _compose(composition: Composition, taken: frozenset[str], gpu: str | None) -> Tree:
     """Nodes of any kind and the network between them."""
     network = composition.network
     kinds = [index for index, (count, _) in enumerate(composition.nodes) for _ in range(count)]
@@ -272,6 +285,7 @@ def _compose(composition: Composition, taken: frozenset[str]) -> Tree:
         _Slot(node // per_leaf, node, shape.socket[local], shape.switch[local], shape.nic[local], local)
         for node, kind in enumerate(kinds)
         for shape in (shapes[kind],)
+        if gpu in (None, shape.node.gpu.name)
         for local in range(shape.node.gpus)
         if f"node{node}:{local}" not in taken
     ]

@@ -10,9 +10,15 @@ from apex_opt import __version__
 from apex_opt.cluster import DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Model
+    from apex_opt.plan.memory import StageMemory
+    from apex_opt.plan.plan import Plan
     from apex_opt.search import Answer, Candidate, Check, Objective, Question
+    from apex_opt.search.fleet import Fleet
+    from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
 
 Document = dict[str, Any]
@@ -43,7 +49,7 @@ def answer_document(
     )
 
 
-def objective_document(objective: Objective, best: Candidate | None) -> Document:
+def objective_document(objective: Objective, best: Candidate | Fleet | None) -> Document:
     """An objective and what the best plan reaches, in its unit; plans within the tolerance, a share, count as equal."""
     return {
         "name": objective.name,
@@ -76,50 +82,67 @@ def beside(document: Document, question: Question, answer: Answer) -> Document:
 def candidate_document(question: Question, candidate: Candidate) -> Document:
     """A simulated plan; latencies in seconds, energy in joules, memory in bytes."""
     metrics, usage = candidate.metrics, candidate.usage
-    bound = candidate.bound
-    if bound is not None and question.objective.maximise:
-        bound = -bound
-    cost = {}
-    if question.tells_cost:
-        cost = {name: metrics.value(metric) for name, metric in _COSTS.items()}
     return {
         "plan": str(candidate.plan),
         "gpus": candidate.plan.devices,
-        "value": candidate.value,
-        "then": [objective.value(metrics) for objective in question.then],
-        "bound": bound,
+        **values_document(question, candidate),
         "metrics": {
-            **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
-            "makespan_s": metrics.makespan_s,
-            "throughput_rps": metrics.requests_per_s,
-            **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
-            "output_tokens_per_s": metrics.output_tokens_per_s,
-            "total_tokens_per_s": metrics.total_tokens_per_s,
-            "slo": {
-                slo.text: {
-                    "met": metrics.slo_met[slo.text],
-                    "reached": metrics.judged(slo),
-                    "attainment": metrics.attainment[slo.text],
-                    "unit": "share" if slo.fraction is not None else slo.unit,
-                }
-                for slo in question.slos
-            },
-            "energy_j": usage.energy_j,
-            "idle_energy_j": usage.idle_energy_j,
-            "energy_per_output_token_j": metrics.value("energy_per_token"),
-            **cost,
-            "mean_power_w": usage.energy_j / metrics.makespan_s,
+            **metrics_document(question, metrics, usage.idle_energy_j, tells_cost=question.tells_cost),
             "mfu": usage.mfu,
             "mbu": usage.mbu,
             "operations_s": usage.operations_s,
             "preemptions": candidate.preemptions,
             "batches": candidate.batches,
         },
-        "memory": [
-            {"layers": layers, **asdict(stage)}
-            for layers, stage in zip(candidate.plan.layers, candidate.memory, strict=True)
-        ],
+        "memory": memory_document(candidate.plan, candidate.memory),
     }
+
+
+def values_document(question: Question, run: Candidate | Fleet) -> Document:
+    """What a run reaches by the objectives, and its bound by the first."""
+    bound = run.bound
+    if bound is not None and question.objective.maximise:
+        bound = -bound
+    return {
+        "value": run.value,
+        "then": [objective.value(run.metrics) for objective in question.then],
+        "bound": bound,
+    }
+
+
+def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float, *, tells_cost: bool) -> Document:
+    """What the requests of a run saw, and what it took; latencies in seconds, energy in joules."""
+    cost = {}
+    if tells_cost:
+        cost = {name: metrics.value(metric) for name, metric in _COSTS.items()}
+    energy_j = metrics.value("energy")
+    return {
+        **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
+        "makespan_s": metrics.makespan_s,
+        "throughput_rps": metrics.requests_per_s,
+        **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
+        "output_tokens_per_s": metrics.output_tokens_per_s,
+        "total_tokens_per_s": metrics.total_tokens_per_s,
+        "slo": {
+            slo.text: {
+                "met": metrics.slo_met[slo.text],
+                "reached": metrics.judged(slo),
+                "attainment": metrics.attainment[slo.text],
+                "unit": "share" if slo.fraction is not None else slo.unit,
+            }
+            for slo in question.slos
+        },
+        "energy_j": energy_j,
+        "idle_energy_j": idle_energy_j,
+        "energy_per_output_token_j": metrics.value("energy_per_token"),
+        **cost,
+        "mean_power_w": energy_j / metrics.makespan_s,
+    }
+
+
+def memory_document(plan: Plan, memory: Sequence[StageMemory]) -> list[Document]:
+    """Memory of a GPU of each stage, in bytes."""
+    return [{"layers": layers, **asdict(stage)} for layers, stage in zip(plan.layers, memory, strict=True)]
 
 
 def question_document(question: Question) -> Document:

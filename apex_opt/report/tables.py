@@ -44,9 +44,9 @@ def _answer(console: Console, document: Document) -> None:
         text = f" on {count(best['gpus'], 'GPU')}, {', '.join(map(aim, (objective, *document['then'])))}\n"
         console.print(Text.assemble(f"{word}: ", (best["plan"], "bold green"), text))
         if len(document["candidates"]) > 1:
-            _candidates(console, document)
+            candidates_table(console, document)
         if "beside" in document:
-            _beside(console, document)
+            beside_table(console, document)
         best_tables(console, best)
     certificate_line(console, document)
     if best is not None:
@@ -69,7 +69,7 @@ def question_line(console: Console, question: Document) -> None:
     )
 
 
-def _beside(console: Console, document: Document) -> None:
+def beside_table(console: Console, document: Document) -> None:
     """The plan with the least energy against the one with the best latency."""
     other = document["beside"]
     rows = [
@@ -87,10 +87,11 @@ def _beside(console: Console, document: Document) -> None:
     table(console, title, head, rows, left={0, 1})
 
 
-def _candidates(console: Console, document: Document) -> None:
+def candidates_table(console: Console, document: Document, word: str = "plan") -> None:
+    """The best plans, or what else there is to choose from, and what each reaches."""
     objective = document["objective"]
     columns: tuple[Column, ...] = (
-        ("plan", lambda c: c["plan"]),
+        (word, lambda c: c["plan"]),
         ("GPUs", lambda c: str(c["gpus"])),
         (objective["name"], lambda c: amount(c["value"], objective["unit"])),
         *(
@@ -102,9 +103,12 @@ def _candidates(console: Console, document: Document) -> None:
         ("E2E p95", lambda c: seconds(c["metrics"]["e2e_s"]["p95"])),
         ("req/s", lambda c: f"{c['metrics']['throughput_rps']:.2f}"),
         ("kJ", lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}"),
-        ("MFU", lambda c: f"{c['metrics']['mfu']:.1%}"),
-        ("MBU", lambda c: f"{c['metrics']['mbu']:.1%}"),
     )
+    if all("mfu" in candidate["metrics"] for candidate in document["candidates"]):
+        columns += (
+            ("MFU", lambda c: f"{c['metrics']['mfu']:.1%}"),
+            ("MBU", lambda c: f"{c['metrics']['mbu']:.1%}"),
+        )
     rows = [
         (str(rank), *(read(candidate) for _, read in columns))
         for rank, candidate in enumerate(document["candidates"], 1)
@@ -114,7 +118,13 @@ def _candidates(console: Console, document: Document) -> None:
 
 def best_tables(console: Console, best: Document) -> None:
     """The latencies, service, memory and operations of the plan that is answered."""
-    metrics = best["metrics"]
+    service_tables(console, best["metrics"])
+    memory_table(console, "Memory per GPU, GB", best["memory"])
+    _operations(console, best["metrics"]["operations_s"])
+
+
+def service_tables(console: Console, metrics: Document) -> None:
+    """What the requests saw, and what serving them took."""
     heads = tuple(metrics["ttft_s"])
     rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items() if key in metrics]
     table(console, "Latency", ("", *heads), rows, left={0})
@@ -136,12 +146,10 @@ def best_tables(console: Console, best: Document) -> None:
             f"{metrics['energy_per_output_token_j']:.2f} J per output token; {metrics['mean_power_w']:,.0f} W mean",
         ),
         *_cost(metrics),
-        ("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}"),
+        *([("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}")] if "mfu" in metrics else []),
         ("batches", f"{metrics['batches']:,}, {count(metrics['preemptions'], 'preemption')}"),
     ]
     table(console, "Service", ("", ""), facts, left={0, 1})
-    _memory(console, best["memory"])
-    _operations(console, metrics["operations_s"])
 
 
 def _goodput(metrics: Document) -> list[tuple[str, str]]:
@@ -166,7 +174,8 @@ def _reached(text: str, slo: Document) -> str:
     return share if slo["unit"] == "share" else f"{seconds(slo['reached'])} reached, {share}"
 
 
-def _memory(console: Console, stages: Sequence[Document]) -> None:
+def memory_table(console: Console, title: str, stages: Sequence[Document]) -> None:
+    """What the memory of a GPU of each stage holds."""
     heads = ("stage", "layers", "weights", "workspace", "runtime", "KV cache", "KV blocks", "usable")
     rows = [
         (
@@ -179,7 +188,7 @@ def _memory(console: Console, stages: Sequence[Document]) -> None:
         )
         for stage, part in enumerate(stages)
     ]
-    table(console, "Memory per GPU, GB", heads, rows)
+    table(console, title, heads, rows)
 
 
 def _operations(console: Console, operations: Document) -> None:
@@ -200,26 +209,30 @@ def _in_brackets(*facts: str) -> str:
 
 def certificate_line(console: Console, document: Document) -> None:
     """How every plan of the space was accounted for, in each of the searches where there were several."""
-    certificate = document["certificate"]
     if document["command"] == "simulate" and document["best"] is not None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
         return
-    aims = (document["objective"], *document["then"]) if "then" in document else ()
-    unit = aims[0]["unit"] if aims else ""
-    tolerant = [index for index, part in enumerate(aims) if part["tolerance"]]
-    for index, before in zip(tolerant, certificate["before"], strict=False):
-        _proof(console, f"Certificate of the best {aims[index]['name']}", before, unit)
-        unit = aims[index + 1]["unit"]
-    _proof(console, "Certificate", certificate, unit)
+    proof_lines(console, document, document["certificate"])
     if "check" in document:
         _check(console, document["check"])
 
 
-def _proof(console: Console, title: str, certificate: Document, unit: str) -> None:
+def proof_lines(console: Console, document: Document, certificate: Document, noun: str = "plan", of: str = "") -> None:
+    """One certificate, those of objectives with a tolerance before it; `of` which plans, where not of all."""
+    aims = (document["objective"], *document["then"]) if "then" in document else ()
+    unit = aims[0]["unit"] if aims else ""
+    tolerant = [index for index, part in enumerate(aims) if part["tolerance"]]
+    for index, before in zip(tolerant, certificate["before"], strict=False):
+        _proof(console, f"Certificate{of} of the best {aims[index]['name']}", before, unit, noun)
+        unit = aims[index + 1]["unit"]
+    _proof(console, f"Certificate{of}", certificate, unit, noun)
+
+
+def _proof(console: Console, title: str, certificate: Document, unit: str, noun: str) -> None:
     """Where plans were ruled out by a bound, it tells what was out of reach and how near the others could come."""
     lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
-        f"{count(certificate['space'], 'plan')} in the space",
+        f"{count(certificate['space'], noun)} in the space",
         f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
         f"{certificate['bounded']:,} ruled out by a bound"
         + _in_brackets(
@@ -235,7 +248,7 @@ def _proof(console: Console, title: str, certificate: Document, unit: str) -> No
     ]
     if certificate["left"]:
         parts.append(f"{certificate['left']:,} left when the time was up")
-    proof = "every plan is accounted for" if certificate["optimal"] else "the space was not exhausted"
+    proof = f"every {noun} is accounted for" if certificate["optimal"] else "the space was not exhausted"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
     console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
 

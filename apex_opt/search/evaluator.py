@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apex_opt.cost import CostModel, JointCosts, PlanCost, account, idle_w, limit_w
 from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
@@ -20,6 +20,9 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from apex_opt.cost.least import Least
     from apex_opt.placement import Layouts
     from apex_opt.plan.engine import EngineSettings
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
     Costs = tuple[float, ...]
     AnyLayout = Layout | tuple[Layout, ...]
+
+AnyCost = TypeVar("AnyCost", float, "NDArray[np.float64]")
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
@@ -194,7 +199,7 @@ class Evaluator:
             and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
             for slo in question.goals
         )
-        found = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
+        found = tuple(lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
         return found, possible
 
     def _any_has(self, slo: Slo) -> bool:
@@ -363,8 +368,8 @@ def _costs(question: Question) -> CostModel | JointCosts:
     return JointCosts(models, question.between)
 
 
-def _lowered(objective: Objective, cost: float) -> float:
-    """A bound less what rounding can have added; the cost of GPUs is one product, the same in every run."""
+def lowered(objective: Objective, cost: AnyCost) -> AnyCost:
+    """A bound, or bounds, less what rounding can have added; the cost of GPUs is one product, the same in every run."""
     return cost if objective.metric == "cost" else cost - ROUNDING * abs(cost)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import FormulationError
 from apex_opt.evaluate import cuts, violations
+from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.search import Queued, bound_plans, simulate_queue
 
@@ -44,15 +45,43 @@ class Splitter(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joint:
-    """Pipelines over two types of GPU that were simulated, and what became of the others; counts as `Certificate`."""
+    """Pipelines over two types of GPU.
 
-    done: tuple[Candidate, ...] = ()
-    space: int = 0
-    infeasible: int = 0
-    bounded: int = 0
-    simulated: int = 0
-    cut_short: int = 0
-    left: tuple[Costs, ...] = ()
+    Parameters
+    ----------
+    done : tuple of Candidate    those with a score
+    space, infeasible, cut_short, out_of_reach : int      as of `Certificate`
+    rest : tuple of costs        bounds of those that nothing was tried with
+    """
+
+    done: tuple[Candidate, ...]
+    space: int
+    infeasible: int
+    cut_short: int
+    out_of_reach: int
+    rest: tuple[Costs, ...]
+
+    def left(self, last: Costs | None) -> list[Costs]:
+        """Bounds of those that may be as good as some costs."""
+        return [bound for bound in self.rest if last is None or bound <= last]
+
+    def certificate(self, question: Question, last: Costs | None) -> Certificate:
+        """What became of them, where the last plan to show has some costs."""
+        left = len(self.left(last))
+        return Certificate(
+            space=self.space,
+            infeasible={"memory": self.infeasible},
+            bounded=self.out_of_reach + len(self.rest) - left,
+            out_of_reach=self.out_of_reach,
+            simulated=len(self.done) + self.cut_short,
+            cut_short=self.cut_short,
+            missed=sum(not candidate.meets_slos for candidate in self.done),
+            left=left,
+            optimal=not left,
+            gap=None,
+            least_bound=question.objective.cost(min(self.rest)[0]) if self.rest and not left else None,
+            incumbent=question.objective.cost(last[0]) if self.rest and not left and last else None,
+        )
 
 
 def joined(one: Question, other: Question, between: Link) -> Question | None:
@@ -167,15 +196,11 @@ def search_joint(
     queue.sort(key=lambda item: (item.bound, item.place))
     run = simulate_queue(queue, evaluator, Splits(evaluator, formulation), tell, top, deadline, worst)
     seen = len(run.done) + run.cut_short + run.repeated
-    good = sorted([question.costs(c.metrics) for c in run.done if c.meets_slos])
-    last = min(worst, good[top - 1]) if len(good) >= top else worst
-    left = tuple(item.bound for item in queue[seen:] if item.bound <= last)
     return Joint(
         done=tuple(run.done),
         space=len(plans),
         infeasible=run.repeated,
-        bounded=len(plans) - seen - len(left),
-        simulated=len(run.done) + run.cut_short,
         cut_short=run.cut_short,
-        left=left,
+        out_of_reach=len(plans) - len(queue),
+        rest=tuple(item.bound for item in queue[seen:]),
     )

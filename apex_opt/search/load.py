@@ -65,6 +65,27 @@ def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, 
     return tuple(float(column.sum()) for column in (prompts, pairs, steps, context, held))  # type: ignore[return-value]
 
 
+def works_ns(
+    settings: EngineSettings, mean: StageFloor, trace: Trace
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What each request takes of the mean stage at least, for its prompt and for its later tokens.
+
+    Parameters
+    ----------
+    mean : StageFloor    mean floor of the stages
+
+    Returns
+    -------
+    float64[requests], float64[requests]    nanoseconds
+    """
+    prompts, pairs = computed_prompts(settings, trace)
+    steps = trace.generated(settings.max_model_len) - 1
+    context = steps * trace.prompt + steps * (steps + 1) // 2
+    first = np.maximum(np.floor(prompts * mean.token_ns) + scaled(pairs, mean.pair_rate) - chunked(prompts), 0)
+    later = np.floor(steps * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - steps, 0)
+    return first, later
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Seconds from the first arrival that one replica would need at least, divided by replicas where there are more.
@@ -103,11 +124,8 @@ class Load:
         blocks : int               most KV blocks that sequences can hold together
         statistics : "mean", "max" and percentiles, for which bounds are wanted
         """
-        prompts, pairs = computed_prompts(settings, trace)
+        first, later = works_ns(settings, mean, trace)
         steps = trace.generated(settings.max_model_len) - 1
-        context = steps * trace.prompt + steps * (steps + 1) // 2
-        first = np.maximum(np.floor(prompts * mean.token_ns) + scaled(pairs, mean.pair_rate) - chunked(prompts), 0)
-        later = np.floor(steps * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - steps, 0)
         whole = np.cumsum(np.sort(first + later))
         under_way_ns = mean.batch_ns * (1 if overtaking else stages)
         if not settings.prefix_caching:  # blocks that prompts share are held once

@@ -202,6 +202,35 @@ class Trace:
             source=f"{self.source}; first {n} of {len(self)}",
         )
 
+    def picked(self, rows: Ints, concurrency: int | None = None) -> Trace:
+        """The requests in some rows, given in rising order, arriving as they do here.
+
+        Parameters
+        ----------
+        rows : int64[m]                at least one
+        concurrency : int or None      clients that send them, in a closed loop
+        """
+        ids = starts = None
+        if self.content is not None and self.content_starts is not None:
+            counts = np.diff(self.content_starts)[rows]
+            starts = np.concatenate(([0], np.cumsum(counts)))
+            ids = self.content[np.arange(starts[-1]) + np.repeat(self.content_starts[rows] - starts[:-1], counts)]
+        columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
+        for column in (*columns, ids, starts):
+            if column is not None:
+                column.flags.writeable = False
+        return Trace(
+            name=self.name,
+            arrival_ns=columns[0],
+            prompt=columns[1],
+            output=columns[2],
+            concurrency=concurrency,
+            content=ids,
+            content_starts=starts,
+            content_tokens=self.content_tokens,
+            source=f"{self.source}; {rows.size} of {len(self)}",
+        )
+
     def _pieces(self) -> list[Ints]:
         """Content of each request."""
         assert self.content is not None and self.content_starts is not None

@@ -1,0 +1,131 @@
+"""Requests dealt to parts of a fleet that differ in speed, and the runs of the parts put together again.
+
+Every part has a weight, the tokens it computes in a second at full batches. Requests are dealt in order of arrival, so
+that of the first k the first part has had k times its share, rounded; those it leaves are dealt in the same way among
+the others. All of it is integer arithmetic, and how a request is dealt does not depend on those after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.units import NS_PER_S, ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.workload.trace import Trace
+
+
+def tokens_per_s(settings: EngineSettings, blocks: int, laws: Sequence[BatchLaw], trace: Trace, replicas: int) -> int:
+    """Tokens of a trace that replicas compute in a second where batches are always full: the weight of a part.
+
+    Prompts are taken in batches of as many mean prompts as the limit on tokens allows, later tokens in batches of as
+    many mean sequences as the limits and the KV cache allow, these spread over the stages. The slowest stage counts.
+
+    Parameters
+    ----------
+    settings, laws : as for `apex_opt.simulator.simulate`
+    blocks : int      KV blocks of a replica
+    """
+    generated = trace.generated(settings.max_model_len)
+    prompts, outputs = int(trace.prompt.sum()), int(generated.sum())
+    prompt = ceil_div(prompts, len(trace))
+    chunk = min(prompt, settings.max_num_batched_tokens)
+    chunks = min(settings.max_num_batched_tokens // chunk, settings.max_num_seqs)
+    held = ceil_div(prompts + outputs, len(trace))
+    sequences = min(settings.max_num_seqs, blocks // ceil_div(held, settings.block_size)) // len(laws)
+    sequences = max(sequences, 1)
+    steps = outputs - len(trace)
+    slowest_ns = max(
+        ceil_div(prompts * law.batch_ns([(chunk, prompt)] * chunks), chunk * chunks)
+        + ceil_div(steps * law.batch_ns([(1, held)] * sequences), sequences)
+        for law in set(laws)
+    )
+    return max(1, replicas * (prompts + outputs) * NS_PER_S // max(slowest_ns, 1))
+
+
+def dealt(weights: NDArray[np.int64], requests: int) -> NDArray[np.int8]:
+    """Which part each request goes to.
+
+    Parameters
+    ----------
+    weights : int64[fleets, parts]    tokens per second, at least 1
+    requests : int                    in order of arrival
+
+    Returns
+    -------
+    int8[fleets, requests]
+    """
+    parts = weights.shape[1]
+    place = np.broadcast_to(np.arange(requests), (len(weights), requests))
+    part = np.full(place.shape, parts - 1, np.int8)
+    left = np.ones(place.shape, bool)
+    for index in range(parts - 1):
+        weight, total = weights[:, index, None], weights[:, index:].sum(axis=1)[:, None]
+        before = _rounded(place * weight, total)
+        mine = left & (_rounded((place + 1) * weight, total) > before)
+        part[mine] = index
+        left &= ~mine
+        place = place - before
+    return part
+
+
+def _rounded(amount: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.int64]:
+    """amount / total to the nearest integer, halves up."""
+    return (2 * amount + total) // (2 * total)
+
+
+def clients_of(weights: Sequence[int], clients: int) -> list[int]:
+    """Clients of a closed loop for each part, dealt as requests are, but at least one for each.
+
+    Parameters
+    ----------
+    weights : of the parts
+    clients : int    at least as many as parts
+    """
+    counts = np.bincount(dealt(np.array([weights]), clients)[0], minlength=len(weights))
+    while not counts.all():
+        counts[counts.argmax()] -= 1
+        counts[counts.argmin()] += 1
+    return [int(count) for count in counts]
+
+
+def merged(settings: EngineSettings, trace: Trace, parts: Sequence[tuple[NDArray[np.int64], Outcome]]) -> Outcome:
+    """The runs of the parts as one run of the whole trace.
+
+    Parameters
+    ----------
+    parts : (rows of the trace, their run) of each part; every row is in one of them
+
+    Returns
+    -------
+    Outcome    replicas part by part; counts are empty, as those of different GPUs stand for different times
+    """
+    arrival, first, finish = (np.empty(len(trace), np.int64) for _ in range(3))
+    for rows, run in parts:
+        arrival[rows], first[rows], finish[rows] = run.arrival_ns, run.first_token_ns, run.finish_ns
+    stages = max(run.busy_ns.shape[1] for _, run in parts)
+    gaps = None
+    if all(run.gaps_ns is not None for _, run in parts):
+        later = trace.generated(settings.max_model_len) - 1
+        owner = np.concatenate([np.repeat(rows, later[rows]) for rows, _ in parts])
+        every = np.concatenate([run.gaps_ns for _, run in parts if run.gaps_ns is not None])
+        gaps = every[np.argsort(owner, kind="stable")]
+    return Outcome(
+        arrival_ns=arrival,
+        first_token_ns=first,
+        finish_ns=finish,
+        preemptions=sum(run.preemptions for _, run in parts),
+        batches=sum(run.batches for _, run in parts),
+        busy_ns=np.concatenate([np.pad(run.busy_ns, ((0, 0), (0, stages - run.busy_ns.shape[1]))) for _, run in parts]),
+        counts=BatchCounts.empty(settings),
+        gaps_ns=gaps,
+    )
