@@ -20,10 +20,13 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from apex_opt.cluster import Link
+    from apex_opt.launch import Launch
     from apex_opt.plan.plan import Plan
     from apex_opt.report import Progress
     from apex_opt.search import Answer, Check, Question
     from apex_opt.search.explain import Explanation
+    from apex_opt.search.fleet import Fleet
 
 EXIT_FAULT = 1
 EXIT_INFEASIBLE = 3
@@ -97,20 +100,20 @@ def _run_energy(options: dict[str, Any]) -> int:
 
 def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> int:
     """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
-    from apex_opt.ask import Options, between_pools
+    from apex_opt.ask import between_pools
     from apex_opt.report import Progress, show
     from apex_opt.report.fleet import beside_fleet, fleet_document
     from apex_opt.search import load_objective
     from apex_opt.search.fleet_search import fleet_provenance, search_fleets
     from formulations.plan_space import PlanSpace
 
-    refused = {"check": options["check"], "emit": options["emit"] is not None}
-    if asked := [name for name, given in refused.items() if given]:
+    if options["check"]:
         raise UsageError(
-            f"--{asked[0]}: is for GPUs of one type, and {pools[0].cluster.name} has several; leave it out, or "
-            "describe the nodes of one type in a file of their own"
+            f"--check: is for GPUs of one type, and {pools[0].cluster.name} has several; leave it out, or describe the "
+            "nodes of one type in a file of their own"
         )
-    space, limit_s, fastest, between = PlanSpace(), options["time_limit"], None, between_pools(Options.of(options))
+    space, limit_s, fastest = PlanSpace(), options["time_limit"], None
+    between = between_pools(*(options[name] for name in ("cluster", "busy", "down")))
     with Progress() as progress:
         answer = search_fleets(pools, space, progress, options["top"], limit_s, options["gpus"], between)
         if command == "energy" and answer.best is not None:
@@ -121,8 +124,41 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
     document = fleet_document(command, pools, answer, provenance, options["top"])
     if fastest is not None:
         document = beside_fleet(document, fast, fastest)
+    if options["emit"] is not None and answer.best is not None:
+        from apex_opt.report.launch import launched
+
+        document = launched(document, _fleet_launch(pools, answer.best, between, options))
     show(document, options["format"])
     return EXIT_INFEASIBLE if answer.best is None else 0
+
+
+def _fleet_launch(pools: tuple[Question, ...], fleet: Fleet, between: Link | None, options: dict[str, Any]) -> Launch:
+    """Commands that start every part of a fleet on the GPUs of its type or types."""
+    from apex_opt.cost import JointCosts
+    from apex_opt.ir import checkpoint_of
+    from apex_opt.launch import launch, together
+    from apex_opt.search import Evaluator
+    from apex_opt.search.joint import joined
+    from formulations.placement import place_joint, place_plan
+
+    found, checkpoint = [], checkpoint_of(options["model"])
+    for part in fleet.parts:
+        question, plan = pools[part.pool], part.plan
+        if plan.on:
+            (other,) = (pool for pool in pools if pool is not question and pool.cluster.gpu.name in dict(plan.on))
+            assert between is not None  # without it there are no such pipelines
+            joint = joined(question, other, between)
+            assert joint is not None
+            costs = Evaluator(joint).costs
+            assert isinstance(costs, JointCosts)
+            assignment = place_joint(costs, plan)
+        else:
+            assignment = place_plan(Evaluator(question).layouts, plan).assignment
+        found.append(launch(question, plan, options["emit"], checkpoint, assignment))
+    replicas, shares = zip(
+        *((part.plan.replicas, part.requests / len(pools[0].trace)) for part in fleet.parts), strict=True
+    )
+    return together(found, replicas, shares)
 
 
 def _run_simulate(options: dict[str, Any]) -> int:

@@ -169,7 +169,7 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
 
 def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
     """The cluster of each type of GPU that has any free, with their wiring; None where nodes are alike and all free."""
-    wiring, taken = load_wiring(options.cluster), _taken(options)
+    wiring, taken = load_wiring(options.cluster), _taken(options.cluster, options.busy, options.down)
     clusters = load_pools(options.cluster)
     if isinstance(wiring, Cluster) and not taken:
         return clusters, (None,)
@@ -178,16 +178,16 @@ def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ..
     return clusters, tuple(Tree.of(wiring, taken, cluster.gpu.name) for cluster in clusters)
 
 
-def _taken(options: Options) -> set[str]:
+def _taken(cluster: str, busy: str | None, down: str | None) -> set[str]:
     """GPUs that are not to be had."""
-    given = [(f"--{name}", text) for name in ("busy", "down") if (text := getattr(options, name)) is not None]
-    topology = load_topology(options.cluster) if given else None
+    given = [(what, text) for what, text in (("--busy", busy), ("--down", down)) if text is not None]
+    topology = load_topology(cluster) if given else None
     return {gpu for what, text in given if topology is not None for gpu in topology.named(text, what)}
 
 
-def between_pools(options: Options) -> Link | None:
+def between_pools(cluster: str, busy: str | None = None, down: str | None = None) -> Link | None:
     """The worst link between nodes of a cluster whose GPUs are of several types; None in a single node."""
-    top = Tree.of(load_wiring(options.cluster), _taken(options)).levels[-1]
+    top = Tree.of(load_wiring(cluster), _taken(cluster, busy, down)).levels[-1]
     return top.domains[0].link if top.far else None
 
 
@@ -202,6 +202,11 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
     if len(question.weight_formats) > 1:
         raise UsageError(f"--weights: {options.weights!r:.60} names several formats; one plan has one")
     plan = parse_plan(text, question.model)
+    if plan.on:
+        raise UsageError(
+            f"plan {text!r}: on= puts stages on several types of GPU, and {question.cluster.name} is asked about as "
+            "one; leave it out"
+        )
     words = text.lower().split()
     weights = plan.weight_format if plan.weight_format in words else question.weight_formats[0]
     if any(word.startswith("kv=") for word in words):

@@ -86,6 +86,11 @@ def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_question
         ask(options(cluster="8xh100-sxm", down="node0:8"))
 
 
+def test_a_plan_with_stages_on_several_types_is_for_no_one_cluster() -> None:
+    with pytest.raises(UsageError, match="on= puts stages on several types of GPU, and 2xh100-sxm is asked about as"):
+        ask_plan("pp2 bf16 on=h100-sxm-80gb:1+a100-sxm-80gb:1", options(cluster="2xh100-sxm"))
+
+
 def test_a_price_that_is_given_stands_in_place_of_the_catalogues() -> None:
     gpu = ask(options(cluster="2xh100-sxm")).cluster.gpu
     priced = ask(options(cluster="2xh100-sxm", price=2.25)).cluster.gpu

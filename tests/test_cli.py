@@ -805,12 +805,44 @@ def test_gpus_of_two_types_that_cannot_serve_say_why_type_by_type(two_types: str
     assert "; h100-sxm-80gb alone: no plan for llama-3.1-405b on 1 x h100-sxm-80gb is feasible" in text
 
 
+def test_every_part_of_a_fleet_gets_its_commands_and_the_router_its_weights(two_types: str) -> None:
+    trace = "--trace=static:n=60,prompt=64,output=64"
+    found = json.loads(run("plan", CHEAP[0], two_types, trace, "--emit=vllm", "--format=json").out)
+    parts, launch = found["best"]["parts"], found["launch"]
+    assert len(parts) == 2
+    replicas = {command["replica"] for command in launch["commands"]}
+    assert replicas == set(range(len(replicas)))
+    gpus = [(command["node"], command["env"]["CUDA_VISIBLE_DEVICES"]) for command in launch["commands"]]
+    assert sum(len(names.split(",")) for _, names in gpus) == sum(part["gpus"] for part in parts)
+    assert {node for node, _ in gpus} == {0, 1}
+    assert any("weights of the router" in note for note in launch["notes"])
+
+
+def test_a_pipeline_over_two_types_is_found_where_neither_holds_the_model(tmp_path: Path) -> None:
+    nodes = "".join(
+        f'[[nodes]]\npreset = "{preset}"\ngpus = 1\nnvlink = {{ gpus = 1 }}\npcie = {{ gpus = 1 }}\n'
+        for preset in ("dgx-a100", "dgx-h100")
+    )
+    (file := tmp_path / "mixed.toml").write_text(
+        nodes.replace("pcie = { gpus = 1 }", "sockets = { gpus = 1 }\nnics = { gpus = 1 }")
+    )
+    words = ("--model=llama-3.1-70b", f"--cluster={file}", CHEAP[2], "--max_num_seqs=8", "--max_num_batched_tokens=256")
+    ran = run("plan", *words, "--emit=vllm", "--format=json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    (part,) = found["best"]["parts"]
+    assert "on=" in part["plan"]
+    assert found["alone"] == [None, None]
+    assert {command["node"] for command in found["launch"]["commands"]} == {0, 1}
+    assert found["pipelines"][0]["optimal"]
+    assert "in the space" in run("plan", *words).out
+
+
 def test_what_takes_gpus_of_one_type_refuses_two_in_one_line(two_types: str) -> None:
     for command in ("pareto", "explain", "simulate", "capacity"):
         text = refused(command, two_types, *ONE[command])
         assert text.startswith("--cluster: mixed has GPUs of several types (a100-sxm-80gb, h100-sxm-80gb), which plan")
-    for option in ("--check", "--emit=vllm"):
-        assert refused("plan", two_types, option).startswith(f"{option.split('=')[0]}: is for GPUs of one type")
+    assert refused("plan", two_types, "--check").startswith("--check: is for GPUs of one type")
     assert refused("energy", two_types, "--price=2").startswith("--price: mixed has GPUs of several types")
     assert refused("plan", two_types, "--gpus=4") == "--gpus: 4 is not between 1 and the 3 GPUs of mixed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,3 +212,16 @@ def test_an_even_split_uses_every_layer_and_differs_by_one_with_larger_stages_fi
     assert (len(split), sum(split)) == (stages, layers)
     assert split[0] - split[-1] <= 1
     assert list(split) == sorted(split, reverse=True)
+
+
+def test_stages_on_several_types_of_gpu_are_read_as_they_are_written() -> None:
+    model = make_model((dense(), 8))
+    text = "dp2 pp3 attn(tp2) ffn(tp2) bf16 on=fast:2+slow.x-40gb:1"
+    plan = parse_plan(text, model)
+    assert plan.on == (("fast", 2), ("slow.x-40gb", 1))
+    assert str(plan) == text
+    assert plan.cut != replace(plan, on=()).cut
+    with pytest.raises(UsageError, match=r"on: 1 \+ 1 stages on types of GPU, and the plan has 3"):
+        parse_plan("pp3 on=fast:1+slow:1", model)
+    with pytest.raises(UsageError, match="cannot read 'on=fast'"):
+        parse_plan("pp3 on=fast", model)

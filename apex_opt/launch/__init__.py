@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, Replica, on_nodes
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
 
-__all__ = ["ENGINES", "Command", "Launch", "launch"]
+__all__ = ["ENGINES", "Command", "Launch", "launch", "together"]
 
 ENGINES: Final[Mapping[str, Engine]] = {engine.name: engine for engine in (Vllm(), Sglang())}
 
@@ -42,6 +43,33 @@ def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignm
         return Launch(engine=engine, commands=(), notes=tuple(notes))
     commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas))
     return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
+
+
+def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequence[float]) -> Launch:
+    """Commands that start several plans side by side, their replicas numbered through.
+
+    Parameters
+    ----------
+    launches : of each plan, on nodes of its own; none where an engine cannot run one of them
+    replicas : of each plan
+    shares : of the requests that each plan gets
+    """
+    if len(launches) == 1:
+        return launches[0]
+    commands: list[Command] = []
+    told, first = [], 0
+    for own, count, share in zip(launches, replicas, shares, strict=True):
+        commands += [
+            command if command.replica is None else replace(command, replica=command.replica + first)
+            for command in own.commands
+        ]
+        told.append(f"{share:.1%} to replica{f's {first} to {first + count - 1}' if count > 1 else f' {first}'}")
+        first += count
+    notes = list(dict.fromkeys(note for own in launches for note in own.notes))
+    if not all(own.commands for own in launches):
+        return Launch(engine=launches[0].engine, commands=(), notes=tuple(notes))
+    notes.append(f"requests: of all, deal {', '.join(told)}: weights of the router")
+    return Launch(engine=launches[0].engine, commands=tuple(commands), notes=tuple(notes))
 
 
 def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:

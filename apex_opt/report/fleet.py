@@ -16,6 +16,7 @@ from apex_opt.report.document import (
     question_document,
     values_document,
 )
+from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
 from apex_opt.report.tables import (
     beside_table,
@@ -189,6 +190,8 @@ def _page(console: Console, document: Document) -> None:
         if document["gap"] is not None and not document["optimal"]:
             console.print(f"The best there is may be better by up to {document['gap']:.1%}.\n")
         provenance_table(console, _provenance(document["provenance"]))
+    if "launch" in document:
+        launch_section(console, document["launch"])
 
 
 def _in_words(certificate: Document) -> Document:

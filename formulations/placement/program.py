@@ -30,7 +30,7 @@ inside nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from apex_opt.cluster.tree import Tree
+    from apex_opt.cost import JointCosts
     from apex_opt.placement.assignment import Assignment
     from apex_opt.placement.layouts import Layouts
     from apex_opt.placement.shape import Way
@@ -135,6 +136,20 @@ def place_plan(layouts: Layouts, plan: Plan, time_limit_s: float | None = None) 
     found = place(layouts.tree, Shape.of(plan), partial(layouts.measured, plan), time_limit_s)
     assert found is not None  # where chunks of one rank fit, so does the shape
     return found
+
+
+def place_joint(costs: JointCosts, plan: Plan, time_limit_s: float | None = None) -> Assignment:
+    """The GPUs of a plan whose stages are on several types: the stages on each type placed on their own.
+
+    Raises
+    ------
+    CapacityError, FormulationError    as `place_plan`
+    """
+    parts = (
+        place_plan(costs.models[name].layouts, replace(plan, layers=(1,) * stages, on=()), time_limit_s).assignment
+        for name, stages in plan.on
+    )
+    return tuple(tuple(stage for part in replica for stage in part) for replica in zip(*parts, strict=True))
 
 
 def _arranged(
