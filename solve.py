@@ -200,7 +200,7 @@ def _with_commands(
     from formulations.placement import place_plan
 
     plan, checkpoint = answer.best.plan, checkpoint_of(options["model"])
-    found = place_plan(Evaluator(question).costs.layouts, plan)
+    found = place_plan(Evaluator(question).layouts, plan)
     return launched(document, launch(question, plan, options["emit"], checkpoint, found.assignment))
 
 
@@ -232,7 +232,7 @@ def _run_place(options: dict[str, Any]) -> int:
     if reason is not None:
         show(refused_document(site, reason), options["format"])
         return EXIT_INFEASIBLE
-    placed = place_plan(site.evaluator.costs.layouts, plan, limit_s)
+    placed = place_plan(site.evaluator.layouts, plan, limit_s)
     found = Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
     loss = None
     if lost:
@@ -258,7 +258,7 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
     from formulations.placement import move
 
     fewer = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
-    measure = partial(site.evaluator.costs.layouts.measured, fewer)
+    measure = partial(site.evaluator.layouts.measured, fewer)
     moved = move(tree, Shape.of(fewer), measure, before, site.weights, limit_s)
     assert moved is not None  # so many replicas fit
     return Loss(

@@ -42,9 +42,13 @@ class Benchmark:
 
 def benchmarks() -> dict[str, Benchmark]:
     """Every benchmark by name, in the order in which they run: one module per group."""
-    from benchmarks import enumeration, plan, searches, simulator, startup, traces
+    from benchmarks import enumeration, placement, plan, searches, simulator, startup, traces
 
-    found = [b for module in (plan, searches, simulator, enumeration, traces, startup) for b in module.benchmarks()]
+    found = [
+        b
+        for module in (plan, searches, placement, simulator, enumeration, traces, startup)
+        for b in module.benchmarks()
+    ]
     return {b.name: b for b in found}
 
 

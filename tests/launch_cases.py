@@ -59,7 +59,7 @@ def emitted(engine: str, model: str | Model, plan: str, nodes: int, gpus: int, *
 
 def placed(question: Question, plan: Plan) -> Assignment:
     """The best placement of a plan."""
-    return place_plan(Evaluator(question).costs.layouts, plan).assignment
+    return place_plan(Evaluator(question).layouts, plan).assignment
 
 
 def servers(found: Launch) -> list[Command]:

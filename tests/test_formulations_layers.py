@@ -21,7 +21,7 @@ SMALL = st.integers(1, 9)
 
 @st.composite
 def pipelines(draw: Callable[..., int]) -> Pipeline:
-    """Few layers of up to three kinds, over stages that hold more or less beside them and have more or less room."""
+    """Few layers of up to three kinds, over stages with a pace, something beside layers, and some room."""
     kinds = draw(st.integers(1, 3))
     order = tuple(draw(st.lists(st.integers(0, kinds - 1), min_size=1, max_size=9)))
     stages = draw(st.integers(1, min(5, len(order))))
@@ -36,6 +36,7 @@ def pipelines(draw: Callable[..., int]) -> Pipeline:
         extra=each(st.sampled_from((0, 0, 3, 8)), stages),
         room=each(st.integers(5, 60), stages),
         most=draw(st.sampled_from((len(order), -(-3 * len(order) // (2 * stages))))),
+        pace=draw(st.sampled_from([(), each(st.sampled_from((2, 3, 7)), stages)])),
     )
 
 
@@ -46,7 +47,10 @@ def brute_force(p: Pipeline) -> tuple[int, ...] | None:
     best = []
     for cuts in combinations(range(1, layers), stages - 1):
         parts = [p.kinds[i:j] for i, j in pairwise((0, *cuts, layers))]
-        heaviest = max(sum(p.weight[k] for k in part) + extra for part, extra in zip(parts, p.extra, strict=True))
+        heaviest = max(
+            pace * (sum(p.weight[k] for k in part) + extra)
+            for part, extra, pace in zip(parts, p.extra, p.pace or (1,) * stages, strict=True)
+        )
         spare = min(room - sum(p.held[k] for k in part) for part, room in zip(parts, p.room, strict=True))
         if spare >= 0 and max(map(len, parts)) <= p.most:
             apart = tuple((abs(cut - other), cut) for cut, other in zip(cuts, even, strict=False))
@@ -78,6 +82,11 @@ def test_the_last_stage_has_fewer_layers_the_more_its_lm_head_weighs(head: int, 
     assert found is not None
     assert max(found[0], found[1], found[2] + head) == max(layers[0], layers[1], layers[2] + head)
     assert found[2] <= layers[2]
+
+
+def test_a_stage_half_as_fast_holds_half_the_layers() -> None:
+    pipeline = Pipeline(kinds=(0,) * 12, weight=(5,), held=(1,), extra=(0, 0), room=(99, 99), most=12, pace=(1, 2))
+    assert split(pipeline) == (8, 4)
 
 
 def test_a_stage_with_less_room_holds_fewer_layers_and_none_at_all_fits_nowhere() -> None:

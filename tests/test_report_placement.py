@@ -37,7 +37,7 @@ def site_of(plan: str, cluster: str, **given: Any) -> Site:
 
 
 def found_on(site: Site) -> Found:
-    placed = place_plan(site.evaluator.costs.layouts, site.plan)
+    placed = place_plan(site.evaluator.layouts, site.plan)
     return Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
 
 
@@ -45,7 +45,7 @@ def lost_from(site: Site, lost: tuple[str, ...], before: Assignment) -> Loss:
     """What becomes of a placement, with as many replicas as still fit."""
     tree = Tree.of(site.wiring, {*Tree.of(site.wiring).gpus} - ({*site.tree.gpus} - {*lost}))
     plan = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
-    measure = partial(site.evaluator.costs.layouts.measured, plan)
+    measure = partial(site.evaluator.layouts.measured, plan)
     moved = move(tree, Shape.of(plan), measure, before, site.weights)
     assert moved is not None
     return Loss(
@@ -70,7 +70,7 @@ def test_the_figures_are_those_of_the_layouts_and_the_tables_have_them() -> None
     found = found_on(site)
     document = place_document(site, found)
     assert json.loads(json.dumps(document)) == document
-    costs, shape = site.evaluator.costs, Shape.of(site.plan)
+    costs, shape = site.costs, Shape.of(site.plan)
     ordered = rank_order(site.tree, shape)
     for key, assignment in (("placement", found.assignment), ("rank_order", ordered)):
         layout = layout_of(site.tree, shape, assignment)
@@ -247,7 +247,7 @@ def test_what_is_left_of_a_plan_is_as_quick_as_if_it_were_placed_from_scratch() 
     before = found_on(site).assignment
     tree = Tree.of(site.wiring, ["node0:3"])
     fewer = site_of("tp4", "server-8xl40s", model="llama-3.1-8b", down="node0:3")
-    layouts = fewer.evaluator.costs.layouts
+    layouts = fewer.evaluator.layouts
     moved = move(tree, fewer.shape, partial(layouts.measured, fewer.plan), before, site.weights)
     assert moved is not None
     assert moved.measure == place_plan(layouts, fewer.plan).measure

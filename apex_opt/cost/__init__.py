@@ -1,6 +1,7 @@
 """Time and energy of one batch on one stage of a plan."""
 
-from apex_opt.cost.accounting import Usage, account
+from apex_opt.cost.accounting import Usage, account, idle_w, limit_w
+from apex_opt.cost.joint import JointCosts
 from apex_opt.cost.model import CostModel, PlanCost
 
-__all__ = ["CostModel", "PlanCost", "Usage", "account"]
+__all__ = ["CostModel", "JointCosts", "PlanCost", "Usage", "account", "idle_w", "limit_w"]

@@ -13,9 +13,12 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from apex_opt.cost.joint import JointCosts
     from apex_opt.cost.model import CostModel, PlanCost
     from apex_opt.plan.plan import Plan
     from apex_opt.simulator.outcome import BatchCounts, Outcome
+
+    Costs = CostModel | JointCosts
 
 _OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})
 
@@ -38,7 +41,7 @@ class Usage:
     operations_s: dict[str, float]
 
 
-def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> Usage:
+def account(plan: Plan, cost: PlanCost, model: Costs, outcome: Outcome) -> Usage:
     """Multiply the counts of a run into energy, arithmetic, traffic and time.
 
     Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
@@ -63,18 +66,29 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, outcome: Outcome) -> U
                 spent = times * float(count @ work.seconds[entry]) / (copies * plan.stages * plan.replicas)
                 seconds[operation] = seconds.get(operation, 0.0) + spent
     seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
-    gpu = model.cluster.gpu
-    dtype = get_format(plan.weight_format).hardware_dtype or gpu.half_dtype
-    idle_j = model.profile.power.idle_w * plan.devices * makespan_s
-    device_s = max(plan.devices * makespan_s, 1e-12)
-    most_j = model.profile.power.limit_w * plan.devices * makespan_s
+    run_s, peak, rate = max(makespan_s, 1e-12), 0.0, 0.0
+    for costs, devices in model.on(plan):
+        gpu = costs.cluster.gpu
+        peak += devices * gpu.peak_flops_per_s(get_format(plan.weight_format).hardware_dtype or gpu.half_dtype)
+        rate += devices * gpu.memory_bytes_per_s
+    idle_j = idle_w(model, plan) * makespan_s
     return Usage(
-        energy_j=min(joules + idle_j, most_j),
+        energy_j=min(joules + idle_j, limit_w(model, plan) * makespan_s),
         idle_energy_j=idle_j,
-        mfu=flops / (device_s * gpu.peak_flops_per_s(dtype)),
-        mbu=moved / (device_s * gpu.memory_bytes_per_s),
+        mfu=flops / (run_s * peak),
+        mbu=moved / (run_s * rate),
         operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
     )
+
+
+def idle_w(costs: Costs, plan: Plan) -> float:
+    """Watts that the GPUs of a plan draw at least."""
+    return sum(model.profile.power.idle_w * gpus for model, gpus in costs.on(plan))
+
+
+def limit_w(costs: Costs, plan: Plan) -> float:
+    """Watts that the GPUs of a plan may draw."""
+    return sum(model.profile.power.limit_w * gpus for model, gpus in costs.on(plan))
 
 
 def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:

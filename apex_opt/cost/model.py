@@ -156,23 +156,31 @@ class CostModel:
         ------
         UsageError    a clock that the GPU does not have
         """
-        if (variant := self._variant(plan)) is not self:
-            return variant.plan_cost(plan)
         layout = self.layouts.best(plan)
-        stages = stage_runs(self.model, plan.layers)
-        last = len(stages) - 1
-        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
-        overlapped = self.settings.async_scheduling or plan.stages > 1
-        # What a stage depends on beside its own layers, the clock and the limits.
-        cut = replace(plan, replicas=1, layers=(1,), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None)
-        built = [
-            self._stages(cut, layout, runs, index == 0, index == last, overlapped) for index, runs in enumerate(stages)
-        ]
+        built = [self.stage(plan, index, layout) for index in range(plan.stages)]
         return PlanCost(
             laws=tuple(law for law, _ in built),
             pieces=tuple(pieces for _, pieces in built),
             request_ns=self.request_ns,
         )
+
+    def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, Pieces]:
+        """The law and the operations of one stage of a plan in a layout.
+
+        Raises
+        ------
+        UsageError    a clock that the GPU does not have
+        """
+        if (variant := self._variant(plan)) is not self:
+            return variant.stage(plan, index, layout)
+        runs, last = stage_runs(self.model, plan.layers)[index], plan.stages - 1
+        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        # What a stage depends on beside its own layers, the clock and the limits.
+        cut = replace(
+            plan, replicas=1, layers=(1,), on=(), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None
+        )
+        return self._stages(cut, layout, runs, index == 0, index == last, overlapped)
 
     def _stage(
         self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
@@ -216,23 +224,26 @@ class CostModel:
         ------
         UsageError    a clock that the GPU does not have
         """
+        return sum_of_least(self.least_parts(plan, self.layouts.best(plan)), len(self.tables.tokens))
+
+    def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
+        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
         if (variant := self._variant(plan)) is not self:
-            return variant.least(plan)
-        layout = self.layouts.best(plan)
-        total = Least()
+            yield from variant.least_parts(plan, layout)
+            return
         for count, what in self._made_of(plan, layout, self.model.runs, True, True):
-            total = total.plus(self._least_of(*what), count)
+            yield count, self._least_of(*what)
         overlapped = self.settings.async_scheduling or plan.stages > 1
         kernels = sum(
             run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
         )
-        total = total.plus(self._engine_least(overlapped), plan.stages)
-        if not self.cluster.gpu.overlapped_launch:
-            gaps = kernels * self.overhead.gap_s
-            total = total.plus(Least(decode=gaps, mixed=gaps), 1)
-        if len(self.tables.tokens) <= 2:  # no batch has room for a prompt of two tokens
-            return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
-        return total
+        yield plan.stages, self._engine_least(overlapped)
+        gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
+        yield 1, Least(decode=gaps, mixed=gaps)
+
+    def on(self, plan: Plan) -> tuple[tuple[CostModel, int], ...]:
+        """Whose GPUs a plan runs on, and how many of each."""
+        return ((self, plan.devices),)
 
     def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
@@ -293,6 +304,16 @@ class CostModel:
             for table, values in piece.seconds.items():
                 seconds[table] += count * values
         return seconds
+
+
+def sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
+    """What all pieces of a batch take at least, on tables of so many entries by tokens."""
+    total = Least()
+    for count, least in parts:
+        total = total.plus(least, count)
+    if tokens <= 2:  # no batch has room for a prompt of two tokens
+        return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
+    return total
 
 
 def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:

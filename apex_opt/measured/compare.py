@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import numpy as np
 
 from apex_opt.cluster import load_cluster
-from apex_opt.cost import CostModel, account
+from apex_opt.cost import CostModel, account, idle_w
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import ApexError
 from apex_opt.evaluate import Instance, violations
@@ -188,7 +188,7 @@ class Predictor:
             steps, left_out = step_times(run.iterations, settings, cost.laws[0])
         # The measured window begins at time 0, with an idle engine.
         lead_s = int(outcome.arrival_ns.min()) / NS_PER_S
-        lead_j = costs.profile.power.idle_w * plan.devices * lead_s
+        lead_j = idle_w(costs, plan) * lead_s
         return Prediction(
             plan=plan,
             values=_values(run, metrics, usage.energy_j + lead_j, outcome),

@@ -5,7 +5,8 @@ each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by exp
 Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
 larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
-the tokens of a batch where they are not the engine's.
+the tokens of a batch where they are not the engine's. `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four
+stages on one type of GPU and the last on another.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Plan:
     kv_format : str                key of `KV_BYTES`
     clock_mhz : int or None        clock the GPUs are held at; None leaves them at the highest
     max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
+    on : tuple of (str, int)       types of GPU of consecutive stages, each with how many; () where all are of one type
 
     Raises
     ------
@@ -86,6 +88,7 @@ class Plan:
     clock_mhz: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    on: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not _is_degree(self.replicas):
@@ -108,6 +111,10 @@ class Plan:
             if value is not None and not _is_degree(value):
                 raise UsageError(f"{name}: {shown(value)} is not a whole number from 1 to {LARGEST_DEGREE}")
 
+        if self.on and sum(stages for _, stages in self.on) != self.stages:
+            counts = " + ".join(str(stages) for _, stages in self.on)
+            raise UsageError(f"on: {counts} stages on types of GPU, and the plan has {self.stages}")
+
     @property
     def stages(self) -> int:
         return len(self.layers)
@@ -124,11 +131,11 @@ class Plan:
 
     @property
     def cut(self) -> tuple[int | str, ...]:
-        """What one stage is like beside its layers: cells, formats, clock and limits of a batch (0 for None)."""
+        """What stages are like beside their layers: cells, formats, clock and limits of a batch (0: None), GPUs."""
         attention, ffn = self.attention, self.ffn
         cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
         limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
-        return *cells, self.weight_format, self.kv_format, *limits
+        return *cells, self.weight_format, self.kv_format, *limits, *(part for own in self.on for part in own)
 
     @property
     def even(self) -> bool:
@@ -146,6 +153,8 @@ class Plan:
             words.append(f"kv={self.kv_format}")
         limits = (("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens), ("clock", self.clock_mhz))
         words += [f"{name}={value}" for name, value in limits if value is not None]
+        if self.on:
+            words.append("on=" + "+".join(f"{name}:{stages}" for name, stages in self.on))
         return " ".join(words)
 
 
@@ -172,6 +181,7 @@ _WORD: Final = re.compile(
     r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
+    r"|on=(?P<on>[a-z0-9][\w.-]*:\d{1,7}(?:\+[a-z0-9][\w.-]*:\d{1,7})*)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+)"
@@ -211,6 +221,8 @@ def parse_plan(text: str, model: Model) -> Plan:
             cells[match["cell"]] = _template(match["inside"], text)
         elif match["kv"]:
             _once(found, "kv", match["kv"], text)
+        elif match["on"]:
+            _once(found, "on", match["on"], text)
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
@@ -241,6 +253,7 @@ def parse_plan(text: str, model: Model) -> Plan:
         clock_mhz=_limit(found, "clock", text),
         max_num_seqs=_limit(found, "seqs", text),
         max_num_batched_tokens=_limit(found, "tokens", text),
+        on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
 
 

@@ -258,9 +258,8 @@ class Collectives:
         if spanned == 1:
             return _none_for_nothing(size, self._floor_s(ranks) + size * near)
         assert self.inter is not None  # _spanned refuses several nodes without a link
-        # Both levels work at once: the slower one decides.
         far = (ranks - inside) / ranks * self._stream_s_per_byte(self.inter)
-        return _none_for_nothing(size, self._start_s(ranks, spanned) + size * max(near, far))
+        return _none_for_nothing(size, self._start_s(ranks, spanned) + size * self._levels(near, far))
 
     def point_to_point_s(self, tensor_bytes: ArrayLike, link: Link | None = None) -> Floats:
         """One rank sends its tensor to another, over `link` (by default the one inside a node)."""
@@ -312,20 +311,25 @@ class Collectives:
         return table.custom_floor_s * _steps(ranks, table.custom_ranks) + size * table.custom_s_per_byte * scale
 
     def _start_s(self, ranks: int, nodes: int) -> float:
-        """Time of the smallest all-reduce over several nodes: grows with the depth of a tree over the ranks."""
+        """Time of the smallest all-reduce over several nodes: grows with the depth of a tree over the ranks.
+
+        What it was fitted on has NVLink in its nodes; slower links there come on top.
+        """
         assert self.inter is not None
+        inside = ceil_div(ranks, nodes)
+        near = 0.0 if self.intra.kind == "nvlink" else self.intra.latency_s * 2 * float(np.log2(inside))
         across = self.table.across
         fitted = across.times_s[0] - across.sizes_bytes[0] * across.tail_s_per_byte
         trips = 2 * np.log2(across.nodes) * across.link_latency_s
         return float(
-            (fitted - trips) * np.log2(ranks) / np.log2(across.ranks) + 2 * np.log2(nodes) * self.inter.latency_s
+            near + (fitted - trips) * np.log2(ranks) / np.log2(across.ranks) + 2 * np.log2(nodes) * self.inter.latency_s
         )
 
     def _across_s_per_byte(self, ranks: int, nodes: int) -> float:
         """Cost of a byte of an all-reduce over several nodes.
 
-        Two levels in a pipeline, so the slower decides: inside a node as fitted on two full nodes, between nodes each
-        of a node's ranks reduces its own part over its own port.
+        Two levels: inside a node as fitted on two full nodes, between nodes each of a node's ranks reduces its own part
+        over its own port.
         """
         assert self.inter is not None
         across, inside = self.table.across, ceil_div(ranks, nodes)
@@ -336,7 +340,11 @@ class Collectives:
                 near *= self.table.within[0].link_bytes_per_s / self.intra.bytes_per_s
             else:
                 near = _ring(inside) * self._stream_s_per_byte(self.intra)
-        return max(near, _ring(nodes) / inside * self._stream_s_per_byte(self.inter))
+        return self._levels(near, _ring(nodes) / inside * self._stream_s_per_byte(self.inter))
+
+    def _levels(self, near: float, far: float) -> float:
+        """Cost of a byte on two levels: at once over NVLink and NICs; on PCIe one after the other on the same link."""
+        return max(near, far) if self.intra.kind == "nvlink" else near + far
 
     def _stream_s_per_byte(self, link: Link) -> float:
         """Cost of a byte of a long message over a link."""

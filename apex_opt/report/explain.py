@@ -85,6 +85,10 @@ def _comparison(question: Question, comparison: Comparison) -> Document:
             }
             for term in comparison.terms
         ],
+        "lies": [
+            {"group": one.group, "ranks": one.ranks, "inside": one.inside, "beyond": one.beyond, "reason": one.reason}
+            for one in comparison.lies
+        ],
     }
 
 
@@ -179,6 +183,7 @@ def _compared(console: Console, document: Document) -> None:
     reason = f"; it {given['reason']}" if given["reason"] else ""
     if best is None:
         console.print(f"{given['plan']} runs{reason}\n")
+        _where(console, given)
         return
     values = [amount(one["value"], objective["unit"]) for one in (given, best)]
     console.print(
@@ -210,6 +215,13 @@ def _compared(console: Console, document: Document) -> None:
         table(console, "What differs, largest share of its whole first", heads, rows, left={0, 1})
     else:
         console.print("The two runs take the same.\n")
+    _where(console, given)
+
+
+def _where(console: Console, given: Document) -> None:
+    """What holds each kind of groups of the plan's ranks, and why nothing smaller does."""
+    if rows := [(one["group"], str(one["ranks"]), one["inside"], one["reason"] or "") for one in given["lies"]]:
+        table(console, "Where its groups lie", ("group", "GPUs", "within a", "why"), rows, left={0, 2, 3})
 
 
 def _apart(value: float | None, best: float | None) -> str:

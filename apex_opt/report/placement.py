@@ -10,6 +10,7 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.cluster.tree import LEVELS, place_of
+from apex_opt.cost import CostModel
 from apex_opt.evaluate import violations
 from apex_opt.launch.commands import on_nodes
 from apex_opt.placement.assignment import layout_of, rank_order
@@ -93,7 +94,13 @@ class Site:
     @property
     def tree(self) -> Tree:
         """The free GPUs."""
-        return self.evaluator.costs.layouts.tree
+        return self.evaluator.layouts.tree
+
+    @property
+    def costs(self) -> CostModel:
+        """Costs of plans on one type of GPU."""
+        assert isinstance(self.evaluator.costs, CostModel)  # `ask_place` takes no other plans
+        return self.evaluator.costs
 
     @cached_property
     def shape(self) -> Shape:
@@ -113,7 +120,7 @@ class Site:
 
     def collectives_s(self, layout: Layout) -> float:
         """Seconds of the collectives of a full batch, on its way through all stages."""
-        return self.evaluator.costs.exchanged(self.plan, layout).seconds
+        return self.costs.exchanged(self.plan, layout).seconds
 
     @cached_property
     def batch(self) -> tuple[int, int]:
@@ -127,7 +134,7 @@ class Site:
 
         The batch has its tokens dealt evenly to its sequences, each the beginning of a prompt.
         """
-        (tokens, sequences), costs = self.batch, self.evaluator.costs
+        (tokens, sequences), costs = self.batch, self.costs
         each, more = divmod(tokens, sequences)
         sizes = [each + (index < more) for index in range(sequences)]
         laws = costs.plan_cost(self.plan).laws
@@ -212,7 +219,7 @@ def _head(site: Site) -> Document:
 def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
     """GPUs of every rank, what collectives cross and what they take."""
     layout = site.layout(tree, assignment)
-    exchanged = site.evaluator.costs.exchanged(site.plan, layout)
+    exchanged = site.costs.exchanged(site.plan, layout)
     sent = dict(zip(reversed(LEVELS), exchanged.sent, strict=True))
     return {
         "replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)],
@@ -234,7 +241,7 @@ def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
 
 def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[str, str]:
     """Where the figures of the plan come from, and those of its collectives in other layouts than the best."""
-    costs = site.evaluator.costs
+    costs = site.costs
     found = site.evaluator.provenance([site.plan])
     called = {name.partition("/")[0] for name in found if "/" in name} - {"point_to_point"}
     for layout in (site.layout(tree, assignment) for tree, assignment in judged):

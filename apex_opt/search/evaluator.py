@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.cost import CostModel, PlanCost, account
+from apex_opt.cost import CostModel, JointCosts, PlanCost, account, idle_w, limit_w
 from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.answer import Candidate
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.cost.least import Least
+    from apex_opt.placement import Layouts
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from apex_opt.workload.trace import Trace
 
     Costs = tuple[float, ...]
+    AnyLayout = Layout | tuple[Layout, ...]
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
@@ -53,15 +55,7 @@ class Evaluator:
     def __init__(self, question: Question, *, gaps: bool = False) -> None:
         self._gaps = gaps
         self.question = question
-        self.costs = CostModel(
-            question.model,
-            question.cluster,
-            question.settings,
-            question.overhead,
-            question.expert_routing,
-            question.profiles,
-            tree=question.tree,
-        )
+        self.costs = _costs(question)
         self._floors: dict[tuple[Any, ...], Metrics] = {}
         self._leasts: dict[tuple[Any, ...], Least] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
@@ -73,6 +67,12 @@ class Evaluator:
         generated = question.trace.generated(question.settings.max_model_len)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
         self._generated = int(generated.sum())
+
+    @property
+    def layouts(self) -> Layouts:
+        """Layouts of plans on one type of GPU."""
+        assert isinstance(self.costs, CostModel)  # joint pipelines are laid out type by type
+        return self.costs.layouts
 
     def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
         """Where the figures behind the costs of plans come from, per operation, and the price where there is a cost."""
@@ -88,7 +88,7 @@ class Evaluator:
         """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
         return self._alone(plan, self.costs.layouts.best(plan), self._overtaking(plan, movable))
 
-    def _alone(self, plan: Plan, layout: Layout, overtaking: bool) -> Metrics:
+    def _alone(self, plan: Plan, layout: AnyLayout, overtaking: bool) -> Metrics:
         """Metrics of requests that are each alone."""
         question = self.question
         asked = question.goals, question.per_request, question.percentiles, self._tells_gaps
@@ -103,14 +103,14 @@ class Evaluator:
             self._floors[key] = self._measure(alone, [s for s in question.goals if s.metric not in OF_GPUS])
         return self._floors[key]
 
-    def _mean(self, plan: Plan, layout: Layout) -> StageFloor:
+    def _mean(self, plan: Plan, layout: AnyLayout) -> StageFloor:
         """Mean floor of the stages of a plan."""
         key = plan.cut, plan.stages, layout
         if key not in self._means:
             self._means[key] = StageFloor.mean(self._least_cost(plan, layout), plan.stages, plan.attention.dp)
         return self._means[key]
 
-    def _least_cost(self, plan: Plan, layout: Layout) -> Least:
+    def _least_cost(self, plan: Plan, layout: AnyLayout) -> Least:
         """What a batch takes at least; the same for any number of replicas that lie alike."""
         key = plan.cut, plan.stages, layout
         if key not in self._leasts:
@@ -154,7 +154,9 @@ class Evaluator:
         if key not in self._blocks:
             memory = self._memory(plan)
             blocks = kv_blocks(memory)
-            if movable:
+            if movable and plan.on:
+                blocks = 0  # how full a stage can be is known once the layers are split
+            elif movable:
                 # The split sought is no heavier than the even one, where that one fits.
                 fits = blocks >= self._needed
                 blocks = least_blocks(question.model, plan, memory, question.settings.block_size) if fits else 0
@@ -176,12 +178,12 @@ class Evaluator:
         generated are known, so it is also one per token. Cost: the GPUs and their price are known; that of tokens grows
         with the makespan.
         """
-        question, power = self.question, self.costs.profile.power
+        question, costs = self.question, self.costs
         metrics = self._least(plan, movable)
-        energy_j = power.idle_w * plan.devices * metrics.makespan_s
+        energy_j = idle_w(costs, plan) * metrics.makespan_s
         asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
         if any(part.metric in _ENERGIES for part in asked):
-            most_j = power.limit_w * plan.devices * metrics.makespan_s
+            most_j = limit_w(costs, plan) * metrics.makespan_s
             energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
         least = metrics
         if any(part.metric in OF_GPUS for part in asked):
@@ -192,8 +194,8 @@ class Evaluator:
             and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
             for slo in question.goals
         )
-        costs = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
-        return costs, possible
+        found = tuple(_lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
+        return found, possible
 
     def _any_has(self, slo: Slo) -> bool:
         """Whether there is a figure to judge by: times between tokens take two of them."""
@@ -247,6 +249,10 @@ class Evaluator:
             batches=outcome.batches,
         )
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether the KV cache of a plan holds the longest request."""
+        return kv_blocks(self._memory(plan)) >= self._needed
+
     @property
     def any_cost(self) -> Costs:
         """Costs that no plan passes, finite: runs then end once they miss a goal, and for no other reason."""
@@ -264,8 +270,14 @@ class Evaluator:
     def _memory(self, plan: Plan) -> tuple[StageMemory, ...]:
         key = plan.cut, plan.layers
         if key not in self._memories:
-            settings = self.question.settings_for(plan)
-            self._memories[key] = stage_memory(self.question.model, self.question.cluster.gpu, plan, settings)
+            question, settings = self.question, self.question.settings_for(plan)
+            if not plan.on:
+                self._memories[key] = stage_memory(question.model, question.cluster.gpu, plan, settings)
+            else:
+                gpus = {pool.cluster.gpu.name: pool.cluster.gpu for pool in question.pools}
+                names = [name for name, stages in plan.on for _ in range(stages)]
+                found = {name: stage_memory(question.model, gpus[name], plan, settings) for name in set(names)}
+                self._memories[key] = tuple(found[name][stage] for stage, name in enumerate(names))
         return self._memories[key]
 
     def _run(
@@ -297,15 +309,15 @@ class Evaluator:
 
     def _stops(self, plan: Plan, worst: Costs) -> list[Stop]:
         """What proves that a plan misses an SLO, or that its objectives are worse than some costs."""
-        question, power = self.question, self.costs.profile.power
+        question = self.question
         passing = Passing(
             requests=len(question.trace),
             decoding=self._decoding,
             output_tokens=self._generated,
             request_s=self.costs.request_ns / NS_PER_S,
             least_j=self._least_joules(plan) * (1 - ROUNDING) if question.asks(*_ENERGIES) else 0.0,
-            idle_w=power.idle_w * plan.devices,
-            limit_w=power.limit_w * plan.devices,
+            idle_w=idle_w(self.costs, plan),
+            limit_w=limit_w(self.costs, plan),
             cost_per_h=question.cost_per_h(plan),
         )
         stops = []
@@ -330,6 +342,25 @@ class Evaluator:
             percentiles=question.percentiles,
             **figures,
         )
+
+
+def _costs(question: Question) -> CostModel | JointCosts:
+    """The costs of a question's plans, whose stages may be on several types of GPU."""
+    models = {
+        pool.cluster.gpu.name: CostModel(
+            pool.model,
+            pool.cluster,
+            pool.settings,
+            pool.overhead,
+            pool.expert_routing,
+            pool.profiles,
+            tree=pool.tree,
+        )
+        for pool in question.pools
+    }
+    if question.between is None:
+        return models[question.cluster.gpu.name]
+    return JointCosts(models, question.between)
 
 
 def _lowered(objective: Objective, cost: float) -> float:

@@ -15,7 +15,7 @@ from apex_opt.workload.slo import STATISTICS, percent
 
 if TYPE_CHECKING:
     from apex_opt.cluster.tree import Tree
-    from apex_opt.cluster.types import Cluster
+    from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.ir.model import Model
     from apex_opt.plan.engine import EngineSettings
@@ -46,6 +46,8 @@ class Question:
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
     tree : Tree or None              the GPUs that plans are placed on; None: all of the cluster, as it is
+    others : tuple of Question       the same of the other types of GPU that stages can be on
+    between : Link or None           from a node of one such type to one of another, at worst; None without others
     near : tuple of Slo              what else a plan must reach to be as good as one found before
     request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
@@ -72,6 +74,8 @@ class Question:
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
     tree: Tree | None = None
+    others: tuple[Question, ...] = ()
+    between: Link | None = None
     near: tuple[Slo, ...] = ()
     request_slos: tuple[Slo, ...] | None = None
 
@@ -96,6 +100,11 @@ class Question:
     def asked(self) -> tuple[Objective | Slo, ...]:
         """Everything that plans are judged by."""
         return *self.objectives, *self.goals
+
+    @property
+    def pools(self) -> tuple[Question, ...]:
+        """The question of each type of GPU."""
+        return self, *self.others
 
     @property
     def free(self) -> int:
@@ -133,8 +142,13 @@ class Question:
 
     def cost_per_h(self, plan: Plan) -> float | None:
         """$ per hour of a plan's GPUs, where their price is stated."""
-        price = self.cluster.gpu.price_per_h
-        return None if price is None else price * plan.devices
+        if not plan.on:
+            price = self.cluster.gpu.price_per_h
+            return None if price is None else price * plan.devices
+        prices = {pool.cluster.gpu.name: pool.cluster.gpu.price_per_h for pool in self.pools}
+        stage = plan.replicas * plan.stage_devices
+        parts = [(prices[name], stages) for name, stages in plan.on]
+        return None if any(price is None for price, _ in parts) else sum(p * n for p, n in parts if p) * stage
 
     def costs(self, metrics: Metrics) -> tuple[float, ...]:
         """The figures of a run by each objective, signed such that less is better."""

@@ -188,12 +188,12 @@ def _search(
     feasible = (*listed.plans, *listed.movable)
     bounds = bound_plans(evaluator, feasible, question.objectives, tell, len(listed.plans))
     queue = [
-        _Queued(bound, index, feasible[index], index >= len(listed.plans))
+        Queued(bound, index, feasible[index], index >= len(listed.plans))
         for index, (bound, possible) in enumerate(bounds)
         if possible
     ]
     queue.sort(key=lambda item: (item.bound, item.place))
-    run = _simulate(queue, evaluator, Moves(question, formulation), tell, top, deadline)
+    run = simulate_queue(queue, evaluator, Moves(question, formulation), tell, top, deadline)
     done, cut_short, repeated = run.done, run.cut_short, run.repeated
     ranked = sorted((c for c in done if c.meets_slos), key=lambda c: rank(question, c))
     best = ranked[0] if ranked else None
@@ -297,7 +297,7 @@ def judge(question: Question, plan: Plan, progress: Progress | None = None) -> A
     return Answer(status="feasible", best=candidate, candidates=(candidate,), certificate=certificate)
 
 
-class _Queued(NamedTuple):
+class Queued(NamedTuple):
     """A plan to simulate: its bounds, its place among equals, and whether its layers are yet to be moved."""
 
     bound: Costs
@@ -306,7 +306,7 @@ class _Queued(NamedTuple):
     movable: bool
 
 
-class _Simulated(NamedTuple):
+class Simulated(NamedTuple):
     """Plans with a score, how many were cut short, and how many turned out to be others with their layers even."""
 
     done: list[Candidate]
@@ -314,14 +314,22 @@ class _Simulated(NamedTuple):
     repeated: int
 
 
-def _simulate(
-    queue: Sequence[_Queued], evaluator: Evaluator, moves: Moves, tell: Progress, top: int, deadline: float
-) -> _Simulated:
-    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up."""
+def simulate_queue(
+    queue: Sequence[Queued],
+    evaluator: Evaluator,
+    moves: Callable[[Plan], Plan | None],
+    tell: Progress,
+    top: int,
+    deadline: float,
+    worst: Costs = (float("inf"),),
+) -> Simulated:
+    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up.
+
+    None is scored that is worse than `worst` from the beginning.
+    """
     question = evaluator.question
     done: list[Candidate] = []
     cut_short = repeated = position = 0
-    worst: Costs = (float("inf"),)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         while position < len(queue):
             items = [item for item in queue[position : position + ROUND] if item.bound <= worst]
@@ -339,8 +347,8 @@ def _simulate(
                     done.append(candidate)
                 tell("simulating plans", len(done) + cut_short, len(queue))
             good = sorted(question.costs(c.metrics) for c in done if c.meets_slos)
-            worst = good[top - 1] if len(good) >= top else worst
-    return _Simulated(done, cut_short, repeated)
+            worst = min(worst, good[top - 1]) if len(good) >= top else worst
+    return Simulated(done, cut_short, repeated)
 
 
 def _gap(question: Question, best: Candidate, left: Sequence[Costs]) -> float:

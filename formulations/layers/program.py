@@ -4,18 +4,19 @@ Sets and parameters
     L layers, in order, each of a kind; s stages
     w_u     weight of a layer of kind u on a stage: what makes its batches long
     a_k     weight of what stage k holds beside layers: the LM head on the last
+    p_k     pace of stage k: what a unit of weight takes it, larger on slower GPUs
     b_u     bytes of a layer of kind u
     c_k     bytes that stage k has for its layers, beside embedding, LM head and the rest
     m       most layers of a stage
 
 Variables
     e_k     layers before stage k + 1, k = 1..s-1;  e_0 = 0, e_s = L
-    T       weight of the heaviest stage
+    T       what the slowest stage takes
     F       least bytes that a stage has left
 
 Constraints
     S1  1 <= e_k - e_(k-1) <= m
-    S2  a_k + W(e_k) - W(e_(k-1)) <= T,  W(n) the weight of the first n layers
+    S2  p_k (a_k + W(e_k) - W(e_(k-1))) <= T,  W(n) the weight of the first n layers
     S3  c_k - B(e_k) + B(e_(k-1)) >= F >= 0,  B(n) their bytes
 
     d_k     how far e_k lies from where the even split cuts
@@ -31,6 +32,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
+from math import lcm
 from typing import TYPE_CHECKING
 
 from ortools.sat.python import cp_model
@@ -53,6 +55,7 @@ class Pipeline:
     extra : tuple of int      weight of each stage beside its layers
     room : tuple of int       bytes each stage has for its layers
     most : int                layers a stage may hold
+    pace : tuple of int       what a unit of weight takes each stage; () where all are as fast
     """
 
     kinds: tuple[int, ...]
@@ -61,11 +64,12 @@ class Pipeline:
     extra: tuple[int, ...]
     room: tuple[int, ...]
     most: int
+    pace: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=1 << 16)
 def split(pipeline: Pipeline) -> tuple[int, ...] | None:
-    """Layers of each stage, such that the heaviest stage is as light as can be; None where no split fits.
+    """Layers of each stage, such that the slowest stage is as fast as can be; None where no split fits.
 
     Raises
     ------
@@ -75,16 +79,19 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)]
     held = [0, *accumulate(pipeline.held[kind] for kind in pipeline.kinds)]
     spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
-    # On average a stage weighs so much, hence the heaviest does.
-    mean = -(-(weight[-1] + sum(pipeline.extra)) // stages)
-    tops = {weight[j] - weight[i] + extra for i, j in spans for extra in set(pipeline.extra)}
+    paces = pipeline.pace or (1,) * stages
+    # Were all stages to take as long, each would take so much, hence the slowest does.
+    common = lcm(*paces)
+    mean = -(-(weight[-1] + sum(pipeline.extra)) * common // sum(common // pace for pace in paces))
+    kinds = set(zip(paces, pipeline.extra, strict=True))
+    tops = {pace * (weight[j] - weight[i] + extra) for i, j in spans for pace, extra in kinds}
     tops = {top for top in tops if top >= mean}
     left = {room - held[j] + held[i] for i, j in spans for room in set(pipeline.room)}
     left = {free for free in left if free >= 0}
     if not tops or not left or stages > layers:
         return None
     model = cp_model.CpModel()
-    heaviest = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(tops)), "heaviest")
+    slowest = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(tops)), "slowest")
     spare = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(left)), "spare")
     cuts = [model.new_int_var(k, layers - stages + k, f"cut_{k}") for k in range(1, stages)]
     weights, bytes_held = [], []
@@ -94,11 +101,11 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
         bytes_held.append(cp_model.LinearExpr.sum([pipeline.held[kind] * count for kind, count in before]))
     for count in _between(cuts, layers):
         model.add_linear_constraint(count, 1, pipeline.most)
-    for own, extra in zip(_between(weights, weight[-1]), pipeline.extra, strict=True):
-        model.add(own + extra <= heaviest)
+    for own, extra, pace in zip(_between(weights, weight[-1]), pipeline.extra, paces, strict=True):
+        model.add(pace * (own + extra) <= slowest)
     for own, room in zip(_between(bytes_held, held[-1]), pipeline.room, strict=True):
         model.add(room - own >= spare)
-    model.add_decision_strategy([heaviest], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
+    model.add_decision_strategy([slowest], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
     model.add_decision_strategy([spare], cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
     for cut, even in zip(cuts, accumulate(even_split(layers, stages)), strict=False):
         apart = model.new_int_var(0, layers, "apart")

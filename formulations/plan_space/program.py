@@ -55,6 +55,7 @@ from formulations.plan_space.variables import Variables
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan
 
@@ -194,6 +195,12 @@ class PlanSpace:
         chosen = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
         cuts, complete = self._solve(instance, chosen, time_limit_s, several=True)
         return [plan for plan in cuts if self._stages(instance).fit(plan)], complete
+
+    def paced(
+        self, instance: Instance, plan: Plan, gpus: Sequence[Gpu], pace: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """Layers of stages on several types of GPU; None where nothing fits (`Stages.paced`)."""
+        return self._stages(instance).paced(plan, gpus, pace)
 
     def moved(self, instance: Instance, plan: Plan) -> Plan | None:
         """A movable plan with its layers moved; None where the best split is the even one.

@@ -24,6 +24,9 @@ from formulations.plan_space.sizes import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
     from apex_opt.plan.plan import Plan, Template
 
@@ -37,17 +40,20 @@ class Stages:
         self._order = tuple(
             self._blocks.index(kind(run.block)) for run in instance.model.runs for _ in range(run.count)
         )
-        memory = instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization
-        self._capacity = int(memory) - RUNTIME_BYTES
+        self._capacity = self._usable(instance.cluster.gpu)
         self._limits = batch_limits(instance)
         self._sizes = cache(self._count)
         self._activations = cache(self._count_activations)
+
+    def _usable(self, gpu: Gpu) -> int:
+        """Bytes of a GPU that an engine's model and batches may take."""
+        return int(gpu.memory_bytes * self.instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
 
     def fit(self, plan: Plan) -> bool:
         """Whether the layers of a cut can be split such that every stage fits."""
         _, sums, _ = self._sizes(plan.attention.tp, plan.ffn, plan.weight_format, plan.kv_format)
         # The further a stage goes the better, but where layers differ: then a heavy one may stop the next stage.
-        rooms = self._room(plan)
+        rooms = self._room(plan, (self._capacity,) * plan.stages)
         return self._reaches(sums, rooms, True) or (len(self._blocks) > 1 and self._reaches(sums, rooms, False))
 
     def _reaches(self, sums: list[int], rooms: tuple[int, ...], furthest: bool) -> bool:
@@ -70,20 +76,35 @@ class Stages:
         A stage weighs the bytes that a full batch reads: its layers, and the LM head on the last. Activations differ
         from cut to cut, so they are brought in only where the split without them does not fit.
         """
+        return self._split(plan, (self._capacity,) * plan.stages, (), self._most(plan.stages))
+
+    def paced(self, plan: Plan, gpus: Sequence[Gpu], pace: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Layers of stages on several types of GPU such that the slowest stage is as fast as can be.
+
+        Stages may be as unequal as their GPUs are.
+
+        Parameters
+        ----------
+        gpus : of each stage
+        pace : what a byte of weights takes each stage, in any unit
+        """
+        return self._split(plan, tuple(map(self._usable, gpus)), pace, self.instance.model.layers)
+
+    def _split(self, plan: Plan, capacity: tuple[int, ...], pace: tuple[int, ...], most: int) -> tuple[int, ...] | None:
         tp, stages = plan.attention.tp, plan.stages
         weight, sums, held = self._sizes(tp, plan.ffn, plan.weight_format, plan.kv_format)
         vocab = vocab_bytes(self.instance, tp)
         head = vocab + 2 * self.instance.model.hidden
-        middle = (self._capacity,) * (stages - 2)
         pipeline = Pipeline(
             kinds=self._order,
             weight=weight,
             held=held,
             extra=(*(0,) * (stages - 1), head),
-            room=(self._capacity - vocab, *middle, self._capacity - head),
-            most=self._most(stages),
+            room=(capacity[0] - vocab, *capacity[1:-1], capacity[-1] - head),
+            most=most,
+            pace=pace,
         )
-        room = self._room(plan)
+        room = self._room(plan, capacity)
         found = split(pipeline)
         if found is not None:
             ends = pairwise([0, *accumulate(found)])
@@ -95,14 +116,13 @@ class Stages:
         """Layers that a balanced stage may hold."""
         return IMBALANCE[0] * self.instance.model.layers // (IMBALANCE[1] * stages)
 
-    def _room(self, plan: Plan) -> tuple[int, ...]:
-        """Bytes that each stage of a pipeline has for its layers."""
+    def _room(self, plan: Plan, capacity: tuple[int, ...]) -> tuple[int, ...]:
+        """Bytes that each stage of a pipeline has for its layers, of those usable."""
         choice = self.instance.batch_limits.index((plan.max_num_seqs, plan.max_num_batched_tokens))
         activations, logits = self._activations(choice, plan.attention, plan.ffn)
         vocab = vocab_bytes(self.instance, plan.attention.tp)
-        free = self._capacity - activations
-        last = free - vocab - 2 * self.instance.model.hidden - logits
-        return (free - vocab, *(free,) * (plan.stages - 2), last)
+        first, *middle, last = (usable - activations for usable in capacity)
+        return (first - vocab, *middle, last - vocab - 2 * self.instance.model.hidden - logits)
 
     def _count(
         self, tp: int, ffn: Template, weight_format: str, kv_format: str

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from apex_opt.placement import lies
 from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.search import judge
 
 if TYPE_CHECKING:
+    from apex_opt.placement import Lies
     from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Candidate
     from apex_opt.search.question import Question
@@ -36,13 +38,14 @@ class Term:
 class Comparison:
     """A given plan beside the best one; `reason` says why it has no score, or what it misses.
 
-    Terms are those that differ, the largest share first.
+    Terms are those that differ, the largest share first; `lies` is where the plan's groups of ranks lie.
     """
 
     plan: Plan
     candidate: Candidate | None
     reason: str | None
     terms: tuple[Term, ...] = ()
+    lies: tuple[Lies, ...] = ()
 
 
 def compare(question: Question, plan: Plan, best: Candidate | None, progress: Progress | None = None) -> Comparison:
@@ -53,9 +56,11 @@ def compare(question: Question, plan: Plan, best: Candidate | None, progress: Pr
     candidate = answer.best
     missed = misses(candidate.metrics, question.slos)
     reason = f"misses {missed}" if missed else None
-    if best is None:
-        return Comparison(plan=plan, candidate=candidate, reason=reason)
     evaluator = Evaluator(question)
+    layouts = evaluator.layouts
+    where = lies(layouts.tree, plan, layouts.best(plan))
+    if best is None:
+        return Comparison(plan=plan, candidate=candidate, reason=reason, lies=where)
     parts = [_parts(evaluator, one) for one in (candidate, best)]
     terms = []
     for part, unit in (("time per GPU", "s"), ("mean latency", "s"), ("energy", "J")):
@@ -66,7 +71,7 @@ def compare(question: Question, plan: Plan, best: Candidate | None, progress: Pr
             if mine != its:
                 terms.append(Term(part=part, name=name, unit=unit, plan=mine, best=its, share=abs(mine - its) / whole))
     terms.sort(key=lambda term: (-term.share, term.part, term.name))
-    return Comparison(plan=plan, candidate=candidate, reason=reason, terms=tuple(terms))
+    return Comparison(plan=plan, candidate=candidate, reason=reason, terms=tuple(terms), lies=where)
 
 
 def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, float]]:
