@@ -270,3 +270,14 @@ def test_the_picture_is_told_the_replica_the_stage_and_the_rank() -> None:
         "g": (1, "1/0"),
         "h": (1, "1/1"),
     }
+
+
+def test_why_a_group_lies_in_nothing_smaller_is_said_where_it_is_so() -> None:
+    site = site_of("dp3 pp2 tp2", "2xserver-8xl40s", model="llama-3.1-8b", busy="node0:0-1,node1:0-1")
+    document = place_document(site, found_on(site))
+    assert [one["group"] for one in document["placement"]["lies"]] == ["tp2", "a replica of 2 stages"]
+    reason = document["placement"]["lies"][1]["reason"]
+    assert "3 groups of a replica of 2 stages need 4 free GPUs in one" in reason
+    assert reason in " ".join(place_page(document).split())
+    whole = site_of("tp2", "server-8xl40s", model="llama-3.1-8b")
+    assert "Where its groups lie" not in place_page(place_document(whole, found_on(whole)))

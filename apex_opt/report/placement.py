@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,10 +15,11 @@ from apex_opt.evaluate import violations
 from apex_opt.launch.commands import on_nodes
 from apex_opt.placement.assignment import layout_of, rank_order
 from apex_opt.placement.domains import groups, replicas_in, rooms
+from apex_opt.placement.reasons import lies
 from apex_opt.placement.shape import Shape
 from apex_opt.plan.memory import stage_memory
 from apex_opt.report.document import cleaned
-from apex_opt.report.layout import count, page, provenance_table, seconds, table
+from apex_opt.report.layout import count, lies_table, page, provenance_table, seconds, table
 from apex_opt.units import GB, NS_PER_S
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def place_document(
     loss : Loss             GPUs that go afterwards
     """
     judged = [(site.tree, found.assignment), *([] if loss is None else [(loss.tree, loss.after)])]
-    best = _placement(site, site.tree, found.assignment)
+    best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, site.plan, found.assignment)
     others = {"rank_order": rank_order(site.tree, site.shape), **({"given": given} if given is not None else {})}
     beside = {name: _beside(_placement(site, site.tree, other), best) for name, other in others.items()}
     judged += [(site.tree, other) for other in others.values()]
@@ -237,6 +238,11 @@ def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
             for tier in layout.tiers
         ],
     }
+
+
+def _lies(site: Site, tree: Tree, plan: Plan, assignment: Assignment) -> Document:
+    """What holds the groups of a plan, and why nothing smaller."""
+    return {"lies": [asdict(one) for one in lies(tree, plan, site.layout(tree, assignment))]}
 
 
 def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[str, str]:
@@ -320,7 +326,7 @@ def _loss(site: Site, loss: Loss) -> Document:
         "replicas_kept": loss.replicas,
         "replicas_lost": [index for index in range(len(loss.before)) if index not in loss.replicas],
         "before": before,
-        "placement": _beside(after, before),
+        "placement": _beside(after, before) | _lies(site, loss.tree, loss.plan, loss.after),
         "moved": loss.moved,
         "moved_bytes": loss.moved_bytes,
         "fewest": loss.optimal,
@@ -370,6 +376,8 @@ def _shown(console: Console, document: Document) -> None:
     else:
         _times_tables(console, document)
     answer = loss["placement"] if loss else document["placement"]
+    if any(one["reason"] for one in answer["lies"]):
+        lies_table(console, answer["lies"])
     _where(console, answer["replicas"])
     _left_table(console, document["left"])
     rows = [
