@@ -20,10 +20,12 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from apex_opt.cluster import Link
+    from apex_opt.cluster import Link, Tree
     from apex_opt.launch import Launch
+    from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
     from apex_opt.report import Progress
+    from apex_opt.report.placement import Loss, Site
     from apex_opt.search import Answer, Check, Question
     from apex_opt.search.explain import Explanation
     from apex_opt.search.fleet import Fleet
@@ -278,6 +280,69 @@ def _exit_code(answer: Answer, replay: Check | None) -> int:
     return EXIT_INFEASIBLE if answer.best is None else 0
 
 
+def _run_place(options: dict[str, Any]) -> int:
+    from apex_opt.ask import ask_place
+    from apex_opt.cluster import Tree, load_topology, load_wiring
+    from apex_opt.placement import rankfile, read_assignment
+    from apex_opt.report import show
+    from apex_opt.report.files import write_whole
+    from apex_opt.report.placement import Found, Site, labels, place_document, refused_document
+    from apex_opt.report.topology import topology_document, write_topology
+    from apex_opt.search import Evaluator
+    from formulations.placement import place_plan
+
+    question, plan = ask_place(options)
+    site = Site(question=question, plan=plan, wiring=load_wiring(options["cluster"]), evaluator=Evaluator(question))
+    topology, limit_s = load_topology(options["cluster"]), options["time_limit"]
+    lost = () if options["lose"] is None else topology.named(options["lose"], "--lose")
+    given = None if options["at"] is None else read_assignment(_path(options["at"]), site.shape, set(site.tree.gpus))
+    kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
+    reason = site.refusal(options["within"], len(kept))
+    if reason is not None:
+        show(refused_document(site, reason), options["format"])
+        return EXIT_INFEASIBLE
+    placed = place_plan(site.evaluator.layouts, plan, limit_s)
+    found = Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
+    loss = None
+    if lost:
+        tree = Tree.of(site.wiring, set(topology.gpus()) - set(kept))
+        loss = _loss(site, lost, given or found.assignment, tree, limit_s)
+    answer = found.assignment if loss is None else loss.after
+    if options["rankfile"] is not None:
+        write_whole(_path(options["rankfile"]), rankfile(answer).encode(), "rankfile")
+    if options["plot"] is not None:
+        for state, text in (("busy", options["busy"]), ("down", options["down"]), ("down", options["lose"])):
+            topology = topology if text is None else topology.marked(state, topology.named(text))
+        write_topology(_path(options["plot"]), topology_document(topology), labels(answer))
+    show(place_document(site, found, given, options["within"], loss), options["format"])
+    return 0
+
+
+def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, limit_s: float | None) -> Loss:
+    """Where as many replicas as still fit go once GPUs are lost, so that the fewest weights move."""
+    from functools import partial
+
+    from apex_opt.placement import Shape
+    from apex_opt.report.placement import Loss
+    from formulations.placement import move
+
+    fewer = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
+    measure = partial(site.evaluator.layouts.measured, fewer)
+    moved = move(tree, Shape.of(fewer), measure, before, site.weights, limit_s)
+    assert moved is not None  # so many replicas fit
+    return Loss(
+        gpus=lost,
+        before=before,
+        after=moved.assignment,
+        tree=tree,
+        plan=fewer,
+        replicas=moved.replicas,
+        moved=moved.moved,
+        moved_bytes=moved.moved_bytes,
+        optimal=moved.optimal,
+    )
+
+
 def _run_capacity(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask, ask_plan
     from apex_opt.report import Progress, show
@@ -454,6 +519,7 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
     "pareto": _run_pareto,
     "explain": _run_explain,
     "simulate": _run_simulate,
+    "place": _run_place,
     "capacity": _run_capacity,
     "validate": _run_validate,
     "profile show": _run_profile_show,

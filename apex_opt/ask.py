@@ -10,7 +10,7 @@ from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topolog
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
-from apex_opt.options import LARGEST_BATCH
+from apex_opt.options import COMMANDS, LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.profiles import check_profiles
@@ -222,6 +222,24 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
     clock = question.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
     plan = replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
     return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
+
+
+def ask_place(given: Mapping[str, Any]) -> tuple[Question, Plan]:
+    """A plan to be placed, with the question it would answer: what that has beyond `given` does not matter to it.
+
+    The KV cache must hold one request of `max_model_len` where that is given, else a token.
+
+    Raises
+    ------
+    ApexError    as `ask_plan`; a plan that names types of GPU for its stages
+    """
+    defaults = {option.name: option.default for option in COMMANDS["simulate"].options}
+    longest = given["max_model_len"] or 2
+    one = {"trace": f"static:n=1,prompt={longest - 1},output=1"}
+    question, plan = ask_plan(given["plan"], Options.of({**defaults, **one, **given}))
+    if plan.on:
+        raise UsageError(f"--plan: {given['plan']!r:.60} puts stages on types of GPU (on=); place takes one type")
+    return question, plan
 
 
 def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:

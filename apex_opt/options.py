@@ -315,6 +315,30 @@ _EMIT: Final = Option(
     choices=("vllm", "sglang"),
     text="Print the commands that start the plan on this engine, vllm or sglang, and what they cannot say.",
 )
+_PLACE: Final = (
+    Option(
+        name="within",
+        choices=("switch", "socket", "node", "leaf"),
+        text="List where a replica fits into one switch (NVLink domain, or PCIe switch where there is none), socket, "
+        "node or leaf switch, and for how many there is room.",
+    ),
+    Option(
+        name="lose",
+        text="GPUs that the cluster loses once the plan is placed, listed as those of --busy: where the plan goes "
+        "then, and the fewest weights that move.",
+    ),
+    Option(
+        name="at",
+        text="Where the plan lies by now, to be judged beside the best placement and to lose GPUs from: a rank file, "
+        "or what place printed with --format=json. By default the best placement.",
+    ),
+    Option(
+        name="rankfile",
+        suffix=".txt",
+        text="Text file to write a line per rank to, such as rank 0=node0 slot=3: Open MPI's form, the slot being the "
+        "GPU; replica by replica, ranks numbered through.",
+    ),
+)
 _MEASURED: Final = Option(
     name="measured",
     default=REQUIRED,
@@ -353,6 +377,32 @@ _BY_RATE: Final[Mapping[str, Mapping[str, Any]]] = {
     "objective": {
         "text": f"With --rate, what makes a plan best among those on the fewest GPUs, or several in turn: {_AIMS}."
     },
+}
+
+_OF_A_STEP: Final = (
+    "model",
+    "cluster",
+    "busy",
+    "down",
+    "weights",
+    "kv",
+    "clock",
+    "expert_routing",
+    "profiles",
+    "engine",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "block_size",
+    "async_scheduling",
+    "gpu_memory_utilization",
+)
+"""Options of a question that a single batch depends on."""
+
+_PLACED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "max_num_seqs": {"many": False, "text": "Sequences in the batch that is sent."},
+    "max_num_batched_tokens": {"many": False, "text": "Tokens in the batch that is sent."},
+    "max_model_len": {"text": "Longest request that the KV cache must hold; by default any."},
 }
 
 _FRONT: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -435,6 +485,31 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _REQUESTS,
             _TIMELINE,
             _EMIT,
+            *_GENERAL,
+        ),
+    ),
+    "place": Command(
+        summary="Place one given plan on the GPUs that are free, and say what losing some costs.",
+        text="For example:\n\n"
+        '  solve.py place --plan="dp2 tp8" --cluster=4xdgx-h100 --busy="node0:0-3,node1:5"\n'
+        "  solve.py place --plan=tp4 --cluster=server-8xl40s --model=llama-3.1-8b --within=socket\n"
+        '  solve.py place --plan="dp2 tp4" --lose=node0:3 --rankfile=ranks.txt\n\n'
+        "No other placement is better, which is proven. Exit code: 0 with a placement, 3 where the plan does not fit, "
+        "2 for bad input.",
+        options=(
+            _PLAN,
+            *(
+                replace(option, **{"text": _ELSEWHERE.get(option.name, option.text), **_PLACED.get(option.name, {})})
+                for option in _QUESTION
+                if option.name in _OF_A_STEP
+            ),
+            *_PLACE,
+            replace(_PLOT, suffix=".png or .svg", text="PNG or SVG file to draw it into; needs apex-opt[plot]."),
+            replace(
+                _TIME_LIMIT,
+                text="Seconds to choose among placements that are as good; that none is better is proven in any case. "
+                "By default none.",
+            ),
             *_GENERAL,
         ),
     ),

@@ -42,6 +42,7 @@ ONE = {
     "pareto": (),
     "explain": (),
     "simulate": ("--plan=tp2",),
+    "place": ("--plan=tp2",),
     "capacity": ("--slo=ttft_p95<=1s",),
     "validate": ("--measured=runs",),
     "profile show": (),
@@ -855,6 +856,113 @@ def test_what_cannot_be_imported_leaves_no_file(tmp_path: Path) -> None:
     assert "no such file" in refused(*words[:2], f"--source={tmp_path}/gone", words[3])
     assert [path.name for path in tmp_path.iterdir()] == ["topo.txt"]
     assert "--target: expected a file name that ends in .toml" in refused(*words[:3], "--target=made.txt")
+
+
+# ---- placement ---------------------------------------------------------------------------------------------------
+
+PLACE = ("place", "--plan=dp2 tp2", "--model=llama-3.1-8b", "--cluster=server-8xl40s")
+
+
+def test_a_plan_is_placed_with_nothing_but_its_text() -> None:
+    document, table = run("place", "--plan=tp4", "--format=json"), run("place", "--plan=tp4")
+    assert (document.code, table.code) == (0, 0)
+    found = json.loads(document.out)
+    assert found["status"] == "optimal"
+    assert found["placement"]["replicas"][0]["stages"] == [[f"node0:{gpu}" for gpu in range(4)]]
+    (row,) = [line for line in table.out.splitlines() if line.startswith("best ") and "node" not in line]
+    assert seconds_in(row) == [pytest.approx(found["placement"][key], rel=0.01) for key in ("collectives_s", "step_s")]
+    # Nothing in it is about traffic.
+    assert "trace" not in document.out + table.out
+
+
+def test_what_was_placed_can_be_given_back(tmp_path: Path) -> None:
+    ranks, printed = tmp_path / "ranks.txt", tmp_path / "placed.json"
+    first = run(*PLACE, "--busy=node0:0", f"--rankfile={ranks}", "--format=json")
+    printed.write_text(first.out)
+    placed = json.loads(first.out)["placement"]
+    assert len(re.findall(r"^rank \d+=node0 slot=\d$", ranks.read_text(), re.MULTILINE)) == 4
+    for path in (ranks, printed):
+        given = json.loads(run(*PLACE, "--busy=node0:0", f"--at={path}", "--format=json").out)["given"]
+        assert given["replicas"] == placed["replicas"]
+        assert given["collectives_loss"] == 0
+    assert "it has 4 ranks, the plan has 2" in refused("place", "--plan=tp2", f"--at={ranks}")
+    held = placed["replicas"][0]["stages"][0][0]
+    assert f"{held} is not free in the cluster" in refused(*PLACE, f"--busy={held}", f"--at={ranks}")
+
+
+def test_gpus_are_lost_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "placed.json"
+    words, down, slower = [*PLACE, "--format=json"], [], []
+    for gpu in ("node0:1", "node0:2", "node0:5", "node0:6"):
+        ran = run(*words, *([f"--down={','.join(down)}", f"--at={path}"] if down else []), f"--lose={gpu}")
+        assert ran.code == 0, ran
+        path.write_text(ran.out)
+        loss = json.loads(ran.out)["loss"]
+        assert loss["gpus"] == [gpu]
+        assert gpu not in str(loss["placement"]["replicas"])
+        assert loss["moved"] == len(loss["moves"]) <= 4
+        slower.append(loss["placement"]["collectives_loss"])
+        down.append(gpu)
+    # The third leaves one pair on a switch, the fourth none.
+    assert slower == [0, 0, pytest.approx(slower[2]), 0]
+    assert slower[2] > 0
+    assert loss["placement"]["tiers"][0]["kind"] != "switch"
+    assert json.loads(path.read_text())["left"]["gpus"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ("--within=switch", "--busy=node0:0,node0:2,node0:4,node0:6"),
+            "needs 2 GPUs in one switch; the largest has 1",
+        ),
+        (("--lose=node0",), "needs 2 GPUs; 0 are free after the loss"),
+        (("--busy=node0:0-4",), "the plan takes 4 GPUs, 3 are offered"),
+        (("--model=llama-3.1-70b",), "cannot run: memory: "),
+    ],
+)
+def test_what_has_no_place_exits_3_and_says_why_with_numbers(words: tuple[str, ...], reason: str) -> None:
+    base = [word for word in PLACE if not any(word.startswith(f"{w.split('=')[0]}=") for w in words)]
+    document = json.loads((ran := run(*base, *words, "--format=json")).out)
+    assert (ran.code, document["status"]) == (3, "infeasible")
+    assert reason in document["reason"]
+    assert "placement" not in document
+    table = run(*base, *words)
+    assert table.code == 3
+    assert reason in " ".join(table.out.split())
+
+
+def test_domains_with_room_are_listed_on_nodes_that_differ(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(
+        'name = "lab"\n[[nodes]]\npreset = "server-8xl40s"\n'
+        '[[nodes]]\npreset = "server-8xl40s"\ngpus = 4\npcie = { gpus = 4 }\n'
+        "sockets = { gpus = 4 }\nnics = { gpus = 4 }\n"
+    )
+    words = ("place", "--plan=dp2 tp4", "--model=llama-3.1-8b", f"--cluster={path}", "--within=switch")
+    document = json.loads(run(*words, "--format=json").out)
+    assert document["within"]["domains"] == [
+        {"name": "node1:switch0", "gpus": [f"node1:{gpu}" for gpu in range(4)], "replicas": 1}
+    ]
+    assert document["within"]["others"] == 4
+
+
+def test_a_placement_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "placed.svg"
+    assert run(*PLACE, "--busy=node0:7", "--lose=node0:0", f"--plot={path}").code == 0
+    assert "on GPUs: stage/rank" in path.read_text()
+
+
+def test_what_place_cannot_do_is_refused(tmp_path: Path) -> None:
+    assert "--lose: node2:0: no such node in server-8xl40s" in refused(*PLACE, "--lose=node2:0")
+    assert "--rankfile: expected a file name that ends in .txt" in refused(*PLACE, "--rankfile=ranks.csv")
+    assert "cannot be written" in refused(*PLACE, f"--rankfile={tmp_path}/gone/ranks.txt")
+    assert "cannot be read (No such file or directory)" in refused(*PLACE, f"--at={tmp_path}/gone.txt")
+    assert "unknown --within 'rack'; did you mean socket?" in refused(*PLACE, "--within=rack")
+    assert "no GPU is free" in refused(*PLACE, "--busy=node0")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------

@@ -75,6 +75,20 @@ def test_the_picture_is_what_its_name_says_and_nothing_is_left_beside_it(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_ranks_are_drawn_on_their_gpus_and_the_key_says_whose(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ranks = {f"node0:{gpu}": (gpu // 2, f"{gpu % 2}/0") for gpu in range(2, 8)}
+    ranks |= {f"node1:{gpu}": (3 + gpu, "0/0") for gpu in range(6)}
+    path = tmp_path / "placed.svg"
+    write_topology(path, topology_document(marked()), ranks)
+    text = path.read_text()
+    # matplotlib draws letters as paths and leaves what they spell in comments.
+    assert all(f"<!-- {label} -->" in text for label in ("replica 1", "replica 3", "free", "busy", "down"))
+    assert "on GPUs: stage/rank" in text
+    write_topology(path, topology_document(marked()))
+    assert "replica" not in path.read_text()
+
+
 def test_a_picture_too_large_to_read_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(InputError, match="264 GPUs are above the 256 that a picture can show; draw fewer nodes"):

@@ -250,8 +250,8 @@ class _Shape:
         found: dict[int, Link] = {}
         for domain, groups in groupby(sorted(met), key=lambda key: key[0]):
             parts = [met[key] for key in groups]
-            if level == 0:
-                parts = [parts[0], parts[-1]] if len(parts) > 1 else []  # all on a switch have the same link to it
+            if level == 0 and self.node.gpus > _FEW:
+                parts = [parts[0], parts[-1]] if len(parts) > 1 else []  # they have the same link to it
             pairs = [(a, b) for one, other in combinations(parts, 2) for a, b in product(one, other)]
             if pairs:
                 found[domain] = worst(self.topology, ((f"node0:{a}", f"node0:{b}") for a, b in pairs))

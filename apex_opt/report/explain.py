@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import aim, amount, count, page, seconds, table
+from apex_opt.report.layout import aim, amount, count, lies_table, page, seconds, table
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ def _comparison(question: Question, comparison: Comparison) -> Document:
             }
             for term in comparison.terms
         ],
-        "lies": [
-            {"group": one.group, "ranks": one.ranks, "inside": one.inside, "beyond": one.beyond, "reason": one.reason}
-            for one in comparison.lies
-        ],
+        "lies": [asdict(one) for one in comparison.lies],
     }
 
 
@@ -183,7 +181,7 @@ def _compared(console: Console, document: Document) -> None:
     reason = f"; it {given['reason']}" if given["reason"] else ""
     if best is None:
         console.print(f"{given['plan']} runs{reason}\n")
-        _where(console, given)
+        lies_table(console, given["lies"])
         return
     values = [amount(one["value"], objective["unit"]) for one in (given, best)]
     console.print(
@@ -215,13 +213,7 @@ def _compared(console: Console, document: Document) -> None:
         table(console, "What differs, largest share of its whole first", heads, rows, left={0, 1})
     else:
         console.print("The two runs take the same.\n")
-    _where(console, given)
-
-
-def _where(console: Console, given: Document) -> None:
-    """What holds each kind of groups of the plan's ranks, and why nothing smaller does."""
-    if rows := [(one["group"], str(one["ranks"]), one["inside"], one["reason"] or "") for one in given["lies"]]:
-        table(console, "Where its groups lie", ("group", "GPUs", "within a", "why"), rows, left={0, 2, 3})
+    lies_table(console, given["lies"])
 
 
 def _apart(value: float | None, best: float | None) -> str:

@@ -66,6 +66,12 @@ def table(
     console.print()
 
 
+def lies_table(console: Console, lies: Sequence[Document]) -> None:
+    """What holds each kind of groups of a plan's ranks, and why nothing smaller does."""
+    if rows := [(one["group"], str(one["ranks"]), one["inside"], one["reason"] or "") for one in lies]:
+        table(console, "Where its groups lie", ("group", "GPUs", "within a", "why"), rows, left={0, 2, 3})
+
+
 def provenance_table(console: Console, provenance: Mapping[str, str]) -> None:
     """Where the figures of an answer come from, a row each."""
     table(console, "Where the figures come from", ("", ""), provenance.items(), left={0, 1})

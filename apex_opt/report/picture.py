@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.errors import InputError, UsageError
+from apex_opt.errors import UsageError
+from apex_opt.report.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,12 +35,4 @@ def write_picture(path: Path, figure: Any) -> None:
     """
     page = BytesIO()
     figure.savefig(page, format="svg" if path.suffix == ".svg" else "png", dpi=120)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_bytes(page.getvalue())
-        beside.replace(path)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            beside.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"plot {path}: cannot be written ({reason}); name a file in a folder that can") from error
+    write_whole(path, page.getvalue(), "plot")

@@ -48,6 +48,10 @@ def show(document: Document, form: str, limit: int = 0) -> None:
         from apex_opt.report.fleet import fleet_page
 
         text = fleet_page(document)
+    elif document.get("command") == "place":
+        from apex_opt.report.placement import place_page
+
+        text = place_page(document)
     elif document.get("command", "").startswith("cluster "):
         from apex_opt.report.topology import cluster_page
 

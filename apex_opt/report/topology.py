@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,11 +11,12 @@ from apex_opt import __version__
 from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
 from apex_opt.errors import InputError
 from apex_opt.report.document import cleaned
+from apex_opt.report.files import write_whole
 from apex_opt.report.layout import count, page, seconds, table
 from apex_opt.report.picture import blank_figure, write_picture
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from rich.console import Console
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _HEIGHTS: Final = {"nvlink": -1.0, "gpu": 0.0, "pcie": 1.0, "socket": 2.0, "nic": 3.0, "leaf": 4.0, "spine": 5.0}
 _COLOURS: Final = {"nvlink": "C2", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}
 _FILLS: Final = {"free": "white", "busy": "0.75", "down": "C3"}
+_HUES: Final = ("#8ecae6", "#ffb703", "#90be6d", "#c8b6ff", "#f4acb7", "#2ec4b6", "#e9c46a", "#a3b18a")
 _DRAWN: Final = 256
 """GPUs of the largest picture; more could not be told apart."""
 
@@ -118,15 +119,7 @@ def write_toml(path: Path, document: Document) -> None:
     ------
     InputError    a path that cannot be written
     """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(document["toml"], encoding="utf-8")
-        beside.replace(path)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            beside.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"target {path}: cannot be written ({reason}); name a file in a folder that can") from error
+    write_whole(path, document["toml"].encode(), "target")
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
@@ -205,8 +198,12 @@ def _rate(row: Document) -> str:
 # ---- picture ------------------------------------------------------------------------------------------------------
 
 
-def write_topology(path: Path, document: Document) -> None:
+def write_topology(path: Path, document: Document, ranks: Mapping[str, tuple[int, str]] | None = None) -> None:
     """Draw GPUs, switches and links into a PNG or SVG file, each kind at its own height.
+
+    Parameters
+    ----------
+    ranks : of GPUs that hold a rank its replica, which colours them, and what to write on them
 
     Raises
     ------
@@ -230,8 +227,12 @@ def write_topology(path: Path, document: Document) -> None:
         axes.plot([x0, x1], [y0, y1], color=_COLOURS[link["kind"]], lw=_width(link), zorder=1, label=label)
     box = {"boxstyle": "round,pad=0.25", "lw": 0.6}
     style = {"ha": "center", "va": "center", "fontsize": 6, "zorder": 2}
+    held = ranks or {}
     for gpu in gpus:
-        axes.text(*places[gpu["name"]], _short(gpu["name"]), bbox={**box, "fc": _FILLS[gpu["state"]]}, **style)
+        replica, rank = held.get(gpu["name"], (None, ""))
+        fill = _FILLS[gpu["state"]] if replica is None else _hue(replica)
+        shown = "\n".join(filter(None, (_short(gpu["name"]), rank)))
+        axes.text(*places[gpu["name"]], shown, bbox={**box, "fc": fill}, **style)
     for switch in switches:
         axes.text(*places[switch["name"]], _short(switch["name"]), bbox={**box, "fc": "0.93", "ls": ":"}, **style)
     for node in dict.fromkeys(gpu["node"] for gpu in gpus):
@@ -240,8 +241,32 @@ def write_topology(path: Path, document: Document) -> None:
     axes.set(ylim=(-2, max(y for _, y in places.values()) + 0.6), title=document["cluster"])
     axes.margins(x=0.03)
     axes.set_axis_off()
-    axes.legend(fontsize=6, frameon=False, loc="upper right")
+    for name, fill in _key(document, held):
+        axes.scatter([], [], c=[fill], edgecolors="black", linewidths=0.6, marker="s", s=30, label=name)
+    # Beside the drawing: there is no corner that is always empty.
+    title = "on GPUs: stage/rank" if held else None
+    figure.legend(fontsize=6, title_fontsize=6, frameon=False, loc="outside right upper", title=title)
     write_picture(path, figure)
+
+
+def _hue(replica: int) -> str:
+    """The colour of a replica; they come round again."""
+    return _HUES[replica % len(_HUES)]
+
+
+def _key(document: Document, held: Mapping[str, tuple[int, str]]) -> list[tuple[str, str]]:
+    """What the fillings of GPUs mean where ranks are drawn, with their colours; replicas of a colour together."""
+    if not held:
+        return []
+    states = {gpu["state"] for gpu in document["gpus"] if gpu["name"] not in held}
+    of_colour: dict[str, list[int]] = {}
+    for replica in sorted({replica for replica, _ in held.values()}):
+        of_colour.setdefault(_hue(replica), []).append(replica)
+    few = (
+        (fill, f"{', '.join(map(str, mine[:3]))}{' ...' if len(mine) > 3 else ''}") for fill, mine in of_colour.items()
+    )
+    named = [(f"replica {text}", fill) for fill, text in few]
+    return named + [(state, _FILLS[state]) for state in STATES if state in states]
 
 
 def _places(document: Document) -> dict[str, tuple[float, float]]:

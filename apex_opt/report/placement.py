@@ -1,0 +1,538 @@
+"""What `place` answers: where a plan goes, what its collectives take there, and what losing GPUs costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.text import Text
+
+from apex_opt import __version__
+from apex_opt.cluster.tree import LEVELS, place_of
+from apex_opt.cost import CostModel
+from apex_opt.evaluate import violations
+from apex_opt.launch.commands import on_nodes
+from apex_opt.placement.assignment import layout_of, rank_order
+from apex_opt.placement.domains import groups, replicas_in, rooms
+from apex_opt.placement.reasons import lies
+from apex_opt.placement.shape import Shape
+from apex_opt.plan.memory import stage_memory
+from apex_opt.report.document import cleaned
+from apex_opt.report.layout import count, lies_table, page, provenance_table, seconds, table
+from apex_opt.units import GB, NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.console import Console
+
+    from apex_opt.cluster.composition import Composition
+    from apex_opt.cluster.tree import Tree
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.placement import Assignment
+    from apex_opt.plan.layout import Layout
+    from apex_opt.plan.plan import Plan
+    from apex_opt.report.document import Document
+    from apex_opt.search import Evaluator, Question
+
+_ROWS: Final = {"placement": "best", "rank_order": "rank order", "given": "as given"}
+_SHOWN: Final = 16
+"""Rows of a table of replicas or domains; the document has all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A placement that is proven.
+
+    Parameters
+    ----------
+    assignment : Assignment
+    tried : int         ways to lay the plan out that are better, for which there are no GPUs
+    optimal : bool      whether none as good leaves more GPUs free in groups
+    """
+
+    assignment: Assignment
+    tried: int
+    optimal: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """GPUs that go, and where the plan goes then.
+
+    Parameters
+    ----------
+    gpus : tuple of str           those lost
+    before, after : Assignment    of all replicas, and of those that are kept
+    tree : Tree                   what is free once they are lost, the plan's own GPUs among them
+    plan : Plan                   with as many replicas as still fit
+    replicas : tuple of int       which of those before they are
+    moved, moved_bytes : int      ranks on other GPUs than before, and their weights
+    optimal : bool                whether none as good moves less
+    """
+
+    gpus: tuple[str, ...]
+    before: Assignment
+    after: Assignment
+    tree: Tree
+    plan: Plan
+    replicas: tuple[int, ...]
+    moved: int
+    moved_bytes: int
+    optimal: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A plan, the GPUs that it may be placed on, and what it costs there."""
+
+    question: Question
+    plan: Plan
+    wiring: Cluster | Composition
+    evaluator: Evaluator
+
+    @property
+    def tree(self) -> Tree:
+        """The free GPUs."""
+        return self.evaluator.layouts.tree
+
+    @property
+    def costs(self) -> CostModel:
+        """Costs of plans on one type of GPU."""
+        assert isinstance(self.evaluator.costs, CostModel)  # `ask_place` takes no other plans
+        return self.evaluator.costs
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Replicas, stages and ranks of the plan."""
+        return Shape.of(self.plan)
+
+    @cached_property
+    def weights(self) -> tuple[int, ...]:
+        """Bytes of the weights of a rank, by stage."""
+        question = self.question
+        memory = stage_memory(question.model, question.cluster.gpu, self.plan, question.settings_for(self.plan))
+        return tuple(stage.weights_bytes for stage in memory)
+
+    def layout(self, tree: Tree, assignment: Assignment) -> Layout:
+        """What an assignment of all replicas or of fewer amounts to."""
+        return layout_of(tree, self.shape._replace(replicas=len(assignment)), assignment)
+
+    def collectives_s(self, layout: Layout) -> float:
+        """Seconds of the collectives of a full batch, on its way through all stages."""
+        return self.costs.exchanged(self.plan, layout).seconds
+
+    @cached_property
+    def batch(self) -> tuple[int, int]:
+        """Tokens and sequences of a full batch."""
+        settings = self.question.settings_for(self.plan)
+        return settings.max_num_batched_tokens, settings.max_num_seqs
+
+    @cached_property
+    def computed_s(self) -> float:
+        """Seconds of a full batch but for its collectives: the same wherever the plan lies.
+
+        The batch has its tokens dealt evenly to its sequences, each the beginning of a prompt.
+        """
+        (tokens, sequences), costs = self.batch, self.costs
+        each, more = divmod(tokens, sequences)
+        sizes = [each + (index < more) for index in range(sequences)]
+        laws = costs.plan_cost(self.plan).laws
+        step_ns = sum(law.batch_ns([(size, size) for size in sizes]) + int(law.transfer_ns[tokens]) for law in laws)
+        return step_ns / NS_PER_S - self.collectives_s(costs.layouts.best(self.plan))
+
+    def refusal(self, within: str | None, kept: int) -> str | None:
+        """Why the plan cannot be placed as asked; None where it can.
+
+        Parameters
+        ----------
+        within : one of `LEVELS`    what no replica should leave
+        kept : int                  GPUs that are free in the end
+        """
+        broken = violations(self.question.instance(), self.plan)
+        # As `judge` has it: balance and bandwidth keep hopeless plans out of a search alone.
+        if fatal := [v for v in broken if v.family not in ("balance", "bandwidth")]:
+            return f"{self.plan} cannot run: " + "; ".join(f"{v.family}: {v.text}" for v in fatal)
+        size = self.shape.replica
+        if within is not None:
+            widest = max(rooms(self.wiring, within, self.tree.gpus), key=lambda room: len(room.gpus))
+            if len(widest.gpus) < size:
+                needed = f"a replica of {self.plan} needs {count(size, 'GPU')} in one {within}"
+                return f"{needed}; the largest has {len(widest.gpus)} free ({widest.name})"
+        if kept < size:
+            return f"a replica of {self.plan} needs {count(size, 'GPU')}; {kept:,} are free after the loss"
+        return None
+
+
+def place_document(
+    site: Site, found: Found, given: Assignment | None = None, within: str | None = None, loss: Loss | None = None
+) -> Document:
+    """Where a plan goes and what its collectives take there, beside ranks in order; seconds, bytes, bytes per second.
+
+    Parameters
+    ----------
+    site, found
+    given : Assignment      another placement, to be judged beside
+    within : one of `LEVELS`    domains that replicas should not leave
+    loss : Loss             GPUs that go afterwards
+    """
+    judged = [(site.tree, found.assignment), *([] if loss is None else [(loss.tree, loss.after)])]
+    best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, site.plan, found.assignment)
+    others = {"rank_order": rank_order(site.tree, site.shape), **({"given": given} if given is not None else {})}
+    beside = {name: _beside(_placement(site, site.tree, other), best) for name, other in others.items()}
+    judged += [(site.tree, other) for other in others.values()]
+    tree, answer = (site.tree, found.assignment) if loss is None else (loss.tree, loss.after)
+    return cleaned(
+        {
+            **_head(site),
+            "status": "optimal" if found.optimal and (loss is None or loss.optimal) else "feasible",
+            "reason": None,
+            "batch": dict(zip(("tokens", "sequences"), site.batch, strict=True)),
+            "placement": best,
+            **{"given": None, **beside},
+            "proof": {"better_ways_without_gpus": found.tried, "most_kept_together": found.optimal},
+            "within": None if within is None else _within(site, within),
+            "loss": None if loss is None else _loss(site, loss),
+            "left": _left(site, tree, answer),
+            "devices": list(_devices(answer)),
+            "provenance": _provenance(site, judged),
+        }
+    )
+
+
+def refused_document(site: Site, reason: str) -> Document:
+    """A plan that cannot be placed as asked, and why."""
+    return cleaned({**_head(site), "status": "infeasible", "reason": reason})
+
+
+def _head(site: Site) -> Document:
+    return {
+        "command": "place",
+        "plan": str(site.plan),
+        "model": site.question.model.name,
+        "cluster": site.question.cluster.name,
+        "gpus": {"free": site.tree.size, "replica": site.shape.replica, "plan": site.shape.size},
+        "version": __version__,
+    }
+
+
+def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
+    """GPUs of every rank, what collectives cross and what they take."""
+    layout = site.layout(tree, assignment)
+    exchanged = site.costs.exchanged(site.plan, layout)
+    sent = dict(zip(reversed(LEVELS), exchanged.sent, strict=True))
+    return {
+        "replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)],
+        "collectives_s": exchanged.seconds,
+        "step_s": site.computed_s + exchanged.seconds,
+        "tiers": [
+            {
+                "kind": tier.kind,
+                "ranks": tier.chunk,
+                "link": tier.link.kind,
+                "bytes_per_s": tier.link.bytes_per_s,
+                "latency_s": tier.link.latency_s,
+                "sent_bytes": sent[tier.kind],
+            }
+            for tier in layout.tiers
+        ],
+    }
+
+
+def _lies(site: Site, tree: Tree, plan: Plan, assignment: Assignment) -> Document:
+    """What holds the groups of a plan, and why nothing smaller."""
+    return {"lies": [asdict(one) for one in lies(tree, plan, site.layout(tree, assignment))]}
+
+
+def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[str, str]:
+    """Where the figures of the plan come from, and those of its collectives in other layouts than the best."""
+    costs = site.costs
+    found = site.evaluator.provenance([site.plan])
+    called = {name.partition("/")[0] for name in found if "/" in name} - {"point_to_point"}
+    for layout in (site.layout(tree, assignment) for tree, assignment in judged):
+        spread, (link, far) = layout.spread(site.shape.ranks), layout.stage_link
+        over = costs.collectives.over(spread.near, spread.far)
+        names = {f"{name}/{'inter' if spread.nodes > 1 else 'intra'}" for name in called}
+        found |= {name: over.provenance[name] for name in sorted(names - set(found))}
+        if link is not None and (name := f"point_to_point/{'inter' if far else 'intra'}") not in found:
+            found[name] = costs.collectives.over(*((None, link) if far else (link, None))).provenance[name]
+    return found
+
+
+def _beside(other: Document, best: Document) -> Document:
+    """A placement with what it loses to the best, as shares; null where the best sends nothing."""
+    ratio = [other[key] / best[key] - 1 if best[key] else None for key in ("collectives_s", "step_s")]
+    return other | {"collectives_loss": ratio[0], "step_loss": ratio[1]}
+
+
+def _within(site: Site, kind: str) -> Document:
+    """Domains of a kind with room for a replica: their free GPUs, and for how many."""
+    found = rooms(site.wiring, kind, site.tree.gpus)
+    size = site.shape.replica
+    able = [room for room in found if len(room.gpus) >= size]
+    return {
+        "kind": kind,
+        "domains": [{"name": room.name, "gpus": room.gpus, "replicas": len(room.gpus) // size} for room in able],
+        "others": len(found) - len(able),
+    }
+
+
+def _left(site: Site, tree: Tree, assignment: Assignment) -> Document:
+    """What stays free beside a placement, and the replicas that it still has room for."""
+    taken = {gpu for stages in assignment for stage in stages for gpu in stage}
+    free = [gpu for gpu in tree.gpus if gpu not in taken]
+    by_kind = {kind: rooms(site.wiring, kind, free) for kind in LEVELS}
+    return {
+        "gpus": len(free),
+        "groups": groups(by_kind["node"]),
+        "fits": [
+            {
+                "kind": kind,
+                "largest": max((len(room.gpus) for room in found), default=0),
+                "replicas": replicas_in(found, site.shape.replica),
+            }
+            for kind, found in by_kind.items()
+        ],
+    }
+
+
+def _loss(site: Site, loss: Loss) -> Document:
+    """Before and after, and what moves."""
+    before, after = (
+        _placement(site, tree, ranks) for tree, ranks in ((site.tree, loss.before), (loss.tree, loss.after))
+    )
+    used = {gpu for stages in loss.before for stage in stages for gpu in stage}
+    moves = []
+    for new, old in enumerate(loss.replicas):
+        for stage, (was, now) in enumerate(zip(loss.before[old], loss.after[new], strict=True)):
+            moves += [
+                {
+                    "replica": new,
+                    "before": old,
+                    "stage": stage,
+                    "rank": rank,
+                    "from": a,
+                    "to": b,
+                    "weights_bytes": site.weights[stage],
+                }
+                for rank, (a, b) in enumerate(zip(was, now, strict=True))
+                if a != b
+            ]
+    return {
+        "gpus": loss.gpus,
+        "used": [gpu for gpu in loss.gpus if gpu in used],
+        "plan": str(loss.plan),
+        "replicas_kept": loss.replicas,
+        "replicas_lost": [index for index in range(len(loss.before)) if index not in loss.replicas],
+        "before": before,
+        "placement": _beside(after, before) | _lies(site, loss.tree, loss.plan, loss.after),
+        "moved": loss.moved,
+        "moved_bytes": loss.moved_bytes,
+        "fewest": loss.optimal,
+        "moves": moves,
+    }
+
+
+def _devices(assignment: Assignment) -> Iterable[Document]:
+    """GPUs of every replica on every node, in the order of their ranks."""
+    for replica, stages in enumerate(assignment):
+        for node, gpus in on_nodes(gpu for stage in stages for gpu in stage):
+            shown = ",".join(map(str, gpus))
+            yield {"node": node, "replica": replica, "env": {"CUDA_VISIBLE_DEVICES": shown}}
+
+
+def labels(assignment: Assignment) -> Mapping[str, tuple[int, str]]:
+    """Of every GPU used its replica, and its stage and rank for a picture."""
+    return {
+        gpu: (replica, f"{stage}/{rank}")
+        for replica, stages in enumerate(assignment)
+        for stage, gpus in enumerate(stages)
+        for rank, gpu in enumerate(gpus)
+    }
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def place_page(document: Document) -> str:
+    """The document as text."""
+    return page(lambda console: _shown(console, document))
+
+
+def _shown(console: Console, document: Document) -> None:
+    gpus = document["gpus"]
+    head = f": {document['plan']} takes {count(gpus['plan'], 'GPU')}, {gpus['free']:,} are free"
+    console.print(Text.assemble(f"{document['model']} on ", (document["cluster"], "bold"), head))
+    if document["status"] == "infeasible":
+        console.print(Text(f"infeasible: {document['reason']}"))
+        return
+    console.print()
+    loss = document["loss"]
+    if document["within"]:
+        _within_table(console, document["within"])
+    if loss:
+        _loss_tables(console, document)
+    else:
+        _times_tables(console, document)
+    answer = loss["placement"] if loss else document["placement"]
+    if any(one["reason"] for one in answer["lies"]):
+        lies_table(console, answer["lies"])
+    _where(console, answer["replicas"])
+    _left_table(console, document["left"])
+    rows = [
+        (f"node{row['node']}", str(row["replica"]), f"CUDA_VISIBLE_DEVICES={row['env']['CUDA_VISIBLE_DEVICES']}")
+        for row in document["devices"]
+    ]
+    _grid(console, "To start it with", ("node", "replica", ""), rows, left={0, 2})
+    provenance_table(console, document["provenance"])
+    console.print(Text(_proof(document), "bold"))
+
+
+def _grid(
+    console: Console, title: str, heads: Sequence[str], rows: Sequence[tuple[str, ...]], *, left: set[int]
+) -> None:
+    """A table of the first rows, below its title however narrow it is, and how many more there are."""
+    console.print(Text(title, "bold"))
+    table(console, "", heads, rows[:_SHOWN], left=left)
+    if len(rows) > _SHOWN:
+        console.print(Text(f"and {len(rows) - _SHOWN:,} more; --format=json has all\n", "dim"))
+
+
+def _within_table(console: Console, within: Document) -> None:
+    rows = [(row["name"], ", ".join(_ranges(row["gpus"])), str(row["replicas"])) for row in within["domains"]]
+    title = f"Room for replicas in one {within['kind']} each"
+    _grid(console, title, (within["kind"], "free GPUs", "replicas"), rows, left={0, 1})
+    if within["others"]:
+        console.print(Text(f"{count(within['others'], 'other')} with free GPUs, but too few\n", "dim"))
+
+
+def _times_tables(console: Console, document: Document) -> None:
+    shown = [(name, document[key]) for key, name in _ROWS.items() if document[key]]
+    rows = [
+        (
+            name,
+            seconds(row["collectives_s"]),
+            _share(row.get("collectives_loss")),
+            seconds(row["step_s"]),
+            _share(row.get("step_loss")),
+        )
+        for name, row in shown
+    ]
+    batch = document["batch"]
+    title = f"A batch of {count(batch['tokens'], 'token')} in {count(batch['sequences'], 'sequence')}, derived"
+    _grid(console, title, ("placement", "collectives", "loss", "whole step", "loss"), rows, left={0})
+    _tiers(console, shown)
+
+
+def _tiers(console: Console, shown: list[tuple[str, Document]]) -> None:
+    """What the collectives of some placements cross."""
+    rows = [
+        (
+            name,
+            tier["kind"],
+            str(tier["ranks"]),
+            tier["link"],
+            f"{tier['bytes_per_s'] / 1e9:,.4g} GB/s",
+            seconds(tier["latency_s"]),
+            f"{tier['sent_bytes'] / GB:,.3g} GB",
+        )
+        for name, row in shown
+        for tier in row["tiers"]
+    ]
+    if rows:
+        heads = ("placement", "in one", "ranks", "link", "each gets", "latency", "data of a rank")
+        _grid(console, "What the collectives cross, from the innermost", heads, rows, left={0, 1, 3})
+
+
+def _loss_tables(console: Console, document: Document) -> None:
+    loss = document["loss"]
+    lost, used = ", ".join(_ranges(loss["gpus"])), len(loss["used"])
+    console.print(Text(f"Lost: {lost}; {'none' if not used else f'{used:,}'} of them held ranks of the plan"))
+    if gone := loss["replicas_lost"]:
+        named = "replica" if len(gone) == 1 else "replicas"
+        console.print(Text(f"No room for {named} {', '.join(map(str, gone))} any more: what is left is {loss['plan']}"))
+    console.print()
+    before, after = loss["before"], loss["placement"]
+    rows = [
+        ("before", str(len(before["replicas"])), seconds(before["collectives_s"]), "-", seconds(before["step_s"]), "-"),
+        (
+            "after",
+            str(len(after["replicas"])),
+            seconds(after["collectives_s"]),
+            _share(after["collectives_loss"]),
+            seconds(after["step_s"]),
+            _share(after["step_loss"]),
+        ),
+    ]
+    batch = document["batch"]
+    title = f"A batch of {count(batch['tokens'], 'token')} in {count(batch['sequences'], 'sequence')}, derived"
+    _grid(console, title, ("", "replicas", "collectives", "loss", "whole step", "loss"), rows, left={0})
+    _tiers(console, [("before", before), ("after", after)])
+    moves: dict[tuple[int, int, int], list[Document]] = {}
+    for move in loss["moves"]:
+        moves.setdefault((move["before"], move["replica"], move["stage"]), []).append(move)
+    lines = [
+        (
+            str(old) if old == new else f"{old}, now {new}",
+            str(stage),
+            ", ".join(_ranges(move["from"] for move in some)),
+            ", ".join(_ranges(move["to"] for move in some)),
+            f"{sum(move['weights_bytes'] for move in some) / GB:,.1f} GB",
+        )
+        for (old, new, stage), some in moves.items()
+    ]
+    if lines:
+        title = f"{count(loss['moved'], 'rank')} with {loss['moved_bytes'] / GB:,.1f} GB of weights to move"
+        _grid(console, title, ("replica", "stage", "from", "to", "weights"), lines, left={0, 2, 3})
+
+
+def _where(console: Console, replicas: list[Document]) -> None:
+    rows = [
+        (str(row["replica"]), str(stage), "; ".join(_ranges(gpus)))
+        for row in replicas
+        for stage, gpus in enumerate(row["stages"])
+    ]
+    _grid(console, "Where it goes", ("replica", "stage", "GPUs in the order of their ranks"), rows, left={2})
+
+
+def _left_table(console: Console, left: Document) -> None:
+    sizes = ", ".join(f"{number:,} of {size}" for size, number in left["groups"].items())
+    title = f"Left free: {count(left['gpus'], 'GPU')}" + (f", in groups inside nodes: {sizes}" if sizes else "")
+    rows = [
+        (
+            "anywhere" if row["kind"] == "cluster" else f"one {row['kind']}",
+            f"{row['largest']:,}",
+            f"{row['replicas']:,}",
+        )
+        for row in left["fits"]
+    ]
+    _grid(console, title, ("inside", "largest has free", "replicas that still fit"), rows, left={0})
+
+
+def _ranges(gpus: Iterable[str]) -> list[str]:
+    """GPUs in their order, neighbours of a node as one: `node0:0-3`."""
+    runs: list[list[Any]] = []
+    for node, local in map(place_of, gpus):
+        if runs and runs[-1][0] == node and runs[-1][2] + 1 == local:
+            runs[-1][2] = local
+        else:
+            runs.append([node, local, local])
+    return [f"node{node}:{first}" + (f"-{last}" if last > first else "") for node, first, last in runs]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+,.1f}%"
+
+
+def _proof(document: Document) -> str:
+    """What is shown to hold."""
+    if loss := document["loss"]:
+        less = "none as good moves less" if loss["fewest"] else "whether one as good moves less was not decided in time"
+        return f"Proof: no placement after the loss is better; {less}."
+    ways, together = document["proof"]["better_ways_without_gpus"], document["proof"]["most_kept_together"]
+    none = f"{count(ways, 'better way')} to lay the plan out, none with GPUs for it"
+    more = "no placement as good leaves more GPUs free together"
+    if not together:
+        more = "whether one as good leaves more GPUs free together was not decided in time"
+    return f"Proof: {none if ways else 'no way to lay the plan out is better'}; {more}."
