@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
+from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
@@ -188,7 +189,7 @@ def _taken(cluster: str, busy: str | None, down: str | None) -> set[str]:
 def between_pools(cluster: str, busy: str | None = None, down: str | None = None) -> Link | None:
     """The worst link between nodes of a cluster whose GPUs are of several types; None in a single node."""
     top = Tree.of(load_wiring(cluster), _taken(cluster, busy, down)).levels[-1]
-    return top.domains[0].link if top.far else None
+    return slowest(top.reach) if top.far else None
 
 
 def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:

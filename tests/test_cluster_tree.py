@@ -73,26 +73,43 @@ def pairs_between_parts(tree: Tree, depth: int, domain: int) -> list[tuple[str, 
     return [(a, b) for one, other in combinations(parts, 2) for a in one for b in other]
 
 
+def plain(composition: Composition) -> Composition:
+    """Without rails and with a wide spine, which are not in links: GPUs talk on their own rail, the spine is shared."""
+    return replace(composition, network=replace(composition.network, rails=False, oversubscription=1.0))
+
+
 @given(compositions())
-def test_the_link_of_a_domain_is_that_of_its_worst_pair(composition: Composition) -> None:
-    # Rails and a spine that is oversubscribed are not in a link: GPUs talk on their own rail, the spine is shared.
-    plain = replace(composition, network=replace(composition.network, rails=False, oversubscription=1.0))
-    tree, topology = Tree.of(plain), plain.topology()
+def test_the_link_of_a_domain_inside_a_node_is_that_of_its_worst_pair(composition: Composition) -> None:
+    tree, topology = Tree.of(plain(composition)), plain(composition).topology()
     for depth, level in enumerate(tree.levels):
         for index, domain in enumerate(level.domains):
             pairs = pairs_between_parts(tree, depth, index)
-            if not pairs:
+            if not pairs or level.far:
                 assert domain.link is None
                 continue
             found, wanted = domain.link, worst(topology, pairs)
             assert found is not None
-            if level.far and len(plain.nodes) > 1:
-                # Nodes of a kind count as if any two were met, so the link may be worse than any there is.
-                assert found.bytes_per_s <= wanted.bytes_per_s
-                assert found.latency_s >= wanted.latency_s * (1 - 1e-9)
-            else:
-                assert found.bytes_per_s == wanted.bytes_per_s
-                assert found.latency_s == pytest.approx(wanted.latency_s)
+            assert found.bytes_per_s == wanted.bytes_per_s
+            assert found.latency_s == pytest.approx(wanted.latency_s)
+
+
+@given(compositions())
+def test_two_nodes_have_no_less_than_the_slower_of_them_reaches(composition: Composition) -> None:
+    tree, topology = Tree.of(plain(composition)), plain(composition).topology()
+    for depth, level in enumerate(tree.levels):
+        assert bool(level.reach) == level.far
+        if not level.far:
+            continue
+        at, links = tree.links(depth)
+        nodes = list(zip(tree.levels[at].domains, links, strict=True))
+        for around in level.domains:
+            inside = [(d, link) for d, link in nodes if around.first <= d.first and d.last <= around.last]
+            for (one, a), (other, b) in combinations(inside, 2):
+                assert a is not None
+                assert b is not None
+                found = worst(topology, [(x, y) for x in gpus_of(tree, one) for y in gpus_of(tree, other)])
+                assert found.bytes_per_s >= min(a.bytes_per_s, b.bytes_per_s)
+                assert found.latency_s <= max(a.latency_s, b.latency_s) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("name", ["2x4xh100-sxm", "3x8xa100-sxm"])
@@ -102,7 +119,7 @@ def test_identical_nodes_have_one_link_inside_and_one_between(name: str) -> None
     inside, between = tree.levels
     assert (inside.kind, inside.far, between.kind, between.far) == ("node", False, "cluster", True)
     assert {domain.link for domain in inside.domains} == {cluster.intra}
-    assert [domain.link for domain in between.domains] == [cluster.inter]
+    assert set(between.reach) == {cluster.inter}
     assert [len(part.gpus) for part in tree.bins] == [cluster.gpus_per_node - 1] + [cluster.gpus_per_node] * (
         cluster.nodes - 1
     )

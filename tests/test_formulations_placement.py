@@ -162,3 +162,19 @@ def test_no_assignment_as_quick_moves_fewer_weights(
     )
     assert (judged(found.layout), found.moved_bytes) == best
     assert lost(found.assignment, tuple(before[index] for index in found.replicas)) == found.moved_bytes
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(compositions(), st.data())
+def test_a_spare_gpu_never_makes_the_best_placement_slower(composition: Composition, data: st.DataObject) -> None:
+    gpus = composition.topology().gpus()
+    free = data.draw(st.lists(st.sampled_from(gpus), min_size=1, max_size=12, unique=True))
+    fewer = Tree.of(composition, set(gpus) - set(free))
+    shape = data.draw(shapes(fewer.size))
+    judged = data.draw(talk(shape))
+    spare = data.draw(st.lists(st.sampled_from(gpus), max_size=3, unique=True))
+    more = Tree.of(composition, set(gpus) - set(free) - set(spare))
+    few, many = place(fewer, shape, judged), place(more, shape, judged)
+    assert few is not None
+    assert many is not None
+    assert many.measure[0] <= few.measure[0] * (1 + 1e-12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, combinations, groupby, pairwise, product
@@ -44,7 +43,7 @@ class Domain:
     name : str
     first, last : int            its bins, from `first` to before `last`
     link : Link or None          what two GPUs in different parts of it have between them at worst, undisturbed; None
-                                 where it has one part
+                                 where it has one part, and outside nodes (`DomainLevel.reach`)
     out_bytes_per_s : float      what can leave it for the rest of the domain around it, of all its GPUs together;
                                  infinite of a node, which is left over ports
     """
@@ -70,11 +69,16 @@ class Port(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainLevel:
-    """All domains of one kind, in the order of their bins; `far` where their parts are nodes or more."""
+    """All domains of one kind, in the order of their bins; `far` where their parts are nodes or more.
+
+    There `reach` tells for every node what its GPUs have at worst to one of another node like it: between unlike nodes
+    the slower of two decides.
+    """
 
     kind: str
     far: bool
     domains: tuple[Domain, ...]
+    reach: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +117,23 @@ class Tree:
 
         That is where links are shared, not all alike, or faster than those of a level below.
         """
-        links = [{d.link for d in level.domains if d.link is not None} for level in self.levels]
+        links = [{link for link in self.links(depth)[1] if link is not None} for depth in range(len(self.levels))]
         shared = any(domain.out_bytes_per_s < float("inf") for level in self.levels for domain in level.domains)
         slower = [link for alike in links for link in alike]
         quicker = any(a.bytes_per_s < b.bytes_per_s or a.latency_s > b.latency_s for a, b in pairwise(slower))
         return bool(self.ports) or shared or quicker or any(len(alike) > 1 for alike in links)
+
+    def links(self, level: int) -> tuple[int, tuple[Link | None, ...]]:
+        """A level, and of each of its domains the link that chunks of some level cross in it, or out of it: nodes."""
+        if not self.levels[level].far:
+            return level, tuple(domain.link for domain in self.levels[level].domains)
+        return sum(not known.far for known in self.levels) - 1, self.levels[level].reach
+
+    def crossed(self, level: int, bytes_per_s: float, latency_s: float) -> Link:
+        """A link of a level on which chunks have some rate and delay: of those no slower than that the narrowest."""
+        able = [link for link in self.links(level)[1] if link and link.bytes_per_s >= bytes_per_s]
+        narrow = min((link for link in able if link.latency_s <= latency_s), key=lambda link: link.bytes_per_s)
+        return replace(narrow, bytes_per_s=bytes_per_s, latency_s=latency_s)
 
     @cached_property
     def rooms(self) -> dict[tuple[int, ...], int]:
@@ -196,8 +212,10 @@ def _uniform(cluster: Cluster, taken: frozenset[str]) -> Tree:
     )
     levels = [DomainLevel(kind="node", far=False, domains=tuple(domains))]
     if len(nodes) > 1:
-        whole = Domain(name="cluster", first=0, last=len(nodes), link=cluster.inter)
-        levels.append(DomainLevel(kind="cluster", far=True, domains=(whole,)))
+        assert cluster.inter is not None  # several nodes have an inter link
+        whole = Domain(name="cluster", first=0, last=len(nodes), link=None)
+        reach = (cluster.inter,) * len(nodes)
+        levels.append(DomainLevel(kind="cluster", far=True, domains=(whole,), reach=reach))
     bins = tuple(Bin(gpus=gpus, gpu=cluster.gpu) for _, gpus in nodes)
     return Tree(name=cluster.name, bins=bins, levels=tuple(levels))
 
@@ -298,6 +316,7 @@ def _compose(composition: Composition, taken: frozenset[str], gpu: str | None) -
     )
     keys = [group[0] for group in members]
     far = _Network(composition, kinds)
+    nodes = list(dict.fromkeys(key.node for key in keys)) if len({key.node for key in keys}) > 1 else []
     inner = [[(shape.within(level), shape.out(level)) for level in range(_NODE + 1)] for shape in shapes]
     levels: list[DomainLevel] = []
     for depth, kind in enumerate(LEVELS):
@@ -312,14 +331,16 @@ def _compose(composition: Composition, taken: frozenset[str], gpu: str | None) -
                 name = f"node{slot.node}" + (f":{kind}{number}" if depth < _NODE else "")
                 link, out = links.get(number), outs.get(number, float("inf"))
             else:
-                across = kind == "cluster"
-                link = far.link({mate.node for mate in mates}, across)
+                link, across = None, kind == "cluster"
                 name, out = ("cluster", float("inf")) if across else (f"leaf{slot.leaf}", far.uplink(slot.leaf))
             domains.append(Domain(name=name, first=at, last=last, link=link, out_bytes_per_s=out))
             at = last
-        levels.append(DomainLevel(kind=kind, far=depth > _NODE, domains=tuple(domains)))
+        reach = tuple(far.reach(kinds[node], kind == "cluster") for node in nodes) if depth > _NODE else ()
+        levels.append(DomainLevel(kind=kind, far=depth > _NODE, domains=tuple(domains), reach=reach))
     kept = _several(levels, bins)
-    return Tree(name=composition.name, bins=bins, levels=kept, ports=far.ports(keys, kept))
+    return Tree(
+        name=composition.name, bins=bins, levels=kept, ports=far.ports(keys, [len(part.gpus) for part in bins], kept)
+    )
 
 
 def _several(levels: Iterable[DomainLevel], bins: Sequence[Bin]) -> tuple[DomainLevel, ...]:
@@ -333,23 +354,24 @@ def _several(levels: Iterable[DomainLevel], bins: Sequence[Bin]) -> tuple[Domain
         if kept and spans == [(domain.first, domain.last) for domain in kept[-1].domains]:
             part = kept.pop()
             own = level if level.kind == "node" or part.far else part
-            outs = [min(a.out_bytes_per_s, b.out_bytes_per_s) for a, b in zip(part.domains, level.domains, strict=True)]
-            named = zip(own.domains, part.domains, level.domains, outs, strict=True)
-            domains = (replace(d, link=a.link or b.link, out_bytes_per_s=out) for d, a, b, out in named)
-            level = replace(own, domains=tuple(domains))
+            named = zip(own.domains, part.domains, level.domains, strict=True)
+            domains = (replace(d, link=a.link or b.link, out_bytes_per_s=b.out_bytes_per_s) for d, a, b in named)
+            level = replace(own, domains=tuple(domains), reach=part.reach or (level.reach if own.far else ()))
         kept.append(level)
     for depth, (level, above) in enumerate(pairwise(kept)):
         around = {index: outer for outer in above.domains for index in range(outer.first, outer.last)}
-        parts = tuple(_binding(domain, around[domain.first], bins) for domain in level.domains)
+        wide = max((link.bytes_per_s for link in above.reach), default=0.0)
+        parts = tuple(_binding(domain, around[domain.first], wide, bins) for domain in level.domains)
         kept[depth] = replace(level, domains=parts)
     whole = tuple(replace(domain, out_bytes_per_s=float("inf")) for domain in kept[-1].domains)
     return (*kept[:-1], replace(kept[-1], domains=whole))
 
 
-def _binding(part: Domain, around: Domain, bins: Sequence[Bin]) -> Domain:
+def _binding(part: Domain, around: Domain, wide: float, bins: Sequence[Bin]) -> Domain:
     """A domain, without what can leave it where its GPUs cannot fill that: then they share nothing."""
     gpus = sum(len(some.gpus) for some in bins[part.first : part.last])
-    if around.link is None or part.out_bytes_per_s >= gpus * around.link.bytes_per_s:
+    rate = wide if around.link is None else around.link.bytes_per_s
+    if part.out_bytes_per_s >= gpus * rate:
         return replace(part, out_bytes_per_s=float("inf"))
     return part
 
@@ -360,24 +382,17 @@ class _Network:
     def __init__(self, composition: Composition, kinds: list[int]) -> None:
         self.composition, self.kinds = composition, kinds
         self.network = composition.network
-        self._links: dict[tuple[int, int, bool], Link] = {}
+        self._links: dict[tuple[int, bool], Link] = {}
 
-    def link(self, nodes: Collection[int], across: bool) -> Link | None:
-        """The worst link between GPUs of two of some nodes, on different leaves or the same."""
-        counts = Counter(self.kinds[node] for node in nodes)
-        pairs = [(a, b) for a in counts for b in counts if a < b or (a == b and counts[a] > 1)]
-        return slowest([self._between(a, b, across) for a, b in pairs]) if pairs else None
-
-    def _between(self, one: int, other: int, across: bool) -> Link:
-        """The worst link between two nodes of given kinds that are alone in the cluster."""
-        if (one, other, across) not in self._links:
-            nodes = (self.composition.nodes[one][1], self.composition.nodes[other][1])
+    def reach(self, kind: int, across: bool) -> Link:
+        """The worst link between two nodes of a kind, on different leaves or the same, alone in the cluster."""
+        if (kind, across) not in self._links:
+            node = self.composition.nodes[kind][1]
             network = replace(self.network, nodes_per_leaf=1 if across else None, rails=False, oversubscription=1.0)
-            two = replace(self.composition, nodes=tuple((1, node) for node in nodes), network=network).topology()
-            ends = [sorted({0, node.gpus - 1}) if node.gpus > _FEW else range(node.gpus) for node in nodes]
-            pairs = [(f"node0:{a}", f"node1:{b}") for a, b in product(*ends)]
-            self._links[one, other, across] = worst(two, pairs)
-        return self._links[one, other, across]
+            two = replace(self.composition, nodes=((2, node),), network=network).topology()
+            ends = sorted({0, node.gpus - 1}) if node.gpus > _FEW else range(node.gpus)
+            self._links[kind, across] = worst(two, [(f"node0:{a}", f"node1:{b}") for a, b in product(ends, ends)])
+        return self._links[kind, across]
 
     def uplink(self, leaf: int) -> float:
         """Bytes per second from the switches of a leaf to the spine."""
@@ -390,23 +405,26 @@ class _Network:
         nics = self.composition.nodes[kind][1].nics
         return 0.0 if nics is None else len(nics.groups) * nics.link.bytes_per_s
 
-    def ports(self, keys: Sequence[_Slot], levels: Sequence[DomainLevel]) -> tuple[Port, ...]:
+    def ports(self, keys: Sequence[_Slot], sizes: Sequence[int], levels: Sequence[DomainLevel]) -> tuple[Port, ...]:
         """NICs that several GPUs share; where their GPUs lie across domains, all of a node as if they were one."""
         found: list[Port] = []
         for node, mates in groupby(enumerate(keys), key=lambda item: item[1].node):
             nics = self.composition.nodes[self.kinds[node]][1].nics
             bins: dict[int, list[int]] = {}
+            own, every = 0, []
             for index, key in mates:
+                every.append(index)
                 if key.nic >= 0:
                     bins.setdefault(key.nic, []).append(index)
+                else:
+                    own += sizes[index]
             if not bins or nics is None:
                 continue
             rate = nics.link.bytes_per_s
             ports = [Port(f"node{node}:nic{nic}", at[0], at[-1] + 1, rate) for nic, at in bins.items()]
             whole = all(port.last - port.first == len(at) for port, at in zip(ports, bins.values(), strict=True))
             if not whole or any(_cuts(port, domain) for port in ports for level in levels for domain in level.domains):
-                ends = [index for at in bins.values() for index in at]
-                ports = [Port(f"node{node}:nics", min(ends), max(ends) + 1, rate * len(bins))]
+                ports = [Port(f"node{node}:nics", every[0], every[-1] + 1, rate * (len(bins) + own))]
             found += ports
         return tuple(found)
 

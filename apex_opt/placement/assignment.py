@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import place_of
@@ -75,19 +74,19 @@ def layout_of(tree: Tree, shape: Shape, assignment: Assignment) -> Layout:
         ends = {index: number for number, d in enumerate(level.domains) for index in range(d.first, d.last)}
         homes = [[ends[bin_of[gpu]] for gpu in gpus] for gpus in replicas]
         chunk = max(size for size in shape.chunks() if all(_whole(home, size) for home in homes))
-        links = [domain.link for domain in level.domains if domain.link is not None]
+        bearers, every = tree.links(depth)
+        bearing = zip(tree.levels[bearers].domains, every, strict=True)
+        links = [link for domain, link in bearing if link is not None and _count(used, domain)]
         if chunk > below and links:
             flows = ranks_out if level.far else 1
-            rates = [d.link.bytes_per_s for d in level.domains if d.link is not None and _count(used, d)]
+            rates = [link.bytes_per_s for link in links]
             for part in tree.levels[depth - 1].domains if depth else ():
                 if mine := _count(used, part):
                     rates.append(part.out_bytes_per_s / (mine // below * flows))
             if level.far:
                 rates += [port.bytes_per_s / mine for port in tree.ports if (mine := sum(used[port.first : port.last]))]
-            rate = min(rates, default=max(link.bytes_per_s for link in links))
-            able = sorted((link for link in links if link.bytes_per_s >= rate), key=lambda link: link.bytes_per_s)
-            latency_s = max(link.latency_s for link in able)
-            tiers.append(Tier(level.kind, chunk, replace(able[0], bytes_per_s=rate, latency_s=latency_s), level.far))
+            link = tree.crossed(depth, min(rates), max(link.latency_s for link in links))
+            tiers.append(Tier(level.kind, chunk, link, level.far))
         if not level.far:
             ranks_out = chunk
         below = chunk

@@ -21,7 +21,7 @@ class Layouts:
 
     def __init__(self, tree: Tree, measure: Callable[[Plan, Layout], Any]) -> None:
         self.tree = tree
-        self._ways = cache(lambda shape: tuple(ways(tree, shape)))
+        self._ways = cache(lambda shape: tuple(ways(tree, shape, every=False)))
         self._fits = cache(lambda shape, way: fits(tree, shape, way))
         self._measure = measure
         self._measured: dict[tuple[Any, ...], Any] = {}

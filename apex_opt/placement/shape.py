@@ -14,7 +14,7 @@ within domains; GPUs of a bin are interchangeable, and so are chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from math import inf
@@ -86,21 +86,26 @@ class Way:
 
 
 class _Rate(NamedTuple):
-    """What the chunks of a level get, and the GPUs that may then be used of its domains, of their parts, of ports."""
+    """What the chunks of a level get, and the GPUs that may then be used of domains, of parts of its own, of ports.
+
+    The domains are those of level `at` that have the links.
+    """
 
     link: Link | None
+    at: int
     domains: tuple[int, ...]
     parts: tuple[int, ...]
     ports: tuple[int, ...]
 
 
-def ways(tree: Tree, shape: Shape) -> list[Way]:
-    """The ways to lay a shape out that can be best by any measure of time, none where it does not fit.
+def ways(tree: Tree, shape: Shape, *, every: bool = True) -> list[Way]:
+    """The ways to lay a shape out, none where it does not fit.
 
-    Larger chunks are never slower at the same rates, so where nothing is shared only the largest are told.
+    Larger chunks are never slower at the same rates, so where nothing is shared the largest are enough to know the
+    least time; `every` has the others too, which may be as quick.
     """
     chains = _chains(tree, shape)
-    if not tree.contended:
+    if not every and not tree.contended:
         chains = [chain for chain in chains if not any(_above(other, chain) for other in chains if other != chain)]
     found = []
     for chunks in chains:
@@ -174,11 +179,12 @@ def _above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def _rates(tree: Tree, chunks: tuple[int, ...], level: int) -> list[_Rate]:
     """What the chunks below a level may get where they make up larger ones, from the most to the least."""
     own, below = tree.levels[level], chunks[level - 1] if level else 1
-    links = [domain.link for domain in own.domains if domain.link is not None]
-    free = (_UNLIMITED,) * len(own.domains)
+    at, every = tree.links(level)
+    links = [link for link in every if link is not None]
+    free = (_UNLIMITED,) * len(every)
     parts = tree.levels[level - 1].domains if level else ()
     if chunks[level] == below or not links:
-        return [_Rate(None, free, (_UNLIMITED,) * len(parts), (_UNLIMITED,) * len(tree.ports))]
+        return [_Rate(None, at, free, (_UNLIMITED,) * len(parts), (_UNLIMITED,) * len(tree.ports))]
     flows = _flows(tree, chunks, level)
     top = max(link.bytes_per_s for link in links)
     rates = {link.bytes_per_s for link in links}
@@ -190,17 +196,19 @@ def _rates(tree: Tree, chunks: tuple[int, ...], level: int) -> list[_Rate]:
         rates |= {port.bytes_per_s / n for port in tree.ports for n in range(1, tree.free(port) + 1)}
     found = []
     for rate in sorted((rate for rate in rates if rate <= top), reverse=True):
-        able = [link for link in links if link.bytes_per_s >= rate]
-        narrow = min(able, key=lambda link: link.bytes_per_s)
-        link = replace(narrow, bytes_per_s=rate, latency_s=max(link.latency_s for link in able))
-        found.append(
-            _Rate(
-                link,
-                tuple(0 if d.link is not None and d.link.bytes_per_s < rate else _UNLIMITED for d in own.domains),
-                tuple(_most(part.out_bytes_per_s, rate * flows, below) for part in parts),
-                tuple(_most(port.bytes_per_s, rate, 1) if own.far else _UNLIMITED for port in tree.ports),
+        for latency_s in sorted({link.latency_s for link in links if link.bytes_per_s >= rate}):
+            found.append(
+                _Rate(
+                    tree.crossed(level, rate, latency_s),
+                    at,
+                    tuple(
+                        _UNLIMITED if link is None or (link.bytes_per_s >= rate and link.latency_s <= latency_s) else 0
+                        for link in every
+                    ),
+                    tuple(_most(part.out_bytes_per_s, rate * flows, below) for part in parts),
+                    tuple(_most(port.bytes_per_s, rate, 1) if own.far else _UNLIMITED for port in tree.ports),
+                )
             )
-        )
     return found
 
 
@@ -217,9 +225,11 @@ def _most(bytes_per_s: float, rate: float, chunk: int) -> int:
 
 
 def _way(tree: Tree, shape: Shape, chunks: tuple[int, ...], rates: Sequence[_Rate]) -> Way:
-    limits = [rate.domains for rate in rates]
-    for level, rate in enumerate(rates[1:]):
-        limits[level] = tuple(map(min, limits[level], rate.parts))
+    limits = [(_UNLIMITED,) * len(level.domains) for level in tree.levels]
+    for level, rate in enumerate(rates):
+        limits[rate.at] = tuple(map(min, limits[rate.at], rate.domains))
+        if level:
+            limits[level - 1] = tuple(map(min, limits[level - 1], rate.parts))
     ports = tuple(map(min, *(rate.ports for rate in rates))) if len(rates) > 1 else rates[0].ports
     return Way(chunks=chunks, layout=_layout(tree, shape, chunks, rates), limits=tuple(limits), ports=ports)
 

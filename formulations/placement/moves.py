@@ -151,7 +151,7 @@ def _solve(
             most = min(tree.free(domains[index]), way.limits[level][index]) // size
             model.add(cp_model.LinearExpr.sum([choices[index] for choices in goes]) <= most)
         if above:
-            _nest(model, goes, above, tree.parts[level + 1], way.chunks[level + 1] // size)
+            _nest(model, goes, above, tree.parts[level + 1], [n // size for n in shape.chunks() if n % size == 0])
         above = inner = goes
     size = way.chunks[0]
     for index, parts in enumerate(tree.parts[0]):
@@ -200,23 +200,30 @@ def _nest(
     goes: Sequence[Sequence[cp_model.IntVar]],
     above: Sequence[Sequence[cp_model.IntVar]],
     parts: Sequence[Sequence[int]],
-    children: int,
+    larger: Sequence[int],
 ) -> None:
-    """Chunks lie in the domain of the larger chunk they are part of; some larger one lies in several parts of its."""
+    """Chunks lie in the domain of the larger chunk they are part of, and they are as large as they could be.
+
+    Parameters
+    ----------
+    goes, above : by chunk and domain
+    larger : of how many chunks larger ones could be; of each size up to the actual one some lies in several domains
+    """
+    children = len(goes) // len(above)
     for chunk, choices in enumerate(goes):
         for around, inside in zip(above[chunk // children], parts, strict=True):
             model.add(cp_model.LinearExpr.sum([choices[part] for part in inside]) <= around)
-    if children == 1:
-        return
-    parted = []
-    for first in range(0, len(goes), children):
-        apart = model.new_bool_var("")
-        mine = goes[first : first + children]
-        for part in range(len(mine[0])):
-            model.add(cp_model.LinearExpr.sum([choices[part] for choices in mine]) <= children - apart)
-        model.add(cp_model.LinearExpr.sum([choice for choices in mine for choice in choices]) >= apart)
-        parted.append(apart)
-    model.add_at_least_one(parted)
+    for count in larger:
+        if count == 1 or children % count:
+            continue
+        parted = []
+        for first in range(0, len(goes), count):
+            apart, mine = model.new_bool_var(""), goes[first : first + count]
+            for part in range(len(mine[0])):
+                model.add(cp_model.LinearExpr.sum([choices[part] for choices in mine]) <= count - apart)
+            model.add(cp_model.LinearExpr.sum([choice for choices in mine for choice in choices]) >= apart)
+            parted.append(apart)
+        model.add_at_least_one(parted)
 
 
 def _gpus(
