@@ -284,7 +284,7 @@ def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.ask import ask_place
     from apex_opt.cluster import Tree, load_topology, load_wiring
     from apex_opt.placement import rankfile, read_assignment
-    from apex_opt.report import show
+    from apex_opt.report import Progress, show
     from apex_opt.report.files import write_whole
     from apex_opt.report.placement import Found, Site, labels, place_document, refused_document
     from apex_opt.report.topology import topology_document, write_topology
@@ -306,7 +306,9 @@ def _run_place(options: dict[str, Any]) -> int:
     loss = None
     if lost:
         tree = Tree.of(site.wiring, set(topology.gpus()) - set(kept))
-        loss = _loss(site, lost, given or found.assignment, tree, limit_s)
+        with Progress() as progress:
+            progress("seeking the fewest moves", 0, 0)
+            loss = _loss(site, lost, given or found.assignment, tree, limit_s)
     answer = found.assignment if loss is None else loss.after
     if options["rankfile"] is not None:
         write_whole(_path(options["rankfile"]), rankfile(answer).encode(), "rankfile")

@@ -232,15 +232,12 @@ def ask_place(given: Mapping[str, Any]) -> tuple[Question, Plan]:
 
     Raises
     ------
-    ApexError    as `ask_plan`; a plan that names types of GPU for its stages
+    ApexError    as `ask_plan`
     """
     defaults = {option.name: option.default for option in COMMANDS["simulate"].options}
     longest = given["max_model_len"] or 2
     one = {"trace": f"static:n=1,prompt={longest - 1},output=1"}
-    question, plan = ask_plan(given["plan"], Options.of({**defaults, **one, **given}))
-    if plan.on:
-        raise UsageError(f"--plan: {given['plan']!r:.60} puts stages on types of GPU (on=); place takes one type")
-    return question, plan
+    return ask_plan(given["plan"], Options.of({**defaults, **one, **given}))
 
 
 def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:

@@ -45,6 +45,10 @@ class ProfileRangeError(ApexError, ValueError):
     """A look-up that a profile table cannot answer."""
 
 
+class UndecidedError(ApexError):
+    """A program that the time it was given does not suffice for."""
+
+
 class FormulationError(ApexError, AssertionError):
     """A program produced a plan that the independent checker refuses: a fault of ours."""
 

@@ -955,6 +955,15 @@ def test_a_placement_is_drawn(tmp_path: Path) -> None:
     assert "on GPUs: stage/rank" in path.read_text()
 
 
+def test_time_that_does_not_suffice_to_find_gpus_is_named() -> None:
+    nodes = 32
+    taken = ",".join(f"node{gpu // 8}:{gpu % 8}" for gpu in range(0, 8 * nodes, 9))
+    words = ("place", PLACE[2], "--plan=dp56 pp2 tp2", f"--cluster={nodes}xserver-8xl40s", f"--busy={taken}")
+    ran = run(*words, "--lose=node0:3", "--time_limit=0.01")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith(": 0.01 s do not suffice to find GPUs; allow more time (--time_limit)\n")
+
+
 def test_what_place_cannot_do_is_refused(tmp_path: Path) -> None:
     assert "--lose: node2:0: no such node in server-8xl40s" in refused(*PLACE, "--lose=node2:0")
     assert "--rankfile: expected a file name that ends in .txt" in refused(*PLACE, "--rankfile=ranks.csv")
@@ -962,6 +971,7 @@ def test_what_place_cannot_do_is_refused(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory)" in refused(*PLACE, f"--at={tmp_path}/gone.txt")
     assert "unknown --within 'rack'; did you mean socket?" in refused(*PLACE, "--within=rack")
     assert "no GPU is free" in refused(*PLACE, "--busy=node0")
+    assert "on= puts stages on several types of GPU" in refused(*PLACE[:1], "--plan=pp2 on=h100-sxm-80gb:2")
     assert list(tmp_path.iterdir()) == []
 
 

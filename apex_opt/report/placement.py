@@ -100,7 +100,7 @@ class Site:
     @property
     def costs(self) -> CostModel:
         """Costs of plans on one type of GPU."""
-        assert isinstance(self.evaluator.costs, CostModel)  # `ask_place` takes no other plans
+        assert isinstance(self.evaluator.costs, CostModel)  # `ask_plan` takes no other plans
         return self.evaluator.costs
 
     @cached_property

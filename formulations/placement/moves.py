@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ortools.sat.python import cp_model
 
-from apex_opt.errors import FormulationError
+from apex_opt.errors import FormulationError, UndecidedError
 from apex_opt.placement.assignment import arranged, layout_of
 from formulations.placement.program import first_found
 
@@ -93,6 +93,7 @@ def move(
 
     Raises
     ------
+    UndecidedError      the time does not suffice
     FormulationError    the solver does not decide
     """
 
@@ -185,6 +186,8 @@ def _solve(
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         return None
+    if status == cp_model.UNKNOWN and time_limit_s is not None:
+        raise UndecidedError(f"moves: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)")
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise FormulationError(f"moves: the solver ends as {solver.status_name(status)}")
     return _Found(

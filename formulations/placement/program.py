@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ortools.sat.python import cp_model
 
-from apex_opt.errors import FormulationError
+from apex_opt.errors import FormulationError, UndecidedError
 from apex_opt.placement.assignment import filled, layout_of
 from apex_opt.placement.shape import Shape, fits, ways
 
@@ -89,6 +89,7 @@ def place(
 
     Raises
     ------
+    UndecidedError      the time does not suffice
     FormulationError    the solver does not decide
     """
     found = first_found(tree, shape, measure, lambda way: _solve(tree, shape, way, time_limit_s))
@@ -238,6 +239,10 @@ def _solve(tree: Tree, shape: Shape, way: Way, time_limit_s: float | None) -> _C
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         return None
+    if status == cp_model.UNKNOWN and time_limit_s is not None:
+        raise UndecidedError(
+            f"placement: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)"
+        )
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise FormulationError(f"placement: the solver ends as {solver.status_name(status)}")
     return _Counts(
