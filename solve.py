@@ -95,7 +95,7 @@ def _run_energy(options: dict[str, Any]) -> int:
     document = explained_document(answer_document("energy", question, found.answer, provenance, options["top"]), found)
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
-    document = _with_commands(document, question, answer, options)
+    document = _with_placement(document, question, answer, options)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
 
@@ -251,26 +251,35 @@ def _show_answer(
     document = answer_document(command, question, answer, provenance, top)
     if found is not None:
         document = explained_document(document, found)
-    document = _with_commands(document, question, answer, options)
+    document = _with_placement(document, question, answer, options)
     show(document if replay is None else checked(document, replay), options["format"])
     return _exit_code(answer, replay)
 
 
-def _with_commands(
+def _with_placement(
     document: dict[str, Any], question: Question, answer: Answer, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """An answer with the commands that start its plan, where asked for and where there is one."""
-    if options["emit"] is None or answer.best is None:
+    """An answer with where its plan goes, where GPUs are told apart, and with the commands that start it, if asked."""
+    if answer.best is None or (question.tree is None and options["emit"] is None):
+        return document
+    from apex_opt.search import Evaluator
+    from formulations.placement import place_plan
+
+    plan = answer.best.plan
+    placed = place_plan(Evaluator(question).layouts, plan)
+    if question.tree is not None:
+        from apex_opt.report.placement import Found, with_placement
+
+        found = Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
+        document = with_placement(document, question, plan, found)
+    if options["emit"] is None:
         return document
     from apex_opt.ir import checkpoint_of
     from apex_opt.launch import launch
     from apex_opt.report.launch import launched
-    from apex_opt.search import Evaluator
-    from formulations.placement import place_plan
 
-    plan, checkpoint = answer.best.plan, checkpoint_of(options["model"])
-    found = place_plan(Evaluator(question).layouts, plan)
-    return launched(document, launch(question, plan, options["emit"], checkpoint, found.assignment))
+    checkpoint = checkpoint_of(options["model"])
+    return launched(document, launch(question, plan, options["emit"], checkpoint, placed.assignment))
 
 
 def _exit_code(answer: Answer, replay: Check | None) -> int:

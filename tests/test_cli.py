@@ -806,6 +806,26 @@ def test_gpus_of_two_types_that_cannot_serve_say_why_type_by_type(two_types: str
     assert "; h100-sxm-80gb alone: no plan for llama-3.1-405b on 1 x h100-sxm-80gb is feasible" in text
 
 
+def test_a_plan_on_gpus_told_apart_says_where_it_goes_and_starts_there() -> None:
+    words = ("--model=llama-3.1-8b", "--cluster=2xserver-8xl40s", "--busy=node0:0,node1:2-3", CHEAP[2])
+    for command in ("plan", "energy"):
+        found = json.loads(run(command, *words, "--gpus=4", "--emit=vllm", "--format=json").out)
+        placement = found["placement"]
+        gpus = [gpu for replica in placement["replicas"] for stage in replica["stages"] for gpu in stage]
+        assert len(set(gpus)) == len(gpus) == found["best"]["gpus"]
+        assert not {"node0:0", "node1:2", "node1:3"} & set(gpus)
+        assert placement["rank_order"]["collectives_s"] >= placement["collectives_s"]
+        started = {
+            f"node{command['node']}:{gpu}"
+            for command in found["launch"]["commands"]
+            for gpu in command["env"].get("CUDA_VISIBLE_DEVICES", "").split(",")
+            if gpu
+        }
+        assert started == set(gpus)
+    assert "Where it goes" in run("simulate", *words, "--plan=dp2 tp2").out
+    assert "placement" not in json.loads(run("plan", *CHEAP, "--format=json").out)
+
+
 def test_every_part_of_a_fleet_gets_its_commands_and_the_router_its_weights(two_types: str) -> None:
     trace = "--trace=static:n=60,prompt=64,output=64"
     found = json.loads(run("plan", CHEAP[0], two_types, trace, "--emit=vllm", "--format=json").out)

@@ -20,6 +20,7 @@ from apex_opt.placement.shape import Shape
 from apex_opt.plan.memory import stage_memory
 from apex_opt.report.document import cleaned
 from apex_opt.report.layout import count, lies_table, page, provenance_table, seconds, table
+from apex_opt.search import Evaluator
 from apex_opt.units import GB, NS_PER_S
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
     from apex_opt.report.document import Document
-    from apex_opt.search import Evaluator, Question
+    from apex_opt.search import Question
 
 _ROWS: Final = {"placement": "best", "rank_order": "rank order", "given": "as given"}
 _SHOWN: Final = 16
@@ -199,6 +200,16 @@ def place_document(
             "provenance": _provenance(site, judged),
         }
     )
+
+
+def with_placement(document: Document, question: Question, plan: Plan, found: Found) -> Document:
+    """An answer with where its plan goes, beside ranks in order; as `place_document` tells it."""
+    site = Site(question=question, plan=plan, wiring=question.cluster, evaluator=Evaluator(question))
+    best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, plan, found.assignment)
+    in_order = _beside(_placement(site, site.tree, rank_order(site.tree, site.shape)), best)
+    batch = dict(zip(("tokens", "sequences"), site.batch, strict=True))
+    proof = {"better_ways_without_gpus": found.tried, "most_kept_together": found.optimal}
+    return document | {"placement": cleaned({**best, "batch": batch, "rank_order": in_order, "proof": proof})}
 
 
 def refused_document(site: Site, reason: str) -> Document:
@@ -387,6 +398,17 @@ def _shown(console: Console, document: Document) -> None:
     _grid(console, "To start it with", ("node", "replica", ""), rows, left={0, 2})
     provenance_table(console, document["provenance"])
     console.print(Text(_proof(document), "bold"))
+
+
+def placement_section(console: Console, placement: Document) -> None:
+    """Where the plan of an answer goes, and what ranks in order would lose."""
+    own, other = placement["collectives_s"], placement["rank_order"]
+    if own and other["collectives_loss"]:
+        text = f"collectives of a full batch take {seconds(own)}; with ranks in order {seconds(other['collectives_s'])}"
+        console.print(f"Placed on the GPUs that are free, {text} ({other['collectives_loss']:+.1%}).\n")
+    _where(console, placement["replicas"])
+    if any(one["reason"] for one in placement["lies"]):
+        lies_table(console, placement["lies"])
 
 
 def _grid(

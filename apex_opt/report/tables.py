@@ -47,6 +47,10 @@ def _answer(console: Console, document: Document) -> None:
             candidates_table(console, document)
         if "beside" in document:
             beside_table(console, document)
+        if "placement" in document:
+            from apex_opt.report.placement import placement_section
+
+            placement_section(console, document["placement"])
         best_tables(console, best)
     certificate_line(console, document)
     if best is not None:
