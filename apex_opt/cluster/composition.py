@@ -68,6 +68,21 @@ class Node:
             # The link from it to others does not exist: nodes alike are equal, however they were described.
             object.__setattr__(self, "sockets", Level(self.sockets.groups, self.pcie.link))
 
+    def switches(self) -> tuple[int, ...]:
+        """Number of the NVLink domain or PCIe switch of every GPU; one that hangs on neither is its own."""
+        numbers: dict[object, int] = {}
+        found = []
+        for local in range(self.gpus):
+            nvlink = None if self.nvlink is None else self.nvlink.holding((local,))
+            pcie = self.pcie.holding((local,))
+            own = ("nvlink", nvlink) if nvlink is not None else ("pcie", pcie) if pcie is not None else ("gpu", local)
+            found.append(numbers.setdefault(own, len(numbers)))
+        return tuple(found)
+
+    def socket_of(self) -> tuple[int, ...]:
+        """Number of the socket of every GPU."""
+        return tuple(self.sockets.holding((local,)) or 0 for local in range(self.gpus))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:

@@ -241,16 +241,9 @@ class _Shape:
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        numbers: dict[object, int] = {}
-        self.switch: list[int] = []
-        for local in range(node.gpus):
-            over = None if node.nvlink is None else node.nvlink.holding((local,))
-            pcie = node.pcie.holding((local,))
-            own = ("nvlink", over) if over is not None else ("pcie", pcie) if pcie is not None else ("gpu", local)
-            self.switch.append(numbers.setdefault(own, len(numbers)))
-        sockets = [node.sockets.holding((local,)) or 0 for local in range(node.gpus)]
+        self.switch, sockets = node.switches(), node.socket_of()
         joined = len(set(zip(self.switch, sockets, strict=True))) > len(set(self.switch))
-        self.socket = [0] * node.gpus if joined else sockets
+        self.socket = (0,) * node.gpus if joined else sockets
         groups = node.nics.groups if node.nics else ()
         shared = {local: nic for nic, group in enumerate(groups) if len(group) > 1 for local in group}
         self.nic = [shared.get(local, -1) for local in range(node.gpus)]
@@ -258,8 +251,8 @@ class _Shape:
 
     def within(self, level: int) -> dict[int, Link]:
         """The worst link between GPUs in different parts of a domain, by its number on a level inside the node."""
-        part_of = [range(self.node.gpus), self.switch, self.socket][level]
-        domain_of = [self.switch, self.socket, [0] * self.node.gpus][level]
+        part_of = (range(self.node.gpus), self.switch, self.socket)[level]
+        domain_of = (self.switch, self.socket, (0,) * self.node.gpus)[level]
         met: dict[tuple[int, int], list[int]] = {}
         for local, key in enumerate(zip(domain_of, part_of, strict=True)):
             mates = met.setdefault(key, [])
@@ -279,7 +272,7 @@ class _Shape:
         """Bytes per second that can leave a domain for the others of its node, by the narrowest cut between them."""
         import networkx as nx
 
-        domain_of = [self.switch, self.socket, [0] * self.node.gpus][level]
+        domain_of = (self.switch, self.socket, (0,) * self.node.gpus)[level]
         found: dict[int, float] = {}
         for domain in set(domain_of) if len(set(domain_of)) > 1 else ():
             graph: nx.DiGraph[str] = nx.DiGraph()

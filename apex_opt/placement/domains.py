@@ -11,7 +11,7 @@ from apex_opt.cluster.types import Cluster
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.cluster.composition import Composition, Node
+    from apex_opt.cluster.composition import Composition
 
 
 class Room(NamedTuple):
@@ -49,25 +49,9 @@ def _named(wiring: Cluster | Composition, kind: str) -> Callable[[int, int], str
     if kind == "leaf":
         per_leaf = wiring.network.nodes_per_leaf or len(nodes)
         return lambda node, _local: f"leaf{node // per_leaf}"
-    numbers = cache(lambda which: (_switches if kind == "switch" else _sockets)(wiring.nodes[which][1]))
+    numbers = cache(lambda at: wiring.nodes[at][1].switches() if kind == "switch" else wiring.nodes[at][1].socket_of())
     which = [index for index, (count, _) in enumerate(wiring.nodes) for _ in range(count)]
     return lambda node, local: f"node{node}:{kind}{numbers(which[node])[local]}"
-
-
-def _switches(node: Node) -> list[int]:
-    """Number of the NVLink domain or PCIe switch of every GPU of a node, of its own where it has none."""
-    numbers: dict[object, int] = {}
-    found = []
-    for local in range(node.gpus):
-        nvlink = None if node.nvlink is None else node.nvlink.holding((local,))
-        pcie = node.pcie.holding((local,))
-        own = ("nvlink", nvlink) if nvlink is not None else ("pcie", pcie) if pcie is not None else ("gpu", local)
-        found.append(numbers.setdefault(own, len(numbers)))
-    return found
-
-
-def _sockets(node: Node) -> list[int]:
-    return [node.sockets.holding((local,)) or 0 for local in range(node.gpus)]
 
 
 def replicas_in(found: Sequence[Room], size: int) -> int:
