@@ -295,14 +295,15 @@ def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.placement import rankfile, read_assignment
     from apex_opt.report import Progress, show
     from apex_opt.report.files import write_whole
-    from apex_opt.report.placement import Found, Site, labels, place_document, refused_document
+    from apex_opt.report.placement import Found, Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
     from apex_opt.search import Evaluator
     from formulations.placement import place_plan
 
-    question, plan = ask_place(options)
-    site = Site(question=question, plan=plan, wiring=load_wiring(options["cluster"]), evaluator=Evaluator(question))
-    topology, limit_s = load_topology(options["cluster"]), options["time_limit"]
+    wiring = load_wiring(options["cluster"])
+    sites = [Site(question=q, plan=p, wiring=wiring, evaluator=Evaluator(q)) for q, p in ask_place(options)]
+    site = quickest(sites, options["within"])
+    plan, limit_s, topology = site.plan, options["time_limit"], load_topology(options["cluster"])
     lost = () if options["lose"] is None else topology.named(options["lose"], "--lose")
     given = None if options["at"] is None else read_assignment(_path(options["at"]), site.shape, set(site.tree.gpus))
     kept = [gpu for gpu in site.tree.gpus if gpu not in lost]

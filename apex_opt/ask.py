@@ -199,7 +199,11 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
     ------
     ApexError    as `ask`; a plan that cannot be read, or several formats for it
     """
-    question = ask(options)
+    return _planned(text, options, ask(options))
+
+
+def _planned(text: str, options: Options, question: Question) -> tuple[Question, Plan]:
+    """A plan from its text form, on the GPUs of a question."""
     if len(question.weight_formats) > 1:
         raise UsageError(f"--weights: {options.weights!r:.60} names several formats; one plan has one")
     plan = parse_plan(text, question.model)
@@ -225,8 +229,8 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
     return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
 
 
-def ask_place(given: Mapping[str, Any]) -> tuple[Question, Plan]:
-    """A plan to be placed, with the question it would answer: what that has beyond `given` does not matter to it.
+def ask_place(given: Mapping[str, Any]) -> tuple[tuple[Question, Plan], ...]:
+    """A plan to be placed, for each type of GPU, with the question it would answer: only what is `given` matters of it.
 
     The KV cache must hold one request of `max_model_len` where that is given, else a token.
 
@@ -236,8 +240,9 @@ def ask_place(given: Mapping[str, Any]) -> tuple[Question, Plan]:
     """
     defaults = {option.name: option.default for option in COMMANDS["simulate"].options}
     longest = given["max_model_len"] or 2
-    one = {"trace": f"static:n=1,prompt={longest - 1},output=1"}
-    return ask_plan(given["plan"], Options.of({**defaults, **one, **given}))
+    one = {"trace": f"static:n=1,prompt={longest - 1},output=1", "gpus": None}
+    options = Options.of({**defaults, **given, **one})
+    return tuple(_planned(given["plan"], options, question) for question in ask_pools(options))
 
 
 def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:

@@ -859,6 +859,14 @@ def test_a_pipeline_over_two_types_is_found_where_neither_holds_the_model(tmp_pa
     assert "in the space" in run("plan", *words).out
 
 
+def test_a_plan_is_placed_on_the_type_of_gpu_that_takes_it_and_is_quickest(two_types: str) -> None:
+    one = json.loads(run("place", "--model=llama-3.1-8b", two_types, "--plan=tp1", "--format=json").out)
+    assert one["gpu"] == "h100-sxm-80gb"
+    two = json.loads(run("place", "--model=llama-3.1-8b", two_types, "--plan=tp2", "--format=json").out)
+    assert (two["gpu"], two["gpus"]["free"]) == ("a100-sxm-80gb", 2)
+    assert {gpu for stages in two["placement"]["replicas"][0]["stages"] for gpu in stages} == {"node0:0", "node0:1"}
+
+
 def test_what_takes_gpus_of_one_type_refuses_two_in_one_line(two_types: str) -> None:
     for command in ("pareto", "explain", "simulate", "capacity"):
         text = refused(command, two_types, *ONE[command])

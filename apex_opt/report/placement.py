@@ -143,6 +143,11 @@ class Site:
         step_ns = sum(law.batch_ns([(size, size) for size in sizes]) + int(law.transfer_ns[tokens]) for law in laws)
         return step_ns / NS_PER_S - self.collectives_s(costs.layouts.best(self.plan))
 
+    @property
+    def step_s(self) -> float:
+        """Seconds of a full batch where the plan lies best."""
+        return self.computed_s + self.collectives_s(self.costs.layouts.best(self.plan))
+
     def refusal(self, within: str | None, kept: int) -> str | None:
         """Why the plan cannot be placed as asked; None where it can.
 
@@ -164,6 +169,12 @@ class Site:
         if kept < size:
             return f"a replica of {self.plan} needs {count(size, 'GPU')}; {kept:,} are free after the loss"
         return None
+
+
+def quickest(sites: Sequence[Site], within: str | None) -> Site:
+    """The type of GPU on which a full batch of the plan takes least, of those that can have it; the first if none."""
+    able = [site for site in sites if site.refusal(within, site.tree.size) is None]
+    return min(able, key=lambda site: site.step_s) if able else sites[0]
 
 
 def place_document(
@@ -223,6 +234,7 @@ def _head(site: Site) -> Document:
         "plan": str(site.plan),
         "model": site.question.model.name,
         "cluster": site.question.cluster.name,
+        "gpu": site.question.cluster.gpu.name,
         "gpus": {"free": site.tree.size, "replica": site.shape.replica, "plan": site.shape.size},
         "version": __version__,
     }
@@ -373,7 +385,7 @@ def place_page(document: Document) -> str:
 
 def _shown(console: Console, document: Document) -> None:
     gpus = document["gpus"]
-    head = f": {document['plan']} takes {count(gpus['plan'], 'GPU')}, {gpus['free']:,} are free"
+    head = f": {document['plan']} takes {count(gpus['plan'], 'GPU')}, {gpus['free']:,} {document['gpu']} are free"
     console.print(Text.assemble(f"{document['model']} on ", (document["cluster"], "bold"), head))
     if document["status"] == "infeasible":
         console.print(Text(f"infeasible: {document['reason']}"))
