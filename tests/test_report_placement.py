@@ -88,7 +88,9 @@ def test_the_figures_are_those_of_the_layouts_and_the_tables_have_them() -> None
     assert document["gpus"] == {"free": 27, "replica": 8, "plan": 16}
     assert {"all_reduce/intra", "all_reduce/inter"} <= set(document["provenance"])
     text = place_page(document)
-    assert text.startswith("llama-3.1-70b on 4xdgx-h100: dp2 attn(tp8) ffn(tp8) bf16 takes 16 GPUs, 27 h100-sxm-80gb are free\n")
+    assert text.startswith(
+        "llama-3.1-70b on 4xdgx-h100: dp2 attn(tp8) ffn(tp8) bf16 takes 16 GPUs, 27 h100-sxm-80gb are free\n"
+    )
     rows = rows_of(text)
     loss = f"+{100 * other['collectives_loss']:.1f}%"
     assert any(row.startswith("rank order") and loss in row for row in rows)

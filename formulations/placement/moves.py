@@ -1,31 +1,37 @@
 """Where ranks go when GPUs are lost or taken away, so that the fewest weights move, as a constraint program.
 
 The best layout comes first, as in `program`; of all assignments that reach it the program seeks the one in which ranks
-with the most bytes of weights keep their GPUs. Chunks and domains are as there; here chunks have names.
+with the most bytes of weights keep their GPUs. Chunks and domains are as there. Here chunks have names as long as they
+stay in a domain in which some of their ranks are; of those that do not, a domain has so many, whichever they are.
 
 Sets and parameters
-    chunks c of level h, of replicas that are there; C(c) the chunk of level h + 1 that c is part of
+    chunks c of level h, of replicas that are there;  C(c) the chunk of level h + 1 that c is part of
+    D(c)    domains of level h in which ranks of c are now;  k_h chunks of level h in one of level h + 1
     a_cbs   ranks of c and stage s that are on free GPUs of bin b now;  w_s  bytes of weights of one of them
 
 Variables
     y_r     whether replica r stays
-    x_cv    whether chunk c goes to domain v
+    x_cv    whether chunk c stays in domain v, v in D(c)
+    n_v     chunks that come to a domain from elsewhere
     u_b     GPUs used of a bin
     t_cbs   ranks that keep their GPUs, 0..a_cbs
 
 Constraints
-    M1  the x_cv of a chunk make y_r;  x_cv <= x_C(c)w for the domain w around v;  the y_r make the replicas asked for
-    M2  the chunks of an innermost domain take as many GPUs as are used of its bins
+    M1  the x_cv of a chunk make at most y_r;  x_cv <= x_C(c)w for the domain w around v;  the y_r make the replicas
+        asked for, all in the one domain of the last level
+    M2  the parts of w hold k_h times as many chunks as w;  those of an innermost domain the GPUs used of its bins
     M3  t_cbs <= a_cbs x_cv;  of a bin no more are kept than used
     M4  GPUs used of a domain or behind a NIC are no more than leave each chunk its rate
-    M5  where chunks make up larger ones, some of these lie in several domains of the level below
 
 Objective: the most of the sum of w_s t_cbs.
+
+Chunks that come to lie together make larger ones. Where that is slower, which is known once GPUs are found, the program
+is solved again with D(c) all domains, n_v = 0, and
+    M5  of every size that chunks could have instead, some lie in several domains
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +71,14 @@ class Moved:
     optimal: bool
 
 
+class _Kept(NamedTuple):
+    """How many of some ranks alike keep their GPUs, and the bytes of weights of one."""
+
+    number: cp_model.IntVar
+    ranks: tuple[int, ...]
+    weight: int
+
+
 class _Found(NamedTuple):
     replicas: tuple[int, ...]
     gpus: tuple[str, ...]
@@ -98,7 +112,10 @@ def move(
     """
 
     def solve(way: Way) -> _Found | None:
-        return _solve(tree, shape, way, before, weights, time_limit_s)
+        found = _Program(tree, shape, way, before, weights).solved(time_limit_s)
+        if found is None or measure(layout_of(tree, shape, arranged(found.gpus, shape))) <= measure(way.layout):
+            return found
+        return _Program(tree, shape, way, before, weights, named=True).solved(time_limit_s)
 
     found = first_found(tree, shape, measure, solve)
     if found is None:
@@ -127,140 +144,161 @@ def move(
     )
 
 
-def _solve(
-    tree: Tree, shape: Shape, way: Way, before: Assignment, weights: Sequence[int], time_limit_s: float | None
-) -> _Found | None:
-    """GPUs of every rank for one way; None where there are none."""
-    model = cp_model.CpModel()
-    old = [gpu for replica in before for stage in replica for gpu in stage]
-    bin_of = {gpu: index for index, part in enumerate(tree.bins) for gpu in part.gpus}
-    stays = [model.new_bool_var("") for _ in before]
-    model.add(cp_model.LinearExpr.sum(stays) == shape.replicas)
-    used = [model.new_int_var(0, len(part.gpus), "") for part in tree.bins]
-    kept: list[Any] = []
-    of_bin: list[list[Any]] = [[] for _ in tree.bins]
-    worth: list[int] = []
-    chosen: list[tuple[cp_model.IntVar, int, int, int]] = []
-    inner: list[list[cp_model.IntVar]] = []
-    above: list[list[cp_model.IntVar]] = []
-    for level in reversed(range(len(way.chunks))):
-        size, domains = way.chunks[level], tree.levels[level].domains
-        goes = [[model.new_bool_var("") for _ in domains] for _ in range(len(old) // size)]
-        for chunk, choices in enumerate(goes):
-            model.add(cp_model.LinearExpr.sum(choices) == stays[chunk * size // shape.replica])
-        for index in range(len(domains)):
-            most = min(tree.free(domains[index]), way.limits[level][index]) // size
-            model.add(cp_model.LinearExpr.sum([choices[index] for choices in goes]) <= most)
-        if above:
-            _nest(model, goes, above, tree.parts[level + 1], [n // size for n in shape.chunks() if n % size == 0])
-        above = inner = goes
-    size = way.chunks[0]
-    for index, parts in enumerate(tree.parts[0]):
-        taken = cp_model.LinearExpr.sum([choices[index] for choices in inner])
-        model.add(size * taken == cp_model.LinearExpr.sum([used[part] for part in parts]))
-        there = set(parts)
-        for chunk, choices in enumerate(inner):
-            mine = range(chunk * size, (chunk + 1) * size)
-            homes = Counter(
-                (bin_of[old[rank]], rank % shape.replica // shape.ranks)
-                for rank in mine
-                if bin_of.get(old[rank]) in there
-            )
-            for (part, stage), count in homes.items():
-                some = model.new_int_var(0, count, "")
-                model.add(some <= count * choices[index])
-                of_bin[part].append(some)
-                kept.append(some)
-                worth.append(weights[stage])
-                chosen.append((some, chunk, part, stage))
-    for own, all_kept in zip(used, of_bin, strict=True):
-        model.add(cp_model.LinearExpr.sum(all_kept) <= own)
-    for port, limit in zip(tree.ports, way.ports, strict=True):
-        model.add(cp_model.LinearExpr.sum(used[port.first : port.last]) <= limit)
-    model.maximize(cp_model.LinearExpr.weighted_sum(kept, worth))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    if time_limit_s is not None:
-        solver.parameters.max_time_in_seconds = time_limit_s
-    status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return None
-    if status == cp_model.UNKNOWN and time_limit_s is not None:
-        raise UndecidedError(f"moves: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)")
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise FormulationError(f"moves: the solver ends as {solver.status_name(status)}")
-    return _Found(
-        replicas=tuple(index for index, stay in enumerate(stays) if solver.value(stay)),
-        gpus=_gpus(solver, tree, shape, size, old, used, inner, chosen),
-        kept_bytes=round(solver.objective_value),
-        optimal=status == cp_model.OPTIMAL,
-    )
+class _Program:
+    """The program for one way; chunks have names wherever they go where `named`."""
 
+    def __init__(
+        self, tree: Tree, shape: Shape, way: Way, before: Assignment, weights: Sequence[int], *, named: bool = False
+    ) -> None:
+        self.tree, self.shape, self.chunks, self.named = tree, shape, way.chunks, named
+        self.model = cp_model.CpModel()
+        self.old = [gpu for replica in before for stage in replica for gpu in stage]
+        self.bin_of = {gpu: index for index, part in enumerate(tree.bins) for gpu in part.gpus}
+        self.present = [self.model.new_bool_var("") for _ in before]
+        self.used = [self.model.new_int_var(0, len(part.gpus), "") for part in tree.bins]
+        self.stays: list[list[dict[int, cp_model.IntVar]]] = []
+        self.come: list[list[cp_model.IntVar]] = []
+        self.kept: list[_Kept] = []
+        self.model.add(cp_model.LinearExpr.sum(self.present) == shape.replicas)
+        for level in range(len(way.chunks)):
+            self._level(level, way.limits[level])
+        for level in range(len(way.chunks) - 1):
+            self._nest(level)
+        self._keep(weights)
+        for port, limit in zip(tree.ports, way.ports, strict=True):
+            self.model.add(cp_model.LinearExpr.sum(self.used[port.first : port.last]) <= limit)
 
-def _nest(
-    model: cp_model.CpModel,
-    goes: Sequence[Sequence[cp_model.IntVar]],
-    above: Sequence[Sequence[cp_model.IntVar]],
-    parts: Sequence[Sequence[int]],
-    larger: Sequence[int],
-) -> None:
-    """Chunks lie in the domain of the larger chunk they are part of, and they are as large as they could be.
+    def _level(self, level: int, limits: Sequence[int]) -> None:
+        """Chunks of a level: where they stay, how many come, and that there is room."""
+        model, tree, size = self.model, self.tree, self.chunks[level]
+        domains, last = tree.levels[level].domains, level == len(self.chunks) - 1
+        home = {part: index for index, domain in enumerate(domains) for part in range(domain.first, domain.last)}
+        stays = []
+        for chunk in range(len(self.old) // size):
+            mine = self.old[chunk * size : (chunk + 1) * size]
+            there = {home[self.bin_of[gpu]] for gpu in mine if gpu in self.bin_of}
+            everywhere = self.named or last
+            stays.append({v: model.new_bool_var("") for v in (range(len(domains)) if everywhere else sorted(there))})
+            whole = cp_model.LinearExpr.sum(list(stays[-1].values()))
+            present = self.present[chunk * size // self.shape.replica]
+            model.add(whole == present if everywhere else whole <= present)
+        come = [model.new_int_var(0, 0 if self.named or last else tree.free(d) // size, "") for d in domains]
+        self.stays.append(stays)
+        self.come.append(come)
+        for index, domain in enumerate(domains):
+            model.add(self._held(level, index) <= min(tree.free(domain), limits[index]) // size)
 
-    Parameters
-    ----------
-    goes, above : by chunk and domain
-    larger : of how many chunks larger ones could be; of each size up to the actual one some lies in several domains
-    """
-    children = len(goes) // len(above)
-    for chunk, choices in enumerate(goes):
-        for around, inside in zip(above[chunk // children], parts, strict=True):
-            model.add(cp_model.LinearExpr.sum([choices[part] for part in inside]) <= around)
-    for count in larger:
-        if count == 1 or children % count:
-            continue
-        parted = []
-        for first in range(0, len(goes), count):
-            apart, mine = model.new_bool_var(""), goes[first : first + count]
-            for part in range(len(mine[0])):
-                model.add(cp_model.LinearExpr.sum([choices[part] for choices in mine]) <= count - apart)
-            model.add(cp_model.LinearExpr.sum([choice for choices in mine for choice in choices]) >= apart)
+    def _held(self, level: int, domain: int) -> cp_model.LinearExpr:
+        """Chunks of a level in a domain."""
+        staying = [choices[domain] for choices in self.stays[level] if domain in choices]
+        return cp_model.LinearExpr.sum([*staying, self.come[level][domain]])
+
+    def _nest(self, level: int) -> None:
+        """Chunks that stay lie in the domain in which the larger chunk stays that they are part of."""
+        model, children = self.model, self.chunks[level + 1] // self.chunks[level]
+        for domain, parts in enumerate(self.tree.parts[level + 1]):
+            inside = set(parts)
+            held = cp_model.LinearExpr.sum([self._held(level, part) for part in parts])
+            model.add(held == children * self._held(level + 1, domain))
+            for chunk, choices in enumerate(self.stays[level]):
+                if mine := [choice for part, choice in choices.items() if part in inside]:
+                    around = self.stays[level + 1][chunk // children][domain]
+                    model.add(cp_model.LinearExpr.sum(mine) <= around)
+        if not self.named or children == 1:
+            return
+        for size in self.shape.chunks():
+            count, left = divmod(size, self.chunks[level])
+            if not left and count > 1 and children % count == 0:
+                self._part(level, count)
+
+    def _part(self, level: int, count: int) -> None:
+        """Have some run of so many chunks lie in several domains: else chunks would be as large."""
+        model, parted = self.model, []
+        for first in range(0, len(self.stays[level]), count):
+            apart, mine = model.new_bool_var(""), self.stays[level][first : first + count]
+            for domain in mine[0]:
+                model.add(cp_model.LinearExpr.sum([choices[domain] for choices in mine]) <= count - apart)
+            model.add(cp_model.LinearExpr.sum([choice for choices in mine for choice in choices.values()]) >= apart)
             parted.append(apart)
         model.add_at_least_one(parted)
 
+    def _keep(self, weights: Sequence[int]) -> None:
+        """Ranks that keep their GPUs, each among the GPUs used of its bin."""
+        model, size, shape = self.model, self.chunks[0], self.shape
+        of_bin: list[list[cp_model.IntVar]] = [[] for _ in self.used]
+        for index, parts in enumerate(self.tree.parts[0]):
+            model.add(size * self._held(0, index) == cp_model.LinearExpr.sum([self.used[part] for part in parts]))
+            inside = set(parts)
+            for chunk, choices in enumerate(self.stays[0]):
+                homes: dict[tuple[int, int], list[int]] = {}
+                for rank in range(chunk * size, (chunk + 1) * size) if index in choices else ():
+                    if (part := self.bin_of.get(self.old[rank])) in inside and part is not None:
+                        homes.setdefault((part, rank % shape.replica // shape.ranks), []).append(rank)
+                for (part, stage), ranks in homes.items():
+                    count = model.new_int_var(0, len(ranks), "")
+                    model.add(count <= len(ranks) * choices[index])
+                    of_bin[part].append(count)
+                    self.kept.append(_Kept(count, tuple(ranks), weights[stage]))
+        for own, counts in zip(self.used, of_bin, strict=True):
+            model.add(cp_model.LinearExpr.sum(counts) <= own)
 
-def _gpus(
-    solver: cp_model.CpSolver,
-    tree: Tree,
-    shape: Shape,
-    size: int,
-    old: Sequence[str],
-    used: Sequence[cp_model.IntVar],
-    inner: Sequence[Sequence[cp_model.IntVar]],
-    chosen: Sequence[tuple[cp_model.IntVar, int, int, int]],
-) -> tuple[str, ...]:
-    """GPUs of all ranks in order: those kept first, then others of the same domain."""
-    bin_of = {gpu: index for index, part in enumerate(tree.bins) for gpu in part.gpus}
-    given: dict[int, str] = {}
-    for count, chunk, part, stage in chosen:
-        mine = [
-            rank
-            for rank in range(chunk * size, (chunk + 1) * size)
-            if bin_of.get(old[rank]) == part and rank % shape.replica // shape.ranks == stage
-        ]
-        given |= {rank: old[rank] for rank in mine[: solver.value(count)]}
-    taken = set(given.values())
-    spare: dict[int, list[str]] = {}
-    for index, parts in enumerate(tree.parts[0]):
-        spare[index] = []
-        for part in parts:
-            gpus = tree.bins[part].gpus
-            more = solver.value(used[part]) - sum(gpu in taken for gpu in gpus)
-            spare[index] += [gpu for gpu in gpus if gpu not in taken][:more]
-    found = []
-    for chunk, choices in enumerate(inner):
-        home = next((index for index, choice in enumerate(choices) if solver.value(choice)), None)
-        if home is not None:
+    def solved(self, time_limit_s: float | None) -> _Found | None:
+        """GPUs of every rank; None where there are none."""
+        worth = cp_model.LinearExpr.weighted_sum([kept.number for kept in self.kept], [k.weight for k in self.kept])
+        self.model.maximize(worth)
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.random_seed = 0
+        if time_limit_s is not None:
+            solver.parameters.max_time_in_seconds = time_limit_s
+        status = solver.solve(self.model)
+        if status == cp_model.INFEASIBLE:
+            return None
+        if status == cp_model.UNKNOWN and time_limit_s is not None:
+            raise UndecidedError(
+                f"moves: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)"
+            )
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            raise FormulationError(f"moves: the solver ends as {solver.status_name(status)}")
+        return _Found(
+            replicas=tuple(index for index, stay in enumerate(self.present) if solver.value(stay)),
+            gpus=self._gpus(solver),
+            kept_bytes=round(solver.objective_value),
+            optimal=status == cp_model.OPTIMAL,
+        )
+
+    def _gpus(self, solver: cp_model.CpSolver) -> tuple[str, ...]:
+        """GPUs of all ranks in order: those kept, then others of the same domain."""
+        given: dict[int, str] = {}
+        for kept in self.kept:
+            given |= {rank: self.old[rank] for rank in kept.ranks[: solver.value(kept.number)]}
+        taken = set(given.values())
+        spare: list[list[str]] = []
+        for parts in self.tree.parts[0]:
+            spare.append([])
+            for part in parts:
+                gpus = self.tree.bins[part].gpus
+                more = solver.value(self.used[part]) - sum(gpu in taken for gpu in gpus)
+                spare[-1] += [gpu for gpu in gpus if gpu not in taken][:more]
+        found, size = [], self.chunks[0]
+        for chunk, home in sorted(self._homes(solver).items()):
             ranks = range(chunk * size, (chunk + 1) * size)
             found += [given[rank] if rank in given else spare[home].pop(0) for rank in ranks]
-    return tuple(found)
+        return tuple(found)
+
+    def _homes(self, solver: cp_model.CpSolver) -> dict[int, int]:
+        """The innermost domain of every chunk of replicas that are there: those that come fill what is left."""
+        homes = {index: 0 for index, stay in enumerate(self.present) if solver.value(stay)}
+        for level in reversed(range(len(self.chunks) - 1)):
+            children = self.chunks[level + 1] // self.chunks[level]
+            room = [solver.value(count) for count in self.come[level]]
+            below: dict[int, int] = {}
+            for chunk, around in homes.items():
+                for own in range(chunk * children, (chunk + 1) * children):
+                    stay = next((v for v, choice in self.stays[level][own].items() if solver.value(choice)), None)
+                    if stay is None:
+                        stay = next(part for part in self.tree.parts[level + 1][around] if room[part])
+                        room[stay] -= 1
+                    below[own] = stay
+            homes = below
+        return homes
