@@ -104,7 +104,7 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
     """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
     from apex_opt.ask import between_pools
     from apex_opt.report import Progress, show
-    from apex_opt.report.fleet import beside_fleet, fleet_document
+    from apex_opt.report.fleet import beside_fleet, fleet_document, parts_placed
     from apex_opt.search import load_objective
     from apex_opt.search.fleet_search import fleet_provenance, search_fleets
     from formulations.plan_space import PlanSpace
@@ -126,41 +126,51 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
     document = fleet_document(command, pools, answer, provenance, options["top"])
     if fastest is not None:
         document = beside_fleet(document, fast, fastest)
-    if options["emit"] is not None and answer.best is not None:
-        from apex_opt.report.launch import launched
+    if answer.best is not None:
+        assignments = [_assigned(pools, part.pool, part.plan, between) for part in answer.best.parts]
+        document = parts_placed(document, assignments)
+        if options["emit"] is not None:
+            from apex_opt.report.launch import launched
 
-        document = launched(document, _fleet_launch(pools, answer.best, between, options))
+            document = launched(document, _fleet_launch(pools, answer.best, assignments, options))
     show(document, options["format"])
     return EXIT_INFEASIBLE if answer.best is None else 0
 
 
-def _fleet_launch(pools: tuple[Question, ...], fleet: Fleet, between: Link | None, options: dict[str, Any]) -> Launch:
-    """Commands that start every part of a fleet on the GPUs of its type or types."""
+def _assigned(pools: tuple[Question, ...], pool: int, plan: Plan, between: Link | None) -> Assignment:
+    """The GPUs of a part of a fleet, those of its type or types."""
     from apex_opt.cost import JointCosts
-    from apex_opt.ir import checkpoint_of
-    from apex_opt.launch import launch, together
     from apex_opt.search import Evaluator
     from apex_opt.search.joint import joined
     from formulations.placement import place_joint, place_plan
 
-    found, checkpoint = [], checkpoint_of(options["model"])
-    for part in fleet.parts:
-        question, plan = pools[part.pool], part.plan
-        if plan.on:
-            (other,) = (pool for pool in pools if pool is not question and pool.cluster.gpu.name in dict(plan.on))
-            assert between is not None  # without it there are no such pipelines
-            joint = joined(question, other, between)
-            assert joint is not None
-            costs = Evaluator(joint).costs
-            assert isinstance(costs, JointCosts)
-            assignment = place_joint(costs, plan)
-        else:
-            assignment = place_plan(Evaluator(question).layouts, plan).assignment
-        found.append(launch(question, plan, options["emit"], checkpoint, assignment))
-    replicas, shares = zip(
-        *((part.plan.replicas, part.requests / len(pools[0].trace)) for part in fleet.parts), strict=True
+    question = pools[pool]
+    if not plan.on:
+        return place_plan(Evaluator(question).layouts, plan).assignment
+    (other,) = (pool for pool in pools if pool is not question and pool.cluster.gpu.name in dict(plan.on))
+    assert between is not None  # without it there are no such pipelines
+    joint = joined(question, other, between)
+    assert joint is not None
+    costs = Evaluator(joint).costs
+    assert isinstance(costs, JointCosts)
+    return place_joint(costs, plan)
+
+
+def _fleet_launch(
+    pools: tuple[Question, ...], fleet: Fleet, assignments: list[Assignment], options: dict[str, Any]
+) -> Launch:
+    """Commands that start every part of a fleet on its GPUs."""
+    from apex_opt.ir import checkpoint_of
+    from apex_opt.launch import launch, together
+
+    checkpoint, requests = checkpoint_of(options["model"]), len(pools[0].trace)
+    found = [
+        launch(pools[part.pool], part.plan, options["emit"], checkpoint, assignment)
+        for part, assignment in zip(fleet.parts, assignments, strict=True)
+    ]
+    return together(
+        found, [part.plan.replicas for part in fleet.parts], [part.requests / requests for part in fleet.parts]
     )
-    return together(found, replicas, shares)
 
 
 def _run_simulate(options: dict[str, Any]) -> int:

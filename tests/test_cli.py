@@ -833,6 +833,8 @@ def test_every_part_of_a_fleet_gets_its_commands_and_the_router_its_weights(two_
     assert len(parts) == 2
     replicas = {command["replica"] for command in launch["commands"]}
     assert replicas == set(range(len(replicas)))
+    placed = [gpu for part in parts for replica in part["replicas"] for stage in replica["stages"] for gpu in stage]
+    assert len(set(placed)) == len(placed) == found["best"]["gpus"]
     gpus = [(command["node"], command["env"]["CUDA_VISIBLE_DEVICES"]) for command in launch["commands"]]
     assert sum(len(names.split(",")) for _, names in gpus) == sum(part["gpus"] for part in parts)
     assert {node for node, _ in gpus} == {0, 1}

@@ -18,6 +18,7 @@ from apex_opt.report.document import (
 )
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
+from apex_opt.report.placement import where_table
 from apex_opt.report.tables import (
     beside_table,
     candidates_table,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from apex_opt.placement import Assignment
     from apex_opt.report.document import Document
     from apex_opt.search import Question
     from apex_opt.search.fleet import Fleet, FleetPart
@@ -89,6 +91,15 @@ def fleet_document(
             "version": __version__,
         }
     )
+
+
+def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:
+    """An answer with the GPUs of each part of its best fleet."""
+    parts = [
+        part | {"replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)]}
+        for part, assignment in zip(document["best"]["parts"], assignments, strict=True)
+    ]
+    return document | {"best": cleaned(document["best"] | {"parts": parts})}
 
 
 def beside_fleet(document: Document, pools: Sequence[Question], other: Fleet) -> Document:
@@ -172,6 +183,9 @@ def _page(console: Console, document: Document) -> None:
         text = f" on {count(best['gpus'], 'GPU')}, {aims}\n"
         console.print(Text.assemble("best fleet: ", (best["plan"], "bold green"), text))
         _parts(console, best["parts"])
+        for part in best["parts"]:
+            if "replicas" in part:
+                where_table(console, part["replicas"], f"Where it goes: {part['gpu']}")
         _alone(console, document)
         if len(document["candidates"]) > 1:
             candidates_table(console, document, "fleet")

@@ -401,7 +401,7 @@ def _shown(console: Console, document: Document) -> None:
     answer = loss["placement"] if loss else document["placement"]
     if any(one["reason"] for one in answer["lies"]):
         lies_table(console, answer["lies"])
-    _where(console, answer["replicas"])
+    where_table(console, answer["replicas"])
     _left_table(console, document["left"])
     rows = [
         (f"node{row['node']}", str(row["replica"]), f"CUDA_VISIBLE_DEVICES={row['env']['CUDA_VISIBLE_DEVICES']}")
@@ -418,7 +418,7 @@ def placement_section(console: Console, placement: Document) -> None:
     if own and other["collectives_loss"]:
         text = f"collectives of a full batch take {seconds(own)}; with ranks in order {seconds(other['collectives_s'])}"
         console.print(f"Placed on the GPUs that are free, {text} ({other['collectives_loss']:+.1%}).\n")
-    _where(console, placement["replicas"])
+    where_table(console, placement["replicas"])
     if any(one["reason"] for one in placement["lies"]):
         lies_table(console, placement["lies"])
 
@@ -521,13 +521,14 @@ def _loss_tables(console: Console, document: Document) -> None:
         _grid(console, title, ("replica", "stage", "from", "to", "weights"), lines, left={0, 2, 3})
 
 
-def _where(console: Console, replicas: list[Document]) -> None:
+def where_table(console: Console, replicas: list[Document], title: str = "Where it goes") -> None:
+    """The GPUs of every stage of every replica."""
     rows = [
         (str(row["replica"]), str(stage), "; ".join(_ranges(gpus)))
         for row in replicas
         for stage, gpus in enumerate(row["stages"])
     ]
-    _grid(console, "Where it goes", ("replica", "stage", "GPUs in the order of their ranks"), rows, left={2})
+    _grid(console, title, ("replica", "stage", "GPUs in the order of their ranks"), rows, left={2})
 
 
 def _left_table(console: Console, left: Document) -> None:
