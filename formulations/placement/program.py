@@ -57,7 +57,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A placement as counts.
+    """A placement, and what proves that none is better.
 
     Parameters
     ----------
@@ -115,14 +115,15 @@ def first_found(
     ordered = sorted((measure(way.layout), index, way) for index, way in enumerate(ways(tree, shape)))
     tried = 0
     for value, alike in groupby(ordered, key=lambda item: item[0]):
-        found = []
+        found, ways_alike = [], 0
         for _, _, way in alike:
             # Ways without room are known before the program is asked.
             solved = solve(way) if fits(tree, shape, way) else None
-            tried += solved is None
+            ways_alike += 1
             found += [(way, solved)] if solved is not None else []
         if found:
             return value, tried, found
+        tried += ways_alike
     return None
 
 
