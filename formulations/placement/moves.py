@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ortools.sat.python import cp_model
 
-from apex_opt.errors import FormulationError, UndecidedError
+from apex_opt.errors import FormulationError
 from apex_opt.placement.assignment import arranged, layout_of
-from formulations.placement.program import first_found
+from formulations.placement.program import first_found, maximised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -246,25 +246,14 @@ class _Program:
         """GPUs of every rank; None where there are none."""
         worth = cp_model.LinearExpr.weighted_sum([kept.number for kept in self.kept], [k.weight for k in self.kept])
         self.model.maximize(worth)
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.random_seed = 0
-        if time_limit_s is not None:
-            solver.parameters.max_time_in_seconds = time_limit_s
-        status = solver.solve(self.model)
-        if status == cp_model.INFEASIBLE:
+        if (found := maximised(self.model, "moves", time_limit_s)) is None:
             return None
-        if status == cp_model.UNKNOWN and time_limit_s is not None:
-            raise UndecidedError(
-                f"moves: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)"
-            )
-        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            raise FormulationError(f"moves: the solver ends as {solver.status_name(status)}")
+        solver, optimal = found
         return _Found(
             replicas=tuple(index for index, stay in enumerate(self.present) if solver.value(stay)),
             gpus=self._gpus(solver),
             kept_bytes=round(solver.objective_value),
-            optimal=status == cp_model.OPTIMAL,
+            optimal=optimal,
         )
 
     def _gpus(self, solver: cp_model.CpSolver) -> tuple[str, ...]:

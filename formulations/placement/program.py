@@ -232,6 +232,24 @@ def _solve(tree: Tree, shape: Shape, way: Way, time_limit_s: float | None) -> _C
         model.add(cp_model.LinearExpr.sum(used[port.first : port.last]) <= limit)
     model.add(cp_model.LinearExpr.sum(list(below)) == shape.size)
     model.maximize(cp_model.LinearExpr.sum(kept))
+    if (found := maximised(model, "placement", time_limit_s)) is None:
+        return None
+    solver, optimal = found
+    return _Counts(
+        used=tuple(solver.value(count) for count in used),
+        kept=round(solver.objective_value),
+        optimal=optimal,
+    )
+
+
+def maximised(model: cp_model.CpModel, what: str, time_limit_s: float | None) -> tuple[cp_model.CpSolver, bool] | None:
+    """The solver with a solution of a model, and whether that is the best; None where there is none.
+
+    Raises
+    ------
+    UndecidedError      the time does not suffice
+    FormulationError    the solver does not decide
+    """
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
@@ -241,13 +259,7 @@ def _solve(tree: Tree, shape: Shape, way: Way, time_limit_s: float | None) -> _C
     if status == cp_model.INFEASIBLE:
         return None
     if status == cp_model.UNKNOWN and time_limit_s is not None:
-        raise UndecidedError(
-            f"placement: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)"
-        )
+        raise UndecidedError(f"{what}: {time_limit_s:g} s do not suffice to find GPUs; allow more time (--time_limit)")
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise FormulationError(f"placement: the solver ends as {solver.status_name(status)}")
-    return _Counts(
-        used=tuple(solver.value(count) for count in used),
-        kept=round(solver.objective_value),
-        optimal=status == cp_model.OPTIMAL,
-    )
+        raise FormulationError(f"{what}: the solver ends as {solver.status_name(status)}")
+    return solver, status == cp_model.OPTIMAL
