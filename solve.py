@@ -139,21 +139,13 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
 
 def _assigned(pools: tuple[Question, ...], pool: int, plan: Plan, between: Link | None) -> Assignment:
     """The GPUs of a part of a fleet, those of its type or types."""
-    from apex_opt.cost import JointCosts
     from apex_opt.search import Evaluator
-    from apex_opt.search.joint import joined
+    from apex_opt.search.fleet_search import joint_costs
     from formulations.placement import place_joint, place_plan
 
-    question = pools[pool]
-    if not plan.on:
-        return place_plan(Evaluator(question).layouts, plan).assignment
-    (other,) = (pool for pool in pools if pool is not question and pool.cluster.gpu.name in dict(plan.on))
-    assert between is not None  # without it there are no such pipelines
-    joint = joined(question, other, between)
-    assert joint is not None
-    costs = Evaluator(joint).costs
-    assert isinstance(costs, JointCosts)
-    return place_joint(costs, plan)
+    if plan.on:
+        return place_joint(joint_costs(pools, pool, plan, between), plan)
+    return place_plan(Evaluator(pools[pool]).layouts, plan).assignment
 
 
 def _fleet_launch(

@@ -833,6 +833,9 @@ def test_every_part_of_a_fleet_gets_its_commands_and_the_router_its_weights(two_
     assert len(parts) == 2
     replicas = {command["replica"] for command in launch["commands"]}
     assert replicas == set(range(len(replicas)))
+    # Both types have the same plan or not: each has sources of its own.
+    gemms = [any(name.startswith("gemm") for name in found["provenance"][part["gpu"]]) for part in parts]
+    assert gemms == [True, True]
     placed = [gpu for part in parts for replica in part["replicas"] for stage in replica["stages"] for gpu in stage]
     assert len(set(placed)) == len(placed) == found["best"]["gpus"]
     gpus = [(command["node"], command["env"]["CUDA_VISIBLE_DEVICES"]) for command in launch["commands"]]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from apex_opt.cluster.types import Link
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Block, Ffn, Model, MoeFfn
     from apex_opt.plan.layout import Layout, Spread
@@ -482,11 +483,16 @@ class Operations:
 
     def transfer(self, model: Model, attention: Template, layout: Layout) -> Floats:
         """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each."""
-        link, far = layout.stage_link
-        over = self.collectives.over(None, link) if far else self.collectives.over(link, None)
-        name = f"point_to_point/{'inter' if far else 'intra'}"
+        name, over, link = self.between_stages(layout)
         self.called[name] = over.provenance[name]
         return over.point_to_point_s(self.tables.tokens * _transferred_bytes(model, attention), link)
+
+    def between_stages(self, layout: Layout) -> tuple[str, Collectives, Link | None]:
+        """What a transfer between stages is called in the provenance, and its link among the collectives over it."""
+        link, far = layout.stage_link
+        if far:
+            return "point_to_point/inter", self.collectives.over(None, link), link
+        return "point_to_point/intra", self.collectives.over(link, None), link
 
     def exchanged(self, model: Model, attention: Template, ffn: Template, layout: Layout) -> Exchanged:
         """What the collectives of one full batch take on its way through all stages, and what they send how far."""
@@ -506,9 +512,8 @@ class Operations:
                 over = self.collectives.over(spread.near, spread.far)
                 seconds += count * float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
                 sent[crossed[-1].kind] += count * size
-        link, far = layout.stage_link
+        _, over, link = self.between_stages(layout)
         if link is not None:
-            over = self.collectives.over(None, link) if far else self.collectives.over(link, None)
             size = tokens * _transferred_bytes(model, attention)
             between = layout.tiers[-1].chunk // attention.devices - 1
             seconds += between * float(over.point_to_point_s(size, link))

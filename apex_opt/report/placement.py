@@ -274,12 +274,13 @@ def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[s
     found = site.evaluator.provenance([site.plan])
     called = {name.partition("/")[0] for name in found if "/" in name} - {"point_to_point"}
     for layout in (site.layout(tree, assignment) for tree, assignment in judged):
-        spread, (link, far) = layout.spread(site.shape.ranks), layout.stage_link
+        spread = layout.spread(site.shape.ranks)
         over = costs.collectives.over(spread.near, spread.far)
         names = {f"{name}/{'inter' if spread.nodes > 1 else 'intra'}" for name in called}
         found |= {name: over.provenance[name] for name in sorted(names - set(found))}
-        if link is not None and (name := f"point_to_point/{'inter' if far else 'intra'}") not in found:
-            found[name] = costs.collectives.over(*((None, link) if far else (link, None))).provenance[name]
+        name, over, link = costs.operations.between_stages(layout)
+        if link is not None and name not in found:
+            found[name] = over.provenance[name]
     return found
 
 

@@ -21,9 +21,10 @@ from apex_opt.search.joint import joined, search_joint
 from apex_opt.search.search import search, silent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from apex_opt.cluster.types import Link
+    from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Answer, Candidate, Certificate, Status
     from apex_opt.search.fleet_run import FleetSpace
     from apex_opt.search.joint import Joint, Splitter
@@ -92,24 +93,34 @@ def search_fleets(
 
 
 def fleet_provenance(
-    pools: Sequence[Question], fleets: Iterable[Fleet], between: Link | None
+    pools: Sequence[Question], fleets: Sequence[Fleet], between: Link | None
 ) -> dict[str, dict[str, str]]:
     """By type of GPU, where the figures behind the costs of fleets come from."""
-    found: dict[str, dict[str, str]] = {pool.cluster.gpu.name: {} for pool in pools}
-    parts = {part.plan: part for fleet in fleets for part in fleet.parts}.values()
+    found: dict[str, dict[str, str]] = {}
+    # Plans of two types may read alike: a part is told by its pool and its plan.
+    parts = dict.fromkeys((part.pool, part.plan) for fleet in fleets for part in fleet.parts)
     for index, pool in enumerate(pools):
-        own = [part.plan for part in parts if part.pool == index and not part.plan.on]
-        found[pool.cluster.gpu.name] |= Evaluator(pool).provenance(own)
-    for part in parts:
-        other = next((p for p in pools if p.cluster.gpu.name in dict(part.plan.on) and p is not pools[part.pool]), None)
-        joint = joined(pools[part.pool], other, between) if other and between else None
-        if joint is not None:
-            costs = Evaluator(joint).costs
-            assert isinstance(costs, JointCosts)
-            costs.plan_cost(part.plan)
+        own = [plan for of, plan in parts if of == index and not plan.on]
+        found[pool.cluster.gpu.name] = Evaluator(pool).provenance(own)
+    for index, plan in parts:
+        if plan.on:
+            costs = joint_costs(pools, index, plan, between)
+            costs.plan_cost(plan)
             for name, model in costs.models.items():
                 found[name] |= model.provenance
     return found
+
+
+def joint_costs(pools: Sequence[Question], first: int, plan: Plan, between: Link | None) -> JointCosts:
+    """Costs of a pipeline over two types that was found in a search, one of them that of the pool `first`."""
+    one = pools[first]
+    (other,) = (pool for pool in pools if pool is not one and pool.cluster.gpu.name in dict(plan.on))
+    assert between is not None  # without it there are no such pipelines
+    question = joined(one, other, between)
+    assert question is not None
+    costs = Evaluator(question).costs
+    assert isinstance(costs, JointCosts)
+    return costs
 
 
 def _search(
