@@ -270,10 +270,9 @@ def _with_placement(
     plan = answer.best.plan
     placed = place_plan(Evaluator(question).layouts, plan)
     if question.tree is not None:
-        from apex_opt.report.placement import Found, with_placement
+        from apex_opt.report.placement import with_placement
 
-        found = Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
-        document = with_placement(document, question, plan, found)
+        document = with_placement(document, question, plan, placed)
     if options["emit"] is None:
         return document
     from apex_opt.ir import checkpoint_of
@@ -297,7 +296,7 @@ def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.placement import rankfile, read_assignment
     from apex_opt.report import Progress, show
     from apex_opt.report.files import write_whole
-    from apex_opt.report.placement import Found, Site, labels, place_document, quickest, refused_document
+    from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
     from apex_opt.search import Evaluator
     from formulations.placement import place_plan
@@ -313,8 +312,7 @@ def _run_place(options: dict[str, Any]) -> int:
     if reason is not None:
         show(refused_document(site, reason), options["format"])
         return EXIT_INFEASIBLE
-    placed = place_plan(site.evaluator.layouts, plan, limit_s)
-    found = Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
+    found = place_plan(site.evaluator.layouts, plan, limit_s)
     loss = None
     if lost:
         tree = Tree.of(site.wiring, set(topology.gpus()) - set(kept))

@@ -37,8 +37,7 @@ def site_of(plan: str, cluster: str, **given: Any) -> Site:
 
 
 def found_on(site: Site) -> Found:
-    placed = place_plan(site.evaluator.layouts, site.plan)
-    return Found(assignment=placed.assignment, tried=placed.tried, optimal=placed.optimal)
+    return place_plan(site.evaluator.layouts, site.plan)
 
 
 def lost_from(site: Site, lost: tuple[str, ...], before: Assignment) -> Loss:

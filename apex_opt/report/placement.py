@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from rich.text import Text
 
@@ -42,20 +42,19 @@ _SHOWN: Final = 16
 """Rows of a table of replicas or domains; the document has all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A placement that is proven.
+class Found(Protocol):
+    """A proven placement as the program gives it.
 
-    Parameters
-    ----------
-    assignment : Assignment
-    tried : int         ways to lay the plan out that are better, for which there are no GPUs
-    optimal : bool      whether none as good leaves more GPUs free in groups
+    `tried` ways to lay the plan out are better and have no GPUs; `optimal` says that none as good leaves more GPUs free
+    in groups.
     """
 
-    assignment: Assignment
-    tried: int
-    optimal: bool
+    @property
+    def assignment(self) -> Assignment: ...
+    @property
+    def tried(self) -> int: ...
+    @property
+    def optimal(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
