@@ -16,6 +16,7 @@ from apex_opt.ir import (
     LatentAttention,
     Model,
     MoeFfn,
+    Scheme,
     model_from_config,
     read_config,
 )
@@ -889,3 +890,41 @@ def test_whatever_a_field_holds_the_answer_is_a_model_or_one_line(
         assert "\n" not in str(error)
     else:
         assert model.parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (None, None),
+        ({"quant_method": "fp8"}, Scheme(method="fp8")),
+        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, Scheme(method="fp8", block=(128, 64))),
+        ({"quant_method": "fbgemm_fp8"}, Scheme(method="fbgemm_fp8")),
+        ({"quant_algo": "FP8"}, Scheme(method="modelopt")),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, Scheme(method="modelopt_fp4", group=16)),
+        ({"quant_method": "mxfp4"}, Scheme(method="mxfp4", group=32)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, Scheme(method="gptq", group=128)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, Scheme(method="gptq")),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, Scheme(method="awq", group=64)),
+        ({"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, None),
+    ],
+)
+def test_the_scheme_tells_the_method_and_what_shares_a_scale(section: Any, expected: Scheme | None) -> None:
+    assert read(LLAMA, quantization_config=section).scheme == expected
+
+
+@pytest.mark.parametrize("structure", [[128, 128], "128x128"])
+def test_the_scheme_of_compressed_tensors_is_that_of_its_groups(structure: Any) -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": structure}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8, "type": "float"}}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    scheme = read(LLAMA, quantization_config=section).scheme
+    assert scheme == Scheme(method="compressed-tensors", block=(128, 128))
+    packed = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}
+    section = {"quant_method": "compressed-tensors", "config_groups": {"group_0": packed}}
+    assert read(LLAMA, quantization_config=section).scheme == Scheme(method="compressed-tensors", group=128)
+
+
+@pytest.mark.parametrize("block", [128, [128], [128, 0], [128, True], "128", "0x128x1", {"a": 1}])
+def test_a_block_is_two_whole_numbers(block: Any) -> None:
+    with pytest.raises(InputError, match=r"weight_block_size must be two whole numbers"):
+        read(LLAMA, quantization_config={"quant_method": "fp8", "weight_block_size": block})

@@ -19,6 +19,7 @@ from apex_opt.ir.model import (
     Run,
 )
 from apex_opt.ir.registry import checkpoint_of, list_models, load_model
+from apex_opt.ir.scheme import Scheme
 
 __all__ = [
     "FORMATS",
@@ -35,6 +36,7 @@ __all__ = [
     "MoeFfn",
     "NumberFormat",
     "Run",
+    "Scheme",
     "checkpoint_of",
     "get_format",
     "get_kv_bytes",

@@ -284,6 +284,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         dtype=dtype,
         weight_format=quantisation.weight_format or dtype,
         kv_format=quantisation.kv_format,
+        scheme=quantisation.scheme,
         source=source,
     )
 

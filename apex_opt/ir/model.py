@@ -12,10 +12,13 @@ All counts are exact integers of weights. "Matrix parameters" are those that a n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+
+if TYPE_CHECKING:
+    from apex_opt.ir.scheme import Scheme
 
 MAX_COUNT: Final = 2**31
 """Largest width, count or length taken for real; anything above is a fault of the input."""
@@ -517,6 +520,7 @@ class Model:
     dtype : str             "bf16" or "fp16": what is not quantised
     weight_format : str     key of `FORMATS`: the block matrices as published
     kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
+    scheme : Scheme or None how the checkpoint was quantised; None where it was not
     source : str            where the description comes from
     """
 
@@ -530,6 +534,7 @@ class Model:
     weight_format: str
     kv_format: str | None
     source: str
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         owner = f"model {self.name}"

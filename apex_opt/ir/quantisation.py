@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.formats import GROUP_WEIGHTS, SMALL_GROUP_WEIGHTS
-from apex_opt.ir.model import shown
+from apex_opt.ir.model import count_fault, shown
+from apex_opt.ir.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt (FP8, NVFP4)", "mxfp4", "gptq", "awq", "compressed-tensors")
 
 _LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+NVFP4_GROUP: Final = 16
+MXFP4_GROUP: Final = 32
+_SIDES: Final = re.compile(r"\d{1,9}x\d{1,9}")
 _EXPRESSION: Final = "re:"
 _WRAPPERS: Final = re.compile(r"(?:(?:model|language_model)\.)+(?=layers\.)")
 _ONE_LAYER: Final = re.compile(r"layers\.(\d{1,9})(?:\.|$)")
@@ -84,12 +88,14 @@ class Quantisation:
     Parameters
     ----------
     weight_format, kv_format : str or None    None where the section leaves them 16 bit
+    scheme : Scheme or None                   None where no weight is quantised
     targets : ModuleNames or None             modules the weight format is for; None stands for all
     left_out : ModuleNames                    modules it leaves in 16 bit all the same
     """
 
     weight_format: str | None = None
     kv_format: str | None = None
+    scheme: Scheme | None = None
     targets: ModuleNames | None = None
     left_out: ModuleNames = ModuleNames()
 
@@ -115,24 +121,53 @@ def read_quantisation(fields: Fields) -> Quantisation:
         method = "modelopt"
     weight: str | None = None
     targets: ModuleNames | None = None
+    group: int | None = None
+    block: tuple[int, int] | None = None
     if method in ("fp8", "fbgemm_fp8"):
-        weight = "fp8"
+        weight, block = "fp8", _block(section, "weight_block_size")
     elif method == "modelopt":
         weight = _modelopt(section)
+        if weight == "nvfp4":
+            method, group = "modelopt_fp4", NVFP4_GROUP
     elif method == "mxfp4":
         # The engines quantise the routed experts alone, whatever the list of what to leave out.
-        weight, targets = "mxfp4", ModuleNames.parse(("*.experts.*",))
+        weight, targets, group = "mxfp4", ModuleNames.parse(("*.experts.*",)), MXFP4_GROUP
     elif method in ("gptq", "awq"):
         weight = _weight_only(section, "w_bit" if method == "awq" and "bits" not in section.values else "bits")
+        group = _group(section)
     elif method == "compressed-tensors":
-        weight, targets = _compressed_tensors(section)
+        weight, targets, group, block = _compressed_tensors(section)
     elif not section.faults:
         section.fault(
             "quant_method",
             f"{shown(method)} is not supported; supported: {', '.join(METHODS)}" if method else "is missing",
         )
     left_out = _module_names((section, key) for key in _LEFT_OUT_KEYS)
-    return Quantisation(weight_format=weight, kv_format=_kv_format(section), targets=targets, left_out=left_out)
+    return Quantisation(
+        weight_format=weight,
+        kv_format=_kv_format(section),
+        scheme=None if weight is None else Scheme(method=method, group=group, block=block),
+        targets=targets,
+        left_out=left_out,
+    )
+
+
+def _group(section: Fields) -> int | None:
+    """Weights that share one scale; None where a scale is for a whole channel."""
+    group = section.values.get("group_size")
+    return None if group is None or group == -1 else section.count("group_size") or None
+
+
+def _block(section: Fields, key: str) -> tuple[int, int] | None:
+    """Outputs and inputs that share one scale, given as [128, 128] or "128x128"; None where absent."""
+    given = section.values.get(key)
+    if given is None:
+        return None
+    sides = [int(side) for side in given.split("x")] if isinstance(given, str) and _SIDES.fullmatch(given) else given
+    if not isinstance(sides, list) or len(sides) != 2 or any(count_fault(key, side) for side in sides):
+        section.fault(key, f"must be two whole numbers above 0, as [128, 128], not {shown(given)}")
+        return None
+    return sides[0], sides[1]
 
 
 def _module_names(lists: Iterable[tuple[Fields, str]]) -> ModuleNames:
@@ -176,16 +211,20 @@ def _weight_only(section: Fields, bits_key: str) -> str | None:
     return "w8a16" if bits else None
 
 
-def _compressed_tensors(section: Fields) -> tuple[str | None, ModuleNames | None]:
-    """Format and targets of a compressed-tensors section, whose groups must agree on the format."""
+def _compressed_tensors(
+    section: Fields,
+) -> tuple[str | None, ModuleNames | None, int | None, tuple[int, int] | None]:
+    """Format, targets, group and block of a compressed-tensors section, whose groups must agree on the format."""
     groups = section.section("config_groups")
     if groups is None or not groups.values:
         # Without groups only the KV cache is quantised.
         if not section.values.get("config_groups") and not section.values.get("kv_cache_scheme"):
             section.fault("config_groups", "is missing")
-        return None, None
+        return None, None, None, None
     found: set[str | None] = set()
     members: list[Fields] = []
+    scales: list[int | None] = []
+    blocks: list[tuple[int, int] | None] = []
     for key in groups.values:
         group = groups.section(key)
         weights = group.section("weights") if group else None
@@ -194,13 +233,17 @@ def _compressed_tensors(section: Fields) -> tuple[str | None, ModuleNames | None
             continue
         found.add(_group_format(groups, key, weights, group.section("input_activations")))
         members.append(group)
+        scales.append(_group(weights))
+        blocks.append(_block(weights, "block_structure") if weights.text("strategy") == "block" else None)
     found.discard(None)
     if len(found) > 1:
         section.fault("config_groups", "mix number formats; one format for all blocks is supported")
     # "Linear" is the class of all projections.
     everything = any("Linear" in (names := group.names("targets")) or not names for group in members)
     targets = None if everything else _module_names((group, "targets") for group in members)
-    return (found.pop() if found else None), targets
+    longest = max((scale for scale in scales if scale), default=None)
+    block = next((sides for sides in blocks if sides), None)
+    return (found.pop() if found else None), targets, longest, block
 
 
 def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | None) -> str | None:

@@ -1,0 +1,26 @@
+"""How a checkpoint was quantised, as an engine sees it: what decides into which shards its matrices may be cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "gptq", "awq", "compressed-tensors")
+"""Methods described here, by the names vLLM has for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """Method of quantisation and the extent of its scales.
+
+    Parameters
+    ----------
+    method : str                    one of `METHODS`
+    group : int or None             weights along the input dimension that share one scale; None where a scale is for a
+                                    whole channel or matrix
+    block : (int, int) or None      outputs and inputs that share one scale, where scales are for blocks
+    """
+
+    method: str
+    group: int | None = None
+    block: tuple[int, int] | None = None
