@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,11 @@ def shell(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "solve.py"), *words]
     defaults: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 120, "cwd": ROOT}
     return subprocess.run(command, check=False, **defaults | given)
+
+
+def noted_trace(monkeypatch: pytest.MonkeyPatch, note: str) -> None:
+    """Every trace that is loaded has this to tell."""
+    monkeypatch.setattr("apex_opt.ask.load_trace", lambda *given: replace(load_trace(*given), notes=(note,)))
 
 
 # ---- what comes out -----------------------------------------------------------------------------------------------
@@ -234,6 +240,25 @@ def test_several_objectives_costs_and_goals_on_every_figure_are_answered_and_rep
     table = run("plan", *words)
     assert "given: --price" in table.out
     assert "the certificate holds" in " ".join(table.out.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "cluster"),
+    [(name, "2xh200-sxm") for name in ("plan", "energy", "pareto", "explain", "simulate", "place", "capacity")]
+    + [("plan", "two types"), ("energy", "two types")],
+)
+def test_what_a_trace_has_to_tell_is_in_every_answer_in_json_and_once_below_the_head(
+    command: str, cluster: str, two_types: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted_trace(monkeypatch, "2 rows were left out")
+    shape = "poisson:n=6,rate=2,prompt=64,output=8" if command == "capacity" else "static:n=6,prompt=64,output=8"
+    words = [command, "--model=llama-3.1-8b", *ONE[command]]
+    words.append(two_types if cluster == "two types" else f"--cluster={cluster}")
+    words += [] if command == "place" else [f"--trace={shape}"]
+    assert json.loads(run(*words, "--format=json").out)["notes"] == ["2 rows were left out"]
+    lines = run(*words).out.splitlines()
+    assert lines.index("note: 2 rows were left out") in (1, 2)
+    assert lines.count("note: 2 rows were left out") == 1
 
 
 def test_progress_is_on_stderr_only(planned: tuple[dict[str, Any], str]) -> None:

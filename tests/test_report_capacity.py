@@ -63,6 +63,7 @@ def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
         "question",
         "provenance",
         "version",
+        "notes",
     ]
     assert shown["asked"] == {"for": "highest rate", "rate_per_s": None, "resolution": 0.02}
     assert shown["best"] == shown["candidates"][0]

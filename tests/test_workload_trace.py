@@ -187,3 +187,9 @@ def test_head_takes_the_first_and_keeps_the_loop() -> None:
 def test_bad_heads_are_refused(n: Any) -> None:
     with pytest.raises(UsageError, match="has 3 requests; cannot take the first"):
         trace().head(n)
+
+
+def test_notes_stay_with_the_requests() -> None:
+    made = trace(notes=("2 rows were left out",))
+    for other in (made, made.head(2), made.stretched(2), made.picked(np.array([0, 2]))):
+        assert other.notes == ("2 rows were left out",)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.report.document import candidate_document, cleaned, question_document
-from apex_opt.report.layout import count, page, provenance_table, seconds, table
+from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.tables import best_tables
 from apex_opt.search.capacity import ASSUMPTION
 
@@ -27,7 +27,7 @@ _LASTING: Final = 0.1
 def capacity_document(question: Question, capacity: Capacity, provenance: dict[str, str]) -> Document:
     """Rates in requests per second, latencies in seconds, sizes in bytes, energy in joules."""
     rows = [_plan_rate(question, item) for item in capacity.plans]
-    return cleaned(
+    document = cleaned(
         {
             "command": "capacity",
             "status": capacity.status,
@@ -46,6 +46,7 @@ def capacity_document(question: Question, capacity: Capacity, provenance: dict[s
             "version": __version__,
         }
     )
+    return noted(document, question.remarks)
 
 
 def _plan_rate(question: Question, item: PlanRate) -> Document:
@@ -87,6 +88,7 @@ def _draw(console: Console, document: Document) -> None:
             f"{', '.join(question['slo'])}",
         )
     )
+    notes_lines(console, document)
     if best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:

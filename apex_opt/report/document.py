@@ -10,7 +10,7 @@ from apex_opt import __version__
 from apex_opt.cluster import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.model import Model
@@ -32,7 +32,7 @@ def answer_document(
     """An answer and everything it depends on; latencies in seconds, sizes in bytes, energy in joules, costs in $."""
     best = answer.best
     first, *then = (objective_document(objective, best) for objective in question.objectives)
-    return cleaned(
+    document = cleaned(
         {
             "command": command,
             "status": answer.status,
@@ -47,6 +47,18 @@ def answer_document(
             "version": __version__,
         }
     )
+    return noted(document, question.remarks)
+
+
+def noted(document: Document, notes: Iterable[str]) -> Document:
+    """An answer with what its reader has to know besides, after what it tells already; no note is told twice.
+
+    Parameters
+    ----------
+    document
+    notes : one sentence each, without the full stop, as `Question.notes`
+    """
+    return document | {"notes": list(dict.fromkeys((*document.get("notes", ()), *notes)))}
 
 
 def objective_document(objective: Objective, best: Candidate | Fleet | None) -> Document:

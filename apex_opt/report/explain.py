@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import aim, amount, count, lies_table, page, seconds, table
+from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, page, seconds, table
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def _page(console: Console, document: Document) -> None:
             + "".join(f", {goal}" for goal in asked["slo"]),
         )
     )
+    notes_lines(console, document)
     if document["clashes"]:
         console.print()
         why_not(console, document)

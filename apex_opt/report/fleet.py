@@ -12,12 +12,13 @@ from apex_opt.report.document import (
     cleaned,
     memory_document,
     metrics_document,
+    noted,
     objective_document,
     question_document,
     values_document,
 )
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
+from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.placement import where_table
 from apex_opt.report.tables import (
     beside_table,
@@ -63,7 +64,7 @@ def fleet_document(
     question, best = pools[0], answer.best
     types = [pool.cluster.gpu.name for pool in pools]
     first, *then = (objective_document(objective, best) for objective in question.objectives)
-    return cleaned(
+    document = cleaned(
         {
             "command": command,
             "status": answer.status,
@@ -91,6 +92,7 @@ def fleet_document(
             "version": __version__,
         }
     )
+    return noted(document, (note for pool in pools for note in pool.remarks))
 
 
 def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:
@@ -176,6 +178,7 @@ def fleet_page(document: Document) -> str:
 def _page(console: Console, document: Document) -> None:
     best, question = document["best"], document["question"]
     question_line(console, question)
+    notes_lines(console, document)
     if best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from io import StringIO
 from typing import TYPE_CHECKING, Final
 
@@ -64,6 +65,13 @@ def table(
     if shown < len(heads):
         console.print(Text(f"left out for lack of width: {', '.join(heads[shown:])}", "dim"))
     console.print()
+
+
+def notes_lines(console: Console, document: Document) -> None:
+    """What the reader has to know besides, a line each."""
+    for note in document.get("notes", ()):
+        lines = textwrap.wrap(f"note: {note}", console.width, subsequent_indent="  ", break_on_hyphens=False)
+        console.print(Text("\n".join(lines), "yellow"))
 
 
 def lies_table(console: Console, lies: Sequence[Document]) -> None:

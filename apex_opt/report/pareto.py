@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.report.document import candidate_document, cleaned, question_document
-from apex_opt.report.layout import amount, count, page, provenance_table, table
+from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
@@ -34,7 +34,7 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
     def values(candidate: Candidate) -> dict[str, float]:
         return {o.name: o.value(candidate.metrics) for o in front.objectives}
 
-    return cleaned(
+    document = cleaned(
         {
             "command": "pareto",
             "status": front.status,
@@ -48,6 +48,7 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
             "version": __version__,
         }
     )
+    return noted(document, question.remarks)
 
 
 def pareto_page(document: Document) -> str:
@@ -57,6 +58,7 @@ def pareto_page(document: Document) -> str:
 
 def _draw(console: Console, document: Document) -> None:
     question_line(console, document["question"])
+    notes_lines(console, document)
     names = " against ".join(objective["name"] for objective in document["objectives"])
     if document["reason"] is not None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))

@@ -18,8 +18,8 @@ from apex_opt.placement.domains import groups, replicas_in, rooms
 from apex_opt.placement.reasons import lies
 from apex_opt.placement.shape import Shape
 from apex_opt.plan.memory import stage_memory
-from apex_opt.report.document import cleaned
-from apex_opt.report.layout import count, lies_table, page, provenance_table, seconds, table
+from apex_opt.report.document import cleaned, noted
+from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
 from apex_opt.search import Evaluator
 from apex_opt.units import GB, NS_PER_S
 
@@ -228,7 +228,7 @@ def refused_document(site: Site, reason: str) -> Document:
 
 
 def _head(site: Site) -> Document:
-    return {
+    document = {
         "command": "place",
         "plan": str(site.plan),
         "model": site.question.model.name,
@@ -237,6 +237,7 @@ def _head(site: Site) -> Document:
         "gpus": {"free": site.tree.size, "replica": site.shape.replica, "plan": site.shape.size},
         "version": __version__,
     }
+    return noted(document, site.question.remarks)
 
 
 def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
@@ -387,6 +388,7 @@ def _shown(console: Console, document: Document) -> None:
     gpus = document["gpus"]
     head = f": {document['plan']} takes {count(gpus['plan'], 'GPU')}, {gpus['free']:,} {document['gpu']} are free"
     console.print(Text.assemble(f"{document['model']} on ", (document["cluster"], "bold"), head))
+    notes_lines(console, document)
     if document["status"] == "infeasible":
         console.print(Text(f"infeasible: {document['reason']}"))
         return

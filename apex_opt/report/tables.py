@@ -8,7 +8,7 @@ from rich.text import Text
 
 from apex_opt.report.explain import why_not
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import aim, amount, count, page, provenance_table, seconds, table
+from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
 from apex_opt.workload.slo import FIGURES
 
@@ -35,6 +35,7 @@ def rendered(document: Document) -> str:
 def _answer(console: Console, document: Document) -> None:
     objective, best = document["objective"], document["best"]
     question_line(console, document["question"])
+    notes_lines(console, document)
     if document.get("clashes"):
         why_not(console, document)
     elif best is None:

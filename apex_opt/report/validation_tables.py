@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.report.layout import count, page, provenance_table, seconds, table
+from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +43,7 @@ def _draw(console: Console, document: Document, limit: int) -> None:
             f" ({covered['total']:,} in {count(len(document['files']), 'file')}{known})\n",
         )
     )
+    notes_lines(console, document)
     if predicted:
         _runs(console, document, predicted, limit)
         _summary(console, document)

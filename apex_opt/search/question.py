@@ -51,6 +51,8 @@ class Question:
     near : tuple of Slo              what else a plan must reach to be as good as one found before
     request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
+    notes : tuple of str             what the reader of an answer has to know besides, a sentence each without the full
+                                     stop: what was left out of account, or asked for and has no effect
 
     Raises
     ------
@@ -78,6 +80,7 @@ class Question:
     between: Link | None = None
     near: tuple[Slo, ...] = ()
     request_slos: tuple[Slo, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.asks("goodput") and not self.per_request:
@@ -95,6 +98,11 @@ class Question:
     def objectives(self) -> tuple[Objective, ...]:
         """All of them, the most important first."""
         return self.objective, *self.then
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What every answer has to tell besides: of the trace, then of the question itself."""
+        return *self.trace.notes, *self.notes
 
     @property
     def asked(self) -> tuple[Objective | Slo, ...]:

@@ -40,6 +40,8 @@ class Trace:
     content_starts : int64[n + 1] or None    request i has the pieces from content_starts[i] to content_starts[i + 1]
     content_tokens : int           tokens in a piece; 0 without content
     source : str                   "file ..." or "generated: law, seed"
+    notes : tuple of str           what an answer on it has to tell, such as rows that were left out; a sentence each,
+                                   without the full stop
 
     Raises
     ------
@@ -56,6 +58,7 @@ class Trace:
     content_starts: Ints | None = None
     content_tokens: int = 0
     source: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -180,6 +183,7 @@ class Trace:
             content=self._pieces() if self.content is not None else None,
             content_tokens=self.content_tokens,
             source=f"{self.source}; arrivals times {factor!r}",
+            notes=self.notes,
         )
 
     def head(self, n: int) -> Trace:
@@ -200,6 +204,7 @@ class Trace:
             content=self._pieces()[:n] if self.content is not None else None,
             content_tokens=self.content_tokens,
             source=f"{self.source}; first {n} of {len(self)}",
+            notes=self.notes,
         )
 
     def picked(self, rows: Ints, concurrency: int | None = None) -> Trace:
@@ -229,6 +234,7 @@ class Trace:
             content_starts=starts,
             content_tokens=self.content_tokens,
             source=f"{self.source}; {rows.size} of {len(self)}",
+            notes=self.notes,
         )
 
     def _pieces(self) -> list[Ints]:
@@ -247,6 +253,7 @@ def make_trace(
     content: Sequence[Sequence[int] | npt.NDArray[Any]] | None = None,
     content_tokens: int = 0,
     source: str = "",
+    notes: tuple[str, ...] = (),
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -287,6 +294,7 @@ def make_trace(
         content_starts=starts,
         content_tokens=content_tokens if content is not None else 0,
         source=source,
+        notes=notes,
     )
 
 
