@@ -89,7 +89,7 @@ def test_bad_specs_get_one_clear_line(spec: object, error: type[ApexError], mess
 def test_every_catalogue_cluster_loads_and_every_figure_has_a_source(spec: str) -> None:
     cluster = load_cluster(spec)
     sources = dict(cluster.gpu.sources)
-    figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz", "price_per_h"}
+    figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz", "price_per_h", "capability"}
     assert set(sources) == figures | ({"overlapped_launch"} if cluster.gpu.overlapped_launch else set())
     assert sources["price_per_h"].startswith("assumed: ")
     assert cluster.gpu.price_per_h is not None
@@ -103,12 +103,34 @@ def test_every_catalogue_cluster_loads_and_every_figure_has_a_source(spec: str) 
 def test_the_catalogue_says_which_formats_the_hardware_has() -> None:
     has = {name: {dtype for dtype, _ in load_cluster(name).gpu.flops_per_s} for name in list_gpus()}
     assert has["v100-pcie-16gb"] == {"fp16"}
-    assert has["a100-sxm-80gb"] == {"bf16", "fp16"}
+    assert has["a100-sxm-80gb"] == {"bf16", "fp16", "int8"}
     blackwell = {name for name in has if name.startswith(("b200", "b300", "gb200"))}
-    assert all(has[name] == {"bf16", "fp16", "fp8"} for name in has if name[:4] in ("h100", "h200", "l40s"))
+    assert all(has[name] == {"bf16", "fp16", "fp8", "int8"} for name in has if name[:4] in ("h100", "h200", "l40s"))
     assert all(has[name] == {"bf16", "fp16", "fp8", "fp4"} for name in blackwell)
     assert {name for name in has if load_cluster(name).gpu.overlapped_launch} == blackwell
     assert load_cluster("h200-sxm").gpu.memory_bytes == 143771 * MIB
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability"),
+    [("v100-pcie", 7.0), ("a100", 8.0), ("l40s", 8.9), ("h100", 9.0), ("h200", 9.0), ("b200", 10.0), ("b300", 10.3)],
+)
+def test_the_catalogue_states_compute_capabilities(gpu: str, capability: float) -> None:
+    assert load_cluster(gpu).gpu.capability == capability
+
+
+def test_a_compute_capability_is_stated_or_that_of_the_formats(tmp_path: Path) -> None:
+    unstated = load_cluster(write(tmp_path, NEW_GPU)).gpu
+    assert unstated.capability == 9.0
+    assert dict(unstated.sources)["capability"].startswith("derived: ")
+    for formats, capability in (("fp16 = 100", 7.0), ("bf16 = 100, int8 = 200", 8.0), ("bf16 = 1, fp4 = 4", 10.0)):
+        text = NEW_GPU.replace("bf16 = 500, fp8 = 1000", formats)
+        assert load_cluster(write(tmp_path, text)).gpu.capability == capability
+    stated = load_cluster(write(tmp_path, NEW_GPU.replace("tdp_w = 600", "tdp_w = 600\ncapability = 8.9"))).gpu
+    assert (stated.capability, dict(stated.sources)["capability"]) == (8.9, "vendor sheet")
+    other = load_cluster(write(tmp_path, NEW_GPU.replace("tdp_w = 600", "tdp_w = 600\ncuda = false"))).gpu
+    assert other.capability is None
+    assert "capability" not in dict(other.sources)
 
 
 def test_a_new_accelerator_needs_a_file_and_no_code(tmp_path: Path) -> None:
@@ -175,6 +197,12 @@ def test_all_faults_of_a_file_come_at_once(tmp_path: Path) -> None:
             'name = "accel-9"',
             'name = "accel-9"\noverlapped_launch = 1',
             "gpu.overlapped_launch = 1 must be true or false",
+        ),
+        ("tdp_w = 600", "tdp_w = 600\ncapability = 90", "gpu.capability = 90 must be above 6.9 and at most 15"),
+        (
+            "tdp_w = 600",
+            "tdp_w = 600\ncapability = 9\ncuda = false",
+            "capability = 9.0 is one of CUDA, and cuda is false",
         ),
         ("nodes = 2", "nodes = = 2", "not valid TOML"),
         ("nodes = 2", "nodes = " + "9" * 5000, "mine.toml"),

@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
     import networkx as nx
 
-DTYPES: Final = ("bf16", "fp16", "fp8", "fp4")
+DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
 """Number formats whose matrix throughput an accelerator may state."""
 
 _HUGE: Final = 1e30
+
+_CAPABILITY_OF: Final = (("fp4", 10.0), ("fp8", 9.0), ("bf16", 8.0))
+"""Compute capability that stands for an accelerator whose own is not stated, by the narrowest format it has."""
+_LEAST_CAPABILITY: Final = 7.0
+"""That of the first with tensor cores, which have fp16 alone."""
 
 LINK_KINDS: Final = ("nvlink", "pcie", "infiniband", "ethernet")
 
@@ -48,6 +53,10 @@ class Gpu:
     flops_per_s : tuple of (dtype, float)
         dense matrix peak per format of `DTYPES`; a format left out is not supported in hardware
     tdp_w, idle_w : float               board power limit; draw with a context open and nothing running
+    cuda : bool                         whether it runs CUDA kernels, which all engine rules and tables here are of
+    capability : float or None          CUDA compute capability, 9.0 for an H100: which formats an engine has kernels
+                                        for. Where none is given, that of the formats it multiplies in; None where it
+                                        does not run CUDA
     clock_mhz : float or None           highest clock of the multiprocessors; None where not stated, and then not set
     overlapped_launch : bool            engines start a kernel before the one it depends on ends (programmatic dependent
                                         launch), so that no gap is left between them
@@ -62,6 +71,8 @@ class Gpu:
     flops_per_s: tuple[tuple[str, float], ...]
     tdp_w: float
     idle_w: float
+    cuda: bool = True
+    capability: float | None = None
     clock_mhz: float | None = None
     overlapped_launch: bool = False
     price_per_h: float | None = None
@@ -89,6 +100,13 @@ class Gpu:
             faults.append("flops_per_s needs bf16 or fp16, in which attention is computed")
         if not faults and self.idle_w >= self.tdp_w:
             faults.append(f"idle_w = {self.idle_w} must be below tdp_w = {self.tdp_w}")
+        if self.capability is None and self.cuda:
+            has = (capability for dtype, capability in _CAPABILITY_OF if dtype in named)
+            object.__setattr__(self, "capability", next(has, _LEAST_CAPABILITY))
+        elif self.capability is not None and not self.cuda:
+            faults.append(f"capability = {self.capability} is one of CUDA, and cuda is false")
+        elif self.capability is not None:
+            _figure(faults, "capability", self.capability)
         _refuse(f"gpu {self.name!r}", faults)
 
     def priced(self, price_per_h: float, source: str) -> Gpu:

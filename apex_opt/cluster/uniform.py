@@ -22,6 +22,9 @@ _FOLDER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Idle draw where none is given: the share of the limit measured on the H200 (125 of 700 W).
 _IDLE_SHARE: Final = 125 / 700
 
+_CAPABILITIES: Final = (6.9, 15.0)
+"""Compute capabilities of tensor cores: above the first, up to the second."""
+
 
 def list_gpus() -> tuple[str, ...]:
     """Names of the accelerators in the catalogue, sorted."""
@@ -108,6 +111,8 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     tdp_w = table.number("tdp_w", high=1e5)
     idle_w = table.number("idle_w", high=1e5, required=False)
     clock_mhz = table.number("clock_mhz", high=1e5, required=False)
+    cuda = table.switch("cuda", required=False)
+    capability = table.number("capability", low=_CAPABILITIES[0], high=_CAPABILITIES[1], required=False)
     overlapped_launch = table.switch("overlapped_launch", required=False)
     price_per_h = table.number("price_per_h", high=1e6, required=False)
     flops: list[tuple[str, float]] = []
@@ -122,10 +127,13 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     source = table.text("source", required=False) or f"stated in {path.name}"
     figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
     figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
+    figures += ["capability"] * (capability is not None)
     figures += ["price_per_h"] * (price_per_h is not None)
     sources = dict.fromkeys(figures, source)
     if idle_w is None:
         sources["idle_w"] = "assumed: the share of the power limit measured on the H200 (125 of 700 W)"
+    if capability is None and cuda is not False:
+        sources["capability"] = "derived: that of the formats it multiplies in, as gpu.capability is not stated"
     if (given := table.table("sources", required=False)) is not None:
         for figure in figures:
             if (text := given.text(figure, required=False)) is not None:
@@ -142,6 +150,8 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             flops_per_s=tuple(flops),
             tdp_w=tdp_w,
             idle_w=tdp_w * _IDLE_SHARE if idle_w is None else idle_w,
+            cuda=cuda is not False,
+            capability=capability,
             clock_mhz=clock_mhz,
             overlapped_launch=bool(overlapped_launch),
             price_per_h=price_per_h,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import InputError
-from apex_opt.profiles.schema import schema_of, write_table
+from apex_opt.profiles.schema import PEAK_DTYPES, schema_of, write_table
 from apex_opt.units import GB, TERA
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _entry(report: TableReport, digest: str, about: str) -> str:
 
 def _card(made: str, head: Mapping[str, str], gpu: Gpu, entries: Sequence[str]) -> str:
     """The text of a card."""
-    tflops = ", ".join(f"{dtype} = {flops / TERA:g}" for dtype, flops in gpu.flops_per_s)
+    tflops = ", ".join(f"{dtype} = {flops / TERA:g}" for dtype, flops in gpu.flops_per_s if dtype in PEAK_DTYPES)
     lines = [f"# Written by the command that {made} tables. Columns, units and bounds: profiles/README.md."]
     lines += [f"{key} = {_quoted(text)}" for key, text in head.items() if text]
     lines += [

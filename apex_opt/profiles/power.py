@@ -64,7 +64,7 @@ class PowerModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerFit:
-    """Coefficients fitted on one accelerator, and where they come from; `narrow` is fp8 and fp4 arithmetic."""
+    """Coefficients fitted on one accelerator, and where they come from; `narrow` is fp8, fp4 and int8 arithmetic."""
 
     active_w: float
     joule_per_flop_half: float
@@ -154,7 +154,7 @@ def scale_power(
     per_flop: dict[str, float] = {}
     for dtype, peak in gpu.flops_per_s:
         joule, reference = fit.joule_per_flop_half, half
-        if dtype in ("fp8", "fp4") and fit.joule_per_flop_narrow > 0:
+        if dtype in ("fp8", "fp4", "int8") and fit.joule_per_flop_narrow > 0:
             # Without narrow samples, the share of the limit that 16-bit work draws stands in.
             joule, reference = fit.joule_per_flop_narrow, flops_per_s.get(dtype, flops_per_s.get("fp8", half))
         per_flop[dtype] = joule * limit * reference / peak

@@ -220,6 +220,7 @@ def cluster_row(cluster: Cluster) -> Document:
         "memory_bytes": gpu.memory_bytes,
         "memory_bytes_per_s": gpu.memory_bytes_per_s,
         **{f"{dtype}_flops_per_s": flops.get(dtype) for dtype in DTYPES},
+        "capability": gpu.capability,
         "tdp_w": gpu.tdp_w,
         "idle_w": gpu.idle_w,
         "link": cluster.intra.kind,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.profiles.distill.curves import Curves, group, ordered_keys
-from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.schema import PEAK_DTYPES, schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,7 +137,7 @@ def _least_us(kind: str, columns: Columns, gpu: Gpu) -> Floats:
         least[columns["routing"] != "balanced"] = 0.0
     elif kind in ("attention_decode", "attention_prefill"):
         stored, _ = _by_format(columns["dtype"], gpu)
-        fastest = np.full_like(stored, max(flops for _, flops in gpu.flops_per_s))
+        fastest = np.full_like(stored, max(flops for dtype, flops in gpu.flops_per_s if dtype in PEAK_DTYPES))
         size = columns["context" if kind == "attention_decode" else "length"]
         seen = np.where(columns["window"] > 0, np.minimum(size, columns["window"]), size)
         width = columns["batch"] * columns["head_dim"]
