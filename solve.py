@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import ApexError, UsageError
+from apex_opt.files import expanded
 from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, group, method, wrapped
 from apex_opt.units import DATA_ROOT
 
@@ -192,7 +193,7 @@ def _run_pareto(options: dict[str, Any]) -> int:
     provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)
     document = pareto_document(question, front, provenance)
     if options["plot"] is not None and front.plans:
-        write_front(_path(options["plot"]), document)
+        write_front(expanded(options["plot"]), document)
     show(document, options["format"])
     return 0 if front.plans else EXIT_INFEASIBLE
 
@@ -231,9 +232,9 @@ def _write_files(question: Question, plan: Plan, options: dict[str, Any], progre
     outcome, cost = Evaluator(question).batches(plan)
     settings = question.settings
     if options["requests"] is not None:
-        write_requests(Path(options["requests"]), outcome, question.trace, settings.max_model_len, cost.request_ns)
+        write_requests(expanded(options["requests"]), outcome, question.trace, settings.max_model_len, cost.request_ns)
     if options["timeline"] is not None:
-        write_timeline(Path(options["timeline"]), outcome, cost.laws, settings.block_size)
+        write_timeline(expanded(options["timeline"]), outcome, cost.laws, settings.block_size)
 
 
 def _show_answer(
@@ -306,7 +307,7 @@ def _run_place(options: dict[str, Any]) -> int:
     site = quickest(sites, options["within"])
     plan, limit_s, topology = site.plan, options["time_limit"], load_topology(options["cluster"])
     lost = () if options["lose"] is None else topology.named(options["lose"], "--lose")
-    given = None if options["at"] is None else read_assignment(_path(options["at"]), site.shape, set(site.tree.gpus))
+    given = None if options["at"] is None else read_assignment(expanded(options["at"]), site.shape, set(site.tree.gpus))
     kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
     reason = site.refusal(options["within"], len(kept))
     if reason is not None:
@@ -321,11 +322,11 @@ def _run_place(options: dict[str, Any]) -> int:
             loss = _loss(site, lost, given or found.assignment, tree, limit_s)
     answer = found.assignment if loss is None else loss.after
     if options["rankfile"] is not None:
-        write_whole(_path(options["rankfile"]), rankfile(answer).encode(), "rankfile")
+        write_whole(expanded(options["rankfile"]), rankfile(answer).encode(), "rankfile")
     if options["plot"] is not None:
         for state, text in (("busy", options["busy"]), ("down", options["down"]), ("down", options["lose"])):
             topology = topology if text is None else topology.marked(state, topology.named(text))
-        write_topology(_path(options["plot"]), topology_document(topology), labels(answer))
+        write_topology(expanded(options["plot"]), topology_document(topology), labels(answer))
     show(place_document(site, found, given, options["within"], loss), options["format"])
     return 0
 
@@ -385,14 +386,14 @@ def _run_validate(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress, show, validation_document
 
     predictor = Predictor(profiles=check_profiles(options["profiles"]))
-    measurements = read_measured(_path(options["measured"]))
+    measurements = read_measured(expanded(options["measured"]))
     with Progress() as progress:
         comparisons = predictor.compare(measurements.runs, progress)
     document = validation_document(measurements, comparisons, predictor.provenance)
     if options["plot"] is not None:
         from apex_opt.report.validation_plot import write_plot
 
-        write_plot(_path(options["plot"]), document)
+        write_plot(expanded(options["plot"]), document)
     show(document, options["format"], options["limit"])
     return 0 if document["coverage"]["predicted"] else EXIT_INFEASIBLE
 
@@ -426,7 +427,7 @@ def _run_cluster_show(options: dict[str, Any]) -> int:
             topology = topology.marked(state, topology.named(options[state], f"--{state}"))
     document = topology_document(topology)
     if options["plot"] is not None:
-        write_topology(_path(options["plot"]), document)
+        write_topology(expanded(options["plot"]), document)
     show(document, options["format"])
     return 0
 
@@ -436,10 +437,10 @@ def _run_cluster_import(options: dict[str, Any]) -> int:
     from apex_opt.report import show
     from apex_opt.report.topology import import_document, write_toml
 
-    composition, notes = import_cluster(_path(options["source"]), options["gpu"])
+    composition, notes = import_cluster(expanded(options["source"]), options["gpu"])
     document = import_document(composition, notes, options["target"])
     if options["target"] is not None:
-        write_toml(_path(options["target"]), document)
+        write_toml(expanded(options["target"]), document)
     show(document, options["format"])
     return 0
 
@@ -458,7 +459,7 @@ def _run_profile_show(options: dict[str, Any]) -> int:
     from apex_opt.report import show
     from apex_opt.report.profiles import inventory_document
 
-    root = DATA_ROOT / "profiles" if options["profiles"] is None else _path(options["profiles"])
+    root = DATA_ROOT / "profiles" if options["profiles"] is None else expanded(options["profiles"])
     show(inventory_document(root, inventory(root, options["gpu"])), options["format"])
     return 0
 
@@ -468,8 +469,8 @@ def _run_profile_distill(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress, show
     from apex_opt.report.profiles import tables_document
 
-    source = None if options["source"] is None else _path(options["source"])
-    target = default_target() if options["target"] is None else _path(options["target"])
+    source = None if options["source"] is None else expanded(options["source"])
+    target = default_target() if options["target"] is None else expanded(options["target"])
     with Progress() as progress:
         reports = distill(source, target, progress, () if options["gpu"] is None else (options["gpu"],))
     show(tables_document("profile distill", target, reports), options["format"])
@@ -482,8 +483,8 @@ def _run_profile_import(options: dict[str, Any]) -> int:
     from apex_opt.report import show
     from apex_opt.report.profiles import tables_document
 
-    gpu, target = load_cluster(options["gpu"]).gpu, _path(options["target"])
-    found = import_profile(options["kind"], _path(options["source"]), gpu, target)
+    gpu, target = load_cluster(options["gpu"]).gpu, expanded(options["target"])
+    found = import_profile(options["kind"], expanded(options["source"]), gpu, target)
     show(tables_document("profile import", found.folder, found.reports, found.passed_over), options["format"])
     return 0
 
@@ -497,7 +498,7 @@ def _run_profile_collect(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress, show
     from apex_opt.report.profiles import tables_document
 
-    ops, target = asked_ops(options["ops"]), _path(options["target"])
+    ops, target = asked_ops(options["ops"]), expanded(options["target"])
     described = None if options["gpu"] is None else load_cluster(options["gpu"]).gpu
     machine = open_machine()
     gpu = described or recognised(machine.name, machine.memory_bytes)
@@ -513,16 +514,12 @@ def _run_profile_fit(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress, show
     from apex_opt.report.fitting import fit_document
 
-    runs = read_measured(_path(options["measured"])).runs
+    runs = read_measured(expanded(options["measured"])).runs
     with Progress() as progress:
         fit = fit_engine(runs, options["engine"], progress)
         boards = fit_board(runs, progress, {fit.after.name: fit.after})
     show(fit_document(fit, boards), options["format"])
     return 0
-
-
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
 
 
 RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {

@@ -1026,7 +1026,7 @@ def test_what_place_cannot_do_is_refused(tmp_path: Path) -> None:
     assert "--lose: node2:0: no such node in server-8xl40s" in refused(*PLACE, "--lose=node2:0")
     assert "--rankfile: expected a file name that ends in .txt" in refused(*PLACE, "--rankfile=ranks.csv")
     assert "cannot be written" in refused(*PLACE, f"--rankfile={tmp_path}/gone/ranks.txt")
-    assert "cannot be read (No such file or directory)" in refused(*PLACE, f"--at={tmp_path}/gone.txt")
+    assert "no such file; name a rank file" in refused(*PLACE, f"--at={tmp_path}/gone.txt")
     assert "unknown --within 'rack'; did you mean socket?" in refused(*PLACE, "--within=rack")
     assert "no GPU is free" in refused(*PLACE, "--busy=node0")
     assert "on= puts stages on several types of GPU" in refused(*PLACE[:1], "--plan=pp2 on=h100-sxm-80gb:2")

@@ -1,6 +1,7 @@
 """Reading of Hugging Face configurations: families, layer patterns, quantisation, and every way to be wrong."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -741,10 +742,14 @@ def test_a_file_of_another_name_names_the_model(tmp_path: Path, filename: str) -
         (b"[1, 2]", "holds a JSON list, not an object"),
         (b"3", "holds a JSON int, not an object"),
         (b"null", "holds a JSON NoneType, not an object"),
-        (b"\x80\x02\xff\x00", "not UTF-8 text at byte 0"),
+        (b"\x80\x02\xff", "line 1 is not UTF-8 text"),
         pytest.param(b'{"hidden_size": ' + b"9" * 5000 + b"}", "too many digits", id="digits"),
         pytest.param(b'{"a": ' + b"[" * 100_000, "nested too deeply", id="deep"),
-        pytest.param(b" " * (MAX_CONFIG_BYTES + 1), r"is no config\.json; the limit is", id="large"),
+        pytest.param(
+            b" " * (MAX_CONFIG_BYTES + 1),
+            r"above the limit of 16,777,216; give a config\.json",
+            id="large",
+        ),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
@@ -775,11 +780,11 @@ def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bytes:
+    def refuse(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(InputError, match=r"cannot be read \(Permission denied\)"):
         read_config(tmp_path)
 

@@ -136,7 +136,7 @@ def test_requests_with_faults_are_refused(tmp_path: Path, served: Any, said: str
 def test_requests_must_lie_beside_the_table(tmp_path: Path) -> None:
     read(tmp_path)
     (tmp_path / "apex-served.json.gz").unlink()
-    with pytest.raises(InputError, match=r"apex-served\.json\.gz: not a regular file"):
+    with pytest.raises(InputError, match=r"apex-served\.json\.gz: no such file"):
         read_apex(tmp_path / "apex.csv")
 
 

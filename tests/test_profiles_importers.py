@@ -380,5 +380,5 @@ def test_files_and_kinds_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="kind of profile 'apx'; did you mean apex"):
         import_profile("apx", tmp_path, H100, tmp_path / "out")
     (tmp_path / "gemm.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not a table of APEX"):
+    with pytest.raises(InputError, match="UTF-16 text; save it as UTF-8; give a table of APEX"):
         import_profile("apex", tmp_path, H100, tmp_path / "out")

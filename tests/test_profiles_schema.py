@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apex_opt.errors import InputError
+from apex_opt.profiles import schema as tables
 from apex_opt.profiles.schema import COLLECTIVE, GEMM, MEMORY, MOE, SCHEMAS, read_card, read_table, write_table
 from apex_opt.units import DATA_ROOT
 
@@ -110,10 +112,57 @@ def test_only_the_first_five_faults_are_spelled_out(tmp_path: Path) -> None:
 
 
 def test_tables_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
-    for path, message in (("bytes.csv", "not UTF-8"), (".", "cannot be read"), ("no.csv", "no such file")):
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+    for path, message in (
+        ("bytes.csv", "not UTF-8"),
+        (".", "but a folder"),
+        ("no.csv", "no such file"),
+    ):
         with pytest.raises(InputError, match=message):
             read_table(tmp_path / path, GEMM)
+
+
+def bomb(path: Path, *members: tuple[str, bytes], packing: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+def header_of(shape: tuple[int, ...], dtype: str) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"shape": shape, "fortran_order": False, "descr": dtype})
+    return stream.getvalue()
+
+
+def test_an_archive_is_held_to_its_size_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "LARGEST_BYTES", 1 << 20)
+    path = bomb(tmp_path / "t.npz", ("a.npy", bytes(700_000)), ("b.npy", bytes(700_000)))
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InputError, match="unpacks to more than the limit of 1,048,576 bytes"):
+        read_table(path, GEMM)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header_of((1 << 40,), "<i2"),
+        header_of((1 << 62, 4), "<i2"),
+        header_of((3,), f"<U{1 << 28}"),
+        header_of((3,), "<i2") + bytes(7),
+        header_of((3,), "|O"),
+        b"\x93NUMPY\x09\x00",
+    ],
+)
+def test_an_array_that_claims_more_than_is_there_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(InputError, match=r"not an \.npz archive of plain arrays"):
+        read_table(bomb(tmp_path / "t.npz", ("m.npy", content)), GEMM)
+
+
+def test_an_archive_packed_in_a_way_that_costs_much_memory_is_refused(tmp_path: Path) -> None:
+    path = bomb(tmp_path / "t.npz", ("m.npy", header_of((1,), "<i2") + bytes(2)), packing=zipfile.ZIP_LZMA)
+    with pytest.raises(InputError, match="packed in a way that is not read here"):
+        read_table(path, GEMM)
 
 
 ROWS = st.lists(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cluster.composition import Composition, list_presets, load_preset, read_composition
 from apex_opt.cluster.toml_reader import read_toml, shown
@@ -13,7 +12,11 @@ from apex_opt.cluster.topology import Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster
 from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, uniform_cluster
 from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.files import expanded
 from apex_opt.units import ceil_div
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _FORM: Final = (
     "GPU, COUNTxGPU, NODESxCOUNTxGPU (such as 4x8xh200-sxm), PRESET, NODESxPRESET (such as 2xdgx-h100) or the path of "
@@ -87,7 +90,7 @@ def load_wiring(spec: str) -> Cluster | Composition:
         raise UsageError(f"cluster: expected {_FORM}, got {shown(spec)}")
     text = spec.strip()
     if text.lower().endswith(".toml") or "/" in text or "\\" in text:
-        return _from_file(Path(text))
+        return _from_file(expanded(text))
     match = _SPEC.fullmatch(text.lower())
     if not match:
         raise UsageError(f"cluster {shown(spec)}: expected {_FORM}")

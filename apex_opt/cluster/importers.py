@@ -11,6 +11,7 @@ from apex_opt.cluster.composition import MAX_NODE, Composition, Level, Node, lis
 from apex_opt.cluster.types import MAX_GPUS, Link
 from apex_opt.cluster.uniform import gpu_name, list_gpus
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
+from apex_opt.files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,17 +48,7 @@ def import_cluster(path: Path, gpu: str | None = None) -> tuple[Composition, tup
     ------
     legend of `nvidia-smi topo -m`; rates are those of the preset with the GPU, as the matrix has none
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-        text = _STYLE.sub("", content.decode())
-    except FileNotFoundError:
-        raise InputError(f"source {path}: no such file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-        raise InputError(f"source {path}: cannot be read as text ({reason})") from None
-    if len(content) > _LARGEST_FILE:
-        raise InputError(f"source {path}: above the {_LARGEST_FILE // 10**6} MB that a matrix or a list may have")
+    text = _STYLE.sub("", read_text(path, limit=_LARGEST_FILE, where=f"source {path}"))
     rows = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-") or "imported"
     start = next((row for row, (_, words) in enumerate(rows) if words[0] == "GPU0"), None)

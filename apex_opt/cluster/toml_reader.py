@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import tomllib
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError
+from apex_opt.files import read_text
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+LARGEST_BYTES: Final = 4 << 20
+"""Size of a file: a cluster of 10,000 nodes, each described by itself, takes some 2 MB."""
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -20,19 +25,14 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     ------
     InputError      missing, unreadable, not UTF-8 or not TOML; `what` names the kind of file in the message
     """
+    where = f"{what} {path}"
+    text = read_text(path, limit=LARGEST_BYTES, where=where)
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except FileNotFoundError:
-        raise InputError(f"{what} {path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{what} {path}: not UTF-8 text") from None
+        return tomllib.loads(text)
     except RecursionError:
-        raise InputError(f"{what} {path}: nested too deeply") from None
+        raise InputError(f"{where}: nested too deeply") from None
     except ValueError as error:
-        raise InputError(f"{what} {path}: not valid TOML: {error}") from None
+        raise InputError(f"{where}: not valid TOML: {error}") from None
 
 
 class TomlTable:

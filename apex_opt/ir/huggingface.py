@@ -6,12 +6,12 @@ What the text decoder does not serve is left out: vision towers beside a `text_c
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_opt.errors import InputError, join_faults
+from apex_opt.files import read_json, there
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import (
     MAX_COUNT,
@@ -183,13 +183,13 @@ def read_config(path: Path, name: str | None = None) -> Model:
     """
     try:
         file = path / "config.json" if path.is_dir() else path
-        if not file.exists():
+        if not there(file):
             if file != path:
                 raise InputError(f"{path}: the folder holds no config.json; give the model's folder or the file itself")
             raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
         config = read_json_object(file)
         beside = file.with_name("hf_quant_config.json")
-        if config.get("quantization_config") is None and beside.exists():
+        if config.get("quantization_config") is None and there(beside):
             config["quantization_config"] = read_json_object(beside)
         if name is None:
             stem = file.name.removesuffix(".json").removesuffix(".config")
@@ -206,29 +206,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     ------
     InputError      not a regular file, empty, too large, not UTF-8, not JSON, or not an object; unreadable
     """
-    try:
-        if not file.is_file():
-            raise InputError(f"{file}: not a regular file; give a config.json")
-        size_bytes = file.stat().st_size
-        if size_bytes > MAX_CONFIG_BYTES:
-            raise InputError(f"{file}: {size_bytes} bytes is no config.json; the limit is {MAX_CONFIG_BYTES} bytes")
-        text = file.read_bytes().decode("utf-8-sig")
-        if not text.strip():
-            raise InputError(f"{file}: the file is empty; download it again")
-        value = json.loads(text)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text at byte {error.start}; give a config.json") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
-    except RecursionError:
-        raise InputError(f"{file}: JSON nested too deeply to read") from None
-    except InputError:
-        raise
-    except ValueError:
-        # json refuses integers of thousands of digits with a plain ValueError.
-        raise InputError(f"{file}: holds a number with too many digits to read") from None
+    value = read_json(file, limit=MAX_CONFIG_BYTES, want="give a config.json")
     if not isinstance(value, dict):
         raise InputError(f"{file}: holds a JSON {type(value).__name__}, not an object; give a config.json")
     return value

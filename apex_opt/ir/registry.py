@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.files import expanded, read_text, there
 from apex_opt.ir.huggingface import model_from_config, read_config, read_json_object
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ CONFIG_FOLDER: Final = Path(__file__).parent / "configs"
 _WAYS: Final = (
     "give a listed name, the path of a config.json or its folder, or a Hugging Face id in the local hub cache"
 )
+_LARGEST_REFERENCE: Final = 4096
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
 
 
@@ -40,8 +42,8 @@ def load_model(name_or_path: str) -> Model:
     if name is not None:
         return _registered(name, entries[name])
     if wanted:
-        path = Path(os.path.expanduser(wanted))
-        if _exists(path):
+        path = expanded(wanted)
+        if there(path):
             return read_config(path)
         cached = _cached_config(wanted)
         if cached is not None:
@@ -65,8 +67,8 @@ def checkpoint_of(name_or_path: str) -> str:
         ids = [alias for alias in _entries()[name]["aliases"] if "/" in alias]
         same = (hub_id for hub_id in ids if wanted.lower() in (hub_id.lower(), hub_id.lower().partition("/")[2]))
         return next(same, ids[0] if ids else name)
-    path = Path(os.path.expanduser(wanted))
-    if not _exists(path):
+    path = expanded(wanted)
+    if not there(path):
         return wanted
     return str(path if path.is_dir() else path.parent)
 
@@ -94,24 +96,14 @@ def _registered(name: str, entry: dict[str, Any]) -> Model:
     return model_from_config(config, name, f"registry {name}: {entry['note']}")
 
 
-def _exists(path: Path) -> bool:
-    """Whether there is something at `path`, readable or not."""
-    try:
-        return path.exists()
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-
-
 def _hub_cache() -> Path:
     """Folder of the hub cache, found as huggingface_hub finds it."""
     if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(os.path.expanduser(cache))
+        return expanded(cache)
     if home := os.environ.get("HF_HOME"):
-        return Path(os.path.expanduser(home)) / "hub"
+        return expanded(home) / "hub"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(base)) / "huggingface" / "hub"
+    return expanded(base) / "huggingface" / "hub"
 
 
 def _cached_config(hub_id: str) -> Path | None:
@@ -119,14 +111,14 @@ def _cached_config(hub_id: str) -> Path | None:
     if not _HUB_ID.fullmatch(hub_id):
         return None
     folder = _hub_cache() / f"models--{hub_id.replace('/', '--')}"
-    if not _exists(folder):
+    if not there(folder):
         return None
     try:
         snapshots = sorted(
             (folder / "snapshots").glob("*/config.json"), key=lambda file: file.stat().st_mtime_ns, reverse=True
         )
         main = folder / "refs" / "main"
-        revision = main.read_bytes().decode("ascii", "replace").strip() if main.is_file() else ""
+        revision = read_text(main, limit=_LARGEST_REFERENCE).strip() if there(main) else ""
     except OSError as error:
         raise InputError(f"hub cache {folder}: cannot be read ({error.strerror})") from None
     if not snapshots:

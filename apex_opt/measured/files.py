@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
 import math
-import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt import files
 from apex_opt.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-LARGEST_BYTES: Final = 1 << 30
+LARGEST_BYTES: Final = 64 << 20
 """Unpacked size of a file: a run of an hour with its log takes some ten MB."""
+
+_WANT: Final = "name a file of measured runs or its folder"
 
 
 def read_text(path: Path) -> str:
-    """A text file whole, gunzipped where its name says so.
+    """A text file whole, unpacked where it is gzip's.
 
     Raises
     ------
-    InputError    not a regular file, unreadable, not gzip, too large or not UTF-8
+    InputError    as `files.read_text`
     """
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: not a regular file; name a file of measured runs or its folder")
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                data = file.read(LARGEST_BYTES + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(LARGEST_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if len(data) > LARGEST_BYTES:
-        raise InputError(f"{path}: more than {LARGEST_BYTES >> 20} MiB unpacked; split it")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line} is not UTF-8 text") from None
+    return files.read_text(path, limit=LARGEST_BYTES, want=_WANT)
 
 
 def read_json(path: Path) -> Any:
@@ -54,22 +35,9 @@ def read_json(path: Path) -> Any:
 
     Raises
     ------
-    InputError    as `read_text`; not JSON, or NaN and infinities in it, with line and column
+    InputError    as `files.read_json`; NaN and infinities in it
     """
-
-    def refuse(text: str) -> NoReturn:
-        raise InputError(f"{path}: holds {text}, which is no JSON number; leave out what was not measured")
-
-    try:
-        return json.loads(read_text(path), parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON at line {error.lineno} column {error.colno} ({error.msg})") from None
-    except RecursionError:
-        raise InputError(f"{path}: JSON nested too deeply to read") from None
-    except InputError:
-        raise
-    except ValueError:
-        raise InputError(f"{path}: holds a number with too many digits to read") from None
+    return files.read_json(path, limit=LARGEST_BYTES, want=_WANT, finite=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
+from apex_opt.files import files_below
 from apex_opt.measured import apex, silicon, vllm_runs
 from apex_opt.measured.files import read_header, read_json
 
@@ -54,9 +55,9 @@ def read_measured(path: Path) -> Measurements:
         single = path.is_file()
         if not single and not path.is_dir():
             raise InputError(f"{path}: no such file or folder; name measured runs as described in the README")
-        files = [path] if single else sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    files = [path] if single else files_below(path)
     runs: list[Run] = []
     read: list[str] = []
     passed: list[str] = []
@@ -72,10 +73,6 @@ def read_measured(path: Path) -> Measurements:
     if not runs:
         raise InputError(f"{path}: holds no measured runs; expected {_LAYOUTS}")
     return Measurements(runs=tuple(runs), files=tuple(read), passed_over=tuple(passed))
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
 
 
 def _kind(path: Path) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cluster.tree import place_of
 from apex_opt.errors import InputError
+from apex_opt.files import parse_json, read_text
 from apex_opt.placement.assignment import arranged
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from apex_opt.placement.assignment import Assignment
     from apex_opt.placement.shape import Shape
 
+LARGEST_BYTES: Final = 64 << 20
+"""Size of a file: a document of 65,536 GPUs takes some 20 MB."""
+
+_WANT: Final = "expected what place printed with --format=json"
 _RANK: Final = re.compile(r"rank (\d{1,7})=(node\d{1,6}) slot=(\d{1,6})", re.ASCII)
 
 
@@ -47,11 +51,7 @@ def read_assignment(path: Path, shape: Shape, free: Collection[str]) -> Assignme
     ------
     InputError    a file that cannot be read, of another form or shape, with a GPU twice or one that is not free
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"at {path}: cannot be read ({reason}); name a rank file or what place printed") from error
+    text = read_text(path, limit=LARGEST_BYTES, where=f"at {path}", want="name a rank file or what place printed")
     found = _of_document(path, text) if text.lstrip().startswith("{") else _of_lines(path, text)
     if len(found) != shape.size:
         raise InputError(
@@ -89,11 +89,11 @@ def _of_lines(path: Path, text: str) -> list[str]:
 def _of_document(path: Path, text: str) -> list[str]:
     """GPUs of a document of `place` by rank."""
     try:
-        document: Any = json.loads(text)
+        document: Any = parse_json(text, where=f"at {path}", want=_WANT)
         answer = document["loss"]["placement"] if document["loss"] else document["placement"]
         found = [gpu for replica in answer["replicas"] for stage in replica["stages"] for gpu in stage]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         found = [None]
     if not all(isinstance(gpu, str) for gpu in found):
-        raise InputError(f"at {path}: no placement in it; expected what place printed with --format=json")
+        raise InputError(f"at {path}: no placement in it; {_WANT}")
     return found

@@ -9,7 +9,9 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from apex_opt.cluster.toml_reader import LARGEST_BYTES
 from apex_opt.errors import InputError
+from apex_opt.files import read_text
 from apex_opt.profiles.schema import PEAK_DTYPES, schema_of, write_table
 from apex_opt.units import GB, TERA
 
@@ -141,7 +143,7 @@ def _power(card: Path) -> list[str]:
     """The section of a card that holds a power model, as it stands, or nothing."""
     if not card.is_file():
         return []
-    found = re.search(r"^\[power\]\n(?:[^\[\n].*\n)*", card.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r"^\[power\]\n(?:[^\[\n].*\n)*", read_text(card, limit=LARGEST_BYTES), re.MULTILINE)
     return [found[0].rstrip("\n")] if found else []
 
 

@@ -7,7 +7,6 @@ per operation. All times are float64 seconds over arrays of sizes.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -18,6 +17,7 @@ import numpy as np
 
 from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.files import expanded
 from apex_opt.ir.formats import KV_BYTES
 from apex_opt.profiles.clock import Clock
 from apex_opt.profiles.laws import (
@@ -599,7 +599,7 @@ def check_profiles(profiles: str) -> str:
         data_folder()
     if profiles in (SHIPPED, SILICON):
         return profiles
-    folder = Path(os.path.expanduser(profiles))
+    folder = expanded(profiles)
     if not folder.is_dir() or not any(folder.glob("*/*/card.toml")):
         raise InputError(
             f"--profiles: {profiles[:60]!r} is neither {SHIPPED} nor {SILICON} nor a folder of profile folders "

@@ -7,6 +7,8 @@ Both are read into the same columns.
 from __future__ import annotations
 
 import csv
+import io
+import math
 import re
 import zipfile
 import zlib
@@ -17,6 +19,7 @@ import numpy as np
 
 from apex_opt.cluster.toml_reader import TomlTable, read_toml
 from apex_opt.errors import InputError, join_faults
+from apex_opt.files import read_bytes, read_text
 from apex_opt.profiles.power import PowerFit
 from apex_opt.units import GB, TERA
 
@@ -52,6 +55,9 @@ TABLE_ENGINES: Final = ("vllm", "sglang", "trtllm")
 
 ROUTINGS: Final = ("uniform", "balanced", "power_law_1.01", "power_law_1.2")
 COLLECTIVES: Final = ("all_reduce", "custom_all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+LARGEST_BYTES: Final = 64 << 20
+"""Size of a table, packed and unpacked: the largest that ships has 160 KB, and 1 MB unpacked."""
 
 _LOG_STEPS: Final = 1024
 """Steps per factor e in an archive: figures are kept to 0.05%."""
@@ -231,23 +237,16 @@ def read_table(path: Path, schema: Schema) -> dict[str, NDArray[Any]]:
                     lines (of text) or rows (of an archive, counted from 1)
     """
     source = f"{schema.name} table {path}"
-    try:
-        return (_read_archive if path.suffix == ".npz" else _read_text)(path, schema, source)
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror or error})") from None
+    return (_read_archive if path.suffix == ".npz" else _read_text)(path, schema, source)
 
 
 def _read_text(path: Path, schema: Schema, source: str) -> dict[str, NDArray[Any]]:
     """A CSV table."""
+    text = read_text(path, limit=LARGEST_BYTES, where=source)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except UnicodeDecodeError:
-        raise InputError(f"{source}: not UTF-8 text") from None
-    except (csv.Error, ValueError) as error:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
         raise InputError(f"{source}: not CSV: {error}") from None
     if not rows:
         raise InputError(f"{source}: empty; the header must be {','.join(c.name for c in schema.columns)}")
@@ -279,23 +278,7 @@ def _read_text(path: Path, schema: Schema, source: str) -> dict[str, NDArray[Any
 
 def _read_archive(path: Path, schema: Schema, source: str) -> dict[str, NDArray[Any]]:
     """An .npz table, in the form that `write_table` states."""
-    wanted = f"{source}: not an .npz archive of plain arrays"
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as member:
-                    arrays[name.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
-        raise InputError(f"{wanted}: {' '.join(str(error).split())[:120]}") from None
+    arrays = _arrays(read_bytes(path, limit=LARGEST_BYTES, where=source), source)
     texts = {column.name for column in schema.columns if column.kind == "text"}
     listed = {name: arrays.pop(name + _NAMES, None) for name in texts & set(arrays)}
     faults = _header_faults(list(arrays), schema)
@@ -331,6 +314,53 @@ def _read_archive(path: Path, schema: Schema, source: str) -> dict[str, NDArray[
     if faults:
         raise join_faults(source, faults)
     return _complete(columns, schema, source, lambda row: f"row {row + 1}")
+
+
+def _arrays(data: bytes, source: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz archive; what it claims to hold is held to `LARGEST_BYTES` before any of it is unpacked."""
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > LARGEST_BYTES:
+                raise InputError(f"{source}: unpacks to more than the limit of {LARGEST_BYTES:,} bytes")
+            for member in members:
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("packed in a way that is not read here")
+                arrays[member.filename.removesuffix(".npy")] = _array(archive.read(member))
+    except InputError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        text = " ".join(str(error).split())[:120]
+        raise InputError(f"{source}: not an .npz archive of plain arrays: {text}") from None
+    return arrays
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    """An array in NumPy's format, no larger than the bytes that are there for it."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise ValueError(f"format {version} of NumPy is not read here")
+    shape, _, dtype = read_header[version](stream)
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded")
+    # NumPy makes room for what the header claims, whatever follows it.
+    if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"an array of shape {shape} in {len(data) - stream.tell():,} bytes")
+    stream.seek(0)
+    array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 @dataclass(frozen=True, slots=True, eq=False)

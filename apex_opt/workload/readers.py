@@ -10,22 +10,28 @@ import tomllib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
 from apex_opt import units
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
+from apex_opt.files import expanded, read_text, there
 from apex_opt.units import NS_PER_MS, NS_PER_S
 from apex_opt.workload.generators import EXAMPLES, describe_trace
 from apex_opt.workload.trace import LIMITS, MAX_ARRIVAL_NS, MAX_REQUESTS, Trace, make_trace, range_fault, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
 _Faults: TypeAlias = list[tuple[int, str]]
 """Line number and what is wrong there."""
+
+LARGEST_BYTES: Final = 256 << 20
+"""Size of a file: 5 million rows of CSV take some 200 MB."""
+
+MOST_LINES: Final = MAX_REQUESTS + 1000
 
 _DECIMAL: Final = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _HASH_TOKENS: Final = 512  # what one of Mooncake's hash ids stands for
@@ -72,12 +78,7 @@ def load_trace(spec: str, seed: int = 0) -> Trace:
         return _parse(f"trace {spec}", spec, f"file traces/{spec}.jsonl", _read(_folder() / f"{spec}.jsonl", spec))
     if spec.partition(":")[0] in EXAMPLES and ":" in spec:
         return describe_trace(spec, seed)
-    try:
-        path = Path(spec).expanduser()
-        found = path.exists()
-    except (OSError, RuntimeError):
-        found = False
-    if not found:
+    if not there(path := expanded(spec)):
         hint = f"there is no such file; shipped: {', '.join(names)}; or describe one, e.g. {EXAMPLES['poisson']}"
         if (kind := re.match(r"([a-z]+):", spec)) and not spec.startswith(f"{kind[1]}://"):
             raise UnknownNameError("trace description", kind[1][:40], EXAMPLES, hint)
@@ -96,7 +97,7 @@ def list_traces() -> tuple[tuple[str, str], ...]:
     for name in _shipped_names():
         card = _folder() / f"{name}.toml"
         try:
-            title = tomllib.loads(_read(card, f"card of trace {name}")).get("title")
+            title = tomllib.loads(read_text(card, limit=LARGEST_BYTES, where=f"card of trace {name}")).get("title")
         except tomllib.TOMLDecodeError as error:
             raise InputError(
                 f"card of trace {name} is not TOML ({error}); reinstall or write the traces again"
@@ -132,22 +133,10 @@ def _shipped_names() -> tuple[str, ...]:
 
 def _read(path: Path, label: str) -> str:
     """A text file whole, without a byte-order mark."""
-    if path.is_dir():
-        raise InputError(f"{label} is a directory; name a trace file in it")
-    # A pipe or a device may never end.
-    if path.exists() and not path.is_file():
-        raise InputError(f"{label} is not a regular file; save the trace to one")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{label} cannot be read ({error.strerror}); check the path and its permissions") from error
-    if b"\0" in data[:65536]:
-        raise InputError(f"{label} is a binary file; a trace is CSV or JSON lines in UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{label}: line {line} is not UTF-8 text; a trace is CSV or JSON lines in UTF-8") from error
+    text = read_text(path, limit=LARGEST_BYTES, where=label, want="a trace is CSV or JSON lines in UTF-8")
+    if (lines := text.count("\n")) > MOST_LINES:
+        raise InputError(f"{label}: {lines:,} lines, at most {MOST_LINES:,} are read; cut the file")
+    return text
 
 
 def _tokens(cell: object) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from apex_opt.errors import InputError
+from apex_opt.files import files_below, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from apex_opt.profiles.folder import Dropped
 
     Columns = dict[str, NDArray[Any]]
+
+LARGEST_BYTES: Final = 64 << 20
+"""Size of a file: the largest one known has 19 MB."""
 
 _POINTER: Final = "version https://git-lfs"
 _SHOWN: Final = 300
@@ -68,7 +73,7 @@ def csv_files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise InputError(f"{source}: no such file or folder")
-    return sorted(path for path in source.rglob("*.csv") if path.is_file())
+    return files_below(source, (".csv",))
 
 
 def read_columns(
@@ -90,12 +95,10 @@ def read_columns(
     ------
     InputError      unreadable, columns missing, no rows, a cell that is no number
     """
+    text = read_text(path, limit=LARGEST_BYTES, want=f"give a table of {what}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        rows = [(number, row) for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1) if row]
+    except csv.Error as error:
         raise InputError(f"{path}: not a table of {what}: {' '.join(str(error).split())[:120]}") from None
     header = [name.strip() for name in rows[0][1]] if rows else []
     if header and header[0].startswith(_POINTER):

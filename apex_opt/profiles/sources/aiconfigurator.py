@@ -25,8 +25,9 @@ import numpy as np
 
 from apex_opt.cluster.catalogue import load_cluster
 from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.files import read_bytes
 from apex_opt.profiles.distill.curves import group
-from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.schema import LARGEST_BYTES, schema_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,6 +85,7 @@ _OPS: Final = {
     "reduce_scatter": "reduce_scatter",
     "alltoall": "all_to_all",
 }
+_MOST_CELLS: Final = 50_000_000
 _ELEMENT_BYTES: Final = 2
 _UNGATED: Final = ("nongated",)
 # What an engine replays inside a CUDA graph; TensorRT-LLM has one entry only.
@@ -131,10 +133,14 @@ def data_folder(source: Path | None = None) -> Path:
 
 def _parquet(path: Path) -> Columns:
     """All columns of one file: numbers as float64, the rest as text."""
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, BufferReader, parquet
 
+    data = read_bytes(path, limit=LARGEST_BYTES)
     try:
-        table = parquet.read_table(path)
+        file = parquet.ParquetFile(BufferReader(data))
+        if file.metadata.num_rows * file.metadata.num_columns > _MOST_CELLS:
+            raise InputError(f"{path}: more than {_MOST_CELLS:,} cells, which no table of {PACKAGE} has")
+        table = file.read()
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a table of {PACKAGE}: {str(error).splitlines()[0][:120]}") from None
     columns: Columns = {}
