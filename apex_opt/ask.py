@@ -13,7 +13,7 @@ from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import default_kv_format, parse_plan
+from apex_opt.plan.plan import default_kv_format, foreign_mix, parse_plan
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Question, load_objectives
@@ -304,6 +304,8 @@ def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...],
         names = tuple(get_format(name.strip()[:60]).name for name in options.weights.split(","))
         if len(set(names)) < len(names):
             raise UsageError(f"--weights: {options.weights!r:.60} names a format twice")
+        for fault in filter(None, (foreign_mix(name, model) for name in names)):
+            raise UsageError(f"--weights: {fault}")
     if options.kv is None:
         return names, tuple(model.kv_format or default_kv_format(name) for name in names)
     kv = options.kv.strip().lower()

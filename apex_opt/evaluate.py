@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
-from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.ir.model import Attention, DenseFfn
 from apex_opt.plan.engine import limited
 from apex_opt.plan.memory import (
@@ -52,7 +52,7 @@ class Instance:
     longest_tokens : int          tokens the longest request holds in the KV cache, >= 1
     tpot_limit_ns : int or None   tightest limit any SLO sets on time per output token
     weight_formats, kv_formats : tuple of str
-                                  formats to choose from, keys of `FORMATS`, each with its KV format
+                                  formats to choose from, names of formats, each with its KV format
     max_devices : int             GPUs a plan may take, at most the cluster's
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                   limits of a batch to choose from; None leaves one to the settings
@@ -74,7 +74,7 @@ class Instance:
         if not self.weight_formats or len(self.weight_formats) != len(self.kv_formats):
             raise UsageError("an instance needs weight formats, each with its KV format")
         for name in self.weight_formats:
-            if name not in FORMATS:
+            if not is_format(name):
                 raise UsageError(f"unknown weight format {name!r}; known: {', '.join(FORMATS)}")
         for name in self.kv_formats:
             if name not in KV_BYTES:
@@ -153,10 +153,10 @@ def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
 
 def _format(instance: Instance, plan: Plan) -> Iterator[str]:
     gpu = instance.cluster.gpu
-    needed = get_format(plan.weight_format).hardware_dtype
-    if needed is not None and not gpu.supports(needed):
-        reason = f", which {plan.weight_format} needs" if needed != plan.weight_format else ""
-        yield f"{gpu.name} does not compute in {needed}{reason}"
+    for needed in get_format(plan.weight_format).hardware_dtypes:
+        if not gpu.supports(needed):
+            reason = f", which {plan.weight_format} needs" if needed != plan.weight_format else ""
+            yield f"{gpu.name} does not compute in {needed}{reason}"
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:

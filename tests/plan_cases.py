@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,15 +145,13 @@ def latent(block: Block, **changes: Any) -> Block:
 
 
 def partly(rng: np.random.Generator, block: Block) -> Block:
-    """A block of which the checkpoint leaves some parts in 16 bit, or none."""
+    """A block of which the checkpoint leaves some matrices in 16 bit, or none, and holds some in a second format."""
 
-    def chosen(cell: Any, *names: str) -> Any:
-        return replace(cell, **{name: bool(rng.random() < 0.7) for name in names})
+    def chosen(cell: Any) -> Any:
+        names = (entry.name for entry in fields(cell) if entry.name.endswith("quantised"))
+        return replace(cell, **{name: int(rng.choice([0, 1, 1, 2])) for name in names})
 
-    attention, ffn = block.attention, block.ffn
-    outer = ("output_quantised",) if isinstance(attention, LatentAttention) else ()
-    shared = ("shared_quantised",) if isinstance(ffn, MoeFfn) else ()
-    return Block(attention=chosen(attention, "quantised", *outer), ffn=chosen(ffn, "quantised", *shared))
+    return Block(attention=chosen(block.attention), ffn=chosen(block.ffn))
 
 
 def random_model(rng: np.random.Generator) -> Model:
@@ -239,10 +237,10 @@ def random_instance(seed: int) -> Instance:
     """A small question whose memory and time limits cut through the space of plans."""
     rng = np.random.default_rng(seed)
     model, gpus = random_model(rng), int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8, 8]))
-    pairs = [(w, k) for w in FORMATS for k in KV_BYTES]
+    pairs = [(w, k) for w in (*FORMATS, "w4a16+w8a16g32", "w4a16+fp8") for k in KV_BYTES]
     rng.shuffle(pairs)
     formats = [(str(w), str(k)) for w, k in pairs[: rng.integers(1, 4)]]
-    flops = [("bf16", "fp16", "fp8", "fp4"), ("bf16",), ("fp16",), ("bf16", "fp8")][rng.integers(4)]
+    flops = [("bf16", "fp16", "fp8", "fp4", "int8"), ("bf16",), ("fp16",), ("bf16", "fp8")][rng.integers(4)]
     settings = replace(
         SMALL,
         max_num_seqs=int(rng.choice([1, 7, 64])),

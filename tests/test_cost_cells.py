@@ -94,13 +94,13 @@ def test_all_devices_together_do_the_arithmetic_of_the_model_however_it_is_cut(p
     cell, ffn, moe = DENSE.attention, DENSE.ffn, SPARSE.ffn
     for attention, cut in pairs(experts=True):
         parts = operations().attention(cell, attention, "bf16", "bf16")
-        whole = 2 * TOKENS * cell.matrix_parameters
+        whole = 2 * TOKENS * cell.projection_parameters
         if cell.query_heads % attention.tp == 0:
             done = flops(parts, ("qkv", "output"), attention.devices, attention.dp, prompt=prompt)
             assert done == pytest.approx(whole), attention
         if cut.ep == 1:
             parts = operations().ffn(ffn, attention, cut, "bf16")
-            whole = 2 * TOKENS * ffn.matrix_parameters
+            whole = 2 * TOKENS * ffn.projection_parameters
             assert flops(parts, ("ffn up", "ffn down"), cut.devices, attention.dp, prompt=prompt) == pytest.approx(
                 whole
             )
@@ -110,7 +110,7 @@ def test_all_devices_together_do_the_arithmetic_of_the_model_however_it_is_cut(p
 
 
 def test_prompts_and_sequences_that_decode_beside_them_do_all_their_arithmetic() -> None:
-    whole = 2 * TOKENS * DENSE.attention.matrix_parameters
+    whole = 2 * TOKENS * DENSE.attention.projection_parameters
     for attention in (Template(dp=2, tp=2), Template(dp=4), Template(tp=4)):
         parts = operations().attention(DENSE.attention, attention, "bf16", "bf16")
         chunk, beside, either = (
@@ -305,7 +305,8 @@ def test_parts_that_the_checkpoint_leaves_in_16_bit_are_read_and_computed_so(wei
 
     cell, moe = DENSE.attention, SPARSE.ffn
     narrow, wide = (
-        operations().attention(replace(cell, quantised=flag), Template(), weights, "bf16") for flag in (True, False)
+        operations().attention(replace(cell, quantised=flag, output_quantised=flag), Template(), weights, "bf16")
+        for flag in (1, 0)
     )
     half = operations().attention(cell, Template(), "bf16", "bf16")
     for operation in ("qkv", "output"):
@@ -328,8 +329,26 @@ def test_parts_that_the_checkpoint_leaves_in_16_bit_are_read_and_computed_so(wei
     assert read(routed, "experts") > read(both, "experts") == read(beside, "experts")
     assert read(beside, "ffn up") > read(both, "ffn up") == read(routed, "ffn up")
     assert read(routed, "router") == read(both, "router")
-    plain = [operations().ffn(replace(DENSE.ffn, quantised=a), Template(), Template(), weights) for a in (True, False)]
+    plain = [
+        operations().ffn(replace(DENSE.ffn, down_quantised=a), Template(), Template(), weights) for a in (True, False)
+    ]
     assert read(plain[1], "ffn down") > read(plain[0], "ffn down")
+    assert read(plain[1], "ffn up") == read(plain[0], "ffn up")
+
+
+def test_matrices_of_a_mixed_checkpoint_are_computed_each_in_its_own_format() -> None:
+    cell = replace(DENSE.ffn, quantised=2)
+    mixed, second, first = (
+        operations().ffn(cell, Template(), Template(), name) for name in ("w4a16+fp8", "fp8", "w4a16")
+    )
+    for operation, whole in (("ffn up", second), ("ffn down", first)):
+        for part in ("seconds", "joules", "moved"):
+            own, expected = (getattr(parts[operation, "mixed_ns"], part) for parts in (mixed, whole))
+            assert np.array_equal(own, expected)
+    attention = replace(DENSE.attention, output_quantised=2)
+    mixed, second = (operations().attention(attention, Template(), name, "bf16") for name in ("w4a16+fp8", "fp8"))
+    assert np.array_equal(mixed["output", "mixed_ns"].seconds, second["output", "mixed_ns"].seconds)
+    assert not np.array_equal(mixed["qkv", "mixed_ns"].seconds, second["qkv", "mixed_ns"].seconds)
 
 
 def test_fused_operations_lose_their_launch_and_keep_their_traffic() -> None:

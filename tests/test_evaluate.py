@@ -170,7 +170,7 @@ def test_a_token_reads_its_own_experts_only_and_of_these_the_most_that_one_group
 
 def test_parts_left_in_16_bit_are_read_in_16_bit() -> None:
     block = sparse(experts=4, chosen=2, shared=256)
-    kept = replace(block, ffn=replace(block.ffn, shared_quantised=False))
+    kept = replace(block, ffn=replace(block.ffn, shared_quantised=0, shared_down_quantised=0))
     whole, partly = (decode_bytes(make_model((b, 3)), parse_plan("tp1 fp8", make_model((b, 3)))) for b in (block, kept))
     assert partly - whole == 3 * block.ffn.shared_parameters
 

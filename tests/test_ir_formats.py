@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
+from apex_opt.ir.formats import is_format
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,11 @@ from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_byte
         ("fp8", 8, "fp8"),
         ("w8a16", Fraction(65, 8), "bf16"),
         ("w4a16", Fraction(33, 8), "bf16"),
+        ("w8a16g64", Fraction(33, 4), "bf16"),
+        ("w8a16g32", Fraction(17, 2), "bf16"),
+        ("w4a16g64", Fraction(17, 4), "bf16"),
         ("w4a16g32", Fraction(9, 2), "bf16"),
+        ("w8a8", 8, "int8"),
         ("mxfp4", Fraction(17, 4), "bf16"),
         ("nvfp4", Fraction(9, 2), "fp4"),
     ],
@@ -30,7 +35,8 @@ def test_each_format_has_its_bits_and_its_matrix_type(name: str, bits: Fraction,
 
 
 def test_there_are_no_other_formats() -> None:
-    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a16", "w4a16", "w4a16g32", "mxfp4", "nvfp4"}
+    of_weights = {f"w{bits}a16{group}" for bits in (4, 8) for group in ("", "g32", "g64")}
+    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a8", "mxfp4", "nvfp4"} | of_weights
     assert dict(KV_BYTES) == {"bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -52,13 +58,32 @@ def test_bytes_include_group_scales_and_round_up(name: str, parameters: int, wei
     assert get_format(name).weight_bytes(parameters) == weight_bytes
 
 
-@pytest.mark.parametrize(("name", "needed"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "fp8"), ("nvfp4", "fp4")])
+@pytest.mark.parametrize(
+    ("name", "needed"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "fp8"), ("w8a8", "int8"), ("nvfp4", "fp4")]
+)
 def test_a_format_with_its_own_arithmetic_needs_hardware_for_it(name: str, needed: str) -> None:
     assert get_format(name).hardware_dtype == needed
 
 
 def test_formats_of_weights_alone_need_no_hardware_of_their_own() -> None:
-    assert {name for name in FORMATS if FORMATS[name].hardware_dtype is None} == {"w8a16", "w4a16", "w4a16g32", "mxfp4"}
+    of_weights = {name for name in FORMATS if FORMATS[name].hardware_dtype is None}
+    assert of_weights == {"mxfp4", *(name for name in FORMATS if "a16" in name)}
+
+
+def test_a_mixed_format_has_those_it_names_and_needs_hardware_for_them_all() -> None:
+    mixed = get_format("w4a16+FP8+nvfp4")
+    assert mixed.name == "w4a16+fp8+nvfp4"
+    assert [mixed.part(n).name for n in (1, 2, 3, 4)] == ["w4a16", "fp8", "nvfp4", "nvfp4"]
+    assert (mixed.hardware_dtype, mixed.hardware_dtypes) == (None, ("fp8", "fp4"))
+    assert get_format("fp8").part(2) is FORMATS["fp8"]
+    assert get_format("fp8").hardware_dtypes == ("fp8",)
+
+
+@pytest.mark.parametrize("name", ["fp8+", "+fp8", "fp8+fp8", "fp8+fp7", "+", "fp8+" * 5000])
+def test_a_mix_is_of_several_known_formats(name: str) -> None:
+    assert not is_format(name)
+    with pytest.raises(UnknownNameError, match="unknown number format"):
+        get_format(name)
 
 
 @given(st.sampled_from(sorted(FORMATS)), st.integers(0, 10**15))
@@ -88,8 +113,8 @@ def test_unknown_names_come_with_suggestions() -> None:
 def test_a_format_checks_itself() -> None:
     with pytest.raises(InputError, match="weight_bits must be a Fraction above 0"):
         NumberFormat(name="x", weight_bits=Fraction(0), activation="bf16", description="")
-    with pytest.raises(InputError, match="activation must be one of bf16, fp16, fp8, fp4, not 'int8'"):
-        NumberFormat(name="x", weight_bits=Fraction(8), activation="int8", description="")
+    with pytest.raises(InputError, match="activation must be one of bf16, fp16, fp8, fp4, int8, not 'int4'"):
+        NumberFormat(name="x", weight_bits=Fraction(8), activation="int4", description="")
 
 
 def test_the_tables_cannot_be_changed() -> None:

@@ -477,9 +477,10 @@ def covered(model: Model) -> list[tuple[bool, ...]]:
     rows = []
     for run in model.runs:
         attention, ffn = run.block.attention, run.block.ffn
-        output = attention.output_quantised if isinstance(attention, LatentAttention) else attention.quantised
-        shared = ffn.shared_quantised if isinstance(ffn, MoeFfn) else True
-        rows += [(attention.quantised, output, ffn.quantised, shared)] * run.count
+        own = ffn.quantised if isinstance(ffn, MoeFfn) else min(ffn.quantised, ffn.down_quantised)
+        shared = min(ffn.shared_quantised, ffn.shared_down_quantised) if isinstance(ffn, MoeFfn) else 1
+        parts = attention.quantised, attention.output_quantised, own, shared
+        rows += [tuple(part > 0 for part in parts)] * run.count
     return rows
 
 
@@ -541,7 +542,7 @@ def test_modules_left_out_are_found_by_name_glob_and_expression(
 def test_layers_that_are_quantised_differently_make_several_runs() -> None:
     model = read(LLAMA, quantization_config=modelopt("model.layers.0.mlp*", "model.layers.5.self_attn.v_proj"))
     assert counts(model) == [1, 4, 1]
-    assert covered(model) == [(True, True, False, True), *[ALL] * 4, (False, False, True, True)]
+    assert covered(model) == [(True, True, False, True), *[ALL] * 4, (False, True, True, True)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.ir import Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
+from apex_opt.ir import Attention, Block, Cell, DenseFfn, LatentAttention, Model, MoeFfn, Run
 
 ATTENTION = Attention(hidden=10, query_heads=6, kv_heads=2, head_dim=4)
 LATENT = LatentAttention(
@@ -35,6 +35,11 @@ def model(**changes: Any) -> Model:
     return Model(**(given | changes))
 
 
+def covered(cell: Cell) -> int:
+    """Weights that a number format may quantise."""
+    return sum(weights for quantised, weights in cell.matrices if quantised)
+
+
 def test_attention_is_sized_by_its_heads_not_by_hidden() -> None:
     assert (ATTENTION.query_dim, ATTENTION.kv_dim) == (24, 8)
     assert (ATTENTION.group_size, ATTENTION.tasks) == (3, 2)
@@ -49,14 +54,14 @@ def test_attention_counts_each_optional_part() -> None:
     assert replace(ATTENTION, qk_norm=True).parameters == base + 2 * 4
     assert replace(ATTENTION, qk_norm=True, qk_norm_whole=True).parameters == base + 24 + 8
     assert replace(ATTENTION, sinks=True).parameters == base + 6
-    assert replace(ATTENTION, window=5, qkv_bias=True, qk_norm=True, sinks=True).matrix_parameters == base
+    assert covered(replace(ATTENTION, window=5, qkv_bias=True, qk_norm=True, sinks=True)) == base
 
 
 def test_latent_attention_is_the_sum_of_its_checkpoint_tensors() -> None:
     q_a, q_b, kv_a, kv_b, output = 10 * 5, 5 * 6 * (4 + 2), 10 * (3 + 2), 3 * 6 * (4 + 7), 6 * 7 * 10
     norms = 5 + 3
-    assert LATENT.matrix_parameters == q_a + q_b + kv_a + kv_b + output
-    assert LATENT.parameters == LATENT.active_parameters == LATENT.matrix_parameters + norms
+    assert covered(LATENT) == q_a + q_b + kv_a + kv_b + output
+    assert LATENT.parameters == LATENT.active_parameters == covered(LATENT) + norms
     direct = replace(LATENT, q_lora_rank=None)
     assert direct.parameters == 10 * 6 * (4 + 2) + kv_a + kv_b + output + 3
 
@@ -68,20 +73,33 @@ def test_latent_attention_caches_one_vector_that_all_heads_share() -> None:
 
 def test_what_a_checkpoint_leaves_out_is_counted_but_not_quantised() -> None:
     for cell in (ATTENTION, LATENT, DENSE, MOE):
-        assert replace(cell, quantised=False).parameters == cell.parameters
-        assert replace(cell, quantised=False).active_parameters == cell.active_parameters
-    assert replace(ATTENTION, quantised=False).matrix_parameters == 0
-    assert replace(DENSE, quantised=False).matrix_parameters == 0
+        assert replace(cell, quantised=0).parameters == cell.parameters
+        assert replace(cell, quantised=0).active_parameters == cell.active_parameters
+    assert covered(replace(ATTENTION, quantised=0)) == 24 * 10
+    assert covered(replace(ATTENTION, output_quantised=0)) == 10 * (24 + 8 + 8)
+    assert covered(replace(DENSE, quantised=0)) == 70
+    assert covered(replace(DENSE, down_quantised=0)) == 2 * 70
     output = 6 * 7 * 10
-    assert replace(LATENT, quantised=False).matrix_parameters == output
-    assert replace(LATENT, output_quantised=False).matrix_parameters == LATENT.matrix_parameters - output
+    assert covered(replace(LATENT, quantised=0)) == output
+    assert covered(replace(LATENT, output_quantised=0)) == covered(LATENT) - output
     shared = replace(MOE, shared_intermediate=4)
-    assert replace(shared, quantised=False).matrix_parameters == 3 * 10 * 4
-    assert replace(shared, shared_quantised=False).matrix_parameters == MOE.matrix_parameters
+    assert covered(replace(shared, quantised=0)) == 3 * 10 * 4
+    assert covered(replace(shared, shared_quantised=0)) == covered(MOE) + 10 * 4
+    assert covered(replace(shared, shared_down_quantised=0)) == covered(MOE) + 2 * 10 * 4
+
+
+def test_a_matrix_in_another_format_of_a_mixed_checkpoint_is_stored_in_that() -> None:
+    block = Block(attention=replace(ATTENTION, quantised=2, output_quantised=0), ffn=replace(DENSE, down_quantised=2))
+    qkv, output, up, down = 10 * (24 + 8 + 8), 24 * 10, 2 * 70, 70
+    rest = 2 * (output + block.norm_parameters)
+    assert block.weight_bytes("nvfp4+fp8") == rest + qkv + down + -(-up * 9 // 16)
+    assert block.weight_bytes("fp8+bf16") == rest + 2 * (qkv + down) + up
+    # A plan in one format has every matrix in that, but for those that no format covers.
+    assert block.weight_bytes("fp8") == rest + qkv + up + down
 
 
 def test_a_part_left_out_stays_16_bit_in_every_format() -> None:
-    block = Block(attention=replace(ATTENTION, quantised=False), ffn=DENSE)
+    block = Block(attention=replace(ATTENTION, quantised=0, output_quantised=0), ffn=DENSE)
     kept = ATTENTION.parameters + block.norm_parameters
     for name, ffn_bytes in (("bf16", 2 * 210), ("fp8", 210), ("nvfp4", 119), ("mxfp4", 112)):
         assert block.weight_bytes(name) == 2 * kept + ffn_bytes
@@ -101,14 +119,14 @@ def test_moe_ffn_counts_all_experts_but_activates_a_few() -> None:
     assert MOE.router_parameters == 50
     assert MOE.parameters == 5 * 90 + 50
     assert MOE.active_parameters == 2 * 90 + 50
-    assert MOE.matrix_parameters == 5 * 90
+    assert covered(MOE) == 5 * 90
 
 
 def test_moe_counts_the_biases_of_experts_and_router() -> None:
     assert replace(MOE, bias=True).parameters == MOE.parameters + 5 * (3 + 3 + 10)
     assert replace(MOE, bias=True).active_parameters == MOE.active_parameters + 2 * (3 + 3 + 10)
     assert replace(MOE, router_bias=True).router_parameters == 50 + 5
-    assert replace(MOE, bias=True, router_bias=True).matrix_parameters == MOE.matrix_parameters
+    assert covered(replace(MOE, bias=True, router_bias=True)) == covered(MOE)
 
 
 def test_moe_shared_expert_is_always_active() -> None:
@@ -179,7 +197,7 @@ def test_attention_refuses(bad: dict[str, Any], text: str) -> None:
         ({"q_lora_rank": 0}, "latent attention: q_lora_rank must be a whole number from 1"),
         ({"kv_lora_rank": None}, "kv_lora_rank must be a whole number from 1 to 2147483648, not None"),
         ({"rope_head_dim": 0, "v_head_dim": -1}, "rope_head_dim must .*; v_head_dim must"),
-        ({"output_quantised": 1}, "output_quantised must be true or false, not 1"),
+        ({"output_quantised": -1}, "output_quantised must be a whole number from 0 to 12, not -1"),
     ],
 )
 def test_latent_attention_refuses(bad: dict[str, Any], text: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from apex_opt.cluster.tree import LEVELS
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
-from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 from apex_opt.profiles.collectives import Collectives
 from apex_opt.units import ceil_div
@@ -191,9 +191,9 @@ class Operations:
             count += np.array(_MOE_KERNELS) + np.array(_DENSE_KERNELS) * (block.ffn.shared_intermediate > 0)
         return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
-    def held_in(self, weight_format: str, quantised: bool) -> str:
+    def held_in(self, weight_format: str, quantised: int) -> str:
         """The format a matrix is held in: 16 bit where the checkpoint leaves it out of every narrower one."""
-        return weight_format if quantised else self.half
+        return get_format(weight_format).part(quantised).name if quantised else self.half
 
     def _elementwise(self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0) -> Work:
         """A kernel that only reads and writes memory; its traffic alone where the engine fuses the operation."""
@@ -222,7 +222,7 @@ class Operations:
         tp, dp = template.tp, template.dp
         heads, kv_heads = ceil_div(cell.query_heads, tp), ceil_div(cell.kv_heads, tp)
         query, kv = heads * cell.head_dim, kv_heads * cell.head_dim
-        held = self.held_in(weight_format, cell.quantised)
+        held, output = (self.held_in(weight_format, part) for part in (cell.quantised, cell.output_quantised))
 
         def own(operation: str, work: Work) -> Parts:
             return owned(self.tables, operation, dp, 1, work)
@@ -237,7 +237,7 @@ class Operations:
             *rotary,
             own("kv write", self.elementwise(2.0 * kv * (2 + KV_BYTES[kv_format]), "kv write")),
             self._attend(cell, heads, kv_heads, dp, kv_format),
-            own("output", self.gemm(held, cell.hidden, query)),
+            own("output", self.gemm(output, cell.hidden, query)),
         )
 
     def _attend(self, cell: Attention, heads: int, kv_heads: int, dp: int, kv_format: str) -> Parts:
@@ -336,15 +336,16 @@ class Operations:
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
-            held = self.held_in(weight_format, cell.quantised)
-            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, held))
+            held = tuple(self.held_in(weight_format, part) for part in (cell.quantised, cell.down_quantised))
+            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, *held))
         experts = own("experts", self.experts(cell, template, self.held_in(weight_format, cell.quantised)))
         router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
         choose = own("router", self.elementwise(8.0 * cell.experts))
         shared: Parts = {}
         if cell.shared_intermediate:
-            held = self.held_in(weight_format, cell.shared_quantised)
-            shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, held)
+            parts = cell.shared_quantised, cell.shared_down_quantised
+            held = tuple(self.held_in(weight_format, part) for part in parts)
+            shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, *held)
         return merged(norm, router, choose, experts, shared)
 
     def _dense(
@@ -354,13 +355,14 @@ class Operations:
         intermediate: int,
         gated: bool,
         ranks: int,
-        weight_format: str,
+        up: str,
+        down: str,
     ) -> Parts:
         columns = ceil_div(intermediate, ranks)
         return merged(
-            own("ffn up", self.gemm(weight_format, (1 + gated) * columns, hidden)),
+            own("ffn up", self.gemm(up, (1 + gated) * columns, hidden)),
             own("activation", self.elementwise(2.0 * (2 + gated) * columns, "activation", "activation", columns)),
-            own("ffn down", self.gemm(weight_format, hidden, columns)),
+            own("ffn down", self.gemm(down, hidden, columns)),
         )
 
     def _experts(self, cell: MoeFfn, template: Template, name: str) -> Work:

@@ -2,13 +2,15 @@
 
 A weight format covers the matrices of the blocks only (QKV and output projections, FFN and expert matrices), less those
 that a checkpoint leaves out. Embedding, LM head, norms, biases and the MoE router stay 16 bit in every format, as the
-engines leave them.
+engines leave them. Where a checkpoint holds some matrices in one format and some in another, its format is named after
+all of them, that of the most weights first, as `w4a16+w8a16g32`; the matrices say which of them is theirs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -17,11 +19,11 @@ from apex_opt.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ACTIVATIONS: Final = ("bf16", "fp16", "fp8", "fp4")
+ACTIVATIONS: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
 GROUP_WEIGHTS: Final = 128
 """Weights that share one 16-bit scale in w8a16 and w4a16: the usual GPTQ and AWQ group."""
-SMALL_GROUP_WEIGHTS: Final = 32
-"""Weights that share one 16-bit scale in w4a16g32."""
+SMALL_GROUPS: Final = (64, 32)
+"""Weights that share one 16-bit scale in the formats named after them, such as w4a16g32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +37,14 @@ class NumberFormat:
     activation : str        one of `ACTIVATIONS`: the type the matrix units see; a weight-only format
                             expands its weights first, to bf16 or to fp16, which run at the same rate
     description : str       one line for tables
+    mixed : tuple           formats of a checkpoint that holds its matrices in several; this one is then as the first
     """
 
     name: str
     weight_bits: Fraction
     activation: str
     description: str
+    mixed: tuple[NumberFormat, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight_bits, Fraction) or not 0 < self.weight_bits <= 64:
@@ -59,6 +63,19 @@ class NumberFormat:
         """The type a GPU must multiply in; None for a weight-only format, which expands to its 16-bit type."""
         return None if self.weight_bits < 16 and self.activation in ("bf16", "fp16") else self.activation
 
+    @property
+    def hardware_dtypes(self) -> tuple[str, ...]:
+        """All types a GPU must multiply in: those of every format of a mixed one."""
+        needed = (part.hardware_dtype for part in self.mixed or (self,))
+        return tuple(dict.fromkeys(dtype for dtype in needed if dtype is not None))
+
+    def part(self, quantised: int) -> NumberFormat:
+        """The format of a matrix that is in the `quantised`-th of a mixed one, counted from 1.
+
+        A plan in one format has them all in that.
+        """
+        return self.mixed[min(quantised, len(self.mixed)) - 1] if self.mixed else self
+
     def weight_bytes(self, parameters: int) -> int:
         """Bytes that `parameters` weights take in this format, rounded up.
 
@@ -73,8 +90,15 @@ class NumberFormat:
         return -(-parameters * self.weight_bits.numerator // (8 * self.weight_bits.denominator))
 
 
-_SCALE_BITS: Final = Fraction(16, GROUP_WEIGHTS)
-_SMALL_GROUP_SCALE_BITS: Final = Fraction(16, SMALL_GROUP_WEIGHTS)
+def _weight_only(bits: int, group: int) -> NumberFormat:
+    """Integer weights behind 16-bit activations."""
+    return NumberFormat(
+        name=f"w{bits}a16" + (f"g{group}" if group != GROUP_WEIGHTS else ""),
+        weight_bits=bits + Fraction(16, group),
+        activation="bf16",
+        description=f"{bits}-bit weights, 16-bit activations; one 16-bit scale per {group} weights",
+    )
+
 
 FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
     {
@@ -93,23 +117,12 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 description="8-bit float weights and activations (W8A8); scales, per channel or block, are negligible",
             ),
             NumberFormat(
-                name="w8a16",
-                weight_bits=8 + _SCALE_BITS,
-                activation="bf16",
-                description="8-bit weights, 16-bit activations; one 16-bit scale per 128 weights",
+                name="w8a8",
+                weight_bits=Fraction(8),
+                activation="int8",
+                description="8-bit integer weights and activations (W8A8); scales, per channel, are negligible",
             ),
-            NumberFormat(
-                name="w4a16",
-                weight_bits=4 + _SCALE_BITS,
-                activation="bf16",
-                description="4-bit weights, 16-bit activations; one 16-bit scale per 128 weights",
-            ),
-            NumberFormat(
-                name="w4a16g32",
-                weight_bits=4 + _SMALL_GROUP_SCALE_BITS,
-                activation="bf16",
-                description="4-bit weights, 16-bit activations; one 16-bit scale per 32 weights",
-            ),
+            *(_weight_only(bits, group) for bits in (8, 4) for group in (GROUP_WEIGHTS, *SMALL_GROUPS)),
             # OCP Microscaling Formats (MX) specification 1.0, 2023. Weight-only: GPUs before Blackwell expand it.
             NumberFormat(
                 name="mxfp4",
@@ -133,16 +146,38 @@ KV_BYTES: Final[Mapping[str, int]] = MappingProxyType({"bf16": 2, "fp16": 2, "fp
 
 
 def get_format(name: str) -> NumberFormat:
-    """Weight format by name, in any case.
+    """Weight format by name, in any case; a mixed one by the names of its formats, joined by `+`.
 
     Raises
     ------
-    UnknownNameError    not in `FORMATS`
+    UnknownNameError    not in `FORMATS`, or no mix of several of them
     """
-    found = FORMATS.get(name.lower())
+    found = _find_format(name.lower())
     if found is None:
         raise UnknownNameError("number format", name, FORMATS)
     return found
+
+
+def is_format(name: str) -> bool:
+    """Whether `get_format` knows the name as it is."""
+    return _find_format(name) is not None
+
+
+@lru_cache(maxsize=1 << 8)
+def _find_format(name: str) -> NumberFormat | None:
+    if "+" not in name:
+        return FORMATS.get(name)
+    names = name.split("+", len(FORMATS))
+    if len(set(names)) < len(names) or not all(part in FORMATS for part in names):
+        return None
+    first, *others = (FORMATS[part] for part in names)
+    return NumberFormat(
+        name=name,
+        weight_bits=first.weight_bits,
+        activation=first.activation,
+        description=f"{first.description}; some matrices in {' and '.join(part.name for part in others)}",
+        mixed=(first, *others),
+    )
 
 
 def get_kv_bytes(name: str) -> int:

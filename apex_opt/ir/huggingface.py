@@ -267,43 +267,33 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Coverage:
-    """Which parts of one layer the checkpoint's number format covers."""
-
-    qkv: bool
-    output: bool
-    ffn: bool
-    shared: bool
-
-
-def _coverage(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> _Coverage:
-    """What the checkpoint quantises of one layer."""
-    own = family.dense_modules
-    shared: tuple[str, ...] = ()
+def _coverage(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> tuple[bool, ...]:
+    """Which matrices of one layer the checkpoint quantises, in the order of `Block.matrices`."""
+    parts = [family.qkv_modules, family.output_modules]
     if isinstance(ffn, MoeFfn):
-        own = family.expert_modules
         shared = family.shared_modules if ffn.shared_intermediate else ()
-    return _Coverage(
-        qkv=quantisation.covers(layer, family.qkv_modules),
-        output=quantisation.covers(layer, family.output_modules),
-        ffn=quantisation.covers(layer, own),
-        shared=quantisation.covers(layer, shared),
-    )
+        parts += [family.expert_modules, shared[:-1], shared[-1:]]
+    else:
+        parts += [family.dense_modules[:-1], family.dense_modules[-1:]]
+    return tuple(quantisation.covers(layer, modules) for modules in parts)
 
 
 def _block(
-    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, coverage: _Coverage
+    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, coverage: tuple[int, ...]
 ) -> Block:
     """One layer out of what all layers share and what is its own."""
+    qkv, output, *others = coverage
     cell: AttentionCell
     if latent:
-        cell = LatentAttention(hidden=hidden, quantised=coverage.qkv, output_quantised=coverage.output, **attention)
+        cell = LatentAttention(hidden=hidden, quantised=qkv, output_quantised=output, **attention)
     else:
-        cell = Attention(hidden=hidden, window=window, quantised=coverage.qkv and coverage.output, **attention)
+        cell = Attention(hidden=hidden, window=window, quantised=qkv, output_quantised=output, **attention)
     if isinstance(ffn, MoeFfn):
-        return Block(attention=cell, ffn=replace(ffn, quantised=coverage.ffn, shared_quantised=coverage.shared))
-    return Block(attention=cell, ffn=replace(ffn, quantised=coverage.ffn))
+        experts, up, down = others
+        sparse = replace(ffn, quantised=experts, shared_quantised=up, shared_down_quantised=down)
+        return Block(attention=cell, ffn=sparse)
+    up, down = others
+    return Block(attention=cell, ffn=replace(ffn, quantised=up, down_quantised=down))
 
 
 def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:

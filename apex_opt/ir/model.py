@@ -6,7 +6,8 @@ LLM Serving", 2024): a Model is an embedding, runs of identical Blocks and an LM
 deals out to devices. Layers that differ form several runs, never an average.
 
 All counts are exact integers of weights. "Matrix parameters" are those that a number format may quantise; the others
-(norms, biases, router, embedding, LM head, and matrices that the checkpoint leaves out) stay 16 bit.
+(norms, biases, router, embedding, LM head, and matrices that the checkpoint leaves out) stay 16 bit. `quantised` of a
+matrix tells which of the formats of the checkpoint it is in, counted from 1, or 0 where it is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError, join_faults
-from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 
 if TYPE_CHECKING:
     from apex_opt.ir.scheme import Scheme
@@ -63,6 +64,32 @@ def _check_flags(owner: str, **values: object) -> None:
         raise join_faults(owner, faults)
 
 
+def _check_forms(owner: str, **values: object) -> None:
+    """Refuse numbers of a format that are none."""
+    _check_counts(
+        owner,
+        0,
+        len(FORMATS),
+        **{name: int(value) if value is True or value is False else value for name, value in values.items()},
+    )
+
+
+Matrices = tuple[tuple[int, int], ...]
+"""Matrices, each as its `quantised` and its weights."""
+
+
+def stored_bytes(weight_format: str, kept: int, matrices: Matrices) -> int:
+    """Bytes of matrices in a format, beside `kept` weights that stay 16 bit."""
+    wanted, weights_in = get_format(weight_format), dict[str, int]()
+    for quantised, weights in matrices:
+        if quantised:
+            name = wanted.part(quantised).name
+            weights_in[name] = weights_in.get(name, 0) + weights
+        else:
+            kept += weights
+    return 2 * kept + sum(get_format(name).weight_bytes(weights) for name, weights in weights_in.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
     """Grouped-query attention: QKV projection, attention over the context, output projection.
@@ -78,7 +105,8 @@ class Attention:
     qk_norm_whole : bool    those norms span the whole width of all heads instead, as in MiniMax-M2
     sinks : bool            one learned logit per query head beside the context, as in gpt-oss
     window : int or None    tokens of context a query sees; None is the whole context
-    quantised : bool        a number format covers the projections
+    quantised : int         number format of the projections of query, key and value
+    output_quantised : int  that of the output projection
     """
 
     hidden: int
@@ -91,7 +119,8 @@ class Attention:
     qk_norm_whole: bool = False
     sinks: bool = False
     window: int | None = None
-    quantised: bool = True
+    quantised: int = 1
+    output_quantised: int = 1
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -109,8 +138,8 @@ class Attention:
             qk_norm=self.qk_norm,
             qk_norm_whole=self.qk_norm_whole,
             sinks=self.sinks,
-            quantised=self.quantised,
         )
+        _check_forms("attention", quantised=self.quantised, output_quantised=self.output_quantised)
         if self.qk_norm_whole and not self.qk_norm:
             raise InputError("attention: qk_norm_whole needs qk_norm")
         if self.query_heads % self.kv_heads:
@@ -142,9 +171,10 @@ class Attention:
         return self.hidden * (self.query_dim + 2 * self.kv_dim) + self.query_dim * self.hidden
 
     @property
-    def matrix_parameters(self) -> int:
-        """Weights that a number format may quantise."""
-        return self.quantised * self.projection_parameters
+    def matrices(self) -> Matrices:
+        """Weights of the matrices, each with its `quantised`."""
+        qkv = self.hidden * (self.query_dim + 2 * self.kv_dim)
+        return (self.quantised, qkv), (self.output_quantised, self.query_dim * self.hidden)
 
     @property
     def norm_parameters(self) -> int:
@@ -193,8 +223,8 @@ class LatentAttention:
     nope_head_dim : int         elements of a query or key head without position
     rope_head_dim : int         rotary elements of a query head, and of the one key that all heads share
     v_head_dim : int            elements of a value head
-    quantised : bool            a number format covers the projections of query, key and value
-    output_quantised : bool     a number format covers the output projection
+    quantised : int             number format of the projections of query, key and value
+    output_quantised : int      that of the output projection
     """
 
     hidden: int
@@ -204,8 +234,8 @@ class LatentAttention:
     nope_head_dim: int
     rope_head_dim: int
     v_head_dim: int
-    quantised: bool = True
-    output_quantised: bool = True
+    quantised: int = 1
+    output_quantised: int = 1
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -218,7 +248,7 @@ class LatentAttention:
             rope_head_dim=self.rope_head_dim,
             v_head_dim=self.v_head_dim,
         )
-        _check_flags("latent attention", quantised=self.quantised, output_quantised=self.output_quantised)
+        _check_forms("latent attention", quantised=self.quantised, output_quantised=self.output_quantised)
 
     @property
     def qk_head_dim(self) -> int:
@@ -267,10 +297,10 @@ class LatentAttention:
         return (self.q_lora_rank or 0) + self.kv_lora_rank
 
     @property
-    def matrix_parameters(self) -> int:
-        """Weights that a number format may quantise."""
+    def matrices(self) -> Matrices:
+        """Weights of the matrices, each with its `quantised`."""
         inner = self.down_parameters + self.query_heads * self.head_parameters
-        return self.quantised * inner + self.output_quantised * self.query_heads * self.output_parameters
+        return (self.quantised, inner), (self.output_quantised, self.query_heads * self.output_parameters)
 
     @property
     def parameters(self) -> int:
@@ -299,18 +329,21 @@ class DenseFfn:
     intermediate : int      columns between the projections
     gated : bool            a gate projection beside the up projection, as in SwiGLU
     bias : bool             a bias on every projection
-    quantised : bool        a number format covers the projections
+    quantised : int         number format of the up (and gate) projection
+    down_quantised : int    that of the down projection
     """
 
     hidden: int
     intermediate: int
     gated: bool = True
     bias: bool = False
-    quantised: bool = True
+    quantised: int = 1
+    down_quantised: int = 1
 
     def __post_init__(self) -> None:
         _check_counts("FFN", hidden=self.hidden, intermediate=self.intermediate)
-        _check_flags("FFN", gated=self.gated, bias=self.bias, quantised=self.quantised)
+        _check_flags("FFN", gated=self.gated, bias=self.bias)
+        _check_forms("FFN", quantised=self.quantised, down_quantised=self.down_quantised)
 
     @property
     def tasks(self) -> int:
@@ -323,9 +356,10 @@ class DenseFfn:
         return (2 + self.gated) * self.hidden * self.intermediate
 
     @property
-    def matrix_parameters(self) -> int:
-        """Weights that a number format may quantise."""
-        return self.quantised * self.projection_parameters
+    def matrices(self) -> Matrices:
+        """Weights of the matrices, each with its `quantised`."""
+        down = self.hidden * self.intermediate
+        return (self.quantised, (1 + self.gated) * down), (self.down_quantised, down)
 
     @property
     def parameters(self) -> int:
@@ -353,8 +387,9 @@ class MoeFfn:
     shared_gate : bool          one output that scales the shared FFN per token, as in Qwen2-MoE
     bias : bool                 a bias on every projection of every routed expert, as in gpt-oss
     router_bias : bool          one more weight per routed expert that shifts its logit or its choice
-    quantised : bool            a number format covers the routed experts
-    shared_quantised : bool     a number format covers the shared FFN
+    quantised : int             number format of the routed experts
+    shared_quantised : int      that of the up (and gate) projection of the shared FFN
+    shared_down_quantised : int     that of its down projection
     """
 
     hidden: int
@@ -366,8 +401,9 @@ class MoeFfn:
     shared_gate: bool = False
     bias: bool = False
     router_bias: bool = False
-    quantised: bool = True
-    shared_quantised: bool = True
+    quantised: int = 1
+    shared_quantised: int = 1
+    shared_down_quantised: int = 1
 
     def __post_init__(self) -> None:
         _check_counts(
@@ -384,8 +420,12 @@ class MoeFfn:
             shared_gate=self.shared_gate,
             bias=self.bias,
             router_bias=self.router_bias,
+        )
+        _check_forms(
+            "MoE",
             quantised=self.quantised,
             shared_quantised=self.shared_quantised,
+            shared_down_quantised=self.shared_down_quantised,
         )
         if self.experts_per_token > self.experts:
             raise InputError(f"MoE: experts_per_token {self.experts_per_token} is above experts {self.experts}")
@@ -418,9 +458,14 @@ class MoeFfn:
         return self.hidden * (self.experts + self.shared_gate) + self.router_bias * self.experts
 
     @property
-    def matrix_parameters(self) -> int:
-        """Weights that a number format may quantise."""
-        return self.quantised * self.experts * self.expert_parameters + self.shared_quantised * self.shared_parameters
+    def matrices(self) -> Matrices:
+        """Weights of the matrices, each with its `quantised`."""
+        shared = self.hidden * self.shared_intermediate
+        return (
+            (self.quantised, self.experts * self.expert_parameters),
+            (self.shared_quantised, (1 + self.gated) * shared),
+            (self.shared_down_quantised, shared),
+        )
 
     @property
     def parameters(self) -> int:
@@ -474,9 +519,14 @@ class Block:
         return 2 * self.hidden
 
     @property
+    def matrices(self) -> Matrices:
+        """Weights of the matrices, each with its `quantised`."""
+        return *self.attention.matrices, *self.ffn.matrices
+
+    @property
     def matrix_parameters(self) -> int:
         """Weights that a number format may quantise."""
-        return self.attention.matrix_parameters + self.ffn.matrix_parameters
+        return sum(weights for quantised, weights in self.matrices if quantised)
 
     @property
     def parameters(self) -> int:
@@ -490,8 +540,9 @@ class Block:
 
     def weight_bytes(self, weight_format: str) -> int:
         """Bytes of the layer's weights with its matrices in `weight_format` and the rest in 16 bit."""
-        kept = self.parameters - self.matrix_parameters
-        return get_format(weight_format).weight_bytes(self.matrix_parameters) + 2 * kept
+        return stored_bytes(
+            weight_format, self.parameters - sum(weights for _, weights in self.matrices), self.matrices
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -518,7 +569,7 @@ class Model:
     max_position : int      longest sequence in tokens the model is made for
     runs : tuple of Run     the layers in order; neighbouring runs differ
     dtype : str             "bf16" or "fp16": what is not quantised
-    weight_format : str     key of `FORMATS`: the block matrices as published
+    weight_format : str     name of a format: the block matrices as published
     kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
     scheme : Scheme or None how the checkpoint was quantised; None where it was not
     source : str            where the description comes from
@@ -550,7 +601,7 @@ class Model:
                 faults.append(f"runs[{position}] repeats the block before it; add up their counts")
         if self.dtype not in DTYPES:
             faults.append(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.weight_format not in FORMATS:
+        if not is_format(self.weight_format):
             faults.append(f"weight_format must be one of {', '.join(FORMATS)}, not {self.weight_format!r}")
         if self.kv_format is not None and self.kv_format not in KV_BYTES:
             faults.append(f"kv_format must be one of {', '.join(KV_BYTES)} or absent, not {self.kv_format!r}")
@@ -608,7 +659,7 @@ class Model:
 
         Raises
         ------
-        UnknownNameError                not a key of `FORMATS`
+        UnknownNameError                no name of a format
         """
         wanted = self.weight_format if weight_format is None else weight_format
         outside = self.embedding_parameters + self.hidden + self.lm_head_parameters

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.formats import GROUP_WEIGHTS, SMALL_GROUP_WEIGHTS
+from apex_opt.ir.formats import GROUP_WEIGHTS, SMALL_GROUPS
 from apex_opt.ir.model import count_fault, shown
 from apex_opt.ir.scheme import Scheme
 
@@ -203,7 +203,7 @@ def _weight_only(section: Fields, bits_key: str) -> str | None:
     group = section.values.get("group_size")
     # -1 and null mean one scale per channel: a group longer than ours, so that counting ours errs upwards.
     length = GROUP_WEIGHTS if group is None or group == -1 else section.count("group_size")
-    least = GROUP_WEIGHTS if bits == 8 else SMALL_GROUP_WEIGHTS
+    least = GROUP_WEIGHTS if bits == 8 else SMALL_GROUPS[-1]
     if bits and length in range(1, least):
         section.fault("group_size", f"{group} is not supported with {bits} bits; supported: {least} and above, or -1")
     if bits == 4:
@@ -250,7 +250,7 @@ def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | No
     """Format of one group of a compressed-tensors section."""
     kind, bits, group = weights.text("type") or "int", weights.values.get("num_bits"), weights.values.get("group_size")
     if inputs is None:
-        if kind == "float" and bits == 4 and group == SMALL_GROUP_WEIGHTS:
+        if kind == "float" and bits == 4 and group == SMALL_GROUPS[-1]:
             return "mxfp4"
         if kind == "float" and bits != 8:
             weights.fault("type", "'float' is supported with num_bits 8, or with num_bits 4 and group_size 32, only")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.cluster.tree import place_of
-from apex_opt.ir.formats import FORMATS
+from apex_opt.ir.formats import get_format
 from apex_opt.ir.model import LatentAttention, MoeFfn
 from apex_opt.units import ceil_div
 
@@ -78,13 +78,13 @@ class Asked:
     @property
     def as_published(self) -> bool:
         """Whether the checkpoint has the weights in the plan's format, two 16-bit types being as good as one."""
-        wanted, published = (FORMATS[name] for name in (self.plan.weight_format, self.question.model.weight_format))
+        wanted, published = (get_format(name) for name in (self.plan.weight_format, self.question.model.weight_format))
         return wanted == published or wanted.weight_bits == published.weight_bits == 16
 
     @property
     def quantised_when_loaded(self) -> bool:
         """Whether the engine makes the weights of the plan from those of the checkpoint: fp8 of 16 bits."""
-        published = FORMATS[self.question.model.weight_format]
+        published = get_format(self.question.model.weight_format)
         return self.plan.weight_format == "fp8" and published.weight_bits == 16
 
     @property

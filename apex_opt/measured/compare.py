@@ -204,7 +204,7 @@ class Predictor:
 def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tuple[float, float, float]:
     """What a power model is fitted on beside time: arithmetic in 16 bit and in fewer, and traffic of one GPU."""
     gpu, activation = cluster.gpu, get_format(plan.weight_format).activation
-    narrow = activation in ("fp8", "fp4")
+    narrow = activation in ("fp8", "fp4", "int8")
     flops = usage.mfu * makespan_s * gpu.peak_flops_per_s(activation if narrow else gpu.half_dtype)
     moved = usage.mbu * makespan_s * gpu.memory_bytes_per_s
     return 0.0 if narrow else flops, flops if narrow else 0.0, moved

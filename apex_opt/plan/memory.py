@@ -14,15 +14,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
-from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.ir.model import Attention, DenseFfn, Run
+from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.model import Attention, DenseFfn, Run, stored_bytes
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.ir.model import AttentionCell, Block, Ffn, Model
+    from apex_opt.ir.model import AttentionCell, Block, Ffn, Matrices, Model, MoeFfn
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan, Template
 
@@ -72,13 +72,6 @@ def stage_runs(model: Model, layers: tuple[int, ...]) -> tuple[tuple[Run, ...], 
     return tuple(stages)
 
 
-def _stored_bytes(weight_format: str, kept: int, *matrices: tuple[bool, int]) -> int:
-    """Bytes of matrices, each with whether the format covers it, and of `kept` weights that stay 16 bit."""
-    covered = sum(weights for quantised, weights in matrices if quantised)
-    others = sum(weights for quantised, weights in matrices if not quantised)
-    return get_format(weight_format).weight_bytes(covered) + 2 * (others + kept)
-
-
 def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> int:
     """Weights of one attention shard: its query heads, at least one KV head, and biases, norms and sinks in 16 bit.
 
@@ -88,15 +81,14 @@ def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> i
     if not isinstance(cell, Attention):
         inner = cell.down_parameters + heads * cell.head_parameters
         output = heads * cell.output_parameters
-        return _stored_bytes(
-            weight_format, cell.norm_parameters, (cell.quantised, inner), (cell.output_quantised, output)
-        )
+        matrices = (cell.quantised, inner), (cell.output_quantised, output)
+        return stored_bytes(weight_format, cell.norm_parameters, matrices)
     query_dim = heads * cell.head_dim
     kv_dim = ceil_div(cell.kv_heads, tp) * cell.head_dim
-    matrices = cell.hidden * (query_dim + 2 * kv_dim) + query_dim * cell.hidden
+    qkv, output = cell.hidden * (query_dim + 2 * kv_dim), query_dim * cell.hidden
     kept = cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.sinks * heads
     kept += query_dim + kv_dim if cell.qk_norm_whole else cell.norm_parameters
-    return _stored_bytes(weight_format, kept, (cell.quantised, matrices))
+    return stored_bytes(weight_format, kept, ((cell.quantised, qkv), (cell.output_quantised, output)))
 
 
 def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
@@ -104,19 +96,26 @@ def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
     shards = template.tp * template.ep
     if isinstance(cell, DenseFfn):
         columns = ceil_div(cell.intermediate, shards)
-        matrices = (2 + cell.gated) * cell.hidden * columns
         bias = cell.bias * ((1 + cell.gated) * columns + cell.hidden)
-        return _stored_bytes(weight_format, bias, (cell.quantised, matrices))
+        return stored_bytes(weight_format, bias, _dense(cell, columns))
     experts = ceil_div(cell.experts, template.ep)
     columns = ceil_div(cell.expert_intermediate, template.tp)
     column = (2 + cell.gated) * cell.hidden
     bias = cell.bias * experts * ((1 + cell.gated) * columns + cell.hidden)
-    return _stored_bytes(
-        weight_format,
-        cell.router_parameters + bias,
-        (cell.quantised, column * experts * columns),
-        (cell.shared_quantised, column * ceil_div(cell.shared_intermediate, shards)),
-    )
+    matrices = (cell.quantised, column * experts * columns), *_shared(cell, shards)
+    return stored_bytes(weight_format, cell.router_parameters + bias, matrices)
+
+
+def _dense(cell: DenseFfn, columns: int) -> Matrices:
+    """Matrices of so many columns of a dense FFN."""
+    down = cell.hidden * columns
+    return (cell.quantised, (1 + cell.gated) * down), (cell.down_quantised, down)
+
+
+def _shared(cell: MoeFfn, shards: int) -> Matrices:
+    """Matrices of one shard of the FFN that every token passes through."""
+    down = cell.hidden * ceil_div(cell.shared_intermediate, shards)
+    return (cell.shared_quantised, (1 + cell.gated) * down), (cell.shared_down_quantised, down)
 
 
 def ffn_token_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
@@ -125,16 +124,11 @@ def ffn_token_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
     Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
     """
     shards = template.tp * template.ep
-    column = (2 + cell.gated) * cell.hidden
     if isinstance(cell, DenseFfn):
-        return _stored_bytes(weight_format, 0, (cell.quantised, column * ceil_div(cell.intermediate, shards)))
+        return stored_bytes(weight_format, 0, _dense(cell, ceil_div(cell.intermediate, shards)))
     columns = ceil_div(cell.experts_per_token, template.ep) * ceil_div(cell.expert_intermediate, template.tp)
-    return _stored_bytes(
-        weight_format,
-        0,
-        (cell.quantised, column * columns),
-        (cell.shared_quantised, column * ceil_div(cell.shared_intermediate, shards)),
-    )
+    routed = (2 + cell.gated) * cell.hidden * columns
+    return stored_bytes(weight_format, 0, ((cell.quantised, routed), *_shared(cell, shards)))
 
 
 def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
-from apex_opt.ir.formats import FORMATS, KV_BYTES
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Plan:
     replicas : int                 engines with their own scheduler and a whole copy of the model
     layers : tuple of int          layers of each pipeline stage, all >= 1
     attention, ffn : Template      both over the same devices of a stage; attention has no ep
-    weight_format : str            key of `FORMATS`
+    weight_format : str            name of a number format
     kv_format : str                key of `KV_BYTES`
     clock_mhz : int or None        clock the GPUs are held at; None leaves them at the highest
     max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
@@ -102,7 +102,7 @@ class Plan:
                 f"attn({self.attention}) takes {self.attention.devices} GPUs of a stage and ffn({self.ffn}) "
                 f"{self.ffn.devices}; both cells of a stage live on the same GPUs"
             )
-        if self.weight_format not in FORMATS:
+        if not is_format(self.weight_format):
             raise UsageError(f"unknown weight format {self.weight_format!r}; known: {', '.join(FORMATS)}")
         if self.kv_format not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
@@ -176,6 +176,13 @@ def default_kv_format(weight_format: str) -> str:
     return "fp16" if weight_format == "fp16" else "bf16"
 
 
+def foreign_mix(weight_format: str, model: Model) -> str | None:
+    """Why a model cannot be held in a mix of formats: only its own checkpoint says which matrices are in which."""
+    if not is_format(weight_format) or not get_format(weight_format).mixed or weight_format == model.weight_format:
+        return None
+    return f"{weight_format} is a mix that only its own checkpoint has; {model.name} is in {model.weight_format}"
+
+
 _WORD: Final = re.compile(
     r"(?P<dp>dp(?P<dp_n>\d+))"
     r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
@@ -184,7 +191,7 @@ _WORD: Final = re.compile(
     r"|on=(?P<on>[a-z0-9][\w.-]*:\d{1,7}(?:\+[a-z0-9][\w.-]*:\d{1,7})*)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
-    r"|(?P<format>\w+)"
+    r"|(?P<format>\w+(?:\+\w+)*)"
 )
 _FACTOR: Final = re.compile(r"(dp|tp|ep)(\d+)")
 _EXAMPLE: Final = "dp2 pp2 attn(tp4) ffn(tp4) bf16"
@@ -233,6 +240,8 @@ def parse_plan(text: str, model: Model) -> Plan:
         else:
             _once(found, "format", match["format"].lower(), text)
     weight_format = found.get("format", model.weight_format)
+    if fault := foreign_mix(weight_format, model):
+        raise UsageError(f"plan {text!r}: {fault}")
     kv_format = default_kv_format(weight_format)
     if "format" not in found:
         kv_format = model.kv_format or kv_format

@@ -35,7 +35,7 @@ GEMM_FLOOR_S_PER_DEPTH: Final = 0.4e-9
 # The same for the fused experts: alignment of tokens, two products, activation and sum are launched one after another.
 MOE_FLOOR_S: Final = 15e-6
 
-INPUT_BYTES: Final = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625}
+INPUT_BYTES: Final = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625, "int8": 1.0}
 """Size of one activation of a format that is computed in; fp4 has a scale of one byte per 16."""
 
 # Table formats that are no plan formats, and the plan format that stands for their arithmetic and sizes.
@@ -400,7 +400,7 @@ class Source:
             peaks, flops, moved = _WORK[kind](table)
             times.append(table["time_us"] * 1e-6)
             energies.append(table["energy_uj"] * 1e-6)
-            narrow = np.isin(peaks, ("fp8", "fp4"))
+            narrow = np.isin(peaks, ("fp8", "fp4", "int8"))
             work.append(np.column_stack([np.where(narrow, 0.0, flops), np.where(narrow, flops, 0.0), moved]))
         return np.concatenate(times), np.concatenate(work), np.concatenate(energies)
 

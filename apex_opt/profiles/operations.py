@@ -18,7 +18,7 @@ import numpy as np
 from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.files import expanded
-from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.formats import KV_BYTES, SMALL_GROUPS
 from apex_opt.profiles.clock import Clock
 from apex_opt.profiles.laws import (
     GEMM_FLOOR_S,
@@ -68,15 +68,17 @@ _SAME: Final = {
     "fp16": ("fp16", "bf16"),
     "fp8": ("fp8", "fp8_block"),
     "mxfp4": ("mxfp4", "mxfp4_fp8"),
-    "w4a16g32": ("w4a16",),
+    **{f"w4a16g{group}": ("w4a16",) for group in SMALL_GROUPS},
 }
 # Formats whose efficiency stands in for one that was measured nowhere: of the same kind of kernel, then of 16 bit.
 _STAND_INS: Final = {
     "nvfp4": ("fp8", "bf16"),
     "mxfp4": ("w4a16", "bf16"),
     "w4a16": ("mxfp4", "bf16"),
-    "w4a16g32": ("mxfp4", "bf16"),
+    **{f"w4a16g{group}": ("mxfp4", "bf16") for group in SMALL_GROUPS},
     "w8a16": ("w4a16", "bf16"),
+    **{f"w8a16g{group}": ("w4a16", "bf16") for group in SMALL_GROUPS},
+    "w8a8": ("fp8", "bf16"),
 }
 
 # Routings of tables for each way tokens may fall on experts: those of its kind, then its stand-ins, each in the order

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
 
-_ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4"}
+_ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4", "w8a8": "int8"}
 """What the GPU must multiply in; the other formats are expanded to whichever 16-bit type it has."""
 
 
@@ -96,8 +96,9 @@ def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
 
 
 def computes(instance: Instance, weight_format: str) -> bool:
-    """Whether the GPU multiplies in the format, or expands it to one in which it does."""
-    return weight_format not in _ARITHMETIC or instance.cluster.gpu.supports(_ARITHMETIC[weight_format])
+    """Whether the GPU multiplies in the format, or in all of a mixed one, or expands it to one in which it does."""
+    needed = (_ARITHMETIC[part] for part in weight_format.split("+") if part in _ARITHMETIC)
+    return all(instance.cluster.gpu.supports(dtype) for dtype in needed)
 
 
 def balanced(instance: Instance, stages: int) -> bool:

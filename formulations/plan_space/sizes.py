@@ -44,11 +44,12 @@ def _heads(cell: Attention, tp: int) -> tuple[int, int]:
     return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
 
 
-def _packed(weights: int, name: str, quantised: bool) -> int:
-    if not quantised:
-        return 2 * weights
-    bits = FORMATS[name].weight_bits
-    return -(-weights * bits.numerator // (8 * bits.denominator))
+def _packed(name: str, *matrices: tuple[int, int]) -> int:
+    """Bytes of matrices, each given as which of the formats of a plan it is in, or 0 for 16 bit, and its weights."""
+    named, parts = name.split("+"), Counter[str]()
+    for quantised, weights in matrices:
+        parts[named[quantised - 1 if quantised <= len(named) else -1] if quantised else "bf16"] += weights
+    return sum(-(-weights * FORMATS[part].weight_bits // 8) for part, weights in parts.items())
 
 
 def attention_bytes(block: Block, tp: int, name: str) -> int:
@@ -60,7 +61,8 @@ def attention_bytes(block: Block, tp: int, name: str) -> int:
     norms = query + kv if cell.qk_norm_whole else 2 * cell.head_dim * cell.qk_norm
     small = norms + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
     small += -(-cell.query_heads // tp) * cell.sinks
-    return _packed(2 * cell.hidden * (query + kv), name, cell.quantised) + 2 * small
+    qkv, output = cell.hidden * (query + 2 * kv), cell.hidden * query
+    return _packed(name, (cell.quantised, qkv), (cell.output_quantised, output)) + 2 * small
 
 
 def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
@@ -72,9 +74,7 @@ def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
     inner += heads * (query_in * (cell.nope_head_dim + rope) + latent * (cell.nope_head_dim + cell.v_head_dim))
     output = heads * cell.v_head_dim * cell.hidden
     norms = 2 * (compressed + latent)
-    if cell.quantised and cell.output_quantised:
-        return _packed(inner + output, name, True) + norms
-    return _packed(inner, name, cell.quantised) + _packed(output, name, cell.output_quantised) + norms
+    return _packed(name, (cell.quantised, inner), (cell.output_quantised, output)) + norms
 
 
 def attention_width(block: Block, tp: int) -> int:
@@ -103,15 +103,18 @@ def ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> in
     if isinstance(cell, DenseFfn):
         columns = -(-cell.intermediate // (tp * ep))
         bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
-        return _packed(matrices * columns * cell.hidden, name, cell.quantised) + 2 * bias
+        size = columns * cell.hidden
+        return _packed(name, (cell.quantised, (matrices - 1) * size), (cell.down_quantised, size)) + 2 * bias
     experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
     columns = -(-cell.expert_intermediate // tp)
     routed = matrices * experts * columns * cell.hidden
-    shared = matrices * -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
-    if cell.quantised == cell.shared_quantised:
-        packed = _packed(routed + shared, name, cell.quantised)
-    else:
-        packed = _packed(routed, name, cell.quantised) + _packed(shared, name, cell.shared_quantised)
+    shared = -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
+    packed = _packed(
+        name,
+        (cell.quantised, routed),
+        (cell.shared_quantised, (matrices - 1) * shared),
+        (cell.shared_down_quantised, shared),
+    )
     if touched:
         return packed
     bias = experts * (columns * (matrices - 1) + cell.hidden) * cell.bias
