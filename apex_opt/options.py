@@ -168,8 +168,8 @@ _QUESTION: Final = (
     ),
     Option(
         name="weights",
-        text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a16, w4a16, w4a16g32, mxfp4, "
-        "nvfp4. By default the model's own, in the 16-bit type the GPU has.",
+        text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, "
+        "w8a16g32, w4a16, w4a16g64, w4a16g32, mxfp4, nvfp4. By default the model's own, in the 16-bit type the GPU has.",
     ),
     Option(name="kv", text="KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit."),
     Option(
@@ -363,8 +363,8 @@ _TARGET: Final = Option(
 _ELSEWHERE: Final = {
     "objective": f"Figure to show first, or several: {_AIMS}.",
     "slo": f"Goals to judge by, such as {_GOALS}.",
-    "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a16, w4a16, w4a16g32, mxfp4 or nvfp4; by "
-    "default the model's own.",
+    "weights": "Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, "
+    "w4a16, w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.",
     "clock": "GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.",
     "kv": "KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.",
 }

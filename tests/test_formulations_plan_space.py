@@ -270,7 +270,7 @@ def test_an_impossible_question_has_no_plans_and_that_is_complete() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_clash_is_the_first_of_the_smallest_sets_that_brute_force_leaves_without_a_plan(seed: int) -> None:
-    faults = set(brute_force(seed).values())
+    faults = {*brute_force(seed).values(), *(broken for layers, broken in movable(seed).values() if layers is not None)}
     instance = random_instance(seed)
     for families in (FAMILIES, *itertools.combinations(FAMILIES, 2 + seed % 3)):
         subsets = (itertools.combinations(families, size) for size in range(1, len(families) + 1))

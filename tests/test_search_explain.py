@@ -147,10 +147,10 @@ def test_the_weights_proposed_are_those_of_the_most_bits_that_do() -> None:
     [
         # Of each width and arithmetic the smallest variant that the GPU computes, those of the most bits first.
         ("llama-3.1-405b", "4xh100-sxm", "bf16", ["w4a16"]),
-        ("llama-3.1-70b", "1xh200-sxm", "bf16", ["w8a16", "fp8", "w4a16"]),
-        ("llama-3.1-70b", "1xh200-sxm", "fp16", ["w8a16", "fp8", "w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "bf16", ["w8a16", "fp8", "w8a8", "w4a16"]),
+        ("llama-3.1-70b", "1xh200-sxm", "fp16", ["w8a16", "fp8", "w8a8", "w4a16"]),
         ("llama-3.1-405b", "4xb200-sxm", "bf16", ["w8a16", "fp8", "nvfp4", "w4a16"]),
-        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w4a16"]),
+        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w8a8", "w4a16"]),
         ("llama-3.1-8b", "1xv100-pcie", "fp16", ["w8a16", "w4a16"]),
     ],
 )
