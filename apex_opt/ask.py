@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
-from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.ir.model import Model
     from apex_opt.plan.plan import Plan
+    from apex_opt.workload import Trace
 
 ROUTINGS = ("round_robin", "least_loaded")
 EXPERT_ROUTINGS = ("uniform", "skewed")
@@ -60,6 +61,8 @@ class Options:
     async_scheduling: bool
     gpu_memory_utilization: float
     seed: int
+    trace_unit: str | None = None
+    trace_block: int | None = None
     busy: str | None = None
     down: str | None = None
 
@@ -121,7 +124,12 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
         )
     model = load_model(options.model)
     overhead = load_engine(options.engine)
-    trace = load_trace(options.trace, options.seed)
+    trace = load_trace(options.trace, options.seed, unit=options.trace_unit, block=options.trace_block)
+    if not trace.timed:
+        raise UsageError(
+            f"--trace: {options.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
+        )
+    notes = _about_prefixes(options, trace)
     whole = options.policy != "vllm" or not options.chunked_prefill
     longest = options.max_model_len
     if longest is None:
@@ -161,10 +169,23 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
             batch_limits=_choices(limits),
             expert_routing=options.expert_routing,
             profiles=check_profiles(options.profiles),
+            notes=notes,
             tree=tree,
             routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
         )
         for cluster, tree, (weight_formats, kv_formats) in zip(clusters, trees, formats, strict=True)
+    )
+
+
+def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:
+    """What prefix caching has to say of a trace; refused where what its prompts contain is there but cannot be used."""
+    if not options.prefix_caching or trace.content is not None:
+        return ()
+    if trace.content_fault:
+        raise InputError(trace.content_fault)
+    return (
+        f"--prefix_caching: trace {trace.name:.60} says nothing of what its prompts contain, so none is found in the "
+        "cache; a trace with hash_ids does, or a description with prefix=(TOKENS,GROUPS)",
     )
 
 

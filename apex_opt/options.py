@@ -145,9 +145,22 @@ _QUESTION: Final = (
     Option(
         name="trace",
         default="chat",
-        text="Shipped trace (listed by: solve.py traces); path of a CSV or JSONL file; or a description: "
+        text="Shipped trace (listed by: solve.py traces); path of a CSV, JSONL or JSON file in one of the layouts of "
+        "traces/README.md, as it is or in gzip; or a description: "
         '"poisson:rate=2,n=500,prompt=lognormal(512,1.0),output=128", '
         '"closed:concurrency=32,n=500,prompt=512,output=128", "static:n=100,prompt=1024,output=128".',
+    ),
+    Option(
+        name="trace_unit",
+        choices=("s", "ms", "us", "ns"),
+        text="Unit of the arrivals in a trace file that does not tell: s, ms, us or ns.",
+    ),
+    Option(
+        name="trace_block",
+        kind=int,
+        least=1,
+        most=65_536,
+        text="Prompt tokens that one of a trace file's hash_ids stands for; by default as its layout or name says.",
     ),
     Option(
         name="objective",

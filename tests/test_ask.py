@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,7 @@ from apex_opt.cluster.tree import place_of
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.options import LARGEST_BATCH, method
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+CASES = Path(__file__).parent / "cases" / "traces"
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}
 
 
@@ -338,3 +337,32 @@ def test_trace_rows_out_of_range_are_named(tmp_path: Any, row: str, message: str
     path.write_text(f"arrival_s,prompt,output\n{row}\n")
     with pytest.raises(InputError, match=message):
         ask(options(trace=str(path)))
+
+
+def test_prefix_caching_says_where_a_trace_tells_nothing_of_its_prompts() -> None:
+    told = ask(options(prefix_caching=True)).remarks
+    assert len(told) == 1 and "says nothing of what its prompts contain, so none is found in the cache" in told[0]
+    assert ask(options()).remarks == ()
+    assert ask(options(prefix_caching=True, trace="static:n=2,prompt=64,prefix=(32,1)")).remarks == ()
+
+
+def test_prefix_caching_is_refused_where_what_prompts_contain_cannot_be_used() -> None:
+    path = str(CASES / "aiperf-doc-mooncake.jsonl")
+    assert len(ask(options(trace=path)).trace) == 2
+    with pytest.raises(InputError, match=r"line 1: hash_ids are 3 for .* give the tokens of an id as --trace_block"):
+        ask(options(trace=path, prefix_caching=True))
+    question = ask(options(trace=path, prefix_caching=True, trace_block=256))
+    assert (question.trace.content_tokens, question.remarks) == (256, ())
+
+
+def test_the_unit_of_arrivals_may_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("time,prompt,output\n5,10,1\n")
+    with pytest.raises(UsageError, match="nothing tells the unit of column time"):
+        ask(options(trace=str(path)))
+    assert ask(options(trace=str(path), trace_unit="ms")).trace.arrival_ns.tolist() == [5_000_000]
+
+
+def test_lengths_alone_ask_for_a_rate() -> None:
+    with pytest.raises(UsageError, match="has lengths but no arrivals; give the requests per second as --rate"):
+        ask(options(trace=str(CASES / "vidur-len.csv")))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,29 @@ MAX_REQUESTS: Final = 5_000_000
 MAX_TOKENS: Final = 10_000_000
 MAX_ARRIVAL_NS: Final = 1 << 61
 """About 73 years. The rest of int64 is left to the simulated clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """How the requests of a trace come, so that more of them can be made (`apex_opt.workload.steady`).
+
+    Parameters
+    ----------
+    kind : "recorded" (times as they are), "poisson", "gamma", "uniform" (drawn), or "unknown": the trace has lengths
+        alone, and its times mean nothing
+    cv : float             coefficient of variation of gamma gaps
+    law : str or None      description that requests of the same kind can be drawn from (`describe_trace`)
+    seed : int             what the trace was drawn with; more of it is drawn with others
+    """
+
+    kind: Literal["recorded", "poisson", "gamma", "uniform", "unknown"] = "recorded"
+    cv: float = 1.0
+    law: str | None = None
+    seed: int = 0
+
+
+RECORDED: Final = Arrivals()
+UNKNOWN: Final = Arrivals(kind="unknown")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,8 +63,11 @@ class Trace:
     content_starts : int64[n + 1] or None    request i has the pieces from content_starts[i] to content_starts[i + 1]
     content_tokens : int           tokens in a piece; 0 without content
     source : str                   "file ..." or "generated: law, seed"
+    arrivals : Arrivals            how they come
     notes : tuple of str           what an answer on it has to tell, such as rows that were left out; a sentence each,
                                    without the full stop
+    content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
+                                   or where there is nothing to read
 
     Raises
     ------
@@ -59,6 +85,8 @@ class Trace:
     content_tokens: int = 0
     source: str = ""
     notes: tuple[str, ...] = ()
+    arrivals: Arrivals = RECORDED
+    content_fault: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -93,6 +121,11 @@ class Trace:
                 f"{where}: content_starts must lead from 0 to {ids.size} over all requests; use make_trace"
             )
         _check_counts(where, np.diff(starts), self.prompt, self.content_tokens)
+
+    @property
+    def timed(self) -> bool:
+        """Whether it has arrivals, or clients that send the requests."""
+        return self.arrivals.kind != "unknown" or self.concurrency is not None
 
     def __len__(self) -> int:
         return self.prompt.size
@@ -169,6 +202,8 @@ class Trace:
             raise UsageError(
                 f"trace {self.name}: a closed loop has no arrival times to stretch; change its concurrency"
             )
+        if not self.timed:
+            raise UsageError(f"trace {self.name}: has no arrival times to stretch; give it some with a rate")
         with np.errstate(over="ignore"):
             arrival = np.rint(self.arrival_ns * float(factor))
         if arrival[-1] > MAX_ARRIVAL_NS:
@@ -184,6 +219,34 @@ class Trace:
             content_tokens=self.content_tokens,
             source=f"{self.source}; arrivals times {factor!r}",
             notes=self.notes,
+            arrivals=self.arrivals,
+        )
+
+    def arriving(self, rate_per_s: float, seed: int = 0) -> Trace:
+        """The same requests, in their order, as a Poisson process: for lengths alone, which have no arrivals.
+
+        Another rate with the same seed brings the same gaps closer together.
+
+        Raises
+        ------
+        UsageError                     rate not above 0, or one at which arrivals pass 2**61 ns
+        """
+        if isinstance(rate_per_s, bool) or not isinstance(rate_per_s, int | float) or not 0 < rate_per_s < 1e12:
+            raise UsageError(f"trace {self.name}: rate must be above 0 and below 1e12, got {shown(rate_per_s)}")
+        rng = np.random.Generator(np.random.PCG64(seed))
+        arrival = np.rint(np.cumsum(rng.standard_exponential(len(self))) * (NS_PER_S / rate_per_s))
+        if arrival[-1] > MAX_ARRIVAL_NS:
+            raise UsageError(f"trace {self.name}: at {rate_per_s:.4g} requests/s arrivals pass 2**61 ns (73 years)")
+        frozen = arrival.astype(np.int64)
+        frozen.flags.writeable = False
+        drawn = f"drawn as a Poisson process of {rate_per_s:g} requests/s"
+        return replace(
+            self,
+            arrival_ns=frozen,
+            concurrency=None,
+            arrivals=Arrivals(kind="poisson", seed=seed),
+            source=f"{self.source}; arrivals {drawn}, seed {seed}",
+            notes=(*self.notes, f"the trace has lengths alone: its arrivals are {drawn}"),
         )
 
     def head(self, n: int) -> Trace:
@@ -195,17 +258,8 @@ class Trace:
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(self):
             raise UsageError(f"trace {self.name} has {len(self):,} requests; cannot take the first {shown(n)}")
-        return make_trace(
-            name=self.name,
-            arrival_ns=self.arrival_ns[:n],
-            prompt=self.prompt[:n],
-            output=self.output[:n],
-            concurrency=self.concurrency,
-            content=self._pieces()[:n] if self.content is not None else None,
-            content_tokens=self.content_tokens,
-            source=f"{self.source}; first {n} of {len(self)}",
-            notes=self.notes,
-        )
+        first = self.picked(np.arange(n), self.concurrency)
+        return replace(first, source=f"{self.source}; first {n} of {len(self)}")
 
     def picked(self, rows: Ints, concurrency: int | None = None) -> Trace:
         """The requests in some rows, given in rising order, arriving as they do here.
@@ -217,30 +271,35 @@ class Trace:
         """
         ids = starts = None
         if self.content is not None and self.content_starts is not None:
-            counts = np.diff(self.content_starts)[rows]
-            starts = np.concatenate(([0], np.cumsum(counts)))
-            ids = self.content[np.arange(starts[-1]) + np.repeat(self.content_starts[rows] - starts[:-1], counts)]
+            ids, starts = gathered(self.content, self.content_starts, rows)
         columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
-        for column in (*columns, ids, starts):
-            if column is not None:
-                column.flags.writeable = False
-        return Trace(
-            name=self.name,
+        for column in columns:
+            column.flags.writeable = False
+        return replace(
+            self,
             arrival_ns=columns[0],
             prompt=columns[1],
             output=columns[2],
             concurrency=concurrency,
             content=ids,
             content_starts=starts,
-            content_tokens=self.content_tokens,
             source=f"{self.source}; {rows.size} of {len(self)}",
-            notes=self.notes,
         )
 
     def _pieces(self) -> list[Ints]:
         """Content of each request."""
         assert self.content is not None and self.content_starts is not None
         return np.split(self.content, self.content_starts[1:-1])
+
+
+def gathered(ids: Ints, starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """Content ids of some rows, in this order, and where those of each begin; read-only, as a trace has them."""
+    counts = np.diff(starts)[rows]
+    begin = np.concatenate(([0], np.cumsum(counts)))
+    found = ids[np.arange(begin[-1]) + np.repeat(starts[rows] - begin[:-1], counts)]
+    for column in (found, begin):
+        column.flags.writeable = False
+    return found, begin
 
 
 def make_trace(
@@ -254,6 +313,7 @@ def make_trace(
     content_tokens: int = 0,
     source: str = "",
     notes: tuple[str, ...] = (),
+    arrivals: Arrivals = RECORDED,
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -295,6 +355,7 @@ def make_trace(
         content_tokens=content_tokens if content is not None else 0,
         source=source,
         notes=notes,
+        arrivals=arrivals,
     )
 
 

@@ -1,0 +1,384 @@
+"""A trace from the columns of a file: arrivals in one unit, lengths, contents, turns of conversations, and notes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from apex_opt.errors import InputError, UsageError
+from apex_opt.units import NS_PER_S
+from apex_opt.workload.cells import (
+    ABSENT,
+    NONE,
+    UNITS,
+    Faults,
+    cell_text,
+    digits,
+    is_blank,
+    is_date,
+    times_ns,
+    token_counts,
+)
+from apex_opt.workload.layouts.rows import plain
+from apex_opt.workload.trace import (
+    MAX_ARRIVAL_NS,
+    MAX_TOKENS,
+    RECORDED,
+    UNKNOWN,
+    Ints,
+    Trace,
+    gathered,
+    make_trace,
+    range_fault,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from apex_opt.workload.layouts import Layout
+
+_LATE_NS: Final = 10**8 * NS_PER_S
+"""Three years: arrivals that begin later count from a year that people have, such as 1970."""
+
+_MOST_ID: Final = 1 << 62
+_ROOTS: Final = ("-1", "", "null", "None")
+
+
+@dataclass(slots=True, kw_only=True)
+class Collector:
+    """What the rows of a file add up to.
+
+    Parameters
+    ----------
+    label : str                what messages call the file
+    layout : Layout
+    called : mapping           what a column of the layout is called in the file
+    unit, block : what the user says of arrivals and hash ids
+    faults : Faults
+    """
+
+    label: str
+    layout: Layout
+    called: Mapping[str, str]
+    unit: str | None
+    block: int | None
+    faults: Faults
+    rows: int = 0
+    _clock: str = ""
+    _noted: list[str] = field(default_factory=list)
+    _arrival: list[Ints] = field(default_factory=list)
+    _prompt: list[Ints] = field(default_factory=list)
+    _output: list[Ints] = field(default_factory=list)
+    _delay: list[Ints] = field(default_factory=list)
+    _session: list[Ints] = field(default_factory=list)
+    _places: list[Ints] = field(default_factory=list)
+    _sessions: dict[str, int] = field(default_factory=dict)
+    _dropped: int = 0
+    _content: list[Ints] = field(default_factory=list)
+    _counts: list[Ints] = field(default_factory=list)
+    _lacking: int = 0
+    _content_fault: str = ""
+
+    def add(self, places: list[int], column: Callable[[str], list[Any]]) -> None:
+        """Some more rows."""
+        layout = self.layout
+        needed = (layout.prompt, layout.output, *([layout.arrival] if layout.arrival and not self._waits else []))
+        columns = {name: column(self._called(name)) for name in needed}
+        lacking = [any(cell is ABSENT for cell in cells) for cells in columns.values()]
+        if any(lacking):
+            places, keep = self._without_missing(places, columns)
+        else:
+            keep = None
+
+        def kept(name: str) -> list[Any]:
+            cells = columns[name] if name in columns and keep is None else column(self._called(name))
+            return cells if keep is None else [cell for cell, stays in zip(cells, keep, strict=True) if stays]
+
+        if not places:
+            return
+        output = token_counts(kept(layout.output), places, layout.output, self.faults)
+        prompt_cells = kept(layout.prompt)
+        prompt = token_counts(prompt_cells, places, layout.prompt, self.faults)
+        answered = output != 0 if not layout.own else np.ones(len(places), bool)
+        for values, name in ((prompt, layout.prompt), (output, layout.output)):
+            for index in np.flatnonzero((values == 0) & answered):
+                self.faults.add(places[index], range_fault(name, "0", 1, MAX_TOKENS))
+        self._timed(places, kept, answered)
+        self._dropped += int((~answered).sum())
+        self._contents(places, kept, prompt, answered)
+        self._prompt.append(prompt[answered])
+        self._output.append(output[answered])
+        self._places.append(np.array(places, np.int64)[answered])
+        self.rows += int(answered.sum())
+
+    @property
+    def empty(self) -> str:
+        """Why there is no request."""
+        if self._dropped:
+            return f"no request has an answer: {self.layout.output} is 0 in all {self._dropped:,} rows"
+        return "columns but no requests; add at least one row"
+
+    @property
+    def _waits(self) -> bool:
+        """Whether a row may have a wait after the answer before in place of an arrival."""
+        return bool(self.layout.delay) and plain(self.layout.delay) in self.called
+
+    def _called(self, name: str) -> str:
+        return self.called[plain(name)]
+
+    def _without_missing(self, places: list[int], columns: Mapping[str, list[Any]]) -> tuple[list[int], list[bool]]:
+        """Rows that have all they need; the others are faults."""
+        keep = []
+        for index, place in enumerate(places):
+            missing = [name for name, cells in columns.items() if cells[index] is ABSENT]
+            order = [name for name in (self.layout.arrival, self.layout.prompt, self.layout.output) if name in missing]
+            if missing:
+                self.faults.add(place, f"missing {', '.join(order)}")
+            keep.append(not missing)
+        return [place for place, stays in zip(places, keep, strict=True) if stays], keep
+
+    def _timed(self, places: list[int], kept: Callable[[str], list[Any]], answered: np.ndarray[Any, Any]) -> None:
+        """Arrivals and waits of some rows."""
+        layout = self.layout
+        if not layout.arrival and self.unit is not None:
+            raise UsageError(f"--trace_unit: {self.label} has no column of arrivals; leave it out")
+        session = layout.session
+        if session and plain(session) in self.called:
+            codes = self._conversations(kept)
+            self._session.append(codes[answered])
+        if not layout.arrival:
+            return
+        cells = kept(layout.arrival)
+        blank = np.array([is_blank(cell) for cell in cells]) if self._waits else np.zeros(len(cells), bool)
+        given = [cell for cell, none in zip(cells, blank.tolist(), strict=True) if not none]
+        arrival = np.full(len(cells), NONE, np.int64)
+        if given:
+            there = np.flatnonzero(~blank)
+            at = [places[index] for index in there] if blank.any() else places
+            clock = self._clock = self._clock or self._unit(given)
+            arrival[there] = times_ns(given, at, layout.arrival, clock, self.faults)
+        if self._waits:
+            delays = kept(layout.delay)
+            none = np.array([is_blank(cell) for cell in delays])
+            delay = np.full(len(cells), NONE, np.int64)
+            stated = np.flatnonzero(~none)
+            if stated.size:
+                delay[stated] = times_ns(
+                    [delays[i] for i in stated],
+                    [places[i] for i in stated],
+                    layout.delay,
+                    layout.delay_unit,
+                    self.faults,
+                )
+            self._delay.append(delay[answered])
+        self._arrival.append(arrival[answered])
+
+    def _unit(self, given: Sequence[Any]) -> str:
+        """The unit of the arrivals: what the layout says, what the cells are, or what the user says."""
+        layout, known = self.layout, self.layout.unit
+        if is_date(given[0]):
+            known = "date"
+        elif known == "date" and self.unit is not None:
+            known = ""
+        if self.unit is None:
+            if known:
+                return known
+            raise UsageError(
+                f"{self.label}: nothing tells the unit of column {layout.arrival} ({cell_text(given[0])}); give it as "
+                f"--trace_unit={'|'.join(UNITS)}"
+            )
+        if known == "date":
+            raise UsageError(f"--trace_unit: column {layout.arrival} of {self.label} has dates and times; leave it out")
+        if known and known != self.unit:
+            if layout.fixed:
+                raise UsageError(
+                    f"--trace_unit: column {layout.arrival} of {self.label} is in {known} by its name, not in "
+                    f"{self.unit}; leave it out"
+                )
+            self._noted.append(
+                f"arrivals are taken in {self.unit} as --trace_unit says; the {layout.name} layout has {known}"
+            )
+        return self.unit
+
+    def _conversations(self, kept: Callable[[str], list[Any]]) -> Ints:
+        """Numbers of the conversations that rows are of."""
+        layout, numbers = self.layout, self._sessions
+        names = [str(name) for name in kept(layout.session)]
+        parents = names
+        if layout.parent and plain(layout.parent) in self.called:
+            parents = [str(name) for name in kept(layout.parent)]
+        codes = []
+        for name, parent in zip(names, parents, strict=True):
+            root = name if parent in _ROOTS or parent not in numbers else parent
+            codes.append(numbers.setdefault(name, numbers.get(root, len(numbers))))
+        return np.array(codes, np.int64)
+
+    def _contents(
+        self, places: list[int], kept: Callable[[str], list[Any]], prompt: Ints, answered: np.ndarray[Any, Any]
+    ) -> None:
+        """Content ids of some rows, as far as they fit the prompts."""
+        if "hash_ids" not in self.called or self._content_fault or self._lacking or self.faults.found:
+            return
+        block = self.block or self.layout.block
+        cells: list[Any] = [
+            _listed(cell) for cell, stays in zip(kept("hash_ids"), answered.tolist(), strict=True) if stays
+        ]
+        lacking = sum(1 for cell in cells if not cell)
+        if lacking:
+            self._lacking = lacking
+            return
+        if not block:
+            self._content_fault = (
+                f"{self.label}: nothing tells how many tokens a hash id stands for; give them as --trace_block"
+            )
+            return
+        tokens = prompt[answered]
+        counts = -(-tokens // block)
+        fit = [
+            isinstance(cell, list) and len(cell) == count for cell, count in zip(cells, counts.tolist(), strict=True)
+        ]
+        # All at once, as there are many more ids than rows.
+        ids = digits(list(itertools.chain.from_iterable(cells))) if all(fit) else None
+        if ids is None:
+            at = [place for place, stays in zip(places, answered.tolist(), strict=True) if stays]
+            faults = (
+                (place, _content_fault(cell, block, int(size)))
+                for place, cell, size in zip(at, cells, tokens, strict=True)
+            )
+            found = next(((place, fault) for place, fault in faults if fault), None)
+            if found is not None:
+                self._content_fault = (
+                    f"{self.label}: {self.faults.place} {found[0]}: hash_ids {found[1]}; give the tokens of an id as "
+                    "--trace_block, or leave prefix caching off"
+                )
+                return
+            ids = np.fromiter(map(int, itertools.chain.from_iterable(cells)), np.int64)
+        self._content.append(ids)
+        self._counts.append(counts)
+
+    def trace(self, name: str, source: str, notes: Sequence[str]) -> Trace:
+        """The trace, once all rows are in.
+
+        Raises
+        ------
+        InputError    arrivals further apart than a trace can hold, or turns that follow nothing
+        """
+        prompt, output = np.concatenate(self._prompt), np.concatenate(self._output)
+        every = [*notes, *self._noted]
+        if self._dropped:
+            every.append(
+                f"{self._dropped:,} of {self._dropped + self.rows:,} requests have no answer "
+                f"(0 {self.layout.output}) and are dropped"
+            )
+        timed = bool(self._arrival) and not (np.concatenate(self._arrival) == NONE).all()
+        arrival = self._arrivals(every) if timed else np.zeros(self.rows, np.int64)
+        if not timed and self._delay and any((part != NONE).any() for part in self._delay):
+            every.append("waits after the answer before (delay) are left out of account, as the file has no arrivals")
+        trace = make_trace(
+            name=name,
+            arrival_ns=arrival,
+            prompt=prompt,
+            output=output,
+            source=source,
+            arrivals=RECORDED if timed else UNKNOWN,
+            notes=tuple(every),
+        )
+        if self._content_fault:
+            return replace(trace, content_fault=self._content_fault)
+        if not self._counts or self._lacking:
+            return trace
+        starts = np.concatenate(([0], np.cumsum(np.concatenate(self._counts))))
+        ids, starts = gathered(np.concatenate(self._content), starts, np.argsort(arrival, kind="stable"))
+        block = self.block or self.layout.block
+        return replace(trace, content=ids, content_starts=starts, content_tokens=block)
+
+    def _arrivals(self, notes: list[str]) -> Ints:
+        """Arrivals in nanoseconds; from the earliest where they are dates or count from another age."""
+        arrival = np.concatenate(self._arrival)
+        given = arrival != NONE
+        first, last = int(arrival[given].min()), int(arrival[given].max())
+        if self._clock == "date" or (first >= _LATE_NS and not self.layout.own):
+            if self._clock != "date":
+                notes.append(f"arrivals count from the earliest, which is {first / NS_PER_S:,.0f} s after 0")
+            if last - first > MAX_ARRIVAL_NS:
+                at = np.concatenate(self._places)[int(np.argmax(np.where(given, arrival, NONE)))]
+                raise InputError(
+                    f"{self.label}: {self.faults.place} {at}: {self.layout.arrival} is outside "
+                    f"0..{MAX_ARRIVAL_NS:,} ns after the earliest row"
+                )
+            arrival = np.where(given, arrival - first, NONE)
+        session = np.concatenate(self._session) if self._session else None
+        if given.all():
+            if session is not None:
+                self._turns(session, notes)
+            return arrival
+        return self._after_waits(arrival, session, notes)
+
+    def _turns(self, session: Ints, notes: list[str]) -> None:
+        later = session.size - len(np.unique(session))
+        if later:
+            notes.append(
+                f"{later:,} of {session.size:,} requests are later turns of conversations: they "
+                "arrive when the file says, whenever the answer before them comes"
+            )
+
+    def _after_waits(self, arrival: Ints, session: Ints | None, notes: list[str]) -> Ints:
+        """Arrivals of turns that follow an answer, as if that came at once."""
+        delay, places = np.concatenate(self._delay), np.concatenate(self._places)
+        before: dict[int, int] = {}
+        times = arrival.tolist()
+        waited = 0
+        numbers = range(len(times)) if session is None else session.tolist()
+        for index, (number, time, wait) in enumerate(zip(numbers, times, delay.tolist(), strict=True)):
+            if time == NONE:
+                if number not in before or wait == NONE:
+                    self.faults.add(
+                        int(places[index]),
+                        f"missing {self.layout.arrival}"
+                        + (" of the first turn" if wait != NONE else f", and {self.layout.delay} after a turn before"),
+                    )
+                    continue
+                times[index] = before[number] + wait
+                waited += 1
+            before[number] = times[index]
+        if self.faults.found:
+            raise self.faults.error()
+        notes.append(
+            f"{waited:,} of {len(times):,} requests wait for the answer before ({self.layout.delay}), whose time the "
+            "file does not have: it is taken to come at once, so that they arrive sooner than they would; prompts are "
+            "as long as the file says"
+        )
+        if max(times) > MAX_ARRIVAL_NS:
+            raise InputError(f"{self.label}: with all waits the last request arrives after 73 years")
+        return np.array(times, np.int64)
+
+
+def _listed(cell: object) -> object:
+    """Ids as a list, from a cell of CSV too."""
+    if isinstance(cell, str) and cell.lstrip().startswith("["):
+        try:
+            return json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
+        except (ValueError, RecursionError):
+            return cell
+    return None if is_blank(cell) else cell
+
+
+def _content_fault(cell: object, block: int, tokens: int) -> str:
+    """What is wrong with the content ids of a prompt; "" where nothing is."""
+    due = -(-tokens // block)
+    if not isinstance(cell, list):
+        return "must be a list"
+    if len(cell) != due:
+        return f"are {len(cell)} for a prompt of {tokens} tokens, at {block} an id {due} are due"
+    wrong = [item for item in cell if not _is_id(item)]
+    return f"must be whole numbers from 0 to 2**62, got {cell_text(wrong[0])}" if wrong else ""
+
+
+def _is_id(item: object) -> bool:
+    if not isinstance(item, str) or len(item) > 19 or not item.isdecimal() or not item.isascii():
+        return False
+    return len(item) < 19 or int(item) < _MOST_ID
