@@ -33,7 +33,7 @@ from apex_opt.options import COMMANDS, GROUPS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator
-from apex_opt.workload import load_trace
+from apex_opt.workload import Trace, load_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
@@ -95,7 +95,11 @@ def shell(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
 
 def noted_trace(monkeypatch: pytest.MonkeyPatch, note: str) -> None:
     """Every trace that is loaded has this to tell."""
-    monkeypatch.setattr("apex_opt.ask.load_trace", lambda *given: replace(load_trace(*given), notes=(note,)))
+
+    def noted(*given: Any, **more: Any) -> Trace:
+        return replace(load_trace(*given, **more), notes=(note,))
+
+    monkeypatch.setattr("apex_opt.ask.load_trace", noted)
 
 
 # ---- what comes out -----------------------------------------------------------------------------------------------
