@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apex_opt import __version__
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.files import expanded
 from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, group, method, wrapped
@@ -47,6 +48,7 @@ class Commands:
       solve.py plan --model=llama-3.1-70b --cluster=8xh100-sxm --trace=chat
 
     Every command has its own help: solve.py plan --help
+    The release: solve.py --version
     """
 
 
@@ -572,6 +574,9 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _main(words: list[str]) -> int:
+    if words == ["--version"]:
+        print(f"apex-opt {__version__}", flush=True)
+        return 0
     import fire
 
     fire.core.Display = _show_help

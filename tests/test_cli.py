@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1404,6 +1405,22 @@ def test_the_console_script_is_the_same_program(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([script, "--help"], capture_output=True, text=True, check=True, env=environment)
     assert ran.stdout.startswith("NAME\n    apex-opt - ")
+
+
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("models", "--bogus")])
+def test_the_package_itself_is_the_same_program_wherever_one_stands(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "solve.py").write_text("raise SystemExit('another solve.py')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "apex_opt", *words]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    same = shell(*words)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (same.returncode, same.stdout, same.stderr)
+
+
+def test_the_release_is_told_in_a_line() -> None:
+    ran = run("--version")
+    assert ran == (0, f"apex-opt {version('apex-opt')}\n", "")
+    assert "--version" in refused("plan", "--version")
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------------

@@ -105,9 +105,20 @@ def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: P
     assert found == [installed / "apex_opt" / "__init__.py", installed / "solve.py"]
 
 
-def test_the_module_lists_models_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
-    document = json.loads(_run([sys.executable, "-m", "solve", "models", "--format=json"], installed, tmp_path))
+@pytest.mark.parametrize("module", ["solve", "apex_opt"])
+def test_the_module_lists_models_away_from_the_checkout(module: str, installed: Path, tmp_path: Path) -> None:
+    document = json.loads(_run([sys.executable, "-m", module, "models", "--format=json"], installed, tmp_path))
     assert "llama-3.1-70b" in {row["name"] for row in document["models"]}
+
+
+def test_the_package_runs_the_solve_that_is_installed_with_it(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "solve.py").write_text("raise SystemExit('another solve.py')")
+    command = [sys.executable, "-m", "apex_opt", "--version"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (done.returncode, done.stdout) == (0, f"apex-opt {project['version']}\n"), done.stderr
 
 
 def test_the_installed_entry_point_finds_a_plan_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
