@@ -10,6 +10,9 @@ from hypothesis import settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+# Tables are as wide as what is shown in documents, whatever terminal the tests run in.
+os.environ["COLUMNS"] = "120"
+
 # No deadline: the first example of a property may have to wait for the kernel to compile.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

@@ -25,8 +25,8 @@ def words_of(line: str) -> list[str] | None:
 
 
 def solve(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a command as its reader would, into a pipe: its tables are as wide as those shown."""
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    """Run a command as its reader would, with tables as wide as those shown."""
+    environment = {**os.environ, "COLUMNS": "120"}
     program = [sys.executable, str(ROOT / "solve.py"), *words]
     return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, noted, question_document
 from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
-from apex_opt.report.tables import best_tables
+from apex_opt.report.tables import best_tables, figure_columns
 from apex_opt.search.capacity import ASSUMPTION
 
 if TYPE_CHECKING:
@@ -146,8 +146,10 @@ def _missed(row: Document) -> str:
 
 def _plans(console: Console, document: Document) -> None:
     highest = document["asked"]["rate_per_s"] is None
+    of_requests, goals = figure_columns(document["best"]["metrics"])
     heads = ["#", "plan", "GPUs", "req/s", "per GPU", *(("next", "at the next") * highest)]
-    heads += ["TTFT p95", "TPOT p95", "E2E p95", "answered/s", "kJ"]
+    heads += [*of_requests, "answered/s", "kJ"]
+    kept = {0, 1, 3} | {place for place, head in enumerate(heads) if head in goals}
     rows = [
         (
             str(rank),
@@ -156,14 +158,14 @@ def _plans(console: Console, document: Document) -> None:
             f"{row['rate_per_s']:.3f}",
             f"{row['rate_per_gpu_per_s']:.3f}",
             *((f"{row['next_rate_per_s']:.3f}" if row["next_rate_per_s"] else "-", _missed(row)) * highest),
-            *(seconds(row["metrics"][f"{name}_s"]["p95"]) for name in ("ttft", "tpot", "e2e")),
+            *(read(row) for read in of_requests.values()),
             f"{row['metrics']['throughput_rps']:.3f}",
             f"{row['metrics']['energy_j'] / 1e3:,.1f}",
         )
         for rank, row in enumerate(document["candidates"], 1)
     ]
     title = "Plans by rate" if highest else "Plans on as few GPUs"
-    table(console, title, heads, rows, left={1, 6} if highest else {1}, kept=5)
+    table(console, title, heads, rows, left={1, 6} if highest else {1}, kept=kept)
 
 
 def _certificate(console: Console, document: Document) -> None:

@@ -234,7 +234,7 @@ def _parts(console: Console, parts: Sequence[Document]) -> None:
         )
         for part in parts
     ]
-    table(console, "Parts of the fleet", heads, rows, left={0, 1}, kept=5)
+    table(console, "Parts of the fleet", heads, rows, left={0, 1}, kept=range(5))
 
 
 def _alone(console: Console, document: Document) -> None:

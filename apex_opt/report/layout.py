@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import textwrap
 from io import StringIO
 from typing import TYPE_CHECKING, Final
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
+from apex_opt.report.grid import RULE, grid
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from apex_opt.report.document import Document
 
-_PIPE_WIDTH: Final = 120
-_RULE: Final = SIMPLE_HEAD.head_row_horizontal
+_WIDTH: Final = 120
+_NARROWEST: Final = 40
 
 
 def page(draw: Callable[[Console], None]) -> str:
-    """What is drawn, as text for the terminal that stdout is, or for a pipe: 120 columns wide, or as COLUMNS says."""
+    """What is drawn, as text of `page_width` columns."""
     terminal = sys.stdout.isatty()
-    columns = os.environ.get("COLUMNS", "")
-    width = Console().width if terminal or columns.isdecimal() else _PIPE_WIDTH
     text = StringIO()
     draw(
         Console(
             file=text,
-            width=max(width, 40),
+            width=page_width(),
             force_terminal=terminal,
             color_system="auto" if terminal else None,
             highlight=False,
@@ -41,7 +39,25 @@ def page(draw: Callable[[Console], None]) -> str:
         )
     )
     lines = "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
-    return lines if (sys.stdout.encoding or "").lower().startswith("utf") else lines.replace(_RULE, "-")
+    return lines if (sys.stdout.encoding or "").lower().startswith("utf") else lines.replace(RULE, "-")
+
+
+def page_width() -> int:
+    """Columns of a page: as COLUMNS says, else those of the terminal, also behind a pipe, else 120; 40 at the least."""
+    said = os.environ.get("COLUMNS", "")
+    columns = int(said) if said.isdecimal() and len(said) < 10 else 0
+    return max(columns or _terminal_width() or _WIDTH, _NARROWEST)
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal that a page is read on; 0 where there is none, or it does not say."""
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if columns := os.get_terminal_size(stream.fileno()).columns:
+                return columns
+    with contextlib.suppress(OSError, AttributeError), open("/dev/tty", "rb", buffering=0) as terminal:
+        return os.get_terminal_size(terminal.fileno()).columns
+    return 0
 
 
 def table(
@@ -50,20 +66,20 @@ def table(
     heads: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
-    left: set[int] | None = None,
-    kept: int | None = None,
+    left: Collection[int] = (),
+    kept: Collection[int] | None = None,
+    turned: bool = False,
 ) -> None:
-    """One table. Where `kept` is given and the console too narrow, columns after so many are dropped, and named."""
-    cells = list(rows)
-    shown = len(heads)
-    grid = _built(title, heads, cells, left or set())
-    wide = console.options.update(max_width=10_000)
-    while kept is not None and shown > kept and Measurement.get(console, wide, grid).maximum > console.width:
-        shown -= 1
-        grid = _built(title, heads[:shown], [row[:shown] for row in cells], left or set())
-    console.print(grid)
-    if shown < len(heads):
-        console.print(Text(f"left out for lack of width: {', '.join(heads[shown:])}", "dim"))
+    """One table as wide as the console, of the parameters of `grid`; columns that are left out are named below it."""
+    if title:
+        console.print(Text(title, "bold"))
+    found = grid(heads, list(rows), console.width, left, kept, turned=turned)
+    *heads, rule = found.heads or [""]
+    for lines, style in ((heads, "bold"), ([rule] if rule else [], ""), (found.rows, "")):
+        if lines:
+            console.print(Text("\n".join(lines), style), soft_wrap=True)
+    if found.left_out:
+        console.print(Text(f"left out for lack of width: {', '.join(found.left_out)}", "dim"))
     console.print()
 
 
@@ -83,24 +99,6 @@ def lies_table(console: Console, lies: Sequence[Document]) -> None:
 def provenance_table(console: Console, provenance: Mapping[str, str]) -> None:
     """Where the figures of an answer come from, a row each."""
     table(console, "Where the figures come from", ("", ""), provenance.items(), left={0, 1})
-
-
-def _built(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], left: set[int]) -> Table:
-    grid = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_header=any(heads),
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for index, head in enumerate(heads):
-        grid.add_column(head, justify="left" if index in left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*map(Text, row))
-    return grid
 
 
 def seconds(value: float | None) -> str:

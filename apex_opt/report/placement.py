@@ -428,9 +428,8 @@ def placement_section(console: Console, placement: Document) -> None:
 def _grid(
     console: Console, title: str, heads: Sequence[str], rows: Sequence[tuple[str, ...]], *, left: set[int]
 ) -> None:
-    """A table of the first rows, below its title however narrow it is, and how many more there are."""
-    console.print(Text(title, "bold"))
-    table(console, "", heads, rows[:_SHOWN], left=left)
+    """A table of the first rows, and how many more there are."""
+    table(console, title, heads, rows[:_SHOWN], left=left)
     if len(rows) > _SHOWN:
         console.print(Text(f"and {len(rows) - _SHOWN:,} more; --format=json has all\n", "dim"))
 

@@ -39,7 +39,7 @@ def _shown(console: Console, document: Document) -> None:
         for profile in profiles
     ]
     heads = ("folder", "engine", "tables", "rows", "size", "figures", "for", "licence", "date")
-    table(console, "", heads, rows, left={0, 1, 5, 6, 7, 8}, kept=5)
+    table(console, "", heads, rows, left={0, 1, 5, 6, 7, 8}, kept=range(5))
     if len({profile["accelerator"] for profile in profiles}) == 1:
         for profile in profiles:
             _whole(console, profile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
@@ -13,17 +14,19 @@ from apex_opt.units import GB, GIB, TERA
 from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from rich.console import Console
 
     from apex_opt.report.document import Document
 
-    Column = tuple[str, Callable[[Document], str]]
+    Read = Callable[[Document], str]
+    Column = tuple[str, Read]
 
 _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
 _DISAGREEMENTS: Final = 3
+_HEADS: Final = {"throughput": "req/s", "energy": "kJ"}
 _LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 
 
@@ -94,31 +97,74 @@ def beside_table(console: Console, document: Document) -> None:
 
 def candidates_table(console: Console, document: Document, word: str = "plan") -> None:
     """The best plans, or what else there is to choose from, and what each reaches."""
-    objective = document["objective"]
-    columns: tuple[Column, ...] = (
-        (word, lambda c: c["plan"]),
-        ("GPUs", lambda c: str(c["gpus"])),
-        (objective["name"], lambda c: amount(c["value"], objective["unit"])),
-        *(
-            (part["name"], lambda c, place=place, unit=part["unit"]: amount(c["then"][place], unit))
-            for place, part in enumerate(document["then"])
-        ),
-        ("TTFT p95", lambda c: seconds(c["metrics"]["ttft_s"]["p95"])),
-        ("TPOT p95", lambda c: seconds(c["metrics"]["tpot_s"]["p95"])),
-        ("E2E p95", lambda c: seconds(c["metrics"]["e2e_s"]["p95"])),
-        ("req/s", lambda c: f"{c['metrics']['throughput_rps']:.2f}"),
-        ("kJ", lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}"),
-    )
-    if all("mfu" in candidate["metrics"] for candidate in document["candidates"]):
-        columns += (
-            ("MFU", lambda c: f"{c['metrics']['mfu']:.1%}"),
-            ("MBU", lambda c: f"{c['metrics']['mbu']:.1%}"),
-        )
-    rows = [
-        (str(rank), *(read(candidate) for _, read in columns))
-        for rank, candidate in enumerate(document["candidates"], 1)
-    ]
-    table(console, "Candidates", ("#", *(head for head, _ in columns)), rows, left={1}, kept=4)
+    objective, then, runs = document["objective"], document["then"], document["candidates"]
+    of_requests, goals = figure_columns(runs[0]["metrics"], {one["name"] for one in (objective, *then)})
+    columns: dict[str, Read] = {
+        word: lambda c: c["plan"],
+        "GPUs": lambda c: str(c["gpus"]),
+        objective["name"]: lambda c: amount(c["value"], objective["unit"]),
+        **{part["name"]: _then(place, part["unit"]) for place, part in enumerate(then)},
+        **of_requests,
+        "req/s": lambda c: f"{c['metrics']['throughput_rps']:.2f}",
+        "kJ": lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}",
+    }
+    if all("mfu" in run["metrics"] for run in runs):
+        columns |= {
+            "MFU": lambda c: f"{c['metrics']['mfu']:.1%}",
+            "MBU": lambda c: f"{c['metrics']['mbu']:.1%}",
+        }
+    rows = [(str(rank), *(read(run) for read in columns.values())) for rank, run in enumerate(runs, 1)]
+    heads = ("#", *columns)
+    kept = {0, 1, 3} | {place for place, head in enumerate(heads) if head in goals}
+    table(console, "Candidates", heads, rows, left={1}, kept=kept)
+
+
+def _then(place: int, unit: str) -> Read:
+    """What a run reaches by a further objective."""
+    return lambda run: amount(run["then"][place], unit)
+
+
+def figure_columns(metrics: Document, told: Collection[str] = ()) -> tuple[dict[str, Read], set[str]]:
+    """What requests saw of each of some runs: tails, and whatever goals are on; with the heads of those with a goal.
+
+    Parameters
+    ----------
+    metrics : of one of the runs
+    told : objectives that have a column of their own
+    """
+    columns = {f"{name} p95": _tail(key) for key, name in _LATENCIES.items() if key != "itl_s"}
+    heads = set()
+    for text, slo in metrics["slo"].items():
+        figure = re.split("[<>]", text)[0]
+        metric, _, statistic = figure.partition("_")
+        if slo["unit"] == "share":
+            head = text.partition("@")[0]
+        elif f"{metric}_s" in _LATENCIES:
+            head = f"{_LATENCIES[f'{metric}_s']} {statistic or 'mean'}"
+        else:
+            head = _HEADS.get(figure, f"{figure}, {slo['unit']}")
+        if figure not in told or slo["unit"] == "share":
+            heads.add(head)
+            columns.setdefault(head, _goal(text))
+    return columns, heads
+
+
+def _tail(latency: str) -> Read:
+    return lambda run: seconds(run["metrics"][latency]["p95"])
+
+
+def _goal(text: str) -> Read:
+    """What a run reaches of a goal, without a unit that its column has in its head."""
+
+    def read(run: Document) -> str:
+        reached, unit = (run["metrics"]["slo"][text][key] for key in ("reached", "unit"))
+        if unit == "share":
+            return f"{reached:.1%}"
+        if unit == "J":
+            return f"{reached / 1e3:,.1f}"
+        return seconds(reached) if unit == "s" else f"{reached:.3f}"
+
+    return read
 
 
 def best_tables(console: Console, best: Document) -> None:
@@ -132,7 +178,7 @@ def service_tables(console: Console, metrics: Document) -> None:
     """What the requests saw, and what serving them took."""
     heads = tuple(metrics["ttft_s"])
     rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items() if key in metrics]
-    table(console, "Latency", ("", *heads), rows, left={0})
+    table(console, "Latency", ("", *heads), rows, left={0}, turned=True)
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
         for text, slo in metrics["slo"].items()
@@ -193,7 +239,7 @@ def memory_table(console: Console, title: str, stages: Sequence[Document]) -> No
         )
         for stage, part in enumerate(stages)
     ]
-    table(console, title, heads, rows)
+    table(console, title, heads, rows, turned=True)
 
 
 def _operations(console: Console, operations: Document) -> None:
@@ -205,7 +251,7 @@ def _operations(console: Console, operations: Document) -> None:
         shown.append(("other", sum(spent for _, spent in busy[len(shown) :])))
     shown.append(("idle", operations["idle"]))
     rows = [(name, seconds(spent), f"{spent / total:.1%}", "#" * round(_BAR * spent / total)) for name, spent in shown]
-    table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3})
+    table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3}, kept=range(3))
 
 
 def _in_brackets(*facts: str) -> str:
@@ -291,7 +337,7 @@ def _listing(console: Console, document: Document) -> None:
         [head for head, _ in columns],
         rows,
         left={0, len(columns) - 1},
-        kept=None if kind == "traces" else 3,
+        kept=None if kind == "traces" else range(3),
     )
 
 

@@ -72,7 +72,7 @@ def _runs(console: Console, document: Document, rows: list[Document], limit: int
             (f"  {row['engine']}, {row['cluster']}", "error", *(_error(row, *cell) for cell in cells)),
         ]
     title = f"Runs ({len(shown)} of {len(rows)}, largest errors first)" if len(shown) < len(rows) else "Runs"
-    table(console, title, ("run", "", *(_HEADS[metric] for metric in metrics)), lines, left={0, 1}, kept=4)
+    table(console, title, ("run", "", *(_HEADS[metric] for metric in metrics)), lines, left={0, 1}, kept=range(4))
     asides = dict.fromkeys(text for row in rows for text in row["set_aside"].values())
     for text in asides:
         console.print(Text(f"* shown, but not in the summary: {text}"))
@@ -128,7 +128,7 @@ def _summary(console: Console, document: Document) -> None:
             for name, part in parts.items()
         ]
         heads = (group, *(_HEADS[metric] for metric in metrics))
-        table(console, f"Mean |error| and bias by {group}", heads, lines, left={0}, kept=4)
+        table(console, f"Mean |error| and bias by {group}", heads, lines, left={0}, kept=range(4))
 
 
 def _in_short(found: Document | None) -> str:
