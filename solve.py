@@ -78,7 +78,7 @@ def _run_plan(options: dict[str, Any]) -> int:
 
 def _run_energy(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask_pools
-    from apex_opt.report import Progress, answer_document, beside, checked, show
+    from apex_opt.report import Progress, answer_document, beside, checked
     from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator, check, load_objective, search
     from apex_opt.search.explain import explained
@@ -99,14 +99,14 @@ def _run_energy(options: dict[str, Any]) -> int:
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
     document = _with_placement(document, question, answer, options)
-    show(document if replay is None else checked(document, replay), options["format"])
+    _show(document if replay is None else checked(document, replay), options)
     return _exit_code(answer, replay)
 
 
 def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> int:
     """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
     from apex_opt.ask import between_pools
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.fleet import beside_fleet, fleet_document, parts_placed
     from apex_opt.search import load_objective
     from apex_opt.search.fleet_search import fleet_provenance, search_fleets
@@ -136,7 +136,7 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
             from apex_opt.report.launch import launched
 
             document = launched(document, _fleet_launch(pools, answer.best, assignments, options))
-    show(document, options["format"])
+    _show(document, options)
     return EXIT_INFEASIBLE if answer.best is None else 0
 
 
@@ -183,7 +183,7 @@ def _run_simulate(options: dict[str, Any]) -> int:
 
 def _run_pareto(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.pareto import pareto_document, write_front
     from apex_opt.search import Evaluator, load_objective, pareto
     from formulations.plan_space import PlanSpace
@@ -196,13 +196,13 @@ def _run_pareto(options: dict[str, Any]) -> int:
     document = pareto_document(question, front, provenance)
     if options["plot"] is not None and front.plans:
         write_front(expanded(options["plot"]), document)
-    show(document, options["format"])
+    _show(document, options)
     return 0 if front.plans else EXIT_INFEASIBLE
 
 
 def _run_explain(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask, ask_plan
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.explain import explanation_document
     from apex_opt.search import Evaluator
     from apex_opt.search.explain import explain
@@ -218,7 +218,7 @@ def _run_explain(options: dict[str, Any]) -> int:
         found = explain(question, PlanSpace(), progress, plan, options["time_limit"])
     best = found.answer.best
     provenance = Evaluator(question).provenance([] if best is None else [best.plan])
-    show(explanation_document(question, found, provenance), options["format"])
+    _show(explanation_document(question, found, provenance), options)
     return EXIT_INFEASIBLE if best is None else 0
 
 
@@ -239,6 +239,13 @@ def _write_files(question: Question, plan: Plan, options: dict[str, Any], progre
         write_timeline(expanded(options["timeline"]), outcome, cost.laws, settings.block_size)
 
 
+def _show(document: dict[str, Any], options: dict[str, Any]) -> None:
+    """Print a document in the form asked for."""
+    from apex_opt.report import show
+
+    show(document, options["format"], options.get("limit", 0), sources=options.get("sources", False))
+
+
 def _show_answer(
     command: str,
     question: Question,
@@ -247,7 +254,7 @@ def _show_answer(
     replay: Check | None = None,
     found: Explanation | None = None,
 ) -> int:
-    from apex_opt.report import answer_document, checked, show
+    from apex_opt.report import answer_document, checked
     from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator
 
@@ -257,7 +264,7 @@ def _show_answer(
     if found is not None:
         document = explained_document(document, found)
     document = _with_placement(document, question, answer, options)
-    show(document if replay is None else checked(document, replay), options["format"])
+    _show(document if replay is None else checked(document, replay), options)
     return _exit_code(answer, replay)
 
 
@@ -297,7 +304,7 @@ def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.ask import ask_place
     from apex_opt.cluster import Tree, load_topology, load_wiring
     from apex_opt.placement import rankfile, read_assignment
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.files import write_whole
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
@@ -313,7 +320,7 @@ def _run_place(options: dict[str, Any]) -> int:
     kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
     reason = site.refusal(options["within"], len(kept))
     if reason is not None:
-        show(refused_document(site, reason), options["format"])
+        _show(refused_document(site, reason), options)
         return EXIT_INFEASIBLE
     found = place_plan(site.evaluator.layouts, plan, limit_s)
     loss = None
@@ -329,7 +336,7 @@ def _run_place(options: dict[str, Any]) -> int:
         for state, text in (("busy", options["busy"]), ("down", options["down"]), ("down", options["lose"])):
             topology = topology if text is None else topology.marked(state, topology.named(text))
         write_topology(expanded(options["plot"]), topology_document(topology), labels(answer))
-    show(place_document(site, found, given, options["within"], loss), options["format"])
+    _show(place_document(site, found, given, options["within"], loss), options)
     return 0
 
 
@@ -360,7 +367,7 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
 
 def _run_capacity(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask, ask_plan
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.capacity import capacity_document
     from apex_opt.search import Evaluator
     from apex_opt.search.capacity import fewest_gpus, highest_rate
@@ -378,14 +385,14 @@ def _run_capacity(options: dict[str, Any]) -> int:
         else:
             found = fewest_gpus(question, PlanSpace(), options["rate"], **given)
     provenance = Evaluator(question).provenance(item.plan for item in found.plans)
-    show(capacity_document(question, found, provenance), options["format"])
+    _show(capacity_document(question, found, provenance), options)
     return 0 if found.plans else EXIT_INFEASIBLE
 
 
 def _run_validate(options: dict[str, Any]) -> int:
     from apex_opt.measured import Predictor, read_measured
     from apex_opt.profiles import check_profiles
-    from apex_opt.report import Progress, show, validation_document
+    from apex_opt.report import Progress, validation_document
 
     predictor = Predictor(profiles=check_profiles(options["profiles"]))
     measurements = read_measured(expanded(options["measured"]))
@@ -396,31 +403,30 @@ def _run_validate(options: dict[str, Any]) -> int:
         from apex_opt.report.validation_plot import write_plot
 
         write_plot(expanded(options["plot"]), document)
-    show(document, options["format"], options["limit"])
+    _show(document, options)
     return 0 if document["coverage"]["predicted"] else EXIT_INFEASIBLE
 
 
 def _run_models(options: dict[str, Any]) -> int:
     from apex_opt.ir import list_models
-    from apex_opt.report import listing_document, model_row, show
+    from apex_opt.report import listing_document, model_row
 
-    show(listing_document("models", [model_row(model) for model in list_models()]), options["format"])
+    _show(listing_document("models", [model_row(model) for model in list_models()]), options)
     return 0
 
 
 def _run_clusters(options: dict[str, Any]) -> int:
     from apex_opt.cluster import list_clusters, load_cluster
-    from apex_opt.report import cluster_row, listing_document, show
+    from apex_opt.report import cluster_row, listing_document
 
     clusters = [load_cluster(name) for name in list_clusters()]
     nodes = {cluster.gpu.name: cluster for cluster in clusters if cluster.nodes == 1}
-    show(listing_document("clusters", [cluster_row(node) for node in nodes.values()]), options["format"])
+    _show(listing_document("clusters", [cluster_row(node) for node in nodes.values()]), options)
     return 0
 
 
 def _run_cluster_show(options: dict[str, Any]) -> int:
     from apex_opt.cluster import load_topology
-    from apex_opt.report import show
     from apex_opt.report.topology import topology_document, write_topology
 
     topology = load_topology(options["cluster"])
@@ -430,64 +436,61 @@ def _run_cluster_show(options: dict[str, Any]) -> int:
     document = topology_document(topology)
     if options["plot"] is not None:
         write_topology(expanded(options["plot"]), document)
-    show(document, options["format"])
+    _show(document, options)
     return 0
 
 
 def _run_cluster_import(options: dict[str, Any]) -> int:
     from apex_opt.cluster.importers import import_cluster
-    from apex_opt.report import show
     from apex_opt.report.topology import import_document, write_toml
 
     composition, notes = import_cluster(expanded(options["source"]), options["gpu"])
     document = import_document(composition, notes, options["target"])
     if options["target"] is not None:
         write_toml(expanded(options["target"]), document)
-    show(document, options["format"])
+    _show(document, options)
     return 0
 
 
 def _run_traces(options: dict[str, Any]) -> int:
-    from apex_opt.report import listing_document, show, trace_row
+    from apex_opt.report import listing_document, trace_row
     from apex_opt.workload import list_traces, load_trace
 
     rows = [trace_row(load_trace(name), title) for name, title in list_traces()]
-    show(listing_document("traces", rows), options["format"])
+    _show(listing_document("traces", rows), options)
     return 0
 
 
 def _run_profile_show(options: dict[str, Any]) -> int:
     from apex_opt.profiles.inventory import inventory
-    from apex_opt.report import show
     from apex_opt.report.profiles import inventory_document
 
     root = DATA_ROOT / "profiles" if options["profiles"] is None else expanded(options["profiles"])
-    show(inventory_document(root, inventory(root, options["gpu"])), options["format"])
+    _show(inventory_document(root, inventory(root, options["gpu"])), options)
     return 0
 
 
 def _run_profile_distill(options: dict[str, Any]) -> int:
     from apex_opt.profiles.distill.command import default_target, distill
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.profiles import tables_document
 
     source = None if options["source"] is None else expanded(options["source"])
     target = default_target() if options["target"] is None else expanded(options["target"])
     with Progress() as progress:
         reports = distill(source, target, progress, () if options["gpu"] is None else (options["gpu"],))
-    show(tables_document("profile distill", target, reports), options["format"])
+    _show(tables_document("profile distill", target, reports), options)
     return 0
 
 
 def _run_profile_import(options: dict[str, Any]) -> int:
     from apex_opt.cluster import load_cluster
     from apex_opt.profiles.importers import import_profile
-    from apex_opt.report import show
     from apex_opt.report.profiles import tables_document
 
     gpu, target = load_cluster(options["gpu"]).gpu, expanded(options["target"])
     found = import_profile(options["kind"], expanded(options["source"]), gpu, target)
-    show(tables_document("profile import", found.folder, found.reports, found.passed_over), options["format"])
+    _show(tables_document("profile import", found.folder, found.reports, found.passed_over), options)
     return 0
 
 
@@ -497,7 +500,7 @@ def _run_profile_collect(options: dict[str, Any]) -> int:
     from apex_opt.cluster import load_cluster
     from apex_opt.profiles.collect import asked_ops, collect, recognised
     from apex_opt.profiles.collect.torch_machine import open_machine
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.profiles import tables_document
 
     ops, target = asked_ops(options["ops"]), expanded(options["target"])
@@ -506,21 +509,21 @@ def _run_profile_collect(options: dict[str, Any]) -> int:
     gpu = described or recognised(machine.name, machine.memory_bytes)
     with Progress() as progress:
         found = collect(machine, gpu, target, ops, date.today().isoformat(), quick=options["quick"], progress=progress)
-    show(tables_document("profile collect", found.folder, found.reports, found.passed_over), options["format"])
+    _show(tables_document("profile collect", found.folder, found.reports, found.passed_over), options)
     return 0
 
 
 def _run_profile_fit(options: dict[str, Any]) -> int:
     from apex_opt.measured import read_measured
     from apex_opt.measured.fit import fit_board, fit_engine
-    from apex_opt.report import Progress, show
+    from apex_opt.report import Progress
     from apex_opt.report.fitting import fit_document
 
     runs = read_measured(expanded(options["measured"])).runs
     with Progress() as progress:
         fit = fit_engine(runs, options["engine"], progress)
         boards = fit_board(runs, progress, {fit.after.name: fit.after})
-    show(fit_document(fit, boards), options["format"])
+    _show(fit_document(fit, boards), options)
     return 0
 
 

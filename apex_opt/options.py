@@ -97,6 +97,13 @@ _GENERAL: Final = (
     Option(name="debug", kind=bool, default=False, text="Show the traceback of an error."),
 )
 
+_SOURCES: Final = Option(
+    name="sources",
+    kind=bool,
+    default=False,
+    text="Tell of every figure where it comes from, not only which are measured, derived or assumed; json always does.",
+)
+
 _PROFILES: Final = Option(
     name="profiles",
     default="shipped",
@@ -439,7 +446,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
         "  solve.py plan --model=./config.json --weights=bf16,fp8 --format=json\n\n"
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
-        options=(*_QUESTION, _TOP, _TIME_LIMIT, _CHECK, _EMIT, *_GENERAL),
+        options=(*_QUESTION, _TOP, _TIME_LIMIT, _CHECK, _EMIT, _SOURCES, *_GENERAL),
     ),
     "energy": Command(
         summary="Find the plan that needs the least energy within the goals.",
@@ -455,6 +462,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _TIME_LIMIT,
             _CHECK,
             _EMIT,
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -468,6 +476,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         options=(
             *(replace(option, **_FRONT.get(option.name, {})) for option in _QUESTION),
             replace(_PLOT, text="PNG file to draw the front into; needs apex-opt[plot]."),
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -483,6 +492,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             *_QUESTION,
             replace(_PLAN, default=None, text=f"Plan to compare with the best. {_PLAN.text}"),
             _TIME_LIMIT,
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -498,6 +508,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             _REQUESTS,
             _TIMELINE,
             _EMIT,
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -523,6 +534,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 text="Seconds to choose among placements that are as good; that none is better is proven in any case. "
                 "By default none.",
             ),
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -539,6 +551,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             replace(_PLAN, default=None, text="The only plan to ask about, such as tp8; by default all are searched."),
             *_RATE,
             _TOP,
+            _SOURCES,
             *_GENERAL,
         ),
     ),
@@ -549,7 +562,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "  solve.py validate --measured=runs --format=json\n"
         "  solve.py validate --measured=runs --plot=errors.png\n\n"
         "Exit code: 0 where a run was predicted, 3 where none could be, 2 for bad input.",
-        options=(_MEASURED, _PROFILES, _PLOT, _LIMIT, *_GENERAL),
+        options=(_MEASURED, _PROFILES, _PLOT, _LIMIT, _SOURCES, *_GENERAL),
     ),
     "profile show": Command(
         summary="List the measured tables there are, and where they come from.",

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, page, seconds, table
+from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, page, provenance_table, seconds, table
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ def _page(console: Console, document: Document) -> None:
         )
     if document["comparison"] is not None:
         _compared(console, document)
+    if document["best"] is not None:
+        provenance_table(console, document["provenance"])
 
 
 def why_not(console: Console, document: Document) -> None:

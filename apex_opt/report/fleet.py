@@ -206,7 +206,7 @@ def _page(console: Console, document: Document) -> None:
     if best is not None:
         if document["gap"] is not None and not document["optimal"]:
             console.print(f"The best there is may be better by up to {document['gap']:.1%}.\n")
-        provenance_table(console, _provenance(document["provenance"]))
+        provenance_table(console, document["provenance"])
     if "launch" in document:
         launch_section(console, document["launch"])
 
@@ -250,15 +250,3 @@ def _alone(console: Console, document: Document) -> None:
         rows.append((pool["gpu"], plan, str(fleet["gpus"]), amount(fleet["value"], objective["unit"]), loss))
     heads = ("GPU type", "plan", "GPUs", objective["name"], "loss")
     table(console, "Best plan of each type alone", heads, rows, left={0, 1})
-
-
-def _provenance(provenance: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Figures whose source is the same for all types that have them once, the others for each type."""
-    found: dict[str, str] = {}
-    for figure in dict.fromkeys(figure for own in provenance.values() for figure in own):
-        texts = {gpu: own[figure] for gpu, own in provenance.items() if figure in own}
-        if len(set(texts.values())) == 1 and len(texts) == len(provenance):
-            found[figure] = next(iter(texts.values()))
-        else:
-            found |= {f"{figure}, {gpu}": text for gpu, text in texts.items()}
-    return found

@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from apex_opt.report.grid import RULE, grid
+from apex_opt.report.sources import in_full
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from apex_opt.report.document import Document
+    from apex_opt.report.sources import Provenance
 
 _WIDTH: Final = 120
 _NARROWEST: Final = 40
@@ -96,9 +98,9 @@ def lies_table(console: Console, lies: Sequence[Document]) -> None:
         table(console, "Where its groups lie", ("group", "GPUs", "within a", "why"), rows, left={0, 2, 3})
 
 
-def provenance_table(console: Console, provenance: Mapping[str, str]) -> None:
-    """Where the figures of an answer come from, a row each."""
-    table(console, "Where the figures come from", ("", ""), provenance.items(), left={0, 1})
+def provenance_table(console: Console, provenance: Provenance) -> None:
+    """Where the figures of an answer come from, a row each or a row for each group."""
+    table(console, "Where the figures come from", ("", ""), in_full(provenance).items(), left={0, 1})
 
 
 def seconds(value: float | None) -> str:

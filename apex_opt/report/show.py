@@ -11,19 +11,24 @@ if TYPE_CHECKING:
     from apex_opt.report.document import Document
 
 
-def show(document: Document, form: str, limit: int = 0) -> None:
+def show(document: Document, form: str, limit: int = 0, *, sources: bool = False) -> None:
     """Print a document, whole, as "json" or as a "table".
 
     Parameters
     ----------
     document, form
-    limit : int    runs in the table of `validate`
+    limit : int       runs in the table of `validate`
+    sources : bool    whether tables tell where every figure comes from, rather than in groups; json does in any case
 
     Raises
     ------
     InputError         stdout cannot be written
     BrokenPipeError    its reader is gone
     """
+    if form != "json" and "provenance" in document and not sources:
+        from apex_opt.report.sources import in_groups
+
+        document = document | {"provenance": in_groups(document["provenance"])}
     if form == "json":
         import json
 
