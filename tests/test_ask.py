@@ -79,14 +79,16 @@ def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_question
     assert (one.max_devices, one.tree and one.tree.gpus[0]) == (5, "node0:3")
     with pytest.raises(UsageError, match="--gpus: 6 is not between 1 and the 5 free GPUs of 8xh100-sxm"):
         ask(options(cluster="8xh100-sxm", busy="node0:0-2", gpus=6))
-    with pytest.raises(UsageError, match="'8xh100-sxm': no GPU is free; take fewer out"):
+    with pytest.raises(UsageError, match="'8xh100-sxm-80gb': no GPU is free; take fewer out"):
         ask(options(cluster="8xh100-sxm", busy="node0"))
     with pytest.raises(UsageError, match="--down: node0:8: node0 has GPUs 0 to 7"):
         ask(options(cluster="8xh100-sxm", down="node0:8"))
 
 
 def test_a_plan_with_stages_on_several_types_is_for_no_one_cluster() -> None:
-    with pytest.raises(UsageError, match="on= puts stages on several types of GPU, and 2xh100-sxm is asked about as"):
+    with pytest.raises(
+        UsageError, match="on= puts stages on several types of GPU, and 2xh100-sxm-80gb is asked about as"
+    ):
         ask_plan("pp2 bf16 on=h100-sxm-80gb:1+a100-sxm-80gb:1", options(cluster="2xh100-sxm"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from topology_cases import compositions
 
-from apex_opt.cluster import Composition, list_gpus, list_presets, load_cluster, load_pools, load_topology
+from apex_opt.cluster import Composition, Node, list_gpus, list_presets, load_cluster, load_pools, load_topology
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.cluster.composition import read_composition
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
@@ -244,8 +244,28 @@ def test_a_preset_with_nvlink_is_wired_as_the_catalogue_has_it(preset: str, spec
     assert cluster.inter.latency_s == pytest.approx(known.inter.latency_s)
 
 
+@pytest.mark.parametrize("gpu", list_gpus())
+def test_a_node_of_the_catalogue_is_wired_as_its_cluster_says(gpu: str) -> None:
+    known = load_cluster(f"2x{load_cluster(gpu).gpus_per_node}x{gpu}")
+    composition = Composition(name=known.name, nodes=((2, Node.of(known)),))
+    made = composition.cluster()
+    if known.gpus_per_node > 1:
+        assert made.intra == known.intra
+        assert is_catalogued(made)
+    assert made.inter is not None
+    assert known.inter is not None
+    assert (made.inter.bytes_per_s, made.inter.kind) == (known.inter.bytes_per_s, known.inter.kind)
+    assert made.inter.latency_s == pytest.approx(known.inter.latency_s)
+    assert read_composition(Path("made.toml"), tomllib.loads(composition.toml())) == composition
+
+
 def test_presets_cover_the_catalogue_and_boards_go_by_either_name() -> None:
-    assert {load_cluster(name).gpu.name for name in list_presets()} == set(list_gpus())
+    of = [load_cluster(name).gpu.name for name in list_presets()]
+    assert (
+        {"h100-sxm-80gb", "a100-sxm-80gb", "l40s-48gb", "v100-pcie-16gb", "gb200-nvl72-185gb"}
+        < set(of)
+        < set(list_gpus())
+    )
     assert load_topology("2xHGX-H100").wires == load_topology("2xdgx-h100").wires
     assert load_cluster("2xcloud-8xh100").inter.bytes_per_s == 12.5e9 / 8  # type: ignore[union-attr]
 

@@ -183,8 +183,8 @@ def test_a_list_names_a_node_in_every_line(tmp_path: Path) -> None:
         ("a eight l40s\n", "got 'a eight l40s'"),
         ("a 8 l40s\na 8 l40s\n", "line 2: a second node 'a'"),
         ("a 9 l40s\n", "line 1: 9 GPUs, but one node of l40s holds 8"),
-        ("a 8 h\n", "line 1: GPU 'h' fits h100-sxm-80gb, h200-sxm-141gb"),
-        ("a 8 l40\nb 8 l41\n", "line 2: unknown GPU or preset 'l41'; known: a100-sxm-80gb"),
+        ("a 8 rtx\n", "line 1: GPU 'rtx' fits rtx-4090-24gb, rtx-5090-32gb"),
+        ("a 8 l40\nb 8 l41\n", "line 2: unknown GPU or preset 'l41'; did you mean l4 or l40 or l40s?"),
         ("".join(f"n{i} 72 gb200\n" for i in range(911)), "65592 GPUs, above the limit of 65536"),
     ],
 )

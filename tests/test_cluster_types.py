@@ -63,7 +63,7 @@ def test_all_faults_of_a_link_come_in_one_line() -> None:
     text = str(caught.value)
     assert "bytes_per_s" in text
     assert "latency_s" in text
-    assert "nvlink, pcie, infiniband, ethernet" in text
+    assert "nvlink, xgmi, pcie, infiniband, ethernet" in text
 
 
 @pytest.mark.parametrize(("nodes", "gpus_per_node"), [(0, 4), (MAX_GPUS + 1, 1), (1, -1), (True, 1), (1024, 1024)])

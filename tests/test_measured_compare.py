@@ -126,7 +126,7 @@ def test_time_by_operation_adds_up_to_the_run(own: MeasuredRun) -> None:
     ("changes", "reason"),
     [
         ({"model": "acme/unheard-of"}, "model not described: acme/unheard-of"),
-        ({"cluster": "8xmi300x"}, "GPU not in the catalogue"),
+        ({"cluster": "8xmi250x"}, "GPU not in the catalogue"),
         ({"engine": "tgi"}, "engine not described"),
         ({"plan": "tp1 what"}, "plan that cannot be read"),
         ({"plan": "tp2"}, "plan does not fit: devices"),

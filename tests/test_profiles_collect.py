@@ -350,7 +350,7 @@ def test_a_gpu_is_known_by_the_name_its_driver_gives(name: str, gib: float, list
 
 @pytest.mark.parametrize(
     ("name", "gib"),
-    [("NVIDIA H100 NVL", 93.6), ("NVIDIA H100 PCIe", 79.6), ("NVIDIA A100-SXM4-40GB", 39.6), ("NVIDIA T4", 15.0)],
+    [("NVIDIA H100 NVL", 79.6), ("NVIDIA H200 NVL", 140.4), ("NVIDIA A100-SXM4-64GB", 63.6), ("NVIDIA A16", 15.0)],
 )
 def test_a_gpu_that_is_not_in_the_catalogue_is_not_taken_for_its_neighbour(name: str, gib: float) -> None:
     with pytest.raises(InputError, match=r"is not in the catalogue .* --gpu=my-node\.toml"):
@@ -360,8 +360,29 @@ def test_a_gpu_that_is_not_in_the_catalogue_is_not_taken_for_its_neighbour(name:
 def test_every_gpu_of_the_catalogue_has_a_name_that_it_is_known_by() -> None:
     for listed in list_gpus():
         gpu = load_cluster(listed).gpu
-        link = " PCIE" if "pcie" in listed else ""
-        assert recognised(f"NVIDIA {listed.split('-')[0].upper()}{link}", gpu.memory_bytes) == gpu
+        words = [word for word in listed.upper().split("-") if word not in ("SXM", "NVL72") and not word.endswith("GB")]
+        assert recognised(f"NVIDIA {' '.join(words)}", gpu.memory_bytes) == gpu
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81559, "h100-sxm-80gb"),
+        ("NVIDIA H100 PCIe", 81559, "h100-pcie-80gb"),
+        ("NVIDIA H100 NVL", 95830, "h100-nvl-94gb"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-sxm-40gb"),
+        ("NVIDIA A100 80GB PCIe", 81920, "a100-pcie-80gb"),
+        ("NVIDIA A800-SXM4-80GB", 81920, "a800-sxm-80gb"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090-24gb"),
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx-6000-ada-48gb"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, "rtx-pro-6000-96gb"),
+        ("NVIDIA GH200 480GB", 97871, "gh200-96gb"),
+        ("Tesla V100-SXM2-32GB", 32768, "v100-sxm-32gb"),
+        ("Tesla T4", 15360, "t4-16gb"),
+    ],
+)
+def test_names_that_drivers_give_are_known(name: str, mib: int, gpu: str) -> None:
+    assert recognised(name, mib * 2**20).name == gpu
 
 
 # --- no GPU, no torch

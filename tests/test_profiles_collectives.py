@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 TABLE = DATA_ROOT / "profiles" / "collectives.toml"
 SIZES = np.array([130 * KIB, MIB, 8 * MIB, 64 * MIB])
 NAMES = ("all_reduce_s", "all_gather_s", "reduce_scatter_s", "all_to_all_s")
-NODES = {"gb200-nvl72-185gb": "4xgb200-nvl72-185gb"} | {
-    name: f"8x{name}" for name in list_gpus() if "nvl72" not in name
-}
+NODES = {name: f"8x{name}" for name in list_gpus() if "nvl72" not in name and "gh200" not in name}
+NODES |= {name: f"4x{name}" for name in list_gpus() if "nvl72" in name} | {"gh200-144gb": "2xgh200-144gb"}
 HEAD = "op,ranks,bytes,time_us\n"
 
 
@@ -179,11 +178,24 @@ def test_every_collective_is_finite_and_never_falls_as_messages_grow(
 def test_no_large_collective_beats_the_link_by_more_than_a_switch_that_adds_up(gpu: str) -> None:
     calls = measured(NODES[gpu])
     for ranks in range(2, calls.gpus_per_node + 1):
-        sent = (ranks - 1) / ranks * 2**30 / calls.intra.bytes_per_s
+        # On a mesh every one of the others is at the end of a link of its own.
+        links = ranks - 1 if calls.intra.kind == "xgmi" else 1
+        sent = (ranks - 1) / ranks * 2**30 / (calls.intra.bytes_per_s * links)
         assert calls.all_gather_s(2**30, ranks) > 0.9 * sent
         assert calls.reduce_scatter_s(2**30, ranks) > 0.9 * sent
         assert calls.all_to_all_s(2**30, ranks) > 0.9 * sent
         assert calls.all_reduce_s(2**30, ranks) > sent
+
+
+def test_a_mesh_carries_over_as_many_links_as_there_are_others() -> None:
+    calls, share = load_collectives(load_cluster("8xmi300x")), 0.7 * 64e9
+    for ranks in (2, 4, 8):
+        grown = calls.all_reduce_s(2**31, ranks) - calls.all_reduce_s(2**30, ranks)
+        assert grown == pytest.approx(2 / ranks * 2**30 / share)
+        grown = calls.all_to_all_s(2**31, ranks) - calls.all_to_all_s(2**30, ranks)
+        assert grown == pytest.approx(2**30 / ranks / share)
+    assert calls.point_to_point_s(2**31) - calls.point_to_point_s(2**30) == pytest.approx(2**30 / share)
+    assert calls.provenance["all_reduce/intra"] == "assumed: latency and share of the xgmi link's rate"
 
 
 @pytest.mark.parametrize("spec", ["8xh100", "8xl40s"])

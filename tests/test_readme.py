@@ -63,8 +63,8 @@ def test_every_command_shown_parses() -> None:
 def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
     for kind, body in BLOCKS:
         if kind == "toml":
-            (tmp_path / "h100-nvl.toml").write_text(body, encoding="utf-8")
-    assert "h100-nvl.toml" in README
+            (tmp_path / "h200-nvl.toml").write_text(body, encoding="utf-8")
+    assert "h200-nvl.toml" in README
     if "runs" in words:
         if not MEASURED.is_dir():
             pytest.skip(f"no measured runs in {MEASURED}")
@@ -79,10 +79,10 @@ def test_the_accelerator_described_is_the_one_that_is_used(tmp_path: Path) -> No
     from apex_opt.cluster import load_cluster
 
     (body,) = [body for kind, body in BLOCKS if kind == "toml"]
-    path = tmp_path / "h100-nvl.toml"
+    path = tmp_path / "h200-nvl.toml"
     path.write_text(body, encoding="utf-8")
     cluster = load_cluster(str(path))
-    assert (cluster.size, cluster.gpu.name) == (4, "h100-nvl-94gb")
+    assert (cluster.size, cluster.gpu.name) == (4, "h200-nvl-141gb")
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ DOCUMENT: dict[str, Any] = {
     },
     "question": {
         "model": {"name": "llama-3.1-70b", "parameters": 70_553_706_496},
-        "cluster": {"name": "8xh100-sxm"},
+        "cluster": {"name": "8xh100-sxm-80gb", "gpu": "h100-sxm-80gb"},
         "trace": {"name": "[bold]odd[/bold]", "requests": 1000, "concurrency": None, "rate_per_s": 3.92},
     },
     "provenance": {"gemm": "derived from a datasheet", "power": "measured " * 30},
@@ -112,7 +112,7 @@ def block(text: str, title: str) -> list[str]:
 def test_the_head_says_what_was_asked_and_found() -> None:
     head = answer().splitlines()[:2]
     assert head[0] == (
-        "llama-3.1-70b (70.6 B parameters) on 8xh100-sxm, trace [bold]odd[/bold] (1,000 requests, 3.92 requests/s)"
+        "llama-3.1-70b (70.6 B parameters) on 8xh100-sxm-80gb, trace [bold]odd[/bold] (1,000 requests, 3.92 requests/s)"
     )
     assert head[1] == "best plan: dp2 pp2[41,39] attn(tp2) ffn(tp2) bf16 on 8 GPUs, e2e_mean = 2.51 s"
 

@@ -5,7 +5,7 @@ from apex_opt.cluster.composition import Composition, Level, Network, Node, list
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.tree import Tree, free_types
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
-from apex_opt.cluster.uniform import list_gpus
+from apex_opt.cluster.uniform import gpu_name, is_named, list_gpus
 
 __all__ = [
     "DTYPES",
@@ -23,6 +23,8 @@ __all__ = [
     "Topology",
     "Tree",
     "free_types",
+    "gpu_name",
+    "is_named",
     "list_clusters",
     "list_gpus",
     "list_presets",

@@ -10,7 +10,7 @@ from apex_opt.cluster.composition import Composition, list_presets, load_preset,
 from apex_opt.cluster.toml_reader import read_toml, shown
 from apex_opt.cluster.topology import Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster
-from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, uniform_cluster
+from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, names_like, uniform_cluster
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.files import expanded
 from apex_opt.units import ceil_div
@@ -41,8 +41,8 @@ def load_cluster(spec: str) -> Cluster:
     ----------
     spec : str
         `h200-sxm` (one GPU), `8xh100-sxm` (one node), `4x8xh200-sxm` (nodes x GPUs of a node), `dgx-h100` or
-        `2xdgx-h100` (nodes of a preset), or the path of a TOML file. Accelerators go by their catalogue name or any
-        beginning of it that fits one only.
+        `2xdgx-h100` (nodes of a preset), or the path of a TOML file. Accelerators go by their catalogue name, whole or
+        up to a `-`.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def load_wiring(spec: str) -> Cluster | Composition:
     try:
         base = catalogued(gpu_name(match[3]))
     except UnknownNameError:
-        names = (*list_gpus(), *list_presets())
+        names = (*names_like(match[3]), *list_presets())
         raise UnknownNameError("GPU", match[3], names, "or describe it in a cluster TOML file") from None
     gpus = counts[-1] if counts else 1
     nodes = counts[0] if len(counts) == 2 else 1
@@ -114,7 +114,8 @@ def load_wiring(spec: str) -> Cluster | Composition:
             f"cluster {shown(spec)}: one node of {base.gpu.name} holds {base.gpus_per_node} GPUs, asked for {gpus}; "
             f"write {whole}x{base.gpus_per_node}x{match[3]}, or describe such a node in a TOML file"
         )
-    return replace(base, name=text.lower(), nodes=nodes, gpus_per_node=gpus)
+    name = "x".join([*map(str, counts), base.gpu.name])
+    return replace(base, name=name, nodes=nodes, gpus_per_node=gpus)
 
 
 def _from_file(path: Path) -> Cluster | Composition:

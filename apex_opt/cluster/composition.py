@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.topology import Device, Switch, Topology
-from apex_opt.cluster.types import LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
+from apex_opt.cluster.types import MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.cluster.uniform import catalogued, gpu_name, read_gpu
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.units import GB
@@ -27,8 +27,12 @@ _MOST_SOCKETS: Final = 64
 _HOP_S: Final = 0.5e-6
 """Seconds of a link between leaf and spine where none are given. Assumed: a switch takes some hundreds of ns."""
 
+_BUS_S: Final = 1e-6
+_BUS: Final = "assumed: PCIe x16 of the accelerator's generation, and its latency"
+
 _LEVELS: Final = ("nvlink", "pcie", "sockets", "nics")
-_ACROSS: Final = LINK_KINDS[2:]
+_ACROSS: Final = ("infiniband", "ethernet")
+_INSIDE: Final = ("nvlink", "xgmi")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,25 @@ class Node:
         if len(self.sockets.groups) == 1:
             # The link from it to others does not exist: nodes alike are equal, however they were described.
             object.__setattr__(self, "sockets", Level(self.sockets.groups, self.pcie.link))
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> Node:
+        """A node of a cluster of identical ones: on one socket, each GPU with a NIC of its own where there are any."""
+        inside, across, everyone = cluster.intra, cluster.inter, tuple(range(cluster.gpus_per_node))
+        half = replace(inside, latency_s=inside.latency_s / 2)
+        bus, nvlink = half, None
+        if inside.kind != "pcie":
+            # The host's side of an accelerator whose sheet is of another link; its time is part of the network's.
+            latency_s = min(_BUS_S, across.latency_s / 4) if across else _BUS_S
+            rate = max(_bus_gb_per_s(cluster.gpu) * GB, across.bytes_per_s if across else 0.0)
+            bus = Link(bytes_per_s=rate, latency_s=latency_s, kind="pcie", source=_BUS)
+            nvlink = Level((everyone,), half)
+        nics = None
+        if across is not None:
+            port = replace(across, latency_s=round(max(across.latency_s / 2 - bus.latency_s, 0.0), 12))
+            nics = Level(tuple((gpu,) for gpu in everyone), port)
+        sockets = Level((everyone,), bus)
+        return cls(gpu=cluster.gpu, gpus=len(everyone), nvlink=nvlink, pcie=Level((), bus), sockets=sockets, nics=nics)
 
     def switches(self) -> tuple[int, ...]:
         """Number of the NVLink domain or PCIe switch of every GPU; one that hangs on neither is its own."""
@@ -248,6 +271,11 @@ class _Wiring:
             self.wires.append((f"{here}{above}", f"{here}nic{number}", bus))
 
 
+def _bus_gb_per_s(gpu: Gpu) -> float:
+    """PCIe x16 of an accelerator's generation in one direction: Gen3 up to Turing, Gen4 up to Ada, then Gen5."""
+    return 64.0 if gpu.capability is None or gpu.capability >= 9 else 32.0 if gpu.capability >= 8 else 16.0
+
+
 def _above(node: Node, group: tuple[int, ...]) -> str:
     """What a shared NIC hangs on: the PCIe switch of its GPUs, their socket, else the socket of the first."""
     if (switch := node.pcie.holding(group)) is not None:
@@ -388,9 +416,11 @@ def _read_level(table: TomlTable, field: str, gpus: int, path: Path, wired: Link
     known = wired is not None and not (table.has("gb_per_s") or table.has("latency_us"))
     gb_per_s = table.number("gb_per_s", high=1e6, required=not known)
     latency_us = table.number("latency_us", low=-1e-9, high=1e6, required=not known)
-    kind = "nvlink" if field == "nvlink" else "pcie"
+    kind = "pcie"
     if field == "nics":
         kind = table.text("kind", choices=_ACROSS) or kind
+    elif field == "nvlink":
+        kind = table.text("kind", choices=_INSIDE, required=False) or _INSIDE[0]
     source = table.text("source", required=False) or f"stated in {path.name}"
     table.close()
     if len(table.faults) > before:
@@ -478,7 +508,7 @@ def _level_toml(level: Level, gpus: int, field: str) -> str:
         fields.append(f"gpus = {size}" if plain else f"gpus = {[list(group) for group in level.groups]}")
     link = level.link
     fields += [f"gb_per_s = {link.bytes_per_s / GB:.12g}", f"latency_us = {link.latency_s * 1e6:.12g}"]
-    fields += [f"kind = {_quoted(link.kind)}"] * (field == "nics")
+    fields += [f"kind = {_quoted(link.kind)}"] * (field == "nics" or link.kind == "xgmi")
     fields += [f"source = {_quoted(link.source)}"] * bool(link.source)
     return ", ".join(fields)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.cluster.composition import MAX_NODE, Composition, Level, Node, list_presets, load_preset, resized
 from apex_opt.cluster.types import MAX_GPUS, Link
-from apex_opt.cluster.uniform import gpu_name, list_gpus
+from apex_opt.cluster.uniform import catalogued, gpu_name, names_like
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.files import read_text
 
@@ -237,9 +237,9 @@ def _like(kind: str) -> Node:
     try:
         gpu = gpu_name(kind)
     except UnknownNameError:
-        raise UnknownNameError("GPU or preset", kind[:60], (*list_gpus(), *list_presets())) from None
+        raise UnknownNameError("GPU or preset", kind[:60], (*names_like(kind), *list_presets())) from None
     nodes = [load_preset(name).nodes[0][1] for name in list_presets() if not name.startswith("cloud-")]
-    return next(node for node in nodes if node.gpu.name == gpu)
+    return next((node for node in nodes if node.gpu.name == gpu), None) or Node.of(catalogued(gpu))
 
 
 def _line(text: str) -> str:

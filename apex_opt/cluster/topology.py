@@ -74,7 +74,7 @@ class Topology:
         several = cluster.nodes > 1 and cluster.inter is not None
         # Two links between GPUs of a node and four between GPUs of two nodes, which share the latency.
         near = replace(cluster.intra, latency_s=cluster.intra.latency_s / 2)
-        kind = "nvlink" if near.kind == "nvlink" else "pcie"
+        kind = "pcie" if near.kind == "pcie" else "nvlink"
         devices, switches, wires = [], [], []
         for node in range(cluster.nodes):
             switches.append(Switch(name=f"node{node}:{kind}0", kind=kind, node=node))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
 """Number formats whose matrix throughput an accelerator may state."""
 
+REFERENCE: Final = "h200-sxm"
+"""Folder in `profiles/` whose efficiencies stand in where there are none of the accelerator or of a relative."""
+
 _HUGE: Final = 1e30
 
 _CAPABILITY_OF: Final = (("fp4", 10.0), ("fp8", 9.0), ("bf16", 8.0))
@@ -23,7 +26,7 @@ _CAPABILITY_OF: Final = (("fp4", 10.0), ("fp8", 9.0), ("bf16", 8.0))
 _LEAST_CAPABILITY: Final = 7.0
 """That of the first with tensor cores, which have fp16 alone."""
 
-LINK_KINDS: Final = ("nvlink", "pcie", "infiniband", "ethernet")
+LINK_KINDS: Final = ("nvlink", "xgmi", "pcie", "infiniband", "ethernet")
 
 MAX_GPUS: Final = 65536
 """Largest cluster described here; the same limit holds for nodes and for GPUs of one node."""
@@ -62,6 +65,8 @@ class Gpu:
                                         launch), so that no gap is left between them
     price_per_h : float or None         $ for an hour of it; None where not stated, and then no cost is told
     profile : str or None               folder in `profiles/` with tables measured on this accelerator
+    like : str                          folder in `profiles/` measured on a relative, whose efficiencies stand in where
+                                        it has no tables of its own
     sources : tuple of (field, text)    where each figure comes from
     """
 
@@ -77,6 +82,7 @@ class Gpu:
     overlapped_launch: bool = False
     price_per_h: float | None = None
     profile: str | None = None
+    like: str = REFERENCE
     sources: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -141,7 +147,8 @@ class Gpu:
 class Link:
     """What one GPU can send (and at once receive) over one level of the wiring.
 
-    `bytes_per_s` is per direction and per GPU; `latency_s` is from one GPU to another.
+    `bytes_per_s` is per direction and per GPU; `latency_s` is from one GPU to another. Of `xgmi`, AMD's Infinity
+    Fabric, it is that of the link to one other GPU: each has one to every other, and all carry at once.
     """
 
     bytes_per_s: float

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from apex_opt.cluster.toml_reader import TomlTable, read_toml
-from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link
+from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, REFERENCE, Cluster, Gpu, Link
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.units import GB, GIB, MIB, TERA
 
@@ -21,6 +21,9 @@ _FOLDER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 # Idle draw where none is given: the share of the limit measured on the H200 (125 of 700 W).
 _IDLE_SHARE: Final = 125 / 700
+
+_VARIANT: Final = re.compile(r"(-(sxm|pcie|nvl\d*|\d+gb))+$")
+"""What follows the name of an accelerator in that of a variant of it."""
 
 _CAPABILITIES: Final = (6.9, 15.0)
 """Compute capabilities of tensor cores: above the first, up to the second."""
@@ -32,14 +35,34 @@ def list_gpus() -> tuple[str, ...]:
 
 
 def gpu_name(text: str) -> str:
-    """The catalogue name that starts with the text."""
-    names = list_gpus()
-    near = [name for name in names if name.startswith(text.lower())]
-    if len(near) > 1 and text.lower() not in near:
-        raise UsageError(f"GPU {text!r} fits {', '.join(near)}: write one of these")
+    """The catalogue name that a text is, whole or up to a `-`: `h20` is no `h200-sxm-141gb`.
+
+    Of several variants of one accelerator it is the SXM one with the most memory, without one that with the most.
+
+    Raises
+    ------
+    UsageError          a text that fits different accelerators
+    UnknownNameError    one that fits none
+    """
+    names, asked = list_gpus(), text.lower()
+    near = [name for name in names if name == asked or name.startswith(f"{asked}-")]
     if not near:
-        raise UnknownNameError("GPU", text, names, "or describe it in a cluster TOML file")
-    return text.lower() if text.lower() in near else near[0]
+        raise UnknownNameError("GPU", text, names_like(text), "or describe it in a cluster TOML file")
+    if len({_VARIANT.sub("", name) for name in near}) > 1:
+        raise UsageError(f"GPU {text!r} fits {', '.join(near)}: write one of these")
+    return max(near, key=lambda name: (name == asked, "-sxm-" in name, catalogued(name).gpu.memory_bytes))
+
+
+def names_like(text: str) -> tuple[str, ...]:
+    """What to offer for a text that names no accelerator: whole names, for a bare one names without their variants."""
+    return list_gpus() if "-" in text else tuple(sorted({_VARIANT.sub("", name) for name in list_gpus()}))
+
+
+def is_named(gpu: Gpu, text: str) -> bool:
+    """Whether an accelerator is the one that a text names: one of the catalogue as `gpu_name` has it."""
+    if not f"{gpu.name}-".startswith(f"{text.lower()}-"):
+        return False
+    return gpu.name not in list_gpus() or gpu_name(text) == gpu.name
 
 
 @lru_cache(maxsize=64)
@@ -124,10 +147,13 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     profile = table.text("profile", required=False)
     if profile is not None and not _FOLDER_NAME.fullmatch(profile):
         table.faults.append(f"gpu.profile = {profile!r} must be the name of a folder in profiles/")
+    like = table.text("like", required=False)
+    if like is not None and not _FOLDER_NAME.fullmatch(like):
+        table.faults.append(f"gpu.like = {like!r} must be the name of a folder in profiles/")
     source = table.text("source", required=False) or f"stated in {path.name}"
     figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
     figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
-    figures += ["capability"] * (capability is not None)
+    figures += ["capability"] * (capability is not None) + ["like"] * (like is not None)
     figures += ["price_per_h"] * (price_per_h is not None)
     sources = dict.fromkeys(figures, source)
     if idle_w is None:
@@ -156,6 +182,7 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             overlapped_launch=bool(overlapped_launch),
             price_per_h=price_per_h,
             profile=profile,
+            like=like or REFERENCE,
             sources=tuple(sources.items()),
         )
     except InputError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.cluster import list_gpus
-from apex_opt.errors import InputError, UsageError
+from apex_opt.cluster import gpu_name
+from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.measured.files import read_json
 from apex_opt.measured.runs import Iterations, MeasuredRun, UnusableRun
 from apex_opt.plan.engine import EngineSettings
@@ -114,9 +115,10 @@ def read_vllm_runs(path: Path) -> list[Run]:
 
 def _gpu(path: Path) -> tuple[str, tuple[str, ...]]:
     """The GPU that the folder is named after, and what is assumed where it is not."""
-    match = _FOLDER.fullmatch(path.resolve().parent.name.lower())
-    if match and any(name.startswith(match["gpu"]) for name in list_gpus()):
-        return match["gpu"], ()
+    if match := _FOLDER.fullmatch(path.resolve().parent.name.lower()):
+        with suppress(UnknownNameError, UsageError):
+            gpu_name(match["gpu"])
+            return match["gpu"], ()
     return DEFAULT_GPU, (f"measured on {DEFAULT_GPU}",)
 
 

@@ -254,7 +254,7 @@ class Collectives:
         if spanned == 1 and self.measured is not None and self.measured.has("all_to_all"):
             return _none_for_nothing(size, self.measured.time_s("all_to_all", size, ranks))
         inside = ceil_div(ranks, spanned)
-        near = (inside - 1) / ranks * self._stream_s_per_byte(self.intra)
+        near = (inside - 1) / ranks * self._near_s_per_byte(inside)
         if spanned == 1:
             return _none_for_nothing(size, self._floor_s(ranks) + size * near)
         assert self.inter is not None  # _spanned refuses several nodes without a link
@@ -295,7 +295,7 @@ class Collectives:
     def _within(self, size: Floats, ranks: int) -> Floats:
         """What an all-reduce inside a node takes above its floor, as the library does it."""
         if self.intra.kind != "nvlink":
-            return size * (_ring(ranks) * self._stream_s_per_byte(self.intra))
+            return size * (_ring(ranks) * self._near_s_per_byte(ranks))
         series = self._series()
         known = np.log(np.array(series.sizes_bytes))
         inside = np.clip(size, series.sizes_bytes[0], series.sizes_bytes[-1])
@@ -339,12 +339,17 @@ class Collectives:
                 near = across.tail_s_per_byte * _ring(inside) / _ring(across.ranks // across.nodes)
                 near *= self.table.within[0].link_bytes_per_s / self.intra.bytes_per_s
             else:
-                near = _ring(inside) * self._stream_s_per_byte(self.intra)
+                near = _ring(inside) * self._near_s_per_byte(inside)
         return self._levels(near, _ring(nodes) / inside * self._stream_s_per_byte(self.inter))
 
     def _levels(self, near: float, far: float) -> float:
-        """Cost of a byte on two levels: at once over NVLink and NICs; on PCIe one after the other on the same link."""
-        return max(near, far) if self.intra.kind == "nvlink" else near + far
+        """Cost of a byte on two levels: on PCIe one after the other on the same link, else at once."""
+        return near + far if self.intra.kind == "pcie" else max(near, far)
+
+    def _near_s_per_byte(self, ranks: int) -> float:
+        """Cost of a byte of a long message inside a node, where a mesh carries it over as many links as there are."""
+        links = max(ranks - 1, 1) if self.intra.kind == "xgmi" else 1
+        return self._stream_s_per_byte(self.intra) / links
 
     def _stream_s_per_byte(self, link: Link) -> float:
         """Cost of a byte of a long message over a link."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.cluster.toml_reader import shown
+from apex_opt.cluster.types import REFERENCE
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.files import expanded
 from apex_opt.ir.formats import KV_BYTES, SMALL_GROUPS
@@ -57,9 +58,6 @@ if TYPE_CHECKING:
 
 SHIPPED, SILICON = "shipped", "silicon"
 """In place of a folder of profiles: those that ship; all the rows that these are a part of."""
-
-REFERENCE: Final = "h200-sxm"
-"""Folder whose efficiencies stand in where an accelerator has no tables of its own."""
 
 # Table formats that are variants of a plan format. fp8 is scaled by tensor or channel (usual for dense models) or by
 # block (published mixtures of experts), mxfp4 weights meet 16-bit or fp8 activations.
@@ -144,16 +142,18 @@ class Profile:
         gpu: Gpu,
         engine: str,
         own: tuple[Source, ...],
-        reference: tuple[Source, ...],
+        references: tuple[tuple[Source, ...], ...],
         clock: Clock = Clock(),  # noqa: B008
     ) -> None:
         self.gpu = gpu
         self.engine = engine
         self.clock = clock
-        self._own, self._reference = own, reference
+        self._own, self._pools = own, (own, *references)
         self._used: dict[str, dict[str, None]] = {}
         self.power: PowerModel = clock.power(self._power_model())
         self._note("power", self.power.provenance)
+        if not gpu.cuda:
+            self._note("engine kernels", f"assumed: those of CUDA stand in for {gpu.name}, which does not run it")
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -195,7 +195,7 @@ class Profile:
 
     def _power_model(self) -> PowerModel:
         """The first power model among the sources, scaled where it is another accelerator's."""
-        for source in (*self._own, *self._reference):
+        for source in (source for pool in self._pools for source in pool):
             card = source.card
             if card.power is not None:
                 ours = self._is_ours(source) and card.tdp_w == self.gpu.tdp_w
@@ -215,7 +215,7 @@ class Profile:
     ) -> tuple[tuple[_Pick, ...], bool]:
         """Surfaces for a shape in a format: where the shape was measured, else whose shapes come nearest.
 
-        The format itself comes before its stand-ins, tables of this accelerator before the reference's, a routing
+        The format itself comes before its stand-ins, tables of this accelerator before those of references, a routing
         before its stand-ins; then what we measured of the very shape before anything else.
 
         Returns
@@ -224,7 +224,7 @@ class Profile:
         """
         names = dict.fromkeys((name, *_STAND_INS.get(name, ()), "bf16"))
         formats = [_SAME.get(other, (other,)) for other in names]
-        pools = [[source for source in pool if source.has(kind)] for pool in (self._own, self._reference)]
+        pools = [[source for source in pool if source.has(kind)] for pool in self._pools]
         for group in formats:
             for pool, wanted in product(pools, routings):
                 found = [
@@ -410,7 +410,7 @@ class Profile:
         cache are not counted on, so rows of 10 to 60 MB take less than this says.
         """
         moved = sizes("moved_bytes", moved_bytes)
-        tiers = (*self._tiers(self._own, "memory"), *self._tiers(self._reference, "memory"))
+        tiers = [tier for pool in self._pools for tier in self._tiers(pool, "memory")]
         if not tiers:
             raise InputError(f"profiles/{REFERENCE} lacks the memory table all others need")
         source = tiers[0][0]
@@ -537,7 +537,7 @@ class Profile:
         if kv_format not in KV_BYTES:
             raise UnknownNameError("KV format", kv_format, KV_BYTES)
         half = ("bf16", "fp16") if kv_format in ("bf16", "fp16") else (kv_format,)
-        for pool in (self._own, self._reference):
+        for pool in self._pools:
             for names in (half, tuple(name for name in KV_BYTES if name not in half)):
                 for tier in self._tiers(pool, kind):
                     for wanted in dict.fromkeys((window, 0)):
@@ -617,7 +617,8 @@ def load_profile(
 
     Parameters
     ----------
-    gpu : Gpu           its `profile` names a folder of folders with tables measured on it, or is None
+    gpu : Gpu           its `profile` names a folder of folders with tables measured on it, or is None; its `like`
+                        one of a relative, which comes before `REFERENCE`
     engine : str        engine whose kernels are preferred, of `TABLE_ENGINES`
     profiles : Path     folder of profile folders, which come before those that ship; `SHIPPED` for these alone,
                         `SILICON` for all the rows that they are a part of
@@ -645,7 +646,11 @@ def load_profile(
             sorted({path.parent.parent.name for path in folder.glob("*/*/card.toml")}),
             f"folders of {folder}; leave it out to derive from the datasheet",
         )
-    return Profile(gpu, engine, own, _load_sources(shipped / REFERENCE, whole), Clock.of(gpu, clock_mhz))
+    references = tuple(_load_sources(shipped / name, whole) for name in dict.fromkeys((gpu.like, REFERENCE)))
+    if not all(references):
+        folders = sorted({path.parent.parent.name for path in shipped.glob("*/*/card.toml")})
+        raise UnknownNameError(f"profile like that of {gpu.name}", gpu.like, folders)
+    return Profile(gpu, engine, own, references, Clock.of(gpu, clock_mhz))
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from rich.text import Text
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, noted, question_document
 from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
-from apex_opt.report.tables import best_tables, figure_columns
+from apex_opt.report.tables import best_tables, cluster_words, figure_columns
 from apex_opt.search.capacity import ASSUMPTION
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _draw(console: Console, document: Document) -> None:
         Text.assemble(
             (question["model"]["name"], "bold"),
             f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
-            (question["cluster"]["name"], "bold"),
+            *cluster_words(question["cluster"]),
             f", trace {trace['name']} ({count(trace['requests'], 'request')}, {_rate(trace['rate_per_s'])} as given), "
             f"{', '.join(question['slo'])}",
         )

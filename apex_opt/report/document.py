@@ -12,7 +12,7 @@ from apex_opt.cluster import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from apex_opt.cluster.types import Cluster
+    from apex_opt.cluster.types import Cluster, Gpu
     from apex_opt.ir.model import Model
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
@@ -226,9 +226,17 @@ def cluster_row(cluster: Cluster) -> Document:
         "link": cluster.intra.kind,
         "link_bytes_per_s": cluster.intra.bytes_per_s,
         "usd_per_gpu_h": gpu.price_per_h,
-        "profile": f"measured (profiles/{gpu.profile})" if gpu.profile else "derived from the datasheet",
+        "profile": _tables(gpu),
         "sources": dict(gpu.sources),
     }
+
+
+def _tables(gpu: Gpu) -> str:
+    """Whose measured tables an accelerator's times are from."""
+    if gpu.profile:
+        return f"measured (profiles/{gpu.profile})"
+    kernels = "" if gpu.cuda else "; no engine's kernels are known for it"
+    return f"derived from the datasheet, efficiencies of profiles/{gpu.like}{kernels}"
 
 
 def trace_row(trace: Trace, title: str) -> Document:

@@ -14,7 +14,7 @@ from apex_opt.units import GB, GIB, TERA
 from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from rich.console import Console
 
@@ -71,10 +71,18 @@ def question_line(console: Console, question: Document) -> None:
         Text.assemble(
             (question["model"]["name"], "bold"),
             f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
-            (question["cluster"]["name"], "bold"),
+            *cluster_words(question["cluster"]),
             f", trace {trace['name']} ({count(trace['requests'], 'request')}, {load})",
         )
     )
+
+
+def cluster_words(cluster: Document) -> Iterator[str | tuple[str, str]]:
+    """The cluster of a question, and its accelerators where the name does not tell them."""
+    yield cluster["name"], "bold"
+    gpus = [pool["gpu"] for pool in cluster.get("pools", [cluster])]
+    if not all(gpu in cluster["name"] for gpu in gpus):
+        yield f" ({' + '.join(gpus)})"
 
 
 def beside_table(console: Console, document: Document) -> None:

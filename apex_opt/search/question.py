@@ -101,8 +101,13 @@ class Question:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What every answer has to tell besides: of the trace, then of the question itself."""
-        return *self.trace.notes, *self.notes
+        """What every answer has to tell besides: of the trace, of the question itself, then of the GPUs."""
+        gpu = self.cluster.gpu
+        foreign = (
+            f"{gpu.name} does not run CUDA and no engine's kernels are known for it: those of CUDA stand in, at their "
+            "efficiencies on its datasheet"
+        )
+        return *self.trace.notes, *self.notes, *([] if gpu.cuda else [foreign])
 
     @property
     def asked(self) -> tuple[Objective | Slo, ...]:

@@ -28,6 +28,9 @@ _MEMORY_SHARE: Final = 0.8
 _TOO_LARGE: Final = "larger than the memory that is free"
 _NEAR: Final = 0.03
 _NAME: Final = "collected"
+_SIZE: Final = re.compile(r"\d+gb")
+_BOARDS: Final = ("pcie", "nvl")
+"""Words of a driver that tell a board from the module with the same chip."""
 _ABOUT: Final = {
     "gemm": "out[m,n] = in[m,k] W[n,k]^T; float8 with one scale per row and column, quantising the input not included",
     "moe": "fused experts, gate-up and down, routing uniform at random",
@@ -45,11 +48,11 @@ def recognised(name: str, memory_bytes: int) -> Gpu:
     ------
     InputError      none, or one with another memory
     """
-    words = re.split(r"[^a-z0-9]+", name.lower())
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
     for listed in list_gpus():
-        gpu = load_cluster(listed).gpu
-        same = abs(memory_bytes / gpu.memory_bytes - 1) < _NEAR and ("pcie" in words) == ("pcie" in listed)
-        if listed.split("-")[0] in words and same:
+        gpu, own = load_cluster(listed).gpu, {word for word in listed.split("-") if not _SIZE.fullmatch(word)}
+        boards = {board for board in _BOARDS if board in own} == {board for board in _BOARDS if board in words}
+        if own - {"sxm", "nvl72"} <= words and boards and abs(memory_bytes / gpu.memory_bytes - 1) < _NEAR:
             return gpu
     raise InputError(
         f"{name} with {memory_bytes / 2**30:.0f} GiB is not in the catalogue ({', '.join(list_gpus())}); describe it "

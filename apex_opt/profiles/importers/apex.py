@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from apex_opt.cluster import is_named
 from apex_opt.errors import InputError
 from apex_opt.profiles.importers.foreign import Found, Part, csv_files, part, read_columns
 from apex_opt.units import KIB
@@ -121,7 +122,7 @@ def _rows(
     """
     rows = read_columns(path, "APEX+", (*numbers, "time(us)"), ("gpu", "dtype"), (clock,))
     for name in sorted(set(rows["gpu"].tolist())):
-        if not name or not gpu.name.startswith(name.lower()):
+        if not is_named(gpu, name):
             raise InputError(f"{path}: measured on {name[:40]!r}, not on {gpu.name}")
     formats = np.array([_FORMATS.get(name, "") for name in rows["dtype"].tolist()], dtype=object)
     speeds = np.nan_to_num(rows.get(clock, np.zeros(len(formats))))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from apex_opt.cluster import is_named
 from apex_opt.errors import InputError
 from apex_opt.profiles.importers.foreign import Found, Part, csv_files, part, read_columns
 from apex_opt.units import NS_PER_MS, NS_PER_US
@@ -66,7 +67,7 @@ def read_vidur(source: Path, gpu: Gpu) -> Found:
     others: set[str] = set()
     for path in files:
         made_on = _device(path)
-        if made_on.split("_")[0] not in ("", device):
+        if made_on and not is_named(gpu, made_on.split("_")[0]):
             others.add(made_on)
         elif "_" in made_on and made_on != f"{device}_{_NODE}":
             passed_over.append((_shown(path), "a node wired otherwise than the catalogue's"))
