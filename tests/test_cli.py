@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
 import pytest
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_cases import engine, recorded, write_runs
 from measured_package import write_package
+from rich.cells import cell_len
 
 import solve
 from apex_opt.ask import Options, ask, ask_plan
@@ -35,6 +37,9 @@ from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator
 from apex_opt.workload import Trace, load_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
@@ -101,6 +106,23 @@ def noted_trace(monkeypatch: pytest.MonkeyPatch, note: str) -> None:
         return replace(load_trace(*given, **more), notes=(note,))
 
     monkeypatch.setattr("apex_opt.ask.load_trace", noted)
+
+
+def two_types_in(folder: Path) -> str:
+    """An option for two GPUs of one type beside one of another."""
+    level = "gb_per_s = 32, latency_us = 1"
+    nics = f'nics = {{ gpus = 1, {level}, kind = "infiniband" }}'
+    nodes = [
+        f'[[nodes]]\ngpu = "{gpu}"\ngpus = {gpus}\npcie = {{ {level} }}\n{nics}'
+        for gpu, gpus in (("a100-sxm", 2), ("h100-sxm", 1))
+    ]
+    (folder / "mixed.toml").write_text("\n".join(nodes))
+    return f"--cluster={folder}/mixed.toml"
+
+
+@pytest.fixture
+def two_types(tmp_path: Path) -> str:
+    return two_types_in(tmp_path)
 
 
 # ---- what comes out -----------------------------------------------------------------------------------------------
@@ -290,6 +312,70 @@ def test_what_a_trace_has_to_tell_is_in_every_answer_in_json_and_once_below_the_
     lines = run(*words).out.splitlines()
     assert lines.index("note: 2 rows were left out") in (1, 2)
     assert lines.count("note: 2 rows were left out") == 1
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Callable[[str, int], str]:
+    """What a command prints at a width."""
+    folder = tmp_path_factory.mktemp("pages")
+    goals = "--slo=ttft_p95<=9s,tpot_p95<=9s,itl<=1s@99%"
+    words = {
+        "plan": ("plan", *CHEAP, goals),
+        "energy": ("energy", *CHEAP, goals, "--clock=1200,1980", "--max_num_seqs=64,256"),
+        "pareto": ("pareto", *CHEAP, goals, "--clock=1980", "--objective=ttft_p95,tpot_p95,energy"),
+        "explain": ("explain", *CHEAP, goals, "--plan=tp2"),
+        "infeasible": ("explain", "--model=llama-3.1-70b", "--cluster=1xh100-sxm", "--trace=static:n=2"),
+        "simulate": ("simulate", *CHEAP, "--plan=pp2"),
+        "place": ("place", CHEAP[0], "--cluster=2xdgx-h100", "--plan=dp2 tp4", "--lose=node0:3"),
+        "capacity": ("capacity", *CHEAP[:2], "--trace=poisson:rate=2,n=20", goals, "--resolution=0.5"),
+        "fleets": ("plan", CHEAP[0], two_types_in(folder), CHEAP[2], goals, "--top=3"),
+        "validate": ("validate", f"--measured={runs}"),
+        "clusters": ("clusters",),
+        "models": ("models",),
+        "traces": ("traces",),
+        "cluster show": ("cluster", "show", "--cluster=2xdgx-h100"),
+        "profile show": ("profile", "show", "--gpu=h200-sxm"),
+    }
+
+    @cache
+    def printed(name: str, width: int) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("COLUMNS", str(width))
+            ran = run(*words[name])
+        assert ran.code == (3 if name == "infeasible" else 0), ran.err
+        return ran.out
+
+    return printed
+
+
+PAGES = ("plan", "energy", "pareto", "explain", "infeasible", "simulate", "place", "capacity", "fleets", "validate")
+LISTS = ("clusters", "models", "traces", "cluster show", "profile show")
+
+
+@pytest.mark.parametrize("width", [40, 50, 80, 120, 200])
+@pytest.mark.parametrize("name", [*PAGES, *LISTS])
+def test_pages_fit_their_width_and_break_no_word(pages: Callable[[str, int], str], name: str, width: int) -> None:
+    def words_of(text: str) -> set[str]:
+        return {word.strip(",;:.") for line in text.splitlines() for word in line.split() if set(word) != {"─"}}
+
+    page, whole = pages(name, width), pages(name, 1000)
+    assert all(cell_len(line) <= width for line in page.splitlines())
+    # A word of the page that is not one of the text is a piece of one; only long ones are broken, and bars are scaled.
+    pieces = words_of(page) - words_of(whole) - {"left", "out", "for", "lack", "of", "width"}
+    long = [word for word in words_of(whole) if len(word) > 24]
+    assert not [piece for piece in pieces if not any(piece in word for word in long)]
+
+
+@pytest.mark.parametrize("width", [40, 50, 80, 120, 200])
+@pytest.mark.parametrize("name", ["plan", "energy", "fleets", "capacity"])
+def test_columns_with_a_goal_are_never_left_out(pages: Callable[[str, int], str], name: str, width: int) -> None:
+    page = pages(name, width)
+    start = page.index("Plans by rate" if name == "capacity" else "Candidates")
+    text = page[start : page.index("\n\n", start)]
+    shown, _, left_out = text.partition("left out for lack of width:")
+    for goal in ("TTFT p95", "TPOT p95", "itl<=1s"):
+        assert goal not in " ".join(left_out.split())
+        assert all(word in shown for word in goal.split())
 
 
 def test_progress_is_on_stderr_only(planned: tuple[dict[str, Any], str]) -> None:
@@ -817,19 +903,6 @@ def test_a_matrix_becomes_a_file_that_is_shown_and_planned_on(tmp_path: Path) ->
         for name in (path, "2xh100-sxm")
     ]
     assert planned[0]["metrics"] == planned[1]["metrics"]
-
-
-@pytest.fixture
-def two_types(tmp_path: Path) -> str:
-    """An option for two GPUs of one type beside one of another."""
-    level = "gb_per_s = 32, latency_us = 1"
-    nics = f'nics = {{ gpus = 1, {level}, kind = "infiniband" }}'
-    nodes = [
-        f'[[nodes]]\ngpu = "{gpu}"\ngpus = {gpus}\npcie = {{ {level} }}\n{nics}'
-        for gpu, gpus in (("a100-sxm", 2), ("h100-sxm", 1))
-    ]
-    (tmp_path / "mixed.toml").write_text("\n".join(nodes))
-    return f"--cluster={tmp_path}/mixed.toml"
 
 
 def test_gpus_of_two_types_serve_together_or_alone_whichever_is_better(two_types: str) -> None:

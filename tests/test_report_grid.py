@@ -80,9 +80,12 @@ def test_a_few_rows_of_figures_become_columns() -> None:
 def test_a_word_too_long_for_its_line_is_broken_after_a_sign() -> None:
     assert broken("measured (profiles/h100-sxm/nccl-2.29.2/collective.npz)", 24) == [
         "measured",
-        "(profiles/h100-sxm/nccl-",
-        "2.29.2/collective.npz)",
+        "(profiles/h100-sxm/",
+        "nccl-2.29.2/",
+        "collective.npz)",
     ]
+    assert broken('--slo="ttft_p95<=82ms,tpot_p95<=19.2ms"', 28) == ['--slo="ttft_p95<=82ms,', 'tpot_p95<=19.2ms"']
+    assert broken("seqs_and_tokens_of_batches", 12) == ["seqs_and_", "tokens_of_", "batches"]
     assert broken("x" * 25, 10) == ["x" * 10, "x" * 10, "x" * 5]
     assert broken("  indented words here", 12) == ["  indented", "  words here"]
     assert broken("", 5) == [""]

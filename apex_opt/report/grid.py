@@ -24,9 +24,10 @@ _EASY: Final = 44
 """Characters of a column of text to which other columns are not sacrificed."""
 
 _LONGEST_WORD: Final = 24
-"""Characters of a word that a column is made wide enough for; longer ones are broken, after such a character:"""
+"""Characters of a word that a column is made wide enough for; longer ones are broken."""
 
-_BREAKS: Final = "/,;:)]}=_-.+"
+_BREAKS: Final = (",;/", ":)]}=_-.+")
+"""Signs after which a word is broken, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +181,11 @@ def broken(text: str, width: int) -> list[str]:
 
 
 def _end(word: str, room: int) -> int:
-    """Where to break a word that does not fit: after a sign if there is one, else where the room ends."""
+    """Where to break a word that does not fit: after the last of the best signs in it, else where the room ends."""
     end = len(word)
     while end > 1 and cell_len(word[:end]) > room:
         end -= 1
-    signs = [place for place in range(end // 2, end) if word[place] in _BREAKS]
-    return signs[-1] + 1 if signs else end
+    for signs in _BREAKS:
+        if places := [place for place in range(end // 3, end) if word[place] in signs]:
+            return places[-1] + 1
+    return end
