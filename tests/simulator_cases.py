@@ -222,7 +222,8 @@ def cases(
 def assert_same(one: Outcome, other: Outcome) -> None:
     """Every number of two runs, from the totals down to the batches."""
     assert one.steps == other.steps
-    assert (one.preemptions, one.batches, one.stopped) == (other.preemptions, other.batches, other.stopped)
+    totals = ("preemptions", "batches", "stopped", "cached_tokens")
+    assert [getattr(one, name) for name in totals] == [getattr(other, name) for name in totals]
     for name in ("arrival_ns", "first_token_ns", "finish_ns", "busy_ns"):
         ours, theirs = getattr(one, name), getattr(other, name)
         assert ours.dtype == theirs.dtype == np.int64 and np.array_equal(ours, theirs), (name, ours, theirs)

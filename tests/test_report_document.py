@@ -12,6 +12,7 @@ from apex_opt.ask import Options, ask, ask_plan
 from apex_opt.options import method
 from apex_opt.report import answer_document, cluster_row, listing_document, model_row, trace_row
 from apex_opt.report.document import candidate_document
+from apex_opt.report.tables import rendered
 from apex_opt.search import Answer, Certificate, Evaluator, Question, judge
 from apex_opt.workload import parse_slos
 
@@ -199,3 +200,13 @@ def test_a_list_is_a_document() -> None:
     document = listing_document("models", [{"name": "x", "share": float("nan")}])
     assert document["status"] == "ok"
     assert document["models"] == [{"name": "x", "share": None}]
+
+
+def test_prefix_caching_tells_what_was_found_and_nothing_is_told_without() -> None:
+    question, answer = scored(trace="static:n=20,prompt=100,output=4,prefix=(64,1)", prefix_caching=True)
+    document = answer_document("simulate", question, answer, {})
+    found = document["best"]["metrics"]
+    assert found["cached_tokens"] == 19 * 64 and found["cache_hit_rate"] == 19 * 64 / 2000
+    assert f"cache        {19 * 64:,} prompt tokens found, 60.8% of all" in rendered(document)
+    question, answer = scored()
+    assert "cached_tokens" not in answer_document("simulate", question, answer, {})["best"]["metrics"]

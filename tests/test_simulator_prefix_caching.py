@@ -192,6 +192,34 @@ def test_kernel_equals_reference_on_random_conversations(traffic: Traffic, crowd
     check()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prompt_tokens_found_in_the_cache_are_counted_once_a_request(implementation: Implementation) -> None:
+    engine = EngineSettings(
+        max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, block_size=4, prefix_caching=True
+    )
+    # The second finds three whole blocks, the third, whose last block is all it lacks, all but that one.
+    says = [[1, 2, 3, 4], [1, 2, 3, 9], [1, 2, 3, 4], [7, 2, 3, 4]]
+    trace = requests([(1000 * i, 16, 2) for i in range(4)], content=says, content_tokens=4)
+    case = Case(settings=engine, blocks=40, laws=(linear(engine, 10),), trace=trace)
+    outcome = case.run(implementation)
+    assert outcome.cached_tokens == 12 + 12
+    assert outcome.cached_tokens == trace.prompt_tokens + 4 - outcome.counts.tokens
+    off = replace(case, settings=replace(engine, prefix_caching=False)).run(implementation)
+    assert off.cached_tokens == 0
+
+
+@settings(max_examples=100)
+@given(conversations("dealt"))
+def test_what_is_not_found_is_computed_where_nobody_is_preempted(case: Case) -> None:
+    # A batch formed before the last one ends may compute a token too many.
+    outcome = replace(case, settings=replace(case.settings, async_scheduling=False)).run("kernel")
+    generated = case.trace.generated(case.settings.max_model_len)
+    if not outcome.preemptions:
+        wanted = case.trace.prompt_tokens + int(generated.sum()) - len(case.trace)
+        assert outcome.cached_tokens == wanted - outcome.counts.tokens
+    assert 0 <= outcome.cached_tokens < case.trace.prompt_tokens
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_kernel_equals_reference_on_long_crowded_conversations(seed: int) -> None:

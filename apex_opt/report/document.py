@@ -128,6 +128,9 @@ def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float,
     if tells_cost:
         cost = {name: metrics.value(metric) for name, metric in _COSTS.items()}
     energy_j = metrics.value("energy")
+    cached: Document = {}
+    if question.settings.prefix_caching:
+        cached = {"cached_tokens": metrics.cached_tokens, "cache_hit_rate": metrics.cached_share}
     return {
         **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
         "makespan_s": metrics.makespan_s,
@@ -135,6 +138,7 @@ def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float,
         **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
         "output_tokens_per_s": metrics.output_tokens_per_s,
         "total_tokens_per_s": metrics.total_tokens_per_s,
+        **cached,
         "slo": {
             slo.text: {
                 "met": metrics.slo_met[slo.text],

@@ -198,6 +198,7 @@ def service_tables(console: Console, metrics: Document) -> None:
             f"{metrics['total_tokens_per_s']:,.0f} tokens/s in all",
         ),
         *_goodput(metrics),
+        *_cached(metrics),
         ("makespan", seconds(metrics["makespan_s"])),
         (
             "energy",
@@ -216,6 +217,12 @@ def _goodput(metrics: Document) -> list[tuple[str, str]]:
         return []
     good, share = metrics["goodput_rps"], metrics["goodput_rps"] / metrics["throughput_rps"]
     return [("goodput", f"{good:.3f} requests/s, {share:.1%} of them, keep to the limits of the goals themselves")]
+
+
+def _cached(metrics: Document) -> list[tuple[str, str]]:
+    if "cached_tokens" not in metrics:
+        return []
+    return [("cache", f"{metrics['cached_tokens']:,} prompt tokens found, {metrics['cache_hit_rate']:.1%} of all")]
 
 
 def _cost(metrics: Document) -> list[tuple[str, str]]:

@@ -125,6 +125,7 @@ def merged(settings: EngineSettings, trace: Trace, parts: Sequence[tuple[NDArray
         finish_ns=finish,
         preemptions=sum(run.preemptions for _, run in parts),
         batches=sum(run.batches for _, run in parts),
+        cached_tokens=sum(run.cached_tokens for _, run in parts),
         busy_ns=np.concatenate([np.pad(run.busy_ns, ((0, 0), (0, stages - run.busy_ns.shape[1]))) for _, run in parts]),
         counts=BatchCounts.empty(settings),
         gaps_ns=gaps,

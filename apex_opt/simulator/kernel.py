@@ -37,8 +37,8 @@ NOW, BATCHES, FREE, STACK, NEXT, TAIL, BACKLOG = 0, 1, 2, 3, 4, 5, 6
 PREEMPTIONS, SENT, ENDED, LAST_ENDED, ERROR = 7, 8, 9, 10, 11
 DECODING, CONTEXT, FIRST_RUN, LAST_RUN, SEATED, PARTIAL, PARTIAL_DONE = 12, 13, 14, 15, 16, 17, 18
 FLIGHT, FLIGHT_END, SIDE, ENTERED, HOLLOW = 19, 20, 21, 22, 23
-QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED, COMPLETE = 24, 25, 26, 27, 28
-STATE_SIZE = 29
+QUEUE_HEAD, QUEUE_LENGTH, RUNNING, UNREPORTED, COMPLETE, CACHED = 24, 25, 26, 27, 28, 29
+STATE_SIZE = 30
 
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
 
@@ -944,6 +944,7 @@ def advance_queued_nb(
                         stack = under[i]
                     else:
                         head = requests.following[i]
+                        state[CACHED] += found * bs
                     computed[i] = found * bs + c
                     blocks[i] = ((computed[i] if limits.policy == VLLM else reserved) + bs - 1) // bs
                     free -= blocks[i] - found + unused

@@ -33,6 +33,7 @@ class Metrics:
     requests_per_s, output_tokens_per_s, total_tokens_per_s : float    over the makespan
     goodput_per_s : float or None         of the requests that keep to what was asked of each; None where nothing was
     output_tokens : int                   tokens generated
+    cached_tokens, cached_share : int, float    prompt tokens found in the cache (`Outcome`), also as a share of all
     energy_j, cost_per_h : float or None  energy of the run, and $ per hour of its GPUs, where known
     attainment : mapping of SLO text to share of requests (for ITL, of gaps) within its limit; 1 or 0 for a figure
     slo_met : mapping of SLO text to whether the goal holds
@@ -44,6 +45,8 @@ class Metrics:
     output_tokens_per_s: float
     total_tokens_per_s: float
     output_tokens: int
+    cached_tokens: int = 0
+    cached_share: float = 0.0
     goodput_per_s: float | None = None
     energy_j: float | None = None
     cost_per_h: float | None = None
@@ -124,6 +127,8 @@ def measure(
         output_tokens_per_s=int(generated.sum()) / makespan_s,
         total_tokens_per_s=int((generated + trace.prompt).sum()) / makespan_s,
         output_tokens=int(generated.sum()),
+        cached_tokens=outcome.cached_tokens,
+        cached_share=outcome.cached_tokens / trace.prompt_tokens,
         goodput_per_s=_good(each, request_slos) / makespan_s if request_slos else None,
         energy_j=energy_j,
         cost_per_h=cost_per_h,

@@ -95,6 +95,7 @@ class Outcome:
     arrival_ns, first_token_ns, finish_ns : int64[requests]
         arrival is as given, or the moment a closed-loop client sent the request
     preemptions, batches : int
+    cached_tokens : int                  prompt tokens found in the cache when their request was first admitted
     busy_ns : int64[replicas, stages]    time each stage spent on batches
     counts : BatchCounts                 over all replicas
     steps : list of Step or None         every batch, replica by replica, where asked for
@@ -110,6 +111,7 @@ class Outcome:
     batches: int
     busy_ns: NDArray[np.int64]
     counts: BatchCounts
+    cached_tokens: int = 0
     steps: list[Step] | None = None
     steps_per_replica: list[int] | None = None
     gaps_ns: NDArray[np.int64] | None = None

@@ -177,6 +177,7 @@ def _run_once(
         first_token_ns=requests.first,
         finish_ns=requests.finish,
         preemptions=int(state[:, kn.PREEMPTIONS].sum()),
+        cached_tokens=int(state[:, kn.CACHED].sum()),
         batches=int(state[:, kn.BATCHES].sum()),
         busy_ns=work.busy,
         counts=counts_arrays,

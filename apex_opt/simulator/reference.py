@@ -47,6 +47,7 @@ class Sequence:
     in_flight: int = 0  # tokens to come from batches that have not finished
     blocks: int = 0
     finished: bool = False
+    admitted: bool = False  # it has been in a batch, though it may have been preempted since
     keys: list[int] = field(default_factory=list)  # content of its full blocks, prefix included; for prefix caching
     table: list[int] = field(default_factory=list)  # the blocks themselves
     registered: int = 0  # blocks whose content can be found by others
@@ -83,6 +84,7 @@ class Scheduler:
         self.pool = kind(blocks, settings.block_size)
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
+        self.cached = 0  # prompt tokens found when their request was first admitted
         self.unreported = False  # somebody ended since the last batch was formed; the workers learn of it with the next
 
     def schedule(self) -> Batch:
@@ -144,6 +146,9 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             sequence.computed = computed
+            if not sequence.admitted:
+                self.cached += computed
+                sequence.admitted = True
             self._enter(batch, sequence, tokens, found)
             budget -= tokens
 
@@ -408,6 +413,7 @@ def _outcome(engines: Seq[Engine], requests: int) -> Outcome:
         first_token_ns=column("first_token_ns"),
         finish_ns=column("finish_ns"),
         preemptions=sum(e.preemptions for e in engines),
+        cached_tokens=sum(e.scheduler.cached for e in engines),
         batches=sum(e.batches for e in engines),
         busy_ns=np.array([e.busy_ns for e in engines], np.int64),
         counts=sum((e.counts for e in engines[1:]), engines[0].counts),
