@@ -189,7 +189,8 @@ _QUESTION: Final = (
     Option(
         name="weights",
         text="Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, "
-        "w8a16g32, w4a16, w4a16g64, w4a16g32, mxfp4, nvfp4. By default the model's own, in the 16-bit type the GPU has.",
+        "w8a16g32, w4a16, w4a16g64, w4a16g32, mxfp4, nvfp4. By default the model's own, in the 16-bit type the GPU "
+        "has.",
     ),
     Option(name="kv", text="KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit."),
     Option(

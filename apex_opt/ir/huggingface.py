@@ -6,6 +6,7 @@ What the text decoder does not serve is left out: vision towers beside a `text_c
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -28,11 +29,16 @@ from apex_opt.ir.model import (
     count_fault,
     shown,
 )
+from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.quantisation import Quantisation, read_quantisation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from apex_opt.ir.held import Held
+
+    _Layer = tuple[int | None, Ffn, tuple[str | None, ...]]
 
 MAX_CONFIG_BYTES: Final = 16 << 20
 """A larger file is not read: real ones are kilobytes, a weight file given by mistake is gigabytes."""
@@ -246,12 +252,17 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if fields.faults:
         raise join_faults(source, fields.faults)
 
+    try:
+        stored = [_held(quantisation, family, layer, ffn) for layer, ffn in enumerate(ffns)]
+    except PatternError as error:
+        raise InputError(f"{source}: quantization_config {error}; give fewer or simpler ones") from None
     layout = [
-        (window, ffn, _coverage(quantisation, family, layer, ffn))
-        for layer, (window, ffn) in enumerate(zip(windows, ffns, strict=True))
+        (window, ffn, tuple(None if entry is None else entry.format for entry in held))
+        for window, ffn, held in zip(windows, ffns, stored, strict=True)
     ]
-    built = {entry: _block(hidden, attention, family.latent, *entry) for entry in dict.fromkeys(layout)}
+    built, formats = _blocks(hidden, attention, family.latent, layout)
     runs = tuple(Run(block=built[entry], count=sum(1 for _ in group)) for entry, group in groupby(layout))
+    used = {entry for held in stored for entry in held if entry is not None}
     return Model(
         name=name,
         hidden=hidden,
@@ -260,29 +271,50 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         max_position=max_position,
         runs=runs,
         dtype=dtype,
-        weight_format=quantisation.weight_format or dtype,
+        weight_format="+".join(formats) or dtype,
         kv_format=quantisation.kv_format,
-        scheme=quantisation.scheme,
+        scheme=quantisation.scheme(formats[0], used) if formats else None,
         source=source,
     )
 
 
-def _coverage(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> tuple[bool, ...]:
-    """Which matrices of one layer the checkpoint quantises, in the order of `Block.matrices`."""
+def _held(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:
+    """How the checkpoint stores the matrices of one layer, in the order of `Block.matrices`."""
     parts = [family.qkv_modules, family.output_modules]
     if isinstance(ffn, MoeFfn):
         shared = family.shared_modules if ffn.shared_intermediate else ()
         parts += [family.expert_modules, shared[:-1], shared[-1:]]
     else:
         parts += [family.dense_modules[:-1], family.dense_modules[-1:]]
-    return tuple(quantisation.covers(layer, modules) for modules in parts)
+    return tuple(quantisation.held(layer, modules) for modules in parts)
+
+
+def _blocks(
+    hidden: int, attention: Mapping[str, Any], latent: bool, layout: Sequence[_Layer]
+) -> tuple[dict[_Layer, Block], list[str]]:
+    """Blocks of layers that differ, and the formats of the checkpoint, that of the most weights first."""
+    counts = Counter(layout)
+    weights: Counter[str] = Counter()
+    for (window, ffn, stored), count in counts.items():
+        matrices = _block(hidden, attention, latent, window, ffn, [1] * len(stored)).matrices
+        for (_, size), name in zip(matrices, stored, strict=True):
+            if name is not None and size:
+                weights[name] += count * size
+    formats = sorted(weights, key=lambda name: -weights[name])
+    place = {name: index + 1 for index, name in enumerate(formats)}
+    built = {}
+    for window, ffn, stored in counts:
+        # A checkpoint in 16 bit leaves nothing out: another one of it may have any matrix in another format.
+        forms = [0 if name is None else place.get(name, 1) for name in stored] if formats else [1] * len(stored)
+        built[window, ffn, stored] = _block(hidden, attention, latent, window, ffn, forms)
+    return built, formats
 
 
 def _block(
-    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, coverage: tuple[int, ...]
+    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, forms: Sequence[int]
 ) -> Block:
-    """One layer out of what all layers share and what is its own."""
-    qkv, output, *others = coverage
+    """One layer out of what all layers share and what is its own; `forms` are the `quantised` of its matrices."""
+    qkv, output, *others = forms
     cell: AttentionCell
     if latent:
         cell = LatentAttention(hidden=hidden, quantised=qkv, output_quantised=output, **attention)

@@ -1,84 +1,76 @@
-"""Reads the quantisation section of a checkpoint: number format, KV format, and which matrices it leaves in 16 bit.
+"""Reads the quantisation section of a checkpoint: in which format each of its matrices is, and that of the KV cache.
 
-Sections come from several tools: `transformers` (modules_to_not_convert), compressed-tensors (targets, ignore) and
-ModelOpt (exclude_modules, or ignore, in config.json or in a hf_quant_config.json beside it). All name modules by their
-place in the checkpoint: literally, with `*` for any text, or as a regular expression behind `re:`.
+Sections come from several tools, each with its own words for a format and for the modules that are in it. All end up
+as rules in order: the first that names a module tells its format. A key that may change what is quantised and is not
+understood is refused, never passed over.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.ir.formats import GROUP_WEIGHTS, SMALL_GROUPS
-from apex_opt.ir.model import count_fault, shown
-from apex_opt.ir.scheme import Scheme
+from apex_opt.ir.compressed_tensors import read_groups
+from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
+from apex_opt.ir.model import shown
+from apex_opt.ir.modules import EXPRESSION, ModuleNames
+from apex_opt.ir.patterns import Effort, PatternError
+from apex_opt.ir.scheme import METHODS, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from apex_opt.ir.fields import Fields
 
-METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt (FP8, NVFP4)", "mxfp4", "gptq", "awq", "compressed-tensors")
+_ALIASES: Final = {
+    "compressed_tensors": "compressed-tensors",
+    "gptq_marlin": "gptq",
+    "awq_marlin": "awq",
+    "auto_round": "auto-round",
+    "intel/auto-round": "auto-round",
+    "inc": "auto-round",
+    "modelopt_fp4": "modelopt",
+    "modelopt_mixed": "modelopt",
+}
+"""Other spellings of methods."""
 
-_LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
-NVFP4_GROUP: Final = 16
-MXFP4_GROUP: Final = 32
-_SIDES: Final = re.compile(r"\d{1,9}x\d{1,9}")
-_EXPRESSION: Final = "re:"
-_WRAPPERS: Final = re.compile(r"(?:(?:model|language_model)\.)+(?=layers\.)")
-_ONE_LAYER: Final = re.compile(r"layers\.(\d{1,9})(?:\.|$)")
-_ROOTS: Final = ("model.", "language_model.model.", "model.language_model.")
-"""What may stand before `layers.0` in the name of a module: multimodal checkpoints wrap their decoder."""
+_LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "exclude")
+_KV_KEYS: Final = ("kv_cache_quant_algo", "kv_cache_scheme")
+_KV_IN_FP8: Final = ("FP8", "FP8_E4M3", "STATIC")
+_HALF_BITS: Final = 16
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleNames:
-    """A list of modules, each with all that it holds.
-
-    Names of one layer are kept by layer, so that a checkpoint which lists every module of every layer is read in time
-    proportional to its list.
-    """
-
-    by_layer: Mapping[int, tuple[re.Pattern[str], ...]] = field(default_factory=dict)
-    anywhere: tuple[re.Pattern[str], ...] = ()
-    expressions: tuple[re.Pattern[str], ...] = ()
-
-    @classmethod
-    def parse(cls, entries: Iterable[str]) -> ModuleNames:
-        """The modules that entries name.
-
-        Raises
-        ------
-        re.error    an entry behind `re:` is no regular expression
-        """
-        by_layer: dict[int, list[re.Pattern[str]]] = {}
-        anywhere: list[re.Pattern[str]] = []
-        expressions: list[re.Pattern[str]] = []
-        for entry in dict.fromkeys(entries):
-            if entry.startswith(_EXPRESSION):
-                expressions.append(re.compile(entry.removeprefix(_EXPRESSION)))
-                continue
-            name = _WRAPPERS.sub("", entry, count=1) if _WRAPPERS.match(entry) else entry
-            literal = "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in name)
-            pattern = re.compile(rf"(?:.*\.)?{literal}(?:\..*)?")
-            layer = _ONE_LAYER.match(name)
-            (by_layer.setdefault(int(layer[1]), []) if layer else anywhere).append(pattern)
-        return cls(
-            by_layer={layer: tuple(patterns) for layer, patterns in by_layer.items()},
-            anywhere=tuple(anywhere),
-            expressions=tuple(expressions),
-        )
-
-    def hold(self, layer: int, module: str) -> bool:
-        """Whether a module of a layer, such as `mlp.down_proj`, is among them."""
-        name = f"layers.{layer}.{module}"
-        return (
-            any(pattern.fullmatch(name) for pattern in self.by_layer.get(layer, ()))
-            or any(pattern.fullmatch(name) for pattern in self.anywhere)
-            or any(pattern.match(root + name) for pattern in self.expressions for root in _ROOTS)
-        )
+_SUSPECT: Final = re.compile(
+    r"bits|group|modul|layer|block|ignore|exclude|include|skip|target|quant|dynamic|convert|scheme|config|spars|head|cache"
+)
+"""What is in the names of keys that change what is quantised, and how."""
+_HARMLESS: Final = frozenset(
+    (
+        *(
+            "quant_method",
+            "activation_scheme",
+            "quantization_status",
+            "quantizer",
+            "quant_mode",
+            "is_checkpoint_fp8_serialized",
+        ),
+        *("block_name_to_quantize", "to_quant_block_names", "module_name_preceding_first_block", "modules_to_fuse"),
+        *("model_file_base_name", "cache_block_outputs", "cache_examples_on_gpu", "exllama_config", "static_groups"),
+        *("transform_config", "global_compression_ratio", "enable_quanted_input", "algo_config", "dynamic_range"),
+        *("is_marlin_format", "act_group_aware", "hyb_act_group_aware", "super_bits", "super_group_size"),
+    )
+)
+"""Keys of such names that change nothing of what is counted here."""
+_READ: Final[Mapping[str, tuple[str, ...]]] = {
+    "fp8": ("weight_block_size",),
+    "modelopt": ("quant_algo", "config_groups", "group_size", "quantized_layers"),
+    "gptq": ("bits", "group_size", "dynamic", "modules_in_block_to_quantize", "lm_head", "lm_head_quantized"),
+    "awq": ("bits", "w_bit", "group_size", "q_group_size"),
+    "auto-round": ("bits", "group_size", "act_bits", "extra_config"),
+    "quark": ("global_quant_config", "layer_quant_config", "layer_type_quant_config"),
+    "compressed-tensors": ("config_groups", "sparsity_config"),
+}
+"""Keys of such names that the reader of a method takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,200 +79,341 @@ class Quantisation:
 
     Parameters
     ----------
-    weight_format, kv_format : str or None    None where the section leaves them 16 bit
-    scheme : Scheme or None                   None where no weight is quantised
-    targets : ModuleNames or None             modules the weight format is for; None stands for all
-    left_out : ModuleNames                    modules it leaves in 16 bit all the same
+    method : str                name as vLLM has it; empty where nothing is quantised
+    rules : tuple of Rule       the first that names a module tells its format; none leaves it in 16 bit
+    kv_format : str or None     None where the section leaves the cache 16 bit
     """
 
-    weight_format: str | None = None
+    method: str = ""
+    rules: Rules = ()
     kv_format: str | None = None
-    scheme: Scheme | None = None
-    targets: ModuleNames | None = None
-    left_out: ModuleNames = ModuleNames()
 
-    def covers(self, layer: int, modules: Iterable[str]) -> bool:
-        """Whether the format covers a part of a layer: all of its modules, so that a part counted as 16 bit errs up."""
-        if self.weight_format is None:
-            return True
-        return all(
-            (self.targets is None or self.targets.hold(layer, module)) and not self.left_out.hold(layer, module)
-            for module in modules
-        )
+    def held(self, layer: int, modules: Iterable[str]) -> Held | None:
+        """How a part of a layer is stored, None being 16 bit: as the widest of its modules, so that counting errs up.
+
+        Raises
+        ------
+        PatternError    matching the modules takes more steps than a file may cost
+        """
+        if not self.rules:
+            return None
+        widest: Held | None = None
+        for module in modules:
+            rule = next((rule for rule in self.rules if rule.names is None or rule.names.hold(layer, module)), None)
+            if rule is None or rule.held is None:
+                return None
+            if widest is None or rule.held.bits > widest.bits:
+                widest = rule.held
+        return widest
+
+    def scheme(self, main: str, held: Iterable[Held]) -> Scheme:
+        """The method, and the widest extent of the scales of what is in the main of its formats."""
+        found = [entry for entry in held if entry.format == main]
+        groups = [entry.group for entry in found if entry.group is not None]
+        block = next((entry.block for entry in found if entry.block is not None), None)
+        return Scheme(method=self.method, group=max(groups, default=None), block=block)
 
 
 def read_quantisation(fields: Fields) -> Quantisation:
-    """The `quantization_config` of a model; faults are noted in `fields`."""
-    section = fields.section("quantization_config")
+    """The `quantization_config` of a model, or the older `compression_config`; faults are noted in `fields`."""
+    section = _section(fields)
     if section is None:
         return Quantisation()
-    # ModelOpt's own file holds the section within a section, beside who produced it.
-    section = section.section("quantization") or section
-    method = section.text("quant_method").lower()
-    if not method and section.values.get("quant_algo") is not None:
-        method = "modelopt"
-    weight: str | None = None
-    targets: ModuleNames | None = None
-    group: int | None = None
-    block: tuple[int, int] | None = None
-    if method in ("fp8", "fbgemm_fp8"):
-        weight, block = "fp8", _block(section, "weight_block_size")
-    elif method == "modelopt":
-        weight = _modelopt(section)
-        if weight == "nvfp4":
-            method, group = "modelopt_fp4", NVFP4_GROUP
-    elif method == "mxfp4":
-        # The engines quantise the routed experts alone, whatever the list of what to leave out.
-        weight, targets, group = "mxfp4", ModuleNames.parse(("*.experts.*",)), MXFP4_GROUP
-    elif method in ("gptq", "awq"):
-        weight = _weight_only(section, "w_bit" if method == "awq" and "bits" not in section.values else "bits")
-        group = _group(section)
-    elif method == "compressed-tensors":
-        weight, targets, group, block = _compressed_tensors(section)
-    elif not section.faults:
-        section.fault(
-            "quant_method",
-            f"{shown(method)} is not supported; supported: {', '.join(METHODS)}" if method else "is missing",
-        )
-    left_out = _module_names((section, key) for key in _LEFT_OUT_KEYS)
-    return Quantisation(
-        weight_format=weight,
-        kv_format=_kv_format(section),
-        scheme=None if weight is None else Scheme(method=method, group=group, block=block),
-        targets=targets,
-        left_out=left_out,
-    )
+    method = _method(section)
+    if method not in _READERS:
+        if method and not section.faults:
+            _refuse_method(section, method)
+        elif not section.faults:
+            section.fault("quant_method", "is missing")
+        return Quantisation()
+    _refuse_unknown_keys(section, method)
+    reader = _Reader(section, Effort())
+    rules = _READERS[method](reader)
+    left_out = reader.names((key, section.names(key)) for key in _LEFT_OUT_KEYS)
+    if left_out is not None:
+        rules = (Rule(left_out, None), *rules)
+    return Quantisation(method=_named(method, rules), rules=rules, kv_format=_kv_format(section))
 
 
-def _group(section: Fields) -> int | None:
-    """Weights that share one scale; None where a scale is for a whole channel."""
-    group = section.values.get("group_size")
-    return None if group is None or group == -1 else section.count("group_size") or None
-
-
-def _block(section: Fields, key: str) -> tuple[int, int] | None:
-    """Outputs and inputs that share one scale, given as [128, 128] or "128x128"; None where absent."""
-    given = section.values.get(key)
-    if given is None:
-        return None
-    sides = [int(side) for side in given.split("x")] if isinstance(given, str) and _SIDES.fullmatch(given) else given
-    if not isinstance(sides, list) or len(sides) != 2 or any(count_fault(key, side) for side in sides):
-        section.fault(key, f"must be two whole numbers above 0, as [128, 128], not {shown(given)}")
-        return None
-    return sides[0], sides[1]
-
-
-def _module_names(lists: Iterable[tuple[Fields, str]]) -> ModuleNames:
-    """Modules that some lists, each the section that holds it and its key, name together."""
-    entries: list[str] = []
-    for section, key in lists:
-        names = section.names(key)
-        try:
-            ModuleNames.parse(name for name in names if name.startswith(_EXPRESSION))
-        except (re.error, RecursionError, OverflowError) as error:
-            section.fault(key, f"holds no regular expression behind {_EXPRESSION} ({error!s:.60})")
-        else:
-            entries += names
-    return ModuleNames.parse(entries)
-
-
-def _modelopt(section: Fields) -> str | None:
-    """Format of a ModelOpt section."""
-    algo = section.text("quant_algo").upper()
-    if algo == "NVFP4" and section.count("group_size", default=16) not in (0, 16):
-        section.fault("group_size", f"{section.values['group_size']} is not supported; supported: 16")
-    if algo not in ("FP8", "NVFP4"):
-        section.fault("quant_algo", f"must be FP8 or NVFP4, not {shown(section.values.get('quant_algo'))}")
-    return {"FP8": "fp8", "NVFP4": "nvfp4"}.get(algo)
-
-
-def _weight_only(section: Fields, bits_key: str) -> str | None:
-    """Format of integer weights behind 16-bit activations."""
-    bits = section.count(bits_key)
-    if bits and bits not in (4, 8):
-        section.fault(bits_key, f"{bits} is not supported; supported: 4 and 8")
-        return None
-    group = section.values.get("group_size")
-    # -1 and null mean one scale per channel: a group longer than ours, so that counting ours errs upwards.
-    length = GROUP_WEIGHTS if group is None or group == -1 else section.count("group_size")
-    least = GROUP_WEIGHTS if bits == 8 else SMALL_GROUPS[-1]
-    if bits and length in range(1, least):
-        section.fault("group_size", f"{group} is not supported with {bits} bits; supported: {least} and above, or -1")
-    if bits == 4:
-        return "w4a16" if length >= GROUP_WEIGHTS else "w4a16g32"
-    return "w8a16" if bits else None
-
-
-def _compressed_tensors(
-    section: Fields,
-) -> tuple[str | None, ModuleNames | None, int | None, tuple[int, int] | None]:
-    """Format, targets, group and block of a compressed-tensors section, whose groups must agree on the format."""
-    groups = section.section("config_groups")
-    if groups is None or not groups.values:
-        # Without groups only the KV cache is quantised.
-        if not section.values.get("config_groups") and not section.values.get("kv_cache_scheme"):
-            section.fault("config_groups", "is missing")
-        return None, None, None, None
-    found: set[str | None] = set()
-    members: list[Fields] = []
-    scales: list[int | None] = []
-    blocks: list[tuple[int, int] | None] = []
-    for key in groups.values:
-        group = groups.section(key)
-        weights = group.section("weights") if group else None
-        if group is None or weights is None:
-            groups.fault(f"{key}.weights", "is missing")
-            continue
-        found.add(_group_format(groups, key, weights, group.section("input_activations")))
-        members.append(group)
-        scales.append(_group(weights))
-        blocks.append(_block(weights, "block_structure") if weights.text("strategy") == "block" else None)
-    found.discard(None)
-    if len(found) > 1:
-        section.fault("config_groups", "mix number formats; one format for all blocks is supported")
-    # "Linear" is the class of all projections.
-    everything = any("Linear" in (names := group.names("targets")) or not names for group in members)
-    targets = None if everything else _module_names((group, "targets") for group in members)
-    longest = max((scale for scale in scales if scale), default=None)
-    block = next((sides for sides in blocks if sides), None)
-    return (found.pop() if found else None), targets, longest, block
-
-
-def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | None) -> str | None:
-    """Format of one group of a compressed-tensors section."""
-    kind, bits, group = weights.text("type") or "int", weights.values.get("num_bits"), weights.values.get("group_size")
-    if inputs is None:
-        if kind == "float" and bits == 4 and group == SMALL_GROUPS[-1]:
-            return "mxfp4"
-        if kind == "float" and bits != 8:
-            weights.fault("type", "'float' is supported with num_bits 8, or with num_bits 4 and group_size 32, only")
-            return None
-        return _weight_only(weights, "num_bits")
-    if {kind, inputs.text("type")} == {"float"}:
-        if weights.count("num_bits") == inputs.count("num_bits") == 8:
-            return "fp8"
-        if bits == inputs.values.get("num_bits") == 4 and group == 16:
-            return "nvfp4"
-    groups.fault(
-        key,
-        "must have 8-bit float weights and activations, 4-bit ones in groups of 16, or 4- or 8-bit weights alone",
-    )
+def _section(fields: Fields) -> Fields | None:
+    """What tells of quantisation, under whichever key; None where nothing does."""
+    for key in ("quantization_config", "compression_config"):
+        section = fields.section(key)
+        if section is not None:
+            # Some files hold the section within a section: ModelOpt's own, and old ones of compressed-tensors.
+            inner = section.section("quantization") or section.section("quantization_config")
+            if inner is None:
+                return section
+            kept = {name: value for name, value in section.values.items() if name == "sparsity_config"}
+            return type(inner)({**kept, **inner.values}, inner.prefix, inner.faults)
+    for key in ("quantization", "quant_config", "quantize_config", "hf_quant_config", "sparsity_config"):
+        if fields.values.get(key):
+            fields.fault(key, "is not read; what is quantised belongs into quantization_config")
     return None
+
+
+def _method(section: Fields) -> str:
+    """Name of the method, as this package spells it; told by other keys where it is missing."""
+    method = section.text("quant_method").lower()
+    if not method:
+        if section.values.get("quant_algo") is not None:
+            return "modelopt"
+        if section.values.get("load_in_4bit") or section.values.get("load_in_8bit"):
+            return "bitsandbytes"
+        if section.values.get("config_groups"):
+            return "compressed-tensors"
+    return _ALIASES.get(method, method)
+
+
+def _named(method: str, rules: Rules) -> str:
+    """The method as vLLM calls it, which for some depends on the formats."""
+    if method == "modelopt":
+        formats = {rule.held.format for rule in rules if rule.held is not None}
+        if len(formats) > 1:
+            return "modelopt_mixed"
+        return "modelopt" if formats <= {"fp8"} else "modelopt_fp4"
+    return method
+
+
+def _refuse_method(section: Fields, method: str) -> None:
+    """Refuse a method by its name, with what comes nearest."""
+    bits = next((section.values[key] for key in ("bits", "w_bit", "nbits", "weight_bits") if key in section.values), 4)
+    wide = bits == 8 or section.values.get("load_in_8bit") is True or "8" in method
+    known = ", ".join(dict.fromkeys(_READERS))
+    section.fault(
+        "quant_method",
+        f"{shown(method)} is not supported; supported: {known}; for its size, give the config.json of the model "
+        f"it was made of and --weights={'w8a16' if wide else 'w4a16'}",
+    )
+
+
+def _refuse_unknown_keys(section: Fields, method: str) -> None:
+    """Refuse keys that may change what is quantised and that the reader of the method does not take."""
+    known = _HARMLESS.union(_LEFT_OUT_KEYS, _KV_KEYS, _READ.get(method, ()))
+    for key, value in section.values.items():
+        if value and key not in known and _SUSPECT.search(key.lower()):
+            section.fault(f"{key:.60}", "is not understood and may change what is quantised; remove it if it does not")
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A section, and the steps that matching its names may still take."""
+
+    section: Fields
+    effort: Effort
+
+    def names(self, lists: Iterable[tuple[str, Sequence[str]]]) -> ModuleNames | None:
+        """Modules that some lists, each with its key, name together; None where they name none, or at a fault."""
+        entries: list[str] = []
+        for key, names in lists:
+            try:
+                ModuleNames.parse((name for name in names if name.startswith(EXPRESSION)), self.effort)
+            except PatternError as error:
+                self.section.fault(key, f"cannot be matched behind {EXPRESSION} ({error})")
+                return None
+            entries += names
+        try:
+            return ModuleNames.parse(entries, self.effort) if entries else None
+        except PatternError as error:
+            self.section.fault("ignore", str(error))
+            return None
+
+    def overrides(self, key: str, held_of: Callable[[Fields], Held | None], pattern: Callable[[str], str]) -> Rules:
+        """Rules of an object that maps names to what is held otherwise, in its order.
+
+        Parameters
+        ----------
+        held_of : reads the format of one entry
+        pattern : the name of an entry as `ModuleNames` takes it
+        """
+        section = self.section.section(key)
+        rules: list[tuple[Held | None, list[str]]] = []
+        for name in section.values if section is not None else ():
+            assert section is not None
+            entry = section.section(name)
+            if entry is None:
+                if section.values[name] is None:
+                    section.fault(f"{name:.60}", "must be an object, not None")
+                break
+            held = held_of(entry)
+            if section.faults:
+                break
+            if rules and rules[-1][0] == held:
+                rules[-1][1].append(pattern(name))
+            else:
+                rules.append((held, [pattern(name)]))
+        found = ((self.names([(key, names)]), held) for held, names in rules)
+        return tuple(Rule(names, held) for names, held in found if names is not None)
+
+
+def _fp8(reader: _Reader) -> Rules:
+    block = block_sides(reader.section, "weight_block_size")
+    return (Rule(None, Held("fp8", block=block)),)
+
+
+def _mxfp4(reader: _Reader) -> Rules:
+    # The engines quantise the routed experts alone, whatever the list of what to leave out.
+    return (Rule(ModuleNames.parse(("*.experts.*",), reader.effort), Held("mxfp4", group=MXFP4_GROUP)),)
+
+
+def _gptq(reader: _Reader) -> Rules:
+    section = reader.section
+    form = section.text("checkpoint_format") or section.text("format")
+    if form and form not in ("gptq", "gptq_v2", "marlin", "bitblas"):
+        section.fault("checkpoint_format", f"{form!r:.30} is not supported; supported: gptq, gptq_v2, marlin, bitblas")
+    _refuse_quantised_head(section)
+    own = weight_only(section, "bits", "group_size")
+
+    def changed(entry: Fields) -> Held | None:
+        if entry.prefix.rpartition("dynamic.")[2].startswith("-:"):
+            return None
+        merged = {key: section.values.get(key) for key in ("bits", "group_size")} | dict(entry.values)
+        return weight_only(type(entry)(merged, entry.prefix, entry.faults), "bits", "group_size")
+
+    rules = reader.overrides("dynamic", changed, lambda name: EXPRESSION + name.removeprefix("-:").removeprefix("+:"))
+    listed = section.rows("modules_in_block_to_quantize") or []
+    flat = [name for row in listed for name in (row if isinstance(row, list) else [row])]
+    if any(not isinstance(name, str) for name in flat):
+        section.fault("modules_in_block_to_quantize", "must hold names, or lists of names")
+        return rules
+    targets = reader.names([("modules_in_block_to_quantize", flat)])
+    return (*rules, Rule(targets, own))
+
+
+def _awq(reader: _Reader) -> Rules:
+    values = reader.section.values
+    bits = "w_bit" if "bits" not in values and "w_bit" in values else "bits"
+    group = "q_group_size" if "group_size" not in values and "q_group_size" in values else "group_size"
+    return (Rule(None, weight_only(reader.section, bits, group)),)
+
+
+def _auto_round(reader: _Reader) -> Rules:
+    section = reader.section
+
+    def held(entry: Fields) -> Held | None:
+        merged = {key: section.values.get(key) for key in ("bits", "group_size", "data_type", "act_bits")}
+        merged |= dict(entry.values)
+        whole = type(entry)(merged, entry.prefix, entry.faults)
+        if merged.get("bits") == _HALF_BITS:
+            return None
+        kind, activations = whole.text("data_type") or "int", merged.get("act_bits")
+        if kind != "int":
+            whole.fault("data_type", f"{kind!r:.30} is not supported; supported: 'int'")
+        if activations is not None and (not isinstance(activations, int) or activations < _HALF_BITS):
+            whole.fault("act_bits", f"{shown(activations)} is not supported; supported: 16")
+        return weight_only(whole, "bits", "group_size")
+
+    own = held(section)
+    if own is None and not section.faults:
+        section.fault("bits", "16 quantises nothing")
+    return (*reader.overrides("extra_config", held, str), Rule(None, own))
+
+
+def _modelopt(reader: _Reader) -> Rules:
+    section = reader.section
+    algo = section.text("quant_algo").upper()
+    if algo == "MIXED_PRECISION":
+        if not section.values.get("quantized_layers"):
+            section.fault("quantized_layers", "is missing")
+        return reader.overrides("quantized_layers", _algorithm, str)
+    if not algo and section.values.get("config_groups"):
+        return read_groups(section, reader.names)
+    return (Rule(None, _algorithm(section)),)
+
+
+def _algorithm(section: Fields) -> Held | None:
+    """Format that a ModelOpt section, or an entry of one for a single module, tells."""
+    found = {
+        "FP8": Held("fp8"),
+        "FP8_PER_CHANNEL_PER_TOKEN": Held("fp8"),
+        "FP8_PB_WO": Held("fp8", block=(128, 128)),
+        "NVFP4": Held("nvfp4", group=NVFP4_GROUP),
+        # Half a byte and a scale of one byte per 16 weights are what a scale of two bytes per 32 takes.
+        "W4A16_NVFP4": Held("w4a16g32", group=NVFP4_GROUP),
+    }
+    algo = section.text("quant_algo").upper()
+    if algo not in found:
+        section.fault("quant_algo", f"must be {', '.join(found)}, not {shown(section.values.get('quant_algo'))}")
+        return None
+    held = found[algo]
+    if held.group and section.count("group_size", default=held.group) not in (0, held.group):
+        section.fault("group_size", f"{section.values['group_size']} is not supported; supported: {held.group}")
+    return held
+
+
+def _quark(reader: _Reader) -> Rules:
+    section = reader.section
+    own = section.section("global_quant_config")
+    if own is None:
+        section.fault("global_quant_config", "is missing")
+        return ()
+    if section.values.get("layer_type_quant_config"):
+        section.fault("layer_type_quant_config", "is not supported; layer_quant_config is")
+    return (*reader.overrides("layer_quant_config", _quark_format, str), Rule(None, _quark_format(own)))
+
+
+def _quark_format(section: Fields) -> Held | None:
+    """Format of one of Quark's descriptions of a matrix."""
+    weight, inputs = section.section("weight"), section.section("input_tensors")
+    if weight is None:
+        return None
+    kinds = weight.text("dtype"), inputs.text("dtype") if inputs else ""
+    scheme = weight.text("qscheme")
+    if scheme not in ("", "per_tensor", "per_channel"):
+        weight.fault("qscheme", f"{scheme!r:.30} is not supported; supported: per_tensor and per_channel")
+    if kinds == ("fp8_e4m3", "fp8_e4m3"):
+        return Held("fp8")
+    if kinds == ("int8", "int8"):
+        return Held("w8a8")
+    section.fault("weight.dtype", f"must be fp8_e4m3 or int8, as that of input_tensors, not {shown(kinds[0])}")
+    return None
+
+
+def _compressed_tensors(reader: _Reader) -> Rules:
+    return read_groups(reader.section, reader.names)
+
+
+_READERS: Final[Mapping[str, Callable[[_Reader], Rules]]] = {
+    "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
+    "modelopt": _modelopt,
+    "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "awq": _awq,
+    "auto-round": _auto_round,
+    "quark": _quark,
+    "compressed-tensors": _compressed_tensors,
+}
+assert set(_READERS) <= set(METHODS)
+
+
+def _refuse_quantised_head(section: Fields) -> None:
+    for key in ("lm_head", "lm_head_quantized"):
+        if section.values.get(key):
+            section.fault(key, "true is not supported: the LM head is counted in 16 bit")
 
 
 def _kv_format(section: Fields) -> str | None:
     """KV format a quantisation section asks for."""
-    given = section.values.get("kv_cache_scheme")
-    keys = ("kv_cache_quant_algo", *(("kv_cache_scheme",) if isinstance(given, str) else ()))
-    algos = [(key, algo) for key in keys if (algo := section.text(key).upper())]
-    for key, algo in algos:
-        if algo != "FP8":
-            section.fault(key, f"must be FP8, not {shown(algo)}")
-    scheme = None if isinstance(given, str) else section.section("kv_cache_scheme")
-    if scheme is None:
-        return "fp8" if algos else None
-    bits = scheme.count("num_bits")
-    kind = scheme.text("type") or "float"
-    if bits and (bits != 8 or kind != "float"):
-        scheme.fault("num_bits", f"{bits} of type {kind!r:.20} is not supported; supported: 8 of type 'float'")
-    return "fp8"
+    export = section.section("export")
+    if export is not None and export.rows("kv_cache_group"):
+        return "fp8"
+    for key in _KV_KEYS:
+        given: Any = section.values.get(key)
+        if given is None or given == "":
+            continue
+        if isinstance(given, str):
+            if given.upper() in ("NONE", "AUTO"):
+                continue
+            if given.upper() not in _KV_IN_FP8:
+                section.fault(key, f"must be FP8, not {shown(given)}")
+            return "fp8"
+        scheme = section.section(key)
+        if scheme is None:
+            return None
+        bits, kind = scheme.count("num_bits"), scheme.text("type") or "float"
+        if bits and (bits != 8 or kind != "float"):
+            scheme.fault("num_bits", f"{bits} of type {kind!r:.20} is not supported; supported: 8 of type 'float'")
+        return "fp8"
+    return None

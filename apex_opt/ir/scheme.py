@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-METHODS: Final = ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "gptq", "awq", "compressed-tensors")
+METHODS: Final = (
+    "fp8",
+    "fbgemm_fp8",
+    "modelopt",
+    "modelopt_fp4",
+    "modelopt_mixed",
+    "mxfp4",
+    "gptq",
+    "awq",
+    "auto-round",
+    "quark",
+    "compressed-tensors",
+)
 """Methods described here, by the names vLLM has for them."""
 
 

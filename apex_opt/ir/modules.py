@@ -1,0 +1,112 @@
+"""Lists of modules as quantisation sections name them: literally, with `*` for any text, or as a regular expression.
+
+A name stands for the module with all that it holds, wherever the checkpoint wraps its decoder. Literal names are looked
+up, so that a checkpoint which lists every module of every layer costs no more than one that lists a few.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.ir.patterns import Effort, Matcher, expression, glob
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+EXPRESSION: Final = "re:"
+"""What stands before a regular expression in a list of names."""
+
+_WRAPPERS: Final = ("model.", "language_model.", "text_model.", "transformer.", "thinker.", "llm.")
+_MOST_WRAPPED: Final = 4
+_ONE_LAYER: Final = re.compile(r"layers\.(\d{1,9})(?:\.|$)")
+_ROOTS: Final = ("model.", "language_model.model.", "model.language_model.")
+"""What may stand before `layers.0` in the name of a module: multimodal checkpoints wrap their decoder."""
+_FUSED: Final = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+}
+"""Matrices that engines hold as one, by the name they have then: a rule may be written for either."""
+_LOOKUP_STEPS: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleNames:
+    """A list of modules, each with all that it holds."""
+
+    effort: Effort
+    literal: frozenset[str]
+    by_layer: Mapping[int, tuple[Matcher, ...]]
+    anywhere: tuple[Matcher, ...]
+    expressions: tuple[tuple[Matcher, tuple[str, ...]], ...]
+
+    @classmethod
+    def parse(cls, entries: Iterable[str], effort: Effort) -> ModuleNames:
+        """The modules that entries name.
+
+        Raises
+        ------
+        PatternError    an entry behind `re:` that is no expression, or one that cannot be matched here
+        """
+        literal: set[str] = set()
+        by_layer: dict[int, list[Matcher]] = {}
+        anywhere: list[Matcher] = []
+        expressions: list[tuple[Matcher, tuple[str, ...]]] = []
+        for entry in dict.fromkeys(entries):
+            if entry.startswith(EXPRESSION):
+                source = entry.removeprefix(EXPRESSION)
+                # Where any text may stand first, it makes no difference which.
+                roots = _ROOTS[:1] if source.startswith((".*", "^.*")) else _ROOTS
+                expressions.append((expression(source, effort), roots))
+                continue
+            name = _unwrapped(entry).strip(".")
+            if not any(sign in name for sign in "*?["):
+                literal.add(name)
+                continue
+            layer = _ONE_LAYER.match(name)
+            (by_layer.setdefault(int(layer[1]), []) if layer else anywhere).append(glob(name, effort))
+        return cls(
+            effort=effort,
+            literal=frozenset(literal),
+            by_layer={layer: tuple(globs) for layer, globs in by_layer.items()},
+            anywhere=tuple(anywhere),
+            expressions=tuple(expressions),
+        )
+
+    def hold(self, layer: int, module: str) -> bool:
+        """Whether a module of a layer, such as `mlp.down_proj`, is among them.
+
+        Raises
+        ------
+        PatternError    matching takes more steps than a file may cost
+        """
+        within, _, last = module.rpartition(".")
+        names = [f"layers.{layer}.{module}"]
+        if fused := _FUSED.get(last):
+            names.append(f"layers.{layer}.{within}.{fused}")
+        return any(self._hold(layer, name) for name in names)
+
+    def _hold(self, layer: int, name: str) -> bool:
+        if self.literal:
+            self.effort.spend(_LOOKUP_STEPS)
+            parts = name.split(".")
+            ends = range(1, len(parts) + 1)
+            if any(".".join(parts[start:end]) in self.literal for end in ends for start in range(end)):
+                return True
+        globs = (*self.by_layer.get(layer, ()), *self.anywhere)
+        if globs:
+            text = self.effort.text(name)
+            dots = text.at.get(".", 0)
+            if any(matcher(text, 1 | dots << 1) & (dots | 1 << text.length) for matcher in globs):
+                return True
+        return any(matcher(self.effort.text(root + name), 1) for matcher, roots in self.expressions for root in roots)
+
+
+def _unwrapped(entry: str) -> str:
+    """A name without what wraps the decoder, where it names layers."""
+    name = entry
+    for _ in range(_MOST_WRAPPED):
+        name = name.removeprefix(next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""))
+    return name if name.startswith("layers.") else entry
