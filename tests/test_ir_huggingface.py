@@ -444,7 +444,7 @@ def test_quantisation_sections_become_formats(section: object, weights: str, kv:
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size 32 is not supported"),
         ({"quant_method": "fp8", "ignore": "lm_head"}, "quantization_config.ignore must be a list, not 'lm_head'"),
         ({"quant_method": "fp8", "ignore": ["lm_head", 3]}, "quantization_config.ignore must hold names, not 3"),
-        ({"quant_method": "fp8", "ignore": ["re:("]}, r"ignore cannot be matched behind re: \(missing"),
+        ({"quant_method": "fp8", "ignore": ["re:("]}, r"ignore holds 're:\(', which cannot be matched \(missing"),
         (compressed(FLOAT8, FLOAT8, kv_cache_scheme="INT8"), "kv_cache_scheme must be FP8, not 'INT8'"),
         (compressed(FLOAT4 | {"group_size": 32}, FLOAT4), "4-bit float ones in groups of 16"),
         ({"quant_method": "compressed-tensors"}, "config_groups is missing"),

@@ -4,8 +4,9 @@
 formats, `huggingface` the reader of `config.json` files.
 """
 
+from apex_opt.ir.families import SUPPORTED_MODEL_TYPES
 from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
-from apex_opt.ir.huggingface import SUPPORTED_MODEL_TYPES, model_from_config, read_config
+from apex_opt.ir.huggingface import model_from_config, read_config
 from apex_opt.ir.model import (
     Attention,
     AttentionCell,

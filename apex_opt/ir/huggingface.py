@@ -6,13 +6,16 @@ What the text decoder does not serve is left out: vision towers beside a `text_c
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.files import read_json, there
+from apex_opt.ir.context import context_limit
+from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import (
     MAX_COUNT,
@@ -30,7 +33,7 @@ from apex_opt.ir.model import (
     shown,
 )
 from apex_opt.ir.patterns import PatternError
-from apex_opt.ir.quantisation import Quantisation, read_quantisation
+from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,131 +46,18 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES: Final = 16 << 20
 """A larger file is not read: real ones are kilobytes, a weight file given by mistake is gigabytes."""
 
-
-_PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
-_BLOCK_SPARSE_MODULES: Final = tuple(f"block_sparse_moe.experts.0.{name}" for name in ("w1", "w2", "w3"))
-_LATENT_MODULES: Final = tuple(
-    f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+_QUANTISATION_FILES: Final[tuple[tuple[str, dict[str, str]], ...]] = (
+    ("hf_quant_config.json", {}),
+    ("quantize_config.json", {"quant_method": "gptq"}),
+    ("quant_config.json", {"quant_method": "awq"}),
 )
+"""Files in which tools tell of quantisation where config.json does not, and the method of those that do not name it."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Family:
-    """What a model_type implies beyond the fields of its file; None means that the file says.
-
-    The modules are the matrices of a layer by their names in a checkpoint; experts are quantised alike.
-    """
-
-    architecture: str
-    latent: bool = False
-    qkv_bias: bool | None = False
-    output_bias: bool | None = False
-    qk_norm: bool | None = False
-    qk_norm_whole: bool = False
-    sinks: bool = False
-    mlp_bias: bool | None = False
-    window: Literal["never", "always", "opt-in"] = "never"
-    window_pattern: int = 0
-    experts_field: str = ""
-    expert_width_field: str = "moe_intermediate_size"
-    shared_width_field: str = ""
-    shared_count_field: str = ""
-    shared_gate: bool = False
-    expert_bias: bool = False
-    router_bias: bool = False
-    qkv_modules: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    output_modules: tuple[str, ...] = ("self_attn.o_proj",)
-    dense_modules: tuple[str, ...] = tuple(f"mlp.{name}" for name in _PROJECTIONS)
-    expert_modules: tuple[str, ...] = tuple(f"mlp.experts.0.{name}" for name in _PROJECTIONS)
-    shared_modules: tuple[str, ...] = tuple(f"mlp.shared_experts.{name}" for name in _PROJECTIONS)
-
-
-_DEEPSEEK_V3: Final = _Family(
-    architecture="DeepseekV3ForCausalLM",
-    latent=True,
-    experts_field="n_routed_experts",
-    shared_count_field="n_shared_experts",
-    router_bias=True,
-    qkv_modules=_LATENT_MODULES,
+_DRAFT_NAME: Final = re.compile(r"eagle(?!.*vl)|medusa|speculator|mtp|nextn|dflash|hydra|draft", re.IGNORECASE)
+_DRAFT_KEYS: Final = (
+    *("draft_vocab_size", "eagle_config", "dflash_config", "medusa_num_heads", "medusa_num_layers"),
+    *("speculators_model_type", "speculators_config", "speculator_config"),
 )
-
-_FAMILIES: Final[dict[str, _Family]] = {
-    "llama": _Family(architecture="LlamaForCausalLM", qkv_bias=None, output_bias=None, mlp_bias=None),
-    "granite": _Family(architecture="GraniteForCausalLM", qkv_bias=None, output_bias=None, mlp_bias=None),
-    "mistral": _Family(architecture="MistralForCausalLM", window="always"),
-    "phi3": _Family(
-        architecture="Phi3ForCausalLM",
-        window="always",
-        qkv_modules=("self_attn.qkv_proj",),
-        dense_modules=("mlp.gate_up_proj", "mlp.down_proj"),
-    ),
-    "mixtral": _Family(
-        architecture="MixtralForCausalLM",
-        window="always",
-        experts_field="num_local_experts",
-        expert_width_field="intermediate_size",
-        expert_modules=_BLOCK_SPARSE_MODULES,
-    ),
-    "minimax_m2": _Family(
-        architecture="MiniMaxM2ForCausalLM",
-        qk_norm=True,
-        qk_norm_whole=True,
-        experts_field="num_local_experts",
-        expert_width_field="intermediate_size",
-        router_bias=True,
-        expert_modules=_BLOCK_SPARSE_MODULES,
-    ),
-    "gpt_oss": _Family(
-        architecture="GptOssForCausalLM",
-        qkv_bias=True,
-        output_bias=True,
-        sinks=True,
-        window="always",
-        window_pattern=2,
-        experts_field="num_local_experts",
-        expert_width_field="intermediate_size",
-        expert_bias=True,
-        router_bias=True,
-    ),
-    "qwen2": _Family(architecture="Qwen2ForCausalLM", qkv_bias=True, window="opt-in"),
-    "qwen2_moe": _Family(
-        architecture="Qwen2MoeForCausalLM",
-        qkv_bias=True,
-        window="opt-in",
-        experts_field="num_experts",
-        shared_width_field="shared_expert_intermediate_size",
-        shared_gate=True,
-        shared_modules=tuple(f"mlp.shared_expert.{name}" for name in _PROJECTIONS),
-    ),
-    "qwen3": _Family(architecture="Qwen3ForCausalLM", qkv_bias=None, output_bias=None, qk_norm=True, window="opt-in"),
-    "qwen3_moe": _Family(
-        architecture="Qwen3MoeForCausalLM",
-        qkv_bias=None,
-        output_bias=None,
-        qk_norm=True,
-        window="opt-in",
-        experts_field="num_experts",
-    ),
-    "glm4_moe": _Family(
-        architecture="Glm4MoeForCausalLM",
-        qkv_bias=None,
-        qk_norm=None,
-        experts_field="n_routed_experts",
-        shared_count_field="n_shared_experts",
-        router_bias=True,
-    ),
-    "deepseek_v2": _Family(
-        architecture="DeepseekV2ForCausalLM",
-        latent=True,
-        experts_field="n_routed_experts",
-        shared_count_field="n_shared_experts",
-        qkv_modules=_LATENT_MODULES,
-    ),
-    "deepseek_v3": _DEEPSEEK_V3,
-    "kimi_k2": _DEEPSEEK_V3,
-}
-
-SUPPORTED_MODEL_TYPES: Final = tuple(sorted(_FAMILIES))
 
 _QWEN_FULL_LAYERS: Final = 28
 """Leading layers without a window where a Qwen file does not give max_window_layers (transformers)."""
@@ -176,7 +66,7 @@ _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
 def read_config(path: Path, name: str | None = None) -> Model:
-    """Model described by a Hugging Face `config.json`, and by the `hf_quant_config.json` beside it if there is one.
+    """Model described by a Hugging Face `config.json`, and by the file beside it that tells of quantisation, if any.
 
     Parameters
     ----------
@@ -194,9 +84,11 @@ def read_config(path: Path, name: str | None = None) -> Model:
                 raise InputError(f"{path}: the folder holds no config.json; give the model's folder or the file itself")
             raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
         config = read_json_object(file)
-        beside = file.with_name("hf_quant_config.json")
-        if config.get("quantization_config") is None and there(beside):
-            config["quantization_config"] = read_json_object(beside)
+        if not any(config.get(key) for key in QUANTISATION_KEYS):
+            for beside, method in _QUANTISATION_FILES:
+                if there(file.with_name(beside)):
+                    config["quantization_config"] = {**method, **read_json_object(file.with_name(beside))}
+                    break
         if name is None:
             stem = file.name.removesuffix(".json").removesuffix(".config")
             name = stem if stem != "config" else file.resolve().parent.name
@@ -234,15 +126,19 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     ------
     InputError          an unsupported model_type; or all faults of the fields at once
     """
+    _refuse_draft_heads(config, source)
     fields, wrapped = _text_part(config, source)
     if wrapped:
         source += " (text_config)"
     family = _family(fields, wrapped, source)
+    if wrapped:
+        # Of a configuration within another one, only what differs from the defaults of its class is written.
+        fields = Fields({**family.defaults, **fields.values})
 
     hidden = fields.count("hidden_size")
     layers = fields.count("num_hidden_layers", maximum=MAX_LAYERS)
     vocab = fields.count("vocab_size")
-    max_position = fields.count("max_position_embeddings")
+    max_position = context_limit(fields)
     tied = fields.flag("tie_word_embeddings")
     attention = _latent_fields(fields) if family.latent else _attention_fields(fields, family, hidden)
     windows = _windows(fields, family, layers)
@@ -255,7 +151,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     try:
         stored = [_held(quantisation, family, layer, ffn) for layer, ffn in enumerate(ffns)]
     except PatternError as error:
-        raise InputError(f"{source}: quantization_config {error}; give fewer or simpler ones") from None
+        raise InputError(f"{source}: quantization_config: {error}; give fewer or simpler ones") from None
     layout = [
         (window, ffn, tuple(None if entry is None else entry.format for entry in held))
         for window, ffn, held in zip(windows, ffns, stored, strict=True)
@@ -278,7 +174,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     )
 
 
-def _held(quantisation: Quantisation, family: _Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:
+def _held(quantisation: Quantisation, family: Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:
     """How the checkpoint stores the matrices of one layer, in the order of `Block.matrices`."""
     parts = [family.qkv_modules, family.output_modules]
     if isinstance(ffn, MoeFfn):
@@ -328,6 +224,18 @@ def _block(
     return Block(attention=cell, ffn=replace(ffn, quantised=up, down_quantised=down))
 
 
+def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
+    """Refuse the heads that guess tokens for another model: nothing can be served with one alone."""
+    inner = config.get("text_config")
+    for fields in (config, inner if isinstance(inner, dict) else {}):
+        architectures = fields.get("architectures")
+        names = [fields.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
+        signs = [name for name in names if isinstance(name, str) and _DRAFT_NAME.search(name)]
+        signs += [key for key in _DRAFT_KEYS if fields.get(key)]
+        if signs:
+            raise InputError(f"{source}: {signs[0]:.60} is that of a draft head; give the model it drafts for")
+
+
 def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     """The decoder's fields, and whether they lay in a text_config, which inherits what concerns the whole model."""
     if config.get("text_config") is None:
@@ -335,13 +243,13 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     inner = Fields(config).section("text_config")
     if inner is None:
         raise InputError(f"{source}: text_config must be an object, not {shown(config['text_config'])}")
-    shared = ("dtype", "torch_dtype", "quantization_config", "tie_word_embeddings")
+    shared = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTISATION_KEYS)
     inherited = {key: config[key] for key in shared if key in config}
-    own = {key: value for key, value in inner.values.items() if value is not None}
+    own = {key: value for key, value in inner.values.items() if value is not None or key not in inherited}
     return Fields({**inherited, **own}), True
 
 
-def _family(fields: Fields, wrapped: bool, source: str) -> _Family:
+def _family(fields: Fields, wrapped: bool, source: str) -> Family:
     """The family of the model; an unsupported one ends the reading, as its other fields mean something else."""
     supported = f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
     model_type = fields.values.get("model_type")
@@ -351,26 +259,30 @@ def _family(fields: Fields, wrapped: bool, source: str) -> _Family:
     ):
         raise InputError(f"{source}: architectures must be a list of names, not {shown(architectures)}")
     if model_type is None:
-        known = [key for key, family in _FAMILIES.items() if family.architecture in (architectures or ())]
+        known = [key for key, family in FAMILIES.items() if family.architecture in (architectures or ())]
         if not known:
             raise InputError(f"{source}: model_type is missing and architectures names no known one; {supported}")
-        return _FAMILIES[known[0]]
+        return FAMILIES[known[0]]
     if not isinstance(model_type, str):
         raise InputError(f"{source}: model_type must be text, not {shown(model_type)}")
-    if model_type not in _FAMILIES:
+    if model_type not in FAMILIES:
         raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {supported}")
     if architectures and not wrapped and not any("CausalLM" in entry for entry in architectures):
         raise InputError(
             f"{source}: architectures {', '.join(architectures)!r:.60} generates no text; "
             f"give a model whose architecture ends in ForCausalLM"
         )
-    return _FAMILIES[model_type]
+    return FAMILIES[model_type]
 
 
-def _attention_fields(fields: Fields, family: _Family, hidden: int) -> dict[str, Any]:
+def _attention_fields(fields: Fields, family: Family, hidden: int) -> dict[str, Any]:
     """Arguments of `Attention` that all layers share."""
     heads = fields.count("num_attention_heads")
-    kv_heads = fields.count("num_key_value_heads", default=heads)
+    # Where the class has a default, it holds for files that leave the field out; null is one KV head per query head.
+    named = "num_key_value_heads" in fields.values
+    kv_heads = fields.count(
+        "num_key_value_heads", heads if named else family.defaults.get("num_key_value_heads", heads)
+    )
     if fields.values.get("head_dim") is None:
         head_dim = hidden // heads if heads else 0
         if heads and hidden % heads:
@@ -407,7 +319,7 @@ def _latent_fields(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _windows(fields: Fields, family: _Family, layers: int) -> list[int | None]:
+def _windows(fields: Fields, family: Family, layers: int) -> list[int | None]:
     """Attention window of every layer, None for full attention."""
     window = fields.count("sliding_window", default=0)
     kinds = fields.rows("layer_types")
@@ -438,7 +350,7 @@ def _windows(fields: Fields, family: _Family, layers: int) -> list[int | None]:
     return [window if slide and window else None for slide in slides]
 
 
-def _ffns(fields: Fields, family: _Family, hidden: int, layers: int) -> list[Ffn]:
+def _ffns(fields: Fields, family: Family, hidden: int, layers: int) -> list[Ffn]:
     """FFN of every layer; empty where a fault forbids to build one."""
     if not family.experts_field:
         sparse = [False] * layers
@@ -471,7 +383,7 @@ def _ffns(fields: Fields, family: _Family, hidden: int, layers: int) -> list[Ffn
     return [ffn for ffn in chosen if ffn is not None]
 
 
-def _moe_ffn(fields: Fields, family: _Family, hidden: int) -> MoeFfn | None:
+def _moe_ffn(fields: Fields, family: Family, hidden: int) -> MoeFfn | None:
     """The mixture of experts all sparse layers share; None where a field is at fault."""
     before = len(fields.faults)
     width = fields.count(family.expert_width_field)

@@ -7,10 +7,10 @@ up, so that a checkpoint which lists every module of every layer costs no more t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.patterns import Effort, Matcher, expression, glob
+from apex_opt.ir.patterns import Effort, Matcher, PatternError, expression, glob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -32,6 +32,30 @@ _FUSED: Final = {
 _LOOKUP_STEPS: Final = 8
 
 
+@dataclass(slots=True)
+class _Collected:
+    """Entries of a list, sorted by how they are matched."""
+
+    literal: set[str] = field(default_factory=set)
+    by_layer: dict[int, list[Matcher]] = field(default_factory=dict)
+    anywhere: list[Matcher] = field(default_factory=list)
+    expressions: list[tuple[Matcher, tuple[str, ...]]] = field(default_factory=list)
+
+    def add(self, entry: str, effort: Effort) -> None:
+        if entry.startswith(EXPRESSION):
+            source = entry.removeprefix(EXPRESSION)
+            # Where any text may stand first, it makes no difference which.
+            roots = _ROOTS[:1] if source.startswith((".*", "^.*")) else _ROOTS
+            self.expressions.append((expression(source, effort), roots))
+            return
+        name = _unwrapped(entry).strip(".")
+        if not any(sign in name for sign in "*?["):
+            self.literal.add(name)
+            return
+        layer = _ONE_LAYER.match(name)
+        (self.by_layer.setdefault(int(layer[1]), []) if layer else self.anywhere).append(glob(name, effort))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleNames:
     """A list of modules, each with all that it holds."""
@@ -50,29 +74,19 @@ class ModuleNames:
         ------
         PatternError    an entry behind `re:` that is no expression, or one that cannot be matched here
         """
-        literal: set[str] = set()
-        by_layer: dict[int, list[Matcher]] = {}
-        anywhere: list[Matcher] = []
-        expressions: list[tuple[Matcher, tuple[str, ...]]] = []
+        found = _Collected()
         for entry in dict.fromkeys(entries):
-            if entry.startswith(EXPRESSION):
-                source = entry.removeprefix(EXPRESSION)
-                # Where any text may stand first, it makes no difference which.
-                roots = _ROOTS[:1] if source.startswith((".*", "^.*")) else _ROOTS
-                expressions.append((expression(source, effort), roots))
-                continue
-            name = _unwrapped(entry).strip(".")
-            if not any(sign in name for sign in "*?["):
-                literal.add(name)
-                continue
-            layer = _ONE_LAYER.match(name)
-            (by_layer.setdefault(int(layer[1]), []) if layer else anywhere).append(glob(name, effort))
+            try:
+                found.add(entry, effort)
+            except PatternError as error:
+                error.entry = entry
+                raise
         return cls(
             effort=effort,
-            literal=frozenset(literal),
-            by_layer={layer: tuple(globs) for layer, globs in by_layer.items()},
-            anywhere=tuple(anywhere),
-            expressions=tuple(expressions),
+            literal=frozenset(found.literal),
+            by_layer={layer: tuple(globs) for layer, globs in found.by_layer.items()},
+            anywhere=tuple(found.anywhere),
+            expressions=tuple(found.expressions),
         )
 
     def hold(self, layer: int, module: str) -> bool:

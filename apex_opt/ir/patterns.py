@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-MAX_STEPS: Final = 4_000_000
-"""Steps of parsing and matching that one file may take: about two seconds."""
+MAX_STEPS: Final = 2_000_000
+"""Steps of parsing and matching that one file may take: about a second."""
+_PARSING: Final = 10
+"""Steps that reading one character of a pattern counts as."""
 MAX_DEPTH: Final = 40
 MAX_REPEATS: Final = 1000
 
@@ -25,7 +27,9 @@ _ESCAPES: Final = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "
 
 
 class PatternError(ValueError):
-    """An expression that is none, is outside what is understood here, or takes too long."""
+    """An expression that is none, is outside what is understood here, or takes too long; `entry` is where it stands."""
+
+    entry = ""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class Effort:
         """
         self.left -= steps
         if self.left < 0:
-            raise PatternError("names so many modules by patterns that matching them takes too long")
+            raise PatternError("matching the patterns of this file takes too long")
 
     def text(self, letters: str) -> Text:
         """A text to match."""
@@ -253,7 +257,7 @@ class _Parser:
 
     def _next(self) -> str:
         """The next character, taken; empty at the end."""
-        self._effort.spend()
+        self._effort.spend(_PARSING)
         letter = self._source[self._at : self._at + 1]
         self._at += len(letter)
         return letter

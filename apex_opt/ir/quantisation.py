@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from apex_opt.ir.fields import Fields
 
+QUANTISATION_KEYS: Final = ("quantization_config", "compression_config")
+"""Where a config.json tells of quantisation; the first that is there holds."""
+
 _ALIASES: Final = {
     "compressed_tensors": "compressed-tensors",
     "gptq_marlin": "gptq",
@@ -137,7 +140,7 @@ def read_quantisation(fields: Fields) -> Quantisation:
 
 def _section(fields: Fields) -> Fields | None:
     """What tells of quantisation, under whichever key; None where nothing does."""
-    for key in ("quantization_config", "compression_config"):
+    for key in QUANTISATION_KEYS:
         section = fields.section(key)
         if section is not None:
             # Some files hold the section within a section: ModelOpt's own, and old ones of compressed-tensors.
@@ -205,18 +208,13 @@ class _Reader:
 
     def names(self, lists: Iterable[tuple[str, Sequence[str]]]) -> ModuleNames | None:
         """Modules that some lists, each with its key, name together; None where they name none, or at a fault."""
-        entries: list[str] = []
-        for key, names in lists:
-            try:
-                ModuleNames.parse((name for name in names if name.startswith(EXPRESSION)), self.effort)
-            except PatternError as error:
-                self.section.fault(key, f"cannot be matched behind {EXPRESSION} ({error})")
-                return None
-            entries += names
+        found = dict(lists)
+        entries = [name for names in found.values() for name in names]
         try:
             return ModuleNames.parse(entries, self.effort) if entries else None
         except PatternError as error:
-            self.section.fault("ignore", str(error))
+            key = next(key for key, names in found.items() if error.entry in names)
+            self.section.fault(key, f"holds {shown(error.entry)}, which cannot be matched ({error})")
             return None
 
     def overrides(self, key: str, held_of: Callable[[Fields], Held | None], pattern: Callable[[str], str]) -> Rules:

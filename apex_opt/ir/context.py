@@ -1,0 +1,56 @@
+"""The longest sequence a model is made for, as vLLM 0.20.2 derives it from a `config.json`."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.ir.model import MAX_COUNT, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apex_opt.ir.fields import Fields
+
+_LENGTHS: Final = (
+    *("n_positions", "max_seq_len", "seq_length", "model_max_length"),
+    *("max_sequence_length", "max_seq_length", "seq_len"),
+)
+"""Other names of the length; the least of those given holds."""
+_UNSCALED: Final = ("su", "longrope", "llama3")
+"""Kinds of scaling whose files give the scaled length as it is."""
+
+
+def context_limit(fields: Fields) -> int:
+    """Tokens of the longest sequence; 0 at a fault, which is noted in `fields`.
+
+    Scaling of the rotary positions multiplies the length by its factor, for yarn that from before the scaling. Where
+    layers scale differently, the last of them tells.
+    """
+    length = fields.count("max_position_embeddings")
+    for key in _LENGTHS:
+        length = min(length, fields.count(key, default=length))
+    if not length:
+        return 0
+    key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
+    scaling = fields.section(key)
+    kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}
+    nested = kinds and all(isinstance(kind, dict) for kind in kinds.values())
+    factor = 1.0
+    for kind in kinds.values() if nested else (kinds,):
+        name = kind.get("rope_type", kind.get("type", "default"))
+        if name in _UNSCALED:
+            continue
+        given = kind.get("factor")
+        if given is not None:
+            if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_COUNT:
+                fields.fault(f"{key}.factor", f"must be a number above 0, not {shown(given)}")
+                return 0
+            factor = float(given)
+        if name == "yarn" and kind.get("original_max_position_embeddings") is not None:
+            length = type(fields)(kind, f"{key}.", fields.faults).count("original_max_position_embeddings")
+    limit = math.floor(length * factor)
+    if length and not 1 <= limit <= MAX_COUNT:
+        fields.fault(f"{key}.factor", f"makes a context of {limit} tokens; it must be from 1 to {MAX_COUNT}")
+        return 0
+    return limit

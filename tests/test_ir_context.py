@@ -1,0 +1,81 @@
+"""The longest context, as vLLM derives it."""
+
+from typing import Any
+
+import pytest
+
+from apex_opt.ir.context import context_limit
+from apex_opt.ir.fields import Fields
+
+
+def limit(length: int, **fields: Any) -> int:
+    found = Fields({"max_position_embeddings": length, **fields})
+    derived = context_limit(found)
+    assert not found.faults
+    return derived
+
+
+@pytest.mark.parametrize(
+    ("length", "scaling", "expected"),
+    [
+        (32768, None, 32768),
+        # Qwen2.5 by its card: scaled, though the file keeps the length it was trained on.
+        (32768, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        (32768, {"rope_type": "yarn", "factor": 4.0}, 131072),
+        # DeepSeek-V3 and gpt-oss state the scaled length, and are not scaled once more.
+        (163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
+        (131072, {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096}, 131072),
+        (4096, {"type": "linear", "factor": 4.0}, 16384),
+        (4096, {"type": "dynamic", "factor": 2.0}, 8192),
+        (131072, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 131072),
+        (131072, {"type": "longrope", "factor": 32.0, "original_max_position_embeddings": 4096}, 131072),
+        (131072, {"type": "su", "short_factor": [1.0]}, 131072),
+        (32768, {"type": "mrope", "mrope_section": [16, 24, 24]}, 32768),
+        (8192, {"rope_type": "default", "rope_theta": 10000.0}, 8192),
+        (2048, {"type": "linear", "factor": 1.5}, 3072),
+        (2048, {"type": "video_rope", "factor": None}, 2048),
+        (4096, {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 8192),
+    ],
+)
+def test_scaling_extends_the_limit_unless_the_file_states_the_scaled_one(
+    length: int, scaling: dict[str, Any] | None, expected: int
+) -> None:
+    assert limit(length, rope_scaling=scaling) == expected
+    assert limit(length, rope_parameters=scaling) == expected
+    assert limit(length, rope_scaling=scaling, rope_parameters={"rope_type": "linear", "factor": 3}) in (
+        expected,
+        3 * length,
+    )
+
+
+def test_the_least_of_several_lengths_holds() -> None:
+    assert limit(4096, max_sequence_length=2048) == 2048
+    assert limit(4096, max_sequence_length=16384, rope_scaling={"type": "linear", "factor": 4.0}) == 16384
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "max_position_embeddings is missing"),
+        ({"max_position_embeddings": 8, "rope_scaling": []}, None),
+        ({"max_position_embeddings": 8, "rope_scaling": "yarn"}, "rope_scaling must be an object"),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": "4"}}, "factor must be a number above 0, not '4'"),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": -1}}, "factor must be a number above 0, not -1"),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": True}}, "factor must be a number above 0"),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": float("nan")}}, "not nan"),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": 10**400}}, "factor must be a number above 0"),
+        (
+            {"max_position_embeddings": 2**30, "rope_scaling": {"factor": 2**30}},
+            "makes a context of 115292150460",
+        ),
+        ({"max_position_embeddings": 8, "rope_scaling": {"factor": 0.01}}, "makes a context of 0 tokens"),
+        (
+            {"max_position_embeddings": 8, "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
+            "rope_scaling.original_max_position_embeddings must be a whole number from 1",
+        ),
+    ],
+)
+def test_lengths_that_are_none_are_refused(fields: dict[str, Any], text: str | None) -> None:
+    found = Fields(fields)
+    context_limit(found)
+    assert [text in fault for fault in found.faults] == [True] if text else not found.faults
