@@ -7,7 +7,12 @@ runs the request afterwards.
 
 from __future__ import annotations
 
-import os
+if __name__ == "__main__":
+    # Before all else, so that an interruption while the rest is loaded ends in a line too.
+    from apex_opt.process import end_on_signals
+
+    end_on_signals()
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from apex_opt import __version__
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.files import expanded
-from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, group, method, wrapped
+from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, files_of, group, method, wrapped
+from apex_opt.process import end_on_signals, open_streams, put
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
     from apex_opt.launch import Launch
     from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
-    from apex_opt.report import Progress
     from apex_opt.report.placement import Loss, Site
     from apex_opt.search import Answer, Check, Question
     from apex_opt.search.explain import Explanation
@@ -176,9 +181,12 @@ def _run_simulate(options: dict[str, Any]) -> int:
     question, plan = ask_plan(options["plan"], Options.of(options))
     with Progress() as progress:
         answer = judge(question, plan, progress)
+    try:
+        return _show_answer("simulate", question, answer, options)
+    finally:
+        # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         if answer.best is not None:
-            _write_files(question, plan, options, progress)
-    return _show_answer("simulate", question, answer, options)
+            _write_files(question, plan, options)
 
 
 def _run_pareto(options: dict[str, Any]) -> int:
@@ -194,9 +202,11 @@ def _run_pareto(options: dict[str, Any]) -> int:
         front = pareto(question, objectives, PlanSpace(), progress)
     provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)
     document = pareto_document(question, front, provenance)
-    if options["plot"] is not None and front.plans:
-        write_front(expanded(options["plot"]), document)
-    _show(document, options)
+    try:
+        _show(document, options)
+    finally:
+        if options["plot"] is not None and front.plans:
+            write_front(expanded(options["plot"]), document)
     return 0 if front.plans else EXIT_INFEASIBLE
 
 
@@ -222,21 +232,23 @@ def _run_explain(options: dict[str, Any]) -> int:
     return EXIT_INFEASIBLE if best is None else 0
 
 
-def _write_files(question: Question, plan: Plan, options: dict[str, Any], progress: Progress) -> None:
+def _write_files(question: Question, plan: Plan, options: dict[str, Any]) -> None:
     """Every request and every batch of a plan's run, where asked for."""
     if options["requests"] is None and options["timeline"] is None:
         return
+    from apex_opt.report import Progress
     from apex_opt.report.requests import write_requests
     from apex_opt.report.timeline import write_timeline
     from apex_opt.search import Evaluator
 
-    progress("writing files", 0, 0)
-    outcome, cost = Evaluator(question).batches(plan)
-    settings = question.settings
-    if options["requests"] is not None:
-        write_requests(expanded(options["requests"]), outcome, question.trace, settings.max_model_len, cost.request_ns)
-    if options["timeline"] is not None:
-        write_timeline(expanded(options["timeline"]), outcome, cost.laws, settings.block_size)
+    with Progress() as progress:
+        progress("writing files", 0, 0)
+        outcome, cost = Evaluator(question).batches(plan)
+        settings, requests, timeline = question.settings, options["requests"], options["timeline"]
+        if requests is not None:
+            write_requests(expanded(requests), outcome, question.trace, settings.max_model_len, cost.request_ns)
+        if timeline is not None:
+            write_timeline(expanded(timeline), outcome, cost.laws, settings.block_size)
 
 
 def _show(document: dict[str, Any], options: dict[str, Any]) -> None:
@@ -303,9 +315,9 @@ def _exit_code(answer: Answer, replay: Check | None) -> int:
 def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.ask import ask_place
     from apex_opt.cluster import Tree, load_topology, load_wiring
+    from apex_opt.outputs import write_whole
     from apex_opt.placement import rankfile, read_assignment
     from apex_opt.report import Progress
-    from apex_opt.report.files import write_whole
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
     from apex_opt.search import Evaluator
@@ -330,13 +342,15 @@ def _run_place(options: dict[str, Any]) -> int:
             progress("seeking the fewest moves", 0, 0)
             loss = _loss(site, lost, given or found.assignment, tree, limit_s)
     answer = found.assignment if loss is None else loss.after
-    if options["rankfile"] is not None:
-        write_whole(expanded(options["rankfile"]), rankfile(answer).encode(), "rankfile")
-    if options["plot"] is not None:
-        for state, text in (("busy", options["busy"]), ("down", options["down"]), ("down", options["lose"])):
-            topology = topology if text is None else topology.marked(state, topology.named(text))
-        write_topology(expanded(options["plot"]), topology_document(topology), labels(answer))
-    _show(place_document(site, found, given, options["within"], loss), options)
+    try:
+        _show(place_document(site, found, given, options["within"], loss), options)
+    finally:
+        if options["rankfile"] is not None:
+            write_whole(expanded(options["rankfile"]), rankfile(answer).encode(), "rankfile")
+        if options["plot"] is not None:
+            for state, text in (("busy", options["busy"]), ("down", options["down"]), ("down", options["lose"])):
+                topology = topology if text is None else topology.marked(state, topology.named(text))
+            write_topology(expanded(options["plot"]), topology_document(topology), labels(answer))
     return 0
 
 
@@ -399,11 +413,13 @@ def _run_validate(options: dict[str, Any]) -> int:
     with Progress() as progress:
         comparisons = predictor.compare(measurements.runs, progress)
     document = validation_document(measurements, comparisons, predictor.provenance)
-    if options["plot"] is not None:
-        from apex_opt.report.validation_plot import write_plot
+    try:
+        _show(document, options)
+    finally:
+        if options["plot"] is not None:
+            from apex_opt.report.validation_plot import write_plot
 
-        write_plot(expanded(options["plot"]), document)
-    _show(document, options)
+            write_plot(expanded(options["plot"]), document)
     return 0 if document["coverage"]["predicted"] else EXIT_INFEASIBLE
 
 
@@ -471,12 +487,14 @@ def _run_profile_show(options: dict[str, Any]) -> int:
 
 
 def _run_profile_distill(options: dict[str, Any]) -> int:
+    from apex_opt.outputs import check_folder
     from apex_opt.profiles.distill.command import default_target, distill
     from apex_opt.report import Progress
     from apex_opt.report.profiles import tables_document
 
     source = None if options["source"] is None else expanded(options["source"])
     target = default_target() if options["target"] is None else expanded(options["target"])
+    check_folder(target, "target")
     with Progress() as progress:
         reports = distill(source, target, progress, () if options["gpu"] is None else (options["gpu"],))
     _show(tables_document("profile distill", target, reports), options)
@@ -485,10 +503,12 @@ def _run_profile_distill(options: dict[str, Any]) -> int:
 
 def _run_profile_import(options: dict[str, Any]) -> int:
     from apex_opt.cluster import load_cluster
+    from apex_opt.outputs import check_folder
     from apex_opt.profiles.importers import import_profile
     from apex_opt.report.profiles import tables_document
 
     gpu, target = load_cluster(options["gpu"]).gpu, expanded(options["target"])
+    check_folder(target, "target")
     found = import_profile(options["kind"], expanded(options["source"]), gpu, target)
     _show(tables_document("profile import", found.folder, found.reports, found.passed_over), options)
     return 0
@@ -498,12 +518,14 @@ def _run_profile_collect(options: dict[str, Any]) -> int:
     from datetime import date
 
     from apex_opt.cluster import load_cluster
+    from apex_opt.outputs import check_folder
     from apex_opt.profiles.collect import asked_ops, collect, recognised
     from apex_opt.profiles.collect.torch_machine import open_machine
     from apex_opt.report import Progress
     from apex_opt.report.profiles import tables_document
 
     ops, target = asked_ops(options["ops"]), expanded(options["target"])
+    check_folder(target, "target")
     described = None if options["gpu"] is None else load_cluster(options["gpu"]).gpu
     machine = open_machine()
     gpu = described or recognised(machine.name, machine.memory_bytes)
@@ -551,8 +573,10 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 def main(words: list[str] | None = None) -> None:
     """Parse and run; exit with 0 (answer), 2 (usage or input), 3 (infeasible) or 1 (a fault of ours)."""
-    words = sys.argv[1:] if words is None else words
-    _open_streams()
+    if words is None:
+        end_on_signals()
+        words = sys.argv[1:]
+    open_streams()
     try:
         code = _main(words)
     except ApexError as error:
@@ -562,23 +586,20 @@ def main(words: list[str] | None = None) -> None:
 
             traceback.print_exc()
         # What was typed may hold line breaks and be long; an error is one line.
-        line = " ".join(str(error).split())
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split()))
         print(f"error: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}", file=sys.stderr)
-    except BrokenPipeError:
-        code = 0  # the reader has seen enough
     except MemoryError:
         print("error: out of memory; offer fewer GPUs (--gpus), smaller batches or a shorter trace", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    _drop_unwritten()
     sys.exit(code)
 
 
 def _main(words: list[str]) -> int:
     if words == ["--version"]:
-        print(f"apex-opt {__version__}", flush=True)
+        put(f"apex-opt {__version__}\n")
         return 0
     import fire
 
@@ -586,33 +607,30 @@ def _main(words: list[str]) -> int:
     name = "apex-opt" if Path(sys.argv[0]).stem == "apex-opt" else "solve.py"
     request = fire.Fire(Commands(), command=arranged(words), name=name, serialize=_hidden)
     assert isinstance(request, Request), "fire calls a method of Commands or shows help and exits"
+    _check_files(request)
     return RUNNERS[request.command](request.options)
+
+
+def _check_files(request: Request) -> None:
+    """Look at what options need before any work is done for them: files to write, and what draws pictures."""
+    outputs, inputs = files_of(request)
+    if outputs:
+        from apex_opt.outputs import check_outputs
+
+        check_outputs(outputs, inputs)
+    if "plot" in outputs:
+        from apex_opt.report.picture import blank_figure
+
+        blank_figure()
 
 
 def _show_help(lines: Iterable[str], out: object) -> None:
     """Help goes to stdout as it is: fire would start a pager, or print to stderr."""
-    print(wrapped("\n".join(lines)), flush=True)
+    put(wrapped("\n".join(lines)) + "\n")
 
 
 def _hidden(_: object) -> None:
     """Keep fire from printing the request."""
-
-
-def _open_streams() -> None:
-    """Make stdout and stderr fit to print to, closed ones included, whatever characters a file name holds."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream := getattr(sys, name), "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _drop_unwritten() -> None:
-    """Where stdout cannot be written, keep Python from trying again at exit, and from complaining."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

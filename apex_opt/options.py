@@ -13,12 +13,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.files import expanded, there
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 REQUIRED: Final[Any] = inspect.Parameter.empty
 """Default of an option that must be given."""
+
+CONFIG_FILES: Final = ("config.json", "hf_quant_config.json")
+"""What is read of a model's folder."""
 
 LONGEST_TEXT: Final = 4096
 """Characters of one value: as long as a path may be."""
@@ -91,6 +96,9 @@ class Request:
     command: str
     options: dict[str, Any]
 
+
+_READ: Final = ("model", "cluster", "trace", "profiles", "at", "source", "measured")
+"""Options that may name a file or a folder to read."""
 
 _GENERAL: Final = (
     Option(name="format", default="table", choices=("table", "json"), text="Form of the answer: table or json."),
@@ -748,6 +756,21 @@ def group(name: str) -> object:
     """The commands that share a first word, as an object with a method for each."""
     members = {command.split()[1]: method(command) for command in COMMANDS if command.startswith(f"{name} ")}
     return type(name, (), {"__doc__": f"{GROUPS[name].summary}\n\n{GROUPS[name].text}", **members})()
+
+
+def files_of(request: Request) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Files that a request is to write, and files and folders that it reads, each by option."""
+    given = {option.name: request.options[option.name] for option in COMMANDS[request.command].options}
+    suffixed = [option.name for option in COMMANDS[request.command].options if option.suffix]
+    writes = {name: expanded(given[name]) for name in suffixed if given[name] is not None}
+    reads: dict[str, Path] = {}
+    for name in (name for name in _READ if writes and isinstance(given.get(name), str)):
+        # Of several clusters each may be a file.
+        for part in (given[name], *(re.split("[,+]", given[name]) if name == "cluster" else ())):
+            if there(path := expanded(part.strip())):
+                folder = name == "model" and path.is_dir()
+                reads |= {f"{name} {p}": p for p in ([path / file for file in CONFIG_FILES] if folder else [path])}
+    return writes, reads
 
 
 def _docstring(command: Command) -> str:

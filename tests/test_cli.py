@@ -1540,32 +1540,6 @@ def test_an_install_that_cannot_be_written_still_works_and_says_it_compiles() ->
     assert json.loads(ran.stdout)["status"] == "feasible"
 
 
-def test_compiling_is_announced_until_a_cache_younger_than_the_source_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from types import SimpleNamespace
-
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.simulator import pack
-
-    source = Path(pack.kn.__file__)
-    dispatcher = SimpleNamespace(stats=SimpleNamespace(cache_path=str(tmp_path)), signatures=[])
-    monkeypatch.setattr(pack.kn, "advance_single_nb", dispatcher)
-    settings = EngineSettings()
-    assert pack.needs_compiling(settings, 1)
-    index = tmp_path / f"{source.stem}.advance_single_nb-732.py311.nbi"
-    index.touch()
-    assert not pack.needs_compiling(settings, 1)
-    os.utime(index, (0, 0))
-    assert pack.needs_compiling(settings, 1)
-    dispatcher.stats.cache_path = None
-    assert pack.needs_compiling(settings, 1)
-    dispatcher.signatures = ["compiled in this process"]
-    assert not pack.needs_compiling(settings, 1)
-    monkeypatch.setattr(pack.kn, "advance_single_nb", lambda: None)  # compiling is switched off
-    assert not pack.needs_compiling(settings, 1)
-
-
 def test_compiling_is_not_announced_for_a_kernel_in_use() -> None:
     assert run("simulate", "--plan=tp1", *CHEAP).code == 0
     assert "compiling" not in run("simulate", "--plan=tp1", *CHEAP).err

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.units", "apex_opt.errors"),
     ("apex_opt.files",),
+    ("apex_opt.outputs", "apex_opt.process"),
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
     ("apex_opt.plan",),
     ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
@@ -170,3 +171,44 @@ def test_reading_and_making_profiles_loads_no_package_that_only_some_of_them_nee
     )
     loaded = loaded_by(f"{statement}, apex_opt.profiles.distill.command")
     assert not loaded & {"torch", "vllm", "pynvml", "pyarrow", "pandas", "rich", "numba", "ortools"}
+
+
+# What opens a file by itself; files of ours that others wrote, or that lie in a folder just made, are no input.
+OWN_FILES = {
+    "apex_opt.files": "the way in",
+    "apex_opt.outputs": "the way out",
+    "apex_opt.process": "the null device",
+    "apex_opt.report.layout": "the terminal",
+    "apex_opt.profiles.folder": "a folder just made",
+    "apex_opt.profiles.schema": "a table of a folder just made",
+    "apex_opt.profiles.collect.torch_group": "a temporary folder",
+}
+OPENING = {
+    "open",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "savez",
+    "savez_compressed",
+    "load",
+    "fromfile",
+}
+
+
+@pytest.mark.parametrize("path", [*files("apex_opt"), *files("formulations"), ROOT / "solve.py"], ids=module_of)
+def test_files_are_read_and_written_through_one_door(path: Path) -> None:
+    if module_of(path) in OWN_FILES:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr == "expanduser":
+            raise AssertionError(f"{path}:{node.lineno}: paths are expanded by apex_opt.files.expanded")
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Attribute) and called.attr in OPENING:
+            assert isinstance(called.value, ast.Name), f"{path}:{node.lineno}: opens a file by itself"
+            assert called.value.id == "files", f"{path}:{node.lineno}: opens a file by itself"
+        assert not (isinstance(called, ast.Name) and called.id == "open"), (
+            f"{path}:{node.lineno}: opens a file by itself"
+        )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.cluster.toml_reader import LARGEST_BYTES
 from apex_opt.errors import InputError
 from apex_opt.files import read_text
+from apex_opt.outputs import fresh_folder
 from apex_opt.profiles.schema import PEAK_DTYPES, schema_of, write_table
 from apex_opt.units import GB, TERA
 
@@ -107,33 +107,27 @@ def write_folder(
     """
     name = f"{folder.parent.name}/{folder.name}"
     reports, entries = [], []
-    # Written beside it and moved there whole, so that no folder is ever half a profile.
-    fresh = folder.with_name(f"{folder.name}.part")
     try:
         if folder.exists() and not (folder / "card.toml").is_file() and any(folder.iterdir()):
             raise InputError(f"{folder}: holds files and no card.toml; move them away, or name another --target")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        for table in tables:
-            file = fresh / f"{table.kind}.npz"
-            write_table(file, schema_of(table.kind), table.columns)
-            report = TableReport(
-                folder=name,
-                kind=table.kind,
-                source_rows=table.source_rows,
-                screened_rows=table.screened_rows,
-                rows=len(table.columns["time_us"]),
-                file_bytes=file.stat().st_size,
-                dropped=table.dropped,
-                error=table.error,
-            )
-            reports.append(report)
-            entries.append(_entry(report, hashlib.sha256(file.read_bytes()).hexdigest(), table.about))
-        entries = [*_power(folder / "card.toml"), *entries]
-        (fresh / "card.toml").write_text(_card(made, {"name": name, **head}, gpu, entries), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        with fresh_folder(folder) as fresh:
+            for table in tables:
+                file = fresh / f"{table.kind}.npz"
+                write_table(file, schema_of(table.kind), table.columns)
+                report = TableReport(
+                    folder=name,
+                    kind=table.kind,
+                    source_rows=table.source_rows,
+                    screened_rows=table.screened_rows,
+                    rows=len(table.columns["time_us"]),
+                    file_bytes=file.stat().st_size,
+                    dropped=table.dropped,
+                    error=table.error,
+                )
+                reports.append(report)
+                entries.append(_entry(report, hashlib.sha256(file.read_bytes()).hexdigest(), table.about))
+            entries = [*_power(folder / "card.toml"), *entries]
+            (fresh / "card.toml").write_text(_card(made, {"name": name, **head}, gpu, entries), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return tuple(reports)

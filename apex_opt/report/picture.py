@@ -6,7 +6,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import UsageError
-from apex_opt.report.files import write_whole
+from apex_opt.outputs import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path

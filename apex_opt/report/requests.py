@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.errors import InputError
+from apex_opt.outputs import written
 from apex_opt.simulator.metrics import per_request_s
 from apex_opt.units import NS_PER_S
 
@@ -40,12 +40,5 @@ def write_requests(path: Path, outcome: Outcome, trace: Trace, max_model_len: in
             **{f"{name}_s": values for name, values in latency.items()},
         }
     )
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        table.to_csv(beside, index=False, float_format="%.9f")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise InputError(
-            f"requests {path}: cannot be written ({error.strerror or error}); name a file in a folder that can"
-        ) from error
+    with written(path, "requests") as file:
+        table.to_csv(file, mode="wb", index=False, float_format="%.9f")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-from apex_opt.errors import InputError
+from apex_opt.process import put
 
 if TYPE_CHECKING:
     from apex_opt.report.document import Document
@@ -23,7 +22,6 @@ def show(document: Document, form: str, limit: int = 0, *, sources: bool = False
     Raises
     ------
     InputError         stdout cannot be written
-    BrokenPipeError    its reader is gone
     """
     if form != "json" and "provenance" in document and not sources:
         from apex_opt.report.sources import in_groups
@@ -69,10 +67,4 @@ def show(document: Document, form: str, limit: int = 0, *, sources: bool = False
         from apex_opt.report.tables import rendered
 
         text = rendered(document)
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InputError(f"standard output cannot be written ({error.strerror}); write to another place") from error
+    put(text)

@@ -5,17 +5,15 @@ Source of the format: "Trace Event Format", Google, 2016: complete events "X", c
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.errors import InputError
+from apex_opt.outputs import written
 from apex_opt.units import NS_PER_US, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Step
@@ -117,30 +115,9 @@ def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block
     ------
     InputError    a path that cannot be written
     """
-    try:
-        _write(path, timeline_events(outcome, laws, block_size))
-    except OSError as error:
-        raise InputError(
-            f"timeline {path}: cannot be written ({error.strerror}); name a file in a folder that can"
-        ) from error
-
-
-def _write(path: Path, events: Iterator[Event]) -> None:
-    """Write beside the file that a name or a link stands for, then take its place."""
-    if "\0" in str(path):
-        raise OSError(None, "a name with a null character")
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OSError(None, "not a regular file")  # a device or a pipe would be lost
-    beside = target.parent / f".{target.name}.part"
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-            for number, event in enumerate(events):
-                file.write(",\n" if number else "\n")
-                json.dump(event, file, separators=(",", ":"))
-            file.write("\n]}\n")
-        beside.replace(target)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    with written(path, "timeline") as file:
+        file.write(b'{"displayTimeUnit": "ms", "traceEvents": [')
+        for number, event in enumerate(timeline_events(outcome, laws, block_size)):
+            file.write(b",\n" if number else b"\n")
+            file.write(json.dumps(event, separators=(",", ":")).encode())
+        file.write(b"\n]}\n")

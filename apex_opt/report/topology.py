@@ -10,8 +10,8 @@ from rich.text import Text
 from apex_opt import __version__
 from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
 from apex_opt.errors import InputError
+from apex_opt.outputs import write_whole
 from apex_opt.report.document import cleaned
-from apex_opt.report.files import write_whole
 from apex_opt.report.layout import count, page, seconds, table
 from apex_opt.report.picture import blank_figure, write_picture
 

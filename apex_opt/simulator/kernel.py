@@ -17,9 +17,9 @@ imported that is used inside. Integers only, so equality with the reference is e
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numba
+from apex_opt.simulator.kernel_cache import compiled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,18 +176,8 @@ OLDEST, NEWEST = 0, 1
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP = 0, 1, 2, 3
 WAITS, RUNS, DONE = 0, 1, 2
 
-_jit: Any = numba.njit(nogil=True, error_model="numpy")
 
-
-def _cached(function: Any) -> Any:
-    """Compile with the on-disk cache, or without one where no folder can be written."""
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:
-        return _jit(function)
-
-
-@_cached
+@compiled
 def log_row_nb(log: Log, request: int, yields: int, tokens: int, computed: int) -> None:
     at = log.at[1]
     if at < log.rows.shape[0]:
@@ -197,7 +187,7 @@ def log_row_nb(log: Log, request: int, yields: int, tokens: int, computed: int) 
     log.at[1] = at + 1
 
 
-@_cached
+@compiled
 def log_preempted_nb(log: Log, request: int) -> None:
     at = log.at[2]
     if at < log.preempted.shape[0]:
@@ -205,7 +195,7 @@ def log_preempted_nb(log: Log, request: int) -> None:
     log.at[2] = at + 1
 
 
-@_cached
+@compiled
 def log_step_nb(log: Log, replica: int, start: int, end: int, rows: int, preempted: int) -> None:
     at = log.at[0]
     if at < log.steps.shape[0]:
@@ -217,7 +207,7 @@ def log_step_nb(log: Log, replica: int, start: int, end: int, rows: int, preempt
     log.at[0] = at + 1
 
 
-@_cached
+@compiled
 def chunk_time_nb(laws: Laws, stage: int, c: int, held: int) -> int:
     pairs = c * held - c * (c - 1) // 2
     rates = laws.pair_rate[stage, c] * pairs + laws.chunk_context_rate[stage, c] * held
@@ -225,14 +215,14 @@ def chunk_time_nb(laws: Laws, stage: int, c: int, held: int) -> int:
     return time_ns
 
 
-@_cached
+@compiled
 def count_chunk_nb(counts: Counts, c: int, held: int) -> None:
     counts.chunk[c] += 1
     counts.chunk_pairs[c] += c * held - c * (c - 1) // 2
     counts.chunk_context[c] += held
 
 
-@_cached
+@compiled
 def answer_nb(requests: Requests, state: I64, stops: Stops, i: int, now: int) -> None:
     """Request i is answered: in a closed loop its client sends the next one; the run may be over."""
     requests.finish[i] = now
@@ -262,7 +252,7 @@ def answer_nb(requests: Requests, state: I64, stops: Stops, i: int, now: int) ->
             stops.passed[0] = 1
 
 
-@_cached
+@compiled
 def empty_cache_nb(cache: Cache, lane: int) -> None:
     """All blocks free, in order, and nothing known."""
     block, holder = cache.block[lane], cache.holder[lane]
@@ -281,7 +271,7 @@ def empty_cache_nb(cache: Cache, lane: int) -> None:
     cache.memo[lane, MEMO_REQUEST] = NONE
 
 
-@_cached
+@compiled
 def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slots: I64) -> int:
     """Number content ids so that two are equal exactly where all before them are equal too, in order of appearance.
 
@@ -311,7 +301,7 @@ def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slot
     return count
 
 
-@_cached
+@compiled
 def key_nb(pieces: I64, per: int, start: int, shared: int, own: int, j: int) -> int:
     """Content of a request's j-th block; takes the request's own figures, as passing `Cache` costs more than this."""
     key: int = own + j - shared
@@ -320,7 +310,7 @@ def key_nb(pieces: I64, per: int, start: int, shared: int, own: int, j: int) -> 
     return key
 
 
-@_cached
+@compiled
 def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
     """Blocks that hold the beginning of request i, at most so many, and those of them that nobody uses."""
     block, holder, memo = cache.block[lane], cache.holder[lane], cache.memo[lane]
@@ -348,7 +338,7 @@ def found_nb(cache: Cache, lane: int, i: int, most: int) -> tuple[int, int]:
     return found, unused
 
 
-@_cached
+@compiled
 def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) -> None:
     """Give request i its found blocks, then fresh ones from the front of the queue, up to a total."""
     block, holder, memo = cache.block[lane], cache.holder[lane], cache.memo[lane]
@@ -391,7 +381,7 @@ def take_nb(cache: Cache, lane: int, i: int, held: int, found: int, total: int) 
         table[j] = b
 
 
-@_cached
+@compiled
 def register_nb(cache: Cache, lane: int, i: int, full: int) -> None:
     """The first `full` blocks of request i can be found from now on."""
     block, holder = cache.block[lane], cache.holder[lane]
@@ -414,7 +404,7 @@ def register_nb(cache: Cache, lane: int, i: int, full: int) -> None:
         cache.registered[i] = full
 
 
-@_cached
+@compiled
 def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
     """Give all blocks of request i back, the last one first; how many of them are free now."""
     block, memo = cache.block[lane], cache.memo[lane]
@@ -438,7 +428,7 @@ def release_nb(cache: Cache, lane: int, i: int, held: int) -> int:
     return freed
 
 
-@_cached
+@compiled
 def advance_single_nb(
     replica: int,
     until: int,
@@ -782,7 +772,7 @@ def advance_single_nb(
     work.busy[replica, 0] = busy
 
 
-@_cached
+@compiled
 def advance_queued_nb(
     replica: int,
     until: int,
@@ -1085,7 +1075,7 @@ def advance_queued_nb(
     state[QUEUE_HEAD], state[QUEUE_LENGTH] = oldest, queued
 
 
-@_cached
+@compiled
 def simulate_nb(
     general: int | None,
     routed: int,

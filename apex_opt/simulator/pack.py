@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator import kernel as kn
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
+from apex_opt.simulator.kernel_cache import is_ready
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.stop import METRICS, latencies_ns
@@ -64,14 +64,9 @@ def run(
 
 
 def needs_compiling(settings: EngineSettings, stages: int) -> bool:
-    """Whether a run of this kind will compile its engine first: no cache on disk is younger than the source."""
-    name = "advance_queued_nb" if _is_general(settings, stages) else "advance_single_nb"
-    dispatcher = getattr(kn, name)
-    if not hasattr(dispatcher, "stats") or dispatcher.signatures:
-        return False  # compiled already, or compiling is switched off
-    source, folder = Path(kn.__file__), dispatcher.stats.cache_path
-    indices = Path(folder).glob(f"{source.stem}.{name}-*.nbi") if folder else ()
-    return all(index.stat().st_mtime < source.stat().st_mtime for index in indices)
+    """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is."""
+    engine = kn.advance_queued_nb if _is_general(settings, stages) else kn.advance_single_nb
+    return not is_ready(engine)
 
 
 def _is_general(settings: EngineSettings, stages: int) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt import units
 from apex_opt.errors import ApexError, InputError, UnknownNameError
+from apex_opt.outputs import write_whole
 from apex_opt.workload.generators import describe_trace
 from apex_opt.workload.readers import trace_jsonl
 
@@ -119,7 +120,7 @@ def write_all(folder: Path) -> tuple[Path, ...]:
         for name in RECIPES:
             for suffix, text in ((".jsonl", trace_jsonl(generate(name))), (".toml", card(name))):
                 path = folder / f"{name}{suffix}"
-                path.write_bytes(text.encode())
+                write_whole(path, text.encode(), "trace")
                 written.append(path)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name another folder") from error

@@ -39,6 +39,7 @@ from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
 from apex_opt.plan.plan import even_split
+from formulations.solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,9 +112,7 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
         apart = model.new_int_var(0, layers, "apart")
         model.add_abs_equality(apart, cut - even)
         model.add_decision_strategy([apart, cut], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
+    solver = new_solver()
     solver.parameters.search_branching = cp_model.FIXED_SEARCH
     solver.parameters.cp_model_presolve = False  # propagation is all it takes; and solutions must not be lost
     status = solver.solve(model)

@@ -40,6 +40,7 @@ from ortools.sat.python import cp_model
 from apex_opt.errors import FormulationError, UndecidedError
 from apex_opt.placement.assignment import filled, layout_of
 from apex_opt.placement.shape import Shape, fits, ways
+from formulations.solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -250,11 +251,7 @@ def maximised(model: cp_model.CpModel, what: str, time_limit_s: float | None) ->
     UndecidedError      the time does not suffice
     FormulationError    the solver does not decide
     """
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
-    if time_limit_s is not None:
-        solver.parameters.max_time_in_seconds = time_limit_s
+    solver = new_solver(time_limit_s)
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         return None

@@ -51,6 +51,7 @@ from formulations.plan_space.constraints import FAMILIES as BUILDERS
 from formulations.plan_space.constraints import cells_share_devices
 from formulations.plan_space.stages import Stages
 from formulations.plan_space.variables import Variables
+from formulations.solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -230,12 +231,8 @@ class PlanSpace:
         model, variables = self.build(instance, families)
         if several:
             model.add(variables.stages > 1)
-        solver = cp_model.CpSolver()
+        solver = new_solver(time_limit_s)
         solver.parameters.enumerate_all_solutions = True
-        solver.parameters.num_workers = 1
-        solver.parameters.random_seed = 0
-        if time_limit_s is not None:
-            solver.parameters.max_time_in_seconds = time_limit_s
         collector = _Collector(variables, instance)
         status = solver.solve(model, collector)
         if status == cp_model.MODEL_INVALID:
@@ -247,9 +244,7 @@ def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variab
     """A plan with which these literals are true; None where there is none."""
     model.clear_assumptions()
     model.add_assumptions(literals)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 0
+    solver = new_solver()
     # One plan of a few choices is asked for: looking for structure first takes ten times as long as finding it.
     solver.parameters.cp_model_probing_level = 0
     solver.parameters.linearization_level = 0

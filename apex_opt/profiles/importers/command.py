@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.outputs import check_replaced
 from apex_opt.profiles.distill.screen import screen, take
 from apex_opt.profiles.folder import Table, Written, write_folder
 from apex_opt.profiles.importers.apex import read_apex
+from apex_opt.profiles.importers.foreign import csv_files
 from apex_opt.profiles.importers.vidur import read_vidur
 from apex_opt.profiles.schema import SCHEMAS, in_bounds, schema_of
 
@@ -52,6 +54,8 @@ def import_profile(kind: str, source: Path, gpu: Gpu, target: Path) -> Written:
     """
     if kind not in KINDS:
         raise UnknownNameError("kind of profile", kind, KINDS)
+    folder = target / (gpu.profile or gpu.name) / kind
+    check_replaced(folder, csv_files(source))
     found = KINDS[kind](source, gpu)
     tables = []
     for schema in SCHEMAS:
@@ -63,7 +67,6 @@ def import_profile(kind: str, source: Path, gpu: Gpu, target: Path) -> Written:
         if len(empty) == len(tables):
             raise InputError(f"{source}: no row can be used ({lost})")
     head = {**found.head, "derived": "screened as apex_opt/profiles/distill/screen.py states"}
-    folder = target / (gpu.profile or gpu.name) / kind
     reports = write_folder(folder, "imports", head, gpu, [table for table in tables if table.kind not in empty])
     unused = tuple((name, "no row can be used") for name in empty)
     return Written(folder=folder, reports=reports, passed_over=(*found.passed_over, *unused))

@@ -1,0 +1,118 @@
+"""Compiled code on disk: damage of any kind costs a line and the time to compile, never an answer or a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from apex_opt.units import DATA_ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# A function as the kernel's are: compiled when called, kept in the folder of NUMBA_CACHE_DIR.
+SCRIPT = """
+from apex_opt.simulator.kernel_cache import compiled
+@compiled
+def doubled(value):
+    return 2 * value
+from apex_opt.simulator.kernel_cache import is_ready
+before = is_ready(doubled)
+print(doubled(21), doubled(0.5))
+assert is_ready(doubled)
+import sys
+assert before is (sys.argv[1] == "ready"), before
+"""
+
+
+def run(folder: Path, ready: str = "ready") -> subprocess.CompletedProcess[str]:
+    source = folder / "doubling.py"
+    source.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(folder), "NUMBA_DISABLE_JIT": "0"}
+    ran = subprocess.run(
+        [sys.executable, str(source), ready], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (ran.returncode, ran.stdout) == (0, "42 1.0\n"), ran.stderr
+    return ran
+
+
+def kept(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.rglob(pattern))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"no pickle at all")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+
+
+def lead_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/nowhere/at/all")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled")
+    assert run(folder, "not yet").stderr == ""
+    assert len(kept(folder, "*.nbi")) == 1
+    assert len(kept(folder, "*.nbc")) == 2
+    return folder
+
+
+def test_what_was_kept_is_used_again(filled: Path) -> None:
+    before = {path: path.stat().st_ino for path in kept(filled, "*.nb?")}
+    assert run(filled).stderr == ""
+    assert {path: path.stat().st_ino for path in kept(filled, "*.nb?")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "pattern"),
+    [(cut, "*.nbi"), (garble, "*.nbc"), (empty, "*.nbi"), (flip, "*.nbc"), (lead_nowhere, "*.nb?")],
+)
+def test_damaged_files_are_said_in_a_line_and_replaced(
+    filled: Path, pattern: str, damage: Callable[[Path], None]
+) -> None:
+    for path in kept(filled, pattern):
+        damage(path)
+    # What is in the data shows only when it is taken.
+    said = run(filled, "ready" if pattern == "*.nbc" else "not yet").stderr
+    assert said.startswith("note: compiled code in ")
+    assert said.count("\n") == 1
+    assert "compiling it anew" in said
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_kept_the_answer_comes_with_a_line(filled: Path) -> None:
+    for path in kept(filled, "*.nbi"):
+        replace_by_folder(path)
+    said = run(filled, "not yet").stderr
+    assert "Traceback" not in said
+    assert "compiled code cannot be kept in " in said
+    assert said.count("\n") == 2
+    for path in kept(filled, "*.nbi"):
+        path.rmdir()
+    assert run(filled, "not yet").stderr == ""
