@@ -450,7 +450,7 @@ def test_quantisation_sections_become_formats(section: object, weights: str, kv:
         ({"quant_method": "compressed-tensors"}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": None}, "config_groups is missing"),
         ({"quant_method": "compressed-tensors", "config_groups": []}, "config_groups must be an object"),
-        (compressed(None, None), "config_groups.group_0.weights is missing"),
+        (compressed(None, None), "config_groups.group_0 has no weights"),
         (compressed({"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}), "group_0 must have 8-bit weights"),
         (compressed({"num_bits": 4, "type": "int"}, FLOAT8), "group_0 must have 8-bit weights"),
         (compressed(FLOAT8 | {"group_size": 32}, FLOAT8), "group_0 must have 8-bit weights"),

@@ -374,3 +374,22 @@ def test_a_section_that_covers_nothing_leaves_a_model_in_16_bit() -> None:
     assert model == replace(read(LLAMA, quant_method="fp8"), weight_format="bf16", scheme=None)
     assert isinstance(model.runs[0].block.ffn, DenseFfn)
     assert not isinstance(model.runs[0].block.ffn, MoeFfn)
+
+
+def test_a_message_is_one_line_whatever_the_file_calls_its_fields() -> None:
+    groups = {"a\nb\x1b[31m": {"weights": {"num_bits": 3}}}
+    with pytest.raises(InputError) as caught:
+        read(LLAMA, quant_method="compressed-tensors", config_groups=groups)
+    assert str(caught.value).isprintable()
+    with pytest.raises(InputError) as caught:
+        read(LLAMA, quant_method="fp8", **{"module" * 10_000: [1]})
+    assert len(str(caught.value)) < 300
+
+
+def test_thousands_of_modules_with_their_own_formats_are_read() -> None:
+    algorithms = {"self_attn.q_proj": "FP8", "self_attn.k_proj": "FP8", "self_attn.v_proj": "FP8"}
+    algorithms |= {f"mlp.experts.{n}.{name}_proj": "NVFP4" for n in range(128) for name in ("up", "gate", "down")}
+    layers = {f"model.layers.{n}.{m}": {"quant_algo": algorithms[m]} for n in range(94) for m in algorithms}
+    section = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    model = read(QWEN_MOE | {"num_hidden_layers": 94}, **section)
+    assert formats(model) == [("fp8", "16", "nvfp4")] * 94

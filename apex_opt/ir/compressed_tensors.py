@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Names = Callable[[Iterable[tuple[str, Sequence[str]]]], ModuleNames | None]
 
+_MOST_GROUPS: Final = 1000
 _EVERYTHING: Final = "Linear"
 """The class of all projections."""
 _CLASS_NAME: Final = re.compile(r"[A-Z]\w*")
@@ -34,15 +35,18 @@ def read_groups(section: Fields, names: Names) -> Rules:
         if not any(section.values.get(key) for key in ("config_groups", "kv_cache_scheme", "sparsity_config")):
             section.fault("config_groups", "is missing")
         return ()
+    if len(groups.values) > _MOST_GROUPS:
+        section.fault("config_groups", f"has {len(groups.values)} entries; at most {_MOST_GROUPS} are read")
+        return ()
     by_name: list[Rule] = []
     for_all: list[Rule] = []
     for key in groups.values:
         group = groups.section(key)
         weights = group.section("weights") if group else None
         if group is None or weights is None:
-            groups.fault(f"{key:.60}.weights", "is missing")
+            groups.fault(key, "has no weights")
             break
-        held = _group_format(groups, f"{key:.60}", weights, group.section("input_activations"))
+        held = _group_format(groups, key, weights, group.section("input_activations"))
         targets = group.names("targets")
         for target in targets:
             if _CLASS_NAME.fullmatch(target) and target != _EVERYTHING:

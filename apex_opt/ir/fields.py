@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.model import MAX_COUNT, count_fault, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+_LONGEST_NAME: Final = 100
+"""Characters of a field's name that a message quotes as it is."""
 
 
 @dataclass(slots=True)
@@ -19,8 +23,12 @@ class Fields:
     prefix: str = ""
     faults: list[str] = field(default_factory=list)
 
+    def name(self, key: str) -> str:
+        """Where a field stands, on one line whatever the file calls it."""
+        return self.prefix + (key if key.isprintable() and len(key) <= _LONGEST_NAME else shown(key))
+
     def fault(self, key: str, text: str) -> None:
-        self.faults.append(f"{self.prefix}{key} {text}")
+        self.faults.append(f"{self.name(key)} {text}")
 
     def count(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
         value = self.values.get(key)
@@ -29,7 +37,7 @@ class Fields:
                 self.fault(key, "is missing")
                 return 0
             return default
-        if fault := count_fault(self.prefix + key, value, minimum, maximum):
+        if fault := count_fault(self.name(key), value, minimum, maximum):
             self.faults.append(fault)
             return 0
         return int(value)
@@ -54,7 +62,7 @@ class Fields:
         """An object inside this one, sharing its list of faults; None where absent or no object."""
         value = self.values.get(key)
         if isinstance(value, dict):
-            return Fields(value, f"{self.prefix}{key}.", self.faults)
+            return Fields(value, f"{self.name(key)}.", self.faults)
         if value is not None:
             self.fault(key, f"must be an object, not {shown(value)}")
         return None

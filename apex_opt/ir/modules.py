@@ -29,7 +29,8 @@ _FUSED: Final = {
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
 """Matrices that engines hold as one, by the name they have then: a rule may be written for either."""
-_LOOKUP_STEPS: Final = 8
+_LOOKUP_STEPS, _ENTRY_STEPS = 8, 4
+"""Steps that looking up a name, and that keeping one, counts as."""
 
 
 @dataclass(slots=True)
@@ -49,7 +50,8 @@ class _Collected:
             self.expressions.append((expression(source, effort), roots))
             return
         name = _unwrapped(entry).strip(".")
-        if not any(sign in name for sign in "*?["):
+        if is_literal(name):
+            effort.spend(_ENTRY_STEPS)
             self.literal.add(name)
             return
         layer = _ONE_LAYER.match(name)
@@ -118,9 +120,16 @@ class ModuleNames:
         return any(matcher(self.effort.text(root + name), 1) for matcher, roots in self.expressions for root in roots)
 
 
+def is_literal(entry: str) -> bool:
+    """Whether an entry names a module as it is."""
+    return not entry.startswith(EXPRESSION) and not any(sign in entry for sign in "*?[")
+
+
 def _unwrapped(entry: str) -> str:
     """A name without what wraps the decoder, where it names layers."""
     name = entry
     for _ in range(_MOST_WRAPPED):
+        if name.startswith("layers."):
+            return name
         name = name.removeprefix(next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), ""))
-    return name if name.startswith("layers.") else entry
+    return entry

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.ir.compressed_tensors import read_groups
 from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
 from apex_opt.ir.model import shown
-from apex_opt.ir.modules import EXPRESSION, ModuleNames
+from apex_opt.ir.modules import EXPRESSION, ModuleNames, is_literal
 from apex_opt.ir.patterns import Effort, PatternError
 from apex_opt.ir.scheme import METHODS, Scheme
 
@@ -195,7 +195,7 @@ def _refuse_unknown_keys(section: Fields, method: str) -> None:
     known = _HARMLESS.union(_LEFT_OUT_KEYS, _KV_KEYS, _READ.get(method, ()))
     for key, value in section.values.items():
         if value and key not in known and _SUSPECT.search(key.lower()):
-            section.fault(f"{key:.60}", "is not understood and may change what is quantised; remove it if it does not")
+            section.fault(key, "is not understood and may change what is quantised; remove it if it does not")
             return
 
 
@@ -217,7 +217,9 @@ class _Reader:
             self.section.fault(key, f"holds {shown(error.entry)}, which cannot be matched ({error})")
             return None
 
-    def overrides(self, key: str, held_of: Callable[[Fields], Held | None], pattern: Callable[[str], str]) -> Rules:
+    def overrides(
+        self, key: str, held_of: Callable[[Fields], Held | None], pattern: Callable[[str], str] = str
+    ) -> Rules:
         """Rules of an object that maps names to what is held otherwise, in its order.
 
         Parameters
@@ -227,22 +229,32 @@ class _Reader:
         """
         section = self.section.section(key)
         rules: list[tuple[Held | None, list[str]]] = []
+        literal: dict[Held | None, list[str]] = {}
         for name in section.values if section is not None else ():
             assert section is not None
             entry = section.section(name)
             if entry is None:
                 if section.values[name] is None:
-                    section.fault(f"{name:.60}", "must be an object, not None")
-                break
+                    section.fault(name, "must be an object, not None")
+                return ()
             held = held_of(entry)
             if section.faults:
-                break
-            if rules and rules[-1][0] == held:
-                rules[-1][1].append(pattern(name))
+                return ()
+            wanted = pattern(name)
+            if is_literal(wanted):
+                # No two literal names are of the same module, and a file may list thousands.
+                if held not in literal:
+                    rules.append((held, literal.setdefault(held, [])))
+                literal[held].append(wanted)
             else:
-                rules.append((held, [pattern(name)]))
-        found = ((self.names([(key, names)]), held) for held, names in rules)
-        return tuple(Rule(names, held) for names, held in found if names is not None)
+                rules.append((held, [wanted]))
+        found: list[Rule] = []
+        for held, names in rules:
+            named = self.names([(key, names)])
+            if named is None:
+                break
+            found.append(Rule(named, held))
+        return tuple(found)
 
 
 def _fp8(reader: _Reader) -> Rules:
@@ -305,7 +317,7 @@ def _auto_round(reader: _Reader) -> Rules:
     own = held(section)
     if own is None and not section.faults:
         section.fault("bits", "16 quantises nothing")
-    return (*reader.overrides("extra_config", held, str), Rule(None, own))
+    return (*reader.overrides("extra_config", held), Rule(None, own))
 
 
 def _modelopt(reader: _Reader) -> Rules:
@@ -314,7 +326,7 @@ def _modelopt(reader: _Reader) -> Rules:
     if algo == "MIXED_PRECISION":
         if not section.values.get("quantized_layers"):
             section.fault("quantized_layers", "is missing")
-        return reader.overrides("quantized_layers", _algorithm, str)
+        return reader.overrides("quantized_layers", _algorithm)
     if not algo and section.values.get("config_groups"):
         return read_groups(section, reader.names)
     return (Rule(None, _algorithm(section)),)
@@ -348,7 +360,7 @@ def _quark(reader: _Reader) -> Rules:
         return ()
     if section.values.get("layer_type_quant_config"):
         section.fault("layer_type_quant_config", "is not supported; layer_quant_config is")
-    return (*reader.overrides("layer_quant_config", _quark_format, str), Rule(None, _quark_format(own)))
+    return (*reader.overrides("layer_quant_config", _quark_format), Rule(None, _quark_format(own)))
 
 
 def _quark_format(section: Fields) -> Held | None:
