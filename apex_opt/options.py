@@ -695,7 +695,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             Option(name="source", default=REQUIRED, text="File with the matrix or the list."),
             Option(
                 name="gpu",
-                text="What the GPUs of a matrix are: one listed by solve.py clusters, or a preset.",
+                text="What the GPUs of a matrix are: one listed by solve.py clusters, a preset, or a TOML file with a [gpu].",
             ),
             Option(name="target", suffix=".toml", text="TOML file to write; by default it is printed."),
             *_GENERAL,

@@ -8,80 +8,30 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matrix_cases import CUBE, DGX_H100, L40S, PAIRS
 
 from apex_opt.cluster import Composition, load_topology
 from apex_opt.cluster.composition import read_composition
 from apex_opt.cluster.importers import import_cluster
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 
-LEGEND = """
-Legend:
-
-  X    = Self
-  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
-  NV#  = Connection traversing a bonded set of # NVLinks
-
-NIC Legend:
-
-  NIC0: mlx5_0
+MINE = """
+[gpu]
+name = "mine-9"
+memory_gib = 96
+memory_gb_per_s = 3000
+tflops = { bf16 = 500.3, fp8 = 1000 }
+tdp_w = 600
+source = "vendor sheet"
+[intra]
+gb_per_s = 50
+latency_us = 4
+kind = "pcie"
+[inter]
+gb_per_s = 12.5
+latency_us = 20
+kind = "ethernet"
 """
-
-# Eight GPUs on NVSwitch, a NIC on the switch of each, and one more for storage on either socket.
-NAMES = [*(f"GPU{gpu}" for gpu in range(8)), *(f"NIC{nic}" for nic in range(10))]
-OWNER = {"NIC0": 0, "NIC1": 1, "NIC2": 2, "NIC3": 3, "NIC5": 4, "NIC6": 5, "NIC7": 6, "NIC8": 7}
-
-
-def _cell(row: str, column: str) -> str:
-    if row == column:
-        return " X "
-    if row[:3] == column[:3] == "GPU":
-        return "NV18"
-    near = [OWNER.get(name, 12) if name[:3] == "NIC" else int(name[3:]) for name in (row, column)]
-    if near[0] == near[1] and row[:3] != column[:3]:
-        return "PXB"
-    # The two NICs of none are on either socket.
-    sides = [0 if name == "NIC4" else number // 4 % 2 for name, number in zip((row, column), near, strict=True)]
-    return "NODE" if sides[0] == sides[1] else "SYS"
-
-
-def _row(row: str) -> str:
-    side = ["0-51,104-155", "0", "N/A"] if row < "GPU4" else ["52-103,156-207", "1", "N/A"]
-    return "\t".join([row, *(_cell(row, column) for column in NAMES), *(side if row[:3] == "GPU" else [])])
-
-
-DGX_H100 = (
-    "\t\x1b[4m"
-    + "\t".join([*NAMES, "CPU Affinity", "NUMA Affinity", "GPU NUMA ID"])
-    + "\x1b[0m\n"
-    + "\n".join(map(_row, NAMES))
-    + "\n"
-    + LEGEND
-)
-
-L40S = (
-    """\
-$ nvidia-smi topo -m
-        GPU0    GPU1    GPU2    GPU3    NIC0    NIC1    CPU Affinity    NUMA Affinity   GPU NUMA ID
-GPU0     X      PIX     SYS     SYS     PIX     SYS     0-31,64-95      0               N/A
-GPU1    PIX      X      SYS     SYS     PIX     SYS     0-31,64-95      0               N/A
-GPU2    SYS     SYS      X      PXB     SYS     NODE    32-63,96-127    1               N/A
-GPU3    SYS     SYS     PXB      X      SYS     NODE    32-63,96-127    1               N/A
-NIC0    PIX     PIX     SYS     SYS      X      SYS
-NIC1    SYS     SYS     NODE    NODE    SYS      X
-"""
-    + LEGEND
-)
-
-PAIRS = """\
-        GPU0    GPU1    GPU2    GPU3    mlx5_0  CPU Affinity    NUMA Affinity
-GPU0     X      SYS     SYS     NV12    NODE    0-15    0
-GPU1    SYS      X      NV12    SYS     SYS     16-31   1
-GPU2    SYS     NV12     X      NODE    SYS     16-31   1
-GPU3    NV12    SYS     NODE     X      NODE    0-15    0
-mlx5_0  NODE    SYS     SYS     NODE     X
-"""
-PAIRS = PAIRS.replace("GPU2    SYS     NV12     X      NODE", "GPU2    SYS     NV12     X      SYS ")
-PAIRS = PAIRS.replace("GPU3    NV12    SYS     NODE", "GPU3    NV12    SYS     SYS ")
 
 
 def imported(folder: Path, text: str, gpu: str | None = None) -> tuple[Composition, tuple[str, ...]]:
@@ -142,7 +92,12 @@ def test_blackwell_nvlinks_are_twice_as_fast_and_a_lone_gpu_is_a_node(tmp_path: 
         ("GPU0     X ", "GPU0    PIX", "GPU0 to GPU0 is 'PIX', known: X"),
         ("GPU1    PIX", "GPU1    PIG", "GPU1 to GPU0 is 'PIG', known: NV and a number, PIX, PXB, PHB, NODE, SYS"),
         ("GPU1    PIX", "GPU1    SYS", "GPU0 to GPU1 is PIX, and back SYS"),
-        ("NIC1    SYS     SYS     NODE    NODE    SYS      X", "", "no row of NIC1"),
+        (
+            "GPU3    SYS     SYS     PXB      X      SYS     NODE    32-63,96-127    1               N/A",
+            "",
+            "no row of GPU3",
+        ),
+        ("GPU3    SYS", "GPU9    SYS", "a row of GPU9, which has no column"),
         ("NIC1    SYS     SYS     NODE    NODE    SYS      X", "NIC1 SYS", "NIC1 has 1 entries for 6 columns"),
         ("GPU3    SYS", "GPU2    SYS", "a second row of GPU2"),
         ("GPU2    GPU3    NIC0", "GPU3    GPU2    NIC0", "its columns are not GPU0, GPU1 and so on, then NICs"),
@@ -176,7 +131,8 @@ def test_a_list_names_a_node_in_every_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no node in it; expected the output of nvidia-smi topo -m, or lines NAME GPUS TYPE"),
+        ("", "no node in it: nvidia-smi topo -m prints a matrix; a list has lines NAME GPUS TYPE"),
+        ("hello\n", "holds no matrix and no list: nvidia-smi topo -m prints a matrix"),
         ("# nothing\n", "no node in it"),
         ("a 8\n", "line 1: expected NAME GPUS TYPE such as 'worker-1 8 dgx-h100', got 'a 8'"),
         ("a 0 l40s\n", "line 1: expected NAME GPUS TYPE"),
@@ -193,6 +149,103 @@ def test_a_list_with_a_fault_is_refused_in_one_line(tmp_path: Path, text: str, m
         imported(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mesh_of_nvlinks_is_taken_apart_into_what_is_joined_all_to_all(tmp_path: Path) -> None:
+    composition, notes = imported(tmp_path, CUBE, "v100-sxm-32gb")
+    topology = composition.topology()
+    quads = ({f"node0:{gpu}" for gpu in range(4)}, {f"node0:{gpu}" for gpu in range(4, 8)})
+    assert topology.domains("nvlink") == topology.domains("socket") == quads
+    assert topology.bandwidth("node0:0", "node0:1") == 25e9
+    assert topology.bandwidth("node0:0", "node0:4") == 16e9
+    assert notes[1:] == (
+        "NVLinks do not join all GPUs with one another: domains are 0-1-2-3, 4-5-6-7, and those of 4 pairs between "
+        "them are left out",
+        "pairs have 1 to 2 NVLinks: the fewest are taken for all",
+    )
+    ring = "\n".join(
+        [
+            "\tGPU0\tGPU1\tGPU2\tGPU3\tGPU4",
+            *(
+                "\t".join(
+                    [f"GPU{a}", *("X" if a == b else "NV2" if (a - b) % 5 in (1, 4) else "PHB" for b in range(5))]
+                )
+                for a in range(5)
+            ),
+        ]
+    )
+    composition, notes = imported(tmp_path, ring, "v100")
+    assert composition.topology().domains("nvlink") == ({"node0:0", "node0:1"}, {"node0:2", "node0:3"})
+    assert "domains are 0-1, 2-3, and those of 3 pairs between them are left out" in notes[1]
+
+
+def test_a_mesh_that_is_too_large_to_tell_is_refused(tmp_path: Path) -> None:
+    count = 17
+    rows = ["\t".join(["", *(f"GPU{gpu}" for gpu in range(count))])]
+    for a in range(count):
+        cells = ("X" if a == b else "NV2" if abs(a - b) == 1 else "SYS" for b in range(count))
+        rows.append("\t".join([f"GPU{a}", *cells]))
+    with pytest.raises(InputError, match="NVLinks join 17 GPUs, but not all of them with one another; a mesh of more"):
+        imported(tmp_path, "\n".join(rows), "v100")
+
+
+def test_links_are_as_fast_as_those_of_the_generation(tmp_path: Path) -> None:
+    for gpu, rate in (("a40", 14.0625), ("a100-pcie", 25.0), ("h100-nvl", 25.0), ("b200", 50.0), ("v100", 25.0)):
+        composition, _ = imported(tmp_path, PAIRS.replace("NV12", "NV4"), gpu)
+        assert composition.topology().bandwidth("node0:0", "node0:3") == pytest.approx(max(4 * rate, 0) * 1e9)
+
+
+def test_without_affinities_nics_tell_the_sockets(tmp_path: Path) -> None:
+    bare = "\n".join("\t".join(line.split("\t")[:19]) for line in DGX_H100.splitlines())
+    assert "104-155" not in bare
+    composition, _ = imported(tmp_path, bare, "h100")
+    assert [len(socket) for socket in composition.topology().domains("socket")] == [4, 4]
+
+
+def test_gpus_may_be_those_of_the_catalogue_without_a_preset_or_of_a_file(tmp_path: Path) -> None:
+    composition, notes = imported(tmp_path, L40S, "a10")
+    assert "rates are those of the catalogue's a10-24gb, of its PCIe assumed" in notes[0]
+    assert composition.topology().bandwidth("node0:0", "node0:1") == 32e9
+    for head in ("", 'name = "node"\nnodes = 2\ngpus_per_node = 8\n'):
+        text = head + MINE
+        (tmp_path / "mine.toml").write_text(text if head else text.partition("[intra]")[0])
+        composition, notes = imported(tmp_path, L40S, str(tmp_path / "mine.toml"))
+        ((_, node),) = composition.nodes
+        assert (node.gpu.name, node.gpu.memory_bytes, node.gpu.capability) == ("mine-9", 96 * 2**30, 9.0)
+        assert dict(node.gpu.sources)["tflops"] == "vendor sheet"
+        assert composition.topology().bandwidth("node0:0", "node0:1") == (50e9 if head else 64e9)
+        assert "rates are those of mine.toml" in notes[0]
+        # Two NICs are there to be wired only where the file tells how fast they are.
+        assert (node.nics is None) == (not head)
+    (tmp_path / "bad.toml").write_text("[gpu]\nname = 'x'\n")
+    with pytest.raises(InputError, match=r"gpu\.memory_gib is missing"):
+        imported(tmp_path, L40S, str(tmp_path / "bad.toml"))
+    with pytest.raises(InputError, match=r"--gpu: cluster file .*gone\.toml: no such file"):
+        imported(tmp_path, L40S, str(tmp_path / "gone.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (
+            "| NVIDIA-SMI 580.95.05   Driver Version: 580.95.05 |\n|   0  NVIDIA H100 |\n",
+            "nvidia-smi prints without topo",
+        ),
+        ("GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1234)\nGPU 1: NVIDIA H100 80GB HBM3\n", "nvidia-smi prints without"),
+        ("GPU 0: NVIDIA A100\n\t Link 0: 25 GB/s\n", "nvidia-smi prints without topo -m"),
+        ("==============NVSMI LOG==============\n", "nvidia-smi prints without topo -m"),
+        (" \tGPU0\tGPU1\n GPU0\tX\tOK\n GPU1\tOK\tX\n", "the matrix of topo -p2p"),
+        ("==== ROCm System Management Interface ====\n       GPU0   GPU1\nGPU0   0      15\n", "AMD's tools print"),
+        ("       GPU0   GPU1\nGPU0   0      XGMI\nGPU1   XGMI   0\n", "AMD's tools print"),
+        ('{"gpus": 8}\n', "JSON or a page"),
+    ],
+)
+def test_what_is_no_matrix_is_told_what_it_is_and_what_prints_one(tmp_path: Path, text: str, what: str) -> None:
+    for gpu in (None, "h100"):
+        with pytest.raises(InputError) as caught:
+            imported(tmp_path, text, gpu)
+        assert f"is what {what}" in str(caught.value) or f"is {what}" in str(caught.value)
+        assert "nvidia-smi topo -m prints a matrix" in str(caught.value)
 
 
 def test_what_the_gpus_are_is_asked_where_it_is_not_told(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_picture_is_what_its_name_says_and_nothing_is_left_beside_it(
     tmp_path: Path, name: str, start: bytes
 ) -> None:
     pytest.importorskip("matplotlib")
-    for topology in (marked(), load_topology("h100-sxm"), load_topology("2xnvl72-gb200")):
+    for topology in (marked(), load_topology("h100-sxm"), load_topology("2xnvl72-gb200"), load_topology("8xmi300x")):
         write_topology(tmp_path / name, topology_document(topology))
         assert (tmp_path / name).read_bytes().startswith(start)
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -13,9 +13,9 @@ from typing import Any, Final
 from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster, Gpu, Link
-from apex_opt.cluster.uniform import catalogued, gpu_name, read_gpu
+from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, read_gpu
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
-from apex_opt.units import GB
+from apex_opt.units import GB, GIB, MIB, TERA
 
 _FOLDER: Final = Path(__file__).with_name("presets")
 
@@ -80,9 +80,10 @@ class Node:
         bus, nvlink = half, None
         if inside.kind != "pcie":
             # The host's side of an accelerator whose sheet is of another link; its time is part of the network's.
-            latency_s = min(_BUS_S, across.latency_s / 4) if across else _BUS_S
-            rate = max(_bus_gb_per_s(cluster.gpu) * GB, across.bytes_per_s if across else 0.0)
-            bus = Link(bytes_per_s=rate, latency_s=latency_s, kind="pcie", source=_BUS)
+            bus = assumed_bus(cluster.gpu)
+            if across:
+                rate, latency_s = max(bus.bytes_per_s, across.bytes_per_s), min(bus.latency_s, across.latency_s / 4)
+                bus = replace(bus, bytes_per_s=rate, latency_s=latency_s)
             nvlink = Level((everyone,), half)
         nics = None
         if across is not None:
@@ -222,7 +223,7 @@ class Composition:
         """The file that describes it, with `notes` above as comments; GPUs by their names in the catalogue."""
         lines = [*(f"# {note}" for note in notes), f"name = {_quoted(self.name)}"]
         for count, node in self.nodes:
-            lines += ["", "[[nodes]]", f"count = {count}", f"gpu = {_quoted(node.gpu.name)}", f"gpus = {node.gpus}"]
+            lines += ["", "[[nodes]]", f"count = {count}", f"gpu = {_gpu_toml(node.gpu)}", f"gpus = {node.gpus}"]
             for field in _LEVELS:
                 level: Level | None = getattr(node, field)
                 if level is not None and (field != "sockets" or len(level.groups) > 1):
@@ -271,9 +272,11 @@ class _Wiring:
             self.wires.append((f"{here}{above}", f"{here}nic{number}", bus))
 
 
-def _bus_gb_per_s(gpu: Gpu) -> float:
-    """PCIe x16 of an accelerator's generation in one direction: Gen3 up to Turing, Gen4 up to Ada, then Gen5."""
-    return 64.0 if gpu.capability is None or gpu.capability >= 9 else 32.0 if gpu.capability >= 8 else 16.0
+def assumed_bus(gpu: Gpu) -> Link:
+    """PCIe x16 of an accelerator's generation: Gen3 up to Turing, Gen4 up to Ada, then Gen5."""
+    later = gpu.capability is None or gpu.capability >= 9
+    gb_per_s = 64 if later else 32 if gpu.capability and gpu.capability >= 8 else 16
+    return Link(bytes_per_s=gb_per_s * GB, latency_s=_BUS_S, kind="pcie", source=_BUS)
 
 
 def _above(node: Node, group: tuple[int, ...]) -> str:
@@ -511,6 +514,25 @@ def _level_toml(level: Level, gpus: int, field: str) -> str:
     fields += [f"kind = {_quoted(link.kind)}"] * (field == "nics" or link.kind == "xgmi")
     fields += [f"source = {_quoted(link.source)}"] * bool(link.source)
     return ", ".join(fields)
+
+
+def _gpu_toml(gpu: Gpu) -> str:
+    """An accelerator by its name in the catalogue, or with all its figures where it is not there as it is."""
+    if gpu.name in list_gpus() and catalogued(gpu.name).gpu == gpu:
+        return _quoted(gpu.name)
+    in_gib = "memory_gib" in dict(gpu.sources)
+    memory = f"memory_gib = {gpu.memory_bytes / GIB!r}" if in_gib else f"memory_mib = {gpu.memory_bytes / MIB!r}"
+    tflops = ", ".join(f"{dtype} = {flops / TERA:.12g}" for dtype, flops in gpu.flops_per_s)
+    fields = [f"name = {_quoted(gpu.name)}", memory, f"memory_gb_per_s = {gpu.memory_bytes_per_s / GB:.12g}"]
+    fields += [f"tflops = {{ {tflops} }}", f"tdp_w = {gpu.tdp_w!r}", f"idle_w = {gpu.idle_w!r}"]
+    fields.append("cuda = false" if gpu.capability is None else f"capability = {gpu.capability!r}")
+    fields += [] if gpu.clock_mhz is None else [f"clock_mhz = {gpu.clock_mhz!r}"]
+    fields += ["overlapped_launch = true"] * gpu.overlapped_launch
+    fields += [] if gpu.price_per_h is None else [f"price_per_h = {gpu.price_per_h!r}"]
+    fields += [] if gpu.profile is None else [f"profile = {_quoted(gpu.profile)}"]
+    fields += [f"like = {_quoted(gpu.like)}"] * ("like" in dict(gpu.sources))
+    sources = ", ".join(f"{figure} = {_quoted(text)}" for figure, text in gpu.sources)
+    return f"{{ {', '.join(fields)}, sources = {{ {sources} }} }}"
 
 
 def _quoted(text: str) -> str:

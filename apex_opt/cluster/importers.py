@@ -7,27 +7,53 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.cluster.composition import MAX_NODE, Composition, Level, Node, list_presets, load_preset, resized
+from apex_opt.cluster.composition import (
+    MAX_NODE,
+    Composition,
+    Level,
+    Node,
+    assumed_bus,
+    list_presets,
+    load_preset,
+    read_composition,
+    resized,
+)
+from apex_opt.cluster.matrix import NEAR, NVLINK, Matrix, read_matrix
+from apex_opt.cluster.toml_reader import read_toml
 from apex_opt.cluster.types import MAX_GPUS, Link
-from apex_opt.cluster.uniform import catalogued, gpu_name, names_like
+from apex_opt.cluster.uniform import catalogued, gpu_name, names_like, uniform_cluster
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
-from apex_opt.files import read_text
+from apex_opt.files import expanded, read_text
+from apex_opt.units import GB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from apex_opt.cluster.types import Gpu
+
 _LARGEST_FILE: Final = 16_000_000
 
-_STYLE: Final = re.compile(r"\x1b\[[0-9;]*m")
-_GPU: Final = re.compile(r"GPU\d+")
-_NVLINK: Final = re.compile(r"NV([1-9]\d?)")
-_NEAR: Final = ("PIX", "PXB", "PHB", "NODE", "SYS")
-"""Ways over PCIe, nearest first: one switch, several, the host bridge, two of them in a NUMA node, between sockets."""
-
-_SWITCHED: Final = _NEAR[:2]
+_SWITCHED: Final = NEAR[:2]
 _LATENCY_S: Final = 1.5e-6
-"""Of an NVLink where the preset has none. Assumed, as the catalogue has it."""
+"""Of an NVLink where the base has none. Assumed, as the catalogue has it."""
+_LARGEST_MESH: Final = 16
+"""GPUs of the largest NVLink mesh that is told from a switch: a larger one of any known board has switches."""
+_BETWEEN: Final = "assumed: what GPUs get between two sockets, at most the rate of their PCIe"
+
+_PRINTS: Final = "nvidia-smi topo -m prints a matrix; a list has lines NAME GPUS TYPE, such as 'worker-1 8 dgx-h100'"
+_FOREIGN: Final = (
+    (r"ROCm System Management Interface|\b(rocm|amd)-smi\b|\bXGMI\b", "what AMD's tools print, which is not read here"),
+    (
+        r"^\W*GPU0\s+X\s+(OK|NS|CNS|TNS|GNS|U)\b",
+        "the matrix of topo -p2p, which tells what is allowed and not how it is wired",
+    ),
+)
+_OTHERS: Final = (
+    (r"NVIDIA-SMI|NVSMI LOG|Driver Version|^\s*GPU \d+:|Link \d+:", "what nvidia-smi prints without topo -m"),
+    (r"^\s*[\[{<]", "JSON or a page, not what a terminal shows"),
+)
+"""What other things people paste look like, and what they are; the first ones may look like a matrix too."""
 
 
 def import_cluster(path: Path, gpu: str | None = None) -> tuple[Composition, tuple[str, ...]]:
@@ -37,7 +63,8 @@ def import_cluster(path: Path, gpu: str | None = None) -> tuple[Composition, tup
     ----------
     path : Path             what `nvidia-smi topo -m` printed on one node, or a list with a line `name gpus type` for
                             every node, where the type is a GPU of the catalogue or a preset
-    gpu : str or None       what the GPUs of a matrix are, as it does not tell
+    gpu : str or None       what the GPUs of a matrix are, as it does not tell: a GPU of the catalogue, a preset, or a
+                            TOML file with a [gpu] or nodes
 
     Raises
     ------
@@ -46,135 +73,161 @@ def import_cluster(path: Path, gpu: str | None = None) -> tuple[Composition, tup
 
     Source
     ------
-    legend of `nvidia-smi topo -m`; rates are those of the preset with the GPU, as the matrix has none
+    legend of `nvidia-smi topo -m`; rates are those of the preset with the GPU, of the catalogue or of the TOML file, as
+    the matrix has none
     """
-    text = _STYLE.sub("", read_text(path, limit=_LARGEST_FILE, where=f"source {path}"))
-    rows = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    text = read_text(path, limit=_LARGEST_FILE, where=f"source {path}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-") or "imported"
-    start = next((row for row, (_, words) in enumerate(rows) if words[0] == "GPU0"), None)
-    if start is not None:
-        return _matrix(path, rows[start:], gpu, name)
+    _refuse_others(path, text, _FOREIGN)
+    if (matrix := read_matrix(path, text)) is not None:
+        return _node(path, matrix, gpu, name)
+    _refuse_others(path, text, _OTHERS)
     if gpu is not None:
         raise UsageError("--gpu: a list of nodes names the type of each; leave it out")
-    return _list(path, rows, name)
+    return _list(
+        path, [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()], name
+    )
+
+
+def _refuse_others(path: Path, text: str, others: tuple[tuple[str, str], ...]) -> None:
+    """Say what a text is that is neither a matrix nor a list."""
+    for pattern, what in others:
+        if re.search(pattern, text, re.MULTILINE):
+            raise InputError(f"source {path}: is {what}: {_PRINTS}")
 
 
 # ---- nvidia-smi topo -m --------------------------------------------------------------------------------------------
 
 
-def _matrix(
-    path: Path, rows: list[tuple[int, list[str]]], gpu: str | None, name: str
-) -> tuple[Composition, tuple[str, ...]]:
+def _node(path: Path, matrix: Matrix, gpu: str | None, name: str) -> tuple[Composition, tuple[str, ...]]:
     """One node, from the matrix of its GPUs and NICs."""
     if gpu is None:
         raise UsageError("--gpu: nvidia-smi topo -m does not tell what its GPUs are; give it, such as --gpu=h100-sxm")
-    base = _like(gpu)
-    cells, sides, gpus, nics = _cells(path, rows)
-    count = len(gpus)
-    lanes = {
-        (a, b): int(match[1])
-        for a, b in combinations(range(count), 2)
-        if (match := _NVLINK.fullmatch(cells[gpus[a], gpus[b]]))
-    }
-    switched = [pair for pair in combinations(range(count), 2) if cells[gpus[pair[0]], gpus[pair[1]]] in _SWITCHED]
+    base, origin = _base(gpu)
+    cells, gpus, nics = matrix.cells, matrix.gpus, matrix.nics
+    if (count := len(gpus)) > MAX_NODE:
+        raise InputError(f"source {path}: {count} GPUs, above the limit of {MAX_NODE} in a node")
+    pairs = list(combinations(range(count), 2))
+    lanes = {(a, b): int(match[1]) for a, b in pairs if (match := NVLINK.fullmatch(cells[gpus[a], gpus[b]]))}
+    switched = [(a, b) for a, b in pairs if cells[gpus[a], gpus[b]] in _SWITCHED]
     for nic in nics:
         near = [index for index, mine in enumerate(gpus) if cells[mine, nic] in _SWITCHED]
         switched += combinations(near, 2)
     # NVLink hides how two GPUs are joined over PCIe: then the CPUs they are near to tell.
     together = [
         (a, b)
-        for a, b in combinations(range(count), 2)
-        if cells[gpus[a], gpus[b]] in _NEAR[:-1] or ((a, b) in lanes and sides[gpus[a]] == sides[gpus[b]])
+        for a, b in pairs
+        if cells[gpus[a], gpus[b]] in NEAR[:-1] or ((a, b) in lanes and _on_one_socket(matrix, gpus[a], gpus[b]))
     ]
-    domains = tuple(group for group in _groups(count, lanes) if len(group) > 1)
+    notes = [f"one node, from nvidia-smi topo -m in {path.name}; rates are those of {origin}"]
+    nvlink, left = _nvlink(path, base, count, lanes)
+    notes += left
     switches = tuple(group for group in _groups(count, switched) if len(group) > 1)
     sockets = _groups(count, [*together, *switched])
-    ports = _ports(cells, gpus, nics)
-    assert base.nics is not None  # presets have them
+    between = base.sockets.link if len(base.sockets.groups) > 1 else replace(base.pcie.link, source=_BETWEEN)
+    ports = _ports(cells, gpus, nics) if base.nics else ()
     node = replace(
         base,
         gpus=count,
-        nvlink=_nvlink(base, domains, min(lanes.values())) if lanes else None,
+        nvlink=nvlink,
         pcie=Level(switches, base.pcie.link),
-        sockets=Level(sockets, base.sockets.link),
-        nics=Level(ports, base.nics.link) if ports else None,
+        sockets=Level(sockets, between),
+        nics=Level(ports, base.nics.link) if ports and base.nics else None,
     )
-    notes = [f"one node, from nvidia-smi topo -m in {path.name}; rates are those of a preset with {base.gpu.name}"]
-    if lanes and len(set(lanes.values())) > 1:
-        notes.append(f"pairs have {min(lanes.values())} to {max(lanes.values())} NVLinks: the fewest are taken for all")
+    if matrix.unread:
+        notes.append(f"rows of {len(matrix.unread)} NICs are missing: what the GPUs' rows say of them is taken")
     if len(ports) < len(nics):
-        notes.append(f"{len(nics) - len(ports)} of {len(nics)} NICs are left out: no GPU is nearest to them")
+        why = "no GPU is nearest to them" if base.nics else f"{origin} has no network"
+        notes.append(f"{len(nics) - len(ports)} of {len(nics)} NICs are left out: {why}")
     return Composition(name=name, nodes=((1, node),)), tuple(_line(note) for note in notes)
 
 
-def _cells(
-    path: Path, rows: list[tuple[int, list[str]]]
-) -> tuple[dict[tuple[str, str], str], dict[str, str], list[str], list[str]]:
-    """Entries by row and column, the CPUs each GPU is near to, the GPUs and the NICs."""
-    faults: list[str] = []
-    heads = rows[0][1]
-    names = heads[: heads.index("CPU")] if "CPU" in heads else heads
-    gpus = [name for name in names if _GPU.fullmatch(name)]
-    nics = [name for name in names if name not in gpus]
-    if gpus != [f"GPU{index}" for index in range(len(gpus))] or len(set(names)) < len(names):
-        raise InputError(f"source {path}: line {rows[0][0]}: its columns are not GPU0, GPU1 and so on, then NICs")
-    if len(gpus) > MAX_NODE:
-        raise InputError(f"source {path}: {len(gpus)} GPUs, above the limit of {MAX_NODE} in a node")
-    cells: dict[tuple[str, str], str] = {}
-    sides = dict.fromkeys(gpus, "")
-    for number, (row, *words) in rows[1:]:
-        if row not in names:
-            break
-        entries = words[: len(names)]
-        if (row, row) in cells:
-            faults.append(f"line {number}: a second row of {row}")
-        if len(entries) < len(names):
-            faults.append(f"line {number}: {row} has {len(entries)} entries for {len(names)} columns")
-        for column, entry in zip(names, entries, strict=False):
-            if entry not in (("X",) if column == row else _NEAR) and not (column != row and _NVLINK.fullmatch(entry)):
-                known = "X" if column == row else f"NV and a number, {', '.join(_NEAR)}"
-                faults.append(f"line {number}: {row} to {column} is {entry[:20]!r}, known: {known}")
-            cells[row, column] = entry
-        if row in sides and len(words) > len(names):
-            sides[row] = words[len(names)]
-    faults += [f"no row of {name}" for name in names if (name, name) not in cells]
-    if not faults:
-        faults += [
-            f"{a} to {b} is {cells[a, b]}, and back {cells[b, a]}"
-            for a, b in combinations(names, 2)
-            if cells[a, b] != cells[b, a]
-        ]
-        faults += [
-            f"{mine} to {nic} is {cells[mine, nic]}, known: {', '.join(_NEAR)}"
-            for mine in gpus
-            for nic in nics
-            if cells[mine, nic] not in _NEAR
-        ]
-    if faults:
-        raise join_faults(f"source {path}", faults)
-    return cells, sides, gpus, nics
+def _on_one_socket(matrix: Matrix, one: str, other: str) -> bool:
+    """Whether two GPUs are near to the same CPUs, or where these are not told, to the same NIC."""
+    if matrix.sides[one] or matrix.sides[other]:
+        return matrix.sides[one] == matrix.sides[other]
+    if not matrix.nics:
+        return True
+    return any(matrix.cells[one, nic] != "SYS" != matrix.cells[other, nic] for nic in matrix.nics)
 
 
-def _ports(cells: dict[tuple[str, str], str], gpus: list[str], nics: list[str]) -> tuple[tuple[int, ...], ...]:
+def _ports(
+    cells: dict[tuple[str, str], str], gpus: tuple[str, ...], nics: tuple[str, ...]
+) -> tuple[tuple[int, ...], ...]:
     """GPUs of every NIC that some are nearest to; equally near ones get as many each."""
     dealt: dict[str, list[int]] = {nic: [] for nic in nics}
     for index, mine in enumerate(gpus):
         if nics:
-            nearest = min(_NEAR.index(cells[mine, nic]) for nic in nics)
-            near = [nic for nic in nics if _NEAR.index(cells[mine, nic]) == nearest]
+            nearest = min(NEAR.index(cells[mine, nic]) for nic in nics)
+            near = [nic for nic in nics if NEAR.index(cells[mine, nic]) == nearest]
             dealt[min(near, key=lambda nic: len(dealt[nic]))].append(index)
     return tuple(tuple(group) for group in dealt.values() if group)
 
 
-def _nvlink(base: Node, domains: tuple[tuple[int, ...], ...], lanes: int) -> Level:
+def _nvlink(path: Path, base: Node, count: int, lanes: dict[tuple[int, int], int]) -> tuple[Level | None, list[str]]:
+    """NVLink domains and their link, and what is to be said of them.
+
+    Within a domain every GPU has NVLinks to every other. What is joined otherwise, as the cube mesh of a DGX-1 is, is
+    taken apart into such domains, the largest first; links between them are left out, which is against us.
+    """
+    if not lanes:
+        return None, []
+    notes: list[str] = []
+    domains: list[tuple[int, ...]] = []
+    for group in _groups(count, lanes):
+        if all(pair in lanes for pair in combinations(group, 2)):
+            domains += [group] if len(group) > 1 else []
+        elif len(group) > _LARGEST_MESH:
+            raise InputError(
+                f"source {path}: NVLinks join {len(group)} GPUs, but not all of them with one another; a mesh of more "
+                f"than {_LARGEST_MESH} is not told here: describe its domains in a cluster file"
+            )
+        else:
+            domains += _cliques(group, lanes)
+    inside = {pair for domain in domains for pair in combinations(domain, 2)}
+    if len(inside) < len(lanes):
+        listed, lost = ", ".join("-".join(map(str, domain)) for domain in domains), len(lanes) - len(inside)
+        notes.append(
+            f"NVLinks do not join all GPUs with one another: domains are {listed}, and those of {lost} pairs between "
+            "them are left out"
+        )
+    counts = {lanes[pair] for pair in inside}
+    if len(counts) > 1:
+        notes.append(f"pairs have {min(counts)} to {max(counts)} NVLinks: the fewest are taken for all")
+    return _nvlink_level(base, tuple(sorted(domains)), min(counts)), notes
+
+
+def _cliques(group: tuple[int, ...], lanes: dict[tuple[int, int], int]) -> list[tuple[int, ...]]:
+    """GPUs of a mesh in parts that are all joined with one another: the largest first, of equal ones the widest."""
+    import networkx as nx
+
+    graph: nx.Graph[int] = nx.Graph()
+    graph.add_edges_from(pair for pair in lanes if set(pair) <= set(group))
+    found = []
+    while graph.number_of_edges():
+        cliques = [tuple(sorted(clique)) for clique in nx.find_cliques(graph) if len(clique) > 1]
+        width = {clique: sum(lanes[pair] for pair in combinations(clique, 2)) for clique in cliques}
+        best = min(cliques, key=lambda clique: (-len(clique), -width[clique], clique))
+        found.append(best)
+        graph.remove_nodes_from(best)
+    return found
+
+
+def _nvlink_level(base: Node, domains: tuple[tuple[int, ...], ...], lanes: int) -> Level:
     """NVLink domains of so many links from a GPU."""
     known = base.nvlink.link if base.nvlink else None
-    gb_per_s = 50 if known is not None and known.bytes_per_s >= 900e9 else 25  # NVLink 5; 2 to 4
-    if known is not None and lanes * gb_per_s * 1e9 == known.bytes_per_s:
+    gb_per_s = _lane_gb_per_s(base.gpu)
+    if known is not None and lanes * gb_per_s * GB == known.bytes_per_s:
         return Level(domains, known)
-    source = f"NV{lanes} of nvidia-smi topo -m, {gb_per_s} GB/s a link; latency assumed"
+    source = f"NV{lanes} of nvidia-smi topo -m, {gb_per_s:g} GB/s a link; latency assumed"
     latency_s = _LATENCY_S if known is None else known.latency_s
-    return Level(domains, Link(bytes_per_s=lanes * gb_per_s * 1e9, latency_s=latency_s, kind="nvlink", source=source))
+    return Level(domains, Link(bytes_per_s=lanes * gb_per_s * GB, latency_s=latency_s, kind="nvlink", source=source))
+
+
+def _lane_gb_per_s(gpu: Gpu) -> float:
+    """One NVLink in one direction: the fifth generation, the third of boards with GDDR6, the second to fourth."""
+    capability = gpu.capability or 0.0
+    return 50.0 if capability >= 10 else 14.0625 if capability == 8.6 else 25.0
 
 
 def _groups(count: int, pairs: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
@@ -195,9 +248,10 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
     faults: list[str] = []
     nodes: list[tuple[int, Node]] = []
     names: dict[str, None] = {}
-    for number, words in rows:
-        if words[0].startswith("#"):
-            continue
+    listed = [(number, words) for number, words in rows if not words[0].startswith("#")]
+    if listed and not any(len(words) == 3 and words[1].isdecimal() for _, words in listed):
+        faults.append(f"holds no matrix and no list: {_PRINTS}")
+    for number, words in listed:
         if len(words) != 3 or not re.fullmatch(r"[1-9]\d{0,5}", words[1], re.ASCII):
             line = " ".join(words)
             faults.append(f"line {number}: expected NAME GPUS TYPE such as 'worker-1 8 dgx-h100', got {line!r:.60}")
@@ -219,7 +273,7 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
         else:
             nodes.append((1, node))
     if not faults and not names:
-        faults.append("no node in it; expected the output of nvidia-smi topo -m, or lines NAME GPUS TYPE")
+        faults.append(f"no node in it: {_PRINTS}")
     if not faults and (size := sum(count * node.gpus for count, node in nodes)) > MAX_GPUS:
         faults.append(f"{size} GPUs, above the limit of {MAX_GPUS}")
     if faults:
@@ -227,6 +281,30 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
     notes = [f"from the list of nodes {path.name}; wired as presets are, on one leaf switch: [network] tells another"]
     notes += [f"node{index} is {name}" for index, name in enumerate(names)]
     return Composition(name=name, nodes=tuple(nodes)), tuple(_line(note) for note in notes)
+
+
+def _base(kind: str) -> tuple[Node, str]:
+    """A node with GPUs of a kind, from a TOML file too, and what it is as notes call it."""
+    if kind.lower().endswith(".toml"):
+        path = expanded(kind)
+        return _described(path), path.name
+    node = _like(kind)
+    made = node == Node.of(catalogued(node.gpu.name))
+    return node, f"the catalogue's {node.gpu.name}, of its PCIe assumed" if made else f"a preset with {node.gpu.name}"
+
+
+def _described(path: Path) -> Node:
+    """The node of a cluster file, of which a [gpu] is enough; PCIe of its generation where it states no link."""
+    fields = read_toml(path, "--gpu: cluster file")
+    if isinstance(fields.get("nodes"), list):
+        nodes = {node for _, node in read_composition(path, fields).nodes}
+        if len({node.gpu for node in nodes}) > 1:
+            raise InputError(f"--gpu: cluster file {path}: holds GPUs of several types, and a matrix is of one node")
+        return next(iter(sorted(nodes, key=lambda node: -node.gpus)))
+    cluster = uniform_cluster(path, {"nodes": 1, "gpus_per_node": 1} | fields)
+    if not isinstance(fields.get("gpu"), str) and "intra" not in fields:
+        cluster = replace(cluster, intra=assumed_bus(cluster.gpu))
+    return Node.of(cluster)
 
 
 def _like(kind: str) -> Node:

@@ -22,6 +22,21 @@ _FOLDER_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # Idle draw where none is given: the share of the limit measured on the H200 (125 of 700 W).
 _IDLE_SHARE: Final = 125 / 700
 
+FIGURES: Final = (
+    "memory_mib",
+    "memory_gib",
+    "memory_gb_per_s",
+    "tflops",
+    "tdp_w",
+    "idle_w",
+    "clock_mhz",
+    "overlapped_launch",
+    "capability",
+    "like",
+    "price_per_h",
+)
+"""Fields of a [gpu] that have a source each."""
+
 _VARIANT: Final = re.compile(r"(-(sxm|pcie|nvl\d*|\d+gb))+$")
 """What follows the name of an accelerator in that of a variant of it."""
 
@@ -183,7 +198,7 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             price_per_h=price_per_h,
             profile=profile,
             like=like or REFERENCE,
-            sources=tuple(sources.items()),
+            sources=tuple((figure, sources[figure]) for figure in FIGURES if figure in sources),
         )
     except InputError as error:
         table.faults.append(str(error))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from apex_opt.report.document import Document
 
 _HEIGHTS: Final = {"nvlink": -1.0, "gpu": 0.0, "pcie": 1.0, "socket": 2.0, "nic": 3.0, "leaf": 4.0, "spine": 5.0}
-_COLOURS: Final = {"nvlink": "C2", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}
+_COLOURS: Final = {"nvlink": "C2", "xgmi": "C3", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}
 _FILLS: Final = {"free": "white", "busy": "0.75", "down": "C3"}
 _HUES: Final = ("#8ecae6", "#ffb703", "#90be6d", "#c8b6ff", "#f4acb7", "#2ec4b6", "#e9c46a", "#a3b18a")
 _DRAWN: Final = 256
