@@ -178,6 +178,8 @@ def _run_simulate(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress
     from apex_opt.search import judge
 
+    if isinstance(options["plan"], tuple):
+        return _run_side_by_side(options["plan"], options)
     question, plan = ask_plan(options["plan"], Options.of(options))
     with Progress() as progress:
         answer = judge(question, plan, progress)
@@ -187,6 +189,30 @@ def _run_simulate(options: dict[str, Any]) -> int:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         if answer.best is not None:
             _write_files(question, plan, options)
+
+
+def _run_side_by_side(plans: tuple[str, ...], options: dict[str, Any]) -> int:
+    """`simulate` with several plans."""
+    from apex_opt.ask import Options, ask_plans
+    from apex_opt.report import Progress
+    from apex_opt.report.side_by_side import compared_document
+    from apex_opt.search import Evaluator, judge
+    from apex_opt.search.explain import differences
+
+    for name in ("requests", "timeline"):
+        if options[name] is not None:
+            raise UsageError(f"--{name}: is for one plan, and {len(plans)} are given; leave it out, or give one --plan")
+    asked = ask_plans(plans, Options.of(options))
+    with Progress() as progress:
+        answers = [judge(question, plan, progress) for question, plan in asked]
+        documents = [
+            _answer_document("simulate", question, answer, options)
+            for (question, _), answer in zip(asked, answers, strict=True)
+        ]
+        runs = [(Evaluator(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
+        terms = differences(runs) if len(runs) > 1 else ()
+    _show(compared_document([str(plan) for _, plan in asked], documents, terms), options)
+    return 0 if runs else EXIT_INFEASIBLE
 
 
 def _run_pareto(options: dict[str, Any]) -> int:
@@ -266,7 +292,18 @@ def _show_answer(
     replay: Check | None = None,
     found: Explanation | None = None,
 ) -> int:
-    from apex_opt.report import answer_document, checked
+    from apex_opt.report import checked
+
+    document = _answer_document(command, question, answer, options, found)
+    _show(document if replay is None else checked(document, replay), options)
+    return _exit_code(answer, replay)
+
+
+def _answer_document(
+    command: str, question: Question, answer: Answer, options: dict[str, Any], found: Explanation | None = None
+) -> dict[str, Any]:
+    """An answer with everything that was asked of it."""
+    from apex_opt.report import answer_document
     from apex_opt.report.explain import explained_document
     from apex_opt.search import Evaluator
 
@@ -275,9 +312,7 @@ def _show_answer(
     document = answer_document(command, question, answer, provenance, top)
     if found is not None:
         document = explained_document(document, found)
-    document = _with_placement(document, question, answer, options)
-    _show(document if replay is None else checked(document, replay), options)
-    return _exit_code(answer, replay)
+    return _with_placement(document, question, answer, options)
 
 
 def _with_placement(

@@ -20,7 +20,7 @@ from apex_opt.search import Question, load_objectives
 from apex_opt.workload import load_trace, parse_slos
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.ir.model import Model
@@ -220,7 +220,17 @@ def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
     ------
     ApexError    as `ask`; a plan that cannot be read, or several formats for it
     """
-    return _planned(text, options, ask(options))
+    return ask_plans((text,), options)[0]
+
+
+def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Question, Plan], ...]:
+    """Several plans from their texts, each with the question it answers, as `ask_plan`; no plan is given twice."""
+    question = ask(options)
+    asked = tuple(_planned(text, options, question) for text in texts)
+    for place, (_, plan) in enumerate(asked):
+        if any(plan == other for _, other in asked[:place]):
+            raise UsageError(f"--plan: {texts[place]!r:.60} is {plan}, which is given before; give each plan once")
+    return asked
 
 
 def _planned(text: str, options: Options, question: Question) -> tuple[Question, Plan]:

@@ -54,6 +54,7 @@ class Option:
     suffix : str           how the name of a file to write must end, so that no other text is taken for one; ".a or .b"
                            for two ways
     many : bool            several values may be given, with commas between them: a tuple where there are more than one
+    again : bool           it may be given several times: a tuple where it is
     text : str             what `--help` says
     """
 
@@ -65,6 +66,7 @@ class Option:
     choices: tuple[str, ...] = ()
     suffix: str = ""
     many: bool = False
+    again: bool = False
     text: str
 
 
@@ -506,13 +508,15 @@ COMMANDS: Final[Mapping[str, Command]] = {
         ),
     ),
     "simulate": Command(
-        summary="Score one given plan, batch by batch.",
+        summary="Score a given plan batch by batch, or several side by side.",
         text="For example:\n\n"
         '  solve.py simulate --plan=tp8 --trace="poisson:rate=8,n=2000"\n'
-        '  solve.py simulate --plan="dp2 attn(tp4) ffn(tp4) fp8" --slo="tpot_p95<=30ms"\n\n'
-        "Exit code: 0 with the figures, goals met or not; 3 where the plan cannot run; 2 for bad input.",
+        '  solve.py simulate --plan="dp2 attn(tp4) ffn(tp4) fp8" --slo="tpot_p95<=30ms"\n'
+        '  solve.py simulate --plan=tp8 --plan="dp2 tp4"\n\n'
+        "Of several plans it says where time, energy and memory differ. Exit code: 0 with the figures, goals met or "
+        "not; 3 where no plan can run; 2 for bad input.",
         options=(
-            _PLAN,
+            replace(_PLAN, again=True, text=f"{_PLAN.text} Given several times, the plans are compared."),
             *(replace(option, text=_ELSEWHERE.get(option.name, option.text)) for option in _QUESTION),
             _REQUESTS,
             _TIMELINE,
@@ -835,9 +839,9 @@ def _command(named: Sequence[str], words: Sequence[str]) -> str:
     return group + word
 
 
-def _values(command: str, words: Sequence[str]) -> dict[str, str]:
+def _values(command: str, words: Sequence[str]) -> dict[str, str | tuple[str, ...]]:
     """Option names and the texts given for them."""
-    values: dict[str, str] = {}
+    values: dict[str, str | tuple[str, ...]] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -847,7 +851,7 @@ def _values(command: str, words: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{command}: '--' has no meaning here; options are given as --name=value")
         spelling, equals, value = word.partition("=")
         option = _option(command, spelling)
-        if option.name in values:
+        if option.name in values and not option.again:
             raise UsageError(f"--{option.name}: given twice; give it once")
         if not equals:
             if rest and _is_value(rest[0]):
@@ -856,7 +860,8 @@ def _values(command: str, words: Sequence[str]) -> dict[str, str]:
                 value = "true"
             else:
                 raise UsageError(f"--{option.name}: needs a value, such as --{option.name}={_EXAMPLES[option.kind]}")
-        values[option.name] = value
+        before = values.get(option.name, ())
+        values[option.name] = (*((before,) if isinstance(before, str) else before), value) if before else value
     return values
 
 
@@ -891,6 +896,8 @@ def checked(option: Option, value: Any) -> Any:
     """
     if value is option.default:
         return value
+    if option.again and isinstance(value, tuple):
+        return tuple(checked(replace(option, again=False, default=None), part) for part in value)
     if option.many and isinstance(value, str | tuple) and len(parts := _parts(value)) > 1:
         values = tuple(checked(replace(option, default=None), part) for part in parts)
         if len(set(values)) < len(values):

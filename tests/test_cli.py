@@ -400,6 +400,40 @@ def test_a_simulated_plan_equals_the_same_plan_found(planned: tuple[dict[str, An
     assert document["best"]["memory"] == best["memory"]
 
 
+def test_several_plans_stand_side_by_side_each_as_it_is_alone() -> None:
+    plans = ("--plan=tp2", "--plan=dp2 fp8", "--plan=tp8")
+    words = ("simulate", *CHEAP, "--slo=ttft_p95<=1s")
+    ran, table = run(*words, *plans, "--format=json"), run(*words, *plans)
+    assert (ran.code, table.code) == (0, 0)
+    document = json.loads(ran.out)
+    assert [plan["plan"] for plan in document["plans"]] == [
+        "attn(tp2) ffn(tp2) bf16",
+        "dp2 attn(tp1) ffn(tp1) fp8",
+        "attn(tp8) ffn(tp8) bf16",
+    ]
+    for plan, shown in zip(plans, document["plans"], strict=True):
+        alone = run(*words, plan, "--format=json")
+        assert alone.code == (3 if plan == "--plan=tp8" else 0)
+        assert json.loads(alone.out) == {key: value for key, value in shown.items() if key != "plan"}
+    assert document["differences"]["plans"] == [1, 2]
+    assert "infeasible: attn(tp8) ffn(tp8) bf16 cannot run: devices" in " ".join(table.out.split())
+    lone = run(*words, "--plan=tp8", "--plan=tp4", "--format=json")
+    assert (lone.code, json.loads(lone.out)["status"]) == (3, "infeasible")
+
+
+def test_several_plans_are_started_one_after_the_other_and_have_no_files_of_their_own(tmp_path: Path) -> None:
+    words = ("simulate", *CHEAP, "--plan=tp2", "--plan=dp2")
+    ran = run(*words, "--emit=vllm")
+    assert ran.code == 0
+    assert ran.out.count("Launch (vllm)") == 2
+    assert ran.out.count("vllm serve") == 3
+    for option, name in (("requests", "a.csv"), ("timeline", "a.json")):
+        assert f"--{option}: is for one plan, and 2 are given" in refused(*words, f"--{option}={tmp_path}/{name}")
+    assert not list(tmp_path.iterdir())
+    assert "'tp2 bf16' is attn(tp2) ffn(tp2) bf16, which is given before" in refused(*words, "--plan=tp2 bf16")
+    assert "--plan: given twice" in refused("place", CHEAP[0], "--plan=tp2", "--plan=dp2")
+
+
 @pytest.mark.parametrize("command", ["models", "clusters", "traces"])
 def test_lists_come_as_table_and_json(command: str) -> None:
     document = json.loads(run(command, "--format=json").out)
@@ -1184,6 +1218,8 @@ def test_every_option_needs_its_value_and_comes_once(command: str) -> None:
             for words in ((f"--{option.name}",), (f"--{option.name}", "--debug=false")):
                 assert f"--{option.name}: needs a value" in refused(*command.split(), *rest, *words)
         twice = (f"--{option.name}=false", f"--{option.name}=false")
+        if option.again:
+            continue
         assert f"--{option.name}: given twice" in refused(*command.split(), *rest, *twice)
 
 

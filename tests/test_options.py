@@ -338,3 +338,16 @@ def test_help_names_every_number_format_engine_and_routing_there_is(command: str
     assert set(tomllib.loads((DATA_ROOT / "profiles" / "engines.toml").read_text())) <= words("engine")
     assert COMMANDS[command].option("expert_routing").choices == EXPERT_ROUTINGS
     assert COMMANDS[command].option("routing").choices == ROUTINGS
+
+
+def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:
+    words = arranged(["simulate", "--plan=tp8", "--plan", "dp2 tp4", "--plan=a,'b'"])
+    assert words == ["simulate", """--plan=('tp8', 'dp2 tp4', "a,'b'")"""]
+    assert arranged(["simulate", "--plan=tp8"]) == ["simulate", "--plan='tp8'"]
+    assert method("simulate")(None, plan=("tp8", "dp2")).options["plan"] == ("tp8", "dp2")
+    with pytest.raises(UsageError, match="--plan: needs a value, got an empty text"):
+        method("simulate")(None, plan=("tp8", " "))
+    with pytest.raises(UsageError, match="--plan: expected str"):
+        method("explain")(None, plan=("tp8", "dp2"))
+    with pytest.raises(UsageError, match="--plan: given twice"):
+        arranged(["explain", "--plan=tp8", "--plan=tp4"])

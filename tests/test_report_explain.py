@@ -103,7 +103,11 @@ def test_a_plan_is_shown_beside_the_best_with_what_differs_largest_first(compare
     assert f"({given['value'] / compared['best']['value'] - 1:+.1%})" in page
     assert compared["best"]["plan"] in page
     terms = [(term["part"], term["name"]) for term in given["terms"]][:12]
-    rows = [line for line in page.splitlines() if line.startswith(("time per GPU", "mean latency", "energy"))]
+    rows = [
+        line
+        for line in page.splitlines()
+        if line.startswith(("time per GPU", "mean latency", "energy", "memory per GPU"))
+    ]
     assert len(rows) == len(terms) >= 5
     assert all(line.startswith(part) and name in line for line, (part, name) in zip(rows, terms, strict=True))
     assert all(term["difference"] == term["plan"] - term["best"] for term in given["terms"])

@@ -16,7 +16,7 @@ from apex_opt.ir import load_model
 from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.search import Candidate, Evaluator, Question, search
-from apex_opt.search.explain import Clash, Explanation, Relaxation, compare, explain, explained
+from apex_opt.search.explain import Clash, Explanation, Relaxation, compare, differences, explain, explained
 from apex_opt.search.explain.clashes import find_clashes, smallest_clash
 from apex_opt.search.explain.relaxations import other_weights
 from apex_opt.search.explain.solving import OutOfTime, Solved, Work
@@ -369,6 +369,24 @@ def test_terms_are_those_that_differ_largest_first_and_add_up() -> None:
     assert by_part["mean latency"] == pytest.approx(
         mine.metrics.latency_s["e2e"]["mean"] - best.metrics.latency_s["e2e"]["mean"]
     )
+
+
+def test_terms_of_several_runs_have_a_value_for_each_and_share_by_the_widest_gap() -> None:
+    question = make_question(EIGHT, "4xh100-sxm", random_trace(1, 30))
+    evaluator = Evaluator(question)
+    runs = [evaluator.simulate(parse_plan(text, EIGHT)) for text in ("tp4", "dp4", "pp4")]
+    terms = differences([(evaluator, run) for run in runs])
+    assert {term.part for term in terms} == {"time per GPU", "mean latency", "energy", "memory per GPU"}
+    for term in terms:
+        assert len(term.values) == len(runs)
+        assert len(set(term.values)) > 1
+    energy = max(run.usage.energy_j for run in runs)
+    (idle,) = [term for term in terms if (term.part, term.name) == ("energy", "idle draw")]
+    assert idle.values == tuple(run.usage.idle_energy_j for run in runs)
+    assert idle.share == (max(idle.values) - min(idle.values)) / energy
+    (weights,) = [term for term in terms if (term.part, term.name) == ("memory per GPU", "weights")]
+    for run, value in zip(runs, weights.values, strict=True):
+        assert value == pytest.approx(sum(stage.weights_bytes for stage in run.memory) / len(run.memory))
 
 
 def test_the_best_plan_differs_from_itself_in_nothing() -> None:

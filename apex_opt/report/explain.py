@@ -13,6 +13,8 @@ from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, 
 from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from apex_opt.report.document import Document
@@ -79,8 +81,8 @@ def _comparison(question: Question, comparison: Comparison) -> Document:
                 "part": term.part,
                 "name": term.name,
                 "unit": term.unit,
-                "plan": term.plan,
-                "best": term.best,
+                "plan": term.values[0],
+                "best": term.values[1],
                 "difference": term.difference,
                 "share": term.share,
             }
@@ -199,24 +201,32 @@ def _compared(console: Console, document: Document) -> None:
         ("makespan", seconds(given["makespan_s"]), seconds(metrics["makespan_s"])),
     ]
     table(console, "Runs", ("", "plan", "best"), facts, left={0})
-    terms = given["terms"][:_TERMS_SHOWN]
+    terms_table(console, ("plan", "best"), [term | {"values": (term["plan"], term["best"])} for term in given["terms"]])
+    lies_table(console, given["lies"])
+
+
+def terms_table(console: Console, runs: Sequence[str], terms: Sequence[Document]) -> None:
+    """What differs between runs, part by part, a column for each run; of two also how much."""
+    if not terms:
+        console.print(f"The {len(runs)} runs take the same.\n")
+        return
+    two = len(runs) == 2
     rows = [
         (
             term["part"],
             term["name"],
-            amount(term["plan"], term["unit"]),
-            amount(term["best"], term["unit"]),
-            ("+" if term["difference"] > 0 else "-") + amount(abs(term["difference"]), term["unit"]),
+            *(amount(value, term["unit"]) for value in term["values"]),
+            *([_signed(term["values"][0] - term["values"][1], term["unit"])] if two else []),
             f"{term['share']:.1%}",
         )
-        for term in terms
+        for term in terms[:_TERMS_SHOWN]
     ]
-    if rows:
-        heads = ("of", "", "plan", "best", "difference", "share")
-        table(console, "What differs, largest share of its whole first", heads, rows, left={0, 1})
-    else:
-        console.print("The two runs take the same.\n")
-    lies_table(console, given["lies"])
+    heads = ("of", "", *runs, *(["difference"] if two else []), "share")
+    table(console, "What differs, largest share of its whole first", heads, rows, left={0, 1})
+
+
+def _signed(value: float, unit: str) -> str:
+    return ("+" if value > 0 else "-") + amount(abs(value), unit)
 
 
 def _apart(value: float | None, best: float | None) -> str:

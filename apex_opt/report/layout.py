@@ -14,6 +14,7 @@ from rich.text import Text
 
 from apex_opt.report.grid import RULE, grid
 from apex_opt.report.sources import in_full
+from apex_opt.units import GB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -120,6 +121,8 @@ def amount(value: float | None, unit: str) -> str:
         return "-"
     if unit == "s":
         return seconds(value)
+    if unit == "B":
+        return f"{value / GB:,.1f} GB"
     return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
 
 

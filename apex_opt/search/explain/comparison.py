@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
 
 from apex_opt.placement import lies
 from apex_opt.search.answer import misses
@@ -11,27 +12,34 @@ from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.search import judge
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from apex_opt.placement import Lies
     from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Candidate
     from apex_opt.search.question import Question
     from apex_opt.search.search import Progress
 
+_UNITS: Final = {"time per GPU": "s", "mean latency": "s", "energy": "J", "memory per GPU": "B"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """A part of what two runs took, in its unit; `share` is the difference as a share of the larger run's whole."""
+    """A part of what several runs took, run by run, in its unit.
+
+    `share` is the widest difference as a share of the largest run's whole.
+    """
 
     part: str
     name: str
     unit: str
-    plan: float
-    best: float
+    values: tuple[float, ...]
     share: float
 
     @property
     def difference(self) -> float:
-        return self.plan - self.best
+        """What the first run takes more than the second."""
+        return self.values[0] - self.values[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +57,7 @@ class Comparison:
 
 
 def compare(question: Question, plan: Plan, best: Candidate | None, progress: Progress | None = None) -> Comparison:
-    """A given plan beside the best one: by part of its time per GPU, of its latency and of its energy."""
+    """A given plan beside the best one, with what differs between them."""
     answer = judge(question, plan, progress)
     if answer.best is None:
         return Comparison(plan=plan, candidate=None, reason=answer.reason)
@@ -61,21 +69,27 @@ def compare(question: Question, plan: Plan, best: Candidate | None, progress: Pr
     where = lies(layouts.tree, plan, layouts.best(plan))
     if best is None:
         return Comparison(plan=plan, candidate=candidate, reason=reason, lies=where)
-    parts = [_parts(evaluator, one) for one in (candidate, best)]
+    terms = differences([(evaluator, candidate), (evaluator, best)])
+    return Comparison(plan=plan, candidate=candidate, reason=reason, terms=terms, lies=where)
+
+
+def differences(runs: Sequence[tuple[Evaluator, Candidate]]) -> tuple[Term, ...]:
+    """What differs between runs by part: of time per GPU, latency, energy and memory, the largest share first."""
+    parts = [_parts(evaluator, run) for evaluator, run in runs]
     terms = []
-    for part, unit in (("time per GPU", "s"), ("mean latency", "s"), ("energy", "J")):
-        of_plan, of_best = (by_part[part] for by_part in parts)
-        whole = max(sum(of_plan.values()), sum(of_best.values())) or 1.0
-        for name in of_plan | of_best:
-            mine, its = of_plan.get(name, 0.0), of_best.get(name, 0.0)
-            if mine != its:
-                terms.append(Term(part=part, name=name, unit=unit, plan=mine, best=its, share=abs(mine - its) / whole))
-    terms.sort(key=lambda term: (-term.share, term.part, term.name))
-    return Comparison(plan=plan, candidate=candidate, reason=reason, terms=tuple(terms), lies=where)
+    for part, unit in _UNITS.items():
+        found = [by_part[part] for by_part in parts]
+        whole = max(sum(one.values()) for one in found) or 1.0
+        for name in dict.fromkeys(name for one in found for name in one):
+            values = tuple(one.get(name, 0.0) for one in found)
+            if len(set(values)) > 1:
+                share = (max(values) - min(values)) / whole
+                terms.append(Term(part=part, name=name, unit=unit, values=values, share=share))
+    return tuple(sorted(terms, key=lambda term: (-term.share, term.part, term.name)))
 
 
 def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, float]]:
-    """What a run took by part; each sums to its whole: the makespan, the mean E2E, the energy."""
+    """What a run took by part; each sums to its whole: the makespan, the mean E2E, the energy, the memory of a GPU."""
     usage, latency = candidate.usage, candidate.metrics.latency_s
     alone = evaluator.floor(candidate.plan).latency_s["ttft"]["mean"]
     ttft, whole = latency["ttft"]["mean"], latency["e2e"]["mean"]
@@ -87,4 +101,10 @@ def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, fl
             "later tokens": whole - ttft,
         },
         "energy": {"idle draw": usage.idle_energy_j, "operations": usage.energy_j - usage.idle_energy_j},
+        "memory per GPU": {
+            "weights": fmean(stage.weights_bytes for stage in candidate.memory),
+            "workspace": fmean(stage.workspace_bytes for stage in candidate.memory),
+            "runtime": fmean(stage.runtime_bytes for stage in candidate.memory),
+            "KV cache": fmean(stage.kv_blocks * stage.kv_block_bytes for stage in candidate.memory),
+        },
     }
