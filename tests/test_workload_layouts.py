@@ -447,6 +447,44 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path: Path, text:
     assert "\n" not in str(caught.value)
 
 
+def test_columns_that_read_alike_are_refused_where_they_matter(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="columns prompt and Prompt read alike; keep one"):
+        load_trace(write(tmp_path, "arrival_s,prompt,Prompt,output\n0,1,1,1\n"))
+    assert read(load_trace(write(tmp_path, "arrival_s,prompt,output,x,X,,\n0,1,2,1,1,,\n"))) == [(0, 1, 2)]
+
+
+def test_logged_answers_with_their_usage_are_rows(tmp_path: Path) -> None:
+    entry = {
+        "created_at": "2025-03-01T00:00:00Z",
+        "messages": [],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 6},
+    }
+    assert read(load_trace(write(tmp_path, lines([entry])))) == [(0, 5, 6)]
+
+
+def test_sessions_that_do_not_say_when_they_begin_are_lengths_alone(tmp_path: Path) -> None:
+    rows = [{"session_id": "a", "input_length": 5, "output_length": 2, "delay": wait} for wait in (None, 7)]
+    for text in (lines(rows), lines([row | {"timestamp": None} for row in rows])):
+        trace = load_trace(write(tmp_path, text))
+        assert not trace.timed and trace.prompt.tolist() == [5, 5]
+        assert "waits after the answer before (delay) are left out of account" in trace.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (",".join(f"c{i}" for i in range(2000)) + "\n", "2,000 columns, at most 1,000 are read"),
+        ('{"a": [' + "{}," * 8_100_000, "more than 8,000,000 values in the first line; give an object a line"),
+        ("[[" + "{}," * 8_100_000, "item 1 of the JSON list is not JSON"),
+        ('{"t_s": 1, "isl": 1, "osl": 1}\n{"a": [' + "{}," * 2_100_000, "line 2: more than 2,000,000 values in one line"),
+    ],
+    ids=["columns", "object", "list", "line"],
+)
+def test_files_made_to_exhaust_are_refused_before_they_are_taken_apart(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_trace(write(tmp_path, text))
+
+
 def test_whole_numbers_may_be_written_as_decimals_and_as_text(tmp_path: Path) -> None:
     text = '{"timestamp": "5.5", "input_length": "12.0", "output_length": 7.00}'
     assert read(load_trace(write(tmp_path, text))) == [(5_500_000, 12, 7)]

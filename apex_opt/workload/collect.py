@@ -276,8 +276,11 @@ class Collector:
             )
         timed = bool(self._arrival) and not (np.concatenate(self._arrival) == NONE).all()
         arrival = self._arrivals(every) if timed else np.zeros(self.rows, np.int64)
-        if not timed and self._delay and any((part != NONE).any() for part in self._delay):
-            every.append("waits after the answer before (delay) are left out of account, as the file has no arrivals")
+        if not timed and self._waits:
+            every.append(
+                f"waits after the answer before ({self.layout.delay}) are left out of account, as the file does not "
+                "say when conversations begin"
+            )
         trace = make_trace(
             name=name,
             arrival_ns=arrival,

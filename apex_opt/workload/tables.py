@@ -21,6 +21,8 @@ _ROWS: Final = 8192
 _DELIMITERS: Final = ",\t;|"
 _LISTS: Final = ("requests", "data", "trace", "traces", "records", "rows")
 _LONG_LINE: Final = 1 << 20
+_MOST_COLUMNS: Final = 1000
+_PARTS: Final = (1 << 16, 1 << 20, 1 << 24)
 _MOST_IN_LINE: Final = 2_000_000
 _DECODER: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
@@ -53,7 +55,7 @@ def table_of(label: str, text: str, faults: Faults) -> Table | dict[str, Any]:
         return _csv_table(label, text, faults)
     if start == "[":
         return _json_table(label, _listed(label, text, text.index("["), faults), faults)
-    kind, entry = _shape(text)
+    kind, entry = _shape(label, text)
     if kind == "lines":
         return _json_table(label, _lines(text, faults), faults)
     if kind == "several":
@@ -67,13 +69,15 @@ def table_of(label: str, text: str, faults: Faults) -> Table | dict[str, Any]:
     return _json_table(label, iter(enumerate(listed, 1)), faults)
 
 
-def _shape(text: str) -> tuple[str, Any]:
+def _shape(label: str, text: str) -> tuple[str, Any]:
     """Whether a text that begins with an object holds one, and which, several over many lines each, or lines of them.
 
     A first line that is an object of its own makes a file of lines.
     """
     text = text.strip()
     first = text.split("\n", 1)[0]
+    if _values(first) > MOST_VALUES:
+        raise InputError(f"{label}: more than {MOST_VALUES:,} values in the first line; give an object a line")
     entry, end = _decoded(first, 0)
     if entry is not ABSENT and not first[end:].strip():
         return ("one" if len(first) == len(text) and _result_or_list(entry) else "lines"), entry
@@ -106,8 +110,12 @@ def _csv_table(label: str, text: str, faults: Faults) -> Table:
 
     rows = records()
     header = [name.strip() for name in next(rows)[1]]
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
+    if len(header) > _MOST_COLUMNS:
+        raise InputError(
+            f"{label}: {len(header):,} columns, at most {_MOST_COLUMNS:,} are read; keep those that matter"
+        )
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
         raise InputError(f"{label}: column {twice!r:.40} appears twice; keep one")
 
     def batches() -> Iterator[tuple[list[int], Callable[[str], list[Any]]]]:
@@ -200,7 +208,7 @@ def _lines(text: str, faults: Faults) -> Iterator[tuple[int, Any]]:
 def _listed(label: str, text: str, at: int, faults: Faults) -> Iterator[tuple[int, Any]]:
     """Items of a JSON list, one at a time."""
     faults.place = "item"
-    at, place = at + 1, 0
+    at, place, few = at + 1, 0, _values(text) <= MOST_VALUES
     while True:
         at = _skipped(text, at, " \t\r\n")
         if text[at : at + 1] == "]":
@@ -212,7 +220,7 @@ def _listed(label: str, text: str, at: int, faults: Faults) -> Iterator[tuple[in
             if text[at : at + 1] != ",":
                 raise InputError(f"{label}: the JSON list ends early, or lacks a comma, after item {place - 1}")
             at = _skipped(text, at + 1, " \t\r\n")
-        entry, at = _decoded(text, at)
+        entry, at = _decoded(text, at) if few else _decoded_in_part(text, at)
         if entry is ABSENT:
             raise InputError(f"{label}: item {place} of the JSON list is not JSON: {cell_text(text[at : at + 60])}")
         yield place, entry
@@ -239,6 +247,16 @@ def _decoded(text: str, at: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):
         return ABSENT, at
+
+
+def _decoded_in_part(text: str, at: int) -> tuple[Any, int]:
+    """`_decoded` of a value that is not too large, in a text that may hold too much."""
+    for size in _PARTS:
+        part = text[at : at + size]
+        entry, end = _decoded(part, 0) if _values(part) <= _MOST_IN_LINE else (ABSENT, 0)
+        if entry is not ABSENT:
+            return entry, at + end
+    return ABSENT, at
 
 
 def _is_list_of_objects(value: object) -> bool:

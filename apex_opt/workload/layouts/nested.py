@@ -49,6 +49,8 @@ def nesting_of(label: str, entry: Mapping[str, Any]) -> Nesting | None:
         return _RECORDS
     if isinstance(entry.get("sub_requests"), list):
         return _AGENTS
+    if isinstance(entry.get("usage"), dict):
+        return _USAGE
     talk = next((name for name in _TALKS if isinstance(entry.get(name), list)), None)
     numbers = {plain(name) for name, value in entry.items() if _number(value)}
     if talk is None or (numbers & PROMPTS and numbers & OUTPUTS):
@@ -90,6 +92,10 @@ def _first_exchange(turns: object) -> list[Row] | None:
             prompt, output = _count(before), _count(after)
             return None if prompt is None or output is None else [{"prompt": prompt, "output": output}]
     return None
+
+
+def _dict(value: object) -> Row:
+    return value if isinstance(value, dict) else {}
 
 
 def _agent(entry: Mapping[str, Any]) -> list[Row]:
@@ -134,4 +140,5 @@ _RECORDS: Final = Nesting(
     "send them as fast as the plan answers",
     dropped="records are of failed, cancelled or warm-up requests",
 )
+_USAGE: Final = Nesting(name="logged answers", rows=lambda entry: [{**entry, **_dict(entry.get("usage"))}])
 _AGENTS: Final = Nesting(name="LLMServingSim sessions", rows=_agent)

@@ -190,10 +190,10 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     """
     present = list(names)
     called: dict[str, str] = {}
+    alike: dict[str, str] = {}
     for name in present:
-        if name in called.values() and present.count(name) > 1:
-            raise InputError(f"{label}: column {name!r:.40} appears twice; keep one")
-        called.setdefault(plain(name), name)
+        if called.setdefault(plain(name), name) != name:
+            alike[plain(name)] = name
     fits = [layout for layout in LAYOUTS if all(plain(column) in called for column in layout.columns)]
     if len({layout.arrival.lower() for layout in fits}) > 1:
         times = " and ".join(dict.fromkeys(layout.arrival for layout in fits))
@@ -201,6 +201,9 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     found = max(fits, key=lambda layout: len(layout.marks)) if fits else _by_usual_names(label, called)
     if found is None:
         raise _unrecognised(label, present, called)
+    for column in map(plain, found.columns):
+        if column in alike:
+            raise InputError(f"{label}: columns {called[column]} and {alike[column]} read alike; keep one")
     return found, called
 
 
@@ -250,6 +253,6 @@ def _unit_of(name: str) -> str | None:
 def _unrecognised(label: str, present: list[str], called: Mapping[str, str]) -> InputError:
     nearest = max(LAYOUTS, key=lambda layout: sum(plain(column) in called for column in layout.columns))
     missing = [name for name in nearest.columns if plain(name) not in called]
-    found = ", ".join(present)
+    found = " ".join(", ".join(present).split())
     found = found if len(found) <= 100 else found[:97] + "..."
     return InputError(f"{label}: missing {', '.join(missing)}; found {found or 'none'}; accepted columns: {ACCEPTED}")
