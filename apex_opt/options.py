@@ -699,7 +699,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
             Option(name="source", default=REQUIRED, text="File with the matrix or the list."),
             Option(
                 name="gpu",
-                text="What the GPUs of a matrix are: one listed by solve.py clusters, a preset, or a TOML file with a [gpu].",
+                text="What the GPUs of a matrix are: one listed by solve.py clusters, a preset, or a TOML file with a "
+                "[gpu].",
             ),
             Option(name="target", suffix=".toml", text="TOML file to write; by default it is printed."),
             *_GENERAL,
@@ -788,6 +789,9 @@ def wrapped(text: str, width: int = 80) -> str:
     """Help with its long lines broken, each at its own indentation."""
     lines = []
     for line in text.splitlines():
+        if line.lstrip().startswith("solve.py ") and "--" in line:
+            lines.append(line)  # a command to copy
+            continue
         indent = " " * (len(line) - len(line.lstrip()))
         lines += textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -872,6 +876,11 @@ def _option(command: str, spelling: str) -> Option:
     found = [option for option in options if spelling.startswith("--") and option.name == name]
     if re.fullmatch("-[a-z]", spelling):
         found = [option for option in options if option.name.startswith(spelling[1])]
+    elsewhere = [other for other, one in COMMANDS.items() if any(option.name == name for option in one.options)]
+    if not found and elsewhere and spelling.startswith("--"):
+        who = f"{', '.join(elsewhere[:4])}{' and others' if len(elsewhere) > 4 else ''}"
+        has = "has" if len(elsewhere) == 1 else "have"
+        raise UsageError(f"--{name}: {command} has no such option, {who} {has}; see solve.py {command} --help")
     if len(found) != 1:
         raise UnknownNameError(
             f"option of {command}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 import tomllib
 from dataclasses import fields
 
@@ -242,8 +243,8 @@ def test_help_is_shown_wherever_it_is_asked_for(words: list[str]) -> None:
         (["--model=x", "plan"], "'--model=x' stands before the command; write solve.py plan --name=value"),
         (["--", "plan"], "'--' stands before the command"),
         (["plan", "--modle=x"], "unknown option of plan '--modle'; did you mean --model"),
-        (["plan", "--plan=tp8"], "unknown option of plan '--plan'"),
-        (["models", "--top=3"], "unknown option of models '--top'"),
+        (["plan", "--plan=tp8"], "--plan: plan has no such option"),
+        (["models", "--top=3"], "--top: models has no such option"),
         (["plan", "--_x"], "unknown option of plan '--_x'"),
         (["plan", "--no-debug"], "unknown option of plan '--no-debug'; did you mean --debug"),
         (["plan", "-x"], "unknown option of plan '-x'"),
@@ -274,7 +275,7 @@ def test_help_is_shown_wherever_it_is_asked_for(words: list[str]) -> None:
         (["profile", "--gpu=x", "show"], "'--gpu=x' stands before the command; write solve.py profile show --name"),
         (["--gpu=x", "profile", "show"], "'--gpu=x' stands before the command; write solve.py profile --name=value"),
         (["profile", "show", "all"], "profile show: 'all' belongs to no option"),
-        (["profile", "show", "--model=x"], "unknown option of profile show '--model'"),
+        (["profile", "show", "--model=x"], "--model: profile show has no such option"),
         (["profile", "import", "--kind=apex"], "profile import: needs --source; see solve.py profile import --help"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -328,6 +329,20 @@ def test_help_is_broken_at_its_own_indentation() -> None:
     assert " ".join(lines[2:]).split() == ["word"] * 40
 
 
+EXAMPLES = [
+    line
+    for text in (*(command.text for command in COMMANDS.values()), *(each.text for each in GROUPS.values()))
+    for line in text.splitlines()
+    if line.startswith("  solve.py ")
+]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_an_example_of_the_help_stands_on_one_line_and_is_understood(line: str) -> None:
+    assert line in wrapped(f"DESCRIPTION\n{line}\n" + "word " * 40).splitlines()
+    assert arranged(shlex.split(line)[1:])
+
+
 @pytest.mark.parametrize("command", ["plan", "simulate"])
 def test_help_names_every_number_format_engine_and_routing_there_is(command: str) -> None:
     def words(name: str) -> set[str]:
@@ -351,3 +366,30 @@ def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:
         method("explain")(None, plan=("tp8", "dp2"))
     with pytest.raises(UsageError, match="--plan: given twice"):
         arranged(["explain", "--plan=tp8", "--plan=tp4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["plan", "--timeline=a.json"],
+            "--timeline: plan has no such option, simulate has; see solve.py plan --help",
+        ),
+        (
+            ["energy", "--objective=cost"],
+            "--objective: energy has no such option, plan, pareto, explain, simulate and others have; see",
+        ),
+        (
+            ["profile", "show", "--model=x"],
+            "--model: profile show has no such option, plan, energy, pareto, explain and others have; see",
+        ),
+        (
+            ["place", "--max-num_seqs=4", "--time-limit=2", "--top", "3"],
+            "--top: place has no such option, plan, energy, capacity have; see solve.py place --help",
+        ),
+    ],
+)
+def test_an_option_of_other_commands_is_refused_by_its_name_and_theirs(words: list[str], line: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arranged(words)
+    assert str(caught.value).startswith(line)

@@ -476,7 +476,10 @@ def test_sessions_that_do_not_say_when_they_begin_are_lengths_alone(tmp_path: Pa
         (",".join(f"c{i}" for i in range(2000)) + "\n", "2,000 columns, at most 1,000 are read"),
         ('{"a": [' + "{}," * 8_100_000, "more than 8,000,000 values in the first line; give an object a line"),
         ("[[" + "{}," * 8_100_000, "item 1 of the JSON list is not JSON"),
-        ('{"t_s": 1, "isl": 1, "osl": 1}\n{"a": [' + "{}," * 2_100_000, "line 2: more than 2,000,000 values in one line"),
+        (
+            '{"t_s": 1, "isl": 1, "osl": 1}\n{"a": [' + "{}," * 2_100_000,
+            "line 2: more than 2,000,000 values in one line",
+        ),
     ],
     ids=["columns", "object", "list", "line"],
 )
