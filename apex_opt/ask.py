@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
+from apex_opt.engines import load_rules, rules_of
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from apex_opt.cluster.types import Gpu, Link
+    from apex_opt.engines import EngineRules
     from apex_opt.ir.model import Model
     from apex_opt.plan.plan import Plan
     from apex_opt.workload import Trace
@@ -65,11 +67,13 @@ class Options:
     trace_block: int | None = None
     busy: str | None = None
     down: str | None = None
+    runnable: str | None = None
+    emit: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
         """These options out of all of a command."""
-        return cls(**{field.name: options[field.name] for field in fields(cls)})
+        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
 
 
 def ask(options: Options, most_gpus: int | None = None) -> Question:
@@ -150,6 +154,7 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
         block_size=options.block_size,
         async_scheduling=options.async_scheduling,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        runnable=_rules(options),
     )
     formats = [_formats(options, model, cluster.gpu) for cluster in clusters]
     return tuple(
@@ -171,6 +176,7 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
             profiles=check_profiles(options.profiles),
             notes=notes,
             tree=tree,
+            holds_longest=options.max_model_len is not None,
             routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
         )
         for cluster, tree, (weight_formats, kv_formats) in zip(clusters, trees, formats, strict=True)
@@ -187,6 +193,13 @@ def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:
         f"--prefix_caching: trace {trace.name:.60} says nothing of what its prompts contain, so none is found in the "
         "cache; a trace with hash_ids does, or a description with prefix=(TOKENS,GROUPS)",
     )
+
+
+def _rules(options: Options) -> EngineRules | None:
+    """What the engine can run that plans are for."""
+    if options.runnable is not None:
+        return load_rules(options.runnable)
+    return rules_of(options.engine) if options.emit is None else load_rules(options.emit)
 
 
 def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:

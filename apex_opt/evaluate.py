@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.ir.model import Attention, DenseFfn
@@ -23,8 +24,10 @@ from apex_opt.plan.memory import (
     kv_blocks,
     kv_bytes_per_token,
     stage_memory,
+    vocab_copies,
 )
 from apex_opt.plan.plan import Plan, Template, even_split
+from apex_opt.plan.refusals import refusals
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.memory import StageMemory
 
-FAMILIES: Final = ("divisibility", "format", "balance", "memory", "bandwidth")
+FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""
 
 IMBALANCE: Final = (3, 2)
@@ -50,6 +53,7 @@ class Instance:
     ----------
     model, cluster, settings
     longest_tokens : int          tokens the longest request holds in the KV cache, >= 1
+    longest : str                 what that is, in words
     tpot_limit_ns : int or None   tightest limit any SLO sets on time per output token
     weight_formats, kv_formats : tuple of str
                                   formats to choose from, names of formats, each with its KV format
@@ -62,6 +66,7 @@ class Instance:
     cluster: Cluster
     settings: EngineSettings
     longest_tokens: int
+    longest: str = "the longest request"
     tpot_limit_ns: int | None = None
     weight_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
@@ -90,6 +95,11 @@ class Instance:
         return ceil_div(self.longest_tokens, self.settings.block_size)
 
     @property
+    def held(self) -> Held:
+        """How the engine holds the model."""
+        return Held.of(self.settings.runnable, self.model, self.cluster.gpu)
+
+    @property
     def decode_bytes_limit(self) -> int | None:
         """Bytes a GPU can read from its memory within the tightest TPOT limit; None without such a limit."""
         if self.tpot_limit_ns is None:
@@ -107,7 +117,7 @@ class Violation:
 
 def violations(instance: Instance, plan: Plan) -> tuple[Violation, ...]:
     """Every constraint family the plan breaks, in the order of `FAMILIES`; "devices" comes first where it applies."""
-    checks = (_devices, _divisibility, _format, _balance, _memory, _bandwidth)
+    checks = (_devices, _divisibility, _format, _engine, _balance, _memory, _bandwidth)
     found = []
     for check in checks:
         text = next(check(instance, plan), None)
@@ -153,10 +163,19 @@ def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
 
 def _format(instance: Instance, plan: Plan) -> Iterator[str]:
     gpu = instance.cluster.gpu
-    for needed in get_format(plan.weight_format).hardware_dtypes:
-        if not gpu.supports(needed):
+    wanted = get_format(plan.weight_format)
+    for form in wanted.mixed or (wanted,):
+        needed = form.hardware_dtype
+        if needed is not None and form.expanded is None and not gpu.supports(needed):
             reason = f", which {plan.weight_format} needs" if needed != plan.weight_format else ""
             yield f"{gpu.name} does not compute in {needed}{reason}"
+
+
+def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
+    if instance.settings.runnable is not None:
+        yield from refusals(
+            instance.settings.runnable, instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan)
+        )
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -168,7 +187,7 @@ def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
         kv = (need + 1) * worst.kv_block_bytes
         yield (
             f"a GPU needs {needed_bytes(instance, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
-            f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of the longest request "
+            f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of {instance.longest} "
             f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
         )
 
@@ -181,7 +200,7 @@ def needed_bytes(instance: Instance, stage: StageMemory) -> int:
 
 def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:
     limit = instance.decode_bytes_limit
-    if limit is not None and (read := decode_bytes(instance.model, plan)) > limit:
+    if limit is not None and (read := decode_bytes(instance.model, plan, instance.held)) > limit:
         rate = instance.cluster.gpu.memory_bytes_per_s
         least_ms, limit_ms = read / rate * 1e3, (instance.tpot_limit_ns or 0) / 1e6
         yield (
@@ -199,12 +218,13 @@ def _balance(instance: Instance, plan: Plan) -> Iterator[str]:
         )
 
 
-def decode_bytes(model: Model, plan: Plan) -> int:
+def decode_bytes(model: Model, plan: Plan, held: Held = PLAIN) -> int:
     """Least weights that one GPU of each stage together read for one token: what bounds time per output token."""
     total = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     for run in model.runs:
         attention = attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
-        total += run.count * (attention + ffn_token_bytes(run.block.ffn, plan.ffn, plan.weight_format))
+        ffn = ffn_token_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
+        total += run.count * (attention + ffn)
     return total
 
 
@@ -310,7 +330,7 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     order, lie nearest those of the even split. Activations are looked at only where a split does not fit beside them.
     Stages are several and balanced, and shards equal, or there is none.
     """
-    if plan.stages == 1 or next(_divisibility(instance, plan), None) or next(_format(instance, plan), None):
+    if plan.stages == 1 or any(next(check(instance, plan), None) for check in (_divisibility, _format, _engine)):
         return None
     model, tp = instance.model, plan.attention.tp
     vocab = 2 * ceil_div(model.vocab, tp) * model.hidden
@@ -318,14 +338,18 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     weights, held = [0], [0]
     for run in model.runs:
         attention = attention_shard_bytes(run.block.attention, tp, plan.weight_format)
-        read = attention + ffn_shard_bytes(run.block.ffn, plan.ffn, plan.weight_format) + 2 * run.block.norm_parameters
+        ffn = ffn_shard_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, instance.held)
+        read = attention + ffn + 2 * run.block.norm_parameters
         kv = kept * kv_bytes_per_token(run.block.attention, tp, plan.kv_format)
         for _ in range(run.count):
             weights.append(weights[-1] + read)
             held.append(held[-1] + read + kv)
     stages = stage_memory(model, instance.cluster.gpu, plan, limited(instance.settings, plan))
     head = vocab + 2 * model.hidden
-    beside = (vocab, *(0,) * (plan.stages - 2), head)
+    last = plan.stages - 1
+    copies = [vocab_copies(model, instance.held, index == 0, index == last) for index in range(plan.stages)]
+    norms = 2 * model.hidden
+    beside = [vocab * n + norms * (index == last) + instance.held.table_bytes for index, n in enumerate(copies)]
     extra = (*(0,) * (plan.stages - 1), head)
     most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)
     rooms = tuple(s.usable_bytes - s.runtime_bytes - other for s, other in zip(stages, beside, strict=True))

@@ -227,6 +227,12 @@ _QUESTION: Final = (
         text="Serving engine, for its kernels and its own time: vllm, sglang, trtllm; or vllm-0.6, sglang-eager.",
     ),
     Option(
+        name="runnable",
+        choices=("vllm", "sglang", "trtllm", "any"),
+        text="Whose rules plans must keep to: those of vllm, sglang or trtllm, so that it can start them; or any, for "
+        "plans that no engine need be able to run. By default the engine of --emit, else of --engine.",
+    ),
+    Option(
         name="max_num_seqs",
         kind=int,
         default=1024,
@@ -250,8 +256,8 @@ _QUESTION: Final = (
         kind=int,
         least=2,
         most=10_000_000,
-        text="Longest prompt and output together; by default the model's limit, or what the trace needs where prompts "
-        "are not split.",
+        text="Longest prompt and output together; given, the KV cache must hold one request of that length, as engines "
+        "ask for to start. By default the model's limit, or what the trace needs where prompts are not split.",
     ),
     Option(name="block_size", kind=int, default=16, least=1, most=1024, text="Tokens in one KV block."),
     Option(
@@ -343,8 +349,8 @@ _RATE: Final = (
 )
 _EMIT: Final = Option(
     name="emit",
-    choices=("vllm", "sglang"),
-    text="Print the commands that start the plan on this engine, vllm or sglang, and what they cannot say.",
+    choices=("vllm", "sglang", "trtllm"),
+    text="Print the commands that start the plan on this engine, vllm, sglang or trtllm, and what they cannot say.",
 )
 _PLACE: Final = (
     Option(
@@ -421,6 +427,7 @@ _OF_A_STEP: Final = (
     "expert_routing",
     "profiles",
     "engine",
+    "runnable",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
@@ -487,6 +494,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         options=(
             *(replace(option, **_FRONT.get(option.name, {})) for option in _QUESTION),
             replace(_PLOT, text="PNG file to draw the front into; needs apex-opt[plot]."),
+            _EMIT,
             _SOURCES,
             *_GENERAL,
         ),
@@ -564,6 +572,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             replace(_PLAN, default=None, text="The only plan to ask about, such as tp8; by default all are searched."),
             *_RATE,
             _TOP,
+            _EMIT,
             _SOURCES,
             *_GENERAL,
         ),

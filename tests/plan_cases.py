@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import numpy as np
 from apex_opt.cluster import load_cluster
 from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost.engine import EngineOverhead
+from apex_opt.engines import EngineRules, Held
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
+from apex_opt.ir.scheme import Scheme
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
 from apex_opt.search import Evaluator, Question, load_objective
@@ -191,6 +194,58 @@ def random_model(rng: np.random.Generator) -> Model:
     return make_model(*runs[kind], vocab=pick(1000, 32000, 128257), tied=pick(True, False))
 
 
+def random_rules(rng: np.random.Generator) -> EngineRules:
+    """An engine with rules of every kind, each of which some plans keep to and some break."""
+
+    def often(share: float = 0.5) -> bool:
+        return bool(rng.random() < share)
+
+    def pick(*values: Any) -> Any:
+        return values[rng.integers(len(values))]
+
+    ranges = {name: pick((8.0, inf), (7.0, 9.5), (9.5, inf)) if often(0.2) else (0.0, inf) for name in FORMATS}
+    for name in [name for name in ranges if often(0.05)]:
+        del ranges[name]
+    padded = {"mxfp4": ((0.0, 9.5, 96, 40), (9.5, inf, 256, 128)), "fp8": ((8.0, inf, 1, 64),)}
+    return EngineRules(
+        name="test",
+        release="Test 1",
+        ffn_copies=often(),
+        dense_attention_copies=often(),
+        moe_copies=often(),
+        one_gpu_copies=often(0.3),
+        experts_by_both=often(),
+        dense_per_copy=often(),
+        formats=ranges,
+        caches={"fp8": (9.5, inf)} if often(0.1) else {},
+        methods={"gptq": (9.5, inf)} if often(0.2) else {},
+        whole_scales=often(0.7),
+        least_group=pick(0, 16, 32),
+        padded_experts=padded if often() else {},
+        vocab_multiple=pick(1, 1, 64),
+        vocab_on_every_stage=frozenset({"odd"}) if often() else frozenset(),
+        whole_kv_heads=frozenset({"odd"}) if often() else frozenset(),
+        tower_shards=often(),
+        block_multiples={"latent": 16, "sinks": 16, "fp8": 16} if often(0.3) else {},
+        block_powers=often(0.1),
+        rotary_table=often(),
+        sources={},
+    )
+
+
+def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) -> Model:
+    """A model as an engine may know it: its family, its image tower, and how its checkpoint is quantised."""
+    schemes = (None, Scheme(method="gptq", group=128), Scheme(method="fp8", block=(128, 64)), Scheme(method="fp8"))
+    towers = (None, None, 8, 6)
+    return replace(
+        model,
+        family=str(rng.choice(["", "odd"])),
+        tower_heads=towers[rng.integers(len(towers))],
+        weight_format=str(rng.choice(list(formats))),
+        scheme=schemes[rng.integers(len(schemes))],
+    )
+
+
 def memory_need(stage: StageMemory, blocks: int) -> int:
     """Bytes a GPU of the stage must offer for so many blocks that sequences can use."""
     return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + (blocks + 1) * stage.kv_block_bytes
@@ -217,6 +272,7 @@ def instance_at(
     offered = 1 << 45
     assert plan is not None or (memory is None and tpot is None)
     blocks = -(-longest // settings.block_size)
+    held = Held.of(settings.runnable, model, make_gpu())
     if plan is not None and memory is not None:
         stages = stage_memory(model, make_gpu(), plan, settings)
         offered = 2 * (max(memory_need(stage, blocks) for stage in stages) + memory)
@@ -226,7 +282,7 @@ def instance_at(
         cluster=make_cluster(gpus, **figures),
         settings=settings,
         longest_tokens=longest,
-        tpot_limit_ns=None if plan is None or tpot is None else decode_bytes(model, plan) + tpot,
+        tpot_limit_ns=None if plan is None or tpot is None else decode_bytes(model, plan, held) + tpot,
         weight_formats=tuple(weights for weights, _ in formats),
         kv_formats=tuple(kv for _, kv in formats),
         max_devices=gpus,
@@ -249,6 +305,10 @@ def random_instance(seed: int) -> Instance:
     )
     kwargs: dict[str, Any] = {"formats": formats, "settings": settings, "flops": flops}
     kwargs["longest"] = int(rng.choice([1, 500, 20_000]))
+    other = np.random.default_rng(seed + 3000)
+    if other.random() < 0.6:
+        model = published(other, model, [weights for weights, _ in formats])
+        kwargs["settings"] = settings = replace(settings, runnable=random_rules(other))
     plans = list(space(instance_at(model, None, gpus, **kwargs)))
     limits: tuple[tuple[int | None, int | None], ...] = ((None, None), (7, 300), (1, None), (None, 9000))
     chosen = tuple(limits[i] for i in rng.permutation(4)[: rng.choice([1, 1, 2])])
@@ -313,6 +373,10 @@ def random_question(seed: int) -> Question:
     trace = random_trace(seed, 25, closed=rng.random() < 0.3)
     other = np.random.default_rng(seed + 2000)
     names = [str(name) for name in rng.choice(NAMES, size=3, replace=False)]
+    own = np.random.default_rng(seed + 4000)
+    rules = None
+    if own.random() < 0.2:
+        model, rules = published(own, model, [weights for weights, _ in kept]), random_rules(own)
     question = make_question(
         model,
         make_cluster(gpus // nodes, nodes),
@@ -321,7 +385,7 @@ def random_question(seed: int) -> Question:
         objective=names[0],
         then=tuple(load_objective(name) for name in names[1 : int(other.choice([1, 1, 2, 3]))]),
         routing="least_loaded" if rng.random() < 0.3 else "round_robin",
-        settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7)),
+        settings=replace(SMALL, async_scheduling=bool(rng.random() < 0.7), runnable=rules),
         weight_formats=tuple(str(w) for w, _ in kept),
         kv_formats=tuple(str(k) for _, k in kept),
         overhead=ENGINES[other.integers(len(ENGINES))],

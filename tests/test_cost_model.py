@@ -360,9 +360,9 @@ def read_bytes(name: str, plan: str, weights: str, sequences: int) -> float:
         if isinstance(cell, MoeFfn):
             missed = (1 - cell.experts_per_token / cell.experts) ** sequences
             cell = replace(cell, experts_per_token=cell.experts, shared_intermediate=0)
-            total += run.count * ffn_token_bytes(cell, cut.ffn, weights) * (1 - missed)
+            total += run.count * ffn_token_bytes(cell, cut.attention, cut.ffn, weights) * (1 - missed)
         else:
-            total += run.count * ffn_token_bytes(cell, cut.ffn, weights)
+            total += run.count * ffn_token_bytes(cell, cut.attention, cut.ffn, weights)
     return total
 
 

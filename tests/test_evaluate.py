@@ -77,7 +77,7 @@ def test_tasks_divide_over_shards_and_kv_heads_are_copied_whole(model: Model, te
         ("bf16", ("fp16",), False),
         ("fp16", ("bf16",), False),
         ("fp16", ("bf16", "fp16"), True),
-        ("fp8", ("bf16",), False),
+        ("fp8", ("bf16",), True),  # expanded, for want of such arithmetic
         ("fp8", ("bf16", "fp8"), True),
         ("w4a16", ("fp16",), True),
         ("w8a16", ("bf16",), True),
@@ -93,8 +93,8 @@ def test_a_gpu_computes_in_the_formats_it_has_and_expands_weights_to_one_of_them
 
 
 def test_a_format_whose_arithmetic_has_another_name_says_which_it_needs() -> None:
-    found = broken(DENSE, "tp4 nvfp4", formats=(("nvfp4", "bf16"),), flops=("bf16", "fp8"))
-    assert found == {"format": "test-gpu does not compute in fp4, which nvfp4 needs"}
+    found = broken(DENSE, "tp4 w8a8", formats=(("w8a8", "bf16"),), flops=("bf16", "fp8"))
+    assert found == {"format": "test-gpu does not compute in int8, which w8a8 needs"}
 
 
 @pytest.mark.parametrize(

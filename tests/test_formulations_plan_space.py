@@ -84,9 +84,9 @@ def test_every_family_both_lets_through_and_keeps_out_in_many_of_these_questions
 @pytest.mark.parametrize("seed", SEEDS)
 def test_counting_without_listing_gives_the_number_of_plans_of_any_families_it_knows(seed: int) -> None:
     instance = random_instance(seed)
-    known = ("divisibility", "format", "balance")
+    known = ("divisibility", "format", "engine", "balance")
     every = [*brute_force(seed).values(), *(faults for _, faults in movable(seed).values())]
-    for size in range(4):
+    for size in range(len(known) + 1):
         for families in itertools.combinations(known, size):
             assert SPACE.count(instance, families) == sum(not faults & set(families) for faults in every), families
 
@@ -123,11 +123,12 @@ WINDOWS = make_model(*[(dense(heads=12, window=window), 1) for window in (128, N
         ("divisibility", LATENT, "attn(tp12) ffn(tp12)", {}, True),  # the latent cache is copied
         ("divisibility", LATENT, "attn(dp4) ffn(tp4)", {}, True),
         ("divisibility", LATENT, "attn(tp8) ffn(tp8)", {}, False),
-        ("format", DENSE, "tp4 nvfp4", {"formats": (("nvfp4", "bf16"),)}, False),
+        ("format", DENSE, "tp4 nvfp4", {"formats": (("nvfp4", "bf16"),)}, True),  # expanded to 16 bit
+        ("format", DENSE, "tp4 w8a8", {"formats": (("w8a8", "bf16"),)}, False),
         ("format", DENSE, "tp4 nvfp4", {"formats": (("nvfp4", "bf16"),), "flops": ("bf16", "fp4")}, True),
         ("format", DENSE, "tp4 mxfp4", {"formats": (("mxfp4", "bf16"),), "flops": ("fp16",)}, True),
         ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),)}, True),
-        ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),), "flops": ("fp16",)}, False),
+        ("format", DENSE, "tp4 fp8 kv=fp8", {"formats": (("fp8", "fp8"),), "flops": ("fp16",)}, True),
         ("format", DENSE, "tp4 w8a16", {"formats": (("w8a16", "bf16"),), "flops": ("fp16",)}, True),
         ("balance", make_model((dense(), 4)), "pp3", {}, True),  # on the line
         ("balance", make_model((dense(), 5)), "pp4", {}, False),

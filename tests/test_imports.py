@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.files",),
     ("apex_opt.outputs", "apex_opt.process"),
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
+    ("apex_opt.engines",),
     ("apex_opt.plan",),
     ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
     ("apex_opt.cost",),

@@ -69,7 +69,9 @@ def account(plan: Plan, cost: PlanCost, model: Costs, outcome: Outcome) -> Usage
     run_s, peak, rate = max(makespan_s, 1e-12), 0.0, 0.0
     for costs, devices in model.on(plan):
         gpu = costs.cluster.gpu
-        peak += devices * gpu.peak_flops_per_s(get_format(plan.weight_format).hardware_dtype or gpu.half_dtype)
+        form = get_format(plan.weight_format)
+        dtype = (form.computed(gpu.supports) or form).hardware_dtype
+        peak += devices * gpu.peak_flops_per_s(dtype or gpu.half_dtype)
         rate += devices * gpu.memory_bytes_per_s
     idle_j = idle_w(model, plan) * makespan_s
     return Usage(

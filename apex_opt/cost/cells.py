@@ -20,6 +20,7 @@ import numpy as np
 from apex_opt.cluster.tree import LEVELS
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
+from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 from apex_opt.profiles.collectives import Collectives
@@ -159,7 +160,9 @@ class Operations:
         collectives: Collectives,
         routing: str = "uniform",
         fused: tuple[str, ...] = (),
+        held: Held = PLAIN,
     ) -> None:
+        self.held = held
         self.tables = tables
         self.routing = routing
         self.fused = frozenset(fused)
@@ -192,8 +195,12 @@ class Operations:
         return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: int) -> str:
-        """The format a matrix is held in: 16 bit where the checkpoint leaves it out of every narrower one."""
-        return get_format(weight_format).part(quantised).name if quantised else self.half
+        """The format a matrix is computed in: 16 bit where the checkpoint leaves it out of every narrower one."""
+        if not quantised:
+            return self.half
+        form = get_format(weight_format).part(quantised)
+        # What the GPU cannot compute in, it does not serve: see the oracle.
+        return (form.computed(self.profile.gpu.supports) or form).name
 
     def _elementwise(self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0) -> Work:
         """A kernel that only reads and writes memory; its traffic alone where the engine fuses the operation."""
@@ -328,11 +335,15 @@ class Operations:
 
     def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
         """One FFN cell: norm, projections and activation, or router and experts."""
-        place = sharing(self.tables, attention.dp, template.dp)
-        ranks = template.tp * template.ep
+        dense = self._dense_cut(attention, template)
+        ranks = dense.tp * dense.ep
 
         def own(operation: str, work: Work) -> Parts:
-            return place(operation=operation, work=work)
+            cut = dense if isinstance(cell, DenseFfn) else template
+            return sharing(self.tables, attention.dp, cut.dp)(operation=operation, work=work)
+
+        def beside(operation: str, work: Work) -> Parts:
+            return sharing(self.tables, attention.dp, dense.dp)(operation=operation, work=work)
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
@@ -345,7 +356,7 @@ class Operations:
         if cell.shared_intermediate:
             parts = cell.shared_quantised, cell.shared_down_quantised
             held = tuple(self.held_in(weight_format, part) for part in parts)
-            shared = self._dense(own, cell.hidden, cell.shared_intermediate, cell.gated, ranks, *held)
+            shared = self._dense(beside, cell.hidden, cell.shared_intermediate, cell.gated, ranks, *held)
         return merged(norm, router, choose, experts, shared)
 
     def _dense(
@@ -388,6 +399,10 @@ class Operations:
         moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * cell.hidden
         return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
 
+    def _dense_cut(self, attention: Template, ffn: Template) -> Template:
+        """How dense FFNs beside experts, and shared experts, are cut: as the experts, or as the engine holds them."""
+        return attention if self.held.dense_per_copy else ffn
+
     def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:
         """Collectives of a layer: those that turn the layout of each cell into the next one's."""
         return merged(*(self._collective(*call[:-1], layout) for call in self.exchanges(block, attention, ffn)))
@@ -403,6 +418,8 @@ class Operations:
         up two squares per token over the shards.
         """
         tables, calls, cell = self.tables, Collectives, block.ffn
+        if isinstance(cell, DenseFfn):
+            ffn = self._dense_cut(attention, ffn)
         hidden = 2.0 * cell.hidden
         shards = ffn.tp * ffn.ep
         of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)

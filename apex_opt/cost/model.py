@@ -13,6 +13,7 @@ from apex_opt.cluster.tree import Tree
 from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables, merged, times
 from apex_opt.cost.least import Least
 from apex_opt.cost.work import Work
+from apex_opt.engines.rules import Held
 from apex_opt.placement.layouts import Layouts
 from apex_opt.plan.engine import limited
 from apex_opt.plan.memory import stage_runs
@@ -123,7 +124,8 @@ class CostModel:
         tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
         sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
         self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
-        operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused)
+        held = Held.of(settings.runnable, model, cluster.gpu)
+        operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held)
         self.operations = operations
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.

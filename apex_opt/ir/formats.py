@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 ACTIVATIONS: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
 GROUP_WEIGHTS: Final = 128
@@ -37,6 +37,9 @@ class NumberFormat:
     activation : str        one of `ACTIVATIONS`: the type the matrix units see; a weight-only format
                             expands its weights first, to bf16 or to fp16, which run at the same rate
     description : str       one line for tables
+    group : int or None     weights along the inputs that share one scale; None where a scale is for more than that
+    expanded : str or None  weight-only format that a matrix costs as where a GPU expands it to 16 bit, for want of
+                            arithmetic in it
     mixed : tuple           formats of a checkpoint that holds its matrices in several; this one is then as the first
     """
 
@@ -44,6 +47,8 @@ class NumberFormat:
     weight_bits: Fraction
     activation: str
     description: str
+    group: int | None = None
+    expanded: str | None = None
     mixed: tuple[NumberFormat, ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,11 +68,17 @@ class NumberFormat:
         """The type a GPU must multiply in; None for a weight-only format, which expands to its 16-bit type."""
         return None if self.weight_bits < 16 and self.activation in ("bf16", "fp16") else self.activation
 
-    @property
-    def hardware_dtypes(self) -> tuple[str, ...]:
-        """All types a GPU must multiply in: those of every format of a mixed one."""
-        needed = (part.hardware_dtype for part in self.mixed or (self,))
-        return tuple(dict.fromkeys(dtype for dtype in needed if dtype is not None))
+    def computed(self, supports: Callable[[str], bool]) -> NumberFormat | None:
+        """The format whose products stand for those of this one on a GPU: where it has no such arithmetic, `expanded`.
+
+        None where it can do neither. Of a mixed format it is that of the first part that decides.
+
+        Parameters
+        ----------
+        supports : callable    whether the GPU multiplies matrices in a type
+        """
+        found = [form if _native(form, supports) else _expanded(form) for form in self.mixed or (self,)]
+        return None if None in found else found[0]
 
     def part(self, quantised: int) -> NumberFormat:
         """The format of a matrix that is in the `quantised`-th of a mixed one, counted from 1.
@@ -90,12 +101,21 @@ class NumberFormat:
         return -(-parameters * self.weight_bits.numerator // (8 * self.weight_bits.denominator))
 
 
+def _native(form: NumberFormat, supports: Callable[[str], bool]) -> bool:
+    return form.hardware_dtype is None or supports(form.hardware_dtype)
+
+
+def _expanded(form: NumberFormat) -> NumberFormat | None:
+    return None if form.expanded is None else FORMATS[form.expanded]
+
+
 def _weight_only(bits: int, group: int) -> NumberFormat:
     """Integer weights behind 16-bit activations."""
     return NumberFormat(
         name=f"w{bits}a16" + (f"g{group}" if group != GROUP_WEIGHTS else ""),
         weight_bits=bits + Fraction(16, group),
         activation="bf16",
+        group=group,
         description=f"{bits}-bit weights, 16-bit activations; one 16-bit scale per {group} weights",
     )
 
@@ -114,6 +134,7 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 name="fp8",
                 weight_bits=Fraction(8),
                 activation="fp8",
+                expanded="w8a16",
                 description="8-bit float weights and activations (W8A8); scales, per channel or block, are negligible",
             ),
             NumberFormat(
@@ -128,6 +149,7 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 name="mxfp4",
                 weight_bits=4 + Fraction(8, 32),
                 activation="bf16",
+                group=32,
                 description="4-bit float weights, 16-bit activations; one 8-bit scale per 32 weights",
             ),
             # NVIDIA, "Introducing NVFP4 for Efficient and Accurate Low-Precision Inference", 2025.
@@ -135,6 +157,8 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 name="nvfp4",
                 weight_bits=4 + Fraction(8, 16),
                 activation="fp4",
+                group=16,
+                expanded="w4a16g32",
                 description="4-bit float weights and activations (W4A4); one 8-bit scale per 16 weights",
             ),
         )

@@ -170,8 +170,19 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         weight_format="+".join(formats) or dtype,
         kv_format=quantisation.kv_format,
         scheme=quantisation.scheme(formats[0], used) if formats else None,
+        family=next(name for name, known in FAMILIES.items() if known is family),
+        tower_heads=_tower_heads(config),
         source=source,
     )
+
+
+def _tower_heads(config: Mapping[str, Any]) -> int | None:
+    """Heads of the tower that reads images, where the file states any."""
+    tower = config.get("vision_config")
+    if not isinstance(tower, dict):
+        return None
+    stated = (tower.get(key) for key in ("num_attention_heads", "vt_num_attention_heads", "num_heads"))
+    return next((heads for heads in stated if count_fault("heads", heads) is None and heads), None)
 
 
 def _held(quantisation: Quantisation, family: Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:

@@ -161,6 +161,11 @@ class Attention:
         return self.query_heads // self.kv_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that rotary embedding turns: all, at most."""
+        return self.head_dim
+
+    @property
     def tasks(self) -> int:
         """Pieces the cell can be cut into: a KV head with its group of query heads."""
         return self.kv_heads
@@ -269,6 +274,11 @@ class LatentAttention:
     def window(self) -> None:
         """Tokens of context a query sees: the whole context."""
         return None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that rotary embedding turns."""
+        return self.rope_head_dim
 
     @property
     def tasks(self) -> int:
@@ -572,6 +582,8 @@ class Model:
     weight_format : str     name of a format: the block matrices as published
     kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
     scheme : Scheme or None how the checkpoint was quantised; None where it was not
+    family : str            its `model_type`, of whose layout engines know; "" where unknown
+    tower_heads : int or None    heads of the tower that reads images, where the checkpoint has one
     source : str            where the description comes from
     """
 
@@ -586,6 +598,8 @@ class Model:
     kv_format: str | None
     source: str
     scheme: Scheme | None = None
+    family: str = ""
+    tower_heads: int | None = None
 
     def __post_init__(self) -> None:
         owner = f"model {self.name}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Asked, Command, Launch, Replica, on_nodes
+from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import Sglang
+from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import Vllm
+from apex_opt.plan.refusals import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "Command", "Launch", "launch", "together"]
 
-ENGINES: Final[Mapping[str, Engine]] = {engine.name: engine for engine in (Vllm(), Sglang())}
+ENGINES: Final[Mapping[str, Engine]] = {engine.rules.name: engine for engine in (Vllm(), Sglang(), Trtllm())}
 
 
 def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
@@ -35,11 +37,13 @@ def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignm
     spoken = ENGINES[engine]
     asked = Asked(question=question, plan=plan, checkpoint=checkpoint)
     replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
-    refusals = spoken.refusals(asked, replicas)
+    refused = [*refusals(spoken.rules, question.model, question.cluster.gpu, plan, asked.settings)]
+    if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
+        refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
     if asked.settings.policy != "vllm":
-        refusals.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
-    if refusals:
-        notes = [f"no command: {spoken.release} cannot run this plan", *refusals]
+        refused.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
+    if refused:
+        notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))
     commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas))
     return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
@@ -85,27 +89,24 @@ def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
 def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[Command]:
     """One command per replica and node; what answers requests listens on the first node of the replica."""
     taken: dict[int, int] = {}
-    # Engines do not agree on which stages get what does not divide evenly.
-    stated = len(set(asked.plan.layers)) > 1
     for replica in replicas:
-        head, *_ = replica.nodes
         # The other nodes of a replica listen too, to be asked whether they are alive.
         place = max(taken.get(node, 0) for node in replica.nodes)
         taken.update(dict.fromkeys(replica.nodes, place + 1))
-        words = engine.words(asked, FIRST_PORT + PORT_STEP * place)
-        for rank, (node, gpus) in enumerate(on_nodes(engine.ranks(asked, replica))):
-            env = [("CUDA_VISIBLE_DEVICES", ",".join(map(str, gpus)))]
-            if stated:
-                env.append((engine.layers, ",".join(map(str, asked.plan.layers))))
-            more = engine.joined(len(replica.nodes), rank, head) if len(replica.nodes) > 1 else []
-            yield Command(node=node, replica=replica.index, env=tuple(env), argv=(*words, *more))
+        yield from engine.servers(asked, replica, place)
 
 
 def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[str]:
-    plan, question = asked.plan, asked.question
-    yield f"options as {engine.release} has them"
-    if question.overhead.name != engine.name:
-        yield f"the figures are of {question.overhead.name}; for those of {engine.name} ask with --engine={engine.name}"
+    plan, question, name = asked.plan, asked.question, engine.rules.name
+    yield f"options as {engine.rules.release} has them"
+    if question.overhead.name != name:
+        yield f"the figures are of {question.overhead.name}; for those of {name} ask with --engine={name}"
+    longest = question.settings.max_model_len
+    if asked.settings.max_model_len < longest:
+        yield (
+            f"requests: of at most {asked.settings.max_model_len:,} tokens, as many as the KV cache of the plan holds; "
+            f"{question.model.name} is made for {longest:,}"
+        )
     if asked.quantised_when_loaded:
         yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"
     elif not asked.as_published:
@@ -124,6 +125,4 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
     if asked.whole_copies:
         yield "copies: each runs on its own, in the figures they form batches together"
-    if asked.latent:
-        yield f"latent attention: some kernels of {engine.name} want blocks of another size: check"
     yield from engine.notes(asked, replicas)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir.formats import get_format
-from apex_opt.ir.model import LatentAttention, MoeFfn
+from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from apex_opt.engines import EngineRules
     from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
     from apex_opt.search.question import Question
 
@@ -33,17 +36,23 @@ class Command:
     replica : int or None             which replica of the plan it starts; None for what concerns the node
     env : tuple of (name, value)      variables of its environment
     argv : tuple of str               its words
+    file : (name, text) or None       a file that it reads, written before it is started
     """
 
     node: int
     replica: int | None
     env: tuple[tuple[str, str], ...] = ()
     argv: tuple[str, ...]
+    file: tuple[str, str] | None = None
 
     @property
     def text(self) -> str:
         """As a line for a shell."""
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env), shlex.join(self.argv)])
+        line = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.env), shlex.join(self.argv)])
+        if self.file is None:
+            return line
+        name, text = self.file
+        return f"echo {shlex.quote(text)} > {shlex.quote(name)} && {line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,7 @@ class Launch:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """What an engine is to serve: a plan of a question, and where its weights are found."""
 
@@ -63,10 +72,21 @@ class Asked:
     plan: Plan
     checkpoint: str
 
-    @property
+    @cached_property
+    def memory(self) -> tuple[StageMemory, ...]:
+        """Memory of each stage."""
+        question = self.question
+        return stage_memory(question.model, question.cluster.gpu, self.plan, question.settings_for(self.plan))
+
+    @cached_property
     def settings(self) -> EngineSettings:
-        """Engine settings with the plan's limits."""
-        return self.question.settings_for(self.plan)
+        """Engine settings with the plan's limits; requests no longer than the KV cache that the plan leaves.
+
+        Engines start only where one request of the greatest length fits by itself.
+        """
+        settings = self.question.settings_for(self.plan)
+        held = kv_blocks(self.memory) * settings.block_size
+        return replace(settings, max_model_len=max(min(settings.max_model_len, held), 2))
 
     @property
     def half(self) -> str:
@@ -108,15 +128,10 @@ class Asked:
         return self.question.model.is_moe
 
     @property
-    def dense_beside_experts(self) -> bool:
-        """Whether a mixture of experts has dense FFNs too: in layers of their own, or shared by all tokens."""
-        cells = [run.block.ffn for run in self.question.model.runs]
-        dense = (not isinstance(cell, MoeFfn) or cell.shared_intermediate > 0 for cell in cells)
-        return self.moe and any(dense)
-
-    @property
-    def latent(self) -> bool:
-        return any(isinstance(run.block.attention, LatentAttention) for run in self.question.model.runs)
+    def scheme(self) -> str | None:
+        """How the checkpoint that is served was quantised."""
+        scheme = self.question.model.scheme
+        return scheme.method if scheme is not None and self.as_published else None
 
     @property
     def whole_copies(self) -> bool:
@@ -157,38 +172,56 @@ def on_nodes(gpus: Iterable[str]) -> tuple[tuple[int, tuple[int, ...]], ...]:
 
 
 class Engine(Protocol):
-    """What is said in an engine's own words.
+    """What is said in an engine's own words; `rules` is what it can run."""
 
-    `layers` is the variable with the layers of each stage, `release` the one whose options these are.
-    """
-
-    name: str
-    release: str
-    layers: str
-
-    def refusals(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
-        """Why the engine cannot run the plan; nothing where it can."""
+    rules: EngineRules
 
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         """What its commands do otherwise than the plan, and what to check."""
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
-        """GPUs of a replica in the order in which the engine deals its ranks."""
-
-    def words(self, asked: Asked, port: int) -> list[str]:
-        """The command on one node."""
-
-    def joined(self, nodes: int, rank: int, head: int) -> list[str]:
-        """What is added on each of several nodes."""
+    def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
+        """The commands that start a replica, the `place`-th on its nodes."""
 
 
-def uneven(replicas: Sequence[Replica]) -> str | None:
-    """The first replica with more GPUs on one node than on another, in words."""
-    for replica in replicas:
-        counts = [len(gpus) for _, gpus in on_nodes(replica.by_stage)]
-        if len(set(counts)) > 1:
-            return f"replica {replica.index} has {' and '.join(map(str, counts))} GPUs on its nodes"
-    return None
+class Host(NamedTuple):
+    """GPUs of one node, numbered within it, that one command starts an equal share of a replica on."""
+
+    node: int
+    slots: tuple[int, ...]
+
+    @property
+    def visible(self) -> tuple[str, str]:
+        """The variable that shows a process these GPUs and no other."""
+        return "CUDA_VISIBLE_DEVICES", ",".join(map(str, self.slots))
+
+
+def hosts(ranks: Sequence[str], sizes: Iterable[int]) -> tuple[Host, ...]:
+    """Ranks in the fewest equal and consecutive shares that lie in one node each.
+
+    Engines start equally many ranks on every node they are told of. A node may be told of twice, each time with other
+    GPUs, so that ranks which lie unevenly over nodes are shared out evenly all the same.
+
+    Parameters
+    ----------
+    ranks : GPUs by name in the order in which the engine deals its ranks
+    sizes : ranks that may be started together, 1 among them
+    """
+    places = [place_of(gpu) for gpu in ranks]
+    for size in sorted(sizes, reverse=True):
+        shares = [places[at : at + size] for at in range(0, len(places), size)]
+        if all(len({node for node, _ in share}) == 1 for share in shares):
+            return tuple(Host(share[0][0], tuple(slot for _, slot in share)) for share in shares)
+    raise AssertionError("a GPU lies in one node")
+
+
+def stage_chunks(plan: Plan) -> list[int]:
+    """Ranks that may be started together where they are dealt stage by stage: parts of a stage, or whole stages."""
+    return [*divisors(plan.stage_devices), *(n * plan.stage_devices for n in divisors(plan.stages))]
+
+
+def divisors(number: int) -> list[int]:
+    """Numbers that divide a number, rising."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def per_copy(limit: int, asked: Asked) -> int:

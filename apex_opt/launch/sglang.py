@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.launch.commands import per_copy, uneven
-from apex_opt.plan.memory import stage_memory
+from apex_opt.engines import SGLANG
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, per_copy, stage_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from apex_opt.launch.commands import Asked, Replica
+    from apex_opt.launch.commands import Asked, Host, Replica
 
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _JOIN_PORT: Final = 20000
@@ -25,28 +25,7 @@ _JOIN_PORT: Final = 20000
 class Sglang:
     """See `Engine`."""
 
-    name = "sglang"
-    release = "SGLang 0.5"
-    layers = "SGLANG_PP_LAYER_PARTITION"
-
-    def refusals(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
-        plan = asked.plan
-        found = []
-        if plan.ffn.dp > 1 and not asked.whole_copies:
-            found.append(f"attn({plan.attention}) ffn({plan.ffn}): SGLang has no copies of the FFN but whole ones")
-        several = [replica for replica in replicas if len(replica.nodes) > 1]
-        if not several:
-            return found
-        if asked.whole_copies:
-            found.append(f"ffn(dp{plan.ffn.dp}): SGLang keeps whole copies of an engine on one node")
-        if (counts := uneven(several)) is not None:
-            found.append(f"{counts}; SGLang needs as many on each")
-        for nodes in sorted({len(replica.nodes) for replica in several}):
-            if plan.stages % nodes and (nodes % plan.stages or plan.stage_devices % (nodes // plan.stages)):
-                found.append(
-                    f"{plan.stages} stages on {nodes} nodes: SGLang wants whole stages, or whole nodes, of each"
-                )
-        return found
+    rules = SGLANG
 
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         plan = asked.plan
@@ -64,10 +43,20 @@ class Sglang:
                 found.append("not every dense model has attention copies in SGLang (--enable-dp-attention): check")
         return found
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
-        return replica.by_copy(asked.plan.attention.dp) if asked.whole_copies else replica.by_stage
+    def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
+        copies, plan = asked.plan.attention.dp, asked.plan
+        ranks = replica.by_copy(copies) if asked.whole_copies else replica.by_stage
+        sizes = [len(ranks)] if asked.whole_copies else stage_chunks(plan)  # whole copies are on one node
+        parts = hosts(ranks, sizes)
+        words = self._words(asked, FIRST_PORT + PORT_STEP * place)
+        for rank, host in enumerate(parts):
+            env = [host.visible]
+            if len(set(plan.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
+                env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, plan.layers))))
+            more = self._joined(parts, rank, place) if len(parts) > 1 else []
+            yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
 
-    def words(self, asked: Asked, port: int) -> list[str]:
+    def _words(self, asked: Asked, port: int) -> list[str]:
         plan, settings = asked.plan, asked.settings
         copies, seqs, tokens = plan.attention.dp, settings.max_num_seqs, settings.max_num_batched_tokens
         width = plan.stage_devices
@@ -96,8 +85,10 @@ class Sglang:
             words.append("--disable-overlap-schedule")
         return [*words, "--port", str(port)]
 
-    def joined(self, nodes: int, rank: int, head: int) -> list[str]:
-        return ["--nnodes", str(nodes), "--node-rank", str(rank), "--dist-init-addr", f"NODE{head}:{_JOIN_PORT}"]
+    def _joined(self, parts: Sequence[Host], rank: int, place: int) -> list[str]:
+        """What joins the processes on several hosts."""
+        head = f"NODE{parts[0].node}:{_JOIN_PORT + PORT_STEP * place}"
+        return ["--nnodes", str(len(parts)), "--node-rank", str(rank), "--dist-init-addr", head]
 
     def _cache(self, asked: Asked) -> str:
         if asked.kv_in_fp8:
@@ -106,7 +97,5 @@ class Sglang:
 
     def _static_share(self, asked: Asked) -> str:
         """Share of a GPU's memory that weights and KV cache take on the stage where they take least."""
-        gpu = asked.question.cluster.gpu
-        stages = stage_memory(asked.question.model, gpu, asked.plan, asked.settings)
-        held = min(stage.weights_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in stages)
-        return f"{math.floor(1000 * held / gpu.memory_bytes) / 1000:.3g}"
+        held = min(stage.weights_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in asked.memory)
+        return f"{math.floor(1000 * held / asked.question.cluster.gpu.memory_bytes) / 1000:.3g}"

@@ -8,51 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.launch.commands import per_copy, uneven
+from apex_opt.engines import VLLM
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, divisors, hosts, per_copy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from apex_opt.launch.commands import Asked, Replica
+    from apex_opt.launch.commands import Asked, Host, Replica
 
+_MASTER_PORT: Final = 29501
+_RPC_PORT: Final = 29550
+_DEPRECATED: Final = ("fbgemm_fp8",)
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class Vllm:
     """See `Engine`."""
 
-    name = "vllm"
-    release = "vLLM 0.20"
-    layers = "VLLM_PP_LAYER_PARTITION"
-
-    def refusals(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
-        attention, ffn = asked.plan.attention, asked.plan.ffn
-        found = []
-        if asked.whole_copies and asked.moe:
-            found.append(f"ffn(dp{ffn.dp}): vLLM cuts the experts over all attention copies of an engine")
-        elif ffn.dp > 1 and not asked.whole_copies:
-            found.append(f"attn({attention}) ffn({ffn}): vLLM has no copies of the FFN but those of whole engines")
-        elif attention.dp > 1 and not asked.moe and not asked.whole_copies:
-            found.append(
-                f"attn({attention}) ffn({ffn}): vLLM has no flag for attention copies before one dense FFN cut over all"
-            )
-        elif asked.moe and ffn.ep > 1 and ffn.tp > 1:
-            found.append(f"ffn({ffn}): vLLM cuts experts either by ep or by tp, over all GPUs of a stage")
-        several = [replica for replica in replicas if len(replica.nodes) > 1]
-        if not several:
-            return found
-        if (counts := uneven(several)) is not None:
-            found.append(f"{counts}; vLLM's multiprocessing needs as many on each")
-        elif attention.dp > 1:
-            on_node = len(several[0].by_stage) // len(several[0].nodes)
-            if asked.plan.stages > 1:
-                found.append(
-                    f"attn({attention}) in {asked.plan.stages} stages over several nodes: vLLM places copy by copy, "
-                    "the plan stage by stage"
-                )
-            elif on_node % attention.tp and attention.tp % on_node:
-                found.append(f"attn({attention}): copies do not divide evenly over nodes with {on_node} GPUs each")
-        return found
+    rules = VLLM
 
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         attention = asked.plan.attention
@@ -62,11 +35,6 @@ class Vllm:
                 f"vLLM's limits are per attention copy: --max-num-seqs and --max-num-batched-tokens are the plan's "
                 f"shared out over {attention.dp}"
             )
-        if attention.dp > 1 and asked.dense_beside_experts:
-            found.append(
-                f"dense FFNs and shared experts: vLLM holds them in each attention copy, cut over its {attention.tp} "
-                f"GPU(s), the plan cuts them over {asked.plan.stage_devices}; they take more memory: check"
-            )
         if any(len(replica.nodes) > 1 for replica in replicas):
             found.append(
                 "several nodes are joined by vLLM's own multiprocessing (--nnodes, --node-rank, --master-addr), not by "
@@ -74,10 +42,19 @@ class Vllm:
             )
         return found
 
-    def ranks(self, asked: Asked, replica: Replica) -> tuple[str, ...]:
-        return replica.by_copy(asked.plan.attention.dp)
+    def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
+        ranks, copies = replica.by_copy(asked.plan.attention.dp), asked.plan.attention.dp
+        copy = len(ranks) // copies
+        parts = hosts(ranks, (n for n in divisors(len(ranks)) if copy % n == 0 or n % copy == 0))
+        words, layers = self._words(asked, FIRST_PORT + PORT_STEP * place), asked.plan.layers
+        for rank, host in enumerate(parts):
+            env = [host.visible]
+            if len(set(layers)) > 1:  # vLLM gives what does not divide evenly to other stages
+                env.append(("VLLM_PP_LAYER_PARTITION", ",".join(map(str, layers))))
+            more = self._joined(parts, rank, place, copies) if len(parts) > 1 else []
+            yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
 
-    def words(self, asked: Asked, port: int) -> list[str]:
+    def _words(self, asked: Asked, port: int) -> list[str]:
         plan, settings = asked.plan, asked.settings
         attention = plan.attention
         tokens = per_copy(settings.max_num_batched_tokens, asked)
@@ -91,6 +68,8 @@ class Vllm:
             words.append("--enable-expert-parallel")
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
+        if asked.scheme in _DEPRECATED:
+            words.append("--allow-deprecated-quantization")
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]
         words += ["--max-num-seqs", str(per_copy(settings.max_num_seqs, asked))]
         words += ["--max-num-batched-tokens", str(tokens), "--max-model-len", str(settings.max_model_len)]
@@ -108,8 +87,12 @@ class Vllm:
             words += ["--distributed-executor-backend", "mp"]
         return [*words, "--port", str(port)]
 
-    def joined(self, nodes: int, rank: int, head: int) -> list[str]:
-        words = ["--nnodes", str(nodes), "--node-rank", str(rank), "--master-addr", f"NODE{head}"]
+    def _joined(self, parts: Sequence[Host], rank: int, place: int, copies: int) -> list[str]:
+        """What joins the processes on several hosts; ports are apart where engines share their first node."""
+        words = ["--nnodes", str(len(parts)), "--node-rank", str(rank), "--master-addr", f"NODE{parts[0].node}"]
+        words += ["--master-port", str(_MASTER_PORT + PORT_STEP * place)]
+        if copies > 1:
+            words += ["--data-parallel-rpc-port", str(_RPC_PORT + PORT_STEP * place)]
         return [*words, "--headless"] if rank else words
 
     def _cache(self, asked: Asked) -> str:

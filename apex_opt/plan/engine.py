@@ -9,6 +9,7 @@ from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
+    from apex_opt.engines.rules import EngineRules
     from apex_opt.plan.plan import Plan
 
 _LARGEST = 1 << 31
@@ -37,6 +38,8 @@ class EngineSettings:
                    preempted (Yu et al., "Orca", OSDI 2022, algorithm 1; what APEX assumes)
         "static"   whole requests: a batch is formed when none runs and answered when its longest request is done;
                    requests that are done before keep computing (the baseline of the same paper, section 2)
+    runnable : EngineRules or None         the engine that must be able to run plans, and how it holds a model;
+                                           None: any
 
     The defaults are those of vLLM 0.20 on a large GPU.
 
@@ -55,6 +58,7 @@ class EngineSettings:
     async_scheduling: bool = True
     gpu_memory_utilization: float = 0.9
     policy: str = "vllm"
+    runnable: EngineRules | None = None
 
     @property
     def whole_prompts(self) -> bool:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
-from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn, Run, stored_bytes
 from apex_opt.units import GIB, ceil_div
 
@@ -91,19 +92,23 @@ def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> i
     return stored_bytes(weight_format, kept, ((cell.quantised, qkv), (cell.output_quantised, output)))
 
 
-def ffn_shard_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
-    """Weights of one FFN shard: experts over ep, their columns over tp, a dense FFN over both, the router whole."""
-    shards = template.tp * template.ep
+def ffn_shard_bytes(cell: Ffn, attention: Template, template: Template, weight_format: str, held: Held = PLAIN) -> int:
+    """Weights of one FFN shard: experts over ep, their columns over tp, a dense FFN over both, the router whole.
+
+    Dense FFNs, and sizes of experts, are as the engine holds them.
+    """
+    shards = held.dense_shards(attention.tp, template.tp * template.ep)
     if isinstance(cell, DenseFfn):
         columns = ceil_div(cell.intermediate, shards)
         bias = cell.bias * ((1 + cell.gated) * columns + cell.hidden)
         return stored_bytes(weight_format, bias, _dense(cell, columns))
     experts = ceil_div(cell.experts, template.ep)
-    columns = ceil_div(cell.expert_intermediate, template.tp)
-    column = (2 + cell.gated) * cell.hidden
-    bias = cell.bias * experts * ((1 + cell.gated) * columns + cell.hidden)
-    matrices = (cell.quantised, column * experts * columns), *_shared(cell, shards)
-    return stored_bytes(weight_format, cell.router_parameters + bias, matrices)
+    own = ceil_div(cell.expert_intermediate, template.tp)
+    hidden, columns = held.experts(get_format(weight_format).part(cell.quantised or 1).name, cell.hidden, own)
+    bias = cell.bias * experts * ((1 + cell.gated) * columns + hidden)
+    routed = (cell.quantised, (2 + cell.gated) * hidden * experts * columns)
+    shared = stored_bytes(weight_format, 0, _shared(cell, shards))
+    return shared + stored_bytes(weight_format, cell.router_parameters + bias, (routed,))
 
 
 def _dense(cell: DenseFfn, columns: int) -> Matrices:
@@ -118,17 +123,18 @@ def _shared(cell: MoeFfn, shards: int) -> Matrices:
     return (cell.shared_quantised, (1 + cell.gated) * down), (cell.shared_down_quantised, down)
 
 
-def ffn_token_bytes(cell: Ffn, template: Template, weight_format: str) -> int:
+def ffn_token_bytes(cell: Ffn, attention: Template, template: Template, weight_format: str, held: Held = PLAIN) -> int:
     """Least projection weights of one FFN shard that a token passes through.
 
     Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
     """
-    shards = template.tp * template.ep
+    shards = held.dense_shards(attention.tp, template.tp * template.ep)
     if isinstance(cell, DenseFfn):
         return stored_bytes(weight_format, 0, _dense(cell, ceil_div(cell.intermediate, shards)))
     columns = ceil_div(cell.experts_per_token, template.ep) * ceil_div(cell.expert_intermediate, template.tp)
     routed = (2 + cell.gated) * cell.hidden * columns
-    return stored_bytes(weight_format, 0, ((cell.quantised, routed), *_shared(cell, shards)))
+    shared = stored_bytes(weight_format, 0, _shared(cell, shards))
+    return shared + stored_bytes(weight_format, 0, ((cell.quantised, routed),))
 
 
 def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
@@ -173,8 +179,9 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     """Memory of one device of each stage.
 
     Embedding (first stage) and LM head (last stage) are cut over the attention shards and stay 16 bit, as do norms;
-    a tied model on one stage holds the matrix once.
+    a tied model on one stage holds the matrix once. Some engines hold both on every stage.
     """
+    held = Held.of(settings.runnable, model, gpu)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
     parts = stage_runs(model, plan.layers)
     vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
@@ -192,13 +199,13 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             run.count
             * (
                 attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
-                + ffn_shard_bytes(run.block.ffn, plan.ffn, plan.weight_format)
+                + ffn_shard_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
                 + 2 * run.block.norm_parameters
             )
             for run in runs
         )
-        copies = first + last - (first and last and model.tied_embeddings)
-        weights += copies * vocab_shard + last * 2 * model.hidden
+        copies = vocab_copies(model, held, first, last)
+        weights += copies * vocab_shard + last * 2 * model.hidden + held.table_bytes
         workspace = workspace_bytes(model, plan, settings, last)
         block_bytes = settings.block_size * sum(
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
@@ -213,6 +220,13 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             kv_blocks=max(0, left) // block_bytes,
         )
     return tuple(found[key] for key in alike)
+
+
+def vocab_copies(model: Model, held: Held, first: bool, last: bool) -> int:
+    """Matrices of vocabulary by hidden on a stage: the embedding, the LM head, both or neither."""
+    if held.vocab_everywhere or (first and last):
+        return 1 if model.tied_embeddings else 2
+    return first + last
 
 
 def kv_blocks(memory: Sequence[StageMemory]) -> int:
@@ -231,7 +245,7 @@ def most_blocks(memory: Sequence[StageMemory]) -> int:
     return max(0, left // sum(stage.kv_block_bytes for stage in memory))
 
 
-def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int) -> int:
+def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int, held: Held = PLAIN) -> int:
     """Blocks as `kv_blocks`, of any split of the layers whose heaviest stage weighs no more than that of an even one.
 
     A stage then holds the weights of the heaviest one and the embedding at most, and so many layers as the lightest of
@@ -241,13 +255,14 @@ def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_
     ----------
     memory : StageMemory of each stage of the plan, with even stages
     block_size : int      tokens in a block
+    held : Held           how the engine holds the model
     """
     vocab = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     tp, blocks = plan.attention.tp, [run.block for run in model.runs]
     heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
     lightest = min(
         attention_shard_bytes(block.attention, tp, plan.weight_format)
-        + ffn_shard_bytes(block.ffn, plan.ffn, plan.weight_format)
+        + ffn_shard_bytes(block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
         for block in blocks
     )
     layers = min(heaviest // lightest, model.layers)

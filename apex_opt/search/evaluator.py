@@ -68,7 +68,7 @@ class Evaluator:
         self._room: dict[tuple[Any, ...], tuple[float, Callable[..., Load]]] = {}
         self._loads: dict[tuple[Any, ...], tuple[Load, float]] = {}
         self._memories: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
-        self._needed = question.instance().kv_blocks_needed
+        self._needed, self._held = question.instance().kv_blocks_needed, question.instance().held
         generated = question.trace.generated(question.settings.max_model_len)
         self._decoding = int((generated > 1).sum())  # requests that have a time per output token
         self._generated = int(generated.sum())
@@ -164,7 +164,9 @@ class Evaluator:
             elif movable:
                 # The split sought is no heavier than the even one, where that one fits.
                 fits = blocks >= self._needed
-                blocks = least_blocks(question.model, plan, memory, question.settings.block_size) if fits else 0
+                blocks = (
+                    least_blocks(question.model, plan, memory, question.settings.block_size, self._held) if fits else 0
+                )
             self._blocks[key] = blocks * plan.attention.dp, question.settings_for(plan)
         blocks, settings = self._blocks[key]
         dealt = question.routing == "round_robin" and question.trace.concurrency is None

@@ -32,7 +32,7 @@ MOST_JOINT: Final = 64
 """GPUs of both types together up to which pipelines over both are looked for: a dense model has 7,000 of them on 64."""
 
 _PACES: Final = 1000
-_SHAPES: Final = ("divisibility", "format")
+_SHAPES: Final = ("divisibility", "format", "engine")
 
 
 class Splitter(Protocol):

@@ -40,7 +40,7 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
         if "memory" in families:
             stages = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
             held = max(needed_bytes(instance, stage) for stage in stages)
-        return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan), str(plan)
+        return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan, instance.held), str(plan)
 
     found = ((plan, violations(instance, plan)) for plan in _single(instance))
     return min((item for item in found if not {v.family for v in item[1]} & set(kept)), key=order)

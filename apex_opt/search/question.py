@@ -51,6 +51,7 @@ class Question:
     near : tuple of Slo              what else a plan must reach to be as good as one found before
     request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
+    holds_longest : bool             a request of max_model_len must fit into the KV cache, not only those of the trace
     notes : tuple of str             what the reader of an answer has to know besides, a sentence each without the full
                                      stop: what was left out of account, or asked for and has no effect
 
@@ -80,6 +81,7 @@ class Question:
     between: Link | None = None
     near: tuple[Slo, ...] = ()
     request_slos: tuple[Slo, ...] | None = None
+    holds_longest: bool = False
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -187,7 +189,8 @@ class Question:
             model=self.model,
             cluster=self.cluster,
             settings=self.settings,
-            longest_tokens=max(held, 1),
+            longest_tokens=self.settings.max_model_len if self.holds_longest else max(held, 1),
+            longest="a request of max_model_len" if self.holds_longest else "the longest request",
             tpot_limit_ns=round(min(limits) * 1e9) if limits and decodes else None,
             weight_formats=self.weight_formats,
             kv_formats=self.kv_formats,

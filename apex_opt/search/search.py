@@ -31,7 +31,7 @@ ROUND: Final = 4
 MOST_GAPS: Final = 20_000_000
 """Tokens up to which a given plan's times between tokens are told without being asked for: a log takes 24 B each."""
 
-_COUNTED: Final = ("divisibility", "format", "balance")
+_COUNTED: Final = ("divisibility", "format", "engine", "balance")
 
 
 class Enumeration(Protocol):

@@ -17,17 +17,19 @@ from ortools.sat.python import cp_model
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.ir.model import DenseFfn, LatentAttention
 from apex_opt.plan.memory import RUNTIME_BYTES
+from formulations.plan_space.engine import Runs
 from formulations.plan_space.sizes import (
-    attention_bytes,
+    attention_side,
     attention_width,
     batch_limits,
-    ffn_bytes,
+    ffn_side,
     ffn_width,
     kind,
     kinds,
     kv_bytes,
     shards,
     vocab_bytes,
+    vocab_on,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
 
-_ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "nvfp4": "fp4", "w8a8": "int8"}
-"""What the GPU must multiply in; the other formats are expanded to whichever 16-bit type it has."""
+_ARITHMETIC = {"bf16": "bf16", "fp16": "fp16", "w8a8": "int8"}
+"""What the GPU must multiply in; others are expanded to whichever 16-bit type it has, where it has not their own."""
 
 
 def cells_share_devices(model: cp_model.CpModel, instance: Instance, v: Variables) -> None:
@@ -113,6 +115,30 @@ def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Var
     return [_holds(model, "computes", [v.formats], ((i, computes(instance, name)) for i, name in enumerate(names)))]
 
 
+def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
+    """C4: the engine that is to run the plan can."""
+    if instance.settings.runnable is None:
+        return []
+    runs, degrees, formats = Runs(instance), range(1, instance.max_devices + 1), range(len(instance.weight_formats))
+    pairs = [(d, t) for d in degrees for t in range(1, instance.max_devices // d + 1)]
+    cut = shards(instance)
+    return [
+        _holds(model, "engine_copies", [v.ffn_dp], ((d, runs.ffn_copies(d)) for d in degrees)),
+        _holds(
+            model,
+            "engine_attention",
+            [v.attention_dp, v.attention_tp, v.formats],
+            ((d, t, f, runs.attention(d, t, f)) for d, t in pairs for f in formats),
+        ),
+        _holds(
+            model,
+            "engine_ffn",
+            [v.ffn_tp, v.ffn_ep, v.formats],
+            ((t, e, f, runs.ffn(t, e, f)) for t, e in cut for f in formats),
+        ),
+    ]
+
+
 def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C5: the largest stage holds at most 3/2 of the mean layers."""
     counts = range(1, min(instance.max_devices, instance.model.layers) + 1)
@@ -133,7 +159,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             f"attention_read_{u}",
             [v.attention_tp, v.formats],
             (
-                (t, f, attention_bytes(block, t, name))
+                (t, f, attention_side(instance, block, t, name, touched=True))
                 for t in degrees
                 for f, name in enumerate(instance.weight_formats)
             ),
@@ -143,7 +169,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             f"ffn_read_{u}",
             [v.ffn_tp, v.ffn_ep, v.formats],
             (
-                (t, e, f, ffn_bytes(block, t, e, name, touched=True))
+                (t, e, f, ffn_side(instance, block, t, e, name, touched=True))
                 for t, e in shards(instance)
                 for f, name in enumerate(instance.weight_formats)
             ),
@@ -168,7 +194,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
                 (
                     t,
                     f,
-                    attention_bytes(block, t, name)
+                    attention_side(instance, block, t, name, touched=False)
                     + 4 * block.hidden  # two norms of 16-bit weights
                     + tokens * kv_bytes(block, t, instance.kv_formats[f]),
                 )
@@ -181,7 +207,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             f"ffn_bytes_{u}",
             [v.ffn_tp, v.ffn_ep, v.formats],
             (
-                (t, e, f, ffn_bytes(block, t, e, name, touched=False))
+                (t, e, f, ffn_side(instance, block, t, e, name, touched=False))
                 for t, e in shards(instance)
                 for f, name in formats
             ),
@@ -201,8 +227,12 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         ),
     )
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
+    capacity -= instance.held.table_bytes
     norm = 2 * instance.model.hidden
-    copies = 1 if instance.model.tied_embeddings else 2
+    copies, first, middle, last = (
+        vocab_on(instance, first=f, last=z) * vocab
+        for f, z in ((True, True), (True, False), (False, False), (False, True))
+    )
     alone = model.new_bool_var("one_stage")
     model.add(v.stages == 1).only_enforce_if(alone)
     model.add(v.stages > 1).only_enforce_if(alone.negated())
@@ -214,13 +244,13 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     bounds = []
     for workspace in _workspaces(model, instance, v):
         for layers in held["first"]:
-            lone = model.add(layers + copies * vocab + norm + workspace + logits <= capacity)
-            front = model.add(layers + vocab + workspace <= capacity)
+            lone = model.add(layers + copies + norm + workspace + logits <= capacity)
+            front = model.add(layers + first + workspace <= capacity)
             bounds += [lone.only_enforce_if(alone), front.only_enforce_if(alone.negated())]
         for layers in held["last"]:
-            back = model.add(layers + vocab + norm + workspace + logits <= capacity)
+            back = model.add(layers + last + norm + workspace + logits <= capacity)
             bounds.append(back.only_enforce_if(alone.negated()))
-        bounds += [model.add(layers + workspace <= capacity) for layers in held["middle"]]
+        bounds += [model.add(layers + middle + workspace <= capacity) for layers in held["middle"]]
     return bounds
 
 
@@ -346,6 +376,7 @@ def _holds(
 FAMILIES: dict[str, Family] = {
     "divisibility": tasks_divide,
     "format": hardware_computes_format,
+    "engine": engine_runs,
     "memory": stage_fits_memory,
     "bandwidth": weights_read_within_tpot,
     "balance": stages_balance,

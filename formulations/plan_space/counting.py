@@ -4,41 +4,66 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from formulations.plan_space.constraints import balanced, columns_divide, computes, heads_divide
+from formulations.plan_space.engine import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.evaluate import Instance
 
+COUNTED: Final = ("divisibility", "format", "engine", "balance")
+"""Families whose plans are counted: each binds attention, the FFN or the stages alone, or with the format."""
+
 
 def count(instance: Instance, families: Sequence[str]) -> int:
-    """Plans under C1, C2 and any of "divisibility" (C3), "format" (C4) and "balance" (C5).
+    """Plans under C1, C2 and any of `COUNTED` (C3 to C5).
 
-    For a stage of g devices the choices of cells, of stages with replicas, of format and of limits are independent.
-    Several stages are two plans, with layers split evenly and with layers moved.
+    For a stage of g devices and a format the choices of attention, of the FFN, of stages with replicas and of limits
+    are independent, but for the common factors of copies. Several stages are two plans, with layers split evenly and
+    with layers moved.
     """
     gpus = instance.max_devices
-    divide, balance = "divisibility" in families, "balance" in families
-    heads = [t for t in range(1, gpus + 1) if not divide or heads_divide(instance, t)]
+    stages = [
+        s for s in range(1, min(gpus, instance.model.layers) + 1) if "balance" not in families or balanced(instance, s)
+    ]
+    pipelines = [0] + [sum(gpus // (s * g) * (1 + (s > 1)) for s in stages) for g in range(1, gpus + 1)]
+    # Without rules of an engine all formats are cut alike.
+    ruled = "engine" in families and instance.settings.runnable is not None
+    formats = Counter(
+        index if ruled else None
+        for index, name in enumerate(instance.weight_formats)
+        if "format" not in families or computes(instance, name)
+    )
+    total = sum(times * _cells(instance, families, index, pipelines) for index, times in formats.items())
+    return total * len(instance.batch_limits)
+
+
+def _cells(instance: Instance, families: Sequence[str], index: int | None, pipelines: Sequence[int]) -> int:
+    """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage."""
+    gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
+    degrees = range(1, gpus + 1)
+    heads = [t for t in degrees if not divide or heads_divide(instance, t)]
     experts = gpus if instance.model.is_moe else 1
     shards = Counter(
         t * e
-        for t in range(1, gpus + 1)
+        for t in degrees
         for e in range(1, min(experts, gpus // t) + 1)
-        if not divide or columns_divide(instance, t, e)
+        if (not divide or columns_divide(instance, t, e)) and (index is None or runs.ffn(t, e, index))
     )
-    stages = [s for s in range(1, min(gpus, instance.model.layers) + 1) if not balance or balanced(instance, s)]
-    formats = sum("format" not in families or computes(instance, name) for name in instance.weight_formats)
     total = 0
-    for devices in range(1, gpus + 1):
-        copies = [devices // t for t in heads if devices % t == 0]
+    for devices in degrees:
+        copies = [
+            devices // t
+            for t in heads
+            if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
+        ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)
             for shard, ways in shards.items()
-            if devices % shard == 0
+            if devices % shard == 0 and (index is None or runs.ffn_copies(devices // shard))
         )
-        total += cells * sum(gpus // (s * devices) * (1 + (s > 1)) for s in stages)
-    return total * formats * len(instance.batch_limits)
+        total += cells * pipelines[devices]
+    return total

@@ -18,7 +18,7 @@ Constraints
     C1  s * g <= N
     C2  ad * at = g,  fd * ft * fe = g,  gcd(ad, fd) = 1,  fe = 1 for a dense model
     C3  equal shards (divisibility)
-    C4  the GPU computes in f (format)
+    C4  the GPU computes in f (format);  the engine runs the cells, the format and the shards (engine)
     C5  s * ceil(L / s) <= 3/2 * L (balance)
     C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
         + embedding and LM head where they are + workspace(ad, at, fd, ft, fe, l) <= M (memory)
@@ -75,7 +75,7 @@ class Enumeration:
     wall_s: float
 
 
-_MOVABLE = ("divisibility", "format", "balance")
+_MOVABLE = ("divisibility", "format", "engine", "balance")
 """What a cut must satisfy for its layers to be moved, beside the memory of some split."""
 
 
@@ -159,7 +159,7 @@ class PlanSpace:
         return tuple(families)
 
     def count(self, instance: Instance, families: Sequence[str]) -> int:
-        """Number of plans that satisfy some of "divisibility", "format" and "balance", those to be moved included."""
+        """Number of plans that satisfy some of `counting.COUNTED`, those to be moved included."""
         return counting.count(instance, families)
 
     def enumerate(

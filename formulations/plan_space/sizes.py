@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from apex_opt.ir.formats import FORMATS, KV_BYTES
+from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 
 if TYPE_CHECKING:
@@ -96,29 +96,47 @@ def kv_bytes(block: Block, tp: int, name: str) -> int:
     return 2 * _heads(cell, tp)[1] * KV_BYTES[name]
 
 
-def ffn_bytes(block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
-    """Weights of one FFN shard, or only those that a single token certainly touches."""
+def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
+    """Weights of one shard of what every token passes through: a dense FFN, or the one shared beside experts."""
     cell = block.ffn
     matrices = 3 if cell.gated else 2
     if isinstance(cell, DenseFfn):
-        columns = -(-cell.intermediate // (tp * ep))
+        columns = -(-cell.intermediate // shards)
         bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
         size = columns * cell.hidden
         return _packed(name, (cell.quantised, (matrices - 1) * size), (cell.down_quantised, size)) + 2 * bias
-    experts = -(-(cell.experts_per_token if touched else cell.experts) // ep)
-    columns = -(-cell.expert_intermediate // tp)
-    routed = matrices * experts * columns * cell.hidden
-    shared = -(-cell.shared_intermediate // (tp * ep)) * cell.hidden
-    packed = _packed(
-        name,
-        (cell.quantised, routed),
-        (cell.shared_quantised, (matrices - 1) * shared),
-        (cell.shared_down_quantised, shared),
-    )
+    shared = -(-cell.shared_intermediate // shards) * cell.hidden
+    return _packed(name, (cell.shared_quantised, (matrices - 1) * shared), (cell.shared_down_quantised, shared))
+
+
+def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
+    """Weights of one shard of the experts and the router, or only those that a single token certainly touches."""
+    cell = block.ffn
+    if isinstance(cell, DenseFfn):
+        return 0
+    matrices = 3 if cell.gated else 2
+    columns, hidden = -(-cell.expert_intermediate // tp), cell.hidden
     if touched:
-        return packed
-    bias = experts * (columns * (matrices - 1) + cell.hidden) * cell.bias
-    return packed + 2 * (bias + cell.router_parameters)
+        return _packed(name, (cell.quantised, matrices * -(-cell.experts_per_token // ep) * columns * hidden))
+    for padded, by_hidden, by_columns in instance.held.padded:
+        if padded == get_format(name).part(cell.quantised or 1).name:
+            hidden, columns = hidden + -hidden % by_hidden, columns + -columns % by_columns
+    experts = -(-cell.experts // ep)
+    bias = experts * (columns * (matrices - 1) + hidden) * cell.bias
+    routed = _packed(name, (cell.quantised, matrices * experts * columns * hidden))
+    return routed + 2 * (bias + cell.router_parameters)
+
+
+def attention_side(instance: Instance, block: Block, tp: int, name: str, *, touched: bool) -> int:
+    """Weights that follow how attention is cut: its own, and where they lie in each copy those of dense FFNs."""
+    dense = dense_bytes(block, tp, name, touched=touched) if instance.held.dense_per_copy else 0
+    return attention_bytes(block, tp, name) + dense
+
+
+def ffn_side(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
+    """Weights that follow how the FFN is cut: those of experts, and else those of dense FFNs."""
+    dense = 0 if instance.held.dense_per_copy else dense_bytes(block, tp * ep, name, touched=touched)
+    return dense + expert_bytes(instance, block, tp, ep, name, touched=touched)
 
 
 def ffn_width(block: Block, tp: int, ep: int) -> int:
@@ -132,6 +150,12 @@ def ffn_width(block: Block, tp: int, ep: int) -> int:
 
 def vocab_bytes(instance: Instance, tp: int) -> int:
     return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
+
+
+def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
+    """Matrices of vocabulary by hidden on a stage."""
+    both = 1 if instance.model.tied_embeddings else 2
+    return both if instance.held.vocab_everywhere or (first and last) else int(first) + int(last)
 
 
 def batch_limits(instance: Instance) -> list[tuple[int, int]]:

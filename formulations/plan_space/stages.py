@@ -12,15 +12,16 @@ from apex_opt.evaluate import IMBALANCE
 from apex_opt.plan.memory import RUNTIME_BYTES
 from formulations.layers import Pipeline, split
 from formulations.plan_space.sizes import (
-    attention_bytes,
+    attention_side,
     attention_width,
     batch_limits,
-    ffn_bytes,
+    ffn_side,
     ffn_width,
     kind,
     kinds,
     kv_bytes,
     vocab_bytes,
+    vocab_on,
 )
 
 if TYPE_CHECKING:
@@ -93,14 +94,13 @@ class Stages:
     def _split(self, plan: Plan, capacity: tuple[int, ...], pace: tuple[int, ...], most: int) -> tuple[int, ...] | None:
         tp, stages = plan.attention.tp, plan.stages
         weight, sums, held = self._sizes(tp, plan.ffn, plan.weight_format, plan.kv_format)
-        vocab = vocab_bytes(self.instance, tp)
-        head = vocab + 2 * self.instance.model.hidden
+        head = vocab_bytes(self.instance, tp) + 2 * self.instance.model.hidden
         pipeline = Pipeline(
             kinds=self._order,
             weight=weight,
             held=held,
             extra=(*(0,) * (stages - 1), head),
-            room=(capacity[0] - vocab, *capacity[1:-1], capacity[-1] - head),
+            room=tuple(usable - beside for usable, beside in zip(capacity, self._beside(tp, stages), strict=True)),
             most=most,
             pace=pace,
         )
@@ -120,18 +120,26 @@ class Stages:
         """Bytes that each stage of a pipeline has for its layers, of those usable."""
         choice = self.instance.batch_limits.index((plan.max_num_seqs, plan.max_num_batched_tokens))
         activations, logits = self._activations(choice, plan.attention, plan.ffn)
-        vocab = vocab_bytes(self.instance, plan.attention.tp)
-        first, *middle, last = (usable - activations for usable in capacity)
-        return (first - vocab, *middle, last - vocab - 2 * self.instance.model.hidden - logits)
+        beside = self._beside(plan.attention.tp, plan.stages)
+        *others, last = (usable - activations - own for usable, own in zip(capacity, beside, strict=True))
+        return (*others, last - logits)
+
+    def _beside(self, tp: int, stages: int) -> list[int]:
+        """Bytes of the weights beside the layers of each of several stages."""
+        vocab, table = vocab_bytes(self.instance, tp), self.instance.held.table_bytes
+        ends = ((index == 0, index == stages - 1) for index in range(stages))
+        beside = [vocab * vocab_on(self.instance, first=first, last=last) + table for first, last in ends]
+        beside[-1] += 2 * self.instance.model.hidden
+        return beside
 
     def _count(
         self, tp: int, ffn: Template, weight_format: str, kv_format: str
     ) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
         """By kind the weights of a layer; the bytes of the first layers, for every number of them; by kind those."""
         weight = tuple(
-            attention_bytes(block, tp, weight_format)
+            attention_side(self.instance, block, tp, weight_format, touched=False)
             + 4 * block.hidden
-            + ffn_bytes(block, ffn.tp, ffn.ep, weight_format, touched=False)
+            + ffn_side(self.instance, block, ffn.tp, ffn.ep, weight_format, touched=False)
             for block in self._blocks
         )
         tokens = (self.instance.kv_blocks_needed + 1) * self.instance.settings.block_size

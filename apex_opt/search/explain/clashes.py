@@ -90,7 +90,7 @@ def _of_families(instance: Instance, core: tuple[str, ...], tight: Goals, work: 
         parts.append(f"{name}{goal}: with {plan}{keeps}, {text}")
     if "memory" in core:
         alone = work.formulation.clash(replace(instance, longest_tokens=1), core)
-        held = f"the longest request holds {instance.longest_tokens:,} tokens"
+        held = f"{instance.longest} holds {instance.longest_tokens:,} tokens"
         parts.append(f"{held}; one of a single token would {'not fit either' if alone else 'fit'}")
     return Clash(of=core, proof="constraints", facts=tuple(parts))
 

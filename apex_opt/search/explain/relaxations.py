@@ -151,7 +151,9 @@ def _shorter(work: Work) -> list[Relaxation]:
         return replace(question, settings=replace(settings, max_model_len=tokens))
 
     low = int(trace.prompt.max()) + 1
-    high = min(settings.max_model_len, int((trace.prompt + trace.output).max()))
+    high = settings.max_model_len
+    if not question.holds_longest:
+        high = min(high, int((trace.prompt + trace.output).max()))
     if low >= high or feasible(limited_to(low).instance()) is None:
         return []
     while high - low > 1:

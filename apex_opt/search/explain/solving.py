@@ -254,8 +254,9 @@ class Runs:
 
     def _queue(self, goals: Goals, objective: Objective, goal: Slo | None = None) -> list[tuple[float, Plan]]:
         """Plans that may meet some goals, least bound first: of their cost, or of the limit of a goal on a share."""
-        limit = replace(self._question, slos=goals).instance().decode_bytes_limit
-        plans = [p for p in self._plans if limit is None or decode_bytes(self._question.model, p) <= limit]
+        instance = replace(self._question, slos=goals).instance()
+        limit, model, held = instance.decode_bytes_limit, instance.model, instance.held
+        plans = [p for p in self._plans if limit is None or decode_bytes(model, p, held) <= limit]
         bounds = bound_plans(self._evaluator, plans, (objective,), self._work.tell)
         able = []
         for index, (plan, ((bound,), _)) in enumerate(zip(plans, bounds, strict=True)):

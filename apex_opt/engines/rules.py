@@ -1,0 +1,132 @@
+"""What an engine can run, as facts: the plan space turns them into constraints, `launch` into words.
+
+Nothing here decides about a plan. The oracle (`apex_opt.plan.refusals`) and the program (`formulations.plan_space`)
+each read the facts in their own way, so that a mistake in one shows as a disagreement with the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apex_opt.cluster.types import Gpu
+    from apex_opt.ir.model import Model
+
+ANY: Final = "any"
+"""In place of an engine's name: plans that no engine need be able to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineRules:
+    """What one engine can run.
+
+    Parameters
+    ----------
+    name, release : str
+    ffn_copies : bool               copies of the FFN inside a replica, where attention has fewer
+    dense_attention_copies : bool   attention copies before a dense FFN that is cut over all GPUs of a stage
+    copies_on_one_node : bool       whole copies of one engine lie on one node
+    moe_copies : bool               whole copies of a mixture of experts in one engine
+    one_gpu_copies : bool           an attention copy has one GPU of a stage
+    experts_by_both : bool          experts cut by ep and by tp at once; else by one of them
+    dense_per_copy : bool           dense FFNs beside experts, and shared experts, lie in each attention copy, cut over
+                                    its GPUs; else they are cut over all GPUs of a stage
+    formats, caches : mapping       formats of weights and of the KV cache, each with the compute capabilities it runs
+                                    on: from, below; caches that are not listed run on all
+    methods : mapping               methods of quantisation of a checkpoint that need another range than their format
+    whole_scales : bool             a shard of a quantised matrix holds whole groups and blocks of scales
+    least_group : int               groups of experts may be halved down to so many weights to fit a shard
+    padded_experts : mapping        weight formats whose experts are stored with their sizes rounded up: (from, below,
+                                    multiple of hidden, multiple of the columns of a shard) by capability
+    vocab_multiple : int            the vocabulary is padded to a multiple of it, which attention shards must divide
+    vocab_on_every_stage : set      families whose stages all hold the embedding and the LM head
+    whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
+    tower_shards : bool             an image tower is cut as attention is, by its heads
+    block_multiples : mapping       tokens that a KV block must be a multiple of, for "latent" attention, attention with
+                                    "sinks" and a cache in "fp8"
+    block_powers : bool             tokens of a KV block are a power of two
+    rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
+    sources : mapping               rule, by the name of its field, to where it was read or found
+    """
+
+    name: str
+    release: str
+    ffn_copies: bool = False
+    dense_attention_copies: bool = False
+    copies_on_one_node: bool = False
+    moe_copies: bool = False
+    one_gpu_copies: bool = False
+    experts_by_both: bool = False
+    dense_per_copy: bool = False
+    formats: Mapping[str, tuple[float, float]]
+    caches: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    methods: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    whole_scales: bool = True
+    least_group: int = 0
+    padded_experts: Mapping[str, tuple[tuple[float, float, int, int], ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    vocab_multiple: int = 1
+    vocab_on_every_stage: frozenset[str] = frozenset()
+    whole_kv_heads: frozenset[str] = frozenset()
+    tower_shards: bool = False
+    block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    block_powers: bool = False
+    rotary_table: bool = False
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """How an engine holds a model in the memory of a kind of GPU.
+
+    Parameters
+    ----------
+    dense_per_copy : bool       as `EngineRules` has it
+    padded : tuple of (format, hidden, columns)    what the sizes of experts in a format are rounded up to multiples of
+    vocab_everywhere : bool     every stage holds the embedding and the LM head
+    table_bytes : int           cosines and sines of positions, on every GPU
+    """
+
+    dense_per_copy: bool = False
+    padded: tuple[tuple[str, int, int], ...] = ()
+    vocab_everywhere: bool = False
+    table_bytes: int = 0
+
+    @classmethod
+    def of(cls, rules: EngineRules | None, model: Model, gpu: Gpu) -> Held:
+        """How the engine holds a model; evenly and once where none is asked."""
+        if rules is None:
+            return PLAIN
+        has = gpu.capability or 0.0
+        return cls(
+            dense_per_copy=rules.dense_per_copy,
+            padded=tuple(
+                (name, hidden, columns)
+                for name, kinds in rules.padded_experts.items()
+                for least, below, hidden, columns in kinds
+                if least <= has < below
+            ),
+            vocab_everywhere=model.family in rules.vocab_on_every_stage,
+            # Runs of one model turn by as many angles.
+            table_bytes=2 * model.max_position * model.runs[0].block.attention.rotary_dim * rules.rotary_table,
+        )
+
+    def dense_shards(self, attention: int, ffn: int) -> int:
+        """Shards of the dense FFNs beside experts, and of shared experts, by those of attention and of the experts."""
+        return attention if self.dense_per_copy else ffn
+
+    def experts(self, name: str, hidden: int, columns: int) -> tuple[int, int]:
+        """Sizes of one expert's matrices in a format, as they are stored."""
+        for padded, by_hidden, by_columns in self.padded:
+            if padded == name:
+                return -(-hidden // by_hidden) * by_hidden, -(-columns // by_columns) * by_columns
+        return hidden, columns
+
+
+PLAIN: Final = Held()
+"""Every matrix as it is, once."""

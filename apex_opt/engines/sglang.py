@@ -1,0 +1,51 @@
+"""SGLang 0.5.23, as its sources have it; nothing of it was run."""
+
+from __future__ import annotations
+
+from math import inf
+from types import MappingProxyType
+from typing import Final
+
+from apex_opt.engines.rules import EngineRules
+
+SGLANG: Final = EngineRules(
+    name="sglang",
+    release="SGLang 0.5",
+    dense_attention_copies=True,
+    moe_copies=True,
+    copies_on_one_node=True,
+    experts_by_both=True,
+    formats=MappingProxyType(
+        {
+            "bf16": (8.0, inf),
+            "fp16": (7.5, inf),
+            "fp8": (8.0, inf),
+            "w8a8": (7.5, 10.0),
+            "w8a16": (8.0, inf),
+            "w4a16": (7.5, inf),
+            "w8a16g64": (7.5, inf),
+            "w8a16g32": (7.5, inf),
+            "w4a16g64": (7.5, inf),
+            "w4a16g32": (7.5, inf),
+            "mxfp4": (8.0, inf),
+            "nvfp4": (8.0, inf),
+        }
+    ),
+    methods=MappingProxyType({"modelopt": (8.9, inf)}),
+    least_group=32,
+    vocab_multiple=64,
+    sources=MappingProxyType(
+        {
+            "ffn_copies": "srt/runtime_context.py: the FFN is cut over all GPUs of a stage",
+            "dense_attention_copies": "srt/layers/dp_attention.py: tokens of all copies are gathered first",
+            "experts_by_both": "srt/runtime_context.py: moe_tp_size = tp_size / ep_size",
+            "dense_per_copy": "srt/arg_groups: moe_dense_tp_size is None: dense FFNs are cut over all GPUs of a stage",
+            "copies_on_one_node": "srt/arg_groups/validation_hook.py: dp_size > 1 and nnodes != 1",
+            "formats": "get_min_capability of srt/layers/quantization/*",
+            "methods": "srt/layers/quantization/modelopt_quant.py: ModelOptFp8Config",
+            "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
+            "least_group": "srt/layers/quantization/moe_wna16.py",
+            "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",
+        }
+    ),
+)

@@ -1,0 +1,62 @@
+"""vLLM 0.20.2, as its sources have it and as its own code decides.
+
+Every rule was held against that code, run on a CPU over pairs of a model and arguments; see docs/engines.md.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from types import MappingProxyType
+from typing import Final
+
+from apex_opt.engines.rules import EngineRules
+
+VLLM: Final = EngineRules(
+    name="vllm",
+    release="vLLM 0.20",
+    dense_per_copy=True,
+    formats=MappingProxyType(
+        {
+            "bf16": (8.0, inf),
+            "fp16": (7.0, inf),
+            "fp8": (7.5, inf),
+            "w8a8": (7.5, 10.0),
+            "w8a16": (7.0, inf),
+            "w4a16": (7.0, inf),
+            "w8a16g64": (7.0, inf),
+            "w8a16g32": (7.0, inf),
+            "w4a16g64": (7.0, inf),
+            "w4a16g32": (7.0, inf),
+            "mxfp4": (8.0, inf),
+            "nvfp4": (7.5, inf),
+        }
+    ),
+    methods=MappingProxyType({"modelopt": (8.9, inf), "fbgemm_fp8": (8.0, inf), "awq": (7.5, inf)}),
+    least_group=32,
+    padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),
+    vocab_multiple=64,
+    vocab_on_every_stage=frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"}),
+    whole_kv_heads=frozenset({"gpt_oss"}),
+    tower_shards=True,
+    block_multiples=MappingProxyType({"latent": 16, "sinks": 16, "fp8": 16}),
+    rotary_table=True,
+    sources=MappingProxyType(
+        {
+            "ffn_copies": "model_executor/layers/fused_moe/config.py: experts are cut over all copies of an engine",
+            "dense_attention_copies": "config/parallel.py: copies of a dense model are engines of their own",
+            "experts_by_both": "model_executor/layers/fused_moe/config.py: either --enable-expert-parallel or shards",
+            "dense_per_copy": "model_executor/layers/linear.py: cut over the tensor-parallel group of one copy",
+            "formats": "get_min_capability of layers/quantization/*, csrc/quantization/w8a8 (no int8 from 10.0 on)",
+            "methods": "get_min_capability of layers/quantization/{modelopt,fbgemm_fp8,awq}.py",
+            "whole_scales": "layers/quantization/utils/fp8_utils.py: validate_fp8_block_shape; fp8.py, awq.py, gptq.py",
+            "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
+            "padded_experts": "layers/fused_moe/oracle/mxfp4.py: mxfp4_round_up_hidden_size_and_intermediate_size",
+            "vocab_multiple": "layers/vocab_parallel_embedding.py: pad_vocab_size, then divide",
+            "vocab_on_every_stage": "models/{mixtral,qwen2_moe,qwen3_moe,gpt_oss}.py: built on every stage",
+            "whole_kv_heads": "models/gpt_oss.py: KV heads // tensor-parallel size",
+            "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
+            "block_multiples": "v1/attention/backends/*: get_supported_kernel_block_sizes; recorded verdicts",
+            "rotary_table": "layers/rotary_embedding/base.py: cos_sin_cache",
+        }
+    ),
+)

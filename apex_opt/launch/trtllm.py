@@ -1,0 +1,103 @@
+"""Plans in TensorRT-LLM's words, as its 1.x takes them with the PyTorch backend.
+
+Sources: the documentation of 1.0 to 1.2: `commands/trtllm-serve` (options, several nodes through mpirun and
+trtllm-llmapi-launch), `features/parallel-strategy`, `features/kvcache`, `llm-api/reference` (the options file).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.engines import TRTLLM
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, stage_chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from apex_opt.launch.commands import Asked, Replica
+
+_CACHES: Final = {"bf16": "auto", "fp16": "auto", "fp8": "fp8"}
+
+
+class Trtllm:
+    """See `Engine`."""
+
+    rules = TRTLLM
+
+    def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
+        found = [
+            "the options file is written by the command itself, beside where it is started",
+            "TensorRT-LLM forms batches in its own way, the figures are of vLLM's: check",
+        ]
+        if asked.plan.attention.dp > 1:
+            found.append(
+                "with enable_attention_dp max_batch_size and max_num_tokens are per attention copy: the plan's shared "
+                f"out over {asked.plan.attention.dp}"
+            )
+        if asked.quantised_when_loaded:
+            found.append("TensorRT-LLM makes no fp8 weights while loading: give a checkpoint in fp8")
+        if any(len(replica.nodes) > 1 for replica in replicas):
+            found.append("several nodes are joined by mpirun: start the command on the first one")
+        return found
+
+    def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
+        parts = hosts(replica.by_stage, stage_chunks(asked.plan))
+        file = f"trtllm-replica{replica.index}.yaml"
+        words = self._words(asked, FIRST_PORT + PORT_STEP * place, file)
+        options = (file, json.dumps(self._file(asked)))  # JSON is YAML
+        if len(parts) == 1:
+            yield Command(
+                node=parts[0].node, replica=replica.index, env=(parts[0].visible,), argv=tuple(words), file=options
+            )
+            return
+        ranks = len(parts[0].slots)
+        argv = ["mpirun"]
+        for index, host in enumerate(parts):
+            name, gpus = host.visible
+            argv += [":"] * (index > 0) + ["-n", str(ranks), "-host", f"NODE{host.node}:{ranks}"]
+            argv += ["-x", f"{name}={gpus}", "trtllm-llmapi-launch", *words]
+        yield Command(node=parts[0].node, replica=replica.index, argv=tuple(argv), file=options)
+
+    def _words(self, asked: Asked, port: int, file: str) -> list[str]:
+        plan, settings, copies = asked.plan, asked.settings, asked.plan.attention.dp
+        tokens = math.ceil(settings.max_num_batched_tokens / copies)
+        if not settings.chunked_prefill:
+            tokens = max(tokens, settings.max_model_len)  # a prompt goes whole to one copy
+        words = ["trtllm-serve", asked.weights, "--backend", "pytorch", "--tp_size", str(plan.stage_devices)]
+        words += ["--pp_size", str(plan.stages)]
+        if asked.moe:
+            words += ["--ep_size", str(plan.ffn.ep)]
+        words += ["--max_batch_size", str(math.ceil(settings.max_num_seqs / copies)), "--max_num_tokens", str(tokens)]
+        words += ["--max_seq_len", str(settings.max_model_len)]
+        words += ["--kv_cache_free_gpu_memory_fraction", self._free_share(asked)]
+        return [*words, "--extra_llm_api_options", file, "--port", str(port)]
+
+    def _file(self, asked: Asked) -> dict[str, Any]:
+        """What has no flag of its own."""
+        plan, settings = asked.plan, asked.settings
+        cache = {
+            "enable_block_reuse": settings.prefix_caching,
+            "tokens_per_block": settings.block_size,
+            "dtype": _CACHES[plan.kv_format],
+        }
+        found: dict[str, Any] = {
+            "kv_cache_config": cache,
+            "enable_attention_dp": plan.attention.dp > 1,
+            "enable_chunked_prefill": settings.chunked_prefill,
+            "disable_overlap_scheduler": not settings.async_scheduling,
+            "cuda_graph_config": {"enable_padding": True, "max_batch_size": min(settings.max_num_seqs, 1024)},
+        }
+        if len(set(plan.layers)) > 1:
+            found["pp_partition"] = list(plan.layers)
+        return found
+
+    def _free_share(self, asked: Asked) -> str:
+        """Share of the memory free after the weights that the KV cache takes, on the stage where it takes least."""
+        total = asked.question.cluster.gpu.memory_bytes
+        shares = [
+            stage.kv_blocks * stage.kv_block_bytes / (total - stage.weights_bytes - stage.workspace_bytes)
+            for stage in asked.memory
+        ]
+        return f"{math.floor(1000 * min(shares)) / 1000:.3g}"

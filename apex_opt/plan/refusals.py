@@ -1,0 +1,186 @@
+"""Why an engine cannot run a plan, in words with numbers: its facts read in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+from apex_opt.engines.rules import Held
+from apex_opt.ir.formats import get_format
+from apex_opt.ir.model import Attention, DenseFfn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.cluster.types import Gpu
+    from apex_opt.engines.rules import EngineRules
+    from apex_opt.ir.model import AttentionCell, Ffn, Model, MoeFfn
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.plan import Plan, Template
+
+
+def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> Iterator[str]:
+    """Why the engine cannot run the plan; nothing where it can.
+
+    Parameters
+    ----------
+    gpu : Gpu                    what the plan is on; its compute capability counts
+    settings : EngineSettings    its KV blocks count
+    """
+    yield from _cells(rules, model, plan)
+    yield from _formats(rules, model, gpu, plan)
+    yield from _heads(rules, model, plan.attention)
+    if rules.whole_scales:
+        scales, shards = (
+            _Scales(rules, model, plan.weight_format),
+            Held.of(rules, model, gpu).dense_shards(plan.attention.tp, plan.ffn.tp * plan.ffn.ep),
+        )
+        for run in model.runs:
+            yield from scales.of_attention(run.block.attention, plan.attention.tp)
+            yield from scales.of_ffn(run.block.ffn, plan.ffn.tp, shards)
+    yield from _blocks(rules, model, plan, settings.block_size)
+
+
+def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
+    """How the two cells of a stage may be cut beside each other."""
+    attention, ffn, release = plan.attention, plan.ffn, rules.release
+    if attention.dp == ffn.dp > 1:
+        if model.is_moe and not rules.moe_copies:
+            yield f"ffn(dp{ffn.dp}): {release} cuts the experts over all attention copies of an engine"
+        return
+    if ffn.dp > 1 and not rules.ffn_copies:
+        yield f"attn({attention}) ffn({ffn}): {release} has no copies of the FFN but those of whole engines"
+    if attention.dp > 1 and not model.is_moe and not rules.dense_attention_copies:
+        yield f"attn({attention}) ffn({ffn}): {release} has no attention copies before one dense FFN cut over all"
+    if attention.dp > 1 and attention.tp > 1 and rules.one_gpu_copies:
+        yield f"attn({attention}): {release} cuts attention over all GPUs of a stage, or has a copy on each"
+    if ffn.ep > 1 and ffn.tp > 1 and not rules.experts_by_both:
+        yield f"ffn({ffn}): {release} cuts experts either by ep or by tp, over all GPUs of a stage"
+
+
+def _formats(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan) -> Iterator[str]:
+    """Number formats on a GPU."""
+    published = model.scheme if plan.weight_format == model.weight_format else None
+    wanted = get_format(plan.weight_format)
+    names = [form.name for form in wanted.mixed or (wanted,)]
+    ranges = [(name, rules.formats.get(name, (inf, inf))) for name in names]
+    if published is not None and published.method in rules.methods:
+        ranges.append((f"{published.method} checkpoints", rules.methods[published.method]))
+    if plan.kv_format in rules.caches:
+        ranges.append((f"a KV cache in {plan.kv_format}", rules.caches[plan.kv_format]))
+    for what, (least, below) in ranges:
+        if least == inf:
+            yield f"{what}: {rules.release} has no such format"
+        elif gpu.capability is not None and not least <= gpu.capability < below:
+            span = f"from {least} on" if below == inf else f"from {least} to below {below}"
+            yield f"{what}: {rules.release} needs compute capability {span}, {gpu.name} has {gpu.capability}"
+
+
+def _heads(rules: EngineRules, model: Model, attention: Template) -> Iterator[str]:
+    """What attention shards must divide beside the heads themselves."""
+    tp = attention.tp
+    rows = -(-model.vocab // rules.vocab_multiple) * rules.vocab_multiple
+    if rules.vocab_multiple > 1 and rows % tp:
+        yield f"attention tp{tp} does not divide the {rows} rows of the padded vocabulary"
+    if model.family in rules.whole_kv_heads:
+        heads = min(run.block.attention.kv_heads for run in model.runs)
+        if tp > heads:
+            yield f"attention tp{tp}: {rules.release} does not copy the {heads} KV heads of {model.family}"
+    if rules.tower_shards and model.tower_heads and model.tower_heads % tp:
+        yield f"attention tp{tp} does not divide the {model.tower_heads} heads of the image tower"
+
+
+def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> Iterator[str]:
+    """Tokens in a KV block."""
+    if rules.block_powers and block_size & (block_size - 1):
+        yield f"block_size {block_size}: {rules.release} takes powers of two"
+    cells = [run.block.attention for run in model.runs]
+    kinds = {
+        "latent": any(not isinstance(cell, Attention) for cell in cells),
+        "sinks": any(isinstance(cell, Attention) and cell.sinks for cell in cells),
+        "fp8": plan.kv_format == "fp8",
+    }
+    names = {"latent": "latent attention", "sinks": "attention with sinks", "fp8": "a KV cache in fp8"}
+    for kind, multiple in rules.block_multiples.items():
+        if kinds[kind] and block_size % multiple:
+            yield f"block_size {block_size}: {rules.release} takes multiples of {multiple} for {names[kind]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """What shards of quantised matrices must be multiples of."""
+
+    rules: EngineRules
+    model: Model
+    weight_format: str
+
+    def multiples(self, quantised: int) -> tuple[int, int, int]:
+        """Outputs, inputs, and inputs of experts whose scales a shard must hold whole; of the `quantised`-th format.
+
+        They are those of the checkpoint where the format is as published, else as is usual. Groups of experts may be
+        smaller.
+        """
+        form, scheme = get_format(self.weight_format).part(quantised), self.model.scheme
+        published = scheme is not None and self.weight_format == self.model.weight_format
+        if form.name in self.rules.padded_experts:
+            return 1, 1, 1
+        if published and scheme is not None and scheme.block is not None:
+            outputs, inputs = scheme.block
+            return outputs, inputs, inputs
+        mixed = bool(get_format(self.weight_format).mixed)
+        group = scheme.group if published and scheme is not None and not mixed else form.group
+        if group is None:
+            return 1, 1, 1
+        smallest = group
+        while self.rules.least_group and smallest % 2 == 0 and smallest // 2 >= self.rules.least_group:
+            smallest //= 2
+        return 1, group, smallest
+
+    def of_attention(self, cell: AttentionCell, tp: int) -> Iterator[str]:
+        """Projections of one attention shard."""
+        heads = -(-cell.query_heads // tp)
+        if isinstance(cell, Attention):
+            parts = {"queries": heads * cell.head_dim, "keys": -(-cell.kv_heads // tp) * cell.head_dim}
+            inner = heads * cell.head_dim
+        else:
+            parts = {"queries": heads * cell.qk_head_dim, "keys": heads * (cell.nope_head_dim + cell.v_head_dim)}
+            inner = heads * cell.v_head_dim
+        if cell.quantised:
+            for what, rows in parts.items():
+                text = f"attention tp{tp} leaves {rows} outputs of {what} a shard"
+                yield from self._asks(rows, self.multiples(cell.quantised)[0], text)
+        if cell.output_quantised and tp > 1:
+            text = f"attention tp{tp} leaves {inner} inputs of the output projection a shard"
+            yield from self._asks(inner, self.multiples(cell.output_quantised)[1], text)
+
+    def of_ffn(self, cell: Ffn, tp: int, shards: int) -> Iterator[str]:
+        """Projections of one FFN shard, experts cut by `tp`, dense FFNs into `shards`."""
+        if isinstance(cell, DenseFfn):
+            yield from self._columns(cell.intermediate, shards, "FFN", cell.quantised, cell.down_quantised)
+            return
+        yield from self._experts(cell, tp)
+        if cell.shared_intermediate:
+            parts = cell.shared_quantised, cell.shared_down_quantised
+            yield from self._columns(cell.shared_intermediate, shards, "shared FFN", *parts)
+
+    def _columns(self, columns: int, shards: int, what: str, up: int, down: int) -> Iterator[str]:
+        own = -(-columns // shards)
+        text = f"{shards} shards of the {what} have {own} of {columns} columns each"
+        if up:
+            yield from self._asks(own, self.multiples(up)[0], text)
+        if down and shards > 1:
+            yield from self._asks(own, self.multiples(down)[1], text)
+
+    def _experts(self, cell: MoeFfn, tp: int) -> Iterator[str]:
+        own = -(-cell.expert_intermediate // tp)
+        text = f"FFN tp{tp} leaves {own} of {cell.expert_intermediate} columns of an expert"
+        if cell.quantised:
+            outputs, _, inputs = self.multiples(cell.quantised)
+            yield from self._asks(own, outputs, text)
+            if tp > 1:
+                yield from self._asks(own, inputs, text)
+
+    def _asks(self, size: int, multiple: int, text: str) -> Iterator[str]:
+        if size % multiple:
+            yield f"{text}, no multiple of the {multiple} that share one scale, as {self.rules.release} needs"

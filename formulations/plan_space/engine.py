@@ -1,0 +1,153 @@
+"""What an engine can run, tabulated: its facts read once more, apart from `apex_opt.plan.refusals`.
+
+Every rule binds the FFN copies, or attention with a format, or the shards of the FFN with a format. Whole copies, which
+attention and FFN have in common, are not in the space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.ir.formats import get_format
+from apex_opt.ir.model import DenseFfn, LatentAttention
+from formulations.plan_space.sizes import kinds
+
+if TYPE_CHECKING:
+    from apex_opt.evaluate import Instance
+
+
+class Runs:
+    """Whether the engine of an instance runs parts of a plan, formats by index; all where none is asked."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance, self.rules = instance, instance.settings.runnable
+        self._cells = [(block.attention, block.ffn) for block in kinds(instance)]
+        self._format = cache(self._runs_format)
+        self._shards = cache(self._holds_shard)
+        self._heads = cache(self._divides_heads)
+
+    def ffn_copies(self, copies: int) -> bool:
+        """Whether the FFN may have so many copies in a stage."""
+        return self.rules is None or copies == 1 or self.rules.ffn_copies
+
+    def attention(self, copies: int, tp: int, index: int) -> bool:
+        """Whether attention may be cut so, in a format, and what is cut as attention is."""
+        if self.rules is None:
+            return True
+        if copies > 1:
+            if not (self.instance.model.is_moe or self.rules.dense_attention_copies):
+                return False
+            if self.rules.one_gpu_copies and tp > 1:
+                return False
+        dense = not self.rules.dense_per_copy or self._shards("dense", tp, index)
+        return self._format(index) and self._heads(tp) and dense and self._shards("attention", tp, index)
+
+    def ffn(self, tp: int, ep: int, index: int) -> bool:
+        """Whether the FFN may be cut so, in a format."""
+        if self.rules is None:
+            return True
+        if tp > 1 and ep > 1 and not self.rules.experts_by_both:
+            return False
+        dense = self.rules.dense_per_copy or self._shards("dense", tp * ep, index)
+        return dense and self._shards("experts", tp, index)
+
+    def _runs_format(self, index: int) -> bool:
+        """Whether the GPU is one on which the engine has the formats of weights and cache, and their blocks."""
+        rules, instance = self.rules, self.instance
+        assert rules is not None
+        weights, cache_format = instance.weight_formats[index], instance.kv_formats[index]
+        parts = get_format(weights).mixed or (get_format(weights),)
+        spans = [*(rules.formats.get(part.name) for part in parts), rules.caches.get(cache_format, (0.0, 1e9))]
+        scheme = instance.model.scheme
+        if scheme is not None and weights == instance.model.weight_format:
+            spans.append(rules.methods.get(scheme.method, (0.0, 1e9)))
+        has, tokens = instance.cluster.gpu.capability, instance.settings.block_size
+        if None in spans or (has is not None and not all(span and span[0] <= has < span[1] for span in spans)):
+            return False
+        if rules.block_powers and tokens.bit_count() != 1:
+            return False
+        asked = rules.block_multiples
+        latent = any(isinstance(cell, LatentAttention) for cell, _ in self._cells)
+        sinks = any(not isinstance(cell, LatentAttention) and cell.sinks for cell, _ in self._cells)
+        held = {"latent": latent, "sinks": sinks, "fp8": cache_format == "fp8"}
+        return all(tokens % multiple == 0 for kind, multiple in asked.items() if held[kind])
+
+    def _divides_heads(self, tp: int) -> bool:
+        """Whether vocabulary, KV heads and image tower go over so many shards."""
+        rules, model = self.rules, self.instance.model
+        assert rules is not None
+        rows = model.vocab + -model.vocab % rules.vocab_multiple
+        if rules.vocab_multiple > 1 and rows % tp:
+            return False
+        if model.family in rules.whole_kv_heads and any(tp > cell.kv_heads for cell, _ in self._cells):
+            return False
+        return not (rules.tower_shards and model.tower_heads is not None and model.tower_heads % tp)
+
+    def _holds_shard(self, part: str, count: int, index: int) -> bool:
+        """Whether each of so many shards of a part holds whole scales."""
+        assert self.rules is not None
+        if not self.rules.whole_scales:
+            return True
+        rows = {"attention": _attention_rows, "dense": _dense_rows, "experts": _expert_rows}[part]
+        cells = (attention if part == "attention" else ffn for attention, ffn in self._cells)
+        found = (row for cell in cells for row in rows(cell, count))
+        return all(size % self._multiples(index, form)[side] == 0 for size, side, form in found)
+
+    def _multiples(self, index: int, form: int) -> tuple[int, int, int]:
+        """Outputs, inputs, and inputs of experts that share a scale in one of the formats of a format."""
+        assert self.rules is not None
+        model, name = self.instance.model, self.instance.weight_formats[index]
+        whole = get_format(name)
+        own = whole.part(form)
+        group = own.group
+        if model.scheme is not None and name == model.weight_format:
+            if model.scheme.block is not None and own.name not in self.rules.padded_experts:
+                return model.scheme.block[0], model.scheme.block[1], model.scheme.block[1]
+            if not whole.mixed:
+                group = model.scheme.group
+        if own.name in self.rules.padded_experts or group is None:
+            return 1, 1, 1
+        least = self.rules.least_group or group
+        halves = [group >> power for power in range(group.bit_length()) if group % (1 << power) == 0]
+        return 1, group, min((size for size in halves if size >= least), default=group)
+
+
+_OUTPUTS, _INPUTS, _EXPERT_INPUTS = range(3)
+_Rows = Iterator[tuple[int, int, int]]
+"""Sizes of one shard's quantised matrices, each with which multiple it must be, and in which format."""
+
+
+def _attention_rows(cell: Any, count: int) -> _Rows:
+    heads = -(-cell.query_heads // count)
+    if isinstance(cell, LatentAttention):
+        outer = (heads * cell.qk_head_dim, heads * (cell.nope_head_dim + cell.v_head_dim))
+        inner = heads * cell.v_head_dim
+    else:
+        inner = heads * cell.head_dim
+        outer = (inner, -(-cell.kv_heads // count) * cell.head_dim)
+    if cell.quantised:
+        yield from ((size, _OUTPUTS, cell.quantised) for size in outer)
+    if cell.output_quantised and count > 1:
+        yield inner, _INPUTS, cell.output_quantised
+
+
+def _dense_rows(cell: Any, count: int) -> _Rows:
+    if isinstance(cell, DenseFfn):
+        size, up, down = cell.intermediate, cell.quantised, cell.down_quantised
+    else:
+        size, up, down = cell.shared_intermediate, cell.shared_quantised, cell.shared_down_quantised
+    own = -(-size // count)
+    if size and up:
+        yield own, _OUTPUTS, up
+    if size and down and count > 1:
+        yield own, _INPUTS, down
+
+
+def _expert_rows(cell: Any, count: int) -> _Rows:
+    if not isinstance(cell, DenseFfn) and cell.quantised:
+        own = -(-cell.expert_intermediate // count)
+        yield own, _OUTPUTS, cell.quantised
+        if count > 1:
+            yield own, _EXPERT_INPUTS, cell.quantised
