@@ -12,6 +12,7 @@ from apex_opt.launch import Command, Launch, launch
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator
+from apex_opt.units import GIB
 from formulations.placement import place_plan
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def asked(model: str | Model, nodes: int, gpus: int, **changes: Any) -> Question
     settings = EngineSettings(max_model_len=8192)
     if "settings" in changes:
         settings = replace(settings, **changes.pop("settings"))
-    return make_question(described, make_cluster(gpus, nodes), random_trace(1, 5), settings=settings, **changes)
+    cluster = make_cluster(gpus, nodes, **{"memory_bytes": 160 * GIB, **changes.pop("gpu", {})})
+    return make_question(described, cluster, random_trace(1, 5), settings=settings, **changes)
 
 
 def emitted(engine: str, model: str | Model, plan: str, nodes: int, gpus: int, **changes: Any) -> Launch:

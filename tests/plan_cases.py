@@ -214,6 +214,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
         dense_attention_copies=often(),
         moe_copies=often(),
         one_gpu_copies=often(0.3),
+        copied_attention=pick(None, None, frozenset({"odd"}), frozenset()),
         experts_by_both=often(),
         dense_per_copy=often(),
         formats=ranges,

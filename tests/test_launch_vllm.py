@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
+from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, placed, servers, value
+
+from apex_opt.ir import load_model
+from apex_opt.ir.scheme import Scheme
+from apex_opt.launch import launch
+from apex_opt.plan.memory import kv_blocks, stage_memory
+from apex_opt.plan.plan import parse_plan
+from apex_opt.units import GIB
 
 
 def test_tensor_shards_on_one_node() -> None:
@@ -32,8 +40,53 @@ def test_stages_of_two_replicas_on_two_nodes() -> None:
 
 def test_one_replica_over_two_nodes() -> None:
     head, other = emitted("vllm", DENSE, "pp2[41,39] tp4", 2, 4).commands
-    assert head.argv[-6:] == ("--nnodes", "2", "--node-rank", "0", "--master-addr", "NODE0")
-    assert other.argv[-7:] == ("--nnodes", "2", "--node-rank", "1", "--master-addr", "NODE0", "--headless")
+    joined = ("--nnodes", "2", "--node-rank", "0", "--master-addr", "NODE0", "--master-port", "29501")
+    assert head.argv[-8:] == joined
+    assert other.argv[-9:] == (*joined[:3], "1", *joined[4:], "--headless")
+
+
+def test_engines_that_share_their_first_node_join_at_other_ports() -> None:
+    found = emitted("vllm", DENSE, "dp4 tp2", 8, 1)
+    heads = [value(command, "--master-addr") for command in found.commands]
+    assert heads == ["NODE0", "NODE0", "NODE2", "NODE2", "NODE4", "NODE4", "NODE6", "NODE6"]
+    crowded = emitted("vllm", DENSE, "dp2 tp3", 3, 2).commands
+    ports = {(c.replica, value(c, "--master-addr"), value(c, "--master-port")) for c in crowded}
+    assert len(ports) == 2
+    assert len({(head, port) for _, head, port in ports}) == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes", "gpus", "hosts"),
+    [
+        ("pp5 tp1", 2, 3, [(0, "0"), (0, "1"), (0, "2"), (1, "0"), (1, "1")]),
+        ("pp2 tp3", 2, 4, [(0, "0,1,2"), (1, "0,1,2")]),
+    ],
+)
+def test_ranks_that_lie_unevenly_are_started_in_equal_shares(
+    plan: str, nodes: int, gpus: int, hosts: list[tuple[int, str]]
+) -> None:
+    found = emitted("vllm", DENSE, plan, nodes, gpus)
+    assert [(c.node, dict(c.env)["CUDA_VISIBLE_DEVICES"]) for c in found.commands] == hosts
+    assert [value(c, "--node-rank") for c in found.commands] == [str(rank) for rank in range(len(hosts))]
+    assert {value(c, "--nnodes") for c in found.commands} == {str(len(hosts))}
+
+
+def test_a_deprecated_method_of_quantisation_is_allowed_by_name() -> None:
+    model = replace(load_model(DENSE), weight_format="fp8", scheme=Scheme(method="fbgemm_fp8"))
+    assert "--allow-deprecated-quantization" in emitted("vllm", model, "tp8 fp8", 1, 8).commands[0].argv
+    assert "--allow-deprecated-quantization" not in emitted("vllm", model, "tp8 bf16", 1, 8).commands[0].argv
+
+
+@pytest.mark.parametrize(("memory", "length"), [(80, "8192"), (16, None)])
+def test_the_length_is_one_whose_cache_the_plan_holds(memory: int, length: str | None) -> None:
+    question = asked("llama-3.1-8b", 1, 1, gpu={"memory_bytes": memory * GIB + 4 * GIB})
+    plan = parse_plan("tp1", question.model)
+    found = launch(question, plan, "vllm", CHECKPOINT, placed(question, plan))
+    stages = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
+    held = kv_blocks(stages) * question.settings.block_size
+    told = value(found.commands[0], "--max-model-len")
+    assert told == (length or str(held))
+    assert has(found, "as many as the KV cache of the plan holds") == (length is None)
 
 
 def test_attention_copies_with_experts_over_all_of_them() -> None:
@@ -45,8 +98,6 @@ def test_attention_copies_with_experts_over_all_of_them() -> None:
     assert value(command, "--max-num-seqs") == "13"
     assert value(command, "--max-num-batched-tokens") == "250"
     assert has(found, "per attention copy")
-    assert not has(found, "shared experts")
-    assert has(emitted("vllm", "deepseek-v3", "attn(dp8) ffn(ep8)", 1, 8), "shared experts")
 
 
 def test_experts_in_shards_need_no_flag() -> None:
@@ -96,10 +147,9 @@ def test_limits_of_the_plan_come_before_those_of_the_engine() -> None:
         (MOE, "attn(tp8) ffn(tp2,ep4)", 1, 8, "either by ep or by tp"),
         (MOE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8, "over all attention copies"),
         (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
-        (DENSE, "tp5", 2, 3, "3 and 2 GPUs"),
-        (MOE, "pp2 attn(dp2,tp2) ffn(ep4)", 2, 4, "copy by copy"),
+        (MOE, "pp2 attn(dp2,tp2) ffn(ep4)", 2, 4, ""),
         (MOE, "attn(dp4,tp2) ffn(ep8)", 2, 4, ""),
-        (MOE, "attn(dp2,tp3) ffn(ep6)", 3, 2, "do not divide evenly"),
+        (MOE, "attn(dp2,tp2) ffn(ep4)", 3, 2, ""),
     ],
 )
 def test_what_it_has_no_words_for_gets_a_reason_and_no_command(

@@ -31,6 +31,7 @@ class EngineRules:
     dense_attention_copies : bool   attention copies before a dense FFN that is cut over all GPUs of a stage
     copies_on_one_node : bool       whole copies of one engine lie on one node
     moe_copies : bool               whole copies of a mixture of experts in one engine
+    copied_attention : set or None  families that can have attention copies; None: all
     one_gpu_copies : bool           an attention copy has one GPU of a stage
     experts_by_both : bool          experts cut by ep and by tp at once; else by one of them
     dense_per_copy : bool           dense FFNs beside experts, and shared experts, lie in each attention copy, cut over
@@ -38,6 +39,7 @@ class EngineRules:
     formats, caches : mapping       formats of weights and of the KV cache, each with the compute capabilities it runs
                                     on: from, below; caches that are not listed run on all
     methods : mapping               methods of quantisation of a checkpoint that need another range than their format
+    made_on_load : set              weight formats that the engine makes of 16-bit weights while it loads them
     whole_scales : bool             a shard of a quantised matrix holds whole groups and blocks of scales
     least_group : int               groups of experts may be halved down to so many weights to fit a shard
     padded_experts : mapping        weight formats whose experts are stored with their sizes rounded up: (from, below,
@@ -59,12 +61,14 @@ class EngineRules:
     dense_attention_copies: bool = False
     copies_on_one_node: bool = False
     moe_copies: bool = False
+    copied_attention: frozenset[str] | None = None
     one_gpu_copies: bool = False
     experts_by_both: bool = False
     dense_per_copy: bool = False
     formats: Mapping[str, tuple[float, float]]
     caches: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     methods: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    made_on_load: frozenset[str] = frozenset()
     whole_scales: bool = True
     least_group: int = 0
     padded_experts: Mapping[str, tuple[tuple[float, float, int, int], ...]] = field(

@@ -13,6 +13,9 @@ SGLANG: Final = EngineRules(
     release="SGLang 0.5",
     dense_attention_copies=True,
     moe_copies=True,
+    copied_attention=frozenset(
+        {"qwen3", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2", "deepseek_v2", "deepseek_v3", "glm4_moe"}
+    ),
     copies_on_one_node=True,
     experts_by_both=True,
     formats=MappingProxyType(
@@ -32,6 +35,7 @@ SGLANG: Final = EngineRules(
         }
     ),
     methods=MappingProxyType({"modelopt": (8.9, inf)}),
+    made_on_load=frozenset({"fp8"}),
     least_group=32,
     vocab_multiple=64,
     sources=MappingProxyType(
@@ -41,8 +45,10 @@ SGLANG: Final = EngineRules(
             "experts_by_both": "srt/runtime_context.py: moe_tp_size = tp_size / ep_size",
             "dense_per_copy": "srt/arg_groups: moe_dense_tp_size is None: dense FFNs are cut over all GPUs of a stage",
             "copies_on_one_node": "srt/arg_groups/validation_hook.py: dp_size > 1 and nnodes != 1",
+            "copied_attention": "srt/models/*: those whose attention is cut by the attention-parallel size",
             "formats": "get_min_capability of srt/layers/quantization/*",
             "methods": "srt/layers/quantization/modelopt_quant.py: ModelOptFp8Config",
+            "made_on_load": "srt/layers/quantization/fp8.py: weights that are not serialised in fp8",
             "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
             "least_group": "srt/layers/quantization/moe_wna16.py",
             "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",

@@ -40,6 +40,7 @@ TRTLLM: Final = EngineRules(
             "dense_per_copy": "_torch/models/modeling_deepseekv3.py: dense and shared FFNs whole under attention_dp",
             "formats": "docs, features/quantization: hardware support matrix",
             "caches": "docs, features/quantization: hardware support matrix, FP8 KV cache",
+            "made_on_load": "docs, features/quantization: checkpoints are quantised before",
             "whole_scales": "_torch/modules/linear.py, fused_moe: shards of scales are slices of whole blocks; assumed",
             "block_powers": "docs, features/kvcache: tokens_per_block is a power of two",
         }

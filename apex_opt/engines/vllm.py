@@ -32,6 +32,7 @@ VLLM: Final = EngineRules(
         }
     ),
     methods=MappingProxyType({"modelopt": (8.9, inf), "fbgemm_fp8": (8.0, inf), "awq": (7.5, inf)}),
+    made_on_load=frozenset({"fp8"}),
     least_group=32,
     padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),
     vocab_multiple=64,
@@ -48,6 +49,7 @@ VLLM: Final = EngineRules(
             "dense_per_copy": "model_executor/layers/linear.py: cut over the tensor-parallel group of one copy",
             "formats": "get_min_capability of layers/quantization/*, csrc/quantization/w8a8 (no int8 from 10.0 on)",
             "methods": "get_min_capability of layers/quantization/{modelopt,fbgemm_fp8,awq}.py",
+            "made_on_load": "layers/quantization/fp8.py: Fp8OnlineLinearMethod",
             "whole_scales": "layers/quantization/utils/fp8_utils.py: validate_fp8_block_shape; fp8.py, awq.py, gptq.py",
             "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
             "padded_experts": "layers/fused_moe/oracle/mxfp4.py: mxfp4_round_up_hidden_size_and_intermediate_size",

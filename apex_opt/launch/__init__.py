@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -35,7 +36,7 @@ def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignm
     assignment : Assignment    GPUs by replica, stage and rank
     """
     spoken = ENGINES[engine]
-    asked = Asked(question=question, plan=plan, checkpoint=checkpoint)
+    asked = Asked(question=question, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
     replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
     refused = [*refusals(spoken.rules, question.model, question.cluster.gpu, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
@@ -92,8 +93,10 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Itera
     for replica in replicas:
         # The other nodes of a replica listen too, to be asked whether they are alive.
         place = max(taken.get(node, 0) for node in replica.nodes)
-        taken.update(dict.fromkeys(replica.nodes, place + 1))
-        yield from engine.servers(asked, replica, place)
+        commands = [*engine.servers(asked, replica, place)]
+        on = Counter(command.node for command in commands)
+        taken.update((node, place + max(on[node], 1)) for node in replica.nodes)
+        yield from commands
 
 
 def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[str]:

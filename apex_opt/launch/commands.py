@@ -71,6 +71,7 @@ class Asked:
     question: Question
     plan: Plan
     checkpoint: str
+    rules: EngineRules
 
     @cached_property
     def memory(self) -> tuple[StageMemory, ...]:
@@ -103,9 +104,9 @@ class Asked:
 
     @property
     def quantised_when_loaded(self) -> bool:
-        """Whether the engine makes the weights of the plan from those of the checkpoint: fp8 of 16 bits."""
+        """Whether the engine makes the weights of the plan from those of the checkpoint, of 16 bits."""
         published = get_format(self.question.model.weight_format)
-        return self.plan.weight_format == "fp8" and published.weight_bits == 16
+        return self.plan.weight_format in self.rules.made_on_load and published.weight_bits == 16
 
     @property
     def weights(self) -> str:
@@ -212,6 +213,12 @@ def hosts(ranks: Sequence[str], sizes: Iterable[int]) -> tuple[Host, ...]:
         if all(len({node for node, _ in share}) == 1 for share in shares):
             return tuple(Host(share[0][0], tuple(slot for _, slot in share)) for share in shares)
     raise AssertionError("a GPU lies in one node")
+
+
+def ports(parts: Sequence[Host], place: int) -> list[int]:
+    """The port that the process on each host listens at, the `place`-th on its node and those after it."""
+    nodes = [host.node for host in parts]
+    return [FIRST_PORT + PORT_STEP * (place + nodes[:index].count(node)) for index, node in enumerate(nodes)]
 
 
 def stage_chunks(plan: Plan) -> list[int]:

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, per_copy, stage_chunks
+from apex_opt.launch.commands import PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,8 +39,6 @@ class Sglang:
                 f"later releases spell --dp-size {plan.attention.dp} --enable-dp-attention as --attn-dp-size "
                 f"{plan.attention.dp}: check"
             )
-            if not asked.moe:
-                found.append("not every dense model has attention copies in SGLang (--enable-dp-attention): check")
         return found
 
     def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
@@ -48,12 +46,12 @@ class Sglang:
         ranks = replica.by_copy(copies) if asked.whole_copies else replica.by_stage
         sizes = [len(ranks)] if asked.whole_copies else stage_chunks(plan)  # whole copies are on one node
         parts = hosts(ranks, sizes)
-        words = self._words(asked, FIRST_PORT + PORT_STEP * place)
-        for rank, host in enumerate(parts):
+        for rank, (host, port) in enumerate(zip(parts, ports(parts, place), strict=True)):
             env = [host.visible]
             if len(set(plan.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
                 env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, plan.layers))))
             more = self._joined(parts, rank, place) if len(parts) > 1 else []
+            words = self._words(asked, port)
             yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
 
     def _words(self, asked: Asked, port: int) -> list[str]:

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import TRTLLM
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, stage_chunks
+from apex_opt.launch.commands import Command, hosts, ports, stage_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,8 +36,6 @@ class Trtllm:
                 "with enable_attention_dp max_batch_size and max_num_tokens are per attention copy: the plan's shared "
                 f"out over {asked.plan.attention.dp}"
             )
-        if asked.quantised_when_loaded:
-            found.append("TensorRT-LLM makes no fp8 weights while loading: give a checkpoint in fp8")
         if any(len(replica.nodes) > 1 for replica in replicas):
             found.append("several nodes are joined by mpirun: start the command on the first one")
         return found
@@ -45,7 +43,7 @@ class Trtllm:
     def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
         parts = hosts(replica.by_stage, stage_chunks(asked.plan))
         file = f"trtllm-replica{replica.index}.yaml"
-        words = self._words(asked, FIRST_PORT + PORT_STEP * place, file)
+        words = self._words(asked, ports(parts, place)[0], file)
         options = (file, json.dumps(self._file(asked)))  # JSON is YAML
         if len(parts) == 1:
             yield Command(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import VLLM
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, divisors, hosts, per_copy
+from apex_opt.launch.commands import PORT_STEP, Command, divisors, hosts, per_copy, ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,12 +46,13 @@ class Vllm:
         ranks, copies = replica.by_copy(asked.plan.attention.dp), asked.plan.attention.dp
         copy = len(ranks) // copies
         parts = hosts(ranks, (n for n in divisors(len(ranks)) if copy % n == 0 or n % copy == 0))
-        words, layers = self._words(asked, FIRST_PORT + PORT_STEP * place), asked.plan.layers
-        for rank, host in enumerate(parts):
+        layers = asked.plan.layers
+        for rank, (host, port) in enumerate(zip(parts, ports(parts, place), strict=True)):
             env = [host.visible]
             if len(set(layers)) > 1:  # vLLM gives what does not divide evenly to other stages
                 env.append(("VLLM_PP_LAYER_PARTITION", ",".join(map(str, layers))))
             more = self._joined(parts, rank, place, copies) if len(parts) > 1 else []
+            words = self._words(asked, port)
             yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
 
     def _words(self, asked: Asked, port: int) -> list[str]:

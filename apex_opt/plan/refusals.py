@@ -53,6 +53,8 @@ def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
         yield f"attn({attention}) ffn({ffn}): {release} has no copies of the FFN but those of whole engines"
     if attention.dp > 1 and not model.is_moe and not rules.dense_attention_copies:
         yield f"attn({attention}) ffn({ffn}): {release} has no attention copies before one dense FFN cut over all"
+    if attention.dp > 1 and rules.copied_attention is not None and model.family not in rules.copied_attention:
+        yield f"attn({attention}): {release} has no attention copies of {model.family or 'such'} models"
     if attention.dp > 1 and attention.tp > 1 and rules.one_gpu_copies:
         yield f"attn({attention}): {release} cuts attention over all GPUs of a stage, or has a copy on each"
     if ffn.ep > 1 and ffn.tp > 1 and not rules.experts_by_both:

@@ -41,6 +41,9 @@ class Runs:
                 return False
             if self.rules.one_gpu_copies and tp > 1:
                 return False
+            copied = self.rules.copied_attention
+            if copied is not None and self.instance.model.family not in copied:
+                return False
         dense = not self.rules.dense_per_copy or self._shards("dense", tp, index)
         return self._format(index) and self._heads(tp) and dense and self._shards("attention", tp, index)
 
