@@ -76,7 +76,7 @@ def question_of(name: str) -> Question:
     if name == "memory":
         return make_question(load_model("llama-3.1-70b"), "1xh100-sxm", random_trace(1, 5))
     if name == "format":
-        return make_question(EIGHT, "1xa100-sxm", random_trace(1, 5), weight_formats=("fp8",))
+        return make_question(EIGHT, "1xb200-sxm", random_trace(1, 5), weight_formats=("w8a8",))
     if name == "divisibility":
         return indivisible()
     if name == "bound":
@@ -100,7 +100,7 @@ def test_an_impossible_request_is_told_its_clash_with_numbers(name: str) -> None
     goals = tuple(goal.text for goal in question.slos)
     of, proof, said = {
         "memory": (("memory",), "constraints", "a GPU needs 14"),
-        "format": (("format",), "constraints", "does not compute in fp8"),
+        "format": (("format",), "constraints", "does not compute in int8, which w8a8 needs"),
         "divisibility": (("divisibility", "memory"), "constraints", "attention tp3 does not divide 8 query heads"),
         "bound": (goals, "bound", "its bound, as if no other request were there, is"),
         "simulation": (goals, "simulation", "comes closest and reaches"),
@@ -150,7 +150,7 @@ def test_the_weights_proposed_are_those_of_the_most_bits_that_do() -> None:
         ("llama-3.1-70b", "1xh200-sxm", "bf16", ["w8a16", "fp8", "w8a8", "w4a16"]),
         ("llama-3.1-70b", "1xh200-sxm", "fp16", ["w8a16", "fp8", "w8a8", "w4a16"]),
         ("llama-3.1-405b", "4xb200-sxm", "bf16", ["w8a16", "fp8", "nvfp4", "w4a16"]),
-        ("llama-3.1-8b", "1xa100-sxm", "fp8", ["bf16", "w8a16", "w8a8", "w4a16"]),
+        ("llama-3.1-8b", "1xb200-sxm", "w8a8", ["bf16", "w8a16", "fp8", "nvfp4", "w4a16"]),
         ("llama-3.1-8b", "1xv100-pcie", "fp16", ["w8a16", "w4a16"]),
     ],
 )
@@ -299,7 +299,7 @@ def test_goals_that_each_are_out_of_reach_are_eased_together() -> None:
 
 
 def test_a_clash_of_format_and_one_of_memory_are_both_told_and_solved_together() -> None:
-    question = make_question(load_model("llama-3.1-70b"), "1xv100-pcie", random_trace(1, 5), weight_formats=("fp8",))
+    question = make_question(load_model("llama-3.1-70b"), "1xv100-pcie", random_trace(1, 5), weight_formats=("w8a8",))
     found = explain(question, SPACE)
     assert [clash.of for clash in found.clashes] == [("format",), ("memory",)]
     (both,) = found.tried.found
