@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
 
+from apex_opt.engines import VLLM
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.ir import load_model
@@ -178,7 +179,15 @@ def test_parts_left_in_16_bit_are_read_in_16_bit() -> None:
 def test_faults_come_in_the_order_in_which_plans_are_charged() -> None:
     model = make_model((dense(), 5))
     instance = replace(
-        instance_at(model, parse_plan("tp1", model), 12, memory=-(10**9), flops=("fp16",)), tpot_limit_ns=1
+        instance_at(
+            model,
+            parse_plan("tp1", model),
+            12,
+            memory=-(10**9),
+            flops=("fp16",),
+            settings=replace(SMALL, runnable=VLLM),
+        ),
+        tpot_limit_ns=1,
     )
     found = [v.family for v in violations(instance, parse_plan("dp3 pp4 attn(tp3) ffn(dp3)", model))]
     assert found == ["devices", *FAMILIES]

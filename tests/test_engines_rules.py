@@ -1,0 +1,81 @@
+"""Facts about engines: every rule has its source, formats are known, and a model is held as the engine lays it out."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from plan_cases import SMALL, dense, make_gpu, make_model, sparse
+
+from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules, rules_of
+from apex_opt.errors import UnknownNameError
+from apex_opt.ir.formats import FORMATS
+from apex_opt.plan.memory import stage_memory
+from apex_opt.plan.plan import parse_plan
+
+BARE = EngineRules(name="bare", release="Bare 1", formats={}, sources={})
+
+
+@pytest.mark.parametrize("rules", ENGINES.values(), ids=ENGINES)
+def test_every_rule_that_an_engine_has_names_its_source(rules: EngineRules) -> None:
+    ruled = {f.name for f in fields(rules)} - {"name", "release", "sources"}
+    bites = {"ffn_copies", "dense_attention_copies", "experts_by_both", "whole_scales", "formats", "made_on_load"}
+    bites |= {name for name in ruled if getattr(rules, name) != getattr(BARE, name)}
+    bites -= {"moe_copies"}  # that whole copies are engines of their own is said with the copies of the FFN
+    assert bites <= set(rules.sources)
+    assert set(rules.sources) <= ruled
+    assert all(rules.sources.values())
+
+
+@pytest.mark.parametrize("rules", ENGINES.values(), ids=ENGINES)
+def test_formats_are_known_ones_in_ranges_that_hold_something(rules: EngineRules) -> None:
+    assert set(rules.formats) <= set(FORMATS)
+    assert set(rules.padded_experts) <= set(FORMATS)
+    for least, below in (*rules.formats.values(), *rules.caches.values(), *rules.methods.values()):
+        assert least < below
+
+
+def test_an_engine_kind_has_the_rules_of_its_engine() -> None:
+    assert rules_of("vllm-0.6") is VLLM
+    assert rules_of("sglang-eager") is ENGINES["sglang"]
+    assert rules_of("another") is None
+    assert load_rules(ANY) is None
+    with pytest.raises(UnknownNameError):
+        load_rules("vlm")
+
+
+def test_embedding_and_head_lie_on_every_stage_of_some_families() -> None:
+    model = make_model((sparse(), 6), family="mixtral")
+    plan = parse_plan("pp3", model)
+    vocab = 2 * model.vocab * model.hidden
+    plain, held = (
+        stage_memory(model, make_gpu(), plan, settings)
+        for settings in (SMALL, replace(SMALL, runnable=replace(VLLM, rotary_table=False)))
+    )
+    more = [b.weights_bytes - a.weights_bytes for a, b in zip(plain, held, strict=True)]
+    assert more == [vocab, 2 * vocab, vocab]
+
+
+def test_dense_parts_lie_in_each_attention_copy() -> None:
+    model = make_model((dense(), 1), (sparse(shared=512), 3))
+    plan = parse_plan("attn(dp2,tp2) ffn(ep4)", model)
+    rules = replace(VLLM, rotary_table=False)
+    plain, held = (stage_memory(model, make_gpu(), plan, s)[0] for s in (SMALL, replace(SMALL, runnable=rules)))
+    columns = 1536 + 3 * 512  # of the dense layer and of three shared FFNs
+    assert held.weights_bytes - plain.weights_bytes == 2 * 3 * 512 * columns * (1 / 2 - 1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "sizes"), [(8.0, (3072, 768)), (9.0, (2880, 768)), (10.0, (3072, 768)), (8.9, (3072, 768))]
+)
+def test_experts_are_stored_in_rounded_sizes(capability: float, sizes: tuple[int, int]) -> None:
+    model = make_model((dense(), 1))
+    held = Held.of(VLLM, model, make_gpu(capability=capability))
+    assert held.experts("mxfp4", 2880, 720) == sizes
+    assert held.experts("bf16", 2880, 720) == (2880, 720)
+    assert Held.of(None, model, make_gpu(capability=capability)) == Held()
+
+
+def test_cosines_and_sines_take_two_bytes_for_every_position_and_rotated_element() -> None:
+    model = make_model((dense(width=64), 2), max_position=1000)
+    assert Held.of(VLLM, model, make_gpu()).table_bytes == 2 * 1000 * 64

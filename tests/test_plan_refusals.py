@@ -1,0 +1,182 @@
+"""What engines can run: each rule lets through what keeps to it and names what does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from plan_cases import SMALL, dense, latent, make_cluster, make_gpu, make_model, make_question, random_trace, sparse
+
+from apex_opt.cluster import load_cluster
+from apex_opt.engines import ENGINES, SGLANG, TRTLLM, VLLM
+from apex_opt.ir import load_model
+from apex_opt.ir.scheme import Scheme
+from apex_opt.plan.plan import parse_plan
+from apex_opt.plan.refusals import refusals
+from apex_opt.search import search
+from formulations.plan_space import PlanSpace
+
+if TYPE_CHECKING:
+    from apex_opt.engines import EngineRules
+    from apex_opt.ir import Model
+
+DENSE = make_model((dense(hidden=2048, heads=16, kv=8, width=128, columns=8192), 4))
+SPARSE = make_model((sparse(hidden=2048, heads=16, kv=8, width=128, columns=1536, experts=16, shared=1024), 4))
+BLOCKS = Scheme(method="fp8", block=(128, 128))
+
+
+def said(rules: EngineRules, model: Model, plan: str, **changes: Any) -> str:
+    """All that the engine has against a plan."""
+    gpu = make_gpu(capability=changes.pop("capability", 9.0))
+    return "; ".join(refusals(rules, model, gpu, parse_plan(plan, model), replace(SMALL, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "model", "plan", "why"),
+    [
+        (VLLM, DENSE, "attn(tp4) ffn(dp2,tp2)", "no copies of the FFN"),
+        (VLLM, DENSE, "attn(dp2,tp2) ffn(dp2,tp2)", ""),
+        (VLLM, SPARSE, "attn(dp2,tp2) ffn(dp2,tp2)", "cuts the experts over all attention copies"),
+        (SGLANG, SPARSE, "attn(dp2,tp2) ffn(dp2,tp2)", ""),
+        (VLLM, DENSE, "attn(dp2,tp2) ffn(tp4)", "no attention copies before one dense FFN"),
+        (VLLM, SPARSE, "attn(dp2,tp2) ffn(ep4)", ""),
+        (VLLM, SPARSE, "attn(dp2,tp2) ffn(tp2,ep2)", "either by ep or by tp"),
+        (SGLANG, replace(SPARSE, family="qwen3_moe"), "attn(dp2,tp2) ffn(tp2,ep2)", ""),
+        (SGLANG, replace(SPARSE, family="mixtral"), "attn(dp2,tp2) ffn(tp2,ep2)", "no attention copies of mixtral"),
+        (SGLANG, replace(DENSE, family="qwen3"), "attn(dp2,tp2) ffn(tp4)", ""),
+        (TRTLLM, SPARSE, "attn(dp4) ffn(tp2,ep2)", ""),
+        (TRTLLM, SPARSE, "attn(dp2,tp2) ffn(ep4)", "or has a copy on each"),
+    ],
+)
+def test_cells_are_cut_beside_each_other_as_the_engine_can(
+    rules: EngineRules, model: Model, plan: str, why: str
+) -> None:
+    found = said(rules, model, plan)
+    assert bool(found) == bool(why)
+    assert why in found
+
+
+@pytest.mark.parametrize(
+    ("rules", "plan", "capability", "why"),
+    [
+        (VLLM, "tp1 fp8", 8.0, ""),  # expanded to 16 bit
+        (SGLANG, "tp1 fp8", 7.5, "SGLang 0.5 needs compute capability from 8.0 on"),
+        (TRTLLM, "tp1 fp8", 8.0, "TensorRT-LLM 1 needs compute capability from 8.9 on"),
+        (TRTLLM, "tp1 fp8", 8.9, ""),
+        (TRTLLM, "tp1 nvfp4", 9.0, "from 10.0 on"),
+        (VLLM, "tp1 nvfp4", 9.0, ""),
+        (VLLM, "tp1 w8a8", 8.0, ""),
+        (VLLM, "tp1 w8a8", 10.0, "from 7.5 to below 10.0, test-gpu has 10.0"),
+        (TRTLLM, "tp1 w8a8", 9.0, "w8a8: TensorRT-LLM 1 has no such format"),
+        (TRTLLM, "tp1 bf16 kv=fp8", 8.0, "a KV cache in fp8"),
+        (VLLM, "tp1 bf16", 7.5, "bf16"),
+    ],
+)
+def test_formats_run_on_the_gpus_that_the_engine_has_kernels_for(
+    rules: EngineRules, plan: str, capability: float, why: str
+) -> None:
+    found = said(rules, DENSE, plan, capability=capability)
+    assert bool(found) == bool(why)
+    assert why in found
+
+
+def test_a_method_may_need_more_than_its_format_and_only_where_the_checkpoint_is_served_as_it_is() -> None:
+    model = replace(DENSE, weight_format="fp8", scheme=Scheme(method="modelopt"))
+    assert "modelopt checkpoints" in said(VLLM, model, "tp1", capability=8.0)
+    assert not said(VLLM, model, "tp1", capability=8.9)
+    assert not said(VLLM, model, "tp1 bf16", capability=8.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "why"),
+    [
+        # 1,536 columns of an expert over 8 shards are 192 each, and a scale is for 128.
+        ("qwen3-235b-a22b", "attn(tp8) ffn(tp8)", "leaves 192 of 1536 columns of an expert"),
+        ("qwen3-235b-a22b", "attn(tp4) ffn(tp4)", ""),
+        ("qwen3-235b-a22b", "attn(tp8) ffn(ep8)", ""),
+        ("deepseek-v3", "attn(tp16) ffn(tp16)", ""),
+        ("deepseek-v3", "attn(tp32) ffn(tp32)", "have 576 of 18432 columns"),
+    ],
+)
+def test_shards_hold_whole_blocks_of_scales(name: str, plan: str, why: str) -> None:
+    model = replace(load_model(name), weight_format="fp8", scheme=BLOCKS)
+    found = said(VLLM, model, plan)
+    assert bool(found) == bool(why)
+    assert why in found
+    assert not said(VLLM, replace(model, scheme=Scheme(method="fp8")), plan)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "fitting"),
+    [(29568, 128, {1}), (29696, 128, {1, 2, 4, 8}), (29568, 32, {1, 2, 4}), (29568, None, {1, 2, 4, 8})],
+)
+def test_shards_hold_whole_groups_of_scales(columns: int, group: int | None, fitting: set[int]) -> None:
+    block = dense(hidden=8192, heads=64, kv=8, width=128, columns=columns)
+    model = make_model((block, 2), weight_format="w4a16", scheme=Scheme(method="awq", group=group))
+    assert {tp for tp in (1, 2, 4, 8) if not said(VLLM, model, f"tp{tp}")} == fitting
+
+
+def test_groups_of_experts_may_be_halved_to_fit_a_shard() -> None:
+    model = replace(SPARSE, weight_format="w4a16", scheme=Scheme(method="awq", group=128))
+    assert not said(VLLM, model, "attn(tp8) ffn(tp8)")  # 192 columns: groups of 64
+    narrow = make_model(
+        (sparse(hidden=2048, heads=16, kv=8, width=128, columns=384, experts=16), 4), weight_format="w4a16"
+    )
+    assert "leaves 24 of 384" in said(VLLM, replace(narrow, scheme=model.scheme), "attn(tp16) ffn(tp16)")
+
+
+def test_a_format_that_is_not_the_checkpoints_has_the_usual_groups() -> None:
+    block = dense(hidden=2048, heads=16, kv=8, width=128, columns=8256)
+    assert "129" not in said(VLLM, make_model((block, 2)), "tp2 w8a16g64")
+    assert "4128 of 8256" in said(VLLM, make_model((block, 2)), "tp2 w8a16")
+    assert not said(VLLM, make_model((block, 2)), "tp2 fp8")
+
+
+def test_heads_of_the_vocabulary_of_gpt_oss_and_of_image_towers_divide() -> None:
+    assert "rows of the padded vocabulary" in said(VLLM, replace(DENSE, vocab=151_936), "attn(tp3) ffn(tp3)")
+    assert "does not copy the 8 KV heads of gpt_oss" in said(VLLM, replace(DENSE, family="gpt_oss"), "tp16")
+    assert "rows" not in said(VLLM, replace(DENSE, vocab=151_936), "tp16")
+    assert "16 heads of the image tower" in said(VLLM, replace(DENSE, tower_heads=16), "tp32")
+    assert not said(VLLM, replace(DENSE, tower_heads=16), "tp16")
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "sizes"),
+    [
+        (DENSE, "tp1", {1, 8, 16, 24, 64}),
+        (DENSE, "tp1 kv=fp8", {16, 64}),
+        (make_model((latent(dense(heads=16)), 2)), "tp1", {16, 64}),
+        (make_model((dense(sinks=True), 2)), "tp1", {16, 64}),
+    ],
+)
+def test_kv_blocks_are_of_sizes_that_the_kernels_take(model: Model, plan: str, sizes: set[int]) -> None:
+    assert {size for size in (1, 8, 16, 24, 64) if not said(VLLM, model, plan, block_size=size)} == sizes
+    assert {size for size in (1, 8, 16, 24, 64) if not said(TRTLLM, model, plan, block_size=size)} == {1, 8, 16, 64}
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-30b-a3b"])
+def test_the_best_of_all_plans_is_one_that_the_engine_runs_and_lifting_the_rules_loses_none(
+    engine: str, name: str
+) -> None:
+    model, cluster = load_model(name), load_cluster("4xh100-sxm")
+    asked = make_question(model, cluster, random_trace(3, 12), settings=replace(SMALL, runnable=ENGINES[engine]))
+    ruled, free = (search(q, PlanSpace(), top=1000) for q in (asked, replace(asked, settings=SMALL)))
+    assert ruled.best is not None
+    assert free.best is not None
+    assert ruled.certificate.infeasible["engine"] > 0
+    assert free.certificate.infeasible["engine"] == 0
+    plans = {c.plan for c in ruled.candidates}
+    assert all(not [*refusals(ENGINES[engine], model, cluster.gpu, plan, asked.settings)] for plan in plans)
+    assert free.best.value <= ruled.best.value * (1 + 1e-9) or ENGINES[engine].dense_per_copy
+    kept = {c.plan for c in free.candidates if not [*refusals(ENGINES[engine], model, cluster.gpu, c.plan, SMALL)]}
+    assert plans <= kept
+
+
+def test_a_gpu_without_a_cuda_capability_is_asked_for_none() -> None:
+    cluster = load_cluster("1xmi300x")
+    assert cluster.gpu.capability is None
+    model = load_model("llama-3.1-8b")
+    assert not [*refusals(VLLM, model, cluster.gpu, parse_plan("tp1 fp8", model), SMALL)]
+    assert make_cluster(1).gpu.capability is not None
