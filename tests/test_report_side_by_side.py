@@ -45,13 +45,14 @@ def rows_of(document: Document, width: int = 120) -> dict[str, list[str]]:
 
 
 def test_every_plan_has_its_figures_in_its_column() -> None:
-    document = compared("tp2", "dp2", "tp1 fp8", slo="ttft_p95<=1s,e2e_p95<=1us", objective="energy")
+    document = compared("tp2", "dp2", "tp1 fp8", slo="ttft_p95<=1s,e2e_p95<=1us,itl<=1s@90%", objective="energy")
     assert json.loads(json.dumps(document, allow_nan=False))["status"] == "feasible"
     rows = rows_of(document)
     runs = [plan["best"] for plan in document["plans"]]
     assert rows["GPUs"] == ["2", "2", "1"]
-    assert rows["ttft_p95<=1s"] == ["met"] * 3
-    assert rows["e2e_p95<=1us"] == ["MISSED"] * 3
+    assert rows["ttft_p95<=1s"] == [f"met, {seconds(run['metrics']['ttft_s']['p95'])}" for run in runs]
+    assert rows["e2e_p95<=1us"] == [f"MISSED, {seconds(run['metrics']['e2e_s']['p95'])}" for run in runs]
+    assert rows["itl<=1s@90%"] == ["met, 100.0%"] * 3
     assert rows["TTFT p95"] == [seconds(run["metrics"]["ttft_s"]["p95"]) for run in runs]
     assert rows["energy"] == [amount(run["metrics"]["energy_j"], "J") for run in runs]
     assert rows["batches"] == [f"{run['metrics']['batches']:,}" for run in runs]

@@ -136,7 +136,7 @@ def side_by_side(console: Console, title: str, runs: dict[str, Document]) -> Non
     runs : candidates as `candidate_document` gives them, by the head of their column
     """
     rows = [(name, *cells) for name, *cells in _figures(list(runs.values()))]
-    table(console, title, ("", *runs), rows, left={0}, turned=True)
+    table(console, title, ("", *runs), rows, left={0})
 
 
 def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
@@ -148,7 +148,7 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
 
     yield "GPUs", *(str(run["gpus"]) for run in runs)
     for text in metrics[0]["slo"]:
-        yield text, *("met" if one["slo"][text]["met"] else "MISSED" for one in metrics)
+        yield text, *(_judged(one["slo"][text]) for one in metrics)
     for key, name in _LATENCIES.items():
         if all(key in one for one in metrics):
             for statistic in ("mean", "p95"):
@@ -176,3 +176,8 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
         caches = [min(stage["kv_blocks"] * stage["kv_block_bytes"] for stage in run["memory"]) for run in runs]
         yield "weights per GPU, at most", *(amount(size, "B") for size in weights)
         yield "KV cache per GPU, at least", *(amount(size, "B") for size in caches)
+
+
+def _judged(slo: Document) -> str:
+    reached = f"{slo['reached']:.1%}" if slo["unit"] == "share" else amount(slo["reached"], slo["unit"])
+    return f"{'met' if slo['met'] else 'MISSED'}, {reached}"
