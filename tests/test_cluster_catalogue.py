@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -282,7 +283,7 @@ def test_all_faults_of_a_file_come_at_once(tmp_path: Path) -> None:
             "knots = 2",
             "knots is not a known field; allowed: name, nodes, gpus_per_node, gpu, intra, inter",
         ),
-        ("memory_gb_per_s = 3000", "memory_gb_per_s = -1", "gpu.memory_gb_per_s = -1 must be above 0"),
+        ("memory_gb_per_s = 3000", "memory_gb_per_s = -1", "gpu.memory_gb_per_s = -1 must be from 10 to 100000"),
         ("memory_gb_per_s = 3000", "memory_gb_per_s = inf", "gpu.memory_gb_per_s = inf"),
         ("memory_gib = 96", "memory_gib = 96\nmemory_mib = 9", "both given"),
         ("memory_gib = 96", "", "gpu.memory_gib is missing"),
@@ -297,7 +298,7 @@ def test_all_faults_of_a_file_come_at_once(tmp_path: Path) -> None:
             'name = "accel-9"\noverlapped_launch = 1',
             "gpu.overlapped_launch = 1 must be true or false",
         ),
-        ("tdp_w = 600", "tdp_w = 600\ncapability = 90", "gpu.capability = 90 must be above 6.9 and at most 15"),
+        ("tdp_w = 600", "tdp_w = 600\ncapability = 90", "gpu.capability = 90 must be from 7 to 15"),
         (
             "tdp_w = 600",
             "tdp_w = 600\ncapability = 9\ncuda = false",
@@ -313,6 +314,31 @@ def test_each_bad_field_is_named_with_its_value_and_limit(tmp_path: Path, old: s
     with pytest.raises(InputError) as caught:
         load_cluster(write(tmp_path, NEW_GPU.replace(old, new, 1)))
     assert message in str(caught.value)
+
+
+BOUNDS = {
+    "memory_gib": (1, 4096),
+    "memory_gb_per_s": (10, 1e5),
+    "bf16": (0.1, 1e6),
+    "fp8": (0.1, 1e6),
+    "tdp_w": (10, 2e4),
+    "price_per_h": (1e-4, 1e4),
+    "clock_mhz": (100, 1e4),
+    "gb_per_s": (0.01, 1e5),
+    "latency_us": (0, 1e5),
+}
+
+
+@pytest.mark.parametrize("field", BOUNDS)
+def test_no_figure_is_beyond_what_there_is(tmp_path: Path, field: str) -> None:
+    text = NEW_GPU.replace("tdp_w = 600", "tdp_w = 600\nidle_w = 1\nclock_mhz = 1500\nprice_per_h = 2")
+    least, most = BOUNDS[field]
+    for value in (least, most):
+        load_cluster(write(tmp_path, re.sub(rf"\b{field} = [0-9.]+", f"{field} = {value}", text, count=1)))
+    for value in (least / 1.001 if least else -1e-9, most * 1.001, 1e-20 if least else -1e-20, 1e300):
+        with pytest.raises(InputError) as caught:
+            load_cluster(write(tmp_path, re.sub(rf"\b{field} = [0-9.]+", f"{field} = {value}", text, count=1)))
+        assert f"{field} = {value!r} must be from {least:.12g} to {most:.12g}" in str(caught.value)
 
 
 def test_unknown_or_oversized_catalogue_gpus_in_a_file_are_refused(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_rails_have_a_leaf_for_each_nic_of_a_node(tmp_path: Path) -> None:
             "gpus = 260\nnvlink = { gpus = 2",
             "nodes[2].sockets.gpus makes 130 sockets, above the limit of 64",
         ),
-        ("gb_per_s = 20", "gb_per_s = -20", "nodes[2].sockets.gb_per_s = -20 must be above 0"),
+        ("gb_per_s = 20", "gb_per_s = -20", "nodes[2].sockets.gb_per_s = -20 must be from 0.01 to 100000"),
         ('kind = "ethernet"', 'kind = "nvlink"', "nodes[2].nics.kind = 'nvlink' must be one of infiniband, ethernet"),
         ("pcie = ", "pice = ", "nodes[2].pcie is missing"),
         (

@@ -15,6 +15,7 @@ from apex_opt.errors import ApexError, InputError, UnknownNameError
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
 from apex_opt.simulator.law import BatchLaw
+from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ def test_an_engine_of_another_name_is_refused_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1e-9, 10.1, float("nan"), float("inf")])
 def test_a_time_that_is_none_is_refused(field: str, value: float) -> None:
     with pytest.raises(InputError, match=field):
         replace(OVERHEAD, **{field: value})
@@ -58,7 +59,9 @@ def test_a_time_that_is_none_is_refused(field: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"captured_tokens": -1}, "captured_tokens = -1 must be a whole number of at least 0"),
+        ({"captured_tokens": -1}, "captured_tokens = -1 must be a whole number from 0 to 65536"),
+        ({"captured_tokens": 10**9}, "captured_tokens = 1000000000 must be a whole number from 0 to 65536"),
+        ({"captured_sizes": (1, 10**9)}, "captured sizes must be whole numbers from 1 to 65536"),
         ({"fused": ("rotary", "rotery")}, "fused names 'rotery'; known: rotary, kv write, qk norm, norm"),
         ({"kernels": "triton"}, "kernels = 'triton' must be one of vllm, sglang, trtllm"),
     ],
@@ -195,7 +198,9 @@ def test_every_shipped_engine_costs_every_kind_of_model(name: str) -> None:
 
 
 def test_a_broken_table_of_engines_is_refused_in_one_line(tmp_path: Path) -> None:
-    for text in ("[vllm]\nstep_us = 1.0\n", "[vllm\n", "vllm = 3\n", "\xff"):
+    shipped = (DATA_ROOT / "profiles" / "engines.toml").read_text()
+    huge = shipped.replace("[1, 2, 1]", "[1, 1000000000000, 1]", 1)
+    for text in (huge, "[vllm]\nstep_us = 1.0\n", "[vllm\n", "vllm = 3\n", "\xff"):
         path = tmp_path / f"{abs(hash(text))}.toml"
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(ApexError) as caught:

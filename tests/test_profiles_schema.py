@@ -326,11 +326,11 @@ def test_a_power_table_is_read_in_joules_and_may_hold_zeros(tmp_path: Path) -> N
     [
         ({"active_w": None}, "power.active_w is missing"),
         ({"source": None}, "power.source is missing"),
-        ({"pj_per_byte": "-1"}, "power.pj_per_byte = -1 must be above"),
+        ({"pj_per_byte": "-1"}, "power.pj_per_byte = -1 must be from 0"),
         ({"pj_per_flop": '"0.6"'}, "power.pj_per_flop = '0.6' must be a number"),
         ({"pj_per_flop": "inf"}, "power.pj_per_flop = inf must be"),
         ({"joule_per_flop": "1"}, "power.joule_per_flop is not a known field"),
-        ({"active_w": "-1", "pj_per_byte": None}, "power.active_w = -1 must be above"),
+        ({"active_w": "-1", "pj_per_byte": None}, "power.active_w = -1 must be from 0"),
     ],
 )
 def test_bad_power_tables_name_field_value_and_limit(

@@ -13,7 +13,7 @@ from typing import Any, Final
 from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster, Gpu, Link
-from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, read_gpu
+from apex_opt.cluster.uniform import LATENCY_US, LINK_GB_PER_S, catalogued, gpu_name, list_gpus, read_gpu
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.units import GB, GIB, MIB, TERA
 
@@ -417,8 +417,8 @@ def _read_level(table: TomlTable, field: str, gpus: int, path: Path, wired: Link
     before = len(table.faults)
     groups = _read_groups(table, gpus, whole=field in ("sockets", "nics"), required=field != "pcie")
     known = wired is not None and not (table.has("gb_per_s") or table.has("latency_us"))
-    gb_per_s = table.number("gb_per_s", high=1e6, required=not known)
-    latency_us = table.number("latency_us", low=-1e-9, high=1e6, required=not known)
+    gb_per_s = table.within("gb_per_s", LINK_GB_PER_S, required=not known)
+    latency_us = table.within("latency_us", LATENCY_US, required=not known)
     kind = "pcie"
     if field == "nics":
         kind = table.text("kind", choices=_ACROSS) or kind
@@ -431,7 +431,7 @@ def _read_level(table: TomlTable, field: str, gpus: int, path: Path, wired: Link
     if wired is not None and known:
         return Level(groups, replace(wired, latency_s=wired.latency_s / 2))
     assert gb_per_s is not None and latency_us is not None
-    link = Link(bytes_per_s=gb_per_s * GB, latency_s=max(latency_us, 0.0) / 1e6, kind=kind, source=source)
+    link = Link(bytes_per_s=gb_per_s * GB, latency_s=latency_us / 1e6, kind=kind, source=source)
     return Level(groups, link)
 
 
@@ -467,13 +467,13 @@ def _read_network(table: TomlTable) -> Network:
             f"{table.where}.oversubscription = {ratio:g} must be from 1 to 1000; 2 where the ports of a leaf can send "
             "twice what its uplinks carry"
         )
-    latency_us = table.number("latency_us", low=-1e-9, high=1e6, required=False)
+    latency_us = table.within("latency_us", LATENCY_US, required=False)
     table.close()
     return Network(
         nodes_per_leaf=nodes_per_leaf,
         rails=bool(rails),
         oversubscription=1.0 if ratio is None else ratio,
-        latency_s=_HOP_S if latency_us is None else max(latency_us, 0.0) / 1e6,
+        latency_s=_HOP_S if latency_us is None else latency_us / 1e6,
     )
 
 

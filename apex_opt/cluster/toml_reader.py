@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +10,7 @@ from apex_opt.errors import InputError
 from apex_opt.files import read_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -67,15 +67,23 @@ class TomlTable:
             self.faults.append(f"{self._label(field)} is missing")
         return True
 
-    def number(self, field: str, *, low: float = 0.0, high: float, required: bool = True) -> float | None:
-        """A finite number above `low` and up to `high`."""
+    def number(self, field: str, *, high: float, required: bool = True) -> float | None:
+        """A number above 0 and up to `high`."""
+        return self._within(field, lambda value: 0 < value <= high, f"above 0 and at most {high:g}", required)
+
+    def within(self, field: str, span: tuple[float, float], *, required: bool = True) -> float | None:
+        """A number from the least to the most that it can be."""
+        least, most = span
+        return self._within(field, lambda value: least <= value <= most, f"from {least:.12g} to {most:.12g}", required)
+
+    def _within(self, field: str, good: Callable[[float], bool], limits: str, required: bool) -> float | None:
         if self._missing(field, required):
             return None
         value = self._table[field]
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.faults.append(f"{self._label(field)} = {shown(value)} must be a number")
-        elif not low < value <= high or not math.isfinite(value):
-            self.faults.append(f"{self._label(field)} = {shown(value)} must be above {low:g} and at most {high:g}")
+        elif not good(value):
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be {limits}")
         else:
             return float(value)
         return None

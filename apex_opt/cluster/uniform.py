@@ -40,8 +40,14 @@ FIGURES: Final = (
 _VARIANT: Final = re.compile(r"(-(sxm|pcie|nvl\d*|\d+gb))+$")
 """What follows the name of an accelerator in that of a variant of it."""
 
-_CAPABILITIES: Final = (6.9, 15.0)
-"""Compute capabilities of tensor cores: above the first, up to the second."""
+# What an accelerator and a link can be: from those of a decade ago, or of a laptop, to ten times what is announced. A
+# figure beyond is one in another unit.
+MEMORY_MIB: Final = (1024.0, 4096.0 * 1024)
+MEMORY_GB_PER_S: Final = (10.0, 100_000.0)
+TFLOPS: Final = (0.1, 1_000_000.0)
+WATTS: Final = (10.0, 20_000.0)
+LINK_GB_PER_S: Final = (0.01, 100_000.0)
+LATENCY_US: Final = (0.0, 100_000.0)
 
 
 def list_gpus() -> tuple[str, ...]:
@@ -142,21 +148,21 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     before = len(table.faults)
     name = table.text("name")
     in_mib = table.has("memory_mib")
-    memory = table.number("memory_mib" if in_mib else "memory_gib", high=1e9 if in_mib else 1e6)
+    memory = table.within("memory_mib", MEMORY_MIB) if in_mib else table.within("memory_gib", (1, 4096))
     if in_mib and table.has("memory_gib"):
         table.faults.append("gpu.memory_mib and gpu.memory_gib are both given: keep one")
-    gb_per_s = table.number("memory_gb_per_s", high=1e6)
-    tdp_w = table.number("tdp_w", high=1e5)
-    idle_w = table.number("idle_w", high=1e5, required=False)
-    clock_mhz = table.number("clock_mhz", high=1e5, required=False)
+    gb_per_s = table.within("memory_gb_per_s", MEMORY_GB_PER_S)
+    tdp_w = table.within("tdp_w", WATTS)
+    idle_w = table.within("idle_w", (0, WATTS[1]), required=False)
+    clock_mhz = table.within("clock_mhz", (100, 10_000), required=False)
     cuda = table.switch("cuda", required=False)
-    capability = table.number("capability", low=_CAPABILITIES[0], high=_CAPABILITIES[1], required=False)
+    capability = table.within("capability", (7, 15), required=False)
     overlapped_launch = table.switch("overlapped_launch", required=False)
-    price_per_h = table.number("price_per_h", high=1e6, required=False)
+    price_per_h = table.within("price_per_h", (1e-4, 10_000), required=False)
     flops: list[tuple[str, float]] = []
     if (peaks := table.table("tflops")) is not None:
         for dtype in DTYPES:
-            if (tflops := peaks.number(dtype, high=1e6, required=False)) is not None:
+            if (tflops := peaks.within(dtype, TFLOPS, required=False)) is not None:
                 flops.append((dtype, tflops * TERA))
         peaks.close()
     profile = table.text("profile", required=False)
@@ -209,11 +215,11 @@ def _read_link(table: TomlTable | None, path: Path) -> Link | None:
     """A link described in a file, or None where there is none or it has faults."""
     if table is None:
         return None
-    gb_per_s = table.number("gb_per_s", high=1e6)
-    latency_us = table.number("latency_us", low=-1e-9, high=1e6)
+    gb_per_s = table.within("gb_per_s", LINK_GB_PER_S)
+    latency_us = table.within("latency_us", LATENCY_US)
     kind = table.text("kind", choices=LINK_KINDS)
     source = table.text("source", required=False) or f"stated in {path.name}"
     table.close()
     if gb_per_s is None or latency_us is None or kind is None:
         return None
-    return Link(bytes_per_s=gb_per_s * GB, latency_s=max(latency_us, 0.0) / 1e6, kind=kind, source=source)
+    return Link(bytes_per_s=gb_per_s * GB, latency_s=latency_us / 1e6, kind=kind, source=source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +14,11 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+_LONGEST_S: Final = 10.0
+"""What no engine takes beside the kernels, for a batch or a request."""
+_MOST_CAPTURED: Final = 65_536
+"""Sequences, or tokens, of the largest captured graph."""
 
 FUSABLE: Final = ("rotary", "kv write", "qk norm", "norm", "activation", "quantise")
 """Operations that an engine may fuse with the kernel before or after."""
@@ -60,12 +64,15 @@ class EngineOverhead:
     def __post_init__(self) -> None:
         for field in ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "gap_s", "launch_s", "request_s"):
             value = getattr(self, field)
-            if not math.isfinite(value) or value < 0:
-                raise InputError(f"engine {self.name}: {field} = {value!r} must be a finite number of at least 0")
-        if not isinstance(self.captured_tokens, int) or self.captured_tokens < 0:
+            if not 0 <= value <= _LONGEST_S:
+                raise InputError(f"engine {self.name}: {field} = {value!r} must be from 0 to {_LONGEST_S:g} s")
+        if type(self.captured_tokens) is not int or not 0 <= self.captured_tokens <= _MOST_CAPTURED:
             raise InputError(
-                f"engine {self.name}: captured_tokens = {self.captured_tokens!r} must be a whole number of at least 0"
+                f"engine {self.name}: captured_tokens = {self.captured_tokens!r} must be a whole number from 0 to "
+                f"{_MOST_CAPTURED}"
             )
+        if not all(type(size) is int and 1 <= size <= _MOST_CAPTURED for size in self.captured_sizes):
+            raise InputError(f"engine {self.name}: captured sizes must be whole numbers from 1 to {_MOST_CAPTURED}")
         if unknown := [name for name in self.fused if name not in FUSABLE]:
             raise InputError(f"engine {self.name}: fused names {unknown[0]!r:.40}; known: {', '.join(FUSABLE)}")
         if self.kernels not in TABLE_ENGINES:
@@ -95,7 +102,7 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
             sequence_s=entry["sequence_us"] * 1e-6,
             mixed_step_s=entry["mixed_step_us"] * 1e-6,
             request_s=entry["request_us"] * 1e-6,
-            captured_sizes=tuple(n for first, last, step in entry["captured"] for n in range(first, last + 1, step)),
+            captured_sizes=_sizes(name, entry["captured"]),
             gap_s=entry["gap_us"] * 1e-6,
             launch_s=entry["launch_us"] * 1e-6,
             captured_tokens=entry["captured_tokens"],
@@ -107,6 +114,19 @@ def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
         raise InputError(f"engines table {file}: {name} lacks {error}") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"engines table {file}: {name} has a value of the wrong form ({error})") from None
+
+
+def _sizes(name: str, ranges: Any) -> tuple[int, ...]:
+    """Sizes from ranges of first, last and step."""
+    sizes: list[int] = []
+    for first, last, step in ranges:
+        if not 1 <= first <= last <= _MOST_CAPTURED or step < 1:
+            raise InputError(
+                f"engine {name}: captured has {[first, last, step]!r:.60}; first and last must be from 1 to "
+                f"{_MOST_CAPTURED}, step at least 1"
+            )
+        sizes.extend(range(first, last + 1, step))
+    return tuple(sizes)
 
 
 @lru_cache(maxsize=4)

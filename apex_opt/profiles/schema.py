@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.cluster.toml_reader import TomlTable, read_toml
+from apex_opt.cluster.uniform import MEMORY_GB_PER_S, TFLOPS, WATTS
 from apex_opt.errors import InputError, join_faults
 from apex_opt.files import read_bytes, read_text
 from apex_opt.profiles.power import PowerFit
@@ -590,13 +591,13 @@ def read_card(folder: Path) -> Card:
     flops: list[tuple[str, float]] = []
     if (gpu := root.table("gpu")) is not None:
         gpu_name = gpu.text("name")
-        memory = gpu.number("memory_gb_per_s", high=1e6)
-        tdp_w = gpu.number("tdp_w", high=1e5)
-        idle_w = gpu.number("idle_w", high=1e5)
+        memory = gpu.within("memory_gb_per_s", MEMORY_GB_PER_S)
+        tdp_w = gpu.within("tdp_w", WATTS)
+        idle_w = gpu.number("idle_w", high=WATTS[1])
         gpu.text("source", required=False)
         if (peaks := gpu.table("tflops")) is not None:
             for dtype in PEAK_DTYPES:
-                if (tflops := peaks.number(dtype, high=1e6, required=False)) is not None:
+                if (tflops := peaks.within(dtype, TFLOPS, required=False)) is not None:
                     flops.append((dtype, tflops * TERA))
             if not {"bf16", "fp16"} & {dtype for dtype, _ in flops}:
                 faults.append("gpu.tflops needs bf16 or fp16")
@@ -642,7 +643,7 @@ def read_card(folder: Path) -> Card:
 def _read_power(entry: TomlTable) -> PowerFit | None:
     """Coefficients of a power model, or None after noting their faults."""
     names = ("active_w", "pj_per_flop", "pj_per_narrow_flop", "pj_per_byte")
-    values = [entry.number(name, low=-1e-9, high=1e6) for name in names]
+    values = [entry.within(name, (0, 1e6)) for name in names]
     source = entry.text("source")
     entry.close()
     if source is None or any(value is None for value in values):
