@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
+TRACES = Path(__file__).parent / "cases" / "traces"
 CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
 ONE = {
     "plan": (),
@@ -1580,3 +1581,44 @@ def test_an_install_that_cannot_be_written_still_works_and_says_it_compiles() ->
 def test_compiling_is_not_announced_for_a_kernel_in_use() -> None:
     assert run("simulate", "--plan=tp1", *CHEAP).code == 0
     assert "compiling" not in run("simulate", "--plan=tp1", *CHEAP).err
+
+
+# ---- traces of the field ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "notes"),
+    [
+        ("aiperf-doc-bailian.jsonl", ["1 of 2 requests are later turns"]),
+        ("aiperf-doc-mooncake.jsonl", []),
+        ("aiperf-session.jsonl", ["1 of 3 requests wait for the answer before"]),
+        ("bailian.jsonl", ["1 of 3 requests are later turns"]),
+        ("burstgpt.csv", ["1 of 4 requests have no answer"]),
+        ("genai-perf.json", ["the file has mean lengths only", "the file does not say how many requests"]),
+        ("json-array.json", []),
+        ("llmservingsim.jsonl", []),
+        ("splitwise.csv", []),
+        ("vllm-bench.json", ["the file has no arrivals: they are drawn"]),
+    ],
+)
+def test_traces_of_the_field_are_served_and_what_they_leave_open_is_told(name: str, notes: list[str]) -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm", f"--trace={TRACES / name}")
+    document = json.loads(run(*words, "--format=json").out)
+    assert len(document["notes"]) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(document["notes"], notes, strict=True))
+    table = run(*words).out
+    assert all(f"note: {start}" in table for start in notes)
+    assert "cache_hit_rate" not in document["best"]["metrics"] and "prompt tokens found" not in table
+
+
+def test_what_the_cache_finds_is_told_where_prefix_caching_is_on() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm", "--prefix_caching=true")
+    spoken = (*words, f"--trace={TRACES / 'bailian.jsonl'}")
+    metrics = json.loads(run(*spoken, "--format=json").out)["best"]["metrics"]
+    assert (metrics["cached_tokens"], metrics["cache_hit_rate"]) == (48, 48 / 126)
+    assert "48 prompt tokens found, 38.1% of all" in run(*spoken).out
+    silent = (*words, f"--trace={TRACES / 'json-array.json'}")
+    document = json.loads(run(*silent, "--format=json").out)
+    assert [note.split(" says ")[0] for note in document["notes"]] == ["--prefix_caching: trace json-array"]
+    assert document["best"]["metrics"]["cached_tokens"] == 0
+    assert "note: --prefix_caching: trace json-array says nothing of what its prompts contain" in run(*silent).out

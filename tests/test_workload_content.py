@@ -196,6 +196,9 @@ def test_hash_ids_become_content_of_512_tokens_each_in_order_of_arrival(tmp_path
 def test_hash_ids_that_a_request_lacks_are_left_out_for_all(lacking: dict[str, Any], tmp_path: Path) -> None:
     trace = load_trace(mooncake(tmp_path, [row(0, 600, [1, 2]), lacking]))
     assert (trace.content, trace.content_tokens, len(trace)) == (None, 0, 2)
+    assert "some requests have hash_ids and others have none; give them to all" in trace.content_fault
+    trace = load_trace(mooncake(tmp_path, [lacking, lacking]))
+    assert (trace.content, trace.content_fault) == (None, "")
 
 
 def test_other_layouts_have_no_hash_ids(tmp_path: Path) -> None:

@@ -134,6 +134,23 @@ def test_conversations_take_a_tokenizer_unless_they_are_counted(tmp_path: Path) 
     assert read(load_trace(write(tmp_path, json.dumps(rows)))) == [(0, 4, 5)]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why is the sky blue?", "output": "Scattering."},
+        {"instruction": "Say it", "input": "", "output": "It."},
+        {"timestamp": 0, "text_input": "Hello", "output_length": 50},
+        {"prompt": "为什么", "output_length": 5},
+    ],
+)
+def test_texts_take_a_tokenizer_too(tmp_path: Path, row: dict[str, Any]) -> None:
+    for text in (lines([row]), json.dumps([row])):
+        with pytest.raises(
+            InputError, match=r"t\.any: texts, which take a tokenizer to count; give the counts instead"
+        ):
+            load_trace(write(tmp_path, text))
+
+
 # Results of benchmarks.
 
 

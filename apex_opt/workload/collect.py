@@ -81,6 +81,7 @@ class Collector:
     _content: list[Ints] = field(default_factory=list)
     _counts: list[Ints] = field(default_factory=list)
     _lacking: int = 0
+    _having: int = 0
     _content_fault: str = ""
 
     def add(self, places: list[int], column: Callable[[str], list[Any]]) -> None:
@@ -221,15 +222,20 @@ class Collector:
         self, places: list[int], kept: Callable[[str], list[Any]], prompt: Ints, answered: np.ndarray[Any, Any]
     ) -> None:
         """Content ids of some rows, as far as they fit the prompts."""
-        if "hash_ids" not in self.called or self._content_fault or self._lacking or self.faults.found:
+        if "hash_ids" not in self.called or self._content_fault or self.faults.found:
             return
         block = self.block or self.layout.block
         cells: list[Any] = [
             _listed(cell) for cell, stays in zip(kept("hash_ids"), answered.tolist(), strict=True) if stays
         ]
         lacking = sum(1 for cell in cells if not cell)
-        if lacking:
-            self._lacking = lacking
+        self._lacking, self._having = self._lacking + lacking, self._having + len(cells) - lacking
+        if self._lacking and self._having:
+            self._content_fault = (
+                f"{self.label}: some requests have hash_ids and others have none; give them to all, or leave prefix "
+                "caching off"
+            )
+        if self._lacking:
             return
         if not block:
             self._content_fault = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 _TALKS: Final = ("conversations", "conversation", "messages", "turns")
+_TEXTS: Final = PROMPTS | OUTPUTS | {"text", "text_input", "texts", "instruction", "question", "query", "response"}
+_WORD: Final = re.compile(r"[^\W\d_]{2}")
+_NO_NUMBERS: Final = ("nan", "inf", "-inf", "+inf", "infinity", "-infinity", "none", "null", "true", "false")
 _COUNTS: Final = ("tokens", "num_tokens", "n_tokens", "token_count", "token_len", "length_tokens")
 _SAYS: Final = ("human", "user")
 _ANSWERS: Final = ("gpt", "assistant", "chatgpt", "bard", "bing", "model")
@@ -53,13 +57,17 @@ def nesting_of(label: str, entry: Mapping[str, Any]) -> Nesting | None:
         return _USAGE
     talk = next((name for name in _TALKS if isinstance(entry.get(name), list)), None)
     numbers = {plain(name) for name, value in entry.items() if _number(value)}
-    if talk is None or (numbers & PROMPTS and numbers & OUTPUTS):
+    if numbers & PROMPTS and numbers & OUTPUTS:
         return None
-    if not any(_count(turn) is not None for turn in entry[talk]):
+    said = talk is None and any(plain(name) in _TEXTS and _is_text(value) for name, value in entry.items())
+    if said or (talk is not None and not any(_count(turn) is not None for turn in entry[talk])):
+        what = "texts" if said else "conversations as text"
         raise InputError(
-            f"{label}: conversations as text, which take a tokenizer to count; give the counts instead: an object per "
+            f"{label}: {what}, which take a tokenizer to count; give the counts instead: an object per "
             'request with "prompt" and "output" tokens, or "tokens" in every message'
         )
+    if talk is None:
+        return None
     return Nesting(
         name="conversations",
         rows=lambda item: _first_exchange(item.get(talk)),
@@ -72,6 +80,11 @@ def nesting_of(label: str, entry: Mapping[str, Any]) -> Nesting | None:
 def _number(value: object) -> bool:
     """Whether a value as the file has it is a number, numbers being kept as text."""
     return isinstance(value, str) and value.strip().replace(".", "", 1).isdecimal()
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is words rather than a number, however written."""
+    return isinstance(value, str) and _WORD.search(value) is not None and value.strip().lower() not in _NO_NUMBERS
 
 
 def _count(turn: object) -> str | None:

@@ -91,7 +91,7 @@ def _vllm(label: str, run: Mapping[str, Any]) -> Sent:
     return Sent(
         prompt=[means[0]] * done,
         output=[means[1]] * done,
-        notes=(*notes, _means(*means, "run it with --save-detailed for all")),
+        notes=(*notes, _means(*means, "--save-detailed (SGLang: --output-details) has all")),
         **load,
     )
 
