@@ -85,14 +85,15 @@ def _run_energy(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask_pools
     from apex_opt.report import Progress, answer_document, beside, checked
     from apex_opt.report.explain import explained_document
-    from apex_opt.search import Evaluator, check, load_objective, search
+    from apex_opt.search import Evaluator, check, load_latency, search
     from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
+    latency = load_latency(options["latency"])
     question, *others = ask_pools(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
     if others:
         return _run_fleets("energy", (question, *others), options)
-    fast = replace(question, objective=load_objective(options["latency"]), clocks=(None,))
+    fast = replace(question, objective=latency, then=(), clocks=(None,))
     evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
         answer = search(question, space, progress, options["top"], limit_s, evaluator)
@@ -113,7 +114,7 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
     from apex_opt.ask import between_pools
     from apex_opt.report import Progress
     from apex_opt.report.fleet import beside_fleet, fleet_document, parts_placed
-    from apex_opt.search import load_objective
+    from apex_opt.search import load_latency
     from apex_opt.search.fleet_search import fleet_provenance, search_fleets
     from formulations.plan_space import PlanSpace
 
@@ -127,8 +128,8 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
     with Progress() as progress:
         answer = search_fleets(pools, space, progress, options["top"], limit_s, options["gpus"], between)
         if command == "energy" and answer.best is not None:
-            latency = load_objective(options["latency"])
-            fast = [replace(pool, objective=latency, clocks=(None,)) for pool in pools]
+            latency = load_latency(options["latency"])
+            fast = [replace(pool, objective=latency, then=(), clocks=(None,)) for pool in pools]
             fastest = search_fleets(fast, space, progress, 1, limit_s, options["gpus"], between).best
     provenance = fleet_provenance(pools, answer.candidates[: options["top"]], between)
     document = fleet_document(command, pools, answer, provenance, options["top"])

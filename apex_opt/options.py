@@ -183,7 +183,8 @@ _QUESTION: Final = (
         name="objective",
         default="e2e_mean",
         text=f"What to make best: {_AIMS}. Of several, as in energy,e2e_p95, the later ones decide between plans equal "
-        "by those before; with energy~2%,e2e_p95 all within 2% of the least energy count as equal.",
+        "by those before; with energy~2%,e2e_p95 all within 2% of the least energy count as equal. Where only costs "
+        "and energies are named, e2e_mean comes after them.",
     ),
     Option(
         name="slo",
@@ -316,7 +317,7 @@ _LATENCY: Final = Option(
     name="latency",
     default="e2e_mean",
     text="Latency whose best plan, at the highest clock, is shown beside: ttft, tpot, itl or e2e with _mean, _max or a "
-    "percentile such as _p95; or makespan.",
+    "percentile such as _p95.",
 )
 _REQUESTS: Final = Option(name="requests", suffix=".csv", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(

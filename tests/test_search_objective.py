@@ -7,10 +7,10 @@ import math
 import pytest
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.search import load_objective, load_objectives
+from apex_opt.search import load_latency, load_objective, load_objectives
 from apex_opt.search.objective import NAMES
 from apex_opt.simulator.metrics import Metrics
-from apex_opt.workload.slo import LATENCIES, STATISTICS
+from apex_opt.workload.slo import FIGURES, LATENCIES, STATISTICS
 
 LATENCY = {
     metric: {statistic: 100.0 * row + column for column, statistic in enumerate(STATISTICS)}
@@ -84,6 +84,31 @@ def test_other_statistics_are_refused(name: str) -> None:
 def test_several_objectives_keep_their_order_and_their_tolerances() -> None:
     found = load_objectives("energy~2.5%, cost ,e2e_p95")
     assert [(one.name, one.tolerance) for one in found] == [("energy", 0.025), ("cost", 0.0), ("e2e_p95", 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cost", "cost,e2e_mean"),
+        ("cost_per_mtoken", "cost_per_mtoken,e2e_mean"),
+        ("energy,cost", "energy,cost,e2e_mean"),
+        ("energy_per_token~2%,cost", "energy_per_token,cost,e2e_mean"),
+        ("cost,ttft_p95", "cost,ttft_p95"),
+        ("cost,throughput", "cost,throughput"),
+        ("throughput", "throughput"),
+    ],
+)
+def test_costs_alone_leave_ties_to_the_latency(text: str, names: str) -> None:
+    assert ",".join(objective.name for objective in load_objectives(text)) == names
+
+
+def test_a_latency_is_no_other_figure() -> None:
+    assert load_latency("ttft_p99.9") == load_objective("ttft_p99.9")
+    for name in FIGURES:
+        with pytest.raises(UsageError, match=f"--latency: {name} is no latency; give one of ttft, tpot, e2e, itl with"):
+            load_latency(name)
+    with pytest.raises(UnknownNameError):
+        load_latency("speed")
 
 
 @pytest.mark.parametrize(

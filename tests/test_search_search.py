@@ -26,8 +26,19 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import FAMILIES, space, tally, violations
 from apex_opt.ir import load_model
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Answer, Candidate, Evaluator, Question, judge, load_objective, load_objectives, search
+from apex_opt.search import (
+    Answer,
+    Candidate,
+    Evaluator,
+    Question,
+    check,
+    judge,
+    load_objective,
+    load_objectives,
+    search,
+)
 from apex_opt.search.objective import NAMES
+from apex_opt.search.search import how_far
 from apex_opt.workload import load_trace, make_trace, parse_slos
 from formulations.plan_space import PlanSpace
 
@@ -380,11 +391,55 @@ def test_where_time_was_up_the_gap_holds_the_optimum_and_every_plan_is_counted(s
     assert cost - least <= certificate.gap * abs(cost) + 1e-12
     # With energy the first four plans may prove the rest worse; with the others they cannot.
     assert certificate.left > 0 or objective == "energy"
-    assert certificate.optimal == (certificate.left == 0)
+    assert certificate.optimal == (certificate.left == 0 or certificate.gap == 0)
     assert answer.status == ("optimal" if certificate.optimal else "feasible")
     known = certificate.bounded + certificate.repeated + certificate.simulated + certificate.left
     counted = sum(certificate.infeasible.values()) + known
     assert counted == certificate.space
+
+
+def test_an_answer_that_nothing_left_can_better_is_optimal_though_the_time_was_up() -> None:
+    proved = open_ = 0
+    for seed in SEEDS:
+        question = random_question(seed)
+        # So many to show that plans are left which cannot be the best.
+        answer = search(question, SPACE, top=1000, time_limit_s=0.0)
+        if answer.best is None or not answer.certificate.left:
+            continue
+        gap = answer.certificate.gap
+        assert gap is not None
+        assert answer.status == ("optimal" if gap == 0 else "feasible")
+        assert answer.certificate.optimal == (gap == 0)
+        proved += gap == 0
+        open_ += gap > 0
+        if gap == 0:
+            best = search(question, SPACE).best
+            assert best is not None
+            assert question.costs(answer.best.metrics) == question.costs(best.metrics)
+            assert check(question, answer).holds
+    assert proved >= 3
+    assert open_ >= 3
+
+
+@pytest.mark.parametrize(
+    ("best", "left", "share"),
+    [
+        ((10.0,), [], 0.0),
+        ((10.0,), [(10.0,), (11.0,)], 0.0),
+        ((10.0,), [(10.0 * (1 - 1e-12),)], 0.0),  # what bounds are lowered by
+        ((10.0,), [(9.0,), (8.0,), (12.0,)], 0.2),
+        ((-10.0,), [(-15.0,)], 0.5),
+        ((10.0, 4.0), [(10.0, 4.0), (11.0, 1.0)], 0.0),
+        ((10.0, 4.0), [(10.0, 3.0), (11.0, 1.0)], 0.25),  # as good by the first, better by the second
+        ((10.0, 4.0), [(10.0 * (1 - 1e-12), 9.0), (10.0, 3.0)], 0.25),
+        ((10.0, 4.0), [(9.0, 9.0)], 0.1),
+    ],
+)
+def test_the_gap_is_that_of_the_first_objective_not_settled(
+    best: tuple[float, ...], left: list[tuple[float, ...]], share: float
+) -> None:
+    assert how_far(best, left) == pytest.approx(share, abs=1e-15)
+    assert (how_far(best, left) == 0) == (share == 0)
 
 
 def test_a_limit_that_is_not_reached_changes_nothing() -> None:

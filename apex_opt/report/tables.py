@@ -315,6 +315,8 @@ def _proof(console: Console, title: str, certificate: Document, unit: str, noun:
     if certificate["left"]:
         parts.append(f"{certificate['left']:,} left when the time was up")
     proof = f"every {noun} is accounted for" if certificate["optimal"] else "the space was not exhausted"
+    if certificate["optimal"] and certificate["left"]:
+        proof = "none of those left can be better"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
     console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
 

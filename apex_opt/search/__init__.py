@@ -3,7 +3,7 @@
 from apex_opt.search.answer import Answer, Candidate, Certificate
 from apex_opt.search.check import Check, check
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.objective import Objective, load_objective, load_objectives
+from apex_opt.search.objective import Objective, load_latency, load_objective, load_objectives
 from apex_opt.search.pareto import Front, pareto
 from apex_opt.search.question import Question
 from apex_opt.search.search import judge, search
@@ -19,6 +19,7 @@ __all__ = [
     "Question",
     "check",
     "judge",
+    "load_latency",
     "load_objective",
     "load_objectives",
     "pareto",

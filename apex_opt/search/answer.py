@@ -56,9 +56,10 @@ class Certificate:
     cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
                                      worse than those found or misses an SLO
     missed : int                     simulated plans that missed an SLO
-    left : int                       plans that could still be better when the time limit was reached
-    optimal : bool                   every plan is accounted for
-    gap : float or None              how far the answer can be from the best, as a share of it; None without an answer
+    left : int                       plans that could still be among those to show when the time limit was reached
+    optimal : bool                   every plan is accounted for, or none of those left can be better than the answer
+    gap : float or None              how far the answer can be from the best, as a share of it, by the first objective
+                                     in which it can; None without an answer
     before : tuple of Certificate    of the searches that found the best value of an objective with a tolerance, which
                                      plans then had to come near
     """

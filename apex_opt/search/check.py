@@ -28,6 +28,9 @@ ROUNDING: Final = 1e-12
 """Share by which sums of floats taken in another order may differ."""
 
 
+_LEFT_EQUAL: Final = 10 * ROUNDING
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """What the replay found.
@@ -140,7 +143,12 @@ def _optimum(question: Question, answer: Answer, meeting: list[Candidate]) -> It
     parts = question.objectives
     aim = next(part for index, part in enumerate(parts) if not any(later.tolerance for later in parts[index:]))
     said = f"{aim.value(first.metrics):.6g} against {aim.value(best.metrics):.6g}"
-    if answer.status == "optimal" and first.plan != best.plan:
+    # Where the time was up, plans left that can be no better than the best may yet be as good, and come before it.
+    equal = answer.certificate.left and all(
+        math.isclose(one, other, rel_tol=_LEFT_EQUAL)
+        for one, other in zip(*(question.costs(c.metrics)[parts.index(aim) :] for c in (first, best)), strict=True)
+    )
+    if answer.status == "optimal" and first.plan != best.plan and not equal:
         yield f"{first.plan} comes before {best.plan}: {said}"
     cost, least = aim.cost(aim.value(best.metrics)), aim.cost(aim.value(first.metrics))
     if gap is not None and least < cost - (gap + ROUNDING) * abs(cost):

@@ -18,7 +18,7 @@ from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.fleet import Fleet, FleetPart
 from apex_opt.search.fleet_run import FleetRun
 from apex_opt.search.joint import joined, search_joint
-from apex_opt.search.search import search, silent
+from apex_opt.search.search import how_far, search, silent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,8 +166,9 @@ def _search(
     pipelines = tuple((places, found.certificate(question, last)) for places, found in joints)
     several = [(space.pools, space.certificate(question, last)) for space in run.spaces]
     certificates = (*(((index,), answer.certificate) for index, answer in enumerate(answers)), *several)
-    optimal = all(certificate.optimal for _, certificate in (*certificates, *pipelines))
     best = ranked[0] if ranked else None
+    gap = None if best is None else _gap(question, best, answers, run.spaces, [found for _, found in joints], last)
+    optimal = gap == 0 or all(certificate.optimal for _, certificate in (*certificates, *pipelines))
     status: Status = "feasible"
     if best is None:
         status = "infeasible" if optimal else "unknown"
@@ -183,7 +184,7 @@ def _search(
         certificates=certificates,
         pipelines=pipelines,
         optimal=optimal,
-        gap=None if best is None else _gap(question, best, answers, run.spaces, [found for _, found in joints], last),
+        gap=gap,
         reason=_reason(pools, answers, several, pipelines) if best is None else None,
     )
 
@@ -269,23 +270,22 @@ def _gap(
     joints: Sequence[Joint],
     last: Costs | None,
 ) -> float | None:
-    """How far the best fleet found can be from the best there is by the first objective; None where no bound tells."""
-    objective = question.objective
-    cost = least = objective.cost(best.value)
+    """How far the best fleet found can be from the best there is, as `how_far`; None where no bound tells."""
+    left: list[Costs] = []
     for answer in answers:
         certificate = answer.certificate
         if certificate.optimal:
             continue
         if answer.best is None or certificate.gap is None:
             return None
-        own = objective.cost(answer.best.value)
-        least = min(least, own - certificate.gap * abs(own))
+        own = question.objective.cost(answer.best.value)
+        left.append((own - certificate.gap * abs(own), *(-inf for _ in question.then)))
     for space in spaces:
         if not space.complete:
             return None
-        least = min([least, *(bound[0] for bound, _ in space.left(last))])
-    least = min([least, *(bound[0] for joint in joints for bound in joint.left(last))])
-    return 0.0 if least >= cost else (cost - least) / abs(cost)
+        left += (bound for bound, _ in space.left(last))
+    left += (bound for joint in joints for bound in joint.left(last))
+    return how_far(question.costs(best.metrics), left)
 
 
 def _reason(

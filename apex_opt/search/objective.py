@@ -17,6 +17,10 @@ NAMES: Final = (*(f"{metric}_{statistic}" for metric in LATENCIES for statistic 
 """The objectives there are; of latencies any other percentile is one too."""
 
 
+_COSTS: Final = ("cost", "cost_per_mtoken", "energy", "energy_per_token")
+_TIES: Final = "e2e_mean"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """A figure to make small, or large where `maximise`.
@@ -76,7 +80,8 @@ def load_objectives(text: str) -> tuple[Objective, ...]:
     """Objectives by name, the most important first: `energy,e2e_p95`.
 
     Of plans equal by the first, the best by the second is the best, and so on. `energy~2%,e2e_p95` takes for equal all
-    that are within 2% of the best.
+    that are within 2% of the best. Many plans cost the same: where none but costs and energies are named, `e2e_mean`
+    comes after them.
 
     Raises
     ------
@@ -98,7 +103,24 @@ def load_objectives(text: str) -> tuple[Objective, ...]:
         raise UsageError(
             f"--objective: {parts[-1]!r:.60} has a tolerance and nothing after it to choose by; e.g. energy~2%,e2e_p95"
         )
+    if all(objective.metric in _COSTS for objective in found):
+        found.append(load_objective(_TIES))
     return tuple(found)
+
+
+def load_latency(name: str) -> Objective:
+    """A latency by name, such as `e2e_mean` or `ttft_p99.9`.
+
+    Raises
+    ------
+    UsageError          a figure that is no latency
+    UnknownNameError    not a name of one
+    """
+    if name in FIGURES:
+        raise UsageError(
+            f"--latency: {name} is no latency; give one of {', '.join(LATENCIES)} with _mean, _max or such as _p95"
+        )
+    return load_objective(name)
 
 
 def _share(part: str, text: str) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
 from apex_opt.search.answer import Answer, Candidate, Certificate, Status, misses
-from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.evaluator import ROUNDING, Evaluator
 from apex_opt.search.nearest import nearest_violation
 
 if TYPE_CHECKING:
@@ -202,7 +202,9 @@ def _search(
     last = question.costs(ranked[top - 1].metrics) if len(ranked) >= top else None
     left = [bound for bound in rest if last is None or bound <= last]
     beaten = [bound for bound in rest if last is not None and bound > last]
-    proved = listed.complete and not left
+    gap = how_far(question.costs(best.metrics), left) if best and listed.complete else None
+    # What is left when the time is up may be worth no more than what is found.
+    proved = listed.complete and (not left or gap == 0)
     certificate = Certificate(
         space=listed.space,
         infeasible=listed.counts,
@@ -216,7 +218,7 @@ def _search(
         missed=sum(not c.meets_slos for c in done),
         left=len(left),
         optimal=proved,
-        gap=_gap(question, best, left) if best and listed.complete else None,
+        gap=gap,
     )
     if best is None and left:
         reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
@@ -351,11 +353,20 @@ def simulate_queue(
     return Simulated(done, cut_short, repeated)
 
 
-def _gap(question: Question, best: Candidate, left: Sequence[Costs]) -> float:
-    """How far the best plan found can be from the best there is by the first objective, as what is left is bounded."""
-    cost = question.objective.cost(best.value)
-    least = min([cost, *(first for first, *_ in left)])
-    return 0.0 if least >= cost else (cost - least) / abs(cost)
+def how_far(best: Costs, left: Iterable[Costs]) -> float:
+    """How far the best found can be from the best there is, as a share, where what is left has these bounds.
+
+    It is that by the first objective in which any of what is left, being as good by those before, can be better; 0
+    where none can.
+    """
+    equal = list(left)
+    for place, cost in enumerate(best):
+        slack = 4 * ROUNDING * abs(cost)  # bounds are lowered by what rounding may have added
+        least = min((bound[place] for bound in equal), default=cost)
+        if least < cost - slack:
+            return (cost - least) / abs(cost)
+        equal = [bound for bound in equal if bound[place] <= cost + slack]
+    return 0.0
 
 
 def _challenge(evaluator: Evaluator, worst: Costs, item: tuple[Costs, Plan]) -> Candidate | None:
