@@ -89,21 +89,18 @@ class Collector:
         layout = self.layout
         needed = (layout.prompt, layout.output, *([layout.arrival] if layout.arrival and not self._waits else []))
         columns = {name: column(self._called(name)) for name in needed}
-        lacking = [any(cell is ABSENT for cell in cells) for cells in columns.values()]
-        if any(lacking):
+        keep: list[bool] | None = None
+        if any(cell is ABSENT for cells in columns.values() for cell in cells):
             places, keep = self._without_missing(places, columns)
-        else:
-            keep = None
 
         def kept(name: str) -> list[Any]:
-            cells = columns[name] if name in columns and keep is None else column(self._called(name))
+            cells = columns[name] if name in columns else column(self._called(name))
             return cells if keep is None else [cell for cell, stays in zip(cells, keep, strict=True) if stays]
 
         if not places:
             return
         output = token_counts(kept(layout.output), places, layout.output, self.faults)
-        prompt_cells = kept(layout.prompt)
-        prompt = token_counts(prompt_cells, places, layout.prompt, self.faults)
+        prompt = token_counts(kept(layout.prompt), places, layout.prompt, self.faults)
         answered = output != 0 if not layout.own else np.ones(len(places), bool)
         for values, name in ((prompt, layout.prompt), (output, layout.output)):
             for index in np.flatnonzero((values == 0) & answered):

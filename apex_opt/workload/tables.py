@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -13,15 +14,20 @@ from apex_opt.errors import InputError
 from apex_opt.files import MOST_VALUES, parse_json
 from apex_opt.workload.cells import ABSENT, Faults, cell_text
 from apex_opt.workload.layouts import nesting_of, result_reader
+from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from re import Pattern
 
 _ROWS: Final = 8192
 _DELIMITERS: Final = ",\t;|"
 _LISTS: Final = ("requests", "data", "trace", "traces", "records", "rows")
 _LONG_LINE: Final = 1 << 20
+_MOST_LINES: Final = MAX_REQUESTS + 1000
 _MOST_COLUMNS: Final = 1000
+_BLANKS: Final = re.compile(r"[ \t\r\n]*")
+_BLANKS_AND_COMMAS: Final = re.compile(r"[ \t\r\n,]*")
 _PARTS: Final = (1 << 16, 1 << 20, 1 << 24)
 _MOST_IN_LINE: Final = 2_000_000
 _DECODER: Final = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
@@ -52,11 +58,13 @@ def table_of(label: str, text: str, faults: Faults) -> Table | dict[str, Any]:
     """
     start = text.lstrip()[:1]
     if start not in ("{", "["):
+        _check_lines(label, text)
         return _csv_table(label, text, faults)
     if start == "[":
         return _json_table(label, _listed(label, text, text.index("["), faults), faults)
     kind, entry = _shape(label, text)
     if kind == "lines":
+        _check_lines(label, text)
         return _json_table(label, _lines(text, faults), faults)
     if kind == "several":
         return _json_table(label, _several(text, faults), faults)
@@ -67,6 +75,11 @@ def table_of(label: str, text: str, faults: Faults) -> Table | dict[str, Any]:
         return _json_table(label, iter([(1, entry)]), faults)
     faults.place = "item"
     return _json_table(label, iter(enumerate(listed, 1)), faults)
+
+
+def _check_lines(label: str, text: str) -> None:
+    if (lines := text.count("\n")) > _MOST_LINES:
+        raise InputError(f"{label}: {lines:,} lines, at most {_MOST_LINES:,} are read; cut the file")
 
 
 def _shape(label: str, text: str) -> tuple[str, Any]:
@@ -210,7 +223,7 @@ def _listed(label: str, text: str, at: int, faults: Faults) -> Iterator[tuple[in
     faults.place = "item"
     at, place, few = at + 1, 0, _values(text) <= MOST_VALUES
     while True:
-        at = _skipped(text, at, " \t\r\n")
+        at = _skipped(text, at, _BLANKS)
         if text[at : at + 1] == "]":
             if text[at + 1 :].strip():
                 raise InputError(f"{label}: there is more after the end of the JSON list; keep one list")
@@ -219,7 +232,7 @@ def _listed(label: str, text: str, at: int, faults: Faults) -> Iterator[tuple[in
         if place > 1:
             if text[at : at + 1] != ",":
                 raise InputError(f"{label}: the JSON list ends early, or lacks a comma, after item {place - 1}")
-            at = _skipped(text, at + 1, " \t\r\n")
+            at = _skipped(text, at + 1, _BLANKS)
         entry, at = _decoded(text, at) if few else _decoded_in_part(text, at)
         if entry is ABSENT:
             raise InputError(f"{label}: item {place} of the JSON list is not JSON: {cell_text(text[at : at + 60])}")
@@ -229,7 +242,7 @@ def _listed(label: str, text: str, at: int, faults: Faults) -> Iterator[tuple[in
 def _several(text: str, faults: Faults) -> Iterator[tuple[int, Any]]:
     """JSON objects one after the other, over several lines each; by lines from where that ends."""
     at, line, before = 0, 1, 0
-    while (at := _skipped(text, at, " \t\r\n,")) < len(text):
+    while (at := _skipped(text, at, _BLANKS_AND_COMMAS)) < len(text):
         line += text.count("\n", before, at)
         before = at
         entry, end = _decoded(text, at)
@@ -268,11 +281,10 @@ def _values(text: str) -> int:
     return sum(map(text.count, ",[{"))
 
 
-def _skipped(text: str, at: int, blanks: str) -> int:
+def _skipped(text: str, at: int, blanks: Pattern[str]) -> int:
     """The next place that is none of these."""
-    while at < len(text) and text[at] in blanks:
-        at += 1
-    return at
+    match = blanks.match(text, at)
+    return match.end() if match else at
 
 
 def _split(text: str) -> Iterator[str]:
