@@ -56,7 +56,7 @@ def roofline(profile: Profile, name: str, flops: Any, moved: Any) -> NDArray[np.
 
 
 def gemm_roofline(profile: Profile, name: str, m: Any, n: int, k: int) -> NDArray[np.float64]:
-    bytes_in = {"fp8": 1.0, "fp4": 9 / 16}.get(FORMATS[name].activation, 2.0)
+    bytes_in = {"fp8": 1.0, "int8": 1.0, "fp4": 9 / 16}.get(FORMATS[name].activation, 2.0)
     held = float(FORMATS[name].weight_bits) / 8
     return roofline(profile, name, 2.0 * m * n * k, held * n * k + m * (bytes_in * k + 2.0 * n))
 
@@ -73,6 +73,25 @@ def test_measured_products_come_back_exactly_unless_a_larger_batch_is_faster() -
         assert padded < 0.3 * len(found)
     fp16 = PROFILE.gemm_time_s("fp16", TOKENS, 4096, 4096)
     assert (fp16 == PROFILE.gemm_time_s("bf16", TOKENS, 4096, 4096)).all()
+
+
+@pytest.mark.parametrize("gpu", ["a100-sxm-80gb", "h100-sxm-80gb", "l40s-48gb"])
+def test_integer_products_are_derived_from_those_in_fp8_at_the_integer_peak(gpu: str) -> None:
+    profile = load_profile(GPUS[gpu])
+    shape = 8192, 8192
+    seconds, half = (float(profile.gemm_time_s(name, 16384, *shape)) for name in ("w8a8", "bf16"))
+    flops = 2.0 * 16384 * 8192 * 8192
+    assert flops / GPUS[gpu].peak_flops_per_s("int8") <= seconds < 0.85 * half
+    assert profile.provenance["gemm w8a8"].startswith("derived")
+    assert "fp8" in profile.provenance["gemm w8a8"]
+    assert profile.power.joule_per_flop["int8"] < profile.power.joule_per_flop["bf16"]
+    few = [float(profile.gemm_time_s(name, 1, *shape)) for name in ("w8a8", "bf16")]
+    assert few[0] < few[1]
+
+
+def test_integer_products_need_hardware_for_them() -> None:
+    with pytest.raises(UsageError, match="does not compute in int8"):
+        V100.gemm_time_s("w8a8", 1, 64, 64)
 
 
 @pytest.mark.parametrize(

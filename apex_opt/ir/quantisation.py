@@ -16,7 +16,7 @@ from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_
 from apex_opt.ir.model import shown
 from apex_opt.ir.modules import EXPRESSION, ModuleNames, is_literal
 from apex_opt.ir.patterns import Effort, PatternError
-from apex_opt.ir.scheme import METHODS, Scheme
+from apex_opt.ir.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -182,11 +182,10 @@ def _refuse_method(section: Fields, method: str) -> None:
     """Refuse a method by its name, with what comes nearest."""
     bits = next((section.values[key] for key in ("bits", "w_bit", "nbits", "weight_bits") if key in section.values), 4)
     wide = bits == 8 or section.values.get("load_in_8bit") is True or "8" in method
-    known = ", ".join(dict.fromkeys(_READERS))
     section.fault(
         "quant_method",
-        f"{shown(method)} is not supported; supported: {known}; for its size, give the config.json of the model "
-        f"it was made of and --weights={'w8a16' if wide else 'w4a16'}",
+        f"{shown(method)} is not supported; supported: {', '.join(SUPPORTED_METHODS)}; for its size, give the "
+        f"config.json of the model it was made of and --weights={'w8a16' if wide else 'w4a16'}",
     )
 
 
@@ -395,7 +394,7 @@ _READERS: Final[Mapping[str, Callable[[_Reader], Rules]]] = {
     "quark": _quark,
     "compressed-tensors": _compressed_tensors,
 }
-assert set(_READERS) <= set(METHODS)
+SUPPORTED_METHODS: Final = tuple(_READERS)
 
 
 def _refuse_quantised_head(section: Fields) -> None:

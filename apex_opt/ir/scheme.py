@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from apex_opt.errors import InputError
+
 METHODS: Final = (
     "fp8",
     "fbgemm_fp8",
@@ -36,3 +38,7 @@ class Scheme:
     method: str
     group: int | None = None
     block: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"scheme: method must be one of {', '.join(METHODS)}, not {self.method!r:.40}")

@@ -1,0 +1,49 @@
+"""docs/models.md: its output is that printed, its methods are those read, its limits those derived."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from doc_cases import ROOT, blocks_of, solve, words_of
+
+from apex_opt.ir.context import context_limit
+from apex_opt.ir.fields import Fields
+from apex_opt.ir.formats import FORMATS
+from apex_opt.ir.quantisation import SUPPORTED_METHODS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXT = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("body", [body for kind, body in blocks_of(TEXT) if kind == "console"])
+def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> None:
+    command, *shown = body.splitlines()
+    words = words_of(command)
+    assert words is not None
+    words = [str(ROOT / word) if word.startswith("tests/") else word for word in words]
+    printed = " ".join(solve(words, tmp_path).stdout.split())
+    for part in " ".join(" ".join(shown).split()).split("..."):
+        assert part.strip() in printed
+
+
+def test_the_methods_listed_are_those_that_are_read() -> None:
+    rows = re.findall(r"^\| ((?:`[a-z0-9_-]+`(?:, )?)+) \| ([^|]*\b(?:fp8|w4a16|mxfp4)\b[^|]*) \|", TEXT, re.MULTILINE)
+    assert [name for names, _ in rows for name in re.findall("`([^`]+)`", names)] == list(SUPPORTED_METHODS)
+    named = {word for _, text in rows for word in re.findall(r"\b(?:fp8|nvfp4|mxfp4|w\da\d+(?:g\d+)?)\b", text)}
+    assert named <= set(FORMATS)
+
+
+def test_the_limits_listed_are_those_derived() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*length[^|]*) \|$", TEXT, re.MULTILINE)
+    assert len(rows) == 3
+    for names, text in rows:
+        for name in re.findall("`([^`]+)`", names):
+            scaling = {"type": name, "original_max_position_embeddings": 100}
+            if "length x factor" in text or "x factor" in text:
+                scaling["factor"] = 3
+            limit = context_limit(Fields({"max_position_embeddings": 1000, "rope_scaling": scaling}))
+            assert limit == (300 if name == "yarn" else 3000 if "factor" in text else 1000)
