@@ -350,6 +350,14 @@ def test_what_is_for_files_is_refused_elsewhere(spec: str) -> None:
         load_trace(spec, block=16)
 
 
+@pytest.mark.parametrize("name", ["splitwise.csv", "vllm-bench.json"])
+def test_the_tokens_of_a_hash_id_are_refused_where_there_are_none(name: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"--trace_block: .* has no hash_ids that it could be the size of; leave it out"
+    ):
+        load_trace(str(CASES / name), block=16)
+
+
 def test_dates_and_ages_count_from_the_earliest_row(tmp_path: Path) -> None:
     text = "timestamp,isl,osl\n2023-11-16T18:15:47.5Z,2,3\n2023-11-16 20:15:46+0200,1,1\n"
     assert read(load_trace(write(tmp_path, text))) == [(0, 1, 1), (1_500_000_000, 2, 3)]

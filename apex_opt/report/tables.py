@@ -66,7 +66,7 @@ def _answer(console: Console, document: Document) -> None:
 def question_line(console: Console, question: Document) -> None:
     """Model, GPUs and traffic that were asked about."""
     trace = question["trace"]
-    load = f"{trace['concurrency']} clients" if trace["concurrency"] else _rate(trace["rate_per_s"])
+    load = count(trace["concurrency"], "client") if trace["concurrency"] else _rate(trace["rate_per_s"])
     console.print(
         Text.assemble(
             (question["model"]["name"], "bold"),

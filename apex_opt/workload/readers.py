@@ -103,7 +103,8 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
         _read(path, spec),
         seed,
         unit,
-        block or (int(named[1]) if named else None),
+        block,
+        int(named[1]) if named else None,
     )
 
 
@@ -170,8 +171,9 @@ def _parse(
     seed: int = 0,
     unit: str | None = None,
     block: int | None = None,
+    named_block: int | None = None,
 ) -> Trace:
-    """A trace from the text of a file."""
+    """A trace from the text of a file; the tokens of a hash id as the user says, or else the file's name."""
     if not text.strip():
         raise InputError(f"{label} is empty; accepted columns: {ACCEPTED}")
     faults = Faults(label)
@@ -179,9 +181,13 @@ def _parse(
     if isinstance(table, dict):
         if unit is not None:
             raise UsageError(f"--trace_unit: {label} is the result of a benchmark, which tells its units; leave it out")
+        _no_ids(label, block)
         return _sent(label, name, source, table, seed)
     layout, called = layout_of(label, table.names)
-    collector = Collector(label=label, layout=layout, called=called, unit=unit, block=block, faults=faults)
+    if "hash_ids" not in called:
+        _no_ids(label, block)
+    tokens = block or named_block
+    collector = Collector(label=label, layout=layout, called=called, unit=unit, block=tokens, faults=faults)
     for places, column in table.batches():
         collector.add(places, column)
         if collector.rows > MAX_REQUESTS:
@@ -191,6 +197,11 @@ def _parse(
     if not collector.rows:
         raise InputError(f"{label}: {collector.empty}")
     return collector.trace(name, source, table.notes)
+
+
+def _no_ids(label: str, block: int | None) -> None:
+    if block is not None:
+        raise UsageError(f"--trace_block: {label} has no hash_ids that it could be the size of; leave it out")
 
 
 def _sent(label: str, name: str, source: str, document: dict[str, Any], seed: int) -> Trace:
