@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
-from apex_opt.engines import load_rules, rules_of
+from apex_opt.engines import ANY, load_rules, rules_of
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
@@ -133,7 +133,7 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
         raise UsageError(
             f"--trace: {options.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
         )
-    notes = _about_prefixes(options, trace)
+    notes = (*_about_prefixes(options, trace), *_about_engines(options))
     whole = options.policy != "vllm" or not options.chunked_prefill
     longest = options.max_model_len
     if longest is None:
@@ -193,6 +193,13 @@ def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:
         f"--prefix_caching: trace {trace.name:.60} says nothing of what its prompts contain, so none is found in the "
         "cache; a trace with hash_ids does, or a description with prefix=(TOKENS,GROUPS)",
     )
+
+
+def _about_engines(options: Options) -> tuple[str, ...]:
+    """That no engine need be able to run a plan, where none is asked."""
+    if options.runnable != ANY:
+        return ()
+    return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
 
 
 def _rules(options: Options) -> EngineRules | None:

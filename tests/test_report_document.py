@@ -49,11 +49,20 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
     assert document["provenance"] == {"gemm": "measured"}
     assert document["question"]["trace"]["requests"] == 4
     assert document["question"]["engine"]["name"] == "vllm"
+    assert document["question"]["engine"]["runnable"] == "vllm"
     assert (document["question"]["engine"]["routing"], document["question"]["engine"]["expert_routing"]) == (
         "round_robin",
         "skewed",
     )
     assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_where_no_engine_need_start_a_plan_the_answer_says_so() -> None:
+    question, answer = scored(runnable="any")
+    document = answer_document("simulate", question, answer, {})
+    assert document["question"]["engine"]["runnable"] == "any"
+    assert document["notes"] == ["--runnable=any: plans are told that no engine need be able to start"]
+    json.dumps(document, allow_nan=False)
 
 
 def test_metrics_are_those_of_the_candidate() -> None:

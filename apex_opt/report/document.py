@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt import __version__
 from apex_opt.cluster import DTYPES
+from apex_opt.engines import ANY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -164,6 +165,7 @@ def memory_document(plan: Plan, memory: Sequence[StageMemory]) -> list[Document]
 def question_document(question: Question) -> Document:
     """What was asked, in the names and numbers that were understood."""
     settings = {name: getattr(question.settings, name) for name in question.settings.__slots__}
+    settings["runnable"] = ANY if question.settings.runnable is None else question.settings.runnable.name
     return {
         "model": {
             "name": question.model.name,
