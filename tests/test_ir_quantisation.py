@@ -110,7 +110,8 @@ def test_a_gpu_holds_its_eighth_of_an_fp8_checkpoint_with_attention_in_16_bit() 
 def test_the_second_format_of_a_mixed_checkpoint_is_that_of_the_matrices_it_names() -> None:
     model = case("L8-gptq-dynamic8")
     assert formats(model) == [("w8a16g32", "w8a16g32", "w4a16", "w4a16")] * 32
-    assert model.scheme == Scheme(method="gptq", group=128)
+    assert model.scheme == Scheme(method="gptq", group=128, further=(Scheme(method="gptq", group=32),))
+    assert [model.scheme.part(n).group for n in (1, 2, 3)] == [128, 32, 32]
     # Another checkpoint of the model, in one format, has no second one.
     assert model.weight_bytes("fp8") == case("L8-FP8-dynamic").weight_bytes()
 

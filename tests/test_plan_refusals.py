@@ -180,3 +180,20 @@ def test_a_gpu_without_a_cuda_capability_is_asked_for_none() -> None:
     model = load_model("llama-3.1-8b")
     assert not [*refusals(VLLM, model, cluster.gpu, parse_plan("tp1 fp8", model), SMALL)]
     assert make_cluster(1).gpu.capability is not None
+
+
+def test_each_format_of_a_mixed_checkpoint_has_scales_of_its_own() -> None:
+    block = dense(hidden=2048, heads=16, kv=8, width=128, columns=8256)
+    mixed = make_model((replace(block, attention=replace(block.attention, quantised=2, output_quantised=2)), 4))
+    channels = Scheme(method="compressed-tensors", further=(BLOCKS,))
+    mixed = replace(mixed, weight_format="w4a16+fp8", scheme=channels)
+    # The FFN has a scale for each channel; heads of 128 keep to the blocks of attention.
+    assert said(VLLM, mixed, "tp4") == ""
+    groups = replace(channels, group=128)
+    assert "shards of the FFN have 2064 of 8256 columns each, no multiple of the 128" in said(
+        VLLM, replace(mixed, scheme=groups), "tp4"
+    )
+    odd = dense(hidden=2048, heads=16, kv=8, width=96, columns=8192)
+    odd = replace(odd, attention=replace(odd.attention, quantised=2, output_quantised=2))
+    wide = replace(make_model((odd, 4)), weight_format="w4a16+fp8", scheme=groups)
+    assert "outputs of keys a shard, no multiple of the 128" in said(VLLM, wide, "tp8")

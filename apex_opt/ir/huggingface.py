@@ -169,7 +169,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         dtype=dtype,
         weight_format="+".join(formats) or dtype,
         kv_format=quantisation.kv_format,
-        scheme=quantisation.scheme(formats[0], used) if formats else None,
+        scheme=quantisation.scheme(formats, used),
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
         source=source,

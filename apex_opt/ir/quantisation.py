@@ -8,7 +8,7 @@ understood is refused, never passed over.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.compressed_tensors import read_groups
@@ -109,11 +109,17 @@ class Quantisation:
                 widest = rule.held
         return widest
 
-    def scheme(self, main: str, held: Iterable[Held]) -> Scheme:
-        """The method, and the widest extent of the scales of what is in the main of its formats."""
-        found = [entry for entry in held if entry.format == main]
-        groups = [entry.group for entry in found if entry.group is not None]
-        block = next((entry.block for entry in found if entry.block is not None), None)
+    def scheme(self, formats: Sequence[str], held: Iterable[Held]) -> Scheme | None:
+        """The method, and for each of the formats of the checkpoint the widest extent of its scales."""
+        if not formats:
+            return None
+        found = list(held)
+        first, *further = (self._part([entry for entry in found if entry.format == name]) for name in formats)
+        return replace(first, further=tuple(further))
+
+    def _part(self, held: Sequence[Held]) -> Scheme:
+        groups = [entry.group for entry in held if entry.group is not None]
+        block = next((entry.block for entry in held if entry.block is not None), None)
         return Scheme(method=self.method, group=max(groups, default=None), block=block)
 
 

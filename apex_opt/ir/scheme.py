@@ -33,12 +33,18 @@ class Scheme:
     group : int or None             weights along the input dimension that share one scale; None where a scale is for a
                                     whole channel or matrix
     block : (int, int) or None      outputs and inputs that share one scale, where scales are for blocks
+    further : tuple of Scheme       of the further formats of a mixed checkpoint, in their order
     """
 
     method: str
     group: int | None = None
     block: tuple[int, int] | None = None
+    further: tuple[Scheme, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"scheme: method must be one of {', '.join(METHODS)}, not {self.method!r:.40}")
+
+    def part(self, quantised: int) -> Scheme:
+        """Of the matrices that are in the `quantised`-th format of a mixed checkpoint, counted from 1."""
+        return (self, *self.further)[min(quantised, len(self.further) + 1) - 1]

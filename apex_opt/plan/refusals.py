@@ -124,14 +124,13 @@ class _Scales:
         smaller.
         """
         form, scheme = get_format(self.weight_format).part(quantised), self.model.scheme
-        published = scheme is not None and self.weight_format == self.model.weight_format
         if form.name in self.rules.padded_experts:
             return 1, 1, 1
-        if published and scheme is not None and scheme.block is not None:
-            outputs, inputs = scheme.block
-            return outputs, inputs, inputs
-        mixed = bool(get_format(self.weight_format).mixed)
-        group = scheme.group if published and scheme is not None and not mixed else form.group
+        group = form.group
+        if scheme is not None and self.weight_format == self.model.weight_format:
+            if (block := scheme.part(quantised).block) is not None:
+                return block[0], block[1], block[1]
+            group = scheme.part(quantised).group
         if group is None:
             return 1, 1, 1
         smallest = group
