@@ -107,8 +107,8 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
     longest = question.settings.max_model_len
     if asked.settings.max_model_len < longest:
         yield (
-            f"requests: of at most {asked.settings.max_model_len:,} tokens, as many as the KV cache of the plan holds; "
-            f"{question.model.name} is made for {longest:,}"
+            f"requests: of at most {asked.settings.max_model_len:,} tokens, what the KV cache of the plan holds with "
+            f"a little to spare; {question.model.name} is made for {longest:,}"
         )
     if asked.quantised_when_loaded:
         yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from apex_opt.search.question import Question
 
 FIRST_PORT: Final = 8000
+KEPT_BACK: Final = 0.01
+"""Share of a GPU's memory that a length of requests leaves free beyond what is counted. Assumed: the KV blocks that were
+measured come out within 1%, and an engine that finds a block too few does not start."""
 PORT_STEP: Final = 10
 """Engines of one node listen this far apart: SGLang takes further ports near those of its inner connections."""
 
@@ -83,10 +86,16 @@ class Asked:
     def settings(self) -> EngineSettings:
         """Engine settings with the plan's limits; requests no longer than the KV cache that the plan leaves.
 
-        Engines start only where one request of the greatest length fits by itself.
+        Engines start only where one request of the greatest length fits by itself. Where that is less than the model's
+        length and nobody asked for it, some memory is kept back, as far as the requests that are known allow.
         """
-        settings = self.question.settings_for(self.plan)
+        settings, question = self.question.settings_for(self.plan), self.question
         held = kv_blocks(self.memory) * settings.block_size
+        if held < settings.max_model_len and not question.holds_longest:
+            spare = int(KEPT_BACK * question.cluster.gpu.memory_bytes)
+            fewer = min(stage.kv_blocks - ceil_div(spare, stage.kv_block_bytes) for stage in self.memory) - 1
+            needed = ceil_div(question.instance().longest_tokens + 1, settings.block_size)
+            held = min(held, max(fewer, needed) * settings.block_size)
         return replace(settings, max_model_len=max(min(settings.max_model_len, held), 2))
 
     @property
