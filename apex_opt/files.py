@@ -159,6 +159,22 @@ def parse_json(text: str, *, where: str, want: str = "", finite: bool = False) -
         raise _refused(where, "holds a number with too many digits to read", want) from None
 
 
+def check_regular(path: Path, *, where: str = "", want: str = "") -> None:
+    """Whether a path leads to a file that can be read.
+
+    Raises
+    ------
+    InputError      as `read_bytes`, but for its size
+    """
+    where = where or str(path)
+    try:
+        _opened(path, where, want).close()
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _refused(where, f"cannot be read ({reason(error)})", want) from None
+
+
 def files_below(folder: Path, suffixes: Sequence[str] = (), *, where: str = "", want: str = "") -> list[Path]:
     """Regular files of a folder and below, by name; links to folders are not followed, hidden files are left out.
 

@@ -30,6 +30,7 @@ from apex_opt.ask import Options, ask, ask_plan
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
+from apex_opt.errors import InputError
 from apex_opt.ir import load_model
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
 from apex_opt.options import COMMANDS, GROUPS
@@ -1558,6 +1559,125 @@ def test_the_release_is_told_in_a_line() -> None:
     ran = run("--version")
     assert ran == (0, f"apex-opt {version('apex-opt')}\n", "")
     assert "--version" in refused("plan", "--version")
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+SCORED = ("simulate", "--plan=tp1", *CHEAP[:2])
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, a cluster and a trace under several names, which is the current one and the home."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ROOT / "apex_opt/ir/configs/llama-3.1-8b.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
+    (tmp_path / "c.toml").write_text('nodes = 1\ngpus_per_node = 2\ngpu = "h100-sxm"\n')
+    (tmp_path / "t.csv").write_text("arrival_s,prompt,output\n0,10,5\n1,12,6\n")
+    (tmp_path / "hard.csv").hardlink_to("t.csv")
+    (tmp_path / "soft.csv").symlink_to("t.csv")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--trace=t.csv --requests=t.csv", "requests t.csv: is what --trace t.csv is read from"),
+        ("--trace=~/t.csv --requests=hard.csv", "requests hard.csv: is what --trace "),
+        ("--trace=soft.csv --requests=./t.csv", "requests t.csv: is what --trace soft.csv is read from"),
+        ("--trace=t.csv --requests=~/soft.csv", "is what --trace t.csv is read from"),
+        ("--trace=t.csv --model=. --timeline=config.json", "is what --model config.json is read from"),
+        ("--trace=t.csv --model=~/config.json --timeline=folder/../config.json", "is what --model "),
+        ("--trace=t.csv --requests=folder/gone/a.csv", "cannot be written (No such file or directory)"),
+        ("--trace=t.csv --requests=a.csv --timeline=folder/a/b.json", "cannot be written (No such file or directory)"),
+    ],
+)
+def test_a_file_that_may_not_be_written_is_said_before_the_work(
+    own: Path, monkeypatch: pytest.MonkeyPatch, words: str, said: str
+) -> None:
+    monkeypatch.setitem(solve.RUNNERS, "simulate", lambda _: pytest.fail("the work was begun"))
+    before = contents(own)
+    asked = [word for word in SCORED if not (word.startswith("--model") and "--model" in words)]
+    assert said in refused(*asked, *words.split())
+    assert contents(own) == before
+
+
+def test_a_cluster_file_is_not_overwritten_by_what_is_made_of_it(own: Path) -> None:
+    before = contents(own)
+    assert "is what --source c.toml is read from" in refused("cluster", "import", "--source=c.toml", "--target=c.toml")
+    assert contents(own) == before
+
+
+def test_what_draws_is_looked_for_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for command in ("pareto", "validate", "place"):
+        monkeypatch.setitem(solve.RUNNERS, command, lambda _: pytest.fail("the work was begun"))
+    assert "--plot: needs matplotlib" in refused("pareto", *CHEAP, "--plot=a.png")
+    assert "--plot: needs matplotlib" in refused("validate", "--measured=t.csv", "--plot=a.png")
+    assert "--plot: needs matplotlib" in refused("place", "--plan=tp1", "--plot=a.png")
+    assert not (own / "a.png").exists()
+
+
+def test_files_are_written_below_the_home_folder_and_through_links(own: Path) -> None:
+    (own / "link.json").symlink_to("folder/timeline.json")
+    ran = run(*SCORED, "--trace=~/t.csv", "--requests=~/folder/requests.csv", "--timeline=link.json")
+    assert ran.code == 0, ran.err
+    assert (own / "folder/requests.csv").read_text().startswith("request,arrival_s,prompt,output")
+    assert json.loads((own / "folder/timeline.json").read_text())["traceEvents"]
+    assert (own / "link.json").is_symlink()
+    assert sorted(os.listdir(own / "folder")) == ["requests.csv", "timeline.json"]
+
+
+def test_an_answer_is_shown_though_its_file_cannot_be_written(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise InputError(f"requests {path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr("apex_opt.report.requests.write_requests", full)
+    ran = run(*SCORED, "--trace=t.csv", "--requests=a.csv", "--format=json")
+    assert ran.code == 2
+    assert json.loads(ran.out)["status"] == "feasible"
+    assert ran.err.endswith("error: requests a.csv: cannot be written (No space left on device)\n")
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(own: Path) -> None:
+    (own / "big.json").write_text("before")
+    words = [*SCORED, "--trace=static:n=200,prompt=64,output=64", "--timeline=big.json"]
+    # The system's own limit on the size of files stands for a disk that is full.
+    script = 'ulimit -f 8; trap "" XFSZ; exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, str(ROOT / "solve.py"), *words]
+    ran = subprocess.run(command, cwd=own, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 2
+    assert ran.stderr.endswith("cannot be written (File too large); name a file in a folder that can\n")
+    assert "Traceback" not in ran.stderr
+    assert "tp1" in ran.stdout
+    assert (own / "big.json").read_text() == "before"
+    assert not [name for name in os.listdir(own) if name.endswith(".part")]
+
+
+def test_what_is_no_file_is_refused_by_every_reader_in_one_line(own: Path) -> None:
+    os.mkfifo(own / "pipe")
+    os.mkfifo(own / "pipe.toml")
+    os.mkfifo(own / "folder/config.json")
+    for words in (
+        (*SCORED, "--trace=pipe"),
+        (*SCORED[:3], "--trace=t.csv", "--cluster=pipe.toml"),
+        ("simulate", "--plan=tp1", "--model=folder"),
+        ("simulate", "--plan=tp1", "--model=pipe"),
+        ("place", "--plan=tp1", "--model=llama-3.1-8b", "--at=pipe"),
+        ("cluster", "import", "--source=pipe", "--gpu=h100-sxm"),
+        ("validate", "--measured=pipe"),
+        ("profile", "import", "--kind=apex", "--source=pipe", "--gpu=h100-sxm"),
+    ):
+        assert "not a regular file but a pipe" in refused(*words), words
+        if not words[-1].endswith((".toml", "folder")):
+            zero = [word.replace("=pipe", "=/dev/zero") for word in words]
+            assert "not a regular file but a device" in refused(*zero), zero
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
-from apex_opt.files import files_below
+from apex_opt.files import check_regular, files_below, there
 from apex_opt.measured import apex, silicon, vllm_runs
 from apex_opt.measured.files import read_header, read_json
 
@@ -51,12 +51,11 @@ def read_measured(path: Path) -> Measurements:
     ------
     InputError    no such path, no run in it, or a file of a known layout with faults: the first, in one line
     """
-    try:
-        single = path.is_file()
-        if not single and not path.is_dir():
-            raise InputError(f"{path}: no such file or folder; name measured runs as described in the README")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if not there(path):
+        raise InputError(f"{path}: no such file or folder; name measured runs as described in the README")
+    single = not path.is_dir()
+    if single:
+        check_regular(path, want="name a file of measured runs or its folder")
     files = [path] if single else files_below(path)
     runs: list[Run] = []
     read: list[str] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import InputError
-from apex_opt.files import files_below, read_text
+from apex_opt.files import check_regular, files_below, read_text, there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,10 +69,11 @@ def csv_files(source: Path) -> list[Path]:
     ------
     InputError      nothing there
     """
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
+    if not there(source):
         raise InputError(f"{source}: no such file or folder")
+    if not source.is_dir():
+        check_regular(source)
+        return [source]
     return files_below(source, (".csv",))
 
 
