@@ -27,6 +27,9 @@ LARGEST_RATIO: Final = 200
 """Times its packed size that a file may unpack to. Logs of runs and traces reach some 5 to 30, constant ones 100; gzip
 itself ends at 1,032."""
 
+MOST_MEMBERS: Final = 10_000
+"""Members of one gzip file: bgzip makes one for every 64 KiB; empty ones take time and give nothing."""
+
 MOST_VALUES: Final = 8_000_000
 """Values of one JSON file: Python needs up to 72 bytes for each, and a file of `[{},{},` has one in three bytes."""
 
@@ -249,6 +252,8 @@ def _true_name(number: int, path: Path) -> str:
 def _unpacked(data: bytes, limit: int, where: str, want: str) -> bytes:
     """What gzip packed, as far as a file of this kind may be."""
     most = min(limit, max(LARGEST_RATIO * len(data), _ANY_RATIO_BYTES))
+    if data.count(_GZIP + b"\x08") > MOST_MEMBERS:
+        raise _refused(where, f"more than {MOST_MEMBERS:,} gzip files in one", want)
     pieces, size = [], 0
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:

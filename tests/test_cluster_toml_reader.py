@@ -48,3 +48,19 @@ def test_deep_nesting_is_an_input_error(tmp_path: Path) -> None:
     path.write_text("x = " + "[" * 100_000)
     with pytest.raises(InputError, match=r"deep\.toml"):
         read_toml(path, "file")
+
+
+@pytest.mark.parametrize("text", ["a{} = 1", "[a{}]", "x = {{ a{} = 1 }}", "a . 'b' {} = 1"])
+def test_keys_of_very_many_parts_are_refused_before_they_take_time(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(text.format(" . a" * 65))
+    with pytest.raises(InputError, match=r"cluster file .*: a key of more than 64 parts"):
+        read_toml(path, "cluster file")
+    path.write_text(text.format(".a" * 60))
+    read_toml(path, "cluster file")
+
+
+def test_many_numbers_and_names_are_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f'x = [{"1.5, " * 500}]\ny = "a.b"\n' + "".join(f"[n.a{i}]\nv = 1.5\n" for i in range(500)))
+    assert len(read_toml(path, "cluster file")["n"]) == 500

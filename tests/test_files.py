@@ -128,11 +128,16 @@ def test_a_file_is_held_to_its_limit_before_it_is_read(tmp_path: Path, monkeypat
         (gzip.compress(b"x")[:-8] + b"12345678", "not a whole gzip file"),
         (gzip.compress(b"x") + b"and more", "not a whole gzip file"),
         (b"\x1f\x8b", "not a whole gzip file"),
+        (gzip.compress(b"") * 10_001, "more than 10,000 gzip files in one"),
         (gzip.compress(gzip.compress(b"x")), "is a binary file"),
     ],
 )
 def test_archives_are_held_to_their_size_and_ratio(tmp_path: Path, content: bytes, said: str) -> None:
     assert said in refused(write(tmp_path / "a.gz", content))
+
+
+def test_an_archive_of_several_is_read_whole(tmp_path: Path) -> None:
+    assert read_text(write(tmp_path / "a.gz", gzip.compress(b"x") * 9_999), limit=LIMIT) == "x" * 9_999
 
 
 def test_a_small_archive_may_unpack_well(tmp_path: Path) -> None:

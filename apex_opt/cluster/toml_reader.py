@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,13 @@ LARGEST_BYTES: Final = 4 << 20
 """Size of a file: a cluster of 10,000 nodes, each described by itself, takes some 2 MB."""
 
 
+_MOST_PARTS: Final = 64
+"""Parts of a dotted key: `tomllib` takes time with their square, minutes with 100,000."""
+
+_BETWEEN: Final = re.compile(r"[\n=,\[\]{}#]")
+"""What ends a key."""
+
+
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The file as nested dictionaries.
 
@@ -27,6 +35,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     """
     where = f"{what} {path}"
     text = read_text(path, limit=LARGEST_BYTES, where=where)
+    if text.count(".") > _MOST_PARTS and any(piece.count(".") > _MOST_PARTS for piece in _BETWEEN.split(text)):
+        raise InputError(f"{where}: a key of more than {_MOST_PARTS} parts")
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -44,7 +54,7 @@ class TomlTable:
     def __init__(self, table: dict[str, Any], where: str, faults: list[str]) -> None:
         self._table = table
         self.where = where
-        self._asked: list[str] = []
+        self._asked: dict[str, None] = {}
         self.faults = faults
 
     def _label(self, field: str) -> str:
@@ -52,8 +62,7 @@ class TomlTable:
 
     def has(self, field: str) -> bool:
         """Whether the field is there; counts as known either way."""
-        if field not in self._asked:
-            self._asked.append(field)
+        self._asked[field] = None
         return field in self._table
 
     def raw(self, field: str) -> Any:
@@ -161,7 +170,7 @@ class TomlTable:
 
     def items(self) -> list[tuple[str, Any]]:
         """All fields as they are; nothing is unknown afterwards."""
-        self._asked.extend(self._table)
+        self._asked.update(dict.fromkeys(self._table))
         return list(self._table.items())
 
     def close(self) -> None:
