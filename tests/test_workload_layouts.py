@@ -151,6 +151,18 @@ def test_texts_take_a_tokenizer_too(tmp_path: Path, row: dict[str, Any]) -> None
             load_trace(write(tmp_path, text))
 
 
+def test_turns_are_counted_by_the_chain_of_their_parents_and_none_without_a_name(tmp_path: Path) -> None:
+    chats = [(5, -1, 1), (6, 5, 2), (7, 6, 3), (8, -1, 1), (9, 8, 2)]
+    rows = [
+        {"chat_id": chat, "parent_chat_id": parent, "turn": turn, "timestamp": 1, "input_length": 5, "output_length": 2}
+        for chat, parent, turn in chats
+    ]
+    assert load_trace(write(tmp_path, lines(rows))).notes[0].startswith("3 of 5 requests are later turns")
+    text = "Timestamp,Session ID,Request tokens,Response tokens\n1,a,1,1\n2,,1,1\n3,,1,1\n4,b,1,1\n5,,1,1\n"
+    assert load_trace(write(tmp_path, text)).notes == ()
+    assert load_trace(write(tmp_path, text + "6,a,1,1\n")).notes[0].startswith("1 of 6 requests are later turns")
+
+
 # Results of benchmarks.
 
 

@@ -77,6 +77,7 @@ class Collector:
     _session: list[Ints] = field(default_factory=list)
     _places: list[Ints] = field(default_factory=list)
     _sessions: dict[str, int] = field(default_factory=dict)
+    _alone: int = 0
     _dropped: int = 0
     _content: list[Ints] = field(default_factory=list)
     _counts: list[Ints] = field(default_factory=list)
@@ -205,12 +206,17 @@ class Collector:
     def _conversations(self, kept: Callable[[str], list[Any]]) -> Ints:
         """Numbers of the conversations that rows are of."""
         layout, numbers = self.layout, self._sessions
-        names = [str(name) for name in kept(layout.session)]
+        cells = kept(layout.session)
+        names = ["" if is_blank(cell) else str(cell) for cell in cells]
         parents = names
         if layout.parent and plain(layout.parent) in self.called:
             parents = [str(name) for name in kept(layout.parent)]
         codes = []
         for name, parent in zip(names, parents, strict=True):
+            if not name:
+                self._alone -= 1
+                codes.append(self._alone)
+                continue
             root = name if parent in _ROOTS or parent not in numbers else parent
             codes.append(numbers.setdefault(name, numbers.get(root, len(numbers))))
         return np.array(codes, np.int64)
