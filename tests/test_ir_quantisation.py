@@ -85,12 +85,23 @@ def test_files_from_the_field_have_their_parameters_and_context(name: str, billi
     [
         ("EAGLE3-LLaMA3.1-8B", "LlamaForCausalLMEagle3 is that of a draft head; give the model it drafts for"),
         ("L8-bnb4", "quant_method 'bitsandbytes' is not supported; .* and --weights=w4a16"),
-        ("L8-sparse24-bf16", "format 'sparse-24-bitmask' .* is not supported; .* give the config.json without"),
+        ("L8-sparse24-bf16", "format 'sparse-24-bitmask' .* is not supported; .* without quantization_config"),
     ],
 )
 def test_files_from_the_field_that_cannot_be_described_are_refused_by_name(name: str, text: str) -> None:
     with pytest.raises(InputError, match=text):
         case(name)
+
+
+def test_a_sparse_checkpoint_is_its_dense_model_without_the_section_that_the_refusal_names() -> None:
+    config = json.loads((CASES / "L8-sparse24-bf16.json").read_text())
+    section = config.pop("quantization_config")
+    assert model_from_config(config, "x", "x").weight_bytes() / 1e9 == pytest.approx(16.06, abs=0.006)
+    section["config_groups"] = {"a": {"targets": ["Linear"], "weights": FLOAT8, "input_activations": FLOAT8}}
+    with pytest.raises(InputError, match="without sparsity_config"):
+        read(LLAMA, **section)
+    del section["sparsity_config"]
+    assert read(LLAMA, **section).weight_format == "fp8"
 
 
 def test_files_that_name_a_family_alone_are_refused_by_it() -> None:

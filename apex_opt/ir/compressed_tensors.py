@@ -66,10 +66,11 @@ def _refuse_sparse_weights(section: Fields) -> None:
         return
     form = sparsity.text("format")
     if form not in ("", "dense"):
+        without = "sparsity_config" if section.values.get("config_groups") else "quantization_config"
         sparsity.fault(
             "format",
-            f"{form!r:.40} (sparse weights) is not supported; engines without sparse kernels serve them dense: give "
-            "the config.json without sparsity_config",
+            f"{form!r:.40} (sparse weights) is not supported; for the dense model, give a config.json without "
+            f"{without}",
         )
 
 
