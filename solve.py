@@ -624,6 +624,12 @@ def main(words: list[str] | None = None) -> None:
         # What was typed may hold line breaks and be long; an error is one line.
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(error).split()))
         print(f"error: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}", file=sys.stderr)
+    except OSError as error:
+        if "--debug" in words:
+            raise
+        what = f" {error.filename}" if error.filename else ""
+        print(f"error: the system refuses{what} ({error.strerror or error}); --debug shows where", file=sys.stderr)
+        code = EXIT_FAULT
     except MemoryError:
         print("error: out of memory; offer fewer GPUs (--gpus), smaller batches or a shorter trace", file=sys.stderr)
         code = 2

@@ -226,7 +226,10 @@ def _read(path: Path) -> set[Path | tuple[int, int]]:
 
 def _keys(path: Path) -> tuple[Path | tuple[int, int], ...]:
     """What tells a file from others."""
-    true = Path(os.path.realpath(path))
+    try:
+        true = Path(os.path.realpath(path))
+    except OSError:
+        return ()  # the current folder is gone
     try:
         found = true.stat()
     except OSError:

@@ -97,10 +97,13 @@ def end_on_signals() -> None:
         signal.signal(number, _at_once)
     import threading
 
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    try:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        threading.Thread(target=_wait, args=(reader, taken), name="signals", daemon=True).start()
+    except (OSError, RuntimeError):
+        return  # no more files or threads: signals then wait for the step in hand
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_wait, args=(reader, taken), name="signals", daemon=True).start()
     for number in taken:
         signal.signal(number, _noted)
 

@@ -117,7 +117,9 @@ class _Cache(FunctionCache):
 
 
 def _check(path: str) -> None:
-    """Whether a file holds what was written to it."""
+    """Whether a file holds what was written to it, by whom we trust: it is code that will be run."""
+    if hasattr(os, "geteuid") and os.stat(path).st_uid not in (os.geteuid(), 0, os.stat(__file__).st_uid):
+        raise InputError(f"{os.path.basename(path)}: another user's")
     data = read_bytes(Path(path), limit=_LARGEST_BYTES, where=os.path.basename(path))
     if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
         raise InputError(f"{os.path.basename(path)}: damaged")
