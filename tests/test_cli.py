@@ -1742,3 +1742,12 @@ def test_what_the_cache_finds_is_told_where_prefix_caching_is_on() -> None:
     assert [note.split(" says ")[0] for note in document["notes"]] == ["--prefix_caching: trace json-array"]
     assert document["best"]["metrics"]["cached_tokens"] == 0
     assert "note: --prefix_caching: trace json-array says nothing of what its prompts contain" in run(*silent).out
+
+
+def test_what_the_cache_finds_is_told_of_a_fleet_too(two_types: str) -> None:
+    shape = "--trace=poisson:rate=60,n=60,prompt=512,output=8,prefix=(256,1)"
+    words = ("plan", "--model=llama-3.1-8b", two_types, shape, "--prefix_caching=true")
+    metrics = json.loads(run(*words, "--format=json").out)["best"]["metrics"]
+    assert 0 < metrics["cached_tokens"] <= 59 * 256 and metrics["cached_tokens"] % 16 == 0
+    assert metrics["cache_hit_rate"] == metrics["cached_tokens"] / (60 * 512)
+    assert f"{metrics['cached_tokens']:,} prompt tokens found" in run(*words).out

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,12 +15,12 @@ from apex_opt.workload.cells import (
     UNITS,
     Faults,
     cell_text,
-    digits,
     is_blank,
     is_date,
     times_ns,
     token_counts,
 )
+from apex_opt.workload.contents import COLUMN, Contents
 from apex_opt.workload.layouts.rows import plain
 from apex_opt.workload.trace import (
     MAX_ARRIVAL_NS,
@@ -31,7 +29,6 @@ from apex_opt.workload.trace import (
     UNKNOWN,
     Ints,
     Trace,
-    gathered,
     make_trace,
     range_fault,
 )
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
 _LATE_NS: Final = 10**8 * NS_PER_S
 """Three years: arrivals that begin later count from a year that people have, such as 1970."""
 
-_MOST_ID: Final = 1 << 62
 _ROOTS: Final = ("-1", "", "null", "None")
 
 
@@ -79,11 +75,10 @@ class Collector:
     _sessions: dict[str, int] = field(default_factory=dict)
     _alone: int = 0
     _dropped: int = 0
-    _content: list[Ints] = field(default_factory=list)
-    _counts: list[Ints] = field(default_factory=list)
-    _lacking: int = 0
-    _having: int = 0
-    _content_fault: str = ""
+    _contents: Contents = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._contents = Contents(label=self.label, block=self.block or self.layout.block)
 
     def add(self, places: list[int], column: Callable[[str], list[Any]]) -> None:
         """Some more rows."""
@@ -108,7 +103,12 @@ class Collector:
                 self.faults.add(places[index], range_fault(name, "0", 1, MAX_TOKENS))
         self._timed(places, kept, answered)
         self._dropped += int((~answered).sum())
-        self._contents(places, kept, prompt, answered)
+        if COLUMN in self.called and not self.faults.found:
+            ids = [cell for cell, stays in zip(kept(COLUMN), answered.tolist(), strict=True) if stays]
+            at = [
+                f"{self.faults.place} {place}" for place, stays in zip(places, answered.tolist(), strict=True) if stays
+            ]
+            self._contents.add(ids, at, prompt[answered])
         self._prompt.append(prompt[answered])
         self._output.append(output[answered])
         self._places.append(np.array(places, np.int64)[answered])
@@ -221,54 +221,6 @@ class Collector:
             codes.append(numbers.setdefault(name, numbers.get(root, len(numbers))))
         return np.array(codes, np.int64)
 
-    def _contents(
-        self, places: list[int], kept: Callable[[str], list[Any]], prompt: Ints, answered: np.ndarray[Any, Any]
-    ) -> None:
-        """Content ids of some rows, as far as they fit the prompts."""
-        if "hash_ids" not in self.called or self._content_fault or self.faults.found:
-            return
-        block = self.block or self.layout.block
-        cells: list[Any] = [
-            _listed(cell) for cell, stays in zip(kept("hash_ids"), answered.tolist(), strict=True) if stays
-        ]
-        lacking = sum(1 for cell in cells if not cell)
-        self._lacking, self._having = self._lacking + lacking, self._having + len(cells) - lacking
-        if self._lacking and self._having:
-            self._content_fault = (
-                f"{self.label}: some requests have hash_ids and others have none; give them to all, or leave prefix "
-                "caching off"
-            )
-        if self._lacking:
-            return
-        if not block:
-            self._content_fault = (
-                f"{self.label}: nothing tells how many tokens a hash id stands for; give them as --trace_block"
-            )
-            return
-        tokens = prompt[answered]
-        counts = -(-tokens // block)
-        fit = [
-            isinstance(cell, list) and len(cell) == count for cell, count in zip(cells, counts.tolist(), strict=True)
-        ]
-        # All at once, as there are many more ids than rows.
-        ids = digits(list(itertools.chain.from_iterable(cells))) if all(fit) else None
-        if ids is None:
-            at = [place for place, stays in zip(places, answered.tolist(), strict=True) if stays]
-            faults = (
-                (place, _content_fault(cell, block, int(size)))
-                for place, cell, size in zip(at, cells, tokens, strict=True)
-            )
-            found = next(((place, fault) for place, fault in faults if fault), None)
-            if found is not None:
-                self._content_fault = (
-                    f"{self.label}: {self.faults.place} {found[0]}: hash_ids {found[1]}; give the tokens of an id as "
-                    "--trace_block, or leave prefix caching off"
-                )
-                return
-            ids = np.fromiter(map(int, itertools.chain.from_iterable(cells)), np.int64)
-        self._content.append(ids)
-        self._counts.append(counts)
-
     def trace(self, name: str, source: str, notes: Sequence[str]) -> Trace:
         """The trace, once all rows are in.
 
@@ -299,14 +251,7 @@ class Collector:
             arrivals=RECORDED if timed else UNKNOWN,
             notes=tuple(every),
         )
-        if self._content_fault:
-            return replace(trace, content_fault=self._content_fault)
-        if not self._counts or self._lacking:
-            return trace
-        starts = np.concatenate(([0], np.cumsum(np.concatenate(self._counts))))
-        ids, starts = gathered(np.concatenate(self._content), starts, np.argsort(arrival, kind="stable"))
-        block = self.block or self.layout.block
-        return replace(trace, content=ids, content_starts=starts, content_tokens=block)
+        return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 
     def _arrivals(self, notes: list[str]) -> Ints:
         """Arrivals in nanoseconds; from the earliest where they are dates or count from another age."""
@@ -367,30 +312,3 @@ class Collector:
         if max(times) > MAX_ARRIVAL_NS:
             raise InputError(f"{self.label}: with all waits the last request arrives after 73 years")
         return np.array(times, np.int64)
-
-
-def _listed(cell: object) -> object:
-    """Ids as a list, from a cell of CSV too."""
-    if isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            return json.loads(cell, parse_int=str, parse_float=str, parse_constant=str)
-        except (ValueError, RecursionError):
-            return cell
-    return None if is_blank(cell) else cell
-
-
-def _content_fault(cell: object, block: int, tokens: int) -> str:
-    """What is wrong with the content ids of a prompt; "" where nothing is."""
-    due = -(-tokens // block)
-    if not isinstance(cell, list):
-        return "must be a list"
-    if len(cell) != due:
-        return f"are {len(cell)} for a prompt of {tokens} tokens, at {block} an id {due} are due"
-    wrong = [item for item in cell if not _is_id(item)]
-    return f"must be whole numbers from 0 to 2**62, got {cell_text(wrong[0])}" if wrong else ""
-
-
-def _is_id(item: object) -> bool:
-    if not isinstance(item, str) or len(item) > 19 or not item.isdecimal() or not item.isascii():
-        return False
-    return len(item) < 19 or int(item) < _MOST_ID

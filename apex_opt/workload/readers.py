@@ -253,7 +253,7 @@ def _starts(label: str, sent: Sent) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Starts in nanoseconds, whenever they count from."""
     assert sent.arrival_s is not None
     for number, start in enumerate(sent.arrival_s, 1):
-        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1 << 31:
+        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1 << 33:
             raise InputError(f"{label}: request {number}: start {shown(start)} is no time in seconds")
     return np.array([round(start * NS_PER_S) for start in sent.arrival_s], np.int64)
 
