@@ -423,11 +423,12 @@ def _run_capacity(options: dict[str, Any]) -> int:
     from apex_opt.search.capacity import fewest_gpus, highest_rate
     from formulations.plan_space import PlanSpace
 
-    asked, plan = Options.of(options), None
+    # The rate is what is asked for, not that of the trace, which may have none.
+    asked, plan = Options.of(options | {"rate": None}), None
     if options["plan"] is None:
-        question = ask(asked, most_gpus=LARGEST_SEARCH)
+        question = ask(asked, most_gpus=LARGEST_SEARCH, rated=True)
     else:
-        question, plan = ask_plan(options["plan"], asked)
+        question, plan = ask_plan(options["plan"], asked, rated=True)
     with Progress() as progress:
         given: dict[str, Any] = {"plan": plan, "progress": progress, "top": options["top"]}
         if options["rate"] is None:

@@ -19,6 +19,7 @@ from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Question, load_objectives
 from apex_opt.workload import load_trace, parse_slos
+from apex_opt.workload.steady import at_rate, loops_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +70,7 @@ class Options:
     down: str | None = None
     runnable: str | None = None
     emit: str | None = None
+    rate: float | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -76,19 +78,20 @@ class Options:
         return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
 
 
-def ask(options: Options, most_gpus: int | None = None) -> Question:
+def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> Question:
     """Load everything a question names.
 
     Parameters
     ----------
     options : Options
     most_gpus : int or None    GPUs a search can cope with
+    rated : bool               whether rates are looked for, so that the trace need not have arrivals
 
     Raises
     ------
     ApexError    anything unknown, unreadable or out of range, in one line; a cluster with GPUs of several types
     """
-    question, *others = ask_pools(options, most_gpus)
+    question, *others = ask_pools(options, most_gpus, rated=rated)
     if others:
         types = ", ".join(pool.cluster.gpu.name for pool in (question, *others))
         raise UsageError(
@@ -98,7 +101,7 @@ def ask(options: Options, most_gpus: int | None = None) -> Question:
     return question
 
 
-def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question, ...]:
+def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> tuple[Question, ...]:
     """A question for each type of GPU in a cluster, the same but for the GPUs and what follows from them; as `ask`."""
     objective, *then = load_objectives(options.objective)
     slos = parse_slos(options.slo) if options.slo is not None else ()
@@ -129,10 +132,14 @@ def ask_pools(options: Options, most_gpus: int | None = None) -> tuple[Question,
     model = load_model(options.model)
     overhead = load_engine(options.engine)
     trace = load_trace(options.trace, options.seed, unit=options.trace_unit, block=options.trace_block)
-    if not trace.timed:
+    if not trace.timed and options.rate is None and not rated:
         raise UsageError(
             f"--trace: {options.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
         )
+    if not trace.timed:
+        trace = replace(trace, arrivals=replace(trace.arrivals, seed=options.seed))
+    if options.rate is not None:
+        trace = at_rate(trace, options.rate, loops_of(trace))
     notes = (*_about_prefixes(options, trace), *_about_engines(options))
     whole = options.policy != "vllm" or not options.chunked_prefill
     longest = options.max_model_len
@@ -233,14 +240,14 @@ def between_pools(cluster: str, busy: str | None = None, down: str | None = None
     return slowest(top.reach) if top.far else None
 
 
-def ask_plan(text: str, options: Options) -> tuple[Question, Plan]:
+def ask_plan(text: str, options: Options, *, rated: bool = False) -> tuple[Question, Plan]:
     """A plan from its text form, and the question it answers; formats it does not name are those of the options.
 
     Raises
     ------
     ApexError    as `ask`; a plan that cannot be read, or several formats for it
     """
-    return ask_plans((text,), options)[0]
+    return _planned(text, options, ask(options, rated=rated))
 
 
 def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Question, Plan], ...]:

@@ -180,6 +180,15 @@ _QUESTION: Final = (
         text="Prompt tokens that one of a trace file's hash_ids stands for; by default as its layout or name says.",
     ),
     Option(
+        name="rate",
+        kind=float,
+        least=1e-6,
+        most=1e6,
+        text="Requests per second at which the trace comes, repeated to 20,000 requests or more, which shows whether "
+        "that lasts: lengths in their order, arrivals drawn anew by its law, looped where recorded, Poisson where it "
+        "has none. By default the trace as it is.",
+    ),
+    Option(
         name="objective",
         default="e2e_mean",
         text=f"What to make best: {_AIMS}. Of several, as in energy,e2e_p95, the later ones decide between plans equal "
@@ -331,22 +340,13 @@ _PLAN: Final = Option(
     text='Replicas, pipeline stages, cut of attention, cut of FFN, number formats: "dp2 pp2 attn(tp2) ffn(tp2) bf16", '
     '"attn(dp4,tp2) ffn(ep8) fp8 kv=fp8"; "tp8" alone cuts both cells; "pp2[41,39]" sets the layers of each stage.',
 )
-_RATE: Final = (
-    Option(
-        name="rate",
-        kind=float,
-        least=1e-6,
-        most=1e6,
-        text="Requests per second to find the fewest GPUs for; by default the highest rate is searched for.",
-    ),
-    Option(
-        name="resolution",
-        kind=float,
-        default=0.02,
-        least=0.001,
-        most=1,
-        text="Step of the rates that are searched, as a share of the rate.",
-    ),
+_RESOLUTION: Final = Option(
+    name="resolution",
+    kind=float,
+    default=0.02,
+    least=0.001,
+    most=1,
+    text="Step of the rates that are searched, as a share of the rate.",
 )
 _EMIT: Final = Option(
     name="emit",
@@ -407,6 +407,7 @@ _ELSEWHERE: Final = {
     "kv": "KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.",
 }
 _BY_RATE: Final[Mapping[str, Mapping[str, Any]]] = {
+    "rate": {"text": "Requests per second to find the fewest GPUs for; by default the highest rate is searched for."},
     "slo": {
         "default": REQUIRED,
         "text": 'Goals that must all hold, on latencies or cost, such as "ttft_p95<=500ms,tpot_p95<=50ms", '
@@ -566,12 +567,13 @@ COMMANDS: Final[Mapping[str, Command]] = {
         '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms"\n'
         '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms" --rate=4\n'
         '  solve.py capacity --plan=tp8 --slo="tpot<=50ms@99%" --resolution=0.01\n\n'
-        "The trace is brought to other rates by dividing its arrival times; lengths and order stay. Exit code: 0 with "
-        "a rate or a plan, 3 where no plan meets the goals, 2 for bad input.",
+        "A rate is judged by the trace repeated, until the answer no longer depends on how long it runs: lengths in "
+        "their order, arrivals drawn anew (looped where recorded). Exit code: 0 with a rate or a plan, 3 where no plan "
+        "meets the goals, 2 for bad input.",
         options=(
             *(replace(option, **_BY_RATE.get(option.name, {})) for option in _QUESTION),
             replace(_PLAN, default=None, text="The only plan to ask about, such as tp8; by default all are searched."),
-            *_RATE,
+            _RESOLUTION,
             _TOP,
             _EMIT,
             _SOURCES,

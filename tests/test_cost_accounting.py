@@ -81,7 +81,7 @@ def test_totals_equal_the_sum_over_every_batch_of_the_log(model: Model, text: st
         text = "pp2[1,3] tp2"
     plan, cost, costs, outcome, usage = run(model, text)
     total = batch_by_batch(plan, cost, outcome)
-    gpu, seconds = costs.cluster.gpu, plan.devices * outcome.makespan_ns / 1e9
+    gpu, seconds = costs.cluster.gpu, plan.devices * (outcome.makespan_ns + cost.request_ns) / 1e9
     assert usage.idle_energy_j == pytest.approx(gpu.idle_w * seconds)
     assert usage.energy_j == pytest.approx(usage.idle_energy_j + total["joules"], rel=1e-9)
     assert usage.mfu == pytest.approx(total["flops"] / (seconds * gpu.peak_flops_per_s("bf16")), rel=1e-9)
@@ -90,11 +90,12 @@ def test_totals_equal_the_sum_over_every_batch_of_the_log(model: Model, text: st
 
 @pytest.mark.parametrize("text", PLANS)
 def test_operations_and_idle_fill_the_run_and_shares_of_peak_lie_between_none_and_all(text: str) -> None:
-    plan, _, costs, outcome, usage = run(DENSE, text)
-    assert sum(usage.operations_s.values()) == pytest.approx(outcome.makespan_ns / 1e9, rel=1e-6)
+    plan, cost, costs, outcome, usage = run(DENSE, text)
+    makespan_s = (outcome.makespan_ns + cost.request_ns) / 1e9
+    assert sum(usage.operations_s.values()) == pytest.approx(makespan_s, rel=1e-6)
     assert all(seconds >= 0 for seconds in usage.operations_s.values())
     assert usage.energy_j > usage.idle_energy_j > 0
-    assert usage.energy_j < costs.cluster.gpu.tdp_w * plan.devices * outcome.makespan_ns / 1e9
+    assert usage.energy_j < costs.cluster.gpu.tdp_w * plan.devices * makespan_s
     assert 0 < usage.mfu < 1
     assert 0 < usage.mbu < 1
 
@@ -107,9 +108,15 @@ def test_time_in_operations_is_the_time_stages_were_busy(text: str) -> None:
 
 
 def test_arithmetic_of_a_run_is_that_of_its_tokens() -> None:
-    plan, _, costs, outcome, usage = run(DENSE, "tp2")
+    plan, cost, costs, outcome, usage = run(DENSE, "tp2")
     padding = 1.6  # decode batches are padded to captured sizes
-    done = usage.mfu * plan.devices * outcome.makespan_ns / 1e9 * costs.cluster.gpu.peak_flops_per_s("bf16")
+    done = (
+        usage.mfu
+        * plan.devices
+        * (outcome.makespan_ns + cost.request_ns)
+        / 1e9
+        * costs.cluster.gpu.peak_flops_per_s("bf16")
+    )
     tokens = outcome.counts.tokens
     assert 2 * DENSE.matrix_parameters * tokens < done
     logits = 2 * DENSE.lm_head_matrix_parameters * tokens

@@ -51,7 +51,7 @@ def account(plan: Plan, cost: PlanCost, model: Costs, outcome: Outcome) -> Usage
     # Batches of a run use few entries of the tables.
     entries = {table: np.flatnonzero(count) for table, count in law_counts(outcome.counts).items()}
     counts = {table: count[entries[table]].astype(np.float64) for table, count in law_counts(outcome.counts).items()}
-    makespan_s = outcome.makespan_ns / NS_PER_S
+    makespan_s = (outcome.makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
     for stage in cost.pieces:

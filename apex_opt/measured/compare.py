@@ -187,13 +187,14 @@ class Predictor:
         if run.iterations is not None and plan.stages == 1:
             steps, left_out = step_times(run.iterations, settings, cost.laws[0])
         # The measured window begins at time 0, with an idle engine.
+        makespan_s = (outcome.makespan_ns + cost.request_ns) / NS_PER_S
         lead_s = int(outcome.arrival_ns.min()) / NS_PER_S
         lead_j = idle_w(costs, plan) * lead_s
         return Prediction(
             plan=plan,
             values=_values(run, metrics, usage.energy_j + lead_j, outcome),
             operations_s=usage.operations_s,
-            sample=(lead_s + metrics.makespan_s, *_work(plan, usage, metrics.makespan_s, cluster)),
+            sample=(lead_s + makespan_s, *_work(plan, usage, makespan_s, cluster)),
             preemptions=outcome.preemptions,
             batches=outcome.batches,
             steps=steps,

@@ -12,16 +12,22 @@ from apex_opt.report.document import candidate_document, cleaned, noted, questio
 from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.tables import best_tables, cluster_words, figure_columns
 from apex_opt.search.capacity import ASSUMPTION
+from apex_opt.workload.steady import rate_of, words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.report.document import Document
     from apex_opt.search import Question
-    from apex_opt.search.capacity import Capacity, PlanRate
+    from apex_opt.search.capacity_answer import Capacity, PlanRate
+    from apex_opt.search.steady import Evidence
 
-_LASTING: Final = 0.1
-"""Longest tail after the last arrival, as a share of the arrivals' own time, of a load that is taken for steady."""
+_WHY: Final = {
+    "queue": "the queue grows",
+    "saturated": "it is too near to what the plan serves from a queue that never empties",
+    "prediction": "another run could miss a goal",
+}
+"""Why a rate is not sustained, where no goal is missed."""
 
 
 def capacity_document(question: Question, capacity: Capacity, provenance: dict[str, str]) -> Document:
@@ -36,12 +42,13 @@ def capacity_document(question: Question, capacity: Capacity, provenance: dict[s
                 "rate_per_s": capacity.asked_per_s,
                 "resolution": capacity.resolution,
             },
+            "steady": bool(rows),
             "reason": capacity.reason,
             "best": rows[0] if rows else None,
             "candidates": rows,
             "certificate": asdict(capacity.certificate),
             "assumption": ASSUMPTION if capacity.asked_per_s is None else None,
-            "question": question_document(question),
+            "question": question_document(question) | {"arrivals": words(question.trace)},
             "provenance": provenance,
             "version": __version__,
         }
@@ -51,23 +58,40 @@ def capacity_document(question: Question, capacity: Capacity, provenance: dict[s
 
 def _plan_rate(question: Question, item: PlanRate) -> Document:
     """A plan, its rate, what is missed at the next one, and its run at this rate."""
-    own = question.trace.rate_per_s
-    assert own is not None, "a rate was found"
-    missed = {}
-    if item.fails is not None:
-        metrics = item.fails.metrics
-        missed = {slo.text: metrics.judged(slo) for slo in question.slos if not metrics.slo_met[slo.text]}
-    span_s = question.trace.duration_s * own / item.rate_per_s
+    own = rate_of(question.trace)
+    transient = item.evidence.transient
     return {
         "rate_per_s": item.rate_per_s,
         "rate_per_gpu_per_s": item.rate_per_s / item.plan.devices,
         "times_own_rate": item.rate_per_s / own,
+        "steady": True,
         "next_rate_per_s": item.next_rate_per_s,
-        "missed_at_next_rate": missed,
-        "near": [{"rate_per_s": rate, "holds": holds} for rate, holds in item.near],
-        "arrivals_s": span_s,
-        "after_last_arrival_s": max(item.holds.metrics.makespan_s - span_s, 0.0),
+        "why_not_next": item.why or None,
+        "missed_at_next_rate": item.missed,
+        "arrivals_s": transient.arrivals_s,
+        "after_last_arrival_s": transient.drain_s,
+        "evidence": evidence_document(item.evidence),
         **candidate_document(question, item.holds),
+    }
+
+
+def evidence_document(evidence: Evidence) -> Document:
+    """What shows that a rate is sustained; rates in requests per second."""
+    transient = evidence.transient
+    return {
+        "requests": evidence.requests,
+        "warm_up_requests": evidence.warm_up,
+        "backlog_first_half": transient.before,
+        "backlog_second_half": transient.after,
+        "backlog_growing": transient.growing,
+        "served_per_s": evidence.served_per_s,
+        "goals_first_half": evidence.half,
+        "goals_whole": evidence.whole,
+        "saturated_per_s": evidence.saturated_per_s,
+        "margin_below_saturated": evidence.margin,
+        "further_runs": evidence.runs,
+        "requests_of_each": evidence.run_requests,
+        "goals_predicted_at_worst": evidence.predicted,
     }
 
 
@@ -92,7 +116,10 @@ def _draw(console: Console, document: Document) -> None:
     if best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
-        console.print(Text.assemble(f"{document['asked']['for']}: ", *_headline(document, best)))
+        highest = document["asked"]["rate_per_s"] is None
+        console.print(
+            Text.assemble(f"{document['asked']['for']}{' sustained' * highest}: ", *_headline(document, best))
+        )
         console.print(f"{_ends(document, best)}\n")
         _plans(console, document)
         best_tables(console, best)
@@ -109,30 +136,31 @@ def _headline(document: Document, best: Document) -> tuple[str | tuple[str, str]
 
 
 def _ends(document: Document, best: Document) -> str:
-    """What ends the rate, and whether the trace is long enough to say that it lasts."""
+    """What ends the rate, and what shows that it lasts."""
+    evidence = best["evidence"]
     text = f"{best['times_own_rate']:.3g} times the rate of the trace"
-    if document["asked"]["rate_per_s"] is None and best["next_rate_per_s"] is None:
-        return f"{text}, the highest that is looked at: so few requests load no plan; give a longer trace"
-    if best["next_rate_per_s"] is not None:
-        text += f"; at {_rate(best['next_rate_per_s'])}, the next of the grid, {_missed(best)}\n{_sharpness(best)}"
+    if document["asked"]["rate_per_s"] is None:
+        text += f"; at {_rate(best['next_rate_per_s'])}, the next of the grid, {_not_next(best)}"
     text += (
-        f"\nrequests arrive for {seconds(best['arrivals_s'])}, the last answer comes "
-        f"{seconds(best['after_last_arrival_s'])} later"
+        f"\nsustained: {count(evidence['requests'], 'request')}, {document['question']['arrivals']}; after the first "
+        f"{evidence['warm_up_requests']:,} a backlog of {evidence['backlog_first_half']:.1f}, later "
+        f"{evidence['backlog_second_half']:.1f} requests; {evidence['served_per_s']:.3f} answered per second"
     )
-    if best["after_last_arrival_s"] > _LASTING * best["arrivals_s"]:
-        text += ": too short a trace to say that this rate lasts; one with more requests can give less"
+    if evidence["further_runs"]:
+        text += f"; {count(evidence['further_runs'], 'further run')} of {evidence['requests_of_each']:,} hold as well"
+    if evidence["saturated_per_s"] is not None:
+        text += f"; saturated it serves {evidence['saturated_per_s']:.3f}"
     return text
 
 
-def _sharpness(row: Document) -> str:
-    """Whether the goals hold at all rates simulated below the one found, and at none above."""
-    below = [near for near in row["near"] if near["rate_per_s"] < row["rate_per_s"]]
-    above = [near for near in row["near"] if near["rate_per_s"] > row["rate_per_s"]]
-    odd = [f"fail at {near['rate_per_s']:.3f}" for near in below if not near["holds"]]
-    odd += [f"hold at {near['rate_per_s']:.3f}" for near in above if near["holds"]]
-    if odd:
-        return f"not a sharp limit: the goals {', '.join(odd)} requests/s"
-    return f"the goals hold at the {count(len(below), 'rate')} before and fail at the {count(len(above), 'rate')} after"
+def _not_next(row: Document) -> str:
+    """Why the next rate is not sustained."""
+    if row["why_not_next"] == "goals":
+        return _missed(row)
+    if row["why_not_next"] == "prediction" and row["missed_at_next_rate"]:
+        worst = (f"{text} at {seconds(value)}" for text, value in row["missed_at_next_rate"].items())
+        return f"another run could miss {', '.join(worst)}"
+    return _WHY.get(row["why_not_next"] or "", "-")
 
 
 def _missed(row: Document) -> str:
@@ -157,7 +185,7 @@ def _plans(console: Console, document: Document) -> None:
             str(row["gpus"]),
             f"{row['rate_per_s']:.3f}",
             f"{row['rate_per_gpu_per_s']:.3f}",
-            *((f"{row['next_rate_per_s']:.3f}" if row["next_rate_per_s"] else "-", _missed(row)) * highest),
+            *((f"{row['next_rate_per_s']:.3f}" if row["next_rate_per_s"] else "-", _not_next(row)) * highest),
             *(read(row) for read in of_requests.values()),
             f"{row['metrics']['throughput_rps']:.3f}",
             f"{row['metrics']['energy_j'] / 1e3:,.1f}",

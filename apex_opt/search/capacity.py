@@ -1,11 +1,9 @@
-"""The highest rate of requests that plans take within the goals, and the fewest GPUs for a rate.
+"""The highest rate of requests that plans sustain within the goals, and the fewest GPUs for a rate.
 
-A trace is brought to a rate by dividing its arrival times; lengths and order stay. Rates form a grid, each
-(1 + resolution) times the one before, with the trace's own among them. On it a plan's highest rate is found by doubling
-or halving until the goals fail or hold, then by bisection. That assumes that goals which fail at a rate fail at all
-higher ones. They need not: batches fall differently at every rate, and a percentile of few requests moves with them. So
-what is stated is simulated: the rate found, where the goals hold, the next one, where they do not, and `NEAR` rates on
-either side, which show how sharp the limit is.
+Whether a plan sustains a rate is judged by `apex_opt.search.steady`. Rates form a grid (`apex_opt.search.rates`), each
+(1 + resolution) times the one before, with the trace's own among them. On it a plan's highest rate is found by going up
+or down, in growing strides, until its first run fails or holds, then by bisection; from there it goes down until the
+further runs hold as well. That assumes that goals which fail at a rate fail at all higher ones.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +20,8 @@ import numpy as np
 from apex_opt.errors import UsageError
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.answer import misses
-from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.capacity_answer import Capacity, PlanRate, RateCertificate
+from apex_opt.search.rates import Grid, highest_step
 from apex_opt.search.search import (
     ROUND,
     bound_plans,
@@ -34,100 +33,20 @@ from apex_opt.search.search import (
     silent,
     tell_compiling,
 )
+from apex_opt.search.steady import DOUBLINGS, Steady, Trial
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.slo import LATENCIES
-from apex_opt.workload.trace import MAX_ARRIVAL_NS
+from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Candidate, Status
+    from apex_opt.search.evaluator import Evaluator
     from apex_opt.search.question import Question
     from apex_opt.search.search import Formulation, Progress
-    from apex_opt.workload.trace import Trace
-
-SLOWEST_PER_S: Final = 1e-6
-FASTEST_PER_S: Final = 1e6
-"""Rates that are looked at: far below, requests are alone; far above, all have arrived before the first is answered."""
-
-NEAR: Final = 5
-"""Rates simulated on either side of the one found."""
 
 ASSUMPTION: Final = "goals that fail at a rate fail at every higher one"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRate:
-    """A plan at a rate at which the goals hold.
-
-    Parameters
-    ----------
-    plan : Plan
-    rate_per_s : float                 requests per second
-    holds : Candidate                  its run at this rate
-    next_rate_per_s : float or None    next rate of the grid; None at its end, or where a rate was given
-    fails : Candidate or None          its run at the next rate, which misses a goal
-    near : tuple of (float, bool)      rates of the grid on either side, slowest first, and whether the goals hold there
-    """
-
-    plan: Plan
-    rate_per_s: float
-    holds: Candidate
-    next_rate_per_s: float | None = None
-    fails: Candidate | None = None
-    near: tuple[tuple[float, bool], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RateCertificate:
-    """How every plan of the space was accounted for.
-
-    Parameters
-    ----------
-    space : int              plans there are
-    infeasible : mapping     plans that break a constraint family, charged to the first in order
-    bounded : int            plans that a lower bound ruled out: they miss a goal at any rate, or are no better
-    ruled_out : int          plans that missed a goal, or the objective of those found, at the rate they had to reach
-    repeated : int           plans whose layers, moved to lighten the heaviest stage, stay even: listed already
-    found : int              plans whose highest rate was found or, where a rate was given, that hold at it
-    larger : int             plans on more GPUs than were needed for the rate given
-    simulations : int        runs of all plans together
-    complete : bool          every plan is accounted for
-    """
-
-    space: int
-    infeasible: dict[str, int]
-    bounded: int
-    ruled_out: int
-    found: int
-    larger: int
-    simulations: int
-    complete: bool
-    repeated: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """Plans with the highest rate, or on the fewest GPUs for a rate, best first; or why there is none.
-
-    Parameters
-    ----------
-    status : "optimal", "infeasible", or "feasible" where one plan was asked about or not all were seen
-    asked_per_s : float or None        the rate given; None where the highest was asked for
-    resolution : float or None         step of the grid of rates, as a share
-    plans : tuple of PlanRate
-    certificate : RateCertificate
-    reason : str or None               why there is no plan
-    """
-
-    status: Status
-    asked_per_s: float | None
-    resolution: float | None
-    plans: tuple[PlanRate, ...]
-    certificate: RateCertificate
-    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,71 +68,19 @@ class _Space:
         return "feasible" if self.given or not self.complete else "optimal"
 
 
-class _Rates:
-    """A question at every rate of a grid; costs do not depend on the rate and are shared."""
-
-    def __init__(self, question: Question, resolution: float) -> None:
-        own = own_rate(question.trace)
-        step = math.log1p(resolution)
-        slowest = max(SLOWEST_PER_S / own, int(question.trace.arrival_ns[-1]) / MAX_ARRIVAL_NS)
-        self.ratio = 1 + resolution
-        self.doubling = max(1, round(math.log(2) / step))
-        self.low = min(0, math.ceil(math.log(slowest) / step))
-        self.high = max(0, math.floor(math.log(FASTEST_PER_S / own) / step))
-        self._at = {0: Evaluator(question)}
-
-    def at(self, step: int) -> Evaluator:
-        """Scores of plans at a step; 0 is the trace's own rate."""
-        if step not in self._at:
-            own = self._at[0]
-            evaluator = Evaluator(at_rate(own.question, self.ratio**step))
-            evaluator.costs = own.costs
-            self._at[step] = evaluator
-        return self._at[step]
-
-    def run(self, plan: Plan, step: int) -> Candidate | None:
-        """The run of a plan at a step, where the goals hold; else cut short."""
-        evaluator = self.at(step)
-        candidate = evaluator.challenge(plan, None, evaluator.any_cost)
-        return candidate if candidate is not None and candidate.meets_slos else None
-
-    def rate_per_s(self, step: int) -> float:
-        return own_rate(self.at(step).question.trace)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """A plan and the last step at which it holds."""
+    """A plan, the last step that it sustains, and why not the next."""
 
     plan: Plan
     step: int
-    holds: Candidate
+    trial: Trial
+    after: Trial | None
 
     @property
     def rank(self) -> tuple[int, int, str]:
         """Better first: rate, then fewer GPUs, then the text form, so that ties fall the same way every time."""
         return -self.step, *_size(self.plan)
-
-
-def own_rate(trace: Trace) -> float:
-    """Requests per second of a trace.
-
-    Raises
-    ------
-    UsageError    a trace that has none
-    """
-    if trace.rate_per_s is None:
-        kind = "is a closed loop" if trace.concurrency is not None else "has all its requests arrive at once"
-        raise UsageError(
-            f"--trace: {trace.name} {kind}, so there is no rate to change; give one with arrival times, such as "
-            "poisson:rate=2,n=500"
-        )
-    return trace.rate_per_s
-
-
-def at_rate(question: Question, factor: float) -> Question:
-    """The question with its requests coming `factor` times as fast, in whole nanoseconds."""
-    return question if factor == 1 else replace(question, trace=question.trace.stretched(1 / factor))
 
 
 def highest_rate(
@@ -247,24 +114,29 @@ def highest_rate(
     """
     tell = progress or silent
     _check_goals(question)
-    rates = _Rates(question, resolution)
+    steady = Steady(question)
+    longest = len(question.trace) * steady.loops << DOUBLINGS
+    grid = Grid.of(rate_of(question.trace), resolution, longest)
     space = _listed(question, formulation, plan, tell)
-    possible = _possible(rates.at(0), space, tell)
-    queue = sorted(possible, key=lambda plan: (-_guess(rates.at(0), plan), *_size(plan)))
+    alone = steady.at(grid.rate_per_s(grid.low))
+    possible = _possible(alone, space, tell)
+    guesses = {plan: _guess(steady.own, plan) for plan in possible}
+    queue = sorted(possible, key=lambda plan: (-guesses[plan], *_size(plan)))
     found: list[_Found] = []
-    bounded, simulations = 0, space.simulations
-    tell_compiling(tell, rates.at(0), queue)
+    bounded = 0
+    tell_compiling(tell, steady.own, queue)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for start in range(0, len(queue), ROUND):
             tell("searching rates", start, len(queue))
             last = sorted(found, key=lambda item: item.rank)[top - 1] if len(found) >= top else None
-            for result, runs in pool.map(partial(_search_plan, rates, last), queue[start : start + ROUND]):
-                simulations += runs
+            batch = queue[start : start + ROUND]
+            look = partial(_search_plan, steady, grid, last)
+            for result, runs in pool.map(look, batch, [guesses[plan] for plan in batch]):
                 bounded += not runs
                 if result is not None:
                     found.append(result)
         best = sorted(found, key=lambda item: item.rank)[:top]
-        plans = tuple(pool.map(partial(_both_ends, rates), best))
+        plans = tuple(pool.map(partial(_ended, steady, grid), best))
     certificate = RateCertificate(
         space=space.size,
         infeasible=space.infeasible,
@@ -272,13 +144,14 @@ def highest_rate(
         ruled_out=len(queue) - bounded - len(found),
         found=len(found),
         larger=0,
-        simulations=simulations + sum(len(item.near) for item in plans),
+        simulations=space.simulations + steady.simulations,
         complete=space.complete,
         repeated=space.repeated,
     )
     reason = None
     if not plans:
-        reason = _why_not("even at one request at a time", rates.at(rates.low).question, formulation, space)
+        one_by_one = steady.at(grid.rate_per_s(grid.low), 1).question
+        reason = _why_not("even at one request at a time", one_by_one, formulation, space)
     return Capacity(
         status=space.status(bool(plans)),
         asked_per_s=None,
@@ -314,13 +187,14 @@ def fewest_gpus(
     """
     tell = progress or silent
     _check_goals(question)
-    asked = at_rate(question, rate_per_s / own_rate(question.trace))
+    steady = Steady(question)
+    evaluator = steady.at(rate_per_s)
+    asked = evaluator.question
     space = _listed(asked, formulation, plan, tell)
-    evaluator = Evaluator(asked)
     possible = _possible(evaluator, space, tell)
-    found: list[Candidate] = []
+    found: list[tuple[Candidate, Trial]] = []
+    failed: list[tuple[Plan, Trial]] = []
     bounded = seen = 0
-    simulations = space.simulations
     tell_compiling(tell, evaluator, possible)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for gpus in sorted({plan.devices for plan in possible}):
@@ -328,19 +202,20 @@ def fewest_gpus(
             queue = sorted(bounds, key=lambda plan: (bounds[plan], str(plan)))
             for start in range(0, len(queue), ROUND):
                 tell("simulating plans", seen, len(possible))
-                costs = sorted(asked.costs(candidate.metrics) for candidate in found)
+                costs = sorted(asked.costs(candidate.metrics) for candidate, _ in found)
                 worst = costs[top - 1] if len(costs) >= top else evaluator.any_cost
                 batch = [plan for plan in queue[start : start + ROUND] if bounds[plan] <= worst]
                 bounded += len(queue[start : start + ROUND]) - len(batch)
                 seen += len(queue[start : start + ROUND])
-                simulations += len(batch)
-                challenge = partial(evaluator.challenge, worst=worst)
-                for candidate in pool.map(challenge, batch, [bounds[plan][0] for plan in batch]):
-                    if candidate is not None and candidate.meets_slos:
-                        found.append(candidate)
+                trials = pool.map(partial(_sustains, steady, rate_per_s, worst), batch)
+                for item, trial in zip(batch, trials, strict=True):
+                    if trial.holds and trial.first is not None:
+                        found.append((trial.first, trial))
+                    else:
+                        failed.append((item, trial))
             if found:
                 break
-    best = sorted(found, key=lambda item: (asked.costs(item.metrics), str(item.plan)))[:top]
+    best = sorted(found, key=lambda item: (asked.costs(item[0].metrics), str(item[0].plan)))[:top]
     certificate = RateCertificate(
         space=space.size,
         infeasible=space.infeasible,
@@ -348,95 +223,95 @@ def fewest_gpus(
         ruled_out=seen - bounded - len(found),
         found=len(found),
         larger=len(possible) - seen,
-        simulations=simulations,
+        simulations=space.simulations + steady.simulations,
         complete=space.complete,
         repeated=space.repeated,
     )
+    where = f"at {rate_per_s:.4g} requests/s"
     return Capacity(
         status=space.status(bool(best)),
         asked_per_s=rate_per_s,
         resolution=None,
-        plans=tuple(PlanRate(plan=item.plan, rate_per_s=rate_per_s, holds=item) for item in best),
+        plans=tuple(
+            PlanRate(plan=first.plan, rate_per_s=rate_per_s, holds=first, evidence=trial.evidence)
+            for first, trial in best
+            if trial.evidence is not None
+        ),
         certificate=certificate,
-        reason=None if best else _why_not(f"at {rate_per_s:.4g} requests/s", asked, formulation, space),
+        reason=None if best else _near_miss(where, failed) or _why_not(where, asked, formulation, space),
     )
 
 
-def highest_step(holds: Callable[[int], bool], *, low: int, high: int, start: int, doubling: int) -> int | None:
-    """The last step from `low` to `high` that holds, or None, if none holds after one that does not.
-
-    Parameters
-    ----------
-    holds : callable    asked about `start` first, and in the end about the step found and the next
-    doubling : int      steps by which to go up or down until the answer changes
-    """
-    if holds(start):
-        good = start
-        while (bad := min(good + doubling, high)) > good and holds(bad):
-            good = bad
-        if good == high:
-            return high
-    else:
-        if start == low or not holds(low):
-            return None
-        bad = start
-        while (good := max(bad - doubling, low)) > low and not holds(good):
-            bad = good
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if holds(middle):
-            good = middle
-        else:
-            bad = middle
-    return good
-
-
-def _search_plan(rates: _Rates, last: _Found | None, plan: Plan) -> tuple[_Found | None, int]:
-    """The last step at which a plan holds, where it is among the best so far; and the simulations that took."""
-    low = rates.low
+def _search_plan(
+    steady: Steady, grid: Grid, last: _Found | None, plan: Plan, guess_per_s: float
+) -> tuple[_Found | None, int]:
+    """The last step that a plan sustains, where it is among the best so far; and the rates looked at."""
+    low = grid.low
     if last is not None:
         low = last.step if _size(plan) < _size(last.plan) else last.step + 1
-    if low > rates.high:
+    if low > grid.high:
         return None, 0
-    runs: dict[int, Candidate | None] = {}
+    trials: dict[int, Trial] = {}
 
     def holds(step: int) -> bool:
-        if step not in runs:
-            runs[step] = rates.run(plan, step)
-        return runs[step] is not None
+        if step not in trials:
+            trials[step] = steady.run(plan, grid.rate_per_s(step))
+        return trials[step].holds
 
-    start = 0 if last is None else low
-    step = highest_step(holds, low=low, high=rates.high, start=start, doubling=rates.doubling)
-    if step is None or (candidate := runs[step]) is None:
-        return None, len(runs)
-    return _Found(plan=plan, step=step, holds=candidate), len(runs)
+    start = grid.below(guess_per_s) if last is None else low
+    step = highest_step(holds, low=low, high=grid.high, start=start)
+    while step is not None and step >= low:
+        if holds(step):
+            trials[step] = steady.confirmed(plan, grid.rate_per_s(step), trials[step])
+            if trials[step].holds:
+                return _Found(plan=plan, step=step, trial=trials[step], after=trials.get(step + 1)), len(trials)
+        step = _lower(grid, trials, step)
+    return None, len(trials)
 
 
-def _both_ends(rates: _Rates, found: _Found) -> PlanRate:
-    """A plan with its run at the last rate that holds, a whole one at the next, and what holds around."""
-    fails = next_rate = None
-    near = range(max(found.step - NEAR, rates.low), min(found.step + NEAR, rates.high) + 1)
-    if found.step < rates.high:
-        next_rate = rates.rate_per_s(found.step + 1)
-        fails = rates.at(found.step + 1).simulate(found.plan)
-        assert not fails.meets_slos, "a run was cut short without reason"
+def _lower(grid: Grid, trials: dict[int, Trial], step: int) -> int:
+    """The next step to try below one that is not sustained."""
+    trial = trials[step]
+    evidence = trial.evidence
+    if trial.why == "saturated" and evidence is not None and evidence.saturated_per_s is not None:
+        lower = grid.below(evidence.saturated_per_s / (1 + evidence.margin))
+        if lower < step - 1:
+            trials[lower + 1] = trial
+            return lower
+    return step - 1
+
+
+def _sustains(steady: Steady, rate_per_s: float, worst: tuple[float, ...], plan: Plan) -> Trial:
+    """A plan at a rate, where it costs no more than `worst`."""
+    trial = steady.run(plan, rate_per_s, worst)
+    return steady.confirmed(plan, rate_per_s, trial) if trial.holds else trial
+
+
+def _ended(steady: Steady, grid: Grid, found: _Found) -> PlanRate:
+    """A plan with its run at the last rate that it sustains, and what is missed at the next."""
+    trial, after = found.trial, found.after
+    assert trial.run is not None and trial.evidence is not None, "it holds"
+    next_rate, missed = None, dict[str, float]()
+    if found.step < grid.high:
+        assert after is not None, "the next step was asked about"
+        next_rate = grid.rate_per_s(found.step + 1)
+        if after.run is None:
+            after = Trial(why="goals", run=steady.at(next_rate, after.loops).simulate(found.plan))
+        missed = steady.missed(after)
     return PlanRate(
         plan=found.plan,
-        rate_per_s=rates.rate_per_s(found.step),
-        holds=found.holds,
+        rate_per_s=grid.rate_per_s(found.step),
+        holds=trial.run,
+        evidence=trial.evidence,
         next_rate_per_s=next_rate,
-        fails=fails,
-        near=tuple(
-            (rates.rate_per_s(step), step != found.step + 1 and rates.run(found.plan, step) is not None)
-            for step in near
-            if step != found.step
-        ),
+        why="" if after is None else after.why,
+        missed=missed,
     )
 
 
 def _check_goals(question: Question) -> None:
     """Refuse what a rate cannot be searched by."""
-    own_rate(question.trace)
+    rate_of(question.trace)
     if not question.slos:
         raise UsageError("--slo: a highest rate needs goals that end it, such as ttft_p95<=500ms,tpot_p95<=50ms")
     if wrong := [slo.text for slo in question.slos if slo.metric not in (*LATENCIES, "cost")]:
@@ -483,7 +358,8 @@ def _possible(evaluator: Evaluator, space: _Space, tell: Progress) -> list[Plan]
 def _guess(evaluator: Evaluator, plan: Plan) -> float:
     """Requests per second that would keep the busiest stage of a plan busy: no bound, for the order alone.
 
-    Prompts fill their batches; as many sequences decode at once as the KV cache and the tightest goal on TPOT allow.
+    Prompts fill their batches; as many sequences decode at once as the KV cache and the tightest goal on TPOT allow. In
+    a pipeline these gather in one batch, as a batch takes all that are free.
     """
     question = evaluator.question
     settings, trace = question.settings_for(plan), question.trace
@@ -496,14 +372,27 @@ def _guess(evaluator: Evaluator, plan: Plan) -> float:
     sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
     steps = [law.decode_ns[sequences] + sequences * held * law.context_rate[sequences] / 2**RATE_BITS for law in laws]
     limit_ns = NS_PER_S * min((slo.limit for slo in question.slos if slo.metric == "tpot"), default=math.inf)
-    last = max(int((np.sum(steps, axis=0) <= limit_ns).sum()) - 1, 0)
+    step_ns = np.sum(steps, axis=0)
+    last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
     busy_ns = max(
         prompt * law.mixed_ns[-1] / (len(law.mixed_ns) - 1)
         + prompt**2 / 2 * law.pair_rate[-1] / 2**RATE_BITS / law.copies
-        + output * step[last] / sequences[last]
-        for law, step in zip(laws, steps, strict=True)
+        for law in laws
     )
+    busy_ns += output * step_ns[last] / sequences[last]
     return float(plan.replicas * NS_PER_S / busy_ns)
+
+
+def _near_miss(where: str, failed: list[tuple[Plan, Trial]]) -> str | None:
+    """One sentence on a plan that meets the goals for a while; None where there is none."""
+    for plan, trial in failed:
+        if trial.why == "queue":
+            return f"{where}, {plan} meets the goals at first, but its queue grows: lower the rate or offer more GPUs"
+        if trial.why == "saturated":
+            return f"{where}, {plan} meets the goals, but serves hardly more when saturated: lower the rate"
+        if trial.why == "prediction":
+            return f"{where}, {plan} meets the goals in one run and could miss them in another: lower the rate"
+    return None
 
 
 def _why_not(where: str, question: Question, formulation: Formulation, space: _Space) -> str:

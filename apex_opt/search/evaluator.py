@@ -15,6 +15,7 @@ from apex_opt.search.load import Load, replicas_with_room
 from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import Metrics, measure
+from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -235,22 +236,29 @@ class Evaluator:
         ------
         CapacityError    a request that the plan's KV cache cannot hold
         """
-        question = self.question
-        cost = self.costs.plan_cost(plan)
-        memory = self._memory(plan)
+        outcome = self.run(plan, worst)
+        return None if outcome is None else self.scored(plan, outcome, bound)
+
+    def run(self, plan: Plan, worst: Costs) -> Outcome | None:
+        """Serve the trace by a plan; None where it misses an SLO or costs more than `worst`, as for `challenge`."""
         stops = [] if worst[0] == float("inf") else self._stops(plan, worst)
+        cost, memory = self.costs.plan_cost(plan), self._memory(plan)
         outcome = self._run(plan, cost, memory, stops=stops, gaps=self._tells_gaps)
-        if outcome.stopped:
-            return None
-        usage = account(plan, cost, self.costs, outcome)
+        return None if outcome.stopped else outcome
+
+    def scored(self, plan: Plan, outcome: Outcome, bound: float | None = None) -> Candidate:
+        """The figures of a run of the question's trace."""
+        question = self.question
+        usage = account(plan, self.costs.plan_cost(plan), self.costs, outcome)
         figures = {"energy_j": usage.energy_j, "cost_per_h": question.cost_per_h(plan)}
-        metrics = self._measure(outcome, question.goals, **figures)
+        transient = Transient.of(outcome, self.costs.request_ns, closed=question.trace.concurrency is not None)
+        metrics = self._measure(outcome, question.goals, transient, **figures)
         return Candidate(
             plan=plan,
             value=question.objective.value(metrics),
             metrics=metrics,
             usage=usage,
-            memory=memory,
+            memory=self._memory(plan),
             bound=bound,
             preemptions=outcome.preemptions,
             batches=outcome.batches,
@@ -330,6 +338,8 @@ class Evaluator:
         stops = []
         for slo in question.goals:
             stops += passing.limit(slo.metric, slo.statistic, slo.limit, slo.fraction)
+        if worst == self.any_cost:
+            return stops
         bounds, _ = self.bounds(plan, question.objectives)
         for objective, cost, bound in zip(question.objectives, worst, bounds, strict=True):
             stops += passing.limit(objective.metric, objective.statistic, objective.cost(cost))
@@ -337,7 +347,9 @@ class Evaluator:
                 break  # better by this one, it may be worse by the next
         return stops
 
-    def _measure(self, outcome: Outcome, slos: Sequence[Slo], **figures: float | None) -> Metrics:
+    def _measure(
+        self, outcome: Outcome, slos: Sequence[Slo], transient: Transient | None = None, **figures: float | None
+    ) -> Metrics:
         question = self.question
         return measure(
             outcome,
@@ -347,6 +359,7 @@ class Evaluator:
             slos=slos,
             request_slos=question.per_request,
             percentiles=question.percentiles,
+            transient=transient,
             **figures,
         )
 

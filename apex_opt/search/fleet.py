@@ -22,6 +22,7 @@ from apex_opt.simulator import simulate
 from apex_opt.simulator.metrics import measure
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.stop import Stop, latencies_ns
+from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -166,16 +167,18 @@ class FleetEvaluator:
                 )
             )
         cost_per_h = sum(part.cost_per_h for part in parts)
+        request_ns = self._evaluators[0].costs.request_ns
         metrics = measure(
             whole,
             question.trace,
             max_model_len=question.settings.max_model_len,
-            request_ns=self._evaluators[0].costs.request_ns,
+            request_ns=request_ns,
             slos=question.goals,
             request_slos=question.per_request,
             percentiles=question.percentiles,
             energy_j=sum(part.usage.energy_j for part in found),
             cost_per_h=None if cost_per_h != cost_per_h else cost_per_h,
+            transient=Transient.of(whole, request_ns, closed=question.trace.concurrency is not None),
         )
         return Fleet(parts=tuple(found), value=question.objective.value(metrics), metrics=metrics, bound=bound)
 

@@ -188,7 +188,9 @@ class _Figures:
     def __init__(self, requests: _Requests, floors: _Floors) -> None:
         self._requests, self._floors = requests, floors
         ends_ns = (requests.arrival_ns + floors.whole_ns).max(axis=1)
-        self._makespan_s: Floats = np.maximum(np.maximum(ends_ns, 1) / NS_PER_S, floors.load_s)
+        outside_ns = requests.request_ns
+        within_s = np.maximum((ends_ns + outside_ns) / NS_PER_S, 1 / NS_PER_S)
+        self._makespan_s: Floats = np.maximum(within_s, floors.load_s + outside_ns / NS_PER_S)
 
     def value(self, metric: str, statistic: str, limit: float = 0.0) -> Floats:
         """A statistic of a latency in seconds, a figure in its unit, or ("attain") the share within a limit."""

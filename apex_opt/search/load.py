@@ -143,7 +143,7 @@ class Load:
 
     def enough(self, floor: Metrics, request_s: float) -> float:
         """Replicas from which on the load adds nothing to what requests take alone."""
-        most = self.total_s / floor.makespan_s
+        most = self.total_s / max(floor.makespan_s - request_s, 1e-9)
         for metric, seconds in (("ttft", self.first_s), ("e2e", self.whole_s)):
             for statistic, least in floor.latency_s[metric].items():
                 since = self.mean_arrival_s if statistic == "mean" else self.last_arrival_s
@@ -155,7 +155,7 @@ class Load:
 
         In a closed loop when a request is sent depends on the run; only what all take together is known.
         """
-        makespan_s = max(floor.makespan_s, self.total_s / replicas)
+        makespan_s = max(floor.makespan_s, self.total_s / replicas + request_s)
         longer = floor.makespan_s / makespan_s
         latency_s = dict(floor.latency_s)
         if not closed:

@@ -79,4 +79,4 @@ class Passing:
     def _slower_than(self, makespan_s: float) -> list[Stop]:
         if makespan_s == math.inf:
             return []
-        return [Stop.percentile_above("makespan", makespan_s, 1.0, self.requests)]
+        return [Stop.percentile_above("makespan", max(makespan_s - self.request_s, 0.0), 1.0, self.requests)]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.simulator.outcome import Outcome
+    from apex_opt.simulator.transient import Transient
     from apex_opt.workload.trace import Trace
 
 
@@ -29,7 +30,7 @@ class Metrics:
         TTFT from arrival to first token, queueing included; TPOT (last - first) / (n - 1) over requests with n > 1
         tokens (NaN where there is none); E2E from arrival to last token; ITL between consecutive tokens of a request,
         every gap weighing the same; percentiles interpolate linearly
-    makespan_s : float                    from the first arrival to the last token
+    makespan_s : float                    from the first arrival to the last token, time outside the engine included
     requests_per_s, output_tokens_per_s, total_tokens_per_s : float    over the makespan
     goodput_per_s : float or None         of the requests that keep to what was asked of each; None where nothing was
     output_tokens : int                   tokens generated
@@ -37,6 +38,7 @@ class Metrics:
     energy_j, cost_per_h : float or None  energy of the run, and $ per hour of its GPUs, where known
     attainment : mapping of SLO text to share of requests (for ITL, of gaps) within its limit; 1 or 0 for a figure
     slo_met : mapping of SLO text to whether the goal holds
+    transient : Transient or None         how the run begins and ends; None of bounds
     """
 
     latency_s: dict[str, dict[str, float]]
@@ -52,6 +54,7 @@ class Metrics:
     cost_per_h: float | None = None
     attainment: dict[str, float]
     slo_met: dict[str, bool]
+    transient: Transient | None = None
 
     def value(self, metric: str, statistic: str = "mean") -> float:
         """A statistic of a latency in seconds, or a figure in its unit (`FIGURES`); NaN where not known."""
@@ -98,6 +101,7 @@ def measure(
     percentiles: Sequence[str] = (),
     energy_j: float | None = None,
     cost_per_h: float | None = None,
+    transient: Transient | None = None,
 ) -> Metrics:
     """Metrics of a run.
 
@@ -105,19 +109,20 @@ def measure(
     ----------
     outcome, trace : the run and what was asked of it
     max_model_len : int     requests end there, so fewer tokens may have been generated than asked
-    request_ns : int        time of a request outside the engine, added to TTFT and E2E
+    request_ns : int        time of a request outside the engine, added to TTFT, E2E and the makespan
     slos : goals to judge by
     request_slos : goals whose limits a request must keep to for goodput; by default those among `slos` that mean
                    something for one request
     percentiles : statistics to tell beyond `STATISTICS`
     energy_j, cost_per_h : energy of the run, and $ per hour of its GPUs
+    transient : how the run begins and ends
     """
     generated = trace.generated(max_model_len)
     each = per_request_s(outcome, generated, request_ns)
     values = {name: each[name][~np.isnan(each[name])] for name in OF_REQUESTS}
     if outcome.gaps_ns is not None:
         values["itl"] = outcome.gaps_ns / NS_PER_S
-    makespan_s = max(outcome.makespan_ns / NS_PER_S, 1 / NS_PER_S)
+    makespan_s = max(outcome.makespan_ns + request_ns, 1) / NS_PER_S
     if request_slos is None:
         request_slos = [slo for slo in slos if slo.of_requests]
     metrics = Metrics(
@@ -134,6 +139,7 @@ def measure(
         cost_per_h=cost_per_h,
         attainment={},
         slo_met={},
+        transient=transient,
     )
     for slo in slos:
         if slo.metric in FIGURES:

@@ -11,7 +11,17 @@ import numpy.typing as npt
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_REQUESTS, MAX_TOKENS, Ints, Trace, make_trace, shown
+from apex_opt.workload.trace import (
+    MAX_ARRIVAL_NS,
+    MAX_REQUESTS,
+    MAX_TOKENS,
+    RECORDED,
+    Arrivals,
+    Ints,
+    Trace,
+    make_trace,
+    shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -82,7 +92,7 @@ _LAWS: Final = {
 }
 
 
-def describe_trace(spec: str, seed: int = 0) -> Trace:
+def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = None) -> Trace:
     """The trace a description stands for; the same description and seed give the same trace.
 
     ========== ======================= ====================================================
@@ -102,6 +112,8 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
     prefix=(tokens,groups) makes prompts begin alike: each request belongs to one of so many groups, drawn uniformly,
     and the first tokens of its prompt (rounded down to whole pieces of 16, and at most all but one of it) are those of
     its group.
+
+    `changed` takes the place of keys of the description, such as {"rate": "20"}.
 
     Arrivals, prompts and outputs have their own random streams: the same seed at another rate gives the same
     requests, closer together, so that two rates can be compared without sampling noise.
@@ -124,17 +136,19 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
     for key in needs:
         if key not in given:
             ask.refuse(f"{key}= is missing")
-    values = _DEFAULTS | given
+    values = _DEFAULTS | given | (changed or {})
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
     streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(4)]
-    concurrency = None
+    concurrency, arrivals = None, RECORDED
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
         concurrency = int(ask.number("concurrency", values["concurrency"], (1, MAX_REQUESTS), whole=True))
     elif kind != "static":
         arrival = _arrivals(ask, values, n, streams[0])
+        cv = ask.number("cv", values["cv"], _CV) if kind == "gamma" else 1.0
+        arrivals = Arrivals(kind=kind, cv=cv, law=ask.spec, seed=used_seed)  # type: ignore[arg-type]
     prompt = _lengths(ask, "prompt", values["prompt"], n, streams[1])
     content = _shared_beginnings(ask, values["prefix"], prompt, streams[3]) if "prefix" in values else None
     return make_trace(
@@ -146,6 +160,7 @@ def describe_trace(spec: str, seed: int = 0) -> Trace:
         content=content,
         content_tokens=_PIECE if content is not None else 0,
         source=f"generated: {ask.spec}, seed {used_seed}",
+        arrivals=arrivals,
     )
 
 

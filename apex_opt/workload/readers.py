@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from apex_opt import units
-from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.files import expanded, read_text, there
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.cells import Faults, token_counts
@@ -87,7 +89,11 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
         if given is not None and (shipped or described):
             raise UsageError(f"{option}: is for trace files, and {spec!r:.60} is none; leave it out")
     if shipped:
-        return _parse(f"trace {spec}", spec, f"file traces/{spec}.jsonl", _read(_folder() / f"{spec}.jsonl", spec))
+        trace = _parse(f"trace {spec}", spec, f"file traces/{spec}.jsonl", _read(_folder() / f"{spec}.jsonl", spec))
+        with suppress(ApexError, KeyError):  # without its card it is a file like any other
+            card = _card(spec)
+            return replace(trace, arrivals=describe_trace(card["law"], card["seed"], {"n": "1"}).arrivals)
+        return trace
     if described:
         return describe_trace(spec, seed)
     if not there(path := expanded(spec)):
@@ -117,13 +123,7 @@ def list_traces() -> tuple[tuple[str, str], ...]:
     """
     found = []
     for name in _shipped_names():
-        card = _folder() / f"{name}.toml"
-        try:
-            title = tomllib.loads(read_text(card, limit=LARGEST_BYTES, where=f"card of trace {name}")).get("title")
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(
-                f"card of trace {name} is not TOML ({error}); reinstall or write the traces again"
-            ) from error
+        title = _card(name).get("title")
         if not isinstance(title, str):
             raise InputError(f"card of trace {name} has no title; reinstall or write the traces again")
         found.append((name, title))
@@ -153,6 +153,15 @@ def _folder() -> Path:
 def _shipped_names() -> tuple[str, ...]:
     """Names of the shipped traces."""
     return tuple(sorted(path.stem for path in _folder().glob("*.jsonl")))
+
+
+def _card(name: str) -> dict[str, Any]:
+    """What the card of a shipped trace says."""
+    text = read_text(_folder() / f"{name}.toml", limit=LARGEST_BYTES, where=f"card of trace {name}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"card of trace {name} is not TOML ({error}); reinstall or write the traces again") from error
 
 
 def _read(path: Path, label: str) -> str:

@@ -1,0 +1,382 @@
+"""Whether a plan sustains a rate: its goals hold however long requests keep coming at it.
+
+A rate is sustained where all of this holds, looked at in this order:
+
+1. One run of the trace repeated (`apex_opt.workload.steady`), of `LENGTH` requests or more, keeps to the goals, as a
+   whole and without its warm-up.
+2. That run is settled: its arrivals last `SPAN` times as long as a mean request, and the backlog of the second half
+   after the warm-up is no more than `GROWTH` times that of the first, and one. A run that is not is repeated with
+   twice the requests, up to `DOUBLINGS` times.
+3. The rate is below what the plan works off where a queue never empties, by `SIGMAS` standard deviations of what is
+   offered in a run of `REPEATS` times the trace: nearer to it no run of that length could tell the two apart.
+4. `DRAWS` further runs with other arrivals, each of `REPEATS` times the trace and no shorter than the first, keep to
+   the goals, and so would one more of `REPEATS` times the trace: the latency that a goal is about, or that its share of
+   the requests keeps to, is within the limit even at the upper end of a prediction interval of 99%, of its logarithm.
+   None has a growing backlog, neither over `REPEATS` times the trace nor as a whole. Where the trace was drawn from a
+   law, as many runs with lengths drawn anew do the same. Of recorded arrivals, looped, there are but `FEW` runs, begun
+   at other requests, and no interval.
+
+The third is needed because a backlog near the limit changes too slowly to be seen growing; the others because a
+plan can serve less than when it is saturated from the beginning: a pipeline fills unevenly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+
+from apex_opt.plan.memory import kv_blocks, stage_memory
+from apex_opt.search.evaluator import Evaluator
+from apex_opt.simulator.metrics import measure, per_request_s
+from apex_opt.simulator.transient import Transient, warm_up
+from apex_opt.units import NS_PER_S
+from apex_opt.workload.slo import percent
+from apex_opt.workload.steady import another, at_rate, loops_of
+from apex_opt.workload.trace import MAX_REQUESTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.answer import Candidate
+    from apex_opt.search.question import Question
+    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.workload.trace import Trace
+
+SPAN: Final = 20
+"""Least time over which requests come, in mean times of a request."""
+
+DOUBLINGS: Final = 3
+"""Times that a run which is not settled is made twice as long."""
+
+REPEATS: Final = 20
+"""Repetitions of the trace that a rate must hold for."""
+
+DRAWS: Final = 5
+"""Further runs with other arrivals."""
+
+FEW: Final = 2
+"""Further runs where there is no chance in them."""
+
+SIGMAS: Final = 3.0
+
+_PREDICTED: Final = 3.747
+"""Of Student's t with `DRAWS` - 1 degrees of freedom, one-sided 99%."""
+
+_SATURATED: Final = (2_000, 16_000)
+"""Least and most requests to find a saturated rate by, without those that fill the plan."""
+
+_MOST_SEATS: Final = 4_000
+"""Sequences running at once from which on it is not looked for."""
+
+_MOST_TOKENS: Final = 20_000_000
+"""Tokens of a run whose times between tokens are asked for: a log takes 24 B each."""
+
+_AT_ONCE_PER_S: Final = 1e9
+
+_MOST_REPEATED: Final = 2_000_000
+"""Requests of the further runs, at most, but for twice the trace."""
+
+_KEPT: Final = 16
+"""Rates whose scores are kept: some MB each."""
+
+Why = Literal["", "goals", "queue", "saturated", "prediction"]
+"""Why a rate is not sustained: goals are missed, the queue grows, it is too near to what a saturated plan serves, or
+another run could miss a goal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What shows that a rate is sustained, or how far it was looked at.
+
+    Parameters
+    ----------
+    requests, warm_up : int            of the run that is shown, and those of it that are left out at first
+    transient : Transient              its backlog, its drain
+    served_per_s : float               requests answered per second between the warm-up and the last arrival
+    half, whole : mapping              figure of each goal after the warm-up, over the first half and over all
+    saturated_per_s : float or None    requests per second worked off from a queue that never empties; None where it
+                                       was not looked for
+    margin : float                     share by which the rate stays below that
+    runs, run_requests : int           further runs, and requests of each
+    predicted : mapping                latency in seconds of each goal that one more run reaches at worst
+    """
+
+    requests: int
+    warm_up: int
+    transient: Transient
+    served_per_s: float
+    half: dict[str, float]
+    whole: dict[str, float]
+    saturated_per_s: float | None = None
+    margin: float = 0.0
+    runs: int = 0
+    run_requests: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A plan at a rate: why it does not hold, else its run and what shows that it holds.
+
+    Where a run was made longer `first` is what it was before, which is of as many requests for every plan. Of one that
+    was cut short there is no run; `loops` is how often it repeated the trace.
+    """
+
+    why: Why
+    run: Candidate | None = None
+    first: Candidate | None = None
+    loops: int = 1
+    evidence: Evidence | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.why == ""
+
+
+class Steady:
+    """Judges plans at rates; costs do not depend on the rate and are shared."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self._own = Evaluator(question)
+        self._repeated = lru_cache(maxsize=_KEPT)(self._evaluator_at)
+        self._saturated: dict[Plan, float | None] = {}
+        self._counted, self._lock = 0, Lock()
+        self._latencies = [slo for slo in question.slos if slo.metric != "cost"]
+        trace = question.trace
+        self._most = max(MAX_REQUESTS // len(trace), 1)
+        if question.asks("itl"):
+            tokens = int(trace.generated(question.settings.max_model_len).sum())
+            self._most = max(min(self._most, _MOST_TOKENS // tokens), 1)
+        self.loops = min(loops_of(trace), self._most)
+        self._repeats = min(REPEATS, max(_MOST_REPEATED // len(trace), 2), self._most)
+
+    @property
+    def own(self) -> Evaluator:
+        """Scores of the trace as given."""
+        return self._own
+
+    def at(self, rate_per_s: float, loops: int | None = None) -> Evaluator:
+        """Scores of the trace repeated at a rate."""
+        return self._repeated(rate_per_s, loops or self.loops)
+
+    @property
+    def simulations(self) -> int:
+        """Runs so far."""
+        return self._counted
+
+    def _count(self) -> None:
+        with self._lock:
+            self._counted += 1
+
+    def _evaluator_at(self, rate_per_s: float, loops: int) -> Evaluator:
+        return self._evaluator(at_rate(self.question.trace, rate_per_s, loops))
+
+    def _evaluator(self, trace: Trace) -> Evaluator:
+        evaluator = Evaluator(replace(self.question, trace=trace))
+        evaluator.costs = self._own.costs
+        return evaluator
+
+    def run(self, plan: Plan, rate_per_s: float, worst: tuple[float, ...] | None = None) -> Trial:
+        """The first run of a plan at a rate, once settled: conditions 1 and 2.
+
+        Parameters
+        ----------
+        worst : costs by the objectives that the run must not pass
+        """
+        loops, first = self.loops, None
+        for _ in range(DOUBLINGS + 1):
+            evaluator = self.at(rate_per_s, loops)
+            outcome = self._served(evaluator, plan, evaluator.any_cost if first or worst is None else worst)
+            if outcome is None:
+                return Trial(why="goals", loops=loops)
+            candidate, evidence = evaluator.scored(plan, outcome), self._evidence(evaluator, outcome)
+            first = first or candidate
+            if not (candidate.meets_slos and self._within(evidence.whole)):
+                return Trial(why="goals", run=candidate, first=first, evidence=evidence)
+            if _settled(candidate, evidence):
+                return Trial(why="", run=candidate, first=first, evidence=evidence)
+            if 2 * loops > self._most:
+                break
+            loops *= 2
+        return Trial(why="queue", run=candidate, first=first, evidence=evidence)
+
+    def missed(self, trial: Trial) -> dict[str, float]:
+        """Goals that a trial misses, or could miss in another run, with the figures reached."""
+        slos, run, evidence = self.question.slos, trial.run, trial.evidence
+        if trial.why == "prediction" and evidence is not None:
+            return {slo.text: v for slo in slos if (v := evidence.predicted.get(slo.text, 0.0)) > slo.limit}
+        if trial.why == "goals" and run is not None:
+            figures = {slo.text: run.metrics.judged(slo) for slo in slos}
+            if run.meets_slos and evidence is not None:
+                figures = evidence.whole
+        else:
+            figures = {}
+        return {slo.text: figures[slo.text] for slo in slos if slo.text in figures and not slo.met(figures[slo.text])}
+
+    def confirmed(self, plan: Plan, rate_per_s: float, first: Trial) -> Trial:
+        """Conditions 3 and 4 for a plan whose first run holds."""
+        assert first.evidence is not None
+        trace, evidence = self.question.trace, first.evidence
+        saturated, margin = self.saturated(plan), self._margin()
+        evidence = replace(evidence, saturated_per_s=saturated, margin=margin)
+        if saturated is not None and rate_per_s > saturated / (1 + margin):
+            return replace(first, why="saturated", evidence=evidence)
+        requests = max(self._repeats * len(trace), min(evidence.requests, self._most * len(trace)))
+        loops, predicted = -(-requests // len(trace)), dict[str, float]()
+        law, recorded = trace.arrivals.law is not None, trace.arrivals.kind == "recorded"
+        evidence = replace(evidence, runs=0, run_requests=requests)
+        for anew in (False, True) if law else (False,):
+            runs: list[dict[str, float]] = []
+            draws = FEW if recorded else DRAWS
+            for draw in range(1, draws + 1):
+                more = another(trace, rate_per_s, requests, draw) if anew else at_rate(trace, rate_per_s, loops, draw)
+                assert more is not None
+                evaluator = self._evaluator(more)
+                outcome = self._served(evaluator, plan, evaluator.any_cost)
+                if outcome is None or not evaluator.scored(plan, outcome).meets_slos:
+                    return replace(first, why="prediction", evidence=evidence)
+                if any(Transient.of(_first(outcome, n)).growing for n in (self._repeats * len(trace), requests)):
+                    return replace(first, why="queue", evidence=evidence)
+                runs.append(self._reached(evaluator, outcome))
+            evidence = replace(evidence, runs=evidence.runs + len(runs))
+            if not recorded:
+                worst = self._predicted(runs, requests)
+                predicted = {text: max(value, predicted.get(text, 0.0)) for text, value in worst.items()}
+                evidence = replace(evidence, predicted=predicted)
+                if any(predicted[slo.text] > slo.limit for slo in self._latencies):
+                    return replace(first, why="prediction", evidence=evidence)
+        return replace(first, evidence=evidence)
+
+    def _served(self, evaluator: Evaluator, plan: Plan, worst: tuple[float, ...]) -> Outcome | None:
+        self._count()
+        return evaluator.run(plan, worst)
+
+    def saturated(self, plan: Plan) -> float | None:
+        """Requests per second that a plan works off from a queue that never empties; None where many run at once.
+
+        It is the difference of two runs, so that filling and draining the plan cancel, and no less than it would be
+        with one more batch of sequences in it, for these may begin and end together.
+        """
+        if plan not in self._saturated:
+            self._saturated[plan] = self._worked_off(plan)
+        return self._saturated[plan]
+
+    def _worked_off(self, plan: Plan) -> float | None:
+        question, trace = self.question, self.question.trace
+        settings = question.settings_for(plan)
+        blocks = kv_blocks(stage_memory(question.model, question.cluster.gpu, plan, settings)) * plan.attention.dp
+        held = -(-(trace.prompt + trace.generated(settings.max_model_len)) // settings.block_size)
+        seats = plan.replicas * max(1, min(settings.max_num_seqs, int(blocks / held.mean())))
+        if seats > _MOST_SEATS:
+            return None
+        least, most = _SATURATED
+        loops = -(-min(max(8 * seats, least), most) // len(trace))
+        ends = []
+        for times in (1, 2):
+            evaluator = self.at(_AT_ONCE_PER_S, times * loops)
+            self._count()
+            ends.append(evaluator.simulate(plan).metrics.makespan_s)
+        return (loops * len(trace) + seats) / max(ends[1] - ends[0], 1e-9)
+
+    def _margin(self) -> float:
+        """`SIGMAS` standard deviations of the load that is offered in a run of `REPEATS` times the trace."""
+        trace = self.question.trace
+        lengths = (trace.prompt + trace.output).astype(np.float64)
+        arrivals = {"uniform": 0.0, "recorded": trace.burstiness or 0.0}.get(trace.arrivals.kind, trace.arrivals.cv)
+        spread = arrivals**2 + float(lengths.std() / lengths.mean()) ** 2
+        return SIGMAS * math.sqrt(spread / (self._repeats * len(trace)))
+
+    def _evidence(self, evaluator: Evaluator, outcome: Outcome) -> Evidence:
+        trace, requests = evaluator.question.trace, len(outcome.arrival_ns)
+        first = warm_up(requests)
+        half = first + (requests - first + 1) // 2
+        begin, end = int(outcome.arrival_ns[first]), int(outcome.arrival_ns[-1])
+        answered = int(((outcome.finish_ns > begin) & (outcome.finish_ns <= end)).sum())
+        return Evidence(
+            requests=requests,
+            warm_up=first,
+            transient=Transient.of(outcome),
+            served_per_s=answered / max((end - begin) / NS_PER_S, 1e-9),
+            half=self._figures(evaluator, outcome, trace, first, half),
+            whole=self._figures(evaluator, outcome, trace, first, requests),
+        )
+
+    def _figures(self, evaluator: Evaluator, outcome: Outcome, trace: Trace, first: int, end: int) -> dict[str, float]:
+        """The figure of each goal over some of the requests."""
+        question, gaps = self.question, outcome.gaps_ns
+        if gaps is not None:
+            before = np.concatenate(([0], np.cumsum(trace.generated(question.settings.max_model_len) - 1)))
+            gaps = gaps[before[first] : before[end]]
+        part = replace(
+            outcome,
+            arrival_ns=outcome.arrival_ns[first:end],
+            first_token_ns=outcome.first_token_ns[first:end],
+            finish_ns=outcome.finish_ns[first:end],
+            gaps_ns=gaps,
+        )
+        metrics = measure(
+            part,
+            trace.picked(np.arange(first, end)),
+            max_model_len=question.settings.max_model_len,
+            request_ns=evaluator.costs.request_ns,
+            slos=self._latencies,
+            percentiles=question.percentiles,
+        )
+        return {slo.text: metrics.judged(slo) for slo in self._latencies}
+
+    def _within(self, figures: dict[str, float]) -> bool:
+        """Whether figures keep to the goals; one that nobody has binds nothing."""
+        return all(value != value or slo.met(value) for slo in self.question.slos for value in _of(figures, slo.text))
+
+    def _reached(self, evaluator: Evaluator, outcome: Outcome) -> dict[str, float]:
+        """The latency in seconds that each goal is about; of a share of the requests, what so many keep to."""
+        trace = evaluator.question.trace
+        generated = trace.generated(self.question.settings.max_model_len)
+        values = per_request_s(outcome, generated, evaluator.costs.request_ns)
+        if outcome.gaps_ns is not None:
+            values["itl"] = outcome.gaps_ns / NS_PER_S
+        found = {}
+        for slo in self._latencies:
+            seen = values[slo.metric][~np.isnan(values[slo.metric])]
+            if not len(seen):
+                found[slo.text] = 0.0
+            elif slo.statistic == "mean":
+                found[slo.text] = float(seen.mean())
+            else:
+                share = percent(slo.statistic) if slo.fraction is None else 100 * slo.fraction
+                found[slo.text] = float(np.percentile(seen, share))
+        return found
+
+    def _predicted(self, runs: Sequence[dict[str, float]], requests: int) -> dict[str, float]:
+        """The worst latency of each goal in one more run of `REPEATS` times the trace, but for one in a hundred."""
+        found = {}
+        shorter = requests / (self._repeats * len(self.question.trace))
+        for text in runs[0]:
+            logs = np.log(np.maximum([reached[text] for reached in runs], 1e-12))
+            further = _PREDICTED * float(logs.std(ddof=1)) * math.sqrt(shorter + 1 / len(logs))
+            found[text] = math.exp(float(logs.mean()) + further)
+        return found
+
+
+def _first(outcome: Outcome, requests: int) -> Outcome:
+    """The first requests of a run."""
+    times = (outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns)
+    arrival, first, finish = (column[:requests] for column in times)
+    return replace(outcome, arrival_ns=arrival, first_token_ns=first, finish_ns=finish)
+
+
+def _settled(candidate: Candidate, evidence: Evidence) -> bool:
+    """Whether a run shows a load that lasts."""
+    lasting = evidence.transient.arrivals_s >= SPAN * candidate.metrics.latency_s["e2e"]["mean"]
+    return lasting and not evidence.transient.growing
+
+
+def _of(figures: dict[str, float], text: str) -> tuple[float, ...]:
+    return (figures[text],) if text in figures else ()
