@@ -198,6 +198,7 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"weights": "fp4"}, "unknown number format 'fp4'"),
         ({"weights": ","}, "unknown number format ''"),
         ({"weights": "bf16,BF16"}, "names a format twice"),
+        ({"weights": "bf16,w4a16+fp8"}, "--weights: w4a16+fp8 is a mix that only its own checkpoint has"),
         ({"kv": "int3"}, "unknown KV format 'int3'"),
         ({"gpus": 9}, "--gpus: 9 is not between 1 and the 8 GPUs of 8xh100-sxm"),
         ({"max_model_len": 200_000}, "--max_model_len: 200000 is beyond the 131072 positions llama-3.1-8b is made for"),

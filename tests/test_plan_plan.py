@@ -15,6 +15,7 @@ from apex_opt.ir import FORMATS, KV_BYTES, load_model
 from apex_opt.plan.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
 
 degrees = st.integers(1, 12)
+MIX = "w4a16+w8a16g32"
 LIMITS = st.one_of(st.none(), st.integers(1, LARGEST_DEGREE))
 
 
@@ -29,7 +30,7 @@ def plans(draw: st.DrawFn) -> Plan:
         layers=tuple(draw(st.lists(st.integers(1, 200), min_size=1, max_size=9))),
         attention=draw(st.sampled_from(ways)),
         ffn=draw(st.sampled_from(cuts)),
-        weight_format=draw(st.sampled_from(sorted(FORMATS))),
+        weight_format=draw(st.sampled_from([*sorted(FORMATS), MIX])),
         kv_format=draw(st.sampled_from(sorted(KV_BYTES))),
         clock_mhz=draw(LIMITS),
         max_num_seqs=draw(LIMITS),
@@ -41,7 +42,7 @@ def plans(draw: st.DrawFn) -> Plan:
 def test_the_text_of_a_plan_gives_it_back_in_any_order_of_words_whatever_the_checkpoint_asks_for(
     plan: Plan, kv: str | None, data: st.DataObject
 ) -> None:
-    model = make_model((dense(), sum(plan.layers)), kv_format=kv)
+    model = make_model((dense(), sum(plan.layers)), kv_format=kv, weight_format=MIX)
     assert parse_plan(str(plan), model) == plan
     assert parse_plan(" ".join(data.draw(st.permutations(str(plan).split()))), model) == plan
 
@@ -225,3 +226,14 @@ def test_stages_on_several_types_of_gpu_are_read_as_they_are_written() -> None:
         parse_plan("pp3 on=fast:1+slow:1", model)
     with pytest.raises(UsageError, match="cannot read 'on=fast'"):
         parse_plan("pp3 on=fast", model)
+
+
+def test_a_mix_of_formats_is_that_of_its_own_checkpoint_alone() -> None:
+    mixed = make_model((dense(), 4), weight_format=MIX)
+    assert parse_plan("tp2", mixed).weight_format == parse_plan(f"tp2 {MIX.upper()}", mixed).weight_format == MIX
+    assert parse_plan("tp2 fp8", mixed).weight_format == "fp8"
+    for name in (MIX, "w8a16g32+w4a16"):
+        with pytest.raises(UsageError, match=r"is a mix that only its own checkpoint has; .* is in"):
+            parse_plan(f"tp2 {name}", make_model((dense(), 4)))
+    with pytest.raises(UsageError, match="unknown weight format 'fp8\\+fp7'"):
+        parse_plan("tp2 fp8+fp7", mixed)
