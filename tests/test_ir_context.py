@@ -1,9 +1,13 @@
 """The longest context, as vLLM derives it."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from apex_opt.errors import InputError
+from apex_opt.ir import load_model, read_config
 from apex_opt.ir.context import context_limit
 from apex_opt.ir.fields import Fields
 
@@ -48,6 +52,23 @@ def test_scaling_extends_the_limit_unless_the_file_states_the_scaled_one(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("llama-3.1-8b", 131072),
+        ("llama-3.1-70b", 131072),
+        ("mixtral-8x7b", 32768),
+        ("qwen3-8b", 40960),
+        ("qwen3-30b-a3b", 40960),
+        ("deepseek-v3", 163840),
+        ("kimi-k2", 131072),
+        ("gpt-oss-20b", 131072),
+    ],
+)
+def test_known_models_have_the_length_that_vllm_was_recorded_to_derive(name: str, length: int) -> None:
+    assert load_model(name).max_position == length
+
+
 def test_the_least_of_several_lengths_holds() -> None:
     assert limit(4096, max_sequence_length=2048) == 2048
     assert limit(4096, max_sequence_length=16384, rope_scaling={"type": "linear", "factor": 4.0}) == 16384
@@ -79,3 +100,18 @@ def test_lengths_that_are_none_are_refused(fields: dict[str, Any], text: str | N
     found = Fields(fields)
     context_limit(found)
     assert [text in fault for fault in found.faults] == [True] if text else not found.faults
+
+
+@pytest.mark.data
+def test_lengths_that_vllm_derived_by_itself_are_those_derived_here(shared: Path) -> None:
+    with (shared / "startable" / "startable_dev.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "--max-model-len" not in row["arguments"]]
+    derived = {row["config"]: int(row["max_model_len"]) for row in rows if row["max_model_len"]}
+    found = {}
+    for config in derived:
+        try:
+            found[config] = read_config(shared / "cases" / "configs" / config).max_position
+        except InputError:
+            continue  # Registered by another name, or of a family that is not described.
+    assert len(found) >= 4
+    assert found == {config: derived[config] for config in found}
