@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from plan_cases import SMALL, dense, make_cluster, make_gpu, make_model, make_question, memory_need, random_trace
 
+from apex_opt.ask import Options, ask
 from apex_opt.cluster import load_cluster
 from apex_opt.evaluate import space, violations
 from apex_opt.ir import load_model
+from apex_opt.options import method
 from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import default_kv_format, parse_plan
 from apex_opt.search import Candidate, Evaluator, Question, search
@@ -84,6 +86,7 @@ def question_of(name: str) -> Question:
     return missed_by_simulation()
 
 
+V100 = {"model": "llama-3.1-8b", "cluster": "4xv100-sxm", "weights": "fp8", "trace": "static:n=4,prompt=64,output=16"}
 IMPOSSIBLE = ("memory", "format", "divisibility", "bound", "simulation")
 
 
@@ -343,6 +346,14 @@ def test_where_the_time_is_up_between_the_first_plan_and_the_best_the_first_is_t
     assert not solved.best
     assert solved.plan in plans
     assert Evaluator(question).simulate(solved.plan).value == solved.value
+
+
+def test_the_plan_nearest_to_what_an_engine_can_run_breaks_the_fewest_of_its_rules() -> None:
+    question = ask(Options.of(method("plan")(None, **V100).options))
+    (clash,) = explain(question, SPACE).clashes
+    assert clash.of == ("engine",)
+    assert "compute capability" in clash.facts[0]
+    assert "copies" not in clash.facts[0]
 
 
 # ---- a plan beside the best ---------------------------------------------------------------------------------------

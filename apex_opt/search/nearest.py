@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
 from apex_opt.plan.engine import limited
 from apex_opt.plan.memory import stage_memory
+from apex_opt.plan.refusals import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -28,19 +29,23 @@ def nearest_violation(instance: Instance) -> str:
 def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple[Violation, ...]]:
     """The plan that comes nearest to feasible, where none is, and what it breaks: nothing of the families `kept`.
 
-    Nearest is the plan that breaks the fewest families, of these the latest in order, over the most GPUs, with the
-    least to hold in memory where that is broken, else with the least to read from it for a token.
+    Nearest is the plan that breaks the fewest families, of these the latest in order, and the fewest rules of its
+    engine, over the most GPUs, with the least to hold in memory where that is broken, else with the least to read from
+    it for a token.
     """
+    rules, model, gpu = instance.settings.runnable, instance.model, instance.cluster.gpu
 
-    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, int, int, str]:
+    def order(item: tuple[Plan, tuple[Violation, ...]]) -> tuple[int, int, int, int, int, int, str]:
         plan, broken = item
         families = {v.family for v in broken}
         latest = min(FAMILIES.index(family) for family in families)
-        held = 0
+        refused = held = 0
+        if rules is not None and "engine" in families:
+            refused = sum(1 for _ in refusals(rules, model, gpu, plan, limited(instance.settings, plan)))
         if "memory" in families:
-            stages = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
+            stages = stage_memory(model, gpu, plan, limited(instance.settings, plan))
             held = max(needed_bytes(instance, stage) for stage in stages)
-        return len(broken), -latest, -plan.devices, held, decode_bytes(instance.model, plan, instance.held), str(plan)
+        return len(broken), -latest, refused, -plan.devices, held, decode_bytes(model, plan, instance.held), str(plan)
 
     found = ((plan, violations(instance, plan)) for plan in _single(instance))
     return min((item for item in found if not {v.family for v in item[1]} & set(kept)), key=order)
