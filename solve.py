@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from apex_opt.launch import Launch
     from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
+    from apex_opt.report.document import Document
     from apex_opt.report.placement import Loss, Site
     from apex_opt.search import Answer, Check, Question
     from apex_opt.search.explain import Explanation
@@ -63,25 +64,62 @@ for _name in GROUPS:
     setattr(Commands, _name, group(_name))
 
 
+def _on_clusters(
+    command: str, answer: Callable[[dict[str, Any]], tuple[Document, int]], options: dict[str, Any]
+) -> int:
+    """The answer of a command on its cluster, or on each of several, side by side."""
+    from apex_opt.cluster import cluster_names, load_wiring
+    from apex_opt.report.clusters import clusters_document
+
+    names = cluster_names(options["cluster"])
+    if len(names) == 1:
+        document, code = answer(options)
+    else:
+        for name in ("busy", "down"):
+            if options.get(name) is not None:
+                raise UsageError(f"--{name}: is of one cluster, and {len(names)} are given; leave it out")
+        for name in names:
+            load_wiring(name)  # before the first search
+        found = [answer(options | {"cluster": name, "priced": True}) for name in names]
+        document, codes = clusters_document(command, [one for one, _ in found]), [code for _, code in found]
+        code = EXIT_FAULT if EXIT_FAULT in codes else min(codes)
+    _show(document, options)
+    return code
+
+
+def _priced(options: dict[str, Any], *pools: Question) -> tuple[Question, ...]:
+    """Questions with their costs told, where they are compared."""
+    return tuple(replace(pool, priced=options.get("priced", False)) for pool in pools)
+
+
 def _run_plan(options: dict[str, Any]) -> int:
+    return _on_clusters("plan", _plan, options)
+
+
+def _plan(options: dict[str, Any]) -> tuple[Document, int]:
     from apex_opt.ask import Options, ask_pools
-    from apex_opt.report import Progress
+    from apex_opt.report import Progress, checked
     from apex_opt.search import Evaluator, check, search
     from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
-    question, *others = ask_pools(Options.of(options), most_gpus=LARGEST_SEARCH)
+    question, *others = _priced(options, *ask_pools(Options.of(options), most_gpus=LARGEST_SEARCH))
     if others:
-        return _run_fleets("plan", (question, *others), options)
+        return _fleets("plan", (question, *others), options)
     evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
         answer = search(question, space, progress, options["top"], limit_s, evaluator)
         found = explained(question, answer, space, progress, limit_s, evaluator)
         replay = check(question, answer, progress) if options["check"] else None
-    return _show_answer("plan", question, found.answer, options, replay, found)
+    document = _answer_document("plan", question, found.answer, options, found)
+    return document if replay is None else checked(document, replay), _exit_code(found.answer, replay)
 
 
 def _run_energy(options: dict[str, Any]) -> int:
+    return _on_clusters("energy", _energy, options)
+
+
+def _energy(options: dict[str, Any]) -> tuple[Document, int]:
     from apex_opt.ask import Options, ask_pools
     from apex_opt.report import Progress, answer_document, beside, checked
     from apex_opt.report.explain import explained_document
@@ -90,9 +128,10 @@ def _run_energy(options: dict[str, Any]) -> int:
     from formulations.plan_space import PlanSpace
 
     latency = load_latency(options["latency"])
-    question, *others = ask_pools(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
+    pools = ask_pools(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
+    question, *others = _priced(options, *pools)
     if others:
-        return _run_fleets("energy", (question, *others), options)
+        return _fleets("energy", (question, *others), options)
     fast = replace(question, objective=latency, then=(), clocks=(None,))
     evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
     with Progress() as progress:
@@ -105,11 +144,10 @@ def _run_energy(options: dict[str, Any]) -> int:
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
     document = _with_placement(document, question, answer, options)
-    _show(document if replay is None else checked(document, replay), options)
-    return _exit_code(answer, replay)
+    return document if replay is None else checked(document, replay), _exit_code(answer, replay)
 
 
-def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> int:
+def _fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> tuple[Document, int]:
     """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
     from apex_opt.ask import between_pools
     from apex_opt.report import Progress
@@ -142,8 +180,7 @@ def _run_fleets(command: str, pools: tuple[Question, ...], options: dict[str, An
             from apex_opt.report.launch import launched
 
             document = launched(document, _fleet_launch(pools, answer.best, assignments, options))
-    _show(document, options)
-    return EXIT_INFEASIBLE if answer.best is None else 0
+    return document, EXIT_INFEASIBLE if answer.best is None else 0
 
 
 def _assigned(pools: tuple[Question, ...], pool: int, plan: Plan, between: Link | None) -> Assignment:
@@ -185,7 +222,8 @@ def _run_simulate(options: dict[str, Any]) -> int:
     with Progress() as progress:
         answer = judge(question, plan, progress)
     try:
-        return _show_answer("simulate", question, answer, options)
+        _show(_answer_document("simulate", question, answer, options), options)
+        return _exit_code(answer, None)
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         if answer.best is not None:
@@ -283,21 +321,6 @@ def _show(document: dict[str, Any], options: dict[str, Any]) -> None:
     from apex_opt.report import show
 
     show(document, options["format"], options.get("limit", 0), sources=options.get("sources", False))
-
-
-def _show_answer(
-    command: str,
-    question: Question,
-    answer: Answer,
-    options: dict[str, Any],
-    replay: Check | None = None,
-    found: Explanation | None = None,
-) -> int:
-    from apex_opt.report import checked
-
-    document = _answer_document(command, question, answer, options, found)
-    _show(document if replay is None else checked(document, replay), options)
-    return _exit_code(answer, replay)
 
 
 def _answer_document(
@@ -416,6 +439,10 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
 
 
 def _run_capacity(options: dict[str, Any]) -> int:
+    return _on_clusters("capacity", _capacity, options)
+
+
+def _capacity(options: dict[str, Any]) -> tuple[Document, int]:
     from apex_opt.ask import Options, ask, ask_plan
     from apex_opt.report import Progress
     from apex_opt.report.capacity import capacity_document
@@ -429,6 +456,7 @@ def _run_capacity(options: dict[str, Any]) -> int:
         question = ask(asked, most_gpus=LARGEST_SEARCH, rated=True)
     else:
         question, plan = ask_plan(options["plan"], asked, rated=True)
+    (question,) = _priced(options, question)
     with Progress() as progress:
         given: dict[str, Any] = {"plan": plan, "progress": progress, "top": options["top"]}
         if options["rate"] is None:
@@ -436,8 +464,7 @@ def _run_capacity(options: dict[str, Any]) -> int:
         else:
             found = fewest_gpus(question, PlanSpace(), options["rate"], **given)
     provenance = Evaluator(question).provenance(item.plan for item in found.plans)
-    _show(capacity_document(question, found, provenance), options)
-    return 0 if found.plans else EXIT_INFEASIBLE
+    return capacity_document(question, found, provenance), 0 if found.plans else EXIT_INFEASIBLE
 
 
 def _run_validate(options: dict[str, Any]) -> int:

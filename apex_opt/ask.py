@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from apex_opt.cluster import Cluster, Tree, free_types, load_pools, load_topology, load_wiring
+from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, load_rules, rules_of
@@ -140,7 +140,7 @@ def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = F
         trace = replace(trace, arrivals=replace(trace.arrivals, seed=options.seed))
     if options.rate is not None:
         trace = at_rate(trace, options.rate, loops_of(trace))
-    notes = (*_about_prefixes(options, trace), *_about_engines(options))
+    notes = (*_about_prefixes(options, trace), *_about_engines(options), *assumed_network(options.cluster))
     whole = options.policy != "vllm" or not options.chunked_prefill
     longest = options.max_model_len
     if longest is None:

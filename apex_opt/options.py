@@ -148,8 +148,9 @@ _QUESTION: Final = (
         name="cluster",
         default="8xh100-sxm",
         text="GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py "
-        "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file. Of GPUs of several types plan and "
-        "energy find the best fleet: a plan for each type, side by side.",
+        "clusters; a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file. Several, 8xh100-sxm,8xl40s, are "
+        "compared by plan, energy and capacity. Of GPUs of several types, 8xh100-sxm+8xl40s or a file, plan and energy "
+        "find the best fleet: a plan for each type, side by side.",
     ),
     *_TAKEN,
     Option(

@@ -331,6 +331,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Callable[[str
         "place": ("place", CHEAP[0], "--cluster=2xdgx-h100", "--plan=dp2 tp4", "--lose=node0:3"),
         "capacity": ("capacity", *CHEAP[:2], "--trace=poisson:rate=2,n=20", goals, "--resolution=0.5"),
         "fleets": ("plan", CHEAP[0], two_types_in(folder), CHEAP[2], goals, "--top=3"),
+        "compared": ("plan", CHEAP[0], "--cluster=2xh200-sxm,1xl4,1xt4", CHEAP[2], goals),
         "validate": ("validate", f"--measured={runs}"),
         "clusters": ("clusters",),
         "models": ("models",),
@@ -350,7 +351,19 @@ def pages(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Callable[[str
     return printed
 
 
-PAGES = ("plan", "energy", "pareto", "explain", "infeasible", "simulate", "place", "capacity", "fleets", "validate")
+PAGES = (
+    "plan",
+    "energy",
+    "pareto",
+    "explain",
+    "infeasible",
+    "simulate",
+    "place",
+    "capacity",
+    "fleets",
+    "compared",
+    "validate",
+)
 LISTS = ("clusters", "models", "traces", "cluster show", "profile show")
 
 
@@ -940,6 +953,40 @@ def test_a_matrix_becomes_a_file_that_is_shown_and_planned_on(tmp_path: Path) ->
         for name in (path, "2xh100-sxm")
     ]
     assert planned[0]["metrics"] == planned[1]["metrics"]
+
+
+@pytest.mark.parametrize("command", ["plan", "energy", "capacity"])
+def test_several_clusters_are_compared_and_one_with_an_answer_is_enough(command: str) -> None:
+    trace = "--trace=poisson:rate=2,n=12,prompt=64,output=8"
+    words = (command, CHEAP[0], trace, *(("--slo=ttft_p95<=1s", "--resolution=0.5") if command == "capacity" else ()))
+    ran = run(*words, "--cluster=1xt4,1xl4", "--format=json")
+    assert ran.code == 0, ran
+    document = json.loads(ran.out)
+    assert (document["command"], document["cheapest"], document["fastest"]) == (command, 2, 2)
+    none, one = (row["answer"] for row in document["clusters"])
+    assert (none["best"], one["command"]) == (None, command)
+    alone = json.loads(run(*words, "--cluster=1xl4", "--format=json").out)
+    assert one["best"]["plan"] == alone["best"]["plan"]
+    # Costs are told, as they are compared.
+    assert one["best"]["metrics"].items() > alone["best"]["metrics"].items()
+    table = run(*words, "--cluster=1xt4,1xl4").out
+    assert "cheapest, fastest" in table
+    assert "infeasible on 1xt4-16gb: " in table
+    assert run(*words, "--cluster=1xt4,1xv100-pcie-16gb").code == 3
+
+
+def test_clusters_that_cannot_be_compared_are_refused_before_any_search() -> None:
+    assert refused("plan", CHEAP[0], "--cluster=1xl4,1xl41").startswith("unknown GPU 'l41'; did you mean l4")
+    assert "--busy: is of one cluster, and 2 are given" in refused("plan", "--cluster=1xl4,1xa10", "--busy=node0")
+    for command in ("pareto", "explain", "simulate", "place"):
+        line = refused(command, CHEAP[0], "--cluster=1xl4,1xa10", *ONE[command])
+        assert "plan, energy and capacity compare several clusters, this takes one" in line
+
+
+def test_a_mixed_cluster_is_put_together_of_two_and_says_what_is_assumed() -> None:
+    answer = json.loads(run("plan", CHEAP[0], "--cluster=1xh100+1xl40s", CHEAP[2], "--format=json").out)
+    assert [pool["gpu"] for pool in answer["question"]["cluster"]["pools"]] == ["h100-sxm-80gb", "l40s-48gb"]
+    assert any("is assumed: all on one leaf switch" in note for note in answer["notes"])
 
 
 def test_gpus_of_two_types_serve_together_or_alone_whichever_is_better(two_types: str) -> None:

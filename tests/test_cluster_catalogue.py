@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from apex_opt.cluster import list_clusters, list_gpus, load_cluster
+from apex_opt.cluster import (
+    Composition,
+    assumed_network,
+    cluster_names,
+    list_clusters,
+    list_gpus,
+    load_cluster,
+    load_pools,
+    load_topology,
+    load_wiring,
+)
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.units import GIB, MIB
 
@@ -314,6 +324,73 @@ def test_each_bad_field_is_named_with_its_value_and_limit(tmp_path: Path, old: s
     with pytest.raises(InputError) as caught:
         load_cluster(write(tmp_path, NEW_GPU.replace(old, new, 1)))
     assert message in str(caught.value)
+
+
+def test_several_specs_are_a_list_or_one_mixed_cluster(tmp_path: Path) -> None:
+    assert cluster_names("8xh100-sxm, 8xl40s") == ("8xh100-sxm", "8xl40s")
+    assert cluster_names("8xh100-sxm") == ("8xh100-sxm",)
+    odd = write(tmp_path, NEW_GPU).replace("mine.toml", "a,b+c.toml")
+    (tmp_path / "mine.toml").rename(odd)
+    # A file whose name has a comma is a file.
+    assert cluster_names(odd) == (odd,)
+    assert load_cluster(odd).gpu.name == "accel-9"
+    mixed = load_wiring("2x4xh100-sxm + dgx-a100+1xl4")
+    assert isinstance(mixed, Composition)
+    assert mixed.name == "2x4xh100-sxm-80gb+dgx-a100+1xl4-24gb"
+    assert [(count, node.gpus, node.gpu.name) for count, node in mixed.nodes] == [
+        (2, 4, "h100-sxm-80gb"),
+        (1, 8, "a100-sxm-80gb"),
+        (1, 1, "l4-24gb"),
+    ]
+    pools = load_pools("2x4xh100-sxm+dgx-a100+1xl4")
+    assert [(pool.gpu.name, pool.size) for pool in pools] == [
+        ("h100-sxm-80gb", 8),
+        ("a100-sxm-80gb", 8),
+        ("l4-24gb", 1),
+    ]
+    topology = load_topology("1xh100-sxm+1xl40s")
+    assert topology.bandwidth("node0:0", "node1:0") == 12.5e9
+    assert assumed_network("1xh100-sxm+1xl40s") == (
+        "the link between the parts of 1xh100-sxm-80gb+1xl40s-48gb is assumed: all on one leaf switch, h100-sxm-80gb "
+        "by a port each of 50 GB/s infiniband, l40s-48gb by a port each of 12.5 GB/s ethernet",
+    )
+    assert assumed_network("8xh100-sxm") == ()
+    # Of one type it is a cluster as any other.
+    assert (load_cluster("8xh100+8xh100").nodes, load_cluster("8xh100+8xh100").gpus_per_node) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "8xh100,8xl40s",
+            "plan, energy and capacity compare several clusters, this takes one; a mixed one",
+        ),
+        ("8xh100+", "an empty place between the parts of a mixed cluster"),
+        ("8xh100+8xh101", "unknown GPU 'h101'"),
+        ("8000x8xh100+8000x8xa100", "128000 GPUs, above the limit of 65536"),
+        ("8xh100+lone.toml", "nodes with accel-9 have no network, which others need to reach them"),
+        ("8xh100+lab.toml", "lab.toml has a network of its own; describe all in one TOML file"),
+    ],
+)
+def test_a_mixed_cluster_that_cannot_be_put_together_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lone = NEW_GPU.partition("[inter]")[0].replace("nodes = 2", "nodes = 1")
+    (tmp_path / "lone.toml").write_text(lone)
+    (tmp_path / "lab.toml").write_text('[[nodes]]\npreset = "dgx-h100"\n[network]\nrails = true\n')
+    with pytest.raises(ApexError) as caught:
+        load_wiring(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_clusters_has_no_empty_place_and_nothing_twice() -> None:
+    with pytest.raises(UsageError, match="an empty place in the list of clusters"):
+        cluster_names("8xh100,,8xl40s")
+    with pytest.raises(UsageError, match="'8xh100' is given twice"):
+        cluster_names("8xh100,8xl40s,8xh100")
 
 
 BOUNDS = {

@@ -197,7 +197,7 @@ def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:
     question = ask(Options.of(method("plan")(None, **CHEAP).options))
     assert model_row(question.model)["parameters"] == question.model.parameters
     row = cluster_row(question.cluster)
-    assert (row["gpu"], row["gpus"], row["cluster"]) == ("h200-sxm-141gb", 2, "2xh200-sxm")
+    assert (row["gpu"], row["gpus"], row["cluster"]) == ("h200-sxm-141gb", 2, "2xh200-sxm-141gb")
     assert row["profile"].startswith("measured")
     assert (row["bf16_flops_per_s"], row["fp8_flops_per_s"], row["fp4_flops_per_s"]) == (989e12, 1979e12, None)
     assert row["sources"]

@@ -1,6 +1,14 @@
 """Accelerators, links and clusters: domain types, the built-in catalogue, cluster files and single GPUs' wiring."""
 
-from apex_opt.cluster.catalogue import list_clusters, load_cluster, load_pools, load_topology, load_wiring
+from apex_opt.cluster.catalogue import (
+    assumed_network,
+    cluster_names,
+    list_clusters,
+    load_cluster,
+    load_pools,
+    load_topology,
+    load_wiring,
+)
 from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.tree import Tree, free_types
@@ -22,6 +30,8 @@ __all__ = [
     "Switch",
     "Topology",
     "Tree",
+    "assumed_network",
+    "cluster_names",
     "free_types",
     "gpu_name",
     "is_named",

@@ -6,21 +6,21 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.cluster.composition import Composition, list_presets, load_preset, read_composition
+from apex_opt.cluster.composition import Composition, Network, Node, list_presets, load_preset, read_composition
 from apex_opt.cluster.toml_reader import read_toml, shown
 from apex_opt.cluster.topology import Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster
 from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, names_like, uniform_cluster
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.files import expanded
-from apex_opt.units import ceil_div
+from apex_opt.files import expanded, there
+from apex_opt.units import GB, ceil_div
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _FORM: Final = (
     "GPU, COUNTxGPU, NODESxCOUNTxGPU (such as 4x8xh200-sxm), PRESET, NODESxPRESET (such as 2xdgx-h100) or the path of "
-    "a .toml file"
+    "a .toml file; a mixed cluster as SPEC+SPEC"
 )
 _SPEC: Final = re.compile(r"(?:([^a-z]*)x)?(?:([^a-z]*)x)?([a-z][a-z0-9._-]*)")
 
@@ -84,11 +84,84 @@ def load_topology(spec: str) -> Topology:
     return found.topology() if isinstance(found, Composition) else Topology.of(found)
 
 
+def cluster_names(spec: str) -> tuple[str, ...]:
+    """The specs in a list of them, `8xh100-sxm,8xa100-sxm`; a file whose name has a comma is one.
+
+    Raises
+    ------
+    UsageError      an empty place in the list, or the same twice
+    """
+    if not isinstance(spec, str) or "," not in spec or there(expanded(spec.strip())):
+        return (spec,)
+    names = tuple(part.strip() for part in spec.split(","))
+    if not all(names):
+        raise UsageError(f"cluster {shown(spec)}: an empty place in the list of clusters")
+    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise UsageError(f"cluster {shown(spec)}: {shown(twice[0])} is given twice")
+    return names
+
+
+def assumed_network(spec: str) -> tuple[str, ...]:
+    """What is assumed of the links between the parts of a mixed cluster that a spec puts together, as a note."""
+    parts = _parts(spec)
+    if len(parts) < 2:
+        return ()
+    found = load_wiring(spec)
+    assert isinstance(found, Composition)  # of several parts
+    ports = dict.fromkeys((node.gpu.name, node.nics) for _, node in found.nodes)
+    listed = ", ".join(
+        f"{name} by {'a port each' if max(map(len, nics.groups)) == 1 else 'ports they share'} of "
+        f"{nics.link.bytes_per_s / GB:g} GB/s {nics.link.kind}"
+        for name, nics in ports
+        if nics is not None
+    )
+    return (f"the link between the parts of {found.name} is assumed: all on one leaf switch, {listed}",)
+
+
+def _parts(spec: str) -> tuple[str, ...]:
+    """The specs that one of a mixed cluster puts together, `8xh100-sxm+8xl40s`."""
+    text = spec.strip() if isinstance(spec, str) else ""
+    return (text,) if "+" not in text or there(expanded(text)) else tuple(part.strip() for part in text.split("+"))
+
+
+def _together(spec: str, parts: tuple[str, ...]) -> Composition:
+    """Nodes of several specs on one leaf switch."""
+    if not all(parts):
+        raise UsageError(f"cluster {shown(spec)}: an empty place between the parts of a mixed cluster")
+    nodes: list[tuple[int, Node]] = []
+    names = []
+    for part in parts:
+        found = load_wiring(part)
+        names.append(found.name)
+        if isinstance(found, Cluster):
+            nodes.append((found.nodes, Node.of(found)))
+            continue
+        if found.network != Network():
+            raise UsageError(f"cluster {shown(spec)}: {part} has a network of its own; describe all in one TOML file")
+        nodes += found.nodes
+    without = [node.gpu.name for _, node in nodes if node.nics is None]
+    if without:
+        raise UsageError(
+            f"cluster {shown(spec)}: nodes with {without[0]} have no network, which others need to reach them; give "
+            "[inter] or nics in their file"
+        )
+    if (size := sum(count * node.gpus for count, node in nodes)) > MAX_GPUS:
+        raise UsageError(f"cluster {shown(spec)}: {size} GPUs, above the limit of {MAX_GPUS}")
+    return Composition(name="+".join(names), nodes=tuple(nodes))
+
+
 def load_wiring(spec: str) -> Cluster | Composition:
     """What a spec names, as it is described."""
     if not isinstance(spec, str) or not spec.strip():
         raise UsageError(f"cluster: expected {_FORM}, got {shown(spec)}")
     text = spec.strip()
+    if len(cluster_names(text)) > 1:
+        raise UsageError(
+            f"cluster {shown(spec)}: plan, energy and capacity compare several clusters, this takes one; a mixed one "
+            "is written with +, as in 8xh100-sxm+8xl40s"
+        )
+    if len(parts := _parts(text)) > 1:
+        return _together(spec, parts)
     if text.lower().endswith(".toml") or "/" in text or "\\" in text:
         return _from_file(expanded(text))
     match = _SPEC.fullmatch(text.lower())

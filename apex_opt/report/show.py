@@ -31,6 +31,10 @@ def show(document: Document, form: str, limit: int = 0, *, sources: bool = False
         import json
 
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    elif "fastest" in document:
+        from apex_opt.report.clusters import clusters_page
+
+        text = clusters_page(document)
     elif "plans" in document:
         from apex_opt.report.side_by_side import compared_page
 

@@ -42,13 +42,13 @@ def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: 
         "plans": [{"plan": plan, **answer} for plan, answer in zip(plans, answers, strict=True)],
         "differences": {"plans": [index + 1 for index in able], "terms": [asdict(term) for term in terms]},
         "question": answers[0]["question"],
-        "provenance": _merged([answer["provenance"] for answer in answers]),
+        "provenance": merged([answer["provenance"] for answer in answers]),
         "version": __version__,
     }
     return noted(document, (note for answer in answers for note in answer["notes"]))
 
 
-def _merged(provenances: Sequence[dict[str, str]]) -> dict[str, str]:
+def merged(provenances: Sequence[dict[str, str]]) -> dict[str, str]:
     """Where the figures of all answers come from, every source told once."""
     clauses: dict[str, dict[str, None]] = {}
     for provenance in provenances:

@@ -83,6 +83,7 @@ class Question:
     request_slos: tuple[Slo, ...] | None = None
     holds_longest: bool = False
     notes: tuple[str, ...] = ()
+    priced: bool = False
 
     def __post_init__(self) -> None:
         if self.asks("goodput") and not self.per_request:
@@ -150,10 +151,10 @@ class Question:
 
     @property
     def tells_cost(self) -> bool:
-        """Whether costs are shown: where asked for, or where the price is not an assumed one."""
+        """Whether costs are shown: where asked for, and where there is a price that is not an assumed one."""
         gpu = self.cluster.gpu
-        assumed = dict(gpu.sources).get("price_per_h", "").startswith("assumed")
-        return self.asks("cost", "cost_per_mtoken") or (gpu.price_per_h is not None and not assumed)
+        given = not dict(gpu.sources).get("price_per_h", "").startswith("assumed")
+        return self.asks("cost", "cost_per_mtoken") or (gpu.price_per_h is not None and (given or self.priced))
 
     def cost_per_h(self, plan: Plan) -> float | None:
         """$ per hour of a plan's GPUs, where their price is stated."""
