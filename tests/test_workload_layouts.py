@@ -389,7 +389,12 @@ def dressed(draw: st.DrawFn) -> tuple[Layout, list[tuple[int, int, int]], str, s
     """A layout, rows in its unit, and a file of them: columns in any order and case, with others between."""
     layout = draw(st.sampled_from(COLUMNED))
     rows = draw(st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 10**6), st.integers(1, 10**6)), min_size=1))
-    names = [*layout.columns, *draw(st.lists(st.sampled_from(("model", "Log Type", "remark", "id")), unique=True))]
+    marks = draw(st.sampled_from([(mark,) for mark in layout.marks] or [()]))
+    names = [
+        *layout.columns,
+        *marks,
+        *draw(st.lists(st.sampled_from(("model", "Log Type", "remark", "id")), unique=True)),
+    ]
     names = draw(st.permutations(names))
     cells = {
         layout.arrival: lambda row: f"2023-01-01 00:00:00.{row[0]:09d}" if layout.unit == "date" else row[0],
@@ -441,7 +446,7 @@ def test_usual_names_tell_what_columns_are(tmp_path: Path, prompt: str, output: 
 
 def test_every_layout_is_told_from_the_others_by_its_columns() -> None:
     for layout in LAYOUTS:
-        found, called = layout_of("t", layout.columns)
+        found, called = layout_of("t", (*layout.columns, *layout.marks[:1]))
         assert found is layout and called[plain(layout.prompt)] == layout.prompt
     assert not {plain(layout.prompt) for layout in LAYOUTS} & OUTPUTS
     assert not PROMPTS & OUTPUTS

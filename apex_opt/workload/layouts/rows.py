@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Layout:
     arrival : str                  column of arrivals; "" where there is none
     unit : str                     of arrivals: "s", "ms", "us", "ns" or "date"; "" where nothing tells
     fixed : bool                   whether the column's own name tells the unit, so that no other can be meant
-    marks : tuple of str           further columns that tell this layout from those with the same ones
+    marks : tuple of str           columns of which one tells this layout from those with the same others
     block : int                    prompt tokens of a hash id, where the layout says; else 0
     own : bool                     one of ours: a request without an answer is a fault, not one that failed
     session, parent : str          columns that name a conversation, and the request before in it
@@ -51,8 +51,13 @@ class Layout:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that tell the layout."""
-        return (*((self.arrival,) if self.arrival else ()), self.prompt, self.output, *self.marks)
+        """Columns that a row needs."""
+        return (*((self.arrival,) if self.arrival else ()), self.prompt, self.output)
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether columns of these plain names are of this layout."""
+        marked = not self.marks or any(plain(mark) in names for mark in self.marks)
+        return marked and all(plain(column) in names for column in self.columns)
 
 
 LAYOUTS: Final = (
@@ -81,7 +86,7 @@ LAYOUTS: Final = (
         unit="s",
         prompt="input_length",
         output="output_length",
-        marks=("chat_id",),
+        marks=("chat_id", "parent_chat_id"),
         block=16,
         session="chat_id",
         parent="parent_chat_id",
@@ -194,7 +199,7 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     for name in present:
         if called.setdefault(plain(name), name) != name:
             alike[plain(name)] = name
-    fits = [layout for layout in LAYOUTS if all(plain(column) in called for column in layout.columns)]
+    fits = [layout for layout in LAYOUTS if layout.fits(called)]
     if len({layout.arrival.lower() for layout in fits}) > 1:
         times = " and ".join(dict.fromkeys(layout.arrival for layout in fits))
         raise InputError(f"{label}: arrivals are given twice, as {times}; keep one")
