@@ -1799,3 +1799,12 @@ def test_what_the_cache_finds_is_told_of_a_fleet_too(two_types: str) -> None:
     assert 0 < metrics["cached_tokens"] <= 59 * 256 and metrics["cached_tokens"] % 16 == 0
     assert metrics["cache_hit_rate"] == metrics["cached_tokens"] / (60 * 512)
     assert f"{metrics['cached_tokens']:,} prompt tokens found" in run(*words).out
+
+
+def test_lengths_alone_are_served_at_the_rate_that_is_given() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm")
+    vidur = f"--trace={TRACES / 'vidur-len.csv'}"
+    assert "has lengths but no arrivals; give the requests per second as --rate" in refused(*words, vidur)
+    document = json.loads(run(*words, vidur, "--rate=1", "--format=json").out)
+    assert document["question"]["trace"]["rate_per_s"] == pytest.approx(1, rel=0.01)
+    assert "Poisson arrivals, as the trace tells none" in document["notes"][0]

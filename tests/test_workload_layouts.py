@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apex_opt.errors import ApexError, InputError, UsageError
-from apex_opt.workload import Trace, load_trace
+from apex_opt.workload import Trace, load_trace, trace_jsonl
 from apex_opt.workload.layouts import LAYOUTS, layout_of
 from apex_opt.workload.layouts.rows import OUTPUTS, PROMPTS, Layout, plain
+from apex_opt.workload.steady import at_rate
 
 CASES = Path(__file__).parent / "cases" / "traces"
 S = 10**9
@@ -105,19 +106,12 @@ def test_lengths_alone_have_no_arrivals_until_a_rate_is_given() -> None:
     assert not trace.timed and read(trace) == [(0, 3018, 150), (0, 1000, 33)]
     with pytest.raises(UsageError, match="has no arrival times to stretch"):
         trace.stretched(2)
-    slow, fast = trace.arriving(2.0), trace.arriving(4.0)
-    assert slow.timed and slow.prompt.tolist() == [3018, 1000]
-    assert abs(slow.arrival_ns - 2 * fast.arrival_ns).max() <= 1
-    assert slow.notes == ("the trace has lengths alone: its arrivals are drawn as a Poisson process of 2 requests/s",)
-    for rate in (0, -1.0, True, float("nan"), float("inf"), 1e-12):
-        with pytest.raises(UsageError):
-            trace.arriving(rate)
-
-
-def test_lengths_alone_come_at_the_rate_that_is_given(tmp_path: Path) -> None:
-    text = "num_prefill_tokens,num_decode_tokens,num_total_tokens,pd_ratio\n" + "30,5,35,6\n" * 4000
-    trace = load_trace(write(tmp_path, text)).arriving(8.0, seed=3)
-    assert trace.rate_per_s == pytest.approx(8, rel=0.05) and trace.burstiness == pytest.approx(1, rel=0.05)
+    with pytest.raises(UsageError, match="has lengths alone and no arrivals to write"):
+        trace_jsonl(trace)
+    assert not trace.head(1).timed
+    fast = at_rate(trace, 4.0, 1000)
+    assert fast.timed and fast.prompt.tolist() == [3018, 1000] * 1000
+    assert fast.rate_per_s == pytest.approx(4) and fast.burstiness == pytest.approx(1, rel=0.1)
 
 
 def test_conversations_take_a_tokenizer_unless_they_are_counted(tmp_path: Path) -> None:

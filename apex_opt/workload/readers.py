@@ -140,7 +140,7 @@ def trace_jsonl(trace: Trace) -> str:
     if trace.concurrency is not None:
         raise UsageError(f"trace {trace.name}: a closed loop has no arrivals to write; keep its description instead")
     if not trace.timed:
-        raise UsageError(f"trace {trace.name}: has no arrivals to write; give it some with Trace.arriving")
+        raise UsageError(f"trace {trace.name}: has lengths alone and no arrivals to write; give it a rate")
     rows = zip(trace.arrival_ns.tolist(), trace.prompt.tolist(), trace.output.tolist(), strict=True)
     return "".join(f'{{"StartTimeOffset": {a}, "ContextTokens": {p}, "GeneratedTokens": {o}}}\n' for a, p, o in rows)
 

@@ -203,7 +203,7 @@ class Trace:
                 f"trace {self.name}: a closed loop has no arrival times to stretch; change its concurrency"
             )
         if not self.timed:
-            raise UsageError(f"trace {self.name}: has no arrival times to stretch; give it some with a rate")
+            raise UsageError(f"trace {self.name}: has no arrival times to stretch; give it a rate")
         with np.errstate(over="ignore"):
             arrival = np.rint(self.arrival_ns * float(factor))
         if arrival[-1] > MAX_ARRIVAL_NS:
@@ -220,33 +220,6 @@ class Trace:
             source=f"{self.source}; arrivals times {factor!r}",
             notes=self.notes,
             arrivals=self.arrivals,
-        )
-
-    def arriving(self, rate_per_s: float, seed: int = 0) -> Trace:
-        """The same requests, in their order, as a Poisson process: for lengths alone, which have no arrivals.
-
-        Another rate with the same seed brings the same gaps closer together.
-
-        Raises
-        ------
-        UsageError                     rate not above 0, or one at which arrivals pass 2**61 ns
-        """
-        if isinstance(rate_per_s, bool) or not isinstance(rate_per_s, int | float) or not 0 < rate_per_s < 1e12:
-            raise UsageError(f"trace {self.name}: rate must be above 0 and below 1e12, got {shown(rate_per_s)}")
-        rng = np.random.Generator(np.random.PCG64(seed))
-        arrival = np.rint(np.cumsum(rng.standard_exponential(len(self))) * (NS_PER_S / rate_per_s))
-        if arrival[-1] > MAX_ARRIVAL_NS:
-            raise UsageError(f"trace {self.name}: at {rate_per_s:.4g} requests/s arrivals pass 2**61 ns (73 years)")
-        frozen = arrival.astype(np.int64)
-        frozen.flags.writeable = False
-        drawn = f"drawn as a Poisson process of {rate_per_s:g} requests/s"
-        return replace(
-            self,
-            arrival_ns=frozen,
-            concurrency=None,
-            arrivals=Arrivals(kind="poisson", seed=seed),
-            source=f"{self.source}; arrivals {drawn}, seed {seed}",
-            notes=(*self.notes, f"the trace has lengths alone: its arrivals are {drawn}"),
         )
 
     def head(self, n: int) -> Trace:
