@@ -1347,6 +1347,18 @@ def test_interruption_and_lack_of_memory_end_in_a_line(
     assert ran.err.startswith(line)
 
 
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: dict[str, Any]) -> int:
+        raise OSError(24, "Too many open files", "some/file")
+
+    monkeypatch.setitem(solve.RUNNERS, "models", fail)
+    ran = run("models")
+    assert ran.code == 1
+    assert ran.err == "error: the system refuses some/file (Too many open files); --debug shows where\n"
+    with pytest.raises(OSError, match="Too many open files"):
+        solve.main(["models", "--debug"])
+
+
 OPTION_NAMES = sorted({option.name for command in COMMANDS.values() for option in command.options})
 TEXT = st.one_of(
     st.text(max_size=30),

@@ -18,7 +18,6 @@ NAMES: Final = (*(f"{metric}_{statistic}" for metric in LATENCIES for statistic 
 
 
 _COSTS: Final = ("cost", "cost_per_mtoken", "energy", "energy_per_token")
-_TIES: Final = "e2e_mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +58,10 @@ class Objective:
         if limit != limit or (self.maximise and limit <= 0):
             return ()
         return (Slo(metric=self.metric, statistic=self.statistic, limit=max(limit, sys.float_info.min)),)
+
+
+TIES: Final = Objective(name="e2e_mean", unit="s")
+"""What decides where costs alone do not."""
 
 
 def load_objective(name: str) -> Objective:
@@ -104,7 +107,7 @@ def load_objectives(text: str) -> tuple[Objective, ...]:
             f"--objective: {parts[-1]!r:.60} has a tolerance and nothing after it to choose by; e.g. energy~2%,e2e_p95"
         )
     if all(objective.metric in _COSTS for objective in found):
-        found.append(load_objective(_TIES))
+        found.append(TIES)
     return tuple(found)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
+from apex_opt.search.objective import TIES
 from apex_opt.search.search import (
     ROUND,
     bound_plans,
@@ -64,7 +65,8 @@ def pareto(
 ) -> Front:
     """The exact front of two or three objectives over the plans that meet the goals.
 
-    Of plans alike in every objective the one with fewer GPUs, then the first by its text, is on the front.
+    Of plans alike in every objective the one with the least latency is on the front, then the one with fewer GPUs, then
+    the first by its text.
 
     Raises
     ------
@@ -153,7 +155,7 @@ def _simulate(
 def _front(candidates: Iterable[Candidate], objectives: Sequence[Objective]) -> list[Candidate]:
     """Candidates that no other dominates, one of each kind, best by the first objective first."""
     first: dict[Costs, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda c: (c.plan.devices, str(c.plan))):
+    for candidate in sorted(candidates, key=lambda c: (TIES.value(c.metrics), c.plan.devices, str(c.plan))):
         first.setdefault(costs(candidate, objectives), candidate)
     kept = sorted(one for one in first if not any(dominates(other, one) for other in first))
     return [first[one] for one in kept]
