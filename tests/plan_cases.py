@@ -236,7 +236,8 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
 
 def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) -> Model:
     """A model as an engine may know it: its family, its image tower, and how its checkpoint is quantised."""
-    schemes = (None, Scheme(method="gptq", group=128), Scheme(method="fp8", block=(128, 64)), Scheme(method="fp8"))
+    blocks = Scheme(method="fp8", block=(128, 64))
+    schemes = (None, Scheme(method="gptq", group=128, further=(blocks,)), blocks, Scheme(method="fp8"))
     towers = (None, None, 8, 6)
     return replace(
         model,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FIRST_PORT: Final = 8000
 KEPT_BACK: Final = 0.01
-"""Share of a GPU's memory that a length of requests leaves free beyond what is counted. Assumed: the KV blocks that were
+"""Share of a GPU's memory that a length of requests leaves free beyond what is counted. Assumed: KV blocks that were
 measured come out within 1%, and an engine that finds a block too few does not start."""
 PORT_STEP: Final = 10
 """Engines of one node listen this far apart: SGLang takes further ports near those of its inner connections."""

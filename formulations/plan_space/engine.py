@@ -102,15 +102,17 @@ class Runs:
         """Outputs, inputs, and inputs of experts that share a scale in one of the formats of a format."""
         assert self.rules is not None
         model, name = self.instance.model, self.instance.weight_formats[index]
-        whole = get_format(name)
-        own = whole.part(form)
-        group = own.group
+        own = get_format(name).part(form)
+        group, block = own.group, None
         if model.scheme is not None and name == model.weight_format:
-            if model.scheme.block is not None and own.name not in self.rules.padded_experts:
-                return model.scheme.block[0], model.scheme.block[1], model.scheme.block[1]
-            if not whole.mixed:
-                group = model.scheme.group
-        if own.name in self.rules.padded_experts or group is None:
+            held = (model.scheme, *model.scheme.further)
+            mine = held[min(form, len(held)) - 1]
+            group, block = mine.group, mine.block
+        if own.name in self.rules.padded_experts:
+            return 1, 1, 1
+        if block is not None:
+            return block[0], block[1], block[1]
+        if group is None:
             return 1, 1, 1
         least = self.rules.least_group or group
         halves = [group >> power for power in range(group.bit_length()) if group % (1 << power) == 0]

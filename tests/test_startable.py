@@ -1,0 +1,122 @@
+"""The space is what vLLM starts: held against verdicts of its own code (`../shared/startable` says how to record)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from startable_cases import SHARED, THIN, Asked, Row, UnsaidError, asked, free_bytes, rows
+
+from apex_opt.evaluate import violations
+from apex_opt.units import GIB
+
+ASIDE = 3 * GIB
+"""Memory that the recording pretends to be in use, so that a verdict on memory this near may be another on a GPU."""
+
+KNOWN = {
+    ("Llama-3.1-405B-FP8-fbgemm-kv16", "deprecated"): "started with --allow-deprecated-quantization, which we emit",
+    (
+        "Qwen--Qwen3-32B-FP8-Static-PerTensor",
+        "compute capability",
+    ): "no quant_method in the file: vLLM takes it as bf16",
+}
+"""Verdicts that are not ours, by part of the model's name and of what vLLM or we say, each with the reason."""
+
+HEAVIER = {
+    "L8-gptq-dynamic": "vLLM finds what is quantised in the weight files, of which the recording has none",
+    "Qwen--Qwen3-32B-FP8-Static-PerTensor": "no quant_method in the file: vLLM takes it as bf16",
+    "kimi-k2.5": "the image tower, and orders of groups dropped once weights are loaded, are not counted",
+    "Kimi-K2.5": "with experts by ep and several shards a copy, shared experts are whole on every GPU",
+}
+"""Models whose weights are more than 2% off in some row, each with the reason."""
+
+
+def held(path_rows: list[Row]) -> list[tuple[Row, Asked]]:
+    """Rows whose model is read and whose arguments a plan can say."""
+    found = []
+    for row in path_rows:
+        try:
+            found.append((row, asked(row)))
+        except UnsaidError:
+            continue
+    return found
+
+
+def differences(pairs: list[tuple[Row, Asked]]) -> list[str]:
+    """Rows on which we and vLLM disagree, less those near the limit of memory and those known."""
+    found = []
+    for row, question in pairs:
+        broken = violations(question.instance, question.plan)
+        texts = " ".join(fault.text for fault in broken)
+        if (row["verdict"] == "accept") == (not broken) or _near(row, question):
+            continue
+        name, said = row["config"], f"{row['message']} {texts}"
+        if not any(part in name and words in said for part, words in KNOWN):
+            found.append(
+                f"{name} {question.plan} on {row['capability']}: vLLM {row['verdict']}s {row['message']}; {texts}"
+            )
+    return found
+
+
+def _near(row: Row, question: Asked) -> bool:
+    """Whether the verdict is on memory within what the recording pretends."""
+    if row["stage"] != "kv" or not row["kv_free_gib"]:
+        return False
+    block = max(stage.kv_block_bytes for stage in question.memory)
+    need = -(-question.settings.max_model_len // question.settings.block_size) * block
+    return abs(free_bytes(row)) <= ASIDE or abs(free_bytes(row) - need) <= ASIDE
+
+
+def misweighed(pairs: list[tuple[Row, Asked]]) -> list[str]:
+    """Accepted rows whose weights are more than 2% off, or whose blocks more than 5%, less those known."""
+    found = []
+    for row, question in pairs:
+        if row["verdict"] != "accept":
+            continue
+        stages, name = question.memory, row["config"]
+        weights = max(stage.weights_bytes for stage in stages) / GIB
+        # The recording rounds to thousandths of a GiB.
+        off = abs(weights - float(row["weights_gib"])) - 0.001
+        if off > 0.02 * float(row["weights_gib"]) and not any(part in name for part in HEAVIER):
+            found.append(f"{name} {question.plan} on {row['capability']}: {weights:.3f} not {row['weights_gib']} GiB")
+        blocks = int(free_bytes(row) / max(stage.kv_block_bytes for stage in stages))
+        windows = {run.block.attention.window for run in question.model.runs}
+        # Of layers with windows vLLM shares blocks among as many kinds: ours are those of whole contexts.
+        told = int(row["blocks"]) / (len(windows) if question.model.family == "gpt_oss" else 1)
+        if abs(blocks - told) > 0.05 * told:
+            found.append(f"{name} {question.plan} on {row['capability']}: {blocks} not {told:.0f} blocks")
+    return found
+
+
+def test_a_plan_is_in_the_space_exactly_where_vllm_starts_it() -> None:
+    pairs = held(rows(THIN))
+    assert len(pairs) >= 150
+    assert Counter(row["verdict"] for row, _ in pairs).keys() == {"accept", "refuse"}
+    assert {row["stage"] for row, _ in pairs} == {"config", "quant", "layer", "kv"}
+    assert differences(pairs) == []
+
+
+def test_weights_and_blocks_are_those_that_vllm_counts() -> None:
+    pairs = held(rows(THIN))
+    assert sum(row["verdict"] == "accept" for row, _ in pairs) >= 80
+    assert misweighed(pairs) == []
+
+
+@pytest.mark.data
+def test_all_recorded_verdicts_agree_where_their_models_are_at_hand() -> None:
+    path = SHARED / "startable" / "startable_dev.csv"
+    if not path.is_file():
+        pytest.skip("../shared/startable is absent: only its thinned copy is tested")
+    pairs = held(rows(path))
+    assert differences(pairs) == []
+    assert misweighed(pairs) == []
+
+
+def test_a_rule_lifted_is_noticed() -> None:
+    pairs = [(row, question) for row, question in held(rows(THIN)) if row["stage"] == "layer"]
+    lifted = [
+        row
+        for row, question in pairs
+        if not {fault.family for fault in violations(question.instance, question.plan)} - {"engine"}
+    ]
+    assert len(lifted) >= 3
