@@ -267,6 +267,8 @@ def _run_pareto(options: dict[str, Any]) -> int:
         front = pareto(question, objectives, PlanSpace(), progress)
     provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)
     document = pareto_document(question, front, provenance)
+    pairs = zip(document["candidates"], front.plans, strict=True)
+    document["candidates"] = [_with_launch(row, question, candidate.plan, options) for row, candidate in pairs]
     try:
         _show(document, options)
     finally:
@@ -354,14 +356,28 @@ def _with_placement(
         from apex_opt.report.placement import with_placement
 
         document = with_placement(document, question, plan, placed)
+    return _with_launch(document, question, plan, options, placed.assignment)
+
+
+def _with_launch(
+    document: dict[str, Any],
+    question: Question,
+    plan: Plan,
+    options: dict[str, Any],
+    assignment: Assignment | None = None,
+) -> dict[str, Any]:
+    """A plan with the commands that start it, if asked; where it lies is looked for unless it is given."""
     if options["emit"] is None:
         return document
     from apex_opt.ir import checkpoint_of
     from apex_opt.launch import launch
     from apex_opt.report.launch import launched
+    from apex_opt.search import Evaluator
+    from formulations.placement import place_plan
 
-    checkpoint = checkpoint_of(options["model"])
-    return launched(document, launch(question, plan, options["emit"], checkpoint, placed.assignment))
+    if assignment is None:
+        assignment = place_plan(Evaluator(question).layouts, plan).assignment
+    return launched(document, launch(question, plan, options["emit"], checkpoint_of(options["model"]), assignment))
 
 
 def _exit_code(answer: Answer, replay: Check | None) -> int:
@@ -464,7 +480,10 @@ def _capacity(options: dict[str, Any]) -> tuple[Document, int]:
         else:
             found = fewest_gpus(question, PlanSpace(), options["rate"], **given)
     provenance = Evaluator(question).provenance(item.plan for item in found.plans)
-    return capacity_document(question, found, provenance), 0 if found.plans else EXIT_INFEASIBLE
+    document = capacity_document(question, found, provenance)
+    if found.plans:
+        document = _with_launch(document, question, found.plans[0].plan, options)
+    return document, 0 if found.plans else EXIT_INFEASIBLE
 
 
 def _run_validate(options: dict[str, Any]) -> int:

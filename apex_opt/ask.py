@@ -22,7 +22,7 @@ from apex_opt.workload import load_trace, parse_slos
 from apex_opt.workload.steady import at_rate, loops_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineRules
@@ -181,7 +181,7 @@ def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = F
             batch_limits=_choices(limits),
             expert_routing=options.expert_routing,
             profiles=check_profiles(options.profiles),
-            notes=notes,
+            notes=(*notes, *_expanded(weight_formats, cluster.gpu)),
             tree=tree,
             holds_longest=options.max_model_len is not None,
             routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
@@ -350,6 +350,19 @@ def _choices(limits: list[tuple[int, int]]) -> tuple[tuple[int | None, int | Non
 
 def _several(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _expanded(names: tuple[str, ...], gpu: Gpu) -> Iterator[str]:
+    """Formats that a GPU has no arithmetic for, and so reads narrow and multiplies in 16 bits."""
+    for name in names:
+        whole = get_format(name)
+        for form in whole.mixed or (whole,):
+            used = form.computed(gpu.supports)
+            if used is not None and used is not form:
+                yield (
+                    f"{gpu.name} has no {form.hardware_dtype} arithmetic: weights in {form.name} are expanded to "
+                    f"{gpu.half_dtype}, and cost as {used.name}"
+                )
 
 
 def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:

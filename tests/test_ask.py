@@ -369,3 +369,47 @@ def test_the_unit_of_arrivals_may_be_given(tmp_path: Path) -> None:
 def test_lengths_alone_ask_for_a_rate() -> None:
     with pytest.raises(UsageError, match="has lengths but no arrivals; give the requests per second as --rate"):
         ask(options(trace=str(CASES / "vidur-len.csv")))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "weights", "said"),
+    [
+        (
+            "1xa100",
+            "fp8",
+            "has no fp8 arithmetic: weights in fp8 are expanded to bf16, and cost as w8a16",
+        ),
+        ("1xh100", "fp8,nvfp4", "has no fp4 arithmetic: weights in nvfp4 are expanded to bf16, and cost as w4a16g32"),
+        ("1xb200", "fp8,nvfp4", ""),
+        ("1xa100", "w4a16", ""),
+    ],
+)
+def test_weights_that_a_gpu_expands_are_told(cluster: str, weights: str, said: str) -> None:
+    question = ask(options(model="llama-3.1-8b", cluster=cluster, weights=weights))
+    notes = [note for note in question.remarks if "arithmetic" in note]
+    assert len(notes) == bool(said)
+    assert said in " ".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine"),
+    [
+        ({}, "vllm"),
+        ({"engine": "sglang-eager"}, "sglang"),
+        ({"emit": "trtllm"}, "trtllm"),
+        ({"runnable": "sglang", "emit": "trtllm"}, "sglang"),
+        ({"runnable": "any"}, None),
+    ],
+)
+def test_plans_are_for_the_engine_named_else_that_of_the_commands_else_whose_figures_they_are(
+    changes: dict[str, Any], engine: str | None
+) -> None:
+    rules = ask(options(**changes)).settings.runnable
+    assert (None if rules is None else rules.name) == engine
+
+
+def test_a_length_asked_for_is_one_that_the_cache_must_hold() -> None:
+    asked = ask(options(cluster="2xh100", max_model_len=30_000))
+    assert asked.instance().longest_tokens == 30_000
+    assert "a request of max_model_len" in asked.instance().longest
+    assert ask(options(cluster="2xh100")).instance().longest_tokens < 30_000

@@ -28,8 +28,10 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
     gpu : Gpu                    what the plan is on; its compute capability counts
     settings : EngineSettings    its KV blocks count
     """
-    yield from _cells(rules, model, plan)
+    # What no cut would mend comes first.
     yield from _formats(rules, model, gpu, plan)
+    yield from _blocks(rules, model, plan, settings.block_size)
+    yield from _cells(rules, model, plan)
     yield from _heads(rules, model, plan.attention)
     if rules.whole_scales:
         scales, shards = (
@@ -39,7 +41,6 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
         for run in model.runs:
             yield from scales.of_attention(run.block.attention, plan.attention.tp)
             yield from scales.of_ffn(run.block.ffn, plan.ffn.tp, shards)
-    yield from _blocks(rules, model, plan, settings.block_size)
 
 
 def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.tables import best_tables, cluster_words, figure_columns
 from apex_opt.search.capacity import ASSUMPTION
@@ -126,6 +127,8 @@ def _draw(console: Console, document: Document) -> None:
     _certificate(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
+    if "launch" in document:
+        launch_section(console, document["launch"])
 
 
 def _headline(document: Document, best: Document) -> tuple[str | tuple[str, str], ...]:

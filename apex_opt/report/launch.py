@@ -29,9 +29,9 @@ def launched(document: Document, launch: Launch) -> Document:
     return document | {"launch": {"engine": launch.engine, "commands": commands, "notes": list(launch.notes)}}
 
 
-def launch_section(console: Console, launch: Document) -> None:
-    """Commands one to a line however long, to be copied; the rest as a shell's comments."""
-    console.print(Text(f"Launch ({launch['engine']})", "bold"))
+def launch_section(console: Console, launch: Document, plan: str | None = None) -> None:
+    """Commands one to a line however long, to be copied; the rest as a shell's comments; of several plans, which."""
+    console.print(Text(f"Launch ({launch['engine']})" + ("" if plan is None else f" {plan}"), "bold"))
     for note in launch["notes"]:
         # Options are not to be broken at their hyphens.
         lines = textwrap.wrap(

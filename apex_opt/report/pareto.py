@@ -10,6 +10,7 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
@@ -80,6 +81,9 @@ def _draw(console: Console, document: Document) -> None:
     certificate_line(console, document)
     if document["reason"] is None:
         provenance_table(console, document["provenance"])
+    for candidate in document["candidates"]:
+        if "launch" in candidate:
+            launch_section(console, candidate["launch"], candidate["plan"])
 
 
 def write_front(path: Path, document: Document) -> None:
