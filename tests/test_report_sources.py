@@ -54,3 +54,11 @@ def test_a_figure_told_of_several_gpus_is_named_once() -> None:
     rows = in_groups({"h100, gemm": "measured (a)", "l40s, gemm": "measured (b)", "l40s, power": "derived: c"})
     assert rows["measured"] == "gemm"
     assert rows["derived"] == "power"
+
+
+def test_a_price_is_told_with_its_group() -> None:
+    rows = in_groups(
+        {"h100, price": "$2.5 per GPU and hour; assumed: cloud prices", "l40s, price": "$1 per GPU and hour; bill"}
+    )
+    assert rows["assumed"] == "price ($2.5 per GPU and hour)"
+    assert rows["given"] == "price ($1 per GPU and hour)"

@@ -35,7 +35,10 @@ def in_groups(provenance: Provenance) -> dict[str, str]:
     """Figures that are measured, derived, assumed or given; those that are so in part come last in each group."""
     kinds: dict[str, set[str]] = {}
     for figure, text in in_full(provenance).items():
-        kinds.setdefault(figure.rpartition(", ")[2], set()).update(_kinds(text))
+        name = figure.rpartition(", ")[2]
+        if name == "price":
+            name = f"price ({text.partition(';')[0]})"
+        kinds.setdefault(name, set()).update(_kinds(text))
     rows = {}
     for group in _GROUPS:
         whole = [figure for figure, found in kinds.items() if found == {group}]
