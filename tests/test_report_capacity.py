@@ -6,7 +6,9 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,7 +35,7 @@ CHEAP = {
 def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Question, Capacity]:
     """A capacity, or the fewest GPUs for a rate."""
     options = Options.of(method("capacity")(None, **CHEAP | given).options)
-    question = ask(options)
+    question = ask(replace(options, rated=True))
     if rate is None:
         return question, highest_rate(question, PlanSpace(), top=top)
     return question, fewest_gpus(question, PlanSpace(), rate, top=top)
@@ -166,3 +168,13 @@ def test_one_plan_is_asked_about_alone() -> None:
     assert shown["status"] == "feasible"
     assert shown["best"]["plan"] == "dp2 attn(tp2) ffn(tp2) bf16"
     assert "1 plan in the space" in capacity_page(shown)
+
+
+def test_lengths_alone_have_no_rate_of_their_own() -> None:
+    lengths = str(Path(__file__).parent / "cases" / "traces" / "vidur-len.csv")
+    question, capacity = found(1.0, trace=lengths, cluster="1xh200-sxm", slo="ttft_p95<=5s")
+    document = capacity_document(question, capacity, {})
+    assert document["best"]["times_own_rate"] is None
+    page = capacity_page(document)
+    assert "trace vidur-len (2 requests, lengths alone), ttft_p95<=5s" in page
+    assert "the trace has no rate of its own" in page

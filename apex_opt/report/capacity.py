@@ -64,7 +64,7 @@ def _plan_rate(question: Question, item: PlanRate) -> Document:
     return {
         "rate_per_s": item.rate_per_s,
         "rate_per_gpu_per_s": item.rate_per_s / item.plan.devices,
-        "times_own_rate": item.rate_per_s / own,
+        "times_own_rate": item.rate_per_s / own if question.trace.timed else None,
         "steady": True,
         "next_rate_per_s": item.next_rate_per_s,
         "why_not_next": item.why or None,
@@ -104,13 +104,13 @@ def capacity_page(document: Document) -> str:
 def _draw(console: Console, document: Document) -> None:
     question, best = document["question"], document["best"]
     trace = question["trace"]
+    given = "lengths alone" if trace["rate_per_s"] is None else f"{_rate(trace['rate_per_s'])} as given"
     console.print(
         Text.assemble(
             (question["model"]["name"], "bold"),
             f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
             *cluster_words(question["cluster"]),
-            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {_rate(trace['rate_per_s'])} as given), "
-            f"{', '.join(question['slo'])}",
+            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {given}), {', '.join(question['slo'])}",
         )
     )
     notes_lines(console, document)
@@ -141,7 +141,8 @@ def _headline(document: Document, best: Document) -> tuple[str | tuple[str, str]
 def _ends(document: Document, best: Document) -> str:
     """What ends the rate, and what shows that it lasts."""
     evidence = best["evidence"]
-    text = f"{best['times_own_rate']:.3g} times the rate of the trace"
+    times = best["times_own_rate"]
+    text = "the trace has no rate of its own" if times is None else f"{times:.3g} times the rate of the trace"
     if document["asked"]["rate_per_s"] is None:
         text += f"; at {_rate(best['next_rate_per_s'])}, the next of the grid, {_not_next(best)}"
     text += (
