@@ -224,7 +224,7 @@ def _opened(path: Path, where: str, want: str) -> BinaryIO:
     """A regular file, open; its kind is that of what was opened, whatever lies at the path by then."""
     # Some devices act when they are opened: looked at first, and opened without waiting for the other end of a pipe.
     _check_kind(os.stat(path).st_mode, where, want)
-    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    number = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY")))
     try:
         _check_kind(os.fstat(number).st_mode, where, want)
         if _true_name(number, path).startswith(_KERNEL):

@@ -99,7 +99,7 @@ class Request:
     options: dict[str, Any]
 
 
-_READ: Final = ("model", "cluster", "trace", "profiles", "at", "source", "measured")
+_READ: Final = ("model", "cluster", "gpu", "trace", "profiles", "at", "source", "measured")
 """Options that may name a file or a folder to read."""
 
 _GENERAL: Final = (

@@ -50,7 +50,7 @@ def written(path: Path, what: str) -> Iterator[BinaryIO]:
             with os.fdopen(number, "wb") as file:
                 yield file
                 file.flush()
-                with contextlib.suppress(OSError):  # not every file system has permissions
+                with contextlib.suppress(OSError, AttributeError):  # not every system has them
                     os.fchmod(number, _mode(target))
             beside.replace(target)
         finally:

@@ -100,10 +100,10 @@ def end_on_signals() -> None:
     try:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=_wait, args=(reader, taken), name="signals", daemon=True).start()
-    except (OSError, RuntimeError):
-        return  # no more files or threads: signals then wait for the step in hand
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    except (OSError, RuntimeError, ValueError, AttributeError):
+        return  # no more files or threads, or a system without: signals then wait for the step in hand
     for number in taken:
         signal.signal(number, _noted)
 

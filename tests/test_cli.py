@@ -1670,7 +1670,9 @@ def test_a_file_that_may_not_be_written_is_said_before_the_work(
 
 def test_a_cluster_file_is_not_overwritten_by_what_is_made_of_it(own: Path) -> None:
     before = contents(own)
-    assert "is what --source c.toml is read from" in refused("cluster", "import", "--source=c.toml", "--target=c.toml")
+    words = ("cluster", "import", "--target=c.toml")
+    assert "is what --source c.toml is read from" in refused(*words, "--source=c.toml")
+    assert "is what --gpu c.toml is read from" in refused(*words, "--source=t.csv", "--gpu=c.toml")
     assert contents(own) == before
 
 
