@@ -127,6 +127,21 @@ def test_a_matrix_with_a_fault_is_refused_in_one_line(text: str, message: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GPU0 GPU1 CPU\n" + "GPU0 X NV4\n" * 100_000,
+        "GPU0 " + " ".join(f"N{i}" for i in range(2000)) + " CPU\nGPU0 X " + "\nS" * 300_000,
+        "GPU0 GPU1 " + "a" * 3_000_000 + "\nGPU0 X NV1 \nGPU1 NV1 X\n",
+        "GPU0" * 900_000 + "\nGPU0 X\n",
+    ],
+)
+def test_what_is_made_to_take_long_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read_matrix(Path("topo.txt"), text)
+    assert len(str(caught.value)) < 2000
+
+
 def test_text_without_a_matrix_holds_none() -> None:
     for text in ("", "worker-1 8 dgx-h100\n", "GPU 0: NVIDIA H100\n", "GPU0 and GPU1 are near\n", "GPU0 Xid 79\n"):
         assert read_matrix(Path("topo.txt"), text) is None

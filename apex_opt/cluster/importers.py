@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Gpu
 
-_LARGEST_FILE: Final = 16_000_000
+_LARGEST_FILE: Final = 4_000_000
+"""Bytes: a list of as many nodes as there may be GPUs, twice over."""
 
 _SWITCHED: Final = NEAR[:2]
 _LATENCY_S: Final = 1.5e-6

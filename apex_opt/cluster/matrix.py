@@ -36,8 +36,9 @@ _OLD: Final = {"SOC": "SYS"}
 """Names that older drivers have for the same."""
 _ENTRY: Final = re.compile(r"NV[1-9]\d?|PIX|PXB|PHB|NODE|SYS|SOC|X")
 _OTHER: Final = re.compile(r"\s+|\S+")
-_WIDEST: Final = 32
-"""Characters of a column of the widest table; what is longer is no row."""
+_LONGEST: Final = 65_536
+"""Characters of the longest line that is one of a matrix."""
+_MOST_FAULTS: Final = 50
 _HEADS: Final = re.compile(
     r"GPU\d+|NIC\d+|mlx\d+_(?:bond_?)?\d+|CPU|NUMA|GPU|Affinity"
     r"|\S+?(?=GPU\d|NIC\d|mlx\d+_|CPU\s*Aff|NUMA\s*Aff|\s|$)"
@@ -97,7 +98,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
             text = text.replace(written, meant)
     text = _UNSEEN.sub("", _ESCAPES.sub("", html.unescape(text)))
     stripped = ((number, _QUOTED.sub("", line)) for number, line in enumerate(text.splitlines(), 1))
-    return [(number, line) for number, line in stripped if line.strip(" \t`~-+|=:")]
+    return [(number, line) for number, line in stripped if len(line) <= _LONGEST and line.strip(" \t`~-+|=:")]
 
 
 def _names(path: Path, number: int, head: str) -> tuple[str, ...]:
@@ -129,7 +130,6 @@ class _Rows:
         self._faults: list[str] = []
         self._cells: dict[tuple[str, str], str] = {}
         self._sides = {name: "" for name in names if _GPU.fullmatch(name)}
-        self._longest = _WIDEST * (len(names) + 16)
         any_name = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
         # A log may put something before a row; a GPU's name may run into its first entry.
         self._row = re.compile(rf"(?<![\w.-])({any_name}|GPU\d+)[\s|│,\"']*(?=(?:{_ENTRY.pattern})(?![a-z]))")
@@ -138,7 +138,7 @@ class _Rows:
     def read(self, lines: list[tuple[int, str]]) -> Matrix:
         """All of them."""
         at, last = 0, ""
-        while at < len(lines):
+        while at < len(lines) and len(self._faults) < _MOST_FAULTS:
             number, line = lines[at]
             at += 1
             if _LEGEND.match(line):
@@ -149,7 +149,9 @@ class _Rows:
                     self._sides[last] = _side(line)
                 continue
             entries, after = self._entries(rest)
-            while len(entries) < len(self._names) and at < len(lines) and len(rest) < self._longest:
+            # A terminal has room for some entries in a line.
+            last_line = min(at + 1 + len(self._names) // 4, len(lines))
+            while len(entries) < len(self._names) and at < last_line:
                 if _LEGEND.match(lines[at][1]) or self._begun(lines[at][1])[0]:
                     break
                 rest, at = rest + lines[at][1], at + 1
