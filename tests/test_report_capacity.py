@@ -6,7 +6,6 @@ import io
 import json
 import re
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ CHEAP = {
 def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Question, Capacity]:
     """A capacity, or the fewest GPUs for a rate."""
     options = Options.of(method("capacity")(None, **CHEAP | given).options)
-    question = ask(replace(options, rated=True))
+    question = ask(options, rated=True)
     if rate is None:
         return question, highest_rate(question, PlanSpace(), top=top)
     return question, fewest_gpus(question, PlanSpace(), rate, top=top)
