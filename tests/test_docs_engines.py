@@ -1,0 +1,97 @@
+"""docs/engines.md: its table is that of the facts, its figures those of the recorded verdicts, its commands are run."""
+
+from __future__ import annotations
+
+import re
+from math import inf
+
+import pytest
+from doc_cases import ROOT, blocks_of, shown_and_printed
+from startable_cases import THIN, rows
+from test_startable import HEAVIER, KNOWN, held
+
+from apex_opt.engines import ENGINES
+
+TEXT = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+WORDS = {
+    "formats": "weight formats, from which compute capability on",
+    "caches": "formats of the KV cache",
+    "methods": "methods of quantisation that need more than their format",
+    "made_on_load": "weights made of 16 bits while they are loaded",
+    "ffn_copies": "copies of the FFN in a stage",
+    "dense_attention_copies": "attention copies before a dense FFN",
+    "copied_attention": "families with attention copies",
+    "one_gpu_copies": "an attention copy has one GPU",
+    "copies_on_one_node": "whole copies of an engine on one node only",
+    "experts_by_both": "experts cut by ep and tp at once",
+    "dense_per_copy": "dense and shared FFNs in each attention copy",
+    "whole_scales": "shards hold whole groups and blocks of scales",
+    "least_group": "groups of experts halved to fit a shard, down to",
+    "padded_experts": "experts stored in rounded sizes",
+    "vocab_multiple": "attention shards divide the vocabulary, padded to a multiple of",
+    "vocab_on_every_stage": "families with embedding and LM head on every stage",
+    "whole_kv_heads": "families whose KV heads are not copied",
+    "tower_shards": "attention shards divide the heads of an image tower",
+    "block_multiples": "multiples of tokens in a KV block",
+    "block_powers": "tokens in a KV block are a power of two",
+    "rotary_table": "a table of cosines and sines on every GPU",
+}
+"""The rules by their fields, in the order of the table."""
+
+
+def said(value: object) -> str:
+    """A fact as the table has it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, frozenset):
+        return ", ".join(sorted(value)) or "none"
+    if value is None:
+        return "all"
+    if not hasattr(value, "items"):
+        return str(value)
+    parts = []
+    for name, entry in value.items():
+        if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], float):
+            least, below = entry
+            parts.append(f"{name} {least:g}" + ("" if below == inf else f" to below {below:g}"))
+        elif isinstance(entry, tuple):
+            sizes = "; ".join(f"{hidden} and {columns} from {least:g}" for least, _, hidden, columns in entry)
+            parts.append(f"{name} to multiples of {sizes}")
+        else:
+            parts.append(f"{name} {entry}")
+    return ", ".join(parts) or "none"
+
+
+def table() -> str:
+    """Rule, engine, what holds, and where that was read."""
+    lines = ["| rule | engine | | source |", "|---|---|---|---|"]
+    for field, words in WORDS.items():
+        for name, rules in ENGINES.items():
+            if field in rules.sources:
+                lines.append(f"| {words} | {name} | {said(getattr(rules, field))} | {rules.sources[field]} |")
+    return "\n".join(lines)
+
+
+def test_every_rule_stands_in_the_table_with_its_source() -> None:
+    assert {field for rules in ENGINES.values() for field in rules.sources} == set(WORDS)
+    assert table() in TEXT
+
+
+def test_the_counts_are_those_of_the_verdicts_kept_here() -> None:
+    every = rows(THIN)
+    pairs = held(every)
+    accepted = sum(row["verdict"] == "accept" for row, _ in pairs)
+    assert f"{len(every)} of them are kept in `tests/`; {len(pairs)} ask for a plan, {accepted} of these start" in TEXT
+
+
+def test_every_known_difference_is_listed_with_its_reason() -> None:
+    for reason in {*KNOWN.values(), *HEAVIER.values()}:
+        assert reason in re.sub(r"\s+", " ", TEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [body for kind, body in blocks_of(TEXT) if kind == "console"], ids=lambda b: b[:60])
+def test_the_output_shown_is_the_output_printed(body: str) -> None:
+    shown, printed = shown_and_printed(body)
+    for part in shown.split(" ... "):
+        assert part.strip(" .") in printed
