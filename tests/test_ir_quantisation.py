@@ -321,6 +321,7 @@ def test_the_file_of_a_tool_beside_the_config_tells_where_that_does_not(
         {"architectures": ["MLPSpeculatorPreTrainedModel"], "model_type": "mlp_speculator"},
         {"model_type": "eagle"},
         {"draft_vocab_size": 32000},
+        {"num_hidden_layers": 1, "hidden_size": 4096, "vocab_size": 128256},
         {"speculators_model_type": "eagle3"},
         {"eagle_config": {"use_aux_hidden_state": True}},
         {"text_config": LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}},

@@ -234,11 +234,11 @@ def test_the_hub_cache_gives_the_newest_snapshot_otherwise(tmp_path: Path, main:
 
 
 def test_the_hub_cache_is_found_by_each_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_config(tmp_path / "direct" / "models--acme--one" / "snapshots" / "a", 1)
+    write_config(tmp_path / "direct" / "models--acme--one" / "snapshots" / "a", 4)
     write_config(tmp_path / "xdg" / "huggingface" / "hub" / "models--acme--two" / "snapshots" / "a", 2)
     write_config(tmp_path / ".cache" / "huggingface" / "hub" / "models--three" / "snapshots" / "a", 3)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "direct"))
-    assert load_model("acme/one").layers == 1
+    assert load_model("acme/one").layers == 4
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.delenv("HF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -1,7 +1,8 @@
 """Transformer IR: what a model is made of, how its numbers are stored, and where descriptions come from.
 
 `load_model` finds a model by registry name, path or Hugging Face id; `model` holds the types, `formats` the number
-formats, `huggingface` the reader of `config.json` files.
+formats, `huggingface` the reader of `config.json` files, with what a family implies in `families` and what is quantised
+in `quantisation`.
 """
 
 from apex_opt.ir.families import SUPPORTED_MODEL_TYPES

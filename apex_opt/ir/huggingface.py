@@ -59,6 +59,8 @@ _DRAFT_KEYS: Final = (
     *("speculators_model_type", "speculators_config", "speculator_config"),
 )
 
+_REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
+"""Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
 _QWEN_FULL_LAYERS: Final = 28
 """Leading layers without a window where a Qwen file does not give max_window_layers (transformers)."""
 
@@ -243,6 +245,10 @@ def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
         names = [fields.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
         signs = [name for name in names if isinstance(name, str) and _DRAFT_NAME.search(name)]
         signs += [key for key in _DRAFT_KEYS if fields.get(key)]
+        if fields.get("num_hidden_layers") == 1 and all(
+            isinstance(size := fields.get(key), int) and size >= least for key, least in _REAL_SIZES.items()
+        ):
+            signs.append("a single layer under a whole vocabulary")
         if signs:
             raise InputError(f"{source}: {signs[0]:.60} is that of a draft head; give the model it drafts for")
 
