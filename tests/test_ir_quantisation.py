@@ -198,6 +198,8 @@ def test_both_names_of_compressed_tensors_and_its_older_key_are_read() -> None:
     assert model_from_config(inner, "tiny", "tiny.json").weight_format == "fp8"
     outer = {"text_config": LLAMA, "model_type": "llava", "compression_config": section}
     assert model_from_config(outer, "tiny", "tiny.json").weight_format == "fp8"
+    both = outer | {"text_config": LLAMA | {"compression_config": GPTQ}}
+    assert model_from_config(both, "tiny", "tiny.json").weight_format == "fp8"
 
 
 def test_modelopt_may_give_every_module_its_own_format() -> None:

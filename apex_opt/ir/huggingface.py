@@ -263,7 +263,9 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     shared = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTISATION_KEYS)
     inherited = {key: config[key] for key in shared if key in config}
     own = {key: value for key, value in inner.values.items() if value is not None or key not in inherited}
-    return Fields({**inherited, **own}), True
+    # Engines ask the whole file first what is quantised.
+    quantised = {key: config[key] for key in QUANTISATION_KEYS if config.get(key)}
+    return Fields({**inherited, **own, **quantised}), True
 
 
 def _family(fields: Fields, wrapped: bool, source: str) -> Family:
