@@ -384,6 +384,21 @@ def test_parts_of_a_mixture_of_experts_are_told_apart() -> None:
     assert formats(read(GPT_OSS, quant_method="mxfp4"))[0] == ("16", "16", "mxfp4")
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        GPTQ | {"dynamic": {r"-:.*layers\.2\..*experts\.5\..*": {}}},
+        GPTQ | {"dynamic": {"-:.*layers.2.*experts.7.*": {}}},
+        {"quant_method": "fp8", "ignored_layers": ["model.layers.2.mlp.experts.7.down_proj"]},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["model.layers.2.mlp.experts.3*"]},
+    ],
+)
+def test_one_expert_in_16_bit_keeps_all_of_its_layer_there(section: dict[str, Any]) -> None:
+    rows = formats(read(QWEN_MOE, **section))
+    assert [row[2] == "16" for row in rows] == [False, False, True, False, False, False]
+    assert all("16" not in row[:2] for row in rows)
+
+
 def test_a_section_that_covers_nothing_leaves_a_model_in_16_bit() -> None:
     model = read(LLAMA, quant_method="fp8", ignore=["self_attn", "mlp"])
     assert model == replace(read(LLAMA, quant_method="fp8"), weight_format="bf16", scheme=None)

@@ -192,7 +192,13 @@ def _held(quantisation: Quantisation, family: Family, layer: int, ffn: Ffn) -> t
     parts = [family.qkv_modules, family.output_modules]
     if isinstance(ffn, MoeFfn):
         shared = family.shared_modules if ffn.shared_intermediate else ()
-        parts += [family.expert_modules, shared[:-1], shared[-1:]]
+        experts = [
+            module.replace(".experts.0.", f".experts.{number}.")
+            for number in quantisation.experts
+            if number < ffn.experts
+            for module in family.expert_modules
+        ]
+        parts += [tuple(experts), shared[:-1], shared[-1:]]
     else:
         parts += [family.dense_modules[:-1], family.dense_modules[-1:]]
     return tuple(quantisation.held(layer, modules) for modules in parts)

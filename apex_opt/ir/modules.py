@@ -29,6 +29,7 @@ _FUSED: Final = {
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
 """Matrices that engines hold as one, by the name they have then: a rule may be written for either."""
+_EXPERT: Final = re.compile(r"experts\\?\.(\d{1,6})(?!\d)")
 _LOOKUP_STEPS, _ENTRY_STEPS = 8, 4
 """Steps that looking up a name, and that keeping one, counts as."""
 
@@ -41,8 +42,10 @@ class _Collected:
     by_layer: dict[int, list[Matcher]] = field(default_factory=dict)
     anywhere: list[Matcher] = field(default_factory=list)
     expressions: list[tuple[Matcher, tuple[str, ...]]] = field(default_factory=list)
+    experts: set[int] = field(default_factory=set)
 
     def add(self, entry: str, effort: Effort) -> None:
+        self.experts.update(map(int, _EXPERT.findall(entry)))
         if entry.startswith(EXPRESSION):
             source = entry.removeprefix(EXPRESSION)
             # Where any text may stand first, it makes no difference which.
@@ -60,13 +63,14 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleNames:
-    """A list of modules, each with all that it holds."""
+    """A list of modules, each with all that it holds; `experts` are the numbers of those that it tells from others."""
 
     effort: Effort
     literal: frozenset[str]
     by_layer: Mapping[int, tuple[Matcher, ...]]
     anywhere: tuple[Matcher, ...]
     expressions: tuple[tuple[Matcher, tuple[str, ...]], ...]
+    experts: frozenset[int]
 
     @classmethod
     def parse(cls, entries: Iterable[str], effort: Effort) -> ModuleNames:
@@ -89,6 +93,7 @@ class ModuleNames:
             by_layer={layer: tuple(globs) for layer, globs in found.by_layer.items()},
             anywhere=tuple(found.anywhere),
             expressions=tuple(found.expressions),
+            experts=frozenset(found.experts),
         )
 
     def hold(self, layer: int, module: str) -> bool:

@@ -42,6 +42,8 @@ _LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", 
 _KV_KEYS: Final = ("kv_cache_quant_algo", "kv_cache_scheme")
 _KV_IN_FP8: Final = ("FP8", "FP8_E4M3", "STATIC")
 _HALF_BITS: Final = 16
+_MOST_EXPERTS: Final = 8
+"""Experts of a layer that are looked at: files that name more name all."""
 
 _SUSPECT: Final = re.compile(
     r"bits|group|modul|layer|block|ignore|exclude|include|skip|target|quant|dynamic|convert|scheme|config|spars|head|cache"
@@ -85,11 +87,13 @@ class Quantisation:
     method : str                name as vLLM has it; empty where nothing is quantised
     rules : tuple of Rule       the first that names a module tells its format; none leaves it in 16 bit
     kv_format : str or None     None where the section leaves the cache 16 bit
+    experts : tuple of int      experts to look at, as all of a layer are held alike: the first, and some that rules name
     """
 
     method: str = ""
     rules: Rules = ()
     kv_format: str | None = None
+    experts: tuple[int, ...] = (0,)
 
     def held(self, layer: int, modules: Iterable[str]) -> Held | None:
         """How a part of a layer is stored, None being 16 bit: as the widest of its modules, so that counting errs up.
@@ -141,7 +145,13 @@ def read_quantisation(fields: Fields) -> Quantisation:
     left_out = reader.names((key, section.names(key)) for key in _LEFT_OUT_KEYS)
     if left_out is not None:
         rules = (Rule(left_out, None), *rules)
-    return Quantisation(method=_named(method, rules), rules=rules, kv_format=_kv_format(section))
+    named = {number for rule in rules if rule.names is not None for number in rule.names.experts}
+    return Quantisation(
+        method=_named(method, rules),
+        rules=rules,
+        kv_format=_kv_format(section),
+        experts=tuple(sorted({0, *named})[:_MOST_EXPERTS]),
+    )
 
 
 def _section(fields: Fields) -> Fields | None:
