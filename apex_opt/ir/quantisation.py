@@ -87,7 +87,7 @@ class Quantisation:
     method : str                name as vLLM has it; empty where nothing is quantised
     rules : tuple of Rule       the first that names a module tells its format; none leaves it in 16 bit
     kv_format : str or None     None where the section leaves the cache 16 bit
-    experts : tuple of int      experts to look at, as all of a layer are held alike: the first, and some that rules name
+    experts : tuple of int      those to look at, as all of a layer are held alike: the first, and some that rules name
     """
 
     method: str = ""
