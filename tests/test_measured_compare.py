@@ -127,6 +127,13 @@ def test_time_by_operation_adds_up_to_the_run(own: MeasuredRun) -> None:
     assert sum(comparison.prediction.operations_s.values()) == pytest.approx(makespan_s, rel=0.01)
 
 
+def test_a_format_that_the_gpu_expands_is_work_in_16_bit(own: MeasuredRun) -> None:
+    (comparison,) = compare(replace(own, cluster="a100", plan="tp1 fp8", kv_blocks=None))
+    assert comparison.prediction is not None
+    _, half, narrow, _ = comparison.prediction.sample
+    assert half > 0 == narrow
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -136,7 +143,7 @@ def test_time_by_operation_adds_up_to_the_run(own: MeasuredRun) -> None:
         ({"plan": "tp1 what"}, "plan that cannot be read"),
         ({"plan": "tp2"}, "plan does not fit: devices"),
         ({"cluster": "8xh200-sxm", "plan": "tp3"}, "plan does not fit: divisibility"),
-        ({"cluster": "v100", "plan": "tp1 fp8", "kv_blocks": None}, "format the GPU lacks"),
+        ({"cluster": "v100", "plan": "tp1 w8a8", "kv_blocks": None}, "format the GPU lacks"),
         ({"model": "llama-3.1-70b", "kv_blocks": None}, "plan does not fit: memory"),
         ({"kv_blocks": 10}, "request beyond the engine's limits"),
     ],

@@ -204,7 +204,9 @@ class Predictor:
 
 def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tuple[float, float, float]:
     """What a power model is fitted on beside time: arithmetic in 16 bit and in fewer, and traffic of one GPU."""
-    gpu, activation = cluster.gpu, get_format(plan.weight_format).activation
+    gpu, form = cluster.gpu, get_format(plan.weight_format)
+    # What the GPU expands to 16 bit it computes in 16 bit.
+    activation = (form.computed(gpu.supports) or form).activation
     narrow = activation in ("fp8", "fp4", "int8")
     flops = usage.mfu * makespan_s * gpu.peak_flops_per_s(activation if narrow else gpu.half_dtype)
     moved = usage.mbu * makespan_s * gpu.memory_bytes_per_s
