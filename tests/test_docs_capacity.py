@@ -24,6 +24,6 @@ def test_the_parameters_told_are_those_used() -> None:
     assert f"{LENGTH:,} requests or more, twice at least" in flat
     assert LEAST_LOOPS == 2
     assert f"the first {transient.WARM_UP:.0%}" in flat
-    assert f"last at least {steady.SPAN} times as long as a mean request" in flat
+    assert f"last at least {transient.SPAN} times as long as a mean request" in flat
     assert f"at most {transient.GROWTH} times that in the first" in flat
     assert (steady.DOUBLINGS, steady.SIGMAS, steady.DRAWS, steady.REPEATS, steady.FEW) == (3, 3.0, 5, 20, 2)

@@ -65,6 +65,16 @@ def test_rates_are_over_the_time_from_first_arrival_to_last_token() -> None:
     assert metrics.total_tokens_per_s == pytest.approx((7 + 3 + 9 + 2 + 13) / 0.4)
 
 
+def test_the_makespan_is_no_less_than_the_longest_latency_since_the_first_arrival() -> None:
+    outcome, trace = run()
+    metrics = measured(request_ns=50_000_000)
+    assert metrics.makespan_s == pytest.approx(0.4 + 0.05)
+    since = (trace.arrival_ns - trace.arrival_ns.min()) / 1e9
+    latest = since + per_request_s(outcome, trace.output, 50_000_000)["e2e"]
+    assert metrics.makespan_s == pytest.approx(latest.max(), rel=1e-12)
+    assert metrics.requests_per_s == pytest.approx(4 / 0.45)
+
+
 def test_tpot_of_one_token_is_nan_and_left_out() -> None:
     outcome, trace = run()
     values = per_request_s(outcome, trace.output, 0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt import __version__
 from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
+from apex_opt.report.load import loaded, transient_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,7 +49,7 @@ def answer_document(
             "version": __version__,
         }
     )
-    return noted(document, question.remarks)
+    return noted(loaded(document, question, best.metrics if best else None), question.remarks)
 
 
 def noted(document: Document, notes: Iterable[str]) -> Document:
@@ -135,6 +136,7 @@ def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float,
     return {
         **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
         "makespan_s": metrics.makespan_s,
+        **({} if metrics.transient is None else {"transient": transient_document(metrics.transient)}),
         "throughput_rps": metrics.requests_per_s,
         **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
         "output_tokens_per_s": metrics.output_tokens_per_s,
@@ -183,6 +185,7 @@ def question_document(question: Question) -> Document:
         },
         "trace": question.trace.summary(),
         "slo": [slo.text for slo in question.slos],
+        "vacuous_slo": [slo.text for slo in question.vacuous],
         "weights": list(question.weight_formats),
         "kv": list(question.kv_formats),
         # Choices; null is the highest clock, or the limit among the engine's settings.

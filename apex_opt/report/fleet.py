@@ -19,6 +19,7 @@ from apex_opt.report.document import (
 )
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.load import loaded
 from apex_opt.report.placement import where_table
 from apex_opt.report.tables import (
     beside_table,
@@ -92,6 +93,7 @@ def fleet_document(
             "version": __version__,
         }
     )
+    document = loaded(document, question, best.metrics if best else None)
     return noted(document, (note for pool in pools for note in pool.remarks))
 
 

@@ -88,7 +88,8 @@ def table(
 
 def notes_lines(console: Console, document: Document) -> None:
     """What the reader has to know besides, a line each."""
-    for note in document.get("notes", ()):
+    of_load = (document.get("transient") or {}).get("said", ())
+    for note in (*document.get("notes", ()), *of_load):
         lines = textwrap.wrap(f"note: {note}", console.width, subsequent_indent="  ", break_on_hyphens=False)
         console.print(Text("\n".join(lines), "yellow"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +12,7 @@ from apex_opt import __version__
 from apex_opt.report.document import candidate_document, cleaned, noted, question_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
+from apex_opt.report.load import loaded
 from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
@@ -49,7 +50,9 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
             "version": __version__,
         }
     )
-    return noted(document, question.remarks)
+    best = front.plans[0].metrics if front.plans else None
+    asked = replace(question, objective=front.objectives[0])
+    return noted(loaded(document, asked, best), question.remarks)
 
 
 def pareto_page(document: Document) -> str:

@@ -43,6 +43,13 @@ def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: 
         "differences": {"plans": [index + 1 for index in able], "terms": [asdict(term) for term in terms]},
         "question": answers[0]["question"],
         "provenance": merged([answer["provenance"] for answer in answers]),
+        "transient": {
+            "said": [
+                f"plan {number}: {text}"
+                for number, answer in enumerate(answers, 1)
+                for text in (answer["transient"] or {}).get("said", ())
+            ]
+        },
         "version": __version__,
     }
     return noted(document, (note for answer in answers for note in answer["notes"]))

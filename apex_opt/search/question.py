@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from apex_opt.profiles import SHIPPED
 from apex_opt.workload.slo import STATISTICS, percent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
+
+_BETWEEN_TOKENS: Final = ("tpot", "itl")
+"""Latencies that a request with an answer of one token does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +96,12 @@ class Question:
                 "goodput counts requests within their latency goals, and there are none: give percentiles or shares of "
                 "ttft, tpot or e2e as --slo, such as ttft_p95<=500ms,tpot_p95<=50ms"
             )
+        for part in self.objectives:
+            if part.metric in _BETWEEN_TOKENS and not self.decodes:
+                raise UsageError(
+                    f"--objective: {part.name} has no value on {self.trace.name}, where every answer is one token; ask "
+                    "for ttft or e2e, or give a trace with longer answers"
+                )
         if self.asks("cost", "cost_per_mtoken") and self.cluster.gpu.price_per_h is None:
             raise UsageError(
                 f"no price is stated for {self.cluster.gpu.name}, so there is no cost: give $ per GPU and hour as "
@@ -110,7 +121,23 @@ class Question:
             f"{gpu.name} does not run CUDA and no engine's kernels are known for it: those of CUDA stand in, at their "
             "efficiencies on its datasheet"
         )
-        return *self.trace.notes, *self.notes, *([] if gpu.cuda else [foreign])
+        return *self.trace.notes, *self.notes, *self._empty, *([] if gpu.cuda else [foreign])
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any answer has more than one token, so that there are times between tokens."""
+        return bool((self.trace.generated(self.settings.max_model_len) > 1).any())
+
+    @property
+    def vacuous(self) -> tuple[Slo, ...]:
+        """Goals on what no request of the trace has: they hold whatever the plan."""
+        return tuple(slo for slo in self.slos if slo.metric in _BETWEEN_TOKENS and not self.decodes)
+
+    @property
+    def _empty(self) -> Iterator[str]:
+        if self.vacuous:
+            goals = ", ".join(slo.text for slo in self.vacuous)
+            yield f"{goals}: holds whatever the plan, as every answer is one token and has no time between tokens"
 
     @property
     def asked(self) -> tuple[Objective | Slo, ...]:
@@ -185,14 +212,13 @@ class Question:
         # The last token of a request is never computed, so it needs no room in the cache.
         held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
         limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
-        decodes = bool((self.trace.generated(self.settings.max_model_len) > 1).any())
         return Instance(
             model=self.model,
             cluster=self.cluster,
             settings=self.settings,
             longest_tokens=self.settings.max_model_len if self.holds_longest else max(held, 1),
             longest="a request of max_model_len" if self.holds_longest else "the longest request",
-            tpot_limit_ns=round(min(limits) * 1e9) if limits and decodes else None,
+            tpot_limit_ns=round(min(limits) * 1e9) if limits and self.decodes else None,
             weight_formats=self.weight_formats,
             kv_formats=self.kv_formats,
             max_devices=self.max_devices,

@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.workload.trace import Trace
 
-SPAN: Final = 20
-"""Least time over which requests come, in mean times of a request."""
-
 DOUBLINGS: Final = 3
 """Times that a run which is not settled is made twice as long."""
 
@@ -374,8 +371,7 @@ def _first(outcome: Outcome, requests: int) -> Outcome:
 
 def _settled(candidate: Candidate, evidence: Evidence) -> bool:
     """Whether a run shows a load that lasts."""
-    lasting = evidence.transient.arrivals_s >= SPAN * candidate.metrics.latency_s["e2e"]["mean"]
-    return lasting and not evidence.transient.growing
+    return evidence.transient.lasts(candidate.metrics.latency_s["e2e"]["mean"]) and not evidence.transient.growing
 
 
 def _of(figures: dict[str, float], text: str) -> tuple[float, ...]:

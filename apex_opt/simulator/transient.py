@@ -22,6 +22,10 @@ LASTING: Final = 0.1
 """Longest drain of a load that is taken for steady, as a share of the time over which requests come."""
 
 
+SPAN: Final = 20
+"""Least time over which requests come, in mean times of a request, of a load that is taken for steady."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transient:
     """How a run begins and ends.
@@ -65,6 +69,10 @@ class Transient:
     def growing(self) -> bool:
         """Whether more requests are unfinished the longer it runs."""
         return not self.closed and self.after > GROWTH * self.before + 1
+
+    def lasts(self, request_s: float) -> bool:
+        """Whether requests come for long beside the mean time of one, in seconds."""
+        return self.arrivals_s >= SPAN * request_s
 
     @property
     def short(self) -> bool:

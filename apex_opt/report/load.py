@@ -1,0 +1,87 @@
+"""What an answer says of its load: whether it lasts, and whether the arrivals are all that limits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.report.layout import count, seconds
+from apex_opt.workload.steady import LENGTH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.report.document import Document
+    from apex_opt.search import Question
+    from apex_opt.simulator.metrics import Metrics
+    from apex_opt.simulator.transient import Transient
+
+_BY_ARRIVALS: Final = ("throughput", "goodput")
+"""Figures that no plan has more of than arrives."""
+
+
+def loaded(document: Document, question: Question, metrics: Metrics | None) -> Document:
+    """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`."""
+    transient = None if metrics is None else metrics.transient
+    if metrics is None or transient is None:
+        return document | {"steady": None, "transient": None, "limited_by_arrivals": None}
+    limited = question.objective.metric in _BY_ARRIVALS and _keeps_up(transient)
+    said = [*_said(question, transient), *([_limited(question)] if limited else [])]
+    return document | {
+        "steady": None if transient.closed else is_steady(metrics),
+        "transient": transient_document(transient) | {"said": said},
+        "limited_by_arrivals": limited,
+    }
+
+
+def is_steady(metrics: Metrics) -> bool:
+    """Whether a run shows a load that lasts: long beside its requests, with no backlog that grows."""
+    transient = metrics.transient
+    if transient is None or transient.closed:
+        return False
+    return transient.lasts(metrics.latency_s["e2e"]["mean"]) and not transient.measured
+
+
+def transient_document(transient: Transient) -> Document:
+    """How a run begins and ends; the backlog is that of the requests after the first fifth, by halves."""
+    return {
+        "measured": transient.measured,
+        "arrivals_s": transient.arrivals_s,
+        "drain_s": transient.drain_s,
+        "waiting_at_last_arrival": transient.waiting,
+        "unfinished_at_last_arrival": transient.unfinished,
+        "backlog_first_half": transient.before,
+        "backlog_second_half": transient.after,
+        "backlog_growing": transient.growing,
+    }
+
+
+def _keeps_up(transient: Transient) -> bool:
+    """Whether requests are answered as they come."""
+    return not transient.closed and not transient.growing and transient.drain_s < transient.arrivals_s
+
+
+def _said(question: Question, transient: Transient) -> Iterator[str]:
+    """One sentence where the figures are those of a transient."""
+    if not transient.measured:
+        return
+    total = len(question.trace)
+    if not transient.closed and transient.arrivals_s == 0:
+        yield f"a transient is measured: {count(total, 'request')} at once, answered in {seconds(transient.drain_s)}"
+        return
+    grows = ", more than earlier on" if transient.growing else ""
+    lasting = "; the queue grows, such a rate does not last" if transient.growing and total >= LENGTH else ""
+    lasting = lasting or ("" if transient.closed else "; whether such a rate lasts is for --rate to say")
+    yield (
+        f"a transient is measured: requests come for {seconds(transient.arrivals_s)}, the last token "
+        f"{seconds(transient.drain_s)} later; at the last arrival {transient.unfinished:,} of {total:,} are unfinished"
+        f"{grows}, {transient.waiting:,} without a token{lasting}"
+    )
+
+
+def _limited(question: Question) -> str:
+    rate = question.trace.rate_per_s
+    assert rate is not None, "requests come one after the other"
+    return (
+        f"{question.objective.name} is limited by the arrivals: a plan that keeps up has what comes, {rate:.2f} "
+        "requests/s; the highest rate a plan sustains is for solve.py capacity to say"
+    )
