@@ -10,6 +10,7 @@ from apex_opt import __version__
 from apex_opt.report.document import noted
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.load import said_of
 from apex_opt.report.side_by_side import merged
 from apex_opt.report.sources import in_full
 from apex_opt.report.tables import question_line
@@ -50,6 +51,7 @@ def clusters_document(command: str, answers: Sequence[Document]) -> Document:
         "best": _least(answers, able, _value(answers[0])),
         "clusters": [{"cluster": answer["question"]["cluster"]["name"], "answer": answer} for answer in answers],
         "question": {name: value for name, value in answers[0]["question"].items() if name != "cluster"},
+        "transient": said_of((answer["question"]["cluster"]["name"], answer) for answer in answers),
         "provenance": merged([in_full(answer["provenance"]) for answer in answers]),
         "version": __version__,
     }

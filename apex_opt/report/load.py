@@ -8,7 +8,7 @@ from apex_opt.report.layout import count, seconds
 from apex_opt.workload.steady import LENGTH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from apex_opt.report.document import Document
     from apex_opt.search import Question
@@ -31,6 +31,12 @@ def loaded(document: Document, question: Question, metrics: Metrics | None) -> D
         "transient": transient_document(transient) | {"said": said},
         "limited_by_arrivals": limited,
     }
+
+
+def said_of(answers: Iterable[tuple[str, Document]]) -> Document:
+    """What several answers, each with its name, say of their load."""
+    said = [f"{name}: {text}" for name, one in answers for text in (one.get("transient") or {}).get("said", ())]
+    return {"said": said}
 
 
 def is_steady(metrics: Metrics) -> bool:

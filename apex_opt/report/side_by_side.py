@@ -12,6 +12,7 @@ from apex_opt.report.document import noted
 from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.load import said_of
 from apex_opt.report.tables import question_line
 
 if TYPE_CHECKING:
@@ -43,13 +44,7 @@ def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: 
         "differences": {"plans": [index + 1 for index in able], "terms": [asdict(term) for term in terms]},
         "question": answers[0]["question"],
         "provenance": merged([answer["provenance"] for answer in answers]),
-        "transient": {
-            "said": [
-                f"plan {number}: {text}"
-                for number, answer in enumerate(answers, 1)
-                for text in (answer["transient"] or {}).get("said", ())
-            ]
-        },
+        "transient": said_of((f"plan {number}", answer) for number, answer in enumerate(answers, 1)),
         "version": __version__,
     }
     return noted(document, (note for answer in answers for note in answer["notes"]))
