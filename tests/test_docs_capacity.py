@@ -26,4 +26,4 @@ def test_the_parameters_told_are_those_used() -> None:
     assert f"the first {transient.WARM_UP:.0%}" in flat
     assert f"last at least {transient.SPAN} times as long as a mean request" in flat
     assert f"at most {transient.GROWTH} times that in the first" in flat
-    assert (steady.DOUBLINGS, steady.SIGMAS, steady.DRAWS, steady.REPEATS, steady.FEW) == (3, 3.0, 5, 20, 2)
+    assert (steady.DOUBLINGS, steady.SIGMAS, steady.DRAWS, steady.REPEATS, steady.FEW) == (3, 3.0, 6, 20, 2)

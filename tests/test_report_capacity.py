@@ -121,7 +121,7 @@ def test_what_shows_that_the_rate_lasts_is_told() -> None:
     evidence = best["evidence"]
     assert f"sustained: {evidence['requests']:,} requests, fresh Poisson arrivals" in flat
     assert f"a backlog of {evidence['backlog_first_half']:.1f}, later {evidence['backlog_second_half']:.1f}" in flat
-    assert "10 further runs" in flat
+    assert "6 further runs" in flat
 
 
 def test_why_the_next_rate_is_not_sustained_is_told() -> None:

@@ -153,7 +153,7 @@ def _ends(document: Document, best: Document) -> str:
     if evidence["further_runs"]:
         text += f"; {count(evidence['further_runs'], 'further run')} of {evidence['requests_of_each']:,} hold as well"
     if evidence["saturated_per_s"] is not None:
-        text += f"; saturated it serves {evidence['saturated_per_s']:.3f}"
+        text += f"; saturated it serves at most {evidence['saturated_per_s']:.3f}"
     return text
 
 
