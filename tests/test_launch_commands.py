@@ -181,3 +181,10 @@ def test_figures_of_another_engine_are_said_to_be() -> None:
 def test_text_is_what_a_shell_reads_as_the_words() -> None:
     command = Command(node=0, replica=0, env=(("A", "1,2"), ("B", "x y")), argv=("vllm", "serve", "a folder/it's"))
     assert shlex.split(command.text) == ["A=1,2", "B=x y", "vllm", "serve", "a folder/it's"]
+
+
+def test_gpus_that_do_not_run_cuda_are_told_to_take_another_build() -> None:
+    foreign = {"cuda": False, "capability": None, "name": "mi300x-192gb"}
+    told = "GPUs: mi300x-192gb takes a build for ROCm, against which none of these rules was held"
+    assert told in emitted("vllm", DENSE, "tp8", 1, 8, gpu=foreign).notes
+    assert not any("ROCm" in note for note in emitted("vllm", DENSE, "tp8", 1, 8).notes)

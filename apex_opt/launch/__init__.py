@@ -104,6 +104,8 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
     yield f"options as {engine.rules.release} has them"
     if question.overhead.name != name:
         yield f"the figures are of {question.overhead.name}; for those of {name} ask with --engine={name}"
+    if not question.cluster.gpu.cuda:
+        yield f"GPUs: {question.cluster.gpu.name} takes a build for ROCm, against which none of these rules was held"
     longest = question.settings.max_model_len
     if asked.settings.max_model_len < longest:
         yield (
