@@ -22,7 +22,7 @@ from apex_opt import __version__
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.files import expanded
 from apex_opt.options import COMMANDS, GROUPS, LARGEST_SEARCH, Request, arranged, files_of, group, method, wrapped
-from apex_opt.process import end_on_signals, open_streams, put
+from apex_opt.process import end_on_signals, end_undisturbed, open_streams, put
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -656,7 +656,7 @@ RUNNERS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 def main(words: list[str] | None = None) -> None:
     """Parse and run; exit with 0 (answer), 2 (usage or input), 3 (infeasible) or 1 (a fault of ours)."""
-    if words is None:
+    if own := words is None:
         end_on_signals()
         words = sys.argv[1:]
     open_streams()
@@ -683,6 +683,8 @@ def main(words: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
+    if own:
+        end_undisturbed()
     sys.exit(code)
 
 

@@ -108,6 +108,13 @@ def end_on_signals() -> None:
         signal.signal(number, _noted)
 
 
+def end_undisturbed() -> None:
+    """From now on ignore them: all is said, and while Python ends they would kill the program without a line."""
+    for number in _ENDINGS:
+        if signal.getsignal(number) in (_noted, _at_once):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _at_once(number: int, frame: object) -> None:
     """Until the thread waits: the little that is run by then is Python's own code."""
     _end(number)

@@ -123,6 +123,23 @@ def test_other_signals_end_the_program_too(number: signal.Signals) -> None:
     ended(running, number)
 
 
+def test_an_answer_that_is_out_keeps_its_exit_code() -> None:
+    running = started(
+        code="""
+        import atexit, sys, time
+        from apex_opt.process import end_undisturbed
+        atexit.register(time.sleep, 0.5)
+        atexit.register(print, "begun", file=sys.stderr, flush=True)
+        end_undisturbed()
+        sys.exit(3)
+        """
+    )
+    until(running, "begun")
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=60)
+    assert (running.returncode, error) == (3, "")
+
+
 def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
     code = """
         import signal, sys
