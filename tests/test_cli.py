@@ -670,8 +670,8 @@ def test_a_fit_prints_sections_to_copy_and_writes_nothing(tmp_path: Path) -> Non
             ("needs 14", "may use 77.0", "--weights=fp8", "--cluster=2xh100-sxm-80gb", "attn(tp2) ffn(tp2) bf16"),
         ),
         (
-            ("--cluster=2xa100-sxm", "--weights=fp8", "--model=llama-3.1-8b"),
-            ("a100-sxm-80gb does not compute in fp8", "--weights=bf16"),
+            ("--cluster=2xv100-sxm", "--weights=w8a8", "--model=llama-3.1-8b"),
+            ("v100-sxm-32gb does not compute in int8", "--weights=fp16"),
         ),
         (
             ("--slo=tpot_p95<=1us", "--model=llama-3.1-8b", "--cluster=2xh200-sxm"),
