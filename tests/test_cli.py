@@ -483,11 +483,26 @@ def test_odd_traces_are_answered(trace: str, form: str) -> None:
     assert "nan" not in ran.out.split("simulating")[0].split()
 
 
-@pytest.mark.parametrize("objective", ["tpot_mean", "tpot_p99"])
-def test_an_objective_nobody_has_is_undefined_rather_than_a_number(objective: str) -> None:
-    ran = run(*("plan", *CHEAP[:2], "--trace=static:n=2,output=1", f"--objective={objective}", "--format=json"))
-    assert ran.code == 0
-    assert json.loads(ran.out)["objective"]["value"] is None
+@pytest.mark.parametrize("objective", ["tpot_mean", "tpot_p99", "itl_p95"])
+def test_an_objective_nobody_has_is_refused(objective: str) -> None:
+    words = ("plan", *CHEAP[:2], "--trace=static:n=2,output=1", f"--objective={objective}")
+    assert refused(*words).startswith(
+        f"--objective: {objective} has no value on static:n=2,output=1, where every answer"
+    )
+
+
+def test_a_rate_is_asked_of_a_trace_that_has_one_or_lengths_alone(tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("num_prefill_tokens,num_decode_tokens\n" + "64,8\n" * 200)
+    words = ("simulate", *CHEAP[:2], "--plan=tp2", "--rate=5")
+    found = [json.loads(run(*words, f"--trace={lengths}", f"--seed={seed}", "--format=json").out) for seed in (1, 1, 2)]
+    assert [one["question"]["trace"]["requests"] for one in found] == [20_000] * 3
+    assert found[0]["question"]["trace"]["rate_per_s"] == pytest.approx(5)
+    assert found[0]["question"]["trace"]["burstiness"] == pytest.approx(1, abs=0.05)
+    assert found[0]["steady"] is True
+    assert found[0]["best"] == found[1]["best"] != found[2]["best"]
+    assert "is a closed loop, so there is no rate" in refused(*words, "--trace=closed:concurrency=2,n=9")
+    assert "has all its requests arrive at once" in refused(*words, "--trace=static:n=9")
 
 
 def test_an_old_gpu_gets_the_16_bit_format_it_has() -> None:
