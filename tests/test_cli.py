@@ -259,7 +259,7 @@ def test_no_commands_are_shown_where_none_are_asked_for_or_there_is_no_plan() ->
 
 
 def test_an_engine_whose_words_are_not_known_is_refused() -> None:
-    assert refused("plan", *CHEAP, "--emit=tensorrt") == "unknown --emit 'tensorrt'; known: sglang, vllm"
+    assert refused("plan", *CHEAP, "--emit=ray") == "unknown --emit 'ray'; known: sglang, trtllm, vllm"
 
 
 def seconds_in(line: str) -> list[float]:
@@ -1113,6 +1113,7 @@ def test_what_cannot_be_imported_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "topo.txt").write_text("GPU0 GPU1\nGPU0 X NV18\n")
     words = ("cluster", "import", f"--source={tmp_path}/topo.txt", f"--target={tmp_path}/made.toml")
     assert "no row of GPU1" in refused(*words, "--gpu=h100-sxm")
+    (tmp_path / "topo.txt").write_text("GPU0 GPU1\nGPU0 X NV18\nGPU1 NV18 X\n")
     assert "--gpu: nvidia-smi topo -m does not tell what its GPUs are" in refused(*words)
     assert "no such file" in refused(*words[:2], f"--source={tmp_path}/gone", words[3])
     assert [path.name for path in tmp_path.iterdir()] == ["topo.txt"]
