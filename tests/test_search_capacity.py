@@ -256,7 +256,7 @@ def test_one_plan_alone_has_the_rate_it_has_among_all(seed: int) -> None:
         assert alone.plans[0].rate_per_s == pytest.approx(item.rate_per_s, rel=COARSE + 0.01)
 
 
-@pytest.mark.parametrize(("text", "part"), [("tp4", "devices: the plan takes 4 GPUs"), ("attn(tp1) ffn(ep1) fp8", "")])
+@pytest.mark.parametrize(("text", "part"), [("tp4", "devices: the plan takes 4 GPUs"), ("attn(tp1) ffn(ep1) w8a8", "")])
 def test_a_plan_that_cannot_run_says_which_constraint_it_breaks(text: str, part: str) -> None:
     model = make_model((dense(), 4))
     cluster = make_cluster(2, flops_per_s=(("bf16", 1e15),))
@@ -265,7 +265,7 @@ def test_a_plan_that_cannot_run_says_which_constraint_it_breaks(text: str, part:
     )
     assert answer.status == "infeasible"
     assert answer.reason is not None
-    assert (part or "format: test-gpu does not compute in fp8") in answer.reason
+    assert (part or "format: test-gpu does not compute in int8, which w8a8 needs") in answer.reason
 
 
 def test_a_plan_that_misses_at_any_rate_says_what_it_reaches() -> None:

@@ -163,3 +163,10 @@ def test_a_rate_is_judged_by_the_goals_after_the_warm_up_too() -> None:
     assert trial.evidence.whole[text] == pytest.approx(np.percentile(waits, 95))
     tight = replace(question, slos=parse_slos(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
     assert Steady(tight).run(PLAN, 0.5 / service_s()).why == "goals"
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_a_trace_of_a_few_requests_is_not_held_to_the_chance_in_few_requests(n: int) -> None:
+    slo = "ttft_p95<=500min"
+    few, many = (highest_rate(queue(slo, n=k), SPACE).plans[0].rate_per_s for k in (n, 500))
+    assert few == pytest.approx(many, rel=0.1)

@@ -8,11 +8,12 @@ A rate is sustained where all of this holds, looked at in this order:
    after the warm-up is no more than `GROWTH` times that of the first, and one. A run that is not is repeated with
    twice the requests, up to `DOUBLINGS` times.
 3. The rate is below what the plan works off where a queue never empties, by `SIGMAS` standard deviations of what is
-   offered in a run of `REPEATS` times the trace: nearer to it no run of that length could tell the two apart.
+   offered in a run of `REPEATS` times the trace, or of `TOLD` requests where that is more: nearer to it no run of that
+   length could tell the two apart.
 4. `DRAWS` further runs with other arrivals, each of `REPEATS` times the trace and no shorter than the first, keep to
    the goals, and so would one more of `REPEATS` times the trace: the latency that a goal is about, or that its share of
    the requests keeps to, is within the limit even at the upper end of a prediction interval of 99%, of its logarithm.
-   None has a growing backlog, neither over `REPEATS` times the trace nor as a whole. Where the trace was drawn from a
+   None has a growing backlog, neither over a run of condition 3 nor as a whole. Where the trace was drawn from a
    law, every other one has lengths drawn anew as well. Of recorded arrivals, looped, there are but `FEW` runs, begun at
    other requests, and no interval.
 
@@ -53,6 +54,9 @@ DOUBLINGS: Final = 3
 
 REPEATS: Final = 20
 """Repetitions of the trace that a rate must hold for."""
+
+TOLD: Final = 10_000
+"""Requests of a run that can tell whether a queue grows, at least."""
 
 DRAWS: Final = 6
 """Further runs with other arrivals."""
@@ -153,6 +157,8 @@ class Steady:
             self._most = max(min(self._most, _MOST_TOKENS // tokens), 1)
         self.loops = min(loops_of(trace), self._most)
         self._repeats = min(REPEATS, max(_MOST_REPEATED // len(trace), 2), self._most)
+        # Of the few requests of a short trace no run tells a queue that grows from chance.
+        self._told = max(self._repeats * len(trace), min(TOLD, self._most * len(trace)))
 
     @property
     def own(self) -> Evaluator:
@@ -236,7 +242,7 @@ class Steady:
             outcome = self._served(evaluator, plan, evaluator.any_cost)
             if outcome is None or not evaluator.scored(plan, outcome).meets_slos:
                 return replace(first, why="prediction", evidence=evidence)
-            if any(Transient.of(_first(outcome, n)).growing for n in (self._repeats * len(trace), requests)):
+            if any(Transient.of(_first(outcome, n)).growing for n in (self._told, requests)):
                 return replace(first, why="queue", evidence=evidence)
             runs.append(self._reached(evaluator, outcome))
         evidence = replace(evidence, runs=len(runs))
@@ -279,12 +285,12 @@ class Steady:
         return (loops * len(trace) + seats) / max(ends[1] - ends[0], 1e-9)
 
     def _margin(self) -> float:
-        """`SIGMAS` standard deviations of the load that is offered in a run of `REPEATS` times the trace."""
+        """`SIGMAS` standard deviations of the load that is offered in a run long enough to tell."""
         trace = self.question.trace
         lengths = (trace.prompt + trace.output).astype(np.float64)
         arrivals = {"uniform": 0.0, "recorded": trace.burstiness or 0.0}.get(trace.arrivals.kind, trace.arrivals.cv)
         spread = arrivals**2 + float(lengths.std() / lengths.mean()) ** 2
-        return SIGMAS * math.sqrt(spread / (self._repeats * len(trace)))
+        return SIGMAS * math.sqrt(spread / self._told)
 
     def _evidence(self, evaluator: Evaluator, outcome: Outcome) -> Evidence:
         trace, requests = evaluator.question.trace, len(outcome.arrival_ns)
