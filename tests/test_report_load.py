@@ -11,8 +11,10 @@ from plan_cases import dense, make_cluster, make_model, make_question
 
 from apex_opt.errors import UsageError
 from apex_opt.report.document import answer_document
+from apex_opt.report.load import loaded
 from apex_opt.report.tables import rendered
 from apex_opt.search import Question, load_objectives, search
+from apex_opt.simulator.transient import Transient
 from apex_opt.workload import describe_trace
 from formulations.plan_space import PlanSpace
 
@@ -57,6 +59,24 @@ def test_a_burst_is_told_in_the_table_and_in_the_document() -> None:
     assert "note: a transient is measured: requests come for " in flat
     assert left in flat
     assert "whether such a rate lasts is for --rate to say" in flat
+
+
+@pytest.mark.parametrize(
+    ("requests", "after", "said"),
+    [
+        (19_999, 1350.0, "whether such a rate lasts is for --rate to say"),
+        (20_000, 1350.0, "too short to say that such a rate lasts: solve.py capacity finds one that does"),
+        (20_000, 2700.0, "the queue grows, such a rate does not last"),
+    ],
+)
+def test_a_trace_as_long_as_those_at_a_rate_is_not_sent_to_rate_again(requests: int, after: float, said: str) -> None:
+    asked = question(f"poisson:rate=60,n={requests},prompt=16,output=1")
+    best = search(asked, PlanSpace()).best
+    assert best is not None
+    ends = Transient(arrivals_s=332.0, drain_s=45.0, waiting=17, unfinished=1399, before=1300.0, after=after)
+    (told,) = loaded({}, asked, replace(best.metrics, transient=ends))["transient"]["said"]
+    assert said in told
+    assert ("--rate" in told) is (requests < 20_000)
 
 
 def test_requests_that_come_at_once_are_told_as_such() -> None:

@@ -75,13 +75,22 @@ def _said(question: Question, transient: Transient) -> Iterator[str]:
         yield f"a transient is measured: {count(total, 'request')} at once, answered in {seconds(transient.drain_s)}"
         return
     grows = ", more than earlier on" if transient.growing else ""
-    lasting = "; the queue grows, such a rate does not last" if transient.growing and total >= LENGTH else ""
-    lasting = lasting or ("" if transient.closed else "; whether such a rate lasts is for --rate to say")
     yield (
         f"a transient is measured: requests come for {seconds(transient.arrivals_s)}, the last token "
         f"{seconds(transient.drain_s)} later; at the last arrival {transient.unfinished:,} of {total:,} are unfinished"
-        f"{grows}, {transient.waiting:,} without a token{lasting}"
+        f"{grows}, {transient.waiting:,} without a token{_lasting(transient, total)}"
     )
+
+
+def _lasting(transient: Transient, total: int) -> str:
+    """Whether such a rate lasts, or who says so; a trace at --rate has LENGTH requests at least."""
+    if transient.closed:
+        return ""
+    if total < LENGTH:
+        return "; whether such a rate lasts is for --rate to say"
+    if transient.growing:
+        return "; the queue grows, such a rate does not last"
+    return "; too short to say that such a rate lasts: solve.py capacity finds one that does, in runs long enough"
 
 
 def _limited(question: Question) -> str:
