@@ -54,7 +54,7 @@ def page_of(document: Document, width: int = 120) -> str:
 
 
 def row_of(page: str, cluster: str) -> str:
-    (row,) = [line for line in page.splitlines() if line.startswith(cluster)]
+    (row,) = [line for line in page.splitlines() if line.startswith(f"{cluster} ")]
     return row
 
 
@@ -68,12 +68,15 @@ def test_the_cheapest_and_the_fastest_are_marked_and_every_answer_is_whole() -> 
     assert document["fastest"] == document["best"] == 1 + values.index(min(values)) == 1
     assert document["status"] == "optimal"
     assert all("certificate" in answer and "provenance" in answer for answer in answers)
+    assert "price" not in document["provenance"]
+    assert document["provenance"]["1xl4-24gb, price"].startswith("$0.7 per GPU and hour; assumed")
     page = page_of(document)
     assert "llama-3.1-8b (8.0 B parameters) on 3 clusters, trace static" in page
     assert "fastest" in row_of(page, "2xh100-sxm-80gb")
     marked = [row["cluster"] for row in document["clusters"] if "cheapest" in row_of(page, row["cluster"])]
     assert marked == [document["clusters"][document["cheapest"] - 1]["cluster"]]
     assert "prices that are assumed unless given" in page
+    assert row_of(page, "1xl4-24gb, price").split()[2] == "$0.7"
     json.dumps(document, allow_nan=False)
 
 

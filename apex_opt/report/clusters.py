@@ -52,10 +52,17 @@ def clusters_document(command: str, answers: Sequence[Document]) -> Document:
         "clusters": [{"cluster": answer["question"]["cluster"]["name"], "answer": answer} for answer in answers],
         "question": {name: value for name, value in answers[0]["question"].items() if name != "cluster"},
         "transient": said_of((answer["question"]["cluster"]["name"], answer) for answer in answers),
-        "provenance": merged([in_full(answer["provenance"]) for answer in answers]),
+        "provenance": merged([_priced_apart(answer) for answer in answers]),
         "version": __version__,
     }
     return noted(document, (note for answer in answers for note in answer["notes"]))
+
+
+def _priced_apart(answer: Document) -> dict[str, str]:
+    """Where the figures of one cluster come from, its price under its name, as others have theirs."""
+    name = answer["question"]["cluster"]["name"]
+    told = in_full(answer["provenance"])
+    return {f"{name}, price" if figure == "price" else figure: text for figure, text in told.items()}
 
 
 def _status(found: Sequence[str]) -> str:
