@@ -257,6 +257,15 @@ def test_what_the_gpus_are_is_asked_where_it_is_not_told(tmp_path: Path) -> None
         imported(tmp_path, "a 8 l40s\n", "l40s")
 
 
+def test_what_is_no_list_is_told_so_with_a_gpu_too_and_by_its_first_line(tmp_path: Path) -> None:
+    for gpu in (None, "l40s"):
+        with pytest.raises(
+            InputError, match="holds no matrix and no list: .*; line 1: expected NAME GPUS TYPE"
+        ) as caught:
+            imported(tmp_path, "Some words\non two lines\n", gpu)
+        assert "line 2" not in str(caught.value)
+
+
 def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     for name, message in (("gone", "no such file"), ("bytes", "line 1 is not UTF-8 text"), (".", "a folder")):

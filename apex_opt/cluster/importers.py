@@ -83,11 +83,11 @@ def import_cluster(path: Path, gpu: str | None = None) -> tuple[Composition, tup
     if (matrix := read_matrix(path, text)) is not None:
         return _node(path, matrix, gpu, name)
     _refuse_others(path, text, _OTHERS)
+    rows = [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    listed = _list(path, rows, name)
     if gpu is not None:
         raise UsageError("--gpu: a list of nodes names the type of each; leave it out")
-    return _list(
-        path, [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()], name
-    )
+    return listed
 
 
 def _refuse_others(path: Path, text: str, others: tuple[tuple[str, str], ...]) -> None:
@@ -252,6 +252,7 @@ def _list(path: Path, rows: list[tuple[int, list[str]]], name: str) -> tuple[Com
     listed = [(number, words) for number, words in rows if not words[0].startswith("#")]
     if listed and not any(len(words) == 3 and words[1].isdecimal() for _, words in listed):
         faults.append(f"holds no matrix and no list: {_PRINTS}")
+        listed = listed[:1]  # what one line lacks all others do
     for number, words in listed:
         if len(words) != 3 or not re.fullmatch(r"[1-9]\d{0,5}", words[1], re.ASCII):
             line = " ".join(words)
