@@ -939,7 +939,8 @@ def checked(option: Option, value: Any) -> Any:
         if len(value) > LONGEST_TEXT:
             raise UsageError(f"{label}: {len(value):,} characters are more than the {LONGEST_TEXT:,} allowed")
         if option.choices and value not in option.choices:
-            raise UnknownNameError(label, value[:60], option.choices)
+            several = all(one.strip() in option.choices for one in str(value).split(","))
+            raise UnknownNameError(label, value[:60], option.choices, "one at a time" if several else "")
         suffixes = tuple(option.suffix.split(" or "))
         if not value.endswith(suffixes) or (value and value in suffixes):
             raise UsageError(f"{label}: expected a file name that ends in {option.suffix}, got {value!r:.60}")

@@ -174,6 +174,8 @@ def test_texts_are_not_longer_than_a_path(name: str) -> None:
 def test_choices_are_offered() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown --format 'jason'; did you mean json"):
         checked(PLAN.option("format"), "jason")
+    with pytest.raises(UnknownNameError, match=r"unknown --emit 'vllm,sglang'; .*; one at a time"):
+        checked(PLAN.option("emit"), "vllm,sglang")
     with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: least_loaded, round_robin"):
         checked(PLAN.option("routing"), "x")
 
