@@ -96,7 +96,7 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
         types = ", ".join(pool.cluster.gpu.name for pool in (question, *others))
         raise UsageError(
             f"--cluster: {question.cluster.name} has GPUs of several types ({types}), which plan and energy take "
-            "together and no other command does yet; describe those of one type in a file of their own"
+            "together and no other command does yet; name a cluster of one type, or a file with the nodes of one"
         )
     return question
 

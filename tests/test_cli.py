@@ -1837,4 +1837,4 @@ def test_lengths_alone_are_served_at_the_rate_that_is_given() -> None:
     assert "has lengths but no arrivals; give the requests per second as --rate" in refused(*words, vidur)
     document = json.loads(run(*words, vidur, "--rate=1", "--format=json").out)
     assert document["question"]["trace"]["rate_per_s"] == pytest.approx(1, rel=0.01)
-    assert "Poisson arrivals, as the trace tells none" in document["notes"][0]
+    assert "Poisson arrivals at 1 requests/s, as the trace tells none" in document["notes"][0]

@@ -216,7 +216,7 @@ def _goodput(metrics: Document) -> list[tuple[str, str]]:
     if "goodput_rps" not in metrics:
         return []
     good, share = metrics["goodput_rps"], metrics["goodput_rps"] / metrics["throughput_rps"]
-    return [("goodput", f"{good:.3f} requests/s, {share:.1%} of them, keep to the limits of the goals themselves")]
+    return [("goodput", f"{good:.3f} requests/s whose own latencies are within the goals, {share:.1%} of all")]
 
 
 def _cached(metrics: Document) -> list[tuple[str, str]]:

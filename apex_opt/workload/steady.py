@@ -98,7 +98,8 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
     for column in (*columns, content, starts):
         if column is not None:
             column.flags.writeable = False
-    coming = f"{words(trace)} at {rate_per_s:g} requests/s"
+    kind, comma, reason = words(trace).partition(", as ")
+    coming = f"{kind} at {rate_per_s:g} requests/s{comma}{reason}"
     return replace(
         trace,
         name=f"{trace.name} at {rate_per_s:g}/s",
