@@ -115,3 +115,12 @@ def test_lengths_that_vllm_derived_by_itself_are_those_derived_here(shared: Path
             continue  # Registered by another name, or of a family that is not described.
     assert len(found) >= 4
     assert found == {config: derived[config] for config in found}
+
+
+@pytest.mark.parametrize("kind", [5, [], {"yarn": 1}])
+def test_a_kind_of_scaling_that_is_no_text_is_refused(kind: object) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        found = Fields({"max_position_embeddings": 4096, key: {"rope_type": kind, "factor": 4.0}})
+        assert context_limit(found) == 0
+        (fault,) = found.faults
+        assert fault.startswith(f"{key}.rope_type must be text")

@@ -423,3 +423,90 @@ def test_thousands_of_modules_with_their_own_formats_are_read() -> None:
     section = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     model = read(QWEN_MOE | {"num_hidden_layers": 94}, **section)
     assert formats(model) == [("fp8", "16", "nvfp4")] * 94
+
+
+def test_the_sign_of_a_gptq_rule_is_read_however_long_it_is() -> None:
+    layers = "|".join(map(str, range(32)))
+    rule = rf"model\.layers\.({layers})\.mlp\..*"
+    assert len(rule) > 100
+    left_out = read(LLAMA, **GPTQ, dynamic={f"-:{rule}": {}})
+    assert left_out.weight_bytes() == read(LLAMA, **GPTQ, dynamic={r"-:.*mlp\..*": {}}).weight_bytes()
+    assert left_out.weight_bytes() > read(LLAMA, **GPTQ).weight_bytes()
+
+
+def test_a_gptq_rule_says_nothing_that_is_not_understood() -> None:
+    with pytest.raises(InputError, match=r"dynamic\.\+:a\.group_shape is not understood"):
+        read(LLAMA, **GPTQ, dynamic={"+:a": {"bits": 8, "group_shape": 7}})
+
+
+@pytest.mark.parametrize("form", ["marlin-24", "sparse-24-bitmask", "sparse-bitmask"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_packings_without_zeros_are_refused_by_name(form: str, inside: bool) -> None:
+    group = {"targets": ["Linear"], "weights": INT4, **({"format": form} if inside else {})}
+    with pytest.raises(InputError, match=f"'{form}' .sparse weights. is not supported"):
+        read(
+            LLAMA,
+            quant_method="compressed-tensors",
+            config_groups={"a": group},
+            format="mixed-precision" if inside else form,
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("type", "uint"), ("strategy", "rows"), ("strategy", ["group"]), ("type", 4)]
+)
+def test_a_kind_of_weights_that_nobody_knows_is_refused(field: str, value: object) -> None:
+    group = {"targets": ["Linear"], "weights": INT4 | {field: value}}
+    with pytest.raises(InputError, match=rf"weights\.{field} must be"):
+        read(LLAMA, quant_method="compressed-tensors", config_groups={"a": group})
+
+
+def test_8_bit_weights_in_groups_are_no_format_of_engines() -> None:
+    grouped = FLOAT8 | {"group_size": 128, "strategy": "group"}
+    with pytest.raises(InputError, match="8-bit weights, in no groups"):
+        read(
+            LLAMA,
+            quant_method="compressed-tensors",
+            config_groups={"a": {"targets": ["Linear"], "weights": grouped, "input_activations": FLOAT8}},
+        )
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "a": {"targets": ["Linear"], "weights": INT4},
+                "b": {"targets": ["lm_head"], "weights": INT4 | {"num_bits": 8}},
+            },
+        },
+        GPTQ | {"dynamic": {"+:lm_head": {"bits": 8}}},
+        GPTQ | {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 8}}},
+    ],
+)
+def test_a_quantised_head_is_refused_whatever_names_it(section: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="lm_head is among what is quantised"):
+        read(LLAMA, **section)
+    # Named to be left as it is, it is what is counted.
+    read(LLAMA, **GPTQ, dynamic={"-:lm_head": {}})
+    read(LLAMA, **GPTQ | {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 16}}})
+
+
+def test_auto_round_quantises_the_blocks_it_names() -> None:
+    own = GPTQ | {"quant_method": "auto-round"}
+    everything, nothing = read(LLAMA, **own).weight_bytes(), model_from_config(LLAMA, "a", "a").weight_bytes()
+    first = read(LLAMA, **own, quant_block_list=[["model.layers.0"]]).weight_bytes()
+    assert everything < first < nothing
+    assert read(LLAMA, **own, block_name_to_quantize="model.layers.0,model.vision.blocks").weight_bytes() == first
+    assert read(LLAMA, **own, block_name_to_quantize="model.visual.blocks").weight_bytes() == nothing
+    for whole in ("model.layers", "model.language_model.layers", None, ""):
+        assert read(LLAMA, **own, block_name_to_quantize=whole).weight_bytes() == everything
+    with pytest.raises(InputError, match="to_quant_block_names must"):
+        read(LLAMA, **own, to_quant_block_names=[3])
+
+
+def test_what_auto_round_tells_of_16_bit_activations_changes_nothing() -> None:
+    own = GPTQ | {"quant_method": "auto-round"}
+    told = {"act_bits": 16, "act_dynamic": True, "act_group_size": 128, "act_sym": True, "dynamic_max_gap": -1}
+    assert read(LLAMA, **own, **told).weight_bytes() == read(LLAMA, **own).weight_bytes()

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
+from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     Names = Callable[[Iterable[tuple[str, Sequence[str]]]], ModuleNames | None]
 
 _MOST_GROUPS: Final = 1000
+_KINDS: Final = ("int", "float")
+_STRATEGIES: Final = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
 _EVERYTHING: Final = "Linear"
 """The class of all projections."""
 _CLASS_NAME: Final = re.compile(r"[A-Z]\w*")
@@ -29,6 +32,7 @@ def read_groups(section: Fields, names: Names) -> Rules:
     names : modules of some lists, each with its key
     """
     _refuse_sparse_weights(section)
+    _refuse_sparse_format(section)
     groups = section.section("config_groups")
     if groups is None or not groups.values:
         # Without groups only the KV cache is quantised.
@@ -46,6 +50,7 @@ def read_groups(section: Fields, names: Names) -> Rules:
         if group is None or weights is None:
             groups.fault(key, "has no weights")
             break
+        _refuse_sparse_format(group)
         held = _group_format(groups, key, weights, group.section("input_activations"))
         targets = group.names("targets")
         for target in targets:
@@ -74,10 +79,24 @@ def _refuse_sparse_weights(section: Fields) -> None:
         )
 
 
+def _refuse_sparse_format(section: Fields) -> None:
+    """Refuse packings that leave out every other weight: they are smaller than the dense ones of the same bits."""
+    form = section.text("format")
+    if "sparse" in form or form.endswith("-24"):
+        section.fault(
+            "format", f"{form!r:.40} (sparse weights) is not supported; give the config.json of a dense model"
+        )
+
+
 def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | None) -> Held | None:
     """Format of one group."""
     kind, bits, group = weights.text("type") or "int", weights.values.get("num_bits"), weights.values.get("group_size")
-    block = block_sides(weights, "block_structure") if weights.text("strategy") == "block" else None
+    strategy = weights.text("strategy")
+    for name, given, known in (("type", kind, _KINDS), ("strategy", strategy, _STRATEGIES)):
+        if given and given not in known:
+            weights.fault(name, f"must be {', '.join(known)}, not {shown(given)}")
+            return None
+    block = block_sides(weights, "block_structure") if strategy == "block" else None
     if inputs is None:
         if kind == "float" and bits == 4 and group in (MXFP4_GROUP, NVFP4_GROUP):
             # A scale of one byte per 16 weights takes what one of two bytes per 32 does.
@@ -90,15 +109,15 @@ def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | No
         return weight_only(weights, "num_bits", "group_size")
     taken = inputs.values.get("num_bits")
     if {kind, inputs.text("type")} == {"float"}:
-        if weights.count("num_bits") == inputs.count("num_bits") == 8 and group != MXFP4_GROUP:
+        if weights.count("num_bits") == inputs.count("num_bits") == 8 and strategy != "group" and group != MXFP4_GROUP:
             return Held("fp8", block=block)
         if bits == taken == 4 and group == NVFP4_GROUP:
             return Held("nvfp4", group=NVFP4_GROUP)
-    if kind == (inputs.text("type") or "int") == "int" and bits == taken == 8:
+    if kind == (inputs.text("type") or "int") == "int" and bits == taken == 8 and strategy != "group":
         return Held("w8a8")
     groups.fault(
         key,
-        "must have 8-bit weights and activations, both float or both int, 4-bit float ones in groups of 16, or 4- or "
-        "8-bit weights alone",
+        "must have 8-bit weights, in no groups, and activations, both float or both int, 4-bit float ones in groups of "
+        "16, or 4- or 8-bit weights alone",
     )
     return None

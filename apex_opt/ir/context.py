@@ -39,6 +39,9 @@ def context_limit(fields: Fields) -> int:
     factor = 1.0
     for kind in kinds.values() if nested else (kinds,):
         name = kind.get("rope_type", kind.get("type", "default"))
+        if not isinstance(name, str):
+            fields.fault(f"{key}.rope_type", f"must be text, not {shown(name)}")
+            return 0
         if name in _UNSCALED:
             continue
         given = kind.get("factor")

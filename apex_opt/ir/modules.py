@@ -29,6 +29,7 @@ _FUSED: Final = {
     **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
 }
 """Matrices that engines hold as one, by the name they have then: a rule may be written for either."""
+_HEAD: Final = "lm_head"
 _EXPERT: Final = re.compile(r"experts\\?\.(\d{1,6})(?!\d)")
 _LOOKUP_STEPS, _ENTRY_STEPS = 8, 4
 """Steps that looking up a name, and that keeping one, counts as."""
@@ -43,16 +44,18 @@ class _Collected:
     anywhere: list[Matcher] = field(default_factory=list)
     expressions: list[tuple[Matcher, tuple[str, ...]]] = field(default_factory=list)
     experts: set[int] = field(default_factory=set)
+    head: bool = False
 
     def add(self, entry: str, effort: Effort) -> None:
         self.experts.update(map(int, _EXPERT.findall(entry)))
+        self.head = self.head or _HEAD in entry
         if entry.startswith(EXPRESSION):
             source = entry.removeprefix(EXPRESSION)
             # Where any text may stand first, it makes no difference which.
             roots = _ROOTS[:1] if source.startswith((".*", "^.*")) else _ROOTS
             self.expressions.append((expression(source, effort), roots))
             return
-        name = _unwrapped(entry).strip(".")
+        name = _unwrapped(f"{entry}.").strip(".")
         if is_literal(name):
             effort.spend(_ENTRY_STEPS)
             self.literal.add(name)
@@ -63,7 +66,10 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleNames:
-    """A list of modules, each with all that it holds; `experts` are the numbers of those that it tells from others."""
+    """A list of modules, each with all that it holds.
+
+    `experts` are the numbers of those that it tells from others; `head` is whether it names the LM head.
+    """
 
     effort: Effort
     literal: frozenset[str]
@@ -71,6 +77,7 @@ class ModuleNames:
     anywhere: tuple[Matcher, ...]
     expressions: tuple[tuple[Matcher, tuple[str, ...]], ...]
     experts: frozenset[int]
+    head: bool
 
     @classmethod
     def parse(cls, entries: Iterable[str], effort: Effort) -> ModuleNames:
@@ -94,6 +101,7 @@ class ModuleNames:
             anywhere=tuple(found.anywhere),
             expressions=tuple(found.expressions),
             experts=frozenset(found.experts),
+            head=found.head,
         )
 
     def hold(self, layer: int, module: str) -> bool:

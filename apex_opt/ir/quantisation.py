@@ -42,6 +42,7 @@ _LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", 
 _KV_KEYS: Final = ("kv_cache_quant_algo", "kv_cache_scheme")
 _KV_IN_FP8: Final = ("FP8", "FP8_E4M3", "STATIC")
 _HALF_BITS: Final = 16
+_BLOCK_KEYS: Final = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")
 _MOST_EXPERTS: Final = 8
 """Experts of a layer that are looked at: files that name more name all."""
 
@@ -59,7 +60,7 @@ _HARMLESS: Final = frozenset(
             "quant_mode",
             "is_checkpoint_fp8_serialized",
         ),
-        *("block_name_to_quantize", "to_quant_block_names", "module_name_preceding_first_block", "modules_to_fuse"),
+        *("module_name_preceding_first_block", "modules_to_fuse"),
         *("model_file_base_name", "cache_block_outputs", "cache_examples_on_gpu", "exllama_config", "static_groups"),
         *("transform_config", "global_compression_ratio", "enable_quanted_input", "algo_config", "dynamic_range"),
         *("is_marlin_format", "act_group_aware", "hyb_act_group_aware", "super_bits", "super_group_size"),
@@ -69,9 +70,16 @@ _HARMLESS: Final = frozenset(
 _READ: Final[Mapping[str, tuple[str, ...]]] = {
     "fp8": ("weight_block_size",),
     "modelopt": ("quant_algo", "config_groups", "group_size", "quantized_layers"),
-    "gptq": ("bits", "group_size", "dynamic", "modules_in_block_to_quantize", "lm_head", "lm_head_quantized"),
+    "gptq": (
+        *("bits", "group_size", "dynamic", "modules_in_block_to_quantize", "lm_head", "lm_head_quantized"),
+        "block_name_to_quantize",
+    ),
     "awq": ("bits", "w_bit", "group_size", "q_group_size"),
-    "auto-round": ("bits", "group_size", "act_bits", "extra_config"),
+    "auto-round": (
+        *("bits", "group_size", "act_bits", "extra_config", *_BLOCK_KEYS),
+        # Of activations, which are in 16 bit wherever the rest is read; and of how the tool searched.
+        *("act_dynamic", "act_group_size", "dynamic_max_gap"),
+    ),
     "quark": ("global_quant_config", "layer_quant_config", "layer_type_quant_config"),
     "compressed-tensors": ("config_groups", "sparsity_config"),
 }
@@ -145,6 +153,9 @@ def read_quantisation(fields: Fields) -> Quantisation:
     left_out = reader.names((key, section.names(key)) for key in _LEFT_OUT_KEYS)
     if left_out is not None:
         rules = (Rule(left_out, None), *rules)
+    first = next((rule for rule in rules if rule.names is not None and rule.names.head), None)
+    if first is not None and first.held is not None:
+        section.fault("lm_head", "is among what is quantised, which is not supported: it is counted in 16 bit")
     named = {number for rule in rules if rule.names is not None for number in rule.names.experts}
     return Quantisation(
         method=_named(method, rules),
@@ -233,13 +244,13 @@ class _Reader:
             return None
 
     def overrides(
-        self, key: str, held_of: Callable[[Fields], Held | None], pattern: Callable[[str], str] = str
+        self, key: str, held_of: Callable[[str, Fields], Held | None], pattern: Callable[[str], str] = str
     ) -> Rules:
         """Rules of an object that maps names to what is held otherwise, in its order.
 
         Parameters
         ----------
-        held_of : reads the format of one entry
+        held_of : reads the format of one entry, by its name and what it says
         pattern : the name of an entry as `ModuleNames` takes it
         """
         section = self.section.section(key)
@@ -252,7 +263,7 @@ class _Reader:
                 if section.values[name] is None:
                     section.fault(name, "must be an object, not None")
                 return ()
-            held = held_of(entry)
+            held = held_of(name, entry)
             if section.faults:
                 return ()
             wanted = pattern(name)
@@ -290,9 +301,10 @@ def _gptq(reader: _Reader) -> Rules:
     _refuse_quantised_head(section)
     own = weight_only(section, "bits", "group_size")
 
-    def changed(entry: Fields) -> Held | None:
-        if entry.prefix.rpartition("dynamic.")[2].startswith("-:"):
+    def changed(name: str, entry: Fields) -> Held | None:
+        if name.startswith("-:"):
             return None
+        _refuse_unknown_keys(entry, "gptq")
         merged = {key: section.values.get(key) for key in ("bits", "group_size")} | dict(entry.values)
         return weight_only(type(entry)(merged, entry.prefix, entry.faults), "bits", "group_size")
 
@@ -316,7 +328,9 @@ def _awq(reader: _Reader) -> Rules:
 def _auto_round(reader: _Reader) -> Rules:
     section = reader.section
 
-    def held(entry: Fields) -> Held | None:
+    def held(name: str, entry: Fields) -> Held | None:
+        if name:
+            _refuse_unknown_keys(entry, "auto-round")
         merged = {key: section.values.get(key) for key in ("bits", "group_size", "data_type", "act_bits")}
         merged |= dict(entry.values)
         whole = type(entry)(merged, entry.prefix, entry.faults)
@@ -329,10 +343,22 @@ def _auto_round(reader: _Reader) -> Rules:
             whole.fault("act_bits", f"{shown(activations)} is not supported; supported: 16")
         return weight_only(whole, "bits", "group_size")
 
-    own = held(section)
+    own = held("", section)
     if own is None and not section.faults:
         section.fault("bits", "16 quantises nothing")
-    return (*reader.overrides("extra_config", held), Rule(None, own))
+    blocks = reader.names((key, _block_names(section, key)) for key in _BLOCK_KEYS)
+    return (*reader.overrides("extra_config", held), Rule(blocks, own))
+
+
+def _block_names(section: Fields, key: str) -> list[str]:
+    """Blocks that auto-round quantises, given as text with commas, as a list, or as a list of lists; none means all."""
+    given = section.values.get(key)
+    rows = given.split(",") if isinstance(given, str) else section.rows(key) or []
+    flat = [name for row in rows for name in (row if isinstance(row, list) else [row])]
+    if any(not isinstance(name, str) for name in flat):
+        section.fault(key, "must hold names, or lists of names")
+        return []
+    return [name.strip() for name in flat if name.strip()]
 
 
 def _modelopt(reader: _Reader) -> Rules:
@@ -341,7 +367,7 @@ def _modelopt(reader: _Reader) -> Rules:
     if algo == "MIXED_PRECISION":
         if not section.values.get("quantized_layers"):
             section.fault("quantized_layers", "is missing")
-        return reader.overrides("quantized_layers", _algorithm)
+        return reader.overrides("quantized_layers", lambda _, entry: _algorithm(entry))
     if not algo and section.values.get("config_groups"):
         return read_groups(section, reader.names)
     return (Rule(None, _algorithm(section)),)
@@ -375,7 +401,10 @@ def _quark(reader: _Reader) -> Rules:
         return ()
     if section.values.get("layer_type_quant_config"):
         section.fault("layer_type_quant_config", "is not supported; layer_quant_config is")
-    return (*reader.overrides("layer_quant_config", _quark_format), Rule(None, _quark_format(own)))
+    return (
+        *reader.overrides("layer_quant_config", lambda _, entry: _quark_format(entry)),
+        Rule(None, _quark_format(own)),
+    )
 
 
 def _quark_format(section: Fields) -> Held | None:
