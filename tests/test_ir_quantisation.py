@@ -211,6 +211,10 @@ def test_modelopt_may_give_every_module_its_own_format() -> None:
     model = read(LLAMA, **section)
     assert formats(model) == [("fp8", "fp8", "nvfp4", "16")] * 5 + [("16", "16", "nvfp4", "16")]
     assert model.scheme is not None and model.scheme.method == "modelopt_mixed"
+    alike = {name: {"quant_algo": "FP8"} for name in layers}
+    model = read(LLAMA, **section | {"quantized_layers": alike})
+    assert model.weight_format == "fp8"
+    assert model.scheme is not None and model.scheme.method == "modelopt_mixed"
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.quant_algo must be FP8.* not 'W4A8_AWQ'"):
         read(LLAMA, **section | {"quantized_layers": {"model.layers.0.mlp": {"quant_algo": "W4A8_AWQ"}}})
     with pytest.raises(InputError, match="quantized_layers is missing"):

@@ -81,9 +81,10 @@ def test_formats_run_on_the_gpus_that_the_engine_has_kernels_for(
     assert why in found
 
 
-def test_a_method_may_need_more_than_its_format_and_only_where_the_checkpoint_is_served_as_it_is() -> None:
-    model = replace(DENSE, weight_format="fp8", scheme=Scheme(method="modelopt"))
-    assert "modelopt checkpoints" in said(VLLM, model, "tp1", capability=8.0)
+@pytest.mark.parametrize("method", ["modelopt", "modelopt_mixed"])
+def test_a_method_may_need_more_than_its_format_and_only_where_the_checkpoint_is_served_as_it_is(method: str) -> None:
+    model = replace(DENSE, weight_format="fp8", scheme=Scheme(method=method))
+    assert f"{method} checkpoints" in said(VLLM, model, "tp1", capability=8.0)
     assert not said(VLLM, model, "tp1", capability=8.9)
     assert not said(VLLM, model, "tp1 bf16", capability=8.0)
 

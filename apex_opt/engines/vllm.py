@@ -31,7 +31,9 @@ VLLM: Final = EngineRules(
             "nvfp4": (7.5, inf),
         }
     ),
-    methods=MappingProxyType({"modelopt": (8.9, inf), "fbgemm_fp8": (8.0, inf), "awq": (7.5, inf)}),
+    methods=MappingProxyType(
+        {"modelopt": (8.9, inf), "modelopt_mixed": (8.9, inf), "fbgemm_fp8": (8.0, inf), "awq": (7.5, inf)}
+    ),
     made_on_load=frozenset({"fp8"}),
     least_group=32,
     padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),

@@ -158,7 +158,7 @@ def read_quantisation(fields: Fields) -> Quantisation:
         section.fault("lm_head", "is among what is quantised, which is not supported: it is counted in 16 bit")
     named = {number for rule in rules if rule.names is not None for number in rule.names.experts}
     return Quantisation(
-        method=_named(method, rules),
+        method=_named(section, method, rules),
         rules=rules,
         kv_format=_kv_format(section),
         experts=tuple(sorted({0, *named})[:_MOST_EXPERTS]),
@@ -195,11 +195,11 @@ def _method(section: Fields) -> str:
     return _ALIASES.get(method, method)
 
 
-def _named(method: str, rules: Rules) -> str:
-    """The method as vLLM calls it, which for some depends on the formats."""
+def _named(section: Fields, method: str, rules: Rules) -> str:
+    """The method as vLLM calls it, which for some depends on the formats, and on whether they are told by module."""
     if method == "modelopt":
         formats = {rule.held.format for rule in rules if rule.held is not None}
-        if len(formats) > 1:
+        if len(formats) > 1 or section.text("quant_algo").upper() == "MIXED_PRECISION":
             return "modelopt_mixed"
         return "modelopt" if formats <= {"fp8"} else "modelopt_fp4"
     return method
