@@ -210,6 +210,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     return EngineRules(
         name="test",
         release="Test 1",
+        cuda_only=often(0.1),
         ffn_copies=often(),
         dense_attention_copies=often(),
         moe_copies=often(),
@@ -264,6 +265,7 @@ def instance_at(
     formats: Sequence[tuple[str, str]] = (("bf16", "bf16"),),
     settings: EngineSettings = SMALL,
     flops: Sequence[str] = ("bf16", "fp16", "fp8"),
+    cuda: bool = True,
 ) -> Instance:
     """A question whose memory and time limits are set on a plan: `memory` and `tpot` bytes above its exact need.
 
@@ -274,11 +276,12 @@ def instance_at(
     offered = 1 << 45
     assert plan is not None or (memory is None and tpot is None)
     blocks = -(-longest // settings.block_size)
-    held = Held.of(settings.runnable, model, make_gpu())
+    held = Held.of(settings.runnable, model, make_gpu(cuda=cuda))
     if plan is not None and memory is not None:
-        stages = stage_memory(model, make_gpu(), plan, settings)
+        stages = stage_memory(model, make_gpu(cuda=cuda), plan, settings)
         offered = 2 * (max(memory_need(stage, blocks) for stage in stages) + memory)
-    figures = {"memory_bytes": offered, "memory_bytes_per_s": 1e9, "flops_per_s": tuple((f, 1e15) for f in flops)}
+    figures: dict[str, Any] = {"memory_bytes": offered, "memory_bytes_per_s": 1e9, "cuda": cuda}
+    figures["flops_per_s"] = tuple((f, 1e15) for f in flops)
     return Instance(
         model=model,
         cluster=make_cluster(gpus, **figures),
@@ -308,6 +311,7 @@ def random_instance(seed: int) -> Instance:
     kwargs: dict[str, Any] = {"formats": formats, "settings": settings, "flops": flops}
     kwargs["longest"] = int(rng.choice([1, 500, 20_000]))
     other = np.random.default_rng(seed + 3000)
+    kwargs["cuda"] = bool(np.random.default_rng(seed + 5000).random() < 0.8)
     if other.random() < 0.6:
         model = published(other, model, [weights for weights, _ in formats])
         kwargs["settings"] = settings = replace(settings, runnable=random_rules(other))

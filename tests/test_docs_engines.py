@@ -14,6 +14,7 @@ from apex_opt.engines import ENGINES
 
 TEXT = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 WORDS = {
+    "cuda_only": "GPUs with CUDA alone",
     "formats": "weight formats, from which compute capability on",
     "caches": "formats of the KV cache",
     "methods": "methods of quantisation that need more than their format",

@@ -129,6 +129,19 @@ def test_the_layers_of_stages_are_told_where_they_differ(engine: str, name: str)
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_gpus_without_cuda_are_told_of_and_no_tool_of_cuda_is_called(engine: str) -> None:
+    foreign = {"cuda": False, "capability": None}
+    found = emitted(engine, DENSE, "dp2 tp3 clock=1200", 2, 4, gpu=foreign)
+    if engine == "trtllm":
+        assert not found.commands and has(found, "does not run CUDA", "TensorRT-LLM 1 needs")
+        return
+    assert len(servers(found)) == len(found.commands) == 2
+    assert has(found, "clock: hold the GPUs at 1,200 MHz") and not has(found, "-lgc")
+    assert has(found, "test-gpu", "does not run CUDA", "check")
+    assert not has(emitted(engine, DENSE, "tp4", 1, 4), "CUDA")
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
 def test_a_clock_is_set_on_the_gpus_of_the_plan(engine: str) -> None:
     found = emitted(engine, DENSE, "dp2 tp3 clock=1200", 2, 4)
     clocks = [command.text for command in found.commands if command.replica is None]

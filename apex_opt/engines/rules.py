@@ -27,6 +27,7 @@ class EngineRules:
     Parameters
     ----------
     name, release : str
+    cuda_only : bool                GPUs that do not run CUDA are refused; else what they run is not known here
     ffn_copies : bool               copies of the FFN inside a replica, where attention has fewer
     dense_attention_copies : bool   attention copies before a dense FFN that is cut over all GPUs of a stage
     copies_on_one_node : bool       whole copies of one engine lie on one node
@@ -57,6 +58,7 @@ class EngineRules:
 
     name: str
     release: str
+    cuda_only: bool = False
     ffn_copies: bool = False
     dense_attention_copies: bool = False
     copies_on_one_node: bool = False

@@ -11,6 +11,7 @@ from apex_opt.engines.rules import EngineRules
 TRTLLM: Final = EngineRules(
     name="trtllm",
     release="TensorRT-LLM 1",
+    cuda_only=True,
     one_gpu_copies=True,
     experts_by_both=True,
     dense_per_copy=True,
@@ -33,6 +34,7 @@ TRTLLM: Final = EngineRules(
     block_powers=True,
     sources=MappingProxyType(
         {
+            "cuda_only": "docs, legacy/reference/support-matrix: NVIDIA GPUs alone",
             "ffn_copies": "docs, features/parallel-strategy: the FFN is cut over all GPUs of a stage",
             "dense_attention_copies": "_torch/modules/gated_mlp.py: whole in each attention copy: a replica",
             "one_gpu_copies": "docs, features/parallel-strategy: attention has tp, or a copy on each GPU",

@@ -78,8 +78,8 @@ def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequen
 
 
 def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
-    """Hold the GPUs of each node at the plan's clock."""
-    if asked.plan.clock_mhz is None:
+    """Hold the GPUs of each node at the plan's clock; none for GPUs that nvidia-smi does not know."""
+    if asked.plan.clock_mhz is None or not asked.question.cluster.gpu.cuda:
         return
     gpus = (gpu for replica in replicas for gpu in replica.by_stage)
     for node, slots in on_nodes(gpus):
@@ -126,8 +126,16 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         )
     if any(len(replica.nodes) > 1 for replica in replicas):
         yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"
-    if plan.clock_mhz is not None:
+    gpu = question.cluster.gpu
+    if not gpu.cuda:
+        yield (
+            f"GPUs: what {engine.rules.release} runs on {gpu.name}, which does not run CUDA, was not looked up: check "
+            "formats and options with its documentation"
+        )
+    if plan.clock_mhz is not None and gpu.cuda:
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
+    elif plan.clock_mhz is not None:
+        yield f"clock: hold the GPUs at {plan.clock_mhz:,} MHz with the tool of their maker; nvidia-smi knows none of them"
     if asked.whole_copies:
         yield "copies: each runs on its own, in the figures they form batches together"
     yield from engine.notes(asked, replicas)

@@ -64,6 +64,8 @@ def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
 
 def _formats(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan) -> Iterator[str]:
     """Number formats on a GPU."""
+    if rules.cuda_only and not gpu.cuda:
+        yield f"{gpu.name} does not run CUDA, which {rules.release} needs"
     published = model.scheme if plan.weight_format == model.weight_format else None
     wanted = get_format(plan.weight_format)
     names = [form.name for form in wanted.mixed or (wanted,)]

@@ -60,6 +60,8 @@ class Runs:
         """Whether the GPU is one on which the engine has the formats of weights and cache, and their blocks."""
         rules, instance = self.rules, self.instance
         assert rules is not None
+        if rules.cuda_only and not instance.cluster.gpu.cuda:
+            return False
         weights, cache_format = instance.weight_formats[index], instance.kv_formats[index]
         parts = get_format(weights).mixed or (get_format(weights),)
         spans = [*(rules.formats.get(part.name) for part in parts), rules.caches.get(cache_format, (0.0, 1e9))]
