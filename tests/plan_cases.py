@@ -203,6 +203,12 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     def pick(*values: Any) -> Any:
         return values[rng.integers(len(values))]
 
+    # Rules that came later draw on their own, so that the others stay as they were.
+    own = np.random.default_rng(int(rng.bit_generator.state["state"]["state"]) % 2**32)
+
+    def seldom(share: float = 0.5) -> bool:
+        return bool(own.random() < share)
+
     ranges = {name: pick((8.0, inf), (7.0, 9.5), (9.5, inf)) if often(0.2) else (0.0, inf) for name in FORMATS}
     for name in [name for name in ranges if often(0.05)]:
         del ranges[name]
@@ -210,7 +216,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     return EngineRules(
         name="test",
         release="Test 1",
-        cuda_only=often(0.1),
+        cuda_only=seldom(),
         ffn_copies=often(),
         dense_attention_copies=often(),
         moe_copies=often(),
@@ -218,6 +224,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
         copied_attention=pick(None, None, frozenset({"odd"}), frozenset()),
         experts_by_both=often(),
         dense_per_copy=often(),
+        whole_shared=frozenset({"odd"}) if seldom() else frozenset(),
         formats=ranges,
         caches={"fp8": (9.5, inf)} if often(0.1) else {},
         methods={"gptq": (9.5, inf)} if often(0.2) else {},

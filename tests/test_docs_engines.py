@@ -26,6 +26,7 @@ WORDS = {
     "copies_on_one_node": "whole copies of an engine on one node only",
     "experts_by_both": "experts cut by ep and tp at once",
     "dense_per_copy": "dense and shared FFNs in each attention copy",
+    "whole_shared": "families with whole shared experts where experts are cut by ep and attention has copies",
     "whole_scales": "shards hold whole groups and blocks of scales",
     "least_group": "groups of experts halved to fit a shard, down to",
     "padded_experts": "experts stored in rounded sizes",

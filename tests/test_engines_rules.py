@@ -66,6 +66,27 @@ def test_dense_parts_lie_in_each_attention_copy() -> None:
 
 
 @pytest.mark.parametrize(
+    ("plan", "whole"),
+    [
+        ("attn(dp2,tp2) ffn(ep4)", True),
+        ("attn(dp2,tp2) ffn(tp4)", False),
+        ("attn(tp4) ffn(ep4)", False),
+    ],
+)
+def test_shared_experts_are_whole_where_the_tokens_of_a_copy_are_spread(plan: str, whole: bool) -> None:
+    shared = 512
+    found = []
+    for columns in (shared, 0):
+        model = make_model((sparse(shared=columns), 3), family="deepseek_v3")
+        cut = parse_plan(plan, model)
+        found.append(stage_memory(model, make_gpu(), cut, replace(SMALL, runnable=VLLM))[0].weights_bytes)
+    shards = 1 if whole else parse_plan(plan, model).attention.tp
+    assert found[0] - found[1] == 3 * 2 * 3 * 512 * shared / shards
+    others = make_model((sparse(shared=shared), 3), family="glm4_moe")
+    assert not Held.of(VLLM, others, make_gpu()).whole_shared
+
+
+@pytest.mark.parametrize(
     ("capability", "sizes"), [(8.0, (3072, 768)), (9.0, (2880, 768)), (10.0, (3072, 768)), (8.9, (3072, 768))]
 )
 def test_experts_are_stored_in_rounded_sizes(capability: float, sizes: tuple[int, int]) -> None:

@@ -26,7 +26,6 @@ HEAVIER = {
     "L8-gptq-dynamic": "vLLM finds what is quantised in the weight files, of which the recording has none",
     "Qwen--Qwen3-32B-FP8-Static-PerTensor": "no quant_method in the file: vLLM takes it as bf16",
     "kimi-k2.5": "the image tower, and orders of groups dropped once weights are loaded, are not counted",
-    "Kimi-K2.5": "with experts by ep and several shards a copy, shared experts are whole on every GPU",
 }
 """Models whose weights are more than 2% off in some row, each with the reason."""
 

@@ -23,6 +23,7 @@ from apex_opt.cost.work import Work
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
+from apex_opt.plan.plan import Template
 from apex_opt.profiles.collectives import Collectives
 from apex_opt.units import ceil_div
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Block, Ffn, Model, MoeFfn
     from apex_opt.plan.layout import Layout, Spread
-    from apex_opt.plan.plan import Template
     from apex_opt.profiles import Profile
 
     Ints = NDArray[np.int64]
@@ -337,13 +337,15 @@ class Operations:
         """One FFN cell: norm, projections and activation, or router and experts."""
         dense = self._dense_cut(attention, template)
         ranks = dense.tp * dense.ep
+        spread = self.held.spreads_tokens(attention.dp, template.ep)
+        shared_cut = Template(dp=attention.dp * attention.tp) if spread else dense
 
         def own(operation: str, work: Work) -> Parts:
             cut = dense if isinstance(cell, DenseFfn) else template
             return sharing(self.tables, attention.dp, cut.dp)(operation=operation, work=work)
 
         def beside(operation: str, work: Work) -> Parts:
-            return sharing(self.tables, attention.dp, dense.dp)(operation=operation, work=work)
+            return sharing(self.tables, attention.dp, shared_cut.dp)(operation=operation, work=work)
 
         norm = own("norm", self.norm(cell.hidden))
         if isinstance(cell, DenseFfn):
@@ -356,6 +358,7 @@ class Operations:
         if cell.shared_intermediate:
             parts = cell.shared_quantised, cell.shared_down_quantised
             held = tuple(self.held_in(weight_format, part) for part in parts)
+            ranks = shared_cut.tp * shared_cut.ep
             shared = self._dense(beside, cell.hidden, cell.shared_intermediate, cell.gated, ranks, *held)
         return merged(norm, router, choose, experts, shared)
 
@@ -400,7 +403,7 @@ class Operations:
         return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
 
     def _dense_cut(self, attention: Template, ffn: Template) -> Template:
-        """How dense FFNs beside experts, and shared experts, are cut: as the experts, or as the engine holds them."""
+        """How dense FFNs beside experts are cut: as the experts, or as the engine holds them."""
         return attention if self.held.dense_per_copy else ffn
 
     def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:

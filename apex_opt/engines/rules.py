@@ -37,6 +37,9 @@ class EngineRules:
     experts_by_both : bool          experts cut by ep and by tp at once; else by one of them
     dense_per_copy : bool           dense FFNs beside experts, and shared experts, lie in each attention copy, cut over
                                     its GPUs; else they are cut over all GPUs of a stage
+    whole_shared : set              families whose shared experts are whole on every GPU where experts are cut by ep and
+                                    attention has copies: each GPU then takes a part of the tokens of its copy; of
+                                    engines whose copies hold dense FFNs
     formats, caches : mapping       formats of weights and of the KV cache, each with the compute capabilities it runs
                                     on: from, below; caches that are not listed run on all
     methods : mapping               methods of quantisation of a checkpoint that need another range than their format
@@ -67,6 +70,7 @@ class EngineRules:
     one_gpu_copies: bool = False
     experts_by_both: bool = False
     dense_per_copy: bool = False
+    whole_shared: frozenset[str] = frozenset()
     formats: Mapping[str, tuple[float, float]]
     caches: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     methods: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
@@ -93,12 +97,14 @@ class Held:
     Parameters
     ----------
     dense_per_copy : bool       as `EngineRules` has it
+    whole_shared : bool         shared experts are whole where experts are cut by ep and attention has copies
     padded : tuple of (format, hidden, columns)    what the sizes of experts in a format are rounded up to multiples of
     vocab_everywhere : bool     every stage holds the embedding and the LM head
     table_bytes : int           cosines and sines of positions, on every GPU
     """
 
     dense_per_copy: bool = False
+    whole_shared: bool = False
     padded: tuple[tuple[str, int, int], ...] = ()
     vocab_everywhere: bool = False
     table_bytes: int = 0
@@ -111,6 +117,7 @@ class Held:
         has = gpu.capability or 0.0
         return cls(
             dense_per_copy=rules.dense_per_copy,
+            whole_shared=rules.dense_per_copy and model.family in rules.whole_shared,
             padded=tuple(
                 (name, hidden, columns)
                 for name, kinds in rules.padded_experts.items()
@@ -123,8 +130,15 @@ class Held:
         )
 
     def dense_shards(self, attention: int, ffn: int) -> int:
-        """Shards of the dense FFNs beside experts, and of shared experts, by those of attention and of the experts."""
+        """Shards of dense FFNs beside experts, by those of attention and of the experts."""
         return attention if self.dense_per_copy else ffn
+
+    def spreads_tokens(self, copies: int, groups: int) -> bool:
+        """Whether shared experts are whole on every GPU, by attention copies and groups of experts.
+
+        Each GPU then takes a part of the tokens of its copy.
+        """
+        return self.whole_shared and copies > 1 and groups > 1
 
     def experts(self, name: str, hidden: int, columns: int) -> tuple[int, int]:
         """Sizes of one expert's matrices in a format, as they are stored."""

@@ -15,6 +15,7 @@ VLLM: Final = EngineRules(
     name="vllm",
     release="vLLM 0.20",
     dense_per_copy=True,
+    whole_shared=frozenset({"deepseek_v2", "deepseek_v3"}),
     formats=MappingProxyType(
         {
             "bf16": (8.0, inf),
@@ -49,6 +50,7 @@ VLLM: Final = EngineRules(
             "dense_attention_copies": "config/parallel.py: copies of a dense model are engines of their own",
             "experts_by_both": "model_executor/layers/fused_moe/config.py: either --enable-expert-parallel or shards",
             "dense_per_copy": "model_executor/layers/linear.py: cut over the tensor-parallel group of one copy",
+            "whole_shared": "models/deepseek_v2.py, config/parallel.py: use_sequence_parallel_moe",
             "formats": "get_min_capability of layers/quantization/*, csrc/quantization/w8a8 (no int8 from 10.0 on)",
             "methods": "get_min_capability of layers/quantization/{modelopt,fbgemm_fp8,awq}.py",
             "made_on_load": "layers/quantization/fp8.py: Fp8OnlineLinearMethod",

@@ -135,7 +135,7 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
     if plan.clock_mhz is not None and gpu.cuda:
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
     elif plan.clock_mhz is not None:
-        yield f"clock: hold the GPUs at {plan.clock_mhz:,} MHz with the tool of their maker; nvidia-smi knows none of them"
+        yield f"clock: hold the GPUs at {plan.clock_mhz:,} MHz with the tool of their maker, not nvidia-smi"
     if asked.whole_copies:
         yield "copies: each runs on its own, in the figures they form batches together"
     yield from engine.notes(asked, replicas)

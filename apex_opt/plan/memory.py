@@ -107,7 +107,8 @@ def ffn_shard_bytes(cell: Ffn, attention: Template, template: Template, weight_f
     hidden, columns = held.experts(get_format(weight_format).part(cell.quantised or 1).name, cell.hidden, own)
     bias = cell.bias * experts * ((1 + cell.gated) * columns + hidden)
     routed = (cell.quantised, (2 + cell.gated) * hidden * experts * columns)
-    shared = stored_bytes(weight_format, 0, _shared(cell, shards))
+    spread = held.spreads_tokens(attention.dp, template.ep)
+    shared = stored_bytes(weight_format, 0, _shared(cell, 1 if spread else shards))
     return shared + stored_bytes(weight_format, cell.router_parameters + bias, (routed,))
 
 
@@ -133,7 +134,8 @@ def ffn_token_bytes(cell: Ffn, attention: Template, template: Template, weight_f
         return stored_bytes(weight_format, 0, _dense(cell, ceil_div(cell.intermediate, shards)))
     columns = ceil_div(cell.experts_per_token, template.ep) * ceil_div(cell.expert_intermediate, template.tp)
     routed = (2 + cell.gated) * cell.hidden * columns
-    shared = stored_bytes(weight_format, 0, _shared(cell, shards))
+    spread = held.spreads_tokens(attention.dp, template.ep)
+    shared = stored_bytes(weight_format, 0, _shared(cell, 1 if spread else shards))
     return shared + stored_bytes(weight_format, 0, ((cell.quantised, routed),))
 
 

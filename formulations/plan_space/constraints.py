@@ -28,6 +28,7 @@ from formulations.plan_space.sizes import (
     kinds,
     kv_bytes,
     shards,
+    shared_whole,
     vocab_bytes,
     vocab_on,
 )
@@ -153,13 +154,15 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
     degrees = range(1, instance.max_devices + 1)
     head = _table(model, "head", [v.attention_tp], ((t, vocab_bytes(instance, t)) for t in degrees))
     total: list[cp_model.LinearExpr] = [head]
+    whole = _shared_whole(model, instance, v)
     for u, (block, count) in enumerate(kinds(instance).items()):
         attention = _table(
             model,
             f"attention_read_{u}",
-            [v.attention_tp, v.formats],
+            [whole, v.attention_tp, v.formats],
             (
-                (t, f, attention_side(instance, block, t, name, touched=True))
+                (w, t, f, attention_side(instance, block, t, name, whole=bool(w), touched=True))
+                for w in (0, 1)
                 for t in degrees
                 for f, name in enumerate(instance.weight_formats)
             ),
@@ -178,6 +181,23 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
     return [model.add(cp_model.LinearExpr.sum(total) <= limit)]
 
 
+def _shared_whole(model: cp_model.CpModel, instance: Instance, v: Variables) -> cp_model.IntVar:
+    """Whether what is shared beside experts is whole on every device."""
+    if not instance.held.whole_shared:
+        return model.new_constant(0)
+    degrees = range(1, instance.max_devices + 1)
+    several = [
+        _table(model, f"several_{name}", [degree], ((n, int(n > 1)) for n in degrees))
+        for name, degree in (("copies", v.attention_dp), ("groups", v.ffn_ep))
+    ]
+    return _table(
+        model,
+        "shared_whole",
+        several,
+        ((a, b, int(shared_whole(instance, 1 + a, 1 + b))) for a in (0, 1) for b in (0, 1)),
+    )
+
+
 def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
     """C6: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
     degrees = range(1, instance.max_devices + 1)
@@ -185,19 +205,22 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     tokens = instance.kv_blocks_needed + 1  # one block is never handed out
     tokens *= instance.settings.block_size
     per_layer = []
+    whole = _shared_whole(model, instance, v)
     for u, block in enumerate(kinds(instance)):
         attention = _table(
             model,
             f"attention_bytes_{u}",
-            [v.attention_tp, v.formats],
+            [whole, v.attention_tp, v.formats],
             (
                 (
+                    w,
                     t,
                     f,
-                    attention_side(instance, block, t, name, touched=False)
+                    attention_side(instance, block, t, name, whole=bool(w), touched=False)
                     + 4 * block.hidden  # two norms of 16-bit weights
                     + tokens * kv_bytes(block, t, instance.kv_formats[f]),
                 )
+                for w in (0, 1)
                 for t in degrees
                 for f, name in formats
             ),

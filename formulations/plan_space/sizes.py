@@ -127,10 +127,21 @@ def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, 
     return routed + 2 * (bias + cell.router_parameters)
 
 
-def attention_side(instance: Instance, block: Block, tp: int, name: str, *, touched: bool) -> int:
-    """Weights that follow how attention is cut: its own, and where they lie in each copy those of dense FFNs."""
-    dense = dense_bytes(block, tp, name, touched=touched) if instance.held.dense_per_copy else 0
+def attention_side(instance: Instance, block: Block, tp: int, name: str, *, whole: bool, touched: bool) -> int:
+    """Weights that follow how attention is cut: its own, and where they lie in each copy those of dense FFNs.
+
+    Parameters
+    ----------
+    whole : bool    `shared_whole` of the plan
+    """
+    shards = 1 if whole and not isinstance(block.ffn, DenseFfn) else tp
+    dense = dense_bytes(block, shards, name, touched=touched) if instance.held.dense_per_copy else 0
     return attention_bytes(block, tp, name) + dense
+
+
+def shared_whole(instance: Instance, copies: int, ep: int) -> bool:
+    """Whether what is shared beside experts is whole on every device, by attention copies and groups of experts."""
+    return instance.held.whole_shared and min(copies, ep) > 1
 
 
 def ffn_side(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:

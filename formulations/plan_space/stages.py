@@ -20,6 +20,7 @@ from formulations.plan_space.sizes import (
     kind,
     kinds,
     kv_bytes,
+    shared_whole,
     vocab_bytes,
     vocab_on,
 )
@@ -52,7 +53,7 @@ class Stages:
 
     def fit(self, plan: Plan) -> bool:
         """Whether the layers of a cut can be split such that every stage fits."""
-        _, sums, _ = self._sizes(plan.attention.tp, plan.ffn, plan.weight_format, plan.kv_format)
+        _, sums, _ = self._sizes(plan.attention.tp, *self._cut(plan))
         # The further a stage goes the better, but where layers differ: then a heavy one may stop the next stage.
         rooms = self._room(plan, (self._capacity,) * plan.stages)
         return self._reaches(sums, rooms, True) or (len(self._blocks) > 1 and self._reaches(sums, rooms, False))
@@ -93,7 +94,7 @@ class Stages:
 
     def _split(self, plan: Plan, capacity: tuple[int, ...], pace: tuple[int, ...], most: int) -> tuple[int, ...] | None:
         tp, stages = plan.attention.tp, plan.stages
-        weight, sums, held = self._sizes(tp, plan.ffn, plan.weight_format, plan.kv_format)
+        weight, sums, held = self._sizes(tp, *self._cut(plan))
         head = vocab_bytes(self.instance, tp) + 2 * self.instance.model.hidden
         pipeline = Pipeline(
             kinds=self._order,
@@ -132,12 +133,17 @@ class Stages:
         beside[-1] += 2 * self.instance.model.hidden
         return beside
 
+    def _cut(self, plan: Plan) -> tuple[bool, Template, str, str]:
+        """What of a plan, beside the shards of attention, decides what a layer takes."""
+        whole = shared_whole(self.instance, plan.attention.dp, plan.ffn.ep)
+        return whole, plan.ffn, plan.weight_format, plan.kv_format
+
     def _count(
-        self, tp: int, ffn: Template, weight_format: str, kv_format: str
+        self, tp: int, whole: bool, ffn: Template, weight_format: str, kv_format: str
     ) -> tuple[tuple[int, ...], list[int], tuple[int, ...]]:
         """By kind the weights of a layer; the bytes of the first layers, for every number of them; by kind those."""
         weight = tuple(
-            attention_side(self.instance, block, tp, weight_format, touched=False)
+            attention_side(self.instance, block, tp, weight_format, whole=whole, touched=False)
             + 4 * block.hidden
             + ffn_side(self.instance, block, ffn.tp, ffn.ep, weight_format, touched=False)
             for block in self._blocks
