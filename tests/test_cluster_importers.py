@@ -259,9 +259,7 @@ def test_what_the_gpus_are_is_asked_where_it_is_not_told(tmp_path: Path) -> None
 
 def test_what_is_no_list_is_told_so_with_a_gpu_too_and_by_its_first_line(tmp_path: Path) -> None:
     for gpu in (None, "l40s"):
-        with pytest.raises(
-            InputError, match="holds no matrix and no list: .*; line 1: expected NAME GPUS TYPE"
-        ) as caught:
+        with pytest.raises(InputError, match=r"no matrix and no list: .*; line 1: expected NAME GPUS TYPE") as caught:
             imported(tmp_path, "Some words\non two lines\n", gpu)
         assert "line 2" not in str(caught.value)
 
