@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from apex_opt.launch import Launch
     from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
+    from apex_opt.report import Progress
     from apex_opt.report.document import Document
     from apex_opt.report.placement import Loss, Site
     from apex_opt.search import Answer, Check, Question
@@ -214,13 +215,12 @@ def _fleet_launch(
 def _run_simulate(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask_plan
     from apex_opt.report import Progress
-    from apex_opt.search import judge
 
     if isinstance(options["plan"], tuple):
         return _run_side_by_side(options["plan"], options)
     question, plan = ask_plan(options["plan"], Options.of(options))
     with Progress() as progress:
-        answer = judge(question, plan, progress)
+        question, answer = _judged(question, plan, options, progress)
     try:
         _show(_answer_document("simulate", question, answer, options), options)
         return _exit_code(answer, None)
@@ -228,6 +228,24 @@ def _run_simulate(options: dict[str, Any]) -> int:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         if answer.best is not None:
             _write_files(question, plan, options)
+
+
+def _judged(question: Question, plan: Plan, options: dict[str, Any], progress: Progress) -> tuple[Question, Answer]:
+    """A given plan scored; at a rate over a trace made longer, as `capacity` does, until the load is seen to last."""
+    from apex_opt.ask import Options, longer
+    from apex_opt.report.load import is_steady
+    from apex_opt.search import judge
+    from apex_opt.search.steady import DOUBLINGS
+
+    answer = judge(question, plan, progress)
+    for doubled in range(1, DOUBLINGS + 1):
+        if answer.best is None or is_steady(answer.best.metrics):
+            break
+        again = longer(question, Options.of(options), 2**doubled)
+        if again is None:
+            break
+        question, answer = again, judge(again, plan, progress)
+    return question, answer
 
 
 def _run_side_by_side(plans: tuple[str, ...], options: dict[str, Any]) -> int:

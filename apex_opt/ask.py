@@ -20,6 +20,7 @@ from apex_opt.profiles.clock import Clock
 from apex_opt.search import Question, load_objectives
 from apex_opt.workload import load_trace, parse_slos
 from apex_opt.workload.steady import at_rate, loops_of
+from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -131,13 +132,11 @@ def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = F
         )
     model = load_model(options.model)
     overhead = load_engine(options.engine)
-    trace = load_trace(options.trace, options.seed, unit=options.trace_unit, block=options.trace_block)
+    trace = _trace(options)
     if not trace.timed and options.rate is None and not rated:
         raise UsageError(
             f"--trace: {options.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
         )
-    if not trace.timed:
-        trace = replace(trace, arrivals=replace(trace.arrivals, seed=options.seed))
     if options.rate is not None:
         trace = at_rate(trace, options.rate, loops_of(trace))
     notes = (*_about_prefixes(options, trace), *_about_engines(options), *assumed_network(options.cluster))
@@ -188,6 +187,21 @@ def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = F
         )
         for cluster, tree, (weight_formats, kv_formats) in zip(clusters, trees, formats, strict=True)
     )
+
+
+def longer(question: Question, options: Options, times: int) -> Question | None:
+    """The same question with a trace so many times as long as `--rate` makes it; None without it, or if too long."""
+    if options.rate is None or times * len(question.trace) > MAX_REQUESTS:
+        return None
+    trace = _trace(options)
+    loops = times * loops_of(trace)
+    return replace(question, trace=at_rate(trace, options.rate, loops))
+
+
+def _trace(options: Options) -> Trace:
+    """The trace as it is asked for, before it is brought to a rate."""
+    trace = load_trace(options.trace, options.seed, unit=options.trace_unit, block=options.trace_block)
+    return trace if trace.timed else replace(trace, arrivals=replace(trace.arrivals, seed=options.seed))
 
 
 def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:

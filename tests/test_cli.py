@@ -505,6 +505,20 @@ def test_a_rate_is_asked_of_a_trace_that_has_one_or_lengths_alone(tmp_path: Path
     assert "has all its requests arrive at once" in refused(*words, "--trace=static:n=9")
 
 
+def test_a_plan_at_a_rate_is_simulated_for_so_long_as_it_takes_to_see_whether_that_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("simulate", *OPEN[:3], "--plan=tp2", "--rate=20", "--format=json")
+    usual = json.loads(run(*words).out)
+    assert (usual["question"]["trace"]["requests"], usual["steady"]) == (20_000, True)
+    spans = usual["transient"]["arrivals_s"] / usual["best"]["metrics"]["e2e_s"]["mean"]
+    for span, requests, steady in ((1.5 * spans, 40_000, True), (100 * spans, 160_000, False)):
+        monkeypatch.setattr("apex_opt.simulator.transient.SPAN", span)
+        found = json.loads(run(*words).out)
+        assert (found["question"]["trace"]["requests"], found["steady"]) == (requests, steady)
+        assert f"taken {requests // 200} times over" in found["notes"][0]
+
+
 def test_an_old_gpu_gets_the_16_bit_format_it_has() -> None:
     ran = run("plan", "--model=llama-3.1-8b", "--cluster=2xv100-pcie", CHEAP[2], "--format=json")
     assert ran.code == 0, ran.err
