@@ -804,7 +804,7 @@ def test_a_name_too_long_for_the_file_system_is_refused() -> None:
     group=st.integers(1, 12),
     hidden=st.integers(1, 5000),
     intermediate=st.integers(1, 20000),
-    layers=st.integers(1, 200),
+    layers=st.integers(2, 200),  # one alone is refused as a draft head
     vocab=st.integers(1, 200_000),
     tied=st.booleans(),
     bias=st.booleans(),
@@ -934,3 +934,14 @@ def test_the_scheme_of_compressed_tensors_is_that_of_its_groups(structure: Any) 
 def test_a_block_is_two_whole_numbers(block: Any) -> None:
     with pytest.raises(InputError, match=r"weight_block_size must be two whole numbers"):
         read(LLAMA, quantization_config={"quant_method": "fp8", "weight_block_size": block})
+
+
+@pytest.mark.parametrize(
+    ("tower", "heads"), [({"num_attention_heads": 16}, 16), ({"vt_num_attention_heads": 8}, 8), ({}, 0), (None, None)]
+)
+def test_a_tower_that_reads_images_is_told_even_where_its_heads_are_not(
+    tower: dict[str, Any] | None, heads: int | None
+) -> None:
+    own = {} if tower is None else {"vision_config": tower}
+    config = {"model_type": "llava", "text_config": LLAMA, **own}
+    assert model_from_config(config, "tiny", "tiny.json").tower_heads == heads

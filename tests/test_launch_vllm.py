@@ -71,6 +71,17 @@ def test_ranks_that_lie_unevenly_are_started_in_equal_shares(
     assert {value(c, "--nnodes") for c in found.commands} == {str(len(hosts))}
 
 
+@pytest.mark.parametrize("heads", [16, 0])
+def test_a_tower_that_reads_images_is_left_out_as_it_is_of_the_plan(heads: int) -> None:
+    model = replace(load_model(DENSE), tower_heads=heads)
+    found = emitted("vllm", model, "tp4", 1, 4)
+    (command,) = found.commands
+    assert "--language-model-only" in command.argv
+    assert has(found, "images: --language-model-only")
+    plain = emitted("vllm", DENSE, "tp4", 1, 4)
+    assert "--language-model-only" not in plain.commands[0].argv and not has(plain, "images")
+
+
 def test_a_deprecated_method_of_quantisation_is_allowed_by_name() -> None:
     model = replace(load_model(DENSE), weight_format="fp8", scheme=Scheme(method="fbgemm_fp8"))
     assert "--allow-deprecated-quantization" in emitted("vllm", model, "tp8 fp8", 1, 8).commands[0].argv

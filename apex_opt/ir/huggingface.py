@@ -179,12 +179,12 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
 
 
 def _tower_heads(config: Mapping[str, Any]) -> int | None:
-    """Heads of the tower that reads images, where the file states any."""
+    """Heads of the tower that reads images, 0 where the file leaves them to the tower's defaults; None without one."""
     tower = config.get("vision_config")
     if not isinstance(tower, dict):
         return None
     stated = (tower.get(key) for key in ("num_attention_heads", "vt_num_attention_heads", "num_heads"))
-    return next((heads for heads in stated if count_fault("heads", heads) is None and heads), None)
+    return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
 
 
 def _held(quantisation: Quantisation, family: Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:

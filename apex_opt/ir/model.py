@@ -583,7 +583,7 @@ class Model:
     kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
     scheme : Scheme or None how the checkpoint was quantised; None where it was not
     family : str            its `model_type`, of whose layout engines know; "" where unknown
-    tower_heads : int or None    heads of the tower that reads images, where the checkpoint has one
+    tower_heads : int or None    heads of the tower that reads images, 0 where they are not stated; None without one
     source : str            where the description comes from
     """
 

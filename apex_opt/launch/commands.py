@@ -134,6 +134,11 @@ class Asked:
         return not self.kv_in_fp8 and self.question.model.kv_format == "fp8"
 
     @property
+    def reads_images(self) -> bool:
+        """Whether the checkpoint has a tower that reads images, of which the plan knows nothing."""
+        return self.question.model.tower_heads is not None
+
+    @property
     def moe(self) -> bool:
         return self.question.model.is_moe
 

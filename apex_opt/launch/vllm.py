@@ -30,6 +30,11 @@ class Vllm:
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         attention = asked.plan.attention
         found = []
+        if asked.reads_images:
+            found.append(
+                "images: --language-model-only leaves out the tower that reads them, as the plan does: neither its "
+                "memory nor its time is counted"
+            )
         if attention.dp > 1:
             found.append(
                 f"vLLM's limits are per attention copy: --max-num-seqs and --max-num-batched-tokens are the plan's "
@@ -69,6 +74,8 @@ class Vllm:
             words.append("--enable-expert-parallel")
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
+        if asked.reads_images:
+            words.append("--language-model-only")
         if asked.scheme in _DEPRECATED:
             words.append("--allow-deprecated-quantization")
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]
