@@ -121,6 +121,10 @@ _PROFILES: Final = Option(
     "(needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those shipped.",
 )
 
+_CLOCKS: Final = (
+    "GPU clocks to choose from, in MHz, such as 1200,1600,1980, or all: six from half to the highest. Times and power "
+    "at others than the highest follow published laws."
+)
 _AIMS: Final = (
     "ttft, tpot, itl (between tokens) or e2e with _mean, _max or a percentile such as _p95 or _p99.9; makespan; "
     "throughput; goodput (requests/s within the latency goals); energy (J); energy_per_token (J); cost ($/h); "
@@ -216,8 +220,7 @@ _QUESTION: Final = (
     Option(name="kv", text="KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit."),
     Option(
         name="clock",
-        text="GPU clocks to choose from, in MHz, such as 1200,1600,1980, or all: six from half to the highest. By "
-        "default the highest. Times and power at others follow published laws.",
+        text=f"{_CLOCKS} By default the highest.",
     ),
     Option(
         name="routing",
@@ -451,11 +454,11 @@ _FRONT: Final[Mapping[str, Mapping[str, Any]]] = {
         "default": "e2e_mean,energy",
         "text": f"Two or three figures to make best: {_AIMS}.",
     },
-    "clock": {"default": "all"},
+    "clock": {"default": "all", "text": _CLOCKS},
 }
 
 _ENERGY: Final[Mapping[str, Mapping[str, Any]]] = {
-    "clock": {"default": "all"},
+    "clock": {"default": "all", "text": _CLOCKS},
     "max_num_seqs": {"default": (64, 256, 1024)},
 }
 

@@ -171,6 +171,13 @@ def test_texts_are_not_longer_than_a_path(name: str) -> None:
         checked(PLAN.option(name), "x" * (LONGEST_TEXT + 1))
 
 
+def test_the_help_of_clocks_tells_the_default_that_the_command_has() -> None:
+    for name, command in COMMANDS.items():
+        if "clock" in (option.name for option in command.options):
+            option = command.option("clock")
+            assert ("by default the highest" in option.text.lower()) is (option.default is None), name
+
+
 def test_choices_are_offered() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown --format 'jason'; did you mean json"):
         checked(PLAN.option("format"), "jason")
