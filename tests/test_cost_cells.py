@@ -19,6 +19,7 @@ from plan_cases import latent as latent_block
 from apex_opt.cluster import load_cluster
 from apex_opt.cost.cells import Operations, Parts, Tables
 from apex_opt.cost.work import Work
+from apex_opt.engines.rules import Held
 from apex_opt.ir import LatentAttention, MoeFfn, get_format
 from apex_opt.plan.layout import Layout, Tier
 from apex_opt.plan.plan import Template
@@ -175,6 +176,24 @@ def test_the_fullest_group_is_never_faster_than_an_even_share_and_reads_what_one
         # Replicated experts see an even share of the tokens; groups of experts see their share of the assignments.
         shared = operations().ffn(ffn, Template(dp=1, tp=ep), even, "bf16")["experts", "mixed_ns"]
         assert parts.flops[TOKENS] == pytest.approx(shared.flops[TOKENS])
+
+
+def test_whole_shared_experts_do_the_work_of_a_part_of_the_tokens_and_read_all_their_weights() -> None:
+    cell = sparse(hidden=1024, columns=1680, experts=840, chosen=6, shared=840).ffn
+    attention, ffn = Template(dp=2, tp=4), Template(ep=8)
+    cut, whole = (
+        Operations(
+            tables(),
+            load_profile(CLUSTER.gpu),
+            load_collectives(CLUSTER),
+            held=Held(dense_per_copy=True, whole_shared=spread),
+        ).ffn(cell, attention, ffn, "bf16")["ffn up", "decode_ns"]
+        for spread in (False, True)
+    )
+    weights = 2 * 2 * 1024 * 840  # gate and up, in 16 bit
+    assert whole.flops[TOKENS] == cut.flops[TOKENS]
+    assert whole.moved[TOKENS] - 2 * (TOKENS / 8) * (1024 + 2 * 840) == weights
+    assert cut.moved[TOKENS] - 2 * (TOKENS / 2) * (1024 + 2 * 840 / 4) == weights / 4
 
 
 def experts_of(gpu: str, routing: str) -> tuple[Profile, Work]:
