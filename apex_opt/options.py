@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REQUIRED: Final[Any] = inspect.Parameter.empty
 """Default of an option that must be given."""
 
-CONFIG_FILES: Final = ("config.json", "hf_quant_config.json")
+CONFIG_FILES: Final = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """What is read of a model's folder."""
 
 LONGEST_TEXT: Final = 4096
@@ -789,8 +789,12 @@ def files_of(request: Request) -> tuple[dict[str, Path], dict[str, Path]]:
         # Of several clusters each may be a file.
         for part in (given[name], *(re.split("[,+]", given[name]) if name == "cluster" else ())):
             if there(path := expanded(part.strip())):
-                folder = name == "model" and path.is_dir()
-                reads |= {f"{name} {p}": p for p in ([path / file for file in CONFIG_FILES] if folder else [path])}
+                read = [path]
+                if name == "model":
+                    # A configuration is read with what lies beside it.
+                    first = path / CONFIG_FILES[0] if path.is_dir() else path
+                    read = [first, *(first.with_name(file) for file in CONFIG_FILES[1:])]
+                reads |= {f"{name} {file}": file for file in read}
     return writes, reads
 
 

@@ -32,8 +32,9 @@ from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import InputError
 from apex_opt.ir import load_model
+from apex_opt.ir.huggingface import QUANTISATION_FILES
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
-from apex_opt.options import COMMANDS, GROUPS
+from apex_opt.options import COMMANDS, CONFIG_FILES, GROUPS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator
@@ -1696,6 +1697,21 @@ def test_a_file_that_may_not_be_written_is_said_before_the_work(
     asked = [word for word in SCORED if not (word.startswith("--model") and "--model" in words)]
     assert said in refused(*asked, *words.split())
     assert contents(own) == before
+
+
+@pytest.mark.parametrize("beside", CONFIG_FILES[1:])
+@pytest.mark.parametrize("model", [".", "config.json", "~/config.json"])
+def test_what_is_read_beside_a_model_is_not_overwritten(own: Path, beside: str, model: str) -> None:
+    (own / beside).write_text('{"quantization": {"quant_algo": "FP8"}}')
+    before = contents(own)
+    asked = [word for word in SCORED if not word.startswith("--model")]
+    said = refused(*asked, f"--model={model}", "--trace=t.csv", f"--timeline={beside}")
+    assert f"timeline {beside}: is what --model " in said
+    assert contents(own) == before
+
+
+def test_all_files_that_a_model_is_read_from_are_known() -> None:
+    assert ("config.json", *(name for name, _ in QUANTISATION_FILES)) == CONFIG_FILES
 
 
 def test_a_cluster_file_is_not_overwritten_by_what_is_made_of_it(own: Path) -> None:

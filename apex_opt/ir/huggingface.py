@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 MAX_CONFIG_BYTES: Final = 16 << 20
 """A larger file is not read: real ones are kilobytes, a weight file given by mistake is gigabytes."""
 
-_QUANTISATION_FILES: Final[tuple[tuple[str, dict[str, str]], ...]] = (
+QUANTISATION_FILES: Final[tuple[tuple[str, dict[str, str]], ...]] = (
     ("hf_quant_config.json", {}),
     ("quantize_config.json", {"quant_method": "gptq"}),
     ("quant_config.json", {"quant_method": "awq"}),
@@ -87,7 +87,7 @@ def read_config(path: Path, name: str | None = None) -> Model:
             raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
         config = read_json_object(file)
         if not any(config.get(key) for key in QUANTISATION_KEYS):
-            for beside, method in _QUANTISATION_FILES:
+            for beside, method in QUANTISATION_FILES:
                 if there(file.with_name(beside)):
                     config["quantization_config"] = {**method, **read_json_object(file.with_name(beside))}
                     break
