@@ -195,6 +195,18 @@ def test_links_are_as_fast_as_those_of_the_generation(tmp_path: Path) -> None:
         assert composition.topology().bandwidth("node0:0", "node0:3") == pytest.approx(max(4 * rate, 0) * 1e9)
 
 
+@pytest.mark.parametrize(("gpu", "most"), [("v100", 6), ("a100", 12), ("a800", 8), ("h800", 8), ("dgx-a100", 12)])
+def test_a_matrix_with_more_nvlinks_than_the_gpu_has_is_of_another(tmp_path: Path, gpu: str, most: int) -> None:
+    with pytest.raises(InputError, match=rf"GPU0 to GPU1 is NV18, but \S+ has {most} NVLinks; give the GPU"):
+        imported(tmp_path, DGX_H100, gpu)
+    imported(tmp_path, DGX_H100.replace("NV18", f"NV{most}"), gpu)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h20", "h200", "b200", "b300"])
+def test_a_matrix_with_as_many_nvlinks_as_the_gpu_has_is_read(tmp_path: Path, gpu: str) -> None:
+    imported(tmp_path, DGX_H100, gpu)
+
+
 def test_without_affinities_nics_tell_the_sockets(tmp_path: Path) -> None:
     bare = "\n".join("\t".join(line.split("\t")[:19]) for line in DGX_H100.splitlines())
     assert "104-155" not in bare

@@ -21,7 +21,7 @@ from apex_opt.cluster.composition import (
 from apex_opt.cluster.matrix import NEAR, NVLINK, Matrix, read_matrix
 from apex_opt.cluster.toml_reader import read_toml
 from apex_opt.cluster.types import MAX_GPUS, Link
-from apex_opt.cluster.uniform import catalogued, gpu_name, names_like, uniform_cluster
+from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, names_like, uniform_cluster
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
 from apex_opt.files import expanded, read_text
 from apex_opt.units import GB
@@ -173,6 +173,7 @@ def _nvlink(path: Path, base: Node, count: int, lanes: dict[tuple[int, int], int
     """
     if not lanes:
         return None, []
+    _refuse_more_links_than_there_are(path, base.gpu, lanes)
     notes: list[str] = []
     domains: list[tuple[int, ...]] = []
     for group in _groups(count, lanes):
@@ -196,6 +197,20 @@ def _nvlink(path: Path, base: Node, count: int, lanes: dict[tuple[int, int], int
     if len(counts) > 1:
         notes.append(f"pairs have {min(counts)} to {max(counts)} NVLinks: the fewest are taken for all")
     return _nvlink_level(base, tuple(sorted(domains)), min(counts)), notes
+
+
+def _refuse_more_links_than_there_are(path: Path, gpu: Gpu, lanes: dict[tuple[int, int], int]) -> None:
+    """Refuse a matrix of another accelerator than the one named, where its NVLinks tell."""
+    link = catalogued(gpu.name).intra if gpu.name in list_gpus() else None
+    if link is None or link.kind != "nvlink":
+        return
+    most = round(link.bytes_per_s / (_lane_gb_per_s(gpu) * GB))
+    pair = max(lanes, key=lambda pair: lanes[pair])
+    if lanes[pair] > most:
+        raise InputError(
+            f"source {path}: GPU{pair[0]} to GPU{pair[1]} is NV{lanes[pair]}, but {gpu.name} has {most} NVLinks; give "
+            "the GPU of this matrix as --gpu"
+        )
 
 
 def _cliques(group: tuple[int, ...], lanes: dict[tuple[int, int], int]) -> list[tuple[int, ...]]:
