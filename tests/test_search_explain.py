@@ -8,10 +8,21 @@ from functools import cache
 
 import numpy as np
 import pytest
-from plan_cases import SMALL, dense, make_cluster, make_gpu, make_model, make_question, memory_need, random_trace
+from plan_cases import (
+    SMALL,
+    dense,
+    latent,
+    make_cluster,
+    make_gpu,
+    make_model,
+    make_question,
+    memory_need,
+    random_trace,
+)
 
 from apex_opt.ask import Options, ask
 from apex_opt.cluster import load_cluster
+from apex_opt.engines import VLLM
 from apex_opt.evaluate import space, violations
 from apex_opt.ir import load_model
 from apex_opt.options import method
@@ -354,6 +365,17 @@ def test_the_plan_nearest_to_what_an_engine_can_run_breaks_the_fewest_of_its_rul
     assert clash.of == ("engine",)
     assert "compute capability" in clash.facts[0]
     assert "copies" not in clash.facts[0]
+
+
+def test_blocks_that_an_engine_does_not_take_are_proposed_as_it_does() -> None:
+    small = make_model((latent(dense(columns=512)), 4))
+    settings = replace(SMALL, block_size=24, runnable=VLLM)
+    question = make_question(small, "2xh100-sxm", random_trace(1, 5), settings=settings)
+    found = explain(question, SPACE)
+    assert [clash.of for clash in found.clashes] == [("engine",)]
+    assert "block_size 24" in found.clashes[0].facts[0]
+    assert found.tried is not None
+    assert [relaxation.options for relaxation in found.tried.found] == [{"block_size": "16"}]
 
 
 # ---- a plan beside the best ---------------------------------------------------------------------------------------

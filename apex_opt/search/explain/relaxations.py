@@ -34,6 +34,7 @@ MOST_GPUS: Final = 64
 """How far more GPUs are tried."""
 
 _DIGITS: Final = 3
+_BLOCK: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
         kinds.append(("other limits of the goals", partial(_easier_goals, blamed, work)))
     if memory and not format_alone:
         kinds.append(("a shorter max_model_len", partial(_shorter, work)))
+    if any("engine" in clash.of for clash in clashing) and (ways := _block_sizes(question)):
+        kinds.append(("another block_size", partial(_first, ways, work)))
     if not format_alone and (ways := _kv_formats(question)):
         kinds.append(("an fp8 KV cache", partial(_first, ways, work)))
     if ways := other_weights(question):
@@ -111,6 +114,20 @@ def _first(ways: Sequence[tuple[Question, dict[str, str], str]], work: Work) -> 
         if (solved := work.solve(changed)) is not None:
             return [Relaxation(options=options, solved=solved, text=text)]
     return []
+
+
+def _block_sizes(question: Question) -> list[tuple[Question, dict[str, str], str]]:
+    """KV blocks as every engine takes them for every model."""
+    if question.settings.block_size == _BLOCK:
+        return []
+    changed = replace(question, settings=replace(question.settings, block_size=_BLOCK))
+    return [
+        (
+            changed,
+            {"block_size": str(_BLOCK)},
+            f"KV blocks of {_BLOCK} tokens in place of {question.settings.block_size}",
+        )
+    ]
 
 
 def other_weights(question: Question) -> list[tuple[Question, dict[str, str], str]]:
