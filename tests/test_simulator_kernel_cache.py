@@ -129,3 +129,27 @@ def test_where_nothing_can_be_kept_the_answer_comes_with_a_line(filled: Path) ->
     for path in kept(filled, "*.nbi"):
         path.rmdir()
     assert run(filled, "not yet").stderr == ""
+
+
+def test_the_code_of_another_function_in_its_place_is_not_run(tmp_path: Path) -> None:
+    for name, body in (("doubled", "2 * value"), ("tripled", "3 * value + 7")):
+        (tmp_path / f"{name}.py").write_text(
+            "from apex_opt.simulator.kernel_cache import compiled\n"
+            f"@compiled\ndef {name}(value):\n    return {body}\nprint({name}(21))\n"
+        )
+    environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    environment["NUMBA_DISABLE_JIT"] = "0"
+
+    def ran(name: str) -> tuple[str, str]:
+        words = [sys.executable, str(tmp_path / f"{name}.py")]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout, done.stderr
+
+    assert ran("doubled") == ("42\n", "")
+    assert ran("tripled") == ("70\n", "")
+    (own,), (other,) = ((tmp_path / "kept").rglob(f"{name}*.nbc") for name in ("doubled", "tripled"))
+    own.write_bytes(other.read_bytes())
+    said, note = ran("doubled")
+    assert said == "42\n"
+    assert "that of doubled is of tripled" in note
+    assert ran("doubled") == ("42\n", "")

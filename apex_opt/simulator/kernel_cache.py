@@ -103,7 +103,10 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         # What garbage makes of a reader of pickles and of a linker is not to be foreseen.
         try:
-            return super().load_overload(sig, target_context)
+            loaded = super().load_overload(sig, target_context)
+            if loaded is not None and loaded.fndesc.qualname != self._py_func.__qualname__:
+                raise InputError(f"that of {self._py_func.__qualname__} is of {loaded.fndesc.qualname}")
+            return loaded
         except Exception as error:
             _say(f"compiled code in {self.cache_path} cannot be used ({_cause(error)}); compiling it anew, 10 to 30 s")
         self._cache_file.forget()
