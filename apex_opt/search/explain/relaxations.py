@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.cluster import list_clusters, load_cluster
 from apex_opt.cluster.catalogue import is_catalogued
+from apex_opt.engines import ENGINES
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
 from apex_opt.search.answer import in_words
@@ -84,6 +85,8 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
         kinds.append(("a shorter max_model_len", partial(_shorter, work)))
     if any("engine" in clash.of for clash in clashing) and (ways := _block_sizes(question)):
         kinds.append(("another block_size", partial(_first, ways, work)))
+    if any("engine" in clash.of for clash in clashing):
+        kinds.append(("another engine", partial(_first, _engines(question), work)))
     if not format_alone and (ways := _kv_formats(question)):
         kinds.append(("an fp8 KV cache", partial(_first, ways, work)))
     if ways := other_weights(question):
@@ -114,6 +117,20 @@ def _first(ways: Sequence[tuple[Question, dict[str, str], str]], work: Work) -> 
         if (solved := work.solve(changed)) is not None:
             return [Relaxation(options=options, solved=solved, text=text)]
     return []
+
+
+def _engines(question: Question) -> list[tuple[Question, dict[str, str], str]]:
+    """The rules of the other engines; the figures stay those of the engine asked for."""
+    own = question.settings.runnable
+    return [
+        (
+            replace(question, settings=replace(question.settings, runnable=rules)),
+            {"runnable": name},
+            f"plans that {rules.release} can start in place of those of {own.release if own else 'any engine'}",
+        )
+        for name, rules in ENGINES.items()
+        if rules is not own
+    ]
 
 
 def _block_sizes(question: Question) -> list[tuple[Question, dict[str, str], str]]:
