@@ -21,6 +21,12 @@ from apex_opt.units import DATA_ROOT
 LINES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal is gone"}
 
 
+def heed_signals() -> None:
+    """Undo what the tests may have been started with: signals that are ignored stay so in what a process starts."""
+    for number in LINES:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(*words: str, code: str = "") -> subprocess.Popen[str]:
     """A process of ours, or of a script that ends on signals and then does what it says."""
     begin = "from apex_opt.process import end_on_signals; end_on_signals()\n"
@@ -33,7 +39,7 @@ def started(*words: str, code: str = "") -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
 
 
@@ -159,6 +165,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
         capture_output=True,
         text=True,
         check=True,
+        preexec_fn=heed_signals,
     )
     assert running.stdout == "True False\n"
 
@@ -204,6 +211,7 @@ def test_a_terminal_gets_its_cursor_back() -> None:
     pty = pytest.importorskip("pty")
     child, terminal = pty.fork()
     if child == 0:
+        heed_signals()
         os.chdir(DATA_ROOT)
         os.execve(sys.executable, [sys.executable, "solve.py", *LARGE], {**os.environ, "TERM": "xterm"})
     output = b""
