@@ -401,13 +401,27 @@ def test_element_wise_time_grows_with_bytes_and_width_and_never_beats_the_bandwi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", sorted(GPUS))
+def relative_bandwidth(gpu: Gpu) -> float:
+    """Bandwidth of the GPU whose tables stand for those of another, over its own."""
+    own = [other.memory_bytes_per_s for other in GPUS.values() if other.profile == gpu.like and gpu.like is not None]
+    return max(own) / gpu.memory_bytes_per_s if own else 1.0
+
+
+def told_apart() -> list[str]:
+    """GPUs with tables of their own, and of those that others' tables stand for the slowest memory for each."""
+    slowest = {GPUS[name].like: name for name in sorted(GPUS, key=lambda n: -GPUS[n].memory_bytes_per_s)}
+    return sorted({name for name in GPUS if GPUS[name].profile} | set(slowest.values()) | {"v100-pcie-16gb"})
+
+
+@pytest.mark.parametrize("gpu", told_apart())
 def test_every_cell_of_every_model_has_sane_times_with_every_engine(gpu: str) -> None:
     """Shapes of the registry cut over 1 to 8 GPUs, in every weight and cache format the accelerator computes."""
     tokens = np.array([0, 1, 16, 512, 8192])
     products, experts, heads, latent = shapes_of_all_models()
     for engine in TABLE_ENGINES:
         profile = load_profile(GPUS[gpu], engine)
+        # Few sequences do not fill a GPU: their share of its bandwidth is taken to be that of the other.
+        slower = max(1.0, relative_bandwidth(GPUS[gpu]))
         for name in kernels(profile):
             for n, k in products:
                 sane(profile.gemm_time_s(name, tokens, n, k), gemm_roofline(profile, name, tokens, n, k))
@@ -421,7 +435,7 @@ def test_every_cell_of_every_model_has_sane_times_with_every_engine(gpu: str) ->
                 least = roofline(profile, half, 4.0 * query * width, 2.0 * kv * width * element)
                 base, rate = profile.decode_attention(query, kv, width, kv_format, tokens, window)
                 short = window if window is not None and window <= 1024 else 0
-                sane(base + rate * tokens * 1000, tokens * (short or 1000) * least)
+                sane(base + rate * tokens * 1000, tokens * (short or 1000) * least, slower=slower)
                 base, rate = profile.prefill_attention(query, kv, width, kv_format, tokens, window)
                 seen = np.minimum(tokens, short) if short else tokens
                 pairs = tokens * seen - seen * (seen - 1) / 2
@@ -431,22 +445,31 @@ def test_every_cell_of_every_model_has_sane_times_with_every_engine(gpu: str) ->
             for count, rank, rope, key, value in latent:
                 least = roofline(profile, half, 2.0 * count * (2 * rank + rope), (rank + rope) * float(element))
                 base, rate = profile.latent_decode(count, rank, rope, kv_format, tokens)
-                sane(base + rate * tokens * 1000, tokens * 1000 * least)
+                sane(base + rate * tokens * 1000, tokens * 1000 * least, slower=slower)
                 base, rate = profile.latent_prefill(count, key, value, kv_format, tokens)
                 sane(
                     base + rate * tokens * 500, roofline(profile, half, 2.0 * count * (key + value) * tokens * 500, 0.0)
                 )
-        kinds = ("derived: ", "measured")
+        # Of other makers' GPUs even the efficiencies are assumed.
+        kinds = ("derived: ", "measured") if profile.gpu.cuda else ("assumed: ",)
         assert all(text.startswith(kinds) for text in profile.provenance.values())
         assert gpu != "v100-pcie-16gb" or not any("measured (" in text for text in profile.provenance.values())
 
 
-def sane(time: NDArray[np.float64], least: NDArray[np.float64], usual: NDArray[np.float64] | None = None) -> None:
-    """Nothing for nothing, else a finite time of at least the roofline and not very many times what is usual."""
+def sane(
+    time: NDArray[np.float64],
+    least: NDArray[np.float64],
+    usual: NDArray[np.float64] | None = None,
+    slower: float = 1.0,
+) -> None:
+    """Nothing for nothing, else a finite time of at least the roofline and not very many times what is usual.
+
+    `slower` is how many times as long the GPU takes as the one whose efficiencies stand for its own.
+    """
     assert time[0] == 0
     assert (time[1:] > 0).all()
     assert (time[1:] >= least[1:] * (1 - 1e-9)).all()
-    assert (time[1:] <= 100 * (least if usual is None else usual)[1:] + 200e-6).all()
+    assert (time[1:] <= 100 * (least if usual is None else usual)[1:] + slower * 200e-6).all()
 
 
 def shapes_of_all_models() -> tuple[set[Any], set[Any], set[Any], set[Any]]:
