@@ -172,7 +172,7 @@ def test_domains_with_room_are_listed_with_their_gpus() -> None:
         ("dp3 tp8", {}, None, 16, "cannot run: devices: the plan takes 24 GPUs, 16 are offered"),
         ("tp3", {}, None, 16, "cannot run: divisibility: attention tp3 does not divide 64 query heads"),
         ("tp1", {}, None, 16, "cannot run: memory: a GPU needs 144.7 GB (weights 141.1"),
-        ("tp2 nvfp4", {}, None, 16, "cannot run: format: h100-sxm-80gb does not compute in"),
+        ("tp2 w8a8", {"cluster": "2xdgx-b200"}, None, 16, "cannot run: format: b200-sxm-180gb does not compute in"),
         ("tp2", {"max_model_len": 131072}, None, 16, "cannot run: memory: "),
         ("tp8", {}, "node", 16, None),
         ("pp2[70,10] tp8", {}, "leaf", 16, None),  # lopsided, but not impossible
@@ -181,7 +181,7 @@ def test_domains_with_room_are_listed_with_their_gpus() -> None:
 def test_what_cannot_be_placed_is_refused_with_numbers(
     plan: str, given: dict[str, Any], within: str | None, kept: int, reason: str | None
 ) -> None:
-    site = site_of(plan, "2xdgx-h100", **given)
+    site = site_of(plan, **{"cluster": "2xdgx-h100", **given})
     found = site.refusal(within, kept)
     if reason is None:
         assert found is None
