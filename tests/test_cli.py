@@ -616,7 +616,7 @@ def test_tables_that_were_imported_are_used_where_they_are_named(tmp_path: Path)
     words = ("profile", "import", "--kind=apex", f"--source={tmp_path}", "--gpu=h200-sxm", f"--target={tmp_path}/mine")
     document = json.loads(run(*words, "--format=json").out)
     assert document["tables"][0]["rows"] == 3
-    assert "3 of 3 rows" in run(*words).out
+    assert "3 of 3 rows" in " ".join(run(*words).out.split())
     shown = json.loads(run("profile", "show", f"--profiles={tmp_path}/mine", "--format=json").out)
     assert [profile["licence"] for profile in shown["profiles"]] == ["MIT"]
     asked = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=h200-sxm", CHEAP[2], "--format=json")
