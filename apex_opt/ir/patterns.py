@@ -22,7 +22,6 @@ MAX_REPEATS: Final = 1000
 
 _WORD: Final = frozenset(string.ascii_letters + string.digits + "_")
 _CLASSES: Final = {"d": frozenset(string.digits), "w": _WORD, "s": frozenset(string.whitespace)}
-_SPECIAL: Final = frozenset(".^$*+?{}[]\\|()")
 _ESCAPES: Final = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
 
 

@@ -117,16 +117,7 @@ def _summary(console: Console, document: Document) -> None:
         if len(parts) < 2:
             continue
         metrics = [m for m in document["summary"] if any(m in part for part in parts.values())]
-        lines = [
-            (
-                name,
-                *(
-                    f"{part[m]['mean_ape_pct']:.1f}% ({part[m]['bias_pct']:+.1f})" if m in part else "-"
-                    for m in metrics
-                ),
-            )
-            for name, part in parts.items()
-        ]
+        lines = [(name, *(_in_short(part.get(metric)) for metric in metrics)) for name, part in parts.items()]
         heads = (group, *(_HEADS[metric] for metric in metrics))
         table(console, f"Mean |error| and bias by {group}", heads, lines, left={0}, kept=range(4))
 

@@ -21,7 +21,6 @@ GROWTH: Final = 1.25
 LASTING: Final = 0.1
 """Longest drain of a load that is taken for steady, as a share of the time over which requests come."""
 
-
 SPAN: Final = 20
 """Least time over which requests come, in mean times of a request, of a load that is taken for steady."""
 
