@@ -1,0 +1,163 @@
+"""Freeze the answers of the commands in `answers/commands.txt`, as the referee of changes that must not move them.
+
+    python -m tests.golden.freeze [GROUP ...]           record all, or these groups
+    python -m tests.golden.freeze --search [GROUP ...]  record only how the search went (`search.json`)
+    python -m tests.golden.freeze --show "plan --top=3" print the whole answer of one command, to compare by hand
+
+`answers/GROUP.json` maps a command to its exit code, its error line if it has one, and its answer. What shows how the
+search went (`SEARCH`: counts of plans bounded and simulated, and what hangs on their order) is in `answers/search.json`
+alone, as it may change with the order of a search while the answers, the size of the space and what is infeasible may
+not. Long parts are kept as hashes (`HASHED`). Nothing here knows of the package but `call`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWERS = Path(__file__).parent / "answers"
+RENAMED: dict[str, str] = {}
+"""Keys that documents have renamed since, to the names that are frozen; empty once all is recorded anew."""
+VOLATILE = {"version", "schema"}
+SEARCH = re.compile(
+    r"(.*\.)?(certificate|certificates\[\d+\]|pipelines\[\d+\]|check)(\.before\[\d+\])*\.(bounded|simulated|cut_short|missed"
+    r"|repeated|left|out_of_reach|least_bound|incumbent|ruled_out|found|larger|simulations)|beaten"
+)
+HASHED = re.compile(
+    r"candidates\[0\]|candidates\[\d+\]\.(metrics|memory|parts)|plans\[[1-9]\d*\]\.(metrics|memory)|front\[\d+\]\.(metrics|memory)"
+    r"|(models|clusters)\[\d+\]|(.*\.)?(provenance|operations_s)|beaten"
+)
+
+
+def call(words: list[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command, run in this process."""
+    import solve
+
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
+        try:
+            solve.main(words)
+        except SystemExit as end:
+            code = end.code
+    return int(code or 0), out.getvalue(), err.getvalue()
+
+
+def commands() -> dict[str, list[str]]:
+    """The commands of every group, with their parts put in."""
+    groups: dict[str, list[str]] = {}
+    parts: dict[str, str] = {}
+    for line in (ANSWERS / "commands.txt").read_text().splitlines():
+        if line.startswith("["):
+            group = groups.setdefault(line.strip("[]"), [])
+        elif line and not line.startswith("#"):
+            if named := re.fullmatch(r"(\w+) = (.*)", line):
+                parts[named[1]] = named[2]
+            else:
+                group.append(re.sub(r"\$(\w+)", lambda found: parts[found[1]], line))
+    return groups
+
+
+def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is frozen of a command: the answer, and how its search went by the path of each count."""
+    words = shlex.split(command)
+    whole = any(word.startswith("--format") for word in words)
+    code, out, err = call(words if whole else [*words, "--format=json"])
+    kept: dict[str, Any] = {"exit": code}
+    if errors := [line for line in err.splitlines() if line.startswith("error: ")]:
+        kept["error"] = errors
+    search: dict[str, Any] = {}
+    if whole:
+        told = out.split("\n\n")
+        kept["page"] = "\n\n".join(text for text in told if not text.startswith("Certificate")).splitlines()
+        search = {f"page.{i}": text for i, text in enumerate(told) if text.startswith("Certificate")}
+    elif out:
+        kept["answer"] = condensed(json.loads(out), "", search)
+    return kept, search
+
+
+def condensed(value: Any, path: str, search: dict[str, Any]) -> Any:
+    """The value without what is volatile, with hashes of its long parts; what is of the search goes to `search`."""
+    if isinstance(value, dict):
+        found = {}
+        for given, item in value.items():
+            key = RENAMED.get(given, given)
+            inner = f"{path}.{key}" if path else key
+            if SEARCH.fullmatch(inner):
+                search[inner] = condensed(item, inner, search)
+            elif key not in VOLATILE:
+                found[key] = condensed(item, inner, search)
+        value = found
+    elif isinstance(value, list):
+        value = [condensed(item, f"{path}[{index}]", search) for index, item in enumerate(value)]
+    return hashed(value) if value and HASHED.fullmatch(path) else value
+
+
+def hashed(value: Any) -> str:
+    return "sha256:" + hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf by its path."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
+    if isinstance(value, list) and value:
+        return {k: v for index, item in enumerate(value) for k, v in flat(item, f"{path}[{index}]").items()}
+    return {path: value}
+
+
+def difference(old: Any, new: Any) -> list[str]:
+    """What moved, a line each; equality is exact, of floats too, and of the order of keys is not asked."""
+    before, after, gone = flat(old), flat(new), "(nothing)"
+    moved = [path for path in [*before, *(path for path in after if path not in before)]
+             if repr(before.get(path, gone)) != repr(after.get(path, gone))]  # fmt: skip
+    return [f"{path}: {before.get(path, gone)} -> {after.get(path, gone)}" for path in moved]
+
+
+def read(name: str) -> dict[str, Any]:
+    path = ANSWERS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(name: str, content: dict[str, dict[str, Any]]) -> None:
+    """A block for each command and a line for each key of its answer, so that versions can be compared."""
+    blocks = [f"{json.dumps(command)}: {lines(kept, 2)}" for command, kept in content.items()]
+    (ANSWERS / f"{name}.json").write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+def lines(value: Any, depth: int) -> str:
+    """JSON with so many levels of keys on lines of their own."""
+    if not isinstance(value, dict) or not value or not depth:
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(item, depth - 1)}" for key, item in value.items()) + "\n}"
+
+
+def main(words: list[str]) -> None:
+    os.environ["COLUMNS"] = "120"
+    if words[:1] == ["--show"]:
+        print(call([*shlex.split(words[1]), "--format=json"])[1], end="")
+        return
+    searches_only = "--search" in words
+    chosen = [word for word in words if word != "--search"] or list(commands())
+    searches = read("search")
+    for group in chosen:
+        kept = {}
+        for command in commands()[group]:
+            kept[command], searches[command] = run(command)
+        if not searches_only:
+            write(group, kept)
+    known = {command for group in commands().values() for command in group}
+    write("search", {command: found for command, found in searches.items() if command in known and found})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
