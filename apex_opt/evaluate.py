@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
-from apex_opt.ir.model import Attention, DenseFfn
 from apex_opt.plan.engine import limited
 from apex_opt.plan.memory import (
     attention_shard_bytes,
-    ffn_shard_bytes,
+    block_shard_bytes,
+    ffn_cut,
     ffn_token_bytes,
     kv_blocks,
     kv_bytes_per_token,
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from apex_opt.cluster.types import Cluster
-    from apex_opt.ir.model import AttentionCell, Ffn, Model
+    from apex_opt.ir.cells import Piece
+    from apex_opt.ir.model import Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.memory import StageMemory
 
@@ -135,30 +136,20 @@ def _divisibility(instance: Instance, plan: Plan) -> Iterator[str]:
     if plan.ffn.ep > 1 and not instance.model.is_moe:
         yield f"ep{plan.ffn.ep} needs experts; the FFN is dense"
     for run in instance.model.runs:
-        yield from _attention_cut(run.block.attention, plan.attention.tp)
-        yield from _ffn_cut(run.block.ffn, plan.ffn)
+        yield from _undivided("attention ", run.block.attention.pieces, plan.attention)
+        yield from _undivided("FFN ", run.block.ffn.pieces, plan.ffn)
 
 
-def _attention_cut(cell: AttentionCell, tp: int) -> Iterator[str]:
-    if cell.query_heads % tp:
-        yield f"attention tp{tp} does not divide {cell.query_heads} query heads"
-    # A latent KV cache is copied whole, whatever the number of shards.
-    if isinstance(cell, Attention) and cell.kv_heads % tp and tp % cell.kv_heads:
-        yield f"attention tp{tp} neither divides nor is a multiple of {cell.kv_heads} KV heads"
-
-
-def _ffn_cut(cell: Ffn, template: Template) -> Iterator[str]:
-    if isinstance(cell, DenseFfn):
-        if cell.intermediate % (template.tp * template.ep):
-            parts = f"tp{template.tp}" + f" ep{template.ep}" * (template.ep > 1)
-            yield f"FFN {parts} does not divide {cell.intermediate} columns"
-        return
-    if cell.experts % template.ep:
-        yield f"ep{template.ep} does not divide {cell.experts} experts"
-    if cell.expert_intermediate % template.tp:
-        yield f"FFN tp{template.tp} does not divide {cell.expert_intermediate} columns of an expert"
-    if cell.shared_intermediate % (template.tp * template.ep):
-        yield f"FFN tp{template.tp} ep{template.ep} does not divide {cell.shared_intermediate} shared columns"
+def _undivided(cell: str, pieces: tuple[Piece, ...], template: Template) -> Iterator[str]:
+    """Pieces of a cell that its shards do not share evenly."""
+    for piece in pieces:
+        degrees = {name: getattr(template, name) for name in piece.by}
+        shards = math.prod(degrees.values())
+        if piece.size % shards == 0 or (piece.copied and shards % piece.size == 0):
+            continue
+        cut = " ".join(f"{name}{degree}" for name, degree in degrees.items() if name == "tp" or degree > 1)
+        verb = "neither divides nor is a multiple of" if piece.copied else "does not divide"
+        yield f"{cell if 'tp' in degrees else ''}{cut} {verb} {piece.size} {piece.name}"
 
 
 def _format(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -223,8 +214,8 @@ def decode_bytes(model: Model, plan: Plan, held: Held = PLAIN) -> int:
     total = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     for run in model.runs:
         attention = attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
-        ffn = ffn_token_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
-        total += run.count * (attention + ffn)
+        cut = ffn_cut(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
+        total += run.count * (attention + ffn_token_bytes(run.block.ffn, cut, plan.weight_format))
     return total
 
 
@@ -337,9 +328,7 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     kept = (instance.kv_blocks_needed + 1) * instance.settings.block_size
     weights, held = [0], [0]
     for run in model.runs:
-        attention = attention_shard_bytes(run.block.attention, tp, plan.weight_format)
-        ffn = ffn_shard_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, instance.held)
-        read = attention + ffn + 2 * run.block.norm_parameters
+        read = block_shard_bytes(run.block, plan, instance.held) + 2 * run.block.norm_parameters
         kv = kept * kv_bytes_per_token(run.block.attention, tp, plan.kv_format)
         for _ in range(run.count):
             weights.append(weights[-1] + read)

@@ -95,23 +95,23 @@ def test_all_devices_together_do_the_arithmetic_of_the_model_however_it_is_cut(p
     cell, ffn, moe = DENSE.attention, DENSE.ffn, SPARSE.ffn
     for attention, cut in pairs(experts=True):
         parts = operations().attention(cell, attention, "bf16", "bf16")
-        whole = 2 * TOKENS * cell.projection_parameters
+        whole = 2 * TOKENS * cell.parameters
         if cell.query_heads % attention.tp == 0:
             done = flops(parts, ("qkv", "output"), attention.devices, attention.dp, prompt=prompt)
             assert done == pytest.approx(whole), attention
         if cut.ep == 1:
             parts = operations().ffn(ffn, attention, cut, "bf16")
-            whole = 2 * TOKENS * ffn.projection_parameters
+            whole = 2 * TOKENS * ffn.parameters
             assert flops(parts, ("ffn up", "ffn down"), cut.devices, attention.dp, prompt=prompt) == pytest.approx(
                 whole
             )
         parts = operations().ffn(moe, attention, cut, "bf16")
-        whole = 2 * TOKENS * moe.experts_per_token * moe.expert_parameters
+        whole = 2 * TOKENS * moe.experts_per_token * 3 * moe.hidden * moe.expert_intermediate
         assert flops(parts, ("experts",), cut.devices, attention.dp, prompt=prompt) == pytest.approx(whole)
 
 
 def test_prompts_and_sequences_that_decode_beside_them_do_all_their_arithmetic() -> None:
-    whole = 2 * TOKENS * DENSE.attention.projection_parameters
+    whole = 2 * TOKENS * DENSE.attention.parameters
     for attention in (Template(dp=2, tp=2), Template(dp=4), Template(tp=4)):
         parts = operations().attention(DENSE.attention, attention, "bf16", "bf16")
         chunk, beside, either = (
@@ -138,8 +138,8 @@ def test_reading_the_cache_is_shared_by_all_shards_and_copies() -> None:
             continue
         read = operations().attention(cell, attention, "bf16", "fp8")["decode attention", "context_rate"]
         # Keys and values of one token, a byte each.
-        assert 8 * float(read.moved[TOKENS]) == pytest.approx(2 * cell.kv_dim)
-        assert 8 * float(read.flops[TOKENS]) == pytest.approx(4 * cell.query_dim)
+        assert 8 * float(read.moved[TOKENS]) == pytest.approx(2 * cell.kv_heads * cell.head_dim)
+        assert 8 * float(read.flops[TOKENS]) == pytest.approx(4 * cell.query_heads * cell.head_dim)
 
 
 def test_prompts_are_charged_to_the_copy_that_owns_them_and_decoding_is_spread() -> None:
@@ -331,7 +331,7 @@ def test_parts_that_the_checkpoint_leaves_in_16_bit_are_read_and_computed_so(wei
     for operation in ("qkv", "output"):
         assert np.array_equal(wide[operation, "mixed_ns"].seconds, half[operation, "mixed_ns"].seconds)
         assert np.array_equal(wide[operation, "mixed_ns"].joules, half[operation, "mixed_ns"].joules)
-        count = 4 * cell.hidden * cell.query_dim * (0.75 if operation == "qkv" else 0.25)
+        count = 4 * cell.hidden * cell.query_heads * cell.head_dim * (0.75 if operation == "qkv" else 0.25)
         assert read(wide, operation) - read(narrow, operation) == pytest.approx((2 - stored) * count, rel=0.01)
     latent = [
         operations().attention(replace(LATENT, quantised=a, output_quantised=b), Template(), weights, "bf16")

@@ -16,7 +16,7 @@ from apex_opt.cost.engine import load_engine
 from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import attention_shard_bytes, ffn_token_bytes
+from apex_opt.plan.memory import attention_shard_bytes, ffn_cut, ffn_token_bytes
 from apex_opt.plan.plan import parse_plan
 from apex_opt.profiles.power import SHORT_DRAW
 from apex_opt.search.bounds import StageFloor
@@ -357,12 +357,12 @@ def read_bytes(name: str, plan: str, weights: str, sequences: int) -> float:
     for run in model.runs:
         total += run.count * attention_shard_bytes(run.block.attention, cut.attention.tp, weights)
         cell = run.block.ffn
+        cut_ffn = ffn_cut(cell, cut.attention, cut.ffn, weights)
+        share = 1.0
         if isinstance(cell, MoeFfn):
-            missed = (1 - cell.experts_per_token / cell.experts) ** sequences
+            share = 1 - (1 - cell.experts_per_token / cell.experts) ** sequences
             cell = replace(cell, experts_per_token=cell.experts, shared_intermediate=0)
-            total += run.count * ffn_token_bytes(cell, cut.attention, cut.ffn, weights) * (1 - missed)
-        else:
-            total += run.count * ffn_token_bytes(cell, cut.attention, cut.ffn, weights)
+        total += run.count * ffn_token_bytes(cell, cut_ffn, weights) * share
     return total
 
 

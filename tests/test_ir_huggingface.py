@@ -103,7 +103,7 @@ def test_a_plain_llama_is_one_run() -> None:
     model = read(LLAMA)
     attention = model.runs[0].block.attention
     assert (model.layers, len(model.runs)) == (6, 1)
-    assert (attention.head_dim, attention.group_size, attention.window) == (8, 4, None)
+    assert (attention.head_dim, attention.query_heads // attention.kv_heads, attention.window) == (8, 4, None)
     assert (attention.qkv_bias, attention.output_bias, attention.qk_norm) == (False, False, False)
     assert (model.dtype, model.weight_format, model.kv_format, model.source) == ("bf16", "bf16", None, "tiny.json")
 
@@ -115,7 +115,7 @@ def test_absent_or_null_kv_heads_and_head_dim_take_their_defaults() -> None:
 
 
 def test_an_explicit_head_dim_need_not_divide_hidden() -> None:
-    assert read(LLAMA, head_dim=10, hidden_size=65).runs[0].block.attention.query_dim == 80
+    assert read(LLAMA, head_dim=10, hidden_size=65).runs[0].block.attention.matrices()[0].rows == 80
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_deepseek_v2_lite_has_its_published_size() -> None:
     )
     assert model.parameters == pytest.approx(15.706e9, rel=0.0005)
     assert model.active_parameters - model.embedding_parameters == pytest.approx(2.4e9, rel=0.03)
-    assert model.runs[1].block.ffn.router_parameters == 64 * 2048
+    assert {m.name: m.weights for m in model.runs[1].block.ffn.matrices()}["router"] == 64 * 2048
 
 
 def test_moe_layer_freq_makes_every_nth_layer_sparse() -> None:
@@ -276,7 +276,8 @@ def test_gpt_oss_alternates_where_its_file_does_not_spell_the_layers_out() -> No
 def test_minimax_m2_norms_the_whole_width_of_query_and_key() -> None:
     model = read(MIXTRAL, model_type="minimax_m2", architectures=["MiniMaxM2ForCausalLM"], head_dim=16)
     attention, ffn = model.runs[0].block.attention, model.runs[0].block.ffn
-    assert (attention.qk_norm, attention.qk_norm_whole, attention.norm_parameters) == (True, True, 10 * 16)
+    assert (attention.qk_norm, attention.qk_norm_whole) == (True, True)
+    assert {m.name: m.weights for m in attention.matrices()}["qk norm"] == 10 * 16
     assert ffn == MoeFfn(hidden=64, expert_intermediate=96, experts=4, experts_per_token=2, router_bias=True)
 
 
@@ -476,9 +477,11 @@ def covered(model: Model) -> list[tuple[bool, ...]]:
     rows = []
     for run in model.runs:
         attention, ffn = run.block.attention, run.block.ffn
-        own = ffn.quantised if isinstance(ffn, MoeFfn) else min(ffn.quantised, ffn.down_quantised)
-        beside = isinstance(ffn, MoeFfn) and ffn.shared_intermediate
-        shared = min(ffn.shared_quantised, ffn.shared_down_quantised) if beside else 1
+        own, shared = (
+            min((m.quantised for m in matrices if m.quantised is not None), default=1)
+            for matrices in ((ffn.routed(), ffn.dense.matrices()) if ffn.dense else (ffn.routed(), ()))
+        )
+        own, shared = (own, shared) if ffn.experts else (shared, 1)
         parts = attention.quantised, attention.output_quantised, own, shared
         rows += [tuple(part > 0 for part in parts)] * run.count
     return rows

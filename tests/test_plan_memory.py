@@ -72,7 +72,7 @@ def test_heads_are_copied_where_there_are_more_shards_than_kv_heads() -> None:
 def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: int) -> None:
     model = random_model(np.random.default_rng(seed))
     blocks = [run.block for run in model.runs]
-    routers = sum(run.count * 2 * run.block.ffn.router_parameters for run in model.runs if run.block.is_moe)
+    routers = sum(run.count * 2 * router(run.block) for run in model.runs)
     equal = 0
     for plan in space(instance_at(model, None, 8)):
         if plan.replicas > 1:
@@ -102,9 +102,17 @@ def small(block: Block) -> int:
     """Weights of an attention cell that no shard divides."""
     attention = block.attention
     if not isinstance(attention, Attention):
-        return attention.down_parameters + attention.norm_parameters
+        q_lora = attention.q_lora_rank or 0
+        latent = attention.kv_lora_rank + attention.rope_head_dim
+        return attention.hidden * (q_lora + latent) + q_lora + attention.kv_lora_rank
     norms = attention.qk_norm * (not attention.qk_norm_whole) * 2 * attention.head_dim
     return attention.output_bias * attention.hidden + norms
+
+
+def router(block: Block) -> int:
+    """Weights of the router, its bias, and what scales the shared FFN."""
+    ffn = block.ffn
+    return ffn.hidden * (ffn.experts + ffn.shared_gate) + ffn.router_bias * ffn.experts if block.is_moe else 0
 
 
 def down_biases(block: Block) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from profile_cases import H200, ROOT, mine, profile_of, write_source
 
 from apex_opt.cluster import list_gpus, load_cluster
 from apex_opt.errors import InputError, UnknownNameError, UsageError
-from apex_opt.ir import FORMATS, DenseFfn, LatentAttention, list_models
+from apex_opt.ir import FORMATS, list_models
+from apex_opt.ir.cells import Cut
+from apex_opt.ir.cells.operations import Attend, AttendLatent, Experts, Product
 from apex_opt.profiles import Profile, load_profile
 from apex_opt.profiles.laws import load_source, moe_work
 from apex_opt.profiles.schema import TABLE_ENGINES
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.ir import AttentionCell
 
 GPUS: dict[str, Gpu] = {name: load_cluster(name).gpu for name in list_gpus()}
 PROFILE = load_profile(H200)
@@ -475,52 +477,21 @@ def sane(
 def shapes_of_all_models() -> tuple[set[Any], set[Any], set[Any], set[Any]]:
     """Products (n, k); experts; heads (query, KV, width, window); latent heads, of all models and cuts."""
     products, experts, heads, latent = set(), set(), set(), set()
-    for model in list_models():
-        for tp in range(1, 9):
-            products.add((-(-model.vocab // tp), model.hidden))
-            for run in model.runs:
-                cell, ffn = run.block.attention, run.block.ffn
-                products |= attention_products(cell, tp)
-                count = -(-cell.query_heads // tp)
-                if isinstance(cell, LatentAttention):
-                    latent.add((count, cell.kv_lora_rank, cell.rope_head_dim, cell.qk_head_dim, cell.v_head_dim))
-                else:
-                    heads.add((count, -(-cell.kv_heads // tp), cell.head_dim, cell.window))
-                if isinstance(ffn, DenseFfn):
-                    columns = -(-ffn.intermediate // tp)
-                    products |= {((1 + ffn.gated) * columns, ffn.hidden), (ffn.hidden, columns)}
-                else:
-                    cut = (
-                        ffn.hidden,
-                        -(-ffn.expert_intermediate // tp),
-                        ffn.experts,
-                        ffn.experts,
-                        ffn.experts_per_token,
-                    )
-                    spread = (
-                        ffn.hidden,
-                        ffn.expert_intermediate,
-                        ffn.experts,
-                        -(-ffn.experts // tp),
-                        ffn.experts_per_token,
-                    )
-                    experts |= {cut, spread}
-                    products.add((ffn.experts, ffn.hidden))
+    for model, tp in itertools.product(list_models(), range(1, 9)):
+        products.add((-(-model.vocab // tp), model.hidden))
+        cuts = Cut(heads=tp, columns=tp, expert_columns=tp), Cut(heads=tp, columns=tp, experts=tp)
+        cells = {cell for run in model.runs for cell in run.block.cells}
+        for op in (op for cell, cut in itertools.product(cells, cuts) for op in cell.operations(cut, 2)):
+            match op:
+                case Product():
+                    products.add((op.n, op.k))
+                case Experts():
+                    experts.add((op.hidden, op.columns, op.experts, -(-op.experts // op.groups), op.topk))
+                case Attend():
+                    heads.add(tuple(op))
+                case AttendLatent():
+                    latent.add(tuple(op))
     return products, experts, heads, latent
-
-
-def attention_products(cell: AttentionCell, tp: int) -> set[tuple[int, int]]:
-    count = -(-cell.query_heads // tp)
-    if isinstance(cell, LatentAttention):
-        inner = cell.q_lora_rank or cell.hidden
-        return {
-            (inner + cell.latent_dim, cell.hidden),
-            (count * cell.qk_head_dim, inner),
-            (count * (cell.nope_head_dim + cell.v_head_dim), cell.kv_lora_rank),
-            (cell.hidden, count * cell.v_head_dim),
-        }
-    query = count * cell.head_dim
-    return {(query + 2 * -(-cell.kv_heads // tp) * cell.head_dim, cell.hidden), (cell.hidden, query)}
 
 
 def test_beyond_the_measured_sizes_times_grow_with_tokens() -> None:

@@ -21,9 +21,10 @@ from apex_opt.cluster.tree import LEVELS
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import PLAIN, Held
+from apex_opt.ir.cells import Cut
+from apex_opt.ir.cells.operations import Attend, AttendLatent, Elementwise, Product, norm
 from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
-from apex_opt.plan.plan import Template
+from apex_opt.plan.memory import ffn_cut
 from apex_opt.profiles.collectives import Collectives
 from apex_opt.units import ceil_div
 
@@ -34,8 +35,11 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Link
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Block, Ffn, Model, MoeFfn
+    from apex_opt.ir.cells import AttentionCell, Ffn
+    from apex_opt.ir.cells.operations import Experts, Linear
+    from apex_opt.ir.model import Block, Model
     from apex_opt.plan.layout import Layout, Spread
+    from apex_opt.plan.plan import Template
     from apex_opt.profiles import Profile
 
     Ints = NDArray[np.int64]
@@ -64,13 +68,7 @@ class Exchange(NamedTuple):
     copies: int
 
 
-# Kernels of a layer without collectives, in captured graphs and as launched one by one. Norm, QKV, rotary, cache write,
-# attention of prompts and of decoding sequences, output; latent attention has two more products and norms, and beside
-# them, outside graphs, splits, expansions and copies of the parts of every head; norm, up, activation, down; norm,
-# router, choice and the experts (sort, two products, activation, sum), with their scales and permutations outside
-# graphs. Counted in vLLM's models, roughly.
-_ATTENTION_KERNELS, _LATENT_KERNELS, _DENSE_KERNELS, _MOE_KERNELS = (7, 7), (11, 26), (4, 4), (8, 14)
-_COUNTED_APART = frozenset({"rotary", "kv write"})  # operations among them that an engine may fuse with others
+_COUNTED_APART = frozenset({"rotary", "kv write"})  # kernels of a layer that an engine may fuse with others
 
 
 class Exchanged(NamedTuple):
@@ -81,7 +79,6 @@ class Exchanged(NamedTuple):
 
 
 _KEPT = 64  # results of each kind, up to a few MB each: a few dozen are alike among the plans of a model
-_NORM_SUMS_BYTES = 8.0  # fp32 sums of squares of a query and a key
 _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads or writes of fp32 logits. Assumed.
 
 
@@ -186,12 +183,7 @@ class Operations:
 
     def kernels(self, block: Block, attention: Template, ffn: Template) -> NDArray[np.int64]:
         """Kernels of one layer, collectives included: in captured graphs, and launched one by one."""
-        latent = isinstance(block.attention, LatentAttention)
-        count = np.array(_LATENT_KERNELS if latent else _ATTENTION_KERNELS)
-        if isinstance(block.ffn, DenseFfn):
-            count += _DENSE_KERNELS
-        else:
-            count += np.array(_MOE_KERNELS) + np.array(_DENSE_KERNELS) * (block.ffn.shared_intermediate > 0)
+        count: Ints = np.array(block.attention.launches) + np.array(block.ffn.launches)
         return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: int) -> str:
@@ -202,10 +194,10 @@ class Operations:
         # What the GPU cannot compute in, it does not serve: see the oracle.
         return (form.computed(self.profile.gpu.supports) or form).name
 
-    def _elementwise(self, bytes_per_token: float, operation: str = "", kind: str = "plain", width: int = 0) -> Work:
+    def _elementwise(self, op: Elementwise) -> Work:
         """A kernel that only reads and writes memory; its traffic alone where the engine fuses the operation."""
-        moved = self.tables.tokens * float(bytes_per_token)
-        seconds = self.profile.memory_time_s(moved, kind, width, launched=operation not in self.fused)
+        moved = self.tables.tokens * op.row_bytes
+        seconds = self.profile.memory_time_s(moved, op.kind, op.width, launched=op.fused_as not in self.fused)
         return Work.of(self.power, seconds, 0.0, moved, self.half)
 
     def _link(self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, spread: Spread) -> Work:
@@ -216,45 +208,52 @@ class Operations:
         sizes = self.tables.tokens * float(bytes_per_token)
         return Work.waiting(self.power, time_s(over, sizes, ranks=ranks, nodes=spread.nodes))
 
-    def norm(self, hidden: int) -> Work:
-        """Residual addition and norm: both read and written in 16 bit."""
-        return self.elementwise(8.0 * hidden, "norm", "norm", hidden)
+    def attention(self, cell: AttentionCell, template: Template, weight_format: str, kv_format: str) -> Parts:
+        """One attention cell on the copies that own the sequences."""
+        own: Place = partial(owned, self.tables, copies=template.dp, split=1)
+        parts: list[Parts] = []
+        for op in cell.operations(Cut(heads=template.tp), KV_BYTES[kv_format]):
+            if isinstance(op, Attend | AttendLatent):
+                parts.append(self._attend(op, template.dp, kv_format))
+            else:
+                parts.append(own(operation=op.name, work=self._op(op, weight_format)))
+        return merged(*parts)
 
-    def attention(
-        self, cell: Attention | LatentAttention, template: Template, weight_format: str, kv_format: str
-    ) -> Parts:
-        """One attention cell: norm, projections, rotary and cache write, attention, output projection."""
-        if isinstance(cell, LatentAttention):
-            return self._latent(cell, template, weight_format, kv_format)
-        tp, dp = template.tp, template.dp
-        heads, kv_heads = ceil_div(cell.query_heads, tp), ceil_div(cell.kv_heads, tp)
-        query, kv = heads * cell.head_dim, kv_heads * cell.head_dim
-        held, output = (self.held_in(weight_format, part) for part in (cell.quantised, cell.output_quantised))
-
-        def own(operation: str, work: Work) -> Parts:
-            return owned(self.tables, operation, dp, 1, work)
-
-        rotary = [own("rotary", self.elementwise(4.0 * (query + kv), "rotary"))]
-        if cell.qk_norm:
-            width = query if cell.qk_norm_whole else cell.head_dim
-            rotary.append(own("norm", self.elementwise(4.0 * (query + kv), "qk norm", "norm", width)))
+    def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
+        """One FFN cell on its copies; what is shared beside experts on copies of its own."""
+        own = sharing(self.tables, attention.dp, self._held_as(cell, attention, template).dp)
+        # What is shared is spread over all devices of a copy, or lies as dense FFNs do.
+        spread = self.held.spreads_tokens(attention.dp, template.ep)
+        dense = attention if self.held.dense_per_copy else template
+        shared = attention.devices if spread else dense.dp
+        beside = sharing(self.tables, attention.dp, shared)
+        operations = cell.operations(ffn_cut(cell, attention, template, weight_format, self.held), 0)
         return merged(
-            own("norm", self.norm(cell.hidden)),
-            own("qkv", self.gemm(held, query + 2 * kv, cell.hidden)),
-            *rotary,
-            own("kv write", self.elementwise(2.0 * kv * (2 + KV_BYTES[kv_format]), "kv write")),
-            self._attend(cell, heads, kv_heads, dp, kv_format),
-            own("output", self.gemm(output, cell.hidden, query)),
+            *((beside if op.shared else own)(operation=op.name, work=self._op(op, weight_format)) for op in operations)
         )
 
-    def _attend(self, cell: Attention, heads: int, kv_heads: int, dp: int, kv_format: str) -> Parts:
+    def _op(self, op: Linear, weight_format: str) -> Work:
+        """A kernel other than attention, by tokens."""
+        if isinstance(op, Elementwise):
+            return self.elementwise(op)
+        held = self.held_in(weight_format, op.quantised)
+        return self.gemm(held, op.n, op.k) if isinstance(op, Product) else self.experts(held, op)
+
+    def _attend(self, op: Attend | AttendLatent, dp: int, kv_format: str) -> Parts:
         """The attention kernel itself: decoding sequences by context, prompts by query-key pairs."""
-        shape = (heads, kv_heads, cell.head_dim, kv_format)
-        decode = self.profile.decode_attention(*shape, _ceil(self.tables.sequences, dp), cell.window)
-        prefill = self.profile.prefill_attention(*shape, self.tables.tokens, cell.window)
-        flops, token_bytes = 4.0 * heads * cell.head_dim, 2.0 * kv_heads * cell.head_dim * KV_BYTES[kv_format]
+        sequences, element = _ceil(self.tables.sequences, dp), KV_BYTES[kv_format]
+        if isinstance(op, AttendLatent):
+            decode = self.profile.latent_decode(op.heads, op.rank, op.rope, kv_format, sequences)
+            prefill = self.profile.latent_prefill(op.heads, op.key, op.value, kv_format, self.tables.tokens)
+            pair_flops, decode_flops = 2.0 * op.heads * (op.key + op.value), 2.0 * op.heads * (2 * op.rank + op.rope)
+            token_bytes = float((op.rank + op.rope) * element)
+            return self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, token_bytes)
+        shape = op.heads, op.kv_heads, op.width
+        decode = self.profile.decode_attention(*shape, kv_format, sequences, op.window)
+        prefill = self.profile.prefill_attention(*shape, kv_format, self.tables.tokens, op.window)
+        flops, token_bytes = 4.0 * op.heads * op.width, 2.0 * op.kv_heads * op.width * element
         # Within a short window time does not grow with the context: then all of it is charged to the window.
-        window = cell.window if cell.window is not None and not decode[1].any() else None
+        window = op.window if op.window is not None and not decode[1].any() else None
         return self._attention_parts(decode, prefill, dp, flops, flops, token_bytes, window)
 
     def _attention_parts(
@@ -293,118 +292,30 @@ class Operations:
             ("prefill attention", "pair_rate"): Work.of(power, pair, by_context * pair_flops, 0.0, half),
         }
 
-    def _latent(self, cell: LatentAttention, template: Template, weight_format: str, kv_format: str) -> Parts:
-        """Multi-head latent attention: the latent vectors whole on every rank, the heads cut.
-
-        Expanding keys and values of new tokens (prompts) and absorbing that matrix into query and output (decoding)
-        are the same arithmetic on the same weights, so one product stands for both. Contexts expanded again by later
-        chunks of a prompt are left out.
-        """
-        heads, dp = ceil_div(cell.query_heads, template.tp), template.dp
-        held, output = (self.held_in(weight_format, part) for part in (cell.quantised, cell.output_quantised))
-        token_bytes = float(cell.latent_dim * KV_BYTES[kv_format])
-
-        def own(operation: str, work: Work) -> Parts:
-            return owned(self.tables, operation, dp, 1, work)
-
-        queries = heads * cell.qk_head_dim
-        if cell.q_lora_rank is None:
-            projections = [own("qkv", self.gemm(held, queries + cell.latent_dim, cell.hidden))]
-        else:
-            ranks = cell.q_lora_rank + cell.latent_dim
-            projections = [
-                own("qkv", self.gemm(held, ranks, cell.hidden)),
-                own("norm", self.elementwise(4.0 * ranks, "norm", "norm", cell.q_lora_rank)),
-                own("qkv", self.gemm(held, queries, cell.q_lora_rank)),
-            ]
-        decode = self.profile.latent_decode(
-            heads, cell.kv_lora_rank, cell.rope_head_dim, kv_format, _ceil(self.tables.sequences, dp)
-        )
-        prefill = self.profile.latent_prefill(heads, cell.qk_head_dim, cell.v_head_dim, kv_format, self.tables.tokens)
-        pair_flops = 2.0 * heads * (cell.qk_head_dim + cell.v_head_dim)
-        decode_flops = 2.0 * heads * (cell.latent_dim + cell.kv_lora_rank)
-        return merged(
-            own("norm", self.norm(cell.hidden)),
-            *projections,
-            own("rotary", self.elementwise(4.0 * (heads + 1) * cell.rope_head_dim, "rotary")),
-            own("kv write", self.elementwise(cell.latent_dim * (2.0 + KV_BYTES[kv_format]), "kv write")),
-            own("latent", self.gemm(self.half, heads * (cell.nope_head_dim + cell.v_head_dim), cell.kv_lora_rank)),
-            self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, token_bytes),
-            own("output", self.gemm(output, cell.hidden, heads * cell.v_head_dim)),
-        )
-
-    def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
-        """One FFN cell: norm, projections and activation, or router and experts."""
-        dense = self._dense_cut(attention, template)
-        ranks = dense.tp * dense.ep
-        spread = self.held.spreads_tokens(attention.dp, template.ep)
-        shared_cut = Template(dp=attention.dp * attention.tp) if spread else dense
-
-        def own(operation: str, work: Work) -> Parts:
-            cut = dense if isinstance(cell, DenseFfn) else template
-            return sharing(self.tables, attention.dp, cut.dp)(operation=operation, work=work)
-
-        def beside(operation: str, work: Work) -> Parts:
-            return sharing(self.tables, attention.dp, shared_cut.dp)(operation=operation, work=work)
-
-        norm = own("norm", self.norm(cell.hidden))
-        if isinstance(cell, DenseFfn):
-            held = tuple(self.held_in(weight_format, part) for part in (cell.quantised, cell.down_quantised))
-            return merged(norm, self._dense(own, cell.hidden, cell.intermediate, cell.gated, ranks, *held))
-        experts = own("experts", self.experts(cell, template, self.held_in(weight_format, cell.quantised)))
-        router = own("router", self.gemm(self.half, cell.experts, cell.hidden))
-        choose = own("router", self.elementwise(8.0 * cell.experts))
-        shared: Parts = {}
-        if cell.shared_intermediate:
-            parts = cell.shared_quantised, cell.shared_down_quantised
-            held = tuple(self.held_in(weight_format, part) for part in parts)
-            ranks = shared_cut.tp * shared_cut.ep
-            shared = self._dense(beside, cell.hidden, cell.shared_intermediate, cell.gated, ranks, *held)
-        return merged(norm, router, choose, experts, shared)
-
-    def _dense(
-        self,
-        own: Callable[[str, Work], Parts],
-        hidden: int,
-        intermediate: int,
-        gated: bool,
-        ranks: int,
-        up: str,
-        down: str,
-    ) -> Parts:
-        columns = ceil_div(intermediate, ranks)
-        return merged(
-            own("ffn up", self.gemm(up, (1 + gated) * columns, hidden)),
-            own("activation", self.elementwise(2.0 * (2 + gated) * columns, "activation", "activation", columns)),
-            own("ffn down", self.gemm(down, hidden, columns)),
-        )
-
-    def _experts(self, cell: MoeFfn, template: Template, name: str) -> Work:
-        """Fused experts of the fullest expert group."""
-        kernel, m = self.profile.kernel(name), self.tables.tokens
-        held, topk = ceil_div(cell.experts, template.ep), cell.experts_per_token
-        columns = ceil_div(cell.expert_intermediate, template.tp)
-        shape = (cell.hidden, columns, cell.experts, held, topk)
-        share = topk / cell.experts
-        weights = (2 + cell.gated) * cell.hidden * columns
+    def _experts(self, name: str, op: Experts) -> Work:
+        """Fused experts of the fullest group."""
+        kernel, m, topk = self.profile.kernel(name), self.tables.tokens, op.topk
+        held = ceil_div(op.experts, op.groups)
+        share = topk / op.experts
+        weights = op.matrices * op.hidden * op.columns
         # A token sends a group no more assignments than the group has experts, and some group its share of them.
         fullest = min(topk, held) / (share * held)
-        least_s = ceil_div(topk, template.ep) * weights * kernel.weight_bytes / self.profile.gpu.memory_bytes_per_s
+        least_s = ceil_div(topk, op.groups) * weights * kernel.weight_bytes / self.profile.gpu.memory_bytes_per_s
         load = m.astype(np.float64)
         if self.routing == "uniform":
-            load = load * np.minimum(fullest_group_factor(m * topk, template.ep), fullest)
-        seconds = self.profile.moe_time_s(name, load, *shape, self.routing)
+            load = load * np.minimum(fullest_group_factor(m * topk, op.groups), fullest)
+        seconds = self.profile.moe_time_s(name, load, op.hidden, op.columns, op.experts, held, topk, self.routing)
         # The engine could pad the batch to a larger one: tables are not monotone where shapes are interpolated.
         seconds = np.minimum.accumulate(np.maximum(seconds, least_s)[::-1])[::-1]
         seconds = np.where(m > 0, seconds, 0.0)
         routed = m * share * held
         touched = held * (1.0 - (1.0 - share) ** m)
-        moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * cell.hidden
+        moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * op.hidden
         return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
 
-    def _dense_cut(self, attention: Template, ffn: Template) -> Template:
-        """How dense FFNs beside experts are cut: as the experts, or as the engine holds them."""
-        return attention if self.held.dense_per_copy else ffn
+    def _held_as(self, cell: Ffn, attention: Template, ffn: Template) -> Template:
+        """How an FFN is cut: as experts are, or as the engine holds dense ones beside them."""
+        return attention if not cell.experts and self.held.dense_per_copy else ffn
 
     def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:
         """Collectives of a layer: those that turn the layout of each cell into the next one's."""
@@ -421,16 +332,17 @@ class Operations:
         up two squares per token over the shards.
         """
         tables, calls, cell = self.tables, Collectives, block.ffn
-        if isinstance(cell, DenseFfn):
-            ffn = self._dense_cut(attention, ffn)
+        ffn = self._held_as(cell, attention, ffn)
         hidden = 2.0 * cell.hidden
         shards = ffn.tp * ffn.ep
         of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)
         of_ffn = sharing(tables, attention.dp, ffn.dp)
         of_all: Place = partial(owned, tables, copies=1, split=1)
         found: list[tuple[Any, ...]] = []
-        if isinstance(block.attention, Attention) and block.attention.qk_norm_whole:
-            found.append((of_attention, calls.all_reduce_s, _NORM_SUMS_BYTES, attention.tp, 1, attention.dp))
+        if block.attention.reduced_bytes:
+            found.append(
+                (of_attention, calls.all_reduce_s, block.attention.reduced_bytes, attention.tp, 1, attention.dp)
+            )
         found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1, attention.dp))
         if ffn.dp % attention.dp == 0:
             found += [
@@ -444,7 +356,7 @@ class Operations:
                 (of_all, calls.all_gather_s, hidden, ffn.dp, shards, 1),
             ]
         else:
-            if ffn.ep > 1 and not isinstance(cell, DenseFfn):
+            if ffn.ep > 1 and cell.experts:
                 # The devices of a copy hold the same tokens, so each sends its part of them.
                 chosen, arrived = (hidden * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
                 found += [
@@ -480,7 +392,7 @@ class Operations:
         """Rows of the embedding, and their sum over the vocabulary shards."""
         place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
         return merged(
-            place(operation="embedding", work=self.elementwise(4.0 * model.hidden)),
+            place(operation="embedding", work=self.elementwise(Elementwise("embedding", 4.0 * model.hidden))),
             self._collective(place, Collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, 1, layout),
         )
 
@@ -488,9 +400,9 @@ class Operations:
         """Final norm, LM head on the sampled rows, gathering of the logits and the sampler, per sequence."""
         vocab = ceil_div(model.vocab, attention.tp)
         operations = [
-            ("lm head", self.norm(model.hidden)),
+            ("lm head", self.elementwise(norm(model.hidden))),
             ("lm head", self.gemm(self.half, vocab, model.hidden)),
-            ("sampler", self.elementwise(4.0 * model.vocab * _LOGIT_PASSES)),
+            ("sampler", self.elementwise(Elementwise("sampler", 4.0 * model.vocab * _LOGIT_PASSES))),
         ]
         if attention.tp > 1:
             spread = layout.spread(attention.tp)

@@ -140,12 +140,9 @@ class Held:
         """
         return self.whole_shared and copies > 1 and groups > 1
 
-    def experts(self, name: str, hidden: int, columns: int) -> tuple[int, int]:
-        """Sizes of one expert's matrices in a format, as they are stored."""
-        for padded, by_hidden, by_columns in self.padded:
-            if padded == name:
-                return -(-hidden // by_hidden) * by_hidden, -(-columns // by_columns) * by_columns
-        return hidden, columns
+    def multiples(self, name: str) -> tuple[int, int]:
+        """What width and columns of an expert in a format are rounded up to multiples of, as they are stored."""
+        return next(((hidden, columns) for padded, hidden, columns in self.padded if padded == name), (1, 1))
 
 
 PLAIN: Final = Held()

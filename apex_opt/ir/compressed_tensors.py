@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.ir.checks import shown
 from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
-from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.ir.model import MAX_COUNT, shown
+from apex_opt.ir.checks import MAX_COUNT, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

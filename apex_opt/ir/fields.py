@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.ir.model import MAX_COUNT, count_fault, shown
+from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

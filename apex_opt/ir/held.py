@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.formats import GROUP_WEIGHTS, SMALL_GROUPS, get_format
-from apex_opt.ir.model import count_fault, shown
 
 if TYPE_CHECKING:
     from fractions import Fraction

@@ -14,34 +14,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.files import read_json, there
+from apex_opt.ir.cells import Attention, DenseFfn, Ffn, LatentAttention, MoeFfn
+from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
 from apex_opt.ir.context import context_limit
 from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family
 from apex_opt.ir.fields import Fields
-from apex_opt.ir.model import (
-    MAX_COUNT,
-    MAX_LAYERS,
-    Attention,
-    AttentionCell,
-    Block,
-    DenseFfn,
-    Ffn,
-    LatentAttention,
-    Model,
-    MoeFfn,
-    Run,
-    count_fault,
-    shown,
-)
+from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from apex_opt.ir.held import Held
 
-    _Layer = tuple[int | None, Ffn, tuple[str | None, ...]]
+    _Layer = tuple[Block, tuple[str | None, ...]]
 
 MAX_CONFIG_BYTES: Final = 16 << 20
 """A larger file is not read: real ones are kilobytes, a weight file given by mistake is gigabytes."""
@@ -150,15 +138,17 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if fields.faults:
         raise join_faults(source, fields.faults)
 
+    cell = LatentAttention(hidden=hidden, **attention) if family.latent else Attention(hidden=hidden, **attention)
+    blocks = [Block(attention=cell.with_window(window), ffn=ffn) for window, ffn in zip(windows, ffns, strict=True)]
     try:
-        stored = [_held(quantisation, family, layer, ffn) for layer, ffn in enumerate(ffns)]
+        stored = [_stored(quantisation, family, layer, block) for layer, block in enumerate(blocks)]
     except PatternError as error:
         raise InputError(f"{source}: quantization_config: {error}; give fewer or simpler ones") from None
     layout = [
-        (window, ffn, tuple(None if entry is None else entry.format for entry in held))
-        for window, ffn, held in zip(windows, ffns, stored, strict=True)
+        (block, tuple(None if entry is None else entry.format for entry in held))
+        for block, held in zip(blocks, stored, strict=True)
     ]
-    built, formats = _blocks(hidden, attention, family.latent, layout)
+    built, formats = _in_formats(layout)
     runs = tuple(Run(block=built[entry], count=sum(1 for _ in group)) for entry, group in groupby(layout))
     used = {entry for held in stored for entry in held if entry is not None}
     return Model(
@@ -187,60 +177,50 @@ def _tower_heads(config: Mapping[str, Any]) -> int | None:
     return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
 
 
-def _held(quantisation: Quantisation, family: Family, layer: int, ffn: Ffn) -> tuple[Held | None, ...]:
-    """How the checkpoint stores the matrices of one layer, in the order of `Block.matrices`."""
-    parts = [family.qkv_modules, family.output_modules]
-    if isinstance(ffn, MoeFfn):
-        shared = family.shared_modules if ffn.shared_intermediate else ()
-        experts = [
-            module.replace(".experts.0.", f".experts.{number}.")
-            for number in quantisation.experts
-            if number < ffn.experts
-            for module in family.expert_modules
-        ]
-        parts += [tuple(experts), shared[:-1], shared[-1:]]
-    else:
-        parts += [family.dense_modules[:-1], family.dense_modules[-1:]]
-    return tuple(quantisation.held(layer, modules) for modules in parts)
+def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
+    """How the checkpoint stores the covered matrices of one layer, in the order of its cells' `FORMS`."""
+    shared = family.shared_modules if block.is_moe and block.ffn.dense else ()
+    experts = (
+        module.replace(".experts.0.", f".experts.{number}.")
+        for number in quantisation.experts
+        if number < block.ffn.experts
+        for module in family.expert_modules
+    )
+    modules = {
+        "qkv": family.qkv_modules,
+        "output": family.output_modules,
+        "up": family.dense_modules[:-1],
+        "down": family.dense_modules[-1:],
+        "experts": tuple(experts),
+        "shared up": shared[:-1],
+        "shared down": shared[-1:],
+    }
+    return tuple(quantisation.held(layer, modules[part]) for cell in block.cells for part in cell.FORMS.values())
 
 
-def _blocks(
-    hidden: int, attention: Mapping[str, Any], latent: bool, layout: Sequence[_Layer]
-) -> tuple[dict[_Layer, Block], list[str]]:
-    """Blocks of layers that differ, and the formats of the checkpoint, that of the most weights first."""
+def _in_formats(layout: Sequence[_Layer]) -> tuple[dict[_Layer, Block], list[str]]:
+    """Blocks that name the formats of their matrices, and those of the checkpoint, that of the most weights first."""
     counts = Counter(layout)
     weights: Counter[str] = Counter()
-    for (window, ffn, stored), count in counts.items():
-        matrices = _block(hidden, attention, latent, window, ffn, [1] * len(stored)).matrices
-        for (_, size), name in zip(matrices, stored, strict=True):
-            if name is not None and size:
-                weights[name] += count * size
+    for (block, stored), count in counts.items():
+        for matrix in _numbered(block, range(1, len(stored) + 1)).matrices:
+            if matrix.quantised and (name := stored[matrix.quantised - 1]) is not None:
+                weights[name] += count * matrix.weights
     formats = sorted(weights, key=lambda name: -weights[name])
     place = {name: index + 1 for index, name in enumerate(formats)}
     built = {}
-    for window, ffn, stored in counts:
+    for block, stored in counts:
         # A checkpoint in 16 bit leaves nothing out: another one of it may have any matrix in another format.
         forms = [0 if name is None else place.get(name, 1) for name in stored] if formats else [1] * len(stored)
-        built[window, ffn, stored] = _block(hidden, attention, latent, window, ffn, forms)
+        built[block, stored] = _numbered(block, forms)
     return built, formats
 
 
-def _block(
-    hidden: int, attention: Mapping[str, Any], latent: bool, window: int | None, ffn: Ffn, forms: Sequence[int]
-) -> Block:
-    """One layer out of what all layers share and what is its own; `forms` are the `quantised` of its matrices."""
-    qkv, output, *others = forms
-    cell: AttentionCell
-    if latent:
-        cell = LatentAttention(hidden=hidden, quantised=qkv, output_quantised=output, **attention)
-    else:
-        cell = Attention(hidden=hidden, window=window, quantised=qkv, output_quantised=output, **attention)
-    if isinstance(ffn, MoeFfn):
-        experts, up, down = others
-        sparse = replace(ffn, quantised=experts, shared_quantised=up, shared_down_quantised=down)
-        return Block(attention=cell, ffn=sparse)
-    up, down = others
-    return Block(attention=cell, ffn=replace(ffn, quantised=up, down_quantised=down))
+def _numbered(block: Block, forms: Iterable[int]) -> Block:
+    """The block with these formats of its covered matrices, in the order of its cells' `FORMS`."""
+    numbers = iter(forms)
+    changes: list[dict[str, Any]] = [dict(zip(cell.FORMS, numbers, strict=False)) for cell in block.cells]
+    return Block(attention=replace(block.attention, **changes[0]), ffn=replace(block.ffn, **changes[1]))
 
 
 def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.ir.checks import shown
 from apex_opt.ir.compressed_tensors import read_groups
 from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
-from apex_opt.ir.model import shown
 from apex_opt.ir.modules import EXPRESSION, ModuleNames, is_literal
 from apex_opt.ir.patterns import Effort, PatternError
 from apex_opt.ir.scheme import Scheme

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.ir.model import shown
+from apex_opt.ir.checks import shown
 
 if TYPE_CHECKING:
     from apex_opt.engines.rules import EngineRules

@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
+from apex_opt.ir.cells import Cut, stored_bytes
 from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.ir.model import Attention, DenseFfn, Run, stored_bytes
+from apex_opt.ir.model import Run
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.ir.model import AttentionCell, Block, Ffn, Matrices, Model, MoeFfn
+    from apex_opt.ir.cells import AttentionCell, Ffn
+    from apex_opt.ir.model import Block, Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan, Template
 
@@ -73,108 +75,78 @@ def stage_runs(model: Model, layers: tuple[int, ...]) -> tuple[tuple[Run, ...], 
     return tuple(stages)
 
 
+def ffn_cut(cell: Ffn, attention: Template, template: Template, weight_format: str, held: Held = PLAIN) -> Cut:
+    """How one FFN cell is cut, and stored: experts over ep, their columns over tp, dense FFNs as the engine holds them.
+
+    Parameters
+    ----------
+    cell : Ffn
+    attention, template : Template      how attention and the FFN are cut
+    weight_format : str                 name of a format
+    held : Held                         how the engine holds the model
+    """
+    if not cell.experts:
+        return Cut(columns=held.dense_shards(attention.tp, template.tp * template.ep))
+    spread = held.spreads_tokens(attention.dp, template.ep)
+    return Cut(
+        columns=1 if spread else held.dense_shards(attention.tp, template.tp * template.ep),
+        experts=template.ep,
+        expert_columns=template.tp,
+        multiples=held.multiples(get_format(weight_format).part(cell.quantised or 1).name),
+    )
+
+
+@lru_cache(maxsize=1 << 12)
 def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> int:
     """Weights of one attention shard: its query heads, at least one KV head, and biases, norms and sinks in 16 bit.
 
     Of latent attention, the projections to the latent vectors and their norms are whole.
     """
-    heads = ceil_div(cell.query_heads, tp)
-    if not isinstance(cell, Attention):
-        inner = cell.down_parameters + heads * cell.head_parameters
-        output = heads * cell.output_parameters
-        matrices = (cell.quantised, inner), (cell.output_quantised, output)
-        return stored_bytes(weight_format, cell.norm_parameters, matrices)
-    query_dim = heads * cell.head_dim
-    kv_dim = ceil_div(cell.kv_heads, tp) * cell.head_dim
-    qkv, output = cell.hidden * (query_dim + 2 * kv_dim), query_dim * cell.hidden
-    kept = cell.qkv_bias * (query_dim + 2 * kv_dim) + cell.output_bias * cell.hidden + cell.sinks * heads
-    kept += query_dim + kv_dim if cell.qk_norm_whole else cell.norm_parameters
-    return stored_bytes(weight_format, kept, ((cell.quantised, qkv), (cell.output_quantised, output)))
+    return stored_bytes(weight_format, cell.matrices(Cut(heads=tp)))
 
 
-def ffn_shard_bytes(cell: Ffn, attention: Template, template: Template, weight_format: str, held: Held = PLAIN) -> int:
-    """Weights of one FFN shard: experts over ep, their columns over tp, a dense FFN over both, the router whole.
-
-    Dense FFNs, and sizes of experts, are as the engine holds them.
-    """
-    shards = held.dense_shards(attention.tp, template.tp * template.ep)
-    if isinstance(cell, DenseFfn):
-        columns = ceil_div(cell.intermediate, shards)
-        bias = cell.bias * ((1 + cell.gated) * columns + cell.hidden)
-        return stored_bytes(weight_format, bias, _dense(cell, columns))
-    experts = ceil_div(cell.experts, template.ep)
-    own = ceil_div(cell.expert_intermediate, template.tp)
-    hidden, columns = held.experts(get_format(weight_format).part(cell.quantised or 1).name, cell.hidden, own)
-    bias = cell.bias * experts * ((1 + cell.gated) * columns + hidden)
-    routed = (cell.quantised, (2 + cell.gated) * hidden * experts * columns)
-    spread = held.spreads_tokens(attention.dp, template.ep)
-    shared = stored_bytes(weight_format, 0, _shared(cell, 1 if spread else shards))
-    return shared + stored_bytes(weight_format, cell.router_parameters + bias, (routed,))
+@lru_cache(maxsize=1 << 12)
+def ffn_shard_bytes(cell: Ffn, cut: Cut, weight_format: str) -> int:
+    """Weights of one FFN shard: experts, the router whole, what every token passes through; see `ffn_cut`."""
+    dense = cell.dense.matrices(cut) if cell.dense else ()
+    return stored_bytes(weight_format, cell.routed(cut)) + stored_bytes(weight_format, dense)
 
 
-def _dense(cell: DenseFfn, columns: int) -> Matrices:
-    """Matrices of so many columns of a dense FFN."""
-    down = cell.hidden * columns
-    return (cell.quantised, (1 + cell.gated) * down), (cell.down_quantised, down)
+def block_shard_bytes(block: Block, plan: Plan, held: Held = PLAIN) -> int:
+    """Weights of both cells of a layer on one device."""
+    cut = ffn_cut(block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
+    attention = attention_shard_bytes(block.attention, plan.attention.tp, plan.weight_format)
+    return attention + ffn_shard_bytes(block.ffn, cut, plan.weight_format)
 
 
-def _shared(cell: MoeFfn, shards: int) -> Matrices:
-    """Matrices of one shard of the FFN that every token passes through."""
-    down = cell.hidden * ceil_div(cell.shared_intermediate, shards)
-    return (cell.shared_quantised, (1 + cell.gated) * down), (cell.shared_down_quantised, down)
-
-
-def ffn_token_bytes(cell: Ffn, attention: Template, template: Template, weight_format: str, held: Held = PLAIN) -> int:
+def ffn_token_bytes(cell: Ffn, cut: Cut, weight_format: str) -> int:
     """Least projection weights of one FFN shard that a token passes through.
 
     Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
     """
-    shards = held.dense_shards(attention.tp, template.tp * template.ep)
-    if isinstance(cell, DenseFfn):
-        return stored_bytes(weight_format, 0, _dense(cell, ceil_div(cell.intermediate, shards)))
-    columns = ceil_div(cell.experts_per_token, template.ep) * ceil_div(cell.expert_intermediate, template.tp)
-    routed = (2 + cell.gated) * cell.hidden * columns
-    spread = held.spreads_tokens(attention.dp, template.ep)
-    shared = stored_bytes(weight_format, 0, _shared(cell, 1 if spread else shards))
-    return shared + stored_bytes(weight_format, 0, ((cell.quantised, routed),))
+    dense, routed = cell.dense.matrices(cut) if cell.dense else (), cell.routed(cut._replace(multiples=(1, 1)))
+    return sum(stored_bytes(weight_format, part, used=True) for part in (dense, routed))
 
 
 def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
-    """Keys and values, or the latent vector, of one token in one layer on one device."""
-    if not isinstance(cell, Attention):
-        return cell.latent_dim * KV_BYTES[kv_format]
-    return 2 * ceil_div(cell.kv_heads, tp) * cell.head_dim * KV_BYTES[kv_format]
+    """What one token keeps in one layer on one device."""
+    return KV_BYTES[kv_format] * sum(kept.elements for kept in cell.cache(Cut(heads=tp)))
 
 
 def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
     """Largest activations alive at once: two hidden states beside the wider cell, or the logits of the last stage."""
     tokens = ceil_div(settings.max_num_batched_tokens, plan.attention.dp)
     ffn_tokens = ceil_div(settings.max_num_batched_tokens, plan.ffn.dp)
+    of_attention, of_ffn = (
+        Cut(heads=plan.attention.tp),
+        Cut(columns=plan.ffn.tp * plan.ffn.ep, experts=plan.ffn.ep, expert_columns=plan.ffn.tp),
+    )
     widest = max(
-        max(tokens * _attention_width(run.block, plan.attention), ffn_tokens * _ffn_width(run.block, plan.ffn))
+        max(tokens * run.block.attention.width(of_attention), ffn_tokens * run.block.ffn.width(of_ffn))
         for run in model.runs
     )
     logits = 4 * ceil_div(settings.max_num_seqs, plan.attention.dp) * model.vocab if last else 0
     return 2 * (tokens * 2 * model.hidden + widest) + logits
-
-
-def _attention_width(block: Block, template: Template) -> int:
-    cell = block.attention
-    heads = ceil_div(cell.query_heads, template.tp)
-    if not isinstance(cell, Attention):
-        # A prompt's keys and values are expanded, its keys once more with the rotary part joined on. Decoding absorbs
-        # the expansion and is wider a token, but of a few tokens.
-        expanded = 2 * cell.qk_head_dim + cell.nope_head_dim + cell.v_head_dim
-        return heads * expanded + (cell.q_lora_rank or 0) + cell.latent_dim
-    return (heads + 2 * ceil_div(cell.kv_heads, template.tp)) * cell.head_dim
-
-
-def _ffn_width(block: Block, template: Template) -> int:
-    cell = block.ffn
-    if isinstance(cell, DenseFfn):
-        return (2 + cell.gated) * ceil_div(cell.intermediate, template.tp * template.ep)
-    width = (2 + cell.gated) * ceil_div(cell.expert_intermediate, template.tp) + cell.hidden
-    return cell.experts_per_token * width
 
 
 def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:
@@ -198,13 +170,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             continue
         _, first, last = key
         weights = sum(
-            run.count
-            * (
-                attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)
-                + ffn_shard_bytes(run.block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
-                + 2 * run.block.norm_parameters
-            )
-            for run in runs
+            run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.norm_parameters) for run in runs
         )
         copies = vocab_copies(model, held, first, last)
         weights += copies * vocab_shard + last * 2 * model.hidden + held.table_bytes
@@ -262,11 +228,7 @@ def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_
     vocab = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     tp, blocks = plan.attention.tp, [run.block for run in model.runs]
     heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
-    lightest = min(
-        attention_shard_bytes(block.attention, tp, plan.weight_format)
-        + ffn_shard_bytes(block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
-        for block in blocks
-    )
+    lightest = min(block_shard_bytes(block, plan, held) for block in blocks)
     layers = min(heaviest // lightest, model.layers)
     token = max(kv_bytes_per_token(block.attention, tp, plan.kv_format) for block in blocks)
     left = min(stage.usable_bytes - stage.runtime_bytes - stage.workspace_bytes for stage in memory) - heaviest - vocab

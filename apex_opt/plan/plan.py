@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
+from apex_opt.ir.checks import shown
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
-from apex_opt.ir.model import shown
 
 if TYPE_CHECKING:
     from apex_opt.ir.model import Model

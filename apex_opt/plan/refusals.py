@@ -7,15 +7,16 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from apex_opt.engines.rules import Held
+from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
-from apex_opt.ir.model import Attention, DenseFfn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.engines.rules import EngineRules
-    from apex_opt.ir.model import AttentionCell, Ffn, Model, MoeFfn
+    from apex_opt.ir.cells import Cell
+    from apex_opt.ir.model import Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan, Template
 
@@ -34,13 +35,12 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
     yield from _cells(rules, model, plan)
     yield from _heads(rules, model, plan.attention)
     if rules.whole_scales:
-        scales, shards = (
-            _Scales(rules, model, plan.weight_format),
-            Held.of(rules, model, gpu).dense_shards(plan.attention.tp, plan.ffn.tp * plan.ffn.ep),
-        )
+        scales = _Scales(rules, model, plan.weight_format)
+        shards = Held.of(rules, model, gpu).dense_shards(plan.attention.tp, plan.ffn.tp * plan.ffn.ep)
+        cut = Cut(heads=plan.attention.tp, columns=shards, experts=plan.ffn.ep, expert_columns=plan.ffn.tp)
         for run in model.runs:
-            yield from scales.of_attention(run.block.attention, plan.attention.tp)
-            yield from scales.of_ffn(run.block.ffn, plan.ffn.tp, shards)
+            for cell in run.block.cells:
+                yield from scales.of_cell(cell, cut)
 
 
 def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
@@ -102,8 +102,7 @@ def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> It
         yield f"block_size {block_size}: {rules.release} takes powers of two"
     cells = [run.block.attention for run in model.runs]
     kinds = {
-        "latent": any(not isinstance(cell, Attention) for cell in cells),
-        "sinks": any(isinstance(cell, Attention) and cell.sinks for cell in cells),
+        **{trait: any(trait in cell.traits for cell in cells) for trait in ("latent", "sinks")},
         "fp8": plan.kv_format == "fp8",
     }
     names = {"latent": "latent attention", "sinks": "attention with sinks", "fp8": "a KV cache in fp8"}
@@ -141,49 +140,26 @@ class _Scales:
             smallest //= 2
         return 1, group, smallest
 
-    def of_attention(self, cell: AttentionCell, tp: int) -> Iterator[str]:
-        """Projections of one attention shard."""
-        heads = -(-cell.query_heads // tp)
-        if isinstance(cell, Attention):
-            parts = {"queries": heads * cell.head_dim, "keys": -(-cell.kv_heads // tp) * cell.head_dim}
-            inner = heads * cell.head_dim
-        else:
-            parts = {"queries": heads * cell.qk_head_dim, "keys": heads * (cell.nope_head_dim + cell.v_head_dim)}
-            inner = heads * cell.v_head_dim
-        if cell.quantised:
-            for what, rows in parts.items():
-                text = f"attention tp{tp} leaves {rows} outputs of {what} a shard"
-                yield from self._asks(rows, self.multiples(cell.quantised)[0], text)
-        if cell.output_quantised and tp > 1:
-            text = f"attention tp{tp} leaves {inner} inputs of the output projection a shard"
-            yield from self._asks(inner, self.multiples(cell.output_quantised)[1], text)
-
-    def of_ffn(self, cell: Ffn, tp: int, shards: int) -> Iterator[str]:
-        """Projections of one FFN shard, experts cut by `tp`, dense FFNs into `shards`."""
-        if isinstance(cell, DenseFfn):
-            yield from self._columns(cell.intermediate, shards, "FFN", cell.quantised, cell.down_quantised)
-            return
-        yield from self._experts(cell, tp)
-        if cell.shared_intermediate:
-            parts = cell.shared_quantised, cell.shared_down_quantised
-            yield from self._columns(cell.shared_intermediate, shards, "shared FFN", *parts)
-
-    def _columns(self, columns: int, shards: int, what: str, up: int, down: int) -> Iterator[str]:
-        own = -(-columns // shards)
-        text = f"{shards} shards of the {what} have {own} of {columns} columns each"
-        if up:
-            yield from self._asks(own, self.multiples(up)[0], text)
-        if down and shards > 1:
-            yield from self._asks(own, self.multiples(down)[1], text)
-
-    def _experts(self, cell: MoeFfn, tp: int) -> Iterator[str]:
-        own = -(-cell.expert_intermediate // tp)
-        text = f"FFN tp{tp} leaves {own} of {cell.expert_intermediate} columns of an expert"
-        if cell.quantised:
-            outputs, _, inputs = self.multiples(cell.quantised)
-            yield from self._asks(own, outputs, text)
-            if tp > 1:
-                yield from self._asks(own, inputs, text)
+    def of_cell(self, cell: Cell, cut: Cut) -> Iterator[str]:
+        """Covered matrices of one shard: outputs and inputs that are cut."""
+        for whole, mine in zip(cell.matrices(), cell.matrices(cut), strict=True):
+            if not mine.quantised or not mine.cut:
+                continue
+            shards = getattr(cut, mine.cut)
+            size, of = (mine.columns, whole.columns) if mine.inputs else (mine.rows, whole.rows)
+            if mine.cut == "heads":
+                what = "inputs of the output projection" if mine.inputs else f"outputs of {mine.name}"
+                text = f"attention tp{shards} leaves {size} {what} a shard"
+            elif mine.cut == "columns":
+                what = "shared FFN" if mine.name.startswith("shared") else "FFN"
+                text = f"{shards} shards of the {what} have {size} of {of} columns each"
+            else:
+                text = f"FFN tp{shards} leaves {size} of {of} columns of an expert"
+            outputs, inputs, of_experts = self.multiples(mine.quantised)
+            if not mine.inputs:
+                yield from self._asks(size, outputs, text)
+            elif shards > 1:
+                yield from self._asks(size, of_experts if mine.cut == "expert_columns" else inputs, text)
 
     def _asks(self, size: int, multiple: int, text: str) -> Iterator[str]:
         if size % multiple:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.ir.model import DenseFfn, LatentAttention
 from apex_opt.plan.memory import RUNTIME_BYTES
 from formulations.plan_space.engine import Runs
 from formulations.plan_space.sizes import (
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from apex_opt.evaluate import Instance
+    from apex_opt.ir.cells import Piece
     from formulations.plan_space.variables import Variables
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
@@ -79,23 +79,17 @@ def tasks_divide(model: cp_model.CpModel, instance: Instance, v: Variables) -> l
 
 def heads_divide(instance: Instance, tp: int) -> bool:
     """Whether attention shards are equal in every block."""
-    cells = [block.attention for block in kinds(instance)]
-    return all(
-        c.query_heads % tp == 0 and (isinstance(c, LatentAttention) or c.kv_heads % tp == 0 or tp % c.kv_heads == 0)
-        for c in cells
-    )
+    return all(_divides(piece, tp) for block in kinds(instance) for piece in block.attention.pieces)
 
 
 def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
     """Whether FFN shards are equal in every block."""
-    for block in kinds(instance):
-        ffn = block.ffn
-        if isinstance(ffn, DenseFfn):
-            if ffn.intermediate % (tp * ep):
-                return False
-        elif ffn.experts % ep or ffn.expert_intermediate % tp or ffn.shared_intermediate % (tp * ep):
-            return False
-    return True
+    shards = {("tp",): tp, ("ep",): ep, ("tp", "ep"): tp * ep}
+    return all(_divides(piece, shards[piece.by]) for block in kinds(instance) for piece in block.ffn.pieces)
+
+
+def _divides(piece: Piece, shards: int) -> bool:
+    return piece.size % shards == 0 or (piece.copied and shards % piece.size == 0)
 
 
 def computes(instance: Instance, weight_format: str) -> bool:

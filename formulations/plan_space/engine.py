@@ -6,12 +6,11 @@ attention and FFN have in common, are not in the space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
-from apex_opt.ir.model import DenseFfn, LatentAttention
 from formulations.plan_space.sizes import kinds
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ class Runs:
             copied = self.rules.copied_attention
             if copied is not None and self.instance.model.family not in copied:
                 return False
-        dense = not self.rules.dense_per_copy or self._shards("dense", tp, index)
-        return self._format(index) and self._heads(tp) and dense and self._shards("attention", tp, index)
+        dense = not self.rules.dense_per_copy or self._shards("columns", tp, index)
+        return self._format(index) and self._heads(tp) and dense and self._shards("heads", tp, index)
 
     def ffn(self, tp: int, ep: int, index: int) -> bool:
         """Whether the FFN may be cut so, in a format."""
@@ -53,8 +52,8 @@ class Runs:
             return True
         if tp > 1 and ep > 1 and not self.rules.experts_by_both:
             return False
-        dense = self.rules.dense_per_copy or self._shards("dense", tp * ep, index)
-        return dense and self._shards("experts", tp, index)
+        dense = self.rules.dense_per_copy or self._shards("columns", tp * ep, index)
+        return dense and self._shards("expert_columns", tp, index)
 
     def _runs_format(self, index: int) -> bool:
         """Whether the GPU is one on which the engine has the formats of weights and cache, and their blocks."""
@@ -74,10 +73,8 @@ class Runs:
         if rules.block_powers and tokens.bit_count() != 1:
             return False
         asked = rules.block_multiples
-        latent = any(isinstance(cell, LatentAttention) for cell, _ in self._cells)
-        sinks = any(not isinstance(cell, LatentAttention) and cell.sinks for cell, _ in self._cells)
-        held = {"latent": latent, "sinks": sinks, "fp8": cache_format == "fp8"}
-        return all(tokens % multiple == 0 for kind, multiple in asked.items() if held[kind])
+        held = {trait for attention, _ in self._cells for trait in attention.traits} | {cache_format}
+        return all(tokens % multiple == 0 for kind, multiple in asked.items() if kind in held)
 
     def _divides_heads(self, tp: int) -> bool:
         """Whether vocabulary, KV heads and image tower go over so many shards."""
@@ -95,10 +92,18 @@ class Runs:
         assert self.rules is not None
         if not self.rules.whole_scales:
             return True
-        rows = {"attention": _attention_rows, "dense": _dense_rows, "experts": _expert_rows}[part]
-        cells = (attention if part == "attention" else ffn for attention, ffn in self._cells)
-        found = (row for cell in cells for row in rows(cell, count))
-        return all(size % self._multiples(index, form)[side] == 0 for size, side, form in found)
+        cut = {"heads": Cut(heads=count), "columns": Cut(columns=count)}.get(part, Cut(expert_columns=count))
+        for matrix in (matrix for cells in self._cells for cell in cells for matrix in cell.matrices(cut)):
+            if matrix.cut != part or not matrix.quantised or (matrix.inputs and count == 1):
+                continue
+            outputs, inputs, of_experts = self._multiples(index, matrix.quantised)
+            if matrix.inputs:
+                undivided = matrix.columns % (of_experts if part == "expert_columns" else inputs)
+            else:
+                undivided = matrix.rows % outputs
+            if undivided:
+                return False
+        return True
 
     def _multiples(self, index: int, form: int) -> tuple[int, int, int]:
         """Outputs, inputs, and inputs of experts that share a scale in one of the formats of a format."""
@@ -119,42 +124,3 @@ class Runs:
         least = self.rules.least_group or group
         halves = [group >> power for power in range(group.bit_length()) if group % (1 << power) == 0]
         return 1, group, min((size for size in halves if size >= least), default=group)
-
-
-_OUTPUTS, _INPUTS, _EXPERT_INPUTS = range(3)
-_Rows = Iterator[tuple[int, int, int]]
-"""Sizes of one shard's quantised matrices, each with which multiple it must be, and in which format."""
-
-
-def _attention_rows(cell: Any, count: int) -> _Rows:
-    heads = -(-cell.query_heads // count)
-    if isinstance(cell, LatentAttention):
-        outer = (heads * cell.qk_head_dim, heads * (cell.nope_head_dim + cell.v_head_dim))
-        inner = heads * cell.v_head_dim
-    else:
-        inner = heads * cell.head_dim
-        outer = (inner, -(-cell.kv_heads // count) * cell.head_dim)
-    if cell.quantised:
-        yield from ((size, _OUTPUTS, cell.quantised) for size in outer)
-    if cell.output_quantised and count > 1:
-        yield inner, _INPUTS, cell.output_quantised
-
-
-def _dense_rows(cell: Any, count: int) -> _Rows:
-    if isinstance(cell, DenseFfn):
-        size, up, down = cell.intermediate, cell.quantised, cell.down_quantised
-    else:
-        size, up, down = cell.shared_intermediate, cell.shared_quantised, cell.shared_down_quantised
-    own = -(-size // count)
-    if size and up:
-        yield own, _OUTPUTS, up
-    if size and down and count > 1:
-        yield own, _INPUTS, down
-
-
-def _expert_rows(cell: Any, count: int) -> _Rows:
-    if not isinstance(cell, DenseFfn) and cell.quantised:
-        own = -(-cell.expert_intermediate // count)
-        yield own, _OUTPUTS, cell.quantised
-        if count > 1:
-            yield own, _EXPERT_INPUTS, cell.quantised

@@ -1,7 +1,7 @@
-"""Bytes and widths of shards, counted from the tasks of the cells (head groups, columns, experts).
+"""Bytes and widths of shards, summed over what the cells list.
 
-Counted independently of `apex_opt.plan.memory`, so that the oracle can find fault with either. All are whole bytes:
-nothing is rounded.
+The lists are shared with `apex_opt.plan.memory`, what is made of them is not, so that the oracle can find fault with
+either. All are whole bytes: nothing is rounded.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
-from apex_opt.ir.model import Attention, DenseFfn, LatentAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from apex_opt.evaluate import Instance
+    from apex_opt.ir.cells import Matrix
     from apex_opt.ir.model import Block
 
 
@@ -28,8 +31,7 @@ def kinds(instance: Instance) -> dict[Block, int]:
 
 def kind(block: Block) -> Block:
     """A block without its window, which changes neither bytes nor shards."""
-    cell = block.attention
-    return replace(block, attention=replace(cell, window=None)) if isinstance(cell, Attention) else block
+    return replace(block, attention=block.attention.with_window(None))
 
 
 def shards(instance: Instance) -> list[tuple[int, int]]:
@@ -39,92 +41,46 @@ def shards(instance: Instance) -> list[tuple[int, int]]:
     return [(t, e) for t in range(1, gpus + 1) for e in range(1, min(experts, gpus // t) + 1)]
 
 
-def _heads(cell: Attention, tp: int) -> tuple[int, int]:
-    """Widths of the query heads and of the KV heads in one attention shard."""
-    return -(-cell.query_heads // tp) * cell.head_dim, -(-cell.kv_heads // tp) * cell.head_dim
-
-
-def _packed(name: str, *matrices: tuple[int, int]) -> int:
-    """Bytes of matrices, each given as which of the formats of a plan it is in, or 0 for 16 bit, and its weights."""
+def _packed(name: str, matrices: Iterable[Matrix], *, touched: bool = False) -> int:
+    """Bytes of matrices, or only of those covered by the format that a single token certainly touches."""
     named, parts = name.split("+"), Counter[str]()
-    for quantised, weights in matrices:
-        parts[named[quantised - 1 if quantised <= len(named) else -1] if quantised else "bf16"] += weights
+    for matrix in matrices:
+        count = matrix.times if not touched or matrix.used is None else matrix.used
+        if touched and matrix.quantised is None:
+            continue
+        form = named[min(matrix.quantised, len(named)) - 1] if matrix.quantised else "bf16"
+        parts[form] += matrix.rows * matrix.columns * count
     return sum(-(-weights * FORMATS[part].weight_bits // 8) for part, weights in parts.items())
 
 
 def attention_bytes(block: Block, tp: int, name: str) -> int:
-    """Weights of one attention shard: a column of Q and of O per query element, of K and V per KV element."""
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        return _latent_bytes(cell, tp, name)
-    query, kv = _heads(cell, tp)
-    norms = query + kv if cell.qk_norm_whole else 2 * cell.head_dim * cell.qk_norm
-    small = norms + cell.hidden * cell.output_bias + (query + 2 * kv) * cell.qkv_bias
-    small += -(-cell.query_heads // tp) * cell.sinks
-    qkv, output = cell.hidden * (query + 2 * kv), cell.hidden * query
-    return _packed(name, (cell.quantised, qkv), (cell.output_quantised, output)) + 2 * small
-
-
-def _latent_bytes(cell: LatentAttention, tp: int, name: str) -> int:
-    """Weights of one shard of latent attention: compressions and their norms whole, per head what expands them."""
-    heads, latent, rope = -(-cell.query_heads // tp), cell.kv_lora_rank, cell.rope_head_dim
-    query_in = cell.hidden if cell.q_lora_rank is None else cell.q_lora_rank
-    compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
-    inner = cell.hidden * (compressed + latent + rope)
-    inner += heads * (query_in * (cell.nope_head_dim + rope) + latent * (cell.nope_head_dim + cell.v_head_dim))
-    output = heads * cell.v_head_dim * cell.hidden
-    norms = 2 * (compressed + latent)
-    return _packed(name, (cell.quantised, inner), (cell.output_quantised, output)) + norms
+    """Weights of one attention shard."""
+    return _packed(name, block.attention.matrices(Cut(heads=tp)))
 
 
 def attention_width(block: Block, tp: int) -> int:
     """Elements alive per token inside one attention shard."""
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        query = cell.nope_head_dim + cell.rope_head_dim
-        per_head = query + query + cell.nope_head_dim + cell.v_head_dim
-        compressed = 0 if cell.q_lora_rank is None else cell.q_lora_rank
-        return -(-cell.query_heads // tp) * per_head + compressed + cell.kv_lora_rank + cell.rope_head_dim
-    query, kv = _heads(cell, tp)
-    return query + 2 * kv
+    return block.attention.width(Cut(heads=tp))
 
 
 def kv_bytes(block: Block, tp: int, name: str) -> int:
-    cell = block.attention
-    if isinstance(cell, LatentAttention):
-        return (cell.kv_lora_rank + cell.rope_head_dim) * KV_BYTES[name]
-    return 2 * _heads(cell, tp)[1] * KV_BYTES[name]
+    """Bytes that one token keeps in one attention shard."""
+    return sum(kept.elements * KV_BYTES[name] for kept in block.attention.cache(Cut(heads=tp)))
 
 
 def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
     """Weights of one shard of what every token passes through: a dense FFN, or the one shared beside experts."""
-    cell = block.ffn
-    matrices = 3 if cell.gated else 2
-    if isinstance(cell, DenseFfn):
-        columns = -(-cell.intermediate // shards)
-        bias = (columns * (matrices - 1) + cell.hidden) * cell.bias * (not touched)
-        size = columns * cell.hidden
-        return _packed(name, (cell.quantised, (matrices - 1) * size), (cell.down_quantised, size)) + 2 * bias
-    shared = -(-cell.shared_intermediate // shards) * cell.hidden
-    return _packed(name, (cell.shared_quantised, (matrices - 1) * shared), (cell.shared_down_quantised, shared))
+    dense = block.ffn.dense
+    return 0 if dense is None else _packed(name, dense.matrices(Cut(columns=shards)), touched=touched)
 
 
 def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
     """Weights of one shard of the experts and the router, or only those that a single token certainly touches."""
-    cell = block.ffn
-    if isinstance(cell, DenseFfn):
-        return 0
-    matrices = 3 if cell.gated else 2
-    columns, hidden = -(-cell.expert_intermediate // tp), cell.hidden
-    if touched:
-        return _packed(name, (cell.quantised, matrices * -(-cell.experts_per_token // ep) * columns * hidden))
-    for padded, by_hidden, by_columns in instance.held.padded:
-        if padded == get_format(name).part(cell.quantised or 1).name:
-            hidden, columns = hidden + -hidden % by_hidden, columns + -columns % by_columns
-    experts = -(-cell.experts // ep)
-    bias = experts * (columns * (matrices - 1) + hidden) * cell.bias
-    routed = _packed(name, (cell.quantised, matrices * experts * columns * hidden))
-    return routed + 2 * (bias + cell.router_parameters)
+    cut, form = Cut(experts=ep, expert_columns=tp), get_format(name).part(block.ffn.quantised or 1).name
+    for padded, *multiples in instance.held.padded:
+        if padded == form and not touched:
+            cut = cut._replace(multiples=(multiples[0], multiples[1]))
+    return _packed(name, block.ffn.routed(cut), touched=touched)
 
 
 def attention_side(instance: Instance, block: Block, tp: int, name: str, *, whole: bool, touched: bool) -> int:
@@ -134,7 +90,7 @@ def attention_side(instance: Instance, block: Block, tp: int, name: str, *, whol
     ----------
     whole : bool    `shared_whole` of the plan
     """
-    shards = 1 if whole and not isinstance(block.ffn, DenseFfn) else tp
+    shards = 1 if whole and block.is_moe else tp
     dense = dense_bytes(block, shards, name, touched=touched) if instance.held.dense_per_copy else 0
     return attention_bytes(block, tp, name) + dense
 
@@ -152,11 +108,7 @@ def ffn_side(instance: Instance, block: Block, tp: int, ep: int, name: str, *, t
 
 def ffn_width(block: Block, tp: int, ep: int) -> int:
     """Elements alive per token inside one FFN shard."""
-    cell = block.ffn
-    matrices = 3 if cell.gated else 2
-    if isinstance(cell, DenseFfn):
-        return matrices * -(-cell.intermediate // (tp * ep))
-    return cell.experts_per_token * (cell.hidden + matrices * -(-cell.expert_intermediate // tp))
+    return block.ffn.width(Cut(columns=tp * ep, experts=ep, expert_columns=tp))
 
 
 def vocab_bytes(instance: Instance, tp: int) -> int:
