@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
+from cli_cases import ROOT, Ran, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -24,11 +25,9 @@ def words_of(line: str) -> list[str] | None:
     return shlex.split(match[1]) if match else None
 
 
-def solve(words: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a command as its reader would, with tables as wide as those shown."""
-    environment = {**os.environ, "COLUMNS": "120"}
-    program = [sys.executable, str(ROOT / "solve.py"), *words]
-    return subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+def solve(words: list[str], cwd: Path = ROOT) -> Ran:
+    """Run a command where its reader would; tables are as wide as those shown (`conftest.py`)."""
+    return run(*words, cwd=cwd)
 
 
 def shown_and_printed(body: str, *more: str) -> tuple[str, str]:
@@ -36,4 +35,4 @@ def shown_and_printed(body: str, *more: str) -> tuple[str, str]:
     command, *shown = body.splitlines()
     words = words_of(command)
     assert words is not None, command
-    return " ".join(" ".join(shown).split()), " ".join(solve([*words, *more]).stdout.split())
+    return " ".join(" ".join(shown).split()), " ".join(solve([*words, *more]).out.split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -15,10 +14,11 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numba
 import pytest
+from cli_cases import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_cases import engine, recorded, write_runs
@@ -43,7 +43,6 @@ from apex_opt.workload import Trace, load_trace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).resolve().parents[1]
 TRACES = Path(__file__).parent / "cases" / "traces"
 CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
 ONE = {
@@ -66,22 +65,6 @@ ONE = {
     "clusters": (),
     "traces": (),
 }
-
-
-class Ran(NamedTuple):
-    """What a run left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run(*words: str) -> Ran:
-    """Run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
-        solve.main(list(words))
-    return Ran(int(caught.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def refused(*words: str) -> str:

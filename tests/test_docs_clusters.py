@@ -30,7 +30,7 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
     command, *shown = body.splitlines()
     words = words_of(command)
     assert words is not None
-    printed = " ".join(solve(words, tmp_path).stdout.split())
+    printed = " ".join(solve(words, tmp_path).out.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
 
@@ -39,7 +39,7 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
 def test_with_few_requests_the_faster_type_serves_them_best_alone(tmp_path: Path) -> None:
     (tmp_path / "mixed.toml").write_text(MIXED)
     done = solve(["plan", "--cluster", "mixed.toml", "--top", "1", "--format", "json"], tmp_path)
-    document = json.loads(done.stdout)
+    document = json.loads(done.out)
     assert [part["gpu"] for part in document["best"]["parts"]] == ["h100-sxm-80gb"]
     assert f"{document['question']['trace']['rate_per_s']:.2f} requests/s of the `chat` trace" in TEXT
 

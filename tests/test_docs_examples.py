@@ -17,7 +17,7 @@ def test_the_output_shown_is_the_output_printed(body: str) -> None:
     command, *shown = body.splitlines()
     words = words_of(command)
     assert words is not None
-    printed = " ".join(solve(words).stdout.split())
+    printed = " ".join(solve(words).out.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
 

@@ -25,7 +25,7 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
     words = words_of(command)
     assert words is not None
     words = [str(ROOT / word) if word.startswith("tests/") else word for word in words]
-    printed = " ".join(solve(words, tmp_path).stdout.split())
+    printed = " ".join(solve(words, tmp_path).out.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
 

@@ -30,7 +30,7 @@ ROWS = [match.groupdict() for match in ROW.finditer(TEXT)]
 
 
 def placed(*words: str, cwd: Path = ROOT) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(solve(["place", *words, "--format=json"], cwd).stdout)
+    document: dict[str, Any] = json.loads(solve(["place", *words, "--format=json"], cwd).out)
     return document
 
 
@@ -41,8 +41,8 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
     words = words_of(command)
     assert words is not None
     done = solve(words, tmp_path)
-    assert done.returncode == (3 if "infeasible" in body else 0)
-    printed = " ".join(done.stdout.split())
+    assert done.code == (3 if "infeasible" in body else 0)
+    printed = " ".join(done.out.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
 
@@ -84,7 +84,7 @@ def test_the_table_has_six_presets() -> None:
 def test_the_rank_file_begins_as_shown(tmp_path: Path) -> None:
     words = words_of(RUNS[0].splitlines()[0])
     assert words is not None
-    assert solve([*words, "--rankfile=ranks.txt"], tmp_path).returncode == 0
+    assert solve([*words, "--rankfile=ranks.txt"], tmp_path).code == 0
     assert (tmp_path / "ranks.txt").read_text().startswith(RANKS)
 
 

@@ -71,8 +71,8 @@ def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
         (tmp_path / "runs").symlink_to(MEASURED / "h200-vllm-0.20.2")
     done = solve(words, tmp_path)
     # Two of them show what is said where nothing fits.
-    assert done.returncode in (0, 3), done.stderr
-    assert (done.returncode == 3) == (words[1:] == ["--cluster", "1xh100-sxm"])
+    assert done.code in (0, 3), done.err
+    assert (done.code == 3) == (words[1:] == ["--cluster", "1xh100-sxm"])
 
 
 def test_the_accelerator_described_is_the_one_that_is_used(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_run_shown_gives_the_plans_and_the_certificate_shown() -> None:
     (body,) = [body for kind, body in BLOCKS if kind == "console" and "--top 3" in body]
     command, *shown = body.splitlines()
     words = shlex.split(command.split("solve.py ")[1])
-    document = json.loads(solve([*words, "--format", "json"]).stdout)
+    document = json.loads(solve([*words, "--format", "json"]).out)
     table = [line for line in shown if re.match(r" *[123] ", line)]
     assert len(table) == len(document["candidates"]) == 3
     for line, candidate in zip(table, document["candidates"], strict=True):
@@ -135,7 +135,7 @@ def test_the_errors_shown_are_those_that_validate_finds(name: str) -> None:
         pytest.skip(f"no measured runs in {path}")
     shown = re.findall(rf"^\| {name} \| (\w+) \|", README, re.MULTILINE)
     assert len(shown) >= 2
-    document = json.loads(solve(["validate", "--measured", str(path), "--format", "json"]).stdout)
+    document = json.loads(solve(["validate", "--measured", str(path), "--format", "json"]).out)
     for row in _errors(name, shown, document["summary"]):
         assert row in README
     for engine, summary in document["summary_by"]["engine"].items() if name == "closed loops" else ():

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pytest
+from cli_cases import run
 
-import solve
 from apex_opt.errors import InputError
 from apex_opt.report.requests import write_requests
 from apex_opt.simulator.law import linear_law
@@ -54,10 +54,9 @@ def test_a_file_that_cannot_be_written_is_one_clear_line_and_leaves_nothing(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_simulate_writes_the_file_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulate_writes_the_file_of_its_run(tmp_path: Path) -> None:
     path = tmp_path / "r.csv"
     words = ["simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=3,prompt=10,output=4"]
-    with pytest.raises(SystemExit) as done:
-        solve.main([*words, f"--requests={path}"])
-    assert done.value.code == 0, capsys.readouterr().err
+    done = run(*words, f"--requests={path}")
+    assert done.code == 0, done.err
     assert len(pd.read_csv(path)) == 3

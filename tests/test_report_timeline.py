@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
 import os
@@ -12,11 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cli_cases import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_cases import LOOPS, TRAFFIC, Case, Loop, cases, linear, requests
 
-import solve
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import InputError
 from apex_opt.plan.engine import EngineSettings
@@ -305,14 +303,6 @@ def test_a_run_that_cannot_be_shown_leaves_the_old_file_and_nothing_beside_it(tm
 
 
 # The command.
-
-
-def run(*words: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
-        solve.main(list(words))
-    return int(caught.value.code or 0), out.getvalue(), err.getvalue()
 
 
 SIMULATE = ("simulate", "--plan", "tp1", "--model", "llama-3.1-8b", "--trace=poisson:rate=20,n=30,prompt=300,output=9")

@@ -7,14 +7,13 @@
 `answers/GROUP.json` maps a command to its exit code, its error line if it has one, and its answer. What shows how the
 search went (`SEARCH`: counts of plans bounded and simulated, and what hangs on their order) is in `answers/search.json`
 alone, as it may change with the order of a search while the answers, the size of the space and what is infeasible may
-not. Long parts are kept as hashes (`HASHED`). Nothing here knows of the package but `call`.
+not. Long parts are kept as hashes (`HASHED`). Nothing here knows of the package but
+`cli_cases.run`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,7 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import cli_cases
+
 ANSWERS = Path(__file__).parent / "answers"
 RENAMED: dict[str, str] = {}
 """Keys that documents have renamed since, to the names that are frozen; empty once all is recorded anew."""
@@ -36,20 +36,6 @@ HASHED = re.compile(
     r"candidates\[0\]|candidates\[\d+\]\.(metrics|memory|parts)|plans\[[1-9]\d*\]\.(metrics|memory)|front\[\d+\]\.(metrics|memory)"
     r"|(models|clusters)\[\d+\]|(.*\.)?(provenance|operations_s)|beaten"
 )
-
-
-def call(words: list[str]) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command, run in this process."""
-    import solve
-
-    out, err = io.StringIO(), io.StringIO()
-    code: Any = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
-        try:
-            solve.main(words)
-        except SystemExit as end:
-            code = end.code
-    return int(code or 0), out.getvalue(), err.getvalue()
 
 
 def commands() -> dict[str, list[str]]:
@@ -71,7 +57,7 @@ def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is frozen of a command: the answer, and how its search went by the path of each count."""
     words = shlex.split(command)
     whole = any(word.startswith("--format") for word in words)
-    code, out, err = call(words if whole else [*words, "--format=json"])
+    code, out, err = cli_cases.run(*words, *(() if whole else ("--format=json",)), cwd=cli_cases.ROOT)
     kept: dict[str, Any] = {"exit": code}
     if errors := [line for line in err.splitlines() if line.startswith("error: ")]:
         kept["error"] = errors
@@ -144,7 +130,7 @@ def lines(value: Any, depth: int) -> str:
 def main(words: list[str]) -> None:
     os.environ["COLUMNS"] = "120"
     if words[:1] == ["--show"]:
-        print(call([*shlex.split(words[1]), "--format=json"])[1], end="")
+        print(cli_cases.run(*shlex.split(words[1]), "--format=json", cwd=cli_cases.ROOT).out, end="")
         return
     searches_only = "--search" in words
     chosen = [word for word in words if word != "--search"] or list(commands())
