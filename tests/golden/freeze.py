@@ -89,7 +89,7 @@ def condensed(value: Any, path: str, search: dict[str, Any]) -> Any:
 
 
 def hashed(value: Any) -> str:
-    return "sha256:" + hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return "sha256:" + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
