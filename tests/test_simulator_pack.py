@@ -11,7 +11,8 @@ from simulator_cases import IMPLEMENTATIONS, Case, assert_same, linear, requests
 
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator import kernel, law, replay
+from apex_opt.simulator import law, replay
+from apex_opt.simulator.kernel import state
 from apex_opt.simulator.stop import Stop
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def case(**changes: Any) -> Case:
 
 
 def test_kernel_and_law_agree_on_the_unit_of_rates() -> None:
-    assert kernel.RATE_BITS == law.RATE_BITS
+    assert state.RATE_BITS == law.RATE_BITS
 
 
 @pytest.mark.parametrize("table", SEATS + TOKENS)

@@ -12,7 +12,7 @@ from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, assert_same, blocks_
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plan.engine import POLICIES, EngineSettings
-from apex_opt.simulator.reference import SCHEDULERS
+from apex_opt.simulator.reference.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from typing import Literal

@@ -65,6 +65,16 @@ class EngineSettings:
         """Whether a prompt is computed in one batch or not at all."""
         return self.policy != "vllm" or not self.chunked_prefill
 
+    def depth(self, stages: int) -> int:
+        """Batches in flight at once, over so many pipeline stages.
+
+        As many as stages; on one stage 2 where the next batch is scheduled while the last one runs, else 1. Static
+        batching has nothing to schedule while a batch runs.
+        """
+        if self.policy == "static":
+            return 1
+        return stages if stages > 1 else 1 + self.async_scheduling
+
     def __post_init__(self) -> None:
         for name, least in (
             ("max_num_seqs", 1),

@@ -435,7 +435,7 @@ def tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan]) 
     from apex_opt.simulator.pack import needs_compiling
 
     if any(needs_compiling(evaluator.question.settings_for(plan), plan.stages) for plan in plans):
-        tell("compiling the simulator, once on this machine: 10 to 30 s", 0, 0)
+        tell("compiling the simulator, once on this machine: a few seconds", 0, 0)
 
 
 def silent(what: str, done: int, total: int) -> None:

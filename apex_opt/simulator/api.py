@@ -1,4 +1,4 @@
-"""Entry points of the simulator: `simulate` for plans, `replay` for recorded batches."""
+"""Entry points of the simulator: `simulate` for plans, `run_deployment` for pools of them, `replay` for recordings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from apex_opt.errors import CapacityError, UnknownNameError, UsageError, join_fa
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator.law import check_laws, linear_law
 from apex_opt.simulator.outcome import Routing
+from apex_opt.simulator.pools import EnginePool, shares
 from apex_opt.units import NS_PER_US, ceil_div
 from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome
@@ -91,41 +94,89 @@ def simulate(
     ------
     CapacityError, UsageError
     """
-    if replicas < 1:
-        raise UsageError(f"replicas: {replicas} is below 1")
+    pool = EnginePool(settings=settings, blocks=blocks, laws=laws, replicas=replicas)
+    return run_deployment(
+        [pool],
+        trace,
+        routing=routing,
+        log=log,
+        gaps=gaps,
+        stops=stops,
+        floors=floors,
+        implementation=implementation,
+    )
+
+
+def run_deployment(
+    pools: Sequence[EnginePool],
+    trace: Trace,
+    *,
+    assigned: NDArray[np.integer] | None = None,
+    clients: Sequence[int] | None = None,
+    routing: Routing = "round_robin",
+    log: bool = False,
+    gaps: bool = False,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
+    implementation: Implementation = "kernel",
+) -> Outcome:
+    """Serve a trace on several pools of replicas, each with its own limits, laws and blocks.
+
+    Parameters
+    ----------
+    pools : EnginePool of each; they agree on `max_model_len`, on prefix caching and, with it, on the size of a block
+    assigned : int[requests] or None    the pool that serves each request; None: any replica of any pool
+    clients : of each pool, at least one, where `assigned` is given and the trace is a closed loop; clients keep to
+        their replica
+    routing : how a replica is found, among those of its pool where a request is assigned to one; see `simulate`
+    log, gaps, stops, floors, implementation : as for `simulate`, of the whole deployment
+
+    Returns
+    -------
+    Outcome    replicas pool by pool, and what each pool did in `pools`
+
+    Raises
+    ------
+    CapacityError, UsageError
+    """
     if routing not in get_args(Routing):
         raise UnknownNameError("routing", str(routing)[:60], get_args(Routing))
-    check_fits(settings, blocks, trace)
+    _check_alike(pools)
+    found = shares(pools, trace, routing, assigned, clients)
+    for place, pool in enumerate(pools):
+        _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
+    if implementation == "reference":
+        from apex_opt.simulator import reference
+
+        return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops)
+    from apex_opt.simulator import pack
+
+    return pack.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors)
+
+
+def _check_alike(pools: Sequence[EnginePool]) -> None:
+    """Refuse pools that cannot stand side by side."""
+    if not pools:
+        raise UsageError("a deployment needs a pool of replicas, got none")
+    for name in ("max_model_len", "prefix_caching", *(("block_size",) if pools[0].settings.prefix_caching else ())):
+        if len(values := {getattr(pool.settings, name) for pool in pools}) > 1:
+            raise UsageError(f"pools of one deployment have the same {name}, got {', '.join(map(str, values))}")
+
+
+def _check_pool(pool: EnginePool, trace: Trace) -> None:
+    """Refuse requests and laws that the replicas of a pool cannot take."""
+    settings = pool.settings
+    check_fits(settings, pool.blocks, trace)
     longest = trace.longest
     check_laws(
-        laws,
+        pool.laws,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         longest=longest,
         # Sequences that share a prefix hold more tokens together than there are in the pool.
         held=longest * settings.max_num_seqs
         if settings.prefix_caching
-        else min(longest * settings.max_num_seqs, blocks * settings.block_size),
-    )
-    if implementation == "reference":
-        from apex_opt.simulator import reference
-
-        return reference.simulate(
-            settings, blocks, laws, trace, replicas=replicas, routing=routing, log=log, gaps=gaps, stops=stops
-        )
-    from apex_opt.simulator import pack
-
-    return pack.run(
-        settings,
-        blocks,
-        laws,
-        trace,
-        replicas=replicas,
-        routing=routing,
-        log=log,
-        gaps=gaps,
-        stops=stops,
-        floors=floors,
+        else min(longest * settings.max_num_seqs, pool.blocks * settings.block_size),
     )
 
 

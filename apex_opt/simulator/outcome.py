@@ -87,6 +87,24 @@ class BatchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PoolOutcome:
+    """What one pool of replicas did in a run.
+
+    Parameters
+    ----------
+    preemptions, batches, cached_tokens : int
+    counts : BatchCounts                 over its replicas
+    busy_ns : int64[replicas, stages]    time each stage spent on batches
+    """
+
+    preemptions: int
+    batches: int
+    cached_tokens: int
+    counts: BatchCounts
+    busy_ns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
     """One simulated run.
 
@@ -96,12 +114,13 @@ class Outcome:
         arrival is as given, or the moment a closed-loop client sent the request
     preemptions, batches : int
     cached_tokens : int                  prompt tokens found in the cache when their request was first admitted
-    busy_ns : int64[replicas, stages]    time each stage spent on batches
-    counts : BatchCounts                 over all replicas
+    busy_ns : int64[replicas, stages]    time each stage spent on batches; of pools with fewer stages 0 in the others
+    counts : BatchCounts                 over all replicas; empty of several pools, as theirs stand for different times
     steps : list of Step or None         every batch, replica by replica, where asked for
     steps_per_replica : list of int or None    how many of them are whose
     gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
+    pools : PoolOutcome of each pool
     """
 
     arrival_ns: NDArray[np.int64]
@@ -116,6 +135,7 @@ class Outcome:
     steps_per_replica: list[int] | None = None
     gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False
+    pools: tuple[PoolOutcome, ...] = ()
 
     @property
     def makespan_ns(self) -> int:

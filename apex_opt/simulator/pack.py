@@ -1,8 +1,8 @@
-"""The only door to the compiled kernel: checks ranges, casts to declared column arrays, calls, unpacks."""
+"""The only door to the compiled kernel: lays out its memory, calls it, and reads the results."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,12 +10,14 @@ import numpy as np
 
 from apex_opt.errors import UsageError
 from apex_opt.plan.engine import POLICIES
-from apex_opt.simulator import kernel as kn
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
-from apex_opt.simulator.kernel_cache import is_ready
+from apex_opt.simulator.kernel import deployment as kernel
+from apex_opt.simulator.kernel import state as kn
+from apex_opt.simulator.kernel.content import number_pieces_nb
+from apex_opt.simulator.kernel.jit import is_ready
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
-from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.stop import METRICS, latencies_ns
 
 if TYPE_CHECKING:
@@ -24,49 +26,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.plan.engine import EngineSettings
-    from apex_opt.simulator.outcome import Routing, Step
+    from apex_opt.simulator.outcome import Step
+    from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
+    I64 = NDArray[np.int64]
+
 assert kn.RATE_BITS == RATE_BITS
-
-
-def run(
-    settings: EngineSettings,
-    blocks: int,
-    laws: Sequence[BatchLaw],
-    trace: Trace,
-    *,
-    replicas: int = 1,
-    routing: Routing = "round_robin",
-    log: bool = False,
-    gaps: bool = False,
-    stops: Sequence[Stop] = (),
-    floors: Outcome | None = None,
-) -> Outcome:
-    """Run a trace through the kernel; see `apex_opt.simulator.api.simulate` for the parameters."""
-    packed_laws = pack_laws(laws)
-    capacity = (0, 0, 0)
-    while True:
-        outcome, batches = _run_once(
-            settings, blocks, packed_laws, trace, replicas, routing, capacity if log or gaps else None, stops, floors
-        )
-        needed = int(batches.at[0]), int(batches.at[1]), int(batches.at[2])
-        if not log and (not gaps or outcome.stopped):
-            return outcome
-        if all(n <= c for n, c in zip(needed, capacity, strict=True)):
-            break
-        capacity = needed
-    outcome = replace(outcome, gaps_ns=_gaps(batches, trace.generated(settings.max_model_len)))
-    if not log:
-        return outcome
-    return replace(outcome, steps=_steps(batches), steps_per_replica=_steps_per_replica(batches, len(outcome.busy_ns)))
+assert tuple(map(POLICIES.index, ("vllm", "orca", "static"))) == (kn.VLLM, kn.ORCA, kn.STATIC)
+_TABLES = [field.name for field in fields(BatchLaw) if field.name != "copies"]
 
 
 def needs_compiling(settings: EngineSettings, stages: int) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is."""
-    engine = kn.advance_queued_nb if _is_general(settings, stages) else kn.advance_single_nb
-    return not is_ready(engine)
+    if settings.prefix_caching:
+        return not is_ready(kernel.serve_caching_nb)
+    return not is_ready(kernel.serve_general_nb if _is_general(settings, stages) else kernel.serve_steady_nb)
 
 
 def _is_general(settings: EngineSettings, stages: int) -> bool:
@@ -76,191 +52,288 @@ def _is_general(settings: EngineSettings, stages: int) -> bool:
     )
 
 
-def pack_laws(laws: Sequence[BatchLaw]) -> kn.Laws:
-    """The stages' tables, a row per stage."""
-    columns = {f.name: _column([getattr(law, f.name) for law in laws]) for f in fields(BatchLaw) if f.name != "copies"}
-    return kn.Laws(**columns, copies=_column([np.array([law.copies], np.int64) for law in laws]))
-
-
-def _column(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.ascontiguousarray(np.stack(rows), dtype=np.int64)
-
-
-def _run_once(
-    settings: EngineSettings,
-    blocks: int,
-    laws: kn.Laws,
+def run(
+    pools: Sequence[EnginePool],
     trace: Trace,
-    replicas: int,
-    routing: Routing,
-    capacity: tuple[int, int, int] | None,
-    stops: Sequence[Stop],
-    floors: Outcome | None,
-) -> tuple[Outcome, kn.Log]:
-    stages = laws.decode_ns.shape[0]
-    depth = stages if stages > 1 else (2 if settings.async_scheduling else 1)
-    if settings.policy == "static":
-        depth = 1
-    limits = kn.Limits(
-        settings.max_num_seqs,
-        settings.max_num_batched_tokens,
-        settings.max_model_len,
-        int(settings.chunked_prefill),
-        settings.long_prefill_token_threshold,
-        settings.block_size,
-        int(settings.async_scheduling),
-        depth,
-        stages,
-        POLICIES.index(settings.policy),
-    )
-    n = len(trace.prompt)
-    requests = kn.Requests(
-        arrival=np.array(trace.arrival_ns, np.int64),
-        prompt=np.array(trace.prompt, np.int64),
-        output=np.array(trace.output, np.int64),
-        limit=trace.generated(settings.max_model_len).astype(np.int64),
-        following=np.full(n, kn.NONE, np.int64),
-        first=np.zeros(n, np.int64),
-        finish=np.zeros(n, np.int64),
-    )
-    closed = trace.concurrency is not None
-    deal = routing == "round_robin" or closed or replicas == 1
-    lanes = 1 if deal else replicas
-    queued = _is_general(settings, stages)
-    work = _work(
-        limits, requests, replicas, lanes, blocks, 1 if queued else 1 << int(requests.limit.max()).bit_length()
-    )
-    packed_stops = _stops(stops, floors, requests, trace)
-    cache = _cache(settings, trace, requests, lanes, blocks)
-    counts_arrays = BatchCounts.empty(settings)
-    counts = kn.Counts(**{f.name: getattr(counts_arrays, f.name) for f in fields(BatchCounts)})
-    sizes = capacity or (0, 0, 0)
-    log = kn.Log(
-        int(capacity is not None),
-        np.zeros(3, np.int64),
-        np.zeros((sizes[0], 5), np.int64),
-        np.zeros((sizes[1], 3), np.int64),
-        np.zeros(sizes[2], np.int64),
-    )
-    if deal:
-        active = min(replicas, trace.concurrency) if trace.concurrency is not None else replicas
-        if n > active:
-            requests.following[:-active] = np.arange(active, n)
-        if trace.concurrency is not None:
-            requests.arrival[:] = np.where(np.arange(n) < trace.concurrency, 0, kn.NEVER)
-        replicas = min(active, n)
-    kn.simulate_nb(
-        1 if queued else None,
-        int(not deal),
-        replicas,
-        trace.concurrency or 0,
-        limits,
-        laws,
-        requests,
-        work,
-        cache,
-        packed_stops,
-        counts,
-        log,
-    )
-    state = work.state
-    assert not state[:, kn.ERROR].any(), "a turn with work scheduled nothing"
-    if not packed_stops.passed[0] and int(state[:, kn.ENDED].sum()) < n:
-        raise clock_overflow()
-    outcome = Outcome(
-        arrival_ns=requests.arrival,
-        first_token_ns=requests.first,
-        finish_ns=requests.finish,
-        preemptions=int(state[:, kn.PREEMPTIONS].sum()),
-        cached_tokens=int(state[:, kn.CACHED].sum()),
-        batches=int(state[:, kn.BATCHES].sum()),
-        busy_ns=work.busy,
-        counts=counts_arrays,
-        stopped=bool(packed_stops.passed[0]),
-    )
-    return outcome, log
+    shares: Sequence[Share],
+    *,
+    log: bool = False,
+    gaps: bool = False,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
+) -> Outcome:
+    """Run a trace through the kernel; see `apex_opt.simulator.api.run_deployment` for the parameters."""
+    capacity = (0, 0, 0)
+    while True:
+        memory = _Memory(pools, trace, shares, stops, floors, capacity if log or gaps else None)
+        memory.serve()
+        used = tuple(memory.run.control[[kn.STEPS, kn.ROWS, kn.LOST]].tolist())
+        if not (log or gaps) or memory.stopped or all(map(int.__le__, used, capacity)):
+            return memory.outcome(log=log, gaps=gaps)
+        capacity = used
 
 
-def _work(limits: kn.Limits, requests: kn.Requests, replicas: int, together: int, blocks: int, ring: int) -> kn.Work:
-    """Scratch memory; replicas that run one after the other share the first row of the large arrays."""
-    n = len(requests.arrival)
-    state = np.zeros((replicas, kn.STATE_SIZE), np.int64)
-    state[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.NEXT, kn.TAIL, kn.BACKLOG]] = kn.NONE
-    state[:, kn.FREE] = blocks
-    return kn.Work(
-        generated=np.zeros(n, np.int64),
-        joined=np.zeros(n, np.int64),
-        offset=np.zeros(n, np.int64),
-        run_before=np.zeros(n, np.int64),
-        run_after=np.zeros(n, np.int64),
-        slot_before=np.zeros(n, np.int64),
-        slot_after=np.zeros(n, np.int64),
-        under=np.zeros(n, np.int64),
-        computed=np.zeros(n, np.int64),
-        in_flight=np.zeros(n, np.int64),
-        blocks=np.zeros(n, np.int64),
-        place=np.zeros(n, np.int64),
-        state=state,
-        ring=np.full((together, ring), kn.NONE, np.int64),
-        residue=np.zeros((together, limits.block_size), np.int64),
-        running=np.zeros((together, limits.max_num_seqs), np.int64),
-        queue_end=np.zeros((together, limits.depth), np.int64),
-        queue_size=np.zeros((together, limits.depth), np.int64),
-        queue_rows=np.zeros((together, limits.depth, limits.max_num_seqs), np.int64),
-        stage_free=np.zeros((replicas, limits.stages), np.int64),
-        busy=np.zeros((replicas, limits.stages), np.int64),
-        entering=np.zeros((together, 2, limits.max_num_seqs), np.int64),
-    )
+class _Memory:
+    """The arrays of one run, and what is read from them."""
+
+    def __init__(
+        self,
+        pools: Sequence[EnginePool],
+        trace: Trace,
+        shares: Sequence[Share],
+        stops: Sequence[Stop],
+        floors: Outcome | None,
+        capacity: tuple[int, ...] | None,
+    ) -> None:
+        self._pools, self._trace, self._shares = pools, trace, shares
+        lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
+        self._places = [slice(last - pool.replicas, last) for pool, last in zip(pools, lasts, strict=True)]
+        self._general = [_is_general(pool.settings, len(pool.laws)) for pool in pools]
+        if any(share.routed for share in shares) and len(shares) < len(pools):
+            # Replicas of several pools advance together, by the engine that can run all of them.
+            self._general = [any(self._general)] * len(pools)
+        # Replicas that run one after the other share their scratch memory.
+        self._lanes = [
+            pool.replicas if any(share.routed and share.first < place.stop <= share.last for share in shares) else 1
+            for pool, place in zip(pools, self._places, strict=True)
+        ]
+        self._requests = _requests(pools[0].settings.max_model_len, trace)
+        self._replicas = np.zeros((lasts[-1], kn.REPLICA_SIZE), np.int64)
+        for pool, place in zip(pools, self._places, strict=True):
+            _set_up(self._replicas[place], pool)
+        sizes = capacity or (0, 0, 0)
+        control = np.zeros(kn.CONTROL_SIZE, np.int64)
+        control[[kn.SIZE, kn.STOPS, kn.LOGGED]] = len(trace), len(stops), capacity is not None
+        control[kn.ORIGIN] = 0 if trace.concurrency is not None else trace.arrival_ns[0]
+        control[[kn.MOST_STEPS, kn.MOST_ROWS, kn.MOST_LOST]] = sizes
+        limits, least = _stops(stops, floors, self._requests)
+        laws = self._laws()
+        self.run = kn.Run(
+            control=control,
+            requests=self._requests.reshape(-1),
+            replicas=self._replicas.reshape(-1),
+            stages=self._stages.reshape(-1),
+            laws=laws,
+            counts=self._count(),
+            scratch=self._scratch(),
+            stops=limits,
+            floors=least,
+            steps=np.zeros(sizes[0] * kn.STEP_SIZE, np.int64),
+            rows=np.zeros(sizes[1] * kn.ROW_SIZE, np.int64),
+            lost=np.zeros(sizes[2], np.int64),
+        )
+        self._cache = self._blocks() if pools[0].settings.prefix_caching else None
+
+    def _laws(self) -> I64:
+        """The tables of all laws, each once; and which are whose."""
+        tables: list[I64] = []
+        at: dict[int, int] = {}
+        end = 0
+        stages: list[int] = []
+        for pool, place in zip(self._pools, self._places, strict=True):
+            for law in pool.laws:
+                if id(law) not in at:
+                    at[id(law)] = end
+                    tables += [*(getattr(law, name) for name in _TABLES), np.array([law.copies])]
+                    end += sum(map(len, tables[-10:]))
+            self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(pool.replicas)
+            stages += [at[id(law)] for law in pool.laws] * pool.replicas
+        self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
+        self._stages[:, kn.STAGE_LAW] = stages
+        return np.concatenate(tables, dtype=np.int64, casting="unsafe")
+
+    def _count(self) -> I64:
+        """Counts of nothing yet, of one pool after the other."""
+        empty = [BatchCounts.empty(pool.settings) for pool in self._pools]
+        sizes = [[len(getattr(counts, field.name)) for field in fields(counts)] for counts in empty]
+        flat = np.zeros(sum(map(sum, sizes)), np.int64)
+        self._counts: list[BatchCounts] = []
+        end = 0
+        for place, lengths in zip(self._places, sizes, strict=True):
+            self._replicas[place, kn.COUNTS_AT] = end
+            parts = np.split(flat[end : end + sum(lengths)], np.cumsum(lengths)[:-1])
+            self._counts.append(BatchCounts(**dict(zip((f.name for f in fields(BatchCounts)), parts, strict=True))))
+            end += sum(lengths)
+        return flat
+
+    def _scratch(self) -> I64:
+        """Memory of the engines: the parts of each lane of each pool."""
+        ring = 1 << int(self._requests[kn.LIMIT].max()).bit_length()
+        end = 0
+        for pool, place, lanes, general in zip(self._pools, self._places, self._lanes, self._general, strict=True):
+            seats, rows = pool.settings.max_num_seqs, self._replicas[place]
+            if general:
+                depth = int(rows[0, kn.DEPTH])
+                parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
+            else:
+                parts = {kn.RING_AT: ring, kn.RESIDUE_AT: pool.settings.block_size, kn.ENTERING_AT: 2 * seats}
+                rows[:, kn.RING_SIZE] = ring
+            for column, size in parts.items():
+                rows[:, column] = end + size * (np.arange(pool.replicas) % lanes)
+                end += size * lanes
+        scratch = np.zeros(end, np.int64)
+        for rows in self._replicas[self._replicas[:, kn.RING_SIZE] > 0]:
+            scratch[rows[kn.RING_AT] : rows[kn.RING_AT] + ring] = kn.NONE
+        return scratch
+
+    def _blocks(self) -> kn.Cache:
+        """Memory of prefix caching."""
+        settings, n = self._pools[0].settings, len(self._trace)
+        content = _content(self._trace, settings.block_size, settings.max_model_len)
+        longest = int((self._requests[kn.PROMPT] + self._requests[kn.LIMIT]).max()) // settings.block_size + 1
+        ends = dict.fromkeys((kn.MEMO_AT, kn.SLOTS_AT, kn.TABLE_AT, kn.BLOCK_AT, kn.HOLDER_AT), 0)
+        for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
+            if max(content.total, pool.blocks) >= 1 << 31:
+                raise UsageError(
+                    f"prefix caching: {max(content.total, pool.blocks):,} blocks of content are too many; "
+                    "use a shorter trace"
+                )
+            seats, rows, width = pool.settings.max_num_seqs, self._replicas[place], min(longest, pool.blocks)
+            rows[:, [kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = width, pool.blocks, content.total
+            for column, size in {
+                kn.MEMO_AT: kn.MEMO_WIDTH,
+                kn.SLOTS_AT: seats,
+                kn.TABLE_AT: seats * width,
+                kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
+                kn.HOLDER_AT: content.total * kn.HOLDER_WIDTH,
+            }.items():
+                rows[:, column] = ends[column] + size * (np.arange(pool.replicas) % lanes)
+                ends[column] += size * lanes
+        return kn.Cache(
+            piece_blocks=content.piece_blocks,
+            pieces=content.pieces,
+            starts=np.array(content.starts),
+            own=np.ascontiguousarray(content.own),
+            shared=content.shared_blocks,
+            registered=np.zeros(n, np.int64),
+            slot=np.zeros(n, np.int64),
+            slots=np.zeros(ends[kn.SLOTS_AT], np.int64),
+            memo=np.zeros(ends[kn.MEMO_AT], np.int64),
+            table=np.zeros(ends[kn.TABLE_AT], np.int32),
+            block=np.zeros(ends[kn.BLOCK_AT], np.int32),
+            holder=np.zeros(ends[kn.HOLDER_AT], np.int32),
+        )
+
+    def serve(self) -> None:
+        """Run the kernel."""
+        for share in self._shares:
+            if share.routed:
+                self._serve(share.first, share.last, share.rows)
+                continue
+            self._deal(share)
+            for place in self._places:
+                first, last = max(share.first, place.start), min(share.last, place.stop)
+                if first < last:
+                    self._serve(first, last, np.zeros(0, np.int64))
+
+    def _deal(self, share: Share) -> None:
+        """Chain the requests of each replica; with clients all but their first wait for answers."""
+        active, rows = share.last - share.first, share.rows
+        self._requests[kn.FOLLOWING, rows[:-active]] = rows[active:]
+        replicas = self._replicas[share.first : share.last]
+        replicas[:, kn.HEAD] = rows[:active]
+        if share.clients is not None:
+            self._requests[kn.ARRIVAL, rows] = np.where(np.arange(len(rows)) < share.clients, 0, kn.NEVER)
+            later = np.arange(active)
+            later += -(-(share.clients - later) // active) * active
+            replicas[:, kn.BACKLOG] = np.append(rows, kn.NONE)[np.minimum(later, len(rows))]
+
+    def _serve(self, first: int, last: int, routed: I64) -> None:
+        if self.stopped:
+            return
+        if self._cache is not None:
+            kernel.serve_caching_nb(self.run, self._cache, first, last, routed)
+        elif self._general[next(place for place, its in enumerate(self._places) if first < its.stop)]:
+            kernel.serve_general_nb(self.run, first, last, routed)
+        else:
+            kernel.serve_steady_nb(self.run, first, last, routed)
+        assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a limit was passed."""
+        return bool(self.run.control[kn.PASSED])
+
+    def outcome(self, *, log: bool, gaps: bool) -> Outcome:
+        """What came of the run, with what was asked for of a complete log."""
+        requests, replicas = self._requests, self._replicas
+        if not self.stopped and int(replicas[:, kn.ENDED].sum()) < len(self._trace):
+            raise clock_overflow()
+        steps = self.run.steps.reshape(-1, kn.STEP_SIZE)
+        rows = self.run.rows.reshape(-1, kn.ROW_SIZE)
+        pools = tuple(map(self._pool, range(len(self._pools))))
+        most = max(pool.busy_ns.shape[1] for pool in pools)
+        return Outcome(
+            arrival_ns=requests[kn.ARRIVAL],
+            first_token_ns=requests[kn.FIRST],
+            finish_ns=requests[kn.FINISH],
+            preemptions=int(replicas[:, kn.PREEMPTIONS].sum()),
+            cached_tokens=int(replicas[:, kn.CACHED].sum()),
+            batches=int(replicas[:, kn.BATCHES].sum()),
+            busy_ns=np.concatenate([np.pad(p.busy_ns, ((0, 0), (0, most - p.busy_ns.shape[1]))) for p in pools]),
+            counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
+            gaps_ns=_gaps(steps, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
+            steps=_steps(steps, rows, self.run.lost) if log else None,
+            steps_per_replica=np.bincount(steps[:, kn.STEP_REPLICA], minlength=len(replicas)).tolist() if log else None,
+            stopped=self.stopped,
+            pools=pools,
+        )
+
+    def _pool(self, index: int) -> PoolOutcome:
+        """What came of one pool."""
+        pool, replicas = self._pools[index], self._replicas[self._places[index]]
+        stages = replicas[:, kn.FIRST_STAGE, None] + np.arange(len(pool.laws))
+        return PoolOutcome(
+            preemptions=int(replicas[:, kn.PREEMPTIONS].sum()),
+            batches=int(replicas[:, kn.BATCHES].sum()),
+            cached_tokens=int(replicas[:, kn.CACHED].sum()),
+            counts=self._counts[index],
+            busy_ns=self._stages[stages, kn.STAGE_BUSY],
+        )
 
 
-def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: kn.Requests, trace: Trace) -> kn.Stops:
-    """Limits as columns; what is left for sums once every request has its floor."""
-    least = np.zeros((len(METRICS), len(requests.arrival) if stops else 0), np.int64)
+def _requests(max_model_len: int, trace: Trace) -> I64:
+    """The columns of the requests."""
+    requests = np.zeros((max(kn.STEADY_REQUEST_SIZE, kn.GENERAL_REQUEST_SIZE), len(trace)), np.int64)
+    requests[kn.ARRIVAL], requests[kn.PROMPT], requests[kn.OUTPUT] = trace.arrival_ns, trace.prompt, trace.output
+    requests[kn.LIMIT], requests[kn.FOLLOWING] = trace.generated(max_model_len), kn.NONE
+    return requests
+
+
+def _set_up(replicas: I64, pool: EnginePool) -> None:
+    """Settings of replicas, and their registers before anything came."""
+    settings, stages = pool.settings, len(pool.laws)
+    for column, value in {
+        kn.MAX_SEQS: settings.max_num_seqs,
+        kn.MAX_TOKENS: settings.max_num_batched_tokens,
+        kn.MAX_LENGTH: settings.max_model_len,
+        kn.CHUNKED: settings.chunked_prefill,
+        kn.THRESHOLD: settings.long_prefill_token_threshold,
+        kn.BLOCK_SIZE: settings.block_size,
+        kn.ASYNCHRONOUS: settings.async_scheduling,
+        kn.POLICY: POLICIES.index(settings.policy),
+        kn.DEPTH: settings.depth(stages),
+        kn.STAGES: stages,
+        kn.FREE: pool.blocks,
+    }.items():
+        replicas[:, column] = value
+    replicas[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.HEAD, kn.TAIL, kn.BACKLOG]] = kn.NONE
+
+
+def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: I64) -> tuple[I64, I64]:
+    """Limits as rows, and floors as columns; what is left for sums once every request has its floor."""
+    least = np.zeros((len(METRICS), requests.shape[1] if stops else 0), np.int64)
     if stops and floors is not None:
         times = floors.arrival_ns, floors.first_token_ns, floors.finish_ns
-        for row, metric in enumerate(METRICS):
-            least[row] = latencies_ns(metric, *times, requests.limit)
-    limits = [
-        stop.limit_ns - (int(least[METRICS.index(stop.metric)].sum()) if stop.kind == "sum" else 0) for stop in stops
-    ]
-    return kn.Stops(
-        metric=np.array([METRICS.index(stop.metric) for stop in stops], np.int64),
-        adds=np.array([stop.kind == "sum" for stop in stops], np.int64),
-        limit=np.array(limits, np.int64),
-        most=np.array([stop.most for stop in stops], np.int64),
-        used=np.zeros(len(stops), np.int64),
-        floors=least,
-        origin=0 if trace.concurrency is not None else int(trace.arrival_ns[0]),
-        passed=np.zeros(1, np.int64),
-    )
-
-
-def _cache(settings: EngineSettings, trace: Trace, requests: kn.Requests, lanes: int, blocks: int) -> kn.Cache:
-    """Scratch memory of prefix caching; next to nothing where it is off."""
-    on = settings.prefix_caching
-    n, seats, pool = (len(requests.arrival), settings.max_num_seqs, blocks) if on else (0, 0, 0)
-    content = _content(trace, settings.block_size, settings.max_model_len) if on else None
-    longest = int((requests.prompt + requests.limit).max()) // settings.block_size + 1 if on else 0
-    keys = content.total if content else 0
-    if max(keys, pool) >= 1 << 31:
-        raise UsageError(f"prefix caching: {max(keys, pool):,} blocks of content are too many; use a shorter trace")
-    nothing = np.zeros(0, np.int64)
-    return kn.Cache(
-        on=int(on),
-        piece_blocks=content.piece_blocks if content else 1,
-        pieces=content.pieces if content else nothing,
-        starts=np.array(content.starts) if content else nothing,
-        own=np.ascontiguousarray(content.own) if content else nothing,
-        shared_blocks=content.shared_blocks if content else nothing,
-        slot=np.zeros(n, np.int64),
-        registered=np.zeros(n, np.int64),
-        slots=np.zeros((lanes, seats), np.int64),
-        # Half the bytes, as these are large and read all over.
-        table=np.zeros((lanes, seats, min(longest, pool)), np.int32),
-        block=np.zeros((lanes, pool + 1, 8), np.int32),
-        holder=np.zeros((lanes, keys, 2), np.int32),
-        memo=np.zeros((lanes, 4), np.int64),
-    )
+        least[:] = [latencies_ns(metric, *times, requests[kn.LIMIT]) for metric in METRICS]
+    rows = np.zeros((len(stops), kn.STOP_SIZE), np.int64)
+    for row, stop in zip(rows, stops, strict=True):
+        metric = METRICS.index(stop.metric)
+        adds = stop.kind == "sum"
+        row[[kn.STOP_METRIC, kn.STOP_ADDS, kn.STOP_MOST]] = metric, adds, stop.most
+        row[kn.STOP_LIMIT] = stop.limit_ns - (int(least[metric].sum()) if adds else 0)
+        row[kn.STOP_USED] = 0 if adds else (least[metric] > stop.limit_ns).sum()
+    return rows.reshape(-1), least.reshape(-1)
 
 
 @lru_cache(maxsize=4)
@@ -269,32 +342,28 @@ def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
     return BlockContent.of(trace, block_size, trace.generated(max_model_len), _number_pieces)
 
 
-def _number_pieces(starts: NDArray[np.int64], content: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
     """`content.number_pieces`, compiled."""
     pieces, previous = np.zeros(len(content), np.int64), np.zeros(len(content), np.int64)
     slots = np.full(2 << len(content).bit_length(), kn.NONE, np.int64)
-    return pieces, int(kn.number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
+    return pieces, int(number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
 
 
-def _gaps(log: kn.Log, generated: NDArray[np.int64]) -> NDArray[np.int64]:
+def _gaps(steps: I64, rows: I64, generated: I64) -> I64:
     """Times between tokens: a token comes when the batch that yields it ends."""
-    yields = (log.rows[:, 0] & 1).astype(bool)
-    end_ns = np.repeat(log.steps[:, 2], log.steps[:, 3])
-    return gaps_ns(log.rows[yields, 0] >> 1, end_ns[yields], generated)
+    yields = (rows[:, kn.ROW_YIELDS] & 1).astype(bool)
+    end_ns = np.repeat(steps[:, kn.STEP_END], steps[:, kn.STEP_ROWS])
+    return gaps_ns(rows[yields, kn.ROW_YIELDS] >> 1, end_ns[yields], generated)
 
 
-def _steps_per_replica(log: kn.Log, replicas: int) -> list[int]:
-    return [int(count) for count in np.bincount(log.steps[:, 0], minlength=replicas)]
-
-
-def _steps(log: kn.Log) -> list[Step]:
+def _steps(steps: I64, rows: I64, lost: I64) -> list[Step]:
     """The log as lists, replica by replica."""
-    rows, preempted = log.rows.tolist(), log.preempted.tolist()
-    steps: list[tuple[int, Step]] = []
+    shares, preempted = rows.tolist(), lost.tolist()
+    found: list[tuple[int, Step]] = []
     row = gone = 0
-    for replica, start, end, size, lost in log.steps.tolist():
-        chunk = [(i >> 1, tokens, computed) for i, tokens, computed in rows[row : row + size]]
-        steps.append((replica, (start, end, chunk, sorted(preempted[gone : gone + lost]))))
+    for replica, start, end, size, victims in steps.tolist():
+        chunk = [(i >> 1, tokens, computed) for i, tokens, computed in shares[row : row + size]]
+        found.append((replica, (start, end, chunk, sorted(preempted[gone : gone + victims]))))
         row += size
-        gone += lost
-    return [step for _, step in sorted(steps, key=lambda s: s[0])]
+        gone += victims
+    return [step for _, step in sorted(found, key=lambda s: s[0])]

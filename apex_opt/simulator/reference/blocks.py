@@ -14,10 +14,10 @@ from apex_opt.units import ceil_div
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from apex_opt.simulator.reference import Sequence
+    from apex_opt.simulator.reference.sequence import Sequence
 
 
-class BlockPool:
+class BlockManager:
     """Blocks that are only counted: without prefix caching it does not matter which ones a sequence gets."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
@@ -47,7 +47,7 @@ class BlockPool:
         sequence.blocks = 0
 
 
-class PrefixCachingPool(BlockPool):
+class PrefixCachingManager(BlockManager):
     """Full blocks stay findable by their content, prefix included, until their memory is handed out again.
 
     Free blocks queue up in the order they were freed, a sequence's last block first; the front one is handed out next

@@ -1,4 +1,4 @@
-"""apex_opt.simulator.pool: which blocks are handed out, found and forgotten, against a list kept by hand."""
+"""apex_opt.simulator.reference.blocks: which blocks are handed out, found and forgotten, against lists kept by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from apex_opt.simulator.pool import BlockPool, PrefixCachingPool
-from apex_opt.simulator.reference import Sequence
+from apex_opt.simulator.reference.blocks import BlockManager, PrefixCachingManager
+from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.units import ceil_div
 
 
@@ -19,7 +19,7 @@ def sequence(keys: str = "", *, prompt: int = 100, number: int = 0) -> Sequence:
     return Sequence(id=number, prompt=prompt, output=100, limit=100, keys=[ord(letter) for letter in keys])
 
 
-def admit(pool: PrefixCachingPool, keys: str, *, fresh: bool = False) -> Sequence:
+def admit(pool: PrefixCachingManager, keys: str, *, fresh: bool = False) -> Sequence:
     """Admit a prompt of whole blocks (two tokens each) and one token more, all of it computed."""
     new = sequence(keys, prompt=2 * len(keys) + 1)
     found = [] if fresh else pool.found(new)
@@ -32,7 +32,7 @@ def admit(pool: PrefixCachingPool, keys: str, *, fresh: bool = False) -> Sequenc
 
 
 def test_counted_blocks_are_taken_as_tokens_fill_them_and_all_given_back() -> None:
-    pool, first, second = BlockPool(5, 4), sequence(), sequence()
+    pool, first, second = BlockManager(5, 4), sequence(), sequence()
     assert pool.found(first) == []
     assert [pool.needed(first, tokens) for tokens in (0, 1, 4, 5, 20, 21)] == [0, 1, 1, 2, 5, 6]
     pool.take(first, 4)
@@ -52,7 +52,7 @@ def test_counted_blocks_are_taken_as_tokens_fill_them_and_all_given_back() -> No
 
 
 def test_blocks_are_handed_out_in_order_and_a_sequences_last_one_comes_back_first() -> None:
-    pool = PrefixCachingPool(6, 2)
+    pool = PrefixCachingManager(6, 2)
     one, two = admit(pool, "ab"), admit(pool, "cd")
     assert (one.table, two.table, pool.free) == ([0, 1, 2], [3, 4, 5], 0)
     pool.release(one)
@@ -62,7 +62,7 @@ def test_blocks_are_handed_out_in_order_and_a_sequences_last_one_comes_back_firs
 
 
 def test_the_block_that_was_freed_longest_ago_is_overwritten_first() -> None:
-    pool = PrefixCachingPool(6, 2)
+    pool = PrefixCachingManager(6, 2)
     first, second = admit(pool, "a"), admit(pool, "b")
     pool.release(second)
     pool.release(first)
@@ -74,7 +74,7 @@ def test_the_block_that_was_freed_longest_ago_is_overwritten_first() -> None:
 
 
 def test_a_found_block_is_shared_and_stays_until_its_last_user_is_gone() -> None:
-    pool = PrefixCachingPool(7, 2)
+    pool = PrefixCachingManager(7, 2)
     one, two = admit(pool, "ab"), admit(pool, "abc")
     assert one.table == [0, 1, 2] and two.table == [0, 1, 3, 4] and pool.free == 2
     pool.release(one)
@@ -86,7 +86,7 @@ def test_a_found_block_is_shared_and_stays_until_its_last_user_is_gone() -> None
 
 
 def test_a_free_block_that_is_found_leaves_the_queue_and_counts_as_needed() -> None:
-    pool = PrefixCachingPool(3, 2)
+    pool = PrefixCachingManager(3, 2)
     pool.release(admit(pool, "ab"))
     again = sequence("ab", prompt=5)
     found = pool.found(again)
@@ -99,7 +99,7 @@ def test_a_free_block_that_is_found_leaves_the_queue_and_counts_as_needed() -> N
 
 
 def test_the_last_known_token_is_never_found() -> None:
-    pool = PrefixCachingPool(9, 2)
+    pool = PrefixCachingManager(9, 2)
     admit(pool, "abc")
     for prompt, blocks in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2), (7, 3)):
         assert len(pool.found(sequence("abc", prompt=prompt))) == blocks
@@ -109,14 +109,14 @@ def test_the_last_known_token_is_never_found() -> None:
 
 
 def test_what_is_found_ends_at_the_first_gap() -> None:
-    pool = PrefixCachingPool(20, 2)
+    pool = PrefixCachingManager(20, 2)
     admit(pool, "ab")
     assert pool.found(sequence("axb")) == [0]
     assert pool.found(sequence("xb")) == []
 
 
 def test_equal_content_may_sit_twice_and_the_one_registered_first_is_found() -> None:
-    pool = PrefixCachingPool(6, 2)
+    pool = PrefixCachingManager(6, 2)
     one, two = admit(pool, "a"), admit(pool, "a", fresh=True)
     assert one.table == [0, 1] and two.table == [2, 3]
     assert pool.found(sequence("a")) == [0]
@@ -128,7 +128,7 @@ def test_equal_content_may_sit_twice_and_the_one_registered_first_is_found() -> 
 
 def test_content_registered_again_is_found_behind_what_was_there() -> None:
     """Block 0 is overwritten and gets the same content anew: 2 is older now."""
-    pool = PrefixCachingPool(4, 2)
+    pool = PrefixCachingManager(4, 2)
     one, two = admit(pool, "a"), admit(pool, "a", fresh=True)
     pool.release(one)
     three = sequence("za", prompt=3)
@@ -142,7 +142,7 @@ def test_content_registered_again_is_found_behind_what_was_there() -> None:
 
 
 def test_only_full_blocks_are_registered_and_each_once() -> None:
-    pool = PrefixCachingPool(4, 2)
+    pool = PrefixCachingManager(4, 2)
     growing = sequence("ab", prompt=4)
     pool.take(growing, 3)
     pool.register(growing, 1)
@@ -156,7 +156,7 @@ def test_only_full_blocks_are_registered_and_each_once() -> None:
 
 
 def test_a_released_sequence_starts_over() -> None:
-    pool = PrefixCachingPool(4, 2)
+    pool = PrefixCachingManager(4, 2)
     one = admit(pool, "ab")
     pool.release(one)
     assert (one.registered, one.blocks, one.table) == (0, 0, [])
@@ -212,7 +212,7 @@ class Pools(RuleBasedStateMachine):
     @initialize(blocks=st.integers(1, 12), size=st.integers(1, 3))
     def begin(self, blocks: int, size: int) -> None:
         self.blocks, self.size = blocks, size
-        self.pool = PrefixCachingPool(blocks, size)
+        self.pool = PrefixCachingManager(blocks, size)
         self.kept = Kept(size=size, queue=list(range(blocks)))
         self.live: list[Sequence] = []
         self.number = 0
@@ -298,6 +298,6 @@ TestPools = Pools.TestCase
 TestPools.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-@pytest.mark.parametrize("kind", [BlockPool, PrefixCachingPool])
-def test_a_pool_starts_with_all_its_blocks(kind: type[BlockPool]) -> None:
+@pytest.mark.parametrize("kind", [BlockManager, PrefixCachingManager])
+def test_a_pool_starts_with_all_its_blocks(kind: type[BlockManager]) -> None:
     assert kind(7, 4).free == 7

@@ -1,8 +1,10 @@
-"""Compiled code on disk: summed up when it is kept, and compiled anew where it is damaged, closed to us or of others.
+"""Compiled code on disk: of the sources as they are, summed up when it is kept, compiled anew where it is damaged.
 
-Numba takes what its cache holds as it is: a file cut short is a traceback, one with other bytes is run. Here every file
-ends with the SHA-256 of what it holds. What cannot be used is said in one line and replaced; a folder that nothing can
-be kept in costs the time to compile, not the answer.
+Numba's cache sees edits in the file of a function alone, so a helper or a constant in another would go stale: here its
+stamp is the SHA-256 of all files of the function's folder. And numba takes what its cache holds as it is: a file cut
+short is a traceback, one with other bytes is run. Here every file ends with the SHA-256 of what it holds. What cannot
+be used is said in one line and replaced; a folder that nothing can be kept in costs the time to compile, not the
+answer.
 """
 
 # mypy: disallow-untyped-calls=False
@@ -13,11 +15,14 @@ import contextlib
 import hashlib
 import io
 import os
+import pickle
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
+from numba import config
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 from apex_opt.errors import InputError
@@ -32,33 +37,22 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _said: set[str] = set()
 
 
-def compiled(function: Any) -> Any:
-    """Compile a function when it is first called, with what was kept of that, or without where no folder is there."""
-    try:
-        dispatcher = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-        if hasattr(dispatcher, "_cache"):  # not where compiling is switched off
-            dispatcher._cache = _Cache(function)  # noqa: SLF001
-    except RuntimeError:
-        return numba.njit(nogil=True, error_model="numpy")(function)
-    return dispatcher
-
-
-def is_ready(dispatcher: Any) -> bool:
-    """Whether a function that `compiled` returned can be called without compiling it, as far as the index tells."""
-    if not hasattr(dispatcher, "signatures") or dispatcher.signatures:
-        return True  # compiling is switched off, or done
-    cache = getattr(dispatcher, "_cache", None)
-    return isinstance(cache, _Cache) and cache.holds_any()
-
-
 class _SummedFile(IndexDataCacheFile):
     """Numba's pair of an index and its data, each with the sum of what it holds at its end."""
 
     def _load_index(self) -> Any:
         if not os.path.lexists(self._index_path):
             return {}
-        _check(self._index_path)
-        return super()._load_index()
+        stamp, overloads = pickle.loads(_checked(self._index_path))
+        return pickle.loads(overloads) if stamp == self._source_stamp else {}
+
+    def _save_index(self, overloads: Any) -> None:
+        with self._open_for_write(self._index_path) as file:
+            # Not read where the stamp is another: another version's may not be readable.
+            file.write(pickle.dumps((self._source_stamp, self._dump(overloads))))
+
+    def _load_data(self, name: str) -> Any:
+        return pickle.loads(_checked(self._data_path(name)))
 
     def entries(self) -> Any:
         """The index: files by signature."""
@@ -68,10 +62,6 @@ class _SummedFile(IndexDataCacheFile):
         """Remove the index: what it leads to is written anew."""
         with contextlib.suppress(OSError):
             os.unlink(self._index_path)
-
-    def _load_data(self, name: str) -> Any:
-        _check(self._data_path(name))
-        return super()._load_data(name)
 
     @contextlib.contextmanager
     def _open_for_write(self, filepath: str) -> Iterator[io.BytesIO]:
@@ -85,13 +75,13 @@ class _SummedFile(IndexDataCacheFile):
             file.write(data + hashlib.sha256(data).digest())
 
 
-class _Cache(FunctionCache):
+class Kept(FunctionCache):
     """Numba's cache of one function, which never fails."""
 
     def __init__(self, py_func: Any) -> None:
         super().__init__(py_func)
-        self._cache_file: Any = self._cache_file
-        self._cache_file.__class__ = _SummedFile
+        stamp = _stamp(Path(py_func.__code__.co_filename).parent)
+        self._cache_file: Any = _SummedFile(self._cache_path, self._impl.filename_base, stamp)
 
     def holds_any(self) -> bool:
         """Whether there is an index of the source as it is."""
@@ -108,7 +98,8 @@ class _Cache(FunctionCache):
                 raise InputError(f"that of {self._py_func.__qualname__} is of {loaded.fndesc.qualname}")
             return loaded
         except Exception as error:
-            _say(f"compiled code in {self.cache_path} cannot be used ({_cause(error)}); compiling it anew, 10 to 30 s")
+            why = f"cannot be used ({_cause(error)}); compiling it anew, a few seconds"
+            _say(f"compiled code in {self.cache_path} {why}")
         self._cache_file.forget()
         return None
 
@@ -116,16 +107,28 @@ class _Cache(FunctionCache):
         try:
             super().save_overload(sig, data)
         except Exception as error:
-            _say(f"compiled code cannot be kept in {self.cache_path} ({_cause(error)}); the next run compiles it again")
+            where = f"{self.cache_path} ({_cause(error)})"
+            _say(f"compiled code cannot be kept in {where}; the next run compiles it again")
 
 
-def _check(path: str) -> None:
-    """Whether a file holds what was written to it, by whom we trust: it is code that will be run."""
+@cache
+def _stamp(folder: Path) -> str:
+    """What all files of a folder say, and how they are compiled."""
+    said = [f"{numba.__version__} {config.BOUNDSCHECK}".encode()]  # type: ignore[attr-defined]
+    for path in sorted(folder.glob("*.py")):
+        said += [path.name.encode(), read_bytes(path, limit=_LARGEST_BYTES, where=path.name)]
+    return hashlib.sha256(b"\0".join(said)).hexdigest()
+
+
+def _checked(path: str) -> bytes:
+    """What a file holds, if it is what was written to it, by whom we trust: it is code that will be run."""
     if hasattr(os, "geteuid") and os.stat(path).st_uid not in (os.geteuid(), 0, os.stat(__file__).st_uid):
         raise InputError(f"{os.path.basename(path)}: another user's")
     data = read_bytes(Path(path), limit=_LARGEST_BYTES, where=os.path.basename(path))
-    if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
+    content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
         raise InputError(f"{os.path.basename(path)}: damaged")
+    return content
 
 
 def _cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Compiled code on disk: damage of any kind costs a line and the time to compile, never an answer or a traceback."""
+"""apex_opt.simulator.kernel.kept: code of the sources as they are; damage costs a line and time, not an answer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 # A function as the kernel's are: compiled when called, kept in the folder of NUMBA_CACHE_DIR.
 SCRIPT = """
-from apex_opt.simulator.kernel_cache import compiled
-@compiled
+from apex_opt.simulator.kernel.jit import entry
+@entry
 def doubled(value):
     return 2 * value
-from apex_opt.simulator.kernel_cache import is_ready
+from apex_opt.simulator.kernel.jit import is_ready
 before = is_ready(doubled)
 print(doubled(21), doubled(0.5))
 assert is_ready(doubled)
@@ -131,11 +131,53 @@ def test_where_nothing_can_be_kept_the_answer_comes_with_a_line(filled: Path) ->
     assert run(filled, "not yet").stderr == ""
 
 
+FILES = {
+    "rates.py": "RATE = 2\n",
+    "helping.py": "from rates import RATE\nfrom apex_opt.simulator.kernel.jit import inner\n"
+    "@inner\ndef helped(value):\n    return RATE * value\n",
+    "asked.py": "from helping import helped\nfrom apex_opt.simulator.kernel.jit import entry, is_ready\n"
+    "@entry\ndef asked(value):\n    return helped(value) + 1\n"
+    "ready = is_ready(asked)\nprint(asked(20), ready)\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"), [("rates.py", "RATE = 2", "RATE = 5"), ("helping.py", "RATE * value", "5 * value")]
+)
+def test_an_edit_of_any_file_beside_a_function_compiles_it_anew(
+    tmp_path: Path, file: str, before: str, after: str
+) -> None:
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    environment["NUMBA_DISABLE_JIT"] = "0"
+
+    def asked() -> str:
+        words = [sys.executable, str(tmp_path / "asked.py")]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    assert [asked(), asked()] == ["41 False\n", "41 True\n"]
+    (tmp_path / file).write_text(FILES[file].replace(before, after))
+    assert [asked(), asked()] == ["101 False\n", "101 True\n"]
+
+
+def test_where_numba_keeps_its_classes_elsewhere_functions_compile_without_a_cache(tmp_path: Path) -> None:
+    hidden = "import sys, numba.core.caching\ndel numba.core.caching.IndexDataCacheFile\n"
+    (tmp_path / "doubling.py").write_text(hidden + SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    environment["NUMBA_DISABLE_JIT"] = "0"
+    for _ in range(2):
+        words = [sys.executable, str(tmp_path / "doubling.py"), "not yet"]
+        ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "42 1.0\n", "")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_code_of_another_function_in_its_place_is_not_run(tmp_path: Path) -> None:
     for name, body in (("doubled", "2 * value"), ("tripled", "3 * value + 7")):
         (tmp_path / f"{name}.py").write_text(
-            "from apex_opt.simulator.kernel_cache import compiled\n"
-            f"@compiled\ndef {name}(value):\n    return {body}\nprint({name}(21))\n"
+            "from apex_opt.simulator.kernel.jit import entry\n"
+            f"@entry\ndef {name}(value):\n    return {body}\nprint({name}(21))\n"
         )
     environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
     environment["NUMBA_DISABLE_JIT"] = "0"

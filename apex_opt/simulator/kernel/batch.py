@@ -1,0 +1,234 @@
+"""One batch: its time, its place in counts and log, and the answers it brings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    ATTEND_NS,
+    BACKLOG,
+    BATCH_DECODES,
+    BATCH_LOST,
+    BATCH_READ,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    BATCHES,
+    CHUNK_CONTEXT_RATE,
+    CHUNK_NS,
+    CONTEXT_RATE,
+    COUNTS_AT,
+    DECODE_NS,
+    E2E,
+    ENDED,
+    FINISH,
+    FIRST,
+    FIRST_STAGE,
+    FOLLOWING,
+    LAST_ENDED,
+    LIMIT,
+    LOGGED,
+    LOST,
+    MAX_SEQS,
+    MAX_TOKENS,
+    MIXED_NS,
+    MOST_LOST,
+    MOST_ROWS,
+    MOST_STEPS,
+    N_ATTEND,
+    N_ATTEND_CONTEXT,
+    N_CHUNK,
+    N_CHUNK_CONTEXT,
+    N_CHUNK_PAIRS,
+    N_DECODE,
+    N_DECODE_CONTEXT,
+    N_MIXED,
+    N_SEQUENCES,
+    NONE,
+    ORIGIN,
+    PAIR_RATE,
+    PASSED,
+    RATE_BITS,
+    ROW_COMPUTED,
+    ROW_SIZE,
+    ROW_TOKENS,
+    ROW_YIELDS,
+    ROWS,
+    SENT,
+    SEQUENCE_NS,
+    SIZE,
+    STAGE_LAW,
+    STAGE_SIZE,
+    STEP_END,
+    STEP_LOST,
+    STEP_REPLICA,
+    STEP_ROWS,
+    STEP_SIZE,
+    STEP_START,
+    STEPS,
+    STOP_ADDS,
+    STOP_LIMIT,
+    STOP_METRIC,
+    STOP_MOST,
+    STOP_SIZE,
+    STOP_USED,
+    STOPS,
+    TPOT,
+    TTFT,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64, Run
+
+
+@inner
+def column_nb(run: Run, column: int) -> I64:
+    """A column of the requests."""
+    return at(run.requests, column * run.control[SIZE])
+
+
+@inner
+def law_nb(run: Run, r: I64, stage: int) -> I64:
+    """The tables of a stage of a replica."""
+    return at(run.laws, run.stages[(r[FIRST_STAGE] + stage) * STAGE_SIZE + STAGE_LAW])
+
+
+@inner
+def by_sequences_nb(tables: I64, r: I64, table: int) -> I64:
+    """One of the tables of a law or of counts that go by sequences."""
+    return at(tables, table * (r[MAX_SEQS] + 1))
+
+
+@inner
+def by_tokens_nb(tables: I64, r: I64, before: int, table: int) -> I64:
+    """One of those that go by tokens, after so many by sequences."""
+    return at(tables, before * (r[MAX_SEQS] + 1) + (table - before) * (r[MAX_TOKENS] + 1))
+
+
+@inner
+def chunk_ns_nb(law: I64, r: I64, c: int, held: int) -> int:
+    """What a chunk adds to the time of its batch."""
+    pairs = c * held - c * (c - 1) // 2
+    rate = by_tokens_nb(law, r, MIXED_NS, PAIR_RATE)[c]
+    context_rate = by_tokens_nb(law, r, MIXED_NS, CHUNK_CONTEXT_RATE)[c]
+    time_ns: int = by_tokens_nb(law, r, MIXED_NS, CHUNK_NS)[c] + ((rate * pairs + context_rate * held) >> RATE_BITS)
+    return time_ns
+
+
+@inner
+def batch_ns_nb(law: I64, r: I64, chunks_ns: int) -> int:
+    """`law.BatchLaw.batch_ns` of the batch in the registers, given what its chunks take one after the other."""
+    rows, d = r[BATCH_ROWS], r[BATCH_DECODES]
+    time_ns: int = (by_sequences_nb(law, r, CONTEXT_RATE)[d] * r[BATCH_READ]) >> RATE_BITS
+    if d == rows:
+        return time_ns + by_sequences_nb(law, r, DECODE_NS)[rows]
+    time_ns += by_tokens_nb(law, r, MIXED_NS, MIXED_NS)[r[BATCH_TOKENS]]
+    time_ns += by_sequences_nb(law, r, SEQUENCE_NS)[rows] + by_sequences_nb(law, r, ATTEND_NS)[d]
+    copies = by_tokens_nb(law, r, MIXED_NS, 9)[0]
+    return time_ns + chunks_ns // min(copies, rows - d)
+
+
+@inner
+def count_batch_nb(run: Run, r: I64) -> None:
+    """Count the batch in the registers."""
+    counts = at(run.counts, r[COUNTS_AT])
+    rows, d, read = r[BATCH_ROWS], r[BATCH_DECODES], r[BATCH_READ]
+    r[BATCHES] += 1
+    if d == rows:
+        by_sequences_nb(counts, r, N_DECODE)[d] += 1
+        by_sequences_nb(counts, r, N_DECODE_CONTEXT)[d] += read
+        return
+    by_sequences_nb(counts, r, N_SEQUENCES)[rows] += 1
+    by_sequences_nb(counts, r, N_ATTEND)[d] += 1
+    by_sequences_nb(counts, r, N_ATTEND_CONTEXT)[d] += read
+    by_tokens_nb(counts, r, N_MIXED, N_MIXED)[r[BATCH_TOKENS]] += 1
+
+
+@inner
+def count_chunk_nb(run: Run, r: I64, c: int, held: int) -> None:
+    counts = at(run.counts, r[COUNTS_AT])
+    by_tokens_nb(counts, r, N_MIXED, N_CHUNK)[c] += 1
+    by_tokens_nb(counts, r, N_MIXED, N_CHUNK_PAIRS)[c] += c * held - c * (c - 1) // 2
+    by_tokens_nb(counts, r, N_MIXED, N_CHUNK_CONTEXT)[c] += held
+
+
+@inner
+def log_row_nb(run: Run, request: int, yields: int, tokens: int, computed: int) -> None:
+    place = run.control[ROWS]
+    if place < run.control[MOST_ROWS]:
+        row = at(run.rows, place * ROW_SIZE)
+        row[ROW_YIELDS] = 2 * request + yields
+        row[ROW_TOKENS] = tokens
+        row[ROW_COMPUTED] = computed
+    run.control[ROWS] = place + 1
+
+
+@inner
+def log_lost_nb(run: Run, request: int) -> None:
+    place = run.control[LOST]
+    if place < run.control[MOST_LOST]:
+        run.lost[place] = request
+    run.control[LOST] = place + 1
+
+
+@inner
+def log_step_nb(run: Run, r: I64, replica: int, start: int, end: int) -> None:
+    """Log the batch in the registers, if batches are logged; an empty one leaves no record."""
+    if run.control[LOGGED] == 0:
+        return
+    if r[BATCH_ROWS] == 0:
+        run.control[LOST] -= r[BATCH_LOST]
+        return
+    place = run.control[STEPS]
+    if place < run.control[MOST_STEPS]:
+        step = at(run.steps, place * STEP_SIZE)
+        step[STEP_REPLICA] = replica
+        step[STEP_START] = start
+        step[STEP_END] = end
+        step[STEP_ROWS] = r[BATCH_ROWS]
+        step[STEP_LOST] = r[BATCH_LOST]
+    run.control[STEPS] = place + 1
+
+
+@inner
+def answer_nb(run: Run, r: I64, i: int, now: int) -> None:
+    """Request i is answered: in a closed loop its client sends the next one; the run may be over."""
+    column_nb(run, FINISH)[i] = now
+    r[ENDED] += 1
+    r[LAST_ENDED] += 1
+    coming = r[BACKLOG]
+    if coming != NONE:
+        column_nb(run, ARRIVAL)[coming] = now
+        r[BACKLOG] = column_nb(run, FOLLOWING)[coming]
+        r[SENT] += 1
+    if run.control[STOPS] > 0:
+        stop_nb(run, i, now)
+
+
+@inner
+def stop_nb(run: Run, i: int, now: int) -> None:
+    """Whether a limit is passed with the answer to request i."""
+    arrival, first = column_nb(run, ARRIVAL)[i], column_nb(run, FIRST)[i]
+    later = column_nb(run, LIMIT)[i] - 1
+    for row in range(run.control[STOPS]):
+        stop = at(run.stops, row * STOP_SIZE)
+        metric = stop[STOP_METRIC]
+        value = now - run.control[ORIGIN]
+        if metric == TTFT:
+            value = first - arrival
+        elif metric == TPOT:
+            value = (now - first) // later if later > 0 else 0
+        elif metric == E2E:
+            value = now - arrival
+        floor = run.floors[metric * run.control[SIZE] + i]
+        if stop[STOP_ADDS] == 1:
+            stop[STOP_USED] += value - floor
+            if stop[STOP_USED] > stop[STOP_LIMIT]:
+                run.control[PASSED] = 1
+        else:
+            # Those whose floor is above the limit are counted from the start.
+            if value > stop[STOP_LIMIT] and floor <= stop[STOP_LIMIT]:
+                stop[STOP_USED] += 1
+            if stop[STOP_USED] >= stop[STOP_MOST]:
+                run.control[PASSED] = 1

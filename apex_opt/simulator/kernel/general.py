@@ -1,0 +1,386 @@
+"""The engine of pipelines, thresholds, prefix caching and other policies: it walks the running sequences each batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import (
+    answer_nb,
+    batch_ns_nb,
+    by_tokens_nb,
+    chunk_ns_nb,
+    column_nb,
+    count_batch_nb,
+    count_chunk_nb,
+    law_nb,
+    log_lost_nb,
+    log_row_nb,
+    log_step_nb,
+)
+from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, take_nb
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb, reserved_nb, wanted_nb
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    ASYNCHRONOUS,
+    BATCH_BUDGET,
+    BATCH_DECODES,
+    BATCH_LOST,
+    BATCH_READ,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    BLOCK_SIZE,
+    BLOCKS,
+    CACHED,
+    CHUNKED,
+    COMPLETE,
+    COMPUTED,
+    DEPTH,
+    DONE,
+    ENTERING_AT,
+    ERROR,
+    ERROR_STUCK,
+    FIRST,
+    FIRST_STAGE,
+    FOLLOWING,
+    FREE,
+    GENERATED,
+    HEAD,
+    IN_FLIGHT,
+    LAST_ENDED,
+    LIMIT,
+    LOGGED,
+    MAX_LENGTH,
+    MAX_SEQS,
+    MAX_TOKENS,
+    MIXED_NS,
+    NEVER,
+    NONE,
+    NOW,
+    OUTPUT,
+    PASSED,
+    PLACE,
+    POLICY,
+    PREEMPTIONS,
+    PROMPT,
+    QUEUE_AT,
+    QUEUE_HEAD,
+    QUEUED,
+    REPLICA_SIZE,
+    RUNNING,
+    RUNNING_AT,
+    RUNS,
+    SLOTS_AT,
+    STACK,
+    STAGE_BUSY,
+    STAGE_FREE,
+    STAGE_SIZE,
+    STAGES,
+    STATIC,
+    THRESHOLD,
+    TRANSFER_NS,
+    UNDER,
+    UNREPORTED,
+    VLLM,
+    WAITS,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64, Cache, Run
+
+
+@inner
+def general_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
+    """Take every turn of a replica that starts before `until`."""
+    r = at(run.replicas, replica * REPLICA_SIZE)
+    queue_end = at(run.scratch, r[QUEUE_AT])
+    arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
+    while True:
+        while r[STACK] != NONE and place[r[STACK]] == DONE:  # ended by a token in flight when it was preempted
+            r[STACK] = under[r[STACK]]
+        head = r[HEAD]
+        idle = r[RUNNING] == 0 and r[STACK] == NONE and (head == NONE or arrival[head] > r[NOW])
+        if idle and r[QUEUED] == 0:
+            if head == NONE or arrival[head] >= NEVER:
+                break
+            r[NOW] = arrival[head]
+            idle = False
+        if r[NOW] >= until:
+            break
+        if not idle or (r[QUEUED] > 0 and r[UNREPORTED] == 1):
+            r[UNREPORTED] = 0
+            running_nb(run, cache, r)
+            if r[BATCH_LOST] == 0 and (r[POLICY] != STATIC or r[RUNNING] == 0):
+                waiting_nb(run, cache, r)
+            r[PREEMPTIONS] += r[BATCH_LOST]
+            end = through_stages_nb(run, r)
+            log_step_nb(run, r, replica, r[NOW], end)
+            if r[BATCH_ROWS] == 0 and r[QUEUED] == 0 and r[BATCH_LOST] == 0:
+                r[ERROR] = ERROR_STUCK
+                break
+            newest = newest_nb(r)
+            queue_end[newest] = end
+            queue_end[r[DEPTH] + newest] = r[BATCH_ROWS]
+            r[QUEUED] += 1
+            if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queue_end[r[QUEUE_HEAD]] > r[NOW]:
+                continue
+        take_in_nb(run, cache, r)
+        if run.control[PASSED] == 1:
+            break
+
+
+@inner
+def newest_nb(r: I64) -> int:
+    """Place in the queue of the batch that is formed."""
+    newest: int = r[QUEUE_HEAD] + r[QUEUED]
+    return newest - r[DEPTH] if newest >= r[DEPTH] else newest
+
+
+@inner
+def queued_nb(run: Run, r: I64, place: int) -> I64:
+    """Rows of the batch at a place of the queue, 2 * request + yields each."""
+    return at(run.scratch, r[QUEUE_AT] + 2 * r[DEPTH] + place * r[MAX_SEQS])
+
+
+@inner
+def running_nb(run: Run, cache: Cache | None, r: I64) -> None:
+    """Form a batch of running sequences, in order; preempt from the tail where blocks run out."""
+    prompt, output, limit = column_nb(run, PROMPT), column_nb(run, OUTPUT), column_nb(run, LIMIT)
+    generated, computed, in_flight = column_nb(run, GENERATED), column_nb(run, COMPUTED), column_nb(run, IN_FLIGHT)
+    blocks, running = column_nb(run, BLOCKS), at(run.scratch, r[RUNNING_AT])
+    batch, batch_tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
+    bs, policy, threshold, length = r[BLOCK_SIZE], r[POLICY], r[THRESHOLD], r[MAX_LENGTH]
+    asynchronous, logged = r[ASYNCHRONOUS], run.control[LOGGED]
+    budget, rows, d, read, index = r[MAX_TOKENS], 0, 0, 0, 0
+    r[BATCH_LOST] = 0
+    while index < r[RUNNING] and budget > 0:
+        i = running[index]
+        index += 1
+        coming = in_flight[i]
+        known = prompt[i] + generated[i]
+        if policy == STATIC and generated[i] == limit[i]:  # done, but its batch is not
+            c, yields = 1, 0
+        else:
+            c = wanted_nb(policy, known, coming, computed[i], prompt[i], output[i], limit[i], threshold, length)
+            c = min(c, budget)
+            if c <= 0:
+                continue
+            need = 0
+            if computed[i] + c > blocks[i] * bs:  # as dividing takes longer than all else here
+                need = blocks_nb(computed[i] + c, bs) - blocks[i]
+            while need > r[FREE]:
+                if evict_nb(run, cache, r) == i:
+                    need = NONE
+                    break
+            if need == NONE:
+                break
+            r[FREE] -= need
+            if cache is not None and need > 0:
+                take_nb(cache, r, i, blocks[i], 0, blocks[i] + need)
+            blocks[i] += need
+            computed[i] += c
+            if cache is not None:
+                filled = min(computed[i], known)
+                if filled >= (cache.registered[i] + 1) * bs:
+                    register_nb(cache, r, i, filled // bs)
+            yields = 1 if computed[i] >= known + coming else 0
+            if asynchronous == 1:
+                in_flight[i] += yields
+        batch[rows] = 2 * i + yields
+        batch_tokens[rows] = c
+        rows += 1
+        budget -= c
+        if c == 1:
+            d += 1
+            read += computed[i]
+        else:
+            count_chunk_nb(run, r, c, computed[i])
+        if logged == 1:
+            log_row_nb(run, i, yields, c, computed[i])
+    r[BATCH_ROWS], r[BATCH_DECODES], r[BATCH_READ] = rows, d, read
+    r[BATCH_TOKENS], r[BATCH_BUDGET] = r[MAX_TOKENS] - budget, budget
+
+
+@inner
+def evict_nb(run: Run, cache: Cache | None, r: I64) -> int:
+    """Preempt the last running sequence, and tell which."""
+    blocks = column_nb(run, BLOCKS)
+    r[RUNNING] -= 1
+    victim = run.scratch[r[RUNNING_AT] + r[RUNNING]]
+    if cache is None:
+        r[FREE] += blocks[victim]
+    else:
+        r[FREE] += release_nb(cache, r, victim, blocks[victim])
+        cache.slots[r[SLOTS_AT] + r[RUNNING]] = cache.slot[victim]
+    blocks[victim] = 0
+    column_nb(run, COMPUTED)[victim] = 0
+    column_nb(run, PLACE)[victim] = WAITS
+    column_nb(run, UNDER)[victim] = r[STACK]
+    r[STACK] = victim
+    r[BATCH_LOST] += 1
+    if run.control[LOGGED] == 1:
+        log_lost_nb(run, victim)
+    return victim
+
+
+@inner
+def waiting_nb(run: Run, cache: Cache | None, r: I64) -> None:
+    """Admit waiting sequences, in order, until one does not fit."""
+    arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
+    prompt, limit, generated = column_nb(run, PROMPT), column_nb(run, LIMIT), column_nb(run, GENERATED)
+    bs, policy = r[BLOCK_SIZE], r[POLICY]
+    while r[BATCH_BUDGET] > 0 and r[RUNNING] < r[MAX_SEQS]:
+        while r[STACK] != NONE and place[r[STACK]] == DONE:
+            r[STACK] = under[r[STACK]]
+        i = r[STACK]
+        if i == NONE:
+            i = r[HEAD]
+            if i == NONE or arrival[i] > r[NOW]:
+                return
+        known = prompt[i] + generated[i]
+        found, unused = 0, 0
+        if cache is not None:
+            found, unused = found_nb(cache, r, i, (known - 1) // bs)
+        reserved = reserved_nb(policy, known, prompt[i], limit[i])
+        if blocks_nb(reserved, bs) - found + unused > r[FREE]:
+            return
+        c = admits_nb(policy, known - found * bs, r[BATCH_BUDGET], r[THRESHOLD], r[CHUNKED])
+        if c == 0:
+            return
+        if r[STACK] == NONE:
+            r[HEAD] = column_nb(run, FOLLOWING)[i]
+            r[CACHED] += found * bs
+        else:
+            r[STACK] = under[i]
+        held = found * bs + c
+        total = blocks_nb(held if policy == VLLM else reserved, bs)
+        r[FREE] -= total - found + unused
+        if cache is not None:
+            cache.slot[i] = cache.slots[r[SLOTS_AT] + r[RUNNING]]
+            cache.registered[i] = found
+            take_nb(cache, r, i, 0, found, total)
+            register_nb(cache, r, i, held // bs)
+        column_nb(run, BLOCKS)[i] = total
+        column_nb(run, COMPUTED)[i] = held
+        place[i] = RUNS
+        run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
+        r[RUNNING] += 1
+        enter_nb(run, r, i, c, known)
+
+
+@inner
+def enter_nb(run: Run, r: I64, i: int, c: int, known: int) -> None:
+    """Enter an admitted sequence into the batch."""
+    in_flight, held = column_nb(run, IN_FLIGHT), column_nb(run, COMPUTED)[i]
+    yields = 1 if held >= known + in_flight[i] else 0
+    if r[ASYNCHRONOUS] == 1:
+        in_flight[i] += yields
+    queued_nb(run, r, newest_nb(r))[r[BATCH_ROWS]] = 2 * i + yields
+    run.scratch[r[ENTERING_AT] + r[BATCH_ROWS]] = c
+    r[BATCH_ROWS] += 1
+    r[BATCH_TOKENS] += c
+    r[BATCH_BUDGET] -= c
+    if c == 1:
+        r[BATCH_DECODES] += 1
+        r[BATCH_READ] += held
+    else:
+        count_chunk_nb(run, r, c, held)
+    if run.control[LOGGED] == 1:
+        log_row_nb(run, i, yields, c, held)
+
+
+@inner
+def through_stages_nb(run: Run, r: I64) -> int:
+    """Pass the batch through the stages; when it leaves the last one."""
+    end = r[NOW]
+    if r[BATCH_ROWS] == 0:
+        return end
+    batch, batch_tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
+    computed = column_nb(run, COMPUTED)
+    for s in range(r[STAGES]):
+        law, stage = law_nb(run, r, s), at(run.stages, (r[FIRST_STAGE] + s) * STAGE_SIZE)
+        chunks_ns = 0
+        if r[BATCH_DECODES] < r[BATCH_ROWS]:
+            for row in range(r[BATCH_ROWS]):
+                if batch_tokens[row] > 1:
+                    chunks_ns += chunk_ns_nb(law, r, batch_tokens[row], computed[batch[row] >> 1])
+        duration = batch_ns_nb(law, r, chunks_ns)
+        end = max(end, stage[STAGE_FREE]) + duration
+        stage[STAGE_FREE] = end
+        stage[STAGE_BUSY] += duration
+        if s + 1 < r[STAGES]:
+            end += by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[r[BATCH_TOKENS]]
+    count_batch_nb(run, r)
+    return end
+
+
+@inner
+def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
+    """The oldest batch finishes: its tokens, and whoever got the last one."""
+    limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
+    computed, place = column_nb(run, COMPUTED), column_nb(run, PLACE)
+    oldest = r[QUEUE_HEAD]
+    batch, end = queued_nb(run, r, oldest), run.scratch[r[QUEUE_AT] + oldest]
+    if end > r[NOW]:
+        r[NOW] = end
+        r[LAST_ENDED] = 0
+    now, bs, asynchronous, static = r[NOW], r[BLOCK_SIZE], r[ASYNCHRONOUS], r[POLICY] == STATIC
+    gone = 0
+    for row in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest]):
+        i = batch[row] >> 1
+        if batch[row] & 1 == 0 or place[i] == DONE:
+            continue
+        in_flight[i] -= asynchronous
+        if generated[i] == 0:
+            column_nb(run, FIRST)[i] = now
+        generated[i] += 1
+        if cache is not None and asynchronous == 1 and place[i] == RUNS:
+            filled = computed[i] - in_flight[i]
+            if filled >= (cache.registered[i] + 1) * bs:
+                register_nb(cache, r, i, filled // bs)
+        if generated[i] == limit[i]:
+            if static:
+                r[COMPLETE] += 1
+            else:
+                if place[i] == RUNS:
+                    gone += 1
+                leave_nb(run, cache, r, i)
+    if static and r[COMPLETE] == r[RUNNING]:
+        gone = r[RUNNING]
+        for index in range(gone):
+            leave_nb(run, cache, r, run.scratch[r[RUNNING_AT] + index])
+        r[COMPLETE] = 0
+    if gone > 0:
+        close_ranks_nb(run, cache, r, gone)
+    r[QUEUE_HEAD] = oldest + 1 if oldest + 1 < r[DEPTH] else 0
+    r[QUEUED] -= 1
+
+
+@inner
+def leave_nb(run: Run, cache: Cache | None, r: I64, i: int) -> None:
+    """Request i is answered and gives its blocks back."""
+    blocks = column_nb(run, BLOCKS)
+    if cache is None:
+        r[FREE] += blocks[i]
+    else:
+        r[FREE] += release_nb(cache, r, i, blocks[i])
+    blocks[i] = 0
+    column_nb(run, PLACE)[i] = DONE
+    r[UNREPORTED] = 1  # the workers learn of it with the next batch, even an empty one
+    answer_nb(run, r, i, r[NOW])
+
+
+@inner
+def close_ranks_nb(run: Run, cache: Cache | None, r: I64, gone: int) -> None:
+    """Strike those that are done, so many, from the running sequences."""
+    place, running = column_nb(run, PLACE), at(run.scratch, r[RUNNING_AT])
+    n, kept = r[RUNNING], 0
+    for index in range(n):
+        i = running[index]
+        if place[i] == RUNS:
+            running[kept] = i
+            kept += 1
+        elif cache is not None:
+            gone -= 1
+            cache.slots[r[SLOTS_AT] + n - 1 - gone] = cache.slot[i]
+    r[RUNNING] = kept

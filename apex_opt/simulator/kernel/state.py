@@ -1,0 +1,181 @@
+"""Where everything is: the flat arrays of a run, and the columns of their rows, each named once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    I64 = NDArray[np.int64]
+    I32 = NDArray[np.int32]
+
+NEVER = 1 << 62
+NONE = -1
+EVICTED = -2
+RATE_BITS = 20  # equals law.RATE_BITS; pack.py checks it
+
+VLLM, ORCA, STATIC = range(3)  # policies, in the order of plan.engine.POLICIES
+ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
+
+
+class Run(NamedTuple):
+    """All memory of a run; in compiled code each array is the address of its first entry (`jit.at`).
+
+    A request is known by its place in the trace. `requests` and `floors` hold a column after the other, each with an
+    entry for every request; `replicas`, `stages`, `stops` and the log hold rows, whose columns are named below.
+    """
+
+    control: I64
+    requests: I64
+    replicas: I64
+    stages: I64
+    laws: I64  # see `batch.batch_ns`
+    counts: I64  # `outcome.BatchCounts`, of one pool of replicas after the other
+    scratch: I64  # where a replica's row says so; replicas that run in turn share theirs
+    stops: I64
+    floors: I64
+    steps: I64
+    rows: I64
+    lost: I64  # preempted requests, in the order of the log
+
+
+class Cache(NamedTuple):
+    """`reference.blocks.PrefixCachingManager`: lists of blocks as links in columns."""
+
+    piece_blocks: int  # `content.BlockContent`
+    pieces: I64
+    starts: I64
+    own: I64
+    shared: I64
+    registered: I64  # of each request, blocks whose content can be found
+    slot: I64  # of each request, where its blocks stand in `table`
+    slots: I64  # slots of `table` not in use, a stack
+    memo: I64  # what was found last, so that a request that waits in front is not looked up again
+    table: I32  # of each slot, the blocks of a request; half the bytes, as these are large and read all over
+    block: I32  # what is known of each block, side by side as it is used together
+    holder: I32  # of each content, the oldest and the newest block
+
+
+# Columns of `Run.control`: requests, limits to stop at, the first arrival, whether a limit is passed; whether batches
+# are logged, how many rows there are of each kind, which run on past the capacity, so that a second run can be given
+# enough, and the capacities.
+(SIZE, STOPS, ORIGIN, PASSED, LOGGED, STEPS, ROWS, LOST, MOST_STEPS, MOST_ROWS, MOST_LOST, CONTROL_SIZE) = range(12)
+
+# Columns of `Run.requests`. FOLLOWING chains the requests of one replica, UNDER those preempted, a stack.
+(ARRIVAL, PROMPT, OUTPUT, LIMIT, FOLLOWING, FIRST, FINISH, GENERATED, UNDER, COMMON_SIZE) = range(10)
+# Of the steady engine: a decoding sequence has GENERATED tokens before batch JOINED, and OFFSET + k computed once batch
+# k is done; sequences in running order, and those whose last batch shares a slot of the ring.
+(JOINED, OFFSET, RUN_BEFORE, RUN_AFTER, SLOT_BEFORE, SLOT_AFTER, STEADY_REQUEST_SIZE) = range(
+    COMMON_SIZE, COMMON_SIZE + 7
+)
+# Of the general engine.
+(COMPUTED, IN_FLIGHT, BLOCKS, PLACE, GENERAL_REQUEST_SIZE) = range(COMMON_SIZE, COMMON_SIZE + 5)
+WAITS, RUNS, DONE = range(3)  # values of PLACE
+
+# Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
+# prefix caching, its parts of `Cache` begin. Replicas that run in turn share these parts.
+(
+    MAX_SEQS,
+    MAX_TOKENS,
+    MAX_LENGTH,
+    CHUNKED,
+    THRESHOLD,
+    BLOCK_SIZE,
+    ASYNCHRONOUS,
+    POLICY,
+    DEPTH,
+    STAGES,
+    FIRST_STAGE,
+    COUNTS_AT,
+    RING_AT,
+    RING_SIZE,
+    RESIDUE_AT,
+    ENTERING_AT,
+    RUNNING_AT,
+    QUEUE_AT,
+    MEMO_AT,
+    SLOTS_AT,
+    TABLE_AT,
+    TABLE_WIDTH,
+    BLOCK_AT,
+    POOL_BLOCKS,
+    HOLDER_AT,
+    CONTENTS,
+    # Registers of both engines, then those of a batch that is being formed, then of one engine.
+    NOW,
+    BATCHES,
+    FREE,
+    STACK,
+    HEAD,
+    TAIL,
+    BACKLOG,
+    PREEMPTIONS,
+    SENT,
+    ENDED,
+    LAST_ENDED,
+    CACHED,
+    ERROR,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    BATCH_BUDGET,
+    BATCH_DECODES,  # rows of one token: decoding, or a prompt's chunk of one, which the hardware cannot tell apart
+    BATCH_READ,  # the context they hold
+    BATCH_CHUNKS_NS,
+    BATCH_LOST,
+    BATCH_COMING,
+    DECODING,
+    CONTEXT,
+    FIRST_RUN,
+    LAST_RUN,
+    SEATED,
+    PARTIAL,
+    PARTIAL_DONE,
+    FLIGHT,
+    FLIGHT_END,
+    SIDE,
+    ENTERED,
+    HOLLOW,
+    PHASE,  # residue class of contexts that needs a block in the next batch
+    RUNNING,
+    QUEUE_HEAD,
+    QUEUED,
+    UNREPORTED,
+    COMPLETE,
+    REPLICA_SIZE,
+) = range(66)
+
+STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
+# Tables of a law: the first by sequences, the others by tokens; then the copies of attention.
+(DECODE_NS, SEQUENCE_NS, ATTEND_NS, CONTEXT_RATE, MIXED_NS, CHUNK_NS, PAIR_RATE, CHUNK_CONTEXT_RATE, TRANSFER_NS) = (
+    range(9)
+)
+# Tables of counts: the first by sequences, the others by tokens.
+(
+    N_DECODE,
+    N_DECODE_CONTEXT,
+    N_SEQUENCES,
+    N_ATTEND,
+    N_ATTEND_CONTEXT,
+    N_MIXED,
+    N_CHUNK,
+    N_CHUNK_PAIRS,
+    N_CHUNK_CONTEXT,
+) = range(9)
+
+# Columns of `Run.stops`, a `stop.Stop` in each row. With ADDS, latencies beyond the floors add up in USED; else USED
+# counts those above the limit.
+STOP_METRIC, STOP_ADDS, STOP_LIMIT, STOP_MOST, STOP_USED, STOP_SIZE = range(6)
+TTFT, TPOT, E2E, MAKESPAN = range(4)
+
+# Columns of the log. YIELDS: 2 * request, and 1 more where the row yields a token.
+STEP_REPLICA, STEP_START, STEP_END, STEP_ROWS, STEP_LOST, STEP_SIZE = range(6)
+ROW_YIELDS, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
+
+# Columns of `Cache.block`. Free blocks stand in a circle from BEHIND to BEHIND, the row after the last being both ends;
+# blocks of equal content in a line from OLDER to NEWER; MARK is the stamp of those found for the request in `memo`,
+# FOUND_AT which.
+USERS, CONTENT, BEHIND, AHEAD, OLDER, NEWER, MARK, FOUND_AT, BLOCK_WIDTH = range(9)
+OLDEST, NEWEST, HOLDER_WIDTH = range(3)
+MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)

@@ -1,0 +1,452 @@
+"""The engine of one stage without a prefill threshold, asynchronous or not.
+
+In a stretch where nobody arrives, ends or needs preemption, every running sequence gains one token per batch. So
+completions wait in a ring indexed by batch number (each slot an intrusive doubly linked list), the blocks the next
+batch needs are a count by residue of the context modulo the block size, the context is one running sum, and a batch
+costs a few table look-ups. At most one partial prefill exists and it is last in running order.
+
+A turn forms batch k + 1 and takes in the oldest batch: that very batch, or with asynchronous scheduling batch k, which
+was running meanwhile. A batch without sequences only matters as it keeps its place in the queue (HOLLOW). A sequence
+joins the decoding ones when its prompt's last tokens are scheduled, and leaves them when the batch after its last one
+is formed; it keeps its seat and blocks until its last batch is taken in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import (
+    answer_nb,
+    batch_ns_nb,
+    by_sequences_nb,
+    chunk_ns_nb,
+    column_nb,
+    count_batch_nb,
+    count_chunk_nb,
+    law_nb,
+    log_lost_nb,
+    log_row_nb,
+    log_step_nb,
+)
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.policies import blocks_nb
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    ASYNCHRONOUS,
+    BATCH_BUDGET,
+    BATCH_CHUNKS_NS,
+    BATCH_COMING,
+    BATCH_DECODES,
+    BATCH_LOST,
+    BATCH_READ,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    BATCHES,
+    BLOCK_SIZE,
+    CHUNKED,
+    CONTEXT,
+    CONTEXT_RATE,
+    COUNTS_AT,
+    DECODE_NS,
+    DECODING,
+    ENTERED,
+    ENTERING_AT,
+    ERROR,
+    ERROR_STUCK,
+    EVICTED,
+    FIRST,
+    FIRST_RUN,
+    FIRST_STAGE,
+    FLIGHT,
+    FLIGHT_END,
+    FOLLOWING,
+    FREE,
+    GENERATED,
+    HEAD,
+    HOLLOW,
+    JOINED,
+    LAST_ENDED,
+    LAST_RUN,
+    LIMIT,
+    LOGGED,
+    MAX_SEQS,
+    MAX_TOKENS,
+    N_DECODE,
+    N_DECODE_CONTEXT,
+    NEVER,
+    NONE,
+    NOW,
+    OFFSET,
+    PARTIAL,
+    PARTIAL_DONE,
+    PASSED,
+    PHASE,
+    PREEMPTIONS,
+    PROMPT,
+    RATE_BITS,
+    REPLICA_SIZE,
+    RESIDUE_AT,
+    RING_AT,
+    RING_SIZE,
+    RUN_AFTER,
+    RUN_BEFORE,
+    SEATED,
+    SIDE,
+    SLOT_AFTER,
+    SLOT_BEFORE,
+    STACK,
+    STAGE_BUSY,
+    STAGE_SIZE,
+    UNDER,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64, Run
+
+
+@inner
+def steady_nb(run: Run, cache: None, replica: int, until: int) -> None:
+    """Take every turn of a replica that starts before `until`."""
+    r = at(run.replicas, replica * REPLICA_SIZE)
+    arrival = column_nb(run, ARRIVAL)
+    while True:
+        if r[SEATED] == 0 and r[FLIGHT] == 0 and r[STACK] == NONE:
+            head = r[HEAD]
+            if head == NONE or arrival[head] >= NEVER:
+                break
+            if arrival[head] > r[NOW]:
+                r[NOW] = arrival[head]
+                r[HOLLOW] = 0
+        if r[NOW] >= until:
+            break
+        # Where batches are logged each is formed by the rules.
+        quiet = r[PARTIAL] == NONE and r[ENTERED] == 0 and run.control[LOGGED] == 0
+        if quiet and r[DECODING] > 0 and (r[FLIGHT] == 1 or r[ASYNCHRONOUS] == 0):
+            stretch_nb(run, r, wake_nb(run, r, until))
+            if r[NOW] >= until:
+                break
+
+        k, end = r[BATCHES], r[FLIGHT_END]
+        give_way_nb(run, r)
+        admit_nb(run, r)
+        if r[BATCH_ROWS] == 0 and r[FLIGHT] == 0:
+            r[ERROR] = ERROR_STUCK
+            break
+        if launch_nb(run, r, replica):
+            continue
+        # The oldest batch is taken in: the one in flight, or the one just formed.
+        if r[FLIGHT] == 0:
+            k, end = r[BATCHES], r[FLIGHT_END]
+            r[SIDE] = 1 - r[SIDE]
+            r[ENTERED] = r[BATCH_COMING]
+        take_in_nb(run, r, k, end)
+        if run.control[PASSED] == 1:
+            break
+        r[ENTERED] = 0
+        if r[FLIGHT] == 1:
+            if r[BATCH_ROWS] > 0:
+                r[SIDE] = 1 - r[SIDE]
+                r[ENTERED] = r[BATCH_COMING]
+            else:
+                r[FLIGHT] = 0
+                r[HOLLOW] = 1
+
+
+@inner
+def wake_nb(run: Run, r: I64, until: int) -> int:
+    """When a stretch in which nothing happens but the passing of tokens ends at the latest; NONE: there is none."""
+    arrival = column_nb(run, ARRIVAL)
+    n, stack, head = r[DECODING], r[STACK], r[HEAD]
+    if stack != NONE or (head != NONE and arrival[head] <= r[NOW]):
+        waits = stack if stack != NONE else head
+        known = column_nb(run, PROMPT)[waits] + column_nb(run, GENERATED)[waits]
+        blocked = r[SEATED] >= r[MAX_SEQS] or n >= r[MAX_TOKENS] or blocks_nb(known, r[BLOCK_SIZE]) > r[FREE]
+        if r[CHUNKED] == 0 and known > r[MAX_TOKENS] - n:
+            blocked = True
+        return until if blocked else NONE
+    if head != NONE and r[SEATED] < r[MAX_SEQS]:
+        return min(until, arrival[head])
+    return until
+
+
+@inner
+def stretch_nb(run: Run, r: I64, wake: int) -> None:
+    """Pass tokens batch by batch until somebody's last one, until blocks run out or until `wake`."""
+    law, counts = law_nb(run, r, 0), at(run.counts, r[COUNTS_AT])
+    ring, residue = at(run.scratch, r[RING_AT]), at(run.scratch, r[RESIDUE_AT])
+    n, k, now, free, context, phase = r[DECODING], r[BATCHES], r[NOW], r[FREE], r[CONTEXT], r[PHASE]
+    mask, bs = r[RING_SIZE] - 1, r[BLOCK_SIZE]
+    asynchronous = r[ASYNCHRONOUS] == 1
+    ahead = 0 if asynchronous else 1
+    end = r[FLIGHT_END] if asynchronous else now
+    base_ns = by_sequences_nb(law, r, DECODE_NS)[n]
+    rate = by_sequences_nb(law, r, CONTEXT_RATE)[n]
+    first, began, total = k, end, 0
+    while now < wake and ring[(k + ahead) & mask] == NONE:
+        need = residue[phase]
+        if need > free:
+            break
+        free -= need
+        k += 1
+        phase += 1
+        if phase == bs:
+            phase = 0
+        context += n
+        total += context
+        now = end
+        end += base_ns + ((rate * context) >> RATE_BITS)
+        if not asynchronous:
+            now = end
+    by_sequences_nb(counts, r, N_DECODE)[n] += k - first
+    by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += total
+    run.stages[r[FIRST_STAGE] * STAGE_SIZE + STAGE_BUSY] += end - began
+    if now > r[NOW]:
+        r[LAST_ENDED] = 0
+    r[BATCHES], r[NOW], r[FREE], r[CONTEXT], r[PHASE], r[FLIGHT_END] = k, now, free, context, phase, end
+
+
+@inner
+def give_way_nb(run: Run, r: I64) -> None:
+    """Begin a batch with the running sequences, after preempting from the tail until their next tokens have blocks."""
+    if r[FLIGHT] == 1:
+        leave_nb(run, r)
+    bs, need, partial = r[BLOCK_SIZE], run.scratch[r[RESIDUE_AT] + r[PHASE]], r[PARTIAL]
+    chunk, chunk_blocks, lost = 0, 0, 0
+    if partial != NONE:
+        done = r[PARTIAL_DONE]
+        left = column_nb(run, PROMPT)[partial] + column_nb(run, GENERATED)[partial] - done
+        chunk = min(left, r[MAX_TOKENS] - r[DECODING])
+        chunk_blocks = blocks_nb(done + chunk, bs) - blocks_nb(done, bs)
+    # The tail goes first, until what those before it need is free: as one by one, in order, would have it.
+    while need + chunk_blocks > r[FREE]:
+        if partial != NONE:
+            victim = partial
+            r[FREE] += blocks_nb(r[PARTIAL_DONE], bs)
+            r[PARTIAL] = partial = NONE
+            chunk, chunk_blocks = 0, 0
+            column_nb(run, UNDER)[victim] = r[STACK]
+            r[STACK] = victim
+        else:
+            victim = r[LAST_RUN]
+            need -= evict_nb(run, r, victim)
+        r[SEATED] -= 1
+        lost += 1
+        if run.control[LOGGED] == 1:
+            log_lost_nb(run, victim)
+    n = r[DECODING]
+    r[PREEMPTIONS] += lost
+    r[FREE] -= need + chunk_blocks
+    r[CONTEXT] += n
+    r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ] = n, n, n, r[CONTEXT]
+    r[BATCH_BUDGET], r[BATCH_CHUNKS_NS], r[BATCH_LOST], r[BATCH_COMING] = r[MAX_TOKENS] - n, 0, lost, 0
+    if run.control[LOGGED] == 1:
+        log_decoding_nb(run, r)
+    if chunk > 0:
+        r[PARTIAL_DONE] += chunk
+        enter_nb(run, r, partial, chunk, r[PARTIAL_DONE])
+
+
+@inner
+def leave_nb(run: Run, r: I64) -> None:
+    """Sequences whose last token is on its way want nothing more."""
+    ring, residue = at(run.scratch, r[RING_AT]), at(run.scratch, r[RESIDUE_AT])
+    offset, slot_after = column_nb(run, OFFSET), column_nb(run, SLOT_AFTER)
+    k = r[BATCHES]
+    i = ring[k & (r[RING_SIZE] - 1)]
+    while i != NONE:
+        residue[(-offset[i]) % r[BLOCK_SIZE]] -= 1
+        r[CONTEXT] -= offset[i] + k
+        r[DECODING] -= 1
+        i = slot_after[i]
+
+
+@inner
+def evict_nb(run: Run, r: I64, victim: int) -> int:
+    """Preempt the last decoding sequence; how many of the blocks that the next batch needs were for it."""
+    before, offset, generated = column_nb(run, RUN_BEFORE), column_nb(run, OFFSET), column_nb(run, GENERATED)
+    slot_before, slot_after = column_nb(run, SLOT_BEFORE), column_nb(run, SLOT_AFTER)
+    k, bs = r[BATCHES], r[BLOCK_SIZE]
+    done = offset[victim] + k
+    r[FREE] += blocks_nb(done, bs)
+    r[LAST_RUN] = before[victim]
+    if r[LAST_RUN] == NONE:
+        r[FIRST_RUN] = NONE
+    else:
+        column_nb(run, RUN_AFTER)[r[LAST_RUN]] = NONE
+    joined = column_nb(run, JOINED)[victim]
+    last_batch = joined + column_nb(run, LIMIT)[victim] - generated[victim] - 1
+    if r[FLIGHT] == 1 and last_batch == k:
+        before[victim] = EVICTED  # its last token arrives all the same
+        return 0
+    run.scratch[r[RESIDUE_AT] + (-offset[victim]) % bs] -= 1
+    r[CONTEXT] -= done
+    r[DECODING] -= 1
+    if slot_before[victim] == NONE:
+        run.scratch[r[RING_AT] + (last_batch & (r[RING_SIZE] - 1))] = slot_after[victim]
+    else:
+        slot_after[slot_before[victim]] = slot_after[victim]
+    if slot_after[victim] != NONE:
+        slot_before[slot_after[victim]] = slot_before[victim]
+    generated[victim] += k - joined + 1  # with the one on its way
+    column_nb(run, UNDER)[victim] = r[STACK]
+    r[STACK] = victim
+    return 1 if done % bs == 0 else 0
+
+
+@inner
+def log_decoding_nb(run: Run, r: I64) -> None:
+    offset, after, generated = column_nb(run, OFFSET), column_nb(run, RUN_AFTER), column_nb(run, GENERATED)
+    joined, limit = column_nb(run, JOINED), column_nb(run, LIMIT)
+    k = r[BATCHES]
+    i = r[FIRST_RUN]
+    while i != NONE:
+        if r[FLIGHT] == 0 or joined[i] + limit[i] - generated[i] - 1 != k:
+            log_row_nb(run, i, 1, 1, offset[i] + k + 1)
+        i = after[i]
+
+
+@inner
+def enter_nb(run: Run, r: I64, i: int, c: int, held: int) -> None:
+    """Enter a prompt's tokens into the batch; with its last ones the sequence joins the decoding ones."""
+    known = column_nb(run, PROMPT)[i] + column_nb(run, GENERATED)[i]
+    r[BATCH_ROWS] += 1
+    r[BATCH_TOKENS] += c
+    r[BATCH_BUDGET] -= c
+    if c == 1:
+        r[BATCH_DECODES] += 1
+        r[BATCH_READ] += held
+    else:
+        r[BATCH_CHUNKS_NS] += chunk_ns_nb(law_nb(run, r, 0), r, c, held)
+        count_chunk_nb(run, r, c, held)
+    if run.control[LOGGED] == 1:
+        log_row_nb(run, i, 1 if held == known else 0, c, held)
+    if held < known:
+        r[PARTIAL] = i
+        r[PARTIAL_DONE] = held
+    else:
+        r[PARTIAL] = NONE
+        join_nb(run, r, i, known)
+
+
+@inner
+def join_nb(run: Run, r: I64, i: int, known: int) -> None:
+    """All that sequence i knows is computed by this batch: from the next one on it decodes."""
+    before, slot_before, slot_after = (
+        column_nb(run, RUN_BEFORE),
+        column_nb(run, SLOT_BEFORE),
+        column_nb(run, SLOT_AFTER),
+    )
+    ring = at(run.scratch, r[RING_AT])
+    k, generated = r[BATCHES], column_nb(run, GENERATED)[i]
+    column_nb(run, JOINED)[i] = k + 1
+    column_nb(run, OFFSET)[i] = known - (k + 1)
+    run.scratch[r[RESIDUE_AT] + (k + 1 - known) % r[BLOCK_SIZE]] += 1
+    r[CONTEXT] += known
+    r[DECODING] += 1
+    last = r[LAST_RUN]
+    before[i] = last
+    column_nb(run, RUN_AFTER)[i] = NONE
+    if last == NONE:
+        r[FIRST_RUN] = i
+    else:
+        column_nb(run, RUN_AFTER)[last] = i
+    r[LAST_RUN] = i
+    slot = (k + column_nb(run, LIMIT)[i] - generated) & (r[RING_SIZE] - 1)
+    other = ring[slot]
+    slot_before[i] = NONE
+    slot_after[i] = other
+    if other != NONE:
+        slot_before[other] = i
+    ring[slot] = i
+    if generated == 0:
+        run.scratch[r[ENTERING_AT] + (1 - r[SIDE]) * r[MAX_SEQS] + r[BATCH_COMING]] = i
+        r[BATCH_COMING] += 1
+
+
+@inner
+def admit_nb(run: Run, r: I64) -> None:
+    """Admit waiting sequences, in order, where nobody had to give way."""
+    if r[BATCH_LOST] > 0:
+        return
+    arrival, prompt, generated = column_nb(run, ARRIVAL), column_nb(run, PROMPT), column_nb(run, GENERATED)
+    bs = r[BLOCK_SIZE]
+    while r[BATCH_BUDGET] > 0 and r[SEATED] < r[MAX_SEQS]:
+        i = r[STACK]
+        if i == NONE:
+            i = r[HEAD]
+            if i == NONE or arrival[i] > r[NOW]:
+                return
+        c = prompt[i] + generated[i]
+        if blocks_nb(c, bs) > r[FREE]:
+            return
+        if c > r[BATCH_BUDGET]:
+            if r[CHUNKED] == 0:
+                return
+            c = r[BATCH_BUDGET]
+        if r[STACK] == NONE:
+            r[HEAD] = column_nb(run, FOLLOWING)[i]
+        else:
+            r[STACK] = column_nb(run, UNDER)[i]
+        r[FREE] -= blocks_nb(c, bs)
+        r[SEATED] += 1
+        enter_nb(run, r, i, c, c)
+
+
+@inner
+def launch_nb(run: Run, r: I64, replica: int) -> bool:
+    """Run the batch that was formed; whether another can be formed before one is taken in."""
+    if r[BATCH_ROWS] == 0:
+        log_step_nb(run, r, replica, 0, 0)
+        return False
+    duration = batch_ns_nb(law_nb(run, r, 0), r, r[BATCH_CHUNKS_NS])
+    count_batch_nb(run, r)
+    run.stages[r[FIRST_STAGE] * STAGE_SIZE + STAGE_BUSY] += duration
+    r[FLIGHT_END] = (r[FLIGHT_END] if r[FLIGHT] == 1 else r[NOW]) + duration
+    log_step_nb(run, r, replica, r[NOW], r[FLIGHT_END])
+    r[PHASE] += 1
+    if r[PHASE] == r[BLOCK_SIZE]:
+        r[PHASE] = 0
+    if r[FLIGHT] == 0 and r[ASYNCHRONOUS] == 1 and (duration > 0 or r[HOLLOW] == 1):
+        r[FLIGHT] = 1
+        r[HOLLOW] = 0
+        r[SIDE] = 1 - r[SIDE]
+        r[ENTERED] = r[BATCH_COMING]
+        return True
+    return False
+
+
+@inner
+def take_in_nb(run: Run, r: I64, k: int, end: int) -> None:
+    """Take in batch k, which ends then: its first tokens, and whoever got the last one."""
+    ring, residue = at(run.scratch, r[RING_AT]), at(run.scratch, r[RESIDUE_AT])
+    before, after, offset = column_nb(run, RUN_BEFORE), column_nb(run, RUN_AFTER), column_nb(run, OFFSET)
+    slot_after, first = column_nb(run, SLOT_AFTER), column_nb(run, FIRST)
+    if end > r[NOW]:
+        r[NOW] = end
+        r[LAST_ENDED] = 0
+    now = r[NOW]
+    entering = at(run.scratch, r[ENTERING_AT] + r[SIDE] * r[MAX_SEQS])
+    for e in range(r[ENTERED]):
+        first[entering[e]] = now
+    slot = k & (r[RING_SIZE] - 1)
+    i = ring[slot]
+    ring[slot] = NONE
+    while i != NONE:
+        if before[i] != EVICTED:
+            done = offset[i] + k
+            r[FREE] += blocks_nb(done, r[BLOCK_SIZE])
+            r[SEATED] -= 1
+            if before[i] == NONE:
+                r[FIRST_RUN] = after[i]
+            else:
+                after[before[i]] = after[i]
+            if after[i] == NONE:
+                r[LAST_RUN] = before[i]
+            else:
+                before[after[i]] = before[i]
+            if r[FLIGHT] == 0:
+                residue[(-offset[i]) % r[BLOCK_SIZE]] -= 1
+                r[CONTEXT] -= done
+                r[DECODING] -= 1
+        answer_nb(run, r, i, now)
+        i = slot_after[i]

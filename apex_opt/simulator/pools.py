@@ -1,0 +1,115 @@
+"""Pools of identical replicas, and which of them may serve a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from apex_opt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.outcome import Routing
+    from apex_opt.workload.trace import Trace
+
+    I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EnginePool:
+    """Identical replicas, as the simulator sees them.
+
+    Parameters
+    ----------
+    settings : EngineSettings    batching limits of each replica
+    blocks : int                 KV blocks each replica can hand out
+    laws : one BatchLaw per pipeline stage
+    replicas : int               engines with their own scheduler and cache
+    """
+
+    settings: EngineSettings
+    blocks: int
+    laws: Sequence[BatchLaw]
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise UsageError(f"replicas: {self.replicas} is below 1")
+
+
+class Share(NamedTuple):
+    """Requests, and the replicas that serve them.
+
+    Parameters
+    ----------
+    first, last : int        the replicas, counted over all pools, `last` not among them
+    rows : int64[m]          the requests, in order
+    clients : int or None    that send them in a closed loop
+    routed : bool            each goes to the replica with the fewest unanswered ones when it arrives, of equals the
+                             lowest; else the j-th of them goes to the j-th replica, over and over, as does the j-th
+                             client
+    """
+
+    first: int
+    last: int
+    rows: I64
+    clients: int | None
+    routed: bool
+
+
+def shares(
+    pools: Sequence[EnginePool],
+    trace: Trace,
+    routing: Routing,
+    assigned: NDArray[np.integer] | None = None,
+    clients: Sequence[int] | None = None,
+) -> list[Share]:
+    """Who serves which requests of a trace.
+
+    Parameters
+    ----------
+    pools, trace : as for `simulator.api.run_deployment`
+    routing : among all replicas, or among those of its pool where a request is assigned to one
+    assigned : int[requests] or None    the pool of each request
+    clients : of each pool in a closed loop, where requests are assigned
+
+    Returns
+    -------
+    list of Share    one, or one for each pool; replicas without a request are left out where none is routed
+
+    Raises
+    ------
+    UsageError    pools that are not there or get no request; clients that do not go with the trace
+    """
+    lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
+    found = [(0, lasts[-1], np.arange(len(trace)), trace.concurrency)]
+    if assigned is not None:
+        if len(assigned) != len(trace) or not np.isin(assigned, np.arange(len(pools))).all():
+            raise UsageError(f"each of {len(trace)} requests is assigned to a pool from 0 to {len(pools) - 1}")
+        if (trace.concurrency is None) != (clients is None) or (clients is not None and len(clients) != len(pools)):
+            raise UsageError("clients are given for each pool where the trace is a closed loop, and only there")
+        shared = [None] * len(pools) if clients is None else clients
+        found = [
+            (last - pool.replicas, last, np.flatnonzero(assigned == place), its)
+            for place, (pool, last, its) in enumerate(zip(pools, lasts, shared, strict=True))
+        ]
+    if empty := [place for place, (_, _, rows, its) in enumerate(found) if not len(rows) or its == 0]:
+        raise UsageError(f"pool {empty[0]} has no request or no client; leave it out")
+    return [
+        Share(
+            first,
+            last if (routed := routing == "least_loaded" and its is None and last - first > 1) else used,
+            rows,
+            its,
+            routed,
+        )
+        for first, last, rows, its in found
+        for used in [min(last, first + min(len(rows), len(rows) if its is None else its))]
+    ]

@@ -1,0 +1,95 @@
+"""One replica: when batches are formed, and when they finish."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.outcome import BatchCounts
+from apex_opt.simulator.reference.schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.outcome import Step
+    from apex_opt.simulator.pools import EnginePool
+    from apex_opt.simulator.reference.sequence import Batch, Sequence
+
+
+class Engine:
+    """A scheduler, and a pipeline of stages with up to `depth` batches in flight.
+
+    A stage runs one batch at a time, in order. Whoever deals requests asks an engine when its next turn starts
+    (`next_ns`), lets it take that (`turn`), sends requests (`add`) and counts those unanswered (`outstanding`).
+
+    Source: the engine core's `step_with_batch_queue` of vLLM 0.20.2.
+    """
+
+    def __init__(self, pool: EnginePool, *, log: bool) -> None:
+        self.scheduler = SCHEDULERS[pool.settings.policy](pool.settings, pool.blocks)
+        self.laws = pool.laws
+        self.depth = pool.settings.depth(len(pool.laws))
+        self.now = 0
+        self.stage_free = [0] * len(pool.laws)
+        self.queue: deque[tuple[int, Batch]] = deque()
+        self.arrivals: deque[Sequence] = deque()
+        self.sent: list[Sequence] = []
+        self.preemptions = 0
+        self.batches = 0
+        self.busy_ns = [0] * len(pool.laws)
+        self.counts = BatchCounts.empty(pool.settings)
+        self.steps: list[Step] | None = [] if log else None
+
+    def add(self, sequence: Sequence, at_ns: int) -> None:
+        """Send a request; arrivals must come in order of time."""
+        sequence.arrival_ns = at_ns
+        self.arrivals.append(sequence)
+        self.sent.append(sequence)
+
+    def outstanding(self, at_ns: int) -> int:
+        """Requests sent and not answered by `at_ns`, once the engine has taken all turns before it."""
+        return sum(s.answered_ns is None or s.answered_ns > at_ns for s in self.sent)
+
+    def next_ns(self) -> int | None:
+        """When the next turn starts; None where nothing is left to do."""
+        if self.scheduler.running or self.scheduler.waiting or self.queue:
+            return self.now
+        return max(self.now, self.arrivals[0].arrival_ns) if self.arrivals else None
+
+    def turn(self, now_ns: int) -> list[Sequence]:
+        """Form a batch and, unless there is room for another in flight, take in the oldest; return who is answered."""
+        self.now = now_ns
+        scheduler = self.scheduler
+        while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
+            scheduler.waiting.append(self.arrivals.popleft())
+        if scheduler.running or scheduler.waiting or (scheduler.unreported and self.queue):
+            batch = scheduler.schedule()
+            self.preemptions += len(batch.preempted)
+            self.queue.append((self._run(batch), batch))
+            if batch.rows and len(self.queue) < self.depth and self.queue[0][0] > now_ns:
+                return []
+        finish_ns, batch = self.queue.popleft()
+        self.now = max(now_ns, finish_ns)
+        answered = scheduler.update(batch, self.now)
+        for sequence in answered:
+            sequence.answered_ns = self.now
+        return answered
+
+    def _run(self, batch: Batch) -> int:
+        """Pass a batch through the stages; return when it leaves the last one."""
+        if not batch.rows:
+            return self.now
+        chunks = [(row.tokens, row.computed_after) for row in batch.rows]
+        tokens = sum(c for c, _ in chunks)
+        end = self.now
+        for stage, law in enumerate(self.laws):
+            duration = law.batch_ns(chunks)
+            end = max(end, self.stage_free[stage]) + duration
+            self.stage_free[stage] = end
+            self.busy_ns[stage] += duration
+            if stage + 1 < len(self.laws):
+                end += int(law.transfer_ns[tokens])
+        self.batches += 1
+        self.counts.add(chunks)
+        if self.steps is not None:
+            rows = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
+            self.steps.append((self.now, end, rows, sorted(batch.preempted)))
+        return end

@@ -1,0 +1,144 @@
+"""A trace served by pools of engines: whoever is next in time acts."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apex_opt.simulator.content import BlockContent
+from apex_opt.simulator.law import clock_overflow
+from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
+from apex_opt.simulator.reference.engine import Engine
+from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
+from apex_opt.simulator.reference.sequence import Sequence
+from apex_opt.simulator.stop import latencies_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Seq
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.pools import EnginePool, Share
+    from apex_opt.simulator.reference.router import Router
+    from apex_opt.simulator.stop import Stop
+    from apex_opt.workload.trace import Trace
+
+
+def run_deployment(
+    pools: Seq[EnginePool],
+    trace: Trace,
+    shares: Seq[Share],
+    *,
+    log: bool = False,
+    gaps: bool = False,
+    stops: Seq[Stop] = (),
+) -> Outcome:
+    """Serve a trace; see `apex_opt.simulator.api.run_deployment` for the parameters.
+
+    Source: our own rules for several replicas, as engines leave it to a router in front of them.
+    """
+    engines = [[Engine(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
+    every = [engine for its in engines for engine in its]
+    sequences = _sequences(pools[0].settings, trace)
+    for share in shares:
+        mine = [sequences[row] for row in share.rows]
+        if share.clients is None:
+            router = LeastLoaded() if share.routed else RoundRobin()
+            arrivals = deque(zip(trace.arrival_ns[share.rows].tolist(), mine, strict=True))
+            _serve(every[share.first : share.last], router, arrivals)
+        else:
+            _serve_clients(every[share.first : share.last], share.clients, mine)
+    outcome = _outcome(pools, engines, sequences, gaps=log or gaps)
+    # Limits only get closer as requests are answered: cut short is what would have passed one in the end.
+    times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
+    generated = np.array([sequence.limit for sequence in sequences])
+    stopped = any(stop.passed(latencies_ns(stop.metric, *times, generated)) for stop in stops)
+    return replace(outcome, stopped=stopped)
+
+
+def _sequences(settings: EngineSettings, trace: Trace) -> list[Sequence]:
+    """The requests before they are sent."""
+    limits = trace.generated(settings.max_model_len).tolist()
+    sequences = [
+        Sequence(id=i, prompt=p, output=o, limit=limit)
+        for i, (p, o, limit) in enumerate(zip(trace.prompt.tolist(), trace.output.tolist(), limits, strict=True))
+    ]
+    if settings.prefix_caching:
+        content = BlockContent.of(trace, settings.block_size, limits)
+        for sequence in sequences:
+            sequence.keys = content.keys(sequence.id)
+    return sequences
+
+
+def _next(engines: Seq[Engine]) -> tuple[int, Engine] | None:
+    """The engine whose turn starts first, and when; of equals the first."""
+    turns = [(at_ns, place) for place, engine in enumerate(engines) if (at_ns := engine.next_ns()) is not None]
+    if not turns:
+        return None
+    at_ns, place = min(turns)
+    return at_ns, engines[place]
+
+
+def _serve(engines: Seq[Engine], router: Router, arrivals: deque[tuple[int, Sequence]]) -> None:
+    """Requests that come on their own; of events at one time arrivals are first, in order."""
+    while True:
+        due = _next(engines)
+        if arrivals and (due is None or arrivals[0][0] <= due[0]):
+            at_ns, sequence = arrivals.popleft()
+            router.choose(sequence, at_ns, engines).add(sequence, at_ns)
+        elif due is not None:
+            at_ns, engine = due
+            engine.turn(at_ns)
+        else:
+            return
+
+
+def _serve_clients(engines: Seq[Engine], clients: int, sequences: Seq[Sequence]) -> None:
+    """Requests of a closed loop, each sent when another is answered.
+
+    Clients keep to their replica: client j to replica j mod R, and requests are dealt in turn.
+    """
+    for place, engine in enumerate(engines):
+        backlog = deque(sequences[place :: len(engines)])
+        for _ in range(place, clients, len(engines)):
+            if backlog:
+                engine.add(backlog.popleft(), 0)
+        while (at_ns := engine.next_ns()) is not None:
+            for _ in engine.turn(at_ns)[: len(backlog)]:
+                engine.add(backlog.popleft(), engine.now)
+
+
+def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Engine]], sequences: Seq[Sequence], *, gaps: bool) -> Outcome:
+    """Put the engines' results together, requests in their own order."""
+    every = [engine for its in engines for engine in its]
+    if any(engine.now >= 1 << 62 for engine in every):
+        raise clock_overflow()
+    found = tuple(
+        PoolOutcome(
+            preemptions=sum(engine.preemptions for engine in its),
+            batches=sum(engine.batches for engine in its),
+            cached_tokens=sum(engine.scheduler.cached for engine in its),
+            counts=sum((engine.counts for engine in its[1:]), its[0].counts),
+            busy_ns=np.array([engine.busy_ns for engine in its], np.int64),
+        )
+        for its in engines
+    )
+    most = max(len(pool.laws) for pool in pools)
+    steps = None if every[0].steps is None else [step for engine in every for step in engine.steps or ()]
+    return Outcome(
+        arrival_ns=np.array([s.arrival_ns for s in sequences], np.int64),
+        first_token_ns=np.array([s.token_ns[0] for s in sequences], np.int64),
+        finish_ns=np.array([s.answered_ns for s in sequences], np.int64),
+        preemptions=sum(pool.preemptions for pool in found),
+        cached_tokens=sum(pool.cached_tokens for pool in found),
+        batches=sum(pool.batches for pool in found),
+        busy_ns=np.array([engine.busy_ns + [0] * (most - len(engine.busy_ns)) for engine in every], np.int64),
+        counts=found[0].counts if len(found) == 1 else BatchCounts.empty(pools[0].settings),
+        steps=steps,
+        steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in every],
+        gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
+        pools=found,
+    )

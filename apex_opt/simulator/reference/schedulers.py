@@ -1,0 +1,232 @@
+"""What is in a batch: one class per batching policy.
+
+Source of the rules: `Scheduler.schedule`, `_preempt_request`, `update_from_output` and `AsyncScheduler` of vLLM 0.20.2,
+in our own words; where a policy departs from them its class names its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.simulator.reference.blocks import BlockManager, PrefixCachingManager
+from apex_opt.simulator.reference.sequence import Batch, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.reference.sequence import Sequence
+
+
+class Scheduler:
+    """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
+
+    What policies differ in are hooks: `wanted`, `admitted`, `room`, `reserved`, `opens` and `complete`. Here they are
+    those of vLLM V1.
+    """
+
+    def __init__(self, settings: EngineSettings, blocks: int) -> None:
+        self.settings = settings
+        kind = PrefixCachingManager if settings.prefix_caching else BlockManager
+        self.blocks = kind(blocks, settings.block_size)
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.cached = 0  # prompt tokens found when their request was first admitted
+        self.unreported = False  # somebody ended since the last batch was formed; the workers learn of it with the next
+
+    # Hooks.
+
+    def wanted(self, sequence: Sequence) -> int:
+        """Tokens a running sequence has ready to compute, under the per-request limits."""
+        raise NotImplementedError
+
+    def admitted(self, tokens: int, budget: int) -> int:
+        """Tokens that a waiting sequence computes first, of so many it has to compute; 0 where it has to wait."""
+        raise NotImplementedError
+
+    def room(self, sequence: Sequence) -> int:
+        """Tokens that must fit for a waiting sequence to be admitted."""
+        raise NotImplementedError
+
+    def reserved(self, sequence: Sequence) -> int:
+        """Tokens whose blocks an admitted sequence gets at once, where these are more than it computes first."""
+        return 0
+
+    def opens(self) -> bool:
+        """Whether waiting sequences are admitted to a batch in which nobody had to give way."""
+        return True
+
+    def complete(self, sequence: Sequence) -> list[Sequence]:
+        """A sequence has all its tokens; who is answered."""
+        self.leave(sequence)
+        return [sequence]
+
+    # What policies share.
+
+    def schedule(self) -> Batch:
+        """Form one batch: running sequences first, then waiting ones, within the token budget."""
+        self.unreported = False
+        batch = Batch(self.settings.max_num_batched_tokens)
+        self.schedule_running(batch)
+        if not batch.preempted and self.opens():
+            self.schedule_waiting(batch)
+        return batch
+
+    def schedule_running(self, batch: Batch) -> None:
+        """Give every running sequence the tokens it wants; preempt from the tail where blocks run out."""
+        index = 0
+        while index < len(self.running) and batch.budget > 0:
+            sequence = self.running[index]
+            index += 1
+            tokens = min(self.wanted(sequence), batch.budget)
+            if tokens <= 0:
+                continue
+            while self.blocks.needed(sequence, sequence.computed + tokens) > self.blocks.free:
+                victim = self.running.pop()
+                self.preempt(victim)
+                batch.preempted.append(victim.id)
+                if victim is sequence:
+                    return
+            self.enter(batch, sequence, tokens)
+
+    def schedule_waiting(self, batch: Batch) -> None:
+        """Admit waiting sequences in order until one does not fit."""
+        while self.waiting and batch.budget > 0 and len(self.running) < self.settings.max_num_seqs:
+            sequence = self.waiting[0]
+            found = self.blocks.found(sequence)
+            cached = len(found) * self.settings.block_size
+            tokens = self.admitted(sequence.known - cached, batch.budget)
+            if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.computed = cached
+            if not sequence.admitted:
+                self.cached += cached
+                sequence.admitted = True
+            self.blocks.take(sequence, max(cached + tokens, self.reserved(sequence)), found)
+            self.enter(batch, sequence, tokens)
+
+    def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
+        """Enter a sequence into the batch and hand it the blocks its tokens need beyond those it has."""
+        sequence.computed += tokens
+        self.blocks.take(sequence, sequence.computed)
+        self.blocks.register(sequence, min(sequence.computed, sequence.known))
+        yields = sequence.computed >= sequence.known + sequence.in_flight
+        if yields and self.settings.async_scheduling:
+            sequence.in_flight += 1
+        batch.rows.append(Row(sequence, tokens, sequence.computed, yields))
+        batch.budget -= tokens
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take all blocks away; the sequence waits in front and will compute everything again."""
+        self.blocks.release(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+
+    def update(self, batch: Batch, now_ns: int) -> list[Sequence]:
+        """Take in the tokens of a batch that finishes now; return who is answered."""
+        answered: list[Sequence] = []
+        for row in batch.rows:
+            sequence = row.sequence
+            if not row.yields or sequence.finished:
+                continue
+            if self.settings.async_scheduling:
+                sequence.in_flight -= 1
+            sequence.generated += 1
+            sequence.token_ns.append(now_ns)
+            if self.settings.async_scheduling and sequence.table:
+                # Tokens were unknown when they were scheduled; now their blocks have content.
+                self.blocks.register(sequence, sequence.computed - sequence.in_flight)
+            if sequence.generated == sequence.limit:
+                answered += self.complete(sequence)
+        return answered
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence is answered: it gives back its blocks, from wherever it is."""
+        sequence.finished = True
+        self.blocks.release(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.unreported = True
+
+
+class VllmScheduler(Scheduler):
+    """Iteration by iteration, prompts in chunks, preemption from the tail where blocks run out (vLLM V1)."""
+
+    def wanted(self, sequence: Sequence) -> int:
+        settings = self.settings
+        coming = sequence.in_flight
+        if coming > 0 and sequence.computed + 2 - coming >= sequence.prompt + sequence.output:
+            return 0  # its last token is already on the way
+        tokens = sequence.known + coming - sequence.computed
+        if settings.long_prefill_token_threshold:
+            tokens = min(tokens, settings.long_prefill_token_threshold)
+        return min(tokens, settings.max_model_len - 1 - sequence.computed)
+
+    def admitted(self, tokens: int, budget: int) -> int:
+        settings = self.settings
+        if settings.long_prefill_token_threshold:
+            tokens = min(tokens, settings.long_prefill_token_threshold)
+        if tokens > budget:
+            return budget if settings.chunked_prefill else 0
+        return tokens
+
+    def room(self, sequence: Sequence) -> int:
+        """All that it knows, also where it will compute a part of that first."""
+        return sequence.known
+
+
+class OrcaScheduler(Scheduler):
+    """Whole prompts; blocks for prompt and output are reserved at admission, so that nobody is ever preempted.
+
+    Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022,
+    algorithm 1, with the token budget of the batch as a further limit.
+    """
+
+    def wanted(self, sequence: Sequence) -> int:
+        """One token, where it is not on its way already."""
+        return int(sequence.computed < min(sequence.known + sequence.in_flight, self.room(sequence)))
+
+    def admitted(self, tokens: int, budget: int) -> int:
+        return tokens if tokens <= budget else 0
+
+    def room(self, sequence: Sequence) -> int:
+        return sequence.prompt + sequence.limit - 1  # the last token is never computed
+
+    def reserved(self, sequence: Sequence) -> int:
+        return self.room(sequence)
+
+
+class StaticScheduler(OrcaScheduler):
+    """Request-level batching: formed when nothing runs, answered together when the longest request is done.
+
+    A sequence with all its tokens goes on computing one token over the same context until then.
+    Source: the baseline of the Orca paper, section 2.
+    """
+
+    def opens(self) -> bool:
+        return not self.running
+
+    def schedule_running(self, batch: Batch) -> None:
+        for sequence in self.running:
+            if sequence.generated < sequence.limit:
+                self.enter(batch, sequence, 1)
+            else:
+                batch.rows.append(Row(sequence, 1, sequence.computed, False))
+                batch.budget -= 1
+
+    def complete(self, sequence: Sequence) -> list[Sequence]:
+        together = list(self.running)
+        if any(other.generated < other.limit for other in together):
+            return []
+        for other in together:
+            self.leave(other)
+        return together
+
+
+SCHEDULERS: Final[Mapping[str, type[Scheduler]]] = {
+    "vllm": VllmScheduler,
+    "orca": OrcaScheduler,
+    "static": StaticScheduler,
+}

@@ -1,0 +1,51 @@
+"""A request on its way through an engine, and the batches it is in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way through the engine."""
+
+    id: int
+    prompt: int
+    output: int
+    limit: int  # tokens it will generate: its output, or fewer where the model's length ends it
+    computed: int = 0
+    generated: int = 0
+    in_flight: int = 0  # tokens to come from batches that have not finished
+    blocks: int = 0
+    finished: bool = False
+    admitted: bool = False  # it has been in a batch, though it may have been preempted since
+    keys: list[int] = field(default_factory=list)  # content of its full blocks, prefix included; for prefix caching
+    table: list[int] = field(default_factory=list)  # the blocks themselves
+    registered: int = 0  # blocks whose content can be found by others
+    arrival_ns: int = 0
+    token_ns: list[int] = field(default_factory=list)  # when each of its tokens came
+    answered_ns: int | None = None
+
+    @property
+    def known(self) -> int:
+        """Tokens that exist: the prompt and what has been generated."""
+        return self.prompt + self.generated
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's share of a batch."""
+
+    sequence: Sequence
+    tokens: int
+    computed_after: int
+    yields: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sequences that compute together, and those that gave way to them."""
+
+    budget: int  # tokens there is room for
+    rows: list[Row] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
