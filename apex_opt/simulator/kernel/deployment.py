@@ -120,7 +120,3 @@ def serve_caching_nb(run: Run, cache: Cache, first: int, last: int, routed: I64)
         at(cache.holder, 0),
     )
     _by_general_nb(addresses_nb(run), known, first, last, routed)
-
-
-VARIANTS = (serve_steady_nb, serve_general_nb, serve_caching_nb)
-"""All that is compiled of the engines, once each."""

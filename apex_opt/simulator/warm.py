@@ -1,0 +1,69 @@
+"""All that is ever compiled, and how to have it compiled beforehand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from apex_opt.plan.engine import EngineSettings
+from apex_opt.simulator.api import simulate
+from apex_opt.simulator.kernel.content import number_pieces_nb
+from apex_opt.simulator.kernel.deployment import serve_caching_nb, serve_general_nb, serve_steady_nb
+from apex_opt.simulator.kernel.jit import is_ready
+from apex_opt.simulator.law import linear_law
+from apex_opt.workload.trace import make_trace
+
+_LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+
+
+class Variant(NamedTuple):
+    """A run that compiles something, and what that is."""
+
+    settings: EngineSettings
+    entries: tuple[Any, ...]
+
+
+VARIANTS: Final = {
+    "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (serve_steady_nb,)),
+    "general": Variant(EngineSettings(max_model_len=4, long_prefill_token_threshold=1, **_LIMITS), (serve_general_nb,)),
+    "caching": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
+        (serve_caching_nb, number_pieces_nb),
+    ),
+}
+"""The closed list: each entry of the kernel is compiled for the types of one of these runs, and for no others."""
+
+
+def warm_up(processes: int | None = None) -> list[str]:
+    """Compile what has not been, in processes side by side, so that whoever comes next takes it from disk.
+
+    Parameters
+    ----------
+    processes : int or None    that may run at once, this one included; None: one for each core
+
+    Returns
+    -------
+    list of str    names of the variants that were missing
+    """
+    missing = [name for name, variant in VARIANTS.items() if not all(map(is_ready, variant.entries))]
+    others: list[subprocess.Popen[bytes]] = []
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    for name in missing[1 : processes or os.cpu_count() or 1]:
+        words = [sys.executable, "-c", f"from apex_opt.simulator.warm import run; run({name!r})"]
+        others.append(subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL))
+    for name in [*missing[:1], *missing[1 + len(others) :]]:
+        run(name)
+    for other in others:
+        other.wait()
+    return missing
+
+
+def run(name: str) -> None:
+    """Serve a request by a variant, which compiles it where it has not been."""
+    settings = VARIANTS[name].settings
+    trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
+    simulate(settings, 4, [linear_law(base_ns=1, token_ns=0, context_ns=0, **_LIMITS)], trace)
