@@ -122,9 +122,10 @@ def _run_energy(options: dict[str, Any]) -> int:
 
 def _energy(options: dict[str, Any]) -> tuple[Document, int]:
     from apex_opt.ask import Options, ask_pools
+    from apex_opt.figures import load_latency
     from apex_opt.report import Progress, answer_document, beside, checked
     from apex_opt.report.explain import explained_document
-    from apex_opt.search import Evaluator, check, load_latency, search
+    from apex_opt.search import Evaluator, check, search
     from apex_opt.search.explain import explained
     from formulations.plan_space import PlanSpace
 
@@ -151,9 +152,9 @@ def _energy(options: dict[str, Any]) -> tuple[Document, int]:
 def _fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> tuple[Document, int]:
     """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
     from apex_opt.ask import between_pools
+    from apex_opt.figures import load_latency
     from apex_opt.report import Progress
     from apex_opt.report.fleet import beside_fleet, fleet_document, parts_placed
-    from apex_opt.search import load_latency
     from apex_opt.search.fleet_search import fleet_provenance, search_fleets
     from formulations.plan_space import PlanSpace
 
@@ -239,7 +240,7 @@ def _judged(question: Question, plan: Plan, options: dict[str, Any], progress: P
 
     answer = judge(question, plan, progress)
     for doubled in range(1, DOUBLINGS + 1):
-        if answer.best is None or is_steady(answer.best.metrics):
+        if answer.best is None or is_steady(answer.best):
             break
         again = longer(question, Options.of(options), 2**doubled)
         if again is None:
@@ -274,9 +275,10 @@ def _run_side_by_side(plans: tuple[str, ...], options: dict[str, Any]) -> int:
 
 def _run_pareto(options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask
+    from apex_opt.figures import load_objective
     from apex_opt.report import Progress
     from apex_opt.report.pareto import pareto_document, write_front
-    from apex_opt.search import Evaluator, load_objective, pareto
+    from apex_opt.search import Evaluator, pareto
     from formulations.plan_space import PlanSpace
 
     objectives = [load_objective(name.strip()) for name in options["objective"].split(",")]

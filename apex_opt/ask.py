@@ -11,14 +11,15 @@ from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, load_rules, rules_of
 from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import default_kv_format, foreign_mix, parse_plan
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
-from apex_opt.search import Question, load_objectives
-from apex_opt.workload import load_trace, parse_slos
+from apex_opt.search import Question
+from apex_opt.workload import load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
@@ -105,7 +106,7 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
 def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> tuple[Question, ...]:
     """A question for each type of GPU in a cluster, the same but for the GPUs and what follows from them; as `ask`."""
     objective, *then = load_objectives(options.objective)
-    slos = parse_slos(options.slo) if options.slo is not None else ()
+    slos = parse_goals(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
         raise UnknownNameError("routing", options.routing, ROUTINGS)
     if options.expert_routing not in EXPERT_ROUTINGS:

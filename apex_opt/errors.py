@@ -59,3 +59,12 @@ def join_faults(source: str, faults: Sequence[str], shown: int = 5) -> InputErro
     """All faults of one input as one error: the first few with their positions, then a count."""
     more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
     return InputError(f"{source}: {'; '.join(faults[:shown])}{more}")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """`repr` cut for one line of a message; Python refuses to write an int of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an int of thousands of digits"
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.figures.registry import goals_help, latencies_help, objectives_help
 from apex_opt.files import expanded, there
 
 if TYPE_CHECKING:
@@ -125,16 +126,8 @@ _CLOCKS: Final = (
     "GPU clocks to choose from, in MHz, such as 1200,1600,1980, or all: six from half to the highest. Times and power "
     "at others than the highest follow published laws."
 )
-_AIMS: Final = (
-    "ttft, tpot, itl (between tokens) or e2e with _mean, _max or a percentile such as _p95 or _p99.9; makespan; "
-    "throughput; goodput (requests/s within the latency goals); energy (J); energy_per_token (J); cost ($/h); "
-    "cost_per_mtoken ($ per million output tokens)"
-)
-_GOALS: Final = (
-    '"ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of the requests), "itl<=50ms@99%" (of the gaps between tokens), '
-    '"throughput>=10" or "goodput>=10" (requests/s), "makespan<=60s", "energy<=200kJ", "energy_per_token<=2J", '
-    '"cost<=20$/h", "cost_per_mtoken<=3$"'
-)
+_AIMS: Final = objectives_help()
+_GOALS: Final = goals_help()
 
 _TAKEN: Final = (
     Option(name="busy", text="GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node."),
@@ -329,8 +322,7 @@ _CHECK: Final = Option(
 _LATENCY: Final = Option(
     name="latency",
     default="e2e_mean",
-    text="Latency whose best plan, at the highest clock, is shown beside: ttft, tpot, itl or e2e with _mean, _max or a "
-    "percentile such as _p95.",
+    text=f"Latency whose best plan, at the highest clock, is shown beside: {latencies_help()}.",
 )
 _REQUESTS: Final = Option(name="requests", suffix=".csv", text="CSV file to write the latencies of every request to.")
 _TIMELINE: Final = Option(

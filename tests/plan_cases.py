@@ -13,23 +13,27 @@ from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost.engine import EngineOverhead
 from apex_opt.engines import EngineRules, Held
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
+from apex_opt.figures import load_objective, parse_goals
+from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.ir.scheme import Scheme
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
-from apex_opt.search import Evaluator, Question, load_objective
-from apex_opt.search.objective import NAMES
+from apex_opt.search import Evaluator, Question
 from apex_opt.units import GIB
-from apex_opt.workload import Trace, make_trace, parse_slos
-from apex_opt.workload.slo import AT_LEAST, FIGURES
+from apex_opt.workload import Trace, make_trace
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apex_opt.figures.measure import Metrics
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
-    from apex_opt.simulator.metrics import Metrics
+
+NAMES = names()
+FIGURES = {one.name: one.unit.name for one in per_run()}
+AT_LEAST = tuple(one.name for one in per_run() if one.maximise)
 
 SMALL = EngineSettings(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=2048)
 OVERHEAD = EngineOverhead(
@@ -353,7 +357,7 @@ def make_question(model: Model, cluster: Cluster | str, trace: Trace, slo: str =
         "objective": load_objective(changes.pop("objective", "e2e_mean")),
         "settings": SMALL,
         "overhead": OVERHEAD,
-        "slos": parse_slos(slo) if slo else (),
+        "slos": parse_goals(slo) if slo else (),
         "weight_formats": ("bf16",),
         "kv_formats": ("bf16",),
         "max_devices": found.size,
@@ -422,7 +426,7 @@ def random_question(seed: int) -> Question:
             goals = goals[int(rng.integers(3)) :]
             if other.random() < 0.6:
                 goals.append(random_goal(other, metrics, factor))
-            question = replace(question, slos=parse_slos(",".join(goals)))
+            question = replace(question, slos=parse_goals(",".join(goals)))
     return question
 
 

@@ -125,13 +125,9 @@ def test_several_objectives_are_asked_in_their_order() -> None:
         ("cost", 0.0),
     ]
     assert question.percentiles == ("p12.5", "p99.9")
-    assert [question.asks(name) for name in ("energy", "cost", "itl", "tpot", "goodput")] == [
-        True,
-        True,
-        False,
-        True,
-        False,
-    ]
+    assert [part.figure.name for part in question.asked] == ["energy", "e2e", "cost", "ttft", "tpot"]
+    assert not question.asks_gaps
+    assert ask(options(slo="itl<=1s@99%")).asks_gaps
 
 
 def test_the_seed_reaches_described_traces() -> None:

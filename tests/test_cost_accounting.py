@@ -143,7 +143,7 @@ def test_gpus_that_wait_cost_their_idle_draw() -> None:
     one, eight = (evaluator.simulate(parse_plan(text, question.model)) for text in ("tp1", "dp8 tp1"))
     assert eight.usage.energy_j > one.usage.energy_j
     assert eight.usage.operations_s["idle"] > one.usage.operations_s["idle"]
-    assert np.isclose(eight.usage.idle_energy_j, 8 * 125 * eight.metrics.makespan_s, rtol=0.3)
+    assert np.isclose(eight.usage.idle_energy_j, 8 * 125 * eight.metrics.value("makespan"), rtol=0.3)
 
 
 def test_shares_of_peak_of_4_bit_arithmetic_refer_to_its_peak_and_of_stored_4_bit_to_that_of_16() -> None:
@@ -152,7 +152,7 @@ def test_shares_of_peak_of_4_bit_arithmetic_refer_to_its_peak_and_of_stored_4_bi
     done = {}
     for name, peak in (("bf16", 2.25e15), ("nvfp4", 9e15), ("mxfp4", 2.25e15)):
         run = evaluator.simulate(parse_plan(f"tp1 {name} kv=bf16", question.model))
-        done[name] = run.usage.mfu * peak * run.metrics.makespan_s
+        done[name] = run.usage.mfu * peak * run.metrics.value("makespan")
     # The same traffic, in batches that differ a little.
     assert done["nvfp4"] == pytest.approx(done["bf16"], rel=0.3)
     assert done["mxfp4"] == pytest.approx(done["bf16"], rel=0.3)
@@ -163,5 +163,5 @@ def test_shares_of_peak_refer_to_the_format_that_is_computed_in() -> None:
     evaluator = Evaluator(question)
     wide, narrow = (evaluator.simulate(parse_plan(f"tp1 {name} kv=bf16", question.model)) for name in ("bf16", "fp8"))
     # The same arithmetic over twice the peak, in a run that the arrivals make about as long.
-    assert 0.35 * wide.usage.mfu < narrow.usage.mfu * narrow.metrics.makespan_s / wide.metrics.makespan_s
-    assert narrow.usage.mfu * narrow.metrics.makespan_s / wide.metrics.makespan_s < 0.65 * wide.usage.mfu
+    assert 0.35 * wide.usage.mfu < narrow.usage.mfu * narrow.metrics.value("makespan") / wide.metrics.value("makespan")
+    assert narrow.usage.mfu * narrow.metrics.value("makespan") / wide.metrics.value("makespan") < 0.65 * wide.usage.mfu

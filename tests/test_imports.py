@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # below the cost model and knows nothing of models, GPUs or profiles.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.units", "apex_opt.errors"),
-    ("apex_opt.files",),
+    ("apex_opt.files", "apex_opt.figures"),
     ("apex_opt.outputs", "apex_opt.process"),
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
     ("apex_opt.engines",),

@@ -79,7 +79,9 @@ def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
         assert row["next_rate_per_s"] == item.next_rate_per_s
         evidence = item.evidence
         assert row["arrivals_s"] == pytest.approx((evidence.requests - 1) / item.rate_per_s)
-        assert row["arrivals_s"] + row["after_last_arrival_s"] == pytest.approx(item.holds.metrics.makespan_s, rel=1e-3)
+        assert row["arrivals_s"] + row["after_last_arrival_s"] == pytest.approx(
+            item.holds.metrics.value("makespan"), rel=1e-3
+        )
         assert row["steady"] is True
         assert row["evidence"]["requests"] == evidence.requests >= 20_000
         assert row["evidence"]["backlog_first_half"] == evidence.transient.before

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from apex_opt.ask import Options, ask, ask_plan
+from apex_opt.figures import parse_goals
 from apex_opt.options import method
 from apex_opt.report import answer_document, cluster_row, listing_document, model_row, trace_row
 from apex_opt.report.document import candidate_document
 from apex_opt.report.tables import rendered
 from apex_opt.search import Answer, Certificate, Evaluator, Question, judge
-from apex_opt.workload import parse_slos
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
 
@@ -76,9 +76,9 @@ def test_metrics_are_those_of_the_candidate() -> None:
     for name in ("ttft", "tpot", "e2e"):
         assert metrics[f"{name}_s"] == best.metrics.latency_s[name]
         assert {"mean", "p50", "p95", "p99"} <= set(metrics[f"{name}_s"])
-    assert metrics["throughput_rps"] == best.metrics.requests_per_s
+    assert metrics["throughput_rps"] == best.metrics.value("throughput")
     assert metrics["energy_j"] == best.usage.energy_j
-    assert metrics["mean_power_w"] == pytest.approx(best.usage.energy_j / best.metrics.makespan_s)
+    assert metrics["mean_power_w"] == pytest.approx(best.usage.energy_j / best.metrics.value("makespan"))
     assert metrics["energy_per_output_token_j"] == pytest.approx(best.usage.energy_j / 64)
     assert (metrics["mfu"], metrics["mbu"]) == (best.usage.mfu, best.usage.mbu)
     assert metrics["operations_s"] == best.usage.operations_s
@@ -89,7 +89,7 @@ def test_metrics_are_those_of_the_candidate() -> None:
         "attainment": 1.0,
         "unit": "s",
     }
-    assert metrics["slo"]["throughput>=1"]["reached"] == best.metrics.requests_per_s
+    assert metrics["slo"]["throughput>=1"]["reached"] == best.metrics.value("throughput")
 
 
 def test_times_between_tokens_are_told_of_a_given_plan_and_of_others_where_asked_for() -> None:
@@ -99,7 +99,7 @@ def test_times_between_tokens_are_told_of_a_given_plan_and_of_others_where_asked
     assert metrics["itl_s"] == answer.best.metrics.latency_s["itl"]
     plain = Evaluator(question).simulate(answer.best.plan)
     assert "itl_s" not in candidate_document(question, plain)["metrics"]
-    asked = replace(question, slos=parse_slos("itl_p99.9<=1s"))
+    asked = replace(question, slos=parse_goals("itl_p99.9<=1s"))
     metrics = candidate_document(asked, Evaluator(asked).simulate(answer.best.plan))["metrics"]
     assert list(metrics["itl_s"]) == list(metrics["ttft_s"]) == ["mean", "p50", "p90", "p95", "p99", "p99.9", "max"]
     assert metrics["slo"]["itl_p99.9<=1s"]["reached"] == metrics["itl_s"]["p99.9"]
@@ -124,7 +124,7 @@ def test_costs_are_told_where_asked_for_and_where_the_price_is_not_an_assumed_on
     assert (given["cost_usd_per_h"], given["source"]) == (5.0, "$2.5 per GPU and hour; given: --price")
     answer = scored(price=2.5)[1]
     assert answer.best is not None
-    hours = answer.best.metrics.makespan_s / 3600
+    hours = answer.best.metrics.value("makespan") / 3600
     assert given["cost_usd_per_mtoken"] == pytest.approx(5.0 * hours / 64 * 1e6)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from plan_cases import dense, make_cluster, make_model, make_question
 
+from apex_opt.figures import load_objective, load_objectives
 from apex_opt.report.fleet import beside_fleet, fleet_document, fleet_page
-from apex_opt.search import Evaluator, load_objective, load_objectives
+from apex_opt.search import Evaluator
 from apex_opt.search.fleet_search import FleetAnswer, search_fleets
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace

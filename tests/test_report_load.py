@@ -10,10 +10,11 @@ import pytest
 from plan_cases import dense, make_cluster, make_model, make_question
 
 from apex_opt.errors import UsageError
+from apex_opt.figures import load_objectives
 from apex_opt.report.document import answer_document
 from apex_opt.report.load import loaded
 from apex_opt.report.tables import rendered
-from apex_opt.search import Question, load_objectives, search
+from apex_opt.search import Question, search
 from apex_opt.simulator.transient import Transient
 from apex_opt.workload import describe_trace
 from formulations.plan_space import PlanSpace

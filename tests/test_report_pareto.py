@@ -9,9 +9,10 @@ import pytest
 from plan_cases import make_cluster, make_question, random_trace
 
 from apex_opt.errors import InputError
+from apex_opt.figures import load_objective
 from apex_opt.ir import load_model
 from apex_opt.report.pareto import pareto_document, pareto_page, write_front
-from apex_opt.search import load_objective, pareto
+from apex_opt.search import pareto
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:

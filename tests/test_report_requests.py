@@ -10,9 +10,9 @@ import pytest
 from cli_cases import run
 
 from apex_opt.errors import InputError
+from apex_opt.figures.measure import measure
 from apex_opt.report.requests import write_requests
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.metrics import measure
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def outcome() -> Outcome:
 def test_the_means_of_the_file_are_those_of_the_metrics(tmp_path: Path, outcome: Outcome) -> None:
     write_requests(tmp_path / "r.csv", outcome, TRACE, 205, 7000)
     table = pd.read_csv(tmp_path / "r.csv")
-    metrics = measure(outcome, TRACE, max_model_len=205, request_ns=7000)
+    metrics = measure(outcome.as_run(TRACE, 205, outside_ns=7000))
     assert table["request"].tolist() == list(range(40))
     assert table["prompt"].tolist() == TRACE.prompt.tolist()
     assert table["output"].tolist() == np.minimum(TRACE.output, 205 - TRACE.prompt).tolist()

@@ -16,31 +16,35 @@ from simulator_cases import TRAFFIC, Case, alone, cases, floors_of, linear, rand
 
 from apex_opt.cost.engine import load_engine
 from apex_opt.evaluate import space, violations
+from apex_opt.figures import load_objective, parse_goals
+from apex_opt.figures.measure import each
+from apex_opt.figures.registry import figure, names, per_item, per_run
 from apex_opt.ir import load_model
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.search import Evaluator, load_objective
+from apex_opt.search import Evaluator
 from apex_opt.search.bounds import StageFloor, isolated
-from apex_opt.search.objective import NAMES
 from apex_opt.simulator.law import RATE_BITS
-from apex_opt.simulator.metrics import per_request_s
-from apex_opt.workload import make_trace, parse_slos
-from apex_opt.workload.slo import FIGURES, LATENCIES
+from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
     from apex_opt.plan.plan import Plan
     from apex_opt.simulator import Outcome
     from apex_opt.workload import Trace
 
+NAMES = names()
+FIGURES = {one.name: one.unit.name for one in per_run()}
+LATENCIES = tuple(one.name for one in per_item())
+
 LOOPS = ("synchronous", "threshold", "asynchronous", "pipeline", "prefix caching")
 
 
 def check_never_beaten(case_settings: EngineSettings, floor: Outcome, run: Outcome, trace: Trace) -> None:
     """Every latency of every request is at least its bound."""
-    generated = np.minimum(trace.output, case_settings.max_model_len - trace.prompt)
-    least, seen = (per_request_s(outcome, generated, 0) for outcome in (floor, run))
+    least, seen = (outcome.as_run(trace, case_settings.max_model_len) for outcome in (floor, run))
     for metric in ("ttft", "tpot", "e2e"):
-        short = seen[metric] < least[metric] * (1 - 1e-12)
-        assert not short.any(), (metric, np.flatnonzero(short), least[metric][short], seen[metric][short])
+        low, value = (each(one, figure(metric)) for one in (least, seen))
+        short = value < low * (1 - 1e-12)
+        assert not short.any(), (metric, np.flatnonzero(short), low[short], value[short])
     assert run.finish_ns.max() >= floor.finish_ns.max()
     assert run.makespan_ns >= floor.makespan_ns
 
@@ -182,7 +186,7 @@ def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, see
     base = replace(evaluator.question, trace=trace, routing="round_robin" if traffic == "closed" else traffic)
     # Limits that some requests keep to and others do not, for goodput.
     usual = Evaluator(base).simulate(chosen[0]).metrics.latency_s
-    within = parse_slos(f"ttft_max<={usual['ttft']['p50'] * 1.2:.9f}s,tpot_max<={usual['tpot']['p90']:.9f}s")
+    within = parse_goals(f"ttft_max<={usual['ttft']['p50'] * 1.2:.9f}s,tpot_max<={usual['tpot']['p90']:.9f}s")
     goodputs = []
     for plan in chosen:
         evaluator.question = base
@@ -195,7 +199,7 @@ def test_no_plan_beats_its_bound_on_any_objective_request_or_goal(name: str, see
         assert possible
         short = {o.name: (b, r) for o, b, r in zip(everything, bounds, reached, strict=True) if not b <= r}
         assert not short, (str(plan), short)
-        goodputs.append((candidate.metrics.goodput_per_s or 0.0) / candidate.metrics.requests_per_s)
+        goodputs.append(candidate.metrics.value("goodput") / candidate.metrics.value("throughput"))
         # Every request, too, by the floors of the stages as they are split and by those of all splits.
         run, cost = evaluator.batches(plan)
         mean = StageFloor.mean(evaluator.costs.least(plan), plan.stages, plan.attention.dp)
@@ -213,12 +217,12 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
     rng = np.random.default_rng(seed)
     # Goals on both sides of what the first plan reaches, near it and near what is impossible.
     first = make_question(MODELS[name], make_cluster(4), trace)
-    first = replace(first, request_slos=parse_slos("ttft_max<=20ms,tpot_max<=9ms"))
+    first = replace(first, request_slos=parse_goals("ttft_max<=20ms,tpot_max<=9ms"))
     metrics = Evaluator(first, gaps=True).simulate(plans[0]).metrics
     ruled_out, met = Counter[str](), Counter[str]()
     for factor in (0.05, 0.2, 0.5, 0.9, 1.1):
         ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["mean"] * factor
-        e2e, rate = metrics.latency_s["e2e"]["p50"] * factor, metrics.requests_per_s / factor
+        e2e, rate = metrics.latency_s["e2e"]["p50"] * factor, metrics.value("throughput") / factor
         for goal in (
             f"ttft_p95<={ttft * 1e3:.9f}ms",
             f"tpot_mean<={tpot * 1e3:.9f}ms",
@@ -226,7 +230,7 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
             f"tpot<={tpot * 1e3:.9f}ms@90%",
             f"throughput>={rate:.9f}",
             f"goodput>={max(metrics.value('goodput'), 1e-3) / factor:.9f}",
-            f"makespan<={metrics.makespan_s * factor:.9f}s",
+            f"makespan<={metrics.value('makespan') * factor:.9f}s",
             f"itl_p90<={metrics.latency_s['itl']['p90'] * factor:.12f}s",
             f"itl<={metrics.latency_s['itl']['p50'] * factor:.12f}s@70%",
             f"energy<={2 * metrics.value('energy') * factor:.9f}J",
@@ -234,7 +238,7 @@ def test_a_goal_that_a_bound_rules_out_is_missed_and_one_that_is_met_is_never_ru
             f"cost<={4 * metrics.value('cost') * factor:.9f}",
             f"cost_per_mtoken<={4 * metrics.value('cost_per_mtoken') * factor:.9f}",
         ):
-            question = replace(first, slos=parse_slos(goal))
+            question = replace(first, slos=parse_goals(goal))
             evaluator.question = question
             for index in rng.permutation(len(plans))[:6]:
                 possible = evaluator.bound(plans[index])[1]

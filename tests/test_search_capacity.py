@@ -14,12 +14,13 @@ from plan_cases import Short, dense, make_cluster, make_model, make_question, ra
 from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import space, tally, violations
+from apex_opt.figures import parse_goals
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator, Question
 from apex_opt.search.capacity import fewest_gpus, highest_rate
 from apex_opt.search.rates import Grid
 from apex_opt.search.steady import DOUBLINGS, Steady
-from apex_opt.workload import make_trace, parse_slos
+from apex_opt.workload import make_trace
 from apex_opt.workload.steady import rate_of
 from formulations.plan_space import PlanSpace
 
@@ -51,7 +52,7 @@ def asked(seed: int) -> Question:
     factor = 0.2 if rng.random() < 0.15 else float(rng.choice([1.01, 1.5]))
     ttft, tpot = (metrics.latency_s[name]["p95"] * factor for name in ("ttft", "tpot"))
     goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_mean<={tpot:.12f}s", f"ttft<={ttft:.12f}s@80%"]
-    return replace(question, slos=parse_slos(",".join(goals[int(rng.integers(3)) :])))
+    return replace(question, slos=parse_goals(",".join(goals[int(rng.integers(3)) :])))
 
 
 def feasible(question: Question) -> list[Plan]:
@@ -163,7 +164,7 @@ def test_twice_the_times_of_everything_halve_the_rate(monkeypatch: pytest.Monkey
     own_ns = CostModel.request_ns.fget
     monkeypatch.setattr(CostModel, "plan_cost", slower)
     monkeypatch.setattr(CostModel, "request_ns", property(lambda self: 2 * own_ns(self)))
-    goals = parse_slos("ttft_p95<=24ms,tpot_mean<=1.8ms")
+    goals = parse_goals("ttft_p95<=24ms,tpot_mean<=1.8ms")
     twice = highest_rate(replace(question, trace=trace.stretched(2), slos=goals), SPACE)
     assert once.plans[0].next_rate_per_s is not None
     assert twice.plans[0].plan == once.plans[0].plan
@@ -325,8 +326,8 @@ def test_any_objective_chooses_among_the_plans_on_the_fewest_gpus(objective: str
     good = [plan for plan in feasible(question) if sustains(steady, plan, rate)]
     least = min(plan.devices for plan in good)
     runs = [steady.at(rate).simulate(plan) for plan in good if plan.devices == least]
-    costs = [question.objective.cost(run.value) for run in runs]
-    assert question.objective.cost(answer.plans[0].holds.value) == min(costs)
+    costs = [question.objective.signed(run.value) for run in runs]
+    assert question.objective.signed(answer.plans[0].holds.value) == min(costs)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

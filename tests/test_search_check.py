@@ -8,8 +8,9 @@ from functools import cache
 import pytest
 from plan_cases import make_cluster, make_question, random_question, random_trace
 
+from apex_opt.figures import load_objective, load_objectives
 from apex_opt.ir import load_model
-from apex_opt.search import Answer, Question, check, load_objective, load_objectives, search
+from apex_opt.search import Answer, Question, check, search
 from formulations.plan_space import PlanSpace
 
 SEEDS = range(100, 200)

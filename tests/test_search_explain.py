@@ -24,6 +24,8 @@ from apex_opt.ask import Options, ask
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, VLLM
 from apex_opt.evaluate import space, violations
+from apex_opt.figures import parse_goals
+from apex_opt.figures.measure import each
 from apex_opt.ir import load_model
 from apex_opt.options import method
 from apex_opt.plan.memory import stage_memory
@@ -34,8 +36,7 @@ from apex_opt.search.explain.clashes import find_clashes, smallest_clash
 from apex_opt.search.explain.relaxations import other_weights
 from apex_opt.search.explain.solving import OutOfTime, Solved, Work
 from apex_opt.search.search import silent
-from apex_opt.simulator.metrics import per_request_s
-from apex_opt.workload import make_trace, parse_slos
+from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
 
 SPACE = PlanSpace()
@@ -50,7 +51,7 @@ def changed(question: Question, relaxation: Relaxation) -> Question:
         elif name == "kv":
             question = replace(question, kv_formats=(value,) * len(question.kv_formats))
         elif name == "slo":
-            question = replace(question, slos=parse_slos(value))
+            question = replace(question, slos=parse_goals(value))
         elif name == "max_model_len":
             question = replace(question, settings=replace(question.settings, max_model_len=int(value)))
         elif name == "nodes":
@@ -82,7 +83,7 @@ def missed_by_simulation() -> Question:
     assert best is not None
     assert best.bound is not None
     assert best.bound < best.value
-    return replace(question, slos=parse_slos(f"ttft_p95<={(best.bound + best.value) / 2:.12f}s"))
+    return replace(question, slos=parse_goals(f"ttft_p95<={(best.bound + best.value) / 2:.12f}s"))
 
 
 def question_of(name: str) -> Question:
@@ -281,7 +282,7 @@ def test_the_limits_proposed_for_goals_at_odds_have_a_plan(seed: int) -> None:
 def test_the_smallest_clash_of_any_goals_is_what_every_subset_gives(seed: int) -> None:
     rng = np.random.default_rng(seed)
     names = ("ttft_mean", "ttft_p95", "tpot_mean", "tpot_p95", "e2e_mean")
-    goals = parse_slos(",".join(f"{name}<=1s" for name in names[: 2 + seed % 4]))
+    goals = parse_goals(",".join(f"{name}<=1s" for name in names[: 2 + seed % 4]))
     plans = [frozenset(g for g in goals if rng.random() < 0.7) for _ in range(int(rng.integers(0, 7)))]
     found = smallest_clash(goals, lambda some: any(held.issuperset(some) for held in plans))
     texts = [frozenset(goal.text for goal in held) for held in plans]
@@ -302,11 +303,12 @@ def test_the_limit_proposed_is_the_best_over_all_plans_to_three_digits(goal: str
             values.append(candidate.metrics.judged(slo))
             continue
         outcome, cost = evaluator.batches(candidate.plan)
-        seen = sorted(per_request_s(outcome, question.trace.output, cost.request_ns)[slo.metric])
+        run = outcome.as_run(question.trace, question.settings.max_model_len, outside_ns=cost.request_ns)
+        seen = sorted(each(run, slo.figure))
         values.append(next(v for i, v in enumerate(seen) if (i + 1) / len(seen) >= slo.fraction))
     best = max(values) if slo.metric == "throughput" else min(values)
     (eased,) = [r for r in explain(question, SPACE).tried.found if "slo" in r.options]
-    limit = parse_slos(eased.options["slo"])[0].limit
+    limit = parse_goals(eased.options["slo"])[0].limit
     assert limit == pytest.approx(best, rel=0.01)
     assert limit <= best if slo.metric == "throughput" else limit >= best
     tighter = replace(slo, limit=best * (1.000001 if slo.metric == "throughput" else 0.999999), text="")
@@ -408,7 +410,9 @@ def test_terms_are_those_that_differ_largest_first_and_add_up() -> None:
         for part in ("time per GPU", "mean latency", "energy")
     }
     mine = comparison.candidate
-    assert by_part["time per GPU"] == pytest.approx(mine.metrics.makespan_s - best.metrics.makespan_s, abs=1e-9)
+    assert by_part["time per GPU"] == pytest.approx(
+        mine.metrics.value("makespan") - best.metrics.value("makespan"), abs=1e-9
+    )
     assert by_part["energy"] == pytest.approx(mine.usage.energy_j - best.usage.energy_j)
     assert by_part["mean latency"] == pytest.approx(
         mine.metrics.latency_s["e2e"]["mean"] - best.metrics.latency_s["e2e"]["mean"]

@@ -12,8 +12,10 @@ import pytest
 from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_question, random_question
 
 from apex_opt.evaluate import space, violations
+from apex_opt.figures import load_objectives
+from apex_opt.figures.measure import measure
 from apex_opt.plan.memory import kv_blocks, stage_memory
-from apex_opt.search import Evaluator, Question, load_objectives, search
+from apex_opt.search import Evaluator, Question, search
 from apex_opt.search.dealing import clients_of, dealt, merged, tokens_per_s
 from apex_opt.search.fleet import Fleet, FleetEvaluator
 from apex_opt.search.fleet_bounds import FleetBounds
@@ -22,7 +24,6 @@ from apex_opt.search.fleet_search import FleetAnswer, search_fleets
 from apex_opt.search.search import list_plans, settled, silent
 from apex_opt.simulator import simulate
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.metrics import measure
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
 
@@ -167,7 +168,7 @@ def test_the_certificates_account_for_every_fleet(seed: int) -> None:
         if certificate.least_bound is not None:
             objective = pools_of(seed)[0].objective
             assert certificate.incumbent is not None
-            assert objective.cost(certificate.least_bound) >= objective.cost(certificate.incumbent)
+            assert objective.signed(certificate.least_bound) >= objective.signed(certificate.incumbent)
     one, other, both = (certificate for _, certificate in answer.certificates)
     assert both.space == one.space * other.space
     if limit_of(seed) is None:
@@ -206,10 +207,10 @@ def test_no_fleet_is_better_than_its_bounds_and_none_meets_goals_that_they_rule_
 def brute_near(question: Question, good: list[Fleet]) -> Fleet:
     """The best within a tolerance of the best by the first objective."""
     first, second = question.objectives
-    best = min(first.cost(first.value(fleet.metrics)) for fleet in good)
+    best = min(first.signed(first.value(fleet.metrics)) for fleet in good)
     limit = best + abs(best) * first.tolerance
-    near = [fleet for fleet in good if first.cost(first.value(fleet.metrics)) <= limit]
-    return min(near, key=lambda f: (second.cost(second.value(f.metrics)), f.devices, f.text))
+    near = [fleet for fleet in good if first.signed(first.value(fleet.metrics)) <= limit]
+    return min(near, key=lambda f: (second.signed(second.value(f.metrics)), f.devices, f.text))
 
 
 @pytest.mark.parametrize("text", ["energy~20%,e2e_mean", "e2e_p95~10%,energy", "throughput~5%,cost"])
@@ -301,13 +302,13 @@ def test_a_fleet_is_what_its_parts_do_on_their_own_share_of_the_requests() -> No
         arrival[rows], finish[rows] = run.arrival_ns, run.finish_ns
     makespan_s = (finish.max() - arrival.min()) / 1e9 + OVERHEAD.request_s
     idle_w = sum(p.cluster.gpu.idle_w * part.plan.devices for p, part in zip(pools, fleet, strict=True))
-    assert found.metrics.makespan_s == pytest.approx(makespan_s, rel=1e-12)
-    assert found.metrics.energy_j == pytest.approx(joules + idle_w * makespan_s, rel=1e-9)
+    assert found.metrics.value("makespan") == pytest.approx(makespan_s, rel=1e-12)
+    assert found.metrics.value("energy") == pytest.approx(joules + idle_w * makespan_s, rel=1e-9)
     assert found.metrics.latency_s["e2e"]["mean"] == pytest.approx(
         (finish - arrival).mean() / 1e9 + OVERHEAD.request_s, rel=1e-9
     )
     prices = [pool.cluster.gpu.price_per_h or 0.0 for pool in pools]
-    assert found.metrics.cost_per_h == sum(p * part.plan.devices for p, part in zip(prices, fleet, strict=True))
+    assert found.metrics.value("cost") == sum(p * part.plan.devices for p, part in zip(prices, fleet, strict=True))
     assert [part.requests for part in found.parts] == [len(rows) for rows, _ in runs]
     assert sum(part.batches for part in found.parts) == sum(run.batches for _, run in runs)
     whole = merged(settings, trace, runs)
@@ -319,7 +320,7 @@ def test_a_fleet_is_what_its_parts_do_on_their_own_share_of_the_requests() -> No
     sums = np.add.reduceat(whole.gaps_ns, first)
     assert np.array_equal(sums, whole.finish_ns - whole.first_token_ns)
     assert (
-        measure(whole, trace, max_model_len=settings.max_model_len).latency_s["itl"]["p99"]
+        measure(whole.as_run(trace, settings.max_model_len)).latency_s["itl"]["p99"]
         == (found.metrics.latency_s["itl"]["p99"])
     )
 

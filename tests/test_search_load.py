@@ -10,11 +10,12 @@ import pytest
 from plan_cases import SMALL, dense, latent, make_cluster, make_model, make_question, random_trace, sparse
 
 from apex_opt.evaluate import space, violations
-from apex_opt.search import Evaluator, load_objective
+from apex_opt.figures import load_objective
+from apex_opt.figures.registry import STATISTICS
+from apex_opt.search import Evaluator
 from apex_opt.search.bounds import StageFloor
 from apex_opt.search.load import Load, replicas_with_room
 from apex_opt.workload import make_trace
-from apex_opt.workload.slo import STATISTICS
 
 if TYPE_CHECKING:
     from apex_opt.search import Question
@@ -78,7 +79,7 @@ def test_a_crowd_is_bounded_more_tightly_than_its_requests_each_alone_and_less_t
     evaluator = Evaluator(question)
     plans = [plan for plan in space(question.instance()) if plan.stages == plan.stage_devices == 1]
     bounds = [evaluator.bound(plan)[0] for plan in sorted(plans, key=lambda plan: plan.replicas)]
-    alone = evaluator.floor(plans[0]).latency_s["e2e"]["mean"]
+    alone = evaluator.floor(plans[0]).whole_s.mean()
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] > 3 * alone
     assert bounds[-1] > alone
@@ -88,7 +89,7 @@ def test_where_requests_hardly_meet_the_bound_is_that_of_each_alone() -> None:
     question = make_question(MODELS["dense"], make_cluster(1), random_trace(1, 20).stretched(1000))
     evaluator = Evaluator(question)
     plan = next(space(question.instance()))
-    alone = evaluator.floor(plan).latency_s["e2e"]["mean"]
+    alone = evaluator.floor(plan).whole_s.mean()
     assert evaluator.bound(plan)[0] == pytest.approx(alone, rel=1e-11)
 
 

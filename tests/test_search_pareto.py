@@ -10,12 +10,15 @@ from plan_cases import make_cluster, make_question, random_question, random_trac
 
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import space, violations
+from apex_opt.figures import Objective, load_objective
+from apex_opt.figures.registry import names
 from apex_opt.ir import load_model
-from apex_opt.search import Candidate, Evaluator, Objective, Question, load_objective, pareto, search
-from apex_opt.search.objective import NAMES
+from apex_opt.search import Candidate, Evaluator, Question, pareto, search
 from apex_opt.search.pareto import Front, dominates
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
+
+NAMES = names()
 
 SEEDS = range(300, 380)
 SPACE = PlanSpace()
@@ -27,7 +30,7 @@ def some_objectives(seed: int) -> tuple[Objective, ...]:
 
 
 def vector(candidate: Candidate, objectives: tuple[Objective, ...]) -> tuple[float, ...]:
-    return tuple(o.cost(o.value(candidate.metrics)) for o in objectives)
+    return tuple(o.signed(o.value(candidate.metrics)) for o in objectives)
 
 
 def brute_force(question: Question, objectives: tuple[Objective, ...]) -> list[tuple[float, ...]]:
@@ -92,8 +95,8 @@ def test_the_best_plan_by_each_objective_is_an_end_of_the_front(names: tuple[str
     for objective in front.objectives:
         best = search(replace(question, objective=objective), SPACE).best
         assert best is not None
-        costs = [objective.cost(objective.value(c.metrics)) for c in front.plans]
-        assert min(costs) == objective.cost(best.value)
+        costs = [objective.signed(objective.value(c.metrics)) for c in front.plans]
+        assert min(costs) == objective.signed(best.value)
 
 
 def test_the_order_of_objectives_changes_the_order_of_the_front_only() -> None:

@@ -24,27 +24,20 @@ from plan_cases import (
 from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import FAMILIES, space, tally, violations
+from apex_opt.figures import load_objective, load_objectives, parse_goals
+from apex_opt.figures.registry import names
 from apex_opt.ir import load_model
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import (
-    Answer,
-    Candidate,
-    Evaluator,
-    Question,
-    check,
-    judge,
-    load_objective,
-    load_objectives,
-    search,
-)
-from apex_opt.search.objective import NAMES
+from apex_opt.search import Answer, Candidate, Evaluator, Question, check, judge, search
 from apex_opt.search.search import how_far
-from apex_opt.workload import load_trace, make_trace, parse_slos
+from apex_opt.workload import load_trace, make_trace
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
     from apex_opt.plan.plan import Plan
+
+NAMES = names()
 
 SEEDS = range(80)
 SPACE = PlanSpace()
@@ -62,13 +55,13 @@ def rank(question: Question, candidate: Candidate) -> tuple[list[float], int, st
     price = question.cluster.gpu.price_per_h * candidate.plan.devices
     tokens = int(question.trace.generated(question.settings.max_model_len).sum())
     figures = {
-        "makespan": metrics.makespan_s,
-        "throughput": -metrics.requests_per_s,
-        "goodput": -(metrics.goodput_per_s or 0.0),
+        "makespan": metrics.value("makespan"),
+        "throughput": -metrics.value("throughput"),
+        "goodput": -np.nan_to_num(metrics.value("goodput")),
         "energy": usage.energy_j,
         "energy_per_token": usage.energy_j / tokens,
         "cost": price,
-        "cost_per_mtoken": price * metrics.makespan_s / 3600 / tokens * 1e6,
+        "cost_per_mtoken": price * metrics.value("makespan") / 3600 / tokens * 1e6,
     }
     costs = []
     for name in (question.objective.name, *(objective.name for objective in question.then)):
@@ -97,7 +90,7 @@ def test_the_optimum_is_what_simulating_every_plan_without_bounds_finds(seed: in
         assert candidate.bound is not None
         assert (
             candidate.bound
-            <= question.objective.cost(candidate.value) * (1 + 1e-12) + 1e-12 * question.objective.maximise
+            <= question.objective.signed(candidate.value) * (1 + 1e-12) + 1e-12 * question.objective.maximise
         )
     assert [c.plan for c in answer.candidates] == [
         c.plan for c in sorted(answer.candidates, key=lambda c: rank(question, c))
@@ -113,7 +106,7 @@ def near_question(seed: int) -> Question:
     aims = [replace(load_objective(n), tolerance=float(s)) for n, s in zip(names, (*shares, 0.0), strict=True)]
     if seed % 4 == 1:
         aims[0] = replace(aims[0], tolerance=0.0)
-    return replace(question, objective=aims[0], then=tuple(aims[1:]), request_slos=parse_slos("ttft_max<=20ms"))
+    return replace(question, objective=aims[0], then=tuple(aims[1:]), request_slos=parse_goals("ttft_max<=20ms"))
 
 
 def near_by_hand(question: Question, good: list[Candidate]) -> list[Candidate]:
@@ -215,8 +208,8 @@ def test_the_certificate_accounts_for_every_plan_of_the_space(seed: int) -> None
         best = answer_of(seed).best
         assert best is not None
         assert certificate.incumbent is not None
-        assert question.objective.cost(certificate.least_bound) >= question.objective.cost(certificate.incumbent)
-        assert question.objective.cost(certificate.incumbent) >= question.objective.cost(best.value)
+        assert question.objective.signed(certificate.least_bound) >= question.objective.signed(certificate.incumbent)
+        assert question.objective.signed(certificate.incumbent) >= question.objective.signed(best.value)
     assert certificate.optimal
     assert certificate.gap == (0.0 if answer_of(seed).best else None)
     assert 0 <= certificate.missed <= certificate.simulated
@@ -243,7 +236,7 @@ def test_a_spare_gpu_never_makes_the_optimum_worse(seed: int) -> None:
     found = []
     for gpus in range(1, question.cluster.size + 1):
         answer = search(replace(question, max_devices=gpus), SPACE)
-        found.append(question.objective.cost(answer.best.value) if answer.best else float("inf"))
+        found.append(question.objective.signed(answer.best.value) if answer.best else float("inf"))
     assert found == sorted(found, reverse=True)
 
 
@@ -386,7 +379,7 @@ def test_where_time_was_up_the_gap_holds_the_optimum_and_every_plan_is_counted(s
     found, certificate = answer.best, answer.certificate
     assert best is not None
     assert found is not None
-    cost, least = question.objective.cost(found.value), question.objective.cost(best.value)
+    cost, least = question.objective.signed(found.value), question.objective.signed(best.value)
     assert certificate.gap is not None
     assert cost - least <= certificate.gap * abs(cost) + 1e-12
     # With energy the first four plans may prove the rest worse; with the others they cannot.
@@ -452,7 +445,7 @@ def test_where_time_was_up_before_a_plan_met_the_goals_the_answer_is_unknown() -
     # A goal between what plans reach and what their bounds allow.
     value = search(question, SPACE).best
     assert value is not None
-    goal = parse_slos(f"e2e_mean<={value.metrics.latency_s['e2e']['mean'] * 0.999 * 1e3:.9f}ms")
+    goal = parse_goals(f"e2e_mean<={value.metrics.latency_s['e2e']['mean'] * 0.999 * 1e3:.9f}ms")
     answer = search(replace(question, slos=goal, objective=load_objective("energy")), SPACE, time_limit_s=0.0)
     assert (answer.status == "unknown") == (answer.certificate.left > 0)
     assert answer.best is None

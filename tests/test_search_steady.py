@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from plan_cases import SMALL, dense, make_cluster, make_model, make_question
 
+from apex_opt.figures import parse_goals
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Evaluator, Question
 from apex_opt.search.capacity import fewest_gpus, highest_rate
 from apex_opt.search.steady import Steady
-from apex_opt.workload import describe_trace, make_trace, parse_slos
+from apex_opt.workload import describe_trace, make_trace
 from formulations.plan_space import PlanSpace
 
 SPACE = PlanSpace()
@@ -161,7 +162,7 @@ def test_a_rate_is_judged_by_the_goals_after_the_warm_up_too() -> None:
     assert outcome is not None
     waits = (outcome.first_token_ns - outcome.arrival_ns)[rows] / 1e9 + outside_s()
     assert trial.evidence.whole[text] == pytest.approx(np.percentile(waits, 95))
-    tight = replace(question, slos=parse_slos(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
+    tight = replace(question, slos=parse_goals(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
     assert Steady(tight).run(PLAN, 0.5 / service_s()).why == "goals"
 
 

@@ -23,16 +23,16 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.figures.stops import Stop, latencies_ns
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.stop import Stop, latencies_ns
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from apex_opt.figures.stops import Metric
     from apex_opt.simulator import Outcome
     from apex_opt.simulator.outcome import Routing
-    from apex_opt.simulator.stop import Metric
 
 SERVICE_NS = 1000
 
@@ -70,7 +70,7 @@ def test_random_engines_reach_the_events_that_matter(loop: Loop, event: str) -> 
     )
 
 
-METRICS: tuple[Metric, ...] = ("ttft", "tpot", "e2e", "makespan")
+METRICS: tuple[Metric, ...] = ("first", "step", "whole", "makespan")
 
 
 @st.composite

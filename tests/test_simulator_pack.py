@@ -10,10 +10,10 @@ import pytest
 from simulator_cases import IMPLEMENTATIONS, Case, assert_same, linear, requests
 
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
+from apex_opt.figures.stops import Stop
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator import law, replay
 from apex_opt.simulator.kernel import state
-from apex_opt.simulator.stop import Stop
 
 if TYPE_CHECKING:
     from apex_opt.simulator import BatchLaw
@@ -147,8 +147,8 @@ def test_no_stage_and_unknown_routing_are_refused(implementation: Implementation
     [
         ({"metric": "speed", "kind": "sum"}, "unknown metric of a stop 'speed'"),
         ({"metric": "makespan", "kind": "sum"}, "cannot sum the makespan"),
-        ({"metric": "e2e", "kind": "mean"}, "cannot mean the e2e"),
-        ({"metric": "e2e", "kind": "count", "most": 0}, "at 0 requests would always fire"),
+        ({"metric": "whole", "kind": "mean"}, "cannot mean the whole"),
+        ({"metric": "whole", "kind": "count", "most": 0}, "at 0 requests would always fire"),
     ],
 )
 def test_a_stop_that_means_nothing_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from apex_opt.cost import CostModel, account, idle_w
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import ApexError
 from apex_opt.evaluate import Instance, violations
+from apex_opt.figures.measure import measure
 from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
@@ -22,7 +23,6 @@ from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.plan.plan import parse_plan
 from apex_opt.profiles import SHIPPED
 from apex_opt.simulator import simulate
-from apex_opt.simulator.metrics import measure
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost import Usage
     from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.figures.measure import Metrics
     from apex_opt.ir.model import Model
     from apex_opt.measured.runs import Run
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
     from apex_opt.simulator import Outcome
-    from apex_opt.simulator.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -180,7 +180,7 @@ class Predictor:
         # An engine that looks for requests every so many batches lets them wait half of that; not simulated.
         waiting_ns = (run.poll_every - 1) * outcome.makespan_ns * plan.replicas // (2 * max(outcome.batches, 1))
         request_ns = cost.request_ns + waiting_ns
-        metrics = measure(outcome, run.trace, max_model_len=settings.max_model_len, request_ns=request_ns)
+        metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
         usage = account(plan, cost, costs, outcome)
         steps: tuple[StepTimes, ...] = ()
         left_out = 0
@@ -262,7 +262,7 @@ def _values(run: MeasuredRun, metrics: Metrics, energy_j: float, outcome: Outcom
         "tpot_p95": latency["tpot"]["p95"],
         "itl_mean": spent_ns / gaps / NS_PER_S if gaps else np.nan,
         "e2e_mean": latency["e2e"]["mean"],
-        "throughput": metrics.requests_per_s,
+        "throughput": metrics.value("throughput"),
         "energy": energy_j,
     }
     return {metric: value for metric, value in values.items() if np.isfinite(value)}

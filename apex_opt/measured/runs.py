@@ -29,7 +29,7 @@ METRICS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """What is compared, with its unit.
 
-TTFT, TPOT and E2E as in `apex_opt.simulator.metrics`; ITL is the mean over all gaps between tokens, so that long
+TTFT, TPOT and E2E as in `apex_opt.figures`; ITL is the mean over all gaps between tokens, so that long
 answers weigh more than in TPOT; throughput is requests over the time from first arrival to last token; energy is that
 of the plan's GPUs from time 0 of the trace to the last token.
 """

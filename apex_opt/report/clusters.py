@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from apex_opt import __version__
+from apex_opt.figures.registry import figure, split
 from apex_opt.report.document import noted
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, seconds, table
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.report.document import Document
-
-_SPEEDS: Final = ("ttft", "tpot", "itl", "e2e", "makespan", "throughput", "goodput")
-"""Metrics by which one cluster is faster than another; by others the mean time of a request tells."""
 
 
 def clusters_document(command: str, answers: Sequence[Document]) -> Document:
@@ -89,7 +87,7 @@ def _speed(answer: Document) -> tuple[str, Callable[[Document], float | None]]:
             return "rate", _value(answer)
         return "e2e_mean", lambda best: best["metrics"]["e2e_s"]["mean"]
     objective = answer["objective"]
-    if objective["name"].partition("_")[0] in _SPEEDS:
+    if figure(split(objective["name"])[0]).is_speed:  # by others the mean time of a request tells
         return objective["name"], _value(answer)
     return "e2e_mean", lambda best: best["metrics"]["e2e_s"]["mean"]
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from apex_opt import __version__
 from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
+from apex_opt.figures.registry import figure, per_run
 from apex_opt.report.load import loaded, transient_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from apex_opt.cluster.types import Cluster, Gpu
+    from apex_opt.figures import Objective
     from apex_opt.ir.model import Model
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
-    from apex_opt.search import Answer, Candidate, Check, Objective, Question
+    from apex_opt.search import Answer, Candidate, Check, Question
     from apex_opt.search.fleet import Fleet
-    from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
 
 Document = dict[str, Any]
-
-_COSTS: Final = {"cost_usd_per_h": "cost", "cost_usd_per_mtoken": "cost_per_mtoken"}
 
 
 def answer_document(
@@ -49,7 +48,7 @@ def answer_document(
             "version": __version__,
         }
     )
-    return noted(loaded(document, question, best.metrics if best else None), question.remarks)
+    return noted(loaded(document, question, best), question.remarks)
 
 
 def noted(document: Document, notes: Iterable[str]) -> Document:
@@ -95,13 +94,13 @@ def beside(document: Document, question: Question, answer: Answer) -> Document:
 
 def candidate_document(question: Question, candidate: Candidate) -> Document:
     """A simulated plan; latencies in seconds, energy in joules, memory in bytes."""
-    metrics, usage = candidate.metrics, candidate.usage
+    usage = candidate.usage
     return {
         "plan": str(candidate.plan),
         "gpus": candidate.plan.devices,
         **values_document(question, candidate),
         "metrics": {
-            **metrics_document(question, metrics, usage.idle_energy_j, tells_cost=question.tells_cost),
+            **metrics_document(question, candidate, usage.idle_energy_j, tells_cost=question.tells_cost),
             "mfu": usage.mfu,
             "mbu": usage.mbu,
             "operations_s": usage.operations_s,
@@ -124,21 +123,23 @@ def values_document(question: Question, run: Candidate | Fleet) -> Document:
     }
 
 
-def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float, *, tells_cost: bool) -> Document:
-    """What the requests of a run saw, and what it took; latencies in seconds, energy in joules."""
-    cost = {}
-    if tells_cost:
-        cost = {name: metrics.value(metric) for name, metric in _COSTS.items()}
-    energy_j = metrics.value("energy")
+def metrics_document(question: Question, run: Candidate | Fleet, idle_energy_j: float, *, tells_cost: bool) -> Document:
+    """What the requests of a run saw, and what it took; figures in their units, those known and not to be left out.
+
+    Parameters
+    ----------
+    idle_energy_j : of all GPUs
+    tells_cost : whether figures that take the price of the GPUs are told
+    """
+    metrics = run.metrics
+    told = (one for one in per_run() if one.name in metrics.figures and (tells_cost or not one.priced))
     cached: Document = {}
     if question.settings.prefix_caching:
         cached = {"cached_tokens": metrics.cached_tokens, "cache_hit_rate": metrics.cached_share}
     return {
-        **{f"{name}_s": statistics for name, statistics in metrics.latency_s.items()},
-        "makespan_s": metrics.makespan_s,
-        **({} if metrics.transient is None else {"transient": transient_document(metrics.transient)}),
-        "throughput_rps": metrics.requests_per_s,
-        **({} if metrics.goodput_per_s is None else {"goodput_rps": metrics.goodput_per_s}),
+        **{figure(name).key: statistics for name, statistics in metrics.latency_s.items()},
+        **{one.key: metrics.figures[one.name] for one in told},
+        "transient": transient_document(run.transient),
         "output_tokens_per_s": metrics.output_tokens_per_s,
         "total_tokens_per_s": metrics.total_tokens_per_s,
         **cached,
@@ -151,11 +152,8 @@ def metrics_document(question: Question, metrics: Metrics, idle_energy_j: float,
             }
             for slo in question.slos
         },
-        "energy_j": energy_j,
         "idle_energy_j": idle_energy_j,
-        "energy_per_output_token_j": metrics.value("energy_per_token"),
-        **cost,
-        "mean_power_w": energy_j / metrics.makespan_s,
+        "mean_power_w": metrics.value("energy") / metrics.value("makespan"),
     }
 
 

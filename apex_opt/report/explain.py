@@ -75,7 +75,7 @@ def _comparison(question: Question, comparison: Comparison) -> Document:
         "reason": comparison.reason,
         "preemptions": None if one is None else one.preemptions,
         "batches": None if one is None else one.batches,
-        "makespan_s": None if one is None else one.metrics.makespan_s,
+        "makespan_s": None if one is None else one.metrics.value("makespan"),
         "terms": [
             {
                 "part": term.part,

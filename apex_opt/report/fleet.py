@@ -93,7 +93,7 @@ def fleet_document(
             "version": __version__,
         }
     )
-    document = loaded(document, question, best.metrics if best else None)
+    document = loaded(document, question, best)
     return noted(document, (note for pool in pools for note in pool.remarks))
 
 
@@ -139,7 +139,7 @@ def _fleet(pools: Sequence[Question], fleet: Fleet) -> Document:
         "gpus": fleet.devices,
         **values_document(question, fleet),
         "metrics": {
-            **metrics_document(question, fleet.metrics, idle_j, tells_cost=tells_cost),
+            **metrics_document(question, fleet, idle_j, tells_cost=tells_cost),
             "preemptions": sum(part.preemptions for part in fleet.parts),
             "batches": sum(part.batches for part in fleet.parts),
         },
@@ -168,7 +168,7 @@ def _part(part: FleetPart, requests: int) -> Document:
 
 def _loss(question: Question, fleet: Fleet, best: Fleet) -> float | None:
     """What a fleet loses to the best by the first objective, as a share of what that one reaches."""
-    cost, least = (question.objective.cost(one.value) for one in (fleet, best))
+    cost, least = (question.objective.signed(one.value) for one in (fleet, best))
     return (cost - least) / abs(least) if least else None
 
 

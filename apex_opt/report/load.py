@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from apex_opt.figures.registry import timed
 from apex_opt.report.layout import count, seconds
 from apex_opt.workload.steady import LENGTH
 
@@ -11,23 +12,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
-    from apex_opt.simulator.metrics import Metrics
+    from apex_opt.search import Candidate, Question
+    from apex_opt.search.fleet import Fleet
     from apex_opt.simulator.transient import Transient
 
-_BY_ARRIVALS: Final = ("throughput", "goodput")
-"""Figures that no plan has more of than arrives."""
 
-
-def loaded(document: Document, question: Question, metrics: Metrics | None) -> Document:
+def loaded(document: Document, question: Question, best: Candidate | Fleet | None) -> Document:
     """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`."""
-    transient = None if metrics is None else metrics.transient
-    if metrics is None or transient is None:
+    if best is None:
         return document | {"steady": None, "transient": None, "limited_by_arrivals": None}
-    limited = question.objective.metric in _BY_ARRIVALS and _keeps_up(transient)
+    transient = best.transient
+    limited = question.objective.figure.by_arrivals and _keeps_up(transient)
     said = [*_said(question, transient), *([_limited(question)] if limited else [])]
     return document | {
-        "steady": None if transient.closed else is_steady(metrics),
+        "steady": None if transient.closed else is_steady(best),
         "transient": transient_document(transient) | {"said": said},
         "limited_by_arrivals": limited,
     }
@@ -39,12 +37,12 @@ def said_of(answers: Iterable[tuple[str, Document]]) -> Document:
     return {"said": said}
 
 
-def is_steady(metrics: Metrics) -> bool:
+def is_steady(run: Candidate | Fleet) -> bool:
     """Whether a run shows a load that lasts: long beside its requests, with no backlog that grows."""
-    transient = metrics.transient
-    if transient is None or transient.closed:
+    transient = run.transient
+    if transient.closed:
         return False
-    return transient.lasts(metrics.latency_s["e2e"]["mean"]) and not transient.measured
+    return transient.lasts(run.metrics.value(timed("whole").name, "mean")) and not transient.measured
 
 
 def transient_document(transient: Transient) -> Document:

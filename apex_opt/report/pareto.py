@@ -50,7 +50,7 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
             "version": __version__,
         }
     )
-    best = front.plans[0].metrics if front.plans else None
+    best = front.plans[0] if front.plans else None
     asked = replace(question, objective=front.objectives[0])
     return noted(loaded(document, asked, best), question.remarks)
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.figures.measure import each
+from apex_opt.figures.registry import per_item
 from apex_opt.outputs import written
-from apex_opt.simulator.metrics import per_request_s
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -29,15 +30,14 @@ def write_requests(path: Path, outcome: Outcome, trace: Trace, max_model_len: in
     """
     import pandas as pd
 
-    generated = trace.generated(max_model_len)
-    latency = per_request_s(outcome, generated, request_ns)
+    run = outcome.as_run(trace, max_model_len, outside_ns=request_ns)
     table = pd.DataFrame(
         {
             "request": np.arange(len(trace)),
             "arrival_s": outcome.arrival_ns / NS_PER_S,
             "prompt": trace.prompt,
-            "output": generated,
-            **{f"{name}_s": values for name, values in latency.items()},
+            "output": run.tokens,
+            **{figure.key: each(run, figure) for figure in per_item() if figure.of == "request"},
         }
     )
     with written(path, "requests") as file:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from apex_opt import __version__
+from apex_opt.figures.registry import per_item
 from apex_opt.report.document import noted
 from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from apex_opt.report.document import Document
     from apex_opt.search.explain import Term
-
-_LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 
 
 def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: Sequence[Term]) -> Document:
@@ -151,10 +150,11 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
     yield "GPUs", *(str(run["gpus"]) for run in runs)
     for text in metrics[0]["slo"]:
         yield text, *(_judged(one["slo"][text]) for one in metrics)
-    for key, name in _LATENCIES.items():
-        if all(key in one for one in metrics):
-            for statistic in ("mean", "p95"):
-                yield f"{name} {statistic}", *(seconds(one[key][statistic]) for one in metrics)
+    for about in per_item():
+        if all(about.key in one for one in metrics):
+            for which in ("mean", "p95"):
+                reached = (amount(one[about.key][which], about.unit.name) for one in metrics)
+                yield f"{about.title} {which}", *reached
     yield "requests/s", *(f"{one['throughput_rps']:.3f}" for one in metrics)
     if told("goodput_rps"):
         yield "goodput, requests/s", *(f"{one['goodput_rps']:.3f}" for one in metrics)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from apex_opt.figures.registry import figure, per_item, split
 from apex_opt.report.explain import why_not
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.units import GB, GIB, TERA
-from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
 _DISAGREEMENTS: Final = 3
-_HEADS: Final = {"throughput": "req/s", "energy": "kJ"}
-_LATENCIES: Final = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 
 
 def rendered(document: Document) -> str:
@@ -140,18 +138,17 @@ def figure_columns(metrics: Document, told: Collection[str] = ()) -> tuple[dict[
     metrics : of one of the runs
     told : objectives that have a column of their own
     """
-    columns = {f"{name} p95": _tail(key) for key, name in _LATENCIES.items() if key != "itl_s"}
+    columns = {f"{one.title} p95": _tail(one.key) for one in per_item() if one.of == "request" and one.time}
     heads = set()
     for text, slo in metrics["slo"].items():
-        figure = re.split("[<>]", text)[0]
-        metric, _, statistic = figure.partition("_")
+        name = re.split("[<>]", text)[0]
+        metric, statistic = split(name.partition("@")[0])
+        about = figure(metric)
         if slo["unit"] == "share":
             head = text.partition("@")[0]
-        elif f"{metric}_s" in _LATENCIES:
-            head = f"{_LATENCIES[f'{metric}_s']} {statistic or 'mean'}"
         else:
-            head = _HEADS.get(figure, f"{figure}, {slo['unit']}")
-        if figure not in told or slo["unit"] == "share":
+            head = about.head if about.of == "run" else f"{about.title} {statistic}"
+        if name not in told or slo["unit"] == "share":
             heads.add(head)
             columns.setdefault(head, _goal(text))
     return columns, heads
@@ -185,7 +182,11 @@ def best_tables(console: Console, best: Document) -> None:
 def service_tables(console: Console, metrics: Document) -> None:
     """What the requests saw, and what serving them took."""
     heads = tuple(metrics["ttft_s"])
-    rows = [(name, *(seconds(metrics[key][s]) for s in heads)) for key, name in _LATENCIES.items() if key in metrics]
+    rows = [
+        (one.title, *(amount(metrics[one.key][s], one.unit.name) for s in heads))
+        for one in per_item()
+        if one.key in metrics
+    ]
     table(console, "Latency", ("", *heads), rows, left={0}, turned=True)
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
@@ -234,10 +235,11 @@ def _cost(metrics: Document) -> list[tuple[str, str]]:
 
 def _reached(text: str, slo: Document) -> str:
     """The figure that a goal was compared with, and the share of requests within its limit where it is on these."""
-    if text.partition("<")[0].partition(">")[0] in FIGURES:
+    about = figure(split(re.split("[<>]", text)[0])[0])
+    if about.of == "run":
         return amount(slo["reached"], slo["unit"])
-    share = f"{slo['attainment']:.1%} of {'gaps' if text.startswith('itl') else 'requests'} within"
-    return share if slo["unit"] == "share" else f"{seconds(slo['reached'])} reached, {share}"
+    share = f"{slo['attainment']:.1%} of {about.of}s within"
+    return share if slo["unit"] == "share" else f"{amount(slo['reached'], slo['unit'])} reached, {share}"
 
 
 def memory_table(console: Console, title: str, stages: Sequence[Document]) -> None:

@@ -3,7 +3,6 @@
 from apex_opt.search.answer import Answer, Candidate, Certificate
 from apex_opt.search.check import Check, check
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.objective import Objective, load_latency, load_objective, load_objectives
 from apex_opt.search.pareto import Front, pareto
 from apex_opt.search.question import Question
 from apex_opt.search.search import judge, search
@@ -15,13 +14,9 @@ __all__ = [
     "Check",
     "Evaluator",
     "Front",
-    "Objective",
     "Question",
     "check",
     "judge",
-    "load_latency",
-    "load_objective",
-    "load_objectives",
     "pareto",
     "search",
 ]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from apex_opt.workload.slo import LATENCIES
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from apex_opt.cost import Usage
+    from apex_opt.figures import Goal
+    from apex_opt.figures.measure import Metrics
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
-    from apex_opt.simulator.metrics import Metrics
-    from apex_opt.workload.slo import Slo
+    from apex_opt.simulator.transient import Transient
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 """A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
@@ -28,6 +27,7 @@ class Candidate:
     plan: Plan
     value: float
     metrics: Metrics
+    transient: Transient
     usage: Usage
     memory: tuple[StageMemory, ...]
     bound: float | None
@@ -91,18 +91,11 @@ class Answer:
     reason: str | None = None
 
 
-def misses(metrics: Metrics, slos: Iterable[Slo]) -> str:
+def misses(metrics: Metrics, slos: Iterable[Goal]) -> str:
     """The goals that a run misses and what it reaches, in words."""
     missed = (slo for slo in slos if not metrics.slo_met[slo.text])
     return " and ".join(f"{slo.text} (it reaches {_reached(slo, metrics.judged(slo))})" for slo in missed)
 
 
-def _reached(slo: Slo, value: float) -> str:
-    return f"{value:.1%}" if slo.statistic == "attain" else in_words(slo, value)
-
-
-def in_words(slo: Slo, value: float) -> str:
-    """A value of what a goal limits, with a unit."""
-    if slo.metric in LATENCIES:
-        return f"{value * 1e3:.4g} ms"
-    return f"{value / 1e3:.4g} kJ" if slo.unit == "J" else f"{value:.4g} {slo.unit}"
+def _reached(slo: Goal, value: float) -> str:
+    return f"{value:.1%}" if slo.statistic == "attain" else slo.told(value)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.figures.goals import step_limit_s
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.answer import misses
 from apex_opt.search.capacity_answer import Capacity, PlanRate, RateCertificate
@@ -36,7 +37,6 @@ from apex_opt.search.search import (
 from apex_opt.search.steady import DOUBLINGS, Steady, Trial
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import LATENCIES
 from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _check_goals(question: Question) -> None:
     rate_of(question.trace)
     if not question.slos:
         raise UsageError("--slo: a highest rate needs goals that end it, such as ttft_p95<=500ms,tpot_p95<=50ms")
-    if wrong := [slo.text for slo in question.slos if slo.metric not in (*LATENCIES, "cost")]:
+    if wrong := [slo.text for slo in question.slos if slo.figure.of == "run" and not slo.figure.exact]:
         raise UsageError(
             f"--slo: {wrong[0]} moves with the rate itself; give goals on ttft, tpot, itl, e2e or cost, and a rate as "
             "--rate"
@@ -371,7 +371,8 @@ def _guess(evaluator: Evaluator, plan: Plan) -> float:
     most = int(blocks * settings.block_size / held / plan.stages)
     sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
     steps = [law.decode_ns[sequences] + sequences * held * law.context_rate[sequences] / 2**RATE_BITS for law in laws]
-    limit_ns = NS_PER_S * min((slo.limit for slo in question.slos if slo.metric == "tpot"), default=math.inf)
+    limit_s = step_limit_s(question.slos)
+    limit_ns = math.inf if limit_s is None else NS_PER_S * limit_s
     step_ns = np.sum(steps, axis=0)
     last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
     busy_ns = max(

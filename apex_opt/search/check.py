@@ -150,7 +150,7 @@ def _optimum(question: Question, answer: Answer, meeting: list[Candidate]) -> It
     )
     if answer.status == "optimal" and first.plan != best.plan and not equal:
         yield f"{first.plan} comes before {best.plan}: {said}"
-    cost, least = aim.cost(aim.value(best.metrics)), aim.cost(aim.value(first.metrics))
+    cost, least = aim.signed(aim.value(best.metrics)), aim.signed(aim.value(first.metrics))
     if gap is not None and least < cost - (gap + ROUNDING) * abs(cost):
         yield f"{first.plan} is better by more than the gap of {gap:.1%}: {said}"
 
@@ -158,7 +158,7 @@ def _optimum(question: Question, answer: Answer, meeting: list[Candidate]) -> It
 def _bounds(question: Question, scored: list[Candidate]) -> Iterator[str]:
     """Plans that are better than a bound allows."""
     for candidate in scored:
-        cost, bound = question.objective.cost(candidate.value), candidate.bound
+        cost, bound = question.objective.signed(candidate.value), candidate.bound
         if bound == math.inf and candidate.meets_slos:
             yield f"{candidate.plan} meets the goals, which its bound rules out"
         elif bound is not None and bound != math.inf and cost < bound - ROUNDING * abs(bound):

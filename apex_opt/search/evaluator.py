@@ -4,52 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from apex_opt.cost import CostModel, JointCosts, PlanCost, account, idle_w, limit_w
+from apex_opt.figures.measure import ROUNDING, can_hold, least_signed, measure
+from apex_opt.figures.stops import Facts, early_stops
 from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.answer import Candidate
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.gaps import least_gaps_ns
 from apex_opt.search.load import Load, replicas_with_room
-from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
-from apex_opt.simulator.metrics import Metrics, measure
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from apex_opt.cost.least import Least
+    from apex_opt.figures import Objective
+    from apex_opt.figures.run import Run
+    from apex_opt.figures.stops import Stop
     from apex_opt.placement import Layouts
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
     from apex_opt.simulator.outcome import Outcome
-    from apex_opt.simulator.stop import Stop
-    from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
 
     Costs = tuple[float, ...]
     AnyLayout = Layout | tuple[Layout, ...]
 
-AnyCost = TypeVar("AnyCost", float, "NDArray[np.float64]")
-
-ROUNDING: Final = 1e-12
-"""Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
-
 _ANY_COST: Final = 1e300
-
-_ENERGIES: Final = ("energy", "energy_per_token")
-
-OF_GPUS: Final = (*_ENERGIES, "cost", "cost_per_mtoken")
-"""Figures that depend on how many GPUs there are, so that replicas do not have them in common."""
 
 
 class Evaluator:
@@ -62,7 +51,7 @@ class Evaluator:
         self._gaps = gaps
         self.question = question
         self.costs = _costs(question)
-        self._floors: dict[tuple[Any, ...], Metrics] = {}
+        self._floors: dict[tuple[Any, ...], Run] = {}
         self._leasts: dict[tuple[Any, ...], Least] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._blocks: dict[tuple[Any, ...], tuple[int, EngineSettings]] = {}
@@ -90,15 +79,14 @@ class Evaluator:
         source = dict(gpu.sources).get("price_per_h", f"stated for {gpu.name}")
         return self.costs.provenance | {"price": f"${gpu.price_per_h:g} per GPU and hour; {source}"}
 
-    def floor(self, plan: Plan, movable: bool = False) -> Metrics:
-        """Metrics that no run of the plan can beat; the same for any number of replicas and split of the layers."""
+    def floor(self, plan: Plan, movable: bool = False) -> Run:
+        """What no run of the plan can beat; the same for any number of replicas and split of the layers."""
         return self._alone(plan, self.costs.layouts.best(plan), self._overtaking(plan, movable))
 
-    def _alone(self, plan: Plan, layout: AnyLayout, overtaking: bool) -> Metrics:
-        """Metrics of requests that are each alone."""
+    def _alone(self, plan: Plan, layout: AnyLayout, overtaking: bool) -> Run:
+        """What requests take that are each alone."""
         question = self.question
-        asked = question.goals, question.per_request, question.percentiles, self._tells_gaps
-        key = plan.cut, plan.stages, layout, overtaking, asked
+        key = plan.cut, plan.stages, layout, overtaking, question.per_request, self._tells_gaps
         if key not in self._floors:
             settings = question.settings_for(plan)
             floors = [self._mean(plan, layout)] * plan.stages
@@ -106,7 +94,7 @@ class Evaluator:
             if self._tells_gaps:
                 gaps_ns = least_gaps_ns(settings, floors, question.trace, overtaking=overtaking)
                 alone = replace(alone, gaps_ns=gaps_ns)
-            self._floors[key] = self._measure(alone, [s for s in question.goals if s.metric not in OF_GPUS])
+            self._floors[key] = self.as_run(alone)
         return self._floors[key]
 
     def _mean(self, plan: Plan, layout: AnyLayout) -> StageFloor:
@@ -124,12 +112,12 @@ class Evaluator:
         return self._leasts[key]
 
     def bound(self, plan: Plan) -> tuple[float, bool]:
-        """A lower bound on the plan's cost (the objective, signed), and whether the SLOs can still hold."""
+        """A lower bound on the plan's cost (the objective, signed), and whether the goals can still hold."""
         (bound,), possible = self.bounds(plan, (self.question.objective,))
         return bound, possible
 
-    def _least(self, plan: Plan, movable: bool) -> Metrics:
-        """Metrics that no run of the plan can beat: of each request alone, and of all together."""
+    def _least(self, plan: Plan, movable: bool) -> Run:
+        """What no run of the plan can beat: of each request alone, and of all together."""
         question, layout = self.question, self.costs.layouts.best(plan)
         overtaking = self._overtaking(plan, movable)
         alone = self._alone(plan, layout, overtaking)
@@ -141,16 +129,16 @@ class Evaluator:
         room, load_of = self._room[cut]
         if plan.replicas >= room * (1 + ROUNDING):
             return alone
-        statistics = tuple(alone.latency_s["e2e"])
+        statistics = question.statistics
         key = *cut, overtaking, statistics
         if key not in self._loads:
             load = load_of(statistics, overtaking=overtaking)
-            self._loads[key] = load, load.enough(alone, self.costs.request_ns / NS_PER_S)
+            self._loads[key] = load, load.enough(alone)
         load, enough = self._loads[key]
         if plan.replicas > enough * (1 + ROUNDING):
             return alone
         closed = question.trace.concurrency is not None
-        return load.added(alone, plan.replicas, self.costs.request_ns / NS_PER_S, closed)
+        return load.added(alone, plan.replicas, closed)
 
     def _overtaking(self, plan: Plan, movable: bool = False) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
@@ -175,39 +163,25 @@ class Evaluator:
         return may_preempt(settings, blocks, question.trace, most)
 
     def bounds(self, plan: Plan, objectives: Sequence[Objective], movable: bool = False) -> tuple[Costs, bool]:
-        """Lower bounds on the plan's costs by several objectives, and whether the SLOs can still hold.
+        """Lower bounds on the plan's costs by several objectives, and whether the goals can still hold.
 
         They hold for every split of the layers; of one that is yet to be found (`movable`) they are as loose as it may
         need.
 
-        Why they are admissible, beyond what `bounds` and `gaps` say of latencies and the makespan. Goodput: a request
-        within its limits is within them by its floors too, and the makespan is no shorter than its own. Energy: every
-        token is computed, the GPUs idle for the makespan at least, and the board's limit holds over a run; the tokens
-        generated are known, so it is also one per token. Cost: the GPUs and their price are known; that of tokens grows
-        with the makespan.
+        Why they are admissible, beyond what `bounds` and `gaps` say of times and the makespan. Every token is computed,
+        the GPUs idle for the makespan at least, and the board's limit holds over a run. The GPUs and their price are
+        known. So no run has less of anything that figures say they rise or fall with.
         """
-        question, costs = self.question, self.costs
-        metrics = self._least(plan, movable)
-        energy_j = idle_w(costs, plan) * metrics.makespan_s
-        asked: tuple[Objective | Slo, ...] = *objectives, *question.goals
-        if any(part.metric in _ENERGIES for part in asked):
-            most_j = limit_w(costs, plan) * metrics.makespan_s
-            energy_j = min(energy_j + self._least_joules(plan), most_j) * (1 - ROUNDING)
-        least = metrics
-        if any(part.metric in OF_GPUS for part in asked):
-            least = replace(metrics, energy_j=energy_j, cost_per_h=question.cost_per_h(plan))
-        # A goal on the edge of what rounding moves is left to the run.
-        possible = all(
-            (slo.metric in OF_GPUS or metrics.slo_met[slo.text])
-            and (not self._any_has(slo) or slo.met(least.judged(slo) * (1 - ROUNDING if slo.at_most else 1 + ROUNDING)))
-            for slo in question.goals
+        costs = self.costs
+        floors = self._least(plan, movable)
+        idle_j, most_j = idle_w(costs, plan) * floors.makespan_s, limit_w(costs, plan) * floors.makespan_s
+        cost_per_h = self.question.cost_per_h(plan)
+        floors = floors.costing(
+            joules=np.minimum(idle_j + self._least_joules(plan), most_j) * (1 - ROUNDING),
+            cost_per_h=None if cost_per_h is None else np.array([cost_per_h]),
         )
-        found = tuple(lowered(objective, objective.cost(objective.value(least))) for objective in objectives)
-        return found, possible
-
-    def _any_has(self, slo: Slo) -> bool:
-        """Whether there is a figure to judge by: times between tokens take two of them."""
-        return slo.metric not in ("tpot", "itl") or self._decoding > 0
+        possible = all(can_hold(goal, floors)[0] for goal in self.question.goals)
+        return tuple(float(least_signed(objective, floors)[0]) for objective in objectives), possible
 
     def _least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
@@ -250,13 +224,13 @@ class Evaluator:
         """The figures of a run of the question's trace."""
         question = self.question
         usage = account(plan, self.costs.plan_cost(plan), self.costs, outcome)
-        figures = {"energy_j": usage.energy_j, "cost_per_h": question.cost_per_h(plan)}
-        transient = Transient.of(outcome, self.costs.request_ns, closed=question.trace.concurrency is not None)
-        metrics = self._measure(outcome, question.goals, transient, **figures)
+        run = self.as_run(outcome, joules=usage.energy_j, cost_per_h=question.cost_per_h(plan))
+        metrics = measure(run, question.goals, percentiles=question.percentiles, cached_tokens=outcome.cached_tokens)
         return Candidate(
             plan=plan,
             value=question.objective.value(metrics),
             metrics=metrics,
+            transient=Transient.of(outcome, self.costs.request_ns, closed=question.trace.concurrency is not None),
             usage=usage,
             memory=self._memory(plan),
             bound=bound,
@@ -280,7 +254,7 @@ class Evaluator:
 
     @property
     def _tells_gaps(self) -> bool:
-        return self._gaps or self.question.asks("itl")
+        return self._gaps or self.question.asks_gaps
 
     def _memory(self, plan: Plan) -> tuple[StageMemory, ...]:
         key = plan.cut, plan.layers
@@ -325,42 +299,37 @@ class Evaluator:
     def _stops(self, plan: Plan, worst: Costs) -> list[Stop]:
         """What proves that a plan misses an SLO, or that its objectives are worse than some costs."""
         question = self.question
-        passing = Passing(
+        facts = Facts(
             requests=len(question.trace),
             decoding=self._decoding,
             output_tokens=self._generated,
             request_s=self.costs.request_ns / NS_PER_S,
-            least_j=self._least_joules(plan) * (1 - ROUNDING) if question.asks(*_ENERGIES) else 0.0,
+            least_j=self._least_joules(plan) * (1 - ROUNDING),
             idle_w=idle_w(self.costs, plan),
             limit_w=limit_w(self.costs, plan),
             cost_per_h=question.cost_per_h(plan),
         )
         stops = []
-        for slo in question.goals:
-            stops += passing.limit(slo.metric, slo.statistic, slo.limit, slo.fraction)
+        for goal in question.goals:
+            stops += early_stops(goal.metric, goal.statistic, goal.limit, facts, goal.fraction)
         if worst == self.any_cost:
             return stops
         bounds, _ = self.bounds(plan, question.objectives)
         for objective, cost, bound in zip(question.objectives, worst, bounds, strict=True):
-            stops += passing.limit(objective.metric, objective.statistic, objective.cost(cost))
+            stops += early_stops(objective.metric, objective.statistic, objective.signed(cost), facts)
             if bound < cost:
                 break  # better by this one, it may be worse by the next
         return stops
 
-    def _measure(
-        self, outcome: Outcome, slos: Sequence[Slo], transient: Transient | None = None, **figures: float | None
-    ) -> Metrics:
+    def as_run(self, outcome: Outcome, **known: float | None) -> Run:
+        """A run, or what no run can beat, of the question's trace."""
         question = self.question
-        return measure(
-            outcome,
+        return outcome.as_run(
             question.trace,
-            max_model_len=question.settings.max_model_len,
-            request_ns=self.costs.request_ns,
-            slos=slos,
-            request_slos=question.per_request,
-            percentiles=question.percentiles,
-            transient=transient,
-            **figures,
+            question.settings.max_model_len,
+            outside_ns=self.costs.request_ns,
+            limits=question.per_request,
+            **known,
         )
 
 
@@ -381,11 +350,6 @@ def _costs(question: Question) -> CostModel | JointCosts:
     if question.between is None:
         return models[question.cluster.gpu.name]
     return JointCosts(models, question.between)
-
-
-def lowered(objective: Objective, cost: AnyCost) -> AnyCost:
-    """A bound, or bounds, less what rounding can have added; the cost of GPUs is one product, the same in every run."""
-    return cost if objective.metric == "cost" else cost - ROUNDING * abs(cost)
 
 
 @lru_cache(maxsize=8)

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.cost import account
+from apex_opt.figures.measure import ROUNDING, measure
+from apex_opt.figures.stops import Facts, Stop, early_stops, latencies_ns
 from apex_opt.plan.memory import kv_blocks
 from apex_opt.search.dealing import clients_of, dealt, merged
-from apex_opt.search.evaluator import ROUNDING
-from apex_opt.search.stops import Passing
 from apex_opt.simulator import simulate
-from apex_opt.simulator.metrics import measure
 from apex_opt.simulator.outcome import BatchCounts, Outcome
-from apex_opt.simulator.stop import Stop, latencies_ns
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
 
@@ -31,11 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cost import Usage
+    from apex_opt.figures.measure import Metrics
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
     from apex_opt.search.evaluator import Evaluator
     from apex_opt.search.fleet_parts import Part
-    from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
 
     Costs = tuple[float, ...]
@@ -73,6 +71,7 @@ class Fleet:
     parts: tuple[FleetPart, ...]
     value: float
     metrics: Metrics
+    transient: Transient
     bound: float | None
 
     @property
@@ -131,7 +130,7 @@ class FleetEvaluator:
                 picked,
                 replicas=plan.replicas,
                 routing=own.routing,
-                gaps=question.asks("itl"),
+                gaps=question.asks_gaps,
                 stops=left,
                 floors=known.floors(mine, BatchCounts.empty(settings)) if left else None,
             )
@@ -168,19 +167,22 @@ class FleetEvaluator:
             )
         cost_per_h = sum(part.cost_per_h for part in parts)
         request_ns = self._evaluators[0].costs.request_ns
-        metrics = measure(
-            whole,
+        served = whole.as_run(
             question.trace,
-            max_model_len=question.settings.max_model_len,
-            request_ns=request_ns,
-            slos=question.goals,
-            request_slos=question.per_request,
-            percentiles=question.percentiles,
-            energy_j=sum(part.usage.energy_j for part in found),
+            question.settings.max_model_len,
+            outside_ns=request_ns,
+            limits=question.per_request,
+            joules=sum(part.usage.energy_j for part in found),
             cost_per_h=None if cost_per_h != cost_per_h else cost_per_h,
-            transient=Transient.of(whole, request_ns, closed=question.trace.concurrency is not None),
         )
-        return Fleet(parts=tuple(found), value=question.objective.value(metrics), metrics=metrics, bound=bound)
+        metrics = measure(served, question.goals, percentiles=question.percentiles, cached_tokens=whole.cached_tokens)
+        return Fleet(
+            parts=tuple(found),
+            value=question.objective.value(metrics),
+            metrics=metrics,
+            transient=Transient.of(whole, request_ns, closed=question.trace.concurrency is not None),
+            bound=bound,
+        )
 
     def _stops(
         self, parts: Sequence[Part], rows: Sequence[NDArray[np.int64]], bounds: Costs, worst: Costs
@@ -189,7 +191,7 @@ class FleetEvaluator:
         question, generated = self._question, self._generated
         computed = generated - 1 + (0 if question.settings.prefix_caching else question.trace.prompt)
         cost_per_h = sum(part.cost_per_h for part in parts)
-        passing = Passing(
+        facts = Facts(
             requests=len(generated),
             decoding=int((generated > 1).sum()),
             output_tokens=int(generated.sum()),
@@ -202,10 +204,10 @@ class FleetEvaluator:
             cost_per_h=None if cost_per_h != cost_per_h else cost_per_h,
         )
         stops = []
-        for slo in question.goals:
-            stops += passing.limit(slo.metric, slo.statistic, slo.limit, slo.fraction)
+        for goal in question.goals:
+            stops += early_stops(goal.metric, goal.statistic, goal.limit, facts, goal.fraction)
         for objective, cost, bound in zip(question.objectives, worst, bounds, strict=True):
-            stops += passing.limit(objective.metric, objective.statistic, objective.cost(cost))
+            stops += early_stops(objective.metric, objective.statistic, objective.signed(cost), facts)
             if bound < cost:
                 break  # better by this one, it may be worse by the next
         return stops

@@ -254,7 +254,13 @@ def _alone(index: int, pool: Question, candidate: Candidate) -> Fleet:
         preemptions=candidate.preemptions,
         batches=candidate.batches,
     )
-    return Fleet(parts=(part,), value=candidate.value, metrics=candidate.metrics, bound=candidate.bound)
+    return Fleet(
+        parts=(part,),
+        value=candidate.value,
+        metrics=candidate.metrics,
+        transient=candidate.transient,
+        bound=candidate.bound,
+    )
 
 
 def _rank(question: Question, fleet: Fleet) -> tuple[Costs, int, str]:
@@ -278,7 +284,7 @@ def _gap(
             continue
         if answer.best is None or certificate.gap is None:
             return None
-        own = question.objective.cost(answer.best.value)
+        own = question.objective.signed(answer.best.value)
         left.append((own - certificate.gap * abs(own), *(-inf for _ in question.then)))
     for space in spaces:
         if not space.complete:

@@ -79,8 +79,8 @@ class Joint:
             left=left,
             optimal=not left,
             gap=None,
-            least_bound=question.objective.cost(min(self.rest)[0]) if self.rest and not left else None,
-            incumbent=question.objective.cost(last[0]) if self.rest and not left and last else None,
+            least_bound=question.objective.signed(min(self.rest)[0]) if self.rest and not left else None,
+            incumbent=question.objective.signed(last[0]) if self.rest and not left and last else None,
         )
 
 

@@ -16,25 +16,26 @@ A request that is the k-th to be done, of n, waited since the last arrival at le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from apex_opt.figures.measure import percent, statistic
+from apex_opt.figures.registry import timed
 from apex_opt.search.bounds import chunked, computed_prompts, scaled
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from apex_opt.figures.run import Floats, Run, Time
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.search.bounds import StageFloor
-    from apex_opt.simulator.metrics import Metrics
     from apex_opt.workload.trace import Trace
 
 
@@ -141,54 +142,51 @@ class Load:
             last_arrival_s=last,
         )
 
-    def enough(self, floor: Metrics, request_s: float) -> float:
+    def enough(self, floors: Run) -> float:
         """Replicas from which on the load adds nothing to what requests take alone."""
-        most = self.total_s / max(floor.makespan_s - request_s, 1e-9)
-        for metric, seconds in (("ttft", self.first_s), ("e2e", self.whole_s)):
-            for statistic, least in floor.latency_s[metric].items():
-                since = self.mean_arrival_s if statistic == "mean" else self.last_arrival_s
-                most = max(most, seconds[statistic] / max(least - request_s + since, 1e-9))
+        outside_s = floors.outside_ns / NS_PER_S
+        most = self.total_s / max(float(floors.makespan_s[0]) - outside_s, 1e-9)
+        for time, seconds in self._times:
+            for which, least_s in seconds.items():
+                alone_s = float(statistic(floors, timed(time), which)[0])
+                most = max(most, least_s / max(alone_s - outside_s + self._since_s(which), 1e-9))
         return most
 
-    def added(self, floor: Metrics, replicas: int, request_s: float, closed: bool) -> Metrics:
-        """Metrics that no run beats: those of requests alone, or of the load where it makes more.
+    def added(self, floors: Run, replicas: int, closed: bool) -> Run:
+        """What no run beats: what requests take alone, or of the load where that is more.
 
         In a closed loop when a request is sent depends on the run; only what all take together is known.
         """
-        makespan_s = max(floor.makespan_s, self.total_s / replicas + request_s)
-        longer = floor.makespan_s / makespan_s
-        latency_s = dict(floor.latency_s)
+        outside_s = floors.outside_ns / NS_PER_S
+        least: dict[Time, dict[str, Floats]] = {}
         if not closed:
-            for metric, seconds in (("ttft", self.first_s), ("e2e", self.whole_s)):
-                latency_s[metric] = {
-                    statistic: max(
-                        least,
-                        seconds[statistic] / replicas
-                        - (self.mean_arrival_s if statistic == "mean" else self.last_arrival_s)
-                        + request_s,
-                    )
-                    for statistic, least in floor.latency_s[metric].items()
+            least = {
+                time: {
+                    which: np.array([least_s / replicas - self._since_s(which) + outside_s])
+                    for which, least_s in seconds.items()
                 }
-        return replace(
-            floor,
-            latency_s=latency_s,
-            makespan_s=makespan_s,
-            requests_per_s=floor.requests_per_s * longer,
-            output_tokens_per_s=floor.output_tokens_per_s * longer,
-            total_tokens_per_s=floor.total_tokens_per_s * longer,
-            goodput_per_s=None if floor.goodput_per_s is None else floor.goodput_per_s * longer,
-        )
+                for time, seconds in self._times
+            }
+        return floors.loaded(np.maximum(floors.makespan_s, self.total_s / replicas + outside_s), least)
+
+    @property
+    def _times(self) -> tuple[tuple[Time, Mapping[str, float]], ...]:
+        return ("first", self.first_s), ("whole", self.whole_s)
+
+    def _since_s(self, which: str) -> float:
+        """How long those that a statistic is of have been there at most, since the first arrival."""
+        return self.mean_arrival_s if which == "mean" else self.last_arrival_s
 
 
 def _by_statistic(ends_ns: NDArray[np.float64], statistics: Sequence[str]) -> dict[str, float]:
     """Of the earliest ends in order, their mean, or the one that a percentile is no less than."""
     found = {}
-    for statistic in statistics:
-        if statistic == "mean":
-            found[statistic] = float(ends_ns.mean()) / NS_PER_S
+    for which in statistics:
+        if which == "mean":
+            found[which] = float(ends_ns.mean()) / NS_PER_S
         else:
-            share = 1.0 if statistic == "max" else percent(statistic) / 100
-            found[statistic] = float(ends_ns[math.floor(share * (len(ends_ns) - 1))]) / NS_PER_S
+            share = percent(which) / 100
+            found[which] = float(ends_ns[math.floor(share * (len(ends_ns) - 1))]) / NS_PER_S
     return found
 
 

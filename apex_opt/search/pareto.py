@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from apex_opt.errors import UsageError
+from apex_opt.figures.goals import TIES
 from apex_opt.search.answer import Certificate
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.search.objective import TIES
 from apex_opt.search.search import (
     ROUND,
     bound_plans,
@@ -29,9 +29,9 @@ from apex_opt.search.search import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from apex_opt.figures import Objective
     from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Candidate
-    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
     from apex_opt.search.search import Formulation, Progress
 
@@ -112,7 +112,7 @@ def pareto(
 
 def costs(candidate: Candidate, objectives: Iterable[Objective]) -> Costs:
     """The figures of a run by each objective, signed such that less is better."""
-    return tuple(o.cost(o.value(candidate.metrics)) for o in objectives)
+    return tuple(o.signed(o.value(candidate.metrics)) for o in objectives)
 
 
 def dominates(one: Costs, other: Costs) -> bool:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import Instance
+from apex_opt.figures.goals import step_limit_s
+from apex_opt.figures.measure import percent
+from apex_opt.figures.registry import STATISTICS
 from apex_opt.plan.engine import limited
 from apex_opt.profiles import SHIPPED
-from apex_opt.workload.slo import STATISTICS, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.figures import Figure, Goal, Objective
+    from apex_opt.figures.measure import Metrics
     from apex_opt.ir.model import Model
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.objective import Objective
-    from apex_opt.simulator.metrics import Metrics
     from apex_opt.simulator.outcome import Routing
-    from apex_opt.workload.slo import Slo
     from apex_opt.workload.trace import Trace
-
-_BETWEEN_TOKENS: Final = ("tpot", "itl")
-"""Latencies that a request with an answer of one token does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,7 @@ class Question:
     model, cluster, trace, settings, overhead
     objective : Objective
     then : tuple of Objective        what decides between plans that are equal by those before, in this order
-    slos : tuple of Slo              all must hold
+    slos : tuple of Goal              all must hold
     weight_formats, kv_formats       formats to choose from, paired
     max_devices : int                GPUs a plan may take
     routing : how requests are dealt to replicas
@@ -53,8 +51,8 @@ class Question:
     tree : Tree or None              the GPUs that plans are placed on; None: all of the cluster, as it is
     others : tuple of Question       the same of the other types of GPU that stages can be on
     between : Link or None           from a node of one such type to one of another, at worst; None without others
-    near : tuple of Slo              what else a plan must reach to be as good as one found before
-    request_slos : tuple of Slo or None    goals whose limits a request must keep to for goodput; None: those of `slos`
+    near : tuple of Goal              what else a plan must reach to be as good as one found before
+    request_slos : tuple of Goal or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
     holds_longest : bool             a request of max_model_len must fit into the KV cache, not only those of the trace
     notes : tuple of str             what the reader of an answer has to know besides, a sentence each without the full
@@ -72,7 +70,7 @@ class Question:
     overhead: EngineOverhead
     objective: Objective
     then: tuple[Objective, ...] = ()
-    slos: tuple[Slo, ...]
+    slos: tuple[Goal, ...]
     weight_formats: tuple[str, ...]
     kv_formats: tuple[str, ...]
     max_devices: int
@@ -84,25 +82,25 @@ class Question:
     tree: Tree | None = None
     others: tuple[Question, ...] = ()
     between: Link | None = None
-    near: tuple[Slo, ...] = ()
-    request_slos: tuple[Slo, ...] | None = None
+    near: tuple[Goal, ...] = ()
+    request_slos: tuple[Goal, ...] | None = None
     holds_longest: bool = False
     notes: tuple[str, ...] = ()
     priced: bool = False
 
     def __post_init__(self) -> None:
-        if self.asks("goodput") and not self.per_request:
+        if (counting := self._asked(lambda figure: figure.of_goals)) and not self.per_request:
             raise UsageError(
-                "goodput counts requests within their latency goals, and there are none: give percentiles or shares of "
-                "ttft, tpot or e2e as --slo, such as ttft_p95<=500ms,tpot_p95<=50ms"
+                f"{counting[0].name} counts requests within their latency goals, and there are none: give percentiles "
+                "or shares of ttft, tpot or e2e as --slo, such as ttft_p95<=500ms,tpot_p95<=50ms"
             )
         for part in self.objectives:
-            if part.metric in _BETWEEN_TOKENS and not self.decodes:
+            if part.figure.of_several and not self.decodes:
                 raise UsageError(
                     f"--objective: {part.name} has no value on {self.trace.name}, where every answer is one token; ask "
                     "for ttft or e2e, or give a trace with longer answers"
                 )
-        if self.asks("cost", "cost_per_mtoken") and self.cluster.gpu.price_per_h is None:
+        if self._asked(lambda figure: figure.priced) and self.cluster.gpu.price_per_h is None:
             raise UsageError(
                 f"no price is stated for {self.cluster.gpu.name}, so there is no cost: give $ per GPU and hour as "
                 "--price, or gpu.price_per_h in the cluster's file"
@@ -129,9 +127,9 @@ class Question:
         return bool((self.trace.generated(self.settings.max_model_len) > 1).any())
 
     @property
-    def vacuous(self) -> tuple[Slo, ...]:
+    def vacuous(self) -> tuple[Goal, ...]:
         """Goals on what no request of the trace has: they hold whatever the plan."""
-        return tuple(slo for slo in self.slos if slo.metric in _BETWEEN_TOKENS and not self.decodes)
+        return tuple(slo for slo in self.slos if slo.figure.of_several and not self.decodes)
 
     @property
     def _empty(self) -> Iterator[str]:
@@ -140,7 +138,7 @@ class Question:
             yield f"{goals}: holds whatever the plan, as every answer is one token and has no time between tokens"
 
     @property
-    def asked(self) -> tuple[Objective | Slo, ...]:
+    def asked(self) -> tuple[Objective | Goal, ...]:
         """Everything that plans are judged by."""
         return *self.objectives, *self.goals
 
@@ -155,12 +153,12 @@ class Question:
         return self.cluster.size if self.tree is None else self.tree.size
 
     @property
-    def goals(self) -> tuple[Slo, ...]:
+    def goals(self) -> tuple[Goal, ...]:
         """All that a run is judged by."""
         return *self.slos, *self.near
 
     @property
-    def per_request(self) -> tuple[Slo, ...]:
+    def per_request(self) -> tuple[Goal, ...]:
         """Goals whose limits a request must keep to for goodput."""
         if self.request_slos is not None:
             return self.request_slos
@@ -172,16 +170,28 @@ class Question:
         asked = {part.statistic for part in self.asked} - {*STATISTICS, "attain"}
         return tuple(sorted(asked, key=percent))
 
-    def asks(self, *metrics: str) -> bool:
-        """Whether an objective or a goal is on one of these."""
-        return any(part.metric in metrics for part in self.asked)
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Statistics over requests that are asked for at all."""
+        return tuple(dict.fromkeys(part.statistic for part in self.asked if part.statistic != "attain"))
+
+    @property
+    def asks_gaps(self) -> bool:
+        """Whether an objective or a goal is on the gaps between tokens, which take a log."""
+        return bool(self._asked(lambda figure: figure.of == "gap"))
+
+    def _asked(self, which: Callable[[Figure], bool]) -> list[Figure]:
+        """Figures of some kind that an objective or a goal is on."""
+        return [part.figure for part in self.asked if which(part.figure)]
 
     @property
     def tells_cost(self) -> bool:
         """Whether costs are shown: where asked for, and where there is a price that is not an assumed one."""
         gpu = self.cluster.gpu
         given = not dict(gpu.sources).get("price_per_h", "").startswith("assumed")
-        return self.asks("cost", "cost_per_mtoken") or (gpu.price_per_h is not None and (given or self.priced))
+        return bool(self._asked(lambda figure: figure.priced)) or (
+            gpu.price_per_h is not None and (given or self.priced)
+        )
 
     def cost_per_h(self, plan: Plan) -> float | None:
         """$ per hour of a plan's GPUs, where their price is stated."""
@@ -195,7 +205,7 @@ class Question:
 
     def costs(self, metrics: Metrics) -> tuple[float, ...]:
         """The figures of a run by each objective, signed such that less is better."""
-        return tuple(objective.cost(objective.value(metrics)) for objective in self.objectives)
+        return tuple(objective.signed(objective.value(metrics)) for objective in self.objectives)
 
     def settings_for(self, plan: Plan) -> EngineSettings:
         """Engine settings of a plan: its limits; on several stages sequences fill the pipeline, not async batches.
@@ -211,14 +221,14 @@ class Question:
         """The constraints' view of the question."""
         # The last token of a request is never computed, so it needs no room in the cache.
         held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
-        limits = [slo.limit for slo in self.slos if slo.metric == "tpot"]
+        limit_s = step_limit_s(self.slos)
         return Instance(
             model=self.model,
             cluster=self.cluster,
             settings=self.settings,
             longest_tokens=self.settings.max_model_len if self.holds_longest else max(held, 1),
             longest="a request of max_model_len" if self.holds_longest else "the longest request",
-            tpot_limit_ns=round(min(limits) * 1e9) if limits and self.decodes else None,
+            tpot_limit_ns=round(limit_s * 1e9) if limit_s is not None and self.decodes else None,
             weight_formats=self.weight_formats,
             kv_formats=self.kv_formats,
             max_devices=self.max_devices,

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, Instance, violations
+from apex_opt.figures.measure import ROUNDING
 from apex_opt.search.answer import Answer, Candidate, Certificate, Status, misses
-from apex_opt.search.evaluator import ROUNDING, Evaluator
+from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.nearest import nearest_violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from apex_opt.figures import Objective
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
 
     Costs = tuple[float, ...]
@@ -210,7 +211,7 @@ def _search(
         infeasible=listed.counts,
         bounded=len(feasible) - len(queue) + len(beaten),
         out_of_reach=len(feasible) - len(queue),
-        least_bound=question.objective.cost(min(beaten)[0]) if beaten else None,
+        least_bound=question.objective.signed(min(beaten)[0]) if beaten else None,
         incumbent=ranked[top - 1].value if beaten else None,
         repeated=repeated,
         simulated=len(done) + cut_short,

@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
+from apex_opt.figures.measure import statistic
+from apex_opt.figures.registry import timed
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.search.evaluator import Evaluator
-from apex_opt.simulator.metrics import measure, per_request_s
 from apex_opt.simulator.transient import Transient, warm_up
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import percent
 from apex_opt.workload.steady import another, at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
@@ -149,10 +149,10 @@ class Steady:
         self._repeated = lru_cache(maxsize=_KEPT)(self._evaluator_at)
         self._saturated: dict[Plan, float | None] = {}
         self._counted, self._lock = 0, Lock()
-        self._latencies = [slo for slo in question.slos if slo.metric != "cost"]
+        self._latencies = [slo for slo in question.slos if slo.figure.of != "run"]
         trace = question.trace
         self._most = max(MAX_REQUESTS // len(trace), 1)
-        if question.asks("itl"):
+        if question.asks_gaps:
             tokens = int(trace.generated(question.settings.max_model_len).sum())
             self._most = max(min(self._most, _MOST_TOKENS // tokens), 1)
         self.loops = min(loops_of(trace), self._most)
@@ -281,7 +281,7 @@ class Steady:
         for times in (1, 2):
             evaluator = self.at(_AT_ONCE_PER_S, times * loops)
             self._count()
-            ends.append(evaluator.simulate(plan).metrics.makespan_s)
+            ends.append(evaluator.simulate(plan).metrics.value("makespan"))
         return (loops * len(trace) + seats) / max(ends[1] - ends[0], 1e-9)
 
     def _margin(self) -> float:
@@ -320,15 +320,14 @@ class Steady:
             finish_ns=outcome.finish_ns[first:end],
             gaps_ns=gaps,
         )
-        metrics = measure(
-            part,
+        run = part.as_run(
             trace.picked(np.arange(first, end)),
-            max_model_len=question.settings.max_model_len,
-            request_ns=evaluator.costs.request_ns,
-            slos=self._latencies,
-            percentiles=question.percentiles,
+            question.settings.max_model_len,
+            outside_ns=evaluator.costs.request_ns,
         )
-        return {slo.text: metrics.judged(slo) for slo in self._latencies}
+        return {
+            goal.text: float(statistic(run, goal.figure, goal.statistic, goal.limit)[0]) for goal in self._latencies
+        }
 
     def _within(self, figures: dict[str, float]) -> bool:
         """Whether figures keep to the goals; one that nobody has binds nothing."""
@@ -336,21 +335,14 @@ class Steady:
 
     def _reached(self, evaluator: Evaluator, outcome: Outcome) -> dict[str, float]:
         """The latency in seconds that each goal is about; of a share of the requests, what so many keep to."""
-        trace = evaluator.question.trace
-        generated = trace.generated(self.question.settings.max_model_len)
-        values = per_request_s(outcome, generated, evaluator.costs.request_ns)
-        if outcome.gaps_ns is not None:
-            values["itl"] = outcome.gaps_ns / NS_PER_S
+        run = outcome.as_run(
+            evaluator.question.trace, self.question.settings.max_model_len, outside_ns=evaluator.costs.request_ns
+        )
         found = {}
-        for slo in self._latencies:
-            seen = values[slo.metric][~np.isnan(values[slo.metric])]
-            if not len(seen):
-                found[slo.text] = 0.0
-            elif slo.statistic == "mean":
-                found[slo.text] = float(seen.mean())
-            else:
-                share = percent(slo.statistic) if slo.fraction is None else 100 * slo.fraction
-                found[slo.text] = float(np.percentile(seen, share))
+        for goal in self._latencies:
+            which = goal.statistic if goal.fraction is None else f"p{100 * goal.fraction}"
+            reached = float(statistic(run, goal.figure, which)[0])
+            found[goal.text] = 0.0 if reached != reached else reached
         return found
 
     def _predicted(self, runs: Sequence[dict[str, float]], requests: int) -> dict[str, float]:
@@ -373,7 +365,8 @@ def _first(outcome: Outcome, requests: int) -> Outcome:
 
 def _settled(candidate: Candidate, evidence: Evidence) -> bool:
     """Whether a run shows a load that lasts."""
-    return evidence.transient.lasts(candidate.metrics.latency_s["e2e"]["mean"]) and not evidence.transient.growing
+    mean_s = candidate.metrics.value(timed("whole").name, "mean")
+    return evidence.transient.lasts(mean_s) and not evidence.transient.growing
 
 
 def _of(figures: dict[str, float], text: str) -> tuple[float, ...]:

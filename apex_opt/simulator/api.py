@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from apex_opt.figures.stops import Stop
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome
-    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
 Implementation = Literal["kernel", "reference"]

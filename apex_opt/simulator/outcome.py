@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from apex_opt.figures.run import Run
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from apex_opt.figures.goals import Goal
     from apex_opt.plan.engine import EngineSettings
+    from apex_opt.workload.trace import Trace
 
 Routing = Literal["round_robin", "least_loaded"]
 Step = tuple[int, int, list[tuple[int, int, int]], list[int]]
@@ -141,3 +145,40 @@ class Outcome:
     def makespan_ns(self) -> int:
         """From the first arrival to the last token."""
         return int(self.finish_ns.max() - self.arrival_ns.min())
+
+    def as_run(
+        self,
+        trace: Trace,
+        max_model_len: int,
+        *,
+        outside_ns: int = 0,
+        limits: Sequence[Goal] = (),
+        joules: float | None = None,
+        cost_per_h: float | None = None,
+    ) -> Run:
+        """The run, or what no run can beat in the form of one, as figures are taken of.
+
+        Parameters
+        ----------
+        trace : what was asked of it
+        max_model_len : int     requests end there, so fewer tokens may have been generated than asked
+        outside_ns : int        time of a request outside the engine
+        limits : goals whose limits a request must keep to in order to be good
+        joules, cost_per_h : energy of the run, and $ per hour of its GPUs, where known
+
+        Returns
+        -------
+        Run    one run
+        """
+        return Run.of(
+            arrival_ns=self.arrival_ns,
+            first_ns=(self.first_token_ns - self.arrival_ns)[None],
+            rest_ns=(self.finish_ns - self.first_token_ns)[None],
+            prompt=trace.prompt,
+            tokens=trace.generated(max_model_len),
+            outside_ns=outside_ns,
+            gap_ns=None if self.gaps_ns is None else self.gaps_ns[None],
+            limits=tuple(limits),
+            joules=None if joules is None else np.array([joules]),
+            cost_per_h=None if cost_per_h is None else np.array([cost_per_h]),
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
@@ -18,17 +19,16 @@ from apex_opt.simulator.kernel.content import number_pieces_nb
 from apex_opt.simulator.kernel.jit import is_ready
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
-from apex_opt.simulator.stop import METRICS, latencies_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from apex_opt.figures.stops import Stop
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.outcome import Step
     from apex_opt.simulator.pools import EnginePool, Share
-    from apex_opt.simulator.stop import Stop
     from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]

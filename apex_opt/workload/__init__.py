@@ -1,8 +1,7 @@
-"""Requests and goals: traces read from files or generated from a law, and latency goals as text."""
+"""Requests: traces read from files or generated from a law."""
 
 from apex_opt.workload.generators import describe_trace
 from apex_opt.workload.readers import list_traces, load_trace, trace_jsonl
-from apex_opt.workload.slo import Slo, parse_slos
 from apex_opt.workload.trace import Trace, make_trace
 
-__all__ = ["Slo", "Trace", "describe_trace", "list_traces", "load_trace", "make_trace", "parse_slos", "trace_jsonl"]
+__all__ = ["Trace", "describe_trace", "list_traces", "load_trace", "make_trace", "trace_jsonl"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.errors import UnknownNameError, UsageError, shown
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import (
     MAX_ARRIVAL_NS,
@@ -20,7 +20,6 @@ from apex_opt.workload.trace import (
     Ints,
     Trace,
     make_trace,
-    shown,
 )
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt import units
-from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
+from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError, shown
 from apex_opt.files import expanded, read_text, there
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.cells import Faults, token_counts
@@ -28,7 +28,6 @@ from apex_opt.workload.trace import (
     Arrivals,
     Trace,
     make_trace,
-    shown,
 )
 
 if TYPE_CHECKING:

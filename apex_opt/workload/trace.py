@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from apex_opt.errors import InputError, UsageError, join_faults
+from apex_opt.errors import InputError, UsageError, join_faults, shown
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -358,15 +358,6 @@ def _check_counts(where: str, counts: Ints, prompt: Ints, tokens: int) -> None:
 _LABELS = ("arrival_ns", "prompt", "output")
 LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS))
 """Least and most value of arrival (ns), prompt and output (tokens)."""
-
-
-def shown(value: object, most: int = 60) -> str:
-    """`repr` cut for one line of a message; Python refuses to write an int of thousands of digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "an int of thousands of digits"
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def range_fault(label: str, value: object, low: int, high: int) -> str:

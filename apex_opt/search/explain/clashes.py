@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from apex_opt.evaluate import FAMILIES
-from apex_opt.search.answer import in_words
+from apex_opt.figures.goals import step_limit_s
 from apex_opt.search.explain.solving import OutOfTime
 from apex_opt.search.nearest import nearest
 
@@ -74,8 +74,8 @@ def smallest_clash(goals: Goals, some_meets: Callable[[Goals], bool]) -> Goals:
 
 def _tightest(goals: Goals) -> Goals:
     """The goals that the bandwidth family stands for."""
-    limits = [goal.limit for goal in goals if goal.metric == "tpot"]
-    return tuple(goal for goal in goals if goal.metric == "tpot" and goal.limit == min(limits))
+    limit_s = step_limit_s(goals)
+    return tuple(goal for goal in goals if goal.figure.time == "step" and goal.limit == limit_s)
 
 
 def _of_families(instance: Instance, core: tuple[str, ...], tight: Goals, work: Work) -> Clash:
@@ -107,8 +107,8 @@ def _of_goals(goals: Goals, work: Work) -> Clash:
                 continue
             value, run = closest
             among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
-            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {in_words(goal, value)}"
+            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {goal.told(value)}"
             if by_bound and (bound := work.runs.bound(goal, run.plan)) is not None:
-                part += f", its bound, as if no other request were there, is {in_words(goal, bound)}"
+                part += f", its bound, as if no other request were there, is {goal.told(bound)}"
             parts.append(part)
     return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.figures.measure import statistic
+from apex_opt.figures.registry import timed
 from apex_opt.placement import lies
 from apex_opt.search.answer import misses
 from apex_opt.search.evaluator import Evaluator
@@ -90,15 +92,15 @@ def differences(runs: Sequence[tuple[Evaluator, Candidate]]) -> tuple[Term, ...]
 
 def _parts(evaluator: Evaluator, candidate: Candidate) -> dict[str, dict[str, float]]:
     """What a run took by part; each sums to its whole: the makespan, the mean E2E, the energy, the memory of a GPU."""
-    usage, latency = candidate.usage, candidate.metrics.latency_s
-    alone = evaluator.floor(candidate.plan).latency_s["ttft"]["mean"]
-    ttft, whole = latency["ttft"]["mean"], latency["e2e"]["mean"]
+    usage = candidate.usage
+    alone = float(statistic(evaluator.floor(candidate.plan), timed("first"), "mean")[0])
+    first, whole = (candidate.metrics.value(timed(time).name, "mean") for time in ("first", "whole"))
     return {
         "time per GPU": usage.operations_s,
         "mean latency": {
-            "first token, least": min(alone, ttft),
-            "first token, waiting and sharing batches": max(ttft - alone, 0.0),
-            "later tokens": whole - ttft,
+            "first token, least": min(alone, first),
+            "first token, waiting and sharing batches": max(first - alone, 0.0),
+            "later tokens": whole - first,
         },
         "energy": {"idle draw": usage.idle_energy_j, "operations": usage.energy_j - usage.idle_energy_j},
         "memory per GPU": {

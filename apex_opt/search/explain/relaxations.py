@@ -13,20 +13,18 @@ from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.engines import ENGINES
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plan.plan import default_kv_format
-from apex_opt.search.answer import in_words
 from apex_opt.search.explain.solving import OutOfTime, Solved
 from apex_opt.search.nearest import feasible
-from apex_opt.workload.slo import AT_LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
+    from apex_opt.figures import Goal
     from apex_opt.search.explain.clashes import Clash
     from apex_opt.search.explain.solving import Goals, Work
     from apex_opt.search.question import Question
-    from apex_opt.workload.slo import Slo
 
 GROWTH: Final = 4
 """How many times the fewest GPUs on which plans can run are tried for goals: every size is a search of its own."""
@@ -71,7 +69,7 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
     Parameters
     ----------
     clashing : sequence of Clash    why it has none
-    blamed : tuple of Slo           goals that have part in that
+    blamed : tuple of Goal           goals that have part in that
     work : Work
     """
     question = work.question
@@ -208,7 +206,7 @@ def _easier_goals(blamed: Goals, work: Work) -> list[Relaxation]:
             found += _with_goals({goal: eased}, work)
     if not found and len(blamed) > 1:
         kept = tuple(goal for goal in slos if goal not in blamed)
-        changes: dict[Slo, tuple[Slo, float]] = {}
+        changes: dict[Goal, tuple[Goal, float]] = {}
         for goal in blamed:
             if (eased := _eased(goal, kept, work)) is None:
                 return []
@@ -218,22 +216,22 @@ def _easier_goals(blamed: Goals, work: Work) -> list[Relaxation]:
     return found
 
 
-def _eased(goal: Slo, others: Goals, work: Work) -> tuple[Slo, float] | None:
+def _eased(goal: Goal, others: Goals, work: Work) -> tuple[Goal, float] | None:
     """A goal with the best limit that plans reach, rounded to what is easier, and that limit as it is."""
     closest = work.runs.closest(goal, others)
     if closest is None:
         return None
     value, _ = closest
-    if (goal.limit <= value) if goal.metric in AT_LEAST else (goal.limit >= value):
+    if (goal.limit <= value) if goal.figure.maximise else (goal.limit >= value):
         return goal, goal.limit
     return _rounded(goal, value), value
 
 
-def _with_goals(changes: dict[Slo, tuple[Slo, float]], work: Work) -> list[Relaxation]:
+def _with_goals(changes: dict[Goal, tuple[Goal, float]], work: Work) -> list[Relaxation]:
     """The question with other limits of some goals: its plans are those of the asked one, with the same runs."""
     goals = tuple(changes[goal][0] if goal in changes else goal for goal in work.question.slos)
     text = " and ".join(
-        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {in_words(goal, value)}"
+        f"{new.text} in place of {goal.text}; the best {'beside that ' if index else ''}is {goal.told(value)}"
         for index, (goal, (new, value)) in enumerate(changes.items())
     )
     best = work.runs.best(goals)
@@ -243,11 +241,11 @@ def _with_goals(changes: dict[Slo, tuple[Slo, float]], work: Work) -> list[Relax
     return [Relaxation(options={"slo": ",".join(goal.text for goal in goals)}, solved=solved, text=text)]
 
 
-def _rounded(goal: Slo, value: float) -> Slo:
+def _rounded(goal: Goal, value: float) -> Goal:
     """The goal with a limit of three digits that the value meets."""
     exact = Decimal(repr(value))
     step = Decimal(1).scaleb(exact.adjusted() - _DIGITS + 1)
-    rounding = ROUND_FLOOR if goal.metric in AT_LEAST else ROUND_CEILING
+    rounding = ROUND_FLOOR if goal.figure.maximise else ROUND_CEILING
     return replace(goal, limit=float((exact / step).to_integral_value(rounding) * step), text="")
 
 

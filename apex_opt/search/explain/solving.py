@@ -13,32 +13,30 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 import numpy as np
 
 from apex_opt.evaluate import FAMILIES, decode_bytes
-from apex_opt.search.evaluator import OF_GPUS, Evaluator
+from apex_opt.figures import load_objective
+from apex_opt.figures.measure import can_hold, statistic
+from apex_opt.search.evaluator import Evaluator
 from apex_opt.search.nearest import feasible
-from apex_opt.search.objective import load_objective
 from apex_opt.search.search import ROUND, Formulation, bound_plans, search, settled, tell_compiling
-from apex_opt.simulator.metrics import per_request_s
-from apex_opt.units import NS_PER_S
-from apex_opt.workload.slo import FIGURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.evaluate import Instance
+    from apex_opt.figures import Goal, Objective
+    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.run import Run
     from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Candidate
-    from apex_opt.search.objective import Objective
     from apex_opt.search.question import Question
     from apex_opt.search.search import Progress
-    from apex_opt.simulator.metrics import Metrics
-    from apex_opt.workload.slo import Slo
 
-    Goals = tuple[Slo, ...]
+    Goals = tuple[Goal, ...]
 
 _PERCENTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 
 
-Run = TypeVar("Run", bound="Candidate | None")
+Scored = TypeVar("Scored", bound="Candidate | None")
 
 
 class Diagnosis(Formulation, Protocol):
@@ -213,9 +211,9 @@ class Runs:
     def best(self, goals: Goals, objective: Objective | None = None) -> Candidate | None:
         """The best plan among those that meet some goals; None where none does. By default by the question's own."""
         objective = objective or self._question.objective
-        return self._least(goals, objective, lambda run: objective.cost(_value(run, objective)))
+        return self._least(goals, objective, lambda run: objective.signed(_value(run, objective)))
 
-    def closest(self, goal: Slo, others: Goals) -> tuple[float, Candidate] | None:
+    def closest(self, goal: Goal, others: Goals) -> tuple[float, Candidate] | None:
         """The best limit of a goal that a plan meets beside others, and the plan; None where no plan meets those.
 
         Of a goal on a share of the requests it is the least limit that so many requests are within.
@@ -229,15 +227,15 @@ class Runs:
             value = math.nan if run is None else self._limit(run, goal)
         return None if run is None or math.isnan(value) else (value, run)
 
-    def bound(self, goal: Slo, plan: Plan) -> float | None:
-        """The least that a plan can reach in what a goal is on; None of a goal on a share of the requests."""
+    def bound(self, goal: Goal, plan: Plan) -> float | None:
+        """The least a plan can reach in what a goal is on; None of a share of the requests, or if nothing is known."""
         if goal.fraction is not None:
             return None
         (bound,), _ = self._evaluator.bounds(plan, (_objective(goal),))
-        return abs(bound)
+        return None if math.isinf(bound) else abs(bound)
 
     def _least(
-        self, goals: Goals, objective: Objective, cost: Callable[[Candidate], float], goal: Slo | None = None
+        self, goals: Goals, objective: Objective, cost: Callable[[Candidate], float], goal: Goal | None = None
     ) -> Candidate | None:
         """The plan that meets some goals at the least cost, least bound first; ties fall as in a search."""
         best: tuple[float, int, str, Candidate] | None = None
@@ -252,7 +250,7 @@ class Runs:
                     best = ranked if best is None or ranked[:3] < best[:3] else best
         return None if best is None else best[3]
 
-    def _queue(self, goals: Goals, objective: Objective, goal: Slo | None = None) -> list[tuple[float, Plan]]:
+    def _queue(self, goals: Goals, objective: Objective, goal: Goal | None = None) -> list[tuple[float, Plan]]:
         """Plans that may meet some goals, least bound first: of their cost, or of the limit of a goal on a share."""
         instance = replace(self._question, slos=goals).instance()
         limit, model, held = instance.decode_bytes_limit, instance.model, instance.held
@@ -261,7 +259,7 @@ class Runs:
         able = []
         for index, (plan, ((bound,), _)) in enumerate(zip(plans, bounds, strict=True)):
             floor = self._evaluator.floor(plan)
-            if all(one.metric in OF_GPUS or self._met(floor, one) is not False for one in goals):
+            if all(one.figure.of_gpus or can_hold(one, floor)[0] for one in goals):
                 able.append((bound if goal is None else self._below(floor, goal), index))
         return [(bound, plans[index]) for bound, index in sorted(able)]
 
@@ -282,31 +280,24 @@ class Runs:
                 return False
         return True
 
-    def _met(self, metrics: Metrics, goal: Slo) -> bool | None:
+    def _met(self, metrics: Metrics, goal: Goal) -> bool | None:
         """Whether figures meet a goal; None of one on a share of the requests that was not among those asked."""
         if goal.text in metrics.slo_met:
             return metrics.slo_met[goal.text]
         return None if goal.fraction is not None else goal.met(metrics.judged(goal))
 
-    def _below(self, metrics: Metrics, goal: Slo) -> float:
+    def _below(self, floor: Run, goal: Goal) -> float:
         """A latency that this share of the requests is not within less of: a percentile two requests below it."""
-        generated = self._question.trace.generated(self._question.settings.max_model_len)
-        of = {"tpot": int((generated > 1).sum()), "itl": int((generated - 1).sum())}.get(goal.metric, len(generated))
-        latency = metrics.latency_s[goal.metric]
-        return max((latency[p] for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2), default=0.0)
+        of = goal.figure.value(floor).shape[1]
+        sure = (p for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2)
+        return max((float(statistic(floor, goal.figure, p)[0]) for p in sure), default=0.0)
 
-    def _limit(self, run: Candidate, goal: Slo) -> float:
+    def _limit(self, run: Candidate, goal: Goal) -> float:
         """The least limit that the share of requests a goal asks for is within; NaN where none has the latency."""
         key = run.plan, goal.metric, goal.threshold
         if key not in self._limits:
-            outcome, cost = self._evaluator.batches(run.plan)
-            generated = self._question.trace.generated(self._question.settings.max_model_len)
-            if goal.metric == "itl":
-                assert outcome.gaps_ns is not None, "a log tells them"
-                values = outcome.gaps_ns / NS_PER_S
-            else:
-                values = per_request_s(outcome, generated, cost.request_ns)[goal.metric]
-            values = np.sort(values[~np.isnan(values)])
+            outcome, _ = self._evaluator.batches(run.plan)
+            values = np.sort(goal.figure.value(self._evaluator.as_run(outcome))[0])
             shares = np.arange(1, len(values) + 1) / max(len(values), 1)
             self._limits[key] = float(values[np.argmax(shares >= goal.threshold)]) if len(values) else math.nan
         return self._limits[key]
@@ -317,16 +308,15 @@ def rounds(plans: Sequence[Plan]) -> Iterator[Sequence[Plan]]:
     return (plans[start : start + ROUND] for start in range(0, len(plans), ROUND))
 
 
-def in_parallel(work: Callable[[Plan], Run], plans: Sequence[Plan]) -> list[Run]:
+def in_parallel(work: Callable[[Plan], Scored], plans: Sequence[Plan]) -> list[Scored]:
     """Work on some plans side by side."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return list(pool.map(work, plans))
 
 
-def _objective(goal: Slo) -> Objective:
+def _objective(goal: Goal) -> Objective:
     """What a goal is on, as an objective; of a share of the requests their mean."""
-    statistic = "mean" if goal.fraction is not None else goal.statistic
-    return load_objective(goal.metric if goal.metric in FIGURES else f"{goal.metric}_{statistic}")
+    return load_objective(goal.name)
 
 
 def _value(run: Candidate, objective: Objective) -> float:

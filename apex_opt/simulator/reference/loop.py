@@ -15,7 +15,7 @@ from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
-from apex_opt.simulator.stop import latencies_ns
+from apex_opt.figures.stops import latencies_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Router
-    from apex_opt.simulator.stop import Stop
+    from apex_opt.figures.stops import Stop
     from apex_opt.workload.trace import Trace
 
 

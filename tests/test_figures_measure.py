@@ -1,18 +1,23 @@
-"""apex_opt.simulator.metrics: what requests saw, against a few lines of arithmetic."""
+"""apex_opt.figures.measure: what requests saw, against a few lines of arithmetic."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from apex_opt.figures import Goal, parse_goals
+from apex_opt.figures.measure import Metrics, each, measure
+from apex_opt.figures.registry import STATISTICS, figure
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.metrics import Metrics, measure, per_request_s
 from apex_opt.simulator.outcome import BatchCounts, Outcome
-from apex_opt.workload import Trace, make_trace, parse_slos
-from apex_opt.workload.slo import STATISTICS
+from apex_opt.workload import Trace, make_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MS = 1_000_000
 # (arrival, first, finish) in ms, prompt and output tokens.
@@ -37,10 +42,25 @@ def run(rows: list[tuple[int, int, int, int, int]] = ROWS) -> tuple[Outcome, Tra
     return outcome, make_trace(name="t", arrival_ns=times[0], prompt=prompt, output=output)
 
 
-def measured(slos: str = "", *, max_model_len: int = 100, request_ns: int = 0) -> Metrics:
-    outcome, trace = run()
-    goals = parse_slos(slos) if slos else ()
-    return measure(outcome, trace, max_model_len=max_model_len, request_ns=request_ns, slos=goals)
+def told(
+    outcome: Outcome,
+    trace: Trace,
+    goals: Sequence[Goal] = (),
+    *,
+    limits: Sequence[Goal] | None = None,
+    max_model_len: int = 100,
+    request_ns: int = 0,
+    percentiles: Sequence[str] = (),
+    **known: float,
+) -> Metrics:
+    """What is told of a run; by default a request must keep to the goals that mean something for one."""
+    limits = [goal for goal in goals if goal.of_requests] if limits is None else limits
+    run = outcome.as_run(trace, max_model_len, outside_ns=request_ns, limits=limits, **known)
+    return measure(run, goals, percentiles=percentiles)
+
+
+def measured(goals: str = "", *, max_model_len: int = 100, request_ns: int = 0) -> Metrics:
+    return told(*run(), parse_goals(goals) if goals else (), max_model_len=max_model_len, request_ns=request_ns)
 
 
 @pytest.mark.parametrize(("name", "values"), [("ttft", TTFT), ("tpot", TPOT), ("e2e", E2E)])
@@ -59,8 +79,8 @@ def test_statistics_are_those_of_numpy(name: str, values: list[float]) -> None:
 
 def test_rates_are_over_the_time_from_first_arrival_to_last_token() -> None:
     metrics = measured()
-    assert metrics.makespan_s == pytest.approx(0.4)
-    assert metrics.requests_per_s == pytest.approx(4 / 0.4)
+    assert metrics.value("makespan") == pytest.approx(0.4)
+    assert metrics.value("throughput") == pytest.approx(4 / 0.4)
     assert metrics.output_tokens_per_s == pytest.approx((5 + 1 + 4 + 3) / 0.4)
     assert metrics.total_tokens_per_s == pytest.approx((7 + 3 + 9 + 2 + 13) / 0.4)
 
@@ -68,16 +88,16 @@ def test_rates_are_over_the_time_from_first_arrival_to_last_token() -> None:
 def test_the_makespan_is_no_less_than_the_longest_latency_since_the_first_arrival() -> None:
     outcome, trace = run()
     metrics = measured(request_ns=50_000_000)
-    assert metrics.makespan_s == pytest.approx(0.4 + 0.05)
+    assert metrics.value("makespan") == pytest.approx(0.4 + 0.05)
     since = (trace.arrival_ns - trace.arrival_ns.min()) / 1e9
-    latest = since + per_request_s(outcome, trace.output, 50_000_000)["e2e"]
-    assert metrics.makespan_s == pytest.approx(latest.max(), rel=1e-12)
-    assert metrics.requests_per_s == pytest.approx(4 / 0.45)
+    latest = since + each(outcome.as_run(trace, 100, outside_ns=50_000_000), figure("e2e"))
+    assert metrics.value("makespan") == pytest.approx(latest.max(), rel=1e-12)
+    assert metrics.value("throughput") == pytest.approx(4 / 0.45)
 
 
 def test_tpot_of_one_token_is_nan_and_left_out() -> None:
     outcome, trace = run()
-    values = per_request_s(outcome, trace.output, 0)
+    values = {name: each(outcome.as_run(trace, 100), figure(name)) for name in ("ttft", "tpot", "e2e")}
     assert np.isnan(values["tpot"]).tolist() == [False, True, False, False]
     assert not np.isnan(values["ttft"]).any() and not np.isnan(values["e2e"]).any()
     assert measured().latency_s["tpot"]["mean"] == pytest.approx(0.04)
@@ -139,16 +159,16 @@ def test_a_goal_counts_time_outside_the_engine() -> None:
 
 def test_a_tpot_goal_holds_where_nobody_has_two_tokens() -> None:
     outcome, trace = run([(0, 10, 10, 4, 1), (5, 20, 20, 4, 1)])
-    metrics = measure(outcome, trace, max_model_len=100, slos=parse_slos("tpot_p95<=1ms,tpot<=1ns@99%"))
+    metrics = told(outcome, trace, parse_goals("tpot_p95<=1ms,tpot<=1ns@99%"))
     assert all(metrics.slo_met.values()) and set(metrics.attainment.values()) == {1.0}
     assert all(math.isnan(value) for value in metrics.latency_s["tpot"].values())
 
 
 def test_a_run_without_duration_has_finite_rates() -> None:
     outcome, trace = run([(5, 5, 5, 4, 1)])
-    metrics = measure(outcome, trace, max_model_len=100)
-    assert metrics.makespan_s == pytest.approx(1e-9)
-    assert math.isfinite(metrics.requests_per_s)
+    metrics = told(outcome, trace)
+    assert metrics.value("makespan") == pytest.approx(1e-9)
+    assert math.isfinite(metrics.value("throughput"))
 
 
 @pytest.mark.parametrize(
@@ -162,25 +182,25 @@ def test_a_run_without_duration_has_finite_rates() -> None:
     ],
 )
 def test_goodput_counts_requests_within_all_limits_that_mean_something_for_one(goals: str, good: int) -> None:
-    assert measured(goals).goodput_per_s == pytest.approx(good / 0.4)
-    assert measured(goals).value("goodput") == measured(goals).goodput_per_s
+    assert measured(goals).value("goodput") == pytest.approx(good / 0.4)
+    assert measured(goals).value("goodput") == measured(goals).value("goodput")
 
 
 def test_goodput_is_unknown_where_requests_have_no_limits_and_judged_by_those_given_elsewhere() -> None:
-    assert measured("ttft_mean<=1s").goodput_per_s is None
+    assert math.isnan(measured("ttft_mean<=1s").value("goodput"))
     assert math.isnan(measured().value("goodput"))
     outcome, trace = run()
-    own = parse_slos("ttft_max<=40ms")
-    metrics = measure(outcome, trace, max_model_len=100, slos=parse_slos("goodput>=7.5"), request_slos=own)
-    assert metrics.goodput_per_s == pytest.approx(7.5)
+    own = parse_goals("ttft_max<=40ms")
+    metrics = told(outcome, trace, parse_goals("goodput>=7.5"), limits=own)
+    assert metrics.value("goodput") == pytest.approx(7.5)
     assert metrics.slo_met == {"goodput>=7.5": True}
 
 
 def test_energy_and_cost_are_told_for_the_run_and_for_a_token() -> None:
     outcome, trace = run()
     goals = "energy<=26J,energy_per_token<=1.9J,cost<=36$/h,cost_per_mtoken<=307.6$,cost_per_mtoken<=307.7$"
-    slos = [slo for goal in goals.split(",") for slo in parse_slos(goal)]
-    metrics = measure(outcome, trace, max_model_len=100, slos=slos, energy_j=26.0, cost_per_h=36.0)
+    slos = [slo for goal in goals.split(",") for slo in parse_goals(goal)]
+    metrics = told(outcome, trace, slos, joules=26.0, cost_per_h=36.0)
     assert metrics.output_tokens == 13
     assert [metrics.value(name) for name in ("energy", "energy_per_token", "cost", "makespan")] == [
         26.0,
@@ -196,7 +216,7 @@ def test_energy_and_cost_are_told_for_the_run_and_for_a_token() -> None:
 
 def test_further_percentiles_stand_in_their_place() -> None:
     outcome, trace = run()
-    metrics = measure(outcome, trace, max_model_len=100, percentiles=("p99.9", "p12.5"))
+    metrics = told(outcome, trace, percentiles=("p99.9", "p12.5"))
     assert list(metrics.latency_s["e2e"]) == ["mean", "p12.5", "p50", "p90", "p95", "p99", "p99.9", "max"]
     assert metrics.latency_s["e2e"]["p12.5"] == pytest.approx(np.percentile(E2E, 12.5))
 
@@ -204,13 +224,13 @@ def test_further_percentiles_stand_in_their_place() -> None:
 def test_times_between_tokens_weigh_the_same_and_are_judged_by_their_own_share() -> None:
     outcome, trace = run()
     gaps = np.array([5, 10, 10, 15, 100, 100, 100, 10, 10]) * MS
-    told = replace(outcome, gaps_ns=gaps)
-    slos = parse_slos("itl_mean<=40ms,itl<=15ms@66%,itl<=15ms@67%")
-    metrics = measure(told, trace, max_model_len=100, slos=slos, request_ns=3 * MS)
+    logged = replace(outcome, gaps_ns=gaps)
+    slos = parse_goals("itl_mean<=40ms,itl<=15ms@66%,itl<=15ms@67%")
+    metrics = told(logged, trace, slos, request_ns=3 * MS)
     assert metrics.latency_s["itl"]["mean"] == pytest.approx(0.040)
     assert metrics.latency_s["itl"]["p50"] == pytest.approx(0.010)
     assert list(metrics.slo_met.values()) == [True, True, False]
     assert list(metrics.attainment.values()) == pytest.approx([2 / 3] * 3)
     assert "itl" not in measured().latency_s
-    nobody = measure(replace(outcome, gaps_ns=gaps[:0]), trace, max_model_len=100, slos=parse_slos("itl_p95<=1ms"))
+    nobody = told(replace(outcome, gaps_ns=gaps[:0]), trace, parse_goals("itl_p95<=1ms"))
     assert nobody.slo_met == {"itl_p95<=1ms": True}

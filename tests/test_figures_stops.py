@@ -1,4 +1,4 @@
-"""apex_opt.simulator.stop: a run is cut short exactly where the finished one passes a limit, and never on rounding."""
+"""apex_opt.figures.stops: a run is cut short exactly where the finished one passes a limit, and never on rounding."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_cases import make_cluster, make_question, random_trace
 from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, alone, assert_same, cases, linear, requests
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
+from apex_opt.evaluate import space, violations
+from apex_opt.figures import Goal, load_objective, parse_goals
+from apex_opt.figures.measure import measure
+from apex_opt.figures.registry import STATISTICS, names, per_run, timed
+from apex_opt.figures.stops import METRICS, Facts, Stop, early_stops, latencies_ns
+from apex_opt.ir import load_model
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.simulator.metrics import measure
+from apex_opt.search import Candidate, Evaluator, Question
 from apex_opt.simulator.outcome import BatchCounts, Outcome
-from apex_opt.simulator.stop import METRICS, Stop, latencies_ns
-from apex_opt.workload import Slo, make_trace
-from apex_opt.workload.slo import STATISTICS
+from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from apex_opt.figures.stops import Metric
     from apex_opt.simulator.api import Implementation
-    from apex_opt.simulator.stop import Metric
     from apex_opt.workload import Trace
 
     Ints = NDArray[np.int64]
 
+NAMES = names()
+FIGURES = tuple(one.name for one in per_run())
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
@@ -42,9 +49,9 @@ def seen(case: Case, outcome: Outcome, metric: str) -> list[int]:
     columns = (outcome.arrival_ns.tolist(), outcome.first_token_ns.tolist(), outcome.finish_ns.tolist())
     values = []
     for arrival, first, finish, tokens in zip(*columns, generated(case).tolist(), strict=True):
-        tpot = (finish - first) // (tokens - 1) if tokens > 1 else 0
+        step = (finish - first) // (tokens - 1) if tokens > 1 else 0
         values.append(
-            {"ttft": first - arrival, "tpot": tpot, "e2e": finish - arrival, "makespan": finish - origin}[metric]
+            {"first": first - arrival, "step": step, "whole": finish - arrival, "makespan": finish - origin}[metric]
         )
     return values
 
@@ -129,7 +136,7 @@ def test_each_metric_by_hand(metric: Metric, implementation: Implementation) -> 
     case = Case(settings=ENGINE, blocks=50, laws=(linear(ENGINE, 10),), trace=requests([(5, 2, 3), (7, 2, 3)]))
     whole = case.run()
     assert (whole.first_token_ns.tolist(), whole.finish_ns.tolist()) == ([15, 25], [35, 45])
-    values = {"ttft": [10, 18], "tpot": [10, 10], "e2e": [30, 38], "makespan": [30, 40]}[metric]
+    values = {"first": [10, 18], "step": [10, 10], "whole": [30, 38], "makespan": [30, 40]}[metric]
     assert seen(case, whole, metric) == values
 
     def stopped(**limit: Any) -> bool:
@@ -147,8 +154,8 @@ def test_each_metric_by_hand(metric: Metric, implementation: Implementation) -> 
     [
         ({"metric": "tbt", "kind": "sum"}, UnknownNameError, "metric of a stop 'tbt'"),
         ({"metric": "makespan", "kind": "sum"}, UsageError, "cannot sum the makespan"),
-        ({"metric": "e2e", "kind": "most"}, UsageError, "cannot most the e2e"),
-        ({"metric": "e2e", "kind": "count", "most": 0}, UsageError, "at 0 requests would always fire"),
+        ({"metric": "whole", "kind": "most"}, UsageError, "cannot most the whole"),
+        ({"metric": "whole", "kind": "count", "most": 0}, UsageError, "at 0 requests would always fire"),
     ],
 )
 def test_a_limit_that_means_nothing_is_refused(limit: Any, error: type[ApexError], message: str) -> None:
@@ -161,16 +168,16 @@ def test_a_run_ends_as_soon_as_its_own_requests_prove_it() -> None:
     case = Case(
         settings=ENGINE, blocks=50, laws=(linear(ENGINE, 20),), trace=requests([(1000 * i, 2, 1) for i in range(50)])
     )
-    cut = case.run(stops=[Stop(metric="e2e", kind="count", limit_ns=10, most=3)])
+    cut = case.run(stops=[Stop(metric="whole", kind="count", limit_ns=10, most=3)])
     assert cut.stopped and cut.batches == 3
     # Of 1000 ns in all, 46 requests take more than 900; with floors of 19 ns each the rest is sure to add so much that
     # (50 - k) 19 + 20 k is above 970 at k = 21.
-    assert case.run(stops=[Stop(metric="e2e", kind="sum", limit_ns=900)]).batches == 46
+    assert case.run(stops=[Stop(metric="whole", kind="sum", limit_ns=900)]).batches == 46
     floors = replace(case.run(), finish_ns=case.trace.arrival_ns + 19)
-    limit = [Stop(metric="e2e", kind="sum", limit_ns=970)]
+    limit = [Stop(metric="whole", kind="sum", limit_ns=970)]
     assert case.run(stops=limit).batches == 49
     assert case.run(stops=limit, floors=floors).batches == 21
-    assert not case.run(stops=[Stop(metric="e2e", kind="sum", limit_ns=1000)], floors=floors).stopped
+    assert not case.run(stops=[Stop(metric="whole", kind="sum", limit_ns=1000)], floors=floors).stopped
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -182,8 +189,8 @@ def test_a_single_token_has_no_time_per_token_even_if_its_batch_goes_on(implemen
     case = Case(settings=engine, blocks=50, laws=(linear(engine, 10),), trace=requests([(0, 2, 1), (0, 2, 41)]))
     whole = case.run(implementation)
     assert (whole.first_token_ns.tolist(), whole.finish_ns.tolist()) == ([10, 10], [410, 410])
-    assert measure(whole, case.trace, max_model_len=64).latency_s["tpot"]["max"] == pytest.approx(10e-9)
-    for stop in (Stop.mean_above("tpot", 20e-9, 1), Stop.percentile_above("tpot", 20e-9, 1.0, 1)):
+    assert measure(whole.as_run(case.trace, 64)).latency_s["tpot"]["max"] == pytest.approx(10e-9)
+    for stop in (Stop.mean_above("step", 20e-9, 1), Stop.percentile_above("step", 20e-9, 1.0, 1)):
         assert not case.run(implementation, stops=[stop]).stopped
 
 
@@ -216,10 +223,10 @@ def runs(draw: st.DrawFn) -> tuple[Outcome, Trace, int]:
     return outcome, trace, draw(st.sampled_from((0, 0, 1, 1_000_000, 123_456_789)))
 
 
-def limited(metric: Metric, goal: Slo, trace: Trace, request_ns: int) -> Stop:
+def limited(metric: Metric, goal: Goal, trace: Trace, request_ns: int) -> Stop:
     """The limit that a goal is to the simulator, as the search sets it."""
-    counted = int((trace.output > 1).sum()) if metric == "tpot" else len(trace)
-    inside_s = goal.limit if metric == "tpot" else goal.limit - request_ns / 1e9
+    counted = int((trace.output > 1).sum()) if metric == "step" else len(trace)
+    inside_s = goal.limit if metric == "step" else goal.limit - request_ns / 1e9
     if goal.statistic == "mean":
         return Stop.mean_above(metric, inside_s, counted)
     if goal.fraction is not None:
@@ -248,19 +255,20 @@ def test_a_goal_that_is_met_in_floating_point_never_cuts_a_run_short(metric: Met
     @given(runs(), ways, st.floats(0.001, 1.0), st.integers(1, 101))
     def check(run: tuple[Outcome, Trace, int], way: float, share: float, exactly: int) -> None:
         outcome, trace, request_ns = run
-        if metric == "tpot" and not (trace.output > 1).any():
+        if metric == "step" and not (trace.output > 1).any():
             return
         count = len(trace)
-        latency = measure(outcome, trace, max_model_len=1 << 30, request_ns=request_ns).latency_s[metric]
+        name, seen = timed(metric).name, outcome.as_run(trace, 1 << 30, outside_ns=request_ns)
+        latency = measure(seen).latency_s[name]
         goals = []
-        for name in STATISTICS:
-            for limit in (latency[name], nudged(latency[name], way)):
+        for statistic in STATISTICS:
+            for limit in (latency[statistic], nudged(latency[statistic], way)):
                 if limit > 0:
-                    goals.append(Slo(metric=metric, statistic=name, limit=limit))
+                    goals.append(Goal(metric=name, statistic=statistic, limit=limit))
                     # Shares: any, usual ones, and what so many of the requests are exactly.
                     for fraction in (share, 0.9, 0.99, 1.0, min(exactly, count) / count):
-                        goals.append(Slo(metric=metric, statistic="attain", limit=limit, fraction=fraction))
-        judged = measure(outcome, trace, max_model_len=1 << 30, request_ns=request_ns, slos=goals)
+                        goals.append(Goal(metric=name, statistic="attain", limit=limit, fraction=fraction))
+        judged = measure(seen, goals)
         for goal in goals:
             if judged.slo_met[goal.text]:
                 assert not passed(limited(metric, goal, trace, request_ns), outcome, trace), goal
@@ -278,9 +286,9 @@ def test_a_goal_that_is_clearly_missed_cuts_a_run_short(metric: Metric) -> None:
         outcome, trace, request_ns = run
         gaps = np.maximum(trace.output - 1, 1)
         times = {
-            "ttft": outcome.first_token_ns - outcome.arrival_ns + request_ns,
-            "tpot": ((outcome.finish_ns - outcome.first_token_ns) / gaps)[trace.output > 1],
-            "e2e": outcome.finish_ns - outcome.arrival_ns + request_ns,
+            "first": outcome.first_token_ns - outcome.arrival_ns + request_ns,
+            "step": ((outcome.finish_ns - outcome.first_token_ns) / gaps)[trace.output > 1],
+            "whole": outcome.finish_ns - outcome.arrival_ns + request_ns,
         }
         values = np.sort(times[metric] / 1e9)
         if not values.size:
@@ -295,7 +303,7 @@ def test_a_goal_that_is_clearly_missed_cuts_a_run_short(metric: Metric) -> None:
             limit = value * factor
             if limit > 0 and value - limit > 3.1e-9:
                 fraction = share if statistic == "attain" else None
-                goal = Slo(metric=metric, statistic=statistic, limit=limit, fraction=fraction)
+                goal = Goal(metric=timed(metric).name, statistic=statistic, limit=limit, fraction=fraction)
                 assert passed(limited(metric, goal, trace, request_ns), outcome, trace), goal
 
     check()
@@ -307,7 +315,7 @@ def test_a_makespan_is_above_a_limit_where_its_last_request_is(
     run: tuple[Outcome, Trace, int], way: float | None
 ) -> None:
     outcome, trace, _ = run
-    makespan = measure(outcome, trace, max_model_len=1 << 30).makespan_s
+    makespan = measure(outcome.as_run(trace, 1 << 30)).value("makespan")
     limit = makespan if way is None else nudged(makespan, way)
     stop = Stop.percentile_above("makespan", limit, 1.0, len(trace))
     if makespan <= limit:
@@ -320,9 +328,9 @@ def test_a_makespan_is_above_a_limit_where_its_last_request_is(
 def test_a_limit_beyond_all_clocks_is_never_passed(seconds: float) -> None:
     values = np.array([1 << 60, 1 << 60], np.int64)
     for stop in (
-        Stop.mean_above("e2e", seconds * 2, 10**6),
+        Stop.mean_above("whole", seconds * 2, 10**6),
         Stop.percentile_above("makespan", seconds * 2, 0.95, 2),
-        Stop.attainment_below("ttft", seconds * 2, 0.9, 2),
+        Stop.attainment_below("first", seconds * 2, 0.9, 2),
     ):
         assert stop.limit_ns <= 1 << 62
         assert not stop.passed(values)
@@ -331,7 +339,7 @@ def test_a_limit_beyond_all_clocks_is_never_passed(seconds: float) -> None:
 @pytest.mark.parametrize("requests_", [1, 2, 3, 10, 99, 100, 101, 1000])
 def test_as_many_as_a_share_allows_may_be_late_and_not_one_more(requests_: int) -> None:
     for percent in range(1, 101):
-        stop = Stop.attainment_below("ttft", 1.0, percent / 100, requests_)
+        stop = Stop.attainment_below("first", 1.0, percent / 100, requests_)
         allowed = requests_ * (100 - percent) // 100
         late = np.array([2 * 10**9] * requests_, np.int64)
         assert stop.most == allowed + 1
@@ -340,3 +348,111 @@ def test_as_many_as_a_share_allows_may_be_late_and_not_one_more(requests_: int) 
         if allowed < requests_:
             late[: allowed + 1] = 2 * 10**9
             assert stop.passed(late)
+
+
+FACTORS = (0.3, 0.9, 1 - 1e-13, 1.0, 1 + 1e-13, 1.1, 3.0)
+STOPPED = ("makespan", "throughput", "goodput", "energy", "energy_per_token", "cost_per_mtoken")
+
+
+def candidates_of(seed: int) -> tuple[Question, list[Candidate]]:
+    """A question on every figure, and what some plans give."""
+    everything = tuple(load_objective(name) for name in NAMES)
+    trace = random_trace(seed, 30, closed=seed % 2 == 1)
+    question = make_question(load_model("llama-3.1-8b"), make_cluster(4), trace)
+    question = replace(
+        question,
+        objective=everything[0],
+        then=everything[1:],
+        request_slos=parse_goals("ttft_max<=30ms,tpot_max<=12ms"),
+    )
+    plans = [plan for plan in space(question.instance()) if not violations(question.instance(), plan)]
+    evaluator = Evaluator(question)
+    return question, [evaluator.simulate(plan) for plan in plans[:: max(1, len(plans) // 8)]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_cut_short_by_a_goal_misses_it_and_one_that_is_not_is_judged_as_it_is(seed: int) -> None:
+    question, candidates = candidates_of(seed)
+    cut = dict.fromkeys(FIGURES, 0)
+    for candidate in candidates:
+        for name in FIGURES:
+            for factor in FACTORS:
+                limit = candidate.metrics.value(name) * factor
+                if limit <= 0:
+                    continue
+                goal = Goal(metric=name, statistic="mean", limit=limit)
+                asked = replace(question, slos=(goal,), objective=load_objective("ttft_mean"), then=())
+                found = Evaluator(asked).challenge(candidate.plan, None, (1e9,))
+                met = goal.met(candidate.metrics.value(name))
+                if found is None:
+                    assert not met, (name, factor)
+                    cut[name] += 1
+                else:
+                    assert found.meets_slos == met
+    # Limits that are missed by far are seen early, but for the cost, which no run moves.
+    assert all(cut[name] > 0 for name in STOPPED)
+    assert cut["cost"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_cut_short_by_an_objective_is_worse_than_the_cost_given(seed: int) -> None:
+    question, candidates = candidates_of(seed)
+    cut = dict.fromkeys(NAMES, 0)
+    for candidate in candidates:
+        for name in NAMES:
+            asked = replace(question, objective=load_objective(name), then=())
+            (cost,) = asked.costs(candidate.metrics)
+            for factor in FACTORS:
+                found = Evaluator(asked).challenge(candidate.plan, None, (cost * factor,))
+                if found is None:
+                    assert cost > cost * factor, (name, factor)
+                    cut[name] += 1
+                else:
+                    assert found.value == candidate.metrics.value(*_parts(name)) or math.isnan(found.value)
+    assert all(cut[name] > 0 for name in NAMES if name in STOPPED or name.startswith(("ttft", "tpot", "e2e")))
+    assert not any(cut[name] for name in NAMES if name.startswith(("itl", "cost")) and name not in STOPPED)
+
+
+def test_a_run_as_good_by_the_cost_of_its_gpus_is_cut_short_by_what_comes_after() -> None:
+    question, candidates = candidates_of(0)
+    for candidate in candidates:
+        asked = replace(question, objective=load_objective("cost"), then=(load_objective("e2e_mean"),))
+        cost, mean = asked.costs(candidate.metrics)
+        evaluator = Evaluator(asked)
+        assert evaluator.challenge(candidate.plan, None, (cost, mean * 0.5)) is None
+        assert evaluator.challenge(candidate.plan, None, (cost, mean)) is not None
+        # Cheaper than what it is held against, it may be as slow as it is.
+        assert evaluator.challenge(candidate.plan, None, (cost * 2, mean * 0.5)) is not None
+
+
+def test_energy_is_passed_once_the_idle_draw_and_every_tokens_least_are_beyond_it() -> None:
+    facts = Facts(
+        requests=10,
+        decoding=9,
+        output_tokens=100,
+        request_s=0.0,
+        least_j=400.0,
+        idle_w=50.0,
+        limit_w=700.0,
+        cost_per_h=None,
+    )
+
+    def longest_ns(metric: str, limit: float) -> int:
+        (stop,) = early_stops(metric, "mean", limit, facts)
+        return stop.limit_ns
+
+    assert longest_ns("energy", 1400.0) == pytest.approx(20e9)  # (1400 - 400) / 50
+    assert longest_ns("energy", 350.0) == pytest.approx(0.5e9)  # all that may be drawn
+    assert longest_ns("energy_per_token", 14.0) == pytest.approx(20e9)
+    assert longest_ns("throughput", 5.0) == longest_ns("goodput", 5.0) == pytest.approx(2e9)
+    assert early_stops("cost_per_mtoken", "mean", 1.0, facts) == []  # without a price
+    paid = replace(facts, cost_per_h=36.0)
+    (stop,) = early_stops("cost_per_mtoken", "mean", 1000.0, paid)
+    assert stop.limit_ns == pytest.approx(10e9)  # 0.1 $ for 100 tokens, 0.01 $ a second
+    assert early_stops("energy", "mean", 1400.0, replace(facts, idle_w=0.0)) == []
+    assert early_stops("itl", "p95", 1e-9, facts) == early_stops("cost", "mean", 1e-9, facts) == []
+
+
+def _parts(name: str) -> tuple[str, str]:
+    metric, _, statistic = name.partition("_")
+    return (name, "mean") if name in FIGURES else (metric, statistic)

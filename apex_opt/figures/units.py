@@ -1,0 +1,147 @@
+"""How limits and values of figures are read and told, unit by unit."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EXAMPLE: Final = "ttft_p95<=500ms,tpot_p95<=50ms,e2e<=10s@99%,throughput>=10"
+
+NUMBER: Final = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,3})?", re.ASCII)
+
+_ONE: Final = Decimal(1)
+_TIMES: Final = {
+    "ns": Decimal("1e-9"),
+    "us": Decimal("1e-6"),
+    "ms": Decimal("1e-3"),
+    "s": _ONE,
+    "m": Decimal(60),
+    "min": Decimal(60),
+}
+_ENERGIES: Final = {
+    "mJ": Decimal("1e-3"),
+    "J": _ONE,
+    "kJ": Decimal(1000),
+    "MJ": Decimal(10**6),
+    "Wh": Decimal(3600),
+    "kWh": Decimal(3_600_000),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A unit, how a limit in it is read, and how it is written.
+
+    Parameters
+    ----------
+    name : str                  as documents have it
+    form : str                  what a limit must be, in words
+    endings : mapping           what may come after the number, and how many of the unit one of it is
+    written : tuple of str      endings that limits are written with, the largest first; the last for all that is less
+    folded : bool               whether capitals make no difference
+    sign : str                  what may come before the number
+    sample : str                a limit, to show how one is written
+    example : bool              whether the usual example helps
+    told : tuple of (scale, text)
+        how a value is told: in so many of the unit, with a name of its own
+    """
+
+    name: str
+    form: str
+    endings: Mapping[str, Decimal] = field(default_factory=lambda: {"": _ONE})
+    written: tuple[str, ...] = ("",)
+    folded: bool = False
+    sign: str = ""
+    sample: str = "10"
+    example: bool = False
+    told: tuple[float, str] = (1.0, "")
+
+    def read(self, where: str, text: str) -> float:
+        """A limit in the unit, from a number in this or one like it.
+
+        Raises
+        ------
+        UsageError    form, number, unit
+        """
+        example = f"; e.g. {EXAMPLE}" if self.example else ""
+        plain_text = text.lower() if self.folded else text.removeprefix(self.sign)
+        ends = sorted(self.endings, key=len, reverse=True)
+        ending = next((end for end in ends if plain_text.endswith(end)), None)
+        number = plain_text if ending is None else plain_text[: len(plain_text) - len(ending)]
+        if ending is None or NUMBER.fullmatch(number) is None:
+            raise UsageError(f"{where}: the limit must be {self.form}, got {text!r:.40}{example}")
+        value = float(Decimal(number) * self.endings[ending])
+        if not 0 < value < math.inf:
+            raise UsageError(f"{where}: the limit must be above 0 and finite, got {text!r:.40}{example}")
+        return value
+
+    def write(self, limit: float) -> str:
+        """The shortest text that `read` gives the limit back from; shifting the decimal point of repr is exact."""
+        exact = Decimal(repr(limit))
+        *larger, least = self.written
+        ending = next((end for end in larger if exact >= self.endings[end]), least)
+        return f"{plain(exact / self.endings[ending])}{ending}"
+
+    def tell(self, value: float) -> str:
+        """A value with its unit, in a sentence."""
+        scale, text = self.told
+        return f"{value / scale:.4g} {text or self.name}"
+
+
+DURATION: Final = Unit(
+    name="s",
+    form=f"a number and a unit ({', '.join(_TIMES)})",
+    endings=_TIMES,
+    written=("s", "ms", "us", "ns"),
+    folded=True,
+    sample="500ms",
+    example=True,
+    told=(1e-3, "ms"),
+)
+LONG_DURATION: Final = replace(DURATION, told=(1.0, "s"), sample="60s")
+ENERGY: Final = Unit(
+    name="J",
+    form=f"a number and a unit ({', '.join(_ENERGIES)})",
+    endings=_ENERGIES,
+    written=("MJ", "kJ", "J", "mJ"),
+    sample="200kJ",
+    told=(1e3, "kJ"),
+)
+ENERGY_PER_TOKEN: Final = Unit(
+    name="J/token",
+    form=f"a number and a unit ({', '.join(_ENERGIES)}), per output token",
+    endings=_ENERGIES | {f"{unit}/token": joules for unit, joules in _ENERGIES.items()},
+    written=("MJ", "kJ", "J", "mJ"),
+    sample="2J",
+)
+RATE: Final = Unit(name="requests/s", form="a number, in requests per second", example=True)
+PRICE: Final = Unit(
+    name="$/h",
+    form="a number, in $ per hour such as 20$/h",
+    endings=dict.fromkeys(("", "/h", "$", "$/h"), _ONE),
+    written=("$/h",),
+    sign="$",
+    sample="20$/h",
+)
+PRICE_PER_MTOKEN: Final = Unit(
+    name="$/Mtoken",
+    form="a number, in $ per million output tokens such as 3$",
+    endings=dict.fromkeys(("", "$", "$/mtoken", "$/Mtoken"), _ONE),
+    written=("$",),
+    sign="$",
+    sample="3$",
+)
+
+
+def plain(value: Decimal) -> str:
+    """Digits without trailing zeros; an exponent only where it is shorter."""
+    fixed, short = f"{value.normalize():f}", f"{value.normalize():E}"
+    return fixed if len(fixed) <= max(len(short), 12) else short
