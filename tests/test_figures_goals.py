@@ -381,7 +381,7 @@ def test_costs_alone_leave_ties_to_the_latency(text: str, names: str) -> None:
 def test_a_latency_is_no_other_figure() -> None:
     assert load_latency("ttft_p99.9") == load_objective("ttft_p99.9")
     for name in FIGURES:
-        with pytest.raises(UsageError, match=f"--latency: {name} is no latency; give one of ttft, tpot, itl, e2e with"):
+        with pytest.raises(UsageError, match=f"--latency: {name} is no latency; give one of ttft, tpot, e2e, itl with"):
             load_latency(name)
     with pytest.raises(UnknownNameError):
         load_latency("speed")

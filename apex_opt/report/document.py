@@ -132,14 +132,17 @@ def metrics_document(question: Question, run: Candidate | Fleet, idle_energy_j: 
     tells_cost : whether figures that take the price of the GPUs are told
     """
     metrics = run.metrics
-    told = (one for one in per_run() if one.name in metrics.figures and (tells_cost or not one.priced))
+    told = [one for one in per_run() if one.name in metrics.figures and (tells_cost or not one.priced)]
+    energy_j, makespan_s = (metrics.value(name) for name in ("energy", "makespan"))
     cached: Document = {}
     if question.settings.prefix_caching:
         cached = {"cached_tokens": metrics.cached_tokens, "cache_hit_rate": metrics.cached_share}
     return {
         **{figure(name).key: statistics for name, statistics in metrics.latency_s.items()},
-        **{one.key: metrics.figures[one.name] for one in told},
+        # Keys stand where they are named first.
+        "makespan_s": makespan_s,
         "transient": transient_document(run.transient),
+        **{one.key: metrics.figures[one.name] for one in told if one.is_speed},
         "output_tokens_per_s": metrics.output_tokens_per_s,
         "total_tokens_per_s": metrics.total_tokens_per_s,
         **cached,
@@ -152,8 +155,10 @@ def metrics_document(question: Question, run: Candidate | Fleet, idle_energy_j: 
             }
             for slo in question.slos
         },
+        "energy_j": energy_j,
         "idle_energy_j": idle_energy_j,
-        "mean_power_w": metrics.value("energy") / metrics.value("makespan"),
+        **{one.key: metrics.figures[one.name] for one in told if not one.is_speed},
+        "mean_power_w": energy_j / makespan_s,
     }
 
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.figures.registry import per_item
 from apex_opt.report.document import noted
 from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
-from apex_opt.report.tables import question_line
+from apex_opt.report.tables import in_order, question_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -150,7 +149,7 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
     yield "GPUs", *(str(run["gpus"]) for run in runs)
     for text in metrics[0]["slo"]:
         yield text, *(_judged(one["slo"][text]) for one in metrics)
-    for about in per_item():
+    for about in in_order():
         if all(about.key in one for one in metrics):
             for which in ("mean", "p95"):
                 reached = (amount(one[about.key][which], about.unit.name) for one in metrics)

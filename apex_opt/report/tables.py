@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from apex_opt.figures import Figure
     from apex_opt.report.document import Document
 
     Read = Callable[[Document], str]
@@ -179,12 +180,17 @@ def best_tables(console: Console, best: Document) -> None:
     _operations(console, best["metrics"]["operations_s"])
 
 
+def in_order() -> list[Figure]:
+    """Figures of requests and gaps as tables have them: from the first token on, the whole time of a request last."""
+    return sorted(per_item(), key=lambda one: one.time == "whole")
+
+
 def service_tables(console: Console, metrics: Document) -> None:
     """What the requests saw, and what serving them took."""
     heads = tuple(metrics["ttft_s"])
     rows = [
         (one.title, *(amount(metrics[one.key][s], one.unit.name) for s in heads))
-        for one in per_item()
+        for one in in_order()
         if one.key in metrics
     ]
     table(console, "Latency", ("", *heads), rows, left={0}, turned=True)
