@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.figures.stops import latencies_ns
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
-from apex_opt.figures.stops import latencies_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
+    from apex_opt.figures.stops import Stop
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Router
-    from apex_opt.figures.stops import Stop
     from apex_opt.workload.trace import Trace
 
 
