@@ -75,7 +75,7 @@ def test_a_trace_as_long_as_those_at_a_rate_is_not_sent_to_rate_again(requests: 
     best = search(asked, PlanSpace()).best
     assert best is not None
     ends = Transient(arrivals_s=332.0, drain_s=45.0, waiting=17, unfinished=1399, before=1300.0, after=after)
-    (told,) = loaded({}, asked, replace(best.metrics, transient=ends))["transient"]["said"]
+    (told,) = loaded({}, asked, replace(best, transient=ends))["transient"]["said"]
     assert said in told
     assert ("--rate" in told) is (requests < 20_000)
 
