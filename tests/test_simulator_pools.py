@@ -24,9 +24,9 @@ from simulator_cases import (
 )
 
 from apex_opt.errors import ApexError, CapacityError
+from apex_opt.figures.stops import Stop, latencies_ns
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator import EnginePool, run_deployment
-from apex_opt.simulator.stop import Stop, latencies_ns
 
 if TYPE_CHECKING:
     from apex_opt.simulator import Outcome
@@ -112,7 +112,7 @@ def test_a_deployment_is_cut_short_exactly_where_all_of_it_together_passes_a_lim
     deployment = data.draw(deployments(data.draw(st.sampled_from(LOOPS)), traffic))
     whole = deployment.run()
     generated = deployment.trace.generated(deployment.pools[0].settings.max_model_len)
-    metric = data.draw(st.sampled_from(("ttft", "tpot", "e2e", "makespan")))
+    metric = data.draw(st.sampled_from(("first", "step", "whole", "makespan")))
     values = latencies_ns(metric, whole.arrival_ns, whole.first_token_ns, whole.finish_ns, generated)
     adds = metric != "makespan" and data.draw(st.booleans())
     limit = int(values.sum()) if adds else data.draw(st.sampled_from(values.tolist()))

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import Phase, find, settings
 from simulator_cases import LOOPS, TRAFFIC, cases
 
+from apex_opt.figures.stops import Stop
 from apex_opt.simulator import kernel, warm
-from apex_opt.simulator.stop import Stop
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def test_whatever_is_run_nothing_is_compiled_for_other_types() -> None:
                 lambda _: True,
                 settings=settings(max_examples=1, derandomize=True, database=None, phases=[Phase.generate]),
             )
-            for limits in ([], [Stop(metric="e2e", kind="sum", limit_ns=1)]):
+            for limits in ([], [Stop(metric="whole", kind="sum", limit_ns=1)]):
                 case.run(log=False, stops=limits)
                 case.run(log=True, stops=limits)
     assert [len(getattr(entry, "signatures", [()])) for entry in ENTRIES] == [1] * len(ENTRIES)
