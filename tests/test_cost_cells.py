@@ -24,6 +24,7 @@ from apex_opt.ir import LatentAttention, MoeFfn, get_format
 from apex_opt.plan.layout import Layout, Tier
 from apex_opt.plan.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
+from apex_opt.profiles.physics import experts_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -225,6 +226,26 @@ def test_experts_take_the_table_of_their_routing_at_all_tokens_and_do_the_work_o
         assert (work.seconds[1:] > 0.7 * asked).all()
     assert np.array_equal(uniform.flops, skewed.flops)
     assert np.array_equal(uniform.moved, skewed.moved)
+
+
+@pytest.mark.parametrize("gpu", ["h200-sxm", "b200-sxm", "l40s"])
+def test_no_kernel_is_charged_for_traffic_or_arithmetic_that_its_time_has_no_room_for(gpu: str) -> None:
+    found = load_profile(load_cluster(gpu).gpu)
+    costs, one = Operations(tables(), found, load_collectives(CLUSTER)), Template()
+    for block in (DENSE, sparse(hidden=4096, columns=14336, experts=8, chosen=2, shared=1024), latent_block(DENSE)):
+        parts = costs.attention(block.attention, one, "bf16", "bf16") | costs.ffn(block.ffn, one, one, "bf16")
+        for key, work in parts.items():
+            least = work.moved / found.gpu.memory_bytes_per_s, work.flops / found.gpu.peak_flops_per_s("bf16")
+            assert (work.seconds[1:] >= np.maximum(*least)[1:] * (1 - 1e-9)).all(), key
+
+
+def test_energy_counts_the_work_of_experts_that_their_time_does() -> None:
+    _, work = experts_of("h200-sxm", "uniform")
+    flops, moved = experts_work(np.arange(TOKENS + 1.0), 4096, 14336, 8, 8, 2, weight_bytes=2.0)
+    assert np.array_equal(work.flops, flops)
+    assert np.array_equal(work.moved, moved)
+    # By hand: all weights, and per assignment 16-bit activations in and out, between the products and through them.
+    assert moved[TOKENS] == pytest.approx(8 * 3 * 4096 * 14336 * 2 + 2 * TOKENS * 2 * (2 * 4096 + 3 * 14336))
 
 
 def test_experts_that_do_not_divide_leave_the_fullest_group_one_more() -> None:

@@ -12,7 +12,7 @@ from profile_cases import ROOT, read_source, write_source
 
 from apex_opt.errors import InputError
 from apex_opt.ir.formats import KV_BYTES
-from apex_opt.profiles import laws
+from apex_opt.profiles import laws, physics
 from apex_opt.profiles.laws import Source, load_source
 
 if TYPE_CHECKING:
@@ -32,18 +32,6 @@ def source(root: Path, **tables: str) -> Source:
 
 def decode_row(batch: int, context: int, seconds: float, window: int = 0) -> str:
     return f"bfloat16,32,8,128,{window},{batch},{context},{seconds * 1e6:.9g}\n"
-
-
-def test_work_of_a_product_and_of_experts_is_counted_by_hand() -> None:
-    flops, moved = laws.gemm_work(3, 5, 7, 2.0, 1.0)
-    assert (flops, moved) == (2 * 3 * 5 * 7, 5 * 7 * 1 + 3 * 7 * 2 + 3 * 5 * 2)
-    # One token picks 2 of 4 experts, all on this rank: two experts of 3 x 8 x 16 weights.
-    flops, moved = laws.moe_work(1, 8, 16, 4, 4, 2, weight_bytes=2.0)
-    assert flops == 2 * 2 * 3 * 8 * 16
-    assert moved == pytest.approx(2 * 3 * 8 * 16 * 2 + 2 * 2 * (2 * 8 + 3 * 16))
-    # At random many tokens touch all experts, and a few tokens the same expert twice; in balance as many as they can.
-    random, even = (laws.moe_work(2, 8, 16, 4, 4, 2, weight_bytes=2.0, balanced=flag)[1] for flag in (False, True))
-    assert even - random == pytest.approx(3 * 8 * 16 * 2 * (4 - 3))
 
 
 @given(
@@ -72,7 +60,7 @@ def test_small_weights_are_read_no_faster_than_those_no_cache_holds(tmp_path: Pa
     assert surface is not None
     share = {}
     for n in (1024, 2048, 65536):
-        bound = float(laws.gemm_work(1, n, 4096, 2.0, 2.0)[1]) / BANDWIDTH
+        bound = float(physics.gemm_work(1, n, 4096, 2.0, 2.0)[1]) / BANDWIDTH
         floor = laws.GEMM_FLOOR_S + laws.GEMM_FLOOR_S_PER_DEPTH * 4096
         share[n] = bound / ((floor + bound) / float(surface.ratio(laws.gemm_feature(n, 4096), np.zeros(1))[0]))
     assert share == pytest.approx({1024: 0.8, 2048: 0.4, 65536: 0.8}, rel=0.01)
@@ -179,11 +167,11 @@ def whole(found: Source, kind: str, dtype: str, window: int = 0) -> tuple[NDArra
         seconds, batch = table["time_us"][rows] * 1e-6, table["batch"][rows]
         if kind.endswith("decode"):
             decode = found.decode(kind, dtype, window, index)
-            work = laws.latent_work(heads, 512, 64, KV_BYTES[dtype])
+            work = physics.latent_work(heads, 512, 64, KV_BYTES[dtype])
             if not kind.startswith("mla"):
-                work = laws.context_work(heads, kv_heads, width, KV_BYTES[dtype])
+                work = physics.context_work(heads, kv_heads, width, KV_BYTES[dtype])
             size = table["context"][rows]
-            least = batch * size * float(found.bound_s(laws.Arithmetic.of("bf16"), *work))
+            least = batch * size * float(found.bound_s(physics.Arithmetic.of("bf16"), *work))
             units_log = np.log(batch * kv_heads)
             guess = np.interp(units_log, decode.units_log, decode.base_s)
             guess += least / np.interp(units_log, decode.units_log, decode.share)
@@ -197,7 +185,7 @@ def whole(found: Source, kind: str, dtype: str, window: int = 0) -> tuple[NDArra
             size = table["length"][rows]
             pairs = size * (size + 1) / 2
             extra = np.interp(np.log(size), prefill.length_log, prefill.extra) + pairs / prefill.share
-            peak = float(found.bound_s(laws.Arithmetic.of("bf16"), 1.0, 0.0))
+            peak = float(found.bound_s(physics.Arithmetic.of("bf16"), 1.0, 0.0))
             single = np.flatnonzero(batch == 1)
             guess = extra * flops * peak + seconds[single[size[single].argmin()]]
             kept = (batch == 1) & (size > 64)

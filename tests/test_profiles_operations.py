@@ -18,7 +18,8 @@ from apex_opt.ir import FORMATS, list_models
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Experts, Product
 from apex_opt.profiles import Profile, load_profile
-from apex_opt.profiles.laws import load_source, moe_work
+from apex_opt.profiles.laws import load_source
+from apex_opt.profiles.physics import experts_work
 from apex_opt.profiles.schema import TABLE_ENGINES
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def test_measured_experts_come_back_exactly_unless_their_routing_was_lucky() -> 
             if all(r[name] == row[name] for name in ("hidden", "expert_ffn", "experts", "topk"))
             and r["tokens"] >= row["tokens"]
         ]
-        least = float(roofline(PROFILE, "bf16", *moe_work(row["tokens"], *shape, weight_bytes=2.0)))
+        least = float(roofline(PROFILE, "bf16", *experts_work(row["tokens"], *shape, weight_bytes=2.0)))
         lucky += least > min(later)
         assert float(PROFILE.moe_time_s("bf16", row["tokens"], *shape)) == pytest.approx(max(least, min(later)))
     assert lucky <= 1
@@ -324,7 +325,7 @@ def test_experts_of_any_shape_are_finite_and_never_beat_the_roofline(
     held, topk = (max(1, round(experts * part)) for part in parts)
     for name in kernels(profile):
         guess = profile.moe_time_s(name, TOKENS, hidden, ffn, experts, held, topk, routing)
-        work = moe_work(TOKENS, hidden, ffn, experts, held, topk, weight_bytes=profile.kernel(name).weight_bytes)
+        work = experts_work(TOKENS, hidden, ffn, experts, held, topk, weight_bytes=profile.kernel(name).weight_bytes)
         assert np.isfinite(guess).all()
         assert (guess >= roofline(profile, name, *work) * (1 - 1e-12)).all()
 
@@ -428,7 +429,7 @@ def test_every_cell_of_every_model_has_sane_times_with_every_engine(gpu: str) ->
             for n, k in products:
                 sane(profile.gemm_time_s(name, tokens, n, k), gemm_roofline(profile, name, tokens, n, k))
             for shape in experts:
-                work = moe_work(tokens, *shape, weight_bytes=profile.kernel(name).weight_bytes)
+                work = experts_work(tokens, *shape, weight_bytes=profile.kernel(name).weight_bytes)
                 for routing in ("uniform", "skewed"):
                     sane(profile.moe_time_s(name, tokens, *shape, routing), roofline(profile, name, *work))
         half = profile.gpu.half_dtype

@@ -26,6 +26,7 @@ from apex_opt.ir.cells.operations import Attend, AttendLatent, Elementwise, Prod
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.plan.memory import ffn_cut
 from apex_opt.profiles.collectives import Collectives
+from apex_opt.profiles.physics import causal_pairs, context_work, experts_work, gemm_work, latent_work, pair_flops
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -178,8 +179,8 @@ class Operations:
         """out[m, n] = in[m, k] x weights, in a number format."""
         kernel, m = self.profile.kernel(name), self.tables.tokens
         seconds = self.profile.gemm_time_s(name, m, n, k, fused="quantise" in self.fused)
-        moved = np.where(m > 0, kernel.weight_bytes * n * k + m * (kernel.input_bytes * k + 2.0 * n), 0.0)
-        return Work.of(self.power, seconds, 2.0 * m * n * k, moved, kernel.peak)
+        flops, moved = gemm_work(m, n, k, kernel.input_bytes, kernel.weight_bytes)
+        return Work.of(self.power, seconds, flops, moved, kernel.peak)
 
     def kernels(self, block: Block, attention: Template, ffn: Template) -> NDArray[np.int64]:
         """Kernels of one layer, collectives included: in captured graphs, and launched one by one."""
@@ -245,25 +246,24 @@ class Operations:
         if isinstance(op, AttendLatent):
             decode = self.profile.latent_decode(op.heads, op.rank, op.rope, kv_format, sequences)
             prefill = self.profile.latent_prefill(op.heads, op.key, op.value, kv_format, self.tables.tokens)
-            pair_flops, decode_flops = 2.0 * op.heads * (op.key + op.value), 2.0 * op.heads * (2 * op.rank + op.rope)
-            token_bytes = float((op.rank + op.rope) * element)
-            return self._attention_parts(decode, prefill, dp, decode_flops, pair_flops, token_bytes)
+            context = latent_work(op.heads, op.rank, op.rope, element)
+            pair = pair_flops(op.heads, op.key, op.value)
+            return self._attention_parts(decode, prefill, dp, context, pair)
         shape = op.heads, op.kv_heads, op.width
         decode = self.profile.decode_attention(*shape, kv_format, sequences, op.window)
         prefill = self.profile.prefill_attention(*shape, kv_format, self.tables.tokens, op.window)
-        flops, token_bytes = 4.0 * op.heads * op.width, 2.0 * op.kv_heads * op.width * element
+        context, pair = context_work(*shape, element), pair_flops(op.heads, op.width, op.width)
         # Within a short window time does not grow with the context: then all of it is charged to the window.
         window = op.window if op.window is not None and not decode[1].any() else None
-        return self._attention_parts(decode, prefill, dp, flops, flops, token_bytes, window)
+        return self._attention_parts(decode, prefill, dp, context, pair, window)
 
     def _attention_parts(
         self,
         decode: tuple[Floats, Floats],
         prefill: tuple[Floats, Floats],
         dp: int,
-        decode_flops: float,
-        pair_flops: float,
-        token_bytes: float,
+        context: tuple[float, float],
+        pair: float,
         window: int | None = None,
     ) -> Parts:
         """Attention times as work.
@@ -271,47 +271,46 @@ class Operations:
         Parameters
         ----------
         decode, prefill : base and rate each, as `Profile` gives them for one copy
-        decode_flops, token_bytes : per token of context
-        pair_flops : per query-key pair
+        context : FLOP and bytes per token of context
+        pair : FLOP per query-key pair
         window : tokens that every sequence is charged with in the base; None charges by context and pair
         """
         power, half, tokens = self.power, self.half, self.tables.tokens
-        base, per_token = decode
+        (base, per_token), (decode_flops, token_bytes) = decode, context
         base[0] = base[1]  # a batch of prompts alone launches the kernel as well
-        chunk, pair = prefill
+        chunk, per_pair = prefill
         by_context = float(window is None)
         held, seen = self.tables.sequences * ((window or 0) / dp), np.minimum(tokens, window or 0)
-        pairs = tokens * seen - seen * (seen - 1) / 2
+        pairs = causal_pairs(tokens, seen)
         launch = Work.of(power, base, held * decode_flops, held * token_bytes, half)
         read = Work.of(power, per_token / dp, by_context * decode_flops / dp, by_context * token_bytes / dp, half)
         return {
             ("decode attention", "decode_ns"): launch,
             ("decode attention", "attend_ns"): launch,
             ("decode attention", "context_rate"): read,
-            ("prefill attention", "chunk_ns"): Work.of(power, chunk, pairs * pair_flops, 0.0, half),
-            ("prefill attention", "pair_rate"): Work.of(power, pair, by_context * pair_flops, 0.0, half),
+            ("prefill attention", "chunk_ns"): Work.of(power, chunk, pairs * pair, 0.0, half),
+            ("prefill attention", "pair_rate"): Work.of(power, per_pair, by_context * pair, 0.0, half),
         }
 
     def _experts(self, name: str, op: Experts) -> Work:
         """Fused experts of the fullest group."""
         kernel, m, topk = self.profile.kernel(name), self.tables.tokens, op.topk
         held = ceil_div(op.experts, op.groups)
-        share = topk / op.experts
-        weights = op.matrices * op.hidden * op.columns
+        shape, share = (op.hidden, op.columns, op.experts, held, topk), topk / op.experts
         # A token sends a group no more assignments than the group has experts, and some group its share of them.
         fullest = min(topk, held) / (share * held)
-        least_s = ceil_div(topk, op.groups) * weights * kernel.weight_bytes / self.profile.gpu.memory_bytes_per_s
+        weights = ceil_div(topk, op.groups) * op.matrices * op.hidden * op.columns
+        least_s = weights * kernel.weight_bytes / self.profile.gpu.memory_bytes_per_s
         load = m.astype(np.float64)
         if self.routing == "uniform":
             load = load * np.minimum(fullest_group_factor(m * topk, op.groups), fullest)
-        seconds = self.profile.moe_time_s(name, load, op.hidden, op.columns, op.experts, held, topk, self.routing)
+        seconds = self.profile.moe_time_s(name, load, *shape, self.routing, op.matrices)
         # The engine could pad the batch to a larger one: tables are not monotone where shapes are interpolated.
         seconds = np.minimum.accumulate(np.maximum(seconds, least_s)[::-1])[::-1]
         seconds = np.where(m > 0, seconds, 0.0)
-        routed = m * share * held
-        touched = held * (1.0 - (1.0 - share) ** m)
-        moved = touched * weights * kernel.weight_bytes + routed * (kernel.input_bytes + 2.0) * op.hidden
-        return Work.of(self.power, seconds, 2.0 * weights * routed, moved, kernel.peak)
+        # All groups together do the work of an even share each.
+        flops, moved = experts_work(m, *shape, weight_bytes=kernel.weight_bytes, matrices=op.matrices)
+        return Work.of(self.power, seconds, flops, moved, kernel.peak)
 
     def _held_as(self, cell: Ffn, attention: Template, ffn: Template) -> Template:
         """How an FFN is cut: as experts are, or as the engine holds dense ones beside them."""

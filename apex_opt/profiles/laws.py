@@ -5,12 +5,21 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from apex_opt.errors import InputError
-from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.ir.formats import KV_BYTES
+from apex_opt.profiles.physics import (
+    Arithmetic,
+    causal_pairs,
+    context_work,
+    experts_work,
+    gemm_work,
+    latent_work,
+    pair_flops,
+)
 from apex_opt.profiles.schema import Card, read_card, read_table, schema_of
 from apex_opt.profiles.sources.aiconfigurator import PACKAGE, distilled_from, full_tables
 from apex_opt.profiles.surface import Surface, build_surface
@@ -25,8 +34,6 @@ if TYPE_CHECKING:
     Columns = dict[str, NDArray[Any]]
     Size = Floats | float
 
-_Number = TypeVar("_Number", float, "NDArray[np.float64]")
-
 # Time a product takes however little it moves: the launch, and one pass down the depth k by a single tile. Chosen by
 # leaving out each shape of h200-sxm/ops/gemm.csv in turn: the mean error falls from 7.0 to 4.7% (bf16), 8.8 to 5.6%
 # (fp8).
@@ -35,14 +42,6 @@ GEMM_FLOOR_S_PER_DEPTH: Final = 0.4e-9
 # The same for the fused experts: alignment of tokens, two products, activation and sum are launched one after another.
 MOE_FLOOR_S: Final = 15e-6
 
-INPUT_BYTES: Final = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625, "int8": 1.0}
-"""Size of one activation of a format that is computed in; fp4 has a scale of one byte per 16."""
-
-# Table formats that are no plan formats, and the plan format that stands for their arithmetic and sizes.
-_TABLE_FORMATS: Final = {"fp8_block": "fp8", "mxfp4_fp8": "mxfp4"}
-
-_HALF_BYTES: Final = 2
-
 # Factors on the logarithms of (n, k) and of (hidden, expert_ffn, experts, held, topk) in the distance between shapes.
 _GEMM_SCALE: Final = (1.0, 0.7)
 _MOE_SCALE: Final = (1.0, 1.0, 0.5, 1.0, 1.0)
@@ -50,7 +49,7 @@ _MOE_SCALE: Final = (1.0, 1.0, 0.5, 1.0, 1.0)
 _ATTENTION_SCALE: Final = (1.0, 0.5, 4.0)
 
 LATENT_RANK, LATENT_ROPE = 512, 64
-LATENT_PAIR: Final = 192 + 128
+LATENT_PAIR: Final = (192, 128)
 """Tables of latent attention are measured on the shapes of DeepSeek-V3: one cached vector of 512 + 64, and in prompts a
 key of 192 and a value of 128 per head."""
 _LATENT: Final = {"kv_heads": np.array([1]), "head_dim": np.array([LATENT_RANK + LATENT_ROPE])}
@@ -64,53 +63,6 @@ _LAUNCHED: Final = 128
 _CACHED, _SILENT = 1.1, 0.2
 _UNCACHED_BYTES: Final = 2**28
 """What no cache holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What a number format computes in, and the bytes of one activation and of one stored weight."""
-
-    peak: str
-    input_bytes: float
-    weight_bytes: float
-
-    @classmethod
-    def of(cls, name: str) -> Arithmetic:
-        """Of a plan's or a table's format."""
-        chosen = get_format(_TABLE_FORMATS.get(name, name))
-        return cls(chosen.activation, INPUT_BYTES[chosen.activation], float(chosen.weight_bits / 8))
-
-
-def gemm_work(m: Size, n: Size, k: Size, input_bytes: Size, weight_bytes: Size) -> tuple[Floats, Floats]:
-    """FLOP and bytes of out[m,n] = in[m,k] W[n,k]^T with 16-bit output; element sizes in bytes."""
-    weights = np.asarray(n, dtype=np.float64) * k
-    return 2 * weights * m, weights * weight_bytes + m * (np.asarray(k) * input_bytes + np.asarray(n) * _HALF_BYTES)
-
-
-def moe_work(
-    tokens: Size,
-    hidden: Size,
-    expert_ffn: Size,
-    experts: Size,
-    held: Size,
-    topk: Size,
-    *,
-    weight_bytes: Size,
-    balanced: bool | NDArray[np.bool_] = False,
-) -> tuple[Floats, Floats]:
-    """FLOP and bytes of gate-up and down over the tokens routed to the `held` of `experts` experts.
-
-    The weights of the held experts that are touched are read once: held (1 - (1 - topk/experts)^tokens) are expected
-    under uniform routing, as many as there are assignments where these are `balanced`. 16-bit activations pass in and
-    out of both products and through the activation.
-    """
-    size = np.asarray(hidden, dtype=np.float64) * expert_ffn
-    share = np.asarray(topk, dtype=np.float64) / experts
-    routed = np.asarray(tokens, dtype=np.float64) * share * held
-    touched = held * (1 - (1 - np.minimum(share, 1.0)) ** tokens)
-    touched = np.where(balanced, np.minimum(routed, held), touched)
-    moved = 3 * size * weight_bytes * touched
-    return 6 * size * routed, moved + _HALF_BYTES * routed * (2 * np.asarray(hidden) + 3 * np.asarray(expert_ffn))
 
 
 MEMORY_KERNELS: Final = {"plain": "copy", "norm": "add_rms_norm", "activation": "silu_and_mul"}
@@ -130,23 +82,6 @@ class MemoryLaw:
 
     floors: dict[str, tuple[float, float]]
     efficiency: float
-
-
-def context_work(
-    heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number
-) -> tuple[_Number, _Number]:
-    """FLOP and bytes of one decoding sequence per token of its context."""
-    return 4.0 * heads * head_dim, 2.0 * kv_heads * head_dim * element_bytes
-
-
-def latent_work(heads: float, rank: float, rope: float, element_bytes: float) -> tuple[float, float]:
-    """The same over a latent cache, of which all heads read one vector per token."""
-    return 2.0 * heads * (2 * rank + rope), (rank + rope) * element_bytes
-
-
-def causal_pairs(length: Floats, seen: Floats) -> Floats:
-    """Query-key pairs of a prompt under the causal mask whose last query sees so many tokens, itself included."""
-    return np.asarray(length * seen - seen * (seen - 1) / 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -301,7 +236,7 @@ class Source:
         names = ("tokens", "hidden", "expert_ffn", "experts", "held", "topk")
         tokens, *shape = (rows[name][chosen] for name in names)
         kernel = Arithmetic.of(dtype)
-        work = moe_work(tokens, *shape, weight_bytes=kernel.weight_bytes, balanced=routing == "balanced")
+        work = experts_work(tokens, *shape, weight_bytes=kernel.weight_bytes, balanced=routing == "balanced")
         bound = self.bound_s(kernel, *work)
         ratio = (MOE_FLOOR_S + bound) / _envelope(np.column_stack(shape), tokens, rows["time_us"][chosen] * 1e-6)
         per_expert = np.log(tokens * shape[4] / shape[2])
@@ -349,7 +284,7 @@ class Source:
         assert shapes is not None
         table, rows = self.table(kind), shapes.rows[index]
         heads, _, head_dim = (int(size) for size in shapes.shapes[index])
-        flops = heads * (2.0 * LATENT_PAIR if kind.startswith("mla") else 4.0 * head_dim)
+        flops = pair_flops(heads, *(LATENT_PAIR if kind.startswith("mla") else (head_dim, head_dim)))
         rows = rows[table["batch"][rows] == table["batch"][rows].min()]
         rows = rows[np.argsort(table["length"][rows])]
         length, seconds = table["length"][rows], table["time_us"][rows] * 1e-6 / table["batch"][rows]
@@ -424,7 +359,7 @@ def _gemm_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
 def _moe_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
     peaks, _, weights = _kernels(table)
     shape = (table[name] for name in ("tokens", "hidden", "expert_ffn", "experts", "held", "topk"))
-    return peaks, *moe_work(*shape, weight_bytes=weights, balanced=table["routing"] == "balanced")
+    return peaks, *experts_work(*shape, weight_bytes=weights, balanced=table["routing"] == "balanced")
 
 
 def _memory_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
@@ -441,9 +376,8 @@ def _decode_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
 
 def _prefill_energy(table: Columns) -> tuple[NDArray[Any], Floats, Floats]:
     pairs = table["batch"] * causal_pairs(table["length"], _seen(table["length"], table["window"]))
-    flops = 4.0 * table["heads"] * table["head_dim"] * pairs
-    width = (2 * table["heads"] + 2 * table["kv_heads"]) * table["head_dim"] * _HALF_BYTES
-    return np.full(len(pairs), "bf16"), flops, width * table["batch"] * table["length"]
+    width = table["head_dim"]
+    return np.full(len(pairs), "bf16"), pair_flops(table["heads"], width, width) * pairs, np.zeros(len(pairs))
 
 
 _WORK: Final = {

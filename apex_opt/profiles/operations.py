@@ -28,18 +28,21 @@ from apex_opt.profiles.laws import (
     LATENT_RANK,
     LATENT_ROPE,
     MOE_FLOOR_S,
-    Arithmetic,
     DecodeLaw,
     PrefillLaw,
     Source,
-    causal_pairs,
-    context_work,
     gemm_feature,
-    gemm_work,
-    latent_work,
     load_source,
     moe_feature,
-    moe_work,
+)
+from apex_opt.profiles.physics import (
+    Arithmetic,
+    causal_pairs,
+    context_work,
+    experts_work,
+    gemm_work,
+    latent_work,
+    pair_flops,
 )
 from apex_opt.profiles.power import PowerModel, scale_power
 from apex_opt.profiles.schema import TABLE_ENGINES
@@ -344,6 +347,7 @@ class Profile:
         held: int,
         topk: int,
         routing: str = "uniform",
+        matrices: int = 3,
     ) -> Floats:
         """Time of the fused experts of one layer on one rank: gate-up, activation, down.
 
@@ -354,6 +358,7 @@ class Profile:
         hidden, expert_ffn : int        width of the model, and of one expert on this rank
         experts, held, topk : int       experts of the layer, those on this rank, experts per token
         routing : str                   "uniform" at random, or "skewed" as the power-law tables have it
+        matrices : int                  of an expert: 3 with a gate, else 2
 
         Returns
         -------
@@ -375,7 +380,7 @@ class Profile:
         if routing not in _ROUTINGS:
             raise UnknownNameError("routing", routing, _ROUTINGS)
         shape = (_count("hidden", hidden), _count("expert_ffn", expert_ffn), experts, held, topk)
-        bound = self._bound(kernel, *moe_work(routed, *shape, weight_bytes=kernel.weight_bytes))
+        bound = self._bound(kernel, *experts_work(routed, *shape, weight_bytes=kernel.weight_bytes, matrices=matrices))
         feature = moe_feature(*shape)
 
         def find(source: Source, dtype: str, wanted: tuple[str, ...]) -> Surface | None:
@@ -502,7 +507,10 @@ class Profile:
         short = _short(window)
         nearest = self._nearest("attention_prefill", shape, kv_format, short)
         base, pair = self._read_prefill(
-            nearest, count, 4.0 * query_heads * head_dim, context_work(*shape, KV_BYTES[kv_format])[1]
+            nearest,
+            count,
+            pair_flops(query_heads, head_dim, head_dim),
+            context_work(*shape, KV_BYTES[kv_format])[1],
         )
         if short:
             return base + pair * causal_pairs(count, np.minimum(count, short)), np.zeros_like(pair)
@@ -524,9 +532,9 @@ class Profile:
         count = sizes("chunk", chunk)
         pair = _count("key_dim", key_dim) + _count("value_dim", value_dim)
         # Tables name the cached vector, which prompts do not read: another pair of widths is another shape.
-        width = (LATENT_RANK + LATENT_ROPE) * pair // LATENT_PAIR
+        width = (LATENT_RANK + LATENT_ROPE) * pair // sum(LATENT_PAIR)
         nearest = self._nearest("mla_kernel_prefill", (_count("heads", heads), 1, width), kv_format, 0)
-        return self._read_prefill(nearest, count, 2.0 * heads * pair, heads * pair * 2.0)
+        return self._read_prefill(nearest, count, pair_flops(heads, key_dim, value_dim), heads * pair * 2.0)
 
     def _nearest(self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int) -> _Nearest:
         """The measured shape nearest to a shape of heads.

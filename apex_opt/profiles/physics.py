@@ -1,0 +1,120 @@
+"""Work of a kernel, FLOP and bytes: counted here, once, for its time and for its energy.
+
+The laws that tables are turned into, the times read off them and the energies of a run all count by these functions,
+whatever the operation: a figure that is off is off for all of them, and fitted coefficients stay right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
+
+from apex_opt.ir.formats import get_format
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Size = NDArray[Any] | float
+
+_Number = TypeVar("_Number", float, "NDArray[np.float64]")
+
+INPUT_BYTES: Final = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625, "int8": 1.0}
+"""Size of one activation of a format that is computed in; fp4 has a scale of one byte per 16."""
+
+# Table formats that are no plan formats, and the plan format that stands for their arithmetic and sizes.
+_TABLE_FORMATS: Final = {"fp8_block": "fp8", "mxfp4_fp8": "mxfp4"}
+
+_HALF_BYTES: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a number format computes in, and the bytes of one activation and of one stored weight."""
+
+    peak: str
+    input_bytes: float
+    weight_bytes: float
+
+    @classmethod
+    def of(cls, name: str) -> Arithmetic:
+        """Of a plan's or a table's format."""
+        chosen = get_format(_TABLE_FORMATS.get(name, name))
+        return cls(chosen.activation, INPUT_BYTES[chosen.activation], float(chosen.weight_bits / 8))
+
+
+def gemm_work(m: Size, n: Size, k: Size, input_bytes: Size, weight_bytes: Size) -> tuple[Floats, Floats]:
+    """FLOP and bytes of out[m,n] = in[m,k] W[n,k]^T with 16-bit output; element sizes in bytes. None without rows."""
+    weights = np.asarray(n, dtype=np.float64) * k
+    moved = weights * weight_bytes + m * (np.asarray(k) * input_bytes + np.asarray(n) * _HALF_BYTES)
+    return 2 * weights * m, np.where(np.asarray(m) > 0, moved, 0.0)
+
+
+def experts_work(
+    tokens: Size,
+    hidden: Size,
+    expert_ffn: Size,
+    experts: Size,
+    held: Size,
+    topk: Size,
+    *,
+    weight_bytes: Size,
+    matrices: int = 3,
+    balanced: bool | NDArray[np.bool_] = False,
+) -> tuple[Floats, Floats]:
+    """FLOP and bytes of (gate and) up and down projections over the tokens routed to the `held` of `experts` experts.
+
+    Parameters
+    ----------
+    tokens : float64[...]               routed over all experts
+    hidden, expert_ffn : float64[...]   width of the model, and of one expert on this rank
+    experts, held, topk : float64[...]  experts of the layer, those on this rank, experts per token
+    weight_bytes : float64[...]         of one weight as it is stored
+    matrices : int                      of an expert: 3 with a gate, else 2
+    balanced : bool[...]                assignments are dealt to the experts in turn, not at random
+
+    Returns
+    -------
+    flops, moved : float64[...]
+
+    Notes
+    -----
+    The weights of the held experts that are touched are read once: held (1 - (1 - topk/experts)^tokens) are expected
+    under uniform routing, as many as there are assignments where these are `balanced`. 16-bit activations pass in and
+    out of the products and through the activation.
+    """
+    size = np.asarray(hidden, dtype=np.float64) * expert_ffn
+    share = np.asarray(topk, dtype=np.float64) / experts
+    routed = np.asarray(tokens, dtype=np.float64) * share * held
+    touched = held * (1 - (1 - np.minimum(share, 1.0)) ** tokens)
+    touched = np.where(balanced, np.minimum(routed, held), touched)
+    activations = _HALF_BYTES * routed * (2 * np.asarray(hidden) + matrices * np.asarray(expert_ffn))
+    return 2 * matrices * size * routed, matrices * size * weight_bytes * touched + activations
+
+
+def context_work(
+    heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number
+) -> tuple[_Number, _Number]:
+    """FLOP and bytes of one decoding sequence per token of its context."""
+    return 4.0 * heads * head_dim, 2.0 * kv_heads * head_dim * element_bytes
+
+
+def latent_work(heads: float, rank: float, rope: float, element_bytes: float) -> tuple[float, float]:
+    """The same over a latent cache, of which all heads read one vector per token."""
+    return 2.0 * heads * (2 * rank + rope), (rank + rope) * element_bytes
+
+
+def pair_flops(heads: _Number, key_dim: _Number, value_dim: _Number) -> _Number:
+    """FLOP of one query and one key of a prompt.
+
+    Its traffic is not counted: it hides behind the arithmetic, and the energies of serving runs are no better told with
+    it (`docs/cost-model.md`).
+    """
+    return 2.0 * heads * (key_dim + value_dim)
+
+
+def causal_pairs(length: NDArray[Any], seen: NDArray[Any]) -> Floats:
+    """Query-key pairs of a prompt under the causal mask whose last query sees so many tokens, itself included."""
+    return np.asarray(length * seen - seen * (seen - 1) / 2)
