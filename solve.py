@@ -28,16 +28,15 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from apex_opt.cluster import Link, Tree
-    from apex_opt.launch import Launch
+    from apex_opt.cluster import Tree
     from apex_opt.placement import Assignment
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plan.deployment import Deployment, Pool
     from apex_opt.report import Progress
     from apex_opt.report.document import Document
     from apex_opt.report.placement import Loss, Site
-    from apex_opt.search import Answer, Check, Question
-    from apex_opt.search.explain import Explanation
-    from apex_opt.search.fleet import Fleet
+    from apex_opt.search import Answer, Problem, Scored, Scorer
+    from apex_opt.studies.check import Check
+    from apex_opt.studies.explain import Explanation
 
 EXIT_FAULT = 1
 EXIT_INFEASIBLE = 3
@@ -88,9 +87,9 @@ def _on_clusters(
     return code
 
 
-def _priced(options: dict[str, Any], *pools: Question) -> tuple[Question, ...]:
-    """Questions with their costs told, where they are compared."""
-    return tuple(replace(pool, priced=options.get("priced", False)) for pool in pools)
+def _priced(options: dict[str, Any], problem: Problem) -> Problem:
+    """A problem with its costs told, where they are compared."""
+    return replace(problem, priced=options.get("priced", False))
 
 
 def _run_plan(options: dict[str, Any]) -> int:
@@ -98,22 +97,30 @@ def _run_plan(options: dict[str, Any]) -> int:
 
 
 def _plan(options: dict[str, Any]) -> tuple[Document, int]:
-    from apex_opt.ask import Options, ask_pools
-    from apex_opt.report import Progress, checked
-    from apex_opt.search import Evaluator, check, search
-    from apex_opt.search.explain import explained
+    from apex_opt.ask import Options, ask
+    from apex_opt.report import Progress
+
+    problem = _priced(options, ask(Options.of(options), most_gpus=LARGEST_SEARCH))
+    with Progress() as progress:
+        found, replay = _searched(problem, options, progress)
+        document = _answer_document("plan", problem, found.answer, options, found, replay)
+    return document, _exit_code(found.answer, replay)
+
+
+def _searched(problem: Problem, options: dict[str, Any], progress: Progress) -> tuple[Explanation, Check | None]:
+    """The answer to a problem, why there is none where that is so, and the replay of its ledger where asked for."""
+    from apex_opt.search import Scorer, search
+    from apex_opt.studies.check import check
+    from apex_opt.studies.explain import Explanation, explained
     from formulations.plan_space import PlanSpace
 
-    question, *others = _priced(options, *ask_pools(Options.of(options), most_gpus=LARGEST_SEARCH))
-    if others:
-        return _fleets("plan", (question, *others), options)
-    evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
-    with Progress() as progress:
-        answer = search(question, space, progress, options["top"], limit_s, evaluator)
-        found = explained(question, answer, space, progress, limit_s, evaluator)
-        replay = check(question, answer, progress) if options["check"] else None
-    document = _answer_document("plan", question, found.answer, options, found)
-    return document if replay is None else checked(document, replay), _exit_code(found.answer, replay)
+    scorer, space, limit_s = Scorer(problem), PlanSpace(), options["time_limit"]
+    answer = search(problem, space, progress, options["top"], limit_s, scorer)
+    # Of several types of GPU the search says why of each; what would help is for `explain`.
+    found = Explanation(answer=answer)
+    if not problem.mixed:
+        found = explained(problem, answer, space, progress, limit_s, scorer)
+    return found, check(problem, answer, space, progress) if options["check"] else None
 
 
 def _run_energy(options: dict[str, Any]) -> int:
@@ -121,96 +128,23 @@ def _run_energy(options: dict[str, Any]) -> int:
 
 
 def _energy(options: dict[str, Any]) -> tuple[Document, int]:
-    from apex_opt.ask import Options, ask_pools
+    from apex_opt.ask import Options, ask
     from apex_opt.figures import load_latency
-    from apex_opt.report import Progress, answer_document, beside, checked
-    from apex_opt.report.explain import explained_document
-    from apex_opt.search import Evaluator, check, search
-    from apex_opt.search.explain import explained
+    from apex_opt.report import Progress, beside
+    from apex_opt.search import search
     from formulations.plan_space import PlanSpace
 
     latency = load_latency(options["latency"])
-    pools = ask_pools(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH)
-    question, *others = _priced(options, *pools)
-    if others:
-        return _fleets("energy", (question, *others), options)
-    fast = replace(question, objective=latency, then=(), clocks=(None,))
-    evaluator, space, limit_s = Evaluator(question), PlanSpace(), options["time_limit"]
+    problem = _priced(options, ask(Options.of(options | {"objective": "energy"}), most_gpus=LARGEST_SEARCH))
+    offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
+    fast = replace(problem, objective=latency, then=(), offers=offers)
     with Progress() as progress:
-        answer = search(question, space, progress, options["top"], limit_s, evaluator)
-        found = explained(question, answer, space, progress, limit_s, evaluator)
-        fastest = search(fast, space, progress) if answer.best is not None else None
-        replay = check(question, answer, progress) if options["check"] else None
-    provenance = Evaluator(question).provenance([candidate.plan for candidate in answer.candidates[: options["top"]]])
-    document = explained_document(answer_document("energy", question, found.answer, provenance, options["top"]), found)
+        found, replay = _searched(problem, options, progress)
+        fastest = search(fast, PlanSpace(), progress) if found.answer.best is not None else None
+        document = _answer_document("energy", problem, found.answer, options, found, replay)
     if fastest is not None and fastest.best is not None:
         document = beside(document, fast, fastest)
-    document = _with_placement(document, question, answer, options)
-    return document if replay is None else checked(document, replay), _exit_code(answer, replay)
-
-
-def _fleets(command: str, pools: tuple[Question, ...], options: dict[str, Any]) -> tuple[Document, int]:
-    """`plan` or `energy` on a cluster with GPUs of several types, each with a question of its own."""
-    from apex_opt.ask import between_pools
-    from apex_opt.figures import load_latency
-    from apex_opt.report import Progress
-    from apex_opt.report.fleet import beside_fleet, fleet_document, parts_placed
-    from apex_opt.search.fleet_search import fleet_provenance, search_fleets
-    from formulations.plan_space import PlanSpace
-
-    if options["check"]:
-        raise UsageError(
-            f"--check: is for GPUs of one type, and {pools[0].cluster.name} has several; leave it out, or describe the "
-            "nodes of one type in a file of their own"
-        )
-    space, limit_s, fastest = PlanSpace(), options["time_limit"], None
-    between = between_pools(*(options[name] for name in ("cluster", "busy", "down")))
-    with Progress() as progress:
-        answer = search_fleets(pools, space, progress, options["top"], limit_s, options["gpus"], between)
-        if command == "energy" and answer.best is not None:
-            latency = load_latency(options["latency"])
-            fast = [replace(pool, objective=latency, then=(), clocks=(None,)) for pool in pools]
-            fastest = search_fleets(fast, space, progress, 1, limit_s, options["gpus"], between).best
-    provenance = fleet_provenance(pools, answer.candidates[: options["top"]], between)
-    document = fleet_document(command, pools, answer, provenance, options["top"])
-    if fastest is not None:
-        document = beside_fleet(document, fast, fastest)
-    if answer.best is not None:
-        assignments = [_assigned(pools, part.pool, part.plan, between) for part in answer.best.parts]
-        document = parts_placed(document, assignments)
-        if options["emit"] is not None:
-            from apex_opt.report.launch import launched
-
-            document = launched(document, _fleet_launch(pools, answer.best, assignments, options))
-    return document, EXIT_INFEASIBLE if answer.best is None else 0
-
-
-def _assigned(pools: tuple[Question, ...], pool: int, plan: Plan, between: Link | None) -> Assignment:
-    """The GPUs of a part of a fleet, those of its type or types."""
-    from apex_opt.search import Evaluator
-    from apex_opt.search.fleet_search import joint_costs
-    from formulations.placement import place_joint, place_plan
-
-    if plan.on:
-        return place_joint(joint_costs(pools, pool, plan, between), plan)
-    return place_plan(Evaluator(pools[pool]).layouts, plan).assignment
-
-
-def _fleet_launch(
-    pools: tuple[Question, ...], fleet: Fleet, assignments: list[Assignment], options: dict[str, Any]
-) -> Launch:
-    """Commands that start every part of a fleet on its GPUs."""
-    from apex_opt.ir import checkpoint_of
-    from apex_opt.launch import launch, together
-
-    checkpoint, requests = checkpoint_of(options["model"]), len(pools[0].trace)
-    found = [
-        launch(pools[part.pool], part.plan, options["emit"], checkpoint, assignment)
-        for part, assignment in zip(fleet.parts, assignments, strict=True)
-    ]
-    return together(
-        found, [part.plan.replicas for part in fleet.parts], [part.requests / requests for part in fleet.parts]
-    )
+    return document, _exit_code(found.answer, replay)
 
 
 def _run_simulate(options: dict[str, Any]) -> int:
@@ -219,34 +153,39 @@ def _run_simulate(options: dict[str, Any]) -> int:
 
     if isinstance(options["plan"], tuple):
         return _run_side_by_side(options["plan"], options)
-    question, plan = ask_plan(options["plan"], Options.of(options))
+    problem, deployment = ask_plan(options["plan"], Options.of(options))
+    if problem.mixed and (options["requests"] is not None or options["timeline"] is not None):
+        named = "requests" if options["requests"] is not None else "timeline"
+        raise UsageError(f"--{named}: is of GPUs of one type, and {problem.cluster.name} has several; leave it out")
     with Progress() as progress:
-        question, answer = _judged(question, plan, options, progress)
+        problem, answer = _judged(problem, deployment, options, progress)
     try:
-        _show(_answer_document("simulate", question, answer, options), options)
+        _show(_answer_document("simulate", problem, answer, options), options)
         return _exit_code(answer, None)
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         if answer.best is not None:
-            _write_files(question, plan, options)
+            _write_files(problem, deployment, options)
 
 
-def _judged(question: Question, plan: Plan, options: dict[str, Any], progress: Progress) -> tuple[Question, Answer]:
+def _judged(
+    problem: Problem, deployment: Deployment, options: dict[str, Any], progress: Progress
+) -> tuple[Problem, Answer]:
     """A given plan scored; at a rate over a trace made longer, as `capacity` does, until the load is seen to last."""
     from apex_opt.ask import Options, longer
     from apex_opt.report.load import is_steady
     from apex_opt.search import judge
-    from apex_opt.search.steady import DOUBLINGS
+    from apex_opt.studies.steady import DOUBLINGS
 
-    answer = judge(question, plan, progress)
+    answer = judge(problem, deployment, progress)
     for doubled in range(1, DOUBLINGS + 1):
         if answer.best is None or is_steady(answer.best):
             break
-        again = longer(question, Options.of(options), 2**doubled)
+        again = longer(problem, Options.of(options), 2**doubled)
         if again is None:
             break
-        question, answer = again, judge(again, plan, progress)
-    return question, answer
+        problem, answer = again, judge(again, deployment, progress)
+    return problem, answer
 
 
 def _run_side_by_side(plans: tuple[str, ...], options: dict[str, Any]) -> int:
@@ -254,22 +193,22 @@ def _run_side_by_side(plans: tuple[str, ...], options: dict[str, Any]) -> int:
     from apex_opt.ask import Options, ask_plans
     from apex_opt.report import Progress
     from apex_opt.report.side_by_side import compared_document
-    from apex_opt.search import Evaluator, judge
-    from apex_opt.search.explain import differences
+    from apex_opt.search import Scorer, judge
+    from apex_opt.studies.explain import differences
 
     for name in ("requests", "timeline"):
         if options[name] is not None:
             raise UsageError(f"--{name}: is for one plan, and {len(plans)} are given; leave it out, or give one --plan")
     asked = ask_plans(plans, Options.of(options))
     with Progress() as progress:
-        answers = [judge(question, plan, progress) for question, plan in asked]
+        answers = [judge(problem, deployment, progress) for problem, deployment in asked]
         documents = [
-            _answer_document("simulate", question, answer, options)
-            for (question, _), answer in zip(asked, answers, strict=True)
+            _answer_document("simulate", problem, answer, options)
+            for (problem, _), answer in zip(asked, answers, strict=True)
         ]
-        runs = [(Evaluator(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
+        runs = [(Scorer(p), answer.best) for (p, _), answer in zip(asked, answers, strict=True) if answer.best]
         terms = differences(runs) if len(runs) > 1 else ()
-    _show(compared_document([str(plan) for _, plan in asked], documents, terms), options)
+    _show(compared_document([str(deployment) for _, deployment in asked], documents, terms), options)
     return 0 if runs else EXIT_INFEASIBLE
 
 
@@ -278,64 +217,67 @@ def _run_pareto(options: dict[str, Any]) -> int:
     from apex_opt.figures import load_objective
     from apex_opt.report import Progress
     from apex_opt.report.pareto import pareto_document, write_front
-    from apex_opt.search import Evaluator, pareto
+    from apex_opt.search import Scorer
+    from apex_opt.studies.pareto import pareto
     from formulations.plan_space import PlanSpace
 
     objectives = [load_objective(name.strip()) for name in options["objective"].split(",")]
-    question = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
+    problem = ask(Options.of(options), most_gpus=LARGEST_SEARCH)
     with Progress() as progress:
-        front = pareto(question, objectives, PlanSpace(), progress)
-    provenance = Evaluator(question).provenance(candidate.plan for candidate in front.plans)
-    document = pareto_document(question, front, provenance)
-    pairs = zip(document["candidates"], front.plans, strict=True)
-    document["candidates"] = [_with_launch(row, question, candidate.plan, options) for row, candidate in pairs]
+        front = pareto(problem, objectives, PlanSpace(), progress)
+    scorer = Scorer(problem)
+    document = pareto_document(problem, front, scorer.provenance(front.candidates))
+    pairs = zip(document["candidates"], front.candidates, strict=True)
+    document["candidates"] = [_with_launch(row, scorer, scored, options) for row, scored in pairs]
     try:
         _show(document, options)
     finally:
-        if options["plot"] is not None and front.plans:
+        if options["plot"] is not None and front.candidates:
             write_front(expanded(options["plot"]), document)
-    return 0 if front.plans else EXIT_INFEASIBLE
+    return 0 if front.candidates else EXIT_INFEASIBLE
 
 
 def _run_explain(options: dict[str, Any]) -> int:
-    from apex_opt.ask import Options, ask, ask_plan
+    from apex_opt.ask import Options, ask, planned
     from apex_opt.report import Progress
     from apex_opt.report.explain import explanation_document
-    from apex_opt.search import Evaluator
-    from apex_opt.search.explain import explain
+    from apex_opt.search import Scorer
+    from apex_opt.studies.explain import explain
     from formulations.plan_space import PlanSpace
 
     given = Options.of(options)
-    question, plan = ask(given, most_gpus=LARGEST_SEARCH), None
+    problem, deployment = ask(given, most_gpus=LARGEST_SEARCH), None
     if options["plan"] is not None:
         # Of several formats to choose from, the first is that of a plan that names none.
         first = None if given.weights is None else given.weights.split(",")[0]
-        plan = ask_plan(options["plan"], replace(given, weights=first))[1]
+        chosen = replace(given, weights=first)
+        deployment = planned(options["plan"], chosen, ask(chosen))[1]
     with Progress() as progress:
-        found = explain(question, PlanSpace(), progress, plan, options["time_limit"])
+        found = explain(problem, PlanSpace(), progress, deployment, options["time_limit"])
     best = found.answer.best
-    provenance = Evaluator(question).provenance([] if best is None else [best.plan])
-    _show(explanation_document(question, found, provenance), options)
+    provenance = Scorer(problem).provenance([] if best is None else [best])
+    _show(explanation_document(problem, found, provenance), options)
     return EXIT_INFEASIBLE if best is None else 0
 
 
-def _write_files(question: Question, plan: Plan, options: dict[str, Any]) -> None:
+def _write_files(problem: Problem, deployment: Deployment, options: dict[str, Any]) -> None:
     """Every request and every batch of a plan's run, where asked for."""
     if options["requests"] is None and options["timeline"] is None:
         return
     from apex_opt.report import Progress
     from apex_opt.report.requests import write_requests
     from apex_opt.report.timeline import write_timeline
-    from apex_opt.search import Evaluator
+    from apex_opt.search import Scorer
 
     with Progress() as progress:
         progress("writing files", 0, 0)
-        outcome, cost = Evaluator(question).batches(plan)
-        settings, requests, timeline = question.settings, options["requests"], options["timeline"]
-        if requests is not None:
-            write_requests(expanded(requests), outcome, question.trace, settings.max_model_len, cost.request_ns)
-        if timeline is not None:
-            write_timeline(expanded(timeline), outcome, cost.laws, settings.block_size)
+        scorer = Scorer(problem)
+        outcome, cost = scorer.logged(deployment)
+        if options["requests"] is not None:
+            longest = problem.settings.max_model_len
+            write_requests(expanded(options["requests"]), outcome, problem.trace, longest, scorer.outside_ns)
+        if options["timeline"] is not None:
+            write_timeline(expanded(options["timeline"]), outcome, cost.laws, problem.settings.block_size)
 
 
 def _show(document: dict[str, Any], options: dict[str, Any]) -> None:
@@ -346,58 +288,77 @@ def _show(document: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _answer_document(
-    command: str, question: Question, answer: Answer, options: dict[str, Any], found: Explanation | None = None
+    command: str,
+    problem: Problem,
+    answer: Answer,
+    options: dict[str, Any],
+    found: Explanation | None = None,
+    replay: Check | None = None,
 ) -> dict[str, Any]:
     """An answer with everything that was asked of it."""
-    from apex_opt.report import answer_document
+    from apex_opt.report import answer_document, checked
     from apex_opt.report.explain import explained_document
-    from apex_opt.search import Evaluator
+    from apex_opt.search import Scorer
 
-    top = options.get("top", 1)
-    provenance = Evaluator(question).provenance(candidate.plan for candidate in answer.candidates[:top])
-    document = answer_document(command, question, answer, provenance, top)
-    if found is not None:
+    top, scorer = options.get("top", 1), Scorer(problem)
+    document = answer_document(command, problem, answer, scorer.provenance(answer.candidates[:top]), top)
+    if found is not None and not problem.mixed:
         document = explained_document(document, found)
-    return _with_placement(document, question, answer, options)
+    if answer.best is not None and (problem.mixed or problem.tree is not None or options["emit"] is not None):
+        document = _placed(document, scorer, answer.best, options)
+    return document if replay is None else checked(document, replay)
 
 
-def _with_placement(
-    document: dict[str, Any], question: Question, answer: Answer, options: dict[str, Any]
-) -> dict[str, Any]:
-    """An answer with where its plan goes, where GPUs are told apart, and with the commands that start it, if asked."""
-    if answer.best is None or (question.tree is None and options["emit"] is None):
-        return document
-    from apex_opt.search import Evaluator
+def _placed(document: dict[str, Any], scorer: Scorer, best: Scored, options: dict[str, Any]) -> dict[str, Any]:
+    """An answer with where its pools go, where GPUs are told apart, and with the commands that start it, if asked."""
     from formulations.placement import place_plan
 
-    plan = answer.best.plan
-    placed = place_plan(Evaluator(question).layouts, plan)
-    if question.tree is not None:
+    problem = scorer.problem
+    if problem.mixed:
+        from apex_opt.report.mixed import parts_placed
+
+        assignments = [_assigned(scorer, use.pool) for use in best.pools]
+        return _with_launch(parts_placed(document, assignments), scorer, best, options, assignments)
+    placed = place_plan(scorer.facts().layouts, best.plan)
+    if problem.tree is not None:
         from apex_opt.report.placement import with_placement
 
-        document = with_placement(document, question, plan, placed)
-    return _with_launch(document, question, plan, options, placed.assignment)
+        document = with_placement(document, problem, best.plan, placed)
+    return _with_launch(document, scorer, best, options, [placed.assignment])
+
+
+def _assigned(scorer: Scorer, pool: Pool) -> Assignment:
+    """The GPUs of a pool, those of its type or types."""
+    from formulations.placement import place_joint, place_plan
+
+    facts = scorer.facts_of(pool)
+    return place_joint(facts.costs, pool.plan) if pool.plan.on else place_plan(facts.layouts, pool.plan).assignment
 
 
 def _with_launch(
     document: dict[str, Any],
-    question: Question,
-    plan: Plan,
+    scorer: Scorer,
+    scored: Scored,
     options: dict[str, Any],
-    assignment: Assignment | None = None,
+    assignments: list[Assignment] | None = None,
 ) -> dict[str, Any]:
-    """A plan with the commands that start it, if asked; where it lies is looked for unless it is given."""
+    """A deployment with the commands that start it, if asked; where it lies is looked for unless it is given."""
     if options["emit"] is None:
         return document
     from apex_opt.ir import checkpoint_of
-    from apex_opt.launch import launch
+    from apex_opt.launch import launch, together
     from apex_opt.report.launch import launched
-    from apex_opt.search import Evaluator
-    from formulations.placement import place_plan
 
-    if assignment is None:
-        assignment = place_plan(Evaluator(question).layouts, plan).assignment
-    return launched(document, launch(question, plan, options["emit"], checkpoint_of(options["model"]), assignment))
+    checkpoint, uses = checkpoint_of(options["model"]), scored.pools
+    found = [
+        launch(scorer.facts_of(use.pool).problem, use.pool.plan, options["emit"], checkpoint, assignment)
+        for use, assignment in zip(uses, assignments or [_assigned(scorer, use.pool) for use in uses], strict=True)
+    ]
+    if not scorer.problem.mixed:
+        return launched(document, found[0])
+    requests = sum(use.requests for use in uses)
+    shares = [use.requests / requests for use in uses]
+    return launched(document, together(found, [use.pool.plan.replicas for use in uses], shares))
 
 
 def _exit_code(answer: Answer, replay: Check | None) -> int:
@@ -415,11 +376,11 @@ def _run_place(options: dict[str, Any]) -> int:
     from apex_opt.report import Progress
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
-    from apex_opt.search import Evaluator
+    from apex_opt.search.facts import Facts
     from formulations.placement import place_plan
 
     wiring = load_wiring(options["cluster"])
-    sites = [Site(question=q, plan=p, wiring=wiring, evaluator=Evaluator(q)) for q, p in ask_place(options)]
+    sites = [Site(question=q, plan=p, wiring=wiring, facts=Facts(q)) for q, p in ask_place(options)]
     site = quickest(sites, options["within"])
     plan, limit_s, topology = site.plan, options["time_limit"], load_topology(options["cluster"])
     lost = () if options["lose"] is None else topology.named(options["lose"], "--lose")
@@ -429,7 +390,7 @@ def _run_place(options: dict[str, Any]) -> int:
     if reason is not None:
         _show(refused_document(site, reason), options)
         return EXIT_INFEASIBLE
-    found = place_plan(site.evaluator.layouts, plan, limit_s)
+    found = place_plan(site.facts.layouts, plan, limit_s)
     loss = None
     if lost:
         tree = Tree.of(site.wiring, set(topology.gpus()) - set(kept))
@@ -458,7 +419,7 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
     from formulations.placement import move
 
     fewer = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
-    measure = partial(site.evaluator.layouts.measured, fewer)
+    measure = partial(site.facts.layouts.measured, fewer)
     moved = move(tree, Shape.of(fewer), measure, before, site.weights, limit_s)
     assert moved is not None  # so many replicas fit
     return Loss(
@@ -482,27 +443,27 @@ def _capacity(options: dict[str, Any]) -> tuple[Document, int]:
     from apex_opt.ask import Options, ask, ask_plan
     from apex_opt.report import Progress
     from apex_opt.report.capacity import capacity_document
-    from apex_opt.search import Evaluator
-    from apex_opt.search.capacity import fewest_gpus, highest_rate
+    from apex_opt.search import Scorer
+    from apex_opt.studies.capacity import fewest_gpus, highest_rate
     from formulations.plan_space import PlanSpace
 
     # The rate is what is asked for, not that of the trace, which may have none.
-    asked, plan = Options.of(options | {"rate": None}), None
+    asked, deployment = Options.of(options | {"rate": None}), None
     if options["plan"] is None:
-        question = ask(asked, most_gpus=LARGEST_SEARCH, rated=True)
+        problem = ask(asked, most_gpus=LARGEST_SEARCH, rated=True)
     else:
-        question, plan = ask_plan(options["plan"], asked, rated=True)
-    (question,) = _priced(options, question)
+        problem, deployment = ask_plan(options["plan"], asked, rated=True)
+    problem = _priced(options, problem)
     with Progress() as progress:
-        given: dict[str, Any] = {"plan": plan, "progress": progress, "top": options["top"]}
+        given: dict[str, Any] = {"deployment": deployment, "progress": progress, "top": options["top"]}
         if options["rate"] is None:
-            found = highest_rate(question, PlanSpace(), resolution=options["resolution"], **given)
+            found = highest_rate(problem, PlanSpace(), resolution=options["resolution"], **given)
         else:
-            found = fewest_gpus(question, PlanSpace(), options["rate"], **given)
-    provenance = Evaluator(question).provenance(item.plan for item in found.plans)
-    document = capacity_document(question, found, provenance)
+            found = fewest_gpus(problem, PlanSpace(), options["rate"], **given)
+    scorer = Scorer(problem)
+    document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
     if found.plans:
-        document = _with_launch(document, question, found.plans[0].plan, options)
+        document = _with_launch(document, scorer, found.plans[0].holds, options)
     return document, 0 if found.plans else EXIT_INFEASIBLE
 
 

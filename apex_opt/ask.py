@@ -14,11 +14,12 @@ from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, get_format, load_model
 from apex_opt.options import COMMANDS, LARGEST_BATCH
+from apex_opt.plan.deployment import parse_deployment
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import default_kv_format, foreign_mix, parse_plan
+from apex_opt.plan.plan import default_kv_format, foreign_mix
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
-from apex_opt.search import Question
+from apex_opt.search import Offer, Problem
 from apex_opt.workload import load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineRules
     from apex_opt.ir.model import Model
+    from apex_opt.plan.deployment import Deployment
     from apex_opt.plan.plan import Plan
     from apex_opt.workload import Trace
 
@@ -80,8 +82,8 @@ class Options:
         return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
 
 
-def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> Question:
-    """Load everything a question names.
+def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> Problem:
+    """Load everything a problem names.
 
     Parameters
     ----------
@@ -91,20 +93,8 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
 
     Raises
     ------
-    ApexError    anything unknown, unreadable or out of range, in one line; a cluster with GPUs of several types
+    ApexError    anything unknown, unreadable or out of range, in one line
     """
-    question, *others = ask_pools(options, most_gpus, rated=rated)
-    if others:
-        types = ", ".join(pool.cluster.gpu.name for pool in (question, *others))
-        raise UsageError(
-            f"--cluster: {question.cluster.name} has GPUs of several types ({types}), which plan and energy take "
-            "together and no other command does yet; name a cluster of one type, or a file with the nodes of one"
-        )
-    return question
-
-
-def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> tuple[Question, ...]:
-    """A question for each type of GPU in a cluster, the same but for the GPUs and what follows from them; as `ask`."""
     objective, *then = load_objectives(options.objective)
     slos = parse_goals(options.slo) if options.slo is not None else ()
     if options.routing not in ROUTINGS:
@@ -163,40 +153,46 @@ def ask_pools(options: Options, most_gpus: int | None = None, *, rated: bool = F
         gpu_memory_utilization=options.gpu_memory_utilization,
         runnable=_rules(options),
     )
-    formats = [_formats(options, model, cluster.gpu) for cluster in clusters]
-    return tuple(
-        Question(
-            model=model,
-            cluster=cluster,
-            trace=trace,
-            settings=settings,
-            overhead=overhead,
-            objective=objective,
-            then=tuple(then),
-            slos=slos,
-            weight_formats=weight_formats,
-            kv_formats=kv_formats,
-            max_devices=min(gpus, cluster.size if tree is None else tree.size),
-            clocks=_clocks(options, cluster.gpu),
-            batch_limits=_choices(limits),
-            expert_routing=options.expert_routing,
-            profiles=check_profiles(options.profiles),
-            notes=(*notes, *_expanded(weight_formats, cluster.gpu)),
-            tree=tree,
-            holds_longest=options.max_model_len is not None,
-            routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+    offers = []
+    for cluster, tree in zip(clusters, trees, strict=True):
+        weight_formats, kv_formats = _formats(options, model, cluster.gpu)
+        offers.append(
+            Offer(
+                cluster=cluster,
+                tree=tree,
+                weight_formats=weight_formats,
+                kv_formats=kv_formats,
+                clocks=_clocks(options, cluster.gpu),
+                notes=tuple(_expanded(weight_formats, cluster.gpu)),
+            )
         )
-        for cluster, tree, (weight_formats, kv_formats) in zip(clusters, trees, formats, strict=True)
+    return Problem(
+        model=model,
+        trace=trace,
+        settings=settings,
+        overhead=overhead,
+        offers=tuple(offers),
+        between=_between(options) if len(offers) > 1 else None,
+        max_devices=gpus,
+        objective=objective,
+        then=tuple(then),
+        slos=slos,
+        batch_limits=_choices(limits),
+        expert_routing=options.expert_routing,
+        profiles=check_profiles(options.profiles),
+        notes=notes,
+        holds_longest=options.max_model_len is not None,
+        routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
     )
 
 
-def longer(question: Question, options: Options, times: int) -> Question | None:
-    """The same question with a trace so many times as long as `--rate` makes it; None without it, or if too long."""
-    if options.rate is None or times * len(question.trace) > MAX_REQUESTS:
+def longer(problem: Problem, options: Options, times: int) -> Problem | None:
+    """The same problem with a trace so many times as long as `--rate` makes it; None without it, or if too long."""
+    if options.rate is None or times * len(problem.trace) > MAX_REQUESTS:
         return None
     trace = _trace(options)
     loops = times * loops_of(trace)
-    return replace(question, trace=at_rate(trace, options.rate, loops))
+    return replace(problem, trace=at_rate(trace, options.rate, loops))
 
 
 def _trace(options: Options) -> Trace:
@@ -249,61 +245,79 @@ def _taken(cluster: str, busy: str | None, down: str | None) -> set[str]:
     return {gpu for what, text in given if topology is not None for gpu in topology.named(text, what)}
 
 
-def between_pools(cluster: str, busy: str | None = None, down: str | None = None) -> Link | None:
+def _between(options: Options) -> Link | None:
     """The worst link between nodes of a cluster whose GPUs are of several types; None in a single node."""
-    top = Tree.of(load_wiring(cluster), _taken(cluster, busy, down)).levels[-1]
+    taken = _taken(options.cluster, options.busy, options.down)
+    top = Tree.of(load_wiring(options.cluster), taken).levels[-1]
     return slowest(top.reach) if top.far else None
 
 
-def ask_plan(text: str, options: Options, *, rated: bool = False) -> tuple[Question, Plan]:
-    """A plan from its text form, and the question it answers; formats it does not name are those of the options.
+def ask_plan(text: str, options: Options, *, rated: bool = False) -> tuple[Problem, Deployment]:
+    """A deployment from its text form, and the problem it answers; formats it does not name are those of the options.
 
     Raises
     ------
     ApexError    as `ask`; a plan that cannot be read, or several formats for it
     """
-    return _planned(text, options, ask(options, rated=rated))
+    return planned(text, options, ask(options, rated=rated))
 
 
-def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Question, Plan], ...]:
-    """Several plans from their texts, each with the question it answers, as `ask_plan`; no plan is given twice."""
-    question = ask(options)
-    asked = tuple(_planned(text, options, question) for text in texts)
-    for place, (_, plan) in enumerate(asked):
-        if any(plan == other for _, other in asked[:place]):
-            raise UsageError(f"--plan: {texts[place]!r:.60} is {plan}, which is given before; give each plan once")
+def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Problem, Deployment], ...]:
+    """Several deployments from their texts, each with the problem it answers, as `ask_plan`; none is given twice."""
+    problem = ask(options)
+    asked = tuple(planned(text, options, problem) for text in texts)
+    for place, (_, deployment) in enumerate(asked):
+        if any(deployment == other for _, other in asked[:place]):
+            raise UsageError(
+                f"--plan: {texts[place]!r:.60} is {deployment}, which is given before; give each plan once"
+            )
     return asked
 
 
-def _planned(text: str, options: Options, question: Question) -> tuple[Question, Plan]:
-    """A plan from its text form, on the GPUs of a question."""
-    if len(question.weight_formats) > 1:
+def planned(text: str, options: Options, problem: Problem) -> tuple[Problem, Deployment]:
+    """A deployment from its text form, on the GPUs of a problem, and the problem with its formats alone.
+
+    Raises
+    ------
+    UsageError    a plan that cannot be read, or several formats, clocks or limits for it
+    """
+    deployment = parse_deployment(text, problem.model, problem.types)
+    if len(problem.batch_limits) > 1:
+        raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
+    pools, offers = [], {offer.name: offer for offer in problem.offers}
+    for pool in deployment.pools:
+        if pool.plan.on and not problem.mixed:
+            raise UsageError(
+                f"plan {text!r}: on= puts stages on several types of GPU, and {problem.cluster.name} has one; leave it "
+                "out"
+            )
+        for name in pool.types or problem.types:
+            plan = _completed(pool.plan, text, options, problem, offers[name])
+            offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
+        pools.append(replace(pool, plan=plan))
+    return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
+
+
+def _completed(plan: Plan, text: str, options: Options, problem: Problem, offer: Offer) -> Plan:
+    """A plan with the formats and the clock that its text does not name: those asked for on its GPUs."""
+    if len(offer.weight_formats) > 1:
         raise UsageError(f"--weights: {options.weights!r:.60} names several formats; one plan has one")
-    plan = parse_plan(text, question.model)
-    if plan.on:
-        raise UsageError(
-            f"plan {text!r}: on= puts stages on several types of GPU, and {question.cluster.name} is asked about as "
-            "one; leave it out"
-        )
+    if len(offer.clocks) > 1:
+        raise UsageError(f"--clock: {options.clock!r:.60} names several clocks; one plan has one")
     words = text.lower().split()
-    weights = plan.weight_format if plan.weight_format in words else question.weight_formats[0]
+    weights = plan.weight_format if plan.weight_format in words else offer.weight_formats[0]
     if any(word.startswith("kv=") for word in words):
         kv = plan.kv_format
-    elif options.kv is None and weights != question.weight_formats[0]:
-        kv = question.model.kv_format or default_kv_format(weights)
+    elif options.kv is None and weights != offer.weight_formats[0]:
+        kv = problem.model.kv_format or default_kv_format(weights)
     else:
-        kv = question.kv_formats[0]
-    if len(question.clocks) > 1:
-        raise UsageError(f"--clock: {options.clock!r:.60} names several clocks; one plan has one")
-    if len(question.batch_limits) > 1:
-        raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
-    clock = question.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
-    plan = replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
-    return replace(question, weight_formats=(weights,), kv_formats=(kv,)), plan
+        kv = offer.kv_formats[0]
+    clock = offer.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
+    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
 
 
-def ask_place(given: Mapping[str, Any]) -> tuple[tuple[Question, Plan], ...]:
-    """A plan to be placed, for each type of GPU, with the question it would answer: only what is `given` matters of it.
+def ask_place(given: Mapping[str, Any]) -> tuple[tuple[Problem, Plan], ...]:
+    """A plan to be placed, for each type of GPU, with the problem it would answer: only what is `given` matters of it.
 
     The KV cache must hold one request of `max_model_len` where that is given, else a token.
 
@@ -315,7 +329,9 @@ def ask_place(given: Mapping[str, Any]) -> tuple[tuple[Question, Plan], ...]:
     longest = given["max_model_len"] or 2
     one = {"trace": f"static:n=1,prompt={longest - 1},output=1", "gpus": None}
     options = Options.of({**defaults, **given, **one})
-    return tuple(_planned(given["plan"], options, question) for question in ask_pools(options))
+    problem = ask(options)
+    alone = (planned(given["plan"], options, problem.alone(place)) for place in range(len(problem.offers)))
+    return tuple((own, deployment.plan) for own, deployment in alone)
 
 
 def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:

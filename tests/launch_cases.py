@@ -1,17 +1,17 @@
-"""Questions and plans for the tests of launch commands."""
+"""Problems and plans for the tests of launch commands."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from plan_cases import make_cluster, make_question, random_trace
+from plan_cases import make_cluster, make_problem, random_trace
 
 from apex_opt.ir import load_model
 from apex_opt.launch import Command, Launch, launch
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Evaluator
+from apex_opt.search import Scorer
 from apex_opt.units import GIB
 from formulations.placement import place_plan
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from apex_opt.ir import Model
     from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
-    from apex_opt.search import Question
+    from apex_opt.search import Problem
 
 DENSE, MOE = "llama-3.1-70b", "mixtral-8x7b"
 CHECKPOINT = "org/weights"
@@ -42,26 +42,26 @@ PLANS = (
 """Model, plan, nodes, GPUs of each."""
 
 
-def asked(model: str | Model, nodes: int, gpus: int, **changes: Any) -> Question:
-    """A question on so many nodes, with the engine settings there are by default."""
+def asked(model: str | Model, nodes: int, gpus: int, **changes: Any) -> Problem:
+    """A problem on so many nodes, with the engine settings there are by default."""
     described = load_model(model) if isinstance(model, str) else model
     settings = EngineSettings(max_model_len=8192)
     if "settings" in changes:
         settings = replace(settings, **changes.pop("settings"))
     cluster = make_cluster(gpus, nodes, **{"memory_bytes": 160 * GIB, **changes.pop("gpu", {})})
-    return make_question(described, cluster, random_trace(1, 5), settings=settings, **changes)
+    return make_problem(described, cluster, random_trace(1, 5), settings=settings, **changes)
 
 
 def emitted(engine: str, model: str | Model, plan: str, nodes: int, gpus: int, **changes: Any) -> Launch:
     """What starts a plan given as text."""
-    question = asked(model, nodes, gpus, **changes)
-    parsed = parse_plan(plan, question.model)
-    return launch(question, parsed, engine, CHECKPOINT, placed(question, parsed))
+    problem = asked(model, nodes, gpus, **changes)
+    parsed = parse_plan(plan, problem.model)
+    return launch(problem, parsed, engine, CHECKPOINT, placed(problem, parsed))
 
 
-def placed(question: Question, plan: Plan) -> Assignment:
+def placed(problem: Problem, plan: Plan) -> Assignment:
     """The best placement of a plan."""
-    return place_plan(Evaluator(question).layouts, plan).assignment
+    return place_plan(Scorer(problem).facts().layouts, plan).assignment
 
 
 def servers(found: Launch) -> list[Command]:

@@ -1,4 +1,4 @@
-"""Models, clusters and questions for the tests of plans, formulations, costs and searches."""
+"""Models, clusters and problems for the tests of plans, formulations, costs and searches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.ir.scheme import Scheme
+from apex_opt.plan.deployment import Deployment
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
-from apex_opt.search import Evaluator, Question
+from apex_opt.search import Offer, Problem, Scorer
 from apex_opt.units import GIB
 from apex_opt.workload import Trace, make_trace
 from formulations.plan_space import PlanSpace
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.measure import Metrics
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
+    from apex_opt.search import Scored
 
 NAMES = names()
 FIGURES = {one.name: one.unit.name for one in per_run()}
@@ -278,7 +280,7 @@ def instance_at(
     flops: Sequence[str] = ("bf16", "fp16", "fp8"),
     cuda: bool = True,
 ) -> Instance:
-    """A question whose memory and time limits are set on a plan: `memory` and `tpot` bytes above its exact need.
+    """A problem whose memory and time limits are set on a plan: `memory` and `tpot` bytes above its exact need.
 
     Half of the memory may be used and a GPU reads a byte a nanosecond, so both limits are exact. Without them there
     is room for everything.
@@ -306,7 +308,7 @@ def instance_at(
 
 
 def random_instance(seed: int) -> Instance:
-    """A small question whose memory and time limits cut through the space of plans."""
+    """A small problem whose memory and time limits cut through the space of plans."""
     rng = np.random.default_rng(seed)
     model, gpus = random_model(rng), int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8, 8]))
     pairs = [(w, k) for w in (*FORMATS, "w4a16+w8a16g32", "w4a16+fp8") for k in KV_BYTES]
@@ -350,19 +352,48 @@ def _fits(settings: EngineSettings, limits: tuple[int | None, int | None]) -> bo
     return (limits[0] or settings.max_num_seqs) <= (limits[1] or settings.max_num_batched_tokens)
 
 
-def make_question(model: Model, cluster: Cluster | str, trace: Trace, slo: str = "", **changes: Any) -> Question:
-    """A question with small engines."""
-    found = load_cluster(cluster) if isinstance(cluster, str) else cluster
+def make_problem(
+    model: Model, cluster: Cluster | str | Sequence[Cluster], trace: Trace, slo: str = "", **changes: Any
+) -> Problem:
+    """A problem with small engines on a cluster, or on several with a type of GPU each."""
+    some = [cluster] if isinstance(cluster, Cluster | str) else cluster
+    clusters = [load_cluster(one) if isinstance(one, str) else one for one in some]
+    offered: dict[str, Any] = {"weight_formats": ("bf16",), "kv_formats": ("bf16",)}
+    offered |= {name: changes.pop(name) for name in ("weight_formats", "kv_formats", "clocks") if name in changes}
     fields: dict[str, Any] = {
         "objective": load_objective(changes.pop("objective", "e2e_mean")),
         "settings": SMALL,
         "overhead": OVERHEAD,
         "slos": parse_goals(slo) if slo else (),
-        "weight_formats": ("bf16",),
-        "kv_formats": ("bf16",),
-        "max_devices": found.size,
+        "offers": tuple(Offer(cluster=cluster, **offered) for cluster in clusters),
+        "max_devices": sum(cluster.size for cluster in clusters),
     }
-    return Question(model=model, cluster=found, trace=trace, **(fields | changes))
+    return Problem(model=model, trace=trace, **(fields | changes))
+
+
+def beside(problem: Problem, *clusters: Cluster, **changes: Any) -> Problem:
+    """A problem of one type of GPU with further types beside it, offered with the same formats and clocks."""
+    offers = (*problem.offers, *(replace(problem.offer, cluster=cluster) for cluster in clusters))
+    devices = sum(offer.free for offer in offers)
+    return replace(problem, offers=offers, **({"max_devices": devices} | changes))
+
+
+def simulated(scorer: Scorer, plan: Plan) -> Scored:
+    """A plan on the only type of GPU, simulated to its end."""
+    return scorer.simulate(Deployment.of(plan))
+
+
+def bounded(scorer: Scorer, plan: Plan) -> tuple[tuple[float, ...], bool]:
+    """What a plan on the only type of GPU cannot cost less than, and whether it can still meet the goals."""
+    return scorer.bounds(Deployment.of(plan))
+
+
+def feasible_plans(problem: Problem) -> list[Plan]:
+    """Every plan of the only type of GPU that plain Python finds nothing wrong with."""
+    instance = problem.instance()
+    plans = (plan for plan in space(instance) if not violations(instance, plan))
+    clocks = problem.offer.clocks
+    return [plan if clock is None else replace(plan, clock_mhz=clock) for plan in plans for clock in clocks]
 
 
 def random_trace(seed: int, requests: int = 30, *, closed: bool = False) -> Trace:
@@ -378,8 +409,8 @@ def random_trace(seed: int, requests: int = 30, *, closed: bool = False) -> Trac
     )
 
 
-def random_question(seed: int) -> Question:
-    """A small question; memory is tight for some plans, and goals are out of reach for some or all."""
+def random_problem(seed: int) -> Problem:
+    """A small problem; memory is tight for some plans, and goals are out of reach for some or all."""
     rng = np.random.default_rng(seed + 1000)
     model = random_model(rng)
     gpus = int(rng.choice([1, 2, 3, 4, 4]))
@@ -394,7 +425,7 @@ def random_question(seed: int) -> Question:
     rules = None
     if own.random() < 0.2:
         model, rules = published(own, model, [weights for weights, _ in kept]), random_rules(own)
-    question = make_question(
+    problem = make_problem(
         model,
         make_cluster(gpus // nodes, nodes),
         trace,
@@ -408,26 +439,26 @@ def random_question(seed: int) -> Question:
         overhead=ENGINES[other.integers(len(ENGINES))],
         expert_routing=str(other.choice(["uniform", "skewed"])),
     )
-    plans = list(space(question.instance()))
+    plans = list(space(problem.instance()))
     if rng.random() < 0.6:
         # Enough memory for one plan, whichever it is, and a handful of blocks to spare.
         plan = plans[rng.integers(len(plans))]
-        blocks = question.instance().kv_blocks_needed + int(rng.integers(0, 50))
-        need = max(memory_need(stage, blocks) for stage in stage_memory(model, make_gpu(), plan, question.settings))
+        blocks = problem.instance().kv_blocks_needed + int(rng.integers(0, 50))
+        need = max(memory_need(stage, blocks) for stage in stage_memory(model, make_gpu(), plan, problem.settings))
         cluster = make_cluster(gpus // nodes, nodes, memory_bytes=int(need / 0.9) + 1000)
-        question = replace(question, cluster=cluster)
+        problem = problem.offering(cluster=cluster)
     if rng.random() < 0.7:
-        feasible = [p for p in plans if not violations(question.instance(), p)]
+        feasible = [p for p in plans if not violations(problem.instance(), p)]
         if feasible:
-            metrics = Evaluator(question, gaps=True).simulate(feasible[rng.integers(len(feasible))]).metrics
+            metrics = simulated(Scorer(problem, gaps=True), feasible[rng.integers(len(feasible))]).metrics
             factor = float(rng.choice([0.02, 0.8, 1.0000001, 1.5]))
             ttft, tpot = metrics.latency_s["ttft"]["p95"] * factor, metrics.latency_s["tpot"]["max"] * factor
             goals = [f"ttft_p95<={ttft:.12f}s", f"tpot_max<={tpot:.12f}s", f"tpot<={tpot:.12f}s@80%"]
             goals = goals[int(rng.integers(3)) :]
             if other.random() < 0.6:
                 goals.append(random_goal(other, metrics, factor))
-            question = replace(question, slos=parse_goals(",".join(goals)))
-    return question
+            problem = replace(problem, slos=parse_goals(",".join(goals)))
+    return problem
 
 
 def random_goal(rng: np.random.Generator, metrics: Metrics, factor: float) -> str:

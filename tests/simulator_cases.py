@@ -13,6 +13,7 @@ from apex_opt.plan.engine import EngineSettings
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law
+from apex_opt.simulator.outcome import BatchCounts
 from apex_opt.units import ceil_div
 from apex_opt.workload import Trace, make_trace
 
@@ -69,7 +70,23 @@ class Case:
 def alone(case: Case) -> Outcome:
     """Times that no request of a case can beat."""
     overtaking = may_preempt(case.settings, case.blocks, case.trace)
-    return isolated(case.settings, floors_of(case.laws), case.trace, overtaking=overtaking)
+    return floors_run(case.settings, floors_of(case.laws), case.trace, overtaking=overtaking)
+
+
+def floors_run(
+    settings: EngineSettings, floors: Sequence[StageFloor], trace: Trace, *, overtaking: bool = False
+) -> Outcome:
+    """The times that no request can beat, in the form of a run."""
+    first, rest = isolated(settings, floors, trace, overtaking=overtaking)
+    return Outcome(
+        arrival_ns=trace.arrival_ns,
+        first_token_ns=trace.arrival_ns + first,
+        finish_ns=trace.arrival_ns + first + rest,
+        preemptions=0,
+        batches=0,
+        busy_ns=np.zeros((1, 1), np.int64),
+        counts=BatchCounts.empty(settings),
+    )
 
 
 def floors_of(laws: Sequence[BatchLaw]) -> list[StageFloor]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_question, random_trace, sparse
+from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_problem, random_trace, simulated, sparse
 
 from apex_opt.cost import CostModel, Usage, account
 from apex_opt.ir import load_model
 from apex_opt.plan.plan import Plan, parse_plan
-from apex_opt.search import Evaluator
+from apex_opt.search import Scorer
 from apex_opt.simulator import Outcome, simulate
 from apex_opt.workload import make_trace
 
@@ -138,30 +138,30 @@ def test_work_done_again_after_preemption_is_paid_again() -> None:
 
 
 def test_gpus_that_wait_cost_their_idle_draw() -> None:
-    question = make_question(load_model("llama-3.1-8b"), "8xh100-sxm", random_trace(1, 20))
-    evaluator = Evaluator(question)
-    one, eight = (evaluator.simulate(parse_plan(text, question.model)) for text in ("tp1", "dp8 tp1"))
-    assert eight.usage.energy_j > one.usage.energy_j
-    assert eight.usage.operations_s["idle"] > one.usage.operations_s["idle"]
-    assert np.isclose(eight.usage.idle_energy_j, 8 * 125 * eight.metrics.value("makespan"), rtol=0.3)
+    problem = make_problem(load_model("llama-3.1-8b"), "8xh100-sxm", random_trace(1, 20))
+    scorer = Scorer(problem)
+    one, eight = (simulated(scorer, parse_plan(text, problem.model)) for text in ("tp1", "dp8 tp1"))
+    assert eight.only.usage.energy_j > one.only.usage.energy_j
+    assert eight.only.usage.operations_s["idle"] > one.only.usage.operations_s["idle"]
+    assert np.isclose(eight.only.usage.idle_energy_j, 8 * 125 * eight.metrics.value("makespan"), rtol=0.3)
 
 
 def test_shares_of_peak_of_4_bit_arithmetic_refer_to_its_peak_and_of_stored_4_bit_to_that_of_16() -> None:
-    question = make_question(load_model("llama-3.1-8b"), "1xb200-sxm", random_trace(1, 20))
-    evaluator = Evaluator(question)
+    problem = make_problem(load_model("llama-3.1-8b"), "1xb200-sxm", random_trace(1, 20))
+    scorer = Scorer(problem)
     done = {}
     for name, peak in (("bf16", 2.25e15), ("nvfp4", 9e15), ("mxfp4", 2.25e15)):
-        run = evaluator.simulate(parse_plan(f"tp1 {name} kv=bf16", question.model))
-        done[name] = run.usage.mfu * peak * run.metrics.value("makespan")
+        run = simulated(scorer, parse_plan(f"tp1 {name} kv=bf16", problem.model))
+        done[name] = run.only.usage.mfu * peak * run.metrics.value("makespan")
     # The same traffic, in batches that differ a little.
     assert done["nvfp4"] == pytest.approx(done["bf16"], rel=0.3)
     assert done["mxfp4"] == pytest.approx(done["bf16"], rel=0.3)
 
 
 def test_shares_of_peak_refer_to_the_format_that_is_computed_in() -> None:
-    question = make_question(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 20))
-    evaluator = Evaluator(question)
-    wide, narrow = (evaluator.simulate(parse_plan(f"tp1 {name} kv=bf16", question.model)) for name in ("bf16", "fp8"))
+    problem = make_problem(load_model("llama-3.1-8b"), "1xh100-sxm", random_trace(1, 20))
+    scorer = Scorer(problem)
+    wide, narrow = (simulated(scorer, parse_plan(f"tp1 {name} kv=bf16", problem.model)) for name in ("bf16", "fp8"))
     # The same arithmetic over twice the peak, in a run that the arrivals make about as long.
-    assert 0.35 * wide.usage.mfu < narrow.usage.mfu * narrow.metrics.value("makespan") / wide.metrics.value("makespan")
-    assert narrow.usage.mfu * narrow.metrics.value("makespan") / wide.metrics.value("makespan") < 0.65 * wide.usage.mfu
+    longer = narrow.metrics.value("makespan") / wide.metrics.value("makespan")
+    assert 0.35 * wide.only.usage.mfu < narrow.only.usage.mfu * longer < 0.65 * wide.only.usage.mfu

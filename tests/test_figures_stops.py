@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import make_cluster, make_question, random_trace
+from plan_cases import feasible_plans, make_cluster, make_problem, random_trace, simulated
 from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, alone, assert_same, cases, linear, requests
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
-from apex_opt.evaluate import space, violations
 from apex_opt.figures import Goal, load_objective, parse_goals
 from apex_opt.figures.measure import measure
 from apex_opt.figures.registry import STATISTICS, names, per_run, timed
 from apex_opt.figures.stops import METRICS, Facts, Stop, early_stops, latencies_ns
 from apex_opt.ir import load_model
 from apex_opt.plan.engine import EngineSettings
-from apex_opt.search import Candidate, Evaluator, Question
+from apex_opt.search import Problem, Scored, Scorer
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.workload import make_trace
 
@@ -354,25 +353,31 @@ FACTORS = (0.3, 0.9, 1 - 1e-13, 1.0, 1 + 1e-13, 1.1, 3.0)
 STOPPED = ("makespan", "throughput", "goodput", "energy", "energy_per_token", "cost_per_mtoken")
 
 
-def candidates_of(seed: int) -> tuple[Question, list[Candidate]]:
-    """A question on every figure, and what some plans give."""
+def candidates_of(seed: int) -> tuple[Problem, list[Scored]]:
+    """A problem on every figure, and what some plans give."""
     everything = tuple(load_objective(name) for name in NAMES)
     trace = random_trace(seed, 30, closed=seed % 2 == 1)
-    question = make_question(load_model("llama-3.1-8b"), make_cluster(4), trace)
-    question = replace(
-        question,
+    problem = make_problem(load_model("llama-3.1-8b"), make_cluster(4), trace)
+    problem = replace(
+        problem,
         objective=everything[0],
         then=everything[1:],
         request_slos=parse_goals("ttft_max<=30ms,tpot_max<=12ms"),
     )
-    plans = [plan for plan in space(question.instance()) if not violations(question.instance(), plan)]
-    evaluator = Evaluator(question)
-    return question, [evaluator.simulate(plan) for plan in plans[:: max(1, len(plans) // 8)]]
+    plans, scorer = feasible_plans(problem), Scorer(problem)
+    return problem, [simulated(scorer, plan) for plan in plans[:: max(1, len(plans) // 8)]]
+
+
+def challenged(problem: Problem, candidate: Scored, *worst: float) -> Scored | None:
+    """A plan scored by other objectives and goals, as long as it costs no more than given."""
+    scorer = Scorer(problem)
+    bounds, _ = scorer.bounds(candidate.deployment)
+    return scorer.challenge(candidate.deployment, bounds, worst or scorer.any_cost)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_cut_short_by_a_goal_misses_it_and_one_that_is_not_is_judged_as_it_is(seed: int) -> None:
-    question, candidates = candidates_of(seed)
+    problem, candidates = candidates_of(seed)
     cut = dict.fromkeys(FIGURES, 0)
     for candidate in candidates:
         for name in FIGURES:
@@ -381,8 +386,8 @@ def test_a_run_cut_short_by_a_goal_misses_it_and_one_that_is_not_is_judged_as_it
                 if limit <= 0:
                     continue
                 goal = Goal(metric=name, statistic="mean", limit=limit)
-                asked = replace(question, slos=(goal,), objective=load_objective("ttft_mean"), then=())
-                found = Evaluator(asked).challenge(candidate.plan, None, (1e9,))
+                asked = replace(problem, slos=(goal,), objective=load_objective("ttft_mean"), then=())
+                found = challenged(asked, candidate)
                 met = goal.met(candidate.metrics.value(name))
                 if found is None:
                     assert not met, (name, factor)
@@ -396,14 +401,14 @@ def test_a_run_cut_short_by_a_goal_misses_it_and_one_that_is_not_is_judged_as_it
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_run_cut_short_by_an_objective_is_worse_than_the_cost_given(seed: int) -> None:
-    question, candidates = candidates_of(seed)
+    problem, candidates = candidates_of(seed)
     cut = dict.fromkeys(NAMES, 0)
     for candidate in candidates:
         for name in NAMES:
-            asked = replace(question, objective=load_objective(name), then=())
+            asked = replace(problem, objective=load_objective(name), then=())
             (cost,) = asked.costs(candidate.metrics)
             for factor in FACTORS:
-                found = Evaluator(asked).challenge(candidate.plan, None, (cost * factor,))
+                found = challenged(asked, candidate, cost * factor)
                 if found is None:
                     assert cost > cost * factor, (name, factor)
                     cut[name] += 1
@@ -414,15 +419,14 @@ def test_a_run_cut_short_by_an_objective_is_worse_than_the_cost_given(seed: int)
 
 
 def test_a_run_as_good_by_the_cost_of_its_gpus_is_cut_short_by_what_comes_after() -> None:
-    question, candidates = candidates_of(0)
+    problem, candidates = candidates_of(0)
     for candidate in candidates:
-        asked = replace(question, objective=load_objective("cost"), then=(load_objective("e2e_mean"),))
+        asked = replace(problem, objective=load_objective("cost"), then=(load_objective("e2e_mean"),))
         cost, mean = asked.costs(candidate.metrics)
-        evaluator = Evaluator(asked)
-        assert evaluator.challenge(candidate.plan, None, (cost, mean * 0.5)) is None
-        assert evaluator.challenge(candidate.plan, None, (cost, mean)) is not None
+        assert challenged(asked, candidate, cost, mean * 0.5) is None
+        assert challenged(asked, candidate, cost, mean) is not None
         # Cheaper than what it is held against, it may be as slow as it is.
-        assert evaluator.challenge(candidate.plan, None, (cost * 2, mean * 0.5)) is not None
+        assert challenged(asked, candidate, cost * 2, mean * 0.5) is not None
 
 
 def test_energy_is_passed_once_the_idle_draw_and_every_tokens_least_are_beyond_it() -> None:

@@ -15,7 +15,7 @@ from apex_opt.options import COMMANDS
 from apex_opt.placement import Shape, layout_of, rank_order
 from apex_opt.placement.assignment import arranged
 from apex_opt.report.placement import Found, Loss, Site, labels, place_document, place_page, refused_document
-from apex_opt.search import Evaluator
+from apex_opt.search.facts import Facts
 from formulations.placement import move, place_plan
 
 if TYPE_CHECKING:
@@ -32,19 +32,19 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def site_of(plan: str, cluster: str, **given: Any) -> Site:
     options = {**DEFAULTS, "plan": plan, "cluster": cluster, **given}
-    ((question, parsed),) = ask_place(options)
-    return Site(question=question, plan=parsed, wiring=load_wiring(cluster), evaluator=Evaluator(question))
+    ((problem, parsed),) = ask_place(options)
+    return Site(question=problem, plan=parsed, wiring=load_wiring(cluster), facts=Facts(problem))
 
 
 def found_on(site: Site) -> Found:
-    return place_plan(site.evaluator.layouts, site.plan)
+    return place_plan(site.facts.layouts, site.plan)
 
 
 def lost_from(site: Site, lost: tuple[str, ...], before: Assignment) -> Loss:
     """What becomes of a placement, with as many replicas as still fit."""
     tree = Tree.of(site.wiring, {*Tree.of(site.wiring).gpus} - ({*site.tree.gpus} - {*lost}))
     plan = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
-    measure = partial(site.evaluator.layouts.measured, plan)
+    measure = partial(site.facts.layouts.measured, plan)
     moved = move(tree, Shape.of(plan), measure, before, site.weights)
     assert moved is not None
     return Loss(
@@ -248,7 +248,7 @@ def test_what_is_left_of_a_plan_is_as_quick_as_if_it_were_placed_from_scratch() 
     before = found_on(site).assignment
     tree = Tree.of(site.wiring, ["node0:3"])
     fewer = site_of("tp4", "server-8xl40s", model="llama-3.1-8b", down="node0:3")
-    layouts = fewer.evaluator.layouts
+    layouts = fewer.facts.layouts
     moved = move(tree, fewer.shape, partial(layouts.measured, fewer.plan), before, site.weights)
     assert moved is not None
     assert moved.measure == place_plan(layouts, fewer.plan).measure

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, combinations, groupby, pairwise, product
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.cluster.composition import Composition
 from apex_opt.errors import UsageError
@@ -138,6 +138,11 @@ class Tree:
     @cached_property
     def rooms(self) -> dict[tuple[int, ...], int]:
         """GPUs that can be used in chunks of some sizes, as far as they were asked for."""
+        return {}
+
+    @cached_property
+    def rates(self) -> dict[tuple[int, ...], list[Any]]:
+        """What chunks of some sizes may get, as far as they were asked for."""
         return {}
 
     @cached_property

@@ -10,7 +10,7 @@ from apex_opt.cost.model import CostModel, PlanCost, sum_of_least
 from apex_opt.plan.layout import Layout, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from apex_opt.cluster.types import Link
     from apex_opt.plan.plan import Plan
@@ -31,6 +31,13 @@ class JointLayouts:
         """
         parts = ((self._models[name], replace(plan, layers=(1,) * stages, on=())) for name, stages in plan.on)
         return tuple(model.layouts.best(part) for model, part in parts)
+
+    def alike(self, plan: Plan, replicas: Sequence[int]) -> list[tuple[tuple[Layout, ...], list[int]]]:
+        """Numbers of replicas of a plan by their best layouts."""
+        found: dict[tuple[Layout, ...], list[int]] = {}
+        for count in replicas:
+            found.setdefault(self.best(plan.times(count)), []).append(count)
+        return list(found.items())
 
 
 class JointCosts:

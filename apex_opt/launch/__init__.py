@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from apex_opt.launch.commands import Engine
     from apex_opt.placement import Assignment
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.question import Question
+    from apex_opt.search.problem import Problem
 
 __all__ = ["ENGINES", "Command", "Launch", "launch", "together"]
 
 ENGINES: Final[Mapping[str, Engine]] = {engine.rules.name: engine for engine in (Vllm(), Sglang(), Trtllm())}
 
 
-def launch(question: Question, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
+def launch(question: Problem, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
     """Commands that start a plan on its GPUs.
 
     Parameters

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.engine import EngineSettings
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.question import Question
+    from apex_opt.search.problem import Problem
 
 FIRST_PORT: Final = 8000
 KEPT_BACK: Final = 0.01
@@ -71,7 +71,7 @@ class Launch:
 class Asked:
     """What an engine is to serve: a plan of a question, and where its weights are found."""
 
-    question: Question
+    question: Problem
     plan: Plan
     checkpoint: str
     rules: EngineRules

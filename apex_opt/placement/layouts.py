@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import CapacityError
-from apex_opt.placement.shape import Shape, fits, ways
+from apex_opt.placement.shape import Shape, fits, steps, ways
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from apex_opt.cluster.tree import Tree
     from apex_opt.plan.layout import Layout
@@ -23,6 +24,7 @@ class Layouts:
         self.tree = tree
         self._ways = cache(lambda shape: tuple(ways(tree, shape, every=False)))
         self._fits = cache(lambda shape, way: fits(tree, shape, way))
+        self._steps = cache(lambda stages, ranks: steps(tree, Shape(1, stages, ranks)))
         self._measure = measure
         self._measured: dict[tuple[Any, ...], Any] = {}
         self._best: dict[tuple[Any, ...], Layout] = {}
@@ -45,6 +47,28 @@ class Layouts:
                 found = tuple(way for way in ordered if self._fits(shape, way))
             self._best[key] = found[0].layout
         return self._best[key]
+
+    def alike(self, plan: Plan, replicas: Sequence[int]) -> list[tuple[Layout, list[int]]]:
+        """Numbers of replicas of a plan by their best layout.
+
+        Raises
+        ------
+        CapacityError    more GPUs than there are
+        """
+        groups: dict[int, list[int]] = {}
+        for count in replicas:
+            groups.setdefault(self._step(plan, count), []).append(count)
+        found: dict[Layout, list[int]] = {}
+        for counts in groups.values():
+            found.setdefault(self.best(plan.times(counts[0])), []).extend(counts)
+        return list(found.items())
+
+    def _step(self, plan: Plan, replicas: int) -> int:
+        """A number that is the same for numbers of replicas that have the same ways."""
+        if self.tree.contended:
+            return replicas
+        shape = Shape.of(plan)
+        return bisect_left(self._steps(shape.stages, shape.ranks), replicas * shape.replica)
 
     def measured(self, plan: Plan, layout: Layout) -> Any:
         """The measure of a layout, the same for any number of replicas."""

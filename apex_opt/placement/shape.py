@@ -109,9 +109,26 @@ def ways(tree: Tree, shape: Shape, *, every: bool = True) -> list[Way]:
         chains = [chain for chain in chains if not any(_above(other, chain) for other in chains if other != chain)]
     found = []
     for chunks in chains:
-        rates = [_rates(tree, chunks, level) for level in range(len(chunks))]
-        found += [_way(tree, shape, chunks, chosen) for chosen in product(*rates)]
+        if chunks not in tree.rates:
+            tree.rates[chunks] = list(product(*(_rates(tree, chunks, level) for level in range(len(chunks)))))
+        found += [_way(tree, shape, chunks, chosen) for chosen in tree.rates[chunks]]
     return found
+
+
+def steps(tree: Tree, shape: Shape) -> list[int]:
+    """Sizes in GPUs, in rising order, between which replicas of a shape have the same ways, however many there are.
+
+    It holds where nothing is shared between domains (`Tree.contended`): only room decides then.
+    """
+    sizes = shape.chunks()
+    chains: list[tuple[int, ...]] = [()]
+    found = {tree.size}
+    for level in tree.levels[:-1]:
+        most = max(tree.free(domain) for domain in level.domains)
+        able = [size for size in sizes if size <= most]
+        chains = [(*chain, size) for chain in chains for size in able if size % (chain[-1] if chain else 1) == 0]
+        found |= {_room(tree, chain) for chain in chains}
+    return sorted(found)
 
 
 def fits(tree: Tree, shape: Shape, way: Way) -> bool:

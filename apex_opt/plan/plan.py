@@ -12,7 +12,7 @@ stages on one type of GPU and the last on another.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
@@ -136,6 +136,10 @@ class Plan:
         cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
         limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
         return *cells, self.weight_format, self.kv_format, *limits, *(part for own in self.on for part in own)
+
+    def times(self, replicas: int) -> Plan:
+        """The same with another number of replicas."""
+        return self if replicas == self.replicas else replace(self, replicas=replicas)
 
     @property
     def even(self) -> bool:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.document import cleaned, noted, question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
-from apex_opt.report.tables import best_tables, cluster_words, figure_columns
-from apex_opt.search.capacity import ASSUMPTION
+from apex_opt.report.mixed import parts_table, pools_tables
+from apex_opt.report.tables import best_tables, cluster_words, figure_columns, lost_words
+from apex_opt.studies.capacity import ASSUMPTION
 from apex_opt.workload.steady import rate_of, words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
-    from apex_opt.search.capacity_answer import Capacity, PlanRate
-    from apex_opt.search.steady import Evidence
+    from apex_opt.search import Part, Problem
+    from apex_opt.studies.capacity_answer import Capacity, PlanRate
+    from apex_opt.studies.steady import Evidence
 
 _WHY: Final = {
     "queue": "the queue grows",
@@ -31,9 +33,9 @@ _WHY: Final = {
 """Why a rate is not sustained, where no goal is missed."""
 
 
-def capacity_document(question: Question, capacity: Capacity, provenance: dict[str, str]) -> Document:
+def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[str, object]) -> Document:
     """Rates in requests per second, latencies in seconds, sizes in bytes, energy in joules."""
-    rows = [_plan_rate(question, item) for item in capacity.plans]
+    rows = [_plan_rate(problem, item) for item in capacity.plans]
     document = cleaned(
         {
             "command": "capacity",
@@ -47,24 +49,52 @@ def capacity_document(question: Question, capacity: Capacity, provenance: dict[s
             "reason": capacity.reason,
             "best": rows[0] if rows else None,
             "candidates": rows,
-            "certificate": asdict(capacity.certificate),
+            "certificate": _certificate(problem, capacity),
             "assumption": ASSUMPTION if capacity.asked_per_s is None else None,
-            "question": question_document(question) | {"arrivals": words(question.trace)},
+            "question": question_document(problem) | {"arrivals": words(problem.trace)},
             "provenance": provenance,
             "version": __version__,
         }
     )
-    return noted(document, question.remarks)
+    return noted(document, problem.remarks)
 
 
-def _plan_rate(question: Question, item: PlanRate) -> Document:
-    """A plan, its rate, what is missed at the next one, and its run at this rate."""
-    own = rate_of(question.trace)
+def _certificate(problem: Problem, capacity: Capacity) -> Document:
+    """How every deployment was accounted for; of several types of GPU part by part, and how fast those left can be."""
+    ledger = capacity.ledger
+    parts = [_part(part, larger) for part, larger in zip(ledger.parts, capacity.larger, strict=True)]
+    if not problem.mixed:
+        return parts[0] | {"simulations": capacity.simulations}
+    named = [
+        {"shape": part.shape, "types": list(part.types), "left": part.waiting} | counts
+        for part, counts in zip(ledger.parts, parts, strict=True)
+    ]
+    return {"parts": named, "simulations": capacity.simulations, "complete": ledger.optimal, "gap": ledger.gap}
+
+
+def _part(part: Part, larger: int) -> Document:
+    """How the deployments of a part were accounted for; those on more GPUs than are needed are told apart."""
+    found = part.simulated - part.cut_short - part.missed
+    return {
+        "space": part.space,
+        "infeasible": part.infeasible,
+        "bounded": part.bounded - larger,
+        "ruled_out": part.simulated - found,
+        "found": found,
+        "larger": larger,
+        "complete": part.complete,
+        "repeated": part.repeated,
+    }
+
+
+def _plan_rate(problem: Problem, item: PlanRate) -> Document:
+    """A deployment, its rate, what is missed at the next one, and its run at this rate."""
+    own = rate_of(problem.trace)
     transient = item.evidence.transient
     return {
         "rate_per_s": item.rate_per_s,
-        "rate_per_gpu_per_s": item.rate_per_s / item.plan.devices,
-        "times_own_rate": item.rate_per_s / own if question.trace.timed else None,
+        "rate_per_gpu_per_s": item.rate_per_s / item.deployment.devices,
+        "times_own_rate": item.rate_per_s / own if problem.trace.timed else None,
         "steady": True,
         "next_rate_per_s": item.next_rate_per_s,
         "why_not_next": item.why or None,
@@ -72,7 +102,7 @@ def _plan_rate(question: Question, item: PlanRate) -> Document:
         "arrivals_s": transient.arrivals_s,
         "after_last_arrival_s": transient.drain_s,
         "evidence": evidence_document(item.evidence),
-        **candidate_document(question, item.holds),
+        **scored_document(problem, item.holds),
     }
 
 
@@ -123,8 +153,12 @@ def _draw(console: Console, document: Document) -> None:
         )
         console.print(f"{_ends(document, best)}\n")
         _plans(console, document)
-        best_tables(console, best)
-    _certificate(console, document)
+        if "parts" in best:
+            parts_table(console, best["parts"])
+            pools_tables(console, best)
+        else:
+            best_tables(console, best)
+    _proof(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
     if "launch" in document:
@@ -200,13 +234,36 @@ def _plans(console: Console, document: Document) -> None:
     table(console, title, heads, rows, left={1, 6} if highest else {1}, kept=kept)
 
 
-def _certificate(console: Console, document: Document) -> None:
+def _proof(console: Console, document: Document) -> None:
     certificate = document["certificate"]
-    lost = ", ".join(f"{n:,} {family}" for family, n in certificate["infeasible"].items() if n)
+    assumed = f" Assumed: {document['assumption']}." if document["assumption"] else ""
+    if "parts" not in certificate:
+        proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
+        _part_line(console, document, certificate, "Certificate", f"{_runs(certificate)}: {proof}.{assumed}")
+        return
+    for part in certificate["parts"]:
+        of = {
+            "single": f"{part['types'][0]} alone",
+            "mixed": f"{' and '.join(part['types'])} together",
+            "pipeline": f"stages on {' and on '.join(part['types'])}",
+        }
+        left = f"{part['left']:,} left when the time was up" if part["left"] else ""
+        _part_line(console, document, part, f"Certificate, {of[part['shape']]}", left)
+    proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
+    gap = f", those left can be better by {certificate['gap']:.1%}" if certificate["gap"] else ""
+    console.print(f"{_runs(certificate).capitalize()}: {proof}{gap}.{assumed}\n")
+
+
+def _runs(certificate: Document) -> str:
+    return f"{count(certificate['simulations'], 'simulation')} in all"
+
+
+def _part_line(console: Console, document: Document, certificate: Document, title: str, end: str) -> None:
+    """How the deployments of a part were accounted for."""
     highest = document["asked"]["rate_per_s"] is None
     parts = [
         f"{count(certificate['space'], 'plan')} in the space",
-        f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
+        lost_words(certificate["infeasible"]),
         f"{certificate['bounded']:,} ruled out by a bound",
         f"{certificate['repeated']:,} the same with layers moved" if certificate["repeated"] else "",
         f"{certificate['ruled_out']:,} ruled out by simulation at the rate "
@@ -215,10 +272,8 @@ def _certificate(console: Console, document: Document) -> None:
     ]
     if not highest:
         parts.append(f"{certificate['larger']:,} on more GPUs than needed")
-    parts.append(f"{count(certificate['simulations'], 'simulation')} in all")
-    proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
-    assumed = f" Assumed: {document['assumption']}." if document["assumption"] else ""
-    console.print(Text.assemble(("Certificate", "bold"), f": {'; '.join(filter(None, parts))}: {proof}.{assumed}\n"))
+    told = "; ".join(filter(None, (*parts, end)))
+    console.print(Text.assemble((title, "bold"), f": {told}{'' if told.endswith('.') else '.'}\n"))
 
 
 def _rate(value: float) -> str:

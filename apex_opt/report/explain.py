@@ -10,7 +10,6 @@ from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
 from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, page, provenance_table, seconds, table
-from apex_opt.search.explain import Tried
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
-    from apex_opt.search.explain import Comparison, Explanation, Relaxation
+    from apex_opt.search import Problem
+    from apex_opt.studies.explain import Clash, Comparison, Diagnosed, Explanation, Relaxation
 
 _TERMS_SHOWN: Final = 12
 _PROOFS: Final = {
@@ -29,27 +28,43 @@ _PROOFS: Final = {
 }
 
 
-def explanation_document(question: Question, found: Explanation, provenance: dict[str, str]) -> Document:
+def explanation_document(problem: Problem, found: Explanation, provenance: dict[str, str]) -> Document:
     """An explanation and the answer it is of; seconds, joules, requests per second."""
-    document = explained_document(answer_document("explain", question, found.answer, provenance), found)
-    compared = None if found.comparison is None else _comparison(question, found.comparison)
+    document = explained_document(answer_document("explain", problem, found.answer, provenance), found)
+    compared = None if found.comparison is None else _comparison(found.comparison)
     return cleaned(document | {"comparison": compared})
 
 
 def explained_document(document: Document, found: Explanation) -> Document:
     """An answer, with why there is none and what would help where that was asked."""
-    tried = found.tried or Tried()
+    several = len(found.diagnosed) > 1
+    tried = [(one, one.tried) for one in found.diagnosed if one.tried is not None]
+    ways = [(one, way) for one, what in tried for way in what.found]
     added = {
-        "clashes": [
-            {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts), "smallest": clash.smallest}
-            for clash in found.clashes
+        "clashes": [_of(one, several) | _clash(clash) for one in found.diagnosed for clash in one.clashes],
+        "relaxations": [
+            _of(one, several) | _relaxation(way) for one, way in sorted(ways, key=lambda pair: pair[1].more_gpus)
         ],
-        "relaxations": [_relaxation(relaxation) for relaxation in tried.found],
-        "tried_for_nothing": list(tried.failed),
-        "not_tried": list(tried.untried),
+        "tried_for_nothing": [
+            way for one in found.diagnosed if one.tried for way in _on(one, several, one.tried.failed)
+        ],
+        "not_tried": [way for one, what in tried for way in _on(one, several, what.untried)],
         "explain_time_limit_s": found.time_limit_s,
     }
     return cleaned(document | added)
+
+
+def _of(one: Diagnosed, several: bool) -> Document:
+    """The type of GPU that is explained alone, where there are several."""
+    return {"gpu": one.gpu} if several else {}
+
+
+def _on(one: Diagnosed, several: bool, ways: Sequence[str]) -> list[str]:
+    return [f"{one.gpu} alone: {way}" if several else way for way in ways]
+
+
+def _clash(clash: Clash) -> Document:
+    return {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts), "smallest": clash.smallest}
 
 
 def _relaxation(relaxation: Relaxation) -> Document:
@@ -65,16 +80,16 @@ def _relaxation(relaxation: Relaxation) -> Document:
     }
 
 
-def _comparison(question: Question, comparison: Comparison) -> Document:
-    one = comparison.candidate
+def _comparison(comparison: Comparison) -> Document:
+    one = comparison.scored
     return {
-        "plan": str(comparison.plan),
-        "gpus": comparison.plan.devices,
+        "plan": str(comparison.deployment),
+        "gpus": comparison.deployment.devices,
         "value": None if one is None else one.value,
         "meets_slos": None if one is None else one.meets_slos,
         "reason": comparison.reason,
-        "preemptions": None if one is None else one.preemptions,
-        "batches": None if one is None else one.batches,
+        "preemptions": None if one is None else sum(use.preemptions for use in one.pools),
+        "batches": None if one is None else sum(use.batches for use in one.pools),
         "makespan_s": None if one is None else one.metrics.value("makespan"),
         "terms": [
             {
@@ -99,12 +114,16 @@ def explanation_page(document: Document) -> str:
 
 def _page(console: Console, document: Document) -> None:
     asked = document["question"]
+    offered = " + ".join(
+        f"{pool['offered']} x {pool['gpu']}" for pool in asked["cluster"].get("pools", [asked["cluster"]])
+    )
+    weights = dict.fromkeys(name for pool in asked["cluster"].get("pools", [asked]) for name in pool["weights"])
     console.print(
         Text.assemble(
             (asked["model"]["name"], "bold"),
             " on ",
-            (f"{asked['cluster']['offered']} x {asked['cluster']['gpu']}", "bold"),
-            f", weights {' or '.join(asked['weights'])}, trace {asked['trace']['name']}"
+            (offered, "bold"),
+            f", weights {' or '.join(weights)}, trace {asked['trace']['name']}"
             + "".join(f", {goal}" for goal in asked["slo"]),
         )
     )
@@ -135,7 +154,8 @@ def why_not(console: Console, document: Document) -> None:
         fewer = ", though some plan satisfies any fewer of them" if clash["smallest"] else ""
         proof = f", shown {_PROOFS[clash['proof']]}."
         said = f": no plan satisfies {f'them together{fewer}' if several else 'it'}{proof}"
-        console.print(Text.assemble(("infeasible", "bold red"), ", ", names, said))
+        alone = f" on {clash['gpu']} alone" if "gpu" in clash else ""
+        console.print(Text.assemble(("infeasible", "bold red"), f"{alone}, ", names, said))
         for fact in clash["facts"]:
             console.print(Padding(Text(f"{fact}."), (0, 0, 0, 2)))
         if several and not clash["smallest"]:
@@ -147,7 +167,7 @@ def why_not(console: Console, document: Document) -> None:
     rows = [
         (
             " ".join(_option(name, value) for name, value in way["options"].items()),
-            way["text"],
+            way["text"] + (f" (on {way['gpu']} alone)" if "gpu" in way else ""),
             way["plan"],
             "-" if way["value"] is None else amount(way["value"], unit),
         )

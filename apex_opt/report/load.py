@@ -12,18 +12,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from apex_opt.report.document import Document
-    from apex_opt.search import Candidate, Question
-    from apex_opt.search.fleet import Fleet
+    from apex_opt.search import Problem, Scored
     from apex_opt.simulator.transient import Transient
 
 
-def loaded(document: Document, question: Question, best: Candidate | Fleet | None) -> Document:
+def loaded(document: Document, problem: Problem, best: Scored | None) -> Document:
     """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`."""
     if best is None:
         return document | {"steady": None, "transient": None, "limited_by_arrivals": None}
     transient = best.transient
-    limited = question.objective.figure.by_arrivals and _keeps_up(transient)
-    said = [*_said(question, transient), *([_limited(question)] if limited else [])]
+    limited = problem.objective.figure.by_arrivals and _keeps_up(transient)
+    said = [*_said(problem, transient), *([_limited(problem)] if limited else [])]
     return document | {
         "steady": None if transient.closed else is_steady(best),
         "transient": transient_document(transient) | {"said": said},
@@ -37,7 +36,7 @@ def said_of(answers: Iterable[tuple[str, Document]]) -> Document:
     return {"said": said}
 
 
-def is_steady(run: Candidate | Fleet) -> bool:
+def is_steady(run: Scored) -> bool:
     """Whether a run shows a load that lasts: long beside its requests, with no backlog that grows."""
     transient = run.transient
     if transient.closed:
@@ -64,11 +63,11 @@ def _keeps_up(transient: Transient) -> bool:
     return not transient.closed and not transient.growing and transient.drain_s < transient.arrivals_s
 
 
-def _said(question: Question, transient: Transient) -> Iterator[str]:
+def _said(problem: Problem, transient: Transient) -> Iterator[str]:
     """One sentence where the figures are those of a transient."""
     if not transient.measured:
         return
-    total = len(question.trace)
+    total = len(problem.trace)
     if not transient.closed and transient.arrivals_s == 0:
         yield f"a transient is measured: {count(total, 'request')} at once, answered in {seconds(transient.drain_s)}"
         return
@@ -91,10 +90,10 @@ def _lasting(transient: Transient, total: int) -> str:
     return "; too short to say that such a rate lasts: solve.py capacity finds one that does, in runs long enough"
 
 
-def _limited(question: Question) -> str:
-    rate = question.trace.rate_per_s
+def _limited(problem: Problem) -> str:
+    rate = problem.trace.rate_per_s
     assert rate is not None, "requests come one after the other"
     return (
-        f"{question.objective.name} is limited by the arrivals: a plan that keeps up has what comes, {rate:.2f} "
+        f"{problem.objective.name} is limited by the arrivals: a plan that keeps up has what comes, {rate:.2f} "
         "requests/s; the highest rate a plan sustains is for solve.py capacity to say"
     )

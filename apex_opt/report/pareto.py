@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.text import Text
 
 from apex_opt import __version__
-from apex_opt.report.document import candidate_document, cleaned, noted, question_document
+from apex_opt.report.document import cleaned, ledger_document, noted, question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.load import loaded
@@ -17,24 +17,25 @@ from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rich.console import Console
 
     from apex_opt.report.document import Document
-    from apex_opt.search import Candidate, Question
-    from apex_opt.search.pareto import Front
+    from apex_opt.search import Problem, Scored
+    from apex_opt.studies.pareto import Front
 
 _PANEL_INCHES: Final = 4.5
 _LABELLED: Final = 12
 """Plans of the front that a picture names; more would cover each other."""
 
 
-def pareto_document(question: Question, front: Front, provenance: dict[str, str]) -> Document:
-    """The front, best by the first objective first, and the plans it beats; seconds, joules, requests per second."""
+def pareto_document(problem: Problem, front: Front, provenance: Mapping[str, object]) -> Document:
+    """The front, best by the first objective first, and what it beats; seconds, joules, requests per second."""
 
-    def values(candidate: Candidate) -> dict[str, float]:
-        return {o.name: o.value(candidate.metrics) for o in front.objectives}
+    def values(scored: Scored) -> dict[str, float]:
+        return {o.name: o.value(scored.metrics) for o in front.objectives}
 
     document = cleaned(
         {
@@ -42,17 +43,17 @@ def pareto_document(question: Question, front: Front, provenance: dict[str, str]
             "status": front.status,
             "objectives": [asdict(objective) for objective in front.objectives],
             "reason": front.reason,
-            "candidates": [{**candidate_document(question, c), "values": values(c)} for c in front.plans],
-            "beaten": [{"plan": str(c.plan), "gpus": c.plan.devices, "values": values(c)} for c in front.beaten],
-            "certificate": asdict(front.certificate),
-            "question": question_document(question),
+            "candidates": [{**scored_document(problem, one), "values": values(one)} for one in front.candidates],
+            "beaten": [{"plan": one.text, "gpus": one.devices, "values": values(one)} for one in front.beaten],
+            **ledger_document(problem, front.ledger),
+            "question": question_document(problem),
             "provenance": provenance,
             "version": __version__,
         }
     )
-    best = front.plans[0] if front.plans else None
-    asked = replace(question, objective=front.objectives[0])
-    return noted(loaded(document, asked, best), question.remarks)
+    best = front.candidates[0] if front.candidates else None
+    asked = replace(problem, objective=front.objectives[0])
+    return noted(loaded(document, asked, best), problem.remarks)
 
 
 def pareto_page(document: Document) -> str:

@@ -20,7 +20,7 @@ from apex_opt.placement.shape import Shape
 from apex_opt.plan.memory import stage_memory
 from apex_opt.report.document import cleaned, noted
 from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
-from apex_opt.search import Evaluator
+from apex_opt.search.facts import Facts
 from apex_opt.units import GB, NS_PER_S
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
+    from apex_opt.search import Problem
 
 _ROWS: Final = {"placement": "best", "rank_order": "rank order", "given": "as given"}
 _SHOWN: Final = 16
@@ -87,21 +87,21 @@ class Loss:
 class Site:
     """A plan, the GPUs that it may be placed on, and what it costs there."""
 
-    question: Question
+    question: Problem
     plan: Plan
     wiring: Cluster | Composition
-    evaluator: Evaluator
+    facts: Facts
 
     @property
     def tree(self) -> Tree:
         """The free GPUs."""
-        return self.evaluator.layouts.tree
+        return self.facts.layouts.tree
 
     @property
     def costs(self) -> CostModel:
         """Costs of plans on one type of GPU."""
-        assert isinstance(self.evaluator.costs, CostModel)  # `ask_plan` takes no other plans
-        return self.evaluator.costs
+        assert isinstance(self.facts.costs, CostModel)  # `ask_plan` takes no other plans
+        return self.facts.costs
 
     @cached_property
     def shape(self) -> Shape:
@@ -212,9 +212,9 @@ def place_document(
     )
 
 
-def with_placement(document: Document, question: Question, plan: Plan, found: Found) -> Document:
+def with_placement(document: Document, question: Problem, plan: Plan, found: Found) -> Document:
     """An answer with where its plan goes, beside ranks in order; as `place_document` tells it."""
-    site = Site(question=question, plan=plan, wiring=question.cluster, evaluator=Evaluator(question))
+    site = Site(question=question, plan=plan, wiring=question.cluster, facts=Facts(question))
     best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, plan, found.assignment)
     in_order = _beside(_placement(site, site.tree, rank_order(site.tree, site.shape)), best)
     batch = dict(zip(("tokens", "sequences"), site.batch, strict=True))
@@ -271,7 +271,7 @@ def _lies(site: Site, tree: Tree, plan: Plan, assignment: Assignment) -> Documen
 def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[str, str]:
     """Where the figures of the plan come from, and those of its collectives in other layouts than the best."""
     costs = site.costs
-    found = site.evaluator.provenance([site.plan])
+    found = site.facts.provenance([site.plan])
     called = {name.partition("/")[0] for name in found if "/" in name} - {"point_to_point"}
     for layout in (site.layout(tree, assignment) for tree, assignment in judged):
         spread = layout.spread(site.shape.ranks)

@@ -56,9 +56,9 @@ def show(document: Document, form: str, limit: int = 0, *, sources: bool = False
 
         text = explanation_page(document)
     elif "certificates" in document:
-        from apex_opt.report.fleet import fleet_page
+        from apex_opt.report.mixed import mixed_page
 
-        text = fleet_page(document)
+        text = mixed_page(document)
     elif document.get("command") == "place":
         from apex_opt.report.placement import place_page
 

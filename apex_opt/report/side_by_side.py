@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.report.document import Document
-    from apex_opt.search.explain import Term
+    from apex_opt.studies.explain import Term
 
 
 def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: Sequence[Term]) -> Document:

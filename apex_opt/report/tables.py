@@ -28,6 +28,13 @@ _OPERATIONS_SHOWN: Final = 12
 _BAR: Final = 30
 _DISAGREEMENTS: Final = 3
 
+_INFEASIBLE: Final = {
+    "part": "with an infeasible part",
+    "gpus": "on more GPUs than offered",
+    "share": "with a part that gets nothing to do",
+}
+"""Why deployments of several pools are infeasible, in words."""
+
 
 def rendered(document: Document) -> str:
     """A document as text, as wide as `apex_opt.report.layout.page` makes it."""
@@ -286,12 +293,25 @@ def certificate_line(console: Console, document: Document) -> None:
     if document["command"] == "simulate" and document["best"] is not None:
         console.print("The plan was scored as given; whether a better one exists is for solve.py plan to say.\n")
         return
-    proof_lines(console, document, document["certificate"])
+    if "certificate" in document:
+        _proofs(console, document, document["certificate"])
+    for part in document.get("certificates", ()):
+        several = len(part["types"]) > 1
+        of = f", {' and '.join(part['types'])}{' together' if several else ' alone'}"
+        _proofs(console, document, part, "fleet" if several else "plan", of)
+    for part in document.get("pipelines", ()):
+        _proofs(console, document, part, "pipeline", f", stages on {' and on '.join(part['types'])}")
     if "check" in document:
         _check(console, document["check"])
 
 
-def proof_lines(console: Console, document: Document, certificate: Document, noun: str = "plan", of: str = "") -> None:
+def lost_words(infeasible: Document) -> str:
+    """How many deployments are infeasible, in all and by what they break."""
+    lost = ", ".join(f"{count:,} {_INFEASIBLE.get(family, family)}" for family, count in infeasible.items() if count)
+    return f"{sum(infeasible.values()):,} infeasible" + _in_brackets(lost)
+
+
+def _proofs(console: Console, document: Document, certificate: Document, noun: str = "plan", of: str = "") -> None:
     """One certificate, those of objectives with a tolerance before it; `of` which plans, where not of all."""
     aims = (document["objective"], *document["then"]) if "then" in document else ()
     unit = aims[0]["unit"] if aims else ""
@@ -304,10 +324,9 @@ def proof_lines(console: Console, document: Document, certificate: Document, nou
 
 def _proof(console: Console, title: str, certificate: Document, unit: str, noun: str) -> None:
     """Where plans were ruled out by a bound, it tells what was out of reach and how near the others could come."""
-    lost = ", ".join(f"{count:,} {family}" for family, count in certificate["infeasible"].items() if count)
     parts = [
         f"{count(certificate['space'], noun)} in the space",
-        f"{sum(certificate['infeasible'].values()):,} infeasible" + (f" ({lost})" if lost else ""),
+        lost_words(certificate["infeasible"]),
         f"{certificate['bounded']:,} ruled out by a bound"
         + _in_brackets(
             f"{certificate['out_of_reach']:,} miss an SLO" if certificate["out_of_reach"] else "",
@@ -338,10 +357,12 @@ def _against(certificate: Document, unit: str) -> str:
 
 
 def _check(console: Console, check: Document) -> None:
-    lost, same = sum(check["infeasible"].values()), check["repeated"]
+    """What replaying the certificate found."""
+    lost, same, chosen = sum(check["infeasible"].values()), check["repeated"], check.get("chosen")
     replay = (
         f"{count(check['space'], 'plan')} counted again, {lost:,} infeasible, {same:,} the same with layers moved; "
-        f"{check['simulated']:,} simulated to the end, {check['meeting']:,} within the goals"
+        f"{check['simulated']:,} simulated to the end{f' ({chosen})' if chosen else ''}, {check['meeting']:,} within "
+        "the goals"
     )
     if check["holds"]:
         console.print(Text.assemble(("Check", "bold"), f": {replay}: the certificate holds.\n"))

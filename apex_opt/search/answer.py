@@ -1,9 +1,11 @@
-"""What is answered: scored plans, and the certificate that none in the space is better."""
+"""What is answered: scored deployments, best first, and why nothing else wins."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from apex_opt.plan.deployment import Deployment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -11,28 +13,79 @@ if TYPE_CHECKING:
     from apex_opt.cost import Usage
     from apex_opt.figures import Goal
     from apex_opt.figures.measure import Metrics
+    from apex_opt.plan.deployment import Pool
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
+    from apex_opt.search.ledger import Ledger
     from apex_opt.simulator.transient import Transient
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
-"""A search ends optimal or infeasible, or feasible where not all plans were seen; one given plan is feasible or
-infeasible."""
+"""A search ends optimal or infeasible, or feasible where not all was seen; what is given is feasible or infeasible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A simulated plan."""
+class PoolUse:
+    """What a pool does in a run of its deployment.
 
-    plan: Plan
+    Parameters
+    ----------
+    pool : Pool
+    requests : int                  requests it serves
+    usage : Usage                   over its GPUs, for as long as the deployment runs
+    memory : StageMemory of each stage
+    preemptions, batches : int
+    """
+
+    pool: Pool
+    requests: int
+    usage: Usage
+    memory: tuple[StageMemory, ...]
+    preemptions: int
+    batches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A simulated deployment.
+
+    Parameters
+    ----------
+    pools : tuple of PoolUse
+    value : float              the first objective
+    metrics : Metrics
+    transient : Transient      how the run begins and ends
+    bound : float or None      what it could not be better than by the first objective, signed such that less is better
+    """
+
+    pools: tuple[PoolUse, ...]
     value: float
     metrics: Metrics
     transient: Transient
-    usage: Usage
-    memory: tuple[StageMemory, ...]
     bound: float | None
-    preemptions: int
-    batches: int
+
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment(pools=tuple(use.pool for use in self.pools))
+
+    @property
+    def text(self) -> str:
+        return str(self.deployment)
+
+    @property
+    def devices(self) -> int:
+        """GPUs it takes."""
+        return sum(use.pool.plan.devices for use in self.pools)
+
+    @property
+    def only(self) -> PoolUse:
+        """The only pool."""
+        (use,) = self.pools
+        return use
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the only pool."""
+        return self.only.pool.plan
 
     @property
     def meets_slos(self) -> bool:
@@ -40,55 +93,27 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """Why no plan of the space is better.
+class Answer:
+    """The best deployment and the runners-up, or why there is none.
 
     Parameters
     ----------
-    space : int                      plans there are
-    infeasible : mapping             plans that break a constraint family, charged to the first in order
-    bounded : int                    plans that a lower bound ruled out (of the objective, or of an SLO)
-    out_of_reach : int               of these, plans whose bound misses a goal
-    least_bound : float or None      of the others the best that any could be by the first objective, in its unit
-    incumbent : float or None        what they had to be better than: the last of the plans to show
-    repeated : int                   plans whose layers, moved to lighten the heaviest stage, stay even: listed already
-    simulated : int                  plans whose batches were simulated, those cut short included
-    cut_short : int                  simulations that ended early, when their own requests had proved that the plan is
-                                     worse than those found or misses an SLO
-    missed : int                     simulated plans that missed an SLO
-    left : int                       plans that could still be among those to show when the time limit was reached
-    optimal : bool                   every plan is accounted for, or none of those left can be better than the answer
-    gap : float or None              how far the answer can be from the best, as a share of it, by the first objective
-                                     in which it can; None without an answer
-    before : tuple of Certificate    of the searches that found the best value of an objective with a tolerance, which
-                                     plans then had to come near
+    status : str
+    candidates : tuple of Scored          those that meet the goals, best first
+    alone : tuple of Scored or None       the best on each type of GPU alone; None where none meets the goals
+    ledger : Ledger                       why nothing else wins
+    reason : str or None                  why there is none
     """
 
-    space: int
-    infeasible: dict[str, int]
-    bounded: int
-    simulated: int
-    cut_short: int
-    missed: int
-    optimal: bool
-    gap: float | None
-    left: int = 0
-    repeated: int = 0
-    out_of_reach: int = 0
-    least_bound: float | None = None
-    incumbent: float | None = None
-    before: tuple[Certificate, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """The best plan and the runners-up, or why there is none."""
-
     status: Status
-    best: Candidate | None
-    candidates: tuple[Candidate, ...]
-    certificate: Certificate
+    candidates: tuple[Scored, ...]
+    alone: tuple[Scored | None, ...]
+    ledger: Ledger
     reason: str | None = None
+
+    @property
+    def best(self) -> Scored | None:
+        return self.candidates[0] if self.candidates else None
 
 
 def misses(metrics: Metrics, slos: Iterable[Goal]) -> str:

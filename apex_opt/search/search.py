@@ -1,441 +1,350 @@
-"""From a question to the best plan and its certificate: enumerate, bound, simulate, prove."""
+"""From a problem to the best deployment and the ledger: enumerate, bound, simulate, prove.
+
+Deployments of three shapes compete: a pool on one type of GPU, a pool on each of several, and a pool whose pipelines
+span two. All are looked for by the same loop (`best_first`), with one incumbent. The plans of one type come first: they
+are few, and what they find is what the others have to beat.
+"""
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from itertools import combinations
+from math import inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from apex_opt.errors import CapacityError
-from apex_opt.evaluate import FAMILIES, Instance, violations
-from apex_opt.figures.measure import ROUNDING
-from apex_opt.search.answer import Answer, Candidate, Certificate, Status, misses
-from apex_opt.search.evaluator import Evaluator
+from apex_opt.evaluate import FAMILIES
+from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.search.answer import Answer, Scored, misses
+from apex_opt.search.best_first import Simulated, best_first
+from apex_opt.search.incumbent import FREE, Best
+from apex_opt.search.ledger import Ledger, Part
 from apex_opt.search.nearest import nearest_violation
+from apex_opt.search.option import options_of
+from apex_opt.search.scorer import Scorer
+from apex_opt.search.shapes import Mixed, Pipelines, Single, Splitter
+from apex_opt.search.shapes.pipeline import joined
+from apex_opt.search.space import Formulation, check_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.figures import Objective
     from apex_opt.plan.plan import Plan
-    from apex_opt.search.question import Question
+    from apex_opt.search.answer import Status
+    from apex_opt.search.best_first import Branches
+    from apex_opt.search.incumbent import Incumbent
+    from apex_opt.search.ledger import Costs, Shape
+    from apex_opt.search.problem import Problem
 
-    Costs = tuple[float, ...]
     Progress = Callable[[str, int, int], None]
 
-ROUND: Final = 4
-"""Plans simulated side by side before the incumbent is updated; fixed, so that results do not depend on the cores."""
-
 MOST_GAPS: Final = 20_000_000
-"""Tokens up to which a given plan's times between tokens are told without being asked for: a log takes 24 B each."""
-
-_COUNTED: Final = ("divisibility", "format", "engine", "balance")
-
-
-class Enumeration(Protocol):
-    """Plans, those whose layers are yet to be moved, and whether they are all."""
-
-    @property
-    def plans(self) -> tuple[Plan, ...]: ...
-    @property
-    def movable(self) -> tuple[Plan, ...]: ...
-    @property
-    def complete(self) -> bool: ...
+"""Tokens up to which a given deployment's times between tokens are told without being asked for: a log takes 24 B
+each."""
 
 
-class Formulation(Protocol):
-    """What the search asks of a plan-space program."""
-
-    def count(self, instance: Instance, families: Sequence[str]) -> int: ...
-
-    def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
-
-    def moved(self, instance: Instance, plan: Plan) -> Plan | None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """The space of a question: how many plans there are, and those that are feasible, at every clock.
-
-    Parameters
-    ----------
-    space : int                  plans there are
-    counts : mapping             plans that break a constraint family, charged to the first in order
-    plans : tuple of Plan        feasible plans
-    movable : tuple of Plan      feasible plans whose layers are yet to be moved, with even stages
-    complete : bool              whether these are all
-    """
-
-    space: int
-    counts: dict[str, int]
-    plans: tuple[Plan, ...]
-    movable: tuple[Plan, ...]
-    complete: bool
-
-
-def list_plans(question: Question, formulation: Formulation, tell: Progress) -> Listed:
-    """Enumerate the feasible plans and count the others."""
-    tell("enumerating plans", 0, 0)
-    counts, enumeration = _enumerate(question.instance(), formulation)
-    counts = {name: count * len(question.clocks) for name, count in counts.items()}  # no constraint binds the clock
-    plans, movable = (
-        tuple(plan if clock is None else replace(plan, clock_mhz=clock) for clock in question.clocks for plan in some)
-        for some in (enumeration.plans, enumeration.movable)
-    )
-    return Listed(space=counts.pop("space"), counts=counts, plans=plans, movable=movable, complete=enumeration.complete)
-
-
-class Moves:
-    """Layers moved, once for all plans that cut the model alike."""
-
-    def __init__(self, question: Question, formulation: Formulation) -> None:
-        self._instance, self._formulation = question.instance(), formulation
-        self._found: dict[tuple[Any, ...], Plan | None] = {}
-
-    def __call__(self, plan: Plan) -> Plan | None:
-        """A movable plan with its layers moved; None where its stages stay even, and so it is a plan already."""
-        cut = replace(plan, replicas=1, clock_mhz=None)
-        key = cut.cut, cut.stages
-        if key not in self._found:
-            self._found[key] = self._formulation.moved(self._instance, cut)
-        moved = self._found[key]
-        return None if moved is None else replace(plan, layers=moved.layers)
-
-
-def settled(
-    question: Question, formulation: Formulation, found: Listed | Enumeration, tell: Progress
-) -> tuple[tuple[Plan, ...], int]:
-    """All feasible plans with the layers of the movable ones moved, and how many of these stay even: no new plans."""
-    moves, moved = Moves(question, formulation), []
-    for index, movable in enumerate(found.movable):
-        tell("moving layers", index, len(found.movable))
-        if (plan := moves(movable)) is not None:
-            moved.append(plan)
-    return (*found.plans, *moved), len(found.movable) - len(moved)
-
-
-def bound_plans(
-    evaluator: Evaluator,
-    plans: Sequence[Plan],
-    objectives: Sequence[Objective],
-    tell: Progress,
-    movable: int | None = None,
-) -> list[tuple[tuple[float, ...], bool]]:
-    """Of each plan its lower bounds by some objectives, and whether it can still meet the goals.
-
-    The layers of those from the `movable`-th on are yet to be moved.
-    """
-    first = len(plans) if movable is None else movable
-    found: dict[int, tuple[tuple[float, ...], bool]] = {}
-    # Plans of the same cut share their tables while these are still there.
-    for index in sorted(range(len(plans)), key=lambda index: (plans[index].cut, plans[index].stages)):
-        tell("bounding plans", len(found), len(plans))
-        found[index] = evaluator.bounds(plans[index], objectives, index >= first)
-    return [found[index] for index in range(len(plans))]
+class Formulations(Formulation, Splitter, Protocol):
+    """What the search asks of the programs."""
 
 
 def search(
-    question: Question,
-    formulation: Formulation,
+    problem: Problem,
+    formulation: Formulations,
     progress: Progress | None = None,
     top: int = 1,
     time_limit_s: float | None = None,
-    evaluator: Evaluator | None = None,
+    scorer: Scorer | None = None,
 ) -> Answer:
-    """The best plan for a question, with its certificate, and the next best.
+    """The best deployment for a problem, with its ledger, and the next best.
 
-    Where an objective has a tolerance, the best by it is searched for first, and then, among the plans that come as
-    near to it as that, the best by those after it.
+    Where an objective has a tolerance, the best by it is searched for first, and then, among the deployments that come
+    as near to it as that, the best by those after it.
 
-    All feasible plans are enumerated, bounded and simulated best bound first, until the next bound is no better than
-    the `top`-th best plan found. So the answer is the optimum of the space, unless the enumeration was cut short.
+    Everything feasible is enumerated, bounded and simulated best bound first, until the next bound is no better than
+    the `top`-th best found. So the answer is the optimum of the space, unless the enumeration was cut short.
 
     Parameters
     ----------
-    question : Question
-    formulation : Formulation        the program that enumerates feasible plans
+    problem : Problem
+    formulation : Formulations       the programs that enumerate plans and split layers
     progress : callable, optional    told (what, done, total) along the way
-    top : int                        best plans to find, each exactly
+    top : int                        best deployments to find, each exactly
     time_limit_s : float, optional   after so long no further simulation is begun; what is open then makes the gap
-    evaluator : Evaluator, optional  of this question, with the costs and floors it already has, for others to share
+    scorer : Scorer, optional        of this problem, with the facts it already has, for others to share
 
     Raises
     ------
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    deadline = float("inf") if time_limit_s is None else monotonic() + time_limit_s
-    tell = progress or silent
-    check_lengths(question)
-    return _search(question, formulation, tell, top, deadline, evaluator)
+    deadline = inf if time_limit_s is None else monotonic() + time_limit_s
+    check_lengths(problem)
+    return _search(problem, formulation, progress or silent, top, deadline, scorer)
 
 
 def _search(
-    question: Question,
-    formulation: Formulation,
+    problem: Problem,
+    formulation: Formulations,
     tell: Progress,
     top: int,
     deadline: float,
-    evaluator: Evaluator | None = None,
+    scorer: Scorer | None = None,
 ) -> Answer:
     """As `search`, until a point in time."""
-    split = next((index for index, part in enumerate(question.objectives, 1) if part.tolerance), None)
+    split = next((index for index, part in enumerate(problem.objectives, 1) if part.tolerance), None)
     if split is not None:
-        return _search_near(question, split, formulation, tell, top, deadline)
-    listed = list_plans(question, formulation, tell)
-    evaluator = evaluator or Evaluator(question)
-    feasible = (*listed.plans, *listed.movable)
-    bounds = bound_plans(evaluator, feasible, question.objectives, tell, len(listed.plans))
-    queue = [
-        Queued(bound, index, feasible[index], index >= len(listed.plans))
-        for index, (bound, possible) in enumerate(bounds)
-        if possible
-    ]
-    queue.sort(key=lambda item: (item.bound, item.place))
-    run = simulate_queue(queue, evaluator, Moves(question, formulation), tell, top, deadline)
-    done, cut_short, repeated = run.done, run.cut_short, run.repeated
-    ranked = sorted((c for c in done if c.meets_slos), key=lambda c: rank(question, c))
-    best = ranked[0] if ranked else None
-    rest = [item.bound for item in queue[len(done) + cut_short + repeated :]]
-    # Where the search ran to its end, no bound of the rest is as good as the last of the plans to show.
-    last = question.costs(ranked[top - 1].metrics) if len(ranked) >= top else None
-    left = [bound for bound in rest if last is None or bound <= last]
-    beaten = [bound for bound in rest if last is not None and bound > last]
-    gap = how_far(question.costs(best.metrics), left) if best and listed.complete else None
-    # What is left when the time is up may be worth no more than what is found.
-    proved = listed.complete and (not left or gap == 0)
-    certificate = Certificate(
-        space=listed.space,
-        infeasible=listed.counts,
-        bounded=len(feasible) - len(queue) + len(beaten),
-        out_of_reach=len(feasible) - len(queue),
-        least_bound=question.objective.signed(min(beaten)[0]) if beaten else None,
-        incumbent=ranked[top - 1].value if beaten else None,
-        repeated=repeated,
-        simulated=len(done) + cut_short,
-        cut_short=cut_short,
-        missed=sum(not c.meets_slos for c in done),
-        left=len(left),
-        optimal=proved,
-        gap=gap,
-    )
-    if best is None and left:
-        reason = f"the time limit was reached with {len(left)} plans left, before one was found that meets the goals"
-        return Answer(status="unknown", best=None, candidates=(), certificate=certificate, reason=reason)
-    if best is None:
-        reason = why_not(evaluator, listed.plans or settled(question, formulation, listed, tell)[0], done)
-        return Answer(status="infeasible", best=None, candidates=(), certificate=certificate, reason=reason)
-    status: Status = "optimal" if proved else "feasible"
-    return Answer(status=status, best=ranked[0], candidates=tuple(ranked), certificate=certificate)
+        return _lexicographic(problem, split, formulation, tell, top, deadline)
+    best, tree = Best(problem, top), Tree(problem, scorer or Scorer(problem), formulation, tell)
+    found = tree.simulated(best, deadline)
+    good = [one for one in found if one.scored.meets_slos]
+    ranked = sorted((one.scored for one in good), key=lambda scored: rank(problem, scored))
+    tree.end(problem.costs(ranked[top - 1].metrics) if len(ranked) >= top else None)
+    ledger = Ledger(parts=tree.parts, best=problem.costs(ranked[0].metrics) if ranked else None)
+    of_part = {id(one.scored): one.part for one in good}
+    alone = tuple(next((s for s in ranked if of_part[id(s)] is single.part), None) for single in tree.singles)
+    if ranked:
+        status: Status = "optimal" if ledger.optimal else "feasible"
+        return Answer(status=status, candidates=tuple(ranked), alone=alone, ledger=ledger)
+    status = "unknown" if ledger.waiting else "infeasible"
+    return Answer(status=status, candidates=(), alone=alone, ledger=ledger, reason=tree.why_not(found))
 
 
-def _search_near(
-    question: Question, split: int, formulation: Formulation, tell: Progress, top: int, deadline: float
+def _lexicographic(
+    problem: Problem, split: int, formulation: Formulations, tell: Progress, top: int, deadline: float
 ) -> Answer:
-    """The best by the first objectives, then by the others among the plans that are as good but for a tolerance."""
-    aims = tuple(replace(part, tolerance=0.0) for part in question.objectives[:split])
-    first = _search(replace(question, objective=aims[0], then=aims[1:]), formulation, tell, 1, deadline)
+    """The best by the first objectives, then by the others among what is as good but for a tolerance."""
+    aims = tuple(replace(part, tolerance=0.0) for part in problem.objectives[:split])
+    first = _search(replace(problem, objective=aims[0], then=aims[1:]), formulation, tell, 1, deadline)
     if first.best is None:
         return first
-    near = (goal for part in question.objectives[:split] for goal in part.near(part.value(first.best.metrics)))
-    objective, *then = question.objectives[split:]
-    nearer = replace(question, objective=objective, then=tuple(then), near=(*question.near, *near))
+    metrics = first.best.metrics
+    near = (goal for part in problem.objectives[:split] for goal in part.near(part.value(metrics)))
+    objective, *then = problem.objectives[split:]
+    nearer = replace(problem, objective=objective, then=tuple(then), near=(*problem.near, *near))
     found = _search(nearer, formulation, tell, top, deadline)
-    proved = first.certificate.optimal and found.certificate.optimal
-    certificate = replace(
-        found.certificate,
-        before=(first.certificate, *found.certificate.before),
-        optimal=proved,
-        gap=found.certificate.gap if first.certificate.optimal else None,
-    )
-    evaluator = Evaluator(question)
-    ranked = tuple(
-        replace(c, value=question.objective.value(c.metrics), bound=evaluator.bound(c.plan)[0])
-        for c in found.candidates or first.candidates
-    )
+    for part, before in zip(found.ledger.parts, first.ledger.parts, strict=True):
+        part.before = (before, *part.before)
+    scorer = Scorer(problem)
+
+    def retold(scored: Scored) -> Scored:
+        """By the first objective; of several pools no bound is known before they are dealt to."""
+        bound = None if problem.mixed else scorer.bounds(scored.deployment)[0][0]
+        return replace(scored, value=problem.objective.value(scored.metrics), bound=bound)
+
+    alone = (after or before for after, before in zip(found.alone, first.alone, strict=True))
     return Answer(
-        status="optimal" if proved else "feasible", best=ranked[0], candidates=ranked, certificate=certificate
+        status="optimal" if found.ledger.optimal else "feasible",
+        candidates=tuple(map(retold, found.candidates or first.candidates)),
+        alone=tuple(scored and retold(scored) for scored in alone),
+        ledger=found.ledger,
     )
 
 
-def judge(question: Question, plan: Plan, progress: Progress | None = None) -> Answer:
-    """Score one given plan; infeasible where it cannot run, feasible otherwise, with the SLOs it misses.
+class Tree:
+    """The deployments of a problem, by shape.
+
+    Parameters
+    ----------
+    problem : Problem
+    scorer : Scorer
+    formulation : Formulations
+    tell : callable      told (what, done, total) along the way
+    """
+
+    def __init__(self, problem: Problem, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
+        self.problem, self.scorer = problem, scorer
+        self._formulation, self._tell = formulation, tell
+        self.singles = [
+            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in problem.types
+        ]
+        self._others: list[Mixed | Pipelines] = []
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What became of each shape."""
+        return tuple(shape.part for shape in (*self.singles, *self._others))
+
+    def simulated(self, incumbent: Incumbent, deadline: float) -> list[Simulated]:
+        """Everything that may matter, simulated: what one type of GPU does alone, then several together."""
+        found = self._best_first(self.singles, incumbent, deadline)
+        if not self.problem.mixed:
+            return found
+        mixed = self._mixed(incumbent)
+        scouts = self._scouts(mixed, incumbent, found, deadline)
+        self._others = [*mixed, *self._pipelines()]
+        found += self._best_first(self._others, incumbent, deadline, scouts)
+        # Where time was up before their turn, those known beforehand may be the best all the same.
+        known = {one.scored.deployment for one in found}
+        return found + [
+            Simulated(part=part, scored=one) for one, part in scouts.values() if one.deployment not in known
+        ]
+
+    def end(self, last: Costs | None) -> None:
+        """Close the parts, with `last` the costs of the last of the deployments to show."""
+        for part in self.parts:
+            part.end(last)
+
+    def why_not(self, found: Sequence[Simulated]) -> str:
+        """Why no deployment is an answer, with the numbers of the one that comes closest."""
+        reasons = [
+            self._why_not(single, [one.scored for one in found if one.part is single.part]) for single in self.singles
+        ]
+        if not self.problem.mixed:
+            return reasons[0]
+        told = [f"{name} alone: {reason}" for name, reason in zip(self.problem.types, reasons, strict=True)]
+        for shape, where, what, none in _TOGETHER:
+            parts = [part for part in self.parts if part.shape == shape]
+            if left := sum(part.waiting for part in parts):
+                told.append(f"{where}: the time limit was reached with {left} {what}left")
+            elif tried := sum(part.bounded + part.simulated for part in parts):
+                told.append(f"{where}: none of {tried} {what}meets the SLOs")
+            elif parts and none:
+                told.append(f"{where}: {none}")
+        return "; ".join(told)
+
+    def _best_first(
+        self,
+        shapes: Iterable[Branches],
+        incumbent: Incumbent,
+        deadline: float,
+        known: dict[Deployment, tuple[Scored, Part]] | None = None,
+    ) -> list[Simulated]:
+        """One search, in which some deployments are known already."""
+
+        def challenge(deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
+            if known is not None and deployment in known:
+                return known[deployment][0]
+            if self.problem.mixed and len(deployment.pools) > 1 and worst == FREE:
+                worst = self.scorer.any_cost  # a run of several pools ends once it misses a goal, in any case
+            return self.scorer.challenge(deployment, bounds, worst)
+
+        def prepare(deployments: Iterable[Deployment]) -> None:
+            tell_compiling(self._tell, self.problem, (pool.plan for one in deployments for pool in one.pools))
+
+        branches = (branch for shape in shapes for branch in shape.branches())
+        return best_first(branches, incumbent, challenge, self._tell, deadline, prepare)
+
+    def _mixed(self, incumbent: Incumbent) -> list[Mixed]:
+        """Deployments with a pool on each of two types of GPU or more."""
+        options = []
+        for single in self.singles:
+            pools = [Pool(plan=plan, gpu=single.gpu) for plan in single.plans()]
+            options.append(options_of(single.facts, pools, self._tell))
+        return [
+            Mixed(
+                self.problem,
+                [self.singles[place] for place in places],
+                [options[place] for place in places],
+                incumbent.admits,
+                self._tell,
+            )
+            for size in range(2, len(self.singles) + 1)
+            for places in combinations(range(len(self.singles)), size)
+        ]
+
+    def _pipelines(self) -> list[Pipelines]:
+        """Pipelines over two types of GPU."""
+        types = self.problem.types
+        return [
+            Pipelines(self.scorer.facts(types[one], types[other]), self._formulation, self._tell)
+            for one, other in combinations(range(len(types)), 2)
+            if joined(self.problem, one, other) is not None
+        ]
+
+    def _scouts(
+        self, mixed: Sequence[Mixed], incumbent: Incumbent, found: Sequence[Simulated], deadline: float
+    ) -> dict[Deployment, tuple[Scored, Part]]:
+        """Some of the best plans of each type side by side, simulated beforehand."""
+        alone = {}
+        for single in self.singles:
+            good = [one.scored for one in found if one.part is single.part and one.scored.meets_slos]
+            alone[single.part.types] = sorted(good, key=lambda scored: rank(self.problem, scored))
+        scouts: dict[Deployment, tuple[Scored, Part]] = {}
+        for shape in mixed:
+            if monotonic() > deadline:
+                break
+            for deployment, bound in shape.scouts([alone[(name,)] for name in shape.part.types]):
+                self._tell("simulating plans", len(scouts), 0)
+                worst = incumbent.worst(shape.part)
+                aims = self.scorer.any_cost if worst == FREE else worst
+                scored = self.scorer.challenge(deployment, bound, aims)
+                if scored is not None and scored.meets_slos:
+                    scouts[deployment] = scored, shape.part
+                    incumbent.scouted([one for one, _ in scouts.values()])
+        return scouts
+
+    def _why_not(self, single: Single, done: Sequence[Scored]) -> str:
+        """Why no plan of one type of GPU is an answer."""
+        problem = single.facts.problem
+        if single.part.waiting:
+            left = single.part.waiting
+            return f"the time limit was reached with {left} plans left, before one was found that meets the goals"
+        if not single.space.feasible:
+            return nearest_violation(problem.instance())
+        closest = min(done, key=lambda scored: _miss(problem, scored), default=None)
+        if closest is None:
+            # Every plan was ruled out by a bound; the one with the least bound shows by how much.
+            plans = (Deployment.of(plan, single.gpu) for plan in single.plans())
+            closest = self.scorer.simulate(min(plans, key=lambda one: self.scorer.bounds(one)[0][0]))
+        return (
+            f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses "
+            f"{misses(closest.metrics, problem.slos)}: relax these, offer more or faster GPUs, or lighten the trace"
+        )
+
+
+_TOGETHER: Final[tuple[tuple[Shape, str, str, str], ...]] = (
+    ("mixed", "together", "fleets ", ""),
+    ("pipeline", "pipelines over two types", "", "none fits the memory"),
+)
+
+
+def judge(problem: Problem, deployment: Deployment, progress: Progress | None = None) -> Answer:
+    """Score one given deployment; infeasible where it cannot run, feasible otherwise, with the goals it misses.
 
     Raises
     ------
     CapacityError    a request that no plan of this model could serve
     """
-    check_lengths(question)
-    broken = violations(question.instance(), plan)
-    # Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
-    fatal = [v for v in broken if v.family not in ("balance", "bandwidth")]
-    nothing = Certificate(
+    check_lengths(problem)
+    tell, scorer = progress or silent, Scorer(problem)
+    types = tuple(name for pool in deployment.pools for name in (pool.types or problem.types))
+    part = Part(
+        shape="single" if len(types) == 1 else "mixed" if len(deployment.pools) > 1 else "pipeline",
+        types=types,
+        objective=problem.objective,
         space=1,
         infeasible=dict.fromkeys(FAMILIES, 0),
-        bounded=0,
-        simulated=0,
-        cut_short=0,
-        missed=0,
-        optimal=True,
-        gap=None,
     )
-    if fatal:
-        infeasible = {**nothing.infeasible, fatal[0].family: 1}
-        reason = f"{plan} cannot run: " + "; ".join(f"{v.family}: {v.text}" for v in fatal)
-        return Answer(
-            status="infeasible",
-            best=None,
-            candidates=(),
-            certificate=replace(nothing, infeasible=infeasible),
-            reason=reason,
-        )
-    tell = progress or silent
-    evaluator = Evaluator(question, gaps=int(question.trace.output.sum()) <= MOST_GAPS)
-    tell_compiling(tell, evaluator, [plan])
+    if fatal := tuple(scorer.faults(deployment)):
+        part.infeasible[fatal[0].family] = 1
+        reason = f"{deployment} cannot run: " + "; ".join(f"{v.family}: {v.text}" for v in fatal)
+        return Answer(status="infeasible", candidates=(), alone=(), ledger=Ledger(parts=(part,)), reason=reason)
+    if int(problem.trace.output.sum()) <= MOST_GAPS:
+        scorer = Scorer(problem, gaps=True)
+    tell_compiling(tell, problem, (pool.plan for pool in deployment.pools))
     tell("simulating the plan", 0, 1)
-    candidate = evaluator.simulate(plan, evaluator.bound(plan)[0])
-    certificate = replace(nothing, simulated=1, missed=int(not candidate.meets_slos), gap=0.0)
-    return Answer(status="feasible", best=candidate, candidates=(candidate,), certificate=certificate)
+    bound = scorer.bounds(deployment)[0][0] if len(deployment.pools) == 1 else None
+    scored = scorer.simulate(deployment, bound)
+    part.seen.append(deployment)
+    part.missed, part.best = int(not scored.meets_slos), problem.costs(scored.metrics)
+    return Answer(status="feasible", candidates=(scored,), alone=(), ledger=Ledger(parts=(part,), best=part.best))
 
 
-class Queued(NamedTuple):
-    """A plan to simulate: its bounds, its place among equals, and whether its layers are yet to be moved."""
-
-    bound: Costs
-    place: int
-    plan: Plan
-    movable: bool
-
-
-class Simulated(NamedTuple):
-    """Plans with a score, how many were cut short, and how many turned out to be others with their layers even."""
-
-    done: list[Candidate]
-    cut_short: int
-    repeated: int
-
-
-def simulate_queue(
-    queue: Sequence[Queued],
-    evaluator: Evaluator,
-    moves: Callable[[Plan], Plan | None],
-    tell: Progress,
-    top: int,
-    deadline: float,
-    worst: Costs = (float("inf"),),
-) -> Simulated:
-    """Score plans best bound first, a round at a time, until no bound can beat the `top`-th best or time is up.
-
-    None is scored that is worse than `worst` from the beginning.
-    """
-    question = evaluator.question
-    done: list[Candidate] = []
-    cut_short = repeated = position = 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        while position < len(queue):
-            items = [item for item in queue[position : position + ROUND] if item.bound <= worst]
-            if not items or (position and monotonic() > deadline):
-                break
-            position += len(items)
-            moved = [moves(item.plan) if item.movable else item.plan for item in items]
-            batch = [(item.bound, plan) for item, plan in zip(items, moved, strict=True) if plan is not None]
-            repeated += len(items) - len(batch)
-            tell_compiling(tell, evaluator, (plan for _, plan in batch))
-            for candidate in pool.map(partial(_challenge, evaluator, worst), batch):
-                if candidate is None:
-                    cut_short += 1
-                else:
-                    done.append(candidate)
-                tell("simulating plans", len(done) + cut_short, len(queue))
-            good = sorted(question.costs(c.metrics) for c in done if c.meets_slos)
-            worst = min(worst, good[top - 1]) if len(good) >= top else worst
-    return Simulated(done, cut_short, repeated)
-
-
-def how_far(best: Costs, left: Iterable[Costs]) -> float:
-    """How far the best found can be from the best there is, as a share, where what is left has these bounds.
-
-    It is that by the first objective in which any of what is left, being as good by those before, can be better; 0
-    where none can.
-    """
-    equal = list(left)
-    for place, cost in enumerate(best):
-        slack = 4 * ROUNDING * abs(cost)  # bounds are lowered by what rounding may have added
-        least = min((bound[place] for bound in equal), default=cost)
-        if least < cost - slack:
-            return (cost - least) / abs(cost)
-        equal = [bound for bound in equal if bound[place] <= cost + slack]
-    return 0.0
-
-
-def _challenge(evaluator: Evaluator, worst: Costs, item: tuple[Costs, Plan]) -> Candidate | None:
-    bound, plan = item
-    return evaluator.challenge(plan, bound[0], worst)
-
-
-def _enumerate(instance: Instance, formulation: Formulation) -> tuple[dict[str, int], Enumeration]:
-    """Feasible plans, and how many of the space each constraint family takes away in turn."""
-    left = formulation.count(instance, ())
-    counts = {"space": left}
-    for index, family in enumerate(_COUNTED):
-        after = formulation.count(instance, _COUNTED[: index + 1])
-        counts[family] = left - after
-        left = after
-    feasible = formulation.enumerate(instance)
-    held = feasible
-    if instance.tpot_limit_ns is not None:
-        held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
-    listed, fast = (len(found.plans) + len(found.movable) for found in (held, feasible))
-    counts["memory"], counts["bandwidth"] = left - listed, listed - fast
-    return counts, feasible
-
-
-def check_lengths(question: Question) -> None:
-    """Refuse a prompt that fills the model's length by itself: no plan helps."""
-    longest = int(question.trace.prompt.max())
-    if longest >= question.settings.max_model_len:
-        raise CapacityError(
-            f"request {int(question.trace.prompt.argmax())}: a prompt of {longest} tokens leaves no room to answer "
-            f"within max_model_len {question.settings.max_model_len}; {question.model.name} is made for "
-            f"{question.model.max_position} tokens: raise max_model_len, or use another model or a trace with shorter "
-            "prompts"
-        )
-
-
-def rank(question: Question, candidate: Candidate) -> tuple[Costs, int, str]:
+def rank(problem: Problem, scored: Scored) -> tuple[Costs, int, str]:
     """Better first: the objectives in turn, fewer GPUs, the text form, so that ties fall the same way every time."""
-    return question.costs(candidate.metrics), candidate.plan.devices, str(candidate.plan)
+    return problem.costs(scored.metrics), scored.devices, scored.text
 
 
-def _miss(question: Question, candidate: Candidate) -> float:
-    """How far a plan is from the goals it misses: the worst relative excess."""
-    missed = (slo for slo in question.slos if not candidate.metrics.slo_met[slo.text])
-    return max((-slo.margin(candidate.metrics.judged(slo)) for slo in missed), default=0.0)
+def _miss(problem: Problem, scored: Scored) -> float:
+    """How far a run is from the goals it misses: the worst relative excess."""
+    missed = (goal for goal in problem.slos if not scored.metrics.slo_met[goal.text])
+    return max((-goal.margin(scored.metrics.judged(goal)) for goal in missed), default=0.0)
 
 
-def why_not(evaluator: Evaluator, plans: Sequence[Plan], done: Sequence[Candidate]) -> str:
-    """One sentence on why none of the feasible plans is an answer, with the numbers of the one that comes closest."""
-    question = evaluator.question
-    if not plans:
-        return nearest_violation(question.instance())
-    closest = min(done, key=lambda c: _miss(question, c), default=None)
-    if closest is None:
-        # Every plan was ruled out by a bound; the one with the least bound shows by how much.
-        first = min(plans, key=lambda plan: evaluator.bound(plan)[0])
-        closest = evaluator.simulate(first)
-    return (
-        f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses "
-        f"{misses(closest.metrics, question.slos)}: relax these, offer more or faster GPUs, or lighten the trace"
-    )
-
-
-def tell_compiling(tell: Progress, evaluator: Evaluator, plans: Iterable[Plan]) -> None:
+def tell_compiling(tell: Progress, problem: Problem, plans: Iterable[Plan]) -> None:
     """Say that the next simulations will take longer, where they will."""
     from apex_opt.simulator.pack import needs_compiling
 
-    if any(needs_compiling(evaluator.question.settings_for(plan), plan.stages) for plan in plans):
+    if any(needs_compiling(problem.settings_for(plan), plan.stages) for plan in plans):
         tell("compiling the simulator, once on this machine: a few seconds", 0, 0)
 
 

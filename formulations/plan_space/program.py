@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enumeration:
-    """Plans that satisfy the chosen families; `complete` unless a limit was hit.
+    """Plans of one replica that satisfy the chosen families; `complete` unless a limit was hit.
 
     `movable` are plans of several stages, given with even ones, whose layers can be split such that they fit: each
     stands for the plan with the layers that `PlanSpace.moved` finds.
@@ -165,7 +165,9 @@ class PlanSpace:
     def enumerate(
         self, instance: Instance, families: Sequence[str] = FAMILIES, time_limit_s: float | None = None
     ) -> Enumeration:
-        """All plans that satisfy the chosen families, in a fixed order; of the movable ones only "bandwidth" is chosen.
+        """All plans of one replica that satisfy the chosen families, in a fixed order.
+
+        Of the movable ones only "bandwidth" is chosen.
 
         Raises
         ------
@@ -181,8 +183,8 @@ class PlanSpace:
         left = None if time_limit_s is None else max(time_limit_s - spent, 0.01)
         movable, all_movable = self._movable(instance, families, left)
         return Enumeration(
-            plans=_replicated(instance, even),
-            movable=_replicated(instance, movable),
+            plans=tuple(sorted(even, key=_order)),
+            movable=tuple(sorted(movable, key=_order)),
             complete=complete and all_movable,
             wall_s=time.perf_counter() - started,
         )
@@ -256,17 +258,7 @@ def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variab
     return None
 
 
-def _replicated(instance: Instance, cuts: Sequence[Plan]) -> tuple[Plan, ...]:
-    """Every number of replicas of each cut that finds room, in a fixed order."""
-    every = (
-        replace(cut, replicas=replicas)
-        for cut in cuts
-        for replicas in range(1, instance.max_devices // cut.devices + 1)
-    )
-    return tuple(sorted(every, key=_order))
-
-
 def _order(plan: Plan) -> tuple[Any, ...]:
     cells = plan.attention, plan.ffn, plan.weight_format, plan.kv_format
     limits = plan.max_num_seqs or 0, plan.max_num_batched_tokens or 0
-    return (plan.devices, plan.replicas, plan.stages, *cells, *limits)
+    return (plan.devices, plan.stages, *cells, *limits)

@@ -1,0 +1,122 @@
+"""What is deployed: pools of replicas, each with a plan of its own; and its text form.
+
+``h100-sxm-80gb: dp2 attn(tp4) ffn(tp4) bf16 + a100-sxm-80gb: attn(tp8) ffn(tp8) bf16`` reads: the same model is served
+by two pools side by side, one on each type of GPU, each by its plan. Where there is but one type of GPU a pool stands
+without it, so that every plan is a deployment. A pool whose pipelines span types names them all, and its plan says
+which stages are where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.plan.plan import parse_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.ir.model import Model
+    from apex_opt.plan.plan import Plan
+
+_BETWEEN: Final = " + "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """Replicas that are alike, on GPUs of one type, or of the types that the plan's stages name.
+
+    `gpu` is the name of the type where there are several to choose from and the stages name none.
+    """
+
+    plan: Plan
+    gpu: str | None = None
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Names of its types of GPU; none where there is but one to choose from."""
+        return tuple(name for name, _ in self.plan.on) or (() if self.gpu is None else (self.gpu,))
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (_BETWEEN.join(self.types), str(self.plan))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Pools side by side, which requests are dealt to.
+
+    Raises
+    ------
+    UsageError    no pool, or two on the same type of GPU
+    """
+
+    pools: tuple[Pool, ...]
+
+    def __post_init__(self) -> None:
+        if not self.pools:
+            raise UsageError("a deployment has at least one pool")
+        names = [name for pool in self.pools for name in (pool.types or ("",))]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"plan: {twice} has two pools; give each type of GPU one plan")
+
+    @classmethod
+    def of(cls, plan: Plan, gpu: str | None = None) -> Deployment:
+        """One pool alone."""
+        return cls(pools=(Pool(plan=plan, gpu=gpu),))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the only pool."""
+        (pool,) = self.pools
+        return pool.plan
+
+    @property
+    def devices(self) -> int:
+        """GPUs it takes."""
+        return sum(pool.plan.devices for pool in self.pools)
+
+    def __str__(self) -> str:
+        return _BETWEEN.join(map(str, self.pools))
+
+
+def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deployment:
+    """Read the text form of a deployment.
+
+    Parameters
+    ----------
+    text : str              pools between " + ", each `TYPE: PLAN`; the type is left out where there is but one
+    model : Model           its layers are split over the stages
+    types : names of the types of GPU that there are
+
+    Raises
+    ------
+    UsageError          a pool without its type where there are several, one for the wrong types, an unreadable plan
+    UnknownNameError    a type that there is not
+    """
+    pools, before = [], list[str]()
+    for part in text.split(_BETWEEN):
+        head, colon, words = part.rpartition(": ")
+        if not colon and part.strip() in types:
+            before.append(part.strip())  # a pipeline over types names all of them before its plan
+            continue
+        names = [*before, head.strip()] if colon else before
+        for name in names:
+            if name not in types:
+                raise UnknownNameError("type of GPU", name[:60], types)
+        plan, before = parse_plan(words, model), []
+        stages = [name for name, _ in plan.on]
+        if plan.on and names and names != stages:
+            raise UsageError(f"plan {text!r:.100}: on= puts stages on {', '.join(stages)}, not on {', '.join(names)}")
+        if not plan.on and len(names) > 1:
+            raise UsageError(f"plan {text!r:.100}: say with on= which stages are on {' and which on '.join(names)}")
+        if not names and not plan.on and len(types) > 1:
+            raise UsageError(
+                f"plan {text!r:.100}: say on which of {', '.join(types)} it runs, as in {types[0]}: {words.strip():.60}"
+            )
+        pools.append(Pool(plan=plan, gpu=None if plan.on or len(types) == 1 else names[0]))
+    if before:
+        raise UsageError(f"plan {text!r:.100}: {before[-1]} is followed by no plan")
+    # In the order of the types, as a search has them: requests are dealt in that order.
+    pools.sort(key=lambda pool: min((types.index(name) for name in pool.types), default=0))
+    return Deployment(pools=tuple(pools))

@@ -1,0 +1,113 @@
+"""Answers over several types of GPU as a page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from apex_opt.report.document import cleaned
+from apex_opt.report.launch import launch_section
+from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.placement import where_table
+from apex_opt.report.tables import (
+    beside_table,
+    candidates_table,
+    certificate_line,
+    memory_table,
+    question_line,
+    service_tables,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from apex_opt.placement import Assignment
+    from apex_opt.report.document import Document
+
+
+def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:
+    """An answer with the GPUs of each part of its best fleet."""
+    parts = [
+        part | {"replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)]}
+        for part, assignment in zip(document["best"]["parts"], assignments, strict=True)
+    ]
+    return document | {"best": cleaned(document["best"] | {"parts": parts})}
+
+
+def mixed_page(document: Document) -> str:
+    """The same for people."""
+    return page(lambda console: _page(console, document))
+
+
+def _page(console: Console, document: Document) -> None:
+    best, question = document["best"], document["question"]
+    question_line(console, question)
+    notes_lines(console, document)
+    if best is None:
+        console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
+    else:
+        aims = ", ".join(map(aim, (document["objective"], *document["then"])))
+        text = f" on {count(best['gpus'], 'GPU')}, {aims}\n"
+        console.print(Text.assemble("best fleet: ", (best["plan"], "bold green"), text))
+        parts_table(console, best["parts"])
+        for part in best["parts"]:
+            if "replicas" in part:
+                where_table(console, part["replicas"], f"Where it goes: {part['gpu']}")
+        _alone(console, document)
+        if len(document["candidates"]) > 1:
+            candidates_table(console, document, "fleet")
+        if "beside" in document:
+            beside_table(console, document)
+        pools_tables(console, best)
+    certificate_line(console, document)
+    if best is not None:
+        if document["gap"] is not None and not document["optimal"]:
+            console.print(f"The best there is may be better by up to {document['gap']:.1%}.\n")
+        provenance_table(console, document["provenance"])
+    if "launch" in document:
+        launch_section(console, document["launch"])
+
+
+def pools_tables(console: Console, best: Document) -> None:
+    """The latencies and service of a deployment, and the memory of each of its pools."""
+    service_tables(console, best["metrics"])
+    for part in best["parts"]:
+        memory_table(console, f"Memory per GPU, GB: {part['gpu']}", part["memory"])
+
+
+def parts_table(console: Console, parts: Sequence[Document]) -> None:
+    """What each type of GPU does."""
+    heads = ("GPU type", "plan", "GPUs", "requests", "share", "kJ", "MFU", "MBU", "idle")
+    rows = [
+        (
+            part["gpu"],
+            part["plan"],
+            str(part["gpus"]),
+            f"{part['requests']:,}",
+            f"{part['share']:.1%}",
+            f"{part['energy_j'] / 1e3:,.1f}",
+            f"{part['mfu']:.1%}",
+            f"{part['mbu']:.1%}",
+            seconds(part["operations_s"]["idle"]),
+        )
+        for part in parts
+    ]
+    table(console, "Parts of the fleet", heads, rows, left={0, 1}, kept=range(5))
+
+
+def _alone(console: Console, document: Document) -> None:
+    """The best plan of each type alone, and what it loses to the fleet."""
+    objective = document["objective"]
+    rows = []
+    for pool, fleet in zip(document["question"]["cluster"]["pools"], document["alone"], strict=True):
+        if fleet is None:
+            rows.append((pool["gpu"], "none meets the constraints and goals", "-", "-", "-"))
+            continue
+        loss = "-" if fleet["loss"] is None else f"{fleet['loss']:.1%}"
+        plan = fleet["parts"][0]["plan"]
+        rows.append((pool["gpu"], plan, str(fleet["gpus"]), amount(fleet["value"], objective["unit"]), loss))
+    heads = ("GPU type", "plan", "GPUs", objective["name"], "loss")
+    table(console, "Best plan of each type alone", heads, rows, left={0, 1})

@@ -1,0 +1,184 @@
+"""The one search: best first over a tree of deployments whose branches are looked into only when their turn comes.
+
+A branch has its children in the order of their bounds, and no child's bound is better than that of the branch it is on.
+So the heap holds, of every branch, the next child alone (Lawler, Management Science 18(7), 1972; Murty, Operations
+Research 16(3), 1968), products of choices are never listed, and a child that cannot matter closes all after it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from apex_opt.plan.deployment import Deployment
+    from apex_opt.search.answer import Scored
+    from apex_opt.search.incumbent import Incumbent
+    from apex_opt.search.ledger import Costs, Part
+
+    Progress = Callable[[str, int, int], None]
+
+ROUND: Final = 4
+"""Deployments simulated side by side before the incumbent is updated; fixed, so that results do not depend on the
+cores."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """A deployment to simulate, once what is decided late is decided.
+
+    Parameters
+    ----------
+    deployment : Deployment
+    bound : tuple of float     of its costs
+    late : callable or None    gives the deployment with its layers moved; None where it turns out to be another one, or
+                               none
+    """
+
+    deployment: Deployment
+    bound: Costs
+    late: Callable[[Deployment], Deployment | None] | None = None
+
+    def decided(self) -> Deployment | None:
+        return self.deployment if self.late is None else self.late(self.deployment)
+
+
+class Branch(Protocol):
+    """Children side by side, in the order of their bounds."""
+
+    @property
+    def part(self) -> Part:
+        """What they are a part of."""
+        ...
+
+    @property
+    def bounds(self) -> Sequence[Costs]:
+        """Of each child, what none of its deployments can beat."""
+        ...
+
+    def leaves(self, first: int, last: int) -> int:
+        """Deployments of the children from one on, up to another."""
+        ...
+
+    def child(self, place: int) -> Leaf | Iterable[Branch]:
+        """A child: a deployment, or the branches below it."""
+        ...
+
+
+class Branches(Protocol):
+    """A shape that deployments can have."""
+
+    def branches(self) -> Iterable[Branch]:
+        """The branches of its root."""
+        ...
+
+
+class Queue:
+    """A branch of deployments that are known one by one, in the order in which they are looked at."""
+
+    def __init__(self, part: Part, leaves: Sequence[Leaf]) -> None:
+        self.part, self._leaves = part, leaves
+        self.bounds = [leaf.bound for leaf in leaves]
+
+    def leaves(self, first: int, last: int) -> int:
+        return last - first
+
+    def child(self, place: int) -> Leaf:
+        return self._leaves[place]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """A deployment that was simulated to its end."""
+
+    part: Part
+    scored: Scored
+
+
+def best_first(
+    branches: Iterable[Branch],
+    incumbent: Incumbent,
+    challenge: Callable[[Deployment, Costs, Costs], Scored | None],
+    tell: Progress,
+    deadline: float,
+    prepare: Callable[[Iterable[Deployment]], None],
+) -> list[Simulated]:
+    """Simulate the deployments that may matter, the best bound first, a round at a time.
+
+    Parameters
+    ----------
+    branches : of the root
+    incumbent : Incumbent    what the search is after
+    challenge : callable     scores a deployment with its bound, or finds that it misses a goal or costs more than given
+    tell : callable          told (what, done, total) along the way
+    deadline : float         point in time after which no further round is begun; what is open then is left
+    prepare : callable       told what is about to be simulated
+
+    Returns
+    -------
+    list of Simulated        those simulated to their end, in order; the parts tell what became of all others
+    """
+    heap: list[tuple[Costs, int, int, Branch]] = []
+    turns = count()
+    done: list[Simulated] = []
+
+    def push(branch: Branch, place: int) -> None:
+        if place < len(branch.bounds):
+            heapq.heappush(heap, (incumbent.order(branch.bounds[place]), next(turns), place, branch))
+
+    for branch in branches:
+        push(branch, 0)
+    begun = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        while heap and not (begun and monotonic() > deadline):
+            round_: list[tuple[Part, Leaf]] = []
+            while heap and len(round_) < ROUND:
+                _, _, place, branch = heapq.heappop(heap)
+                bound, part = branch.bounds[place], branch.part
+                if not incumbent.admits(bound, part):
+                    after = len(branch.bounds) if incumbent.in_order else place + 1
+                    part.beat(bound, branch.leaves(place, after))
+                    push(branch, after)
+                    continue
+                push(branch, place + 1)
+                child = branch.child(place)
+                if isinstance(child, Leaf):
+                    round_.append((part, child))
+                    continue
+                for below in child:
+                    push(below, 0)
+                if monotonic() > deadline:
+                    break
+            decided = [(part, leaf, leaf.decided()) for part, leaf in round_]
+            for part, _, deployment in decided:
+                if deployment is None:
+                    part.vanish()
+            runs = [(part, leaf, found) for part, leaf, found in decided if found is not None]
+            prepare(found for _, _, found in runs)
+            scores = threads.map(lambda run: challenge(run[2], run[1].bound, incumbent.worst(run[0])), runs)
+            begun += len(runs)
+            good = []
+            for (part, _, deployment), scored in zip(runs, scores, strict=True):
+                part.seen.append(deployment)
+                if scored is None:
+                    part.cut_short += 1
+                    continue
+                done.append(Simulated(part=part, scored=scored))
+                if scored.meets_slos:
+                    good.append((scored, part))
+                else:
+                    part.missed += 1
+            for scored, part in good:
+                incumbent.take(scored, part)
+            tell("simulating plans", begun, begun + len(heap))
+    for _, _, place, branch in heap:
+        for place_, bound in enumerate(branch.bounds[place:], place):
+            branch.part.left.append((bound, branch.leaves(place_, place_ + 1)))
+    return done

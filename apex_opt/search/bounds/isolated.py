@@ -1,0 +1,210 @@
+"""Lower bounds on what a plan can reach, without simulating it.
+
+Why they are admissible. A batch that holds a sequence takes at least the least any batch takes, plus that sequence's
+own attention at the lowest rate in the tables; other sequences only add. Of the prompts of a batch, time is the sum
+over no more copies than there are prompts: at least their mean, hence the least of one, and at least the sequence's own
+share. A stage runs one batch at a time and the next token of a sequence needs its last one, so a request cannot take
+less than its own batches one after the other; where sequences may be preempted in a pipeline, `_overtaken` says what
+is left of that. A preempted sequence computes tokens again, as a chunk over at least as
+many pairs as it holds tokens. Of a prompt, only what another request says as well can be found in a cache. Waiting in
+queues and routing only add. The slowest of the stages is no faster than their mean, and a batch is of one size on all:
+so sums of the least over all layers bound every split of these into as many stages. Where tables are not monotone
+their least entries are taken.
+Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from apex_opt.simulator.content import number_pieces
+from apex_opt.simulator.law import RATE_BITS
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.cost.least import Least
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.workload.trace import Trace
+
+    Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFloor:
+    """Least times of one stage.
+
+    `batch_ns` of any batch; `token_ns` of a prompt token and `decode_token_ns` of a later one within the batch that
+    computes it; `pair_rate` of a query-key pair of a prompt and `context_rate` of a token held when a later one is
+    computed, in 2**-20 ns.
+    """
+
+    batch_ns: int
+    token_ns: float
+    decode_token_ns: float
+    pair_rate: int
+    context_rate: int
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of(cls, law: BatchLaw) -> StageFloor:
+        """The floor of a batch law; laws are the same where they are the same object, and stages share them."""
+        context = int(law.context_rate[1:].min())
+        least = int(law.decode_ns[1:].min())
+        # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].
+        per_token = float((law.decode_ns[1:] / np.arange(1, len(law.decode_ns))).min())
+        mixed, chunk = law.mixed_ns[2:], law.chunk_ns[2:]
+        if not len(mixed):
+            return cls(
+                batch_ns=least,
+                token_ns=per_token,
+                decode_token_ns=per_token,
+                pair_rate=context,
+                context_rate=context,
+            )
+        tokens = np.arange(2, len(law.mixed_ns))
+        pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
+        every = int(law.sequence_ns[1:].min()) + int(law.attend_ns.min())
+        return cls(
+            batch_ns=min(least, int(mixed.min()) + int(chunk.min()) + every),
+            token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
+            decode_token_ns=min(per_token, float((mixed / tokens).min())),
+            pair_rate=min(context, pair // law.copies),
+            context_rate=min(context, again // law.copies),
+        )
+
+    @classmethod
+    def mean(cls, least: Least, stages: int, copies: int) -> StageFloor:
+        """The mean floor of the stages of a pipeline, however its layers are split.
+
+        A table entry is rounded to the nearest nanosecond and a rate to the nearest 2**-20 ns, four entries a batch.
+        """
+        scale, rates = NS_PER_S / stages, NS_PER_S * (1 << RATE_BITS) / stages
+        batch = min(least.decode, least.mixed + least.chunk + least.sequence + least.attend)
+        token = min(least.decode_share, least.mixed_share + least.chunk_share / copies)
+        return cls(
+            batch_ns=max(int(batch * scale) - _ROUNDED, 0),
+            token_ns=max(token * scale - _ROUNDED, 0.0),
+            decode_token_ns=max(min(least.decode_share, least.mixed_share) * scale - _ROUNDED, 0.0),
+            pair_rate=max(int(min(least.context, least.pair / copies) * rates) - _ROUNDED, 0),
+            context_rate=max(int(min(least.context, least.again / copies) * rates) - _ROUNDED, 0),
+        )
+
+
+_ROUNDED: Final = 3
+"""Most that rounding four table entries and cutting off what is lost to an integer takes away, in units of each."""
+
+
+def isolated(
+    settings: EngineSettings, floors: Sequence[StageFloor], trace: Trace, *, overtaking: bool = False
+) -> tuple[Ints, Ints]:
+    """Times that no request can beat: from its arrival to its first token, and from there to its last.
+
+    Where only the mean floor of the stages is known, so many equal to it serve as well: the slowest stage is no faster
+    than the mean one.
+
+    Parameters
+    ----------
+    settings, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where batches
+        still run one after the other
+    floors : StageFloor of each stage
+    overtaking : bool     whether sequences may be preempted on several stages (`may_preempt`)
+
+    Returns
+    -------
+    int64[n], int64[n]    nanoseconds
+    """
+    alike = Counter(floors)
+    prompt, generated = trace.prompt, trace.generated(settings.max_model_len)
+    computed, pairs = computed_prompts(settings, trace)
+    all_batches = sum(floor.batch_ns for floor in floors)
+    first = np.zeros(len(trace), np.int64)
+    for floor in alike:
+        own = np.maximum(np.floor(computed * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
+        own = own + scaled(pairs, floor.pair_rate) - chunked(computed)
+        # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
+        first = np.maximum(first, own + all_batches - floor.batch_ns)
+    steps = generated - 1
+    # Token j + 1 is computed over a context of prompt + j tokens.
+    context = steps * prompt + steps * (steps + 1) // 2
+    if overtaking and len(floors) > 1:
+        return np.maximum(first, 0), _overtaken(floors, prompt, steps)
+    rest = steps * all_batches
+    for floor, stages in alike.items():
+        # Each batch rounds down by less than a nanosecond.
+        rest = rest + stages * np.maximum(scaled(context, floor.context_rate) - steps, 0)
+    return np.maximum(first, 0), rest
+
+
+def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: int | None = None) -> bool:
+    """Whether the sequences that can run at once may need more KV blocks than there are.
+
+    Parameters
+    ----------
+    requests : int or None    most of the trace's requests that can be on the replica at all; None for all
+    """
+    if settings.policy != "vllm":
+        return False
+    at_once = min(settings.max_num_seqs, len(trace), requests or len(trace), trace.concurrency or len(trace))
+    return _most_blocks(trace, settings.max_model_len, settings.block_size)[at_once - 1] > blocks
+
+
+@lru_cache(maxsize=8)
+def _most_blocks(trace: Trace, max_model_len: int, block_size: int) -> list[int]:
+    """KV blocks of the largest request, of the two largest, and so on."""
+    held = trace.prompt + trace.generated(max_model_len) - 1  # the last token is never computed
+    return [int(n) for n in np.cumsum(np.sort(-(-held // block_size))[::-1])]
+
+
+def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Least times from the first token to the last where a batch may begin before the one before it has ended.
+
+    A sequence that gives way while a batch with it is on its way through the pipeline may come back before that batch
+    ends. Still its batches pass every stage one after the other, all but those that are on their way with the first
+    token at least after it, and lack no more tokens than can be on their way.
+    """
+    stages = len(floors)
+    kept = np.maximum(steps - stages + 1, 0)
+    context = kept * np.maximum(prompt - stages, 0)
+    total = np.zeros_like(kept)
+    for floor, count in Counter(floors).items():
+        total += count * np.maximum(kept * floor.batch_ns + scaled(context, floor.context_rate) - kept, 0)
+    return np.asarray(total // stages)
+
+
+def computed_prompts(settings: EngineSettings, trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and query-key pairs of each prompt that are computed whatever a cache finds."""
+    prompt = trace.prompt
+    found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
+    return prompt - found, prompt * (prompt + 1) // 2 - found * (found + 1) // 2
+
+
+@lru_cache(maxsize=8)
+def _findable(trace: Trace) -> NDArray[np.int64]:
+    """Most prompt tokens of each request that another one can have computed; the last token always is its own."""
+    if trace.content is None or trace.content_starts is None:
+        return np.zeros_like(trace.prompt)
+    pieces, known = number_pieces(trace.content_starts, trace.content)
+    said = np.bincount(pieces, minlength=known)[pieces] > 1
+    shared = np.diff(np.concatenate(([0], np.cumsum(said)))[trace.content_starts])
+    return np.asarray(np.minimum(shared * trace.content_tokens, trace.prompt - 1))
+
+
+def scaled(amount: NDArray[np.int64], rate: int) -> NDArray[np.int64]:
+    """amount x rate / 2**20, rounded down; in two halves, so that no product leaves 63 bits."""
+    high, low = amount >> RATE_BITS, amount & ((1 << RATE_BITS) - 1)
+    return high * rate + (low * rate >> RATE_BITS)
+
+
+def chunked(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most nanoseconds that rounding down once a chunk can lose over so many tokens, where chunks may be one token."""
+    return np.asarray(tokens + 1)

@@ -1,0 +1,283 @@
+"""What is known of plans before they run: costs, layouts, memory and what no run can beat, each worked out once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from apex_opt.cost import CostModel, JointCosts, idle_w, limit_w
+from apex_opt.figures.measure import can_hold, least_signed
+from apex_opt.figures.run import Run
+from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.bounds.gaps import least_gaps_ns
+from apex_opt.search.bounds.load import Load, replicas_with_room
+from apex_opt.search.ledger import ROUNDING
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.cost.least import Least
+    from apex_opt.figures import Goal, Objective
+    from apex_opt.placement import Layouts
+    from apex_opt.plan.layout import Layout
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.problem import Problem
+    from apex_opt.workload.trace import Trace
+
+    AnyLayout = Layout | tuple[Layout, ...]
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+KEPT: Final = 256
+"""Plans whose laws are kept: some hundreds of kB each."""
+
+
+class Alike(NamedTuple):
+    """A plan of one replica, and numbers of replicas with which it lies alike and has the same floors.
+
+    `movable` says that its layers are yet to be moved.
+    """
+
+    plan: Plan
+    replicas: tuple[int, ...]
+    movable: bool
+
+
+class Facts:
+    """What is known of plans on the GPUs of one type, or of pipelines over two.
+
+    Parameters
+    ----------
+    problem : Problem      with that type, or these two, on offer
+    costs : optional       of the same problem on another trace: they do not depend on it
+    """
+
+    def __init__(self, problem: Problem, costs: CostModel | JointCosts | None = None) -> None:
+        self.problem = problem
+        self.costs = cost_models(problem) if costs is None else costs
+        self.plan_cost = lru_cache(maxsize=KEPT)(self.costs.plan_cost)
+        self._least: dict[tuple[Any, ...], Least] = {}
+        self._means: dict[tuple[Any, ...], StageFloor] = {}
+        self._alone: dict[tuple[Any, ...], Run] = {}
+        self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
+        self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
+        instance = problem.instance()
+        self._needed, self._held = instance.kv_blocks_needed, instance.held
+        self.generated = problem.trace.generated(problem.settings.max_model_len)
+
+    @property
+    def layouts(self) -> Layouts:
+        """Layouts of plans on one type of GPU."""
+        assert isinstance(self.costs, CostModel)  # pipelines over types are laid out type by type
+        return self.costs.layouts
+
+    def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
+        """Where the figures behind the costs of plans come from, per operation, and the price where there is a cost."""
+        for plan in plans:
+            self.costs.plan_cost(plan)
+        if not self.problem.tells_cost or self.problem.mixed:
+            return self.costs.provenance
+        gpu = self.problem.cluster.gpu
+        source = dict(gpu.sources).get("price_per_h", f"stated for {gpu.name}")
+        return self.costs.provenance | {"price": f"${gpu.price_per_h:g} per GPU and hour; {source}"}
+
+    def memory(self, plan: Plan) -> tuple[StageMemory, ...]:
+        """Memory of a GPU of each stage; the same for any number of replicas."""
+        key = plan.cut, plan.layers
+        if key not in self._memory:
+            problem, settings = self.problem, self.problem.settings_for(plan)
+            gpus = {offer.name: offer.cluster.gpu for offer in problem.offers}
+            names = [name for name, stages in plan.on for _ in range(stages)] or [problem.offer.name] * plan.stages
+            found = {name: stage_memory(problem.model, gpus[name], plan, settings) for name in set(names)}
+            self._memory[key] = tuple(found[name][stage] for stage, name in enumerate(names))
+        return self._memory[key]
+
+    def blocks(self, plan: Plan) -> int:
+        """KV blocks of a replica."""
+        return kv_blocks(self.memory(plan)) * plan.attention.dp
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether the KV cache of a plan holds the longest request."""
+        return kv_blocks(self.memory(plan)) >= self._needed
+
+    def cost_per_h(self, plan: Plan) -> float | None:
+        """$ per hour of a plan's GPUs, where their price is stated."""
+        prices = {offer.name: offer.cluster.gpu.price_per_h for offer in self.problem.offers}
+        if not plan.on:
+            price = prices[self.problem.offer.name]
+            return None if price is None else price * plan.devices
+        parts = [(prices[name], stages) for name, stages in plan.on]
+        stage = plan.replicas * plan.stage_devices
+        return None if any(price is None for price, _ in parts) else sum(p * n for p, n in parts if p) * stage
+
+    def least_cost(self, plan: Plan) -> Least:
+        """What a batch takes at least on all stages together, however the layers are split."""
+        key = plan.cut, plan.stages, self.costs.layouts.best(plan)
+        if key not in self._least:
+            self._least[key] = self.costs.least(plan)
+        return self._least[key]
+
+    def token_j(self, plan: Plan) -> float:
+        """Energy above the idle draw that a token takes at least."""
+        least = self.least_cost(plan)
+        return min(least.decode_joules, least.mixed_joules) * plan.stage_devices
+
+    def least_joules(self, plan: Plan) -> float:
+        """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
+        settings = self.problem.settings
+        return self.token_j(plan) * computed_tokens(self.problem.trace, settings.max_model_len, settings.prefix_caching)
+
+    def alike(self, plan: Plan, replicas: Sequence[int], *, movable: bool = False) -> Iterator[Alike]:
+        """Numbers of replicas, grouped by what decides the floors: how they lie, whether sequences give way."""
+        for _, counts in self.costs.layouts.alike(plan, replicas):
+            # The fewer requests a replica has, the fewer blocks they need: from some number on none gives way.
+            blocks = self._sure_blocks(plan, movable) if plan.stages > 1 else 0
+            calm = bisect_left(
+                counts, True, key=lambda n: plan.stages == 1 or not self._gives_way(plan.times(n), blocks)
+            )
+            for some in (counts[:calm], counts[calm:]):
+                if some:
+                    yield Alike(plan, tuple(some), movable)
+
+    def floors(self, alike: Alike) -> Run:
+        """What no run of a plan can beat, for each number of replicas; the same for every split of the layers.
+
+        Energy: every token is computed, the GPUs idle for the makespan at least, and the board's limit holds over a
+        run. The GPUs and their price are known.
+        """
+        problem, request_s = self.problem, self.costs.request_ns / NS_PER_S
+        counts = np.array(alike.replicas, np.int64)
+        plan = alike.plan.times(alike.replicas[0])
+        run = self.alone(plan, movable=alike.movable)
+        room, load = self._load(plan, alike, run)
+        if load is not None and counts.min() < room * (1 + ROUNDING):
+            closed = problem.trace.concurrency is not None
+            makespan_s = np.maximum(run.makespan_s, load.total_s / counts + request_s)
+            run = run.loaded(makespan_s, {} if closed else load.least_s(counts, request_s))
+        else:
+            run = run.loaded(np.repeat(run.makespan_s, len(counts)))
+        if problem.asks_gpus:
+            one = alike.plan
+            idle, limit = (watts(self.costs, one) * counts for watts in (idle_w, limit_w))
+            joules = np.minimum(self.least_joules(plan) + idle * run.makespan_s, limit * run.makespan_s)
+            price = self.cost_per_h(one)
+            prices = None if price is None else np.array([self.cost_per_h(one.times(int(n))) for n in counts])
+            run = run.costing(joules * (1 - ROUNDING), prices)
+        return run
+
+    def alone(self, plan: Plan, *, movable: bool = False) -> Run:
+        """What no run of a plan can beat, as if each request were the only one."""
+        problem, layout = self.problem, self.costs.layouts.best(plan)
+        overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, movable))
+        key = plan.cut, plan.stages, layout, overtaking
+        if key not in self._alone:
+            settings = problem.settings_for(plan)
+            floors = [self.mean(plan)] * plan.stages
+            first, rest = isolated(settings, floors, problem.trace, overtaking=overtaking)
+            gaps = None
+            if problem.asks_gaps:
+                gaps = least_gaps_ns(settings, floors, problem.trace, overtaking=overtaking)[None]
+            self._alone[key] = Run.of(
+                arrival_ns=problem.trace.arrival_ns,
+                first_ns=first[None],
+                rest_ns=rest[None],
+                prompt=problem.trace.prompt,
+                tokens=self.generated,
+                outside_ns=self.costs.request_ns,
+                gap_ns=gaps,
+                limits=problem.per_request,
+            )
+        return self._alone[key]
+
+    def mean(self, plan: Plan) -> StageFloor:
+        """Mean floor of the stages of a plan, however its layers are split."""
+        key = plan.cut, plan.stages, self.costs.layouts.best(plan)
+        if key not in self._means:
+            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp)
+        return self._means[key]
+
+    def _load(self, plan: Plan, alike: Alike, run: Run) -> tuple[float, Load | None]:
+        """Replicas from which the load adds nothing, and below these the load of one replica."""
+        problem, layout = self.problem, self.costs.layouts.best(plan)
+        overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
+        key = plan.cut, plan.layers, layout, overtaking
+        if key not in self._loads:
+            blocks = most_blocks(self.memory(plan)) * plan.attention.dp
+            engine = problem.settings_for(plan), self.mean(plan), plan.stages, problem.trace, blocks
+            room = replicas_with_room(*engine)
+            load = None
+            if min(alike.replicas) < room * (1 + ROUNDING):
+                load = Load.of(*engine, problem.statistics, overtaking=overtaking)
+            self._loads[key] = room, load
+        return self._loads[key]
+
+    def _sure_blocks(self, plan: Plan, movable: bool) -> int:
+        """KV blocks that a replica has at least, however its layers are moved."""
+        memory, problem = self.memory(plan), self.problem
+        blocks = kv_blocks(memory)
+        if movable and plan.on:
+            blocks = 0  # how full a stage can be is known once the layers are split
+        elif movable:
+            # The split sought is no heavier than the even one, where that one fits.
+            fits = blocks >= self._needed
+            blocks = least_blocks(problem.model, plan, memory, problem.settings.block_size, self._held) if fits else 0
+        return blocks * plan.attention.dp
+
+    def _gives_way(self, plan: Plan, blocks: int) -> bool:
+        """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
+        problem = self.problem
+        dealt = problem.routing == "round_robin" and problem.trace.concurrency is None
+        most = -(-len(problem.trace) // plan.replicas) if dealt else None
+        return may_preempt(problem.settings_for(plan), blocks, problem.trace, most)
+
+
+def judged(run: Run, objectives: Sequence[Objective], goals: Iterable[Goal]) -> tuple[Floats, NDArray[np.bool_]]:
+    """What floors say by objectives and goals.
+
+    Returns
+    -------
+    float64[k, objectives]    lower bounds of the costs, signed such that less is better
+    bool[k]                   whether the goals can still hold
+    """
+    size = len(run.makespan_s)
+    bounds = np.empty((size, len(objectives)))
+    for place, objective in enumerate(objectives):
+        bounds[:, place] = least_signed(objective, run)
+    possible = np.ones(size, bool)
+    for goal in goals:
+        possible &= can_hold(goal, run)
+    return bounds, possible
+
+
+def cost_models(problem: Problem) -> CostModel | JointCosts:
+    """The costs of a problem's plans, whose stages may be on several types of GPU."""
+    models = {
+        offer.name: CostModel(
+            problem.model,
+            offer.cluster,
+            problem.settings,
+            problem.overhead,
+            problem.expert_routing,
+            problem.profiles,
+            tree=offer.tree,
+        )
+        for offer in problem.offers
+    }
+    if len(models) == 1:
+        return models[problem.offer.name]
+    assert problem.between is not None  # without it no pipeline spans types
+    return JointCosts(models, problem.between)
+
+
+@lru_cache(maxsize=8)
+def computed_tokens(trace: Trace, max_model_len: int, prefix_caching: bool) -> int:
+    """Tokens that any run computes: prompts unless a cache may hold them, answers but for their last token."""
+    generated = trace.generated(max_model_len)
+    return int((generated - 1).sum()) + (0 if prefix_caching else int(trace.prompt.sum()))

@@ -1,0 +1,352 @@
+"""Deployments scored exactly: every pool serves what is dealt to it, and the runs are measured as one.
+
+Requests are dealt to the pools (`dealing`), each pool serves its own, and the runs are put together. One pool alone
+serves all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from apex_opt.cost import account, idle_w, limit_w
+from apex_opt.evaluate import Violation, violations
+from apex_opt.figures.measure import measure
+from apex_opt.figures.stops import Facts as StopFacts
+from apex_opt.figures.stops import early_stops, latencies_ns
+from apex_opt.search.answer import PoolUse, Scored
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.dealing import clients_of, dealt, merged, tokens_per_s
+from apex_opt.search.facts import Facts, judged
+from apex_opt.search.incumbent import FREE
+from apex_opt.search.ledger import ROUNDING
+from apex_opt.search.shapes.pipeline import faults, joined
+from apex_opt.simulator import simulate
+from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.simulator.transient import Transient
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.cost import PlanCost
+    from apex_opt.figures.run import Run
+    from apex_opt.figures.stops import Stop
+    from apex_opt.plan.deployment import Deployment, Pool
+    from apex_opt.search.ledger import Costs
+    from apex_opt.search.problem import Problem
+
+    Ints = NDArray[np.int64]
+
+_ANY_COST: Final = 1e300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A run of a deployment.
+
+    Parameters
+    ----------
+    whole : Outcome                       of all requests
+    parts : tuple of (int64[m], Outcome)  of each pool the requests it served, and its own run
+    """
+
+    whole: Outcome
+    parts: tuple[tuple[Ints, Outcome], ...]
+
+
+class Scorer:
+    """Scores deployments of a problem; facts of plans are shared among them.
+
+    Parameters
+    ----------
+    problem : Problem
+    gaps : bool           times between tokens are looked at even where they are not asked for: it takes a log
+    like : Scorer, optional    of the same problem but for its trace and goals, whose costs serve as well
+    """
+
+    def __init__(self, problem: Problem, *, gaps: bool = False, like: Scorer | None = None) -> None:
+        self.problem = problem
+        self._gaps = gaps or problem.asks_gaps
+        self._facts: dict[tuple[str, ...], Facts] = {}
+        self._like = like
+        self._generated = problem.trace.generated(problem.settings.max_model_len)
+
+    def facts(self, *types: str) -> Facts:
+        """What is known of plans on a type of GPU, the only one if not named, or of pipelines over two."""
+        types = types or self.problem.types[:1]
+        if types not in self._facts:
+            places = [self.problem.types.index(name) for name in types]
+            problem = self.problem.alone(places[0]) if len(places) == 1 else joined(self.problem, *sorted(places))
+            assert problem is not None, "there are such pipelines"
+            self._facts[types] = Facts(problem, None if self._like is None else self._like.facts(*types).costs)
+        return self._facts[types]
+
+    def facts_of(self, pool: Pool) -> Facts:
+        """What is known of the plan of a pool."""
+        return self.facts(*sorted(pool.types, key=self.problem.types.index))
+
+    def provenance(self, scored: Iterable[Scored]) -> dict[str, Any]:
+        """Where the figures behind deployments come from, per operation; of several types of GPU by type."""
+        pools = dict.fromkeys(use.pool for one in scored for use in one.pools)
+        if not self.problem.mixed:
+            return self.facts().provenance(pool.plan for pool in pools)
+        found: dict[str, dict[str, str]] = {}
+        for name in self.problem.types:
+            found[name] = dict(self.facts(name).provenance(pool.plan for pool in pools if pool.types == (name,)))
+        for pool in pools:
+            if pool.plan.on:
+                costs = self.facts_of(pool).costs
+                costs.plan_cost(pool.plan)
+                for model, _ in costs.on(pool.plan):
+                    found[model.cluster.gpu.name] |= model.provenance
+        return found
+
+    @property
+    def outside_ns(self) -> int:
+        """Time of a request outside the engine."""
+        return self.facts().costs.request_ns
+
+    @property
+    def any_cost(self) -> Costs:
+        """Costs that nothing passes, finite: runs then end once they miss a goal, and for no other reason."""
+        return tuple(-1 / _ANY_COST if part.maximise else _ANY_COST for part in self.problem.objectives)
+
+    def faults(self, deployment: Deployment) -> Iterator[Violation]:
+        """Why a deployment cannot run at all.
+
+        Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
+        """
+        taken = sum(pool.plan.devices for pool in deployment.pools)
+        if len(deployment.pools) > 1 and taken > self.problem.max_devices:
+            most = self.problem.max_devices
+            yield Violation(family="devices", text=f"it takes {taken} GPUs, {most} are offered")
+        for pool in deployment.pools:
+            facts = self.facts_of(pool)
+            found = faults(facts, pool.plan) if pool.plan.on else violations(facts.problem.instance(), pool.plan)
+            yield from (one for one in found if one.family not in ("balance", "bandwidth"))
+
+    def simulate(self, deployment: Deployment, bound: float | None = None) -> Scored:
+        """Score a deployment exactly.
+
+        Raises
+        ------
+        CapacityError    a request that a pool's KV cache cannot hold
+        """
+        served = self.run(deployment)
+        assert served is not None  # nothing to cut it short
+        return self.scored(deployment, served, bound)
+
+    def challenge(self, deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
+        """Score a deployment exactly, or find that it misses a goal or costs more than `worst` (None).
+
+        Costs are compared objective by objective. An infinite one asks for the score whatever it is.
+
+        Raises
+        ------
+        CapacityError    a request that a pool's KV cache cannot hold
+        """
+        served = self.run(deployment, worst, bounds)
+        return None if served is None else self.scored(deployment, served, bounds[0])
+
+    def bounds(self, deployment: Deployment) -> tuple[Costs, bool]:
+        """What a deployment of one pool cannot cost less than, and whether it can still meet the goals."""
+        (pool,) = deployment.pools
+        facts = self.facts_of(pool)
+        (alike,) = facts.alike(pool.plan.times(1), (pool.plan.replicas,))
+        bounds, possible = judged(facts.floors(alike), self.problem.objectives, self.problem.goals)
+        return tuple(bounds[0].tolist()), bool(possible[0])
+
+    def run(
+        self, deployment: Deployment, worst: Costs = FREE, bounds: Costs = (), *, log: bool = False
+    ) -> Served | None:
+        """Serve the trace by a deployment; None where it misses a goal or costs more than `worst`, as for `challenge`.
+
+        The pools run one after the other. What the one that runs may take before a limit of all requests is passed is
+        what those before it have left over, less the floors of those after it.
+        """
+        problem, trace, pools = self.problem, self.problem.trace, deployment.pools
+        facts = [self.facts_of(pool) for pool in pools]
+        rows, clients = self._dealt(pools, facts)
+        stops = [] if worst == FREE else self._stops(pools, facts, rows, bounds, worst)
+        known = _Known(self, pools, facts, rows) if stops else None
+        parts: list[tuple[Ints, Outcome]] = []
+        for pool, one, mine, own in zip(pools, facts, rows, clients, strict=True):
+            settings, plan = problem.settings_for(pool.plan), pool.plan
+            left = known.left(stops, mine) if known else []
+            if left is None:
+                return None
+            run = simulate(
+                settings,
+                one.blocks(plan),
+                one.plan_cost(plan).laws,
+                trace if len(pools) == 1 else trace.picked(mine, own),
+                replicas=plan.replicas,
+                routing=problem.routing,
+                log=log,
+                gaps=self._gaps,
+                stops=left,
+                floors=known.floors(mine, BatchCounts.empty(settings)) if known else None,
+            )
+            if run.stopped:
+                return None
+            if known:
+                known.seen(mine, run)
+            parts.append((mine, run))
+        whole = parts[0][1] if len(parts) == 1 else merged(problem.settings, trace, parts)
+        return Served(whole=whole, parts=tuple(parts))
+
+    def scored(self, deployment: Deployment, served: Served, bound: float | None = None) -> Scored:
+        """The figures of a run: its GPUs idle from the first request to the last token."""
+        problem, uses = self.problem, []
+        prices = [self.facts_of(pool).cost_per_h(pool.plan) for pool in deployment.pools]
+        for pool, (mine, run) in zip(deployment.pools, served.parts, strict=True):
+            facts = self.facts_of(pool)
+            usage = account(
+                pool.plan, facts.plan_cost(pool.plan), facts.costs, replace(served.whole, counts=run.counts)
+            )
+            uses.append(
+                PoolUse(
+                    pool=pool,
+                    requests=len(mine),
+                    usage=usage,
+                    memory=facts.memory(pool.plan),
+                    preemptions=run.preemptions,
+                    batches=run.batches,
+                )
+            )
+        costs = None if None in prices else sum(price for price in prices if price is not None)
+        figures = self.as_run(served.whole, joules=sum(use.usage.energy_j for use in uses), cost_per_h=costs)
+        cached = served.whole.cached_tokens
+        metrics = measure(figures, problem.goals, percentiles=problem.percentiles, cached_tokens=cached)
+        return Scored(
+            pools=tuple(uses),
+            value=problem.objective.value(metrics),
+            metrics=metrics,
+            transient=Transient.of(served.whole, self.outside_ns, closed=problem.trace.concurrency is not None),
+            bound=bound,
+        )
+
+    def as_run(self, outcome: Outcome, **known: float | None) -> Run:
+        """A run of the problem's trace as figures are taken of, with its energy and the $ per hour where `known`."""
+        problem = self.problem
+        return outcome.as_run(
+            problem.trace,
+            problem.settings.max_model_len,
+            outside_ns=self.outside_ns,
+            limits=problem.per_request,
+            **known,
+        )
+
+    def logged(self, deployment: Deployment) -> tuple[Outcome, PlanCost]:
+        """A run of a deployment of one pool that keeps every batch, and what it was run with."""
+        served = self.run(deployment, log=True)
+        assert served is not None  # nothing to cut it short
+        (pool,) = deployment.pools
+        return served.whole, self.facts_of(pool).plan_cost(pool.plan)
+
+    def weight(self, pool: Pool, facts: Facts) -> int:
+        """Tokens per second of a pool at full batches, by which requests are dealt."""
+        plan, problem = pool.plan, self.problem
+        laws, settings = facts.plan_cost(plan).laws, problem.settings_for(plan)
+        return plan.replicas * tokens_per_s(settings, facts.blocks(plan), laws, problem.trace, 1)
+
+    def _dealt(self, pools: Sequence[Pool], facts: Sequence[Facts]) -> tuple[list[Ints], list[int | None]]:
+        """The requests of each pool, and in closed loops its clients."""
+        trace = self.problem.trace
+        if len(pools) == 1:
+            return [np.arange(len(trace))], [trace.concurrency]
+        weights = [self.weight(pool, one) for pool, one in zip(pools, facts, strict=True)]
+        owner = dealt(np.array([weights]), len(trace))[0]
+        rows = [np.flatnonzero(owner == index) for index in range(len(pools))]
+        if trace.concurrency is None:
+            return rows, [None] * len(pools)
+        return rows, list(clients_of(weights, trace.concurrency))
+
+    def _stops(
+        self, pools: Sequence[Pool], facts: Sequence[Facts], rows: Sequence[Ints], bounds: Costs, worst: Costs
+    ) -> list[Stop]:
+        """What proves that a run misses a goal, or that its objectives are worse than some costs."""
+        problem, generated = self.problem, self._generated
+        computed = generated - 1 + (0 if problem.settings.prefix_caching else problem.trace.prompt)
+        every = list(zip(pools, facts, rows, strict=True))
+        prices = [one.cost_per_h(pool.plan) for pool, one, _ in every]
+        draws = [[watts(one.costs, pool.plan) for watts in (idle_w, limit_w)] for pool, one, _ in every]
+        least_j = 0.0
+        if problem.asks_gpus:
+            least_j = sum(one.token_j(pool.plan) * int(computed[mine].sum()) for pool, one, mine in every)
+        known = StopFacts(
+            requests=len(generated),
+            decoding=int((generated > 1).sum()),
+            output_tokens=int(generated.sum()),
+            request_s=self.outside_ns / NS_PER_S,
+            least_j=least_j * (1 - ROUNDING),
+            idle_w=sum(idle for idle, _ in draws),
+            # Least where one of them draws all it may and the others idle.
+            limit_w=sum(idle for idle, _ in draws) + min(limit - idle for idle, limit in draws),
+            cost_per_h=None if None in prices else sum(price for price in prices if price is not None),
+        )
+        stops: list[Stop] = []
+        for goal in problem.goals:
+            stops += early_stops(goal.metric, goal.statistic, goal.limit, known, goal.fraction)
+        if worst == self.any_cost:
+            return stops
+        for objective, cost, bound in zip(problem.objectives, worst, bounds, strict=True):
+            stops += early_stops(objective.metric, objective.statistic, objective.signed(cost), known)
+            if bound < cost:
+                break  # better by this one, it may be worse by the next
+        return stops
+
+
+class _Known:
+    """When the requests of a deployment are answered: as simulated where that is known, else as early as could be."""
+
+    def __init__(self, scorer: Scorer, pools: Sequence[Pool], facts: Sequence[Facts], rows: Sequence[Ints]) -> None:
+        problem = scorer.problem
+        self._trace, self._generated = problem.trace, problem.trace.generated(problem.settings.max_model_len)
+        self._arrival = problem.trace.arrival_ns.copy()
+        self._first, self._finish = np.empty_like(self._arrival), np.empty_like(self._arrival)
+        for pool, one, mine in zip(pools, facts, rows, strict=True):
+            settings, laws = problem.settings_for(pool.plan), one.plan_cost(pool.plan).laws
+            overtaking = pool.plan.stages > 1 and may_preempt(settings, one.blocks(pool.plan), problem.trace)
+            first, rest = isolated(settings, [StageFloor.of(law) for law in laws], problem.trace, overtaking=overtaking)
+            self._first[mine] = self._arrival[mine] + first[mine]
+            self._finish[mine] = self._first[mine] + rest[mine]
+
+    def floors(self, mine: Ints, counts: BatchCounts) -> Outcome:
+        """Times of some requests in the form of a run."""
+        return Outcome(
+            arrival_ns=self._arrival[mine],
+            first_token_ns=self._first[mine],
+            finish_ns=self._finish[mine],
+            preemptions=0,
+            batches=0,
+            busy_ns=np.zeros((1, 1), np.int64),
+            counts=counts,
+        )
+
+    def seen(self, mine: Ints, run: Outcome) -> None:
+        """Take the times of a run of some requests."""
+        self._arrival[mine], self._first[mine], self._finish[mine] = run.arrival_ns, run.first_token_ns, run.finish_ns
+
+    def left(self, stops: Sequence[Stop], mine: Ints) -> list[Stop] | None:
+        """What limits of all requests leave for some of them; None where one is passed already."""
+        found = []
+        for stop in stops:
+            values = latencies_ns(stop.metric, self._arrival, self._first, self._finish, self._generated)
+            if stop.passed(values):
+                return None
+            others, limit_ns, most = np.delete(values, mine), stop.limit_ns, stop.most
+            if stop.kind == "sum":
+                limit_ns -= int(others.sum())
+            else:
+                most -= int((others > limit_ns).sum())
+            if stop.metric == "makespan":
+                # The run of the pool begins with its own first request.
+                limit_ns = max(0, limit_ns - int(self._trace.arrival_ns[mine[0]] - self._trace.arrival_ns[0]))
+            found.append(replace(stop, limit_ns=limit_ns, most=most))
+        return found

@@ -1,0 +1,151 @@
+"""The plans of one type of GPU: how one replica can be cut, how many replicas find room, and what is infeasible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from apex_opt.errors import CapacityError
+from apex_opt.evaluate import FAMILIES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from apex_opt.evaluate import Instance
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.problem import Problem
+
+    Progress = Callable[[str, int, int], None]
+
+_COUNTED: Final = ("divisibility", "format", "engine", "balance")
+
+
+class Enumeration(Protocol):
+    """Plans of one replica, those whose layers are yet to be moved, and whether they are all."""
+
+    @property
+    def plans(self) -> tuple[Plan, ...]: ...
+    @property
+    def movable(self) -> tuple[Plan, ...]: ...
+    @property
+    def complete(self) -> bool: ...
+
+
+class Formulation(Protocol):
+    """What the search asks of a plan-space program."""
+
+    def count(self, instance: Instance, families: Sequence[str]) -> int: ...
+
+    def enumerate(self, instance: Instance, families: Sequence[str] = ...) -> Enumeration: ...
+
+    def moved(self, instance: Instance, plan: Plan) -> Plan | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """The space of a problem with one type of GPU.
+
+    Parameters
+    ----------
+    size : int                    plans there are, with every number of replicas and at every clock
+    infeasible : mapping          plans that break a constraint family, charged to the first in order
+    cuts : tuple of Plan          feasible plans of one replica, at every clock
+    movable : tuple of Plan       feasible plans of one replica whose layers are yet to be moved, with even stages
+    complete : bool               whether these are all
+    most_devices : int            GPUs there are
+    """
+
+    size: int
+    infeasible: dict[str, int]
+    cuts: tuple[Plan, ...]
+    movable: tuple[Plan, ...]
+    complete: bool
+    most_devices: int
+
+    def replicas(self, cut: Plan) -> range:
+        """Numbers of replicas that find room."""
+        return range(1, self.most_devices // cut.devices + 1)
+
+    @property
+    def feasible(self) -> int:
+        """Feasible plans."""
+        return _room((*self.cuts, *self.movable), self.most_devices)
+
+
+def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Space:
+    """Enumerate how a replica can be cut, and count what is infeasible."""
+    tell("enumerating plans", 0, 0)
+    instance = problem.instance()
+    left = size = formulation.count(instance, ())
+    counts = {}
+    for index, family in enumerate(_COUNTED):
+        after = formulation.count(instance, _COUNTED[: index + 1])
+        counts[family] = left - after
+        left = after
+    feasible = held = formulation.enumerate(instance)
+    if instance.tpot_limit_ns is not None:
+        held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
+    listed, fast = (_room((*found.plans, *found.movable), problem.max_devices) for found in (held, feasible))
+    counts["memory"], counts["bandwidth"] = left - listed, listed - fast
+    clocks = problem.offer.clocks  # no constraint binds the clock
+    cuts, movable = (
+        tuple(plan if clock is None else replace(plan, clock_mhz=clock) for clock in clocks for plan in some)
+        for some in (feasible.plans, feasible.movable)
+    )
+    return Space(
+        size=size * len(clocks),
+        infeasible={name: count * len(clocks) for name, count in counts.items()},
+        cuts=cuts,
+        movable=movable,
+        complete=feasible.complete,
+        most_devices=problem.max_devices,
+    )
+
+
+def _room(cuts: Sequence[Plan], devices: int) -> int:
+    """Plans there are of some cuts, with every number of replicas that finds room."""
+    return sum(devices // cut.devices for cut in cuts)
+
+
+class Moves:
+    """Layers moved, once for all plans that cut the model alike."""
+
+    def __init__(self, problem: Problem, formulation: Formulation) -> None:
+        self._instance, self._formulation = problem.instance(), formulation
+        self._found: dict[tuple[Any, ...], Plan | None] = {}
+
+    def __call__(self, plan: Plan) -> Plan | None:
+        """A movable plan with its layers moved; None where its stages stay even, and so it is a plan already."""
+        cut = replace(plan, replicas=1, clock_mhz=None)
+        key = cut.cut, cut.stages
+        if key not in self._found:
+            self._found[key] = self._formulation.moved(self._instance, cut)
+        moved = self._found[key]
+        return None if moved is None else replace(plan, layers=moved.layers)
+
+
+def every_plan(space: Space, moves: Moves, tell: Progress) -> Iterator[Plan]:
+    """All feasible plans, with the layers of the movable ones moved."""
+    for index, cut in enumerate((*space.cuts, *space.movable)):
+        if index >= len(space.cuts):
+            tell("moving layers", index - len(space.cuts), len(space.movable))
+        plan = cut if index < len(space.cuts) else moves(cut)
+        if plan is not None:
+            yield from (plan.times(count) for count in space.replicas(cut))
+
+
+def check_lengths(problem: Problem) -> None:
+    """Refuse a prompt that fills the model's length by itself: no plan helps.
+
+    Raises
+    ------
+    CapacityError
+    """
+    trace, model = problem.trace, problem.model
+    longest = int(trace.prompt.max())
+    if longest >= problem.settings.max_model_len:
+        raise CapacityError(
+            f"request {int(trace.prompt.argmax())}: a prompt of {longest} tokens leaves no room to answer within "
+            f"max_model_len {problem.settings.max_model_len}; {model.name} is made for {model.max_position} tokens: "
+            "raise max_model_len, or use another model or a trace with shorter prompts"
+        )

@@ -1,0 +1,278 @@
+"""Deployments that may sustain a rate, each with a guess of how much it takes and a rate that it surely does not take.
+
+The guess decides the order in which deployments are looked at, and nothing else.
+
+The rate that none can exceed is that at which its requests come as fast as their least work (`search.bounds.load`) is
+done: above it some queue grows as long as requests keep coming, whatever the schedule. One pool of r replicas takes
+r / w a second, where w is the mean least work of a request on one of them. Of several pools let c be what each takes
+alone, C their sum, and w_i(j) / w_i the work of request j in pool i as a share of the mean there. However N requests
+are dealt, the busiest pool works for no less than the mean of what all work, weighted by c / C, which is the sum over
+the requests of w_i(j) / w_i in the pool i of each, divided by C, and so at least N k / C, where k is the mean over the
+requests of the least such share in any pool. So no more than C / k come a second for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from apex_opt.figures.goals import step_limit_s
+from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.search.best_first import Leaf
+from apex_opt.search.bounds.load import works_ns
+from apex_opt.search.shapes import Pipelines, Single
+from apex_opt.search.shapes.mixed import Room, mixed_part
+from apex_opt.search.shapes.pipeline import joined
+from apex_opt.search.shapes.single import replicas_of
+from apex_opt.simulator.law import RATE_BITS
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.facts import Facts
+    from apex_opt.search.ledger import Part
+    from apex_opt.search.scorer import Scorer
+    from apex_opt.search.search import Formulations, Progress
+    from apex_opt.search.shapes.single import Replicas
+
+_LEAST_DEALT: Final = 2_000
+"""Requests of the shortest run that shows a rate: each pool has some of them."""
+
+ROUNDING: Final = 1e-9
+"""Share by which what pools take at most is raised: sums of works may come out less in another order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rated:
+    """A pool, with what it takes.
+
+    Parameters
+    ----------
+    pool : Pool
+    guess_per_s : float       requests per second that it should sustain
+    most_per_s : float        requests per second that no schedule sustains more than
+    works : float64[n]        least work of each request of the trace, as a share of their mean
+    weight : int              by which requests are dealt to it beside others
+    """
+
+    pool: Pool
+    guess_per_s: float
+    most_per_s: float
+    works: NDArray[np.float64] = field(repr=False)
+    weight: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.pool.plan.devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A deployment that may sustain a rate.
+
+    Parameters
+    ----------
+    part : Part        what it is a part of
+    leaf : Leaf        the deployment, with bounds of its costs, infinitely low where none are known
+    guess_per_s, most_per_s : float    as of `Rated`
+    """
+
+    part: Part
+    leaf: Leaf
+    guess_per_s: float
+    most_per_s: float
+
+
+class Product:
+    """Deployments with a pool on each of several types of GPU.
+
+    Parameters
+    ----------
+    part : Part
+    options : of each type    its pools
+    rater : Rater
+    """
+
+    def __init__(self, part: Part, options: Sequence[Sequence[Rated]], rater: Rater) -> None:
+        self.part, self._options, self._rater = part, options, rater
+        self.completions = Room(options).of
+        self._best = [max((option.guess_per_s for option in some), default=0.0) for some in options]
+
+    @property
+    def pools(self) -> int:
+        return len(self._options)
+
+    def options(self, chosen: tuple[Rated, ...], most_gpus: int) -> Iterator[tuple[Rated, int]]:
+        """Options of the next pool beside those chosen that find room, each with how many deployments it leads to."""
+        level, room = len(chosen), most_gpus - sum(option.devices for option in chosen)
+        for option in self._options[level]:
+            if ends := self.completions(level + 1, room - option.devices):
+                yield option, ends
+
+    def at_most_per_s(self, chosen: tuple[Rated, ...]) -> float:
+        """What all pools together take, whatever is chosen for those that are open."""
+        return sum(option.guess_per_s for option in chosen) + sum(self._best[len(chosen) :])
+
+    def of_size(self, gpus: int, chosen: tuple[Rated, ...] = ()) -> Iterator[tuple[Rated, ...]]:
+        """All of them on so many GPUs."""
+        room = gpus - sum(option.devices for option in chosen)
+        if len(chosen) == self.pools:
+            if room == 0:
+                yield chosen
+            return
+        if room > 0:
+            for option in self._options[len(chosen)]:
+                if option.devices <= room:
+                    yield from self.of_size(gpus, (*chosen, option))
+
+    def candidate(self, chosen: tuple[Rated, ...]) -> Candidate | None:
+        """The deployment of some pools; None where the dealing leaves one of them nothing to do, which is counted."""
+        total = sum(option.weight for option in chosen)
+        if min(option.weight for option in chosen) * 2 * _LEAST_DEALT < total:
+            self.part.infeasible["share"] += 1
+            return None
+        leaf = Leaf(deployment=Deployment(pools=tuple(option.pool for option in chosen)), bound=())
+        guess_per_s, most_per_s = self._rater.together(chosen)
+        return Candidate(part=self.part, leaf=leaf, guess_per_s=guess_per_s, most_per_s=most_per_s)
+
+
+class Rater:
+    """Says what pools take, alone and together.
+
+    Parameters
+    ----------
+    own : Scorer    of the trace as given
+    """
+
+    def __init__(self, own: Scorer) -> None:
+        self._own = own
+        self._works: dict[tuple[object, ...], tuple[float, NDArray[np.float64]]] = {}
+        self._shares: dict[tuple[int, ...], float] = {}
+
+    def rated(self, pool: Pool, *, beside: bool = False) -> Rated:
+        """A pool with what it takes; `beside` others also with its weight."""
+        facts, plan = self._own.facts_of(pool), pool.plan
+        key = pool.types, plan.cut, plan.stages, facts.costs.layouts.best(plan)
+        if key not in self._works:
+            problem = facts.problem
+            first_ns, later_ns = works_ns(problem.settings_for(plan), facts.mean(plan), problem.trace)
+            mean_ns = float((first_ns + later_ns).mean())
+            self._works[key] = mean_ns, (first_ns + later_ns) / (mean_ns or 1.0)
+        mean_ns, works = self._works[key]
+        return Rated(
+            pool=pool,
+            guess_per_s=guess(facts, plan),
+            most_per_s=plan.replicas * NS_PER_S / mean_ns if mean_ns else math.inf,
+            works=works,
+            weight=self._own.weight(pool, facts) if beside else 1,
+        )
+
+    def together(self, pools: Sequence[Rated]) -> tuple[float, float]:
+        """Guess of what pools take side by side, as requests are dealt by weights, and what they take at most."""
+        if len(pools) == 1:
+            return pools[0].guess_per_s, pools[0].most_per_s * (1 + ROUNDING)
+        total = sum(pool.weight for pool in pools)
+        key = tuple(id(pool.works) for pool in pools)
+        if key not in self._shares:
+            self._shares[key] = float(np.minimum.reduce([pool.works for pool in pools]).mean())
+        least, most_per_s = self._shares[key], sum(pool.most_per_s for pool in pools)
+        return (
+            min(pool.guess_per_s * total / pool.weight for pool in pools),
+            most_per_s / least * (1 + ROUNDING) if least else math.inf,
+        )
+
+
+class Candidates:
+    """The deployments of a problem that may sustain a rate.
+
+    Parameters
+    ----------
+    own : Scorer              of the trace as given, by which they are rated
+    scorer : Scorer           of the trace at a rate: what misses a goal there by its bound is out of reach
+    formulation : Formulations
+    tell : callable           told (what, done, total) along the way
+    """
+
+    def __init__(self, own: Scorer, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
+        problem = scorer.problem
+        self._rater = Rater(own)
+        singles = [
+            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in problem.types
+        ]
+        plans = [single.plans() for single in singles]
+        self.alone: list[Candidate] = []
+        for single, some in zip(singles, plans, strict=True):
+            single.part.repeated = single.space.feasible - len(some)
+            cuts = [(plan, single.space.replicas(plan)) for plan in some if plan.replicas == 1]
+            self._list(single.part, replicas_of(single.facts, single.part, cuts, single.gpu, None))
+        self.products: list[Product] = []
+        pipelines: list[Pipelines] = []
+        if problem.mixed:
+            rated = [
+                [self._rater.rated(Pool(plan=plan, gpu=name), beside=True) for plan in some]
+                for name, some in zip(problem.types, plans, strict=True)
+            ]
+            for size in range(2, len(singles) + 1):
+                for places in combinations(range(len(singles)), size):
+                    options = [rated[place] for place in places]
+                    part = mixed_part(problem, [singles[place] for place in places], options)
+                    self.products.append(Product(part, options, self._rater))
+            for one, other in combinations(range(len(singles)), 2):
+                if joined(problem, one, other) is not None:
+                    facts = scorer.facts(problem.types[one], problem.types[other])
+                    pipelines.append(Pipelines(facts, formulation, tell))
+                    self._list(pipelines[-1].part, pipelines[-1].branches())
+        self.parts: tuple[Part, ...] = (
+            *(single.part for single in singles),
+            *(product.part for product in self.products),
+            *(shape.part for shape in pipelines),
+        )
+
+    @property
+    def any_feasible(self) -> bool:
+        """Whether any deployment can run."""
+        return any(part.space > sum(part.infeasible.values()) + part.repeated for part in self.parts)
+
+    def _list(self, part: Part, branches: Iterable[Replicas]) -> None:
+        """Take in the deployments of some branches."""
+        for branch in branches:
+            for place in range(len(branch.bounds)):
+                leaf = branch.child(place)
+                guess_per_s, most_per_s = self._rater.together([self._rater.rated(leaf.deployment.pools[0])])
+                self.alone.append(Candidate(part=part, leaf=leaf, guess_per_s=guess_per_s, most_per_s=most_per_s))
+
+
+def guess(facts: Facts, plan: Plan) -> float:
+    """Requests per second that would keep the busiest stage of a plan busy: no bound, for the order alone.
+
+    Prompts fill their batches; as many sequences decode at once as the KV cache and the tightest goal on TPOT allow. In
+    a pipeline these gather in one batch, as a batch takes all that are free.
+    """
+    problem = facts.problem
+    settings, trace = problem.settings_for(plan), problem.trace
+    laws = facts.plan_cost(plan).laws
+    prompt = float(trace.prompt.mean())
+    output = float(trace.generated(settings.max_model_len).mean())
+    held = prompt + output / 2
+    most = int(facts.blocks(plan) * settings.block_size / held / plan.stages)
+    sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
+    steps = [law.decode_ns[sequences] + sequences * held * law.context_rate[sequences] / 2**RATE_BITS for law in laws]
+    limit_s = step_limit_s(problem.slos)
+    limit_ns = math.inf if limit_s is None else NS_PER_S * limit_s
+    step_ns = np.sum(steps, axis=0)
+    last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
+    busy_ns = max(
+        prompt * law.mixed_ns[-1] / (len(law.mixed_ns) - 1)
+        + prompt**2 / 2 * law.pair_rate[-1] / 2**RATE_BITS / law.copies
+        for law in laws
+    )
+    busy_ns += output * step_ns[last] / sequences[last]
+    return float(plan.replicas * NS_PER_S / busy_ns)

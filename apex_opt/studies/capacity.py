@@ -1,0 +1,587 @@
+"""The highest rate of requests that deployments sustain within the goals, and the fewest GPUs for a rate.
+
+Whether a deployment sustains a rate is judged by `steady`. Rates form a grid (`rates`), each (1 + resolution) times the
+one before, with the trace's own among them. On it the highest rate of a deployment is found by going up or down, in
+growing strides, until its first run fails or holds, then by bisection; from there it goes down until the further runs
+hold as well. That assumes that goals which fail at a rate fail at all higher ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import UsageError
+from apex_opt.search.answer import misses
+from apex_opt.search.best_first import Leaf, Queue, best_first
+from apex_opt.search.incumbent import FREE
+from apex_opt.search.ledger import Ledger
+from apex_opt.search.search import judge, search, silent, tell_compiling
+from apex_opt.search.space import check_lengths
+from apex_opt.studies.candidates import Candidate, Candidates, Rater
+from apex_opt.studies.capacity_answer import Capacity, PlanRate
+from apex_opt.studies.rates import Grid, highest_step
+from apex_opt.studies.steady import DOUBLINGS, Steady, Trial
+from apex_opt.workload.steady import rate_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from apex_opt.plan.deployment import Deployment
+    from apex_opt.search.answer import Scored, Status
+    from apex_opt.search.best_first import Branch
+    from apex_opt.search.ledger import Costs, Part
+    from apex_opt.search.problem import Problem
+    from apex_opt.search.scorer import Scorer
+    from apex_opt.search.search import Formulations, Progress
+    from apex_opt.studies.candidates import Product, Rated
+
+ASSUMPTION: Final = "goals that fail at a rate fail at every higher one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A deployment, the last step that it sustains, and why not the next."""
+
+    deployment: Deployment
+    step: int
+    trial: Trial
+    after: Trial | None
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Better first: rate, then fewer GPUs, then the text form, so that ties fall the same way every time."""
+        return -self.step, *_size(self.deployment)
+
+
+class _Fastest:
+    """What a search for the highest rates is after. Bounds: rate that none exceeds, guess of it (negative), GPUs."""
+
+    in_order = False
+
+    def __init__(self, grid: Grid, top: int) -> None:
+        self._grid, self._top = grid, top
+        self.looked: dict[Deployment, _Found] = {}
+        self._ranked: list[_Found] = []
+
+    @property
+    def best(self) -> list[_Found]:
+        return self._ranked[: self._top]
+
+    @property
+    def last(self) -> _Found | None:
+        """The last of those to show; None where these are fewer."""
+        return self._ranked[self._top - 1] if len(self._ranked) >= self._top else None
+
+    def order(self, bound: Costs) -> Costs:
+        return bound[1:]
+
+    def admits(self, bound: Costs, part: Part) -> bool:
+        if self.last is None:
+            return True
+        # As fast on no more GPUs it may come first.
+        step = self.last.step + (bound[2] > self.last.deployment.devices)
+        return step <= self._grid.high and self._grid.rate_per_s(step) <= -bound[0]
+
+    def worst(self, part: Part) -> Costs:
+        return FREE
+
+    def scouted(self, scouts: Sequence[Scored]) -> None:
+        """Nothing is known beforehand."""
+
+    def take(self, scored: Scored, part: Part) -> None:
+        self._ranked = sorted([*self._ranked, self.looked[scored.deployment]], key=lambda found: found.rank)
+
+
+class _Cheapest:
+    """What a search at a rate is after: the best by the objectives on so many GPUs. Bounds: GPUs, costs."""
+
+    in_order = True
+
+    def __init__(self, problem: Problem, top: int) -> None:
+        self._problem, self._top = problem, top
+        self.trials: dict[Deployment, Trial] = {}
+        self._ranked: list[tuple[Costs, str, Scored]] = []
+
+    @property
+    def best(self) -> list[Scored]:
+        return [scored for _, _, scored in self._ranked[: self._top]]
+
+    def order(self, bound: Costs) -> Costs:
+        return bound
+
+    def admits(self, bound: Costs, part: Part) -> bool:
+        return bound <= self.worst(part)
+
+    def worst(self, part: Part) -> Costs:
+        return self._ranked[self._top - 1][0] if len(self._ranked) >= self._top else FREE
+
+    def scouted(self, scouts: Sequence[Scored]) -> None:
+        """Nothing is known beforehand."""
+
+    def take(self, scored: Scored, part: Part) -> None:
+        costs = (float(scored.devices), *self._problem.costs(scored.metrics))
+        self._ranked = sorted([*self._ranked, (costs, scored.text, scored)], key=lambda ranked: ranked[:2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Partly:
+    """A branch: the pools chosen so far, with options for the next in the order of their guess."""
+
+    product: Product
+    admits: Callable[[Costs, Part], bool]
+    most_gpus: int
+    options: Sequence[tuple[Rated, ...]]
+    bounds: Sequence[Costs]
+    ends: Sequence[int]
+    """Deployments up to each option, that one included."""
+
+    @property
+    def part(self) -> Part:
+        return self.product.part
+
+    def leaves(self, first: int, last: int) -> int:
+        return self.ends[last - 1] - (self.ends[first - 1] if first else 0)
+
+    def child(self, place: int) -> Sequence[Branch]:
+        return [_beside(self.product, self.options[place], self.most_gpus, self.admits)]
+
+
+def _beside(
+    product: Product, chosen: tuple[Rated, ...], most_gpus: int, admits: Callable[[Costs, Part], bool]
+) -> Branch:
+    """The options of the next pool beside those chosen; of the last pool those that may matter, the others counted."""
+    options = list(product.options(chosen, most_gpus))
+    if len(chosen) + 1 == product.pools:
+        candidates = []
+        for option, _ in options:
+            candidate = product.candidate((*chosen, option))
+            if candidate is None:
+                continue
+            if admits(_rate_bound(candidate), product.part):
+                candidates.append(candidate)
+            else:
+                product.part.beat(_rate_bound(candidate))
+        return _by_guess(product.part, candidates)
+    rows = []
+    for option, ends in options:
+        beside = (*chosen, option)
+        gpus = sum(one.devices for one in beside)
+        rows.append(((-inf, -product.at_most_per_s(beside), float(gpus)), str(option.pool), beside, ends))
+    rows.sort(key=lambda row: (row[0], row[1]))
+    total, ends_ = 0, []
+    for *_, ends in rows:
+        total += ends
+        ends_.append(total)
+    return _Partly(
+        product=product,
+        admits=admits,
+        most_gpus=most_gpus,
+        options=[row[2] for row in rows],
+        bounds=[row[0] for row in rows],
+        ends=ends_,
+    )
+
+
+def highest_rate(
+    problem: Problem,
+    formulation: Formulations,
+    *,
+    deployment: Deployment | None = None,
+    resolution: float = 0.02,
+    progress: Progress | None = None,
+    top: int = 1,
+    time_limit_s: float | None = None,
+) -> Capacity:
+    """The deployments that take the highest rates within the goals.
+
+    They are looked at in the order of a guess of their rate, four at a time. The first ones have their highest rate
+    found; of the others each must first hold at the rate of the `top`-th best, or at the next one where it is not
+    smaller, so that most take one simulation, and none where its least work does not allow that rate.
+
+    Parameters
+    ----------
+    problem : Problem                    latency goals are required
+    formulation : Formulations           the programs that enumerate plans and split layers
+    deployment : Deployment, optional    the only one to ask about
+    resolution : float                   step of the grid of rates, as a share, above 0
+    progress : callable, optional        told (what, done, total) along the way
+    top : int                            deployments to find, each exactly
+    time_limit_s : float, optional       after so long no further one is asked about
+
+    Raises
+    ------
+    UsageError       a trace without rate, no goals, goals on throughput
+    CapacityError    a request no engine of this model could serve, whatever the plan
+    """
+    tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
+    _check_goals(problem)
+    steady = Steady(problem)
+    longest = len(problem.trace) * steady.loops << DOUBLINGS
+    grid = Grid.of(rate_of(problem.trace), resolution, longest)
+    space = _Space.of(steady, steady.at(grid.rate_per_s(grid.low)), formulation, deployment, tell)
+    incumbent = _Fastest(grid, top)
+
+    def look(one: Deployment, bound: Costs, _: Costs) -> Scored | None:
+        found = _search_plan(steady, grid, incumbent.last, one, -bound[1])
+        if found is None:
+            return None
+        incumbent.looked[one] = found
+        return found.trial.run
+
+    branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
+    branches += [_beside(product, (), problem.max_devices, incumbent.admits) for product in space.products]
+    best_first(branches, incumbent, look, _saying(tell, "searching rates"), deadline, space.prepare(tell))
+    last, best = incumbent.last, incumbent.best
+    space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
+    ledger = Ledger(parts=space.parts, best=(-grid.rate_per_s(best[0].step),) if best else None)
+    plans = tuple(_ended(steady, grid, found) for found in best)
+    reason = None
+    if not plans:
+        one_by_one = steady.at(grid.rate_per_s(grid.low), 1).problem
+        reason = _why_not("even at one request at a time", one_by_one, formulation, space, ledger)
+    return Capacity(
+        status=space.status(ledger, bool(plans)),
+        asked_per_s=None,
+        resolution=resolution,
+        plans=plans,
+        ledger=ledger,
+        larger=(0,) * len(space.parts),
+        simulations=space.simulations + steady.simulations,
+        reason=reason,
+    )
+
+
+def fewest_gpus(
+    problem: Problem,
+    formulation: Formulations,
+    rate_per_s: float,
+    *,
+    deployment: Deployment | None = None,
+    progress: Progress | None = None,
+    top: int = 1,
+    time_limit_s: float | None = None,
+) -> Capacity:
+    """The deployments on the fewest GPUs that take a rate within the goals, the best by the objective first.
+
+    Numbers of GPUs are looked at from the smallest up, until one has a deployment that holds. Where GPUs are of one
+    type the fewest also are the cheapest; of several types each counts as one, whatever its price.
+
+    Parameters
+    ----------
+    rate_per_s : float    requests per second; the others as for `highest_rate`
+
+    Raises
+    ------
+    UsageError       a trace without rate, no goals, goals on throughput
+    CapacityError    a request no engine of this model could serve, whatever the plan
+    """
+    tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
+    _check_goals(problem)
+    steady = Steady(problem)
+    scorer = steady.at(rate_per_s)
+    space = _Space.of(steady, scorer, formulation, deployment, tell)
+    incumbent = _Cheapest(scorer.problem, top)
+    asked: list[Deployment] = []
+
+    def sustains(one: Deployment, bound: Costs, worst: Costs) -> Scored | None:
+        trial = steady.run(one, rate_per_s, worst[1:] or FREE, bound[1:])
+        incumbent.trials[one] = trial = steady.confirmed(one, rate_per_s, trial) if trial.holds else trial
+        return trial.first if trial.holds else None
+
+    def prepare(deployments: Iterable[Deployment]) -> None:
+        some = list(deployments)
+        asked.extend(some)
+        space.prepare(tell)(some)
+
+    sizes = space.sizes(problem.max_devices)
+    larger = (0,) * len(space.parts)
+    for place, gpus in enumerate(sizes):
+        branches = list(space.at(gpus, rate_per_s))
+        best_first(branches, incumbent, sustains, _saying(tell, "simulating plans"), deadline, prepare)
+        late = monotonic() > deadline
+        if incumbent.best or late:
+            beyond = tuple(space.beyond(part, gpus, problem.max_devices) for part in space.parts)
+            for part, count in zip(space.parts, beyond, strict=True):
+                if incumbent.best:
+                    part.beat((float(gpus + 1),), count)
+                elif count:
+                    part.left.append(((float(sizes[place + 1]),), count))
+            larger = beyond if incumbent.best else larger
+            break
+    found = incumbent.best
+    space.end(incumbent.worst(space.parts[0]) if len(found) == top else None)
+    best = (float(found[0].devices), *scorer.problem.costs(found[0].metrics)) if found else None
+    ledger = Ledger(parts=space.parts, best=best)
+    where = f"at {rate_per_s:.4g} requests/s"
+    reason = None
+    if not found:
+        failed = ((one, incumbent.trials[one]) for one in asked)
+        reason = _near_miss(where, failed) or _why_not(where, scorer.problem, formulation, space, ledger)
+    return Capacity(
+        status=space.status(ledger, bool(found)),
+        asked_per_s=rate_per_s,
+        resolution=None,
+        plans=tuple(
+            PlanRate(rate_per_s=rate_per_s, holds=scored, evidence=evidence)
+            for scored in found
+            if (evidence := incumbent.trials[scored.deployment].evidence) is not None
+        ),
+        ledger=ledger,
+        larger=larger,
+        simulations=space.simulations + steady.simulations,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Space:
+    """Deployments to choose from, and those that cannot run.
+
+    Parameters
+    ----------
+    scorer : Scorer                  at the rate at which what misses a goal by its bound is left out
+    parts : tuple of Part
+    alone : list of Candidate        of one pool, or the one asked about
+    products : list of Product       of several pools
+    given : Deployment or None       the only one asked about
+    feasible : bool                  whether any can run
+    simulations : int                made to find out
+    reason : str or None             why the one asked about cannot run
+    """
+
+    scorer: Scorer
+    parts: tuple[Part, ...]
+    alone: list[Candidate]
+    products: list[Product]
+    given: Deployment | None
+    feasible: bool
+    simulations: int = 0
+    reason: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        steady: Steady,
+        scorer: Scorer,
+        formulation: Formulations,
+        deployment: Deployment | None,
+        tell: Progress,
+    ) -> _Space:
+        """The deployments of the problem, or the one asked about."""
+        check_lengths(scorer.problem)
+        if deployment is None:
+            found = Candidates(steady.own, scorer, formulation, tell)
+            return cls(
+                scorer=scorer,
+                parts=found.parts,
+                alone=found.alone,
+                products=found.products,
+                given=None,
+                feasible=found.any_feasible,
+            )
+        answer = judge(scorer.problem, deployment, tell)
+        (part,) = answer.ledger.parts
+        simulations = part.simulated
+        part.seen, part.missed = [], 0
+        part.best = None
+        alone = []
+        if answer.best is not None:
+            bounds: Costs = (-inf,) * len(scorer.problem.objectives)
+            possible = True
+            if len(deployment.pools) == 1:
+                bounds, possible = scorer.bounds(deployment)
+            if possible:
+                rater = Rater(steady.own)
+                rated = [rater.rated(pool, beside=len(deployment.pools) > 1) for pool in deployment.pools]
+                guess_per_s, most_per_s = rater.together(rated)
+                leaf = Leaf(deployment=deployment, bound=bounds)
+                alone.append(Candidate(part=part, leaf=leaf, guess_per_s=guess_per_s, most_per_s=most_per_s))
+            else:
+                part.out_of_reach = 1
+        return cls(
+            scorer=scorer,
+            parts=(part,),
+            alone=alone,
+            products=[],
+            given=deployment,
+            feasible=answer.best is not None,
+            simulations=simulations,
+            reason=answer.reason,
+        )
+
+    def status(self, ledger: Ledger, found: bool) -> Status:
+        if not found:
+            return "unknown" if ledger.waiting else "infeasible"
+        return "feasible" if self.given is not None or not ledger.optimal else "optimal"
+
+    def prepare(self, tell: Progress) -> Callable[[Iterable[Deployment]], None]:
+        """What tells of simulations that take longer."""
+
+        def told(deployments: Iterable[Deployment]) -> None:
+            tell_compiling(tell, self.scorer.problem, (pool.plan for one in deployments for pool in one.pools))
+
+        return told
+
+    def sizes(self, most_gpus: int) -> list[int]:
+        """Numbers of GPUs on which there are deployments."""
+        alone = {one.leaf.deployment.devices for one in self.alone}
+        return sorted(alone | (set(range(1, most_gpus + 1)) if self.products else set()))
+
+    def at(self, gpus: int, rate_per_s: float) -> Iterator[Branch]:
+        """The deployments on so many GPUs, the best by their bounds first; of several pools the likeliest first.
+
+        Those whose least work does not allow the rate are counted.
+        """
+        for part in self.parts:
+            mine = [one for one in self.alone if one.part is part and one.leaf.deployment.devices == gpus]
+            able = [one for one in mine if one.most_per_s >= rate_per_s]
+            part.out_of_reach += len(mine) - len(able)
+            able.sort(key=lambda one: (one.leaf.bound, str(one.leaf.deployment)))
+            yield Queue(part, [replace(one.leaf, bound=(float(gpus), *one.leaf.bound)) for one in able])
+        unknown = (float(gpus), *(-inf for _ in self.scorer.problem.objectives))
+        for product in self.products:
+            able = []
+            for chosen in product.of_size(gpus):
+                candidate = product.candidate(chosen)
+                if candidate is not None and candidate.most_per_s >= rate_per_s:
+                    able.append(candidate)
+                elif candidate is not None:
+                    product.part.out_of_reach += 1
+            able.sort(key=lambda one: (-one.guess_per_s, *_size(one.leaf.deployment)))
+            yield Queue(product.part, [replace(one.leaf, bound=unknown) for one in able])
+
+    def beyond(self, part: Part, gpus: int, most_gpus: int) -> int:
+        """Deployments of a part on more GPUs."""
+        for product in self.products:
+            if product.part is part:
+                return product.completions(0, most_gpus) - product.completions(0, gpus)
+        return sum(one.part is part and one.leaf.deployment.devices > gpus for one in self.alone)
+
+    def end(self, last: Costs | None) -> None:
+        """Close the parts."""
+        for part in self.parts:
+            part.end(last)
+
+
+def _rate_bound(candidate: Candidate) -> Costs:
+    """Bounds as `_Fastest` reads them."""
+    return -candidate.most_per_s, -candidate.guess_per_s, float(candidate.leaf.deployment.devices)
+
+
+def _by_guess(part: Part, candidates: Iterable[Candidate]) -> Queue:
+    """Deployments in the order of a guess of their rate."""
+    ordered = sorted(candidates, key=lambda one: (-one.guess_per_s, *_size(one.leaf.deployment)))
+    return Queue(part, [replace(one.leaf, bound=_rate_bound(one)) for one in ordered])
+
+
+def _saying(tell: Progress, what: str) -> Progress:
+    """Tells of every round in the same words."""
+    return lambda _, done, total: tell(what, done, total)
+
+
+def _search_plan(
+    steady: Steady, grid: Grid, last: _Found | None, deployment: Deployment, guess_per_s: float
+) -> _Found | None:
+    """The last step that a deployment sustains, where it is among the best so far."""
+    low = grid.low
+    if last is not None:
+        low = last.step if _size(deployment) < _size(last.deployment) else last.step + 1
+    if low > grid.high:
+        return None
+    trials: dict[int, Trial] = {}
+
+    def holds(step: int) -> bool:
+        if step not in trials:
+            trials[step] = steady.run(deployment, grid.rate_per_s(step))
+        return trials[step].holds
+
+    start = grid.below(guess_per_s) if last is None else low
+    step = highest_step(holds, low=low, high=grid.high, start=start)
+    while step is not None and step >= low:
+        if holds(step):
+            trials[step] = steady.confirmed(deployment, grid.rate_per_s(step), trials[step])
+            if trials[step].holds:
+                return _Found(deployment=deployment, step=step, trial=trials[step], after=trials.get(step + 1))
+        step = _lower(grid, trials, step)
+    return None
+
+
+def _lower(grid: Grid, trials: dict[int, Trial], step: int) -> int:
+    """The next step to try below one that is not sustained."""
+    trial = trials[step]
+    evidence = trial.evidence
+    if trial.why == "saturated" and evidence is not None and evidence.saturated_per_s is not None:
+        lower = grid.below(evidence.saturated_per_s / (1 + evidence.margin))
+        if lower < step - 1:
+            trials[lower + 1] = trial
+            return lower
+    return step - 1
+
+
+def _ended(steady: Steady, grid: Grid, found: _Found) -> PlanRate:
+    """A deployment with its run at the last rate that it sustains, and what is missed at the next."""
+    trial, after = found.trial, found.after
+    assert trial.run is not None and trial.evidence is not None, "it holds"
+    next_rate, missed = None, dict[str, float]()
+    if found.step < grid.high:
+        assert after is not None, "the next step was asked about"
+        next_rate = grid.rate_per_s(found.step + 1)
+        if after.run is None:
+            after = Trial(why="goals", run=steady.at(next_rate, after.loops).simulate(found.deployment))
+        missed = steady.missed(after)
+    return PlanRate(
+        rate_per_s=grid.rate_per_s(found.step),
+        holds=trial.run,
+        evidence=trial.evidence,
+        next_rate_per_s=next_rate,
+        why="" if after is None else after.why,
+        missed=missed,
+    )
+
+
+def _check_goals(problem: Problem) -> None:
+    """Refuse what a rate cannot be searched by."""
+    rate_of(problem.trace)
+    if not problem.slos:
+        raise UsageError("--slo: a highest rate needs goals that end it, such as ttft_p95<=500ms,tpot_p95<=50ms")
+    if wrong := [slo.text for slo in problem.slos if slo.figure.of == "run" and not slo.figure.exact]:
+        raise UsageError(
+            f"--slo: {wrong[0]} moves with the rate itself; give goals on ttft, tpot, itl, e2e or cost, and a rate as "
+            "--rate"
+        )
+    if tolerant := [part.name for part in problem.objectives if part.tolerance]:
+        raise UsageError(f"--objective: {tolerant[0]} has a tolerance, which capacity does not know; leave it out")
+
+
+def _near_miss(where: str, failed: Iterable[tuple[Deployment, Trial]]) -> str | None:
+    """One sentence on a deployment that meets the goals for a while; None where there is none."""
+    for one, trial in failed:
+        if trial.why == "queue":
+            return f"{where}, {one} meets the goals at first, but its queue grows: lower the rate or offer more GPUs"
+        if trial.why == "saturated":
+            return f"{where}, {one} meets the goals, but serves hardly more when saturated: lower the rate"
+        if trial.why == "prediction":
+            return f"{where}, {one} meets the goals in one run and could miss them in another: lower the rate"
+    return None
+
+
+def _why_not(where: str, problem: Problem, formulation: Formulations, space: _Space, ledger: Ledger) -> str:
+    """One sentence on why no deployment holds, with the numbers of the one that comes closest."""
+    if ledger.waiting:
+        return f"{where}, the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
+    if space.given is None:
+        reason = str(search(problem, formulation).reason)
+        return f"{where}, {reason}" if space.feasible else reason
+    if not space.feasible:
+        return str(space.reason)
+    closest = judge(problem, space.given).best
+    assert closest is not None, "the plan can run"
+    missed = misses(closest.metrics, problem.slos)
+    return f"{where}, {space.given} misses {missed}: relax these or ask about another plan"
+
+
+def _size(deployment: Deployment) -> tuple[int, str]:
+    return deployment.devices, str(deployment)

@@ -1,0 +1,368 @@
+"""The ledger replayed: the space counted by plain Python, deployments simulated to their end.
+
+It shares with the search the simulator and the costs that deployments are scored with, and nothing of what makes the
+search quick: not the constraint program, not what the bounds rule out, not the early ends, not the order. The layers of
+pipelines over two types of GPU are split as in the search.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice, product
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from apex_opt.evaluate import tally
+from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.search.bounds.compose import Compose
+from apex_opt.search.facts import judged
+from apex_opt.search.ledger import ROUNDING
+from apex_opt.search.option import options_of
+from apex_opt.search.scorer import Scorer
+from apex_opt.search.search import rank, silent, tell_compiling
+from apex_opt.search.shapes.mixed import deployed
+from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from apex_opt.search.answer import Answer, Scored
+    from apex_opt.search.ledger import Part, Shape
+    from apex_opt.search.option import Option
+    from apex_opt.search.problem import Problem
+    from apex_opt.search.search import Progress
+    from apex_opt.search.shapes import Splitter
+
+    Bounded = tuple[Deployment, float]
+
+MOST: Final = 20_000
+"""Deployments over several types of GPU up to which all are simulated."""
+
+NEAR: Final = 0.05
+"""Of more, those are whose bound is within this share of the best found, the `MOST` of least bound."""
+
+SAMPLE: Final = 2_000
+"""And so many others, drawn by lot."""
+
+_SEED: Final = 0
+_LEFT_EQUAL: Final = 10 * ROUNDING
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Counted:
+    """The deployments of one shape on some types of GPU, counted.
+
+    Parameters
+    ----------
+    shape, types, space, infeasible, repeated : as of `apex_opt.search.ledger.Part`
+    feasible : int      the others, those with a pool that nothing is dealt to among them
+    simulated : int     of these
+    """
+
+    shape: Shape
+    types: tuple[str, ...]
+    space: int
+    infeasible: dict[str, int]
+    repeated: int
+    feasible: int
+    simulated: int = 0
+    leaves: Callable[[], Iterator[Bounded]] = field(repr=False)
+    """All that can run, each with its bound; infinite where it rules the deployment out."""
+
+    @property
+    def words(self) -> str:
+        """Whose count it is, before a sentence; nothing where there is no other."""
+        names = " and ".join(self.types)
+        kinds = {"single": f"{names} alone", "mixed": f"{names} together", "pipeline": f"pipelines over {names}"}
+        return f"{kinds[self.shape]}: "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """What the replay found.
+
+    Parameters
+    ----------
+    parts : tuple of Counted       the space, in the order of the ledger's parts
+    meeting : int                  deployments simulated that meet the goals
+    chosen : str or None           which were simulated, where these are not all
+    disagreements : tuple of str   what the ledger claims and the replay does not bear out
+    """
+
+    parts: tuple[Counted, ...]
+    meeting: int
+    chosen: str | None
+    disagreements: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.disagreements
+
+    @property
+    def space(self) -> int:
+        """Deployments counted."""
+        return sum(part.space for part in self.parts)
+
+    @property
+    def infeasible(self) -> dict[str, int]:
+        """Those that cannot run, by the first constraint they break."""
+        found: Counter[str] = Counter()
+        for part in self.parts:
+            found.update(part.infeasible)
+        return dict(found)
+
+    @property
+    def repeated(self) -> int:
+        """Those that are others."""
+        return sum(part.repeated for part in self.parts)
+
+    @property
+    def simulated(self) -> int:
+        """Those simulated, each to its end."""
+        return sum(part.simulated for part in self.parts)
+
+
+def check(problem: Problem, answer: Answer, splitter: Splitter, progress: Progress | None = None) -> Check:
+    """Replay the ledger of an answer to a problem.
+
+    It takes the time of simulating every feasible deployment, which the search is there to save. Over several types of
+    GPU these can be millions: then those are simulated that may be nearly as good as the best, and a sample.
+
+    Parameters
+    ----------
+    problem, answer                  as asked and answered
+    splitter : Splitter              splits the layers of pipelines over two types of GPU
+    progress : callable, optional    told (what, done, total) along the way
+    """
+    tell, scorer = progress or silent, Scorer(problem)
+    tell("checking constraints", 0, 0)
+    parts = tuple(_parts(scorer, splitter, tell))
+    total = sum(part.feasible for part in parts)
+    some = problem.mixed and total > MOST
+    chosen = _chosen(problem, answer, parts, total, tell) if some else [list(part.leaves()) for part in parts]
+    scored: list[Scored] = []
+    for part, leaves in zip(parts, chosen, strict=True):
+        part.simulated = len(leaves)
+        scored += _scored(scorer, leaves, len(scored), sum(map(len, chosen)), tell)
+    meeting = [one for one in scored if one.meets_slos]
+    disagreements: list[str] = []
+    for part, claimed in zip(parts, answer.ledger.parts, strict=True):
+        before = part.words if problem.mixed else ""
+        disagreements += (f"{before}{said}" for said in _counts(part, claimed))
+    disagreements += _optimum(problem, answer, meeting)
+    disagreements += _bounds(problem, scored)
+    which = f"those bounded within {NEAR:.0%} of the best, the {MOST:,} of least bound, and {SAMPLE:,} others by lot"
+    return Check(parts=parts, meeting=len(meeting), chosen=which if some else None, disagreements=tuple(disagreements))
+
+
+def _parts(scorer: Scorer, splitter: Splitter, tell: Progress) -> Iterator[Counted]:
+    """The deployments of every shape, counted by plain Python, in the order of a ledger."""
+    problem = scorer.problem
+    singles = [_single(scorer, place) for place in range(len(problem.offers))]
+    yield from (part for part, _ in singles)
+    if not problem.mixed:
+        return
+    options = [
+        options_of(scorer.facts(name), pools, tell) for name, (_, pools) in zip(problem.types, singles, strict=True)
+    ]
+    for size in range(2, len(singles) + 1):
+        for places in combinations(range(len(singles)), size):
+            yield _mixed(scorer, [singles[place][0] for place in places], [options[place] for place in places])
+    for one, other in combinations(range(len(singles)), 2):
+        if (both := joined(problem, one, other)) is not None:
+            yield _pipelines(scorer, both, splitter)
+
+
+def _single(scorer: Scorer, place: int) -> tuple[Counted, list[Pool]]:
+    """The plans of one type of GPU."""
+    problem = scorer.problem.alone(place)
+    clocks, counted = problem.offer.clocks, tally(problem.instance())
+    gpu = problem.offer.name if scorer.problem.mixed else None
+    plans = (replace(plan, clock_mhz=clock) for clock in clocks for plan in counted.plans)
+    pools = [Pool(plan=plan, gpu=gpu) for plan in plans]
+    part = Counted(
+        shape="single",
+        types=(problem.offer.name,),
+        space=counted.space * len(clocks),
+        infeasible={family: count * len(clocks) for family, count in counted.infeasible.items()},
+        repeated=counted.repeated * len(clocks),
+        feasible=len(pools),
+        leaves=lambda: (_bounded(scorer, Deployment(pools=(pool,))) for pool in pools),
+    )
+    return part, pools
+
+
+def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequence[Option]]) -> Counted:
+    """A pool on each of some types of GPU: the product of their plans, within the limit on GPUs."""
+    problem = scorer.problem
+    space, feasible = math.prod(one.space for one in singles), math.prod(one.feasible + one.repeated for one in singles)
+    sizes, different = {0: 1}, math.prod(map(len, options))
+    for some in options:
+        taken: dict[int, int] = {}
+        for before, ways in sizes.items():
+            for option in some:
+                taken[before + option.devices] = taken.get(before + option.devices, 0) + ways
+        sizes = taken
+    fitting = sum(ways for devices, ways in sizes.items() if devices <= problem.max_devices)
+    infeasible = {"part": space - feasible, "gpus": different - fitting, "share": 0}
+
+    def leaves() -> Iterator[Bounded]:
+        infeasible["share"] = 0
+        compose = Compose(problem, scorer.outside_ns)
+        fit = (row for row in product(*options) if sum(option.devices for option in row) <= problem.max_devices)
+        while rows := list(islice(fit, compose.at_once)):
+            run, served = compose.of(rows)
+            infeasible["share"] += int((~served).sum())
+            bounds, possible = judged(run, problem.objectives, problem.goals)
+            for index in np.flatnonzero(served).tolist():
+                yield deployed(rows[index]), float(bounds[index, 0]) if possible[index] else math.inf
+
+    return Counted(
+        shape="mixed",
+        types=tuple(name for one in singles for name in one.types),
+        space=space,
+        infeasible=infeasible,
+        repeated=feasible - different,
+        feasible=fitting,
+        leaves=leaves,
+    )
+
+
+def _pipelines(scorer: Scorer, problem: Problem, splitter: Splitter) -> Counted:
+    """The pipelines over two types of GPU whose layers find room."""
+    splits = Splits(scorer.facts(*problem.types), splitter)
+    plans, space = [], 0
+    for cut, counts in pipelines(problem):
+        space += len(counts)
+        plans += [plan for count in counts if (plan := splits(cut.times(count))) is not None]
+    return Counted(
+        shape="pipeline",
+        types=problem.types,
+        space=space,
+        infeasible={"memory": space - len(plans)},
+        repeated=0,
+        feasible=len(plans),
+        leaves=lambda: (_bounded(scorer, Deployment.of(plan)) for plan in plans),
+    )
+
+
+def _bounded(scorer: Scorer, deployment: Deployment) -> Bounded:
+    """A deployment of one pool with its bound; one that its bound says misses a goal may be no better than anything."""
+    bounds, possible = scorer.bounds(deployment)
+    return deployment, bounds[0] if possible else math.inf
+
+
+def _chosen(
+    problem: Problem, answer: Answer, parts: Sequence[Counted], total: int, tell: Progress
+) -> list[list[Bounded]]:
+    """Of each part the deployments that are simulated where there are too many for all of them."""
+    limit = -math.inf
+    if answer.best is not None:
+        cost = problem.objective.signed(problem.objective.value(answer.best.metrics))
+        limit = cost + NEAR * abs(cost)
+    drawn = set(np.random.default_rng(_SEED).choice(total, min(SAMPLE, total), replace=False).tolist())
+    near: list[tuple[float, int, int, Deployment]] = []
+    found: list[dict[Deployment, float]] = [{} for _ in parts]
+    seen = 0
+    for place, part in enumerate(parts):
+        for deployment, bound in part.leaves():
+            tell("bounding every deployment", seen, total)
+            if seen in drawn or (answer.best is not None and deployment == answer.best.deployment):
+                found[place][deployment] = bound
+            elif bound <= limit:
+                heapq.heappush(near, (-bound, -seen, place, deployment))
+                if len(near) > MOST:
+                    heapq.heappop(near)
+            seen += 1
+    for bound, _, place, deployment in near:
+        found[place][deployment] = -bound
+    return [list(some.items()) for some in found]
+
+
+def _scored(scorer: Scorer, leaves: Sequence[Bounded], before: int, total: int, tell: Progress) -> Iterator[Scored]:
+    """Deployments simulated to their end, each with its bound beside."""
+    tell_compiling(tell, scorer.problem, (pool.plan for deployment, _ in leaves for pool in deployment.pools))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        for done, one in enumerate(threads.map(lambda leaf: scorer.simulate(*leaf), leaves), before + 1):
+            tell("simulating every plan", done, total)
+            yield one
+
+
+def _counts(part: Counted, claimed: Part) -> Iterator[str]:
+    """What contradicts how many deployments there are, and what became of them.
+
+    A search knows of repeated plans, of pools that get nothing to do and of layers that fit nowhere only once it comes
+    to them: of these there may be more than it counts.
+    """
+    what = "plans" if part.shape == "single" else "deployments"
+    if claimed.space != part.space:
+        yield f"the space has {part.space} {what}, not {claimed.space}"
+    late = {"mixed": "share", "pipeline": "memory"}.get(part.shape)
+    for family, count in part.infeasible.items():
+        if claimed.infeasible[family] > count or (family != late and claimed.infeasible[family] != count):
+            yield f"{count} {what} break {family} first, not {claimed.infeasible[family]}"
+    accounted = claimed.bounded + claimed.repeated + claimed.simulated + claimed.waiting
+    listed = part.feasible + part.repeated
+    if late is not None:
+        accounted += claimed.infeasible[late]
+    if part.shape == "pipeline":
+        listed += part.infeasible["memory"]
+    if accounted != listed:
+        yield f"{listed} {what} are feasible, {accounted} are accounted for"
+    if claimed.repeated > part.repeated:
+        yield f"{part.repeated} {what} have even stages once moved, not {claimed.repeated}"
+
+
+def _in_order(problem: Problem, meeting: list[Scored]) -> list[Scored]:
+    """What can be the answer, best first: near enough by objectives with a tolerance, then by the others."""
+    kept, begin = meeting, 0
+    for end, part in enumerate(problem.objectives, 1):
+        if part.tolerance and kept:
+            aims = problem.objectives[begin:end]
+            best = min(kept, key=lambda one: problem.costs(one.metrics)[begin:end])
+            goals = [goal for aim in aims for goal in aim.near(aim.value(best.metrics))]
+            kept = [one for one in kept if all(goal.met(one.metrics.judged(goal)) for goal in goals)]
+            begin = end
+    return sorted(kept, key=lambda one: (problem.costs(one.metrics)[begin:], *rank(problem, one)[1:]))
+
+
+def _optimum(problem: Problem, answer: Answer, meeting: list[Scored]) -> Iterator[str]:
+    """What contradicts the deployment that is answered, or that there is none."""
+    best, gap = answer.best, answer.ledger.gap
+    if best is None:
+        if meeting and answer.status == "infeasible":
+            yield f"{_in_order(problem, meeting)[0].text} meets the goals, though no plan is said to"
+        return
+    if best.deployment not in {one.deployment for one in meeting}:
+        yield f"{best.text} is not among the plans that meet the goals"
+        return
+    first = _in_order(problem, meeting)[0]
+    parts = problem.objectives
+    aim = next(part for index, part in enumerate(parts) if not any(later.tolerance for later in parts[index:]))
+    said = f"{aim.value(first.metrics):.6g} against {aim.value(best.metrics):.6g}"
+    # Where the time was up, plans left that can be no better than the best may yet be as good, and come before it.
+    equal = answer.ledger.waiting and all(
+        math.isclose(one, other, rel_tol=_LEFT_EQUAL)
+        for one, other in zip(*(problem.costs(one.metrics)[parts.index(aim) :] for one in (first, best)), strict=True)
+    )
+    if answer.status == "optimal" and first.deployment != best.deployment and not equal:
+        yield f"{first.text} comes before {best.text}: {said}"
+    cost, least = aim.signed(aim.value(best.metrics)), aim.signed(aim.value(first.metrics))
+    if gap is not None and least < cost - (gap + ROUNDING) * abs(cost):
+        yield f"{first.text} is better by more than the gap of {gap:.1%}: {said}"
+
+
+def _bounds(problem: Problem, scored: Iterable[Scored]) -> Iterator[str]:
+    """Deployments that are better than a bound allows."""
+    for one in scored:
+        cost, bound = problem.objective.signed(one.value), one.bound
+        if bound == math.inf and one.meets_slos:
+            yield f"{one.text} meets the goals, which its bound rules out"
+        elif bound is not None and bound != math.inf and cost < bound - ROUNDING * abs(bound):
+            yield f"{one.text} costs {cost:.6g}, less than its bound {bound:.6g}"

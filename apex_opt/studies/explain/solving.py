@@ -1,0 +1,403 @@
+"""How problems are solved on the way to an explanation: each plan of the asked one is simulated at most once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from apex_opt.evaluate import decode_bytes
+from apex_opt.figures import load_objective
+from apex_opt.figures.measure import can_hold, statistic
+from apex_opt.plan.deployment import Deployment
+from apex_opt.search.best_first import Leaf, Queue, best_first
+from apex_opt.search.facts import judged
+from apex_opt.search.incumbent import FREE, Best
+from apex_opt.search.ledger import Part
+from apex_opt.search.nearest import feasible
+from apex_opt.search.scorer import Scorer
+from apex_opt.search.search import Formulations, rank, tell_compiling
+from apex_opt.search.space import Moves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from apex_opt.evaluate import Instance
+    from apex_opt.figures import Goal, Objective
+    from apex_opt.figures.run import Run
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search.answer import Scored
+    from apex_opt.search.best_first import Simulated
+    from apex_opt.search.facts import Alike
+    from apex_opt.search.incumbent import Incumbent
+    from apex_opt.search.ledger import Costs
+    from apex_opt.search.problem import Problem
+    from apex_opt.search.search import Progress
+
+    Goals = tuple[Goal, ...]
+
+_PERCENTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
+_QUICKEST: Final = load_objective("makespan")
+
+
+class Diagnosis(Formulations, Protocol):
+    """What an explanation asks of a plan-space program."""
+
+    def clash(self, instance: Instance, families: Sequence[str] = ...) -> tuple[str, ...]: ...
+
+
+class OutOfTime(Exception):
+    """The time limit was reached before what was begun was decided."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """A plan that a changed problem has: the best, unless the time was up first.
+
+    `value` is its objective, where it was simulated.
+    """
+
+    plan: Plan
+    value: float | None = None
+    best: bool = True
+
+
+class First:
+    """What a search is after that asks whether any deployment meets the goals: the first that does."""
+
+    in_order = True
+
+    def __init__(self, worst: Costs) -> None:
+        self._worst = worst
+        self.found: Scored | None = None
+
+    def order(self, bound: Costs) -> Costs:
+        return bound
+
+    def admits(self, bound: Costs, part: Part) -> bool:
+        return self.found is None
+
+    def worst(self, part: Part) -> Costs:
+        return self._worst
+
+    def scouted(self, scouts: Sequence[Scored]) -> None:
+        """Nothing is known beforehand."""
+
+    def take(self, scored: Scored, part: Part) -> None:
+        self.found = self.found or scored
+
+
+class Least:
+    """What a search is after that asks for the least of some figure of runs; ties fall as in a search."""
+
+    in_order = True
+
+    def __init__(self, cost: Callable[[Scored], float]) -> None:
+        self._cost = cost
+        self.found: tuple[float, int, str, Scored] | None = None
+
+    def order(self, bound: Costs) -> Costs:
+        return bound
+
+    def admits(self, bound: Costs, part: Part) -> bool:
+        return self.found is None or bound[0] <= self.found[0]
+
+    def worst(self, part: Part) -> Costs:
+        return FREE
+
+    def scouted(self, scouts: Sequence[Scored]) -> None:
+        """Nothing is known beforehand."""
+
+    def take(self, scored: Scored, part: Part) -> None:
+        ranked = self._cost(scored), scored.devices, scored.text, scored
+        self.found = ranked if self.found is None or ranked[:3] < self.found[:3] else self.found
+
+
+class Work:
+    """What solves problems of one type of GPU until the time is up, and the runs of the one that was asked.
+
+    Parameters
+    ----------
+    problem : Problem
+    formulation : Diagnosis
+    progress : callable            told (what, done, total) along the way
+    time_limit_s : float           after so long every step ends in `OutOfTime`
+    scorer : Scorer, optional      of the problem, with the facts it already has
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        formulation: Diagnosis,
+        progress: Progress,
+        time_limit_s: float = math.inf,
+        scorer: Scorer | None = None,
+    ) -> None:
+        self.problem = problem
+        self.formulation = formulation
+        self._progress = progress
+        self._deadline = monotonic() + time_limit_s
+        self._scorer = scorer
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Runs of the plans of the asked problem."""
+        return Runs(self._scorer or Scorer(self.problem), self)
+
+    def tell(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Tell of a step, unless the time is up.
+
+        Raises
+        ------
+        OutOfTime
+        """
+        if monotonic() > self._deadline:
+            raise OutOfTime
+        self._progress(what, done, total)
+
+    def plans(self, problem: Problem) -> tuple[Plan, ...]:
+        """Feasible plans of a problem, at the highest clock."""
+        self.tell("enumerating plans")
+        found, moves = self.formulation.enumerate(problem.instance()), Moves(problem, self.formulation)
+        cuts = list(found.plans)
+        for index, movable in enumerate(found.movable):
+            self.tell("moving layers", index, len(found.movable))
+            if (cut := moves(movable)) is not None:
+                cuts.append(cut)
+        most = problem.instance().max_devices
+        return tuple(cut.times(count) for cut in cuts for count in range(1, most // cut.devices + 1))
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether some plan satisfies the constraints."""
+        self.tell("trying constraints")
+        return not self.formulation.clash(problem.instance())
+
+    def solve(self, problem: Problem, plans: tuple[Plan, ...] | None = None) -> Solved | None:
+        """The best plan, or where there are no goals a plan that fits; None where there is none.
+
+        Parameters
+        ----------
+        problem : Problem
+        plans : tuple of Plan, optional    to choose from; by default all that are feasible
+
+        Raises
+        ------
+        OutOfTime    before a plan was found
+        """
+        if not problem.slos:
+            self.tell("trying constraints")
+            plan = feasible(problem.instance())
+            return None if plan is None else Solved(plan=plan)
+        plans = self.plans(problem) if plans is None else plans
+        scorer = Scorer(problem)
+        first = self._first(scorer, plans)
+        if first is None:
+            return None
+        try:
+            best = self._best(scorer, plans)
+        except OutOfTime:
+            return Solved(plan=first.plan, value=first.value, best=False)
+        return Solved(plan=best.plan, value=problem.objective.value(best.metrics))
+
+    def some_meets(self, problem: Problem, plans: Sequence[Plan]) -> bool:
+        """Whether some of these plans meets the goals."""
+        return self._first(Scorer(problem), plans) is not None
+
+    def search(
+        self,
+        scorer: Scorer,
+        leaves: Sequence[Leaf],
+        incumbent: Incumbent,
+        challenge: Callable[[Deployment, Costs, Costs], Scored | None] | None = None,
+    ) -> list[Simulated]:
+        """Simulate deployments that are listed, as far as they may matter.
+
+        Raises
+        ------
+        OutOfTime
+        """
+        problem = scorer.problem
+        part = Part(shape="single", types=problem.types, objective=problem.objective, space=len(leaves), infeasible={})
+
+        def prepare(deployments: Iterable[Deployment]) -> None:
+            tell_compiling(self.tell, problem, (one.plan for one in deployments))
+
+        return best_first([Queue(part, leaves)], incumbent, challenge or scorer.challenge, self.tell, math.inf, prepare)
+
+    def _first(self, scorer: Scorer, plans: Sequence[Plan]) -> Scored | None:
+        """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on.
+
+        The least makespan comes first: such plans are the likeliest to.
+        """
+        incumbent = First(scorer.any_cost)
+        try:
+            self.search(scorer, self._listed(scorer, plans, (_QUICKEST,)), incumbent)
+        except OutOfTime:
+            if incumbent.found is None:
+                raise
+        return incumbent.found
+
+    def _best(self, scorer: Scorer, plans: Sequence[Plan]) -> Scored:
+        """The best of some plans, of which one meets the goals, by the objectives and their tolerances in turn."""
+        problem = scorer.problem
+        split = next((index for index, part in enumerate(problem.objectives, 1) if part.tolerance), None)
+        if split is not None:
+            aims = tuple(replace(part, tolerance=0.0) for part in problem.objectives[:split])
+            first = self._best(Scorer(replace(problem, objective=aims[0], then=aims[1:]), like=scorer), plans)
+            near = (goal for part in problem.objectives[:split] for goal in part.near(part.value(first.metrics)))
+            objective, *then = problem.objectives[split:]
+            nearer = replace(problem, objective=objective, then=tuple(then), near=(*problem.near, *near))
+            return self._best(Scorer(nearer, like=scorer), plans)
+        found = self.search(scorer, self._listed(scorer, plans, problem.objectives), Best(problem, 1))
+        return min((one.scored for one in found if one.scored.meets_slos), key=lambda one: rank(problem, one))
+
+    def _listed(self, scorer: Scorer, plans: Sequence[Plan], objectives: Sequence[Objective]) -> list[Leaf]:
+        """Plans at every clock that may meet the goals, the least bound first."""
+        problem, leaves = scorer.problem, []
+        clocked = [replace(plan, clock_mhz=clock) for clock in problem.offer.clocks for plan in plans]
+        for alike, run in floors(scorer, clocked, self.tell):
+            bounds, possible = judged(run, objectives, problem.goals)
+            for place, count in enumerate(alike.replicas):
+                if possible[place]:
+                    deployment = Deployment.of(alike.plan.times(count))
+                    leaves.append(Leaf(deployment=deployment, bound=tuple(bounds[place].tolist())))
+        order = {Deployment.of(plan): place for place, plan in enumerate(clocked)}
+        return sorted(leaves, key=lambda leaf: (leaf.bound, order[leaf.deployment]))
+
+
+class Runs:
+    """Plans of one problem with what they are bounded by and what they reach, to judge any of its goals by.
+
+    A plan that breaks a family other than bandwidth cannot run, and is none of them. Bandwidth is that of the goals
+    asked about.
+    """
+
+    def __init__(self, scorer: Scorer, work: Work) -> None:
+        problem = scorer.problem
+        plans = work.plans(replace(problem, slos=()))
+        self._problem, self._scorer, self._work = problem, scorer, work
+        self._plans = [replace(plan, clock_mhz=clock) for clock in problem.offer.clocks for plan in plans]
+        self._order = {plan: place for place, plan in enumerate(self._plans)}
+        self._done: dict[Deployment, Scored] = {}
+        self._limits: dict[tuple[Plan, str, float], float] = {}
+
+    @cached_property
+    def _floors(self) -> list[tuple[Alike, Run]]:
+        return list(floors(self._scorer, self._plans, self._work.tell))
+
+    def some_meets(self, goals: Goals) -> bool:
+        """Whether some plan meets these goals."""
+        known = [
+            replace(leaf, bound=(float(leaf.deployment not in self._done), *leaf.bound))
+            for leaf in self._queue(goals, _QUICKEST)
+        ]
+        incumbent = First(FREE)
+        self._search(goals, sorted(known, key=lambda leaf: leaf.bound), incumbent)
+        return incumbent.found is not None
+
+    def ruled_out(self, goals: Goals) -> bool:
+        """Whether every plan misses one of these goals by its lower bound already."""
+        return not self._queue(goals, _QUICKEST)
+
+    def best(self, goals: Goals, objective: Objective | None = None) -> Scored | None:
+        """The best plan among those that meet some goals; None where none does. By default by the problem's own."""
+        objective = objective or self._problem.objective
+        return self._least(goals, objective, lambda run: objective.signed(objective.value(run.metrics)))
+
+    def closest(self, goal: Goal, others: Goals) -> tuple[float, Scored] | None:
+        """The best limit of a goal that a plan meets beside others, and the plan; None where no plan meets those.
+
+        Of a goal on a share of the requests it is the least limit that so many requests are within.
+        """
+        objective = load_objective(goal.name)
+        if goal.fraction is None:
+            run = self.best(others, objective)
+            value = math.nan if run is None else objective.value(run.metrics)
+        else:
+            run = self._least(others, objective, lambda run: self._limit(run, goal), goal)
+            value = math.nan if run is None else self._limit(run, goal)
+        return None if run is None or math.isnan(value) else (value, run)
+
+    def bound(self, goal: Goal, plan: Plan) -> float | None:
+        """The least that a plan can reach in what a goal is on; None of a goal on a share of the requests."""
+        if goal.fraction is not None:
+            return None
+        ((_, run),) = floors(self._scorer, [plan], self._work.tell)
+        bounds, _ = judged(run, (load_objective(goal.name),), ())
+        bound = float(bounds[0, 0])
+        return None if math.isinf(bound) else abs(bound)
+
+    def _least(
+        self, goals: Goals, objective: Objective, cost: Callable[[Scored], float], goal: Goal | None = None
+    ) -> Scored | None:
+        """The plan that meets some goals at the least cost, least bound first."""
+        incumbent = Least(cost)
+        self._search(goals, self._queue(goals, objective, goal), incumbent)
+        return None if incumbent.found is None else incumbent.found[3]
+
+    def _queue(self, goals: Goals, objective: Objective, goal: Goal | None = None) -> list[Leaf]:
+        """Plans that may meet some goals, least bound first: of their cost, or of the limit of a goal on a share."""
+        instance = replace(self._problem, slos=goals).instance()
+        limit, model, held = instance.decode_bytes_limit, instance.model, instance.held
+        facts, able = self._scorer.facts(), []
+        for alike, run in self._floors:
+            if limit is not None and decode_bytes(model, alike.plan, held) > limit:
+                continue
+            alone = facts.alone(alike.plan.times(alike.replicas[0]))
+            if not all(one.figure.of_gpus or can_hold(one, alone)[0] for one in goals):
+                continue
+            bounds, _ = judged(run, (objective,), ())
+            for place, count in enumerate(alike.replicas):
+                bound = float(bounds[place, 0]) if goal is None else self._below(alone, goal)
+                able.append(Leaf(deployment=Deployment.of(alike.plan.times(count)), bound=(bound,)))
+        return sorted(able, key=lambda leaf: (leaf.bound, self._order[leaf.deployment.plan]))
+
+    def _search(self, goals: Goals, leaves: Sequence[Leaf], incumbent: Incumbent) -> None:
+        """Go through runs of plans to their end, as far as they may matter, judging them by some goals alone."""
+
+        def run(deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
+            if deployment not in self._done:
+                self._done[deployment] = self._scorer.simulate(deployment)
+            found = self._done[deployment]
+            met = {goal.text: self._meets(found, goal) for goal in goals}
+            return replace(found, metrics=replace(found.metrics, slo_met=met))
+
+        self._work.search(self._scorer, leaves, incumbent, run)
+
+    def _meets(self, run: Scored, goal: Goal) -> bool:
+        if goal.text in run.metrics.slo_met:
+            return run.metrics.slo_met[goal.text]
+        # A share of the requests that was not among those asked for.
+        return self._limit(run, goal) <= goal.limit if goal.fraction is not None else goal.met(run.metrics.judged(goal))
+
+    def _below(self, alone: Run, goal: Goal) -> float:
+        """A latency that this share of the requests is not within less of: a percentile two requests below it."""
+        of = goal.figure.value(alone).shape[1]
+        sure = (p for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2)
+        return max((float(statistic(alone, goal.figure, p)[0]) for p in sure), default=0.0)
+
+    def _limit(self, run: Scored, goal: Goal) -> float:
+        """The least limit that the share of requests a goal asks for is within; NaN where none has the latency."""
+        key = run.plan, goal.metric, goal.threshold
+        if key not in self._limits:
+            outcome, _ = self._scorer.logged(run.deployment)
+            values = np.sort(goal.figure.value(self._scorer.as_run(outcome))[0])
+            shares = np.arange(1, len(values) + 1) / max(len(values), 1)
+            self._limits[key] = float(values[np.argmax(shares >= goal.threshold)]) if len(values) else math.nan
+        return self._limits[key]
+
+
+def floors(scorer: Scorer, plans: Sequence[Plan], tell: Callable[..., None]) -> Iterator[tuple[Alike, Run]]:
+    """Floors of plans of one type of GPU, those together that are the same but for the number of replicas."""
+    facts, cuts = scorer.facts(), dict[Any, list[int]]()
+    for plan in plans:
+        cuts.setdefault(replace(plan, replicas=1), []).append(plan.replicas)
+    # Plans of the same cut share their tables while these are still there.
+    for done, cut in enumerate(sorted(cuts, key=lambda cut: (cut.cut, cut.stages))):
+        tell("bounding plans", done, len(cuts))
+        for alike in facts.alike(cut, cuts[cut]):
+            yield alike, facts.floors(alike)

@@ -1,0 +1,83 @@
+"""The closing proof: no plan that was not simulated can be better than the best found, as a constraint program.
+
+It holds where a bound is one number for a plan and a number of replicas: of a pool alone, whether on one type of GPU or
+with stages on two. The bounds are taken anew, in integers, and rounded down; what the search kept of its own course has
+no part in it, but for what it says it has simulated.
+
+Sets and parameters
+    b_ck    least cost of cut c with k replicas, in steps of the resolution, rounded down
+    S       pairs (c, k) that were simulated
+    B       cost of the best found, in the same steps, rounded up
+
+Variables
+    c, k    a cut and its number of replicas
+    b       their bound
+
+Constraints
+    E1  b = b_ck
+    E2  (c, k) not in S
+    E3  b < B
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ortools.sat.python import cp_model
+
+from apex_opt.errors import FormulationError
+from formulations.solver import new_solver
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+_STEPS: Final = 1 << 40
+"""Steps from nothing to the cost of the best found: beyond what sums of floats can differ by."""
+
+
+class Row(NamedTuple):
+    """A cut by its place, a number of replicas, and what they cost at least; infinite where a goal is out of reach."""
+
+    cut: int
+    replicas: int
+    bound: float
+
+
+def beats(rows: Sequence[Row], simulated: Collection[tuple[int, int]], cost: float) -> tuple[int, int] | None:
+    """A plan that was not simulated and could be better than the best found; None where there is none.
+
+    Parameters
+    ----------
+    rows : every feasible plan
+    simulated : (cut, replicas) of those that were simulated
+    cost : float    of the best found, signed such that less is better
+
+    Raises
+    ------
+    FormulationError    the solver does not decide
+    """
+    scale = _STEPS / (abs(cost) or 1.0)
+    most = math.ceil(cost * scale)
+    table = [
+        (row.cut, row.replicas, math.floor(max(row.bound * scale, -float(1 << 60))))
+        for row in rows
+        if row.bound < math.inf and row.bound * scale < 2.0 * _STEPS
+    ]
+    if not table:
+        return None
+    model = cp_model.CpModel()
+    cut = model.new_int_var(0, max(c for c, _, _ in table), "cut")
+    replicas = model.new_int_var(1, max(k for _, k, _ in table), "replicas")
+    bound = model.new_int_var(min(b for _, _, b in table), max(b for _, _, b in table), "bound")
+    model.add_allowed_assignments([cut, replicas, bound], table)
+    if simulated:
+        model.add_forbidden_assignments([cut, replicas], sorted(simulated))
+    model.add(bound < most)
+    solver = new_solver()
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return None
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        raise FormulationError(f"closing proof: the solver ends as {solver.status_name(status)}")
+    return solver.value(cut), solver.value(replicas)

@@ -1,0 +1,128 @@
+"""What all requests take together bounds a run, and more tightly the fewer the replicas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from plan_cases import (
+    SMALL,
+    bounded,
+    dense,
+    feasible_plans,
+    latent,
+    make_cluster,
+    make_model,
+    make_problem,
+    random_trace,
+    simulated,
+    sparse,
+)
+
+from apex_opt.evaluate import space
+from apex_opt.figures import load_objective
+from apex_opt.figures.measure import least_signed
+from apex_opt.figures.registry import STATISTICS
+from apex_opt.search import Scorer
+from apex_opt.search.bounds import StageFloor
+from apex_opt.search.bounds.load import Load, replicas_with_room
+from apex_opt.workload import make_trace
+
+if TYPE_CHECKING:
+    from apex_opt.plan.plan import Plan
+    from apex_opt.search import Problem
+    from apex_opt.workload import Trace
+
+MODELS = {
+    "dense": make_model((dense(hidden=1024, heads=8, kv=4, columns=4096, width=128), 6)),
+    "sparse": make_model((sparse(hidden=1024, heads=8, kv=2, columns=1024, experts=8, chosen=2), 5)),
+    "latent": make_model((latent(dense(hidden=1024, columns=2048)), 4)),
+}
+NAMES = ("e2e_mean", "e2e_p50", "e2e_p99.9", "e2e_max", "ttft_mean", "ttft_p95", "makespan", "throughput", "energy")
+OBJECTIVES = tuple(load_objective(name) for name in NAMES)
+
+
+def crowd(seed: int, requests: int = 60) -> Trace:
+    """Requests that come faster than they can be answered, some with long prompts and some with long answers."""
+    rng = np.random.default_rng(seed)
+    return make_trace(
+        name="crowd",
+        arrival_ns=np.sort(rng.integers(0, int(rng.choice([1, 10**7, 10**9])), requests)),
+        prompt=rng.choice([5, 300, 1500], requests),
+        output=rng.choice([1, 20, 200], requests),
+    )
+
+
+def tight(problem: Problem, share: float) -> Problem:
+    """The problem with less memory, so that sequences wait for blocks or give way."""
+    gpu = problem.cluster.gpu
+    gpu = replace(gpu, memory_bytes=int(gpu.memory_bytes * share))
+    return problem.offering(cluster=replace(problem.cluster, gpu=gpu))
+
+
+def alone_s(scorer: Scorer, plan: Plan) -> float:
+    """Mean time of a request, as if each were the only one."""
+    run = scorer.facts().alone(plan)
+    return float(least_signed(load_objective("e2e_mean"), run)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("seed", range(8))
+def test_no_plan_beats_its_bounds_under_a_crowd_with_much_or_little_memory(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = make_problem(
+        MODELS[name], make_cluster(4), crowd(seed), routing=("round_robin", "least_loaded")[seed % 2]
+    )
+    problem = replace(problem, objective=OBJECTIVES[0], then=OBJECTIVES[1:])
+    problem = tight(problem, (1.0, 0.06, 0.045, 0.04)[seed % 4])
+    plans, scorer = feasible_plans(problem), Scorer(problem)
+    for index in rng.permutation(len(plans))[:12]:
+        candidate = simulated(scorer, plans[index])
+        bounds, possible = bounded(scorer, plans[index])
+        assert possible
+        short = [
+            (objective.name, bound, reached)
+            for objective, bound, reached in zip(OBJECTIVES, bounds, problem.costs(candidate.metrics), strict=True)
+            if bound > reached
+        ]
+        assert not short, (str(plans[index]), short)
+
+
+def test_a_crowd_is_bounded_more_tightly_than_its_requests_each_alone_and_less_the_more_replicas_there_are() -> None:
+    at_once = make_trace(name="at once", arrival_ns=[0] * 400, prompt=[100] * 400, output=[50] * 400)
+    problem = make_problem(MODELS["dense"], make_cluster(4), at_once)
+    scorer = Scorer(problem)
+    plans = [plan for plan in space(problem.instance()) if plan.stages == plan.stage_devices == 1]
+    bounds = [bounded(scorer, plan)[0][0] for plan in sorted(plans, key=lambda plan: plan.replicas)]
+    alone = alone_s(scorer, plans[0])
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[0] > 3 * alone
+    assert bounds[-1] > alone
+
+
+def test_where_requests_hardly_meet_the_bound_is_that_of_each_alone() -> None:
+    problem = make_problem(MODELS["dense"], make_cluster(1), random_trace(1, 20).stretched(1000))
+    scorer = Scorer(problem)
+    plan = next(space(problem.instance()))
+    alone = alone_s(scorer, plan)
+    assert bounded(scorer, plan)[0][0] == pytest.approx(alone, rel=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_from_as_many_replicas_as_have_room_the_load_adds_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(float(rng.choice([1e6, 3e7, 3e8])), 40).astype(np.int64))
+    trace = make_trace(
+        name="mixed", arrival_ns=arrivals, prompt=rng.integers(1, 900, 40), output=rng.integers(1, 90, 40)
+    )
+    mean = StageFloor(batch_ns=3_000_000, token_ns=20_000.0, decode_token_ns=9_000.0, pair_rate=900, context_rate=700)
+    engine = SMALL, mean, int(rng.integers(1, 4)), trace, int(rng.integers(60, 900))
+    room = replicas_with_room(*engine)
+    load = Load.of(*engine, STATISTICS)
+    assert load.total_s / room <= load.last_arrival_s * (1 + 1e-12)
+    for seconds in (load.first_s, load.whole_s):
+        for statistic, end in seconds.items():
+            since = load.mean_arrival_s if statistic == "mean" else load.last_arrival_s
+            assert end / room <= since * (1 + 1e-12), statistic
