@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -25,3 +30,36 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs recordings that are not part of the repository: no folder {SHARED}")
     return SHARED
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu", type=int, default=0, metavar="N", help="show the N files that take the most CPU-seconds")
+
+
+def pytest_runtest_logstart() -> None:
+    _spent["before"] = sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell of each step of a test the CPU-seconds, its processes included, which other work does not lengthen."""
+    report = yield
+    now = sum(os.times()[:4])
+    report.user_properties.append(("cpu_s", now - _spent["before"]))
+    _spent["before"] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not (most := config.getoption("--cpu")):
+        return
+    files: Counter[str] = Counter()
+    for report in (one for reports in terminalreporter.stats.values() for one in reports):
+        spent = dict(getattr(report, "user_properties", ())).get("cpu_s", 0.0)
+        files[getattr(report, "nodeid", "").partition("::")[0]] += spent
+    terminalreporter.section(f"CPU-seconds: {sum(files.values()):.0f} in all")
+    for name, seconds in files.most_common(most):
+        terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+
+
+_spent = {"before": 0.0}

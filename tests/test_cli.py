@@ -305,6 +305,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Callable[[str
     """What a command prints at a width."""
     folder = tmp_path_factory.mktemp("pages")
     goals = "--slo=ttft_p95<=9s,tpot_p95<=9s,itl<=1s@99%"
+    tight = "--slo=ttft_p95<=60ms,tpot_p95<=20ms,itl<=1s@99%"  # few rates are then to be tried
+    rated = (*CHEAP[:2], "--trace=poisson:rate=2,n=20,output=8", tight)
     words = {
         "plan": ("plan", *CHEAP, goals),
         "energy": ("energy", *CHEAP, goals, "--clock=1200,1980", "--max_num_seqs=64,256"),
@@ -313,7 +315,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Callable[[str
         "infeasible": ("explain", "--model=llama-3.1-70b", "--cluster=1xh100-sxm", "--trace=static:n=2"),
         "simulate": ("simulate", *CHEAP, "--plan=pp2"),
         "place": ("place", CHEAP[0], "--cluster=2xdgx-h100", "--plan=dp2 tp4", "--lose=node0:3"),
-        "capacity": ("capacity", *CHEAP[:2], "--trace=poisson:rate=2,n=20", goals, "--resolution=0.5"),
+        "capacity": ("capacity", *rated, "--resolution=0.5", "--max_num_seqs=8"),
+        "fewest GPUs": ("capacity", *rated, "--rate=2"),
         "fleets": ("plan", CHEAP[0], two_types_in(folder), CHEAP[2], goals, "--top=3"),
         "compared": ("plan", CHEAP[0], "--cluster=2xh200-sxm,1xl4,1xt4", CHEAP[2], goals),
         "validate": ("validate", f"--measured={runs}"),
@@ -344,6 +347,7 @@ PAGES = (
     "simulate",
     "place",
     "capacity",
+    "fewest GPUs",
     "fleets",
     "compared",
     "validate",
@@ -366,10 +370,11 @@ def test_pages_fit_their_width_and_break_no_word(pages: Callable[[str, int], str
 
 
 @pytest.mark.parametrize("width", [40, 50, 80, 120, 200])
-@pytest.mark.parametrize("name", ["plan", "energy", "fleets", "capacity"])
+@pytest.mark.parametrize("name", ["plan", "energy", "fleets", "capacity", "fewest GPUs"])
 def test_columns_with_a_goal_are_never_left_out(pages: Callable[[str, int], str], name: str, width: int) -> None:
     page = pages(name, width)
-    start = page.index("Plans by rate" if name == "capacity" else "Candidates")
+    titles = {"capacity": "Plans by rate", "fewest GPUs": "Plans on as few GPUs"}
+    start = page.index(titles.get(name, "Candidates"))
     text = page[start : page.index("\n\n", start)]
     shown, _, left_out = text.partition("left out for lack of width:")
     for goal in ("TTFT p95", "TPOT p95", "itl<=1s"):
