@@ -37,7 +37,7 @@ from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
 from apex_opt.options import COMMANDS, CONFIG_FILES, GROUPS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Evaluator
+from apex_opt.search import Scorer
 from apex_opt.workload import Trace, load_trace
 
 if TYPE_CHECKING:
@@ -762,8 +762,8 @@ def test_a_certificate_is_replayed_on_request(command: str) -> None:
 
 
 def test_a_certificate_that_does_not_hold_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = Evaluator.bound
-    monkeypatch.setattr(Evaluator, "bound", lambda self, plan: (true(self, plan)[0] * 100, True))
+    true = Scorer.bounds
+    monkeypatch.setattr(Scorer, "bounds", lambda self, one: (tuple(100 * cost for cost in true(self, one)[0]), True))
     ran = run("plan", *CHEAP, "--check")
     assert ran.code == 1
     text = " ".join(ran.out.split())
