@@ -43,7 +43,7 @@ def run(model: Model, text: str, blocks: int = 4000) -> tuple[Plan, PlanCost, Co
     cost = costs.plan_cost(plan)
     settings = SMALL if plan.stages == 1 else replace(SMALL, async_scheduling=False)
     outcome = simulate(settings, blocks, cost.laws, random_trace(7, 60), replicas=plan.replicas, log=True)
-    return plan, cost, costs, outcome, account(plan, cost, costs, outcome)
+    return plan, cost, costs, outcome, account(plan, cost, costs, outcome.counts, outcome.makespan_ns)
 
 
 def batch_by_batch(plan: Plan, cost: PlanCost, outcome: Outcome) -> dict[str, float]:
@@ -133,7 +133,7 @@ def test_work_done_again_after_preemption_is_paid_again() -> None:
     roomy, tight = (simulate(SMALL, blocks, cost.laws, trace) for blocks in (200, 50))
     assert roomy.preemptions == 0
     assert tight.preemptions > 0
-    once, again = (account(plan, cost, costs, outcome) for outcome in (roomy, tight))
+    once, again = (account(plan, cost, costs, outcome.counts, outcome.makespan_ns) for outcome in (roomy, tight))
     assert again.energy_j - again.idle_energy_j > once.energy_j - once.idle_energy_j
 
 

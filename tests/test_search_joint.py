@@ -137,7 +137,7 @@ def test_idle_draw_and_price_are_those_of_each_type() -> None:
     plan = parse_plan("pp3[3,3,2] bf16 on=test-gpu:1+slow:2", MODEL)
     cost = evaluator.costs.plan_cost(plan)
     outcome, _ = evaluator.batches(plan)
-    usage = account(plan, cost, evaluator.costs, outcome)
+    usage = account(plan, cost, evaluator.costs, outcome.counts, outcome.makespan_ns)
     assert usage.idle_energy_j == pytest.approx((outcome.makespan_ns + cost.request_ns) / 1e9 * 3 * 125.0)
     assert question.cost_per_h(plan) == pytest.approx(3 * 2.5)
 

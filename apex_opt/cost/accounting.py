@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.joint import JointCosts
     from apex_opt.cost.model import CostModel, PlanCost
     from apex_opt.plan.plan import Plan
-    from apex_opt.simulator.outcome import BatchCounts, Outcome
+    from apex_opt.simulator.outcome import BatchCounts
 
     Costs = CostModel | JointCosts
 
@@ -41,7 +41,7 @@ class Usage:
     operations_s: dict[str, float]
 
 
-def account(plan: Plan, cost: PlanCost, model: Costs, outcome: Outcome) -> Usage:
+def account(plan: Plan, cost: PlanCost, model: Costs, counted: BatchCounts, makespan_ns: int) -> Usage:
     """Multiply the counts of a run into energy, arithmetic, traffic and time.
 
     Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
@@ -49,9 +49,9 @@ def account(plan: Plan, cost: PlanCost, model: Costs, outcome: Outcome) -> Usage
     bubbles and waits cost what they cost; GPUs of the cluster that the plan leaves out are not counted.
     """
     # Batches of a run use few entries of the tables.
-    entries = {table: np.flatnonzero(count) for table, count in law_counts(outcome.counts).items()}
-    counts = {table: count[entries[table]].astype(np.float64) for table, count in law_counts(outcome.counts).items()}
-    makespan_s = (outcome.makespan_ns + cost.request_ns) / NS_PER_S
+    entries = {table: np.flatnonzero(count) for table, count in law_counts(counted).items()}
+    counts = {table: count[entries[table]].astype(np.float64) for table, count in law_counts(counted).items()}
+    makespan_s = (makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
     for stage in cost.pieces:

@@ -181,7 +181,7 @@ class Predictor:
         waiting_ns = (run.poll_every - 1) * outcome.makespan_ns * plan.replicas // (2 * max(outcome.batches, 1))
         request_ns = cost.request_ns + waiting_ns
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
-        usage = account(plan, cost, costs, outcome)
+        usage = account(plan, cost, costs, outcome.counts, outcome.makespan_ns)
         steps: tuple[StepTimes, ...] = ()
         left_out = 0
         if run.iterations is not None and plan.stages == 1:

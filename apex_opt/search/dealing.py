@@ -1,4 +1,4 @@
-"""Requests dealt to parts of a fleet that differ in speed, and the runs of the parts put together again.
+"""Requests dealt to pools that differ in speed.
 
 Every part has a weight, the tokens it computes in a second at full batches. Requests are dealt in order of arrival, so
 that of the first k the first part has had k times its share, rounded; those it leaves are dealt in the same way among
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.units import NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -96,37 +95,3 @@ def clients_of(weights: Sequence[int], clients: int) -> list[int]:
         counts[counts.argmax()] -= 1
         counts[counts.argmin()] += 1
     return [int(count) for count in counts]
-
-
-def merged(settings: EngineSettings, trace: Trace, parts: Sequence[tuple[NDArray[np.int64], Outcome]]) -> Outcome:
-    """The runs of the parts as one run of the whole trace.
-
-    Parameters
-    ----------
-    parts : (rows of the trace, their run) of each part; every row is in one of them
-
-    Returns
-    -------
-    Outcome    replicas part by part; counts are empty, as those of different GPUs stand for different times
-    """
-    arrival, first, finish = (np.empty(len(trace), np.int64) for _ in range(3))
-    for rows, run in parts:
-        arrival[rows], first[rows], finish[rows] = run.arrival_ns, run.first_token_ns, run.finish_ns
-    stages = max(run.busy_ns.shape[1] for _, run in parts)
-    gaps = None
-    if all(run.gaps_ns is not None for _, run in parts):
-        later = trace.generated(settings.max_model_len) - 1
-        owner = np.concatenate([np.repeat(rows, later[rows]) for rows, _ in parts])
-        every = np.concatenate([run.gaps_ns for _, run in parts if run.gaps_ns is not None])
-        gaps = every[np.argsort(owner, kind="stable")]
-    return Outcome(
-        arrival_ns=arrival,
-        first_token_ns=first,
-        finish_ns=finish,
-        preemptions=sum(run.preemptions for _, run in parts),
-        batches=sum(run.batches for _, run in parts),
-        cached_tokens=sum(run.cached_tokens for _, run in parts),
-        busy_ns=np.concatenate([np.pad(run.busy_ns, ((0, 0), (0, stages - run.busy_ns.shape[1]))) for _, run in parts]),
-        counts=BatchCounts.empty(settings),
-        gaps_ns=gaps,
-    )

@@ -1,12 +1,10 @@
 """Deployments scored exactly: every pool serves what is dealt to it, and the runs are measured as one.
 
-Requests are dealt to the pools (`dealing`), each pool serves its own, and the runs are put together. One pool alone
-serves all of them.
+Requests are dealt to the pools (`dealing`), and each pool serves its own. One pool alone serves all of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -15,15 +13,15 @@ from apex_opt.cost import account, idle_w, limit_w
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.stops import Facts as StopFacts
-from apex_opt.figures.stops import early_stops, latencies_ns
+from apex_opt.figures.stops import early_stops
 from apex_opt.search.answer import PoolUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
-from apex_opt.search.dealing import clients_of, dealt, merged, tokens_per_s
+from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
 from apex_opt.search.facts import Facts, judged
 from apex_opt.search.incumbent import FREE
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.search.shapes.pipeline import faults, joined
-from apex_opt.simulator import simulate
+from apex_opt.simulator import EnginePool, run_deployment
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
@@ -43,20 +41,6 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 _ANY_COST: Final = 1e300
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A run of a deployment.
-
-    Parameters
-    ----------
-    whole : Outcome                       of all requests
-    parts : tuple of (int64[m], Outcome)  of each pool the requests it served, and its own run
-    """
-
-    whole: Outcome
-    parts: tuple[tuple[Ints, Outcome], ...]
 
 
 class Scorer:
@@ -137,9 +121,9 @@ class Scorer:
         ------
         CapacityError    a request that a pool's KV cache cannot hold
         """
-        served = self.run(deployment)
-        assert served is not None  # nothing to cut it short
-        return self.scored(deployment, served, bound)
+        outcome = self.run(deployment)
+        assert outcome is not None  # nothing to cut it short
+        return self.scored(deployment, outcome, bound)
 
     def challenge(self, deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
         """Score a deployment exactly, or find that it misses a goal or costs more than `worst` (None).
@@ -150,8 +134,8 @@ class Scorer:
         ------
         CapacityError    a request that a pool's KV cache cannot hold
         """
-        served = self.run(deployment, worst, bounds)
-        return None if served is None else self.scored(deployment, served, bounds[0])
+        outcome = self.run(deployment, worst, bounds)
+        return None if outcome is None else self.scored(deployment, outcome, bounds[0])
 
     def bounds(self, deployment: Deployment) -> tuple[Costs, bool]:
         """What a deployment of one pool cannot cost less than, and whether it can still meet the goals."""
@@ -163,71 +147,61 @@ class Scorer:
 
     def run(
         self, deployment: Deployment, worst: Costs = FREE, bounds: Costs = (), *, log: bool = False
-    ) -> Served | None:
-        """Serve the trace by a deployment; None where it misses a goal or costs more than `worst`, as for `challenge`.
-
-        The pools run one after the other. What the one that runs may take before a limit of all requests is passed is
-        what those before it have left over, less the floors of those after it.
-        """
+    ) -> Outcome | None:
+        """Serve the trace; None where a deployment misses a goal or costs more than `worst`, as for `challenge`."""
         problem, trace, pools = self.problem, self.problem.trace, deployment.pools
         facts = [self.facts_of(pool) for pool in pools]
-        rows, clients = self._dealt(pools, facts)
+        owner, clients = self._dealt(pools, facts)
+        rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
         stops = [] if worst == FREE else self._stops(pools, facts, rows, bounds, worst)
-        known = _Known(self, pools, facts, rows) if stops else None
-        parts: list[tuple[Ints, Outcome]] = []
-        for pool, one, mine, own in zip(pools, facts, rows, clients, strict=True):
-            settings, plan = problem.settings_for(pool.plan), pool.plan
-            left = known.left(stops, mine) if known else []
-            if left is None:
-                return None
-            run = simulate(
-                settings,
-                one.blocks(plan),
-                one.plan_cost(plan).laws,
-                trace if len(pools) == 1 else trace.picked(mine, own),
-                replicas=plan.replicas,
-                routing=problem.routing,
-                log=log,
-                gaps=self._gaps,
-                stops=left,
-                floors=known.floors(mine, BatchCounts.empty(settings)) if known else None,
+        engines = [
+            EnginePool(
+                settings=problem.settings_for(pool.plan),
+                blocks=one.blocks(pool.plan),
+                laws=one.plan_cost(pool.plan).laws,
+                replicas=pool.plan.replicas,
             )
-            if run.stopped:
-                return None
-            if known:
-                known.seen(mine, run)
-            parts.append((mine, run))
-        whole = parts[0][1] if len(parts) == 1 else merged(problem.settings, trace, parts)
-        return Served(whole=whole, parts=tuple(parts))
+            for pool, one in zip(pools, facts, strict=True)
+        ]
+        outcome = run_deployment(
+            engines,
+            trace,
+            assigned=None if len(pools) == 1 else owner,
+            clients=clients,
+            routing=problem.routing,
+            log=log,
+            gaps=self._gaps,
+            stops=stops,
+            floors=self._floors(engines, rows) if stops else None,
+        )
+        return None if outcome.stopped else outcome
 
-    def scored(self, deployment: Deployment, served: Served, bound: float | None = None) -> Scored:
+    def scored(self, deployment: Deployment, outcome: Outcome, bound: float | None = None) -> Scored:
         """The figures of a run: its GPUs idle from the first request to the last token."""
         problem, uses = self.problem, []
-        prices = [self.facts_of(pool).cost_per_h(pool.plan) for pool in deployment.pools]
-        for pool, (mine, run) in zip(deployment.pools, served.parts, strict=True):
-            facts = self.facts_of(pool)
-            usage = account(
-                pool.plan, facts.plan_cost(pool.plan), facts.costs, replace(served.whole, counts=run.counts)
-            )
+        facts = [self.facts_of(pool) for pool in deployment.pools]
+        owner, _ = self._dealt(deployment.pools, facts)
+        prices = [one.cost_per_h(pool.plan) for pool, one in zip(deployment.pools, facts, strict=True)]
+        for place, (pool, one, did) in enumerate(zip(deployment.pools, facts, outcome.pools, strict=True)):
+            cost = one.plan_cost(pool.plan)
             uses.append(
                 PoolUse(
                     pool=pool,
-                    requests=len(mine),
-                    usage=usage,
-                    memory=facts.memory(pool.plan),
-                    preemptions=run.preemptions,
-                    batches=run.batches,
+                    requests=int((owner == place).sum()),
+                    usage=account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns),
+                    memory=one.memory(pool.plan),
+                    preemptions=did.preemptions,
+                    batches=did.batches,
                 )
             )
         costs = None if None in prices else sum(price for price in prices if price is not None)
-        figures = self.as_run(served.whole, joules=sum(use.usage.energy_j for use in uses), cost_per_h=costs)
-        cached = served.whole.cached_tokens
-        metrics = measure(figures, problem.goals, percentiles=problem.percentiles, cached_tokens=cached)
+        figures = self.as_run(outcome, joules=sum(use.usage.energy_j for use in uses), cost_per_h=costs)
+        metrics = measure(figures, problem.goals, percentiles=problem.percentiles, cached_tokens=outcome.cached_tokens)
         return Scored(
             pools=tuple(uses),
             value=problem.objective.value(metrics),
             metrics=metrics,
-            transient=Transient.of(served.whole, self.outside_ns, closed=problem.trace.concurrency is not None),
+            transient=Transient.of(outcome, self.outside_ns, closed=problem.trace.concurrency is not None),
             bound=bound,
         )
 
@@ -244,10 +218,10 @@ class Scorer:
 
     def logged(self, deployment: Deployment) -> tuple[Outcome, PlanCost]:
         """A run of a deployment of one pool that keeps every batch, and what it was run with."""
-        served = self.run(deployment, log=True)
-        assert served is not None  # nothing to cut it short
+        outcome = self.run(deployment, log=True)
+        assert outcome is not None  # nothing to cut it short
         (pool,) = deployment.pools
-        return served.whole, self.facts_of(pool).plan_cost(pool.plan)
+        return outcome, self.facts_of(pool).plan_cost(pool.plan)
 
     def weight(self, pool: Pool, facts: Facts) -> int:
         """Tokens per second of a pool at full batches, by which requests are dealt."""
@@ -255,17 +229,14 @@ class Scorer:
         laws, settings = facts.plan_cost(plan).laws, problem.settings_for(plan)
         return plan.replicas * tokens_per_s(settings, facts.blocks(plan), laws, problem.trace, 1)
 
-    def _dealt(self, pools: Sequence[Pool], facts: Sequence[Facts]) -> tuple[list[Ints], list[int | None]]:
-        """The requests of each pool, and in closed loops its clients."""
+    def _dealt(self, pools: Sequence[Pool], facts: Sequence[Facts]) -> tuple[NDArray[np.integer], list[int] | None]:
+        """The pool of each request, and in closed loops the clients of each of several pools."""
         trace = self.problem.trace
         if len(pools) == 1:
-            return [np.arange(len(trace))], [trace.concurrency]
+            return np.zeros(len(trace), np.int8), None
         weights = [self.weight(pool, one) for pool, one in zip(pools, facts, strict=True)]
-        owner = dealt(np.array([weights]), len(trace))[0]
-        rows = [np.flatnonzero(owner == index) for index in range(len(pools))]
-        if trace.concurrency is None:
-            return rows, [None] * len(pools)
-        return rows, list(clients_of(weights, trace.concurrency))
+        clients = None if trace.concurrency is None else clients_of(weights, trace.concurrency)
+        return dealt(np.array([weights]), len(trace))[0], clients
 
     def _stops(
         self, pools: Sequence[Pool], facts: Sequence[Facts], rows: Sequence[Ints], bounds: Costs, worst: Costs
@@ -301,52 +272,22 @@ class Scorer:
                 break  # better by this one, it may be worse by the next
         return stops
 
-
-class _Known:
-    """When the requests of a deployment are answered: as simulated where that is known, else as early as could be."""
-
-    def __init__(self, scorer: Scorer, pools: Sequence[Pool], facts: Sequence[Facts], rows: Sequence[Ints]) -> None:
-        problem = scorer.problem
-        self._trace, self._generated = problem.trace, problem.trace.generated(problem.settings.max_model_len)
-        self._arrival = problem.trace.arrival_ns.copy()
-        self._first, self._finish = np.empty_like(self._arrival), np.empty_like(self._arrival)
-        for pool, one, mine in zip(pools, facts, rows, strict=True):
-            settings, laws = problem.settings_for(pool.plan), one.plan_cost(pool.plan).laws
-            overtaking = pool.plan.stages > 1 and may_preempt(settings, one.blocks(pool.plan), problem.trace)
-            first, rest = isolated(settings, [StageFloor.of(law) for law in laws], problem.trace, overtaking=overtaking)
-            self._first[mine] = self._arrival[mine] + first[mine]
-            self._finish[mine] = self._first[mine] + rest[mine]
-
-    def floors(self, mine: Ints, counts: BatchCounts) -> Outcome:
-        """Times of some requests in the form of a run."""
+    def _floors(self, engines: Sequence[EnginePool], rows: Sequence[Ints]) -> Outcome:
+        """Times that no request can beat, in the form of a run."""
+        trace = self.problem.trace
+        first, finish = trace.arrival_ns.copy(), trace.arrival_ns.copy()
+        for engine, mine in zip(engines, rows, strict=True):
+            overtaking = len(engine.laws) > 1 and may_preempt(engine.settings, engine.blocks, trace)
+            floors = [StageFloor.of(law) for law in engine.laws]
+            to_first, rest = isolated(engine.settings, floors, trace, overtaking=overtaking)
+            first[mine] += to_first[mine]
+            finish[mine] = first[mine] + rest[mine]
         return Outcome(
-            arrival_ns=self._arrival[mine],
-            first_token_ns=self._first[mine],
-            finish_ns=self._finish[mine],
+            arrival_ns=trace.arrival_ns,
+            first_token_ns=first,
+            finish_ns=finish,
             preemptions=0,
             batches=0,
             busy_ns=np.zeros((1, 1), np.int64),
-            counts=counts,
+            counts=BatchCounts.empty(engines[0].settings),
         )
-
-    def seen(self, mine: Ints, run: Outcome) -> None:
-        """Take the times of a run of some requests."""
-        self._arrival[mine], self._first[mine], self._finish[mine] = run.arrival_ns, run.first_token_ns, run.finish_ns
-
-    def left(self, stops: Sequence[Stop], mine: Ints) -> list[Stop] | None:
-        """What limits of all requests leave for some of them; None where one is passed already."""
-        found = []
-        for stop in stops:
-            values = latencies_ns(stop.metric, self._arrival, self._first, self._finish, self._generated)
-            if stop.passed(values):
-                return None
-            others, limit_ns, most = np.delete(values, mine), stop.limit_ns, stop.most
-            if stop.kind == "sum":
-                limit_ns -= int(others.sum())
-            else:
-                most -= int((others > limit_ns).sum())
-            if stop.metric == "makespan":
-                # The run of the pool begins with its own first request.
-                limit_ns = max(0, limit_ns - int(self._trace.arrival_ns[mine[0]] - self._trace.arrival_ns[0]))
-            found.append(replace(stop, limit_ns=limit_ns, most=most))
-        return found

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from apex_opt.search.answer import Scored
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
-    from apex_opt.search.scorer import Served
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.workload.trace import Trace
 
@@ -201,7 +200,7 @@ class Steady:
             served = self._served(scorer, deployment, scorer.any_cost if free else worst, bounds)
             if served is None:
                 return Trial(why="goals", loops=loops)
-            scored, evidence = scorer.scored(deployment, served), self._evidence(scorer, served.whole)
+            scored, evidence = scorer.scored(deployment, served), self._evidence(scorer, served)
             first = first or scored
             if not (scored.meets_slos and self._within(evidence.whole)):
                 return Trial(why="goals", run=scored, first=first, evidence=evidence)
@@ -244,9 +243,9 @@ class Steady:
             served = self._served(scorer, deployment, scorer.any_cost)
             if served is None or not scorer.scored(deployment, served).meets_slos:
                 return replace(first, why="prediction", evidence=evidence)
-            if any(Transient.of(_first(served.whole, n)).growing for n in (self._told, requests)):
+            if any(Transient.of(_first(served, n)).growing for n in (self._told, requests)):
                 return replace(first, why="queue", evidence=evidence)
-            runs.append(self._reached(scorer, served.whole))
+            runs.append(self._reached(scorer, served))
         evidence = replace(evidence, runs=len(runs))
         if not recorded:
             evidence = replace(evidence, predicted=self._predicted(runs, requests))
@@ -254,7 +253,7 @@ class Steady:
                 return replace(first, why="prediction", evidence=evidence)
         return replace(first, evidence=evidence)
 
-    def _served(self, scorer: Scorer, deployment: Deployment, worst: Costs, bounds: Costs = ()) -> Served | None:
+    def _served(self, scorer: Scorer, deployment: Deployment, worst: Costs, bounds: Costs = ()) -> Outcome | None:
         self._count()
         return scorer.run(deployment, worst, bounds)
 
