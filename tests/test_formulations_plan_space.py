@@ -106,6 +106,7 @@ def allowed(instance: Instance, plan: Plan, families: list[str]) -> bool:
 DENSE = make_model((dense(heads=12, kv=4), 12))
 SPARSE = make_model((sparse(experts=6, shared=768), 5))
 MIXED = make_model((dense(), 3), (sparse(), 6), tied=True)
+MIDDLE = make_model((dense(), 2), (sparse(experts=64), 2), (dense(), 2))
 LATENT = make_model((latent(dense(heads=12)), 2), (latent(sparse(heads=12, experts=6, shared=768)), 4))
 WINDOWS = make_model(*[(dense(heads=12, window=window), 1) for window in (128, None) * 3])
 
@@ -138,6 +139,14 @@ WINDOWS = make_model(*[(dense(heads=12, window=window), 1) for window in (128, N
         ("memory", MIXED, "tp4", {"memory": -1}, False),
         ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": 0}, True),
         ("memory", MIXED, "pp3 attn(dp2,tp2) ffn(ep4)", {"memory": -1}, False),
+        (
+            "memory",
+            MIDDLE,
+            "pp3 tp4",
+            {"memory": 0},
+            True,
+        ),  # the heavy layers are neither on the first stage nor the last
+        ("memory", MIDDLE, "pp3 tp4", {"memory": -1}, False),
         ("memory", LATENT, "pp2 attn(tp6) ffn(ep6)", {"memory": 0}, True),
         ("memory", LATENT, "pp2 attn(tp6) ffn(ep6)", {"memory": -1}, False),
         ("memory", WINDOWS, "pp3 tp4", {"memory": 0}, True),
