@@ -112,6 +112,7 @@ def _searched(problem: Problem, options: dict[str, Any], progress: Progress) -> 
     from apex_opt.search import Scorer, search
     from apex_opt.studies.check import check
     from apex_opt.studies.explain import Explanation, explained
+    from formulations import deployment
     from formulations.plan_space import PlanSpace
 
     scorer, space, limit_s = Scorer(problem), PlanSpace(), options["time_limit"]
@@ -120,7 +121,7 @@ def _searched(problem: Problem, options: dict[str, Any], progress: Progress) -> 
     found = Explanation(answer=answer)
     if not problem.mixed:
         found = explained(problem, answer, space, progress, limit_s, scorer)
-    return found, check(problem, answer, space, progress) if options["check"] else None
+    return found, check(problem, answer, space, deployment, progress) if options["check"] else None
 
 
 def _run_energy(options: dict[str, Any]) -> int:

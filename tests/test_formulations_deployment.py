@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from formulations.deployment import Row, beats, fitting
+from formulations.deployment import beats, fitting
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -23,12 +23,12 @@ def test_the_closing_proof_finds_a_plan_that_could_win_exactly_where_one_is_left
     rng = np.random.default_rng(seed)
     sign = -1 if seed % 3 == 0 else 1
     rows = [
-        Row(cut, count, float(rng.choice([sign * rng.uniform(0.5, 2), float("inf")], p=[0.9, 0.1])))
+        (cut, count, float(rng.choice([sign * rng.uniform(0.5, 2), float("inf")], p=[0.9, 0.1])))
         for cut in range(5)
         for count in range(1, 4)
     ]
     cost = sign * 1.2
-    better = {(row.cut, row.replicas) for row in rows if row.bound < cost}
+    better = {(cut, count) for cut, count, bound in rows if bound < cost}
     assert beats(rows, better, cost) is None
     for left in sorted(better)[:4]:
         assert beats(rows, better - {left}, cost) == left

@@ -14,7 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice, product
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from apex_opt.search.shapes.mixed import deployed
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
+    from apex_opt.plan.plan import Plan
     from apex_opt.search.answer import Answer, Scored
     from apex_opt.search.ledger import Part, Shape
     from apex_opt.search.option import Option
@@ -72,6 +73,8 @@ class Counted:
     repeated: int
     feasible: int
     simulated: int = 0
+    devices: Sequence[Sequence[int]] = ()
+    """Of several pools, GPUs of each of the plans of each."""
     leaves: Callable[[], Iterator[Bounded]] = field(repr=False)
     """All that can run, each with its bound; infinite where it rules the deployment out."""
 
@@ -128,7 +131,19 @@ class Check:
         return sum(part.simulated for part in self.parts)
 
 
-def check(problem: Problem, answer: Answer, splitter: Splitter, progress: Progress | None = None) -> Check:
+class Closing(Protocol):
+    """What the programs of deployments prove of a ledger."""
+
+    def fitting(self, devices: Sequence[Sequence[int]], most_devices: int) -> int: ...
+
+    def beats(
+        self, rows: Sequence[tuple[int, int, float]], simulated: Collection[tuple[int, int]], cost: float
+    ) -> tuple[int, int] | None: ...
+
+
+def check(
+    problem: Problem, answer: Answer, splitter: Splitter, closing: Closing, progress: Progress | None = None
+) -> Check:
     """Replay the ledger of an answer to a problem.
 
     It takes the time of simulating every feasible deployment, which the search is there to save. Over several types of
@@ -138,6 +153,7 @@ def check(problem: Problem, answer: Answer, splitter: Splitter, progress: Progre
     ----------
     problem, answer                  as asked and answered
     splitter : Splitter              splits the layers of pipelines over two types of GPU
+    closing : Closing                the programs of deployments: which fit together, and that none left can win
     progress : callable, optional    told (what, done, total) along the way
     """
     tell, scorer = progress or silent, Scorer(problem)
@@ -154,7 +170,12 @@ def check(problem: Problem, answer: Answer, splitter: Splitter, progress: Progre
     disagreements: list[str] = []
     for part, claimed in zip(parts, answer.ledger.parts, strict=True):
         before = part.words if problem.mixed else ""
-        disagreements += (f"{before}{said}" for said in _counts(part, claimed))
+        said = [
+            *_counts(part, claimed),
+            *_fitting(problem, part, closing),
+            *_left(problem, answer, part, claimed, closing),
+        ]
+        disagreements += (f"{before}{one}" for one in said)
     disagreements += _optimum(problem, answer, meeting)
     disagreements += _bounds(problem, scored)
     which = f"those bounded within {NEAR:.0%} of the best, the {MOST:,} of least bound, and {SAMPLE:,} others by lot"
@@ -230,6 +251,7 @@ def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequenc
         infeasible=infeasible,
         repeated=feasible - different,
         feasible=fitting,
+        devices=[[option.devices for option in some] for some in options],
         leaves=leaves,
     )
 
@@ -317,6 +339,34 @@ def _counts(part: Counted, claimed: Part) -> Iterator[str]:
         yield f"{listed} {what} are feasible, {accounted} are accounted for"
     if claimed.repeated > part.repeated:
         yield f"{part.repeated} {what} have even stages once moved, not {claimed.repeated}"
+
+
+def _fitting(problem: Problem, part: Counted, closing: Closing) -> Iterator[str]:
+    """Whether the program finds as many deployments that fit together as counting does."""
+    if part.devices:
+        fitting = closing.fitting(part.devices, problem.max_devices)
+        if fitting != part.feasible:
+            yield f"{fitting} deployments fit together by the program, {part.feasible} by counting"
+
+
+def _left(problem: Problem, answer: Answer, part: Counted, claimed: Part, closing: Closing) -> Iterator[str]:
+    """What was not simulated and could be better than the best, by the closing proof.
+
+    Bounds of several pools hang on how requests are dealt to them, so the proof is of plans and pipelines alone.
+    """
+    tolerant = any(objective.tolerance for objective in problem.objectives)  # the answer need not be best by the first
+    if answer.best is None or answer.status != "optimal" or part.shape == "mixed" or tolerant:
+        return
+    cuts: dict[Plan, int] = {}
+    rows, seen = [], {deployment.plan for deployment in claimed.seen}
+    for deployment, bound in part.leaves():
+        plan = deployment.plan
+        rows.append((cuts.setdefault(plan.times(1), len(cuts)), plan.replicas, bound))
+    simulated = {(cuts[plan.times(1)], plan.replicas) for plan in seen if plan.times(1) in cuts}
+    found = closing.beats(rows, simulated, problem.objective.signed(answer.best.value))
+    if found is not None:
+        plan = next(plan for plan, place in cuts.items() if place == found[0]).times(found[1])
+        yield f"{plan} was not simulated, and by its bound could be better than the best"
 
 
 def _in_order(problem: Problem, meeting: list[Scored]) -> list[Scored]:

@@ -22,7 +22,7 @@ Constraints
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from ortools.sat.python import cp_model
 
@@ -36,20 +36,15 @@ _STEPS: Final = 1 << 40
 """Steps from nothing to the cost of the best found: beyond what sums of floats can differ by."""
 
 
-class Row(NamedTuple):
-    """A cut by its place, a number of replicas, and what they cost at least; infinite where a goal is out of reach."""
-
-    cut: int
-    replicas: int
-    bound: float
-
-
-def beats(rows: Sequence[Row], simulated: Collection[tuple[int, int]], cost: float) -> tuple[int, int] | None:
+def beats(
+    rows: Sequence[tuple[int, int, float]], simulated: Collection[tuple[int, int]], cost: float
+) -> tuple[int, int] | None:
     """A plan that was not simulated and could be better than the best found; None where there is none.
 
     Parameters
     ----------
-    rows : every feasible plan
+    rows : of every feasible plan its cut by its place, its replicas, and what it costs at least; infinite where a goal
+        is out of reach
     simulated : (cut, replicas) of those that were simulated
     cost : float    of the best found, signed such that less is better
 
@@ -60,9 +55,9 @@ def beats(rows: Sequence[Row], simulated: Collection[tuple[int, int]], cost: flo
     scale = _STEPS / (abs(cost) or 1.0)
     most = math.ceil(cost * scale)
     table = [
-        (row.cut, row.replicas, math.floor(max(row.bound * scale, -float(1 << 60))))
-        for row in rows
-        if row.bound < math.inf and row.bound * scale < 2.0 * _STEPS
+        (cut, replicas, math.floor(max(bound * scale, -float(1 << 60))))
+        for cut, replicas, bound in rows
+        if bound * scale < 2.0 * _STEPS
     ]
     if not table:
         return None
