@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import cli_cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -391,3 +393,27 @@ def test_a_new_figure_bounds_fleets_and_pipelines_over_two_types_and_finds_the_b
         answer = search_fleets(pools, SPACE, between=between)
         assert answer.status == "optimal" and answer.best is not None
         assert (question.costs(answer.best.metrics), answer.best.devices, answer.best.text) == min(found)
+
+
+@pytest.mark.parametrize("cluster", ["2xh100-sxm", "1xh100-sxm+1xl40s"])
+def test_the_command_line_takes_a_new_figure_as_objective_and_as_goal_and_tells_of_it(cluster: str) -> None:
+    where = ("--model=llama-3.1-8b", f"--cluster={cluster}", "--trace=poisson:rate=9,n=30,prompt=256,output=16")
+
+    def answer(*words: str) -> dict[str, Any]:
+        ran = cli_cases.run("plan", *where, *words, "--format=json")
+        assert ran.code == 0, ran.err
+        found: dict[str, Any] = json.loads(ran.out)
+        return found
+
+    with registered(TOKENS), registered(LENGTH):
+        best = answer("--objective=token_rate,norm_p95", "--top=3")
+        reached = [one["metrics"]["token_rate"] for one in best["candidates"]]
+        assert reached == sorted(reached, reverse=True)
+        assert best["objective"]["unit"] == "tokens/s" and best["best"]["value"] == reached[0]
+        assert best["best"]["then"] == [best["best"]["metrics"]["norm"]["p95"]]
+        limited = answer("--objective=cost", f"--slo=token_rate>={reached[0] * 0.999:.6f},norm_p50<=9s")
+        assert all(goal["met"] for goal in limited["best"]["metrics"]["slo"].values())
+        page = cli_cases.run("plan", *where, "--objective=token_rate", "--slo=norm_p95<=9s").out
+        assert "token_rate = " in page and " tokens/s" in page and "norm_p95<=9s: met" in page
+        missed = cli_cases.run("plan", *where, f"--slo=token_rate>={reached[0] * 9:.6f}")
+        assert missed.code == 3 and "tokens/s" in missed.out

@@ -208,17 +208,14 @@ def metrics_document(problem: Problem, run: Scored) -> Document:
     metrics, types = run.metrics, {name for use in run.pools for name in use.pool.types}
     offers = [place for place, name in enumerate(problem.types) if not types or name in types]
     tells_cost = all(problem.alone(place).tells_cost for place in offers)
-    told = [one for one in per_run() if one.name in metrics.figures and (tells_cost or not one.priced)]
-    energy_j, makespan_s = (metrics.value(name) for name in ("energy", "makespan"))
+    told = (one for one in per_run() if one.name in metrics.figures and (tells_cost or not one.priced))
     cached: Document = {}
     if problem.settings.prefix_caching:
         cached = {"cached_tokens": metrics.cached_tokens, "cache_hit_rate": metrics.cached_share}
     return {
         **{figure(name).key: statistics for name, statistics in metrics.latency_s.items()},
-        # Keys stand where they are named first.
-        "makespan_s": makespan_s,
+        **{one.key: metrics.figures[one.name] for one in told},
         "transient": transient_document(run.transient),
-        **{one.key: metrics.figures[one.name] for one in told if one.is_speed},
         "output_tokens_per_s": metrics.output_tokens_per_s,
         "total_tokens_per_s": metrics.total_tokens_per_s,
         **cached,
@@ -231,10 +228,8 @@ def metrics_document(problem: Problem, run: Scored) -> Document:
             }
             for slo in problem.slos
         },
-        "energy_j": energy_j,
         "idle_energy_j": sum(use.usage.idle_energy_j for use in run.pools),
-        **{one.key: metrics.figures[one.name] for one in told if not one.is_speed},
-        "mean_power_w": energy_j / makespan_s,
+        "mean_power_w": metrics.value("energy") / metrics.value("makespan"),
     }
 
 
