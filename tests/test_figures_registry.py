@@ -224,6 +224,21 @@ def test_k_runs_at_once_have_the_figures_that_they_have_one_by_one() -> None:
                 assert together == pytest.approx(statistic(alone, entry, which)[0], rel=1e-12)
 
 
+def test_plans_that_have_their_requests_in_common_have_a_bound_each() -> None:
+    """As those that differ in their number of replicas have: the makespan and the load are their own."""
+    alone = replace(random_run(np.random.default_rng(4)), joules=None, cost_per_h=None)
+    makespan_s, least_s = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1e9, 0.0])
+    several = alone.loaded(makespan_s, {"first": {"mean": least_s}}).costing(np.full(3, 7.0), np.arange(3.0))
+    for entry in figures():
+        assert statistic(several, entry, "mean").shape == (3,)
+        assert least_signed(
+            load_objective(f"{entry.name}_mean" if entry.of != "run" else entry.name), several
+        ).shape == (3,)
+    assert can_hold(parse_goals("ttft_mean<=1min")[0], several).tolist() == [True, False, True]
+    assert statistic(several, figure("throughput"), "mean").tolist() == [6.0, 3.0, 2.0]
+    assert statistic(several, figure("e2e"), "max").tolist() == [float(alone.whole_s.max())] * 3
+
+
 def test_a_figure_that_says_nothing_rules_nothing_out() -> None:
     floors = random_run(np.random.default_rng(1), k=3)
     with registered(POWER):

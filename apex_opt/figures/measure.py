@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.goals import Goal, Objective
     from apex_opt.figures.registry import Figure
-    from apex_opt.figures.run import Floats, Run
+    from apex_opt.figures.run import Bools, Floats, Ints, Run
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
@@ -35,7 +35,6 @@ class Metrics:
     cached_tokens, cached_share : int, float    prompt tokens found in the cache, also as a share of all
     attainment : mapping of goal's text to share of requests (of ITL, of gaps) within its limit; 1 or 0 of a run
     slo_met : mapping of goal's text to whether it holds
-    transient : how the run begins and ends, where it was looked at
     """
 
     latency_s: dict[str, dict[str, float]]
@@ -47,7 +46,6 @@ class Metrics:
     cached_share: float = 0.0
     attainment: dict[str, float] = field(default_factory=dict)
     slo_met: dict[str, bool] = field(default_factory=dict)
-    transient: Any = None
 
     def value(self, metric: str, statistic: str = "mean") -> float:
         """A figure in its unit, of requests and gaps a statistic of it; NaN where not known."""
@@ -68,7 +66,6 @@ def measure(
     *,
     percentiles: Sequence[str] = (),
     cached_tokens: int = 0,
-    transient: Any = None,
 ) -> Metrics:
     """Everything that is told of a run.
 
@@ -78,7 +75,6 @@ def measure(
     goals : what to judge by
     percentiles : statistics to tell beyond `STATISTICS`
     cached_tokens : int   prompt tokens found in the cache
-    transient : how the run begins and ends
 
     Returns
     -------
@@ -98,7 +94,6 @@ def measure(
         cached_share=cached_tokens / int(run.prompt.sum()),
         attainment=attainment,
         slo_met=met,
-        transient=transient,
     )
     for goal in goals:
         if goal.figure.of == "run":
@@ -152,17 +147,22 @@ def statistic(run: Run, about: Figure, which: str, limit: float = 0.0) -> Floats
     float64[k]    NaN where no request has one, or the figure is not known; of nothing all is within the limit
     """
     if about.of == "run":
-        return about.value(run)
+        return _each_run(about.value(run), run)
     key = about.name, which, limit if which == "attain" else 0.0
     if key not in run.memo:
         counts = run.gaps if about.of == "gap" else None
         run.memo[key] = _over(about.value(run), counts, which, limit)
     known = None if about.time is None else run.least.get(about.time, {}).get(which)
     found: Floats = run.memo[key]
-    return found if known is None else np.maximum(found, known)
+    return _each_run(found if known is None else np.maximum(found, known), run)
 
 
-def _over(values: Floats, counts: Any, which: str, limit: float) -> Floats:
+def _each_run(values: Floats, run: Run) -> Floats:
+    """A value for each run, also where these have their requests in common (`Run.loaded`)."""
+    return values if values.shape == run.makespan_s.shape else np.broadcast_to(values, run.makespan_s.shape)
+
+
+def _over(values: Floats, counts: Ints | None, which: str, limit: float) -> Floats:
     """A statistic of each row, where every value stands for so many."""
     if counts is not None:
         return _weighted(values, counts, which, limit)
@@ -175,7 +175,7 @@ def _over(values: Floats, counts: Any, which: str, limit: float) -> Floats:
     return np.asarray(np.percentile(values, percent(which), axis=1))
 
 
-def _weighted(values: Floats, counts: Any, which: str, limit: float) -> Floats:
+def _weighted(values: Floats, counts: Ints, which: str, limit: float) -> Floats:
     """A statistic of each row, of percentiles the least that they can be."""
     total = counts.sum(axis=1)
     if not total.any():
@@ -214,7 +214,7 @@ def least_signed(objective: Objective, floors: Run) -> Floats:
     return signed if about.exact else signed - ROUNDING * np.abs(signed)
 
 
-def can_hold(goal: Goal, floors: Run) -> Any:
+def can_hold(goal: Goal, floors: Run) -> Bools:
     """Whether runs can meet a goal, from what they cannot beat.
 
     A goal on the edge of what rounding moves is left to the run, and so is one on a figure that nothing is known of, or
@@ -233,5 +233,5 @@ def can_hold(goal: Goal, floors: Run) -> Any:
         return np.ones(len(floors.makespan_s), bool)
     value = statistic(floors, goal.figure, goal.statistic, goal.limit)
     if goal.at_most:
-        return ~(value * (1 - ROUNDING) > goal.threshold)
-    return ~(value * (1 + ROUNDING) < goal.threshold)
+        return np.asarray(~(value * (1 - ROUNDING) > goal.threshold))
+    return np.asarray(~(value * (1 + ROUNDING) < goal.threshold))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 
 Time = Literal["first", "step", "whole", "gap"]
 """Times that runs are made of: of a request until its first token, from one token to the next in its mean, and in all;
@@ -134,7 +135,7 @@ class Run:
         return int(self.tokens.sum())
 
     @property
-    def several(self) -> npt.NDArray[np.bool_]:
+    def several(self) -> Bools:
         """Which requests have more than one token, and so times between them."""
         return self.tokens > 1
 
