@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 import cli_cases
 import numpy as np
 import pytest
+from apex_opt.search.fleet import FleetEvaluator
+from apex_opt.search.fleet_bounds import FleetBounds
+from apex_opt.search.fleet_parts import parts_of
+from apex_opt.search.fleet_search import search_fleets
+from apex_opt.search.joint import Splits, joined, pipelines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_cases import dense, make_cluster, make_model, make_question, random_trace
@@ -22,11 +27,6 @@ from apex_opt.figures.registry import figure, figures, names, registered, split
 from apex_opt.figures.run import Run
 from apex_opt.figures.units import ENERGY, Unit
 from apex_opt.search import Evaluator, search
-from apex_opt.search.fleet import FleetEvaluator
-from apex_opt.search.fleet_bounds import FleetBounds
-from apex_opt.search.fleet_parts import parts_of
-from apex_opt.search.fleet_search import search_fleets
-from apex_opt.search.joint import Splits, joined, pipelines
 from apex_opt.search.search import silent
 from formulations.plan_space import PlanSpace
 
