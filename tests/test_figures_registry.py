@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import cli_cases
 import numpy as np
 import pytest
-from apex_opt.search.fleet import FleetEvaluator
-from apex_opt.search.fleet_bounds import FleetBounds
-from apex_opt.search.fleet_parts import parts_of
-from apex_opt.search.fleet_search import search_fleets
-from apex_opt.search.joint import Splits, joined, pipelines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import dense, make_cluster, make_model, make_question, random_trace
+from plan_cases import dense, feasible_plans, make_cluster, make_model, make_problem, random_trace
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.evaluate import space, violations
 from apex_opt.figures import Figure, Goal, load_objective, load_objectives, parse_goals
 from apex_opt.figures.measure import can_hold, least_signed, statistic
 from apex_opt.figures.registry import figure, figures, names, registered, split
 from apex_opt.figures.run import Run
 from apex_opt.figures.units import ENERGY, Unit
-from apex_opt.search import Evaluator, search
-from apex_opt.search.search import silent
+from apex_opt.search import Scorer, search
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apex_opt.search import Candidate, Question
+    from apex_opt.search import Problem, Scored
 
 SPACE = PlanSpace()
 STATISTICS = ("mean", "p37.5", "p95", "max")
@@ -303,111 +295,58 @@ def objectives_of(entry: Figure) -> tuple[str, ...]:
     return (entry.name,) if entry.of == "run" else (f"{entry.name}_p90", f"{entry.name}_mean")
 
 
-@pytest.mark.parametrize("entry", NEW, ids=lambda entry: entry.name)
-def test_no_run_of_a_plan_beats_its_bound_by_a_new_figure(entry: Figure) -> None:
-    """On one type of GPU, plan by plan, each with its simulated value."""
-    with registered(entry):
-        question = asked(single(), entry)
-        evaluator = Evaluator(question)
-        plans = [plan for plan in space(question.instance()) if not violations(question.instance(), plan)]
-        for plan in plans:
-            bounds, possible = evaluator.bounds(plan, question.objectives)
-            reached = question.costs(evaluator.simulate(plan).metrics)
-            assert possible
-            assert all(bound <= cost for bound, cost in zip(bounds, reached, strict=True)), (str(plan), bounds, reached)
-
-
-@pytest.mark.parametrize("entry", NEW, ids=lambda entry: entry.name)
-def test_a_new_figure_finds_what_brute_force_finds_as_objective_and_as_goal(entry: Figure) -> None:
-    with registered(entry):
-        question = asked(single(), entry)
-        evaluator = Evaluator(question)
-        plans = [plan for plan in space(question.instance()) if not violations(question.instance(), plan)]
-        runs = [evaluator.simulate(plan) for plan in plans]
-        check_best(question, runs)
-        # As a goal in the middle of what plans reach, beside the time of a request as objective.
-        metric, which = split(objectives_of(entry)[0])
-        value = float(np.median([run.metrics.value(metric, which) for run in runs]))
-        goal = Goal(metric=metric, statistic=which, limit=value)
-        limited = replace(question, slos=(goal,), objective=load_objective("e2e_mean"), then=())
-        check_best(limited, [Evaluator(limited).simulate(plan) for plan in plans])
-
-
-def single() -> Question:
-    return make_question(make_model((dense(), 4)), make_cluster(4), random_trace(3, 30))
-
-
-def asked(question: Question, entry: Figure) -> Question:
-    first, *then = (load_objective(name) for name in objectives_of(entry))
-    return replace(question, objective=first, then=tuple(then))
-
-
-def check_best(question: Question, runs: Sequence[Candidate]) -> None:
-    good = [run for run in runs if run.meets_slos]
-    assert len(good) > 0
-    best = min(good, key=lambda run: (question.costs(run.metrics), run.plan.devices, str(run.plan)))
-    found = search(question, SPACE)
-    assert found.status == "optimal" and found.best is not None
-    assert (str(found.best.plan), found.best.value) == (str(best.plan), best.value)
-
-
 SLOW = {"name": "slow", "memory_bytes_per_s": 1.2e12, "flops_per_s": (("bf16", 200e12), ("fp16", 200e12))}
 
 
-def mixed(entry: Figure) -> tuple[Question, Question]:
-    """Two GPUs of one type and two slower ones, asked for a new figure."""
-    one, other = (
-        make_question(make_model((dense(), 4)), make_cluster(2, **gpu), random_trace(5, 16)) for gpu in ({}, SLOW)
-    )
-    return asked(one, entry), asked(other, entry)
+def problem_of(entry: Figure, *, mixed: bool) -> Problem:
+    """Asked for a new figure on four GPUs of one type, or on two and two slower ones, over which pipelines may lie."""
+    first, *then = (load_objective(name) for name in objectives_of(entry))
+    clusters = (make_cluster(2), make_cluster(2, **SLOW)) if mixed else (make_cluster(4),)
+    trace = random_trace(5 if mixed else 3, 16 if mixed else 30)
+    between = make_cluster(1, 2).inter if mixed else None
+    model = make_model((dense(), 4))
+    return make_problem(model, clusters, trace, objective=first.name, then=tuple(then), between=between)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["one type", "two types"])
 @pytest.mark.parametrize("entry", NEW, ids=lambda entry: entry.name)
-def test_a_new_figure_bounds_fleets_and_pipelines_over_two_types_and_finds_the_best_of_them(entry: Figure) -> None:
-    """An unknown figure was once bounded on mixed clusters as energy per token, of which no bound was one."""
-    between = make_cluster(1, 2).inter
-    assert between is not None
+def test_a_new_figure_is_bounded_and_finds_what_brute_force_finds(entry: Figure, mixed: bool) -> None:
+    """On single plans, fleets and pipelines over two types, as objective and as goal.
+
+    An unknown figure was once bounded on mixed clusters as energy per token, of which no bound was one.
+    """
     with registered(entry):
-        pools = mixed(entry)
-        question, evaluators = pools[0], [Evaluator(pool) for pool in pools]
-        plans = [[p for p in space(pool.instance()) if not violations(pool.instance(), p)] for pool in pools]
-        parts = [parts_of(evaluator, some, silent) for evaluator, some in zip(evaluators, plans, strict=True)]
-        found: list[tuple[tuple[float, ...], int, str]] = []
+        problem = problem_of(entry, mixed=mixed)
+        everything = search(problem, SPACE, top=1 << 20).candidates
+        kinds = {(len(one.pools), bool(one.pools[0].pool.plan.on)) for one in everything}
+        assert kinds == ({(1, False), (2, False), (1, True)} if mixed else {(1, False)})
+        scorer = Scorer(problem)
+        runs = [scorer.simulate(one.deployment) for one in everything]
+        for one, run in zip(everything, runs, strict=True):
+            costs = problem.costs(run.metrics)
+            assert one.bound is not None and one.bound <= costs[0], (one.text, one.bound, costs)
+            if len(one.pools) == 1:
+                bounds, possible = scorer.bounds(one.deployment)
+                assert possible
+                assert all(bound <= cost for bound, cost in zip(bounds, costs, strict=True)), (one.text, bounds, costs)
+        if not mixed:
+            assert {one.plan for one in everything} == set(feasible_plans(problem))
+        check_best(problem, runs)
+        # As a goal in the middle of what is reached, beside the time of a request as objective.
+        metric, which = split(objectives_of(entry)[0])
+        value = float(np.median([run.metrics.value(metric, which) for run in runs]))
+        goal = Goal(metric=metric, statistic=which, limit=value)
+        limited = replace(problem, slos=(goal,), objective=load_objective("e2e_mean"), then=())
+        check_best(limited, [Scorer(limited).simulate(one.deployment) for one in everything])
 
-        def seen(metrics: Any, devices: int, text: str) -> tuple[float, ...]:
-            costs = question.costs(metrics)
-            found.append((costs, devices, text))
-            return costs
 
-        for index, some in enumerate(parts):
-            for part in some:
-                fleet = FleetEvaluator([evaluators[index]]).simulate((0,), (part,))
-                seen(fleet.metrics, fleet.devices, fleet.text)
-        fleets = list(product(*parts))
-        bounds = FleetBounds(evaluators[0])
-        lower, possible, has = bounds.of(fleets)
-        loose, _ = bounds.with_any(*parts)
-        assert possible.all()
-        scorer = FleetEvaluator(evaluators)
-        for number, both in enumerate(fleets):
-            if has[number]:
-                run = scorer.simulate((0, 1), both)
-                costs = seen(run.metrics, run.devices, run.text)
-                assert all(lower[number] <= costs), (run.text, lower[number], costs)
-                assert all(loose[number // len(parts[1])] <= costs)
-        joint = joined(*pools, between)
-        assert joint is not None
-        evaluator = Evaluator(joint)
-        for plan in filter(None, map(Splits(evaluator, SPACE), pipelines(joint))):
-            candidate = evaluator.simulate(plan)
-            least, can = evaluator.bounds(plan, joint.objectives, movable=True)
-            text = f"{' + '.join(name for name, _ in plan.on)}: {plan}"
-            costs = seen(candidate.metrics, plan.devices, text)
-            assert can
-            assert all(bound <= cost for bound, cost in zip(least, costs, strict=True)), (text, least, costs)
-        answer = search_fleets(pools, SPACE, between=between)
-        assert answer.status == "optimal" and answer.best is not None
-        assert (question.costs(answer.best.metrics), answer.best.devices, answer.best.text) == min(found)
+def check_best(problem: Problem, runs: Sequence[Scored]) -> None:
+    good = [run for run in runs if run.meets_slos]
+    assert len(good) > 0
+    best = min(good, key=lambda run: (problem.costs(run.metrics), run.devices, run.text))
+    found = search(problem, SPACE)
+    assert found.status == "optimal" and found.best is not None
+    assert (found.best.text, found.best.value) == (best.text, best.value)
 
 
 @pytest.mark.parametrize("cluster", ["2xh100-sxm", "1xh100-sxm+1xl40s"])
