@@ -75,7 +75,7 @@ def test_a_name_or_count_that_would_do_nothing_is_refused(changes: dict[str, Any
 def padded(captured: tuple[int, ...], seats: int, tokens: int = 4096) -> list[int]:
     settings = EngineSettings(max_num_seqs=seats, max_num_batched_tokens=tokens)
     costs = CostModel(MODEL, make_cluster(1), settings, replace(OVERHEAD, captured_sizes=captured))
-    return costs.tables.padded.tolist()
+    return costs.of(parse_plan("tp1", MODEL)).tables.padded.tolist()
 
 
 def test_a_decode_batch_is_padded_to_the_next_captured_size_and_beyond_the_largest_to_itself() -> None:

@@ -82,7 +82,7 @@ def test_every_table_of_a_law_is_whole_not_negative_and_nothing_for_nothing(mode
 def test_tables_are_the_sums_of_the_operations_and_every_operation_takes_time_and_energy_within_the_limit(
     model: str, plan: str
 ) -> None:
-    cost, power = cost_of(model, plan), costs(model).profile.power
+    cost, power = cost_of(model, plan), costs(model).of(parse_plan(plan, load_model(model))).profile.power
     for law, parts in zip(cost.laws, cost.parts, strict=True):
         sums = {name: np.zeros(len(getattr(law, name))) for name in TABLES}
         for (operation, table), work in parts.items():
@@ -394,7 +394,7 @@ def test_a_narrower_format_of_the_same_model_decodes_faster_on_blackwell() -> No
 def test_energy_of_narrow_arithmetic_is_that_of_its_own_type_and_within_what_a_kernel_draws() -> None:
     model, found = load_model("deepseek-r1"), load_cluster("8xb200-sxm")
     costed = CostModel(model, found, SETTINGS, load_engine("trtllm"))
-    power = costed.profile.power
+    power = costed.of(parse_plan("ep8", model)).profile.power
     most_w = SHORT_DRAW * power.limit_w - power.idle_w
     for weights, dtype in (("fp8", "fp8"), ("nvfp4", "fp4")):
         parts = costed.plan_cost(parse_plan(f"ep8 {weights} kv=fp8", model)).parts[0]

@@ -24,6 +24,7 @@ from apex_opt.measured import (
 from apex_opt.measured.vllm_runs import read_vllm_runs
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
+from apex_opt.profiles import load_profile
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def test_energy_counts_the_idle_time_before_the_first_arrival(own: MeasuredRun) 
         return comparison.prediction.values["energy"]
 
     later = replace(own.trace, arrival_ns=_frozen(own.trace.arrival_ns + 10_000_000_000))
-    idle_w = CostModel(
-        load_model("llama-3.1-8b"), load_cluster("h200"), SETTINGS, load_engine("vllm")
-    ).profile.power.idle_w
+    idle_w = load_profile(load_cluster("h200").gpu).power.idle_w
     assert energy_j(replace(own, trace=later)) - energy_j(own) == pytest.approx(10 * idle_w, rel=1e-6)
 
 

@@ -13,12 +13,9 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from apex_opt.cost.joint import JointCosts
     from apex_opt.cost.model import CostModel, PlanCost
     from apex_opt.plan.plan import Plan
     from apex_opt.simulator.outcome import BatchCounts
-
-    Costs = CostModel | JointCosts
 
 _OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})
 
@@ -41,7 +38,7 @@ class Usage:
     operations_s: dict[str, float]
 
 
-def account(plan: Plan, cost: PlanCost, model: Costs, counted: BatchCounts, makespan_ns: int) -> Usage:
+def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, makespan_ns: int) -> Usage:
     """Multiply the counts of a run into energy, arithmetic, traffic and time.
 
     Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
@@ -83,12 +80,12 @@ def account(plan: Plan, cost: PlanCost, model: Costs, counted: BatchCounts, make
     )
 
 
-def idle_w(costs: Costs, plan: Plan) -> float:
+def idle_w(costs: CostModel, plan: Plan) -> float:
     """Watts that the GPUs of a plan draw at least."""
     return sum(model.profile.power.idle_w * gpus for model, gpus in costs.on(plan))
 
 
-def limit_w(costs: Costs, plan: Plan) -> float:
+def limit_w(costs: CostModel, plan: Plan) -> float:
     """Watts that the GPUs of a plan may draw."""
     return sum(model.profile.power.limit_w * gpus for model, gpus in costs.on(plan))
 

@@ -1,68 +1,33 @@
-"""From a plan to the batch law of each of its stages."""
+"""From a plan to the batch law of each of its stages, on GPUs of one type or of several."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import Tree
-from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables, merged, times
+from apex_opt.cost.cells import merged, times
 from apex_opt.cost.least import Least
-from apex_opt.cost.work import Work
-from apex_opt.engines.rules import Held
+from apex_opt.cost.stage import StageCosts
 from apex_opt.placement.layouts import Layouts
 from apex_opt.plan.engine import limited
-from apex_opt.plan.memory import stage_runs
-from apex_opt.profiles import SHIPPED, load_collectives, load_profile
-from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.plan.layout import Layout, Tier
+from apex_opt.profiles import SHIPPED
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from numpy.typing import NDArray
-
-    from apex_opt.cluster.types import Cluster
+    from apex_opt.cluster.types import Cluster, Link
+    from apex_opt.cost.cells import Exchanged, Parts
     from apex_opt.cost.engine import EngineOverhead
-    from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Model, Run
+    from apex_opt.cost.stage import Pieces
+    from apex_opt.ir.model import Model
     from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
-
-_BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
-_BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
-_KEPT = 64
-_RATES = ("context_rate", "pair_rate", "chunk_context_rate")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Operations that are used together, and their seconds summed per table."""
-
-    parts: Parts
-    seconds: dict[str, Floats]
-
-    @classmethod
-    def of(cls, parts: Parts) -> Piece:
-        """Sum the seconds of each table once: many plans use the same piece."""
-        seconds: dict[str, Floats] = {}
-        for (_, table), work in parts.items():
-            seconds[table] = seconds[table] + work.seconds if table in seconds else work.seconds
-        return cls(parts, seconds)
-
-    @property
-    def least(self) -> Least:
-        """What it takes at least in any batch."""
-        return Least.of(self.parts, self.seconds)
-
-
-Pieces = tuple[tuple[int, Piece], ...]
-"""Pieces of a stage, each so many times."""
+    from apex_opt.simulator.law import BatchLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +52,7 @@ class PlanCost:
 
 
 class CostModel:
-    """Costs of plans for one model on one cluster; tables of cells that plans share are computed once.
+    """Costs of plans for one model: every stage asks those of its own GPU, kept by GPU, clock and limits of a batch.
 
     Parameters
     ----------
@@ -97,6 +62,8 @@ class CostModel:
     profiles : str               measured tables, as `load_profile` takes them
     clock_mhz : int or None      clock of plans that do not name one
     tree : Tree or None          the GPUs that plans are placed on, by default all of the cluster
+    beside : sequence of (Cluster, Tree or None)    GPUs of other types that stages may be on as well
+    between : Link or None       from a node of one type to a node of another, at worst; only where there are others
 
     Raises
     ------
@@ -114,29 +81,37 @@ class CostModel:
         profiles: str = SHIPPED,
         clock_mhz: int | None = None,
         tree: Tree | None = None,
+        beside: Sequence[tuple[Cluster, Tree | None]] = (),
+        between: Link | None = None,
     ) -> None:
-        self.model = model
-        self.cluster = cluster
-        self.settings = settings
-        self.overhead = overhead
-        self.profile = load_profile(cluster.gpu, overhead.kernels, profiles, clock_mhz)
-        self.collectives = load_collectives(cluster, profile=self.profile)
-        tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
-        sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
-        self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
-        held = Held.of(settings.runnable, model, cluster.gpu)
-        operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held)
-        self.operations = operations
+        self.model, self.cluster, self.settings, self.overhead = model, cluster, settings, overhead
+        self._routing, self._profiles, self._clock_mhz, self._between = routing, profiles, clock_mhz, between
+        pools = [(found, its or Tree.of(found)) for found, its in ((cluster, tree), *beside)]
+        self._clusters = {found.gpu.name: found for found, _ in pools}
+        self._layouts = {
+            found.gpu.name: Layouts(its, partial(self.exchanged, gpu=found.gpu.name)) for found, its in pools
+        }
+        self._stages: dict[tuple[str, int | None, EngineSettings], StageCosts] = {}
+        for name in self._clusters:
+            self._of(name, clock_mhz, settings)
 
-        # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
-        self._piece = lru_cache(maxsize=_KEPT)(_piece)
-        self._least_of = cache(lambda *what: self._piece(*what).least)
-        # Without launches to wait for the engine's own time is the same for every stage.
-        self._engine_least = cache(lambda over: Piece.of(self._engine(over, 0, 0, self._seconds(()), 1)).least)
-        self._stages = lru_cache(maxsize=_KEPT)(self._stage)
-        self._variants: dict[tuple[int | None, EngineSettings], CostModel] = {(clock_mhz, settings): self}
-        self._arguments, self._clock_mhz = (overhead, routing, profiles), clock_mhz
-        self.layouts = Layouts(tree or Tree.of(cluster), self.exchanged)
+    def _of(self, gpu: str, clock_mhz: int | None, settings: EngineSettings) -> StageCosts:
+        key = gpu, clock_mhz, settings
+        if key not in self._stages:
+            self._stages[key] = StageCosts(
+                self.model, self._clusters[gpu], settings, self.overhead, self._routing, self._profiles, clock_mhz
+            )
+        return self._stages[key]
+
+    def of(self, plan: Plan, gpu: str | None = None) -> StageCosts:
+        """Costs of the stages of a plan on a type of GPU, by default the first, at its clock and within its limits.
+
+        Raises
+        ------
+        UsageError    a clock that the GPU does not have
+        """
+        clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
+        return self._of(gpu or self.cluster.gpu.name, clock_mhz, limited(self.settings, plan))
 
     @property
     def request_ns(self) -> int:
@@ -144,81 +119,86 @@ class CostModel:
         return round(self.overhead.request_s * NS_PER_S)
 
     @property
+    def provenance_by_gpu(self) -> dict[str, dict[str, str]]:
+        """By type of GPU, where the figures behind the costs asked for so far come from, per operation."""
+        found: dict[str, dict[str, str]] = {gpu: {} for gpu in self._clusters}
+        for (gpu, _, _), stages in self._stages.items():
+            found[gpu] |= stages.provenance
+        engine = {f"engine ({self.overhead.name})": self.overhead.source}
+        return {gpu: told | engine for gpu, told in found.items()}
+
+    @property
     def provenance(self) -> dict[str, str]:
-        """Where the figures behind the costs asked for so far come from, per operation."""
-        found: dict[str, str] = {}
-        for variant in self._variants.values():
-            found |= {**variant.profile.provenance, **variant.operations.called}
-        return {**found, f"engine ({self.overhead.name})": self.overhead.source}
+        """The same in one, operations of several types of GPU with the name of theirs."""
+        told = self.provenance_by_gpu
+        if len(told) == 1:
+            return told[self.cluster.gpu.name]
+        return {f"{operation}, {gpu}": text for gpu, found in told.items() for operation, text in found.items()}
+
+    @property
+    def layouts(self) -> Layouts:
+        """Layouts of plans on the first type of GPU."""
+        return self._layouts[self.cluster.gpu.name]
+
+    def parts_of(self, plan: Plan) -> tuple[tuple[str, Plan, Layouts], ...]:
+        """The stages of a plan by type of GPU, as a plan of their own on the layouts of that type."""
+        if not plan.on:
+            return ((self.cluster.gpu.name, plan, self.layouts),)
+        return tuple((gpu, replace(plan, layers=(1,) * stages, on=()), self._layouts[gpu]) for gpu, stages in plan.on)
+
+    def layouts_of(self, plan: Plan) -> tuple[Layout, ...]:
+        """The best layout of the stages on each type of GPU, in their order.
+
+        Raises
+        ------
+        CapacityError    more GPUs of a type than there are
+        """
+        return tuple(layouts.best(part) for _, part, layouts in self.parts_of(plan))
+
+    def alike(self, plan: Plan, replicas: Sequence[int]) -> list[tuple[tuple[Layout, ...], list[int]]]:
+        """Numbers of replicas of a plan by their best layouts.
+
+        Raises
+        ------
+        CapacityError    more GPUs of a type than there are
+        """
+        if not plan.on:
+            return [((layout,), counts) for layout, counts in self.layouts.alike(plan, replicas)]
+        found: dict[tuple[Layout, ...], list[int]] = {}
+        for count in replicas:
+            found.setdefault(self.layouts_of(plan.times(count)), []).append(count)
+        return list(found.items())
 
     def plan_cost(self, plan: Plan) -> PlanCost:
         """Laws and operations of every stage of a plan, at its clock and within its limits of a batch.
+
+        Where the next stage is on another type of GPU, a stage sends what it has computed out of its node.
 
         Raises
         ------
         UsageError    a clock that the GPU does not have
         """
-        layout = self.layouts.best(plan)
-        built = [self.stage(plan, index, layout) for index in range(plan.stages)]
+        built: list[tuple[BatchLaw, Pieces]] = []
+        for (gpu, part, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True):
+            costs, first = self.of(plan, gpu), len(built)
+            for index in range(first, first + part.stages):
+                leaves = index == first + part.stages - 1 < plan.stages - 1
+                built.append(costs.stage(plan, index, self._bridge(plan, layout) if leaves else layout))
         return PlanCost(
             laws=tuple(law for law, _ in built),
             pieces=tuple(pieces for _, pieces in built),
             request_ns=self.request_ns,
         )
 
-    def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, Pieces]:
-        """The law and the operations of one stage of a plan in a layout.
-
-        Raises
-        ------
-        UsageError    a clock that the GPU does not have
-        """
-        if (variant := self._variant(plan)) is not self:
-            return variant.stage(plan, index, layout)
-        runs, last = stage_runs(self.model, plan.layers)[index], plan.stages - 1
-        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
-        overlapped = self.settings.async_scheduling or plan.stages > 1
-        # What a stage depends on beside its own layers, the clock and the limits.
-        cut = replace(
-            plan, replicas=1, layers=(1,), on=(), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None
-        )
-        return self._stages(cut, layout, runs, index == 0, index == last, overlapped)
-
-    def _stage(
-        self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
-    ) -> tuple[BatchLaw, Pieces]:
-        """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
-        kernels, copies = np.zeros(2, np.int64), cut.attention.dp
-        for run in runs:
-            kernels += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
-        pieces = [(count, self._piece(*what)) for count, what in self._made_of(cut, layout, runs, first, last)]
-        seconds = self._seconds(pieces)
-        engine = Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
-        for table, values in engine.seconds.items():
-            seconds[table] += values
-        seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
-        if not last:
-            seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
-        law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
-        return law, (*pieces, (1, engine))
-
-    def _made_of(
-        self, cut: Plan, layout: Layout, runs: Iterable[Run], first: bool, last: bool
-    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Pieces of a stage: how often each, and what `_piece` makes it of."""
-        operations = self.operations
-        for run in runs:
-            block = run.block
-            yield run.count, (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format)
-            yield run.count, (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format)
-            yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
-        if first:
-            yield 1, (operations.embedding, self.model, cut.attention, layout)
-        if last:
-            yield 1, (operations.head, self.model, cut.attention, layout)
+    def _bridge(self, plan: Plan, layout: Layout) -> Layout:
+        """The layout of a stage whose next one is on another type of GPU."""
+        assert self._between is not None  # without a link no plan is on several types
+        inside = tuple(tier for tier in layout.tiers if tier.chunk <= plan.stage_devices)
+        out = Tier("cluster", plan.stages * plan.stage_devices, self._between, True)
+        return Layout(stage_devices=plan.stage_devices, tiers=(*inside, out))
 
     def least(self, plan: Plan) -> Least:
-        """What a batch takes at least on all stages together, however the layers are split among as many.
+        """What a batch takes at least on all stages together, however the layers are split and whatever is where.
 
         Waits for launches are left out: how long they are depends on the split.
 
@@ -226,89 +206,36 @@ class CostModel:
         ------
         UsageError    a clock that the GPU does not have
         """
-        return sum_of_least(self.least_parts(plan, self.layouts.best(plan)), len(self.tables.tokens))
+        found = [
+            self.of(plan, gpu).least_parts(plan, layout)
+            for (gpu, _, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True)
+        ]
+        # Pieces come in the same order on every type of GPU.
+        parts = found[0] if len(found) == 1 else (_least_of(same) for same in zip(*found, strict=True))
+        return _sum_of_least(parts, len(self.of(plan).tables.tokens))
 
-    def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
-        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
-        if (variant := self._variant(plan)) is not self:
-            yield from variant.least_parts(plan, layout)
-            return
-        for count, what in self._made_of(plan, layout, self.model.runs, True, True):
-            yield count, self._least_of(*what)
-        overlapped = self.settings.async_scheduling or plan.stages > 1
-        kernels = sum(
-            run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
-        )
-        yield plan.stages, self._engine_least(overlapped)
-        gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
-        yield 1, Least(decode=gaps, mixed=gaps)
+    def on(self, plan: Plan) -> tuple[tuple[StageCosts, int], ...]:
+        """The costs of whose GPUs a plan runs on, at their highest clock or the usual one, and how many of each."""
+        types = plan.on or ((self.cluster.gpu.name, plan.stages),)
+        each = plan.replicas * plan.stage_devices
+        return tuple((self._of(gpu, self._clock_mhz, self.settings), each * stages) for gpu, stages in types)
 
-    def on(self, plan: Plan) -> tuple[tuple[CostModel, int], ...]:
-        """Whose GPUs a plan runs on, and how many of each."""
-        return ((self, plan.devices),)
+    def exchanged(self, plan: Plan, layout: Layout, gpu: str | None = None) -> Exchanged:
+        """What the collectives of a full batch of a plan take in a layout, and what they send how far.
 
-    def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
-        """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
-        if (variant := self._variant(plan)) is not self:
-            return variant.exchanged(plan, layout)
-        return self.operations.exchanged(self.model, plan.attention, plan.ffn, layout)
-
-    def _variant(self, plan: Plan) -> CostModel:
-        """The costs at a plan's clock and within its limits of a batch."""
-        clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
-        key = clock_mhz, limited(self.settings, plan)
-        if key not in self._variants:
-            self._variants[key] = CostModel(
-                self.model, self.cluster, key[1], *self._arguments, clock_mhz, self.layouts.tree
-            )
-        return self._variants[key]
-
-    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
-        """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
-
-        The host launches while the device computes, so only what the launches take longer is waited for. What a batch
-        computes is counted as if its prompts were dealt evenly to the attention copies, and without what grows with
-        contexts: where it is more the wait is too long, and the batch at most twice as long as it should be.
-
-        Parameters
-        ----------
-        captured, launched : int        kernels of a batch, from captured graphs and one by one
-        busy : dict of float64[n]       seconds of those of a batch, per table of the law
-        copies : int                    attention copies
+        Raises
+        ------
+        UsageError    a clock that the GPU does not have
         """
-        overhead, tables, power = self.overhead, self.tables, self.profile.power
-        step_s = overhead.step_s if overlapped else overhead.blocking_step_s
-        if not self.cluster.gpu.overlapped_launch:
-            step_s += captured * overhead.gap_s
-        sequences = overhead.sequence_s * tables.sequences.astype(np.float64)
-        mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
-        computed = busy["mixed_ns"]
-        if copies > 1:
-            computed = computed + busy["chunk_ns"][-(-tables.tokens // copies)]
-        waiting = np.maximum(launched * overhead.launch_s - computed - mixed, 0.0)
-        mixed = mixed + np.where(tables.tokens > overhead.captured_tokens, waiting, 0.0)
-        decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
-        if not overhead.captured_sizes:
-            bare = np.maximum(launched * overhead.launch_s - busy["decode_ns"] - decode, 0.0)
-            decode = decode + np.where(tables.sequences > 0, bare, 0.0)
-        return {
-            ("engine", "decode_ns"): Work.waiting(power, decode),
-            ("engine", "sequence_ns"): Work.waiting(power, sequences),
-            ("engine", "mixed_ns"): Work.waiting(power, mixed),
-        }
-
-    def _seconds(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
-        """Sum of pieces per table of the law."""
-        sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
-        sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
-        seconds = {name: np.zeros(size) for name, size in sizes.items()}
-        for count, piece in pieces:
-            for table, values in piece.seconds.items():
-                seconds[table] += count * values
-        return seconds
+        return self.of(plan, gpu).exchanged(plan, layout)
 
 
-def sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
+def _least_of(same: tuple[tuple[int, Least], ...]) -> tuple[int, Least]:
+    """What one piece takes at least on any of several types of GPU, so many times."""
+    return same[0][0], Least(**{f.name: min(getattr(part, f.name) for _, part in same) for f in fields(Least)})
+
+
+def _sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
     """What all pieces of a batch take at least, on tables of so many entries by tokens."""
     total = Least()
     for count, least in parts:
@@ -316,22 +243,3 @@ def sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
     if tokens <= 2:  # no batch has room for a prompt of two tokens
         return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
     return total
-
-
-def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:
-    """The operations that a method of `Operations` gives, with their sums."""
-    return Piece.of(build(*arguments))
-
-
-def _integers(seconds: Floats, rate: bool) -> NDArray[np.int64]:
-    scale = NS_PER_S * (1 << RATE_BITS) if rate else NS_PER_S
-    return np.rint(seconds * scale).astype(np.int64)
-
-
-def _padded(sequences: NDArray[np.int64], captured: tuple[int, ...], most: int) -> NDArray[np.int64]:
-    """Sequences each decode batch is computed as: the next captured size, or itself beyond the largest."""
-    if not captured:
-        return sequences
-    sizes = np.array([0, *captured], np.int64)
-    place = np.searchsorted(sizes, sequences)
-    return np.minimum(np.where(place < len(sizes), sizes[np.minimum(place, len(sizes) - 1)], sequences), most)

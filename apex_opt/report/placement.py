@@ -10,7 +10,6 @@ from rich.text import Text
 
 from apex_opt import __version__
 from apex_opt.cluster.tree import LEVELS, place_of
-from apex_opt.cost import CostModel
 from apex_opt.evaluate import violations
 from apex_opt.launch.commands import on_nodes
 from apex_opt.placement.assignment import layout_of, rank_order
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.composition import Composition
     from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Cluster
+    from apex_opt.cost import CostModel
     from apex_opt.placement import Assignment
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
@@ -100,7 +100,6 @@ class Site:
     @property
     def costs(self) -> CostModel:
         """Costs of plans on one type of GPU."""
-        assert isinstance(self.facts.costs, CostModel)  # `ask_plan` takes no other plans
         return self.facts.costs
 
     @cached_property
@@ -275,10 +274,10 @@ def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[s
     called = {name.partition("/")[0] for name in found if "/" in name} - {"point_to_point"}
     for layout in (site.layout(tree, assignment) for tree, assignment in judged):
         spread = layout.spread(site.shape.ranks)
-        over = costs.collectives.over(spread.near, spread.far)
+        over = costs.of(site.plan).collectives.over(spread.near, spread.far)
         names = {f"{name}/{'inter' if spread.nodes > 1 else 'intra'}" for name in called}
         found |= {name: over.provenance[name] for name in sorted(names - set(found))}
-        name, over, link = costs.operations.between_stages(layout)
+        name, over, link = costs.of(site.plan).operations.between_stages(layout)
         if link is not None and name not in found:
             found[name] = over.provenance[name]
     return found

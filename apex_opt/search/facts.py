@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from apex_opt.cost import CostModel, JointCosts, idle_w, limit_w
+from apex_opt.cost import CostModel, idle_w, limit_w
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
 from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from apex_opt.cost.least import Least
     from apex_opt.figures import Goal, Objective
     from apex_opt.placement import Layouts
-    from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
     from apex_opt.search.problem import Problem
     from apex_opt.workload.trace import Trace
 
-    AnyLayout = Layout | tuple[Layout, ...]
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
@@ -59,9 +57,9 @@ class Facts:
     costs : optional       of the same problem on another trace: they do not depend on it
     """
 
-    def __init__(self, problem: Problem, costs: CostModel | JointCosts | None = None) -> None:
+    def __init__(self, problem: Problem, costs: CostModel | None = None) -> None:
         self.problem = problem
-        self.costs = cost_models(problem) if costs is None else costs
+        self.costs = cost_model(problem) if costs is None else costs
         self.plan_cost = lru_cache(maxsize=KEPT)(self.costs.plan_cost)
         self._least: dict[tuple[Any, ...], Least] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
@@ -75,7 +73,6 @@ class Facts:
     @property
     def layouts(self) -> Layouts:
         """Layouts of plans on one type of GPU."""
-        assert isinstance(self.costs, CostModel)  # pipelines over types are laid out type by type
         return self.costs.layouts
 
     def provenance(self, plans: Iterable[Plan]) -> dict[str, str]:
@@ -119,7 +116,7 @@ class Facts:
 
     def least_cost(self, plan: Plan) -> Least:
         """What a batch takes at least on all stages together, however the layers are split."""
-        key = plan.cut, plan.stages, self.costs.layouts.best(plan)
+        key = plan.cut, plan.stages, self.costs.layouts_of(plan)
         if key not in self._least:
             self._least[key] = self.costs.least(plan)
         return self._least[key]
@@ -136,7 +133,7 @@ class Facts:
 
     def alike(self, plan: Plan, replicas: Sequence[int], *, movable: bool = False) -> Iterator[Alike]:
         """Numbers of replicas, grouped by what decides the floors: how they lie, whether sequences give way."""
-        for _, counts in self.costs.layouts.alike(plan, replicas):
+        for _, counts in self.costs.alike(plan, replicas):
             # The fewer requests a replica has, the fewer blocks they need: from some number on none gives way.
             blocks = self._sure_blocks(plan, movable) if plan.stages > 1 else 0
             calm = bisect_left(
@@ -174,7 +171,7 @@ class Facts:
 
     def alone(self, plan: Plan, *, movable: bool = False) -> Run:
         """What no run of a plan can beat, as if each request were the only one."""
-        problem, layout = self.problem, self.costs.layouts.best(plan)
+        problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, movable))
         key = plan.cut, plan.stages, layout, overtaking
         if key not in self._alone:
@@ -198,14 +195,14 @@ class Facts:
 
     def mean(self, plan: Plan) -> StageFloor:
         """Mean floor of the stages of a plan, however its layers are split."""
-        key = plan.cut, plan.stages, self.costs.layouts.best(plan)
+        key = plan.cut, plan.stages, self.costs.layouts_of(plan)
         if key not in self._means:
             self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp)
         return self._means[key]
 
     def _load(self, plan: Plan, alike: Alike, run: Run) -> tuple[float, Load | None]:
         """Replicas from which the load adds nothing, and below these the load of one replica."""
-        problem, layout = self.problem, self.costs.layouts.best(plan)
+        problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
         key = plan.cut, plan.layers, layout, overtaking
         if key not in self._loads:
@@ -256,24 +253,20 @@ def judged(run: Run, objectives: Sequence[Objective], goals: Iterable[Goal]) -> 
     return bounds, possible
 
 
-def cost_models(problem: Problem) -> CostModel | JointCosts:
+def cost_model(problem: Problem) -> CostModel:
     """The costs of a problem's plans, whose stages may be on several types of GPU."""
-    models = {
-        offer.name: CostModel(
-            problem.model,
-            offer.cluster,
-            problem.settings,
-            problem.overhead,
-            problem.expert_routing,
-            problem.profiles,
-            tree=offer.tree,
-        )
-        for offer in problem.offers
-    }
-    if len(models) == 1:
-        return models[problem.offer.name]
-    assert problem.between is not None  # without it no pipeline spans types
-    return JointCosts(models, problem.between)
+    own, *others = problem.offers
+    return CostModel(
+        problem.model,
+        own.cluster,
+        problem.settings,
+        problem.overhead,
+        problem.expert_routing,
+        problem.profiles,
+        tree=own.tree,
+        beside=[(offer.cluster, offer.tree) for offer in others],
+        between=problem.between,
+    )
 
 
 @lru_cache(maxsize=8)

@@ -65,7 +65,7 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
         tell("bounding plans", len(options), len(pools))
         plan = pools[index].plan
         settings = problem.settings_for(plan)
-        key = plan.cut, plan.layers, costs.layouts.best(plan)
+        key = plan.cut, plan.layers, costs.layouts_of(plan)
         if key not in found:
             blocks, laws = facts.blocks(plan), facts.plan_cost(plan).laws
             overtaking = plan.stages > 1 and may_preempt(settings, blocks, trace)

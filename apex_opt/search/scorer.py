@@ -86,8 +86,8 @@ class Scorer:
             if pool.plan.on:
                 costs = self.facts_of(pool).costs
                 costs.plan_cost(pool.plan)
-                for model, _ in costs.on(pool.plan):
-                    found[model.cluster.gpu.name] |= model.provenance
+                for name, told in costs.provenance_by_gpu.items():
+                    found[name] |= told
         return found
 
     @property

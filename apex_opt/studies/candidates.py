@@ -160,7 +160,7 @@ class Rater:
     def rated(self, pool: Pool, *, beside: bool = False) -> Rated:
         """A pool with what it takes; `beside` others also with its weight."""
         facts, plan = self._own.facts_of(pool), pool.plan
-        key = pool.types, plan.cut, plan.stages, facts.costs.layouts.best(plan)
+        key = pool.types, plan.cut, plan.stages, facts.costs.layouts_of(plan)
         if key not in self._works:
             problem = facts.problem
             first_ns, later_ns = works_ns(problem.settings_for(plan), facts.mean(plan), problem.trace)

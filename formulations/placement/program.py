@@ -30,7 +30,7 @@ inside nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from apex_opt.cluster.tree import Tree
-    from apex_opt.cost import JointCosts
+    from apex_opt.cost import CostModel
     from apex_opt.placement.assignment import Assignment
     from apex_opt.placement.layouts import Layouts
     from apex_opt.placement.shape import Way
@@ -141,17 +141,14 @@ def place_plan(layouts: Layouts, plan: Plan, time_limit_s: float | None = None) 
     return found
 
 
-def place_joint(costs: JointCosts, plan: Plan, time_limit_s: float | None = None) -> Assignment:
+def place_joint(costs: CostModel, plan: Plan, time_limit_s: float | None = None) -> Assignment:
     """The GPUs of a plan whose stages are on several types: the stages on each type placed on their own.
 
     Raises
     ------
     CapacityError, FormulationError    as `place_plan`
     """
-    parts = (
-        place_plan(costs.models[name].layouts, replace(plan, layers=(1,) * stages, on=()), time_limit_s).assignment
-        for name, stages in plan.on
-    )
+    parts = (place_plan(layouts, part, time_limit_s).assignment for _, part, layouts in costs.parts_of(plan))
     return tuple(tuple(stage for part in replica for stage in part) for replica in zip(*parts, strict=True))
 
 

@@ -1,0 +1,227 @@
+"""From the cells of a stage to its batch law, on GPUs of one type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables
+from apex_opt.cost.least import Least
+from apex_opt.cost.work import Work
+from apex_opt.engines.rules import Held
+from apex_opt.plan.memory import stage_runs
+from apex_opt.profiles import SHIPPED, load_collectives, load_profile
+from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.units import NS_PER_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from apex_opt.cluster.types import Cluster
+    from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.cost.work import Floats
+    from apex_opt.ir.model import Model, Run
+    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plan.layout import Layout
+    from apex_opt.plan.plan import Plan
+
+_BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
+_BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
+_KEPT = 64
+_RATES = ("context_rate", "pair_rate", "chunk_context_rate")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Operations that are used together, and their seconds summed per table."""
+
+    parts: Parts
+    seconds: dict[str, Floats]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Piece:
+        """Sum the seconds of each table once: many plans use the same piece."""
+        seconds: dict[str, Floats] = {}
+        for (_, table), work in parts.items():
+            seconds[table] = seconds[table] + work.seconds if table in seconds else work.seconds
+        return cls(parts, seconds)
+
+    @property
+    def least(self) -> Least:
+        """What it takes at least in any batch."""
+        return Least.of(self.parts, self.seconds)
+
+
+Pieces = tuple[tuple[int, Piece], ...]
+"""Pieces of a stage, each so many times."""
+
+
+class StageCosts:
+    """Costs of stages for one model on GPUs of one type, at one clock and within one set of limits of a batch.
+
+    Tables of cells that plans share are computed once. Parameters are those of `CostModel`.
+
+    Raises
+    ------
+    InputError, UnknownNameError    profiles of the GPU that cannot be read
+    UsageError                      a clock that the GPU does not have
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cluster: Cluster,
+        settings: EngineSettings,
+        overhead: EngineOverhead,
+        routing: str = "uniform",
+        profiles: str = SHIPPED,
+        clock_mhz: int | None = None,
+    ) -> None:
+        self.model, self.cluster, self.settings, self.overhead = model, cluster, settings, overhead
+        self.profile = load_profile(cluster.gpu, overhead.kernels, profiles, clock_mhz)
+        self.collectives = load_collectives(cluster, profile=self.profile)
+        tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
+        sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
+        self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
+        held = Held.of(settings.runnable, model, cluster.gpu)
+        self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held)
+
+        # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
+        self._piece = lru_cache(maxsize=_KEPT)(_piece)
+        self._least_of = cache(lambda *what: self._piece(*what).least)
+        # Without launches to wait for the engine's own time is the same for every stage.
+        self._engine_least = cache(lambda over: Piece.of(self._engine(over, 0, 0, self._seconds(()), 1)).least)
+        self._stages = lru_cache(maxsize=_KEPT)(self._stage)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where the figures behind the costs asked for so far come from, per operation."""
+        return {**self.profile.provenance, **self.operations.called}
+
+    def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, Pieces]:
+        """The law and the operations of one stage of a plan in a layout."""
+        runs, last = stage_runs(self.model, plan.layers)[index], plan.stages - 1
+        # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        # What a stage depends on beside its own layers, the clock and the limits.
+        cut = replace(
+            plan, replicas=1, layers=(1,), on=(), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None
+        )
+        return self._stages(cut, layout, runs, index == 0, index == last, overlapped)
+
+    def _stage(
+        self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
+    ) -> tuple[BatchLaw, Pieces]:
+        """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
+        kernels, copies = np.zeros(2, np.int64), cut.attention.dp
+        for run in runs:
+            kernels += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
+        pieces = [(count, self._piece(*what)) for count, what in self._made_of(cut, layout, runs, first, last)]
+        seconds = self._seconds(pieces)
+        engine = Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
+        for table, values in engine.seconds.items():
+            seconds[table] += values
+        seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
+        if not last:
+            seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
+        law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
+        return law, (*pieces, (1, engine))
+
+    def _made_of(
+        self, cut: Plan, layout: Layout, runs: Iterable[Run], first: bool, last: bool
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Pieces of a stage: how often each, and what `_piece` makes it of."""
+        operations = self.operations
+        for run in runs:
+            block = run.block
+            yield run.count, (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format)
+            yield run.count, (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format)
+            yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
+        if first:
+            yield 1, (operations.embedding, self.model, cut.attention, layout)
+        if last:
+            yield 1, (operations.head, self.model, cut.attention, layout)
+
+    def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
+        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
+        for count, what in self._made_of(plan, layout, self.model.runs, True, True):
+            yield count, self._least_of(*what)
+        overlapped = self.settings.async_scheduling or plan.stages > 1
+        kernels = sum(
+            run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
+        )
+        yield plan.stages, self._engine_least(overlapped)
+        gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
+        yield 1, Least(decode=gaps, mixed=gaps)
+
+    def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
+        """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
+        return self.operations.exchanged(self.model, plan.attention, plan.ffn, layout)
+
+    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
+        """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
+
+        The host launches while the device computes, so only what the launches take longer is waited for. What a batch
+        computes is counted as if its prompts were dealt evenly to the attention copies, and without what grows with
+        contexts: where it is more the wait is too long, and the batch at most twice as long as it should be.
+
+        Parameters
+        ----------
+        captured, launched : int        kernels of a batch, from captured graphs and one by one
+        busy : dict of float64[n]       seconds of those of a batch, per table of the law
+        copies : int                    attention copies
+        """
+        overhead, tables, power = self.overhead, self.tables, self.profile.power
+        step_s = overhead.step_s if overlapped else overhead.blocking_step_s
+        if not self.cluster.gpu.overlapped_launch:
+            step_s += captured * overhead.gap_s
+        sequences = overhead.sequence_s * tables.sequences.astype(np.float64)
+        mixed = np.where(tables.tokens > 0, step_s + overhead.mixed_step_s, 0.0)
+        computed = busy["mixed_ns"]
+        if copies > 1:
+            computed = computed + busy["chunk_ns"][-(-tables.tokens // copies)]
+        waiting = np.maximum(launched * overhead.launch_s - computed - mixed, 0.0)
+        mixed = mixed + np.where(tables.tokens > overhead.captured_tokens, waiting, 0.0)
+        decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
+        if not overhead.captured_sizes:
+            bare = np.maximum(launched * overhead.launch_s - busy["decode_ns"] - decode, 0.0)
+            decode = decode + np.where(tables.sequences > 0, bare, 0.0)
+        return {
+            ("engine", "decode_ns"): Work.waiting(power, decode),
+            ("engine", "sequence_ns"): Work.waiting(power, sequences),
+            ("engine", "mixed_ns"): Work.waiting(power, mixed),
+        }
+
+    def _seconds(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
+        """Sum of pieces per table of the law."""
+        sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
+        sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
+        seconds = {name: np.zeros(size) for name, size in sizes.items()}
+        for count, piece in pieces:
+            for table, values in piece.seconds.items():
+                seconds[table] += count * values
+        return seconds
+
+
+def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:
+    """The operations that a method of `Operations` gives, with their sums."""
+    return Piece.of(build(*arguments))
+
+
+def _integers(seconds: Floats, rate: bool) -> NDArray[np.int64]:
+    scale = NS_PER_S * (1 << RATE_BITS) if rate else NS_PER_S
+    return np.rint(seconds * scale).astype(np.int64)
+
+
+def _padded(sequences: NDArray[np.int64], captured: tuple[int, ...], most: int) -> NDArray[np.int64]:
+    """Sequences each decode batch is computed as: the next captured size, or itself beyond the largest."""
+    if not captured:
+        return sequences
+    sizes = np.array([0, *captured], np.int64)
+    place = np.searchsorted(sizes, sequences)
+    return np.minimum(np.where(place < len(sizes), sizes[np.minimum(place, len(sizes) - 1)], sequences), most)
