@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, dense, instance_at, make_cluster, make_model, random_model, sparse
+from plan_cases import OVERHEAD, SMALL, dense, instance_at, make_cluster, make_model, random_model, sparse
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
+from apex_opt.errors import CapacityError
 from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
 from apex_opt.plan.engine import EngineSettings
@@ -23,6 +24,7 @@ from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 
 if TYPE_CHECKING:
+    from apex_opt.cluster.types import Cluster
     from apex_opt.cost import PlanCost
 
 SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048)
@@ -412,3 +414,51 @@ def test_time_outside_the_engine_is_passed_on() -> None:
     model = make_model((dense(), 2))
     found = CostModel(model, make_cluster(1), SETTINGS, replace(OVERHEAD, request_s=0.0123))
     assert found.plan_cost(parse_plan("tp1", model)).request_ns == 12_300_000
+
+
+# ---- stages on several types of GPU -----------------------------------------------------------------------------
+
+
+def across(first: Cluster, *others: Cluster) -> CostModel:
+    """Costs of plans whose stages may be on the GPUs of several clusters."""
+    model, between = make_model((dense(), 8)), make_cluster(1, 2).inter
+    return CostModel(model, first, SMALL, OVERHEAD, beside=[(other, None) for other in others], between=between)
+
+
+def test_stages_on_two_types_that_are_alike_cost_what_they_do_on_two_nodes_of_one() -> None:
+    joint = across(make_cluster(4), make_cluster(4, name="twin"))
+    plain = CostModel(joint.model, make_cluster(4, 2), SMALL, OVERHEAD)
+    text = "pp2 attn(tp4) ffn(tp4) bf16"
+    apart, together = (parse_plan(text + where, joint.model) for where in (" on=test-gpu:1+twin:1", ""))
+    for mine, its in zip(joint.plan_cost(apart).laws, plain.plan_cost(together).laws, strict=True):
+        for name in TABLES:
+            assert np.array_equal(getattr(mine, name), getattr(its, name)), name
+    assert joint.least(apart) == plain.least(together)
+    assert [(stages.cluster.gpu.name, gpus) for stages, gpus in joint.on(apart)] == [("test-gpu", 4), ("twin", 4)]
+
+
+def test_every_stage_takes_the_time_of_its_own_gpu_at_the_clock_and_within_the_limits_of_the_plan() -> None:
+    fast, slow = make_cluster(4), make_cluster(4, name="slow", memory_bytes_per_s=1.2e12, clock_mhz=1980.0)
+    joint = across(fast, slow)
+    text = "pp2 attn(tp4) ffn(tp4) bf16"
+    for more in ("", " seqs=8 tokens=128", " clock=1200"):
+        apart, alone = (parse_plan(text + more + where, joint.model) for where in (" on=test-gpu:1+slow:1", ""))
+        first, last = joint.plan_cost(apart).laws
+        models = [CostModel(joint.model, replace(type_, nodes=2), SMALL, OVERHEAD) for type_ in (fast, slow)]
+        laws = [model.plan_cost(alone).laws for model in models]
+        assert np.array_equal(first.decode_ns, laws[0][0].decode_ns)
+        assert np.array_equal(last.decode_ns, laws[1][1].decode_ns)
+        assert (laws[0][1].decode_ns[1:] < last.decode_ns[1:]).all()
+        # At least what either type takes: no more than the faster takes for all.
+        assert joint.least(apart).decode <= min(model.least(alone).decode for model in models)
+
+
+def test_figures_of_several_types_are_told_by_type_and_layouts_of_each_on_its_own_gpus() -> None:
+    joint = across(make_cluster(4), make_cluster(2, name="twin"))
+    plan = parse_plan("pp3[4,2,2] attn(tp2) ffn(tp2) bf16 on=test-gpu:2+twin:1", joint.model)
+    joint.plan_cost(plan)
+    assert set(joint.provenance_by_gpu) == {"test-gpu", "twin"}
+    assert {name.rpartition(", ")[2] for name in joint.provenance} == {"test-gpu", "twin"}
+    assert [layout.stage_devices for layout in joint.layouts_of(plan)] == [2, 2]
+    with pytest.raises(CapacityError, match="takes 4 GPUs, 2 of"):
+        joint.layouts_of(parse_plan("pp3[4,2,2] attn(tp2) ffn(tp2) bf16 on=test-gpu:1+twin:2", joint.model))
