@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
     ("apex_opt.cost",),
     ("apex_opt.search", "apex_opt.measured"),
-    ("apex_opt.launch",),
+    ("apex_opt.launch", "apex_opt.studies"),
     ("apex_opt.options",),
     ("apex_opt.ask",),
     ("apex_opt.report",),
