@@ -32,6 +32,14 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Compile the kernel once, before there are workers that would each compile it."""
+    from apex_opt.simulator.warm import warm_up
+
+    warm_up()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cpu", type=int, default=0, metavar="N", help="show the N files that take the most CPU-seconds")
 
