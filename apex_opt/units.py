@@ -13,8 +13,10 @@ GIB: Final = 1 << 30
 GB: Final = 10**9
 TERA: Final = 10**12
 
-DATA_ROOT: Final = Path(__file__).resolve().parent.parent
-"""Folder that holds `profiles/` and `traces/`: the checkout, or site-packages once installed."""
+_PACKAGE: Final = Path(__file__).resolve().parent
+_INSTALLED: Final = _PACKAGE / "_data"
+DATA_ROOT: Final = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
+"""Folder that holds `profiles/` and `traces/`: the checkout, or within the package once installed."""
 
 
 def ceil_div(a: int, b: int) -> int:

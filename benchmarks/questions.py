@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,12 +10,10 @@ if TYPE_CHECKING:
 
 def question(model: str, cluster: str, trace: str, **options: Any) -> Question:
     """What `solve.py plan` asks for these names; options left out have the defaults of the command line."""
-    from apex_opt.ask import Options, ask
-    from apex_opt.options import COMMANDS
+    from apex_opt.arguments import Ask
+    from apex_opt.resolve import resolve
 
-    values = {option.name: option.default for option in COMMANDS["plan"].options}
-    values |= {"model": model, "cluster": cluster, "trace": trace, **options}
-    return ask(Options(**{f.name: values[f.name] for f in fields(Options)}))
+    return resolve(Ask(model=model, cluster=cluster, trace=trace, **options))
 
 
 def generated_chat(requests: int) -> str:

@@ -26,7 +26,7 @@ class _Stream(io.StringIO):
 
 def run(*words: str, cwd: Path | None = None) -> Ran:
     """Run a command in this process, in a folder where one is given."""
-    import solve
+    from apex_opt import cli
 
     out, err = _Stream(), _Stream()
     code: int | None = None
@@ -36,7 +36,7 @@ def run(*words: str, cwd: Path | None = None) -> Ran:
         if cwd is not None:
             stack.enter_context(contextlib.chdir(cwd))
         try:
-            solve.main(list(words))
+            cli.main(list(words))
         except SystemExit as ended:
             code = int(ended.code or 0)
     assert code is not None, f"{words}: the command returned where it should have ended the program"

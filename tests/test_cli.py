@@ -25,8 +25,10 @@ from measured_cases import engine, recorded, write_runs
 from measured_package import write_package
 from rich.cells import cell_len
 
-import solve
-from apex_opt.ask import Options, ask, ask_plan
+from apex_opt import api, cli
+from apex_opt.api import Result
+from apex_opt.arguments import Arguments, Ask, SimulateAsk, options_of
+from apex_opt.cli import COMMANDS, CONFIG_FILES, GROUPS
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
@@ -34,9 +36,9 @@ from apex_opt.errors import InputError
 from apex_opt.ir import load_model
 from apex_opt.ir.huggingface import QUANTISATION_FILES
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
-from apex_opt.options import COMMANDS, CONFIG_FILES, GROUPS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
+from apex_opt.resolve import resolve, resolve_plan
 from apex_opt.search import Scorer
 from apex_opt.workload import Trace, load_trace
 
@@ -85,13 +87,18 @@ def shell(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, **defaults | given)
 
 
+def answered_by(monkeypatch: pytest.MonkeyPatch, command: str, run: Callable[[Any], Any]) -> None:
+    """A command is answered by this in place of what it does."""
+    monkeypatch.setitem(api.COMMANDS, command, api.COMMANDS[command]._replace(run=run))
+
+
 def noted_trace(monkeypatch: pytest.MonkeyPatch, note: str) -> None:
     """Every trace that is loaded has this to tell."""
 
     def noted(*given: Any, **more: Any) -> Trace:
         return replace(load_trace(*given, **more), notes=(note,))
 
-    monkeypatch.setattr("apex_opt.ask.load_trace", noted)
+    monkeypatch.setattr("apex_opt.resolve.load_trace", noted)
 
 
 def two_types_in(folder: Path) -> str:
@@ -454,11 +461,7 @@ def test_listed_names_can_be_asked_for() -> None:
     given = {"trace": "static:n=1", "model": "llama-3.1-8b"}
     for kind, key in (("models", "name"), ("clusters", "cluster"), ("traces", "name")):
         for row in names[kind]:
-            ask(_options(**given | {kind.removesuffix("s"): row[key]}))
-
-
-def _options(**given: Any) -> Options:
-    return Options.of(solve.Commands().plan(**given).options)
+            resolve(Ask(**given | {kind.removesuffix("s"): row[key]}))
 
 
 @pytest.mark.parametrize(
@@ -1342,12 +1345,12 @@ def test_debug_adds_the_traceback_and_keeps_the_exit_code() -> None:
 
 
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: dict[str, Any]) -> int:
+    def fail(_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(solve.RUNNERS, "models", fail)
+    answered_by(monkeypatch, "models", fail)
     with pytest.raises(ZeroDivisionError):
-        solve.main(["models"])
+        cli.main(["models"])
 
 
 @pytest.mark.parametrize(
@@ -1357,25 +1360,25 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interruption_and_lack_of_memory_end_in_a_line(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException], code: int, line: str
 ) -> None:
-    def fail(_: dict[str, Any]) -> int:
+    def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setitem(solve.RUNNERS, "models", fail)
+    answered_by(monkeypatch, "models", fail)
     ran = run("models")
     assert ran.code == code
     assert ran.err.startswith(line)
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: dict[str, Any]) -> int:
+    def fail(_: object) -> None:
         raise OSError(24, "Too many open files", "some/file")
 
-    monkeypatch.setitem(solve.RUNNERS, "models", fail)
+    answered_by(monkeypatch, "models", fail)
     ran = run("models")
     assert ran.code == 1
     assert ran.err == "error: the system refuses some/file (Too many open files); --debug shows where\n"
     with pytest.raises(OSError, match="Too many open files"):
-        solve.main(["models", "--debug"])
+        cli.main(["models", "--debug"])
 
 
 OPTION_NAMES = sorted({option.name for command in COMMANDS.values() for option in command.options})
@@ -1400,14 +1403,16 @@ WORD = st.one_of(
 @settings(max_examples=200)
 @given(command=st.one_of(st.sampled_from(list(COMMANDS)), TEXT), words=st.lists(WORD, max_size=5))
 def test_no_words_get_past_the_parser_unchecked(command: str, words: list[str]) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Arguments] = []
 
-    def note(options: dict[str, Any]) -> int:
-        seen.append(options)
-        return 0
+    def note(asked: Arguments) -> Result:
+        seen.append(asked)
+        return Result(document={"status": "ok", "models": []})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solve, "RUNNERS", dict.fromkeys(COMMANDS, note))
+        for name in COMMANDS:
+            answered_by(patch, name, note)
+        patch.setattr(Result, "page", lambda *_, **__: "")
         ran = run(*(command.split() if command in COMMANDS else [command]), *words)
     assert ran.code in (0, 2)
     if ran.code == 2:
@@ -1416,9 +1421,9 @@ def test_no_words_get_past_the_parser_unchecked(command: str, words: list[str]) 
         assert "--debug" in words or ran.err.count("\n") == 1
         assert (ran.out, seen) == ("", [])
     elif seen:
-        for option in COMMANDS[command].options:
-            value = seen[0][option.name]
-            for one in value if option.many and isinstance(value, tuple) else (value,):
+        for option in options_of(COMMANDS[command].asks):
+            value = getattr(seen[0], option.name)
+            for one in value if isinstance(value, tuple) else (value,):
                 assert one is None or type(one) in (option.kind, int)
     else:
         assert ran.out.startswith("NAME")
@@ -1450,13 +1455,14 @@ ASKED = {
 def test_no_text_makes_a_question_fail_unnamed(given: dict[str, None], data: st.DataObject) -> None:
     words = [f"--{name}={data.draw(ASKED[name], label=name)}" for name in given]
 
-    def asked(options: dict[str, Any]) -> int:
-        ask_plan(options["plan"], Options.of(options))
-        return 0
+    def asked(ask: SimulateAsk) -> Result:
+        assert isinstance(ask.plan, str)
+        resolve_plan(ask.plan, ask)
+        return Result(document={"status": "ok", "models": []})
 
     base = [word for word in (*CHEAP, "--plan=tp1") if word.partition("=")[0].removeprefix("--") not in given]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(solve.RUNNERS, "simulate", asked)
+        answered_by(patch, "simulate", asked)
         ran = run("simulate", *base, *words)
     assert ran.code in (0, 2)
     assert ran.err == "" if ran.code == 0 else re.fullmatch(r"error: [^\n]+\n", ran.err)
@@ -1521,9 +1527,9 @@ def test_short_names_in_the_help_work() -> None:
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); import solve\n"
+        "import sys, time; start = time.perf_counter(); from apex_opt import cli\n"
         "for words in (['--help'], ['plan', '--help'], ['plan', '--bogus'], ['profile'], ['profile', 'import']):\n"
-        "    try: solve.main(words)\n"
+        "    try: cli.main(words)\n"
         "    except SystemExit: pass\n"
         "heavy = {'numba', 'ortools', 'pandas', 'rich', 'numpy', 'networkx'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
@@ -1617,7 +1623,7 @@ def test_a_terminal_gets_colours_help_without_a_pager_and_tables_of_its_width() 
 
 def test_the_console_script_is_the_same_program(tmp_path: Path) -> None:
     script = tmp_path / "apex-opt"
-    script.write_text(f"#!{sys.executable}\nfrom solve import main\nmain()\n")
+    script.write_text(f"#!{sys.executable}\nfrom apex_opt.cli import main\nmain()\n")
     script.chmod(0o755)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([script, "--help"], capture_output=True, text=True, check=True, env=environment)
@@ -1680,7 +1686,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_file_that_may_not_be_written_is_said_before_the_work(
     own: Path, monkeypatch: pytest.MonkeyPatch, words: str, said: str
 ) -> None:
-    monkeypatch.setitem(solve.RUNNERS, "simulate", lambda _: pytest.fail("the work was begun"))
+    answered_by(monkeypatch, "simulate", lambda _: pytest.fail("the work was begun"))
     before = contents(own)
     asked = [word for word in SCORED if not (word.startswith("--model") and "--model" in words)]
     assert said in refused(*asked, *words.split())
@@ -1713,7 +1719,7 @@ def test_a_cluster_file_is_not_overwritten_by_what_is_made_of_it(own: Path) -> N
 def test_what_draws_is_looked_for_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for command in ("pareto", "validate", "place"):
-        monkeypatch.setitem(solve.RUNNERS, command, lambda _: pytest.fail("the work was begun"))
+        answered_by(monkeypatch, command, lambda _: pytest.fail("the work was begun"))
     assert "--plot: needs matplotlib" in refused("pareto", *CHEAP, "--plot=a.png")
     assert "--plot: needs matplotlib" in refused("validate", "--measured=t.csv", "--plot=a.png")
     assert "--plot: needs matplotlib" in refused("place", "--plan=tp1", "--plot=a.png")

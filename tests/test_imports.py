@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every unit may import those of earlier rows. The simulator owns the batch law, which the cost model fills: it stands
 # below the cost model and knows nothing of models, GPUs or profiles.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("apex_opt.units", "apex_opt.errors"),
+    ("apex_opt.units", "apex_opt.errors", "apex_opt.schema"),
     ("apex_opt.files", "apex_opt.figures"),
     ("apex_opt.outputs", "apex_opt.process"),
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
@@ -23,10 +23,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
     ("apex_opt.cost",),
     ("apex_opt.search", "apex_opt.measured"),
-    ("apex_opt.launch", "apex_opt.studies"),
-    ("apex_opt.options",),
-    ("apex_opt.ask",),
+    ("apex_opt.studies", "apex_opt.launch"),
+    ("apex_opt.arguments",),
+    ("apex_opt.resolve",),
     ("apex_opt.report",),
+    ("apex_opt.api",),
+    ("apex_opt.cli",),
     ("apex_opt.__main__",),
 )
 LEVEL = {unit: level for level, row in enumerate(LAYERS) for unit in row}
@@ -56,8 +58,14 @@ def imports(path: Path, *, types: bool = True) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
             base = node.module or ""
+            if node.level:
+                # Only programs import each other so, as they lie in the package once they are installed.
+                assert path.is_relative_to(ROOT / "formulations"), f"{path}: imports are absolute"
+                room = ".".join(path.relative_to(ROOT).parts[: -node.level])
+                base = f"{room}.{base}".rstrip(".")
+            elif path.is_relative_to(ROOT / "formulations"):
+                assert base.split(".")[0] != "formulations", f"{path}: imports of programs are relative"
             # `from package import module` names a module where there is one.
             found |= {f"{base}.{n.name}" if _is_module(f"{base}.{n.name}") else base for n in node.names}
     return found
@@ -87,7 +95,7 @@ def test_a_module_imports_only_from_the_layers_below_its_own(path: Path) -> None
     for name in ours(path, "apex_opt"):
         other = unit_of(name)
         if mine == "apex_opt":
-            assert other == "apex_opt", f"the package itself imports {name}"
+            assert other == "apex_opt.api", f"the package itself imports {name}"
         elif other != mine and other != "apex_opt":
             assert LEVEL[other] < LEVEL[mine], f"{module_of(path)} imports {name}"
 
@@ -110,9 +118,15 @@ def test_modules_within_a_part_do_not_import_each_other_in_a_circle() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("path", [p for p in files("apex_opt") if p.name != "__main__.py"], ids=module_of)
-def test_the_package_knows_neither_programs_nor_the_command_line(path: Path) -> None:
-    assert not {name for name in imports(path) if name.split(".")[0] in ("formulations", "solve", "ortools", "fire")}
+@pytest.mark.parametrize("path", files("apex_opt"), ids=module_of)
+def test_the_command_line_alone_knows_fire_and_nothing_in_the_package_imports_programs_by_name(path: Path) -> None:
+    known = {"fire"} if module_of(path) == "apex_opt.cli" else set()
+    assert {name.split(".")[0] for name in imports(path)} & {"formulations", "solve", "ortools", "fire"} == known
+
+
+def test_the_composition_root_alone_finds_the_programs() -> None:
+    calls = {path for path in files("apex_opt") if "formulation(" in path.read_text(encoding="utf-8")}
+    assert {module_of(path) for path in calls} == {"apex_opt.api"}
 
 
 @pytest.mark.parametrize("path", files("formulations"), ids=module_of)
@@ -145,7 +159,8 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import solve", "import apex_opt", "from apex_opt import ir, cluster, workload, plan, errors"]
+    "statement",
+    ["import solve", "import apex_opt; apex_opt.plan", "from apex_opt import ir, cluster, workload, plan, errors"],
 )
 def test_the_command_line_starts_without_compiler_solver_and_tables(statement: str) -> None:
     assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "networkx", "matplotlib"}

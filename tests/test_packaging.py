@@ -55,9 +55,15 @@ def _run(command: list[str], target: Path, elsewhere: Path) -> str:
     return done.stdout
 
 
+def _place(name: str) -> str:
+    """Where the wheel has a file of the checkout."""
+    inside = {"formulations": "apex_opt/", "profiles": "apex_opt/_data/", "traces": "apex_opt/_data/"}
+    return inside.get(name.split("/")[0], "") + name
+
+
 def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"solve.py"}
+    wanted = {"apex_opt/py.typed"}
     for folder, pattern in (
         ("apex_opt", "**/*.py"),
         ("apex_opt/ir/configs", "*.json"),
@@ -69,7 +75,7 @@ def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
     ):
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern) if path.is_file()}
         assert files, folder
-        wanted |= {name for name in files if "__pycache__" not in name}
+        wanted |= {_place(name) for name in files if "__pycache__" not in name}
     assert wanted <= names
     notices = {Path(name).name for name in names if "/licenses/" in name}
     assert notices == {"LICENSE", "NOTICE"}
@@ -78,9 +84,11 @@ def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
 def test_the_wheel_holds_every_profile_with_its_card_and_each_table_on_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        cards = {name for name in names if name.startswith("profiles/") and name.endswith("/card.toml")}
-        assert cards == {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").glob("*/*/card.toml")}
-        assert {"profiles/README.md", "profiles/engines.toml", "profiles/collectives.toml"} <= names
+        cards = {name for name in names if name.startswith(_place("profiles/")) and name.endswith("/card.toml")}
+        shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").glob("*/*/card.toml")}
+        assert cards == set(map(_place, shipped))
+        others = ("profiles/README.md", "profiles/engines.toml", "profiles/collectives.toml")
+        assert set(map(_place, others)) <= names
         for card in cards:
             folder = card.removesuffix("card.toml")
             for table in tomllib.loads(archive.read(card).decode())["tables"].values():
@@ -89,30 +97,40 @@ def test_the_wheel_holds_every_profile_with_its_card_and_each_table_on_it(wheel:
 
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
-    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {
-        "apex_opt",
-        "formulations",
-        "profiles",
-        "traces",
-        "solve.py",
-    }
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {top for name in names if not (top := name.split("/")[0]).endswith(".dist-info")} == {"apex_opt"}
+    assert not [name for name in names if "__pycache__" in name]
 
 
 def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:
-    code = "import apex_opt, solve; print(apex_opt.__file__); print(solve.__file__)"
+    code = (
+        "import apex_opt; from apex_opt.api import formulation; print(apex_opt.__file__)\n"
+        "print(formulation('plan_space').__file__)"
+    )
     found = [Path(line) for line in _run([sys.executable, "-c", code], installed, tmp_path).splitlines()]
-    assert found == [installed / "apex_opt" / "__init__.py", installed / "solve.py"]
+    inside = installed / "apex_opt"
+    assert found == [inside / "__init__.py", inside / "formulations" / "plan_space" / "__init__.py"]
 
 
-@pytest.mark.parametrize("module", ["solve", "apex_opt"])
-def test_the_module_lists_models_away_from_the_checkout(module: str, installed: Path, tmp_path: Path) -> None:
-    document = json.loads(_run([sys.executable, "-m", module, "models", "--format=json"], installed, tmp_path))
+def test_the_api_finds_a_plan_and_its_placement_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import apex_opt\n"
+        "asked = dict(model='llama-3.1-8b', cluster='2xh200-sxm', trace='static:n=3,prompt=64,output=8')\n"
+        "answer = apex_opt.plan(**asked, emit='vllm')\n"
+        "assert apex_opt.check(answer).holds\n"
+        "print(answer.to_json())"
+    )
+    assert "vllm" in json.loads(_run([sys.executable, "-c", code], installed, tmp_path))["launch"]["engine"]
+
+
+def test_the_module_lists_models_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+    document = json.loads(_run([sys.executable, "-m", "apex_opt", "models", "--format=json"], installed, tmp_path))
     assert "llama-3.1-70b" in {row["name"] for row in document["models"]}
 
 
-def test_the_package_runs_the_solve_that_is_installed_with_it(installed: Path, tmp_path: Path) -> None:
+def test_the_package_runs_wherever_one_stands(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "solve.py").write_text("raise SystemExit('another solve.py')")
+    (tmp_path / "formulations").mkdir()
     command = [sys.executable, "-m", "apex_opt", "--version"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
@@ -133,14 +151,14 @@ def test_the_installed_entry_point_finds_a_plan_away_from_the_checkout(installed
 
 
 def test_a_shipped_trace_is_read_from_the_installed_package(installed: Path, tmp_path: Path) -> None:
-    document = json.loads(_run([sys.executable, "-m", "solve", "traces", "--format=json"], installed, tmp_path))
+    document = json.loads(_run([sys.executable, "-m", "apex_opt", "traces", "--format=json"], installed, tmp_path))
     assert "chat" in {row["name"] for row in document["traces"]}
 
 
 def test_the_profiles_of_the_installed_package_are_shown(installed: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "solve", "profile", "show", "--format=json"]
+    words = [sys.executable, "-m", "apex_opt", "profile", "show", "--format=json"]
     document = json.loads(_run(words, installed, tmp_path))
-    assert document["root"] == str(installed / "profiles")
+    assert document["root"] == str(installed / "apex_opt" / "_data" / "profiles")
     assert len(document["profiles"]) == len(list((ROOT / "profiles").glob("*/*/card.toml")))
 
 
@@ -152,6 +170,20 @@ def test_extras_that_read_tables_name_the_release_that_is_read() -> None:
     assert f"{PACKAGE.replace('_', '-')}=={VERSION}" in extras["distill"]
     assert any(line.startswith("pyarrow") for line in extras["distill"])
     assert any(line.startswith("pyarrow") for line in extras["test"])
+
+
+def test_an_editable_install_finds_programs_and_data_in_the_checkout(tmp_path: Path) -> None:
+    _pip("install", "-e", str(ROOT), "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
+    (path_file,) = tmp_path.glob("*.pth")
+    code = "from apex_opt.api import formulation; from apex_opt.units import DATA_ROOT; print(DATA_ROOT)\n"
+    code += "print(formulation('plan_space').__file__)"
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "formulations").mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": path_file.read_text().strip()}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [str(ROOT), str(ROOT / "formulations" / "plan_space" / "__init__.py")]
 
 
 def test_the_version_is_stated_once() -> None:
@@ -169,7 +201,14 @@ def test_every_package_the_tests_import_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     names = {line.split(">")[0].split("=")[0].strip().lower() for line in declared}
-    own = {"apex_opt", "formulations", "benchmarks", "solve", *(path.stem for path in (ROOT / "tests").iterdir())}
+    own = {
+        "apex_opt",
+        "formulations",
+        "benchmarks",
+        "solve",
+        "tests",
+        *(path.stem for path in (ROOT / "tests").iterdir()),
+    }
     for pattern in ("apex_opt/**/*.py", "formulations/**/*.py", "benchmarks/*.py", "tests/*.py"):
         for path in ROOT.glob(pattern):
             for node in ast.walk(ast.parse(path.read_text())):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from doc_cases import FENCE, ROOT, blocks_of, shown_and_printed, solve, words_of
 
+from apex_opt.cli import COMMANDS, arranged
 from apex_opt.errors import ApexError
-from apex_opt.options import COMMANDS, arranged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

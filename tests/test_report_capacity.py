@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-from apex_opt.ask import Options, ask, ask_plan
-from apex_opt.options import method
-from apex_opt.report.capacity import capacity_document, capacity_page
 from apex_opt.search.capacity import Capacity, fewest_gpus, highest_rate
+
+from apex_opt.arguments import CapacityAsk
+from apex_opt.report.capacity import capacity_document, capacity_page
+from apex_opt.resolve import resolve, resolve_plan
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ CHEAP = {
 @cache
 def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Question, Capacity]:
     """A capacity, or the fewest GPUs for a rate."""
-    options = Options.of(method("capacity")(None, **CHEAP | given).options)
-    question = ask(options, rated=True)
+    options = CapacityAsk(**CHEAP | given)
+    question = resolve(options, rated=True)
     if rate is None:
         return question, highest_rate(question, PlanSpace(), top=top)
     return question, fewest_gpus(question, PlanSpace(), rate, top=top)
@@ -163,8 +163,8 @@ def test_an_infeasible_answer_has_a_reason_and_no_plan(rate: float | None) -> No
 
 
 def test_one_plan_is_asked_about_alone() -> None:
-    options = Options.of(method("capacity")(None, **CHEAP).options)
-    question, plan = ask_plan("dp2 tp2", options)
+    options = CapacityAsk(**CHEAP)
+    question, plan = resolve_plan("dp2 tp2", options)
     shown = capacity_document(question, highest_rate(question, PlanSpace(), plan=plan), {})
     assert shown["status"] == "feasible"
     assert shown["best"]["plan"] == "dp2 attn(tp2) ffn(tp2) bf16"

@@ -8,17 +8,17 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
-
-from apex_opt.ask import Options, ask, ask_pools
-from apex_opt.cluster import cluster_names
-from apex_opt.options import method
-from apex_opt.report import answer_document
-from apex_opt.report.capacity import capacity_document
-from apex_opt.report.clusters import clusters_document, clusters_page
 from apex_opt.report.fleet import fleet_document
-from apex_opt.search import Evaluator, search
 from apex_opt.search.capacity import fewest_gpus, highest_rate
 from apex_opt.search.fleet_search import fleet_provenance, search_fleets
+
+from apex_opt.arguments import Ask
+from apex_opt.cluster import cluster_names
+from apex_opt.report.capacity import capacity_document
+from apex_opt.report.clusters import clusters_document, clusters_page
+from apex_opt.report.document import answer_document
+from apex_opt.resolve import resolve, resolve_pools
+from apex_opt.search import Evaluator, search
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=4,prompt=64,output=16"}
 
 
-def options(cluster: str, given: dict[str, str]) -> Options:
-    return Options.of(method("plan")(None, **CHEAP | given | {"cluster": cluster}).options)
+def options(cluster: str, given: dict[str, str]) -> Ask:
+    return Ask(**CHEAP | given | {"cluster": cluster})
 
 
 @cache
@@ -36,7 +36,7 @@ def compared(clusters: str, **given: str) -> Document:
     """The best plan on each."""
     documents = []
     for cluster in cluster_names(clusters):
-        pools = tuple(replace(pool, priced=True) for pool in ask_pools(options(cluster, given)))
+        pools = tuple(replace(pool, priced=True) for pool in resolve_pools(options(cluster, given)))
         if len(pools) > 1:
             found = search_fleets(pools, PlanSpace())
             documents.append(fleet_document("plan", pools, found, fleet_provenance(pools, found.candidates, None), 1))
@@ -115,7 +115,7 @@ def test_rates_are_compared_by_rate_and_those_given_by_gpus_and_price() -> None:
     given = {"slo": "ttft_p95<=1s", "trace": "poisson:rate=2,n=20,prompt=64,output=16"}
     documents, fewest = [], []
     for cluster in ("1xh100", "1xl4"):
-        question = replace(ask(options(cluster, given)), priced=True)
+        question = replace(resolve(options(cluster, given)), priced=True)
         found = highest_rate(question, PlanSpace(), resolution=0.5)
         documents.append(capacity_document(question, found, {}))
         fewest.append(capacity_document(question, fewest_gpus(question, PlanSpace(), 2.0), {}))

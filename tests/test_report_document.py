@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 
-from apex_opt.ask import Options, ask, ask_plan
+from apex_opt.arguments import Ask
 from apex_opt.figures import parse_goals
-from apex_opt.options import method
-from apex_opt.report import answer_document, cluster_row, listing_document, model_row, trace_row
-from apex_opt.report.document import candidate_document
+from apex_opt.report.document import (
+    answer_document,
+    candidate_document,
+    cluster_row,
+    listing_document,
+    model_row,
+    trace_row,
+)
 from apex_opt.report.tables import rendered
+from apex_opt.resolve import resolve, resolve_plan
 from apex_opt.search import Answer, Certificate, Evaluator, Question, judge
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
@@ -21,8 +27,8 @@ CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,
 
 def scored(plan: str = "tp2", **given: Any) -> tuple[Question, Answer]:
     """One plan, judged."""
-    options = Options.of(method("plan")(None, **CHEAP | given).options)
-    question, parsed = ask_plan(plan, options)
+    options = Ask(**CHEAP | given)
+    question, parsed = resolve_plan(plan, options)
     return question, judge(question, parsed)
 
 
@@ -164,7 +170,7 @@ def test_only_the_top_candidates_are_listed() -> None:
 
 
 def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
-    question = ask(Options.of(method("plan")(None, **CHEAP).options))
+    question = resolve(Ask(**CHEAP))
     nothing = Certificate(
         space=4, infeasible={"memory": 4}, bounded=0, simulated=0, cut_short=0, missed=0, optimal=True, gap=None
     )
@@ -196,7 +202,7 @@ def test_a_bound_on_what_is_maximised_lies_above_it() -> None:
 
 
 def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:
-    question = ask(Options.of(method("plan")(None, **CHEAP).options))
+    question = resolve(Ask(**CHEAP))
     assert model_row(question.model)["parameters"] == question.model.parameters
     row = cluster_row(question.cluster)
     assert (row["gpu"], row["gpus"], row["cluster"]) == ("h200-sxm-141gb", 2, "2xh200-sxm-141gb")

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-
-from apex_opt.ask import Options, ask, ask_plan
-from apex_opt.options import method
-from apex_opt.report.explain import explanation_document, explanation_page
 from apex_opt.search.explain import explain
+
+from apex_opt.arguments import ExplainAsk
+from apex_opt.report.explain import explanation_document, explanation_page
+from apex_opt.resolve import resolve, resolve_plan
 from formulations.plan_space import PlanSpace
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
@@ -18,9 +18,9 @@ CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,
 
 def document(plan: str | None = None, **given: Any) -> dict[str, Any]:
     """One question, explained."""
-    options = Options.of(method("explain")(None, **CHEAP | given).options)
-    parsed = None if plan is None else ask_plan(plan, options)[1]
-    question = ask(options)
+    options = ExplainAsk(**CHEAP | given)
+    parsed = None if plan is None else resolve_plan(plan, options)[1]
+    question = resolve(options)
     return explanation_document(question, explain(question, PlanSpace(), plan=parsed), {})
 
 

@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from apex_opt.ask import ask_place
+from apex_opt.arguments import PlaceAsk
 from apex_opt.cluster import Tree, load_wiring
-from apex_opt.options import COMMANDS
 from apex_opt.placement import Shape, layout_of, rank_order
 from apex_opt.placement.assignment import arranged
 from apex_opt.report.placement import Found, Loss, Site, labels, place_document, place_page, refused_document
+from apex_opt.resolve import resolve_place
 from apex_opt.search.facts import Facts
 from formulations.placement import move, place_plan
 
 if TYPE_CHECKING:
     from apex_opt.placement import Assignment
 
-DEFAULTS = {option.name: option.default for option in COMMANDS["place"].options}
 BUSY = "node0:0-3,node1:5"
 
 
@@ -31,8 +30,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def site_of(plan: str, cluster: str, **given: Any) -> Site:
-    options = {**DEFAULTS, "plan": plan, "cluster": cluster, **given}
-    ((problem, parsed),) = ask_place(options)
+    ((problem, parsed),) = resolve_place(PlaceAsk(plan, cluster=cluster, **given))
     return Site(question=problem, plan=parsed, wiring=load_wiring(cluster), facts=Facts(problem))
 
 

@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from apex_opt.profiles.folder import TableReport
 from apex_opt.profiles.inventory import Holding
 from apex_opt.profiles.schema import Card
-from apex_opt.report import show
 from apex_opt.report.profile_tables import profile_page
 from apex_opt.report.profiles import inventory_document, tables_document
 
@@ -117,11 +114,3 @@ def test_tables_that_were_not_thinned_have_no_column_for_its_error() -> None:
     text = profile_page(tables_document("profile import", Path("out"), REPORTS[1:]))
     assert "error" not in text
     assert "passed over" not in text
-
-
-@pytest.mark.parametrize("form", ["table", "json"])
-def test_what_is_shown_is_the_form_asked_for(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    document = inventory_document(Path("p"), [holding()])
-    show(document, form)
-    out = capsys.readouterr().out
-    assert out == profile_page(document) if form == "table" else json.loads(out) == document

@@ -7,14 +7,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from apex_opt.search.explain import differences
 
-from apex_opt.ask import Options, ask_plans
-from apex_opt.options import method
-from apex_opt.report import answer_document
+from apex_opt.arguments import Ask
+from apex_opt.report.document import answer_document
 from apex_opt.report.layout import amount, seconds
 from apex_opt.report.side_by_side import compared_document, compared_page
+from apex_opt.resolve import resolve_plans
 from apex_opt.search import Evaluator, judge
-from apex_opt.search.explain import differences
 
 if TYPE_CHECKING:
     from apex_opt.report.document import Document
@@ -25,7 +25,7 @@ CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,
 @cache
 def compared(*plans: str, **given: str) -> Document:
     """Plans, each judged."""
-    asked = ask_plans(plans, Options.of(method("plan")(None, **CHEAP | given).options))
+    asked = resolve_plans(plans, Ask(**CHEAP | given))
     answers = [judge(question, plan) for question, plan in asked]
     documents = [
         answer_document("simulate", question, answer, Evaluator(question).provenance([plan] if answer.best else []))
@@ -138,6 +138,6 @@ def test_pages_fit_their_width(width: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_same_plan_twice_is_refused() -> None:
     from apex_opt.errors import UsageError
 
-    options: Any = Options.of(method("plan")(None, **CHEAP).options)
+    options: Any = Ask(**CHEAP)
     with pytest.raises(UsageError, match="which is given before; give each plan once"):
-        ask_plans(("tp2", "attn(tp2) ffn(tp2)"), options)
+        resolve_plans(("tp2", "attn(tp2) ffn(tp2)"), options)

@@ -15,7 +15,7 @@ from apex_opt.measured.compare import Prediction
 from apex_opt.measured.steps import StepTimes
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import Plan, Template
-from apex_opt.report import validation_document
+from apex_opt.report.validation import validation_document
 from apex_opt.report.validation_plot import write_plot
 from apex_opt.report.validation_tables import validation_page
 from apex_opt.workload import load_trace

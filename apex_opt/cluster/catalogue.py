@@ -18,6 +18,9 @@ from apex_opt.units import GB, ceil_div
 if TYPE_CHECKING:
     from pathlib import Path
 
+Wired = str | Cluster | Composition
+"""A cluster as a spec or as what a spec stands for."""
+
 _FORM: Final = (
     "GPU, COUNTxGPU, NODESxCOUNTxGPU (such as 4x8xh200-sxm), PRESET, NODESxPRESET (such as 2xdgx-h100) or the path of "
     "a .toml file; a mixed cluster as SPEC+SPEC"
@@ -34,7 +37,7 @@ def list_clusters() -> tuple[str, ...]:
     return tuple(specs)
 
 
-def load_cluster(spec: str) -> Cluster:
+def load_cluster(spec: Wired) -> Cluster:
     """The cluster of identical nodes that a spec names.
 
     Parameters
@@ -58,7 +61,7 @@ def load_cluster(spec: str) -> Cluster:
     return found.cluster() if isinstance(found, Composition) else found
 
 
-def load_pools(spec: str) -> tuple[Cluster, ...]:
+def load_pools(spec: Wired) -> tuple[Cluster, ...]:
     """The GPUs of each type that a spec names, as a cluster of identical nodes; types in the order of their nodes.
 
     Raises
@@ -73,7 +76,7 @@ def load_pools(spec: str) -> tuple[Cluster, ...]:
     return tuple(replace(found, nodes=some).cluster() for some in nodes)
 
 
-def load_topology(spec: str) -> Topology:
+def load_topology(spec: Wired) -> Topology:
     """The single GPUs and links of what a spec names, which `load_cluster` describes; its nodes may differ.
 
     Raises
@@ -84,7 +87,7 @@ def load_topology(spec: str) -> Topology:
     return found.topology() if isinstance(found, Composition) else Topology.of(found)
 
 
-def cluster_names(spec: str) -> tuple[str, ...]:
+def cluster_names(spec: Wired) -> tuple[Wired, ...]:
     """The specs in a list of them, `8xh100-sxm,8xa100-sxm`; a file whose name has a comma is one.
 
     Raises
@@ -101,7 +104,7 @@ def cluster_names(spec: str) -> tuple[str, ...]:
     return names
 
 
-def assumed_network(spec: str) -> tuple[str, ...]:
+def assumed_network(spec: Wired) -> tuple[str, ...]:
     """What is assumed of the links between the parts of a mixed cluster that a spec puts together, as a note."""
     parts = _parts(spec)
     if len(parts) < 2:
@@ -118,7 +121,7 @@ def assumed_network(spec: str) -> tuple[str, ...]:
     return (f"the link between the parts of {found.name} is assumed: all on one leaf switch, {listed}",)
 
 
-def _parts(spec: str) -> tuple[str, ...]:
+def _parts(spec: Wired) -> tuple[str, ...]:
     """The specs that one of a mixed cluster puts together, `8xh100-sxm+8xl40s`."""
     text = spec.strip() if isinstance(spec, str) else ""
     return (text,) if "+" not in text or there(expanded(text)) else tuple(part.strip() for part in text.split("+"))
@@ -150,8 +153,10 @@ def _together(spec: str, parts: tuple[str, ...]) -> Composition:
     return Composition(name="+".join(names), nodes=tuple(nodes))
 
 
-def load_wiring(spec: str) -> Cluster | Composition:
-    """What a spec names, as it is described."""
+def load_wiring(spec: Wired) -> Cluster | Composition:
+    """What a spec names, as it is described; what is described already stays as it is."""
+    if isinstance(spec, Cluster | Composition):
+        return spec
     if not isinstance(spec, str) or not spec.strip():
         raise UsageError(f"cluster: expected {_FORM}, got {shown(spec)}")
     text = spec.strip()

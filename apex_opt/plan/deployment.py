@@ -101,11 +101,11 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
             before.append(part.strip())  # a pipeline over types names all of them before its plan
             continue
         names = [*before, head.strip()] if colon else before
-        for name in names:
-            if name not in types:
-                raise UnknownNameError("type of GPU", name[:60], types)
         plan, before = parse_plan(words, model), []
         stages = [name for name, _ in plan.on]
+        for name in (*names, *stages):
+            if name not in types:
+                raise UnknownNameError("type of GPU", name[:60], types)
         if plan.on and names and names != stages:
             raise UsageError(f"plan {text!r:.100}: on= puts stages on {', '.join(stages)}, not on {', '.join(names)}")
         if not plan.on and len(names) > 1:

@@ -23,25 +23,32 @@ class Progress:
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+            self._bar = self._task = None
+
+    def _begin(self) -> Bar:
+        """The bar, once there is something to tell."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        bar.start()
+        return bar
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Tell that `done` of `total` steps of a kind of work are done; a total of 0 is one that is not known."""
         if self._bar is None:
-            self._line(what, done, total)
-        elif self._task is not None and what == self._what:
+            if not sys.stderr.isatty():
+                self._line(what, done, total)
+                return
+            self._bar = self._begin()
+        if self._task is not None and what == self._what:
             self._bar.update(self._task, completed=done, total=total or None)
         else:
             if self._task is not None:

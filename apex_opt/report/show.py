@@ -1,78 +1,30 @@
-"""A document on stdout, in the form asked for."""
+"""A document as the page that people read."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from apex_opt.process import put
+from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
-    from apex_opt.report.document import Document
+    from apex_opt.report.types import Document
 
 
-def show(document: Document, form: str, limit: int = 0, *, sources: bool = False) -> None:
-    """Print a document, whole, as "json" or as a "table".
+def page(document: Document, limit: int = 0, *, sources: bool = False) -> str:
+    """A document as tables, by the page that its type names.
 
     Parameters
     ----------
-    document, form
-    limit : int       runs in the table of `validate`
-    sources : bool    whether tables tell where every figure comes from, rather than in groups; json does in any case
-
-    Raises
-    ------
-    InputError         stdout cannot be written
+    document
+    limit : int       rows of a table that may be long, where its page knows which to leave out
+    sources : bool    whether it tells where every figure comes from, rather than in groups
     """
-    if form != "json" and "provenance" in document and not sources:
+    plain = to_plain(document)
+    if "provenance" in plain and not sources:
         from apex_opt.report.sources import in_groups
 
-        document = document | {"provenance": in_groups(document["provenance"])}
-    if form == "json":
-        import json
-
-        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    elif "fastest" in document:
-        from apex_opt.report.clusters import clusters_page
-
-        text = clusters_page(document)
-    elif "plans" in document:
-        from apex_opt.report.side_by_side import compared_page
-
-        text = compared_page(document)
-    elif document.get("command") == "validate":
-        from apex_opt.report.validation_tables import validation_page
-
-        text = validation_page(document, limit)
-    elif document.get("command") == "capacity":
-        from apex_opt.report.capacity import capacity_page
-
-        text = capacity_page(document)
-    elif document.get("command") == "pareto":
-        from apex_opt.report.pareto import pareto_page
-
-        text = pareto_page(document)
-    elif document.get("command") == "explain":
-        from apex_opt.report.explain import explanation_page
-
-        text = explanation_page(document)
-    elif "certificates" in document:
-        from apex_opt.report.mixed import mixed_page
-
-        text = mixed_page(document)
-    elif document.get("command") == "place":
-        from apex_opt.report.placement import place_page
-
-        text = place_page(document)
-    elif document.get("command", "").startswith("cluster "):
-        from apex_opt.report.topology import cluster_page
-
-        text = cluster_page(document)
-    elif document.get("command", "").startswith("profile "):
-        from apex_opt.report.profile_tables import profile_page
-
-        text = profile_page(document)
-    else:
-        from apex_opt.report.tables import rendered
-
-        text = rendered(document)
-    put(text)
+        plain["provenance"] = in_groups(plain["provenance"])
+    module, _, name = document.PAGE.partition(":")
+    draw = getattr(import_module(module), name)
+    return str(draw(plain, limit) if document.LIMITED else draw(plain))

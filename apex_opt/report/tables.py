@@ -374,7 +374,7 @@ def _check(console: Console, check: Document) -> None:
 
 
 def _listing(console: Console, document: Document) -> None:
-    kind = next(key for key in document if key not in ("status", "version"))
+    kind = next(key for key in _LISTINGS if key in document)
     columns = _LISTINGS[kind]
     rows = [tuple(read(row) for _, read in columns) for row in document[kind]]
     table(

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Final
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
-from formulations.solver import new_solver
+
+from ..solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
-from formulations.solver import new_solver
+
+from ..solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

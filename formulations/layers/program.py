@@ -39,7 +39,8 @@ from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
 from apex_opt.plan.plan import even_split
-from formulations.solver import new_solver
+
+from ..solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Which GPU holds which rank, as a constraint program."""
 
-from formulations.placement.moves import Moved, move
-from formulations.placement.program import Placed, kept_groups, place, place_joint, place_plan
+from .moves import Moved, move
+from .program import Placed, kept_groups, place, place_joint, place_plan
 
 __all__ = ["Moved", "Placed", "kept_groups", "move", "place", "place_joint", "place_plan"]

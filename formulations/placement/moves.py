@@ -39,7 +39,8 @@ from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
 from apex_opt.placement.assignment import arranged, layout_of
-from formulations.placement.program import first_found, maximised
+
+from .program import first_found, maximised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -40,7 +40,8 @@ from ortools.sat.python import cp_model
 from apex_opt.errors import FormulationError, UndecidedError
 from apex_opt.placement.assignment import filled, layout_of
 from apex_opt.placement.shape import Shape, fits, ways
-from formulations.solver import new_solver
+
+from ..solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,5 +1,5 @@
 """The plan space: every feasible way to cut a model over a cluster."""
 
-from formulations.plan_space.program import Enumeration, PlanSpace
+from .program import Enumeration, PlanSpace
 
 __all__ = ["Enumeration", "PlanSpace"]

@@ -16,8 +16,9 @@ from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.plan.memory import RUNTIME_BYTES
-from formulations.plan_space.engine import Runs
-from formulations.plan_space.sizes import (
+
+from .engine import Runs
+from .sizes import (
     attention_side,
     attention_width,
     batch_limits,
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
     from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Piece
-    from formulations.plan_space.variables import Variables
+
+    from .variables import Variables
 
     Family = Callable[[cp_model.CpModel, Instance, Variables], list[cp_model.Constraint]]
 

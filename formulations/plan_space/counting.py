@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from formulations.plan_space.constraints import balanced, columns_divide, computes, heads_divide
-from formulations.plan_space.engine import Runs
+from .constraints import balanced, columns_divide, computes, heads_divide
+from .engine import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
-from formulations.plan_space.sizes import kinds
+
+from .sizes import kinds
 
 if TYPE_CHECKING:
     from apex_opt.evaluate import Instance

@@ -46,12 +46,13 @@ from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
 from apex_opt.evaluate import FAMILIES, violations
-from formulations.plan_space import counting
-from formulations.plan_space.constraints import FAMILIES as BUILDERS
-from formulations.plan_space.constraints import cells_share_devices
-from formulations.plan_space.stages import Stages
-from formulations.plan_space.variables import Variables
-from formulations.solver import new_solver
+
+from ..solver import new_solver
+from . import counting
+from .constraints import FAMILIES as BUILDERS
+from .constraints import cells_share_devices
+from .stages import Stages
+from .variables import Variables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

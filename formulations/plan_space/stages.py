@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.plan.memory import RUNTIME_BYTES
-from formulations.layers import Pipeline, split
-from formulations.plan_space.sizes import (
+
+from ..layers import Pipeline, split
+from .sizes import (
     attention_side,
     attention_width,
     batch_limits,

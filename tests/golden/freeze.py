@@ -67,8 +67,21 @@ def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
         kept["page"] = "\n\n".join(text for text in told if not text.startswith("Certificate")).splitlines()
         search = {f"page.{i}": text for i, text in enumerate(told) if text.startswith("Certificate")}
     elif out:
-        kept["answer"] = condensed(json.loads(out), "", search)
+        document = json.loads(out)
+        if said := fault(document):
+            kept["schema"] = said
+        kept["answer"] = condensed(document, "", search)
     return kept, search
+
+
+def fault(document: dict[str, Any]) -> str | None:
+    """What the schema published for a document does not allow in it."""
+    import jsonschema
+
+    name = document["schema"].partition(".")[2].replace("/", "-")
+    schema = json.loads((cli_cases.ROOT / "docs" / "schema" / f"{name}.json").read_text())
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(document)
+    return next((f"{error.json_path}: {error.message[:200]}" for error in errors), None)
 
 
 def condensed(value: Any, path: str, search: dict[str, Any]) -> Any:

@@ -7,17 +7,16 @@ import inspect
 import re
 import shlex
 import tomllib
-from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.ask import EXPERT_ROUTINGS, ROUTINGS, Options
+from apex_opt.arguments import LONGEST_TEXT, REQUIRED
+from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method, wrapped
 from apex_opt.cluster import list_presets
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir import FORMATS, KV_BYTES
-from apex_opt.options import COMMANDS, GROUPS, LONGEST_TEXT, REQUIRED, arranged, checked, group, method, wrapped
 from apex_opt.units import DATA_ROOT
 
 PLAN = COMMANDS["plan"]
@@ -26,18 +25,13 @@ SWITCHES = [option.name for option in PLAN.options if option.kind is bool]
 TEXTS = [option.name for option in PLAN.options if option.kind is str]
 
 
-@pytest.mark.parametrize("command", ["plan", "simulate"])
-def test_commands_offer_every_option_of_a_question(command: str) -> None:
-    assert {field.name for field in fields(Options)} <= {option.name for option in COMMANDS[command].options}
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_defaults_pass_their_own_checks(name: str) -> None:
     for option in COMMANDS[name].options:
         if option.default is not None and option.default is not REQUIRED:
             values = option.default if isinstance(option.default, tuple) else (option.default,)
             spelled = ",".join(map(str, values))
-            assert checked(option, spelled.lower() if option.kind is bool else spelled) == option.default
+            assert option.read(spelled.lower() if option.kind is bool else spelled) == option.default
 
 
 def test_every_preset_is_named_in_the_help() -> None:
@@ -46,10 +40,10 @@ def test_every_preset_is_named_in_the_help() -> None:
 
 def test_a_file_to_write_may_end_in_either_of_two_ways() -> None:
     plot = COMMANDS["cluster show"].option("plot")
-    assert [checked(plot, name) for name in ("a.png", "a.svg")] == ["a.png", "a.svg"]
+    assert [plot.read(name) for name in ("a.png", "a.svg")] == ["a.png", "a.svg"]
     for name in ("a.pdf", ".svg", "svg", " or "):
         with pytest.raises(UsageError, match=r"expected a file name that ends in \.png or \.svg"):
-            checked(plot, name)
+            plot.read(name)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -57,7 +51,7 @@ def test_every_option_is_explained_and_named_once(name: str) -> None:
     options = COMMANDS[name].options
     assert len({option.name for option in options}) == len(options)
     assert all(option.text.endswith((".", ')."')) for option in options)
-    assert all(option.least < option.most for option in options if option.kind in (int, float))
+    assert all(option.param.least < option.param.most for option in options if option.kind in (int, float))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,15 +66,15 @@ def test_a_method_shows_its_options_as_signature_and_docstring(name: str) -> Non
 def test_a_method_returns_typed_options_with_defaults() -> None:
     request = method("plan")(None, max_num_seqs="64", debug="TRUE", gpu_memory_utilization=".5")
     assert request.command == "plan"
-    assert request.options["max_num_seqs"] == 64
-    assert request.options["debug"] is True
-    assert request.options["gpu_memory_utilization"] == 0.5
-    assert request.options["gpus"] is None
-    assert request.options["model"] == "llama-3.1-70b"
+    assert request.arguments.max_num_seqs == 64
+    assert request.shown.debug is True
+    assert request.arguments.gpu_memory_utilization == 0.5
+    assert request.arguments.gpus is None
+    assert request.arguments.model == "llama-3.1-70b"
 
 
 def test_a_method_takes_values_that_have_their_type() -> None:
-    assert method("plan")(None, top=3, chunked_prefill=False, gpu_memory_utilization=1).options["top"] == 3
+    assert method("plan")(None, top=3, chunked_prefill=False, gpu_memory_utilization=1).arguments.top == 3
 
 
 @pytest.mark.parametrize(
@@ -106,69 +100,69 @@ def test_a_method_refuses_unknown_and_missing_options() -> None:
 )
 def test_numbers_are_refused_unless_spelled_as_such(option: object, text: str) -> None:
     with pytest.raises(UsageError, match=rf"--{option.name}: expected .*number between .* got "):
-        checked(option, text)
+        option.read(text)
 
 
 def test_several_values_are_a_tuple_each_checked_and_none_twice() -> None:
     option = PLAN.option("max_num_seqs")
-    assert checked(option, "64, 256,1024") == (64, 256, 1024)
-    assert checked(option, (64, 256)) == (64, 256)
-    assert checked(option, "64") == 64
+    assert option.read("64, 256,1024") == (64, 256, 1024)
+    assert option.read((64, 256)) == (64, 256)
+    assert option.read("64") == 64
     for text, fault in (("64,64", "twice"), ("64,0", "between 1 and"), ("64,x", "expected a whole number")):
         with pytest.raises(UsageError, match=f"--max_num_seqs: .*{fault}"):
-            checked(option, text)
+            option.read(text)
     with pytest.raises(UsageError, match="--block_size: expected a whole number"):
-        checked(PLAN.option("block_size"), "8,16")
+        PLAN.option("block_size").read("8,16")
 
 
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
 @pytest.mark.parametrize("text", ["-1", "99999999999999999999", "9" * 4000, "-" + "9" * 5000])
 def test_numbers_out_of_range_name_the_range(option: object, text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        checked(option, text)
+        option.read(text)
     message = str(caught.value)
     assert message.startswith(f"--{option.name}: ")
     assert "between" in message
-    assert f"{option.most:.10g}" in message
+    assert f"{option.param.most:.10g}" in message
     assert len(message) < 200
 
 
 @pytest.mark.parametrize("option", NUMBERS, ids=lambda option: option.name)
 def test_both_ends_of_a_range_are_inside(option: object) -> None:
-    assert checked(option, f"{option.least:.10g}") == option.least
-    assert checked(option, f"{option.most:.10g}") == option.most
+    assert option.read(f"{option.param.least:.10g}") == option.param.least
+    assert option.read(f"{option.param.most:.10g}") == option.param.most
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1e400", "1e99999"])
 def test_a_number_beyond_floating_point_is_out_of_range(text: str) -> None:
     with pytest.raises(UsageError, match=r"inf is not between 0\.01 and 1"):
-        checked(PLAN.option("gpu_memory_utilization"), text)
+        PLAN.option("gpu_memory_utilization").read(text)
 
 
 @pytest.mark.parametrize("text", ["1.0", "1e3", "16.5"])
 def test_whole_numbers_have_no_fraction_or_exponent(text: str) -> None:
     with pytest.raises(UsageError, match="expected a whole number"):
-        checked(PLAN.option("block_size"), text)
+        PLAN.option("block_size").read(text)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("text", ["yes", "no", "1", "0", "", "on", "None", "tru"])
 def test_switches_take_true_and_false_only(name: str, text: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}: expected true or false, got {text!r}"):
-        checked(PLAN.option(name), text)
+        PLAN.option(name).read(text)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
 def test_texts_are_not_empty(name: str, text: str) -> None:
     with pytest.raises(UsageError, match=f"--{name}: needs a value"):
-        checked(PLAN.option(name), text)
+        PLAN.option(name).read(text)
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts_are_not_longer_than_a_path(name: str) -> None:
     with pytest.raises(UsageError, match="4,097 characters"):
-        checked(PLAN.option(name), "x" * (LONGEST_TEXT + 1))
+        PLAN.option(name).read("x" * (LONGEST_TEXT + 1))
 
 
 def test_the_help_of_clocks_tells_the_default_that_the_command_has() -> None:
@@ -180,11 +174,11 @@ def test_the_help_of_clocks_tells_the_default_that_the_command_has() -> None:
 
 def test_choices_are_offered() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown --format 'jason'; did you mean json"):
-        checked(PLAN.option("format"), "jason")
+        PLAN.option("format").read("jason")
     with pytest.raises(UnknownNameError, match=r"unknown --emit 'vllm,sglang'; .*; one at a time"):
-        checked(PLAN.option("emit"), "vllm,sglang")
+        PLAN.option("emit").read("vllm,sglang")
     with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: least_loaded, round_robin"):
-        checked(PLAN.option("routing"), "x")
+        PLAN.option("routing").read("x")
 
 
 @given(st.text())
@@ -316,7 +310,7 @@ def test_commands_of_two_words_take_options_as_others_do() -> None:
     ]
     shown = group("profile")
     request = shown.show(gpu="l40s")
-    assert (request.command, request.options["gpu"], request.options["format"]) == ("profile show", "l40s", "table")
+    assert (request.command, request.arguments.gpu, request.shown.format) == ("profile show", "l40s", "table")
     with pytest.raises(UsageError, match="profile import: needs --kind"):
         getattr(shown, "import")()
 
@@ -360,15 +354,13 @@ def test_help_names_every_number_format_engine_and_routing_there_is(command: str
     assert set(FORMATS) <= words("weights")
     assert set(KV_BYTES) <= words("kv")
     assert set(tomllib.loads((DATA_ROOT / "profiles" / "engines.toml").read_text())) <= words("engine")
-    assert COMMANDS[command].option("expert_routing").choices == EXPERT_ROUTINGS
-    assert COMMANDS[command].option("routing").choices == ROUTINGS
 
 
 def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:
     words = arranged(["simulate", "--plan=tp8", "--plan", "dp2 tp4", "--plan=a,'b'"])
     assert words == ["simulate", """--plan=('tp8', 'dp2 tp4', "a,'b'")"""]
     assert arranged(["simulate", "--plan=tp8"]) == ["simulate", "--plan='tp8'"]
-    assert method("simulate")(None, plan=("tp8", "dp2")).options["plan"] == ("tp8", "dp2")
+    assert method("simulate")(None, plan=("tp8", "dp2")).arguments.plan == ("tp8", "dp2")
     with pytest.raises(UsageError, match="--plan: needs a value, got an empty text"):
         method("simulate")(None, plan=("tp8", " "))
     with pytest.raises(UsageError, match="--plan: expected str"):

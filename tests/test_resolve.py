@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 
-from apex_opt.ask import Options, ask, ask_plan, ask_pools
+from apex_opt.arguments import LARGEST_BATCH, Ask
 from apex_opt.cluster.tree import place_of
-from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
-from apex_opt.options import LARGEST_BATCH, method
+from apex_opt.errors import ApexError, InputError, UsageError
+from apex_opt.resolve import resolve, resolve_plan
 
 CASES = Path(__file__).parent / "cases" / "traces"
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}
 
 
-def options(**given: Any) -> Options:
+def options(**given: Any) -> Ask:
     """What `plan` would be asked with these, a small model and trace otherwise."""
-    return Options.of(method("plan")(None, **CHEAP | given).options)
+    return Ask(**CHEAP | given)
 
 
 def test_a_question_holds_what_was_asked() -> None:
-    question = ask(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
+    question = resolve(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
     assert question.model.name == "llama-3.1-8b"
     assert (question.cluster.nodes, question.cluster.size, question.max_devices) == (2, 16, 12)
     assert question.slos[0].text == "tpot_p95<=9ms"
@@ -33,68 +33,63 @@ def test_a_question_holds_what_was_asked() -> None:
 
 
 def test_all_gpus_are_offered_unless_fewer_are_asked_for() -> None:
-    assert ask(options()).max_devices == 8
+    assert resolve(options()).max_devices == 8
 
 
 MIXED = "".join(f'[[nodes]]\npreset = "{preset}"\n' for preset in ("server-4xv100", "dgx-h100", "server-4xv100"))
 
 
-def test_gpus_of_several_types_make_a_question_each_that_differ_in_what_follows_from_the_gpu(tmp_path: Path) -> None:
+def test_gpus_of_several_types_make_an_offer_each_with_what_follows_from_the_gpu(tmp_path: Path) -> None:
     (file := tmp_path / "mixed.toml").write_text(MIXED)
-    old, new = ask_pools(options(cluster=str(file), gpus=10))
-    assert [pool.cluster.gpu.name for pool in (old, new)] == ["v100-pcie-16gb", "h100-sxm-80gb"]
-    assert [(pool.cluster.nodes, pool.cluster.size, pool.max_devices) for pool in (old, new)] == [(2, 8, 8), (1, 8, 8)]
-    assert [pool.weight_formats for pool in (old, new)] == [("fp16",), ("bf16",)]
-    assert old.trace is new.trace
+    problem = resolve(options(cluster=str(file), gpus=10))
+    old, new = problem.offers
+    assert (problem.types, problem.max_devices) == (("v100-pcie-16gb", "h100-sxm-80gb"), 10)
+    assert [(offer.cluster.nodes, offer.cluster.size, offer.free) for offer in (old, new)] == [(2, 8, 8), (1, 8, 8)]
+    assert [offer.weight_formats for offer in (old, new)] == [("fp16",), ("bf16",)]
+    assert problem.between is not None
     assert old.tree is not None
     assert new.tree is not None
     assert {place_of(gpu)[0] for gpu in old.tree.gpus} == {0, 2}
     assert {place_of(gpu)[0] for gpu in new.tree.gpus} == {1}
-    same = replace(new, cluster=old.cluster, tree=old.tree, weight_formats=("fp16",), kv_formats=old.kv_formats)
-    assert same == old
-    assert [pool.max_devices for pool in ask_pools(options(cluster=str(file), gpus=3))] == [3, 3]
-    (one,) = ask_pools(options())
-    assert replace(ask(options()), trace=one.trace) == one
+    assert [problem.alone(place).max_devices for place in (0, 1)] == [8, 8]
+    (one,) = resolve(options()).offers
+    assert one.tree is None
+    assert resolve(options()).between is None
 
 
-def test_gpus_of_several_types_are_no_one_question_and_have_no_one_price(tmp_path: Path) -> None:
+def test_gpus_of_several_types_have_no_one_price(tmp_path: Path) -> None:
     (file := tmp_path / "mixed.toml").write_text(MIXED)
-    with pytest.raises(
-        UsageError, match=r"--cluster: mixed has GPUs of several types \(v100-pcie-16gb, h100-sxm-80gb\)"
-    ):
-        ask(options(cluster=str(file)))
     with pytest.raises(UsageError, match=r"--price: mixed has GPUs of several types.*gpu\.price_per_h"):
-        ask_pools(options(cluster=str(file), price=2.0))
+        resolve(options(cluster=str(file), price=2.0))
     with pytest.raises(UsageError, match="--gpus: 17 is not between 1 and the 16 GPUs of mixed"):
-        ask_pools(options(cluster=str(file), gpus=17))
+        resolve(options(cluster=str(file), gpus=17))
     with pytest.raises(UsageError, match="the limit is 8"):
-        ask_pools(options(cluster=str(file)), most_gpus=8)
+        resolve(options(cluster=str(file)), most_gpus=8)
 
 
 def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_question(tmp_path: Path) -> None:
     (file := tmp_path / "mixed.toml").write_text(MIXED)
-    (new,) = ask_pools(options(cluster=str(file), busy="node0", down="node2,node1:3"))
-    assert (new.cluster.gpu.name, new.max_devices, new.free) == ("h100-sxm-80gb", 7, 7)
-    one = ask(options(cluster="8xh100-sxm", busy="node0:0-2"))
+    left = resolve(options(cluster=str(file), busy="node0", down="node2,node1:3"))
+    assert (left.types, left.max_devices, left.offer.free) == (("h100-sxm-80gb",), 7, 7)
+    one = resolve(options(cluster="8xh100-sxm", busy="node0:0-2"))
     assert (one.max_devices, one.tree and one.tree.gpus[0]) == (5, "node0:3")
     with pytest.raises(UsageError, match="--gpus: 6 is not between 1 and the 5 free GPUs of 8xh100-sxm"):
-        ask(options(cluster="8xh100-sxm", busy="node0:0-2", gpus=6))
+        resolve(options(cluster="8xh100-sxm", busy="node0:0-2", gpus=6))
     with pytest.raises(UsageError, match="'8xh100-sxm-80gb': no GPU is free; take fewer out"):
-        ask(options(cluster="8xh100-sxm", busy="node0"))
+        resolve(options(cluster="8xh100-sxm", busy="node0"))
     with pytest.raises(UsageError, match="--down: node0:8: node0 has GPUs 0 to 7"):
-        ask(options(cluster="8xh100-sxm", down="node0:8"))
+        resolve(options(cluster="8xh100-sxm", down="node0:8"))
 
 
 def test_a_plan_with_stages_on_several_types_is_for_no_one_cluster() -> None:
-    with pytest.raises(
-        UsageError, match="on= puts stages on several types of GPU, and 2xh100-sxm-80gb is asked about as"
-    ):
-        ask_plan("pp2 bf16 on=h100-sxm-80gb:1+a100-sxm-80gb:1", options(cluster="2xh100-sxm"))
+    for types, message in (("h100-sxm-80gb:1+a100-sxm-80gb:1", "unknown type of GPU"), ("h100-sxm-80gb:2", "leave it")):
+        with pytest.raises(ApexError, match=message):
+            resolve_plan(f"pp2 bf16 on={types}", options(cluster="2xh100-sxm"))
 
 
 def test_a_price_that_is_given_stands_in_place_of_the_catalogues() -> None:
-    gpu = ask(options(cluster="2xh100-sxm")).cluster.gpu
-    priced = ask(options(cluster="2xh100-sxm", price=2.25)).cluster.gpu
+    gpu = resolve(options(cluster="2xh100-sxm")).cluster.gpu
+    priced = resolve(options(cluster="2xh100-sxm", price=2.25)).cluster.gpu
     assert (gpu.price_per_h, priced.price_per_h) == (3.0, 2.25)
     assert dict(gpu.sources)["price_per_h"].startswith("assumed")
     assert dict(priced.sources)["price_per_h"] == "given: --price"
@@ -107,18 +102,18 @@ def test_a_cost_of_gpus_without_a_price_is_refused_with_both_ways_out(tmp_path: 
         'nodes = 1\ngpus_per_node = 1\n[gpu]\nname = "mine"\nmemory_gib = 80\nmemory_gb_per_s = 3000\n'
         "tflops = { bf16 = 900 }\ntdp_w = 700\n"
     )
-    assert ask(options(cluster=str(file))).cluster.gpu.price_per_h is None
+    assert resolve(options(cluster=str(file))).cluster.gpu.price_per_h is None
     for asked in ({"objective": "cost"}, {"objective": "energy,cost_per_mtoken"}, {"slo": "cost<=3$/h"}):
         with pytest.raises(UsageError, match=r"no price is stated for mine.*--price, or gpu\.price_per_h"):
-            ask(options(cluster=str(file), **asked))
-        assert ask(options(cluster=str(file), price=2.0, **asked)).cluster.gpu.price_per_h == 2.0
+            resolve(options(cluster=str(file), **asked))
+        assert resolve(options(cluster=str(file), price=2.0, **asked)).cluster.gpu.price_per_h == 2.0
     file.write_text(file.read_text() + "price_per_h = 1.5\n")
-    gpu = ask(options(cluster=str(file), objective="cost")).cluster.gpu
+    gpu = resolve(options(cluster=str(file), objective="cost")).cluster.gpu
     assert (gpu.price_per_h, dict(gpu.sources)["price_per_h"]) == (1.5, "stated in mine.toml")
 
 
 def test_several_objectives_are_asked_in_their_order() -> None:
-    question = ask(options(objective="energy~2%,e2e_p99.9,cost", slo="ttft_p12.5<=1s,tpot<=1s@99%"))
+    question = resolve(options(objective="energy~2%,e2e_p99.9,cost", slo="ttft_p12.5<=1s,tpot<=1s@99%"))
     assert [(part.name, part.tolerance) for part in question.objectives] == [
         ("energy", 0.02),
         ("e2e_p99.9", 0.0),
@@ -127,12 +122,12 @@ def test_several_objectives_are_asked_in_their_order() -> None:
     assert question.percentiles == ("p12.5", "p99.9")
     assert [part.figure.name for part in question.asked] == ["energy", "e2e", "cost", "ttft", "tpot"]
     assert not question.asks_gaps
-    assert ask(options(slo="itl<=1s@99%")).asks_gaps
+    assert resolve(options(slo="itl<=1s@99%")).asks_gaps
 
 
 def test_the_seed_reaches_described_traces() -> None:
     spec = "poisson:rate=1,n=50"
-    first, again, other = (ask(options(trace=spec, seed=seed)).trace for seed in (1, 1, 2))
+    first, again, other = (resolve(options(trace=spec, seed=seed)).trace for seed in (1, 1, 2))
     assert (first.arrival_ns == again.arrival_ns).all()
     assert (first.arrival_ns != other.arrival_ns).any()
 
@@ -150,18 +145,18 @@ def test_the_seed_reaches_described_traces() -> None:
 def test_formats_are_those_named_or_the_models_own_as_the_gpu_has_it(
     cluster: str, weights: str | None, expected: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> None:
-    question = ask(options(cluster=cluster, weights=weights))
-    assert (question.weight_formats, question.kv_formats) == expected
+    question = resolve(options(cluster=cluster, weights=weights))
+    assert (question.offer.weight_formats, question.offer.kv_formats) == expected
 
 
 def test_a_kv_format_goes_with_every_weight_format() -> None:
-    assert ask(options(weights="bf16,fp8", kv="FP8")).kv_formats == ("fp8", "fp8")
+    assert resolve(options(weights="bf16,fp8", kv="FP8")).offer.kv_formats == ("fp8", "fp8")
 
 
 def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
-    assert ask(options(chunked_prefill=False, max_model_len=20_000)).settings.max_num_batched_tokens == 20_000
-    assert ask(options(chunked_prefill=False, max_model_len=500)).settings.max_num_batched_tokens == 8192
-    assert ask(options(max_model_len=20_000)).settings.max_num_batched_tokens == 8192
+    assert resolve(options(chunked_prefill=False, max_model_len=20_000)).settings.max_num_batched_tokens == 20_000
+    assert resolve(options(chunked_prefill=False, max_model_len=500)).settings.max_num_batched_tokens == 8192
+    assert resolve(options(max_model_len=20_000)).settings.max_num_batched_tokens == 8192
 
 
 @pytest.mark.parametrize(
@@ -204,29 +199,17 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
 )
 def test_what_cannot_be_asked_is_named_with_the_way_out(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ApexError) as caught:
-        ask(options(**given))
+        resolve(options(**given))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
 
 
-def test_ranges_hold_for_callers_that_skip_the_command_line() -> None:
-    given = {field: getattr(options(), field) for field in Options.__slots__}
-    with pytest.raises(UsageError, match="--seed: -1"):
-        ask(Options(**{**given, "seed": -1}))
-    with pytest.raises(UnknownNameError, match="unknown routing 'x'"):
-        ask(Options(**{**given, "routing": "x"}))
-    with pytest.raises(UnknownNameError, match="unknown expert_routing 'x'; known: skewed, uniform"):
-        ask(Options(**{**given, "expert_routing": "x"}))
-    with pytest.raises(UsageError, match="--gpus: 0 is not between 1 and"):
-        ask(Options(**{**given, "gpus": 0}))
-
-
 def test_a_search_over_too_many_gpus_is_refused_with_the_limit() -> None:
     with pytest.raises(UsageError, match="plans of 65536 GPUs are too many to enumerate, the limit is 512"):
-        ask(options(cluster="8192x8xh100-sxm"), most_gpus=512)
-    assert ask(options(cluster="8192x8xh100-sxm", gpus=16), most_gpus=512).max_devices == 16
-    assert ask(options(cluster="8192x8xh100-sxm")).max_devices == 65_536
+        resolve(options(cluster="8192x8xh100-sxm"), most_gpus=512)
+    assert resolve(options(cluster="8192x8xh100-sxm", gpus=16), most_gpus=512).max_devices == 16
+    assert resolve(options(cluster="8192x8xh100-sxm")).max_devices == 65_536
 
 
 def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path: Any) -> None:
@@ -236,14 +219,14 @@ def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path:
     assert '"max_position_embeddings": 131072' in text
     path = tmp_path / "config.json"
     path.write_text(text.replace('"max_position_embeddings": 131072', '"max_position_embeddings": 1048576'))
-    assert ask(options(model=str(path))).settings.max_model_len == 1_048_576
+    assert resolve(options(model=str(path))).settings.max_model_len == 1_048_576
     with pytest.raises(UsageError, match=rf"1048576 tokens whole, the limit is {LARGEST_BATCH}; pass --max_model_len"):
-        ask(options(model=str(path), chunked_prefill=False, max_model_len=1_048_576))
+        resolve(options(model=str(path), chunked_prefill=False, max_model_len=1_048_576))
 
 
 @pytest.mark.parametrize("given", [{"chunked_prefill": False}, {"policy": "orca"}, {"policy": "static"}])
 def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(given: dict[str, Any]) -> None:
-    question = ask(options(trace="static:n=2,prompt=9000,output=7", **given))
+    question = resolve(options(trace="static:n=2,prompt=9000,output=7", **given))
     assert question.settings.max_model_len == 9007
     assert question.settings.max_num_batched_tokens == 9007
 
@@ -264,10 +247,13 @@ def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(give
 def test_a_plan_takes_formats_it_does_not_name_from_the_options(
     text: str, given: dict[str, Any], expected: str
 ) -> None:
-    question, plan = ask_plan(text, options(**given))
+    question, plan = resolve_plan(text, options(**given))
     assert str(plan) == expected
     # What is reported about the question must be about this plan.
-    assert (question.weight_formats, question.kv_formats) == ((plan.weight_format,), (plan.kv_format,))
+    assert (question.offer.weight_formats, question.offer.kv_formats) == (
+        (plan.plan.weight_format,),
+        (plan.plan.kv_format,),
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,12 +274,12 @@ def test_a_plan_takes_formats_it_does_not_name_from_the_options(
 )
 def test_a_plan_that_cannot_be_read_is_named(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        ask_plan(text, options())
+        resolve_plan(text, options())
 
 
 def test_one_plan_has_one_format() -> None:
     with pytest.raises(UsageError, match="'bf16,fp8' names several formats"):
-        ask_plan("tp8", options(weights="bf16,fp8"))
+        resolve_plan("tp8", options(weights="bf16,fp8"))
 
 
 @pytest.mark.parametrize("option", ["model", "cluster", "trace"])
@@ -305,7 +291,7 @@ def test_unusable_files_are_named(tmp_path: Any, option: str, content: bytes) ->
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        ask(options(**{option: str(path)}))
+        resolve(options(**{option: str(path)}))
     assert str(path) in str(caught.value) or path.name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -314,7 +300,7 @@ def test_unusable_files_are_named(tmp_path: Any, option: str, content: bytes) ->
 def test_missing_files_and_folders_are_named(tmp_path: Any, option: str) -> None:
     for path in (f"{tmp_path}/none.toml", f"{tmp_path}/", f"{tmp_path}/a\nb/", "/dev/null/x.toml", "/" + "x" * 3000):
         with pytest.raises(ApexError) as caught:
-            ask(options(**{option: path}))
+            resolve(options(**{option: path}))
         assert caught.value.exit_code == 2
 
 
@@ -335,22 +321,22 @@ def test_trace_rows_out_of_range_are_named(tmp_path: Any, row: str, message: str
     path = tmp_path / "trace.csv"
     path.write_text(f"arrival_s,prompt,output\n{row}\n")
     with pytest.raises(InputError, match=message):
-        ask(options(trace=str(path)))
+        resolve(options(trace=str(path)))
 
 
 def test_prefix_caching_says_where_a_trace_tells_nothing_of_its_prompts() -> None:
-    told = ask(options(prefix_caching=True)).remarks
+    told = resolve(options(prefix_caching=True)).remarks
     assert len(told) == 1 and "says nothing of what its prompts contain, so none is found in the cache" in told[0]
-    assert ask(options()).remarks == ()
-    assert ask(options(prefix_caching=True, trace="static:n=2,prompt=64,prefix=(32,1)")).remarks == ()
+    assert resolve(options()).remarks == ()
+    assert resolve(options(prefix_caching=True, trace="static:n=2,prompt=64,prefix=(32,1)")).remarks == ()
 
 
 def test_prefix_caching_is_refused_where_what_prompts_contain_cannot_be_used() -> None:
     path = str(CASES / "aiperf-doc-mooncake.jsonl")
-    assert len(ask(options(trace=path)).trace) == 2
+    assert len(resolve(options(trace=path)).trace) == 2
     with pytest.raises(InputError, match=r"line 1: hash_ids are 3 for .* give the tokens of an id as --trace_block"):
-        ask(options(trace=path, prefix_caching=True))
-    question = ask(options(trace=path, prefix_caching=True, trace_block=256))
+        resolve(options(trace=path, prefix_caching=True))
+    question = resolve(options(trace=path, prefix_caching=True, trace_block=256))
     assert (question.trace.content_tokens, question.remarks) == (256, ())
 
 
@@ -358,13 +344,13 @@ def test_the_unit_of_arrivals_may_be_given(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("time,prompt,output\n5,10,1\n")
     with pytest.raises(UsageError, match="nothing tells the unit of column time"):
-        ask(options(trace=str(path)))
-    assert ask(options(trace=str(path), trace_unit="ms")).trace.arrival_ns.tolist() == [5_000_000]
+        resolve(options(trace=str(path)))
+    assert resolve(options(trace=str(path), trace_unit="ms")).trace.arrival_ns.tolist() == [5_000_000]
 
 
 def test_lengths_alone_ask_for_a_rate() -> None:
     with pytest.raises(UsageError, match="has lengths but no arrivals; give the requests per second as --rate"):
-        ask(options(trace=str(CASES / "vidur-len.csv")))
+        resolve(options(trace=str(CASES / "vidur-len.csv")))
 
 
 @pytest.mark.parametrize(
@@ -381,7 +367,7 @@ def test_lengths_alone_ask_for_a_rate() -> None:
     ],
 )
 def test_weights_that_a_gpu_expands_are_told(cluster: str, weights: str, said: str) -> None:
-    question = ask(options(model="llama-3.1-8b", cluster=cluster, weights=weights))
+    question = resolve(options(model="llama-3.1-8b", cluster=cluster, weights=weights))
     notes = [note for note in question.remarks if "arithmetic" in note]
     assert len(notes) == bool(said)
     assert said in " ".join(notes)
@@ -400,12 +386,12 @@ def test_weights_that_a_gpu_expands_are_told(cluster: str, weights: str, said: s
 def test_plans_are_for_the_engine_named_else_that_of_the_commands_else_whose_figures_they_are(
     changes: dict[str, Any], engine: str | None
 ) -> None:
-    rules = ask(options(**changes)).settings.runnable
+    rules = resolve(options(**changes)).settings.runnable
     assert (None if rules is None else rules.name) == engine
 
 
 def test_a_length_asked_for_is_one_that_the_cache_must_hold() -> None:
-    asked = ask(options(cluster="2xh100", max_model_len=30_000))
+    asked = resolve(options(cluster="2xh100", max_model_len=30_000))
     assert asked.instance().longest_tokens == 30_000
     assert "a request of max_model_len" in asked.instance().longest
-    assert ask(options(cluster="2xh100")).instance().longest_tokens < 30_000
+    assert resolve(options(cluster="2xh100")).instance().longest_tokens < 30_000

@@ -3,91 +3,50 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
+from apex_opt.arguments import LARGEST_BATCH, Ask, Setup
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, load_rules, rules_of
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
-from apex_opt.ir import KV_BYTES, get_format, load_model
-from apex_opt.options import COMMANDS, LARGEST_BATCH
+from apex_opt.ir import KV_BYTES, Model, get_format, load_model
 from apex_opt.plan.deployment import parse_deployment
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import default_kv_format, foreign_mix
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
-from apex_opt.workload import load_trace
+from apex_opt.workload import Trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from apex_opt.arguments import PlaceAsk
+    from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineRules
-    from apex_opt.ir.model import Model
     from apex_opt.plan.deployment import Deployment
     from apex_opt.plan.plan import Plan
-    from apex_opt.workload import Trace
 
-ROUTINGS = ("round_robin", "least_loaded")
-EXPERT_ROUTINGS = ("uniform", "skewed")
+T = TypeVar("T")
+
 _CLOCK_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the highest, with which `all` stands for six
 _CLOCK_STEP = 15  # MHz: GPUs step their clock so
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the commands `plan` and `simulate` have in common; see their help for the meaning."""
-
-    model: str
-    cluster: str
-    trace: str
-    objective: str
-    slo: str | None
-    price: float | None
-    weights: str | None
-    kv: str | None
-    gpus: int | None
-    routing: str
-    expert_routing: str
-    clock: str | None
-    profiles: str
-    engine: str
-    max_num_seqs: int | tuple[int, ...]
-    max_num_batched_tokens: int | tuple[int, ...]
-    max_model_len: int | None
-    block_size: int
-    chunked_prefill: bool
-    policy: str
-    prefix_caching: bool
-    async_scheduling: bool
-    gpu_memory_utilization: float
-    seed: int
-    trace_unit: str | None = None
-    trace_block: int | None = None
-    busy: str | None = None
-    down: str | None = None
-    runnable: str | None = None
-    emit: str | None = None
-    rate: float | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Self:
-        """These options out of all of a command."""
-        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
-
-
-def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) -> Problem:
+def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> Problem:
     """Load everything a problem names.
 
     Parameters
     ----------
-    options : Options
+    ask : Ask
     most_gpus : int or None    GPUs a search can cope with
     rated : bool               whether rates are looked for, so that the trace need not have arrivals
 
@@ -95,44 +54,38 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
     ------
     ApexError    anything unknown, unreadable or out of range, in one line
     """
-    objective, *then = load_objectives(options.objective)
-    slos = parse_goals(options.slo) if options.slo is not None else ()
-    if options.routing not in ROUTINGS:
-        raise UnknownNameError("routing", options.routing, ROUTINGS)
-    if options.expert_routing not in EXPERT_ROUTINGS:
-        raise UnknownNameError("expert_routing", options.expert_routing, EXPERT_ROUTINGS)
-    if not 0 <= options.seed < 1 << 32:
-        raise UsageError(f"--seed: {options.seed} is not between 0 and {(1 << 32) - 1}")
-    clusters, trees = _pools(options)
+    objective, *then = load_objectives(ask.objective)
+    slos = parse_goals(ask.slo) if ask.slo is not None else ()
+    clusters, trees = _pools(ask)
     name, free = clusters[0].name, sum(c.size if t is None else t.size for c, t in zip(clusters, trees, strict=True))
-    if options.price is not None:
+    if ask.price is not None:
         if len(clusters) > 1:
             raise UsageError(
                 f"--price: {name} has GPUs of several types, each with a price of its own; give gpu.price_per_h in the "
                 "cluster's file"
             )
-        clusters = tuple(replace(c, gpu=c.gpu.priced(options.price, "given: --price")) for c in clusters)
-    gpus = free if options.gpus is None else options.gpus
+        clusters = tuple(replace(c, gpu=c.gpu.priced(ask.price, "given: --price")) for c in clusters)
+    gpus = free if ask.gpus is None else ask.gpus
     if not 1 <= gpus <= free:
-        which = "free " if options.busy or options.down else ""
+        which = "free " if ask.busy or ask.down else ""
         raise UsageError(f"--gpus: {gpus} is not between 1 and the {free} {which}GPUs of {name}")
     if most_gpus is not None and gpus > most_gpus:
         raise UsageError(
             f"--gpus: plans of {gpus} GPUs are too many to enumerate, the limit is {most_gpus}; pass "
             f"--gpus={most_gpus} or less, or score a plan of your own with simulate"
         )
-    model = load_model(options.model)
-    overhead = load_engine(options.engine)
-    trace = _trace(options)
-    if not trace.timed and options.rate is None and not rated:
+    model = _loaded("model", ask.model, Model, load_model)
+    overhead = load_engine(ask.engine)
+    trace = _trace(ask)
+    if not trace.timed and ask.rate is None and not rated:
         raise UsageError(
-            f"--trace: {options.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
+            f"--trace: {ask.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
         )
-    if options.rate is not None:
-        trace = at_rate(trace, options.rate, loops_of(trace))
-    notes = (*_about_prefixes(options, trace), *_about_engines(options), *assumed_network(options.cluster))
-    whole = options.policy != "vllm" or not options.chunked_prefill
-    longest = options.max_model_len
+    if ask.rate is not None:
+        trace = at_rate(trace, ask.rate, loops_of(trace))
+    notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
+    whole = ask.policy != "vllm" or not ask.chunked_prefill
+    longest = ask.max_model_len
     if longest is None:
         # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.
         longest = min(model.max_position, max(trace.longest, 2)) if whole else model.max_position
@@ -140,29 +93,29 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
         raise UsageError(
             f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
         )
-    limits = _batch_limits(options, longest if whole else 0)
+    limits = _batch_limits(ask, longest if whole else 0)
     settings = EngineSettings(
         max_num_seqs=max(seqs for seqs, _ in limits),
         max_num_batched_tokens=max(tokens for _, tokens in limits),
         max_model_len=longest,
-        chunked_prefill=options.chunked_prefill,
-        policy=options.policy,
-        prefix_caching=options.prefix_caching,
-        block_size=options.block_size,
-        async_scheduling=options.async_scheduling,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        runnable=_rules(options),
+        chunked_prefill=ask.chunked_prefill,
+        policy=ask.policy,
+        prefix_caching=ask.prefix_caching,
+        block_size=ask.block_size,
+        async_scheduling=ask.async_scheduling,
+        gpu_memory_utilization=ask.gpu_memory_utilization,
+        runnable=_rules(ask),
     )
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
-        weight_formats, kv_formats = _formats(options, model, cluster.gpu)
+        weight_formats, kv_formats = _formats(ask, model, cluster.gpu)
         offers.append(
             Offer(
                 cluster=cluster,
                 tree=tree,
                 weight_formats=weight_formats,
                 kv_formats=kv_formats,
-                clocks=_clocks(options, cluster.gpu),
+                clocks=_clocks(ask, cluster.gpu),
                 notes=tuple(_expanded(weight_formats, cluster.gpu)),
             )
         )
@@ -172,38 +125,48 @@ def ask(options: Options, most_gpus: int | None = None, *, rated: bool = False) 
         settings=settings,
         overhead=overhead,
         offers=tuple(offers),
-        between=_between(options) if len(offers) > 1 else None,
+        between=_between(ask) if len(offers) > 1 else None,
         max_devices=gpus,
         objective=objective,
         then=tuple(then),
         slos=slos,
         batch_limits=_choices(limits),
-        expert_routing=options.expert_routing,
-        profiles=check_profiles(options.profiles),
+        expert_routing=ask.expert_routing,
+        profiles=check_profiles(ask.profiles),
         notes=notes,
-        holds_longest=options.max_model_len is not None,
-        routing="least_loaded" if options.routing == "least_loaded" else "round_robin",
+        holds_longest=ask.max_model_len is not None,
+        routing=ask.routing,
     )
 
 
-def longer(problem: Problem, options: Options, times: int) -> Problem | None:
+def longer(problem: Problem, ask: Ask, times: int) -> Problem | None:
     """The same problem with a trace so many times as long as `--rate` makes it; None without it, or if too long."""
-    if options.rate is None or times * len(problem.trace) > MAX_REQUESTS:
+    if ask.rate is None or times * len(problem.trace) > MAX_REQUESTS:
         return None
-    trace = _trace(options)
+    trace = _trace(ask)
     loops = times * loops_of(trace)
-    return replace(problem, trace=at_rate(trace, options.rate, loops))
+    return replace(problem, trace=at_rate(trace, ask.rate, loops))
 
 
-def _trace(options: Options) -> Trace:
+def _trace(ask: Ask) -> Trace:
     """The trace as it is asked for, before it is brought to a rate."""
-    trace = load_trace(options.trace, options.seed, unit=options.trace_unit, block=options.trace_block)
-    return trace if trace.timed else replace(trace, arrivals=replace(trace.arrivals, seed=options.seed))
+    load = partial(load_trace, seed=ask.seed, unit=ask.trace_unit, block=ask.trace_block)
+    trace = _loaded("trace", ask.trace, Trace, load)
+    return trace if trace.timed else replace(trace, arrivals=replace(trace.arrivals, seed=ask.seed))
 
 
-def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:
+def _loaded(name: str, given: str | T, kind: type[T], load: Callable[[str], T]) -> T:
+    """What a name stands for, or what is given in its place."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, str):
+        raise UsageError(f"--{name}: expected a name or a {kind.__name__}, got {given!r:.60}")
+    return load(given)
+
+
+def _about_prefixes(ask: Ask, trace: Trace) -> tuple[str, ...]:
     """What prefix caching has to say of a trace; refused where what its prompts contain is there but cannot be used."""
-    if not options.prefix_caching or trace.content is not None:
+    if not ask.prefix_caching or trace.content is not None:
         return ()
     if trace.content_fault:
         raise InputError(trace.content_fault)
@@ -213,24 +176,24 @@ def _about_prefixes(options: Options, trace: Trace) -> tuple[str, ...]:
     )
 
 
-def _about_engines(options: Options) -> tuple[str, ...]:
+def _about_engines(ask: Ask) -> tuple[str, ...]:
     """That no engine need be able to run a plan, where none is asked."""
-    if options.runnable != ANY:
+    if ask.runnable != ANY:
         return ()
     return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
 
 
-def _rules(options: Options) -> EngineRules | None:
+def _rules(ask: Ask) -> EngineRules | None:
     """What the engine can run that plans are for."""
-    if options.runnable is not None:
-        return load_rules(options.runnable)
-    return rules_of(options.engine) if options.emit is None else load_rules(options.emit)
+    if ask.runnable is not None:
+        return load_rules(ask.runnable)
+    return rules_of(ask.engine) if ask.emit is None else load_rules(ask.emit)
 
 
-def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
+def _pools(ask: Ask) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
     """The cluster of each type of GPU that has any free, with their wiring; None where nodes are alike and all free."""
-    wiring, taken = load_wiring(options.cluster), _taken(options.cluster, options.busy, options.down)
-    clusters = load_pools(options.cluster)
+    wiring, taken = load_wiring(ask.cluster), _taken(ask.cluster, ask.busy, ask.down)
+    clusters = load_pools(ask.cluster)
     if isinstance(wiring, Cluster) and not taken:
         return clusters, (None,)
     some = free_types(wiring, taken)
@@ -238,34 +201,34 @@ def _pools(options: Options) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ..
     return clusters, tuple(Tree.of(wiring, taken, cluster.gpu.name) for cluster in clusters)
 
 
-def _taken(cluster: str, busy: str | None, down: str | None) -> set[str]:
+def _taken(cluster: Wired, busy: str | None, down: str | None) -> set[str]:
     """GPUs that are not to be had."""
     given = [(what, text) for what, text in (("--busy", busy), ("--down", down)) if text is not None]
     topology = load_topology(cluster) if given else None
     return {gpu for what, text in given if topology is not None for gpu in topology.named(text, what)}
 
 
-def _between(options: Options) -> Link | None:
+def _between(ask: Ask) -> Link | None:
     """The worst link between nodes of a cluster whose GPUs are of several types; None in a single node."""
-    taken = _taken(options.cluster, options.busy, options.down)
-    top = Tree.of(load_wiring(options.cluster), taken).levels[-1]
+    taken = _taken(ask.cluster, ask.busy, ask.down)
+    top = Tree.of(load_wiring(ask.cluster), taken).levels[-1]
     return slowest(top.reach) if top.far else None
 
 
-def ask_plan(text: str, options: Options, *, rated: bool = False) -> tuple[Problem, Deployment]:
-    """A deployment from its text form, and the problem it answers; formats it does not name are those of the options.
+def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, Deployment]:
+    """A deployment from its text form, and the problem it answers; formats it does not name are those asked for.
 
     Raises
     ------
-    ApexError    as `ask`; a plan that cannot be read, or several formats for it
+    ApexError    as `resolve`; a plan that cannot be read, or several formats for it
     """
-    return planned(text, options, ask(options, rated=rated))
+    return planned(text, ask, resolve(ask, rated=rated))
 
 
-def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Problem, Deployment], ...]:
-    """Several deployments from their texts, each with the problem it answers, as `ask_plan`; none is given twice."""
-    problem = ask(options)
-    asked = tuple(planned(text, options, problem) for text in texts)
+def resolve_plans(texts: Sequence[str], ask: Ask) -> tuple[tuple[Problem, Deployment], ...]:
+    """Several deployments from their texts, each with its problem, as `resolve_plan`; none is given twice."""
+    problem = resolve(ask)
+    asked = tuple(planned(text, ask, problem) for text in texts)
     for place, (_, deployment) in enumerate(asked):
         if any(deployment == other for _, other in asked[:place]):
             raise UsageError(
@@ -274,7 +237,7 @@ def ask_plans(texts: Sequence[str], options: Options) -> tuple[tuple[Problem, De
     return asked
 
 
-def planned(text: str, options: Options, problem: Problem) -> tuple[Problem, Deployment]:
+def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]:
     """A deployment from its text form, on the GPUs of a problem, and the problem with its formats alone.
 
     Raises
@@ -292,23 +255,23 @@ def planned(text: str, options: Options, problem: Problem) -> tuple[Problem, Dep
                 "out"
             )
         for name in pool.types or problem.types:
-            plan = _completed(pool.plan, text, options, problem, offers[name])
+            plan = _completed(pool.plan, text, ask, problem, offers[name])
             offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
         pools.append(replace(pool, plan=plan))
     return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
 
 
-def _completed(plan: Plan, text: str, options: Options, problem: Problem, offer: Offer) -> Plan:
+def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
     """A plan with the formats and the clock that its text does not name: those asked for on its GPUs."""
     if len(offer.weight_formats) > 1:
-        raise UsageError(f"--weights: {options.weights!r:.60} names several formats; one plan has one")
+        raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
     if len(offer.clocks) > 1:
-        raise UsageError(f"--clock: {options.clock!r:.60} names several clocks; one plan has one")
+        raise UsageError(f"--clock: {ask.clock!r:.60} names several clocks; one plan has one")
     words = text.lower().split()
     weights = plan.weight_format if plan.weight_format in words else offer.weight_formats[0]
     if any(word.startswith("kv=") for word in words):
         kv = plan.kv_format
-    elif options.kv is None and weights != offer.weight_formats[0]:
+    elif ask.kv is None and weights != offer.weight_formats[0]:
         kv = problem.model.kv_format or default_kv_format(weights)
     else:
         kv = offer.kv_formats[0]
@@ -316,34 +279,32 @@ def _completed(plan: Plan, text: str, options: Options, problem: Problem, offer:
     return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
 
 
-def ask_place(given: Mapping[str, Any]) -> tuple[tuple[Problem, Plan], ...]:
+def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:
     """A plan to be placed, for each type of GPU, with the problem it would answer: only what is `given` matters of it.
 
     The KV cache must hold one request of `max_model_len` where that is given, else a token.
 
     Raises
     ------
-    ApexError    as `ask_plan`
+    ApexError    as `resolve_plan`
     """
-    defaults = {option.name: option.default for option in COMMANDS["simulate"].options}
-    longest = given["max_model_len"] or 2
-    one = {"trace": f"static:n=1,prompt={longest - 1},output=1", "gpus": None}
-    options = Options.of({**defaults, **given, **one})
-    problem = ask(options)
-    alone = (planned(given["plan"], options, problem.alone(place)) for place in range(len(problem.offers)))
+    setup = {field.name: getattr(given, field.name) for field in fields(Setup)}
+    ask = Ask(**setup, trace=f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1")
+    problem = resolve(ask)
+    alone = (planned(given.plan, ask, problem.alone(place)) for place in range(len(problem.offers)))
     return tuple((own, deployment.plan) for own, deployment in alone)
 
 
-def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:
+def _clocks(ask: Ask, gpu: Gpu) -> tuple[int | None, ...]:
     """Clocks to choose from; the highest is None, which needs no law."""
-    if options.clock is None:
+    if ask.clock is None:
         return (None,)
-    if options.clock.strip().lower() == "all":
+    if ask.clock.strip().lower() == "all":
         if gpu.clock_mhz is None:
             raise UsageError(f"--clock: the highest clock of {gpu.name} is not stated; give gpu.clock_mhz")
         return (None, *(round(gpu.clock_mhz * share / _CLOCK_STEP) * _CLOCK_STEP for share in _CLOCK_SHARES))
     clocks: list[int | None] = []
-    for text in options.clock.split(","):
+    for text in ask.clock.split(","):
         if not re.fullmatch(r"[0-9]{1,5}", text.strip()):
             raise UsageError(
                 f"--clock: {text.strip()[:20]!r} is no clock in MHz; e.g. --clock=1200,1600 or --clock=all"
@@ -352,11 +313,11 @@ def _clocks(options: Options, gpu: Gpu) -> tuple[int | None, ...]:
         Clock.of(gpu, mhz)
         clocks.append(None if mhz == gpu.clock_mhz else mhz)
     if len(set(clocks)) < len(clocks):
-        raise UsageError(f"--clock: {options.clock!r:.60} names a clock twice")
+        raise UsageError(f"--clock: {ask.clock!r:.60} names a clock twice")
     return tuple(clocks)
 
 
-def _batch_limits(options: Options, least_tokens: int) -> list[tuple[int, int]]:
+def _batch_limits(ask: Ask, least_tokens: int) -> list[tuple[int, int]]:
     """Pairs of limits of a batch to choose from, those without room for a token of every sequence left out.
 
     Where prompts are not split a batch must take the longest one, so the limit on tokens is no less.
@@ -366,7 +327,7 @@ def _batch_limits(options: Options, least_tokens: int) -> list[tuple[int, int]]:
             f"--chunked_prefill=false: a batch would have to take a prompt of {least_tokens} tokens whole, the limit "
             f"is {LARGEST_BATCH}; pass --max_model_len={LARGEST_BATCH} or less, or chunk"
         )
-    all_seqs, all_tokens = _several(options.max_num_seqs), _several(options.max_num_batched_tokens)
+    all_seqs, all_tokens = _several(ask.max_num_seqs), _several(ask.max_num_batched_tokens)
     all_tokens = tuple(dict.fromkeys(max(tokens, least_tokens) for tokens in all_tokens))
     pairs = [(seqs, tokens) for seqs in all_seqs for tokens in all_tokens]
     # With no pair left the settings say what is wrong with the widest.
@@ -396,21 +357,21 @@ def _expanded(names: tuple[str, ...], gpu: Gpu) -> Iterator[str]:
                 )
 
 
-def _formats(options: Options, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _formats(ask: Ask, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Weight formats to choose from, each with its KV format."""
-    if options.weights is None:
+    if ask.weights is None:
         # A 16-bit model runs in whichever 16-bit type the GPU has.
         own = model.weight_format
         names: tuple[str, ...] = (own if own not in ("bf16", "fp16") or gpu.supports(own) else gpu.half_dtype,)
     else:
-        names = tuple(get_format(name.strip()[:60]).name for name in options.weights.split(","))
+        names = tuple(get_format(name.strip()[:60]).name for name in ask.weights.split(","))
         if len(set(names)) < len(names):
-            raise UsageError(f"--weights: {options.weights!r:.60} names a format twice")
+            raise UsageError(f"--weights: {ask.weights!r:.60} names a format twice")
         for fault in filter(None, (foreign_mix(name, model) for name in names)):
             raise UsageError(f"--weights: {fault}")
-    if options.kv is None:
+    if ask.kv is None:
         return names, tuple(model.kv_format or default_kv_format(name) for name in names)
-    kv = options.kv.strip().lower()
+    kv = ask.kv.strip().lower()
     if kv not in KV_BYTES:
-        raise UnknownNameError("KV format", options.kv[:60], KV_BYTES)
+        raise UnknownNameError("KV format", ask.kv[:60], KV_BYTES)
     return names, (kv,) * len(names)

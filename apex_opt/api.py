@@ -1,0 +1,747 @@
+"""What apex_opt can be asked, as functions: the composition root, which alone knows both the search and `formulations`.
+
+Every function takes keywords with the defaults of the command line, and names or what they stand for: a `Model`, a
+`Cluster`, a `Trace`. It returns a `Result` and prints nothing; what cannot be asked raises an `ApexError`, and the
+callback `progress` hears of what is being done.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from dataclasses import dataclass, field, fields, replace
+from functools import wraps
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, cast
+
+from apex_opt import arguments
+from apex_opt.arguments import LARGEST_SEARCH, REQUIRED, Arguments, options_of
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.files import expanded
+from apex_opt.schema import from_plain, to_plain
+from apex_opt.units import DATA_ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import pandas as pd
+
+    from apex_opt.arguments import Ask, PlanAsk, Progress, SimulateAsk
+    from apex_opt.cluster import Tree
+    from apex_opt.placement import Assignment
+    from apex_opt.plan.deployment import Deployment, Pool
+    from apex_opt.report import types
+    from apex_opt.report.document import Document
+    from apex_opt.report.placement import Loss, Site
+    from apex_opt.search import Answer, Problem, Scored, Scorer
+    from apex_opt.studies.check import Check
+    from apex_opt.studies.explain import Explanation
+
+P = ParamSpec("P")
+A = TypeVar("A", bound=Arguments)
+PACKAGE: Final = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a command answers.
+
+    Parameters
+    ----------
+    document : everything it tells, typed as its schema in `docs/schema`
+    found : whether there is what was asked for: a plan, a rate, a run that can be predicted
+    holds : whether a certificate that was replayed holds
+    files : what can be written besides, by name, each as a function of the path
+    replay : the certificate replayed, where there is one
+    """
+
+    document: types.Document
+    found: bool = True
+    holds: bool = True
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict, repr=False)
+    replay: Callable[[Progress], Check] | None = field(default=None, repr=False)
+
+    @property
+    def status(self) -> str:
+        """Whether there is what was asked for, and whether it is proved to be the best."""
+        return self.document.status
+
+    @property
+    def best(self) -> Any:
+        """The best that was found; its `text` is the plan as `simulate` takes it. None where there is none."""
+        return getattr(self.document, "best", None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--format=json` prints."""
+        plain: dict[str, Any] = to_plain(self.document)
+        first, last = plain.pop("schema"), plain.pop("version")
+        return {"schema": first, **plain, "version": last}
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each candidate, run or listed thing, a column for each figure, such as `metrics.ttft_s.p95`."""
+        import pandas as pd
+
+        return pd.json_normalize(self.to_dict()[self.document.ROWS])
+
+    def page(self, *, sources: bool = False, limit: int = 30) -> str:
+        """The text that the command line prints.
+
+        Parameters
+        ----------
+        sources : bool    whether to tell of every figure where it comes from, rather than in groups
+        limit : int       runs in the table of `validate`, those with the largest errors
+        """
+        from apex_opt.report.show import page
+
+        return page(self.document, limit, sources=sources)
+
+    def write(self, **files: str) -> None:
+        """Write files that go with an answer, such as `timeline="run.json"`; each appears whole or not at all.
+
+        Raises
+        ------
+        UnknownNameError    a file that this answer does not have
+        InputError          a path that cannot be written
+        """
+        for name, path in files.items():
+            if name not in self.files:
+                raise UnknownNameError("file of this answer", name, self.files)
+            self.files[name](expanded(path))
+
+
+class Command(NamedTuple):
+    """The type of a command's arguments, and what answers them."""
+
+    asks: type[Any]
+    run: Callable[[Any], Result]
+
+
+COMMANDS: Final[dict[str, Command]] = {}
+"""Every command by its name on the command line."""
+
+
+def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[P, Result]]:
+    """Make a function of a dataclass of arguments one of these arguments themselves, with their defaults and texts."""
+    of = cast("type[A]", asks)
+
+    def made(run: Callable[[A], Result]) -> Callable[P, Result]:
+        name = run.__name__.replace("_", " ")
+        COMMANDS[name] = Command(of, run)
+
+        @wraps(run)
+        def call(*args: P.args, **given: P.kwargs) -> Result:
+            return run(read(of, name, args, given))
+
+        options = options_of(of)
+        shown = inspect.signature(of)
+        call.__signature__ = shown.replace(return_annotation=Result)  # type: ignore[attr-defined]
+        told = "\n".join(f"{option.name} : {option.kind.__name__}\n    {option.text}" for option in options)
+        call.__doc__ = f"{run.__doc__}\n\nParameters\n----------\n{told}\n" if told else run.__doc__
+        return call
+
+    return made
+
+
+def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) -> A:
+    """Arguments of a command, checked.
+
+    Raises
+    ------
+    UnknownNameError    an argument that there is not
+    UsageError          one that is left out, and whatever its option refuses
+    """
+    options = options_of(of)
+    places = [each.name for each in fields(of) if each.init and not each.kw_only]
+    if len(args) > len(places):
+        raise UsageError(f"{name}: takes {len(places)} arguments without a name, got {len(args)}")
+    given = dict(zip(places, args, strict=False)) | dict(given)
+    if unknown := [key for key in given if key not in {"progress", *(option.name for option in options)}]:
+        raise UnknownNameError(f"option of {name}", unknown[0], [option.name for option in options])
+    if missing := [o.name for o in options if o.default is REQUIRED and given.get(o.name, REQUIRED) is REQUIRED]:
+        raise UsageError(f"{name}: needs --{missing[0]}; see solve.py {name} --help")
+    return of(**given)
+
+
+def formulation(name: str) -> Any:
+    """A room of `formulations`, which lie inside the package where it is installed, and beside it in a checkout."""
+    if (PACKAGE / "formulations").is_dir():
+        return importlib.import_module(f"apex_opt.formulations.{name}")
+    if "formulations" not in sys.modules:
+        # By its place: another folder of that name may come first on the path.
+        beside = PACKAGE.parent / "formulations"
+        found = spec_from_file_location(beside.name, beside / "__init__.py", submodule_search_locations=[str(beside)])
+        assert found is not None and found.loader is not None
+        sys.modules[beside.name] = module = module_from_spec(found)
+        found.loader.exec_module(module)
+    return importlib.import_module(f"formulations.{name}")
+
+
+# ---- searches ----------------------------------------------------------------------------------------------------
+
+
+@command(arguments.PlanAsk)
+def plan(ask: arguments.PlanAsk) -> Result:
+    """Find the plan that serves a trace best, and prove it."""
+    return _on_clusters("plan", ask, _best)
+
+
+@command(arguments.EnergyAsk)
+def energy(ask: arguments.EnergyAsk) -> Result:
+    """Find the plan that needs the least energy within the goals."""
+    return _on_clusters("energy", ask, _best)
+
+
+def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
+    """The answer of a command on its cluster, or on each of several, side by side and with their costs told."""
+    from apex_opt.cluster import cluster_names, load_wiring
+    from apex_opt.report import types
+
+    clusters = cluster_names(ask.cluster)  # type: ignore[attr-defined]
+    if len(clusters) == 1:
+        return one(ask, False)
+    from apex_opt.report.clusters import clusters_document
+
+    for state in ("busy", "down"):
+        if getattr(ask, state) is not None:
+            raise UsageError(f"--{state}: is of one cluster, and {len(clusters)} are given; leave it out")
+    for cluster in clusters:
+        load_wiring(cluster)  # before the first search
+    found = [one(replace(ask, cluster=cluster), True) for cluster in clusters]  # type: ignore[call-arg]
+    return Result(
+        document=from_plain(types.ClustersAnswer, clusters_document(name, [each.to_dict() for each in found])),
+        found=any(each.found for each in found),
+        holds=all(each.holds for each in found),
+    )
+
+
+def _priced(problem: Problem, priced: bool) -> Problem:
+    """A problem with its costs told, where they are compared."""
+    return replace(problem, priced=priced)
+
+
+def _best(ask: PlanAsk, priced: bool) -> Result:
+    """`plan` and `energy`, which shows the deployment of the best latency beside."""
+    from apex_opt.figures import load_latency
+    from apex_opt.report import types
+    from apex_opt.report.document import beside, checked
+    from apex_opt.resolve import resolve
+    from apex_opt.search import Scorer, search
+    from apex_opt.studies.check import check
+    from apex_opt.studies.explain import Explanation, explained
+
+    name, latency = "plan", None
+    if isinstance(ask, arguments.EnergyAsk):
+        name, latency = "energy", load_latency(ask.latency)
+    problem = _priced(resolve(ask, most_gpus=LARGEST_SEARCH), priced)
+    scorer, space = Scorer(problem), formulation("plan_space").PlanSpace()
+    answer = search(problem, space, ask.tell, ask.top, ask.time_limit, scorer)
+    # Of several types of GPU the search says why of each; what would help is for `explain`.
+    found = Explanation(answer=answer)
+    if not problem.mixed:
+        found = explained(problem, answer, space, ask.tell, ask.time_limit, scorer)
+
+    def replay(progress: Progress) -> Check:
+        return check(problem, answer, space, formulation("deployment"), progress)
+
+    tested = replay(ask.tell) if ask.check else None
+    document = _answer_document(name, problem, found.answer, ask, ask.top, found)
+    if latency is not None and answer.best is not None:
+        offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
+        fast = replace(problem, objective=latency, then=(), offers=offers)
+        fastest = search(fast, space, ask.tell)
+        document = document if fastest.best is None else beside(document, fast, fastest)
+    kind = types.MixedAnswer if problem.mixed else types.Answer
+    return Result(
+        document=from_plain(kind, document if tested is None else checked(document, tested)),
+        found=answer.best is not None,
+        holds=tested is None or tested.holds,
+        replay=replay,
+    )
+
+
+@command(arguments.ParetoAsk)
+def pareto(ask: arguments.ParetoAsk) -> Result:
+    """Find every plan that no other beats in all of two or three objectives."""
+    from apex_opt.figures import load_objective
+    from apex_opt.report import types
+    from apex_opt.report.pareto import pareto_document, write_front
+    from apex_opt.resolve import resolve
+    from apex_opt.search import Scorer
+    from apex_opt.studies.pareto import pareto as search_front
+
+    objectives = [load_objective(name.strip()) for name in ask.objective.split(",")]
+    problem = resolve(ask, most_gpus=LARGEST_SEARCH)
+    front = search_front(problem, objectives, formulation("plan_space").PlanSpace(), ask.tell)
+    scorer = Scorer(problem)
+    document = pareto_document(problem, front, scorer.provenance(front.candidates))
+    pairs = zip(document["candidates"], front.candidates, strict=True)
+    document["candidates"] = [_with_launch(row, scorer, scored, ask) for row, scored in pairs]
+    files = {"plot": lambda path: write_front(path, document)} if front.candidates else {}
+    kind = types.MixedFront if problem.mixed else types.FrontAnswer
+    return Result(document=from_plain(kind, document), found=bool(front.candidates), files=files)
+
+
+@command(arguments.ExplainAsk)
+def explain(ask: arguments.ExplainAsk) -> Result:
+    """Say why no plan fits and what would, or why a plan loses to the best."""
+    from apex_opt.report import types
+    from apex_opt.report.explain import explanation_document
+    from apex_opt.resolve import planned, resolve
+    from apex_opt.search import Scorer
+    from apex_opt.studies.explain import explain as find
+
+    problem, deployment = resolve(ask, most_gpus=LARGEST_SEARCH), None
+    if ask.plan is not None:
+        # Of several formats to choose from, the first is that of a plan that names none.
+        chosen = replace(ask, weights=None if ask.weights is None else ask.weights.split(",")[0])
+        deployment = planned(ask.plan, chosen, resolve(chosen))[1]
+    found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit)
+    best = found.answer.best
+    document = explanation_document(problem, found, Scorer(problem).provenance([] if best is None else [best]))
+    kind = types.MixedExplained if problem.mixed else types.Explained
+    return Result(document=from_plain(kind, document), found=best is not None)
+
+
+@command(arguments.CapacityAsk)
+def capacity(ask: arguments.CapacityAsk) -> Result:
+    """Find the highest request rate within the goals, or the fewest GPUs for a rate."""
+    return _on_clusters("capacity", ask, _capacity)
+
+
+def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
+    from apex_opt.report import types
+    from apex_opt.report.capacity import capacity_document
+    from apex_opt.resolve import resolve, resolve_plan
+    from apex_opt.search import Scorer
+    from apex_opt.studies.capacity import fewest_gpus, highest_rate
+
+    # The rate is what is asked for, not that of the trace, which may have none.
+    unrated, deployment = replace(ask, rate=None), None
+    if ask.plan is None:
+        problem = resolve(unrated, most_gpus=LARGEST_SEARCH, rated=True)
+    else:
+        problem, deployment = resolve_plan(ask.plan, unrated, rated=True)
+    problem = _priced(problem, priced)
+    given: dict[str, Any] = {"deployment": deployment, "progress": ask.tell, "top": ask.top}
+    space = formulation("plan_space").PlanSpace()
+    if ask.rate is None:
+        found = highest_rate(problem, space, resolution=ask.resolution, **given)
+    else:
+        found = fewest_gpus(problem, space, ask.rate, **given)
+    scorer = Scorer(problem)
+    document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
+    if found.plans:
+        document = _with_launch(document, scorer, found.plans[0].holds, ask)
+    return Result(document=from_plain(types.CapacityAnswer, document), found=bool(found.plans))
+
+
+# ---- plans that are given ----------------------------------------------------------------------------------------
+
+
+@command(arguments.SimulateAsk)
+def simulate(ask: arguments.SimulateAsk) -> Result:
+    """Score a given plan batch by batch, or several side by side."""
+    from apex_opt.report import types
+    from apex_opt.resolve import resolve_plan
+
+    if isinstance(ask.plan, tuple):
+        return _side_by_side(ask.plan, ask)
+    problem, deployment = resolve_plan(ask.plan, ask)
+    problem, answer = _judged(problem, deployment, ask)
+    kind = types.MixedAnswer if problem.mixed else types.Answer
+    return Result(
+        document=from_plain(kind, _answer_document("simulate", problem, answer, ask)),
+        found=answer.best is not None,
+        files={} if answer.best is None or problem.mixed else _files(problem, deployment, ask),
+    )
+
+
+def _judged(problem: Problem, deployment: Deployment, ask: SimulateAsk) -> tuple[Problem, Answer]:
+    """A given plan scored; at a rate over a trace made longer, as `capacity` does, until the load is seen to last."""
+    from apex_opt.report.load import is_steady
+    from apex_opt.resolve import longer
+    from apex_opt.search import judge
+    from apex_opt.studies.steady import DOUBLINGS
+
+    answer = judge(problem, deployment, ask.tell)
+    for doubled in range(1, DOUBLINGS + 1):
+        if answer.best is None or is_steady(answer.best):
+            break
+        again = longer(problem, ask, 2**doubled)
+        if again is None:
+            break
+        problem, answer = again, judge(again, deployment, ask.tell)
+    return problem, answer
+
+
+def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
+    """`simulate` with several plans."""
+    from apex_opt.report import types
+    from apex_opt.report.side_by_side import compared_document
+    from apex_opt.resolve import resolve_plans
+    from apex_opt.search import Scorer, judge
+    from apex_opt.studies.explain import differences
+
+    asked = resolve_plans(plans, ask)
+    answers = [judge(problem, deployment, ask.tell) for problem, deployment in asked]
+    documents = [
+        _answer_document("simulate", problem, answer, ask) for (problem, _), answer in zip(asked, answers, strict=True)
+    ]
+    runs = [(Scorer(p), answer.best) for (p, _), answer in zip(asked, answers, strict=True) if answer.best]
+    terms = differences(runs) if len(runs) > 1 else ()
+    document = compared_document([str(deployment) for _, deployment in asked], documents, terms)
+    return Result(document=from_plain(types.PlansAnswer, document), found=bool(runs))
+
+
+def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Callable[[Path], None]]:
+    """Every request and every batch of a plan's run."""
+    from functools import cache
+
+    from apex_opt.report import requests, timeline
+    from apex_opt.search import Scorer
+
+    scorer = Scorer(problem)
+
+    @cache
+    def run() -> Any:
+        ask.tell("writing files", 0, 0)
+        return scorer.logged(deployment)
+
+    def write_requests(path: Path) -> None:
+        longest = problem.settings.max_model_len
+        requests.write_requests(path, run()[0], problem.trace, longest, scorer.outside_ns)
+
+    def write_timeline(path: Path) -> None:
+        outcome, cost = run()
+        timeline.write_timeline(path, outcome, cost.laws, problem.settings.block_size)
+
+    return {"requests": write_requests, "timeline": write_timeline}
+
+
+def _answer_document(
+    name: str, problem: Problem, answer: Answer, ask: Ask, top: int = 1, found: Explanation | None = None
+) -> Document:
+    """An answer with where its figures come from, why there is none, where it goes and what starts it."""
+    from apex_opt.report.document import answer_document
+    from apex_opt.report.explain import explained_document
+    from apex_opt.search import Scorer
+
+    scorer = Scorer(problem)
+    document = answer_document(name, problem, answer, scorer.provenance(answer.candidates[:top]), top)
+    if found is not None and not problem.mixed:
+        document = explained_document(document, found)
+    if answer.best is not None and (problem.mixed or problem.tree is not None or ask.emit is not None):
+        document = _placed(document, scorer, answer.best, ask)
+    return document
+
+
+def _placed(document: Document, scorer: Scorer, best: Scored, ask: Ask) -> Document:
+    """An answer with where its pools go, where GPUs are told apart, and with the commands that start it, if asked."""
+    problem = scorer.problem
+    if problem.mixed:
+        from apex_opt.report.mixed import parts_placed
+
+        assignments = [_assigned(scorer, use.pool) for use in best.pools]
+        return _with_launch(parts_placed(document, assignments), scorer, best, ask, assignments)
+    placed = formulation("placement").place_plan(scorer.facts().layouts, best.plan)
+    if problem.tree is not None:
+        from apex_opt.report.placement import with_placement
+
+        document = with_placement(document, problem, best.plan, placed)
+    return _with_launch(document, scorer, best, ask, [placed.assignment])
+
+
+def _assigned(scorer: Scorer, pool: Pool) -> Assignment:
+    """The GPUs of a pool, those of its type or types."""
+    placement, facts = formulation("placement"), scorer.facts_of(pool)
+    if pool.plan.on:
+        return cast("Assignment", placement.place_joint(facts.costs, pool.plan))
+    return cast("Assignment", placement.place_plan(facts.layouts, pool.plan).assignment)
+
+
+def _with_launch(
+    document: Document, scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
+) -> Document:
+    """A deployment with the commands that start it, if asked; where it lies is looked for unless it is given."""
+    if ask.emit is None:
+        return document
+    from apex_opt.launch import launch, together
+    from apex_opt.report.launch import launched
+
+    uses = scored.pools
+    found = [
+        launch(scorer.facts_of(use.pool).problem, use.pool.plan, ask.emit, _checkpoint(ask), assignment)
+        for use, assignment in zip(uses, assignments or [_assigned(scorer, use.pool) for use in uses], strict=True)
+    ]
+    if not scorer.problem.mixed:
+        return launched(document, found[0])
+    requests = sum(use.requests for use in uses)
+    shares = [use.requests / requests for use in uses]
+    return launched(document, together(found, [use.pool.plan.replicas for use in uses], shares))
+
+
+def _checkpoint(ask: Ask) -> str:
+    """Where an engine finds the weights: of a model that is given as one, by its name."""
+    from apex_opt.ir import checkpoint_of
+
+    return checkpoint_of(ask.model if isinstance(ask.model, str) else ask.model.name)
+
+
+def check(answer: Result, progress: Progress | None = None) -> Result:
+    """Replay the certificate of an answer of `plan` or `energy`: the answer with what the replay finds, as `check`.
+
+    The space is counted again in plain Python, and every feasible plan is simulated to its end.
+
+    Raises
+    ------
+    UsageError    an answer without a certificate that can be replayed
+    """
+    from apex_opt.report.document import checked
+
+    if answer.replay is None:
+        raise UsageError("check: takes an answer of plan or energy on one cluster")
+    found = answer.replay(progress or (lambda what, done, total: None))
+    document = from_plain(type(answer.document), checked(answer.to_dict(), found))
+    return replace(answer, document=document, holds=found.holds)
+
+
+@command(arguments.PlaceAsk)
+def place(ask: arguments.PlaceAsk) -> Result:
+    """Place one given plan on the GPUs that are free, and say what losing some costs."""
+    from apex_opt.cluster import Tree, load_topology, load_wiring
+    from apex_opt.outputs import write_whole
+    from apex_opt.placement import rankfile, read_assignment
+    from apex_opt.report import types
+    from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
+    from apex_opt.report.topology import topology_document, write_topology
+    from apex_opt.resolve import resolve_place
+    from apex_opt.search.facts import Facts
+
+    wiring = load_wiring(ask.cluster)
+    sites = [Site(question=q, plan=p, wiring=wiring, facts=Facts(q)) for q, p in resolve_place(ask)]
+    site = quickest(sites, ask.within)
+    topology = load_topology(wiring)
+    lost = () if ask.lose is None else topology.named(ask.lose, "--lose")
+    given = None if ask.at is None else read_assignment(expanded(ask.at), site.shape, set(site.tree.gpus))
+    kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
+    reason = site.refusal(ask.within, len(kept))
+    if reason is not None:
+        return Result(document=from_plain(types.Unplaced, refused_document(site, reason)), found=False)
+    found = formulation("placement").place_plan(site.facts.layouts, site.plan, ask.time_limit)
+    loss = None
+    if lost:
+        tree = Tree.of(site.wiring, set(topology.gpus()) - set(kept))
+        ask.tell("seeking the fewest moves", 0, 0)
+        loss = _loss(site, lost, given or found.assignment, tree, ask.time_limit)
+    placed = found.assignment if loss is None else loss.after
+
+    def write_ranks(path: Path) -> None:
+        write_whole(path, rankfile(placed).encode(), "rankfile")
+
+    def draw(path: Path) -> None:
+        marked = topology
+        for state, text in (("busy", ask.busy), ("down", ask.down), ("down", ask.lose)):
+            marked = marked if text is None else marked.marked(state, marked.named(text))
+        write_topology(path, topology_document(marked), labels(placed))
+
+    document = from_plain(types.PlaceAnswer, place_document(site, found, given, ask.within, loss))
+    return Result(document=document, files={"rankfile": write_ranks, "plot": draw})
+
+
+def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, limit_s: float | None) -> Loss:
+    """Where as many replicas as still fit go once GPUs are lost, so that the fewest weights move."""
+    from functools import partial
+
+    from apex_opt.placement import Shape
+    from apex_opt.report.placement import Loss
+
+    fewer = replace(site.plan, replicas=min(site.plan.replicas, tree.size // site.shape.replica))
+    measure = partial(site.facts.layouts.measured, fewer)
+    moved = formulation("placement").move(tree, Shape.of(fewer), measure, before, site.weights, limit_s)
+    assert moved is not None  # so many replicas fit
+    return Loss(
+        gpus=lost,
+        before=before,
+        after=moved.assignment,
+        tree=tree,
+        plan=fewer,
+        replicas=moved.replicas,
+        moved=moved.moved,
+        moved_bytes=moved.moved_bytes,
+        optimal=moved.optimal,
+    )
+
+
+# ---- measurements, profiles, clusters and lists ------------------------------------------------------------------
+
+
+@command(arguments.ValidateAsk)
+def validate(ask: arguments.ValidateAsk) -> Result:
+    """Compare measured serving runs with their simulation."""
+    from apex_opt.measured import Predictor, read_measured
+    from apex_opt.profiles import check_profiles
+    from apex_opt.report import listed
+    from apex_opt.report.validation import validation_document
+
+    predictor = Predictor(profiles=check_profiles(ask.profiles))
+    measurements = read_measured(expanded(ask.measured))
+    comparisons = predictor.compare(measurements.runs, ask.tell)
+    document = validation_document(measurements, comparisons, predictor.provenance)
+
+    def draw(path: Path) -> None:
+        from apex_opt.report.validation_plot import write_plot
+
+        write_plot(path, document)
+
+    found = bool(document["coverage"]["predicted"])
+    return Result(document=from_plain(listed.Validation, document), found=found, files={"plot": draw})
+
+
+@command(arguments.ProfileShowAsk)
+def profile_show(ask: arguments.ProfileShowAsk) -> Result:
+    """List the measured tables there are, and where they come from."""
+    from apex_opt.profiles.inventory import inventory
+    from apex_opt.report import listed
+    from apex_opt.report.profiles import inventory_document
+
+    root = DATA_ROOT / "profiles" if ask.profiles is None else expanded(ask.profiles)
+    return Result(document=from_plain(listed.Inventory, inventory_document(root, inventory(root, ask.gpu))))
+
+
+@command(arguments.ProfileDistillAsk)
+def profile_distill(ask: arguments.ProfileDistillAsk) -> Result:
+    """Make the shipped tables anew from the package aiconfigurator-core."""
+    from apex_opt.outputs import check_folder
+    from apex_opt.profiles.distill.command import default_target, distill
+    from apex_opt.report import listed
+    from apex_opt.report.profiles import tables_document
+
+    source = None if ask.source is None else expanded(ask.source)
+    target = default_target() if ask.target is None else expanded(ask.target)
+    check_folder(target, "target")
+    reports = distill(source, target, ask.tell, () if ask.gpu is None else (ask.gpu,))
+    return Result(document=from_plain(listed.MadeTables, tables_document("profile distill", target, reports)))
+
+
+@command(arguments.ProfileImportAsk)
+def profile_import(ask: arguments.ProfileImportAsk) -> Result:
+    """Read the profile CSV files of APEX+ or Vidur."""
+    from apex_opt.cluster import load_cluster
+    from apex_opt.outputs import check_folder
+    from apex_opt.profiles.importers import import_profile
+    from apex_opt.report import listed
+    from apex_opt.report.profiles import tables_document
+
+    gpu, target = load_cluster(ask.gpu).gpu, expanded(ask.target)
+    check_folder(target, "target")
+    found = import_profile(ask.kind, expanded(ask.source), gpu, target)
+    document = tables_document("profile import", found.folder, found.reports, found.passed_over)
+    return Result(document=from_plain(listed.MadeTables, document))
+
+
+@command(arguments.ProfileCollectAsk)
+def profile_collect(ask: arguments.ProfileCollectAsk) -> Result:
+    """Measure the GPU of this machine."""
+    from datetime import date
+
+    from apex_opt.cluster import load_cluster
+    from apex_opt.outputs import check_folder
+    from apex_opt.profiles.collect import asked_ops, collect, recognised
+    from apex_opt.profiles.collect.torch_machine import open_machine
+    from apex_opt.report import listed
+    from apex_opt.report.profiles import tables_document
+
+    ops, target = asked_ops(ask.ops), expanded(ask.target)
+    check_folder(target, "target")
+    described = None if ask.gpu is None else load_cluster(ask.gpu).gpu
+    machine = open_machine()
+    gpu = described or recognised(machine.name, machine.memory_bytes)
+    found = collect(machine, gpu, target, ops, date.today().isoformat(), quick=ask.quick, progress=ask.tell)
+    document = tables_document("profile collect", found.folder, found.reports, found.passed_over)
+    return Result(document=from_plain(listed.MadeTables, document))
+
+
+@command(arguments.ProfileFitAsk)
+def profile_fit(ask: arguments.ProfileFitAsk) -> Result:
+    """Fit an engine's own time and the power of GPUs on measured runs."""
+    from apex_opt.measured import read_measured
+    from apex_opt.measured.fit import fit_board, fit_engine
+    from apex_opt.report import listed
+    from apex_opt.report.fitting import fit_document
+
+    runs = read_measured(expanded(ask.measured)).runs
+    fit = fit_engine(runs, ask.engine, ask.tell)
+    document = fit_document(fit, fit_board(runs, ask.tell, {fit.after.name: fit.after}))
+    return Result(document=from_plain(listed.Fit, document))
+
+
+@command(arguments.ClusterShowAsk)
+def cluster_show(ask: arguments.ClusterShowAsk) -> Result:
+    """Show the GPUs of a cluster, how they are wired, and which are free."""
+    from apex_opt.cluster import load_topology
+    from apex_opt.report import listed
+    from apex_opt.report.topology import topology_document, write_topology
+
+    topology = load_topology(ask.cluster)
+    for state, text in (("busy", ask.busy), ("down", ask.down)):
+        if text is not None:
+            topology = topology.marked(state, topology.named(text, f"--{state}"))
+    document = topology_document(topology)
+    files = {"plot": lambda path: write_topology(path, document)}
+    return Result(document=from_plain(listed.ShownCluster, document), files=files)
+
+
+@command(arguments.ClusterImportAsk)
+def cluster_import(ask: arguments.ClusterImportAsk) -> Result:
+    """Make a cluster file of what nvidia-smi topo -m printed, or of a list of nodes."""
+    from apex_opt.cluster.importers import import_cluster
+    from apex_opt.report import listed
+    from apex_opt.report.topology import import_document, write_toml
+
+    composition, notes = import_cluster(expanded(ask.source), ask.gpu)
+    document = import_document(composition, notes, ask.target)
+    if ask.target is not None:
+        write_toml(expanded(ask.target), document)
+    return Result(document=from_plain(listed.ImportedCluster, document))
+
+
+@command(arguments.ModelsAsk)
+def models(_: arguments.ModelsAsk) -> Result:
+    """List the models that can be named."""
+    from apex_opt.ir import list_models
+    from apex_opt.report import listed
+    from apex_opt.report.document import listing_document, model_row
+
+    rows = [model_row(model) for model in list_models()]
+    return Result(document=from_plain(listed.Models, listing_document("models", rows)))
+
+
+@command(arguments.ClustersAsk)
+def clusters(_: arguments.ClustersAsk) -> Result:
+    """List the accelerators that can be named, and a node of each."""
+    from apex_opt.cluster import list_clusters, load_cluster
+    from apex_opt.report import listed
+    from apex_opt.report.document import cluster_row, listing_document
+
+    found = [load_cluster(name) for name in list_clusters()]
+    nodes = {cluster.gpu.name: cluster for cluster in found if cluster.nodes == 1}
+    rows = [cluster_row(node) for node in nodes.values()]
+    return Result(document=from_plain(listed.Clusters, listing_document("clusters", rows)))
+
+
+@command(arguments.TracesAsk)
+def traces(_: arguments.TracesAsk) -> Result:
+    """List the traces that ship with apex_opt."""
+    from apex_opt.report import listed
+    from apex_opt.report.document import listing_document, trace_row
+    from apex_opt.workload import list_traces, load_trace
+
+    rows = [trace_row(load_trace(name), title) for name, title in list_traces()]
+    return Result(document=from_plain(listed.Traces, listing_document("traces", rows)))

@@ -1,0 +1,714 @@
+"""What can be asked: the arguments of every command as dataclasses, and the one gate that reads their values.
+
+A field is an argument of the Python function and an option of the command line. Its type says which values it takes,
+with `Param` for a range or the ending of a file's name; its line in the docstring of the dataclass says what it means.
+`--help`, the names that are known and every check follow from these. Values are read strictly, never repaired silently.
+Nothing heavy is imported here, so that `--help` and a mistyped option answer at once.
+"""
+
+# The gate reads annotations as they are evaluated here: no `from __future__ import annotations`.
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, get_args, get_origin
+
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.figures.registry import goals_help, latencies_help, objectives_help
+from apex_opt.schema import lines_of
+
+if TYPE_CHECKING:
+    from apex_opt.cluster import Cluster, Composition
+    from apex_opt.ir import Model
+    from apex_opt.workload import Trace
+else:
+
+    class Loaded:
+        """Stands for the types of what names stand for, which are loaded only where they are used."""
+
+    Model = Cluster = Composition = Trace = Loaded
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many steps of it are done, and of how many; 0 where that is not known."""
+
+REQUIRED: Final[Any] = MISSING
+"""Default of an argument that must be given."""
+
+LONGEST_TEXT: Final = 4096
+"""Characters of one value: as long as a path may be."""
+
+LARGEST_SEARCH: Final = 1024
+"""GPUs of the largest plan searched for: their space is enumerated in 5 to 10 s, and grows faster than n**2."""
+
+LARGEST_BATCH: Final = 262_144
+"""Tokens in one batch. Times are tabulated per token count and plan: this many take some 200 MB a plan."""
+
+_WHOLE: Final = re.compile(r"[+-]?\d+", re.ASCII)
+_NUMBER: Final = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_SWITCH: Final = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """Which values an argument may have, beyond what its type says.
+
+    Parameters
+    ----------
+    least, most : number   range of an int or float, both ends included
+    suffix : str           how the name of a file to write must end, so that no other text is taken for one; ".a or .b"
+                           for two ways
+    """
+
+    least: float = 0
+    most: float = 0
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """An argument as its field describes it, and the gate for its values.
+
+    Parameters
+    ----------
+    name : str             without the dashes
+    text : str             what it means, as `--help` says it
+    kind : type            str, int, float or bool
+    default : its value where it is not given; None where that follows from others; `REQUIRED`
+    param : Param
+    choices : tuple        the only texts allowed; any where empty
+    several : bool         a number may be several with commas between them, a text may be given several times: a tuple
+                           where there are more than one
+    loaded : bool          what a name stands for may be given in its place
+    """
+
+    name: str
+    text: str
+    kind: type[Any]
+    default: Any
+    param: Param
+    choices: tuple[str, ...]
+    several: bool
+    loaded: bool
+
+    @classmethod
+    def of(cls, name: str, text: str, hint: Any, default: Any) -> Self:
+        """From the type of a field, its line in the docstring and its default."""
+        base, param = get_args(hint) if get_origin(hint) is Annotated else (hint, Param())
+        parts = get_args(base) if get_origin(base) not in (None, Literal) else (base,)
+        plain = [part for part in parts if part in (str, int, float, bool)]
+        return cls(
+            name=name,
+            text=text,
+            kind=plain[0] if plain else str,
+            default=default,
+            param=param,
+            choices=next((get_args(part) for part in parts if get_origin(part) is Literal), ()),
+            several=any(get_origin(part) is tuple for part in parts),
+            loaded=any(isinstance(part, type) and part not in (*plain, NoneType) for part in parts),
+        )
+
+    @property
+    def again(self) -> bool:
+        """Whether it may be given several times."""
+        return self.several and self.kind is str
+
+    @property
+    def _range(self) -> str:
+        return f"between {self.param.least:.10g} and {self.param.most:.10g}"
+
+    def read(self, value: Any) -> Any:
+        """A value in its type and range, from a text as typed or from a value that has its type.
+
+        Raises
+        ------
+        UsageError, UnknownNameError    naming the option, the value and what is allowed
+        """
+        if value is self.default or (
+            self.loaded and not isinstance(value, str | int | float | tuple | list | NoneType)
+        ):
+            return value
+        if self.several and (parts := self._parts(value)):
+            one = replace(self, several=False, default=MISSING)
+            values = tuple(one.read(part) for part in parts)
+            if self.kind is not str and len(set(values)) < len(values):
+                raise UsageError(f"--{self.name}: {value!r:.60} names a value twice")
+            return values
+        if self.kind is str:
+            return self._text(value)
+        if isinstance(value, str):
+            value = self._spelled(value)
+        if type(value) is not self.kind and not (self.kind is float and type(value) is int):
+            raise UsageError(f"--{self.name}: expected {self.kind.__name__}, got {value!r:.60}")
+        if self.kind is not bool and not self.param.least <= value <= self.param.most:
+            raise UsageError(f"--{self.name}: {_short(f'{value}')} is not {self._range}")
+        return value
+
+    def _parts(self, value: Any) -> Sequence[Any]:
+        """Several values, as a tuple or, of numbers, as a text with commas between them; empty where it is one."""
+        if isinstance(value, str) and self.kind is not str:
+            value = tuple(part.strip() for part in value.split(","))
+        return value if isinstance(value, tuple) and (len(value) > 1 or self.kind is str) else ()
+
+    def _text(self, value: Any) -> str:
+        """A text that is not empty, one of the choices where there are any."""
+        if not isinstance(value, str):
+            raise UsageError(f"--{self.name}: expected str, got {value!r:.60}")
+        if not value.strip():
+            raise UsageError(f"--{self.name}: needs a value, got an empty text")
+        if len(value) > LONGEST_TEXT:
+            raise UsageError(f"--{self.name}: {len(value):,} characters are more than the {LONGEST_TEXT:,} allowed")
+        if self.choices and value not in self.choices:
+            several = all(one.strip() in self.choices for one in value.split(","))
+            raise UnknownNameError(f"--{self.name}", value[:60], self.choices, "one at a time" if several else "")
+        suffixes = tuple(self.param.suffix.split(" or "))
+        if not value.endswith(suffixes) or value in suffixes:
+            raise UsageError(f"--{self.name}: expected a file name that ends in {self.param.suffix}, got {value!r:.60}")
+        return value
+
+    def _spelled(self, text: str) -> Any:
+        """A text as the int, float or bool it spells exactly."""
+        if self.kind is bool:
+            if text.lower() not in _SWITCH:
+                raise UsageError(f"--{self.name}: expected true or false, got {text!r:.60}")
+            return _SWITCH[text.lower()]
+        pattern, expected = (_WHOLE, "a whole number") if self.kind is int else (_NUMBER, "a number")
+        if not pattern.fullmatch(text):
+            raise UsageError(f"--{self.name}: expected {expected} {self._range}, got {text!r:.60}")
+        if len(text) > 40:
+            raise UsageError(f"--{self.name}: {_short(text)} has {len(text)} digits; it must be {self._range}")
+        return self.kind(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}..."
+
+
+_SHARED: Final = {
+    "{clocks}": "GPU clocks to choose from, in MHz, such as 1200,1600,1980, or all: six from half to the highest. "
+    "Times and power at others than the highest follow published laws.",
+    "{aims}": objectives_help(),
+    "{goals}": goals_help(),
+    "{latencies}": latencies_help(),
+    "{plan}": "Replicas, pipeline stages, cut of attention, cut of FFN, number formats: "
+    '"dp2 pp2 attn(tp2) ffn(tp2) bf16", "attn(dp4,tp2) ffn(ep8) fp8 kv=fp8"; "tp8" alone cuts both cells; '
+    '"pp2[41,39]" sets the layers of each stage.',
+}
+"""What several arguments say alike."""
+
+
+_OPTIONS: Final[dict[type[Any], tuple[Option, ...]]] = {}
+
+
+def options_of(arguments: type[Any]) -> tuple[Option, ...]:
+    """The options of a dataclass, those that must be given first."""
+    if arguments in _OPTIONS:
+        return _OPTIONS[arguments]
+    texts = dict(lines_of(arguments))
+    for word, shared in _SHARED.items():
+        texts = {name: text.replace(word, shared) for name, text in texts.items()}
+    named = [each for each in fields(arguments) if each.init and each.name != "progress"]
+    found = [Option.of(each.name, texts[each.name], each.type, each.default) for each in named]
+    _OPTIONS[arguments] = tuple(sorted(found, key=lambda option: option.default is not REQUIRED))
+    return _OPTIONS[arguments]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Arguments of a command, each read by its option; `progress` is told what is being done."""
+
+    progress: Progress | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for option in options_of(type(self)):
+            object.__setattr__(self, option.name, option.read(getattr(self, option.name)))
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Tell of progress, where somebody listens."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+
+Several = Annotated[int | tuple[int, ...], Param(1, 65_536)]
+Seconds = Annotated[float | None, Param(0.001, 1e6)]
+Top = Annotated[int, Param(1, 10_000)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup(Arguments):
+    """What a single batch depends on: the model, the GPUs, the formats, the engine.
+
+    Parameters
+    ----------
+    model : Name in the registry (listed by: solve.py models), Hugging Face id in the local hub cache, or path of a
+        config.json or its folder.
+    cluster : GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py clusters;
+        a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file. Several, 8xh100-sxm,8xl40s, are compared by
+        plan, energy and capacity. Of GPUs of several types, 8xh100-sxm+8xl40s or a file, plan and energy find the best
+        fleet: a plan for each type, side by side.
+    busy : GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node.
+    down : GPUs that are out of order, listed as those of --busy.
+    weights : Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32,
+        w4a16, w4a16g64, w4a16g32, mxfp4, nvfp4. By default the model's own, in the 16-bit type the GPU has.
+    kv : KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit.
+    clock : {clocks} By default the highest.
+    expert_routing : How tokens fall on the experts of a mixture: uniform at random, or skewed as measured power laws
+        are.
+    profiles : Measured tables to use: shipped; silicon, all rows of aiconfigurator-core, of which those shipped are a
+        part (needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those
+        shipped.
+    engine : Serving engine, for its kernels and its own time: vllm, sglang, trtllm; or vllm-0.6, sglang-eager.
+    runnable : Whose rules plans must keep to: those of vllm, sglang or trtllm, so that it can start them; or any, for
+        plans that no engine need be able to run. By default the engine of --emit, else of --engine.
+    max_num_seqs : Sequences running at once in one replica; several to choose from, such as 64,256,1024.
+    max_num_batched_tokens : Tokens in one batch; several to choose from, such as 2048,8192; where prompts are not split
+        at least max_model_len.
+    max_model_len : Longest prompt and output together; given, the KV cache must hold one request of that length, as
+        engines ask for to start. By default the model's limit, or what the trace needs where prompts are not split.
+    block_size : Tokens in one KV block.
+    async_scheduling : Whether the next batch is formed while the last one runs (on one stage): true or false.
+    gpu_memory_utilization : Share of a GPU's memory the engine may fill.
+    """
+
+    model: str | Model = "llama-3.1-70b"
+    cluster: str | Cluster | Composition = "8xh100-sxm"
+    busy: str | None = None
+    down: str | None = None
+    weights: str | None = None
+    kv: str | None = None
+    clock: str | None = None
+    expert_routing: Literal["uniform", "skewed"] = "uniform"
+    profiles: str = "shipped"
+    engine: str = "vllm"
+    runnable: Literal["vllm", "sglang", "trtllm", "any"] | None = None
+    max_num_seqs: Several = 1024
+    max_num_batched_tokens: Annotated[int | tuple[int, ...], Param(1, LARGEST_BATCH)] = 8192
+    max_model_len: Annotated[int | None, Param(2, 10_000_000)] = None
+    block_size: Annotated[int, Param(1, 1024)] = 16
+    async_scheduling: bool = True
+    gpu_memory_utilization: Annotated[float, Param(0.01, 1)] = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask(Setup):
+    """What a question is made of: a setup, the traffic, the goals, and what is to be made best.
+
+    Parameters
+    ----------
+    gpus : Most GPUs a plan may take; by default all of the cluster.
+    trace : Shipped trace (listed by: solve.py traces); path of a CSV, JSONL or JSON file in one of the layouts of
+        traces/README.md, as it is or in gzip; or a description:
+        "poisson:rate=2,n=500,prompt=lognormal(512,1.0),output=128",
+        "closed:concurrency=32,n=500,prompt=512,output=128", "static:n=100,prompt=1024,output=128".
+    trace_unit : Unit of the arrivals in a trace file that does not tell: s, ms, us or ns.
+    trace_block : Prompt tokens that one of a trace file's hash_ids stands for; by default as its layout or name says.
+    rate : Requests per second at which the trace comes, repeated to 20,000 requests or more, which shows whether that
+        lasts: lengths in their order, arrivals drawn anew by its law, looped where recorded, Poisson where it has none.
+        By default the trace as it is.
+    objective : What to make best: {aims}. Of several, as in energy,e2e_p95, the later ones decide between plans equal
+        by those before; with energy~2%,e2e_p95 all within 2% of the least energy count as equal. Where only costs and
+        energies are named, e2e_mean comes after them.
+    slo : Goals that must all hold, such as {goals}.
+    price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
+    routing : How requests are dealt to replicas: round_robin or least_loaded.
+    chunked_prefill : Whether a prompt may be split over batches: true or false.
+    policy : How batches are formed: vllm (chunks, preemption), orca (whole prompts, memory reserved for the whole
+        answer) or static (a batch is answered before the next one is formed).
+    prefix_caching : Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain:
+        true or false.
+    seed : Seed of described traces.
+    emit : Print the commands that start the plan on this engine, vllm, sglang or trtllm, and what they cannot say.
+    """
+
+    gpus: Annotated[int | None, Param(1, 65_536)] = None
+    trace: str | Trace = "chat"
+    trace_unit: Literal["s", "ms", "us", "ns"] | None = None
+    trace_block: Annotated[int | None, Param(1, 65_536)] = None
+    rate: Annotated[float | None, Param(1e-6, 1e6)] = None
+    objective: str = "e2e_mean"
+    slo: str | None = None
+    price: Annotated[float | None, Param(1e-6, 1e6)] = None
+    routing: Literal["round_robin", "least_loaded"] = "round_robin"
+    chunked_prefill: bool = True
+    policy: Literal["vllm", "orca", "static"] = "vllm"
+    prefix_caching: bool = False
+    seed: Annotated[int, Param(0, 2**32 - 1)] = 0
+    emit: Literal["vllm", "sglang", "trtllm"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAsk(Ask):
+    """The best plan.
+
+    Parameters
+    ----------
+    top : Candidates to show, best first.
+    time_limit : Seconds after which no further plan is simulated; the answer then shows its gap. By default none. Where
+        nothing fits, seconds to find out what would; by default 10.
+    check : Replay the certificate: count the space again in plain Python and simulate every feasible plan to its end.
+    """
+
+    top: Top = 5
+    time_limit: Seconds = None
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnergyAsk(PlanAsk):
+    """The plan with the least energy.
+
+    Parameters
+    ----------
+    clock : {clocks}
+    latency : Latency whose best plan, at the highest clock, is shown beside: {latencies}.
+    """
+
+    objective: str = field(default="energy", init=False)
+    clock: str = "all"
+    max_num_seqs: Several = (64, 256, 1024)
+    latency: str = "e2e_mean"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParetoAsk(Ask):
+    """Every plan that no other beats.
+
+    Parameters
+    ----------
+    objective : Two or three figures to make best: {aims}.
+    clock : {clocks}
+    """
+
+    objective: str = "e2e_mean,energy"
+    clock: str = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainAsk(Ask):
+    """Why nothing fits, or why a plan loses.
+
+    Parameters
+    ----------
+    plan : Plan to compare with the best. {plan}
+    time_limit : Seconds after which no further plan is simulated; the answer then shows its gap. By default none. Where
+        nothing fits, seconds to find out what would; by default 10.
+    """
+
+    emit: None = field(default=None, init=False)
+    plan: str | None = None
+    time_limit: Seconds = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateAsk(Ask):
+    """Plans that are given.
+
+    Parameters
+    ----------
+    plan : {plan} Given several times, the plans are compared.
+    objective : Figure to show first, or several: {aims}.
+    slo : Goals to judge by, such as {goals}.
+    weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
+        w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.
+    clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
+    kv : KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.
+    """
+
+    plan: str | tuple[str, ...] = field(kw_only=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceAsk(Setup):
+    """A plan to be placed.
+
+    Parameters
+    ----------
+    plan : {plan}
+    weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
+        w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.
+    clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
+    kv : KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.
+    max_num_seqs : Sequences in the batch that is sent.
+    max_num_batched_tokens : Tokens in the batch that is sent.
+    max_model_len : Longest request that the KV cache must hold; by default any.
+    within : List where a replica fits into one switch (NVLink domain, or PCIe switch where there is none), socket, node
+        or leaf switch, and for how many there is room.
+    lose : GPUs that the cluster loses once the plan is placed, listed as those of --busy: where the plan goes then, and
+        the fewest weights that move.
+    at : Where the plan lies by now, to be judged beside the best placement and to lose GPUs from: a rank file, or what
+        place printed with --format=json. By default the best placement.
+    time_limit : Seconds to choose among placements that are as good; that none is better is proven in any case. By
+        default none.
+    """
+
+    plan: str = field(kw_only=False)
+    max_num_seqs: Annotated[int, Param(1, 65_536)] = 1024
+    max_num_batched_tokens: Annotated[int, Param(1, LARGEST_BATCH)] = 8192
+    within: Literal["switch", "socket", "node", "leaf"] | None = None
+    lose: str | None = None
+    at: str | None = None
+    time_limit: Seconds = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityAsk(Ask):
+    """The highest rate, or the fewest GPUs for one.
+
+    Parameters
+    ----------
+    slo : Goals that must all hold, on latencies or cost, such as "ttft_p95<=500ms,tpot_p95<=50ms", "ttft<=1s@99%" (of
+        the requests) or "itl_p99<=80ms".
+    rate : Requests per second to find the fewest GPUs for; by default the highest rate is searched for.
+    objective : With --rate, what makes a plan best among those on the fewest GPUs, or several in turn: {aims}.
+    plan : The only plan to ask about, such as tp8; by default all are searched.
+    resolution : Step of the rates that are searched, as a share of the rate.
+    top : Candidates to show, best first.
+    """
+
+    slo: str
+    plan: str | None = None
+    resolution: Annotated[float, Param(0.001, 1)] = 0.02
+    top: Top = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateAsk(Arguments):
+    """Measured runs.
+
+    Parameters
+    ----------
+    measured : File of measured runs, or a folder with such files in it or below: vLLM runs with the engine's log
+        (.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it).
+    profiles : Measured tables to use: shipped; silicon, all rows of aiconfigurator-core, of which those shipped are a
+        part (needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those
+        shipped.
+    """
+
+    measured: str = field(kw_only=False)
+    profiles: str = "shipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileShowAsk(Arguments):
+    """Measured tables that there are.
+
+    Parameters
+    ----------
+    gpu : Accelerator to show in full: a folder's name or one listed by: solve.py clusters.
+    profiles : Folder of profiles; by default the one that ships.
+    """
+
+    gpu: str | None = None
+    profiles: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileDistillAsk(Arguments):
+    """Tables to be distilled.
+
+    Parameters
+    ----------
+    source : Folder the package is unpacked in; by default the one installed.
+    target : Folder to write to; by default the checkout's own profiles, or ./profiles where there is none.
+    gpu : One accelerator only, such as h100-sxm; by default all of them.
+    """
+
+    source: str | None = None
+    target: str | None = None
+    gpu: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileImportAsk(Arguments):
+    """Tables of others.
+
+    Parameters
+    ----------
+    kind : Whose files: apex or vidur.
+    source : Its repository, or a folder or file of its profiles.
+    gpu : Accelerator they were measured on: one listed by solve.py clusters, or path of a cluster file.
+    target : Folder to write to; <accelerator>/<source> in it is replaced.
+    """
+
+    kind: Literal["apex", "vidur"]
+    source: str
+    gpu: str
+    target: str = "profiles"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileCollectAsk(Arguments):
+    """Tables to be measured.
+
+    Parameters
+    ----------
+    ops : Operations to measure: gemm, moe, attention, memory, collective.
+    gpu : What the GPU is, where its name does not say it: one listed by solve.py clusters, or path of a cluster file.
+    quick : Measure a few points of every table, and no energy.
+    target : Folder to write to; <accelerator>/<source> in it is replaced.
+    """
+
+    ops: str = "gemm,moe,attention,memory,collective"
+    gpu: str | None = None
+    quick: bool = False
+    target: str = "profiles"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileFitAsk(Arguments):
+    """Runs to fit an engine on.
+
+    Parameters
+    ----------
+    measured : File of measured runs, or a folder with such files in it or below: vLLM runs with the engine's log
+        (.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it).
+    engine : Engine of profiles/engines.toml whose runs are fitted.
+    """
+
+    measured: str = field(kw_only=False)
+    engine: str = "vllm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterShowAsk(Arguments):
+    """A cluster to be shown.
+
+    Parameters
+    ----------
+    cluster : Cluster as plan takes it: COUNTxGPU, NODESxCOUNTxGPU, a preset such as dgx-h100 or 4xdgx-h100, or path of
+        a TOML file; its nodes may differ.
+    busy : GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node.
+    down : GPUs that are out of order, listed as those of --busy.
+    """
+
+    cluster: str | Cluster | Composition = "8xh100-sxm"
+    busy: str | None = None
+    down: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterImportAsk(Arguments):
+    """A matrix or list to make a cluster file of.
+
+    Parameters
+    ----------
+    source : File with the matrix or the list.
+    gpu : What the GPUs of a matrix are: one listed by solve.py clusters, a preset, or a TOML file with a [gpu].
+    target : TOML file to write; by default it is printed.
+    """
+
+    source: str
+    gpu: str | None = None
+    target: Annotated[str | None, Param(suffix=".toml")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsAsk(Arguments):
+    """The models there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClustersAsk(Arguments):
+    """The accelerators there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TracesAsk(Arguments):
+    """The traces there are."""
+
+
+# ---- how the command line shows an answer ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class General(Arguments):
+    """How any answer is shown.
+
+    Parameters
+    ----------
+    format : Form of the answer: table or json.
+    debug : Show the traceback of an error.
+    """
+
+    format: Literal["table", "json"] = "table"
+    debug: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sourced(General):
+    """An answer that tells where its figures come from.
+
+    Parameters
+    ----------
+    sources : Tell of every figure where it comes from, not only which are measured, derived or assumed; json always
+        does.
+    """
+
+    sources: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Sourced):
+    """An answer of `simulate`.
+
+    Parameters
+    ----------
+    requests : CSV file to write the latencies of every request to.
+    timeline : JSON file to write every batch to, as a timeline for ui.perfetto.dev or chrome://tracing.
+    """
+
+    requests: Annotated[str | None, Param(suffix=".csv")] = None
+    timeline: Annotated[str | None, Param(suffix=".json")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front(Sourced):
+    """An answer of `pareto`.
+
+    Parameters
+    ----------
+    plot : PNG file to draw the front into; needs apex-opt[plot].
+    """
+
+    plot: Annotated[str | None, Param(suffix=".png")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed(Sourced):
+    """An answer of `place`.
+
+    Parameters
+    ----------
+    rankfile : Text file to write a line per rank to, such as rank 0=node0 slot=3: Open MPI's form, the slot being the
+        GPU; replica by replica, ranks numbered through.
+    plot : PNG or SVG file to draw it into; needs apex-opt[plot].
+    """
+
+    rankfile: Annotated[str | None, Param(suffix=".txt")] = None
+    plot: Annotated[str | None, Param(suffix=".png or .svg")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged(Sourced):
+    """An answer of `validate`.
+
+    Parameters
+    ----------
+    plot : PNG file to draw predicted against measured into; needs apex-opt[plot].
+    limit : Runs to show in the table, of more those with the largest errors; json has all.
+    """
+
+    plot: Annotated[str | None, Param(suffix=".png")] = None
+    limit: Annotated[int, Param(1, 100_000)] = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn(General):
+    """An answer of `cluster show`.
+
+    Parameters
+    ----------
+    plot : PNG or SVG file to draw it into; needs apex-opt[plot].
+    """
+
+    plot: Annotated[str | None, Param(suffix=".png or .svg")] = None

@@ -1,0 +1,1043 @@
+"""The documents of every command as types: what `--format=json` prints, field by field; see `docs/schema`.
+
+Times are in seconds, sizes in bytes, energy in joules, costs in $, shares from 0 to 1, unless a name says otherwise.
+Each type of document names its schema with a version, the page that shows it, and the field that holds its rows.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from apex_opt.schema import Described
+
+Number = float | None
+"""None where a figure is undefined, as a time between tokens of one token."""
+Statistics = dict[str, Number]
+"""A latency by statistic: mean, p50, p90, p95, p99, max, and whatever else was asked for."""
+Sources = dict[str, str]
+"""Where every figure comes from."""
+Status = Literal["optimal", "feasible", "infeasible", "limit"]
+
+
+class Document(Described):
+    """What a command answers.
+
+    Parameters
+    ----------
+    status : whether there is what was asked for, and whether it is proved to be the best
+    version : release of apex_opt
+    notes : what the reader has to know besides, a sentence each without the full stop
+    """
+
+    PAGE: ClassVar[str]
+    ROWS: ClassVar[str] = "candidates"
+    LIMITED: ClassVar[bool] = False
+
+    version: str
+    status: str
+
+
+# ---- what was asked ----------------------------------------------------------------------------------------------
+
+
+class Objective(Described):
+    """A figure to make best, and what the best run reaches.
+
+    Parameters
+    ----------
+    tolerance : share within which plans count as equal
+    """
+
+    name: str
+    unit: str
+    direction: Literal["minimise", "maximise"]
+    tolerance: float
+    value: Number
+
+
+class ModelFacts(Described):
+    """A model that was asked about."""
+
+    name: str
+    parameters: int
+    active_parameters: int
+    layers: int
+    source: str
+
+
+class ClusterFacts(Described):
+    """GPUs of one type that were offered.
+
+    Parameters
+    ----------
+    gpus : all of the cluster
+    offered : most that a plan may take
+    """
+
+    name: str
+    gpus: int
+    offered: int
+    gpu: str
+    usd_per_gpu_h: float | None = None
+
+
+class PoolFacts(Described):
+    """GPUs of one of several types that were offered, and what may be chosen on them."""
+
+    gpus: int
+    offered: int
+    gpu: str
+    usd_per_gpu_h: float | None = None
+    weights: tuple[str, ...]
+    kv: tuple[str, ...]
+    clocks_mhz: tuple[int | None, ...]
+
+
+class MixedFacts(Described):
+    """GPUs of several types."""
+
+    name: str
+    gpus: int
+    pools: tuple[PoolFacts, ...]
+
+
+class TraceFacts(Described):
+    """Requests and their lengths in tokens.
+
+    Parameters
+    ----------
+    concurrency : clients of a closed loop; null where arrivals are given
+    burstiness : variance of the gaps between arrivals over the square of their mean
+    """
+
+    name: str
+    source: str
+    requests: int
+    concurrency: int | None
+    prompt_tokens: int
+    output_tokens: int
+    prompt_mean: float
+    prompt_p50: int
+    prompt_p95: int
+    prompt_max: int
+    output_mean: float
+    output_p50: int
+    output_p95: int
+    output_max: int
+    longest: int
+    duration_s: float
+    rate_per_s: Number
+    burstiness: Number
+
+
+class EngineFacts(Described):
+    """The engine and its settings."""
+
+    name: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    chunked_prefill: bool
+    long_prefill_token_threshold: int
+    block_size: int
+    prefix_caching: bool
+    async_scheduling: bool
+    gpu_memory_utilization: float
+    policy: str
+    runnable: str
+    routing: str
+    expert_routing: str
+
+
+class QuestionFacts(Described):
+    """What was asked, in the names and numbers that were understood.
+
+    Parameters
+    ----------
+    cluster : left out where the same is asked of several
+    vacuous_slo : goals that hold whatever the plan
+    weights : formats to choose from, as `kv` in pairs; with several types of GPU those of each stand with it
+    clocks_mhz : clocks to choose from; null is the highest
+    arrivals : how requests come where rates are looked for
+    """
+
+    model: ModelFacts
+    cluster: ClusterFacts | MixedFacts | None = None
+    trace: TraceFacts
+    slo: tuple[str, ...]
+    vacuous_slo: tuple[str, ...]
+    weights: tuple[str, ...] | None = None
+    kv: tuple[str, ...] | None = None
+    clocks_mhz: tuple[int | None, ...] | None = None
+    batch_limits: tuple[dict[str, int | None], ...]
+    engine: EngineFacts
+    arrivals: str | None = None
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+class Goal(Described):
+    """A goal and how a run stands to it.
+
+    Parameters
+    ----------
+    reached : the figure that the limit is compared with
+    attainment : share of requests, or of the gaps between tokens, within the limit
+    """
+
+    met: bool
+    reached: Number
+    attainment: Number
+    unit: str
+
+
+class Transient(Described):
+    """How a run begins and ends; the backlog is that of the requests after the first fifth, by halves.
+
+    Parameters
+    ----------
+    measured : whether its figures are those of a transient, not of a load that lasts
+    drain_s : from the last arrival to the last token
+    """
+
+    measured: bool
+    arrivals_s: float
+    drain_s: float
+    waiting_at_last_arrival: int
+    unfinished_at_last_arrival: int
+    backlog_first_half: Number
+    backlog_second_half: Number
+    backlog_growing: bool
+
+
+class Load(Transient):
+    """The same of the best run, with what it means in words."""
+
+    said: tuple[str, ...]
+
+
+class Metrics(Described):
+    """What the requests of a run saw, and what it took.
+
+    Parameters
+    ----------
+    ttft_s : time to the first token
+    tpot_s : time per output token after the first
+    itl_s : time between two tokens, where it is asked about
+    e2e_s : time to the last token
+    goodput_rps : requests within all their latency goals
+    slo : goals by their text
+    idle_energy_j : what GPUs draw whatever they do
+    mfu, mbu : share of the peak arithmetic and of the peak memory bandwidth that is used
+    operations_s : mean per GPU, by operation, longest first, idle last
+    """
+
+    ttft_s: Statistics
+    tpot_s: Statistics
+    itl_s: Statistics | None = None
+    e2e_s: Statistics
+    makespan_s: float
+    transient: Transient | None = None
+    throughput_rps: float
+    goodput_rps: float | None = None
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    cached_tokens: int | None = None
+    cache_hit_rate: float | None = None
+    slo: dict[str, Goal]
+    energy_j: float
+    idle_energy_j: float
+    energy_per_output_token_j: float
+    cost_usd_per_h: float | None = None
+    cost_usd_per_mtoken: float | None = None
+    mean_power_w: float
+    mfu: float | None = None
+    mbu: float | None = None
+    operations_s: dict[str, float] | None = None
+    preemptions: int
+    batches: int
+
+
+class Memory(Described):
+    """Memory of a GPU of one stage."""
+
+    layers: int
+    weights_bytes: int
+    workspace_bytes: int
+    runtime_bytes: int
+    usable_bytes: int
+    kv_block_bytes: int
+    kv_blocks: int
+
+
+class Run(Described):
+    """A simulated deployment.
+
+    Parameters
+    ----------
+    plan : its text, as `simulate` takes it
+    value : what it reaches by the first objective
+    then : what it reaches by the further ones
+    bound : what the search knew beforehand that `value` can at best be
+    """
+
+    plan: str
+    gpus: int
+    value: Number
+    then: tuple[Number, ...]
+    bound: Number
+    metrics: Metrics
+
+    @property
+    def text(self) -> str:
+        """The plan as `simulate` takes it."""
+        return self.plan
+
+
+class Candidate(Run):
+    """A simulated plan on GPUs of one type."""
+
+    memory: tuple[Memory, ...]
+
+
+class Replica(Described):
+    """GPUs of a replica, by stage and rank."""
+
+    replica: int
+    stages: tuple[tuple[str, ...], ...]
+
+
+class Part(Described):
+    """A part of a fleet: a plan on one type of GPU, or over several.
+
+    Parameters
+    ----------
+    share : of the requests
+    """
+
+    gpu: str
+    plan: str
+    gpus: int
+    requests: int
+    share: float
+    energy_j: float
+    idle_energy_j: float
+    mfu: float
+    mbu: float
+    operations_s: dict[str, float]
+    preemptions: int
+    batches: int
+    memory: tuple[Memory, ...]
+    replicas: tuple[Replica, ...] | None = None
+
+
+class FleetRun(Run):
+    """A simulated fleet over several types of GPU."""
+
+    parts: tuple[Part, ...]
+
+
+class AloneRun(FleetRun):
+    """The best on one type of GPU by itself.
+
+    Parameters
+    ----------
+    loss : how much worse than the best, as a share
+    """
+
+    loss: Number
+
+
+# ---- proofs ------------------------------------------------------------------------------------------------------
+
+
+class Certificate(Described):
+    """How every plan of the space was accounted for.
+
+    Parameters
+    ----------
+    infeasible : plans that break a constraint family, charged to the first in order
+    bounded : ruled out by a bound
+    cut_short : simulated until they could no longer win
+    missed : simulated and not within the goals
+    gap : share by which a plan that was not simulated could be better
+    left : not looked at when the time was up
+    repeated : others with their layers moved
+    out_of_reach : of those bounded, those whose bound misses a goal
+    least_bound, incumbent : the best bound among the others, and what it was held against
+    before : those of objectives with a tolerance, in turn
+    types : the types of GPU that it is of
+    """
+
+    types: tuple[str, ...] | None = None
+    space: int
+    infeasible: dict[str, int]
+    bounded: int
+    simulated: int
+    cut_short: int
+    missed: int
+    optimal: bool
+    gap: Number
+    left: int
+    repeated: int
+    out_of_reach: int
+    least_bound: Number
+    incumbent: Number
+    before: tuple[Certificate, ...]
+
+
+class ReplayedPart(Described):
+    """What the replay counts of a part."""
+
+    shape: str
+    types: tuple[str, ...]
+    space: int
+    infeasible: dict[str, int]
+    repeated: int
+    simulated: int
+
+
+class Replay(Described):
+    """The certificate replayed by other means.
+
+    Parameters
+    ----------
+    meeting : plans within the goals
+    disagreements : what the certificate claims and the replay does not bear out
+    parts : part by part, where there are several types of GPU
+    chosen : how the deployments were chosen that were simulated
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    repeated: int
+    simulated: int
+    meeting: int
+    disagreements: tuple[str, ...]
+    holds: bool
+    parts: tuple[ReplayedPart, ...] | None = None
+    chosen: str | None = None
+
+
+class Clash(Described):
+    """Constraints that no plan satisfies together.
+
+    Parameters
+    ----------
+    smallest : whether some plan satisfies any fewer of them
+    """
+
+    of: tuple[str, ...]
+    proof: Literal["constraints", "bound", "simulation"]
+    facts: tuple[str, ...]
+    smallest: bool
+    gpu: str | None = None
+
+
+class Relaxation(Described):
+    """A change that gives a plan.
+
+    Parameters
+    ----------
+    best : whether the plan is shown to be the best with it
+    """
+
+    options: dict[str, str]
+    text: str
+    more_gpus: int
+    plan: str
+    gpus: int
+    value: Number
+    best: bool
+    gpu: str | None = None
+
+
+# ---- where plans go ----------------------------------------------------------------------------------------------
+
+
+class Tier(Described):
+    """Links that collectives cross at one level.
+
+    Parameters
+    ----------
+    sent_bytes : by a GPU for a full batch
+    """
+
+    kind: str
+    ranks: int
+    link: str
+    bytes_per_s: float
+    latency_s: float
+    sent_bytes: float
+
+
+class Lies(Described):
+    """What holds the ranks of a group, and why nothing smaller."""
+
+    group: str
+    ranks: int
+    inside: str
+    beyond: str | None
+    reason: str | None
+
+
+class Placement(Described):
+    """GPUs of every rank, and what the collectives of a full batch take there."""
+
+    replicas: tuple[Replica, ...]
+    collectives_s: float
+    step_s: float
+    tiers: tuple[Tier, ...]
+
+
+class OtherPlacement(Placement):
+    """A placement beside the best, and the shares by which it is slower."""
+
+    collectives_loss: Number
+    step_loss: Number
+
+
+class BestPlacement(Placement):
+    """The best placement."""
+
+    lies: tuple[Lies, ...]
+
+
+class MovedPlacement(OtherPlacement):
+    """The placement once GPUs are lost, beside that before."""
+
+    lies: tuple[Lies, ...]
+
+
+class ShownPlacement(BestPlacement):
+    """Where the best plan goes."""
+
+    batch: dict[str, int]
+    rank_order: OtherPlacement
+    proof: dict[str, int | bool]
+
+
+class Started(Described):
+    """A command that starts a server."""
+
+    node: int
+    replica: int | None
+    env: dict[str, str]
+    argv: tuple[str, ...]
+    text: str
+
+
+class Launch(Described):
+    """Commands that start a plan, and what they cannot say."""
+
+    engine: str
+    commands: tuple[Started, ...]
+    notes: tuple[str, ...]
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+class Beside(Described):
+    """The plan of the best latency, beside that of the least energy.
+
+    Parameters
+    ----------
+    energy_saving : share of its energy
+    """
+
+    objective: str
+    best: Candidate | FleetRun
+    certificate: Certificate | None = None
+    energy_saving: float
+
+
+class Searched(Document):
+    """An answer with its objectives and its load.
+
+    Parameters
+    ----------
+    then : further objectives, in turn
+    reason : why there is no plan
+    steady : whether the load of the best run lasts
+    limited_by_arrivals : whether a plan that keeps up has what comes, and no more
+    """
+
+    command: str
+    status: Status
+    objective: Objective
+    then: tuple[Objective, ...]
+    reason: str | None
+    question: QuestionFacts
+    steady: bool | None
+    transient: Load | None
+    limited_by_arrivals: bool | None
+    notes: tuple[str, ...]
+    beside: Beside | None = None
+    launch: Launch | None = None
+
+
+class OnOneType(Described):
+    """What is answered over plans on GPUs of one type."""
+
+    best: Candidate | None
+    candidates: tuple[Candidate, ...]
+    certificate: Certificate
+    provenance: Sources
+
+
+class OnSeveralTypes(Described):
+    """What is answered over fleets on several types of GPU.
+
+    Parameters
+    ----------
+    alone : the best on each type by itself
+    certificates : by the types that a fleet is on
+    pipelines : of pipelines whose stages are on several types
+    provenance : by type
+    """
+
+    best: FleetRun | None
+    alone: tuple[AloneRun | None, ...]
+    candidates: tuple[FleetRun, ...]
+    optimal: bool
+    gap: Number
+    certificates: tuple[Certificate, ...]
+    pipelines: tuple[Certificate, ...]
+    provenance: dict[str, Sources]
+
+
+class WhyNot(Described):
+    """Why there is no answer where that was asked.
+
+    Parameters
+    ----------
+    clashes : constraints that clash where nothing fits
+    relaxations : changes that were solved and give a plan, the cheapest first
+    """
+
+    clashes: tuple[Clash, ...] | None = None
+    relaxations: tuple[Relaxation, ...] | None = None
+    tried_for_nothing: tuple[str, ...] | None = None
+    not_tried: tuple[str, ...] | None = None
+    explain_time_limit_s: float | None = None
+
+
+class Answer(Searched, OnOneType, WhyNot):
+    """The best plan and the runners-up, or why there is none."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.tables:rendered"
+
+    schema: Literal["apex_opt.answer/2"] = "apex_opt.answer/2"
+    placement: ShownPlacement | None = None
+    check: Replay | None = None
+
+
+class MixedAnswer(Searched, OnSeveralTypes):
+    """The best fleet over several types of GPU, or why there is none."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.mixed:mixed_page"
+
+    schema: Literal["apex_opt.mixed/2"] = "apex_opt.mixed/2"
+    check: Replay | None = None
+
+
+class ComparedTerm(Described):
+    """A part of time, energy or memory of the plan that was asked about and of the best."""
+
+    part: str
+    name: str
+    unit: str
+    plan: float
+    best: float
+    difference: float
+    share: float
+
+
+class ComparedPlan(Described):
+    """The plan that was asked about, beside the best.
+
+    Parameters
+    ----------
+    reason : why it cannot run, or the goals that it misses
+    """
+
+    plan: str
+    gpus: int
+    value: Number
+    meets_slos: bool | None
+    reason: str | None
+    preemptions: int | None
+    batches: int | None
+    makespan_s: Number
+    terms: tuple[ComparedTerm, ...]
+    lies: tuple[Lies, ...]
+
+
+class Explained(Searched, OnOneType, WhyNot):
+    """Why there is no plan and what would give one, or why a plan loses to the best."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
+    ROWS: ClassVar[str] = "relaxations"
+
+    schema: Literal["apex_opt.explanation/2"] = "apex_opt.explanation/2"
+    comparison: ComparedPlan | None
+
+
+class MixedExplained(Searched, OnSeveralTypes, WhyNot):
+    """The same on several types of GPU, of each by itself."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
+    ROWS: ClassVar[str] = "relaxations"
+
+    schema: Literal["apex_opt.mixed_explanation/2"] = "apex_opt.mixed_explanation/2"
+    comparison: ComparedPlan | None
+
+
+class OfFront(Described):
+    """What is told of a deployment of the front besides: its value by each objective, and what starts it."""
+
+    values: Statistics
+    launch: Launch | None = None
+
+
+class FrontPlan(Candidate, OfFront):
+    """A plan of the front."""
+
+
+class FrontFleet(FleetRun, OfFront):
+    """A fleet of the front."""
+
+
+class BeatenPlan(Described):
+    """A plan that another beats."""
+
+    plan: str
+    gpus: int
+    values: Statistics
+
+
+class Front(Document):
+    """Every deployment that no other beats in all objectives, best by the first one first."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.pareto:pareto_page"
+
+    command: str
+    status: Status
+    objectives: tuple[dict[str, str | bool | float], ...]
+    reason: str | None
+    beaten: tuple[BeatenPlan, ...]
+    question: QuestionFacts
+    steady: bool | None
+    transient: Load | None
+    limited_by_arrivals: bool | None
+    notes: tuple[str, ...]
+
+
+class FrontAnswer(Front):
+    """Every plan that no other beats in all objectives, best by the first one first."""
+
+    schema: Literal["apex_opt.front/2"] = "apex_opt.front/2"
+    candidates: tuple[FrontPlan, ...]
+    certificate: Certificate
+    provenance: Sources
+
+
+class MixedFront(Front):
+    """Every fleet over several types of GPU that no other beats."""
+
+    schema: Literal["apex_opt.mixed_front/2"] = "apex_opt.mixed_front/2"
+    candidates: tuple[FrontFleet, ...]
+    optimal: bool
+    gap: Number
+    certificates: tuple[Certificate, ...]
+    pipelines: tuple[Certificate, ...]
+    provenance: dict[str, Sources]
+
+
+class ScoredPlan(Answer):
+    """One of several plans with its whole answer."""
+
+    plan: str
+
+
+class ScoredFleet(MixedAnswer):
+    """One of several deployments on several types of GPU with its whole answer."""
+
+    plan: str
+
+
+class Term(Described):
+    """A part of time, energy or memory, of every plan that can run."""
+
+    part: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    share: float
+
+
+class Differences(Described):
+    """What differs between plans, which by their numbers from 1."""
+
+    plans: tuple[int, ...]
+    terms: tuple[Term, ...]
+
+
+class PlansAnswer(Document):
+    """Several given plans side by side.
+
+    Parameters
+    ----------
+    best : number of the best of them, from 1
+    """
+
+    PAGE: ClassVar[str] = "apex_opt.report.side_by_side:compared_page"
+    ROWS: ClassVar[str] = "plans"
+
+    schema: Literal["apex_opt.plans/2"] = "apex_opt.plans/2"
+    command: str
+    status: Status
+    best: int | None
+    plans: tuple[ScoredPlan | ScoredFleet, ...]
+    differences: Differences
+    question: QuestionFacts
+    provenance: Sources | dict[str, Sources]
+    transient: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+class Asked(Described):
+    """What capacity was asked for."""
+
+    for_: Literal["highest rate", "fewest GPUs"]
+    rate_per_s: Number
+    resolution: Number
+
+
+class Evidence(Described):
+    """What shows that a rate is sustained.
+
+    Parameters
+    ----------
+    served_per_s : requests answered
+    saturated_per_s : requests answered where they all wait
+    """
+
+    requests: int
+    warm_up_requests: int
+    backlog_first_half: Number
+    backlog_second_half: Number
+    backlog_growing: bool
+    served_per_s: float
+    goals_first_half: Statistics
+    goals_whole: Statistics
+    saturated_per_s: Number
+    margin_below_saturated: Number
+    further_runs: int
+    requests_of_each: int
+    goals_predicted_at_worst: Statistics
+
+
+class Rated(Described):
+    """The highest rate that a deployment sustains, and why not the next one."""
+
+    rate_per_s: float
+    rate_per_gpu_per_s: float
+    times_own_rate: Number
+    steady: bool
+    next_rate_per_s: Number
+    why_not_next: str | None
+    missed_at_next_rate: Statistics
+    arrivals_s: float
+    after_last_arrival_s: float
+    evidence: Evidence
+
+
+class RatedPlan(Candidate, Rated):
+    """A plan and the highest rate it sustains."""
+
+
+class RatedFleet(FleetRun, Rated):
+    """A fleet and the highest rate it sustains."""
+
+
+class RateCounts(Described):
+    """How the deployments of a part were accounted for where rates are looked for.
+
+    Parameters
+    ----------
+    larger : on more GPUs than are needed
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    bounded: int
+    ruled_out: int
+    found: int
+    larger: int
+    complete: bool
+    repeated: int
+
+
+class RatePart(RateCounts):
+    """The same of one part of several."""
+
+    shape: str
+    types: tuple[str, ...]
+    left: int
+
+
+class RateCertificate(RateCounts):
+    """How every plan was accounted for where rates are looked for."""
+
+    simulations: int
+
+
+class MixedRateCertificate(Described):
+    """The same on several types of GPU, part by part."""
+
+    parts: tuple[RatePart, ...]
+    simulations: int
+    complete: bool
+    gap: Number
+
+
+class CapacityAnswer(Document):
+    """The highest rate within the goals, or the fewest GPUs for a rate."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.capacity:capacity_page"
+
+    schema: Literal["apex_opt.capacity/2"] = "apex_opt.capacity/2"
+    command: str
+    status: Status
+    asked: Asked
+    steady: bool
+    reason: str | None
+    best: RatedPlan | RatedFleet | None
+    candidates: tuple[RatedPlan | RatedFleet, ...]
+    certificate: RateCertificate | MixedRateCertificate
+    assumption: str | None
+    question: QuestionFacts
+    provenance: Sources | dict[str, Sources]
+    notes: tuple[str, ...]
+    launch: Launch | None = None
+
+
+class ClusterAnswer(Described):
+    """The answer on one of several clusters."""
+
+    cluster: str
+    answer: Answer | MixedAnswer | CapacityAnswer
+
+
+class ClustersAnswer(Document):
+    """The same question on several clusters, side by side; clusters by their numbers from 1."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.clusters:clusters_page"
+    ROWS: ClassVar[str] = "clusters"
+
+    schema: Literal["apex_opt.clusters/2"] = "apex_opt.clusters/2"
+    command: str
+    status: Status
+    cheapest: int | None
+    fastest: int | None
+    fastest_by: str
+    best: int | None
+    clusters: tuple[ClusterAnswer, ...]
+    question: QuestionFacts
+    transient: dict[str, tuple[str, ...]]
+    provenance: Sources
+    notes: tuple[str, ...]
+
+
+class Site(Document):
+    """A plan to be placed, and why it cannot be where it cannot."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.placement:place_page"
+    ROWS: ClassVar[str] = "devices"
+
+    command: str
+    plan: str
+    model: str
+    cluster: str
+    gpu: str
+    gpus: dict[str, int]
+    notes: tuple[str, ...]
+    status: Status
+    reason: str | None
+
+
+class Unplaced(Site):
+    """A plan that cannot be placed, and why."""
+
+    schema: Literal["apex_opt.unplaced/2"] = "apex_opt.unplaced/2"
+
+
+class Domain(Described):
+    """A switch, socket, node or leaf with room."""
+
+    name: str
+    gpus: tuple[str, ...]
+    replicas: int
+
+
+class Within(Described):
+    """Domains with room for a replica, and how many have none."""
+
+    kind: str
+    domains: tuple[Domain, ...]
+    others: int
+
+
+class Move(Described):
+    """A rank that goes elsewhere."""
+
+    replica: int
+    before: int
+    stage: int
+    rank: int
+    from_: str
+    to: str
+    weights_bytes: int
+
+
+class Lost(Described):
+    """GPUs that go, and where the plan goes then."""
+
+    gpus: tuple[str, ...]
+    used: tuple[str, ...]
+    plan: str
+    replicas_kept: tuple[int, ...]
+    replicas_lost: tuple[int, ...]
+    before: Placement
+    placement: MovedPlacement
+    moved: int
+    moved_bytes: int
+    fewest: bool
+    moves: tuple[Move, ...]
+
+
+class Left(Described):
+    """What stays free: nodes by their free GPUs, and what fits."""
+
+    gpus: int
+    groups: dict[str, int]
+    fits: tuple[dict[str, str | int], ...]
+
+
+class PlaceAnswer(Site):
+    """Where a plan goes and what its collectives take there, beside ranks in order."""
+
+    schema: Literal["apex_opt.placement/2"] = "apex_opt.placement/2"
+    batch: dict[str, int]
+    placement: BestPlacement
+    given: OtherPlacement | None
+    rank_order: OtherPlacement
+    proof: dict[str, int | bool]
+    within: Within | None
+    loss: Lost | None
+    left: Left
+    devices: tuple[dict[str, int | dict[str, str] | None], ...]
+    provenance: Sources

@@ -1,0 +1,189 @@
+"""Documents as frozen dataclasses: read from plain data and written as it, and the JSON Schema that describes them.
+
+The type hints of a dataclass say what a document holds. A field whose default is None is left out where it has none;
+all others are always there. A line `name : what it means` in the docstring describes a field, and the ending of its
+name tells the unit of a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache, reduce
+from operator import or_
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+D = TypeVar("D")
+_LINE: Final = re.compile(r"^(\w+) : (.+(?:\n +.+)*)", re.MULTILINE)
+_UNITS: Final = {
+    "_bytes_per_s": "bytes/s",
+    "_flops_per_s": "FLOP/s",
+    "_tokens_per_s": "tokens/s",
+    "_usd_per_h": "$/h",
+    "_usd_per_mtoken": "$ per million output tokens",
+    "usd_per_gpu_h": "$ per GPU and hour",
+    "_per_s": "1/s",
+    "_rps": "requests/s",
+    "_bytes": "bytes",
+    "_token_j": "J per output token",
+    "_pct": "%",
+    "_mhz": "MHz",
+    "_s": "s",
+    "_j": "J",
+    "_w": "W",
+    "_us": "us",
+}
+_NAMES: Final = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Described:
+    """A document or a part of one: whatever inherits from it is a frozen dataclass."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+def lines_of(described: type[Any]) -> dict[str, str]:
+    """What the docstrings of a class and of those above it say of each name, the nearest counting."""
+    found: dict[str, str] = {}
+    for each in described.__mro__:
+        for name, text in _LINE.findall(inspect.cleandoc(each.__doc__ or "")):
+            found.setdefault(name, " ".join(text.split()))
+    return found
+
+
+@cache
+def _hints(of: Any) -> dict[str, Any]:
+    return get_type_hints(of)
+
+
+def to_plain(value: Any) -> Any:
+    """A document as dictionaries, lists, texts and numbers."""
+    if is_dataclass(value) and not isinstance(value, type):
+        pairs = [(each, getattr(value, each.name)) for each in fields(value)]
+        # A name that Python keeps for itself ends in an underscore.
+        return {f.name.rstrip("_"): to_plain(v) for f, v in pairs if v is not None or f.default is not None}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(of: type[D], value: Any) -> D:
+    """A document of a type from plain data, which must hold what the type says and nothing else.
+
+    Raises
+    ------
+    TypeError    where it does not, naming the place: a fault of ours
+    """
+    found: D = _read(of, value, of.__name__)
+    return found
+
+
+def _read(hint: Any, value: Any, at: str) -> Any:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        *others, last = [part for part in parts if _suits(part, value)] or parts[:1]
+        for part in others:
+            with contextlib.suppress(TypeError):
+                return _read(part, value, at)
+        return _read(last, value, at)
+    if not _suits(hint, value):
+        raise TypeError(f"{at}: {hint} does not hold {value!r:.200}")
+    if origin is tuple:
+        return tuple(_read(parts[0], item, f"{at}[{place}]") for place, item in enumerate(value))
+    if origin is dict:
+        return {key: _read(parts[1], item, f"{at}.{key}") for key, item in value.items()}
+    if is_dataclass(hint):
+        hints = _hints(hint)  # type: ignore[arg-type]
+        given = {key: _read(hints[name], value[key], f"{at}.{key}") for name, key in _keys(hint) if key in value}
+        return hint(**{name: given[key] for name, key in _keys(hint) if key in given})  # type: ignore[operator]
+    return value
+
+
+def _keys(of: Any) -> list[tuple[str, str]]:
+    """Field and key of everything in a document."""
+    return [(each.name, each.name.rstrip("_")) for each in fields(of)]
+
+
+def _suits(hint: Any, value: Any) -> bool:
+    """Whether a value can be read as a type, by its own type and its keys."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_suits(part, value) for part in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is tuple:
+        return isinstance(value, list | tuple)
+    if origin is dict:
+        return isinstance(value, dict)
+    if is_dataclass(hint):
+        needed = {f.name.rstrip("_") for f in fields(hint) if f.default is MISSING}
+        return isinstance(value, dict) and needed <= set(value) <= {key for _, key in _keys(hint)}
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def json_schema(of: type[Any]) -> dict[str, Any]:
+    """The JSON Schema of a document, with a definition for every dataclass within."""
+    defined: dict[str, Any] = {}
+    whole = _object(of, defined)
+    whole["$defs"] = {name: defined[name] for name in sorted(defined)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": of.__name__, **whole}
+
+
+def _object(of: type[Any], defined: dict[str, Any]) -> dict[str, Any]:
+    told, hints, properties = lines_of(of), _hints(of), {}  # type: ignore[arg-type]
+    for each in fields(of):
+        hint = hints[each.name]
+        if each.default is None:
+            hint = reduce(or_, (part for part in get_args(hint) if part is not NoneType))
+        entry = _typed(hint, defined)
+        unit = next((unit for end, unit in _UNITS.items() if each.name.endswith(end)), None)
+        if unit is not None and {"number", "integer"} & _types(entry):
+            entry["unit"] = unit
+        if each.name in told:
+            entry["description"] = told[each.name]
+        properties[each.name.rstrip("_")] = entry
+    return {
+        "description": inspect.cleandoc(of.__doc__ or "").partition("\n")[0],
+        "type": "object",
+        "properties": properties,
+        "required": [f.name.rstrip("_") for f in fields(of) if f.default is not None],
+        "additionalProperties": False,
+    }
+
+
+def _types(entry: dict[str, Any]) -> set[str]:
+    """Types of JSON that an entry allows, those of its parts too."""
+    inner = entry.get("items") or entry.get("additionalProperties") or {}
+    kinds = entry.get("type", [])
+    return {*([kinds] if isinstance(kinds, str) else kinds), *(_types(inner) if inner else ())}
+
+
+def _typed(hint: Any, defined: dict[str, Any]) -> dict[str, Any]:
+    """What a type hint allows."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if all(part in _NAMES for part in parts):
+            return {"type": [_NAMES[part] for part in parts]}
+        return {"anyOf": [_typed(part, defined) for part in parts]}
+    if origin is Literal:
+        return {"const": parts[0]} if len(parts) == 1 else {"enum": list(parts)}
+    if origin is tuple:
+        return {"type": "array", "items": _typed(parts[0], defined)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _typed(parts[1], defined)}
+    if is_dataclass(hint):
+        name = hint.__name__  # type: ignore[union-attr]
+        if name not in defined:
+            defined[name] = {}  # it may hold itself
+            defined[name] = _object(hint, defined)  # type: ignore[arg-type]
+        return {"$ref": f"#/$defs/{name}"}
+    return {"type": _NAMES[hint]}

@@ -1,0 +1,157 @@
+"""Documents are what their schemas say, and the schemas published are those of the types.
+
+`python tests/test_schema.py` writes `docs/schema` anew.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+from apex_opt.report import listed, types
+from apex_opt.schema import Described, from_plain, json_schema, lines_of, to_plain
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schema"
+
+
+def documents() -> dict[str, type[types.Document]]:
+    """Every type of document by the name of its schema."""
+    found = [each for module in (types, listed) for each in vars(module).values() if hasattr(each, "schema")]
+    return {each.schema: each for each in found if each not in (types.ScoredPlan, types.ScoredFleet)}
+
+
+def path_of(name: str) -> Path:
+    """Where a schema is published."""
+    return FOLDER / f"{name.partition('.')[2].replace('/', '-')}.json"
+
+
+def text_of(name: str) -> str:
+    """A schema as it is published, a line for each field."""
+    schema = {"$id": name, **json_schema(documents()[name])}
+    defined = schema.pop("$defs")
+    blocks = {key: _lines(value, 2) for key, value in defined.items()}
+    inner = ",\n".join(f"{json.dumps(key)}: {block}" for key, block in blocks.items())
+    return _lines(schema, 2).removesuffix("\n}") + f',\n"$defs": {{\n{inner}\n}}\n}}\n'
+
+
+def _lines(value: Any, depth: int) -> str:
+    """JSON with so many levels of keys on lines of their own."""
+    if not isinstance(value, dict) or not value or not depth:
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(item, depth - 1)}" for key, item in value.items()) + "\n}"
+
+
+@pytest.mark.parametrize("name", documents())
+def test_the_schema_published_is_that_of_the_type(name: str) -> None:
+    assert path_of(name).read_text(encoding="utf-8") == text_of(name), "python tests/test_schema.py writes them anew"
+
+
+def test_nothing_else_is_published() -> None:
+    assert sorted(FOLDER.glob("*.json")) == sorted(map(path_of, documents()))
+
+
+@pytest.mark.parametrize("name", documents())
+def test_a_schema_is_valid_names_its_version_and_says_what_a_document_is(name: str) -> None:
+    validators = pytest.importorskip("jsonschema")
+    schema = json.loads(text_of(name))
+    validators.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["schema"] == {"const": name}
+    assert {"schema", "version", "status"} <= set(schema["required"])
+    for described in (schema, *schema["$defs"].values()):
+        assert described["description"].endswith(".")
+
+
+@pytest.mark.parametrize("module", [types, listed])
+def test_what_a_docstring_describes_is_a_field(module: ModuleType) -> None:
+    for each in (one for one in vars(module).values() if isinstance(one, type) and issubclass(one, Described)):
+        told = set(lines_of(each)) - {"notes"}  # of most documents, and told of all
+        assert each is Described or told <= {field.name for field in fields(each)}, each
+
+
+@pytest.mark.parametrize("name", documents())
+def test_every_document_has_a_page_and_rows(name: str) -> None:
+    of = documents()[name]
+    module, _, function = of.PAGE.partition(":")
+    assert callable(getattr(import_module(module), function))
+    assert of.ROWS in json_schema(of)["properties"] or of is types.Unplaced
+
+
+class Inner(Described):
+    """A part.
+
+    Parameters
+    ----------
+    size_bytes : how much it takes
+    """
+
+    size_bytes: int | None
+    kind: Literal["a", "b"]
+
+
+class Outer(Described):
+    """A whole."""
+
+    from_: tuple[Inner, ...]
+    found: dict[str, float | None]
+    either: Inner | str
+    extra: int | None = None
+
+
+PLAIN: dict[str, Any] = {
+    "from": [{"size_bytes": 3, "kind": "a"}, {"size_bytes": None, "kind": "b"}],
+    "found": {"x": 1.5, "y": None},
+    "either": "text",
+}
+
+
+def test_plain_data_is_read_into_types_and_written_as_it_was() -> None:
+    read = from_plain(Outer, PLAIN)
+    assert read.from_[0] == Inner(size_bytes=3, kind="a")
+    assert (read.either, read.extra) == ("text", None)
+    assert to_plain(read) == PLAIN
+    assert to_plain(from_plain(Outer, PLAIN | {"extra": 7})) == PLAIN | {"extra": 7}
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"found": {"x": "1"}}, "Outer.found.x"),
+        ({"from": [{"size_bytes": 3.0, "kind": "a"}]}, r"Outer.from\[0\].size_bytes"),
+        ({"from": [{"size_bytes": 3, "kind": "c"}]}, r"Outer.from\[0\].kind"),
+        ({"from": [{"size_bytes": 3}]}, r"Outer.from\[0\]"),
+        ({"other": 1}, "Outer"),
+        ({"found": {"x": True}}, "Outer.found.x"),
+        ({"either": 3}, "Outer.either"),
+    ],
+)
+def test_what_a_type_does_not_hold_is_refused_with_its_place(change: dict[str, Any], place: str) -> None:
+    with pytest.raises(TypeError, match=f"^{place}: "):
+        from_plain(Outer, PLAIN | change)
+
+
+def test_a_schema_says_types_units_and_meanings() -> None:
+    schema = json_schema(Outer)
+    assert schema["required"] == ["from", "found", "either"]
+    assert schema["properties"]["extra"] == {"type": "integer"}
+    assert schema["properties"]["either"] == {"anyOf": [{"$ref": "#/$defs/Inner"}, {"type": "string"}]}
+    inner = schema["$defs"]["Inner"]["properties"]
+    assert inner["size_bytes"] == {"type": ["integer", "null"], "unit": "bytes", "description": "how much it takes"}
+    assert inner["kind"] == {"enum": ["a", "b"]}
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for path in FOLDER.glob("*.json"):
+        path.unlink()
+    for schema_name in documents():
+        path_of(schema_name).write_text(text_of(schema_name), encoding="utf-8")
+        print(path_of(schema_name), file=sys.stderr)
