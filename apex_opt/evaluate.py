@@ -7,7 +7,7 @@ mistake in one shows as a disagreement with the other.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
@@ -73,8 +73,11 @@ class Instance:
     kv_formats: tuple[str, ...]
     max_devices: int
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
+    held: Held = field(init=False, repr=False, compare=False)
+    """How the engine holds the model."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "held", Held.of(self.settings.runnable, self.model, self.cluster.gpu))
         if not self.batch_limits:
             raise UsageError("an instance needs limits of a batch, if only those of the settings")
         if not self.weight_formats or len(self.weight_formats) != len(self.kv_formats):
@@ -94,11 +97,6 @@ class Instance:
     def kv_blocks_needed(self) -> int:
         """KV blocks of the longest request."""
         return ceil_div(self.longest_tokens, self.settings.block_size)
-
-    @property
-    def held(self) -> Held:
-        """How the engine holds the model."""
-        return Held.of(self.settings.runnable, self.model, self.cluster.gpu)
 
     @property
     def decode_bytes_limit(self) -> int | None:
@@ -135,9 +133,9 @@ def _devices(instance: Instance, plan: Plan) -> Iterator[str]:
 def _divisibility(instance: Instance, plan: Plan) -> Iterator[str]:
     if plan.ffn.ep > 1 and not instance.model.is_moe:
         yield f"ep{plan.ffn.ep} needs experts; the FFN is dense"
-    for run in instance.model.runs:
-        yield from _undivided("attention ", run.block.attention.pieces, plan.attention)
-        yield from _undivided("FFN ", run.block.ffn.pieces, plan.ffn)
+    for block in instance.model.blocks:
+        yield from _undivided("attention ", block.attention.pieces, plan.attention)
+        yield from _undivided("FFN ", block.ffn.pieces, plan.ffn)
 
 
 def _undivided(cell: str, pieces: tuple[Piece, ...], template: Template) -> Iterator[str]:

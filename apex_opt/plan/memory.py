@@ -142,8 +142,8 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
         Cut(columns=plan.ffn.tp * plan.ffn.ep, experts=plan.ffn.ep, expert_columns=plan.ffn.tp),
     )
     widest = max(
-        max(tokens * run.block.attention.width(of_attention), ffn_tokens * run.block.ffn.width(of_ffn))
-        for run in model.runs
+        max(tokens * block.attention.width(of_attention), ffn_tokens * block.ffn.width(of_ffn))
+        for block in model.blocks
     )
     logits = 4 * ceil_div(settings.max_num_seqs, plan.attention.dp) * model.vocab if last else 0
     return 2 * (tokens * 2 * model.hidden + widest) + logits
@@ -226,7 +226,7 @@ def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_
     held : Held           how the engine holds the model
     """
     vocab = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
-    tp, blocks = plan.attention.tp, [run.block for run in model.runs]
+    tp, blocks = plan.attention.tp, model.blocks
     heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
     lightest = min(block_shard_bytes(block, plan, held) for block in blocks)
     layers = min(heaviest // lightest, model.layers)

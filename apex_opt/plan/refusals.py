@@ -38,8 +38,8 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
         scales = _Scales(rules, model, plan.weight_format)
         shards = Held.of(rules, model, gpu).dense_shards(plan.attention.tp, plan.ffn.tp * plan.ffn.ep)
         cut = Cut(heads=plan.attention.tp, columns=shards, experts=plan.ffn.ep, expert_columns=plan.ffn.tp)
-        for run in model.runs:
-            for cell in run.block.cells:
+        for block in model.blocks:
+            for cell in block.cells:
                 yield from scales.of_cell(cell, cut)
 
 
@@ -89,7 +89,7 @@ def _heads(rules: EngineRules, model: Model, attention: Template) -> Iterator[st
     if rules.vocab_multiple > 1 and rows % tp:
         yield f"attention tp{tp} does not divide the {rows} rows of the padded vocabulary"
     if model.family in rules.whole_kv_heads:
-        heads = min(run.block.attention.kv_heads for run in model.runs)
+        heads = min(block.attention.kv_heads for block in model.blocks)
         if tp > heads:
             yield f"attention tp{tp}: {rules.release} does not copy the {heads} KV heads of {model.family}"
     if rules.tower_shards and model.tower_heads and model.tower_heads % tp:
@@ -100,7 +100,7 @@ def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> It
     """Tokens in a KV block."""
     if rules.block_powers and block_size & (block_size - 1):
         yield f"block_size {block_size}: {rules.release} takes powers of two"
-    cells = [run.block.attention for run in model.runs]
+    cells = [block.attention for block in model.blocks]
     kinds = {
         **{trait: any(trait in cell.traits for cell in cells) for trait in ("latent", "sinks")},
         "fp8": plan.kv_format == "fp8",

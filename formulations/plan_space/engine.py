@@ -94,7 +94,8 @@ class Runs:
         if not self.rules.whole_scales:
             return True
         cut = {"heads": Cut(heads=count), "columns": Cut(columns=count)}.get(part, Cut(expert_columns=count))
-        for matrix in (matrix for cells in self._cells for cell in cells for matrix in cell.matrices(cut)):
+        cells = (cells[part != "heads"] for cells in self._cells)
+        for matrix in (matrix for cell in cells for matrix in cell.matrices(cut)):
             if matrix.cut != part or not matrix.quantised or (matrix.inputs and count == 1):
                 continue
             outputs, inputs, of_experts = self._multiples(index, matrix.quantised)

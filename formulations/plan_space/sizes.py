@@ -31,7 +31,8 @@ def kinds(instance: Instance) -> dict[Block, int]:
 
 def kind(block: Block) -> Block:
     """A block without its window, which changes neither bytes nor shards."""
-    return replace(block, attention=block.attention.with_window(None))
+    attention = block.attention.with_window(None)
+    return block if attention is block.attention else replace(block, attention=attention)
 
 
 def shards(instance: Instance) -> list[tuple[int, int]]:
@@ -50,7 +51,8 @@ def _packed(name: str, matrices: Iterable[Matrix], *, touched: bool = False) -> 
             continue
         form = named[min(matrix.quantised, len(named)) - 1] if matrix.quantised else "bf16"
         parts[form] += matrix.rows * matrix.columns * count
-    return sum(-(-weights * FORMATS[part].weight_bits // 8) for part, weights in parts.items())
+    sizes = ((weights, FORMATS[part].weight_bits) for part, weights in parts.items())
+    return sum(-(-weights * bits.numerator // (8 * bits.denominator)) for weights, bits in sizes)
 
 
 def attention_bytes(block: Block, tp: int, name: str) -> int:

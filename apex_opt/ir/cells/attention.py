@@ -153,4 +153,4 @@ class Attention(Cell):
 
     def with_window(self, window: int | None) -> Attention:
         """The cell with another window, which changes neither weights nor shards."""
-        return replace(self, window=window)
+        return self if window == self.window else replace(self, window=window)
