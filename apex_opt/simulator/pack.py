@@ -13,10 +13,8 @@ from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
-from apex_opt.simulator.kernel import deployment as kernel
+from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
-from apex_opt.simulator.kernel.content import number_pieces_nb
-from apex_opt.simulator.kernel.jit import is_ready
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 
@@ -41,8 +39,8 @@ _TABLES = [field.name for field in fields(BatchLaw) if field.name != "copies"]
 def needs_compiling(settings: EngineSettings, stages: int) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is."""
     if settings.prefix_caching:
-        return not is_ready(kernel.serve_caching_nb)
-    return not is_ready(kernel.serve_general_nb if _is_general(settings, stages) else kernel.serve_steady_nb)
+        return not entries.SERVE_CACHING.ready()
+    return not (entries.SERVE_GENERAL if _is_general(settings, stages) else entries.SERVE_STEADY).ready()
 
 
 def _is_general(settings: EngineSettings, stages: int) -> bool:
@@ -241,12 +239,13 @@ class _Memory:
     def _serve(self, first: int, last: int, routed: I64) -> None:
         if self.stopped:
             return
+        given = (*self.run, first, last, routed, len(routed))
         if self._cache is not None:
-            kernel.serve_caching_nb(self.run, self._cache, first, last, routed)
+            entries.SERVE_CACHING(*given, *self._cache)
         elif self._general[next(place for place, its in enumerate(self._places) if first < its.stop)]:
-            kernel.serve_general_nb(self.run, first, last, routed)
+            entries.SERVE_GENERAL(*given)
         else:
-            kernel.serve_steady_nb(self.run, first, last, routed)
+            entries.SERVE_STEADY(*given)
         assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     @property
@@ -345,8 +344,11 @@ def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
 def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
     """`content.number_pieces`, compiled."""
     pieces, previous = np.zeros(len(content), np.int64), np.zeros(len(content), np.int64)
-    slots = np.full(2 << len(content).bit_length(), kn.NONE, np.int64)
-    return pieces, int(number_pieces_nb(np.array(starts), np.array(content), pieces, previous, slots))
+    slots, found = np.full(2 << len(content).bit_length(), kn.NONE, np.int64), np.zeros(1, np.int64)
+    entries.NUMBER_PIECES(
+        np.array(starts), len(starts) - 1, np.array(content), pieces, previous, slots, len(slots), found
+    )
+    return pieces, int(found[0])
 
 
 def _gaps(steps: I64, rows: I64, generated: I64) -> I64:

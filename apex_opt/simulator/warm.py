@@ -10,9 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator.api import simulate
-from apex_opt.simulator.kernel.content import number_pieces_nb
-from apex_opt.simulator.kernel.deployment import serve_caching_nb, serve_general_nb, serve_steady_nb
-from apex_opt.simulator.kernel.jit import is_ready
+from apex_opt.simulator.kernel.entries import NUMBER_PIECES, SERVE_CACHING, SERVE_GENERAL, SERVE_STEADY, Entry
 from apex_opt.simulator.law import linear_law
 from apex_opt.workload.trace import make_trace
 
@@ -23,18 +21,18 @@ class Variant(NamedTuple):
     """A run that compiles something, and what that is."""
 
     settings: EngineSettings
-    entries: tuple[Any, ...]
+    entries: tuple[Entry, ...]
 
 
 VARIANTS: Final = {
-    "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (serve_steady_nb,)),
-    "general": Variant(EngineSettings(max_model_len=4, long_prefill_token_threshold=1, **_LIMITS), (serve_general_nb,)),
+    "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_STEADY,)),
+    "general": Variant(EngineSettings(max_model_len=4, long_prefill_token_threshold=1, **_LIMITS), (SERVE_GENERAL,)),
     "caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
-        (serve_caching_nb, number_pieces_nb),
+        (SERVE_CACHING, NUMBER_PIECES),
     ),
 }
-"""The closed list: each entry of the kernel is compiled for the types of one of these runs, and for no others."""
+"""A run for each entry of the kernel."""
 
 
 def warm_up(processes: int | None = None) -> list[str]:
@@ -48,7 +46,7 @@ def warm_up(processes: int | None = None) -> list[str]:
     -------
     list of str    names of the variants that were missing
     """
-    missing = [name for name, variant in VARIANTS.items() if not all(map(is_ready, variant.entries))]
+    missing = [name for name, variant in VARIANTS.items() if not all(entry.ready() for entry in variant.entries)]
     others: list[subprocess.Popen[bytes]] = []
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])

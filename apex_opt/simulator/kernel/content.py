@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.simulator.kernel.jit import entry
 from apex_opt.simulator.kernel.state import NONE
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
 
-@entry
-def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slots: I64) -> int:
+def number_pieces_nb(
+    starts: I64, requests: int, content: I64, pieces: I64, previous: I64, slots: I64, size: int, found: I64
+) -> None:
     """Number content ids so that two are equal exactly where all before them are equal too, in order of appearance.
 
-    `slots` is an open-addressing table of positions in `content`, NONE where free, a power of two above twice their
-    number; `previous` is scratch. Returns how many numbers there are.
+    `slots` is an open-addressing table of positions in `content`, NONE where free, of a size that is a power of two
+    above twice their number; `previous` is scratch; `found` gets how many numbers there are.
     """
-    mask = slots.shape[0] - 1
+    mask = size - 1
     count = 0
-    for i in range(starts.shape[0] - 1):
+    for i in range(requests):
         before = NONE
         for place in range(starts[i], starts[i + 1]):
             h = ((before * 0x9E3779B1 + content[place]) * 0x85EBCA77) & 0x3FFFFFFFFFFFFFFF
@@ -38,4 +38,4 @@ def number_pieces_nb(starts: I64, content: I64, pieces: I64, previous: I64, slot
                     break
                 slot = (slot + 1) & mask
             before = pieces[place]
-    return count
+    found[0] = count

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import general_nb
-from apex_opt.simulator.kernel.jit import at, entry, inner
+from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ENDED,
@@ -27,41 +27,22 @@ from apex_opt.simulator.kernel.state import (
 from apex_opt.simulator.kernel.steady import steady_nb
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.state import I64
-
-
-@inner
-def addresses_nb(run: Run) -> Run:
-    """The run with the address of each array, which is all that compiled code asks of it."""
-    return Run(
-        at(run.control, 0),
-        at(run.requests, 0),
-        at(run.replicas, 0),
-        at(run.stages, 0),
-        at(run.laws, 0),
-        at(run.counts, 0),
-        at(run.scratch, 0),
-        at(run.stops, 0),
-        at(run.floors, 0),
-        at(run.steps, 0),
-        at(run.rows, 0),
-        at(run.lost, 0),
-    )
+    from apex_opt.simulator.kernel.state import I32, I64
 
 
 def serving(turns_nb: Any) -> Any:
     """`serve_nb` by an engine, given as the function that takes its turns."""
 
     @inner
-    def serve_nb(run: Run, cache: Cache | None, first: int, last: int, routed: I64) -> None:
+    def serve_nb(run: Run, cache: Cache | None, first: int, last: int, routed: I64, turns: int) -> None:
         """Run replicas `first` to `last` - 1.
 
-        Where no request is routed each has its own, and they run one after the other. Else each of `routed` goes to the
+        Where no request is routed each has its own, and they run one after the other. Else `turns` of them, each to the
         replica with the fewest unanswered ones when it arrives (ties: the lowest), so all advance to each arrival.
         """
         arrival, following = column_nb(run, ARRIVAL), column_nb(run, FOLLOWING)
-        for turn in range(len(routed) + 1):
-            until = arrival[routed[turn]] if turn < len(routed) else NEVER
+        for turn in range(turns + 1):
+            until = arrival[routed[turn]] if turn < turns else NEVER
             best, least = first, NEVER
             for replica in range(first, last):
                 r = at(run.replicas, replica * REPLICA_SIZE)
@@ -75,7 +56,7 @@ def serving(turns_nb: Any) -> Any:
                     outstanding += r[LAST_ENDED]  # answered only once the clock gets there
                 if outstanding < least:
                     best, least = replica, outstanding
-            if turn < len(routed):
+            if turn < turns:
                 r = at(run.replicas, best * REPLICA_SIZE)
                 if r[HEAD] == NONE:
                     r[HEAD] = routed[turn]
@@ -90,33 +71,83 @@ def serving(turns_nb: Any) -> Any:
 _by_steady_nb, _by_general_nb = serving(steady_nb), serving(general_nb)
 
 
-@entry
-def serve_steady_nb(run: Run, first: int, last: int, routed: I64) -> None:
+def serve_steady_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+) -> None:
     """`serve_nb` by the engine of one stage."""
-    _by_steady_nb(addresses_nb(run), None, first, last, routed)
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_steady_nb(run, None, first, last, routed, turns)
 
 
-@entry
-def serve_general_nb(run: Run, first: int, last: int, routed: I64) -> None:
+def serve_general_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+) -> None:
     """`serve_nb` by the engine that walks the running sequences, without prefix caching."""
-    _by_general_nb(addresses_nb(run), None, first, last, routed)
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_general_nb(run, None, first, last, routed, turns)
 
 
-@entry
-def serve_caching_nb(run: Run, cache: Cache, first: int, last: int, routed: I64) -> None:
+def serve_caching_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    piece_blocks: int,
+    pieces: I64,
+    starts: I64,
+    own: I64,
+    shared: I64,
+    registered: I64,
+    slot: I64,
+    slots: I64,
+    memo: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
     """`serve_nb` by the engine that walks the running sequences, with prefix caching."""
-    known = Cache(
-        cache.piece_blocks,
-        at(cache.pieces, 0),
-        at(cache.starts, 0),
-        at(cache.own, 0),
-        at(cache.shared, 0),
-        at(cache.registered, 0),
-        at(cache.slot, 0),
-        at(cache.slots, 0),
-        at(cache.memo, 0),
-        at(cache.table, 0),
-        at(cache.block, 0),
-        at(cache.holder, 0),
-    )
-    _by_general_nb(addresses_nb(run), known, first, last, routed)
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
+    _by_general_nb(run, cache, first, last, routed, turns)

@@ -1,45 +1,44 @@
-"""How functions of this folder are compiled: those that Python calls, and those that only compiled code calls."""
+"""How functions of this folder are compiled."""
 
 # mypy: disallow-untyped-calls=False
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numba
 from numba import config, types
 from numba.extending import intrinsic
 
-try:
-    from apex_opt.simulator.kernel.kept import Kept
-except ImportError:  # it leans on classes inside numba; where these are elsewhere, every process compiles
-    Kept = None  # type: ignore[assignment,misc]
-
 _njit: Any = numba.njit  # the stubs know some of its options
 
 
-def entry(function: Any) -> Any:
-    """Compile a function that Python calls when it is first called, with what was kept of that where there is any."""
-    dispatcher = _njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
-    # Where there is no folder for it, or where compiling is switched off, nothing is kept.
-    if Kept is not None and hasattr(dispatcher, "_cache"):
-        with contextlib.suppress(RuntimeError):
-            dispatcher._cache = Kept(function)  # noqa: SLF001
-    return dispatcher
-
-
 def inner(function: Any) -> Any:
-    """Compile a function that only compiled ones call: without the wrappers for others, and as a part of its caller."""
+    """Compile a function that only compiled ones call: as a part of its caller, without wrappers for others."""
     return _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
-def is_ready(dispatcher: Any) -> bool:
-    """Whether a function that `entry` returned can be called without compiling it, as far as the index tells."""
-    if not hasattr(dispatcher, "signatures") or dispatcher.signatures:
-        return True  # compiling is switched off, or done
-    kept = getattr(dispatcher, "_cache", None)
-    return Kept is not None and isinstance(kept, Kept) and kept.holds_any()
+def outer(function: Any) -> Any:
+    """Compile a function for arrays, when it is called."""
+    return _njit(nogil=True, error_model="numpy")(function)
+
+
+def native(function: Any, kinds: tuple[Any, ...]) -> str:
+    """What LLVM makes of a function that is given addresses of arrays, of these types, and integers.
+
+    Parameters
+    ----------
+    function : that returns nothing
+    kinds : `int`, or the type of an array's entries, for each parameter
+
+    Returns
+    -------
+    str    LLVM's text of the function and of all it calls, optimised
+    """
+    types_of = tuple(types.int64 if kind is int else types.CPointer(numba.from_dtype(kind)) for kind in kinds)
+    compiled = inner(function)
+    compiled.compile(types_of)
+    return str(compiled.inspect_llvm(types_of))
 
 
 if config.DISABLE_JIT or config.BOUNDSCHECK:  # type: ignore[attr-defined]
