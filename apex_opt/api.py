@@ -201,7 +201,7 @@ def energy(ask: arguments.EnergyAsk) -> Result:
 def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
     """The answer of a command on its cluster, or on each of several, side by side and with their costs told."""
     from apex_opt.cluster import cluster_names, load_wiring
-    from apex_opt.report import types
+    from apex_opt.report import studied
 
     clusters = cluster_names(ask.cluster)  # type: ignore[attr-defined]
     if len(clusters) == 1:
@@ -215,7 +215,7 @@ def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
         load_wiring(cluster)  # before the first search
     found = [one(replace(ask, cluster=cluster), True) for cluster in clusters]  # type: ignore[call-arg]
     return Result(
-        document=from_plain(types.ClustersAnswer, clusters_document(name, [each.to_dict() for each in found])),
+        document=from_plain(studied.ClustersAnswer, clusters_document(name, [each.to_dict() for each in found])),
         found=any(each.found for each in found),
         holds=all(each.holds for each in found),
     )
@@ -270,7 +270,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
 def pareto(ask: arguments.ParetoAsk) -> Result:
     """Find every plan that no other beats in all of two or three objectives."""
     from apex_opt.figures import load_objective
-    from apex_opt.report import types
+    from apex_opt.report import studied
     from apex_opt.report.pareto import pareto_document, write_front
     from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
@@ -284,14 +284,14 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
     pairs = zip(document["candidates"], front.candidates, strict=True)
     document["candidates"] = [_with_launch(row, scorer, scored, ask) for row, scored in pairs]
     files = {"plot": lambda path: write_front(path, document)} if front.candidates else {}
-    kind = types.MixedFront if problem.mixed else types.FrontAnswer
+    kind = studied.MixedFront if problem.mixed else studied.FrontAnswer
     return Result(document=from_plain(kind, document), found=bool(front.candidates), files=files)
 
 
 @command(arguments.ExplainAsk)
 def explain(ask: arguments.ExplainAsk) -> Result:
     """Say why no plan fits and what would, or why a plan loses to the best."""
-    from apex_opt.report import types
+    from apex_opt.report import studied
     from apex_opt.report.explain import explanation_document
     from apex_opt.resolve import planned, resolve
     from apex_opt.search import Scorer
@@ -305,7 +305,7 @@ def explain(ask: arguments.ExplainAsk) -> Result:
     found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit)
     best = found.answer.best
     document = explanation_document(problem, found, Scorer(problem).provenance([] if best is None else [best]))
-    kind = types.MixedExplained if problem.mixed else types.Explained
+    kind = studied.MixedExplained if problem.mixed else studied.Explained
     return Result(document=from_plain(kind, document), found=best is not None)
 
 
@@ -316,7 +316,7 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 
 
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
-    from apex_opt.report import types
+    from apex_opt.report import studied
     from apex_opt.report.capacity import capacity_document
     from apex_opt.resolve import resolve, resolve_plan
     from apex_opt.search import Scorer
@@ -339,7 +339,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
     if found.plans:
         document = _with_launch(document, scorer, found.plans[0].holds, ask)
-    return Result(document=from_plain(types.CapacityAnswer, document), found=bool(found.plans))
+    return Result(document=from_plain(studied.CapacityAnswer, document), found=bool(found.plans))
 
 
 # ---- plans that are given ----------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ def _judged(problem: Problem, deployment: Deployment, ask: SimulateAsk) -> tuple
 
 def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     """`simulate` with several plans."""
-    from apex_opt.report import types
+    from apex_opt.report import studied
     from apex_opt.report.side_by_side import compared_document
     from apex_opt.resolve import resolve_plans
     from apex_opt.search import Scorer, judge
@@ -397,7 +397,7 @@ def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     runs = [(Scorer(p), answer.best) for (p, _), answer in zip(asked, answers, strict=True) if answer.best]
     terms = differences(runs) if len(runs) > 1 else ()
     document = compared_document([str(deployment) for _, deployment in asked], documents, terms)
-    return Result(document=from_plain(types.PlansAnswer, document), found=bool(runs))
+    return Result(document=from_plain(studied.PlansAnswer, document), found=bool(runs))
 
 
 def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Callable[[Path], None]]:
@@ -518,7 +518,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     from apex_opt.cluster import Tree, load_topology, load_wiring
     from apex_opt.outputs import write_whole
     from apex_opt.placement import rankfile, read_assignment
-    from apex_opt.report import types
+    from apex_opt.report import studied
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
     from apex_opt.resolve import resolve_place
@@ -533,7 +533,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
     reason = site.refusal(ask.within, len(kept))
     if reason is not None:
-        return Result(document=from_plain(types.Unplaced, refused_document(site, reason)), found=False)
+        return Result(document=from_plain(studied.Unplaced, refused_document(site, reason)), found=False)
     found = formulation("placement").place_plan(site.facts.layouts, site.plan, ask.time_limit)
     loss = None
     if lost:
@@ -551,7 +551,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
             marked = marked if text is None else marked.marked(state, marked.named(text))
         write_topology(path, topology_document(marked), labels(placed))
 
-    document = from_plain(types.PlaceAnswer, place_document(site, found, given, ask.within, loss))
+    document = from_plain(studied.PlaceAnswer, place_document(site, found, given, ask.within, loss))
     return Result(document=document, files={"rankfile": write_ranks, "plot": draw})
 
 

@@ -140,7 +140,7 @@ def test_programs_see_the_domain_and_the_oracle_and_nothing_above(path: Path) ->
 def test_compilers_and_solvers_are_imported_where_they_are_used(path: Path) -> None:
     owners = {
         "numba": "apex_opt.simulator.kernel",
-        "ortools": "formulations.",
+        "ortools": "formulations",
         "pyarrow": "apex_opt.profiles.sources.",
         **dict.fromkeys(("torch", "vllm", "pynvml"), "apex_opt.profiles.collect.torch_"),
     }

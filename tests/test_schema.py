@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from apex_opt.report import listed, types
+from apex_opt.report import listed, studied, types
 from apex_opt.schema import Described, from_plain, json_schema, lines_of, to_plain
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schema"
 
 def documents() -> dict[str, type[types.Document]]:
     """Every type of document by the name of its schema."""
-    found = [each for module in (types, listed) for each in vars(module).values() if hasattr(each, "schema")]
-    return {each.schema: each for each in found if each not in (types.ScoredPlan, types.ScoredFleet)}
+    found = [each for module in (types, studied, listed) for each in vars(module).values() if hasattr(each, "schema")]
+    return {each.schema: each for each in found if each not in (studied.ScoredPlan, studied.ScoredFleet)}
 
 
 def path_of(name: str) -> Path:
@@ -70,7 +70,7 @@ def test_a_schema_is_valid_names_its_version_and_says_what_a_document_is(name: s
         assert described["description"].endswith(".")
 
 
-@pytest.mark.parametrize("module", [types, listed])
+@pytest.mark.parametrize("module", [types, studied, listed])
 def test_what_a_docstring_describes_is_a_field(module: ModuleType) -> None:
     for each in (one for one in vars(module).values() if isinstance(one, type) and issubclass(one, Described)):
         told = set(lines_of(each)) - {"notes"}  # of most documents, and told of all
@@ -82,7 +82,7 @@ def test_every_document_has_a_page_and_rows(name: str) -> None:
     of = documents()[name]
     module, _, function = of.PAGE.partition(":")
     assert callable(getattr(import_module(module), function))
-    assert of.ROWS in json_schema(of)["properties"] or of is types.Unplaced
+    assert of.ROWS in json_schema(of)["properties"] or of is studied.Unplaced
 
 
 class Inner(Described):

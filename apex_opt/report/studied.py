@@ -1,0 +1,431 @@
+"""The documents of explain, pareto, simulate with several plans, capacity, several clusters and place as types."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from apex_opt.report.types import (
+    Answer,
+    BestPlacement,
+    Candidate,
+    Certificate,
+    Document,
+    FleetRun,
+    Launch,
+    Lies,
+    Load,
+    MixedAnswer,
+    MovedPlacement,
+    Number,
+    OnOneType,
+    OnSeveralTypes,
+    OtherPlacement,
+    Placement,
+    QuestionFacts,
+    Searched,
+    Sources,
+    Statistics,
+    Status,
+    WhyNot,
+)
+from apex_opt.schema import Described
+
+
+class ComparedTerm(Described):
+    """A part of time, energy or memory of the plan that was asked about and of the best."""
+
+    part: str
+    name: str
+    unit: str
+    plan: float
+    best: float
+    difference: float
+    share: float
+
+
+class ComparedPlan(Described):
+    """The plan that was asked about, beside the best.
+
+    Parameters
+    ----------
+    reason : why it cannot run, or the goals that it misses
+    """
+
+    plan: str
+    gpus: int
+    value: Number
+    meets_slos: bool | None
+    reason: str | None
+    preemptions: int | None
+    batches: int | None
+    makespan_s: Number
+    terms: tuple[ComparedTerm, ...]
+    lies: tuple[Lies, ...]
+
+
+class Explained(Searched, OnOneType, WhyNot):
+    """Why there is no plan and what would give one, or why a plan loses to the best."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
+    ROWS: ClassVar[str] = "relaxations"
+
+    schema: Literal["apex_opt.explanation/2"] = "apex_opt.explanation/2"
+    comparison: ComparedPlan | None
+
+
+class MixedExplained(Searched, OnSeveralTypes, WhyNot):
+    """The same on several types of GPU, of each by itself."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
+    ROWS: ClassVar[str] = "relaxations"
+
+    schema: Literal["apex_opt.mixed_explanation/2"] = "apex_opt.mixed_explanation/2"
+    comparison: ComparedPlan | None
+
+
+class OfFront(Described):
+    """What is told of a deployment of the front besides: its value by each objective, and what starts it."""
+
+    values: Statistics
+    launch: Launch | None = None
+
+
+class FrontPlan(Candidate, OfFront):
+    """A plan of the front."""
+
+
+class FrontFleet(FleetRun, OfFront):
+    """A fleet of the front."""
+
+
+class BeatenPlan(Described):
+    """A plan that another beats."""
+
+    plan: str
+    gpus: int
+    values: Statistics
+
+
+class Front(Document):
+    """Every deployment that no other beats in all objectives, best by the first one first."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.pareto:pareto_page"
+
+    command: str
+    status: Status
+    objectives: tuple[dict[str, str | bool | float], ...]
+    reason: str | None
+    beaten: tuple[BeatenPlan, ...]
+    question: QuestionFacts
+    steady: bool | None
+    transient: Load | None
+    limited_by_arrivals: bool | None
+    notes: tuple[str, ...]
+
+
+class FrontAnswer(Front):
+    """Every plan that no other beats in all objectives, best by the first one first."""
+
+    schema: Literal["apex_opt.front/2"] = "apex_opt.front/2"
+    candidates: tuple[FrontPlan, ...]
+    certificate: Certificate
+    provenance: Sources
+
+
+class MixedFront(Front):
+    """Every fleet over several types of GPU that no other beats."""
+
+    schema: Literal["apex_opt.mixed_front/2"] = "apex_opt.mixed_front/2"
+    candidates: tuple[FrontFleet, ...]
+    optimal: bool
+    gap: Number
+    certificates: tuple[Certificate, ...]
+    pipelines: tuple[Certificate, ...]
+    provenance: dict[str, Sources]
+
+
+class ScoredPlan(Answer):
+    """One of several plans with its whole answer."""
+
+    plan: str
+
+
+class ScoredFleet(MixedAnswer):
+    """One of several deployments on several types of GPU with its whole answer."""
+
+    plan: str
+
+
+class Term(Described):
+    """A part of time, energy or memory, of every plan that can run."""
+
+    part: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    share: float
+
+
+class Differences(Described):
+    """What differs between plans, which by their numbers from 1."""
+
+    plans: tuple[int, ...]
+    terms: tuple[Term, ...]
+
+
+class PlansAnswer(Document):
+    """Several given plans side by side.
+
+    Parameters
+    ----------
+    best : number of the best of them, from 1
+    """
+
+    PAGE: ClassVar[str] = "apex_opt.report.side_by_side:compared_page"
+    ROWS: ClassVar[str] = "plans"
+
+    schema: Literal["apex_opt.plans/2"] = "apex_opt.plans/2"
+    command: str
+    status: Status
+    best: int | None
+    plans: tuple[ScoredPlan | ScoredFleet, ...]
+    differences: Differences
+    question: QuestionFacts
+    provenance: Sources | dict[str, Sources]
+    transient: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+class Asked(Described):
+    """What capacity was asked for."""
+
+    for_: Literal["highest rate", "fewest GPUs"]
+    rate_per_s: Number
+    resolution: Number
+
+
+class Evidence(Described):
+    """What shows that a rate is sustained.
+
+    Parameters
+    ----------
+    served_per_s : requests answered
+    saturated_per_s : requests answered where they all wait
+    """
+
+    requests: int
+    warm_up_requests: int
+    backlog_first_half: Number
+    backlog_second_half: Number
+    backlog_growing: bool
+    served_per_s: float
+    goals_first_half: Statistics
+    goals_whole: Statistics
+    saturated_per_s: Number
+    margin_below_saturated: Number
+    further_runs: int
+    requests_of_each: int
+    goals_predicted_at_worst: Statistics
+
+
+class Rated(Described):
+    """The highest rate that a deployment sustains, and why not the next one."""
+
+    rate_per_s: float
+    rate_per_gpu_per_s: float
+    times_own_rate: Number
+    steady: bool
+    next_rate_per_s: Number
+    why_not_next: str | None
+    missed_at_next_rate: Statistics
+    arrivals_s: float
+    after_last_arrival_s: float
+    evidence: Evidence
+
+
+class RatedPlan(Candidate, Rated):
+    """A plan and the highest rate it sustains."""
+
+
+class RatedFleet(FleetRun, Rated):
+    """A fleet and the highest rate it sustains."""
+
+
+class RateCounts(Described):
+    """How the deployments of a part were accounted for where rates are looked for.
+
+    Parameters
+    ----------
+    larger : on more GPUs than are needed
+    """
+
+    space: int
+    infeasible: dict[str, int]
+    bounded: int
+    ruled_out: int
+    found: int
+    larger: int
+    complete: bool
+    repeated: int
+
+
+class RatePart(RateCounts):
+    """The same of one part of several."""
+
+    shape: str
+    types: tuple[str, ...]
+    left: int
+
+
+class RateCertificate(RateCounts):
+    """How every plan was accounted for where rates are looked for."""
+
+    simulations: int
+
+
+class MixedRateCertificate(Described):
+    """The same on several types of GPU, part by part."""
+
+    parts: tuple[RatePart, ...]
+    simulations: int
+    complete: bool
+    gap: Number
+
+
+class CapacityAnswer(Document):
+    """The highest rate within the goals, or the fewest GPUs for a rate."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.capacity:capacity_page"
+
+    schema: Literal["apex_opt.capacity/2"] = "apex_opt.capacity/2"
+    command: str
+    status: Status
+    asked: Asked
+    steady: bool
+    reason: str | None
+    best: RatedPlan | RatedFleet | None
+    candidates: tuple[RatedPlan | RatedFleet, ...]
+    certificate: RateCertificate | MixedRateCertificate
+    assumption: str | None
+    question: QuestionFacts
+    provenance: Sources | dict[str, Sources]
+    notes: tuple[str, ...]
+    launch: Launch | None = None
+
+
+class ClusterAnswer(Described):
+    """The answer on one of several clusters."""
+
+    cluster: str
+    answer: Answer | MixedAnswer | CapacityAnswer
+
+
+class ClustersAnswer(Document):
+    """The same question on several clusters, side by side; clusters by their numbers from 1."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.clusters:clusters_page"
+    ROWS: ClassVar[str] = "clusters"
+
+    schema: Literal["apex_opt.clusters/2"] = "apex_opt.clusters/2"
+    command: str
+    status: Status
+    cheapest: int | None
+    fastest: int | None
+    fastest_by: str
+    best: int | None
+    clusters: tuple[ClusterAnswer, ...]
+    question: QuestionFacts
+    transient: dict[str, tuple[str, ...]]
+    provenance: Sources
+    notes: tuple[str, ...]
+
+
+class Site(Document):
+    """A plan to be placed, and why it cannot be where it cannot."""
+
+    PAGE: ClassVar[str] = "apex_opt.report.placement:place_page"
+    ROWS: ClassVar[str] = "devices"
+
+    command: str
+    plan: str
+    model: str
+    cluster: str
+    gpu: str
+    gpus: dict[str, int]
+    notes: tuple[str, ...]
+    status: Status
+    reason: str | None
+
+
+class Unplaced(Site):
+    """A plan that cannot be placed, and why."""
+
+    schema: Literal["apex_opt.unplaced/2"] = "apex_opt.unplaced/2"
+
+
+class Domain(Described):
+    """A switch, socket, node or leaf with room."""
+
+    name: str
+    gpus: tuple[str, ...]
+    replicas: int
+
+
+class Within(Described):
+    """Domains with room for a replica, and how many have none."""
+
+    kind: str
+    domains: tuple[Domain, ...]
+    others: int
+
+
+class Move(Described):
+    """A rank that goes elsewhere."""
+
+    replica: int
+    before: int
+    stage: int
+    rank: int
+    from_: str
+    to: str
+    weights_bytes: int
+
+
+class Lost(Described):
+    """GPUs that go, and where the plan goes then."""
+
+    gpus: tuple[str, ...]
+    used: tuple[str, ...]
+    plan: str
+    replicas_kept: tuple[int, ...]
+    replicas_lost: tuple[int, ...]
+    before: Placement
+    placement: MovedPlacement
+    moved: int
+    moved_bytes: int
+    fewest: bool
+    moves: tuple[Move, ...]
+
+
+class Left(Described):
+    """What stays free: nodes by their free GPUs, and what fits."""
+
+    gpus: int
+    groups: dict[str, int]
+    fits: tuple[dict[str, str | int], ...]
+
+
+class PlaceAnswer(Site):
+    """Where a plan goes and what its collectives take there, beside ranks in order."""
+
+    schema: Literal["apex_opt.placement/2"] = "apex_opt.placement/2"
+    batch: dict[str, int]
+    placement: BestPlacement
+    given: OtherPlacement | None
+    rank_order: OtherPlacement
+    proof: dict[str, int | bool]
+    within: Within | None
+    loss: Lost | None
+    left: Left
+    devices: tuple[dict[str, int | dict[str, str] | None], ...]
+    provenance: Sources
