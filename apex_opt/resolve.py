@@ -12,6 +12,7 @@ from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_po
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, load_rules, rules_of
+from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
@@ -84,7 +85,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
-    whole = ask.policy != "vllm" or not ask.chunked_prefill
+    whole = not POLICIES[ask.policy].splits_prompts or not ask.chunked_prefill
     longest = ask.max_model_len
     if longest is None:
         # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.

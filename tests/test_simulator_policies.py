@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, assert_same, blocks_of, cases, linear, moved, requests
 
+from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.plan.engine import POLICIES, EngineSettings
+from apex_opt.plan.engine import EngineSettings
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:

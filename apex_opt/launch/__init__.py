@@ -41,7 +41,7 @@ def launch(question: Problem, plan: Plan, engine: str, checkpoint: str, assignme
     refused = [*refusals(spoken.rules, question.model, question.cluster.gpu, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
         refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
-    if asked.settings.policy != "vllm":
+    if not asked.settings.batching.deployed:
         refused.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.checks import shown
 
 if TYPE_CHECKING:
+    from apex_opt.engines.policies import Policy
     from apex_opt.engines.rules import EngineRules
     from apex_opt.plan.plan import Plan
 
 _LARGEST = 1 << 31
-POLICIES: Final = ("vllm", "orca", "static")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +62,21 @@ class EngineSettings:
     runnable: EngineRules | None = None
 
     @property
+    def batching(self) -> Policy:
+        """What there is to know of the policy."""
+        return POLICIES[self.policy]
+
+    @property
     def whole_prompts(self) -> bool:
         """Whether a prompt is computed in one batch or not at all."""
-        return self.policy != "vllm" or not self.chunked_prefill
+        return not self.batching.splits_prompts or not self.chunked_prefill
 
     def depth(self, stages: int) -> int:
         """Batches in flight at once, over so many pipeline stages.
 
-        As many as stages; on one stage 2 where the next batch is scheduled while the last one runs, else 1. Static
-        batching has nothing to schedule while a batch runs.
+        As many as stages; on one stage 2 where the next batch is scheduled while the last one runs, else 1.
         """
-        if self.policy == "static":
+        if not self.batching.forms_ahead:
             return 1
         return stages if stages > 1 else 1 + self.async_scheduling
 
@@ -96,8 +101,11 @@ class EngineSettings:
             )
         if self.policy not in POLICIES:
             raise UnknownNameError("batching policy", str(self.policy)[:60], POLICIES)
-        if self.policy != "vllm" and self.prefix_caching:
-            raise UsageError(f"prefix_caching goes with the policy vllm, not with {self.policy}; leave one of them out")
+        if self.prefix_caching and not self.batching.finds_prefixes:
+            with_it = ", ".join(policy.name for policy in POLICIES.values() if policy.finds_prefixes)
+            raise UsageError(
+                f"prefix_caching goes with the policy {with_it}, not with {self.policy}; leave one of them out"
+            )
         if self.whole_prompts and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(
                 f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "

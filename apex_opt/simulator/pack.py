@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
-from apex_opt.plan.engine import POLICIES
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.kernel import entries
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     I64 = NDArray[np.int64]
 
 assert kn.RATE_BITS == RATE_BITS
-assert tuple(map(POLICIES.index, ("vllm", "orca", "static"))) == (kn.VLLM, kn.ORCA, kn.STATIC)
+_POLICIES = list(POLICIES)
+assert [_POLICIES.index(name) for name in ("vllm", "orca", "static")] == [kn.VLLM, kn.ORCA, kn.STATIC]
 _TABLES = [field.name for field in fields(BatchLaw) if field.name != "copies"]
 
 
@@ -310,7 +311,7 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.THRESHOLD: settings.long_prefill_token_threshold,
         kn.BLOCK_SIZE: settings.block_size,
         kn.ASYNCHRONOUS: settings.async_scheduling,
-        kn.POLICY: POLICIES.index(settings.policy),
+        kn.POLICY: _POLICIES.index(settings.policy),
         kn.DEPTH: settings.depth(stages),
         kn.STAGES: stages,
         kn.FREE: pool.blocks,
