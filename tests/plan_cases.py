@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import combinations, product
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.ir.scheme import Scheme
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plan.deployment import Deployment, Pool
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.memory import stage_memory
 from apex_opt.search import Offer, Problem, Scorer
+from apex_opt.search.dealing import dealt
+from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
 from apex_opt.units import GIB
 from apex_opt.workload import Trace, make_trace
 from formulations.plan_space import PlanSpace
@@ -378,6 +381,11 @@ def beside(problem: Problem, *clusters: Cluster, **changes: Any) -> Problem:
     return replace(problem, offers=offers, **({"max_devices": devices} | changes))
 
 
+def on(problem: Problem, cluster: Cluster) -> Problem:
+    """The problem on all of other GPUs."""
+    return replace(problem.offering(cluster=cluster), max_devices=cluster.size)
+
+
 def simulated(scorer: Scorer, plan: Plan) -> Scored:
     """A plan on the only type of GPU, simulated to its end."""
     return scorer.simulate(Deployment.of(plan))
@@ -459,6 +467,52 @@ def random_problem(seed: int) -> Problem:
                 goals.append(random_goal(other, metrics, factor))
             problem = replace(problem, slos=parse_goals(",".join(goals)))
     return problem
+
+
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"name": "slow", "memory_bytes_per_s": 1.5e12, "flops_per_s": (("bf16", 300e12),), "price_per_h": 1.1},
+    {"name": "frugal", "tdp_w": 300.0, "idle_w": 20.0, "memory_bytes_per_s": 2e12, "price_per_h": 0.9},
+    {"name": "fast", "memory_bytes_per_s": 8e12, "flops_per_s": (("bf16", 2000e12),), "price_per_h": 6.0},
+)
+
+
+def random_mixed(seed: int) -> Problem:
+    """A small problem on one GPU or two of each of two types; pipelines span them in every other one."""
+    problem = random_problem(seed)
+    memory = problem.cluster.gpu.memory_bytes
+    one = make_cluster(1 + seed % 2, memory_bytes=memory)
+    gpus = int(np.random.default_rng(seed).choice([1, 2]))
+    other = make_cluster(gpus, **{"memory_bytes": memory, **OTHERS[seed % len(OTHERS)]})
+    between = make_cluster(1, 2).inter if seed % 4 < 2 else None
+    first, second = (one, other) if seed % 2 else (other, one)
+    found = beside(on(problem, first), second, between=between)
+    return replace(found, max_devices=2) if seed % 5 == 4 else found
+
+
+def every_deployment(scorer: Scorer) -> list[Deployment]:
+    """All that can run: every plan of each type alone, every mix of them that is dealt to, every pipeline over two."""
+    problem, pools = scorer.problem, []
+    for place, name in enumerate(problem.types):
+        alone = problem.alone(place)
+        plans = [plan for plan in space(alone.instance()) if not violations(alone.instance(), plan)]
+        gpu = name if problem.mixed else None
+        clocked = [replace(plan, clock_mhz=clock) for clock in alone.offer.clocks for plan in plans]
+        pools.append([Pool(plan=plan, gpu=gpu) for plan in clocked])
+    found = [Deployment(pools=(pool,)) for own in pools for pool in own]
+    for size in range(2, len(pools) + 1):
+        for chosen in combinations(pools, size):
+            for some in product(*chosen):
+                weights = [scorer.weight(pool, scorer.facts_of(pool)) for pool in some]
+                owners = set(dealt(np.array([weights]), len(problem.trace))[0].tolist())
+                enough = (problem.trace.concurrency or size) >= size and len(owners) == size
+                if enough and sum(pool.plan.devices for pool in some) <= problem.max_devices:
+                    found.append(Deployment(pools=some))
+    for one, other in combinations(range(len(pools)), 2):
+        if (both := joined(problem, one, other)) is not None:
+            splits = Splits(scorer.facts(*both.types), PlanSpace())
+            cuts = [cut.times(count) for cut, counts in pipelines(both) for count in counts]
+            found += [Deployment.of(plan) for plan in map(splits, cuts) if plan is not None]
+    return found
 
 
 def random_goal(rng: np.random.Generator, metrics: Metrics, factor: float) -> str:

@@ -8,37 +8,38 @@ from functools import cache
 
 import numpy as np
 import pytest
-from plan_cases import SMALL, dense, make_cluster, make_model, make_question
+from plan_cases import SMALL, dense, make_cluster, make_model, make_problem
 
 from apex_opt.figures import parse_goals
+from apex_opt.plan.deployment import Deployment
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Evaluator, Question
-from apex_opt.search.capacity import fewest_gpus, highest_rate
-from apex_opt.search.steady import Steady
+from apex_opt.search import Problem, Scorer
+from apex_opt.studies.capacity import fewest_gpus, highest_rate
+from apex_opt.studies.steady import Steady
 from apex_opt.workload import describe_trace, make_trace
 from formulations.plan_space import PlanSpace
 
 SPACE = PlanSpace()
 MODEL = make_model((dense(), 4))
-PLAN = parse_plan("tp1", MODEL)
+PLAN = Deployment.of(parse_plan("tp1", MODEL))
 
 
-def queue(slo: str, kind: str = "poisson:", n: int = 1000, seed: int = 0) -> Question:
+def queue(slo: str, kind: str = "poisson:", n: int = 1000, seed: int = 0) -> Problem:
     """One request at a time, each of the same length and of one token: an M/D/1 queue where arrivals are Poisson."""
     trace = describe_trace(f"{kind}rate=1,n={n},prompt=512,output=1", seed)
     settings = replace(SMALL, max_num_seqs=1, async_scheduling=False)
-    return make_question(MODEL, make_cluster(1), trace, slo, settings=settings)
+    return make_problem(MODEL, make_cluster(1), trace, slo, settings=settings)
 
 
 @cache
 def service_s() -> float:
     """Time that the server takes for a request, by itself."""
-    question = queue("ttft_p95<=1min", n=1)
-    return Evaluator(question).simulate(PLAN).metrics.latency_s["ttft"]["mean"] - outside_s()
+    problem = queue("ttft_p95<=1min", n=1)
+    return Scorer(problem).simulate(PLAN).metrics.latency_s["ttft"]["mean"] - outside_s()
 
 
 def outside_s() -> float:
-    return Evaluator(queue("ttft_p95<=1min", n=1)).costs.request_ns / 1e9
+    return Scorer(queue("ttft_p95<=1min", n=1)).outside_ns / 1e9
 
 
 def waits_no_longer(load: float, times: float) -> float:
@@ -105,24 +106,24 @@ def test_a_goal_on_the_longest_waits_ends_where_the_formula_says(load: float, fo
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("load", [1.0, 1.002, 1.01, 1.1, 3.0])
 def test_an_unstable_rate_is_never_called_sustained(seed: int, load: float) -> None:
-    question = queue("ttft_p95<=500min", n=300, seed=seed)
-    steady, rate = Steady(question), load / service_s()
+    problem = queue("ttft_p95<=500min", n=300, seed=seed)
+    steady, rate = Steady(problem), load / service_s()
     trial = steady.run(PLAN, rate)
     assert not trial.holds or not steady.confirmed(PLAN, rate, trial).holds
     if seed == 0:
-        answer = fewest_gpus(question, SPACE, rate)
+        answer = fewest_gpus(problem, SPACE, rate)
         assert (answer.status, answer.plans) == ("infeasible", ())
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_answer_holds_for_twenty_times_the_requests_with_other_arrivals(seed: int) -> None:
-    question = queue("ttft_p95<=30ms", n=500, seed=seed)
-    best = highest_rate(question, SPACE).plans[0]
+    problem = queue("ttft_p95<=30ms", n=500, seed=seed)
+    best = highest_rate(problem, SPACE).plans[0]
     rng = np.random.default_rng(seed + 100)
     for _ in range(5):
         arrival = np.cumsum(rng.exponential(1e9 / best.rate_per_s, 10_000)).astype(np.int64)
         trace = make_trace(name="more", arrival_ns=arrival, prompt=[512] * 10_000, output=[1] * 10_000)
-        metrics = Evaluator(replace(question, trace=trace)).simulate(best.plan).metrics
+        metrics = Scorer(replace(problem, trace=trace)).simulate(best.deployment).metrics
         assert all(metrics.slo_met.values())
 
 
@@ -130,8 +131,8 @@ def test_requests_that_are_still_under_way_make_a_run_longer() -> None:
     """All requests of a short run come before the first is answered: nothing of it is steady."""
     trace = describe_trace("poisson:rate=1,n=50,prompt=16,output=2000")
     settings = replace(SMALL, max_model_len=2048, max_num_seqs=64)
-    question = make_question(MODEL, make_cluster(1), trace, "e2e_p95<=500min", settings=settings)
-    best = highest_rate(question, SPACE).plans[0]
+    problem = make_problem(MODEL, make_cluster(1), trace, "e2e_p95<=500min", settings=settings)
+    best = highest_rate(problem, SPACE).plans[0]
     evidence = best.evidence
     assert evidence.transient.arrivals_s >= 20 * best.holds.metrics.latency_s["e2e"]["mean"]
     assert not evidence.transient.growing
@@ -140,29 +141,28 @@ def test_requests_that_are_still_under_way_make_a_run_longer() -> None:
 
 def test_a_goal_that_could_fail_in_another_run_is_not_called_sustained() -> None:
     wait_s = p95_wait(0.8) * service_s()
-    question = queue(f"ttft_p95<={wait_s + service_s() + outside_s():.12f}s", n=1000)
-    best = highest_rate(question, SPACE, resolution=0.002).plans[0]
+    problem = queue(f"ttft_p95<={wait_s + service_s() + outside_s():.12f}s", n=1000)
+    best = highest_rate(problem, SPACE, resolution=0.002).plans[0]
     assert best.why == "prediction"
     (text,) = best.evidence.predicted
-    assert best.evidence.predicted[text] <= question.slos[0].limit
-    assert best.evidence.whole[text] < question.slos[0].limit
+    assert best.evidence.predicted[text] <= problem.slos[0].limit
+    assert best.evidence.whole[text] < problem.slos[0].limit
     assert best.evidence.runs == 6
 
 
 def test_a_rate_is_judged_by_the_goals_after_the_warm_up_too() -> None:
-    question = queue("ttft_p95<=30ms")
-    steady = Steady(question)
+    problem = queue("ttft_p95<=30ms")
+    steady = Steady(problem)
     trial = steady.run(PLAN, 0.5 / service_s())
     assert trial.evidence is not None
     assert trial.evidence.warm_up == 0.2 * trial.evidence.requests
-    text = question.slos[0].text
+    text = problem.slos[0].text
     rows = slice(trial.evidence.warm_up, None)
-    evaluator = steady.at(0.5 / service_s())
-    outcome = evaluator.run(PLAN, (float("inf"),))
-    assert outcome is not None
-    waits = (outcome.first_token_ns - outcome.arrival_ns)[rows] / 1e9 + outside_s()
+    served = steady.at(0.5 / service_s()).run(PLAN)
+    assert served is not None
+    waits = (served.whole.first_token_ns - served.whole.arrival_ns)[rows] / 1e9 + outside_s()
     assert trial.evidence.whole[text] == pytest.approx(np.percentile(waits, 95))
-    tight = replace(question, slos=parse_goals(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
+    tight = replace(problem, slos=parse_goals(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
     assert Steady(tight).run(PLAN, 0.5 / service_s()).why == "goals"
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.search.rates import FASTEST_PER_S, SLOWEST_PER_S, Grid, highest_step
+from apex_opt.studies.rates import FASTEST_PER_S, SLOWEST_PER_S, Grid, highest_step
 from apex_opt.workload.trace import MAX_ARRIVAL_NS
 
 
