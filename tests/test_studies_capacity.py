@@ -207,12 +207,12 @@ def test_twice_the_times_of_everything_halve_the_rate(monkeypatch: pytest.Monkey
     assert twice.plans[0].rate_per_s == pytest.approx(once.plans[0].rate_per_s / 2, rel=1e-4)
 
 
-def test_most_plans_of_a_larger_space_take_one_simulation() -> None:
+def test_most_plans_of_a_larger_space_take_one_simulation_or_none() -> None:
     model = make_model((dense(heads=32, kv=8, hidden=4096, width=128, columns=14336), 32))
     problem = make_problem(model, make_cluster(8), random_trace(2, 300), "ttft_p95<=100ms,tpot_p95<=20ms")
     part = part_of(highest_rate(problem, SPACE))
-    assert ruled_out(part) > 3 * found(part)
-    assert part.bounded > 0
+    assert part.bounded + ruled_out(part) > 3 * found(part)
+    assert part.bounded > found(part)
 
 
 def test_a_finer_grid_brackets_the_coarser_answer() -> None:
@@ -501,3 +501,16 @@ def test_what_is_left_when_the_time_is_up_is_told_and_how_much_better_it_can_be(
         assert answer.ledger.gap is not None
         best = mixed_answer(3).plans[0].rate_per_s
         assert best <= answer.plans[0].rate_per_s * (1 + answer.ledger.gap)
+
+
+def test_a_rate_that_is_too_much_work_for_every_deployment_is_told_as_one() -> None:
+    model = make_model((dense(hidden=1024, columns=4096), 4))
+    clusters = make_cluster(1), make_cluster(1, **OTHERS[0])
+    problem = make_problem(model, clusters, random_trace(3, 40), "ttft_p95<=30min")
+    answer = fewest_gpus(problem, SPACE, 30_000.0)
+    assert (answer.status, answer.plans) == ("infeasible", ())
+    assert answer.reason is not None
+    assert answer.reason.startswith("at 3e+04 requests/s, ")
+    assert "None" not in answer.reason
+    (mixed,) = answer.ledger.of("mixed")
+    assert (mixed.simulated, mixed.bounded) == (0, mixed.space)

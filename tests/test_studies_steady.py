@@ -158,9 +158,9 @@ def test_a_rate_is_judged_by_the_goals_after_the_warm_up_too() -> None:
     assert trial.evidence.warm_up == 0.2 * trial.evidence.requests
     text = problem.slos[0].text
     rows = slice(trial.evidence.warm_up, None)
-    served = steady.at(0.5 / service_s()).run(PLAN)
-    assert served is not None
-    waits = (served.whole.first_token_ns - served.whole.arrival_ns)[rows] / 1e9 + outside_s()
+    outcome = steady.at(0.5 / service_s()).run(PLAN)
+    assert outcome is not None
+    waits = (outcome.first_token_ns - outcome.arrival_ns)[rows] / 1e9 + outside_s()
     assert trial.evidence.whole[text] == pytest.approx(np.percentile(waits, 95))
     tight = replace(problem, slos=parse_goals(f"ttft_p95<={trial.evidence.whole[text] - 1e-9:.12f}s"))
     assert Steady(tight).run(PLAN, 0.5 / service_s()).why == "goals"

@@ -433,12 +433,10 @@ class _Space:
     def at(self, gpus: int, rate_per_s: float) -> Iterator[Branch]:
         """The deployments on so many GPUs, the best by their bounds first; of several pools the likeliest first.
 
-        Those whose least work does not allow the rate are counted.
+        Of the many of several pools those whose least work does not allow the rate are counted.
         """
         for part in self.parts:
-            mine = [one for one in self.alone if one.part is part and one.leaf.deployment.devices == gpus]
-            able = [one for one in mine if one.most_per_s >= rate_per_s]
-            part.out_of_reach += len(mine) - len(able)
+            able = [one for one in self.alone if one.part is part and one.leaf.deployment.devices == gpus]
             able.sort(key=lambda one: (one.leaf.bound, str(one.leaf.deployment)))
             yield Queue(part, [replace(one.leaf, bound=(float(gpus), *one.leaf.bound)) for one in able])
         unknown = (float(gpus), *(-inf for _ in self.scorer.problem.objectives))
@@ -573,7 +571,9 @@ def _why_not(where: str, problem: Problem, formulation: Formulations, space: _Sp
     if ledger.waiting:
         return f"{where}, the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
     if space.given is None:
-        reason = str(search(problem, formulation).reason)
+        reason = search(problem, formulation).reason
+        if reason is None:
+            return f"{where}, what meets the goals for a while falls behind in the end: lower the rate or offer more GPUs"
         return f"{where}, {reason}" if space.feasible else reason
     if not space.feasible:
         return str(space.reason)
