@@ -573,7 +573,7 @@ def _why_not(where: str, problem: Problem, formulation: Formulations, space: _Sp
     if space.given is None:
         reason = search(problem, formulation).reason
         if reason is None:
-            return f"{where}, what meets the goals for a while falls behind in the end: lower the rate or offer more GPUs"
+            return f"{where}, what meets the goals for a while falls behind: lower the rate or offer more GPUs"
         return f"{where}, {reason}" if space.feasible else reason
     if not space.feasible:
         return str(space.reason)
