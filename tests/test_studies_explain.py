@@ -24,17 +24,17 @@ from plan_cases import (
     random_trace,
 )
 
-from apex_opt.ask import Options, ask
+from apex_opt.arguments import PlanAsk
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, VLLM
 from apex_opt.evaluate import space, violations
 from apex_opt.figures import parse_goals
 from apex_opt.figures.measure import each
 from apex_opt.ir import load_model
-from apex_opt.options import method
 from apex_opt.plan.deployment import Deployment, parse_deployment
 from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import default_kv_format, parse_plan
+from apex_opt.resolve import resolve
 from apex_opt.search import Problem, Scored, Scorer, search
 from apex_opt.search.search import silent
 from apex_opt.studies.explain import Clash, Explanation, Relaxation, compare, differences, explain, explained
@@ -376,7 +376,7 @@ def test_where_the_time_is_up_between_the_first_plan_and_the_best_the_first_is_t
 
 
 def test_the_plan_nearest_to_what_an_engine_can_run_breaks_the_fewest_of_its_rules() -> None:
-    problem = ask(Options.of(method("plan")(None, **V100).options))
+    problem = resolve(PlanAsk(**V100))
     (clash,) = explain(problem, SPACE).clashes
     assert clash.of == ("engine",)
     assert "compute capability" in clash.facts[0]
