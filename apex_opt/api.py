@@ -330,6 +330,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
         problem, deployment = resolve_plan(ask.plan, unrated, rated=True)
     problem = _priced(problem, priced)
     given: dict[str, Any] = {"deployment": deployment, "progress": ask.tell, "top": ask.top}
+    given["time_limit_s"] = ask.time_limit
     space = formulation("plan_space").PlanSpace()
     if ask.rate is None:
         found = highest_rate(problem, space, resolution=ask.resolution, **given)

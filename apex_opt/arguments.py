@@ -463,12 +463,14 @@ class CapacityAsk(Ask):
     plan : The only plan to ask about, such as tp8; by default all are searched.
     resolution : Step of the rates that are searched, as a share of the rate.
     top : Candidates to show, best first.
+    time_limit : Seconds after which no further plan is asked about; the answer tells what is left. By default none.
     """
 
     slo: str
     plan: str | None = None
     resolution: Annotated[float, Param(0.001, 1)] = 0.02
     top: Top = 5
+    time_limit: Seconds = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

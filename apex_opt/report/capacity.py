@@ -82,7 +82,7 @@ def _part(part: Part, larger: int) -> Document:
         "ruled_out": part.simulated - found,
         "found": found,
         "larger": larger,
-        "complete": part.complete,
+        "complete": part.complete and not part.waiting,
         "repeated": part.repeated,
     }
 
