@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""
 
+OF_CUTS: Final = tuple(family for family in FAMILIES if family not in ("memory", "bandwidth"))
+"""Those that depend on how a replica is cut alone, wherever its layers lie."""
+
 IMBALANCE: Final = (3, 2)
 """The largest stage may hold at most 3/2 of the mean layers per stage: beyond, devices mostly wait."""
 

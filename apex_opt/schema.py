@@ -2,7 +2,7 @@
 
 The type hints of a dataclass say what a document holds. A field whose default is None is left out where it has none;
 all others are always there. A line `name : what it means` in the docstring describes a field, and the ending of its
-name tells the unit of a number.
+name tells the unit of a number. A field `further` is a dictionary of whatever else there is, under names of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache, reduce
 from operator import or_
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 D = TypeVar("D")
+_FURTHER: Final = "further"
 _LINE: Final = re.compile(r"^(\w+) : (.+(?:\n +.+)*)", re.MULTILINE)
 _UNITS: Final = {
     "_bytes_per_s": "bytes/s",
@@ -64,9 +65,10 @@ def _hints(of: Any) -> dict[str, Any]:
 def to_plain(value: Any) -> Any:
     """A document as dictionaries, lists, texts and numbers."""
     if is_dataclass(value) and not isinstance(value, type):
-        pairs = [(each, getattr(value, each.name)) for each in fields(value)]
+        pairs = [(each, getattr(value, each.name)) for each in _named(value)]
         # A name that Python keeps for itself ends in an underscore.
-        return {f.name.rstrip("_"): to_plain(v) for f, v in pairs if v is not None or f.default is not None}
+        told = {f.name.rstrip("_"): to_plain(v) for f, v in pairs if v is not None or f.default is not None}
+        return told | to_plain(getattr(value, _FURTHER, {}))
     if isinstance(value, dict):
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -102,13 +104,22 @@ def _read(hint: Any, value: Any, at: str) -> Any:
     if is_dataclass(hint):
         hints = _hints(hint)  # type: ignore[arg-type]
         given = {key: _read(hints[name], value[key], f"{at}.{key}") for name, key in _keys(hint) if key in value}
-        return hint(**{name: given[key] for name, key in _keys(hint) if key in given})  # type: ignore[operator]
+        named: dict[str, Any] = {name: given[key] for name, key in _keys(hint) if key in given}
+        if _FURTHER in hints:
+            unnamed = {key: item for key, item in value.items() if key not in given}
+            named[_FURTHER] = _read(hints[_FURTHER], unnamed, at)
+        return hint(**named)  # type: ignore[operator]
     return value
 
 
+def _named(of: Any) -> list[Field[Any]]:
+    """The fields that are keys of a document."""
+    return [each for each in fields(of) if each.name != _FURTHER]
+
+
 def _keys(of: Any) -> list[tuple[str, str]]:
-    """Field and key of everything in a document."""
-    return [(each.name, each.name.rstrip("_")) for each in fields(of)]
+    """Field and key of everything in a document that has a field."""
+    return [(each.name, each.name.rstrip("_")) for each in _named(of)]
 
 
 def _suits(hint: Any, value: Any) -> bool:
@@ -123,8 +134,11 @@ def _suits(hint: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict)
     if is_dataclass(hint):
-        needed = {f.name.rstrip("_") for f in fields(hint) if f.default is MISSING}
-        return isinstance(value, dict) and needed <= set(value) <= {key for _, key in _keys(hint)}
+        needed = {f.name.rstrip("_") for f in _named(hint) if f.default is MISSING}
+        if not isinstance(value, dict):
+            return False
+        known = set(value) if _FURTHER in _hints(hint) else {key for _, key in _keys(hint)}  # type: ignore[arg-type]
+        return needed <= set(value) <= known
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     return type(value) is hint
@@ -140,7 +154,7 @@ def json_schema(of: type[Any]) -> dict[str, Any]:
 
 def _object(of: type[Any], defined: dict[str, Any]) -> dict[str, Any]:
     told, hints, properties = lines_of(of), _hints(of), {}  # type: ignore[arg-type]
-    for each in fields(of):
+    for each in _named(of):
         hint = hints[each.name]
         if each.default is None:
             hint = reduce(or_, (part for part in get_args(hint) if part is not NoneType))
@@ -155,8 +169,8 @@ def _object(of: type[Any], defined: dict[str, Any]) -> dict[str, Any]:
         "description": inspect.cleandoc(of.__doc__ or "").partition("\n")[0],
         "type": "object",
         "properties": properties,
-        "required": [f.name.rstrip("_") for f in fields(of) if f.default is not None],
-        "additionalProperties": False,
+        "required": [f.name.rstrip("_") for f in _named(of) if f.default is not None],
+        "additionalProperties": _typed(get_args(hints[_FURTHER])[1], defined) if _FURTHER in hints else False,
     }
 
 

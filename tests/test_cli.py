@@ -397,6 +397,13 @@ def test_progress_is_on_stderr_only(planned: tuple[dict[str, Any], str]) -> None
     assert "error" not in ran.err
 
 
+def test_a_deployment_of_several_pools_is_simulated_and_shown_pool_by_pool() -> None:
+    words = ("--model=llama-3.1-8b", "--cluster=1xh100-sxm+1xl40s", "--trace=poisson:rate=9,n=20,prompt=64,output=8")
+    ran = run("simulate", *words, "--plan=h100-sxm-80gb: tp1 + l40s-48gb: tp1")
+    assert ran.code == 0, ran.err
+    assert "Parts of the fleet" in ran.out and "alone" not in ran.out
+
+
 def test_a_simulated_plan_equals_the_same_plan_found(planned: tuple[dict[str, Any], str]) -> None:
     best = planned[0]["best"]
     ran = run(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import fields
+from dataclasses import field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,6 +146,26 @@ def test_a_schema_says_types_units_and_meanings() -> None:
     inner = schema["$defs"]["Inner"]["properties"]
     assert inner["size_bytes"] == {"type": ["integer", "null"], "unit": "bytes", "description": "how much it takes"}
     assert inner["kind"] == {"enum": ["a", "b"]}
+
+
+class Open(Described):
+    """A document that takes more than it names."""
+
+    named: int
+    further: dict[str, float | dict[str, float]] = field(default_factory=dict)
+
+
+def test_what_a_document_holds_under_further_names_is_read_written_and_described() -> None:
+    plain = {"named": 1, "x": 2.0, "y": {"p95": 3.0}}
+    read = from_plain(Open, plain)
+    assert (read.named, read.further) == (1, {"x": 2.0, "y": {"p95": 3.0}})
+    assert to_plain(read) == plain and to_plain(from_plain(Open, {"named": 1})) == {"named": 1}
+    for wrong in ({"x": 2.0}, {"named": 1, "x": "2"}):
+        with pytest.raises(TypeError, match=r"^Open"):
+            from_plain(Open, wrong)
+    schema = json_schema(Open)
+    assert list(schema["properties"]) == schema["required"] == ["named"]
+    assert schema["additionalProperties"]["anyOf"][0] == {"type": "number"}
 
 
 if __name__ == "__main__":

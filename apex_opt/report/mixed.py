@@ -100,6 +100,8 @@ def parts_table(console: Console, parts: Sequence[Document]) -> None:
 
 def _alone(console: Console, document: Document) -> None:
     """The best plan of each type alone, and what it loses to the fleet."""
+    if not document["alone"]:
+        return  # a deployment that is given
     objective = document["objective"]
     rows = []
     for pool, fleet in zip(document["question"]["cluster"]["pools"], document["alone"], strict=True):

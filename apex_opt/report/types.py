@@ -6,6 +6,7 @@ Each type of document names its schema with a version, the page that shows it, a
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import ClassVar, Literal
 
 from apex_opt.schema import Described
@@ -231,6 +232,7 @@ class Metrics(Described):
     idle_energy_j : what GPUs draw whatever they do
     mfu, mbu : share of the peak arithmetic and of the peak memory bandwidth that is used
     operations_s : mean per GPU, by operation, longest first, idle last
+    further : figures that were added to the registry since, by their keys
     """
 
     ttft_s: Statistics
@@ -257,6 +259,7 @@ class Metrics(Described):
     operations_s: dict[str, float] | None = None
     preemptions: int
     batches: int
+    further: dict[str, Number | Statistics] = field(default_factory=dict)
 
 
 class Memory(Described):

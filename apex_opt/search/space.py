@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from apex_opt.errors import CapacityError
-from apex_opt.evaluate import FAMILIES
+from apex_opt.evaluate import FAMILIES, OF_CUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from apex_opt.search.problem import Problem
 
     Progress = Callable[[str, int, int], None]
-
-_COUNTED: Final = ("divisibility", "format", "engine", "balance")
 
 
 class Enumeration(Protocol):
@@ -78,8 +76,8 @@ def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Sp
     instance = problem.instance()
     left = size = formulation.count(instance, ())
     counts = {}
-    for index, family in enumerate(_COUNTED):
-        after = formulation.count(instance, _COUNTED[: index + 1])
+    for index, family in enumerate(OF_CUTS):
+        after = formulation.count(instance, OF_CUTS[: index + 1])
         counts[family] = left - after
         left = after
     feasible = held = formulation.enumerate(instance)

@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
-from apex_opt.evaluate import FAMILIES, violations
+from apex_opt.evaluate import FAMILIES, OF_CUTS, violations
 
 from ..solver import new_solver
 from . import counting
@@ -74,10 +74,6 @@ class Enumeration:
     movable: tuple[Plan, ...]
     complete: bool
     wall_s: float
-
-
-_MOVABLE = ("divisibility", "format", "engine", "balance")
-"""What a cut must satisfy for its layers to be moved, beside the memory of some split."""
 
 
 class _Collector(cp_model.CpSolverSolutionCallback):
@@ -196,7 +192,7 @@ class PlanSpace:
         """How one replica can be cut into several stages that some split fits, and whether these are all ways."""
         if instance.max_devices == 1 or instance.model.layers == 1:
             return [], True
-        chosen = [name for name in FAMILIES if name in _MOVABLE or (name == "bandwidth" and name in families)]
+        chosen = [name for name in FAMILIES if name in OF_CUTS or (name == "bandwidth" and name in families)]
         cuts, complete = self._solve(instance, chosen, time_limit_s, several=True)
         return [plan for plan in cuts if self._stages(instance).fit(plan)], complete
 
