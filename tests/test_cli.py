@@ -193,7 +193,7 @@ def test_tables_and_json_have_the_same_figures(planned: tuple[dict[str, Any], st
         ("explain", *CHEAP),
         ("simulate", *CHEAP, "--plan=tp2"),
         ("place", *CHEAP[:2], "--plan=tp2"),
-        ("capacity", *CHEAP[:2], "--plan=tp2", "--trace=poisson:rate=2,n=20", "--slo=e2e_p95<=9s"),
+        ("capacity", *CHEAP[:2], "--plan=tp2", "--trace=poisson:rate=2,n=20", "--slo=e2e_p95<=9s", "--rate=2"),
     ],
     ids=lambda words: words[0],
 )
@@ -301,6 +301,7 @@ def test_what_a_trace_has_to_tell_is_in_every_answer_in_json_and_once_below_the_
     words = [command, "--model=llama-3.1-8b", *ONE[command]]
     words.append(two_types if cluster == "two types" else f"--cluster={cluster}")
     words += [] if command == "place" else [f"--trace={shape}"]
+    words += ["--rate=2"] if command == "capacity" else []
     assert json.loads(run(*words, "--format=json").out)["notes"] == ["2 rows were left out"]
     lines = run(*words).out.splitlines()
     assert lines.index("note: 2 rows were left out") in (1, 2)
@@ -800,7 +801,7 @@ def test_pareto_answers_with_a_front_a_table_and_a_picture(tmp_path: Path) -> No
 
 
 def test_what_energy_cannot_reach_is_infeasible() -> None:
-    ran = run("energy", *CHEAP, "--slo=ttft_p95<=1us", "--format=json")
+    ran = run("energy", *CHEAP, "--slo=ttft_p95<=1us", "--clock=1980", "--max_num_seqs=64", "--format=json")
     assert ran.code == 3
     answer = json.loads(ran.out)
     assert answer["status"] == "infeasible"
