@@ -20,14 +20,17 @@ from plan_cases import (
     simulated,
     sparse,
 )
+from simulator_cases import Case, linear, requests
 
 from apex_opt.evaluate import space
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import least_signed
 from apex_opt.figures.registry import STATISTICS
+from apex_opt.plan.engine import EngineSettings
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor
 from apex_opt.search.bounds.load import Load, replicas_with_room
+from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
@@ -108,6 +111,51 @@ def test_where_requests_hardly_meet_the_bound_is_that_of_each_alone() -> None:
     plan = next(space(problem.instance()))
     alone = alone_s(scorer, plan)
     assert bounded(scorer, plan)[0][0] == pytest.approx(alone, rel=1e-11)
+
+
+def test_blocks_that_prompts_share_are_held_once() -> None:
+    engine = EngineSettings(
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        max_model_len=512,
+        block_size=16,
+        async_scheduling=False,
+        prefix_caching=True,
+    )
+    law = linear(engine, 1000)  # a batch takes as long whatever is in it
+    trace = requests(
+        [(0, 321, 1), *[(10**6, 321, 64)] * 4], content=[[1] * 20 + [own] for own in range(2, 7)], content_tokens=16
+    )
+    case = Case(settings=engine, blocks=44, laws=(law,), trace=trace)  # for two of the prompts, if they shared nothing
+    run = case.run(log=False)
+    assert run.cached_tokens == 4 * 320
+    assert int(run.finish_ns.max()) == 10**6 + 64 * 1000
+    floor = StageFloor.of(law)
+    shared, apart = (
+        Load.of(settings, floor, 1, trace, case.blocks, ("max",))
+        for settings in (engine, replace(engine, prefix_caching=False))
+    )
+    assert shared.total_s <= 65 * 1e-6 < apart.total_s
+
+
+@pytest.mark.parametrize(
+    ("stages", "block_size", "tokens", "shape", "blocks"),
+    [(4, 1, 18, [(0, 8, 10)] * 2, 31), (4, 4, 19, [(0, 5, 13)] * 5, 6), (4, 2, 9, [(0, 9, 10)] * 2, 19)],
+)
+def test_where_batches_of_a_sequence_overtake_each_other_its_blocks_are_held_for_less(
+    stages: int, block_size: int, tokens: int, shape: list[tuple[int, int, int]], blocks: int
+) -> None:
+    engine = EngineSettings(max_num_seqs=8, max_num_batched_tokens=tokens, max_model_len=64, block_size=block_size)
+    law = linear(engine, 10)
+    case = Case(settings=engine, blocks=blocks, laws=(law,) * stages, trace=requests(shape))
+    run = case.run(log=False)
+    assert run.preemptions > 0
+    floor = StageFloor.of(law)
+    overtaking, in_turn = (
+        Load.of(engine, floor, stages, case.trace, blocks, ("max",), overtaking=overtakes)
+        for overtakes in (True, False)
+    )
+    assert overtaking.total_s <= int(run.finish_ns.max()) / NS_PER_S < in_turn.total_s
 
 
 @pytest.mark.parametrize("seed", range(40))
