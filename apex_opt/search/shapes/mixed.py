@@ -49,7 +49,7 @@ class Choices:
         return self.shape.part
 
     def leaves(self, first: int, last: int) -> int:
-        return self.ends[last - 1] - (self.ends[first - 1] if first else 0)
+        return (self.ends[last - 1] if last else 0) - (self.ends[first - 1] if first else 0)
 
     def child(self, place: int) -> Leaf | Sequence[Choices]:
         chosen = (*self.chosen, self.options[place])
