@@ -57,8 +57,9 @@ class Deployment:
         if not self.pools:
             raise UsageError("a deployment has at least one pool")
         names = [name for pool in self.pools for name in (pool.types or ("",))]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UsageError(f"plan: {twice} has two pools; give each type of GPU one plan")
+        if twice := [name for name in names if names.count(name) > 1]:
+            which = twice[0] or "the only type of GPU"
+            raise UsageError(f"plan: {which} has two pools; give each type of GPU one plan")
 
     @classmethod
     def of(cls, plan: Plan, gpu: str | None = None) -> Deployment:

@@ -1,0 +1,98 @@
+"""Deployments and their text: what is printed is read back as it was, and what cannot be meant is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_cases import ROWS, deployments, problem_of
+
+from apex_opt.errors import ApexError, UnknownNameError, UsageError
+from apex_opt.ir import load_model
+from apex_opt.plan.deployment import Deployment, Pool, parse_deployment
+from apex_opt.plan.plan import parse_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MODEL = load_model("llama-3.1-8b")
+TYPES = ("h100", "a100", "l40s")
+WORDS = (
+    "tp1",
+    "dp3 tp2 fp8",
+    "pp2[20,12] attn(dp2,tp2) ffn(tp4) bf16",
+    "tp8 w4a16 kv=fp8 clock=1200 seqs=64 tokens=4096",
+)
+
+
+@pytest.mark.parametrize("place", range(len(ROWS)))
+def test_the_text_of_every_deployment_of_a_problem_is_read_back_as_it_was(place: int) -> None:
+    problem = problem_of(place)
+    texts = set()
+    for deployment in deployments(problem):
+        text = str(deployment)
+        found = parse_deployment(text, problem.model, problem.types)
+        assert found == deployment
+        assert str(found) == text
+        assert text not in texts
+        texts.add(text)
+
+
+@settings(max_examples=25)
+@given(st.permutations(TYPES), st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))
+def test_pools_on_any_types_are_read_back_in_their_order(types: list[str], words: list[str]) -> None:
+    pools = tuple(Pool(plan=parse_plan(text, MODEL), gpu=name) for name, text in zip(types, words, strict=False))
+    deployment = Deployment(pools=pools)
+    assert parse_deployment(str(deployment), MODEL, TYPES) == deployment
+    assert deployment.devices == sum(pool.plan.devices for pool in pools)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_text_of_a_plan_is_a_deployment_where_there_is_one_type(words: str) -> None:
+    plan = parse_plan(words, MODEL)
+    for text in (words, f"h100: {words}"):
+        found = parse_deployment(text, MODEL, ("h100",))
+        assert found == Deployment.of(plan)
+        assert (found.plan, str(found), found.devices) == (plan, str(plan), plan.devices)
+
+
+def test_a_pipeline_over_types_names_them_before_its_plan_or_in_it() -> None:
+    words = "pp2 tp2 bf16 on=h100:1+a100:1"
+    found = parse_deployment(f"h100 + a100: {words}", MODEL, TYPES)
+    assert found == parse_deployment(words, MODEL, TYPES) == Deployment.of(parse_plan(words, MODEL))
+    assert (found.pools[0].types, found.pools[0].gpu) == (("h100", "a100"), None)
+    beside = parse_deployment(f"h100 + a100: {words} + l40s: tp1", MODEL, TYPES)
+    assert [pool.types for pool in beside.pools] == [("h100", "a100"), ("l40s",)]
+    assert parse_deployment(str(beside), MODEL, TYPES) == beside
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "error", "message"),
+    [
+        ("b200: tp1", TYPES, UnknownNameError, "type of GPU"),
+        ("tp1", TYPES, UsageError, "say on which of h100, a100, l40s it runs, as in h100: tp1"),
+        ("h100: tp1 + h100: tp2", TYPES, UsageError, "h100 has two pools"),
+        ("h100: tp1 + h100 + a100: pp2 on=h100:1+a100:1", TYPES, UsageError, "h100 has two pools"),
+        ("h100 + a100: pp2", TYPES, UsageError, "say with on= which stages are on h100 and which on a100"),
+        ("a100: pp2 on=h100:1+a100:1", TYPES, UsageError, "on= puts stages on h100, a100, not on a100"),
+        ("h100: tp1 + a100", TYPES, UsageError, "a100 is followed by no plan"),
+        ("h100: tpx", TYPES, UsageError, "tpx"),
+        ("tp1 + tp2", ("h100",), UsageError, "two pools"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(
+    text: str, types: Sequence[str], error: type[ApexError], message: str
+) -> None:
+    with pytest.raises(error, match=message.replace("+", r"\+")) as refused:
+        parse_deployment(text, MODEL, types)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_deployment_without_a_pool_is_none() -> None:
+    with pytest.raises(UsageError, match="at least one pool"):
+        Deployment(pools=())
+    two = Deployment(pools=tuple(Pool(plan=parse_plan("tp1", MODEL), gpu=name) for name in TYPES[:2]))
+    with pytest.raises(ValueError, match="too many values"):
+        _ = two.plan
