@@ -32,7 +32,7 @@ def place(preset: str, nodes: int, quick: bool) -> float:
     """Best of three after a warm-up."""
     from apex_opt.cluster import Composition, Tree, load_wiring
     from apex_opt.plan.plan import parse_plan
-    from apex_opt.search import Evaluator
+    from apex_opt.search.facts import Facts
     from formulations.placement import place_plan
 
     asked = question("llama-3.1-8b", preset, "chat")
@@ -47,8 +47,8 @@ def place(preset: str, nodes: int, quick: bool) -> float:
 
     def run() -> None:
         tree = Tree.of(wiring, busy)
-        evaluator = Evaluator(replace(asked, cluster=replace(asked.cluster, nodes=nodes), tree=tree))
-        assert place_plan(evaluator.layouts, plan).optimal
+        offered = asked.offering(cluster=replace(asked.cluster, nodes=nodes), tree=tree)
+        assert place_plan(Facts(offered).layouts, plan).optimal
 
     with one_core():
         run()

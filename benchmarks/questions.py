@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apex_opt.search import Question
+    from apex_opt.search import Problem
 
 
-def question(model: str, cluster: str, trace: str, **options: Any) -> Question:
+def question(model: str, cluster: str, trace: str, **options: Any) -> Problem:
     """What `solve.py plan` asks for these names; options left out have the defaults of the command line."""
     from apex_opt.arguments import Ask
     from apex_opt.resolve import resolve

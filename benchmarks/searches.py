@@ -14,7 +14,7 @@ from benchmarks.questions import generated_chat, question
 from benchmarks.registry import ROOT, Benchmark, best_of, one_core
 
 if TYPE_CHECKING:
-    from apex_opt.search import Certificate
+    from apex_opt.search import Part
 
 _TRACES = ROOT.parent / "shared" / "traces" / "apex"
 _ALIKE = {  # requests, mean prompt and mean answer
@@ -79,12 +79,13 @@ def large(quick: bool) -> float:
         return best_of(1, lambda: certificate(model, cluster, trace))
 
 
-def certificate(model: str, cluster: str, trace: str) -> Certificate:
+def certificate(model: str, cluster: str, trace: str) -> Part:
     """How the plans of a question were accounted for."""
     from apex_opt.search import search
     from formulations.plan_space import PlanSpace
 
-    return search(question(model, cluster, trace), PlanSpace()).certificate
+    (part,) = search(question(model, cluster, trace), PlanSpace()).ledger.parts
+    return part
 
 
 def _trace(name: str) -> str:

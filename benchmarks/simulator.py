@@ -71,14 +71,15 @@ def benchmarks() -> tuple[Benchmark, ...]:
 
 def score_20000(quick: bool) -> float:
     """Best of five after a warm-up."""
+    from apex_opt.plan.deployment import Deployment
     from apex_opt.plan.plan import parse_plan
-    from apex_opt.search import Evaluator
+    from apex_opt.search import Scorer
 
     asked = question("llama-3.1-70b", "8xh100-sxm", generated_chat(50 if quick else 20_000))
-    evaluator, plan = Evaluator(asked), parse_plan("tp8", asked.model)
+    scorer, deployment = Scorer(asked), Deployment.of(parse_plan("tp8", asked.model))
     with one_core():
-        evaluator.simulate(plan)
-        return best_of(1 if quick else 5, lambda: evaluator.simulate(plan))
+        scorer.simulate(deployment)
+        return best_of(1 if quick else 5, lambda: scorer.simulate(deployment))
 
 
 def rate(loop: str, unit: str, quick: bool) -> float:
@@ -90,9 +91,8 @@ def rate(loop: str, unit: str, quick: bool) -> float:
 @cache
 def _speed(loop: str, quick: bool) -> Speed:
     """One engine loop, best of five after a warm-up."""
-    from apex_opt.plan.memory import kv_blocks, stage_memory
     from apex_opt.plan.plan import parse_plan
-    from apex_opt.search import Evaluator
+    from apex_opt.search.facts import Facts
     from apex_opt.simulator import simulate
     from apex_opt.workload import load_trace
 
@@ -104,9 +104,8 @@ def _speed(loop: str, quick: bool) -> Speed:
         trace = conversation(quick)
     asked = question(MODEL, "4xh200-sxm", "chat")
     asked = replace(asked, settings=replace(asked.settings, **changes))
-    evaluator, plan = Evaluator(asked), parse_plan(text, asked.model)
-    settings, laws = asked.settings_for(plan), evaluator.costs.plan_cost(plan).laws
-    blocks = kv_blocks(stage_memory(asked.model, asked.cluster.gpu, plan, asked.settings))
+    facts, plan = Facts(asked), parse_plan(text, asked.model)
+    settings, laws, blocks = asked.settings_for(plan), facts.plan_cost(plan).laws, facts.blocks(plan)
 
     def run() -> int:
         return simulate(settings, blocks, laws, trace, replicas=plan.replicas).batches

@@ -28,6 +28,9 @@ from apex_opt.plan.memory import stage_memory
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Scorer, search
 from apex_opt.search.dealing import dealt
+from apex_opt.search.option import options_of
+from apex_opt.search.search import silent
+from apex_opt.search.shapes import Mixed, Pipelines, Single
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
@@ -225,6 +228,30 @@ def deployments(problem: Problem) -> Iterator[Deployment]:
             if found.devices <= problem.max_devices and (len(some) == 1 or served(problem, found)):
                 yield found
     yield from pipes(problem)
+
+
+def shapes_of(problem: Problem) -> list[Single | Mixed | Pipelines]:
+    """Every shape that deployments of a problem can have, none of whose deployments is too bad to look at."""
+    scorer = Scorer(problem)
+    singles = [Single(scorer.facts(name), SPACE, name if problem.mixed else None, silent) for name in problem.types]
+    if not problem.mixed:
+        return [*singles]
+    options = [
+        options_of(single.facts, [Pool(plan=plan, gpu=single.gpu) for plan in single.plans()], silent)
+        for single in singles
+    ]
+    places = range(len(singles))
+    mixed = [
+        Mixed(problem, [singles[i] for i in some], [options[i] for i in some], lambda bound, part: True, silent)
+        for size in range(2, len(singles) + 1)
+        for some in combinations(places, size)
+    ]
+    found = [
+        Pipelines(scorer.facts(problem.types[one], problem.types[other]), SPACE, silent)
+        for one, other in combinations(places, 2)
+        if joined(problem, one, other) is not None
+    ]
+    return [*singles, *mixed, *found]
 
 
 def pipes(problem: Problem) -> Iterator[Deployment]:

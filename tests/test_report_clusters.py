@@ -8,17 +8,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
-from apex_opt.report.fleet import fleet_document
-from apex_opt.search.capacity import fewest_gpus, highest_rate
-from apex_opt.search.fleet_search import fleet_provenance, search_fleets
 
 from apex_opt.arguments import Ask
 from apex_opt.cluster import cluster_names
 from apex_opt.report.capacity import capacity_document
 from apex_opt.report.clusters import clusters_document, clusters_page
 from apex_opt.report.document import answer_document
-from apex_opt.resolve import resolve, resolve_pools
-from apex_opt.search import Evaluator, search
+from apex_opt.resolve import resolve
+from apex_opt.search import Scorer, search
+from apex_opt.studies.capacity import fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -36,14 +34,9 @@ def compared(clusters: str, **given: str) -> Document:
     """The best plan on each."""
     documents = []
     for cluster in cluster_names(clusters):
-        pools = tuple(replace(pool, priced=True) for pool in resolve_pools(options(cluster, given)))
-        if len(pools) > 1:
-            found = search_fleets(pools, PlanSpace())
-            documents.append(fleet_document("plan", pools, found, fleet_provenance(pools, found.candidates, None), 1))
-            continue
-        answer = search(pools[0], PlanSpace())
-        plans = [candidate.plan for candidate in answer.candidates[:1]]
-        documents.append(answer_document("plan", pools[0], answer, Evaluator(pools[0]).provenance(plans)))
+        problem = replace(resolve(options(cluster, given)), priced=True)
+        answer = search(problem, PlanSpace())
+        documents.append(answer_document("plan", problem, answer, Scorer(problem).provenance(answer.candidates[:1])))
     return clusters_document("plan", documents)
 
 

@@ -12,20 +12,20 @@ from apex_opt.arguments import Ask
 from apex_opt.figures import parse_goals
 from apex_opt.report.document import (
     answer_document,
-    candidate_document,
     cluster_row,
     listing_document,
     model_row,
+    scored_document,
     trace_row,
 )
 from apex_opt.report.tables import rendered
 from apex_opt.resolve import resolve, resolve_plan
-from apex_opt.search import Answer, Certificate, Evaluator, Question, judge
+from apex_opt.search import Answer, Ledger, Part, Problem, Scorer, judge
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
 
 
-def scored(plan: str = "tp2", **given: Any) -> tuple[Question, Answer]:
+def scored(plan: str = "tp2", **given: Any) -> tuple[Problem, Answer]:
     """One plan, judged."""
     options = Ask(**CHEAP | given)
     question, parsed = resolve_plan(plan, options)
@@ -83,11 +83,11 @@ def test_metrics_are_those_of_the_candidate() -> None:
         assert metrics[f"{name}_s"] == best.metrics.latency_s[name]
         assert {"mean", "p50", "p95", "p99"} <= set(metrics[f"{name}_s"])
     assert metrics["throughput_rps"] == best.metrics.value("throughput")
-    assert metrics["energy_j"] == best.usage.energy_j
-    assert metrics["mean_power_w"] == pytest.approx(best.usage.energy_j / best.metrics.value("makespan"))
-    assert metrics["energy_per_output_token_j"] == pytest.approx(best.usage.energy_j / 64)
-    assert (metrics["mfu"], metrics["mbu"]) == (best.usage.mfu, best.usage.mbu)
-    assert metrics["operations_s"] == best.usage.operations_s
+    assert metrics["energy_j"] == best.only.usage.energy_j
+    assert metrics["mean_power_w"] == pytest.approx(best.only.usage.energy_j / best.metrics.value("makespan"))
+    assert metrics["energy_per_output_token_j"] == pytest.approx(best.only.usage.energy_j / 64)
+    assert (metrics["mfu"], metrics["mbu"]) == (best.only.usage.mfu, best.only.usage.mbu)
+    assert metrics["operations_s"] == best.only.usage.operations_s
     assert "idle" in metrics["operations_s"]
     assert metrics["slo"]["ttft_p95<=1s"] == {
         "met": True,
@@ -103,10 +103,10 @@ def test_times_between_tokens_are_told_of_a_given_plan_and_of_others_where_asked
     assert answer.best is not None
     metrics = answer_document("simulate", question, answer, {})["best"]["metrics"]
     assert metrics["itl_s"] == answer.best.metrics.latency_s["itl"]
-    plain = Evaluator(question).simulate(answer.best.plan)
-    assert "itl_s" not in candidate_document(question, plain)["metrics"]
+    plain = Scorer(question).simulate(answer.best.deployment)
+    assert "itl_s" not in scored_document(question, plain)["metrics"]
     asked = replace(question, slos=parse_goals("itl_p99.9<=1s"))
-    metrics = candidate_document(asked, Evaluator(asked).simulate(answer.best.plan))["metrics"]
+    metrics = scored_document(asked, Scorer(asked).simulate(answer.best.deployment))["metrics"]
     assert list(metrics["itl_s"]) == list(metrics["ttft_s"]) == ["mean", "p50", "p90", "p95", "p99", "p99.9", "max"]
     assert metrics["slo"]["itl_p99.9<=1s"]["reached"] == metrics["itl_s"]["p99.9"]
 
@@ -115,7 +115,7 @@ def test_costs_are_told_where_asked_for_and_where_the_price_is_not_an_assumed_on
     def told(**given: Any) -> dict[str, Any]:
         question, answer = scored(**given)
         assert answer.best is not None
-        provenance = Evaluator(question).provenance([answer.best.plan])
+        provenance = Scorer(question).provenance([answer.best])
         document = answer_document("simulate", question, answer, provenance)
         names = ("cost_usd_per_h", "cost_usd_per_mtoken")
         found = {name: document["best"]["metrics"].get(name) for name in names}
@@ -171,10 +171,11 @@ def test_only_the_top_candidates_are_listed() -> None:
 
 def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
     question = resolve(Ask(**CHEAP))
-    nothing = Certificate(
-        space=4, infeasible={"memory": 4}, bounded=0, simulated=0, cut_short=0, missed=0, optimal=True, gap=None
+    nothing = Part(
+        shape="single", types=question.types, objective=question.objective, space=4, infeasible={"memory": 4}
     )
-    answer = Answer(status="infeasible", best=None, candidates=(), certificate=nothing, reason="too large")
+    ledger = Ledger(parts=(nothing,))
+    answer = Answer(status="infeasible", candidates=(), alone=(None,), ledger=ledger, reason="too large")
     document = answer_document("plan", question, answer, {})
     assert (document["status"], document["best"], document["candidates"]) == ("infeasible", None, [])
     assert document["reason"] == "too large"

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_cases import dense, make_cluster, make_model, make_question
+from plan_cases import dense, make_cluster, make_model, make_problem
 
 from apex_opt.errors import UsageError
 from apex_opt.figures import load_objectives
 from apex_opt.report.document import answer_document
 from apex_opt.report.load import loaded
 from apex_opt.report.tables import rendered
-from apex_opt.search import Question, search
+from apex_opt.search import Problem, search
 from apex_opt.simulator.transient import Transient
 from apex_opt.workload import describe_trace
 from formulations.plan_space import PlanSpace
@@ -22,12 +22,12 @@ from formulations.plan_space import PlanSpace
 MODEL = make_model((dense(), 4))
 
 
-def question(trace: str, slo: str = "", objective: str = "e2e_mean") -> Question:
-    return make_question(MODEL, make_cluster(1), describe_trace(trace), slo, objective=objective)
+def problem(trace: str, slo: str = "", objective: str = "e2e_mean") -> Problem:
+    return make_problem(MODEL, make_cluster(1), describe_trace(trace), slo, objective=objective)
 
 
 def answer(*given: str) -> dict[str, Any]:
-    asked = question(*given)
+    asked = problem(*given)
     document = answer_document("plan", asked, search(asked, PlanSpace()), {})
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     return document
@@ -71,7 +71,7 @@ def test_a_burst_is_told_in_the_table_and_in_the_document() -> None:
     ],
 )
 def test_a_trace_as_long_as_those_at_a_rate_is_not_sent_to_rate_again(requests: int, after: float, said: str) -> None:
-    asked = question(f"poisson:rate=60,n={requests},prompt=16,output=1")
+    asked = problem(f"poisson:rate=60,n={requests},prompt=16,output=1")
     best = search(asked, PlanSpace()).best
     assert best is not None
     ends = Transient(arrivals_s=332.0, drain_s=45.0, waiting=17, unfinished=1399, before=1300.0, after=after)
@@ -116,13 +116,13 @@ ONE_TOKEN = "poisson:rate=2,n=20,prompt=64,output=1"
 @pytest.mark.parametrize("name", ["tpot_mean", "itl_p95", "itl_max", "e2e_mean,tpot_p95"])
 def test_an_objective_without_a_value_on_the_trace_is_refused_in_one_line(name: str) -> None:
     first, *then = load_objectives(name)
-    asked = question(ONE_TOKEN)
+    asked = problem(ONE_TOKEN)
     with pytest.raises(
         UsageError, match=r"--objective: \w+ has no value on .*, where every answer is one token"
     ) as caught:
         replace(asked, objective=first, then=tuple(then))
     assert "\n" not in str(caught.value)
-    assert replace(question(LIGHT), objective=first, then=tuple(then))
+    assert replace(problem(LIGHT), objective=first, then=tuple(then))
 
 
 def test_goals_without_a_value_on_the_trace_are_said_to_be_vacuous() -> None:

@@ -7,14 +7,14 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from apex_opt.search.explain import differences
 
 from apex_opt.arguments import Ask
 from apex_opt.report.document import answer_document
 from apex_opt.report.layout import amount, seconds
 from apex_opt.report.side_by_side import compared_document, compared_page
 from apex_opt.resolve import resolve_plans
-from apex_opt.search import Evaluator, judge
+from apex_opt.search import Scorer, judge
+from apex_opt.studies.explain import differences
 
 if TYPE_CHECKING:
     from apex_opt.report.document import Document
@@ -28,10 +28,10 @@ def compared(*plans: str, **given: str) -> Document:
     asked = resolve_plans(plans, Ask(**CHEAP | given))
     answers = [judge(question, plan) for question, plan in asked]
     documents = [
-        answer_document("simulate", question, answer, Evaluator(question).provenance([plan] if answer.best else []))
+        answer_document("simulate", question, answer, Scorer(question).provenance(answer.candidates))
         for (question, plan), answer in zip(asked, answers, strict=True)
     ]
-    runs = [(Evaluator(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
+    runs = [(Scorer(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
     return compared_document([str(plan) for _, plan in asked], documents, differences(runs) if len(runs) > 1 else ())
 
 

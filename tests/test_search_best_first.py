@@ -9,17 +9,17 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from search_cases import ROWS, SPACE, every_of, problem_of
+from search_cases import ROWS, every_of, problem_of, shapes_of
 
-from apex_opt.plan.deployment import Deployment
-from apex_opt.search import Part, Scorer
+from apex_opt.search import Part
 from apex_opt.search.best_first import ROUND, Leaf, best_first
 from apex_opt.search.incumbent import FREE
-from apex_opt.search.search import Tree, silent
+from apex_opt.search.search import silent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from apex_opt.plan.deployment import Deployment
     from apex_opt.search import Scored
     from apex_opt.search.best_first import Branch
     from apex_opt.search.ledger import Costs
@@ -83,12 +83,10 @@ def test_bounds_rise_down_the_tree_of_every_shape_and_its_leaves_are_every_deplo
 ) -> None:
     first, *then = (replace(aim, tolerance=0.0) for aim in problem_of(place).objectives)
     problem = replace(problem_of(place), objective=first, then=tuple(then))
-    tree = Tree(problem, Scorer(problem), SPACE, silent)
-    shapes = [*tree.singles, *(tree._mixed(Everything()) + tree._pipelines() if problem.mixed else [])]
     costs = {one.deployment: problem.costs(one.metrics) for one in every_of(place)}
     good = {one.deployment for one in every_of(place) if one.meets_slos}
     seen: Counter[Deployment] = Counter()
-    for shape in shapes:
+    for shape in shapes_of(problem):
         leaves: list[Leaf] = []
         branches = list(shape.branches())
         for branch in branches:
@@ -185,7 +183,7 @@ def test_a_branch_is_looked_into_only_when_its_turn_comes_and_all_after_a_child_
     None
 ):
     part = part_of(6)
-    outer, inner, late = tree(part)
+    outer, inner, _ = tree(part)
     other = Twigs(part, [(3.0,)], ["h"])
     found = searched([outer, other], {"c": 4.0, "h": 3.5, "d": 9.0, "e": 9.0, "f": 9.0, "g": 9.0})
     # A round takes four, in the order of their bounds: c, h and d, whose bound was still good enough, then the rest.

@@ -11,14 +11,13 @@ from plan_cases import OVERHEAD, beside, dense, make_cluster, make_model, make_p
 from search_cases import GPUS, ROWS, every_of, pools_of, problem_of
 
 from apex_opt.figures import load_objective
-from apex_opt.figures.measure import measure
 from apex_opt.figures.registry import names
 from apex_opt.ir import load_model
 from apex_opt.plan.deployment import Deployment
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.plan.plan import parse_plan
 from apex_opt.search import Scorer
-from apex_opt.search.dealing import dealt, merged, tokens_per_s
+from apex_opt.search.dealing import dealt, tokens_per_s
 from apex_opt.search.facts import Facts
 from apex_opt.simulator import simulate
 from apex_opt.workload import make_trace
@@ -34,7 +33,7 @@ def test_a_deployment_is_what_its_pools_do_on_their_own_share_of_the_requests() 
     )
     problem = beside(one, make_cluster(2, **GPUS["slow"] | {"name": "slow", "idle_w": 60.0}))
     pools = next(row for row in product(*pools_of(problem)) if sum(pool.plan.devices for pool in row) == 3)
-    scorer, trace, settings = Scorer(problem), problem.trace, problem.settings
+    scorer, trace = Scorer(problem), problem.trace
     found = scorer.simulate(Deployment(pools=pools))
     weights, runs, joules = [], [], 0.0
     for pool, offer in zip(pools, problem.offers, strict=True):
@@ -71,17 +70,21 @@ def test_a_deployment_is_what_its_pools_do_on_their_own_share_of_the_requests() 
     assert found.metrics.value("cost") == sum(prices)
     assert [use.requests for use in found.pools] == [len(rows) for rows, _ in runs]
     assert sum(use.batches for use in found.pools) == sum(run.batches for _, run in runs)
-    whole = merged(settings, trace, runs)
-    assert whole.gaps_ns is not None
+    whole = scorer.run(Deployment(pools=pools))
+    assert whole is not None
     assert (whole.preemptions, whole.batches) == tuple(
         sum(getattr(run, of) for _, run in runs) for of in ("preemptions", "batches")
     )
-    generated = trace.generated(settings.max_model_len)
-    ends = np.cumsum(generated - 1)
-    per_request = [int(gaps.sum()) for gaps in np.split(whole.gaps_ns, ends[:-1])]
-    assert per_request == (whole.finish_ns - whole.first_token_ns).tolist()
-    measured = measure(whole.as_run(trace, settings.max_model_len), ())
-    assert measured.latency_s["itl"]["p99"] == pytest.approx(found.metrics.latency_s["itl"]["p99"], rel=1e-12)
+    assert (whole.finish_ns.tolist(), whole.arrival_ns.tolist()) == (finish.tolist(), arrival.tolist())
+    later = trace.generated(problem.settings.max_model_len) - 1
+    apart: dict[int, list[int]] = {}
+    for rows, run in runs:
+        assert run.gaps_ns is not None
+        every = np.split(run.gaps_ns, np.cumsum(later[rows])[:-1])
+        apart |= {int(row): gaps.tolist() for row, gaps in zip(rows, every, strict=True)}
+    assert whole.gaps_ns is not None
+    assert whole.gaps_ns.tolist() == [gap for row in sorted(apart) for gap in apart[row]]
+    assert found.metrics.latency_s["itl"]["p99"] == pytest.approx(np.quantile(whole.gaps_ns, 0.99) / 1e9, rel=1e-9)
 
 
 @pytest.mark.parametrize("place", [*range(len(ROWS))][::3])

@@ -318,7 +318,12 @@ def test_progress_is_told_along_the_way() -> None:
     steps: list[tuple[str, int, int]] = []
     search(random_problem(3), SPACE, lambda *step: steps.append(step))
     assert steps[0] == ("enumerating plans", 0, 0)
-    assert {what for what, _, _ in steps} <= {"enumerating plans", "bounding plans", "simulating plans", "moving layers"}
+    assert {what for what, _, _ in steps} <= {
+        "enumerating plans",
+        "bounding plans",
+        "simulating plans",
+        "moving layers",
+    }
     assert all(0 <= done <= total for _, done, total in steps)
 
 

@@ -1,4 +1,4 @@
-"""Answers over several types of GPU: the same figures in JSON and in tables, and every fleet accounted for in words."""
+"""Answers over several types of GPU: the same figures in JSON and in tables, and every deployment accounted for."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import dense, make_cluster, make_model, make_question
+from plan_cases import beside as offered_beside
+from plan_cases import dense, make_cluster, make_model, make_problem
 
 from apex_opt.figures import load_objective, load_objectives
-from apex_opt.report.fleet import beside_fleet, fleet_document, fleet_page
-from apex_opt.search import Evaluator
-from apex_opt.search.fleet_search import FleetAnswer, search_fleets
+from apex_opt.report.document import answer_document, beside
+from apex_opt.report.mixed import mixed_page
+from apex_opt.search import Answer, Scorer, search
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
+    from apex_opt.search import Problem
 
 SLOW = {"name": "slow", "memory_bytes_per_s": 1.5e12, "flops_per_s": (("bf16", 300e12),), "idle_w": 60.0}
 
 
-def pools_of(slo: str = "", **changes: Any) -> tuple[Question, ...]:
+def problem_of(slo: str = "", **changes: Any) -> Problem:
     """Two types of GPU that are busy with their requests."""
     rng = np.random.default_rng(5)
     trace = make_trace(
@@ -35,28 +36,23 @@ def pools_of(slo: str = "", **changes: Any) -> tuple[Question, ...]:
         output=rng.integers(2, 40, 60),
     )
     model = make_model((dense(hidden=1024, columns=4096), 6))
-    types = ({"name": "quick"}, SLOW)
-    return tuple(make_question(model, make_cluster(2, **gpu), trace, slo, **changes) for gpu in types)
+    return offered_beside(
+        make_problem(model, make_cluster(2, name="quick"), trace, slo, **changes), make_cluster(2, **SLOW)
+    )
 
 
-def documented(pools: tuple[Question, ...], command: str = "plan", **options: Any) -> tuple[FleetAnswer, Document]:
-    answer = search_fleets(pools, PlanSpace(), top=3, **options)
-    provenance = {
-        pool.cluster.gpu.name: Evaluator(pool).provenance(
-            part.plan for fleet in answer.candidates for part in fleet.parts if part.pool == index
-        )
-        for index, pool in enumerate(pools)
-    }
-    return answer, fleet_document(command, pools, answer, provenance, 3)
+def documented(problem: Problem, command: str = "plan", **options: Any) -> tuple[Answer, Document]:
+    answer = search(problem, PlanSpace(), top=3, **options)
+    return answer, answer_document(command, problem, answer, Scorer(problem).provenance(answer.candidates), 3)
 
 
 @cache
-def planned() -> tuple[FleetAnswer, Document]:
-    return documented(pools_of("e2e_p95<=10s"))
+def planned() -> tuple[Answer, Document]:
+    return documented(problem_of("e2e_p95<=10s"))
 
 
 def words(document: Document) -> str:
-    return " ".join(fleet_page(document).split())
+    return " ".join(mixed_page(document).split())
 
 
 def test_json_tells_the_fleet_its_parts_and_what_each_type_reaches_alone() -> None:
@@ -71,9 +67,9 @@ def test_json_tells_the_fleet_its_parts_and_what_each_type_reaches_alone() -> No
     assert sum(part["gpus"] for part in best["parts"]) == best["gpus"]
     assert sum(part["energy_j"] for part in best["parts"]) == pytest.approx(best["metrics"]["energy_j"])
     assert sum(part["idle_energy_j"] for part in best["parts"]) == pytest.approx(best["metrics"]["idle_energy_j"])
-    for part, found in zip(best["parts"], answer.best.parts, strict=True):
-        assert len(part["memory"]) == found.plan.stages
-        assert part["plan"] == str(found.plan)
+    for part, found in zip(best["parts"], answer.best.pools, strict=True):
+        assert len(part["memory"]) == found.pool.plan.stages
+        assert part["plan"] == str(found.pool.plan)
     assert document["objective"]["value"] == best["value"] == best["metrics"]["e2e_s"]["mean"]
     assert best["metrics"]["slo"]["e2e_p95<=10s"]["met"]
     for alone in document["alone"]:
@@ -112,23 +108,23 @@ def test_the_page_has_the_figures_of_the_document() -> None:
 
 
 def test_the_fleet_of_the_best_latency_stands_beside_that_of_the_least_energy() -> None:
-    pools = pools_of(objective="energy")
-    answer, document = documented(pools, "energy")
-    fast = [replace(pool, objective=load_objective("e2e_mean")) for pool in pools]
-    other = search_fleets(fast, PlanSpace()).best
+    problem = problem_of(objective="energy")
+    answer, document = documented(problem, "energy")
+    fast = replace(problem, objective=load_objective("e2e_mean"))
+    other = search(fast, PlanSpace())
     assert answer.best is not None
-    assert other is not None
-    document = beside_fleet(document, fast, other)
-    saving = 1 - answer.best.metrics.value("energy") / other.metrics.value("energy")
+    assert other.best is not None
+    document = beside(document, fast, other)
+    saving = 1 - answer.best.metrics.value("energy") / other.best.metrics.value("energy")
     assert document["beside"]["energy_saving"] == pytest.approx(saving)
     assert f"{saving:.1%} less energy than the best e2e_mean" in words(document)
 
 
 def test_searches_for_objectives_with_a_tolerance_are_certified_one_by_one() -> None:
     objective, *then = load_objectives("energy~20%,e2e_mean")
-    _, document = documented(pools_of(objective="energy", then=tuple(then)))
+    _, document = documented(problem_of(objective="energy", then=tuple(then)))
     assert "before" in document["certificates"][0]
-    aimed = tuple(replace(pool, objective=objective) for pool in pools_of(then=tuple(then)))
+    aimed = replace(problem_of(then=tuple(then)), objective=objective)
     _, document = documented(aimed)
     text = words(document)
     assert "Certificate, quick and slow together of the best energy: " in text
@@ -137,7 +133,7 @@ def test_searches_for_objectives_with_a_tolerance_are_certified_one_by_one() -> 
 
 
 def test_an_answer_without_proof_says_how_far_it_can_be_from_the_best() -> None:
-    _, document = documented(pools_of(), time_limit_s=1e-6)
+    _, document = documented(problem_of(), time_limit_s=1e-6)
     assert (document["status"], document["optimal"]) == ("feasible", False)
     text = words(document)
     assert f"The best there is may be better by up to {document['gap']:.1%}." in text
@@ -145,7 +141,7 @@ def test_an_answer_without_proof_says_how_far_it_can_be_from_the_best() -> None:
 
 
 def test_where_nothing_fits_each_type_says_why() -> None:
-    _, document = documented(pools_of("e2e_p95<=1us"))
+    _, document = documented(problem_of("e2e_p95<=1us"))
     assert (document["status"], document["best"], document["candidates"], document["alone"]) == (
         "infeasible",
         None,
