@@ -42,11 +42,13 @@ def test_the_text_of_every_deployment_of_a_problem_is_read_back_as_it_was(place:
 
 @settings(max_examples=25)
 @given(st.permutations(TYPES), st.lists(st.sampled_from(WORDS), min_size=1, max_size=3))
-def test_pools_on_any_types_are_read_back_in_their_order(types: list[str], words: list[str]) -> None:
+def test_pools_on_any_types_are_read_back_in_the_order_of_the_types(types: list[str], words: list[str]) -> None:
     pools = tuple(Pool(plan=parse_plan(text, MODEL), gpu=name) for name, text in zip(types, words, strict=False))
-    deployment = Deployment(pools=pools)
-    assert parse_deployment(str(deployment), MODEL, TYPES) == deployment
-    assert deployment.devices == sum(pool.plan.devices for pool in pools)
+    found = parse_deployment(str(Deployment(pools=pools)), MODEL, TYPES)
+    # Requests are dealt in that order, so it is the same however they are given.
+    assert found == Deployment(pools=tuple(sorted(pools, key=lambda pool: TYPES.index(pool.gpu or ""))))
+    assert parse_deployment(str(found), MODEL, TYPES) == found
+    assert found.devices == sum(pool.plan.devices for pool in pools)
 
 
 @pytest.mark.parametrize("words", WORDS)
@@ -78,6 +80,8 @@ def test_a_pipeline_over_types_names_them_before_its_plan_or_in_it() -> None:
         ("h100 + a100: pp2", TYPES, UsageError, "say with on= which stages are on h100 and which on a100"),
         ("a100: pp2 on=h100:1+a100:1", TYPES, UsageError, "on= puts stages on h100, a100, not on a100"),
         ("h100: tp1 + a100", TYPES, UsageError, "a100 is followed by no plan"),
+        ("pp2 on=h100:1+b200:1", TYPES, UnknownNameError, "type of GPU"),
+        ("pp2 on=h100:1+a100:1", ("h100",), UnknownNameError, "type of GPU"),
         ("h100: tpx", TYPES, UsageError, "tpx"),
         ("tp1 + tp2", ("h100",), UsageError, "two pools"),
     ],
