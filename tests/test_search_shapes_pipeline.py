@@ -145,7 +145,7 @@ def test_idle_draw_and_price_are_those_of_each_type() -> None:
     plan = parse_plan("pp3[3,3,2] bf16 on=test-gpu:1+slow:2", MODEL)
     outcome, cost = scorer.logged(Deployment.of(plan))
     facts = scorer.facts(*problem.types)
-    usage = account(plan, cost, facts.costs, outcome)
+    usage = account(plan, cost, facts.costs, outcome.counts, outcome.makespan_ns)
     seconds = (outcome.makespan_ns + cost.request_ns) / 1e9
     assert usage.idle_energy_j == pytest.approx(seconds * (125.0 + 2 * 60.0))
     assert facts.cost_per_h(plan) == pytest.approx(2.5 + 2 * 1.0)
