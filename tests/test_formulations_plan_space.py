@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from apex_opt.ir import Model
 
-SEEDS = range(72)
+SEEDS = range(60)
 SPACE = PlanSpace()
 
 

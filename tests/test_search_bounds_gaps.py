@@ -31,7 +31,7 @@ def shorter(case: Case) -> int:
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "asynchronous pipeline"])
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_no_gap_beats_its_bound_under_any_law_engine_and_traffic(loop: str, traffic: str, data: st.DataObject) -> None:
     case = data.draw(cases(loop, traffic, busy=data.draw(st.booleans())))  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def test_tokens_of_batches_that_are_on_their_way_together_do_not_beat_their_boun
     """Sequences that give way in a pipeline come back while a batch with them has not ended: gaps are then short."""
     rng = np.random.default_rng(1)
     close = 0
-    for _ in range(3000):
+    for _ in range(1000):
         stages = int(rng.integers(2, 5))
         engine = replace(ENGINE, max_num_batched_tokens=int(rng.integers(6, 14)))
         rows = sorted(
@@ -64,7 +64,7 @@ def test_tokens_of_batches_that_are_on_their_way_together_do_not_beat_their_boun
         assert (run.first_token_ns >= floor.first_token_ns).all()
         assert run.gaps_ns is not None
         close += bool((run.gaps_ns < 10 * stages).any())
-    assert close > 10
+    assert close > 3
 
 
 def test_a_request_alone_has_its_bounds_for_gaps() -> None:

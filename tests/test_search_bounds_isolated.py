@@ -64,7 +64,7 @@ def check_never_beaten(case_settings: EngineSettings, floor: Outcome, run: Outco
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_no_request_beats_its_bound_under_any_law_engine_and_traffic(
     loop: str, traffic: str, data: st.DataObject
@@ -79,7 +79,7 @@ def test_no_request_beats_its_bound_under_any_law_engine_and_traffic(
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("policy", ["orca", "static"])
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_no_request_beats_its_bound_under_other_policies(policy: str, traffic: str, data: st.DataObject) -> None:
     drawn = data.draw(cases(data.draw(st.sampled_from(("synchronous", "asynchronous", "pipeline"))), traffic))  # type: ignore[arg-type]
