@@ -250,6 +250,11 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
         raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
     pools, offers = [], {offer.name: offer for offer in problem.offers}
     for pool in deployment.pools:
+        if pool.plan.on and not problem.mixed:
+            raise UsageError(
+                f"plan {text!r}: on= puts stages on several types of GPU, and {problem.cluster.name} has one; leave it "
+                "out"
+            )
         for name in pool.types or problem.types:
             plan = _completed(pool.plan, text, ask, problem, offers[name])
             offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
