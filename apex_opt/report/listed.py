@@ -84,7 +84,7 @@ class Predicted(Served):
     predicted_breakdown: dict[str, float]
     preemptions: int
     batches: int
-    causes: dict[str, StepKind] | None
+    causes: dict[str, StepKind | int] | None
 
 
 class Errors(Described):
