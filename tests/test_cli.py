@@ -38,6 +38,7 @@ from apex_opt.ir.huggingface import QUANTISATION_FILES
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
 from apex_opt.plan.engine import EngineSettings
 from apex_opt.plan.plan import parse_plan
+from apex_opt.report.listed import Models
 from apex_opt.resolve import resolve, resolve_plan
 from apex_opt.search import Scorer
 from apex_opt.workload import Trace, load_trace
@@ -1114,13 +1115,14 @@ def test_a_plan_is_placed_on_the_type_of_gpu_that_takes_it_and_is_quickest(two_t
     assert {gpu for stages in two["placement"]["replicas"][0]["stages"] for gpu in stages} == {"node0:0", "node0:1"}
 
 
-def test_what_takes_gpus_of_one_type_refuses_two_in_one_line(two_types: str) -> None:
-    for command in ("pareto", "explain", "simulate", "capacity"):
-        text = refused(command, two_types, *ONE[command])
-        assert text.startswith("--cluster: mixed has GPUs of several types (a100-sxm-80gb, h100-sxm-80gb), which plan")
-    assert refused("plan", two_types, "--check").startswith("--check: is for GPUs of one type")
+def test_what_is_of_gpus_of_one_type_refuses_two_in_one_line(two_types: str, tmp_path: Path) -> None:
+    assert "say on which of a100-sxm-80gb, h100-sxm-80gb it runs" in refused("simulate", two_types, "--plan=tp1")
     assert refused("energy", two_types, "--price=2").startswith("--price: mixed has GPUs of several types")
     assert refused("plan", two_types, "--gpus=4") == "--gpus: 4 is not between 1 and the 3 GPUs of mixed"
+    ran = run("simulate", two_types, CHEAP[0], CHEAP[2], "--plan=a100-sxm-80gb: tp1", f"--requests={tmp_path}/r.csv")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.endswith("error: --requests: is of GPUs of one type, and the cluster has several; leave it out\n")
+    assert not (tmp_path / "r.csv").exists()
 
 
 def test_what_cannot_be_imported_leaves_no_file(tmp_path: Path) -> None:
@@ -1415,12 +1417,11 @@ def test_no_words_get_past_the_parser_unchecked(command: str, words: list[str]) 
 
     def note(asked: Arguments) -> Result:
         seen.append(asked)
-        return Result(document={"status": "ok", "models": []})
+        return Result(document=Models(version="0", status="ok", models=()))
 
     with pytest.MonkeyPatch.context() as patch:
         for name in COMMANDS:
             answered_by(patch, name, note)
-        patch.setattr(Result, "page", lambda *_, **__: "")
         ran = run(*(command.split() if command in COMMANDS else [command]), *words)
     assert ran.code in (0, 2)
     if ran.code == 2:
@@ -1466,7 +1467,7 @@ def test_no_text_makes_a_question_fail_unnamed(given: dict[str, None], data: st.
     def asked(ask: SimulateAsk) -> Result:
         assert isinstance(ask.plan, str)
         resolve_plan(ask.plan, ask)
-        return Result(document={"status": "ok", "models": []})
+        return Result(document=Models(version="0", status="ok", models=()))
 
     base = [word for word in (*CHEAP, "--plan=tp1") if word.partition("=")[0].removeprefix("--") not in given]
     with pytest.MonkeyPatch.context() as patch:
@@ -1533,20 +1534,17 @@ def test_short_names_in_the_help_work() -> None:
 # ---- real processes ----------------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, time; start = time.perf_counter(); from apex_opt import cli\n"
+        "import sys; from apex_opt import cli\n"
         "for words in (['--help'], ['plan', '--help'], ['plan', '--bogus'], ['profile'], ['profile', 'import']):\n"
         "    try: cli.main(words)\n"
         "    except SystemExit: pass\n"
         "heavy = {'numba', 'ortools', 'pandas', 'rich', 'numpy', 'networkx'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
-        "print(time.perf_counter() - start, file=sys.stderr)"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    *_, modules, elapsed = ran.stderr.splitlines()
-    assert modules == "[]"
-    assert float(elapsed) < 0.5
+    assert ran.stderr.splitlines()[-1] == "[]"
 
 
 def test_a_process_answers_with_its_exit_code() -> None:
