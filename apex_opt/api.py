@@ -45,7 +45,7 @@ A = TypeVar("A", bound=Arguments)
 PACKAGE: Final = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Result:
     """What a command answers.
 
@@ -61,8 +61,8 @@ class Result:
     document: types.Document
     found: bool = True
     holds: bool = True
-    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict, repr=False)
-    replay: Callable[[Progress], Check] | None = field(default=None, repr=False)
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    replay: Callable[[Progress], Check] | None = None
 
     @property
     def status(self) -> str:
@@ -73,6 +73,11 @@ class Result:
     def best(self) -> Any:
         """The best that was found; its `text` is the plan as `simulate` takes it. None where there is none."""
         return getattr(self.document, "best", None)
+
+    def __repr__(self) -> str:
+        """What was found, in a line; `page` has everything."""
+        plan = getattr(self.best, "text", None)
+        return f"<{self.document.schema}: {self.status}{f', {plan}' if plan else ''}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--format=json` prints."""

@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import make_cluster, make_question, random_trace
+from plan_cases import make_cluster, make_problem, random_trace
 
 from apex_opt.errors import InputError
 from apex_opt.figures import load_objective
 from apex_opt.ir import load_model
 from apex_opt.report.pareto import pareto_document, pareto_page, write_front
-from apex_opt.search import pareto
+from apex_opt.studies.pareto import pareto
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def document(*names: str, slo: str = "") -> dict[str, Any]:
-    question = make_question(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
-    front = pareto(question, [load_objective(name) for name in names], PlanSpace())
-    return pareto_document(question, front, {"gemm": "measured"})
+    problem = make_problem(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
+    front = pareto(problem, [load_objective(name) for name in names], PlanSpace())
+    return pareto_document(problem, front, {"gemm": "measured"})
 
 
 @pytest.fixture(autouse=True)
