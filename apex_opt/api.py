@@ -77,7 +77,7 @@ class Result:
     def __repr__(self) -> str:
         """What was found, in a line; `page` has everything."""
         plan = getattr(self.best, "text", None)
-        return f"<{self.document.schema}: {self.status}{f', {plan}' if plan else ''}>"
+        return f"<{self.to_dict()['schema']}: {self.status}{f', {plan}' if plan else ''}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The document that `--format=json` prints."""
