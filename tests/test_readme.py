@@ -58,6 +58,13 @@ def test_every_command_shown_parses() -> None:
             pytest.fail(f"solve.py {shlex.join(words)}: {error}")
 
 
+def test_the_python_shown_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (body,) = (body for kind, body in BLOCKS if kind == "python")
+    exec(body, {})
+    line = capsys.readouterr().out.splitlines()[0]
+    assert f"  # {line}" in body
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", _commands(), ids=shlex.join)
 def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
