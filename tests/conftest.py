@@ -13,6 +13,14 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+LONGEST = (
+    *("search_search", "cli", "frozen", "search_fleet", "studies_capacity", "search_bounds_isolated", "studies_check"),
+    *("figures_stops", "simulator_kernel", "simulator_policies", "simulator_prefix_caching", "formulations_placement"),
+    *("formulations_plan_space", "readme", "docs_examples", "docs_clusters", "docs_capacity", "studies_explain"),
+    *("search_joint", "simulator_warm", "packaging", "benchmarks", "process"),
+)
+"""Files that take long, by `--cpu`: the workers begin with them, so that none is left with a long one at the end."""
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Tables are as wide as what is shown in documents, whatever terminal the tests run in.
@@ -30,6 +38,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs recordings that are not part of the repository: no folder {SHARED}")
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.hookimpl(optionalhook=True)
