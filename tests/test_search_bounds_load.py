@@ -158,6 +158,20 @@ def test_where_batches_of_a_sequence_overtake_each_other_its_blocks_are_held_for
     assert overtaking.total_s <= int(run.finish_ns.max()) / NS_PER_S < in_turn.total_s
 
 
+def test_a_percentile_between_two_ends_is_bounded_by_the_earlier_one() -> None:
+    engine = EngineSettings(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=256, async_scheduling=False)
+    law = linear(engine, 1000)
+    trace = requests([(0, 8, output) for output in (2, 5, 90, 200)])
+    run = Case(settings=engine, blocks=99, laws=(law,), trace=trace).run(log=False)
+    statistics = ("p25", "p50", "p60", "p90", "max")
+    load = Load.of(engine, StageFloor.of(law), 1, trace, 99, statistics)
+    ends_s = run.finish_ns / NS_PER_S
+    reached = [float(np.percentile(ends_s, 100.0 if name == "max" else float(name[1:]))) for name in statistics]
+    assert all(load.whole_s[name] <= least for name, least in zip(statistics, reached, strict=True))
+    # One after the other, shortest first: beside their prompts they take no longer than they must.
+    assert load.whole_s["max"] == pytest.approx(reached[-1], rel=0.02)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_from_as_many_replicas_as_have_room_the_load_adds_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
