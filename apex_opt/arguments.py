@@ -208,7 +208,7 @@ def options_of(arguments: type[Any]) -> tuple[Option, ...]:
     for word, shared in _SHARED.items():
         texts = {name: text.replace(word, shared) for name, text in texts.items()}
     named = [each for each in fields(arguments) if each.init and each.name != "progress"]
-    found = [Option.of(each.name, texts[each.name], each.type, each.default) for each in named]
+    found = [Option.of(each.name, texts.get(each.name, ""), each.type, each.default) for each in named]
     _OPTIONS[arguments] = tuple(sorted(found, key=lambda option: option.default is not REQUIRED))
     return _OPTIONS[arguments]
 
