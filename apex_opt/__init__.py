@@ -15,7 +15,6 @@ from types import ModuleType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apex_opt.api import (
-        Result,
         capacity,
         check,
         cluster_import,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         traces,
         validate,
     )
+    from apex_opt.commands import Result
 
 __version__ = "0.1.0"
 

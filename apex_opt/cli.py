@@ -14,29 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt import __version__, api
-from apex_opt.api import read
-from apex_opt.arguments import (
-    REQUIRED,
-    Arguments,
-    Drawn,
-    Front,
-    General,
-    Judged,
-    Option,
-    Placed,
-    Scored,
-    Sourced,
-    options_of,
-)
+from apex_opt import __version__, api, commands
+from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, Sourced
+from apex_opt.commands import read
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.files import expanded, there
+from apex_opt.gate import REQUIRED, Arguments, Option, options_of
 from apex_opt.process import end_on_signals, end_undisturbed, open_streams, put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from apex_opt.api import Result
+    from apex_opt.commands import Result
 
 EXIT_FAULT: Final = 1
 EXIT_INFEASIBLE: Final = 3
@@ -210,9 +199,9 @@ class Command:
 
 COMMANDS: Final[Mapping[str, Command]] = {
     name: Command(
-        summary=(api.COMMANDS[name].run.__doc__ or "").partition("\n")[0],
+        summary=(getattr(api, name.replace(" ", "_")).__doc__ or "").partition("\n")[0],
         text=text,
-        asks=api.COMMANDS[name].asks,
+        asks=commands.COMMANDS[name].asks,
         shown=shown,
     )
     for name, (shown, text) in _TEXTS.items()
@@ -494,7 +483,7 @@ def _main(words: list[str]) -> int:
     from apex_opt.report.progress import Progress
 
     with Progress() as progress:
-        result = api.COMMANDS[request.command].run(replace(request.arguments, progress=progress))
+        result = commands.COMMANDS[request.command].run(replace(request.arguments, progress=progress))
     written = [option.name for option in options_of(type(request.shown)) if option.param.suffix]
     files = {name: path for name in written if (path := getattr(request.shown, name)) is not None}
     if result.found and (lacking := [name for name in files if name not in result.files]):

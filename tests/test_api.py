@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import apex_opt
-from apex_opt import api, cli
-from apex_opt.arguments import REQUIRED, options_of
+from apex_opt import cli
 from apex_opt.cluster import load_cluster
+from apex_opt.commands import COMMANDS
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
+from apex_opt.gate import REQUIRED, options_of
 from apex_opt.ir import load_model
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
-    from apex_opt.api import Result
+    from apex_opt.commands import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAP: dict[str, Any] = {
@@ -41,9 +42,9 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", api.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function_with_the_options_and_defaults_of_the_command_line(name: str) -> None:
-    function, asks = getattr(apex_opt, name.replace(" ", "_")), api.COMMANDS[name].asks
+    function, asks = getattr(apex_opt, name.replace(" ", "_")), COMMANDS[name].asks
     taken = inspect.signature(function).parameters
     options = {option.name: option for option in options_of(asks)}
     assert set(taken) == {"progress", *options}

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.arguments import LONGEST_TEXT, REQUIRED
 from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method, wrapped
 from apex_opt.cluster import list_presets
 from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.gate import LONGEST_TEXT, REQUIRED
 from apex_opt.ir import FORMATS, KV_BYTES
 from apex_opt.units import DATA_ROOT
 

@@ -25,14 +25,15 @@ from measured_cases import engine, recorded, write_runs
 from measured_package import write_package
 from rich.cells import cell_len
 
-from apex_opt import api, cli
-from apex_opt.api import Result
-from apex_opt.arguments import Arguments, Ask, SimulateAsk, options_of
+from apex_opt import cli, commands
+from apex_opt.arguments import Ask, SimulateAsk
 from apex_opt.cli import COMMANDS, CONFIG_FILES, GROUPS
 from apex_opt.cluster import load_cluster
+from apex_opt.commands import Result
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import InputError
+from apex_opt.gate import Arguments, options_of
 from apex_opt.ir import load_model
 from apex_opt.ir.huggingface import QUANTISATION_FILES
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
@@ -90,7 +91,7 @@ def shell(*words: str, **given: Any) -> subprocess.CompletedProcess[str]:
 
 def answered_by(monkeypatch: pytest.MonkeyPatch, command: str, run: Callable[[Any], Any]) -> None:
     """A command is answered by this in place of what it does."""
-    monkeypatch.setitem(api.COMMANDS, command, api.COMMANDS[command]._replace(run=run))
+    monkeypatch.setitem(commands.COMMANDS, command, commands.COMMANDS[command]._replace(run=run))
 
 
 def noted_trace(monkeypatch: pytest.MonkeyPatch, note: str) -> None:

@@ -1,0 +1,156 @@
+"""What a command is: the type of its arguments, what answers them, and the result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, cast
+
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.files import expanded
+from apex_opt.gate import REQUIRED, Arguments, options_of
+from apex_opt.schema import to_plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import pandas as pd
+
+    from apex_opt.gate import Progress
+    from apex_opt.report import types
+    from apex_opt.studies.check import Check
+
+P = ParamSpec("P")
+A = TypeVar("A", bound=Arguments)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Result:
+    """What a command answers.
+
+    Parameters
+    ----------
+    document : everything it tells, typed as its schema in `docs/schema`
+    found : whether there is what was asked for: a plan, a rate, a run that can be predicted
+    holds : whether a certificate that was replayed holds
+    files : what can be written besides, by name, each as a function of the path
+    replay : the certificate replayed, where there is one
+    """
+
+    document: types.Document
+    found: bool = True
+    holds: bool = True
+    files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    replay: Callable[[Progress], Check] | None = None
+
+    @property
+    def status(self) -> str:
+        """Whether there is what was asked for, and whether it is proved to be the best."""
+        return self.document.status
+
+    @property
+    def best(self) -> Any:
+        """The best that was found; its `text` is the plan as `simulate` takes it. None where there is none."""
+        return getattr(self.document, "best", None)
+
+    def __repr__(self) -> str:
+        """What was found, in a line; `page` has everything."""
+        plan = getattr(self.best, "text", None)
+        return f"<{self.to_dict()['schema']}: {self.status}{f', {plan}' if plan else ''}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document that `--format=json` prints."""
+        plain: dict[str, Any] = to_plain(self.document)
+        first, last = plain.pop("schema"), plain.pop("version")
+        return {"schema": first, **plain, "version": last}
+
+    def to_json(self) -> str:
+        """The same as text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each candidate, run or listed thing, a column for each figure, such as `metrics.ttft_s.p95`."""
+        import pandas as pd
+
+        return pd.json_normalize(self.to_dict()[self.document.ROWS])
+
+    def page(self, *, sources: bool = False, limit: int = 30) -> str:
+        """The text that the command line prints.
+
+        Parameters
+        ----------
+        sources : bool    whether to tell of every figure where it comes from, rather than in groups
+        limit : int       runs in the table of `validate`, those with the largest errors
+        """
+        from apex_opt.report.show import page
+
+        return page(self.document, limit, sources=sources)
+
+    def write(self, **files: str) -> None:
+        """Write files that go with an answer, such as `timeline="run.json"`; each appears whole or not at all.
+
+        Raises
+        ------
+        UnknownNameError    a file that this answer does not have
+        InputError          a path that cannot be written
+        """
+        for name, path in files.items():
+            if name not in self.files:
+                raise UnknownNameError("file of this answer", name, self.files)
+            self.files[name](expanded(path))
+
+
+class Command(NamedTuple):
+    """The type of a command's arguments, and what answers them."""
+
+    asks: type[Any]
+    run: Callable[[Any], Result]
+
+
+COMMANDS: Final[dict[str, Command]] = {}
+"""Every command by its name on the command line."""
+
+
+def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[P, Result]]:
+    """Make a function of a dataclass of arguments one of these arguments themselves, with their defaults and texts."""
+    of = cast("type[A]", asks)
+
+    def made(run: Callable[[A], Result]) -> Callable[P, Result]:
+        name = run.__name__.replace("_", " ")
+        COMMANDS[name] = Command(of, run)
+
+        @wraps(run)
+        def call(*args: P.args, **given: P.kwargs) -> Result:
+            return run(read(of, name, args, given))
+
+        options = options_of(of)
+        shown = inspect.signature(of)
+        call.__signature__ = shown.replace(return_annotation=Result)  # type: ignore[attr-defined]
+        told = "\n".join(f"{option.name} : {option.kind.__name__}\n    {option.text}" for option in options)
+        call.__doc__ = f"{run.__doc__}\n\nParameters\n----------\n{told}\n" if told else run.__doc__
+        return call
+
+    return made
+
+
+def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) -> A:
+    """Arguments of a command, checked.
+
+    Raises
+    ------
+    UnknownNameError    an argument that there is not
+    UsageError          one that is left out, and whatever its option refuses
+    """
+    options = options_of(of)
+    places = [each.name for each in fields(of) if each.init and not each.kw_only]
+    if len(args) > len(places):
+        raise UsageError(f"{name}: takes {len(places)} arguments without a name, got {len(args)}")
+    given = dict(zip(places, args, strict=False)) | dict(given)
+    if unknown := [key for key in given if key not in {"progress", *(option.name for option in options)}]:
+        raise UnknownNameError(f"option of {name}", unknown[0], [option.name for option in options])
+    if missing := [o.name for o in options if o.default is REQUIRED and given.get(o.name, REQUIRED) is REQUIRED]:
+        raise UsageError(f"{name}: needs --{missing[0]}; see solve.py {name} --help")
+    return of(**given)
