@@ -398,7 +398,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     from apex_opt.search.facts import Facts
 
     wiring = load_wiring(ask.cluster)
-    sites = [Site(question=q, plan=p, wiring=wiring, facts=Facts(q)) for q, p in resolve_place(ask)]
+    sites = [Site(problem=q, plan=p, wiring=wiring, facts=Facts(q)) for q, p in resolve_place(ask)]
     site = quickest(sites, ask.within)
     topology = load_topology(wiring)
     lost = () if ask.lose is None else topology.named(ask.lose, "--lose")

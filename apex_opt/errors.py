@@ -1,7 +1,7 @@
 """The exception tree. Every message names the thing, the value, the limit and the way out.
 
 `exit_code` is what the command line returns: 2 for a fault in what was asked, 1 for a fault of ours.
-An infeasible question is an answer, not an exception.
+An infeasible problem is an answer, not an exception.
 """
 
 from __future__ import annotations

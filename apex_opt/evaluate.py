@@ -51,7 +51,7 @@ IMBALANCE: Final = (3, 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """One planning question, without its traffic.
+    """One planning problem, without its traffic.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""From names and numbers, as a person gives them, to a question that can be searched."""
+"""From names and numbers, as a person gives them, to a problem that can be searched."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks.questions import question
+from benchmarks.problems import problem
 from benchmarks.registry import Benchmark, best_of
 
 
@@ -25,7 +25,7 @@ def enumerate_plans(cluster: str, quick: bool) -> float:
     """Best of three after a warm-up."""
     from formulations.plan_space import PlanSpace
 
-    asked = question("mixtral-8x22b", cluster, "chat", weights="bf16,fp8", gpus=4 if quick else None)
+    asked = problem("mixtral-8x22b", cluster, "chat", weights="bf16,fp8", gpus=4 if quick else None)
     instance = asked.instance()
 
     def run() -> None:

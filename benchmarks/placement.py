@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.questions import question
+from benchmarks.problems import problem
 from benchmarks.registry import Benchmark, best_of, one_core
 
 _SPINE = 4
@@ -35,7 +35,7 @@ def place(preset: str, nodes: int, quick: bool) -> float:
     from apex_opt.search.facts import Facts
     from formulations.placement import place_plan
 
-    asked = question("llama-3.1-8b", preset, "chat")
+    asked = problem("llama-3.1-8b", preset, "chat")
     wiring = load_wiring(preset)
     assert isinstance(wiring, Composition)
     nodes = 1 if quick else nodes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.questions import generated_chat, question
+from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
 from benchmarks.startup import solve_process
 
@@ -42,7 +42,7 @@ def warm(quick: bool) -> float:
     trace = generated_chat(20) if quick else "chat"
 
     def run() -> None:
-        answer = search(question(MODEL, CLUSTER, trace), PlanSpace())
+        answer = search(problem(MODEL, CLUSTER, trace), PlanSpace())
         assert answer.status == "optimal"
 
     with one_core():

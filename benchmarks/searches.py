@@ -1,6 +1,6 @@
-"""Time from inputs to certificate, for the questions that APEX publishes its own times for, and for a large cluster.
+"""Time from inputs to certificate, for the problems that APEX publishes its own times for, and for a large cluster.
 
-APEX+ (arXiv 2411.17651) takes for the same questions, in CPU seconds: 220 for its 26 plans of Llama-3-70B on 8 H100
+APEX+ (arXiv 2411.17651) takes for the same problems, in CPU seconds: 220 for its 26 plans of Llama-3-70B on 8 H100
 with its creation trace, 132 with its lmsys trace, 757 for its 103 plans of Mixtral-8x22B, and 298 on 4x8 GPUs for the
 26 of 84 plans that do not stop it.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from benchmarks.questions import generated_chat, question
+from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import ROOT, Benchmark, best_of, one_core
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def warm(model: str, cluster: str, trace: str, quick: bool) -> float:
 
     def run() -> None:
         split.cache_clear()
-        answer = search(question(model, cluster, described), PlanSpace())
+        answer = search(problem(model, cluster, described), PlanSpace())
         assert answer.status == "optimal"
 
     with one_core():
@@ -76,15 +76,15 @@ def large(quick: bool) -> float:
     """Once: what is kept of one run would serve another."""
     with one_core():
         model, cluster, trace = ("llama-3.1-8b", "2x8xh200-sxm", generated_chat(20)) if quick else _LARGE
-        return best_of(1, lambda: certificate(model, cluster, trace))
+        return best_of(1, lambda: part_of(model, cluster, trace))
 
 
-def certificate(model: str, cluster: str, trace: str) -> Part:
-    """How the plans of a question were accounted for."""
+def part_of(model: str, cluster: str, trace: str) -> Part:
+    """How the plans of a problem were accounted for."""
     from apex_opt.search import search
     from formulations.plan_space import PlanSpace
 
-    (part,) = search(question(model, cluster, trace), PlanSpace()).ledger.parts
+    (part,) = search(problem(model, cluster, trace), PlanSpace()).ledger.parts
     return part
 
 

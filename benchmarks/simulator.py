@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.questions import generated_chat, question
+from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
 from benchmarks.traces import AZURE_CONVERSATION, conversation
 
@@ -75,7 +75,7 @@ def score_20000(quick: bool) -> float:
     from apex_opt.plan.plan import parse_plan
     from apex_opt.search import Scorer
 
-    asked = question("llama-3.1-70b", "8xh100-sxm", generated_chat(50 if quick else 20_000))
+    asked = problem("llama-3.1-70b", "8xh100-sxm", generated_chat(50 if quick else 20_000))
     scorer, deployment = Scorer(asked), Deployment.of(parse_plan("tp8", asked.model))
     with one_core():
         scorer.simulate(deployment)
@@ -102,7 +102,7 @@ def _speed(loop: str, quick: bool) -> Speed:
     else:
         text, changes = LOOPS[loop]
         trace = conversation(quick)
-    asked = question(MODEL, "4xh200-sxm", "chat")
+    asked = problem(MODEL, "4xh200-sxm", "chat")
     asked = replace(asked, settings=replace(asked.settings, **changes))
     facts, plan = Facts(asked), parse_plan(text, asked.model)
     settings, laws, blocks = asked.settings_for(plan), facts.plan_cost(plan).laws, facts.blocks(plan)

@@ -6,7 +6,7 @@ from ortools.sat.python import cp_model
 
 
 def new_solver(time_limit_s: float | None = None) -> cp_model.CpSolver:
-    """One worker and a fixed seed, so that equal questions get equal answers; signals are left to the program.
+    """One worker and a fixed seed, so that equal problems get equal answers; signals are left to the program.
 
     Parameters
     ----------

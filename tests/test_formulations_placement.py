@@ -65,7 +65,7 @@ def talk(draw: st.DrawFn, shape: Shape) -> Callable[[Layout], tuple[float, ...]]
 
 
 @st.composite
-def questions(draw: st.DrawFn) -> tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]]:
+def problems(draw: st.DrawFn) -> tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]]:
     """Up to seven free GPUs of a cluster of any kind."""
     composition: Composition = draw(compositions())
     gpus = composition.topology().gpus()
@@ -80,7 +80,7 @@ def questions(draw: st.DrawFn) -> tuple[Tree, Shape, Callable[[Layout], tuple[fl
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(questions())
+@given(problems())
 def test_no_assignment_of_ranks_to_gpus_is_better(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
 ) -> None:
@@ -95,7 +95,7 @@ def test_no_assignment_of_ranks_to_gpus_is_better(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(questions())
+@given(problems())
 def test_of_equally_quick_assignments_none_keeps_more_gpus_in_groups(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
 ) -> None:
@@ -118,7 +118,7 @@ def test_of_equally_quick_assignments_none_keeps_more_gpus_in_groups(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(questions())
+@given(problems())
 def test_what_the_search_counts_with_is_what_the_program_places(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
 ) -> None:
@@ -131,7 +131,7 @@ def test_what_the_search_counts_with_is_what_the_program_places(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(questions(), st.data())
+@given(problems(), st.data())
 def test_no_assignment_as_quick_moves_fewer_weights(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]], data: st.DataObject
 ) -> None:

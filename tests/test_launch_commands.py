@@ -68,18 +68,18 @@ def test_every_gpu_is_in_one_command_and_the_degrees_multiply_to_them(
         "both": Template(tp=2, ep=max(devices // 2, 1)),
         "copies": Template(dp=attention.dp, tp=attention.tp),
     }[cut]
-    question = asked(model, nodes, gpus)
+    problem = asked(model, nodes, gpus)
     plan = Plan(
         replicas=replicas,
-        layers=even_split(question.model.layers, stages),
+        layers=even_split(problem.model.layers, stages),
         attention=attention,
         ffn=ffn,
         weight_format="bf16",
         kv_format="bf16",
         clock_mhz=1200,
     )
-    assignment = placed(question, plan)
-    found = launch(question, plan, engine, CHECKPOINT, assignment)
+    assignment = placed(problem, plan)
+    found = launch(problem, plan, engine, CHECKPOINT, assignment)
     if not found.commands:
         assert found.notes[0].startswith("no command")
         assert len(found.notes) > 1

@@ -90,15 +90,15 @@ def test_a_deprecated_method_of_quantisation_is_allowed_by_name() -> None:
 
 @pytest.mark.parametrize("gib", [20.5, 21.0, 24.0, 80.0])
 def test_the_length_is_one_whose_cache_the_plan_holds_with_a_little_to_spare(gib: float) -> None:
-    question = asked("llama-3.1-8b", 1, 1, gpu={"memory_bytes": int(gib * GIB)})
-    plan = parse_plan("tp1", question.model)
-    found = launch(question, plan, "vllm", CHECKPOINT, placed(question, plan))
-    stage, *_ = memory = stage_memory(question.model, question.cluster.gpu, plan, question.settings)
+    problem = asked("llama-3.1-8b", 1, 1, gpu={"memory_bytes": int(gib * GIB)})
+    plan = parse_plan("tp1", problem.model)
+    found = launch(problem, plan, "vllm", CHECKPOINT, placed(problem, plan))
+    stage, *_ = memory = stage_memory(problem.model, problem.cluster.gpu, plan, problem.settings)
     told = int(value(found.commands[0], "--max-model-len") or 0)
-    size, longest = question.settings.block_size, question.instance().longest_tokens
+    size, longest = problem.settings.block_size, problem.instance().longest_tokens
     assert min(longest, 8192) <= told <= min(kv_blocks(memory) * size, 8192)
     if longest < told < 8192:
-        assert (stage.kv_blocks - told // size) * stage.kv_block_bytes >= 0.01 * question.cluster.gpu.memory_bytes
+        assert (stage.kv_blocks - told // size) * stage.kv_block_bytes >= 0.01 * problem.cluster.gpu.memory_bytes
     assert has(found, "what the KV cache of the plan holds") == (told < 8192)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from apex_opt.search.capacity import Capacity, fewest_gpus, highest_rate
 
 from apex_opt.arguments import CapacityAsk
 from apex_opt.report.capacity import capacity_document, capacity_page
 from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.studies.capacity import Capacity, fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ CHEAP = {
 def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Question, Capacity]:
     """A capacity, or the fewest GPUs for a rate."""
     options = CapacityAsk(**CHEAP | given)
-    question = resolve(options, rated=True)
+    problem = resolve(options, rated=True)
     if rate is None:
-        return question, highest_rate(question, PlanSpace(), top=top)
-    return question, fewest_gpus(question, PlanSpace(), rate, top=top)
+        return problem, highest_rate(problem, PlanSpace(), top=top)
+    return problem, fewest_gpus(problem, PlanSpace(), rate, top=top)
 
 
 def document(rate: float | None = None, **given: Any) -> Document:
@@ -51,7 +51,7 @@ def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
-    question, capacity = found()
+    problem, capacity = found()
     shown = document()
     assert list(shown) == [
         "command",
@@ -72,10 +72,10 @@ def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
     assert shown["best"] == shown["candidates"][0]
     assert len(shown["candidates"]) == 3
     for row, item in zip(shown["candidates"], capacity.plans, strict=True):
-        assert (row["plan"], row["gpus"]) == (str(item.plan), item.plan.devices)
+        assert (row["plan"], row["gpus"]) == (str(item.deployment), item.deployment.devices)
         assert row["rate_per_s"] == item.rate_per_s
-        assert row["rate_per_gpu_per_s"] == item.rate_per_s / item.plan.devices
-        assert row["times_own_rate"] == item.rate_per_s / question.trace.rate_per_s
+        assert row["rate_per_gpu_per_s"] == item.rate_per_s / item.deployment.devices
+        assert row["times_own_rate"] == item.rate_per_s / problem.trace.rate_per_s
         assert row["next_rate_per_s"] == item.next_rate_per_s
         evidence = item.evidence
         assert row["arrivals_s"] == pytest.approx((evidence.requests - 1) / item.rate_per_s)
@@ -164,8 +164,8 @@ def test_an_infeasible_answer_has_a_reason_and_no_plan(rate: float | None) -> No
 
 def test_one_plan_is_asked_about_alone() -> None:
     options = CapacityAsk(**CHEAP)
-    question, plan = resolve_plan("dp2 tp2", options)
-    shown = capacity_document(question, highest_rate(question, PlanSpace(), plan=plan), {})
+    problem, plan = resolve_plan("dp2 tp2", options)
+    shown = capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=plan), {})
     assert shown["status"] == "feasible"
     assert shown["best"]["plan"] == "dp2 attn(tp2) ffn(tp2) bf16"
     assert "1 plan in the space" in capacity_page(shown)
@@ -173,8 +173,8 @@ def test_one_plan_is_asked_about_alone() -> None:
 
 def test_lengths_alone_have_no_rate_of_their_own() -> None:
     lengths = str(Path(__file__).parent / "cases" / "traces" / "vidur-len.csv")
-    question, capacity = found(1.0, trace=lengths, cluster="1xh200-sxm", slo="ttft_p95<=5s")
-    document = capacity_document(question, capacity, {})
+    problem, capacity = found(1.0, trace=lengths, cluster="1xh200-sxm", slo="ttft_p95<=5s")
+    document = capacity_document(problem, capacity, {})
     assert document["best"]["times_own_rate"] is None
     page = capacity_page(document)
     assert "trace vidur-len (2 requests, lengths alone), ttft_p95<=5s" in page

@@ -108,10 +108,10 @@ def test_rates_are_compared_by_rate_and_those_given_by_gpus_and_price() -> None:
     given = {"slo": "ttft_p95<=1s", "trace": "poisson:rate=2,n=20,prompt=64,output=16"}
     documents, fewest = [], []
     for cluster in ("1xh100", "1xl4"):
-        question = replace(resolve(options(cluster, given)), priced=True)
-        found = highest_rate(question, PlanSpace(), resolution=0.5)
-        documents.append(capacity_document(question, found, {}))
-        fewest.append(capacity_document(question, fewest_gpus(question, PlanSpace(), 2.0), {}))
+        problem = replace(resolve(options(cluster, given)), priced=True)
+        found = highest_rate(problem, PlanSpace(), resolution=0.5)
+        documents.append(capacity_document(problem, found, {}))
+        fewest.append(capacity_document(problem, fewest_gpus(problem, PlanSpace(), 2.0), {}))
     rates = [document["best"]["rate_per_s"] for document in documents]
     document = clusters_document("capacity", documents)
     assert (document["fastest_by"], document["fastest"]) == ("rate", 1 + rates.index(max(rates)))

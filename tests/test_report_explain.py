@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from apex_opt.search.explain import explain
 
 from apex_opt.arguments import ExplainAsk
 from apex_opt.report.explain import explanation_document, explanation_page
 from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.studies.explain import explain
 from formulations.plan_space import PlanSpace
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
@@ -20,8 +20,8 @@ def document(plan: str | None = None, **given: Any) -> dict[str, Any]:
     """One question, explained."""
     options = ExplainAsk(**CHEAP | given)
     parsed = None if plan is None else resolve_plan(plan, options)[1]
-    question = resolve(options)
-    return explanation_document(question, explain(question, PlanSpace(), plan=parsed), {})
+    problem = resolve(options)
+    return explanation_document(problem, explain(problem, PlanSpace(), deployment=parsed), {})
 
 
 def words(page: str) -> str:

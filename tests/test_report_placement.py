@@ -31,7 +31,7 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def site_of(plan: str, cluster: str, **given: Any) -> Site:
     ((problem, parsed),) = resolve_place(PlaceAsk(plan, cluster=cluster, **given))
-    return Site(question=problem, plan=parsed, wiring=load_wiring(cluster), facts=Facts(problem))
+    return Site(problem=problem, plan=parsed, wiring=load_wiring(cluster), facts=Facts(problem))
 
 
 def found_on(site: Site) -> Found:

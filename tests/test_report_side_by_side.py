@@ -26,10 +26,10 @@ CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,
 def compared(*plans: str, **given: str) -> Document:
     """Plans, each judged."""
     asked = resolve_plans(plans, Ask(**CHEAP | given))
-    answers = [judge(question, plan) for question, plan in asked]
+    answers = [judge(problem, plan) for problem, plan in asked]
     documents = [
-        answer_document("simulate", question, answer, Scorer(question).provenance(answer.candidates))
-        for (question, plan), answer in zip(asked, answers, strict=True)
+        answer_document("simulate", problem, answer, Scorer(problem).provenance(answer.candidates))
+        for (problem, plan), answer in zip(asked, answers, strict=True)
     ]
     runs = [(Scorer(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
     return compared_document([str(plan) for _, plan in asked], documents, differences(runs) if len(runs) > 1 else ())

@@ -23,13 +23,13 @@ def options(**given: Any) -> Ask:
 
 
 def test_a_question_holds_what_was_asked() -> None:
-    question = resolve(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
-    assert question.model.name == "llama-3.1-8b"
-    assert (question.cluster.nodes, question.cluster.size, question.max_devices) == (2, 16, 12)
-    assert question.slos[0].text == "tpot_p95<=9ms"
-    assert question.settings.max_num_seqs == 99
-    assert question.settings.max_model_len == question.model.max_position
-    assert len(question.trace) == 2
+    problem = resolve(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
+    assert problem.model.name == "llama-3.1-8b"
+    assert (problem.cluster.nodes, problem.cluster.size, problem.max_devices) == (2, 16, 12)
+    assert problem.slos[0].text == "tpot_p95<=9ms"
+    assert problem.settings.max_num_seqs == 99
+    assert problem.settings.max_model_len == problem.model.max_position
+    assert len(problem.trace) == 2
 
 
 def test_all_gpus_are_offered_unless_fewer_are_asked_for() -> None:
@@ -113,15 +113,15 @@ def test_a_cost_of_gpus_without_a_price_is_refused_with_both_ways_out(tmp_path: 
 
 
 def test_several_objectives_are_asked_in_their_order() -> None:
-    question = resolve(options(objective="energy~2%,e2e_p99.9,cost", slo="ttft_p12.5<=1s,tpot<=1s@99%"))
-    assert [(part.name, part.tolerance) for part in question.objectives] == [
+    problem = resolve(options(objective="energy~2%,e2e_p99.9,cost", slo="ttft_p12.5<=1s,tpot<=1s@99%"))
+    assert [(part.name, part.tolerance) for part in problem.objectives] == [
         ("energy", 0.02),
         ("e2e_p99.9", 0.0),
         ("cost", 0.0),
     ]
-    assert question.percentiles == ("p12.5", "p99.9")
-    assert [part.figure.name for part in question.asked] == ["energy", "e2e", "cost", "ttft", "tpot"]
-    assert not question.asks_gaps
+    assert problem.percentiles == ("p12.5", "p99.9")
+    assert [part.figure.name for part in problem.asked] == ["energy", "e2e", "cost", "ttft", "tpot"]
+    assert not problem.asks_gaps
     assert resolve(options(slo="itl<=1s@99%")).asks_gaps
 
 
@@ -145,8 +145,8 @@ def test_the_seed_reaches_described_traces() -> None:
 def test_formats_are_those_named_or_the_models_own_as_the_gpu_has_it(
     cluster: str, weights: str | None, expected: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> None:
-    question = resolve(options(cluster=cluster, weights=weights))
-    assert (question.offer.weight_formats, question.offer.kv_formats) == expected
+    problem = resolve(options(cluster=cluster, weights=weights))
+    assert (problem.offer.weight_formats, problem.offer.kv_formats) == expected
 
 
 def test_a_kv_format_goes_with_every_weight_format() -> None:
@@ -226,9 +226,9 @@ def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path:
 
 @pytest.mark.parametrize("given", [{"chunked_prefill": False}, {"policy": "orca"}, {"policy": "static"}])
 def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(given: dict[str, Any]) -> None:
-    question = resolve(options(trace="static:n=2,prompt=9000,output=7", **given))
-    assert question.settings.max_model_len == 9007
-    assert question.settings.max_num_batched_tokens == 9007
+    problem = resolve(options(trace="static:n=2,prompt=9000,output=7", **given))
+    assert problem.settings.max_model_len == 9007
+    assert problem.settings.max_num_batched_tokens == 9007
 
 
 @pytest.mark.parametrize(
@@ -247,10 +247,10 @@ def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(give
 def test_a_plan_takes_formats_it_does_not_name_from_the_options(
     text: str, given: dict[str, Any], expected: str
 ) -> None:
-    question, plan = resolve_plan(text, options(**given))
+    problem, plan = resolve_plan(text, options(**given))
     assert str(plan) == expected
     # What is reported about the question must be about this plan.
-    assert (question.offer.weight_formats, question.offer.kv_formats) == (
+    assert (problem.offer.weight_formats, problem.offer.kv_formats) == (
         (plan.plan.weight_format,),
         (plan.plan.kv_format,),
     )
@@ -336,8 +336,8 @@ def test_prefix_caching_is_refused_where_what_prompts_contain_cannot_be_used() -
     assert len(resolve(options(trace=path)).trace) == 2
     with pytest.raises(InputError, match=r"line 1: hash_ids are 3 for .* give the tokens of an id as --trace_block"):
         resolve(options(trace=path, prefix_caching=True))
-    question = resolve(options(trace=path, prefix_caching=True, trace_block=256))
-    assert (question.trace.content_tokens, question.remarks) == (256, ())
+    problem = resolve(options(trace=path, prefix_caching=True, trace_block=256))
+    assert (problem.trace.content_tokens, problem.remarks) == (256, ())
 
 
 def test_the_unit_of_arrivals_may_be_given(tmp_path: Path) -> None:
@@ -367,8 +367,8 @@ def test_lengths_alone_ask_for_a_rate() -> None:
     ],
 )
 def test_weights_that_a_gpu_expands_are_told(cluster: str, weights: str, said: str) -> None:
-    question = resolve(options(model="llama-3.1-8b", cluster=cluster, weights=weights))
-    notes = [note for note in question.remarks if "arithmetic" in note]
+    problem = resolve(options(model="llama-3.1-8b", cluster=cluster, weights=weights))
+    notes = [note for note in problem.remarks if "arithmetic" in note]
     assert len(notes) == bool(said)
     assert said in " ".join(notes)
 

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "schema"
 def documents() -> dict[str, type[types.Document]]:
     """Every type of document by the name of its schema."""
     found = [each for module in (types, studied, listed) for each in vars(module).values() if hasattr(each, "schema")]
-    return {each.schema: each for each in found if each not in (studied.ScoredPlan, studied.ScoredFleet)}
+    return {each.schema: each for each in found if each not in (studied.ScoredPlan, studied.ScoredMixed)}
 
 
 def path_of(name: str) -> Path:

@@ -44,46 +44,46 @@ def held(path_rows: list[Row]) -> list[tuple[Row, Asked]]:
 def differences(pairs: list[tuple[Row, Asked]]) -> list[str]:
     """Rows on which we and vLLM disagree, less those near the limit of memory and those known."""
     found = []
-    for row, question in pairs:
-        broken = violations(question.instance, question.plan)
+    for row, problem in pairs:
+        broken = violations(problem.instance, problem.plan)
         texts = " ".join(fault.text for fault in broken)
-        if (row["verdict"] == "accept") == (not broken) or _near(row, question):
+        if (row["verdict"] == "accept") == (not broken) or _near(row, problem):
             continue
         name, said = row["config"], f"{row['message']} {texts}"
         if not any(part in name and words in said for part, words in KNOWN):
             found.append(
-                f"{name} {question.plan} on {row['capability']}: vLLM {row['verdict']}s {row['message']}; {texts}"
+                f"{name} {problem.plan} on {row['capability']}: vLLM {row['verdict']}s {row['message']}; {texts}"
             )
     return found
 
 
-def _near(row: Row, question: Asked) -> bool:
+def _near(row: Row, problem: Asked) -> bool:
     """Whether the verdict is on memory within what the recording pretends."""
     if row["stage"] != "kv" or not row["kv_free_gib"]:
         return False
-    block = max(stage.kv_block_bytes for stage in question.memory)
-    need = -(-question.settings.max_model_len // question.settings.block_size) * block
+    block = max(stage.kv_block_bytes for stage in problem.memory)
+    need = -(-problem.settings.max_model_len // problem.settings.block_size) * block
     return abs(free_bytes(row)) <= ASIDE or abs(free_bytes(row) - need) <= ASIDE
 
 
 def misweighed(pairs: list[tuple[Row, Asked]]) -> list[str]:
     """Accepted rows whose weights are more than 2% off, or whose blocks more than 5%, less those known."""
     found = []
-    for row, question in pairs:
+    for row, problem in pairs:
         if row["verdict"] != "accept":
             continue
-        stages, name = question.memory, row["config"]
+        stages, name = problem.memory, row["config"]
         weights = max(stage.weights_bytes for stage in stages) / GIB
         # The recording rounds to thousandths of a GiB.
         off = abs(weights - float(row["weights_gib"])) - 0.001
         if off > 0.02 * float(row["weights_gib"]) and not any(part in name for part in HEAVIER):
-            found.append(f"{name} {question.plan} on {row['capability']}: {weights:.3f} not {row['weights_gib']} GiB")
+            found.append(f"{name} {problem.plan} on {row['capability']}: {weights:.3f} not {row['weights_gib']} GiB")
         blocks = int(free_bytes(row) / max(stage.kv_block_bytes for stage in stages))
-        windows = {run.block.attention.window for run in question.model.runs}
+        windows = {run.block.attention.window for run in problem.model.runs}
         # Of layers with windows vLLM shares blocks among as many kinds: ours are those of whole contexts.
-        told = int(row["blocks"]) / (len(windows) if question.model.family == "gpt_oss" else 1)
+        told = int(row["blocks"]) / (len(windows) if problem.model.family == "gpt_oss" else 1)
         if abs(blocks - told) > 0.05 * told:
-            found.append(f"{name} {question.plan} on {row['capability']}: {blocks} not {told:.0f} blocks")
+            found.append(f"{name} {problem.plan} on {row['capability']}: {blocks} not {told:.0f} blocks")
     return found
 
 
@@ -112,10 +112,10 @@ def test_all_recorded_verdicts_agree_where_their_models_are_at_hand() -> None:
 
 
 def test_a_rule_lifted_is_noticed() -> None:
-    pairs = [(row, question) for row, question in held(rows(THIN)) if row["stage"] == "layer"]
+    pairs = [(row, problem) for row, problem in held(rows(THIN)) if row["stage"] == "layer"]
     lifted = [
         row
-        for row, question in pairs
-        if not {fault.family for fault in violations(question.instance, question.plan)} - {"engine"}
+        for row, problem in pairs
+        if not {fault.family for fault in violations(problem.instance, problem.plan)} - {"engine"}
     ]
     assert len(lifted) >= 3

@@ -169,7 +169,7 @@ class Operations:
         self.collectives = collectives
         self.power = profile.power
         self.half = profile.gpu.half_dtype
-        # Templates share most of their operations. Per object: all of them live as long as a question.
+        # Templates share most of their operations. Per object: all of them live as long as a problem.
         self.gemm = lru_cache(maxsize=_KEPT)(self._gemm)
         self.elementwise = lru_cache(maxsize=_KEPT)(self._elementwise)
         self.link = lru_cache(maxsize=_KEPT)(self._link)

@@ -25,20 +25,20 @@ __all__ = ["ENGINES", "Command", "Launch", "launch", "together"]
 ENGINES: Final[Mapping[str, Engine]] = {engine.rules.name: engine for engine in (Vllm(), Sglang(), Trtllm())}
 
 
-def launch(question: Problem, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
+def launch(problem: Problem, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
     """Commands that start a plan on its GPUs.
 
     Parameters
     ----------
-    question, plan
+    problem, plan
     engine : str         key of `ENGINES`
     checkpoint : str     where the engine finds the weights: a folder or a Hugging Face id
     assignment : Assignment    GPUs by replica, stage and rank
     """
     spoken = ENGINES[engine]
-    asked = Asked(question=question, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
+    asked = Asked(problem=problem, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
     replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
-    refused = [*refusals(spoken.rules, question.model, question.cluster.gpu, plan, asked.settings)]
+    refused = [*refusals(spoken.rules, problem.model, problem.cluster.gpu, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
         refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
     if not asked.settings.batching.deployed:
@@ -79,7 +79,7 @@ def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequen
 
 def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
     """Hold the GPUs of each node at the plan's clock; none for GPUs that nvidia-smi does not know."""
-    if asked.plan.clock_mhz is None or not asked.question.cluster.gpu.cuda:
+    if asked.plan.clock_mhz is None or not asked.problem.cluster.gpu.cuda:
         return
     gpus = (gpu for replica in replicas for gpu in replica.by_stage)
     for node, slots in on_nodes(gpus):
@@ -100,33 +100,33 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Itera
 
 
 def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[str]:
-    plan, question, name = asked.plan, asked.question, engine.rules.name
+    plan, problem, name = asked.plan, asked.problem, engine.rules.name
     yield f"options as {engine.rules.release} has them"
-    if question.overhead.name != name:
-        yield f"the figures are of {question.overhead.name}; for those of {name} ask with --engine={name}"
-    if not question.cluster.gpu.cuda:
-        yield f"GPUs: {question.cluster.gpu.name} takes a build for ROCm, against which none of these rules was held"
-    longest = question.settings.max_model_len
+    if problem.overhead.name != name:
+        yield f"the figures are of {problem.overhead.name}; for those of {name} ask with --engine={name}"
+    if not problem.cluster.gpu.cuda:
+        yield f"GPUs: {problem.cluster.gpu.name} takes a build for ROCm, against which none of these rules was held"
+    longest = problem.settings.max_model_len
     if asked.settings.max_model_len < longest:
         yield (
             f"requests: of at most {asked.settings.max_model_len:,} tokens, what the KV cache of the plan holds with "
-            f"a little to spare; {question.model.name} is made for {longest:,}"
+            f"a little to spare; {problem.model.name} is made for {longest:,}"
         )
     if asked.quantised_when_loaded:
         yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"
     elif not asked.as_published:
         yield (
             f"weights: needs a checkpoint in this format, {plan.weight_format}: put it in place of {asked.weights}; "
-            f"{asked.checkpoint} is in {question.model.weight_format}"
+            f"{asked.checkpoint} is in {problem.model.weight_format}"
         )
     if len(replicas) > 1:
         yield (
-            f"requests: put a router before the {len(replicas)} servers that deals them {question.routing} "
-            f"({'least_conn' if question.routing == 'least_loaded' else 'the default'} of nginx)"
+            f"requests: put a router before the {len(replicas)} servers that deals them {problem.routing} "
+            f"({'least_conn' if problem.routing == 'least_loaded' else 'the default'} of nginx)"
         )
     if any(len(replica.nodes) > 1 for replica in replicas):
         yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"
-    gpu = question.cluster.gpu
+    gpu = problem.cluster.gpu
     if not gpu.cuda:
         yield (
             f"GPUs: what {engine.rules.release} runs on {gpu.name}, which does not run CUDA, was not looked up: check "

@@ -69,9 +69,9 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What an engine is to serve: a plan of a question, and where its weights are found."""
+    """What an engine is to serve: a plan of a problem, and where its weights are found."""
 
-    question: Problem
+    problem: Problem
     plan: Plan
     checkpoint: str
     rules: EngineRules
@@ -79,8 +79,8 @@ class Asked:
     @cached_property
     def memory(self) -> tuple[StageMemory, ...]:
         """Memory of each stage."""
-        question = self.question
-        return stage_memory(question.model, question.cluster.gpu, self.plan, question.settings_for(self.plan))
+        problem = self.problem
+        return stage_memory(problem.model, problem.cluster.gpu, self.plan, problem.settings_for(self.plan))
 
     @cached_property
     def settings(self) -> EngineSettings:
@@ -89,32 +89,32 @@ class Asked:
         Engines start only where one request of the greatest length fits by itself. Where that is less than the model's
         length and nobody asked for it, some memory is kept back, as far as the requests that are known allow.
         """
-        settings, question = self.question.settings_for(self.plan), self.question
+        settings, problem = self.problem.settings_for(self.plan), self.problem
         held = kv_blocks(self.memory) * settings.block_size
-        if held < settings.max_model_len and not question.holds_longest:
-            spare = int(KEPT_BACK * question.cluster.gpu.memory_bytes)
+        if held < settings.max_model_len and not problem.holds_longest:
+            spare = int(KEPT_BACK * problem.cluster.gpu.memory_bytes)
             fewer = min(stage.kv_blocks - ceil_div(spare, stage.kv_block_bytes) for stage in self.memory) - 1
-            needed = ceil_div(question.instance().longest_tokens + 1, settings.block_size)
+            needed = ceil_div(problem.instance().longest_tokens + 1, settings.block_size)
             held = min(held, max(fewer, needed) * settings.block_size)
         return replace(settings, max_model_len=max(min(settings.max_model_len, held), 2))
 
     @property
     def half(self) -> str:
         """The 16-bit type of what is not quantised."""
-        named, gpu = self.plan.weight_format, self.question.cluster.gpu
-        wanted = named if named in ("bf16", "fp16") else self.question.model.dtype
+        named, gpu = self.plan.weight_format, self.problem.cluster.gpu
+        wanted = named if named in ("bf16", "fp16") else self.problem.model.dtype
         return wanted if gpu.supports(wanted) else gpu.half_dtype
 
     @property
     def as_published(self) -> bool:
         """Whether the checkpoint has the weights in the plan's format, two 16-bit types being as good as one."""
-        wanted, published = (get_format(name) for name in (self.plan.weight_format, self.question.model.weight_format))
+        wanted, published = (get_format(name) for name in (self.plan.weight_format, self.problem.model.weight_format))
         return wanted == published or wanted.weight_bits == published.weight_bits == 16
 
     @property
     def quantised_when_loaded(self) -> bool:
         """Whether the engine makes the weights of the plan from those of the checkpoint, of 16 bits."""
-        published = get_format(self.question.model.weight_format)
+        published = get_format(self.problem.model.weight_format)
         return self.plan.weight_format in self.rules.made_on_load and published.weight_bits == 16
 
     @property
@@ -131,21 +131,21 @@ class Asked:
     @property
     def kv_published_in_fp8(self) -> bool:
         """Whether the checkpoint asks for a cache that the plan does not have."""
-        return not self.kv_in_fp8 and self.question.model.kv_format == "fp8"
+        return not self.kv_in_fp8 and self.problem.model.kv_format == "fp8"
 
     @property
     def reads_images(self) -> bool:
         """Whether the checkpoint has a tower that reads images, of which the plan knows nothing."""
-        return self.question.model.tower_heads is not None
+        return self.problem.model.tower_heads is not None
 
     @property
     def moe(self) -> bool:
-        return self.question.model.is_moe
+        return self.problem.model.is_moe
 
     @property
     def scheme(self) -> str | None:
         """How the checkpoint that is served was quantised."""
-        scheme = self.question.model.scheme
+        scheme = self.problem.model.scheme
         return scheme.method if scheme is not None and self.as_published else None
 
     @property

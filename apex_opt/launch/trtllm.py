@@ -93,7 +93,7 @@ class Trtllm:
 
     def _free_share(self, asked: Asked) -> str:
         """Share of the memory free after the weights that the KV cache takes, on the stage where it takes least."""
-        total = asked.question.cluster.gpu.memory_bytes
+        total = asked.problem.cluster.gpu.memory_bytes
         shares = [
             stage.kv_blocks * stage.kv_block_bytes / (total - stage.weights_bytes - stage.workspace_bytes)
             for stage in asked.memory

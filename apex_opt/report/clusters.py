@@ -1,4 +1,4 @@
-"""The same question on several clusters, side by side."""
+"""The same problem on several clusters, side by side."""
 
 from __future__ import annotations
 

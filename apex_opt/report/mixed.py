@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:
-    """An answer with the GPUs of each part of its best fleet."""
+    """An answer with the GPUs of each pool of its best deployment."""
     parts = [
         part | {"replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)]}
         for part, assignment in zip(document["best"]["parts"], assignments, strict=True)
@@ -99,7 +99,7 @@ def parts_table(console: Console, parts: Sequence[Document]) -> None:
 
 
 def _alone(console: Console, document: Document) -> None:
-    """The best plan of each type alone, and what it loses to the fleet."""
+    """The best plan of each type alone, and what it loses to the best of all."""
     if not document["alone"]:
         return  # a deployment that is given
     objective = document["objective"]

@@ -87,7 +87,7 @@ class Loss:
 class Site:
     """A plan, the GPUs that it may be placed on, and what it costs there."""
 
-    question: Problem
+    problem: Problem
     plan: Plan
     wiring: Cluster | Composition
     facts: Facts
@@ -110,8 +110,8 @@ class Site:
     @cached_property
     def weights(self) -> tuple[int, ...]:
         """Bytes of the weights of a rank, by stage."""
-        question = self.question
-        memory = stage_memory(question.model, question.cluster.gpu, self.plan, question.settings_for(self.plan))
+        problem = self.problem
+        memory = stage_memory(problem.model, problem.cluster.gpu, self.plan, problem.settings_for(self.plan))
         return tuple(stage.weights_bytes for stage in memory)
 
     def layout(self, tree: Tree, assignment: Assignment) -> Layout:
@@ -125,7 +125,7 @@ class Site:
     @cached_property
     def batch(self) -> tuple[int, int]:
         """Tokens and sequences of a full batch."""
-        settings = self.question.settings_for(self.plan)
+        settings = self.problem.settings_for(self.plan)
         return settings.max_num_batched_tokens, settings.max_num_seqs
 
     @cached_property
@@ -154,7 +154,7 @@ class Site:
         within : one of `LEVELS`    what no replica should leave
         kept : int                  GPUs that are free in the end
         """
-        broken = violations(self.question.instance(), self.plan)
+        broken = violations(self.problem.instance(), self.plan)
         # As `judge` has it: balance and bandwidth keep hopeless plans out of a search alone.
         if fatal := [v for v in broken if v.family not in ("balance", "bandwidth")]:
             return f"{self.plan} cannot run: " + "; ".join(f"{v.family}: {v.text}" for v in fatal)
@@ -211,9 +211,9 @@ def place_document(
     )
 
 
-def with_placement(document: Document, question: Problem, plan: Plan, found: Found) -> Document:
+def with_placement(document: Document, problem: Problem, plan: Plan, found: Found) -> Document:
     """An answer with where its plan goes, beside ranks in order; as `place_document` tells it."""
-    site = Site(question=question, plan=plan, wiring=question.cluster, facts=Facts(question))
+    site = Site(problem=problem, plan=plan, wiring=problem.cluster, facts=Facts(problem))
     best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, plan, found.assignment)
     in_order = _beside(_placement(site, site.tree, rank_order(site.tree, site.shape)), best)
     batch = dict(zip(("tokens", "sequences"), site.batch, strict=True))
@@ -230,13 +230,13 @@ def _head(site: Site) -> Document:
     document = {
         "command": "place",
         "plan": str(site.plan),
-        "model": site.question.model.name,
-        "cluster": site.question.cluster.name,
-        "gpu": site.question.cluster.gpu.name,
+        "model": site.problem.model.name,
+        "cluster": site.problem.cluster.name,
+        "gpu": site.problem.cluster.gpu.name,
         "gpus": {"free": site.tree.size, "replica": site.shape.replica, "plan": site.shape.size},
         "version": __version__,
     }
-    return noted(document, site.question.remarks)
+    return noted(document, site.problem.remarks)
 
 
 def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:

@@ -8,13 +8,13 @@ from apex_opt.report.types import (
     Answer,
     BestPlacement,
     Candidate,
-    Certificate,
     Document,
-    FleetRun,
     Launch,
+    LedgerPart,
     Lies,
     Load,
     MixedAnswer,
+    MixedRun,
     MovedPlacement,
     Number,
     OnOneType,
@@ -94,8 +94,8 @@ class FrontPlan(Candidate, OfFront):
     """A plan of the front."""
 
 
-class FrontFleet(FleetRun, OfFront):
-    """A fleet of the front."""
+class FrontMixed(MixedRun, OfFront):
+    """A deployment of the front, on several types of GPU."""
 
 
 class BeatenPlan(Described):
@@ -128,19 +128,19 @@ class FrontAnswer(Front):
 
     schema: Literal["apex_opt.front/2"] = "apex_opt.front/2"
     candidates: tuple[FrontPlan, ...]
-    certificate: Certificate
+    certificate: LedgerPart
     provenance: Sources
 
 
 class MixedFront(Front):
-    """Every fleet over several types of GPU that no other beats."""
+    """Every deployment over several types of GPU that no other beats."""
 
     schema: Literal["apex_opt.mixed_front/2"] = "apex_opt.mixed_front/2"
-    candidates: tuple[FrontFleet, ...]
+    candidates: tuple[FrontMixed, ...]
     optimal: bool
     gap: Number
-    certificates: tuple[Certificate, ...]
-    pipelines: tuple[Certificate, ...]
+    certificates: tuple[LedgerPart, ...]
+    pipelines: tuple[LedgerPart, ...]
     provenance: dict[str, Sources]
 
 
@@ -150,7 +150,7 @@ class ScoredPlan(Answer):
     plan: str
 
 
-class ScoredFleet(MixedAnswer):
+class ScoredMixed(MixedAnswer):
     """One of several deployments on several types of GPU with its whole answer."""
 
     plan: str
@@ -188,7 +188,7 @@ class PlansAnswer(Document):
     command: str
     status: Status
     best: int | None
-    plans: tuple[ScoredPlan | ScoredFleet, ...]
+    plans: tuple[ScoredPlan | ScoredMixed, ...]
     differences: Differences
     question: QuestionFacts
     provenance: Sources | dict[str, Sources]
@@ -247,8 +247,8 @@ class RatedPlan(Candidate, Rated):
     """A plan and the highest rate it sustains."""
 
 
-class RatedFleet(FleetRun, Rated):
-    """A fleet and the highest rate it sustains."""
+class RatedMixed(MixedRun, Rated):
+    """A deployment on several types of GPU and the highest rate it sustains."""
 
 
 class RateCounts(Described):
@@ -277,13 +277,13 @@ class RatePart(RateCounts):
     left: int
 
 
-class RateCertificate(RateCounts):
+class RateLedger(RateCounts):
     """How every plan was accounted for where rates are looked for."""
 
     simulations: int
 
 
-class MixedRateCertificate(Described):
+class MixedRateLedger(Described):
     """The same on several types of GPU, part by part."""
 
     parts: tuple[RatePart, ...]
@@ -303,9 +303,9 @@ class CapacityAnswer(Document):
     asked: Asked
     steady: bool
     reason: str | None
-    best: RatedPlan | RatedFleet | None
-    candidates: tuple[RatedPlan | RatedFleet, ...]
-    certificate: RateCertificate | MixedRateCertificate
+    best: RatedPlan | RatedMixed | None
+    candidates: tuple[RatedPlan | RatedMixed, ...]
+    certificate: RateLedger | MixedRateLedger
     assumption: str | None
     question: QuestionFacts
     provenance: Sources | dict[str, Sources]
@@ -321,7 +321,7 @@ class ClusterAnswer(Described):
 
 
 class ClustersAnswer(Document):
-    """The same question on several clusters, side by side; clusters by their numbers from 1."""
+    """The same problem on several clusters, side by side; clusters by their numbers from 1."""
 
     PAGE: ClassVar[str] = "apex_opt.report.clusters:clusters_page"
     ROWS: ClassVar[str] = "clusters"

@@ -312,7 +312,7 @@ class Replica(Described):
 
 
 class Part(Described):
-    """A part of a fleet: a plan on one type of GPU, or over several.
+    """A pool of a deployment: a plan on one type of GPU, or over several.
 
     Parameters
     ----------
@@ -335,13 +335,13 @@ class Part(Described):
     replicas: tuple[Replica, ...] | None = None
 
 
-class FleetRun(Run):
-    """A simulated fleet over several types of GPU."""
+class MixedRun(Run):
+    """A simulated deployment over several types of GPU."""
 
     parts: tuple[Part, ...]
 
 
-class AloneRun(FleetRun):
+class AloneRun(MixedRun):
     """The best on one type of GPU by itself.
 
     Parameters
@@ -355,7 +355,7 @@ class AloneRun(FleetRun):
 # ---- proofs ------------------------------------------------------------------------------------------------------
 
 
-class Certificate(Described):
+class LedgerPart(Described):
     """How every plan of the space was accounted for.
 
     Parameters
@@ -387,7 +387,7 @@ class Certificate(Described):
     out_of_reach: int
     least_bound: Number
     incumbent: Number
-    before: tuple[Certificate, ...]
+    before: tuple[LedgerPart, ...]
 
 
 class ReplayedPart(Described):
@@ -551,8 +551,8 @@ class Beside(Described):
     """
 
     objective: str
-    best: Candidate | FleetRun
-    certificate: Certificate | None = None
+    best: Candidate | MixedRun
+    certificate: LedgerPart | None = None
     energy_saving: float
 
 
@@ -586,28 +586,28 @@ class OnOneType(Described):
 
     best: Candidate | None
     candidates: tuple[Candidate, ...]
-    certificate: Certificate
+    certificate: LedgerPart
     provenance: Sources
 
 
 class OnSeveralTypes(Described):
-    """What is answered over fleets on several types of GPU.
+    """What is answered over deployments on several types of GPU.
 
     Parameters
     ----------
     alone : the best on each type by itself
-    certificates : by the types that a fleet is on
+    certificates : by the types that a deployment is on
     pipelines : of pipelines whose stages are on several types
     provenance : by type
     """
 
-    best: FleetRun | None
+    best: MixedRun | None
     alone: tuple[AloneRun | None, ...]
-    candidates: tuple[FleetRun, ...]
+    candidates: tuple[MixedRun, ...]
     optimal: bool
     gap: Number
-    certificates: tuple[Certificate, ...]
-    pipelines: tuple[Certificate, ...]
+    certificates: tuple[LedgerPart, ...]
+    pipelines: tuple[LedgerPart, ...]
     provenance: dict[str, Sources]
 
 
@@ -638,7 +638,7 @@ class Answer(Searched, OnOneType, WhyNot):
 
 
 class MixedAnswer(Searched, OnSeveralTypes):
-    """The best fleet over several types of GPU, or why there is none."""
+    """The best deployment over several types of GPU, or why there is none."""
 
     PAGE: ClassVar[str] = "apex_opt.report.mixed:mixed_page"
 

@@ -56,12 +56,12 @@ def dealt(weights: NDArray[np.int64], requests: int) -> NDArray[np.int8]:
 
     Parameters
     ----------
-    weights : int64[fleets, parts]    tokens per second, at least 1
-    requests : int                    in order of arrival
+    weights : int64[deployments, pools]    tokens per second, at least 1
+    requests : int                         in order of arrival
 
     Returns
     -------
-    int8[fleets, requests]
+    int8[deployments, requests]
     """
     parts = weights.shape[1]
     place = np.broadcast_to(np.arange(requests), (len(weights), requests))

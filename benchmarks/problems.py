@@ -1,4 +1,4 @@
-"""The questions that benchmarks ask."""
+"""The problems that benchmarks pose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from apex_opt.search import Problem
 
 
-def question(model: str, cluster: str, trace: str, **options: Any) -> Problem:
+def problem(model: str, cluster: str, trace: str, **options: Any) -> Problem:
     """What `solve.py plan` asks for these names; options left out have the defaults of the command line."""
     from apex_opt.arguments import Ask
     from apex_opt.resolve import resolve
