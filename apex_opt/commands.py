@@ -139,6 +139,13 @@ def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[
 def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) -> A:
     """Arguments of a command, checked.
 
+    Parameters
+    ----------
+    of : type                 dataclass of the arguments
+    name : str                of the command
+    args : sequence of Any    those without a name, in order
+    given : mapping           those by name
+
     Raises
     ------
     UnknownNameError    an argument that there is not

@@ -56,7 +56,14 @@ class FormulationError(ApexError, AssertionError):
 
 
 def join_faults(source: str, faults: Sequence[str], shown: int = 5) -> InputError:
-    """All faults of one input as one error: the first few with their positions, then a count."""
+    """All faults of one input as one error: the first few with their positions, then a count.
+
+    Parameters
+    ----------
+    source : str                where it comes from
+    faults : sequence of str    what was found wrong so far
+    shown : int                 most that are told
+    """
     more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
     return InputError(f"{source}: {'; '.join(faults[:shown])}{more}")
 

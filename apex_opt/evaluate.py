@@ -211,7 +211,13 @@ def _balance(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def decode_bytes(model: Model, plan: Plan, held: Held = PLAIN) -> int:
-    """Least weights that one GPU of each stage together read for one token: what bounds time per output token."""
+    """Least weights that one GPU of each stage together read for one token: what bounds time per output token.
+
+    Parameters
+    ----------
+    model, plan
+    held : Held    how the engine holds the model
+    """
     total = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     for run in model.runs:
         attention = attention_shard_bytes(run.block.attention, plan.attention.tp, plan.weight_format)

@@ -142,7 +142,15 @@ def read_json(path: Path, *, limit: int, where: str = "", want: str = "", finite
 
 
 def parse_json(text: str, *, where: str, want: str = "", finite: bool = False) -> Any:
-    """The JSON value a text holds, as `read_json` has it."""
+    """The JSON value a text holds, as `read_json` has it.
+
+    Parameters
+    ----------
+    text : str       the file's
+    where : str      opens every message
+    want : str       what was expected, for messages
+    finite : bool    whether infinities are refused
+    """
 
     def infinite(number: str) -> NoReturn:
         raise _refused(where, f"holds {number}, which is no JSON number", want)
@@ -164,6 +172,12 @@ def parse_json(text: str, *, where: str, want: str = "", finite: bool = False) -
 
 def check_regular(path: Path, *, where: str = "", want: str = "") -> None:
     """Whether a path leads to a file that can be read.
+
+    Parameters
+    ----------
+    path : Path    of the file
+    where : str    opens every message
+    want : str     what the file should be
 
     Raises
     ------

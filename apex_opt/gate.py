@@ -76,7 +76,15 @@ class Option:
 
     @classmethod
     def of(cls, name: str, text: str, hint: Any, default: Any) -> Self:
-        """From the type of a field, its line in the docstring and its default."""
+        """From the type of a field, its line in the docstring and its default.
+
+        Parameters
+        ----------
+        name : str       of the field
+        text : str       what it means
+        hint : Any       type of the field
+        default : Any    where it is left out
+        """
         base, param = get_args(hint) if get_origin(hint) is Annotated else (hint, Param())
         parts = get_args(base) if get_origin(base) not in (None, Literal) else (base,)
         plain = [part for part in parts if part in (str, int, float, bool)]
@@ -207,6 +215,13 @@ class Arguments:
             object.__setattr__(self, option.name, option.read(getattr(self, option.name)))
 
     def tell(self, what: str, done: int, total: int) -> None:
-        """Tell of progress, where somebody listens."""
+        """Tell of progress, where somebody listens.
+
+        Parameters
+        ----------
+        what : str     what is being done
+        done : int     steps done
+        total : int    steps there are; 0 where not known
+        """
         if self.progress is not None:
             self.progress(what, done, total)

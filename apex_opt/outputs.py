@@ -64,6 +64,12 @@ def written(path: Path, what: str) -> Iterator[BinaryIO]:
 def write_whole(path: Path, content: bytes, what: str) -> None:
     """Write a file; it appears whole or not at all.
 
+    Parameters
+    ----------
+    path : Path        of the file
+    content : bytes    what it is to hold
+    what : str         what it is, for messages
+
     Raises
     ------
     InputError    a path that cannot be written

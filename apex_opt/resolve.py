@@ -141,7 +141,14 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
 
 
 def longer(problem: Problem, ask: Ask, times: int) -> Problem | None:
-    """The same problem with a trace so many times as long as `--rate` makes it; None without it, or if too long."""
+    """The same problem with a trace so many times as long as `--rate` makes it; None without it, or if too long.
+
+    Parameters
+    ----------
+    problem
+    ask : Ask      what was asked
+    times : int    how often the trace is repeated
+    """
     if ask.rate is None or times * len(problem.trace) > MAX_REQUESTS:
         return None
     trace = _trace(ask)
@@ -219,6 +226,12 @@ def _between(ask: Ask) -> Link | None:
 def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, Deployment]:
     """A deployment from its text form, and the problem it answers; formats it does not name are those asked for.
 
+    Parameters
+    ----------
+    text : str      as it was given
+    ask : Ask       what was asked
+    rated : bool    whether a rate is asked for, rather than that of the trace
+
     Raises
     ------
     ApexError    as `resolve`; a plan that cannot be read, or several formats for it
@@ -240,6 +253,12 @@ def resolve_plans(texts: Sequence[str], ask: Ask) -> tuple[tuple[Problem, Deploy
 
 def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]:
     """A deployment from its text form, on the GPUs of a problem, and the problem with its formats alone.
+
+    Parameters
+    ----------
+    text : str    as it was given
+    ask : Ask     what was asked
+    problem
 
     Raises
     ------

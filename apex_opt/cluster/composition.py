@@ -299,6 +299,12 @@ def list_presets() -> tuple[str, ...]:
 def load_preset(preset: str, count: int = 1, name: str | None = None) -> Composition:
     """So many nodes of a preset.
 
+    Parameters
+    ----------
+    preset : str          its name
+    count : int           of nodes
+    name : str or None    of the cluster; None takes that of the preset
+
     Raises
     ------
     UnknownNameError    a preset that is not there

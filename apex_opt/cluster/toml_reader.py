@@ -77,11 +77,25 @@ class TomlTable:
         return True
 
     def number(self, field: str, *, high: float, required: bool = True) -> float | None:
-        """A number above 0 and up to `high`."""
+        """A number above 0 and up to `high`.
+
+        Parameters
+        ----------
+        field : str        key of the table
+        high : float       most that is allowed
+        required : bool    whether it must be given
+        """
         return self._within(field, lambda value: 0 < value <= high, f"above 0 and at most {high:g}", required)
 
     def within(self, field: str, span: tuple[float, float], *, required: bool = True) -> float | None:
-        """A number from the least to the most that it can be."""
+        """A number from the least to the most that it can be.
+
+        Parameters
+        ----------
+        field : str             key of the table
+        span : pair of float    least and most allowed
+        required : bool         whether it must be given
+        """
         least, most = span
         return self._within(field, lambda value: least <= value <= most, f"from {least:.12g} to {most:.12g}", required)
 
@@ -98,7 +112,15 @@ class TomlTable:
         return None
 
     def integer(self, field: str, *, low: int = 1, high: int, required: bool = True) -> int | None:
-        """A whole number from `low` to `high`."""
+        """A whole number from `low` to `high`.
+
+        Parameters
+        ----------
+        field : str        key of the table
+        low : int          least that is allowed
+        high : int         most that is allowed
+        required : bool    whether it must be given
+        """
         if self._missing(field, required):
             return None
         value = self._table[field]
@@ -121,7 +143,14 @@ class TomlTable:
         return None
 
     def text(self, field: str, *, choices: tuple[str, ...] = (), required: bool = True) -> str | None:
-        """A text that is not empty, one of `choices` where given."""
+        """A text that is not empty, one of `choices` where given.
+
+        Parameters
+        ----------
+        field : str               key of the table
+        choices : tuple of str    texts allowed; any where empty
+        required : bool           whether it must be given
+        """
         if self._missing(field, required):
             return None
         value = self._table[field]

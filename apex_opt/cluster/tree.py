@@ -130,7 +130,14 @@ class Tree:
         return sum(not known.far for known in self.levels) - 1, self.levels[level].reach
 
     def crossed(self, level: int, bytes_per_s: float, latency_s: float) -> Link:
-        """A link of a level on which chunks have some rate and delay: of those no slower than that the narrowest."""
+        """A link of a level on which chunks have some rate and delay: of those no slower than that the narrowest.
+
+        Parameters
+        ----------
+        level : int            of the domains
+        bytes_per_s : float    that a link carries
+        latency_s : float      of a link
+        """
         able = [link for link in self.links(level)[1] if link and link.bytes_per_s >= bytes_per_s]
         narrow = min((link for link in able if link.latency_s <= latency_s), key=lambda link: link.bytes_per_s)
         return replace(narrow, bytes_per_s=bytes_per_s, latency_s=latency_s)
@@ -176,6 +183,12 @@ class Tree:
         """The GPUs of a cluster but those taken, or of these those of one type, by its name.
 
         Equal GPUs of nodes talk on their own rail. An NVLink domain over several sockets joins them.
+
+        Parameters
+        ----------
+        cluster
+        taken : sequence of str    GPUs that are in use
+        gpu : str or None          the type that is asked for; None where there is one
 
         Raises
         ------

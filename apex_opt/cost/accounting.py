@@ -44,6 +44,14 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, 
     Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
     the stage. Energy is that of the operations above idle plus the idle draw of all devices for the whole run, so
     bubbles and waits cost what they cost; GPUs of the cluster that the plan leaves out are not counted.
+
+    Parameters
+    ----------
+    plan
+    cost : PlanCost          of the best found
+    model : CostModel        the costs of the plan
+    counted : BatchCounts    batches of the run
+    makespan_ns : int        of the run
     """
     # Batches of a run use few entries of the tables.
     entries = {table: np.flatnonzero(count) for table, count in law_counts(counted).items()}

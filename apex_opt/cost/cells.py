@@ -117,6 +117,13 @@ def crowded(tables: Tables, operation: str, copies: int, work: Work) -> Parts:
     """An operation on copies that serve several attention copies each: one of them may get every prompt of a batch.
 
     Arithmetic and traffic are those of an even share, which is what all copies together do.
+
+    Parameters
+    ----------
+    tables : Tables    the work so far, by table
+    operation : str    whose work it is
+    copies : int       copies of attention
+    work : Work        what is added
     """
     even = work.at(_ceil(tables.tokens, copies))
     return {
@@ -126,7 +133,14 @@ def crowded(tables: Tables, operation: str, copies: int, work: Work) -> Parts:
 
 
 def sharing(tables: Tables, attention_dp: int, ffn_dp: int) -> Place:
-    """How the copies of the FFN share the tokens of the attention copies."""
+    """How the copies of the FFN share the tokens of the attention copies.
+
+    Parameters
+    ----------
+    tables : Tables       the work so far, by table
+    attention_dp : int    copies of attention
+    ffn_dp : int          copies of the FFN
+    """
     if ffn_dp % attention_dp == 0:
         return partial(owned, tables, copies=attention_dp, split=ffn_dp // attention_dp)
     if ffn_dp > 1 and attention_dp % ffn_dp == 0:
@@ -183,7 +197,14 @@ class Operations:
         return Work.of(self.power, seconds, flops, moved, kernel.peak)
 
     def kernels(self, block: Block, attention: Template, ffn: Template) -> NDArray[np.int64]:
-        """Kernels of one layer, collectives included: in captured graphs, and launched one by one."""
+        """Kernels of one layer, collectives included: in captured graphs, and launched one by one.
+
+        Parameters
+        ----------
+        block
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
+        """
         count: Ints = np.array(block.attention.launches) + np.array(block.ffn.launches)
         return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
@@ -210,7 +231,15 @@ class Operations:
         return Work.waiting(self.power, time_s(over, sizes, ranks=ranks, nodes=spread.nodes))
 
     def attention(self, cell: AttentionCell, template: Template, weight_format: str, kv_format: str) -> Parts:
-        """One attention cell on the copies that own the sequences."""
+        """One attention cell on the copies that own the sequences.
+
+        Parameters
+        ----------
+        cell
+        template : Template    how it is cut
+        weight_format : str    of the weights
+        kv_format : str        of the cache
+        """
         own: Place = partial(owned, self.tables, copies=template.dp, split=1)
         parts: list[Parts] = []
         for op in cell.operations(Cut(heads=template.tp), KV_BYTES[kv_format]):
@@ -221,7 +250,15 @@ class Operations:
         return merged(*parts)
 
     def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
-        """One FFN cell on its copies; what is shared beside experts on copies of its own."""
+        """One FFN cell on its copies; what is shared beside experts on copies of its own.
+
+        Parameters
+        ----------
+        cell
+        attention : Template    how attention is cut
+        template : Template     how it is cut
+        weight_format : str     of the weights
+        """
         own = sharing(self.tables, attention.dp, self._held_as(cell, attention, template).dp)
         # What is shared is spread over all devices of a copy, or lies as dense FFNs do.
         spread = self.held.spreads_tokens(attention.dp, template.ep)
@@ -317,7 +354,15 @@ class Operations:
         return attention if not cell.experts and self.held.dense_per_copy else ffn
 
     def reshards(self, block: Block, attention: Template, ffn: Template, layout: Layout) -> Parts:
-        """Collectives of a layer: those that turn the layout of each cell into the next one's."""
+        """Collectives of a layer: those that turn the layout of each cell into the next one's.
+
+        Parameters
+        ----------
+        block
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
+        layout
+        """
         return merged(*(self._collective(*call[:-1], layout) for call in self.exchanges(block, attention, ffn)))
 
     def exchanges(self, block: Block, attention: Template, ffn: Template) -> tuple[Exchange, ...]:
@@ -329,6 +374,12 @@ class Operations:
         tokens instead, gathered within a group whose experts are cut. Where the copies of one cell straddle those of
         the other, every device gets all tokens after each cell. Norms over the whole width of queries and keys sum
         up two squares per token over the shards.
+
+        Parameters
+        ----------
+        block
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
         """
         tables, calls, cell = self.tables, Collectives, block.ffn
         ffn = self._held_as(cell, attention, ffn)
@@ -388,7 +439,14 @@ class Operations:
         return place(operation="communication", work=work)
 
     def embedding(self, model: Model, attention: Template, layout: Layout) -> Parts:
-        """Rows of the embedding, and their sum over the vocabulary shards."""
+        """Rows of the embedding, and their sum over the vocabulary shards.
+
+        Parameters
+        ----------
+        model
+        attention : Template    how attention is cut
+        layout
+        """
         place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
         return merged(
             place(operation="embedding", work=self.elementwise(Elementwise("embedding", 4.0 * model.hidden))),
@@ -396,7 +454,14 @@ class Operations:
         )
 
     def head(self, model: Model, attention: Template, layout: Layout) -> Parts:
-        """Final norm, LM head on the sampled rows, gathering of the logits and the sampler, per sequence."""
+        """Final norm, LM head on the sampled rows, gathering of the logits and the sampler, per sequence.
+
+        Parameters
+        ----------
+        model
+        attention : Template    how attention is cut
+        layout
+        """
         vocab = ceil_div(model.vocab, attention.tp)
         operations = [
             ("lm head", self.elementwise(norm(model.hidden))),
@@ -415,7 +480,14 @@ class Operations:
         return merged(*parts)
 
     def transfer(self, model: Model, attention: Template, layout: Layout) -> Floats:
-        """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each."""
+        """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each.
+
+        Parameters
+        ----------
+        model
+        attention : Template    how attention is cut
+        layout
+        """
         name, over, link = self.between_stages(layout)
         self.called[name] = over.provenance[name]
         return over.point_to_point_s(self.tables.tokens * _transferred_bytes(model, attention), link)
@@ -428,7 +500,15 @@ class Operations:
         return "point_to_point/intra", self.collectives.over(link, None), link
 
     def exchanged(self, model: Model, attention: Template, ffn: Template, layout: Layout) -> Exchanged:
-        """What the collectives of one full batch take on its way through all stages, and what they send how far."""
+        """What the collectives of one full batch take on its way through all stages, and what they send how far.
+
+        Parameters
+        ----------
+        model
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
+        layout
+        """
         tokens, sequences = int(self.tables.tokens[-1]), int(self.tables.sequences[-1])
         seconds, sent = 0.0, dict.fromkeys(LEVELS, 0.0)
         calls = [

@@ -223,6 +223,11 @@ class CostModel:
     def exchanged(self, plan: Plan, layout: Layout, gpu: str | None = None) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far.
 
+        Parameters
+        ----------
+        plan, layout
+        gpu : str or None    type of GPU of the stage; None where there is one
+
         Raises
         ------
         UsageError    a clock that the GPU does not have

@@ -104,7 +104,14 @@ class StageCosts:
         return {**self.profile.provenance, **self.operations.called}
 
     def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, Pieces]:
-        """The law and the operations of one stage of a plan in a layout."""
+        """The law and the operations of one stage of a plan in a layout.
+
+        Parameters
+        ----------
+        plan
+        index : int    of the stage
+        layout
+        """
         runs, last = stage_runs(self.model, plan.layers)[index], plan.stages - 1
         # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
         overlapped = self.settings.async_scheduling or plan.stages > 1

@@ -33,7 +33,16 @@ class Work:
 
     @classmethod
     def of(cls, power: PowerModel, seconds: Floats, flops: ArrayLike, moved: ArrayLike, dtype: str) -> Work:
-        """Work with the energy that the power model gives it."""
+        """Work with the energy that the power model gives it.
+
+        Parameters
+        ----------
+        power : PowerModel    of the GPU
+        seconds : Floats      it takes
+        flops : array         FLOP
+        moved : array         bytes moved
+        dtype : str           arithmetic that is used
+        """
         flops = np.broadcast_to(np.asarray(flops, np.float64), seconds.shape)
         moved = np.broadcast_to(np.asarray(moved, np.float64), seconds.shape)
         joules = power.energy_j(seconds, flops, moved, dtype) - power.idle_w * seconds

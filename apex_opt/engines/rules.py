@@ -111,7 +111,14 @@ class Held:
 
     @classmethod
     def of(cls, rules: EngineRules | None, model: Model, gpu: Gpu) -> Held:
-        """How the engine holds a model; evenly and once where none is asked."""
+        """How the engine holds a model; evenly and once where none is asked.
+
+        Parameters
+        ----------
+        rules : EngineRules or None    of the engine; None where any may run it
+        model
+        gpu : Gpu                      that it runs on
+        """
         if rules is None:
             return PLAIN
         has = gpu.capability or 0.0

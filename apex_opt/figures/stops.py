@@ -49,7 +49,14 @@ class Stop:
 
     @classmethod
     def mean_above(cls, metric: Metric, seconds: float, requests: int) -> Stop:
-        """The mean over so many requests is above a time; never fires on rounding."""
+        """The mean over so many requests is above a time; never fires on rounding.
+
+        Parameters
+        ----------
+        metric : Metric    latency that is limited
+        seconds : float    that are allowed
+        requests : int     of the trace
+        """
         return cls(metric=metric, kind="sum", limit_ns=_upwards(seconds * requests, requests))
 
     @classmethod
@@ -58,13 +65,28 @@ class Stop:
 
         It lies between the order statistics of rank floor(q (n - 1)) and the next, counted from 0: if all from the
         lower one on are above the time, so is it.
+
+        Parameters
+        ----------
+        metric : Metric     latency that is limited
+        seconds : float     that are allowed
+        quantile : float    from 0 to 1
+        requests : int      of the trace
         """
         rank = math.floor(quantile * (requests - 1))
         return cls(metric=metric, kind="count", limit_ns=_upwards(seconds, 1), most=max(1, requests - rank))
 
     @classmethod
     def attainment_below(cls, metric: Metric, seconds: float, fraction: float, requests: int) -> Stop:
-        """Fewer than a fraction of so many requests are within a time."""
+        """Fewer than a fraction of so many requests are within a time.
+
+        Parameters
+        ----------
+        metric : Metric     latency that is limited
+        seconds : float     that are allowed
+        fraction : float    share that must be within, from 0 to 1
+        requests : int      of the trace
+        """
         most = math.floor(requests * (1 - fraction) * (1 + 1e-12) + 1e-9) + 1
         return cls(metric=metric, kind="count", limit_ns=_upwards(seconds, 1), most=most)
 
@@ -87,7 +109,16 @@ def latencies_ns(
     finish_ns: NDArray[np.int64],
     generated: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """One time of every request as `Stop` counts it; 0 for the step of a single token."""
+    """One time of every request as `Stop` counts it; 0 for the step of a single token.
+
+    Parameters
+    ----------
+    metric : str                 which latency
+    arrival_ns : int64[n]        of each request, in order
+    first_token_ns : int64[n]    of each request
+    finish_ns : int64[n]         of each request
+    generated : int64[n]         tokens of each answer
+    """
     if metric == "first":
         return first_token_ns - arrival_ns
     if metric == "step":

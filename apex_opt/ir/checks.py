@@ -21,14 +21,29 @@ def shown(value: object) -> str:
 
 
 def count_fault(name: str, value: object, minimum: int = 1, maximum: int = MAX_COUNT) -> str | None:
-    """Why `value` is no whole number within the limits, in words that name it; None where it is one."""
+    """Why `value` is no whole number within the limits, in words that name it; None where it is one.
+
+    Parameters
+    ----------
+    name : str        of the field
+    value : object    that was given
+    minimum : int     least that is allowed
+    maximum : int     most that is allowed
+    """
     if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
         return None
     return f"{name} must be a whole number from {minimum} to {maximum}, not {shown(value)}"
 
 
 def check_counts(owner: str, minimum: int = 1, maximum: int = MAX_COUNT, **values: object) -> None:
-    """Refuse the dimensions of one thing, all at once."""
+    """Refuse the dimensions of one thing, all at once.
+
+    Parameters
+    ----------
+    owner : str      opens the message
+    minimum : int    least that is allowed
+    maximum : int    most that is allowed
+    """
     faults = [fault for name, value in values.items() if (fault := count_fault(name, value, minimum, maximum))]
     if faults:
         raise join_faults(owner, faults)

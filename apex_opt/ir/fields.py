@@ -31,6 +31,15 @@ class Fields:
         self.faults.append(f"{self.name(key)} {text}")
 
     def count(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
+        """A whole number, checked; a fault is noted and 0 given where it is none.
+
+        Parameters
+        ----------
+        key : str                of the section
+        default : int or None    where it is left out
+        minimum : int            least that is allowed
+        maximum : int            most that is allowed
+        """
         value = self.values.get(key)
         if value is None:
             if default is None:

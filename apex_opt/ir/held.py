@@ -47,7 +47,14 @@ Rules = tuple[Rule, ...]
 
 
 def weight_only(section: Fields, bits_key: str, group_key: str) -> Held | None:
-    """Integer weights behind 16-bit activations; faults are noted in the section."""
+    """Integer weights behind 16-bit activations; faults are noted in the section.
+
+    Parameters
+    ----------
+    section : Fields    of the quantisation
+    bits_key : str      key of the bits per weight
+    group_key : str     key of the weights that share a scale
+    """
     bits = section.count(bits_key)
     if bits and bits not in (4, 8):
         section.fault(bits_key, f"{bits} is not supported; supported: 4 and 8")

@@ -195,7 +195,13 @@ class Engine(Protocol):
         """What its commands do otherwise than the plan, and what to check."""
 
     def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
-        """The commands that start a replica, the `place`-th on its nodes."""
+        """The commands that start a replica, the `place`-th on its nodes.
+
+        Parameters
+        ----------
+        asked, replica
+        place : int    number of the replica
+        """
 
 
 class Host(NamedTuple):

@@ -77,6 +77,12 @@ def fit_engine(runs: Sequence[Run], name: str, progress: Progress) -> EngineFit:
     Each parameter in turn is tried at multiples of its value, all runs being simulated anew, and moved where the mean
     absolute logarithm of predicted over measured (TTFT, TPOT, ITL, E2E, every figure of every run alike) falls.
 
+    Parameters
+    ----------
+    runs : sequence of Run    measured
+    name : str                of the engine
+    progress : Progress       told (what, done, total) along the way
+
     Raises
     ------
     UsageError          no run of this engine could be predicted
@@ -118,6 +124,12 @@ def fit_board(
 
     Of arithmetic that no run of an accelerator has, its coefficient stays what it was. `overheads` stand in for engines
     of the shipped table.
+
+    Parameters
+    ----------
+    runs : sequence of Run         measured
+    progress : Progress            told (what, done, total) along the way
+    overheads : mapping or None    of engines by name
     """
     told = [run for run in runs if isinstance(run, MeasuredRun) and "energy" in run.measured.keys() - run.set_aside]
     samples: dict[Gpu, list[tuple[tuple[float, float, float, float], float]]] = {}

@@ -57,6 +57,11 @@ def step_times(iterations: Iterations, settings: EngineSettings, law: BatchLaw) 
 
     Left out are steps that an idle engine began with, whose time holds the wait for them, and those of which it is
     open whether they hold a part of a prompt. A step takes from the end of the one before to its own end.
+
+    Parameters
+    ----------
+    iterations : Iterations    of the log
+    settings, law
     """
     steps = list(_Log(iterations, settings).told())
     spent = np.array([spent_s for _, _, spent_s in steps])

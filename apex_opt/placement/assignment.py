@@ -63,6 +63,12 @@ def layout_of(tree: Tree, shape: Shape, assignment: Assignment) -> Layout:
     """What an assignment amounts to, counted GPU by GPU: the oracle of placements.
 
     The chunks are the largest that lie in one domain each; every link is shared by all that send over it at once.
+
+    Parameters
+    ----------
+    tree
+    shape : Shape    of the plan
+    assignment
     """
     replicas = [[gpu for stage in stages for gpu in stage] for stages in assignment]
     bin_of = {gpu: index for index, part in enumerate(tree.bins) for gpu in part.gpus}

@@ -29,7 +29,12 @@ class Lies:
 
 
 def lies(tree: Tree, plan: Plan, layout: Layout) -> tuple[Lies, ...]:
-    """What holds each kind of a plan's groups on a tree, from the smallest group to the replica."""
+    """What holds each kind of a plan's groups on a tree, from the smallest group to the replica.
+
+    Parameters
+    ----------
+    tree, plan, layout
+    """
     return tuple(_lies(tree, plan, layout, name, ranks) for name, ranks in _groups(plan))
 
 

@@ -103,6 +103,12 @@ def ways(tree: Tree, shape: Shape, *, every: bool = True) -> list[Way]:
 
     Larger chunks are never slower at the same rates, so where nothing is shared the largest are enough to know the
     least time; `every` has the others too, which may be as quick.
+
+    Parameters
+    ----------
+    tree
+    shape : Shape    of the plan
+    every : bool     whether also those that no plan takes
     """
     chains = _chains(tree, shape)
     if not every and not tree.contended:
@@ -135,6 +141,12 @@ def fits(tree: Tree, shape: Shape, way: Way) -> bool:
     """Whether a shape can be placed in a way: whole chunks are filled in from the innermost domains up.
 
     Where chunks make up larger ones, some of these have to lie in several parts of a domain, or they would be larger.
+
+    Parameters
+    ----------
+    tree
+    shape : Shape    of the plan
+    way : Way        how it lies
     """
     rooms = _rooms(tree, way.chunks, way.limits, way.ports)
     if sum(rooms[-1]) < shape.size:

@@ -101,19 +101,38 @@ def attention_shard_bytes(cell: AttentionCell, tp: int, weight_format: str) -> i
     """Weights of one attention shard: its query heads, at least one KV head, and biases, norms and sinks in 16 bit.
 
     Of latent attention, the projections to the latent vectors and their norms are whole.
+
+    Parameters
+    ----------
+    cell
+    tp : int               shards
+    weight_format : str    of the weights
     """
     return stored_bytes(weight_format, cell.matrices(Cut(heads=tp)))
 
 
 @lru_cache(maxsize=1 << 12)
 def ffn_shard_bytes(cell: Ffn, cut: Cut, weight_format: str) -> int:
-    """Weights of one FFN shard: experts, the router whole, what every token passes through; see `ffn_cut`."""
+    """Weights of one FFN shard: experts, the router whole, what every token passes through; see `ffn_cut`.
+
+    Parameters
+    ----------
+    cell
+    cut : Cut              how the weights are cut
+    weight_format : str    of the weights
+    """
     dense = cell.dense.matrices(cut) if cell.dense else ()
     return stored_bytes(weight_format, cell.routed(cut)) + stored_bytes(weight_format, dense)
 
 
 def block_shard_bytes(block: Block, plan: Plan, held: Held = PLAIN) -> int:
-    """Weights of both cells of a layer on one device."""
+    """Weights of both cells of a layer on one device.
+
+    Parameters
+    ----------
+    block, plan
+    held : Held    how the engine holds the model
+    """
     cut = ffn_cut(block.ffn, plan.attention, plan.ffn, plan.weight_format, held)
     attention = attention_shard_bytes(block.attention, plan.attention.tp, plan.weight_format)
     return attention + ffn_shard_bytes(block.ffn, cut, plan.weight_format)
@@ -123,18 +142,37 @@ def ffn_token_bytes(cell: Ffn, cut: Cut, weight_format: str) -> int:
     """Least projection weights of one FFN shard that a token passes through.
 
     Of the experts only those of one token count: of its k, some group of experts holds at least ceil(k / ep).
+
+    Parameters
+    ----------
+    cell
+    cut : Cut              how the weights are cut
+    weight_format : str    of the weights
     """
     dense, routed = cell.dense.matrices(cut) if cell.dense else (), cell.routed(cut._replace(multiples=(1, 1)))
     return sum(stored_bytes(weight_format, part, used=True) for part in (dense, routed))
 
 
 def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
-    """What one token keeps in one layer on one device."""
+    """What one token keeps in one layer on one device.
+
+    Parameters
+    ----------
+    cell
+    tp : int           shards
+    kv_format : str    of the cache
+    """
     return KV_BYTES[kv_format] * sum(kept.elements for kept in cell.cache(Cut(heads=tp)))
 
 
 def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
-    """Largest activations alive at once: two hidden states beside the wider cell, or the logits of the last stage."""
+    """Largest activations alive at once: two hidden states beside the wider cell, or the logits of the last stage.
+
+    Parameters
+    ----------
+    model, plan, settings
+    last : bool    whether the LM head is there
+    """
     tokens = ceil_div(settings.max_num_batched_tokens, plan.attention.dp)
     ffn_tokens = ceil_div(settings.max_num_batched_tokens, plan.ffn.dp)
     of_attention, of_ffn = (
@@ -154,6 +192,12 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
 
     Embedding (first stage) and LM head (last stage) are cut over the attention shards and stay 16 bit, as do norms;
     a tied model on one stage holds the matrix once. Some engines hold both on every stage.
+
+    Parameters
+    ----------
+    model
+    gpu : Gpu    that it runs on
+    plan, settings
     """
     held = Held.of(settings.runnable, model, gpu)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
@@ -191,7 +235,15 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
 
 
 def vocab_copies(model: Model, held: Held, first: bool, last: bool) -> int:
-    """Matrices of vocabulary by hidden on a stage: the embedding, the LM head, both or neither."""
+    """Matrices of vocabulary by hidden on a stage: the embedding, the LM head, both or neither.
+
+    Parameters
+    ----------
+    model
+    held : Held     how the engine holds the model
+    first : bool    whether the stage holds the embedding
+    last : bool     whether the stage holds the LM head
+    """
     if held.vocab_everywhere or (first and last):
         return 1 if model.tied_embeddings else 2
     return first + last

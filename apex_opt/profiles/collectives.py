@@ -199,7 +199,15 @@ class Collectives:
     def all_reduce_s(
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
-        """Every rank ends with the sum of all ranks' tensors."""
+        """Every rank ends with the sum of all ranks' tensors.
+
+        Parameters
+        ----------
+        tensor_bytes : array    of one rank
+        ranks : int             that take part
+        link : Link or None     the slowest between the ranks
+        nodes : int or None     that the ranks are on
+        """
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:
             return np.zeros_like(size)
@@ -220,13 +228,29 @@ class Collectives:
     def all_gather_s(
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
-        """Every rank ends with the whole tensor of which it held one part."""
+        """Every rank ends with the whole tensor of which it held one part.
+
+        Parameters
+        ----------
+        tensor_bytes : array    of one rank
+        ranks : int             that take part
+        link : Link or None     the slowest between the ranks
+        nodes : int or None     that the ranks are on
+        """
         return self._half_s("all_gather", tensor_bytes, ranks, link, nodes)
 
     def reduce_scatter_s(
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
-        """Every rank ends with one part of the sum of all ranks' tensors; the mirror image of an all-gather."""
+        """Every rank ends with one part of the sum of all ranks' tensors; the mirror image of an all-gather.
+
+        Parameters
+        ----------
+        tensor_bytes : array    of one rank
+        ranks : int             that take part
+        link : Link or None     the slowest between the ranks
+        nodes : int or None     that the ranks are on
+        """
         return self._half_s("reduce_scatter", tensor_bytes, ranks, link, nodes)
 
     def _half_s(self, op: str, tensor_bytes: ArrayLike, ranks: int, link: Link | None, nodes: int | None) -> Floats:
@@ -247,7 +271,15 @@ class Collectives:
     def all_to_all_s(
         self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
     ) -> Floats:
-        """Every rank sends another part of its tensor to each rank."""
+        """Every rank sends another part of its tensor to each rank.
+
+        Parameters
+        ----------
+        tensor_bytes : array    of one rank
+        ranks : int             that take part
+        link : Link or None     the slowest between the ranks
+        nodes : int or None     that the ranks are on
+        """
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:
             return np.zeros_like(size)

@@ -136,14 +136,28 @@ class Shapes:
         return cls(shapes, np.array([attention_feature(*map(int, shape)) for shape in shapes]), tuple(parts))
 
     def nearest(self, heads: int, kv_heads: int, head_dim: int) -> tuple[int, float]:
-        """The nearest measured shape, and how far it is."""
+        """The nearest measured shape, and how far it is.
+
+        Parameters
+        ----------
+        heads : int       query heads
+        kv_heads : int    heads of the cache
+        head_dim : int    elements of a head
+        """
         distance = np.sqrt(((self.features - np.array(attention_feature(heads, kv_heads, head_dim))) ** 2).sum(axis=1))
         found = int(distance.argmin())
         return found, float(distance[found])
 
 
 def attention_feature(heads: int, kv_heads: int, head_dim: int) -> tuple[float, ...]:
-    """A shape of heads as the distance between shapes sees it."""
+    """A shape of heads as the distance between shapes sees it.
+
+    Parameters
+    ----------
+    heads : int       query heads
+    kv_heads : int    heads of the cache
+    head_dim : int    elements of a head
+    """
     return _feature((heads / kv_heads, kv_heads, head_dim), _ATTENTION_SCALE)
 
 
@@ -193,7 +207,14 @@ class Source:
         return read_table(self.folder / self._files[kind], schema_of(kind))
 
     def bound_s(self, kernel: Arithmetic, flops: ArrayLike, moved: ArrayLike) -> Floats:
-        """Roofline on the accelerator of the card."""
+        """Roofline on the accelerator of the card.
+
+        Parameters
+        ----------
+        kernel : Arithmetic    what is computed
+        flops : array          FLOP
+        moved : array          bytes moved
+        """
         return np.maximum(
             np.asarray(flops) / self._peaks[kernel.peak], np.asarray(moved) / self.card.memory_bytes_per_s
         )
@@ -501,7 +522,16 @@ def gemm_feature(n: int, k: int) -> tuple[float, ...]:
 
 
 def moe_feature(hidden: int, expert_ffn: int, experts: int, held: int, topk: int) -> tuple[float, ...]:
-    """A shape of experts as the surface knows it."""
+    """A shape of experts as the surface knows it.
+
+    Parameters
+    ----------
+    hidden : int        width of the residual stream
+    expert_ffn : int    columns of an expert
+    experts : int       of a layer
+    held : int          experts that a GPU holds
+    topk : int          experts of a token
+    """
     return _feature((hidden, expert_ffn, experts, held, topk), _MOE_SCALE)
 
 

@@ -519,7 +519,16 @@ class Profile:
     def latent_decode(
         self, heads: int, kv_lora_rank: int, rope_dim: int, kv_format: str, sequences: ArrayLike
     ) -> tuple[Floats, Floats]:
-        """Decode over a latent cache, without projections: as `decode_attention`, `heads` on this rank."""
+        """Decode over a latent cache, without projections: as `decode_attention`, `heads` on this rank.
+
+        Parameters
+        ----------
+        heads : int           query heads
+        kv_lora_rank : int    elements of the latent vector
+        rope_dim : int        elements with positions
+        kv_format : str       of the cache
+        sequences : array     in the batch
+        """
         count = sizes("sequences", sequences)
         parts = (_count("kv_lora_rank", kv_lora_rank), _count("rope_dim", rope_dim))
         nearest = self._nearest("mla_kernel_decode", (_count("heads", heads), 1, sum(parts)), kv_format, 0)
@@ -528,7 +537,16 @@ class Profile:
     def latent_prefill(
         self, heads: int, key_dim: int, value_dim: int, kv_format: str, chunk: ArrayLike
     ) -> tuple[Floats, Floats]:
-        """Prefill attention over keys and values expanded from the latent cache: as `prefill_attention`."""
+        """Prefill attention over keys and values expanded from the latent cache: as `prefill_attention`.
+
+        Parameters
+        ----------
+        heads : int        query heads
+        key_dim : int      elements of a key
+        value_dim : int    elements of a value
+        kv_format : str    of the cache
+        chunk : array      tokens of a prompt
+        """
         count = sizes("chunk", chunk)
         pair = _count("key_dim", key_dim) + _count("value_dim", value_dim)
         # Tables name the cached vector, which prompts do not read: another pair of widths is another shape.

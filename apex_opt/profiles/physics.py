@@ -46,7 +46,16 @@ class Arithmetic:
 
 
 def gemm_work(m: Size, n: Size, k: Size, input_bytes: Size, weight_bytes: Size) -> tuple[Floats, Floats]:
-    """FLOP and bytes of out[m,n] = in[m,k] W[n,k]^T with 16-bit output; element sizes in bytes. None without rows."""
+    """FLOP and bytes of out[m,n] = in[m,k] W[n,k]^T with 16-bit output; element sizes in bytes. None without rows.
+
+    Parameters
+    ----------
+    m : Size               rows
+    n : Size               outputs
+    k : Size               inputs of each output
+    input_bytes : Size     bytes of an input
+    weight_bytes : Size    bytes of a weight
+    """
     weights = np.asarray(n, dtype=np.float64) * k
     moved = weights * weight_bytes + m * (np.asarray(k) * input_bytes + np.asarray(n) * _HALF_BYTES)
     return 2 * weights * m, np.where(np.asarray(m) > 0, moved, 0.0)
@@ -97,12 +106,28 @@ def experts_work(
 def context_work(
     heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number
 ) -> tuple[_Number, _Number]:
-    """FLOP and bytes of one decoding sequence per token of its context."""
+    """FLOP and bytes of one decoding sequence per token of its context.
+
+    Parameters
+    ----------
+    heads : number            query heads
+    kv_heads : number         heads of the cache
+    head_dim : number         elements of a head
+    element_bytes : number    bytes of an element of the cache
+    """
     return 4.0 * heads * head_dim, 2.0 * kv_heads * head_dim * element_bytes
 
 
 def latent_work(heads: float, rank: float, rope: float, element_bytes: float) -> tuple[float, float]:
-    """The same over a latent cache, of which all heads read one vector per token."""
+    """The same over a latent cache, of which all heads read one vector per token.
+
+    Parameters
+    ----------
+    heads : float            query heads
+    rank : float             elements of the latent vector
+    rope : float             elements with positions
+    element_bytes : float    bytes of an element of the cache
+    """
     return 2.0 * heads * (2 * rank + rope), (rank + rope) * element_bytes
 
 
@@ -111,6 +136,12 @@ def pair_flops(heads: _Number, key_dim: _Number, value_dim: _Number) -> _Number:
 
     Its traffic is not counted: it hides behind the arithmetic, and the energies of serving runs are no better told with
     it (`docs/cost-model.md`).
+
+    Parameters
+    ----------
+    heads : number        query heads
+    key_dim : number      elements of a key
+    value_dim : number    elements of a value
     """
     return 2.0 * heads * (key_dim + value_dim)
 

@@ -34,7 +34,13 @@ _WHY: Final = {
 
 
 def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[str, object]) -> Document:
-    """Rates in requests per second, latencies in seconds, sizes in bytes, energy in joules."""
+    """Rates in requests per second, latencies in seconds, sizes in bytes, energy in joules.
+
+    Parameters
+    ----------
+    problem, capacity
+    provenance : mapping    where each figure comes from
+    """
     rows = [_plan_rate(problem, item) for item in capacity.plans]
     document = cleaned(
         {

@@ -133,7 +133,12 @@ def checked(document: Document, check: Check) -> Document:
 
 
 def beside(document: Document, problem: Problem, answer: Answer) -> Document:
-    """An answer on energy with the one that another problem prefers, and the share of its energy that is saved."""
+    """An answer on energy with the one that another problem prefers, and the share of its energy that is saved.
+
+    Parameters
+    ----------
+    document, problem, answer
+    """
     other = answer.best
     assert other is not None
     saving = 1 - document["best"]["metrics"]["energy_j"] / other.metrics.value("energy")

@@ -29,7 +29,14 @@ _PROOFS: Final = {
 
 
 def explanation_document(problem: Problem, found: Explanation, provenance: dict[str, str]) -> Document:
-    """An explanation and the answer it is of; seconds, joules, requests per second."""
+    """An explanation and the answer it is of; seconds, joules, requests per second.
+
+    Parameters
+    ----------
+    problem
+    found : Explanation     what was explained
+    provenance : mapping    where each figure comes from
+    """
     document = explained_document(answer_document("explain", problem, found.answer, provenance), found)
     compared = None if found.comparison is None else _comparison(found.comparison)
     return cleaned(document | {"comparison": compared})
@@ -226,7 +233,14 @@ def _compared(console: Console, document: Document) -> None:
 
 
 def terms_table(console: Console, runs: Sequence[str], terms: Sequence[Document]) -> None:
-    """What differs between runs, part by part, a column for each run; of two also how much."""
+    """What differs between runs, part by part, a column for each run; of two also how much.
+
+    Parameters
+    ----------
+    console
+    runs : sequence of str          heads of the two columns
+    terms : sequence of Document    what differs
+    """
     if not terms:
         console.print(f"The {len(runs)} runs take the same.\n")
         return

@@ -30,7 +30,14 @@ def launched(document: Document, launch: Launch) -> Document:
 
 
 def launch_section(console: Console, launch: Document, plan: str | None = None) -> None:
-    """Commands one to a line however long, to be copied; the rest as a shell's comments; of several plans, which."""
+    """Commands one to a line however long, to be copied; the rest as a shell's comments; of several plans, which.
+
+    Parameters
+    ----------
+    console
+    launch : Document     commands and notes
+    plan : str or None    told where there are several
+    """
     console.print(Text(f"Launch ({launch['engine']})" + ("" if plan is None else f" {plan}"), "bold"))
     for note in launch["notes"]:
         # Options are not to be broken at their hyphens.

@@ -73,7 +73,18 @@ def table(
     kept: Collection[int] | None = None,
     turned: bool = False,
 ) -> None:
-    """One table as wide as the console, of the parameters of `grid`; columns that are left out are named below it."""
+    """One table as wide as the console, of the parameters of `grid`; columns that are left out are named below it.
+
+    Parameters
+    ----------
+    console
+    title : str                       above the table
+    heads : sequence of str           of the columns
+    rows : sequence                   texts of the cells
+    left : sequence of int            columns set to the left
+    kept : sequence of int or None    columns that stay where there is little room
+    turned : bool                     whether rows are shown one below the other where there is no room
+    """
     if title:
         console.print(Text(title, "bold"))
     found = grid(heads, list(rows), console.width, left, kept, turned=turned)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def loaded(document: Document, problem: Problem, best: Scored | None) -> Document:
-    """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`."""
+    """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`.
+
+    Parameters
+    ----------
+    document, problem
+    best : Scored or None    the run that is told of; None where there is none
+    """
     if best is None:
         return document | {"steady": None, "transient": None, "limited_by_arrivals": None}
     transient = best.transient

@@ -32,7 +32,14 @@ _LABELLED: Final = 12
 
 
 def pareto_document(problem: Problem, front: Front, provenance: Mapping[str, object]) -> Document:
-    """The front, best by the first objective first, and what it beats; seconds, joules, requests per second."""
+    """The front, best by the first objective first, and what it beats; seconds, joules, requests per second.
+
+    Parameters
+    ----------
+    problem
+    front : Front           what was found
+    provenance : mapping    where each figure comes from
+    """
 
     def values(scored: Scored) -> dict[str, float]:
         return {o.name: o.value(scored.metrics) for o in front.objectives}

@@ -212,7 +212,13 @@ def place_document(
 
 
 def with_placement(document: Document, problem: Problem, plan: Plan, found: Found) -> Document:
-    """An answer with where its plan goes, beside ranks in order; as `place_document` tells it."""
+    """An answer with where its plan goes, beside ranks in order; as `place_document` tells it.
+
+    Parameters
+    ----------
+    document, problem, plan
+    found : Found    where it lies
+    """
     site = Site(problem=problem, plan=plan, wiring=problem.cluster, facts=Facts(problem))
     best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, plan, found.assignment)
     in_order = _beside(_placement(site, site.tree, rank_order(site.tree, site.shape)), best)
@@ -522,7 +528,14 @@ def _loss_tables(console: Console, document: Document) -> None:
 
 
 def where_table(console: Console, replicas: list[Document], title: str = "Where it goes") -> None:
-    """The GPUs of every stage of every replica."""
+    """The GPUs of every stage of every replica.
+
+    Parameters
+    ----------
+    console
+    replicas : list of Document    with their GPUs
+    title : str                    above the table
+    """
     rows = [
         (str(row["replica"]), str(stage), "; ".join(_ranges(gpus)))
         for row in replicas

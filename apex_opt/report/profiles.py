@@ -57,7 +57,15 @@ def _holding(holding: Holding) -> Document:
 def tables_document(
     command: str, target: Path, reports: Sequence[TableReport], passed_over: Sequence[tuple[str, str]] = ()
 ) -> Document:
-    """What became of tables that were made; look-up errors are relative."""
+    """What became of tables that were made; look-up errors are relative.
+
+    Parameters
+    ----------
+    command : str                        whose answer it is
+    target : Path                        folder they are in
+    reports : sequence of TableReport    of the tables made
+    passed_over : sequence               files left out, with the reason
+    """
     return cleaned(
         {
             "command": command,

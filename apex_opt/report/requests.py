@@ -24,6 +24,13 @@ def write_requests(path: Path, outcome: Outcome, trace: Trace, max_model_len: in
     Columns: request (its place in the trace), arrival_s, prompt and output (tokens generated), ttft_s, tpot_s (empty
     for a single token), e2e_s. Times include a request's way in and out of the server, as the tables do.
 
+    Parameters
+    ----------
+    path : Path            of the file
+    outcome, trace
+    max_model_len : int    tokens that a request may have
+    request_ns : int       time of a request outside the engine
+
     Raises
     ------
     InputError    a path that cannot be written

@@ -110,7 +110,13 @@ def beside_table(console: Console, document: Document) -> None:
 
 
 def candidates_table(console: Console, document: Document, word: str = "plan") -> None:
-    """The best plans, or what else there is to choose from, and what each reaches."""
+    """The best plans, or what else there is to choose from, and what each reaches.
+
+    Parameters
+    ----------
+    console, document
+    word : str    for a candidate: plan or fleet
+    """
     objective, then, runs = document["objective"], document["then"], document["candidates"]
     of_requests, goals = figure_columns(runs[0]["metrics"], {one["name"] for one in (objective, *then)})
     columns: dict[str, Read] = {
@@ -256,7 +262,14 @@ def _reached(text: str, slo: Document) -> str:
 
 
 def memory_table(console: Console, title: str, stages: Sequence[Document]) -> None:
-    """What the memory of a GPU of each stage holds."""
+    """What the memory of a GPU of each stage holds.
+
+    Parameters
+    ----------
+    console
+    title : str                      above the table
+    stages : sequence of Document    of the plan
+    """
     heads = ("stage", "layers", "weights", "workspace", "runtime", "KV cache", "KV blocks", "usable")
     rows = [
         (

@@ -111,6 +111,12 @@ def _counted(replica: int, time_ns: int, waiting: int, held: int) -> Iterator[Ev
 def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> None:
     """Write a run's timeline; the file appears whole or not at all.
 
+    Parameters
+    ----------
+    path : Path         of the file
+    outcome, laws
+    block_size : int    tokens in a KV block
+
     Raises
     ------
     InputError    a path that cannot be written

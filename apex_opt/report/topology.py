@@ -96,7 +96,14 @@ def _reached(topology: Topology) -> list[Document]:
 
 
 def import_document(composition: Composition, notes: tuple[str, ...], target: str | None) -> Document:
-    """A cluster file, where it goes, and what is in it."""
+    """A cluster file, where it goes, and what is in it.
+
+    Parameters
+    ----------
+    composition : Composition    what was read
+    notes : tuple of str         what the reader has to know
+    target : str or None         file it is in; None where it is printed
+    """
     return cleaned(
         {
             "command": "cluster import",

@@ -33,6 +33,11 @@ def validation_document(
 
     Figures are in the units that `units` names; errors in percent of the measured value, above 0 where more was
     predicted than measured.
+
+    Parameters
+    ----------
+    measurements, comparisons
+    provenance : mapping    where each figure comes from
     """
     covered = coverage(comparisons)
     return cleaned(

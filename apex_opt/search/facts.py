@@ -132,7 +132,14 @@ class Facts:
         return self.token_j(plan) * computed_tokens(self.problem.trace, settings.max_model_len, settings.prefix_caching)
 
     def alike(self, plan: Plan, replicas: Sequence[int], *, movable: bool = False) -> Iterator[Alike]:
-        """Numbers of replicas, grouped by what decides the floors: how they lie, whether sequences give way."""
+        """Numbers of replicas, grouped by what decides the floors: how they lie, whether sequences give way.
+
+        Parameters
+        ----------
+        plan
+        replicas : sequence of int    numbers of replicas
+        movable : bool                whether layers are yet to be moved
+        """
         for _, counts in self.costs.alike(plan, replicas):
             # The fewer requests a replica has, the fewer blocks they need: from some number on none gives way.
             blocks = self._sure_blocks(plan, movable) if plan.stages > 1 else 0
@@ -238,6 +245,11 @@ class Facts:
 def judged(run: Run, objectives: Sequence[Objective], goals: Iterable[Goal]) -> tuple[Floats, NDArray[np.bool_]]:
     """What floors say by objectives and goals.
 
+    Parameters
+    ----------
+    run : Run    what no run of some deployments can beat
+    objectives, goals
+
     Returns
     -------
     float64[k, objectives]    lower bounds of the costs, signed such that less is better
@@ -271,6 +283,13 @@ def cost_model(problem: Problem) -> CostModel:
 
 @lru_cache(maxsize=8)
 def computed_tokens(trace: Trace, max_model_len: int, prefix_caching: bool) -> int:
-    """Tokens that any run computes: prompts unless a cache may hold them, answers but for their last token."""
+    """Tokens that any run computes: prompts unless a cache may hold them, answers but for their last token.
+
+    Parameters
+    ----------
+    trace
+    max_model_len : int      tokens that a request may have
+    prefix_caching : bool    whether prompts may be found in the cache
+    """
     generated = trace.generated(max_model_len)
     return int((generated - 1).sum()) + (0 if prefix_caching else int(trace.prompt.sum()))

@@ -56,7 +56,14 @@ class Option:
 
 
 def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, int], None]) -> list[Option]:
-    """Pools on one type of GPU as options; what does not depend on the number of replicas is worked out once."""
+    """Pools on one type of GPU as options; what does not depend on the number of replicas is worked out once.
+
+    Parameters
+    ----------
+    facts
+    pools : sequence of Pool    on GPUs of one type
+    tell : callable             told (what, done, total) along the way
+    """
     problem, costs = facts.problem, facts.costs
     trace, found = problem.trace, dict[tuple[Any, ...], dict[str, Any]]()
     options: dict[int, Option] = {}

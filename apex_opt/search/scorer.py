@@ -130,6 +130,12 @@ class Scorer:
 
         Costs are compared objective by objective. An infinite one asks for the score whatever it is.
 
+        Parameters
+        ----------
+        deployment
+        bounds : Costs    of its costs
+        worst : Costs     costs beyond which it has lost
+
         Raises
         ------
         CapacityError    a request that a pool's KV cache cannot hold
@@ -148,7 +154,15 @@ class Scorer:
     def run(
         self, deployment: Deployment, worst: Costs = FREE, bounds: Costs = (), *, log: bool = False
     ) -> Outcome | None:
-        """Serve the trace; None where a deployment misses a goal or costs more than `worst`, as for `challenge`."""
+        """Serve the trace; None where a deployment misses a goal or costs more than `worst`, as for `challenge`.
+
+        Parameters
+        ----------
+        deployment
+        worst : Costs     costs beyond which it has lost
+        bounds : Costs    of its costs
+        log : bool        whether every batch is told
+        """
         problem, trace, pools = self.problem, self.problem.trace, deployment.pools
         facts = [self.facts_of(pool) for pool in pools]
         owner, clients = self._dealt(pools, facts)
@@ -177,7 +191,13 @@ class Scorer:
         return None if outcome.stopped else outcome
 
     def scored(self, deployment: Deployment, outcome: Outcome, bound: float | None = None) -> Scored:
-        """The figures of a run: its GPUs idle from the first request to the last token."""
+        """The figures of a run: its GPUs idle from the first request to the last token.
+
+        Parameters
+        ----------
+        deployment, outcome
+        bound : float or None    of its cost by the first objective; None where not known
+        """
         problem, uses = self.problem, []
         facts = [self.facts_of(pool) for pool in deployment.pools]
         owner, _ = self._dealt(deployment.pools, facts)

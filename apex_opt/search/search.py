@@ -300,6 +300,11 @@ _TOGETHER: Final[tuple[tuple[Shape, str, str, str], ...]] = (
 def judge(problem: Problem, deployment: Deployment, progress: Progress | None = None) -> Answer:
     """Score one given deployment; infeasible where it cannot run, feasible otherwise, with the goals it misses.
 
+    Parameters
+    ----------
+    problem, deployment
+    progress : Progress or None    told (what, done, total) along the way
+
     Raises
     ------
     CapacityError    a request that no plan of this model could serve
@@ -341,7 +346,14 @@ def _miss(problem: Problem, scored: Scored) -> float:
 
 
 def tell_compiling(tell: Progress, problem: Problem, plans: Iterable[Plan]) -> None:
-    """Say that the next simulations will take longer, where they will."""
+    """Say that the next simulations will take longer, where they will.
+
+    Parameters
+    ----------
+    tell : Progress             told (what, done, total) along the way
+    problem
+    plans : sequence of Plan    that are about to be simulated
+    """
     from apex_opt.simulator.pack import needs_compiling
 
     if any(needs_compiling(problem.settings_for(plan), plan.stages) for plan in plans):
@@ -349,4 +361,11 @@ def tell_compiling(tell: Progress, problem: Problem, plans: Iterable[Plan]) -> N
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Tell nobody."""
+    """Tell nobody.
+
+    Parameters
+    ----------
+    what : str     what is being done
+    done : int     steps done
+    total : int    steps there are; 0 where not known
+    """

@@ -71,7 +71,13 @@ class Space:
 
 
 def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Space:
-    """Enumerate how a replica can be cut, and count what is infeasible."""
+    """Enumerate how a replica can be cut, and count what is infeasible.
+
+    Parameters
+    ----------
+    problem, formulation
+    tell : Progress    told (what, done, total) along the way
+    """
     tell("enumerating plans", 0, 0)
     instance = problem.instance()
     left = size = formulation.count(instance, ())
@@ -123,7 +129,14 @@ class Moves:
 
 
 def every_plan(space: Space, moves: Moves, tell: Progress) -> Iterator[Plan]:
-    """All feasible plans, with the layers of the movable ones moved."""
+    """All feasible plans, with the layers of the movable ones moved.
+
+    Parameters
+    ----------
+    space
+    moves : Moves      moves layers
+    tell : Progress    told (what, done, total) along the way
+    """
     for index, cut in enumerate((*space.cuts, *space.movable)):
         if index >= len(space.cuts):
             tell("moving layers", index - len(space.cuts), len(space.movable))

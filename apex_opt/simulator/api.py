@@ -31,6 +31,12 @@ Implementation = Literal["kernel", "reference"]
 def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
     """Refuse a trace with a request that the engine could never finish.
 
+    Parameters
+    ----------
+    settings
+    blocks : int    KV blocks of a replica
+    trace
+
     Raises
     ------
     CapacityError    a prompt that leaves no room for one token within `max_model_len`, or a request whose tokens

@@ -54,6 +54,13 @@ class BlockContent:
 
         `number` may be a faster `number_pieces`.
 
+        Parameters
+        ----------
+        trace
+        block_size : int                      tokens in a KV block
+        limits : sequence of int or int64[n]    tokens that each request generates
+        number : callable or None             numbers the pieces, where not in Python
+
         Raises
         ------
         UsageError    the trace's content pieces are not whole engine blocks

@@ -146,6 +146,14 @@ def linear_law(
     """The law ``base + token * tokens + context * (tokens held by all sequences)``, as the recorded batches use it.
 
     All arguments in whole nanoseconds (per token for the second and third).
+
+    Parameters
+    ----------
+    base_ns : int                   of every batch
+    token_ns : int                  of every token
+    context_ns : int                of every token in the context
+    max_num_seqs : int              sequences of a batch
+    max_num_batched_tokens : int    tokens of a batch
     """
     sequences = np.arange(max_num_seqs + 1, dtype=np.int64)
     tokens = np.arange(max_num_batched_tokens + 1, dtype=np.int64)

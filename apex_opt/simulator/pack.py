@@ -61,7 +61,16 @@ def run(
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
 ) -> Outcome:
-    """Run a trace through the kernel; see `apex_opt.simulator.api.run_deployment` for the parameters."""
+    """Run a trace through the kernel; see `apex_opt.simulator.api.run_deployment` for the parameters.
+
+    Parameters
+    ----------
+    pools, trace, shares
+    log : bool                  whether every batch is told
+    gaps : bool                 whether the times between tokens are told
+    stops : sequence of Stop    limits at which a run ends early
+    floors : Outcome or None    what no request can beat
+    """
     capacity = (0, 0, 0)
     while True:
         memory = _Memory(pools, trace, shares, stops, floors, capacity if log or gaps else None)

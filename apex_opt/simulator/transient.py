@@ -49,7 +49,14 @@ class Transient:
 
     @classmethod
     def of(cls, outcome: Outcome, request_ns: int = 0, *, closed: bool = False) -> Transient:
-        """How a finished run begins and ends; the last token counts once it has left the engine's host."""
+        """How a finished run begins and ends; the last token counts once it has left the engine's host.
+
+        Parameters
+        ----------
+        outcome
+        request_ns : int    time of a request outside the engine
+        closed : bool       whether clients send the requests
+        """
         arrival, last = np.sort(outcome.arrival_ns), int(outcome.arrival_ns.max())
         met = np.arange(len(arrival)) - np.searchsorted(np.sort(outcome.finish_ns), arrival, "right")
         first = warm_up(len(arrival))

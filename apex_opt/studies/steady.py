@@ -225,7 +225,14 @@ class Steady:
         return {slo.text: figures[slo.text] for slo in slos if slo.text in figures and not slo.met(figures[slo.text])}
 
     def confirmed(self, deployment: Deployment, rate_per_s: float, first: Trial) -> Trial:
-        """Conditions 3 and 4 for a deployment whose first run holds."""
+        """Conditions 3 and 4 for a deployment whose first run holds.
+
+        Parameters
+        ----------
+        deployment
+        rate_per_s : float    requests per second
+        first : Trial         its first run
+        """
         assert first.evidence is not None
         trace, evidence = self.problem.trace, first.evidence
         saturated, margin = self.saturated(deployment), self._margin()

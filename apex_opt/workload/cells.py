@@ -57,7 +57,15 @@ class Faults:
 
 
 def token_counts(cells: Sequence[object], places: Sequence[int], column: str, faults: Faults) -> Ints:
-    """Counts of tokens, 0 to 10,000,000; `NONE` where a cell is none, which is added to the faults."""
+    """Counts of tokens, 0 to 10,000,000; `NONE` where a cell is none, which is added to the faults.
+
+    Parameters
+    ----------
+    cells : sequence of object    texts or numbers of a column
+    places : sequence of int      of the cells, for messages
+    column : str                  name of the column, for messages
+    faults : Faults               what was found wrong so far
+    """
     fast = digits(cells)
     if fast is not None and int(fast.max()) <= MAX_TOKENS:
         return fast
@@ -72,7 +80,16 @@ def token_counts(cells: Sequence[object], places: Sequence[int], column: str, fa
 
 
 def times_ns(cells: Sequence[object], places: Sequence[int], column: str, unit: str, faults: Faults) -> Ints:
-    """Times since 0, or since 1970 where the unit is "date"; `NONE` where a cell is none."""
+    """Times since 0, or since 1970 where the unit is "date"; `NONE` where a cell is none.
+
+    Parameters
+    ----------
+    cells : sequence of object    texts or numbers of a column
+    places : sequence of int      of the cells, for messages
+    column : str                  name of the column, for messages
+    unit : str                    of the times
+    faults : Faults               what was found wrong so far
+    """
     if unit == "date":
         return _column(cells, places, column, _instant, (-_INT64, _INT64), faults)
     scale = UNITS[unit]

@@ -224,6 +224,12 @@ class Collector:
     def trace(self, name: str, source: str, notes: Sequence[str]) -> Trace:
         """The trace, once all rows are in.
 
+        Parameters
+        ----------
+        name : str                 of the trace
+        source : str               where it comes from
+        notes : sequence of str    what the reader has to know
+
         Raises
         ------
         InputError    arrivals further apart than a trace can hold, or turns that follow nothing

@@ -41,7 +41,14 @@ class Contents:
     _lacking: bool = False
 
     def add(self, cells: Sequence[object], places: Sequence[str], prompt: Ints) -> None:
-        """Ids of some more requests, where they stand in the file, and the tokens of their prompts."""
+        """Ids of some more requests, where they stand in the file, and the tokens of their prompts.
+
+        Parameters
+        ----------
+        cells : sequence of object    of the column that says what prompts contain
+        places : sequence of str      of the rows, for messages
+        prompt : Ints                 tokens of each prompt
+        """
         if self.fault or not len(prompt):
             return
         lists: list[Any] = [_listed(cell) for cell in cells]

@@ -117,6 +117,12 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     Arrivals, prompts and outputs have their own random streams: the same seed at another rate gives the same
     requests, closer together, so that two rates can be compared without sampling noise.
 
+    Parameters
+    ----------
+    spec : str                   the description
+    seed : int                   of what is drawn
+    changed : mapping or None    parts of the description that are replaced
+
     Raises
     ------
     UsageError                     form, number or range, with a description that works

@@ -118,6 +118,13 @@ def another(trace: Trace, rate_per_s: float, requests: int, draw: int) -> Trace 
     """Requests of the same law, lengths drawn anew as well, none longer than the longest; None where no law is known.
 
     A plan holds the longest request of the trace, and need hold none that is longer.
+
+    Parameters
+    ----------
+    trace
+    rate_per_s : float    requests per second
+    requests : int        of the new trace
+    draw : int            number of the draw
     """
     law, seed = trace.arrivals.law, trace.arrivals.seed
     if law is None:

@@ -52,6 +52,12 @@ class Table:
 def table_of(label: str, text: str, faults: Faults) -> Table | dict[str, Any]:
     """The rows of a file, or the one object it holds where that is the result of a benchmark.
 
+    Parameters
+    ----------
+    label : str        opens every message
+    text : str         as it was given
+    faults : Faults    what was found wrong so far
+
     Raises
     ------
     InputError    neither CSV nor JSON; several results

@@ -266,7 +266,14 @@ class Trace:
 
 
 def gathered(ids: Ints, starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
-    """Content ids of some rows, in this order, and where those of each begin; read-only, as a trace has them."""
+    """Content ids of some rows, in this order, and where those of each begin; read-only, as a trace has them.
+
+    Parameters
+    ----------
+    ids : Ints       pieces, one request after the other
+    starts : Ints    where each request's begin
+    rows : Ints      the requests that are wanted
+    """
     counts = np.diff(starts)[rows]
     begin = np.concatenate(([0], np.cumsum(counts)))
     found = ids[np.arange(begin[-1]) + np.repeat(starts[rows] - begin[:-1], counts)]
@@ -292,6 +299,19 @@ def make_trace(
 
     With a `concurrency` the order is kept and the arrival times are set to 0. `content` gives the content ids of each
     prompt, one per `content_tokens` tokens, the last for what is left.
+
+    Parameters
+    ----------
+    name : str                            of the trace
+    arrival_ns : sequence of int or array    of each request, in order
+    prompt : sequence of int or array     tokens of each prompt
+    output : sequence of int or array     tokens of each answer
+    concurrency : int or None             clients of a closed loop
+    content : sequence or None            what each prompt says, as ids of pieces
+    content_tokens : int                  tokens of a piece
+    source : str                          where it comes from
+    notes : tuple of str                  what the reader has to know
+    arrivals : Arrivals                   how they come about
 
     Raises
     ------
@@ -361,7 +381,15 @@ LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS))
 
 
 def range_fault(label: str, value: object, low: int, high: int) -> str:
-    """One value out of range, in words."""
+    """One value out of range, in words.
+
+    Parameters
+    ----------
+    label : str       opens every message
+    value : object    that was given
+    low : int         least that is allowed
+    high : int        most that is allowed
+    """
     advice = "; drop the request or count it as 1" if low == 1 and value in (0, "0") else ""
     return f"{label} {value} is outside {low:,}..{high:,}{advice}"
 

@@ -113,7 +113,15 @@ def place(
 def first_found(
     tree: Tree, shape: Shape, measure: Callable[[Layout], Any], solve: Callable[[Way], Found | None]
 ) -> tuple[Any, int, list[tuple[Way, Found]]] | None:
-    """The least measure of a way that `solve` finds GPUs for, the ways before it, and what it finds for all such."""
+    """The least measure of a way that `solve` finds GPUs for, the ways before it, and what it finds for all such.
+
+    Parameters
+    ----------
+    tree
+    shape : Shape         of the plan
+    measure : callable    what is made best
+    solve : callable      finds a placement of a way
+    """
     ordered = sorted((measure(way.layout), index, way) for index, way in enumerate(ways(tree, shape)))
     tried = 0
     for value, alike in groupby(ordered, key=lambda item: item[0]):
@@ -132,6 +140,12 @@ def first_found(
 def place_plan(layouts: Layouts, plan: Plan, time_limit_s: float | None = None) -> Placed:
     """The best placement of a plan, by the measure of its layouts.
 
+    Parameters
+    ----------
+    layouts : Layouts               of the tree that it goes to
+    plan
+    time_limit_s : float or None    seconds after which the best so far is taken
+
     Raises
     ------
     CapacityError, FormulationError    more GPUs than are free; as `place`
@@ -144,6 +158,12 @@ def place_plan(layouts: Layouts, plan: Plan, time_limit_s: float | None = None) 
 
 def place_joint(costs: CostModel, plan: Plan, time_limit_s: float | None = None) -> Assignment:
     """The GPUs of a plan whose stages are on several types: the stages on each type placed on their own.
+
+    Parameters
+    ----------
+    costs : CostModel               of the plan
+    plan
+    time_limit_s : float or None    seconds after which the best so far is taken
 
     Raises
     ------
@@ -243,6 +263,12 @@ def _solve(tree: Tree, shape: Shape, way: Way, time_limit_s: float | None) -> _C
 
 def maximised(model: cp_model.CpModel, what: str, time_limit_s: float | None) -> tuple[cp_model.CpSolver, bool] | None:
     """The solver with a solution of a model, and whether that is the best; None where there is none.
+
+    Parameters
+    ----------
+    model : CpModel                 the program
+    what : str                      what is to be as much as can be
+    time_limit_s : float or None    seconds after which the best so far is taken
 
     Raises
     ------

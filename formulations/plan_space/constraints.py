@@ -85,7 +85,14 @@ def heads_divide(instance: Instance, tp: int) -> bool:
 
 
 def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
-    """Whether FFN shards are equal in every block."""
+    """Whether FFN shards are equal in every block.
+
+    Parameters
+    ----------
+    instance
+    tp : int    shards
+    ep : int    groups of experts
+    """
     shards = {("tp",): tp, ("ep",): ep, ("tp", "ep"): tp * ep}
     return all(_divides(piece, shards[piece.by]) for block in kinds(instance) for piece in block.ffn.pieces)
 

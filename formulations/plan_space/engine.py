@@ -33,7 +33,14 @@ class Runs:
         return self.rules is None or copies == 1 or self.rules.ffn_copies
 
     def attention(self, copies: int, tp: int, index: int) -> bool:
-        """Whether attention may be cut so, in a format, and what is cut as attention is."""
+        """Whether attention may be cut so, in a format, and what is cut as attention is.
+
+        Parameters
+        ----------
+        copies : int    copies of attention
+        tp : int        shards
+        index : int     of the weight format
+        """
         if self.rules is None:
             return True
         if copies > 1:
@@ -48,7 +55,14 @@ class Runs:
         return self._format(index) and self._heads(tp) and dense and self._shards("heads", tp, index)
 
     def ffn(self, tp: int, ep: int, index: int) -> bool:
-        """Whether the FFN may be cut so, in a format."""
+        """Whether the FFN may be cut so, in a format.
+
+        Parameters
+        ----------
+        tp : int       shards
+        ep : int       groups of experts
+        index : int    of the weight format
+        """
         if self.rules is None:
             return True
         if tp > 1 and ep > 1 and not self.rules.experts_by_both:

@@ -166,6 +166,12 @@ class PlanSpace:
 
         Of the movable ones only "bandwidth" is chosen.
 
+        Parameters
+        ----------
+        instance
+        families : sequence of str      those that plans must keep to
+        time_limit_s : float or None    seconds after which the best so far is taken
+
         Raises
         ------
         FormulationError    the program and the oracle disagree on a plan

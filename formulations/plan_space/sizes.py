@@ -56,7 +56,14 @@ def _packed(name: str, matrices: Iterable[Matrix], *, touched: bool = False) -> 
 
 
 def attention_bytes(block: Block, tp: int, name: str) -> int:
-    """Weights of one attention shard."""
+    """Weights of one attention shard.
+
+    Parameters
+    ----------
+    block
+    tp : int      shards
+    name : str    of the weight format
+    """
     return _packed(name, block.attention.matrices(Cut(heads=tp)))
 
 
@@ -66,18 +73,42 @@ def attention_width(block: Block, tp: int) -> int:
 
 
 def kv_bytes(block: Block, tp: int, name: str) -> int:
-    """Bytes that one token keeps in one attention shard."""
+    """Bytes that one token keeps in one attention shard.
+
+    Parameters
+    ----------
+    block
+    tp : int      shards
+    name : str    of the KV format
+    """
     return sum(kept.elements * KV_BYTES[name] for kept in block.attention.cache(Cut(heads=tp)))
 
 
 def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
-    """Weights of one shard of what every token passes through: a dense FFN, or the one shared beside experts."""
+    """Weights of one shard of what every token passes through: a dense FFN, or the one shared beside experts.
+
+    Parameters
+    ----------
+    block
+    shards : int      that share it
+    name : str        of the weight format
+    touched : bool    only what one token reads
+    """
     dense = block.ffn.dense
     return 0 if dense is None else _packed(name, dense.matrices(Cut(columns=shards)), touched=touched)
 
 
 def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
-    """Weights of one shard of the experts and the router, or only those that a single token certainly touches."""
+    """Weights of one shard of the experts and the router, or only those that a single token certainly touches.
+
+    Parameters
+    ----------
+    instance, block
+    tp : int          shards
+    ep : int          groups of experts
+    name : str        of the weight format
+    touched : bool    only what one token reads
+    """
     cut, form = Cut(experts=ep, expert_columns=tp), get_format(name).part(block.ffn.quantised or 1).name
     for padded, *multiples in instance.held.padded:
         if padded == form and not touched:
@@ -98,18 +129,41 @@ def attention_side(instance: Instance, block: Block, tp: int, name: str, *, whol
 
 
 def shared_whole(instance: Instance, copies: int, ep: int) -> bool:
-    """Whether what is shared beside experts is whole on every device, by attention copies and groups of experts."""
+    """Whether what is shared beside experts is whole on every device, by attention copies and groups of experts.
+
+    Parameters
+    ----------
+    instance
+    copies : int    copies of attention
+    ep : int        groups of experts
+    """
     return instance.held.whole_shared and min(copies, ep) > 1
 
 
 def ffn_side(instance: Instance, block: Block, tp: int, ep: int, name: str, *, touched: bool) -> int:
-    """Weights that follow how the FFN is cut: those of experts, and else those of dense FFNs."""
+    """Weights that follow how the FFN is cut: those of experts, and else those of dense FFNs.
+
+    Parameters
+    ----------
+    instance, block
+    tp : int          shards
+    ep : int          groups of experts
+    name : str        of the weight format
+    touched : bool    only what one token reads
+    """
     dense = 0 if instance.held.dense_per_copy else dense_bytes(block, tp * ep, name, touched=touched)
     return dense + expert_bytes(instance, block, tp, ep, name, touched=touched)
 
 
 def ffn_width(block: Block, tp: int, ep: int) -> int:
-    """Elements alive per token inside one FFN shard."""
+    """Elements alive per token inside one FFN shard.
+
+    Parameters
+    ----------
+    block
+    tp : int    shards
+    ep : int    groups of experts
+    """
     return block.ffn.width(Cut(columns=tp * ep, experts=ep, expert_columns=tp))
 
 
@@ -118,7 +172,14 @@ def vocab_bytes(instance: Instance, tp: int) -> int:
 
 
 def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
-    """Matrices of vocabulary by hidden on a stage."""
+    """Matrices of vocabulary by hidden on a stage.
+
+    Parameters
+    ----------
+    instance
+    first : bool    whether it is the first stage
+    last : bool     whether it is the last stage
+    """
     both = 1 if instance.model.tied_embeddings else 2
     return both if instance.held.vocab_everywhere or (first and last) else int(first) + int(last)
 

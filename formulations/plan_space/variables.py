@@ -68,6 +68,11 @@ class Variables:
     def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
         """Pin every choice to a given plan; its replicas must find room.
 
+        Parameters
+        ----------
+        model : CpModel    the program
+        plan, instance
+
         Raises
         ------
         UsageError    layers split unevenly, or formats or limits that are not among those to choose from

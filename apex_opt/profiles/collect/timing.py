@@ -81,6 +81,12 @@ class Machine(Protocol):
     def collectives(self, ranks: int, points: Sequence[Point], effort: Effort) -> Sequence[Result]:
         """The results of collectives on so many accelerators, in the order of the points.
 
+        Parameters
+        ----------
+        ranks : int                   that take part
+        points : sequence of Point    what is measured
+        effort : Effort               how long is measured
+
         Raises
         ------
         CallError
@@ -114,6 +120,13 @@ class Result:
 
 def measure(machine: Machine, calls: Sequence[Call], effort: Effort, *, energy: bool = False) -> Result:
     """Time one call, the operands taken in turn.
+
+    Parameters
+    ----------
+    machine
+    calls : sequence of Call    what is timed
+    effort : Effort             how long is measured
+    energy : bool               whether joules are measured too
 
     Raises
     ------

@@ -29,6 +29,12 @@ def replays(size: int, sample_s: float) -> int:
 def measure_group(ranks: int, points: Sequence[Point], effort: Effort) -> list[Result]:
     """The results of collectives on the first `ranks` GPUs.
 
+    Parameters
+    ----------
+    ranks : int                   that take part
+    points : sequence of Point    what is measured
+    effort : Effort               how long is measured
+
     Raises
     ------
     CallError       a process that fails

@@ -87,6 +87,12 @@ class StageFloor:
         """The mean floor of the stages of a pipeline, however its layers are split.
 
         A table entry is rounded to the nearest nanosecond and a rate to the nearest 2**-20 ns, four entries a batch.
+
+        Parameters
+        ----------
+        least : Least    what the stages take at least
+        stages : int     of the pipeline
+        copies : int     copies of attention
         """
         scale, rates = NS_PER_S / stages, NS_PER_S * (1 << RATE_BITS) / stages
         batch = min(least.decode, least.mixed + least.chunk + least.sequence + least.attend)

@@ -43,6 +43,14 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
 
     All of the work is then done by the last arrival, and half of it by the mean one: ends of works in rising order lie
     no later on average than if all works were the same.
+
+    Parameters
+    ----------
+    settings
+    mean : StageFloor    what a stage takes on average
+    stages : int         of the pipeline
+    trace
+    blocks : int         KV blocks of a replica
     """
     prompts, pairs, steps, context, held = _sums(settings, trace)
     rates = 1 / (1 << RATE_BITS)

@@ -38,11 +38,27 @@ class Splitter(Protocol):
 
     def paced(
         self, instance: Instance, plan: Plan, gpus: Sequence[Gpu], pace: tuple[int, ...]
-    ) -> tuple[int, ...] | None: ...
+    ) -> tuple[int, ...] | None:
+        """Layers of stages on several types of GPU, the slowest stage as fast as can be; None where nothing fits.
+
+        Parameters
+        ----------
+        instance, plan
+        gpus : sequence of Gpu    of each stage
+        pace : tuple of int       what a layer takes on each stage
+        """
+        ...
 
 
 def joined(problem: Problem, first: int, second: int) -> Problem | None:
-    """The problem of pipelines over two types of GPU; None where these share no format, are too many or not linked."""
+    """The problem of pipelines over two types of GPU; None where these share no format, are too many or not linked.
+
+    Parameters
+    ----------
+    problem
+    first : int     number of the first type of GPU
+    second : int    number of the second type of GPU
+    """
     one, other = problem.offers[first], problem.offers[second]
     formats = dict.fromkeys(zip(one.weight_formats, one.kv_formats, strict=True))
     shared = [pair for pair in zip(other.weight_formats, other.kv_formats, strict=True) if pair in formats]

@@ -29,11 +29,25 @@ class BlockManager:
         return []
 
     def needed(self, sequence: Sequence, tokens: int, found: Seq[int] = ()) -> int:
-        """Free blocks it takes for a sequence to hold so many tokens, with those found."""
+        """Free blocks it takes for a sequence to hold so many tokens, with those found.
+
+        Parameters
+        ----------
+        sequence : Sequence        the request
+        tokens : int               that must be held
+        found : sequence of int    blocks found in the cache
+        """
         return max(0, ceil_div(tokens, self.block_size) - sequence.blocks)
 
     def take(self, sequence: Sequence, tokens: int, found: Seq[int] = ()) -> None:
-        """Hand out the needed blocks."""
+        """Hand out the needed blocks.
+
+        Parameters
+        ----------
+        sequence : Sequence        the request
+        tokens : int               that must be held
+        found : sequence of int    blocks found in the cache
+        """
         needed = self.needed(sequence, tokens)
         self.free -= needed
         sequence.blocks += needed

@@ -39,6 +39,13 @@ def run_deployment(
     """Serve a trace; see `apex_opt.simulator.api.run_deployment` for the parameters.
 
     Source: our own rules for several replicas, as engines leave it to a router in front of them.
+
+    Parameters
+    ----------
+    pools, trace, shares
+    log : bool                  whether every batch is told
+    gaps : bool                 whether the times between tokens are told
+    stops : sequence of Stop    limits at which a run ends early
     """
     engines = [[Engine(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]

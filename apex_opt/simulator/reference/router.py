@@ -15,7 +15,14 @@ class Router(Protocol):
     """Chooses a replica for each request; all of them have taken every turn before it came, and none at that time."""
 
     def choose(self, sequence: Sequence, at_ns: int, engines: Seq[Engine]) -> Engine:
-        """The replica that serves a request."""
+        """The replica that serves a request.
+
+        Parameters
+        ----------
+        sequence : Sequence             the request
+        at_ns : int                     when it comes
+        engines : sequence of Engine    to choose from
+        """
         ...
 
 

@@ -109,7 +109,14 @@ class Scheduler:
             self.enter(batch, sequence, tokens)
 
     def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
-        """Enter a sequence into the batch and hand it the blocks its tokens need beyond those it has."""
+        """Enter a sequence into the batch and hand it the blocks its tokens need beyond those it has.
+
+        Parameters
+        ----------
+        batch : Batch          that is being formed
+        sequence : Sequence    the request
+        tokens : int           that it computes in the batch
+        """
         sequence.computed += tokens
         self.blocks.take(sequence, sequence.computed)
         self.blocks.register(sequence, min(sequence.computed, sequence.known))

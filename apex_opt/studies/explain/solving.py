@@ -216,6 +216,13 @@ class Work:
     ) -> list[Simulated]:
         """Simulate deployments that are listed, as far as they may matter.
 
+        Parameters
+        ----------
+        scorer
+        leaves : sequence of Leaf       deployments with their bounds
+        incumbent
+        challenge : callable or None    scores a deployment in place of the scorer
+
         Raises
         ------
         OutOfTime
@@ -392,7 +399,14 @@ class Runs:
 
 
 def floors(scorer: Scorer, plans: Sequence[Plan], tell: Callable[..., None]) -> Iterator[tuple[Alike, Run]]:
-    """Floors of plans of one type of GPU, those together that are the same but for the number of replicas."""
+    """Floors of plans of one type of GPU, those together that are the same but for the number of replicas.
+
+    Parameters
+    ----------
+    scorer
+    plans : sequence of Plan    whose floors are wanted
+    tell : callable             told (what, done, total) along the way
+    """
     facts, cuts = scorer.facts(), dict[Any, list[int]]()
     for plan in plans:
         cuts.setdefault(replace(plan, replicas=1), []).append(plan.replicas)

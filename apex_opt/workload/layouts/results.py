@@ -217,7 +217,15 @@ def _check_requests(label: str, requests: int) -> None:
 
 
 def drawn_ns(label: str, sent: Sent, requests: int, seed: int) -> Ints:
-    """Arrivals at the rate of a benchmark, as it drew its own: in order, in nanoseconds."""
+    """Arrivals at the rate of a benchmark, as it drew its own: in order, in nanoseconds.
+
+    Parameters
+    ----------
+    label : str       opens every message
+    sent : Sent       when each was sent
+    requests : int    how many there are
+    seed : int        of what is drawn
+    """
     assert sent.rate_per_s is not None
     rng = np.random.Generator(np.random.PCG64(seed))
     gaps = rng.standard_gamma(sent.burstiness, requests) / sent.burstiness / sent.rate_per_s
