@@ -99,7 +99,7 @@ class EngineSettings:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "every running sequence may want a token in one batch; raise the one or lower the other"
             )
-        if self.policy not in POLICIES:
+        if self.policy not in tuple(POLICIES):
             raise UnknownNameError("batching policy", str(self.policy)[:60], POLICIES)
         if self.prefix_caching and not self.batching.finds_prefixes:
             with_it = ", ".join(policy.name for policy in POLICIES.values() if policy.finds_prefixes)
