@@ -149,7 +149,7 @@ def parse_json(text: str, *, where: str, want: str = "", finite: bool = False) -
     text : str       the file's
     where : str      opens every message
     want : str       what was expected, for messages
-    finite : bool    whether infinities are refused
+    finite : bool    whether NaN and infinities are refused
     """
 
     def infinite(number: str) -> NoReturn:

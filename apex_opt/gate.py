@@ -83,7 +83,7 @@ class Option:
         name : str       of the field
         text : str       what it means
         hint : Any       type of the field
-        default : Any    where it is left out
+        default : Any    the value where it is left out
         """
         base, param = get_args(hint) if get_origin(hint) is Annotated else (hint, Param())
         parts = get_args(base) if get_origin(base) not in (None, Literal) else (base,)

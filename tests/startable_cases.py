@@ -54,7 +54,7 @@ class Asked:
 
     @property
     def instance(self) -> Instance:
-        """The plan's question; the cache is to hold a request of the whole length, as vLLM wants it."""
+        """What the plan is judged on; the cache is to hold a request of the whole length, as vLLM wants it."""
         nodes = -(-self.plan.devices // 8)
         cluster = load_cluster(f"{nodes}x8x{self.gpu}")
         return Instance(

@@ -125,7 +125,7 @@ def two_types(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def planned() -> tuple[dict[str, Any], str]:
-    """One question answered twice: as a document and as tables."""
+    """One problem answered twice: as a document and as tables."""
     words = ("plan", *CHEAP, "--slo=ttft_p95<=1s,tpot<=1s@90%,throughput>=0.001", "--top=3")
     document, table = run(*words, "--format=json"), run(*words)
     assert (document.code, table.code) == (0, 0)
@@ -1462,7 +1462,7 @@ ASKED = {
 
 @settings(max_examples=200)
 @given(given=st.dictionaries(st.sampled_from(list(ASKED)), st.just(None), min_size=1, max_size=2), data=st.data())
-def test_no_text_makes_a_question_fail_unnamed(given: dict[str, None], data: st.DataObject) -> None:
+def test_no_text_makes_a_problem_fail_unnamed(given: dict[str, None], data: st.DataObject) -> None:
     words = [f"--{name}={data.draw(ASKED[name], label=name)}" for name in given]
 
     def asked(ask: SimulateAsk) -> Result:

@@ -30,7 +30,7 @@ SPACE = PlanSpace()
 
 @functools.lru_cache
 def brute_force(seed: int) -> dict[Plan, frozenset[str]]:
-    """Every plan of a random question with the families it breaks, layers even."""
+    """Every plan of a random problem with the families it breaks, layers even."""
     instance = random_instance(seed)
     plans = [plan for plan in space(instance) if plan.even]
     return {plan: frozenset(v.family for v in violations(instance, plan)) for plan in plans}
@@ -86,7 +86,7 @@ def test_every_family_alone_keeps_out_what_breaks_it(seed: int) -> None:
         assert set(found.plans) == {plan for plan, faults in single(brute_force(seed)) if family not in faults}, family
 
 
-def test_every_family_both_lets_through_and_keeps_out_in_many_of_these_questions() -> None:
+def test_every_family_both_lets_through_and_keeps_out_in_many_of_these_problems() -> None:
     for family in FAMILIES:
         cuts = [[family in faults for faults in brute_force(seed).values()] for seed in SEEDS]
         assert sum(any(cut) and not all(cut) for cut in cuts) >= 5, family
@@ -214,7 +214,7 @@ def test_common_copies_of_both_cells_are_no_plans_of_their_own() -> None:
     assert violations(instance, plan) == ()
 
 
-def test_moved_layers_and_limits_of_a_batch_occur_among_the_plans_of_these_questions() -> None:
+def test_moved_layers_and_limits_of_a_batch_occur_among_the_plans_of_these_problems() -> None:
     splits = [(plan, layers) for seed in SEEDS for plan, (layers, faults) in movable(seed).items() if not faults]
     assert sum(layers != plan.layers for plan, layers in splits) >= 50
     # Some fit only so.
@@ -279,7 +279,7 @@ def test_an_enumeration_that_runs_out_of_time_says_that_it_is_not_complete() -> 
     assert not found.complete
 
 
-def test_an_impossible_question_has_no_plans_and_that_is_complete() -> None:
+def test_an_impossible_problem_has_no_plans_and_that_is_complete() -> None:
     plan = parse_plan("tp8", make_model((dense(heads=8, kv=8, columns=4096), 8)))
     instance = instance_at(make_model((dense(heads=8, kv=8, columns=4096), 8)), plan, 8, memory=-(10**9))
     found = SPACE.enumerate(instance)
@@ -312,7 +312,7 @@ def test_what_fits_with_moved_layers_alone_does_not_clash_in_memory() -> None:
     assert SPACE.clash(timed, ("divisibility", "format", "balance", "memory")) == ()
 
 
-def test_these_questions_clash_over_one_family_and_over_several() -> None:
+def test_these_problems_clash_over_one_family_and_over_several() -> None:
     cores = {SPACE.clash(random_instance(seed)) for seed in SEEDS}
     assert {len(core) for core in cores} >= {0, 1, 2}
     assert {name for core in cores for name in core} >= {"divisibility", "format", "memory", "bandwidth"}

@@ -17,7 +17,7 @@ CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,
 
 
 def document(plan: str | None = None, **given: Any) -> dict[str, Any]:
-    """One question, explained."""
+    """One problem, explained."""
     options = ExplainAsk(**CHEAP | given)
     parsed = None if plan is None else resolve_plan(plan, options)[1]
     problem = resolve(options)
@@ -38,7 +38,7 @@ def compared() -> dict[str, Any]:
     return document("dp2", slo="ttft_p95<=10s")
 
 
-def test_a_document_of_an_infeasible_question_is_json_with_clashes_and_relaxations(infeasible: dict[str, Any]) -> None:
+def test_a_document_of_an_infeasible_problem_is_json_with_clashes_and_relaxations(infeasible: dict[str, Any]) -> None:
     assert json.loads(json.dumps(infeasible, allow_nan=False)) == infeasible
     assert (infeasible["command"], infeasible["status"], infeasible["best"]) == ("explain", "infeasible", None)
     assert [clash["of"] for clash in infeasible["clashes"]] == [["memory"]]

@@ -1,4 +1,4 @@
-"""From names and numbers to a question: defaults, formats, plans, and what is refused."""
+"""From names and numbers to a problem: defaults, formats, plans, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def options(**given: Any) -> Ask:
     return Ask(**CHEAP | given)
 
 
-def test_a_question_holds_what_was_asked() -> None:
+def test_a_problem_holds_what_was_asked() -> None:
     problem = resolve(options(cluster="2x8xh100-sxm", gpus=12, slo="tpot_p95<=9ms", seed=3, max_num_seqs=99))
     assert problem.model.name == "llama-3.1-8b"
     assert (problem.cluster.nodes, problem.cluster.size, problem.max_devices) == (2, 16, 12)
@@ -67,7 +67,7 @@ def test_gpus_of_several_types_have_no_one_price(tmp_path: Path) -> None:
         resolve(options(cluster=str(file)), most_gpus=8)
 
 
-def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_question(tmp_path: Path) -> None:
+def test_gpus_taken_out_are_not_offered_and_a_type_without_any_makes_no_problem(tmp_path: Path) -> None:
     (file := tmp_path / "mixed.toml").write_text(MIXED)
     left = resolve(options(cluster=str(file), busy="node0", down="node2,node1:3"))
     assert (left.types, left.max_devices, left.offer.free) == (("h100-sxm-80gb",), 7, 7)
@@ -249,7 +249,7 @@ def test_a_plan_takes_formats_it_does_not_name_from_the_options(
 ) -> None:
     problem, plan = resolve_plan(text, options(**given))
     assert str(plan) == expected
-    # What is reported about the question must be about this plan.
+    # What is reported about the problem must be about this plan.
     assert (problem.offer.weight_formats, problem.offer.kv_formats) == (
         (plan.plan.weight_format,),
         (plan.plan.kv_format,),

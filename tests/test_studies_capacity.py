@@ -125,7 +125,7 @@ def test_no_plan_of_the_space_sustains_the_rate_after_the_best(seed: int) -> Non
         assert above <= {best.deployment}
 
 
-def test_these_questions_have_answers_of_every_kind() -> None:
+def test_these_problems_have_answers_of_every_kind() -> None:
     answers = [answer_of(seed) for seed in SEEDS]
     assert sum(answer.status == "optimal" for answer in answers) >= 5
     assert sum(answer.status == "infeasible" for answer in answers) >= 2

@@ -71,14 +71,14 @@ def test_the_front_over_two_types_of_gpu_is_what_comparing_every_deployment_give
         assert part.space == sum(part.infeasible.values()) + part.bounded + part.repeated + part.simulated
 
 
-def test_bounds_spare_simulations_in_some_of_these_questions() -> None:
+def test_bounds_spare_simulations_in_some_of_these_problems() -> None:
     fronts = [pareto(random_problem(seed), some_objectives(seed), SPACE) for seed in SEEDS]
     assert sum(front.ledger.parts[0].bounded > front.ledger.parts[0].missed for front in fronts) >= 20
     assert sum(len(front.candidates) > 1 for front in fronts) >= 10
     assert sum(front.status == "infeasible" for front in fronts) >= 3
 
 
-def dense_question(slo: str = "") -> Problem:
+def dense_problem(slo: str = "") -> Problem:
     return make_problem(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
 
 
@@ -87,7 +87,7 @@ def front_of(problem: Problem, *names: str) -> Front:
 
 
 def test_clocks_are_part_of_the_space() -> None:
-    problem = dense_question().offering(clocks=(None, 1500, 900))
+    problem = dense_problem().offering(clocks=(None, 1500, 900))
     objectives = (load_objective("e2e_mean"), load_objective("energy"))
     front = pareto(problem, objectives, SPACE)
     assert [vector(candidate, objectives) for candidate in front.candidates] == brute_force(problem, objectives)
@@ -98,7 +98,7 @@ def test_clocks_are_part_of_the_space() -> None:
     "names", [("e2e_mean", "energy"), ("ttft_p95", "throughput"), ("tpot_p99", "energy", "makespan")]
 )
 def test_the_best_plan_by_each_objective_is_an_end_of_the_front(names: tuple[str, ...]) -> None:
-    problem = dense_question()
+    problem = dense_problem()
     front = front_of(problem, *names)
     for objective in front.objectives:
         best = search(replace(problem, objective=objective), SPACE).best
@@ -108,13 +108,13 @@ def test_the_best_plan_by_each_objective_is_an_end_of_the_front(names: tuple[str
 
 
 def test_the_order_of_objectives_changes_the_order_of_the_front_only() -> None:
-    problem = dense_question()
+    problem = dense_problem()
     one, other = front_of(problem, "e2e_mean", "energy"), front_of(problem, "energy", "e2e_mean")
     assert [c.plan for c in one.candidates] == [c.plan for c in reversed(other.candidates)]
 
 
 def test_goals_out_of_reach_are_answered_with_what_is_reached() -> None:
-    front = front_of(dense_question("ttft_p95<=1us"), "e2e_mean", "energy")
+    front = front_of(dense_problem("ttft_p95<=1us"), "e2e_mean", "energy")
     assert (front.status, front.candidates, front.ledger.gap) == ("infeasible", (), None)
     assert "ttft_p95<=1us (it reaches" in str(front.reason)
 
@@ -124,11 +124,11 @@ def test_goals_out_of_reach_are_answered_with_what_is_reached() -> None:
 )
 def test_other_than_two_or_three_different_objectives_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match="two or three objectives, each named once"):
-        front_of(dense_question(), *names)
+        front_of(dense_problem(), *names)
 
 
 def test_a_prompt_as_long_as_the_model_allows_is_refused() -> None:
-    problem = dense_question()
+    problem = dense_problem()
     long = make_trace(name="long", arrival_ns=[0], prompt=[problem.settings.max_model_len], output=[5])
     with pytest.raises(CapacityError, match="leaves no room to answer"):
         front_of(replace(problem, trace=long), "e2e_mean", "energy")

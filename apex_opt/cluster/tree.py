@@ -134,9 +134,9 @@ class Tree:
 
         Parameters
         ----------
-        level : int            of the domains
-        bytes_per_s : float    that a link carries
-        latency_s : float      of a link
+        level : int            of the domains that are crossed
+        bytes_per_s : float    rate of the chunks
+        latency_s : float      delay of the chunks
         """
         able = [link for link in self.links(level)[1] if link and link.bytes_per_s >= bytes_per_s]
         narrow = min((link for link in able if link.latency_s <= latency_s), key=lambda link: link.bytes_per_s)

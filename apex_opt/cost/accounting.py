@@ -48,7 +48,7 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, 
     Parameters
     ----------
     plan
-    cost : PlanCost          of the best found
+    cost : PlanCost          what batches of the plan take
     model : CostModel        the costs of the plan
     counted : BatchCounts    batches of the run
     makespan_ns : int        of the run

@@ -120,10 +120,10 @@ def crowded(tables: Tables, operation: str, copies: int, work: Work) -> Parts:
 
     Parameters
     ----------
-    tables : Tables    the work so far, by table
+    tables : Tables    what the tables of the law are over
     operation : str    whose work it is
-    copies : int       copies of attention
-    work : Work        what is added
+    copies : int       of the FFN
+    work : Work        of one that gets all tokens
     """
     even = work.at(_ceil(tables.tokens, copies))
     return {
@@ -137,7 +137,7 @@ def sharing(tables: Tables, attention_dp: int, ffn_dp: int) -> Place:
 
     Parameters
     ----------
-    tables : Tables       the work so far, by table
+    tables : Tables       what the tables of the law are over
     attention_dp : int    copies of attention
     ffn_dp : int          copies of the FFN
     """

@@ -54,7 +54,7 @@ class Stop:
         Parameters
         ----------
         metric : Metric    latency that is limited
-        seconds : float    that are allowed
+        seconds : float    the limit
         requests : int     of the trace
         """
         return cls(metric=metric, kind="sum", limit_ns=_upwards(seconds * requests, requests))
@@ -69,7 +69,7 @@ class Stop:
         Parameters
         ----------
         metric : Metric     latency that is limited
-        seconds : float     that are allowed
+        seconds : float     the limit
         quantile : float    from 0 to 1
         requests : int      of the trace
         """
@@ -83,7 +83,7 @@ class Stop:
         Parameters
         ----------
         metric : Metric     latency that is limited
-        seconds : float     that are allowed
+        seconds : float     the limit
         fraction : float    share that must be within, from 0 to 1
         requests : int      of the trace
         """

@@ -36,7 +36,7 @@ class Fields:
         Parameters
         ----------
         key : str                of the section
-        default : int or None    where it is left out
+        default : int or None    the value where it is left out
         minimum : int            least that is allowed
         maximum : int            most that is allowed
         """

@@ -108,7 +108,7 @@ def ways(tree: Tree, shape: Shape, *, every: bool = True) -> list[Way]:
     ----------
     tree
     shape : Shape    of the plan
-    every : bool     whether also those that no plan takes
+    every : bool     whether those are told that are never quicker, too
     """
     chains = _chains(tree, shape)
     if not every and not tree.contended:

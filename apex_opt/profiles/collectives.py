@@ -203,10 +203,10 @@ class Collectives:
 
         Parameters
         ----------
-        tensor_bytes : array    of one rank
+        tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks
-        nodes : int or None     that the ranks are on
+        link : Link or None     the slowest between the ranks; None where it is that of the node
+        nodes : int or None     that the ranks are on; None where that follows
         """
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:
@@ -232,10 +232,10 @@ class Collectives:
 
         Parameters
         ----------
-        tensor_bytes : array    of one rank
+        tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks
-        nodes : int or None     that the ranks are on
+        link : Link or None     the slowest between the ranks; None where it is that of the node
+        nodes : int or None     that the ranks are on; None where that follows
         """
         return self._half_s("all_gather", tensor_bytes, ranks, link, nodes)
 
@@ -246,10 +246,10 @@ class Collectives:
 
         Parameters
         ----------
-        tensor_bytes : array    of one rank
+        tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks
-        nodes : int or None     that the ranks are on
+        link : Link or None     the slowest between the ranks; None where it is that of the node
+        nodes : int or None     that the ranks are on; None where that follows
         """
         return self._half_s("reduce_scatter", tensor_bytes, ranks, link, nodes)
 
@@ -275,10 +275,10 @@ class Collectives:
 
         Parameters
         ----------
-        tensor_bytes : array    of one rank
+        tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks
-        nodes : int or None     that the ranks are on
+        link : Link or None     the slowest between the ranks; None where it is that of the node
+        nodes : int or None     that the ranks are on; None where that follows
         """
         size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
         if ranks == 1:

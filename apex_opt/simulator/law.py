@@ -149,9 +149,9 @@ def linear_law(
 
     Parameters
     ----------
-    base_ns : int                   of every batch
-    token_ns : int                  of every token
-    context_ns : int                of every token in the context
+    base_ns : int                   time of every batch
+    token_ns : int                  time of every token in it
+    context_ns : int                time of every token in their contexts
     max_num_seqs : int              sequences of a batch
     max_num_batched_tokens : int    tokens of a batch
     """

@@ -267,7 +267,7 @@ def maximised(model: cp_model.CpModel, what: str, time_limit_s: float | None) ->
     Parameters
     ----------
     model : CpModel                 the program
-    what : str                      what is to be as much as can be
+    what : str                      what is looked for, for messages
     time_limit_s : float or None    seconds after which the best so far is taken
 
     Raises

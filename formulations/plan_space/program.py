@@ -170,7 +170,7 @@ class PlanSpace:
         ----------
         instance
         families : sequence of str      those that plans must keep to
-        time_limit_s : float or None    seconds after which the best so far is taken
+        time_limit_s : float or None    seconds after which those found so far are given, as not complete
 
         Raises
         ------

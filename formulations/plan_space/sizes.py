@@ -92,7 +92,7 @@ def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
     block
     shards : int      that share it
     name : str        of the weight format
-    touched : bool    only what one token reads
+    touched : bool    whether only what one token reads is counted
     """
     dense = block.ffn.dense
     return 0 if dense is None else _packed(name, dense.matrices(Cut(columns=shards)), touched=touched)
@@ -107,7 +107,7 @@ def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, 
     tp : int          shards
     ep : int          groups of experts
     name : str        of the weight format
-    touched : bool    only what one token reads
+    touched : bool    whether only what one token reads is counted
     """
     cut, form = Cut(experts=ep, expert_columns=tp), get_format(name).part(block.ffn.quantised or 1).name
     for padded, *multiples in instance.held.padded:
@@ -149,7 +149,7 @@ def ffn_side(instance: Instance, block: Block, tp: int, ep: int, name: str, *, t
     tp : int          shards
     ep : int          groups of experts
     name : str        of the weight format
-    touched : bool    only what one token reads
+    touched : bool    whether only what one token reads is counted
     """
     dense = 0 if instance.held.dense_per_copy else dense_bytes(block, tp * ep, name, touched=touched)
     return dense + expert_bytes(instance, block, tp, ep, name, touched=touched)
