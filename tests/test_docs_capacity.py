@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from doc_cases import ROOT, blocks_of, shown_and_printed
 
-from apex_opt.search import steady
 from apex_opt.simulator import transient
+from apex_opt.studies import steady
 from apex_opt.workload.steady import LEAST_LOOPS, LENGTH
 
 TEXT = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")

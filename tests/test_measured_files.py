@@ -28,7 +28,7 @@ def test_a_packed_file_reads_like_a_plain_one(tmp_path: Path) -> None:
     assert read_json(plain) == read_json(packed) == {"a": [1, 2.5]}
 
 
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"x" * 9999)[:20], b"\x1f\x8b"])
+@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"x" * 9999)[:20], b"\x1f\x8b"], ids=range(3))
 def test_a_file_that_is_no_whole_gzip_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match=r"a\.json\.gz: (not a whole gzip file|not JSON)"):
         read_json(write(tmp_path / "a.json.gz", content))
