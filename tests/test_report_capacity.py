@@ -20,7 +20,7 @@ from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from apex_opt.report.document import Document
-    from apex_opt.search import Question
+    from apex_opt.search import Problem
 
 CHEAP = {
     "model": "llama-3.1-8b",
@@ -31,7 +31,7 @@ CHEAP = {
 
 
 @cache
-def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Question, Capacity]:
+def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Problem, Capacity]:
     """A capacity, or the fewest GPUs for a rate."""
     options = CapacityAsk(**CHEAP | given)
     problem = resolve(options, rated=True)
