@@ -98,6 +98,15 @@ def test_files_that_the_table_names_are_there() -> None:
         assert any(place.exists() for place in places), name
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_links_and_paths_of_documents_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r"`((?:apex_opt|formulations|tests|docs|benchmarks)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
 @pytest.mark.parametrize("one", WORKED, ids=lambda one: one.title)
 def test_a_change_is_short(one: Worked) -> None:
     assert len(one.change.splitlines()) < MOST_LINES
