@@ -128,8 +128,6 @@ class Problem:
                 f"{counting[0].name} counts requests within their latency goals, and there are none: give percentiles "
                 "or shares of ttft, tpot or e2e as --slo, such as ttft_p95<=500ms,tpot_p95<=50ms"
             )
-        if self.objectives[-1].tolerance:
-            raise UsageError(f"objective {self.objectives[-1].name}: has a tolerance and nothing after it to choose by")
         for part in self.objectives:
             if part.figure.of_several and not self.decodes:
                 raise UsageError(

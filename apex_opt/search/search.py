@@ -13,6 +13,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
+from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
 from apex_opt.plan.deployment import Deployment, Pool
 from apex_opt.search.answer import Answer, Scored, misses
@@ -118,6 +119,9 @@ def _lexicographic(
         return first
     metrics = first.best.metrics
     near = (goal for part in problem.objectives[:split] for goal in part.near(part.value(metrics)))
+    if split == len(problem.objectives):
+        last = problem.objectives[-1].name
+        raise UsageError(f"objective {last}: has a tolerance and nothing after it to choose by; name one more")
     objective, *then = problem.objectives[split:]
     nearer = replace(problem, objective=objective, then=tuple(then), near=(*problem.near, *near))
     found = _search(nearer, formulation, tell, top, deadline)
