@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from apex_opt.gate import Progress
     from apex_opt.placement import Assignment
     from apex_opt.plan.deployment import Deployment, Pool
-    from apex_opt.report.document import Document
     from apex_opt.report.placement import Loss, Site
+    from apex_opt.schema import Document
     from apex_opt.search import Answer, Problem, Scored, Scorer
     from apex_opt.studies.check import Check
     from apex_opt.studies.explain import Explanation

@@ -17,6 +17,9 @@ from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 D = TypeVar("D")
+Document = dict[str, Any]
+"""A document as plain data, as JSON has it."""
+
 _FURTHER: Final = "further"
 _LINE: Final = re.compile(r"^(\w+) : (.+(?:\n +.+)*)", re.MULTILINE)
 _UNITS: Final = {

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from apex_opt.errors import ApexError, UnknownNameError
-from benchmarks.registry import benchmarks
+from benchmarks import enumeration, placement, plan, searches, simulator, startup, traces
+
+if TYPE_CHECKING:
+    from benchmarks.registry import Benchmark
 
 FLAGS = ("--json", "--list", "--quick", "--help", "-h")
 
@@ -19,6 +23,12 @@ class Request:
     json: bool
     list: bool
     quick: bool
+
+
+def benchmarks() -> dict[str, Benchmark]:
+    """Every benchmark by name, in the order in which they run: one module per group."""
+    modules = (plan, searches, placement, simulator, enumeration, traces, startup)
+    return {one.name: one for module in modules for one in module.benchmarks()}
 
 
 def request(*names: str, json: bool = False, list: bool = False, quick: bool = False) -> Request:

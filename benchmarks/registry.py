@@ -1,4 +1,4 @@
-"""What a benchmark is, and how all of them are found and timed."""
+"""What a benchmark is, and how it is timed."""
 
 from __future__ import annotations
 
@@ -38,18 +38,6 @@ class Benchmark:
     unit: str
     about: str
     measure: Callable[[bool], float]
-
-
-def benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark by name, in the order in which they run: one module per group."""
-    from benchmarks import enumeration, placement, plan, searches, simulator, startup, traces
-
-    found = [
-        b
-        for module in (plan, searches, placement, simulator, enumeration, traces, startup)
-        for b in module.benchmarks()
-    ]
-    return {b.name: b for b in found}
 
 
 def best_of(repetitions: int, action: Callable[[], object]) -> float:

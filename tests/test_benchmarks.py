@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.__main__ import main
-from benchmarks.registry import ROOT, benchmarks
+from benchmarks.__main__ import benchmarks, main
+from benchmarks.registry import ROOT
 from benchmarks.traces import azure_csv, conversation_lookalike
 
 if TYPE_CHECKING:

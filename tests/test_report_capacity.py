@@ -19,7 +19,7 @@ from apex_opt.studies.capacity import Capacity, fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Problem
 
 CHEAP = {

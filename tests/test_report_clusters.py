@@ -20,7 +20,7 @@ from apex_opt.studies.capacity import fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=4,prompt=64,output=16"}
 

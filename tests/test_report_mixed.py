@@ -20,7 +20,7 @@ from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Problem
 
 SLOW = {"name": "slow", "memory_bytes_per_s": 1.5e12, "flops_per_s": (("bf16", 300e12),), "idle_w": 60.0}

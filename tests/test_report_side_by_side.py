@@ -17,7 +17,7 @@ from apex_opt.search import Scorer, judge
 from apex_opt.studies.explain import differences
 
 if TYPE_CHECKING:
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
 

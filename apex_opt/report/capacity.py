@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Part, Problem
     from apex_opt.studies.capacity_answer import Capacity, PlanRate
     from apex_opt.studies.steady import Evidence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 
 def clusters_document(command: str, answers: Sequence[Document]) -> Document:

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plan.memory import StageMemory
     from apex_opt.plan.plan import Plan
+    from apex_opt.schema import Document
     from apex_opt.search import Answer, Ledger, Part, PoolUse, Problem, Scored
     from apex_opt.studies.check import Check
     from apex_opt.workload.trace import Trace
-
-Document = dict[str, Any]
 
 
 def answer_document(

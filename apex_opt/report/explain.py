@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Problem
     from apex_opt.studies.explain import Clash, Comparison, Diagnosed, Explanation, Relaxation
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.measured.compare import Summary
     from apex_opt.measured.fit import BoardFit, EngineFit
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.launch import Launch
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 
 def launched(document: Document, launch: Launch) -> Document:

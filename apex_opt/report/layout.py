@@ -19,8 +19,8 @@ from apex_opt.units import GB
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from apex_opt.report.document import Document
     from apex_opt.report.sources import Provenance
+    from apex_opt.schema import Document
 
 _WIDTH: Final = 120
 _NARROWEST: Final = 40

@@ -11,7 +11,7 @@ from apex_opt.workload.steady import LENGTH
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Problem, Scored
     from apex_opt.simulator.transient import Transient
 

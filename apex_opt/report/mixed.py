@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.placement import Assignment
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 
 def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from apex_opt.placement import Assignment
     from apex_opt.plan.layout import Layout
     from apex_opt.plan.plan import Plan
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
     from apex_opt.search import Problem
 
 _ROWS: Final = {"placement": "best", "rank_order": "rank order", "given": "as given"}

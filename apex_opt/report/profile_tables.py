@@ -11,7 +11,7 @@ from apex_opt.report.layout import count, page, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _TEXTS: Final = ("hardware", "software", "method", "origin", "derived", "not_measured", "dropped", "power")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from apex_opt.profiles.folder import TableReport
     from apex_opt.profiles.inventory import Holding
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 
 def inventory_document(root: Path, holdings: Sequence[Holding]) -> Document:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.figures import Figure
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
     Read = Callable[[Document], str]
     Column = tuple[str, Read]

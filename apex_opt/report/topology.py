@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.composition import Composition
     from apex_opt.cluster.topology import Topology
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _HEIGHTS: Final = {"nvlink": -1.0, "gpu": 0.0, "pcie": 1.0, "socket": 2.0, "nic": 3.0, "leaf": 4.0, "spine": 5.0}
 _COLOURS: Final = {"nvlink": "C2", "xgmi": "C3", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from apex_opt.measured import Comparison, Measurements
     from apex_opt.measured.compare import Prediction
     from apex_opt.measured.steps import StepTimes
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _GROUPS: Final[Mapping[str, Callable[[Comparison], str]]] = {
     "kind": lambda c: c.run.kind,

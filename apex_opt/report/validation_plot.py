@@ -10,7 +10,7 @@ from apex_opt.report.picture import blank_figure, write_picture
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _COLUMNS: Final = 4
 _BANDS: Final = {25: "0.92", 10: "0.8"}

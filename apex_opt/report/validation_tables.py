@@ -11,7 +11,7 @@ from apex_opt.report.layout import count, notes_lines, page, provenance_table, s
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from apex_opt.report.document import Document
+    from apex_opt.schema import Document
 
 _NAME_WIDTH: Final = 40
 _EXAMPLE_WIDTH: Final = 120
