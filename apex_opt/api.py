@@ -378,7 +378,7 @@ def check(answer: Result, progress: Progress | None = None) -> Result:
     """
     from apex_opt.report.document import checked
 
-    if answer.replay is None:
+    if not isinstance(answer, Result) or answer.replay is None:
         raise UsageError("check: takes an answer of plan or energy on one cluster")
     found = answer.replay(progress or (lambda what, done, total: None))
     document = from_plain(type(answer.document), checked(answer.to_dict(), found))

@@ -42,8 +42,8 @@ class Setup(Arguments):
         config.json or its folder.
     cluster : GPUs as COUNTxGPU (8xh100-sxm) or NODESxCOUNTxGPU (4x8xh200-sxm), GPU types listed by: solve.py clusters;
         a preset such as dgx-h100 or 4xdgx-h100; or path of a TOML file. Several, 8xh100-sxm,8xl40s, are compared by
-        plan, energy and capacity. Of GPUs of several types, 8xh100-sxm+8xl40s or a file, plan and energy find the best
-        deployment: a plan for each type, side by side.
+        plan, energy and capacity. On GPUs of several types, 8xh100-sxm+8xl40s or a file, the best is one type alone, a
+        plan on each of several side by side, or a pipeline over two.
     busy : GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node.
     down : GPUs that are out of order, listed as those of --busy.
     weights : Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32,

@@ -54,7 +54,8 @@ class Result:
     @property
     def best(self) -> Any:
         """The best that was found; its `text` is the plan as `simulate` takes it. None where there is none."""
-        return getattr(self.document, "best", None)
+        best = getattr(self.document, "best", None)
+        return None if isinstance(best, int) else best  # of several answers side by side it is the place of one
 
     def __repr__(self) -> str:
         """What was found, in a line; `page` has everything."""

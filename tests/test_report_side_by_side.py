@@ -141,3 +141,11 @@ def test_the_same_plan_twice_is_refused() -> None:
     options: Any = Ask(**CHEAP)
     with pytest.raises(UsageError, match="which is given before; give each plan once"):
         resolve_plans(("tp2", "attn(tp2) ffn(tp2)"), options)
+
+
+def test_deployments_on_several_types_of_gpu_stand_beside_plans_on_one() -> None:
+    plans = "h100-sxm-80gb: tp1", "h100-sxm-80gb: tp1 + l40s-48gb: tp1"
+    found = compared(*plans, cluster="1xh100-sxm+1xl40s")
+    assert [row["best"]["gpus"] for row in found["plans"]] == [1, 2]
+    assert any("l40s" in figure for figure in found["provenance"])
+    assert "l40s-48gb" in compared_page(found)

@@ -16,7 +16,7 @@ from apex_opt.ir import load_model
 from apex_opt.plan.deployment import Deployment
 from apex_opt.plan.memory import kv_blocks, stage_memory
 from apex_opt.plan.plan import parse_plan
-from apex_opt.search import Scorer
+from apex_opt.search import Scorer, judge
 from apex_opt.search.dealing import dealt, tokens_per_s
 from apex_opt.search.facts import Facts
 from apex_opt.simulator import simulate
@@ -143,3 +143,17 @@ def test_sources_name_what_the_problem_uses_and_no_more() -> None:
     far = {"all_to_all/intra", "point_to_point/intra"}
     assert set(Scorer(moe).facts().provenance(plans)) == attention | formats | near | far
     assert OVERHEAD.source in plain["engine (test)"]
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"), [({"concurrency": 1}, "1 client for 2 pools"), ({}, "gets none of 1 requests")]
+)
+def test_pools_that_have_nothing_to_do_are_told_before_anything_runs(loop: dict[str, int], said: str) -> None:
+    requests = 5 if loop else 1
+    trace = make_trace(name="few", arrival_ns=[0] * requests, prompt=[100] * requests, output=[20] * requests, **loop)
+    one = make_problem(make_model((dense(hidden=1024, columns=4096), 6)), make_cluster(1, name="quick"), trace)
+    problem = beside(one, make_cluster(1, **GPUS["slow"] | {"name": "slow"}))
+    pools = next(product(*pools_of(problem)))
+    answer = judge(problem, Deployment(pools=pools))
+    assert (answer.status, answer.ledger.parts[0].infeasible["share"]) == ("infeasible", 1)
+    assert said in str(answer.reason)

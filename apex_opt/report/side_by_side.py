@@ -13,6 +13,7 @@ from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
+from apex_opt.report.sources import in_full
 from apex_opt.report.tables import in_order, question_line
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from apex_opt.report.sources import Provenance
     from apex_opt.schema import Document
     from apex_opt.studies.explain import Term
 
@@ -48,11 +50,11 @@ def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: 
     return noted(document, (note for answer in answers for note in answer["notes"]))
 
 
-def merged(provenances: Sequence[dict[str, str]]) -> dict[str, str]:
+def merged(provenances: Sequence[Provenance]) -> dict[str, str]:
     """Where the figures of all answers come from, every source told once."""
     clauses: dict[str, dict[str, None]] = {}
     for provenance in provenances:
-        for figure, text in provenance.items():
+        for figure, text in in_full(provenance).items():
             clauses.setdefault(figure, {}).update(dict.fromkeys(text.split("; ")))
     return {figure: "; ".join(found) for figure, found in clauses.items()}
 

@@ -90,6 +90,7 @@ def clients_of(weights: Sequence[int], clients: int) -> list[int]:
     weights : of the parts
     clients : int    at least as many as parts
     """
+    assert clients >= len(weights), "some pool would have none"
     counts = np.bincount(dealt(np.array([weights]), clients)[0], minlength=len(weights))
     while not counts.all():
         counts[counts.argmax()] -= 1

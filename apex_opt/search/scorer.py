@@ -105,14 +105,31 @@ class Scorer:
 
         Balance and bandwidth keep hopeless plans out of a search; a plan that is asked for is simulated all the same.
         """
-        taken = sum(pool.plan.devices for pool in deployment.pools)
-        if len(deployment.pools) > 1 and taken > self.problem.max_devices:
-            most = self.problem.max_devices
-            yield Violation(family="devices", text=f"it takes {taken} GPUs, {most} are offered")
-        for pool in deployment.pools:
+        problem, pools = self.problem, deployment.pools
+        taken, most, fault = sum(pool.plan.devices for pool in pools), problem.max_devices, None
+        if len(pools) > 1 and taken > most:
+            yield (fault := Violation(family="devices", text=f"it takes {taken} GPUs, {most} are offered"))
+        for pool in pools:
             facts = self.facts_of(pool)
             found = faults(facts, pool.plan) if pool.plan.on else violations(facts.problem.instance(), pool.plan)
-            yield from (one for one in found if one.family not in ("balance", "bandwidth"))
+            for fault in (one for one in found if one.family not in ("balance", "bandwidth")):
+                yield fault
+        if len(pools) > 1 and fault is None:
+            yield from self._idle(pools)
+
+    def _idle(self, pools: Sequence[Pool]) -> Iterator[Violation]:
+        """Pools for which the dealing leaves nothing to do."""
+        clients, requests = self.problem.trace.concurrency, len(self.problem.trace)
+        if clients is not None and clients < len(pools):
+            text = f"{clients} client{'s' * (clients > 1)} for {len(pools)} pools; leave a type of GPU out"
+            yield Violation(family="share", text=text)
+            return
+        owner, _ = self._dealt(pools, [self.facts_of(pool) for pool in pools])
+        for place, pool in enumerate(pools):
+            if not (owner == place).any():
+                names = " and ".join(pool.types)
+                text = f"{names} gets none of {requests} requests, by its speed; leave it out"
+                yield Violation(family="share", text=text)
 
     def simulate(self, deployment: Deployment, bound: float | None = None) -> Scored:
         """Score a deployment exactly.
