@@ -75,6 +75,8 @@ def find(fault: Fault, root: Path, copy: Path) -> str | None:
         )
         if ran.returncode == 0:
             return None
+        if ran.returncode in (4, 5):  # wrong usage, no tests: nothing was tried
+            raise SystemExit(f"{fault.id}: pytest tried nothing: {(ran.stderr or ran.stdout)[-300:]}")
         named = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
         return named[1].removeprefix("tests/") if named else f"exit {ran.returncode}: {ran.stdout[-200:]!r}"
     except subprocess.TimeoutExpired:
