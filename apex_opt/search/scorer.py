@@ -5,6 +5,7 @@ Requests are dealt to the pools (`dealing`), and each pool serves its own. One p
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from apex_opt.figures.stops import early_stops
 from apex_opt.search.answer import PoolUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
-from apex_opt.search.facts import Facts, judged
+from apex_opt.search.facts import KEPT, Facts, judged
 from apex_opt.search.incumbent import FREE
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.search.shapes.pipeline import faults, joined
@@ -59,6 +60,8 @@ class Scorer:
         self._facts: dict[tuple[str, ...], Facts] = {}
         self._like = like
         self._generated = problem.trace.generated(problem.settings.max_model_len)
+        # A run asks who serves what, and so does what is made of the run.
+        self._dealt = lru_cache(maxsize=KEPT)(self._deal)
 
     def facts(self, *types: str) -> Facts:
         """What is known of plans on a type of GPU, the only one if not named, or of pipelines over two."""
@@ -117,14 +120,14 @@ class Scorer:
         if len(pools) > 1 and fault is None:
             yield from self._idle(pools)
 
-    def _idle(self, pools: Sequence[Pool]) -> Iterator[Violation]:
+    def _idle(self, pools: tuple[Pool, ...]) -> Iterator[Violation]:
         """Pools for which the dealing leaves nothing to do."""
         clients, requests = self.problem.trace.concurrency, len(self.problem.trace)
         if clients is not None and clients < len(pools):
             text = f"{clients} client{'s' * (clients > 1)} for {len(pools)} pools; leave a type of GPU out"
             yield Violation(family="share", text=text)
             return
-        owner, _ = self._dealt(pools, [self.facts_of(pool) for pool in pools])
+        owner, _ = self._dealt(pools)
         for place, pool in enumerate(pools):
             if not (owner == place).any():
                 names = " and ".join(pool.types)
@@ -182,7 +185,7 @@ class Scorer:
         """
         problem, trace, pools = self.problem, self.problem.trace, deployment.pools
         facts = [self.facts_of(pool) for pool in pools]
-        owner, clients = self._dealt(pools, facts)
+        owner, clients = self._dealt(pools)
         rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
         stops = [] if worst == FREE else self._stops(pools, facts, rows, bounds, worst)
         engines = [
@@ -217,7 +220,7 @@ class Scorer:
         """
         problem, uses = self.problem, []
         facts = [self.facts_of(pool) for pool in deployment.pools]
-        owner, _ = self._dealt(deployment.pools, facts)
+        owner, _ = self._dealt(deployment.pools)
         prices = [one.cost_per_h(pool.plan) for pool, one in zip(deployment.pools, facts, strict=True)]
         for place, (pool, one, did) in enumerate(zip(deployment.pools, facts, outcome.pools, strict=True)):
             cost = one.plan_cost(pool.plan)
@@ -266,12 +269,12 @@ class Scorer:
         laws, settings = facts.plan_cost(plan).laws, problem.settings_for(plan)
         return plan.replicas * tokens_per_s(settings, facts.blocks(plan), laws, problem.trace, 1)
 
-    def _dealt(self, pools: Sequence[Pool], facts: Sequence[Facts]) -> tuple[NDArray[np.integer], list[int] | None]:
+    def _deal(self, pools: tuple[Pool, ...]) -> tuple[NDArray[np.integer], list[int] | None]:
         """The pool of each request, and in closed loops the clients of each of several pools."""
         trace = self.problem.trace
         if len(pools) == 1:
             return np.zeros(len(trace), np.int8), None
-        weights = [self.weight(pool, one) for pool, one in zip(pools, facts, strict=True)]
+        weights = [self.weight(pool, self.facts_of(pool)) for pool in pools]
         clients = None if trace.concurrency is None else clients_of(weights, trace.concurrency)
         return dealt(np.array([weights]), len(trace))[0], clients
 
