@@ -9,9 +9,6 @@ The functions are those of `apex_opt.api`; they are loaded where they are first 
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apex_opt.api import (
@@ -36,10 +33,12 @@ if TYPE_CHECKING:
         validate,
     )
     from apex_opt.commands import Result
+    from apex_opt.errors import ApexError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApexError",
     "Result",
     "__version__",
     "capacity",
@@ -64,21 +63,17 @@ __all__ = [
 ]
 
 
-class _Front(ModuleType):
-    """The package, whose functions are loaded where they are first asked for."""
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'apex_opt' has no attribute {name!r}")
+    if name == "ApexError":
+        from apex_opt import errors
 
-    def __getattr__(self, name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module 'apex_opt' has no attribute {name!r}")
-        from apex_opt import api
+        return errors.ApexError
+    from apex_opt import api
 
-        return getattr(api, name)
-
-    def __dir__(self) -> list[str]:
-        return __all__
-
-    # A room of the package has this name too, and would take the function's place once it is loaded.
-    plan = property(lambda self: self.__getattr__("plan"), lambda self, room: None)
+    return getattr(api, name)
 
 
-sys.modules[__name__].__class__ = _Front
+def __dir__() -> list[str]:
+    return __all__

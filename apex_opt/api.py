@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
     from apex_opt.placement import Assignment
-    from apex_opt.plan.deployment import Deployment, Pool
+    from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.report.placement import Loss, Site
     from apex_opt.schema import Document
     from apex_opt.search import Answer, Problem, Scored, Scorer

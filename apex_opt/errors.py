@@ -41,10 +41,6 @@ class CapacityError(ApexError, ValueError):
     """A request that no KV cache of the plan can hold."""
 
 
-class ProfileRangeError(ApexError, ValueError):
-    """A look-up that a profile table cannot answer."""
-
-
 class UndecidedError(ApexError):
     """A program that the time it was given does not suffice for."""
 

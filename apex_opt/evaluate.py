@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
-from apex_opt.plan.engine import limited
-from apex_opt.plan.memory import (
+from apex_opt.plans.engine import limited
+from apex_opt.plans.memory import (
     attention_shard_bytes,
     block_shard_bytes,
     ffn_cut,
@@ -26,8 +26,8 @@ from apex_opt.plan.memory import (
     stage_memory,
     vocab_copies,
 )
-from apex_opt.plan.plan import Plan, Template, even_split
-from apex_opt.plan.refusals import refusals
+from apex_opt.plans.plan import Plan, Template, even_split
+from apex_opt.plans.refusals import refusals
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.ir.cells import Piece
     from apex_opt.ir.model import Model
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.memory import StageMemory
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.memory import StageMemory
 
 FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""

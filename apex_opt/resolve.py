@@ -16,9 +16,9 @@ from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
-from apex_opt.plan.deployment import parse_deployment
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import default_kv_format, foreign_mix
+from apex_opt.plans.deployment import parse_deployment
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineRules
-    from apex_opt.plan.deployment import Deployment
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.deployment import Deployment
+    from apex_opt.plans.plan import Plan
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ def benchmarks() -> tuple[Benchmark, ...]:
 def place(preset: str, nodes: int, quick: bool) -> float:
     """Best of three after a warm-up."""
     from apex_opt.cluster import Composition, Tree, load_wiring
-    from apex_opt.plan.plan import parse_plan
+    from apex_opt.plans.plan import parse_plan
     from apex_opt.search.facts import Facts
     from formulations.placement import place_plan
 

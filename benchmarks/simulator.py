@@ -71,8 +71,8 @@ def benchmarks() -> tuple[Benchmark, ...]:
 
 def score_20000(quick: bool) -> float:
     """Best of five after a warm-up."""
-    from apex_opt.plan.deployment import Deployment
-    from apex_opt.plan.plan import parse_plan
+    from apex_opt.plans.deployment import Deployment
+    from apex_opt.plans.plan import parse_plan
     from apex_opt.search import Scorer
 
     asked = problem("llama-3.1-70b", "8xh100-sxm", generated_chat(50 if quick else 20_000))
@@ -91,7 +91,7 @@ def rate(loop: str, unit: str, quick: bool) -> float:
 @cache
 def _speed(loop: str, quick: bool) -> Speed:
     """One engine loop, best of five after a warm-up."""
-    from apex_opt.plan.plan import parse_plan
+    from apex_opt.plans.plan import parse_plan
     from apex_opt.search.facts import Facts
     from apex_opt.simulator import simulate
     from apex_opt.workload import load_trace

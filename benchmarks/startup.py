@@ -13,7 +13,7 @@ from benchmarks.registry import ROOT, Benchmark, BenchmarkError, best_of
 _COMPILE = """
 import time
 import numba
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import simulate
 from apex_opt.simulator.law import linear_law
 from apex_opt.workload import load_trace

@@ -9,8 +9,8 @@ from plan_cases import make_cluster, make_problem, random_trace
 
 from apex_opt.ir import load_model
 from apex_opt.launch import Command, Launch, launch
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer
 from apex_opt.units import GIB
 from formulations.placement import place_plan
@@ -18,7 +18,7 @@ from formulations.placement import place_plan
 if TYPE_CHECKING:
     from apex_opt.ir import Model
     from apex_opt.placement import Assignment
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Problem
 
 DENSE, MOE = "llama-3.1-70b", "mixtral-8x7b"

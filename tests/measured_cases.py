@@ -14,7 +14,7 @@ from apex_opt.units import NS_PER_S
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator import Outcome
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.workload.trace import Trace

@@ -18,9 +18,9 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.ir.scheme import Scheme
-from apex_opt.plan.deployment import Deployment, Pool
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import stage_memory
+from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import stage_memory
 from apex_opt.search import Offer, Problem, Scorer
 from apex_opt.search.dealing import dealt
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.figures.measure import Metrics
-    from apex_opt.plan.memory import StageMemory
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Scored
 
 NAMES = names()

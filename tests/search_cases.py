@@ -23,9 +23,9 @@ from plan_cases import (
 
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.figures.registry import names
-from apex_opt.plan.deployment import Deployment, Pool
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer, search
 from apex_opt.search.dealing import dealt
 from apex_opt.search.option import options_of

@@ -9,7 +9,7 @@ import numpy as np
 from golden.condense import digest
 from hypothesis import strategies as st
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law

@@ -15,9 +15,9 @@ from apex_opt.engines import VLLM
 from apex_opt.errors import ApexError
 from apex_opt.evaluate import Instance
 from apex_opt.ir import Model, load_model
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import StageMemory, stage_memory
-from apex_opt.plan.plan import Plan, Template
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import StageMemory, stage_memory
+from apex_opt.plans.plan import Plan, Template
 from apex_opt.units import GIB
 
 HERE = Path(__file__).resolve().parent

@@ -143,7 +143,7 @@ def test_the_package_is_light_and_a_room_does_not_hide_the_function_of_its_name(
         "assert callable(apex_opt.plan) and 'plan' in dir(apex_opt)\n"
         "heavy = {'numpy', 'pandas', 'numba', 'ortools', 'rich', 'fire', 'networkx'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "import apex_opt.plan.engine\n"
+        "import apex_opt.plans.engine\n"
         "assert apex_opt.plan.__name__ == 'plan' and callable(apex_opt.plan)\n"
         "assert not hasattr(apex_opt, 'nothing')"
     )

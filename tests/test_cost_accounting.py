@@ -12,7 +12,7 @@ from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_pr
 
 from apex_opt.cost import CostModel, Usage, account
 from apex_opt.ir import load_model
-from apex_opt.plan.plan import Plan, parse_plan
+from apex_opt.plans.plan import Plan, parse_plan
 from apex_opt.search import Scorer
 from apex_opt.simulator import Outcome, simulate
 from apex_opt.workload import make_trace

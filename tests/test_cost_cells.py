@@ -21,8 +21,8 @@ from apex_opt.cost.cells import Operations, Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
 from apex_opt.ir import LatentAttention, MoeFfn, get_format
-from apex_opt.plan.layout import Layout, Tier
-from apex_opt.plan.plan import Template
+from apex_opt.plans.layout import Layout, Tier
+from apex_opt.plans.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
 from apex_opt.profiles.physics import experts_work
 

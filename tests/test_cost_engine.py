@@ -12,8 +12,8 @@ from plan_cases import OVERHEAD, SMALL, dense, latent, make_cluster, make_model,
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import ApexError, InputError, UnknownNameError
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import parse_plan
 from apex_opt.simulator.law import BatchLaw
 from apex_opt.units import DATA_ROOT
 

@@ -16,9 +16,9 @@ from apex_opt.cost.engine import load_engine
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import attention_shard_bytes, ffn_cut, ffn_token_bytes
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import attention_shard_bytes, ffn_cut, ffn_token_bytes
+from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles.power import SHORT_DRAW
 from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator.law import RATE_BITS, BatchLaw

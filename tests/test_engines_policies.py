@@ -11,7 +11,7 @@ from simulator_cases import Case, linear, requests
 from apex_opt.arguments import Ask
 from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UsageError
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 
 ENGINE = EngineSettings(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4)

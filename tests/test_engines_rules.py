@@ -10,8 +10,8 @@ from plan_cases import SMALL, dense, make_gpu, make_model, sparse
 from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules, rules_of
 from apex_opt.errors import UnknownNameError
 from apex_opt.ir.formats import FORMATS
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.plan import parse_plan
 
 BARE = EngineRules(name="bare", release="Bare 1", formats={}, sources={})
 

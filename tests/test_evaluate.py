@@ -12,7 +12,7 @@ from apex_opt.engines import VLLM
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.ir import load_model
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.plan import parse_plan
 
 if TYPE_CHECKING:
     from apex_opt.ir import Model

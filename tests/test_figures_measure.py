@@ -12,7 +12,7 @@ import pytest
 from apex_opt.figures import Goal, parse_goals
 from apex_opt.figures.measure import Metrics, each, measure
 from apex_opt.figures.registry import STATISTICS, figure
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.workload import Trace, make_trace
 

@@ -19,7 +19,7 @@ from apex_opt.figures.measure import measure
 from apex_opt.figures.registry import STATISTICS, names, per_run, timed
 from apex_opt.figures.stops import METRICS, Facts, Stop, early_stops, latencies_ns
 from apex_opt.ir import load_model
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.search import Problem, Scored, Scorer
 from apex_opt.simulator.outcome import BatchCounts, Outcome
 from apex_opt.workload import make_trace

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apex_opt.plan.plan import even_split
+from apex_opt.plans.plan import even_split
 from formulations.layers import Pipeline, split
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster import Composition
     from apex_opt.placement.assignment import Assignment
-    from apex_opt.plan.layout import Layout
+    from apex_opt.plans.layout import Layout
 
 MOST_ASSIGNMENTS = 1000
 

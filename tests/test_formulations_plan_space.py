@@ -15,8 +15,8 @@ from plan_cases import dense, instance_at, latent, make_cluster, make_model, ran
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, moved, space, violations
 from apex_opt.ir import load_model
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import Plan, Template, even_split, parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import Plan, Template, even_split, parse_plan
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:

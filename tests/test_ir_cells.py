@@ -16,8 +16,8 @@ from apex_opt.evaluate import space, violations
 from apex_opt.ir import Attention, Block, Cell, DenseFfn, LatentAttention, MoeFfn, list_models
 from apex_opt.ir.cells import WHOLE, Cut, Kept, Matrix, Op, Piece, stored_bytes
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.plan import parse_plan
 from formulations.plan_space import PlanSpace
 
 ATTENTION = Attention(hidden=10, query_heads=6, kv_heads=2, head_dim=4)

@@ -12,9 +12,9 @@ from test_ir_huggingface import DEEPSEEK, GPT_OSS, LLAMA, MIXTRAL, QWEN_MOE
 from apex_opt.errors import InputError
 from apex_opt.ir import DenseFfn, Model, MoeFfn, Scheme, get_format, model_from_config, read_config
 from apex_opt.ir.patterns import MAX_STEPS
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.plan import parse_plan
 
 CASES = Path(__file__).parent / "cases" / "configs"
 FLOAT8 = {"num_bits": 8, "type": "float"}

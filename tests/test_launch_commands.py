@@ -15,7 +15,7 @@ from plan_cases import dense, make_model
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir import Model, load_model
 from apex_opt.launch import ENGINES, Command, launch
-from apex_opt.plan.plan import Plan, Template, even_split
+from apex_opt.plans.plan import Plan, Template, even_split
 
 DEGREES = {
     "vllm": ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"),

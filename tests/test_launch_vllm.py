@@ -12,8 +12,8 @@ from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, pla
 from apex_opt.ir import load_model
 from apex_opt.ir.scheme import Scheme
 from apex_opt.launch import launch
-from apex_opt.plan.memory import kv_blocks, stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.memory import kv_blocks, stage_memory
+from apex_opt.plans.plan import parse_plan
 from apex_opt.units import GIB
 
 

@@ -22,8 +22,8 @@ from apex_opt.measured import (
     summarise,
 )
 from apex_opt.measured.vllm_runs import read_vllm_runs
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import load_profile
 from apex_opt.workload import load_trace
 

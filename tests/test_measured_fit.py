@@ -14,7 +14,7 @@ from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.measured import MeasuredRun, Predictor, UnusableRun
 from apex_opt.measured.fit import FITTED_ON, PARAMETERS, BoardFit, EngineFit, fit_board, fit_engine
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.profiles import load_profile
 from apex_opt.profiles.power import PowerFit
 from apex_opt.report.fitting import engine_section, fit_document, power_section

@@ -13,7 +13,7 @@ from apex_opt.errors import InputError
 from apex_opt.measured import read_measured
 from apex_opt.measured.apex import NEEDED as APEX_COLUMNS
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

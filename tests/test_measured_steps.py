@@ -13,7 +13,7 @@ from measured_cases import recorded
 from apex_opt.measured.runs import Iterations
 from apex_opt.measured.steps import step_times
 from apex_opt.measured.vllm_runs import read_vllm_runs
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.law import linear_law
 from apex_opt.workload import load_trace
 

@@ -14,7 +14,7 @@ from measured_cases import BLOCKS, engine, recorded, write_runs
 from apex_opt.errors import InputError
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
 from apex_opt.measured.vllm_runs import read_vllm_runs, recognised
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.law import linear_law
 from apex_opt.workload import load_trace
 

@@ -16,7 +16,7 @@ from apex_opt.placement import Shape, layout_of, rank_order
 from apex_opt.placement.assignment import arranged, filled
 
 if TYPE_CHECKING:
-    from apex_opt.plan.layout import Tier
+    from apex_opt.plans.layout import Tier
 
 
 def composed(name: str) -> Composition:

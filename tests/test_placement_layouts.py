@@ -6,7 +6,7 @@ import pytest
 
 from apex_opt.cluster import Tree, load_wiring
 from apex_opt.placement import Layouts
-from apex_opt.plan.plan import Plan, Template
+from apex_opt.plans.plan import Plan, Template
 
 TAKEN = {"4xdgx-h100": ("node0:3", "node2:0"), "server-8xl40s": ("node0:1",)}
 

@@ -14,7 +14,7 @@ from profile_cases import H200
 from apex_opt.cluster import list_gpus, load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.errors import UsageError
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import Profile, load_profile
 from apex_opt.profiles.clock import MEMORY_JOULE_PER_BYTE, SLOWEST, Clock
 

@@ -25,7 +25,7 @@ TRACE = load_trace("poisson:rate=50,n=40,prompt=uniform(1,200),output=uniform(1,
 
 @pytest.fixture(scope="module")
 def outcome() -> Outcome:
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator import simulate
 
     law = linear_law(base_ns=10**6, token_ns=5000, context_ns=1, max_num_seqs=8, max_num_batched_tokens=256)

@@ -17,7 +17,7 @@ from simulator_cases import LOOPS, TRAFFIC, Case, Loop, cases, linear, requests
 
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import InputError
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.report.timeline import timeline_events, write_timeline
 from apex_opt.units import ceil_div
 

@@ -13,8 +13,8 @@ from apex_opt.errors import InputError, UsageError
 from apex_opt.measured import Comparison, MeasuredRun, Measurements, UnusableRun
 from apex_opt.measured.compare import Prediction
 from apex_opt.measured.steps import StepTimes
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import Plan, Template
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import Plan, Template
 from apex_opt.report.listed import Validation
 from apex_opt.report.validation import validation_document
 from apex_opt.report.validation_plot import write_plot

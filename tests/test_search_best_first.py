@@ -19,7 +19,7 @@ from apex_opt.search.search import silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search import Scored
     from apex_opt.search.best_first import Branch
     from apex_opt.search.ledger import Costs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from search_cases import ROWS, on_every_figure, pools_of, problem_of
 
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plans.deployment import Deployment
 from apex_opt.search import Scorer
 from apex_opt.search.bounds.compose import Compose, Help
 from apex_opt.search.facts import judged

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulator_cases import LOOPS, TRAFFIC, Case, alone, blocks_of, cases, floors_of, floors_run, linear, requests
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.search.bounds import may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
 

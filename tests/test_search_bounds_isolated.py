@@ -32,15 +32,15 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.measure import each
 from apex_opt.figures.registry import figure, names, per_item, per_run
 from apex_opt.ir import load_model
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.simulator import Outcome
     from apex_opt.workload import Trace
 

@@ -26,7 +26,7 @@ from apex_opt.evaluate import space
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import least_signed
 from apex_opt.figures.registry import STATISTICS
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor
 from apex_opt.search.bounds.load import Load, replicas_with_room
@@ -34,7 +34,7 @@ from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Problem
     from apex_opt.workload import Trace
 

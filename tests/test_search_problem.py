@@ -10,7 +10,7 @@ from plan_cases import beside, dense, make_cluster, make_model, make_problem, ra
 from apex_opt.cluster.tree import Tree
 from apex_opt.errors import UsageError
 from apex_opt.figures import load_objective, parse_goals
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.plan import parse_plan
 from apex_opt.workload import make_trace
 
 MODEL = make_model((dense(), 4))

@@ -13,9 +13,9 @@ from search_cases import GPUS, ROWS, every_of, pools_of, problem_of
 from apex_opt.figures import load_objective
 from apex_opt.figures.registry import names
 from apex_opt.ir import load_model
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.memory import kv_blocks, stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.memory import kv_blocks, stage_memory
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer, judge
 from apex_opt.search.dealing import dealt, tokens_per_s
 from apex_opt.search.facts import Facts

@@ -29,14 +29,14 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import tally
 from apex_opt.figures import load_objective, load_objectives, parse_goals
 from apex_opt.ir import load_model
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Answer, Problem, Scored, Scorer, judge, search
 from apex_opt.workload import load_trace, make_trace
 
 if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Part
 
 PLACES = range(len(ROWS))

@@ -10,8 +10,8 @@ import pytest
 from plan_cases import beside, dense, make_cluster, make_model, make_problem, random_trace, simulated
 
 from apex_opt.cost import account
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer, search
 from apex_opt.search.facts import judged
 from apex_opt.search.search import silent
@@ -20,7 +20,7 @@ from apex_opt.units import GIB
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Problem
     from apex_opt.search.facts import Facts
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulator_cases import LOOPS, TRAFFIC, Case, cases, linear, requests
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.gaps import gaps_ns
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from simulator_cases import (
 )
 
 from apex_opt.figures.stops import Stop, latencies_ns
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:

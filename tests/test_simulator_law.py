@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.law import RATE_BITS, BatchLaw, linear_law
 from apex_opt.simulator.outcome import BatchCounts
 

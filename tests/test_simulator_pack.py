@@ -11,7 +11,7 @@ from simulator_cases import IMPLEMENTATIONS, Case, assert_same, linear, requests
 
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.figures.stops import Stop
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import law, replay
 from apex_opt.simulator.kernel import state
 

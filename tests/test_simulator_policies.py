@@ -12,7 +12,7 @@ from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, assert_same, blocks_
 
 from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from simulator_cases import (
 
 from apex_opt.errors import ApexError, CapacityError
 from apex_opt.figures.stops import Stop, latencies_ns
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool, run_deployment
 
 if TYPE_CHECKING:

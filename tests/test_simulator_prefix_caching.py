@@ -28,7 +28,7 @@ from simulator_cases import (
 )
 
 from apex_opt.errors import ApexError, InputError, UsageError
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import replay
 from apex_opt.units import ceil_div
 

@@ -25,7 +25,7 @@ from simulator_cases import (
     requests,
 )
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import Outcome, replay
 from apex_opt.units import ceil_div
 

@@ -25,8 +25,8 @@ from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import tally
 from apex_opt.figures import parse_goals
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search.scorer import Scorer
 from apex_opt.studies.candidates import Rater
 from apex_opt.studies.capacity import fewest_gpus, highest_rate
@@ -38,7 +38,7 @@ from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search import Problem
     from apex_opt.search.ledger import Part
     from apex_opt.studies.capacity_answer import Capacity

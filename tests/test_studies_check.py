@@ -18,7 +18,7 @@ from formulations import deployment
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
 
 SEEDS = range(100, 160)
 SPACE = PlanSpace()

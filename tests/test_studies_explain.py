@@ -31,9 +31,9 @@ from apex_opt.evaluate import space, violations
 from apex_opt.figures import parse_goals
 from apex_opt.figures.measure import each
 from apex_opt.ir import load_model
-from apex_opt.plan.deployment import Deployment, parse_deployment
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.plan import default_kv_format, parse_plan
+from apex_opt.plans.deployment import Deployment, parse_deployment
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.plan import default_kv_format, parse_plan
 from apex_opt.resolve import resolve
 from apex_opt.search import Problem, Scored, Scorer, search
 from apex_opt.search.search import silent

@@ -11,8 +11,8 @@ import pytest
 from plan_cases import SMALL, dense, make_cluster, make_model, make_problem
 
 from apex_opt.figures import parse_goals
-from apex_opt.plan.deployment import Deployment
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Problem, Scorer
 from apex_opt.studies.capacity import fewest_gpus, highest_rate
 from apex_opt.studies.steady import Steady

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cost.model import CostModel, PlanCost
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.simulator.outcome import BatchCounts
 
 _OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})

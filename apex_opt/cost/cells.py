@@ -24,7 +24,7 @@ from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Elementwise, Product, norm
 from apex_opt.ir.formats import KV_BYTES, get_format
-from apex_opt.plan.memory import ffn_cut
+from apex_opt.plans.memory import ffn_cut
 from apex_opt.profiles.collectives import Collectives
 from apex_opt.profiles.physics import causal_pairs, context_work, experts_work, gemm_work, latent_work, pair_flops
 from apex_opt.units import ceil_div
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from apex_opt.ir.cells import AttentionCell, Ffn
     from apex_opt.ir.cells.operations import Experts, Linear
     from apex_opt.ir.model import Block, Model
-    from apex_opt.plan.layout import Layout, Spread
-    from apex_opt.plan.plan import Template
+    from apex_opt.plans.layout import Layout, Spread
+    from apex_opt.plans.plan import Template
     from apex_opt.profiles import Profile
 
     Ints = NDArray[np.int64]

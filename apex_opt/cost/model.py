@@ -12,8 +12,8 @@ from apex_opt.cost.cells import merged, times
 from apex_opt.cost.least import Least
 from apex_opt.cost.stage import StageCosts
 from apex_opt.placement.layouts import Layouts
-from apex_opt.plan.engine import limited
-from apex_opt.plan.layout import Layout, Tier
+from apex_opt.plans.engine import limited
+from apex_opt.plans.layout import Layout, Tier
 from apex_opt.profiles import SHIPPED
 from apex_opt.units import NS_PER_S
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.stage import Pieces
     from apex_opt.ir.model import Model
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.plan import Plan
     from apex_opt.simulator.law import BatchLaw
 
 

@@ -12,7 +12,7 @@ from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables
 from apex_opt.cost.least import Least
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
-from apex_opt.plan.memory import stage_runs
+from apex_opt.plans.memory import stage_runs
 from apex_opt.profiles import SHIPPED, load_collectives, load_profile
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
 from apex_opt.units import NS_PER_S
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Model, Run
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.layout import Layout
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.layout import Layout
+    from apex_opt.plans.plan import Plan
 
 _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
 _BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")

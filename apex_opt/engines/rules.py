@@ -1,6 +1,6 @@
 """What an engine can run, as facts: the plan space turns them into constraints, `launch` into words.
 
-Nothing here decides about a plan. The oracle (`apex_opt.plan.refusals`) and the program (`formulations.plan_space`)
+Nothing here decides about a plan. The oracle (`apex_opt.plans.refusals`) and the program (`formulations.plan_space`)
 each read the facts in their own way, so that a mistake in one shows as a disagreement with the other.
 """
 

@@ -10,14 +10,14 @@ from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import Sglang
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import Vllm
-from apex_opt.plan.refusals import refusals
+from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from apex_opt.launch.commands import Engine
     from apex_opt.placement import Assignment
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.problem import Problem
 
 __all__ = ["ENGINES", "Command", "Launch", "launch", "together"]

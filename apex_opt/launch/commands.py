@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir.formats import get_format
-from apex_opt.plan.memory import kv_blocks, stage_memory
+from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from apex_opt.engines import EngineRules
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.memory import StageMemory
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.problem import Problem
 
 FIRST_PORT: Final = 8000

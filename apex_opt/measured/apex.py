@@ -15,7 +15,7 @@ import numpy as np
 from apex_opt.errors import InputError
 from apex_opt.measured.files import Row, read_json, read_rows
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
-from apex_opt.plan.memory import kv_blocks, stage_memory
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.memory import kv_blocks, stage_memory
+from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import SHIPPED
 from apex_opt.simulator import simulate
 from apex_opt.units import NS_PER_S
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from apex_opt.figures.measure import Metrics
     from apex_opt.ir.model import Model
     from apex_opt.measured.runs import Run
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.plan import Plan
     from apex_opt.simulator import Outcome
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.workload.trace import Trace
 
 METRICS: Final[Mapping[str, str]] = MappingProxyType(

@@ -31,8 +31,8 @@ from apex_opt.measured.deployments import (
 from apex_opt.measured.files import read_rows
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.plan import default_kv_format
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import default_kv_format
 from apex_opt.workload.trace import MAX_TOKENS, make_trace
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from apex_opt.measured.runs import Iterations
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
 
 _ENTRY_S: Final = 0.005

@@ -13,7 +13,7 @@ from apex_opt.cluster import gpu_name
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.measured.files import read_json
 from apex_opt.measured.runs import Iterations, MeasuredRun, UnusableRun
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import make_trace
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import place_of
-from apex_opt.plan.layout import Layout, Tier
+from apex_opt.plans.layout import Layout, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from apex_opt.cluster.tree import Tree
-    from apex_opt.plan.layout import Layout
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.layout import Layout
+    from apex_opt.plans.plan import Plan
 
 
 class Layouts:

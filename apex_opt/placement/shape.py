@@ -20,14 +20,14 @@ from itertools import product
 from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from apex_opt.plan.layout import Layout, Tier
+from apex_opt.plans.layout import Layout, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Link
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
 
 
 _UNLIMITED: Final = 1 << 30

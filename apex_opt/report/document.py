@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster, Gpu
     from apex_opt.figures import Objective
     from apex_opt.ir.model import Model
-    from apex_opt.plan.memory import StageMemory
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.plan import Plan
     from apex_opt.schema import Document
     from apex_opt.search import Answer, Ledger, Part, PoolUse, Problem, Scored
     from apex_opt.studies.check import Check

@@ -16,7 +16,7 @@ from apex_opt.placement.assignment import layout_of, rank_order
 from apex_opt.placement.domains import groups, replicas_in, rooms
 from apex_opt.placement.reasons import lies
 from apex_opt.placement.shape import Shape
-from apex_opt.plan.memory import stage_memory
+from apex_opt.plans.memory import stage_memory
 from apex_opt.report.document import cleaned, noted
 from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
 from apex_opt.search.facts import Facts
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost import CostModel
     from apex_opt.placement import Assignment
-    from apex_opt.plan.layout import Layout
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.layout import Layout
+    from apex_opt.plans.plan import Plan
     from apex_opt.schema import Document
     from apex_opt.search import Problem
 

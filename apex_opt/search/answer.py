@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plans.deployment import Deployment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from apex_opt.cost import Usage
     from apex_opt.figures import Goal
     from apex_opt.figures.measure import Metrics
-    from apex_opt.plan.deployment import Pool
-    from apex_opt.plan.memory import StageMemory
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.deployment import Pool
+    from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.ledger import Ledger
     from apex_opt.simulator.transient import Transient
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
     from apex_opt.search.incumbent import Incumbent
     from apex_opt.search.ledger import Costs, Part

@@ -11,7 +11,7 @@ import numpy as np
 from apex_opt.cost import CostModel, idle_w, limit_w
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
-from apex_opt.plan.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
+from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.least import Least
     from apex_opt.figures import Goal, Objective
     from apex_opt.placement import Layouts
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.problem import Problem
     from apex_opt.workload.trace import Trace
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from apex_opt.figures import Objective
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
 
 Costs = tuple[float, ...]
 Shape = Literal["single", "mixed", "pipeline"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
-from apex_opt.plan.engine import limited
-from apex_opt.plan.memory import stage_memory
-from apex_opt.plan.refusals import refusals
+from apex_opt.plans.engine import limited
+from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
     from apex_opt.evaluate import Instance, Violation
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
 
 
 def nearest_violation(instance: Instance) -> str:

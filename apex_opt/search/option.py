@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from apex_opt.plan.deployment import Pool
+    from apex_opt.plans.deployment import Pool
     from apex_opt.search.facts import Facts
 
 

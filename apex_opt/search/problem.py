@@ -12,7 +12,7 @@ from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
-from apex_opt.plan.engine import limited
+from apex_opt.plans.engine import limited
 from apex_opt.profiles import SHIPPED
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from apex_opt.figures import Figure, Goal, Objective
     from apex_opt.figures.measure import Metrics
     from apex_opt.ir.model import Model
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.plan import Plan
     from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.trace import Trace
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
     from apex_opt.figures.run import Run
     from apex_opt.figures.stops import Stop
-    from apex_opt.plan.deployment import Deployment, Pool
+    from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
 

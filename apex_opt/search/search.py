@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
-from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search.answer import Answer, Scored, misses
 from apex_opt.search.best_first import Simulated, best_first
 from apex_opt.search.incumbent import FREE, Best
@@ -30,7 +30,7 @@ from apex_opt.search.space import Formulation, check_lengths
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.answer import Status
     from apex_opt.search.best_first import Branches
     from apex_opt.search.incumbent import Incumbent

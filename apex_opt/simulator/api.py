@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError, join_faults
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.law import check_laws, linear_law
 from apex_opt.simulator.outcome import Routing
 from apex_opt.simulator.pools import EnginePool, shares

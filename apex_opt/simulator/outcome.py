@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.figures.goals import Goal
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.workload.trace import Trace
 
 Routing = Literal["round_robin", "least_loaded"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.figures.stops import Stop
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.outcome import Step
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.workload.trace import Trace

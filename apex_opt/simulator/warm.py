@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.api import simulate
 from apex_opt.simulator.kernel.entries import NUMBER_PIECES, SERVE_CACHING, SERVE_GENERAL, SERVE_STEADY, Entry
 from apex_opt.simulator.law import linear_law

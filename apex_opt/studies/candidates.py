@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.figures.goals import step_limit_s
-from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search.best_first import Leaf
 from apex_opt.search.bounds.load import works_ns
 from apex_opt.search.shapes import Pipelines, Single
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
     from apex_opt.search.ledger import Part
     from apex_opt.search.scorer import Scorer

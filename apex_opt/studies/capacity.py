@@ -29,7 +29,7 @@ from apex_opt.workload.steady import rate_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored, Status
     from apex_opt.search.best_first import Branch
     from apex_opt.search.ledger import Costs, Part

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from apex_opt.evaluate import tally
-from apex_opt.plan.deployment import Deployment, Pool
+from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search.bounds.compose import Compose
 from apex_opt.search.facts import judged
 from apex_opt.search.ledger import ROUNDING
@@ -32,7 +32,7 @@ from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.answer import Answer, Scored
     from apex_opt.search.ledger import Part, Shape
     from apex_opt.search.option import Option

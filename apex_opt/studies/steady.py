@@ -43,7 +43,7 @@ from apex_opt.workload.trace import MAX_REQUESTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
-from apex_opt.plan.plan import even_split
+from apex_opt.plans.plan import even_split
 
 from ..solver import new_solver
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.tree import Tree
     from apex_opt.placement.assignment import Assignment
     from apex_opt.placement.shape import Shape, Way
-    from apex_opt.plan.layout import Layout
+    from apex_opt.plans.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

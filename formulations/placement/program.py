@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from apex_opt.placement.assignment import Assignment
     from apex_opt.placement.layouts import Layouts
     from apex_opt.placement.shape import Way
-    from apex_opt.plan.layout import Layout
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.layout import Layout
+    from apex_opt.plans.plan import Plan
 
 Found = TypeVar("Found")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.plan.memory import RUNTIME_BYTES
+from apex_opt.plans.memory import RUNTIME_BYTES
 
 from .engine import Runs
 from .sizes import (

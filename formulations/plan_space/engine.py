@@ -1,4 +1,4 @@
-"""What an engine can run, tabulated: its facts read once more, apart from `apex_opt.plan.refusals`.
+"""What an engine can run, tabulated: its facts read once more, apart from `apex_opt.plans.refusals`.
 
 Every rule binds the FFN copies, or attention with a format, or the shards of the FFN with a format. Whole copies, which
 attention and FFN have in common, are not in the space.

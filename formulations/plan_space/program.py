@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

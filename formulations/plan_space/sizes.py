@@ -1,6 +1,6 @@
 """Bytes and widths of shards, summed over what the cells list.
 
-The lists are shared with `apex_opt.plan.memory`, what is made of them is not, so that the oracle can find fault with
+The lists are shared with `apex_opt.plans.memory`, what is made of them is not, so that the oracle can find fault with
 either. All are whole bytes: nothing is rounded.
 """
 

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.plan.memory import RUNTIME_BYTES
+from apex_opt.plans.memory import RUNTIME_BYTES
 
 from ..layers import Pipeline, split
 from .sizes import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
-    from apex_opt.plan.plan import Plan, Template
+    from apex_opt.plans.plan import Plan, Template
 
 
 class Stages:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from apex_opt.errors import UsageError
-from apex_opt.plan.plan import Plan, Template, even_split
+from apex_opt.plans.plan import Plan, Template, even_split
 
 if TYPE_CHECKING:
     from ortools.sat.python import cp_model

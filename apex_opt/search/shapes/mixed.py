@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plans.deployment import Deployment
 from apex_opt.search.best_first import ROUND, Leaf
 from apex_opt.search.bounds.compose import Compose, Help
 from apex_opt.search.facts import judged

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.evaluate import Instance
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
     from apex_opt.search.problem import Problem
     from apex_opt.search.shapes.single import Replicas

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plans.deployment import Deployment
 from apex_opt.search.best_first import Leaf
 from apex_opt.search.facts import judged
 from apex_opt.search.ledger import Part
@@ -16,7 +16,7 @@ from apex_opt.search.space import Moves, every_plan, list_space
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
     from apex_opt.search.ledger import Costs
     from apex_opt.search.space import Formulation, Progress

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from apex_opt.figures.stops import Stop
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Router
     from apex_opt.workload.trace import Trace

@@ -15,7 +15,7 @@ from apex_opt.simulator.reference.sequence import Batch, Row
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from apex_opt.plan.engine import EngineSettings
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.reference.sequence import Sequence
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.placement import Lies
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import PoolUse, Scored
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress

@@ -13,7 +13,7 @@ from apex_opt.studies.explain.relaxations import Tried, relax
 from apex_opt.studies.explain.solving import Work
 
 if TYPE_CHECKING:
-    from apex_opt.plan.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Answer
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress

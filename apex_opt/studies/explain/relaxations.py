@@ -12,7 +12,7 @@ from apex_opt.cluster import list_clusters, load_cluster
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.engines import ENGINES
 from apex_opt.ir.formats import FORMATS
-from apex_opt.plan.plan import default_kv_format
+from apex_opt.plans.plan import default_kv_format
 from apex_opt.search.nearest import feasible
 from apex_opt.studies.explain.solving import OutOfTime, Solved
 

@@ -13,7 +13,7 @@ import numpy as np
 from apex_opt.evaluate import decode_bytes
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import can_hold, statistic
-from apex_opt.plan.deployment import Deployment
+from apex_opt.plans.deployment import Deployment
 from apex_opt.search.best_first import Leaf, Queue, best_first
 from apex_opt.search.facts import judged
 from apex_opt.search.incumbent import FREE, Best
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
     from apex_opt.figures import Goal, Objective
     from apex_opt.figures.run import Run
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
     from apex_opt.search.answer import Scored
     from apex_opt.search.best_first import Simulated
     from apex_opt.search.facts import Alike

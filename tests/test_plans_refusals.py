@@ -12,8 +12,8 @@ from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, SGLANG, TRTLLM, VLLM
 from apex_opt.ir import load_model
 from apex_opt.ir.scheme import Scheme
-from apex_opt.plan.plan import parse_plan
-from apex_opt.plan.refusals import refusals
+from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.refusals import refusals
 from apex_opt.search import search
 from formulations.plan_space import PlanSpace
 

@@ -12,7 +12,7 @@ from plan_cases import dense, make_model
 
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.ir import FORMATS, KV_BYTES, load_model
-from apex_opt.plan.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
+from apex_opt.plans.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
 
 degrees = st.integers(1, 12)
 MIX = "w4a16+w8a16g32"

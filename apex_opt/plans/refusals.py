@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from apex_opt.engines.rules import EngineRules
     from apex_opt.ir.cells import Cell
     from apex_opt.ir.model import Model
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.plan import Plan, Template
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.plan import Plan, Template
 
 
 def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> Iterator[str]:

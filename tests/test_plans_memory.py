@@ -13,9 +13,9 @@ from apex_opt.cluster import load_cluster
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import space
 from apex_opt.ir import Attention, Block, Model, load_model
-from apex_opt.plan.engine import EngineSettings
-from apex_opt.plan.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
-from apex_opt.plan.plan import Plan, parse_plan
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
+from apex_opt.plans.plan import Plan, parse_plan
 
 VLLM = EngineSettings(max_num_seqs=1024, max_num_batched_tokens=8192)
 H200 = load_cluster("1xh200-sxm").gpu

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.cells import AttentionCell, Ffn
     from apex_opt.ir.model import Block, Model
-    from apex_opt.plan.engine import EngineSettings
-    from apex_opt.plan.plan import Plan, Template
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.plan import Plan, Template
 
 RUNTIME_BYTES: Final = GIB + GIB // 4
 """CUDA context, libraries, communicators. Assumed; with it the KV blocks that vLLM 0.20.2 chose for two models on one

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.cluster import Link
-from apex_opt.plan.layout import Layout, Tier
+from apex_opt.plans.layout import Layout, Tier
 
 
 def link(gb_per_s: float, latency_us: float, kind: str = "pcie") -> Link:

@@ -12,7 +12,7 @@ from apex_opt.ir.checks import shown
 if TYPE_CHECKING:
     from apex_opt.engines.policies import Policy
     from apex_opt.engines.rules import EngineRules
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
 
 _LARGEST = 1 << 31
 

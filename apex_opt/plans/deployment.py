@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.plan import parse_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.ir.model import Model
-    from apex_opt.plan.plan import Plan
+    from apex_opt.plans.plan import Plan
 
 _BETWEEN: Final = " + "
 

@@ -11,8 +11,8 @@ from search_cases import ROWS, deployments, problem_of
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.ir import load_model
-from apex_opt.plan.deployment import Deployment, Pool, parse_deployment
-from apex_opt.plan.plan import parse_plan
+from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
+from apex_opt.plans.plan import parse_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from apex_opt.errors import UsageError
-from apex_opt.plan.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings
 
 COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "long_prefill_token_threshold", "block_size")
 
