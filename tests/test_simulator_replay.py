@@ -13,8 +13,8 @@ import pytest
 from golden.condense import TARGET, digest, read_recorded
 from simulator_cases import IMPLEMENTATIONS, assert_recorded
 
-from apex_opt.errors import ApexError, CapacityError, InputError, UsageError
-from apex_opt.simulator import Replay, replay
+from apex_opt.errors import ApexError, CapacityError, InputError, UnknownNameError, UsageError
+from apex_opt.simulator import Replay, replay, replay_case
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,18 @@ def test_the_recording_has_every_kind_of_engine_loop() -> None:
 def test_recorded_batches_come_out_batch_for_batch(name: str, implementation: Implementation) -> None:
     case = RECORDED[name]
     assert_recorded(replay(case["config"], case["trace"], implementation), case)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_case_comes_out_with_every_recorded_key_and_a_foreign_one_is_refused(implementation: Implementation) -> None:
+    case = RECORDED["memory_thrash"]
+    found = json.loads(json.dumps(replay_case("plain", case, implementation)))
+    assert digest(found.pop("steps")) == case["batches_sha256"]
+    assert found == {key: value for key, value in case.items() if key not in ("config", "trace")}
+    with pytest.raises(UnknownNameError, match="unknown kind of recording 'plane'; did you mean plain"):
+        replay_case("plane", case, implementation)
+    with pytest.raises(UsageError, match="a case of kind plain holds config, trace; missing: config"):
+        replay_case("plain", {"trace": []}, implementation)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
-"""The exact batching simulator: `reference` specifies, `kernel` computes, `pack.py` is the door between."""
+"""The exact batching simulator: `reference` specifies, `kernel` computes, `pack.py` is the door between.
 
-from apex_opt.simulator.api import Replay, check_fits, replay, run_deployment, simulate
+`recorded` serves what was recorded from engines.
+"""
+
+from apex_opt.simulator.api import check_fits, run_deployment, simulate
 from apex_opt.simulator.law import BatchLaw
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, Routing
 from apex_opt.simulator.pools import EnginePool
+from apex_opt.simulator.recorded import replay_case
+from apex_opt.simulator.recorded.plain import Replay, replay
 
 __all__ = [
     "BatchCounts",
@@ -15,6 +20,7 @@ __all__ = [
     "Routing",
     "check_fits",
     "replay",
+    "replay_case",
     "run_deployment",
     "simulate",
 ]

@@ -1,19 +1,16 @@
-"""Entry points of the simulator: `simulate` for plans, `run_deployment` for pools of them, `replay` for recordings."""
+"""Entry points of the simulator: `simulate` for plans, `run_deployment` for pools of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from apex_opt.errors import CapacityError, UnknownNameError, UsageError, join_faults
-from apex_opt.plans.engine import EngineSettings
-from apex_opt.simulator.law import check_laws, linear_law
+from apex_opt.errors import CapacityError, UnknownNameError, UsageError
+from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.outcome import Routing
 from apex_opt.simulator.pools import EnginePool, shares
-from apex_opt.units import NS_PER_US, ceil_div
-from apex_opt.workload.trace import make_trace
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.figures.stops import Stop
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.workload.trace import Trace
@@ -184,105 +182,3 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         if settings.prefix_caching
         else min(longest * settings.max_num_seqs, pool.blocks * settings.block_size),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
-    """A replayed trace in the format of the recorded batches: lists, microseconds, requests by their index."""
-
-    steps: list[list[Any]]
-    first_token_us: list[int]
-    finish_us: list[int]
-    preemptions: int
-
-
-def replay(config: dict[str, Any], trace: list[Any], implementation: Implementation = "kernel") -> Replay:
-    """Replay a recorded case: engine settings and law as a mapping, requests as rows.
-
-    Parameters
-    ----------
-    config : mapping with `max_num_seqs`, `max_num_batched_tokens`, `max_model_len`, `chunked_prefill`,
-        `long_prefill_token_threshold`, `block_size`, `num_gpu_blocks` (one of them is never handed out),
-        `async_scheduling`, `stages`, `stage_weight`, and `law_us = [a, b, c]`: a batch takes
-        ``weight * (a + b * tokens + c * context)`` µs on a stage
-    trace : rows `[arrival_us, prompt_tokens, output_tokens]`; with `prefix_caching` also the content ids of the
-        prompt, one per `hash_block_tokens` tokens
-    implementation : "kernel" or "reference"
-
-    Raises
-    ------
-    UsageError, CapacityError, InputError    settings or requests that no engine accepts
-    """
-    caching = bool(config.get("prefix_caching", False))
-    needed = (*_SETTINGS, "num_gpu_blocks", "law_us", *(("hash_block_tokens",) if caching else ()))
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise UsageError(f"config: missing {', '.join(missing)}")
-    short = [f"row {number}: {len(row)} entries" for number, row in enumerate(trace, 1) if len(row) < 3 + caching]
-    if short:
-        raise join_faults(f"a request has {3 + caching}, with its content ids" if caching else "a request has 3", short)
-    settings = EngineSettings(**{key: config[key] for key in _SETTINGS}, prefix_caching=caching)
-    (stages,) = _whole("stages", [config.get("stages", 1)], 1)
-    weights = config.get("stage_weight", [1] * stages)
-    if len(weights) != stages:
-        raise UsageError(f"config: {len(weights)} stage weights for {stages} stages")
-    weights = _whole("stage_weight", weights, stages)
-    (pool,) = _whole("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
-    base, token, context = (NS_PER_US * x for x in _whole("law_us", config["law_us"], 3))
-    law = linear_law(
-        base_ns=base,
-        token_ns=token,
-        context_ns=context,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-    )
-    requests = make_trace(
-        name="replay",
-        # Multiplied as Python integers: what leaves 63 bits is refused rather than wrapped.
-        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in trace],
-        prompt=[row[1] for row in trace],
-        output=[row[2] for row in trace],
-        content=[row[3] for row in trace] if caching else None,
-        content_tokens=config["hash_block_tokens"] if caching else 0,
-        source="recorded batches",
-    )
-    order = np.argsort([row[0] for row in trace], kind="stable")  # as `make_trace` sorts
-    outcome = simulate(
-        settings,
-        pool - 1,
-        [law.scaled(weight) for weight in weights],
-        requests,
-        log=True,
-        implementation=implementation,
-    )
-    ids = order.tolist()
-    steps = [
-        [start // NS_PER_US, end // NS_PER_US, [[ids[i], c, h] for i, c, h in rows], sorted(ids[i] for i in lost)]
-        for start, end, rows, lost in outcome.steps or ()
-    ]
-    first, finish = (np.zeros(len(ids), np.int64) for _ in range(2))
-    first[order] = outcome.first_token_ns // NS_PER_US
-    finish[order] = outcome.finish_ns // NS_PER_US
-    return Replay(
-        steps=steps, first_token_us=first.tolist(), finish_us=finish.tolist(), preemptions=outcome.preemptions
-    )
-
-
-def _whole(name: str, values: Sequence[Any], count: int) -> list[int]:
-    """So many whole numbers from 0, as they stand in a config."""
-    given: list[Any] = list(values) if isinstance(values, list | tuple) else [values]
-    good = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 40 for x in given)
-    if len(given) != count or not good:
-        raise UsageError(f"config: {name} must be {count} whole number(s) from 0 to 2**40, got {str(values)[:60]}")
-    return given
-
-
-_SETTINGS = (
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "chunked_prefill",
-    "long_prefill_token_threshold",
-    "block_size",
-    "async_scheduling",
-)

@@ -1,0 +1,48 @@
+"""What recorded cases of every kind share: how their entries are read, and the hash they are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SETTINGS: Final = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "chunked_prefill",
+    "long_prefill_token_threshold",
+    "block_size",
+    "async_scheduling",
+)
+"""Entries of a config that are settings of the engine by the same name."""
+
+
+def digest(found: list[Any]) -> str:
+    """The hash by which recorded lists are compared: SHA-256 of their JSON without spaces."""
+    return hashlib.sha256(json.dumps(found, separators=(",", ":")).encode()).hexdigest()
+
+
+def whole_numbers(name: str, values: Sequence[Any], count: int) -> list[int]:
+    """So many whole numbers from 0, as they stand in the config of a recorded case.
+
+    Parameters
+    ----------
+    name : str        of the entry
+    values : what stands there
+    count : int       how many there must be
+
+    Raises
+    ------
+    UsageError
+    """
+    given: list[Any] = list(values) if isinstance(values, list | tuple) else [values]
+    good = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 40 for x in given)
+    if len(given) != count or not good:
+        raise UsageError(f"config: {name} must be {count} whole number(s) from 0 to 2**40, got {str(values)[:60]}")
+    return given
