@@ -14,7 +14,10 @@ from apex_opt.simulator.api import Implementation
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KINDS: Final = {"plain": ("config", "trace")}
+KINDS: Final = {
+    "plain": ("config", "trace"),
+    "pool_sizes": ("layers", "hybrid", "available_bytes"),
+}
 """Kinds of recordings, and what a case of each must hold."""
 
 
