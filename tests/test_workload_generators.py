@@ -232,3 +232,13 @@ def test_no_text_escapes_with_another_error(text: str) -> None:
             describe_trace(spec)
         except ApexError:
             continue
+
+
+def test_stated_tokens_are_drawn_on_their_own_and_cut_outputs() -> None:
+    law = "poisson:rate=2,n=200,prompt=uniform(1,90),output=uniform(2,30)"
+    plain, stated = describe_trace(law), describe_trace(f"{law},max_new_tokens=uniform(10,20)")
+    assert plain.max_new_tokens is None and stated.max_new_tokens is not None
+    assert (stated.prompt == plain.prompt).all() and (stated.arrival_ns == plain.arrival_ns).all()
+    assert stated.max_new_tokens.min() == 10 and stated.max_new_tokens.max() == 20
+    assert (stated.output == np.minimum(plain.output, stated.max_new_tokens)).all()
+    assert (describe_trace(f"{law},max_new_tokens=12").stated(999) == 12).all()

@@ -351,3 +351,21 @@ def test_the_public_azure_trace_loads_in_a_moment() -> None:
         times.append(time.perf_counter() - start)
     # 0.06 s measured on one core; the limit leaves room for a slow or busy machine.
     assert min(times) < 0.5
+
+
+def test_what_clients_state_is_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "stated.csv"
+    path.write_text("arrival_s,prompt,output,max_tokens\n1,3,9,5\n0,3,4,\n2,3,4,100\n")
+    trace = load_trace(str(path))
+    assert trace.max_new_tokens is not None and trace.max_new_tokens.tolist() == [4, 9, 100]
+    assert trace.notes == ("1 of 3 requests have more output than their max_tokens, which is taken to be the output",)
+    (tmp_path / "again.jsonl").write_text(trace_jsonl(trace))
+    again = load_trace(str(tmp_path / "again.jsonl"))
+    assert again.max_new_tokens is not None and again.max_new_tokens.tolist() == [4, 9, 100]
+    for bad, fault in (("x", "max_tokens x is not a whole number"), ("-1", "max_tokens -1 is outside")):
+        path.write_text(f"arrival_s,prompt,output,max_tokens\n1,3,9,{bad}\n")
+        with pytest.raises(InputError, match=fault):
+            load_trace(str(path))
+    path.write_text("arrival_s,prompt,output,max_tokens,max_new_tokens\n1,3,9,9,9\n")
+    with pytest.raises(InputError, match="max_tokens or max_new_tokens; keep one"):
+        load_trace(str(path))

@@ -45,6 +45,33 @@ def test_arrays_are_copies_int64_contiguous_and_read_only() -> None:
         made.prompt[0] = 3
 
 
+def test_what_clients_state_goes_with_its_request_and_is_the_output_where_they_do_not() -> None:
+    made = trace(arrival_ns=[40, 0, 10], max_new_tokens=[4, 5, 6])
+    assert made.max_new_tokens is not None and made.max_new_tokens.tolist() == [5, 6, 4]
+    assert made.stated(11).tolist() == [5, 4, 4]  # prompts of 6, 7 and 5 tokens
+    assert trace().stated(99).tolist() == [1, 2, 3]
+    for other, expected in (
+        (made.head(2), [5, 6]),
+        (made.picked(np.array([0, 2])), [5, 4]),
+        (made.stretched(2), [5, 6, 4]),
+    ):
+        assert other.max_new_tokens is not None and other.max_new_tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("stated", "fault"),
+    [
+        ([1, 1, 3], "row 2: output 2 is above max_new_tokens 1; a request ends there"),
+        ([1, 2, MAX_TOKENS + 1], "row 3: max_new_tokens 10000001 is outside"),
+        ([1, 2], "columns differ in length .*2 max_new_tokens"),
+        ([1, 2, 3.5], "row 3: max_new_tokens 3.5 is not a whole number"),
+    ],
+)
+def test_what_clients_cannot_state_is_refused_with_its_row(stated: list[Any], fault: str) -> None:
+    with pytest.raises(InputError, match=fault):
+        trace(max_new_tokens=stated)
+
+
 def test_extremes_are_accepted() -> None:
     made = trace(arrival_ns=[0, 1, MAX_ARRIVAL_NS], prompt=[1, 1, MAX_TOKENS], output=[1, 1, MAX_TOKENS])
     assert made.longest == 2 * MAX_TOKENS

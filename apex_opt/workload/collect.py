@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _LATE_NS: Final = 10**8 * NS_PER_S
 """Three years: arrivals that begin later count from a year that people have, such as 1970."""
 
+_STATED: Final = "max_new_tokens"
+
 _ROOTS: Final = ("-1", "", "null", "None")
 
 
@@ -69,6 +71,7 @@ class Collector:
     _arrival: list[Ints] = field(default_factory=list)
     _prompt: list[Ints] = field(default_factory=list)
     _output: list[Ints] = field(default_factory=list)
+    _stated: list[Ints] = field(default_factory=list)
     _delay: list[Ints] = field(default_factory=list)
     _session: list[Ints] = field(default_factory=list)
     _places: list[Ints] = field(default_factory=list)
@@ -111,8 +114,19 @@ class Collector:
             self._contents.add(ids, at, prompt[answered])
         self._prompt.append(prompt[answered])
         self._output.append(output[answered])
+        if _STATED in self.called:
+            self._stated.append(self._most(kept(_STATED), places, output)[answered])
         self._places.append(np.array(places, np.int64)[answered])
         self.rows += int(answered.sum())
+
+    def _most(self, cells: list[Any], places: list[int], output: Ints) -> Ints:
+        """What clients state as the most tokens they take; the output where they do not, or get more."""
+        stated = output.copy()
+        there = np.flatnonzero([not is_blank(cell) for cell in cells])
+        if there.size:
+            at = [places[index] for index in there]
+            stated[there] = token_counts([cells[i] for i in there], at, self._called(_STATED), self.faults)
+        return stated
 
     @property
     def empty(self) -> str:
@@ -241,6 +255,13 @@ class Collector:
                 f"{self._dropped:,} of {self._dropped + self.rows:,} requests have no answer "
                 f"(0 {self.layout.output}) and are dropped"
             )
+        stated = np.concatenate(self._stated) if self._stated else None
+        if stated is not None and (more := int((output > stated).sum())):
+            every.append(
+                f"{more:,} of {self.rows:,} requests have more output than their {self._called(_STATED)}, which is "
+                "taken to be the output"
+            )
+            stated = np.maximum(stated, output)
         timed = bool(self._arrival) and not (np.concatenate(self._arrival) == NONE).all()
         arrival = self._arrivals(every) if timed else np.zeros(self.rows, np.int64)
         if not timed and self._waits:
@@ -253,6 +274,7 @@ class Collector:
             arrival_ns=arrival,
             prompt=prompt,
             output=output,
+            max_new_tokens=stated,
             source=source,
             arrivals=RECORDED if timed else UNKNOWN,
             notes=tuple(every),

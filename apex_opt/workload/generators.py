@@ -104,9 +104,11 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     closed:    concurrency             that many clients, each waiting for its answer
     ========== ======================= ====================================================
 
-    Optional: n (1000), prompt (512), output (128), seed (overrides the argument). Lengths are a whole number or a law:
-    uniform(lo,hi), lognormal(mean,sigma[,max]), normal(mean,std[,max]), exponential(mean[,max]), with values in that
-    order or by name. `mean` is that of the law before cutting; draws are rounded and cut to 1..max (10,000,000).
+    Optional: n (1000), prompt (512), output (128), max_new_tokens, seed (overrides the argument). max_new_tokens is
+    what the client states as the most tokens it takes, where outputs are cut; without it the output. Lengths are a
+    whole number or a law: uniform(lo,hi), lognormal(mean,sigma[,max]), normal(mean,std[,max]),
+    exponential(mean[,max]), with values in that order or by name. `mean` is that of the law before cutting; draws are
+    rounded and cut to 1..max (10,000,000).
 
     prefix=(tokens,groups) makes prompts begin alike: each request belongs to one of so many groups, drawn uniformly,
     and the first tokens of its prompt (rounded down to whole pieces of 16, and at most all but one of it) are those of
@@ -137,7 +139,7 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     if not colon:
         ask.refuse("a colon must follow the kind")
     needs = _OWN_KEYS[kind]
-    given = ask.arguments(body, (*needs, *_DEFAULTS, "prefix", "seed"), "key", positional=False)
+    given = ask.arguments(body, (*needs, *_DEFAULTS, "max_new_tokens", "prefix", "seed"), "key", positional=False)
     for key in needs:
         if key not in given:
             ask.refuse(f"{key}= is missing")
@@ -145,7 +147,7 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
-    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(4)]
+    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(5)]
     concurrency, arrivals = None, RECORDED
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
@@ -155,12 +157,17 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         cv = ask.number("cv", values["cv"], _CV) if kind == "gamma" else 1.0
         arrivals = Arrivals(kind=kind, cv=cv, law=ask.spec, seed=used_seed)  # type: ignore[arg-type]
     prompt = _lengths(ask, "prompt", values["prompt"], n, streams[1])
+    output, stated = _lengths(ask, "output", values["output"], n, streams[2]), None
+    if "max_new_tokens" in values:
+        stated = _lengths(ask, "max_new_tokens", values["max_new_tokens"], n, streams[4])
+        output = np.minimum(output, stated)
     content = _shared_beginnings(ask, values["prefix"], prompt, streams[3]) if "prefix" in values else None
     return make_trace(
         name=ask.spec,
         arrival_ns=arrival,
         prompt=prompt,
-        output=_lengths(ask, "output", values["output"], n, streams[2]),
+        output=output,
+        max_new_tokens=stated,
         concurrency=concurrency,
         content=content,
         content_tokens=_PIECE if content is not None else 0,

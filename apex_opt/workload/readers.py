@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from contextlib import suppress
@@ -70,8 +71,10 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
 
     A file is CSV with a header, JSON lines, a JSON list of objects, or the result of a benchmark, in UTF-8 or packed
     by gzip. `layouts` says which columns are known; others are ignored. Blank lines, a byte-order mark and CRLF do no
-    harm. Arrivals are converted in decimal, exact to the nanosecond; dates, and times since 1970, count from the
-    earliest row. A trace of lengths alone is not `Trace.timed`. `Trace.notes` tells what is dropped or assumed.
+    harm. A column `max_new_tokens` or `max_tokens` says what clients state as the most tokens they take; where it is
+    blank that is the output. Arrivals are converted in decimal, exact to the nanosecond; dates, and times since 1970,
+    count from the earliest row. A trace of lengths alone is not `Trace.timed`. `Trace.notes` tells what is dropped or
+    assumed.
 
     Raises
     ------
@@ -132,6 +135,8 @@ def list_traces() -> tuple[tuple[str, str], ...]:
 def trace_jsonl(trace: Trace) -> str:
     """The trace as JSON lines that `load_trace` reads: StartTimeOffset (ns), ContextTokens, GeneratedTokens.
 
+    Where clients state the most tokens they take, also MaxNewTokens.
+
     Raises
     ------
     UsageError                     a closed loop or lengths alone, which a list of arrivals cannot express
@@ -140,8 +145,11 @@ def trace_jsonl(trace: Trace) -> str:
         raise UsageError(f"trace {trace.name}: a closed loop has no arrivals to write; keep its description instead")
     if not trace.timed:
         raise UsageError(f"trace {trace.name}: has lengths alone and no arrivals to write; give it a rate")
-    rows = zip(trace.arrival_ns.tolist(), trace.prompt.tolist(), trace.output.tolist(), strict=True)
-    return "".join(f'{{"StartTimeOffset": {a}, "ContextTokens": {p}, "GeneratedTokens": {o}}}\n' for a, p, o in rows)
+    columns = {"StartTimeOffset": trace.arrival_ns, "ContextTokens": trace.prompt, "GeneratedTokens": trace.output}
+    if trace.max_new_tokens is not None:
+        columns["MaxNewTokens"] = trace.max_new_tokens
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
 
 
 def _folder() -> Path:

@@ -95,7 +95,8 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
         )
     content, starts = _content(trace, order, loops)
     columns = [times.astype(np.int64), np.tile(trace.prompt[order], loops), np.tile(trace.output[order], loops)]
-    for column in (*columns, content, starts):
+    stated = None if trace.max_new_tokens is None else np.tile(trace.max_new_tokens[order], loops)
+    for column in (*columns, stated, content, starts):
         if column is not None:
             column.flags.writeable = False
     kind, comma, reason = words(trace).partition(", as ")
@@ -106,6 +107,7 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
         arrival_ns=columns[0],
         prompt=columns[1],
         output=columns[2],
+        max_new_tokens=stated,
         content=content,
         content_starts=starts,
         source=f"{trace.source}; {loops} times over, {coming}",
@@ -134,8 +136,13 @@ def another(trace: Trace, rate_per_s: float, requests: int, draw: int) -> Trace 
     found = describe_trace(law, changed=changed)
     found = found.picked(np.flatnonzero(found.prompt <= trace.prompt.max()))
     output = np.maximum(np.minimum(found.output, trace.longest - found.prompt), 1)
+    stated = None
+    if found.max_new_tokens is not None and trace.max_new_tokens is not None:
+        longest = int((trace.prompt + trace.max_new_tokens).max())
+        stated = np.maximum(np.minimum(found.max_new_tokens, longest - found.prompt), output)
+        stated.flags.writeable = False
     output.flags.writeable = False
-    return replace(found, output=output)
+    return replace(found, output=output, max_new_tokens=stated)
 
 
 def words(trace: Trace) -> str:

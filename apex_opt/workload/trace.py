@@ -56,6 +56,8 @@ class Trace:
     arrival_ns : int64[n]          non-decreasing, 0 to 2**61 ns (`MAX_ARRIVAL_NS`); the first may be later than 0
     prompt : int64[n]              tokens, 1 to 10,000,000
     output : int64[n]              tokens generated, the first included, 1 to 10,000,000
+    max_new_tokens : int64[n] or None    tokens that the client states as the most it takes, output to 10,000,000, which
+                                   some engines reserve room for; None: the output
     concurrency : int or None      closed loop: this many clients, each sending its next request once the last is
                                    answered; arrivals are then all 0 and ignored. None: requests come on their own.
     content : int64[total] or None what the prompts say: an id per piece of `content_tokens` tokens, equal ids for equal
@@ -79,6 +81,7 @@ class Trace:
     arrival_ns: Ints
     prompt: Ints
     output: Ints
+    max_new_tokens: Ints | None = None
     concurrency: int | None = None
     content: Ints | None = None
     content_starts: Ints | None = None
@@ -91,8 +94,10 @@ class Trace:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a trace needs a name as text, got {shown(self.name)}")
-        columns = (self.arrival_ns, self.prompt, self.output)
-        for label, column in zip(_LABELS, columns, strict=True):
+        columns = [self.arrival_ns, self.prompt, self.output]
+        if self.max_new_tokens is not None:
+            columns.append(self.max_new_tokens)
+        for label, column in zip(_LABELS, columns, strict=False):
             _check_layout(f"trace {self.name}", label, column)
         _check_sizes(self.name, columns)
         if faults := _row_faults(columns):
@@ -148,6 +153,11 @@ class Trace:
     def generated(self, max_model_len: int) -> Ints:
         """Tokens that each request generates before it is at the length the model allows."""
         return np.minimum(self.output, max_model_len - self.prompt)
+
+    def stated(self, max_model_len: int) -> Ints:
+        """Tokens that each request says it may generate, cut to the length the model allows."""
+        most = self.output if self.max_new_tokens is None else self.max_new_tokens
+        return np.minimum(most, max_model_len - self.prompt)
 
     @property
     def duration_s(self) -> float:
@@ -215,6 +225,7 @@ class Trace:
             arrival_ns=arrival.astype(np.int64),
             prompt=self.prompt,
             output=self.output,
+            max_new_tokens=self.max_new_tokens,
             content=self._pieces() if self.content is not None else None,
             content_tokens=self.content_tokens,
             source=f"{self.source}; arrivals times {factor!r}",
@@ -246,13 +257,15 @@ class Trace:
         if self.content is not None and self.content_starts is not None:
             ids, starts = gathered(self.content, self.content_starts, rows)
         columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
-        for column in columns:
+        stated = None if self.max_new_tokens is None else self.max_new_tokens[rows]
+        for column in (*columns, *(() if stated is None else (stated,))):
             column.flags.writeable = False
         return replace(
             self,
             arrival_ns=columns[0],
             prompt=columns[1],
             output=columns[2],
+            max_new_tokens=stated,
             concurrency=concurrency,
             content=ids,
             content_starts=starts,
@@ -288,6 +301,7 @@ def make_trace(
     arrival_ns: Sequence[int] | npt.NDArray[Any],
     prompt: Sequence[int] | npt.NDArray[Any],
     output: Sequence[int] | npt.NDArray[Any],
+    max_new_tokens: Sequence[int] | npt.NDArray[Any] | None = None,
     concurrency: int | None = None,
     content: Sequence[Sequence[int] | npt.NDArray[Any]] | None = None,
     content_tokens: int = 0,
@@ -306,6 +320,7 @@ def make_trace(
     arrival_ns : sequence of int or array    of each request, in order
     prompt : sequence of int or array     tokens of each prompt
     output : sequence of int or array     tokens of each answer
+    max_new_tokens : sequence of int, array or None    the most tokens of each answer, as its client states it
     concurrency : int or None             clients of a closed loop
     content : sequence or None            what each prompt says, as ids of pieces
     content_tokens : int                  tokens of a piece
@@ -317,18 +332,17 @@ def make_trace(
     ------
     InputError                     as `Trace`; also fractions, NaN, bool and numbers outside int64, with their rows
     """
-    arrival, prompts, outputs = (
-        _to_int64(name, label, values) for label, values in zip(_LABELS, (arrival_ns, prompt, output), strict=True)
-    )
-    _check_sizes(name, (arrival, prompts, outputs))
+    given = (arrival_ns, prompt, output, *(() if max_new_tokens is None else (max_new_tokens,)))
+    columns = [_to_int64(name, label, values) for label, values in zip(_LABELS, given, strict=False)]
+    _check_sizes(name, columns)
     # Before sorting, so that rows are counted as they were given.
-    if faults := _row_faults((arrival, prompts, outputs)):
+    if faults := _row_faults(columns):
         raise join_faults(f"trace {name}", faults)
-    pieces = _content(name, content, prompts, content_tokens) if content is not None else None
+    pieces = _content(name, content, columns[1], content_tokens) if content is not None else None
     if concurrency is not None:
-        arrival = np.zeros_like(arrival)
-    order = np.argsort(arrival, kind="stable")
-    frozen = [np.ascontiguousarray(column[order]) for column in (arrival, prompts, outputs)]
+        columns[0] = np.zeros_like(columns[0])
+    order = np.argsort(columns[0], kind="stable")
+    frozen = [np.ascontiguousarray(column[order]) for column in columns]
     for column in frozen:
         column.flags.writeable = False
     ids = starts = None
@@ -342,6 +356,7 @@ def make_trace(
         arrival_ns=frozen[0],
         prompt=frozen[1],
         output=frozen[2],
+        max_new_tokens=frozen[3] if max_new_tokens is not None else None,
         concurrency=concurrency,
         content=ids,
         content_starts=starts,
@@ -375,9 +390,9 @@ def _check_counts(where: str, counts: Ints, prompt: Ints, tokens: int) -> None:
         )
 
 
-_LABELS = ("arrival_ns", "prompt", "output")
-LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS))
-"""Least and most value of arrival (ns), prompt and output (tokens)."""
+_LABELS = ("arrival_ns", "prompt", "output", "max_new_tokens")
+LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS), (1, MAX_TOKENS))
+"""Least and most value of arrival (ns), prompt, output and the stated most of it (tokens)."""
 
 
 def range_fault(label: str, value: object, low: int, high: int) -> str:
@@ -394,12 +409,20 @@ def range_fault(label: str, value: object, low: int, high: int) -> str:
     return f"{label} {value} is outside {low:,}..{high:,}{advice}"
 
 
+def beyond_stated(output: int, stated: int) -> str:
+    """An output of more tokens than the request says it takes, in words."""
+    return f"output {output} is above max_new_tokens {stated}; a request ends there"
+
+
 def _row_faults(columns: Sequence[Ints]) -> list[str]:
-    """Every value out of range, by row, counted from 1."""
+    """Every value out of range, by row, counted from 1, and outputs of more than their client takes."""
     faults: list[tuple[int, str]] = []
-    for label, column, (low, high) in zip(_LABELS, columns, LIMITS, strict=True):
+    for label, column, (low, high) in zip(_LABELS, columns, LIMITS, strict=False):
         bad = np.flatnonzero((column < low) | (column > high))
         faults += [(int(row), range_fault(label, int(column[row]), low, high)) for row in bad]
+    if len(columns) > 3:
+        _, _, output, stated = columns
+        faults += [(int(row), beyond_stated(output[row], stated[row])) for row in np.flatnonzero(output > stated)]
     return [f"row {row + 1}: {text}" for row, text in sorted(faults)]
 
 
@@ -407,7 +430,7 @@ def _check_sizes(name: str, columns: Sequence[Ints]) -> None:
     """All columns as long as each other, with something in them."""
     sizes = [column.size for column in columns]
     if len(set(sizes)) > 1:
-        pairs = ", ".join(f"{size} {label}" for label, size in zip(_LABELS, sizes, strict=True))
+        pairs = ", ".join(f"{size} {label}" for label, size in zip(_LABELS, sizes, strict=False))
         raise InputError(f"trace {name}: columns differ in length ({pairs}); give one value per request")
     if not 1 <= sizes[0] <= MAX_REQUESTS:
         raise InputError(f"trace {name}: {sizes[0]:,} requests; give 1 to {MAX_REQUESTS:,}")

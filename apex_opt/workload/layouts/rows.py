@@ -151,6 +151,8 @@ OUTPUTS: Final = {"osl", "generatedtokens", "output", "token_size"} | {
     for count in ("", "num_", "n_")
 }
 """Names that people give to generated tokens."""
+STATED: Final = {"max_new_tokens", "maxnewtokens", "max_tokens", "max_output_tokens", "max_completion_tokens"}
+"""Names that people give to the most tokens that a client says it takes."""
 _TIMES: Final = {
     "arrival",
     "arrival_time",
@@ -209,6 +211,8 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     for column in map(plain, found.columns):
         if column in alike:
             raise InputError(f"{label}: columns {called[column]} and {alike[column]} read alike; keep one")
+    if (stated := _only(label, called, STATED, "the most tokens of answers")) is not None:
+        called["max_new_tokens"] = called[stated]
     return found, called
 
 
