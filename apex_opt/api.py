@@ -19,7 +19,7 @@ from apex_opt.arguments import LARGEST_SEARCH
 from apex_opt.commands import Result, command
 from apex_opt.errors import UsageError
 from apex_opt.files import expanded
-from apex_opt.gate import Arguments
+from apex_opt.gate import Arguments, check_progress
 from apex_opt.schema import from_plain
 from apex_opt.units import DATA_ROOT
 
@@ -380,6 +380,8 @@ def check(answer: Result, progress: Progress | None = None) -> Result:
 
     if not isinstance(answer, Result) or answer.replay is None:
         raise UsageError("check: takes an answer of plan or energy on one cluster")
+    if progress is not None:
+        check_progress(progress)
     found = answer.replay(progress or (lambda what, done, total: None))
     document = from_plain(type(answer.document), checked(answer.to_dict(), found))
     return replace(answer, document=document, holds=found.holds)

@@ -187,7 +187,7 @@ class ExplainAsk(Ask):
 
     Parameters
     ----------
-    plan : Plan to compare with the best. {plan}
+    plan : Plan to compare with the best. {plan} {pools}
     time_limit : Seconds after which no further plan is simulated; the answer then shows its gap. By default none. Where
         nothing fits, seconds to find out what would; by default 10.
     """
@@ -203,7 +203,7 @@ class SimulateAsk(Ask):
 
     Parameters
     ----------
-    plan : {plan} Given several times, the plans are compared.
+    plan : {plan} {pools} Given several times, the plans are compared.
     objective : Figure to show first, or several: {aims}.
     slo : Goals to judge by, such as {goals}.
     weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
@@ -221,7 +221,7 @@ class PlaceAsk(Setup):
 
     Parameters
     ----------
-    plan : {plan}
+    plan : {plan} On several types of GPU TYPE: PLAN puts it on that one; without it lies where it is quickest.
     weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
         w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.
     clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
@@ -258,7 +258,7 @@ class CapacityAsk(Ask):
         the requests) or "itl_p99<=80ms".
     rate : Requests per second to find the fewest GPUs for; by default the highest rate is searched for.
     objective : With --rate, what makes a plan best among those on the fewest GPUs, or several in turn: {aims}.
-    plan : The only plan to ask about, such as tp8; by default all are searched.
+    plan : The only plan to ask about, such as tp8; by default all are searched. {pools}
     resolution : Step of the rates that are searched, as a share of the rate.
     top : Candidates to show, best first.
     time_limit : Seconds after which no further plan is asked about; the answer tells what is left. By default none.

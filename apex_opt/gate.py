@@ -8,6 +8,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped option answer at
 
 # The gate reads annotations as they are evaluated here: no `from __future__ import annotations`.
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -184,6 +185,8 @@ _SHARED: Final = {
     "{plan}": "Replicas, pipeline stages, cut of attention, cut of FFN, number formats: "
     '"dp2 pp2 attn(tp2) ffn(tp2) bf16", "attn(dp4,tp2) ffn(ep8) fp8 kv=fp8"; "tp8" alone cuts both cells; '
     '"pp2[41,39]" sets the layers of each stage.',
+    "{pools}": 'On several types of GPU a plan for each that is used, "TYPE: PLAN + TYPE: PLAN", such as '
+    '"h100-sxm: dp2 tp4 + a100-sxm: tp8".',
 }
 """What several arguments say alike."""
 
@@ -204,6 +207,23 @@ def options_of(arguments: type[Any]) -> tuple[Option, ...]:
     return _OPTIONS[arguments]
 
 
+def check_progress(given: Any) -> None:
+    """Refuse what cannot be told of progress.
+
+    Raises
+    ------
+    UsageError    what is no function, or one of other arguments
+    """
+    try:
+        inspect.signature(given).bind("", 0, 0)
+    except ValueError:
+        pass  # of what is built in the arguments may not be known
+    except TypeError:
+        raise UsageError(
+            f"progress: expected a function of what is done, steps done and steps in all, got {given!r:.60}"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
     """Arguments of a command, each read by its option; `progress` is told what is being done."""
@@ -211,6 +231,8 @@ class Arguments:
     progress: Progress | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.progress is not None:
+            check_progress(self.progress)
         for option in options_of(type(self)):
             object.__setattr__(self, option.name, option.read(getattr(self, option.name)))
 

@@ -302,16 +302,26 @@ def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) 
 def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:
     """A plan to be placed, for each type of GPU, with the problem it would answer: only what is `given` matters of it.
 
-    The KV cache must hold one request of `max_model_len` where that is given, else a token.
+    Of several types of GPU the plan may name the one that it goes on. The KV cache must hold one request of
+    `max_model_len` where that is given, else a token.
 
     Raises
     ------
-    ApexError    as `resolve_plan`
+    ApexError    as `resolve_plan`, and where it goes on several types
     """
     setup = {field.name: getattr(given, field.name) for field in fields(Setup)}
     ask = Ask(**setup, trace=f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1")
     problem = resolve(ask)
-    alone = (planned(given.plan, ask, problem.alone(place)) for place in range(len(problem.offers)))
+    places: Sequence[int] = range(len(problem.offers))
+    if problem.mixed and ":" in given.plan:
+        (pool, *more) = parse_deployment(given.plan, problem.model, problem.types).pools
+        if more or pool.plan.on:
+            raise UsageError(
+                f"--plan: {given.plan!r:.100} is on several types of GPU, and place takes a plan on one; place each of "
+                f"{' and '.join(problem.types)} by itself, or see where all go with solve.py plan or simulate"
+            )
+        places = [problem.types.index(pool.types[0])]
+    alone = (planned(given.plan, ask, problem.alone(place)) for place in places)
     return tuple((own, deployment.plan) for own, deployment in alone)
 
 

@@ -105,6 +105,14 @@ def test_progress_is_told_to_whoever_asks() -> None:
     assert {what for what, _, _ in told} >= {"enumerating plans", "simulating plans"}
 
 
+@pytest.mark.parametrize("what", [3, "loud", lambda done: None])
+def test_what_cannot_be_told_of_progress_is_refused_in_one_line(planned: Result, what: Any) -> None:
+    for ask in (lambda: apex_opt.models(progress=what), lambda: apex_opt.check(planned, progress=what)):
+        with pytest.raises(UsageError, match="progress: expected a function of what is done, steps done and steps in"):
+            ask()
+    assert apex_opt.models(progress=print).found
+
+
 def test_the_certificate_of_an_answer_is_replayed(planned: Result) -> None:
     found = apex_opt.check(planned)
     assert found.holds

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = load_model("llama-3.1-8b")
 TYPES = ("h100", "a100", "l40s")
+LONG = ("h100-sxm-80gb", "h100-pcie-80gb", "a100-sxm-80gb")
 WORDS = (
     "tp1",
     "dp3 tp2 fp8",
@@ -71,6 +72,30 @@ def test_a_pipeline_over_types_names_them_before_its_plan_or_in_it() -> None:
 
 
 @pytest.mark.parametrize(
+    ("short", "whole"),
+    [
+        ("a100: tp2", "a100-sxm-80gb: tp2"),
+        ("A100-SXM:tp2", "a100-sxm-80gb: tp2"),
+        ("h100-pcie: tp1 + h100-sxm: tp2", "h100-pcie-80gb: tp1 + h100-sxm-80gb: tp2"),
+        (
+            "a100 + h100-sxm: pp2 on=a100:1+h100-sxm:1",
+            "a100-sxm-80gb + h100-sxm-80gb: pp2 on=a100-sxm-80gb:1+h100-sxm-80gb:1",
+        ),
+        ("pp2 on=A100:1+h100-sxm:1", "pp2 on=a100-sxm-80gb:1+h100-sxm-80gb:1"),
+    ],
+)
+def test_types_go_by_short_names_that_leave_no_doubt(short: str, whole: str) -> None:
+    assert parse_deployment(short, MODEL, LONG) == parse_deployment(whole, MODEL, LONG)
+
+
+def test_the_name_of_a_type_may_hold_any_sign() -> None:
+    types = ("my GPU: 80 GB", "h100")
+    found = parse_deployment("my GPU: 80 GB: tp1 + h100: tp2", MODEL, types)
+    assert [pool.gpu for pool in found.pools] == list(types)
+    assert parse_deployment(str(found), MODEL, types) == found
+
+
+@pytest.mark.parametrize(
     ("text", "types", "error", "message"),
     [
         ("b200: tp1", TYPES, UnknownNameError, "type of GPU"),
@@ -84,6 +109,15 @@ def test_a_pipeline_over_types_names_them_before_its_plan_or_in_it() -> None:
         ("pp2 on=h100:1+a100:1", ("h100",), UnknownNameError, "type of GPU"),
         ("h100: tpx", TYPES, UsageError, "tpx"),
         ("tp1 + tp2", ("h100",), UsageError, "two pools"),
+        ("h100: tp1 +", TYPES, UsageError, "a + has no plan beside it; an example: h100: dp2 .* + a100: "),
+        ("h100: + a100: tp1", TYPES, UsageError, "h100 has no plan beside it; an example: h100: dp2 .* + a100: "),
+        ("h100 tp1 + a100 tp1", TYPES, UsageError, "weight format 'h100'; .* an example: h100: dp2 .* + a100: "),
+        ("h100: tp1+a100: tp1", TYPES, UsageError, "cannot read 'tp1+a100:'; an example: h100: dp2 .* + a100: "),
+        ("h100: attn(tp2)", TYPES, UsageError, "give both .* an example: h100: dp2 .* + a100: "),
+        ("h100: attn(x) ffn(tp2)", TYPES, UsageError, "cannot read 'x' .* an example: h100: dp2 .* + a100: "),
+        ("tp1 + tp1", TYPES, UsageError, "say on which of h100, a100, l40s it runs, as in h100: dp2 .* + a100: "),
+        ("h100: tp1", LONG, UsageError, "'h100' fits h100-sxm-80gb and h100-pcie-80gb: write one of these"),
+        ("a10: tp1", LONG, UnknownNameError, "type of GPU 'a10'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(

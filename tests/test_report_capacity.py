@@ -171,6 +171,15 @@ def test_one_plan_is_asked_about_alone() -> None:
     assert "1 plan in the space" in capacity_page(shown)
 
 
+def test_parts_of_a_certificate_are_counted_in_what_they_are_of() -> None:
+    mixed = {"cluster": "1xh100-sxm+1xl40s", "trace": "poisson:rate=2,n=40,prompt=100,output=8", "slo": "ttft_p95<=9s"}
+    options = CapacityAsk(**CHEAP | mixed)
+    problem, deployment = resolve_plan("h100: tp1 + l40s: tp1", options)
+    page = capacity_page(capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=deployment), {}))
+    assert "h100-sxm-80gb and l40s-48gb together: 1 fleet in the space" in page
+    assert "every deployment is accounted for" in page
+
+
 def test_lengths_alone_have_no_rate_of_their_own() -> None:
     lengths = str(Path(__file__).parent / "cases" / "traces" / "vidur-len.csv")
     problem, capacity = found(1.0, trace=lengths, cluster="1xh200-sxm", slo="ttft_p95<=5s")

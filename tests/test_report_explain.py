@@ -57,6 +57,21 @@ def test_the_page_says_what_the_document_says(infeasible: dict[str, Any]) -> Non
     assert all(what in page for what in infeasible["tried_for_nothing"])
 
 
+def test_of_several_types_of_gpu_the_page_says_what_was_compared(infeasible: dict[str, Any]) -> None:
+    mixed = document(cluster="1xh100-sxm+1xl40s")
+    counts = [part["space"] for part in (*mixed["certificates"], *mixed["pipelines"])]
+    said = (
+        f"Compared were {counts[0]} plan (h100-sxm-80gb alone), {counts[1]} plan (l40s-48gb alone), {counts[2]} fleet "
+        f"(h100-sxm-80gb and l40s-48gb together) and {counts[3]} pipelines (stages on h100-sxm-80gb and on l40s-48gb)."
+    )
+    assert counts[:3] == [1, 1, 1]
+    assert said in words(explanation_page(mixed))
+    assert "None fits" not in explanation_page(mixed)
+    none = document(cluster="1xh100-sxm+1xl40s", slo="ttft_p95<=1us")
+    assert f"{said} None fits; why is told of each type alone" in words(explanation_page(none))
+    assert "Compared" not in explanation_page(infeasible)
+
+
 def test_limits_are_shown_as_a_shell_takes_them() -> None:
     late = document(slo="ttft_p95<=1us")
     (eased,) = [way for way in late["relaxations"] if "slo" in way["options"]]

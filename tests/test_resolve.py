@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from apex_opt.arguments import LARGEST_BATCH, Ask
+from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk
 from apex_opt.cluster.tree import place_of
-from apex_opt.errors import ApexError, InputError, UsageError
-from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
+from apex_opt.resolve import resolve, resolve_place, resolve_plan
 
 CASES = Path(__file__).parent / "cases" / "traces"
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}
@@ -275,6 +275,20 @@ def test_a_plan_takes_formats_it_does_not_name_from_the_options(
 def test_a_plan_that_cannot_be_read_is_named(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve_plan(text, options())
+
+
+def test_a_plan_to_be_placed_may_name_the_type_it_goes_on() -> None:
+    mixed = {"model": "llama-3.1-8b", "cluster": "2xh100-sxm+2xl40s", "weights": "fp8"}
+    both = resolve_place(PlaceAsk(plan="tp2", **mixed))
+    assert [problem.types for problem, _ in both] == [("h100-sxm-80gb",), ("l40s-48gb",)]
+    for text, found in (("h100: tp2", both[0]), ("l40s-48gb: tp2", both[1])):
+        ((problem, plan),) = resolve_place(PlaceAsk(plan=text, **mixed))
+        assert (problem.types, plan) == (found[0].types, found[1])
+    for text in ("h100: tp2 + l40s: tp1", "pp2 tp1 on=h100:1+l40s:1"):
+        with pytest.raises(UsageError, match="place takes a plan on one; place each of h100-sxm-80gb and l40s-48gb"):
+            resolve_place(PlaceAsk(plan=text, **mixed))
+    with pytest.raises(UnknownNameError, match="type of GPU 'b200'"):
+        resolve_place(PlaceAsk(plan="b200: tp2", **mixed))
 
 
 def test_one_plan_has_one_format() -> None:

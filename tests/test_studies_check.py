@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from plan_cases import every_deployment, make_cluster, make_problem, random_mixed, random_problem, random_trace
 
-from apex_opt.figures import load_objective, load_objectives
+from apex_opt.figures import load_objective, load_objectives, parse_goals
 from apex_opt.ir import load_model
 from apex_opt.search import Answer, Problem, Scorer, search
 from apex_opt.studies import check as module
 from apex_opt.studies.check import check
+from apex_opt.workload import make_trace
 from formulations import deployment
 from formulations.plan_space import PlanSpace
 
@@ -176,6 +177,29 @@ def test_the_ledger_of_every_answer_over_two_types_holds_when_replayed(seed: int
     assert [(part.shape, part.types) for part in found.parts] == [
         (part.shape, part.types) for part in answer.ledger.parts
     ]
+
+
+@pytest.mark.parametrize("scarce", ["clients", "requests"])
+@pytest.mark.parametrize("goal", ["ttft_p95<=1ns", "ttft_p95<=1s"])
+def test_fleets_for_which_there_is_too_little_to_do_are_counted_as_such_whatever_the_goals(
+    scarce: str, goal: str
+) -> None:
+    problem = random_mixed(1)
+    requests = 20 if scarce == "clients" else 1
+    trace = make_trace(
+        name="test",
+        arrival_ns=[0] * requests,
+        prompt=[50] * requests,
+        output=[4] * requests,
+        concurrency=1 if scarce == "clients" else None,
+    )
+    problem = replace(problem, trace=trace, slos=parse_goals(goal))
+    answer = search(problem, SPACE)
+    found = check(problem, answer, SPACE, deployment)
+    assert found.disagreements == ()
+    (claimed,), (counted,) = answer.ledger.of("mixed"), [part for part in found.parts if part.shape == "mixed"]
+    assert claimed.infeasible == counted.infeasible
+    assert claimed.infeasible["share"] > 0 == claimed.bounded + claimed.simulated
 
 
 @pytest.mark.parametrize("aims", ["cost,e2e_mean", "e2e_mean~20%,energy"])

@@ -8,11 +8,11 @@ which stages are where.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.plan import EXAMPLE, parse_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +86,8 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
 
     Parameters
     ----------
-    text : str              pools between " + ", each `TYPE: PLAN`; the type is left out where there is but one
+    text : str              pools between " + ", each `TYPE: PLAN`; the type is left out where there is but one, and of
+                            its name what comes after a "-" where that leaves no doubt
     model : Model           its layers are split over the stages
     types : names of the types of GPU that there are
 
@@ -95,29 +96,56 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
     UsageError          a pool without its type where there are several, one for the wrong types, an unreadable plan
     UnknownNameError    a type that there is not
     """
-    pools, before = [], list[str]()
-    for part in text.split(_BETWEEN):
-        head, colon, words = part.rpartition(": ")
-        if not colon and part.strip() in types:
-            before.append(part.strip())  # a pipeline over types names all of them before its plan
+    pools, before, parts = [], list[str](), f" {text} ".split(_BETWEEN)
+    example = EXAMPLE if len(types) == 1 else f"{types[0]}: dp2 attn(tp4) ffn(tp4) bf16 + {types[1]}: tp8"
+    for part in parts:
+        head, words = _apart(part, types)
+        if not words:
+            raise UsageError(f"plan {text!r:.100}: {head or 'a +'} has no plan beside it; an example: {example}")
+        if head is None and _fitting(words, types):
+            before.append(_type_of(words, types))  # a pipeline over types names all of them before its plan
             continue
-        names = [*before, head.strip()] if colon else before
-        plan, before = parse_plan(words, model), []
+        names = before if head is None else [*before, _type_of(head, types)]
+        plan, before = parse_plan(words, model, example), []
+        plan = replace(plan, on=tuple((_type_of(name, types), stages) for name, stages in plan.on))
         stages = [name for name, _ in plan.on]
-        for name in (*names, *stages):
-            if name not in types:
-                raise UnknownNameError("type of GPU", name[:60], types)
         if plan.on and names and names != stages:
             raise UsageError(f"plan {text!r:.100}: on= puts stages on {', '.join(stages)}, not on {', '.join(names)}")
         if not plan.on and len(names) > 1:
             raise UsageError(f"plan {text!r:.100}: say with on= which stages are on {' and which on '.join(names)}")
         if not names and not plan.on and len(types) > 1:
-            raise UsageError(
-                f"plan {text!r:.100}: say on which of {', '.join(types)} it runs, as in {types[0]}: {words.strip():.60}"
-            )
+            such = example if len(parts) > 1 else f"{types[0]}: {words:.60}"
+            raise UsageError(f"plan {text!r:.100}: say on which of {', '.join(types)} it runs, as in {such}")
         pools.append(Pool(plan=plan, gpu=None if plan.on or len(types) == 1 else names[0]))
     if before:
-        raise UsageError(f"plan {text!r:.100}: {before[-1]} is followed by no plan")
+        raise UsageError(f"plan {text!r:.100}: {before[-1]} is followed by no plan; an example: {example}")
     # In the order of the types, as a search has them: requests are dealt in that order.
     pools.sort(key=lambda pool: min((types.index(name) for name in pool.types), default=0))
     return Deployment(pools=tuple(pools))
+
+
+def _apart(part: str, types: Sequence[str]) -> tuple[str | None, str]:
+    """The type of GPU that a pool names, None where it names none, and its plan."""
+    text = part.strip()
+    for name in types:
+        if text.startswith(f"{name}:"):  # a name may hold any sign
+            return name, text.removeprefix(f"{name}:").strip()
+    head, colon, words = text.partition(":")
+    return (None, text) if not colon or "=" in head else (head.strip(), words.strip())
+
+
+def _fitting(name: str, types: Sequence[str]) -> list[str]:
+    """The types of GPU that a name fits, whole or up to a `-`."""
+    asked = name.lower()
+    whole = [one for one in types if one.lower() == asked]
+    return whole or [one for one in types if one.lower().startswith(f"{asked}-")]
+
+
+def _type_of(name: str, types: Sequence[str]) -> str:
+    """The type of GPU that a name is of."""
+    found = _fitting(name, types)
+    if len(found) > 1:
+        raise UsageError(f"type of GPU {name!r:.60} fits {' and '.join(found)}: write one of these")
+    if not found:
+        raise UnknownNameError("type of GPU", name[:60], types)
+    return found[0]

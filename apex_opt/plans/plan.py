@@ -103,7 +103,7 @@ class Plan:
                 f"{self.ffn.devices}; both cells of a stage live on the same GPUs"
             )
         if not is_format(self.weight_format):
-            raise UsageError(f"unknown weight format {self.weight_format!r}; known: {', '.join(FORMATS)}")
+            raise UsageError(_unknown_format(self.weight_format))
         if self.kv_format not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
         limits = (("clock", self.clock_mhz), ("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens))
@@ -192,16 +192,16 @@ _WORD: Final = re.compile(
     r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
-    r"|on=(?P<on>[a-z0-9][\w.-]*:\d{1,7}(?:\+[a-z0-9][\w.-]*:\d{1,7})*)"
+    r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+(?:\+\w+)*)"
 )
 _FACTOR: Final = re.compile(r"(dp|tp|ep)(\d+)")
-_EXAMPLE: Final = "dp2 pp2 attn(tp4) ffn(tp4) bf16"
+EXAMPLE: Final = "dp2 pp2 attn(tp4) ffn(tp4) bf16"
 
 
-def parse_plan(text: str, model: Model) -> Plan:
+def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
     """Read the text form of a plan.
 
     Parameters
@@ -209,6 +209,7 @@ def parse_plan(text: str, model: Model) -> Plan:
     text : words in any order; `tp4` alone cuts both cells, `ep4` alone cuts attention by heads and the FFN by
         experts; weights and KV default to the model's own formats, KV beside named weights to that of the weights
     model : Model     its layers are split over the stages
+    example : str     what a refusal shows: of a deployment, where the plan is a part of one
 
     Raises
     ------
@@ -219,7 +220,7 @@ def parse_plan(text: str, model: Model) -> Plan:
     for word in text.replace(", ", ",").split():
         match = _WORD.fullmatch(word)
         if match is None:
-            raise UsageError(f"plan {text!r}: cannot read {word!r}; an example: {_EXAMPLE}")
+            raise UsageError(f"plan {text!r}: cannot read {word!r}; an example: {example}")
         kind = match.lastgroup
         if kind == "dp" or match["dp_n"]:
             _once(found, "dp", match["dp_n"], text)
@@ -229,7 +230,7 @@ def parse_plan(text: str, model: Model) -> Plan:
                 found["split"] = match["split"]
         elif match["cell"]:
             _once(found, match["cell"], match["inside"], text)
-            cells[match["cell"]] = _template(match["inside"], text)
+            cells[match["cell"]] = _template(match["inside"], text, example)
         elif match["kv"]:
             _once(found, "kv", match["kv"], text)
         elif match["on"]:
@@ -237,13 +238,15 @@ def parse_plan(text: str, model: Model) -> Plan:
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
-            degree = _template(match["short"], text)
+            degree = _template(match["short"], text, example)
             _once(found, "attn", word, text)
             _once(found, "ffn", word, text)
             cells = {"attn": Template(tp=degree.tp * degree.ep), "ffn": degree}
         else:
             _once(found, "format", match["format"].lower(), text)
     weight_format = found.get("format", model.weight_format)
+    if not is_format(weight_format):
+        raise UsageError(f"plan {text!r}: {_unknown_format(weight_format)}; an example: {example}")
     if fault := foreign_mix(weight_format, model):
         raise UsageError(f"plan {text!r}: {fault}")
     kv_format = default_kv_format(weight_format)
@@ -254,7 +257,7 @@ def parse_plan(text: str, model: Model) -> Plan:
     if attention is None or ffn is None:
         both = attention or ffn
         if both is not None:
-            raise UsageError(f"plan {text!r}: give both attn(...) and ffn(...); an example: {_EXAMPLE}")
+            raise UsageError(f"plan {text!r}: give both attn(...) and ffn(...); an example: {example}")
         attention = ffn = Template()
     return Plan(
         replicas=_number(found.get("dp", "1"), text),
@@ -268,6 +271,10 @@ def parse_plan(text: str, model: Model) -> Plan:
         max_num_batched_tokens=_limit(found, "tokens", text),
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
+
+
+def _unknown_format(name: str) -> str:
+    return f"unknown weight format {name!r}; known: {', '.join(FORMATS)}"
 
 
 def _once(found: dict[str, str], key: str, value: str, text: str) -> None:
@@ -286,12 +293,12 @@ def _limit(found: dict[str, str], name: str, text: str) -> int | None:
     return _number(found[name], text) if name in found else None
 
 
-def _template(inside: str, text: str) -> Template:
+def _template(inside: str, text: str, example: str) -> Template:
     factors: dict[str, int] = {}
     for part in filter(None, re.split(r"[,\s]+", inside)):
         match = _FACTOR.fullmatch(part)
         if match is None or match[1] in factors:
-            raise UsageError(f"plan {text!r}: cannot read {part!r} in ({inside}); an example: {_EXAMPLE}")
+            raise UsageError(f"plan {text!r}: cannot read {part!r} in ({inside}); an example: {example}")
         factors[match[1]] = _number(match[2], text)
     return Template(**factors)
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from apex_opt import __version__
 from apex_opt.report.document import cleaned, noted, question_document, scored_document
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import NOUNS, count, notes_lines, of_types, page, provenance_table, seconds, table
 from apex_opt.report.mixed import parts_table, pools_tables
 from apex_opt.report.tables import best_tables, cluster_words, figure_columns, lost_words
 from apex_opt.studies.capacity import ASSUMPTION
@@ -248,14 +248,9 @@ def _proof(console: Console, document: Document) -> None:
         _part_line(console, document, certificate, "Certificate", f"{_runs(certificate)}: {proof}.{assumed}")
         return
     for part in certificate["parts"]:
-        of = {
-            "single": f"{part['types'][0]} alone",
-            "mixed": f"{' and '.join(part['types'])} together",
-            "pipeline": f"stages on {' and on '.join(part['types'])}",
-        }
         left = f"{part['left']:,} left when the time was up" if part["left"] else ""
-        _part_line(console, document, part, f"Certificate, {of[part['shape']]}", left)
-    proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
+        _part_line(console, document, part, f"Certificate, {of_types(part['shape'], part['types'])}", left)
+    proof = "every deployment is accounted for" if certificate["complete"] else "the space was not exhausted"
     gap = f", those left can be better by {certificate['gap']:.1%}" if certificate["gap"] else ""
     console.print(f"{_runs(certificate).capitalize()}: {proof}{gap}.{assumed}\n")
 
@@ -268,7 +263,7 @@ def _part_line(console: Console, document: Document, certificate: Document, titl
     """How the deployments of a part were accounted for."""
     highest = document["asked"]["rate_per_s"] is None
     parts = [
-        f"{count(certificate['space'], 'plan')} in the space",
+        f"{count(certificate['space'], NOUNS[certificate.get('shape', 'single')])} in the space",
         lost_words(certificate["infeasible"]),
         f"{certificate['bounded']:,} ruled out by a bound",
         f"{certificate['repeated']:,} the same with layers moved" if certificate["repeated"] else "",

@@ -9,7 +9,19 @@ from rich.padding import Padding
 from rich.text import Text
 
 from apex_opt.report.document import answer_document, cleaned
-from apex_opt.report.layout import aim, amount, count, lies_table, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import (
+    NOUNS,
+    aim,
+    amount,
+    count,
+    lies_table,
+    notes_lines,
+    of_types,
+    page,
+    provenance_table,
+    seconds,
+    table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,6 +147,8 @@ def _page(console: Console, document: Document) -> None:
         )
     )
     notes_lines(console, document)
+    if "pipelines" in document:
+        console.print(_compared_shapes(document))
     if document["clashes"]:
         console.print()
         why_not(console, document)
@@ -151,6 +165,15 @@ def _page(console: Console, document: Document) -> None:
         _compared(console, document)
     if document["best"] is not None:
         provenance_table(console, document["provenance"])
+
+
+def _compared_shapes(document: Document) -> str:
+    """Of several types of GPU, what was compared: how many deployments of each shape."""
+    shapes = [("mixed" if len(part["types"]) > 1 else "single", part) for part in document["certificates"]]
+    shapes += [("pipeline", part) for part in document["pipelines"]]
+    told = [f"{count(part['space'], NOUNS[shape])} ({of_types(shape, part['types'])})" for shape, part in shapes]
+    why = " None fits; why is told of each type alone, as what gives one of them a plan gives one to the whole."
+    return f"Compared were {', '.join(told[:-1])} and {told[-1]}.{why if document['clashes'] else ''}"
 
 
 def why_not(console: Console, document: Document) -> None:

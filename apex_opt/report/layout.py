@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _WIDTH: Final = 120
 _NARROWEST: Final = 40
 
+NOUNS: Final = {"single": "plan", "mixed": "fleet", "pipeline": "pipeline"}
+"""What a deployment is called, by the shape of its part."""
+
 
 def page(draw: Callable[[Console], None]) -> str:
     """What is drawn, as text of `page_width` columns."""
@@ -146,3 +149,10 @@ def aim(objective: Document) -> str:
     """An objective and what the plan reaches of it; where others come after it, how near to the best it had to be."""
     near = f" (at most {100 * objective['tolerance']:.4g}% from the best)" if objective["tolerance"] else ""
     return f"{objective['name']} = {amount(objective['value'], objective['unit'])}{near}"
+
+
+def of_types(shape: str, types: Sequence[str]) -> str:
+    """Which deployments a part of a certificate is of."""
+    if shape == "pipeline":
+        return f"stages on {' and on '.join(types)}"
+    return f"{' and '.join(types)} {'together' if shape == 'mixed' else 'alone'}"

@@ -10,7 +10,18 @@ from rich.text import Text
 from apex_opt.figures.registry import figure, per_item, split
 from apex_opt.report.explain import why_not
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import (
+    NOUNS,
+    aim,
+    amount,
+    count,
+    notes_lines,
+    of_types,
+    page,
+    provenance_table,
+    seconds,
+    table,
+)
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
@@ -309,11 +320,10 @@ def certificate_line(console: Console, document: Document) -> None:
     if "certificate" in document:
         _proofs(console, document, document["certificate"])
     for part in document.get("certificates", ()):
-        several = len(part["types"]) > 1
-        of = f", {' and '.join(part['types'])}{' together' if several else ' alone'}"
-        _proofs(console, document, part, "fleet" if several else "plan", of)
+        shape = "mixed" if len(part["types"]) > 1 else "single"
+        _proofs(console, document, part, NOUNS[shape], f", {of_types(shape, part['types'])}")
     for part in document.get("pipelines", ()):
-        _proofs(console, document, part, "pipeline", f", stages on {' and on '.join(part['types'])}")
+        _proofs(console, document, part, NOUNS["pipeline"], f", {of_types('pipeline', part['types'])}")
     if "check" in document:
         _check(console, document["check"])
 
@@ -372,8 +382,9 @@ def _against(certificate: Document, unit: str) -> str:
 def _check(console: Console, check: Document) -> None:
     """What replaying the certificate found."""
     lost, same, chosen = sum(check["infeasible"].values()), check["repeated"], check.get("chosen")
+    counted = count(check["space"], "deployment" if "parts" in check else "plan")
     replay = (
-        f"{count(check['space'], 'plan')} counted again, {lost:,} infeasible, {same:,} the same with layers moved; "
+        f"{counted} counted again, {lost:,} infeasible, {same:,} the same with layers moved; "
         f"{check['simulated']:,} simulated to the end{f' ({chosen})' if chosen else ''}, {check['meeting']:,} within "
         "the goals"
     )

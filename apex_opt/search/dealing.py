@@ -82,6 +82,11 @@ def _rounded(amount: NDArray[np.int64], total: NDArray[np.int64]) -> NDArray[np.
     return (2 * amount + total) // (2 * total)
 
 
+def most_pools(trace: Trace) -> int:
+    """Pools that a trace has something to do for: each has a request, and in a closed loop a client."""
+    return min(len(trace), trace.concurrency or len(trace))
+
+
 def clients_of(weights: Sequence[int], clients: int) -> list[int]:
     """Clients of a closed loop for each part, dealt as requests are, but at least one for each.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from apex_opt.figures.run import Run
-from apex_opt.search.dealing import dealt
+from apex_opt.search.dealing import dealt, most_pools
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.units import NS_PER_S
 
@@ -107,7 +107,7 @@ class Compose:
         owner = dealt(np.array([[option.weight for option in one] for one in deployments]), len(trace))
         first, rest = (np.zeros(owner.shape, np.int64) for _ in range(2))
         load_s, above_j = np.zeros(len(deployments)), np.zeros(shape)
-        gaps, served = np.zeros(shape, np.int64), np.full(len(deployments), (trace.concurrency or shape[1]) >= shape[1])
+        gaps, served = np.zeros(shape, np.int64), np.full(len(deployments), most_pools(trace) >= shape[1])
         for index, options in enumerate(zip(*deployments, strict=True)):
             mine = owner == index
             first = np.where(mine, _stacked(options, "first_ns"), first)

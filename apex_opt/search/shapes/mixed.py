@@ -14,6 +14,7 @@ import numpy as np
 from apex_opt.plans.deployment import Deployment
 from apex_opt.search.best_first import ROUND, Leaf
 from apex_opt.search.bounds.compose import Compose, Help
+from apex_opt.search.dealing import most_pools
 from apex_opt.search.facts import judged
 from apex_opt.search.ledger import Part
 
@@ -92,12 +93,13 @@ def mixed_part(problem: Problem, singles: Sequence[Single], options: Sequence[Se
     """
     spaces, feasible = (prod(sizes) for sizes in zip(*((s.space.size, s.space.feasible) for s in singles), strict=True))
     different, fitting = prod(map(len, options)), Room(options).of(0, problem.max_devices)
+    served = len(options) <= most_pools(problem.trace)
     return Part(
         shape="mixed",
         types=tuple(name for single in singles for name in single.part.types),
         objective=problem.objective,
         space=spaces,
-        infeasible={"part": spaces - feasible, "gpus": different - fitting, "share": 0},
+        infeasible={"part": spaces - feasible, "gpus": different - fitting, "share": 0 if served else fitting},
         repeated=feasible - different,
         complete=all(single.space.complete for single in singles),
     )
@@ -135,7 +137,8 @@ class Mixed:
 
     def branches(self) -> list[Choices]:
         """The options of the first pool."""
-        return [self.branch(())] if self._completions(0, self._problem.max_devices) else []
+        some = self._completions(0, self._problem.max_devices) > self.part.infeasible["share"]
+        return [self.branch(())] if some else []
 
     def branch(self, chosen: Chosen) -> Choices:
         """The options of the next pool beside those chosen; what they rule out is counted."""
