@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.checks import shown
+from apex_opt.units import NS_PER_US
 
 if TYPE_CHECKING:
     from apex_opt.engines.policies import Policy
@@ -32,6 +33,8 @@ class EngineSettings:
     prefix_caching : bool                  blocks whose content is known are found again by their prefix
     async_scheduling : bool                the next batch is formed while the last one runs
     gpu_memory_utilization : float         share of a GPU's memory the engine may fill, above 0 and at most 1
+    idle_sleep_us : int                    the engine's loop sleeps so long after a turn that scheduled nothing while
+                                           requests are unfinished; vLLM 1,000
 
     policy : str                           how batches are formed:
         "vllm"     iteration by iteration, prompts in chunks, preemption where blocks run out (vLLM V1)
@@ -58,6 +61,7 @@ class EngineSettings:
     prefix_caching: bool = False
     async_scheduling: bool = True
     gpu_memory_utilization: float = 0.9
+    idle_sleep_us: int = 0
     policy: str = "vllm"
     runnable: EngineRules | None = None
 
@@ -70,6 +74,11 @@ class EngineSettings:
     def whole_prompts(self) -> bool:
         """Whether a prompt is computed in one batch or not at all."""
         return not self.batching.splits_prompts or not self.chunked_prefill
+
+    @property
+    def idle_sleep_ns(self) -> int:
+        """`idle_sleep_us` in nanoseconds."""
+        return self.idle_sleep_us * NS_PER_US
 
     def depth(self, stages: int) -> int:
         """Batches in flight at once, over so many pipeline stages.
@@ -87,6 +96,7 @@ class EngineSettings:
             ("max_model_len", 2),
             ("long_prefill_token_threshold", 0),
             ("block_size", 1),
+            ("idle_sleep_us", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:

@@ -91,14 +91,61 @@ class BatchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedCounts:
+    """How often each entry of a `ranks.SharedLaw` was used, and how many batches of ranks were dummies.
+
+    Parameters
+    ----------
+    decode, mixed : int64[ranks * max_num_batched_tokens + 1]    forwards by all their padded tokens
+    dummies : int
+    """
+
+    decode: NDArray[np.int64]
+    mixed: NDArray[np.int64]
+    dummies: int
+
+    def __add__(self, other: SharedCounts) -> SharedCounts:
+        return SharedCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def equals(self, other: SharedCounts) -> bool:
+        """Whether every count is the same."""
+        return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLog:
+    """What the ranks of one replica did beside their batches, all times in nanoseconds.
+
+    Parameters
+    ----------
+    rank : mapping of request to the rank that served it
+    preemptions, batches, dummies : list of int, of each rank
+    forwards : (start, end, mode, padded tokens of all ranks) of each forward; of ranks on their own a list for each
+    publications : (time, [waiting, running] of each rank) of every publication of loads
+    waves_started : (time, wave, rank that starts by itself or None) as the coordinator tells the ranks
+    waves_ended : (time, wave) as the first rank finds it
+    """
+
+    rank: dict[int, int]
+    preemptions: list[int]
+    batches: list[int]
+    dummies: list[int]
+    forwards: list[list[tuple[int, int, int, int]]]
+    publications: list[tuple[int, list[list[int]]]]
+    waves_started: list[tuple[int, int, int | None]]
+    waves_ended: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolOutcome:
     """What one pool of replicas did in a run.
 
     Parameters
     ----------
     preemptions, batches, cached_tokens : int
-    counts : BatchCounts                 over its replicas
+    counts : BatchCounts                 over its schedulers
     busy_ns : int64[replicas, stages]    time each stage spent on batches
+    shared : SharedCounts or None        of replicas with ranks that run in step
     """
 
     preemptions: int
@@ -106,6 +153,7 @@ class PoolOutcome:
     cached_tokens: int
     counts: BatchCounts
     busy_ns: NDArray[np.int64]
+    shared: SharedCounts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,8 +168,9 @@ class Outcome:
     cached_tokens : int                  prompt tokens found in the cache when their request was first admitted
     busy_ns : int64[replicas, stages]    time each stage spent on batches; of pools with fewer stages 0 in the others
     counts : BatchCounts                 over all replicas; empty of several pools, as theirs stand for different times
-    steps : list of Step or None         every batch, replica by replica, where asked for
+    steps : list of Step or None         every batch, replica by replica and rank by rank, where asked for
     steps_per_replica : list of int or None    how many of them are whose
+    groups : GroupLog of each replica with ranks, where batches are asked for
     gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     pools : PoolOutcome of each pool
@@ -137,6 +186,7 @@ class Outcome:
     cached_tokens: int = 0
     steps: list[Step] | None = None
     steps_per_replica: list[int] | None = None
+    groups: tuple[GroupLog, ...] = ()
     gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False
     pools: tuple[PoolOutcome, ...] = ()

@@ -71,6 +71,8 @@ def run(
     stops : sequence of Stop    limits at which a run ends early
     floors : Outcome or None    what no request can beat
     """
+    if any(pool.ranks is not None for pool in pools):
+        raise UsageError("ranks are served by the reference alone so far")
     capacity = (0, 0, 0)
     while True:
         memory = _Memory(pools, trace, shares, stops, floors, capacity if log or gaps else None)

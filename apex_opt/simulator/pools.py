@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Routing
+    from apex_opt.simulator.ranks import Ranks
     from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]
@@ -28,16 +29,18 @@ class EnginePool:
 
     Parameters
     ----------
-    settings : EngineSettings    batching limits of each replica
-    blocks : int                 KV blocks each replica can hand out
-    laws : one BatchLaw per pipeline stage
-    replicas : int               engines with their own scheduler and cache
+    settings : EngineSettings    batching limits of each scheduler
+    blocks : int                 KV blocks each scheduler can hand out
+    laws : one BatchLaw per pipeline stage; of ranks that run in step, a rank's own part
+    replicas : int               engines with their own schedulers and caches
+    ranks : Ranks or None        of each replica, with a scheduler and a cache each; None: one scheduler
     """
 
     settings: EngineSettings
     blocks: int
     laws: Sequence[BatchLaw]
     replicas: int = 1
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

@@ -26,6 +26,7 @@ class Engine:
     def __init__(self, pool: EnginePool, *, log: bool) -> None:
         self.scheduler = SCHEDULERS[pool.settings.policy](pool.settings, pool.blocks)
         self.laws = pool.laws
+        self._sleep_ns = pool.settings.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
         self.now = 0
         self.stage_free = [0] * len(pool.laws)
@@ -34,6 +35,7 @@ class Engine:
         self.sent: list[Sequence] = []
         self.preemptions = 0
         self.batches = 0
+        self.shared = None
         self.busy_ns = [0] * len(pool.laws)
         self.counts = BatchCounts.empty(pool.settings)
         self.steps: list[Step] | None = [] if log else None
@@ -48,6 +50,11 @@ class Engine:
         """Requests sent and not answered by `at_ns`, once the engine has taken all turns before it."""
         return sum(s.answered_ns is None or s.answered_ns > at_ns for s in self.sent)
 
+    @property
+    def cached(self) -> int:
+        """Prompt tokens found when their request was first admitted."""
+        return self.scheduler.cached
+
     def next_ns(self) -> int | None:
         """When the next turn starts; None where nothing is left to do."""
         if self.scheduler.running or self.scheduler.waiting or self.queue:
@@ -60,17 +67,21 @@ class Engine:
         scheduler = self.scheduler
         while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
             scheduler.waiting.append(self.arrivals.popleft())
+        executed = False
         if scheduler.running or scheduler.waiting or (scheduler.unreported and self.queue):
             batch = scheduler.schedule()
+            executed = bool(batch.rows)
             self.preemptions += len(batch.preempted)
             self.queue.append((self._run(batch), batch))
-            if batch.rows and len(self.queue) < self.depth and self.queue[0][0] > now_ns:
+            if executed and len(self.queue) < self.depth and self.queue[0][0] > now_ns:
                 return []
         finish_ns, batch = self.queue.popleft()
         self.now = max(now_ns, finish_ns)
         answered = scheduler.update(batch, self.now)
         for sequence in answered:
             sequence.answered_ns = self.now
+        if not executed and (scheduler.running or scheduler.waiting):
+            self.now += self._sleep_ns
         return answered
 
     def _run(self, batch: Batch) -> int:

@@ -12,8 +12,9 @@ import numpy as np
 from apex_opt.figures.stops import latencies_ns
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import clock_overflow
-from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
+from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, SharedCounts
 from apex_opt.simulator.reference.engine import Engine
+from apex_opt.simulator.reference.group import Group
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool, Share
-    from apex_opt.simulator.reference.router import Router
+    from apex_opt.simulator.reference.router import Replica, Router
     from apex_opt.workload.trace import Trace
 
 
@@ -47,7 +48,7 @@ def run_deployment(
     gaps : bool                 whether the times between tokens are told
     stops : sequence of Stop    limits at which a run ends early
     """
-    engines = [[Engine(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
+    engines = [[_replica(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
     sequences = _sequences(pools[0].settings, trace)
     for share in shares:
@@ -66,6 +67,11 @@ def run_deployment(
     return replace(outcome, stopped=stopped)
 
 
+def _replica(pool: EnginePool, *, log: bool) -> Replica:
+    """One scheduler, or a group of them."""
+    return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log)
+
+
 def _sequences(settings: EngineSettings, trace: Trace) -> list[Sequence]:
     """The requests before they are sent."""
     limits = trace.generated(settings.max_model_len).tolist()
@@ -80,7 +86,7 @@ def _sequences(settings: EngineSettings, trace: Trace) -> list[Sequence]:
     return sequences
 
 
-def _next(engines: Seq[Engine]) -> tuple[int, Engine] | None:
+def _next(engines: Seq[Replica]) -> tuple[int, Replica] | None:
     """The engine whose turn starts first, and when; of equals the first."""
     turns = [(at_ns, place) for place, engine in enumerate(engines) if (at_ns := engine.next_ns()) is not None]
     if not turns:
@@ -89,7 +95,7 @@ def _next(engines: Seq[Engine]) -> tuple[int, Engine] | None:
     return at_ns, engines[place]
 
 
-def _serve(engines: Seq[Engine], router: Router, arrivals: deque[tuple[int, Sequence]]) -> None:
+def _serve(engines: Seq[Replica], router: Router, arrivals: deque[tuple[int, Sequence]]) -> None:
     """Requests that come on their own; of events at one time arrivals are first, in order."""
     while True:
         due = _next(engines)
@@ -103,7 +109,7 @@ def _serve(engines: Seq[Engine], router: Router, arrivals: deque[tuple[int, Sequ
             return
 
 
-def _serve_clients(engines: Seq[Engine], clients: int, sequences: Seq[Sequence]) -> None:
+def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence]) -> None:
     """Requests of a closed loop, each sent when another is answered.
 
     Clients keep to their replica: client j to replica j mod R, and requests are dealt in turn.
@@ -118,7 +124,7 @@ def _serve_clients(engines: Seq[Engine], clients: int, sequences: Seq[Sequence])
                 engine.add(backlog.popleft(), engine.now)
 
 
-def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Engine]], sequences: Seq[Sequence], *, gaps: bool) -> Outcome:
+def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[Sequence], *, gaps: bool) -> Outcome:
     """Put the engines' results together, requests in their own order."""
     every = [engine for its in engines for engine in its]
     if any(engine.now >= 1 << 62 for engine in every):
@@ -127,9 +133,10 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Engine]], sequences: Seq[S
         PoolOutcome(
             preemptions=sum(engine.preemptions for engine in its),
             batches=sum(engine.batches for engine in its),
-            cached_tokens=sum(engine.scheduler.cached for engine in its),
+            cached_tokens=sum(engine.cached for engine in its),
             counts=sum((engine.counts for engine in its[1:]), its[0].counts),
             busy_ns=np.array([engine.busy_ns for engine in its], np.int64),
+            shared=_shared(its),
         )
         for its in engines
     )
@@ -146,6 +153,13 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Engine]], sequences: Seq[S
         counts=found[0].counts if len(found) == 1 else BatchCounts.empty(pools[0].settings),
         steps=steps,
         steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in every],
+        groups=() if steps is None else tuple(engine.logged() for engine in every if isinstance(engine, Group)),
         gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
         pools=found,
     )
+
+
+def _shared(engines: Seq[Replica]) -> SharedCounts | None:
+    """Counts of the forwards of several ranks, over replicas."""
+    found = [engine.shared for engine in engines if engine.shared is not None]
+    return sum(found[1:], found[0]) if found else None

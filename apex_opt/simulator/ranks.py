@@ -1,0 +1,167 @@
+"""Data-parallel ranks of one engine: how they stand together, and what a forward of all of them takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from apex_opt.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from apex_opt.simulator.law import BatchLaw
+
+    I64 = NDArray[np.int64]
+
+EAGER, PIECEWISE, FULL = range(3)
+"""Modes of a forward: no graph, graphs of the pieces between attention, graphs of all of it."""
+
+VOTE: Final = 32
+"""Forwards after which ranks agree on whether any of them has requests left.
+
+Source: `DPEngineCoreProc` of vLLM 0.20.2.
+"""
+
+Rows = list[tuple[int, int]]
+"""A batch as (tokens, tokens held once it is done) per sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Padding:
+    """What a rank would run its batch as on its own: the mode, and as how many tokens.
+
+    Parameters
+    ----------
+    decode_mode, decode_rows : int64[max_num_seqs + 1]        of batches in which every sequence has one token
+    mixed_mode, mixed_rows : int64[max_num_batched_tokens + 1] of other batches, by their tokens
+    """
+
+    decode_mode: I64
+    decode_rows: I64
+    mixed_mode: I64
+    mixed_rows: I64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedLaw:
+    """What a forward of a stage takes beside each rank's own part.
+
+    Parameters
+    ----------
+    padded_ns : int64[max_num_batched_tokens + 1]    of each rank, by its padded tokens
+    decode_ns, mixed_ns : int64[ranks * max_num_batched_tokens + 1]
+        of all ranks together, by the sum of their padded tokens: where all of them only decode, and else
+    graph_ns : int64[3]                              by the mode
+    """
+
+    padded_ns: I64
+    decode_ns: I64
+    mixed_ns: I64
+    graph_ns: I64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranks:
+    """Ranks of one engine, each with a scheduler, a pool of KV blocks and limits of its own.
+
+    Parameters
+    ----------
+    count : int                 ranks
+    lockstep : bool             all run a forward together, with dummy batches where a rank has none of its own; else
+                                each runs on its own behind one address
+    front_ends : int            processes that take in requests, in turn
+    balanced : bool             a front end sends a request to the rank with the least load it knows of; else in turn
+    dummy_returns : str         when a rank that ran a dummy batch goes on: at its "start", as the source does, or "end"
+    sync_ns : int               agreement on a forward, once all ranks have submitted theirs
+    send_ns, control_ns : int   from a front end to a rank; every hop to or from the coordinator
+    padding : Padding
+    shared : one SharedLaw per pipeline stage; of ranks on their own, of a group of one
+
+    Raises
+    ------
+    UsageError    a value out of its range
+    """
+
+    count: int
+    lockstep: bool = True
+    front_ends: int = 1
+    balanced: bool = True
+    dummy_returns: Literal["start", "end"] = "start"
+    sync_ns: int = 0
+    send_ns: int = 0
+    control_ns: int = 0
+    padding: Padding
+    shared: Sequence[SharedLaw]
+
+    def __post_init__(self) -> None:
+        for name in ("count", "front_ends"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"ranks: {name} {getattr(self, name)} is below 1")
+        for name in ("sync_ns", "send_ns", "control_ns"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"ranks: {name} must not be negative, it is {getattr(self, name)}")
+        if self.dummy_returns not in ("start", "end"):
+            raise UsageError(f"ranks: dummy_returns must be start or end, not {str(self.dummy_returns)[:60]}")
+
+    @property
+    def in_step(self) -> bool:
+        """Whether forwards are those of several ranks."""
+        return self.lockstep and self.count > 1
+
+
+class Agreed(NamedTuple):
+    """What ranks agree on for a forward: the mode, every rank's padded tokens, and whether all only decode."""
+
+    mode: int
+    padded: list[int]
+    decoding: bool
+
+
+DUMMY: Final[Rows] = [(1, 0)]
+"""One sequence of one token, which reads no context."""
+
+
+def agree(padding: Padding, batches: Sequence[Rows]) -> Agreed:
+    """The least of the modes the ranks would choose, and their padding.
+
+    With a graph every rank is padded to the largest; without one each keeps the padding it chose.
+    Source: `coordinate_batch_across_dp` and `CudagraphDispatcher` of vLLM 0.20.2, in our own words.
+
+    Parameters
+    ----------
+    padding
+    batches : one of each rank
+    """
+    modes, padded, decoding = [], [], True
+    for rows in batches:
+        if all(tokens == 1 for tokens, _ in rows):
+            modes.append(int(padding.decode_mode[len(rows)]))
+            padded.append(int(padding.decode_rows[len(rows)]))
+        else:
+            total = sum(tokens for tokens, _ in rows)
+            modes.append(int(padding.mixed_mode[total]))
+            padded.append(int(padding.mixed_rows[total]))
+            decoding = False
+    mode = min(modes)
+    return Agreed(mode, padded if mode == EAGER else [max(padded)] * len(padded), decoding)
+
+
+def forward_ns(law: BatchLaw, shared: SharedLaw, agreed: Agreed, batches: Sequence[Rows]) -> int:
+    """Time of a forward on one stage: the slowest rank's own part, and what all ranks take together.
+
+    Parameters
+    ----------
+    law : BatchLaw       of a rank's own part
+    shared : SharedLaw
+    agreed : Agreed
+    batches : one of each rank
+    """
+    own = max(
+        law.batch_ns(rows) + int(shared.padded_ns[padded]) for rows, padded in zip(batches, agreed.padded, strict=True)
+    )
+    together = shared.decode_ns if agreed.decoding else shared.mixed_ns
+    return int(shared.graph_ns[agreed.mode]) + own + int(together[sum(agreed.padded)])
