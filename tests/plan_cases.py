@@ -31,7 +31,7 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.metrics import Metrics
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
     from apex_opt.search import Scored

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.figures import Goal, load_latency, load_objective, load_objectives, parse_goals
-from apex_opt.figures.measure import Metrics, percent
+from apex_opt.figures.measure import percent
+from apex_opt.figures.metrics import Metrics
 from apex_opt.figures.registry import STATISTICS, names, per_item, per_run
 
 FIGURES = {one.name: one.unit.name for one in per_run()}

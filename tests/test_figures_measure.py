@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apex_opt.figures import Goal, parse_goals
-from apex_opt.figures.measure import Metrics, each, measure
+from apex_opt.figures.measure import each, measure
 from apex_opt.figures.registry import STATISTICS, figure
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.outcome import BatchCounts, Outcome
@@ -18,6 +18,8 @@ from apex_opt.workload import Trace, make_trace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from apex_opt.figures.metrics import Metrics
 
 MS = 1_000_000
 # (arrival, first, finish) in ms, prompt and output tokens.

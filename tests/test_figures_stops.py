@@ -17,7 +17,8 @@ from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.figures import Goal, load_objective, parse_goals
 from apex_opt.figures.measure import measure
 from apex_opt.figures.registry import STATISTICS, names, per_run, timed
-from apex_opt.figures.stops import METRICS, Facts, Stop, early_stops, latencies_ns
+from apex_opt.figures.run import Facts
+from apex_opt.figures.stops import METRICS, Stop, early_stops, latencies_ns
 from apex_opt.ir import load_model
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.search import Problem, Scored, Scorer

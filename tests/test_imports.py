@@ -50,13 +50,10 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, *, types: bool = True) -> set[str]:
-    """Modules a file imports anywhere, inside functions too; those for annotations alone only where `types`."""
+def imports(path: Path) -> set[str]:
+    """Modules a file imports anywhere, inside functions and for annotations alone too."""
     found: set[str] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if not types:
-        tree.body = [node for node in tree.body if not _is_for_types(node)]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -73,17 +70,13 @@ def imports(path: Path, *, types: bool = True) -> set[str]:
     return found
 
 
-def _is_for_types(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
 def _is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def ours(path: Path, package: str, *, types: bool = True) -> set[str]:
-    return {name for name in imports(path, types=types) if name == package or name.startswith(f"{package}.")}
+def ours(path: Path, package: str) -> set[str]:
+    return {name for name in imports(path) if name == package or name.startswith(f"{package}.")}
 
 
 def test_every_part_of_the_package_has_its_layer() -> None:
@@ -104,8 +97,8 @@ def test_a_module_imports_only_from_the_layers_below_its_own(path: Path) -> None
             assert LEVEL[other] < LEVEL[mine], f"{module_of(path)} imports {name}"
 
 
-def test_modules_within_a_part_do_not_import_each_other_in_a_circle() -> None:
-    graph = {module_of(path): ours(path, "apex_opt", types=False) for path in files("apex_opt")}
+def test_modules_do_not_import_each_other_in_a_circle_not_for_types_either() -> None:
+    graph = {module_of(path): ours(path, "apex_opt") for path in files("apex_opt")}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:

@@ -232,7 +232,7 @@ def at_odds(seed: int) -> Problem:
     scored = every_plan(problem)
     limits = []
     for goal in problem.slos:
-        values = [c.metrics.judged(goal) for c in scored]
+        values = [goal.reached(c.metrics) for c in scored]
         best = max(values) if goal.metric == "throughput" else min(values)
         limits.append(replace(goal, limit=best * float(rng.choice([0.98, 1, 1, 1, 1.02])), text=""))
     return replace(problem, slos=tuple(limits))
@@ -303,7 +303,7 @@ def test_the_limit_proposed_is_the_best_over_all_plans_to_three_digits(goal: str
     values = []
     for scored in every_plan(problem):
         if slo.fraction is None:
-            values.append(scored.metrics.judged(slo))
+            values.append(slo.reached(scored.metrics))
             continue
         outcome, cost = scorer.logged(scored.deployment)
         run = outcome.as_run(problem.trace, problem.settings.max_model_len, outside_ns=cost.request_ns)

@@ -15,7 +15,8 @@ from apex_opt.figures.units import EXAMPLE, NUMBER, plain
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.metrics import Metrics
+    from apex_opt.figures.run import Bools, Run
 
 _PERCENTILE: Final = re.compile(r"p(\d{1,3}(?:\.\d{1,6})?)", re.ASCII)
 _GOAL: Final = re.compile(r"(?P<name>[^<>=≤≥]*)(?P<sign>[<>=≤≥]+)(?P<limit>[^<>=≤≥@]*)(?:@(?P<share>.*))?")
@@ -101,6 +102,17 @@ class Goal:
     def met(self, value: float) -> bool:
         """Whether the measured value (in the figure's unit, or a share of requests) meets the goal; NaN never."""
         return value <= self.threshold if self.at_most else value >= self.threshold
+
+    def reached(self, metrics: Metrics) -> float:
+        """The figure that the goal is compared with; NaN for a latency that nobody has."""
+        if self.statistic == "attain":
+            return metrics.attainment[self.text]
+        return metrics.value(self.metric, self.statistic)
+
+    def late(self, run: Run) -> Bools:
+        """bool[k, n], which requests of each run are not within the limit; one that has no such figure is."""
+        over = self.figure.value(run) > self.limit
+        return run.spread(over) if self.figure.of_several else over
 
     def margin(self, value: float) -> float:
         """Distance to the goal as a share of it: positive inside, 0 on the edge, negative when missed."""

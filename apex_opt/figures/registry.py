@@ -19,8 +19,7 @@ from apex_opt.units import S_PER_H
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from apex_opt.figures.run import Floats, Quantity, Run, Time
-    from apex_opt.figures.stops import Facts
+    from apex_opt.figures.run import Facts, Floats, Quantity, Run, Time
 
 STATISTICS: Final = ("mean", "p50", "p90", "p95", "p99", "max")
 """Of figures of requests and gaps, those always told; any other percentile can be asked for."""

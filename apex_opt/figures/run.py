@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,6 @@ from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from apex_opt.figures.goals import Goal
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -26,6 +24,15 @@ between two tokens."""
 Quantity = Literal["latency", "makespan", "energy", "price"]
 """What figures rise or fall with: the times of requests and the gaps between their tokens, all together; the makespan;
 the joules; the $ per hour."""
+
+
+class Limit(Protocol):
+    """What every request must keep to in order to be good."""
+
+    def late(self, run: Run) -> Bools:
+        """bool[k, n], which requests of each run do not."""
+        ...
+
 
 NO_LEAST: Final[Mapping[Time, Mapping[str, Floats]]] = {}
 
@@ -49,7 +56,7 @@ class Run:
     gap_ns : int64[k, m] or None             times between consecutive tokens, where known
     gaps : int64[k, m] or None               gaps that each of these stands for; None: one
     joules, cost_per_h : float64[k] or None energy, and $ per hour of the GPUs, where known
-    limits : tuple of Goal                   what every request must keep to in order to be good
+    limits : tuple of Limit                  what every request must keep to in order to be good
     least : mapping of `Time` to mapping of statistic to float64[k]
         seconds that a statistic cannot be below, where more is known than what follows from each request on its own
     """
@@ -66,7 +73,7 @@ class Run:
     gaps: Ints | None = None
     joules: Floats | None = None
     cost_per_h: Floats | None = None
-    limits: tuple[Goal, ...] = ()
+    limits: tuple[Limit, ...] = ()
     least: Mapping[Time, Mapping[str, Floats]] = field(default_factory=lambda: NO_LEAST)
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What was worked out from the times of the requests."""
@@ -179,9 +186,36 @@ class Run:
         if not self.limits:
             return np.full(len(self.first_ns), np.nan)
         if "good" not in self.memo:
-            late = np.zeros(self.first_ns.shape, bool)
-            for goal in self.limits:
-                columns = self.several if goal.figure.of_several else slice(None)
-                late[:, columns] |= goal.figure.value(self) > goal.limit
+            late = np.logical_or.reduce([limit.late(self) for limit in self.limits])
             self.memo["good"] = (~late).sum(axis=1).astype(np.float64)
         return np.asarray(self.memo["good"])
+
+    def spread(self, of_several: Bools) -> Bools:
+        """What is true of the `several`, and of no other request."""
+        found = np.zeros(self.first_ns.shape, bool)
+        found[:, self.several] = of_several
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a plan before it runs.
+
+    Parameters
+    ----------
+    requests, decoding : int        requests, and those with a time per output token
+    output_tokens : int             tokens the requests generate
+    request_s : float               time of a request outside the simulation
+    least_j : float                 energy above the idle draw that no run can do without
+    idle_w, limit_w : float         least and most draw of all its GPUs
+    cost_per_h : float or None     $ per hour of them
+    """
+
+    requests: int
+    decoding: int
+    output_tokens: int
+    request_s: float
+    least_j: float
+    idle_w: float
+    limit_w: float
+    cost_per_h: float | None

@@ -15,6 +15,8 @@ from apex_opt.figures.registry import figure
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from apex_opt.figures.run import Facts
+
 Metric = Literal["first", "step", "whole", "makespan"]
 METRICS: Final = ("first", "step", "whole", "makespan")
 
@@ -124,30 +126,6 @@ def latencies_ns(
     if metric == "step":
         return np.where(generated > 1, (finish_ns - first_token_ns) // np.maximum(generated - 1, 1), 0)
     return finish_ns - (arrival_ns if metric == "whole" else arrival_ns.min())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is known of a plan before it runs.
-
-    Parameters
-    ----------
-    requests, decoding : int        requests, and those with a time per output token
-    output_tokens : int             tokens the requests generate
-    request_s : float               time of a request outside the simulation
-    least_j : float                 energy above the idle draw that no run can do without
-    idle_w, limit_w : float         least and most draw of all its GPUs
-    cost_per_h : float or None     $ per hour of them
-    """
-
-    requests: int
-    decoding: int
-    output_tokens: int
-    request_s: float
-    least_j: float
-    idle_w: float
-    limit_w: float
-    cost_per_h: float | None
 
 
 def early_stops(metric: str, statistic: str, limit: float, facts: Facts, fraction: float | None = None) -> list[Stop]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost import Usage
     from apex_opt.cost.engine import EngineOverhead
-    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
     from apex_opt.measured.runs import Run
     from apex_opt.plans.engine import EngineSettings

@@ -226,7 +226,7 @@ def metrics_document(problem: Problem, run: Scored) -> Document:
         "slo": {
             slo.text: {
                 "met": metrics.slo_met[slo.text],
-                "reached": metrics.judged(slo),
+                "reached": slo.reached(metrics),
                 "attainment": metrics.attainment[slo.text],
                 "unit": "share" if slo.fraction is not None else slo.unit,
             }

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cost import Usage
     from apex_opt.figures import Goal
-    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.metrics import Metrics
     from apex_opt.plans.deployment import Pool
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
@@ -119,7 +119,7 @@ class Answer:
 def misses(metrics: Metrics, slos: Iterable[Goal]) -> str:
     """The goals that a run misses and what it reaches, in words."""
     missed = (slo for slo in slos if not metrics.slo_met[slo.text])
-    return " and ".join(f"{slo.text} (it reaches {_reached(slo, metrics.judged(slo))})" for slo in missed)
+    return " and ".join(f"{slo.text} (it reaches {_reached(slo, slo.reached(metrics))})" for slo in missed)
 
 
 def _reached(slo: Goal, value: float) -> str:

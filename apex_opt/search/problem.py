@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.figures import Figure, Goal, Objective
-    from apex_opt.figures.measure import Metrics
+    from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan

@@ -13,7 +13,7 @@ import numpy as np
 from apex_opt.cost import account, idle_w, limit_w
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
-from apex_opt.figures.stops import Facts as StopFacts
+from apex_opt.figures.run import Facts as StopFacts
 from apex_opt.figures.stops import early_stops
 from apex_opt.search.answer import PoolUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt

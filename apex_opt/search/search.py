@@ -346,7 +346,7 @@ def rank(problem: Problem, scored: Scored) -> tuple[Costs, int, str]:
 def _miss(problem: Problem, scored: Scored) -> float:
     """How far a run is from the goals it misses: the worst relative excess."""
     missed = (goal for goal in problem.slos if not scored.metrics.slo_met[goal.text])
-    return max((-goal.margin(scored.metrics.judged(goal)) for goal in missed), default=0.0)
+    return max((-goal.margin(goal.reached(scored.metrics)) for goal in missed), default=0.0)
 
 
 def tell_compiling(tell: Progress, problem: Problem, plans: Iterable[Plan]) -> None:

@@ -377,7 +377,7 @@ def _in_order(problem: Problem, meeting: list[Scored]) -> list[Scored]:
             aims = problem.objectives[begin:end]
             best = min(kept, key=lambda one: problem.costs(one.metrics)[begin:end])
             goals = [goal for aim in aims for goal in aim.near(aim.value(best.metrics))]
-            kept = [one for one in kept if all(goal.met(one.metrics.judged(goal)) for goal in goals)]
+            kept = [one for one in kept if all(goal.met(goal.reached(one.metrics)) for goal in goals)]
             begin = end
     return sorted(kept, key=lambda one: (problem.costs(one.metrics)[begin:], *rank(problem, one)[1:]))
 

@@ -217,7 +217,7 @@ class Steady:
         if trial.why == "prediction" and evidence is not None:
             return {slo.text: v for slo in slos if (v := evidence.predicted.get(slo.text, 0.0)) > slo.limit}
         if trial.why == "goals" and run is not None:
-            figures = {slo.text: run.metrics.judged(slo) for slo in slos}
+            figures = {slo.text: slo.reached(run.metrics) for slo in slos}
             if run.meets_slos and evidence is not None:
                 figures = evidence.whole
         else:

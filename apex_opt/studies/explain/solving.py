@@ -379,7 +379,9 @@ class Runs:
         if goal.text in run.metrics.slo_met:
             return run.metrics.slo_met[goal.text]
         # A share of the requests that was not among those asked for.
-        return self._limit(run, goal) <= goal.limit if goal.fraction is not None else goal.met(run.metrics.judged(goal))
+        if goal.fraction is not None:
+            return self._limit(run, goal) <= goal.limit
+        return goal.met(goal.reached(run.metrics))
 
     def _below(self, alone: Run, goal: Goal) -> float:
         """A latency that this share of the requests is not within less of: a percentile two requests below it."""
