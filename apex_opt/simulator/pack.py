@@ -175,6 +175,7 @@ class _Memory:
             if general:
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
+                parts[kn.MICRO_AT] = depth * (kn.MICRO_DUE + pool.settings.block_size)
             else:
                 parts = {kn.RING_AT: ring, kn.RESIDUE_AT: pool.settings.block_size, kn.ENTERING_AT: 2 * seats}
                 rows[:, kn.RING_SIZE] = ring

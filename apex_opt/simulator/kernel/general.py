@@ -6,13 +6,8 @@ from typing import TYPE_CHECKING
 
 from apex_opt.simulator.kernel.batch import (
     answer_nb,
-    batch_ns_nb,
-    by_tokens_nb,
-    chunk_ns_nb,
     column_nb,
-    count_batch_nb,
     count_chunk_nb,
-    law_nb,
     log_lost_nb,
     log_row_nb,
     log_step_nb,
@@ -20,6 +15,8 @@ from apex_opt.simulator.kernel.batch import (
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb, reserved_nb, wanted_nb
+from apex_opt.simulator.kernel.rotation import rotate_nb
+from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ASYNCHRONOUS,
@@ -41,7 +38,6 @@ from apex_opt.simulator.kernel.state import (
     ERROR,
     ERROR_STUCK,
     FIRST,
-    FIRST_STAGE,
     FOLLOWING,
     FREE,
     GENERATED,
@@ -53,7 +49,6 @@ from apex_opt.simulator.kernel.state import (
     MAX_LENGTH,
     MAX_SEQS,
     MAX_TOKENS,
-    MIXED_NS,
     NEVER,
     NONE,
     NOW,
@@ -72,13 +67,9 @@ from apex_opt.simulator.kernel.state import (
     RUNS,
     SLOTS_AT,
     STACK,
-    STAGE_BUSY,
-    STAGE_FREE,
-    STAGE_SIZE,
-    STAGES,
+    STALE,
     STATIC,
     THRESHOLD,
-    TRANSFER_NS,
     UNDER,
     UNREPORTED,
     VLLM,
@@ -107,6 +98,11 @@ def general_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
             idle = False
         if r[NOW] >= until:
             break
+        # Where batches are logged each is formed by the rules.
+        if r[RUNNING] > 0 and r[POLICY] == VLLM and run.control[LOGGED] == 0:
+            rotate_nb(run, cache, r, until)
+            if r[NOW] >= until:
+                break
         if not idle or (r[QUEUED] > 0 and r[UNREPORTED] == 1):
             r[UNREPORTED] = 0
             running_nb(run, cache, r)
@@ -127,19 +123,6 @@ def general_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
         take_in_nb(run, cache, r)
         if run.control[PASSED] == 1:
             break
-
-
-@inner
-def newest_nb(r: I64) -> int:
-    """Place in the queue of the batch that is formed."""
-    newest: int = r[QUEUE_HEAD] + r[QUEUED]
-    return newest - r[DEPTH] if newest >= r[DEPTH] else newest
-
-
-@inner
-def queued_nb(run: Run, r: I64, place: int) -> I64:
-    """Rows of the batch at a place of the queue, 2 * request + yields each."""
-    return at(run.scratch, r[QUEUE_AT] + 2 * r[DEPTH] + place * r[MAX_SEQS])
 
 
 @inner
@@ -218,6 +201,7 @@ def evict_nb(run: Run, cache: Cache | None, r: I64) -> int:
     column_nb(run, UNDER)[victim] = r[STACK]
     r[STACK] = victim
     r[BATCH_LOST] += 1
+    r[STALE] = r[QUEUED]
     if run.control[LOGGED] == 1:
         log_lost_nb(run, victim)
     return victim
@@ -290,31 +274,6 @@ def enter_nb(run: Run, r: I64, i: int, c: int, known: int) -> None:
 
 
 @inner
-def through_stages_nb(run: Run, r: I64) -> int:
-    """Pass the batch through the stages; when it leaves the last one."""
-    end = r[NOW]
-    if r[BATCH_ROWS] == 0:
-        return end
-    batch, batch_tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
-    computed = column_nb(run, COMPUTED)
-    for s in range(r[STAGES]):
-        law, stage = law_nb(run, r, s), at(run.stages, (r[FIRST_STAGE] + s) * STAGE_SIZE)
-        chunks_ns = 0
-        if r[BATCH_DECODES] < r[BATCH_ROWS]:
-            for row in range(r[BATCH_ROWS]):
-                if batch_tokens[row] > 1:
-                    chunks_ns += chunk_ns_nb(law, r, batch_tokens[row], computed[batch[row] >> 1])
-        duration = batch_ns_nb(law, r, chunks_ns)
-        end = max(end, stage[STAGE_FREE]) + duration
-        stage[STAGE_FREE] = end
-        stage[STAGE_BUSY] += duration
-        if s + 1 < r[STAGES]:
-            end += by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[r[BATCH_TOKENS]]
-    count_batch_nb(run, r)
-    return end
-
-
-@inner
 def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
     """The oldest batch finishes: its tokens, and whoever got the last one."""
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
@@ -354,6 +313,7 @@ def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
         close_ranks_nb(run, cache, r, gone)
     r[QUEUE_HEAD] = oldest + 1 if oldest + 1 < r[DEPTH] else 0
     r[QUEUED] -= 1
+    r[STALE] = max(r[STALE] - 1, 0)
 
 
 @inner

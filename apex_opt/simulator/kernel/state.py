@@ -71,7 +71,7 @@ class Cache(NamedTuple):
     COMMON_SIZE, COMMON_SIZE + 7
 )
 # Of the general engine.
-(COMPUTED, IN_FLIGHT, BLOCKS, PLACE, GENERAL_REQUEST_SIZE) = range(COMMON_SIZE, COMMON_SIZE + 5)
+(COMPUTED, IN_FLIGHT, BLOCKS, PLACE, DUE_NEXT, GENERAL_REQUEST_SIZE) = range(COMMON_SIZE, COMMON_SIZE + 6)
 WAITS, RUNS, DONE = range(3)  # values of PLACE
 
 # Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
@@ -95,6 +95,7 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     ENTERING_AT,
     RUNNING_AT,
     QUEUE_AT,
+    MICRO_AT,
     MEMO_AT,
     SLOTS_AT,
     TABLE_AT,
@@ -143,8 +144,14 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     QUEUED,
     UNREPORTED,
     COMPLETE,
+    STALE,  # batches in flight that may hold sequences preempted since
     REPLICA_SIZE,
-) = range(66)
+) = range(68)
+
+# Of a micro-batch, see `rotation`: how often it was formed and taken in, how often it can be taken in before somebody
+# gets its last token, and by how often it will have been formed those who need a block then: with prefix caching the
+# first of them, chained by DUE_NEXT, else their number.
+(MICRO_ROWS, MICRO_CONTEXT, MICRO_LEFT, MICRO_FORMED, MICRO_TAKEN, MICRO_PHASE, MICRO_END, MICRO_DUE) = range(8)
 
 STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
 # Tables of a law: the first by sequences, the others by tokens; then the copies of attention.

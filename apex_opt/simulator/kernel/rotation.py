@@ -1,0 +1,282 @@
+"""Stretches of the general engine in which nothing happens but the passing of tokens.
+
+As long as nobody arrives, ends or needs preemption, the sequences of the batch that was taken in last form the next
+one: micro-batches take turns, as many as there are batches in flight and one more, each with the sequences it had. With
+asynchronous scheduling all of them hold the same sequences, and there is one. So a turn needs of a micro-batch how many
+sequences it has, the context they hold, how many of them need a block next, and when its batch ends; what changes for
+each sequence is made up for when the stretch is over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import column_nb
+from apex_opt.simulator.kernel.blocks import found_nb, register_nb, take_nb
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.policies import blocks_nb
+from apex_opt.simulator.kernel.stages import queued_nb, through_stages_nb
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    ASYNCHRONOUS,
+    BATCH_DECODES,
+    BATCH_READ,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    BLOCK_SIZE,
+    BLOCKS,
+    COMPUTED,
+    DEPTH,
+    DUE_NEXT,
+    ENTERING_AT,
+    FREE,
+    GENERATED,
+    HEAD,
+    IN_FLIGHT,
+    LAST_ENDED,
+    LIMIT,
+    MAX_SEQS,
+    MICRO_AT,
+    MICRO_CONTEXT,
+    MICRO_DUE,
+    MICRO_END,
+    MICRO_FORMED,
+    MICRO_LEFT,
+    MICRO_PHASE,
+    MICRO_ROWS,
+    MICRO_TAKEN,
+    NEVER,
+    NONE,
+    NOW,
+    PLACE,
+    PROMPT,
+    QUEUE_AT,
+    QUEUE_HEAD,
+    QUEUED,
+    RUNNING,
+    RUNNING_AT,
+    RUNS,
+    STACK,
+    STALE,
+    UNREPORTED,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64, Cache, Run
+
+
+@inner
+def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
+    """Take turns until somebody is about to get its last token, blocks run out, or somebody can be admitted."""
+    wake = wake_nb(run, cache, r, until)
+    if wake == NONE or not micro_batches_nb(run, cache, r):
+        return
+    asynchronous, slots, bs = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE]
+    turns = slot = 0
+    while r[NOW] < wake:
+        following = slot + 1 if slot + 1 < slots else 0
+        formed, oldest = micro_nb(run, r, 0 if asynchronous else slot), micro_nb(run, r, following)
+        taken = formed if asynchronous else oldest
+        if taken[MICRO_TAKEN] >= taken[MICRO_LEFT]:
+            break
+        if slots < r[DEPTH] and formed[MICRO_ROWS] > 0 and oldest[MICRO_END] > r[NOW]:
+            break  # one batch more would be in flight from now on
+        if not feed_nb(run, cache, r, at(formed, MICRO_DUE + formed[MICRO_PHASE])):
+            break
+        formed[MICRO_FORMED] += 1
+        formed[MICRO_PHASE] += 1
+        if formed[MICRO_PHASE] == bs:
+            formed[MICRO_PHASE] = 0
+        rows = formed[MICRO_ROWS]
+        formed[MICRO_CONTEXT] += rows
+        r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ] = rows, rows, rows, formed[MICRO_CONTEXT]
+        micro_nb(run, r, slot)[MICRO_END] = through_stages_nb(run, r)
+        taken[MICRO_TAKEN] += 1
+        if oldest[MICRO_END] > r[NOW]:
+            r[NOW] = oldest[MICRO_END]
+            r[LAST_ENDED] = 0
+        turns += 1
+        slot = following
+    if turns > 0:
+        r[UNREPORTED] = 0
+        settle_nb(run, cache, r, slot)
+
+
+@inner
+def wake_nb(run: Run, cache: Cache | None, r: I64, until: int) -> int:
+    """When somebody can be admitted at the earliest, or a later turn is not asked for; NONE: at once."""
+    i, arrival = r[STACK], column_nb(run, ARRIVAL)
+    if r[RUNNING] >= r[MAX_SEQS]:
+        return until
+    if i == NONE:
+        i = r[HEAD]
+        if i == NONE:
+            return until
+        if arrival[i] > r[NOW]:
+            return min(until, arrival[i])
+    # Whoever waits for blocks now waits on: in a stretch none become free, and nothing is computed that it could share.
+    known = column_nb(run, PROMPT)[i] + column_nb(run, GENERATED)[i]
+    found, unused = 0, 0
+    if cache is not None:
+        found, unused = found_nb(cache, r, i, (known - 1) // r[BLOCK_SIZE])
+    return until if blocks_nb(known, r[BLOCK_SIZE]) - found + unused > r[FREE] else NONE
+
+
+@inner
+def micro_nb(run: Run, r: I64, slot: int) -> I64:
+    """A micro-batch; slot 0 is formed first, the others are in flight, the oldest first."""
+    return at(run.scratch, r[MICRO_AT] + slot * (MICRO_DUE + r[BLOCK_SIZE]))
+
+
+@inner
+def place_nb(r: I64, slot: int) -> int:
+    """Place of a micro-batch in the queue; of slot 0 the one that was left last."""
+    place: int = r[QUEUE_HEAD] + slot - 1
+    if place < 0:
+        return place + r[DEPTH]
+    return place - r[DEPTH] if place >= r[DEPTH] else place
+
+
+@inner
+def micro_batches_nb(run: Run, cache: Cache | None, r: I64) -> bool:
+    """Find the micro-batches; whether these are all running sequences, and each has one token to compute each time."""
+    if r[STALE] > 0 or r[RUNNING] == 0 or (r[QUEUED] == 0 and r[DEPTH] > 1):
+        return False
+    ends, in_flight = at(run.scratch, r[QUEUE_AT]), column_nb(run, IN_FLIGHT)
+    for slot in range(r[QUEUED] + 1):
+        micro = micro_nb(run, r, slot)
+        for entry in range(MICRO_DUE):
+            micro[entry] = 0
+        micro[MICRO_LEFT] = NEVER
+        micro[MICRO_END] = ends[place_nb(r, slot)]
+    if r[ASYNCHRONOUS] == 0:
+        return by_batch_nb(run, cache, r)
+    for slot in range(1, r[QUEUED] + 1):
+        if ends[r[DEPTH] + place_nb(r, slot)] != r[RUNNING]:
+            return False
+    micro, running = micro_nb(run, r, 0), at(run.scratch, r[RUNNING_AT])
+    nothing_due_nb(cache, r, micro)
+    for index in range(r[RUNNING] - 1, -1, -1):
+        i = running[index]
+        if in_flight[i] != r[QUEUED] or not add_nb(run, cache, r, micro, i, r[QUEUED]):
+            return False
+    micro[MICRO_LEFT] -= r[QUEUED] - 1
+    return True
+
+
+@inner
+def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
+    """`micro_batches_nb` where a sequence that decodes is in one batch at a time."""
+    place, sizes = column_nb(run, PLACE), at(run.scratch, r[QUEUE_AT] + r[DEPTH])
+    total = 0
+    for after in range(r[QUEUED] + 1):
+        slot = after + 1 if after < r[QUEUED] else 0  # the oldest first, where we shall mostly give up
+        micro, batch = micro_nb(run, r, slot), queued_nb(run, r, place_nb(r, slot))
+        nothing_due_nb(cache, r, micro)
+        for row in range(sizes[place_nb(r, slot)] - 1, -1, -1):
+            i = batch[row] >> 1
+            if slot == 0 and place[i] != RUNS:
+                continue  # it got its last token with this batch
+            if (slot > 0 and batch[row] & 1 == 0) or not add_nb(run, cache, r, micro, i, min(slot, 1)):
+                return False
+        if slot == 1 and micro[MICRO_LEFT] == 0:
+            return False
+        total += micro[MICRO_ROWS]
+    return total == r[RUNNING]
+
+
+@inner
+def nothing_due_nb(cache: Cache | None, r: I64, micro: I64) -> None:
+    """No sequence of a micro-batch needs a block yet."""
+    for phase in range(r[BLOCK_SIZE]):
+        micro[MICRO_DUE + phase] = 0 if cache is None else NONE
+
+
+@inner
+def add_nb(run: Run, cache: Cache | None, r: I64, micro: I64, i: int, coming: int) -> bool:
+    """Add a sequence to a micro-batch, those after it in running order being there; False if it does not just decode.
+
+    `coming` of its tokens are on their way.
+    """
+    generated, computed = column_nb(run, GENERATED)[i], column_nb(run, COMPUTED)[i]
+    if computed != column_nb(run, PROMPT)[i] + generated - 1 + coming:
+        return False
+    micro[MICRO_ROWS] += 1
+    micro[MICRO_CONTEXT] += computed
+    left = column_nb(run, LIMIT)[i] - generated - 1 if generated > 0 else 0  # no first token either
+    micro[MICRO_LEFT] = min(micro[MICRO_LEFT], left)
+    due = at(micro, MICRO_DUE + column_nb(run, BLOCKS)[i] * r[BLOCK_SIZE] - computed)
+    if cache is None:
+        due[0] += 1
+    else:
+        column_nb(run, DUE_NEXT)[i] = due[0]
+        due[0] = i
+    return True
+
+
+@inner
+def feed_nb(run: Run, cache: Cache | None, r: I64, due: I64) -> bool:
+    """Hand out the blocks that are due, if there are as many; with prefix caching it matters which ones."""
+    if cache is None:
+        if due[0] > r[FREE]:
+            return False
+        r[FREE] -= due[0]
+        return True
+    following, blocks = column_nb(run, DUE_NEXT), column_nb(run, BLOCKS)
+    need, i = 0, due[0]
+    while i != NONE:
+        need += 1
+        i = following[i]
+    if need > r[FREE]:
+        return False
+    r[FREE] -= need
+    i = due[0]
+    while i != NONE:
+        take_nb(cache, r, i, blocks[i], 0, blocks[i] + 1)
+        blocks[i] += 1
+        i = following[i]
+    return True
+
+
+@inner
+def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
+    """Make up for a stretch, after which the micro-batch in slot `first` is the next to be formed."""
+    ends, sizes = at(run.scratch, r[QUEUE_AT]), at(run.scratch, r[QUEUE_AT] + r[DEPTH])
+    rows, running, slots = at(run.scratch, r[ENTERING_AT]), at(run.scratch, r[RUNNING_AT]), r[QUEUED] + 1
+    if r[ASYNCHRONOUS] == 1:
+        for row in range(r[RUNNING]):
+            advance_nb(run, cache, r, micro_nb(run, r, 0), running[row])
+        for slot in range(slots):
+            ends[place_nb(r, (slot - first + slots) % slots)] = micro_nb(run, r, slot)[MICRO_END]
+        return
+    count = 0
+    for slot in range(slots):
+        micro, batch = micro_nb(run, r, slot), queued_nb(run, r, place_nb(r, slot))
+        for row in range(sizes[place_nb(r, slot)]):
+            i = batch[row] >> 1
+            if slot > 0 or column_nb(run, PLACE)[i] == RUNS:
+                advance_nb(run, cache, r, micro, i)
+                rows[count] = i
+                count += 1
+    count = 0
+    for slot in range(slots):
+        micro, place = micro_nb(run, r, slot), place_nb(r, (slot - first + slots) % slots)
+        batch, ends[place], sizes[place] = queued_nb(run, r, place), micro[MICRO_END], micro[MICRO_ROWS]
+        for row in range(micro[MICRO_ROWS]):
+            batch[row] = 2 * rows[count] + 1
+            count += 1
+
+
+@inner
+def advance_nb(run: Run, cache: Cache | None, r: I64, micro: I64, i: int) -> None:
+    """What a stretch did to a sequence of a micro-batch."""
+    computed, bs = column_nb(run, COMPUTED), r[BLOCK_SIZE]
+    computed[i] += micro[MICRO_FORMED]
+    column_nb(run, GENERATED)[i] += micro[MICRO_TAKEN]
+    if cache is None:
+        column_nb(run, BLOCKS)[i] = blocks_nb(computed[i], bs)
+        return
+    # Nobody else looks for what it computed, so it is as good to note it now.
+    filled = computed[i] - (r[QUEUED] if r[ASYNCHRONOUS] == 1 else 0)
+    if filled >= (cache.registered[i] + 1) * bs:
+        register_nb(cache, r, i, filled // bs)

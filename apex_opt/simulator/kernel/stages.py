@@ -1,0 +1,69 @@
+"""Batches in flight: the queue they stand in, and their way through the stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import batch_ns_nb, by_tokens_nb, chunk_ns_nb, column_nb, count_batch_nb, law_nb
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.state import (
+    BATCH_DECODES,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    COMPUTED,
+    DEPTH,
+    ENTERING_AT,
+    FIRST_STAGE,
+    MAX_SEQS,
+    MIXED_NS,
+    NOW,
+    QUEUE_AT,
+    QUEUE_HEAD,
+    QUEUED,
+    STAGE_BUSY,
+    STAGE_FREE,
+    STAGE_SIZE,
+    STAGES,
+    TRANSFER_NS,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64, Run
+
+
+@inner
+def newest_nb(r: I64) -> int:
+    """Place in the queue of the batch that is formed."""
+    newest: int = r[QUEUE_HEAD] + r[QUEUED]
+    return newest - r[DEPTH] if newest >= r[DEPTH] else newest
+
+
+@inner
+def queued_nb(run: Run, r: I64, place: int) -> I64:
+    """Rows of the batch at a place of the queue, 2 * request + yields each."""
+    return at(run.scratch, r[QUEUE_AT] + 2 * r[DEPTH] + place * r[MAX_SEQS])
+
+
+@inner
+def through_stages_nb(run: Run, r: I64) -> int:
+    """Pass the batch through the stages; when it leaves the last one."""
+    end = r[NOW]
+    if r[BATCH_ROWS] == 0:
+        return end
+    batch, batch_tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
+    computed = column_nb(run, COMPUTED)
+    for s in range(r[STAGES]):
+        law, stage = law_nb(run, r, s), at(run.stages, (r[FIRST_STAGE] + s) * STAGE_SIZE)
+        chunks_ns = 0
+        if r[BATCH_DECODES] < r[BATCH_ROWS]:
+            for row in range(r[BATCH_ROWS]):
+                if batch_tokens[row] > 1:
+                    chunks_ns += chunk_ns_nb(law, r, batch_tokens[row], computed[batch[row] >> 1])
+        duration = batch_ns_nb(law, r, chunks_ns)
+        end = max(end, stage[STAGE_FREE]) + duration
+        stage[STAGE_FREE] = end
+        stage[STAGE_BUSY] += duration
+        if s + 1 < r[STAGES]:
+            end += by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[r[BATCH_TOKENS]]
+    count_batch_nb(run, r)
+    return end
