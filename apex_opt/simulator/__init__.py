@@ -3,9 +3,10 @@
 `recorded` serves what was recorded from engines.
 """
 
-from apex_opt.simulator.api import check_fits, run_deployment, simulate
+from apex_opt.simulator.api import check_fits, run_deployment, run_disaggregated, simulate
+from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.law import BatchLaw
-from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, Routing
+from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome, PoolOutcome, Routing
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.recorded import replay_case
 from apex_opt.simulator.recorded.plain import Replay, replay
@@ -13,7 +14,9 @@ from apex_opt.simulator.recorded.plain import Replay, replay
 __all__ = [
     "BatchCounts",
     "BatchLaw",
+    "DisaggregatedOutcome",
     "EnginePool",
+    "Handover",
     "Outcome",
     "PoolOutcome",
     "Replay",
@@ -22,5 +25,6 @@ __all__ = [
     "replay",
     "replay_case",
     "run_deployment",
+    "run_disaggregated",
     "simulate",
 ]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
+from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.outcome import Routing
 from apex_opt.simulator.pools import EnginePool, shares
-from apex_opt.units import ceil_div
+from apex_opt.units import NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
-    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
     from apex_opt.workload.trace import Trace
 
 Implementation = Literal["kernel", "reference"]
@@ -156,6 +158,68 @@ def run_deployment(
     from apex_opt.simulator import pack
 
     return pack.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors)
+
+
+def run_disaggregated(
+    prefill: EnginePool,
+    decode: EnginePool,
+    handover: Handover,
+    trace: Trace,
+    *,
+    log: bool = False,
+    gaps: bool = False,
+    implementation: Implementation = "kernel",
+) -> DisaggregatedOutcome:
+    """Serve a trace on instances that compute prompts and others that answer them.
+
+    Request i goes to prefill instance i mod P; when its prompt is computed it goes to the decode instance whose turn it
+    is, in the order in which prompts are computed.
+
+    Parameters
+    ----------
+    prefill, decode : EnginePool    of one stage and the policy "vllm" each; they agree on `max_model_len`, on prefix
+                                    caching and on the size of a block, and sleep when there is nothing to run
+    handover : Handover
+    trace : Trace                   open arrivals
+    log : bool                      keep every batch
+    gaps : bool                     keep the times between the tokens of every request, as a log does too
+    implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
+
+    Returns
+    -------
+    DisaggregatedOutcome
+
+    Raises
+    ------
+    CapacityError, UsageError
+    """
+    if trace.concurrency is not None:
+        raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
+    asked = prompts_only(trace)
+    for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
+        if len(pool.laws) != 1 or pool.settings.policy != "vllm":
+            raise UsageError(f"the {name} instances must be of one stage and the policy vllm")
+        if not pool.settings.idle_sleep_us:
+            raise UsageError(
+                f"the {name} instances need an idle_sleep_us of at least 1: one that waits for a read or a notice "
+                "would take turns without end"
+            )
+        _check_pool(pool, its)
+    _check_alike([prefill, decode])
+    if prefill.settings.block_size != decode.settings.block_size:
+        sizes = f"{prefill.settings.block_size}, {decode.settings.block_size}"
+        raise UsageError(f"prefill and decode instances have the same block_size, got {sizes}")
+    blocks = ceil_div(int(trace.prompt.max()), decode.settings.block_size)
+    if handover.read_ns + handover.block_ns * blocks > LONGEST_NS:
+        raise UsageError(
+            f"handover: a read of {blocks} blocks would take longer than {LONGEST_NS // NS_PER_S} s, after which the "
+            "prefill instance gives its blocks up; use smaller times or shorter prompts"
+        )
+    if implementation == "reference":
+        from apex_opt.simulator.reference import handover as instances
+
+        return instances.run(prefill, decode, handover, trace, log=log, gaps=gaps)
+    raise UsageError('prefill and decode instances are simulated by implementation="reference"')
 
 
 def _check_alike(pools: Sequence[EnginePool]) -> None:

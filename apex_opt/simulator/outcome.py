@@ -232,3 +232,30 @@ class Outcome:
             joules=None if joules is None else np.array([joules]),
             cost_per_h=None if cost_per_h is None else np.array([cost_per_h]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DisaggregatedOutcome(Outcome):
+    """A run of prefill and decode instances: replicas are the prefill instances, then the decode instances.
+
+    The first token of a request is the decode instance's, as that of the prefill instance is thrown away.
+
+    Parameters
+    ----------
+    prefill, decode : int64[requests]             which instance of its pool a request went to
+    prefilled_ns, forwarded_ns : int64[requests]  when its prompt was computed, and when the decode instance got it
+    read_ns : int64[requests, 2]                  when its read started and ended
+    read_blocks : int64[requests]                 the blocks that travelled
+    held : int64[replicas]                        blocks not given back in the end: an instance that has nothing to do
+                                                  does not hear that what it holds was read
+    preemptions_of : int64[replicas]
+    """
+
+    prefill: NDArray[np.int64]
+    decode: NDArray[np.int64]
+    prefilled_ns: NDArray[np.int64]
+    forwarded_ns: NDArray[np.int64]
+    read_ns: NDArray[np.int64]
+    read_blocks: NDArray[np.int64]
+    held: NDArray[np.int64]
+    preemptions_of: NDArray[np.int64]

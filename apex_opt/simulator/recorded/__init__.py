@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 KINDS: Final = {
     "plain": ("config", "trace"),
     "dp": ("config", "trace"),
+    "pd": ("config", "trace"),
     "pool_sizes": ("layers", "hybrid", "available_bytes"),
 }
 """Kinds of recordings, and what a case of each must hold."""

@@ -23,8 +23,8 @@ SETTINGS: Final = (
 """Entries of a config that are settings of the engine by the same name."""
 
 
-def digest(found: list[Any]) -> str:
-    """The hash by which recorded lists are compared: SHA-256 of their JSON without spaces."""
+def digest(found: Any) -> str:
+    """The hash by which what was recorded is compared: SHA-256 of their JSON without spaces."""
     return hashlib.sha256(json.dumps(found, separators=(",", ":")).encode()).hexdigest()
 
 

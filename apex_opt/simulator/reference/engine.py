@@ -11,6 +11,7 @@ from apex_opt.simulator.reference.schedulers import SCHEDULERS
 if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Step
     from apex_opt.simulator.pools import EnginePool
+    from apex_opt.simulator.reference.schedulers import Scheduler
     from apex_opt.simulator.reference.sequence import Batch, Sequence
 
 
@@ -23,8 +24,8 @@ class Engine:
     Source: the engine core's `step_with_batch_queue` of vLLM 0.20.2.
     """
 
-    def __init__(self, pool: EnginePool, *, log: bool) -> None:
-        self.scheduler = SCHEDULERS[pool.settings.policy](pool.settings, pool.blocks)
+    def __init__(self, pool: EnginePool, *, log: bool, scheduler: type[Scheduler] | None = None) -> None:
+        self.scheduler = (scheduler or SCHEDULERS[pool.settings.policy])(pool.settings, pool.blocks)
         self.laws = pool.laws
         self._sleep_ns = pool.settings.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
@@ -57,30 +58,48 @@ class Engine:
 
     def next_ns(self) -> int | None:
         """When the next turn starts; None where nothing is left to do."""
-        if self.scheduler.running or self.scheduler.waiting or self.queue:
+        if self.scheduler.unfinished or self.queue:
             return self.now
         return max(self.now, self.arrivals[0].arrival_ns) if self.arrivals else None
 
     def turn(self, now_ns: int) -> list[Sequence]:
         """Form a batch and, unless there is room for another in flight, take in the oldest; return who is answered."""
-        self.now = now_ns
-        scheduler = self.scheduler
-        while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
-            scheduler.waiting.append(self.arrivals.popleft())
+        self.receive(now_ns)
         executed = False
-        if scheduler.running or scheduler.waiting or (scheduler.unreported and self.queue):
-            batch = scheduler.schedule()
-            executed = bool(batch.rows)
-            self.preemptions += len(batch.preempted)
-            self.queue.append((self._run(batch), batch))
-            if executed and len(self.queue) < self.depth and self.queue[0][0] > now_ns:
+        if self.scheduler.unfinished or (self.scheduler.unreported and self.queue):
+            executed = bool(self.launch().rows)
+            if executed and self.may_form_another():
                 return []
+        return self.take_in(executed=executed)
+
+    def receive(self, now_ns: int) -> None:
+        """Let the clock come to `now_ns`, and the requests that have arrived by then wait."""
+        self.now = now_ns
+        while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
+            self.scheduler.waiting.append(self.arrivals.popleft())
+
+    def launch(self) -> Batch:
+        """Form a batch, even an empty one, and run it behind those in flight."""
+        batch = self.scheduler.schedule()
+        self.preemptions += len(batch.preempted)
+        self.queue.append((self._run(batch), batch))
+        return batch
+
+    def may_form_another(self) -> bool:
+        """Whether there is room for a further batch in flight while the oldest runs."""
+        return len(self.queue) < self.depth and self.queue[0][0] > self.now
+
+    def take_in(self, *, executed: bool) -> list[Sequence]:
+        """Wait for the oldest batch and take in its tokens; return who is answered.
+
+        After a turn that has `executed` nothing the loop sleeps while there are requests.
+        """
         finish_ns, batch = self.queue.popleft()
-        self.now = max(now_ns, finish_ns)
-        answered = scheduler.update(batch, self.now)
+        self.now = max(self.now, finish_ns)
+        answered = self.scheduler.update(batch, self.now)
         for sequence in answered:
             sequence.answered_ns = self.now
-        if not executed and (scheduler.running or scheduler.waiting):
+        if not executed and self.scheduler.unfinished:
             self.now += self._sleep_ns
         return answered
 

@@ -50,7 +50,7 @@ def run_deployment(
     """
     engines = [[_replica(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
-    sequences = _sequences(pools[0].settings, trace)
+    sequences = sequences_of(pools[0].settings, trace)
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
@@ -72,7 +72,7 @@ def _replica(pool: EnginePool, *, log: bool) -> Replica:
     return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log)
 
 
-def _sequences(settings: EngineSettings, trace: Trace) -> list[Sequence]:
+def sequences_of(settings: EngineSettings, trace: Trace) -> list[Sequence]:
     """The requests before they are sent."""
     limits = trace.generated(settings.max_model_len).tolist()
     sequences = [
@@ -86,7 +86,7 @@ def _sequences(settings: EngineSettings, trace: Trace) -> list[Sequence]:
     return sequences
 
 
-def _next(engines: Seq[Replica]) -> tuple[int, Replica] | None:
+def next_due(engines: Seq[Replica]) -> tuple[int, Replica] | None:
     """The engine whose turn starts first, and when; of equals the first."""
     turns = [(at_ns, place) for place, engine in enumerate(engines) if (at_ns := engine.next_ns()) is not None]
     if not turns:
@@ -98,7 +98,7 @@ def _next(engines: Seq[Replica]) -> tuple[int, Replica] | None:
 def _serve(engines: Seq[Replica], router: Router, arrivals: deque[tuple[int, Sequence]]) -> None:
     """Requests that come on their own; of events at one time arrivals are first, in order."""
     while True:
-        due = _next(engines)
+        due = next_due(engines)
         if arrivals and (due is None or arrivals[0][0] <= due[0]):
             at_ns, sequence = arrivals.popleft()
             router.choose(sequence, at_ns, engines).add(sequence, at_ns)
@@ -124,22 +124,24 @@ def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence]
                 engine.add(backlog.popleft(), engine.now)
 
 
+def pool_outcome(engines: Seq[Replica]) -> PoolOutcome:
+    """What the replicas of one pool did."""
+    return PoolOutcome(
+        preemptions=sum(engine.preemptions for engine in engines),
+        batches=sum(engine.batches for engine in engines),
+        cached_tokens=sum(engine.cached for engine in engines),
+        counts=sum((engine.counts for engine in engines[1:]), engines[0].counts),
+        busy_ns=np.array([engine.busy_ns for engine in engines], np.int64),
+        shared=_shared(engines),
+    )
+
+
 def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[Sequence], *, gaps: bool) -> Outcome:
     """Put the engines' results together, requests in their own order."""
     every = [engine for its in engines for engine in its]
     if any(engine.now >= 1 << 62 for engine in every):
         raise clock_overflow()
-    found = tuple(
-        PoolOutcome(
-            preemptions=sum(engine.preemptions for engine in its),
-            batches=sum(engine.batches for engine in its),
-            cached_tokens=sum(engine.cached for engine in its),
-            counts=sum((engine.counts for engine in its[1:]), its[0].counts),
-            busy_ns=np.array([engine.busy_ns for engine in its], np.int64),
-            shared=_shared(its),
-        )
-        for its in engines
-    )
+    found = tuple(map(pool_outcome, engines))
     most = max(len(pool.laws) for pool in pools)
     steps = None if every[0].steps is None else [step for engine in every for step in engine.steps or ()]
     return Outcome(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
-    What policies differ in are hooks: `wanted`, `admitted`, `room`, `reserved`, `opens` and `complete`. Here they are
-    those of vLLM V1.
+    What policies differ in are hooks: `wanted`, `admitted`, `room`, `reserved`, `opens`, `complete` and `give_back`.
+    Here they are those of vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -62,7 +62,16 @@ class Scheduler:
         self.leave(sequence)
         return [sequence]
 
+    def give_back(self, sequence: Sequence) -> None:
+        """The blocks of a sequence that is answered are free again."""
+        self.blocks.release(sequence)
+
     # What policies share.
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a request that is not answered."""
+        return bool(self.running or self.waiting)
 
     def schedule(self) -> Batch:
         """Form one batch: running sequences first, then waiting ones, within the token budget."""
@@ -92,21 +101,29 @@ class Scheduler:
 
     def schedule_waiting(self, batch: Batch) -> None:
         """Admit waiting sequences in order until one does not fit."""
-        while self.waiting and batch.budget > 0 and len(self.running) < self.settings.max_num_seqs:
-            sequence = self.waiting[0]
-            found = self.blocks.found(sequence)
-            cached = len(found) * self.settings.block_size
-            tokens = self.admitted(sequence.known - cached, batch.budget)
-            if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
-                return
-            self.waiting.popleft()
-            self.running.append(sequence)
-            sequence.computed = cached
-            if not sequence.admitted:
-                self.cached += cached
-                sequence.admitted = True
-            self.blocks.take(sequence, max(cached + tokens, self.reserved(sequence)), found)
-            self.enter(batch, sequence, tokens)
+        while self.waiting and self.seats(batch) and self.admit(batch, self.waiting[0]):
+            pass
+
+    def seats(self, batch: Batch) -> bool:
+        """Whether a further sequence can be admitted to a batch."""
+        return batch.budget > 0 and len(self.running) < self.settings.max_num_seqs
+
+    def admit(self, batch: Batch, sequence: Sequence) -> bool:
+        """Admit the first waiting sequence, if it fits."""
+        found = self.blocks.found(sequence)
+        cached = len(found) * self.settings.block_size
+        tokens = self.admitted(sequence.known - cached, batch.budget)
+        if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
+            return False
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.computed = cached
+        if not sequence.admitted:
+            self.cached += cached
+            sequence.admitted = True
+        self.blocks.take(sequence, max(cached + tokens, self.reserved(sequence)), found)
+        self.enter(batch, sequence, tokens)
+        return True
 
     def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
         """Enter a sequence into the batch and hand it the blocks its tokens need beyond those it has.
@@ -153,7 +170,7 @@ class Scheduler:
     def leave(self, sequence: Sequence) -> None:
         """A sequence is answered: it gives back its blocks, from wherever it is."""
         sequence.finished = True
-        self.blocks.release(sequence)
+        self.give_back(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.unreported = True
 

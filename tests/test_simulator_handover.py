@@ -1,0 +1,300 @@
+"""apex_opt.simulator.handover: prefill and decode instances as recorded, kernel as reference, nothing lost."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulator_cases import blocks_of, linear, moved, random_law, requests
+
+from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.simulator import DisaggregatedOutcome, EnginePool, Handover, replay_case, run_disaggregated
+from apex_opt.units import ceil_div
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from apex_opt.simulator.api import Implementation
+    from apex_opt.workload import Trace
+
+NAMED = ("pd_1p1d", "pd_1p2d_prefix_seats", "pd_2p1d_async_tight", "pd_2p1d_seats_long_reads")
+IMPLEMENTATIONS = ("reference",)
+
+
+def read(shared: Path, name: str) -> Any:
+    return json.loads(gzip.decompress((shared / "scheduler-golden" / "pd" / f"{name}.json.gz").read_bytes()))
+
+
+def comes_out(case: dict[str, Any], implementation: Implementation) -> bool:
+    """Whether all that was recorded comes out again."""
+    found = json.loads(json.dumps(replay_case("pd", case, implementation)))
+    return bool(found == {key: value for key, value in case.items() if key not in ("config", "trace")})
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMED)
+def test_recorded_runs_come_out_batch_for_batch(shared: Path, name: str, implementation: Implementation) -> None:
+    assert comes_out(read(shared, name), implementation)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recorded_random_runs_come_out_batch_for_batch(shared: Path, implementation: Implementation) -> None:
+    cases = read(shared, "random")
+    assert len(cases) == 120
+    assert [number for number, case in enumerate(cases) if not comes_out(case, implementation)] == []
+
+
+# Random deployments.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """All arguments of a run."""
+
+    prefill: EnginePool
+    decode: EnginePool
+    handover: Handover
+    trace: Trace
+
+    def run(self, implementation: Implementation, **options: Any) -> DisaggregatedOutcome:
+        return run_disaggregated(
+            self.prefill, self.decode, self.handover, self.trace, implementation=implementation, **options
+        )
+
+
+@st.composite
+def instances(draw: st.DrawFn, longest: int, size: int, *, caching: bool) -> EngineSettings:
+    """Settings of the instances of one pool."""
+    seats, chunked = draw(st.integers(1, 8)), draw(st.booleans())
+    return EngineSettings(
+        max_num_seqs=seats,
+        max_num_batched_tokens=(seats if chunked else max(seats, longest)) + draw(st.sampled_from((0, 1, 5, 24))),
+        max_model_len=longest,
+        chunked_prefill=chunked,
+        long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 7))),
+        block_size=size,
+        prefix_caching=caching,
+        async_scheduling=draw(st.booleans()),
+        idle_sleep_us=draw(st.sampled_from((1, 3))),
+    )
+
+
+@st.composite
+def pairs(draw: st.DrawFn, most: int = 25) -> Pair:
+    """Everything a run takes: pools that hold one request to all of them, links that wait and links that do not."""
+    caching, size = draw(st.booleans()), draw(st.sampled_from((1, 2, 3, 8)))
+    longest = draw(st.integers(2, 64))
+    room = longest - 1
+    prompts = st.one_of(st.just(1), st.integers(1, min(room, 6)), st.integers(1, room))
+    gaps = st.sampled_from((0, 0, 0, 1, 7, 40, 300, 5000))
+    count = draw(st.integers(1, most))
+    drawn = draw(st.lists(st.tuples(gaps, prompts, st.integers(1, 30)), min_size=count, max_size=count))
+    arrivals = np.cumsum([gap for gap, _, _ in drawn]).tolist()
+    rows = [(at, p, o) for at, (_, p, o) in zip(arrivals, drawn, strict=True)]
+    seeds = st.integers(0, 2**32 - 1)
+    content: dict[str, Any] = {}
+    if caching and draw(st.sampled_from((True, True, False))):
+        ids = np.random.default_rng(draw(seeds)).integers(0, draw(st.integers(1, 3)), (count, 64)).tolist()
+        content = {"content": [ids[i][: ceil_div(p, size)] for i, (_, p, _) in enumerate(rows)], "content_tokens": size}
+    pools = []
+    for asked in (1, None):
+        engine = draw(instances(longest, size, caching=caching))
+        needs = [blocks_of(engine, p, asked or o) for _, p, o in rows]
+        spare = draw(st.sampled_from((0, 1, 2, max(needs), sum(needs))))
+        law = random_law(engine, draw(seeds), zeros=draw(st.sampled_from((0.0, 0.5))), copies=1, unit=7)
+        blocks = max(needs) + draw(st.integers(0, spare))
+        pools.append(EnginePool(settings=engine, blocks=blocks, laws=(law,), replicas=draw(st.integers(1, 3))))
+    times = st.sampled_from((0, 1, 30, 700))
+    handover = Handover(
+        proxy_ns=draw(times),
+        read_ns=draw(times),
+        block_ns=draw(st.sampled_from((0, 5, 200))),
+        notice_ns=draw(times),
+        in_turn=draw(st.booleans()),
+    )
+    return Pair(prefill=pools[0], decode=pools[1], handover=handover, trace=requests(rows, **content))
+
+
+def by_instance(outcome: DisaggregatedOutcome) -> list[list[Any]]:
+    """The batches of each instance."""
+    ends = np.cumsum(outcome.steps_per_replica).tolist()
+    steps = outcome.steps or []
+    return [steps[end - count : end] for count, end in zip(outcome.steps_per_replica or (), ends, strict=True)]
+
+
+# Nothing is lost.
+
+
+@settings(max_examples=60)
+@given(pairs())
+def test_every_request_gets_all_its_tokens_and_every_block_is_given_back(pair: Pair) -> None:
+    outcome = pair.run("reference", log=True)
+    trace, size = pair.trace, pair.decode.settings.block_size
+    limits = trace.generated(pair.decode.settings.max_model_len)
+    assert outcome.gaps_ns is not None and len(outcome.gaps_ns) == int((limits - 1).sum())
+    assert np.array_equal(outcome.prefill, np.arange(len(trace)) % pair.prefill.replicas)
+    assert np.ptp(np.bincount(outcome.decode, minlength=pair.decode.replicas)) <= 1
+    # What happens to a request happens in order.
+    reads = outcome.read_ns.T
+    times = [trace.arrival_ns, outcome.prefilled_ns, outcome.forwarded_ns, *reads, outcome.first_token_ns]
+    assert (np.diff([*times, outcome.finish_ns], axis=0) >= 0).all()
+    assert np.array_equal(outcome.forwarded_ns - outcome.prefilled_ns, np.full(len(trace), pair.handover.proxy_ns))
+    # All of a prompt travels but for what is found in the decode instance's cache.
+    assert (outcome.read_blocks >= 1).all()
+    missing = -(-trace.prompt // size) - outcome.read_blocks
+    assert (missing * size < trace.prompt).all() and (missing >= 0).all()
+    assert pair.decode.settings.prefix_caching or not missing.any()
+    # A prompt is handed over once, and what a decode instance took it gives back.
+    assert outcome.held[pair.prefill.replicas :].tolist() == [0] * pair.decode.replicas
+    pools = [pair.prefill] * pair.prefill.replicas + [pair.decode] * pair.decode.replicas
+    for pool, steps in zip(pools, by_instance(outcome), strict=True):
+        for start, end, rows, _ in steps:
+            assert end >= start and len(rows) <= pool.settings.max_num_seqs
+            assert sum(tokens for _, tokens, _ in rows) <= pool.settings.max_num_batched_tokens
+
+
+@settings(max_examples=40)
+@given(pairs())
+def test_a_prefill_instance_gives_back_what_was_read_once_it_has_something_to_do_again(pair: Pair) -> None:
+    """Long after all others each instance gets a last request, whose blocks are all that is held in the end."""
+    trace, count = pair.trace, len(pair.trace) // pair.prefill.replicas * pair.prefill.replicas
+    if not count:
+        return
+    late = trace.picked(np.arange(count))
+    arrival = late.arrival_ns.copy()
+    arrival[-pair.prefill.replicas :] += 1 << 40
+    late = moved(late, arrival)
+    held = replace(pair, trace=late).run("reference").held[: pair.prefill.replicas]
+    size = pair.prefill.settings.block_size
+    assert held.tolist() == [ceil_div(p, size) for p in late.prompt[-pair.prefill.replicas :].tolist()]
+
+
+# One request, by hand.
+
+
+def alone(**changes: Any) -> Pair:
+    """Instances of 100 ns and 10 ns for each token, and a request of 5 tokens that gets 3."""
+    pools = []
+    for _ in range(2):
+        engine = EngineSettings(
+            max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32, block_size=4, async_scheduling=False,
+            idle_sleep_us=1,
+        )  # fmt: skip
+        pools.append(EnginePool(settings=engine, blocks=20, laws=(linear(engine, 100, 10),)))
+    pair = Pair(prefill=pools[0], decode=pools[1], handover=Handover(), trace=requests([(0, 5, 3)]))
+    return replace(pair, **changes)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_read_is_known_at_the_end_of_the_batch_launched_after_it(implementation: Implementation) -> None:
+    """Two blocks of 30 ns and 70 for the read: with 40 for the proxy they are there at 190 + 200. The decode instance
+    looks after each sleep of 1,000 ns, and then computes the last token of the prompt again."""
+    handover = Handover(proxy_ns=40, read_ns=140, block_ns=30, notice_ns=5)
+    outcome = alone(handover=handover).run(implementation, log=True)
+    assert outcome.prefilled_ns.tolist() == [150]
+    assert outcome.forwarded_ns.tolist() == [190]
+    assert outcome.read_ns.tolist() == [[190, 390]]
+    assert outcome.read_blocks.tolist() == [2]
+    assert outcome.steps == [
+        (0, 150, [(0, 5, 5)], []),
+        (2190, 2300, [(0, 1, 5)], []),
+        (2300, 2410, [(0, 1, 6)], []),
+        (2410, 2520, [(0, 1, 7)], []),
+    ]
+    assert outcome.steps_per_replica == [1, 3]
+    assert outcome.first_token_ns.tolist() == [2300]
+    assert outcome.finish_ns.tolist() == [2520]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_a_way_to_go_the_first_token_takes_a_prompt_a_sleep_and_a_batch(implementation: Implementation) -> None:
+    """The read has ended when the workers look at its own launch, but the scheduler learns of it after that."""
+    outcome = alone().run(implementation)
+    assert outcome.first_token_ns.tolist() == [150 + 1000 + 110]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_reads_in_turn_wait_for_the_link_of_their_prefill_instance(implementation: Implementation) -> None:
+    pair = alone(trace=requests([(0, 4, 1), (0, 4, 1)]))
+    for in_turn, starts in ((False, [180, 180]), (True, [180, 680])):
+        handover = Handover(read_ns=400, block_ns=100, in_turn=in_turn)
+        outcome = replace(pair, handover=handover).run(implementation)
+        assert outcome.read_ns[:, 0].tolist() == starts
+        assert (outcome.read_ns[:, 1] - outcome.read_ns[:, 0] == 500).all()
+
+
+# Errors.
+
+
+SIDE: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 8,
+    "max_model_len": 32,
+    "chunked_prefill": True,
+    "long_prefill_token_threshold": 0,
+    "block_size": 4,
+    "num_gpu_blocks": 9,
+    "prefix_caching": False,
+    "async_scheduling": False,
+    "law_us": [10, 1, 0],
+}
+SMALL: dict[str, Any] = {
+    "prefill": SIDE,
+    "decode": SIDE,
+    "instances": [1, 1],
+    "proxy_us": 5,
+    "read_us": [3, 2],
+    "notice_us": 1,
+    "link": "none",
+    "idle_poll_us": 1000,
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"idle_poll_us": 0}, UsageError, "prefill instances need an idle_sleep_us of at least 1"),
+        ({"link": "ring"}, UnknownNameError, "unknown config: link 'ring'"),
+        ({"instances": [1, 0]}, UsageError, "replicas: 0 is below 1"),
+        ({"instances": [1]}, UsageError, "instances must be 2 whole number"),
+        ({"read_us": [1, 400_000_000]}, UsageError, "a read of 2 blocks would take longer than 480 s"),
+        ({"notice_us": 1 << 30}, UsageError, "notice_ns must be from 0 to 480000000000 ns"),
+        ({"decode": SIDE | {"num_gpu_blocks": 2}}, CapacityError, "need 2 KV blocks of 4, the cache has 1"),
+        ({"decode": SIDE | {"block_size": 8}}, UsageError, "the same block_size, got 4, 8"),
+        ({"decode": SIDE | {"max_model_len": 64}}, UsageError, "the same max_model_len, got 32, 64"),
+        ({"decode": SIDE | {"prefix_caching": True}}, UsageError, "the same prefix_caching, got False, True"),
+    ],
+)
+def test_instances_that_do_not_go_together_are_refused_in_one_line(
+    changes: dict[str, Any], error: type[ApexError], message: str, implementation: Implementation
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        replay_case("pd", {"config": SMALL | changes, "trace": [[0, 5, 3]]}, implementation)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_keys_are_named_with_the_kind_of_instance() -> None:
+    config = {key: value for key, value in SMALL.items() if key != "link"}
+    config["decode"] = {key: value for key, value in SIDE.items() if key != "law_us"}
+    with pytest.raises(UsageError, match=r"config: missing link, decode\.law_us"):
+        replay_case("pd", {"config": config, "trace": [[0, 5, 3]]})
+
+
+def test_a_closed_loop_pipelines_and_other_policies_are_refused() -> None:
+    pair = alone()
+    with pytest.raises(UsageError, match="open arrivals, not a closed loop"):
+        replace(pair, trace=requests([(0, 5, 3)], 1)).run("reference")
+    with pytest.raises(UsageError, match="the decode instances must be of one stage and the policy vllm"):
+        replace(pair, decode=replace(pair.decode, laws=[*pair.decode.laws] * 2)).run("reference")
+    with pytest.raises(UsageError, match="handover: read_ns must be from 0"):
+        Handover(read_ns=-1)
