@@ -10,6 +10,7 @@ from golden.condense import digest
 from hypothesis import strategies as st
 
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.speculation import METHODS, Speculation
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
 from apex_opt.simulator.law import RATE_BITS, linear_law
@@ -25,9 +26,19 @@ if TYPE_CHECKING:
     from apex_opt.workload.trace import Ints
 
 Loop = Literal[
-    "synchronous", "asynchronous", "threshold", "pipeline", "asynchronous pipeline", "prefix caching", "orca", "static"
+    "synchronous",
+    "asynchronous",
+    "threshold",
+    "pipeline",
+    "asynchronous pipeline",
+    "prefix caching",
+    "orca",
+    "static",
+    "drafts",
+    "drafts and prefix caching",
 ]
-LOOPS: Final[tuple[Loop, ...]] = get_args(Loop)
+DRAFTING: Final[tuple[Loop, ...]] = get_args(Loop)[-2:]
+LOOPS: Final[tuple[Loop, ...]] = get_args(Loop)[:-2]
 VLLM_LOOPS: Final[tuple[Loop, ...]] = LOOPS[:-2]
 """Those that split prompts and preempt."""
 Traffic = Literal["dealt", "routed", "closed"]
@@ -120,7 +131,9 @@ def linear(settings: EngineSettings, base: int, token: int = 0, context: int = 0
 
 def blocks_of(settings: EngineSettings, prompt: int, output: int) -> int:
     """Blocks a request holds when it computes its last token; the token it yields then is never computed."""
-    return ceil_div(min(prompt + output, settings.max_model_len) - 1, settings.block_size)
+    ahead = settings.speculation.ahead if settings.speculation else 0
+    held = min(prompt + output, settings.max_model_len) - 1
+    return ceil_div(min(held + ahead, settings.max_model_len), settings.block_size)
 
 
 def random_law(
@@ -136,6 +149,14 @@ def random_law(
         return values
 
     rate = (0, max(4 * (1 << RATE_BITS) // rate_unit, 4), rate_unit)
+    drafting: dict[str, Any] = {}
+    if settings.speculation is not None:
+        drafting = {
+            "draft_tokens": settings.speculation.draft_tokens,
+            "verify_ns": table(tokens, 0, 20, unit),
+            "draft_ns": table(seats, 0, 20, unit),
+            "draft_rate": table(seats, *rate),
+        }
     return BatchLaw(
         decode_ns=table(seats, 1, 40, unit),
         sequence_ns=table(seats, 0, 10, unit),
@@ -147,6 +168,7 @@ def random_law(
         chunk_context_rate=table(tokens, *rate),
         transfer_ns=table(tokens, 0, 15, unit),
         copies=copies,
+        **drafting,
     )
 
 
@@ -171,9 +193,27 @@ def engines(draw: st.DrawFn, loop: Loop) -> EngineSettings:
         long_prefill_token_threshold=threshold,
         block_size=draw(st.one_of(st.integers(1, 4), st.integers(1, 32))),
         async_scheduling=loop.startswith("asynchronous")
-        or (loop in ("threshold", "prefix caching", "orca", "static") and draw(coin)),
+        or (loop in ("threshold", "prefix caching", "orca", "static", *DRAFTING) and draw(coin)),
         policy=policy,
-        prefix_caching=loop == "prefix caching",
+        prefix_caching=loop.endswith("prefix caching"),
+        speculation=draw(speculations()) if loop in DRAFTING else None,
+    )
+
+
+@st.composite
+def speculations(draw: st.DrawFn) -> Speculation:
+    """Drafts of any kind, in lists for all requests or for each of some."""
+    drafts = draw(st.integers(1, 8))
+
+    def counts(most: int) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
+        lists = st.lists(st.integers(0, most), min_size=1, max_size=7).map(tuple)
+        return st.lists(lists, min_size=1, max_size=4).map(tuple)
+
+    return Speculation(
+        method=draw(st.sampled_from(tuple(METHODS))),
+        draft_tokens=drafts,
+        accepted=draw(counts(drafts + 2)),
+        proposed=draw(st.one_of(st.just(()), counts(drafts + 2))),
     )
 
 
@@ -245,6 +285,9 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         ours, theirs = getattr(one, name), getattr(other, name)
         assert ours.dtype == theirs.dtype == np.int64 and np.array_equal(ours, theirs), (name, ours, theirs)
     assert one.counts.equals(other.counts)
+    assert one.drafted == other.drafted
+    if one.gaps_ns is not None or other.gaps_ns is not None:
+        assert np.array_equal(one.gaps_ns, other.gaps_ns)  # type: ignore[arg-type]
 
 
 def assert_recorded(result: Replay, recorded: dict[str, Any]) -> None:

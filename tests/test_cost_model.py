@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,13 @@ from apex_opt.plans.memory import attention_shard_bytes, ffn_cut, ffn_token_byte
 from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles.power import SHORT_DRAW
 from apex_opt.search.bounds import StageFloor
-from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.simulator.law import RATE_BITS, TABLES
 
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost import PlanCost
 
 SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048)
-TABLES = [f.name for f in fields(BatchLaw) if f.name != "copies"]
 PLANS = {
     "llama-3.1-70b": (
         "tp8",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,36 +11,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.plans.engine import EngineSettings
-from apex_opt.simulator.law import RATE_BITS, BatchLaw, linear_law
+from apex_opt.simulator.law import RATE_BITS, TABLES, BatchLaw, linear_law
 from apex_opt.simulator.outcome import BatchCounts
 
 SEATS, TOKENS = 4, 16
 ENGINE = EngineSettings(max_num_seqs=SEATS, max_num_batched_tokens=TOKENS, max_model_len=64)
-BY_TOKENS = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
+BY_TOKENS = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns", "verify_ns"}
 NS = 1 << RATE_BITS
 """A rate of one nanosecond."""
 
 
-def law(*, copies: int = 1, **tables: Any) -> BatchLaw:
+def law(*, copies: int = 1, draft_tokens: int = 0, **tables: Any) -> BatchLaw:
     """A law that is zero but for the tables given, each a number for all entries or a mapping of some."""
     arrays = {}
-    for f in fields(BatchLaw):
-        if f.name == "copies":
-            continue
-        array = np.zeros((TOKENS if f.name in BY_TOKENS else SEATS) + 1, np.int64)
-        given_entries = tables.get(f.name, 0)
+    for name in TABLES:
+        array = np.zeros((TOKENS if name in BY_TOKENS else SEATS) + 1, np.int64)
+        given_entries = tables.get(name, 0)
         if isinstance(given_entries, dict):
             for index, value in given_entries.items():
                 array[index] = value
         else:
             array[:] = given_entries
-        arrays[f.name] = array
-    return BatchLaw(**arrays, copies=copies)
+        arrays[name] = array
+    return BatchLaw(**arrays, copies=copies, draft_tokens=draft_tokens)
 
 
 def test_pure_decoding_reads_the_decode_tables_at_the_number_of_sequences() -> None:
     decode = law(decode_ns={3: 100}, context_rate={3: 2 * NS}, mixed_ns=7000, sequence_ns=7000, attend_ns=7000)
     assert decode.batch_ns([(1, 5), (1, 6), (1, 10)]) == 100 + 2 * (5 + 6 + 10)
+
+
+def test_rows_of_a_token_and_its_drafts_read_their_context_once_and_drafts_are_made_where_a_row_yields() -> None:
+    drafting = law(
+        draft_tokens=2,
+        decode_ns={2: 100},
+        verify_ns={5: 40},
+        context_rate={2: 2 * NS, 1: 3 * NS},
+        draft_ns={2: 7},
+        draft_rate={2: NS},
+        mixed_ns={7: 1000},
+        pair_rate={4: NS},
+    )
+    assert drafting.batch_ns([(3, 5), (2, 6)], yields=False) == 100 + 40 + 2 * (5 + 6)
+    assert drafting.batch_ns([(3, 5), (2, 6)]) == 100 + 40 + 2 * (5 + 6) + 7 + 5 + 6
+    assert drafting.batch_ns([(3, 5), (4, 6)], yields=False) == 1000 + 3 * 5 + (3 + 4 + 5 + 6)
+    assert drafting.batch_ns([(3, 5), (4, 6)]) == 1000 + 3 * 5 + (3 + 4 + 5 + 6) + 7 + 5 + 6
 
 
 def test_a_prompt_of_one_token_counts_as_decoding() -> None:
@@ -109,13 +124,13 @@ def test_linear_law_is_linear_in_tokens_and_context(terms: tuple[int, int, int],
     chunks = [(c, before + c) for c, before in rows]
     expected = base + token * sum(c for c, _ in chunks) + context * sum(held for _, held in chunks)
     assert linear.batch_ns(chunks) == expected
-    sizes = {f.name: len(getattr(linear, f.name)) for f in fields(BatchLaw) if f.name != "copies"}
+    sizes = {name: len(getattr(linear, name)) for name in TABLES[:9]}
     assert sizes == {name: (TOKENS if name in BY_TOKENS else SEATS) + 1 for name in sizes}
     assert linear.scaled(7).batch_ns(chunks) == 7 * expected
 
 
 def test_scaling_multiplies_every_table_and_keeps_copies() -> None:
-    tables = {f.name: i + 2 for i, f in enumerate(fields(BatchLaw)) if f.name != "copies"}
+    tables = {name: i + 2 for i, name in enumerate(TABLES)}
     one = law(copies=3, **tables)
     three = one.scaled(3)
     assert three.copies == 3

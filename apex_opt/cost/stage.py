@@ -136,7 +136,8 @@ class StageCosts:
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
-        law = BatchLaw(**{name: _integers(values, name in _RATES) for name, values in seconds.items()}, copies=copies)
+        tables: dict[str, Any] = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
+        law = BatchLaw(**tables, copies=copies)
         return law, (*pieces, (1, engine))
 
     def _made_of(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from apex_opt.engines.policies import Policy
     from apex_opt.engines.rules import EngineRules
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.speculation import Speculation
 
 _LARGEST = 1 << 31
 
@@ -44,6 +45,7 @@ class EngineSettings:
                    requests that are done before keep computing (the baseline of the same paper, section 2)
     runnable : EngineRules or None         the engine that must be able to run plans, and how it holds a model;
                                            None: any
+    speculation : Speculation or None      drafts that are made and verified; None: none
 
     The defaults are those of vLLM 0.20 on a large GPU.
 
@@ -64,6 +66,7 @@ class EngineSettings:
     idle_sleep_us: int = 0
     policy: str = "vllm"
     runnable: EngineRules | None = None
+    speculation: Speculation | None = None
 
     @property
     def batching(self) -> Policy:
@@ -116,6 +119,8 @@ class EngineSettings:
             raise UsageError(
                 f"prefix_caching goes with the policy {with_it}, not with {self.policy}; leave one of them out"
             )
+        if self.speculation is not None and self.policy != "vllm":
+            raise UsageError(f"speculation goes with the policy vllm, not with {self.policy}; leave one of them out")
         if self.whole_prompts and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(
                 f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "

@@ -50,6 +50,8 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
             f"{settings.max_model_len}; raise max_model_len or shorten the trace"
         )
     held = np.minimum(trace.prompt + trace.output, settings.max_model_len) - 1  # the last token is never computed
+    if settings.speculation is not None:
+        held = np.minimum(held + settings.speculation.ahead, settings.max_model_len)
     i = int(held.argmax())
     need = ceil_div(int(held[i]), settings.block_size)
     if need > blocks:
@@ -235,12 +237,18 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
     """Refuse requests and laws that the replicas of a pool cannot take."""
     settings = pool.settings
     check_fits(settings, pool.blocks, trace)
-    longest = trace.longest
+    if settings.speculation is not None and len(pool.laws) > 1:
+        raise UsageError(
+            f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"
+        )
+    drafts = settings.speculation.draft_tokens if settings.speculation else 0
+    longest = trace.longest + drafts
     check_laws(
         pool.laws,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         longest=longest,
+        draft_tokens=drafts,
         # Sequences that share a prefix hold more tokens together than there are in the pool.
         held=longest * settings.max_num_seqs
         if settings.prefix_caching

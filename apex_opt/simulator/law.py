@@ -7,7 +7,7 @@ on each chunk and its context. Every term is therefore a table over a small inte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+
+def no_table() -> NDArray[np.int64]:
+    """A table that is not used."""
+    return np.zeros(0, np.int64)
+
 
 LARGEST: Final = 1 << 58
 """Nanoseconds (nine years) that one batch may take on a stage: sums of two such stay far within 63 bits."""
@@ -43,6 +49,11 @@ class BatchLaw:
     the smaller of `copies` and the number of chunks. `transfer_ns[t]` is what the activations
     then need to reach the next stage; it delays the batch without occupying either stage.
 
+    Where drafts are verified a row of up to ``1 + draft_tokens`` tokens is a decoding one, whose context is read once
+    for all of them: `d` and `context` are of such rows, chunks are longer, and a batch of decoding rows alone takes
+    ``verify_ns[t]`` more. A batch in which a row yields then makes drafts, which takes
+    ``draft_ns[n] + (draft_rate[n] * held >> 20)`` more, where its sequences hold so much once it is done.
+
     Parameters
     ----------
     decode_ns, sequence_ns, attend_ns, context_rate : int64[max_num_seqs + 1]
@@ -50,6 +61,10 @@ class BatchLaw:
         times in ns, rates in 2**-20 ns; all >= 0
     copies : int
         attention copies of the stage, >= 1
+    draft_tokens : int
+        drafts that may follow a token; 0: none are made
+    draft_ns, draft_rate, verify_ns : int64[max_num_seqs + 1] two times, int64[max_num_batched_tokens + 1]
+        empty where none are made
     """
 
     decode_ns: NDArray[np.int64]
@@ -62,32 +77,53 @@ class BatchLaw:
     chunk_context_rate: NDArray[np.int64]
     transfer_ns: NDArray[np.int64]
     copies: int = 1
+    draft_tokens: int = 0
+    verify_ns: NDArray[np.int64] = field(default_factory=no_table)
+    draft_ns: NDArray[np.int64] = field(default_factory=no_table)
+    draft_rate: NDArray[np.int64] = field(default_factory=no_table)
 
     def scaled(self, factor: int) -> BatchLaw:
         """The law with every time and rate multiplied by an integer."""
-        tables = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name != "copies"}
-        return BatchLaw(**tables, copies=self.copies)
+        return replace(self, **{name: getattr(self, name) * factor for name in TABLES})
 
-    def batch_ns(self, chunks: Sequence[tuple[int, int]]) -> int:
-        """Time of a batch given as (tokens, tokens held once it is done) per sequence."""
+    def batch_ns(self, chunks: Sequence[tuple[int, int]], *, yields: bool = True) -> int:
+        """Time of a batch given as (tokens, tokens held once it is done) per sequence, and whether a row yields."""
         tokens = sum(c for c, _ in chunks)
-        decoding = [held for c, held in chunks if c == 1]
+        decoding = [held for c, held in chunks if c <= 1 + self.draft_tokens]
         d, n = len(decoding), len(chunks)
-        attention = int(self.context_rate[d]) * sum(decoding) >> RATE_BITS
+        total = int(self.context_rate[d]) * sum(decoding) >> RATE_BITS
+        if self.draft_tokens and yields:
+            total += int(self.draft_ns[n]) + (int(self.draft_rate[n]) * sum(held for _, held in chunks) >> RATE_BITS)
         if d == n:
-            return int(self.decode_ns[n]) + attention
-        total = int(self.mixed_ns[tokens]) + int(self.sequence_ns[n]) + int(self.attend_ns[d]) + attention
+            return total + int(self.decode_ns[n]) + (int(self.verify_ns[tokens]) if self.draft_tokens else 0)
+        total += int(self.mixed_ns[tokens]) + int(self.sequence_ns[n]) + int(self.attend_ns[d])
         prompts = 0
         for c, held in chunks:
-            if c > 1:
+            if c > 1 + self.draft_tokens:
                 pairs = c * held - c * (c - 1) // 2
                 rates = int(self.pair_rate[c]) * pairs + int(self.chunk_context_rate[c]) * held
                 prompts += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
         return total + prompts // min(self.copies, n - d)
 
 
+TABLES: Final = tuple(f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens"))
+"""Names of the tables of a law, those of drafts last."""
+
+_BY_TOKENS: Final = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns", "verify_ns"}
+_OF_DRAFTS: Final = {"verify_ns", "draft_ns", "draft_rate"}
+
+
+_OF_A_BATCH: Final = ("decode_ns", "mixed_ns", "sequence_ns", "attend_ns", "transfer_ns", "verify_ns", "draft_ns")
+
+
 def check_laws(
-    laws: Sequence[BatchLaw], *, max_num_seqs: int, max_num_batched_tokens: int, longest: int, held: int
+    laws: Sequence[BatchLaw],
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    longest: int,
+    held: int,
+    draft_tokens: int = 0,
 ) -> None:
     """Refuse laws that do not fit the engine, or whose sums could leave 63 bits.
 
@@ -96,6 +132,7 @@ def check_laws(
     laws : BatchLaw of each stage
     max_num_seqs, max_num_batched_tokens : the engine's limits, which the tables must reach
     longest, held : int    tokens of the longest request; of all sequences that can run at once
+    draft_tokens : int     drafts that the engine asks for
 
     Raises
     ------
@@ -103,13 +140,14 @@ def check_laws(
     """
     if not laws:
         raise UsageError("a plan needs a batch law for each of its stages, got none")
-    by_tokens = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns"}
     first = {id(law): stage for stage, law in reversed(list(enumerate(laws)))}  # stages alike share their law
     for stage in sorted(first.values()):
         law = laws[stage]
-        for name in (f.name for f in fields(law) if f.name != "copies"):
+        if law.draft_tokens != draft_tokens:
+            raise UsageError(f"stage {stage}: the law is of {law.draft_tokens} drafts, the engine makes {draft_tokens}")
+        for name in TABLES if draft_tokens else (name for name in TABLES if name not in _OF_DRAFTS):
             table = np.asarray(getattr(law, name))
-            limit = max_num_batched_tokens if name in by_tokens else max_num_seqs
+            limit = max_num_batched_tokens if name in _BY_TOKENS else max_num_seqs
             if len(table) != limit + 1:
                 raise UsageError(
                     f"stage {stage}: {name} has {len(table)} entries, the engine's limits need {limit + 1}"
@@ -118,11 +156,11 @@ def check_laws(
                 raise UsageError(f"stage {stage}: {name} must not be negative, it holds {int(table.min())}")
         if law.copies < 1:
             raise UsageError(f"stage {stage}: a batch law needs at least one attention copy, not {law.copies}")
-        most = {f.name: int(np.max(getattr(law, f.name))) for f in fields(law)}
+        most = {name: int(np.max(getattr(law, name), initial=0)) for name in TABLES}
         worst = {
-            "decode attention": most["context_rate"] * held,
+            "decode attention": (most["context_rate"] + most["draft_rate"]) * held,
             "prefill attention": (most["pair_rate"] * max_num_batched_tokens + most["chunk_context_rate"]) * longest,
-            "a batch": sum(most[name] for name in ("decode_ns", "mixed_ns", "sequence_ns", "attend_ns", "transfer_ns"))
+            "a batch": sum(most[name] for name in _OF_A_BATCH)
             + most["chunk_ns"] * min(max_num_batched_tokens, max_num_seqs),
         }
         for name, value in worst.items():
@@ -141,11 +179,19 @@ def clock_overflow() -> UsageError:
 
 
 def linear_law(
-    *, base_ns: int, token_ns: int, context_ns: int, max_num_seqs: int, max_num_batched_tokens: int
+    *,
+    base_ns: int,
+    token_ns: int,
+    context_ns: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    draft_tokens: int = 0,
+    draft_ns: int = 0,
 ) -> BatchLaw:
     """The law ``base + token * tokens + context * (tokens held by all sequences)``, as the recorded batches use it.
 
-    All arguments in whole nanoseconds (per token for the second and third).
+    All arguments in whole nanoseconds (per token for the second and third). Where drafts are made ``draft`` for each
+    that may follow a token is added in batches with a row that yields.
 
     Parameters
     ----------
@@ -154,12 +200,14 @@ def linear_law(
     context_ns : int                time of every token in their contexts
     max_num_seqs : int              sequences of a batch
     max_num_batched_tokens : int    tokens of a batch
+    draft_tokens : int              drafts that may follow a token
+    draft_ns : int                  time of making one for every sequence
     """
     sequences = np.arange(max_num_seqs + 1, dtype=np.int64)
     tokens = np.arange(max_num_batched_tokens + 1, dtype=np.int64)
     rate = context_ns << RATE_BITS
-    return BatchLaw(
-        decode_ns=base_ns + token_ns * sequences,
+    law = BatchLaw(
+        decode_ns=np.full_like(sequences, base_ns) if draft_tokens else base_ns + token_ns * sequences,
         sequence_ns=np.zeros_like(sequences),
         attend_ns=np.zeros_like(sequences),
         context_rate=np.full_like(sequences, rate),
@@ -168,4 +216,13 @@ def linear_law(
         pair_rate=np.zeros_like(tokens),
         chunk_context_rate=np.full_like(tokens, rate),
         transfer_ns=np.zeros_like(tokens),
+    )
+    if not draft_tokens:
+        return law
+    return replace(
+        law,
+        draft_tokens=draft_tokens,
+        verify_ns=token_ns * tokens,
+        draft_ns=np.full_like(sequences, draft_ns * draft_tokens),
+        draft_rate=np.zeros_like(sequences),
     )

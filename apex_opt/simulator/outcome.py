@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Routing = Literal["round_robin", "least_loaded"]
 Step = tuple[int, int, list[tuple[int, int, int]], list[int]]
 """(scheduled at, finished at, [(request, tokens, computed after)], preempted requests)."""
+Drafted = tuple[int, list[tuple[int, int]]]
+"""(KV blocks free once a batch is scheduled, [(drafts, tokens that the request got)] of its rows)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,6 +42,9 @@ class BatchCounts:
         batches with a prefill chunk, by tokens
     chunk, chunk_pairs, chunk_context : int64[max_num_batched_tokens + 1]
         prefill chunks by tokens; their query-key pairs and context, summed
+    verify, draft, draft_context : int64[max_num_batched_tokens + 1], int64[max_num_seqs + 1] two times
+        where drafts are made, else empty: batches of decoding sequences alone by tokens; batches that make drafts by
+        sequences, and all that these hold, summed
     """
 
     decode: NDArray[np.int64]
@@ -51,28 +56,49 @@ class BatchCounts:
     chunk: NDArray[np.int64]
     chunk_pairs: NDArray[np.int64]
     chunk_context: NDArray[np.int64]
+    verify: NDArray[np.int64]
+    draft: NDArray[np.int64]
+    draft_context: NDArray[np.int64]
 
     @classmethod
     def empty(cls, settings: EngineSettings) -> BatchCounts:
         """Counts of no batch at all."""
-        by_tokens = {"mixed", "chunk", "chunk_pairs", "chunk_context"}
+        by_tokens = {"mixed", "chunk", "chunk_pairs", "chunk_context", "verify"}
+        unused = () if settings.speculation else ("verify", "draft", "draft_context")
         sizes = (settings.max_num_batched_tokens + 1, settings.max_num_seqs + 1)
-        return cls(**{f.name: np.zeros(sizes[f.name not in by_tokens], np.int64) for f in fields(cls)})
+        return cls(
+            **{
+                f.name: np.zeros(0 if f.name in unused else sizes[f.name not in by_tokens], np.int64)
+                for f in fields(cls)
+            }
+        )
 
-    def add(self, chunks: Sequence[tuple[int, int]]) -> None:
-        """Count one batch given as (tokens, tokens held once it is done) per sequence."""
-        decoding = [held for c, held in chunks if c == 1]
+    def add(self, chunks: Sequence[tuple[int, int]], *, draft_tokens: int = 0, yields: bool = True) -> None:
+        """Count one batch.
+
+        Parameters
+        ----------
+        chunks : of each sequence, its tokens and those that it holds once the batch is done
+        draft_tokens : int    drafts that may follow a token
+        yields : bool         whether a row yields
+        """
+        decoding = [held for c, held in chunks if c <= 1 + draft_tokens]
         n, d = len(chunks), len(decoding)
+        if draft_tokens and yields:
+            self.draft[n] += 1
+            self.draft_context[n] += sum(held for _, held in chunks)
         if d == n:
             self.decode[n] += 1
             self.decode_context[n] += sum(decoding)
+            if draft_tokens:
+                self.verify[sum(c for c, _ in chunks)] += 1
             return
         self.sequences[n] += 1
         self.attend[d] += 1
         self.attend_context[d] += sum(decoding)
         self.mixed[sum(c for c, _ in chunks)] += 1
         for c, held in chunks:
-            if c > 1:
+            if c > 1 + draft_tokens:
                 self.chunk[c] += 1
                 self.chunk_pairs[c] += c * held - c * (c - 1) // 2
                 self.chunk_context[c] += held
@@ -87,7 +113,8 @@ class BatchCounts:
     @property
     def tokens(self) -> int:
         """Tokens computed, those computed again after a preemption included."""
-        return int(self.decode @ np.arange(len(self.decode)) + self.mixed @ np.arange(len(self.mixed)))
+        alone = self.verify if len(self.verify) else self.decode
+        return int(alone @ np.arange(len(alone)) + self.mixed @ np.arange(len(self.mixed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,6 +198,7 @@ class Outcome:
     steps : list of Step or None         every batch, replica by replica and rank by rank, where asked for
     steps_per_replica : list of int or None    how many of them are whose
     groups : GroupLog of each replica with ranks, where batches are asked for
+    drafted : list of Drafted or None    what came of the drafts of every batch, where asked for and drafts are made
     gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     pools : PoolOutcome of each pool
@@ -187,6 +215,7 @@ class Outcome:
     steps: list[Step] | None = None
     steps_per_replica: list[int] | None = None
     groups: tuple[GroupLog, ...] = ()
+    drafted: list[Drafted] | None = None
     gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False
     pools: tuple[PoolOutcome, ...] = ()

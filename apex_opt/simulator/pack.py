@@ -15,8 +15,9 @@ from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
-from apex_opt.simulator.law import RATE_BITS, BatchLaw, clock_overflow
+from apex_opt.simulator.law import RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.simulator.outcome import Step
+    from apex_opt.plans.speculation import Speculation
+    from apex_opt.simulator.outcome import Drafted, Step
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.workload.trace import Trace
 
@@ -34,21 +36,28 @@ if TYPE_CHECKING:
 assert kn.RATE_BITS == RATE_BITS
 _POLICIES = list(POLICIES)
 assert [_POLICIES.index(name) for name in ("vllm", "orca", "static")] == [kn.VLLM, kn.ORCA, kn.STATIC]
-_TABLES = [field.name for field in fields(BatchLaw) if field.name != "copies"]
+_OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
+_ENGINES = {
+    ("steady", False): entries.SERVE_STEADY,
+    ("general", False): entries.SERVE_GENERAL,
+    ("general", True): entries.SERVE_CACHING,
+    ("speculative", False): entries.SERVE_SPECULATIVE,
+    ("speculative", True): entries.SERVE_SPECULATIVE_CACHING,
+}
+"""Entries of the kernel, by engine and whether it caches prefixes."""
 
 
 def needs_compiling(settings: EngineSettings, stages: int) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is."""
-    if settings.prefix_caching:
-        return not entries.SERVE_CACHING.ready()
-    return not (entries.SERVE_GENERAL if _is_general(settings, stages) else entries.SERVE_STEADY).ready()
+    return not _ENGINES[_engine(settings, stages), settings.prefix_caching].ready()
 
 
-def _is_general(settings: EngineSettings, stages: int) -> bool:
-    """Whether a run needs the engine that walks the running sequences."""
-    return (
-        stages > 1 or settings.long_prefill_token_threshold > 0 or settings.prefix_caching or settings.policy != "vllm"
-    )
+def _engine(settings: EngineSettings, stages: int) -> str:
+    """The engine of the kernel that a run needs."""
+    if settings.speculation is not None:
+        return "speculative"
+    walks = stages > 1 or settings.long_prefill_token_threshold > 0 or settings.prefix_caching
+    return "general" if walks or settings.policy != "vllm" else "steady"
 
 
 def run(
@@ -98,10 +107,12 @@ class _Memory:
         self._pools, self._trace, self._shares = pools, trace, shares
         lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
         self._places = [slice(last - pool.replicas, last) for pool, last in zip(pools, lasts, strict=True)]
-        self._general = [_is_general(pool.settings, len(pool.laws)) for pool in pools]
+        self._engines = [_engine(pool.settings, len(pool.laws)) for pool in pools]
         if any(share.routed for share in shares) and len(shares) < len(pools):
             # Replicas of several pools advance together, by the engine that can run all of them.
-            self._general = [any(self._general)] * len(pools)
+            for name in ("general", "speculative"):
+                if name in self._engines:
+                    self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
         self._lanes = [
             pool.replicas if any(share.routed and share.first < place.stop <= share.last for share in shares) else 1
@@ -144,8 +155,10 @@ class _Memory:
             for law in pool.laws:
                 if id(law) not in at:
                     at[id(law)] = end
-                    tables += [*(getattr(law, name) for name in _TABLES), np.array([law.copies])]
-                    end += sum(map(len, tables[-10:]))
+                    its = [getattr(law, name) for name in TABLES]
+                    its.insert(_OF_ALL, np.array([law.copies]))
+                    tables += its
+                    end += sum(map(len, its))
             self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(pool.replicas)
             stages += [at[id(law)] for law in pool.laws] * pool.replicas
         self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
@@ -170,9 +183,19 @@ class _Memory:
         """Memory of the engines: the parts of each lane of each pool."""
         ring = 1 << int(self._requests[kn.LIMIT].max()).bit_length()
         end = 0
-        for pool, place, lanes, general in zip(self._pools, self._places, self._lanes, self._general, strict=True):
+        lists: list[tuple[int, I64]] = []
+        for pool, place, lanes, engine in zip(self._pools, self._places, self._lanes, self._engines, strict=True):
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
-            if general:
+            if engine == "speculative":
+                parts = {kn.RUNNING_AT: seats, kn.QUEUE_AT: 2 * (seats + 3)}
+                if (speculation := pool.settings.speculation) is not None:
+                    accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
+                    rows[:, [kn.LISTS, kn.LIST_SIZE]] = accepted.shape
+                    for column, counts in {kn.ACCEPTED_AT: accepted, kn.PROPOSED_AT: proposed}.items():
+                        rows[:, column] = end
+                        lists.append((end, counts.reshape(-1)))
+                        end += counts.size
+            elif engine == "general":
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
                 parts[kn.MICRO_AT] = depth * (kn.MICRO_DUE + pool.settings.block_size)
@@ -185,6 +208,8 @@ class _Memory:
         scratch = np.zeros(end, np.int64)
         for rows in self._replicas[self._replicas[:, kn.RING_SIZE] > 0]:
             scratch[rows[kn.RING_AT] : rows[kn.RING_AT] + ring] = kn.NONE
+        for start, counts in lists:
+            scratch[start : start + len(counts)] = counts
         return scratch
 
     def _blocks(self) -> kn.Cache:
@@ -199,7 +224,10 @@ class _Memory:
                     f"prefix caching: {max(content.total, pool.blocks):,} blocks of content are too many; "
                     "use a shorter trace"
                 )
-            seats, rows, width = pool.settings.max_num_seqs, self._replicas[place], min(longest, pool.blocks)
+            seats, rows = pool.settings.max_num_seqs, self._replicas[place]
+            # Blocks are taken for drafts, too: of up to three rows beyond the last token.
+            beyond = 3 * pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
+            width = min(longest + ceil_div(beyond, settings.block_size), pool.blocks)
             rows[:, [kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = width, pool.blocks, content.total
             for column, size in {
                 kn.MEMO_AT: kn.MEMO_WIDTH,
@@ -253,12 +281,8 @@ class _Memory:
         if self.stopped:
             return
         given = (*self.run, first, last, routed, len(routed))
-        if self._cache is not None:
-            entries.SERVE_CACHING(*given, *self._cache)
-        elif self._general[next(place for place, its in enumerate(self._places) if first < its.stop)]:
-            entries.SERVE_GENERAL(*given)
-        else:
-            entries.SERVE_STEADY(*given)
+        engine = self._engines[next(place for place, its in enumerate(self._places) if first < its.stop)]
+        _ENGINES[engine, self._cache is not None](*given, *(self._cache or ()))
         assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     @property
@@ -286,6 +310,7 @@ class _Memory:
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
             gaps_ns=_gaps(steps, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
+            drafted=_drafted(steps, rows) if log and self._pools[0].settings.speculation is not None else None,
             steps_per_replica=np.bincount(steps[:, kn.STEP_REPLICA], minlength=len(replicas)).tolist() if log else None,
             stopped=self.stopped,
             pools=pools,
@@ -306,7 +331,7 @@ class _Memory:
 
 def _requests(max_model_len: int, trace: Trace) -> I64:
     """The columns of the requests."""
-    requests = np.zeros((max(kn.STEADY_REQUEST_SIZE, kn.GENERAL_REQUEST_SIZE), len(trace)), np.int64)
+    requests = np.zeros((max(kn.STEADY_REQUEST_SIZE, kn.SPECULATIVE_REQUEST_SIZE), len(trace)), np.int64)
     requests[kn.ARRIVAL], requests[kn.PROMPT], requests[kn.OUTPUT] = trace.arrival_ns, trace.prompt, trace.output
     requests[kn.LIMIT], requests[kn.FOLLOWING] = trace.generated(max_model_len), kn.NONE
     return requests
@@ -329,6 +354,9 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.FREE: pool.blocks,
     }.items():
         replicas[:, column] = value
+    if (speculation := settings.speculation) is not None:
+        drafting = speculation.draft_tokens, speculation.ahead, speculation.rules.recomputes
+        replicas[:, [kn.DRAFTS, kn.LOOKAHEAD, kn.RECOMPUTES]] = drafting
     replicas[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.HEAD, kn.TAIL, kn.BACKLOG]] = kn.NONE
 
 
@@ -365,10 +393,9 @@ def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
 
 
 def _gaps(steps: I64, rows: I64, generated: I64) -> I64:
-    """Times between tokens: a token comes when the batch that yields it ends."""
-    yields = (rows[:, kn.ROW_YIELDS] & 1).astype(bool)
-    end_ns = np.repeat(steps[:, kn.STEP_END], steps[:, kn.STEP_ROWS])
-    return gaps_ns(rows[yields, kn.ROW_YIELDS] >> 1, end_ns[yields], generated)
+    """Times between tokens: a token comes when the batch that yields it ends, several of a row at once."""
+    end_ns, got = np.repeat(steps[:, kn.STEP_END], steps[:, kn.STEP_ROWS]), rows[:, kn.ROW_REQUEST] & 15
+    return gaps_ns(np.repeat(rows[:, kn.ROW_REQUEST] >> 8, got), np.repeat(end_ns, got), generated)
 
 
 def _steps(steps: I64, rows: I64, lost: I64) -> list[Step]:
@@ -376,9 +403,34 @@ def _steps(steps: I64, rows: I64, lost: I64) -> list[Step]:
     shares, preempted = rows.tolist(), lost.tolist()
     found: list[tuple[int, Step]] = []
     row = gone = 0
-    for replica, start, end, size, victims in steps.tolist():
-        chunk = [(i >> 1, tokens, computed) for i, tokens, computed in shares[row : row + size]]
+    for replica, start, end, size, victims, _ in steps.tolist():
+        chunk = [(i >> 8, tokens, computed) for i, tokens, computed in shares[row : row + size]]
         found.append((replica, (start, end, chunk, sorted(preempted[gone : gone + victims]))))
         row += size
         gone += victims
     return [step for _, step in sorted(found, key=lambda s: s[0])]
+
+
+def _drafted(steps: I64, rows: I64) -> list[Drafted]:
+    """What came of the drafts in a log, replica by replica."""
+    drafts, got = (rows[:, kn.ROW_REQUEST] >> 4 & 15).tolist(), (rows[:, kn.ROW_REQUEST] & 15).tolist()
+    found: list[tuple[int, Drafted]] = []
+    row = 0
+    for step in steps.tolist():
+        last = row + step[kn.STEP_ROWS]
+        found.append(
+            (step[kn.STEP_REPLICA], (step[kn.STEP_FREE], list(zip(drafts[row:last], got[row:last], strict=True))))
+        )
+        row = last
+    return [drafted for _, drafted in sorted(found, key=lambda s: s[0])]
+
+
+def _counts(speculation: Speculation, requests: int, longest: int) -> tuple[I64, I64]:
+    """Drafts that are accepted and proposed by tokens generated, in one list or in one for each request."""
+    most = speculation.draft_tokens
+    both = speculation.accepted, speculation.proposed or ((most,),)
+    lists = 1 if all(len(counts) == 1 for counts in both) else requests
+    accepted, proposed = (
+        np.array([np.resize(counts[i % len(counts)], longest + 1) for i in range(lists)], np.int64) for counts in both
+    )
+    return accepted, np.minimum(proposed, most)

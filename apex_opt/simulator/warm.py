@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import simulate
-from apex_opt.simulator.kernel.entries import NUMBER_PIECES, SERVE_CACHING, SERVE_GENERAL, SERVE_STEADY, Entry
+from apex_opt.simulator.kernel.entries import (
+    NUMBER_PIECES,
+    SERVE_CACHING,
+    SERVE_GENERAL,
+    SERVE_SPECULATIVE,
+    SERVE_SPECULATIVE_CACHING,
+    SERVE_STEADY,
+    Entry,
+)
 from apex_opt.simulator.law import linear_law
 from apex_opt.workload.trace import make_trace
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+_DRAFT: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 
 
 class Variant(NamedTuple):
@@ -30,6 +40,11 @@ VARIANTS: Final = {
     "caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
         (SERVE_CACHING, NUMBER_PIECES),
+    ),
+    "speculative": Variant(EngineSettings(max_model_len=4, speculation=_DRAFT, **_LIMITS), (SERVE_SPECULATIVE,)),
+    "speculative caching": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
+        (SERVE_SPECULATIVE_CACHING,),
     ),
 }
 """A run for each entry of the kernel."""
@@ -64,4 +79,5 @@ def run(name: str) -> None:
     """Serve a request by a variant, which compiles it where it has not been."""
     settings = VARIANTS[name].settings
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
-    simulate(settings, 4, [linear_law(base_ns=1, token_ns=0, context_ns=0, **_LIMITS)], trace)
+    drafts = settings.speculation.draft_tokens if settings.speculation else 0
+    simulate(settings, 4, [linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)], trace)

@@ -26,6 +26,7 @@ from apex_opt.simulator.kernel.state import (
     FIRST,
     FIRST_STAGE,
     FOLLOWING,
+    FREE,
     LAST_ENDED,
     LIMIT,
     LOGGED,
@@ -51,9 +52,9 @@ from apex_opt.simulator.kernel.state import (
     PASSED,
     RATE_BITS,
     ROW_COMPUTED,
+    ROW_REQUEST,
     ROW_SIZE,
     ROW_TOKENS,
-    ROW_YIELDS,
     ROWS,
     SENT,
     SEQUENCE_NS,
@@ -61,6 +62,7 @@ from apex_opt.simulator.kernel.state import (
     STAGE_LAW,
     STAGE_SIZE,
     STEP_END,
+    STEP_FREE,
     STEP_LOST,
     STEP_REPLICA,
     STEP_ROWS,
@@ -154,11 +156,12 @@ def count_chunk_nb(run: Run, r: I64, c: int, held: int) -> None:
 
 
 @inner
-def log_row_nb(run: Run, request: int, yields: int, tokens: int, computed: int) -> None:
+def log_row_nb(run: Run, request: int, got: int, tokens: int, computed: int) -> None:
+    """Log a row, which brings so many tokens, and 16 more for each draft in it."""
     place = run.control[ROWS]
     if place < run.control[MOST_ROWS]:
         row = at(run.rows, place * ROW_SIZE)
-        row[ROW_YIELDS] = 2 * request + yields
+        row[ROW_REQUEST] = 256 * request + got
         row[ROW_TOKENS] = tokens
         row[ROW_COMPUTED] = computed
     run.control[ROWS] = place + 1
@@ -188,6 +191,7 @@ def log_step_nb(run: Run, r: I64, replica: int, start: int, end: int) -> None:
         step[STEP_END] = end
         step[STEP_ROWS] = r[BATCH_ROWS]
         step[STEP_LOST] = r[BATCH_LOST]
+        step[STEP_FREE] = r[FREE]
     run.control[STEPS] = place + 1
 
 

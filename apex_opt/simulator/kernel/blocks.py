@@ -117,6 +117,13 @@ def found_nb(cache: Cache, r: I64, i: int, most: int) -> tuple[int, int]:
 
 
 @inner
+def recomputed_nb(cache: Cache, r: I64, i: int, j: int) -> int:
+    """Whether nobody uses the block that holds the j-th content of request i, which it computes again."""
+    b = holder_nb(cache, r)[key_nb(cache, i, j) * HOLDER_WIDTH + OLDEST]
+    return 1 if block_nb(cache, r)[b * BLOCK_WIDTH + USERS] == 0 else 0
+
+
+@inner
 def take_nb(cache: Cache, r: I64, i: int, held: int, found: int, total: int) -> None:
     """Give request i its found blocks, then fresh ones from the front of the queue, up to a total."""
     block, holder, memo, table = block_nb(cache, r), holder_nb(cache, r), memo_nb(cache, r), table_nb(cache, r, i)

@@ -8,6 +8,7 @@ from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import general_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.speculative import speculative_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ENDED,
@@ -69,6 +70,7 @@ def serving(turns_nb: Any) -> Any:
 
 
 _by_steady_nb, _by_general_nb = serving(steady_nb), serving(general_nb)
+_by_speculative_nb = serving(speculative_nb)
 
 
 def serve_steady_nb(
@@ -151,3 +153,62 @@ def serve_caching_nb(
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
     _by_general_nb(run, cache, first, last, routed, turns)
+
+
+def serve_speculative_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+) -> None:
+    """`serve_nb` by the engine that verifies drafts, without prefix caching."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_speculative_nb(run, None, first, last, routed, turns)
+
+
+def serve_speculative_caching_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    piece_blocks: int,
+    pieces: I64,
+    starts: I64,
+    own: I64,
+    shared: I64,
+    registered: I64,
+    slot: I64,
+    slots: I64,
+    memo: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
+    """`serve_nb` by the engine that verifies drafts, with prefix caching."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
+    _by_speculative_nb(run, cache, first, last, routed, turns)

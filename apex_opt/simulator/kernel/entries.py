@@ -155,9 +155,19 @@ _KERNEL: Final = "apex_opt.simulator.kernel."
 _SERVE: Final = (*[_I64] * 12, int, int, _I64, int)
 SERVE_STEADY: Final = Entry(_KERNEL + "deployment", "serve_steady_nb", _SERVE)
 SERVE_GENERAL: Final = Entry(_KERNEL + "deployment", "serve_general_nb", _SERVE)
-SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", (*_SERVE, int, *[_I64] * 8, _I32, _I32, _I32))
+_CACHING: Final = (*_SERVE, int, *[_I64] * 8, _I32, _I32, _I32)
+SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
+SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
+SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
-ENTRIES: Final = (SERVE_STEADY, SERVE_GENERAL, SERVE_CACHING, NUMBER_PIECES)
+ENTRIES: Final = (
+    SERVE_STEADY,
+    SERVE_GENERAL,
+    SERVE_CACHING,
+    SERVE_SPECULATIVE,
+    SERVE_SPECULATIVE_CACHING,
+    NUMBER_PIECES,
+)
 """All that is ever compiled, each for one list of types."""
 
 

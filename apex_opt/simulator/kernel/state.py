@@ -73,6 +73,8 @@ class Cache(NamedTuple):
 # Of the general engine.
 (COMPUTED, IN_FLIGHT, BLOCKS, PLACE, DUE_NEXT, GENERAL_REQUEST_SIZE) = range(COMMON_SIZE, COMMON_SIZE + 6)
 WAITS, RUNS, DONE = range(3)  # values of PLACE
+# Of the speculative engine, after those of the general one: drafts to be scheduled next.
+(PROPOSED, SPECULATIVE_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 2)
 
 # Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
 # prefix caching, its parts of `Cache` begin. Replicas that run in turn share these parts.
@@ -104,6 +106,13 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     POOL_BLOCKS,
     HOLDER_AT,
     CONTENTS,
+    DRAFTS,  # that may follow a token
+    LOOKAHEAD,  # tokens beyond those of a row whose blocks it needs
+    RECOMPUTES,  # whether the last block that is found is computed again
+    ACCEPTED_AT,  # counts of accepted drafts in `Run.scratch`, by tokens generated, in one or more lists
+    PROPOSED_AT,  # those of proposed ones
+    LISTS,
+    LIST_SIZE,
     # Registers of both engines, then those of a batch that is being formed, then of one engine.
     NOW,
     BATCHES,
@@ -126,6 +135,8 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     BATCH_CHUNKS_NS,
     BATCH_LOST,
     BATCH_COMING,
+    BATCH_HELD,  # what all of its sequences hold
+    BATCH_MADE,  # whether it makes drafts
     DECODING,
     CONTEXT,
     FIRST_RUN,
@@ -146,7 +157,7 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     COMPLETE,
     STALE,  # batches in flight that may hold sequences preempted since
     REPLICA_SIZE,
-) = range(68)
+) = range(77)
 
 # Of a micro-batch, see `rotation`: how often it was formed and taken in, how often it can be taken in before somebody
 # gets its last token, and by how often it will have been formed those who need a block then: with prefix caching the
@@ -154,11 +165,13 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
 (MICRO_ROWS, MICRO_CONTEXT, MICRO_LEFT, MICRO_FORMED, MICRO_TAKEN, MICRO_PHASE, MICRO_END, MICRO_DUE) = range(8)
 
 STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
-# Tables of a law: the first by sequences, the others by tokens; then the copies of attention.
+# Tables of a law: the first by sequences, the others by tokens; then the copies of attention, and where drafts are made
+# `verify_ns` by tokens and `draft_ns` and `draft_rate` by sequences.
 (DECODE_NS, SEQUENCE_NS, ATTEND_NS, CONTEXT_RATE, MIXED_NS, CHUNK_NS, PAIR_RATE, CHUNK_CONTEXT_RATE, TRANSFER_NS) = (
     range(9)
 )
-# Tables of counts: the first by sequences, the others by tokens.
+# Tables of counts: the first by sequences, the others by tokens; and where drafts are made `verify` by tokens, and
+# `draft` and `draft_context` by sequences.
 (
     N_DECODE,
     N_DECODE_CONTEXT,
@@ -176,9 +189,9 @@ STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
 STOP_METRIC, STOP_ADDS, STOP_LIMIT, STOP_MOST, STOP_USED, STOP_SIZE = range(6)
 TTFT, TPOT, E2E, MAKESPAN = range(4)
 
-# Columns of the log. YIELDS: 2 * request, and 1 more where the row yields a token.
-STEP_REPLICA, STEP_START, STEP_END, STEP_ROWS, STEP_LOST, STEP_SIZE = range(6)
-ROW_YIELDS, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
+# Columns of the log. REQUEST: 256 * request + 16 * drafts + tokens that the row brings, some of which may be surplus.
+STEP_REPLICA, STEP_START, STEP_END, STEP_ROWS, STEP_LOST, STEP_FREE, STEP_SIZE = range(7)
+ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 
 # Columns of `Cache.block`. Free blocks stand in a circle from BEHIND to BEHIND, the row after the last being both ends;
 # blocks of equal content in a line from OLDER to NEWER; MARK is the stamp of those found for the request in `memo`,

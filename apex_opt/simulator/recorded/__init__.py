@@ -19,6 +19,7 @@ KINDS: Final = {
     "dp": ("config", "trace"),
     "pd": ("config", "trace"),
     "pool_sizes": ("layers", "hybrid", "available_bytes"),
+    "spec": ("config", "trace", "accept", "proposed"),
 }
 """Kinds of recordings, and what a case of each must hold."""
 

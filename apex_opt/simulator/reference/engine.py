@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.simulator.outcome import BatchCounts
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
+from apex_opt.simulator.reference.speculative import SpeculativeScheduler
 
 if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Step
@@ -25,7 +26,9 @@ class Engine:
     """
 
     def __init__(self, pool: EnginePool, *, log: bool, scheduler: type[Scheduler] | None = None) -> None:
-        self.scheduler = (scheduler or SCHEDULERS[pool.settings.policy])(pool.settings, pool.blocks)
+        of_settings = SpeculativeScheduler if pool.settings.speculation else SCHEDULERS[pool.settings.policy]
+        self.scheduler = (scheduler or of_settings)(pool.settings, pool.blocks)
+        self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
         self.laws = pool.laws
         self._sleep_ns = pool.settings.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
@@ -40,6 +43,7 @@ class Engine:
         self.busy_ns = [0] * len(pool.laws)
         self.counts = BatchCounts.empty(pool.settings)
         self.steps: list[Step] | None = [] if log else None
+        self.formed: list[Batch] = []
 
     def add(self, sequence: Sequence, at_ns: int) -> None:
         """Send a request; arrivals must come in order of time."""
@@ -108,18 +112,19 @@ class Engine:
         if not batch.rows:
             return self.now
         chunks = [(row.tokens, row.computed_after) for row in batch.rows]
-        tokens = sum(c for c, _ in chunks)
+        tokens, yields = sum(c for c, _ in chunks), any(row.yields for row in batch.rows)
         end = self.now
         for stage, law in enumerate(self.laws):
-            duration = law.batch_ns(chunks)
+            duration = law.batch_ns(chunks, yields=yields)
             end = max(end, self.stage_free[stage]) + duration
             self.stage_free[stage] = end
             self.busy_ns[stage] += duration
             if stage + 1 < len(self.laws):
                 end += int(law.transfer_ns[tokens])
         self.batches += 1
-        self.counts.add(chunks)
+        self.counts.add(chunks, draft_tokens=self.draft_tokens, yields=yields)
         if self.steps is not None:
             rows = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
             self.steps.append((self.now, end, rows, sorted(batch.preempted)))
+            self.formed.append(batch)
         return end

@@ -155,6 +155,14 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
         counts=found[0].counts if len(found) == 1 else BatchCounts.empty(pools[0].settings),
         steps=steps,
         steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in every],
+        drafted=None
+        if steps is None or pools[0].settings.speculation is None
+        else [
+            (batch.free, [(row.drafts, row.got) for row in batch.rows])
+            for engine in every
+            if isinstance(engine, Engine)
+            for batch in engine.formed
+        ],
         groups=() if steps is None else tuple(engine.logged() for engine in every if isinstance(engine, Group)),
         gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
         pools=found,

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
-    What policies differ in are hooks: `wanted`, `admitted`, `room`, `reserved`, `opens`, `complete` and `give_back`.
-    Here they are those of vLLM V1.
+    What policies differ in are hooks: `wanted`, `ahead`, `found`, `admitted`, `room`, `reserved`, `opens`, `launch`,
+    `receive`, `complete` and `give_back`. Here they are those of vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -41,6 +41,14 @@ class Scheduler:
         """Tokens a running sequence has ready to compute, under the per-request limits."""
         raise NotImplementedError
 
+    def ahead(self, held: int) -> int:
+        """Tokens whose blocks a running sequence needs for a row after which it holds so many."""
+        return held
+
+    def found(self, sequence: Sequence) -> list[int]:
+        """Blocks that a waiting sequence need not compute."""
+        return self.blocks.found(sequence)
+
     def admitted(self, tokens: int, budget: int) -> int:
         """Tokens that a waiting sequence computes first, of so many it has to compute; 0 where it has to wait."""
         raise NotImplementedError
@@ -56,6 +64,17 @@ class Scheduler:
     def opens(self) -> bool:
         """Whether waiting sequences are admitted to a batch in which nobody had to give way."""
         return True
+
+    def launch(self, row: Row) -> None:
+        """A row is scheduled."""
+        if row.yields and self.settings.async_scheduling:
+            row.sequence.in_flight += 1
+
+    def receive(self, row: Row) -> int:
+        """What a row that yields brings its sequence: how many tokens."""
+        if self.settings.async_scheduling:
+            row.sequence.in_flight -= 1
+        return 1
 
     def complete(self, sequence: Sequence) -> list[Sequence]:
         """A sequence has all its tokens; who is answered."""
@@ -80,6 +99,7 @@ class Scheduler:
         self.schedule_running(batch)
         if not batch.preempted and self.opens():
             self.schedule_waiting(batch)
+        batch.free = self.blocks.free
         return batch
 
     def schedule_running(self, batch: Batch) -> None:
@@ -91,12 +111,14 @@ class Scheduler:
             tokens = min(self.wanted(sequence), batch.budget)
             if tokens <= 0:
                 continue
-            while self.blocks.needed(sequence, sequence.computed + tokens) > self.blocks.free:
+            ahead = self.ahead(sequence.computed + tokens)
+            while self.blocks.needed(sequence, ahead) > self.blocks.free:
                 victim = self.running.pop()
                 self.preempt(victim)
                 batch.preempted.append(victim.id)
                 if victim is sequence:
                     return
+            self.blocks.take(sequence, ahead)
             self.enter(batch, sequence, tokens)
 
     def schedule_waiting(self, batch: Batch) -> None:
@@ -110,7 +132,7 @@ class Scheduler:
 
     def admit(self, batch: Batch, sequence: Sequence) -> bool:
         """Admit the first waiting sequence, if it fits."""
-        found = self.blocks.found(sequence)
+        found = self.found(sequence)
         cached = len(found) * self.settings.block_size
         tokens = self.admitted(sequence.known - cached, batch.budget)
         if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
@@ -126,7 +148,7 @@ class Scheduler:
         return True
 
     def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
-        """Enter a sequence into the batch and hand it the blocks its tokens need beyond those it has.
+        """Enter a sequence, which has the blocks for it, into the batch.
 
         Parameters
         ----------
@@ -135,12 +157,11 @@ class Scheduler:
         tokens : int           that it computes in the batch
         """
         sequence.computed += tokens
-        self.blocks.take(sequence, sequence.computed)
         self.blocks.register(sequence, min(sequence.computed, sequence.known))
-        yields = sequence.computed >= sequence.known + sequence.in_flight
-        if yields and self.settings.async_scheduling:
-            sequence.in_flight += 1
-        batch.rows.append(Row(sequence, tokens, sequence.computed, yields))
+        beyond = sequence.computed - sequence.known - sequence.in_flight
+        row = Row(sequence, tokens, sequence.computed, yields=beyond >= 0, drafts=max(0, beyond))
+        self.launch(row)
+        batch.rows.append(row)
         batch.budget -= tokens
 
     def preempt(self, sequence: Sequence) -> None:
@@ -156,10 +177,9 @@ class Scheduler:
             sequence = row.sequence
             if not row.yields or sequence.finished:
                 continue
-            if self.settings.async_scheduling:
-                sequence.in_flight -= 1
-            sequence.generated += 1
-            sequence.token_ns.append(now_ns)
+            row.got = self.receive(row)
+            sequence.generated += row.got
+            sequence.token_ns += [now_ns] * row.got
             if self.settings.async_scheduling and sequence.table:
                 # Tokens were unknown when they were scheduled; now their blocks have content.
                 self.blocks.register(sequence, sequence.computed - sequence.in_flight)
@@ -183,7 +203,7 @@ class VllmScheduler(Scheduler):
         coming = sequence.in_flight
         if coming > 0 and sequence.computed + 2 - coming >= sequence.prompt + sequence.output:
             return 0  # its last token is already on the way
-        tokens = sequence.known + coming - sequence.computed
+        tokens = sequence.known + coming + sequence.proposed - sequence.computed
         if settings.long_prefill_token_threshold:
             tokens = min(tokens, settings.long_prefill_token_threshold)
         return min(tokens, settings.max_model_len - 1 - sequence.computed)

@@ -15,7 +15,8 @@ class Sequence:
     limit: int  # tokens it will generate: its output, or fewer where the model's length ends it
     computed: int = 0
     generated: int = 0
-    in_flight: int = 0  # tokens to come from batches that have not finished
+    in_flight: int = 0  # tokens to come from batches that have not finished, drafts included
+    proposed: int = 0  # drafts to be scheduled with its next token
     blocks: int = 0
     finished: bool = False
     admitted: bool = False  # it has been in a batch, though it may have been preempted since
@@ -40,6 +41,8 @@ class Row:
     tokens: int
     computed_after: int
     yields: bool
+    drafts: int = 0  # the last of its tokens, right or not
+    got: int = 0  # tokens that it brought
 
 
 @dataclass(slots=True)
@@ -49,3 +52,4 @@ class Batch:
     budget: int  # tokens there is room for
     rows: list[Row] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    free: int = 0  # blocks left
