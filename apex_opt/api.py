@@ -20,7 +20,7 @@ from apex_opt.commands import Result, command
 from apex_opt.errors import UsageError
 from apex_opt.files import expanded
 from apex_opt.gate import Arguments, check_progress
-from apex_opt.schema import from_plain
+from apex_opt.schema import to_plain
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from apex_opt.placement import Assignment
     from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.report.placement import Loss, Site
-    from apex_opt.schema import Document
+    from apex_opt.report.types import Answer as TypedAnswer
+    from apex_opt.report.types import Launch as LaunchDocument
+    from apex_opt.report.types import MixedAnswer
     from apex_opt.search import Answer, Problem, Scored, Scorer
     from apex_opt.studies.check import Check
     from apex_opt.studies.explain import Explanation
@@ -73,7 +75,6 @@ def energy(ask: arguments.EnergyAsk) -> Result:
 def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
     """The answer of a command on its cluster, or on each of several, side by side and with their costs told."""
     from apex_opt.cluster import cluster_names, load_wiring
-    from apex_opt.report import studied
 
     clusters = cluster_names(ask.cluster)  # type: ignore[attr-defined]
     if len(clusters) == 1:
@@ -87,7 +88,7 @@ def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
         load_wiring(cluster)  # before the first search
     found = [one(replace(ask, cluster=cluster), True) for cluster in clusters]  # type: ignore[call-arg]
     return Result(
-        document=from_plain(studied.ClustersAnswer, clusters_document(name, [each.to_dict() for each in found])),
+        document=clusters_document(name, [each.document for each in found]),
         found=any(each.found for each in found),
         holds=all(each.holds for each in found),
     )
@@ -101,8 +102,7 @@ def _priced(problem: Problem, priced: bool) -> Problem:
 def _best(ask: PlanAsk, priced: bool) -> Result:
     """`plan` and `energy`, which shows the deployment of the best latency beside."""
     from apex_opt.figures import load_latency
-    from apex_opt.report import types
-    from apex_opt.report.document import beside, checked
+    from apex_opt.report.document import beside_document, replayed
     from apex_opt.resolve import resolve
     from apex_opt.search import Scorer, search
     from apex_opt.studies.check import check
@@ -128,10 +128,10 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
         fast = replace(problem, objective=latency, then=(), offers=offers)
         fastest = search(fast, space, ask.tell)
-        document = document if fastest.best is None else beside(document, fast, fastest)
-    kind = types.MixedAnswer if problem.mixed else types.Answer
+        if fastest.best is not None:
+            document = replace(document, beside=beside_document(answer.best, fast, fastest))
     return Result(
-        document=from_plain(kind, document if tested is None else checked(document, tested)),
+        document=document if tested is None else replace(document, check=replayed(tested)),
         found=answer.best is not None,
         holds=tested is None or tested.holds,
         replay=replay,
@@ -142,7 +142,6 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
 def pareto(ask: arguments.ParetoAsk) -> Result:
     """Find every plan that no other beats in all of two or three objectives."""
     from apex_opt.figures import load_objective
-    from apex_opt.report import studied
     from apex_opt.report.pareto import pareto_document, write_front
     from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
@@ -152,18 +151,15 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
     problem = resolve(ask, most_gpus=LARGEST_SEARCH)
     front = search_front(problem, objectives, formulation("plan_space").PlanSpace(), ask.tell)
     scorer = Scorer(problem)
-    document = pareto_document(problem, front, scorer.provenance(front.candidates))
-    pairs = zip(document["candidates"], front.candidates, strict=True)
-    document["candidates"] = [_with_launch(row, scorer, scored, ask) for row, scored in pairs]
-    files = {"plot": lambda path: write_front(path, document)} if front.candidates else {}
-    kind = studied.MixedFront if problem.mixed else studied.FrontAnswer
-    return Result(document=from_plain(kind, document), found=bool(front.candidates), files=files)
+    told = scorer.provenance(front.candidates)
+    document = pareto_document(problem, front, told, lambda scored: _launch(scorer, scored, ask))
+    files = {"plot": lambda path: write_front(path, to_plain(document))} if front.candidates else {}
+    return Result(document=document, found=bool(front.candidates), files=files)
 
 
 @command(arguments.ExplainAsk)
 def explain(ask: arguments.ExplainAsk) -> Result:
     """Say why no plan fits and what would, or why a plan loses to the best."""
-    from apex_opt.report import studied
     from apex_opt.report.explain import explanation_document
     from apex_opt.resolve import planned, resolve
     from apex_opt.search import Scorer
@@ -177,8 +173,7 @@ def explain(ask: arguments.ExplainAsk) -> Result:
     found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit)
     best = found.answer.best
     document = explanation_document(problem, found, Scorer(problem).provenance([] if best is None else [best]))
-    kind = studied.MixedExplained if problem.mixed else studied.Explained
-    return Result(document=from_plain(kind, document), found=best is not None)
+    return Result(document=document, found=best is not None)
 
 
 @command(arguments.CapacityAsk)
@@ -188,7 +183,6 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 
 
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
-    from apex_opt.report import studied
     from apex_opt.report.capacity import capacity_document
     from apex_opt.resolve import resolve, resolve_plan
     from apex_opt.search import Scorer
@@ -211,8 +205,8 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     scorer = Scorer(problem)
     document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
     if found.plans:
-        document = _with_launch(document, scorer, found.plans[0].holds, ask)
-    return Result(document=from_plain(studied.CapacityAnswer, document), found=bool(found.plans))
+        document = replace(document, launch=_launch(scorer, found.plans[0].holds, ask))
+    return Result(document=document, found=bool(found.plans))
 
 
 # ---- plans that are given ----------------------------------------------------------------------------------------
@@ -221,16 +215,14 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
 @command(arguments.SimulateAsk)
 def simulate(ask: arguments.SimulateAsk) -> Result:
     """Score a given plan batch by batch, or several side by side."""
-    from apex_opt.report import types
     from apex_opt.resolve import resolve_plan
 
     if isinstance(ask.plan, tuple):
         return _side_by_side(ask.plan, ask)
     problem, deployment = resolve_plan(ask.plan, ask)
     problem, answer = _judged(problem, deployment, ask)
-    kind = types.MixedAnswer if problem.mixed else types.Answer
     return Result(
-        document=from_plain(kind, _answer_document("simulate", problem, answer, ask)),
+        document=_answer_document("simulate", problem, answer, ask),
         found=answer.best is not None,
         files={} if answer.best is None or problem.mixed else _files(problem, deployment, ask),
     )
@@ -256,7 +248,6 @@ def _judged(problem: Problem, deployment: Deployment, ask: SimulateAsk) -> tuple
 
 def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     """`simulate` with several plans."""
-    from apex_opt.report import studied
     from apex_opt.report.side_by_side import compared_document
     from apex_opt.resolve import resolve_plans
     from apex_opt.search import Scorer, judge
@@ -270,7 +261,7 @@ def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     runs = [(Scorer(p), answer.best) for (p, _), answer in zip(asked, answers, strict=True) if answer.best]
     terms = differences(runs) if len(runs) > 1 else ()
     document = compared_document([str(deployment) for _, deployment in asked], documents, terms)
-    return Result(document=from_plain(studied.PlansAnswer, document), found=bool(runs))
+    return Result(document=document, found=bool(runs))
 
 
 def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Callable[[Path], None]]:
@@ -300,35 +291,36 @@ def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Call
 
 def _answer_document(
     name: str, problem: Problem, answer: Answer, ask: Ask, top: int = 1, found: Explanation | None = None
-) -> Document:
+) -> TypedAnswer | MixedAnswer:
     """An answer with where its figures come from, why there is none, where it goes and what starts it."""
     from apex_opt.report.document import answer_document
-    from apex_opt.report.explain import explained_document
+    from apex_opt.report.explain import why_document
     from apex_opt.search import Scorer
 
     scorer = Scorer(problem)
-    document = answer_document(name, problem, answer, scorer.provenance(answer.candidates[:top]), top)
-    if found is not None and not problem.mixed:
-        document = explained_document(document, found)
+    why = {} if found is None or problem.mixed else why_document(found)
+    told = answer_document(name, problem, answer, scorer.provenance(answer.candidates[:top]), top, **why)
+    document = cast("TypedAnswer | MixedAnswer", told)
     if answer.best is not None and (problem.mixed or problem.tree is not None or ask.emit is not None):
         document = _placed(document, scorer, answer.best, ask)
     return document
 
 
-def _placed(document: Document, scorer: Scorer, best: Scored, ask: Ask) -> Document:
+def _placed(document: TypedAnswer | MixedAnswer, scorer: Scorer, best: Scored, ask: Ask) -> TypedAnswer | MixedAnswer:
     """An answer with where its pools go, where GPUs are told apart, and with the commands that start it, if asked."""
+    from apex_opt.report.mixed import placed_run
+    from apex_opt.report.placement import placed_document
+    from apex_opt.report.types import MixedAnswer
+
     problem = scorer.problem
-    if problem.mixed:
-        from apex_opt.report.mixed import parts_placed
-
+    if isinstance(document, MixedAnswer):
+        assert document.best is not None
         assignments = [_assigned(scorer, use.pool) for use in best.pools]
-        return _with_launch(parts_placed(document, assignments), scorer, best, ask, assignments)
-    placed = formulation("placement").place_plan(scorer.facts().layouts, best.plan)
-    if problem.tree is not None:
-        from apex_opt.report.placement import with_placement
-
-        document = with_placement(document, problem, best.plan, placed)
-    return _with_launch(document, scorer, best, ask, [placed.assignment])
+        run, launch = placed_run(document.best, assignments), _launch(scorer, best, ask, assignments)
+        return replace(document, best=run, launch=launch)
+    found = formulation("placement").place_plan(scorer.facts().layouts, best.plan)
+    placement = None if problem.tree is None else placed_document(problem, best.plan, found)
+    return replace(document, placement=placement, launch=_launch(scorer, best, ask, [found.assignment]))
 
 
 def _assigned(scorer: Scorer, pool: Pool) -> Assignment:
@@ -339,14 +331,14 @@ def _assigned(scorer: Scorer, pool: Pool) -> Assignment:
     return cast("Assignment", placement.place_plan(facts.layouts, pool.plan).assignment)
 
 
-def _with_launch(
-    document: Document, scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
-) -> Document:
-    """A deployment with the commands that start it, if asked; where it lies is looked for unless it is given."""
+def _launch(
+    scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
+) -> LaunchDocument | None:
+    """The commands that start a deployment, if asked; where it lies is looked for unless it is given."""
     if ask.emit is None:
-        return document
+        return None
     from apex_opt.launch import launch, together
-    from apex_opt.report.launch import launched
+    from apex_opt.report.launch import launch_document
 
     uses = scored.pools
     found = [
@@ -354,10 +346,10 @@ def _with_launch(
         for use, assignment in zip(uses, assignments or [_assigned(scorer, use.pool) for use in uses], strict=True)
     ]
     if not scorer.problem.mixed:
-        return launched(document, found[0])
+        return launch_document(found[0])
     requests = sum(use.requests for use in uses)
     shares = [use.requests / requests for use in uses]
-    return launched(document, together(found, [use.pool.plan.replicas for use in uses], shares))
+    return launch_document(together(found, [use.pool.plan.replicas for use in uses], shares))
 
 
 def _checkpoint(ask: Ask) -> str:
@@ -376,14 +368,14 @@ def check(answer: Result, progress: Progress | None = None) -> Result:
     ------
     UsageError    an answer without a certificate that can be replayed
     """
-    from apex_opt.report.document import checked
+    from apex_opt.report.document import replayed
 
     if not isinstance(answer, Result) or answer.replay is None:
         raise UsageError("check: takes an answer of plan or energy on one cluster")
     if progress is not None:
         check_progress(progress)
     found = answer.replay(progress or (lambda what, done, total: None))
-    document = from_plain(type(answer.document), checked(answer.to_dict(), found))
+    document = replace(answer.document, check=replayed(found))  # type: ignore[call-arg]
     return replace(answer, document=document, holds=found.holds)
 
 
@@ -393,7 +385,6 @@ def place(ask: arguments.PlaceAsk) -> Result:
     from apex_opt.cluster import Tree, load_topology, load_wiring
     from apex_opt.outputs import write_whole
     from apex_opt.placement import rankfile, read_assignment
-    from apex_opt.report import studied
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import topology_document, write_topology
     from apex_opt.resolve import resolve_place
@@ -408,7 +399,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     kept = [gpu for gpu in site.tree.gpus if gpu not in lost]
     reason = site.refusal(ask.within, len(kept))
     if reason is not None:
-        return Result(document=from_plain(studied.Unplaced, refused_document(site, reason)), found=False)
+        return Result(document=refused_document(site, reason), found=False)
     found = formulation("placement").place_plan(site.facts.layouts, site.plan, ask.time_limit)
     loss = None
     if lost:
@@ -424,9 +415,9 @@ def place(ask: arguments.PlaceAsk) -> Result:
         marked = topology
         for state, text in (("busy", ask.busy), ("down", ask.down), ("down", ask.lose)):
             marked = marked if text is None else marked.marked(state, marked.named(text))
-        write_topology(path, topology_document(marked), labels(placed))
+        write_topology(path, to_plain(topology_document(marked)), labels(placed))
 
-    document = from_plain(studied.PlaceAnswer, place_document(site, found, given, ask.within, loss))
+    document = place_document(site, found, given, ask.within, loss)
     return Result(document=document, files={"rankfile": write_ranks, "plot": draw})
 
 
@@ -462,7 +453,6 @@ def validate(ask: arguments.ValidateAsk) -> Result:
     """Compare measured serving runs with their simulation."""
     from apex_opt.measured import Predictor, read_measured
     from apex_opt.profiles import check_profiles
-    from apex_opt.report import listed
     from apex_opt.report.validation import validation_document
 
     predictor = Predictor(profiles=check_profiles(ask.profiles))
@@ -473,21 +463,19 @@ def validate(ask: arguments.ValidateAsk) -> Result:
     def draw(path: Path) -> None:
         from apex_opt.report.validation_plot import write_plot
 
-        write_plot(path, document)
+        write_plot(path, to_plain(document))
 
-    found = bool(document["coverage"]["predicted"])
-    return Result(document=from_plain(listed.Validation, document), found=found, files={"plot": draw})
+    return Result(document=document, found=document.coverage.predicted > 0, files={"plot": draw})
 
 
 @command(arguments.ProfileShowAsk)
 def profile_show(ask: arguments.ProfileShowAsk) -> Result:
     """List the measured tables there are, and where they come from."""
     from apex_opt.profiles.inventory import inventory
-    from apex_opt.report import listed
     from apex_opt.report.profiles import inventory_document
 
     root = DATA_ROOT / "profiles" if ask.profiles is None else expanded(ask.profiles)
-    return Result(document=from_plain(listed.Inventory, inventory_document(root, inventory(root, ask.gpu))))
+    return Result(document=inventory_document(root, inventory(root, ask.gpu)))
 
 
 @command(arguments.ProfileDistillAsk)
@@ -495,14 +483,13 @@ def profile_distill(ask: arguments.ProfileDistillAsk) -> Result:
     """Make the shipped tables anew from the package aiconfigurator-core."""
     from apex_opt.outputs import check_folder
     from apex_opt.profiles.distill.command import default_target, distill
-    from apex_opt.report import listed
     from apex_opt.report.profiles import tables_document
 
     source = None if ask.source is None else expanded(ask.source)
     target = default_target() if ask.target is None else expanded(ask.target)
     check_folder(target, "target")
     reports = distill(source, target, ask.tell, () if ask.gpu is None else (ask.gpu,))
-    return Result(document=from_plain(listed.MadeTables, tables_document("profile distill", target, reports)))
+    return Result(document=tables_document("profile distill", target, reports))
 
 
 @command(arguments.ProfileImportAsk)
@@ -511,14 +498,12 @@ def profile_import(ask: arguments.ProfileImportAsk) -> Result:
     from apex_opt.cluster import load_cluster
     from apex_opt.outputs import check_folder
     from apex_opt.profiles.importers import import_profile
-    from apex_opt.report import listed
     from apex_opt.report.profiles import tables_document
 
     gpu, target = load_cluster(ask.gpu).gpu, expanded(ask.target)
     check_folder(target, "target")
     found = import_profile(ask.kind, expanded(ask.source), gpu, target)
-    document = tables_document("profile import", found.folder, found.reports, found.passed_over)
-    return Result(document=from_plain(listed.MadeTables, document))
+    return Result(document=tables_document("profile import", found.folder, found.reports, found.passed_over))
 
 
 @command(arguments.ProfileCollectAsk)
@@ -530,7 +515,6 @@ def profile_collect(ask: arguments.ProfileCollectAsk) -> Result:
     from apex_opt.outputs import check_folder
     from apex_opt.profiles.collect import asked_ops, collect, recognised
     from apex_opt.profiles.collect.torch_machine import open_machine
-    from apex_opt.report import listed
     from apex_opt.report.profiles import tables_document
 
     ops, target = asked_ops(ask.ops), expanded(ask.target)
@@ -539,8 +523,7 @@ def profile_collect(ask: arguments.ProfileCollectAsk) -> Result:
     machine = open_machine()
     gpu = described or recognised(machine.name, machine.memory_bytes)
     found = collect(machine, gpu, target, ops, date.today().isoformat(), quick=ask.quick, progress=ask.tell)
-    document = tables_document("profile collect", found.folder, found.reports, found.passed_over)
-    return Result(document=from_plain(listed.MadeTables, document))
+    return Result(document=tables_document("profile collect", found.folder, found.reports, found.passed_over))
 
 
 @command(arguments.ProfileFitAsk)
@@ -548,20 +531,17 @@ def profile_fit(ask: arguments.ProfileFitAsk) -> Result:
     """Fit an engine's own time and the power of GPUs on measured runs."""
     from apex_opt.measured import read_measured
     from apex_opt.measured.fit import fit_board, fit_engine
-    from apex_opt.report import listed
     from apex_opt.report.fitting import fit_document
 
     runs = read_measured(expanded(ask.measured)).runs
     fit = fit_engine(runs, ask.engine, ask.tell)
-    document = fit_document(fit, fit_board(runs, ask.tell, {fit.after.name: fit.after}))
-    return Result(document=from_plain(listed.Fit, document))
+    return Result(document=fit_document(fit, fit_board(runs, ask.tell, {fit.after.name: fit.after})))
 
 
 @command(arguments.ClusterShowAsk)
 def cluster_show(ask: arguments.ClusterShowAsk) -> Result:
     """Show the GPUs of a cluster, how they are wired, and which are free."""
     from apex_opt.cluster import load_topology
-    from apex_opt.report import listed
     from apex_opt.report.topology import topology_document, write_topology
 
     topology = load_topology(ask.cluster)
@@ -569,22 +549,20 @@ def cluster_show(ask: arguments.ClusterShowAsk) -> Result:
         if text is not None:
             topology = topology.marked(state, topology.named(text, f"--{state}"))
     document = topology_document(topology)
-    files = {"plot": lambda path: write_topology(path, document)}
-    return Result(document=from_plain(listed.ShownCluster, document), files=files)
+    return Result(document=document, files={"plot": lambda path: write_topology(path, to_plain(document))})
 
 
 @command(arguments.ClusterImportAsk)
 def cluster_import(ask: arguments.ClusterImportAsk) -> Result:
     """Make a cluster file of what nvidia-smi topo -m printed, or of a list of nodes."""
     from apex_opt.cluster.importers import import_cluster
-    from apex_opt.report import listed
     from apex_opt.report.topology import import_document, write_toml
 
     composition, notes = import_cluster(expanded(ask.source), ask.gpu)
     document = import_document(composition, notes, ask.target)
     if ask.target is not None:
         write_toml(expanded(ask.target), document)
-    return Result(document=from_plain(listed.ImportedCluster, document))
+    return Result(document=document)
 
 
 @command(arguments.ModelsAsk)
@@ -592,10 +570,9 @@ def models(_: arguments.ModelsAsk) -> Result:
     """List the models that can be named."""
     from apex_opt.ir import list_models
     from apex_opt.report import listed
-    from apex_opt.report.document import listing_document, model_row
+    from apex_opt.report.document import model_row
 
-    rows = [model_row(model) for model in list_models()]
-    return Result(document=from_plain(listed.Models, listing_document("models", rows)))
+    return Result(document=listed.Models(status="ok", models=tuple(map(model_row, list_models()))))
 
 
 @command(arguments.ClustersAsk)
@@ -603,20 +580,18 @@ def clusters(_: arguments.ClustersAsk) -> Result:
     """List the accelerators that can be named, and a node of each."""
     from apex_opt.cluster import list_clusters, load_cluster
     from apex_opt.report import listed
-    from apex_opt.report.document import cluster_row, listing_document
+    from apex_opt.report.document import cluster_row
 
     found = [load_cluster(name) for name in list_clusters()]
     nodes = {cluster.gpu.name: cluster for cluster in found if cluster.nodes == 1}
-    rows = [cluster_row(node) for node in nodes.values()]
-    return Result(document=from_plain(listed.Clusters, listing_document("clusters", rows)))
+    return Result(document=listed.Clusters(status="ok", clusters=tuple(map(cluster_row, nodes.values()))))
 
 
 @command(arguments.TracesAsk)
 def traces(_: arguments.TracesAsk) -> Result:
     """List the traces that ship with apex_opt."""
     from apex_opt.report import listed
-    from apex_opt.report.document import listing_document, trace_row
     from apex_opt.workload import list_traces, load_trace
 
-    rows = [trace_row(load_trace(name), title) for name, title in list_traces()]
-    return Result(document=from_plain(listed.Traces, listing_document("traces", rows)))
+    shipped: list[dict[str, Any]] = [{**load_trace(name).summary(), "title": title} for name, title in list_traces()]
+    return Result(document=listed.Traces(status="ok", traces=tuple(listed.ListedTrace(**row) for row in shipped)))

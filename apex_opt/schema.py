@@ -1,4 +1,4 @@
-"""Documents as frozen dataclasses: read from plain data and written as it, and the JSON Schema that describes them.
+"""Documents as frozen dataclasses: written as plain data, and the JSON Schema that describes them.
 
 The type hints of a dataclass say what a document holds. A field whose default is None is left out where it has none;
 all others are always there. A line `name : what it means` in the docstring describes a field, and the ending of its
@@ -7,10 +7,10 @@ name tells the unit of a number. A field `further` is a dictionary of whatever e
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import math
 import re
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache, reduce
 from operator import or_
 from types import NoneType, UnionType
@@ -45,10 +45,14 @@ _NAMES: Final = {str: "string", int: "integer", float: "number", bool: "boolean"
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Described:
-    """A document or a part of one: whatever inherits from it is a frozen dataclass."""
+    """A document or a part of one: whatever inherits from it is a frozen dataclass, and what is undefined is None."""
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, each.name, _defined(getattr(self, each.name)))
 
 
 def lines_of(described: type[Any]) -> dict[str, str]:
@@ -79,72 +83,34 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def from_plain(of: type[D], value: Any) -> D:
-    """A document of a type from plain data, which must hold what the type says and nothing else.
+def of(kind: type[D], *sources: object, **more: Any) -> D:
+    """A document from objects that have its fields as attributes, and from what goes by other names there.
 
-    Raises
-    ------
-    TypeError    where it does not, naming the place: a fault of ours
+    Parameters
+    ----------
+    kind : type of the document
+    sources : what it tells of; a field is that of the first which has it
+    more : fields by their names, whatever the sources say
     """
-    found: D = _read(of, value, of.__name__)
-    return found
+    for each in _named(kind):
+        found = (source for source in sources if hasattr(source, each.name))
+        if each.name not in more and (source := next(found, None)) is not None:
+            more[each.name] = getattr(source, each.name)
+    return kind(**more)
 
 
-def _read(hint: Any, value: Any, at: str) -> Any:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        *others, last = [part for part in parts if _suits(part, value)] or parts[:1]
-        for part in others:
-            with contextlib.suppress(TypeError):
-                return _read(part, value, at)
-        return _read(last, value, at)
-    if not _suits(hint, value):
-        raise TypeError(f"{at}: {hint} does not hold {value!r:.200}")
-    if origin is tuple:
-        return tuple(_read(parts[0], item, f"{at}[{place}]") for place, item in enumerate(value))
-    if origin is dict:
-        return {key: _read(parts[1], item, f"{at}.{key}") for key, item in value.items()}
-    if is_dataclass(hint):
-        hints = _hints(hint)  # type: ignore[arg-type]
-        given = {key: _read(hints[name], value[key], f"{at}.{key}") for name, key in _keys(hint) if key in value}
-        named: dict[str, Any] = {name: given[key] for name, key in _keys(hint) if key in given}
-        if _FURTHER in hints:
-            unnamed = {key: item for key, item in value.items() if key not in given}
-            named[_FURTHER] = _read(hints[_FURTHER], unnamed, at)
-        return hint(**named)  # type: ignore[operator]
-    return value
+def _defined(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is undefined becomes None. What is frozen has tuples, not lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _defined(item) for key, item in value.items()}
+    return tuple(map(_defined, value)) if isinstance(value, list | tuple) else value
 
 
 def _named(of: Any) -> list[Field[Any]]:
     """The fields that are keys of a document."""
     return [each for each in fields(of) if each.name != _FURTHER]
-
-
-def _keys(of: Any) -> list[tuple[str, str]]:
-    """Field and key of everything in a document that has a field."""
-    return [(each.name, each.name.rstrip("_")) for each in _named(of)]
-
-
-def _suits(hint: Any, value: Any) -> bool:
-    """Whether a value can be read as a type, by its own type and its keys."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_suits(part, value) for part in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin is tuple:
-        return isinstance(value, list | tuple)
-    if origin is dict:
-        return isinstance(value, dict)
-    if is_dataclass(hint):
-        needed = {f.name.rstrip("_") for f in _named(hint) if f.default is MISSING}
-        if not isinstance(value, dict):
-            return False
-        known = set(value) if _FURTHER in _hints(hint) else {key for _, key in _keys(hint)}  # type: ignore[arg-type]
-        return needed <= set(value) <= known
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return type(value) is hint
 
 
 def json_schema(of: type[Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from apex_opt.profiles import load_profile
 from apex_opt.profiles.power import PowerFit
 from apex_opt.report.fitting import engine_section, fit_document, power_section
 from apex_opt.report.profile_tables import profile_page
+from apex_opt.schema import to_plain
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def test_the_power_table_of_a_board_holds_its_coefficients() -> None:
 
 def test_the_page_has_the_figures_of_the_document_and_sections_to_copy_unbroken() -> None:
     fit = fit_engine(measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s), RUNS[:2]), "vllm", quiet)
-    document = fit_document(fit, [BOARD])
+    document = to_plain(fit_document(fit, [BOARD]))
     assert document["times_us"]["step_us"] == {"before": 250.0, "after": 500.0}
     assert document["boards"][0]["mean_ape_pct"] == pytest.approx(7 / 3)
     text = profile_page(document)

@@ -15,6 +15,7 @@ import pytest
 from apex_opt.arguments import CapacityAsk
 from apex_opt.report.capacity import capacity_document, capacity_page
 from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.schema import to_plain
 from apex_opt.studies.capacity import Capacity, fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
 
@@ -41,7 +42,7 @@ def found(rate: float | None = None, top: int = 3, **given: str) -> tuple[Proble
 
 
 def document(rate: float | None = None, **given: Any) -> Document:
-    return capacity_document(*found(rate, **given), {"gemm": "measured"})
+    return to_plain(capacity_document(*found(rate, **given), {"gemm": "measured"}))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,8 @@ def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
     problem, capacity = found()
     shown = document()
-    assert list(shown) == [
+    assert set(shown) == {
+        "schema",
         "command",
         "status",
         "asked",
@@ -67,7 +69,7 @@ def test_a_document_has_rates_runs_and_everything_they_depend_on() -> None:
         "provenance",
         "version",
         "notes",
-    ]
+    }
     assert shown["asked"] == {"for": "highest rate", "rate_per_s": None, "resolution": 0.02}
     assert shown["best"] == shown["candidates"][0]
     assert len(shown["candidates"]) == 3
@@ -165,7 +167,7 @@ def test_an_infeasible_answer_has_a_reason_and_no_plan(rate: float | None) -> No
 def test_one_plan_is_asked_about_alone() -> None:
     options = CapacityAsk(**CHEAP)
     problem, plan = resolve_plan("dp2 tp2", options)
-    shown = capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=plan), {})
+    shown = to_plain(capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=plan), {}))
     assert shown["status"] == "feasible"
     assert shown["best"]["plan"] == "dp2 attn(tp2) ffn(tp2) bf16"
     assert "1 plan in the space" in capacity_page(shown)
@@ -175,7 +177,9 @@ def test_parts_of_a_certificate_are_counted_in_what_they_are_of() -> None:
     mixed = {"cluster": "1xh100-sxm+1xl40s", "trace": "poisson:rate=2,n=40,prompt=100,output=8", "slo": "ttft_p95<=9s"}
     options = CapacityAsk(**CHEAP | mixed)
     problem, deployment = resolve_plan("h100: tp1 + l40s: tp1", options)
-    page = capacity_page(capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=deployment), {}))
+    page = capacity_page(
+        to_plain(capacity_document(problem, highest_rate(problem, PlanSpace(), deployment=deployment), {}))
+    )
     assert "h100-sxm-80gb and l40s-48gb together: 1 fleet in the space" in page
     assert "every deployment is accounted for" in page
 
@@ -183,7 +187,7 @@ def test_parts_of_a_certificate_are_counted_in_what_they_are_of() -> None:
 def test_lengths_alone_have_no_rate_of_their_own() -> None:
     lengths = str(Path(__file__).parent / "cases" / "traces" / "vidur-len.csv")
     problem, capacity = found(1.0, trace=lengths, cluster="1xh200-sxm", slo="ttft_p95<=5s")
-    document = capacity_document(problem, capacity, {})
+    document = to_plain(capacity_document(problem, capacity, {}))
     assert document["best"]["times_own_rate"] is None
     page = capacity_page(document)
     assert "trace vidur-len (2 requests, lengths alone), ttft_p95<=5s" in page

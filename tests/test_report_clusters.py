@@ -15,6 +15,7 @@ from apex_opt.report.capacity import capacity_document
 from apex_opt.report.clusters import clusters_document, clusters_page
 from apex_opt.report.document import answer_document
 from apex_opt.resolve import resolve
+from apex_opt.schema import to_plain
 from apex_opt.search import Scorer, search
 from apex_opt.studies.capacity import fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace
@@ -37,7 +38,7 @@ def compared(clusters: str, **given: str) -> Document:
         problem = replace(resolve(options(cluster, given)), priced=True)
         answer = search(problem, PlanSpace())
         documents.append(answer_document("plan", problem, answer, Scorer(problem).provenance(answer.candidates[:1])))
-    return clusters_document("plan", documents)
+    return to_plain(clusters_document("plan", documents))
 
 
 def page_of(document: Document, width: int = 120) -> str:
@@ -112,11 +113,11 @@ def test_rates_are_compared_by_rate_and_those_given_by_gpus_and_price() -> None:
         found = highest_rate(problem, PlanSpace(), resolution=0.5)
         documents.append(capacity_document(problem, found, {}))
         fewest.append(capacity_document(problem, fewest_gpus(problem, PlanSpace(), 2.0), {}))
-    rates = [document["best"]["rate_per_s"] for document in documents]
-    document = clusters_document("capacity", documents)
+    rates = [document.best.rate_per_s for document in documents]
+    document = to_plain(clusters_document("capacity", documents))
     assert (document["fastest_by"], document["fastest"]) == ("rate", 1 + rates.index(max(rates)))
     assert "per GPU" in page_of(document)
-    document = clusters_document("capacity", fewest)
+    document = to_plain(clusters_document("capacity", fewest))
     assert (document["fastest_by"], document["fastest"], document["cheapest"]) == ("e2e_mean", 1, 2)
     assert "cheapest by $ per hour" in page_of(document)
 

@@ -13,13 +13,12 @@ from apex_opt.figures import parse_goals
 from apex_opt.report.document import (
     answer_document,
     cluster_row,
-    listing_document,
     model_row,
     scored_document,
-    trace_row,
 )
 from apex_opt.report.tables import rendered
 from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.schema import to_plain
 from apex_opt.search import Answer, Ledger, Part, Problem, Scorer, judge
 
 CHEAP = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": "static:n=4,prompt=64,output=16"}
@@ -34,8 +33,9 @@ def scored(plan: str = "tp2", **given: Any) -> tuple[Problem, Answer]:
 
 def test_a_document_has_everything_an_answer_depends_on() -> None:
     problem, answer = scored(slo="ttft_p95<=1s", expert_routing="skewed")
-    document = answer_document("simulate", problem, answer, {"gemm": "measured"})
-    assert list(document) == [
+    document = to_plain(answer_document("simulate", problem, answer, {"gemm": "measured"}))
+    assert set(document) == {
+        "schema",
         "command",
         "status",
         "objective",
@@ -51,7 +51,7 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
         "transient",
         "limited_by_arrivals",
         "notes",
-    ]
+    }
     assert document["best"] == document["candidates"][0]
     assert document["best"]["plan"] == "attn(tp2) ffn(tp2) bf16"
     assert set(document["certificate"]) >= {"space", "infeasible", "bounded", "simulated", "optimal", "gap"}
@@ -68,7 +68,7 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
 
 def test_where_no_engine_need_start_a_plan_the_answer_says_so() -> None:
     problem, answer = scored(runnable="any")
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     assert document["question"]["engine"]["runnable"] == "any"
     assert document["notes"] == ["--runnable=any: plans are told that no engine need be able to start"]
     json.dumps(document, allow_nan=False)
@@ -78,7 +78,7 @@ def test_metrics_are_those_of_the_candidate() -> None:
     problem, answer = scored(slo="ttft_p95<=1s,throughput>=1")
     best = answer.best
     assert best is not None
-    metrics = answer_document("simulate", problem, answer, {})["best"]["metrics"]
+    metrics = to_plain(answer_document("simulate", problem, answer, {}))["best"]["metrics"]
     for name in ("ttft", "tpot", "e2e"):
         assert metrics[f"{name}_s"] == best.metrics.latency_s[name]
         assert {"mean", "p50", "p95", "p99"} <= set(metrics[f"{name}_s"])
@@ -101,12 +101,12 @@ def test_metrics_are_those_of_the_candidate() -> None:
 def test_times_between_tokens_are_told_of_a_given_plan_and_of_others_where_asked_for() -> None:
     problem, answer = scored()
     assert answer.best is not None
-    metrics = answer_document("simulate", problem, answer, {})["best"]["metrics"]
+    metrics = to_plain(answer_document("simulate", problem, answer, {}))["best"]["metrics"]
     assert metrics["itl_s"] == answer.best.metrics.latency_s["itl"]
     plain = Scorer(problem).simulate(answer.best.deployment)
-    assert "itl_s" not in scored_document(problem, plain)["metrics"]
+    assert "itl_s" not in to_plain(scored_document(problem, plain))["metrics"]
     asked = replace(problem, slos=parse_goals("itl_p99.9<=1s"))
-    metrics = scored_document(asked, Scorer(asked).simulate(answer.best.deployment))["metrics"]
+    metrics = to_plain(scored_document(asked, Scorer(asked).simulate(answer.best.deployment)))["metrics"]
     assert list(metrics["itl_s"]) == list(metrics["ttft_s"]) == ["mean", "p50", "p90", "p95", "p99", "p99.9", "max"]
     assert metrics["slo"]["itl_p99.9<=1s"]["reached"] == metrics["itl_s"]["p99.9"]
 
@@ -116,7 +116,7 @@ def test_costs_are_told_where_asked_for_and_where_the_price_is_not_an_assumed_on
         problem, answer = scored(**given)
         assert answer.best is not None
         provenance = Scorer(problem).provenance([answer.best])
-        document = answer_document("simulate", problem, answer, provenance)
+        document = to_plain(answer_document("simulate", problem, answer, provenance))
         names = ("cost_usd_per_h", "cost_usd_per_mtoken")
         found = {name: document["best"]["metrics"].get(name) for name in names}
         price = document["question"]["cluster"].get("usd_per_gpu_h")
@@ -136,15 +136,15 @@ def test_costs_are_told_where_asked_for_and_where_the_price_is_not_an_assumed_on
 
 def test_goodput_is_told_where_requests_have_limits() -> None:
     problem, answer = scored(slo="ttft_p95<=1us")
-    metrics = answer_document("simulate", problem, answer, {})["best"]["metrics"]
+    metrics = to_plain(answer_document("simulate", problem, answer, {}))["best"]["metrics"]
     assert metrics["goodput_rps"] == 0.0
     problem, answer = scored(slo="throughput>=1")
-    assert "goodput_rps" not in answer_document("simulate", problem, answer, {})["best"]["metrics"]
+    assert "goodput_rps" not in to_plain(answer_document("simulate", problem, answer, {}))["best"]["metrics"]
 
 
 def test_every_objective_is_told_in_turn_with_its_tolerance() -> None:
     problem, answer = scored(objective="energy~2%,ttft_p95")
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     assert answer.best is not None
     assert (document["objective"]["name"], document["objective"]["tolerance"]) == ("energy", 0.02)
     (then,) = document["then"]
@@ -154,7 +154,7 @@ def test_every_objective_is_told_in_turn_with_its_tolerance() -> None:
 
 def test_memory_is_listed_per_stage() -> None:
     problem, answer = scored("pp2")
-    memory = answer_document("simulate", problem, answer, {})["best"]["memory"]
+    memory = to_plain(answer_document("simulate", problem, answer, {}))["best"]["memory"]
     assert [part["layers"] for part in memory] == [16, 16]
     for part in memory:
         taken = part["weights_bytes"] + part["workspace_bytes"] + part["runtime_bytes"]
@@ -165,8 +165,8 @@ def test_only_the_top_candidates_are_listed() -> None:
     problem, answer = scored()
     assert answer.best is not None
     many = replace(answer, candidates=(answer.best,) * 7)
-    assert len(answer_document("plan", problem, many, {}, 3)["candidates"]) == 3
-    assert len(answer_document("plan", problem, many, {}, 10)["candidates"]) == 7
+    assert len(to_plain(answer_document("plan", problem, many, {}, 3))["candidates"]) == 3
+    assert len(to_plain(answer_document("plan", problem, many, {}, 10))["candidates"]) == 7
 
 
 def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
@@ -174,7 +174,7 @@ def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
     nothing = Part(shape="single", types=problem.types, objective=problem.objective, space=4, infeasible={"memory": 4})
     ledger = Ledger(parts=(nothing,))
     answer = Answer(status="infeasible", candidates=(), alone=(None,), ledger=ledger, reason="too large")
-    document = answer_document("plan", problem, answer, {})
+    document = to_plain(answer_document("plan", problem, answer, {}))
     assert (document["status"], document["best"], document["candidates"]) == ("infeasible", None, [])
     assert document["reason"] == "too large"
     assert document["objective"]["value"] is None
@@ -183,46 +183,38 @@ def test_an_infeasible_answer_has_a_reason_and_no_plan() -> None:
 
 def test_what_is_undefined_is_null() -> None:
     problem, answer = scored(trace="static:n=4,prompt=64,output=1")
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     assert document["best"]["metrics"]["tpot_s"]["mean"] is None
     json.dumps(document, allow_nan=False)
 
 
 def test_a_bound_on_what_is_maximised_lies_above_it() -> None:
     problem, answer = scored(objective="throughput")
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     assert document["objective"]["direction"] == "maximise"
     assert document["objective"]["unit"] == "requests/s"
     assert document["best"]["bound"] >= document["best"]["value"] > 0
     problem, answer = scored(objective="energy")
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     assert (document["objective"]["direction"], document["objective"]["unit"]) == ("minimise", "J")
     assert 0 < document["best"]["bound"] <= document["best"]["value"]
 
 
 def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:
     problem = resolve(Ask(**CHEAP))
-    assert model_row(problem.model)["parameters"] == problem.model.parameters
+    assert model_row(problem.model).parameters == problem.model.parameters
     row = cluster_row(problem.cluster)
-    assert (row["gpu"], row["gpus"], row["cluster"]) == ("h200-sxm-141gb", 2, "2xh200-sxm-141gb")
-    assert row["profile"].startswith("measured")
-    assert (row["bf16_flops_per_s"], row["fp8_flops_per_s"], row["fp4_flops_per_s"]) == (989e12, 1979e12, None)
-    assert row["sources"]
-    assert trace_row(problem.trace, "Four")["title"] == "Four"
-    assert trace_row(problem.trace, "Four")["requests"] == 4
-
-
-def test_a_list_is_a_document() -> None:
-    document = listing_document("models", [{"name": "x", "share": float("nan")}])
-    assert document["status"] == "ok"
-    assert document["models"] == [{"name": "x", "share": None}]
+    assert (row.gpu, row.gpus, row.cluster) == ("h200-sxm-141gb", 2, "2xh200-sxm-141gb")
+    assert row.profile.startswith("measured")
+    assert (row.bf16_flops_per_s, row.fp8_flops_per_s, row.fp4_flops_per_s) == (989e12, 1979e12, None)
+    assert row.sources
 
 
 def test_prefix_caching_tells_what_was_found_and_nothing_is_told_without() -> None:
     problem, answer = scored(trace="static:n=20,prompt=100,output=4,prefix=(64,1)", prefix_caching=True)
-    document = answer_document("simulate", problem, answer, {})
+    document = to_plain(answer_document("simulate", problem, answer, {}))
     found = document["best"]["metrics"]
     assert found["cached_tokens"] == 19 * 64 and found["cache_hit_rate"] == 19 * 64 / 2000
     assert f"cache        {19 * 64:,} prompt tokens found, 60.8% of all" in rendered(document)
     problem, answer = scored()
-    assert "cached_tokens" not in answer_document("simulate", problem, answer, {})["best"]["metrics"]
+    assert "cached_tokens" not in to_plain(answer_document("simulate", problem, answer, {}))["best"]["metrics"]

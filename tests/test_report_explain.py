@@ -10,6 +10,7 @@ import pytest
 from apex_opt.arguments import ExplainAsk
 from apex_opt.report.explain import explanation_document, explanation_page
 from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.schema import to_plain
 from apex_opt.studies.explain import explain
 from formulations.plan_space import PlanSpace
 
@@ -21,7 +22,7 @@ def document(plan: str | None = None, **given: Any) -> dict[str, Any]:
     options = ExplainAsk(**CHEAP | given)
     parsed = None if plan is None else resolve_plan(plan, options)[1]
     problem = resolve(options)
-    return explanation_document(problem, explain(problem, PlanSpace(), deployment=parsed), {})
+    return to_plain(explanation_document(problem, explain(problem, PlanSpace(), deployment=parsed), {}))
 
 
 def words(page: str) -> str:

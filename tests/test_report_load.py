@@ -14,6 +14,7 @@ from apex_opt.figures import load_objectives
 from apex_opt.report.document import answer_document
 from apex_opt.report.load import loaded
 from apex_opt.report.tables import rendered
+from apex_opt.schema import to_plain
 from apex_opt.search import Problem, search
 from apex_opt.simulator.transient import Transient
 from apex_opt.workload import describe_trace
@@ -28,7 +29,7 @@ def problem(trace: str, slo: str = "", objective: str = "e2e_mean") -> Problem:
 
 def answer(*given: str) -> dict[str, Any]:
     asked = problem(*given)
-    document = answer_document("plan", asked, search(asked, PlanSpace()), {})
+    document = to_plain(answer_document("plan", asked, search(asked, PlanSpace()), {}))
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     return document
 
@@ -75,7 +76,7 @@ def test_a_trace_as_long_as_those_at_a_rate_is_not_sent_to_rate_again(requests: 
     best = search(asked, PlanSpace()).best
     assert best is not None
     ends = Transient(arrivals_s=332.0, drain_s=45.0, waiting=17, unfinished=1399, before=1300.0, after=after)
-    (told,) = loaded({}, asked, replace(best, transient=ends))["transient"]["said"]
+    (told,) = loaded(asked, replace(best, transient=ends))["transient"].said
     assert said in told
     assert ("--rate" in told) is (requests < 20_000)
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import beside as offered_beside
-from plan_cases import dense, make_cluster, make_model, make_problem
+from plan_cases import beside, dense, make_cluster, make_model, make_problem
 
 from apex_opt.figures import load_objective, load_objectives
-from apex_opt.report.document import answer_document, beside
+from apex_opt.report.document import answer_document, beside_document
 from apex_opt.report.mixed import mixed_page
+from apex_opt.schema import to_plain
 from apex_opt.search import Answer, Scorer, search
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
@@ -36,14 +36,12 @@ def problem_of(slo: str = "", **changes: Any) -> Problem:
         output=rng.integers(2, 40, 60),
     )
     model = make_model((dense(hidden=1024, columns=4096), 6))
-    return offered_beside(
-        make_problem(model, make_cluster(2, name="quick"), trace, slo, **changes), make_cluster(2, **SLOW)
-    )
+    return beside(make_problem(model, make_cluster(2, name="quick"), trace, slo, **changes), make_cluster(2, **SLOW))
 
 
 def documented(problem: Problem, command: str = "plan", **options: Any) -> tuple[Answer, Document]:
     answer = search(problem, PlanSpace(), top=3, **options)
-    return answer, answer_document(command, problem, answer, Scorer(problem).provenance(answer.candidates), 3)
+    return answer, to_plain(answer_document(command, problem, answer, Scorer(problem).provenance(answer.candidates), 3))
 
 
 @cache
@@ -114,7 +112,7 @@ def test_the_fleet_of_the_best_latency_stands_beside_that_of_the_least_energy() 
     other = search(fast, PlanSpace())
     assert answer.best is not None
     assert other.best is not None
-    document = beside(document, fast, other)
+    document |= {"beside": to_plain(beside_document(answer.best, fast, other))}
     saving = 1 - answer.best.metrics.value("energy") / other.best.metrics.value("energy")
     assert document["beside"]["energy_saving"] == pytest.approx(saving)
     assert f"{saving:.1%} less energy than the best e2e_mean" in words(document)

@@ -12,6 +12,7 @@ from apex_opt.errors import InputError
 from apex_opt.figures import load_objective
 from apex_opt.ir import load_model
 from apex_opt.report.pareto import pareto_document, pareto_page, write_front
+from apex_opt.schema import to_plain
 from apex_opt.studies.pareto import pareto
 from formulations.plan_space import PlanSpace
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def document(*names: str, slo: str = "") -> dict[str, Any]:
     problem = make_problem(load_model("llama-3.1-8b"), make_cluster(4), random_trace(5, 30), slo)
     front = pareto(problem, [load_objective(name) for name in names], PlanSpace())
-    return pareto_document(problem, front, {"gemm": "measured"})
+    return to_plain(pareto_document(problem, front, {"gemm": "measured"}))
 
 
 @pytest.fixture(autouse=True)

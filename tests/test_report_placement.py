@@ -15,6 +15,7 @@ from apex_opt.placement import Shape, layout_of, rank_order
 from apex_opt.placement.assignment import arranged
 from apex_opt.report.placement import Found, Loss, Site, labels, place_document, place_page, refused_document
 from apex_opt.resolve import resolve_place
+from apex_opt.schema import to_plain
 from apex_opt.search.facts import Facts
 from formulations.placement import move, place_plan
 
@@ -65,7 +66,7 @@ def rows_of(text: str) -> set[str]:
 def test_the_figures_are_those_of_the_layouts_and_the_tables_have_them() -> None:
     site = site_of("dp2 tp8", "4xdgx-h100", busy=BUSY)
     found = found_on(site)
-    document = place_document(site, found)
+    document = to_plain(place_document(site, found))
     assert json.loads(json.dumps(document)) == document
     costs, shape = site.costs, Shape.of(site.plan)
     ordered = rank_order(site.tree, shape)
@@ -103,7 +104,7 @@ def test_what_a_batch_computes_is_the_same_wherever_it_lies() -> None:
     near, far = site_of("tp8", "8xh100-sxm"), site_of("tp8", "2x4xh100-sxm")
     steps = []
     for site in (near, far):
-        best = place_document(site, found_on(site))["placement"]
+        best = to_plain(place_document(site, found_on(site)))["placement"]
         assert best["step_s"] == pytest.approx(site.computed_s + best["collectives_s"])
         steps.append(best["step_s"])
     there = far.layout(far.tree, rank_order(far.tree, far.shape))
@@ -115,12 +116,12 @@ def test_a_batch_is_that_of_the_plan() -> None:
     site = site_of("tp4 seqs=3 tokens=10", "8xh100-sxm")
     assert site.batch == (10, 3)
     assert site.computed_s > 0
-    assert place_document(site, found_on(site))["batch"] == {"tokens": 10, "sequences": 3}
+    assert to_plain(place_document(site, found_on(site)))["batch"] == {"tokens": 10, "sequences": 3}
 
 
 def test_one_gpu_talks_to_nobody() -> None:
     site = site_of("dp2 tp1", "4xh100-sxm", model="llama-3.1-8b")
-    document = place_document(site, found_on(site))
+    document = to_plain(place_document(site, found_on(site)))
     assert document["placement"]["collectives_s"] == 0
     assert document["rank_order"]["collectives_loss"] is None
     assert document["rank_order"]["step_loss"] == 0
@@ -132,7 +133,7 @@ def test_one_gpu_talks_to_nobody() -> None:
 def test_a_given_placement_stands_beside_the_best() -> None:
     site = site_of("dp2 tp2", "server-8xl40s", model="llama-3.1-8b")
     given = arranged([f"node0:{local}" for local in (0, 4, 1, 5)], site.shape)
-    document = place_document(site, found_on(site), given)
+    document = to_plain(place_document(site, found_on(site), given))
     assert document["given"]["collectives_loss"] > 1
     assert any(row.startswith("as given ") and " socket " not in row for row in rows_of(place_page(document)))
     assert document["rank_order"]["collectives_loss"] == 0
@@ -140,7 +141,7 @@ def test_a_given_placement_stands_beside_the_best() -> None:
 
 def test_domains_with_room_are_listed_with_their_gpus() -> None:
     site = site_of("dp2 tp2", "server-8xl40s", model="llama-3.1-8b", busy="node0:1", down="node0:7")
-    within = place_document(site, found_on(site), within="socket")["within"]
+    within = to_plain(place_document(site, found_on(site), within="socket"))["within"]
     assert within == {
         "kind": "socket",
         "domains": [
@@ -149,7 +150,7 @@ def test_domains_with_room_are_listed_with_their_gpus() -> None:
         ],
         "others": 0,
     }
-    text = place_page(place_document(site, found_on(site), within="switch"))
+    text = place_page(to_plain(place_document(site, found_on(site), within="switch")))
     assert {"node0:switch1 node0:2-3 1", "node0:switch2 node0:4-5 1", "2 others with free GPUs, but too few"} <= (
         rows_of(text)
     )
@@ -186,7 +187,7 @@ def test_what_cannot_be_placed_is_refused_with_numbers(
         return
     assert found is not None
     assert reason.format(site.plan) in found
-    document = refused_document(site, found)
+    document = to_plain(refused_document(site, found))
     assert document["status"] == "infeasible"
     assert " ".join(found.split()) in " ".join(place_page(document).split())
 
@@ -196,7 +197,7 @@ def test_lost_gpus_are_made_up_for_with_the_fewest_moves() -> None:
     site = site_of("dp2 pp2 tp2", "2xserver-8xl40s", model="llama-3.1-8b", busy="node1:2-7")
     found = found_on(site)
     lost = (found.assignment[0][1][0],)
-    document = place_document(site, found, loss=lost_from(site, lost, found.assignment))
+    document = to_plain(place_document(site, found, loss=lost_from(site, lost, found.assignment)))
     loss = document["loss"]
     assert loss["used"] == list(lost) == loss["gpus"]
     assert loss["replicas_kept"] == [0, 1]
@@ -222,7 +223,7 @@ def test_replicas_without_room_are_named() -> None:
     site = site_of("dp4 tp2", "8xh100-sxm", weights="fp8")
     found = found_on(site)
     loss = lost_from(site, ("node0:2", "node0:4", "node0:6"), found.assignment)
-    document = place_document(site, found, loss=loss)
+    document = to_plain(place_document(site, found, loss=loss))
     assert document["loss"]["plan"].startswith("dp2 ")
     assert len(document["loss"]["replicas_kept"]) == len(document["loss"]["replicas_lost"]) == 2
     assert document["left"]["gpus"] == 1
@@ -235,7 +236,7 @@ def test_gpus_that_held_nothing_change_nothing() -> None:
     site = site_of("tp4", "8xh100-sxm")
     found = found_on(site)
     spare = next(gpu for gpu in site.tree.gpus if gpu not in found.assignment[0][0])
-    document = place_document(site, found, loss=lost_from(site, (spare,), found.assignment))
+    document = to_plain(place_document(site, found, loss=lost_from(site, (spare,), found.assignment)))
     assert (document["loss"]["moved"], document["loss"]["moves"]) == (0, [])
     assert document["loss"]["placement"]["collectives_loss"] == 0
     assert f"Lost: {spare}; none of them held ranks of the plan" in rows_of(place_page(document))
@@ -254,7 +255,7 @@ def test_what_is_left_of_a_plan_is_as_quick_as_if_it_were_placed_from_scratch() 
 
 def test_long_tables_say_what_they_leave_out() -> None:
     site = site_of("dp20 tp2", "8xdgx-h100")
-    text = place_page(place_document(site, found_on(site)))
+    text = place_page(to_plain(place_document(site, found_on(site))))
     assert text.count("and 4 more; --format=json has all") == 2
 
 
@@ -273,10 +274,10 @@ def test_the_picture_is_told_the_replica_the_stage_and_the_rank() -> None:
 
 def test_why_a_group_lies_in_nothing_smaller_is_said_where_it_is_so() -> None:
     site = site_of("dp3 pp2 tp2", "2xserver-8xl40s", model="llama-3.1-8b", busy="node0:0-1,node1:0-1")
-    document = place_document(site, found_on(site))
+    document = to_plain(place_document(site, found_on(site)))
     assert [one["group"] for one in document["placement"]["lies"]] == ["tp2", "a replica of 2 stages"]
     reason = document["placement"]["lies"][1]["reason"]
     assert "3 groups of a replica of 2 stages need 4 free GPUs in one" in reason
     assert reason in " ".join(place_page(document).split())
     whole = site_of("tp2", "server-8xl40s", model="llama-3.1-8b")
-    assert "Where its groups lie" not in place_page(place_document(whole, found_on(whole)))
+    assert "Where its groups lie" not in place_page(to_plain(place_document(whole, found_on(whole))))

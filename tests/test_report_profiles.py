@@ -11,6 +11,7 @@ from apex_opt.profiles.inventory import Holding
 from apex_opt.profiles.schema import Card
 from apex_opt.report.profile_tables import profile_page
 from apex_opt.report.profiles import inventory_document, tables_document
+from apex_opt.schema import to_plain
 
 
 def card(**changed: Any) -> Card:
@@ -67,7 +68,7 @@ def flat(text: str) -> str:
 def test_the_inventory_holds_cards_and_sums() -> None:
     derived = (("derived", "screened"), ("hardware", "an L40S"))
     found = [holding(), holding("l40s", "vllm", engine="vllm", date="2026", use="energies", texts=derived)]
-    document = inventory_document(Path("/somewhere"), found)
+    document = to_plain(inventory_document(Path("/somewhere"), found))
     json.dumps(document, allow_nan=False)
     assert (document["command"], document["root"], document["tables"]) == ("profile show", "/somewhere", 4)
     assert (document["rows"], document["bytes"]) == (2 * 1918, 2 * 58_000)
@@ -86,14 +87,14 @@ def test_the_inventory_holds_cards_and_sums() -> None:
 
 
 def test_one_accelerator_is_shown_in_full() -> None:
-    text = flat(profile_page(inventory_document(Path("p"), [holding()])))
+    text = flat(profile_page(to_plain(inventory_document(Path("p"), [holding()]))))
     assert "hardware one [bold] board" in text
     assert "gemm 1,882 rows, 55.4 kB" in text
     assert "1 folder of p, 2 tables" in text
 
 
 def test_tables_that_were_made_are_told_with_what_they_lost() -> None:
-    document = tables_document("profile distill", Path("out"), REPORTS, [("a.csv", "no [table] of ours")])
+    document = to_plain(tables_document("profile distill", Path("out"), REPORTS, [("a.csv", "no [table] of ours")]))
     assert (document["source_rows"], document["rows"], document["bytes"]) == (107_189, 31_429, 1_307_067)
     assert document["tables"][0]["dropped"] == {"lone": 591, "k below 128": 6_479}
     assert document["tables"][0]["lookup_error"] == {
@@ -111,6 +112,6 @@ def test_tables_that_were_made_are_told_with_what_they_lost() -> None:
 
 
 def test_tables_that_were_not_thinned_have_no_column_for_its_error() -> None:
-    text = profile_page(tables_document("profile import", Path("out"), REPORTS[1:]))
+    text = profile_page(to_plain(tables_document("profile import", Path("out"), REPORTS[1:])))
     assert "error" not in text
     assert "passed over" not in text

@@ -13,6 +13,7 @@ from apex_opt.report.document import answer_document
 from apex_opt.report.layout import amount, seconds
 from apex_opt.report.side_by_side import compared_document, compared_page
 from apex_opt.resolve import resolve_plans
+from apex_opt.schema import to_plain
 from apex_opt.search import Scorer, judge
 from apex_opt.studies.explain import differences
 
@@ -32,7 +33,9 @@ def compared(*plans: str, **given: str) -> Document:
         for (problem, plan), answer in zip(asked, answers, strict=True)
     ]
     runs = [(Scorer(q), answer.best) for (q, _), answer in zip(asked, answers, strict=True) if answer.best]
-    return compared_document([str(plan) for _, plan in asked], documents, differences(runs) if len(runs) > 1 else ())
+    return to_plain(
+        compared_document([str(plan) for _, plan in asked], documents, differences(runs) if len(runs) > 1 else ())
+    )
 
 
 def rows_of(document: Document, width: int = 120) -> dict[str, list[str]]:

@@ -15,11 +15,10 @@ from apex_opt.measured.compare import Prediction
 from apex_opt.measured.steps import StepTimes
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template
-from apex_opt.report.listed import Validation
 from apex_opt.report.validation import validation_document
 from apex_opt.report.validation_plot import write_plot
 from apex_opt.report.validation_tables import validation_page
-from apex_opt.schema import from_plain, to_plain
+from apex_opt.schema import to_plain
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def predicted(run: MeasuredRun, model: str = "llama-3.1-8b", steps: tuple[StepTi
 def case(*comparisons: Comparison) -> dict[str, Any]:
     runs = tuple(comparison.run for comparison in comparisons)
     measurements = Measurements(runs=runs, files=("file.json",), passed_over=("README.md",))
-    return validation_document(measurements, comparisons, {"h200, gemm": "measured"})
+    return to_plain(validation_document(measurements, comparisons, {"h200, gemm": "measured"}))
 
 
 STEPS = (step("decode", 1, 1, 1.0, 1.1), step("decode", 2, 2, 1.0, 0.9), step("mixed", 5, 8, 2.0, 3.0))
@@ -123,7 +122,6 @@ def test_causes_add_up_by_kind_and_by_model(document: dict[str, Any]) -> None:
     assert [part["bias_pct"] for part in causes["decode"]["by_size"]] == pytest.approx([10, -10])
     assert causes["mixed"]["bias_pct"] == pytest.approx(50)
     assert causes["steps_left_out"] == 2
-    assert to_plain(from_plain(Validation, document))["rows"][0]["causes"] == causes
     assert document["rows"][1]["causes"] is None
     assert document["causes"]["llama-3.1-8b"]["mixed"]["measured_s"] == 2.0
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from rich.text import Text
 
-from apex_opt import __version__
-from apex_opt.report.document import cleaned, noted, question_document, scored_document
+from apex_opt.report import studied
+from apex_opt.report.document import question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import NOUNS, count, notes_lines, of_types, page, provenance_table, seconds, table
 from apex_opt.report.mixed import parts_table, pools_tables
 from apex_opt.report.tables import best_tables, cluster_words, figure_columns, lost_words
+from apex_opt.schema import of
 from apex_opt.studies.capacity import ASSUMPTION
 from apex_opt.workload.steady import rate_of, words
 
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from apex_opt.report.types import Candidate, MixedRun
     from apex_opt.schema import Document
     from apex_opt.search import Part, Problem
     from apex_opt.studies.capacity_answer import Capacity, PlanRate
     from apex_opt.studies.steady import Evidence
+
+C = TypeVar("C", bound=studied.RateCounts)
 
 _WHY: Final = {
     "queue": "the queue grows",
@@ -33,7 +37,7 @@ _WHY: Final = {
 """Why a rate is not sustained, where no goal is missed."""
 
 
-def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[str, object]) -> Document:
+def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[str, Any]) -> studied.CapacityAnswer:
     """Rates in requests per second, latencies in seconds, sizes in bytes, energy in joules.
 
     Parameters
@@ -41,95 +45,92 @@ def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[
     problem, capacity
     provenance : mapping    where each figure comes from
     """
-    rows = [_plan_rate(problem, item) for item in capacity.plans]
-    document = cleaned(
-        {
-            "command": "capacity",
-            "status": capacity.status,
-            "asked": {
-                "for": "highest rate" if capacity.asked_per_s is None else "fewest GPUs",
-                "rate_per_s": capacity.asked_per_s,
-                "resolution": capacity.resolution,
-            },
-            "steady": bool(rows),
-            "reason": capacity.reason,
-            "best": rows[0] if rows else None,
-            "candidates": rows,
-            "certificate": _certificate(problem, capacity),
-            "assumption": ASSUMPTION if capacity.asked_per_s is None else None,
-            "question": question_document(problem) | {"arrivals": words(problem.trace)},
-            "provenance": provenance,
-            "version": __version__,
-        }
+    rows: Any = tuple(_plan_rate(problem, item) for item in capacity.plans)
+    return studied.CapacityAnswer(
+        command="capacity",
+        status=capacity.status,
+        asked=studied.Asked(
+            for_="highest rate" if capacity.asked_per_s is None else "fewest GPUs",
+            rate_per_s=capacity.asked_per_s,
+            resolution=capacity.resolution,
+        ),
+        steady=bool(rows),
+        reason=capacity.reason,
+        best=rows[0] if rows else None,
+        candidates=rows,
+        certificate=_certificate(problem, capacity),
+        assumption=ASSUMPTION if capacity.asked_per_s is None else None,
+        question=question_document(problem, words(problem.trace)),
+        provenance=dict(provenance),
+        notes=problem.remarks,
     )
-    return noted(document, problem.remarks)
 
 
-def _certificate(problem: Problem, capacity: Capacity) -> Document:
+def _certificate(problem: Problem, capacity: Capacity) -> studied.RateLedger | studied.MixedRateLedger:
     """How every deployment was accounted for; of several types of GPU part by part, and how fast those left can be."""
-    ledger = capacity.ledger
-    parts = [_part(part, larger) for part, larger in zip(ledger.parts, capacity.larger, strict=True)]
+    ledger, simulations = capacity.ledger, capacity.simulations
     if not problem.mixed:
-        return parts[0] | {"simulations": capacity.simulations}
-    named = [
-        {"shape": part.shape, "types": list(part.types), "left": part.waiting} | counts
-        for part, counts in zip(ledger.parts, parts, strict=True)
-    ]
-    return {"parts": named, "simulations": capacity.simulations, "complete": ledger.optimal, "gap": ledger.gap}
+        return _part(studied.RateLedger, ledger.parts[0], capacity.larger[0], simulations=simulations)
+    parts = tuple(
+        _part(studied.RatePart, part, larger, left=part.waiting)
+        for part, larger in zip(ledger.parts, capacity.larger, strict=True)
+    )
+    return of(studied.MixedRateLedger, ledger, parts=parts, simulations=simulations, complete=ledger.optimal)
 
 
-def _part(part: Part, larger: int) -> Document:
+def _part(kind: type[C], part: Part, larger: int, **more: int) -> C:
     """How the deployments of a part were accounted for; those on more GPUs than are needed are told apart."""
     found = part.simulated - part.cut_short - part.missed
-    return {
-        "space": part.space,
-        "infeasible": part.infeasible,
-        "bounded": part.bounded - larger,
-        "ruled_out": part.simulated - found,
-        "found": found,
-        "larger": larger,
-        "complete": part.complete and not part.waiting,
-        "repeated": part.repeated,
-    }
+    return of(
+        kind,
+        part,
+        bounded=part.bounded - larger,
+        ruled_out=part.simulated - found,
+        found=found,
+        larger=larger,
+        complete=part.complete and not part.waiting,
+        **more,
+    )
 
 
-def _plan_rate(problem: Problem, item: PlanRate) -> Document:
+def _plan_rate(problem: Problem, item: PlanRate) -> Candidate | MixedRun:
     """A deployment, its rate, what is missed at the next one, and its run at this rate."""
     own = rate_of(problem.trace)
     transient = item.evidence.transient
-    return {
-        "rate_per_s": item.rate_per_s,
-        "rate_per_gpu_per_s": item.rate_per_s / item.deployment.devices,
-        "times_own_rate": item.rate_per_s / own if problem.trace.timed else None,
-        "steady": True,
-        "next_rate_per_s": item.next_rate_per_s,
-        "why_not_next": item.why or None,
-        "missed_at_next_rate": item.missed,
-        "arrivals_s": transient.arrivals_s,
-        "after_last_arrival_s": transient.drain_s,
-        "evidence": evidence_document(item.evidence),
-        **scored_document(problem, item.holds),
-    }
+    return scored_document(
+        problem,
+        item.holds,
+        (studied.RatedPlan, studied.RatedMixed),
+        rate_per_s=item.rate_per_s,
+        rate_per_gpu_per_s=item.rate_per_s / item.deployment.devices,
+        times_own_rate=item.rate_per_s / own if problem.trace.timed else None,
+        steady=True,
+        next_rate_per_s=item.next_rate_per_s,
+        why_not_next=item.why or None,
+        missed_at_next_rate=item.missed,
+        arrivals_s=transient.arrivals_s,
+        after_last_arrival_s=transient.drain_s,
+        evidence=evidence_document(item.evidence),
+    )
 
 
-def evidence_document(evidence: Evidence) -> Document:
+def evidence_document(evidence: Evidence) -> studied.Evidence:
     """What shows that a rate is sustained; rates in requests per second."""
     transient = evidence.transient
-    return {
-        "requests": evidence.requests,
-        "warm_up_requests": evidence.warm_up,
-        "backlog_first_half": transient.before,
-        "backlog_second_half": transient.after,
-        "backlog_growing": transient.growing,
-        "served_per_s": evidence.served_per_s,
-        "goals_first_half": evidence.half,
-        "goals_whole": evidence.whole,
-        "saturated_per_s": evidence.saturated_per_s,
-        "margin_below_saturated": evidence.margin,
-        "further_runs": evidence.runs,
-        "requests_of_each": evidence.run_requests,
-        "goals_predicted_at_worst": evidence.predicted,
-    }
+    return of(
+        studied.Evidence,
+        evidence,
+        warm_up_requests=evidence.warm_up,
+        backlog_first_half=transient.before,
+        backlog_second_half=transient.after,
+        backlog_growing=transient.growing,
+        goals_first_half=evidence.half,
+        goals_whole=evidence.whole,
+        margin_below_saturated=evidence.margin,
+        further_runs=evidence.runs,
+        requests_of_each=evidence.run_requests,
+        goals_predicted_at_worst=evidence.predicted,
+    )
 
 
 def capacity_page(document: Document) -> str:

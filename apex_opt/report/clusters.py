@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from apex_opt import __version__
 from apex_opt.figures.registry import figure, split
-from apex_opt.report.document import noted
+from apex_opt.report import studied
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
 from apex_opt.report.side_by_side import merged
 from apex_opt.report.sources import in_full
 from apex_opt.report.tables import question_line
+from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
+    from apex_opt.report.types import Status
     from apex_opt.schema import Document
 
 
-def clusters_document(command: str, answers: Sequence[Document]) -> Document:
+def clusters_document(command: str, found: Sequence[Any]) -> studied.ClustersAnswer:
     """The answer of a command on each of several clusters, and which is the cheapest and which the fastest.
+
+    `cheapest` is by $ per million output tokens, or by $ per hour where a rate was given; `fastest` by the objective
+    where it is a latency, a rate or the makespan, else by the mean E2E, and of `capacity` by the rate; `best` by the
+    objective: numbers of the cluster, from 1, or null.
 
     Parameters
     ----------
-    answers : the whole document of each; costs are told in them
-
-    Returns
-    -------
-    Document
-        `cheapest` by $ per million output tokens, or by $ per hour where a rate was given; `fastest` by the objective
-        where it is a latency, a rate or the makespan, else by the mean E2E, and of `capacity` by the rate; `best` by
-        the objective: numbers of the cluster, from 1, or null
+    command : str
+    found : the document of each; costs are told in them
     """
+    answers = [to_plain(one) for one in found]
+    names = [answer["question"]["cluster"]["name"] for answer in answers]
     able = [number for number, answer in enumerate(answers, 1) if answer["best"] is not None]
     by_speed, speed = _speed(answers[0])
-    document = {
-        "command": command,
-        "status": _status([answers[number - 1]["status"] for number in able]),
-        "cheapest": _least(answers, able, _cost(answers[0])),
-        "fastest": _least(answers, able, speed),
-        "fastest_by": by_speed,
-        "best": _least(answers, able, _value(answers[0])),
-        "clusters": [{"cluster": answer["question"]["cluster"]["name"], "answer": answer} for answer in answers],
-        "question": {name: value for name, value in answers[0]["question"].items() if name != "cluster"},
-        "transient": said_of((answer["question"]["cluster"]["name"], answer) for answer in answers),
-        "provenance": merged([_priced_apart(answer) for answer in answers]),
-        "version": __version__,
-    }
-    return noted(document, (note for answer in answers for note in answer["notes"]))
+    return studied.ClustersAnswer(
+        command=command,
+        status=_status([answers[number - 1]["status"] for number in able]),
+        cheapest=_least(answers, able, _cost(answers[0])),
+        fastest=_least(answers, able, speed),
+        fastest_by=by_speed,
+        best=_least(answers, able, _value(answers[0])),
+        clusters=tuple(studied.ClusterAnswer(cluster=n, answer=one) for n, one in zip(names, found, strict=True)),
+        question=replace(found[0].question, cluster=None),
+        transient=said_of(zip(names, answers, strict=True)),
+        provenance=merged([_priced_apart(answer) for answer in answers]),
+        notes=tuple(dict.fromkeys(note for one in found for note in one.notes)),
+    )
 
 
 def _priced_apart(answer: Document) -> dict[str, str]:
@@ -63,7 +64,7 @@ def _priced_apart(answer: Document) -> dict[str, str]:
     return {f"{name}, price" if figure == "price" else figure: text for figure, text in told.items()}
 
 
-def _status(found: Sequence[str]) -> str:
+def _status(found: Sequence[str]) -> Status:
     """Of all answers: proved where every one is."""
     return "infeasible" if not found else "optimal" if set(found) == {"optimal"} else "feasible"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.padding import Padding
 from rich.text import Text
 
-from apex_opt.report.document import answer_document, cleaned
+from apex_opt.report import studied, types
+from apex_opt.report.document import answer_document
 from apex_opt.report.layout import (
     NOUNS,
     aim,
@@ -22,6 +22,7 @@ from apex_opt.report.layout import (
     seconds,
     table,
 )
+from apex_opt.schema import of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from apex_opt.schema import Document
     from apex_opt.search import Problem
-    from apex_opt.studies.explain import Clash, Comparison, Diagnosed, Explanation, Relaxation
+    from apex_opt.studies.explain import Comparison, Diagnosed, Explanation
 
 _TERMS_SHOWN: Final = 12
 _PROOFS: Final = {
@@ -40,7 +41,7 @@ _PROOFS: Final = {
 }
 
 
-def explanation_document(problem: Problem, found: Explanation, provenance: dict[str, str]) -> Document:
+def explanation_document(problem: Problem, found: Explanation, provenance: dict[str, Any]) -> types.Searched:
     """An explanation and the answer it is of; seconds, joules, requests per second.
 
     Parameters
@@ -49,81 +50,56 @@ def explanation_document(problem: Problem, found: Explanation, provenance: dict[
     found : Explanation     what was explained
     provenance : mapping    where each figure comes from
     """
-    document = explained_document(answer_document("explain", problem, found.answer, provenance), found)
-    compared = None if found.comparison is None else _comparison(found.comparison)
-    return cleaned(document | {"comparison": compared})
+    kinds, compared = (studied.Explained, studied.MixedExplained), found.comparison
+    more = why_document(found) | {"comparison": None if compared is None else _comparison(compared)}
+    return answer_document("explain", problem, found.answer, provenance, kinds=kinds, **more)
 
 
-def explained_document(document: Document, found: Explanation) -> Document:
-    """An answer, with why there is none and what would help where that was asked."""
+def why_document(found: Explanation) -> dict[str, Any]:
+    """Why there is no answer and what would help, where that was asked."""
     several = len(found.diagnosed) > 1
     tried = [(one, one.tried) for one in found.diagnosed if one.tried is not None]
-    ways = [(one, way) for one, what in tried for way in what.found]
-    added = {
-        "clashes": [_of(one, several) | _clash(clash) for one in found.diagnosed for clash in one.clashes],
+    ways = sorted(((one, way) for one, what in tried for way in what.found), key=lambda pair: pair[1].more_gpus)
+    return {
+        "clashes": [
+            of(types.Clash, clash, gpu=one.gpu if several else None) for one in found.diagnosed for clash in one.clashes
+        ],
         "relaxations": [
-            _of(one, several) | _relaxation(way) for one, way in sorted(ways, key=lambda pair: pair[1].more_gpus)
+            of(
+                types.Relaxation,
+                way,
+                way.solved,
+                plan=str(way.solved.plan),
+                gpus=way.solved.plan.devices,
+                gpu=one.gpu if several else None,
+            )
+            for one, way in ways
         ],
-        "tried_for_nothing": [
-            way for one in found.diagnosed if one.tried for way in _on(one, several, one.tried.failed)
-        ],
+        "tried_for_nothing": [way for one, what in tried for way in _on(one, several, what.failed)],
         "not_tried": [way for one, what in tried for way in _on(one, several, what.untried)],
         "explain_time_limit_s": found.time_limit_s,
     }
-    return cleaned(document | added)
-
-
-def _of(one: Diagnosed, several: bool) -> Document:
-    """The type of GPU that is explained alone, where there are several."""
-    return {"gpu": one.gpu} if several else {}
 
 
 def _on(one: Diagnosed, several: bool, ways: Sequence[str]) -> list[str]:
+    """Changes, with the type of GPU that is explained alone where there are several."""
     return [f"{one.gpu} alone: {way}" if several else way for way in ways]
 
 
-def _clash(clash: Clash) -> Document:
-    return {"of": list(clash.of), "proof": clash.proof, "facts": list(clash.facts), "smallest": clash.smallest}
-
-
-def _relaxation(relaxation: Relaxation) -> Document:
-    solved = relaxation.solved
-    return {
-        "options": relaxation.options,
-        "text": relaxation.text,
-        "more_gpus": relaxation.more_gpus,
-        "plan": str(solved.plan),
-        "gpus": solved.plan.devices,
-        "value": solved.value,
-        "best": solved.best,
-    }
-
-
-def _comparison(comparison: Comparison) -> Document:
+def _comparison(comparison: Comparison) -> studied.ComparedPlan:
     one = comparison.scored
-    return {
-        "plan": str(comparison.deployment),
-        "gpus": comparison.deployment.devices,
-        "value": None if one is None else one.value,
-        "meets_slos": None if one is None else one.meets_slos,
-        "reason": comparison.reason,
-        "preemptions": None if one is None else sum(use.preemptions for use in one.pools),
-        "batches": None if one is None else sum(use.batches for use in one.pools),
-        "makespan_s": None if one is None else one.metrics.value("makespan"),
-        "terms": [
-            {
-                "part": term.part,
-                "name": term.name,
-                "unit": term.unit,
-                "plan": term.values[0],
-                "best": term.values[1],
-                "difference": term.difference,
-                "share": term.share,
-            }
-            for term in comparison.terms
-        ],
-        "lies": [asdict(one) for one in comparison.lies],
-    }
+    return studied.ComparedPlan(
+        plan=str(comparison.deployment),
+        gpus=comparison.deployment.devices,
+        value=None if one is None else one.value,
+        meets_slos=None if one is None else one.meets_slos,
+        reason=comparison.reason,
+        preemptions=None if one is None else sum(use.preemptions for use in one.pools),
+        batches=None if one is None else sum(use.batches for use in one.pools),
+        makespan_s=None if one is None else one.metrics.value("makespan"),
+        terms=tuple(of(studied.ComparedTerm, t, plan=t.values[0], best=t.values[1]) for t in comparison.terms),
+        lies=tuple(of(types.Lies, lies) for lies in comparison.lies),
+    )
 
 
 def explanation_page(document: Document) -> str:

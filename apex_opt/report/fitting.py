@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt import __version__
 from apex_opt.measured.fit import PARAMETERS
-from apex_opt.report.document import cleaned
+from apex_opt.report import listed
+from apex_opt.schema import of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,46 +18,43 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.measured.compare import Summary
     from apex_opt.measured.fit import BoardFit, EngineFit
-    from apex_opt.schema import Document
 
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def fit_document(fit: EngineFit, boards: Sequence[BoardFit]) -> Document:
+def fit_document(fit: EngineFit, boards: Sequence[BoardFit]) -> listed.Fit:
     """What `profile fit` found: times and coefficients, their errors in percent of what was measured, and the text."""
-    return cleaned(
-        {
-            "command": "profile fit",
-            "status": "ok",
-            "engine": fit.after.name,
-            "runs": fit.runs,
-            "times_us": {
-                _column(name): {"before": _us(getattr(fit.before, name)), "after": _us(getattr(fit.after, name))}
-                for name in PARAMETERS
-            },
-            "errors": {"before": _errors(fit.errors_before), "after": _errors(fit.errors_after)},
-            "engine_toml": engine_section(fit),
-            "boards": [_board(board) for board in boards],
-            "version": __version__,
-        }
+    return listed.Fit(
+        command="profile fit",
+        status="ok",
+        engine=fit.after.name,
+        runs=fit.runs,
+        times_us={
+            _column(name): {"before": _us(getattr(fit.before, name)), "after": _us(getattr(fit.after, name))}
+            for name in PARAMETERS
+        },
+        errors={"before": errors_document(fit.errors_before), "after": errors_document(fit.errors_after)},
+        engine_toml=engine_section(fit),
+        boards=tuple(map(_board, boards)),
     )
 
 
-def _errors(errors: Mapping[str, Summary]) -> Document:
-    return {metric: asdict(summary) for metric, summary in errors.items()}
+def errors_document(errors: Mapping[str, Summary]) -> dict[str, listed.Errors]:
+    """Errors by figure."""
+    return {metric: of(listed.Errors, summary) for metric, summary in errors.items()}
 
 
-def _board(board: BoardFit) -> Document:
+def _board(board: BoardFit) -> listed.Board:
     sizes = np.abs(board.errors_pct)
-    return {
-        "gpu": board.gpu,
-        "runs": len(board.errors_pct),
-        "coefficients": _coefficients(board),
-        "mean_ape_pct": float(sizes.mean()),
-        "median_ape_pct": float(np.median(sizes)),
-        "largest_ape_pct": float(sizes.max()),
-        "power_toml": power_section(board),
-    }
+    return listed.Board(
+        gpu=board.gpu,
+        runs=len(board.errors_pct),
+        coefficients=_coefficients(board),
+        mean_ape_pct=float(sizes.mean()),
+        median_ape_pct=float(np.median(sizes)),
+        largest_ape_pct=float(sizes.max()),
+        power_toml=power_section(board),
+    )
 
 
 def _coefficients(board: BoardFit) -> dict[str, float]:

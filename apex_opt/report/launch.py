@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from apex_opt.report import types
+from apex_opt.schema import of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -14,19 +17,10 @@ if TYPE_CHECKING:
     from apex_opt.schema import Document
 
 
-def launched(document: Document, launch: Launch) -> Document:
-    """An answer with the commands that start its plan."""
-    commands = [
-        {
-            "node": command.node,
-            "replica": command.replica,
-            "env": dict(command.env),
-            "argv": list(command.argv),
-            "text": command.text,
-        }
-        for command in launch.commands
-    ]
-    return document | {"launch": {"engine": launch.engine, "commands": commands, "notes": list(launch.notes)}}
+def launch_document(launch: Launch) -> types.Launch:
+    """The commands that start a plan."""
+    commands = tuple(of(types.Started, command, env=dict(command.env)) for command in launch.commands)
+    return of(types.Launch, launch, commands=commands)
 
 
 def launch_section(console: Console, launch: Document, plan: str | None = None) -> None:

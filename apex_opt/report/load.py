@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from apex_opt.figures.registry import timed
+from apex_opt.report import types
 from apex_opt.report.layout import count, seconds
+from apex_opt.schema import of
 from apex_opt.workload.steady import LENGTH
 
 if TYPE_CHECKING:
@@ -15,31 +17,33 @@ if TYPE_CHECKING:
     from apex_opt.search import Problem, Scored
     from apex_opt.simulator.transient import Transient
 
+T = TypeVar("T", bound=types.Transient)
 
-def loaded(document: Document, problem: Problem, best: Scored | None) -> Document:
-    """An answer with what its best run shows of the load: `steady`, `transient`, `limited_by_arrivals`.
+
+def loaded(problem: Problem, best: Scored | None) -> dict[str, Any]:
+    """What the best run shows of the load: `steady`, `transient`, `limited_by_arrivals`.
 
     Parameters
     ----------
-    document, problem
+    problem
     best : Scored or None    the run that is told of; None where there is none
     """
     if best is None:
-        return document | {"steady": None, "transient": None, "limited_by_arrivals": None}
+        return {"steady": None, "transient": None, "limited_by_arrivals": None}
     transient = best.transient
     limited = problem.objective.figure.by_arrivals and _keeps_up(transient)
-    said = [*_said(problem, transient), *([_limited(problem)] if limited else [])]
-    return document | {
+    said = (*_said(problem, transient), *([_limited(problem)] if limited else []))
+    return {
         "steady": None if transient.closed else is_steady(best),
-        "transient": transient_document(transient) | {"said": said},
+        "transient": transient_document(types.Load, transient, said=said),
         "limited_by_arrivals": limited,
     }
 
 
-def said_of(answers: Iterable[tuple[str, Document]]) -> Document:
+def said_of(answers: Iterable[tuple[str, Document]]) -> dict[str, tuple[str, ...]]:
     """What several answers, each with its name, say of their load."""
-    said = [f"{name}: {text}" for name, one in answers for text in (one.get("transient") or {}).get("said", ())]
-    return {"said": said}
+    said = (f"{name}: {text}" for name, one in answers for text in (one.get("transient") or {}).get("said", ()))
+    return {"said": tuple(said)}
 
 
 def is_steady(run: Scored) -> bool:
@@ -50,18 +54,18 @@ def is_steady(run: Scored) -> bool:
     return transient.lasts(run.metrics.value(timed("whole").name, "mean")) and not transient.measured
 
 
-def transient_document(transient: Transient) -> Document:
+def transient_document(kind: type[T], transient: Transient, **more: Any) -> T:
     """How a run begins and ends; the backlog is that of the requests after the first fifth, by halves."""
-    return {
-        "measured": transient.measured,
-        "arrivals_s": transient.arrivals_s,
-        "drain_s": transient.drain_s,
-        "waiting_at_last_arrival": transient.waiting,
-        "unfinished_at_last_arrival": transient.unfinished,
-        "backlog_first_half": transient.before,
-        "backlog_second_half": transient.after,
-        "backlog_growing": transient.growing,
-    }
+    return of(
+        kind,
+        transient,
+        waiting_at_last_arrival=transient.waiting,
+        unfinished_at_last_arrival=transient.unfinished,
+        backlog_first_half=transient.before,
+        backlog_second_half=transient.after,
+        backlog_growing=transient.growing,
+        **more,
+    )
 
 
 def _keeps_up(transient: Transient) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from apex_opt.report.document import cleaned
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
-from apex_opt.report.placement import where_table
+from apex_opt.report.placement import replicas_document, where_table
 from apex_opt.report.tables import (
     beside_table,
     candidates_table,
@@ -25,16 +25,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from apex_opt.placement import Assignment
+    from apex_opt.report.types import MixedRun
     from apex_opt.schema import Document
 
 
-def parts_placed(document: Document, assignments: Sequence[Assignment]) -> Document:
-    """An answer with the GPUs of each pool of its best deployment."""
-    parts = [
-        part | {"replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)]}
-        for part, assignment in zip(document["best"]["parts"], assignments, strict=True)
-    ]
-    return document | {"best": cleaned(document["best"] | {"parts": parts})}
+def placed_run(best: MixedRun, assignments: Sequence[Assignment]) -> MixedRun:
+    """A deployment with the GPUs of each of its pools."""
+    parts = zip(best.parts, assignments, strict=True)
+    return replace(best, parts=tuple(replace(part, replicas=replicas_document(ranks)) for part, ranks in parts))
 
 
 def mixed_page(document: Document) -> str:

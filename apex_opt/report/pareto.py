@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from apex_opt import __version__
-from apex_opt.report.document import cleaned, ledger_document, noted, question_document, scored_document
+from apex_opt.report import studied
+from apex_opt.report.document import ledger_document, question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.load import loaded
@@ -17,11 +17,12 @@ from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from rich.console import Console
 
+    from apex_opt.report.types import Launch
     from apex_opt.schema import Document
     from apex_opt.search import Problem, Scored
     from apex_opt.studies.pareto import Front
@@ -31,7 +32,12 @@ _LABELLED: Final = 12
 """Plans of the front that a picture names; more would cover each other."""
 
 
-def pareto_document(problem: Problem, front: Front, provenance: Mapping[str, object]) -> Document:
+def pareto_document(
+    problem: Problem,
+    front: Front,
+    provenance: Mapping[str, object],
+    launch: Callable[[Scored], Launch | None] = lambda _: None,
+) -> studied.Front:
     """The front, best by the first objective first, and what it beats; seconds, joules, requests per second.
 
     Parameters
@@ -39,28 +45,32 @@ def pareto_document(problem: Problem, front: Front, provenance: Mapping[str, obj
     problem
     front : Front           what was found
     provenance : mapping    where each figure comes from
+    launch : callable       the commands that start a deployment, if asked
     """
 
-    def values(scored: Scored) -> dict[str, float]:
+    def values(scored: Scored) -> dict[str, float | None]:
         return {o.name: o.value(scored.metrics) for o in front.objectives}
 
-    document = cleaned(
-        {
-            "command": "pareto",
-            "status": front.status,
-            "objectives": [asdict(objective) for objective in front.objectives],
-            "reason": front.reason,
-            "candidates": [{**scored_document(problem, one), "values": values(one)} for one in front.candidates],
-            "beaten": [{"plan": one.text, "gpus": one.devices, "values": values(one)} for one in front.beaten],
-            **ledger_document(problem, front.ledger),
-            "question": question_document(problem),
-            "provenance": provenance,
-            "version": __version__,
-        }
-    )
     best = front.candidates[0] if front.candidates else None
-    asked = replace(problem, objective=front.objectives[0])
-    return noted(loaded(document, asked, best), problem.remarks)
+    kinds = studied.FrontPlan, studied.FrontMixed
+    more: dict[str, Any] = {
+        "candidates": [
+            scored_document(problem, one, kinds, values=values(one), launch=launch(one)) for one in front.candidates
+        ],
+        "provenance": provenance,
+    }
+    return (studied.MixedFront if problem.mixed else studied.FrontAnswer)(
+        command="pareto",
+        status=front.status,
+        objectives=tuple(asdict(objective) for objective in front.objectives),
+        reason=front.reason,
+        beaten=tuple(studied.BeatenPlan(plan=one.text, gpus=one.devices, values=values(one)) for one in front.beaten),
+        question=question_document(problem),
+        notes=problem.remarks,
+        **loaded(replace(problem, objective=front.objectives[0]), best),
+        **ledger_document(problem, front.ledger),
+        **more,
+    )
 
 
 def pareto_page(document: Document) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from rich.text import Text
 
-from apex_opt import __version__
 from apex_opt.cluster.tree import LEVELS, place_of
 from apex_opt.evaluate import violations
 from apex_opt.launch.commands import on_nodes
@@ -17,8 +16,9 @@ from apex_opt.placement.domains import groups, replicas_in, rooms
 from apex_opt.placement.reasons import lies
 from apex_opt.placement.shape import Shape
 from apex_opt.plans.memory import stage_memory
-from apex_opt.report.document import cleaned, noted
+from apex_opt.report import studied, types
 from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
+from apex_opt.schema import of
 from apex_opt.search.facts import Facts
 from apex_opt.units import GB, NS_PER_S
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
     from apex_opt.schema import Document
     from apex_opt.search import Problem
+
+P = TypeVar("P", bound=types.Placement)
+B = TypeVar("B", bound=types.OtherPlacement)
 
 _ROWS: Final = {"placement": "best", "rank_order": "rank order", "given": "as given"}
 _SHOWN: Final = 16
@@ -177,7 +180,7 @@ def quickest(sites: Sequence[Site], within: str | None) -> Site:
 
 def place_document(
     site: Site, found: Found, given: Assignment | None = None, within: str | None = None, loss: Loss | None = None
-) -> Document:
+) -> studied.PlaceAnswer:
     """Where a plan goes and what its collectives take there, beside ranks in order; seconds, bytes, bytes per second.
 
     Parameters
@@ -188,89 +191,100 @@ def place_document(
     loss : Loss             GPUs that go afterwards
     """
     judged = [(site.tree, found.assignment), *([] if loss is None else [(loss.tree, loss.after)])]
-    best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, site.plan, found.assignment)
+    best = _best(site, found)
     others = {"rank_order": rank_order(site.tree, site.shape), **({"given": given} if given is not None else {})}
-    beside = {name: _beside(_placement(site, site.tree, other), best) for name, other in others.items()}
+    beside: dict[str, Any] = {
+        name: _beside(site, site.tree, other, best, types.OtherPlacement) for name, other in others.items()
+    }
     judged += [(site.tree, other) for other in others.values()]
     tree, answer = (site.tree, found.assignment) if loss is None else (loss.tree, loss.after)
-    return cleaned(
-        {
-            **_head(site),
-            "status": "optimal" if found.optimal and (loss is None or loss.optimal) else "feasible",
-            "reason": None,
-            "batch": dict(zip(("tokens", "sequences"), site.batch, strict=True)),
-            "placement": best,
-            **{"given": None, **beside},
-            "proof": {"better_ways_without_gpus": found.tried, "most_kept_together": found.optimal},
-            "within": None if within is None else _within(site, within),
-            "loss": None if loss is None else _loss(site, loss),
-            "left": _left(site, tree, answer),
-            "devices": list(_devices(answer)),
-            "provenance": _provenance(site, judged),
-        }
+    return studied.PlaceAnswer(
+        status="optimal" if found.optimal and (loss is None or loss.optimal) else "feasible",
+        reason=None,
+        batch=_batch(site),
+        placement=best,
+        proof=_found(found),
+        within=None if within is None else _within(site, within),
+        loss=None if loss is None else _loss(site, loss),
+        left=_left(site, tree, answer),
+        devices=tuple(_devices(answer)),
+        provenance=_provenance(site, judged),
+        **_head(site),
+        **{"given": None, **beside},
     )
 
 
-def with_placement(document: Document, problem: Problem, plan: Plan, found: Found) -> Document:
-    """An answer with where its plan goes, beside ranks in order; as `place_document` tells it.
+def placed_document(problem: Problem, plan: Plan, found: Found) -> types.ShownPlacement:
+    """Where the plan of an answer goes, beside ranks in order; as `place_document` tells it.
 
     Parameters
     ----------
-    document, problem, plan
+    problem, plan
     found : Found    where it lies
     """
     site = Site(problem=problem, plan=plan, wiring=problem.cluster, facts=Facts(problem))
-    best = _placement(site, site.tree, found.assignment) | _lies(site, site.tree, plan, found.assignment)
-    in_order = _beside(_placement(site, site.tree, rank_order(site.tree, site.shape)), best)
-    batch = dict(zip(("tokens", "sequences"), site.batch, strict=True))
-    proof = {"better_ways_without_gpus": found.tried, "most_kept_together": found.optimal}
-    return document | {"placement": cleaned({**best, "batch": batch, "rank_order": in_order, "proof": proof})}
+    best = _best(site, found)
+    in_order = _beside(site, site.tree, rank_order(site.tree, site.shape), best, types.OtherPlacement)
+    return of(types.ShownPlacement, best, batch=_batch(site), rank_order=in_order, proof=_found(found))
 
 
-def refused_document(site: Site, reason: str) -> Document:
+def refused_document(site: Site, reason: str) -> studied.Unplaced:
     """A plan that cannot be placed as asked, and why."""
-    return cleaned({**_head(site), "status": "infeasible", "reason": reason})
+    return studied.Unplaced(status="infeasible", reason=reason, **_head(site))
 
 
-def _head(site: Site) -> Document:
-    document = {
+def _head(site: Site) -> dict[str, Any]:
+    return {
         "command": "place",
         "plan": str(site.plan),
         "model": site.problem.model.name,
         "cluster": site.problem.cluster.name,
         "gpu": site.problem.cluster.gpu.name,
         "gpus": {"free": site.tree.size, "replica": site.shape.replica, "plan": site.shape.size},
-        "version": __version__,
+        "notes": site.problem.remarks,
     }
-    return noted(document, site.problem.remarks)
 
 
-def _placement(site: Site, tree: Tree, assignment: Assignment) -> Document:
+def _batch(site: Site) -> dict[str, int]:
+    return dict(zip(("tokens", "sequences"), site.batch, strict=True))
+
+
+def _found(found: Found) -> dict[str, int | bool]:
+    """What is proven of a placement."""
+    return {"better_ways_without_gpus": found.tried, "most_kept_together": found.optimal}
+
+
+def replicas_document(assignment: Assignment) -> tuple[types.Replica, ...]:
+    """GPUs of every rank."""
+    return tuple(types.Replica(replica=index, stages=stages) for index, stages in enumerate(assignment))
+
+
+def _placement(kind: type[P], site: Site, tree: Tree, assignment: Assignment, **more: Any) -> P:
     """GPUs of every rank, what collectives cross and what they take."""
     layout = site.layout(tree, assignment)
     exchanged = site.costs.exchanged(site.plan, layout)
     sent = dict(zip(reversed(LEVELS), exchanged.sent, strict=True))
-    return {
-        "replicas": [{"replica": index, "stages": stages} for index, stages in enumerate(assignment)],
-        "collectives_s": exchanged.seconds,
-        "step_s": site.computed_s + exchanged.seconds,
-        "tiers": [
-            {
-                "kind": tier.kind,
-                "ranks": tier.chunk,
-                "link": tier.link.kind,
-                "bytes_per_s": tier.link.bytes_per_s,
-                "latency_s": tier.link.latency_s,
-                "sent_bytes": sent[tier.kind],
-            }
+    return kind(
+        replicas=replicas_document(assignment),
+        collectives_s=exchanged.seconds,
+        step_s=site.computed_s + exchanged.seconds,
+        tiers=tuple(
+            of(types.Tier, tier, tier.link, ranks=tier.chunk, link=tier.link.kind, sent_bytes=sent[tier.kind])
             for tier in layout.tiers
-        ],
-    }
+        ),
+        **more,
+    )
 
 
-def _lies(site: Site, tree: Tree, plan: Plan, assignment: Assignment) -> Document:
+def _best(site: Site, found: Found) -> types.BestPlacement:
+    """The best placement, with what holds its groups."""
+    why = _lies(site, site.tree, site.plan, found.assignment)
+    return _placement(types.BestPlacement, site, site.tree, found.assignment, lies=why)
+
+
+def _lies(site: Site, tree: Tree, plan: Plan, assignment: Assignment) -> tuple[types.Lies, ...]:
     """What holds the groups of a plan, and why nothing smaller."""
-    return {"lies": [asdict(one) for one in lies(tree, plan, site.layout(tree, assignment))]}
+    return tuple(of(types.Lies, one) for one in lies(tree, plan, site.layout(tree, assignment)))
 
 
 def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[str, str]:
@@ -289,81 +303,67 @@ def _provenance(site: Site, judged: Iterable[tuple[Tree, Assignment]]) -> dict[s
     return found
 
 
-def _beside(other: Document, best: Document) -> Document:
+def _beside(site: Site, tree: Tree, assignment: Assignment, best: types.Placement, kind: type[B], **more: Any) -> B:
     """A placement with what it loses to the best, as shares; null where the best sends nothing."""
-    ratio = [other[key] / best[key] - 1 if best[key] else None for key in ("collectives_s", "step_s")]
-    return other | {"collectives_loss": ratio[0], "step_loss": ratio[1]}
+    other = _placement(types.Placement, site, tree, assignment)
+    ratio = [
+        getattr(other, key) / was - 1 if (was := getattr(best, key)) else None for key in ("collectives_s", "step_s")
+    ]
+    return of(kind, other, collectives_loss=ratio[0], step_loss=ratio[1], **more)
 
 
-def _within(site: Site, kind: str) -> Document:
+def _within(site: Site, kind: str) -> studied.Within:
     """Domains of a kind with room for a replica: their free GPUs, and for how many."""
     found = rooms(site.wiring, kind, site.tree.gpus)
     size = site.shape.replica
     able = [room for room in found if len(room.gpus) >= size]
-    return {
-        "kind": kind,
-        "domains": [{"name": room.name, "gpus": room.gpus, "replicas": len(room.gpus) // size} for room in able],
-        "others": len(found) - len(able),
-    }
+    domains = tuple(of(studied.Domain, room, replicas=len(room.gpus) // size) for room in able)
+    return studied.Within(kind=kind, domains=domains, others=len(found) - len(able))
 
 
-def _left(site: Site, tree: Tree, assignment: Assignment) -> Document:
+def _left(site: Site, tree: Tree, assignment: Assignment) -> studied.Left:
     """What stays free beside a placement, and the replicas that it still has room for."""
     taken = {gpu for stages in assignment for stage in stages for gpu in stage}
     free = [gpu for gpu in tree.gpus if gpu not in taken]
     by_kind = {kind: rooms(site.wiring, kind, free) for kind in LEVELS}
-    return {
-        "gpus": len(free),
-        "groups": groups(by_kind["node"]),
-        "fits": [
-            {
-                "kind": kind,
-                "largest": max((len(room.gpus) for room in found), default=0),
-                "replicas": replicas_in(found, site.shape.replica),
-            }
-            for kind, found in by_kind.items()
-        ],
-    }
+    fits: Any = [
+        {
+            "kind": kind,
+            "largest": max((len(room.gpus) for room in found), default=0),
+            "replicas": replicas_in(found, site.shape.replica),
+        }
+        for kind, found in by_kind.items()
+    ]
+    return studied.Left(gpus=len(free), groups={str(size): n for size, n in groups(by_kind["node"]).items()}, fits=fits)
 
 
-def _loss(site: Site, loss: Loss) -> Document:
+def _loss(site: Site, loss: Loss) -> studied.Lost:
     """Before and after, and what moves."""
-    before, after = (
-        _placement(site, tree, ranks) for tree, ranks in ((site.tree, loss.before), (loss.tree, loss.after))
-    )
+    before = _placement(types.Placement, site, site.tree, loss.before)
+    why = _lies(site, loss.tree, loss.plan, loss.after)
     used = {gpu for stages in loss.before for stage in stages for gpu in stage}
-    moves = []
-    for new, old in enumerate(loss.replicas):
-        for stage, (was, now) in enumerate(zip(loss.before[old], loss.after[new], strict=True)):
-            moves += [
-                {
-                    "replica": new,
-                    "before": old,
-                    "stage": stage,
-                    "rank": rank,
-                    "from": a,
-                    "to": b,
-                    "weights_bytes": site.weights[stage],
-                }
-                for rank, (a, b) in enumerate(zip(was, now, strict=True))
-                if a != b
-            ]
-    return {
-        "gpus": loss.gpus,
-        "used": [gpu for gpu in loss.gpus if gpu in used],
-        "plan": str(loss.plan),
-        "replicas_kept": loss.replicas,
-        "replicas_lost": [index for index in range(len(loss.before)) if index not in loss.replicas],
-        "before": before,
-        "placement": _beside(after, before) | _lies(site, loss.tree, loss.plan, loss.after),
-        "moved": loss.moved,
-        "moved_bytes": loss.moved_bytes,
-        "fewest": loss.optimal,
-        "moves": moves,
-    }
+    moves = [
+        studied.Move(replica=new, before=old, stage=stage, rank=rank, from_=a, to=b, weights_bytes=site.weights[stage])
+        for new, old in enumerate(loss.replicas)
+        for stage, (was, now) in enumerate(zip(loss.before[old], loss.after[new], strict=True))
+        for rank, (a, b) in enumerate(zip(was, now, strict=True))
+        if a != b
+    ]
+    return of(
+        studied.Lost,
+        loss,
+        used=[gpu for gpu in loss.gpus if gpu in used],
+        plan=str(loss.plan),
+        replicas_kept=loss.replicas,
+        replicas_lost=[index for index in range(len(loss.before)) if index not in loss.replicas],
+        before=before,
+        placement=_beside(site, loss.tree, loss.after, before, types.MovedPlacement, lies=why),
+        fewest=loss.optimal,
+        moves=moves,
+    )
 
 
-def _devices(assignment: Assignment) -> Iterable[Document]:
+def _devices(assignment: Assignment) -> Iterable[dict[str, Any]]:
     """GPUs of every replica on every node, in the order of their ranks."""
     for replica, stages in enumerate(assignment):
         for node, gpus in on_nodes(gpu for stage in stages for gpu in stage):

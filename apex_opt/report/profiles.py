@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt import __version__
-from apex_opt.report.document import cleaned
+from apex_opt.report import listed
+from apex_opt.schema import of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,50 +13,40 @@ if TYPE_CHECKING:
 
     from apex_opt.profiles.folder import TableReport
     from apex_opt.profiles.inventory import Holding
-    from apex_opt.schema import Document
 
 
-def inventory_document(root: Path, holdings: Sequence[Holding]) -> Document:
+def inventory_document(root: Path, holdings: Sequence[Holding]) -> listed.Inventory:
     """What profile folders there are."""
-    return cleaned(
-        {
-            "command": "profile show",
-            "status": "ok",
-            "root": str(root),
-            "profiles": [_holding(holding) for holding in holdings],
-            "tables": sum(len(holding.tables) for holding in holdings),
-            "rows": sum(rows for holding in holdings for _, rows, _ in holding.tables),
-            "bytes": sum(_bytes(holding) for holding in holdings),
-            "version": __version__,
-        }
+    profiles = tuple(map(_holding, holdings))
+    return listed.Inventory(
+        command="profile show",
+        status="ok",
+        root=str(root),
+        profiles=profiles,
+        tables=sum(len(profile.tables) for profile in profiles),
+        rows=sum(profile.rows for profile in profiles),
+        bytes=sum(profile.bytes for profile in profiles),
     )
 
 
-def _bytes(holding: Holding) -> int:
-    return holding.card_bytes + sum(size for _, _, size in holding.tables)
-
-
-def _holding(holding: Holding) -> Document:
+def _holding(holding: Holding) -> listed.Profile:
     card = holding.card
-    return {
-        "accelerator": holding.accelerator,
-        "source": holding.source,
-        "gpu": card.gpu,
-        "engine": card.engine,
-        "use": card.use,
-        "date": card.date or None,
-        "licence": card.licence,
+    return of(
+        listed.Profile,
+        holding,
+        card,
+        date=card.date or None,
+        power=card.power.source if card.power else None,
+        tables=[listed.Table(table=kind, rows=rows, bytes=size) for kind, rows, size in holding.tables],
+        rows=sum(rows for _, rows, _ in holding.tables),
+        bytes=holding.card_bytes + sum(size for _, _, size in holding.tables),
         **dict(card.texts),
-        "power": card.power.source if card.power else None,
-        "tables": [{"table": kind, "rows": rows, "bytes": size} for kind, rows, size in holding.tables],
-        "rows": sum(rows for _, rows, _ in holding.tables),
-        "bytes": _bytes(holding),
-    }
+    )
 
 
 def tables_document(
     command: str, target: Path, reports: Sequence[TableReport], passed_over: Sequence[tuple[str, str]] = ()
-) -> Document:
+) -> listed.MadeTables:
     """What became of tables that were made; look-up errors are relative.
 
     Parameters
@@ -66,33 +56,26 @@ def tables_document(
     reports : sequence of TableReport    of the tables made
     passed_over : sequence               files left out, with the reason
     """
-    return cleaned(
-        {
-            "command": command,
-            "status": "ok",
-            "target": str(target),
-            "tables": [_made(report) for report in reports],
-            "passed_over": [{"what": what, "reason": reason} for what, reason in passed_over],
-            "source_rows": sum(report.source_rows for report in reports),
-            "rows": sum(report.rows for report in reports),
-            "bytes": sum(report.file_bytes for report in reports),
-            "version": __version__,
-        }
+    return listed.MadeTables(
+        command=command,
+        status="ok",
+        target=str(target),
+        tables=tuple(map(_made, reports)),
+        passed_over=tuple({"what": what, "reason": reason} for what, reason in passed_over),
+        source_rows=sum(report.source_rows for report in reports),
+        rows=sum(report.rows for report in reports),
+        bytes=sum(report.file_bytes for report in reports),
     )
 
 
-def _made(report: TableReport) -> Document:
-    error = None
-    if report.error is not None:
-        median, p95, with_lone_median, with_lone_p95 = report.error
-        error = {"median": median, "p95": p95, "with_lone_median": with_lone_median, "with_lone_p95": with_lone_p95}
-    return {
-        "folder": report.folder,
-        "table": report.kind,
-        "source_rows": report.source_rows,
-        "screened_rows": report.screened_rows,
-        "rows": report.rows,
-        "dropped": dict(report.dropped),
-        "lookup_error": error,
-        "bytes": report.file_bytes,
-    }
+def _made(report: TableReport) -> listed.MadeTable:
+    names = ("median", "p95", "with_lone_median", "with_lone_p95")
+    error = None if report.error is None else dict(zip(names, report.error, strict=True))
+    return of(
+        listed.MadeTable,
+        report,
+        table=report.kind,
+        dropped=dict(report.dropped),
+        lookup_error=error,
+        bytes=report.file_bytes,
+    )

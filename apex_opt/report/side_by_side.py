@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from apex_opt import __version__
-from apex_opt.report.document import noted
+from apex_opt.report import studied, types
 from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
 from apex_opt.report.sources import in_full
 from apex_opt.report.tables import in_order, question_line
+from apex_opt.schema import of, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
     from apex_opt.studies.explain import Term
 
 
-def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: Sequence[Term]) -> Document:
+def compared_document(
+    plans: Sequence[str], answers: Sequence[types.Answer | types.MixedAnswer], terms: Sequence[Term]
+) -> studied.PlansAnswer:
     """Several given plans, each with its whole answer, and what differs between those that can run.
 
     Parameters
@@ -35,19 +36,28 @@ def compared_document(plans: Sequence[str], answers: Sequence[Document], terms: 
     answers : the document of each; `best` is the number of the best of them, from 1
     terms : with a value for each plan that can run, in their order
     """
-    able = [index for index, answer in enumerate(answers) if answer["best"] is not None]
-    document = {
-        "command": "simulate",
-        "status": "feasible" if able else "infeasible",
-        "best": _best(answers, able),
-        "plans": [{"plan": plan, **answer} for plan, answer in zip(plans, answers, strict=True)],
-        "differences": {"plans": [index + 1 for index in able], "terms": [asdict(term) for term in terms]},
-        "question": answers[0]["question"],
-        "provenance": merged([answer["provenance"] for answer in answers]),
-        "transient": said_of((f"plan {number}", answer) for number, answer in enumerate(answers, 1)),
-        "version": __version__,
-    }
-    return noted(document, (note for answer in answers for note in answer["notes"]))
+    told = [to_plain(answer) for answer in answers]
+    able = [index for index, answer in enumerate(told) if answer["best"] is not None]
+    return studied.PlansAnswer(
+        command="simulate",
+        status="feasible" if able else "infeasible",
+        best=_best(told, able),
+        plans=tuple(_named(answer, plan) for answer, plan in zip(answers, plans, strict=True)),
+        differences=studied.Differences(
+            plans=tuple(index + 1 for index in able), terms=tuple(of(studied.Term, term) for term in terms)
+        ),
+        question=answers[0].question,
+        provenance=merged([answer["provenance"] for answer in told]),
+        transient=said_of((f"plan {number}", answer) for number, answer in enumerate(told, 1)),
+        notes=tuple(dict.fromkeys(note for answer in answers for note in answer.notes)),
+    )
+
+
+def _named(answer: types.Answer | types.MixedAnswer, plan: str) -> studied.ScoredPlan | studied.ScoredMixed:
+    """The answer of a plan that is one of several."""
+    if isinstance(answer, types.MixedAnswer):
+        return of(studied.ScoredMixed, answer, plan=plan)
+    return of(studied.ScoredPlan, answer, plan=plan)
 
 
 def merged(provenances: Sequence[Provenance]) -> dict[str, str]:

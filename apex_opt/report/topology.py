@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
-from apex_opt import __version__
 from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
 from apex_opt.errors import InputError
 from apex_opt.outputs import write_whole
-from apex_opt.report.document import cleaned
+from apex_opt.report import listed
 from apex_opt.report.layout import count, page, seconds, table
 from apex_opt.report.picture import blank_figure, write_picture
+from apex_opt.schema import of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from rich.console import Console
@@ -33,31 +33,19 @@ _DRAWN: Final = 256
 """GPUs of the largest picture; more could not be told apart."""
 
 
-def topology_document(topology: Topology) -> Document:
+def topology_document(topology: Topology) -> listed.ShownCluster:
     """Every GPU with its state, what they share, every link, and what one GPU reaches; bytes per second, seconds."""
     states = Counter(device.state for device in topology.devices)
-    return cleaned(
-        {
-            "command": "cluster show",
-            "status": "ok",
-            "cluster": topology.name,
-            "count": {state: states[state] for state in STATES},
-            "gpus": [{"name": d.name, "node": d.node, "gpu": d.gpu.name, "state": d.state} for d in topology.devices],
-            "switches": [{"name": s.name, "node": s.node, "kind": s.kind} for s in topology.switches],
-            "domains": {kind: _domains(topology, kind) for kind in DOMAIN_KINDS},
-            "links": [
-                {
-                    "ends": [a, b],
-                    "kind": link.kind,
-                    "bytes_per_s": link.bytes_per_s,
-                    "latency_s": link.latency_s,
-                    "source": link.source,
-                }
-                for a, b, link in topology.wires
-            ],
-            "reached": _reached(topology),
-            "version": __version__,
-        }
+    return listed.ShownCluster(
+        command="cluster show",
+        status="ok",
+        cluster=topology.name,
+        count={state: states[state] for state in STATES},
+        gpus=tuple(of(listed.Device, device, gpu=device.gpu.name) for device in topology.devices),
+        switches=tuple({"name": s.name, "node": s.node, "kind": s.kind} for s in topology.switches),
+        domains={kind: tuple(map(tuple, _domains(topology, kind))) for kind in DOMAIN_KINDS},
+        links=tuple(of(listed.Wire, link, ends=(a, b)) for a, b, link in topology.wires),
+        reached=tuple(_reached(topology)),
     )
 
 
@@ -67,16 +55,15 @@ def _domains(topology: Topology, kind: str) -> list[list[str]]:
     return [sorted(domain, key=order.__getitem__) for domain in topology.domains(kind)]
 
 
-def _reached(topology: Topology) -> list[Document]:
+def _reached(topology: Topology) -> Iterator[listed.Reached]:
     """What the first GPU of every kind of node reaches, by the switches on the way; the first GPU of each such way."""
     kinds = {switch.name: switch.kind for switch in topology.switches}
     shapes: dict[Any, str] = {}
     for domain in _domains(topology, "node"):
         devices = [topology.device(name) for name in domain]
         shapes.setdefault((devices[0].gpu.name, len(devices)), domain[0])
-    rows: list[Document] = []
     for first in shapes.values():
-        ways: dict[str, Document] = {}
+        ways: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
         for other in topology.gpus():
             if other == first:
                 continue
@@ -84,18 +71,16 @@ def _reached(topology: Topology) -> list[Document]:
                 route = topology.route(first, other)
             except InputError:  # no links lead there
                 continue
-            found = {
-                "over": [kinds[name] for name in route[1:-1]],
-                "bytes_per_s": topology.bandwidth(first, other),
-                "latency_s": topology.latency(first, other),
-            }
-            way = ways.setdefault(str(found), {"from": first, "to": other, "gpus": 0, **found})
-            way["gpus"] += 1
-        rows += ways.values()
-    return rows
+            over = tuple(kinds[name] for name in route[1:-1])
+            way = over, topology.bandwidth(first, other), topology.latency(first, other)
+            ways.setdefault(way, []).append(other)
+        for (over, bytes_per_s, latency_s), gpus in ways.items():
+            yield listed.Reached(
+                from_=first, to=gpus[0], gpus=len(gpus), over=over, bytes_per_s=bytes_per_s, latency_s=latency_s
+            )
 
 
-def import_document(composition: Composition, notes: tuple[str, ...], target: str | None) -> Document:
+def import_document(composition: Composition, notes: tuple[str, ...], target: str | None) -> listed.ImportedCluster:
     """A cluster file, where it goes, and what is in it.
 
     Parameters
@@ -104,29 +89,26 @@ def import_document(composition: Composition, notes: tuple[str, ...], target: st
     notes : tuple of str         what the reader has to know
     target : str or None         file it is in; None where it is printed
     """
-    return cleaned(
-        {
-            "command": "cluster import",
-            "status": "ok",
-            "cluster": composition.name,
-            "nodes": sum(count for count, _ in composition.nodes),
-            "gpus": sum(count * node.gpus for count, node in composition.nodes),
-            "notes": list(notes),
-            "toml": composition.toml(notes),
-            "target": target,
-            "version": __version__,
-        }
+    return listed.ImportedCluster(
+        command="cluster import",
+        status="ok",
+        cluster=composition.name,
+        nodes=sum(count for count, _ in composition.nodes),
+        gpus=sum(count * node.gpus for count, node in composition.nodes),
+        notes=notes,
+        toml=composition.toml(notes),
+        target=target,
     )
 
 
-def write_toml(path: Path, document: Document) -> None:
+def write_toml(path: Path, document: listed.ImportedCluster) -> None:
     """Write the cluster file; it appears whole or not at all.
 
     Raises
     ------
     InputError    a path that cannot be written
     """
-    write_whole(path, document["toml"].encode(), "target")
+    write_whole(path, document.toml.encode(), "target")
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import ClassVar, Literal
 
+from apex_opt import __version__
 from apex_opt.schema import Described
 
 Number = float | None
@@ -17,7 +18,7 @@ Statistics = dict[str, Number]
 """A latency by statistic: mean, p50, p90, p95, p99, max, and whatever else was asked for."""
 Sources = dict[str, str]
 """Where every figure comes from."""
-Status = Literal["optimal", "feasible", "infeasible", "limit"]
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 
 
 class Document(Described):
@@ -34,7 +35,7 @@ class Document(Described):
     ROWS: ClassVar[str] = "candidates"
     LIMITED: ClassVar[bool] = False
 
-    version: str
+    version: str = __version__
     status: str
 
 
