@@ -24,9 +24,11 @@ def test_every_entry_of_the_kernel_is_compiled_beforehand() -> None:
 
 @pytest.mark.slow
 def test_what_is_missing_is_compiled_by_several_processes_and_then_taken_from_disk(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "from apex_opt.simulator.warm import warm_up; print(warm_up(3))"]
+    # Two of them, in two processes: each takes seconds to compile, and they differ in nothing that is asked here.
+    some = "for name in list(warm.VARIANTS)[2:]: warm.VARIANTS.pop(name)"
+    words = [sys.executable, "-c", f"from apex_opt.simulator import warm\n{some}\nprint(warm.warm_up(2))"]
     environment = {**os.environ, "PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(tmp_path)}
     environment["NUMBA_DISABLE_JIT"] = "0"
-    for said in (f"{list(warm.VARIANTS)}\n", "[]\n"):
+    for said in (f"{list(warm.VARIANTS)[:2]}\n", "[]\n"):
         ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, said, "")

@@ -19,6 +19,43 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LayerKind = Literal["full", "window", "state"]
+StateMode = Literal["none", "align"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvGroup:
+    """What the layers of one group keep, as the scheduler sees it.
+
+    Parameters
+    ----------
+    kind : "full", "window" or "state", as of `KvLayer`
+    block_size : int          tokens of a block
+    window : int              tokens that a query sees, itself included; 0 where it sees all
+    mode : "none" or "align"  of states: one for a sequence, whatever its length; or one for each end of a block, which
+                              can be found again by its prefix
+    """
+
+    kind: LayerKind
+    block_size: int
+    window: int = 0
+    mode: StateMode = "none"
+
+    def seen_entries(self, max_num_batched_tokens: int, max_model_len: int) -> int:
+        """Blocks that a sequence takes of a window at most, as they are counted before it is admitted.
+
+        Parameters
+        ----------
+        max_num_batched_tokens, max_model_len : int    as of the engine's settings
+        """
+        return ceil_div(min(self.window - 1 + max_num_batched_tokens, max_model_len), self.block_size) + 1
+
+
+def sets_of(groups: Sequence[KvGroup]) -> list[tuple[int, ...]]:
+    """Groups alike in all, whose blocks are found together: full attention first, then as they come."""
+    alike: dict[KvGroup, list[int]] = {}
+    for place, group in enumerate(groups):
+        alike.setdefault(group, []).append(place)
+    return [tuple(places) for _, places in sorted(alike.items(), key=lambda item: item[0].kind != "full")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

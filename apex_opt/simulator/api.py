@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
+from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.outcome import Routing
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Implementation = Literal["kernel", "reference"]
 
 
-def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
+def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequence[KvGroup] = ()) -> None:
     """Refuse a trace with a request that the engine could never finish.
 
     Parameters
@@ -36,6 +37,7 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
     settings
     blocks : int    KV blocks of a replica
     trace
+    groups : sequence of KvGroup    of layers that share the blocks; none: all layers keep all tokens
 
     Raises
     ------
@@ -53,13 +55,37 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
     if settings.speculation is not None:
         held = np.minimum(held + settings.speculation.ahead, settings.max_model_len)
     i = int(held.argmax())
-    need = ceil_div(int(held[i]), settings.block_size)
+    chunk = min(
+        settings.max_num_batched_tokens, settings.long_prefill_token_threshold or settings.max_num_batched_tokens
+    )
+    if any(group.mode == "align" for group in groups) and chunk < settings.block_size <= int(held[i]):
+        raise CapacityError(
+            f"request {i}: chunks of prompts end where states are kept, every {settings.block_size} tokens, and a "
+            f"batch has {chunk} of one prompt at most; raise max_num_batched_tokens or long_prefill_token_threshold"
+        )
+    need = sum(_blocks_of(group, settings, int(held[i])) for group in groups or (_all(settings),))
     if need > blocks:
+        sizes = "/".join(str(size) for size in dict.fromkeys(group.block_size for group in groups or (_all(settings),)))
         raise CapacityError(
             f"request {i}: {trace.prompt[i]} prompt + {trace.output[i]} output tokens need {need} KV blocks of "
-            f"{settings.block_size}, the cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower "
+            f"{sizes}, the cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower "
             "max_model_len"
         )
+
+
+def _all(settings: EngineSettings) -> KvGroup:
+    """The one group of layers that keep all tokens."""
+    return KvGroup(kind="full", block_size=settings.block_size)
+
+
+def _blocks_of(group: KvGroup, settings: EngineSettings, held: int) -> int:
+    """Blocks of a group without which a sequence of so many tokens is never done."""
+    if group.kind == "state":
+        return 1 + (settings.speculation.draft_tokens if settings.speculation else 0)
+    blocks = ceil_div(held, group.block_size)
+    if group.kind == "window":
+        blocks = min(blocks, group.seen_entries(settings.max_num_batched_tokens, settings.max_model_len))
+    return blocks
 
 
 def simulate(
@@ -228,6 +254,8 @@ def _check_alike(pools: Sequence[EnginePool]) -> None:
     """Refuse pools that cannot stand side by side."""
     if not pools:
         raise UsageError("a deployment needs a pool of replicas, got none")
+    if len({pool.kv_groups for pool in pools}) > 1:
+        raise UsageError("pools of one deployment have the same groups of layers")
     for name in ("max_model_len", "prefix_caching", *(("block_size",) if pools[0].settings.prefix_caching else ())):
         if len(values := {getattr(pool.settings, name) for pool in pools}) > 1:
             raise UsageError(f"pools of one deployment have the same {name}, got {', '.join(map(str, values))}")
@@ -236,7 +264,9 @@ def _check_alike(pools: Sequence[EnginePool]) -> None:
 def _check_pool(pool: EnginePool, trace: Trace) -> None:
     """Refuse requests and laws that the replicas of a pool cannot take."""
     settings = pool.settings
-    check_fits(settings, pool.blocks, trace)
+    check_fits(settings, pool.blocks, trace, pool.kv_groups)
+    if pool.kv_groups and (len(pool.laws) > 1 or settings.policy != "vllm"):
+        raise UsageError(f"groups of layers go with vllm on one stage, not with {settings.policy} on {len(pool.laws)}")
     if settings.speculation is not None and len(pool.laws) > 1:
         raise UsageError(
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"

@@ -71,14 +71,21 @@ class BlockContent:
             pieces, starts = np.zeros(0, np.int64), np.zeros(n + 1, np.int64)
             shared, per_piece, known = np.zeros(n, np.int64), 1, 0
         else:
-            if trace.content_tokens % block_size:
+            starts, shared = trace.content_starts, trace.prompt // block_size
+            pieces, known = (number or number_pieces)(starts, trace.content)
+            if block_size % trace.content_tokens == 0:
+                # What a block holds, all before it included, is what its last piece holds.
+                every = block_size // trace.content_tokens
+                ends = [np.arange(start + every - 1, end, every) for start, end in itertools.pairwise(starts.tolist())]
+                pieces, per_piece = pieces[np.concatenate(ends)], 1
+                starts = np.concatenate(([0], np.cumsum([len(its) for its in ends])))
+            elif trace.content_tokens % block_size:
                 raise UsageError(
                     f"block_size {block_size} does not divide the {trace.content_tokens} tokens of a content id of "
-                    f"trace {trace.name}; choose a block size that does"
+                    f"trace {trace.name}, nor is it a multiple of them; choose a block size that does"
                 )
-            starts = trace.content_starts
-            pieces, known = (number or number_pieces)(starts, trace.content)
-            shared, per_piece = trace.prompt // block_size, trace.content_tokens // block_size
+            else:
+                per_piece = trace.content_tokens // block_size
         later = blocks - shared
         own = known * per_piece + np.concatenate(([0], np.cumsum(later)))
         return cls(

@@ -199,6 +199,7 @@ class Outcome:
     steps_per_replica : list of int or None    how many of them are whose
     groups : GroupLog of each replica with ranks, where batches are asked for
     drafted : list of Drafted or None    what came of the drafts of every batch, where asked for and drafts are made
+    used : list of tuples of int or None    blocks in use of each group of layers after each batch, where there are some
     gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     pools : PoolOutcome of each pool
@@ -215,6 +216,7 @@ class Outcome:
     steps: list[Step] | None = None
     steps_per_replica: list[int] | None = None
     groups: tuple[GroupLog, ...] = ()
+    used: list[tuple[int, ...]] | None = None
     drafted: list[Drafted] | None = None
     gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import lru_cache
+from math import lcm
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +12,13 @@ import numpy as np
 from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
+from apex_opt.plans.kv_groups import sets_of
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.kernel import entries
+from apex_opt.simulator.kernel import kv_state as kv
 from apex_opt.simulator.kernel import state as kn
+from apex_opt.simulator.kernel.kv_state import Groups
 from apex_opt.simulator.law import RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.units import ceil_div
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.plans.speculation import Speculation
     from apex_opt.simulator.outcome import Drafted, Step
     from apex_opt.simulator.pools import EnginePool, Share
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 assert kn.RATE_BITS == RATE_BITS
 _POLICIES = list(POLICIES)
 assert [_POLICIES.index(name) for name in ("vllm", "orca", "static")] == [kn.VLLM, kn.ORCA, kn.STATIC]
+_KINDS = {("full", "none"): kv.FULL, ("window", "none"): kv.WINDOW, ("state", "none"): kv.STATE}
+_KINDS["state", "align"] = kv.KEPT
 _OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
 _ENGINES = {
     ("steady", False): entries.SERVE_STEADY,
@@ -43,6 +50,8 @@ _ENGINES = {
     ("general", True): entries.SERVE_CACHING,
     ("speculative", False): entries.SERVE_SPECULATIVE,
     ("speculative", True): entries.SERVE_SPECULATIVE_CACHING,
+    ("grouped", False): entries.SERVE_GROUPED,
+    ("grouped", True): entries.SERVE_GROUPED,
 }
 """Entries of the kernel, by engine and whether it caches prefixes."""
 
@@ -52,8 +61,10 @@ def needs_compiling(settings: EngineSettings, stages: int) -> bool:
     return not _ENGINES[_engine(settings, stages), settings.prefix_caching].ready()
 
 
-def _engine(settings: EngineSettings, stages: int) -> str:
+def _engine(settings: EngineSettings, stages: int, groups: Sequence[KvGroup] = ()) -> str:
     """The engine of the kernel that a run needs."""
+    if groups:
+        return "grouped"
     if settings.speculation is not None:
         return "speculative"
     walks = stages > 1 or settings.long_prefill_token_threshold > 0 or settings.prefix_caching
@@ -107,10 +118,10 @@ class _Memory:
         self._pools, self._trace, self._shares = pools, trace, shares
         lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
         self._places = [slice(last - pool.replicas, last) for pool, last in zip(pools, lasts, strict=True)]
-        self._engines = [_engine(pool.settings, len(pool.laws)) for pool in pools]
+        self._engines = [_engine(pool.settings, len(pool.laws), pool.kv_groups) for pool in pools]
         if any(share.routed for share in shares) and len(shares) < len(pools):
             # Replicas of several pools advance together, by the engine that can run all of them.
-            for name in ("general", "speculative"):
+            for name in ("general", "speculative", "grouped"):
                 if name in self._engines:
                     self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
@@ -143,7 +154,11 @@ class _Memory:
             rows=np.zeros(sizes[1] * kn.ROW_SIZE, np.int64),
             lost=np.zeros(sizes[2], np.int64),
         )
-        self._cache = self._blocks() if pools[0].settings.prefix_caching else None
+        self._cache: kn.Cache | Groups | None = None
+        if pools[0].kv_groups:
+            self._cache = self._grouped(sizes[0])
+        elif pools[0].settings.prefix_caching:
+            self._cache = self._blocks()
 
     def _laws(self) -> I64:
         """The tables of all laws, each once; and which are whose."""
@@ -186,7 +201,7 @@ class _Memory:
         lists: list[tuple[int, I64]] = []
         for pool, place, lanes, engine in zip(self._pools, self._places, self._lanes, self._engines, strict=True):
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
-            if engine == "speculative":
+            if engine in ("speculative", "grouped"):
                 parts = {kn.RUNNING_AT: seats, kn.QUEUE_AT: 2 * (seats + 3)}
                 if (speculation := pool.settings.speculation) is not None:
                     accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
@@ -253,6 +268,58 @@ class _Memory:
             holder=np.zeros(ends[kn.HOLDER_AT], np.int32),
         )
 
+    def _grouped(self, steps: int) -> Groups:
+        """Memory of groups of layers."""
+        groups, settings, n = self._pools[0].kv_groups, self._pools[0].settings, len(self._trace)
+        together = sets_of(groups)
+        kinds = np.zeros((len(groups), kv.GROUP_SIZE), np.int64)
+        most = settings.max_num_batched_tokens, settings.max_model_len
+        keys, totals = (
+            _group_keys(groups, self._trace, settings) if settings.prefix_caching else ([], [0] * len(groups))
+        )
+        for number, group in enumerate(groups):
+            entries = group.seen_entries(*most) if group.kind == "window" else kn.NEVER
+            kind = _KINDS[group.kind, group.mode]
+            kinds[number] = kind, group.block_size, group.window, entries, kn.NONE, sum(totals[:number])
+        for its in together:
+            kinds[list(its[:-1]), kv.TOGETHER] = its[1:]
+        starts = np.concatenate(([0], np.cumsum([len(its) for its in keys])))[:-1]
+        drafts = settings.speculation.draft_tokens if settings.speculation else 0
+        longest = int((self._requests[kn.PROMPT] + self._requests[kn.LIMIT]).max()) + drafts
+        width = kv.ENTRIES + longest // min(group.block_size for group in groups) + 3 + 2 * drafts
+        ends = dict.fromkeys((kn.MEMO_AT, kn.SLOTS_AT, kn.TABLE_AT, kn.BLOCK_AT, kn.HOLDER_AT), 0)
+        for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
+            seats, rows = pool.settings.max_num_seqs, self._replicas[place]
+            rows[:, [kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = width, pool.blocks, sum(totals)
+            for column, size in {
+                kn.MEMO_AT: kv.REGISTERS + len(groups),
+                kn.SLOTS_AT: seats,
+                kn.TABLE_AT: (seats + 1) * len(groups) * width,
+                kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
+                kn.HOLDER_AT: sum(totals) * kn.HOLDER_WIDTH,
+            }.items():
+                rows[:, column] = ends[column] + size * (np.arange(pool.replicas) % lanes)
+                ends[column] += size * lanes
+        return Groups(
+            number=len(groups),
+            sets=len(together),
+            multiple=lcm(*(group.block_size for group in groups)),
+            caching=int(settings.prefix_caching),
+            splits=int(any(group.mode == "align" for group in groups)),
+            requests=n,
+            rows=kinds.reshape(-1),
+            order=np.array([its[0] for its in together], np.int64),
+            keys_at=np.array(starts, np.int64),
+            keys=np.concatenate([*keys, np.zeros(1)]).astype(np.int32),
+            slot=np.zeros(n, np.int64),
+            slots=np.zeros(ends[kn.SLOTS_AT], np.int64),
+            registers=np.zeros(ends[kn.MEMO_AT], np.int64),
+            used=np.zeros(steps * len(groups), np.int64),
+            table=np.zeros(ends[kn.TABLE_AT], np.int32),
+            block=np.zeros(ends[kn.BLOCK_AT], np.int32),
+            holder=np.zeros(ends[kn.HOLDER_AT], np.int32),
+        )
+
     def serve(self) -> None:
         """Run the kernel."""
         for share in self._shares:
@@ -282,7 +349,7 @@ class _Memory:
             return
         given = (*self.run, first, last, routed, len(routed))
         engine = self._engines[next(place for place, its in enumerate(self._places) if first < its.stop)]
-        _ENGINES[engine, self._cache is not None](*given, *(self._cache or ()))
+        _ENGINES[engine, self._pools[0].settings.prefix_caching](*given, *(self._cache or ()))
         assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     @property
@@ -295,6 +362,7 @@ class _Memory:
         requests, replicas = self._requests, self._replicas
         if not self.stopped and int(replicas[:, kn.ENDED].sum()) < len(self._trace):
             raise clock_overflow()
+        drafts = self._pools[0].settings.speculation is not None
         steps = self.run.steps.reshape(-1, kn.STEP_SIZE)
         rows = self.run.rows.reshape(-1, kn.ROW_SIZE)
         pools = tuple(map(self._pool, range(len(self._pools))))
@@ -310,11 +378,18 @@ class _Memory:
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
             gaps_ns=_gaps(steps, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
-            drafted=_drafted(steps, rows) if log and self._pools[0].settings.speculation is not None else None,
+            drafted=_drafted(steps, rows) if log and (drafts or self._pools[0].kv_groups) else None,
+            used=self._used(steps) if log and self._pools[0].kv_groups else None,
             steps_per_replica=np.bincount(steps[:, kn.STEP_REPLICA], minlength=len(replicas)).tolist() if log else None,
             stopped=self.stopped,
             pools=pools,
         )
+
+    def _used(self, steps: I64) -> list[tuple[int, ...]]:
+        """Blocks in use of each group after each batch, replica by replica."""
+        assert isinstance(self._cache, Groups)
+        used = self._cache.used.reshape(len(steps), -1)
+        return [tuple(row) for row in used[np.argsort(steps[:, kn.STEP_REPLICA], kind="stable")].tolist()]
 
     def _pool(self, index: int) -> PoolOutcome:
         """What came of one pool."""
@@ -380,6 +455,12 @@ def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: I64) -> tupl
 def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
     """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
     return BlockContent.of(trace, block_size, trace.generated(max_model_len), _number_pieces)
+
+
+def _group_keys(groups: Sequence[KvGroup], trace: Trace, settings: EngineSettings) -> tuple[list[list[int]], list[int]]:
+    """What the blocks of each request hold, group by group, and how many contents each group has."""
+    contents = [_content(trace, group.block_size, settings.max_model_len) for group in groups]
+    return [content.keys(i) for content in contents for i in range(len(trace))], [its.total for its in contents]
 
 
 def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
-from apex_opt.simulator.api import simulate
+from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
     SERVE_CACHING,
     SERVE_GENERAL,
+    SERVE_GROUPED,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_STEADY,
     Entry,
 )
 from apex_opt.simulator.law import linear_law
+from apex_opt.simulator.pools import EnginePool
 from apex_opt.workload.trace import make_trace
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
@@ -32,6 +35,7 @@ class Variant(NamedTuple):
 
     settings: EngineSettings
     entries: tuple[Entry, ...]
+    groups: tuple[KvGroup, ...] = ()
 
 
 VARIANTS: Final = {
@@ -45,6 +49,9 @@ VARIANTS: Final = {
     "speculative caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
         (SERVE_SPECULATIVE_CACHING,),
+    ),
+    "grouped": Variant(
+        EngineSettings(max_model_len=4, **_LIMITS), (SERVE_GROUPED,), (KvGroup(kind="full", block_size=1),)
     ),
 }
 """A run for each entry of the kernel."""
@@ -77,7 +84,8 @@ def warm_up(processes: int | None = None) -> list[str]:
 
 def run(name: str) -> None:
     """Serve a request by a variant, which compiles it where it has not been."""
-    settings = VARIANTS[name].settings
+    settings, _, groups = VARIANTS[name]
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
-    simulate(settings, 4, [linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)], trace)
+    law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
+    run_deployment([EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups)], trace)

@@ -8,7 +8,9 @@ from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import general_nb
 from apex_opt.simulator.kernel.jit import at, inner
-from apex_opt.simulator.kernel.speculative import speculative_nb
+from apex_opt.simulator.kernel.kv_groups import empty_groups_nb
+from apex_opt.simulator.kernel.kv_state import Groups
+from apex_opt.simulator.kernel.speculative import drafting_nb, grouped_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ENDED,
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I32, I64
 
 
-def serving(turns_nb: Any) -> Any:
-    """`serve_nb` by an engine, given as the function that takes its turns."""
+def serving(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
+    """`serve_nb` by an engine, given as the function that takes its turns and the one that empties its blocks."""
 
     @inner
     def serve_nb(run: Run, cache: Cache | None, first: int, last: int, routed: I64, turns: int) -> None:
@@ -48,7 +50,7 @@ def serving(turns_nb: Any) -> Any:
             for replica in range(first, last):
                 r = at(run.replicas, replica * REPLICA_SIZE)
                 if cache is not None and turn == 0:
-                    empty_cache_nb(cache, r)
+                    empty_nb(cache, r)
                 turns_nb(run, cache, replica, until)
                 if run.control[PASSED] == 1:
                     return
@@ -70,7 +72,8 @@ def serving(turns_nb: Any) -> Any:
 
 
 _by_steady_nb, _by_general_nb = serving(steady_nb), serving(general_nb)
-_by_speculative_nb = serving(speculative_nb)
+_by_speculative_nb = serving(drafting_nb)
+_by_grouped_nb = serving(grouped_nb, empty_groups_nb)
 
 
 def serve_steady_nb(
@@ -212,3 +215,62 @@ def serve_speculative_caching_nb(
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
     _by_speculative_nb(run, cache, first, last, routed, turns)
+
+
+def serve_grouped_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    number: int,
+    sets: int,
+    multiple: int,
+    caching: int,
+    splits: int,
+    size: int,
+    kinds: I64,
+    order: I64,
+    keys_at: I64,
+    keys: I32,
+    slot: I64,
+    slots: I64,
+    registers: I64,
+    used: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
+    """`serve_nb` by the engine that verifies drafts, over groups of layers."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    groups = Groups(
+        number,
+        sets,
+        multiple,
+        caching,
+        splits,
+        size,
+        kinds,
+        order,
+        keys_at,
+        keys,
+        slot,
+        slots,
+        registers,
+        used,
+        table,
+        block,
+        holder,
+    )
+    _by_grouped_nb(run, groups, first, last, routed, turns)

@@ -159,6 +159,8 @@ _CACHING: Final = (*_SERVE, int, *[_I64] * 8, _I32, _I32, _I32)
 SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
+_GROUPED: Final = (*_SERVE, *[int] * 6, *[_I64] * 3, _I32, *[_I64] * 4, _I32, _I32, _I32)
+SERVE_GROUPED: Final = Entry(_KERNEL + "deployment", "serve_grouped_nb", _GROUPED)
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -166,6 +168,7 @@ ENTRIES: Final = (
     SERVE_CACHING,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
+    SERVE_GROUPED,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""

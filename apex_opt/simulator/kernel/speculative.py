@@ -1,4 +1,7 @@
-"""The engine of one stage that verifies drafts: `reference.speculative.SpeculativeScheduler`, walking what runs."""
+"""The engine of one stage that verifies drafts, and that has blocks for several groups of layers: it walks what runs.
+
+It is `reference.speculative.SpeculativeScheduler`, and with groups `reference.hybrid`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,19 @@ from apex_opt.simulator.kernel.batch import (
 from apex_opt.simulator.kernel.blocks import found_nb, recomputed_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.general import close_ranks_nb, evict_nb, leave_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.kv_groups import (
+    begin_nb,
+    find_nb,
+    just_kept_nb,
+    lacking_nb,
+    log_used_nb,
+    open_nb,
+    register_groups_nb,
+    release_groups_nb,
+    shed_nb,
+    split_nb,
+    take_groups_nb,
+)
 from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
@@ -105,6 +121,7 @@ from apex_opt.simulator.kernel.state import (
 )
 
 if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.kv_state import Groups
     from apex_opt.simulator.kernel.state import I64, Cache, Run
 
 # A batch in flight: when it ends, its rows, where they stand in the log; of each 32 * request + 2 * drafts + yields.
@@ -112,7 +129,7 @@ _END, _ROWS, _LOGGED, _FIRST = range(4)
 
 
 @inner
-def speculative_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
+def speculative_nb(run: Run, cache: Cache | None, groups: Groups | None, replica: int, until: int) -> None:
     """Take every turn of a replica that starts before `until`."""
     r = at(run.replicas, replica * REPLICA_SIZE)
     arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
@@ -132,11 +149,15 @@ def speculative_nb(run: Run, cache: Cache | None, replica: int, until: int) -> N
             r[UNREPORTED] = 0
             batch = queued_nb(run, r, (r[QUEUE_HEAD] + r[QUEUED]) & 1)
             batch[_LOGGED] = run.control[ROWS]
-            running_nb(run, cache, r, batch)
+            if groups is not None:
+                begin_nb(groups, r)
+            running_nb(run, cache, groups, r, batch)
             if r[BATCH_LOST] == 0:
-                waiting_nb(run, cache, r, batch)
+                waiting_nb(run, cache, groups, r, batch)
             r[PREEMPTIONS] += r[BATCH_LOST]
             end = launch_nb(run, r)
+            if groups is not None:
+                log_used_nb(run, groups, r)
             log_step_nb(run, r, replica, r[NOW], end)
             if r[BATCH_ROWS] == 0 and r[QUEUED] == 0 and r[BATCH_LOST] == 0:
                 r[ERROR] = ERROR_STUCK
@@ -146,11 +167,23 @@ def speculative_nb(run: Run, cache: Cache | None, replica: int, until: int) -> N
             r[QUEUED] += 1
             if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queued_nb(run, r, r[QUEUE_HEAD])[_END] > r[NOW]:
                 continue
-        take_in_nb(run, cache, r, queued_nb(run, r, r[QUEUE_HEAD]))
+        take_in_nb(run, cache, groups, r, queued_nb(run, r, r[QUEUE_HEAD]))
         r[QUEUE_HEAD] = 1 - r[QUEUE_HEAD]
         r[QUEUED] -= 1
         if run.control[PASSED] == 1:
             break
+
+
+@inner
+def drafting_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
+    """`speculative_nb` where all layers keep all tokens."""
+    speculative_nb(run, cache, None, replica, until)
+
+
+@inner
+def grouped_nb(run: Run, groups: Groups, replica: int, until: int) -> None:
+    """`speculative_nb` over groups of layers, with drafts and without."""
+    speculative_nb(run, None, groups, replica, until)
 
 
 @inner
@@ -160,7 +193,7 @@ def queued_nb(run: Run, r: I64, place: int) -> I64:
 
 
 @inner
-def running_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
+def running_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, batch: I64) -> None:
     """Form a batch of running sequences, in order; preempt from the tail where blocks run out."""
     prompt, output, generated = column_nb(run, PROMPT), column_nb(run, OUTPUT), column_nb(run, GENERATED)
     computed, in_flight, proposed = column_nb(run, COMPUTED), column_nb(run, IN_FLIGHT), column_nb(run, PROPOSED)
@@ -180,10 +213,15 @@ def running_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
         if threshold > 0:
             c = min(c, threshold)
         c = min(min(c, length - 1 - done), budget)
+        if groups is not None:
+            c = split_nb(groups, r, prompt[i], known, done, c)
         if c <= 0:
             continue
         ahead = min(done + c + lookahead, length)
-        if ahead > blocks[i] * bs:
+        if groups is not None:
+            if not room_nb(run, groups, r, i, done, done + c, ahead):
+                break
+        elif ahead > blocks[i] * bs:
             need = blocks_nb(ahead, bs) - blocks[i]
             while need > r[FREE]:
                 victim = evict_nb(run, cache, r)
@@ -203,6 +241,8 @@ def running_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
             filled = min(done, known)
             if filled >= (cache.registered[i] + 1) * bs:
                 register_nb(cache, r, i, filled // bs)
+        if groups is not None:
+            register_groups_nb(groups, r, i, min(done, known))
         proposed[i] = 0
         beyond = done - known - coming
         row = i << 5
@@ -230,7 +270,7 @@ def running_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
 
 
 @inner
-def waiting_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
+def waiting_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, batch: I64) -> None:
     """Admit waiting sequences, in order, until one does not fit; they have no drafts and need no blocks ahead."""
     arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
     prompt, generated = column_nb(run, PROMPT), column_nb(run, GENERATED)
@@ -244,6 +284,10 @@ def waiting_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
             if i == NONE or arrival[i] > r[NOW]:
                 return
         known = prompt[i] + generated[i]
+        if groups is not None:
+            if not admitted_nb(run, groups, r, batch, i, known):
+                return
+            continue
         found, unused = 0, 0
         if cache is not None:
             found, unused = found_nb(cache, r, i, (known - 1) // bs)
@@ -274,6 +318,50 @@ def waiting_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
         run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
         r[RUNNING] += 1
         enter_nb(run, r, batch, i, c, known)
+
+
+@inner
+def room_nb(run: Run, groups: Groups, r: I64, i: int, computed: int, tokens: int, ahead: int) -> bool:
+    """Give a running request its blocks by group, preempting from the tail; whether it was not preempted itself."""
+    slot = groups.slot[i]
+    shed_nb(groups, r, slot, computed)
+    while lacking_nb(groups, r, slot, tokens, ahead, 0, 0) > r[FREE]:
+        victim = run.scratch[r[RUNNING_AT] + r[RUNNING] - 1]
+        release_groups_nb(groups, r, victim)
+        evict_nb(run, None, r)
+        column_nb(run, PROPOSED)[victim] = 0
+        if victim == i:
+            return False
+    take_groups_nb(groups, r, slot, tokens, ahead, 0)
+    return True
+
+
+@inner
+def admitted_nb(run: Run, groups: Groups, r: I64, batch: I64, i: int, known: int) -> bool:
+    """Admit a waiting request with blocks by group, where it fits; whether it does."""
+    prompt, slot = column_nb(run, PROMPT), open_nb(groups, r)
+    found = find_nb(groups, r, i, known)
+    c = admits_nb(VLLM, known - found, r[BATCH_BUDGET], r[THRESHOLD], r[CHUNKED])
+    c = split_nb(groups, r, prompt[i], known, found, c)
+    held = found + c
+    if c == 0 or just_kept_nb(groups, r) or lacking_nb(groups, r, slot, known, known, 1, 1) > r[FREE]:
+        return False
+    if lacking_nb(groups, r, slot, held, held, 0, 1) > r[FREE]:
+        return False
+    if r[STACK] == NONE:
+        r[HEAD] = column_nb(run, FOLLOWING)[i]
+        r[CACHED] += found
+    else:
+        r[STACK] = column_nb(run, UNDER)[i]
+    groups.slot[i] = slot
+    take_groups_nb(groups, r, slot, held, held, 1)
+    register_groups_nb(groups, r, i, min(held, known))
+    column_nb(run, COMPUTED)[i] = held
+    column_nb(run, PLACE)[i] = RUNS
+    run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
+    r[RUNNING] += 1
+    enter_nb(run, r, batch, i, c, known)
+    return True
 
 
 @inner
@@ -342,7 +430,7 @@ def launch_nb(run: Run, r: I64) -> int:
 
 
 @inner
-def take_in_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
+def take_in_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, batch: I64) -> None:
     """The oldest batch finishes: which drafts were right, and whoever got the last token."""
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
     computed, place, proposed = column_nb(run, COMPUTED), column_nb(run, PLACE), column_nb(run, PROPOSED)
@@ -373,9 +461,13 @@ def take_in_nb(run: Run, cache: Cache | None, r: I64, batch: I64) -> None:
             filled = computed[i] - in_flight[i]
             if filled >= (cache.registered[i] + 1) * bs:
                 register_nb(cache, r, i, filled // bs)
+        if groups is not None and asynchronous == 1 and place[i] == RUNS:
+            register_groups_nb(groups, r, i, computed[i] - in_flight[i])
         if p + got == limit[i]:
             if place[i] == RUNS:
                 gone += 1
+                if groups is not None:
+                    release_groups_nb(groups, r, i)
             leave_nb(run, cache, r, i)
         elif asynchronous == 0 and r[DRAFTS] > 0:
             proposed[i] = proposes[counts + p + got]

@@ -20,6 +20,7 @@ KINDS: Final = {
     "pd": ("config", "trace"),
     "pool_sizes": ("layers", "hybrid", "available_bytes"),
     "spec": ("config", "trace", "accept", "proposed"),
+    "hybrid": ("config", "trace", "accept", "proposed"),
 }
 """Kinds of recordings, and what a case of each must hold."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -9,8 +10,9 @@ import numpy as np
 from apex_opt.errors import UnknownNameError, UsageError, join_faults
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import Speculation
-from apex_opt.simulator.api import simulate
+from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.law import linear_law
+from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.recorded.case import SETTINGS, digest, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
@@ -18,14 +20,23 @@ from apex_opt.workload.trace import make_trace
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.simulator.api import Implementation
     from apex_opt.workload.trace import Trace
 
 _METHODS: Final = {"eagle": "eagle", "draft_model": "draft", "ngram": "ngram"}
 
 
-def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict[str, Any]:
-    """What was recorded of a case, beside what it was recorded of."""
+def replay_case(
+    case: Mapping[str, Any], implementation: Implementation, groups: tuple[KvGroup, ...] = ()
+) -> dict[str, Any]:
+    """What was recorded of a case, beside what it was recorded of.
+
+    Parameters
+    ----------
+    case, implementation    as of `recorded.replay_case`
+    groups : tuple of KvGroup    of layers that share the blocks; none: all layers keep all tokens
+    """
     config, rows = case["config"], case["trace"]
     needed = (*SETTINGS, "prefix_caching", "num_gpu_blocks", "law_us", "draft_tokens", "draft_kind")
     if missing := [key for key in needed if key not in config]:
@@ -43,7 +54,9 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
             draft_tokens=config["draft_tokens"],
             accepted=_counts("accept", case["accept"], order),
             proposed=_counts("proposed", case["proposed"], order) if case["proposed"] is not None else (),
-        ),
+        )
+        if config["draft_tokens"]
+        else None,
     )
     base, token, context, draft = (NS_PER_US * x for x in whole_numbers("law_us", config["law_us"], 4))
     law = linear_law(
@@ -56,8 +69,9 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
         draft_ns=draft,
     )
     (blocks,) = whole_numbers("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
-    trace = _trace(rows, settings.block_size)
-    outcome = simulate(settings, blocks - 1, [law], trace, log=True, implementation=implementation)
+    trace = _trace(rows, gcd(*(group.block_size for group in groups)) if groups else settings.block_size)
+    pool = EnginePool(settings=settings, blocks=blocks - 1, laws=[law], kv_groups=groups)
+    outcome = run_deployment([pool], trace, log=True, implementation=implementation)
     steps: list[list[Any]] = [
         [
             start // NS_PER_US,
@@ -67,8 +81,8 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
         ]
         for start, end, scheduled, lost in outcome.steps or ()
     ]
-    for step, (free, verified) in zip(steps, outcome.drafted or (), strict=True):
-        step += [free, [blocks - 1 - free]]
+    for number, (step, (free, verified)) in enumerate(zip(steps, outcome.drafted or (), strict=True)):
+        step += [free, list(outcome.used[number]) if outcome.used else [blocks - 1 - free]]
         for row, of_drafts in zip(step[2], verified, strict=True):
             row += of_drafts
     first, finish = (np.zeros(len(order), np.int64) for _ in range(2))

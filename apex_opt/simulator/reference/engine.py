@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from apex_opt.simulator.outcome import BatchCounts
+from apex_opt.simulator.reference.hybrid import GroupedScheduler, GroupedSpeculativeScheduler
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 from apex_opt.simulator.reference.speculative import SpeculativeScheduler
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from apex_opt.simulator.pools import EnginePool
     from apex_opt.simulator.reference.schedulers import Scheduler
     from apex_opt.simulator.reference.sequence import Batch, Sequence
+
+
+def scheduler_of(pool: EnginePool) -> Scheduler:
+    """The scheduler of a replica, by its policy, drafts and groups of layers."""
+    settings, drafts = pool.settings, pool.settings.speculation is not None
+    if pool.kv_groups:
+        grouped = GroupedSpeculativeScheduler if drafts else GroupedScheduler
+        return grouped(settings, pool.blocks, pool.kv_groups)
+    return (SpeculativeScheduler if drafts else SCHEDULERS[settings.policy])(settings, pool.blocks)
 
 
 class Engine:
@@ -26,8 +36,7 @@ class Engine:
     """
 
     def __init__(self, pool: EnginePool, *, log: bool, scheduler: type[Scheduler] | None = None) -> None:
-        of_settings = SpeculativeScheduler if pool.settings.speculation else SCHEDULERS[pool.settings.policy]
-        self.scheduler = (scheduler or of_settings)(pool.settings, pool.blocks)
+        self.scheduler = scheduler(pool.settings, pool.blocks) if scheduler else scheduler_of(pool)
         self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
         self.laws = pool.laws
         self._sleep_ns = pool.settings.idle_sleep_ns

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Replica, Router
     from apex_opt.workload.trace import Trace
@@ -50,7 +51,7 @@ def run_deployment(
     """
     engines = [[_replica(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
-    sequences = sequences_of(pools[0].settings, trace)
+    sequences = sequences_of(pools[0].settings, trace, pools[0].kv_groups)
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
@@ -72,8 +73,14 @@ def _replica(pool: EnginePool, *, log: bool) -> Replica:
     return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log)
 
 
-def sequences_of(settings: EngineSettings, trace: Trace) -> list[Sequence]:
-    """The requests before they are sent."""
+def sequences_of(settings: EngineSettings, trace: Trace, kv_groups: Seq[KvGroup] = ()) -> list[Sequence]:
+    """The requests before they are sent.
+
+    Parameters
+    ----------
+    settings, trace
+    kv_groups : sequence of KvGroup    of layers that share the blocks, where not all keep all tokens
+    """
     limits = trace.generated(settings.max_model_len).tolist()
     sequences = [
         Sequence(id=i, prompt=p, output=o, limit=limit)
@@ -83,6 +90,9 @@ def sequences_of(settings: EngineSettings, trace: Trace) -> list[Sequence]:
         content = BlockContent.of(trace, settings.block_size, limits)
         for sequence in sequences:
             sequence.keys = content.keys(sequence.id)
+        sizes = {group.block_size: BlockContent.of(trace, group.block_size, limits) for group in kv_groups}
+        for sequence in sequences:
+            sequence.group_keys = [sizes[group.block_size].keys(sequence.id) for group in kv_groups]
     return sequences
 
 
@@ -144,6 +154,7 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
     found = tuple(map(pool_outcome, engines))
     most = max(len(pool.laws) for pool in pools)
     steps = None if every[0].steps is None else [step for engine in every for step in engine.steps or ()]
+    formed = [batch for engine in every if isinstance(engine, Engine) for batch in engine.formed]
     return Outcome(
         arrival_ns=np.array([s.arrival_ns for s in sequences], np.int64),
         first_token_ns=np.array([s.token_ns[0] for s in sequences], np.int64),
@@ -156,13 +167,9 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
         steps=steps,
         steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in every],
         drafted=None
-        if steps is None or pools[0].settings.speculation is None
-        else [
-            (batch.free, [(row.drafts, row.got) for row in batch.rows])
-            for engine in every
-            if isinstance(engine, Engine)
-            for batch in engine.formed
-        ],
+        if steps is None or (pools[0].settings.speculation is None and not pools[0].kv_groups)
+        else [(batch.free, [(row.drafts, row.got) for row in batch.rows]) for batch in formed],
+        used=[batch.used for batch in formed] if steps is not None and pools[0].kv_groups else None,
         groups=() if steps is None else tuple(engine.logged() for engine in every if isinstance(engine, Group)),
         gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
         pools=found,

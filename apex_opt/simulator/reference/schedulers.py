@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
-    What policies differ in are hooks: `wanted`, `ahead`, `found`, `admitted`, `room`, `reserved`, `opens`, `launch`,
-    `receive`, `complete` and `give_back`. Here they are those of vLLM V1.
+    What policies differ in are hooks: `wanted`, `split`, `ahead`, `allocate`, `found`, `admitted`, `room`, `reserved`,
+    `place`, `opens`, `launch`, `receive`, `complete` and `give_back`. Here they are those of vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -60,6 +60,39 @@ class Scheduler:
     def reserved(self, sequence: Sequence) -> int:
         """Tokens whose blocks an admitted sequence gets at once, where these are more than it computes first."""
         return 0
+
+    def split(self, sequence: Sequence, computed: int, tokens: int) -> int:
+        """Tokens of a row that has room for so many.
+
+        Parameters
+        ----------
+        sequence : Sequence    the request
+        computed : int         its tokens computed before the row
+        tokens : int           there is room for
+        """
+        return tokens
+
+    def allocate(self, sequence: Sequence, tokens: int) -> bool:
+        """Hand a running sequence the blocks for so many more tokens; False where too few are free."""
+        ahead = self.ahead(sequence.computed + tokens)
+        if self.blocks.needed(sequence, ahead) > self.blocks.free:
+            return False
+        self.blocks.take(sequence, ahead)
+        return True
+
+    def place(self, sequence: Sequence, budget: int) -> int:
+        """Hand a waiting sequence what is found and the blocks for the tokens it computes first, which are returned.
+
+        0 where it has to wait.
+        """
+        found = self.found(sequence)
+        cached = len(found) * self.settings.block_size
+        tokens = self.admitted(sequence.known - cached, budget)
+        if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
+            return 0
+        sequence.computed = cached
+        self.blocks.take(sequence, max(cached + tokens, self.reserved(sequence)), found)
+        return tokens
 
     def opens(self) -> bool:
         """Whether waiting sequences are admitted to a batch in which nobody had to give way."""
@@ -108,17 +141,15 @@ class Scheduler:
         while index < len(self.running) and batch.budget > 0:
             sequence = self.running[index]
             index += 1
-            tokens = min(self.wanted(sequence), batch.budget)
+            tokens = self.split(sequence, sequence.computed, min(self.wanted(sequence), batch.budget))
             if tokens <= 0:
                 continue
-            ahead = self.ahead(sequence.computed + tokens)
-            while self.blocks.needed(sequence, ahead) > self.blocks.free:
+            while not self.allocate(sequence, tokens):
                 victim = self.running.pop()
                 self.preempt(victim)
                 batch.preempted.append(victim.id)
                 if victim is sequence:
                     return
-            self.blocks.take(sequence, ahead)
             self.enter(batch, sequence, tokens)
 
     def schedule_waiting(self, batch: Batch) -> None:
@@ -132,18 +163,14 @@ class Scheduler:
 
     def admit(self, batch: Batch, sequence: Sequence) -> bool:
         """Admit the first waiting sequence, if it fits."""
-        found = self.found(sequence)
-        cached = len(found) * self.settings.block_size
-        tokens = self.admitted(sequence.known - cached, batch.budget)
-        if tokens == 0 or self.blocks.needed(sequence, self.room(sequence), found) > self.blocks.free:
+        tokens = self.place(sequence, batch.budget)
+        if tokens == 0:
             return False
         self.waiting.popleft()
         self.running.append(sequence)
-        sequence.computed = cached
         if not sequence.admitted:
-            self.cached += cached
+            self.cached += sequence.computed
             sequence.admitted = True
-        self.blocks.take(sequence, max(cached + tokens, self.reserved(sequence)), found)
         self.enter(batch, sequence, tokens)
         return True
 
@@ -180,7 +207,7 @@ class Scheduler:
             row.got = self.receive(row)
             sequence.generated += row.got
             sequence.token_ns += [now_ns] * row.got
-            if self.settings.async_scheduling and sequence.table:
+            if self.settings.async_scheduling:
                 # Tokens were unknown when they were scheduled; now their blocks have content.
                 self.blocks.register(sequence, sequence.computed - sequence.in_flight)
             if sequence.generated == sequence.limit:

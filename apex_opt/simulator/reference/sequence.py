@@ -21,6 +21,7 @@ class Sequence:
     finished: bool = False
     admitted: bool = False  # it has been in a batch, though it may have been preempted since
     keys: list[int] = field(default_factory=list)  # content of its full blocks, prefix included; for prefix caching
+    group_keys: list[list[int]] = field(default_factory=list)  # the same for each group of layers
     table: list[int] = field(default_factory=list)  # the blocks themselves
     registered: int = 0  # blocks whose content can be found by others
     arrival_ns: int = 0
@@ -53,3 +54,4 @@ class Batch:
     rows: list[Row] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     free: int = 0  # blocks left
+    used: tuple[int, ...] = ()  # different blocks in the tables of each group of layers

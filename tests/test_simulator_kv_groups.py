@@ -1,0 +1,222 @@
+"""Groups of layers over one pool of blocks: recorded batches come out, both implementations say the same of others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from golden.condense import read_recorded
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from simulator_cases import (
+    DRAFTING,
+    IMPLEMENTATIONS,
+    TRAFFIC,
+    Case,
+    Loop,
+    Traffic,
+    assert_same,
+    cases,
+    linear,
+    requests,
+)
+
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.kv_groups import KvGroup
+from apex_opt.simulator import EnginePool, Outcome, replay_case, run_deployment
+from apex_opt.simulator.reference import kv_groups
+from apex_opt.simulator.reference.hybrid import GroupedScheduler
+from apex_opt.units import ceil_div
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from apex_opt.simulator.api import Implementation
+
+GIVEN = ("config", "trace", "accept", "proposed")
+FULL = KvGroup(kind="full", block_size=16)
+ENGINE = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256)
+
+
+@pytest.fixture(scope="module")
+def recorded(shared: Path) -> dict[str, dict[str, Any]]:
+    """What vLLM did."""
+    found = read_recorded(shared / "scheduler-golden" / "hybrid")
+    return {name: case for name, case in found.items() if not name.startswith("pool_sizes")}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_all_that_was_recorded_comes_out_again(
+    recorded: dict[str, dict[str, Any]], implementation: Implementation
+) -> None:
+    assert len(recorded) == 158
+    for name, case in recorded.items():
+        given = {key: case[key] for key in GIVEN}
+        found = json.loads(json.dumps(replay_case("hybrid", given, implementation)))
+        assert found == {key: value for key, value in case.items() if key not in GIVEN}, name
+
+
+RULES: dict[str, tuple[Any, str, Any]] = {
+    "windows give nothing back": (kv_groups.WindowKind, "shed", lambda self, table, computed: []),
+    "there is no limit of what a window counts at admission": (kv_groups.WindowKind, "most", lambda self: None),
+    "states are not kept apart from where chunks end": (
+        GroupedScheduler,
+        "split",
+        lambda self, sequence, computed, tokens: tokens,
+    ),
+    "states found in the same step are taken": (kv_groups.GroupedBlocks, "just_kept", lambda self, hit: False),
+    "a kept state is never shed": (kv_groups.KeptStateKind, "shed", lambda self, table, computed: []),
+    "a window is found from its beginning": (kv_groups.WindowKind, "search", kv_groups.FullKind.search),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_is_changed_is_noticed(
+    rule: str, recorded: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, name, changed = RULES[rule]
+    monkeypatch.setattr(place, name, changed)
+    for case in sorted(recorded.values(), key=lambda case: int(case["batches"])):
+        try:
+            if replay_case("hybrid", case, "reference")["batches_sha256"] != case["batches_sha256"]:
+                return
+        except Exception:
+            return
+    pytest.fail("no recorded case tells")
+
+
+# Beside one pool of blocks that all layers share alike.
+
+
+def served(
+    case: Case, groups: tuple[KvGroup, ...], implementation: Implementation, blocks: int | None = None
+) -> Outcome:
+    """A run over groups of layers."""
+    pool = EnginePool(
+        settings=case.settings, blocks=blocks or case.blocks, laws=case.laws, replicas=case.replicas, kv_groups=groups
+    )
+    return run_deployment([pool], case.trace, routing=case.routing, log=True, implementation=implementation)
+
+
+@settings(max_examples=30)
+@given(case=cases("prefix caching", "dealt"))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_group_of_full_attention_is_a_plain_engine(implementation: Implementation, case: Case) -> None:
+    case = case.having(laws=case.laws[:1])
+    one = served(case, (KvGroup(kind="full", block_size=case.settings.block_size),), implementation)
+    plain = case.run(implementation)
+    assert one.steps == plain.steps
+    assert one.cached_tokens == plain.cached_tokens
+
+
+@st.composite
+def grouped(draw: st.DrawFn, loop: Loop, traffic: Traffic) -> tuple[Case, tuple[KvGroup, ...], int]:
+    """An engine over random groups of layers, and enough blocks for its longest request."""
+    case = draw(cases(loop, traffic))
+    case = case.having(laws=case.laws[:1])
+    limits = case.settings.max_num_batched_tokens, case.settings.long_prefill_token_threshold
+    assume(not case.settings.prefix_caching or min(filter(None, limits)) >= case.settings.block_size)
+    caching, size = case.settings.prefix_caching, case.settings.block_size
+    window = st.builds(
+        lambda seen, times: KvGroup(kind="window", block_size=size * times, window=seen),
+        st.integers(1, 60),
+        st.sampled_from([1, 2]),
+    )
+    state = KvGroup(kind="state", block_size=case.settings.max_model_len)
+    if caching:
+        state = KvGroup(kind="state", block_size=size, mode="align")
+    kinds = st.one_of(st.just(KvGroup(kind="full", block_size=size)), window, st.just(state))
+    groups = tuple(draw(st.lists(kinds, min_size=1, max_size=4)))
+    drafts = case.settings.speculation.draft_tokens if case.settings.speculation else 0
+    longest = case.trace.longest + drafts
+    least = sum(2 * drafts + 3 if its.kind == "state" else ceil_div(longest, its.block_size) + 2 for its in groups)
+    return case, groups, least + draw(st.integers(0, 3 * least))
+
+
+def check_both(case: Case, groups: tuple[KvGroup, ...], blocks: int) -> None:
+    """Both implementations say the same, or refuse alike."""
+    runs = [served(case, groups, implementation, blocks) for implementation in IMPLEMENTATIONS]
+    assert_same(*runs)
+    assert runs[0].used == runs[1].used
+    for (free, _), used in zip(runs[0].drafted or (), runs[0].used or (), strict=True):
+        assert free + sum(used) == blocks
+
+
+GROUPED: tuple[Loop, ...] = ("synchronous", "asynchronous", "prefix caching", *DRAFTING)
+
+
+@pytest.mark.parametrize("traffic", TRAFFIC)
+@pytest.mark.parametrize("loop", GROUPED)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_kernel_equals_reference_and_no_block_is_lost(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
+    check_both(*data.draw(grouped(loop, traffic)))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("traffic", TRAFFIC)
+@pytest.mark.parametrize("loop", GROUPED)
+@settings(max_examples=600)
+@given(data=st.data())
+def test_kernel_equals_reference_on_many_random_groups(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
+    check_both(*data.draw(grouped(loop, traffic)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_window_holds_no_more_than_a_query_sees_and_a_chunk(implementation: Implementation) -> None:
+    """Of 200 tokens a window of 32 needs 2 blocks before a row of one token, and one for it."""
+    window = KvGroup(kind="window", block_size=16, window=32)
+    case = Case(settings=ENGINE, blocks=40, laws=(linear(ENGINE, 1000),), trace=requests([(0, 150, 50)]))
+    run = served(case, (FULL, window), implementation)
+    assert run.used is not None
+    assert run.used[-1] == (13, 3)
+    assert max(seen for _, seen in run.used) == ceil_div(31 + 64, 16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_state_takes_one_block_whatever_the_length(implementation: Implementation) -> None:
+    state = KvGroup(kind="state", block_size=ENGINE.max_model_len)
+    case = Case(settings=ENGINE, blocks=1, laws=(linear(ENGINE, 1000),), trace=requests([(0, 150, 50), (0, 10, 4)]))
+    run = served(case, (state,), implementation)
+    assert run.used is not None
+    assert set(run.used) == {(1,)}
+
+
+def test_what_never_fits_is_refused_with_the_blocks_it_needs() -> None:
+    window = KvGroup(kind="window", block_size=16, window=32)
+    case = Case(settings=ENGINE, blocks=19, laws=(linear(ENGINE, 1000),), trace=requests([(0, 150, 50)]))
+    assert served(case, (FULL, window), "kernel", 20).preemptions == 0
+    with pytest.raises(CapacityError, match="need 20 KV blocks of 16, the cache has 19"):
+        served(case, (FULL, window), "kernel")
+
+
+def test_chunks_that_never_reach_where_a_state_is_kept_are_refused() -> None:
+    small = replace(ENGINE, max_num_batched_tokens=8, block_size=16, prefix_caching=True)
+    kept = KvGroup(kind="state", block_size=16, mode="align")
+    case = Case(settings=small, blocks=40, laws=(linear(small, 1000),), trace=requests([(0, 150, 50)]))
+    with pytest.raises(CapacityError, match="every 16 tokens, and a batch has 8 of one prompt at most; raise"):
+        served(case, (FULL, kept), "kernel")
+
+
+def test_groups_are_refused_over_stages_beside_other_groups_and_where_they_cannot_be_read() -> None:
+    law, trace = linear(ENGINE, 1000), requests([(0, 5, 5)])
+    one = EnginePool(settings=ENGINE, blocks=40, laws=[law], kv_groups=(FULL,))
+    with pytest.raises(UsageError, match="groups of layers go with vllm on one stage, not with vllm on 2"):
+        run_deployment([replace(one, laws=[law, law])], trace)
+    with pytest.raises(UsageError, match="the same groups of layers"):
+        run_deployment([one, replace(one, kv_groups=())], trace)
+    case: dict[str, Any] = {"config": {"groups": []}, "trace": [], "accept": None, "proposed": None}
+    with pytest.raises(UsageError, match="groups must list"):
+        replay_case("hybrid", case)
+    for group, message in (
+        ({"kind": "ful"}, "group 0: kind must be full, window, state and mode none, align, got ful and none"),
+        ({"kind": "window", "block_size": 16}, "window from 1 for windows alone"),
+        ({"kind": "full", "block_size": -1}, "group 0: block_size, window must be 2 whole"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            replay_case("hybrid", case | {"config": {"groups": [group]}})
