@@ -301,7 +301,7 @@ def _answer_document(
     why = {} if found is None or problem.mixed else why_document(found)
     told = answer_document(name, problem, answer, scorer.provenance(answer.candidates[:top]), top, **why)
     document = cast("TypedAnswer | MixedAnswer", told)
-    if answer.best is not None and (problem.mixed or problem.tree is not None or ask.emit is not None):
+    if answer.best is not None and (problem.mixed or problem.tree is not None or ask.emit):
         document = _placed(document, scorer, answer.best, ask)
     return document
 
@@ -335,14 +335,21 @@ def _launch(
     scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
 ) -> LaunchDocument | None:
     """The commands that start a deployment, if asked; where it lies is looked for unless it is given."""
-    if ask.emit is None:
+    if not ask.emit:
         return None
+    from apex_opt.engines import load_kind
     from apex_opt.launch import launch, together
     from apex_opt.report.launch import launch_document
 
     uses = scored.pools
     found = [
-        launch(scorer.facts_of(use.pool).problem, use.pool.plan, ask.emit, _checkpoint(ask), assignment)
+        launch(
+            scorer.facts_of(use.pool).problem,
+            use.pool.plan,
+            load_kind(ask.engine).rules.name,
+            _checkpoint(ask),
+            assignment,
+        )
         for use, assignment in zip(uses, assignments or [_assigned(scorer, use.pool) for use in uses], strict=True)
     ]
     if not scorer.problem.mixed:

@@ -27,7 +27,7 @@ LARGEST_SEARCH: Final = 1024
 LARGEST_BATCH: Final = 262_144
 """Tokens in one batch. Times are tabulated per token count and plan: this many take some 200 MB a plan."""
 
-Several = Annotated[int | tuple[int, ...], Param(1, 65_536)]
+Several = Annotated[int | tuple[int, ...] | None, Param(1, 65_536)]
 Seconds = Annotated[float | None, Param(0.001, 1e6)]
 Top = Annotated[int, Param(1, 10_000)]
 
@@ -55,17 +55,23 @@ class Setup(Arguments):
     profiles : Measured tables to use: shipped; silicon, all rows of aiconfigurator-core, of which those shipped are a
         part (needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those
         shipped.
-    engine : Serving engine, for its kernels and its own time: vllm, sglang, trtllm; or vllm-0.6, sglang-eager.
+    engine : Serving engine, for its scheduler, its own time, its kernels, its defaults and what it can run: vllm,
+        sglang, trtllm; vllm-0.6, sglang-eager; or, for comparison, orca (whole prompts, memory reserved for the whole
+        answer) and static (a batch is answered before the next one is formed).
     runnable : Whose rules plans must keep to: those of vllm, sglang or trtllm, so that it can start them; or any, for
-        plans that no engine need be able to run. By default the engine of --emit, else of --engine.
-    max_num_seqs : Sequences running at once in one replica; several to choose from, such as 64,256,1024.
+        plans that no engine need be able to run. By default those of --engine.
+    engine_settings : Settings that only the engine has, such as long_prefill_token_threshold=512 of vllm; several with
+        commas between them.
+    max_num_seqs : Sequences running at once in one replica; several to choose from, such as 64,256,1024. By default the
+        engine's.
     max_num_batched_tokens : Tokens in one batch; several to choose from, such as 2048,8192; where prompts are not split
-        at least max_model_len.
+        at least max_model_len. By default the engine's.
     max_model_len : Longest prompt and output together; given, the KV cache must hold one request of that length, as
         engines ask for to start. By default the model's limit, or what the trace needs where prompts are not split.
-    block_size : Tokens in one KV block.
-    async_scheduling : Whether the next batch is formed while the last one runs (on one stage): true or false.
-    gpu_memory_utilization : Share of a GPU's memory the engine may fill.
+    block_size : Tokens in one KV block; by default the engine's.
+    async_scheduling : Whether the next batch is formed while the last one runs (on one stage): true or false; by
+        default the engine's.
+    gpu_memory_utilization : Share of a GPU's memory the engine may fill; by default the engine's.
     """
 
     model: str | Model = "llama-3.1-70b"
@@ -79,12 +85,13 @@ class Setup(Arguments):
     profiles: str = "shipped"
     engine: str = "vllm"
     runnable: Literal["vllm", "sglang", "trtllm", "any"] | None = None
-    max_num_seqs: Several = 1024
-    max_num_batched_tokens: Annotated[int | tuple[int, ...], Param(1, LARGEST_BATCH)] = 8192
+    engine_settings: str | None = None
+    max_num_seqs: Several = None
+    max_num_batched_tokens: Annotated[int | tuple[int, ...] | None, Param(1, LARGEST_BATCH)] = None
     max_model_len: Annotated[int | None, Param(2, 10_000_000)] = None
-    block_size: Annotated[int, Param(1, 1024)] = 16
-    async_scheduling: bool = True
-    gpu_memory_utilization: Annotated[float, Param(0.01, 1)] = 0.9
+    block_size: Annotated[int | None, Param(1, 1024)] = None
+    async_scheduling: bool | None = None
+    gpu_memory_utilization: Annotated[float | None, Param(0.01, 1)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +116,11 @@ class Ask(Setup):
     slo : Goals that must all hold, such as {goals}.
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : How requests are dealt to replicas: round_robin or least_loaded.
-    chunked_prefill : Whether a prompt may be split over batches: true or false.
-    policy : How batches are formed: vllm (chunks, preemption), orca (whole prompts, memory reserved for the whole
-        answer) or static (a batch is answered before the next one is formed).
+    chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
     prefix_caching : Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain:
-        true or false.
+        true or false; by default the engine's.
     seed : Seed of described traces.
-    emit : Print the commands that start the plan on this engine, vllm, sglang or trtllm, and what they cannot say.
+    emit : Print the commands that start the plan on the engine of --engine, and what they cannot say.
     """
 
     gpus: Annotated[int | None, Param(1, 65_536)] = None
@@ -127,11 +132,10 @@ class Ask(Setup):
     slo: str | None = None
     price: Annotated[float | None, Param(1e-6, 1e6)] = None
     routing: Literal["round_robin", "least_loaded"] = "round_robin"
-    chunked_prefill: bool = True
-    policy: Literal["vllm", "orca", "static"] = "vllm"
-    prefix_caching: bool = False
+    chunked_prefill: bool | None = None
+    prefix_caching: bool | None = None
     seed: Annotated[int, Param(0, 2**32 - 1)] = 0
-    emit: Literal["vllm", "sglang", "trtllm"] | None = None
+    emit: Annotated[bool, Param(hint="it takes the engine of --engine")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +196,7 @@ class ExplainAsk(Ask):
         nothing fits, seconds to find out what would; by default 10.
     """
 
-    emit: None = field(default=None, init=False)
+    emit: bool = field(default=False, init=False)
     plan: str | None = None
     time_limit: Seconds = None
 
@@ -362,7 +366,7 @@ class ProfileFitAsk(Arguments):
     ----------
     measured : File of measured runs, or a folder with such files in it or below: vLLM runs with the engine's log
         (.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it).
-    engine : Engine of profiles/engines.toml whose runs are fitted.
+    engine : Engine whose runs are fitted, as plan takes it.
     """
 
     measured: str = field(kw_only=False)

@@ -19,7 +19,7 @@ from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, So
 from apex_opt.commands import read
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.files import expanded, there
-from apex_opt.gate import REQUIRED, Arguments, Option, options_of
+from apex_opt.gate import GONE, REQUIRED, Arguments, Option, options_of
 from apex_opt.process import end_on_signals, end_undisturbed, open_streams, put
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "For example:\n\n"
         "  solve.py profile fit --measured=runs\n"
         "  solve.py profile fit --measured=runs/sglang.csv --engine=sglang --format=json\n\n"
-        "Prints the engine's section for profiles/engines.toml with the errors before and after, and the power table "
-        "for the card of each GPU whose runs have energies. Writes no file. Every run is simulated some sixty times. "
+        "Prints the engine's own time for its file with the errors before and after, and the power table for the card "
+        "of each GPU whose runs have energies. Writes no file. Every run is simulated some sixty times. "
         "Exit code: 0, or 2 where no run of the engine can be predicted.",
     ),
     "cluster show": (
@@ -396,6 +396,8 @@ def _option(command: str, spelling: str) -> Option:
     if re.fullmatch("-[a-z]", spelling):
         found = [option for option in options if option.name.startswith(spelling[1])]
     elsewhere = [other for other, one in COMMANDS.items() if any(option.name == name for option in one.options)]
+    if name in GONE:
+        raise UsageError(f"--{name}: there is no such option; {GONE[name]}")
     if not found and elsewhere and spelling.startswith("--"):
         who = f"{', '.join(elsewhere[:4])}{' and others' if len(elsewhere) > 4 else ''}"
         has = "has" if len(elsewhere) == 1 else "have"

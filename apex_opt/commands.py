@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, ca
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.files import expanded
-from apex_opt.gate import REQUIRED, Arguments, options_of
+from apex_opt.gate import GONE, REQUIRED, Arguments, options_of
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) 
     Raises
     ------
     UnknownNameError    an argument that there is not
-    UsageError          one that is left out, and whatever its option refuses
+    UsageError          one that is left out or is no more, and whatever its option refuses
     """
     options = options_of(of)
     places = [each.name for each in fields(of) if each.init and not each.kw_only]
@@ -158,6 +158,8 @@ def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) 
         raise UsageError(f"{name}: takes {len(places)} arguments without a name, got {len(args)}")
     given = dict(zip(places, args, strict=False)) | dict(given)
     if unknown := [key for key in given if key not in {"progress", *(option.name for option in options)}]:
+        if unknown[0] in GONE:
+            raise UsageError(f"--{unknown[0]}: there is no such option; {GONE[unknown[0]]}")
         raise UnknownNameError(f"option of {name}", unknown[0], [option.name for option in options])
     if missing := [o.name for o in options if o.default is REQUIRED and given.get(o.name, REQUIRED) is REQUIRED]:
         raise UsageError(f"{name}: needs --{missing[0]}; see solve.py {name} --help")

@@ -28,6 +28,9 @@ REQUIRED: Final[Any] = MISSING
 LONGEST_TEXT: Final = 4096
 """Characters of one value: as long as a path may be."""
 
+GONE: Final = {"policy": "how batches are formed goes with the engine: --engine=orca or --engine=static"}
+"""Arguments that there were, and what to say in their place."""
+
 _WHOLE: Final = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER: Final = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _SWITCH: Final = {"true": True, "false": False}
@@ -42,11 +45,13 @@ class Param:
     least, most : number   range of an int or float, both ends included
     suffix : str           how the name of a file to write must end, so that no other text is taken for one; ".a or .b"
                            for two ways
+    hint : str             what to say beside a value that it cannot have
     """
 
     least: float = 0
     most: float = 0
     suffix: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +167,8 @@ class Option:
         """A text as the int, float or bool it spells exactly."""
         if self.kind is bool:
             if text.lower() not in _SWITCH:
-                raise UsageError(f"--{self.name}: expected true or false, got {text!r:.60}")
+                hint = f"; {self.param.hint}" if self.param.hint else ""
+                raise UsageError(f"--{self.name}: expected true or false, got {text!r:.60}{hint}")
             return _SWITCH[text.lower()]
         pattern, expected = (_WHOLE, "a whole number") if self.kind is int else (_NUMBER, "a number")
         if not pattern.fullmatch(text):

@@ -11,8 +11,8 @@ from apex_opt.arguments import LARGEST_BATCH, Ask, Setup
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
-from apex_opt.engines import ANY, load_rules, rules_of
-from apex_opt.engines.policies import POLICIES
+from apex_opt.engines import ANY, kind_names, load_kind, load_rules
+from apex_opt.engines.kinds import COMMON
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from apex_opt.arguments import PlaceAsk
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
-    from apex_opt.engines import EngineRules
+    from apex_opt.engines import EngineKind
     from apex_opt.plans.deployment import Deployment
     from apex_opt.plans.plan import Plan
 
@@ -76,7 +76,10 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
             f"--gpus={most_gpus} or less, or score a plan of your own with simulate"
         )
     model = _loaded("model", ask.model, Model, load_model)
-    overhead = load_engine(ask.engine)
+    kind = load_kind(ask.engine)
+    if ask.emit and not kind.commands:
+        with_them = ", ".join(name for name in kind_names() if load_kind(name).commands)
+        raise UsageError(f"--emit: no command starts {kind.name}; of these there are some: --engine={with_them}")
     trace = _trace(ask)
     if not trace.timed and ask.rate is None and not rated:
         raise UsageError(
@@ -85,28 +88,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
-    whole = not POLICIES[ask.policy].splits_prompts or not ask.chunked_prefill
-    longest = ask.max_model_len
-    if longest is None:
-        # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.
-        longest = min(model.max_position, max(trace.longest, 2)) if whole else model.max_position
-    if longest > model.max_position:
-        raise UsageError(
-            f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
-        )
-    limits = _batch_limits(ask, longest if whole else 0)
-    settings = EngineSettings(
-        max_num_seqs=max(seqs for seqs, _ in limits),
-        max_num_batched_tokens=max(tokens for _, tokens in limits),
-        max_model_len=longest,
-        chunked_prefill=ask.chunked_prefill,
-        policy=ask.policy,
-        prefix_caching=ask.prefix_caching,
-        block_size=ask.block_size,
-        async_scheduling=ask.async_scheduling,
-        gpu_memory_utilization=ask.gpu_memory_utilization,
-        runnable=_rules(ask),
-    )
+    settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
         weight_formats, kv_formats = _formats(ask, model, cluster.gpu)
@@ -124,7 +106,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         model=model,
         trace=trace,
         settings=settings,
-        overhead=overhead,
+        overhead=load_engine(ask.engine),
         offers=tuple(offers),
         between=_between(ask) if len(offers) > 1 else None,
         max_devices=gpus,
@@ -191,11 +173,37 @@ def _about_engines(ask: Ask) -> tuple[str, ...]:
     return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
 
 
-def _rules(ask: Ask) -> EngineRules | None:
-    """What the engine can run that plans are for."""
-    if ask.runnable is not None:
-        return load_rules(ask.runnable)
-    return rules_of(ask.engine) if ask.emit is None else load_rules(ask.emit)
+def _settings(
+    ask: Ask, kind: EngineKind, model: Model, trace: Trace, memory_bytes: float
+) -> tuple[EngineSettings, list[tuple[int, int]]]:
+    """Settings of the engine, the widest limits of a batch among them, and the limits to choose from.
+
+    Parameters
+    ----------
+    ask, kind, model, trace
+    memory_bytes : float    of the smallest GPU
+    """
+    asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
+    common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
+    whole = not scheduler.splits_prompts or not common["chunked_prefill"]
+    longest = ask.max_model_len
+    if longest is None:
+        # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.
+        longest = min(model.max_position, max(trace.longest, 2)) if whole else model.max_position
+    if longest > model.max_position:
+        raise UsageError(
+            f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
+        )
+    limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), longest if whole else 0)
+    settings = EngineSettings(
+        **common,
+        max_num_seqs=max(seqs for seqs, _ in limits),
+        max_num_batched_tokens=max(tokens for _, tokens in limits),
+        max_model_len=longest,
+        scheduler=scheduler,
+        runnable=kind.rules if ask.runnable is None else load_rules(ask.runnable),
+    )
+    return settings, limits
 
 
 def _pools(ask: Ask) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
@@ -347,19 +355,26 @@ def _clocks(ask: Ask, gpu: Gpu) -> tuple[int | None, ...]:
     return tuple(clocks)
 
 
-def _batch_limits(ask: Ask, least_tokens: int) -> list[tuple[int, int]]:
+def _batch_limits(
+    seqs: int | tuple[int, ...], tokens: int | tuple[int, ...], least_tokens: int
+) -> list[tuple[int, int]]:
     """Pairs of limits of a batch to choose from, those without room for a token of every sequence left out.
 
     Where prompts are not split a batch must take the longest one, so the limit on tokens is no less.
+
+    Parameters
+    ----------
+    seqs, tokens : one limit or several
+    least_tokens : int    that a batch must take
     """
     if least_tokens > LARGEST_BATCH:
         raise UsageError(
             f"--chunked_prefill=false: a batch would have to take a prompt of {least_tokens} tokens whole, the limit "
             f"is {LARGEST_BATCH}; pass --max_model_len={LARGEST_BATCH} or less, or chunk"
         )
-    all_seqs, all_tokens = _several(ask.max_num_seqs), _several(ask.max_num_batched_tokens)
-    all_tokens = tuple(dict.fromkeys(max(tokens, least_tokens) for tokens in all_tokens))
-    pairs = [(seqs, tokens) for seqs in all_seqs for tokens in all_tokens]
+    all_seqs = _several(seqs)
+    all_tokens = tuple(dict.fromkeys(max(limit, least_tokens) for limit in _several(tokens)))
+    pairs = [(one, limit) for one in all_seqs for limit in all_tokens]
     # With no pair left the settings say what is wrong with the widest.
     return [pair for pair in pairs if pair[0] <= pair[1]] or [(min(all_seqs), max(all_tokens))]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from apex_opt.engines.schedulers import VllmScheduling
 from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
 from benchmarks.traces import AZURE_CONVERSATION, conversation
@@ -20,7 +21,7 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "sync": ("dp2 tp1", {"async_scheduling": False}),
     "async": ("dp2 tp1", {}),
     "pipeline_2": ("dp2 pp2 tp1", {}),
-    "threshold": ("dp2 tp1", {"long_prefill_token_threshold": 512}),
+    "threshold": ("dp2 tp1", {"scheduler": VllmScheduling(long_prefill_token_threshold=512)}),
 }
 
 PREFIX_CACHING: tuple[str, dict[str, Any]] = ("dp2 tp1", {"prefix_caching": True})

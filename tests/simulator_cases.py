@@ -9,6 +9,7 @@ import numpy as np
 from golden.condense import digest
 from hypothesis import strategies as st
 
+from apex_opt.engines.schedulers import SCHEDULINGS, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import METHODS, Speculation
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
@@ -190,11 +191,10 @@ def engines(draw: st.DrawFn, loop: Loop) -> EngineSettings:
         max_num_batched_tokens=least + draw(st.sampled_from((0, 1, 5, 24))),
         max_model_len=longest,
         chunked_prefill=chunked,
-        long_prefill_token_threshold=threshold,
         block_size=draw(st.one_of(st.integers(1, 4), st.integers(1, 32))),
         async_scheduling=loop.startswith("asynchronous")
         or (loop in ("threshold", "prefix caching", "orca", "static", *DRAFTING) and draw(coin)),
-        policy=policy,
+        scheduler=VllmScheduling(long_prefill_token_threshold=threshold) if policy == "vllm" else SCHEDULINGS[policy](),
         prefix_caching=loop.endswith("prefix caching"),
         speculation=draw(speculations()) if loop in DRAFTING else None,
     )

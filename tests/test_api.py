@@ -126,6 +126,8 @@ def test_the_certificate_of_an_answer_is_replayed(planned: Result) -> None:
 def test_nothing_found_is_an_answer_and_what_cannot_be_asked_an_error() -> None:
     nothing = apex_opt.simulate("tp1", **CHEAP | {"model": "llama-3.1-70b", "cluster": "1xl4"})
     assert (nothing.found, nothing.status, nothing.best) == (False, "infeasible", None)
+    with pytest.raises(UsageError, match=r"--policy: there is no such option; .*--engine=orca or --engine=static"):
+        apex_opt.plan(policy="orca")  # type: ignore[call-arg]
     with pytest.raises(UnknownNameError, match="unknown option of plan 'modle'; did you mean model"):
         apex_opt.plan(modle="x")  # type: ignore[call-arg]
     with pytest.raises(UsageError, match="simulate: needs --plan"):

@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 import shlex
-import tomllib
 
 import pytest
 from hypothesis import given
@@ -14,10 +13,10 @@ from hypothesis import strategies as st
 
 from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method, wrapped
 from apex_opt.cluster import list_presets
+from apex_opt.engines import kind_names
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.gate import LONGEST_TEXT, REQUIRED
 from apex_opt.ir import FORMATS, KV_BYTES
-from apex_opt.units import DATA_ROOT
 
 PLAN = COMMANDS["plan"]
 NUMBERS = [option for option in PLAN.options if option.kind in (int, float)]
@@ -175,8 +174,8 @@ def test_the_help_of_clocks_tells_the_default_that_the_command_has() -> None:
 def test_choices_are_offered() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown --format 'jason'; did you mean json"):
         PLAN.option("format").read("jason")
-    with pytest.raises(UnknownNameError, match=r"unknown --emit 'vllm,sglang'; .*; one at a time"):
-        PLAN.option("emit").read("vllm,sglang")
+    with pytest.raises(UnknownNameError, match=r"unknown --runnable 'vllm,sglang'; .*; one at a time"):
+        PLAN.option("runnable").read("vllm,sglang")
     with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: least_loaded, round_robin"):
         PLAN.option("routing").read("x")
 
@@ -353,7 +352,7 @@ def test_help_names_every_number_format_engine_and_routing_there_is(command: str
 
     assert set(FORMATS) <= words("weights")
     assert set(KV_BYTES) <= words("kv")
-    assert set(tomllib.loads((DATA_ROOT / "profiles" / "engines.toml").read_text())) <= words("engine")
+    assert set(kind_names()) <= words("engine")
 
 
 def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:

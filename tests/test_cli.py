@@ -226,7 +226,7 @@ def test_sources_are_told_in_groups_or_each_in_full_and_json_has_them_all(words:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_the_plan_is_started_by_the_commands_shown_below_it(words: tuple[str, ...], engine: str) -> None:
     command, *more = words
-    asked = (command, *CHEAP, *more, f"--emit={engine}")
+    asked = (command, *CHEAP, *more, f"--engine={engine}", "--emit")
     ran, table = run(*asked, "--format=json"), run(*asked)
     assert (ran.code, table.code) == (0, 0)
     document = json.loads(ran.out)
@@ -245,14 +245,21 @@ def test_the_plan_is_started_by_the_commands_shown_below_it(words: tuple[str, ..
 
 def test_no_commands_are_shown_where_none_are_asked_for_or_there_is_no_plan() -> None:
     assert "launch" not in json.loads(run("simulate", *CHEAP, "--plan=tp2", "--format=json").out)
-    words = ("--model=llama-3.1-70b", "--cluster=1xh100-sxm", "--plan=tp1", "--emit=vllm")
+    words = ("--model=llama-3.1-70b", "--cluster=1xh100-sxm", "--plan=tp1", "--emit")
     ran = run("simulate", *words, "--format=json")
     assert ran.code == 3
     assert "launch" not in json.loads(ran.out)
 
 
-def test_an_engine_whose_words_are_not_known_is_refused() -> None:
-    assert refused("plan", *CHEAP, "--emit=ray") == "unknown --emit 'ray'; known: sglang, trtllm, vllm"
+def test_commands_are_those_of_the_engine_and_how_it_forms_batches_is_no_option_of_its_own() -> None:
+    said = "--emit: expected true or false, got 'sglang'; it takes the engine of --engine"
+    assert refused("plan", *CHEAP, "--emit=sglang") == refused("plan", *CHEAP, "--emit", "sglang") == said
+    others = "--engine=sglang, sglang-eager, trtllm, vllm, vllm-0.6"
+    said = f"--emit: no command starts static; of these there are some: {others}"
+    assert refused("plan", *CHEAP, "--engine=static", "--emit") == said
+    others = "--engine=orca or --engine=static"
+    said = f"--policy: there is no such option; how batches are formed goes with the engine: {others}"
+    assert refused("plan", *CHEAP, "--policy=orca") == said
 
 
 def seconds_in(line: str) -> list[float]:
@@ -444,7 +451,7 @@ def test_several_plans_stand_side_by_side_each_as_it_is_alone() -> None:
 
 def test_several_plans_are_started_one_after_the_other_and_have_no_files_of_their_own(tmp_path: Path) -> None:
     words = ("simulate", *CHEAP, "--plan=tp2", "--plan=dp2")
-    ran = run(*words, "--emit=vllm")
+    ran = run(*words, "--emit")
     assert ran.code == 0
     assert ran.out.count("Launch (vllm)") == 2
     assert ran.out.count("vllm serve") == 3
@@ -1053,7 +1060,7 @@ def test_gpus_of_two_types_that_cannot_serve_say_why_type_by_type(two_types: str
 def test_a_plan_on_gpus_told_apart_says_where_it_goes_and_starts_there() -> None:
     words = ("--model=llama-3.1-8b", "--cluster=2xserver-8xl40s", "--busy=node0:0,node1:2-3", CHEAP[2])
     for command in ("plan", "energy"):
-        found = json.loads(run(command, *words, "--gpus=4", "--emit=vllm", "--format=json").out)
+        found = json.loads(run(command, *words, "--gpus=4", "--emit", "--format=json").out)
         placement = found["placement"]
         gpus = [gpu for replica in placement["replicas"] for stage in replica["stages"] for gpu in stage]
         assert len(set(gpus)) == len(gpus) == found["best"]["gpus"]
@@ -1072,7 +1079,7 @@ def test_a_plan_on_gpus_told_apart_says_where_it_goes_and_starts_there() -> None
 
 def test_every_part_of_a_fleet_gets_its_commands_and_the_router_its_weights(two_types: str) -> None:
     trace = "--trace=static:n=60,prompt=64,output=64"
-    found = json.loads(run("plan", CHEAP[0], two_types, trace, "--emit=vllm", "--format=json").out)
+    found = json.loads(run("plan", CHEAP[0], two_types, trace, "--emit", "--format=json").out)
     parts, launch = found["best"]["parts"], found["launch"]
     assert len(parts) == 2
     replicas = {command["replica"] for command in launch["commands"]}
@@ -1097,7 +1104,7 @@ def test_a_pipeline_over_two_types_is_found_where_neither_holds_the_model(tmp_pa
         nodes.replace("pcie = { gpus = 1 }", "sockets = { gpus = 1 }\nnics = { gpus = 1 }")
     )
     words = ("--model=llama-3.1-70b", f"--cluster={file}", CHEAP[2], "--max_num_seqs=8", "--max_num_batched_tokens=256")
-    ran = run("plan", *words, "--emit=vllm", "--format=json")
+    ran = run("plan", *words, "--emit", "--format=json")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     (part,) = found["best"]["parts"]

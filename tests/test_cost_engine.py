@@ -11,11 +11,11 @@ from plan_cases import OVERHEAD, SMALL, dense, latent, make_cluster, make_model,
 
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
+from apex_opt.engines.kinds import DATA
 from apex_opt.errors import ApexError, InputError, UnknownNameError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
 from apex_opt.simulator.law import TABLES, BatchLaw
-from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MODEL = make_model((dense(), 4))
 FIELDS = ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "gap_s", "launch_s", "request_s")
-ENGINES = ("vllm", "sglang", "trtllm", "vllm-0.6", "sglang-eager")
+ENGINES = ("vllm", "sglang", "trtllm", "vllm-0.6", "sglang-eager", "orca", "static")
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -198,13 +198,14 @@ def test_every_shipped_engine_costs_every_kind_of_model(name: str) -> None:
 
 
 def test_a_broken_table_of_engines_is_refused_in_one_line(tmp_path: Path) -> None:
-    shipped = (DATA_ROOT / "profiles" / "engines.toml").read_text()
+    shipped = (DATA / "vllm.toml").read_text()
     huge = shipped.replace("[1, 2, 1]", "[1, 1000000000000, 1]", 1)
-    for text in (huge, "[vllm]\nstep_us = 1.0\n", "[vllm\n", "vllm = 3\n", "\xff"):
-        path = tmp_path / f"{abs(hash(text))}.toml"
-        path.write_bytes(text.encode("latin-1"))
+    lacks = shipped.replace("step_us = 250.0", "", 1)
+    for place, text in enumerate((huge, lacks, shipped.replace("250.0", '"soon"', 1), "[vllm\n", "vllm = 3\n", "\xff")):
+        (folder := tmp_path / f"{place}").mkdir()
+        (folder / "vllm.toml").write_bytes(text.encode("latin-1"))
         with pytest.raises(ApexError) as caught:
-            load_engine("vllm", path)
+            load_engine("vllm", folder)
         assert "\n" not in str(caught.value)
     with pytest.raises(ApexError):
-        load_engine("vllm", tmp_path / "absent.toml")
+        load_engine("vllm", tmp_path / "absent")

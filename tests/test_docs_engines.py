@@ -10,7 +10,7 @@ from doc_cases import ROOT, blocks_of, shown_and_printed
 from startable_cases import THIN, rows
 from test_startable import HEAVIER, KNOWN, held
 
-from apex_opt.engines import ENGINES
+from apex_opt.engines import ENGINES, kind_names, load_kind
 
 TEXT = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 WORDS = {
@@ -77,6 +77,24 @@ def table() -> str:
 def test_every_rule_stands_in_the_table_with_its_source() -> None:
     assert {field for rules in ENGINES.values() for field in rules.sources} == set(WORDS)
     assert table() in TEXT
+
+
+def defaults() -> str:
+    """Setting, engine, its default, and where that was read."""
+    lines = ["| setting | engine | default | source |", "|---|---|---|---|"]
+    kinds = {name: load_kind(name) for name in ENGINES}
+    for setting in dict.fromkeys(setting for kind in kinds.values() for setting in kind.defaults):
+        for name, kind in kinds.items():
+            if default := kind.defaults.get(setting):
+                parts = [*(f"{value} below {gib} GiB" for gib, value in default.below_gib), str(default.value).lower()]
+                lines.append(f"| `{setting}` | {name} | {', else '.join(parts)} | {default.source} |")
+    return "\n".join(lines)
+
+
+def test_every_default_stands_in_the_table_with_its_source_and_every_kind_with_its_scheduler() -> None:
+    assert defaults() in TEXT
+    for name in kind_names():
+        assert f"| `{name}` | " in TEXT
 
 
 def test_the_counts_are_those_of_the_verdicts_kept_here() -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 from plan_cases import SMALL, dense, make_gpu, make_model, sparse
 
-from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules, rules_of
+from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules
 from apex_opt.errors import UnknownNameError
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plans.memory import stage_memory
@@ -33,36 +33,6 @@ def test_formats_are_known_ones_in_ranges_that_hold_something(rules: EngineRules
     assert set(rules.padded_experts) <= set(FORMATS)
     for least, below in (*rules.formats.values(), *rules.caches.values(), *rules.methods.values()):
         assert least < below
-
-
-def test_an_engine_kind_has_the_rules_of_its_engine() -> None:
-    assert rules_of("vllm-0.6") is VLLM
-    assert rules_of("sglang-eager") is ENGINES["sglang"]
-    assert rules_of("another") is None
-    assert load_rules(ANY) is None
-    with pytest.raises(UnknownNameError):
-        load_rules("vlm")
-
-
-def test_embedding_and_head_lie_on_every_stage_of_some_families() -> None:
-    model = make_model((sparse(), 6), family="mixtral")
-    plan = parse_plan("pp3", model)
-    vocab = 2 * model.vocab * model.hidden
-    plain, held = (
-        stage_memory(model, make_gpu(), plan, settings)
-        for settings in (SMALL, replace(SMALL, runnable=replace(VLLM, rotary_table=False)))
-    )
-    more = [b.weights_bytes - a.weights_bytes for a, b in zip(plain, held, strict=True)]
-    assert more == [vocab, 2 * vocab, vocab]
-
-
-def test_dense_parts_lie_in_each_attention_copy() -> None:
-    model = make_model((dense(), 1), (sparse(shared=512), 3))
-    plan = parse_plan("attn(dp2,tp2) ffn(ep4)", model)
-    rules = replace(VLLM, rotary_table=False)
-    plain, held = (stage_memory(model, make_gpu(), plan, s)[0] for s in (SMALL, replace(SMALL, runnable=rules)))
-    columns = 1536 + 3 * 512  # of the dense layer and of three shared FFNs
-    assert held.weights_bytes - plain.weights_bytes == 2 * 3 * 512 * columns * (1 / 2 - 1 / 4)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +65,13 @@ def test_experts_are_stored_in_rounded_sizes(capability: float, sizes: tuple[int
     assert tuple(-(-size // by) * by for size, by in zip((2880, 720), held.multiples("mxfp4"), strict=True)) == sizes
     assert held.multiples("bf16") == (1, 1)
     assert Held.of(None, model, make_gpu(capability=capability)) == Held()
+
+
+def test_the_rules_of_no_engine_are_none_and_those_of_an_unknown_one_are_refused() -> None:
+    assert load_rules(ANY) is None
+    assert load_rules("vllm") is VLLM
+    with pytest.raises(UnknownNameError):
+        load_rules("vlm")
 
 
 def test_cosines_and_sines_take_two_bytes_for_every_position_and_rotated_element() -> None:

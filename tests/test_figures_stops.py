@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plan_cases import feasible_plans, make_cluster, make_problem, random_trace, simulated
 from simulator_cases import IMPLEMENTATIONS, LOOPS, Case, Loop, alone, assert_same, cases, linear, requests
 
+from apex_opt.engines.schedulers import StaticScheduling
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.figures import Goal, load_objective, parse_goals
 from apex_opt.figures.measure import measure
@@ -184,7 +185,11 @@ def test_a_run_ends_as_soon_as_its_own_requests_prove_it() -> None:
 def test_a_single_token_has_no_time_per_token_even_if_its_batch_goes_on(implementation: Implementation) -> None:
     """Static batching answers request 0 long after its only token; metrics leave it out of TPOT, so must a limit."""
     engine = EngineSettings(
-        max_num_seqs=2, max_num_batched_tokens=64, max_model_len=64, policy="static", async_scheduling=False
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        scheduler=StaticScheduling(),
+        async_scheduling=False,
     )
     case = Case(settings=engine, blocks=50, laws=(linear(engine, 10),), trace=requests([(0, 2, 1), (0, 2, 41)]))
     whole = case.run(implementation)

@@ -158,15 +158,6 @@ def test_replicas_stand_behind_a_router_that_deals_as_asked(engine: str) -> None
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))
-@pytest.mark.parametrize("policy", ["orca", "static"])
-def test_another_policy_is_refused(engine: str, policy: str) -> None:
-    settings = {"policy": policy, "max_num_batched_tokens": 8192}
-    found = emitted(engine, DENSE, "tp8", 1, 8, settings=settings)
-    assert found.commands == ()
-    assert has(found, f"policy {policy}")
-
-
-@pytest.mark.parametrize("engine", sorted(ENGINES))
 @pytest.mark.parametrize("weights", ["w4a16", "w8a16", "mxfp4"])
 def test_a_format_that_is_not_made_while_loading_needs_its_checkpoint(engine: str, weights: str) -> None:
     found = emitted(engine, DENSE, f"tp8 {weights}", 1, 8)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, placed, servers, value
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.ir import load_model
 from apex_opt.ir.scheme import Scheme
 from apex_opt.launch import launch
@@ -130,7 +131,7 @@ def test_settings_have_their_flags() -> None:
         "async_scheduling": False,
         "block_size": 32,
         "gpu_memory_utilization": 0.85,
-        "long_prefill_token_threshold": 512,
+        "scheduler": VllmScheduling(long_prefill_token_threshold=512),
     }
     (command,) = emitted("vllm", DENSE, "tp8 fp16 kv=fp8", 1, 8, settings=settings).commands
     assert {"--no-enable-chunked-prefill", "--enable-prefix-caching", "--no-async-scheduling"} <= set(command.argv)

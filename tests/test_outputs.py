@@ -158,7 +158,7 @@ def test_two_outputs_are_two_files(tmp_path: Path) -> None:
 
 
 def test_what_comes_with_the_program_is_not_overwritten() -> None:
-    for name in ("apex_opt/ir/configs/llama-1t.json", "traces/chat.toml", "profiles/engines.toml"):
+    for name in ("apex_opt/ir/configs/llama-1t.json", "traces/chat.toml", "profiles/collectives.toml"):
         assert "is a part of apex_opt; name another file" in checked("timeline", DATA_ROOT / name)
 
 

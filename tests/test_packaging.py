@@ -67,6 +67,7 @@ def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
     for folder, pattern in (
         ("apex_opt", "**/*.py"),
         ("apex_opt/ir/configs", "*.json"),
+        ("apex_opt/engines/data", "*.toml"),
         ("apex_opt/cluster/catalogue", "*.toml"),
         ("apex_opt/cluster/presets", "*.toml"),
         ("formulations", "**/*.py"),
@@ -87,7 +88,7 @@ def test_the_wheel_holds_every_profile_with_its_card_and_each_table_on_it(wheel:
         cards = {name for name in names if name.startswith(_place("profiles/")) and name.endswith("/card.toml")}
         shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").glob("*/*/card.toml")}
         assert cards == set(map(_place, shipped))
-        others = ("profiles/README.md", "profiles/engines.toml", "profiles/collectives.toml")
+        others = ("profiles/README.md", "profiles/collectives.toml")
         assert set(map(_place, others)) <= names
         for card in cards:
             folder = card.removesuffix("card.toml")

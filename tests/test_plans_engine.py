@@ -9,7 +9,7 @@ import pytest
 from apex_opt.errors import UsageError
 from apex_opt.plans.engine import EngineSettings
 
-COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "long_prefill_token_threshold", "block_size")
+COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
 
 
 @pytest.mark.parametrize("name", COUNTS)

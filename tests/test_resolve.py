@@ -175,7 +175,13 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"slo": "tpot_p95<=nanms"}, "the limit must be a number and a unit"),
         ({"slo": "tpot_p95<=1e999ms"}, "the limit must be above 0 and finite"),
         ({"slo": "tpot_p95<=1ms,tpot_p95<=2ms"}, "limited twice"),
-        ({"engine": "orca"}, "unknown engine 'orca'; known: sglang, sglang-eager, trtllm, vllm, vllm-0.6"),
+        ({"engine": "zzz"}, "unknown engine 'zzz'; known: orca, sglang, sglang-eager, static, trtllm, vllm, vllm-0.6"),
+        (
+            {"engine": "orca", "emit": True},
+            "--emit: no command starts orca; of these there are some: --engine=sglang, ",
+        ),
+        ({"engine_settings": "mixed=1"}, "unknown setting of vllm 'mixed'"),
+        ({"engine": "orca", "prefix_caching": True}, "prefix_caching goes with the engines vllm, "),
         ({"model": "llama-9"}, "unknown model 'llama-9'"),
         ({"cluster": "8xh101"}, "unknown GPU 'h101'"),
         ({"cluster": "16xh100-sxm"}, "one node of h100-sxm-80gb holds 8 GPUs, asked for 16; write 2x8x"),
@@ -224,7 +230,7 @@ def test_a_prompt_too_long_to_tabulate_whole_is_refused_with_the_limit(tmp_path:
         resolve(options(model=str(path), chunked_prefill=False, max_model_len=1_048_576))
 
 
-@pytest.mark.parametrize("given", [{"chunked_prefill": False}, {"policy": "orca"}, {"policy": "static"}])
+@pytest.mark.parametrize("given", [{"chunked_prefill": False}, {"engine": "orca"}, {"engine": "static"}])
 def test_where_prompts_are_whole_the_default_length_is_what_the_trace_needs(given: dict[str, Any]) -> None:
     problem = resolve(options(trace="static:n=2,prompt=9000,output=7", **given))
     assert problem.settings.max_model_len == 9007
@@ -392,12 +398,13 @@ def test_weights_that_a_gpu_expands_are_told(cluster: str, weights: str, said: s
     [
         ({}, "vllm"),
         ({"engine": "sglang-eager"}, "sglang"),
-        ({"emit": "trtllm"}, "trtllm"),
-        ({"runnable": "sglang", "emit": "trtllm"}, "sglang"),
+        ({"engine": "trtllm", "emit": True}, "trtllm"),
+        ({"engine": "static"}, "vllm"),
+        ({"runnable": "sglang", "engine": "trtllm"}, "sglang"),
         ({"runnable": "any"}, None),
     ],
 )
-def test_plans_are_for_the_engine_named_else_that_of_the_commands_else_whose_figures_they_are(
+def test_plans_are_for_the_engine_named_else_the_one_whose_figures_they_are(
     changes: dict[str, Any], engine: str | None
 ) -> None:
     rules = resolve(options(**changes)).settings.runnable

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulator_cases import LOOPS, TRAFFIC, Case, alone, blocks_of, cases, floors_of, floors_run, linear, requests
 
+from apex_opt.engines.schedulers import OrcaScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.search.bounds import may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
@@ -82,7 +83,7 @@ def test_nobody_gives_way_where_all_that_run_at_once_fit() -> None:
     assert may_preempt(ENGINE, 71, trace) and not may_preempt(ENGINE, 72, trace)
     assert may_preempt(replace(ENGINE, max_num_seqs=2), 57, trace)
     assert not may_preempt(replace(ENGINE, max_num_seqs=2), 58, trace)
-    assert not may_preempt(replace(ENGINE, policy="orca"), 1, trace)
+    assert not may_preempt(replace(ENGINE, scheduler=OrcaScheduling()), 1, trace)
     assert may_preempt(ENGINE, 57, trace, requests=2)
     assert not may_preempt(ENGINE, 58, trace, requests=2)
 

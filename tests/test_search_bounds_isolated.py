@@ -28,6 +28,7 @@ from plan_cases import (
 from simulator_cases import TRAFFIC, Case, alone, cases, floors_of, floors_run, linear, random_law, requests
 
 from apex_opt.cost.engine import load_engine
+from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.measure import each
 from apex_opt.figures.registry import figure, names, per_item, per_run
@@ -84,7 +85,11 @@ def test_no_request_beats_its_bound_under_any_law_engine_and_traffic(
 def test_no_request_beats_its_bound_under_other_policies(policy: str, traffic: str, data: st.DataObject) -> None:
     drawn = data.draw(cases(data.draw(st.sampled_from(("synchronous", "asynchronous", "pipeline"))), traffic))  # type: ignore[arg-type]
     longest = drawn.settings.max_model_len
-    engine = replace(drawn.settings, policy=policy, max_num_batched_tokens=max(longest, drawn.settings.max_num_seqs))
+    engine = replace(
+        drawn.settings,
+        scheduler=SCHEDULINGS[policy](),
+        max_num_batched_tokens=max(longest, drawn.settings.max_num_seqs),
+    )
     seeds = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(drawn.laws), max_size=len(drawn.laws)))
     laws = tuple(
         random_law(engine, seed, zeros=0.3, copies=law.copies) for seed, law in zip(seeds, drawn.laws, strict=True)

@@ -10,6 +10,7 @@ import pytest
 from plan_cases import SMALL, beside, dense, make_cluster, make_model, make_problem
 from search_cases import GPUS, SPACE, deployments, every, pools_of, rank
 
+from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.figures import load_objective
 from apex_opt.search import Scorer, search
 from apex_opt.search.incumbent import Best
@@ -78,7 +79,7 @@ def test_the_best_is_found_where_prompts_share_what_they_say_and_batches_are_for
         content=[[int(rng.integers(2)), *range(100, 99 + -(-int(n) // 16))] for n in prompt],
         content_tokens=16,
     )
-    settings = replace(SMALL, policy=policy, prefix_caching=policy == "vllm", max_model_len=256)
+    settings = replace(SMALL, scheduler=SCHEDULINGS[policy](), prefix_caching=policy == "vllm", max_model_len=256)
     problem = busy(trace=trace, settings=settings, objective="e2e_p90")
     good = sorted(every(problem), key=lambda one: rank(problem, one))
     answer = search(problem, SPACE, top=4)

@@ -49,7 +49,7 @@ def test_kernel_reference_and_batches_tell_the_same_gaps(loop: str, traffic: str
     assert kernel.gaps_ns.tolist() == reference.gaps_ns.tolist() == read_off(case, reference)
     generated = case.trace.generated(case.settings.max_model_len)
     assert len(kernel.gaps_ns) == int((generated - 1).sum())
-    if case.settings.policy != "static":  # there, requests are answered together, after their last tokens
+    if case.settings.scheduler.name != "static":  # there, requests are answered together, after their last tokens
         assert kernel.gaps_ns.sum() == int((kernel.finish_ns - kernel.first_token_ns).sum())
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_cases import blocks_of, linear, moved, random_law, requests
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import DisaggregatedOutcome, EnginePool, Handover, replay_case, run_disaggregated
@@ -80,11 +81,13 @@ def instances(draw: st.DrawFn, longest: int, size: int, *, caching: bool) -> Eng
         max_num_batched_tokens=(seats if chunked else max(seats, longest)) + draw(st.sampled_from((0, 1, 5, 24))),
         max_model_len=longest,
         chunked_prefill=chunked,
-        long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 7))),
         block_size=size,
         prefix_caching=caching,
         async_scheduling=draw(st.booleans()),
-        idle_sleep_us=draw(st.sampled_from((1, 3))),
+        scheduler=VllmScheduling(
+            long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 7))),
+            idle_sleep_us=draw(st.sampled_from((1, 3))),
+        ),
     )
 
 
@@ -187,7 +190,7 @@ def alone(**changes: Any) -> Pair:
     for _ in range(2):
         engine = EngineSettings(
             max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32, block_size=4, async_scheduling=False,
-            idle_sleep_us=1,
+            scheduler=VllmScheduling(idle_sleep_us=1),
         )  # fmt: skip
         pools.append(EnginePool(settings=engine, blocks=20, laws=(linear(engine, 100, 10),)))
     pair = Pair(prefill=pools[0], decode=pools[1], handover=Handover(), trace=requests([(0, 5, 3)]))
@@ -294,7 +297,7 @@ def test_a_closed_loop_pipelines_and_other_policies_are_refused() -> None:
     pair = alone()
     with pytest.raises(UsageError, match="open arrivals, not a closed loop"):
         replace(pair, trace=requests([(0, 5, 3)], 1)).run("reference")
-    with pytest.raises(UsageError, match="the decode instances must be of one stage and the policy vllm"):
+    with pytest.raises(UsageError, match="the decode instances must be of one stage and the engine vllm"):
         replace(pair, decode=replace(pair.decode, laws=[*pair.decode.laws] * 2)).run("reference")
     with pytest.raises(UsageError, match="handover: read_ns must be from 0"):
         Handover(read_ns=-1)

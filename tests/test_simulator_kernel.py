@@ -23,6 +23,7 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.figures.stops import Stop, latencies_ns
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.workload import make_trace
@@ -134,7 +135,7 @@ def test_kernel_equals_reference_on_long_crowded_traces(seed: int) -> None:
             max_num_seqs=seats,
             max_num_batched_tokens=seats + int(rng.integers(0, 300)),
             max_model_len=600,
-            long_prefill_token_threshold=threshold,
+            scheduler=VllmScheduling(long_prefill_token_threshold=threshold),
             block_size=int(rng.choice([1, 3, 16])),
             async_scheduling=asynchronous,
         )

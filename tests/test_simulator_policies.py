@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, assert_same, blocks_of, cases, linear, moved, requests
 
-from apex_opt.engines.policies import POLICIES
-from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.engines.schedulers import SCHEDULINGS, OrcaScheduling, StaticScheduling, VllmScheduling
+from apex_opt.errors import UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 
@@ -56,7 +56,7 @@ def reserved(case: Case) -> list[int]:
 
 
 def test_every_policy_has_its_scheduler() -> None:
-    assert set(SCHEDULERS) == set(POLICIES)
+    assert set(SCHEDULERS) == set(SCHEDULINGS)
 
 
 @POLICY
@@ -64,7 +64,7 @@ def test_kernel_equals_reference_on_random_engines_and_traffic(policy: Reserving
     @settings(max_examples=300)
     @given(any_traffic(policy))
     def check(case: Case) -> None:
-        assert case.settings.policy == policy
+        assert case.settings.scheduler.name == policy
         assert_same(case.run("kernel"), case.run("reference"))
 
     check()
@@ -149,7 +149,7 @@ def test_every_token_but_the_last_is_computed_once(policy: Reserving) -> None:
 def test_a_long_prompt_in_front_holds_up_short_ones_behind_it(implementation: Implementation) -> None:
     """Ten tokens of budget, nine of them gone: the next prompt needs two and waits, and the one behind it with it."""
     engine = EngineSettings(
-        max_num_seqs=4, max_num_batched_tokens=10, max_model_len=10, policy="orca", async_scheduling=False
+        max_num_seqs=4, max_num_batched_tokens=10, max_model_len=10, scheduler=OrcaScheduling(), async_scheduling=False
     )
     case = Case(
         settings=engine, blocks=9, laws=(linear(engine, 10),), trace=requests([(0, 9, 1), (0, 2, 1), (0, 1, 1)])
@@ -162,7 +162,7 @@ def test_the_last_token_needs_no_block(implementation: Implementation) -> None:
     """Four tokens of prompt and answer fill a block of four with the fifth never computed."""
     for output, together in ((2, True), (3, False)):
         engine = EngineSettings(
-            max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4, policy="orca"
+            max_num_seqs=4, max_num_batched_tokens=32, max_model_len=32, block_size=4, scheduler=OrcaScheduling()
         )
         case = Case(
             settings=engine, blocks=3 - together, laws=(linear(engine, 10),), trace=requests([(0, 3, output)] * 2)
@@ -173,7 +173,9 @@ def test_the_last_token_needs_no_block(implementation: Implementation) -> None:
 
 @both
 def test_an_answer_that_the_models_length_cuts_reserves_only_what_it_can_fill(implementation: Implementation) -> None:
-    engine = EngineSettings(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=8, block_size=4, policy="orca")
+    engine = EngineSettings(
+        max_num_seqs=4, max_num_batched_tokens=16, max_model_len=8, block_size=4, scheduler=OrcaScheduling()
+    )
     case = Case(settings=engine, blocks=4, laws=(linear(engine, 10),), trace=requests([(0, 4, 1000)] * 2))
     assert blocks_of(engine, 4, 1000) == 2
     outcome = case.run(implementation)
@@ -246,7 +248,6 @@ def light(draw: st.DrawFn) -> Case:
         case.settings,
         max_num_seqs=len(case.trace),
         max_num_batched_tokens=case.trace.prompt_tokens + len(case.trace) + case.settings.max_model_len,
-        long_prefill_token_threshold=0,
         async_scheduling=case.settings.async_scheduling and len(case.laws) == 1,
     )
     laws = tuple(linear(engine, *draw(st.tuples(*[st.integers(0, 20)] * 3))) for _ in case.laws)
@@ -256,8 +257,8 @@ def light(draw: st.DrawFn) -> Case:
 @settings(max_examples=150)
 @given(light(), st.booleans())
 def test_orca_equals_vllm_where_neither_tokens_nor_blocks_nor_seats_are_short(case: Case, chunked: bool) -> None:
-    assert case.settings.policy == "orca"
-    vllm = replace(case.settings, policy="vllm", chunked_prefill=chunked)
+    assert case.settings.scheduler.name == "orca"
+    vllm = replace(case.settings, scheduler=VllmScheduling(), chunked_prefill=chunked)
     for implementation in IMPLEMENTATIONS:
         assert_same(case.run(implementation), case.having(settings=vllm).run(implementation))
 
@@ -269,8 +270,8 @@ def test_all_policies_agree_on_requests_that_are_alone(case: Case) -> None:
     spread = case.trace.arrival_ns + 10_000_000 * (1 + case.trace.arrival_ns.argsort(kind="stable"))
     case = case.having(trace=moved(case.trace, spread))
     outcomes = [
-        case.having(settings=replace(case.settings, policy=policy)).run(implementation)
-        for policy in POLICIES
+        case.having(settings=replace(case.settings, scheduler=SCHEDULINGS[policy]())).run(implementation)
+        for policy in ("vllm", "orca", "static")
         for implementation in IMPLEMENTATIONS
     ]
     one = outcomes[0]
@@ -286,7 +287,7 @@ def test_static_never_answers_before_orca_where_nothing_is_short(case: Case) -> 
     """All at once: one static batch, answered when the longest is done; Orca answers each as it is."""
     case = case.having(trace=moved(replace(case.trace, concurrency=None), case.trace.arrival_ns * 0))
     orca = case.run()
-    static = case.having(settings=replace(case.settings, policy="static")).run()
+    static = case.having(settings=replace(case.settings, scheduler=StaticScheduling())).run()
     assert (static.first_token_ns == orca.first_token_ns).all()
     assert (static.finish_ns >= orca.finish_ns).all()
     assert len(set(static.finish_ns.tolist())) == 1
@@ -295,32 +296,38 @@ def test_static_never_answers_before_orca_where_nothing_is_short(case: Case) -> 
 # Settings.
 
 
-@pytest.mark.parametrize("policy", ["Orca", "vlm", "", "continuous", None, 1, True, ["orca"]])
-def test_an_unknown_policy_is_named_with_those_there_are(policy: Any) -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown batching policy .*(orca|vllm)") as caught:
-        EngineSettings(policy=policy)
+@pytest.mark.parametrize("scheduler", ["orca", "", None, 1, OrcaScheduling, ["orca"]])
+def test_what_is_no_scheduler_is_refused_with_those_there_are(scheduler: Any) -> None:
+    with pytest.raises(UsageError, match=r"scheduler: .* is none of vllm, sglang, trtllm, orca, static") as caught:
+        EngineSettings(scheduler=scheduler)
     assert "\n" not in str(caught.value)
 
 
 @POLICY
-def test_prefix_caching_goes_with_vllm_only(policy: str) -> None:
-    EngineSettings(prefix_caching=True, policy="vllm")
-    with pytest.raises(UsageError, match=f"prefix_caching goes with the policy vllm, not with {policy}; leave one"):
-        EngineSettings(prefix_caching=True, policy=policy, max_model_len=8192)
+def test_prefix_caching_goes_with_engines_that_are_deployed(policy: str) -> None:
+    EngineSettings(prefix_caching=True, scheduler=VllmScheduling())
+    with pytest.raises(
+        UsageError, match=f"prefix_caching goes with the engines vllm, sglang, trtllm, not with {policy}; "
+    ):
+        EngineSettings(prefix_caching=True, scheduler=SCHEDULINGS[policy](), max_model_len=8192)
 
 
 @POLICY
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_budget_below_the_models_length_is_refused_as_no_prompt_is_split(policy: str, chunked: bool) -> None:
-    EngineSettings(policy=policy, chunked_prefill=chunked, max_num_batched_tokens=2048, max_model_len=2048)
-    EngineSettings(policy="vllm", max_num_batched_tokens=2048, max_model_len=2049)
+    EngineSettings(
+        scheduler=SCHEDULINGS[policy](), chunked_prefill=chunked, max_num_batched_tokens=2048, max_model_len=2048
+    )
+    EngineSettings(scheduler=VllmScheduling(), max_num_batched_tokens=2048, max_model_len=2049)
     with pytest.raises(UsageError, match="max_num_batched_tokens 2048 must reach max_model_len 2049"):
-        EngineSettings(policy=policy, chunked_prefill=chunked, max_num_batched_tokens=2048, max_model_len=2049)
+        EngineSettings(
+            scheduler=SCHEDULINGS[policy](), chunked_prefill=chunked, max_num_batched_tokens=2048, max_model_len=2049
+        )
 
 
 def test_whole_prompts_are_what_only_chunked_vllm_splits() -> None:
     wide: dict[str, Any] = {"max_num_batched_tokens": 4096, "max_model_len": 4096}
     assert not EngineSettings(**wide).whole_prompts
     assert EngineSettings(**wide, chunked_prefill=False).whole_prompts
-    assert EngineSettings(**wide, policy="orca").whole_prompts
-    assert EngineSettings(**wide, policy="static").whole_prompts
+    assert EngineSettings(**wide, scheduler=OrcaScheduling()).whole_prompts
+    assert EngineSettings(**wide, scheduler=StaticScheduling()).whole_prompts

@@ -27,6 +27,7 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, InputError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import replay
@@ -138,7 +139,7 @@ def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30, crowded:
             max_num_seqs=draw(st.integers(2, 6)),
             max_num_batched_tokens=100,
             max_model_len=draw(st.integers(12, 64)),
-            long_prefill_token_threshold=draw(st.integers(1, 30)),
+            scheduler=VllmScheduling(long_prefill_token_threshold=draw(st.integers(1, 30))),
         )
     size = engine.block_size
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -231,7 +232,7 @@ def test_kernel_equals_reference_on_long_crowded_conversations(seed: int) -> Non
             max_num_seqs=24,
             max_num_batched_tokens=24 + int(rng.integers(0, 300)),
             max_model_len=600,
-            long_prefill_token_threshold=threshold,
+            scheduler=VllmScheduling(long_prefill_token_threshold=threshold),
             block_size=size,
             async_scheduling=asynchronous,
             prefix_caching=True,

@@ -25,6 +25,7 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.engines.schedulers import OrcaScheduling, StaticScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import Outcome, replay
 from apex_opt.units import ceil_div
@@ -116,7 +117,9 @@ def test_without_chunking_a_prompt_waits_for_its_whole_budget_and_holds_up_those
 
 @both
 def test_a_threshold_leaves_budget_to_those_behind_a_long_prompt(implementation: Implementation) -> None:
-    outcome = serve([(0, 7, 1), (0, 4, 1)], implementation=implementation, long_prefill_token_threshold=3)
+    outcome = serve(
+        [(0, 7, 1), (0, 4, 1)], implementation=implementation, scheduler=VllmScheduling(long_prefill_token_threshold=3)
+    )
     assert [rows for _, _, rows, _ in batches(outcome)] == [
         [(0, 3, 3), (1, 3, 3)],
         [(0, 3, 6), (1, 1, 4)],
@@ -220,7 +223,7 @@ def test_prefix_caching_computes_a_shared_beginning_once(implementation: Impleme
 def test_orca_reserves_blocks_for_the_whole_answer_and_preempts_nobody(implementation: Implementation) -> None:
     """Each request will hold six tokens: two blocks of the three, from the start, so that they go one by one."""
     arguments: dict[str, Any] = {"implementation": implementation, "blocks": 3, "max_num_batched_tokens": 32}
-    outcome = serve([(0, 4, 3), (0, 4, 3)], policy="orca", **arguments)
+    outcome = serve([(0, 4, 3), (0, 4, 3)], scheduler=OrcaScheduling(), **arguments)
     assert batches(outcome) == [
         (0, 14, [(0, 4, 4)], []),
         (14, 25, [(0, 1, 5)], []),
@@ -236,7 +239,7 @@ def test_orca_reserves_blocks_for_the_whole_answer_and_preempts_nobody(implement
 def test_static_batching_answers_a_batch_when_its_longest_request_is_done(implementation: Implementation) -> None:
     """Request 1 is done at 16, goes on computing over its two tokens and is answered at 40; 2 waits for that."""
     rows = [(0, 4, 3), (0, 2, 1), (5, 1, 1)]
-    outcome = serve(rows, implementation=implementation, policy="static", max_num_batched_tokens=32)
+    outcome = serve(rows, implementation=implementation, scheduler=StaticScheduling(), max_num_batched_tokens=32)
     assert batches(outcome) == [
         (0, 16, [(0, 4, 4), (1, 2, 2)], []),
         (16, 28, [(0, 1, 5), (1, 1, 2)], []),
@@ -296,7 +299,7 @@ def test_an_answer_at_the_moment_of_an_arrival_counts_as_given(implementation: I
 
 def audit(case: Case, outcome: Outcome) -> None:
     """Follow the log of one replica with a separate account of tokens and blocks; every batch must take time."""
-    engine, steps = case.settings, batches(outcome)
+    engine, steps, threshold = case.settings, batches(outcome), case.settings.scheduler.prompt_threshold
     prompt, output = case.trace.prompt.tolist(), case.trace.output.tolist()
     arrival, first, finish = (x.tolist() for x in (outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns))
     limit = [min(o, engine.max_model_len - p) for p, o in zip(prompt, output, strict=True)]
@@ -330,11 +333,11 @@ def audit(case: Case, outcome: Outcome) -> None:
                 admitted = True
                 unlogged -= computed[i] > 0  # preempted in a batch that was empty but for that
                 assert begin == 0 or (engine.prefix_caching and begin % engine.block_size == 0)
-                if engine.whole_prompts and (engine.policy == "orca" or not engine.long_prefill_token_threshold):
+                if engine.whole_prompts and not threshold:
                     assert held >= prompt[i]
             assert 0 < held < engine.max_model_len
-            if engine.long_prefill_token_threshold and engine.policy == "vllm":
-                assert c <= engine.long_prefill_token_threshold
+            if threshold:
+                assert c <= threshold
             computed[i] = held
             seen.update((i, t) for t in range(begin, held))
             if held >= prompt[i]:
@@ -402,7 +405,7 @@ def test_a_first_token_takes_at_least_the_prompt_alone_on_the_slowest_stage(loop
     alone = [[linear(longest, *term).batch_ns([(p, p)]) for term in used] for p in case.trace.prompt.tolist()]
     outcome = case.run()
     ttft = (outcome.first_token_ns - outcome.arrival_ns).tolist()
-    chunk = case.settings.long_prefill_token_threshold or 64
+    chunk = case.settings.scheduler.prompt_threshold or 64
     for waited, prompt, stages in zip(ttft, case.trace.prompt.tolist(), alone, strict=True):
         assert waited >= max(stages)
         if prompt <= chunk and not case.settings.chunked_prefill:

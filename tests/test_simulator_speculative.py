@@ -24,6 +24,7 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.engines.schedulers import OrcaScheduling
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import Speculation
@@ -296,5 +297,5 @@ def test_several_stages_and_other_policies_do_not_go_with_drafts() -> None:
     with pytest.raises(UsageError, match="the law is of 2 drafts, the engine makes 1"):
         fewer = replace(engine, speculation=replace(speculation, draft_tokens=1))
         Case(settings=fewer, blocks=9, laws=(law,), trace=requests([(0, 5, 8)])).run()
-    with pytest.raises(UsageError, match="speculation goes with the policy vllm, not with orca"):
-        replace(engine, policy="orca")
+    with pytest.raises(UsageError, match="speculation goes with the engine vllm, not with orca"):
+        replace(engine, scheduler=OrcaScheduling())

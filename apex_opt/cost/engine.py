@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.cluster.toml_reader import read_toml
-from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.engines.kinds import DATA, load_kind
+from apex_opt.errors import InputError
 from apex_opt.profiles.schema import TABLE_ENGINES
-from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -26,7 +25,7 @@ FUSABLE: Final = ("rotary", "kv write", "qk norm", "norm", "activation", "quanti
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOverhead:
-    """Host and launch time of one engine kind, from `profiles/engines.toml`.
+    """Host and launch time of one engine kind, from `own_time` in its file.
 
     Parameters
     ----------
@@ -80,40 +79,50 @@ class EngineOverhead:
                 f"engine {self.name}: kernels = {self.kernels!r:.40} must be one of {', '.join(TABLE_ENGINES)}"
             )
 
+    @classmethod
+    def of(cls, name: str, own_time: Mapping[str, Any]) -> EngineOverhead:
+        """From `own_time` in the file of an engine.
 
-def load_engine(name: str, path: Path | None = None) -> EngineOverhead:
+        Raises
+        ------
+        InputError    an entry with faults
+        """
+        try:
+            return cls(
+                name=name,
+                step_s=own_time["step_us"] * 1e-6,
+                blocking_step_s=own_time["blocking_step_us"] * 1e-6,
+                sequence_s=own_time["sequence_us"] * 1e-6,
+                mixed_step_s=own_time["mixed_step_us"] * 1e-6,
+                request_s=own_time["request_us"] * 1e-6,
+                captured_sizes=_sizes(name, own_time["captured"]),
+                gap_s=own_time["gap_us"] * 1e-6,
+                launch_s=own_time["launch_us"] * 1e-6,
+                captured_tokens=own_time["captured_tokens"],
+                fused=tuple(str(name) for name in own_time["fused"]),
+                kernels=own_time["kernels"],
+                source=own_time["source"],
+            )
+        except KeyError as error:
+            raise InputError(f"engine {name}: own_time lacks {error}") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"engine {name}: own_time has a value of the wrong form ({error})") from None
+
+
+def load_engine(name: str, folder: Path = DATA) -> EngineOverhead:
     """The overhead of an engine kind by name.
+
+    Parameters
+    ----------
+    name : str
+    folder : Path    with the files of engines
 
     Raises
     ------
-    UnknownNameError    not in the table
-    InputError          a table that cannot be read, or an entry with faults
+    UnknownNameError    no such engine
+    InputError          a file that cannot be read, or an entry with faults
     """
-    file = path or DATA_ROOT / "profiles" / "engines.toml"
-    engines = _read(file)
-    if name not in engines:
-        raise UnknownNameError("engine", name, engines)
-    entry = engines[name]
-    try:
-        return EngineOverhead(
-            name=name,
-            step_s=entry["step_us"] * 1e-6,
-            blocking_step_s=entry["blocking_step_us"] * 1e-6,
-            sequence_s=entry["sequence_us"] * 1e-6,
-            mixed_step_s=entry["mixed_step_us"] * 1e-6,
-            request_s=entry["request_us"] * 1e-6,
-            captured_sizes=_sizes(name, entry["captured"]),
-            gap_s=entry["gap_us"] * 1e-6,
-            launch_s=entry["launch_us"] * 1e-6,
-            captured_tokens=entry["captured_tokens"],
-            fused=tuple(str(name) for name in entry["fused"]),
-            kernels=entry["kernels"],
-            source=entry["source"],
-        )
-    except KeyError as error:
-        raise InputError(f"engines table {file}: {name} lacks {error}") from None
-    except (TypeError, ValueError) as error:
-        raise InputError(f"engines table {file}: {name} has a value of the wrong form ({error})") from None
+    return EngineOverhead.of(name, load_kind(name, folder).own_time)
 
 
 def _sizes(name: str, ranges: Any) -> tuple[int, ...]:
@@ -127,8 +136,3 @@ def _sizes(name: str, ranges: Any) -> tuple[int, ...]:
             )
         sizes.extend(range(first, last + 1, step))
     return tuple(sizes)
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    return read_toml(path, "engines table")

@@ -1,14 +1,25 @@
-"""What serving engines can run: one description of each, which the plan space and the commands read alike."""
+"""Serving engines: what each can run, how it forms batches, its own time and its defaults."""
 
+from apex_opt.engines.kinds import ENGINES, EngineKind, kind_names, load_kind
 from apex_opt.engines.rules import ANY, EngineRules, Held
 from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.trtllm import TRTLLM
 from apex_opt.engines.vllm import VLLM
 from apex_opt.errors import UnknownNameError
 
-__all__ = ["ANY", "ENGINES", "SGLANG", "TRTLLM", "VLLM", "EngineRules", "Held", "load_rules", "rules_of"]
-
-ENGINES = {rules.name: rules for rules in (VLLM, SGLANG, TRTLLM)}
+__all__ = [
+    "ANY",
+    "ENGINES",
+    "SGLANG",
+    "TRTLLM",
+    "VLLM",
+    "EngineKind",
+    "EngineRules",
+    "Held",
+    "kind_names",
+    "load_kind",
+    "load_rules",
+]
 
 
 def load_rules(name: str) -> EngineRules | None:
@@ -23,8 +34,3 @@ def load_rules(name: str) -> EngineRules | None:
     if name not in ENGINES:
         raise UnknownNameError("runnable", name, (*ENGINES, ANY))
     return ENGINES[name]
-
-
-def rules_of(kind: str) -> EngineRules | None:
-    """What an engine kind of `profiles/engines.toml` can run, such as `vllm-0.6`; None where no engine is described."""
-    return ENGINES.get(kind) or ENGINES.get(kind.partition("-")[0])

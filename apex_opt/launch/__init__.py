@@ -41,8 +41,6 @@ def launch(problem: Problem, plan: Plan, engine: str, checkpoint: str, assignmen
     refused = [*refusals(spoken.rules, problem.model, problem.cluster.gpu, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
         refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
-    if not asked.settings.batching.deployed:
-        refused.insert(0, f"policy {asked.settings.policy}: {engine} forms batches in its own way")
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import VLLM
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.launch.commands import PORT_STEP, Command, divisors, hosts, per_copy, ports
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Vllm:
         words += ["--max-num-batched-tokens", str(tokens), "--max-model-len", str(settings.max_model_len)]
         words += ["--block-size", str(settings.block_size)]
         words += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:.6g}"]
-        if settings.long_prefill_token_threshold:
-            words += ["--long-prefill-token-threshold", str(settings.long_prefill_token_threshold)]
+        if isinstance(settings.scheduler, VllmScheduling) and settings.scheduler.long_prefill_token_threshold:
+            words += ["--long-prefill-token-threshold", str(settings.scheduler.long_prefill_token_threshold)]
         for flag, on in (
             ("enable-chunked-prefill", settings.chunked_prefill),
             ("enable-prefix-caching", settings.prefix_caching),

@@ -1,6 +1,6 @@
 """Fits what kernels do not explain, the engine's own time and the power of the board, on measured runs.
 
-The result is text for `profiles/engines.toml` and for the card of the accelerator; nothing is changed by a fit.
+The result is text for the file of the engine and for the card of the accelerator; nothing is changed by a fit.
 """
 
 from __future__ import annotations

@@ -254,7 +254,9 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         engine=of(
             types.EngineFacts,
             problem.settings,
+            problem.settings.scheduler,
             name=problem.overhead.name,
+            policy=problem.settings.scheduler.name,
             runnable=ANY if runnable is None else runnable.name,
             routing=problem.routing,
             expert_routing=problem.expert_routing,

@@ -1,13 +1,13 @@
-"""Fits on measured runs as plain data, with the sections of `profiles/engines.toml` and of cards that they make."""
+"""Fits on measured runs as plain data, with the own time of engines and the sections of cards that they make."""
 
 from __future__ import annotations
 
 import json
-import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.engines import ENGINES
 from apex_opt.measured.fit import PARAMETERS
 from apex_opt.report import listed
 from apex_opt.schema import of
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.measured.compare import Summary
     from apex_opt.measured.fit import BoardFit, EngineFit
-
-_BARE: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def fit_document(fit: EngineFit, boards: Sequence[BoardFit]) -> listed.Fit:
@@ -75,10 +73,11 @@ def power_section(board: BoardFit) -> str:
 
 
 def engine_section(fit: EngineFit) -> str:
-    """The section of `profiles/engines.toml` of the engine after the fit."""
+    """`own_time` of the engine after the fit, as its file in `apex_opt/engines/data` has it."""
     engine = fit.after
+    release = "" if engine.name in ENGINES else f"releases.{_quoted(engine.name)}."
     lines = [
-        f"[{engine.name if _BARE.fullmatch(engine.name) else _quoted(engine.name)}]",
+        f"[{release}own_time]",
         f"kernels = {_quoted(engine.kernels)}",
         *(f"{_column(name)} = {_us(getattr(engine, name))!r}" for name in PARAMETERS),
         f"captured_tokens = {engine.captured_tokens}",

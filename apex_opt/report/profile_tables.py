@@ -101,7 +101,7 @@ def _fitted(console: Console, document: Document) -> None:
     table(console, f"Engine {document['engine']}, fitted on {runs}", heads, rows, left={0})
     times = [(name, f"{values['before']:g}", f"{values['after']:g}") for name, values in document["times_us"].items()]
     table(console, "", ("time (us)", "before", "after"), times, left={0})
-    _section(console, "For profiles/engines.toml:", document["engine_toml"])
+    _section(console, "For the file of the engine in apex_opt/engines/data:", document["engine_toml"])
     for board in document["boards"]:
         errors = f"mean |error| {board['mean_ape_pct']:.1f}%, largest {board['largest_ape_pct']:.1f}%"
         title = f"For the card of {board['gpu']} ({count(board['runs'], 'run')} with energies, {errors}):"

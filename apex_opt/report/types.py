@@ -133,14 +133,20 @@ class TraceFacts(Described):
 
 
 class EngineFacts(Described):
-    """The engine and its settings."""
+    """The engine and its settings.
+
+    Parameters
+    ----------
+    policy : name of its scheduler
+    long_prefill_token_threshold : of vLLM alone
+    """
 
     name: str
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     chunked_prefill: bool
-    long_prefill_token_threshold: int
+    long_prefill_token_threshold: int | None = None
     block_size: int
     prefix_caching: bool
     async_scheduling: bool

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
@@ -55,9 +56,8 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
     if settings.speculation is not None:
         held = np.minimum(held + settings.speculation.ahead, settings.max_model_len)
     i = int(held.argmax())
-    chunk = min(
-        settings.max_num_batched_tokens, settings.long_prefill_token_threshold or settings.max_num_batched_tokens
-    )
+    tokens = settings.max_num_batched_tokens
+    chunk = min(tokens, settings.scheduler.prompt_threshold or tokens)
     if any(group.mode == "align" for group in groups) and chunk < settings.block_size <= int(held[i]):
         raise CapacityError(
             f"request {i}: chunks of prompts end where states are kept, every {settings.block_size} tokens, and a "
@@ -225,9 +225,9 @@ def run_disaggregated(
         raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
-        if len(pool.laws) != 1 or pool.settings.policy != "vllm":
-            raise UsageError(f"the {name} instances must be of one stage and the policy vllm")
-        if not pool.settings.idle_sleep_us:
+        if len(pool.laws) != 1 or not isinstance(pool.settings.scheduler, VllmScheduling):
+            raise UsageError(f"the {name} instances must be of one stage and the engine vllm")
+        if not pool.settings.scheduler.idle_sleep_ns:
             raise UsageError(
                 f"the {name} instances need an idle_sleep_us of at least 1: one that waits for a read or a notice "
                 "would take turns without end"
@@ -265,8 +265,9 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
     """Refuse requests and laws that the replicas of a pool cannot take."""
     settings = pool.settings
     check_fits(settings, pool.blocks, trace, pool.kv_groups)
-    if pool.kv_groups and (len(pool.laws) > 1 or settings.policy != "vllm"):
-        raise UsageError(f"groups of layers go with vllm on one stage, not with {settings.policy} on {len(pool.laws)}")
+    if pool.kv_groups and (len(pool.laws) > 1 or settings.scheduler.name != "vllm"):
+        engine = settings.scheduler.name
+        raise UsageError(f"groups of layers go with vllm on one stage, not with {engine} on {len(pool.laws)}")
     if settings.speculation is not None and len(pool.laws) > 1:
         raise UsageError(
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import lru_cache
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.engines.policies import POLICIES
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plans.kv_groups import sets_of
@@ -39,8 +38,14 @@ if TYPE_CHECKING:
     I64 = NDArray[np.int64]
 
 assert kn.RATE_BITS == RATE_BITS
-_POLICIES = list(POLICIES)
-assert [_POLICIES.index(name) for name in ("vllm", "orca", "static")] == [kn.VLLM, kn.ORCA, kn.STATIC]
+_RULES: Final = {
+    "vllm": kn.VLLM,
+    "sglang": kn.VLLM,
+    "trtllm": kn.VLLM,
+    "orca": kn.ORCA,
+    "static": kn.STATIC,
+}
+"""Whose rules a scheduler goes by."""
 _KINDS = {("full", "none"): kv.FULL, ("window", "none"): kv.WINDOW, ("state", "none"): kv.STATE}
 _KINDS["state", "align"] = kv.KEPT
 _OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
@@ -67,8 +72,8 @@ def _engine(settings: EngineSettings, stages: int, groups: Sequence[KvGroup] = (
         return "grouped"
     if settings.speculation is not None:
         return "speculative"
-    walks = stages > 1 or settings.long_prefill_token_threshold > 0 or settings.prefix_caching
-    return "general" if walks or settings.policy != "vllm" else "steady"
+    walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
+    return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
 
 def run(
@@ -420,10 +425,10 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.MAX_TOKENS: settings.max_num_batched_tokens,
         kn.MAX_LENGTH: settings.max_model_len,
         kn.CHUNKED: settings.chunked_prefill,
-        kn.THRESHOLD: settings.long_prefill_token_threshold,
+        kn.THRESHOLD: settings.scheduler.prompt_threshold,
         kn.BLOCK_SIZE: settings.block_size,
         kn.ASYNCHRONOUS: settings.async_scheduling,
-        kn.POLICY: _POLICIES.index(settings.policy),
+        kn.POLICY: _RULES[settings.scheduler.name],
         kn.DEPTH: settings.depth(stages),
         kn.STAGES: stages,
         kn.FREE: pool.blocks,

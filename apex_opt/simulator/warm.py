@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
@@ -40,7 +41,10 @@ class Variant(NamedTuple):
 
 VARIANTS: Final = {
     "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_STEADY,)),
-    "general": Variant(EngineSettings(max_model_len=4, long_prefill_token_threshold=1, **_LIMITS), (SERVE_GENERAL,)),
+    "general": Variant(
+        EngineSettings(max_model_len=4, scheduler=VllmScheduling(long_prefill_token_threshold=1), **_LIMITS),
+        (SERVE_GENERAL,),
+    ),
     "caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
         (SERVE_CACHING, NUMBER_PIECES),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _NAMES: Final = ("mlp", "attention", "all_reduce", "send_recv", "cpu_overheads")
 _UNUSED: Final = {
     "send_recv": "point to point, for which we have no table",
-    "cpu_overheads": "the engine's own time, which profiles/engines.toml holds",
+    "cpu_overheads": "the engine's own time, which apex_opt/engines/data holds",
 }
 _NODE: Final = "dgx"
 """Wiring of the nodes that the catalogue describes."""

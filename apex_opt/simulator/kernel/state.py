@@ -16,7 +16,7 @@ NONE = -1
 EVICTED = -2
 RATE_BITS = 20  # equals law.RATE_BITS; pack.py checks it
 
-VLLM, ORCA, STATIC = range(3)  # policies, in the order of engines.policies.POLICIES
+VLLM, ORCA, STATIC = range(3)  # whose rules a scheduler goes by
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
 
 

@@ -6,21 +6,37 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import UsageError
+from apex_opt.plans.engine import EngineSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 SETTINGS: Final = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
     "chunked_prefill",
-    "long_prefill_token_threshold",
     "block_size",
     "async_scheduling",
+    "long_prefill_token_threshold",
 )
-"""Entries of a config that are settings of the engine by the same name."""
+"""Entries of a config of vLLM that are settings of the engine by the same name, the last one of its scheduler alone."""
+
+
+def vllm_settings(config: Mapping[str, Any], *, idle_sleep_us: int = 0, **more: Any) -> EngineSettings:
+    """The settings in a config of vLLM.
+
+    Parameters
+    ----------
+    config : with `SETTINGS`
+    idle_sleep_us : int    of `VllmScheduling`
+    more : of `EngineSettings`
+    """
+    *common, own = SETTINGS
+    scheduler = VllmScheduling(**{own: config[own]}, idle_sleep_us=idle_sleep_us)
+    return EngineSettings(**{key: config[key] for key in common}, scheduler=scheduler, **more)
 
 
 def digest(found: Any) -> str:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import UnknownNameError, UsageError, join_faults
-from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
-from apex_opt.simulator.recorded.case import SETTINGS, digest, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -89,7 +88,7 @@ def _pool(config: Mapping[str, Any]) -> EnginePool:
     (sleep,) = whole_numbers("idle_sleep_us", [config.get("idle_sleep_us", 0)], 1)
     base, token, context, every = (NS_PER_US * x for x in whole_numbers("law_us", config["law_us"], 4))
     graph_us = whole_numbers("graph_us", config["graph_us"], 3)
-    settings = EngineSettings(**{key: config[key] for key in SETTINGS}, idle_sleep_us=sleep)
+    settings = vllm_settings(config, idle_sleep_us=sleep)
     seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     sizes = sorted(whole_numbers("capture_sizes", config["capture_sizes"], len(config["capture_sizes"])))
     most = max([tokens, *sizes])  # a batch may be padded to more tokens than one can have

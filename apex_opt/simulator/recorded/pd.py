@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import UnknownNameError, UsageError, join_faults
-from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.api import run_disaggregated
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
-from apex_opt.simulator.recorded.case import SETTINGS, digest, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US, ceil_div
 from apex_opt.workload.trace import make_trace
 
@@ -52,7 +51,7 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
 def _pool(config: Mapping[str, Any], replicas: int, sleep: int) -> EnginePool:
     """The instances of one kind."""
     caching = bool(config.get("prefix_caching", False))
-    settings = EngineSettings(**{key: config[key] for key in SETTINGS}, prefix_caching=caching, idle_sleep_us=sleep)
+    settings = vllm_settings(config, prefix_caching=caching, idle_sleep_us=sleep)
     (blocks,) = whole_numbers("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
     base, token, context = (NS_PER_US * x for x in whole_numbers("law_us", config["law_us"], 3))
     law = linear_law(

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apex_opt.errors import UsageError, join_faults
-from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.api import simulate
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.recorded.case import SETTINGS, digest, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -56,7 +55,7 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
     short = [f"row {number}: {len(row)} entries" for number, row in enumerate(trace, 1) if len(row) < 3 + caching]
     if short:
         raise join_faults(f"a request has {3 + caching}, with its content ids" if caching else "a request has 3", short)
-    settings = EngineSettings(**{key: config[key] for key in SETTINGS}, prefix_caching=caching)
+    settings = vllm_settings(config, prefix_caching=caching)
     (stages,) = whole_numbers("stages", [config.get("stages", 1)], 1)
     weights = config.get("stage_weight", [1] * stages)
     if len(weights) != stages:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import UnknownNameError, UsageError, join_faults
-from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
-from apex_opt.simulator.recorded.case import SETTINGS, digest, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -46,8 +45,8 @@ def replay_case(
     if config["draft_kind"] not in _METHODS:
         raise UnknownNameError("kind of drafts", str(config["draft_kind"])[:60], _METHODS)
     order = np.argsort([row[0] for row in rows], kind="stable").tolist()  # as `make_trace` sorts
-    settings = EngineSettings(
-        **{key: config[key] for key in SETTINGS},
+    settings = vllm_settings(
+        config,
         prefix_caching=config["prefix_caching"],
         speculation=Speculation(
             method=_METHODS[config["draft_kind"]],

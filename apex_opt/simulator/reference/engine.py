@@ -23,7 +23,7 @@ def scheduler_of(pool: EnginePool) -> Scheduler:
     if pool.kv_groups:
         grouped = GroupedSpeculativeScheduler if drafts else GroupedScheduler
         return grouped(settings, pool.blocks, pool.kv_groups)
-    return (SpeculativeScheduler if drafts else SCHEDULERS[settings.policy])(settings, pool.blocks)
+    return (SpeculativeScheduler if drafts else SCHEDULERS[settings.scheduler.name])(settings, pool.blocks)
 
 
 class Engine:
@@ -39,7 +39,7 @@ class Engine:
         self.scheduler = scheduler(pool.settings, pool.blocks) if scheduler else scheduler_of(pool)
         self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
         self.laws = pool.laws
-        self._sleep_ns = pool.settings.idle_sleep_ns
+        self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
         self.now = 0
         self.stage_free = [0] * len(pool.laws)

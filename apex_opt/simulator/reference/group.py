@@ -116,14 +116,14 @@ class Rank(Process):
     def __init__(self, group: Group, index: int, forwards: Forwards) -> None:
         pool = group.pool
         self.group, self.index, self.forwards = group, index, forwards
-        self.scheduler = SCHEDULERS[pool.settings.policy](pool.settings, pool.blocks)
+        self.scheduler = SCHEDULERS[pool.settings.scheduler.name](pool.settings, pool.blocks)
         self.depth = pool.settings.depth(len(pool.laws))
         self.inbox = Inbox()
         self.idle = False
         self.preemptions = self.batches = self.dummies = 0
         self.counts = BatchCounts.empty(pool.settings)
         self.steps: list[tuple[int, int, list[tuple[int, int, int]], list[int]]] = []
-        self._sleep_ns = pool.settings.idle_sleep_ns
+        self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self._queue: deque[tuple[int | None, Batch]] = deque()
         self._running = False  # whether the ranks are in a wave
         self._wave = self._step = 0

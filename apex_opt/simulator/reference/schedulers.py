@@ -1,7 +1,7 @@
-"""What is in a batch: one class per batching policy.
+"""What is in a batch: one class per scheduler.
 
 Source of the rules: `Scheduler.schedule`, `_preempt_request`, `update_from_output` and `AsyncScheduler` of vLLM 0.20.2,
-in our own words; where a policy departs from them its class names its own.
+in our own words; where a scheduler departs from them its class names its own.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Scheduler:
         """The blocks of a sequence that is answered are free again."""
         self.blocks.release(sequence)
 
-    # What policies share.
+    # What schedulers share.
 
     @property
     def unfinished(self) -> bool:
@@ -231,16 +231,15 @@ class VllmScheduler(Scheduler):
         if coming > 0 and sequence.computed + 2 - coming >= sequence.prompt + sequence.output:
             return 0  # its last token is already on the way
         tokens = sequence.known + coming + sequence.proposed - sequence.computed
-        if settings.long_prefill_token_threshold:
-            tokens = min(tokens, settings.long_prefill_token_threshold)
+        if threshold := self.settings.scheduler.prompt_threshold:
+            tokens = min(tokens, threshold)
         return min(tokens, settings.max_model_len - 1 - sequence.computed)
 
     def admitted(self, tokens: int, budget: int) -> int:
-        settings = self.settings
-        if settings.long_prefill_token_threshold:
-            tokens = min(tokens, settings.long_prefill_token_threshold)
+        if threshold := self.settings.scheduler.prompt_threshold:
+            tokens = min(tokens, threshold)
         if tokens > budget:
-            return budget if settings.chunked_prefill else 0
+            return budget if self.settings.chunked_prefill else 0
         return tokens
 
     def room(self, sequence: Sequence) -> int:
@@ -298,6 +297,8 @@ class StaticScheduler(OrcaScheduler):
 
 SCHEDULERS: Final[Mapping[str, type[Scheduler]]] = {
     "vllm": VllmScheduler,
+    "sglang": VllmScheduler,
+    "trtllm": VllmScheduler,
     "orca": OrcaScheduler,
     "static": StaticScheduler,
 }

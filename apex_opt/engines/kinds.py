@@ -1,0 +1,200 @@
+"""Engine kinds: what `--engine` names, each from its own file of `data`.
+
+A file holds one engine: its scheduler, whose rules it keeps to, its own time and its default settings with their
+sources. Releases of an engine are kinds of their own, which take from it all that they do not say otherwise, as an
+engine takes from the one it says it is like.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.cluster.toml_reader import read_toml
+from apex_opt.engines.schedulers import SCHEDULINGS, Scheduling
+from apex_opt.engines.sglang import SGLANG
+from apex_opt.engines.trtllm import TRTLLM
+from apex_opt.engines.vllm import VLLM
+from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.units import GIB
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from apex_opt.engines.rules import EngineRules
+
+DATA: Final = Path(__file__).parent / "data"
+ENGINES: Final[Mapping[str, EngineRules]] = MappingProxyType({rules.name: rules for rules in (VLLM, SGLANG, TRTLLM)})
+"""What engines can run, by name."""
+
+COMMON: Final = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "chunked_prefill",
+    "block_size",
+    "prefix_caching",
+    "async_scheduling",
+    "gpu_memory_utilization",
+)
+"""Settings that every engine has, under one name or another, with a default of its own."""
+
+_SWITCH: Final = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Default:
+    """What a setting is where nothing is asked for.
+
+    Parameters
+    ----------
+    value : bool, int, float or str
+    source : str           where that was read, or that it is assumed
+    below_gib : tuple      (GiB, value) for GPUs with less memory than that, rising
+    """
+
+    value: Any
+    source: str
+    below_gib: tuple[tuple[float, Any], ...] = ()
+
+    def on(self, memory_bytes: float) -> Any:
+        """The value on a GPU with so much memory."""
+        return next((value for gib, value in self.below_gib if memory_bytes < gib * GIB), self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EngineKind:
+    """An engine, or a release of one.
+
+    Parameters
+    ----------
+    name : str                 as `--engine` takes it
+    scheduler : type           how it forms batches
+    rules : EngineRules        what it can run
+    commands : bool            whether there are commands that start it, in the words of the engine of `rules`
+    own_time : mapping         what kernels do not explain, as `apex_opt.cost.engine` reads it
+    defaults : mapping         settings by name: those of `COMMON` and those of its scheduler
+    """
+
+    name: str
+    scheduler: type[Scheduling]
+    rules: EngineRules
+    commands: bool
+    own_time: Mapping[str, Any]
+    defaults: Mapping[str, Default]
+
+    def common(self, memory_bytes: float) -> dict[str, Any]:
+        """The defaults of `COMMON`, on a GPU with so much memory."""
+        return {name: self.defaults[name].on(memory_bytes) for name in COMMON}
+
+    def scheduling(self, text: str | None = None) -> Scheduling:
+        """The settings that only this engine has, some as given in a text such as `name=value,name=value`.
+
+        Raises
+        ------
+        UsageError, UnknownNameError    what is no such text, names no setting, or a value that the setting refuses
+        """
+        own = {field.name: self.defaults[field.name].value for field in fields(self.scheduler)}
+        given: dict[str, Any] = {}
+        for part in text.split(",") if text is not None else ():
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if not equals or not value:
+                raise UsageError(f"--engine_settings: {part.strip()[:40]!r} is not of the form name=value")
+            if not own:
+                raise UsageError(f"--engine_settings: {self.name} has no settings of its own; leave {name[:40]!r} out")
+            if name not in own:
+                raise UnknownNameError(f"setting of {self.name}", name[:60], own)
+            if name in given:
+                raise UsageError(f"--engine_settings: {name} is given twice; give it once")
+            given[name] = _read(name, value, own[name])
+        return self.scheduler(**own | given)
+
+
+def _read(name: str, text: str, like: Any) -> Any:
+    """A value of the type of another, from its text."""
+    if isinstance(like, bool):
+        if text.lower() not in _SWITCH:
+            raise UsageError(f"--engine_settings: {name} is true or false, not {text[:40]!r}")
+        return _SWITCH[text.lower()]
+    try:
+        return type(like)(text[:40])
+    except ValueError:
+        kind = "a whole number" if isinstance(like, int) else "a number"
+        raise UsageError(f"--engine_settings: {name} is {kind}, not {text[:40]!r}") from None
+
+
+def kind_names(folder: Path = DATA) -> tuple[str, ...]:
+    """Every engine kind: engines by name, each followed by its releases."""
+    return tuple(_read_all(folder))
+
+
+def load_kind(name: str, folder: Path = DATA) -> EngineKind:
+    """The engine kind of a name.
+
+    Parameters
+    ----------
+    name : str
+    folder : Path    with a file for each engine
+
+    Raises
+    ------
+    UnknownNameError    no such engine
+    InputError          a file that cannot be read, or with faults
+    """
+    kinds = _read_all(folder)
+    if name not in kinds:
+        raise UnknownNameError("engine", name, kinds)
+    return kinds[name]
+
+
+@lru_cache(maxsize=4)
+def _read_all(folder: Path) -> dict[str, EngineKind]:
+    """Engine kinds by name, those that others are like first."""
+    tables = {path.stem: read_toml(path, "engine") for path in sorted(folder.glob("*.toml"))}
+    kinds: dict[str, EngineKind] = {}
+    for name in sorted(tables, key=lambda name: "like" in tables[name]):
+        kinds |= _kinds(name, tables[name], kinds, folder / f"{name}.toml")
+    if not kinds:
+        raise InputError(f"engines: no file in {folder}")
+    return kinds
+
+
+def _kinds(name: str, table: dict[str, Any], others: Mapping[str, EngineKind], path: Path) -> dict[str, EngineKind]:
+    """An engine and its releases, from its file."""
+    try:
+        base = others[table["like"]] if "like" in table else None
+        kinds = {name: _kind(name, table, base)}
+        for release, changes in table.get("releases", {}).items():
+            kinds[release] = _kind(release, changes, kinds[name])
+    except KeyError as error:
+        raise InputError(f"engine {path}: {name} lacks {error}, or names what there is none of") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"engine {path}: {name} has a value of the wrong form ({error})") from None
+    return kinds
+
+
+def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKind:
+    """An engine kind by what is said of it, the rest as of the one it is like."""
+    scheduler = SCHEDULINGS[table["scheduler"]] if base is None or "scheduler" in table else base.scheduler
+    said = {
+        setting: Default(
+            value=entry["value"],
+            source=entry["source"],
+            below_gib=tuple((gib, value) for gib, value in entry.get("below_gib", ())),
+        )
+        for setting, entry in table.get("defaults", {}).items()
+    }
+    defaults = (dict(base.defaults) if base is not None else {}) | said
+    known = (*COMMON, *(field.name for field in fields(scheduler)))
+    if unknown := [setting for setting in said if setting not in known]:
+        raise ValueError(f"defaults names {unknown[0]!r:.40}; known: {', '.join(known)}")
+    return EngineKind(
+        name=name,
+        scheduler=scheduler,
+        rules=ENGINES[table["rules"]] if base is None or "rules" in table else base.rules,
+        commands=bool(table["commands"] if base is None or "commands" in table else base.commands),
+        own_time=MappingProxyType((dict(base.own_time) if base is not None else {}) | dict(table.get("own_time", {}))),
+        defaults=MappingProxyType({setting: defaults[setting] for setting in known}),
+    )
