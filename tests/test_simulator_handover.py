@@ -5,30 +5,34 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from simulator_cases import blocks_of, linear, moved, random_law, requests
+from simulator_cases import IMPLEMENTATIONS, assert_same, blocks_of, linear, moved, random_law, requests
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import DisaggregatedOutcome, EnginePool, Handover, replay_case, run_disaggregated
+from apex_opt.simulator.reference import handover
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from apex_opt.simulator.api import Implementation
+    from apex_opt.simulator.reference.sequence import Batch, Sequence
     from apex_opt.workload import Trace
 
 NAMED = ("pd_1p1d", "pd_1p2d_prefix_seats", "pd_2p1d_async_tight", "pd_2p1d_seats_long_reads")
-IMPLEMENTATIONS = ("reference",)
 
 
+@cache
 def read(shared: Path, name: str) -> Any:
     return json.loads(gzip.decompress((shared / "scheduler-golden" / "pd" / f"{name}.json.gz").read_bytes()))
 
@@ -134,6 +138,76 @@ def by_instance(outcome: DisaggregatedOutcome) -> list[list[Any]]:
     return [steps[end - count : end] for count, end in zip(outcome.steps_per_replica or (), ends, strict=True)]
 
 
+# The kernel is the reference.
+
+
+def compare(pair: Pair) -> None:
+    ours, theirs = pair.run("kernel", log=True), pair.run("reference", log=True)
+    assert_same(ours, theirs)
+    for one, other in zip(ours.pools, theirs.pools, strict=True):
+        assert one.counts.equals(other.counts) and np.array_equal(one.busy_ns, other.busy_ns)
+        assert (one.preemptions, one.batches, one.cached_tokens) == (
+            other.preemptions,
+            other.batches,
+            other.cached_tokens,
+        )
+    more = ("prefill", "decode", "prefilled_ns", "forwarded_ns", "read_ns", "read_blocks", "held", "preemptions_of")
+    for name in (*more, "gaps_ns"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+    assert ours.steps_per_replica == theirs.steps_per_replica
+    silent = pair.run("kernel")
+    assert silent.steps is None and np.array_equal(silent.finish_ns, theirs.finish_ns)
+
+
+@settings(max_examples=80)
+@given(pairs())
+def test_kernel_equals_reference(pair: Pair) -> None:
+    compare(pair)
+
+
+@pytest.mark.nightly
+@settings(max_examples=3000)
+@given(pairs(most=60))
+def test_kernel_equals_reference_on_many_deployments(pair: Pair) -> None:
+    compare(pair)
+
+
+REACHED: dict[str, Callable[[Pair, DisaggregatedOutcome], bool]] = {
+    "a preemption of a prompt": lambda pair, outcome: outcome.preemptions_of[: pair.prefill.replicas].any(),
+    "a preemption of an answer": lambda pair, outcome: outcome.preemptions_of[pair.prefill.replicas :].any(),
+    "a prompt of which a part is found": lambda pair, outcome: bool(
+        (outcome.read_blocks < -(-pair.trace.prompt // pair.decode.settings.block_size)).any()
+    ),
+    "answers that overtake others on their way": lambda pair, outcome: bool(
+        (np.diff(outcome.read_ns[np.argsort(outcome.read_ns[:, 0], kind="stable"), 1]) < 0).any()
+    ),
+    "a prompt that ends while it waits, preempted in flight": lambda pair, outcome: bool(
+        outcome.preemptions_of[: pair.prefill.replicas].any()
+        and pair.prefill.settings.async_scheduling
+        and ended_preempted(pair, outcome)
+    ),
+}
+
+
+def ended_preempted(pair: Pair, outcome: DisaggregatedOutcome) -> bool:
+    """Whether a prompt is computed by a batch after whose launch it is preempted, and by no later one."""
+    for steps in by_instance(outcome)[: pair.prefill.replicas]:
+        last = {i: (start, end) for start, end, rows, _ in steps for i, _, _ in rows}
+        for start, _, _, lost in steps:
+            if any(i in last and last[i][0] < start < last[i][1] for i in lost):
+                return True
+    return False
+
+
+@pytest.mark.parametrize("event", REACHED)
+def test_random_deployments_reach_the_events_that_matter(event: str) -> None:
+    find(
+        pairs(),
+        lambda pair: REACHED[event](pair, pair.run("kernel", log=True)),
+        settings=settings(max_examples=1500, derandomize=True, database=None, phases=[Phase.generate]),
+    )
+
+
 # Nothing is lost.
 
 
@@ -179,6 +253,100 @@ def test_a_prefill_instance_gives_back_what_was_read_once_it_has_something_to_do
     held = replace(pair, trace=late).run("reference").held[: pair.prefill.replicas]
     size = pair.prefill.settings.block_size
     assert held.tolist() == [ceil_div(p, size) for p in late.prompt[-pair.prefill.replicas :].tolist()]
+
+
+# A rule that is changed is noticed.
+
+
+def at_once(self: handover.Instance) -> Batch:
+    """The scheduler learns at the launch of a batch what the workers see."""
+    batch = LAUNCH(self)
+    for sequence in self._seen[-1]:
+        self.scheduler.hear(sequence)
+    self._seen[-1] = []
+    return batch
+
+
+def waiting_first(self: handover.DecodeScheduler, batch: Batch) -> None:
+    """Those that wait are admitted before those whose read has ended."""
+    handover.VllmScheduler.schedule_waiting(self, batch)
+    for sequence in list(self.remote):
+        if sequence in self._read and self.seats(batch):
+            self.start(batch, sequence)
+
+
+def seated(self: handover.DecodeScheduler, batch: Batch, sequence: Sequence) -> bool:
+    """A read takes a seat."""
+    taken = len(self.running) + len(self.remote)
+    return (sequence in self._handed or taken < self.settings.max_num_seqs) and ADMIT(self, batch, sequence)
+
+
+def all_travels(self: handover.DecodeScheduler, batch: Batch, sequence: Sequence) -> bool:
+    """What is found travels too."""
+    admitted = ADMIT(self, batch, sequence)
+    if self.ordered and self.ordered[-1][0] is sequence:
+        self.ordered[-1] = sequence, sequence.blocks
+    return admitted
+
+
+def unfindable(self: handover.DecodeScheduler, batch: Batch, sequence: Sequence) -> None:
+    """What was read can be found a batch after the first that its request is in."""
+    register, self.blocks.register = self.blocks.register, lambda sequence, tokens: None  # type: ignore[method-assign]
+    START(self, batch, sequence)
+    self.blocks.register = register  # type: ignore[method-assign]
+
+
+LAUNCH = handover.Instance.launch
+ADMIT = handover.DecodeScheduler.admit
+START = handover.DecodeScheduler.start
+READ = handover.Deployment.read
+MUTANTS: dict[str, tuple[type, str, Any]] = {
+    "blocks of a prompt are free when it is computed": (
+        handover.PrefillScheduler,
+        "give_back",
+        lambda self, sequence: self.blocks.release(sequence),
+    ),
+    "a read is known at the launch after it": (handover.Instance, "launch", at_once),
+    "a read takes a seat": (handover.DecodeScheduler, "admit", seated),
+    "those that wait come before those that were read": (handover.DecodeScheduler, "schedule_waiting", waiting_first),
+    "what is found travels too": (handover.DecodeScheduler, "admit", all_travels),
+    "what was read can be found a batch later": (handover.DecodeScheduler, "start", unfindable),
+    "decode instances are chosen as prefill instances are": (
+        handover.Deployment,
+        "forward",
+        lambda self, prompt: (
+            self.decode_of.__setitem__(prompt.id, prompt.id % len(self.decode)),
+            self.decode[prompt.id % len(self.decode)].add(
+                self.answers[prompt.id], prompt.answered_ns + self.handover.proxy_ns
+            ),
+        ),
+    ),
+    "reads never wait for each other": (
+        handover.Deployment,
+        "read",
+        lambda self, *given: (setattr(self, "_link_free", [0] * len(self.prefill)), READ(self, *given)),
+    ),
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("rule", MUTANTS)
+def test_a_changed_rule_is_noticed_by_recorded_runs(shared: Path, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, changed = MUTANTS[rule]
+    monkeypatch.setattr(owner, name, changed)
+    last = [read(shared, "pd_2p1d_seats_long_reads")] if changed is seated else []
+    assert not all(comes_out(case, "reference") for case in [*last, *read(shared, "random")[:60]])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("key", ["idle_poll_us", "notice_us", "proxy_us", "link"])
+def test_a_changed_setting_is_noticed_by_recorded_runs(shared: Path, key: str) -> None:
+    changed = {"idle_poll_us": 100, "notice_us": 400, "proxy_us": 20}
+    cases = []
+    for case in read(shared, "random")[:40]:
+        other = {"none": "fifo", "fifo": "none"}[case["config"]["link"]] if key == "link" else changed[key]
+        cases.append(case | {"config": case["config"] | {key: other}})
+    assert not all(comes_out(case, "kernel") for case in cases)
 
 
 # One request, by hand.
@@ -297,7 +465,7 @@ def test_a_closed_loop_pipelines_and_other_policies_are_refused() -> None:
     pair = alone()
     with pytest.raises(UsageError, match="open arrivals, not a closed loop"):
         replace(pair, trace=requests([(0, 5, 3)], 1)).run("reference")
-    with pytest.raises(UsageError, match="the decode instances must be of one stage and the engine vllm"):
+    with pytest.raises(UsageError, match="the decode instances must be of one stage, one scheduler of the engine vllm"):
         replace(pair, decode=replace(pair.decode, laws=[*pair.decode.laws] * 2)).run("reference")
     with pytest.raises(UsageError, match="handover: read_ns must be from 0"):
         Handover(read_ns=-1)

@@ -205,8 +205,9 @@ def run_disaggregated(
 
     Parameters
     ----------
-    prefill, decode : EnginePool    of one stage and the policy "vllm" each; they agree on `max_model_len`, on prefix
-                                    caching and on the size of a block, and sleep when there is nothing to run
+    prefill, decode : EnginePool    each of one stage, one scheduler of the engine vllm and one kind of KV block,
+                                    without drafts; they agree on `max_model_len`, on prefix caching and on the size of
+                                    a block, and sleep when there is nothing to run
     handover : Handover
     trace : Trace                   open arrivals
     log : bool                      keep every batch
@@ -225,8 +226,12 @@ def run_disaggregated(
         raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
-        if len(pool.laws) != 1 or not isinstance(pool.settings.scheduler, VllmScheduling):
-            raise UsageError(f"the {name} instances must be of one stage and the engine vllm")
+        plain = pool.ranks is None and not pool.kv_groups and pool.settings.speculation is None
+        if not plain or len(pool.laws) != 1 or not isinstance(pool.settings.scheduler, VllmScheduling):
+            raise UsageError(
+                f"the {name} instances must be of one stage, one scheduler of the engine vllm and one kind of KV "
+                "block, and verify no drafts"
+            )
         if not pool.settings.scheduler.idle_sleep_ns:
             raise UsageError(
                 f"the {name} instances need an idle_sleep_us of at least 1: one that waits for a read or a notice "
@@ -247,7 +252,9 @@ def run_disaggregated(
         from apex_opt.simulator.reference import handover as instances
 
         return instances.run(prefill, decode, handover, trace, log=log, gaps=gaps)
-    raise UsageError('prefill and decode instances are simulated by implementation="reference"')
+    from apex_opt.simulator import pack_disaggregated
+
+    return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
 
 
 def _check_alike(pools: Sequence[EnginePool]) -> None:

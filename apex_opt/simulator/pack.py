@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import lru_cache
 from math import lcm
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]
+
+Room = tuple[int, ...]
+"""Batches, rows and preempted requests that a log has room for."""
+
+M = TypeVar("M", bound="Memory")
 
 assert kn.RATE_BITS == RATE_BITS
 _RULES: Final = {
@@ -98,17 +103,26 @@ def run(
     """
     if any(pool.ranks is not None for pool in pools):
         raise UsageError("ranks are served by the reference alone so far")
-    capacity = (0, 0, 0)
+    memory = served(lambda room: Memory(pools, trace, shares, stops, floors, room), logged=log or gaps)
+    return memory.outcome(log=log, gaps=gaps)
+
+
+def served(build: Callable[[Room | None], M], *, logged: bool) -> M:
+    """The memory of a finished run; of one that is logged with room for all its batches.
+
+    A first run, without room for any, counts them.
+    """
+    room = (0, 0, 0)
     while True:
-        memory = _Memory(pools, trace, shares, stops, floors, capacity if log or gaps else None)
+        memory = build(room if logged else None)
         memory.serve()
         used = tuple(memory.run.control[[kn.STEPS, kn.ROWS, kn.LOST]].tolist())
-        if not (log or gaps) or memory.stopped or all(map(int.__le__, used, capacity)):
-            return memory.outcome(log=log, gaps=gaps)
-        capacity = used
+        if not logged or memory.stopped or all(map(int.__le__, used, room)):
+            return memory
+        room = used
 
 
-class _Memory:
+class Memory:
     """The arrays of one run, and what is read from them."""
 
     def __init__(
@@ -118,12 +132,15 @@ class _Memory:
         shares: Sequence[Share],
         stops: Sequence[Stop],
         floors: Outcome | None,
-        capacity: tuple[int, ...] | None,
+        room: Room | None,
+        holding: Sequence[int] = (),
     ) -> None:
         self._pools, self._trace, self._shares = pools, trace, shares
         lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
         self._places = [slice(last - pool.replicas, last) for pool, last in zip(pools, lasts, strict=True)]
-        self._engines = [_engine(pool.settings, len(pool.laws), pool.kv_groups) for pool in pools]
+        self._engines = [
+            "general" if holding else _engine(pool.settings, len(pool.laws), pool.kv_groups) for pool in pools
+        ]
         if any(share.routed for share in shares) and len(shares) < len(pools):
             # Replicas of several pools advance together, by the engine that can run all of them.
             for name in ("general", "speculative", "grouped"):
@@ -131,16 +148,18 @@ class _Memory:
                     self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
         self._lanes = [
-            pool.replicas if any(share.routed and share.first < place.stop <= share.last for share in shares) else 1
+            pool.replicas
+            if holding or any(share.routed and share.first < place.stop <= share.last for share in shares)
+            else 1
             for pool, place in zip(pools, self._places, strict=True)
         ]
         self._requests = _requests(pools[0].settings.max_model_len, trace)
         self._replicas = np.zeros((lasts[-1], kn.REPLICA_SIZE), np.int64)
         for pool, place in zip(pools, self._places, strict=True):
             _set_up(self._replicas[place], pool)
-        sizes = capacity or (0, 0, 0)
+        sizes = room or (0, 0, 0)
         control = np.zeros(kn.CONTROL_SIZE, np.int64)
-        control[[kn.SIZE, kn.STOPS, kn.LOGGED]] = len(trace), len(stops), capacity is not None
+        control[[kn.SIZE, kn.STOPS, kn.LOGGED]] = len(trace), len(stops), room is not None
         control[kn.ORIGIN] = 0 if trace.concurrency is not None else trace.arrival_ns[0]
         control[[kn.MOST_STEPS, kn.MOST_ROWS, kn.MOST_LOST]] = sizes
         limits, least = _stops(stops, floors, self._requests)
@@ -163,7 +182,7 @@ class _Memory:
         if pools[0].kv_groups:
             self._cache = self._grouped(sizes[0])
         elif pools[0].settings.prefix_caching:
-            self._cache = self._blocks()
+            self._cache = self._blocks(holding or [0] * len(pools))
 
     def _laws(self) -> I64:
         """The tables of all laws, each once; and which are whose."""
@@ -232,27 +251,27 @@ class _Memory:
             scratch[start : start + len(counts)] = counts
         return scratch
 
-    def _blocks(self) -> kn.Cache:
-        """Memory of prefix caching."""
+    def _blocks(self, holding: Sequence[int]) -> kn.Cache:
+        """Memory of prefix caching; in a replica of each pool so many can hold blocks beside those that run."""
         settings, n = self._pools[0].settings, len(self._trace)
         content = _content(self._trace, settings.block_size, settings.max_model_len)
         longest = int((self._requests[kn.PROMPT] + self._requests[kn.LIMIT]).max()) // settings.block_size + 1
         ends = dict.fromkeys((kn.MEMO_AT, kn.SLOTS_AT, kn.TABLE_AT, kn.BLOCK_AT, kn.HOLDER_AT), 0)
-        for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
+        for pool, place, lanes, more in zip(self._pools, self._places, self._lanes, holding, strict=True):
             if max(content.total, pool.blocks) >= 1 << 31:
                 raise UsageError(
                     f"prefix caching: {max(content.total, pool.blocks):,} blocks of content are too many; "
                     "use a shorter trace"
                 )
-            seats, rows = pool.settings.max_num_seqs, self._replicas[place]
+            slots, rows = pool.settings.max_num_seqs + more, self._replicas[place]
             # Blocks are taken for drafts, too: of up to three rows beyond the last token.
             beyond = 3 * pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
             width = min(longest + ceil_div(beyond, settings.block_size), pool.blocks)
-            rows[:, [kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = width, pool.blocks, content.total
+            rows[:, [kn.SLOTS, kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = slots, width, pool.blocks, content.total
             for column, size in {
                 kn.MEMO_AT: kn.MEMO_WIDTH,
-                kn.SLOTS_AT: seats,
-                kn.TABLE_AT: seats * width,
+                kn.SLOTS_AT: slots,
+                kn.TABLE_AT: slots * width,
                 kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
                 kn.HOLDER_AT: content.total * kn.HOLDER_WIDTH,
             }.items():

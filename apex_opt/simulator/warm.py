@@ -12,10 +12,13 @@ from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
-from apex_opt.simulator.api import run_deployment
+from apex_opt.simulator.api import run_deployment, run_disaggregated
+from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
     SERVE_CACHING,
+    SERVE_DISAGGREGATED,
+    SERVE_DISAGGREGATED_CACHING,
     SERVE_GENERAL,
     SERVE_GROUPED,
     SERVE_SPECULATIVE,
@@ -28,6 +31,7 @@ from apex_opt.simulator.pools import EnginePool
 from apex_opt.workload.trace import make_trace
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+_SLEEPY: Final = VllmScheduling(idle_sleep_us=1)
 _DRAFT: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 
 
@@ -37,6 +41,7 @@ class Variant(NamedTuple):
     settings: EngineSettings
     entries: tuple[Entry, ...]
     groups: tuple[KvGroup, ...] = ()
+    disaggregated: bool = False  # prefill and decode instances
 
 
 VARIANTS: Final = {
@@ -56,6 +61,14 @@ VARIANTS: Final = {
     ),
     "grouped": Variant(
         EngineSettings(max_model_len=4, **_LIMITS), (SERVE_GROUPED,), (KvGroup(kind="full", block_size=1),)
+    ),
+    "disaggregated": Variant(
+        EngineSettings(max_model_len=4, scheduler=_SLEEPY, **_LIMITS), (SERVE_DISAGGREGATED,), disaggregated=True
+    ),
+    "disaggregated caching": Variant(
+        EngineSettings(max_model_len=4, scheduler=_SLEEPY, prefix_caching=True, block_size=1, **_LIMITS),
+        (SERVE_DISAGGREGATED_CACHING,),
+        disaggregated=True,
     ),
 }
 """A run for each entry of the kernel."""
@@ -88,8 +101,12 @@ def warm_up(processes: int | None = None) -> list[str]:
 
 def run(name: str) -> None:
     """Serve a request by a variant, which compiles it where it has not been."""
-    settings, _, groups = VARIANTS[name]
+    settings, _, groups, disaggregated = VARIANTS[name]
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
-    run_deployment([EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups)], trace)
+    pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups)
+    if disaggregated:
+        run_disaggregated(pool, pool, Handover(), trace)
+    else:
+        run_deployment([pool], trace)

@@ -16,7 +16,6 @@ from apex_opt.simulator.kernel.state import (
     HOLDER_AT,
     HOLDER_WIDTH,
     MARK,
-    MAX_SEQS,
     MEMO_AT,
     MEMO_FOUND,
     MEMO_REQUEST,
@@ -28,6 +27,7 @@ from apex_opt.simulator.kernel.state import (
     OLDER,
     OLDEST,
     POOL_BLOCKS,
+    SLOTS,
     SLOTS_AT,
     TABLE_AT,
     TABLE_WIDTH,
@@ -76,7 +76,7 @@ def empty_cache_nb(cache: Cache, r: I64) -> None:
         row[MARK] = 0
     for key in range(r[CONTENTS] * HOLDER_WIDTH):
         holder[key] = NONE
-    for slot in range(r[MAX_SEQS]):
+    for slot in range(r[SLOTS]):
         cache.slots[r[SLOTS_AT] + slot] = slot
     memo_nb(cache, r)[MEMO_REQUEST] = NONE
 

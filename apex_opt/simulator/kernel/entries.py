@@ -152,15 +152,22 @@ class Entry:
 
 _I64, _I32 = np.int64, np.int32
 _KERNEL: Final = "apex_opt.simulator.kernel."
-_SERVE: Final = (*[_I64] * 12, int, int, _I64, int)
+_RUN: Final = (_I64,) * 12
+_CACHE: Final = (int, *[_I64] * 8, _I32, _I32, _I32)
+_SERVE: Final = (*_RUN, int, int, _I64, int)
 SERVE_STEADY: Final = Entry(_KERNEL + "deployment", "serve_steady_nb", _SERVE)
 SERVE_GENERAL: Final = Entry(_KERNEL + "deployment", "serve_general_nb", _SERVE)
-_CACHING: Final = (*_SERVE, int, *[_I64] * 8, _I32, _I32, _I32)
+_CACHING: Final = (*_SERVE, *_CACHE)
 SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
 _GROUPED: Final = (*_SERVE, *[int] * 6, *[_I64] * 3, _I32, *[_I64] * 4, _I32, _I32, _I32)
 SERVE_GROUPED: Final = Entry(_KERNEL + "deployment", "serve_grouped_nb", _GROUPED)
+_INSTANCES: Final = (*_RUN, *[_I64] * 4)
+SERVE_DISAGGREGATED: Final = Entry(_KERNEL + "disaggregated", "serve_disaggregated_nb", _INSTANCES)
+SERVE_DISAGGREGATED_CACHING: Final = Entry(
+    _KERNEL + "disaggregated", "serve_disaggregated_caching_nb", (*_INSTANCES, *_CACHE)
+)
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -169,6 +176,8 @@ ENTRIES: Final = (
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_GROUPED,
+    SERVE_DISAGGREGATED,
+    SERVE_DISAGGREGATED_CACHING,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""

@@ -42,6 +42,7 @@ from apex_opt.simulator.kernel.state import (
     FREE,
     GENERATED,
     HEAD,
+    HOLDS,
     IN_FLIGHT,
     LAST_ENDED,
     LIMIT,
@@ -318,13 +319,14 @@ def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
 
 @inner
 def leave_nb(run: Run, cache: Cache | None, r: I64, i: int) -> None:
-    """Request i is answered and gives its blocks back."""
+    """Request i is answered and gives its blocks back, unless they are held."""
     blocks = column_nb(run, BLOCKS)
-    if cache is None:
-        r[FREE] += blocks[i]
-    else:
-        r[FREE] += release_nb(cache, r, i, blocks[i])
-    blocks[i] = 0
+    if r[HOLDS] == 0:
+        if cache is None:
+            r[FREE] += blocks[i]
+        else:
+            r[FREE] += release_nb(cache, r, i, blocks[i])
+        blocks[i] = 0
     column_nb(run, PLACE)[i] = DONE
     r[UNREPORTED] = 1  # the workers learn of it with the next batch, even an empty one
     answer_nb(run, r, i, r[NOW])
@@ -340,7 +342,9 @@ def close_ranks_nb(run: Run, cache: Cache | None, r: I64, gone: int) -> None:
         if place[i] == RUNS:
             running[kept] = i
             kept += 1
-        elif cache is not None:
+        elif cache is not None and r[HOLDS] == 0:
             gone -= 1
             cache.slots[r[SLOTS_AT] + n - 1 - gone] = cache.slot[i]
     r[RUNNING] = kept
+    if r[HOLDS] == 1:
+        r[SLOTS_AT] += n - kept

@@ -58,6 +58,18 @@ class Cache(NamedTuple):
     holder: I32  # of each content, the oldest and the newest block
 
 
+class Links(NamedTuple):
+    """What there is beside a `Run` where prompts are handed over.
+
+    The first half of the requests are prompts, the second their answers; the first replicas compute prompts.
+    """
+
+    facts: I64
+    instances: I64  # a row for each replica
+    ends: I64  # columns, of each prompt and each answer
+    passages: I64  # columns, of each prompt
+
+
 # Columns of `Run.control`: requests, limits to stop at, the first arrival, whether a limit is passed; whether batches
 # are logged, how many rows there are of each kind, which run on past the capacity, so that a second run can be given
 # enough, and the capacities.
@@ -99,7 +111,8 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     QUEUE_AT,
     MICRO_AT,
     MEMO_AT,
-    SLOTS_AT,
+    SLOTS_AT,  # moves past the slots of those that hold blocks and do not run
+    SLOTS,
     TABLE_AT,
     TABLE_WIDTH,
     BLOCK_AT,
@@ -156,8 +169,9 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     UNREPORTED,
     COMPLETE,
     STALE,  # batches in flight that may hold sequences preempted since
+    HOLDS,  # whether blocks of an answered request are held until they are read
     REPLICA_SIZE,
-) = range(77)
+) = range(79)
 
 # Of a micro-batch, see `rotation`: how often it was formed and taken in, how often it can be taken in before somebody
 # gets its last token, and by how often it will have been formed those who need a block then: with prefix caching the
@@ -199,3 +213,33 @@ ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 USERS, CONTENT, BEHIND, AHEAD, OLDER, NEWER, MARK, FOUND_AT, BLOCK_WIDTH = range(9)
 OLDEST, NEWEST, HOLDER_WIDTH = range(3)
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)
+
+# `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
+# instance follow each other; prompts that have been handed over.
+REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FORWARDED, FACTS_SIZE = range(10)
+
+# Columns of `Links.instances`: when it acts next; whether it awaits its oldest batch, and whether its turn executed
+# something; until when requests have been received; how long it sleeps; when its link is free; its line of ends of
+# reads, how many of them can be admitted, when the next can be seen, and how many were seen with each batch in flight.
+(
+    DUE,
+    AWAITS,
+    EXECUTED,
+    RECEIVED,
+    SLEEP_NS,
+    LINK_FREE,
+    FIRST_END,
+    LAST_END,
+    ENDS,
+    READY,
+    SOONEST,
+    SEEN_IN,
+    INSTANCE_SIZE,
+) = (*range(12), 13)
+
+# Columns of `Links.ends`: when the workers can see it; the batch they saw it with, or NONE or HEARD; the next in line.
+END_AT, SEEN, NEXT_END, END_SIZE = range(4)
+HEARD = -2
+
+# Columns of `Links.passages`: the decode instance, and the read.
+DECODE_OF, READ_START, READ_END, READ_BLOCKS, PASSAGE_SIZE = range(5)

@@ -81,17 +81,16 @@ class DecodeScheduler(ConnectedScheduler):
             if not self.seats(batch):
                 return
             if sequence in self._read:
-                self._start(batch, sequence)
+                self.start(batch, sequence)
         super().schedule_waiting(batch)
 
-    def _start(self, batch: Batch, sequence: Sequence) -> None:
-        """Admit a sequence that has its blocks: it computes the last token it knows."""
+    def start(self, batch: Batch, sequence: Sequence) -> None:
+        """Admit a sequence that has its blocks, which can be found from now on: it computes the last token it knows."""
         self.remote.remove(sequence)
         self._read.remove(sequence)
         self.running.append(sequence)
-        self.blocks.register(sequence, sequence.computed)
-        sequence.computed = min(sequence.computed, sequence.known - 1)
-        self.enter(batch, sequence, sequence.known - sequence.computed)
+        sequence.computed = sequence.known - 1
+        self.enter(batch, sequence, 1)
 
     def admit(self, batch: Batch, sequence: Sequence) -> bool:
         """Order the read of what is not found of a prompt, where there are blocks for all of it."""
