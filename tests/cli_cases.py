@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +45,35 @@ def run(*words: str, cwd: Path | None = None) -> Ran:
             code = int(ended.code or 0)
     assert code is not None, f"{words}: the command returned where it should have ended the program"
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+class Once:
+    """Commands that answer a question once, however many forms of the answer are asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def run(self, *words: str, cwd: Path | None = None) -> Ran:
+        """Run a command; the answer to a question asked before is shown anew without the work."""
+        from apex_opt import api
+        from apex_opt.commands import COMMANDS
+
+        assert api, "it fills the table of commands"
+        kept = {name: command._replace(run=self._kept(command.run)) for name, command in COMMANDS.items()}
+        with patch.dict(COMMANDS, kept):
+            return run(*words, cwd=cwd)
+
+    def _kept(self, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def kept(asked: Any) -> Any:
+            key = answer, asked
+            if key not in self._known:
+                self._known[key] = answer(asked)
+            return self._known[key]
+
+        return kept
+
+
+def both(*words: str) -> tuple[Ran, Ran]:
+    """A question answered once, as JSON and as tables."""
+    once = Once()
+    return once.run(*words, "--format=json"), once.run(*words)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 LONGEST = (
-    *("search_search", "cli", "frozen", "search_fleet", "studies_capacity", "search_bounds_isolated", "studies_check"),
-    *("figures_stops", "simulator_kernel", "simulator_policies", "simulator_prefix_caching", "formulations_placement"),
-    *("formulations_plan_space", "readme", "docs_examples", "docs_clusters", "docs_capacity", "studies_explain"),
-    *("search_joint", "simulator_warm", "packaging", "benchmarks", "process"),
+    *("cli", "frozen", "search_search", "readme", "studies_check", "figures_stops", "search_bounds_isolated"),
+    *("studies_capacity", "formulations_plan_space", "studies_explain", "simulator_kernel", "docs_examples"),
+    *("simulator_prefix_caching", "packaging", "simulator_policies", "docs_clusters", "formulations_placement"),
+    *("simulator_warm", "docs_capacity", "benchmarks", "process"),
 )
 """Files that take long, by `--cpu`: the workers begin with them, so that none is left with a long one at the end."""
 
@@ -38,6 +38,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs recordings that are not part of the repository: no folder {SHARED}")
     return SHARED
+
+
+def pytest_configure() -> None:
+    if gone := [name for name in LONGEST if not Path(__file__).with_name(f"test_{name}.py").is_file()]:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names files that there are not: {', '.join(gone)}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,8 +31,15 @@ NAMED = (
 )
 
 
+COMPILING = {"plan_first_process_s", "kernel_compile_s"}
+"""Figures of compiling the kernel anew."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", benchmarks())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.nightly] if name in COMPILING else []) for name in benchmarks()],
+)
 def test_a_reduced_run_gives_a_positive_finite_figure(name: str) -> None:
     value = benchmarks()[name].measure(True)
     assert math.isfinite(value)

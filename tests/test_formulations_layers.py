@@ -59,7 +59,7 @@ def brute_force(p: Pipeline) -> tuple[int, ...] | None:
 
 
 @given(pipelines())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_split_is_the_best_of_all_that_fit(pipeline: Pipeline) -> None:
     assert split(pipeline) == brute_force(pipeline)
 

@@ -79,7 +79,7 @@ def problems(draw: st.DrawFn) -> tuple[Tree, Shape, Callable[[Layout], tuple[flo
     return tree, shape, draw(talk(shape))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_no_assignment_of_ranks_to_gpus_is_better(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
@@ -94,7 +94,7 @@ def test_no_assignment_of_ranks_to_gpus_is_better(
     assert found.optimal
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_of_equally_quick_assignments_none_keeps_more_gpus_in_groups(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
@@ -117,7 +117,7 @@ def test_of_equally_quick_assignments_none_keeps_more_gpus_in_groups(
     assert found.kept == kept(mine) == max(quick)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_what_the_search_counts_with_is_what_the_program_places(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]],
@@ -130,7 +130,7 @@ def test_what_the_search_counts_with_is_what_the_program_places(
     assert judged(counted) == found.measure
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.data())
 def test_no_assignment_as_quick_moves_fewer_weights(
     asked: tuple[Tree, Shape, Callable[[Layout], tuple[float, ...]]], data: st.DataObject
@@ -164,7 +164,7 @@ def test_no_assignment_as_quick_moves_fewer_weights(
     assert lost(found.assignment, tuple(before[index] for index in found.replicas)) == found.moved_bytes
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(compositions(), st.data())
 def test_a_spare_gpu_never_makes_the_best_placement_slower(composition: Composition, data: st.DataObject) -> None:
     gpus = composition.topology().gpus()

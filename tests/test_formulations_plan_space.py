@@ -81,7 +81,7 @@ def test_layers_are_moved_to_where_trying_every_split_puts_them(seed: int) -> No
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_family_alone_keeps_out_what_breaks_it(seed: int) -> None:
     instance = random_instance(seed)
-    for family in FAMILIES:
+    for family in FAMILIES[seed % 2 :: 2]:
         found = SPACE.enumerate(instance, [family])
         assert set(found.plans) == {plan for plan, faults in single(brute_force(seed)) if family not in faults}, family
 
@@ -293,7 +293,11 @@ def test_an_impossible_problem_has_no_plans_and_that_is_complete() -> None:
 def test_a_clash_is_the_first_of_the_smallest_sets_that_brute_force_leaves_without_a_plan(seed: int) -> None:
     faults = {*brute_force(seed).values(), *(broken for layers, broken in movable(seed).values() if layers is not None)}
     instance = random_instance(seed)
-    for families in (FAMILIES, *itertools.combinations(FAMILIES, 2 + seed % 3)):
+    # Every fifth of the sets of two, three or four families, which over all seeds are each in turn.
+    for families in (
+        FAMILIES,
+        *itertools.islice(itertools.combinations(FAMILIES, 2 + seed % 3), seed // 3 % 5, None, 5),
+    ):
         subsets = (itertools.combinations(families, size) for size in range(1, len(families) + 1))
         every = itertools.chain.from_iterable(subsets)
         smallest = next((names for names in every if all(broken & set(names) for broken in faults)), ())

@@ -34,8 +34,8 @@ def _commands() -> list[list[str]]:
     """Words after `solve.py` of every command shown, in fenced blocks or in the text."""
     shown = [line for _, body in BLOCKS for line in body.splitlines()]
     shown += re.findall(r"`(solve\.py [^`]+)`", FENCE.sub("", README))
-    words = [words for line in shown if (words := words_of(line))]
-    return [item for item in words if "COMMAND" not in item]
+    words = dict.fromkeys(tuple(words) for line in shown if (words := words_of(line)))
+    return [list(item) for item in words if "COMMAND" not in item]
 
 
 @pytest.mark.parametrize("line", [PLAN_LINE, TEST_LINE])

@@ -40,11 +40,14 @@ SERVICE_NS = 1000
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=60)
-@given(data=st.data())
-def test_kernel_equals_reference_on_random_engines(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
-    case = data.draw(cases(loop, traffic))
-    assert_same(case.run("kernel"), case.run("reference"))
+@pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.nightly)])
+def test_kernel_equals_reference_on_random_engines(loop: Loop, traffic: Traffic, examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(cases(loop, traffic))
+    def check(case: Case) -> None:
+        assert_same(case.run("kernel"), case.run("reference"))
+
+    check()
 
 
 REACHED: dict[str, Callable[[Case, Outcome], bool]] = {
@@ -87,7 +90,7 @@ def stops(draw: st.DrawFn, outcome: Outcome, generated: Any) -> Stop:
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_a_run_is_cut_short_exactly_where_the_finished_one_passes_a_limit(
     loop: Loop, traffic: Traffic, data: st.DataObject

@@ -60,8 +60,9 @@ def test_every_policy_has_its_scheduler() -> None:
 
 
 @POLICY
-def test_kernel_equals_reference_on_random_engines_and_traffic(policy: Reserving) -> None:
-    @settings(max_examples=300)
+@pytest.mark.parametrize("examples", [120, pytest.param(3000, marks=pytest.mark.nightly)])
+def test_kernel_equals_reference_on_random_engines_and_traffic(policy: Reserving, examples: int) -> None:
+    @settings(max_examples=examples)
     @given(any_traffic(policy))
     def check(case: Case) -> None:
         assert case.settings.scheduler.name == policy
@@ -87,7 +88,7 @@ def test_nobody_is_ever_preempted(policy: Reserving) -> None:
 
 @POLICY
 def test_admission_is_first_come_first_served_in_whole_prompts_and_within_reserved_blocks(policy: Reserving) -> None:
-    @settings(max_examples=120)
+    @settings(max_examples=60)
     @given(alone(policy))
     def check(case: Case) -> None:
         outcome, engine, need = case.run(), case.settings, reserved(case)

@@ -184,8 +184,9 @@ def conversations(draw: st.DrawFn, traffic: Traffic, *, most: int = 30, crowded:
 
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("traffic", TRAFFIC)
-def test_kernel_equals_reference_on_random_conversations(traffic: Traffic, crowded: bool) -> None:
-    @settings(max_examples=300)
+@pytest.mark.parametrize("examples", [80, pytest.param(2000, marks=pytest.mark.nightly)])
+def test_kernel_equals_reference_on_random_conversations(traffic: Traffic, crowded: bool, examples: int) -> None:
+    @settings(max_examples=examples)
     @given(conversations(traffic, crowded=crowded))
     def check(case: Case) -> None:
         assert_same(case.run("kernel"), case.run("reference"))

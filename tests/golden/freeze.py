@@ -1,18 +1,23 @@
 """Freeze the answers of the commands in `answers/commands.txt`, as the referee of changes that must not move them.
 
-    python -m tests.golden.freeze [GROUP ...]           record all, or these groups
-    python -m tests.golden.freeze --search [GROUP ...]  record only how the search went (`search.json`)
+    python -m tests.golden.freeze GROUP ...             record these groups of commands anew
+    python -m tests.golden.freeze all                   record all groups anew
+    python -m tests.golden.freeze --search GROUP ...    record only how searches went (`search.json`)
     python -m tests.golden.freeze --show "plan --top=3" print the whole answer of one command, to compare by hand
+
+Record only what is meant to move: look at what `pytest tests/test_frozen.py` lists first, and say in the commit what
+moved and why.
 
 `answers/GROUP.json` maps a command to its exit code, its error line if it has one, and its answer. What shows how the
 search went (`SEARCH`: counts of plans bounded and simulated, and what hangs on their order) is in `answers/search.json`
 alone, as it may change with the order of a search while the answers, the size of the space and what is infeasible may
 not. Long parts are kept as hashes (`HASHED`). Nothing here knows of the package but
-`cli_cases.run`.
+`cli_cases`.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -53,11 +58,15 @@ def commands() -> dict[str, list[str]]:
     return groups
 
 
+ONCE = cli_cases.Once()
+"""Pages are of questions that others ask as JSON."""
+
+
 def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is frozen of a command: the answer, and how its search went by the path of each count."""
     words = shlex.split(command)
     whole = any(word.startswith("--format") for word in words)
-    code, out, err = cli_cases.run(*words, *(() if whole else ("--format=json",)), cwd=cli_cases.ROOT)
+    code, out, err = ONCE.run(*words, *(() if whole else ("--format=json",)), cwd=cli_cases.ROOT)
     kept: dict[str, Any] = {"exit": code}
     if errors := [line for line in err.splitlines() if line.startswith("error: ")]:
         kept["error"] = errors
@@ -142,11 +151,23 @@ def lines(value: Any, depth: int) -> str:
 
 def main(words: list[str]) -> None:
     os.environ["COLUMNS"] = "120"
-    if words[:1] == ["--show"]:
-        print(cli_cases.run(*shlex.split(words[1]), "--format=json", cwd=cli_cases.ROOT).out, end="")
+    groups = ", ".join(commands())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.golden.freeze", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"all, or any of {groups}")
+    parser.add_argument("--search", action="store_true", help="record only how searches went")
+    parser.add_argument("--show", metavar="COMMAND", help="print the whole answer of a command and record nothing")
+    asked = parser.parse_args(words)
+    if asked.show:
+        print(cli_cases.run(*shlex.split(asked.show), "--format=json", cwd=cli_cases.ROOT).out, end="")
         return
-    searches_only = "--search" in words
-    chosen = [word for word in words if word != "--search"] or list(commands())
+    if not asked.groups:
+        parser.error(f"say which groups to record anew: all, or any of {groups}")
+    if unknown := [group for group in asked.groups if group not in (*commands(), "all")]:
+        parser.error(f"there is no group {unknown[0]!r}; say all, or any of {groups}")
+    searches_only = asked.search
+    chosen = list(commands()) if "all" in asked.groups else asked.groups
     searches = read("search")
     for group in chosen:
         kept = {}

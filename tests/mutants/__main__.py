@@ -1,15 +1,21 @@
 """Plant faults in a copy of the source, one at a time, and say which tests find them.
 
-    python -m tests.mutants [--root FOLDER] [--check] [KIND or ID ...]
+    python -m tests.mutants                   plant all, an hour or more
+    python -m tests.mutants bounds k03        plant those of a kind, and single ones by their id
+    python -m tests.mutants --list            print id, kind, file and fault of each
+    python -m tests.mutants --check           plant none, but say which are stale
+    python -m tests.mutants --root FOLDER     plant in a copy of the checkout in another folder
 
 `faults.toml` lists the faults: where, the text that is there, what it becomes, and the files of tests that should find
-it. A fault whose text is not found exactly once is stale: the source has moved on, and the fault is to be written anew
-on what stands for it now. `--check` does no more than look for these. The tests run in a copy in a temporary folder,
-so nothing in the source itself is touched; the exit code is 1 where a fault is stale or survives.
+it. A fault is found where one of these tests fails; one that survives needs a test that notices. A fault whose text is
+not found exactly once is stale: the source has moved on, and the fault is to be written anew on what stands for it now.
+The tests run in a copy in a temporary folder, so nothing in the source itself is touched; the exit code is 1 where a
+fault is stale or survives, 2 for words that name no fault.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -88,13 +94,29 @@ def find(fault: Fault, root: Path, copy: Path) -> str | None:
 
 
 def main(words: list[str]) -> int:
-    root = Path(words[words.index("--root") + 1]).resolve() if "--root" in words else HERE.parents[1]
-    chosen = [word for at, word in enumerate(words) if word[:2] != "--" and words[at - 1 : at] != ["--root"]]
-    mine = [fault for fault in faults() if not chosen or fault.id in chosen or fault.kind in chosen]
+    every = faults()
+    kinds = list(dict.fromkeys(fault.kind for fault in every))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = {*kinds, *(fault.id for fault in every)}
+    parser.add_argument("chosen", nargs="*", metavar="KIND or ID", help=f"kinds: {', '.join(kinds)}; ids: see --list")
+    parser.add_argument("--list", action="store_true", help="print the faults and plant none")
+    parser.add_argument("--check", action="store_true", help="say which faults are stale and plant none")
+    parser.add_argument("--root", type=Path, default=HERE.parents[1], help="the checkout to copy, else this one")
+    asked = parser.parse_args(words)
+    if unknown := [word for word in asked.chosen if word not in known]:
+        parser.error(f"{unknown[0]!r} is no fault and no kind of faults; kinds: {', '.join(kinds)}; ids: see --list")
+    root, chosen = asked.root.resolve(), asked.chosen
+    mine = [fault for fault in every if not chosen or fault.id in chosen or fault.kind in chosen]
+    if asked.list:
+        for fault in mine:
+            print(f"{fault.id}  {fault.kind:12}  {fault.file}: {fault.why}")
+        return 0
     stale = {fault.id: reason for fault in mine if (reason := fault.stale(root))}
     for name, reason in stale.items():
         print(f"{name}: STALE: {reason}", flush=True)
-    if "--check" in words:
+    if asked.check:
         return int(bool(stale))
     lost = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
