@@ -579,7 +579,8 @@ def models(_: arguments.ModelsAsk) -> Result:
     from apex_opt.report import listed
     from apex_opt.report.document import model_row
 
-    return Result(document=listed.Models(status="ok", models=tuple(map(model_row, list_models()))))
+    rows = tuple(model_row(model) for model in list_models())
+    return Result(document=listed.Models(status="ok", models=rows))
 
 
 @command(arguments.ClustersAsk)

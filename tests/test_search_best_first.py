@@ -13,7 +13,7 @@ from search_cases import ROWS, every_of, problem_of, shapes_of
 
 from apex_opt.search import Part
 from apex_opt.search.best_first import ROUND, Leaf, best_first
-from apex_opt.search.incumbent import FREE
+from apex_opt.search.incumbent import Incumbent
 from apex_opt.search.search import silent
 
 if TYPE_CHECKING:
@@ -27,22 +27,8 @@ if TYPE_CHECKING:
 PLACES = range(len(ROWS))
 
 
-class Everything:
+class Everything(Incumbent):
     """An incumbent that nothing is too bad for."""
-
-    in_order = True
-
-    def order(self, bound: Costs) -> Costs:
-        return bound
-
-    def admits(self, bound: Costs, part: Part) -> bool:
-        return True
-
-    def worst(self, part: Part) -> Costs:
-        return FREE
-
-    def scouted(self, scouts: Sequence[Scored]) -> None:
-        pass
 
     def take(self, scored: Scored, part: Part) -> None:
         pass

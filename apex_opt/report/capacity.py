@@ -11,7 +11,7 @@ from apex_opt.report.document import question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import NOUNS, count, notes_lines, of_types, page, provenance_table, seconds, table
 from apex_opt.report.mixed import parts_table, pools_tables
-from apex_opt.report.tables import best_tables, cluster_words, figure_columns, lost_words
+from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line
 from apex_opt.schema import of
 from apex_opt.studies.capacity import ASSUMPTION
 from apex_opt.workload.steady import rate_of, words
@@ -142,14 +142,7 @@ def _draw(console: Console, document: Document) -> None:
     question, best = document["question"], document["best"]
     trace = question["trace"]
     given = "lengths alone" if trace["rate_per_s"] is None else f"{_rate(trace['rate_per_s'])} as given"
-    console.print(
-        Text.assemble(
-            (question["model"]["name"], "bold"),
-            f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
-            *cluster_words(question["cluster"]),
-            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {given}), {', '.join(question['slo'])}",
-        )
-    )
+    question_line(console, question, given, f", {', '.join(question['slo'])}")
     notes_lines(console, document)
     if best is None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))

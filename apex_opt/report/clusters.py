@@ -14,7 +14,7 @@ from apex_opt.report.layout import amount, count, notes_lines, page, provenance_
 from apex_opt.report.load import said_of
 from apex_opt.report.side_by_side import merged
 from apex_opt.report.sources import in_full
-from apex_opt.report.tables import question_line
+from apex_opt.report.tables import cluster_words, question_line
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _page(console: Console, document: Document) -> None:
     heads = ("cluster", "", "best plan", "GPUs", *(head for head, _ in columns))
     lines = []
     for number, row in enumerate(rows, 1):
-        best, name = row["answer"]["best"], _name(row["answer"]["question"]["cluster"])
+        best, name = row["answer"]["best"], Text.assemble(*cluster_words(row["answer"]["question"]["cluster"])).plain
         marks = [mark for mark in ("cheapest", "fastest") if document[mark] == number]
         if best is None:
             lines.append((name, "", row["answer"]["status"], *["-"] * (1 + len(columns))))
@@ -140,13 +140,6 @@ def _page(console: Console, document: Document) -> None:
         if "launch" in row["answer"]:
             console.print(Text(row["cluster"], "bold"))
             launch_section(console, row["answer"]["launch"])
-
-
-def _name(cluster: Document) -> str:
-    """A cluster, with its accelerators where the name does not tell them."""
-    gpus = [pool["gpu"] for pool in cluster.get("pools", [cluster])]
-    told = all(gpu in cluster["name"] for gpu in gpus)
-    return str(cluster["name"]) if told else f"{cluster['name']} ({' + '.join(gpus)})"
 
 
 def _dearness(answer: Document) -> str:

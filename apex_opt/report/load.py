@@ -55,7 +55,14 @@ def is_steady(run: Scored) -> bool:
 
 
 def transient_document(kind: type[T], transient: Transient, **more: Any) -> T:
-    """How a run begins and ends; the backlog is that of the requests after the first fifth, by halves."""
+    """How a run begins and ends; the backlog is that of the requests after the first fifth, by halves.
+
+    Parameters
+    ----------
+    kind : type of the document
+    transient
+    more : what a document of this type holds besides
+    """
     return of(
         kind,
         transient,

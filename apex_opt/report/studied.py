@@ -4,30 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from apex_opt.report.types import (
-    Answer,
-    BestPlacement,
-    Candidate,
-    Document,
-    Launch,
-    LedgerPart,
-    Lies,
-    Load,
-    MixedAnswer,
-    MixedRun,
-    MovedPlacement,
-    Number,
-    OnOneType,
-    OnSeveralTypes,
-    OtherPlacement,
-    Placement,
-    QuestionFacts,
-    Searched,
-    Sources,
-    Statistics,
-    Status,
-    WhyNot,
-)
+from apex_opt.report import types
 from apex_opt.schema import Described
 
 
@@ -53,17 +30,17 @@ class ComparedPlan(Described):
 
     plan: str
     gpus: int
-    value: Number
+    value: types.Number
     meets_slos: bool | None
     reason: str | None
     preemptions: int | None
     batches: int | None
-    makespan_s: Number
+    makespan_s: types.Number
     terms: tuple[ComparedTerm, ...]
-    lies: tuple[Lies, ...]
+    lies: tuple[types.Lies, ...]
 
 
-class Explained(Searched, OnOneType, WhyNot):
+class Explained(types.Searched, types.OnOneType, types.WhyNot):
     """Why there is no plan and what would give one, or why a plan loses to the best."""
 
     PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
@@ -73,7 +50,7 @@ class Explained(Searched, OnOneType, WhyNot):
     comparison: ComparedPlan | None
 
 
-class MixedExplained(Searched, OnSeveralTypes, WhyNot):
+class MixedExplained(types.Searched, types.OnSeveralTypes, types.WhyNot):
     """The same on several types of GPU, of each by itself."""
 
     PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
@@ -86,15 +63,15 @@ class MixedExplained(Searched, OnSeveralTypes, WhyNot):
 class OfFront(Described):
     """What is told of a deployment of the front besides: its value by each objective, and what starts it."""
 
-    values: Statistics
-    launch: Launch | None = None
+    values: types.Statistics
+    launch: types.Launch | None = None
 
 
-class FrontPlan(Candidate, OfFront):
+class FrontPlan(types.Candidate, OfFront):
     """A plan of the front."""
 
 
-class FrontMixed(MixedRun, OfFront):
+class FrontMixed(types.MixedRun, OfFront):
     """A deployment of the front, on several types of GPU."""
 
 
@@ -103,22 +80,22 @@ class BeatenPlan(Described):
 
     plan: str
     gpus: int
-    values: Statistics
+    values: types.Statistics
 
 
-class Front(Document):
+class Front(types.Document):
     """Every deployment that no other beats in all objectives, best by the first one first."""
 
     PAGE: ClassVar[str] = "apex_opt.report.pareto:pareto_page"
 
     command: str
-    status: Status
+    status: types.Status
     objectives: tuple[dict[str, str | bool | float], ...]
     reason: str | None
     beaten: tuple[BeatenPlan, ...]
-    question: QuestionFacts
+    question: types.QuestionFacts
     steady: bool | None
-    transient: Load | None
+    transient: types.Load | None
     limited_by_arrivals: bool | None
     notes: tuple[str, ...]
 
@@ -128,8 +105,8 @@ class FrontAnswer(Front):
 
     schema: Literal["apex_opt.front/2"] = "apex_opt.front/2"
     candidates: tuple[FrontPlan, ...]
-    certificate: LedgerPart
-    provenance: Sources
+    certificate: types.LedgerPart
+    provenance: types.Sources
 
 
 class MixedFront(Front):
@@ -138,19 +115,19 @@ class MixedFront(Front):
     schema: Literal["apex_opt.mixed_front/2"] = "apex_opt.mixed_front/2"
     candidates: tuple[FrontMixed, ...]
     optimal: bool
-    gap: Number
-    certificates: tuple[LedgerPart, ...]
-    pipelines: tuple[LedgerPart, ...]
-    provenance: dict[str, Sources]
+    gap: types.Number
+    certificates: tuple[types.LedgerPart, ...]
+    pipelines: tuple[types.LedgerPart, ...]
+    provenance: dict[str, types.Sources]
 
 
-class ScoredPlan(Answer):
+class ScoredPlan(types.Answer):
     """One of several plans with its whole answer."""
 
     plan: str
 
 
-class ScoredMixed(MixedAnswer):
+class ScoredMixed(types.MixedAnswer):
     """One of several deployments on several types of GPU with its whole answer."""
 
     plan: str
@@ -173,7 +150,7 @@ class Differences(Described):
     terms: tuple[Term, ...]
 
 
-class PlansAnswer(Document):
+class PlansAnswer(types.Document):
     """Several given plans side by side.
 
     Parameters
@@ -186,12 +163,12 @@ class PlansAnswer(Document):
 
     schema: Literal["apex_opt.plans/2"] = "apex_opt.plans/2"
     command: str
-    status: Status
+    status: types.Status
     best: int | None
     plans: tuple[ScoredPlan | ScoredMixed, ...]
     differences: Differences
-    question: QuestionFacts
-    provenance: Sources | dict[str, Sources]
+    question: types.QuestionFacts
+    provenance: types.Sources | dict[str, types.Sources]
     transient: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
 
@@ -200,8 +177,8 @@ class Asked(Described):
     """What capacity was asked for."""
 
     for_: Literal["highest rate", "fewest GPUs"]
-    rate_per_s: Number
-    resolution: Number
+    rate_per_s: types.Number
+    resolution: types.Number
 
 
 class Evidence(Described):
@@ -215,17 +192,17 @@ class Evidence(Described):
 
     requests: int
     warm_up_requests: int
-    backlog_first_half: Number
-    backlog_second_half: Number
+    backlog_first_half: types.Number
+    backlog_second_half: types.Number
     backlog_growing: bool
     served_per_s: float
-    goals_first_half: Statistics
-    goals_whole: Statistics
-    saturated_per_s: Number
-    margin_below_saturated: Number
+    goals_first_half: types.Statistics
+    goals_whole: types.Statistics
+    saturated_per_s: types.Number
+    margin_below_saturated: types.Number
     further_runs: int
     requests_of_each: int
-    goals_predicted_at_worst: Statistics
+    goals_predicted_at_worst: types.Statistics
 
 
 class Rated(Described):
@@ -233,21 +210,21 @@ class Rated(Described):
 
     rate_per_s: float
     rate_per_gpu_per_s: float
-    times_own_rate: Number
+    times_own_rate: types.Number
     steady: bool
-    next_rate_per_s: Number
+    next_rate_per_s: types.Number
     why_not_next: str | None
-    missed_at_next_rate: Statistics
+    missed_at_next_rate: types.Statistics
     arrivals_s: float
     after_last_arrival_s: float
     evidence: Evidence
 
 
-class RatedPlan(Candidate, Rated):
+class RatedPlan(types.Candidate, Rated):
     """A plan and the highest rate it sustains."""
 
 
-class RatedMixed(MixedRun, Rated):
+class RatedMixed(types.MixedRun, Rated):
     """A deployment on several types of GPU and the highest rate it sustains."""
 
 
@@ -289,17 +266,17 @@ class MixedRateLedger(Described):
     parts: tuple[RatePart, ...]
     simulations: int
     complete: bool
-    gap: Number
+    gap: types.Number
 
 
-class CapacityAnswer(Document):
+class CapacityAnswer(types.Document):
     """The highest rate within the goals, or the fewest GPUs for a rate."""
 
     PAGE: ClassVar[str] = "apex_opt.report.capacity:capacity_page"
 
     schema: Literal["apex_opt.capacity/2"] = "apex_opt.capacity/2"
     command: str
-    status: Status
+    status: types.Status
     asked: Asked
     steady: bool
     reason: str | None
@@ -307,20 +284,20 @@ class CapacityAnswer(Document):
     candidates: tuple[RatedPlan | RatedMixed, ...]
     certificate: RateLedger | MixedRateLedger
     assumption: str | None
-    question: QuestionFacts
-    provenance: Sources | dict[str, Sources]
+    question: types.QuestionFacts
+    provenance: types.Sources | dict[str, types.Sources]
     notes: tuple[str, ...]
-    launch: Launch | None = None
+    launch: types.Launch | None = None
 
 
 class ClusterAnswer(Described):
     """The answer on one of several clusters."""
 
     cluster: str
-    answer: Answer | MixedAnswer | CapacityAnswer
+    answer: types.Answer | types.MixedAnswer | CapacityAnswer
 
 
-class ClustersAnswer(Document):
+class ClustersAnswer(types.Document):
     """The same problem on several clusters, side by side; clusters by their numbers from 1."""
 
     PAGE: ClassVar[str] = "apex_opt.report.clusters:clusters_page"
@@ -328,19 +305,19 @@ class ClustersAnswer(Document):
 
     schema: Literal["apex_opt.clusters/2"] = "apex_opt.clusters/2"
     command: str
-    status: Status
+    status: types.Status
     cheapest: int | None
     fastest: int | None
     fastest_by: str
     best: int | None
     clusters: tuple[ClusterAnswer, ...]
-    question: QuestionFacts
+    question: types.QuestionFacts
     transient: dict[str, tuple[str, ...]]
-    provenance: Sources
+    provenance: types.Sources
     notes: tuple[str, ...]
 
 
-class Site(Document):
+class Site(types.Document):
     """A plan to be placed, and why it cannot be where it cannot."""
 
     PAGE: ClassVar[str] = "apex_opt.report.placement:place_page"
@@ -353,7 +330,7 @@ class Site(Document):
     gpu: str
     gpus: dict[str, int]
     notes: tuple[str, ...]
-    status: Status
+    status: types.Status
     reason: str | None
 
 
@@ -399,8 +376,8 @@ class Lost(Described):
     plan: str
     replicas_kept: tuple[int, ...]
     replicas_lost: tuple[int, ...]
-    before: Placement
-    placement: MovedPlacement
+    before: types.Placement
+    placement: types.MovedPlacement
     moved: int
     moved_bytes: int
     fewest: bool
@@ -420,12 +397,12 @@ class PlaceAnswer(Site):
 
     schema: Literal["apex_opt.placement/2"] = "apex_opt.placement/2"
     batch: dict[str, int]
-    placement: BestPlacement
-    given: OtherPlacement | None
-    rank_order: OtherPlacement
+    placement: types.BestPlacement
+    given: types.OtherPlacement | None
+    rank_order: types.OtherPlacement
     proof: dict[str, int | bool]
     within: Within | None
     loss: Lost | None
     left: Left
     devices: tuple[dict[str, int | dict[str, str] | None], ...]
-    provenance: Sources
+    provenance: types.Sources

@@ -80,16 +80,23 @@ def _answer(console: Console, document: Document) -> None:
         launch_section(console, document["launch"])
 
 
-def question_line(console: Console, question: Document) -> None:
-    """Model, GPUs and traffic that were asked about."""
+def question_line(console: Console, question: Document, load: str = "", end: str = "") -> None:
+    """Model, GPUs and traffic that were asked about.
+
+    Parameters
+    ----------
+    console, question
+    load : str    how requests come, where that is not to be told as it is
+    end : str     what else was asked
+    """
     trace = question["trace"]
-    load = count(trace["concurrency"], "client") if trace["concurrency"] else _rate(trace["rate_per_s"])
+    load = load or (count(trace["concurrency"], "client") if trace["concurrency"] else _rate(trace["rate_per_s"]))
     console.print(
         Text.assemble(
             (question["model"]["name"], "bold"),
             f" ({question['model']['parameters'] / 1e9:.1f} B parameters) on ",
             *cluster_words(question["cluster"]),
-            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {load})",
+            f", trace {trace['name']} ({count(trace['requests'], 'request')}, {load}){end}",
         )
     )
 

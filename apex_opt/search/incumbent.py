@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,37 +16,34 @@ FREE: Final[Costs] = (inf,)
 """Costs that nothing passes."""
 
 
-class Incumbent(Protocol):
-    """What a search is after."""
+class Incumbent:
+    """What a search is after; unless it says otherwise, all that may cost no more than `worst`, which is everything."""
 
-    in_order: bool
+    in_order = True
     """Whether what comes later in a branch matters no more than what comes before."""
 
     def order(self, bound: Costs) -> Costs:
         """What is looked at first has the least of it; no less for what lies further down the tree."""
-        ...
+        return bound
 
     def admits(self, bound: Costs, part: Part) -> bool:
         """Whether a deployment of a part, with this bound, may matter."""
-        ...
+        return bound <= self.worst(part)
 
     def worst(self, part: Part) -> Costs:
         """Costs beyond which a run of a deployment of a part may end early."""
-        ...
+        return FREE
 
     def scouted(self, scouts: Sequence[Scored]) -> None:
         """Note deployments that are known before they are come across."""
-        ...
 
     def take(self, scored: Scored, part: Part) -> None:
         """Note a deployment that meets the goals."""
-        ...
+        raise NotImplementedError
 
 
-class Best:
+class Best(Incumbent):
     """The `top` best deployments, and the best on each type of GPU alone."""
-
-    in_order = True
 
     def __init__(self, problem: Problem, top: int) -> None:
         self._problem, self._top = problem, top
@@ -61,12 +58,6 @@ class Best:
     def scouted(self, scouts: Sequence[Scored]) -> None:
         known = sorted([*self._costs, *(self._problem.costs(scored.metrics) for scored in scouts)])
         self._ceiling = known[self._top - 1] if len(known) >= self._top else FREE
-
-    def order(self, bound: Costs) -> Costs:
-        return bound
-
-    def admits(self, bound: Costs, part: Part) -> bool:
-        return bound <= self.worst(part)
 
     def worst(self, part: Part) -> Costs:
         worst = min(self.last or FREE, self._ceiling)

@@ -8,6 +8,7 @@ are few, and what they find is what the others have to beat.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from math import inf
 from time import monotonic
@@ -30,7 +31,6 @@ from apex_opt.search.space import Formulation, check_lengths
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.plans.plan import Plan
     from apex_opt.search.answer import Status
     from apex_opt.search.best_first import Branches
     from apex_opt.search.incumbent import Incumbent
@@ -221,9 +221,7 @@ class Tree:
                 worst = self.scorer.any_cost  # a run of several pools ends once it misses a goal, in any case
             return self.scorer.challenge(deployment, bounds, worst)
 
-        def prepare(deployments: Iterable[Deployment]) -> None:
-            tell_compiling(self._tell, self.problem, (pool.plan for one in deployments for pool in one.pools))
-
+        prepare = partial(tell_compiling, self._tell, self.problem)
         branches = (branch for shape in shapes for branch in shape.branches())
         return best_first(branches, incumbent, challenge, self._tell, deadline, prepare)
 
@@ -329,7 +327,7 @@ def judge(problem: Problem, deployment: Deployment, progress: Progress | None = 
         return Answer(status="infeasible", candidates=(), alone=(), ledger=Ledger(parts=(part,)), reason=reason)
     if int(problem.trace.output.sum()) <= MOST_GAPS:
         scorer = Scorer(problem, gaps=True)
-    tell_compiling(tell, problem, (pool.plan for pool in deployment.pools))
+    tell_compiling(tell, problem, [deployment])
     tell("simulating the plan", 0, 1)
     bound = scorer.bounds(deployment)[0][0] if len(deployment.pools) == 1 else None
     scored = scorer.simulate(deployment, bound)
@@ -349,17 +347,18 @@ def _miss(problem: Problem, scored: Scored) -> float:
     return max((-goal.margin(goal.reached(scored.metrics)) for goal in missed), default=0.0)
 
 
-def tell_compiling(tell: Progress, problem: Problem, plans: Iterable[Plan]) -> None:
+def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deployment]) -> None:
     """Say that the next simulations will take longer, where they will.
 
     Parameters
     ----------
     tell : Progress             told (what, done, total) along the way
     problem
-    plans : sequence of Plan    that are about to be simulated
+    deployments : iterable      that are about to be simulated
     """
     from apex_opt.simulator.pack import needs_compiling
 
+    plans = (pool.plan for one in deployments for pool in one.pools)
     if any(needs_compiling(problem.settings_for(plan), plan.stages) for plan in plans):
         tell("compiling the simulator, once on this machine: a few seconds", 0, 0)
 

@@ -9,6 +9,7 @@ hold as well. That assumes that goals which fail at a rate fail at all higher on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import misses
 from apex_opt.search.best_first import Leaf, Queue, best_first
-from apex_opt.search.incumbent import FREE
+from apex_opt.search.incumbent import FREE, Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.search import judge, search, silent, tell_compiling
 from apex_opt.search.space import check_lengths
@@ -56,7 +57,7 @@ class _Found:
         return -self.step, *_size(self.deployment)
 
 
-class _Fastest:
+class _Fastest(Incumbent):
     """What a search for the highest rates is after. Bounds: rate that none exceeds, guess of it (negative), GPUs."""
 
     in_order = False
@@ -85,20 +86,12 @@ class _Fastest:
         step = self.last.step + (bound[2] > self.last.deployment.devices)
         return step <= self._grid.high and self._grid.rate_per_s(step) <= -bound[0]
 
-    def worst(self, part: Part) -> Costs:
-        return FREE
-
-    def scouted(self, scouts: Sequence[Scored]) -> None:
-        """Nothing is known beforehand."""
-
     def take(self, scored: Scored, part: Part) -> None:
         self._ranked = sorted([*self._ranked, self.looked[scored.deployment]], key=lambda found: found.rank)
 
 
-class _Cheapest:
+class _Cheapest(Incumbent):
     """What a search at a rate is after: the best by the objectives on so many GPUs. Bounds: GPUs, costs."""
-
-    in_order = True
 
     def __init__(self, problem: Problem, top: int) -> None:
         self._problem, self._top = problem, top
@@ -109,17 +102,8 @@ class _Cheapest:
     def best(self) -> list[Scored]:
         return [scored for _, _, scored in self._ranked[: self._top]]
 
-    def order(self, bound: Costs) -> Costs:
-        return bound
-
-    def admits(self, bound: Costs, part: Part) -> bool:
-        return bound <= self.worst(part)
-
     def worst(self, part: Part) -> Costs:
         return self._ranked[self._top - 1][0] if len(self._ranked) >= self._top else FREE
-
-    def scouted(self, scouts: Sequence[Scored]) -> None:
-        """Nothing is known beforehand."""
 
     def take(self, scored: Scored, part: Part) -> None:
         costs = (float(scored.devices), *self._problem.costs(scored.metrics))
@@ -231,9 +215,10 @@ def highest_rate(
         incumbent.looked[one] = found
         return found.trial.run
 
+    prepare = partial(tell_compiling, tell, space.scorer.problem)
     branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
     branches += [_beside(product, (), problem.max_devices, incumbent.admits) for product in space.products]
-    best_first(branches, incumbent, look, _saying(tell, "searching rates"), deadline, space.prepare(tell))
+    best_first(branches, incumbent, look, _saying(tell, "searching rates"), deadline, prepare)
     last, best = incumbent.last, incumbent.best
     space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
     ledger = Ledger(parts=space.parts, best=(-grid.rate_per_s(best[0].step),) if best else None)
@@ -292,9 +277,8 @@ def fewest_gpus(
         return trial.first if trial.holds else None
 
     def prepare(deployments: Iterable[Deployment]) -> None:
-        some = list(deployments)
-        asked.extend(some)
-        space.prepare(tell)(some)
+        asked.extend(some := list(deployments))
+        tell_compiling(tell, scorer.problem, some)
 
     sizes = space.sizes(problem.max_devices)
     larger = (0,) * len(space.parts)
@@ -416,14 +400,6 @@ class _Space:
         if not found:
             return "unknown" if ledger.waiting else "infeasible"
         return "feasible" if self.given is not None or not ledger.optimal else "optimal"
-
-    def prepare(self, tell: Progress) -> Callable[[Iterable[Deployment]], None]:
-        """What tells of simulations that take longer."""
-
-        def told(deployments: Iterable[Deployment]) -> None:
-            tell_compiling(tell, self.scorer.problem, (pool.plan for one in deployments for pool in one.pools))
-
-        return told
 
     def sizes(self, most_gpus: int) -> list[int]:
         """Numbers of GPUs on which there are deployments."""

@@ -309,7 +309,7 @@ def _chosen(
 
 def _scored(scorer: Scorer, leaves: Sequence[Bounded], before: int, total: int, tell: Progress) -> Iterator[Scored]:
     """Deployments simulated to their end, each with its bound beside."""
-    tell_compiling(tell, scorer.problem, (pool.plan for deployment, _ in leaves for pool in deployment.pools))
+    tell_compiling(tell, scorer.problem, (deployment for deployment, _ in leaves))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
         for done, one in enumerate(threads.map(lambda leaf: scorer.simulate(*leaf), leaves), before + 1):
             tell("simulating every plan", done, total)

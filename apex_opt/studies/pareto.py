@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from apex_opt.errors import UsageError
 from apex_opt.figures.goals import TIES
-from apex_opt.search.incumbent import FREE
+from apex_opt.search.incumbent import Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import Tree, silent
@@ -50,7 +50,7 @@ class Front:
     reason: str | None = None
 
 
-class Unbeaten:
+class Unbeaten(Incumbent):
     """What a search for a front is after: everything that nothing found so far beats."""
 
     in_order = False
@@ -67,9 +67,6 @@ class Unbeaten:
 
     def admits(self, bound: Costs, part: Part) -> bool:
         return not any(dominates(one, bound) for one in self._found)
-
-    def worst(self, part: Part) -> Costs:
-        return FREE
 
     def scouted(self, scouts: Sequence[Scored]) -> None:
         for scored in scouts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -16,7 +16,7 @@ from apex_opt.figures.measure import can_hold, statistic
 from apex_opt.plans.deployment import Deployment
 from apex_opt.search.best_first import Leaf, Queue, best_first
 from apex_opt.search.facts import judged
-from apex_opt.search.incumbent import FREE, Best
+from apex_opt.search.incumbent import FREE, Best, Incumbent
 from apex_opt.search.ledger import Part
 from apex_opt.search.nearest import feasible
 from apex_opt.search.scorer import Scorer
@@ -24,7 +24,7 @@ from apex_opt.search.search import Formulations, rank, tell_compiling
 from apex_opt.search.space import Moves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.evaluate import Instance
     from apex_opt.figures import Goal, Objective
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from apex_opt.search.answer import Scored
     from apex_opt.search.best_first import Simulated
     from apex_opt.search.facts import Alike
-    from apex_opt.search.incumbent import Incumbent
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress
@@ -66,17 +65,12 @@ class Solved:
     best: bool = True
 
 
-class First:
+class First(Incumbent):
     """What a search is after that asks whether any deployment meets the goals: the first that does."""
-
-    in_order = True
 
     def __init__(self, worst: Costs) -> None:
         self._worst = worst
         self.found: Scored | None = None
-
-    def order(self, bound: Costs) -> Costs:
-        return bound
 
     def admits(self, bound: Costs, part: Part) -> bool:
         return self.found is None
@@ -84,33 +78,19 @@ class First:
     def worst(self, part: Part) -> Costs:
         return self._worst
 
-    def scouted(self, scouts: Sequence[Scored]) -> None:
-        """Nothing is known beforehand."""
-
     def take(self, scored: Scored, part: Part) -> None:
         self.found = self.found or scored
 
 
-class Least:
+class Least(Incumbent):
     """What a search is after that asks for the least of some figure of runs; ties fall as in a search."""
-
-    in_order = True
 
     def __init__(self, cost: Callable[[Scored], float]) -> None:
         self._cost = cost
         self.found: tuple[float, int, str, Scored] | None = None
 
-    def order(self, bound: Costs) -> Costs:
-        return bound
-
     def admits(self, bound: Costs, part: Part) -> bool:
         return self.found is None or bound[0] <= self.found[0]
-
-    def worst(self, part: Part) -> Costs:
-        return FREE
-
-    def scouted(self, scouts: Sequence[Scored]) -> None:
-        """Nothing is known beforehand."""
 
     def take(self, scored: Scored, part: Part) -> None:
         ranked = self._cost(scored), scored.devices, scored.text, scored
@@ -229,10 +209,7 @@ class Work:
         """
         problem = scorer.problem
         part = Part(shape="single", types=problem.types, objective=problem.objective, space=len(leaves), infeasible={})
-
-        def prepare(deployments: Iterable[Deployment]) -> None:
-            tell_compiling(self.tell, problem, (one.plan for one in deployments))
-
+        prepare = partial(tell_compiling, self.tell, problem)
         return best_first([Queue(part, leaves)], incumbent, challenge or scorer.challenge, self.tell, math.inf, prepare)
 
     def _first(self, scorer: Scorer, plans: Sequence[Plan]) -> Scored | None:
