@@ -286,7 +286,7 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         assert ours.dtype == theirs.dtype == np.int64 and np.array_equal(ours, theirs), (name, ours, theirs)
     assert one.counts.equals(other.counts)
     assert one.drafted == other.drafted
-    if one.gaps_ns is not None or other.gaps_ns is not None:
+    if one.gaps_ns is not None and other.gaps_ns is not None:
         assert np.array_equal(one.gaps_ns, other.gaps_ns)  # type: ignore[arg-type]
 
 

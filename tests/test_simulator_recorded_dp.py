@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from apex_opt.simulator.api import Implementation
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference",)
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("kernel", "reference")
 RECORDED = read_condensed("dp")
 
 

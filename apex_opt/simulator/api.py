@@ -175,7 +175,7 @@ def run_deployment(
     """
     if routing not in get_args(Routing):
         raise UnknownNameError("routing", str(routing)[:60], get_args(Routing))
-    _check_alike(pools)
+    _check_alike(pools, unassigned=assigned is None)
     found = shares(pools, trace, routing, assigned, clients)
     for place, pool in enumerate(pools):
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
@@ -238,7 +238,7 @@ def run_disaggregated(
                 "would take turns without end"
             )
         _check_pool(pool, its)
-    _check_alike([prefill, decode])
+    _check_alike([prefill, decode], unassigned=False)
     if prefill.settings.block_size != decode.settings.block_size:
         sizes = f"{prefill.settings.block_size}, {decode.settings.block_size}"
         raise UsageError(f"prefill and decode instances have the same block_size, got {sizes}")
@@ -257,7 +257,7 @@ def run_disaggregated(
     return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
 
 
-def _check_alike(pools: Sequence[EnginePool]) -> None:
+def _check_alike(pools: Sequence[EnginePool], *, unassigned: bool) -> None:
     """Refuse pools that cannot stand side by side."""
     if not pools:
         raise UsageError("a deployment needs a pool of replicas, got none")
@@ -266,6 +266,8 @@ def _check_alike(pools: Sequence[EnginePool]) -> None:
     for name in ("max_model_len", "prefix_caching", *(("block_size",) if pools[0].settings.prefix_caching else ())):
         if len(values := {getattr(pool.settings, name) for pool in pools}) > 1:
             raise UsageError(f"pools of one deployment have the same {name}, got {', '.join(map(str, values))}")
+    if unassigned and len({pool.ranks is None for pool in pools}) > 1:
+        raise UsageError("requests are assigned to pools where only some of these have replicas with ranks")
 
 
 def _check_pool(pool: EnginePool, trace: Trace) -> None:
@@ -279,6 +281,10 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         raise UsageError(
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"
         )
+    if pool.ranks is not None and (
+        pool.kv_groups or settings.speculation is not None or not isinstance(settings.scheduler, VllmScheduling)
+    ):
+        raise UsageError("ranks go with the policy vllm, without drafts and groups of layers; leave one of them out")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     longest = trace.longest + drafts
     check_laws(

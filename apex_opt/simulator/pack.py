@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import lcm
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -20,6 +20,7 @@ from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.kernel.kv_state import Groups
 from apex_opt.simulator.law import RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
+from apex_opt.simulator.pack_ranks import MESSAGES, GroupMemory
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -64,11 +65,25 @@ _ENGINES = {
     ("grouped", True): entries.SERVE_GROUPED,
 }
 """Entries of the kernel, by engine and whether it caches prefixes."""
+_OF_RANKS = {
+    ("steady", False): entries.RANKS_STEADY,
+    ("general", False): entries.RANKS_GENERAL,
+    ("general", True): entries.RANKS_CACHING,
+}
+"""Those of replicas with ranks."""
 
 
-def needs_compiling(settings: EngineSettings, stages: int) -> bool:
-    """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is."""
-    return not _ENGINES[_engine(settings, stages), settings.prefix_caching].ready()
+def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False) -> bool:
+    """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    stages : int                 of the pipeline
+    ranks : bool                 whether replicas have ranks
+    """
+    engines = _OF_RANKS if ranks else _ENGINES
+    return not engines[_engine(settings, stages), settings.prefix_caching].ready()
 
 
 def _engine(settings: EngineSettings, stages: int, groups: Sequence[KvGroup] = ()) -> str:
@@ -101,10 +116,13 @@ def run(
     stops : sequence of Stop    limits at which a run ends early
     floors : Outcome or None    what no request can beat
     """
-    if any(pool.ranks is not None for pool in pools):
-        raise UsageError("ranks are served by the reference alone so far")
-    memory = served(lambda room: Memory(pools, trace, shares, stops, floors, room), logged=log or gaps)
-    return memory.outcome(log=log, gaps=gaps)
+    messages = MESSAGES
+    while True:
+        memory = served(partial(Memory, pools, trace, shares, stops, floors, messages=messages), logged=log or gaps)
+        if not memory.crowded:
+            outcome: Outcome = memory.outcome(log=log, gaps=gaps)
+            return outcome
+        messages *= 4
 
 
 def served(build: Callable[[Room | None], M], *, logged: bool) -> M:
@@ -112,12 +130,12 @@ def served(build: Callable[[Room | None], M], *, logged: bool) -> M:
 
     A first run, without room for any, counts them.
     """
-    room = (0, 0, 0)
+    room: Room = (0,) * 6
     while True:
         memory = build(room if logged else None)
         memory.serve()
-        used = tuple(memory.run.control[[kn.STEPS, kn.ROWS, kn.LOST]].tolist())
-        if not logged or memory.stopped or all(map(int.__le__, used, room)):
+        used = memory.used
+        if not logged or memory.stopped or memory.crowded or all(map(int.__le__, used, room)):
             return memory
         room = used
 
@@ -134,10 +152,19 @@ class Memory:
         floors: Outcome | None,
         room: Room | None,
         holding: Sequence[int] = (),
+        messages: int = MESSAGES,
     ) -> None:
         self._pools, self._trace, self._shares = pools, trace, shares
-        lasts = np.cumsum([pool.replicas for pool in pools]).tolist()
-        self._places = [slice(last - pool.replicas, last) for pool, last in zip(pools, lasts, strict=True)]
+        each = [pool.replicas * pool.schedulers for pool in pools]
+        lasts = np.cumsum(each).tolist()
+        # Rows of the schedulers of each pool, and the first of each replica.
+        self._places = [slice(last - mine, last) for mine, last in zip(each, lasts, strict=True)]
+        self._first = np.concatenate(
+            [
+                np.arange(place.start, place.stop, pool.schedulers)
+                for pool, place in zip(pools, self._places, strict=True)
+            ]
+        )
         self._engines = [
             "general" if holding else _engine(pool.settings, len(pool.laws), pool.kv_groups) for pool in pools
         ]
@@ -147,21 +174,21 @@ class Memory:
                 if name in self._engines:
                     self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
+        ends = np.cumsum([pool.replicas for pool in pools]).tolist()
         self._lanes = [
-            pool.replicas
-            if holding or any(share.routed and share.first < place.stop <= share.last for share in shares)
-            else 1
-            for pool, place in zip(pools, self._places, strict=True)
+            pool.schedulers
+            * (pool.replicas if any(share.routed and share.first < end <= share.last for share in shares) else 1)
+            for pool, end in zip(pools, ends, strict=True)
         ]
         self._requests = _requests(pools[0].settings.max_model_len, trace)
         self._replicas = np.zeros((lasts[-1], kn.REPLICA_SIZE), np.int64)
         for pool, place in zip(pools, self._places, strict=True):
             _set_up(self._replicas[place], pool)
-        sizes = room or (0, 0, 0)
+        sizes = room or (0,) * 6
         control = np.zeros(kn.CONTROL_SIZE, np.int64)
         control[[kn.SIZE, kn.STOPS, kn.LOGGED]] = len(trace), len(stops), room is not None
         control[kn.ORIGIN] = 0 if trace.concurrency is not None else trace.arrival_ns[0]
-        control[[kn.MOST_STEPS, kn.MOST_ROWS, kn.MOST_LOST]] = sizes
+        control[[kn.MOST_STEPS, kn.MOST_ROWS, kn.MOST_LOST]] = sizes[:3]
         limits, least = _stops(stops, floors, self._requests)
         laws = self._laws()
         self.run = kn.Run(
@@ -183,6 +210,9 @@ class Memory:
             self._cache = self._grouped(sizes[0])
         elif pools[0].settings.prefix_caching:
             self._cache = self._blocks(holding or [0] * len(pools))
+        self._ranks = None
+        if any(pool.ranks is not None for pool in pools):
+            self._ranks = GroupMemory(pools, self._replicas, self._places, len(trace), messages, sizes[3:])
 
     def _laws(self) -> I64:
         """The tables of all laws, each once; and which are whose."""
@@ -198,8 +228,8 @@ class Memory:
                     its.insert(_OF_ALL, np.array([law.copies]))
                     tables += its
                     end += sum(map(len, its))
-            self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(pool.replicas)
-            stages += [at[id(law)] for law in pool.laws] * pool.replicas
+            self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(place.stop - place.start)
+            stages += [at[id(law)] for law in pool.laws] * (place.stop - place.start)
         self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
         self._stages[:, kn.STAGE_LAW] = stages
         return np.concatenate(tables, dtype=np.int64, casting="unsafe")
@@ -242,7 +272,7 @@ class Memory:
                 parts = {kn.RING_AT: ring, kn.RESIDUE_AT: pool.settings.block_size, kn.ENTERING_AT: 2 * seats}
                 rows[:, kn.RING_SIZE] = ring
             for column, size in parts.items():
-                rows[:, column] = end + size * (np.arange(pool.replicas) % lanes)
+                rows[:, column] = end + size * (np.arange(place.stop - place.start) % lanes)
                 end += size * lanes
         scratch = np.zeros(end, np.int64)
         for rows in self._replicas[self._replicas[:, kn.RING_SIZE] > 0]:
@@ -275,7 +305,7 @@ class Memory:
                 kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
                 kn.HOLDER_AT: content.total * kn.HOLDER_WIDTH,
             }.items():
-                rows[:, column] = ends[column] + size * (np.arange(pool.replicas) % lanes)
+                rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes
         return kn.Cache(
             piece_blocks=content.piece_blocks,
@@ -322,7 +352,7 @@ class Memory:
                 kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
                 kn.HOLDER_AT: sum(totals) * kn.HOLDER_WIDTH,
             }.items():
-                rows[:, column] = ends[column] + size * (np.arange(pool.replicas) % lanes)
+                rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes
         return Groups(
             number=len(groups),
@@ -346,35 +376,63 @@ class Memory:
 
     def serve(self) -> None:
         """Run the kernel."""
+        end = 0
         for share in self._shares:
-            if share.routed:
-                self._serve(share.first, share.last, share.rows)
-                continue
-            self._deal(share)
-            for place in self._places:
-                first, last = max(share.first, place.start), min(share.last, place.stop)
-                if first < last:
-                    self._serve(first, last, np.zeros(0, np.int64))
+            if not share.routed:
+                self._deal(share)
+            end = 0
+            for index, pool in enumerate(self._pools):
+                first, last = max(share.first, end), min(share.last, end + pool.replicas)
+                end += pool.replicas
+                if first >= last or (share.routed and first > share.first):
+                    continue
+                if share.routed:
+                    self._serve(index, first, share.last, share.rows)
+                else:
+                    self._serve(index, first, last, np.zeros(0, np.int64))
 
     def _deal(self, share: Share) -> None:
         """Chain the requests of each replica; with clients all but their first wait for answers."""
         active, rows = share.last - share.first, share.rows
         self._requests[kn.FOLLOWING, rows[:-active]] = rows[active:]
-        replicas = self._replicas[share.first : share.last]
-        replicas[:, kn.HEAD] = rows[:active]
+        firsts = self._first[share.first : share.last]
         if share.clients is not None:
             self._requests[kn.ARRIVAL, rows] = np.where(np.arange(len(rows)) < share.clients, 0, kn.NEVER)
-            later = np.arange(active)
-            later += -(-(share.clients - later) // active) * active
-            replicas[:, kn.BACKLOG] = np.append(rows, kn.NONE)[np.minimum(later, len(rows))]
+        places = {} if self._ranks is None else {first: place for place, (_, _, first) in enumerate(self._ranks.of)}
+        for offset, first in enumerate(firsts.tolist()):
+            if self._ranks is not None and first in places:
+                self._ranks.deal(share, places[first], offset)
+                continue
+            self._replicas[first, kn.HEAD] = rows[offset]
+            if share.clients is not None:
+                later = offset + -(-(share.clients - offset) // active) * active
+                self._replicas[first, kn.BACKLOG] = rows[later] if later < len(rows) else kn.NONE
 
-    def _serve(self, first: int, last: int, routed: I64) -> None:
-        if self.stopped:
+    def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
+        """Let replicas of a pool, or from a pool on, serve their requests or those that are routed."""
+        if self.stopped or self.crowded:
             return
-        given = (*self.run, first, last, routed, len(routed))
-        engine = self._engines[next(place for place, its in enumerate(self._places) if first < its.stop)]
-        _ENGINES[engine, self._pools[0].settings.prefix_caching](*given, *(self._cache or ()))
+        cache = () if self._cache is None else self._cache
+        kind = self._engines[index], self._pools[0].settings.prefix_caching
+        given = last - first, routed, len(routed)
+        if self._ranks is not None and self._pools[index].ranks is not None:
+            place = [start for _, _, start in self._ranks.of].index(int(self._first[first]))
+            _OF_RANKS[kind](*self.run, place, place + given[0], *given[1:], *self._ranks.group, *cache)
+        else:
+            start = int(self._first[first])
+            _ENGINES[kind](*self.run, start, start + given[0], *given[1:], *cache)
         assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """Rows of all logs."""
+        groups = (0, 0, 0) if self._ranks is None else self._ranks.used
+        return (*self.run.control[[kn.STEPS, kn.ROWS, kn.LOST]].tolist(), *groups)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there was too little room for messages among ranks."""
+        return self._ranks is not None and self._ranks.crowded
 
     @property
     def stopped(self) -> bool:
@@ -387,8 +445,11 @@ class Memory:
         if not self.stopped and int(replicas[:, kn.ENDED].sum()) < len(self._trace):
             raise clock_overflow()
         drafts = self._pools[0].settings.speculation is not None
-        steps = self.run.steps.reshape(-1, kn.STEP_SIZE)
+        steps, taken_ns = _taken(self.run.steps.reshape(-1, kn.STEP_SIZE))
         rows = self.run.rows.reshape(-1, kn.ROW_SIZE)
+        if self._ranks is not None:
+            steps[:, kn.STEP_END] = self._ranks.ends(steps)
+        replica = np.searchsorted(self._first, steps[:, kn.STEP_REPLICA], "right") - 1
         pools = tuple(map(self._pool, range(len(self._pools))))
         most = max(pool.busy_ns.shape[1] for pool in pools)
         return Outcome(
@@ -400,11 +461,12 @@ class Memory:
             batches=int(replicas[:, kn.BATCHES].sum()),
             busy_ns=np.concatenate([np.pad(p.busy_ns, ((0, 0), (0, most - p.busy_ns.shape[1]))) for p in pools]),
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
-            gaps_ns=_gaps(steps, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
+            gaps_ns=_gaps(steps, taken_ns, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
             drafted=_drafted(steps, rows) if log and (drafts or self._pools[0].kv_groups) else None,
             used=self._used(steps) if log and self._pools[0].kv_groups else None,
-            steps_per_replica=np.bincount(steps[:, kn.STEP_REPLICA], minlength=len(replicas)).tolist() if log else None,
+            steps_per_replica=np.bincount(replica, minlength=len(self._first)).tolist() if log else None,
+            groups=self._ranks.logged() if log and self._ranks is not None else (),
             stopped=self.stopped,
             pools=pools,
         )
@@ -419,12 +481,14 @@ class Memory:
         """What came of one pool."""
         pool, replicas = self._pools[index], self._replicas[self._places[index]]
         stages = replicas[:, kn.FIRST_STAGE, None] + np.arange(len(pool.laws))
+        busy_ns = self._stages[stages, kn.STAGE_BUSY].reshape(pool.replicas, pool.schedulers, len(pool.laws))
         return PoolOutcome(
             preemptions=int(replicas[:, kn.PREEMPTIONS].sum()),
             batches=int(replicas[:, kn.BATCHES].sum()),
             cached_tokens=int(replicas[:, kn.CACHED].sum()),
             counts=self._counts[index],
-            busy_ns=self._stages[stages, kn.STAGE_BUSY],
+            busy_ns=busy_ns.max(axis=1),
+            shared=None if self._ranks is None else self._ranks.shared(index),
         )
 
 
@@ -497,9 +561,23 @@ def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
     return pieces, int(found[0])
 
 
-def _gaps(steps: I64, rows: I64, generated: I64) -> I64:
-    """Times between tokens: a token comes when the batch that yields it ends, several of a row at once."""
-    end_ns, got = np.repeat(steps[:, kn.STEP_END], steps[:, kn.STEP_ROWS]), rows[:, kn.ROW_REQUEST] & 15
+def _taken(logged: I64) -> tuple[I64, I64]:
+    """The batches of a log, and when each was taken in: at its end, unless a row without sequences tells otherwise.
+
+    A replica takes its batches in in the order in which it formed them.
+    """
+    batches = logged[:, kn.STEP_ROWS] > 0
+    steps, taken = logged[batches], logged[~batches]
+    taken_ns = steps[:, kn.STEP_END].copy()
+    formed, told = (np.argsort(rows[:, kn.STEP_REPLICA], kind="stable") for rows in (steps, taken))
+    formed = formed[np.isin(steps[formed, kn.STEP_REPLICA], taken[:, kn.STEP_REPLICA])]
+    taken_ns[formed] = taken[told, kn.STEP_END]
+    return steps, taken_ns
+
+
+def _gaps(steps: I64, taken_ns: I64, rows: I64, generated: I64) -> I64:
+    """Times between tokens: a token comes when the batch that yields it is taken in, several of a row at once."""
+    end_ns, got = np.repeat(taken_ns, steps[:, kn.STEP_ROWS]), rows[:, kn.ROW_REQUEST] & 15
     return gaps_ns(np.repeat(rows[:, kn.ROW_REQUEST] >> 8, got), np.repeat(end_ns, got), generated)
 
 

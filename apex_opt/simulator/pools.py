@@ -49,6 +49,11 @@ class EnginePool:
         if self.replicas < 1:
             raise UsageError(f"replicas: {self.replicas} is below 1")
 
+    @property
+    def schedulers(self) -> int:
+        """Of each replica."""
+        return 1 if self.ranks is None else self.ranks.count
+
 
 class Share(NamedTuple):
     """Requests, and the replicas that serve them.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
+import numpy as np
+
 from apex_opt.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from apex_opt.simulator.law import BatchLaw
@@ -106,6 +107,29 @@ class Ranks:
                 raise UsageError(f"ranks: {name} must not be negative, it is {getattr(self, name)}")
         if self.dummy_returns not in ("start", "end"):
             raise UsageError(f"ranks: dummy_returns must be start or end, not {str(self.dummy_returns)[:60]}")
+
+    @classmethod
+    def bare(cls, count: int, *, max_num_seqs: int, max_num_batched_tokens: int, stages: int = 1) -> Ranks:
+        """Ranks that share nothing but the forward, whose batches are neither padded nor run as graphs.
+
+        Parameters
+        ----------
+        count : int
+        max_num_seqs, max_num_batched_tokens : int    limits of each rank
+        stages : int                                  of the pipeline
+        """
+        decode, mixed = (np.arange(most + 1, dtype=np.int64) for most in (max_num_seqs, max_num_batched_tokens))
+        together = np.zeros(count * max_num_batched_tokens + 1, np.int64)
+        shared = SharedLaw(
+            padded_ns=np.zeros_like(mixed), decode_ns=together, mixed_ns=together, graph_ns=np.zeros(3, np.int64)
+        )
+        padding = Padding(
+            decode_mode=np.zeros_like(decode),
+            decode_rows=decode,
+            mixed_mode=np.zeros_like(mixed),
+            mixed_rows=mixed,
+        )
+        return cls(count=count, padding=padding, shared=(shared,) * stages)
 
     @property
     def in_step(self) -> bool:

@@ -16,6 +16,9 @@ from apex_opt.simulator.api import run_deployment, run_disaggregated
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
+    RANKS_CACHING,
+    RANKS_GENERAL,
+    RANKS_STEADY,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
@@ -28,26 +31,29 @@ from apex_opt.simulator.kernel.entries import (
 )
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
+from apex_opt.simulator.ranks import Ranks
 from apex_opt.workload.trace import make_trace
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+_THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)
 _SLEEPY: Final = VllmScheduling(idle_sleep_us=1)
 _DRAFT: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 
 
 class Variant(NamedTuple):
-    """A run that compiles something, and what that is."""
+    """A run that compiles something, and what that is; of ranks where there are any."""
 
     settings: EngineSettings
     entries: tuple[Entry, ...]
     groups: tuple[KvGroup, ...] = ()
     disaggregated: bool = False  # prefill and decode instances
+    ranks: int = 0
 
 
 VARIANTS: Final = {
     "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_STEADY,)),
     "general": Variant(
-        EngineSettings(max_model_len=4, scheduler=VllmScheduling(long_prefill_token_threshold=1), **_LIMITS),
+        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS),
         (SERVE_GENERAL,),
     ),
     "caching": Variant(
@@ -69,6 +75,13 @@ VARIANTS: Final = {
         EngineSettings(max_model_len=4, scheduler=_SLEEPY, prefix_caching=True, block_size=1, **_LIMITS),
         (SERVE_DISAGGREGATED_CACHING,),
         disaggregated=True,
+    ),
+    "ranks": Variant(EngineSettings(max_model_len=4, **_LIMITS), (RANKS_STEADY,), ranks=2),
+    "general ranks": Variant(
+        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS), (RANKS_GENERAL,), ranks=2
+    ),
+    "caching ranks": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS), (RANKS_CACHING,), ranks=2
     ),
 }
 """A run for each entry of the kernel."""
@@ -101,11 +114,12 @@ def warm_up(processes: int | None = None) -> list[str]:
 
 def run(name: str) -> None:
     """Serve a request by a variant, which compiles it where it has not been."""
-    settings, _, groups, disaggregated = VARIANTS[name]
+    settings, _, groups, disaggregated, ranks = VARIANTS[name]
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
-    pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups)
+    its = Ranks.bare(ranks, **_LIMITS) if ranks else None
+    pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups, ranks=its)
     if disaggregated:
         run_disaggregated(pool, pool, Handover(), trace)
     else:

@@ -196,6 +196,18 @@ def log_step_nb(run: Run, r: I64, replica: int, start: int, end: int) -> None:
 
 
 @inner
+def log_taken_nb(run: Run, replica: int, now: int) -> None:
+    """Log that the oldest batch is taken in: as a step without rows, where that may be later than it ends."""
+    if run.control[LOGGED] == 0:
+        return
+    place = run.control[STEPS]
+    if place < run.control[MOST_STEPS]:
+        step = at(run.steps, place * STEP_SIZE)
+        step[STEP_REPLICA], step[STEP_END], step[STEP_ROWS] = replica, now, 0
+    run.control[STEPS] = place + 1
+
+
+@inner
 def answer_nb(run: Run, r: I64, i: int, now: int) -> None:
     """Request i is answered: in a closed loop its client sends the next one; the run may be over."""
     column_nb(run, FINISH)[i] = now

@@ -168,6 +168,10 @@ SERVE_DISAGGREGATED: Final = Entry(_KERNEL + "disaggregated", "serve_disaggregat
 SERVE_DISAGGREGATED_CACHING: Final = Entry(
     _KERNEL + "disaggregated", "serve_disaggregated_caching_nb", (*_INSTANCES, *_CACHE)
 )
+_RANKS: Final = (*_SERVE, *[_I64] * 11)
+RANKS_STEADY: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_nb", _RANKS)
+RANKS_GENERAL: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_nb", _RANKS)
+RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RANKS, int, *[_I64] * 8, _I32, _I32, _I32))
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -178,6 +182,9 @@ ENTRIES: Final = (
     SERVE_GROUPED,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
+    RANKS_STEADY,
+    RANKS_GENERAL,
+    RANKS_CACHING,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""

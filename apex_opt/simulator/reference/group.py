@@ -104,7 +104,7 @@ class Forwards:
             self._free[stage] = end
             self.busy_ns[stage] += duration
             if stage + 1 < len(self._laws):
-                end += int(law.transfer_ns[max(agreed.padded)])
+                end += int(law.transfer_ns[min(max(agreed.padded), len(law.transfer_ns) - 1)])
         padded = sum(agreed.padded)
         (self.decode if agreed.decoding else self.mixed)[padded] += 1
         self.done.append(Forward(agreed_ns, start, end, agreed.mode, padded))
@@ -183,7 +183,11 @@ class Rank(Process):
         if number is not None:
             if not self._ended(number):
                 yield lambda: self.forwards.end(number)
-            group.answer(scheduler.update(batch, group.now))
+            answered = scheduler.update(batch, group.now)
+            group.answer(answered)
+            if answered and group.closed:  # clients send their next requests first
+                now_ns = group.now
+                yield lambda: now_ns
         return executed
 
     def _ended(self, number: int | None) -> bool:
@@ -247,11 +251,14 @@ class Vote:
 
 
 class Group:
-    """Ranks behind one address, as one replica: see `reference.engine.Engine` for how it is driven."""
+    """Ranks behind one address, as one replica: see `reference.engine.Engine` for how it is driven.
 
-    def __init__(self, pool: EnginePool, *, log: bool) -> None:
+    In a `closed` loop clients send a request with each answer, at once.
+    """
+
+    def __init__(self, pool: EnginePool, *, log: bool, closed: bool) -> None:
         assert pool.ranks is not None
-        self.pool, self.ranks, self.log = pool, pool.ranks, log
+        self.pool, self.ranks, self.log, self.closed = pool, pool.ranks, log, closed
         self.now = 0
         count = pool.ranks.count
         self.sent: list[Sequence] = []

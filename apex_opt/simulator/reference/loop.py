@@ -49,7 +49,8 @@ def run_deployment(
     gaps : bool                 whether the times between tokens are told
     stops : sequence of Stop    limits at which a run ends early
     """
-    engines = [[_replica(pool, log=log) for _ in range(pool.replicas)] for pool in pools]
+    closed = trace.concurrency is not None
+    engines = [[_replica(pool, log=log, closed=closed) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
     sequences = sequences_of(pools[0].settings, trace, pools[0].kv_groups)
     for share in shares:
@@ -68,9 +69,9 @@ def run_deployment(
     return replace(outcome, stopped=stopped)
 
 
-def _replica(pool: EnginePool, *, log: bool) -> Replica:
+def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
     """One scheduler, or a group of them."""
-    return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log)
+    return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log, closed=closed)
 
 
 def sequences_of(settings: EngineSettings, trace: Trace, kv_groups: Seq[KvGroup] = ()) -> list[Sequence]:

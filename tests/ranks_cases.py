@@ -1,0 +1,135 @@
+"""Random groups of data-parallel ranks for the simulator's tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.simulator import EnginePool, run_deployment
+from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.simulator.ranks import Ranks, SharedLaw
+from apex_opt.simulator.recorded.dp import padding
+from apex_opt.workload.trace import make_trace
+
+if TYPE_CHECKING:
+    import random
+
+    from apex_opt.simulator.api import Implementation
+    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.workload.trace import Trace
+
+GRAPHS = ("none", "piecewise", "full", "full_decode_only", "full_and_piecewise")
+
+
+def law_of(seqs: int, tokens: int, draw: random.Random, *, most: int) -> BatchLaw:
+    """A batch law with entries up to so many nanoseconds."""
+    noise = np.random.default_rng(draw.randrange(1 << 30))
+    by_sequences = {name: noise.integers(0, most, seqs + 1) for name in ("decode_ns", "sequence_ns", "attend_ns")}
+    by_tokens = {name: noise.integers(0, most, tokens + 1) for name in ("mixed_ns", "chunk_ns", "transfer_ns")}
+    rates = most << RATE_BITS >> 6
+    return BatchLaw(
+        **by_sequences,
+        **by_tokens,
+        context_rate=noise.integers(0, rates, seqs + 1),
+        pair_rate=noise.integers(0, rates, tokens + 1),
+        chunk_context_rate=noise.integers(0, rates, tokens + 1),
+    )
+
+
+def random_pool(draw: random.Random, *, count: int | None = None, stages: int | None = None) -> EnginePool:
+    """Replicas with ranks, of any settings."""
+    longest = draw.choice([16, 40, 100])
+    chunked = draw.random() < 0.8
+    tokens = draw.choice([8, 16, 64]) if chunked else longest
+    seqs = min(tokens, draw.choice([1, 2, 4, 16]))
+    block_size = draw.choice([1, 4, 16])
+    settings = EngineSettings(
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_model_len=longest,
+        chunked_prefill=chunked,
+        block_size=block_size,
+        prefix_caching=draw.random() < 0.2,
+        async_scheduling=draw.random() < 0.5,
+        scheduler=VllmScheduling(
+            long_prefill_token_threshold=draw.choice([0, 0, 0, 3, 7]), idle_sleep_us=draw.choice([0, 1, 1000])
+        ),
+    )
+    ranks = count or draw.choice([1, 2, 2, 3, 4])
+    stages = stages or draw.choice([1, 1, 1, 2, 3])
+    sizes = sorted(draw.sample(range(1, 2 * tokens), draw.randrange(1, 5)))
+    wide = max([tokens, *sizes]) + 1
+    lockstep = draw.random() < 0.8
+    most = draw.choice([1, 100_000, 3_000_000])
+    noise = np.random.default_rng(draw.randrange(1 << 30))
+    shared = [
+        SharedLaw(
+            padded_ns=noise.integers(0, most, wide),
+            decode_ns=noise.integers(0, most, ranks * wide),
+            mixed_ns=noise.integers(0, most, ranks * wide),
+            graph_ns=noise.integers(0, most, 3),
+        )
+        for _ in range(stages)
+    ]
+    return EnginePool(
+        settings=settings,
+        blocks=-(-longest // block_size) + draw.choice([0, 1, 3, 100]),
+        laws=[law_of(seqs, tokens, draw, most=most) for _ in range(stages)],
+        replicas=draw.choice([1, 1, 2, 3]),
+        ranks=Ranks(
+            count=ranks,
+            lockstep=lockstep,
+            front_ends=draw.choice([1, 1, 2, 3]),
+            balanced=draw.random() < 0.7,
+            dummy_returns=draw.choice(["start", "start", "end"]),
+            sync_ns=draw.choice([0, 0, 70_000]),
+            send_ns=draw.choice([0, 0, 1000, 5_000_000]),
+            control_ns=draw.choice([0, 0, 100_000, 20_000_000]),
+            padding=padding(draw.choice(GRAPHS), sizes, seqs, tokens),
+            shared=shared,
+        ),
+    )
+
+
+def random_trace(draw: random.Random, longest: int, *, closed: bool | None = None) -> Trace:
+    """Requests that come on their own or are sent by clients; some share the beginning of their prompts."""
+    count, rate = draw.choice([1, 5, 15, 30]), draw.choice([0, 10_000, 2_000_000, 60_000_000])
+    arrival = 0
+    rows = []
+    for _ in range(count):
+        arrival += int(draw.expovariate(1 / rate)) if rate else 0
+        if draw.random() < 0.05:
+            arrival += 400_000_000
+        prompt = draw.randint(1, longest - 2)
+        rows.append((arrival, prompt, draw.randint(1, draw.choice([2, 10, longest]))))
+    said = [[draw.randrange(2) for _ in range(-(-prompt // 16))] for _, prompt, _ in rows]
+    closed = draw.random() < 0.2 if closed is None else closed
+    return make_trace(
+        name="random",
+        arrival_ns=[at for at, _, _ in rows],
+        prompt=[prompt for _, prompt, _ in rows],
+        output=[output for _, _, output in rows],
+        content=said,
+        content_tokens=16,
+        concurrency=draw.randint(1, count) if closed else None,
+    )
+
+
+def served(pool: EnginePool, trace: Trace, implementation: Implementation, **given: Any) -> Outcome:
+    """Serve a trace, with every batch told."""
+    return run_deployment([pool], trace, log=True, implementation=implementation, **given)
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """Two runs are the same in everything."""
+    for name in ("arrival_ns", "first_token_ns", "finish_ns", "busy_ns", "gaps_ns"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    for name in ("steps", "steps_per_replica", "groups", "preemptions", "batches", "cached_tokens"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert one.counts.equals(other.counts)
+    for mine, its in zip(one.pools, other.pools, strict=True):
+        assert (mine.shared is None) == (its.shared is None)
+        assert mine.shared is None or its.shared is None or mine.shared.equals(its.shared)

@@ -1,0 +1,71 @@
+"""apex_opt.simulator.kernel.group: compiled ranks equal those of the reference, and one rank is as none."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ranks_cases import assert_same, random_pool, random_trace, served
+
+from apex_opt.simulator import pack, pack_ranks
+from apex_opt.simulator.ranks import Ranks
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.api import Implementation
+
+FEW = range(80)
+MANY = pytest.param(range(80, 3000), marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("seeds", [FEW, MANY])
+def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
+    for seed in seeds:
+        draw = random.Random(seed)
+        pool = random_pool(draw)
+        trace = random_trace(draw, pool.settings.max_model_len)
+        routing = draw.choice(["round_robin", "least_loaded"])
+        kernel, reference = (served(pool, trace, which, routing=routing) for which in ("kernel", "reference"))
+        try:
+            assert_same(kernel, reference)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_one_rank_does_what_a_scheduler_without_ranks_does(implementation: Implementation, *, lockstep: bool) -> None:
+    for seed in range(20):
+        draw = random.Random(seed)
+        pool = random_pool(draw, count=1)
+        settings = replace(pool.settings, scheduler=replace(pool.settings.scheduler, idle_sleep_us=0))
+        limits = {
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+            "stages": len(pool.laws),
+        }
+        pool = replace(pool, settings=settings, ranks=replace(Ranks.bare(1, **limits), lockstep=lockstep))
+        trace = random_trace(draw, settings.max_model_len)
+        one = served(pool, trace, implementation)
+        none = served(replace(pool, ranks=None), trace, implementation)
+        assert_same(replace(one, groups=()), none)
+
+
+def test_messages_that_find_no_room_get_more_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def memory(*given: Any) -> pack_ranks.GroupMemory:
+        made.append(given[4])
+        return pack_ranks.GroupMemory(*given)
+
+    for seed in range(20):
+        draw = random.Random(seed)
+        pool = random_pool(draw)
+        trace = random_trace(draw, pool.settings.max_model_len)
+        roomy = served(pool, trace, "kernel")
+        with monkeypatch.context() as patched:
+            patched.setattr(pack, "MESSAGES", 1)
+            patched.setattr(pack, "GroupMemory", memory)
+            assert_same(served(pool, trace, "kernel"), roomy)
+    assert max(made) > 1
