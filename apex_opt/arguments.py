@@ -117,6 +117,11 @@ class Ask(Setup):
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : How requests are dealt to replicas: round_robin or least_loaded.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
+    speculation : How drafts are made that are verified with every token: none, eagle:3, mtp:1, ngram:5 or draft:MODEL:3
+        with so many drafts, eagle:0-5 for a choice of their number, or several with commas.
+    acceptance : How many drafts are right: the tokens of a row in the mean, the free one included, such as 2.9, with
+        the most drafts to choose from; shares of rows in which at least one draft is right, two, ..., such as
+        0.8/0.6/0.4; or a JSON file of counts by position in the output. By default as published for the model.
     prefix_caching : Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain:
         true or false; by default the engine's.
     seed : Seed of described traces.
@@ -133,6 +138,8 @@ class Ask(Setup):
     price: Annotated[float | None, Param(1e-6, 1e6)] = None
     routing: Literal["round_robin", "least_loaded"] = "round_robin"
     chunked_prefill: bool | None = None
+    speculation: str = "none"
+    acceptance: str | None = None
     prefix_caching: bool | None = None
     seed: Annotated[int, Param(0, 2**32 - 1)] = 0
     emit: Annotated[bool, Param(hint="it takes the engine of --engine")] = False

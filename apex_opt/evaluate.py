@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
+from apex_opt.plans.drafts import draft_of
 from apex_opt.plans.engine import limited
 from apex_opt.plans.memory import (
     attention_shard_bytes,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.speculation import Drafter
 
 FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
 """Constraint families in the order in which an infeasible plan is charged to one of them."""
@@ -64,6 +66,7 @@ class Instance:
     max_devices : int             GPUs a plan may take, at most the cluster's
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                   limits of a batch to choose from; None leaves one to the settings
+    drafters : tuple of Drafter or None    ways to make drafts to choose from; None makes none
     """
 
     model: Model
@@ -76,6 +79,7 @@ class Instance:
     kv_formats: tuple[str, ...]
     max_devices: int
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
+    drafters: tuple[Drafter | None, ...] = (None,)
     held: Held = field(init=False, repr=False, compare=False)
     """How the engine holds the model."""
 
@@ -83,6 +87,8 @@ class Instance:
         object.__setattr__(self, "held", Held.of(self.settings.runnable, self.model, self.cluster.gpu))
         if not self.batch_limits:
             raise UsageError("an instance needs limits of a batch, if only those of the settings")
+        if not self.drafters:
+            raise UsageError("an instance needs ways to make drafts, if only to make none")
         if not self.weight_formats or len(self.weight_formats) != len(self.kv_formats):
             raise UsageError("an instance needs weight formats, each with its KV format")
         for name in self.weight_formats:
@@ -99,7 +105,14 @@ class Instance:
     @property
     def kv_blocks_needed(self) -> int:
         """KV blocks of the longest request."""
-        return ceil_div(self.longest_tokens, self.settings.block_size)
+        return self.blocks_needed(None)
+
+    def blocks_needed(self, drafter: Drafter | None) -> int:
+        """The same with those for drafts to come."""
+        tokens = self.longest_tokens
+        if drafter is not None:
+            tokens = max(tokens, min(tokens + drafter.ahead, self.settings.max_model_len))
+        return ceil_div(tokens, self.settings.block_size)
 
     @property
     def decode_bytes_limit(self) -> int | None:
@@ -107,6 +120,11 @@ class Instance:
         if self.tpot_limit_ns is None:
             return None
         return int(self.cluster.gpu.memory_bytes_per_s * self.tpot_limit_ns / NS_PER_S)
+
+    def bytes_limit(self, plan: Plan) -> int | None:
+        """The same for one pass of a plan, of which as many tokens may come as it has drafts, and one more."""
+        limit = self.decode_bytes_limit
+        return limit if limit is None or plan.speculation is None else limit * (1 + plan.speculation.draft_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,37 +182,59 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
+    yield from _drafts(instance, plan)
     if instance.settings.runnable is not None:
         yield from refusals(
             instance.settings.runnable, instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan)
         )
 
 
+def _drafts(instance: Instance, plan: Plan) -> Iterator[str]:
+    """Why the plan cannot make drafts."""
+    drafter = plan.speculation
+    if drafter is None:
+        return
+    if plan.stages > 1:
+        yield f"spec={drafter}: drafts are made on one pipeline stage, the plan has {plan.stages}"
+    if plan.attention.dp > 1:
+        yield f"spec={drafter}: drafts are made with one attention copy, the plan has {plan.attention.dp}"
+    draft = draft_of(instance.model, drafter)
+    for run in draft.runs if draft else ():
+        for name, cell, template in (
+            ("attention", run.block.attention, plan.attention),
+            ("FFN", run.block.ffn, plan.ffn),
+        ):
+            for fault in _undivided(f"{name} ", cell.pieces, template):
+                yield f"spec={drafter}: {fault}"
+
+
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
     memory = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
     blocks = kv_blocks(memory)
-    need = instance.kv_blocks_needed
+    need = instance.blocks_needed(plan.speculation)
     if blocks < need:
-        worst = max(memory, key=lambda stage: needed_bytes(instance, stage))
+        worst = max(memory, key=lambda stage: needed_bytes(need, stage))
         kv = (need + 1) * worst.kv_block_bytes
         yield (
-            f"a GPU needs {needed_bytes(instance, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
+            f"a GPU needs {needed_bytes(need, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
             f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of {instance.longest} "
             f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
         )
 
 
-def needed_bytes(instance: Instance, stage: StageMemory) -> int:
-    """What a GPU of a stage must have room for: beside the engine and the weights the cache of the longest request."""
-    held = (instance.kv_blocks_needed + 1) * stage.kv_block_bytes
+def needed_bytes(blocks: int, stage: StageMemory) -> int:
+    """What a GPU of a stage must have room for: beside the engine and the weights the blocks of the longest request."""
+    held = (blocks + 1) * stage.kv_block_bytes
     return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + held
 
 
 def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:
-    limit = instance.decode_bytes_limit
+    limit = instance.bytes_limit(plan)
     if limit is not None and (read := decode_bytes(instance.model, plan, instance.held)) > limit:
         rate = instance.cluster.gpu.memory_bytes_per_s
         least_ms, limit_ms = read / rate * 1e3, (instance.tpot_limit_ns or 0) / 1e6
+        if plan.speculation is not None:
+            least_ms /= 1 + plan.speculation.draft_tokens
         yield (
             f"a token passes through {read / GB:.2f} GB of weights per GPU, at least {least_ms:.4g} ms at "
             f"{rate / 1e12:.2f} TB/s; the tightest TPOT limit is {limit_ms:.4g} ms"
@@ -298,7 +338,7 @@ def cuts(instance: Instance) -> Iterator[Plan]:
                     if math.gcd(attention.dp, ffn.dp) > 1:
                         continue
                     for weight_format, kv_format in zip(instance.weight_formats, instance.kv_formats, strict=True):
-                        for seqs, tokens in instance.batch_limits:
+                        for (seqs, tokens), drafter in product(instance.batch_limits, instance.drafters):
                             yield Plan(
                                 replicas=1,
                                 layers=layers,
@@ -308,6 +348,7 @@ def cuts(instance: Instance) -> Iterator[Plan]:
                                 kv_format=kv_format,
                                 max_num_seqs=seqs,
                                 max_num_batched_tokens=tokens,
+                                speculation=drafter,
                             )
 
 

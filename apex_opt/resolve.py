@@ -13,9 +13,11 @@ from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, kind_names, load_kind, load_rules
 from apex_opt.engines.kinds import COMMON
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
+from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from apex_opt.engines import EngineKind
     from apex_opt.plans.deployment import Deployment
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.speculation import Drafter, Speculation
 
 T = TypeVar("T")
 
@@ -89,6 +92,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         trace = at_rate(trace, ask.rate, loops_of(trace))
     notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
+    drafters, drafting, about = _speculation(ask, settings, model)
+    settings, notes = replace(settings, drafting=drafting), (*notes, *about)
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
         weight_formats, kv_formats = _formats(ask, model, cluster.gpu)
@@ -114,6 +119,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         then=tuple(then),
         slos=slos,
         batch_limits=_choices(limits),
+        drafters=drafters,
         expert_routing=ask.expert_routing,
         profiles=check_profiles(ask.profiles),
         notes=notes,
@@ -206,6 +212,32 @@ def _settings(
     return settings, limits
 
 
+def _speculation(
+    ask: Ask, settings: EngineSettings, model: Model
+) -> tuple[tuple[Drafter | None, ...], tuple[Speculation, ...], tuple[str, ...]]:
+    """Ways to make drafts to choose from, what comes of them, and what has to be told of that.
+
+    Parameters
+    ----------
+    ask, settings, model
+    """
+    drafters = parse_speculation(ask.speculation)
+    chosen = [drafter for drafter in drafters if drafter is not None]
+    if chosen and not isinstance(settings.scheduler, VllmScheduling):
+        raise UsageError(
+            f"--speculation={chosen[0]}: drafts are modelled for vLLM, not for {ask.engine}; use --engine=vllm"
+        )
+    if not chosen and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
+        raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
+    for drafter in chosen:
+        if drafter.method == "draft" and (rows := load_model(drafter.model).vocab) != model.vocab:
+            raise UsageError(
+                f"--speculation={drafter}: {drafter.model} has a vocabulary of {rows} tokens and {model.name} of "
+                f"{model.vocab}; a draft model has that of the model"
+            )
+    return drafters, *speculations(model, drafters, ask.acceptance)
+
+
 def _pools(ask: Ask) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
     """The cluster of each type of GPU that has any free, with their wiring; None where nodes are alike and all free."""
     wiring, taken = load_wiring(ask.cluster), _taken(ask.cluster, ask.busy, ask.down)
@@ -286,11 +318,16 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
             plan = _completed(pool.plan, text, ask, problem, offers[name])
             offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
         pools.append(replace(pool, plan=plan))
+    named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
+    if named != problem.drafters:
+        drafting, notes = speculations(problem.model, named, ask.acceptance)
+        settings = replace(problem.settings, drafting=drafting)
+        problem = replace(problem, settings=settings, drafters=named, notes=(*problem.notes, *notes))
     return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
 
 
 def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
-    """A plan with the formats and the clock that its text does not name: those asked for on its GPUs."""
+    """A plan with the formats, the clock and the drafts that its text does not name: those asked for on its GPUs."""
     if len(offer.weight_formats) > 1:
         raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
     if len(offer.clocks) > 1:
@@ -304,7 +341,12 @@ def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) 
     else:
         kv = offer.kv_formats[0]
     clock = offer.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
-    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock)
+    if plan.speculation is None and len(problem.drafters) > 1:
+        raise UsageError(
+            f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
+        )
+    drafter = plan.speculation or problem.drafters[0]
+    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter)
 
 
 def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:

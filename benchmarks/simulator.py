@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.plans.speculation import Speculation
 from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
 from benchmarks.traces import AZURE_CONVERSATION, conversation
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 MODEL = "llama-3.1-8b"
 
 # Engine loop: plan, and the engine settings that differ from the default.
+EAGLE = Speculation(method="eagle", draft_tokens=3, accepted=((2, 3, 2, 1, 0, 0, 1, 0, 3, 2, 1, 0),))
 LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "sync": ("dp2 tp1", {"async_scheduling": False}),
     "async": ("dp2 tp1", {}),
     "pipeline_2": ("dp2 pp2 tp1", {}),
     "threshold": ("dp2 tp1", {"scheduler": VllmScheduling(long_prefill_token_threshold=512)}),
+    "speculation": ("dp2 tp1 spec=eagle:3", {"drafting": (EAGLE,)}),
 }
 
 PREFIX_CACHING: tuple[str, dict[str, Any]] = ("dp2 tp1", {"prefix_caching": True})

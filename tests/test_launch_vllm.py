@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from apex_opt.ir.scheme import Scheme
 from apex_opt.launch import launch
 from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.speculation import Speculation, parse_drafter
 from apex_opt.units import GIB
 
 
@@ -196,3 +198,22 @@ def test_its_own_parser_takes_every_command(monkeypatch: pytest.MonkeyPatch) -> 
         assert str(read.tensor_parallel_size) == value(command, "--tensor-parallel-size")
         assert read.enable_expert_parallel == ("--enable-expert-parallel" in command.argv)
         assert read.async_scheduling == ("--async-scheduling" in command.argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("eagle:3", {"method": "eagle3", "model": "EAGLE3_HEAD", "num_speculative_tokens": 3}),
+        ("mtp:1", {"method": "mtp", "num_speculative_tokens": 1}),
+        ("ngram:5", {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}),
+        ("draft:llama-3.1-8b:4", {"method": "draft_model", "model": "llama-3.1-8b", "num_speculative_tokens": 4}),
+    ],
+)
+def test_drafts_are_asked_for_as_json(text: str, said: dict[str, Any]) -> None:
+    drafter = parse_drafter(text)
+    known = Speculation(method=drafter.method, draft_tokens=drafter.draft_tokens, model=drafter.model, accepted=((1,),))
+    found = emitted("vllm", DENSE, f"tp8 spec={text}", 1, 8, settings={"drafting": (known,)})
+    (command,) = found.commands
+    assert json.loads(value(command, "--speculative-config")) == said
+    assert ("--async-scheduling" in command.argv) is not text.startswith("ngram")
+    assert any("EAGLE3_HEAD" in note for note in found.notes) is text.startswith("eagle")

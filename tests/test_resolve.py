@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk
+from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk, SimulateAsk
 from apex_opt.cluster.tree import place_of
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.resolve import resolve, resolve_place, resolve_plan
@@ -416,3 +416,32 @@ def test_a_length_asked_for_is_one_that_the_cache_must_hold() -> None:
     assert asked.instance().longest_tokens == 30_000
     assert "a request of max_model_len" in asked.instance().longest
     assert resolve(options(cluster="2xh100")).instance().longest_tokens < 30_000
+
+
+def test_drafts_are_a_choice_of_the_problem_and_a_plan_names_its_own() -> None:
+    problem = resolve(options(speculation="eagle:0-2", acceptance="2.2"))
+    assert [str(drafter) for drafter in problem.drafters] == ["None", "eagle:1", "eagle:2"]
+    assert [its.draft_tokens for its in problem.settings.drafting] == [1, 2]
+    plan = "tp8 spec=ngram:4"
+    own, deployment = resolve_plan(plan, SimulateAsk(**CHEAP, plan=plan, acceptance="1.5"))
+    assert str(deployment.plan.speculation) == "ngram:4"
+    assert own.settings_for(deployment.plan).speculation is not None
+    _, asked = resolve_plan("tp8", options(speculation="eagle:2"))
+    assert str(asked.plan.speculation) == "eagle:2"
+    with pytest.raises(UsageError, match="is a choice; one plan makes drafts in one way"):
+        resolve_plan("tp8", options(speculation="eagle:0-2"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"speculation": "eagle:3", "engine": "sglang"}, "drafts are modelled for vLLM, not for sglang"),
+        ({"speculation": "eagle:3", "engine": "trtllm"}, "drafts are modelled for vLLM, not for trtllm"),
+        ({"speculation": "draft:mistral-7b:3", "acceptance": "2"}, "a draft model has that of the model"),
+        ({"acceptance": "2"}, "none are made; give --speculation"),
+    ],
+)
+def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve(options(**given))
+    assert "\n" not in str(caught.value)

@@ -25,7 +25,18 @@ from plan_cases import (
     simulated,
     sparse,
 )
-from simulator_cases import TRAFFIC, Case, alone, cases, floors_of, floors_run, linear, random_law, requests
+from simulator_cases import (
+    DRAFTING,
+    TRAFFIC,
+    Case,
+    alone,
+    cases,
+    floors_of,
+    floors_run,
+    linear,
+    random_law,
+    requests,
+)
 
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines.schedulers import SCHEDULINGS
@@ -50,7 +61,7 @@ NAMES = names()
 FIGURES = {one.name: one.unit.name for one in per_run()}
 LATENCIES = tuple(one.name for one in per_item())
 
-LOOPS = ("synchronous", "threshold", "asynchronous", "pipeline", "prefix caching")
+LOOPS = ("synchronous", "threshold", "asynchronous", "pipeline", "prefix caching", *DRAFTING)
 
 
 def check_never_beaten(case_settings: EngineSettings, floor: Outcome, run: Outcome, trace: Trace) -> None:

@@ -109,4 +109,7 @@ def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:
         "chunk_ns": counts.chunk,
         "pair_rate": counts.chunk_pairs,
         "chunk_context_rate": counts.chunk_context,
+        "verify_ns": counts.verify,
+        "draft_ns": counts.draft,
+        "draft_rate": counts.draft_context,
     }

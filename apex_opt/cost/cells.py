@@ -24,6 +24,7 @@ from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Elementwise, Product, norm
 from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.plans.drafts import draft_of
 from apex_opt.plans.memory import ffn_cut
 from apex_opt.profiles.collectives import Collectives
 from apex_opt.profiles.physics import causal_pairs, context_work, experts_work, gemm_work, latent_work, pair_flops
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Block, Model
     from apex_opt.plans.layout import Layout, Spread
     from apex_opt.plans.plan import Template
+    from apex_opt.plans.speculation import Drafter
     from apex_opt.profiles import Profile
 
     Ints = NDArray[np.int64]
@@ -87,12 +89,20 @@ _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads
 class Tables:
     """Entries the tables are made for: every number of tokens and of sequences a batch can have.
 
-    `padded[n]` is how many a batch of `n` decoding sequences is computed as, once padded to a captured graph.
+    `padded[n]` is how many a batch of `n` decoding sequences is computed as, once padded to a captured graph. Where
+    so many `drafts` may follow a token, `verified[t]` is that of a batch of `t` tokens of them.
     """
 
     tokens: Ints
     sequences: Ints
     padded: Ints
+    drafts: int = 0
+    verified: Ints | None = None
+
+    @property
+    def alone(self) -> tuple[str, Ints]:
+        """The table of batches of decoding sequences alone that grows with their tokens, and how these are computed."""
+        return ("decode_ns", self.padded) if self.verified is None else ("verify_ns", self.verified)
 
 
 def owned(tables: Tables, operation: str, copies: int, split: int, work: Work) -> Parts:
@@ -104,10 +114,11 @@ def owned(tables: Tables, operation: str, copies: int, split: int, work: Work) -
     ----------
     work : by tokens of one group
     """
-    spread = work.at(_ceil(tables.padded, copies * split))
+    table, alone = tables.alone
+    spread = work.at(_ceil(alone, copies * split))
     shared = work if split == 1 else work.at(_ceil(tables.tokens, split))
     if copies == 1:
-        return {(operation, "mixed_ns"): shared, (operation, "decode_ns"): spread}
+        return {(operation, "mixed_ns"): shared, (operation, table): spread}
     rows = _ceil(tables.sequences, copies * split).astype(np.float64)
     beside = work.at(tables.tokens[-1:]) * (rows / tables.tokens[-1])
     return {(operation, "chunk_ns"): shared, (operation, "decode_ns"): spread, (operation, "attend_ns"): beside}
@@ -157,6 +168,14 @@ def merged(*parts: Parts) -> Parts:
     return total
 
 
+def by_table(parts: Parts) -> dict[str, Work]:
+    """Sum over operations."""
+    found: dict[str, Work] = {}
+    for (_, table), work in parts.items():
+        found[table] = found[table] + work if table in found else work
+    return found
+
+
 def times(parts: Parts, count: int) -> Parts:
     """Parts of `count` identical layers."""
     return {key: work * count for key, work in parts.items()}
@@ -173,8 +192,10 @@ class Operations:
         routing: str = "uniform",
         fused: tuple[str, ...] = (),
         held: Held = PLAIN,
+        gap_s: float = 0.0,
     ) -> None:
         self.held = held
+        self.gap_s = gap_s
         self.tables = tables
         self.routing = routing
         self.fused = frozenset(fused)
@@ -317,6 +338,9 @@ class Operations:
         base[0] = base[1]  # a batch of prompts alone launches the kernel as well
         chunk, per_pair = prefill
         by_context = float(window is None)
+        if self.tables.drafts:  # the context is read once for a token and its drafts, and multiplied with each
+            decode_flops *= 1 + self.tables.drafts
+            per_token = np.maximum(per_token, decode_flops / self.profile.gpu.peak_flops_per_s(half)) * by_context
         held, seen = self.tables.sequences * ((window or 0) / dp), np.minimum(tokens, window or 0)
         pairs = causal_pairs(tokens, seen)
         launch = Work.of(power, base, held * decode_flops, held * token_bytes, half)
@@ -472,12 +496,72 @@ class Operations:
             spread = layout.spread(attention.tp)
             gather = self.link(Collectives.all_gather_s, 2.0 * model.vocab, attention.tp, spread)
             operations.append(("communication", gather))
-        rows = _ceil(self.tables.sequences, attention.dp)
+        tables = self.tables
+        rows = _ceil(np.minimum(tables.sequences * (1 + tables.drafts), tables.tokens[-1]), attention.dp)
         parts: list[Parts] = []
         for operation, by_rows in operations:
             work = by_rows.at(rows)
-            parts.append({(operation, "sequence_ns"): work, (operation, "decode_ns"): work})
+            alone = {(operation, "verify_ns"): by_rows} if tables.drafts else {(operation, "decode_ns"): work}
+            parts.append({(operation, "sequence_ns"): work, **alone})
         return merged(*parts)
+
+    def drafts(
+        self,
+        model: Model,
+        drafter: Drafter,
+        attention: Template,
+        ffn: Template,
+        formats: tuple[str, str],
+        layout: Layout,
+    ) -> Parts:
+        """What makes drafts: a pass over all tokens of a batch, then where a row yields one for each further draft.
+
+        Parameters
+        ----------
+        model
+        drafter : Drafter         how drafts are made
+        attention : Template      how attention is cut, in one copy
+        ffn : Template            how the FFN is cut
+        formats : (str, str)      of the weights and of the cache of the plan
+        layout
+
+        Source
+        ------
+        `v1/spec_decode/eagle.py` of vLLM 0.20.2: the first pass takes what the model has just computed, each later one
+        a token of every sequence. That these run from captured graphs is assumed.
+        """
+        draft = draft_of(model, drafter)
+        if draft is None:
+            return {}
+        held, place = draft.weight_format or formats[0], partial(owned, self.tables, copies=1, split=1)
+        layers: list[Parts] = []
+        kernels = 0
+        for run in draft.runs:
+            cells = merged(
+                self.attention(run.block.attention, attention, held, formats[1]),
+                self.ffn(run.block.ffn, attention, ffn, held),
+                self.reshards(run.block, attention, ffn, layout),
+            )
+            layers.append(times(cells, run.count))
+            kernels += run.count * int(self.kernels(run.block, attention, ffn)[0])
+            if rows := draft.projection(run.block.attention, attention.tp):
+                layers.append(place(operation="qkv", work=self.gemm(self.half, rows, draft.hidden)))
+        if draft.joined:
+            layers.append(place(operation="qkv", work=self.gemm(self.half, draft.hidden, draft.joined)))
+        found = {("drafts", table): work for table, work in by_table(merged(*layers)).items()}
+        vocab = ceil_div(draft.vocab, attention.tp)
+        head = self.elementwise(norm(draft.hidden)) + self.gemm(self.half, vocab, draft.hidden)
+        head = head + self.elementwise(Elementwise("sampler", 4.0 * draft.vocab))
+        if attention.tp > 1:
+            head = head + self.link(
+                Collectives.all_gather_s, 2.0 * draft.vocab, attention.tp, layout.spread(attention.tp)
+            )
+        sequences, more = self.tables.sequences, drafter.draft_tokens - 1
+        again = found["drafts", "verify_ns"].at(sequences) + found["drafts", "decode_ns"]
+        gaps = np.where(sequences > 0, (more * kernels + 3 * drafter.draft_tokens) * self.gap_s, 0.0)
+        made = head.at(sequences) * drafter.draft_tokens + again * more + Work.waiting(self.power, gaps)
+        rate = found["drafts", "context_rate"] * more
+        return {**found, ("drafts", "draft_ns"): made, ("drafts", "draft_rate"): rate}
 
     def transfer(self, model: Model, attention: Template, layout: Layout) -> Floats:
         """Seconds for the activations of a batch to reach the next stage: hidden state and residual, a shard each.

@@ -27,6 +27,8 @@ class Least:
     decode_share, mixed_share, chunk_share : float    per sequence or token of the batch
     context, pair, again : float                      per token of context, query-key pair, or both of one chunk
     decode_joules, mixed_joules : float               per sequence or token of the batch, on one device
+    verify, verify_share, verify_joules : float       of batches that verify drafts: of any, and per token
+    draft, draft_context : float                      of making drafts in any batch, and per token of context
     """
 
     decode: float = 0.0
@@ -42,6 +44,11 @@ class Least:
     again: float = 0.0
     decode_joules: float = 0.0
     mixed_joules: float = 0.0
+    verify: float = 0.0
+    verify_share: float = 0.0
+    verify_joules: float = 0.0
+    draft: float = 0.0
+    draft_context: float = 0.0
 
     @classmethod
     def of(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
@@ -50,7 +57,7 @@ class Least:
         again = pair + seconds["chunk_context_rate"] if "chunk_context_rate" in seconds else pair
         joules = {
             table: sum((work.joules for (_, of), work in parts.items() if of == table), start=np.zeros(1))
-            for table in ("decode_ns", "mixed_ns")
+            for table in ("decode_ns", "mixed_ns", "verify_ns")
         }
         return cls(
             decode=_least(seconds.get("decode_ns", _NONE), 1),
@@ -66,6 +73,11 @@ class Least:
             again=_least(again, 2),
             decode_joules=_share(joules["decode_ns"], 1),
             mixed_joules=_share(joules["mixed_ns"], 1),
+            verify=_least(seconds.get("verify_ns", _NONE), 1),
+            verify_share=_share(seconds.get("verify_ns", _NONE), 1),
+            verify_joules=_share(joules["verify_ns"], 1),
+            draft=_least(seconds.get("draft_ns", _NONE), 1),
+            draft_context=_least(seconds.get("draft_rate", _NONE), 1),
         )
 
     def plus(self, other: Least, times: int) -> Least:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
 _BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
+_OF_DRAFTS = {"verify_ns": "tokens", "draft_ns": "sequences", "draft_rate": "sequences"}
 _KEPT = 64
-_RATES = ("context_rate", "pair_rate", "chunk_context_rate")
+_RATES = ("context_rate", "pair_rate", "chunk_context_rate", "draft_rate")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,9 +88,14 @@ class StageCosts:
         self.collectives = load_collectives(cluster, profile=self.profile)
         tokens = np.arange(settings.max_num_batched_tokens + 1, dtype=np.int64)
         sequences = np.arange(settings.max_num_seqs + 1, dtype=np.int64)
-        self.tables = Tables(tokens, sequences, _padded(sequences, overhead.captured_sizes, len(tokens) - 1))
+        captured = overhead.captured_sizes
+        self.drafts = settings.speculation.draft_tokens if settings.speculation else 0
+        verified = _padded(tokens, captured, len(tokens) - 1) if self.drafts else None
+        padded = _padded(sequences, captured, len(tokens) - 1)
+        self.tables = Tables(tokens, sequences, padded, self.drafts, verified)
         held = Held.of(settings.runnable, model, cluster.gpu)
-        self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held)
+        gap_s = 0.0 if cluster.gpu.overlapped_launch else overhead.gap_s
+        self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s)
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         self._piece = lru_cache(maxsize=_KEPT)(_piece)
@@ -137,7 +143,7 @@ class StageCosts:
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
         tables: dict[str, Any] = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
-        law = BatchLaw(**tables, copies=copies)
+        law = BatchLaw(**tables, copies=copies, draft_tokens=self.drafts)
         return law, (*pieces, (1, engine))
 
     def _made_of(
@@ -154,6 +160,9 @@ class StageCosts:
             yield 1, (operations.embedding, self.model, cut.attention, layout)
         if last:
             yield 1, (operations.head, self.model, cut.attention, layout)
+        if last and cut.speculation is not None:
+            formats = cut.weight_format, cut.kv_format
+            yield 1, (operations.drafts, self.model, cut.speculation, cut.attention, cut.ffn, formats, layout)
 
     def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
         """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
@@ -197,7 +206,8 @@ class StageCosts:
         mixed = mixed + np.where(tables.tokens > overhead.captured_tokens, waiting, 0.0)
         decode = np.where(tables.sequences > 0, step_s, 0.0) + sequences
         if not overhead.captured_sizes:
-            bare = np.maximum(launched * overhead.launch_s - busy["decode_ns"] - decode, 0.0)
+            computed = busy["decode_ns"] + (busy["verify_ns"][tables.sequences] if self.drafts else 0.0)
+            bare = np.maximum(launched * overhead.launch_s - computed - decode, 0.0)
             decode = decode + np.where(tables.sequences > 0, bare, 0.0)
         return {
             ("engine", "decode_ns"): Work.waiting(power, decode),
@@ -209,6 +219,8 @@ class StageCosts:
         """Sum of pieces per table of the law."""
         sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
         sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
+        if self.drafts:
+            sizes |= {name: len(getattr(self.tables, by)) for name, by in _OF_DRAFTS.items()}
         seconds = {name: np.zeros(size) for name, size in sizes.items()}
         for count, piece in pieces:
             for table, values in piece.seconds.items():

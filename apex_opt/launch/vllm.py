@@ -6,6 +6,7 @@ Sources: vllm 0.20.2, `engine/arg_utils.py` (options, ranks over nodes), `distri
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import VLLM
@@ -13,14 +14,25 @@ from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.launch.commands import PORT_STEP, Command, divisors, hosts, per_copy, ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.launch.commands import Asked, Host, Replica
+    from apex_opt.plans.speculation import Drafter
 
 _MASTER_PORT: Final = 29501
 _RPC_PORT: Final = 29550
 _DEPRECATED: Final = ("fbgemm_fp8",)
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
+_SPECULATIVE: Final[dict[str, Callable[[Drafter], dict[str, str | int]]]] = {
+    "eagle": lambda d: {"method": "eagle3", "model": "EAGLE3_HEAD", "num_speculative_tokens": d.draft_tokens},
+    "mtp": lambda d: {"method": "mtp", "num_speculative_tokens": d.draft_tokens},
+    "ngram": lambda d: {
+        "method": "ngram",
+        "num_speculative_tokens": d.draft_tokens,
+        "prompt_lookup_max": d.draft_tokens,
+    },
+    "draft": lambda d: {"method": "draft_model", "model": d.model, "num_speculative_tokens": d.draft_tokens},
+}
 
 
 class Vllm:
@@ -35,6 +47,10 @@ class Vllm:
             found.append(
                 "images: --language-model-only leaves out the tower that reads them, as the plan does: neither its "
                 "memory nor its time is counted"
+            )
+        if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
+            found.append(
+                "--speculative-config: put the EAGLE-3 head that was trained for the model in place of EAGLE3_HEAD"
             )
         if attention.dp > 1:
             found.append(
@@ -84,6 +100,8 @@ class Vllm:
         words += ["--max-num-batched-tokens", str(tokens), "--max-model-len", str(settings.max_model_len)]
         words += ["--block-size", str(settings.block_size)]
         words += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:.6g}"]
+        if plan.speculation is not None:
+            words += ["--speculative-config", json.dumps(_SPECULATIVE[plan.speculation.method](plan.speculation))]
         if isinstance(settings.scheduler, VllmScheduling) and settings.scheduler.long_prefill_token_threshold:
             words += ["--long-prefill-token-threshold", str(settings.scheduler.long_prefill_token_threshold)]
         for flag, on in (

@@ -11,7 +11,7 @@ from apex_opt.errors import UsageError, shown
 if TYPE_CHECKING:
     from apex_opt.engines.rules import EngineRules
     from apex_opt.plans.plan import Plan
-    from apex_opt.plans.speculation import Speculation
+    from apex_opt.plans.speculation import Drafter, Speculation
 
 _VLLM: Final = VllmScheduling()
 
@@ -34,6 +34,7 @@ class EngineSettings:
     runnable : EngineRules or None         the engine that must be able to run plans, and how it holds a model;
                                            None: any
     speculation : Speculation or None      drafts that are made and verified; None: none
+    drafting : tuple of Speculation        what comes of the drafts that plans can ask for
 
     The defaults are those of vLLM; every engine's own are in `apex_opt.engines.kinds`.
 
@@ -53,6 +54,7 @@ class EngineSettings:
     scheduler: Scheduling = _VLLM
     runnable: EngineRules | None = None
     speculation: Speculation | None = None
+    drafting: tuple[Speculation, ...] = ()
 
     @property
     def whole_prompts(self) -> bool:
@@ -103,16 +105,27 @@ class EngineSettings:
 
 
 def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
-    """Settings with the limits of a batch that a plan sets.
+    """Settings with the limits of a batch and the drafts that a plan sets.
 
     Raises
     ------
-    UsageError    limits that do not go with the other settings
+    UsageError    limits that do not go with the other settings, or drafts of which nothing is known
     """
-    if plan.max_num_seqs is None and plan.max_num_batched_tokens is None:
+    if plan.max_num_seqs is None and plan.max_num_batched_tokens is None and plan.speculation is None:
         return settings
+    speculation = _of_drafts(settings, plan.speculation) if plan.speculation else None
     return replace(
         settings,
         max_num_seqs=plan.max_num_seqs or settings.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens or settings.max_num_batched_tokens,
+        speculation=speculation,
+        async_scheduling=settings.async_scheduling and (speculation is None or speculation.rules.forms_ahead),
     )
+
+
+def _of_drafts(settings: EngineSettings, drafter: Drafter) -> Speculation:
+    """What comes of the drafts of a plan."""
+    for speculation in settings.drafting:
+        if speculation.drafter == drafter:
+            return speculation
+    raise UsageError(f"spec={drafter}: nothing is known of how many drafts are accepted; give --speculation={drafter}")

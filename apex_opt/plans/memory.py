@@ -9,7 +9,7 @@ The workspace is what the largest batch needs at once, the runtime what context,
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,7 @@ from apex_opt.errors import UsageError
 from apex_opt.ir.cells import Cut, stored_bytes
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Run
+from apex_opt.plans.drafts import draft_of
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.cells import AttentionCell, Ffn
     from apex_opt.ir.model import Block, Model
+    from apex_opt.plans.drafts import Draft
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan, Template
 
@@ -179,11 +181,13 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
         Cut(heads=plan.attention.tp),
         Cut(columns=plan.ffn.tp * plan.ffn.ep, experts=plan.ffn.ep, expert_columns=plan.ffn.tp),
     )
+    drafts = 1 + (plan.speculation.draft_tokens if plan.speculation else 0)
+    rows = min(settings.max_num_seqs * drafts, settings.max_num_batched_tokens)  # a draft has logits of its own
     widest = max(
         max(tokens * block.attention.width(of_attention), ffn_tokens * block.ffn.width(of_ffn))
         for block in model.blocks
     )
-    logits = 4 * ceil_div(settings.max_num_seqs, plan.attention.dp) * model.vocab if last else 0
+    logits = 4 * ceil_div(rows, plan.attention.dp) * model.vocab if last else 0
     return 2 * (tokens * 2 * model.hidden + widest) + logits
 
 
@@ -222,6 +226,10 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         block_bytes = settings.block_size * sum(
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
         )
+        drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
+        if drafter is not None and (draft := draft_of(model, drafter)) is not None:
+            weights += draft_bytes(draft, plan, held)
+            block_bytes += settings.block_size * draft_kv_bytes(draft, plan)
         left = usable - weights - workspace - RUNTIME_BYTES
         found[key] = StageMemory(
             weights_bytes=weights,
@@ -232,6 +240,25 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             kv_blocks=max(0, left) // block_bytes,
         )
     return tuple(found[key] for key in alike)
+
+
+def draft_bytes(draft: Draft, plan: Plan, held: Held = PLAIN) -> int:
+    """Weights of what makes drafts on one device.
+
+    Parameters
+    ----------
+    draft, plan
+    held : Held    how the engine holds the model
+    """
+    within = replace(plan, weight_format=draft.in_format(plan))
+    layers = sum(run.count * block_shard_bytes(run.block, within, held) for run in draft.runs)
+    return layers + draft.beside_bytes(plan.attention.tp)
+
+
+def draft_kv_bytes(draft: Draft, plan: Plan) -> int:
+    """What one token keeps on one device for what makes drafts."""
+    tp = plan.attention.tp
+    return sum(run.count * kv_bytes_per_token(run.block.attention, tp, plan.kv_format) for run in draft.runs)
 
 
 def vocab_copies(model: Model, held: Held, first: bool, last: bool) -> int:

@@ -5,8 +5,8 @@ each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by exp
 Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
 larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
-the tokens of a batch where they are not the engine's. `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four
-stages on one type of GPU and the last on another.
+the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token.
+`on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four stages on one type of GPU and the last on another.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.errors import UsageError
 from apex_opt.ir.checks import shown
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
+from apex_opt.plans.speculation import Drafter, parse_drafter
 
 if TYPE_CHECKING:
     from apex_opt.ir.model import Model
@@ -72,6 +73,7 @@ class Plan:
     kv_format : str                key of `KV_BYTES`
     clock_mhz : int or None        clock the GPUs are held at; None leaves them at the highest
     max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
+    speculation : Drafter or None  how drafts are made; None: none are
     on : tuple of (str, int)       types of GPU of consecutive stages, each with how many; () where all are of one type
 
     Raises
@@ -88,6 +90,7 @@ class Plan:
     clock_mhz: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    speculation: Drafter | None = None
     on: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,11 +134,12 @@ class Plan:
 
     @property
     def cut(self) -> tuple[int | str, ...]:
-        """What stages are like beside their layers: cells, formats, clock and limits of a batch (0: None), GPUs."""
+        """Of stages all but layers: cells, formats, clock and limits of a batch (0: None), drafts, types of GPU."""
         attention, ffn = self.attention, self.ffn
         cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
         limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
-        return *cells, self.weight_format, self.kv_format, *limits, *(part for own in self.on for part in own)
+        drafts = () if self.speculation is None else (str(self.speculation),)
+        return *cells, self.weight_format, self.kv_format, *limits, *drafts, *(part for own in self.on for part in own)
 
     def times(self, replicas: int) -> Plan:
         """The same with another number of replicas."""
@@ -157,6 +161,8 @@ class Plan:
             words.append(f"kv={self.kv_format}")
         limits = (("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens), ("clock", self.clock_mhz))
         words += [f"{name}={value}" for name, value in limits if value is not None]
+        if self.speculation is not None:
+            words.append(f"spec={self.speculation}")
         if self.on:
             words.append("on=" + "+".join(f"{name}:{stages}" for name, stages in self.on))
         return " ".join(words)
@@ -193,6 +199,7 @@ _WORD: Final = re.compile(
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
     r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
+    r"|spec=(?P<spec>[^\s=]+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+(?:\+\w+)*)"
@@ -235,6 +242,8 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
             _once(found, "kv", match["kv"], text)
         elif match["on"]:
             _once(found, "on", match["on"], text)
+        elif match["spec"]:
+            _once(found, "spec", match["spec"], text)
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
@@ -269,6 +278,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         clock_mhz=_limit(found, "clock", text),
         max_num_seqs=_limit(found, "seqs", text),
         max_num_batched_tokens=_limit(found, "tokens", text),
+        speculation=parse_drafter(found["spec"]) if "spec" in found else None,
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
 

@@ -251,6 +251,7 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         slo=tuple(slo.text for slo in problem.slos),
         vacuous_slo=tuple(slo.text for slo in problem.vacuous),
         batch_limits=tuple(dict(zip(_LIMITS, pair, strict=True)) for pair in problem.batch_limits),
+        speculation=_drafts(problem) if any(problem.drafters) else None,
         engine=of(
             types.EngineFacts,
             problem.settings,
@@ -264,6 +265,13 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         arrivals=arrivals,
         **choices,
     )
+
+
+def _drafts(problem: Problem) -> tuple[types.DraftFacts, ...]:
+    """Ways to make drafts to choose from."""
+    means = {str(its.drafter): its.mean for its in problem.settings.drafting}
+    names = ["none" if drafter is None else str(drafter) for drafter in problem.drafters]
+    return tuple(types.DraftFacts(drafts=name, tokens=means.get(name, 1.0)) for name in names)
 
 
 def _offered(problem: Problem) -> dict[str, Any]:

@@ -157,6 +157,19 @@ class EngineFacts(Described):
     expert_routing: str
 
 
+class DraftFacts(Described):
+    """A way to make drafts to choose from.
+
+    Parameters
+    ----------
+    drafts : method and number, as plans name them; none where none are made
+    tokens : that a row brings a request in the mean, where none of its drafts is cut off
+    """
+
+    drafts: str
+    tokens: float
+
+
 class QuestionFacts(Described):
     """What was asked, in the names and numbers that were understood.
 
@@ -166,6 +179,7 @@ class QuestionFacts(Described):
     vacuous_slo : goals that hold whatever the plan
     weights : formats to choose from, as `kv` in pairs; with several types of GPU those of each stand with it
     clocks_mhz : clocks to choose from; null is the highest
+    speculation : ways to make drafts to choose from; left out where none are made
     arrivals : how requests come where rates are looked for
     """
 
@@ -178,6 +192,7 @@ class QuestionFacts(Described):
     kv: tuple[str, ...] | None = None
     clocks_mhz: tuple[int | None, ...] | None = None
     batch_limits: tuple[dict[str, int | None], ...]
+    speculation: tuple[DraftFacts, ...] | None = None
     engine: EngineFacts
     arrivals: str | None = None
 

@@ -67,7 +67,7 @@ class Facts:
         self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
         self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         instance = problem.instance()
-        self._needed, self._held = instance.kv_blocks_needed, instance.held
+        self._needed, self._held = instance.blocks_needed, instance.held
         self.generated = problem.trace.generated(problem.settings.max_model_len)
 
     @property
@@ -102,7 +102,7 @@ class Facts:
 
     def holds(self, plan: Plan) -> bool:
         """Whether the KV cache of a plan holds the longest request."""
-        return kv_blocks(self.memory(plan)) >= self._needed
+        return kv_blocks(self.memory(plan)) >= self._needed(plan.speculation)
 
     def cost_per_h(self, plan: Plan) -> float | None:
         """$ per hour of a plan's GPUs, where their price is stated."""
@@ -124,7 +124,8 @@ class Facts:
     def token_j(self, plan: Plan) -> float:
         """Energy above the idle draw that a token takes at least."""
         least = self.least_cost(plan)
-        return min(least.decode_joules, least.mixed_joules) * plan.stage_devices
+        alone = least.verify_joules if plan.speculation else least.decode_joules
+        return min(alone, least.mixed_joules) * plan.stage_devices
 
     def least_joules(self, plan: Plan) -> float:
         """Energy above the idle draw that no run of the plan can do without: every token is computed at least once."""
@@ -204,7 +205,8 @@ class Facts:
         """Mean floor of the stages of a plan, however its layers are split."""
         key = plan.cut, plan.stages, self.costs.layouts_of(plan)
         if key not in self._means:
-            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp)
+            drafts = plan.speculation.draft_tokens if plan.speculation else 0
+            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp, drafts)
         return self._means[key]
 
     def _load(self, plan: Plan, alike: Alike, run: Run) -> tuple[float, Load | None]:
@@ -230,7 +232,7 @@ class Facts:
             blocks = 0  # how full a stage can be is known once the layers are split
         elif movable:
             # The split sought is no heavier than the even one, where that one fits.
-            fits = blocks >= self._needed
+            fits = blocks >= self._needed(plan.speculation)
             blocks = least_blocks(problem.model, plan, memory, problem.settings.block_size, self._held) if fits else 0
         return blocks * plan.attention.dp
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.speculation import Drafter
     from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.trace import Trace
 
@@ -90,6 +91,8 @@ class Problem:
     routing : how requests are dealt to replicas
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                      limits of a batch to choose from; None leaves one to the settings
+    drafters : tuple of Drafter or None    ways to make drafts to choose from, of which `settings.drafting` knows what
+                                     comes of them; None makes none
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
     holds_longest : bool             a request of max_model_len must fit into the KV cache, not only those of the trace
@@ -116,6 +119,7 @@ class Problem:
     request_slos: tuple[Goal, ...] | None = None
     routing: Routing = "round_robin"
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
+    drafters: tuple[Drafter | None, ...] = (None,)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
     holds_longest: bool = False
@@ -289,4 +293,5 @@ class Problem:
             kv_formats=self.offer.kv_formats,
             max_devices=min(self.max_devices, self.offer.free),
             batch_limits=self.batch_limits,
+            drafters=self.drafters,
         )

@@ -22,11 +22,15 @@ from .sizes import (
     attention_side,
     attention_width,
     batch_limits,
+    draft_attention_side,
+    draft_blocks,
+    draft_ffn_side,
     ffn_side,
     ffn_width,
     kind,
     kinds,
     kv_bytes,
+    kv_tokens,
     shards,
     shared_whole,
     vocab_bytes,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
     from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Piece
+    from apex_opt.plans.speculation import Drafter
 
     from .variables import Variables
 
@@ -84,6 +89,39 @@ def heads_divide(instance: Instance, tp: int) -> bool:
     return all(_divides(piece, tp) for block in kinds(instance) for piece in block.attention.pieces)
 
 
+def stages_of(instance: Instance) -> range:
+    """Numbers of stages that there can be."""
+    return range(1, min(instance.max_devices, instance.model.layers) + 1)
+
+
+def draft_heads(instance: Instance, drafter: Drafter | None, tp: int) -> bool:
+    """Whether attention of what makes drafts is cut into equal shards.
+
+    Parameters
+    ----------
+    instance
+    drafter : Drafter or None    how drafts are made
+    tp : int                     shards
+    """
+    blocks = draft_blocks(instance, drafter)
+    return all(_divides(piece, tp) for block in blocks for piece in block.attention.pieces)
+
+
+def draft_columns(instance: Instance, drafter: Drafter | None, tp: int, ep: int) -> bool:
+    """Whether the FFN of what makes drafts is.
+
+    Parameters
+    ----------
+    instance
+    drafter : Drafter or None    how drafts are made
+    tp : int                     shards
+    ep : int                     groups of experts
+    """
+    by = {("tp",): tp, ("ep",): ep, ("tp", "ep"): tp * ep}
+    blocks = draft_blocks(instance, drafter)
+    return all(_divides(piece, by[piece.by]) for block in blocks for piece in block.ffn.pieces)
+
+
 def columns_divide(instance: Instance, tp: int, ep: int) -> bool:
     """Whether FFN shards are equal in every block.
 
@@ -120,13 +158,45 @@ def hardware_computes_format(model: cp_model.CpModel, instance: Instance, v: Var
 
 
 def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
-    """C4: the engine that is to run the plan can."""
-    if instance.settings.runnable is None:
-        return []
+    """C4: the engine that is to run the plan can, and drafts can be made."""
     runs, degrees, formats = Runs(instance), range(1, instance.max_devices + 1), range(len(instance.weight_formats))
     pairs = [(d, t) for d in degrees for t in range(1, instance.max_devices // d + 1)]
     cut = shards(instance)
+    drafted = [(i, drafter) for i, drafter in enumerate(instance.drafters)]
+    drafts = (
+        [
+            _holds(
+                model,
+                "one_stage_drafts",
+                [v.drafts, v.stages],
+                ((i, s, d is None or s == 1) for i, d in drafted for s in stages_of(instance)),
+            ),
+            _holds(
+                model,
+                "one_copy_drafts",
+                [v.drafts, v.attention_dp],
+                ((i, n, d is None or n == 1) for i, d in drafted for n in degrees),
+            ),
+            _holds(
+                model,
+                "draft_heads",
+                [v.drafts, v.attention_tp],
+                ((i, t, draft_heads(instance, d, t)) for i, d in drafted for t in degrees),
+            ),
+            _holds(
+                model,
+                "draft_columns",
+                [v.drafts, v.ffn_tp, v.ffn_ep],
+                ((i, t, e, draft_columns(instance, d, t, e)) for i, d in drafted for t, e in cut),
+            ),
+        ]
+        if any(instance.drafters)
+        else []
+    )
+    if instance.settings.runnable is None:
+        return drafts
     return [
+        *drafts,
         _holds(model, "engine_copies", [v.ffn_dp], ((d, runs.ffn_copies(d)) for d in degrees)),
         _holds(
             model,
@@ -181,7 +251,14 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
             ),
         )
         total += [count * attention, count * ffn]
-    return [model.add(cp_model.LinearExpr.sum(total) <= limit)]
+    # As many tokens may come of one pass as there are drafts, and one more.
+    passes = _table(
+        model,
+        "tokens_of_a_pass",
+        [v.drafts],
+        ((i, 1 + (d.draft_tokens if d else 0)) for i, d in enumerate(instance.drafters)),
+    )
+    return [model.add(cp_model.LinearExpr.sum(total) <= limit * passes)]
 
 
 def _shared_whole(model: cp_model.CpModel, instance: Instance, v: Variables) -> cp_model.IntVar:
@@ -205,24 +282,25 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     """C6: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
     degrees = range(1, instance.max_devices + 1)
     formats = list(enumerate(instance.weight_formats))
-    tokens = instance.kv_blocks_needed + 1  # one block is never handed out
-    tokens *= instance.settings.block_size
+    tokens = [kv_tokens(instance, drafter) for drafter in instance.drafters]
     per_layer = []
     whole = _shared_whole(model, instance, v)
     for u, block in enumerate(kinds(instance)):
         attention = _table(
             model,
             f"attention_bytes_{u}",
-            [whole, v.attention_tp, v.formats],
+            [v.drafts, whole, v.attention_tp, v.formats],
             (
                 (
+                    i,
                     w,
                     t,
                     f,
                     attention_side(instance, block, t, name, whole=bool(w), touched=False)
                     + 4 * block.hidden  # two norms of 16-bit weights
-                    + tokens * kv_bytes(block, t, instance.kv_formats[f]),
+                    + held * kv_bytes(block, t, instance.kv_formats[f]),
                 )
+                for i, held in enumerate(tokens)
                 for w in (0, 1)
                 for t in degrees
                 for f, name in formats
@@ -245,13 +323,15 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     logits = _table(
         model,
         "logit_bytes",
-        [v.limits, v.attention_dp],
+        [v.drafts, v.limits, v.attention_dp],
         (
-            (i, d, 4 * instance.model.vocab * -(-seqs // d))
-            for i, (seqs, _) in enumerate(batch_limits(instance))
+            (j, i, d, 4 * instance.model.vocab * -(-min(seqs * (1 + drafts), most) // d))
+            for j, drafts in enumerate(d.draft_tokens if d else 0 for d in instance.drafters)
+            for i, (seqs, most) in enumerate(batch_limits(instance))
             for d in degrees
         ),
     )
+    drafting = _drafting(model, instance, v, whole)
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
     capacity -= instance.held.table_bytes
     norm = 2 * instance.model.hidden
@@ -270,7 +350,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     bounds = []
     for workspace in _workspaces(model, instance, v):
         for layers in held["first"]:
-            lone = model.add(layers + copies + norm + workspace + logits <= capacity)
+            lone = model.add(layers + copies + norm + workspace + logits + drafting <= capacity)
             front = model.add(layers + first + workspace <= capacity)
             bounds += [lone.only_enforce_if(alone), front.only_enforce_if(alone.negated())]
         for layers in held["last"]:
@@ -278,6 +358,38 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             bounds.append(back.only_enforce_if(alone.negated()))
         bounds += [model.add(layers + middle + workspace <= capacity) for layers in held["middle"]]
     return bounds
+
+
+def _drafting(model: cp_model.CpModel, instance: Instance, v: Variables, whole: cp_model.IntVar) -> cp_model.LinearExpr:
+    """Bytes of what makes drafts, which only lies where there is one stage: by attention shards and by FFN shards."""
+    if not any(instance.drafters):
+        return cp_model.LinearExpr.sum([])
+    formats, degrees = list(enumerate(instance.weight_formats)), range(1, instance.max_devices + 1)
+    drafted = list(enumerate(instance.drafters))
+    heads = _table(
+        model,
+        "draft_attention_bytes",
+        [v.drafts, whole, v.attention_tp, v.formats],
+        (
+            (i, w, t, f, draft_attention_side(instance, d, t, name, instance.kv_formats[f], whole=bool(w)))
+            for i, d in drafted
+            for w in (0, 1)
+            for t in degrees
+            for f, name in formats
+        ),
+    )
+    columns = _table(
+        model,
+        "draft_ffn_bytes",
+        [v.drafts, v.ffn_tp, v.ffn_ep, v.formats],
+        (
+            (i, t, e, f, draft_ffn_side(instance, d, t, e, name))
+            for i, d in drafted
+            for t, e in shards(instance)
+            for f, name in formats
+        ),
+    )
+    return heads + columns
 
 
 def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> Iterable[cp_model.LinearExpr]:

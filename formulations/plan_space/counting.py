@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from .constraints import balanced, columns_divide, computes, heads_divide
+from .constraints import balanced, columns_divide, computes, draft_columns, draft_heads, heads_divide
 from .engine import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.evaluate import Instance
+    from apex_opt.plans.speculation import Drafter
 
 COUNTED: Final = ("divisibility", "format", "engine", "balance")
 """Families whose plans are counted: each binds attention, the FFN or the stages alone, or with the format."""
@@ -21,15 +22,16 @@ COUNTED: Final = ("divisibility", "format", "engine", "balance")
 def count(instance: Instance, families: Sequence[str]) -> int:
     """Plans under C1, C2 and any of `COUNTED` (C3 to C5).
 
-    For a stage of g devices and a format the choices of attention, of the FFN, of stages with replicas and of limits
-    are independent, but for the common factors of copies. Several stages are two plans, with layers split evenly and
-    with layers moved.
+    For a stage of g devices, a format and a way to make drafts the choices of attention, of the FFN, of stages with
+    replicas and of limits are independent, but for the common factors of copies. Several stages are two plans, with
+    layers split evenly and with layers moved.
     """
     gpus = instance.max_devices
     stages = [
         s for s in range(1, min(gpus, instance.model.layers) + 1) if "balance" not in families or balanced(instance, s)
     ]
-    pipelines = [0] + [sum(gpus // (s * g) * (1 + (s > 1)) for s in stages) for g in range(1, gpus + 1)]
+    # The engine makes drafts on one stage, with one attention copy.
+    drafters = Counter(drafter if "engine" in families else None for drafter in instance.drafters)
     # Without rules of an engine all formats are cut alike.
     ruled = "engine" in families and instance.settings.runnable is not None
     formats = Counter(
@@ -37,21 +39,28 @@ def count(instance: Instance, families: Sequence[str]) -> int:
         for index, name in enumerate(instance.weight_formats)
         if "format" not in families or computes(instance, name)
     )
-    total = sum(times * _cells(instance, families, index, pipelines) for index, times in formats.items())
+    total = 0
+    for drafter, ways in drafters.items():
+        some = stages if drafter is None else [s for s in stages if s == 1]
+        pipelines = [0] + [sum(gpus // (s * g) * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
+        total += ways * sum(n * _cells(instance, families, index, drafter, pipelines) for index, n in formats.items())
     return total * len(instance.batch_limits)
 
 
-def _cells(instance: Instance, families: Sequence[str], index: int | None, pipelines: Sequence[int]) -> int:
+def _cells(
+    instance: Instance, families: Sequence[str], index: int | None, drafter: Drafter | None, pipelines: Sequence[int]
+) -> int:
     """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage."""
     gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
     degrees = range(1, gpus + 1)
-    heads = [t for t in degrees if not divide or heads_divide(instance, t)]
+    heads = [t for t in degrees if (not divide or heads_divide(instance, t)) and draft_heads(instance, drafter, t)]
     experts = gpus if instance.model.is_moe else 1
     shards = Counter(
         t * e
         for t in degrees
         for e in range(1, min(experts, gpus // t) + 1)
         if (not divide or columns_divide(instance, t, e)) and (index is None or runs.ffn(t, e, index))
+        if draft_columns(instance, drafter, t, e)
     )
     total = 0
     for devices in degrees:
@@ -59,6 +68,7 @@ def _cells(instance: Instance, families: Sequence[str], index: int | None, pipel
             devices // t
             for t in heads
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
+            if drafter is None or devices == t
         ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)

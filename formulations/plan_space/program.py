@@ -13,15 +13,18 @@ Variables
     ad, at  attention copies and shards; fd, ft, fe FFN copies, column shards and expert groups
     f       format                index into the formats to choose from
     l       limits of a batch     index into those to choose from
+    d       drafts                index into the ways to make them to choose from, none among these
 
 Constraints
     C1  s * g <= N
     C2  ad * at = g,  fd * ft * fe = g,  gcd(ad, fd) = 1,  fe = 1 for a dense model
     C3  equal shards (divisibility)
-    C4  the GPU computes in f (format);  the engine runs the cells, the format and the shards (engine)
+    C4  the GPU computes in f (format);  the engine runs the cells, the format and the shards, and drafts are made on
+        one stage, with one attention copy and equal shards (engine)
     C5  s * ceil(L / s) <= 3/2 * L (balance)
     C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
-        + embedding and LM head where they are + workspace(ad, at, fd, ft, fe, l) <= M (memory)
+        + embedding and LM head where they are + workspace(ad, at, fd, ft, fe, l, d)
+        + layers, matrices and KV of what makes drafts <= M (memory)
     C7  head(at) + sum_u n_u * (W_u(at, f) + touched F_u(ft, fe, f)) <= T (bandwidth)
 
 Symmetry is left out by construction: stages are ordered, replicas and copies are counted rather than named, and
@@ -264,4 +267,4 @@ def _keeping(model: cp_model.CpModel, literals: Sequence[Any], variables: Variab
 def _order(plan: Plan) -> tuple[Any, ...]:
     cells = plan.attention, plan.ffn, plan.weight_format, plan.kv_format
     limits = plan.max_num_seqs or 0, plan.max_num_batched_tokens or 0
-    return (plan.devices, plan.stages, *cells, *limits)
+    return (plan.devices, plan.stages, *cells, *limits, str(plan.speculation or ""))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+from apex_opt.plans.drafts import draft_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Matrix
     from apex_opt.ir.model import Block
+    from apex_opt.plans.speculation import Drafter
 
 
 def kinds(instance: Instance) -> dict[Block, int]:
@@ -188,3 +190,62 @@ def batch_limits(instance: Instance) -> list[tuple[int, int]]:
     """Sequences and tokens of a batch to choose from, those of the settings where a choice names none."""
     own = instance.settings
     return [(seqs or own.max_num_seqs, tokens or own.max_num_batched_tokens) for seqs, tokens in instance.batch_limits]
+
+
+def kv_tokens(instance: Instance, drafter: Drafter | None) -> int:
+    """Tokens in the blocks that a stage must have room for: those of the longest request and one never handed out."""
+    tokens, size = instance.longest_tokens, instance.settings.block_size
+    if drafter is not None and drafter.method != "ngram":
+        tokens = max(tokens, min(tokens + drafter.draft_tokens, instance.settings.max_model_len))
+    return (-(-tokens // size) + 1) * size
+
+
+def draft_blocks(instance: Instance, drafter: Drafter | None) -> tuple[Block, ...]:
+    """Layers of what makes drafts, one by one."""
+    draft = draft_of(instance.model, drafter) if drafter else None
+    return tuple(run.block for run in draft.runs for _ in range(run.count)) if draft else ()
+
+
+def draft_attention_side(
+    instance: Instance, drafter: Drafter | None, tp: int, name: str, kv: str, *, whole: bool
+) -> int:
+    """Bytes of what makes drafts that follow how attention is cut: its attention, its cache, what is beside its layers.
+
+    Parameters
+    ----------
+    instance
+    drafter : Drafter or None    how drafts are made
+    tp : int                     shards
+    name : str                   of the weight format
+    kv : str                     of the KV format
+    whole : bool                 `shared_whole` of the plan
+    """
+    draft = draft_of(instance.model, drafter) if drafter else None
+    if draft is None:
+        return 0
+    form, tokens = draft.weight_format or name, kv_tokens(instance, drafter)
+    total = 2 * draft.hidden * (draft.joined + draft.tables * -(-draft.vocab // tp))
+    for block, count in Counter(draft_blocks(instance, drafter)).items():
+        twice = 2 * draft.hidden * draft.projection(block.attention, tp)
+        layer = attention_side(instance, block, tp, form, whole=whole, touched=False) + 4 * block.hidden + twice
+        total += count * (layer + tokens * kv_bytes(block, tp, kv))
+    return total
+
+
+def draft_ffn_side(instance: Instance, drafter: Drafter | None, tp: int, ep: int, name: str) -> int:
+    """Bytes of what makes drafts that follow how the FFN is cut.
+
+    Parameters
+    ----------
+    instance
+    drafter : Drafter or None    how drafts are made
+    tp : int                     shards
+    ep : int                     groups of experts
+    name : str                   of the weight format
+    """
+    draft = draft_of(instance.model, drafter) if drafter else None
+    if draft is None:
+        return 0
+    form = draft.weight_format or name
+    layers = Counter(draft_blocks(instance, drafter)).items()
+    return sum(count * ffn_side(instance, block, tp, ep, form, touched=False) for block, count in layers)

@@ -33,6 +33,7 @@ class Variables:
     ffn_ep: cp_model.IntVar
     formats: cp_model.IntVar
     limits: cp_model.IntVar
+    drafts: cp_model.IntVar
 
     @classmethod
     def create(cls, model: cp_model.CpModel, instance: Instance) -> Variables:
@@ -48,6 +49,7 @@ class Variables:
             ffn_ep=model.new_int_var(1, gpus, "ffn_ep"),
             formats=model.new_int_var(0, len(instance.weight_formats) - 1, "format"),
             limits=model.new_int_var(0, len(instance.batch_limits) - 1, "limits"),
+            drafts=model.new_int_var(0, len(instance.drafters) - 1, "drafts"),
         )
 
     def extract(self, values: Values, instance: Instance) -> Plan:
@@ -63,6 +65,7 @@ class Variables:
             kv_format=instance.kv_formats[chosen],
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
+            speculation=instance.drafters[values.value(self.drafts)],
         )
 
     def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
@@ -75,7 +78,7 @@ class Variables:
 
         Raises
         ------
-        UsageError    layers split unevenly, or formats or limits that are not among those to choose from
+        UsageError    layers split unevenly, or formats, limits or drafts that are not among those to choose from
         """
         pairs = list(zip(instance.weight_formats, instance.kv_formats, strict=True))
         formats = (plan.weight_format, plan.kv_format)
@@ -84,6 +87,8 @@ class Variables:
         limits = (plan.max_num_seqs, plan.max_num_batched_tokens)
         if limits not in instance.batch_limits:
             raise UsageError(f"{plan}: its limits of a batch are not among the choices {list(instance.batch_limits)}")
+        if plan.speculation not in instance.drafters:
+            raise UsageError(f"{plan}: its drafts are not among the choices {[str(d) for d in instance.drafters]}")
         if not plan.even:
             raise UsageError(f"{plan}: the plan space splits layers evenly, not as {list(plan.layers)}")
         model.add(plan.replicas * plan.stages * self.devices <= instance.max_devices)
@@ -96,5 +101,6 @@ class Variables:
             (self.ffn_ep, plan.ffn.ep),
             (self.formats, pairs.index(formats)),
             (self.limits, instance.batch_limits.index(limits)),
+            (self.drafts, instance.drafters.index(plan.speculation)),
         ):
             model.add(variable == value)

@@ -10,6 +10,9 @@ many pairs as it holds tokens. Of a prompt, only what another request says as we
 queues and routing only add. The slowest of the stages is no faster than their mean, and a batch is of one size on all:
 so sums of the least over all layers bound every split of these into as many stages. Where tables are not monotone
 their least entries are taken.
+Where drafts are verified a request needs at least so many batches as it takes if every draft that can be right is
+scheduled (`plans.speculation.least_steps`), each over no less context than after as many tokens, and each makes drafts.
+A prompt may then come in chunks that count as decoding, whose context is read once for all of their tokens.
 Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
 """
 
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.plans.speculation import least_steps
 from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
@@ -45,7 +49,7 @@ class StageFloor:
 
     `batch_ns` of any batch; `token_ns` of a prompt token and `decode_token_ns` of a later one within the batch that
     computes it; `pair_rate` of a query-key pair of a prompt and `context_rate` of a token held when a later one is
-    computed, in 2**-20 ns.
+    computed, in 2**-20 ns. Where drafts are made, `draft_ns` of making them, within a batch that yields.
     """
 
     batch_ns: int
@@ -53,6 +57,7 @@ class StageFloor:
     decode_token_ns: float
     pair_rate: int
     context_rate: int
+    draft_ns: int = 0
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -62,14 +67,20 @@ class StageFloor:
         least = int(law.decode_ns[1:].min())
         # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].
         per_token = float((law.decode_ns[1:] / np.arange(1, len(law.decode_ns))).min())
+        drafts, made, drafted = 1 + law.draft_tokens, 0, 0
+        if law.draft_tokens:
+            least += int(law.verify_ns[1:].min())
+            per_token = float((law.verify_ns[1:] / np.arange(1, len(law.verify_ns))).min())
+            made, drafted = int(law.draft_ns[1:].min()), int(law.draft_rate[1:].min())
         mixed, chunk = law.mixed_ns[2:], law.chunk_ns[2:]
         if not len(mixed):
             return cls(
                 batch_ns=least,
                 token_ns=per_token,
                 decode_token_ns=per_token,
-                pair_rate=context,
-                context_rate=context,
+                pair_rate=context // drafts,
+                context_rate=context + drafted,
+                draft_ns=made,
             )
         tokens = np.arange(2, len(law.mixed_ns))
         pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
@@ -78,31 +89,37 @@ class StageFloor:
             batch_ns=min(least, int(mixed.min()) + int(chunk.min()) + every),
             token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
             decode_token_ns=min(per_token, float((mixed / tokens).min())),
-            pair_rate=min(context, pair // law.copies),
-            context_rate=min(context, again // law.copies),
+            pair_rate=min(context // drafts, pair // law.copies),
+            context_rate=min(context, again // law.copies) + drafted,
+            draft_ns=made,
         )
 
     @classmethod
-    def mean(cls, least: Least, stages: int, copies: int) -> StageFloor:
+    def mean(cls, least: Least, stages: int, copies: int, drafts: int = 0) -> StageFloor:
         """The mean floor of the stages of a pipeline, however its layers are split.
 
-        A table entry is rounded to the nearest nanosecond and a rate to the nearest 2**-20 ns, four entries a batch.
+        A table entry is rounded to the nearest nanosecond and a rate to the nearest 2**-20 ns, four entries a batch,
+        and two more where drafts are made.
 
         Parameters
         ----------
         least : Least    what the stages take at least
         stages : int     of the pipeline
         copies : int     copies of attention
+        drafts : int     drafts that may follow a token
         """
         scale, rates = NS_PER_S / stages, NS_PER_S * (1 << RATE_BITS) / stages
-        batch = min(least.decode, least.mixed + least.chunk + least.sequence + least.attend)
-        token = min(least.decode_share, least.mixed_share + least.chunk_share / copies)
+        alone = least.verify_share if drafts else least.decode_share
+        batch = min(least.decode + least.verify, least.mixed + least.chunk + least.sequence + least.attend)
+        token = min(alone, least.mixed_share + least.chunk_share / copies)
+        pair, context = min(least.context / (1 + drafts), least.pair / copies), min(least.context, least.again / copies)
         return cls(
             batch_ns=max(int(batch * scale) - _ROUNDED, 0),
             token_ns=max(token * scale - _ROUNDED, 0.0),
-            decode_token_ns=max(min(least.decode_share, least.mixed_share) * scale - _ROUNDED, 0.0),
-            pair_rate=max(int(min(least.context, least.pair / copies) * rates) - _ROUNDED, 0),
-            context_rate=max(int(min(least.context, least.again / copies) * rates) - _ROUNDED, 0),
+            decode_token_ns=max(min(alone, least.mixed_share) * scale - _ROUNDED, 0.0),
+            pair_rate=max(int(pair * rates) - _ROUNDED, 0),
+            context_rate=max(int((context + least.draft_context) * rates) - _ROUNDED, 0),
+            draft_ns=max(int(least.draft * scale) - _ROUNDED, 0),
         )
 
 
@@ -139,16 +156,25 @@ def isolated(
         own = own + scaled(pairs, floor.pair_rate) - chunked(computed)
         # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
         first = np.maximum(first, own + all_batches - floor.batch_ns)
-    steps = generated - 1
+    steps = later_batches(settings, generated)
     # Token j + 1 is computed over a context of prompt + j tokens.
     context = steps * prompt + steps * (steps + 1) // 2
     if overtaking and len(floors) > 1:
         return np.maximum(first, 0), _overtaken(floors, prompt, steps)
-    rest = steps * all_batches
+    first = first + sum(floor.draft_ns for floor in floors)
+    rest = steps * (all_batches + sum(floor.draft_ns for floor in floors))
+    terms = 1 if settings.speculation is None else 2
     for floor, stages in alike.items():
-        # Each batch rounds down by less than a nanosecond.
-        rest = rest + stages * np.maximum(scaled(context, floor.context_rate) - steps, 0)
+        # Each batch rounds down by less than a nanosecond, and once more for its drafts.
+        rest = rest + stages * np.maximum(scaled(context, floor.context_rate) - terms * steps, 0)
     return np.maximum(first, 0), rest
+
+
+def later_batches(settings: EngineSettings, generated: Ints) -> Ints:
+    """Batches after that of its first token that each request needs at least, for so many tokens in all."""
+    if settings.speculation is None:
+        return generated - 1
+    return least_steps(settings.speculation, settings.async_scheduling, generated)
 
 
 def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: int | None = None) -> bool:

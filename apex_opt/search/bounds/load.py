@@ -3,7 +3,8 @@
 Why they are admissible. A batch takes at least the sum of what its tokens take at the least share of any batch; the
 mean stage of a pipeline is busy for its mean share of that, and works on one batch at a time. So requests whose work is
 w take one replica at least their sum, r replicas an r-th of it, and whichever k of the requests are the first to be
-done, they are done no sooner than the k smallest works would be from the first arrival on.
+done, they are done no sooner than the k smallest works would be from the first arrival on. Where drafts are verified a
+batch computes no fewer tokens of a request than it brings it.
 
 The KV cache is such a limit, too. While a batch with one of its tokens is under way a sequence holds the blocks of its
 prompt, and with more blocks than there are it does not run: blocks held, times the least time of a batch, summed over
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from apex_opt.figures.measure import percent
-from apex_opt.search.bounds.isolated import chunked, computed_prompts, scaled
+from apex_opt.search.bounds.isolated import chunked, computed_prompts, later_batches, scaled
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 
@@ -52,10 +53,10 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
     trace
     blocks : int         KV blocks of a replica
     """
-    prompts, pairs, steps, context, held = _sums(settings, trace)
+    prompts, pairs, later, steps, context, held = _sums(settings, trace)
     rates = 1 / (1 << RATE_BITS)
     work = prompts * mean.token_ns + pairs * mean.pair_rate * rates
-    work += steps * mean.decode_token_ns + context * mean.context_rate * rates
+    work += later * mean.decode_token_ns + context * mean.context_rate * rates
     slots = stages * mean.batch_ns * max(held / max(blocks, 1), steps / settings.max_num_seqs)
     total_s = max(work, slots) / NS_PER_S
     mean_arrival, last_arrival = _arrivals_s(trace)
@@ -64,13 +65,15 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
 
 
 @lru_cache(maxsize=8)
-def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, float, float]:
-    """Over all requests: prompt tokens, query-key pairs, later tokens, their context, and the blocks they hold."""
+def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, float, float, float]:
+    """Over all requests: prompt tokens, query-key pairs, later tokens, their batches, context, and the blocks held."""
     prompts, pairs = computed_prompts(settings, trace)
-    steps = trace.generated(settings.max_model_len) - 1
+    later = trace.generated(settings.max_model_len) - 1
+    steps = later_batches(settings, later + 1)
     context = steps * trace.prompt + steps * (steps + 1) // 2
     held = steps * -(-trace.prompt // settings.block_size)
-    return tuple(float(column.sum()) for column in (prompts, pairs, steps, context, held))  # type: ignore[return-value]
+    columns = prompts, pairs, later, steps, context, held
+    return tuple(float(column.sum()) for column in columns)  # type: ignore[return-value]
 
 
 def works_ns(
@@ -87,10 +90,12 @@ def works_ns(
     float64[requests], float64[requests]    nanoseconds
     """
     prompts, pairs = computed_prompts(settings, trace)
-    steps = trace.generated(settings.max_model_len) - 1
+    tokens = trace.generated(settings.max_model_len) - 1
+    steps = later_batches(settings, tokens + 1)
     context = steps * trace.prompt + steps * (steps + 1) // 2
     first = np.maximum(np.floor(prompts * mean.token_ns) + scaled(pairs, mean.pair_rate) - chunked(prompts), 0)
-    later = np.floor(steps * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - steps, 0)
+    rounded = steps if settings.speculation is None else 2 * steps
+    later = np.floor(tokens * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - rounded, 0)
     return first, later
 
 
@@ -133,7 +138,7 @@ class Load:
         statistics : "mean", "max" and percentiles, for which bounds are wanted
         """
         first, later = works_ns(settings, mean, trace)
-        steps = trace.generated(settings.max_model_len) - 1
+        steps = later_batches(settings, trace.generated(settings.max_model_len))
         whole = np.cumsum(np.sort(first + later))
         under_way_ns = mean.batch_ns * (1 if overtaking else stages)
         if not settings.prefix_caching:  # blocks that prompts share are held once

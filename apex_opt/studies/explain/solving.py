@@ -326,9 +326,10 @@ class Runs:
     def _queue(self, goals: Goals, objective: Objective, goal: Goal | None = None) -> list[Leaf]:
         """Plans that may meet some goals, least bound first: of their cost, or of the limit of a goal on a share."""
         instance = replace(self._problem, slos=goals).instance()
-        limit, model, held = instance.decode_bytes_limit, instance.model, instance.held
+        model, held = instance.model, instance.held
         facts, able = self._scorer.facts(), []
         for alike, run in self._floors:
+            limit = instance.bytes_limit(alike.plan)
             if limit is not None and decode_bytes(model, alike.plan, held) > limit:
                 continue
             alone = facts.alone(alike.plan.times(alike.replicas[0]))

@@ -1,0 +1,227 @@
+"""How many drafts turn out to be right: as it is asked for, or as it was published for a model and a method.
+
+A mean is spread over the output without chance: whether a draft is right is fixed for each position, such that the
+shares of rows with so many right drafts come out as exactly as can be, and rows are as even as can be.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.errors import InputError, UsageError
+from apex_opt.files import read_json, read_text
+from apex_opt.ir.checks import shown
+from apex_opt.plans.speculation import MOST_DRAFTS, Drafter, Speculation, parse_drafter
+from apex_opt.units import DATA_ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from apex_opt.ir.model import Model
+
+_ROWS: Final = 200
+"""Rows after which the right drafts of an output repeat."""
+_RANGE: Final = re.compile(r"(.+):(\d)-(\d)")
+_RATE: Final = re.compile(r"\d{1,2}(\.\d{1,9})?")
+_LARGEST: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A published mean of the tokens that a row brings, the free one included."""
+
+    models: tuple[str, ...]
+    method: str
+    draft_tokens: int
+    mean_tokens: Fraction
+    measured_on: str
+    source: str
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """All that are known."""
+    text = read_text(DATA_ROOT / "profiles" / "acceptance.csv", limit=_LARGEST)
+    return tuple(
+        Published(
+            models=tuple(row["models"].split(";")),
+            method=row["method"],
+            draft_tokens=int(row["draft_tokens"]),
+            mean_tokens=Fraction(row["mean_tokens"]),
+            measured_on=row["measured_on"],
+            source=row["source"],
+        )
+        for row in csv.DictReader(text.splitlines())
+    )
+
+
+def parse_speculation(text: str) -> tuple[Drafter | None, ...]:
+    """Ways to make drafts to choose from: ``none``, ``eagle:3``, ``eagle:0-5``, ``draft:MODEL:3``, several with commas.
+
+    Raises
+    ------
+    UsageError, UnknownNameError    anything else
+    """
+    found: list[Drafter | None] = []
+    for part in text.split(","):
+        if part.strip().lower() == "none":
+            found.append(None)
+        elif match := _RANGE.fullmatch(part.strip()):
+            first, last = int(match[2]), int(match[3])
+            if first > last:
+                raise UsageError(
+                    f"--speculation: {shown(part)} goes from {first} down to {last}; put the smaller first"
+                )
+            found += [parse_drafter(f"{match[1]}:{n}") if n else None for n in range(first, last + 1)]
+        else:
+            found.append(parse_drafter(part))
+    if len(set(found)) < len(found):
+        raise UsageError(f"--speculation: {shown(text)} names a choice twice")
+    return tuple(sorted(found, key=lambda drafter: drafter is not None))
+
+
+def speculations(
+    model: Model, drafters: Sequence[Drafter | None], acceptance: str | None
+) -> tuple[tuple[Speculation, ...], tuple[str, ...]]:
+    """What comes of the drafts of each choice, and what has to be told of it.
+
+    Parameters
+    ----------
+    model
+    drafters : of which none makes none
+    acceptance : str or None    mean tokens of a row with the most drafts among the choices, the free one included;
+                                shares of rows in which at least so many drafts are right, 0.8/0.6/0.4; or a JSON file;
+                                None: what was published
+
+    Returns
+    -------
+    tuple of Speculation, tuple of str
+
+    Raises
+    ------
+    UsageError, InputError    what cannot be read, or where nothing was published
+    """
+    chosen = [drafter for drafter in drafters if drafter is not None]
+    if not chosen:
+        return (), ()
+    notes: list[str] = []
+    proposed: tuple[int, ...] = ()
+    if acceptance is None:
+        lists = [_right(_of_published(model, drafter, notes), drafter.draft_tokens) for drafter in chosen]
+    elif acceptance.lower().endswith(".json"):
+        accepted, proposed = _read(acceptance)
+        lists = [accepted for _ in chosen]
+    else:
+        most = max(drafter.draft_tokens for drafter in chosen)
+        lists = [_right(_rates(acceptance, most), drafter.draft_tokens) for drafter in chosen]
+    return tuple(
+        Speculation(
+            method=drafter.method,
+            draft_tokens=drafter.draft_tokens,
+            accepted=(accepted,),
+            proposed=(proposed,) if proposed else (),
+            model=drafter.model,
+        )
+        for drafter, accepted in zip(chosen, lists, strict=True)
+    ), tuple(dict.fromkeys(notes))
+
+
+def _rates(text: str, most: int) -> tuple[Fraction, ...]:
+    """Shares of rows in which at least one draft is right, at least two, and so on."""
+    parts = text.strip().split("/")
+    if not all(_RATE.fullmatch(part) for part in parts):
+        raise UsageError(f"--acceptance: cannot read {shown(text)}; examples: 2.9, 0.8/0.6/0.4, counts.json")
+    values = tuple(map(Fraction, parts))
+    if len(values) == 1 and values[0] >= 1:
+        return _one_rate(values[0], most)
+    if len(values) < most:
+        raise UsageError(
+            f"--acceptance: {shown(text)} is of {len(values)} drafts, up to {most} are made; give {most} shares"
+        )
+    if any(later > before for before, later in zip((Fraction(1), *values), values, strict=False)):
+        raise UsageError(f"--acceptance: {shown(text)} must be shares of at most 1, none above the one before it")
+    return values
+
+
+def _one_rate(mean: Fraction, most: int) -> tuple[Fraction, ...]:
+    """The shares where every draft is right at the same rate if those before it are, for a mean with so many drafts."""
+    if not 1 <= mean <= 1 + most:
+        raise UsageError(
+            f"--acceptance: a row of {most} drafts brings 1 to {1 + most} tokens in the mean, not {float(mean):g}"
+        )
+    low, high = Fraction(0), Fraction(1)
+    for _ in range(30):
+        rate = (low + high) / 2
+        low, high = (rate, high) if sum(rate**i for i in range(most + 1)) < mean else (low, rate)
+    return tuple(high**i for i in range(1, MOST_DRAFTS + 1))
+
+
+def _of_published(model: Model, drafter: Drafter, notes: list[str]) -> tuple[Fraction, ...]:
+    """The shares that were published, or follow from a mean for one number of drafts."""
+    mine = [p for p in published() if model.name in p.models and p.method == drafter.method]
+    if not mine or drafter.method == "draft":
+        raise UsageError(
+            f"--speculation: how many drafts of {drafter.method} are right for {model.name} was not published; give "
+            "--acceptance, the mean tokens of a row such as 2.5"
+        )
+    told = "; ".join(dict.fromkeys(f"{p.measured_on}; {p.source}" for p in mine))
+    if len(mine) == 1:
+        (one,) = mine
+        notes.append(
+            f"{drafter.method}: {float(one.mean_tokens):g} tokens a row with {one.draft_tokens} drafts ({told}); with "
+            "others by one rate for every draft"
+        )
+        return _one_rate(one.mean_tokens, one.draft_tokens)
+    means = [Fraction(1), *(p.mean_tokens for p in sorted(mine, key=lambda p: p.draft_tokens))]
+    notes.append(f"{drafter.method}: {means[-1]!s} tokens a row with {len(means) - 1} drafts ({told})")
+    shares: list[Fraction] = []
+    for before, mean in itertools.pairwise(means):
+        shares.append(max(Fraction(0), min(mean - before, shares[-1] if shares else Fraction(1))))
+    return tuple(shares)
+
+
+def _right(rates: Sequence[Fraction], drafts: int) -> tuple[int, ...]:
+    """Drafts that are right by position in the output, for the shares of rows in which at least so many are."""
+    tested, passed = [0] * drafts, [0] * drafts
+    rows: list[int] = []
+    for _ in range(_ROWS):
+        right = 0
+        while right < drafts:
+            before = rates[right - 1] if right else Fraction(1)
+            share = rates[right] / before if before else Fraction(0)
+            tested[right] += 1
+            if (2 * tested[right] * share + 1) // 2 <= passed[right]:
+                break
+            passed[right] += 1
+            right += 1
+        rows.append(right)
+    # A row that begins amid the drafts of another one finds the rest of these right.
+    positions = [rest for right in rows for rest in range(right, -1, -1)]
+    return (positions[-1], *positions[:-1])  # the first token comes with the prompt
+
+
+def _read(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Counts of accepted and, where they are given, of proposed drafts."""
+    content = read_json(Path(path), where=f"--acceptance: {path}", limit=_LARGEST)
+    content = {"accepted": content} if isinstance(content, list) else content
+    if not isinstance(content, dict) or "accepted" not in content:
+        raise InputError(f"--acceptance: {path} must hold a list of counts, or accepted and proposed with one each")
+    return tuple(_counts(path, "accepted", content)), tuple(_counts(path, "proposed", content))
+
+
+def _counts(path: str, name: str, content: dict[str, object]) -> Iterator[int]:
+    """One list of a file."""
+    values = content.get(name, [])
+    if not isinstance(values, list) or (name == "accepted" and not values):
+        raise InputError(f"--acceptance: {name} of {path} must be a list of counts")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"--acceptance: {name} of {path} holds {shown(value)}, not a count of drafts from 0")
+        yield value

@@ -1,0 +1,160 @@
+"""Plans that make drafts: program, bounds and search against plain Python and against simulating everything."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from plan_cases import feasible_plans, random_instance, random_problem
+from search_cases import SPACE, rank
+
+from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
+from apex_opt.figures import load_objectives
+from apex_opt.figures.registry import names
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.speculation import METHODS, Drafter, Speculation
+from apex_opt.search import Problem, Scorer, search
+
+if TYPE_CHECKING:
+    from apex_opt.evaluate import Instance
+    from apex_opt.plans.engine import EngineSettings
+
+MODELS = ("llama-3.1-8b", "qwen3-30b-a3b")
+"""Draft models, the second of experts."""
+
+
+def drafters(seed: int) -> tuple[Drafter | None, ...]:
+    """Ways to make drafts, none among them or not."""
+    rng = np.random.default_rng(seed + 7000)
+    found: list[Drafter | None] = [None] if rng.random() < 0.7 else []
+    for method in rng.permutation(list(METHODS))[: rng.integers(1, 4)]:
+        model = str(rng.choice(MODELS)) if method == "draft" else ""
+        found.append(Drafter(method=str(method), draft_tokens=int(rng.integers(1, 9)), model=model))
+    return tuple(found)
+
+
+def knowing(settings: EngineSettings, some: tuple[Drafter | None, ...], seed: int) -> EngineSettings:
+    """Settings that know of each way to make drafts what comes of them, without any order."""
+    rng = np.random.default_rng(seed + 8000)
+    return replace(
+        settings,
+        drafting=tuple(
+            Speculation(
+                method=drafter.method,
+                draft_tokens=drafter.draft_tokens,
+                model=drafter.model,
+                accepted=(tuple(map(int, rng.integers(0, drafter.draft_tokens + 1, rng.integers(1, 12)))),),
+                proposed=((1, 3, 2),) if drafter.method == "ngram" and rng.random() < 0.5 else (),
+            )
+            for drafter in some
+            if drafter is not None
+        ),
+    )
+
+
+def drafting_instance(seed: int) -> Instance:
+    """A random instance with drafts among the choices."""
+    instance, some = random_instance(seed), drafters(seed)
+    return replace(instance, drafters=some, settings=knowing(instance.settings, some, seed))
+
+
+def drafting_problem(seed: int) -> Problem:
+    """A random problem with drafts among the choices."""
+    problem, some = random_problem(seed), drafters(seed)
+    return replace(problem, drafters=some, settings=knowing(problem.settings, some, seed))
+
+
+def check_program(seed: int) -> None:
+    """The program lists and counts what plain Python does."""
+    instance = drafting_instance(seed)
+    found, counted = SPACE.enumerate(instance), tally(instance)
+    room = instance.max_devices
+    assert {cut.times(n) for cut in found.plans for n in range(1, room // cut.devices + 1)} == {
+        plan for plan in counted.plans if plan.even
+    }
+    assert SPACE.count(instance, ()) == counted.space
+    lost = [SPACE.count(instance, OF_CUTS[:place]) for place in range(len(OF_CUTS) + 1)]
+    assert [a - b for a, b in itertools.pairwise(lost)] == [counted.infeasible[name] for name in OF_CUTS]
+    for family in FAMILIES:
+        alone = SPACE.enumerate(instance, [family]).plans
+        kept = (plan for plan in space(instance) if plan.replicas == 1 and plan.even)
+        assert set(alone) == {p for p in kept if family not in {v.family for v in violations(instance, p)}}, family
+
+
+@pytest.mark.parametrize("seed", (1, 2, 5, 8))
+def test_program_and_oracle_agree_on_plans_that_make_drafts(seed: int) -> None:
+    check_program(seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(60))
+def test_program_and_oracle_agree_on_many_problems_with_drafts(seed: int) -> None:
+    check_program(seed)
+
+
+def test_what_makes_drafts_decides_whether_plans_fit() -> None:
+    """Of plans cut alike, some fit without drafts alone."""
+    fewer = 0
+    for seed in (1, 2, 5, 8):
+        counted = tally(replace(drafting_instance(seed), drafters=(None, Drafter(method="eagle", draft_tokens=5))))
+        cuts = {plan: plan.speculation for plan in counted.plans if plan.stages == plan.attention.dp == 1}
+        fewer += sum(
+            plan.speculation is None and replace(plan, speculation=Drafter(method="eagle", draft_tokens=5)) not in cuts
+            for plan in cuts
+        )
+    assert fewer > 0
+
+
+def check_bounds(seed: int) -> int:
+    """No feasible plan is better by any figure than its bounds; how many there were that make drafts."""
+    problem = drafting_problem(seed)
+    objective, *then = load_objectives(",".join(names()))
+    problem = replace(problem, objective=objective, then=tuple(then))
+    scorer, drafting = Scorer(problem), 0
+    for plan in feasible_plans(problem):
+        if plan.speculation is None:
+            continue
+        drafting += 1
+        deployment = Deployment.of(plan)
+        bounds, possible = scorer.bounds(deployment)
+        scored = scorer.simulate(deployment)
+        costs = problem.costs(scored.metrics)
+        for aim, least, cost in zip(problem.objectives, bounds, costs, strict=True):
+            assert np.isnan(cost) or least <= cost + 1e-9 * abs(cost), (str(plan), aim.name, least, cost)
+        assert possible or not scored.meets_slos
+    return drafting
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_plan_that_makes_drafts_beats_its_bounds(seed: int) -> None:
+    check_bounds(seed)
+
+
+@pytest.mark.nightly
+def test_none_of_thousands_of_plans_that_make_drafts_beats_its_bounds() -> None:
+    assert sum(map(check_bounds, range(10, 160))) >= 2000
+
+
+def check_search(seed: int) -> None:
+    """The search finds the best of all plans."""
+    problem = drafting_problem(seed)
+    scorer = Scorer(problem)
+    every = [scorer.simulate(Deployment.of(plan)) for plan in feasible_plans(problem)]
+    good = sorted((one for one in every if one.meets_slos), key=lambda one: rank(problem, one))
+    answer = search(problem, SPACE, top=2)
+    assert answer.status == ("optimal" if good else "infeasible")
+    assert [one.text for one in answer.candidates[:2]] == [one.text for one in good[:2]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_search_finds_the_best_with_drafts_among_the_choices(seed: int) -> None:
+    check_search(seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(10, 130))
+def test_the_search_finds_the_best_of_many_problems_with_drafts_among_the_choices(seed: int) -> None:
+    check_search(seed)
