@@ -73,13 +73,13 @@ def change_all(root: Path, worked: list[Worked]) -> None:
         (root / f"test_{name}.py").write_text(one.test, encoding="utf-8")
 
 
-def run_tests(root: Path, **environment: str) -> None:
-    """Run the tests of a copy on what it holds."""
+def run_tests(root: Path) -> None:
+    """Run the tests of a copy on what it holds, uncompiled: to compile its kernel would take longer than they do."""
     path = os.pathsep.join(map(str, (root, ROOT / "tests")))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(root)],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": path, "NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -118,6 +118,5 @@ def test_all_changes_together_do_what_their_tests_say(tmp_path: Path) -> None:
 
 
 def test_what_is_changed_in_the_kernel_equals_the_reference(tmp_path: Path) -> None:
-    """Uncompiled, as other sources would take half a minute to compile."""
     change_all(tmp_path, [one for one in WORKED if one.compiled])
-    run_tests(tmp_path, NUMBA_DISABLE_JIT="1")
+    run_tests(tmp_path)
