@@ -8,16 +8,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-from apex_opt.errors import UsageError, shown
+from apex_opt.errors import UnknownNameError, UsageError, shown
 from apex_opt.units import NS_PER_US
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
 LARGEST: Final = 1 << 31
 """What no number among the settings of an engine reaches."""
+
+SCHEDULE_POLICIES: Final = ("fcfs", "lpm")
+"""Orders in which SGLang looks at waiting requests."""
+MOST_CONSERVATIVE: Final = 100.0
+"""Above this nothing changes any more: room is kept for all that requests may generate."""
+
+
+class Lengths(NamedTuple):
+    """Tokens of requests.
+
+    Parameters
+    ----------
+    prompt, generated, stated : int64[n]    of their prompts, that they generate, and that they say they may generate
+    """
+
+    prompt: Ints
+    generated: Ints
+    stated: Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +61,17 @@ class Scheduling:
     preempts: ClassVar[bool] = True
     finds_prefixes: ClassVar[bool] = True
     forms_ahead: ClassVar[bool] = True
+
+    def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
+        """Tokens that the cache must have room for, for each of some requests to be served at all.
+
+        Parameters
+        ----------
+        lengths : of the requests
+        page : int       tokens in one KV block
+        caches : bool    whether prefixes are cached
+        """
+        return lengths.prompt + lengths.generated - 1  # the last token is never computed
 
     @property
     def prompt_threshold(self) -> int:
@@ -80,9 +114,51 @@ class VllmScheduling(Scheduling):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SglangScheduling(Scheduling):
-    """SGLang's; for now batches are formed as vLLM's scheduler forms them."""
+    """Prompts before decoding, room by what requests say they may generate, retraction where that was too little.
+
+    Parameters
+    ----------
+    max_prefill_tokens : int            prompt tokens after which no further prompt is added to a batch
+    schedule_policy : str               "fcfs", in order of arrival, or "lpm": the longest cached prefix first
+    schedule_conservativeness : float   times the share of what requests may generate that room is kept for at first
+    mixed_chunk : bool                  running requests get their tokens in batches of prompts as well
+    ignore_eos : bool                   clients ask for exactly as many tokens as they state, as benchmarks do
+    """
 
     name = "sglang"
+    max_prefill_tokens: int = 16384
+    schedule_policy: str = "fcfs"
+    schedule_conservativeness: float = 1.0
+    mixed_chunk: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        whole("max_prefill_tokens", self.max_prefill_tokens, 1)
+        if self.schedule_policy not in SCHEDULE_POLICIES:
+            raise UnknownNameError("schedule_policy", str(self.schedule_policy)[:60], SCHEDULE_POLICIES)
+        share = self.schedule_conservativeness
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= MOST_CONSERVATIVE:
+            raise UsageError(
+                f"schedule_conservativeness: {shown(share)} is not a number above 0 and at most {MOST_CONSERVATIVE}"
+            )
+
+    def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
+        """All that a request may generate beside its prompt, a page and a token: else it is never admitted.
+
+        Where ends are foreseen (`ignore_eos` without a cache) what it has so far is rounded up to pages as well.
+        """
+        pages = 1 if caches or not self.ignore_eos else 2
+        return lengths.prompt + lengths.stated + pages * page + 1
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """Share of what requests may generate that room is kept for: at first, at least, and by how much it falls.
+
+        It falls with every step of decoding in which nobody has to be retracted.
+        """
+        start = min(0.7 * self.schedule_conservativeness, 1.0)
+        least = min(start * 0.14, 1.0)
+        return start, least, (start - least) / 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

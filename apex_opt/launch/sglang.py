@@ -11,12 +11,14 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.launch.commands import PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from apex_opt.launch.commands import Asked, Host, Replica
+    from apex_opt.plans.engine import EngineSettings
 
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _JOIN_PORT: Final = 20000
@@ -75,13 +77,28 @@ class Sglang:
         if settings.chunked_prefill:
             words += ["--chunked-prefill-size", str(tokens)]
         else:
-            words += ["--chunked-prefill-size", "-1", "--max-prefill-tokens", str(max(tokens, settings.max_model_len))]
+            words += ["--chunked-prefill-size", "-1"]
+        words += self._own(settings)
         words += ["--context-length", str(settings.max_model_len), "--page-size", str(settings.block_size)]
         if not settings.prefix_caching:
             words.append("--disable-radix-cache")
         if not settings.async_scheduling:
             words.append("--disable-overlap-schedule")
         return [*words, "--port", str(port)]
+
+    def _own(self, settings: EngineSettings) -> list[str]:
+        """Settings that only this engine has, those that are not its defaults; `ignore_eos` is up to clients."""
+        usual = SglangScheduling()
+        own = settings.scheduler if isinstance(settings.scheduler, SglangScheduling) else usual
+        most, chunks = own.max_prefill_tokens, settings.chunked_prefill
+        if not chunks:
+            most = min(most, settings.max_num_batched_tokens)
+        words = ["--max-prefill-tokens", str(most)] if (most, True) != (usual.max_prefill_tokens, chunks) else []
+        if own.schedule_policy != usual.schedule_policy:
+            words += ["--schedule-policy", own.schedule_policy]
+        if own.schedule_conservativeness != usual.schedule_conservativeness:
+            words += ["--schedule-conservativeness", f"{own.schedule_conservativeness:g}"]
+        return [*words, "--enable-mixed-chunk"] if own.mixed_chunk else words
 
     def _joined(self, parts: Sequence[Host], rank: int, place: int) -> list[str]:
         """What joins the processes on several hosts."""

@@ -217,7 +217,7 @@ def _check(run: MeasuredRun, model: Model, cluster: Cluster, plan: Plan) -> None
     """Refuse a plan that cannot be simulated; where the engine said how many KV blocks it had, it did fit."""
     if plan.devices > cluster.size:
         raise _Refused("plan does not fit: devices", f"{plan} takes {plan.devices} of {cluster.size} GPUs")
-    held = int(np.minimum(run.trace.prompt + run.trace.output, run.settings.max_model_len).max()) - 1
+    held = int(run.settings.room(run.trace).max())
     instance = Instance(
         model=model,
         cluster=cluster,

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.engines.schedulers import SCHEDULINGS, Scheduling, VllmScheduling, whole
+from apex_opt.engines.schedulers import SCHEDULINGS, Lengths, Scheduling, VllmScheduling, whole
 from apex_opt.errors import UsageError, shown
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from apex_opt.engines.rules import EngineRules
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.speculation import Drafter, Speculation
+    from apex_opt.workload.trace import Trace
 
 _VLLM: Final = VllmScheduling()
 
@@ -60,6 +64,11 @@ class EngineSettings:
     def whole_prompts(self) -> bool:
         """Whether a prompt is computed in one batch or not at all."""
         return not self.scheduler.splits_prompts or not self.chunked_prefill
+
+    def room(self, trace: Trace) -> NDArray[np.int64]:
+        """Tokens that the cache of a replica must have room for, for each request of a trace to be served at all."""
+        lengths = Lengths(trace.prompt, trace.generated(self.max_model_len), trace.stated(self.max_model_len))
+        return self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
 
     def depth(self, stages: int) -> int:
         """Batches in flight at once, over so many pipeline stages.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import step_limit_s
@@ -279,14 +277,13 @@ class Problem:
 
     def instance(self) -> Instance:
         """The constraints' view of a problem with one type of GPU."""
-        # The last token of a request is never computed, so it needs no room in the cache.
-        held = int(np.minimum(self.trace.prompt + self.trace.output, self.settings.max_model_len).max()) - 1
+        held = int(self.settings.room(self.trace).max())
         limit_s = step_limit_s(self.slos)
         return Instance(
             model=self.model,
             cluster=self.cluster,
             settings=self.settings,
-            longest_tokens=self.settings.max_model_len if self.holds_longest else max(held, 1),
+            longest_tokens=max(held, self.settings.max_model_len if self.holds_longest else 1),
             longest="a request of max_model_len" if self.holds_longest else "the longest request",
             tpot_limit_ns=round(limit_s * 1e9) if limit_s is not None and self.decodes else None,
             weight_formats=self.offer.weight_formats,

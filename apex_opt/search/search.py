@@ -356,7 +356,7 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     problem
     deployments : iterable      that are about to be simulated
     """
-    from apex_opt.simulator.pack import needs_compiling
+    from apex_opt.simulator.compiled import needs_compiling
 
     plans = (pool.plan for one in deployments for pool in one.pools)
     if any(needs_compiling(problem.settings_for(plan), plan.stages) for plan in plans):

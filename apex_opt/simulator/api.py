@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
+    from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
 
 Implementation = Literal["kernel", "reference"]
@@ -52,7 +53,15 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
             f"request {i}: a prompt of {trace.prompt[i]} tokens leaves no room to answer within max_model_len "
             f"{settings.max_model_len}; raise max_model_len or shorten the trace"
         )
-    held = np.minimum(trace.prompt + trace.output, settings.max_model_len) - 1  # the last token is never computed
+    sglang = settings.scheduler if isinstance(settings.scheduler, SglangScheduling) else None
+    most = trace.output if sglang is None else trace.stated(settings.max_model_len)
+    if sglang is not None and sglang.ignore_eos and (most > trace.output).any():
+        i = int(np.argmax(most > trace.output))
+        raise CapacityError(
+            f"request {i}: ends after {trace.output[i]} of {most[i]} max_new_tokens, which no request does with "
+            "ignore_eos; leave that out, or give max_new_tokens as the output"
+        )
+    held = settings.room(trace)
     if settings.speculation is not None:
         held = np.minimum(held + settings.speculation.ahead, settings.max_model_len)
     i = int(held.argmax())
@@ -67,9 +76,8 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
     if need > blocks:
         sizes = "/".join(str(size) for size in dict.fromkeys(group.block_size for group in groups or (_all(settings),)))
         raise CapacityError(
-            f"request {i}: {trace.prompt[i]} prompt + {trace.output[i]} output tokens need {need} KV blocks of "
-            f"{sizes}, the cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower "
-            "max_model_len"
+            f"request {i}: {trace.prompt[i]} prompt + {most[i]} output tokens need {need} KV blocks of {sizes}, the "
+            f"cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower max_model_len"
         )
 
 
@@ -100,6 +108,7 @@ def simulate(
     gaps: bool = False,
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
+    content: TokenContent | None = None,
     implementation: Implementation = "kernel",
 ) -> Outcome:
     """Serve a trace on identical replicas and return when every request got its tokens.
@@ -118,6 +127,7 @@ def simulate(
     gaps : bool                   keep the times between the tokens of every request, as a log does too
     stops : limits whose passing cuts the run short (`Outcome.stopped`); with `floors`, times that no request can beat,
         sooner
+    content : TokenContent or None    what tokens are, for SGLang's tree, where that is not what the trace says
     implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
 
     Returns
@@ -137,6 +147,7 @@ def simulate(
         gaps=gaps,
         stops=stops,
         floors=floors,
+        content=content,
         implementation=implementation,
     )
 
@@ -152,6 +163,7 @@ def run_deployment(
     gaps: bool = False,
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
+    content: TokenContent | None = None,
     implementation: Implementation = "kernel",
 ) -> Outcome:
     """Serve a trace on several pools of replicas, each with its own limits, laws and blocks.
@@ -163,7 +175,7 @@ def run_deployment(
     clients : of each pool, at least one, where `assigned` is given and the trace is a closed loop; clients keep to
         their replica
     routing : how a replica is found, among those of its pool where a request is assigned to one; see `simulate`
-    log, gaps, stops, floors, implementation : as for `simulate`, of the whole deployment
+    log, gaps, stops, floors, content, implementation : as for `simulate`, of the whole deployment
 
     Returns
     -------
@@ -182,10 +194,10 @@ def run_deployment(
     if implementation == "reference":
         from apex_opt.simulator import reference
 
-        return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops)
-    from apex_opt.simulator import pack
+        return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops, content=content)
+    from apex_opt.simulator import compiled
 
-    return pack.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors)
+    return compiled.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors, content=content)
 
 
 def run_disaggregated(

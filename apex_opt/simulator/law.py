@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.errors import UsageError
+from apex_opt.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,6 +175,14 @@ def clock_overflow() -> UsageError:
     """The error for a run that does not end within the simulated clock."""
     return UsageError(
         "the simulated clock passes 2**62 ns (146 years) before the last request ends; use a shorter trace"
+    )
+
+
+def never_admitted() -> CapacityError:
+    """The error for a run in which somebody waits for ever."""
+    return CapacityError(
+        "a request waits for ever: SGLang admits it only where its prompt and all it says it may generate fit; "
+        "lower max_new_tokens, or use more or larger GPUs or a smaller KV format"
     )
 
 

@@ -18,6 +18,7 @@ from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import kv_state as kv
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.kernel.kv_state import Groups
+from apex_opt.simulator.kernel.sglang_state import SGLANG_REQUEST_SIZE, Tree
 from apex_opt.simulator.law import RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.pack_ranks import MESSAGES, GroupMemory
@@ -205,7 +206,7 @@ class Memory:
             rows=np.zeros(sizes[1] * kn.ROW_SIZE, np.int64),
             lost=np.zeros(sizes[2], np.int64),
         )
-        self._cache: kn.Cache | Groups | None = None
+        self._cache: kn.Cache | Groups | Tree | None = None
         if pools[0].kv_groups:
             self._cache = self._grouped(sizes[0])
         elif pools[0].settings.prefix_caching:
@@ -281,7 +282,7 @@ class Memory:
             scratch[start : start + len(counts)] = counts
         return scratch
 
-    def _blocks(self, holding: Sequence[int]) -> kn.Cache:
+    def _blocks(self, holding: Sequence[int]) -> kn.Cache | Tree:
         """Memory of prefix caching; in a replica of each pool so many can hold blocks beside those that run."""
         settings, n = self._pools[0].settings, len(self._trace)
         content = _content(self._trace, settings.block_size, settings.max_model_len)
@@ -494,7 +495,8 @@ class Memory:
 
 def _requests(max_model_len: int, trace: Trace) -> I64:
     """The columns of the requests."""
-    requests = np.zeros((max(kn.STEADY_REQUEST_SIZE, kn.SPECULATIVE_REQUEST_SIZE), len(trace)), np.int64)
+    columns = max(kn.STEADY_REQUEST_SIZE, kn.SPECULATIVE_REQUEST_SIZE, SGLANG_REQUEST_SIZE)
+    requests = np.zeros((columns, len(trace)), np.int64)
     requests[kn.ARRIVAL], requests[kn.PROMPT], requests[kn.OUTPUT] = trace.arrival_ns, trace.prompt, trace.output
     requests[kn.LIMIT], requests[kn.FOLLOWING] = trace.generated(max_model_len), kn.NONE
     return requests
@@ -542,7 +544,7 @@ def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: I64) -> tupl
 @lru_cache(maxsize=4)
 def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
     """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
-    return BlockContent.of(trace, block_size, trace.generated(max_model_len), _number_pieces)
+    return BlockContent.of(trace, block_size, trace.generated(max_model_len), number_pieces)
 
 
 def _group_keys(groups: Sequence[KvGroup], trace: Trace, settings: EngineSettings) -> tuple[list[list[int]], list[int]]:
@@ -551,7 +553,7 @@ def _group_keys(groups: Sequence[KvGroup], trace: Trace, settings: EngineSetting
     return [content.keys(i) for content in contents for i in range(len(trace))], [its.total for its in contents]
 
 
-def _number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
+def number_pieces(starts: I64, content: I64) -> tuple[I64, int]:
     """`content.number_pieces`, compiled."""
     pieces, previous = np.zeros(len(content), np.int64), np.zeros(len(content), np.int64)
     slots, found = np.full(2 << len(content).bit_length(), kn.NONE, np.int64), np.zeros(1, np.int64)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
@@ -24,6 +24,8 @@ from apex_opt.simulator.kernel.entries import (
     SERVE_DISAGGREGATED_CACHING,
     SERVE_GENERAL,
     SERVE_GROUPED,
+    SERVE_SGLANG,
+    SERVE_SGLANG_CACHING,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_STEADY,
@@ -82,6 +84,11 @@ VARIANTS: Final = {
     ),
     "caching ranks": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS), (RANKS_CACHING,), ranks=2
+    ),
+    "sglang": Variant(EngineSettings(max_model_len=4, scheduler=SglangScheduling(), **_LIMITS), (SERVE_SGLANG,)),
+    "sglang caching": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
+        (SERVE_SGLANG_CACHING,),
     ),
 }
 """A run for each entry of the kernel."""

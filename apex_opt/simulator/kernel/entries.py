@@ -172,6 +172,9 @@ _RANKS: Final = (*_SERVE, *[_I64] * 11)
 RANKS_STEADY: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_nb", _RANKS)
 RANKS_GENERAL: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_nb", _RANKS)
 RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RANKS, int, *[_I64] * 8, _I32, _I32, _I32))
+_SGLANG: Final = (*_SERVE, _I64, np.float64)
+SERVE_SGLANG: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_nb", _SGLANG)
+SERVE_SGLANG_CACHING: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_caching_nb", (*_SGLANG, int, *[_I64] * 7))
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -185,6 +188,8 @@ ENTRIES: Final = (
     RANKS_STEADY,
     RANKS_GENERAL,
     RANKS_CACHING,
+    SERVE_SGLANG,
+    SERVE_SGLANG_CACHING,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""

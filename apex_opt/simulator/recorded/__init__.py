@@ -21,6 +21,7 @@ KINDS: Final = {
     "pool_sizes": ("layers", "hybrid", "available_bytes"),
     "spec": ("config", "trace", "accept", "proposed"),
     "hybrid": ("config", "trace", "accept", "proposed"),
+    "sglang": ("config", "trace"),
 }
 """Kinds of recordings, and what a case of each must hold."""
 

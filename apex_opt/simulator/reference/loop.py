@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.figures.stops import latencies_ns
 from apex_opt.simulator.content import BlockContent
-from apex_opt.simulator.law import clock_overflow
+from apex_opt.simulator.law import clock_overflow, never_admitted
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, SharedCounts
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.group import Group
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
+from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
+from apex_opt.simulator.tokens import TokenContent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -37,6 +40,7 @@ def run_deployment(
     log: bool = False,
     gaps: bool = False,
     stops: Seq[Stop] = (),
+    content: TokenContent | None = None,
 ) -> Outcome:
     """Serve a trace; see `apex_opt.simulator.api.run_deployment` for the parameters.
 
@@ -48,11 +52,12 @@ def run_deployment(
     log : bool                  whether every batch is told
     gaps : bool                 whether the times between tokens are told
     stops : sequence of Stop    limits at which a run ends early
+    content : TokenContent or None    what tokens are, where that is not what the trace says
     """
     closed = trace.concurrency is not None
     engines = [[_replica(pool, log=log, closed=closed) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
-    sequences = sequences_of(pools[0].settings, trace, pools[0].kv_groups)
+    sequences = sequences_of(pools[0].settings, trace, pools[0].kv_groups, content)
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
@@ -71,28 +76,39 @@ def run_deployment(
 
 def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
     """One scheduler, or a group of them."""
-    return Engine(pool, log=log) if pool.ranks is None else Group(pool, log=log, closed=closed)
+    if pool.ranks is not None:
+        return Group(pool, log=log, closed=closed)
+    kind = SglangEngine if isinstance(pool.settings.scheduler, SglangScheduling) else Engine
+    return kind(pool, log=log)
 
 
-def sequences_of(settings: EngineSettings, trace: Trace, kv_groups: Seq[KvGroup] = ()) -> list[Sequence]:
+def sequences_of(
+    settings: EngineSettings, trace: Trace, kv_groups: Seq[KvGroup] = (), content: TokenContent | None = None
+) -> list[Sequence]:
     """The requests before they are sent.
 
     Parameters
     ----------
     settings, trace
     kv_groups : sequence of KvGroup    of layers that share the blocks, where not all keep all tokens
+    content : TokenContent or None     what tokens are, for SGLang's tree, where that is not what the trace says
     """
-    limits = trace.generated(settings.max_model_len).tolist()
+    limits, stated = trace.generated(settings.max_model_len).tolist(), trace.stated(settings.max_model_len).tolist()
+    lengths = zip(trace.prompt.tolist(), trace.output.tolist(), limits, stated, strict=True)
     sequences = [
-        Sequence(id=i, prompt=p, output=o, limit=limit)
-        for i, (p, o, limit) in enumerate(zip(trace.prompt.tolist(), trace.output.tolist(), limits, strict=True))
+        Sequence(id=i, prompt=p, output=o, limit=limit, stated=most) for i, (p, o, limit, most) in enumerate(lengths)
     ]
-    if settings.prefix_caching:
-        content = BlockContent.of(trace, settings.block_size, limits)
+    if settings.prefix_caching and isinstance(settings.scheduler, SglangScheduling):
+        content = content or TokenContent.of(trace, limits)
         for sequence in sequences:
-            sequence.keys = content.keys(sequence.id)
+            numbers = content.numbers(sequence.id, sequence.prompt, sequence.limit)
+            sequence.keys = numbers[settings.block_size - 1 :: settings.block_size]
+            sequence.beginning = numbers[ALIKE - 1] if len(numbers) >= ALIKE else 0
+    elif settings.prefix_caching:
+        blocks = BlockContent.of(trace, settings.block_size, limits)
         sizes = {group.block_size: BlockContent.of(trace, group.block_size, limits) for group in kv_groups}
         for sequence in sequences:
+            sequence.keys = blocks.keys(sequence.id)
             sequence.group_keys = [sizes[group.block_size].keys(sequence.id) for group in kv_groups]
     return sequences
 
@@ -152,6 +168,8 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
     every = [engine for its in engines for engine in its]
     if any(engine.now >= 1 << 62 for engine in every):
         raise clock_overflow()
+    if any(sequence.answered_ns is None for sequence in sequences):
+        raise never_admitted()
     found = tuple(map(pool_outcome, engines))
     most = max(len(pool.laws) for pool in pools)
     steps = None if every[0].steps is None else [step for engine in every for step in engine.steps or ()]

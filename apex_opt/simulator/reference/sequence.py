@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.reference.tree import Node
 
 
 @dataclass(slots=True, eq=False)
@@ -13,6 +17,7 @@ class Sequence:
     prompt: int
     output: int
     limit: int  # tokens it will generate: its output, or fewer where the model's length ends it
+    stated: int = 0  # tokens it says it may generate
     computed: int = 0
     generated: int = 0
     in_flight: int = 0  # tokens to come from batches that have not finished, drafts included
@@ -24,6 +29,11 @@ class Sequence:
     group_keys: list[list[int]] = field(default_factory=list)  # the same for each group of layers
     table: list[int] = field(default_factory=list)  # the blocks themselves
     registered: int = 0  # blocks whose content can be found by others
+    beginning: int = 0  # content of its first tokens, in which SGLang looks for requests that begin alike
+    node: Node | None = None  # of SGLang's tree, the end of what it holds there
+    held: int = 0  # blocks of its own that are in the tree
+    seated: bool = False
+    coming: Row | None = None  # in the batch that its next token comes from
     arrival_ns: int = 0
     token_ns: list[int] = field(default_factory=list)  # when each of its tokens came
     answered_ns: int | None = None
@@ -44,6 +54,7 @@ class Row:
     yields: bool
     drafts: int = 0  # the last of its tokens, right or not
     got: int = 0  # tokens that it brought
+    prompt: bool = False  # tokens known from the start, or from before a retraction
 
 
 @dataclass(slots=True)
