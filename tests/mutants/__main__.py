@@ -62,8 +62,14 @@ def faults() -> list[Fault]:
     return [Fault(**entry | {"tests": tuple(entry["tests"])}) for entry in entries]
 
 
-def find(fault: Fault, root: Path, copy: Path) -> str | None:
-    """Plant a fault in the copy, run its tests, and put the source back; the test that finds it, None if none does."""
+def find(fault: Fault, whole: Path, copy: Path) -> str | None:
+    """Plant a fault in a copy, run its tests, and put the source back; the test that finds it, None if none does.
+
+    Parameters
+    ----------
+    fault : Fault
+    whole, copy : Path    two copies of the source, of which the second gets the fault
+    """
     path = copy / fault.file
     try:
         path.write_text(path.read_text().replace(fault.old, fault.new))
@@ -81,7 +87,7 @@ def find(fault: Fault, root: Path, copy: Path) -> str | None:
         )
         if ran.returncode == 0:
             return None
-        if ran.returncode in (4, 5):  # wrong usage, no tests: nothing was tried
+        if ran.returncode in (2, 4, 5):  # tests that cannot be read, wrong usage, no tests: nothing was tried
             raise SystemExit(f"{fault.id}: pytest tried nothing: {(ran.stderr or ran.stdout)[-300:]}")
         named = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
         return named[1].removeprefix("tests/") if named else f"exit {ran.returncode}: {ran.stdout[-200:]!r}"
@@ -90,7 +96,7 @@ def find(fault: Fault, root: Path, copy: Path) -> str | None:
     finally:
         # With what is compiled beside it, which the fault has replaced.
         shutil.rmtree(path.parent)
-        shutil.copytree(root / path.parent.relative_to(copy), path.parent)
+        shutil.copytree(whole / path.parent.relative_to(copy), path.parent)
 
 
 def main(words: list[str]) -> int:
@@ -120,13 +126,15 @@ def main(words: list[str]) -> int:
         return int(bool(stale))
     lost = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(root, copy, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
+        # What is worked on meanwhile is in neither.
+        whole, copy = Path(folder) / "whole", Path(folder) / "copy"
+        shutil.copytree(root, whole, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
+        shutil.copytree(whole, copy, symlinks=True)
         for fault in mine:
             if fault.id in stale:
                 continue
             began = time.monotonic()
-            by = find(fault, root, copy)
+            by = find(fault, whole, copy)
             lost += [fault.id] if by is None else []
             end = "SURVIVES" if by is None else f"found by {by}"
             print(f"{fault.id} ({fault.why}): {end} [{time.monotonic() - began:.0f} s]", flush=True)
