@@ -192,15 +192,21 @@ def _settings(
     asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
     common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
     whole = not scheduler.splits_prompts or not common["chunked_prefill"]
+    by_length = whole and scheduler.whole_length
     longest = ask.max_model_len
     if longest is None:
         # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.
-        longest = min(model.max_position, max(trace.longest, 2)) if whole else model.max_position
+        longest = min(model.max_position, max(trace.longest, 2)) if by_length else model.max_position
     if longest > model.max_position:
         raise UsageError(
             f"--max_model_len: {longest} is beyond the {model.max_position} positions {model.name} is made for"
         )
-    limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), longest if whole else 0)
+    if by_length or not whole:
+        least = longest if whole else 0
+    else:
+        # What gave way comes back with what it has generated.
+        least = trace.longest if scheduler.may_preempt else int(trace.prompt.max())
+    limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     settings = EngineSettings(
         **common,
         max_num_seqs=max(seqs for seqs, _ in limits),

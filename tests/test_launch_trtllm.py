@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, emitted, has, value
 
+from apex_opt.engines.schedulers import TrtllmScheduling
+
 if TYPE_CHECKING:
     from apex_opt.launch import Command
 
@@ -79,3 +81,14 @@ def test_fp8_needs_a_gpu_that_computes_in_it(capability: float, fits: bool) -> N
     assert bool(found.commands) == fits
     assert fits or has(found, "compute capability from 8.9")
     assert not fits or has(found, "needs a checkpoint in this format")
+
+
+def test_settings_of_its_scheduler_are_told_and_whole_prompts_fit_a_copy() -> None:
+    own = TrtllmScheduling(capacity_policy="MAX_UTILIZATION", batch_wait_timeout_iters=3)
+    settings = {"scheduler": own, "chunked_prefill": False, "max_num_batched_tokens": 4096}
+    (command,) = emitted("trtllm", MOE, "attn(dp8) ffn(ep8)", 1, 8, settings=settings).commands
+    assert command.file is not None
+    options = json.loads(command.file[1])
+    assert options["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
+    assert (options["batch_wait_timeout_iters"], options["batch_wait_max_tokens_ratio"]) == (3, 0.0)
+    assert value(command, "--max_num_tokens") == "4096"

@@ -6,6 +6,7 @@ have, under one name or another, are those of `apex_opt.plans.engine.EngineSetti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int64]
+
+CAPACITY_POLICIES: Final = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH")
 
 LARGEST: Final = 1 << 31
 """What no number among the settings of an engine reaches."""
@@ -51,9 +54,12 @@ class Scheduling:
     -----
     name : str
     splits_prompts : bool     a prompt may be computed in several batches; else in one or not at all
-    preempts : bool           running requests give way where KV blocks run out; else blocks are reserved beforehand
+    preempts : bool           running requests give way where KV blocks run out; else blocks are reserved beforehand; by
+                              default, see `may_preempt`
     finds_prefixes : bool     goes with prefix caching
     forms_ahead : bool        a batch can be formed while others run
+    whole_length : bool       where prompts are not split a batch must have room for max_model_len, as what gave way may
+                              come back that long; else for the prompts that there are
     """
 
     name: ClassVar[str]
@@ -61,6 +67,12 @@ class Scheduling:
     preempts: ClassVar[bool] = True
     finds_prefixes: ClassVar[bool] = True
     forms_ahead: ClassVar[bool] = True
+    whole_length: ClassVar[bool] = True
+
+    @property
+    def may_preempt(self) -> bool:
+        """Whether requests give way with these settings."""
+        return self.preempts
 
     def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
         """Tokens that the cache must have room for, for each of some requests to be served at all.
@@ -163,9 +175,45 @@ class SglangScheduling(Scheduling):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrtllmScheduling(Scheduling):
-    """TensorRT-LLM's; for now batches are formed as vLLM's scheduler forms them."""
+    """Prompts and decoding in one batch, whole prompts or chunks, room reserved to the end or step by step.
+
+    Parameters
+    ----------
+    capacity_policy : str                  one of `CAPACITY_POLICIES`:
+        "GUARANTEED_NO_EVICT"    a request is admitted once there are blocks for all that it says it may generate
+        "MAX_UTILIZATION"        once there are blocks for its prompt; the last that started gives way if none is left
+        "STATIC_BATCH"           as the first, but only when none decodes
+    batch_wait_timeout_iters : int         turns for which prompts may wait for others while requests decode
+    batch_wait_max_tokens_ratio : float    share of the tokens of a batch with which they wait no longer
+    """
 
     name = "trtllm"
+    preempts = False
+    whole_length = False
+    finds_prefixes = False
+    capacity_policy: str = "GUARANTEED_NO_EVICT"
+    batch_wait_timeout_iters: int = 0
+    batch_wait_max_tokens_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.capacity_policy not in CAPACITY_POLICIES:
+            raise UnknownNameError("capacity_policy", str(self.capacity_policy)[:60], CAPACITY_POLICIES)
+        whole("batch_wait_timeout_iters", self.batch_wait_timeout_iters, 0)
+        share = self.batch_wait_max_tokens_ratio
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UsageError(f"batch_wait_max_tokens_ratio: {shown(share)} is not a number from 0 to 1")
+
+    @property
+    def may_preempt(self) -> bool:
+        return self.capacity_policy == "MAX_UTILIZATION"
+
+    def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
+        """As blocks are kept for all that a request says it may generate."""
+        return lengths.prompt + lengths.stated
+
+    def wait_tokens(self, max_num_batched_tokens: int) -> int:
+        """The fewest tokens of a batch with which prompts wait no longer."""
+        return math.ceil(self.batch_wait_max_tokens_ratio * max_num_batched_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

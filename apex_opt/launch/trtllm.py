@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import TRTLLM
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.launch.commands import Command, hosts, ports, stage_chunks
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Trtllm:
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         found = [
             "the options file is written by the command itself, beside where it is started",
-            "TensorRT-LLM forms batches in its own way, the figures are of vLLM's: check",
+            "how TensorRT-LLM forms batches was read in its sources, and not held against a run: check",
         ]
         if asked.plan.attention.dp > 1:
             found.append(
@@ -62,7 +63,7 @@ class Trtllm:
         plan, settings, copies = asked.plan, asked.settings, asked.plan.attention.dp
         tokens = math.ceil(settings.max_num_batched_tokens / copies)
         if not settings.chunked_prefill:
-            tokens = max(tokens, settings.max_model_len)  # a prompt goes whole to one copy
+            tokens = settings.max_num_batched_tokens  # a prompt goes whole to one copy
         words = ["trtllm-serve", asked.weights, "--backend", "pytorch", "--tp_size", str(plan.stage_devices)]
         words += ["--pp_size", str(plan.stages)]
         if asked.moe:
@@ -87,6 +88,10 @@ class Trtllm:
             "disable_overlap_scheduler": not settings.async_scheduling,
             "cuda_graph_config": {"enable_padding": True, "max_batch_size": min(settings.max_num_seqs, 1024)},
         }
+        if isinstance(own := settings.scheduler, TrtllmScheduling):
+            found["scheduler_config"] = {"capacity_scheduler_policy": own.capacity_policy}
+            found["batch_wait_timeout_iters"] = own.batch_wait_timeout_iters
+            found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
         if len(set(plan.layers)) > 1:
             found["pp_partition"] = list(plan.layers)
         return found

@@ -106,7 +106,7 @@ class EngineSettings:
             raise UsageError(
                 f"speculation goes with the engine vllm, not with {self.scheduler.name}; leave one of them out"
             )
-        if self.whole_prompts and self.max_num_batched_tokens < self.max_model_len:
+        if self.whole_prompts and self.scheduler.whole_length and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(
                 f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "
                 f"max_model_len {self.max_model_len}: a longer prompt would never be scheduled"

@@ -139,6 +139,7 @@ class EngineFacts(Described):
     ----------
     policy : name of its scheduler
     long_prefill_token_threshold : of vLLM alone
+    capacity_policy, batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
     """
 
     name: str
@@ -147,6 +148,9 @@ class EngineFacts(Described):
     max_model_len: int
     chunked_prefill: bool
     long_prefill_token_threshold: int | None = None
+    capacity_policy: str | None = None
+    batch_wait_timeout_iters: int | None = None
+    batch_wait_max_tokens_ratio: float | None = None
     block_size: int
     prefix_caching: bool
     async_scheduling: bool

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
@@ -62,6 +62,9 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
             "ignore_eos; leave that out, or give max_new_tokens as the output"
         )
     held = settings.room(trace)
+    if isinstance(settings.scheduler, TrtllmScheduling):
+        at_once = trace.prompt + trace.generated(settings.max_model_len) - 1
+        _check_whole(settings, at_once if settings.scheduler.may_preempt else trace.prompt)
     if settings.speculation is not None:
         held = np.minimum(held + settings.speculation.ahead, settings.max_model_len)
     i = int(held.argmax())
@@ -78,6 +81,27 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
         raise CapacityError(
             f"request {i}: {trace.prompt[i]} prompt + {most[i]} output tokens need {need} KV blocks of {sizes}, the "
             f"cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower max_model_len"
+        )
+
+
+def _check_whole(settings: EngineSettings, computed: NDArray[np.int64]) -> None:
+    """Refuse a prompt that no batch of TensorRT-LLM can take.
+
+    Parameters
+    ----------
+    settings
+    computed : int64[n]    most tokens of each request that are computed at once
+    """
+    i, tokens = int(computed.argmax()), settings.max_num_batched_tokens
+    if not settings.chunked_prefill and computed[i] > tokens:
+        raise CapacityError(
+            f"request {i}: {computed[i]} tokens are computed at once, the most of a batch is {tokens}; raise "
+            "max_num_batched_tokens, or split prompts (chunked_prefill)"
+        )
+    if settings.chunked_prefill and settings.block_size > tokens:
+        raise CapacityError(
+            f"prompts are split into whole blocks of {settings.block_size} tokens, the most of a batch is {tokens}; "
+            "raise max_num_batched_tokens or lower block_size"
         )
 
 

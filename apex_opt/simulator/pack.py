@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plans.kv_groups import sets_of
@@ -45,10 +46,11 @@ Room = tuple[int, ...]
 M = TypeVar("M", bound="Memory")
 
 assert kn.RATE_BITS == RATE_BITS
+assert [CAPACITY_POLICIES[number][:3] for number in (kn.NO_EVICT, kn.UTILISE, kn.ONE_BATCH)] == ["GUA", "MAX", "STA"]
 _RULES: Final = {
     "vllm": kn.VLLM,
     "sglang": kn.VLLM,
-    "trtllm": kn.VLLM,
+    "trtllm": kn.VLLM,  # of which its own engine asks nothing
     "orca": kn.ORCA,
     "static": kn.STATIC,
 }
@@ -62,6 +64,7 @@ _ENGINES = {
     ("general", True): entries.SERVE_CACHING,
     ("speculative", False): entries.SERVE_SPECULATIVE,
     ("speculative", True): entries.SERVE_SPECULATIVE_CACHING,
+    ("trtllm", False): entries.SERVE_TRTLLM,
     ("grouped", False): entries.SERVE_GROUPED,
     ("grouped", True): entries.SERVE_GROUPED,
 }
@@ -93,6 +96,8 @@ def _engine(settings: EngineSettings, stages: int, groups: Sequence[KvGroup] = (
         return "grouped"
     if settings.speculation is not None:
         return "speculative"
+    if isinstance(settings.scheduler, TrtllmScheduling):
+        return "trtllm"
     walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
     return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
@@ -182,6 +187,8 @@ class Memory:
             for pool, end in zip(pools, ends, strict=True)
         ]
         self._requests = _requests(pools[0].settings.max_model_len, trace)
+        if "trtllm" in self._engines:
+            self._requests[kn.STATED] = trace.stated(pools[0].settings.max_model_len)
         self._replicas = np.zeros((lasts[-1], kn.REPLICA_SIZE), np.int64)
         for pool, place in zip(pools, self._places, strict=True):
             _set_up(self._replicas[place], pool)
@@ -265,6 +272,10 @@ class Memory:
                         rows[:, column] = end
                         lists.append((end, counts.reshape(-1)))
                         end += counts.size
+            elif engine == "trtllm":
+                depth, active = int(rows[0, kn.DEPTH]), seats * len(pool.laws)
+                parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: active, kn.QUEUE_AT: depth * (seats + 2)}
+                parts |= {kn.CHOSEN_AT: active, kn.PROMPTS_AT: 2 * active}
             elif engine == "general":
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
@@ -495,7 +506,7 @@ class Memory:
 
 def _requests(max_model_len: int, trace: Trace) -> I64:
     """The columns of the requests."""
-    columns = max(kn.STEADY_REQUEST_SIZE, kn.SPECULATIVE_REQUEST_SIZE, SGLANG_REQUEST_SIZE)
+    columns = max(kn.STEADY_REQUEST_SIZE, kn.SPECULATIVE_REQUEST_SIZE, SGLANG_REQUEST_SIZE, kn.TRTLLM_REQUEST_SIZE)
     requests = np.zeros((columns, len(trace)), np.int64)
     requests[kn.ARRIVAL], requests[kn.PROMPT], requests[kn.OUTPUT] = trace.arrival_ns, trace.prompt, trace.output
     requests[kn.LIMIT], requests[kn.FOLLOWING] = trace.generated(max_model_len), kn.NONE
@@ -519,6 +530,10 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.FREE: pool.blocks,
     }.items():
         replicas[:, column] = value
+    if isinstance(own := settings.scheduler, TrtllmScheduling):
+        replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
+        replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
+        replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)
     if (speculation := settings.speculation) is not None:
         drafting = speculation.draft_tokens, speculation.ahead, speculation.rules.recomputes
         replicas[:, [kn.DRAFTS, kn.LOOKAHEAD, kn.RECOMPUTES]] = drafting

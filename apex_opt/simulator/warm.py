@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
@@ -29,6 +29,7 @@ from apex_opt.simulator.kernel.entries import (
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_STEADY,
+    SERVE_TRTLLM,
     Entry,
 )
 from apex_opt.simulator.law import linear_law
@@ -66,6 +67,9 @@ VARIANTS: Final = {
     "speculative caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
         (SERVE_SPECULATIVE_CACHING,),
+    ),
+    "trtllm": Variant(
+        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS), (SERVE_TRTLLM,)
     ),
     "grouped": Variant(
         EngineSettings(max_model_len=4, **_LIMITS), (SERVE_GROUPED,), (KvGroup(kind="full", block_size=1),)

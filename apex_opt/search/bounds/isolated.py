@@ -184,7 +184,7 @@ def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: i
     ----------
     requests : int or None    most of the trace's requests that can be on the replica at all; None for all
     """
-    if not settings.scheduler.preempts:
+    if not settings.scheduler.may_preempt:
         return False
     at_once = min(settings.max_num_seqs, len(trace), requests or len(trace), trace.concurrency or len(trace))
     return _most_blocks(trace, settings.max_model_len, settings.block_size)[at_once - 1] > blocks

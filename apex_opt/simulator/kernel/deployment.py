@@ -28,6 +28,7 @@ from apex_opt.simulator.kernel.state import (
     Run,
 )
 from apex_opt.simulator.kernel.steady import steady_nb
+from apex_opt.simulator.kernel.trtllm import trtllm_nb
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I32, I64
@@ -72,6 +73,7 @@ def serving(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
 
 
 _by_steady_nb, _by_general_nb = serving(steady_nb), serving(general_nb)
+_by_trtllm_nb = serving(trtllm_nb)
 _by_speculative_nb = serving(drafting_nb)
 _by_grouped_nb = serving(grouped_nb, empty_groups_nb)
 
@@ -120,6 +122,29 @@ def serve_general_nb(
     """`serve_nb` by the engine that walks the running sequences, without prefix caching."""
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     _by_general_nb(run, None, first, last, routed, turns)
+
+
+def serve_trtllm_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+) -> None:
+    """`serve_nb` by the engine of TensorRT-LLM."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_trtllm_nb(run, None, first, last, routed, turns)
 
 
 def serve_caching_nb(

@@ -159,6 +159,7 @@ SERVE_STEADY: Final = Entry(_KERNEL + "deployment", "serve_steady_nb", _SERVE)
 SERVE_GENERAL: Final = Entry(_KERNEL + "deployment", "serve_general_nb", _SERVE)
 _CACHING: Final = (*_SERVE, *_CACHE)
 SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
+SERVE_TRTLLM: Final = Entry(_KERNEL + "deployment", "serve_trtllm_nb", _SERVE)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
 _GROUPED: Final = (*_SERVE, *[int] * 6, *[_I64] * 3, _I32, *[_I64] * 4, _I32, _I32, _I32)
@@ -180,6 +181,7 @@ ENTRIES: Final = (
     SERVE_STEADY,
     SERVE_GENERAL,
     SERVE_CACHING,
+    SERVE_TRTLLM,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_GROUPED,

@@ -87,6 +87,10 @@ class Links(NamedTuple):
 WAITS, RUNS, DONE = range(3)  # values of PLACE
 # Of the speculative engine, after those of the general one: drafts to be scheduled next.
 (PROPOSED, SPECULATIVE_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 2)
+# Of TensorRT-LLM, after those of the general engine: tokens it says it may generate, blocks for all of them, tokens
+# that it computes before it decodes, and in how many batches on their way it is.
+(STATED, ROOM, OWED, FLYING, TRTLLM_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 5)
+NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
 
 # Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
 # prefix caching, its parts of `Cache` begin. Replicas that run in turn share these parts.
@@ -170,8 +174,17 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
     COMPLETE,
     STALE,  # batches in flight that may hold sequences preempted since
     HOLDS,  # whether blocks of an answered request are held until they are read
+    # Of TensorRT-LLM: settings, scratch memory, and registers.
+    CAPACITY,
+    WAIT_ITERS,
+    WAIT_TOKENS,
+    CHOSEN_AT,
+    PROMPTS_AT,
+    WAITED,  # turns in which prompts were held back
+    CHOSEN,
+    QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(79)
+) = range(87)
 
 # Of a micro-batch, see `rotation`: how often it was formed and taken in, how often it can be taken in before somebody
 # gets its last token, and by how often it will have been formed those who need a block then: with prefix caching the

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.simulator.outcome import BatchCounts
 from apex_opt.simulator.reference.hybrid import GroupedScheduler, GroupedSpeculativeScheduler
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
 from apex_opt.simulator.reference.speculative import SpeculativeScheduler
+from apex_opt.simulator.reference.trtllm import TrtllmScheduler
 
 if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Step
@@ -23,6 +25,8 @@ def scheduler_of(pool: EnginePool) -> Scheduler:
     if pool.kv_groups:
         grouped = GroupedSpeculativeScheduler if drafts else GroupedScheduler
         return grouped(settings, pool.blocks, pool.kv_groups)
+    if isinstance(settings.scheduler, TrtllmScheduling):
+        return TrtllmScheduler(settings, pool.blocks, len(pool.laws))
     return (SpeculativeScheduler if drafts else SCHEDULERS[settings.scheduler.name])(settings, pool.blocks)
 
 

@@ -298,7 +298,6 @@ class StaticScheduler(OrcaScheduler):
 SCHEDULERS: Final[Mapping[str, type[Scheduler]]] = {
     "vllm": VllmScheduler,
     "sglang": VllmScheduler,
-    "trtllm": VllmScheduler,
     "orca": OrcaScheduler,
     "static": StaticScheduler,
 }

@@ -18,6 +18,7 @@ class Sequence:
     output: int
     limit: int  # tokens it will generate: its output, or fewer where the model's length ends it
     stated: int = 0  # tokens it says it may generate
+    context: int = 0  # tokens that it computes before it decodes, once it has begun; of TensorRT-LLM
     computed: int = 0
     generated: int = 0
     in_flight: int = 0  # tokens to come from batches that have not finished, drafts included

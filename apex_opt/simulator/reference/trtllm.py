@@ -1,0 +1,222 @@
+"""What is in a batch of TensorRT-LLM: who has memory, then who has tokens, then whether prompts wait.
+
+Source of the rules: NVIDIA/TensorRT-LLM, read and not run: `tensorrt_llm/_torch/pyexecutor/py_executor.py` of the
+1.1/1.2 line [A], `_torch/pyexecutor/scheduler/scheduler.py` at commit 002f3cc3 [B], `cpp/tensorrt_llm/batch_manager/
+capacityScheduler.cpp` and `kvCacheManager.cpp` [C], in our own words. Nothing was recorded of it. Assumed:
+
+- a request whose last token is on its way is not scheduled once more, as in [B]; a turn that schedules nothing then
+  takes in the batch on its way, without which that token would never be told;
+- with its first tokens a prompt takes the blocks of all of it;
+- on several stages a request takes part in one batch at a time, and only requests in none are paused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.engines.schedulers import TrtllmScheduling
+from apex_opt.simulator.reference.schedulers import Scheduler
+from apex_opt.simulator.reference.sequence import Batch, Row
+from apex_opt.units import ceil_div
+
+if TYPE_CHECKING:
+    from apex_opt.plans.engine import EngineSettings
+    from apex_opt.simulator.reference.sequence import Sequence
+
+
+class TrtllmScheduler(Scheduler):
+    """The active requests are `running`, in the order in which they came; those beyond the most of them wait.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    blocks : int    KV blocks
+    stages : int    of the pipeline
+    """
+
+    def __init__(self, settings: EngineSettings, blocks: int, stages: int = 1) -> None:
+        super().__init__(settings, blocks)
+        assert isinstance(settings.scheduler, TrtllmScheduling)
+        self.own = settings.scheduler
+        self.stages = stages
+        self.waited = 0  # turns in which prompts were held back
+        self.flying: set[int] = set()  # requests of the batches on their way
+
+    def schedule(self) -> Batch:
+        """Form one batch."""
+        batch = Batch(self.settings.max_num_batched_tokens)
+        while self.waiting and len(self.running) < self.settings.max_num_seqs * self.stages:
+            self.running.append(self.waiting.popleft())
+        listed = [sequence for sequence in self.running if not self.ending(sequence)]
+        chosen = self.fitting(listed, batch) if self.own.may_preempt else self.reserving(listed)
+        decoding, prompts = self.within_tokens(chosen)
+        for sequence in decoding:
+            self.enter(batch, sequence, 1)
+        for sequence, tokens in self.held_back(decoding, prompts):
+            self.enter(batch, sequence, tokens)
+        batch.free = self.blocks.free
+        return batch
+
+    # What is known of a request.
+
+    def ending(self, sequence: Sequence) -> bool:
+        """Whether its last token is on its way."""
+        return sequence.generated + sequence.in_flight >= sequence.limit
+
+    def decodes(self, sequence: Sequence) -> bool:
+        """Whether all of its prompt is computed, or on its way."""
+        return 0 < sequence.context <= sequence.computed
+
+    def started(self, sequence: Sequence) -> bool:
+        """Whether it has blocks to give."""
+        return sequence.computed > 0
+
+    def is_free(self, sequence: Sequence) -> bool:
+        """Whether it can take part in a batch: on several stages only once it is in none."""
+        return self.stages == 1 or sequence.id not in self.flying
+
+    # Capacity: who has memory.
+
+    def reserving(self, listed: list[Sequence]) -> list[Sequence]:
+        """GUARANTEED_NO_EVICT and STATIC_BATCH: whoever has room to its end, of prompts until one has not."""
+        available = self.blocks.free
+        decoding = [sequence for sequence in listed if self.decodes(sequence)]
+        available -= sum(map(self.to_end, decoding))
+        if self.own.capacity_policy == "STATIC_BATCH" and decoding:
+            return decoding
+        chosen = decoding
+        for sequence in listed:
+            if self.decodes(sequence):
+                continue
+            needed = self.to_end(sequence)
+            if needed > available:
+                break
+            available -= needed
+            chosen = [*chosen, sequence]
+        return chosen
+
+    def to_end(self, sequence: Sequence) -> int:
+        """Blocks that it still takes if it generates all that it says it may."""
+        return ceil_div(sequence.prompt + sequence.stated, self.settings.block_size) - sequence.blocks
+
+    def fitting(self, listed: list[Sequence], batch: Batch) -> list[Sequence]:
+        """MAX_UTILIZATION: whoever has room for its next step, in order; the last that started gives way."""
+        chosen: list[Sequence] = []
+        free, end = self.blocks.free, len(listed)
+        while len(chosen) < end:
+            sequence = listed[len(chosen)]
+            needed = self.to_step(sequence)
+            if needed <= free:
+                free -= needed
+                chosen.append(sequence)
+                continue
+            givers = [place for place in range(len(chosen), end) if self.gives(listed[place])]
+            if not givers:
+                break
+            end = givers[-1]
+            free += listed[end].blocks
+            self.pause(listed[end])
+            batch.preempted.append(listed[end].id)
+        return chosen
+
+    def to_step(self, sequence: Sequence) -> int:
+        """Blocks that its next step takes, or on several stages its next two."""
+        if not self.is_free(sequence):
+            return 0
+        if not self.started(sequence):
+            return ceil_div(sequence.known, self.settings.block_size)
+        if not self.decodes(sequence):
+            return 0
+        steps = 1 if self.stages == 1 else min(2, sequence.prompt + sequence.stated - sequence.computed)
+        return ceil_div(sequence.computed + steps, self.settings.block_size) - sequence.blocks
+
+    def gives(self, sequence: Sequence) -> bool:
+        """Whether it can be paused."""
+        return self.started(sequence) and self.is_free(sequence)
+
+    def pause(self, sequence: Sequence) -> None:
+        """It loses its blocks, keeps its place and what it generated, and computes all of that again."""
+        self.blocks.release(sequence)
+        sequence.computed = sequence.context = 0
+
+    # The micro-batch: who has tokens.
+
+    def within_tokens(self, chosen: list[Sequence]) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """Of those with memory, in order, who decodes and which prompts are computed, by how many tokens."""
+        budget, seats = self.settings.max_num_batched_tokens, self.settings.max_num_seqs
+        decoding: list[Sequence] = []
+        prompts: list[tuple[Sequence, int]] = []
+        for sequence in filter(self.is_free, chosen):
+            if len(decoding) + len(prompts) == seats:
+                break
+            decodes = self.decodes(sequence)
+            tokens = 1 if decodes else self.left(sequence)
+            if tokens > budget and (decodes or not self.settings.chunked_prefill):
+                break
+            if decodes:
+                decoding.append(sequence)
+                budget -= 1
+            else:
+                prompts.append((sequence, tokens))
+                budget -= 0 if self.settings.chunked_prefill else tokens
+        if self.settings.chunked_prefill:
+            prompts = self.cut(prompts, budget)
+        return decoding, prompts
+
+    def left(self, sequence: Sequence) -> int:
+        """Tokens of its prompt that are not computed."""
+        return (sequence.context or sequence.known) - sequence.computed
+
+    def cut(self, prompts: list[tuple[Sequence, int]], budget: int) -> list[tuple[Sequence, int]]:
+        """First come first served: each what is left, in whole blocks where it is cut; those that end come last."""
+        if sum(tokens for _, tokens in prompts) <= budget:
+            return prompts
+        ending, going_on = [], []
+        for sequence, tokens in prompts:
+            given = min(tokens, budget)
+            if given < tokens:
+                given -= given % self.settings.block_size
+            budget -= given
+            if given == tokens:
+                ending.append((sequence, given))
+            elif given:
+                going_on.append((sequence, given))
+        return [*going_on, *ending]
+
+    def held_back(self, decoding: list[Sequence], prompts: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
+        """The prompts, or none where they wait for more of them to come, so that fewer batches are slowed down."""
+        own = self.own
+        if not (decoding and prompts and (own.batch_wait_timeout_iters > 0 or own.batch_wait_max_tokens_ratio > 0)):
+            return prompts
+        tokens = len(decoding) + sum(tokens for _, tokens in prompts)
+        enough = own.wait_tokens(self.settings.max_num_batched_tokens)
+        if self.waited < own.batch_wait_timeout_iters and tokens < enough:
+            self.waited += 1
+            return []
+        self.waited = 0
+        return prompts
+
+    # What becomes of a row.
+
+    def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
+        if not self.started(sequence):
+            sequence.context = sequence.known
+        sequence.computed += tokens
+        self.blocks.take(sequence, max(sequence.context, sequence.computed))
+        row = Row(sequence, tokens, sequence.computed, yields=self.decodes(sequence))
+        sequence.in_flight += row.yields
+        self.flying.add(sequence.id)
+        batch.rows.append(row)
+        batch.budget -= tokens
+
+    def receive(self, row: Row) -> int:
+        row.sequence.in_flight -= 1
+        return 1
+
+    def update(self, batch: Batch, now_ns: int) -> list[Sequence]:
+        self.flying -= {row.sequence.id for row in batch.rows}
+        return super().update(batch, now_ns)
+
+    def leave(self, sequence: Sequence) -> None:
+        super().leave(sequence)
+        self.unreported = False  # nobody has to be told
