@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from apex_opt.cluster import load_cluster
 from apex_opt.profiles import Profile, load_profile
 from apex_opt.profiles.laws import Source
@@ -14,7 +16,10 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from apex_opt.cluster.types import Gpu
+    from apex_opt.profiles.surface import Surface
 
 ROOT = DATA_ROOT / "profiles"
 H200 = load_cluster("h200-sxm").gpu
@@ -60,3 +65,21 @@ def profile_of(root: Path, gpu: str, engine: str = "vllm") -> Profile:
 def mine(name: str) -> Gpu:
     """An H200 by another name, and with tables of that name."""
     return replace(H200, name=name, profile=name)
+
+
+def leave_one_out(surface: Surface) -> NDArray[np.float64]:
+    """Relative error of the time at every measured point, its whole shape being left out of the table."""
+    errors, counts = [], np.diff(surface.starts)
+    for index in range(len(surface.features)):
+        kept = np.arange(len(surface.features)) != index
+        points = np.repeat(kept, counts)
+        rest = replace(
+            surface,
+            features=surface.features[kept],
+            starts=np.concatenate([[0], np.cumsum(counts[kept])]),
+            knots=surface.knots[points],
+            values=surface.values[points],
+        )
+        knots, values = surface.shape(index)
+        errors.append(np.exp(values) / rest.ratio(tuple(surface.features[index]), knots) - 1)
+    return np.concatenate(errors)

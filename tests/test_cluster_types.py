@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
-import networkx as nx
 import pytest
 from plan_cases import make_gpu
 
-from apex_opt.cluster import MAX_GPUS, Cluster, Gpu, Link, load_cluster
+from apex_opt.cluster import MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.errors import InputError, UsageError
 
 GPU = Gpu(
@@ -76,28 +74,6 @@ def test_several_nodes_need_a_link_between_them() -> None:
     with pytest.raises(InputError, match="2 nodes need an inter link"):
         cluster(inter=None)
     assert cluster(nodes=1, inter=None).size == 4
-
-
-def test_a_group_crosses_the_slower_link_only_when_it_leaves_its_node() -> None:
-    toy = cluster()
-    assert toy.link_between([4, 7]) == NEAR
-    assert toy.link_between(range(4)) == NEAR
-    assert toy.link_between([3, 4]) == FAR
-    for group in ([], [8], [-1]):
-        with pytest.raises(UsageError):
-            toy.link_between(group)
-
-
-def test_paths_in_the_graph_add_up_to_the_links_they_stand_for() -> None:
-    graph = cluster().graph()
-    gpus = sorted(data["index"] for _, data in graph.nodes(data=True) if data["kind"] == "gpu")
-    assert gpus == list(range(8))
-    for ends, link in ((("node0:0", "node0:3"), NEAR), (("node0:0", "node1:3"), FAR)):
-        path = nx.shortest_path(graph, *ends)
-        edges = [graph.edges[edge] for edge in itertools.pairwise(path)]
-        assert sum(edge["latency_s"] for edge in edges) == pytest.approx(link.latency_s)
-        assert min(edge["bytes_per_s"] for edge in edges) == link.bytes_per_s
-    assert len(load_cluster("h200-sxm").graph()) == 2
 
 
 def test_a_price_is_a_number_above_nothing_and_keeps_its_source() -> None:

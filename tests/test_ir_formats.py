@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
+from apex_opt.ir import FORMATS, KV_BYTES, NumberFormat, get_format
 from apex_opt.ir.formats import is_format
 
 
@@ -103,14 +103,11 @@ def test_a_count_that_is_none_is_refused(parameters: object) -> None:
 
 def test_names_are_found_in_any_case() -> None:
     assert get_format("W4A16") is FORMATS["w4a16"]
-    assert get_kv_bytes("FP8") == 1
 
 
 def test_unknown_names_come_with_suggestions() -> None:
     with pytest.raises(UnknownNameError, match="unknown number format 'fp9'; did you mean fp8"):
         get_format("fp9")
-    with pytest.raises(UnknownNameError, match="unknown KV format 'int4'; known: bf16, fp16, fp8"):
-        get_kv_bytes("int4")
 
 
 def test_a_format_checks_itself() -> None:

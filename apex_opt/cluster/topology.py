@@ -106,15 +106,6 @@ class Topology:
             raise UnknownNameError("GPU of the cluster", name, self._shape())
         return found
 
-    def without(self, gpus: Iterable[str]) -> Topology:
-        """The same wiring with some GPUs taken out."""
-        out = {self.device(gpu).name for gpu in gpus}
-        return replace(
-            self,
-            devices=tuple(device for device in self.devices if device.name not in out),
-            wires=tuple(wire for wire in self.wires if wire[0] not in out and wire[1] not in out),
-        )
-
     def marked(self, state: str, gpus: Iterable[str]) -> Topology:
         """The same GPUs, some of them in another state, one of `STATES`."""
         if state not in STATES:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from apex_opt.cluster.toml_reader import shown
 from apex_opt.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import networkx as nx
 
 DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
 """Number formats whose matrix throughput an accelerator may state."""
@@ -193,55 +188,3 @@ class Cluster:
     def size(self) -> int:
         """Number of GPUs."""
         return self.nodes * self.gpus_per_node
-
-    def link_between(self, group: Sequence[int]) -> Link:
-        """The slowest link that a group of GPU indices must cross: `intra` within one node, else `inter`.
-
-        Raises
-        ------
-        UsageError      empty group, or an index outside 0..size-1
-        """
-        if not len(group):
-            raise UsageError("a group of GPUs must name at least one GPU")
-        outside = [gpu for gpu in group if not 0 <= gpu < self.size]
-        if outside:
-            raise UsageError(f"cluster {self.name!r} has GPUs 0..{self.size - 1}, the group names {shown(outside[0])}")
-        node = group[0] // self.gpus_per_node
-        if all(gpu // self.gpus_per_node == node for gpu in group):
-            return self.intra
-        assert self.inter is not None  # checked at construction: several nodes have an inter link
-        return self.inter
-
-    def graph(self) -> nx.Graph[str]:
-        """The wiring as a graph.
-
-        Returns
-        -------
-        networkx.Graph
-            vertices `node0:3` (kind `gpu`, with `index` and `node`), `node0:switch` (kind `switch`), and with several
-            nodes `node0:nic3` (kind `nic`) and `fabric` (kind `switch`); edges carry `bytes_per_s`, `latency_s` and
-            `kind`. A path between two GPUs adds up to the latency of the link it stands for.
-        """
-        import networkx as nx
-
-        graph: nx.Graph[str] = nx.Graph(name=self.name)
-        intra = {"bytes_per_s": self.intra.bytes_per_s, "latency_s": self.intra.latency_s / 2, "kind": self.intra.kind}
-        for node in range(self.nodes):
-            graph.add_node(f"node{node}:switch", kind="switch", node=node)
-            for slot in range(self.gpus_per_node):
-                graph.add_node(f"node{node}:{slot}", kind="gpu", node=node, index=node * self.gpus_per_node + slot)
-                graph.add_edge(f"node{node}:{slot}", f"node{node}:switch", **intra)
-        if self.nodes > 1 and self.inter is not None:
-            # Four edges between two GPUs of different nodes, so a quarter of the latency each.
-            inter = {
-                "bytes_per_s": self.inter.bytes_per_s,
-                "latency_s": self.inter.latency_s / 4,
-                "kind": self.inter.kind,
-            }
-            graph.add_node("fabric", kind="switch")
-            for node in range(self.nodes):
-                for slot in range(self.gpus_per_node):
-                    graph.add_node(f"node{node}:nic{slot}", kind="nic", node=node)
-                    graph.add_edge(f"node{node}:{slot}", f"node{node}:nic{slot}", **inter)
-                    graph.add_edge(f"node{node}:nic{slot}", "fabric", **inter)
-        return graph

@@ -7,7 +7,7 @@ implies in `families` and what is quantised in `quantisation`.
 
 from apex_opt.ir.cells import Attention, AttentionCell, Cell, DenseFfn, Ffn, LatentAttention, MoeFfn
 from apex_opt.ir.families import SUPPORTED_MODEL_TYPES
-from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format, get_kv_bytes
+from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format
 from apex_opt.ir.huggingface import model_from_config, read_config
 from apex_opt.ir.model import Block, Model, Run
 from apex_opt.ir.registry import checkpoint_of, list_models, load_model
@@ -31,7 +31,6 @@ __all__ = [
     "Scheme",
     "checkpoint_of",
     "get_format",
-    "get_kv_bytes",
     "list_models",
     "load_model",
     "model_from_config",

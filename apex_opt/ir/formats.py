@@ -202,16 +202,3 @@ def _find_format(name: str) -> NumberFormat | None:
         description=f"{first.description}; some matrices in {' and '.join(part.name for part in others)}",
         mixed=(first, *others),
     )
-
-
-def get_kv_bytes(name: str) -> int:
-    """Bytes of one key or value element in a KV format, named in any case.
-
-    Raises
-    ------
-    UnknownNameError    not in `KV_BYTES`
-    """
-    found = KV_BYTES.get(name.lower())
-    if found is None:
-        raise UnknownNameError("KV format", name, KV_BYTES)
-    return found

@@ -122,10 +122,9 @@ def _ring(ranks: int) -> float:
 class Collectives:
     """Times of collectives in one cluster; make it with `load_collectives`.
 
-    Every method takes sizes in bytes, the number of ranks, optionally the link the group crosses
-    (`Cluster.link_between`) and the number of nodes it spans; left out, ranks fill nodes one after another. It returns
-    float64[...] seconds that never fall as sizes grow, 0 for one rank and for no bytes, and raises UsageError for more
-    ranks than the cluster has, or several nodes without a link between them.
+    Every method takes sizes in bytes, the number of ranks and optionally that of nodes they span; left out, ranks fill
+    nodes one after another. It returns float64[...] seconds that never fall as sizes grow, 0 for one rank and for no
+    bytes, and raises UsageError for more ranks than the cluster has, or several nodes without a link between them.
 
     Measured times need not rise with the number of ranks: switches that add up serve eight faster than four.
 
@@ -196,19 +195,16 @@ class Collectives:
             }
         return levels
 
-    def all_reduce_s(
-        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
-    ) -> Floats:
+    def all_reduce_s(self, tensor_bytes: ArrayLike, ranks: int, nodes: int | None = None) -> Floats:
         """Every rank ends with the sum of all ranks' tensors.
 
         Parameters
         ----------
         tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks; None where it is that of the node
         nodes : int or None     that the ranks are on; None where that follows
         """
-        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
+        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, nodes)
         if ranks == 1:
             return np.zeros_like(size)
         if spanned > 1:
@@ -225,37 +221,31 @@ class Collectives:
                 time = np.where(size <= self.table.custom_max_bytes, np.minimum(time, self._custom(size, ranks)), time)
         return _none_for_nothing(size, time)
 
-    def all_gather_s(
-        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
-    ) -> Floats:
+    def all_gather_s(self, tensor_bytes: ArrayLike, ranks: int, nodes: int | None = None) -> Floats:
         """Every rank ends with the whole tensor of which it held one part.
 
         Parameters
         ----------
         tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks; None where it is that of the node
         nodes : int or None     that the ranks are on; None where that follows
         """
-        return self._half_s("all_gather", tensor_bytes, ranks, link, nodes)
+        return self._half_s("all_gather", tensor_bytes, ranks, nodes)
 
-    def reduce_scatter_s(
-        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
-    ) -> Floats:
+    def reduce_scatter_s(self, tensor_bytes: ArrayLike, ranks: int, nodes: int | None = None) -> Floats:
         """Every rank ends with one part of the sum of all ranks' tensors; the mirror image of an all-gather.
 
         Parameters
         ----------
         tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks; None where it is that of the node
         nodes : int or None     that the ranks are on; None where that follows
         """
-        return self._half_s("reduce_scatter", tensor_bytes, ranks, link, nodes)
+        return self._half_s("reduce_scatter", tensor_bytes, ranks, nodes)
 
-    def _half_s(self, op: str, tensor_bytes: ArrayLike, ranks: int, link: Link | None, nodes: int | None) -> Floats:
+    def _half_s(self, op: str, tensor_bytes: ArrayLike, ranks: int, nodes: int | None) -> Floats:
         """One of the two halves of an all-reduce."""
-        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
+        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, nodes)
         if ranks == 1:
             return np.zeros_like(size)
         if spanned == 1 and self.measured is not None and self.measured.has(op):
@@ -268,19 +258,16 @@ class Collectives:
             start = self._floor_s(ranks)
         return _none_for_nothing(size, start + stream / 2)
 
-    def all_to_all_s(
-        self, tensor_bytes: ArrayLike, ranks: int, link: Link | None = None, nodes: int | None = None
-    ) -> Floats:
+    def all_to_all_s(self, tensor_bytes: ArrayLike, ranks: int, nodes: int | None = None) -> Floats:
         """Every rank sends another part of its tensor to each rank.
 
         Parameters
         ----------
         tensor_bytes : array    of the whole tensor, on one rank
         ranks : int             that take part
-        link : Link or None     the slowest between the ranks; None where it is that of the node
         nodes : int or None     that the ranks are on; None where that follows
         """
-        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, link, nodes)
+        size, spanned = sizes("tensor_bytes", tensor_bytes), self._spanned(ranks, nodes)
         if ranks == 1:
             return np.zeros_like(size)
         if spanned == 1 and self.measured is not None and self.measured.has("all_to_all"):
@@ -298,15 +285,13 @@ class Collectives:
         size, over = sizes("tensor_bytes", tensor_bytes), link or self.intra
         return _none_for_nothing(size, over.latency_s + size * self._stream_s_per_byte(over))
 
-    def _spanned(self, ranks: int, link: Link | None, nodes: int | None) -> int:
+    def _spanned(self, ranks: int, nodes: int | None) -> int:
         """Number of nodes a group spans."""
         total = self.nodes * self.gpus_per_node
         if isinstance(ranks, bool) or not isinstance(ranks, int | np.integer) or not 1 <= ranks <= total:
             raise UsageError(f"ranks = {shown(ranks)} must be a whole number from 1 to the cluster's {total} GPUs")
         if nodes is None:
             nodes = ceil_div(int(ranks), self.gpus_per_node)
-            if link is not None and link == self.inter and link != self.intra and ranks > 1:
-                nodes = max(nodes, 2)
         elif isinstance(nodes, bool) or not isinstance(nodes, int | np.integer) or not 1 <= nodes <= ranks:
             raise UsageError(f"nodes = {shown(nodes)} must be a whole number from 1 to the {ranks} ranks")
         if nodes > 1 and self.inter is None:

@@ -77,29 +77,6 @@ class Surface:
         points = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return self.knots[points], self.values[points]
 
-    def without(self, index: int) -> Surface:
-        """The surface with one shape left out."""
-        kept = np.arange(len(self.features)) != index
-        counts = np.diff(self.starts)
-        points = np.repeat(kept, counts)
-        return Surface(
-            features=self.features[kept],
-            starts=np.concatenate([[0], np.cumsum(counts[kept])]),
-            knots=self.knots[points],
-            values=self.values[points],
-            neighbours=self.neighbours,
-            power=self.power,
-        )
-
-    def leave_one_out(self) -> Floats:
-        """Relative error of the time at every measured point, its whole shape being left out of the table."""
-        errors = []
-        for index in range(len(self.features)):
-            knots, values = self.shape(index)
-            guess = self.without(index).ratio(tuple(self.features[index]), knots)
-            errors.append(np.exp(values) / guess - 1)
-        return np.concatenate(errors)
-
 
 def _distances(surface: Surface, feature: tuple[float, ...]) -> Floats:
     """How far every measured shape is."""

@@ -161,7 +161,7 @@ class Facts:
         counts = np.array(alike.replicas, np.int64)
         plan = alike.plan.times(alike.replicas[0])
         run = self.alone(plan, movable=alike.movable)
-        room, load = self._load(plan, alike, run)
+        room, load = self._load(plan, alike)
         if load is not None and counts.min() < room * (1 + ROUNDING):
             closed = problem.trace.concurrency is not None
             makespan_s = np.maximum(run.makespan_s, load.total_s / counts + request_s)
@@ -209,7 +209,7 @@ class Facts:
             self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp, drafts)
         return self._means[key]
 
-    def _load(self, plan: Plan, alike: Alike, run: Run) -> tuple[float, Load | None]:
+    def _load(self, plan: Plan, alike: Alike) -> tuple[float, Load | None]:
         """Replicas from which the load adds nothing, and below these the load of one replica."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
