@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from apex_opt.arguments import Ask
 from apex_opt.figures import parse_goals
-from apex_opt.report.document import (
-    answer_document,
-    cluster_row,
-    model_row,
-    scored_document,
-)
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.report import types
+from apex_opt.report.document import answer_document, cluster_row, model_row, scored_document
 from apex_opt.report.tables import rendered
 from apex_opt.resolve import resolve, resolve_plan
 from apex_opt.schema import to_plain
@@ -198,6 +195,12 @@ def test_a_bound_on_what_is_maximised_lies_above_it() -> None:
     document = to_plain(answer_document("simulate", problem, answer, {}))
     assert (document["objective"]["direction"], document["objective"]["unit"]) == ("minimise", "J")
     assert 0 < document["best"]["bound"] <= document["best"]["value"]
+
+
+def test_every_setting_of_an_engine_is_told() -> None:
+    told = {field.name for kind in (types.EngineFacts, types.QuestionFacts) for field in fields(kind)}
+    # A scheduler is told by its name, as the policy, with what is its own; what comes of drafts among the speculation.
+    assert {field.name for field in fields(EngineSettings)} - told == {"scheduler", "drafting"}
 
 
 def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:
