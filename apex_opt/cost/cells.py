@@ -340,7 +340,8 @@ class Operations:
         by_context = float(window is None)
         if self.tables.drafts:  # the context is read once for a token and its drafts, and multiplied with each
             decode_flops *= 1 + self.tables.drafts
-            per_token = np.maximum(per_token, decode_flops / self.profile.gpu.peak_flops_per_s(half)) * by_context
+            least = decode_flops / self.profile.gpu.peak_flops_per_s(half)
+            per_token = np.where(per_token > 0, np.maximum(per_token, least), 0.0)
         held, seen = self.tables.sequences * ((window or 0) / dp), np.minimum(tokens, window or 0)
         pairs = causal_pairs(tokens, seen)
         launch = Work.of(power, base, held * decode_flops, held * token_bytes, half)
