@@ -71,6 +71,14 @@ def benchmarks() -> tuple[Benchmark, ...]:
             measure=partial(rate, "prefix_caching", "batches"),
         )
     )
+    found.append(
+        Benchmark(
+            name="simulate_disaggregated_batches_per_s",
+            unit="batches/s",
+            about=f"{title} on {MODEL}, a prefill and a decode instance of tp1 each, warm, on one core",
+            measure=disaggregated,
+        )
+    )
     return tuple(found)
 
 
@@ -85,6 +93,25 @@ def score_20000(quick: bool) -> float:
     with one_core():
         scorer.simulate(deployment)
         return best_of(1 if quick else 5, lambda: scorer.simulate(deployment))
+
+
+def disaggregated(quick: bool) -> float:
+    """Batches of both instances simulated per second, best of five after a warm-up."""
+    from apex_opt.plans.plan import parse_plan
+    from apex_opt.search.facts import Facts
+    from apex_opt.simulator import EnginePool, Handover, run_disaggregated
+
+    asked, trace = problem(MODEL, "4xh200-sxm", "chat"), conversation(quick)
+    asked = replace(asked, settings=replace(asked.settings, scheduler=VllmScheduling(idle_sleep_us=1000)))
+    facts, plan = Facts(asked), parse_plan("tp1", asked.model)
+    pool = EnginePool(settings=asked.settings_for(plan), blocks=facts.blocks(plan), laws=facts.plan_cost(plan).laws)
+    handover = Handover(proxy_ns=500_000, read_ns=300_000, block_ns=40_000, notice_ns=50_000, in_turn=True)
+
+    def run() -> int:
+        return run_disaggregated(pool, pool, handover, trace).batches
+
+    with one_core():
+        return run() / best_of(1 if quick else 5, run)
 
 
 def rate(loop: str, unit: str, quick: bool) -> float:

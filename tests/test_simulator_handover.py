@@ -17,9 +17,20 @@ from simulator_cases import IMPLEMENTATIONS, assert_same, blocks_of, linear, mov
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
-from apex_opt.simulator import DisaggregatedOutcome, EnginePool, Handover, replay_case, run_disaggregated
+from apex_opt.plans.plan import parse_plan
+from apex_opt.search.facts import Facts
+from apex_opt.simulator import (
+    DisaggregatedOutcome,
+    EnginePool,
+    Handover,
+    replay_case,
+    run_deployment,
+    run_disaggregated,
+)
+from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference import handover
 from apex_opt.units import ceil_div
+from benchmarks.problems import problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -347,6 +358,38 @@ def test_a_changed_setting_is_noticed_by_recorded_runs(shared: Path, key: str) -
         other = {"none": "fifo", "fifo": "none"}[case["config"]["link"]] if key == "link" else changed[key]
         cases.append(case | {"config": case["config"] | {key: other}})
     assert not all(comes_out(case, "kernel") for case in cases)
+
+
+# Costs of real plans.
+
+
+@pytest.fixture(scope="module")
+def costed() -> Pair:
+    """Llama 3.1 8B on H100: two instances of one GPU for prompts, one of two GPUs for answers."""
+    asked = problem("llama-3.1-8b", "4xh100-sxm", "chat")
+    asked = replace(asked, settings=replace(asked.settings, scheduler=VllmScheduling(idle_sleep_us=1000)))
+    facts, pools = Facts(asked), []
+    for text, count in (("tp1", 2), ("tp2", 1)):
+        plan = parse_plan(text, asked.model)
+        settings, laws = asked.settings_for(plan), facts.plan_cost(plan).laws
+        pools.append(EnginePool(settings=settings, blocks=facts.blocks(plan), laws=laws, replicas=count))
+    handover = Handover(proxy_ns=500_000, read_ns=300_000, block_ns=40_000, notice_ns=50_000, in_turn=True)
+    return Pair(prefill=pools[0], decode=pools[1], handover=handover, trace=asked.trace.head(40))
+
+
+def test_pools_with_the_costs_of_plans_are_served_alike_by_both_implementations(costed: Pair) -> None:
+    compare(costed)
+
+
+@pytest.mark.parametrize("blocks", [None, 200])
+def test_blocks_that_are_held_are_all_that_slows_prompts_down(costed: Pair, blocks: int | None) -> None:
+    """With blocks for all prompts they are computed as if there were no answers, and later with few."""
+    prefill = costed.prefill if blocks is None else replace(costed.prefill, blocks=blocks)
+    outcome = replace(costed, prefill=prefill, handover=replace(costed.handover, read_ns=3_000_000_000)).run("kernel")
+    apart = run_deployment([prefill], prompts_only(costed.trace), implementation="reference")
+    late = outcome.prefilled_ns - apart.finish_ns
+    assert (late >= 0).all()
+    assert late.any() == (blocks is not None)
 
 
 # One request, by hand.
