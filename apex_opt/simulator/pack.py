@@ -181,10 +181,10 @@ class Memory:
                     self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
         ends = np.cumsum([pool.replicas for pool in pools]).tolist()
+        together = [any(share.routed and share.first < end <= share.last for share in shares) for end in ends]
         self._lanes = [
-            pool.schedulers
-            * (pool.replicas if any(share.routed and share.first < end <= share.last for share in shares) else 1)
-            for pool, end in zip(pools, ends, strict=True)
+            pool.schedulers * (pool.replicas if holding or side else 1)
+            for pool, side in zip(pools, together, strict=True)
         ]
         self._requests = _requests(pools[0].settings.max_model_len, trace)
         if "trtllm" in self._engines:
