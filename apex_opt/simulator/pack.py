@@ -279,7 +279,9 @@ class Memory:
             elif engine == "general":
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
-                parts[kn.MICRO_AT] = depth * (kn.MICRO_DUE + pool.settings.block_size)
+                width = kn.MICRO_DUE + pool.settings.block_size + kn.PACE_SIZE * len(pool.laws)
+                parts[kn.MICRO_AT] = depth * width
+                rows[:, kn.MICRO_WIDTH] = width
             else:
                 parts = {kn.RING_AT: ring, kn.RESIDUE_AT: pool.settings.block_size, kn.ENTERING_AT: 2 * seats}
                 rows[:, kn.RING_SIZE] = ring
@@ -309,13 +311,13 @@ class Memory:
             # Blocks are taken for drafts, too: of up to three rows beyond the last token.
             beyond = 3 * pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
             width = min(longest + ceil_div(beyond, settings.block_size), pool.blocks)
-            rows[:, [kn.SLOTS, kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = slots, width, pool.blocks, content.total
+            rows[:, [kn.SLOTS, kn.TABLE_WIDTH, kn.POOL_BLOCKS]] = slots, width, pool.blocks
             for column, size in {
                 kn.MEMO_AT: kn.MEMO_WIDTH,
                 kn.SLOTS_AT: slots,
                 kn.TABLE_AT: slots * width,
-                kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
-                kn.HOLDER_AT: content.total * kn.HOLDER_WIDTH,
+                kn.BLOCK_AT: (pool.blocks + 1) * (kn.BLOCK_WIDTH + kn.LINE_WIDTH),
+                kn.HOLDER_AT: content.total + 1,  # 0 is none
             }.items():
                 rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes
@@ -361,8 +363,8 @@ class Memory:
                 kn.MEMO_AT: kv.REGISTERS + len(groups),
                 kn.SLOTS_AT: seats,
                 kn.TABLE_AT: (seats + 1) * len(groups) * width,
-                kn.BLOCK_AT: (pool.blocks + 1) * kn.BLOCK_WIDTH,
-                kn.HOLDER_AT: sum(totals) * kn.HOLDER_WIDTH,
+                kn.BLOCK_AT: (pool.blocks + 1) * kv.BLOCK_WIDTH,
+                kn.HOLDER_AT: sum(totals) * kv.HOLDER_WIDTH,
             }.items():
                 rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes

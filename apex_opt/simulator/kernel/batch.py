@@ -136,15 +136,23 @@ def count_batch_nb(run: Run, r: I64) -> None:
     """Count the batch in the registers."""
     counts = at(run.counts, r[COUNTS_AT])
     rows, d, read = r[BATCH_ROWS], r[BATCH_DECODES], r[BATCH_READ]
-    r[BATCHES] += 1
     if d == rows:
-        by_sequences_nb(counts, r, N_DECODE)[d] += 1
-        by_sequences_nb(counts, r, N_DECODE_CONTEXT)[d] += read
+        count_decoding_nb(run, r, d, 1, read)
         return
+    r[BATCHES] += 1
     by_sequences_nb(counts, r, N_SEQUENCES)[rows] += 1
     by_sequences_nb(counts, r, N_ATTEND)[d] += 1
     by_sequences_nb(counts, r, N_ATTEND_CONTEXT)[d] += read
     by_tokens_nb(counts, r, N_MIXED, N_MIXED)[r[BATCH_TOKENS]] += 1
+
+
+@inner
+def count_decoding_nb(run: Run, r: I64, n: int, batches: int, read: int) -> None:
+    """Count so many batches of n decoding sequences, which read that much context together."""
+    counts = at(run.counts, r[COUNTS_AT])
+    r[BATCHES] += batches
+    by_sequences_nb(counts, r, N_DECODE)[n] += batches
+    by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += read
 
 
 @inner

@@ -11,27 +11,25 @@ from apex_opt.simulator.kernel.state import (
     BLOCK_AT,
     BLOCK_WIDTH,
     CONTENT,
-    CONTENTS,
-    FOUND_AT,
+    ENDS,
     HOLDER_AT,
-    HOLDER_WIDTH,
+    LINE_WIDTH,
     MARK,
     MEMO_AT,
     MEMO_FOUND,
     MEMO_REQUEST,
     MEMO_STAMP,
     MEMO_UNUSED,
+    NEVER,
     NEWER,
-    NEWEST,
     NONE,
+    NOTHING,
     OLDER,
-    OLDEST,
     POOL_BLOCKS,
     SLOTS,
     SLOTS_AT,
     TABLE_AT,
     TABLE_WIDTH,
-    USERS,
 )
 
 if TYPE_CHECKING:
@@ -66,29 +64,28 @@ def table_nb(cache: Cache, r: I64, i: int) -> I32:
 def empty_cache_nb(cache: Cache, r: I64) -> None:
     """All blocks free, in order, and nothing known."""
     block, holder = block_nb(cache, r), holder_nb(cache, r)
-    ends = r[POOL_BLOCKS]
-    for b in range(ends + 1):
+    last = r[POOL_BLOCKS]
+    for b in range(last + 1):
         row = at(block, b * BLOCK_WIDTH)
-        row[USERS] = 0
-        row[CONTENT] = NONE
-        row[BEHIND] = b + 1 if b < ends else 0
-        row[AHEAD] = b - 1 if b > 0 else ends
+        holder[abs(row[CONTENT])] = NOTHING
+        row[CONTENT] = NOTHING
+        row[BEHIND] = b + 1 if b < last else ENDS
+        row[AHEAD] = b - 1 if b > 0 else last
         row[MARK] = 0
-    for key in range(r[CONTENTS] * HOLDER_WIDTH):
-        holder[key] = NONE
     for slot in range(r[SLOTS]):
         cache.slots[r[SLOTS_AT] + slot] = slot
     memo_nb(cache, r)[MEMO_REQUEST] = NONE
 
 
 @inner
-def key_nb(cache: Cache, i: int, j: int) -> int:
-    """Content of a request's j-th block."""
+def keys_nb(cache: Cache, i: int, j: int) -> tuple[int, int]:
+    """Content of a request's j-th block, from 1, and the block before which it stops counting on from there."""
     shared = cache.shared[i]
-    if j < shared:
-        per = cache.piece_blocks
-        return cache.pieces[cache.starts[i] + j // per] * per + j % per
-    return cache.own[i] + j - shared
+    if j >= shared:
+        return cache.own[i] + j - shared + 1, NEVER
+    per = cache.piece_blocks
+    piece = j // per
+    return (cache.pieces[cache.starts[i] + piece] - piece) * per + j + 1, min(shared, (piece + 1) * per)
 
 
 @inner
@@ -101,16 +98,19 @@ def found_nb(cache: Cache, r: I64, i: int, most: int) -> tuple[int, int]:
         memo[MEMO_UNUSED] = 0
         memo[MEMO_STAMP] += 1
     stamp, found, unused = memo[MEMO_STAMP], memo[MEMO_FOUND], memo[MEMO_UNUSED]
+    key = end = found
     while found < most:
-        b = holder[key_nb(cache, i, found) * HOLDER_WIDTH + OLDEST]
-        if b == NONE:
+        if found == end:
+            key, end = keys_nb(cache, i, found)
+        b = holder[key]
+        if b == NOTHING:
             break
         row = at(block, b * BLOCK_WIDTH)
-        if row[USERS] == 0:
+        if row[AHEAD] >= 0:
             unused += 1
         row[MARK] = stamp
-        row[FOUND_AT] = found
         found += 1
+        key += 1
     memo[MEMO_FOUND] = found
     memo[MEMO_UNUSED] = unused
     return found, unused
@@ -119,97 +119,145 @@ def found_nb(cache: Cache, r: I64, i: int, most: int) -> tuple[int, int]:
 @inner
 def recomputed_nb(cache: Cache, r: I64, i: int, j: int) -> int:
     """Whether nobody uses the block that holds the j-th content of request i, which it computes again."""
-    b = holder_nb(cache, r)[key_nb(cache, i, j) * HOLDER_WIDTH + OLDEST]
-    return 1 if block_nb(cache, r)[b * BLOCK_WIDTH + USERS] == 0 else 0
+    key, _ = keys_nb(cache, i, j)
+    return 1 if block_nb(cache, r)[holder_nb(cache, r)[key] * BLOCK_WIDTH + AHEAD] >= 0 else 0
 
 
 @inner
 def take_nb(cache: Cache, r: I64, i: int, held: int, found: int, total: int) -> None:
     """Give request i its found blocks, then fresh ones from the front of the queue, up to a total."""
     block, holder, memo, table = block_nb(cache, r), holder_nb(cache, r), memo_nb(cache, r), table_nb(cache, r, i)
-    front = at(block, r[POOL_BLOCKS] * BLOCK_WIDTH)
-    for j in range(held, total):
-        b = holder[key_nb(cache, i, j) * HOLDER_WIDTH + OLDEST] if j < found else front[BEHIND]
+    stamp = memo[MEMO_STAMP]
+    key = end = held
+    for j in range(held, found):
+        if j == end:
+            key, end = keys_nb(cache, i, j)
+        b = holder[key]
         row = at(block, b * BLOCK_WIDTH)
-        if row[USERS] == 0:
+        if row[AHEAD] >= 0:
             block[row[AHEAD] * BLOCK_WIDTH + BEHIND] = row[BEHIND]
             block[row[BEHIND] * BLOCK_WIDTH + AHEAD] = row[AHEAD]
-            if row[MARK] == memo[MEMO_STAMP]:
+            row[AHEAD] = 0
+            if row[MARK] == stamp:
                 memo[MEMO_UNUSED] -= 1
-        if j >= found and row[CONTENT] != NONE:
-            forget_nb(cache, r, b)
-        row[USERS] += 1
+        row[AHEAD] -= 1
         table[j] = b
+        key += 1
+    front = block[BEHIND]
+    for j in range(max(held, found), total):
+        row = at(block, front * BLOCK_WIDTH)
+        if row[MARK] == stamp:
+            memo[MEMO_UNUSED] -= 1
+        if row[CONTENT] != NOTHING:
+            forget_nb(cache, r, front)
+        row[AHEAD] = -1
+        table[j] = front
+        front = row[BEHIND]
+    block[BEHIND] = front
+    block[front * BLOCK_WIDTH + AHEAD] = ENDS
 
 
 @inner
 def forget_nb(cache: Cache, r: I64, b: int) -> None:
     """The content of a block is overwritten: nobody finds it any more, nor what would follow it."""
+    memo, row = memo_nb(cache, r), at(block_nb(cache, r), b * BLOCK_WIDTH)
+    if row[MARK] == memo[MEMO_STAMP] and memo[MEMO_REQUEST] != NONE:
+        lose_nb(cache, r, b)
+    key = row[CONTENT]
+    row[CONTENT] = NOTHING
+    if key > 0:
+        holder_nb(cache, r)[key] = NOTHING
+    else:
+        unlink_nb(cache, r, b, -key)
+
+
+@inner
+def lose_nb(cache: Cache, r: I64, b: int) -> None:
+    """What was found for the request that waits ends before a block now."""
     block, holder, memo = block_nb(cache, r), holder_nb(cache, r), memo_nb(cache, r)
-    row = at(block, b * BLOCK_WIDTH)
-    waits = memo[MEMO_REQUEST]
-    if row[MARK] == memo[MEMO_STAMP] and waits != NONE:
-        # What was found for the request that waits ends before this block now.
-        for later in range(row[FOUND_AT] + 1, memo[MEMO_FOUND]):
-            lost = at(block, holder[key_nb(cache, waits, later) * HOLDER_WIDTH + OLDEST] * BLOCK_WIDTH)
-            if lost[USERS] == 0:
-                memo[MEMO_UNUSED] -= 1
-            lost[MARK] = 0
-        memo[MEMO_FOUND] = row[FOUND_AT]
+    other = NOTHING
+    while other != b:
+        memo[MEMO_FOUND] -= 1
+        key, _ = keys_nb(cache, memo[MEMO_REQUEST], memo[MEMO_FOUND])
+        other = holder[key]
+        row = at(block, other * BLOCK_WIDTH)
         row[MARK] = 0
-    holders = at(holder, row[CONTENT] * HOLDER_WIDTH)
-    row[CONTENT] = NONE
-    older, newer = row[OLDER], row[NEWER]
-    if older == NONE:
-        holders[OLDEST] = newer
+        if row[AHEAD] >= 0 and other != b:
+            memo[MEMO_UNUSED] -= 1
+
+
+@inner
+def line_nb(cache: Cache, r: I64, b: int) -> I32:
+    """Where a block stands in the line of those with its content."""
+    return at(block_nb(cache, r), (r[POOL_BLOCKS] + 1) * BLOCK_WIDTH + b * LINE_WIDTH)
+
+
+@inner
+def unlink_nb(cache: Cache, r: I64, b: int, key: int) -> None:
+    """Strike a block from the line of those with its content."""
+    holder, line = holder_nb(cache, r), line_nb(cache, r, b)
+    older, newer, oldest = line[OLDER], line[NEWER], holder[key]
+    if oldest == b:
+        holder[key] = newer
+        if newer != NOTHING:
+            line_nb(cache, r, newer)[OLDER] = older
     else:
-        block[older * BLOCK_WIDTH + NEWER] = newer
-    if newer == NONE:
-        holders[NEWEST] = older
-    else:
-        block[newer * BLOCK_WIDTH + OLDER] = older
+        line_nb(cache, r, older)[NEWER] = newer
+        line_nb(cache, r, oldest if newer == NOTHING else newer)[OLDER] = older
+
+
+@inner
+def link_nb(cache: Cache, r: I64, b: int, key: int, oldest: int) -> None:
+    """Put a block at the end of the line of those with its content."""
+    first, line = line_nb(cache, r, oldest), line_nb(cache, r, b)
+    row = at(block_nb(cache, r), oldest * BLOCK_WIDTH)
+    if row[CONTENT] > 0:
+        row[CONTENT] = -key
+        first[OLDER] = oldest
+    line[OLDER] = first[OLDER]
+    line[NEWER] = NOTHING
+    line_nb(cache, r, first[OLDER])[NEWER] = b
+    first[OLDER] = b
 
 
 @inner
 def register_nb(cache: Cache, r: I64, i: int, full: int) -> None:
     """The first `full` blocks of request i can be found from now on."""
-    block, table = block_nb(cache, r), table_nb(cache, r, i)
-    for j in range(cache.registered[i], full):
+    block, holder, table = block_nb(cache, r), holder_nb(cache, r), table_nb(cache, r, i)
+    first = cache.registered[i]
+    key = end = first
+    for j in range(first, full):
+        if j == end:
+            key, end = keys_nb(cache, i, j)
         b = table[j]
-        key = key_nb(cache, i, j)
-        row, holders = at(block, b * BLOCK_WIDTH), at(holder_nb(cache, r), key * HOLDER_WIDTH)
-        last = holders[NEWEST]
-        row[CONTENT] = key
-        row[OLDER] = last
-        row[NEWER] = NONE
-        if last == NONE:
-            holders[OLDEST] = b
+        row, oldest = at(block, b * BLOCK_WIDTH), holder[key]
+        if oldest == NOTHING:
+            holder[key] = b
+            row[CONTENT] = key
         else:
-            block[last * BLOCK_WIDTH + NEWER] = b
-        holders[NEWEST] = b
-    if full > cache.registered[i]:
-        cache.registered[i] = full
+            link_nb(cache, r, b, key, oldest)
+            row[CONTENT] = -key
+        key += 1
+    cache.registered[i] = max(first, full)
 
 
 @inner
 def release_nb(cache: Cache, r: I64, i: int, held: int) -> int:
     """Give all blocks of request i back, the last one first; how many of them are free now."""
     block, memo, table = block_nb(cache, r), memo_nb(cache, r), table_nb(cache, r, i)
-    ends = r[POOL_BLOCKS]
-    front = at(block, ends * BLOCK_WIDTH)
-    freed = 0
+    stamp, last, freed = memo[MEMO_STAMP], block[AHEAD], 0
     for j in range(held - 1, -1, -1):
         b = table[j]
         row = at(block, b * BLOCK_WIDTH)
-        row[USERS] -= 1
-        if row[USERS] == 0:
-            last = front[AHEAD]
+        row[AHEAD] += 1
+        if row[AHEAD] == 0:
             block[last * BLOCK_WIDTH + BEHIND] = b
             row[AHEAD] = last
-            row[BEHIND] = ends
-            front[AHEAD] = b
+            last = b
             freed += 1
-            if row[MARK] == memo[MEMO_STAMP]:
+            if row[MARK] == stamp:
                 memo[MEMO_UNUSED] += 1
+    block[last * BLOCK_WIDTH + BEHIND] = ENDS
+    block[AHEAD] = last
     cache.registered[i] = 0
     return freed

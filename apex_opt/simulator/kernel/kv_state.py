@@ -21,6 +21,11 @@ FOUND, FIRST_FOUND, SEARCHED, DROPPED = range(4)
 # Registers of a replica in `Groups.registers`, then the blocks in use of each group.
 STEP, SLOTS_LEFT, REGISTERS = range(3)
 
+# Columns of `Groups.block`: free blocks stand in a circle from BEHIND to BEHIND, the row after the last being both
+# ends; blocks of equal content in a line from OLDER to NEWER, whose ends are in `Groups.holder`.
+USERS, CONTENT, BEHIND, AHEAD, OLDER, NEWER, MARK, BLOCK_WIDTH = range(8)
+OLDEST, NEWEST, HOLDER_WIDTH = range(3)
+
 
 class Groups(NamedTuple):
     """The groups, and the blocks of all replicas."""

@@ -11,24 +11,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.simulator.kernel.batch import column_nb
+from apex_opt.simulator.kernel.batch import by_sequences_nb, by_tokens_nb, column_nb, count_decoding_nb, law_nb
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
-from apex_opt.simulator.kernel.stages import queued_nb, through_stages_nb
+from apex_opt.simulator.kernel.stages import queued_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ASYNCHRONOUS,
-    BATCH_DECODES,
-    BATCH_READ,
-    BATCH_ROWS,
-    BATCH_TOKENS,
     BLOCK_SIZE,
     BLOCKS,
     COMPUTED,
+    CONTEXT_RATE,
+    DECODE_NS,
     DEPTH,
     DUE_NEXT,
     ENTERING_AT,
+    FIRST_STAGE,
     FREE,
     GENERATED,
     HEAD,
@@ -43,21 +42,34 @@ from apex_opt.simulator.kernel.state import (
     MICRO_FORMED,
     MICRO_LEFT,
     MICRO_PHASE,
+    MICRO_READ,
     MICRO_ROWS,
     MICRO_TAKEN,
+    MICRO_WIDTH,
+    MIXED_NS,
     NEVER,
     NONE,
     NOW,
+    PACE_NS,
+    PACE_RATE,
+    PACE_SIZE,
+    PACE_TRANSFER_NS,
     PLACE,
     PROMPT,
     QUEUE_AT,
     QUEUE_HEAD,
     QUEUED,
+    RATE_BITS,
     RUNNING,
     RUNNING_AT,
     RUNS,
     STACK,
+    STAGE_BUSY,
+    STAGE_FREE,
+    STAGE_SIZE,
+    STAGES,
     STALE,
+    TRANSFER_NS,
     UNREPORTED,
 )
 
@@ -71,35 +83,66 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
     wake = wake_nb(run, cache, r, until)
     if wake == NONE or not micro_batches_nb(run, cache, r):
         return
-    asynchronous, slots, bs = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE]
+    pace_nb(run, r)
+    asynchronous, slots, bs, now = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE], r[NOW]
     turns = slot = 0
-    while r[NOW] < wake:
+    while now < wake:
         following = slot + 1 if slot + 1 < slots else 0
         formed, oldest = micro_nb(run, r, 0 if asynchronous else slot), micro_nb(run, r, following)
         taken = formed if asynchronous else oldest
         if taken[MICRO_TAKEN] >= taken[MICRO_LEFT]:
             break
-        if slots < r[DEPTH] and formed[MICRO_ROWS] > 0 and oldest[MICRO_END] > r[NOW]:
-            break  # one batch more would be in flight from now on
-        if not feed_nb(run, cache, r, at(formed, MICRO_DUE + formed[MICRO_PHASE])):
-            break
-        formed[MICRO_FORMED] += 1
-        formed[MICRO_PHASE] += 1
-        if formed[MICRO_PHASE] == bs:
-            formed[MICRO_PHASE] = 0
-        rows = formed[MICRO_ROWS]
-        formed[MICRO_CONTEXT] += rows
-        r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ] = rows, rows, rows, formed[MICRO_CONTEXT]
-        micro_nb(run, r, slot)[MICRO_END] = through_stages_nb(run, r)
+        end = now
+        if formed[MICRO_ROWS] > 0:
+            if slots < r[DEPTH] and oldest[MICRO_END] > now:
+                break  # one batch more would be in flight from now on
+            if not feed_nb(run, cache, r, at(formed, MICRO_DUE + formed[MICRO_PHASE])):
+                break
+            formed[MICRO_PHASE] = formed[MICRO_PHASE] + 1 if formed[MICRO_PHASE] + 1 < bs else 0
+            end = through_nb(run, r, formed, now)
+        micro_nb(run, r, slot)[MICRO_END] = end
         taken[MICRO_TAKEN] += 1
-        if oldest[MICRO_END] > r[NOW]:
-            r[NOW] = oldest[MICRO_END]
-            r[LAST_ENDED] = 0
+        now = max(now, oldest[MICRO_END])
         turns += 1
         slot = following
     if turns > 0:
+        if now > r[NOW]:
+            r[NOW] = now
+            r[LAST_ENDED] = 0
         r[UNREPORTED] = 0
         settle_nb(run, cache, r, slot)
+
+
+@inner
+def pace_nb(run: Run, r: I64) -> None:
+    """Look up how long each stage takes for each micro-batch."""
+    for slot in range(1 if r[ASYNCHRONOUS] == 1 else r[QUEUED] + 1):
+        micro = micro_nb(run, r, slot)
+        rows, pace = micro[MICRO_ROWS], at(micro, MICRO_DUE + r[BLOCK_SIZE])
+        for s in range(r[STAGES]):
+            law = law_nb(run, r, s)
+            pace[PACE_NS] = by_sequences_nb(law, r, DECODE_NS)[rows]
+            pace[PACE_RATE] = by_sequences_nb(law, r, CONTEXT_RATE)[rows]
+            pace[PACE_TRANSFER_NS] = by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[rows] if s + 1 < r[STAGES] else 0
+            pace = at(pace, PACE_SIZE)
+
+
+@inner
+def through_nb(run: Run, r: I64, micro: I64, now: int) -> int:
+    """Form a micro-batch and pass it through the stages; when it leaves the last one."""
+    context = micro[MICRO_CONTEXT] + micro[MICRO_ROWS]
+    micro[MICRO_FORMED] += 1
+    micro[MICRO_CONTEXT] = context
+    micro[MICRO_READ] += context
+    stage, pace, end = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE), at(micro, MICRO_DUE + r[BLOCK_SIZE]), now
+    for _ in range(r[STAGES]):
+        duration = pace[PACE_NS] + ((pace[PACE_RATE] * context) >> RATE_BITS)
+        end = max(end, stage[STAGE_FREE]) + duration
+        stage[STAGE_FREE] = end
+        stage[STAGE_BUSY] += duration
+        end += pace[PACE_TRANSFER_NS]
+        stage, pace = at(stage, STAGE_SIZE), at(pace, PACE_SIZE)
+    return end
 
 
 @inner
@@ -125,7 +168,7 @@ def wake_nb(run: Run, cache: Cache | None, r: I64, until: int) -> int:
 @inner
 def micro_nb(run: Run, r: I64, slot: int) -> I64:
     """A micro-batch; slot 0 is formed first, the others are in flight, the oldest first."""
-    return at(run.scratch, r[MICRO_AT] + slot * (MICRO_DUE + r[BLOCK_SIZE]))
+    return at(run.scratch, r[MICRO_AT] + slot * r[MICRO_WIDTH])
 
 
 @inner
@@ -243,6 +286,9 @@ def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
     """Make up for a stretch, after which the micro-batch in slot `first` is the next to be formed."""
     ends, sizes = at(run.scratch, r[QUEUE_AT]), at(run.scratch, r[QUEUE_AT] + r[DEPTH])
     rows, running, slots = at(run.scratch, r[ENTERING_AT]), at(run.scratch, r[RUNNING_AT]), r[QUEUED] + 1
+    for slot in range(1 if r[ASYNCHRONOUS] == 1 else slots):
+        micro = micro_nb(run, r, slot)
+        count_decoding_nb(run, r, micro[MICRO_ROWS], micro[MICRO_FORMED], micro[MICRO_READ])
     if r[ASYNCHRONOUS] == 1:
         for row in range(r[RUNNING]):
             advance_nb(run, cache, r, micro_nb(run, r, 0), running[row])

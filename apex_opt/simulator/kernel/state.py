@@ -55,7 +55,7 @@ class Cache(NamedTuple):
     memo: I64  # what was found last, so that a request that waits in front is not looked up again
     table: I32  # of each slot, the blocks of a request; half the bytes, as these are large and read all over
     block: I32  # what is known of each block, side by side as it is used together
-    holder: I32  # of each content, the oldest and the newest block
+    holder: I32  # of each content, the oldest block
 
 
 class Links(NamedTuple):
@@ -114,6 +114,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     RUNNING_AT,
     QUEUE_AT,
     MICRO_AT,
+    MICRO_WIDTH,
     MEMO_AT,
     SLOTS_AT,  # moves past the slots of those that hold blocks and do not run
     SLOTS,
@@ -122,7 +123,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     BLOCK_AT,
     POOL_BLOCKS,
     HOLDER_AT,
-    CONTENTS,
+    CONTENTS,  # of groups of layers
     DRAFTS,  # that may follow a token
     LOOKAHEAD,  # tokens beyond those of a row whose blocks it needs
     RECOMPUTES,  # whether the last block that is found is computed again
@@ -184,12 +185,24 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(87)
+) = range(88)
 
-# Of a micro-batch, see `rotation`: how often it was formed and taken in, how often it can be taken in before somebody
-# gets its last token, and by how often it will have been formed those who need a block then: with prefix caching the
-# first of them, chained by DUE_NEXT, else their number.
-(MICRO_ROWS, MICRO_CONTEXT, MICRO_LEFT, MICRO_FORMED, MICRO_TAKEN, MICRO_PHASE, MICRO_END, MICRO_DUE) = range(8)
+# Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
+# often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED
+# modulo the size of a block, and when it ends. Then, by PHASE, those who need a block: with prefix caching the first of
+# them, chained by DUE_NEXT, else their number. Then for each stage what its time is made of.
+(
+    MICRO_ROWS,
+    MICRO_CONTEXT,
+    MICRO_READ,
+    MICRO_FORMED,
+    MICRO_TAKEN,
+    MICRO_LEFT,
+    MICRO_PHASE,
+    MICRO_END,
+    MICRO_DUE,
+) = range(9)
+PACE_NS, PACE_RATE, PACE_TRANSFER_NS, PACE_SIZE = range(4)
 
 STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
 # Tables of a law: the first by sequences, the others by tokens; then the copies of attention, and where drafts are made
@@ -220,11 +233,13 @@ TTFT, TPOT, E2E, MAKESPAN = range(4)
 STEP_REPLICA, STEP_START, STEP_END, STEP_ROWS, STEP_LOST, STEP_FREE, STEP_SIZE = range(7)
 ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 
-# Columns of `Cache.block`. Free blocks stand in a circle from BEHIND to BEHIND, the row after the last being both ends;
-# blocks of equal content in a line from OLDER to NEWER; MARK is the stamp of those found for the request in `memo`,
-# FOUND_AT which.
-USERS, CONTENT, BEHIND, AHEAD, OLDER, NEWER, MARK, FOUND_AT, BLOCK_WIDTH = range(9)
-OLDEST, NEWEST, HOLDER_WIDTH = range(3)
+# Columns of `Cache.block`. Block 0 is none: free blocks stand in a circle from its BEHIND to its AHEAD, which is minus
+# the number of its users for a block in use. MARK is the stamp of those found for the request in `memo`. CONTENT 0 is
+# none, so all begins as 0; it is negative where other blocks have held it too. These stand in a line from the oldest,
+# which `Cache.holder` tells, by NEWER, in a second table behind the first; OLDER of the oldest is the newest.
+CONTENT, BEHIND, AHEAD, MARK, BLOCK_WIDTH = range(5)
+OLDER, NEWER, LINE_WIDTH = range(3)
+ENDS = NOTHING = 0
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)
 
 # `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
