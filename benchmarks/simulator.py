@@ -10,7 +10,7 @@ from apex_opt.engines.schedulers import TrtllmScheduling, VllmScheduling
 from apex_opt.plans.speculation import Speculation
 from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
-from benchmarks.traces import AZURE_CONVERSATION, conversation
+from benchmarks.traces import AZURE_CONVERSATION, MOONCAKE_CONVERSATION, conversation, shared_beginnings
 
 if TYPE_CHECKING:
     from apex_opt.workload import Trace
@@ -28,7 +28,10 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "speculation": ("dp2 tp1 spec=eagle:3", {"drafting": (EAGLE,)}),
 }
 
-PREFIX_CACHING: tuple[str, dict[str, Any]] = ("dp2 tp1", {"prefix_caching": True})
+PREFIX_CACHING: dict[str, tuple[str, dict[str, Any]]] = {
+    "prefix_caching": ("dp2 tp1", {"prefix_caching": True}),
+    "mooncake": ("dp4 tp1", {"prefix_caching": True}),
+}
 CONVERSATIONS = "poisson:rate=10,n=20000,prompt=lognormal(mean=1155,sigma=0.8,max=8000),output=211,prefix=(512,50)"
 
 
@@ -79,6 +82,16 @@ def benchmarks() -> tuple[Benchmark, ...]:
             measure=disaggregated,
         )
     )
+    at_hand = MOONCAKE_CONVERSATION.is_file()
+    title = "Mooncake's conversation trace" if at_hand else "a trace of Mooncake's lengths with 50 shared beginnings"
+    found.append(
+        Benchmark(
+            name=f"simulate_{'mooncake' if at_hand else 'mooncake_lookalike'}_s",
+            unit="s",
+            about=f"{title}: 12,031 requests with prefix caching on {MODEL}, dp4 tp1, warm, on one core",
+            measure=partial(seconds, "mooncake"),
+        )
+    )
     return tuple(found)
 
 
@@ -120,6 +133,11 @@ def rate(loop: str, unit: str, quick: bool) -> float:
     return (speed.batches if unit == "batches" else speed.requests) / speed.seconds
 
 
+def seconds(loop: str, quick: bool) -> float:
+    """How long the whole trace takes."""
+    return _speed(loop, quick).seconds
+
+
 @cache
 def _speed(loop: str, quick: bool) -> Speed:
     """One engine loop, best of five after a warm-up."""
@@ -128,9 +146,10 @@ def _speed(loop: str, quick: bool) -> Speed:
     from apex_opt.simulator import simulate
     from apex_opt.workload import load_trace
 
-    if loop == "prefix_caching":
-        text, changes = PREFIX_CACHING
-        trace: Trace = load_trace(CONVERSATIONS).head(50 if quick else 20_000)
+    if loop in PREFIX_CACHING:
+        text, changes = PREFIX_CACHING[loop]
+        mooncake = loop == "mooncake"
+        trace: Trace = shared_beginnings(quick) if mooncake else load_trace(CONVERSATIONS).head(50 if quick else 20_000)
     else:
         text, changes = LOOPS[loop]
         trace = conversation(quick)

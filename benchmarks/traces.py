@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 AZURE_CONVERSATION = ROOT.parent / "shared" / "traces" / "azure" / "AzureLLMInferenceTrace_conv.csv"
 AZURE_ROWS = 19_366
+MOONCAKE_CONVERSATION = ROOT.parent / "shared" / "traces" / "mooncake" / "conversation_trace.jsonl"
+MOONCAKE_ROWS = 12_031
 
 
 def benchmarks() -> tuple[Benchmark, ...]:
@@ -58,6 +60,17 @@ def conversation_lookalike(requests: int) -> Trace:
 
     lengths = "prompt=lognormal(mean=1155,sigma=1.1,max=14050),output=lognormal(mean=211,sigma=0.8,max=1000)"
     return load_trace(f"gamma:rate=5.5,cv=2,n={requests},{lengths}", seed=1)
+
+
+def shared_beginnings(quick: bool) -> Trace:
+    """Mooncake's conversation trace where it is at hand, else one of its rate and lengths with 50 shared beginnings."""
+    from apex_opt.workload import load_trace
+
+    if MOONCAKE_CONVERSATION.is_file():
+        return load_trace(str(MOONCAKE_CONVERSATION)).head(50 if quick else MOONCAKE_ROWS)
+    count = 50 if quick else MOONCAKE_ROWS
+    lengths = "prompt=lognormal(mean=12035,sigma=1.2,max=120000),output=lognormal(mean=343,sigma=0.8,max=2000)"
+    return load_trace(f"poisson:rate=3.4,n={count},{lengths},prefix=(512,50)")
 
 
 def azure_csv(trace: Trace) -> str:

@@ -11,7 +11,6 @@ from apex_opt.simulator.kernel.state import (
     BLOCK_AT,
     BLOCK_WIDTH,
     CONTENT,
-    ENDS,
     HOLDER_AT,
     LINE_WIDTH,
     MARK,
@@ -69,7 +68,7 @@ def empty_cache_nb(cache: Cache, r: I64) -> None:
         row = at(block, b * BLOCK_WIDTH)
         holder[abs(row[CONTENT])] = NOTHING
         row[CONTENT] = NOTHING
-        row[BEHIND] = b + 1 if b < last else ENDS
+        row[BEHIND] = b + 1 if b < last else NOTHING
         row[AHEAD] = b - 1 if b > 0 else last
         row[MARK] = 0
     for slot in range(r[SLOTS]):
@@ -154,7 +153,7 @@ def take_nb(cache: Cache, r: I64, i: int, held: int, found: int, total: int) -> 
         table[j] = front
         front = row[BEHIND]
     block[BEHIND] = front
-    block[front * BLOCK_WIDTH + AHEAD] = ENDS
+    block[front * BLOCK_WIDTH + AHEAD] = NOTHING
 
 
 @inner
@@ -257,7 +256,7 @@ def release_nb(cache: Cache, r: I64, i: int, held: int) -> int:
             freed += 1
             if row[MARK] == stamp:
                 memo[MEMO_UNUSED] += 1
-    block[last * BLOCK_WIDTH + BEHIND] = ENDS
+    block[last * BLOCK_WIDTH + BEHIND] = NOTHING
     block[AHEAD] = last
     cache.registered[i] = 0
     return freed

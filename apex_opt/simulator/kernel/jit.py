@@ -14,8 +14,15 @@ _njit: Any = numba.njit  # the stubs know some of its options
 
 
 def inner(function: Any) -> Any:
-    """Compile a function that only compiled ones call: as a part of its caller, without wrappers for others."""
-    return _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    """Compile a function that only compiled ones call: as a part of its caller, without wrappers for others.
+
+    Numba would compile it again for each constant that it is called with, which a part of its caller gains nothing by.
+    """
+    compiled = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    if hasattr(compiled, "get_call_template"):
+        template = compiled.get_call_template
+        compiled.get_call_template = lambda given, named: template(tuple(map(types.unliteral, given)), named)
+    return compiled
 
 
 def outer(function: Any) -> Any:

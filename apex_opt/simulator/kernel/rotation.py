@@ -188,8 +188,8 @@ def micro_batches_nb(run: Run, cache: Cache | None, r: I64) -> bool:
     ends, in_flight = at(run.scratch, r[QUEUE_AT]), column_nb(run, IN_FLIGHT)
     for slot in range(r[QUEUED] + 1):
         micro = micro_nb(run, r, slot)
-        for entry in range(MICRO_DUE):
-            micro[entry] = 0
+        for entry in range(MICRO_DUE + r[BLOCK_SIZE]):
+            micro[entry] = 0 if cache is None or entry < MICRO_DUE else NONE
         micro[MICRO_LEFT] = NEVER
         micro[MICRO_END] = ends[place_nb(r, slot)]
     if r[ASYNCHRONOUS] == 0:
@@ -198,7 +198,6 @@ def micro_batches_nb(run: Run, cache: Cache | None, r: I64) -> bool:
         if ends[r[DEPTH] + place_nb(r, slot)] != r[RUNNING]:
             return False
     micro, running = micro_nb(run, r, 0), at(run.scratch, r[RUNNING_AT])
-    nothing_due_nb(cache, r, micro)
     for index in range(r[RUNNING] - 1, -1, -1):
         i = running[index]
         if in_flight[i] != r[QUEUED] or not add_nb(run, cache, r, micro, i, r[QUEUED]):
@@ -215,7 +214,6 @@ def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
     for after in range(r[QUEUED] + 1):
         slot = after + 1 if after < r[QUEUED] else 0  # the oldest first, where we shall mostly give up
         micro, batch = micro_nb(run, r, slot), queued_nb(run, r, place_nb(r, slot))
-        nothing_due_nb(cache, r, micro)
         for row in range(sizes[place_nb(r, slot)] - 1, -1, -1):
             i = batch[row] >> 1
             if slot == 0 and place[i] != RUNS:
@@ -226,13 +224,6 @@ def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
             return False
         total += micro[MICRO_ROWS]
     return total == r[RUNNING]
-
-
-@inner
-def nothing_due_nb(cache: Cache | None, r: I64, micro: I64) -> None:
-    """No sequence of a micro-batch needs a block yet."""
-    for phase in range(r[BLOCK_SIZE]):
-        micro[MICRO_DUE + phase] = 0 if cache is None else NONE
 
 
 @inner

@@ -239,7 +239,7 @@ ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 # which `Cache.holder` tells, by NEWER, in a second table behind the first; OLDER of the oldest is the newest.
 CONTENT, BEHIND, AHEAD, MARK, BLOCK_WIDTH = range(5)
 OLDER, NEWER, LINE_WIDTH = range(3)
-ENDS = NOTHING = 0
+NOTHING = 0
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)
 
 # `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
