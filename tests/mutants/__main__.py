@@ -87,10 +87,12 @@ def find(fault: Fault, whole: Path, copy: Path) -> str | None:
         )
         if ran.returncode == 0:
             return None
-        if ran.returncode in (2, 4, 5):  # tests that cannot be read, wrong usage, no tests: nothing was tried
-            raise SystemExit(f"{fault.id}: pytest tried nothing: {(ran.stderr or ran.stdout)[-300:]}")
+        if ran.returncode < 0:
+            return f"the end of the tests by signal {-ran.returncode}"
         named = re.search(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
-        return named[1].removeprefix("tests/") if named else f"exit {ran.returncode}: {ran.stdout[-200:]!r}"
+        if named is None or "::" not in named[1]:  # wrong usage, no tests, or a file of tests that cannot be read
+            raise SystemExit(f"{fault.id}: pytest tried nothing: {(ran.stderr or ran.stdout)[-300:]}")
+        return named[1].removeprefix("tests/")
     except subprocess.TimeoutExpired:
         return f"no end within {LONGEST_S} s"
     finally:
