@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.engines.schedulers import TrtllmScheduling, VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.plans.speculation import Speculation
 from benchmarks.problems import generated_chat, problem
 from benchmarks.registry import Benchmark, best_of, one_core
@@ -24,6 +24,7 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "async": ("dp2 tp1", {}),
     "pipeline_2": ("dp2 pp2 tp1", {}),
     "trtllm": ("dp2 tp1", {"scheduler": TrtllmScheduling(), "block_size": 32}),
+    "sglang": ("dp2 tp1", {"scheduler": SglangScheduling(), "block_size": 1}),
     "threshold": ("dp2 tp1", {"scheduler": VllmScheduling(long_prefill_token_threshold=512)}),
     "speculation": ("dp2 tp1 spec=eagle:3", {"drafting": (EAGLE,)}),
 }
