@@ -170,6 +170,7 @@ def test_a_stop_that_means_nothing_is_refused(changes: dict[str, Any], message: 
     ],
 )
 def test_a_replay_takes_whole_numbers_in_range_only(changes: dict[str, Any], rows: list[Any], message: str) -> None:
-    config = {name: getattr(ENGINE, name) for name in ENGINE.__slots__} | {"law_us": [9, 1, 0], "num_gpu_blocks": 21}
+    recorded = {"law_us": [9, 1, 0], "num_gpu_blocks": 21, "long_prefill_token_threshold": 0}
+    config = {name: getattr(ENGINE, name) for name in ENGINE.__slots__} | recorded
     with pytest.raises(ApexError, match=message):
         replay(config | changes, rows)
