@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, Setup
+from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
@@ -366,7 +366,10 @@ def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:
     ApexError    as `resolve_plan`, and where it goes on several types
     """
     setup = {field.name: getattr(given, field.name) for field in fields(Setup)}
-    ask = Ask(**setup, trace=f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1")
+    # Where ranks lie does not depend on how many drafts are right.
+    acceptance = "1" if "spec=" in given.plan else None
+    trace = f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1"
+    ask = SimulateAsk(**setup, plan=given.plan, trace=trace, acceptance=acceptance)
     problem = resolve(ask)
     places: Sequence[int] = range(len(problem.offers))
     if problem.mixed and ":" in given.plan:

@@ -445,3 +445,10 @@ def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, An
     with pytest.raises(UsageError, match=message) as caught:
         resolve(options(**given))
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_makes_drafts_is_placed_whatever_comes_of_them() -> None:
+    ((problem, plan),) = resolve_place(PlaceAsk(model="llama-3.1-8b", plan="tp8 spec=ngram:4"))
+    assert str(plan.speculation) == "ngram:4"
+    assert problem.settings_for(plan).speculation is not None
+    assert not any("ngram" in note for note in problem.notes)
