@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,7 @@ from apex_opt.simulator import (
 )
 from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference import handover
-from apex_opt.units import ceil_div
+from apex_opt.units import DATA_ROOT, ceil_div
 from benchmarks.problems import problem
 
 if TYPE_CHECKING:
@@ -67,6 +70,31 @@ def test_recorded_random_runs_come_out_batch_for_batch(shared: Path, implementat
     cases = read(shared, "random")
     assert len(cases) == 120
     assert [number for number, case in enumerate(cases) if not comes_out(case, implementation)] == []
+
+
+REPLAY = """
+import gzip, json, sys
+from pathlib import Path
+from apex_opt.simulator import replay_case
+for case in json.loads(gzip.decompress(Path(sys.argv[1]).read_bytes())):
+    assert replay_case("pd", case)["batches_sha256"] == case["batches_sha256"]
+print("alike")
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.data
+def test_kernel_replays_recorded_runs_with_every_index_checked(shared: Path, tmp_path: Path) -> None:
+    path = shared / "scheduler-golden" / "pd" / "random.json.gz"
+    ran = subprocess.run(
+        [sys.executable, "-c", REPLAY, str(path)],
+        env=os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(DATA_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "alike\n"), ran.stderr
 
 
 # Random deployments.
