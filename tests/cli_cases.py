@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
+CHEAP = ("--model=llama-3.1-8b", "--cluster=2xh200-sxm", "--trace=static:n=6,prompt=64,output=8")
 
 
 class Ran(NamedTuple):

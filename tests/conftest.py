@@ -17,7 +17,7 @@ LONGEST = (
     *("cli", "frozen", "search_search", "readme", "studies_check", "figures_stops", "search_bounds_isolated"),
     *("studies_capacity", "formulations_plan_space", "studies_explain", "simulator_kernel", "docs_examples"),
     *("simulator_prefix_caching", "packaging", "simulator_policies", "docs_clusters", "formulations_placement"),
-    *("simulator_warm", "docs_capacity", "benchmarks", "process"),
+    *("solve", "simulator_warm", "docs_capacity", "benchmarks", "process"),
 )
 """Files that take long, by `--cpu`: the workers begin with them, so that none is left with a long one at the end."""
 
