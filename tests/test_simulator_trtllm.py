@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, Traffic, alone, assert_same, linear, random_law, requests
 
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
+import apex_opt
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.reference.trtllm import TrtllmScheduler
@@ -403,3 +404,19 @@ def test_settings_out_of_range_are_named() -> None:
             TrtllmScheduling(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"prefix_caching goes with the engines .*, not with trtllm"):
         replace(ENGINE, prefix_caching=True)
+
+
+def test_bounds_know_that_a_pipeline_seats_so_many_for_each_stage() -> None:
+    """Every plan is simulated to its end: none is better than its bound, which counts the seats of all stages."""
+    found = apex_opt.plan(
+        model="llama-3.1-8b",
+        cluster="2xh200-sxm",
+        engine="trtllm",
+        trace="static:n=40,prompt=uniform(50,2000),output=60",
+        seed=244,
+        max_num_seqs=4,
+        check=True,
+    )
+    assert found.holds
+    assert [ENGINE.seats(stages) for stages in (1, 3)] == [4, 12]
+    assert replace(ENGINE, scheduler=VllmScheduling(), max_num_batched_tokens=64).seats(3) == 4

@@ -60,6 +60,7 @@ class Scheduling:
     forms_ahead : bool        a batch can be formed while others run
     whole_length : bool       where prompts are not split a batch must have room for max_model_len, as what gave way may
                               come back that long; else for the prompts that there are
+    seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Scheduling:
     finds_prefixes: ClassVar[bool] = True
     forms_ahead: ClassVar[bool] = True
     whole_length: ClassVar[bool] = True
+    seats_per_stage: ClassVar[bool] = False
 
     @property
     def may_preempt(self) -> bool:
@@ -190,6 +192,7 @@ class TrtllmScheduling(Scheduling):
     name = "trtllm"
     preempts = False
     whole_length = False
+    seats_per_stage = True
     finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"
     batch_wait_timeout_iters: int = 0

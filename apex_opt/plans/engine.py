@@ -70,6 +70,10 @@ class EngineSettings:
         lengths = Lengths(trace.prompt, trace.generated(self.max_model_len), trace.stated(self.max_model_len))
         return self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
 
+    def seats(self, stages: int) -> int:
+        """Sequences that run at once, over so many pipeline stages."""
+        return self.max_num_seqs * (stages if self.scheduler.seats_per_stage else 1)
+
     def depth(self, stages: int) -> int:
         """Batches in flight at once, over so many pipeline stages.
 

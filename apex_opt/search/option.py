@@ -87,7 +87,7 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
                 "work_ns": sum(works_ns(settings, mean, trace)),
                 # Blocks that prompts share are held once.
                 "held_ns": 0.0 if settings.prefix_caching else under_way_ns / max(blocks, 1),
-                "step_ns": under_way_ns / settings.max_num_seqs,
+                "step_ns": under_way_ns / settings.seats(plan.stages),
                 "batch_ns": 0 if overtaking else sum(floor.batch_ns for floor in floors),
                 "token_j": facts.token_j(plan),
             }

@@ -330,7 +330,7 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         longest=longest,
         draft_tokens=drafts,
         # Sequences that share a prefix hold more tokens together than there are in the pool.
-        held=longest * settings.max_num_seqs
+        held=longest * settings.seats(len(pool.laws))
         if settings.prefix_caching
-        else min(longest * settings.max_num_seqs, pool.blocks * settings.block_size),
+        else min(longest * settings.seats(len(pool.laws)), pool.blocks * settings.block_size),
     )

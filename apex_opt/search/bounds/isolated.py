@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.engines.schedulers import Lengths
 from apex_opt.plans.speculation import least_steps
 from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cost.least import Least
+    from apex_opt.engines.schedulers import Scheduling
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.workload.trace import Trace
@@ -186,14 +188,16 @@ def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: i
     """
     if not settings.scheduler.may_preempt:
         return False
-    at_once = min(settings.max_num_seqs, len(trace), requests or len(trace), trace.concurrency or len(trace))
-    return _most_blocks(trace, settings.max_model_len, settings.block_size)[at_once - 1] > blocks
+    seats = len(trace) if settings.scheduler.seats_per_stage else settings.max_num_seqs
+    at_once = min(seats, len(trace), requests or len(trace), trace.concurrency or len(trace))
+    return _most_blocks(trace, settings.scheduler, settings.max_model_len, settings.block_size)[at_once - 1] > blocks
 
 
 @lru_cache(maxsize=8)
-def _most_blocks(trace: Trace, max_model_len: int, block_size: int) -> list[int]:
+def _most_blocks(trace: Trace, scheduler: Scheduling, max_model_len: int, block_size: int) -> list[int]:
     """KV blocks of the largest request, of the two largest, and so on."""
-    held = trace.prompt + trace.generated(max_model_len) - 1  # the last token is never computed
+    lengths = Lengths(trace.prompt, trace.generated(max_model_len), trace.stated(max_model_len))
+    held = scheduler.room(lengths, block_size, caches=False)
     return [int(n) for n in np.cumsum(np.sort(-(-held // block_size))[::-1])]
 
 

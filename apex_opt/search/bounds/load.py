@@ -57,7 +57,7 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
     rates = 1 / (1 << RATE_BITS)
     work = prompts * mean.token_ns + pairs * mean.pair_rate * rates
     work += later * mean.decode_token_ns + context * mean.context_rate * rates
-    slots = stages * mean.batch_ns * max(held / max(blocks, 1), steps / settings.max_num_seqs)
+    slots = stages * mean.batch_ns * max(held / max(blocks, 1), steps / settings.seats(stages))
     total_s = max(work, slots) / NS_PER_S
     mean_arrival, last_arrival = _arrivals_s(trace)
     free_s = min(last_arrival, 2 * mean_arrival * len(trace) / (len(trace) + 1))
@@ -144,7 +144,7 @@ class Load:
         if not settings.prefix_caching:  # blocks that prompts share are held once
             held = -(-trace.prompt // settings.block_size)
             whole = np.maximum(whole, np.cumsum(np.sort(steps * held)) * (under_way_ns / max(blocks, 1)))
-        whole = np.maximum(whole, np.cumsum(np.sort(steps)) * (under_way_ns / settings.max_num_seqs))
+        whole = np.maximum(whole, np.cumsum(np.sort(steps)) * (under_way_ns / settings.seats(stages)))
         arrival, last = _arrivals_s(trace)
         return cls(
             total_s=float(whole[-1]) / NS_PER_S,
