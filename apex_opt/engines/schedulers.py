@@ -187,6 +187,9 @@ class TrtllmScheduling(Scheduling):
         "STATIC_BATCH"           as the first, but only when none decodes
     batch_wait_timeout_iters : int         turns for which prompts may wait for others while requests decode
     batch_wait_max_tokens_ratio : float    share of the tokens of a batch with which they wait no longer
+    adp_balance : bool                     prompts wait until every attention rank has some, so that none stands idle
+    adp_timeout_iters : int                turns for which they wait for that
+    adp_batching_wait_iters : int          turns for which they wait on, once every rank has some and decodes
     """
 
     name = "trtllm"
@@ -197,11 +200,15 @@ class TrtllmScheduling(Scheduling):
     capacity_policy: str = "GUARANTEED_NO_EVICT"
     batch_wait_timeout_iters: int = 0
     batch_wait_max_tokens_ratio: float = 0.0
+    adp_balance: bool = False
+    adp_timeout_iters: int = 50
+    adp_batching_wait_iters: int = 10
 
     def __post_init__(self) -> None:
         if self.capacity_policy not in CAPACITY_POLICIES:
             raise UnknownNameError("capacity_policy", str(self.capacity_policy)[:60], CAPACITY_POLICIES)
-        whole("batch_wait_timeout_iters", self.batch_wait_timeout_iters, 0)
+        for name in ("batch_wait_timeout_iters", "adp_timeout_iters", "adp_batching_wait_iters"):
+            whole(name, getattr(self, name), 0)
         share = self.batch_wait_max_tokens_ratio
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UsageError(f"batch_wait_max_tokens_ratio: {shown(share)} is not a number from 0 to 1")

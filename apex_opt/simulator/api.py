@@ -318,7 +318,9 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"
         )
     if pool.ranks is not None and (
-        pool.kv_groups or settings.speculation is not None or not isinstance(settings.scheduler, VllmScheduling)
+        pool.kv_groups
+        or settings.speculation is not None
+        or not isinstance(settings.scheduler, VllmScheduling | TrtllmScheduling)
     ):
         raise UsageError("ranks go with the policy vllm, without drafts and groups of layers; leave one of them out")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0

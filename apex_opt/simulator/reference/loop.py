@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.engines.schedulers import SglangScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.figures.stops import latencies_ns
 from apex_opt.simulator.content import BlockContent
 from apex_opt.simulator.law import clock_overflow, never_admitted
@@ -19,6 +19,7 @@ from apex_opt.simulator.reference.group import Group
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
+from apex_opt.simulator.reference.trtllm_ranks import TrtllmRanks
 from apex_opt.simulator.tokens import TokenContent
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def run_deployment(
 
 def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
     """One scheduler, or a group of them."""
+    if pool.ranks is not None and isinstance(pool.settings.scheduler, TrtllmScheduling):
+        return TrtllmRanks(pool, log=log)
     if pool.ranks is not None:
         return Group(pool, log=log, closed=closed)
     kind = SglangEngine if isinstance(pool.settings.scheduler, SglangScheduling) else Engine

@@ -44,15 +44,30 @@ class TrtllmScheduler(Scheduler):
 
     def schedule(self) -> Batch:
         """Form one batch."""
+        batch, decoding, prompts = self.choose()
+        return self.form(batch, decoding, self.held_back(decoding, prompts))
+
+    def choose(self) -> tuple[Batch, list[Sequence], list[tuple[Sequence, int]]]:
+        """A batch with who gave way to it, who decodes in it, and the prompts that may be computed in it."""
         batch = Batch(self.settings.max_num_batched_tokens)
         while self.waiting and len(self.running) < self.settings.max_num_seqs * self.stages:
             self.running.append(self.waiting.popleft())
         listed = [sequence for sequence in self.running if not self.ending(sequence)]
         chosen = self.fitting(listed, batch) if self.own.may_preempt else self.reserving(listed)
-        decoding, prompts = self.within_tokens(chosen)
+        return batch, *self.within_tokens(chosen)
+
+    def form(self, batch: Batch, decoding: list[Sequence], prompts: list[tuple[Sequence, int]]) -> Batch:
+        """Fill a batch.
+
+        Parameters
+        ----------
+        batch : Batch                            as `choose` gave it
+        decoding : list of Sequence              a token each
+        prompts : list of (Sequence, int)        by how many tokens
+        """
         for sequence in decoding:
             self.enter(batch, sequence, 1)
-        for sequence, tokens in self.held_back(decoding, prompts):
+        for sequence, tokens in prompts:
             self.enter(batch, sequence, tokens)
         batch.free = self.blocks.free
         return batch
