@@ -67,7 +67,7 @@ def test_deployments_over_three_types_are_searched_in_every_choice_of_them() -> 
     assert len(good[0].pools) == 3
 
 
-@pytest.mark.parametrize("policy", ["vllm", "orca", "static"])
+@pytest.mark.parametrize("policy", ["vllm", "orca", "static", "trtllm"])
 def test_the_best_is_found_where_prompts_share_what_they_say_and_batches_are_formed_otherwise(policy: str) -> None:
     rng = np.random.default_rng(11)
     prompt = rng.integers(20, 200, 40)
