@@ -65,12 +65,15 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
     lockstep = draw.random() < 0.8
     most = draw.choice([1, 100_000, 3_000_000])
     noise = np.random.default_rng(draw.randrange(1 << 30))
+    per = draw.choice([1, ranks])
     shared = [
         SharedLaw(
             padded_ns=noise.integers(0, most, wide),
             decode_ns=noise.integers(0, most, ranks * wide),
             mixed_ns=noise.integers(0, most, ranks * wide),
+            eager_ns=noise.integers(0, most, ranks * wide),
             graph_ns=noise.integers(0, most, 3),
+            per=per,
         )
         for _ in range(stages)
     ]

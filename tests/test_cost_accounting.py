@@ -11,6 +11,7 @@ import pytest
 from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_problem, random_trace, simulated, sparse
 
 from apex_opt.cost import CostModel, Usage, account
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.ir import load_model
 from apex_opt.plans.plan import Plan, parse_plan
 from apex_opt.search import Scorer
@@ -20,6 +21,9 @@ from apex_opt.workload import make_trace
 if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
     from apex_opt.ir import Model
+
+SHARED = replace(SMALL, scheduler=TrtllmScheduling())
+"""Attention copies share a scheduler."""
 
 DENSE = make_model((dense(hidden=2048, heads=16, kv=8, columns=8192, width=128), 8))
 SPARSE = make_model((dense(hidden=1024, columns=4096), 1), (sparse(hidden=1024, columns=1024, shared=1024), 3))
@@ -39,9 +43,9 @@ PLANS = [
 def run(model: Model, text: str, blocks: int = 4000) -> tuple[Plan, PlanCost, CostModel, Outcome, Usage]:
     """A small trace on a plan, with every batch."""
     plan = parse_plan(text, model)
-    costs = CostModel(model, make_cluster(8), SMALL, OVERHEAD)
+    costs = CostModel(model, make_cluster(8), SHARED, OVERHEAD)
     cost = costs.plan_cost(plan)
-    settings = SMALL if plan.stages == 1 else replace(SMALL, async_scheduling=False)
+    settings = SHARED if plan.stages == 1 else replace(SHARED, async_scheduling=False)
     outcome = simulate(settings, blocks, cost.laws, random_trace(7, 60), replicas=plan.replicas, log=True)
     return plan, cost, costs, outcome, account(plan, cost, costs, outcome.counts, outcome.makespan_ns)
 

@@ -13,6 +13,7 @@ from plan_cases import OVERHEAD, SMALL, dense, instance_at, make_cluster, make_m
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost import PlanCost
 
-
-SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048)
+# Attention copies share a scheduler here; those with one each are in test_cost_ranks.py.
+SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048, scheduler=TrtllmScheduling())
 PLANS = {
     "llama-3.1-70b": (
         "tp8",
@@ -255,7 +256,8 @@ def test_no_plan_decodes_faster_than_the_bandwidth_family_says_it_can(
         for plan in space(instance):
             families = {v.family for v in violations(instance, plan)}
             if plan.replicas == 1 and not families - {"memory"}:
-                floor = sum(StageFloor.of(law).batch_ns for law in model_costs.plan_cost(plan).laws)
+                cost = model_costs.plan_cost(plan)
+                floor = sum(floor.batch_ns for floor in StageFloor.of_pool(cost.laws, cost.ranks))
                 assert floor >= decode_bytes(model, plan) / found.gpu.memory_bytes_per_s * 1e9, plan
                 checked += 1
         assert checked > 20
@@ -275,7 +277,8 @@ def test_no_random_model_decodes_faster_than_a_slow_memory_reads_what_a_token_ne
     checked = 0
     for plan in space(instance):
         if plan.replicas == 1 and not {v.family for v in violations(instance, plan)} - {"memory"}:
-            floor = sum(StageFloor.of(law).batch_ns for law in found.plan_cost(plan).laws)
+            cost = found.plan_cost(plan)
+            floor = sum(floor.batch_ns for floor in StageFloor.of_pool(cost.laws, cost.ranks))
             assert floor >= decode_bytes(model, plan) / 1e10 * 1e9, plan
             checked += 1
     assert checked > 5

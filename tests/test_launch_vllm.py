@@ -111,8 +111,8 @@ def test_attention_copies_with_experts_over_all_of_them() -> None:
     assert value(command, "--tensor-parallel-size") == "1"
     assert value(command, "--data-parallel-size") == "8"
     assert "--enable-expert-parallel" in command.argv
-    assert value(command, "--max-num-seqs") == "13"
-    assert value(command, "--max-num-batched-tokens") == "250"
+    assert value(command, "--max-num-seqs") == "100"
+    assert value(command, "--max-num-batched-tokens") == "2000"
     assert has(found, "per attention copy")
 
 
@@ -147,7 +147,7 @@ def test_settings_have_their_flags() -> None:
 @pytest.mark.parametrize("settings", [{"chunked_prefill": False}, {}])
 def test_an_attention_copy_takes_the_longest_prompt_where_it_must_whole(settings: dict[str, Any]) -> None:
     (command,) = emitted("vllm", MOE, "attn(dp8) ffn(ep8)", 1, 8, settings=settings).commands
-    assert value(command, "--max-num-batched-tokens") == ("8192" if settings else "1024")
+    assert value(command, "--max-num-batched-tokens") == "8192"
 
 
 def test_limits_of_the_plan_come_before_those_of_the_engine() -> None:

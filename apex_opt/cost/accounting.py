@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cost.model import CostModel, PlanCost
     from apex_opt.plans.plan import Plan
-    from apex_opt.simulator.outcome import BatchCounts
+    from apex_opt.simulator.outcome import BatchCounts, SharedCounts
 
 _OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})
 
@@ -38,7 +38,14 @@ class Usage:
     operations_s: dict[str, float]
 
 
-def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, makespan_ns: int) -> Usage:
+def account(
+    plan: Plan,
+    cost: PlanCost,
+    model: CostModel,
+    counted: BatchCounts,
+    makespan_ns: int,
+    shared: SharedCounts | None = None,
+) -> Usage:
     """Multiply the counts of a run into energy, arithmetic, traffic and time.
 
     Work counted by chunk is done by the one attention copy that owns the sequence, all other work by every device of
@@ -52,10 +59,17 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, 
     model : CostModel        the costs of the plan
     counted : BatchCounts    batches of the run
     makespan_ns : int        of the run
+    shared : SharedCounts or None    forwards of ranks that run in step; each of their batches, dummies among them, is
+                                     done by one attention copy
     """
+    told = law_counts(counted)
+    if shared is not None:
+        told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager")}
+        told["decode_ns"] = told["decode_ns"].copy()
+        told["decode_ns"][1] += shared.dummies
     # Batches of a run use few entries of the tables.
-    entries = {table: np.flatnonzero(count) for table, count in law_counts(counted).items()}
-    counts = {table: count[entries[table]].astype(np.float64) for table, count in law_counts(counted).items()}
+    entries = {table: np.flatnonzero(count) for table, count in told.items()}
+    counts = {table: count[entries[table]].astype(np.float64) for table, count in told.items()}
     makespan_s = (makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
@@ -63,7 +77,8 @@ def account(plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, 
         for times, piece in stage:
             for (operation, table), work in piece.parts.items():
                 count, entry = counts[table], entries[table]
-                copies = plan.attention.dp if table in _OF_ONE_COPY else 1
+                of_one = table in _OF_ONE_COPY if cost.ranks is None else not table.startswith("together")
+                copies = plan.attention.dp if of_one else 1
                 devices = times * plan.stage_devices / copies
                 flops += devices * float(count @ work.flops[entry])
                 moved += devices * float(count @ work.moved[entry])

@@ -11,9 +11,10 @@ attention copy goes with it; one that serves several may get all prompts of a ba
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -159,6 +160,16 @@ def sharing(tables: Tables, attention_dp: int, ffn_dp: int) -> Place:
     return partial(owned, tables, copies=1, split=ffn_dp)  # every device gets all tokens first: see `reshards`
 
 
+def evenly(operation: str, work: Work) -> Parts:
+    """An operation on the tokens of all ranks, whose tables go by the mean tokens of a rank."""
+    return {(operation, "together mixed"): work, (operation, "together decode"): work}
+
+
+def nowhere(operation: str, work: Work) -> Parts:
+    """An operation that another part of the costs counts."""
+    return {}
+
+
 def merged(*parts: Parts) -> Parts:
     """Sum of several mappings."""
     total: Parts = {}
@@ -197,6 +208,9 @@ class Operations:
         self.held = held
         self.gap_s = gap_s
         self.tables = tables
+        # Of ranks that run in step: "own" counts what each does for itself, a number what is done with the tokens of
+        # all ranks where they are dealt to so many copies; None counts all that a stage does.
+        self.role: Literal["own"] | int | None = None
         self.routing = routing
         self.fused = frozenset(fused)
         self.called: dict[str, str] = {}  # collectives asked for so far, and where their times come from
@@ -261,11 +275,11 @@ class Operations:
         weight_format : str    of the weights
         kv_format : str        of the cache
         """
-        own: Place = partial(owned, self.tables, copies=template.dp, split=1)
+        own, dp = self._of_attention(template.dp), 1 if self.role == "own" else template.dp
         parts: list[Parts] = []
         for op in cell.operations(Cut(heads=template.tp), KV_BYTES[kv_format]):
             if isinstance(op, Attend | AttendLatent):
-                parts.append(self._attend(op, template.dp, kv_format))
+                parts.append(self._attend(op, dp, kv_format))
             else:
                 parts.append(own(operation=op.name, work=self._op(op, weight_format)))
         return merged(*parts)
@@ -280,16 +294,37 @@ class Operations:
         template : Template     how it is cut
         weight_format : str     of the weights
         """
-        own = sharing(self.tables, attention.dp, self._held_as(cell, attention, template).dp)
+        own = self._of_ffn(attention.dp, self._held_as(cell, attention, template).dp)
         # What is shared is spread over all devices of a copy, or lies as dense FFNs do.
         spread = self.held.spreads_tokens(attention.dp, template.ep)
         dense = attention if self.held.dense_per_copy else template
         shared = attention.devices if spread else dense.dp
-        beside = sharing(self.tables, attention.dp, shared)
+        beside = self._of_ffn(attention.dp, shared)
         operations = cell.operations(ffn_cut(cell, attention, template, weight_format, self.held), 0)
         return merged(
             *((beside if op.shared else own)(operation=op.name, work=self._op(op, weight_format)) for op in operations)
         )
+
+    def _of_attention(self, copies: int) -> Place:
+        """How attention copies take the tokens of a batch."""
+        if self.role is None:
+            return partial(owned, self.tables, copies=copies, split=1)
+        return partial(owned, self.tables, copies=1, split=1) if self.role == "own" else nowhere
+
+    def _of_ffn(self, attention_dp: int, ffn_dp: int) -> Place:
+        """How copies of the FFN take the tokens of the attention copies."""
+        if self.role is None:
+            return sharing(self.tables, attention_dp, ffn_dp)
+        goes_along = ffn_dp % attention_dp == 0
+        if self.role == "own":
+            return partial(owned, self.tables, copies=1, split=ffn_dp // attention_dp) if goes_along else nowhere
+        return evenly if not goes_along and ffn_dp == self.role else nowhere
+
+    def as_own(self) -> Self:
+        """What each rank does for itself; results are shared."""
+        own = copy(self)
+        own.role = "own"
+        return own
 
     def _op(self, op: Linear, weight_format: str) -> Work:
         """A kernel other than attention, by tokens."""
@@ -410,9 +445,8 @@ class Operations:
         ffn = self._held_as(cell, attention, ffn)
         hidden = 2.0 * cell.hidden
         shards = ffn.tp * ffn.ep
-        of_attention: Place = partial(owned, tables, copies=attention.dp, split=1)
-        of_ffn = sharing(tables, attention.dp, ffn.dp)
-        of_all: Place = partial(owned, tables, copies=1, split=1)
+        of_attention, of_ffn = self._of_attention(attention.dp), self._of_ffn(attention.dp, ffn.dp)
+        of_all = self._of_ffn(attention.dp, 1) if self.role is not None else partial(owned, tables, copies=1, split=1)
         found: list[tuple[Any, ...]] = []
         if block.attention.reduced_bytes:
             found.append(
@@ -472,7 +506,7 @@ class Operations:
         attention : Template    how attention is cut
         layout
         """
-        place: Place = partial(owned, self.tables, copies=attention.dp, split=1)
+        place = self._of_attention(attention.dp)
         return merged(
             place(operation="embedding", work=self.elementwise(Elementwise("embedding", 4.0 * model.hidden))),
             self._collective(place, Collectives.all_reduce_s, 2.0 * model.hidden, attention.tp, 1, layout),
@@ -497,8 +531,8 @@ class Operations:
             spread = layout.spread(attention.tp)
             gather = self.link(Collectives.all_gather_s, 2.0 * model.vocab, attention.tp, spread)
             operations.append(("communication", gather))
-        tables = self.tables
-        rows = _ceil(np.minimum(tables.sequences * (1 + tables.drafts), tables.tokens[-1]), attention.dp)
+        tables, copies = self.tables, 1 if self.role == "own" else attention.dp
+        rows = _ceil(np.minimum(tables.sequences * (1 + tables.drafts), tables.tokens[-1]), copies)
         parts: list[Parts] = []
         for operation, by_rows in operations:
             work = by_rows.at(rows)
@@ -584,7 +618,9 @@ class Operations:
             return "point_to_point/inter", self.collectives.over(None, link), link
         return "point_to_point/intra", self.collectives.over(link, None), link
 
-    def exchanged(self, model: Model, attention: Template, ffn: Template, layout: Layout) -> Exchanged:
+    def exchanged(
+        self, model: Model, attention: Template, ffn: Template, layout: Layout, schedulers: int = 1
+    ) -> Exchanged:
         """What the collectives of one full batch take on its way through all stages, and what they send how far.
 
         Parameters
@@ -594,7 +630,7 @@ class Operations:
         ffn : Template          how the FFN is cut
         layout
         """
-        tokens, sequences = int(self.tables.tokens[-1]), int(self.tables.sequences[-1])
+        tokens, sequences = (schedulers * int(table[-1]) for table in (self.tables.tokens, self.tables.sequences))
         seconds, sent = 0.0, dict.fromkeys(LEVELS, 0.0)
         calls = [
             (run.count, call.time_s, call.token_bytes * ceil_div(tokens, call.copies), call.ranks, call.stride)

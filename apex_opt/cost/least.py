@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -78,6 +78,51 @@ class Least:
             verify_joules=_share(joules["verify_ns"], 1),
             draft=_least(seconds.get("draft_ns", _NONE), 1),
             draft_context=_least(seconds.get("draft_rate", _NONE), 1),
+        )
+
+    @classmethod
+    def together(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
+        """Of what ranks do together: their tables go by the mean tokens of a rank."""
+        decode, mixed = (seconds.get(f"together {kind}", _NONE) for kind in ("decode", "mixed"))
+        joules = {
+            kind: sum((work.joules for (_, of), work in parts.items() if of == f"together {kind}"), start=np.zeros(1))
+            for kind in ("decode", "mixed")
+        }
+        return cls(
+            decode=_least(decode, 1),
+            mixed=_least(mixed, 2),
+            decode_share=_share(decode, 1),
+            mixed_share=_share(mixed, 2),
+            decode_joules=_share(joules["decode"], 1),
+            mixed_joules=_share(joules["mixed"], 2),
+        )
+
+    def of_a_rank(self, count: int) -> Self:
+        """A rank's own part of a forward, as part of what so many ranks take.
+
+        A forward takes as long as the slowest rank, and no less than their mean. A rank that only decodes may be in a
+        forward in which others compute prompts.
+        """
+        return replace(
+            self,
+            decode_share=self.decode_share / count,
+            mixed_share=min(self.decode_share, self.mixed_share) / count,
+            chunk_share=0.0,
+            context=self.context / count,
+            pair=self.pair / count,
+            again=self.again / count,
+            decode_joules=self.decode_joules / count,
+            mixed_joules=min(self.decode_joules, self.mixed_joules) / count,
+        )
+
+    def by_mean(self, count: int) -> Self:
+        """With shares of one token, where they are those of one token of each of so many ranks."""
+        return replace(
+            self,
+            decode_share=self.decode_share / count,
+            mixed_share=self.mixed_share / count,
+            decode_joules=self.decode_joules / count,
+            mixed_joules=self.mixed_joules / count,
         )
 
     def plus(self, other: Least, times: int) -> Least:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from apex_opt.cluster.tree import Tree
 from apex_opt.cost.cells import merged, times
 from apex_opt.cost.least import Least
+from apex_opt.cost.ranks import RankCosts
 from apex_opt.cost.stage import StageCosts
 from apex_opt.placement.layouts import Layouts
-from apex_opt.plans.engine import limited
+from apex_opt.plans.engine import has_ranks, limited
 from apex_opt.plans.layout import Layout, Tier
 from apex_opt.profiles import SHIPPED
 from apex_opt.units import NS_PER_S
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.ranks import Ranks, SharedLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,11 +41,14 @@ class PlanCost:
     laws : tuple of BatchLaw, one per stage
     pieces : tuple of Pieces, one per stage
     request_ns : int                            time of a request outside the engine, on its way in and out
+    ranks : Ranks or None                       of each replica, where attention copies have schedulers of their own;
+                                                the laws are then a rank's own part
     """
 
     laws: tuple[BatchLaw, ...]
     pieces: tuple[Pieces, ...]
     request_ns: int
+    ranks: Ranks | None = None
 
     @property
     def parts(self) -> tuple[Parts, ...]:
@@ -92,6 +97,7 @@ class CostModel:
             found.gpu.name: Layouts(its, partial(self.exchanged, gpu=found.gpu.name)) for found, its in pools
         }
         self._stages: dict[tuple[str, int | None, EngineSettings], StageCosts] = {}
+        self._ranks: dict[StageCosts, RankCosts] = {}
         for name in self._clusters:
             self._of(name, clock_mhz, settings)
 
@@ -112,6 +118,13 @@ class CostModel:
         """
         clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
         return self._of(gpu or self.cluster.gpu.name, clock_mhz, limited(self.settings, plan))
+
+    def ranks_of(self, plan: Plan, gpu: str | None = None) -> RankCosts:
+        """The same where the attention copies of the plan are ranks."""
+        costs = self.of(plan, gpu)
+        if costs not in self._ranks:
+            self._ranks[costs] = RankCosts(costs)
+        return self._ranks[costs]
 
     @property
     def request_ns(self) -> int:
@@ -179,12 +192,21 @@ class CostModel:
         UsageError    a clock that the GPU does not have
         """
         built: list[tuple[BatchLaw, Pieces]] = []
+        shared: list[SharedLaw] = []
+        ranks = has_ranks(self.settings, plan)
         for (gpu, part, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True):
             costs, first = self.of(plan, gpu), len(built)
             for index in range(first, first + part.stages):
                 leaves = index == first + part.stages - 1 < plan.stages - 1
-                built.append(costs.stage(plan, index, self._bridge(plan, layout) if leaves else layout))
+                over = self._bridge(plan, layout) if leaves else layout
+                if ranks:
+                    law, together, pieces = self.ranks_of(plan, gpu).stage(plan, index, over)
+                    built.append((law, pieces))
+                    shared.append(together)
+                else:
+                    built.append(costs.stage(plan, index, over))
         return PlanCost(
+            ranks=self.ranks_of(plan).group(plan, shared) if ranks else None,
             laws=tuple(law for law, _ in built),
             pieces=tuple(pieces for _, pieces in built),
             request_ns=self.request_ns,
@@ -207,7 +229,7 @@ class CostModel:
         UsageError    a clock that the GPU does not have
         """
         found = [
-            self.of(plan, gpu).least_parts(plan, layout)
+            (self.ranks_of if has_ranks(self.settings, plan) else self.of)(plan, gpu).least_parts(plan, layout)
             for (gpu, _, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True)
         ]
         # Pieces come in the same order on every type of GPU.

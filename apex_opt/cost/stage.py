@@ -12,6 +12,7 @@ from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables
 from apex_opt.cost.least import Least
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
+from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import stage_runs
 from apex_opt.profiles import SHIPPED, load_collectives, load_profile
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
@@ -98,10 +99,10 @@ class StageCosts:
         self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s)
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
-        self._piece = lru_cache(maxsize=_KEPT)(_piece)
-        self._least_of = cache(lambda *what: self._piece(*what).least)
+        self.piece = lru_cache(maxsize=_KEPT)(_piece)
+        self._least_of = cache(lambda *what: self.piece(*what).least)
         # Without launches to wait for the engine's own time is the same for every stage.
-        self._engine_least = cache(lambda over: Piece.of(self._engine(over, 0, 0, self._seconds(()), 1)).least)
+        self._engine_least = cache(lambda over: Piece.of(self.engine(over, 0, 0, self.sum_of(()), 1)).least)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
 
     @property
@@ -134,9 +135,9 @@ class StageCosts:
         kernels, copies = np.zeros(2, np.int64), cut.attention.dp
         for run in runs:
             kernels += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
-        pieces = [(count, self._piece(*what)) for count, what in self._made_of(cut, layout, runs, first, last)]
-        seconds = self._seconds(pieces)
-        engine = Piece.of(self._engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
+        pieces = [(count, self.piece(*what)) for count, what in self.made_of(cut, layout, runs, first, last)]
+        seconds = self.sum_of(pieces)
+        engine = Piece.of(self.engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
         for table, values in engine.seconds.items():
             seconds[table] += values
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
@@ -146,14 +147,33 @@ class StageCosts:
         law = BatchLaw(**tables, copies=copies, draft_tokens=self.drafts)
         return law, (*pieces, (1, engine))
 
-    def _made_of(
-        self, cut: Plan, layout: Layout, runs: Iterable[Run], first: bool, last: bool
+    def made_of(
+        self,
+        cut: Plan,
+        layout: Layout,
+        runs: Iterable[Run],
+        first: bool,
+        last: bool,
+        operations: Operations | None = None,
     ) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Pieces of a stage: how often each, and what `_piece` makes it of."""
-        operations = self.operations
+        """Pieces of a stage: how often each, and what `piece` makes it of.
+
+        Parameters
+        ----------
+        cut : Plan                     of the stage
+        layout
+        runs : layers of the stage
+        first, last : bool             whether it is the first or last stage
+        operations : Operations or None    by which they are counted; None: all that the stage does
+        """
+        operations = operations or self.operations
         for run in runs:
             block = run.block
-            yield run.count, (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format)
+            if operations.role in (None, "own"):
+                yield (
+                    run.count,
+                    (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format),
+                )
             yield run.count, (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format)
             yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
         if first:
@@ -166,7 +186,7 @@ class StageCosts:
 
     def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
         """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
-        for count, what in self._made_of(plan, layout, self.model.runs, True, True):
+        for count, what in self.made_of(plan, layout, self.model.runs, True, True):
             yield count, self._least_of(*what)
         overlapped = self.settings.async_scheduling or plan.stages > 1
         kernels = sum(
@@ -178,9 +198,10 @@ class StageCosts:
 
     def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
-        return self.operations.exchanged(self.model, plan.attention, plan.ffn, layout)
+        count = schedulers(self.settings, plan)
+        return self.operations.exchanged(self.model, plan.attention, plan.ffn, layout, count)
 
-    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
+    def engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats], copies: int) -> Parts:
         """The engine's own time in every batch, gaps between kernels, and the wait for those launched one by one.
 
         The host launches while the device computes, so only what the launches take longer is waited for. What a batch
@@ -215,7 +236,17 @@ class StageCosts:
             ("engine", "mixed_ns"): Work.waiting(power, mixed),
         }
 
-    def _seconds(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
+    @staticmethod
+    def summed(parts: Parts) -> Piece:
+        """Operations as a piece."""
+        return Piece.of(parts)
+
+    @staticmethod
+    def integers(seconds: Floats, table: str = "") -> NDArray[np.int64]:
+        """A table as a law has it."""
+        return _integers(seconds, table in _RATES)
+
+    def sum_of(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
         """Sum of pieces per table of the law."""
         sizes = dict.fromkeys(_BY_SEQUENCES, len(self.tables.sequences))
         sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))

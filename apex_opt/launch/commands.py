@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir.formats import get_format
+from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.units import ceil_div
 
@@ -252,5 +253,5 @@ def divisors(number: int) -> list[int]:
 
 
 def per_copy(limit: int, asked: Asked) -> int:
-    """The share of each attention copy in a limit of the replica."""
-    return ceil_div(limit, asked.plan.attention.dp)
+    """The limit of each attention copy: its own where copies have schedulers, else its share."""
+    return ceil_div(limit, asked.plan.attention.dp // schedulers(asked.settings, asked.plan))

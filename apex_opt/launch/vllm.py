@@ -54,8 +54,8 @@ class Vllm:
             )
         if attention.dp > 1:
             found.append(
-                f"vLLM's limits are per attention copy: --max-num-seqs and --max-num-batched-tokens are the plan's "
-                f"shared out over {attention.dp}"
+                "vLLM's limits are per attention copy, as the plan's are: each of the "
+                f"{attention.dp} ranks has a scheduler and a KV cache of its own"
             )
         if any(len(replica.nodes) > 1 for replica in replicas):
             found.append(

@@ -19,10 +19,11 @@ from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
+from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import SHIPPED
-from apex_opt.simulator import simulate
+from apex_opt.simulator import EnginePool, run_deployment
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -173,15 +174,22 @@ class Predictor:
         blocks = run.kv_blocks
         if blocks is None:
             blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, run.settings)) * plan.attention.dp
+        pool = EnginePool(
+            settings=settings,
+            blocks=blocks // schedulers(settings, plan),
+            laws=cost.laws,
+            replicas=plan.replicas,
+            ranks=cost.ranks,
+        )
         outcome = _loaded(
             "request beyond the engine's limits",
-            lambda: simulate(settings, blocks, cost.laws, run.trace, replicas=plan.replicas),
+            lambda: run_deployment([pool], run.trace),
         )
         # An engine that looks for requests every so many batches lets them wait half of that; not simulated.
         waiting_ns = (run.poll_every - 1) * outcome.makespan_ns * plan.replicas // (2 * max(outcome.batches, 1))
         request_ns = cost.request_ns + waiting_ns
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
-        usage = account(plan, cost, costs, outcome.counts, outcome.makespan_ns)
+        usage = account(plan, cost, costs, outcome.counts, outcome.makespan_ns, outcome.pools[0].shared)
         steps: tuple[StepTimes, ...] = ()
         left_out = 0
         if run.iterations is not None and plan.stages == 1:

@@ -131,7 +131,8 @@ def _measured(row: Row, cell: dict[str, str], name: str) -> MeasuredRun:
     weights = _weights(cell, model)
     kv = _kv_format(cell, model, weights, deployment, ours)
     budget = deployment.tokens[is_blackwell(system)] or prompt + BESIDE_A_PROMPT
-    tokens = min(budget * degrees.copies, _LARGEST_BATCH)
+    sharing = 1 if backend == "vllm" else degrees.copies  # attention copies under one limit
+    tokens = min(budget * sharing, _LARGEST_BATCH)
     polled = ours and backend == "sglang" and is_blackwell(system)
     poll_every = INFERENCEMAX_POLLS[clients >= _MANY_CLIENTS] if polled else 1
     lengths = f"drawn from {SHORTEST_SHARE:g} to 1 of those given" if ours else "as given"
@@ -144,7 +145,7 @@ def _measured(row: Row, cell: dict[str, str], name: str) -> MeasuredRun:
         plan=f"{degrees.plan(model.is_moe)} {weights} kv={kv}",
         engine=backend,
         settings=EngineSettings(
-            max_num_seqs=min(SEQUENCES * degrees.copies, tokens),
+            max_num_seqs=min(SEQUENCES * sharing, tokens),
             max_num_batched_tokens=tokens,
             # Only the magnitude, so that loads much alike share their tables.
             max_model_len=1 << (prompt + output - 1).bit_length(),

@@ -117,6 +117,28 @@ class EngineSettings:
             )
 
 
+def has_ranks(settings: EngineSettings, plan: Plan) -> bool:
+    """Whether the attention copies of a plan have a scheduler, a pool and limits each, as vLLM's ranks do.
+
+    Ranks that verify drafts are not simulated yet: their copies share one scheduler.
+    """
+    return isinstance(settings.scheduler, VllmScheduling) and plan.attention.dp > 1 and plan.speculation is None
+
+
+def schedulers(settings: EngineSettings, plan: Plan) -> int:
+    """Schedulers of a replica."""
+    return plan.attention.dp if has_ranks(settings, plan) else 1
+
+
+def of_all(settings: EngineSettings, plan: Plan) -> EngineSettings:
+    """Settings with the limits of all schedulers of a replica together."""
+    count = schedulers(settings, plan)
+    if count == 1:
+        return settings
+    seqs, tokens = settings.max_num_seqs * count, settings.max_num_batched_tokens * count
+    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+
 def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
     """Settings with the limits of a batch and the drafts that a plan sets.
 

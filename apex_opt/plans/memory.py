@@ -19,6 +19,7 @@ from apex_opt.ir.cells import Cut, stored_bytes
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Run
 from apex_opt.plans.drafts import draft_of
+from apex_opt.plans.engine import schedulers
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
@@ -170,12 +171,15 @@ def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
 def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
     """Largest activations alive at once: two hidden states beside the wider cell, or the logits of the last stage.
 
+    Where attention copies have limits each, an FFN copy holds what one of them sends at once.
+
     Parameters
     ----------
     model, plan, settings
     last : bool    whether the LM head is there
     """
-    tokens = ceil_div(settings.max_num_batched_tokens, plan.attention.dp)
+    sharing = plan.attention.dp // schedulers(settings, plan)  # attention copies that share the limits
+    tokens = ceil_div(settings.max_num_batched_tokens, sharing)
     ffn_tokens = ceil_div(settings.max_num_batched_tokens, plan.ffn.dp)
     of_attention, of_ffn = (
         Cut(heads=plan.attention.tp),
@@ -187,7 +191,7 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
         max(tokens * block.attention.width(of_attention), ffn_tokens * block.ffn.width(of_ffn))
         for block in model.blocks
     )
-    logits = 4 * ceil_div(rows, plan.attention.dp) * model.vocab if last else 0
+    logits = 4 * ceil_div(rows, sharing) * model.vocab if last else 0
     return 2 * (tokens * 2 * model.hidden + widest) + logits
 
 

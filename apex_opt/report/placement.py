@@ -20,6 +20,7 @@ from apex_opt.report import studied, types
 from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
 from apex_opt.schema import of
 from apex_opt.search.facts import Facts
+from apex_opt.simulator.ranks import alike_ns
 from apex_opt.units import GB, NS_PER_S
 
 if TYPE_CHECKING:
@@ -140,8 +141,10 @@ class Site:
         (tokens, sequences), costs = self.batch, self.costs
         each, more = divmod(tokens, sequences)
         sizes = [each + (index < more) for index in range(sequences)]
-        laws = costs.plan_cost(self.plan).laws
-        step_ns = sum(law.batch_ns([(size, size) for size in sizes]) + int(law.transfer_ns[tokens]) for law in laws)
+        cost, rows = costs.plan_cost(self.plan), [(size, size) for size in sizes]
+        step_ns = sum(
+            alike_ns(law, cost.ranks, stage, rows) + int(law.transfer_ns[tokens]) for stage, law in enumerate(cost.laws)
+        )
         return step_ns / NS_PER_S - self.collectives_s(costs.layouts.best(self.plan))
 
     @property

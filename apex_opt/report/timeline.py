@@ -32,11 +32,14 @@ def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int)
 
     Yields
     ------
-    One process per replica, one thread per stage with its batches, named by their share of prompt tokens so that
-    viewers colour them by it, and two counters: sequences that wait, and KV blocks that the computed tokens of running
-    ones fill (a block that several share counts for each).
+    One process per replica, or per rank where it has such, one thread per stage with its batches, named by their share
+    of prompt tokens so that viewers colour them by it, and two counters: sequences that wait, and KV blocks that the
+    computed tokens of running ones fill (a block that several share counts for each).
     """
     assert outcome.steps is not None and outcome.steps_per_replica is not None
+    if outcome.groups:
+        yield from _of_ranks(outcome, block_size)
+        return
     position = 0
     for replica, count in enumerate(outcome.steps_per_replica):
         steps = outcome.steps[position : position + count]
@@ -48,30 +51,58 @@ def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int)
         yield from _counters(replica, steps, outcome, block_size)
 
 
+def _of_ranks(outcome: Outcome, block_size: int) -> Iterator[Event]:
+    """Events of replicas with ranks: a batch lasts as long as the forward it is a part of, on all stages together."""
+    position = process = 0
+    for replica, group in enumerate(outcome.groups):
+        for rank, count in enumerate(group.batches):
+            steps = (outcome.steps or [])[position : position + count]
+            position += count
+            name = f"replica {replica} rank {rank}"
+            yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": name}}
+            yield {"ph": "M", "name": "thread_name", "pid": process, "tid": 0, "args": {"name": "forwards"}}
+            began = {end: start for start, end, *_ in group.forwards[rank if len(group.forwards) > 1 else 0]}
+            for number, (_, end, rows, preempted) in enumerate(steps):
+                yield _batch(process, 0, number, began[end], end, [c for _, c, _ in rows], preempted)
+            yield from _counters(process, steps, outcome, block_size)
+            process += 1
+
+
+def _batch(
+    process: int, stage: int, number: int, begin: int, end: int, tokens: Sequence[int], preempted: Sequence[int]
+) -> Event:
+    """A complete event for a batch on a stage."""
+    prompt = sum(c for c in tokens if c > 1)
+    share = 25 * round(4 * prompt / sum(tokens))
+    facts: Event = {
+        "batch": number,
+        "sequences": len(tokens),
+        "tokens": sum(tokens),
+        "prompt tokens": prompt,
+    }
+    return {
+        "ph": "X",
+        "name": "decode" if prompt == 0 else f"{max(share, 25)}% prefill",
+        "pid": process,
+        "tid": stage,
+        "ts": begin / NS_PER_US,
+        "dur": (end - begin) / NS_PER_US,
+        "args": facts | ({"preempted": preempted} if preempted else {}),
+    }
+
+
 def _batches(replica: int, steps: Sequence[Step], laws: Sequence[BatchLaw]) -> Iterator[Event]:
     """A complete event for every batch on every stage."""
     stage_free = [0] * len(laws)
     for number, (start, _, rows, preempted) in enumerate(steps):
         chunks = [(tokens, computed) for _, tokens, computed in rows]
-        tokens = sum(c for c, _ in chunks)
-        prompt = sum(c for c, _ in chunks if c > 1)
-        share = 25 * round(4 * prompt / tokens)
-        name = "decode" if prompt == 0 else f"{max(share, 25)}% prefill"
-        facts = {"batch": number, "sequences": len(rows), "tokens": tokens, "prompt tokens": prompt}
+        tokens = [c for c, _ in chunks]
         end = start
         for stage, law in enumerate(laws):
             begin = max(end, stage_free[stage])
             end = stage_free[stage] = begin + law.batch_ns(chunks)
-            yield {
-                "ph": "X",
-                "name": name,
-                "pid": replica,
-                "tid": stage,
-                "ts": begin / NS_PER_US,
-                "dur": (end - begin) / NS_PER_US,
-                "args": facts | ({"preempted": preempted} if preempted else {}),
-            }
-            end += int(law.transfer_ns[tokens])
+            yield _batch(replica, stage, number, begin, end, tokens, preempted)
+            end += int(law.transfer_ns[sum(tokens)])
 
 
 def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size: int) -> Iterator[Event]:

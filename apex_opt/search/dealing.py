@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.simulator.ranks import alike_ns
 from apex_opt.units import NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -20,10 +21,19 @@ if TYPE_CHECKING:
 
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.ranks import Ranks
     from apex_opt.workload.trace import Trace
 
 
-def tokens_per_s(settings: EngineSettings, blocks: int, laws: Sequence[BatchLaw], trace: Trace, replicas: int) -> int:
+def tokens_per_s(
+    settings: EngineSettings,
+    blocks: int,
+    laws: Sequence[BatchLaw],
+    trace: Trace,
+    replicas: int,
+    *,
+    ranks: Ranks | None = None,
+) -> int:
     """Tokens of a trace that replicas compute in a second where batches are always full: the weight of a part.
 
     Prompts are taken in batches of as many mean prompts as the limit on tokens allows, later tokens in batches of as
@@ -32,7 +42,8 @@ def tokens_per_s(settings: EngineSettings, blocks: int, laws: Sequence[BatchLaw]
     Parameters
     ----------
     settings, laws : as for `apex_opt.simulator.simulate`
-    blocks : int      KV blocks of a replica
+    blocks : int      KV blocks of a scheduler
+    ranks : Ranks or None    of each replica, all of which have such batches at once
     """
     generated = trace.generated(settings.max_model_len)
     prompts, outputs = int(trace.prompt.sum()), int(generated.sum())
@@ -44,10 +55,12 @@ def tokens_per_s(settings: EngineSettings, blocks: int, laws: Sequence[BatchLaw]
     sequences = max(sequences, 1)
     steps = outputs - len(trace)
     slowest_ns = max(
-        ceil_div(prompts * law.batch_ns([(chunk, prompt)] * chunks), chunk * chunks)
-        + ceil_div(steps * law.batch_ns([(1, held)] * sequences), sequences)
-        for law in set(laws)
+        ceil_div(prompts * alike_ns(law, ranks, stage, [(chunk, prompt)] * chunks), chunk * chunks)
+        + ceil_div(steps * alike_ns(law, ranks, stage, [(1, held)] * sequences), sequences)
+        for law, stage in {law: stage for stage, law in enumerate(laws)}.items()
     )
+    if ranks is not None:
+        replicas *= ranks.count
     return max(1, replicas * (prompts + outputs) * NS_PER_S // max(slowest_ns, 1))
 
 

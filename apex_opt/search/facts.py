@@ -11,6 +11,7 @@ import numpy as np
 from apex_opt.cost import CostModel, idle_w, limit_w
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
+from apex_opt.plans.engine import of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
@@ -99,6 +100,10 @@ class Facts:
     def blocks(self, plan: Plan) -> int:
         """KV blocks of a replica."""
         return kv_blocks(self.memory(plan)) * plan.attention.dp
+
+    def own_blocks(self, plan: Plan) -> int:
+        """KV blocks of each scheduler of a replica."""
+        return self.blocks(plan) // schedulers(self.problem.settings, plan)
 
     def holds(self, plan: Plan) -> bool:
         """Whether the KV cache of a plan holds the longest request."""
@@ -206,7 +211,8 @@ class Facts:
         key = plan.cut, plan.stages, self.costs.layouts_of(plan)
         if key not in self._means:
             drafts = plan.speculation.draft_tokens if plan.speculation else 0
-            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, plan.attention.dp, drafts)
+            copies = plan.attention.dp // schedulers(self.problem.settings, plan)
+            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, copies, drafts)
         return self._means[key]
 
     def _load(self, plan: Plan, alike: Alike) -> tuple[float, Load | None]:
@@ -216,7 +222,8 @@ class Facts:
         key = plan.cut, plan.layers, layout, overtaking
         if key not in self._loads:
             blocks = most_blocks(self.memory(plan)) * plan.attention.dp
-            engine = problem.settings_for(plan), self.mean(plan), plan.stages, problem.trace, blocks
+            settings = of_all(problem.settings_for(plan), plan)
+            engine = settings, self.mean(plan), plan.stages, problem.trace, blocks
             room = replicas_with_room(*engine)
             load = None
             if min(alike.replicas) < room * (1 + ROUNDING):
@@ -225,7 +232,7 @@ class Facts:
         return self._loads[key]
 
     def _sure_blocks(self, plan: Plan, movable: bool) -> int:
-        """KV blocks that a replica has at least, however its layers are moved."""
+        """KV blocks that a scheduler has at least, however the layers are moved."""
         memory, problem = self.memory(plan), self.problem
         blocks = kv_blocks(memory)
         if movable and plan.on:
@@ -234,7 +241,7 @@ class Facts:
             # The split sought is no heavier than the even one, where that one fits.
             fits = blocks >= self._needed(plan.speculation)
             blocks = least_blocks(problem.model, plan, memory, problem.settings.block_size, self._held) if fits else 0
-        return blocks * plan.attention.dp
+        return blocks * plan.attention.dp // schedulers(problem.settings, plan)
 
     def _gives_way(self, plan: Plan, blocks: int) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.cost import idle_w, limit_w
+from apex_opt.plans.engine import of_all
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.load import works_ns
 from apex_opt.search.dealing import tokens_per_s
@@ -74,20 +75,20 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
         settings = problem.settings_for(plan)
         key = plan.cut, plan.layers, costs.layouts_of(plan)
         if key not in found:
-            blocks, laws = facts.blocks(plan), facts.plan_cost(plan).laws
-            overtaking = plan.stages > 1 and may_preempt(settings, blocks, trace)
-            floors = [StageFloor.of(law) for law in laws]
+            blocks, cost = facts.blocks(plan), facts.plan_cost(plan)
+            overtaking = plan.stages > 1 and may_preempt(settings, facts.own_blocks(plan), trace)
+            floors = StageFloor.of_pool(cost.laws, cost.ranks)
             first_ns, rest_ns = isolated(settings, floors, trace, overtaking=overtaking)
             mean = facts.mean(plan)
             under_way_ns = mean.batch_ns * (1 if overtaking else plan.stages)
             found[key] = {
-                "weight": tokens_per_s(settings, blocks, laws, trace, 1),
+                "weight": tokens_per_s(settings, facts.own_blocks(plan), cost.laws, trace, 1, ranks=cost.ranks),
                 "first_ns": first_ns,
                 "rest_ns": rest_ns,
                 "work_ns": sum(works_ns(settings, mean, trace)),
                 # Blocks that prompts share are held once.
                 "held_ns": 0.0 if settings.prefix_caching else under_way_ns / max(blocks, 1),
-                "step_ns": under_way_ns / settings.seats(plan.stages),
+                "step_ns": under_way_ns / of_all(settings, plan).seats(plan.stages),
                 "batch_ns": 0 if overtaking else sum(floor.batch_ns for floor in floors),
                 "token_j": facts.token_j(plan),
             }

@@ -191,9 +191,10 @@ class Scorer:
         engines = [
             EnginePool(
                 settings=problem.settings_for(pool.plan),
-                blocks=one.blocks(pool.plan),
-                laws=one.plan_cost(pool.plan).laws,
+                blocks=one.own_blocks(pool.plan),
+                laws=(cost := one.plan_cost(pool.plan)).laws,
                 replicas=pool.plan.replicas,
+                ranks=cost.ranks,
             )
             for pool, one in zip(pools, facts, strict=True)
         ]
@@ -228,7 +229,7 @@ class Scorer:
                 PoolUse(
                     pool=pool,
                     requests=int((owner == place).sum()),
-                    usage=account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns),
+                    usage=account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns, did.shared),
                     memory=one.memory(pool.plan),
                     preemptions=did.preemptions,
                     batches=did.batches,
@@ -266,8 +267,10 @@ class Scorer:
     def weight(self, pool: Pool, facts: Facts) -> int:
         """Tokens per second of a pool at full batches, by which requests are dealt."""
         plan, problem = pool.plan, self.problem
-        laws, settings = facts.plan_cost(plan).laws, problem.settings_for(plan)
-        return plan.replicas * tokens_per_s(settings, facts.blocks(plan), laws, problem.trace, 1)
+        cost, settings = facts.plan_cost(plan), problem.settings_for(plan)
+        return plan.replicas * tokens_per_s(
+            settings, facts.own_blocks(plan), cost.laws, problem.trace, 1, ranks=cost.ranks
+        )
 
     def _deal(self, pools: tuple[Pool, ...]) -> tuple[NDArray[np.integer], list[int] | None]:
         """The pool of each request, and in closed loops the clients of each of several pools."""
@@ -318,7 +321,7 @@ class Scorer:
         first, finish = trace.arrival_ns.copy(), trace.arrival_ns.copy()
         for engine, mine in zip(engines, rows, strict=True):
             overtaking = len(engine.laws) > 1 and may_preempt(engine.settings, engine.blocks, trace)
-            floors = [StageFloor.of(law) for law in engine.laws]
+            floors = StageFloor.of_pool(engine.laws, engine.ranks)
             to_first, rest = isolated(engine.settings, floors, trace, overtaking=overtaking)
             first[mine] += to_first[mine]
             finish[mine] = first[mine] + rest[mine]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
 from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.engine import has_ranks
 from apex_opt.search.answer import Answer, Scored, misses
 from apex_opt.search.best_first import Simulated, best_first
 from apex_opt.search.incumbent import FREE, Best
@@ -359,7 +360,10 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     from apex_opt.simulator.compiled import needs_compiling
 
     plans = (pool.plan for one in deployments for pool in one.pools)
-    if any(needs_compiling(problem.settings_for(plan), plan.stages) for plan in plans):
+    if any(
+        needs_compiling(problem.settings_for(plan), plan.stages, ranks=has_ranks(problem.settings, plan))
+        for plan in plans
+    ):
         tell("compiling the simulator, once on this machine: a few seconds", 0, 0)
 
 

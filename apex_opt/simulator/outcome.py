@@ -123,12 +123,13 @@ class SharedCounts:
 
     Parameters
     ----------
-    decode, mixed : int64[ranks * max_num_batched_tokens + 1]    forwards by all their padded tokens
+    decode, mixed, eager : int64[n]    forwards by all their padded tokens, as the law has them
     dummies : int
     """
 
     decode: NDArray[np.int64]
     mixed: NDArray[np.int64]
+    eager: NDArray[np.int64]
     dummies: int
 
     def __add__(self, other: SharedCounts) -> SharedCounts:

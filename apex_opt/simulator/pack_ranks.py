@@ -84,7 +84,7 @@ class GroupMemory:
     def _tables(self, pools: Sequence[EnginePool]) -> tuple[I64, I64]:
         """Padding and shared laws of each pool, and counts of nothing yet."""
         tables: list[I64] = []
-        self._together: dict[int, tuple[I64, I64]] = {}
+        self._together: dict[int, list[I64]] = {}
         end = counts_end = 0
         sizes: dict[int, tuple[int, int, int, int]] = {}
         for index, pool in enumerate(pools):
@@ -95,13 +95,13 @@ class GroupMemory:
             padding = ranks.padding
             parts = [padding.decode_mode, padding.decode_rows, padding.mixed_mode, padding.mixed_rows]
             for law in ranks.shared:
-                parts += [law.padded_ns, law.decode_ns, law.mixed_ns, law.graph_ns]
+                parts += [law.padded_ns, law.decode_ns, law.mixed_ns, law.eager_ns, law.graph_ns]
             tables += parts
             end += sum(map(len, parts))
-            counts_end += 2 * every
+            counts_end += 3 * every
         together = np.zeros(counts_end, np.int64)
         for index, (_, _, every, start) in sizes.items():
-            self._together[index] = together[start : start + every], together[start + every : start + 2 * every]
+            self._together[index] = np.split(together[start : start + 3 * every], 3)
         for g, (index, _, _) in zip(self._groups, self.of, strict=True):
             g[[gs.TABLES_AT, gs.WIDE, gs.ALL, gs.TOGETHER_AT]] = sizes[index]
         return np.concatenate(tables, dtype=np.int64, casting="unsafe"), together
@@ -157,6 +157,7 @@ class GroupMemory:
                 gs.SYNC_NS: ranks.sync_ns,
                 gs.SEND_NS: ranks.send_ns,
                 gs.CONTROL_NS: ranks.control_ns,
+                gs.PER: ranks.shared[0].per,
                 gs.SLEEP_NS: pools[index].settings.scheduler.idle_sleep_ns,
                 gs.TOLD_DUE: gs.LEAST_WAIT_MS * gs.NS_PER_MS,
             }.items():
@@ -200,9 +201,9 @@ class GroupMemory:
         mine = [(ranks, first) for pool, ranks, first in self.of if pool == index]
         if not mine or not mine[0][0].in_step:
             return None
-        decode, mixed = self._together[index]
+        decode, mixed, eager = self._together[index]
         dummies = sum(int(self._members[first : first + ranks.count, gs.DUMMIES].sum()) for ranks, first in mine)
-        return SharedCounts(decode=decode, mixed=mixed, dummies=dummies)
+        return SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=dummies)
 
     def ends(self, steps: I64) -> I64:
         """The ends of logged batches, of which those of ranks tell the number of their forward instead."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,15 +55,19 @@ class SharedLaw:
     Parameters
     ----------
     padded_ns : int64[max_num_batched_tokens + 1]    of each rank, by its padded tokens
-    decode_ns, mixed_ns : int64[ranks * max_num_batched_tokens + 1]
-        of all ranks together, by the sum of their padded tokens: where all of them only decode, and else
+    decode_ns, mixed_ns, eager_ns : int64[n]
+        of all ranks together, by the sum of their padded tokens divided by `per`, rounded up: where all of them only
+        decode, else, and where these others run without a graph on top
     graph_ns : int64[3]                              by the mode
+    per : int                                        tokens to an entry
     """
 
     padded_ns: I64
     decode_ns: I64
     mixed_ns: I64
+    eager_ns: I64
     graph_ns: I64
+    per: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,7 +126,11 @@ class Ranks:
         decode, mixed = (np.arange(most + 1, dtype=np.int64) for most in (max_num_seqs, max_num_batched_tokens))
         together = np.zeros(count * max_num_batched_tokens + 1, np.int64)
         shared = SharedLaw(
-            padded_ns=np.zeros_like(mixed), decode_ns=together, mixed_ns=together, graph_ns=np.zeros(3, np.int64)
+            padded_ns=np.zeros_like(mixed),
+            decode_ns=together,
+            mixed_ns=together,
+            eager_ns=together,
+            graph_ns=np.zeros(3, np.int64),
         )
         padding = Padding(
             decode_mode=np.zeros_like(decode),
@@ -147,6 +156,22 @@ class Agreed(NamedTuple):
 
 DUMMY: Final[Rows] = [(1, 0)]
 """One sequence of one token, which reads no context."""
+
+
+def alike_ns(law: BatchLaw, ranks: Ranks | None, stage: int, rows: Rows) -> int:
+    """Time of a batch on a stage; of ranks that run in step, of a forward in which each has the same one.
+
+    Parameters
+    ----------
+    law : BatchLaw           of the stage
+    ranks : Ranks or None    of the replica
+    stage : int
+    rows : Rows              the batch
+    """
+    if ranks is None or not ranks.in_step:
+        return law.batch_ns(rows)
+    batches = [rows] * ranks.count
+    return forward_ns(law, ranks.shared[stage], agree(ranks.padding, batches), batches)
 
 
 def agree(padding: Padding, batches: Sequence[Rows]) -> Agreed:
@@ -187,5 +212,8 @@ def forward_ns(law: BatchLaw, shared: SharedLaw, agreed: Agreed, batches: Sequen
     own = max(
         law.batch_ns(rows) + int(shared.padded_ns[padded]) for rows, padded in zip(batches, agreed.padded, strict=True)
     )
-    together = shared.decode_ns if agreed.decoding else shared.mixed_ns
-    return int(shared.graph_ns[agreed.mode]) + own + int(together[sum(agreed.padded)])
+    entry = ceil_div(sum(agreed.padded), shared.per)
+    together = int((shared.decode_ns if agreed.decoding else shared.mixed_ns)[entry])
+    if not agreed.decoding and agreed.mode == EAGER:
+        together += int(shared.eager_ns[entry])
+    return int(shared.graph_ns[agreed.mode]) + own + together

@@ -258,21 +258,26 @@ def guess(facts: Facts, plan: Plan) -> float:
     """
     problem = facts.problem
     settings, trace = problem.settings_for(plan), problem.trace
-    laws = facts.plan_cost(plan).laws
+    cost = facts.plan_cost(plan)
+    laws, ranks = cost.laws, cost.ranks
     prompt = float(trace.prompt.mean())
     output = float(trace.generated(settings.max_model_len).mean())
     held = prompt + output / 2
-    most = int(facts.blocks(plan) * settings.block_size / held / plan.stages)
+    most = int(facts.own_blocks(plan) * settings.block_size / held / plan.stages)
     sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
     steps = [law.decode_ns[sequences] + sequences * held * law.context_rate[sequences] / 2**RATE_BITS for law in laws]
+    mixed = [law.mixed_ns[-1] for law in laws]
+    if ranks is not None and ranks.in_step:
+        steps = [step + shared.decode_ns[sequences] for step, shared in zip(steps, ranks.shared, strict=True)]
+        mixed = [own + shared.mixed_ns[-1] for own, shared in zip(mixed, ranks.shared, strict=True)]
     limit_s = step_limit_s(problem.slos)
     limit_ns = math.inf if limit_s is None else NS_PER_S * limit_s
     step_ns = np.sum(steps, axis=0)
     last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
     busy_ns = max(
-        prompt * law.mixed_ns[-1] / (len(law.mixed_ns) - 1)
-        + prompt**2 / 2 * law.pair_rate[-1] / 2**RATE_BITS / law.copies
-        for law in laws
+        prompt * full / (len(law.mixed_ns) - 1) + prompt**2 / 2 * law.pair_rate[-1] / 2**RATE_BITS / law.copies
+        for law, full in zip(laws, mixed, strict=True)
     )
     busy_ns += output * step_ns[last] / sequences[last]
-    return float(plan.replicas * NS_PER_S / busy_ns)
+    schedulers = 1 if ranks is None else ranks.count
+    return float(plan.replicas * schedulers * NS_PER_S / busy_ns)

@@ -33,6 +33,7 @@ import numpy as np
 
 from apex_opt.figures.measure import statistic
 from apex_opt.figures.registry import timed
+from apex_opt.plans.engine import of_all
 from apex_opt.search.incumbent import FREE
 from apex_opt.search.scorer import Scorer
 from apex_opt.simulator.transient import Transient, warm_up
@@ -278,7 +279,8 @@ class Steady:
         problem, trace = self.problem, self.problem.trace
         seats = 0
         for pool in deployment.pools:
-            settings, blocks = problem.settings_for(pool.plan), self._own.facts_of(pool).blocks(pool.plan)
+            settings = of_all(problem.settings_for(pool.plan), pool.plan)
+            blocks = self._own.facts_of(pool).blocks(pool.plan)
             held = -(-(trace.prompt + trace.generated(settings.max_model_len)) // settings.block_size)
             seats += pool.plan.replicas * max(1, min(settings.max_num_seqs, int(blocks / held.mean())))
         if seats > _MOST_SEATS:

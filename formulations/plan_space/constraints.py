@@ -31,6 +31,7 @@ from .sizes import (
     kinds,
     kv_bytes,
     kv_tokens,
+    limits_shared,
     shards,
     shared_whole,
     vocab_bytes,
@@ -325,7 +326,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         "logit_bytes",
         [v.drafts, v.limits, v.attention_dp],
         (
-            (j, i, d, 4 * instance.model.vocab * -(-min(seqs * (1 + drafts), most) // d))
+            (j, i, d, 4 * instance.model.vocab * -(-min(seqs * (1 + drafts), most) // limits_shared(instance, d)))
             for j, drafts in enumerate(d.draft_tokens if d else 0 for d in instance.drafters)
             for i, (seqs, most) in enumerate(batch_limits(instance))
             for d in degrees
@@ -401,14 +402,18 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
         model,
         "hidden_bytes",
         [v.limits, v.attention_dp],
-        ((i, d, 4 * instance.model.hidden * -(-tokens // d)) for i, tokens in batches for d in degrees),
+        (
+            (i, d, 4 * instance.model.hidden * -(-tokens // limits_shared(instance, d)))
+            for i, tokens in batches
+            for d in degrees
+        ),
     )
     heads = _table(
         model,
         "attention_workspace",
         [v.limits, v.attention_dp, v.attention_tp],
         (
-            (i, d, t, 2 * -(-tokens // d) * max(attention_width(b, t) for b in blocks))
+            (i, d, t, 2 * -(-tokens // limits_shared(instance, d)) * max(attention_width(b, t) for b in blocks))
             for i, tokens in batches
             for d in degrees
             for t in range(1, instance.max_devices // d + 1)

@@ -192,6 +192,11 @@ def batch_limits(instance: Instance) -> list[tuple[int, int]]:
     return [(seqs or own.max_num_seqs, tokens or own.max_num_batched_tokens) for seqs, tokens in instance.batch_limits]
 
 
+def limits_shared(instance: Instance, copies: int) -> int:
+    """Attention copies that share the limits of a batch: on vLLM each has a scheduler with limits of its own."""
+    return 1 if instance.settings.scheduler.name == "vllm" else copies
+
+
 def kv_tokens(instance: Instance, drafter: Drafter | None) -> int:
     """Tokens in the blocks that a stage must have room for: those of the longest request and one never handed out."""
     tokens, size = instance.longest_tokens, instance.settings.block_size

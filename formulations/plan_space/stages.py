@@ -21,6 +21,7 @@ from .sizes import (
     kind,
     kinds,
     kv_bytes,
+    limits_shared,
     shared_whole,
     vocab_bytes,
     vocab_on,
@@ -158,10 +159,11 @@ class Stages:
     def _count_activations(self, choice: int, attention: Template, ffn: Template) -> tuple[int, int]:
         """Bytes of the largest batch on every stage, and of its logits on the last."""
         seqs, tokens = self._limits[choice]
-        own, others = -(-tokens // attention.dp), -(-tokens // ffn.dp)
+        sharing = limits_shared(self.instance, attention.dp)
+        own, others = -(-tokens // sharing), -(-tokens // ffn.dp)
         widest = max(
             max(own * attention_width(block, attention.tp), others * ffn_width(block, ffn.tp, ffn.ep))
             for block in self._blocks
         )
         hidden = self.instance.model.hidden
-        return 4 * hidden * own + 2 * widest, 4 * self.instance.model.vocab * -(-seqs // attention.dp)
+        return 4 * hidden * own + 2 * widest, 4 * self.instance.model.vocab * -(-seqs // sharing)

@@ -29,7 +29,7 @@ from apex_opt.engines.schedulers import Lengths
 from apex_opt.plans.speculation import least_steps
 from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from apex_opt.engines.schedulers import Scheduling
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.ranks import Ranks, SharedLaw
     from apex_opt.workload.trace import Trace
 
     Ints = NDArray[np.int64]
@@ -95,6 +96,39 @@ class StageFloor:
             context_rate=min(context, again // law.copies) + drafted,
             draft_ns=made,
         )
+
+    @classmethod
+    def of_ranks(cls, law: BatchLaw, shared: SharedLaw, count: int) -> StageFloor:
+        """The floor of a forward of ranks that run in step: the mean of their own parts and what all share.
+
+        The slowest rank is no faster than the mean of all.
+
+        Parameters
+        ----------
+        law : BatchLaw       of a rank's own part
+        shared : SharedLaw
+        count : int          ranks
+        """
+        own = cls.of(law)
+        most = len(shared.decode_ns) - 1
+        least = ceil_div(count, shared.per)  # a dummy batch has a token
+        tables = shared.decode_ns[least:], shared.mixed_ns[least:]
+        share = min(float((table / (shared.per * np.arange(least, most + 1))).min()) for table in tables)
+        every = min(int(table.min()) for table in tables) + int(shared.padded_ns[1:].min()) + int(shared.graph_ns.min())
+        return cls(
+            batch_ns=own.batch_ns + every,
+            token_ns=own.decode_token_ns / count + share,
+            decode_token_ns=own.decode_token_ns / count + share,
+            pair_rate=own.pair_rate // count,
+            context_rate=own.context_rate // count,
+        )
+
+    @classmethod
+    def of_pool(cls, laws: Sequence[BatchLaw], ranks: Ranks | None) -> list[StageFloor]:
+        """The floors of all stages of a replica."""
+        if ranks is None or not ranks.in_step:
+            return [cls.of(law) for law in laws]
+        return [cls.of_ranks(law, shared, ranks.count) for law, shared in zip(laws, ranks.shared, strict=True)]
 
     @classmethod
     def mean(cls, least: Least, stages: int, copies: int, drafts: int = 0) -> StageFloor:

@@ -157,13 +157,15 @@ class Splits:
 
     def _pace(self, plan: Plan) -> tuple[int, ...]:
         """What a layer takes each stage, as stages of as many layers take full batches."""
-        laws = self._facts.plan_cost(plan).laws
+        cost = self._facts.plan_cost(plan)
+        laws, together = cost.laws, cost.ranks.shared if cost.ranks else ()
         taken = []
         at = 0
         for _, stages in plan.on:
             law = laws[at]
             chunk = int(law.chunk_ns[-1]) // law.copies
-            taken.append((int(law.decode_ns[-1]) + int(law.mixed_ns[-1]) + chunk) / plan.layers[at])
+            shared = int(together[at].decode_ns[-1]) + int(together[at].mixed_ns[-1]) if together else 0
+            taken.append((int(law.decode_ns[-1]) + int(law.mixed_ns[-1]) + chunk + shared) / plan.layers[at])
             at += stages
         least = min(taken)
         return tuple(

@@ -33,6 +33,7 @@ from apex_opt.simulator.kernel.group_state import (
     NUMBER,
     OWN_AT,
     PARTS,
+    PER,
     RETURNS,
     RETURNS_LATE,
     SLOT_MASK,
@@ -126,7 +127,7 @@ def submit_nb(run: Run, group: Group, g: I64, r: I64, m: I64, dummy: int) -> int
     for stage in range(stages):
         own = group.memory[m[OWN_AT] + (stages if dummy == 1 else 0) + stage]
         slot[SLOT_SIZE + 2 * stage] = max(slot[SLOT_SIZE + 2 * stage], own)
-        padded = at(law, stage * (g[WIDE] + 2 * g[ALL] + 3))[rows]
+        padded = at(law, stage * (g[WIDE] + 3 * g[ALL] + 3))[rows]
         slot[SLOT_SIZE + 2 * stage + 1] = max(slot[SLOT_SIZE + 2 * stage + 1], own + padded)
     slot[PARTS] += 1
     slot[LATEST] = max(slot[LATEST], g[CLOCK])
@@ -145,13 +146,16 @@ def forward_nb(run: Run, group: Group, g: I64, r: I64, lane: int, slot: I64, law
     slot[PARTS] = 0
     mode, most = slot[LEAST_MODE], slot[MOST_ROWS_]
     rows = slot[SUM_ROWS] if mode == 0 else most * members
+    entry = (rows + g[PER] - 1) // g[PER]
     slot[AGREED] = slot[LATEST] + (g[SYNC_NS] if members > 1 else 0)
     first = at(run.replicas, (g[FIRST_RANK] + lane) * REPLICA_SIZE)
     began, end = 0, slot[AGREED]
     for s in range(r[STAGES]):
-        table = at(law, s * (g[WIDE] + 2 * g[ALL] + 3))
+        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3))
         together = at(table, g[WIDE] + slot[MIXED] * g[ALL])
-        duration = at(table, g[WIDE] + 2 * g[ALL])[mode] + together[rows]
+        duration = at(table, g[WIDE] + 3 * g[ALL])[mode] + together[entry]
+        if slot[MIXED] == 1 and mode == 0:
+            duration += together[g[ALL] + entry]
         duration += slot[SLOT_SIZE + 2 * s + 1] if mode == 0 else slot[SLOT_SIZE + 2 * s] + table[most]
         stage = at(run.stages, (first[FIRST_STAGE] + s) * STAGE_SIZE)
         start = max(end, stage[STAGE_FREE])
@@ -163,7 +167,10 @@ def forward_nb(run: Run, group: Group, g: I64, r: I64, lane: int, slot: I64, law
         if s + 1 < r[STAGES]:
             end += by_tokens_nb(law_nb(run, r, s), r, MIXED_NS, TRANSFER_NS)[min(most, r[MAX_TOKENS])]
     slot[END] = end
-    at(group.together, g[TOGETHER_AT] + slot[MIXED] * g[ALL])[rows] += 1
+    counts = at(group.together, g[TOGETHER_AT] + slot[MIXED] * g[ALL])
+    counts[entry] += 1
+    if slot[MIXED] == 1 and mode == 0:
+        counts[g[ALL] + entry] += 1
     lane_row = at(group.members, (g[FIRST_RANK] + lane) * MEMBER_SIZE)
     number = lane_row[LANE_DONE]
     lane_row[LANE_DONE] += 1

@@ -46,6 +46,7 @@ class Group(NamedTuple):
     TABLES_AT,
     WIDE,  # entries of a table by a rank's padded tokens
     ALL,  # of one by those of all ranks
+    PER,  # tokens to an entry of that
     TOGETHER_AT,
     FIRSTS_AT,
     HEARD_AT,
@@ -78,7 +79,7 @@ class Group(NamedTuple):
     NEWEST_STEP,
     PUBLISHED_MS,
     GROUP_SIZE,
-) = range(49)
+) = range(50)
 
 # Columns of `Group.members`.
 (

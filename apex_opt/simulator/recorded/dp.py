@@ -98,6 +98,7 @@ def _pool(config: Mapping[str, Any]) -> EnginePool:
         padded_ns=base + token * np.arange(most + 1, dtype=np.int64),
         decode_ns=together,
         mixed_ns=together,
+        eager_ns=np.zeros_like(together),
         graph_ns=NS_PER_US * np.array(graph_us, np.int64),
     )
     own = linear_law(base_ns=0, token_ns=0, context_ns=context, max_num_seqs=seqs, max_num_batched_tokens=tokens)

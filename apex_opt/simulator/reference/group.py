@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apex_opt.simulator.outcome import BatchCounts, GroupLog, SharedCounts
-from apex_opt.simulator.ranks import DUMMY, VOTE, agree, forward_ns
+from apex_opt.simulator.ranks import DUMMY, EAGER, VOTE, agree, forward_ns
 from apex_opt.simulator.reference.coordinator import (
     Coordinator,
     Counts,
@@ -27,6 +27,7 @@ from apex_opt.simulator.reference.coordinator import (
     Wanted,
 )
 from apex_opt.simulator.reference.schedulers import SCHEDULERS
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -63,7 +64,7 @@ class Forwards:
         self._number = [0] * pool.ranks.count  # of each rank's next part
         self._submitted: dict[int, list[tuple[int, int, Rows]]] = {}  # (rank, when, rows) by the forward
         self.done: list[Forward] = []
-        self.decode, self.mixed = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(2))
+        self.decode, self.mixed, self.eager = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(3))
 
     def submit(self, rank: int, now_ns: int, rows: Rows) -> int:
         """A rank submits its part of a forward; the number of that.
@@ -106,7 +107,9 @@ class Forwards:
             if stage + 1 < len(self._laws):
                 end += int(law.transfer_ns[min(max(agreed.padded), len(law.transfer_ns) - 1)])
         padded = sum(agreed.padded)
-        (self.decode if agreed.decoding else self.mixed)[padded] += 1
+        entry = ceil_div(padded, self._ranks.shared[0].per)
+        (self.decode if agreed.decoding else self.mixed)[entry] += 1
+        self.eager[entry] += not agreed.decoding and agreed.mode == EAGER
         self.done.append(Forward(agreed_ns, start, end, agreed.mode, padded))
 
 
@@ -356,7 +359,10 @@ class Group:
             return None
         (forwards,) = self.forwards
         return SharedCounts(
-            decode=forwards.decode, mixed=forwards.mixed, dummies=sum(rank.dummies for rank in self.members)
+            decode=forwards.decode,
+            mixed=forwards.mixed,
+            eager=forwards.eager,
+            dummies=sum(rank.dummies for rank in self.members),
         )
 
     @property

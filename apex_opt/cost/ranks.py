@@ -1,0 +1,194 @@
+"""From the cells of a stage to the law of ranks that run in step: what each does for itself, and what all share.
+
+Attention, and whatever goes along with it, is a rank's own: a forward waits for the slowest. What copies of the FFN do
+with the tokens of several ranks, and the collectives that gather these, is shared: its tables go by the mean tokens of
+a rank, rounded up, as a forward of so many tokens on every rank.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from apex_opt.cost.cells import Operations, Tables
+from apex_opt.cost.least import Least
+from apex_opt.cost.work import Work
+from apex_opt.plans.memory import stage_runs
+from apex_opt.simulator.law import BatchLaw
+from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from apex_opt.cost.cells import Parts
+    from apex_opt.cost.stage import Piece, Pieces, StageCosts
+    from apex_opt.cost.work import Floats
+    from apex_opt.plans.layout import Layout
+    from apex_opt.plans.plan import Plan
+
+_TOGETHER: Final = ("together decode", "together mixed", "together eager")
+_KEPT: Final = 16
+
+
+def in_step(plan: Plan) -> bool:
+    """Whether the attention copies of a plan share more than an address: whole copies run on their own."""
+    return plan.attention.dp != plan.ffn.dp
+
+
+class RankCosts:
+    """Costs of stages whose attention copies are ranks, on GPUs of one type, at one clock and within one set of limits.
+
+    Parameters
+    ----------
+    costs : StageCosts    of the same, with the limits of one rank
+    """
+
+    def __init__(self, costs: StageCosts) -> None:
+        self._costs = costs
+        self._own = costs.operations.as_own()
+        self._of_all: dict[tuple[int, int], Operations] = {}
+        self._stages = lru_cache(maxsize=_KEPT)(self._stage)
+        self._least_of_all = cache(lambda *what: Least.together(costs.piece(*what).parts, costs.piece(*what).seconds))
+
+    def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, SharedLaw, Pieces]:
+        """A rank's own law, what all ranks share, and the operations of one stage of a plan.
+
+        Parameters
+        ----------
+        plan
+        index : int    of the stage
+        layout
+        """
+        return self._stages(plan.times(1), index, layout)
+
+    def _stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, SharedLaw, Pieces]:
+        costs, tables = self._costs, self._costs.tables
+        runs, last = stage_runs(costs.model, plan.layers)[index], index == plan.stages - 1
+        overlapped = costs.settings.async_scheduling or plan.stages > 1
+        kernels = np.zeros(2, np.int64)
+        for run in runs:
+            kernels += run.count * costs.operations.kernels(run.block, plan.attention, plan.ffn)
+        captured, launched = (int(number) for number in kernels)
+        own = [(n, costs.piece(*what)) for n, what in costs.made_of(plan, layout, runs, index == 0, last, self._own)]
+        seconds = costs.sum_of(own)
+        together: list[tuple[int, Piece]] = []
+        if in_step(plan):
+            for operations in self._operations(plan):
+                made = costs.made_of(plan, layout, runs, False, False, operations)
+                together += [(n, piece) for n, what in made if (piece := costs.piece(*what)).parts]
+            shared = self._sum_of(together)
+            # What a rank computes of a forward of so many tokens on average, which its launches may take longer than.
+            mean = np.minimum(tables.tokens, len(tables.sequences) - 1)
+            busy = {
+                "decode": seconds["decode_ns"][mean] + shared["together decode"],
+                "mixed": seconds["mixed_ns"] + seconds["chunk_ns"] + shared["together mixed"],
+            }
+            together.append((1, costs.summed(self._engine(overlapped, captured, launched, busy))))
+            each = Work.waiting(costs.profile.power, costs.overhead.sequence_s * tables.sequences.astype(np.float64))
+            engine = costs.summed({("engine", "decode_ns"): each, ("engine", "sequence_ns"): each})
+        else:
+            engine = costs.summed(costs.engine(overlapped, captured, launched, seconds, 1))
+        for table, values in engine.seconds.items():
+            seconds[table] += values
+        seconds["transfer_ns"] = np.zeros(len(tables.tokens))
+        if not last:
+            whole = next(self._operations(plan))
+            seconds["transfer_ns"] = whole.transfer(costs.model, plan.attention, layout)
+        shared = self._sum_of(together)
+        law: dict[str, Any] = {name: costs.integers(values, name) for name, values in seconds.items()}
+        sums = SharedLaw(
+            padded_ns=np.zeros_like(tables.tokens),
+            decode_ns=costs.integers(shared["together decode"]),
+            mixed_ns=costs.integers(shared["together mixed"]),
+            eager_ns=costs.integers(shared["together eager"]),
+            graph_ns=np.zeros(3, np.int64),
+            per=plan.attention.dp if in_step(plan) else 1,
+        )
+        return BatchLaw(**law), sums, (*own, *together, (1, engine))
+
+    def group(self, plan: Plan, shared: Sequence[SharedLaw]) -> Ranks:
+        """The ranks of a replica of a plan.
+
+        A batch that only decodes is padded to the next captured size and runs as one graph, another one with few tokens
+        as graphs of its pieces, both as the engine has them. Messages among ranks take no time.
+        """
+        tables, overhead = self._costs.tables, self._costs.overhead
+        largest = max(overhead.captured_sizes, default=0)
+        padding = Padding(
+            decode_mode=np.where(tables.sequences <= largest, FULL, EAGER),
+            decode_rows=tables.padded,
+            mixed_mode=np.where(tables.tokens <= overhead.captured_tokens, PIECEWISE, EAGER),
+            mixed_rows=tables.tokens,
+        )
+        return Ranks(count=plan.attention.dp, lockstep=in_step(plan), padding=padding, shared=tuple(shared))
+
+    def _operations(self, plan: Plan) -> Iterator[Operations]:
+        """Operations on the tokens of all ranks, for each number of parts that these are dealt to."""
+        costs, count = self._costs, plan.attention.dp
+        whole = costs.operations
+        for parts in sorted({1, plan.ffn.dp}):
+            key = count, parts
+            if key not in self._of_all:
+                tokens = -(-count * costs.tables.tokens // parts)
+                tables = Tables(tokens, costs.tables.sequences, costs.tables.padded)
+                fused = tuple(whole.fused)
+                made = Operations(tables, costs.profile, costs.collectives, whole.routing, fused, whole.held)
+                made.role, made.called = parts, whole.called
+                self._of_all[key] = made
+            yield self._of_all[key]
+
+    def _sum_of(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
+        """Sums of what all ranks do together, per table."""
+        seconds = {name: np.zeros(len(self._costs.tables.tokens)) for name in _TOGETHER}
+        for count, piece in pieces:
+            for table, values in piece.seconds.items():
+                seconds[table] += count * values
+        return seconds
+
+    def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats]) -> Parts:
+        """The engine's own time in a forward of all ranks: see `StageCosts.engine`.
+
+        Parameters
+        ----------
+        overlapped : bool               whether the host forms the next batch while this one runs
+        captured, launched : int        kernels of a forward, from captured graphs and one by one
+        busy : dict of float64[n]       seconds of those of a forward, by the mean tokens of a rank
+        """
+        overhead, power, some = self._costs.overhead, self._costs.profile.power, self._costs.tables.tokens > 0
+        step_s = overhead.step_s if overlapped else overhead.blocking_step_s
+        step_s += captured * self._costs.operations.gap_s
+        decode, mixed = np.where(some, step_s, 0.0), np.where(some, step_s + overhead.mixed_step_s, 0.0)
+        launch_s = launched * overhead.launch_s
+        waiting = np.where(some, np.maximum(launch_s - busy["mixed"] - mixed, 0.0), 0.0)
+        if not overhead.captured_sizes:
+            decode = decode + np.where(some, np.maximum(launch_s - busy["decode"] - decode, 0.0), 0.0)
+        return {
+            ("engine", "together decode"): Work.waiting(power, decode),
+            ("engine", "together mixed"): Work.waiting(power, mixed),
+            ("engine", "together eager"): Work.waiting(power, waiting),
+        }
+
+    def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
+        """What a forward takes at least, piece by piece: no less than the mean of the ranks' own and what all share.
+
+        Parameters
+        ----------
+        plan, layout
+        """
+        costs, count, runs = self._costs, plan.attention.dp, self._costs.model.runs
+        for n, what in costs.made_of(plan, layout, runs, True, True, self._own):
+            yield n, costs.piece(*what).least.of_a_rank(count)
+        if in_step(plan):
+            for operations in self._operations(plan):
+                for n, what in costs.made_of(plan, layout, runs, False, False, operations):
+                    yield n, self._least_of_all(*what).by_mean(count)
+        overhead = costs.overhead
+        step_s = overhead.blocking_step_s
+        if costs.settings.async_scheduling or plan.stages > 1:
+            step_s = overhead.step_s
+        yield plan.stages, Least(decode=step_s, mixed=step_s + overhead.mixed_step_s)
+        kernels = sum(run.count * int(costs.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in runs)
+        gaps = kernels * costs.operations.gap_s
+        yield 1, Least(decode=gaps, mixed=gaps)

@@ -1,0 +1,54 @@
+"""apex_opt.cost.ranks: what ranks do for themselves and what they share add up to a stage, and bounds lie below it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, sparse
+
+from apex_opt.cost import CostModel
+from apex_opt.plans.plan import parse_plan
+from apex_opt.search.bounds import StageFloor
+from apex_opt.simulator.ranks import DUMMY, agree, alike_ns, forward_ns
+
+MODEL = make_model((sparse(), 3), (dense(), 1))
+
+
+@pytest.mark.parametrize("text", ["attn(dp4) ffn(ep4)", "attn(dp4) ffn(tp4)", "attn(dp2,tp2) ffn(ep4)"])
+def test_the_slowest_rank_sets_its_own_part_and_all_tokens_what_is_shared(text: str) -> None:
+    cost = CostModel(MODEL, make_cluster(4), SMALL, OVERHEAD).plan_cost(parse_plan(text, MODEL))
+    (law,), ranks = cost.laws, cost.ranks
+    assert ranks is not None and ranks.in_step
+    (shared,) = ranks.shared
+    busy, light = [(1, 900)] * 8, [(1, 100)] * 8
+    everyone = alike_ns(law, ranks, 0, busy)
+    batches = [busy] + [light] * (ranks.count - 1)
+    assert (
+        forward_ns(law, shared, agree(ranks.padding, batches), batches) == everyone
+    )  # attention waits for the longest
+    lone = [busy] + [DUMMY] * (ranks.count - 1)
+    assert forward_ns(law, shared, agree(ranks.padding, lone), lone) == everyone  # dummies are padded as the others
+    chunk = [[(200, 200)]] + [DUMMY] * (ranks.count - 1)
+    assert forward_ns(law, shared, agree(ranks.padding, chunk), chunk) < alike_ns(law, ranks, 0, [(200, 200)])
+
+
+def test_whole_copies_are_ranks_of_their_own_with_the_law_of_one() -> None:
+    model = make_model((dense(), 4))
+    costs = CostModel(model, make_cluster(4), SMALL, OVERHEAD)
+    copies, one = (costs.plan_cost(parse_plan(text, model)) for text in ("attn(dp2,tp2) ffn(dp2,tp2)", "tp2"))
+    assert copies.ranks is not None and not copies.ranks.in_step and copies.ranks.count == 2
+    for name in ("decode_ns", "mixed_ns", "sequence_ns", "context_rate", "pair_rate"):
+        assert np.array_equal(getattr(copies.laws[0], name), getattr(one.laws[0], name)), name
+
+
+@pytest.mark.parametrize(
+    "text", ["attn(dp4) ffn(ep4)", "attn(dp4) ffn(tp4)", "attn(dp2,tp2) ffn(ep4)", "attn(dp4) ffn(dp4)"]
+)
+def test_the_floor_of_the_mean_stage_lies_below_that_of_the_law(text: str) -> None:
+    costs = CostModel(MODEL, make_cluster(4), SMALL, OVERHEAD)
+    plan = parse_plan(text, MODEL)
+    cost = costs.plan_cost(plan)
+    (floor,) = StageFloor.of_pool(cost.laws, cost.ranks)
+    mean = StageFloor.mean(costs.least(plan), 1, 1)
+    for name in ("batch_ns", "token_ns", "decode_token_ns", "pair_rate", "context_rate"):
+        assert getattr(mean, name) <= getattr(floor, name) + 1, name
