@@ -119,7 +119,7 @@ def grouped(draw: st.DrawFn, loop: Loop, traffic: Traffic) -> tuple[Case, tuple[
     """An engine over random groups of layers, and enough blocks for its longest request."""
     case = draw(cases(loop, traffic))
     case = case.having(laws=case.laws[:1])
-    limits = case.settings.max_num_batched_tokens, case.settings.long_prefill_token_threshold
+    limits = case.settings.max_num_batched_tokens, case.settings.scheduler.prompt_threshold
     assume(not case.settings.prefix_caching or min(filter(None, limits)) >= case.settings.block_size)
     caching, size = case.settings.prefix_caching, case.settings.block_size
     window = st.builds(

@@ -89,7 +89,9 @@ VARIANTS: Final = {
     "caching ranks": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS), (RANKS_CACHING,), ranks=2
     ),
-    "sglang": Variant(EngineSettings(max_model_len=4, scheduler=SglangScheduling(), **_LIMITS), (SERVE_SGLANG,)),
+    "sglang": Variant(
+        EngineSettings(max_model_len=4, block_size=1, scheduler=SglangScheduling(), **_LIMITS), (SERVE_SGLANG,)
+    ),
     "sglang caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
         (SERVE_SGLANG_CACHING,),
