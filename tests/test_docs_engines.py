@@ -86,7 +86,8 @@ def defaults() -> str:
     for setting in dict.fromkeys(setting for kind in kinds.values() for setting in kind.defaults):
         for name, kind in kinds.items():
             if default := kind.defaults.get(setting):
-                parts = [*(f"{value} below {gib} GiB" for gib, value in default.below_gib), str(default.value).lower()]
+                value = str(default.value).lower() if isinstance(default.value, bool) else str(default.value)
+                parts = [*(f"{less} below {gib} GiB" for gib, less in default.below_gib), value]
                 lines.append(f"| `{setting}` | {name} | {', else '.join(parts)} | {default.source} |")
     return "\n".join(lines)
 

@@ -134,3 +134,18 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     with pytest.raises(error, match=message) as caught:
         speculations(LLAMA, parse_speculation(speculation), acceptance)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"accepted": [1], "propose": [1]}, "holds 'propose'; known: accepted, proposed"),
+        ([1, 9], "holds 9, not a count of drafts from 0 to 8"),
+        ({"proposed": [1]}, "must hold a list of counts, or accepted and proposed"),
+    ],
+)
+def test_a_file_of_counts_with_what_it_cannot_hold_is_refused(content: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        speculations(LLAMA, parse_speculation("eagle:3"), str(path))

@@ -234,3 +234,28 @@ def test_kernel_replays_the_recording_as_plain_python() -> None:
 def test_kernel_replays_the_recording_with_every_index_checked(tmp_path: Path) -> None:
     names = [name for name in RECORDED if name.startswith("random-")]
     replay_in_subprocess(names, {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (None, "a case is a mapping, got 'None'"),
+        ({"config": None}, "config must be a mapping, got 'None'"),
+        ({"config": SMALL | {"async_scheduling": 2}}, "config.async_scheduling must be true or false, got '2'"),
+        ({"config": SMALL | {"chunked_prefill": "false"}}, "chunked_prefill must be true or false, got 'false'"),
+        ({"config": SMALL | {"max_num_seqs": True}}, "config.max_num_seqs must be a whole number, got 'True'"),
+        ({"config": SMALL | {"max_model_len": 10**30}}, "config.max_model_len must be below"),
+        ({"config": SMALL | {"stage_weight": None}}, "config.stage_weight must be a list, got 'None'"),
+        ({"trace": 5}, "trace must be a list with a row for each request, got '5'"),
+        ({"trace": [[0, 5, 3], None]}, "trace: row 1 must be a list of whole numbers"),
+        ({"trace": [[0, 5, 3], [-1, 5, 3]]}, "trace: row 1 must be a list of whole numbers"),
+        ({"accept": [[1], ["1"]]}, "accept: row 1 must be a list of whole numbers"),
+    ],
+)
+def test_a_case_of_another_form_is_refused_by_the_name_of_its_entry(
+    changed: dict[str, Any] | None, message: str, implementation: Implementation
+) -> None:
+    case: Any = changed if changed is None else {"config": SMALL, "trace": [[0, 5, 3]]} | changed
+    with pytest.raises(UsageError, match=message):
+        replay_case("plain", case, implementation)

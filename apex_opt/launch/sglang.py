@@ -31,11 +31,7 @@ class Sglang:
 
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         plan = asked.plan
-        found = [
-            "SGLang computes prompts and next tokens in batches of their own, the figures are of batches that mix "
-            "them; --enable-mixed-chunk comes nearer: check",
-            "--mem-fraction-static is the share of memory that weights and KV cache take in the plan: check",
-        ]
+        found = ["--mem-fraction-static is the share of memory that weights and KV cache take in the plan: check"]
         if plan.attention.dp > 1 and not asked.whole_copies:
             found.append(
                 f"later releases spell --dp-size {plan.attention.dp} --enable-dp-attention as --attn-dp-size "

@@ -213,6 +213,8 @@ def _read(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     content = {"accepted": content} if isinstance(content, list) else content
     if not isinstance(content, dict) or "accepted" not in content:
         raise InputError(f"--acceptance: {path} must hold a list of counts, or accepted and proposed with one each")
+    if unknown := [key for key in content if key not in ("accepted", "proposed")]:
+        raise InputError(f"--acceptance: {path} holds {shown(unknown[0])}; known: accepted, proposed")
     return tuple(_counts(path, "accepted", content)), tuple(_counts(path, "proposed", content))
 
 
@@ -222,6 +224,8 @@ def _counts(path: str, name: str, content: dict[str, object]) -> Iterator[int]:
     if not isinstance(values, list) or (name == "accepted" and not values):
         raise InputError(f"--acceptance: {name} of {path} must be a list of counts")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise InputError(f"--acceptance: {name} of {path} holds {shown(value)}, not a count of drafts from 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_DRAFTS:
+            raise InputError(
+                f"--acceptance: {name} of {path} holds {shown(value)}, not a count of drafts from 0 to {MOST_DRAFTS}"
+            )
         yield value

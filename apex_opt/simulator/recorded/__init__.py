@@ -6,13 +6,12 @@ A kind of recording is a module of this package of the same name, whose `replay_
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Final, get_args
+from collections.abc import Mapping
+from typing import Any, Final, get_args
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.simulator.api import Implementation
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from apex_opt.simulator.recorded.case import check_forms
 
 KINDS: Final = {
     "plain": ("config", "trace"),
@@ -48,8 +47,11 @@ def replay_case(kind: str, case: Mapping[str, Any], implementation: Implementati
         raise UnknownNameError("kind of recording", str(kind)[:60], KINDS)
     if implementation not in get_args(Implementation):
         raise UnknownNameError("implementation", str(implementation)[:60], get_args(Implementation))
+    if not isinstance(case, Mapping):
+        raise UsageError(f"a case is a mapping, got {str(case)[:60]!r}")
     if missing := [key for key in KINDS[kind] if key not in case]:
         raise UsageError(f"a case of kind {kind} holds {', '.join(KINDS[kind])}; missing: {', '.join(missing)}")
+    check_forms(case)
     module = importlib.import_module(f"apex_opt.simulator.recorded.{kind}")
     replayed: dict[str, Any] = module.replay_case(case, implementation)
     return replayed

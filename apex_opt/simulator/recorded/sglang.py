@@ -119,6 +119,8 @@ def _content(config: Mapping[str, Any], rows: list[list[int]], ids: list[int]) -
     ids : list of int    that they were recorded with
     """
     shared, groups = whole_numbers("shared", [config["shared_prefix"], config["shared_groups"]], 2)
+    if groups == 0:
+        raise UsageError("config: shared_groups must be from 1, got 0")
     count = groups * shared  # the numbers of shared tokens; pieces are single tokens
     pieces: list[int] = []
     starts, own, last = [0], [], []

@@ -44,6 +44,10 @@ def replay_case(
         raise join_faults("a request has 5", short)
     if config["draft_kind"] not in _METHODS:
         raise UnknownNameError("kind of drafts", str(config["draft_kind"])[:60], _METHODS)
+    if not groups and config["draft_tokens"] == 0:
+        raise UsageError("config: draft_tokens is 0; a case of kind spec makes 1 to 8, without drafts it is plain")
+    if config["draft_tokens"] and case["accept"] is None:
+        raise UsageError("case: accept is missing, a list of accepted drafts for each request")
     order = np.argsort([row[0] for row in rows], kind="stable").tolist()  # as `make_trace` sorts
     settings = vllm_settings(
         config,
