@@ -674,7 +674,7 @@ def test_a_fit_prints_sections_to_copy_and_writes_nothing(tmp_path: Path) -> Non
     assert (ran.code, json.loads(ran.out)["runs"]) == (0, 1)
     assert "fitting step_s ..." in ran.err
     document = json.loads(ran.out)
-    assert list(tomllib.loads(document["engine_toml"])) == ["vllm"]
+    assert list(tomllib.loads(document["engine_toml"])) == ["own_time"]
     (board,) = document["boards"]
     assert set(tomllib.loads(board["power_toml"])["power"]) == {*board["coefficients"], "source"}
     table = run(*words).out

@@ -250,8 +250,8 @@ def test_a_new_accelerator_needs_a_file_and_no_code(tmp_path: Path) -> None:
     assert dict(cluster.gpu.sources)["tdp_w"] == "vendor sheet"
     assert cluster.gpu.idle_w == pytest.approx(600 * 125 / 700)
     assert "assumed" in dict(cluster.gpu.sources)["idle_w"]
-    assert cluster.link_between([0, 15]).bytes_per_s == 200e9
-    assert cluster.link_between([0, 16]).kind == "ethernet"
+    assert cluster.inter is not None
+    assert (cluster.gpus_per_node, cluster.intra.bytes_per_s, cluster.inter.kind) == (16, 200e9, "ethernet")
     assert not cluster.gpu.overlapped_launch
     launching = NEW_GPU.replace("tdp_w = 600", "tdp_w = 600\noverlapped_launch = true")
     assert load_cluster(write(tmp_path, launching)).gpu.overlapped_launch

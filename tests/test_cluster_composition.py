@@ -216,7 +216,7 @@ def test_every_preset_loads_alone_and_twice_and_every_figure_has_a_source(name: 
     assert cluster.inter is not None
     # The uniform cluster never promises more than a transfer gets.
     for a, b in combinations(range(0, cluster.size, 3), 2):
-        link = cluster.link_between([a, b])
+        link = cluster.intra if a // cluster.gpus_per_node == b // cluster.gpus_per_node else cluster.inter
         assert link.bytes_per_s <= two.bandwidth(two.gpus()[a], two.gpus()[b]) * (1 + 1e-12)
         assert link.latency_s >= two.latency(two.gpus()[a], two.gpus()[b]) * (1 - 1e-12)
 

@@ -435,6 +435,7 @@ def test_slower_hardware_and_rarer_requests_scale_all_times_alike(
         finish_ns=once.finish_ns * k,
         busy_ns=once.busy_ns * k,
         steps=[(start * k, end * k, rows, lost) for start, end, rows, lost in batches(once)],
+        gaps_ns=None if once.gaps_ns is None else once.gaps_ns * k,
     )
     assert_same(slower, expected)
 

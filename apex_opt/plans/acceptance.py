@@ -71,7 +71,7 @@ def parse_speculation(text: str) -> tuple[Drafter | None, ...]:
     """
     found: list[Drafter | None] = []
     for part in text.split(","):
-        if part.strip().lower() == "none":
+        if part.strip() == "none":
             found.append(None)
         elif match := _RANGE.fullmatch(part.strip()):
             first, last = int(match[2]), int(match[3])
