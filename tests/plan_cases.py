@@ -11,6 +11,7 @@ import numpy as np
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cluster.types import Cluster, Gpu, Link
+from apex_opt.cost import CostModel
 from apex_opt.cost.engine import EngineOverhead
 from apex_opt.engines import EngineRules, Held
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
@@ -31,6 +32,9 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pytest
+
+    from apex_opt.cost import PlanCost
     from apex_opt.figures.metrics import Metrics
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
@@ -513,6 +517,23 @@ def every_deployment(scorer: Scorer) -> list[Deployment]:
             cuts = [cut.times(count) for cut, counts in pipelines(both) for count in counts]
             found += [Deployment.of(plan) for plan in map(splits, cuts) if plan is not None]
     return found
+
+
+def double_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every time of every plan, what its ranks share and requests outside the engine included, be twice as long."""
+    plan_cost, request_ns = CostModel.plan_cost, CostModel.request_ns.fget
+
+    def slower(self: CostModel, plan: Plan) -> PlanCost:
+        cost = plan_cost(self, plan)
+        return replace(
+            cost,
+            laws=tuple(law.scaled(2) for law in cost.laws),
+            request_ns=2 * cost.request_ns,
+            ranks=None if cost.ranks is None else cost.ranks.scaled(2),
+        )
+
+    monkeypatch.setattr(CostModel, "plan_cost", slower)
+    monkeypatch.setattr(CostModel, "request_ns", property(lambda self: 2 * request_ns(self)))
 
 
 def random_goal(rng: np.random.Generator, metrics: Metrics, factor: float) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from typing import Any
+
 import numpy as np
 import pytest
 from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, sparse
@@ -9,7 +12,7 @@ from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, sparse
 from apex_opt.cost import CostModel
 from apex_opt.plans.plan import parse_plan
 from apex_opt.search.bounds import StageFloor
-from apex_opt.simulator.ranks import DUMMY, agree, alike_ns, forward_ns
+from apex_opt.simulator.ranks import DUMMY, EAGER, FULL, PIECEWISE, SharedLaw, agree, alike_ns, forward_ns
 
 MODEL = make_model((sparse(), 3), (dense(), 1))
 
@@ -30,6 +33,29 @@ def test_the_slowest_rank_sets_its_own_part_and_all_tokens_what_is_shared(text: 
     assert forward_ns(law, shared, agree(ranks.padding, lone), lone) == everyone  # dummies are padded as the others
     chunk = [[(200, 200)]] + [DUMMY] * (ranks.count - 1)
     assert forward_ns(law, shared, agree(ranks.padding, chunk), chunk) < alike_ns(law, ranks, 0, [(200, 200)])
+
+
+def test_ranks_with_twice_the_times_take_twice_as_long_and_are_padded_as_before() -> None:
+    cost = CostModel(MODEL, make_cluster(4), SMALL, OVERHEAD).plan_cost(parse_plan("attn(dp4) ffn(ep4)", MODEL))
+    assert cost.ranks is not None
+    random = np.random.default_rng(3)
+    changes: dict[str, Any] = {
+        field.name: random.integers(1, 999, len(value))
+        for field in fields(SharedLaw)
+        if isinstance(value := getattr(cost.ranks.shared[0], field.name), np.ndarray)
+    }
+    ranks = replace(cost.ranks, sync_ns=3, send_ns=5, control_ns=7, shared=(replace(cost.ranks.shared[0], **changes),))
+    twice = ranks.scaled(2)
+    assert (twice.sync_ns, twice.send_ns, twice.control_ns) == (6, 10, 14)
+    assert (twice.count, twice.lockstep, twice.front_ends) == (ranks.count, ranks.lockstep, ranks.front_ends)
+    for rows in ([(1, 900)] * 3, [(200, 200), (1, 50)], [(17, 40)]):
+        batches = [rows] + [DUMMY] * 3
+        for mode in (EAGER, PIECEWISE, FULL):
+            agreed = agree(ranks.padding, batches)._replace(mode=mode)
+            assert agree(twice.padding, batches)._replace(mode=mode) == agreed
+            once_ns = forward_ns(cost.laws[0], ranks.shared[0], agreed, batches)
+            twice_ns = forward_ns(cost.laws[0].scaled(2), twice.shared[0], agreed, batches)
+            assert twice_ns == pytest.approx(2 * once_ns, abs=2 * len(rows))  # rates are rounded once a sequence
 
 
 def test_whole_copies_are_ranks_of_their_own_with_the_law_of_one() -> None:

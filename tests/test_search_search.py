@@ -15,6 +15,7 @@ import pytest
 from plan_cases import (
     Short,
     dense,
+    double_times,
     make_cluster,
     make_model,
     make_problem,
@@ -24,7 +25,6 @@ from plan_cases import (
 )
 from search_cases import ROWS, SPACE, answer_of, every, every_of, mixed_problem, pools_of, problem_of, rank
 
-from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import tally
 from apex_opt.figures import load_objective, load_objectives, parse_goals
@@ -35,8 +35,6 @@ from apex_opt.search import Answer, Problem, Scored, Scorer, judge, search
 from apex_opt.workload import load_trace, make_trace
 
 if TYPE_CHECKING:
-    from apex_opt.cost import PlanCost
-    from apex_opt.plans.plan import Plan
     from apex_opt.search import Part
 
 PLACES = range(len(ROWS))
@@ -297,15 +295,7 @@ def test_twice_the_times_of_everything_double_the_optimum_and_choose_the_same_pl
     model, trace = make_model((dense(hidden=1024, columns=4096), 7)), random_trace(3, 40)
     problem = make_problem(model, make_cluster(4), trace, objective="e2e_p95")
     once = search(problem, SPACE)
-    original = CostModel.plan_cost
-
-    def slower(self: CostModel, plan: Plan) -> PlanCost:
-        cost = original(self, plan)
-        return replace(cost, laws=tuple(law.scaled(2) for law in cost.laws), request_ns=2 * cost.request_ns)
-
-    own_ns = CostModel.request_ns.fget
-    monkeypatch.setattr(CostModel, "plan_cost", slower)
-    monkeypatch.setattr(CostModel, "request_ns", property(lambda self: 2 * own_ns(self)))
+    double_times(monkeypatch)
     twice = search(replace(problem, trace=trace.stretched(2)), SPACE)
     assert once.best is not None
     assert twice.best is not None

@@ -13,6 +13,7 @@ from plan_cases import (
     OTHERS,
     Short,
     dense,
+    double_times,
     every_deployment,
     make_cluster,
     make_model,
@@ -21,7 +22,6 @@ from plan_cases import (
     random_trace,
 )
 
-from apex_opt.cost import CostModel
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import tally
 from apex_opt.figures import parse_goals
@@ -39,8 +39,6 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from apex_opt.cost import PlanCost
-    from apex_opt.plans.plan import Plan
     from apex_opt.search import Problem
     from apex_opt.search.ledger import Part
     from apex_opt.studies.capacity_answer import Capacity
@@ -202,15 +200,7 @@ def test_twice_the_times_of_everything_halve_the_rate(monkeypatch: pytest.Monkey
     model, trace = make_model((dense(hidden=1024, columns=4096), 7)), random_trace(3, 80)
     problem = make_problem(model, make_cluster(4), trace, "ttft_p95<=12ms,tpot_mean<=0.9ms")
     once = highest_rate(problem, SPACE)
-    original = CostModel.plan_cost
-
-    def slower(self: CostModel, plan: Plan) -> PlanCost:
-        cost = original(self, plan)
-        return replace(cost, laws=tuple(law.scaled(2) for law in cost.laws), request_ns=2 * cost.request_ns)
-
-    own_ns = CostModel.request_ns.fget
-    monkeypatch.setattr(CostModel, "plan_cost", slower)
-    monkeypatch.setattr(CostModel, "request_ns", property(lambda self: 2 * own_ns(self)))
+    double_times(monkeypatch)
     goals = parse_goals("ttft_p95<=24ms,tpot_mean<=1.8ms")
     twice = highest_rate(replace(problem, trace=trace.stretched(2), slos=goals), SPACE)
     assert once.plans[0].next_rate_per_s is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
@@ -68,6 +68,11 @@ class SharedLaw:
     eager_ns: I64
     graph_ns: I64
     per: int = 1
+
+    def scaled(self, factor: int) -> SharedLaw:
+        """The law with every time multiplied by an integer."""
+        tables = ("padded_ns", "decode_ns", "mixed_ns", "eager_ns", "graph_ns")
+        return replace(self, **{name: getattr(self, name) * factor for name in tables})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -139,6 +144,16 @@ class Ranks:
             mixed_rows=mixed,
         )
         return cls(count=count, padding=padding, shared=(shared,) * stages)
+
+    def scaled(self, factor: int) -> Ranks:
+        """The ranks with every time that they share, and that of every message, multiplied by an integer."""
+        return replace(
+            self,
+            sync_ns=self.sync_ns * factor,
+            send_ns=self.send_ns * factor,
+            control_ns=self.control_ns * factor,
+            shared=tuple(law.scaled(factor) for law in self.shared),
+        )
 
     @property
     def in_step(self) -> bool:
