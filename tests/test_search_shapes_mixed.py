@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from search_cases import GPUS, SPACE, deployments, every, pools_of, rank
 from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.figures import load_objective
 from apex_opt.search import Scorer, search
+from apex_opt.search.best_first import ROUND
 from apex_opt.search.incumbent import Best
 from apex_opt.search.option import options_of
 from apex_opt.search.search import silent
@@ -125,16 +127,18 @@ def test_scouts_are_the_best_of_each_type_side_by_side_within_the_gpus_there_are
         options_of(single.facts, pools, silent) for single, pools in zip(singles, pools_of(problem), strict=True)
     ]
     shape = Mixed(problem, singles, options, Best(problem, 1).admits, silent)
-    alone = [search(problem.alone(place), SPACE, top=4).candidates[:2] for place in range(2)]
+    alone = [search(problem.alone(place), SPACE, top=6).candidates for place in range(2)]
     found = shape.scouts(alone)
     texts = {tuple(str(pool.plan) for pool in deployment.pools) for deployment, _ in found}
-    assert texts <= {(str(one.plan), str(other.plan)) for one in alone[0] for other in alone[1]}
-    assert found
+    pairs = list(product(*(good[:ROUND] for good in alone)))
+    small = [pair for pair in pairs if sum(one.devices for one in pair) <= 3]
+    assert texts == {tuple(str(one.plan) for one in pair) for pair in small}
+    assert 0 < len(small) < len(pairs) < len(alone[0]) * len(alone[1])
     for deployment, bound in found:
         assert deployment.devices <= 3
         assert bound <= problem.costs(scorer.simulate(deployment).metrics)
-    small = [one for one in search(problem.alone(1), SPACE, top=9).candidates if one.devices == 1]
-    heaviest = shape.scouts([[], small])
+    single = [one for one in search(problem.alone(1), SPACE, top=9).candidates if one.devices == 1]
+    heaviest = shape.scouts([[], single])
     assert max(options[0], key=lambda option: option.weight).pool in {one.pools[0] for one, _ in heaviest}
 
 
