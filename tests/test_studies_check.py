@@ -161,7 +161,9 @@ def test_a_bound_above_what_a_plan_costs_is_found_out(monkeypatch: pytest.Monkey
 # ---- several types of GPU ---------------------------------------------------------------------------------------
 
 
-MIXED = range(12)
+MIXED = (1, 2, 4, 5, 7, 9, 11, 13, 15, 18, 25, 33)
+"""Seeds whose answers, among them, simulate every shape."""
+MORE_MIXED = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(60) if seed not in MIXED]
 
 
 @cache
@@ -170,7 +172,7 @@ def mixed(seed: int) -> tuple[Problem, Answer]:
     return problem, search(problem, SPACE)
 
 
-@pytest.mark.parametrize("seed", MIXED)
+@pytest.mark.parametrize("seed", [*MIXED, *MORE_MIXED])
 def test_the_ledger_of_every_answer_over_two_types_holds_when_replayed(seed: int) -> None:
     problem, answer = mixed(seed)
     found = check(problem, answer, SPACE, deployment)
@@ -209,7 +211,7 @@ def test_fleets_for_which_there_is_too_little_to_do_are_counted_as_such_whatever
 @pytest.mark.parametrize("aims", ["cost,e2e_mean", "e2e_mean~20%,energy"])
 def test_the_ledgers_of_several_objectives_over_two_types_hold_when_replayed(aims: str) -> None:
     objective, *then = load_objectives(aims)
-    for seed in range(4):
+    for seed in (9, 11, 25, 33):
         problem = replace(random_mixed(seed), objective=objective, then=tuple(then))
         assert check(problem, search(problem, SPACE), SPACE, deployment).disagreements == ()
 
