@@ -98,7 +98,7 @@ def test_program_and_oracle_agree_on_many_problems_with_drafts(seed: int) -> Non
 def test_what_makes_drafts_decides_whether_plans_fit() -> None:
     """Of plans cut alike, some fit without drafts alone."""
     eagle, fewer = Drafter(method="eagle", draft_tokens=5), 0
-    for seed in range(8):
+    for seed in range(16):
         instance = random_instance(seed)
         settings = knowing(instance.settings, (None, eagle), seed)
         instance = replace(instance, drafters=(None, eagle), settings=settings, tpot_limit_ns=None)

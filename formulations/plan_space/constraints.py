@@ -284,6 +284,8 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     degrees = range(1, instance.max_devices + 1)
     formats = list(enumerate(instance.weight_formats))
     tokens = [kv_tokens(instance, drafter) for drafter in instance.drafters]
+    vocab_size = instance.model.vocab
+    rows = [1 + (drafter.draft_tokens if drafter else 0) for drafter in instance.drafters]
     per_layer = []
     whole = _shared_whole(model, instance, v)
     for u, block in enumerate(kinds(instance)):
@@ -326,8 +328,8 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         "logit_bytes",
         [v.drafts, v.limits, v.attention_dp],
         (
-            (j, i, d, 4 * instance.model.vocab * -(-min(seqs * (1 + drafts), most) // limits_shared(instance, d)))
-            for j, drafts in enumerate(d.draft_tokens if d else 0 for d in instance.drafters)
+            (j, i, d, 4 * vocab_size * -(-min(seqs * rows[j], most) // limits_shared(instance, d, drafter)))
+            for j, drafter in enumerate(instance.drafters)
             for i, (seqs, most) in enumerate(batch_limits(instance))
             for d in degrees
         ),
@@ -397,13 +399,15 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
     degrees = range(1, instance.max_devices + 1)
     batches = [(i, tokens) for i, (_, tokens) in enumerate(batch_limits(instance))]
-    blocks = list(kinds(instance))
+    blocks, drafted = list(kinds(instance)), list(enumerate(instance.drafters))
+    widest = {t: max(attention_width(block, t) for block in blocks) for t in degrees}
     hidden = _table(
         model,
         "hidden_bytes",
-        [v.limits, v.attention_dp],
+        [v.drafts, v.limits, v.attention_dp],
         (
-            (i, d, 4 * instance.model.hidden * -(-tokens // limits_shared(instance, d)))
+            (j, i, d, 4 * instance.model.hidden * -(-tokens // limits_shared(instance, d, drafter)))
+            for j, drafter in drafted
             for i, tokens in batches
             for d in degrees
         ),
@@ -411,9 +415,10 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     heads = _table(
         model,
         "attention_workspace",
-        [v.limits, v.attention_dp, v.attention_tp],
+        [v.drafts, v.limits, v.attention_dp, v.attention_tp],
         (
-            (i, d, t, 2 * -(-tokens // limits_shared(instance, d)) * max(attention_width(b, t) for b in blocks))
+            (j, i, d, t, 2 * -(-tokens // limits_shared(instance, d, drafter)) * widest[t])
+            for j, drafter in drafted
             for i, tokens in batches
             for d in degrees
             for t in range(1, instance.max_devices // d + 1)

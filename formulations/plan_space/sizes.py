@@ -192,9 +192,18 @@ def batch_limits(instance: Instance) -> list[tuple[int, int]]:
     return [(seqs or own.max_num_seqs, tokens or own.max_num_batched_tokens) for seqs, tokens in instance.batch_limits]
 
 
-def limits_shared(instance: Instance, copies: int) -> int:
-    """Attention copies that share the limits of a batch: on vLLM each has a scheduler with limits of its own."""
-    return 1 if instance.settings.scheduler.name == "vllm" else copies
+def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> int:
+    """Attention copies that share the limits of a batch.
+
+    On vLLM each has a scheduler with limits of its own, but not where they verify drafts: such ranks are not simulated.
+
+    Parameters
+    ----------
+    instance
+    copies : int                 of attention
+    drafter : Drafter or None    how drafts are made
+    """
+    return 1 if instance.settings.scheduler.name == "vllm" and drafter is None else copies
 
 
 def kv_tokens(instance: Instance, drafter: Drafter | None) -> int:

@@ -159,7 +159,7 @@ class Stages:
     def _count_activations(self, choice: int, attention: Template, ffn: Template) -> tuple[int, int]:
         """Bytes of the largest batch on every stage, and of its logits on the last."""
         seqs, tokens = self._limits[choice]
-        sharing = limits_shared(self.instance, attention.dp)
+        sharing = limits_shared(self.instance, attention.dp, None)  # nothing makes drafts for a pipeline
         own, others = -(-tokens // sharing), -(-tokens // ffn.dp)
         widest = max(
             max(own * attention_width(block, attention.tp), others * ffn_width(block, ffn.tp, ffn.ep))
