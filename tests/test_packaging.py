@@ -118,7 +118,7 @@ def test_the_api_finds_a_plan_and_its_placement_away_from_the_checkout(installed
     code = (
         "import apex_opt\n"
         "asked = dict(model='llama-3.1-8b', cluster='2xh200-sxm', trace='static:n=3,prompt=64,output=8')\n"
-        "answer = apex_opt.plan(**asked, emit='vllm')\n"
+        "answer = apex_opt.plan(**asked, engine='vllm', emit=True)\n"
         "assert apex_opt.check(answer).holds\n"
         "print(answer.to_json())"
     )
