@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from plan_cases import make_cluster, make_problem, random_trace
 
+from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.ir import load_model
 from apex_opt.launch import Command, Launch, launch
 from apex_opt.plans.engine import EngineSettings
@@ -53,7 +54,8 @@ def asked(model: str | Model, nodes: int, gpus: int, **changes: Any) -> Problem:
 
 
 def emitted(engine: str, model: str | Model, plan: str, nodes: int, gpus: int, **changes: Any) -> Launch:
-    """What starts a plan given as text."""
+    """What starts a plan given as text, served by the scheduler of that engine unless the settings name another."""
+    changes["settings"] = {"scheduler": SCHEDULINGS[engine](), **changes.get("settings", {})}
     problem = asked(model, nodes, gpus, **changes)
     parsed = parse_plan(plan, problem.model)
     return launch(problem, parsed, engine, CHECKPOINT, placed(problem, parsed))

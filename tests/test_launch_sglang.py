@@ -8,6 +8,8 @@ import importlib
 import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
 
+from apex_opt.engines.schedulers import VllmScheduling
+
 
 def test_tensor_shards_on_one_node() -> None:
     (command,) = emitted("sglang", DENSE, "tp8", 1, 8).commands
@@ -59,7 +61,17 @@ def test_whole_copies_are_engines_of_their_own() -> None:
     assert value(command, "--tp-size") == "4"
     assert value(command, "--dp-size") == "2"
     assert value(command, "--max-running-requests") == "512"
+    assert value(command, "--chunked-prefill-size") == "4096"
     assert "--enable-dp-attention" not in command.argv
+
+
+def test_each_copy_has_the_limits_it_was_simulated_with_where_each_had_its_own() -> None:
+    ranks = {"settings": {"scheduler": VllmScheduling()}}
+    whole = emitted("sglang", DENSE, "attn(dp2,tp4) ffn(dp2,tp4) seqs=100 tokens=2000", 1, 8, **ranks).commands[0]
+    shared = emitted("sglang", "qwen3-30b-a3b", "attn(dp8) ffn(ep8) seqs=100 tokens=2000", 1, 8, **ranks).commands[0]
+    assert (value(whole, "--max-running-requests"), value(whole, "--chunked-prefill-size")) == ("100", "2000")
+    # SGLang deals an eighth to each.
+    assert (value(shared, "--max-running-requests"), value(shared, "--chunked-prefill-size")) == ("800", "16000")
 
 
 def test_whole_prompts_have_no_chunks() -> None:

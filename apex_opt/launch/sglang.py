@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.launch.commands import PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
+from apex_opt.plans.engine import of_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,10 +55,11 @@ class Sglang:
 
     def _words(self, asked: Asked, port: int) -> list[str]:
         plan, settings = asked.plan, asked.settings
-        copies, seqs, tokens = plan.attention.dp, settings.max_num_seqs, settings.max_num_batched_tokens
-        width = plan.stage_devices
-        if asked.whole_copies:  # each has limits of its own; those of attention copies SGLang shares out itself
-            width, seqs, tokens = width // copies, per_copy(seqs, asked), per_copy(tokens, asked)
+        copies, width, all_copies = plan.attention.dp, plan.stage_devices, of_all(settings, plan)
+        seqs, tokens = all_copies.max_num_seqs, all_copies.max_num_batched_tokens  # SGLang shares these out itself
+        if asked.whole_copies:  # to each its own
+            width //= copies
+            seqs, tokens = per_copy(settings.max_num_seqs, asked), per_copy(settings.max_num_batched_tokens, asked)
         words = ["python", "-m", "sglang.launch_server", "--model-path", asked.weights]
         words += ["--tp-size", str(width), "--pp-size", str(plan.stages)]
         if copies > 1:

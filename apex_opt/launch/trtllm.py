@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import TRTLLM
 from apex_opt.engines.schedulers import TrtllmScheduling
-from apex_opt.launch.commands import Command, hosts, ports, stage_chunks
+from apex_opt.launch.commands import Command, hosts, per_copy, ports, stage_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,15 +60,15 @@ class Trtllm:
         yield Command(node=parts[0].node, replica=replica.index, argv=tuple(argv), file=options)
 
     def _words(self, asked: Asked, port: int, file: str) -> list[str]:
-        plan, settings, copies = asked.plan, asked.settings, asked.plan.attention.dp
-        tokens = math.ceil(settings.max_num_batched_tokens / copies)
+        plan, settings = asked.plan, asked.settings
+        tokens = per_copy(settings.max_num_batched_tokens, asked)
         if not settings.chunked_prefill:
             tokens = settings.max_num_batched_tokens  # a prompt goes whole to one copy
         words = ["trtllm-serve", asked.weights, "--backend", "pytorch", "--tp_size", str(plan.stage_devices)]
         words += ["--pp_size", str(plan.stages)]
         if asked.moe:
             words += ["--ep_size", str(plan.ffn.ep)]
-        words += ["--max_batch_size", str(math.ceil(settings.max_num_seqs / copies)), "--max_num_tokens", str(tokens)]
+        words += ["--max_batch_size", str(per_copy(settings.max_num_seqs, asked)), "--max_num_tokens", str(tokens)]
         words += ["--max_seq_len", str(settings.max_model_len)]
         words += ["--kv_cache_free_gpu_memory_fraction", self._free_share(asked)]
         return [*words, "--extra_llm_api_options", file, "--port", str(port)]
