@@ -10,6 +10,7 @@ from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import Sglang
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import Vllm
+from apex_opt.plans.engine import has_ranks
 from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
@@ -134,6 +135,6 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
     elif plan.clock_mhz is not None:
         yield f"clock: hold the GPUs at {plan.clock_mhz:,} MHz with the tool of their maker, not nvidia-smi"
-    if asked.whole_copies:
+    if asked.whole_copies and not has_ranks(problem.settings, plan):
         yield "copies: each runs on its own, in the figures they form batches together"
     yield from engine.notes(asked, replicas)
