@@ -274,7 +274,7 @@ def notices(case: dict[str, Any]) -> bool:
         (lambda case: case["config"].update(draft_kind="tree"), UnknownNameError, "kind of drafts 'tree'"),
         (lambda case: case["config"].update(law_us=[1, 2, 3]), UsageError, "law_us must be 4 whole"),
         (lambda case: case["accept"].pop(), UsageError, "accept: 39 lists for 40 requests|lists for"),
-        (lambda case: case["accept"].__setitem__(0, [-1]), UsageError, "accepted holds"),
+        (lambda case: case["accept"].__setitem__(0, [-1]), UsageError, "accept: row 0 must be a list"),
         (lambda case: case["trace"][0].pop(), ApexError, "a request has 5"),
     ],
 )
