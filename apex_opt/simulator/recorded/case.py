@@ -6,12 +6,17 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.units import NS_PER_US
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from apex_opt.simulator.outcome import Outcome
 
 SETTINGS: Final = (
     "max_num_seqs",
@@ -116,6 +121,15 @@ def vllm_settings(config: Mapping[str, Any], *, idle_sleep_us: int = 0, **more: 
 def digest(found: Any) -> str:
     """The hash by which what was recorded is compared: SHA-256 of their JSON without spaces."""
     return hashlib.sha256(json.dumps(found, separators=(",", ":")).encode()).hexdigest()
+
+
+def times_us(outcome: Outcome, order: Sequence[int]) -> dict[str, list[int]]:
+    """When each request got its first token and its last, by their index in the recording, which arrive in an order."""
+    places = np.argsort(order)
+    return {
+        "first_token_us": (outcome.first_token_ns // NS_PER_US)[places].tolist(),
+        "finish_us": (outcome.finish_ns // NS_PER_US)[places].tolist(),
+    }
 
 
 def whole_numbers(name: str, values: Sequence[Any], count: int) -> list[int]:

@@ -11,7 +11,7 @@ from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
-from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, times_us, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -41,7 +41,7 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
         raise join_faults("a request has 3", short)
     requests = make_trace(
         name="replay",
-        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in rows],
+        arrival_ns=[row[0] * NS_PER_US for row in rows],
         prompt=[row[1] for row in rows],
         output=[row[2] for row in rows],
         source="recorded batches",
@@ -50,10 +50,8 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
     outcome = run_deployment([_pool(config)], requests, log=True, implementation=implementation)
     (group,) = outcome.groups
     ids = order.tolist()
-    rank, first, finish = (np.zeros(len(ids), np.int64) for _ in range(3))
+    rank = np.zeros(len(ids), np.int64)
     rank[order] = [group.rank[request] for request in range(len(ids))]
-    first[order] = outcome.first_token_ns // NS_PER_US
-    finish[order] = outcome.finish_ns // NS_PER_US
     told = [
         [start // NS_PER_US, end // NS_PER_US, [[ids[i], c, h] for i, c, h in chunks], sorted(ids[i] for i in lost)]
         for start, end, chunks, lost in outcome.steps or ()
@@ -63,8 +61,7 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
     forwards = [[[start // NS_PER_US, end // NS_PER_US, *how] for start, end, *how in one] for one in group.forwards]
     return {
         "rank": rank.tolist(),
-        "first_token_us": first.tolist(),
-        "finish_us": finish.tolist(),
+        **times_us(outcome, ids),
         "preemptions": group.preemptions,
         "batches": group.batches,
         "dummies": group.dummies,

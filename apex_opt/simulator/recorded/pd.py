@@ -93,7 +93,7 @@ def _trace(rows: Sequence[Any], pool: EnginePool) -> Trace:
             own += count
     return make_trace(
         name="replay",
-        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in rows],
+        arrival_ns=[row[0] * NS_PER_US for row in rows],
         prompt=[row[1] for row in rows],
         output=[row[2] for row in rows],
         content=content,

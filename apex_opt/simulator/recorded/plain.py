@@ -10,7 +10,7 @@ import numpy as np
 from apex_opt.errors import UsageError, join_faults
 from apex_opt.simulator.api import simulate
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, times_us, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -94,12 +94,7 @@ def replay(config: dict[str, Any], trace: list[Any], implementation: Implementat
         [start // NS_PER_US, end // NS_PER_US, [[ids[i], c, h] for i, c, h in rows], sorted(ids[i] for i in lost)]
         for start, end, rows, lost in outcome.steps or ()
     ]
-    first, finish = (np.zeros(len(ids), np.int64) for _ in range(2))
-    first[order] = outcome.first_token_ns // NS_PER_US
-    finish[order] = outcome.finish_ns // NS_PER_US
-    return Replay(
-        steps=steps, first_token_us=first.tolist(), finish_us=finish.tolist(), preemptions=outcome.preemptions
-    )
+    return Replay(steps=steps, **times_us(outcome, ids), preemptions=outcome.preemptions)
 
 
 def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict[str, Any]:

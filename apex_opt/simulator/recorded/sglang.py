@@ -11,7 +11,7 @@ from apex_opt.errors import UsageError, join_faults
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator.api import simulate
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.recorded.case import digest, whole_numbers
+from apex_opt.simulator.recorded.case import digest, times_us, whole_numbers
 from apex_opt.simulator.tokens import TokenContent
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
@@ -58,7 +58,7 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
     requests = make_trace(
         name="replay",
         # Multiplied as Python integers: what leaves 63 bits is refused rather than wrapped.
-        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in rows],
+        arrival_ns=[row[0] * NS_PER_US for row in rows],
         prompt=[row[1] for row in rows],
         output=[row[2] for row in rows],
         max_new_tokens=[row[3] for row in rows],
@@ -76,13 +76,9 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
         [start // NS_PER_US, end // NS_PER_US, [[order[i], c, h] for i, c, h in batch], sorted(order[i] for i in lost)]
         for start, end, batch, lost in outcome.steps or ()
     ]
-    first, finish = [0] * len(order), [0] * len(order)
-    for i, began, ended in zip(order, outcome.first_token_ns.tolist(), outcome.finish_ns.tolist(), strict=True):
-        first[i], finish[i] = began // NS_PER_US, ended // NS_PER_US
     return {
         "steps": steps,
-        "first_token_us": first,
-        "finish_us": finish,
+        **times_us(outcome, order),
         "preemptions": outcome.preemptions,
         "batches": len(steps),
         "batches_sha256": digest(steps),

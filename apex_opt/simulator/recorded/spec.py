@@ -12,7 +12,7 @@ from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import run_deployment
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.pools import EnginePool
-from apex_opt.simulator.recorded.case import SETTINGS, digest, vllm_settings, whole_numbers
+from apex_opt.simulator.recorded.case import SETTINGS, digest, times_us, vllm_settings, whole_numbers
 from apex_opt.units import NS_PER_US
 from apex_opt.workload.trace import make_trace
 
@@ -88,13 +88,9 @@ def replay_case(
         step += [free, list(outcome.used[number]) if outcome.used else [blocks - 1 - free]]
         for row, of_drafts in zip(step[2], verified, strict=True):
             row += of_drafts
-    first, finish = (np.zeros(len(order), np.int64) for _ in range(2))
-    first[order] = outcome.first_token_ns // NS_PER_US
-    finish[order] = outcome.finish_ns // NS_PER_US
     return {
         "steps": steps,
-        "first_token_us": first.tolist(),
-        "finish_us": finish.tolist(),
+        **times_us(outcome, order),
         "preemptions": outcome.preemptions,
         "batches": len(steps),
         "batches_sha256": digest(steps),
@@ -119,7 +115,7 @@ def _trace(rows: Sequence[Sequence[int]], block_size: int) -> Trace:
     ]
     return make_trace(
         name="replay",
-        arrival_ns=[row[0] * NS_PER_US if isinstance(row[0], int) else row[0] for row in rows],
+        arrival_ns=[row[0] * NS_PER_US for row in rows],
         prompt=[row[1] for row in rows],
         output=[row[2] for row in rows],
         content=content,
