@@ -11,7 +11,7 @@ from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
-from apex_opt.engines import ANY, kind_names, load_kind, load_rules
+from apex_opt.engines import ANY, VLLM, kind_names, load_kind, load_rules
 from apex_opt.engines.kinds import COMMON
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
@@ -29,7 +29,7 @@ from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from apex_opt.arguments import PlaceAsk
     from apex_opt.cluster.catalogue import Wired
@@ -92,7 +92,10 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         trace = at_rate(trace, ask.rate, loops_of(trace))
     notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
-    drafters, drafting, about = _speculation(ask, settings, model)
+    drafters = parse_speculation(ask.speculation)
+    if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
+        raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
+    drafting, about = _speculation(ask, settings, model, drafters)
     settings, notes = replace(settings, drafting=drafting), (*notes, *about)
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
@@ -191,6 +194,8 @@ def _settings(
     """
     asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
     common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
+    if ask.chunked_prefill and not scheduler.splits_prompts:
+        raise UsageError(f"--chunked_prefill=true: {kind.name} computes prompts whole; leave it out")
     whole = not scheduler.splits_prompts or not common["chunked_prefill"]
     by_length = whole and scheduler.whole_length
     longest = ask.max_model_len
@@ -207,6 +212,7 @@ def _settings(
         # What gave way comes back with what it has generated.
         least = trace.longest if scheduler.may_preempt else int(trace.prompt.max())
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
+    _check_own(limits[0], asked, kind)
     settings = EngineSettings(
         **common,
         max_num_seqs=max(seqs for seqs, _ in limits),
@@ -219,29 +225,40 @@ def _settings(
 
 
 def _speculation(
-    ask: Ask, settings: EngineSettings, model: Model
-) -> tuple[tuple[Drafter | None, ...], tuple[Speculation, ...], tuple[str, ...]]:
-    """Ways to make drafts to choose from, what comes of them, and what has to be told of that.
+    ask: Ask, settings: EngineSettings, model: Model, drafters: Sequence[Drafter | None]
+) -> tuple[tuple[Speculation, ...], tuple[str, ...]]:
+    """What comes of the drafts of each way to make them, and what has to be told of that.
 
     Parameters
     ----------
     ask, settings, model
+    drafters : of which none makes none
     """
-    drafters = parse_speculation(ask.speculation)
     chosen = [drafter for drafter in drafters if drafter is not None]
     if chosen and not isinstance(settings.scheduler, VllmScheduling):
         raise UsageError(
             f"--speculation={chosen[0]}: drafts are modelled for vLLM, not for {ask.engine}; use --engine=vllm"
         )
-    if not chosen and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
-        raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
+    if chosen and settings.runnable not in (None, VLLM):
+        raise UsageError(
+            f"--speculation={chosen[0]}: drafts are modelled as vLLM makes them, and --runnable={ask.runnable} asks "
+            "for plans that another engine can run; leave one of them out"
+        )
     for drafter in chosen:
         if drafter.method == "draft" and (rows := load_model(drafter.model).vocab) != model.vocab:
             raise UsageError(
                 f"--speculation={drafter}: {drafter.model} has a vocabulary of {rows} tokens and {model.name} of "
                 f"{model.vocab}; a draft model has that of the model"
             )
-    return drafters, *speculations(model, drafters, ask.acceptance)
+    drafting, notes = speculations(model, drafters, ask.acceptance)
+    between = [of.method for of in drafting if not of.rules.forms_ahead]
+    if ask.async_scheduling and between:
+        notes = (
+            *notes,
+            f"--async_scheduling=true: {between[0]} makes its drafts on the host, between two batches, so plans with "
+            "them form no batch ahead",
+        )
+    return drafting, notes
 
 
 def _pools(ask: Ask) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
@@ -326,7 +343,7 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
         pools.append(replace(pool, plan=plan))
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:
-        drafting, notes = speculations(problem.model, named, ask.acceptance)
+        drafting, notes = _speculation(ask, problem.settings, problem.model, named)
         settings = replace(problem.settings, drafting=drafting)
         problem = replace(problem, settings=settings, drafters=named, notes=(*problem.notes, *notes))
     return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
@@ -428,6 +445,27 @@ def _batch_limits(
     pairs = [(one, limit) for one in all_seqs for limit in all_tokens]
     # With no pair left the settings say what is wrong with the widest.
     return [pair for pair in pairs if pair[0] <= pair[1]] or [(min(all_seqs), max(all_tokens))]
+
+
+def _check_own(limits: tuple[int, int], asked: Mapping[str, object], kind: EngineKind) -> None:
+    """Refuse limits of a batch that contradict each other where one of them is the engine's own.
+
+    Parameters
+    ----------
+    limits : of sequences and of tokens
+    asked : by name, what was given
+    kind
+    """
+    seqs, tokens = limits
+    if seqs <= tokens or ("max_num_seqs" in asked) == ("max_num_batched_tokens" in asked):
+        return
+    own = f", the default of {kind.name},"
+    first, second = ("", own) if "max_num_batched_tokens" in asked else (own, "")
+    way_out = f"--max_num_seqs={tokens} or less" if second else f"--max_num_batched_tokens={seqs} or more"
+    raise UsageError(
+        f"max_num_batched_tokens {tokens}{first} is below max_num_seqs {seqs}{second.removesuffix(',')}: every running "
+        f"sequence may want a token in one batch; give {way_out}"
+    )
 
 
 def _choices(limits: list[tuple[int, int]]) -> tuple[tuple[int | None, int | None], ...]:

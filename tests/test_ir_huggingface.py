@@ -948,3 +948,18 @@ def test_a_tower_that_reads_images_is_told_even_where_its_heads_are_not(
     own = {} if tower is None else {"vision_config": tower}
     config = {"model_type": "llava", "text_config": LLAMA, **own}
     assert model_from_config(config, "tiny", "tiny.json").tower_heads == heads
+
+
+@pytest.mark.parametrize(
+    ("stated", "layers"),
+    [
+        ({}, 0),
+        ({"num_nextn_predict_layers": 1}, 1),
+        ({"num_nextn_predict_layers": 0}, 0),
+        ({"mtp_num_hidden_layers": 1}, 1),
+        ({"num_mtp_modules": 3}, 3),
+        ({"num_nextn_predict_layers": "one"}, 0),
+    ],
+)
+def test_layers_that_make_drafts_are_told_by_any_of_their_names(stated: dict[str, Any], layers: int) -> None:
+    assert read(LLAMA, **stated).mtp_layers == layers

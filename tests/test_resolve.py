@@ -199,7 +199,17 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"kv": "int3"}, "unknown KV format 'int3'"),
         ({"gpus": 9}, "--gpus: 9 is not between 1 and the 8 GPUs of 8xh100-sxm"),
         ({"max_model_len": 200_000}, "--max_model_len: 200000 is beyond the 131072 positions llama-3.1-8b is made for"),
-        ({"max_num_seqs": 100, "max_num_batched_tokens": 99}, "max_num_batched_tokens 99 is below max_num_seqs 100"),
+        ({"max_num_seqs": 100, "max_num_batched_tokens": 99}, "max_num_batched_tokens 99 is below max_num_seqs 100:"),
+        (
+            {"engine": "trtllm", "max_num_batched_tokens": 300},
+            "is below max_num_seqs 2048, the default of trtllm: every running sequence may want a token in one batch; "
+            "give --max_num_seqs=300 or less",
+        ),
+        (
+            {"engine": "trtllm", "max_num_seqs": 9000},
+            "max_num_batched_tokens 8192, the default of trtllm, is below max_num_seqs 9000",
+        ),
+        ({"engine": "orca", "chunked_prefill": True}, "--chunked_prefill=true: orca computes prompts whole; leave it"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -439,12 +449,24 @@ def test_drafts_are_a_choice_of_the_problem_and_a_plan_names_its_own() -> None:
         ({"speculation": "eagle:3", "engine": "trtllm"}, "drafts are modelled for vLLM, not for trtllm"),
         ({"speculation": "draft:mistral-7b:3", "acceptance": "2"}, "a draft model has that of the model"),
         ({"acceptance": "2"}, "none are made; give --speculation"),
+        ({"speculation": "eagle:3", "runnable": "sglang"}, "--runnable=sglang asks for plans that another engine"),
+        ({"speculation": "mtp:1", "acceptance": "1.5"}, "llama-3.1-8b states no layers of multi-token prediction"),
     ],
 )
 def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         resolve(options(**given))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])
+def test_that_no_batch_is_formed_ahead_of_drafts_made_between_batches_is_told(speculation: str) -> None:
+    asked = {"speculation": speculation, "acceptance": "1.5"}
+    assert any("ngram makes" in note for note in resolve(options(**asked, async_scheduling=True)).notes)
+    assert not any("ngram makes" in note for note in resolve(options(**asked)).notes)
+    plan = "tp8 spec=ngram:4"
+    own, _ = resolve_plan(plan, SimulateAsk(**CHEAP, plan=plan, acceptance="1.5", async_scheduling=True))
+    assert any("ngram makes" in note for note in own.notes)
 
 
 def test_a_plan_that_makes_drafts_is_placed_whatever_comes_of_them() -> None:

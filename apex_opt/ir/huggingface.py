@@ -41,6 +41,10 @@ QUANTISATION_FILES: Final[tuple[tuple[str, dict[str, str]], ...]] = (
 )
 """Files in which tools tell of quantisation where config.json does not, and the method of those that do not name it."""
 
+_MTP_LAYERS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers")
+"""How families call their layers of multi-token prediction: DeepSeek, GLM, MiMo; Qwen3.5; MiniMax; DeepSeek-V4."""
+_MTP_UNSTATED: Final = frozenset({"qwen3_next"})
+"""Families whose checkpoints have one such layer without a word of it: transformers ignores their weights of mtp.*"""
 _DRAFT_NAME: Final = re.compile(r"eagle(?!.*vl)|medusa|speculator|mtp|nextn|dflash|hydra|draft", re.IGNORECASE)
 _DRAFT_KEYS: Final = (
     *("draft_vocab_size", "eagle_config", "dflash_config", "medusa_num_heads", "medusa_num_layers"),
@@ -164,6 +168,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         scheme=quantisation.scheme(formats, used),
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
+        mtp_layers=_mtp_layers(fields.values),
         source=source,
     )
 
@@ -175,6 +180,14 @@ def _tower_heads(config: Mapping[str, Any]) -> int | None:
         return None
     stated = (tower.get(key) for key in ("num_attention_heads", "vt_num_attention_heads", "num_heads"))
     return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
+
+
+def _mtp_layers(values: Mapping[str, Any]) -> int:
+    """Layers of multi-token prediction in the checkpoint: see `_MTP_LAYERS`; 0 where the file states none."""
+    if values.get("model_type") in _MTP_UNSTATED:
+        return 1
+    stated = (values.get(key) for key in _MTP_LAYERS)
+    return next((layers for layers in stated if count_fault("layers", layers) is None and layers), 0)
 
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:

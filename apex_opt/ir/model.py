@@ -113,6 +113,7 @@ class Model:
     scheme : Scheme or None how the checkpoint was quantised; None where it was not
     family : str            its `model_type`, of whose layout engines know; "" where unknown
     tower_heads : int or None    heads of the tower that reads images, 0 where they are not stated; None without one
+    mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
     source : str            where the description comes from
     """
 
@@ -129,6 +130,7 @@ class Model:
     scheme: Scheme | None = None
     family: str = ""
     tower_heads: int | None = None
+    mtp_layers: int = 0
 
     def __post_init__(self) -> None:
         owner = f"model {self.name}"

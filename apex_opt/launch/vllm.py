@@ -48,8 +48,6 @@ class Vllm:
                 "images: --language-model-only leaves out the tower that reads them, as the plan does: neither its "
                 "memory nor its time is counted"
             )
-        if asked.plan.speculation is not None and asked.plan.speculation.method == "mtp":
-            found.append("--speculative-config: mtp needs layers for it in the checkpoint, as DeepSeek-V3 has: check")
         if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
             found.append(
                 "--speculative-config: put the EAGLE-3 head that was trained for the model in place of EAGLE3_HEAD"

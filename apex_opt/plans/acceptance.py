@@ -106,11 +106,16 @@ def speculations(
 
     Raises
     ------
-    UsageError, InputError    what cannot be read, or where nothing was published
+    UsageError, InputError    what cannot be read, where nothing was published, or layers that the model lacks
     """
     chosen = [drafter for drafter in drafters if drafter is not None]
     if not chosen:
         return (), ()
+    if not model.mtp_layers and (mtp := [drafter for drafter in chosen if drafter.method == "mtp"]):
+        raise UsageError(
+            f"--speculation={mtp[0]}: the config of {model.name} states no layers of multi-token prediction "
+            "(num_nextn_predict_layers and the like), which make these drafts; use eagle, draft or ngram"
+        )
     notes: list[str] = []
     proposed: tuple[int, ...] = ()
     if acceptance is None:
