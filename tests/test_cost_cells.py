@@ -17,7 +17,8 @@ from plan_cases import dense, make_cluster, sparse
 from plan_cases import latent as latent_block
 
 from apex_opt.cluster import load_cluster
-from apex_opt.cost.cells import Operations, Parts, Tables
+from apex_opt.cost.cells import Operations
+from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
 from apex_opt.ir import LatentAttention, MoeFfn, get_format
@@ -29,7 +30,7 @@ from apex_opt.profiles.physics import experts_work
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from apex_opt.cost.cells import Place
+    from apex_opt.cost.tables import Place
     from apex_opt.ir import Block
     from apex_opt.profiles import Profile
 

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from apex_opt.cost.cells import Parts
+    from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
 
 

@@ -8,10 +8,10 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import Tree
-from apex_opt.cost.cells import merged, times
 from apex_opt.cost.least import Least
 from apex_opt.cost.ranks import RankCosts
 from apex_opt.cost.stage import StageCosts
+from apex_opt.cost.tables import merged, times
 from apex_opt.placement.layouts import Layouts
 from apex_opt.plans.engine import has_ranks, limited
 from apex_opt.plans.layout import Layout, Tier
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from apex_opt.cluster.types import Cluster, Link
-    from apex_opt.cost.cells import Exchanged, Parts
     from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.cost.exchanges import Exchanged
     from apex_opt.cost.stage import Pieces
+    from apex_opt.cost.tables import Parts
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan

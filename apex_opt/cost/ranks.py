@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.cost.cells import Operations, Tables
+from apex_opt.cost.cells import Operations
 from apex_opt.cost.least import Least
+from apex_opt.cost.tables import Tables
 from apex_opt.cost.work import Work
 from apex_opt.plans.memory import stage_runs
 from apex_opt.simulator.law import BatchLaw
@@ -22,8 +23,8 @@ from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, Sha
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from apex_opt.cost.cells import Parts
     from apex_opt.cost.stage import Piece, Pieces, StageCosts
+    from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan

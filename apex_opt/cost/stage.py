@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apex_opt.cost.cells import Exchanged, Operations, Parts, Tables
+from apex_opt.cost.cells import Operations
 from apex_opt.cost.least import Least
+from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
 from apex_opt.plans.engine import schedulers
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Cluster
     from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.cost.exchanges import Exchanged
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Model, Run
     from apex_opt.plans.engine import EngineSettings

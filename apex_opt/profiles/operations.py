@@ -41,8 +41,10 @@ from apex_opt.profiles.physics import (
     context_work,
     experts_work,
     gemm_work,
+    hyper_work,
     latent_work,
     pair_flops,
+    score_work,
 )
 from apex_opt.profiles.power import PowerModel, scale_power
 from apex_opt.profiles.schema import TABLE_ENGINES
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from apex_opt.cluster.types import Gpu
+    from apex_opt.profiles.physics import StateWork
     from apex_opt.profiles.surface import Surface
 
     Floats = NDArray[np.float64]
@@ -94,6 +97,9 @@ _EXPOSED: Final = 1.25
 """A time this many times another engine's for the same product is not believed."""
 _SPREAD: Final = 64
 """Decoding sequences at which the tables of other engines are compared."""
+
+_ARITHMETIC_SHARE: Final = 0.5
+"""Share of peak arithmetic that kernels reach which no table has. Assumed."""
 
 _MAX_SIZE: Final = 2.0**53
 _MAX_COUNT: Final = 2**31
@@ -553,6 +559,98 @@ class Profile:
         width = (LATENT_RANK + LATENT_ROPE) * pair // sum(LATENT_PAIR)
         nearest = self._nearest("mla_kernel_prefill", (_count("heads", heads), 1, width), kv_format, 0)
         return self._read_prefill(nearest, count, pair_flops(heads, key_dim, value_dim), heads * pair * 2.0)
+
+    @property
+    def indexer_dtype(self) -> str:
+        """What indexers compute in: 8 bits where the accelerator has them."""
+        return "fp8" if "fp8" in dict(self.gpu.flops_per_s) else self.gpu.half_dtype
+
+    def _derived_s(self, operation: str, dtype: str, flops: Floats | float, moved: Floats | float) -> Floats:
+        """Time of a kernel that no table has: the assumed share of arithmetic, the measured one of bandwidth."""
+        self._note(operation, f"derived: roofline, {_ARITHMETIC_SHARE:g} of arithmetic assumed")
+        peak = self.gpu.peak_flops_per_s(dtype) * self.clock.share * _ARITHMETIC_SHARE
+        return np.asarray(np.maximum(flops / peak, self.memory_time_s(moved, launched=False)))
+
+    def score_decode(
+        self, heads: int, width: int, token_bytes: float, ratio: int, sequences: ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Decode of an indexer: base by sequences, and seconds per token of context.
+
+        Parameters
+        ----------
+        heads, width : int       heads of the indexer and elements of each
+        token_bytes : float      read per entry of its cache
+        ratio : int              tokens of context per entry
+        sequences : int64[...]   of the batch
+        """
+        count = sizes("sequences", sequences)
+        decode, _ = score_work(_count("heads", heads), _count("width", width), token_bytes, _count("ratio", ratio))
+        per_token = self._derived_s("indexer", self.indexer_dtype, *decode)
+        launches = 2 * self._launch_s(count)
+        return launches, np.where(count > 0, per_token, 0.0)
+
+    def score_prefill(
+        self, heads: int, width: int, token_bytes: float, ratio: int, chunk: ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Prompts of an indexer: base of a chunk, without launches, and seconds per query-key pair.
+
+        Parameters
+        ----------
+        heads, width : int     heads of the indexer and elements of each
+        token_bytes : float    read per entry of its cache
+        ratio : int            tokens of context per entry
+        chunk : int64[...]     tokens of a prompt
+        """
+        count = sizes("chunk", chunk)
+        _, pair = score_work(_count("heads", heads), _count("width", width), token_bytes, _count("ratio", ratio))
+        per_pair = self._derived_s("indexer", self.indexer_dtype, *pair)
+        return np.zeros_like(count), np.where(count > 0, per_pair, 0.0)
+
+    def state_decode(self, name: str, work: StateWork, sequences: ArrayLike, queries: int = 1) -> Floats:
+        """Decode of an operation that keeps a state, by sequences; launches included.
+
+        Parameters
+        ----------
+        name : str                what it is
+        work : StateWork          of one shard
+        sequences : int64[...]    of the batch
+        queries : int             tokens of each: one, and its drafts, after each of which the state is kept
+        """
+        count = sizes("sequences", sequences)
+        moved = count * (work.state_bytes * (1 + queries) + work.token_bytes * queries)
+        seconds = self._derived_s(name, self.gpu.half_dtype, count * work.step_flops * queries, moved)
+        return np.asarray(seconds + self._launch_s(count))
+
+    def state_prefill(self, name: str, work: StateWork, chunk: ArrayLike) -> tuple[float, Floats]:
+        """Prompts of an operation that keeps a state: launches that a batch shares, and seconds of each chunk.
+
+        Parameters
+        ----------
+        name : str            what it is
+        work : StateWork      of one shard
+        chunk : int64[...]    tokens of a prompt
+        """
+        count = sizes("chunk", chunk)
+        moved = np.where(count > 0, 2 * work.state_bytes + work.prompt_bytes * count, 0.0)
+        seconds = self._derived_s(name, self.gpu.half_dtype, count * work.prompt_flops, moved)
+        return float(self._launch_s(np.ones(1))[0]), seconds
+
+    def _launch_s(self, count: Floats) -> Floats:
+        """Launch of a kernel that only reads and writes memory, where there is anything to do."""
+        return self.memory_time_s(np.minimum(count, 1.0))
+
+    def hyper_time_s(self, hidden: int, streams: int, tokens: ArrayLike) -> Floats:
+        """Time of mixing residual streams before and after a cell, in two kernels.
+
+        Parameters
+        ----------
+        hidden : int           elements of a stream
+        streams : int          how many
+        tokens : int64[...]
+        """
+        count = sizes("tokens", tokens)
+        work = hyper_work(count, _count("hidden", hidden), _count("streams", streams))
+        return np.asarray(self._derived_s("hyper connections", self.gpu.half_dtype, *work) + 2 * self._launch_s(count))
 
     def _nearest(self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int) -> _Nearest:
         """The measured shape nearest to a shape of heads.

@@ -7,7 +7,7 @@ whatever the operation: a figure that is off is off for all of them, and fitted 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ INPUT_BYTES: Final = {"bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "fp4": 0.5625, "int8
 _TABLE_FORMATS: Final = {"fp8_block": "fp8", "mxfp4_fp8": "mxfp4"}
 
 _HALF_BYTES: Final = 2
+_SCORE_BYTES: Final = 4
+_GATE_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +151,104 @@ def pair_flops(heads: _Number, key_dim: _Number, value_dim: _Number) -> _Number:
 def causal_pairs(length: NDArray[Any], seen: NDArray[Any]) -> Floats:
     """Query-key pairs of a prompt under the causal mask whose last query sees so many tokens, itself included."""
     return np.asarray(length * seen - seen * (seen - 1) / 2)
+
+
+def score_work(
+    heads: float, width: float, token_bytes: float, ratio: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """FLOP and bytes of an indexer per token of context of a decoding sequence, and per query-key pair of a prompt.
+
+    Scores are written in 32 bits and read by the choice of the highest; prompts read the keys once for many queries,
+    which is not counted.
+
+    Parameters
+    ----------
+    heads, width : float    heads of the indexer and elements of each
+    token_bytes : float     read per entry of its cache
+    ratio : float           tokens of context per entry
+    """
+    flops = 2.0 * heads * width / ratio
+    scores = 2 * _SCORE_BYTES / ratio
+    return (flops, token_bytes / ratio + scores), (flops, scores)
+
+
+class StateWork(NamedTuple):
+    """Work of an operation that keeps a state, on one shard.
+
+    Parameters
+    ----------
+    step_flops : float      FLOP of a token that is computed by itself
+    token_bytes : float     read and written per such token beside the state
+    state_bytes : float     of the state of a sequence: read once and written once by a step or by a chunk of a prompt
+    prompt_flops : float    FLOP per token of a prompt
+    prompt_bytes : float    read and written per token of a prompt
+    """
+
+    step_flops: float
+    token_bytes: float
+    state_bytes: float
+    prompt_flops: float
+    prompt_bytes: float
+
+
+def recurrence_work(
+    kind: str, heads: float, key: float, value: float, key_heads: float, state_bytes: float, chunk: float
+) -> StateWork:
+    """Work of a recurrence over `heads` matrices of `key` by `value`.
+
+    A step lets the state decay (1 FLOP per element), adds an outer product and reads it out (2 each); delta rules first
+    take back what the state holds under the key (2 more). Within a chunk of a prompt queries meet keys, and what comes
+    of it meets values; delta rules solve for what to write, which takes products of keys with keys and of the solution
+    with keys and values; the state is added to and read out once per token. The states between chunks are written and
+    read in 16 bits.
+
+    Parameters
+    ----------
+    kind : str             of `Recur`
+    heads : float          matrices of the state
+    key, value : float     their rows and columns
+    key_heads : float      heads of queries and keys
+    state_bytes : float    of an element
+    chunk : float          tokens of a prompt computed at once
+
+    Source
+    ------
+    Dao and Gu, "Transformers are SSMs", 2024, section 6; Yang et al., "Parallelizing linear transformers with the delta
+    rule", 2024, section 3.
+    """
+    size = heads * key * value
+    delta = kind in ("gated_delta", "kda")
+    gates = {"kda": heads * key, "mamba1": heads}.get(kind, heads) * _GATE_BYTES
+    token_bytes = _HALF_BYTES * (2.0 * key_heads * key + 2.0 * heads * value) + gates
+    step_flops = (7.0 if delta else 5.0) * size
+    if kind == "mamba1":
+        return StateWork(step_flops, token_bytes, size * state_bytes, step_flops, token_bytes)
+    within = 3.0 * key + 2.0 * value if delta else key + value
+    through = 6.0 if delta else 4.0
+    prompt_flops = heads * 2.0 * chunk * within + through * size
+    between = 2.0 * _HALF_BYTES * size / chunk
+    return StateWork(step_flops, token_bytes, size * state_bytes, prompt_flops, token_bytes + between)
+
+
+def convolution_work(channels: float, kernel: float) -> StateWork:
+    """Work of a causal convolution over so many channels and tokens, in 16 bits."""
+    flops, moved = 2.0 * kernel * channels, 2.0 * _HALF_BYTES * channels
+    return StateWork(flops, moved, _HALF_BYTES * (kernel - 1) * channels, flops, moved)
+
+
+def hyper_work(tokens: Size, hidden: float, streams: float) -> tuple[Floats, Floats]:
+    """FLOP and bytes of mixing residual streams around one cell.
+
+    All streams give the weights by which they are summed, added to and mixed, as a product with (2 + streams) x streams
+    columns; they are read before the cell, read again and written after it, in 16 bits.
+
+    Parameters
+    ----------
+    tokens : float64[...]
+    hidden : float     elements of a stream
+    streams : float    how many
+    """
+    rows, width = np.asarray(tokens, dtype=np.float64), hidden * streams
+    products = 2.0 * width * (2 + streams) * streams
+    sums = 2.0 * width * (2 + streams)
+    return rows * (products + sums), rows * _HALF_BYTES * (3 * width + 2 * hidden)
