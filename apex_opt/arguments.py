@@ -47,7 +47,7 @@ class Setup(Arguments):
     busy : GPUs that are in use, such as node0:0-3,node2:1, or node1 for all of a node.
     down : GPUs that are out of order, listed as those of --busy.
     weights : Weight formats to choose from, such as bf16,fp8; known: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32,
-        w4a16, w4a16g64, w4a16g32, mxfp4, nvfp4. By default the model's own, in the 16-bit type the GPU has.
+        w4a16, w4a16g64, w4a16g32, mxfp4, mxfp8, nvfp4. By default the model's own, in the 16-bit type the GPU has.
     kv : KV cache format: bf16, fp16 or fp8; by default the model's own, else 16 bit.
     clock : {clocks} By default the highest.
     expert_routing : How tokens fall on the experts of a mixture: uniform at random, or skewed as measured power laws
@@ -218,7 +218,7 @@ class SimulateAsk(Ask):
     objective : Figure to show first, or several: {aims}.
     slo : Goals to judge by, such as {goals}.
     weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
-        w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.
+        w4a16g64, w4a16g32, mxfp4, mxfp8 or nvfp4; by default the model's own.
     clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
     kv : KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.
     """
@@ -234,7 +234,7 @@ class PlaceAsk(Setup):
     ----------
     plan : {plan} On several types of GPU TYPE: PLAN puts it on that one; without it lies where it is quickest.
     weights : Weight format where the plan names none: bf16, fp16, fp8, w8a8, w8a16, w8a16g64, w8a16g32, w4a16,
-        w4a16g64, w4a16g32, mxfp4 or nvfp4; by default the model's own.
+        w4a16g64, w4a16g32, mxfp4, mxfp8 or nvfp4; by default the model's own.
     clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
     kv : KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.
     max_num_seqs : Sequences in the batch that is sent.

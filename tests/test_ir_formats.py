@@ -25,6 +25,7 @@ from apex_opt.ir.formats import is_format
         ("w4a16g32", Fraction(9, 2), "bf16"),
         ("w8a8", 8, "int8"),
         ("mxfp4", Fraction(17, 4), "bf16"),
+        ("mxfp8", Fraction(33, 4), "fp8"),
         ("nvfp4", Fraction(9, 2), "fp4"),
     ],
 )
@@ -36,7 +37,7 @@ def test_each_format_has_its_bits_and_its_matrix_type(name: str, bits: Fraction,
 
 def test_there_are_no_other_formats() -> None:
     of_weights = {f"w{bits}a16{group}" for bits in (4, 8) for group in ("", "g32", "g64")}
-    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a8", "mxfp4", "nvfp4"} | of_weights
+    assert set(FORMATS) == {"bf16", "fp16", "fp8", "w8a8", "mxfp4", "mxfp8", "nvfp4"} | of_weights
     assert dict(KV_BYTES) == {"bf16": 2, "fp16": 2, "fp8": 1}
 
 
@@ -51,6 +52,7 @@ def test_there_are_no_other_formats() -> None:
         ("w8a16", 128, 130),
         ("w4a16g32", 32, 18),
         ("mxfp4", 32, 17),
+        ("mxfp8", 32, 33),
         ("nvfp4", 16, 9),
     ],
 )

@@ -268,7 +268,7 @@ def test_other_tools_are_described_where_their_kernels_are() -> None:
             {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp4"}}},
             "global_quant_config.weight.dtype must be fp8_e4m3 or int8",
         ),
-        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "quant_algo must be FP8, .* not 'MXFP8'"),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP4"}, "quant_algo must be FP8, .* not 'MXFP4'"),
         ({"quant_method": "fp8", "kv_cache_scheme": "int4"}, "kv_cache_scheme must be FP8, not 'int4'"),
         (
             {

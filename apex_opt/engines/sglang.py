@@ -31,6 +31,7 @@ SGLANG: Final = EngineRules(
             "w4a16g64": (7.5, inf),
             "w4a16g32": (7.5, inf),
             "mxfp4": (8.0, inf),
+            "mxfp8": (10.0, inf),
             "nvfp4": (8.0, inf),
         }
     ),

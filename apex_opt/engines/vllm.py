@@ -29,6 +29,7 @@ VLLM: Final = EngineRules(
             "w4a16g64": (7.0, inf),
             "w4a16g32": (7.0, inf),
             "mxfp4": (8.0, inf),
+            "mxfp8": (8.0, inf),
             "nvfp4": (7.5, inf),
         }
     ),

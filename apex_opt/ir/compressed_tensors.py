@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.checks import shown
-from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
+from apex_opt.ir.held import MX_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -98,9 +98,9 @@ def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | No
             return None
     block = block_sides(weights, "block_structure") if strategy == "block" else None
     if inputs is None:
-        if kind == "float" and bits == 4 and group in (MXFP4_GROUP, NVFP4_GROUP):
+        if kind == "float" and bits == 4 and group in (MX_GROUP, NVFP4_GROUP):
             # A scale of one byte per 16 weights takes what one of two bytes per 32 does.
-            return Held("mxfp4" if group == MXFP4_GROUP else "w4a16g32", group=int(group))
+            return Held("mxfp4" if group == MX_GROUP else "w4a16g32", group=int(group))
         if kind == "float" and bits != 8:
             weights.fault(
                 "type", "'float' is supported with num_bits 8, or with num_bits 4 and group_size 32 or 16, only"
@@ -109,15 +109,17 @@ def _group_format(groups: Fields, key: str, weights: Fields, inputs: Fields | No
         return weight_only(weights, "num_bits", "group_size")
     taken = inputs.values.get("num_bits")
     if {kind, inputs.text("type")} == {"float"}:
-        if weights.count("num_bits") == inputs.count("num_bits") == 8 and strategy != "group" and group != MXFP4_GROUP:
+        if weights.count("num_bits") == inputs.count("num_bits") == 8 and strategy != "group" and group != MX_GROUP:
             return Held("fp8", block=block)
+        if bits == taken == 8 and group == inputs.values.get("group_size") == MX_GROUP:
+            return Held("mxfp8", group=MX_GROUP)
         if bits == taken == 4 and group == NVFP4_GROUP:
             return Held("nvfp4", group=NVFP4_GROUP)
     if kind == (inputs.text("type") or "int") == "int" and bits == taken == 8 and strategy != "group":
         return Held("w8a8")
     groups.fault(
         key,
-        "must have 8-bit weights, in no groups, and activations, both float or both int, 4-bit float ones in groups of "
-        "16, or 4- or 8-bit weights alone",
+        "must have 8-bit weights, in no groups, and activations, both float or both int, float ones of 8 bits in "
+        "groups of 32 or of 4 bits in groups of 16, or 4- or 8-bit weights alone",
     )
     return None

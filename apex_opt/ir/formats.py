@@ -152,6 +152,15 @@ FORMATS: Final[Mapping[str, NumberFormat]] = MappingProxyType(
                 group=32,
                 description="4-bit float weights, 16-bit activations; one 8-bit scale per 32 weights",
             ),
+            # Of the same specification: the scales are part of the product on Blackwell, other GPUs expand the weights.
+            NumberFormat(
+                name="mxfp8",
+                weight_bits=8 + Fraction(8, 32),
+                activation="fp8",
+                group=32,
+                expanded="w8a16g32",
+                description="8-bit float weights and activations; one 8-bit scale per 32 of either",
+            ),
             # NVIDIA, "Introducing NVFP4 for Efficient and Accurate Low-Precision Inference", 2025.
             NumberFormat(
                 name="nvfp4",

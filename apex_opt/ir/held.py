@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.modules import ModuleNames
 
 NVFP4_GROUP: Final = 16
-MXFP4_GROUP: Final = 32
+MX_GROUP: Final = 32
 
 _SIDES: Final = re.compile(r"\d{1,9}x\d{1,9}")
 

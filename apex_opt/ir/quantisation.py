@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.checks import shown
 from apex_opt.ir.compressed_tensors import read_groups
-from apex_opt.ir.held import MXFP4_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
+from apex_opt.ir.held import MX_GROUP, NVFP4_GROUP, Held, Rule, Rules, block_sides, weight_only
 from apex_opt.ir.modules import EXPRESSION, ModuleNames, is_literal
 from apex_opt.ir.patterns import Effort, PatternError
 from apex_opt.ir.scheme import Scheme
@@ -290,7 +290,7 @@ def _fp8(reader: _Reader) -> Rules:
 
 def _mxfp4(reader: _Reader) -> Rules:
     # The engines quantise the routed experts alone, whatever the list of what to leave out.
-    return (Rule(ModuleNames.parse(("*.experts.*",), reader.effort), Held("mxfp4", group=MXFP4_GROUP)),)
+    return (Rule(ModuleNames.parse(("*.experts.*",), reader.effort), Held("mxfp4", group=MX_GROUP)),)
 
 
 def _gptq(reader: _Reader) -> Rules:
@@ -380,6 +380,7 @@ def _algorithm(section: Fields) -> Held | None:
         "FP8_PER_CHANNEL_PER_TOKEN": Held("fp8"),
         "FP8_PB_WO": Held("fp8", block=(128, 128)),
         "NVFP4": Held("nvfp4", group=NVFP4_GROUP),
+        "MXFP8": Held("mxfp8", group=MX_GROUP),
         # Half a byte and a scale of one byte per 16 weights are what a scale of two bytes per 32 takes.
         "W4A16_NVFP4": Held("w4a16g32", group=NVFP4_GROUP),
     }

@@ -78,6 +78,7 @@ _SAME: Final = {
 _STAND_INS: Final = {
     "nvfp4": ("fp8", "bf16"),
     "mxfp4": ("w4a16", "bf16"),
+    "mxfp8": ("fp8", "bf16"),
     "w4a16": ("mxfp4", "bf16"),
     **{f"w4a16g{group}": ("mxfp4", "bf16") for group in SMALL_GROUPS},
     "w8a16": ("w4a16", "bf16"),
