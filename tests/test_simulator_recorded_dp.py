@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from golden.condense import digest, read_condensed, read_recorded
 
-from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.simulator import replay_case
+from apex_opt.errors import ApexError, UnknownNameError, UsageError
+from apex_opt.simulator import ranks, replay_case
+from apex_opt.simulator.reference import coordinator, group, loop
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from apex_opt.simulator.api import Implementation
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("kernel", "reference")
@@ -61,3 +64,57 @@ def test_a_case_that_no_engine_serves_is_refused() -> None:
         replay_case("dp", case | {"config": {k: v for k, v in case["config"].items() if k != "law_us"}})
     with pytest.raises(UsageError, match="ranks: count 0 is below 1"):
         replay_case("dp", case | {"config": case["config"] | {"ranks": 0}})
+
+
+# What the rules are noticed by.
+
+MODULES = {"group": group, "coordinator": coordinator, "ranks": ranks}
+RULES = {
+    rule["rule"]: (MODULES[module], rule)
+    for module, rules in tomllib.loads((Path(__file__).parent / "golden" / "ranks_rules.toml").read_text()).items()
+    for rule in rules
+}
+
+
+class Slow(Exception):
+    """A changed rule made a run that does not end."""
+
+
+def changed(module: ModuleType, before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a module with a part of its text changed in its place, for those who import it from now on."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text()
+    assert text.count(before) == 1, f"{before!r} is there {text.count(before)} times"
+    copy = ModuleType(module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, copy)
+    exec(compile(text.replace(before, after), "changed", "exec"), copy.__dict__)
+
+
+def notices(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether something else comes out of the ranks that are in place, or nothing at all."""
+    changed_group = sys.modules[group.__name__].Group
+    turns = iter(range(20 * (sum(case["batches"]) + sum(case["dummies"])) + 2000))
+
+    class Limited(changed_group):  # type: ignore[misc]
+        def _next(self) -> Any:
+            if next(turns, None) is None:
+                raise Slow
+            return super()._next()
+
+    monkeypatch.setattr(loop, "Group", Limited)
+    try:
+        found = json.loads(json.dumps(replay_case("dp", case, "reference")))
+    except (Slow, ApexError, AssertionError, IndexError):
+        return True
+    return bool(digest(found.pop("steps")) != case["batches_sha256"] or found != recorded(case))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_change_of_any_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, rule = RULES[name]
+    case = RECORDED[rule["case"]]
+    for after in (rule["before"], rule["after"]):
+        changed(module, rule["before"], after, monkeypatch)
+        if module is not group:
+            changed(group, "class Group:", "class Group:", monkeypatch)
+        assert notices(case, monkeypatch) == (after == rule["after"])
