@@ -137,7 +137,7 @@ def test_attention_refuses(bad: dict[str, Any], text: str) -> None:
         ({"q_lora_rank": 0}, "latent attention: q_lora_rank must be a whole number from 1"),
         ({"kv_lora_rank": None}, "kv_lora_rank must be a whole number from 1 to 2147483648, not None"),
         ({"rope_head_dim": 0, "v_head_dim": -1}, "rope_head_dim must .*; v_head_dim must"),
-        ({"output_quantised": -1}, "output_quantised must be a whole number from 0 to 12, not -1"),
+        ({"output_quantised": -1}, "output_quantised must be a whole number from 0 to 13, not -1"),
     ],
 )
 def test_latent_attention_refuses(bad: dict[str, Any], text: str) -> None:
