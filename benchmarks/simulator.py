@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apex_opt.workload import Trace
 
 MODEL = "llama-3.1-8b"
+MIXTURE = "qwen3-30b-a3b"
 
 # Engine loop: plan, and the engine settings that differ from the default.
 EAGLE = Speculation(method="eagle", draft_tokens=3, accepted=((2, 3, 2, 1, 0, 0, 1, 0, 3, 2, 1, 0),))
@@ -83,6 +84,15 @@ def benchmarks() -> tuple[Benchmark, ...]:
             measure=disaggregated,
         )
     )
+    found.append(
+        Benchmark(
+            name="simulate_ranks_batches_per_s",
+            unit="batches/s",
+            about=f"{title} on {MIXTURE}, attn(dp8) ffn(ep8), eight ranks in "
+            "lockstep: batches of all ranks, dummies among them, full cost of the plan, warm, on one core",
+            measure=ranks,
+        )
+    )
     at_hand = MOONCAKE_CONVERSATION.is_file()
     title = "Mooncake's conversation trace" if at_hand else "a trace of Mooncake's lengths with 50 shared beginnings"
     found.append(
@@ -123,6 +133,29 @@ def disaggregated(quick: bool) -> float:
 
     def run() -> int:
         return run_disaggregated(pool, pool, handover, trace).batches
+
+    with one_core():
+        return run() / best_of(1 if quick else 5, run)
+
+
+def ranks(quick: bool) -> float:
+    """Parts of forwards that ranks in lockstep run per second, best of five after a warm-up."""
+    from apex_opt.plans.plan import parse_plan
+    from apex_opt.search.facts import Facts
+    from apex_opt.simulator import EnginePool, run_deployment
+
+    asked, trace = problem(MIXTURE, "8xh200-sxm", "chat"), conversation(quick)
+    facts, plan = Facts(asked), parse_plan("attn(dp8) ffn(ep8)", asked.model)
+    cost = facts.plan_cost(plan)
+    pool = EnginePool(
+        settings=asked.settings_for(plan), blocks=facts.own_blocks(plan), laws=cost.laws, ranks=cost.ranks
+    )
+
+    def run() -> int:
+        outcome = run_deployment([pool], trace)
+        shared = outcome.pools[0].shared
+        assert shared is not None
+        return outcome.batches + shared.dummies
 
     with one_core():
         return run() / best_of(1 if quick else 5, run)
