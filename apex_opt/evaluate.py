@@ -376,17 +376,17 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     kept = (instance.kv_blocks_needed + 1) * instance.settings.block_size
     weights, held = [0], [0]
     for run in model.runs:
-        read = block_shard_bytes(run.block, plan, instance.held) + 2 * run.block.norm_parameters
+        read = block_shard_bytes(run.block, plan, instance.held) + 2 * run.block.own_parameters
         kv = kept * kv_bytes_per_token(run.block.attention, tp, plan.kv_format)
         for _ in range(run.count):
             weights.append(weights[-1] + read)
             held.append(held[-1] + read + kv)
     stages = stage_memory(model, instance.cluster.gpu, plan, limited(instance.settings, plan))
-    head = vocab + 2 * model.hidden
+    head = vocab + 2 * model.after_parameters
     last = plan.stages - 1
     copies = [vocab_copies(model, instance.held, index == 0, index == last) for index in range(plan.stages)]
-    norms = 2 * model.hidden
-    beside = [vocab * n + norms * (index == last) + instance.held.table_bytes for index, n in enumerate(copies)]
+    ends = {0: 2 * model.before_parameters, last: 2 * model.after_parameters}
+    beside = [vocab * n + ends.get(index, 0) + instance.held.table_bytes for index, n in enumerate(copies)]
     extra = (*(0,) * (plan.stages - 1), head)
     most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)
     rooms = tuple(s.usable_bytes - s.runtime_bytes - other for s, other in zip(stages, beside, strict=True))

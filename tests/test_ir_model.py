@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.ir import Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
+from apex_opt.ir import Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run, Skipped
+from apex_opt.ir.cells import Kept, Matrix, State
 
 ATTENTION = Attention(hidden=10, query_heads=6, kv_heads=2, head_dim=4)
 LATENT = LatentAttention(
@@ -38,7 +39,7 @@ def model(**changes: Any) -> Model:
 def test_a_matrix_in_another_format_of_a_mixed_checkpoint_is_stored_in_that() -> None:
     block = Block(attention=replace(ATTENTION, quantised=2, output_quantised=0), ffn=replace(DENSE, down_quantised=2))
     qkv, output, up, down = 10 * (24 + 8 + 8), 24 * 10, 2 * 70, 70
-    rest = 2 * (output + block.norm_parameters)
+    rest = 2 * (output + block.own_parameters)
     assert block.weight_bytes("nvfp4+fp8") == rest + qkv + down + -(-up * 9 // 16)
     assert block.weight_bytes("fp8+bf16") == rest + 2 * (qkv + down) + up
     # A plan in one format has every matrix in that, but for those that no format covers.
@@ -47,7 +48,7 @@ def test_a_matrix_in_another_format_of_a_mixed_checkpoint_is_stored_in_that() ->
 
 def test_a_part_left_out_stays_16_bit_in_every_format() -> None:
     block = Block(attention=replace(ATTENTION, quantised=0, output_quantised=0), ffn=DENSE)
-    kept = ATTENTION.parameters + block.norm_parameters
+    kept = ATTENTION.parameters + block.own_parameters
     for name, ffn_bytes in (("bf16", 2 * 210), ("fp8", 210), ("nvfp4", 119), ("mxfp4", 112)):
         assert block.weight_bytes(name) == 2 * kept + ffn_bytes
 
@@ -55,7 +56,7 @@ def test_a_part_left_out_stays_16_bit_in_every_format() -> None:
 def test_block_adds_its_cells_and_two_norms() -> None:
     block = Block(attention=ATTENTION, ffn=MOE)
     assert block.cells == (ATTENTION, MOE)
-    assert block.norm_parameters == 20
+    assert block.own_parameters == 20
     assert block.parameters == ATTENTION.parameters + MOE.parameters + 20
     assert block.active_parameters == ATTENTION.parameters + MOE.active_parameters + 20
     assert block.is_moe
@@ -117,3 +118,45 @@ def test_model_refuses(bad: dict[str, Any], text: str) -> None:
 def test_types_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         ATTENTION.hidden = 3  # type: ignore[misc]
+
+
+def test_a_layer_that_lacks_a_cell_has_nothing_in_its_place() -> None:
+    gone = Skipped(hidden=10)
+    mixing, feeding = Block(attention=ATTENTION, ffn=gone), Block(attention=gone, ffn=MOE)
+    assert (mixing.parameters, mixing.active_parameters) == (ATTENTION.parameters + 10,) * 2
+    assert (feeding.parameters, feeding.active_parameters) == (MOE.parameters + 10, MOE.active_parameters + 10)
+    assert (mixing.is_moe, feeding.is_moe) == (False, True)
+    apart = model(runs=(Run(block=mixing, count=2), Run(block=feeding, count=2)))
+    assert apart.kv_bytes_per_token(2) == 2 * 16 * 2
+    with pytest.raises(InputError, match="attention has hidden 10 but the FFN 12"):
+        Block(attention=ATTENTION, ffn=Skipped(hidden=12))
+
+
+def test_a_layer_tells_of_its_norms_and_what_else_it_has() -> None:
+    plain = Block(attention=ATTENTION, ffn=DENSE)
+    assert replace(plain, norms=4).parameters == plain.parameters + 20
+    assert [op.row_bytes for op in replace(plain, norms=4).own_operations] == [40.0, 40.0]
+    assert replace(plain, norm_bias=True).parameters == plain.parameters + 20
+    assert replace(plain, norms=0).parameters == plain.parameters - 20
+    assert plain.own_operations == replace(plain, norms=1).own_operations == ()
+    assert replace(plain, beside=(Matrix("gate", 3, 10),)).weight_bytes("fp8") == plain.weight_bytes("fp8") + 2 * 30
+    shared = replace(plain, parallel=True, norms=1)
+    assert (plain.shares_norm, shared.shares_norm, replace(plain, parallel=True).shares_norm) == (False, True, False)
+    with pytest.raises(InputError, match="one_sum needs parallel"):
+        replace(plain, one_sum=True)
+
+
+def test_a_model_has_weights_before_and_after_its_layers() -> None:
+    tiny = model(before=(Matrix("positions", 100, 10),), after=(Matrix("head bias", 11, 1),))
+    assert tiny.parameters == model().parameters + 1000 + 11
+    assert tiny.active_parameters == model().active_parameters + 1000 + 11
+    assert (tiny.before_parameters, tiny.after_parameters) == (1000, 10 + 11)
+    assert tiny.weight_bytes() == model().weight_bytes() + 2 * 1011
+    biased = Block(attention=ATTENTION, ffn=DENSE, norm_bias=True)
+    assert model(runs=(Run(block=biased, count=1),)).after_parameters == 20
+
+
+def test_what_is_kept_by_sequence_is_not_counted_by_token() -> None:
+    kept, state = Kept(16, None, other_bytes=3), State(100, draft_size=7)
+    assert (kept.token_bytes(2), kept.sequence_bytes(5)) == (35, 0)
+    assert (state.token_bytes(2), state.sequence_bytes(), state.sequence_bytes(2)) == (0, 100, 114)

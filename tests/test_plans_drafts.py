@@ -33,7 +33,7 @@ def test_eagle_is_a_dense_layer_with_a_head_of_its_own() -> None:
     layer = 2 * hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * columns
     weights = layer + 3 * hidden * hidden + 32_000 * hidden + 2 * hidden
     beside = draft.beside_bytes(1)
-    assert beside + 2 * draft.runs[0].block.parameters - 2 * draft.runs[0].block.norm_parameters == 2 * weights
+    assert beside + 2 * draft.runs[0].block.parameters - 2 * draft.runs[0].block.own_parameters == 2 * weights
 
 
 def test_a_draft_model_lies_there_whole_and_n_grams_take_nothing() -> None:

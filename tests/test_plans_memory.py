@@ -89,7 +89,7 @@ def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: in
             equal += 1
             # Norms, biases of whole rows, query and key norms and routers lie on every GPU; a tied matrix on both ends.
             copied = (
-                sum(run.count * 2 * (run.block.norm_parameters + small(run.block)) for run in model.runs)
+                sum(run.count * 2 * (run.block.own_parameters + small(run.block)) for run in model.runs)
                 + 2 * model.hidden
                 + routers
             )

@@ -83,6 +83,7 @@ class Operations(Exchanges):
         ffn : Template          how the FFN is cut
         """
         count: Ints = np.array(block.attention.launches) + np.array(block.ffn.launches)
+        count += len(block.own_operations) - block.shares_norm
         return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: int) -> str:
@@ -120,7 +121,20 @@ class Operations(Exchanges):
                 parts.append(own(operation=op.name, work=self._op(op, weight_format)))
         return merged(*parts)
 
-    def ffn(self, cell: Ffn, attention: Template, template: Template, weight_format: str) -> Parts:
+    def beside(self, block: Block, attention: Template) -> Parts:
+        """What a layer computes outside its cells, on the copies that own the sequences.
+
+        Parameters
+        ----------
+        block
+        attention : Template    how attention is cut
+        """
+        own = self._of_attention(attention.dp)
+        return merged(*(own(operation=op.name, work=self.elementwise(op)) for op in block.own_operations))
+
+    def ffn(
+        self, cell: Ffn, attention: Template, template: Template, weight_format: str, shares_norm: bool = False
+    ) -> Parts:
         """One FFN cell on its copies; what is shared beside experts on copies of its own.
 
         Parameters
@@ -129,6 +143,7 @@ class Operations(Exchanges):
         attention : Template    how attention is cut
         template : Template     how it is cut
         weight_format : str     of the weights
+        shares_norm : bool      its norm is attention's
         """
         own = self._of_ffn(attention.dp, self._held_as(cell, attention, template).dp)
         # What is shared is spread over all devices of a copy, or lies as dense FFNs do.
@@ -136,7 +151,7 @@ class Operations(Exchanges):
         dense = attention if self.held.dense_per_copy else template
         shared = attention.devices if spread else dense.dp
         beside = self._of_ffn(attention.dp, shared)
-        operations = cell.operations(ffn_cut(cell, attention, template, weight_format, self.held), 0)
+        operations = cell.operations(ffn_cut(cell, attention, template, weight_format, self.held), 0)[shares_norm:]
         return merged(
             *((beside if op.shared else own)(operation=op.name, work=self._op(op, weight_format)) for op in operations)
         )
@@ -253,7 +268,8 @@ class Operations(Exchanges):
         for run in draft.runs:
             cells = merged(
                 self.attention(run.block.attention, attention, held, formats[1]),
-                self.ffn(run.block.ffn, attention, ffn, held),
+                self.beside(run.block, attention),
+                self.ffn(run.block.ffn, attention, ffn, held, run.block.shares_norm),
                 self.reshards(run.block, attention, ffn, layout),
             )
             layers.append(times(cells, run.count))

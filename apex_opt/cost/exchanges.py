@@ -118,7 +118,7 @@ class Exchanges:
         tokens are gathered, and the sums scattered back; experts in groups are reached by an all-to-all of the chosen
         tokens instead, gathered within a group whose experts are cut. Where the copies of one cell straddle those of
         the other, every device gets all tokens after each cell. Norms over the whole width of queries and keys sum
-        up two squares per token over the shards.
+        up two squares per token over the shards. Cells that a layer does without exchange nothing.
 
         Parameters
         ----------
@@ -137,8 +137,11 @@ class Exchanges:
             found.append(
                 (of_attention, calls.all_reduce_s, block.attention.reduced_bytes, attention.tp, 1, attention.dp)
             )
-        found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1, attention.dp))
-        if ffn.dp % attention.dp == 0:
+        if not (block.attention.skipped or (block.one_sum and ffn.dp == attention.dp)):
+            found.append((of_attention, calls.all_reduce_s, hidden, attention.tp, 1, attention.dp))
+        if cell.skipped:
+            pass
+        elif ffn.dp % attention.dp == 0:
             found += [
                 (of_ffn, calls.all_reduce_s, hidden, shards, 1, ffn.dp),
                 (of_attention, calls.all_gather_s, hidden, ffn.dp // attention.dp, shards, attention.dp),

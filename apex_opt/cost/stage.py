@@ -176,7 +176,12 @@ class StageCosts:
                     run.count,
                     (operations.attention, block.attention, cut.attention, cut.weight_format, cut.kv_format),
                 )
-            yield run.count, (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format)
+                if block.own_operations:
+                    yield run.count, (operations.beside, block, cut.attention)
+            yield (
+                run.count,
+                (operations.ffn, block.ffn, cut.attention, cut.ffn, cut.weight_format, block.shares_norm),
+            )
             yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
         if first:
             yield 1, (operations.embedding, self.model, cut.attention, layout)

@@ -132,8 +132,8 @@ class Held:
                 if least <= has < below
             ),
             vocab_everywhere=model.family in rules.vocab_on_every_stage,
-            # Runs of one model turn by as many angles.
-            table_bytes=2 * model.max_position * model.runs[0].block.attention.rotary_dim * rules.rotary_table,
+            # Layers of one model turn by as many angles, where they turn at all.
+            table_bytes=2 * model.max_position * rules.rotary_table * max(b.attention.rotary_dim for b in model.blocks),
         )
 
     def dense_shards(self, attention: int, ffn: int) -> int:

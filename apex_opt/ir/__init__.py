@@ -5,7 +5,7 @@ attention and FFN, `formats` the number formats, `huggingface` the reader of `co
 implies in `families` and what is quantised in `quantisation`.
 """
 
-from apex_opt.ir.cells import Attention, AttentionCell, Cell, DenseFfn, Ffn, LatentAttention, MoeFfn
+from apex_opt.ir.cells import Attention, AttentionCell, Cell, DenseFfn, Ffn, LatentAttention, MoeFfn, Skipped
 from apex_opt.ir.families import SUPPORTED_MODEL_TYPES
 from apex_opt.ir.formats import FORMATS, KV_BYTES, NumberFormat, get_format
 from apex_opt.ir.huggingface import model_from_config, read_config
@@ -29,6 +29,7 @@ __all__ = [
     "NumberFormat",
     "Run",
     "Scheme",
+    "Skipped",
     "checkpoint_of",
     "get_format",
     "list_models",

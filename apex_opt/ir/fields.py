@@ -22,9 +22,16 @@ class Fields:
     values: Mapping[str, Any]
     prefix: str = ""
     faults: list[str] = field(default_factory=list)
+    own_names: Mapping[str, str] = field(default_factory=dict)
+
+    def spelled(self, own_names: Mapping[str, str]) -> Fields:
+        """The same fields by their usual names, of which the file has other ones for some."""
+        usual = {name: self.values[own] for name, own in own_names.items() if own in self.values}
+        return Fields({**self.values, **usual}, self.prefix, self.faults, own_names)
 
     def name(self, key: str) -> str:
         """Where a field stands, on one line whatever the file calls it."""
+        key = self.own_names.get(key, key)
         return self.prefix + (key if key.isprintable() and len(key) <= _LONGEST_NAME else shown(key))
 
     def fault(self, key: str, text: str) -> None:

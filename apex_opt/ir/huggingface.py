@@ -1,4 +1,4 @@
-"""Reads Hugging Face `config.json` files of decoder-only, llama-shaped models into the Transformer IR.
+"""Reads Hugging Face `config.json` files of decoder-only models into the Transformer IR: see `apex_opt.ir.families`.
 
 Which field means what, and which default a family has, follows the configuration classes of the `transformers` library.
 What the text decoder does not serve is left out: vision towers beside a `text_config`, multi-token-prediction layers.
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.files import read_json, there
-from apex_opt.ir.cells import Attention, DenseFfn, Ffn, LatentAttention, MoeFfn
-from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
+from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.context import context_limit
-from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family
+from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Sizes
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
@@ -53,9 +52,6 @@ _DRAFT_KEYS: Final = (
 
 _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
-_QWEN_FULL_LAYERS: Final = 28
-"""Leading layers without a window where a Qwen file does not give max_window_layers (transformers)."""
-
 _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
@@ -129,21 +125,22 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         # Of a configuration within another one, only what differs from the defaults of its class is written.
         fields = Fields({**family.defaults, **fields.values})
 
-    hidden = fields.count("hidden_size")
-    layers = fields.count("num_hidden_layers", maximum=MAX_LAYERS)
-    vocab = fields.count("vocab_size")
+    fields = fields.spelled(family.spelled)
+
+    size = Sizes(
+        hidden=fields.count("hidden_size"),
+        layers=fields.count("num_hidden_layers", maximum=MAX_LAYERS),
+        vocab=fields.count("vocab_size"),
+    )
     max_position = context_limit(fields)
-    tied = fields.flag("tie_word_embeddings")
-    attention = _latent_fields(fields) if family.latent else _attention_fields(fields, family, hidden)
-    windows = _windows(fields, family, layers)
-    ffns = _ffns(fields, family, hidden, layers)
+    tied = fields.flag("tie_word_embeddings", default=family.tied)
+    layers = family.read(fields, size)
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)
     if fields.faults:
         raise join_faults(source, fields.faults)
 
-    cell = LatentAttention(hidden=hidden, **attention) if family.latent else Attention(hidden=hidden, **attention)
-    blocks = [Block(attention=cell.with_window(window), ffn=ffn) for window, ffn in zip(windows, ffns, strict=True)]
+    blocks = layers.blocks
     try:
         stored = [_stored(quantisation, family, layer, block) for layer, block in enumerate(blocks)]
     except PatternError as error:
@@ -157,8 +154,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     used = {entry for held in stored for entry in held if entry is not None}
     return Model(
         name=name,
-        hidden=hidden,
-        vocab=vocab,
+        hidden=size.hidden,
+        vocab=size.vocab,
         tied_embeddings=tied,
         max_position=max_position,
         runs=runs,
@@ -169,6 +166,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
         mtp_layers=_mtp_layers(fields.values),
+        before=layers.before,
+        after=layers.after,
         source=source,
     )
 
@@ -192,23 +191,16 @@ def _mtp_layers(values: Mapping[str, Any]) -> int:
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
     """How the checkpoint stores the covered matrices of one layer, in the order of its cells' `FORMS`."""
-    shared = family.shared_modules if block.is_moe and block.ffn.dense else ()
-    experts = (
-        module.replace(".experts.0.", f".experts.{number}.")
-        for number in quantisation.experts
-        if number < block.ffn.experts
-        for module in family.expert_modules
-    )
-    modules = {
-        "qkv": family.qkv_modules,
-        "output": family.output_modules,
-        "up": family.dense_modules[:-1],
-        "down": family.dense_modules[-1:],
-        "experts": tuple(experts),
-        "shared up": shared[:-1],
-        "shared down": shared[-1:],
-    }
-    return tuple(quantisation.held(layer, modules[part]) for cell in block.cells for part in cell.FORMS.values())
+    found = []
+    for part in (part for cell in block.cells for part in cell.FORMS.values()):
+        modules = family.modules[part]
+        if part == "experts":
+            numbers = [number for number in quantisation.experts if number < block.ffn.experts]
+            modules = tuple(name.replace(".experts.0.", f".experts.{n}.") for n in numbers for name in modules)
+        elif part.startswith("shared ") and not block.ffn.dense:
+            modules = ()
+        found.append(quantisation.held(layer, modules))
+    return tuple(found)
 
 
 def _in_formats(layout: Sequence[_Layer]) -> tuple[dict[_Layer, Block], list[str]]:
@@ -233,7 +225,7 @@ def _numbered(block: Block, forms: Iterable[int]) -> Block:
     """The block with these formats of its covered matrices, in the order of its cells' `FORMS`."""
     numbers = iter(forms)
     changes: list[dict[str, Any]] = [dict(zip(cell.FORMS, numbers, strict=False)) for cell in block.cells]
-    return Block(attention=replace(block.attention, **changes[0]), ffn=replace(block.ffn, **changes[1]))
+    return replace(block, attention=replace(block.attention, **changes[0]), ffn=replace(block.ffn, **changes[1]))
 
 
 def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
@@ -285,149 +277,13 @@ def _family(fields: Fields, wrapped: bool, source: str) -> Family:
         raise InputError(f"{source}: model_type must be text, not {shown(model_type)}")
     if model_type not in FAMILIES:
         raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {supported}")
-    if architectures and not wrapped and not any("CausalLM" in entry for entry in architectures):
+    own = FAMILIES[model_type].architecture
+    if architectures and not wrapped and not any("CausalLM" in entry or entry == own for entry in architectures):
         raise InputError(
             f"{source}: architectures {', '.join(architectures)!r:.60} generates no text; "
             f"give a model whose architecture ends in ForCausalLM"
         )
     return FAMILIES[model_type]
-
-
-def _attention_fields(fields: Fields, family: Family, hidden: int) -> dict[str, Any]:
-    """Arguments of `Attention` that all layers share."""
-    heads = fields.count("num_attention_heads")
-    # Where the class has a default, it holds for files that leave the field out; null is one KV head per query head.
-    named = "num_key_value_heads" in fields.values
-    kv_heads = fields.count(
-        "num_key_value_heads", heads if named else family.defaults.get("num_key_value_heads", heads)
-    )
-    if fields.values.get("head_dim") is None:
-        head_dim = hidden // heads if heads else 0
-        if heads and hidden % heads:
-            fields.fault("hidden_size", f"{hidden} is not a multiple of num_attention_heads {heads}; give head_dim")
-    else:
-        head_dim = fields.count("head_dim")
-    if heads and kv_heads and heads % kv_heads:
-        fields.fault("num_attention_heads", f"{heads} is not a multiple of num_key_value_heads {kv_heads}")
-    bias = fields.flag("attention_bias")
-    qk_norm = fields.flag("use_qk_norm")
-    return {
-        "qk_norm_whole": family.qk_norm_whole,
-        "sinks": family.sinks,
-        "query_heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "qkv_bias": bias if family.qkv_bias is None else family.qkv_bias,
-        "output_bias": bias if family.output_bias is None else family.output_bias,
-        "qk_norm": qk_norm if family.qk_norm is None else family.qk_norm,
-    }
-
-
-def _latent_fields(fields: Fields) -> dict[str, Any]:
-    """Arguments of `LatentAttention` that all layers share."""
-    if fields.flag("attention_bias"):
-        fields.fault("attention_bias", "true is not supported with latent attention")
-    return {
-        "query_heads": fields.count("num_attention_heads"),
-        "q_lora_rank": None if fields.values.get("q_lora_rank") is None else fields.count("q_lora_rank"),
-        "kv_lora_rank": fields.count("kv_lora_rank"),
-        "nope_head_dim": fields.count("qk_nope_head_dim"),
-        "rope_head_dim": fields.count("qk_rope_head_dim"),
-        "v_head_dim": fields.count("v_head_dim"),
-    }
-
-
-def _windows(fields: Fields, family: Family, layers: int) -> list[int | None]:
-    """Attention window of every layer, None for full attention."""
-    window = fields.count("sliding_window", default=0)
-    kinds = fields.rows("layer_types")
-    pattern = fields.count("sliding_window_pattern", default=family.window_pattern)
-    spelled_out = kinds is not None or pattern > 0
-    used = fields.flag("use_sliding_window", default=spelled_out or family.window == "always")
-    full_layers = fields.count(
-        "max_window_layers", default=_QWEN_FULL_LAYERS if family.window == "opt-in" else 0, minimum=0
-    )
-    if not used:
-        window = 0
-    if kinds is not None:
-        known = {"full_attention": False, "sliding_attention": True}
-        odd = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
-        if odd:
-            fields.fault("layer_types", f"may hold {' and '.join(known)}, not {shown(odd[0])}")
-            return []
-        slides = [known[kind] for kind in kinds]
-        if layers and len(kinds) != layers:
-            fields.fault("layer_types", f"has {len(kinds)} entries for num_hidden_layers {layers}")
-        if any(slides) and not window:
-            fields.fault("layer_types", "has sliding_attention layers but sliding_window is missing or switched off")
-    elif pattern:
-        # Every pattern-th layer sees the whole context.
-        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
-    else:
-        slides = [used and layer >= full_layers for layer in range(layers)]
-    return [window if slide and window else None for slide in slides]
-
-
-def _ffns(fields: Fields, family: Family, hidden: int, layers: int) -> list[Ffn]:
-    """FFN of every layer; empty where a fault forbids to build one."""
-    if not family.experts_field:
-        sparse = [False] * layers
-    else:
-        step = fields.count("decoder_sparse_step", default=1)
-        every = fields.count("moe_layer_freq", default=1)
-        dense_first = fields.count("first_k_dense_replace", default=0, minimum=0)
-        dense_rows = fields.rows("mlp_only_layers") or []
-        for row in dense_rows:
-            if layers and (fault := count_fault("mlp_only_layers entry", row, 0, layers - 1)):
-                fields.faults.append(fault)
-                return []
-        dense = set(dense_rows) if layers else set()
-        sparse = [
-            layer >= dense_first
-            and layer not in dense
-            and (step > 0 and (layer + 1) % step == 0)
-            and (every > 0 and layer % every == 0)
-            for layer in range(layers)
-        ]
-    dense_ffn = moe_ffn = None
-    if not all(sparse) or not layers:
-        intermediate = fields.count("intermediate_size")
-        bias = fields.flag("mlp_bias") if family.mlp_bias is None else family.mlp_bias
-        if hidden and intermediate:
-            dense_ffn = DenseFfn(hidden=hidden, intermediate=intermediate, bias=bias)
-    if family.experts_field:
-        moe_ffn = _moe_ffn(fields, family, hidden)
-    chosen = [moe_ffn if is_sparse else dense_ffn for is_sparse in sparse]
-    return [ffn for ffn in chosen if ffn is not None]
-
-
-def _moe_ffn(fields: Fields, family: Family, hidden: int) -> MoeFfn | None:
-    """The mixture of experts all sparse layers share; None where a field is at fault."""
-    before = len(fields.faults)
-    width = fields.count(family.expert_width_field)
-    experts = fields.count(family.experts_field)
-    per_token = fields.count("num_experts_per_tok")
-    shared = 0
-    if family.shared_width_field:
-        shared = fields.count(family.shared_width_field, minimum=0)
-    elif family.shared_count_field:
-        shared = fields.count(family.shared_count_field, minimum=0) * width
-        if shared > MAX_COUNT:
-            fields.fault(family.shared_count_field, f"times {family.expert_width_field} is {shared}, above {MAX_COUNT}")
-    if experts and per_token > experts:
-        fields.fault("num_experts_per_tok", f"{per_token} is above {family.experts_field} {experts}")
-    if not hidden or len(fields.faults) > before:
-        return None
-    return MoeFfn(
-        hidden=hidden,
-        expert_intermediate=width,
-        experts=experts,
-        experts_per_token=per_token,
-        shared_intermediate=shared,
-        shared_gate=family.shared_gate and shared > 0,
-        bias=family.expert_bias,
-        router_bias=family.router_bias,
-    )
 
 
 def _dtype(fields: Fields) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.ir.cells import AttentionCell, Cell, Ffn, Matrix, stored_bytes
+from apex_opt.ir.cells.operations import Elementwise
 from apex_opt.ir.checks import check_counts, check_flags
 from apex_opt.ir.formats import FORMATS, KV_BYTES, is_format
 
@@ -27,16 +28,37 @@ DTYPES: Final = ("bf16", "fp16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One layer: attention, then an FFN of the same width, each behind an RMS norm."""
+    """One layer: attention, then an FFN of the same width, each behind a norm; what it has besides, it tells itself.
+
+    Parameters
+    ----------
+    attention : AttentionCell           what mixes tokens
+    ffn : Ffn                           what takes each token alone
+    norms : int or None                 norms of the residual stream; None is one before each cell that is there
+    norm_bias : bool                    they are LayerNorms with a bias
+    parallel : bool                     both cells read the same hidden state
+    one_sum : bool                      shards add up the outputs of both cells at once, which needs `parallel`
+    beside : tuple of Matrix            other weights, in 16 bit and whole on every shard
+    """
 
     attention: AttentionCell
     ffn: Ffn
+    norms: int | None = None
+    norm_bias: bool = False
+    parallel: bool = False
+    one_sum: bool = False
+    beside: tuple[Matrix, ...] = ()
 
     def __post_init__(self) -> None:
         if self.attention.hidden != self.ffn.hidden:
             raise InputError(
                 f"block: attention has hidden {self.attention.hidden} but the FFN {self.ffn.hidden}; make them equal"
             )
+        check_flags("block", norm_bias=self.norm_bias, parallel=self.parallel, one_sum=self.one_sum)
+        if self.one_sum and not self.parallel:
+            raise InputError("block: one_sum needs parallel, as the FFN reads the sum of attention's outputs otherwise")
+        if self.norms is not None:
+            check_counts("block", minimum=0, norms=self.norms)
 
     @property
     def hidden(self) -> int:
@@ -54,15 +76,39 @@ class Block:
         return self.ffn.experts > 0
 
     @property
-    def norm_parameters(self) -> int:
-        """Weights of the two norms."""
-        return 2 * self.hidden
+    def norm_count(self) -> int:
+        """Norms of the residual stream."""
+        return self._kept_cells if self.norms is None else self.norms
+
+    @property
+    def _kept_cells(self) -> int:
+        return sum(not cell.skipped for cell in self.cells)
+
+    @property
+    def own(self) -> tuple[Matrix, ...]:
+        """Weights of the layer outside its cells, which stay in 16 bit and whole on every shard."""
+        return Matrix("norms", self.hidden, 1 + self.norm_bias, times=self.norm_count), *self.beside
+
+    @property
+    def own_parameters(self) -> int:
+        """Weights of the layer outside its cells."""
+        return sum(matrix.weights for matrix in self.own)
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether the FFN reads what attention's norm gives."""
+        return self.parallel and self.norm_count == 1
+
+    @property
+    def own_operations(self) -> tuple[Elementwise, ...]:
+        """Kernels outside the cells, each of which begins with its norm: further norms, without an addition."""
+        further = self.norm_count - self._kept_cells
+        return (Elementwise("norm", 4.0 * self.hidden, "norm", self.hidden, "norm"),) * further
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """All weights of the layer."""
-        norms = Matrix("norms", self.hidden, 1, times=2)
-        return *self.attention.matrices(), *self.ffn.matrices(), norms
+        return *self.attention.matrices(), *self.ffn.matrices(), *self.own
 
     @property
     def matrix_parameters(self) -> int:
@@ -77,7 +123,7 @@ class Block:
     @property
     def active_parameters(self) -> int:
         """Weights one token passes through."""
-        return self.attention.active_parameters + self.ffn.active_parameters + self.norm_parameters
+        return self.attention.active_parameters + self.ffn.active_parameters + self.own_parameters
 
     def weight_bytes(self, weight_format: str) -> int:
         """Bytes of the layer's weights with its matrices in `weight_format` and the rest in 16 bit."""
@@ -114,6 +160,8 @@ class Model:
     family : str            its `model_type`, of whose layout engines know; "" where unknown
     tower_heads : int or None    heads of the tower that reads images, 0 where they are not stated; None without one
     mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
+    before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
+    after : tuple of Matrix     weights that the last stage has beside the LM head and the final norm
     source : str            where the description comes from
     """
 
@@ -131,6 +179,8 @@ class Model:
     family: str = ""
     tower_heads: int | None = None
     mtp_layers: int = 0
+    before: tuple[Matrix, ...] = ()
+    after: tuple[Matrix, ...] = ()
 
     def __post_init__(self) -> None:
         owner = f"model {self.name}"
@@ -184,6 +234,23 @@ class Model:
         return 0 if self.tied_embeddings else self.lm_head_matrix_parameters
 
     @property
+    def before_parameters(self) -> int:
+        """Weights that the first stage has beside the embedding, whole on every GPU and in 16 bit."""
+        return sum(matrix.weights for matrix in self.before)
+
+    @property
+    def after_parameters(self) -> int:
+        """Weights that the last stage has beside the LM head, whole on every GPU and in 16 bit: the final norm too."""
+        norm = self.hidden * (1 + self.runs[-1].block.norm_bias)
+        return norm + sum(matrix.weights for matrix in self.after)
+
+    @property
+    def _outside_parameters(self) -> int:
+        """Weights outside the layers."""
+        vocab = self.embedding_parameters + self.lm_head_parameters
+        return vocab + self.before_parameters + self.after_parameters
+
+    @property
     def matrix_parameters(self) -> int:
         """Weights that a number format may quantise."""
         return sum(run.count * run.block.matrix_parameters for run in self.runs)
@@ -191,14 +258,12 @@ class Model:
     @property
     def parameters(self) -> int:
         """All weights, final norm included."""
-        blocks = sum(run.count * run.block.parameters for run in self.runs)
-        return self.embedding_parameters + blocks + self.hidden + self.lm_head_parameters
+        return self._outside_parameters + sum(run.count * run.block.parameters for run in self.runs)
 
     @property
     def active_parameters(self) -> int:
         """Weights of everything one token passes through, embedding and LM head counted whole as publishers do."""
-        blocks = sum(run.count * run.block.active_parameters for run in self.runs)
-        return self.embedding_parameters + blocks + self.hidden + self.lm_head_parameters
+        return self._outside_parameters + sum(run.count * run.block.active_parameters for run in self.runs)
 
     def weight_bytes(self, weight_format: str | None = None) -> int:
         """Bytes of one whole copy of the weights.
@@ -212,8 +277,7 @@ class Model:
         UnknownNameError                no name of a format
         """
         wanted = self.weight_format if weight_format is None else weight_format
-        outside = self.embedding_parameters + self.hidden + self.lm_head_parameters
-        return sum(run.count * run.block.weight_bytes(wanted) for run in self.runs) + 2 * outside
+        return sum(run.count * run.block.weight_bytes(wanted) for run in self.runs) + 2 * self._outside_parameters
 
     def kv_bytes_per_token(self, kv_bytes: int) -> int:
         """Bytes one token adds to the KV cache over all layers, while it lies within every window.
@@ -222,5 +286,9 @@ class Model:
         ----------
         kv_bytes : int      bytes per element, a value of `KV_BYTES`
         """
-        layers = ((run.count, run.block.attention.cache()) for run in self.runs)
-        return kv_bytes * sum(count * sum(kept.elements for kept in cache) for count, cache in layers)
+        return sum(run.count * kept.token_bytes(kv_bytes) for run in self.runs for kept in run.block.attention.cache())
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Bytes that one sequence keeps over all layers whatever its length."""
+        return sum(run.count * kept.sequence_bytes() for run in self.runs for kept in run.block.attention.cache())

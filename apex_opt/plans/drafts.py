@@ -62,7 +62,7 @@ class Draft:
 
     def beside_bytes(self, tp: int) -> int:
         """Weights on one GPU beside the cells of the layers: norms and what is outside of these, all in 16 bit."""
-        norms = sum(2 * run.count * run.block.norm_parameters for run in self.runs)
+        norms = sum(2 * run.count * run.block.own_parameters for run in self.runs)
         twice = sum(2 * run.count * self.projection(run.block.attention, tp) * self.hidden for run in self.runs)
         return norms + twice + 2 * self.hidden * (self.joined + self.tables * ceil_div(self.vocab, tp))
 
@@ -84,7 +84,6 @@ def draft_of(model: Model, drafter: Drafter) -> Draft | None:
     """
     if drafter.method == "ngram":
         return None
-    last = model.runs[-1].block
     if drafter.method == "draft":
         from apex_opt.ir.registry import load_model
 
@@ -98,9 +97,14 @@ def draft_of(model: Model, drafter: Drafter) -> Draft | None:
             vocab=other.vocab,
             tables=1 if other.tied_embeddings else 2,
         )
-    attention = last.attention.with_window(None)
+    last = model.runs[-1].block
+    # Where that lacks a cell or keeps a state of a sequence, its like is taken from the last layer that has one.
+    blocks = [run.block for run in reversed(model.runs)]
+    kept = [block.attention for block in blocks if any(kept.token_bytes(1) for kept in block.attention.cache())]
+    attention = next(iter(kept), last.attention).with_window(None)
+    ffn = next((block.ffn for block in blocks if not block.ffn.skipped), last.ffn)
     if drafter.method == "mtp":
-        block = Block(attention=attention, ffn=last.ffn)
+        block = replace(last, attention=attention, ffn=ffn)
         return Draft(
             hidden=model.hidden,
             runs=(Run(block=block, count=1),),
@@ -112,7 +116,7 @@ def draft_of(model: Model, drafter: Drafter) -> Draft | None:
         )
     unquantised: dict[str, Any] = dict.fromkeys(attention.FORMS, 0)
     plain = replace(attention, **unquantised)
-    block = Block(attention=plain, ffn=_dense(last.ffn))
+    block = Block(attention=plain, ffn=_dense(ffn))
     return Draft(
         hidden=model.hidden,
         runs=(Run(block=block, count=1),),
@@ -126,7 +130,4 @@ def draft_of(model: Model, drafter: Drafter) -> Draft | None:
 
 def _dense(ffn: Ffn) -> DenseFfn:
     """The FFN of a layer in 16 bit, of experts as wide as what one token passes through."""
-    columns = ffn.dense.intermediate if ffn.dense else 0
-    if ffn.experts:
-        columns += ffn.experts_per_token * ffn.expert_intermediate  # type: ignore[union-attr]
-    return DenseFfn(hidden=ffn.hidden, intermediate=columns, quantised=0, down_quantised=0)
+    return DenseFfn(hidden=ffn.hidden, intermediate=ffn.token_columns, quantised=0, down_quantised=0)

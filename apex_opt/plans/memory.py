@@ -165,7 +165,7 @@ def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
     tp : int           shards
     kv_format : str    of the cache
     """
-    return KV_BYTES[kv_format] * sum(kept.elements for kept in cell.cache(Cut(heads=tp)))
+    return sum(kept.token_bytes(KV_BYTES[kv_format]) for kept in cell.cache(Cut(heads=tp)))
 
 
 def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
@@ -222,10 +222,11 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             continue
         _, first, last = key
         weights = sum(
-            run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.norm_parameters) for run in runs
+            run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.own_parameters) for run in runs
         )
         copies = vocab_copies(model, held, first, last)
-        weights += copies * vocab_shard + last * 2 * model.hidden + held.table_bytes
+        beside = first * model.before_parameters + last * model.after_parameters
+        weights += copies * vocab_shard + 2 * beside + held.table_bytes
         workspace = workspace_bytes(model, plan, settings, last)
         block_bytes = settings.block_size * sum(
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs

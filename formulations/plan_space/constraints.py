@@ -300,7 +300,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
                     t,
                     f,
                     attention_side(instance, block, t, name, whole=bool(w), touched=False)
-                    + 4 * block.hidden  # two norms of 16-bit weights
+                    + 2 * block.own_parameters
                     + held * kv_bytes(block, t, instance.kv_formats[f]),
                 )
                 for i, held in enumerate(tokens)
@@ -337,7 +337,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     drafting = _drafting(model, instance, v, whole)
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
     capacity -= instance.held.table_bytes
-    norm = 2 * instance.model.hidden
+    before, after = 2 * instance.model.before_parameters, 2 * instance.model.after_parameters
     copies, first, middle, last = (
         vocab_on(instance, first=f, last=z) * vocab
         for f, z in ((True, True), (True, False), (False, False), (False, True))
@@ -353,11 +353,11 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     bounds = []
     for workspace in _workspaces(model, instance, v):
         for layers in held["first"]:
-            lone = model.add(layers + copies + norm + workspace + logits + drafting <= capacity)
-            front = model.add(layers + first + workspace <= capacity)
+            lone = model.add(layers + copies + before + after + workspace + logits + drafting <= capacity)
+            front = model.add(layers + first + before + workspace <= capacity)
             bounds += [lone.only_enforce_if(alone), front.only_enforce_if(alone.negated())]
         for layers in held["last"]:
-            back = model.add(layers + last + norm + workspace + logits <= capacity)
+            back = model.add(layers + last + after + workspace + logits <= capacity)
             bounds.append(back.only_enforce_if(alone.negated()))
         bounds += [model.add(layers + middle + workspace <= capacity) for layers in held["middle"]]
     return bounds

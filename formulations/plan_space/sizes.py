@@ -83,7 +83,7 @@ def kv_bytes(block: Block, tp: int, name: str) -> int:
     tp : int      shards
     name : str    of the KV format
     """
-    return sum(kept.elements * KV_BYTES[name] for kept in block.attention.cache(Cut(heads=tp)))
+    return sum(kept.token_bytes(KV_BYTES[name]) for kept in block.attention.cache(Cut(heads=tp)))
 
 
 def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
@@ -241,7 +241,7 @@ def draft_attention_side(
     total = 2 * draft.hidden * (draft.joined + draft.tables * -(-draft.vocab // tp))
     for block, count in Counter(draft_blocks(instance, drafter)).items():
         twice = 2 * draft.hidden * draft.projection(block.attention, tp)
-        layer = attention_side(instance, block, tp, form, whole=whole, touched=False) + 4 * block.hidden + twice
+        layer = attention_side(instance, block, tp, form, whole=whole, touched=False) + 2 * block.own_parameters + twice
         total += count * (layer + tokens * kv_bytes(block, tp, kv))
     return total
 

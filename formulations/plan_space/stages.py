@@ -97,7 +97,7 @@ class Stages:
     def _split(self, plan: Plan, capacity: tuple[int, ...], pace: tuple[int, ...], most: int) -> tuple[int, ...] | None:
         tp, stages = plan.attention.tp, plan.stages
         weight, sums, held = self._sizes(tp, *self._cut(plan))
-        head = vocab_bytes(self.instance, tp) + 2 * self.instance.model.hidden
+        head = vocab_bytes(self.instance, tp) + 2 * self.instance.model.after_parameters
         pipeline = Pipeline(
             kinds=self._order,
             weight=weight,
@@ -132,7 +132,8 @@ class Stages:
         vocab, table = vocab_bytes(self.instance, tp), self.instance.held.table_bytes
         ends = ((index == 0, index == stages - 1) for index in range(stages))
         beside = [vocab * vocab_on(self.instance, first=first, last=last) + table for first, last in ends]
-        beside[-1] += 2 * self.instance.model.hidden
+        beside[0] += 2 * self.instance.model.before_parameters
+        beside[-1] += 2 * self.instance.model.after_parameters
         return beside
 
     def _cut(self, plan: Plan) -> tuple[bool, Template, str, str]:
@@ -146,7 +147,7 @@ class Stages:
         """By kind the weights of a layer; the bytes of the first layers, for every number of them; by kind those."""
         weight = tuple(
             attention_side(self.instance, block, tp, weight_format, whole=whole, touched=False)
-            + 4 * block.hidden
+            + 2 * block.own_parameters
             + ffn_side(self.instance, block, ffn.tp, ffn.ep, weight_format, touched=False)
             for block in self._blocks
         )

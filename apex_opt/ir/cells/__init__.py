@@ -1,18 +1,16 @@
 """The kinds of cells a block is made of: one file is all there is to know of each.
 
-A new kind of attention or FFN is a file beside these, one word in the unions below, and what reads it from a file.
+A new kind of attention or FFN is a file beside these, with a class that inherits from `AttentionCell` or `Ffn`, and
+what reads it from a file: see `apex_opt.ir.families`.
 """
 
 from apex_opt.ir.cells.attention import Attention
-from apex_opt.ir.cells.base import WHOLE, Cut, Kept, Matrix, Piece, stored_bytes
+from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cell, Cut, Ffn, Kept, Matrix, Piece, State, stored_bytes
 from apex_opt.ir.cells.dense import DenseFfn
 from apex_opt.ir.cells.latent import LatentAttention
 from apex_opt.ir.cells.moe import MoeFfn
 from apex_opt.ir.cells.operations import Op
-
-AttentionCell = Attention | LatentAttention
-Ffn = DenseFfn | MoeFfn
-Cell = AttentionCell | Ffn
+from apex_opt.ir.cells.skipped import Skipped
 
 __all__ = [
     "WHOLE",
@@ -28,5 +26,7 @@ __all__ = [
     "MoeFfn",
     "Op",
     "Piece",
+    "Skipped",
+    "State",
     "stored_bytes",
 ]

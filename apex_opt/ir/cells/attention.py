@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from apex_opt.errors import InputError
-from apex_opt.ir.cells.base import WHOLE, Cell, Cut, Kept, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Kept, Matrix, Piece
 from apex_opt.ir.cells.operations import Attend, Elementwise, Op, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
 from apex_opt.units import ceil_div
@@ -18,7 +18,7 @@ _SQUARES_BYTES: Final = 8.0  # fp32 sums of squares of a query and a key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attention(Cell):
+class Attention(AttentionCell):
     """Grouped-query attention: QKV projection, attention over the context, output projection.
 
     Parameters
@@ -151,6 +151,6 @@ class Attention(Cell):
         """What rules of engines ask of."""
         return frozenset({"sinks"} if self.sinks else ())
 
-    def with_window(self, window: int | None) -> Attention:
+    def with_window(self, window: int | None) -> Self:
         """The cell with another window, which changes neither weights nor shards."""
         return self if window == self.window else replace(self, window=window)

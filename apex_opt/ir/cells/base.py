@@ -11,14 +11,15 @@ the formats of the checkpoint it is in, counted from 1, or 0 where the checkpoin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from apex_opt.ir.formats import get_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from dataclasses import Field
 
-    from apex_opt.ir.cells.operations import Op
+    from apex_opt.ir.cells.operations import Linear, Op
 
 
 class Cut(NamedTuple):
@@ -79,10 +80,49 @@ class Matrix(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What one token keeps in the KV cache of one shard: elements of the cache's format, as long as it is seen."""
+    """What one token keeps in the KV cache of one shard, as long as it is seen.
+
+    Parameters
+    ----------
+    elements : int          in the format of the cache
+    window : int or None    tokens that a query sees, itself included; None where it sees all
+    chunked : bool          it sees its own chunk of `window` tokens, not the last ones
+    other_bytes : int       kept besides, whatever the format of the cache
+    """
 
     elements: int
     window: int | None
+    chunked: bool = False
+    other_bytes: int = 0
+
+    def token_bytes(self, kv_bytes: int) -> int:
+        """Bytes of one token, in a cache of so many bytes per element."""
+        return self.elements * kv_bytes + self.other_bytes
+
+    def sequence_bytes(self, drafts: int = 0) -> int:
+        """Bytes of one sequence whatever its length: none."""
+        return 0
+
+
+class State(NamedTuple):
+    """What one sequence keeps in one shard, whatever its length.
+
+    Parameters
+    ----------
+    size : int          bytes
+    draft_size : int    more of them for every token that is drafted at once
+    """
+
+    size: int
+    draft_size: int = 0
+
+    def token_bytes(self, kv_bytes: int) -> int:
+        """Bytes of one token: none."""
+        return 0
+
+    def sequence_bytes(self, drafts: int = 0) -> int:
+        """Bytes of one sequence of which so many tokens are drafted at once."""
+        return self.size + drafts * self.draft_size
 
 
 class Piece(NamedTuple):
@@ -103,12 +143,22 @@ class Piece(NamedTuple):
 
 
 class Cell(ABC):
-    """The lists of a cell."""
+    """The lists of a cell; `hidden` is the width of the residual stream."""
 
     __slots__ = ()
 
+    if TYPE_CHECKING:
+        # Every kind is a dataclass.
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        @property
+        def hidden(self) -> int: ...
+
     FORMS: ClassVar[Mapping[str, str]]
     """Fields that hold the `quantised` of matrices, and what those matrices are called in a family's modules."""
+
+    skipped: ClassVar[bool] = False
+    """Whether a layer does without the cell, which then lists nothing."""
 
     @abstractmethod
     def matrices(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
@@ -132,6 +182,10 @@ class Cell(ABC):
     def launches(self) -> tuple[int, int]:
         """Kernels in captured graphs and as launched one by one, roughly, as counted in vLLM's models."""
 
+    def cache(self, cut: Cut = WHOLE) -> tuple[Kept | State, ...]:
+        """What is kept of tokens and sequences in one shard: nothing, where a kind does not say otherwise."""
+        return ()
+
     @property
     def parameters(self) -> int:
         """All weights of the cell."""
@@ -141,6 +195,80 @@ class Cell(ABC):
     def active_parameters(self) -> int:
         """Weights one token passes through."""
         return sum(matrix.used_weights for matrix in self.matrices())
+
+
+class AttentionCell(Cell):
+    """What stands in attention's place: it mixes tokens, and keeps something of them.
+
+    `query_heads` and `kv_heads` are those that its shards divide; 0 where it has none.
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        # Fields of some kinds, properties of others; as properties of this class they would be defaults of the fields.
+        @property
+        def query_heads(self) -> int: ...
+        @property
+        def kv_heads(self) -> int: ...
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of context a query sees: the whole context."""
+        return None
+
+    @property
+    def reduced_bytes(self) -> float:
+        """Bytes per token that the shards of a copy add up before attention: none."""
+        return 0.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that rotary embedding turns: none."""
+        return 0
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """What rules of engines ask of: nothing."""
+        return frozenset()
+
+    def with_window(self, window: int | None) -> Self:
+        """The cell with another window, which changes neither weights nor shards; itself where it has none."""
+        return self
+
+
+class Ffn(Cell):
+    """What stands in an FFN's place: it takes each token alone.
+
+    `experts` are those of which a router chooses `experts_per_token`, both 0 without; `dense` is what every token
+    passes through besides, if anything; `quantised` is the number format of its widest matrices.
+    """
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+
+        @property
+        def experts(self) -> int: ...
+        @property
+        def experts_per_token(self) -> int: ...
+        @property
+        def quantised(self) -> int: ...
+        @property
+        def dense(self) -> Ffn | None: ...
+
+    @property
+    @abstractmethod
+    def token_columns(self) -> int:
+        """Columns between its projections that one token passes through."""
+
+    def routed(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
+        """Weights of one shard beside the dense part: none."""
+        return ()
+
+    @abstractmethod
+    def operations(self, cut: Cut, kv_bytes: int) -> tuple[Linear, ...]:
+        """Kernels of one shard in order, collectives left out: all by the tokens of a batch alone."""
 
 
 def stored_bytes(weight_format: str, matrices: Iterable[Matrix], *, used: bool = False) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, Cell, Cut, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, Cut, Ffn, Matrix, Piece
 from apex_opt.ir.cells.operations import Elementwise, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
 from apex_opt.units import ceil_div
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseFfn(Cell):
+class DenseFfn(Ffn):
     """Feed-forward network: up (and gate) projection, activation, down projection.
 
     Parameters
@@ -57,9 +57,10 @@ class DenseFfn(Cell):
         """Routed experts that see one token: none."""
         return 0
 
-    def routed(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
-        """Weights of one shard beside the dense part: none."""
-        return ()
+    @property
+    def token_columns(self) -> int:
+        """All of them."""
+        return self.intermediate
 
     def matrices(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
         """Weights of one shard: its columns; the bias of the down projection whole."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, Cell, Cut, Kept, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Kept, Matrix, Piece
 from apex_opt.ir.cells.operations import AttendLatent, Elementwise, Op, Product, norm
 from apex_opt.ir.checks import check_counts, check_forms
 from apex_opt.units import ceil_div
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAttention(Cell):
+class LatentAttention(AttentionCell):
     """Multi-head latent attention: keys and values of all heads are kept as one short vector per token.
 
     A token's latent vector (`kv_lora_rank`) and one rotary key (`rope_head_dim`) are all that the KV cache holds; every
@@ -75,11 +75,6 @@ class LatentAttention(Cell):
     def kv_heads(self) -> int:
         """Heads held in the KV cache: the latent vector is one that all query heads share."""
         return 1
-
-    @property
-    def window(self) -> None:
-        """Tokens of context a query sees: the whole context."""
-        return None
 
     def matrices(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
         """Weights of one shard: compressions and their norms whole, what expands them by heads."""
@@ -144,11 +139,6 @@ class LatentAttention(Cell):
         return 11, 26
 
     @property
-    def reduced_bytes(self) -> float:
-        """Bytes per token that the shards of a copy add up before attention: none."""
-        return 0.0
-
-    @property
     def rotary_dim(self) -> int:
         """Elements of a head that rotary embedding turns."""
         return self.rope_head_dim
@@ -157,7 +147,3 @@ class LatentAttention(Cell):
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
         return frozenset({"latent"})
-
-    def with_window(self, window: int | None) -> LatentAttention:
-        """The cell, which has no window whatever a file says."""
-        return self

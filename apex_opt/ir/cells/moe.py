@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from apex_opt.errors import InputError
-from apex_opt.ir.cells.base import WHOLE, Cell, Cut, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, Cut, Ffn, Matrix, Piece
 from apex_opt.ir.cells.dense import DenseFfn
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoeFfn(Cell):
+class MoeFfn(Ffn):
     """Mixture of experts: a router sends each token to a few gated FFNs, and perhaps to a shared one as well.
 
     Parameters
@@ -95,6 +95,11 @@ class MoeFfn(Cell):
                 down_quantised=self.shared_down_quantised,
             )
         object.__setattr__(self, "dense", shared)
+
+    @property
+    def token_columns(self) -> int:
+        """Those of the chosen experts and of the shared FFN."""
+        return self.experts_per_token * self.expert_intermediate + self.shared_intermediate
 
     def routed(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
         """Weights of one shard but for the shared FFN: the columns of its experts, the router whole.
