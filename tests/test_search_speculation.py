@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from drafts_cases import drafters, knowing
 from plan_cases import feasible_plans, random_instance, random_problem
 from search_cases import SPACE, rank
 
@@ -15,44 +16,11 @@ from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
-from apex_opt.plans.speculation import METHODS, Drafter, Speculation
+from apex_opt.plans.speculation import Drafter
 from apex_opt.search import Problem, Scorer, search
 
 if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
-    from apex_opt.plans.engine import EngineSettings
-
-MODELS = ("llama-3.1-8b", "qwen3-30b-a3b")
-"""Draft models, the second of experts."""
-
-
-def drafters(seed: int) -> tuple[Drafter | None, ...]:
-    """Ways to make drafts, none among them or not."""
-    rng = np.random.default_rng(seed + 7000)
-    found: list[Drafter | None] = [None] if rng.random() < 0.7 else []
-    for method in rng.permutation(list(METHODS))[: rng.integers(1, 4)]:
-        model = str(rng.choice(MODELS)) if method == "draft" else ""
-        found.append(Drafter(method=str(method), draft_tokens=int(rng.integers(1, 9)), model=model))
-    return tuple(found)
-
-
-def knowing(settings: EngineSettings, some: tuple[Drafter | None, ...], seed: int) -> EngineSettings:
-    """Settings that know of each way to make drafts what comes of them, without any order."""
-    rng = np.random.default_rng(seed + 8000)
-    return replace(
-        settings,
-        drafting=tuple(
-            Speculation(
-                method=drafter.method,
-                draft_tokens=drafter.draft_tokens,
-                model=drafter.model,
-                accepted=(tuple(map(int, rng.integers(0, drafter.draft_tokens + 1, rng.integers(1, 12)))),),
-                proposed=((1, 3, 2),) if drafter.method == "ngram" and rng.random() < 0.5 else (),
-            )
-            for drafter in some
-            if drafter is not None
-        ),
-    )
 
 
 def drafting_instance(seed: int) -> Instance:
