@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
+import pytest
 from golden.condense import digest
 from hypothesis import strategies as st
 
@@ -45,6 +46,11 @@ VLLM_LOOPS: Final[tuple[Loop, ...]] = LOOPS[:-2]
 Traffic = Literal["dealt", "routed", "closed"]
 TRAFFIC: Final[tuple[Traffic, ...]] = get_args(Traffic)
 IMPLEMENTATIONS: Final[tuple[Implementation, ...]] = ("reference", "kernel")
+REPLAYED: Final = pytest.mark.parametrize(
+    ("implementation", "every"),
+    [("kernel", 1), ("reference", 5), pytest.param("reference", 1, marks=pytest.mark.nightly)],
+)
+"""Recorded cases are replayed by the kernel and, but for the night, every fifth by the reference, which is slow."""
 EXACT: Final = 12 << RATE_BITS
 """Rates that are multiples of this neither round nor, with up to 4 attention copies, leave a remainder."""
 
@@ -290,9 +296,10 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         assert np.array_equal(one.gaps_ns, other.gaps_ns)  # type: ignore[arg-type]
 
 
-def assert_recorded(result: Replay, recorded: dict[str, Any]) -> None:
-    assert result.first_token_us == recorded["first_token_us"]
-    assert result.finish_us == recorded["finish_us"]
-    assert result.preemptions == recorded["preemptions"]
-    assert len(result.steps) == recorded["batches"]
-    assert digest(result.steps) == recorded["batches_sha256"]
+def assert_recorded(result: Replay, recorded: dict[str, Any], name: object) -> None:
+    """A recorded case of this name comes out again."""
+    assert result.first_token_us == recorded["first_token_us"], name
+    assert result.finish_us == recorded["finish_us"], name
+    assert result.preemptions == recorded["preemptions"], name
+    assert len(result.steps) == recorded["batches"], name
+    assert digest(result.steps) == recorded["batches_sha256"], name

@@ -38,7 +38,7 @@ def read_off(case: Case, run: Outcome) -> list[int]:
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_kernel_reference_and_batches_tell_the_same_gaps(loop: str, traffic: str, data: st.DataObject) -> None:
     # Where every batch takes time, what had come when one was formed can be told by the clock.
@@ -54,7 +54,7 @@ def test_kernel_reference_and_batches_tell_the_same_gaps(loop: str, traffic: str
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_batches_that_take_no_time_and_runs_without_a_log_change_nothing(loop: str, data: st.DataObject) -> None:
     case = data.draw(cases(loop, data.draw(st.sampled_from(TRAFFIC))))  # type: ignore[arg-type]

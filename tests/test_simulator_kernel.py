@@ -40,7 +40,7 @@ SERVICE_NS = 1000
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.nightly)])
 def test_kernel_equals_reference_on_random_engines(loop: Loop, traffic: Traffic, examples: int) -> None:
     @settings(max_examples=examples)
     @given(cases(loop, traffic))
@@ -115,7 +115,7 @@ def test_a_run_is_cut_short_exactly_where_the_finished_one_passes_a_limit(
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_times_do_not_depend_on_whether_batches_are_logged(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
     """Only a run without a log jumps over stretches in which sequences just decode."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from golden.condense import digest, read_condensed, read_recorded
+from simulator_cases import REPLAYED
 
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.simulator import ranks, replay_case
@@ -19,7 +20,6 @@ from apex_opt.simulator.reference import coordinator, group, loop
 if TYPE_CHECKING:
     from apex_opt.simulator.api import Implementation
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("kernel", "reference")
 RECORDED = read_condensed("dp")
 
 
@@ -38,15 +38,16 @@ def test_the_recording_has_all_that_ranks_can_be() -> None:
     assert sum(case["config"]["idle_sleep_us"] > 0 for case in RECORDED.values()) > 40
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_ranks_come_out_forward_for_forward(name: str, implementation: Implementation) -> None:
-    case = RECORDED[name]
-    found = json.loads(json.dumps(replay_case("dp", case, implementation)))
-    assert digest(found.pop("steps")) == case["batches_sha256"]
-    assert found == recorded(case)
+@REPLAYED
+def test_recorded_ranks_come_out_forward_for_forward(implementation: Implementation, every: int) -> None:
+    for name in list(RECORDED)[::every]:
+        case = RECORDED[name]
+        found = json.loads(json.dumps(replay_case("dp", case, implementation)))
+        assert digest(found.pop("steps")) == case["batches_sha256"], name
+        assert found == recorded(case), name
 
 
+@pytest.mark.nightly
 @pytest.mark.data
 def test_condensed_file_is_the_recording_without_its_batches(shared: Path) -> None:
     full = read_recorded(shared / "scheduler-golden" / "dp")

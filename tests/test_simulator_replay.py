@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from golden.condense import TARGET, digest, read_recorded
-from simulator_cases import IMPLEMENTATIONS, assert_recorded
+from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_recorded
 
 from apex_opt.errors import ApexError, CapacityError, InputError, UnknownNameError, UsageError
 from apex_opt.simulator import Replay, replay, replay_case
@@ -47,11 +47,11 @@ def test_the_recording_has_every_kind_of_engine_loop() -> None:
     assert sum(c["long_prefill_token_threshold"] > 0 for c in configs) >= 20
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_batches_come_out_batch_for_batch(name: str, implementation: Implementation) -> None:
-    case = RECORDED[name]
-    assert_recorded(replay(case["config"], case["trace"], implementation), case)
+@REPLAYED
+def test_recorded_batches_come_out_batch_for_batch(implementation: Implementation, every: int) -> None:
+    for name in list(RECORDED)[::every]:
+        case = RECORDED[name]
+        assert_recorded(replay(case["config"], case["trace"], implementation), case, name)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -72,6 +72,7 @@ def full(shared: Path) -> dict[str, dict[str, Any]]:
     return read_recorded(shared / "scheduler-golden")
 
 
+@pytest.mark.nightly
 @pytest.mark.data
 def test_condensed_file_is_the_recording_without_its_batches(full: dict[str, dict[str, Any]]) -> None:
     assert full.keys() == RECORDED.keys()
@@ -80,6 +81,7 @@ def test_condensed_file_is_the_recording_without_its_batches(full: dict[str, dic
         assert digest(case["steps"]) == case["batches_sha256"], name
 
 
+@pytest.mark.nightly
 @pytest.mark.data
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_first_batch_that_differs_from_the_full_recording(
@@ -203,7 +205,7 @@ def replay_in_subprocess(names: list[str], environment: dict[str, str]) -> None:
     assert results.keys() == set(names)
     for name, (steps, first, finish, preemptions) in results.items():
         assert_recorded(
-            Replay(steps=steps, first_token_us=first, finish_us=finish, preemptions=preemptions), RECORDED[name]
+            Replay(steps=steps, first_token_us=first, finish_us=finish, preemptions=preemptions), RECORDED[name], name
         )
 
 
@@ -230,7 +232,7 @@ def test_kernel_replays_the_recording_as_plain_python() -> None:
     replay_in_subprocess(names, {"NUMBA_DISABLE_JIT": "1"})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_kernel_replays_the_recording_with_every_index_checked(tmp_path: Path) -> None:
     names = [name for name in RECORDED if name.startswith("random-")]
     replay_in_subprocess(names, {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)})

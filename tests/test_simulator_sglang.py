@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from golden.condense import digest, read_condensed, read_recorded
 from sglang_cases import random_run
-from simulator_cases import IMPLEMENTATIONS, assert_same, linear, requests
+from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, linear, requests
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
@@ -43,15 +43,16 @@ def test_the_recording_has_every_setting_and_retractions() -> None:
     assert sum(case["preemptions"] for case in RECORDED.values()) > 200
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", RECORDED)
-def test_recorded_batches_come_out_batch_for_batch(name: str, implementation: Implementation) -> None:
-    case = RECORDED[name]
-    found = json.loads(json.dumps(replay_case("sglang", case, implementation)))
-    assert digest(found.pop("steps")) == case["batches_sha256"]
-    assert found == {key: value for key, value in case.items() if key not in ("config", "trace")}
+@REPLAYED
+def test_recorded_batches_come_out_batch_for_batch(implementation: Implementation, every: int) -> None:
+    for name in list(RECORDED)[::every]:
+        case = RECORDED[name]
+        found = json.loads(json.dumps(replay_case("sglang", case, implementation)))
+        assert digest(found.pop("steps")) == case["batches_sha256"], name
+        assert found == {key: value for key, value in case.items() if key not in ("config", "trace")}, name
 
 
+@pytest.mark.nightly
 @pytest.mark.data
 def test_condensed_file_is_the_recording_without_its_batches(shared: Path) -> None:
     full = read_recorded(shared / "scheduler-golden" / "sglang")

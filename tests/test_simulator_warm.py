@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -22,7 +23,26 @@ def test_every_entry_of_the_kernel_is_compiled_beforehand() -> None:
     assert sorted(map(id, listed)) == sorted(map(id, entries.ENTRIES))
 
 
-@pytest.mark.slow
+def test_what_is_missing_is_dealt_to_processes_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    lent: list[list[str]] = []
+
+    class Other:
+        def __init__(self, words: list[str], **_: Any) -> None:
+            lent.append(re.findall(r"'([\w ]+)'", words[-1]))
+
+        def wait(self) -> None: ...
+
+    missing = list(warm.VARIANTS)[1:]
+    monkeypatch.setattr(entries.Entry, "ready", lambda one: one is entries.SERVE_STEADY)
+    monkeypatch.setattr(warm, "run", lambda *names: ran.extend(names))
+    monkeypatch.setattr(subprocess, "Popen", Other)
+    assert warm.warm_up(3) == missing
+    assert [ran, *lent] == [missing[0::3], missing[1::3], missing[2::3]]
+    assert warm.warm_up(1) == missing == ran[len(missing[0::3]) :]
+
+
+@pytest.mark.nightly
 def test_what_is_missing_is_compiled_by_several_processes_and_then_taken_from_disk(tmp_path: Path) -> None:
     # Two of them, in two processes: each takes seconds to compile, and they differ in nothing that is asked here.
     some = "for name in list(warm.VARIANTS)[2:]: warm.VARIANTS.pop(name)"

@@ -112,28 +112,35 @@ def warm_up(processes: int | None = None) -> list[str]:
     list of str    names of the variants that were missing
     """
     missing = [name for name, variant in VARIANTS.items() if not all(entry.ready() for entry in variant.entries)]
-    others: list[subprocess.Popen[bytes]] = []
+    hands = processes or os.cpu_count() or 1
+    mine, *shares = [missing[hand::hands] for hand in range(hands)]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    for name in missing[1 : processes or os.cpu_count() or 1]:
-        words = [sys.executable, "-c", f"from apex_opt.simulator.warm import run; run({name!r})"]
-        others.append(subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL))
-    for name in [*missing[:1], *missing[1 + len(others) :]]:
-        run(name)
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"from apex_opt.simulator.warm import run; run(*{share!r})"],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+        )
+        for share in shares
+        if share
+    ]
+    run(*mine)
     for other in others:
         other.wait()
     return missing
 
 
-def run(name: str) -> None:
-    """Serve a request by a variant, which compiles it where it has not been."""
-    settings, _, groups, disaggregated, ranks = VARIANTS[name]
+def run(*names: str) -> None:
+    """Serve a request by each of these variants, which compiles what has not been."""
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
-    drafts = settings.speculation.draft_tokens if settings.speculation else 0
-    law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
-    its = Ranks.bare(ranks, **_LIMITS) if ranks else None
-    pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups, ranks=its)
-    if disaggregated:
-        run_disaggregated(pool, pool, Handover(), trace)
-    else:
-        run_deployment([pool], trace)
+    for name in names:
+        settings, _, groups, disaggregated, ranks = VARIANTS[name]
+        drafts = settings.speculation.draft_tokens if settings.speculation else 0
+        law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
+        its = Ranks.bare(ranks, **_LIMITS) if ranks else None
+        pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups, ranks=its)
+        if disaggregated:
+            run_disaggregated(pool, pool, Handover(), trace)
+        else:
+            run_deployment([pool], trace)
