@@ -41,8 +41,6 @@ Loop = Literal[
 ]
 DRAFTING: Final[tuple[Loop, ...]] = get_args(Loop)[-2:]
 LOOPS: Final[tuple[Loop, ...]] = get_args(Loop)[:-2]
-VLLM_LOOPS: Final[tuple[Loop, ...]] = LOOPS[:-2]
-"""Those that split prompts and preempt."""
 Traffic = Literal["dealt", "routed", "closed"]
 TRAFFIC: Final[tuple[Traffic, ...]] = get_args(Traffic)
 IMPLEMENTATIONS: Final[tuple[Implementation, ...]] = ("reference", "kernel")

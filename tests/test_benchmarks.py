@@ -31,14 +31,14 @@ NAMED = (
 )
 
 
-COMPILING = {"plan_first_process_s", "kernel_compile_s"}
-"""Figures of compiling the kernel anew."""
+SLOW = {"plan_first_process_s", "plan_70b_8xh100_chat_process_s", "kernel_compile_s"}
+"""Figures of compiling the kernel anew, and of several processes."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.nightly] if name in COMPILING else []) for name in benchmarks()],
+    [pytest.param(name, marks=[pytest.mark.nightly] if name in SLOW else []) for name in benchmarks()],
 )
 def test_a_reduced_run_gives_a_positive_finite_figure(name: str) -> None:
     value = benchmarks()[name].measure(True)

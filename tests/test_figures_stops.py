@@ -84,7 +84,7 @@ def any_case(loop: Loop) -> st.SearchStrategy[Case]:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_run_stops_exactly_where_the_whole_one_passes_a_limit_and_is_whole_otherwise(loop: Loop) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     @given(any_case(loop), st.data())
     def check(case: Case, data: st.DataObject) -> None:
         whole = case.run()
@@ -110,7 +110,7 @@ def test_a_run_stops_exactly_where_the_whole_one_passes_a_limit_and_is_whole_oth
 def test_what_a_request_needs_alone_is_a_floor_under_any_law(loop: Loop) -> None:
     """Otherwise a sum with floors would pass a limit that the run keeps."""
 
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     @given(any_case(loop))
     def check(case: Case) -> None:
         if len(case.laws) > 1 and case.settings.async_scheduling:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from simulator_cases import (
     LOOPS,
     TRAFFIC,
-    VLLM_LOOPS,
     Case,
     Loop,
     Traffic,
@@ -64,7 +63,7 @@ REACHED: dict[str, Callable[[Case, Outcome], bool]] = {
 
 
 @pytest.mark.parametrize("event", REACHED)
-@pytest.mark.parametrize("loop", VLLM_LOOPS)
+@pytest.mark.parametrize("loop", ["threshold", "asynchronous pipeline", "prefix caching"])
 def test_random_engines_reach_the_events_that_matter(loop: Loop, event: str) -> None:
     happens = REACHED[event]
     find(
@@ -128,7 +127,7 @@ def test_times_do_not_depend_on_whether_batches_are_logged(loop: Loop, traffic: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_kernel_equals_reference_on_long_crowded_traces(seed: int) -> None:
     """What small examples do not reach: dozens of sequences in one ring slot, long stretches, deep preemption."""
     rng = np.random.default_rng(seed)

@@ -6,10 +6,12 @@ import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from ranks_cases import assert_same, random_pool, random_trace, served
+from simulator_cases import moved
 
-from apex_opt.simulator import pack, pack_ranks
+from apex_opt.simulator import pack, pack_ranks, run_deployment
 from apex_opt.simulator.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -50,6 +52,22 @@ def test_one_rank_does_what_a_scheduler_without_ranks_does(implementation: Imple
         one = served(pool, trace, implementation)
         none = served(replace(pool, ranks=None), trace, implementation)
         assert_same(replace(one, groups=()), none)
+
+
+@pytest.mark.parametrize("rest_ns", [0, 1, 5_000_000_000, 4_999_999_999])
+def test_deadlines_passed_in_silence_change_nothing(rest_ns: int) -> None:
+    """A run with a log goes through them all; minutes lie between requests, and each front end learns what there is."""
+    for seed in range(15):
+        draw = random.Random(seed)
+        pool = random_pool(draw)
+        trace = random_trace(draw, pool.settings.max_model_len, closed=False)
+        trace = moved(trace, trace.arrival_ns + np.arange(len(trace)) // 2 * (60_000_000_000 + rest_ns))
+        routing = draw.choice(["round_robin", "least_loaded"])
+        logged = served(pool, trace, "kernel", routing=routing)
+        silent = run_deployment([pool], trace, routing=routing, gaps=True)
+        for name in ("first_token_ns", "finish_ns", "busy_ns", "gaps_ns"):
+            assert np.array_equal(getattr(logged, name), getattr(silent, name)), (seed, name)
+        assert logged.batches == silent.batches
 
 
 def test_messages_that_find_no_room_get_more_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

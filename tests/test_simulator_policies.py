@@ -55,7 +55,7 @@ def reserved(case: Case) -> list[int]:
 
 
 @POLICY
-@pytest.mark.parametrize("examples", [120, pytest.param(3000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("examples", [50, pytest.param(3000, marks=pytest.mark.nightly)])
 def test_kernel_equals_reference_on_random_engines_and_traffic(policy: Reserving, examples: int) -> None:
     @settings(max_examples=examples)
     @given(any_traffic(policy))
@@ -71,7 +71,7 @@ def test_kernel_equals_reference_on_random_engines_and_traffic(policy: Reserving
 
 @POLICY
 def test_nobody_is_ever_preempted(policy: Reserving) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(any_traffic(policy))
     def check(case: Case) -> None:
         outcome = case.run()
@@ -83,7 +83,7 @@ def test_nobody_is_ever_preempted(policy: Reserving) -> None:
 
 @POLICY
 def test_admission_is_first_come_first_served_in_whole_prompts_and_within_reserved_blocks(policy: Reserving) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(alone(policy))
     def check(case: Case) -> None:
         outcome, engine, need = case.run(), case.settings, reserved(case)
@@ -121,7 +121,7 @@ def test_admission_is_first_come_first_served_in_whole_prompts_and_within_reserv
 
 @POLICY
 def test_every_token_but_the_last_is_computed_once(policy: Reserving) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(alone(policy))
     def check(case: Case) -> None:
         outcome = case.run()
@@ -178,7 +178,7 @@ def test_an_answer_that_the_models_length_cuts_reserves_only_what_it_can_fill(im
     assert [len(rows) for _, _, rows, _ in batches(outcome)] == [2] * 4
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(alone("orca"))
 def test_orca_gives_every_running_sequence_a_token_in_every_batch_of_a_synchronous_stage(case: Case) -> None:
     engine = replace(case.settings, async_scheduling=False)
@@ -194,7 +194,7 @@ def test_orca_gives_every_running_sequence_a_token_in_every_batch_of_a_synchrono
 # Static batching.
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(alone("static"))
 def test_static_batches_start_when_nobody_runs_and_are_answered_together(case: Case) -> None:
     outcome, limit, prompt = case.run(), limits(case), case.trace.prompt.tolist()
@@ -250,7 +250,7 @@ def light(draw: st.DrawFn) -> Case:
     return case.having(settings=engine, laws=laws, blocks=sum(reserved(case)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(light(), st.booleans())
 def test_orca_equals_vllm_where_neither_tokens_nor_blocks_nor_seats_are_short(case: Case, chunked: bool) -> None:
     assert case.settings.scheduler.name == "orca"
@@ -259,7 +259,7 @@ def test_orca_equals_vllm_where_neither_tokens_nor_blocks_nor_seats_are_short(ca
         assert_same(case.run(implementation), case.having(settings=vllm).run(implementation))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(light())
 def test_all_policies_agree_on_requests_that_are_alone(case: Case) -> None:
     assume(case.trace.concurrency is None)

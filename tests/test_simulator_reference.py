@@ -384,7 +384,7 @@ def audit(case: Case, outcome: Outcome) -> None:
 
 
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != "static"])
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_the_log_accounts_for_every_token_block_and_nanosecond(loop: Loop, data: st.DataObject) -> None:
     case = data.draw(st.one_of(cases(loop, "dealt", busy=True), cases(loop, "closed", busy=True)))
@@ -393,7 +393,7 @@ def test_the_log_accounts_for_every_token_block_and_nanosecond(loop: Loop, data:
 
 
 @pytest.mark.parametrize("loop", UNCACHED)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_first_token_takes_at_least_the_prompt_alone_on_the_slowest_stage(loop: Loop, data: st.DataObject) -> None:
     """Under a law that grows with tokens and context; a whole prompt in one chunk passes all stages in turn."""
@@ -417,7 +417,7 @@ def test_a_first_token_takes_at_least_the_prompt_alone_on_the_slowest_stage(loop
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_slower_hardware_and_rarer_requests_scale_all_times_alike(
     loop: Loop, traffic: Traffic, data: st.DataObject
@@ -442,7 +442,7 @@ def test_slower_hardware_and_rarer_requests_scale_all_times_alike(
 
 @pytest.mark.parametrize("traffic", ["dealt", "routed"])
 @pytest.mark.parametrize("loop", LOOPS)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_trace_that_starts_later_ends_as_much_later(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
     case = data.draw(cases(loop, traffic))

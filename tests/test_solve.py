@@ -135,7 +135,7 @@ def test_the_package_itself_is_the_same_program_wherever_one_stands(tmp_path: Pa
     assert (ran.returncode, ran.stdout, ran.stderr) == (same.returncode, same.stdout, same.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"), reason="this numba always finds a folder")
 def test_an_install_that_cannot_be_written_still_works_and_says_it_compiles() -> None:
     environment = {

@@ -21,8 +21,8 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from apex_opt.plans.deployment import Deployment
 
-SEEDS = range(100, 124)
-MORE = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(124, 300)]
+SEEDS = range(100, 112)
+MORE = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(112, 300)]
 SPACE = PlanSpace()
 
 
@@ -161,7 +161,7 @@ def test_a_bound_above_what_a_plan_costs_is_found_out(monkeypatch: pytest.Monkey
 # ---- several types of GPU ---------------------------------------------------------------------------------------
 
 
-MIXED = (1, 2, 4, 5, 7, 9, 11, 13, 15, 18, 25, 33)
+MIXED = (1, 2, 4, 9, 11, 13, 15, 18, 25, 33)
 """Seeds whose answers, among them, simulate every shape."""
 MORE_MIXED = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(60) if seed not in MIXED]
 
@@ -237,9 +237,8 @@ def test_a_part_that_does_not_add_up_is_found_out(place: int, changes: dict[str,
 
 
 def test_a_mix_that_is_not_the_best_is_found_out_by_a_sample_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds = (seed for seed in MIXED if (best := mixed(seed)[1].best) is not None and len(best.pools) == 2)
-    problem, answer = mixed(next(seeds))
-    assert answer.best is not None
+    problem, answer = mixed(18)
+    assert answer.best is not None and len(answer.best.pools) == 2
     alone = min((one for one in answer.alone if one is not None), key=lambda one: problem.costs(one.metrics))
     wrong = replace(answer, candidates=(alone,))
     assert f"{answer.best.text} comes before {alone.text}" in disagreements(problem, wrong)

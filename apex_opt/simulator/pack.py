@@ -124,7 +124,8 @@ def run(
     """
     messages = MESSAGES
     while True:
-        memory = served(partial(Memory, pools, trace, shares, stops, floors, messages=messages), logged=log or gaps)
+        build = partial(Memory, pools, trace, shares, stops, floors, messages=messages, published=log)
+        memory = served(build, logged=log or gaps)
         if not memory.crowded:
             outcome: Outcome = memory.outcome(log=log, gaps=gaps)
             return outcome
@@ -159,6 +160,7 @@ class Memory:
         room: Room | None,
         holding: Sequence[int] = (),
         messages: int = MESSAGES,
+        published: bool = True,
     ) -> None:
         self._pools, self._trace, self._shares = pools, trace, shares
         each = [pool.replicas * pool.schedulers for pool in pools]
@@ -220,7 +222,8 @@ class Memory:
             self._cache = self._blocks(holding or [0] * len(pools))
         self._ranks = None
         if any(pool.ranks is not None for pool in pools):
-            self._ranks = GroupMemory(pools, self._replicas, self._places, len(trace), messages, sizes[3:])
+            most = (*sizes[3:5], sizes[5] if published else kn.NONE)
+            self._ranks = GroupMemory(pools, self._replicas, self._places, len(trace), messages, most)
 
     def _laws(self) -> I64:
         """The tables of all laws, each once; and which are whose."""

@@ -36,7 +36,7 @@ class GroupMemory:
     places : rows of each pool
     requests : int
     messages : int                                   places for messages of a kind; a power of two
-    capacity : rows of the logs of forwards, waves and loads
+    capacity : rows of the logs of forwards, waves and loads; NONE: loads are not logged
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class GroupMemory:
             links=self._links.reshape(-1),
             forwards=np.zeros(capacity[0] * gs.FORWARD_SIZE, np.int64),
             events=np.zeros(capacity[1] * gs.EVENT_SIZE, np.int64),
-            loads=np.zeros(capacity[2] * int(told[gs.LOADS_WIDTH]), np.int64),
+            loads=np.zeros(max(capacity[2], 0) * int(told[gs.LOADS_WIDTH]), np.int64),
         )
         self._set_up(pools)
 

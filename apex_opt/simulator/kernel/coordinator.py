@@ -278,6 +278,26 @@ def coordinator_acts_nb(run: Run, group: Group, g: I64, place: int) -> None:
 
 
 @inner
+def publications_logged_nb(run: Run, group: Group) -> bool:
+    """Whether what is published is logged; there are a great many where hours lie between requests."""
+    return run.control[LOGGED] == 1 and group.told[MOST_LOADS] != NONE
+
+
+@inner
+def pass_silence_nb(run: Run, group: Group, g: I64, until: int) -> None:
+    """Where no rank acts before a time, go to the last deadline before it: those until then publish the same again."""
+    quiet = g[CHANGED] == 0 and g[ASIDE] == 0 and g[PUBLISHED_MS] == g[CLOCK] // NS_PER_MS
+    quiet = quiet and g[FIRSTS_OUT] == g[FIRSTS_IN] and g[HEARD_OUT] == g[HEARD_IN]
+    quiet = quiet and g[CONTROL_NS] < UNCHANGED_MS * NS_PER_MS and not publications_logged_nb(run, group)
+    for index in range(g[FRONT_ENDS]):
+        quiet = quiet and front_nb(group, g, index)[FIRST_AT] == NEVER
+    skipped = (until - g[TOLD_DUE]) // (UNCHANGED_MS * NS_PER_MS)
+    if quiet and skipped > 0 and until < NEVER:
+        g[PUBLISHED_MS] += skipped * UNCHANGED_MS
+        g[TOLD_DUE] += skipped * UNCHANGED_MS * NS_PER_MS
+
+
+@inner
 def ready_nb(group: Group, g: I64) -> bool:
     """Whether the coordinator has a message."""
     now = g[CLOCK]
@@ -359,7 +379,7 @@ def publish_loads_nb(run: Run, group: Group, g: I64, place: int) -> None:
         g[CHANGED] = 0
     g[ASIDE] = 0
     publish_nb(group, g, 1, shift)
-    if run.control[LOGGED] == 0:
+    if not publications_logged_nb(run, group):
         return
     row = group.told[LOADS]
     if row < group.told[MOST_LOADS]:

@@ -22,6 +22,7 @@ from apex_opt.simulator.kernel.coordinator import (
     front_acts_nb,
     front_nb,
     link_nb,
+    pass_silence_nb,
     start_nb,
     tell_nb,
 )
@@ -438,6 +439,8 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any) -> Any:
                 arrive_nb(run, group, g, place)
             elif actor == 0:
                 coordinator_acts_nb(run, group, g, place)
+                if idle_nb(group, g):
+                    pass_silence_nb(run, group, g, min(coming, until))
             else:
                 front_acts_nb(group, g, front_nb(group, g, actor - 1))
             if run.control[PASSED] == 1 or group.told[CROWDED] == 1:
