@@ -28,7 +28,7 @@ os.environ["COLUMNS"] = "120"
 
 # No deadline: the first example of a property may have to wait for the kernel to compile.
 settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, max_examples=40)
 # That a fault is found is enough: the smallest example of it is not looked for.
 settings.register_profile("mutants", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))

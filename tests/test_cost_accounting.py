@@ -46,7 +46,7 @@ def run(model: Model, text: str, blocks: int = 4000) -> tuple[Plan, PlanCost, Co
     costs = CostModel(model, make_cluster(8), SHARED, OVERHEAD)
     cost = costs.plan_cost(plan)
     settings = SHARED if plan.stages == 1 else replace(SHARED, async_scheduling=False)
-    outcome = simulate(settings, blocks, cost.laws, random_trace(7, 60), replicas=plan.replicas, log=True)
+    outcome = simulate(settings, blocks, cost.laws, random_trace(7, 24), replicas=plan.replicas, log=True)
     return plan, cost, costs, outcome, account(plan, cost, costs, outcome.counts, outcome.makespan_ns)
 
 

@@ -14,8 +14,8 @@ from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load
 
-SEEDS = pytest.mark.parametrize("seeds", [range(100), pytest.param(range(100, 5000), marks=pytest.mark.nightly)])
-QUESTIONS = pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 200), marks=pytest.mark.nightly)])
+SEEDS = pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 5000), marks=pytest.mark.nightly)])
+QUESTIONS = pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 200), marks=pytest.mark.nightly)])
 
 
 @SEEDS

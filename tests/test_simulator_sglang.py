@@ -62,7 +62,7 @@ def test_condensed_file_is_the_recording_without_its_batches(shared: Path) -> No
         assert digest(case["steps"]) == case["batches_sha256"], name
 
 
-@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 4000), marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(80, 4000), marks=pytest.mark.nightly)])
 def test_kernel_equals_reference_on_random_runs(seeds: range) -> None:
     for seed in seeds:
         run = random_run(seed)
