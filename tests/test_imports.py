@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,17 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of the syntax of a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Modules a file imports anywhere, inside functions and for annotations alone too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -84,17 +92,17 @@ def test_every_part_of_the_package_has_its_layer() -> None:
     assert found == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", files("apex_opt"), ids=module_of)
-def test_a_module_imports_only_from_the_layers_below_its_own(path: Path) -> None:
-    mine = unit_of(module_of(path))
-    for name in ours(path, "apex_opt"):
-        other = unit_of(name)
-        if mine == "apex_opt":
-            assert other in ("apex_opt.api", "apex_opt.commands", "apex_opt.errors"), (
-                f"the package itself imports {name}"
-            )
-        elif other != mine and other != "apex_opt":
-            assert LEVEL[other] < LEVEL[mine], f"{module_of(path)} imports {name}"
+def test_a_module_imports_only_from_the_layers_below_its_own() -> None:
+    for path in files("apex_opt"):
+        mine = unit_of(module_of(path))
+        for name in ours(path, "apex_opt"):
+            other = unit_of(name)
+            if mine == "apex_opt":
+                assert other in ("apex_opt.api", "apex_opt.commands", "apex_opt.errors"), (
+                    f"the package itself imports {name}"
+                )
+            elif other != mine and other != "apex_opt":
+                assert LEVEL[other] < LEVEL[mine], f"{module_of(path)} imports {name}"
 
 
 def test_modules_do_not_import_each_other_in_a_circle_not_for_types_either() -> None:
@@ -115,10 +123,12 @@ def test_modules_do_not_import_each_other_in_a_circle_not_for_types_either() -> 
         visit(module, ())
 
 
-@pytest.mark.parametrize("path", files("apex_opt"), ids=module_of)
-def test_the_command_line_alone_knows_fire_and_nothing_in_the_package_imports_programs_by_name(path: Path) -> None:
-    known = {"fire"} if module_of(path) == "apex_opt.cli" else set()
-    assert {name.split(".")[0] for name in imports(path)} & {"formulations", "solve", "ortools", "fire"} == known
+def test_the_command_line_alone_knows_fire_and_nothing_in_the_package_imports_programs_by_name() -> None:
+    for path in files("apex_opt"):
+        known = {"fire"} if module_of(path) == "apex_opt.cli" else set()
+        assert {name.split(".")[0] for name in imports(path)} & {"formulations", "solve", "ortools", "fire"} == known, (
+            path
+        )
 
 
 def test_the_composition_root_alone_finds_the_programs() -> None:
@@ -126,24 +136,24 @@ def test_the_composition_root_alone_finds_the_programs() -> None:
     assert {module_of(path) for path in calls} == {"apex_opt.api"}
 
 
-@pytest.mark.parametrize("path", files("formulations"), ids=module_of)
-def test_programs_see_the_domain_and_the_oracle_and_nothing_above(path: Path) -> None:
-    allowed = {unit for unit, level in LEVEL.items() if level <= LEVEL["apex_opt.evaluate"]} | {"apex_opt.cost"}
-    assert {unit_of(name) for name in ours(path, "apex_opt")} <= allowed - {"apex_opt.simulator"}
-    assert not ours(path, "solve")
+def test_programs_see_the_domain_and_the_oracle_and_nothing_above() -> None:
+    for path in files("formulations"):
+        allowed = {unit for unit, level in LEVEL.items() if level <= LEVEL["apex_opt.evaluate"]} | {"apex_opt.cost"}
+        assert {unit_of(name) for name in ours(path, "apex_opt")} <= allowed - {"apex_opt.simulator"}, path
+        assert not ours(path, "solve"), path
 
 
-@pytest.mark.parametrize("path", [*files("apex_opt"), *files("formulations")], ids=module_of)
-def test_compilers_and_solvers_are_imported_where_they_are_used(path: Path) -> None:
-    owners = {
-        "numba": "apex_opt.simulator.kernel",
-        "ortools": "formulations",
-        "pyarrow": "apex_opt.profiles.sources.",
-        **dict.fromkeys(("torch", "vllm", "pynvml"), "apex_opt.profiles.collect.torch_"),
-    }
-    for name in imports(path):
-        owner = owners.get(name.split(".")[0])
-        assert owner is None or module_of(path).startswith(owner), f"{module_of(path)} imports {name}"
+def test_compilers_and_solvers_are_imported_where_they_are_used() -> None:
+    for path in [*files("apex_opt"), *files("formulations")]:
+        owners = {
+            "numba": "apex_opt.simulator.kernel",
+            "ortools": "formulations",
+            "pyarrow": "apex_opt.profiles.sources.",
+            **dict.fromkeys(("torch", "vllm", "pynvml"), "apex_opt.profiles.collect.torch_"),
+        }
+        for name in imports(path):
+            owner = owners.get(name.split(".")[0])
+            assert owner is None or module_of(path).startswith(owner), f"{module_of(path)} imports {name}"
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -209,19 +219,19 @@ OPENING = {
 }
 
 
-@pytest.mark.parametrize("path", [*files("apex_opt"), *files("formulations"), ROOT / "solve.py"], ids=module_of)
-def test_files_are_read_and_written_through_one_door(path: Path) -> None:
-    if module_of(path) in OWN_FILES:
-        return
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and node.attr == "expanduser":
-            raise AssertionError(f"{path}:{node.lineno}: paths are expanded by apex_opt.files.expanded")
-        if not isinstance(node, ast.Call):
+def test_files_are_read_and_written_through_one_door() -> None:
+    for path in [*files("apex_opt"), *files("formulations"), ROOT / "solve.py"]:
+        if module_of(path) in OWN_FILES:
             continue
-        called = node.func
-        if isinstance(called, ast.Attribute) and called.attr in OPENING:
-            assert isinstance(called.value, ast.Name), f"{path}:{node.lineno}: opens a file by itself"
-            assert called.value.id == "files", f"{path}:{node.lineno}: opens a file by itself"
-        assert not (isinstance(called, ast.Name) and called.id == "open"), (
-            f"{path}:{node.lineno}: opens a file by itself"
-        )
+        for node in nodes(path):
+            if isinstance(node, ast.Attribute) and node.attr == "expanduser":
+                raise AssertionError(f"{path}:{node.lineno}: paths are expanded by apex_opt.files.expanded")
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func
+            if isinstance(called, ast.Attribute) and called.attr in OPENING:
+                assert isinstance(called.value, ast.Name), f"{path}:{node.lineno}: opens a file by itself"
+                assert called.value.id == "files", f"{path}:{node.lineno}: opens a file by itself"
+            assert not (isinstance(called, ast.Name) and called.id == "open"), (
+                f"{path}:{node.lineno}: opens a file by itself"
+            )
