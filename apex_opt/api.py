@@ -573,14 +573,12 @@ def cluster_import(ask: arguments.ClusterImportAsk) -> Result:
 
 
 @command(arguments.ModelsAsk)
-def models(_: arguments.ModelsAsk) -> Result:
-    """List the models that can be named."""
-    from apex_opt.ir import list_models
-    from apex_opt.report import listed
-    from apex_opt.report.document import model_row
+def models(ask: arguments.ModelsAsk) -> Result:
+    """List the models that can be named, or tell whether a configuration is read."""
+    from apex_opt.report.models import models_document
 
-    rows = tuple(model_row(model) for model in list_models())
-    return Result(document=listed.Models(status="ok", models=rows))
+    document = models_document(ask.supports)
+    return Result(document=document, found=document.reason is None)
 
 
 @command(arguments.ClustersAsk)

@@ -415,7 +415,14 @@ class ClusterImportAsk(Arguments):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsAsk(Arguments):
-    """The models there are."""
+    """The models there are.
+
+    Parameters
+    ----------
+    supports : A config.json, its folder or a name, of which to tell whether it is read, and what is missing.
+    """
+
+    supports: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

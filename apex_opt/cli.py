@@ -171,7 +171,13 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "A list has a line NAME GPUS TYPE for every node, as in 'worker-1 8 dgx-h100'; the type is a GPU or a preset. "
         "Exit code: 0, or 2 for bad input.",
     ),
-    "models": (General, ""),
+    "models": (
+        General,
+        "For example:\n\n"
+        "  solve.py models\n"
+        "  solve.py models --supports=checkpoints/mine/config.json\n\n"
+        "Exit code: 0, or 3 for a configuration that is not read.",
+    ),
     "clusters": (General, ""),
     "traces": (General, ""),
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -596,17 +597,28 @@ def test_a_long_list_of_modules_is_read_layer_by_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type",
-    ["deepseek_v32", "glm_moe_dsa", "qwen3_5_moe", "bert", "llava", "gemma2", pytest.param("a" * 5000, id="long")],
+    ("model_type", "told"),
+    [
+        ("qwen9", "near it: qwen"),
+        ("mixtrel", "near it: mixtral"),
+        ("perceiver", "docs/models.md lists"),
+        pytest.param("a" * 5000, "docs/models.md lists", id="long"),
+    ],
 )
-def test_other_families_are_refused_with_those_supported(model_type: str) -> None:
+def test_other_families_are_refused_with_those_near(model_type: str, told: str) -> None:
     with pytest.raises(InputError) as caught:
         read(LLAMA, model_type=model_type)
     message = str(caught.value)
     assert f"model_type '{model_type[:50]}" in message
-    assert all(name in message for name in SUPPORTED_MODEL_TYPES)
+    assert told in message
     assert "\n" not in message
     assert len(message) < 400
+
+
+def test_every_family_is_told_of_in_the_documents() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    table = text[text.index("## Families") : text.index("## Defaults")]
+    assert not [name for name in SUPPORTED_MODEL_TYPES if not re.search(rf"\b{name}\b", table)]
 
 
 @pytest.mark.parametrize("architecture", ["LlamaModel", "LlamaForSequenceClassification"])
@@ -965,3 +977,15 @@ def test_a_tower_that_reads_images_is_told_even_where_its_heads_are_not(
 )
 def test_layers_that_make_drafts_are_told_by_any_of_their_names(stated: dict[str, Any], layers: int) -> None:
     assert read(LLAMA, **stated).mtp_layers == layers
+
+
+STUBS = json.loads((Path(__file__).parent / "cases" / "configs" / "stubs.json").read_text())
+
+
+@pytest.mark.parametrize("name", STUBS)
+def test_a_file_that_names_its_family_alone_is_refused_by_the_first_field_it_lacks(name: str) -> None:
+    """What a class would take in its place is the size of another model, if any."""
+    with pytest.raises(InputError) as caught:
+        model_from_config(STUBS[name], name, name)
+    first = str(caught.value).removeprefix(f"{name}: ").partition(";")[0]
+    assert first.endswith(" is missing") or "is not supported" in first

@@ -106,14 +106,6 @@ def test_a_sparse_checkpoint_is_its_dense_model_without_the_section_that_the_ref
     assert read(LLAMA, **section).weight_format == "fp8"
 
 
-def test_files_that_name_a_family_alone_are_refused_by_it() -> None:
-    stubs = json.loads((CASES / "stubs.json").read_text())
-    assert len(stubs) > 40
-    for name, config in stubs.items():
-        with pytest.raises(InputError, match=f"model_type '{config['model_type']}' is not supported"):
-            model_from_config(config, name, name)
-
-
 def test_a_gpu_holds_its_eighth_of_an_fp8_checkpoint_with_attention_in_16_bit() -> None:
     model = case("Llama-3.1-405B-FP8-fbgemm-kv16")
     (stage,) = stage_memory(model, make_gpu(), parse_plan("tp8", model), EngineSettings())

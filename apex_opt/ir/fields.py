@@ -27,7 +27,15 @@ class Fields:
     def spelled(self, own_names: Mapping[str, str]) -> Fields:
         """The same fields by their usual names, of which the file has other ones for some."""
         usual = {name: self.values[own] for name, own in own_names.items() if own in self.values}
-        return Fields({**self.values, **usual}, self.prefix, self.faults, own_names)
+        return Fields({**self.values, **usual}, self.prefix, self.faults, {**self.own_names, **own_names})
+
+    def replaced(self, values: Mapping[str, Any]) -> Fields:
+        """The same fields with these in place of what the file says."""
+        return Fields({**self.values, **values}, self.prefix, self.faults, self.own_names)
+
+    def filled(self, values: Mapping[str, Any]) -> Fields:
+        """The same fields with these in place of those that the file leaves out."""
+        return self.replaced({key: value for key, value in values.items() if self.values.get(key) is None})
 
     def name(self, key: str) -> str:
         """Where a field stands, on one line whatever the file calls it."""

@@ -6,6 +6,7 @@ What the text decoder does not serve is left out: vision towers beside a `text_c
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from apex_opt.files import read_json, there
 from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.context import context_limit
 from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Sizes
+from apex_opt.ir.families.towers import read_tower
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
@@ -52,6 +54,8 @@ _DRAFT_KEYS: Final = (
 
 _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
+_READ: Final = "docs/models.md lists those that are"
+_LONGEST_TYPE: Final = 60
 _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
@@ -125,7 +129,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         # Of a configuration within another one, only what differs from the defaults of its class is written.
         fields = Fields({**family.defaults, **fields.values})
 
-    fields = fields.spelled(family.spelled)
+    fields = fields.spelled(family.spelled).filled(family.implied)
 
     size = Sizes(
         hidden=fields.count("hidden_size"),
@@ -138,7 +142,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)
     if fields.faults:
-        raise join_faults(source, fields.faults)
+        raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
     blocks = layers.blocks
     try:
@@ -166,6 +170,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
         mtp_layers=_mtp_layers(fields.values),
+        tower=layers.tower or read_tower(config, size.hidden),
+        pools=family.pools,
         before=layers.before,
         after=layers.after,
         source=source,
@@ -261,7 +267,6 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
 
 def _family(fields: Fields, wrapped: bool, source: str) -> Family:
     """The family of the model; an unsupported one ends the reading, as its other fields mean something else."""
-    supported = f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
     model_type = fields.values.get("model_type")
     architectures = fields.values.get("architectures")
     if architectures is not None and not (
@@ -271,14 +276,17 @@ def _family(fields: Fields, wrapped: bool, source: str) -> Family:
     if model_type is None:
         known = [key for key, family in FAMILIES.items() if family.architecture in (architectures or ())]
         if not known:
-            raise InputError(f"{source}: model_type is missing and architectures names no known one; {supported}")
+            raise InputError(f"{source}: model_type is missing and architectures names no known one; {_READ}")
         return FAMILIES[known[0]]
     if not isinstance(model_type, str):
         raise InputError(f"{source}: model_type must be text, not {shown(model_type)}")
     if model_type not in FAMILIES:
-        raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {supported}")
-    own = FAMILIES[model_type].architecture
-    if architectures and not wrapped and not any("CausalLM" in entry or entry == own for entry in architectures):
+        near = difflib.get_close_matches(model_type[:_LONGEST_TYPE], SUPPORTED_MODEL_TYPES, n=3)
+        others = f"near it: {', '.join(near)}; " if near else ""
+        raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {others}{_READ}")
+    family = FAMILIES[model_type]
+    named = any("CausalLM" in entry or entry == family.architecture for entry in architectures or ())
+    if architectures and not wrapped and not family.pools and not named:
         raise InputError(
             f"{source}: architectures {', '.join(architectures)!r:.60} generates no text; "
             f"give a model whose architecture ends in ForCausalLM"

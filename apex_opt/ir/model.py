@@ -9,7 +9,7 @@ out to devices (`apex_opt.ir.cells`). Layers that differ form several runs, neve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.ir.cells import AttentionCell, Cell, Ffn, Matrix, stored_bytes
@@ -142,6 +142,51 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tower:
+    """What turns an image, a recording or a text into vectors that a decoder reads: an encoder beside it.
+
+    Parameters
+    ----------
+    reads : str                 what it reads
+    runs : tuple of Run         its layers in order
+    beside : tuple of Matrix    its weights outside the layers: patches, convolutions, positions, norms, projector
+    heads : int                 of its attention, over which engines cut it
+    tokens : int                that it computes of one input, 0 where that is as long as the input
+    merged : int                tokens that it computes for each one that the decoder reads
+    input_s : float             seconds of sound that it takes at once; 0 where it takes none
+    """
+
+    reads: Literal["images", "audio", "text"]
+    runs: tuple[Run, ...]
+    beside: tuple[Matrix, ...]
+    heads: int
+    tokens: int = 0
+    merged: int = 1
+    input_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_counts(f"tower that reads {self.reads}", heads=self.heads, merged=self.merged)
+        if not self.runs:
+            raise InputError(f"tower that reads {self.reads}: has no layers")
+
+    @property
+    def layers(self) -> int:
+        """Number of its layers."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def matrices(self) -> tuple[tuple[int, Matrix], ...]:
+        """All of its weights, each so many times."""
+        inside = tuple((run.count, matrix) for run in self.runs for matrix in run.block.matrices)
+        return *inside, *((1, matrix) for matrix in self.beside)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return sum(count * matrix.weights for count, matrix in self.matrices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """A decoder-only Transformer.
 
@@ -160,6 +205,8 @@ class Model:
     family : str            its `model_type`, of whose layout engines know; "" where unknown
     tower_heads : int or None    heads of the tower that reads images, 0 where they are not stated; None without one
     mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
+    pools : bool            it answers with a vector of the prompt rather than with tokens, and has no LM head
+    tower : Tower or None   what reads images or sound beside the decoder, where it is known
     before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
     after : tuple of Matrix     weights that the last stage has beside the LM head and the final norm
     source : str            where the description comes from
@@ -179,6 +226,8 @@ class Model:
     family: str = ""
     tower_heads: int | None = None
     mtp_layers: int = 0
+    pools: bool = False
+    tower: Tower | None = None
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.types import Cluster, Gpu
     from apex_opt.figures import Objective
-    from apex_opt.ir.model import Model
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
     from apex_opt.search import Answer, Ledger, Offer, Part, PoolUse, Problem, Scored
@@ -285,18 +284,6 @@ def _offered(problem: Problem) -> dict[str, Any]:
 def _choices(offer: Offer) -> dict[str, Any]:
     """What there is to choose from; null is the highest clock, or the limit among the engine's settings."""
     return {"weights": offer.weight_formats, "kv": offer.kv_formats, "clocks_mhz": offer.clocks}
-
-
-def model_row(model: Model) -> listed.ListedModel:
-    """A model for the list of models."""
-    attention = model.runs[-1].block.attention
-    return of(
-        listed.ListedModel,
-        model,
-        query_heads=attention.query_heads,
-        kv_heads=attention.kv_heads,
-        weights=model.weight_format,
-    )
 
 
 def cluster_row(cluster: Cluster) -> listed.ListedCluster:

@@ -322,6 +322,12 @@ class ListedModel(Described):
     max_position: int
     weights: str
     source: str
+    cells: dict[str, int]
+    kv: str
+    kv_bytes_per_token: int
+    kv_bytes_at_context: int
+    state_bytes_per_sequence: int
+    figures: dict[str, str]
 
 
 class ListedCluster(Described):
@@ -354,13 +360,15 @@ class ListedTrace(TraceFacts):
 
 
 class Models(Document):
-    """The models that can be named."""
+    """The models that can be named; or the one that was asked for, and why it is not read."""
 
-    PAGE: ClassVar[str] = "apex_opt.report.tables:rendered"
+    PAGE: ClassVar[str] = "apex_opt.report.models:models_page"
     ROWS: ClassVar[str] = "models"
 
     schema: Literal["apex_opt.models/2"] = "apex_opt.models/2"
     status: str
+    asked: str | None = None
+    reason: str | None = None
     models: tuple[ListedModel, ...]
 
 

@@ -419,17 +419,6 @@ def _listing(console: Console, document: Document) -> None:
 
 
 _LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
-    "models": (
-        ("name", lambda r: r["name"]),
-        ("parameters", lambda r: f"{r['parameters'] / 1e9:.2f} B"),
-        ("active", lambda r: f"{r['active_parameters'] / 1e9:.2f} B"),
-        ("layers", lambda r: str(r["layers"])),
-        ("hidden", lambda r: f"{r['hidden']:,}"),
-        ("heads", lambda r: str(r["query_heads"])),
-        ("KV heads", lambda r: str(r["kv_heads"])),
-        ("positions", lambda r: f"{r['max_position']:,}"),
-        ("weights", lambda r: r["weights"]),
-    ),
     "clusters": (
         ("GPU", lambda r: r["gpu"]),
         ("one node", lambda r: r["cluster"]),

@@ -7,6 +7,7 @@ what reads it from a file: see `apex_opt.ir.families`.
 from apex_opt.ir.cells.attention import Attention
 from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cell, Cut, Ffn, Kept, Matrix, Piece, State, stored_bytes
 from apex_opt.ir.cells.dense import DenseFfn
+from apex_opt.ir.cells.encoder import CrossedAttention, EncoderAttention
 from apex_opt.ir.cells.latent import LatentAttention
 from apex_opt.ir.cells.moe import MoeFfn
 from apex_opt.ir.cells.operations import Op
@@ -17,8 +18,10 @@ __all__ = [
     "Attention",
     "AttentionCell",
     "Cell",
+    "CrossedAttention",
     "Cut",
     "DenseFfn",
+    "EncoderAttention",
     "Ffn",
     "Kept",
     "LatentAttention",

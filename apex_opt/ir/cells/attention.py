@@ -147,6 +147,11 @@ class Attention(AttentionCell):
         return self.head_dim
 
     @property
+    def kind(self) -> str:
+        """Attention over the context, or over a window of it."""
+        return "attention" if self.window is None else f"attention over {self.window:,}"
+
+    @property
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
         return frozenset({"sinks"} if self.sinks else ())

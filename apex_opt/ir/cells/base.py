@@ -88,12 +88,14 @@ class Kept(NamedTuple):
     window : int or None    tokens that a query sees, itself included; None where it sees all
     chunked : bool          it sees its own chunk of `window` tokens, not the last ones
     other_bytes : int       kept besides, whatever the format of the cache
+    tokens : int or None    so many tokens are kept of every sequence, from its first one on, in place of its own
     """
 
     elements: int
     window: int | None
     chunked: bool = False
     other_bytes: int = 0
+    tokens: int | None = None
 
     def token_bytes(self, kv_bytes: int) -> int:
         """Bytes of one token, in a cache of so many bytes per element."""
@@ -185,6 +187,11 @@ class Cell(ABC):
     def cache(self, cut: Cut = WHOLE) -> tuple[Kept | State, ...]:
         """What is kept of tokens and sequences in one shard: nothing, where a kind does not say otherwise."""
         return ()
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What kind of cell it is, in a word or two, with what tells it from others of a model."""
 
     @property
     def parameters(self) -> int:

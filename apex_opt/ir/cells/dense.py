@@ -95,6 +95,11 @@ class DenseFfn(Ffn):
         return (Piece("columns", self.intermediate, ("tp", "ep")),)
 
     @property
+    def kind(self) -> str:
+        """A dense FFN."""
+        return "dense FFN"
+
+    @property
     def launches(self) -> tuple[int, int]:
         """Norm, up, activation, down."""
         return 4, 4

@@ -144,6 +144,11 @@ class LatentAttention(AttentionCell):
         return self.rope_head_dim
 
     @property
+    def kind(self) -> str:
+        """Latent attention."""
+        return "latent attention"
+
+    @property
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
         return frozenset({"latent"})

@@ -162,6 +162,11 @@ class MoeFfn(Ffn):
         )
 
     @property
+    def kind(self) -> str:
+        """How many experts a token chooses of how many, and what all tokens pass besides."""
+        return f"{self.experts_per_token} of {self.experts} experts{' + shared' if self.shared_intermediate else ''}"
+
+    @property
     def launches(self) -> tuple[int, int]:
         """Norm, router, choice and the experts (sort, two products, activation, sum); outside graphs their scales and
         permutations too; then the shared FFN."""

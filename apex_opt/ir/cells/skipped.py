@@ -49,6 +49,11 @@ class Skipped(AttentionCell, Ffn):
         return ()
 
     @property
+    def kind(self) -> str:
+        """Nothing."""
+        return "none"
+
+    @property
     def launches(self) -> tuple[int, int]:
         """None."""
         return 0, 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from apex_opt.ir.cells import Matrix
     from apex_opt.ir.fields import Fields
-    from apex_opt.ir.model import Block
+    from apex_opt.ir.model import Block, Tower
 
 PROJECTIONS: Final = ("gate_proj", "up_proj", "down_proj")
 """Matrices of a gated FFN, by the names most checkpoints give them."""
@@ -33,6 +33,7 @@ class Layers(NamedTuple):
     blocks: list[Block]
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
+    tower: Tower | None = None
 
 
 Reader = Callable[["Fields", Sizes], Layers]
@@ -50,16 +51,20 @@ class Family:
                             checkpoint: see `module_names`
     defaults : mapping      of the configuration class: files leave these fields out where the model lies within
                             another one's file
+    implied : mapping       what holds where a file leaves a field out, at the top as well
     spelled : mapping       what the family calls a field, by the usual name
     tied : bool             LM head and embedding are one where the file does not say
+    pools : bool            it answers with a vector rather than with tokens
     """
 
     architecture: str
     read: Reader
     modules: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Any] = field(default_factory=dict)
     spelled: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
+    pools: bool = False
 
 
 def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, positions: int) -> dict[str, Any]:

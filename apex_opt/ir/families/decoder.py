@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from apex_opt.ir.cells import Attention, AttentionCell, DenseFfn, Ffn, LatentAttention, MoeFfn
+from apex_opt.ir.cells import Attention, AttentionCell, DenseFfn, Ffn, LatentAttention, Matrix, MoeFfn
 from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
 from apex_opt.ir.families.base import Layers
 from apex_opt.ir.model import Block
@@ -23,7 +23,12 @@ _QWEN_FULL_LAYERS: Final = 28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A reader of layers by facts of a family; None means that the file says."""
+    """A reader of layers by facts of a family; None means that the file says.
+
+    Norms, their bias and `parallel` are those of `Block`. `positions` are rows of learned positions beyond the longest
+    context, None where there are none; `ffn_ratio` is the width of the FFN by the residual stream's where the file
+    gives none, 0 where it has to.
+    """
 
     latent: bool = False
     qkv_bias: bool | None = False
@@ -32,6 +37,14 @@ class Decoder:
     qk_norm_whole: bool = False
     sinks: bool = False
     mlp_bias: bool | None = False
+    gated: bool = True
+    ffn_ratio: int = 0
+    norms: int | None = None
+    norm_bias: bool = False
+    parallel: bool | None = False
+    positions: int | None = None
+    embedding_norm: bool = False
+    head_bias: bool | None = False
     window: Literal["never", "always", "opt-in"] = "never"
     window_pattern: int = 0
     kv_heads: int | None = None
@@ -48,24 +61,41 @@ class Decoder:
         attention = latent_fields(fields) if self.latent else self._attention_fields(fields, size.hidden)
         windows = window_of_layers(fields, size.layers, self.window, self.window_pattern)
         ffns = self._ffns(fields, size)
+        parallel = fields.flag("use_parallel_residual") if self.parallel is None else self.parallel
+        before, after = self._around(fields, size)
         if fields.faults:
             return Layers([])
         cell: AttentionCell = (LatentAttention if self.latent else Attention)(hidden=size.hidden, **attention)
-        return Layers(
-            [Block(attention=cell.with_window(window), ffn=ffn) for window, ffn in zip(windows, ffns, strict=True)]
-        )
+        own: dict[str, Any] = {"norms": self.norms, "norm_bias": self.norm_bias, "parallel": parallel}
+        blocks = [
+            Block(attention=cell.with_window(window), ffn=ffn, **own) for window, ffn in zip(windows, ffns, strict=True)
+        ]
+        return Layers(blocks, before, after)
+
+    def _around(self, fields: Fields, size: Sizes) -> tuple[tuple[Matrix, ...], tuple[Matrix, ...]]:
+        """What the model has beside its embedding, and beside its head."""
+        before, after = [], []
+        if self.positions is not None:
+            rows = fields.count("max_position_embeddings") + self.positions
+            before.append(Matrix("positions", rows, size.hidden))
+        if self.embedding_norm:
+            before.append(Matrix("embedding norm", size.hidden, 1 + self.norm_bias))
+        if fields.flag("lm_head_bias") if self.head_bias is None else self.head_bias:
+            after.append(Matrix("head bias", size.vocab, 1))
+        return tuple(before), tuple(after)
 
     def _attention_fields(self, fields: Fields, hidden: int) -> dict[str, Any]:
         """Arguments of `Attention` that all layers share."""
         heads = head_fields(fields, hidden, self.kv_heads)
         bias = fields.flag("attention_bias")
+        output_bias = fields.flag("attention_out_bias", default=bias)
         qk_norm = fields.flag("use_qk_norm")
         return {
             **heads,
             "qk_norm_whole": self.qk_norm_whole,
             "sinks": self.sinks,
             "qkv_bias": bias if self.qkv_bias is None else self.qkv_bias,
-            "output_bias": bias if self.output_bias is None else self.output_bias,
+            "output_bias": output_bias if self.output_bias is None else self.output_bias,
             "qk_norm": qk_norm if self.qk_norm is None else self.qk_norm,
         }
 
@@ -74,10 +104,11 @@ class Decoder:
         sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None
         if not all(sparse) or not size.layers:
-            intermediate = fields.count("intermediate_size")
+            usual = self.ffn_ratio * size.hidden if self.ffn_ratio else None
+            intermediate = fields.count("intermediate_size", default=usual)
             bias = fields.flag("mlp_bias") if self.mlp_bias is None else self.mlp_bias
             if size.hidden and intermediate:
-                dense_ffn = DenseFfn(hidden=size.hidden, intermediate=intermediate, bias=bias)
+                dense_ffn = DenseFfn(hidden=size.hidden, intermediate=intermediate, gated=self.gated, bias=bias)
         if self.experts_field:
             moe_ffn = self.moe_ffn(fields, size.hidden)
         chosen = [moe_ffn if is_sparse else dense_ffn for is_sparse in sparse]
@@ -93,7 +124,8 @@ class Decoder:
         if self.shared_width_field:
             shared = fields.count(self.shared_width_field, minimum=0)
         elif self.shared_count_field:
-            shared = fields.count(self.shared_count_field, minimum=0) * width
+            shared = fields.count(self.shared_count_field, minimum=0)
+            shared *= fields.count("moe_shared_expert_intermediate_size", default=width)
             if shared > MAX_COUNT:
                 text = f"times {self.expert_width_field} is {shared}, above {MAX_COUNT}"
                 fields.fault(self.shared_count_field, text)
@@ -154,7 +186,7 @@ def latent_fields(fields: Fields) -> dict[str, Any]:
     }
 
 
-def layer_kinds(fields: Fields, layers: int, known: tuple[str, ...]) -> list[str] | None:
+def layer_kinds(fields: Fields, layers: int, known: tuple[str, ...], field: str = "layer_types") -> list[str] | None:
     """`layer_types`, of which only some are known; None where the field is absent, empty at a fault.
 
     Parameters
@@ -162,16 +194,17 @@ def layer_kinds(fields: Fields, layers: int, known: tuple[str, ...]) -> list[str
     fields
     layers : int        that the model has, 0 where unknown
     known : of str      entries that there may be
+    field : str         another that lists kinds
     """
-    kinds = fields.rows("layer_types")
+    kinds = fields.rows(field)
     if kinds is None:
         return None
     odd = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
     if odd:
-        fields.fault("layer_types", f"may hold {' and '.join(known)}, not {shown(odd[0])}")
+        fields.fault(field, f"may hold {' and '.join(known)}, not {shown(odd[0])}")
         return []
     if layers and len(kinds) != layers:
-        fields.fault("layer_types", f"has {len(kinds)} entries for {fields.name('num_hidden_layers')} {layers}")
+        fields.fault(field, f"has {len(kinds)} entries for {fields.name('num_hidden_layers')} {layers}")
     return kinds
 
 
@@ -209,6 +242,9 @@ def window_of_layers(
 
 def sparse_layers(fields: Fields, layers: int) -> list[bool]:
     """Whether each layer is a mixture of experts; empty at a fault."""
+    kinds = layer_kinds(fields, layers, ("dense", "sparse"), "mlp_layer_types")
+    if kinds is not None:
+        return [kind == "sparse" for kind in kinds]
     step = fields.count("decoder_sparse_step", default=1)
     every = fields.count("moe_layer_freq", default=1)
     dense_first = fields.count("first_k_dense_replace", default=0, minimum=0)

@@ -8,14 +8,24 @@ from apex_opt.ir.families.base import Family, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder
 
 _QWEN_DEFAULTS: Final = sizes(151936, 4096, 22016, 32, 32, 32768) | {"num_key_value_heads": 32, "sliding_window": 4096}
+_QWEN2: Final = Decoder(qkv_bias=True, window="opt-in", kv_heads=32)
 
 FAMILIES: Final[dict[str, Family]] = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        read=Decoder(qkv_bias=True, window="opt-in", kv_heads=32),
+        read=_QWEN2,
         modules=module_names(),
         defaults=_QWEN_DEFAULTS,
     ),
+    **{
+        model_type: Family(architecture=architecture, read=_QWEN2, modules=module_names(), defaults=_QWEN_DEFAULTS)
+        for model_type, architecture in (
+            ("qwen2_vl", "Qwen2VLForConditionalGeneration"),
+            ("qwen2_vl_text", "Qwen2VLForConditionalGeneration"),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
+            ("qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
+        )
+    },
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
         read=Decoder(

@@ -1,0 +1,153 @@
+"""Dense decoders with RMS norms and gated FFNs that differ from Llama in a norm, a bias or the names of their fields.
+
+Of types that `transformers` no longer carries (baichuan, chatglm, internlm2, internlm3, phi3small, qwen) the fields are
+those of the classes that come with the checkpoints, as vLLM reads them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
+from apex_opt.ir.families.decoder import Decoder
+
+if TYPE_CHECKING:
+    from apex_opt.ir.fields import Fields
+
+_TOLD: Final = Decoder(qkv_bias=None, output_bias=None, mlp_bias=None)
+_FUSED: Final = ("mlp.gate_up_proj", "mlp.down_proj")
+_PACKED: Final = ("self_attn.W_pack",)
+_MOSS: Final = {"attention_bias": "use_bias", "mlp_bias": "use_bias"}
+
+
+def _chatglm(fields: Fields, size: Sizes) -> Layers:
+    """ChatGLM2 to GLM-4, whose query heads may share a few keys and values."""
+    linear = fields.flag("add_bias_linear")
+    groups = fields.count("multi_query_group_num") if fields.flag("multi_query_attention") else None
+    reader = Decoder(
+        qkv_bias=linear or fields.flag("add_qkv_bias"),
+        output_bias=linear,
+        mlp_bias=linear,
+        norm_bias=not fields.flag("rmsnorm", default=True),
+    )
+    return reader(fields.filled({"num_key_value_heads": groups}), size)
+
+
+def _qwen(fields: Fields, size: Sizes) -> Layers:
+    """Qwen 1, whose intermediate_size is that of gate and up projection together."""
+    width = fields.count("intermediate_size", minimum=2)
+    bias = not fields.flag("no_bias", default=True)
+    reader = Decoder(qkv_bias=True, output_bias=bias, mlp_bias=bias)
+    return reader(fields.replaced({"intermediate_size": width // 2}) if width else fields, size)
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, kv_heads=16),
+        modules=module_names(),
+        implied={"head_dim": 256},
+        defaults=sizes(256000, 3072, 24576, 28, 16, 8192) | {"num_key_value_heads": 16},
+        tied=True,
+    ),
+    "olmo": Family(
+        architecture="OlmoForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, norms=0),  # LayerNorms without weights
+        modules=module_names(),
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, qk_norm=True, qk_norm_whole=True),
+        modules=module_names(),
+    ),
+    "arcee": Family(
+        architecture="ArceeForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, gated=False),
+        modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, window="opt-in", kv_heads=4),
+        modules=module_names(),
+        tied=True,
+    ),
+    "seed_oss": Family(architecture="SeedOssForCausalLM", read=_TOLD, modules=module_names()),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        read=Decoder(window="always", kv_heads=8),
+        modules=module_names(),
+        defaults=sizes(131072, 4096, 14336, 34, 32, 262144) | {"num_key_value_heads": 8, "head_dim": 128},
+    ),
+    "glm": Family(
+        architecture="GlmForCausalLM",
+        read=Decoder(qkv_bias=None, kv_heads=2),
+        modules=module_names(dense=_FUSED),
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        read=Decoder(qkv_bias=None, kv_heads=2, norms=4),
+        modules=module_names(dense=_FUSED),
+    ),
+    "ernie4_5": Family(
+        architecture="Ernie4_5ForCausalLM", read=_TOLD, modules=module_names(), spelled=_MOSS, tied=True
+    ),
+    "hunyuan_v1_dense": Family(
+        architecture="HunYuanDenseV1ForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, qk_norm=None),
+        modules=module_names(),
+        implied={"use_qk_norm": True},
+    ),
+    "baichuan": Family(
+        architecture="BaichuanForCausalLM",
+        read=Decoder(),
+        modules=module_names(qkv=_PACKED),
+        spelled={"max_position_embeddings": "model_max_length"},
+    ),
+    "chatglm": Family(
+        architecture="ChatGLMModel",
+        read=_chatglm,
+        modules=module_names(
+            qkv=("self_attention.query_key_value",),
+            output=("self_attention.dense",),
+            dense=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        ),
+        spelled={
+            "num_hidden_layers": "num_layers",
+            "intermediate_size": "ffn_hidden_size",
+            "vocab_size": "padded_vocab_size",
+            "max_position_embeddings": "seq_length",
+            "head_dim": "kv_channels",
+        },
+    ),
+    "internlm2": Family(
+        architecture="InternLM2ForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None),
+        modules=module_names(
+            qkv=("attention.wqkv",), output=("attention.wo",), dense=within("feed_forward", ("w1", "w3", "w2"))
+        ),
+        spelled={"attention_bias": "bias"},
+    ),
+    "internlm3": Family(
+        architecture="InternLM3ForCausalLM",
+        read=_TOLD,
+        modules=module_names(),
+        spelled={"attention_bias": "qkv_bias", "attention_out_bias": "bias", "mlp_bias": "bias"},
+    ),
+    "phi3small": Family(
+        architecture="Phi3SmallForCausalLM",
+        read=Decoder(qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True),
+        modules=module_names(
+            qkv=("self_attn.query_key_value",), output=("self_attn.dense",), dense=("mlp.up_proj", "mlp.down_proj")
+        ),
+        spelled={"intermediate_size": "ff_intermediate_size"},
+        tied=True,
+    ),
+    "qwen": Family(
+        architecture="QWenLMHeadModel",
+        read=_qwen,
+        modules=module_names(
+            qkv=("attn.c_attn",), output=("attn.c_proj",), dense=within("mlp", ("w1", "w2", "c_proj"))
+        ),
+        spelled={"head_dim": "kv_channels", "max_position_embeddings": "seq_length"},
+    ),
+}

@@ -1,0 +1,50 @@
+"""Towers that read images: their weights, and when they are told of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex_opt.ir import Model, model_from_config
+
+MODELS = Path(__file__).parent / "cases" / "models"
+
+
+def read(name: str, **vision: Any) -> Model:
+    config = json.loads((MODELS / f"{name}.json").read_text())
+    tower = {key: value for key, value in (config["vision_config"] | vision).items() if value is not None}
+    return model_from_config(config | {"vision_config": tower}, name, name)
+
+
+def test_a_tower_that_is_not_stated_in_full_is_not_guessed() -> None:
+    assert read("llava-1.5-7b-hf", hidden_size=None).tower is None
+    assert read("qwen2.5-vl-7b", window_size=None).tower is None
+    assert read("llava-1.5-7b-hf", model_type="newer_vision_model").tower is None
+
+
+def test_the_decoder_is_counted_without_its_tower() -> None:
+    whole, bare = read("llava-1.5-7b-hf"), read("llava-1.5-7b-hf", hidden_size=None)
+    assert whole.parameters == bare.parameters
+
+
+def test_clip_computes_a_square_of_patches_and_a_class() -> None:
+    tower = read("llava-1.5-7b-hf").tower
+    assert tower is not None
+    assert (tower.tokens, tower.merged, tower.layers, tower.heads) == (24 * 24 + 1, 1, 24, 16)
+
+
+def test_qwen_merges_patches_and_looks_at_windows_in_most_layers() -> None:
+    tower = read("qwen2.5-vl-7b").tower
+    assert tower is not None
+    assert tower.merged == 4
+    windows = [run.block.attention.window for run in tower.runs for _ in range(run.count)]
+    assert [layer for layer, window in enumerate(windows) if window is None] == [7, 15, 23, 31]
+    assert {window for window in windows if window} == {64}
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b-hf", "ministral-3-8b"])
+def test_nothing_of_an_image_is_kept_by_its_tower(name: str) -> None:
+    tower = read(name).tower
+    assert tower is not None
+    assert all(not run.block.attention.cache() for run in tower.runs)

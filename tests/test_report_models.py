@@ -1,0 +1,59 @@
+"""The list of models: what is told of each, and of files that are read or not."""
+
+from pathlib import Path
+
+import pytest
+
+import apex_opt
+from apex_opt.ir import load_model
+from apex_opt.report.models import model_row
+
+CASES = Path(__file__).parent / "cases"
+
+
+def test_a_row_counts_its_cells() -> None:
+    row = model_row(load_model("gpt-oss-20b"))
+    assert row.cells == {"attention over 128": 12, "attention": 12, "4 of 32 experts": 24}
+    assert model_row(load_model("deepseek-v3")).cells == {
+        "latent attention": 61,
+        "dense FFN": 3,
+        "8 of 256 experts + shared": 58,
+    }
+
+
+def test_windows_keep_no_more_than_they_see() -> None:
+    row = model_row(load_model("gpt-oss-20b"))
+    layer = 2 * 8 * 64 * 2
+    assert row.kv_bytes_per_token == 24 * layer
+    assert row.kv_bytes_at_context == 12 * layer * (131072 + 128)
+
+
+def test_the_format_of_the_cache_is_the_checkpoints() -> None:
+    plain, narrow = (
+        model_row(load_model(str(CASES / "configs" / f"L8-{n}.json"))) for n in ("FP8-dynamic", "kv-static")
+    )
+    assert (plain.kv, narrow.kv) == ("bf16", "fp8")
+    assert plain.kv_bytes_per_token == 2 * narrow.kv_bytes_per_token
+
+
+def test_what_no_table_has_is_told_to_be_derived() -> None:
+    measured = model_row(load_model("llama-3.1-8b")).figures
+    assert set(measured) == {"measured"}
+    derived = model_row(load_model(str(CASES / "models" / "dbrx.json"))).figures
+    assert "moe bf16" in derived["derived"] and "attention decode" in derived["measured"]
+
+
+def test_a_file_that_is_not_read_is_told_with_what_it_lacks() -> None:
+    file = str(CASES / "configs" / "EAGLE3-LLaMA3.1-8B.json")
+    refused = apex_opt.models(supports=file)
+    assert not refused.found and refused.status == "refused"
+    assert "draft head" in refused.to_dict()["reason"]
+    assert "is not read" in refused.page() and "draft head" in refused.page()
+
+
+@pytest.mark.parametrize("asked", ["llama-3.1-8b", str(CASES / "models" / "bloom.json")])
+def test_a_file_or_a_name_that_is_read_is_told_like_those_listed(asked: str) -> None:
+    read = apex_opt.models(supports=asked)
+    (row,) = read.to_dict()["models"]
+    assert read.found and read.status == "read"
+    assert f"{row['name']} is read" in read.page()
