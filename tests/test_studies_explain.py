@@ -250,7 +250,7 @@ def first_of_the_smallest(goals: tuple[str, ...], met: list[frozenset[str]]) -> 
     return min(clashing)[2] if clashing else ()
 
 
-CI = range(24)
+CI = range(14)
 
 
 @cache
@@ -258,7 +258,7 @@ def clashes_of(seed: int) -> tuple[Clash, ...]:
     return find_clashes(Work(at_odds(seed), SPACE, silent))[0]
 
 
-@pytest.mark.parametrize("seed", [*CI, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(24, 200))])
+@pytest.mark.parametrize("seed", [*CI, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(14, 200))])
 def test_the_clashes_of_goals_are_the_smallest_of_all_subsets_and_without_them_a_plan_is_left(seed: int) -> None:
     problem = at_odds(seed)
     met = [frozenset(text for text, yes in c.metrics.slo_met.items() if yes) for c in every_plan(problem)]
@@ -276,7 +276,7 @@ def test_these_goals_clash_alone_and_in_pairs_twice_over_and_not_at_all() -> Non
     assert {len(found) for found in clashes} >= {0, 1, 2}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_limits_proposed_for_goals_at_odds_have_a_plan(seed: int) -> None:
     problem = at_odds(seed)
     found = explain(problem, SPACE)
@@ -520,7 +520,9 @@ def test_a_problem_with_a_plan_on_one_type_alone_needs_no_explanation() -> None:
 
 def test_terms_of_deployments_of_several_pools_add_up_over_all_gpus() -> None:
     compared = 0
-    for seed in range(12):
+    for seed in range(40):
+        if compared == 2:
+            return
         problem = random_mixed(seed)
         answer = search(problem, SPACE, top=20)
         mixes = [one for one in answer.candidates[1:] if len(one.pools) == 2]
@@ -542,7 +544,7 @@ def test_terms_of_deployments_of_several_pools_add_up_over_all_gpus() -> None:
         assert by_part["energy"] == pytest.approx(apart)
         text = str(mixes[0].deployment)
         assert parse_deployment(text, problem.model, problem.types) == mixes[0].deployment
-    assert compared >= 2
+    pytest.fail("too few of these problems are served best by pools side by side")
 
 
 def test_the_pools_of_a_deployment_stand_in_the_order_of_the_types_whatever_the_text() -> None:
