@@ -66,7 +66,7 @@ class Once:
 
     def _kept(self, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def kept(asked: Any) -> Any:
-            key = answer, asked
+            key = answer, asked, Path.cwd()
             if key not in self._known:
                 self._known[key] = answer(asked)
             return self._known[key]

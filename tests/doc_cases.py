@@ -6,11 +6,13 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from cli_cases import ROOT, Ran, run
+from cli_cases import ROOT, Once, Ran
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+ONCE = Once()
+"""Documents show some questions more than once, with other parts of their answers."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,7 +29,7 @@ def words_of(line: str) -> list[str] | None:
 
 def solve(words: list[str], cwd: Path = ROOT) -> Ran:
     """Run a command where its reader would; tables are as wide as those shown (`conftest.py`)."""
-    return run(*words, cwd=cwd)
+    return ONCE.run(*words, cwd=cwd)
 
 
 def shown_and_printed(body: str, *more: str) -> tuple[str, str]:

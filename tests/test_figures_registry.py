@@ -299,9 +299,9 @@ SLOW = {"name": "slow", "memory_bytes_per_s": 1.2e12, "flops_per_s": (("bf16", 2
 
 
 def problem_of(entry: Figure, *, mixed: bool) -> Problem:
-    """Asked for a new figure on four GPUs of one type, or on two and two slower ones, over which pipelines may lie."""
+    """Asked for a new figure on four GPUs of one type, or on two and a slower one, over which pipelines may lie."""
     first, *then = (load_objective(name) for name in objectives_of(entry))
-    clusters = (make_cluster(2), make_cluster(2, **SLOW)) if mixed else (make_cluster(4),)
+    clusters = (make_cluster(2), make_cluster(1, **SLOW)) if mixed else (make_cluster(4),)
     trace = random_trace(5 if mixed else 3, 16 if mixed else 30)
     between = make_cluster(1, 2).inter if mixed else None
     model = make_model((dense(), 4))
