@@ -155,7 +155,8 @@ class Exchanges:
         else:
             if ffn.ep > 1 and cell.experts:
                 # The devices of a copy hold the same tokens, so each sends its part of them.
-                chosen, arrived = (hidden * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
+                sent = 2.0 * cell.expert_hidden
+                chosen, arrived = (sent * cell.experts_per_token / n for n in (attention.tp, ffn.ep))
                 found += [
                     (of_attention, calls.all_to_all_s, chosen, ffn.ep, ffn.tp, attention.dp),
                     (of_ffn, calls.all_gather_s, arrived, ffn.tp, 1, ffn.dp),

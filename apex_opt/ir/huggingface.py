@@ -131,9 +131,11 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
 
     fields = fields.spelled(family.spelled).filled(family.implied)
 
+    listed = (fields.values.get(key) for key in family.layer_lists)
+    entries = next((len(rows) for rows in listed if rows and isinstance(rows, list | str)), None)
     size = Sizes(
         hidden=fields.count("hidden_size"),
-        layers=fields.count("num_hidden_layers", maximum=MAX_LAYERS),
+        layers=fields.count("num_hidden_layers", default=entries, maximum=MAX_LAYERS),
         vocab=fields.count("vocab_size"),
     )
     max_position = context_limit(fields)

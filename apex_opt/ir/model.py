@@ -38,6 +38,7 @@ class Block:
     norm_bias : bool                    they are LayerNorms with a bias
     parallel : bool                     both cells read the same hidden state
     one_sum : bool                      shards add up the outputs of both cells at once, which needs `parallel`
+    residuals : int                     earlier sums of outputs that each cell's input is mixed from, as in Kimi-K3
     beside : tuple of Matrix            other weights, in 16 bit and whole on every shard
     """
 
@@ -47,6 +48,7 @@ class Block:
     norm_bias: bool = False
     parallel: bool = False
     one_sum: bool = False
+    residuals: int = 0
     beside: tuple[Matrix, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class Block:
         check_flags("block", norm_bias=self.norm_bias, parallel=self.parallel, one_sum=self.one_sum)
         if self.one_sum and not self.parallel:
             raise InputError("block: one_sum needs parallel, as the FFN reads the sum of attention's outputs otherwise")
+        check_counts("block", minimum=0, residuals=self.residuals)
         if self.norms is not None:
             check_counts("block", minimum=0, norms=self.norms)
 
@@ -101,9 +104,13 @@ class Block:
 
     @property
     def own_operations(self) -> tuple[Elementwise, ...]:
-        """Kernels outside the cells, each of which begins with its norm: further norms, without an addition."""
+        """Kernels outside the cells, each of which begins with its norm: further norms, without an addition; mixing."""
         further = self.norm_count - self._kept_cells
-        return (Elementwise("norm", 4.0 * self.hidden, "norm", self.hidden, "norm"),) * further
+        mixed = self._kept_cells if self.residuals else 0
+        return (
+            *(Elementwise("norm", 4.0 * self.hidden, "norm", self.hidden, "norm"),) * further,
+            *(Elementwise("residuals", 2.0 * (self.residuals + 2) * self.hidden),) * mixed,
+        )
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

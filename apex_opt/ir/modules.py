@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 EXPRESSION: Final = "re:"
 """What stands before a regular expression in a list of names."""
 
-_WRAPPERS: Final = ("model.", "language_model.", "text_model.", "transformer.", "thinker.", "llm.")
+_WRAPPERS: Final = ("model.", "backbone.", "language_model.", "text_model.", "transformer.", "thinker.", "llm.")
 _MOST_WRAPPED: Final = 4
 _ONE_LAYER: Final = re.compile(r"layers\.(\d{1,9})(?:\.|$)")
-_ROOTS: Final = ("model.", "language_model.model.", "model.language_model.")
+_ROOTS: Final = ("model.", "backbone.", "language_model.model.", "model.language_model.")
 """What may stand before `layers.0` in the name of a module: multimodal checkpoints wrap their decoder."""
 _FUSED: Final = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),

@@ -154,7 +154,8 @@ def read_quantisation(fields: Fields) -> Quantisation:
     if left_out is not None:
         rules = (Rule(left_out, None), *rules)
     first = next((rule for rule in rules if rule.names is not None and rule.names.head), None)
-    if first is not None and first.held is not None:
+    # ModelOpt's own checkpoints of 2026 have it in 4 bits: counting it in 16 errs upwards.
+    if first is not None and first.held is not None and method != "modelopt":
         section.fault("lm_head", "is among what is quantised, which is not supported: it is counted in 16 bit")
     named = {number for rule in rules if rule.names is not None for number in rule.names.experts}
     return Quantisation(

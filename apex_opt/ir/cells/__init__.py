@@ -6,11 +6,18 @@ what reads it from a file: see `apex_opt.ir.families`.
 
 from apex_opt.ir.cells.attention import Attention
 from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cell, Cut, Ffn, Kept, Matrix, Piece, State, stored_bytes
+from apex_opt.ir.cells.convolution import ShortConvolution
 from apex_opt.ir.cells.dense import DenseFfn
 from apex_opt.ir.cells.encoder import CrossedAttention, EncoderAttention
+from apex_opt.ir.cells.gated import GatedAttention, GatedLatentAttention
+from apex_opt.ir.cells.gated_delta import GatedDelta, KimiDelta
 from apex_opt.ir.cells.latent import LatentAttention
+from apex_opt.ir.cells.latent_moe import LatentMoeFfn
+from apex_opt.ir.cells.lightning import LightningAttention
+from apex_opt.ir.cells.mamba import Mamba1, Mamba2
 from apex_opt.ir.cells.moe import MoeFfn
 from apex_opt.ir.cells.operations import Op
+from apex_opt.ir.cells.replaced import Replaced
 from apex_opt.ir.cells.skipped import Skipped
 
 __all__ = [
@@ -23,12 +30,22 @@ __all__ = [
     "DenseFfn",
     "EncoderAttention",
     "Ffn",
+    "GatedAttention",
+    "GatedDelta",
+    "GatedLatentAttention",
     "Kept",
+    "KimiDelta",
     "LatentAttention",
+    "LatentMoeFfn",
+    "LightningAttention",
+    "Mamba1",
+    "Mamba2",
     "Matrix",
     "MoeFfn",
     "Op",
     "Piece",
+    "Replaced",
+    "ShortConvolution",
     "Skipped",
     "State",
     "stored_bytes",

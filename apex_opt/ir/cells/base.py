@@ -247,8 +247,9 @@ class AttentionCell(Cell):
 class Ffn(Cell):
     """What stands in an FFN's place: it takes each token alone.
 
-    `experts` are those of which a router chooses `experts_per_token`, both 0 without; `dense` is what every token
-    passes through besides, if anything; `quantised` is the number format of its widest matrices.
+    `experts` are those of which a router chooses `experts_per_token`, both 0 without, and work in `expert_hidden`;
+    `dense` is what every token passes through besides, if anything; `quantised` is the number format of its widest
+    matrices.
     """
 
     __slots__ = ()
@@ -259,6 +260,8 @@ class Ffn(Cell):
         def experts(self) -> int: ...
         @property
         def experts_per_token(self) -> int: ...
+        @property
+        def expert_hidden(self) -> int: ...
         @property
         def quantised(self) -> int: ...
         @property

@@ -97,6 +97,11 @@ class MoeFfn(Ffn):
         object.__setattr__(self, "dense", shared)
 
     @property
+    def expert_hidden(self) -> int:
+        """Width that experts work in: that of the residual stream."""
+        return self.hidden
+
+    @property
     def token_columns(self) -> int:
         """Those of the chosen experts and of the shared FFN."""
         return self.experts_per_token * self.expert_intermediate + self.shared_intermediate
@@ -109,7 +114,7 @@ class MoeFfn(Ffn):
         held, used = ceil_div(self.experts, cut.experts), ceil_div(self.experts_per_token, cut.experts)
         by_hidden, by_columns = cut.multiples
         columns = by_columns * ceil_div(ceil_div(self.expert_intermediate, cut.expert_columns), by_columns)
-        hidden = by_hidden * ceil_div(self.hidden, by_hidden)
+        hidden = by_hidden * ceil_div(self.expert_hidden, by_hidden)
         ups, form = 1 + self.gated, self.quantised
         found = [
             Matrix("expert up", columns, hidden, form, "expert_columns", times=ups * held, used=ups * used),
@@ -136,7 +141,7 @@ class MoeFfn(Ffn):
             Product("router", self.experts, self.hidden),
             Elementwise("router", 8.0 * self.experts),
             Experts(
-                hidden=self.hidden,
+                hidden=self.expert_hidden,
                 columns=ceil_div(self.expert_intermediate, cut.expert_columns),
                 experts=self.experts,
                 groups=cut.experts,
@@ -150,7 +155,7 @@ class MoeFfn(Ffn):
     def width(self, cut: Cut = WHOLE) -> int:
         """Per expert of a token what its up (and gate) projection gives, the activation and the output."""
         columns = ceil_div(self.expert_intermediate, cut.expert_columns)
-        return self.experts_per_token * ((2 + self.gated) * columns + self.hidden)
+        return self.experts_per_token * ((2 + self.gated) * columns + self.expert_hidden)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -55,6 +55,7 @@ class Family:
     spelled : mapping       what the family calls a field, by the usual name
     tied : bool             LM head and embedding are one where the file does not say
     pools : bool            it answers with a vector rather than with tokens
+    layer_lists : tuple     fields with an entry for each layer, which tell their number where the file does not
     """
 
     architecture: str
@@ -65,6 +66,7 @@ class Family:
     spelled: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False
     pools: bool = False
+    layer_lists: tuple[str, ...] = ()
 
 
 def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, positions: int) -> dict[str, Any]:

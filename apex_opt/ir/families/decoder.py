@@ -60,7 +60,7 @@ class Decoder:
         """Layers of attention behind windows, and of dense FFNs and mixtures of experts in turn."""
         attention = latent_fields(fields) if self.latent else self._attention_fields(fields, size.hidden)
         windows = window_of_layers(fields, size.layers, self.window, self.window_pattern)
-        ffns = self._ffns(fields, size)
+        ffns = self.ffns(fields, size)
         parallel = fields.flag("use_parallel_residual") if self.parallel is None else self.parallel
         before, after = self._around(fields, size)
         if fields.faults:
@@ -99,7 +99,7 @@ class Decoder:
             "qk_norm": qk_norm if self.qk_norm is None else self.qk_norm,
         }
 
-    def _ffns(self, fields: Fields, size: Sizes) -> list[Ffn]:
+    def ffns(self, fields: Fields, size: Sizes) -> list[Ffn]:
         """FFN of every layer; empty where a fault forbids to build one."""
         sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None

@@ -1,0 +1,269 @@
+"""Mamba2 alone, and between layers of attention: Granite 4, Jamba; short convolutions between them: LFM2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.ir.cells import (
+    Attention,
+    AttentionCell,
+    DenseFfn,
+    Ffn,
+    Mamba1,
+    Mamba2,
+    MoeFfn,
+    ShortConvolution,
+    Skipped,
+)
+from apex_opt.ir.checks import shown
+from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
+from apex_opt.ir.families.decoder import head_fields, layer_kinds
+from apex_opt.ir.families.states import refuse
+from apex_opt.ir.model import Block
+
+if TYPE_CHECKING:
+    from apex_opt.ir.fields import Fields
+
+
+def _inner(fields: Fields, hidden: int, expand: str, heads: int, head_dim: int, names: tuple[str, str]) -> None:
+    """Check that heads make up so many times the hidden width."""
+    factor = fields.values.get(expand, 2)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        fields.fault(expand, f"must be a number above 0, not {shown(factor)}")
+    elif heads and head_dim and hidden and heads * head_dim != int(factor * hidden):
+        told = f"{expand} times hidden_size is {int(factor * hidden)}"
+        fields.fault(names[0], f"{heads} times {names[1]} {head_dim} is {heads * head_dim}, but {told}")
+
+
+def read_mamba2(fields: Fields, size: Sizes) -> Layers:
+    """Layers of Mamba2 alone, each behind a norm."""
+    sizes: dict[str, Any] = {
+        "heads": fields.count("num_heads"),
+        "head_dim": fields.count("head_dim"),
+        "groups": fields.count("n_groups"),
+        "state": fields.count("state_size"),
+        "kernel": fields.count("conv_kernel"),
+    }
+    _inner(fields, size.hidden, "expand", sizes["heads"], sizes["head_dim"], ("num_heads", "head_dim"))
+    if sizes["groups"] and sizes["heads"] % sizes["groups"]:
+        fields.fault("num_heads", f"{sizes['heads']} is not a multiple of n_groups {sizes['groups']}")
+    bias, conv_bias = fields.flag("use_bias"), fields.flag("use_conv_bias", default=True)
+    if fields.faults:
+        return Layers([])
+    cell = Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes)
+    return Layers([Block(attention=cell, ffn=Skipped(hidden=size.hidden))] * size.layers)
+
+
+def read_mamba1(fields: Fields, size: Sizes) -> Layers:
+    """Layers of Mamba alone, each behind a norm."""
+    sizes: dict[str, Any] = {
+        "inner": fields.count("intermediate_size", default=2 * size.hidden),
+        "state": fields.count("state_size", default=16),
+        "kernel": fields.count("conv_kernel", default=4),
+        "rank": _rank(fields, "time_step_rank", size.hidden),
+    }
+    bias, conv_bias = fields.flag("use_bias"), fields.flag("use_conv_bias", default=True)
+    if fields.faults:
+        return Layers([])
+    cell = Mamba1(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes)
+    return Layers([Block(attention=cell, ffn=Skipped(hidden=size.hidden))] * size.layers)
+
+
+def _rank(fields: Fields, key: str, hidden: int) -> int:
+    """Width that time steps are compressed to: "auto" is a sixteenth of the hidden one."""
+    automatic = max(1, -(-hidden // 16))
+    return automatic if fields.values.get(key) == "auto" else fields.count(key, default=automatic)
+
+
+def read_granite(fields: Fields, size: Sizes) -> Layers:
+    """Layers of Mamba2 or attention, each before experts beside a shared FFN, or before that alone."""
+    kinds = layer_kinds(fields, size.layers, ("attention", "mamba"))
+    if kinds is None:
+        fields.fault("layer_types", "is missing")
+    heads: dict[str, Any] = head_fields(fields, size.hidden)
+    sizes: dict[str, Any] = {
+        "heads": fields.count("mamba_n_heads"),
+        "head_dim": _granite_head(fields, size.hidden),
+        "groups": fields.count("mamba_n_groups", default=1),
+        "state": fields.count("mamba_d_state"),
+        "kernel": fields.count("mamba_d_conv"),
+    }
+    bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
+    attention_bias = fields.flag("attention_bias")
+    experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
+    routed: dict[str, Any] = {}
+    if experts:
+        routed = {
+            "expert_intermediate": fields.count("intermediate_size"),
+            "experts_per_token": fields.count("num_experts_per_tok", maximum=experts),
+        }
+    if sizes["groups"] and sizes["heads"] % sizes["groups"]:
+        fields.fault("mamba_n_heads", f"{sizes['heads']} is not a multiple of mamba_n_groups {sizes['groups']}")
+    if fields.faults or kinds is None:
+        return Layers([])
+    ffn: Ffn = DenseFfn(hidden=size.hidden, intermediate=shared)
+    if experts:
+        ffn = MoeFfn(hidden=size.hidden, experts=experts, shared_intermediate=shared, **routed)
+    cells: dict[str, AttentionCell] = {
+        "attention": Attention(hidden=size.hidden, qkv_bias=attention_bias, output_bias=attention_bias, **heads),
+        "mamba": Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes),
+    }
+    return Layers([Block(attention=cells[kind], ffn=ffn) for kind in kinds])
+
+
+def _granite_head(fields: Fields, hidden: int) -> int:
+    """Width of an SSM head: "auto" is what the expanded width leaves each."""
+    heads, expand = fields.count("mamba_n_heads"), fields.count("mamba_expand", default=2)
+    if fields.values.get("mamba_d_head") in (None, "auto"):
+        if heads and expand * hidden % heads:
+            fields.fault("mamba_n_heads", f"{heads} does not divide mamba_expand times hidden_size {expand * hidden}")
+        return expand * hidden // heads if heads else 0
+    head_dim = fields.count("mamba_d_head")
+    _inner(fields, hidden, "mamba_expand", heads, head_dim, ("mamba_n_heads", "mamba_d_head"))
+    return head_dim
+
+
+def read_jamba(fields: Fields, size: Sizes) -> Layers:
+    """Layers of Mamba, every so manieth of attention, and of FFNs, every so manieth of experts."""
+    period, offset = fields.count("attn_layer_period", default=8), fields.count("attn_layer_offset", 4, minimum=0)
+    every, first = fields.count("expert_layer_period", default=2), fields.count("expert_layer_offset", 1, minimum=0)
+    heads: dict[str, Any] = head_fields(fields, size.hidden)
+    sizes: dict[str, Any] = {
+        "inner": fields.count("mamba_expand", default=2) * size.hidden,
+        "state": fields.count("mamba_d_state", default=16),
+        "kernel": fields.count("mamba_d_conv", default=4),
+        "rank": _rank(fields, "mamba_dt_rank", size.hidden),
+    }
+    bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
+    width, experts = fields.count("intermediate_size"), fields.count("num_experts", default=16)
+    per_token = fields.count("num_experts_per_tok", default=2)
+    if experts and per_token > experts:
+        fields.fault("num_experts_per_tok", f"{per_token} is above num_experts {experts}")
+    if fields.faults:
+        return Layers([])
+    dense = DenseFfn(hidden=size.hidden, intermediate=width)
+    moe = MoeFfn(hidden=size.hidden, expert_intermediate=width, experts=experts, experts_per_token=per_token)
+    full = Attention(hidden=size.hidden, **heads)
+    mamba = Mamba1(hidden=size.hidden, bias=bias, conv_bias=conv_bias, norms=True, **sizes)
+    return Layers(
+        [
+            Block(
+                attention=full if layer % period == offset else mamba,
+                ffn=moe if experts > 1 and layer % every == first else dense,
+            )
+            for layer in range(size.layers)
+        ]
+    )
+
+
+def read_lfm2(fields: Fields, size: Sizes) -> Layers:
+    """Layers of short convolutions or attention, each before an FFN, or past the first ones before experts."""
+    kinds = layer_kinds(fields, size.layers, ("conv", "full_attention"))
+    if kinds is None:
+        full = fields.rows("full_attn_idxs")
+        if full is None:
+            fields.fault("layer_types", "is missing, and so is full_attn_idxs")
+        kinds = ["full_attention" if layer in (full or ()) else "conv" for layer in range(size.layers)]
+    heads: dict[str, Any] = head_fields(fields, size.hidden)
+    kernel, bias = fields.count("conv_L_cache", default=3), fields.flag("conv_bias")
+    for key in ("conv_dim", "conv_dim_out", "block_dim"):
+        refuse(fields, key, size.hidden)
+    dense_first = size.layers
+    routed: dict[str, Any] = {}
+    if fields.values.get("num_experts") is not None:
+        dense_first = fields.count("num_dense_layers", default=2, minimum=0)
+        experts = fields.count("num_experts")
+        routed = {
+            "experts": experts,
+            "expert_intermediate": fields.count("moe_intermediate_size"),
+            "experts_per_token": fields.count("num_experts_per_tok", maximum=experts or 1),
+            "router_bias": fields.flag("use_expert_bias", default=True),
+        }
+    width = _adjusted(fields) if not routed else fields.count("intermediate_size")
+    if fields.faults:
+        return Layers([])
+    dense = DenseFfn(hidden=size.hidden, intermediate=width)
+    moe = MoeFfn(hidden=size.hidden, **routed) if routed else None
+    cells: dict[str, AttentionCell] = {
+        "conv": ShortConvolution(hidden=size.hidden, kernel=kernel, bias=bias),
+        "full_attention": Attention(hidden=size.hidden, qk_norm=True, **heads),
+    }
+    return Layers(
+        [
+            Block(attention=cells[kind], ffn=dense if moe is None or layer < dense_first else moe)
+            for layer, kind in enumerate(kinds)
+        ]
+    )
+
+
+def _adjusted(fields: Fields) -> int:
+    """Columns of an FFN of LFM2: two thirds of those told, times a factor, up to a multiple, where it is to be so."""
+    key = "block_ff_dim" if fields.values.get("block_ff_dim") is not None else "intermediate_size"
+    columns = fields.count(key)
+    if not fields.flag("block_auto_adjust_ff_dim", default=True):
+        return columns
+    multiple = fields.count("block_multiple_of", default=256)
+    factor = fields.values.get("block_ffn_dim_multiplier", 1.0)
+    if factor is None:
+        factor = 1.0
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 100:
+        fields.fault("block_ffn_dim_multiplier", f"must be a number above 0, not {shown(factor)}")
+        return 0
+    columns = int(factor * int(2 * columns / 3))
+    return columns + -columns % (multiple or 1)
+
+
+_NO_POSITIONS: Final = {"max_position_embeddings": 2048}
+"""Tokens that vLLM serves at most of a model whose file tells no length."""
+_MIXER: Final = module_names(state_in=("mixer.in_proj",), state_out=("mixer.out_proj",))
+
+FAMILIES: Final[dict[str, Family]] = {
+    "mamba2": Family(architecture="Mamba2ForCausalLM", read=read_mamba2, modules=_MIXER, implied=_NO_POSITIONS),
+    "mamba": Family(
+        architecture="MambaForCausalLM", read=read_mamba1, modules=_MIXER, implied=_NO_POSITIONS, tied=True
+    ),
+    "granitemoehybrid": Family(
+        architecture="GraniteMoeHybridForCausalLM",
+        read=read_granite,
+        modules=module_names(
+            experts=within("block_sparse_moe", ("input_linear", "output_linear")),
+            dense=within("shared_mlp", ("input_linear", "output_linear")),
+            shared=within("shared_mlp", ("input_linear", "output_linear")),
+            state_in=("mamba.in_proj",),
+            state_out=("mamba.out_proj",),
+        ),
+    ),
+    "jamba": Family(
+        architecture="JambaForCausalLM",
+        read=read_jamba,
+        modules=module_names(
+            dense=within("feed_forward"),
+            experts=within("feed_forward.experts.0"),
+            state_in=("mamba.in_proj",),
+            state_out=("mamba.out_proj",),
+        ),
+    ),
+    "lfm2": Family(
+        architecture="Lfm2ForCausalLM",
+        read=read_lfm2,
+        modules=module_names(
+            output=("self_attn.out_proj",),
+            dense=within("feed_forward", ("w1", "w3", "w2")),
+            state_in=("conv.in_proj",),
+            state_out=("conv.out_proj",),
+        ),
+        tied=True,
+    ),
+    "lfm2_moe": Family(
+        architecture="Lfm2MoeForCausalLM",
+        read=read_lfm2,
+        modules=module_names(
+            output=("self_attn.out_proj",),
+            dense=within("feed_forward", ("w1", "w3", "w2")),
+            experts=within("feed_forward.experts.0", ("w1", "w3", "w2")),
+            state_in=("conv.in_proj",),
+            state_out=("conv.out_proj",),
+        ),
+        tied=True,
+    ),
+}
