@@ -21,7 +21,8 @@ from apex_opt.cost.cells import Operations
 from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
-from apex_opt.ir import LatentAttention, MoeFfn, get_format
+from apex_opt.ir import LatentAttention, MoeFfn, Skipped, get_format
+from apex_opt.ir.cells import Mamba2
 from apex_opt.plans.layout import Layout, Tier
 from apex_opt.plans.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
@@ -440,6 +441,43 @@ def test_kernels_of_a_layer_are_those_of_its_cells_less_the_fused_and_its_collec
     latent = operations().kernels(latent_block(DENSE), one, one)
     assert (latent > count["dense"]).all()
     assert latent[1] > latent[0]
+    # Norms beside those of the cells are launched too, and one that both cells share only once.
+    assert (operations().kernels(replace(DENSE, norms=4), one, one) - count["dense"]).tolist() == [2, 2]
+    assert (operations().kernels(replace(DENSE, norms=1, parallel=True), one, one) - count["dense"]).tolist() == [
+        -1,
+        -1,
+    ]
+    # Nothing is fused where there is nothing to fuse.
+    mamba = replace(DENSE, attention=Mamba2(hidden=DENSE.hidden, heads=8, head_dim=64, groups=1, state=16, kernel=4))
+    alone = replace(DENSE, attention=Skipped(hidden=DENSE.hidden))
+    for block in (mamba, alone):
+        assert fused.kernels(block, one, one).tolist() == operations().kernels(block, one, one).tolist()
+    assert operations().kernels(alone, one, one).tolist() == list(DENSE.ffn.launches)
+
+
+def test_cells_that_are_not_there_exchange_nothing_and_one_sum_is_exchanged_once() -> None:
+    gone, both = Skipped(hidden=DENSE.hidden), Template(tp=8)
+    for block, sums in (
+        (DENSE, 2),
+        (replace(DENSE, attention=gone), 1),
+        (replace(DENSE, ffn=gone), 1),
+        (replace(DENSE, parallel=True), 2),
+        (replace(DENSE, parallel=True, one_sum=True), 1),
+    ):
+        assert len(operations().exchanges(block, both, both)) == sums
+    # Where the copies differ, the FFN's sum is over others than attention's.
+    split = replace(DENSE, parallel=True, one_sum=True)
+    assert len(operations().exchanges(split, Template(dp=2, tp=4), Template(tp=8))) == len(
+        operations().exchanges(DENSE, Template(dp=2, tp=4), Template(tp=8))
+    )
+
+
+def test_what_lies_outside_the_cells_is_timed_once() -> None:
+    one = Template()
+    read = operations().beside(replace(DENSE, norms=4), one)["norm", "decode_ns"]
+    assert float(read.moved[1]) == 2 * 4 * DENSE.hidden
+    whole, shared = (operations().ffn(DENSE.ffn, one, one, "bf16", shares) for shares in (False, True))
+    assert {name for name, _ in whole} - {name for name, _ in shared} == {"norm"}
 
 
 # ---- collectives ------------------------------------------------------------------------------------------------

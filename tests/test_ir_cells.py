@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from itertools import product
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,17 @@ from plan_cases import OVERHEAD, SMALL, instance_at, make_cluster, make_gpu, mak
 from apex_opt.cost import CostModel
 from apex_opt.errors import InputError
 from apex_opt.evaluate import space, violations
-from apex_opt.ir import Attention, Block, Cell, DenseFfn, LatentAttention, MoeFfn, list_models
+from apex_opt.ir import (
+    Attention,
+    AttentionCell,
+    Block,
+    Cell,
+    DenseFfn,
+    LatentAttention,
+    MoeFfn,
+    list_models,
+    read_config,
+)
 from apex_opt.ir.cells import WHOLE, Cut, Kept, Matrix, Op, Piece, stored_bytes
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product
 from apex_opt.plans.memory import stage_memory
@@ -164,15 +176,19 @@ def test_ffns_refuse_what_they_cannot_be() -> None:
 
 
 def every_kind() -> list[Cell]:
-    """Cells of all models, each once."""
-    return list(dict.fromkeys(cell for model in list_models() for run in model.runs for cell in run.block.cells))
+    """Cells of all models that can be named, and of hybrid ones, each once."""
+    cases = Path(__file__).parent / "cases"
+    hybrid = tomllib.loads((cases / "published" / "hybrid.toml").read_text())
+    models = (*list_models(), *(read_config(cases / "models" / f"{name}.json") for name in hybrid))
+    return list(dict.fromkeys(cell for model in models for run in model.runs for cell in run.block.cells))
 
 
 def test_shards_that_divide_share_the_cut_matrices_and_hold_the_others_whole() -> None:
     for cell in every_kind():
         for heads, groups, columns in product((1, 2, 4, 8), (1, 2, 8), (1, 2, 4)):
             # More shards than KV heads hold copies.
-            whole_heads = gcd(heads, cell.kv_heads if isinstance(cell, Attention) else 8)
+            copied = (piece.size for piece in cell.pieces if piece.copied)
+            whole_heads = gcd(heads, *copied) if isinstance(cell, AttentionCell) else gcd(heads, 8)
             cut = Cut(heads=whole_heads, columns=groups * columns, experts=groups, expert_columns=columns)
             for whole, mine in zip(cell.matrices(), cell.matrices(cut), strict=True):
                 size, cut_size = (whole.columns, mine.columns) if whole.inputs else (whole.rows, mine.rows)

@@ -18,7 +18,7 @@ from apex_opt.cost.states import state_parts
 from apex_opt.cost.tables import by_table, merged, owned, shares, times
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import PLAIN, Held
-from apex_opt.ir.cells import Cut
+from apex_opt.ir.cells import WHOLE, Cut
 from apex_opt.ir.cells.operations import Contextual, Elementwise, HyperConnect, Product, Stateful, norm
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.plans.drafts import draft_of
@@ -84,7 +84,9 @@ class Operations(Exchanges):
         """
         count: Ints = np.array(block.attention.launches) + np.array(block.ffn.launches)
         count += len(block.own_operations) - block.shares_norm
-        return count - len(self.fused & _COUNTED_APART) + len(self.exchanges(block, attention, ffn))
+        apart = {op.fused_as for op in block.attention.operations(WHOLE, 2) if isinstance(op, Elementwise)}
+        count -= len(self.fused & _COUNTED_APART & apart)
+        return count + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: int) -> str:
         """The format a matrix is computed in: 16 bit where the checkpoint leaves it out of every narrower one."""

@@ -196,9 +196,10 @@ class Mamba1(AttentionCell):
         found = [
             Matrix("input and gate", inner, self.hidden, self.quantised, "heads", times=2),
             Matrix("convolution", inner, self.kernel + self.conv_bias, cut="heads"),
-            Matrix("time step, B and C", self._small, inner, cut="heads", inputs=True),
-            Matrix("time steps", inner, self.rank + 1, cut="heads"),  # and their bias
-            Matrix("decay and skip", inner, self.state + 1, cut="heads"),
+            # Engines hold these two in 16 bit whatever the rest is in.
+            Matrix("time step, B and C", self._small, inner, 0, "heads", inputs=True),
+            Matrix("time steps", inner, self.rank, 0, "heads"),
+            Matrix("time step bias, decay and skip", inner, 2 + self.state, cut="heads"),
             Matrix("output", self.hidden, inner, self.output_quantised, "heads", inputs=True),
         ]
         if self.norms:
