@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 LONGEST = (
-    *("cli", "frozen", "search_search", "readme", "studies_check", "figures_stops", "search_bounds_isolated"),
-    *("studies_capacity", "formulations_plan_space", "studies_explain", "simulator_kernel", "docs_examples"),
-    *("simulator_prefix_caching", "packaging", "simulator_policies", "docs_clusters", "formulations_placement"),
-    *("solve", "simulator_warm", "docs_capacity", "benchmarks", "process"),
+    *("frozen", "cli", "search_search", "readme", "search_bounds_isolated", "studies_check", "studies_capacity"),
+    *("formulations_plan_space", "studies_explain", "studies_steady", "simulator_kernel", "simulator_replay"),
+    *("studies_pareto", "profiles_operations", "docs_clusters", "simulator_handover", "figures_stops"),
+    *("docs_examples", "packaging", "figures_registry", "solve", "cost_model", "simulator_speculative"),
 )
 """Files that take long, by `--cpu`: the workers begin with them, so that none is left with a long one at the end."""
 
