@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Matrix, Piece, State
 from apex_opt.ir.cells.operations import Elementwise, Op, Product, Recur, norm
@@ -12,6 +12,9 @@ from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+_CHUNK: Final = 256
+"""Tokens of a prompt that vLLM's kernel computes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ class LightningAttention(AttentionCell):
         return (
             norm(self.hidden),
             Product("qkv", 4 * width, self.hidden, quantised=self.quantised),
-            Recur("lightning", heads, self.head_dim, self.head_dim, heads, self.state_bytes),
+            Recur("lightning", heads, self.head_dim, self.head_dim, heads, self.state_bytes, _CHUNK),
             Elementwise("norm", 4.0 * width, "norm", width),
             Elementwise("gate", 6.0 * width),
             Product("output", self.hidden, width, quantised=self.output_quantised),

@@ -31,6 +31,7 @@ class Mamba2(AttentionCell):
     groups : int            of heads that share B and C
     state : int             elements of B and of C in a group
     kernel : int            tokens that the convolution sees
+    chunk : int             tokens of a prompt that are computed at once
     bias, conv_bias : bool  a bias on both projections; on the convolution
     state_bytes : int       of an element of the state; the convolution's is 16 bit
     quantised : int         number format of the first projection
@@ -45,6 +46,7 @@ class Mamba2(AttentionCell):
     groups: int
     state: int
     kernel: int
+    chunk: int = 256
     bias: bool = False
     conv_bias: bool = True
     state_bytes: int = 2
@@ -60,6 +62,7 @@ class Mamba2(AttentionCell):
             groups=self.groups,
             state=self.state,
             kernel=self.kernel,
+            chunk=self.chunk,
             state_bytes=self.state_bytes,
         )
         check_flags("Mamba2", bias=self.bias, conv_bias=self.conv_bias)
@@ -101,7 +104,7 @@ class Mamba2(AttentionCell):
             norm(self.hidden),
             Product("qkv", inner + channels + heads, self.hidden, quantised=self.quantised),
             Convolve(channels, self.kernel),
-            Recur("mamba2", heads, self.state, self.head_dim, groups, self.state_bytes),
+            Recur("mamba2", heads, self.state, self.head_dim, groups, self.state_bytes, self.chunk),
             Elementwise("norm", 6.0 * inner, "norm", inner),
             Product("output", self.hidden, inner, quantised=self.output_quantised),
         )

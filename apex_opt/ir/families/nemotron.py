@@ -72,6 +72,7 @@ def _mamba(fields: Fields, hidden: int) -> Mamba2 | None:
         "groups": fields.count("n_groups"),
         "state": fields.count("ssm_state_size"),
         "kernel": fields.count("conv_kernel"),
+        "chunk": fields.count("chunk_size", default=256),
         # Where neither file nor engine is told, vLLM takes 32 bit for this family.
         "state_bytes": state_bytes(fields, "mamba_ssm_cache_dtype", default="float32"),
     }

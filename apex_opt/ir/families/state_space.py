@@ -43,11 +43,13 @@ def read_mamba2(fields: Fields, size: Sizes) -> Layers:
         "groups": fields.count("n_groups"),
         "state": fields.count("state_size"),
         "kernel": fields.count("conv_kernel"),
+        "chunk": fields.count("chunk_size", default=256),
     }
     _inner(fields, size.hidden, "expand", sizes["heads"], sizes["head_dim"], ("num_heads", "head_dim"))
     if sizes["groups"] and sizes["heads"] % sizes["groups"]:
         fields.fault("num_heads", f"{sizes['heads']} is not a multiple of n_groups {sizes['groups']}")
     bias, conv_bias = fields.flag("use_bias"), fields.flag("use_conv_bias", default=True)
+    refuse(fields, "rms_norm", True)
     if fields.faults:
         return Layers([])
     cell = Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes)
@@ -87,9 +89,12 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
         "groups": fields.count("mamba_n_groups", default=1),
         "state": fields.count("mamba_d_state"),
         "kernel": fields.count("mamba_d_conv"),
+        "chunk": fields.count("mamba_chunk_size", default=256),
     }
     bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
     attention_bias = fields.flag("attention_bias")
+    refuse(fields, "position_embedding_type", "nope", "rope")
+    refuse(fields, "normalization_function", "rmsnorm")
     experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
     routed: dict[str, Any] = {}
     if experts:
