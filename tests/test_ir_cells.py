@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cell_cases import CELLS
 from plan_cases import OVERHEAD, SMALL, instance_at, make_cluster, make_gpu, make_model
 
 from apex_opt.cost import CostModel
@@ -158,7 +159,7 @@ def test_latent_attention_refuses(bad: dict[str, Any], text: str) -> None:
 
 
 def test_norms_over_all_heads_need_norms() -> None:
-    with pytest.raises(InputError, match="qk_norm_whole needs qk_norm"):
+    with pytest.raises(InputError, match="qk_norm_whole and qk_norm_each need qk_norm"):
         replace(ATTENTION, qk_norm_whole=True)
 
 
@@ -176,11 +177,12 @@ def test_ffns_refuse_what_they_cannot_be() -> None:
 
 
 def every_kind() -> list[Cell]:
-    """Cells of all models that can be named, and of hybrid ones, each once."""
+    """Cells of all models that can be named, of hybrid ones, and small ones of other kinds, each once."""
     cases = Path(__file__).parent / "cases"
     hybrid = tomllib.loads((cases / "published" / "hybrid.toml").read_text())
     models = (*list_models(), *(read_config(cases / "models" / f"{name}.json") for name in hybrid))
-    return list(dict.fromkeys(cell for model in models for run in model.runs for cell in run.block.cells))
+    own = dict.fromkeys(cell for model in models for run in model.runs for cell in run.block.cells)
+    return [*own, *CELLS]
 
 
 def test_shards_that_divide_share_the_cut_matrices_and_hold_the_others_whole() -> None:

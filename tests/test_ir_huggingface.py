@@ -684,7 +684,7 @@ def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
         (LLAMA, {"architectures": "Llama"}, "architectures must be a list of names"),
         (LLAMA, {"architectures": [1]}, "architectures must be a list of names"),
         (LLAMA, {"text_config": [1]}, "text_config must be an object"),
-        (LLAMA, {"text_config": {"model_type": "gemma3_text"}}, r"\(text_config\): model_type 'gemma3_text' is not"),
+        (LLAMA, {"text_config": {"model_type": "perceiver"}}, r"\(text_config\): model_type 'perceiver' is not"),
         (MIXTRAL, {"num_experts_per_tok": 5}, "num_experts_per_tok 5 is above num_local_experts 4"),
         (MIXTRAL, {"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number from 1"),
         (MIXTRAL, {"num_local_experts": None}, "num_local_experts is missing"),

@@ -36,9 +36,11 @@ def test_every_configuration_has_a_row() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_published(name: str) -> None:
+    """Within 0.5%, or half a unit of the last digit where the publisher rounds to fewer than three."""
     model, row = read(name), PUBLISHED[name]
     tower = model.tower.parameters if model.tower is not None and row.get("with_tower") else 0
-    assert model.parameters + tower == pytest.approx(row["parameters"], rel=0.005)
+    unit = row.get("unit", 0)
+    assert model.parameters + tower == pytest.approx(row["parameters"], rel=0.005, abs=unit / 2)
 
 
 @pytest.mark.parametrize("name", ACTIVE)

@@ -31,11 +31,11 @@ def case(name: str) -> Model:
 
 
 def formats(model: Model) -> list[tuple[str, ...]]:
-    """Per layer the format of each of its matrices, in the order of its cells' `FORMS`; "16" where left out."""
+    """Per layer the format of each of its matrices, in the order of its cells' `forms`; "16" where left out."""
     named = get_format(model.weight_format)
     rows = []
     for run in model.runs:
-        cells = [(cell, part) for cell in run.block.cells for part in cell.FORMS.items()]
+        cells = [(cell, part) for cell in run.block.cells for part in cell.forms.items()]
         forms = [getattr(cell, name) for cell, (name, part) in cells if not part.startswith("shared") or cell.dense]
         row = tuple(named.part(form).name if form else "16" for form in forms)
         rows += [row] * run.count

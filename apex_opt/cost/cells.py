@@ -132,7 +132,7 @@ class Operations(Exchanges):
         attention : Template    how attention is cut
         """
         own = self._of_attention(attention.dp)
-        return merged(*(own(operation=op.name, work=self.elementwise(op)) for op in block.own_operations))
+        return merged(*(own(operation=op.name, work=self._op(op, self.half)) for op in block.own_operations))
 
     def ffn(
         self, cell: Ffn, attention: Template, template: Template, weight_format: str, shares_norm: bool = False

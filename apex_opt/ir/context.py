@@ -19,6 +19,8 @@ _LENGTHS: Final = (
 """Other names of the length; the least of those given holds."""
 _UNSCALED: Final = ("su", "longrope", "llama3")
 """Kinds of scaling whose files give the scaled length as it is."""
+_SCALED: Final = "gemma3"
+"""In the types of models whose files give the scaled length, whatever the kind of scaling."""
 
 
 def context_limit(fields: Fields) -> int:
@@ -32,6 +34,8 @@ def context_limit(fields: Fields) -> int:
         length = min(length, fields.count(key, default=length))
     if not length:
         return 0
+    if _SCALED in fields.text("model_type"):
+        return length
     key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     scaling = fields.section(key)
     kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}

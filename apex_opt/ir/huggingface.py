@@ -79,9 +79,11 @@ def read_config(path: Path, name: str | None = None) -> Model:
             raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
         config = read_json_object(file)
         if not any(config.get(key) for key in QUANTISATION_KEYS):
+            # Files of several models in one folder bear the model's name before what they are called otherwise.
+            prefix = file.name.removesuffix("config.json") if file.name.endswith("config.json") else ""
             for beside, method in QUANTISATION_FILES:
-                if there(file.with_name(beside)):
-                    config["quantization_config"] = {**method, **read_json_object(file.with_name(beside))}
+                if there(other := file.with_name(prefix + beside)):
+                    config["quantization_config"] = {**method, **read_json_object(other)}
                     break
         if name is None:
             stem = file.name.removesuffix(".json").removesuffix(".config")
@@ -198,9 +200,9 @@ def _mtp_layers(values: Mapping[str, Any]) -> int:
 
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
-    """How the checkpoint stores the covered matrices of one layer, in the order of its cells' `FORMS`."""
+    """How the checkpoint stores the covered matrices of one layer, in the order of its cells' `forms`."""
     found = []
-    for part in (part for cell in block.cells for part in cell.FORMS.values()):
+    for part in (part for cell in block.cells for part in cell.forms.values()):
         modules = family.modules[part]
         if part == "experts":
             numbers = [number for number in quantisation.experts if number < block.ffn.experts]
@@ -230,9 +232,9 @@ def _in_formats(layout: Sequence[_Layer]) -> tuple[dict[_Layer, Block], list[str
 
 
 def _numbered(block: Block, forms: Iterable[int]) -> Block:
-    """The block with these formats of its covered matrices, in the order of its cells' `FORMS`."""
+    """The block with these formats of its covered matrices, in the order of its cells' `forms`."""
     numbers = iter(forms)
-    changes: list[dict[str, Any]] = [dict(zip(cell.FORMS, numbers, strict=False)) for cell in block.cells]
+    changes: list[dict[str, Any]] = [dict(zip(cell.forms, numbers, strict=False)) for cell in block.cells]
     return replace(block, attention=replace(block.attention, **changes[0]), ffn=replace(block.ffn, **changes[1]))
 
 

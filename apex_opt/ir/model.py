@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.ir.cells import AttentionCell, Cell, Ffn, Matrix, stored_bytes
-from apex_opt.ir.cells.operations import Elementwise
+from apex_opt.ir.cells.operations import Elementwise, HyperConnect, Product
 from apex_opt.ir.checks import check_counts, check_flags
 from apex_opt.ir.formats import FORMATS, KV_BYTES, is_format
 
 if TYPE_CHECKING:
+    from apex_opt.ir.cells.operations import Linear
     from apex_opt.ir.scheme import Scheme
 
 MAX_LAYERS: Final = 100_000
 """Largest depth taken for real; layers are walked one by one when they are merged into runs."""
 
 DTYPES: Final = ("bf16", "fp16")
+
+_HYPER_SCALES: Final = 3  # learned factors of the three kinds of weights of a hyper connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,9 @@ class Block:
     parallel : bool                     both cells read the same hidden state
     one_sum : bool                      shards add up the outputs of both cells at once, which needs `parallel`
     residuals : int                     earlier sums of outputs that each cell's input is mixed from, as in Kimi-K3
-    beside : tuple of Matrix            other weights, in 16 bit and whole on every shard
+    streams : int                       residual streams, mixed before and after each cell, as in DeepSeek-V4
+    beside : tuple of Matrix            other weights, in 16 bit and whole on every shard; a token is multiplied with
+                                        those of several columns
     """
 
     attention: AttentionCell
@@ -49,6 +54,7 @@ class Block:
     parallel: bool = False
     one_sum: bool = False
     residuals: int = 0
+    streams: int = 1
     beside: tuple[Matrix, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,6 +66,7 @@ class Block:
         if self.one_sum and not self.parallel:
             raise InputError("block: one_sum needs parallel, as the FFN reads the sum of attention's outputs otherwise")
         check_counts("block", minimum=0, residuals=self.residuals)
+        check_counts("block", streams=self.streams)
         if self.norms is not None:
             check_counts("block", minimum=0, norms=self.norms)
 
@@ -90,7 +97,17 @@ class Block:
     @property
     def own(self) -> tuple[Matrix, ...]:
         """Weights of the layer outside its cells, which stay in 16 bit and whole on every shard."""
-        return Matrix("norms", self.hidden, 1 + self.norm_bias, times=self.norm_count), *self.beside
+        norms = Matrix("norms", self.hidden, 1 + self.norm_bias, times=self.norm_count)
+        if self.streams == 1:
+            return norms, *self.beside
+        # Of every stream a weight before the cell and one after it, and what it passes on to each of the others.
+        mixed = (2 + self.streams) * self.streams
+        return (
+            norms,
+            Matrix("hyper connections", mixed, self.streams * self.hidden, times=self._kept_cells),
+            Matrix("hyper connection biases", mixed + _HYPER_SCALES, 1, times=self._kept_cells),
+            *self.beside,
+        )
 
     @property
     def own_parameters(self) -> int:
@@ -103,13 +120,16 @@ class Block:
         return self.parallel and self.norm_count == 1
 
     @property
-    def own_operations(self) -> tuple[Elementwise, ...]:
+    def own_operations(self) -> tuple[Linear, ...]:
         """Kernels outside the cells, each of which begins with its norm: further norms, without an addition; mixing."""
         further = self.norm_count - self._kept_cells
         mixed = self._kept_cells if self.residuals else 0
+        connections = self._kept_cells if self.streams > 1 else 0
         return (
             *(Elementwise("norm", 4.0 * self.hidden, "norm", self.hidden, "norm"),) * further,
             *(Elementwise("residuals", 2.0 * (self.residuals + 2) * self.hidden),) * mixed,
+            *(HyperConnect(self.hidden, self.streams),) * connections,
+            *(Product(matrix.name, matrix.rows, matrix.columns) for matrix in self.beside if matrix.columns > 1),
         )
 
     @property

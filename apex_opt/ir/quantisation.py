@@ -39,6 +39,7 @@ _ALIASES: Final = {
 """Other spellings of methods."""
 
 _LEFT_OUT_KEYS: Final = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers", "exclude")
+_OF_EXPERTS: Final = ("ignore", "exclude_modules")
 _KV_KEYS: Final = ("kv_cache_quant_algo", "kv_cache_scheme")
 _KV_IN_FP8: Final = ("FP8", "FP8_E4M3", "STATIC")
 _HALF_BITS: Final = 16
@@ -68,7 +69,8 @@ _HARMLESS: Final = frozenset(
 )
 """Keys of such names that change nothing of what is counted here."""
 _READ: Final[Mapping[str, tuple[str, ...]]] = {
-    "fp8": ("weight_block_size",),
+    # The last ones only repeat what quantized_layers say.
+    "fp8": ("weight_block_size", "moe_quant_algo", "quantized_layers", "quant_algo", "config_groups", "group_size"),
     "modelopt": ("quant_algo", "config_groups", "group_size", "quantized_layers"),
     "gptq": (
         *("bits", "group_size", "dynamic", "modules_in_block_to_quantize", "lm_head", "lm_head_quantized"),
@@ -149,8 +151,10 @@ def read_quantisation(fields: Fields) -> Quantisation:
         return Quantisation()
     _refuse_unknown_keys(section, method)
     reader = _Reader(section, Effort())
-    rules = _READERS[method](reader)
-    left_out = reader.names((key, section.names(key)) for key in _LEFT_OUT_KEYS)
+    rules = (*_expert_rules(fields, reader), *_READERS[method](reader))
+    # Beside experts in a format of their own, two of the lists tell what is not in that one.
+    keys = [key for key in _LEFT_OUT_KEYS if key not in _OF_EXPERTS or not section.values.get("moe_quant_algo")]
+    left_out = reader.names((key, section.names(key)) for key in keys)
     if left_out is not None:
         rules = (Rule(left_out, None), *rules)
     first = next((rule for rule in rules if rule.names is not None and rule.names.head), None)
@@ -284,9 +288,22 @@ class _Reader:
         return tuple(found)
 
 
+def _expert_rules(fields: Fields, reader: _Reader) -> Rules:
+    """What DeepSeek-V4 says of its experts beside the section: 4 bits, or that they are as the rest."""
+    if fields.text("expert_dtype") != "fp4" or reader.section.values.get("moe_quant_algo"):
+        return ()
+    return _mxfp4(reader)
+
+
 def _fp8(reader: _Reader) -> Rules:
-    block = block_sides(reader.section, "weight_block_size")
-    return (Rule(None, Held("fp8", block=block)),)
+    section = reader.section
+    own = Rule(None, Held("fp8", block=block_sides(section, "weight_block_size")))
+    if not section.values.get("moe_quant_algo"):
+        for key in ("quantized_layers", "config_groups"):
+            if section.values.get(key):
+                section.fault(key, "is not understood without moe_quant_algo")
+        return (own,)
+    return (*reader.overrides("quantized_layers", lambda _, entry: _algorithm(entry)), own)
 
 
 def _mxfp4(reader: _Reader) -> Rules:

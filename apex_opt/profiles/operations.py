@@ -537,7 +537,7 @@ class Profile:
         sequences : array     in the batch
         """
         count = sizes("sequences", sequences)
-        parts = (_count("kv_lora_rank", kv_lora_rank), _count("rope_dim", rope_dim))
+        parts = (_count("kv_lora_rank", kv_lora_rank), _count("rope_dim", rope_dim, least=0))
         nearest = self._nearest("mla_kernel_decode", (_count("heads", heads), 1, sum(parts)), kv_format, 0)
         return self._read_decode(nearest, count, 1, latent_work(heads, *parts, KV_BYTES[kv_format]))
 
@@ -822,10 +822,10 @@ def _short(window: int | None) -> int:
     return window if window is not None and _count("window", window) <= _LONGEST_WINDOW else 0
 
 
-def _count(name: str, value: int) -> int:
-    """A whole number from 1 to 2^31."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= _MAX_COUNT:
-        raise UsageError(f"{name} = {shown(value)} must be a whole number from 1 to {_MAX_COUNT}")
+def _count(name: str, value: int, least: int = 1) -> int:
+    """A whole number from `least` to 2^31."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= _MAX_COUNT:
+        raise UsageError(f"{name} = {shown(value)} must be a whole number from {least} to {_MAX_COUNT}")
     return int(value)
 
 

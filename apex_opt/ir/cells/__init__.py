@@ -6,11 +6,13 @@ what reads it from a file: see `apex_opt.ir.families`.
 
 from apex_opt.ir.cells.attention import Attention
 from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cell, Cut, Ffn, Kept, Matrix, Piece, State, stored_bytes
+from apex_opt.ir.cells.compressed import CompressedAttention
 from apex_opt.ir.cells.convolution import ShortConvolution
 from apex_opt.ir.cells.dense import DenseFfn
 from apex_opt.ir.cells.encoder import CrossedAttention, EncoderAttention
 from apex_opt.ir.cells.gated import GatedAttention, GatedLatentAttention
 from apex_opt.ir.cells.gated_delta import GatedDelta, KimiDelta
+from apex_opt.ir.cells.indexer import Indexer
 from apex_opt.ir.cells.latent import LatentAttention
 from apex_opt.ir.cells.latent_moe import LatentMoeFfn
 from apex_opt.ir.cells.lightning import LightningAttention
@@ -25,6 +27,7 @@ __all__ = [
     "Attention",
     "AttentionCell",
     "Cell",
+    "CompressedAttention",
     "CrossedAttention",
     "Cut",
     "DenseFfn",
@@ -33,6 +36,7 @@ __all__ = [
     "GatedAttention",
     "GatedDelta",
     "GatedLatentAttention",
+    "Indexer",
     "Kept",
     "KimiDelta",
     "LatentAttention",

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from apex_opt.ir.formats import get_format
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -89,6 +90,8 @@ class Kept(NamedTuple):
     chunked : bool          it sees its own chunk of `window` tokens, not the last ones
     other_bytes : int       kept besides, whatever the format of the cache
     tokens : int or None    so many tokens are kept of every sequence, from its first one on, in place of its own
+    narrow_bytes : int      kept besides where an element takes one byte: scales, and what stays in 16 bit
+    ratio : int             tokens that one entry of all this stands for
     """
 
     elements: int
@@ -96,10 +99,16 @@ class Kept(NamedTuple):
     chunked: bool = False
     other_bytes: int = 0
     tokens: int | None = None
+    narrow_bytes: int = 0
+    ratio: int = 1
+
+    def entry_bytes(self, kv_bytes: int) -> int:
+        """Bytes of one entry, in a cache of so many bytes per element."""
+        return self.elements * kv_bytes + self.other_bytes + (self.narrow_bytes if kv_bytes == 1 else 0)
 
     def token_bytes(self, kv_bytes: int) -> int:
-        """Bytes of one token, in a cache of so many bytes per element."""
-        return self.elements * kv_bytes + self.other_bytes
+        """Bytes of one token, in a cache of so many bytes per element: its share of an entry, rounded up."""
+        return ceil_div(self.entry_bytes(kv_bytes), self.ratio)
 
     def sequence_bytes(self, drafts: int = 0) -> int:
         """Bytes of one sequence whatever its length: none."""
@@ -161,6 +170,11 @@ class Cell(ABC):
 
     skipped: ClassVar[bool] = False
     """Whether a layer does without the cell, which then lists nothing."""
+
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """Those of `FORMS` whose matrices this cell has."""
+        return self.FORMS
 
     @abstractmethod
     def matrices(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:

@@ -91,7 +91,7 @@ class CrossedAttention(Attention):
 
     def source_operations(self, cut: Cut) -> tuple[Product, ...]:
         """Keys and values of the encoder's tokens, over these."""
-        _, key = self._widths(cut)
+        key = self._widths(cut)[1]
         return (Product("cross keys", 2 * key, self.hidden, quantised=self.quantised),)
 
     @property

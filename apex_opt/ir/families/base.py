@@ -97,6 +97,7 @@ def module_names(
     dense: tuple[str, ...] = within("mlp"),
     experts: tuple[str, ...] = within("mlp.experts.0"),
     shared: tuple[str, ...] = within("mlp.shared_experts"),
+    index: tuple[str, ...] = (),
     **others: tuple[str, ...],
 ) -> dict[str, tuple[str, ...]]:
     """Matrices of a layer in a checkpoint, by what cells call them.
@@ -106,11 +107,13 @@ def module_names(
     qkv, output : of attention
     dense, shared : of a dense FFN, and of the one beside experts, the down projection last
     experts : of the first expert, as all are quantised alike
+    index : of an indexer
     others : of other cells, by their `FORMS` with "_" for each space
     """
     return {
         "qkv": qkv,
         "output": output,
+        "index": index,
         "up": dense[:-1],
         "down": dense[-1:],
         "experts": experts,

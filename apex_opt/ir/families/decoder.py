@@ -99,9 +99,16 @@ class Decoder:
             "qk_norm": qk_norm if self.qk_norm is None else self.qk_norm,
         }
 
-    def ffns(self, fields: Fields, size: Sizes) -> list[Ffn]:
-        """FFN of every layer; empty where a fault forbids to build one."""
-        sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
+    def ffns(self, fields: Fields, size: Sizes, sparse: list[bool] | None = None) -> list[Ffn]:
+        """FFN of every layer; empty where a fault forbids to build one.
+
+        Parameters
+        ----------
+        fields, size
+        sparse : list of bool or None    which layers are mixtures of experts; None leaves it to the usual fields
+        """
+        if sparse is None:
+            sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None
         if not all(sparse) or not size.layers:
             usual = self.ffn_ratio * size.hidden if self.ffn_ratio else None
@@ -145,7 +152,7 @@ class Decoder:
         )
 
 
-def head_fields(fields: Fields, hidden: int, kv_heads: int | None = None) -> dict[str, int]:
+def head_fields(fields: Fields, hidden: int, kv_heads: int | None = None) -> dict[str, Any]:
     """Query heads, KV heads and their width.
 
     Parameters

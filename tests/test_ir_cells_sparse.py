@@ -1,0 +1,220 @@
+"""Attention that sees some of the context, compressed or in windows: what its cells list, against sums done by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cell_cases import BLOCKS, BORROWED, CHUNKED, ENTRIES, GROUPED, JOINT, LATENT, LONG, NARROW, SHORT, TOKENS, WINDOW
+
+from apex_opt.errors import InputError
+from apex_opt.ir import Attention, Cell, LatentAttention
+from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept
+from apex_opt.ir.cells.operations import Attend, AttendLatent, Op, Product, Score
+
+
+def sizes(cell: Cell) -> dict[str, int]:
+    """Weights by name."""
+    found: dict[str, int] = {}
+    for matrix in cell.matrices():
+        found[matrix.name] = found.get(matrix.name, 0) + matrix.weights
+    return found
+
+
+def ops(cell: Cell, kind: type[Any], cut: Cut | None = None) -> list[Any]:
+    return [op for op in cell.operations(cut or Cut(), 2) if isinstance(op, kind)]
+
+
+# ---- indexers -------------------------------------------------------------------------------------------------
+
+
+def test_an_indexer_adds_its_queries_keys_weights_and_norm() -> None:
+    plain = replace(LATENT, indexer=None)
+    queries, keys, weights, norm = 40 * 8 * 16, 48 * 16, 48 * 8, 2 * 16
+    assert LATENT.parameters - plain.parameters == queries + keys + weights + norm
+    grouped = GROUPED.parameters - replace(GROUPED, indexer=None).parameters
+    assert grouped == 48 * 4 * 16 + 48 * 16 + 2 * 16
+    # Compressed keys: sums and gates of two entries each, positions of four tokens and a norm.
+    assert sum(matrix.weights for matrix in ENTRIES.matrices(Cut(), 1)) == 5120 + 48 * 64 + 48 * 8 + 144
+
+
+def test_an_indexer_is_whole_on_every_shard_unless_it_goes_with_the_kv_heads() -> None:
+    assert TOKENS.matrices(Cut(heads=8), 1) == TOKENS.matrices(Cut(), 1)
+    rows = {heads: BLOCKS.matrices(Cut(heads=heads), 1)[0].rows for heads in (1, 2, 4, 8)}
+    assert rows == {1: 64, 2: 32, 4: 16, 8: 16}
+
+
+def test_deepseek_v32_keeps_656_and_132_bytes_of_a_token_in_8_bits_and_1152_and_132_in_16() -> None:
+    """vLLM: 512 elements in 8 bits, 4 scales in fp32 and 64 rotary ones in 16 bits; 128 index elements and a scale."""
+    indexer = Indexer(hidden=7168, inputs=1536, heads=64, width=128, topk=2048, entry_bytes=132, small=256)
+    cell = LatentAttention(
+        hidden=7168,
+        query_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        nope_head_dim=128,
+        rope_head_dim=64,
+        v_head_dim=128,
+        indexer=indexer,
+        topk=2048,
+    )
+    assert [kept.token_bytes(1) for kept in cell.cache(Cut(heads=8))] == [656, 132]
+    assert [kept.token_bytes(2) for kept in cell.cache(Cut(heads=8))] == [1152, 132]
+    # A layer that uses the choice of one before keeps no keys of its own; one that sees all has no scales.
+    assert [kept.token_bytes(1) for kept in replace(cell, indexer=None).cache()] == [656]
+    assert [kept.token_bytes(1) for kept in replace(cell, indexer=None, topk=None).cache()] == [576]
+    (seen,) = ops(cell, AttendLatent, Cut(heads=8))
+    assert seen == AttendLatent(16, 512, 64, 576, 512, topk=2048, token_bytes=1152.0)
+    assert ops(cell, Score, Cut(heads=8)) == [Score(64, 128, 2048, 132)]
+
+
+def test_latent_attention_that_sees_all_computes_prompts_with_expanded_keys() -> None:
+    assert ops(replace(LATENT, indexer=None, topk=None), AttendLatent) == [AttendLatent(8, 256, 8, 32, 32)]
+
+
+def test_blocks_are_chosen_by_each_kv_head_and_keys_in_16_bits_are_kept() -> None:
+    assert GROUPED.cache(Cut(heads=2)) == (Kept(2 * 2 * 8, None), Kept(0, None, other_bytes=32))
+    assert ops(GROUPED, Score, Cut(heads=2)) == [Score(2, 16, 256, 32)]
+    assert ops(GROUPED, Attend, Cut(heads=2)) == [Attend(8, 2, 8, topk=256)]
+
+
+# ---- compressed attention -------------------------------------------------------------------------------------
+
+
+def test_compressed_attention_is_the_sum_of_its_checkpoint_tensors() -> None:
+    heads = 16 * 192
+    assert sizes(WINDOW) == {
+        "compressions": 48 * (40 + 192),
+        "queries": 40 * heads,
+        "grouped output": 8 * 24 * (heads // 8),
+        "output": 48 * 8 * 24,
+        "norms": 40 + 192,
+        "sinks": 16,
+    }
+    assert LONG.parameters - WINDOW.parameters == 48 * 2 * 192 + 128 * 192 + 192
+    index = sum(matrix.weights for matrix in ENTRIES.matrices(Cut(), 1))
+    assert SHORT.parameters - WINDOW.parameters == 48 * 4 * 192 + 4 * 2 * 192 + 192 + index
+
+
+def test_deepseek_v4_keeps_584_bytes_of_each_entry_and_sums_in_fp32_between_two() -> None:
+    """vLLM: 448 elements in 8 bits, 64 in 16, 7 scales and a byte; windows of 8 and 128 tokens of what is summed up."""
+    common: dict[str, Any] = {"hidden": 4096, "query_heads": 64, "head_dim": 512, "rope_head_dim": 64}
+    common |= {"q_lora_rank": 1024, "output_groups": 8, "output_rank": 1024, "local_window": 128}
+    indexer = Indexer(hidden=4096, inputs=1024, heads=64, width=128, topk=512, entry_bytes=132, key_rows=512, ratio=4)
+    window = Kept(0, 128, other_bytes=584)
+    assert CompressedAttention(**common).cache() == (window,)
+    short = CompressedAttention(**common, ratio=4, overlap=True, indexer=indexer)
+    assert short.cache(Cut(heads=8)) == (
+        window,
+        Kept(0, None, other_bytes=584, ratio=4),
+        Kept(0, None, other_bytes=132, ratio=4),
+        Kept(0, 8, other_bytes=2 * 2 * 512 * 4),
+        Kept(0, 8, other_bytes=2 * 2 * 128 * 4),
+    )
+    assert CompressedAttention(**common, ratio=128).cache() == (
+        window,
+        Kept(0, None, other_bytes=584, ratio=128),
+        Kept(0, 128, other_bytes=2 * 512 * 4),
+    )
+    # A token's share of an entry is rounded up, and the format of other caches makes no difference.
+    assert [kept.token_bytes(bytes_) for kept in short.cache()[1:3] for bytes_ in (1, 2)] == [146, 146, 33, 33]
+
+
+def test_compressed_attention_sees_a_window_and_entries() -> None:
+    shape = 8, 192, 0, 192, 192
+    width = 128 + 2 * 64 + 2 + 1.0
+    window = AttendLatent(*shape, window=128, token_bytes=width)
+    cut = Cut(heads=2)
+    assert ops(WINDOW, AttendLatent, cut) == [window]
+    assert ops(LONG, AttendLatent, cut) == [window, AttendLatent(*shape, ratio=128, token_bytes=width)]
+    assert ops(SHORT, AttendLatent, cut) == [window, AttendLatent(*shape, topk=64, ratio=4, token_bytes=width)]
+    assert ops(SHORT, Score, cut) == [Score(8, 16, 64, 20, 4)]
+
+
+def test_groups_of_heads_are_cut_along_with_them() -> None:
+    whole, half = ({m.name: (m.rows, m.columns) for m in WINDOW.matrices(Cut(heads=n))} for n in (1, 2))
+    assert (whole["grouped output"], half["grouped output"]) == ((192, 384), (96, 384))
+    assert (whole["output"], half["output"]) == ((48, 192), (48, 96))
+    assert [(piece.name, piece.size) for piece in WINDOW.pieces] == [("query heads", 16), ("output groups", 8)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "bad", "text"),
+    [
+        (WINDOW, {"output_groups": 5}, "query_heads 16 is not a multiple of output_groups 5"),
+        (WINDOW, {"rope_head_dim": 200}, "rope_head_dim 200 is above head_dim 192"),
+        (WINDOW, {"overlap": True}, "overlap and indexer need a ratio above 0"),
+        (SHORT, {"ratio": 8}, "ratio 8 is not that of the indexer, 4"),
+        (LATENT, {"topk": None}, "topk None is not that of the indexer, 64"),
+        (NARROW, {"keys_as_values": True}, "keys_as_values needs value_dim 12, not 8"),
+        (CHUNKED, {"window": None}, "chunked needs a window"),
+    ],
+)
+def test_cells_refuse_what_they_cannot_be(cell: Any, bad: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        replace(cell, **bad)
+
+
+def test_heads_that_are_weighted_against_each_other_cannot_be_cut() -> None:
+    with pytest.raises(InputError, match="heads that are weighted against each other cannot be cut"):
+        replace(TOKENS, by_heads=True)
+
+
+# ---- grouped-query attention with heads of other kinds ---------------------------------------------------------
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    assert sizes(NARROW) == {
+        "queries": 48 * 16 * 12,
+        "keys": 48 * 4 * 12,
+        "values": 48 * 4 * 8,
+        "output": 48 * 16 * 8,
+        "gate": 48 * 16,
+        "sinks": 16,
+    }
+    assert NARROW.cache(Cut(heads=2)) == (Kept(2 * (12 + 8), None),)
+    assert ops(NARROW, Attend, Cut(heads=2)) == [Attend(8, 2, 12, None, 8)]
+
+
+def test_values_that_are_keys_are_not_projected_but_kept() -> None:
+    plain = replace(JOINT, keys_as_values=False)
+    assert plain.parameters - JOINT.parameters == 48 * 4 * 8
+    assert JOINT.cache() == plain.cache() == (Kept(2 * 4 * 8, None),)
+
+
+def test_borrowed_keys_and_values_are_neither_projected_nor_kept_but_read() -> None:
+    plain = replace(BORROWED, borrowed=False)
+    assert plain.parameters - BORROWED.parameters == 2 * 48 * 4 * 8 + 8  # and the norm of keys
+    assert BORROWED.cache() == ()
+    assert ops(BORROWED, Attend) == ops(plain, Attend)
+    names = [[getattr(op, "name", "") for op in cell.operations(Cut(), 2)] for cell in (plain, BORROWED)]
+    assert "kv write" in names[0] and "kv write" not in names[1]
+
+
+def test_a_chunk_is_told_from_a_window() -> None:
+    assert CHUNKED.cache() == (Kept(2 * 4 * 8, 32, chunked=True),)
+    assert ops(CHUNKED, Attend) == [Attend(16, 4, 8, 32, chunked=True)]
+
+
+def test_a_norm_for_each_head_has_weights_for_each_and_needs_no_sum_over_shards() -> None:
+    base = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8)
+    each = replace(base, qk_norm=True, qk_norm_each=True)
+    assert each.parameters - base.parameters == (16 + 4) * 8
+    assert each.reduced_bytes == 0
+
+
+def test_layers_without_positions_turn_nothing() -> None:
+    def turned(cell: Cell) -> list[Op]:
+        return [op for op in cell.operations(Cut(), 2) if getattr(op, "name", "") == "rotary"]
+
+    base = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8)
+    still = replace(base, rotary=False)
+    assert (len(turned(base)), turned(still)) == (1, [])
+    assert (base.rotary_dim, still.rotary_dim) == (8, 0)
+    assert base.launches[0] - still.launches[0] == 1
+
+
+def test_an_indexer_is_multiplied_in_the_format_of_its_own() -> None:
+    forms = {op.quantised for op in ops(replace(LATENT, index_quantised=2), Product) if op.name == "indexer"}
+    assert forms == {0, 2}
