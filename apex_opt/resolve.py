@@ -90,7 +90,12 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         )
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
-    notes = (*_about_prefixes(ask, trace), *_about_engines(ask), *assumed_network(ask.cluster))
+    notes = (
+        *_about_prefixes(ask, trace),
+        *_about_engines(ask),
+        *_about_chunks(ask, kind),
+        *assumed_network(ask.cluster),
+    )
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
@@ -182,6 +187,13 @@ def _about_engines(ask: Ask) -> tuple[str, ...]:
     return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
 
 
+def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
+    """That an engine splits no prompts, where it was asked to."""
+    if not ask.chunked_prefill or kind.scheduler.splits_prompts:
+        return ()
+    return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
+
+
 def _settings(
     ask: Ask, kind: EngineKind, model: Model, trace: Trace, memory_bytes: float
 ) -> tuple[EngineSettings, list[tuple[int, int]]]:
@@ -194,8 +206,6 @@ def _settings(
     """
     asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
     common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
-    if ask.chunked_prefill and not scheduler.splits_prompts:
-        raise UsageError(f"--chunked_prefill=true: {kind.name} computes prompts whole; leave it out")
     whole = not scheduler.splits_prompts or not common["chunked_prefill"]
     by_length = whole and scheduler.whole_length
     longest = ask.max_model_len

@@ -55,7 +55,9 @@ def random_run(seed: int) -> Run:
     )
     page, longest, chunks = r.choice([1, 1, 2, 3, 16]), r.choice([12, 40, 100]), r.random() < 0.7
     seats = 16 if crowded else r.choice([1, 2, 5, 16])
-    tokens = max(r.choice([seats, 16, 64]), seats, page) if chunks else max(longest, own.max_prefill_tokens, seats)
+    tokens = max(r.choice([seats, 16, 64]), seats, page)
+    if not chunks:
+        tokens = max(longest, own.max_prefill_tokens, seats) + (0 if eos else longest)
     settings = EngineSettings(
         max_num_seqs=seats,
         max_num_batched_tokens=tokens,

@@ -209,7 +209,6 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
             {"engine": "trtllm", "max_num_seqs": 9000},
             "max_num_batched_tokens 8192, the default of trtllm, is below max_num_seqs 9000",
         ),
-        ({"engine": "orca", "chunked_prefill": True}, "--chunked_prefill=true: orca computes prompts whole; leave it"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -457,6 +456,13 @@ def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, An
     with pytest.raises(UsageError, match=message) as caught:
         resolve(options(**given))
     assert "\n" not in str(caught.value)
+
+
+def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
+    whole = "--chunked_prefill=true: orca computes prompts whole all the same"
+    assert whole in resolve(options(engine="orca", chunked_prefill=True)).notes
+    assert not any("whole" in note for note in resolve(options(engine="orca")).notes)
+    assert not any("whole" in note for note in resolve(options(chunked_prefill=True)).notes)
 
 
 @pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])

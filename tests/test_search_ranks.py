@@ -1,4 +1,4 @@
-"""Questions with attention ranks and drafts among the choices: the search against simulating every plan."""
+"""Questions with attention ranks and, on vLLM, drafts among the choices: the search against simulating every plan."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from drafts_cases import drafters, knowing
-from plan_cases import SMALL, feasible_plans, make_cluster, make_model, make_problem, random_trace, sparse
+from plan_cases import SMALL, dense, feasible_plans, make_cluster, make_model, make_problem, random_trace, sparse
 from search_cases import SPACE, rank
 
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import LOAD_BALANCES, SglangScheduling, VllmScheduling
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
@@ -40,7 +40,11 @@ def ranks_problem(seed: int) -> Problem:
         async_scheduling=bool(rng.random() < 0.7),
         scheduler=VllmScheduling(idle_sleep_us=int(rng.choice([0, 1000]))),
     )
-    some = drafters(seed) if rng.random() < 0.7 else (None,)
+    if seed % 3 == 2:
+        ways = {"mixed_chunk": bool(rng.random() < 0.3), "load_balance_method": str(rng.choice(LOAD_BALANCES))}
+        settings = replace(settings, scheduler=SglangScheduling(**ways), block_size=int(rng.choice([1, 4])))
+        block = block if rng.random() < 0.7 else dense(hidden=512, columns=2048)
+    some = drafters(seed) if seed % 3 != 2 and rng.random() < 0.8 else (None,)
     some = (None, *(drafter for drafter in some if drafter is not None and drafter.method != "draft"))
     objective = str(rng.choice([*names(), MEAN, MEAN]))
     clocks = (None, 1200) if rng.random() < 0.2 else (None,)

@@ -13,7 +13,7 @@ from apex_opt.cost.ranks import RankCosts
 from apex_opt.cost.stage import StageCosts
 from apex_opt.cost.tables import merged, times
 from apex_opt.placement.layouts import Layouts
-from apex_opt.plans.engine import has_ranks, limited
+from apex_opt.plans.engine import has_ranks, of_each
 from apex_opt.plans.layout import Layout, Tier
 from apex_opt.profiles import SHIPPED
 from apex_opt.units import NS_PER_S
@@ -118,7 +118,7 @@ class CostModel:
         UsageError    a clock that the GPU does not have
         """
         clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
-        return self._of(gpu or self.cluster.gpu.name, clock_mhz, limited(self.settings, plan))
+        return self._of(gpu or self.cluster.gpu.name, clock_mhz, of_each(self.settings, plan))
 
     def ranks_of(self, plan: Plan, gpu: str | None = None) -> RankCosts:
         """The same where the attention copies of the plan are ranks."""

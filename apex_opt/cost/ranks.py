@@ -123,7 +123,13 @@ class RankCosts:
             mixed_mode=np.where(tables.tokens <= overhead.captured_tokens, PIECEWISE, EAGER),
             mixed_rows=tables.tokens,
         )
-        return Ranks(count=plan.attention.dp, lockstep=in_step(plan), padding=padding, shared=tuple(shared))
+        return Ranks(
+            count=plan.attention.dp,
+            lockstep=in_step(plan),
+            balanced=self._costs.settings.scheduler.balances_ranks,
+            padding=padding,
+            shared=tuple(shared),
+        )
 
     def _operations(self, plan: Plan) -> Iterator[Operations]:
         """Operations on the tokens of all ranks, for each number of parts that these are dealt to."""

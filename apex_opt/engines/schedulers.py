@@ -7,7 +7,7 @@ have, under one name or another, are those of `apex_opt.plans.engine.EngineSetti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
@@ -29,6 +29,8 @@ LARGEST: Final = 1 << 31
 
 SCHEDULE_POLICIES: Final = ("fcfs", "lpm")
 """Orders in which SGLang looks at waiting requests."""
+LOAD_BALANCES: Final = ("round_robin", "total_requests")
+"""Ways in which SGLang deals requests to attention ranks."""
 MOST_CONSERVATIVE: Final = 100.0
 """Above this nothing changes any more: room is kept for all that requests may generate."""
 
@@ -97,6 +99,11 @@ class Scheduling:
         """How long the engine's loop sleeps after a turn that scheduled nothing while requests are unfinished."""
         return 0
 
+    @property
+    def balances_ranks(self) -> bool:
+        """Whether a request goes to the attention rank with the least load; else to each in turn."""
+        return True
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmScheduling(Scheduling):
@@ -137,6 +144,8 @@ class SglangScheduling(Scheduling):
     schedule_conservativeness : float   times the share of what requests may generate that room is kept for at first
     mixed_chunk : bool                  running requests get their tokens in batches of prompts as well
     ignore_eos : bool                   clients ask for exactly as many tokens as they state, as benchmarks do
+    load_balance_method : str           to which attention rank a request goes: "round_robin", or "total_requests": to
+                                        the one that has the fewest
     """
 
     name = "sglang"
@@ -145,11 +154,14 @@ class SglangScheduling(Scheduling):
     schedule_conservativeness: float = 1.0
     mixed_chunk: bool = False
     ignore_eos: bool = False
+    load_balance_method: str = "round_robin"
 
     def __post_init__(self) -> None:
         whole("max_prefill_tokens", self.max_prefill_tokens, 1)
         if self.schedule_policy not in SCHEDULE_POLICIES:
             raise UnknownNameError("schedule_policy", str(self.schedule_policy)[:60], SCHEDULE_POLICIES)
+        if self.load_balance_method not in LOAD_BALANCES:
+            raise UnknownNameError("load_balance_method", str(self.load_balance_method)[:60], LOAD_BALANCES)
         share = self.schedule_conservativeness
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= MOST_CONSERVATIVE:
             raise UsageError(
@@ -163,6 +175,18 @@ class SglangScheduling(Scheduling):
         """
         pages = 1 if caches or not self.ignore_eos else 2
         return lengths.prompt + lengths.stated + pages * page + 1
+
+    @property
+    def balances_ranks(self) -> bool:
+        return self.load_balance_method == "total_requests"
+
+    @property
+    def of_a_rank(self) -> SglangScheduling:
+        """The settings of an attention rank, which keeps less room for what requests may generate.
+
+        Source: `--enable-dp-attention` multiplies `schedule_conservativeness` by 0.3; SGLang 0.5.23, server_args.py.
+        """
+        return replace(self, schedule_conservativeness=self.schedule_conservativeness * 0.3)
 
     @property
     def ratios(self) -> tuple[float, float, float]:

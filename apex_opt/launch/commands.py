@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir.formats import get_format
-from apex_opt.plans.engine import schedulers
+from apex_opt.plans.engine import limited, limits_shared
 from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.units import ceil_div
 
@@ -81,7 +81,7 @@ class Asked:
     def memory(self) -> tuple[StageMemory, ...]:
         """Memory of each stage."""
         problem = self.problem
-        return stage_memory(problem.model, problem.cluster.gpu, self.plan, problem.settings_for(self.plan))
+        return stage_memory(problem.model, problem.cluster.gpu, self.plan, limited(problem.settings, self.plan))
 
     @cached_property
     def settings(self) -> EngineSettings:
@@ -253,5 +253,5 @@ def divisors(number: int) -> list[int]:
 
 
 def per_copy(limit: int, asked: Asked) -> int:
-    """The limit of each attention copy: its own where copies have schedulers, else its share."""
-    return ceil_div(limit, asked.plan.attention.dp // schedulers(asked.settings, asked.plan))
+    """The limit of each attention copy: its own where limits are of each, else its share."""
+    return ceil_div(limit, limits_shared(asked.settings, asked.plan))

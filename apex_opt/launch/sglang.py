@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.launch.commands import PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
-from apex_opt.plans.engine import of_all
+from apex_opt.plans.engine import limited, limits_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,8 +55,9 @@ class Sglang:
 
     def _words(self, asked: Asked, port: int) -> list[str]:
         plan, settings = asked.plan, asked.settings
-        copies, width, all_copies = plan.attention.dp, plan.stage_devices, of_all(settings, plan)
-        seqs, tokens = all_copies.max_num_seqs, all_copies.max_num_batched_tokens  # SGLang shares these out itself
+        copies, width, given = plan.attention.dp, plan.stage_devices, limited(asked.problem.settings, plan)
+        each = copies // limits_shared(settings, plan)  # SGLang shares limits out itself
+        seqs, tokens = each * given.max_num_seqs, each * given.max_num_batched_tokens
         if asked.whole_copies:  # to each its own
             width //= copies
             seqs, tokens = per_copy(settings.max_num_seqs, asked), per_copy(settings.max_num_batched_tokens, asked)
@@ -96,6 +97,8 @@ class Sglang:
             words += ["--schedule-policy", own.schedule_policy]
         if own.schedule_conservativeness != usual.schedule_conservativeness:
             words += ["--schedule-conservativeness", f"{own.schedule_conservativeness:g}"]
+        if own.load_balance_method != usual.load_balance_method:
+            words += ["--load-balance-method", own.load_balance_method]
         return [*words, "--enable-mixed-chunk"] if own.mixed_chunk else words
 
     def _joined(self, parts: Sequence[Host], rank: int, place: int) -> list[str]:

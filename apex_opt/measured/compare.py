@@ -19,7 +19,7 @@ from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
-from apex_opt.plans.engine import schedulers
+from apex_opt.plans.engine import of_each, schedulers
 from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import SHIPPED
@@ -167,7 +167,9 @@ class Predictor:
         plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
         _check(run, model, cluster, plan)
         # On several stages other sequences fill the pipeline, not a batch formed ahead.
-        settings = run.settings if plan.stages == 1 else replace(run.settings, async_scheduling=False)
+        settings = of_each(run.settings, plan)
+        if plan.stages > 1:
+            settings = replace(settings, async_scheduling=False)
         costs = _loaded("operations without figures", lambda: self._costs(model, cluster, run.settings, overhead))
         cost = _loaded("operations without figures", lambda: costs.plan_cost(plan))
         self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}

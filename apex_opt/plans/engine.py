@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.engines.schedulers import SCHEDULINGS, Lengths, Scheduling, VllmScheduling, whole
+from apex_opt.engines.schedulers import (
+    SCHEDULINGS,
+    Lengths,
+    Scheduling,
+    SglangScheduling,
+    VllmScheduling,
+    whole,
+)
 from apex_opt.errors import UsageError, shown
 
 if TYPE_CHECKING:
@@ -118,11 +125,16 @@ class EngineSettings:
 
 
 def has_ranks(settings: EngineSettings, plan: Plan) -> bool:
-    """Whether the attention copies of a plan have a scheduler, a pool and limits each, as vLLM's ranks do.
+    """Whether the attention copies of a plan have a scheduler, a pool and limits each.
 
-    Ranks that verify drafts are not simulated yet: their copies share one scheduler.
+    Those of vLLM have, and those of SGLang where they share an FFN. Ranks that verify drafts are not simulated yet:
+    their copies share one scheduler, as do whole copies behind one address of SGLang and the copies of other engines.
     """
-    return isinstance(settings.scheduler, VllmScheduling) and plan.attention.dp > 1 and plan.speculation is None
+    attention, scheduler = plan.attention, settings.scheduler
+    if attention.dp == 1 or plan.speculation is not None:
+        return False
+    shared_out = isinstance(scheduler, SglangScheduling) and attention.dp != plan.ffn.dp
+    return shared_out or isinstance(scheduler, VllmScheduling)
 
 
 def schedulers(settings: EngineSettings, plan: Plan) -> int:
@@ -130,13 +142,45 @@ def schedulers(settings: EngineSettings, plan: Plan) -> int:
     return plan.attention.dp if has_ranks(settings, plan) else 1
 
 
+def limits_shared(settings: EngineSettings, plan: Plan) -> int:
+    """Attention copies that the limits of a batch are of together: vLLM takes them for each of its ranks."""
+    return 1 if has_ranks(settings, plan) and isinstance(settings.scheduler, VllmScheduling) else plan.attention.dp
+
+
 def of_all(settings: EngineSettings, plan: Plan) -> EngineSettings:
-    """Settings with the limits of all schedulers of a replica together."""
+    """Settings with the limits of all schedulers of a replica together.
+
+    Parameters
+    ----------
+    settings : EngineSettings    of each, as `of_each` has them
+    plan
+    """
     count = schedulers(settings, plan)
     if count == 1:
         return settings
-    seqs, tokens = settings.max_num_seqs * count, settings.max_num_batched_tokens * count
-    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    seqs, tokens = settings.max_num_seqs * count, settings.max_num_batched_tokens
+    if not settings.whole_prompts or limits_shared(settings, plan) == 1:
+        tokens *= count
+    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=max(tokens, seqs))
+
+
+def of_each(settings: EngineSettings, plan: Plan) -> EngineSettings:
+    """Settings of each scheduler of a replica: with the limits that a plan sets, SGLang's shared out among its ranks.
+
+    Source: `max_running_requests` and `chunked_prefill_size` are divided by the ranks; SGLang 0.5.23.
+
+    Raises
+    ------
+    UsageError    as for `limited`
+    """
+    settings = limited(settings, plan)
+    count = schedulers(settings, plan)
+    if count == 1 or limits_shared(settings, plan) == 1:
+        return settings
+    seqs, tokens = max(1, settings.max_num_seqs // count), settings.max_num_batched_tokens
+    if not settings.whole_prompts:  # else there is no limit to share
+        tokens = max(1, tokens // count)
+    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=max(tokens, seqs))
 
 
 def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:

@@ -19,7 +19,7 @@ from apex_opt.ir.cells import Cut, stored_bytes
 from apex_opt.ir.formats import KV_BYTES, get_format
 from apex_opt.ir.model import Run
 from apex_opt.plans.drafts import draft_of
-from apex_opt.plans.engine import schedulers
+from apex_opt.plans.engine import limits_shared
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
@@ -175,10 +175,11 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
 
     Parameters
     ----------
-    model, plan, settings
+    model, plan
+    settings : EngineSettings    with the limits that the plan sets, as `plans.engine.limited` has them
     last : bool    whether the LM head is there
     """
-    sharing = plan.attention.dp // schedulers(settings, plan)  # attention copies that share the limits
+    sharing = limits_shared(settings, plan)
     tokens = ceil_div(settings.max_num_batched_tokens, sharing)
     ffn_tokens = ceil_div(settings.max_num_batched_tokens, plan.ffn.dp)
     of_attention, of_ffn = (
@@ -205,7 +206,8 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     ----------
     model
     gpu : Gpu    that it runs on
-    plan, settings
+    plan
+    settings : EngineSettings    with the limits that the plan sets, as `plans.engine.limited` has them
     """
     held = Held.of(settings.runnable, model, gpu)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)

@@ -15,6 +15,7 @@ from apex_opt.placement.assignment import layout_of, rank_order
 from apex_opt.placement.domains import groups, replicas_in, rooms
 from apex_opt.placement.reasons import lies
 from apex_opt.placement.shape import Shape
+from apex_opt.plans.engine import limited
 from apex_opt.plans.memory import stage_memory
 from apex_opt.report import studied, types
 from apex_opt.report.layout import count, lies_table, notes_lines, page, provenance_table, seconds, table
@@ -115,7 +116,7 @@ class Site:
     def weights(self) -> tuple[int, ...]:
         """Bytes of the weights of a rank, by stage."""
         problem = self.problem
-        memory = stage_memory(problem.model, problem.cluster.gpu, self.plan, problem.settings_for(self.plan))
+        memory = stage_memory(problem.model, problem.cluster.gpu, self.plan, limited(problem.settings, self.plan))
         return tuple(stage.weights_bytes for stage in memory)
 
     def layout(self, tree: Tree, assignment: Assignment) -> Layout:

@@ -11,7 +11,7 @@ import numpy as np
 from apex_opt.cost import CostModel, idle_w, limit_w
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
-from apex_opt.plans.engine import of_all, schedulers
+from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
@@ -90,7 +90,7 @@ class Facts:
         """Memory of a GPU of each stage; the same for any number of replicas."""
         key = plan.cut, plan.layers
         if key not in self._memory:
-            problem, settings = self.problem, self.problem.settings_for(plan)
+            problem, settings = self.problem, limited(self.problem.settings, plan)
             gpus = {offer.name: offer.cluster.gpu for offer in problem.offers}
             names = [name for name, stages in plan.on for _ in range(stages)] or [problem.offer.name] * plan.stages
             found = {name: stage_memory(problem.model, gpus[name], plan, settings) for name in set(names)}

@@ -10,7 +10,7 @@ from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
-from apex_opt.plans.engine import limited
+from apex_opt.plans.engine import of_each
 from apex_opt.profiles import SHIPPED
 
 if TYPE_CHECKING:
@@ -266,13 +266,15 @@ class Problem:
         return tuple(objective.signed(objective.value(metrics)) for objective in self.objectives)
 
     def settings_for(self, plan: Plan) -> EngineSettings:
-        """Engine settings of a plan: its limits; on several stages sequences fill the pipeline, not async batches.
+        """Engine settings of each scheduler of a plan, with its limits.
+
+        On several stages sequences fill the pipeline, not batches formed ahead.
 
         Raises
         ------
         UsageError    limits that do not go with the other settings
         """
-        settings = limited(self.settings, plan)
+        settings = of_each(self.settings, plan)
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
     def instance(self) -> Instance:

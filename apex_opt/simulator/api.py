@@ -61,6 +61,8 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
             f"request {i}: ends after {trace.output[i]} of {most[i]} max_new_tokens, which no request does with "
             "ignore_eos; leave that out, or give max_new_tokens as the output"
         )
+    if sglang is not None:
+        _check_foreseen(settings, sglang, trace)
     held = settings.room(trace)
     if isinstance(settings.scheduler, TrtllmScheduling):
         at_once = trace.prompt + trace.generated(settings.max_model_len) - 1
@@ -81,6 +83,24 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
         raise CapacityError(
             f"request {i}: {trace.prompt[i]} prompt + {most[i]} output tokens need {need} KV blocks of {sizes}, the "
             f"cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower max_model_len"
+        )
+
+
+def _check_foreseen(settings: EngineSettings, own: SglangScheduling, trace: Trace) -> None:
+    """Refuse whole prompts whose batches may have more tokens than the limit of a batch.
+
+    Where SGLang foresees all ends (`ignore_eos` without a cache) a prompt is added as long as any of the limit is left.
+    """
+    if settings.chunked_prefill or settings.prefix_caching or not own.ignore_eos:
+        return
+    tokens = settings.max_num_batched_tokens
+    known = np.sort(trace.prompt + trace.generated(settings.max_model_len) - 1)
+    at_once = min(settings.max_num_seqs, trace.concurrency or len(trace))
+    most = min(min(own.max_prefill_tokens, tokens) - 1 + int(known[-1]), int(known[-at_once:].sum()))
+    if most > tokens:
+        raise CapacityError(
+            f"batches of whole prompts may have {most} tokens with ignore_eos, the most of a batch is {tokens}; raise "
+            "max_num_batched_tokens, lower max_prefill_tokens, or split prompts (chunked_prefill)"
         )
 
 
@@ -320,9 +340,14 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
     if pool.ranks is not None and (
         pool.kv_groups
         or settings.speculation is not None
-        or not isinstance(settings.scheduler, VllmScheduling | TrtllmScheduling)
+        or not isinstance(settings.scheduler, VllmScheduling | SglangScheduling | TrtllmScheduling)
     ):
-        raise UsageError("ranks go with the policy vllm, without drafts and groups of layers; leave one of them out")
+        raise UsageError(
+            "ranks go with the engines vllm, sglang and trtllm, without drafts and groups of layers; leave one of them "
+            "out"
+        )
+    if pool.ranks is not None and not pool.ranks.lockstep and not isinstance(settings.scheduler, VllmScheduling):
+        raise UsageError(f"ranks of {settings.scheduler.name} run in lockstep; those of vllm alone can be on their own")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     longest = trace.longest + drafts
     check_laws(

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.simulator import pack
-from apex_opt.simulator.kernel import entries
-from apex_opt.simulator.pack_sglang import SglangMemory
+from apex_opt.simulator.pack_sglang import SERVE, SglangMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +30,8 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     stages : int                 of the pipeline
     ranks : bool                 whether replicas have ranks
     """
-    if isinstance(settings.scheduler, SglangScheduling) and not ranks:
-        return not (entries.SERVE_SGLANG_CACHING if settings.prefix_caching else entries.SERVE_SGLANG).ready()
+    if isinstance(settings.scheduler, SglangScheduling):
+        return not SERVE[ranks, settings.prefix_caching].ready()
     return pack.needs_compiling(settings, stages, ranks=ranks)
 
 
@@ -60,7 +59,7 @@ def run(
     """
     if any(isinstance(pool.settings.scheduler, TrtllmScheduling) and pool.ranks is not None for pool in pools):
         raise UsageError('attention ranks of trtllm are simulated by implementation="reference" alone')
-    if not all(isinstance(pool.settings.scheduler, SglangScheduling) and pool.ranks is None for pool in pools):
+    if not all(isinstance(pool.settings.scheduler, SglangScheduling) for pool in pools):
         return pack.run(pools, trace, shares, log=log, gaps=gaps, stops=stops, floors=floors)
     nodes = 1
     while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -32,6 +32,13 @@ assert (sg.SORTED_UP_TO, sg.REFRESHED_EVERY) == (rules.SORTED_UP_TO, rules.REFRE
 
 
 _USUAL_NODES = 1 << 18
+SERVE: Final = {
+    (False, False): entries.SERVE_SGLANG,
+    (False, True): entries.SERVE_SGLANG_CACHING,
+    (True, False): entries.RANKS_SGLANG,
+    (True, True): entries.RANKS_SGLANG_CACHING,
+}
+"""Entries of the kernel, by whether replicas have ranks and whether prefixes are cached."""
 
 
 @lru_cache(maxsize=4)
@@ -57,7 +64,7 @@ class SglangMemory(Memory):
     def _scratch(self) -> I64:
         self._requests[sg.STATED] = self._trace.stated(self._pools[0].settings.max_model_len)
         waiting = 1 << (len(self._trace) + 1).bit_length()
-        slots = [len(pool.laws) for pool in self._pools for _ in range(pool.replicas)]
+        slots = [len(pool.laws) for pool in self._pools for _ in range(pool.replicas * pool.schedulers)]
         self._registers = np.zeros(len(slots) * sg.G_SIZE + sum(slots) * sg.S_SIZE, np.int64)
         self._own = self._registers[: len(slots) * sg.G_SIZE].reshape(-1, sg.G_SIZE)
         of_slots = self._registers[len(slots) * sg.G_SIZE :].reshape(-1, sg.S_SIZE)
@@ -68,7 +75,8 @@ class SglangMemory(Memory):
             self._set_up(place, pool)
             seats, page, depth = settings.max_num_seqs, settings.block_size, settings.depth(stages)
             own[:, sg.G_WAIT_MASK], own[:, sg.G_FLIGHT_SIZE] = waiting - 1, sg.F_SIZE + 2 * seats
-            lane = np.arange(pool.replicas) % lanes
+            count = place.stop - place.start
+            lane = np.arange(count) % lanes
             for rows, column, size in (
                 (own, sg.G_WAIT_AT, waiting),
                 (own, sg.G_FLIGHT_AT, depth * (sg.F_SIZE + 2 * seats)),
@@ -77,9 +85,9 @@ class SglangMemory(Memory):
             ):
                 rows[:, column] = end + size * lane
                 end += size * lanes
-            last = first + pool.replicas * stages
-            own[:, sg.G_SLOT_AT] = self._own.size + (first + stages * np.arange(pool.replicas)) * sg.S_SIZE
-            lists = np.repeat(lane, stages) * stages + np.tile(np.arange(stages), pool.replicas)
+            last = first + count * stages
+            own[:, sg.G_SLOT_AT] = self._own.size + (first + stages * np.arange(count)) * sg.S_SIZE
+            lists = np.repeat(lane, stages) * stages + np.tile(np.arange(stages), count)
             of_slots[first:last, sg.S_RUNNING_AT] = end + lists * (seats + page)
             of_slots[first:last, sg.S_RESIDUE_AT] = end + lists * (seats + page) + seats
             end += lanes * stages * (seats + page)
@@ -103,7 +111,8 @@ class SglangMemory(Memory):
             sg.G_IGNORE_EOS: own.ignore_eos,
         }.items():
             self._own[place, column] = value
-        start, least, decay = own.ratios
+        ranked = pool.ranks is not None and pool.ranks.in_step
+        start, least, decay = (own.of_a_rank if ranked else own).ratios
         self._ratio[place, [sg.R_RATIO, sg.R_START, sg.R_LEAST, sg.R_DECAY]] = start, start, least, decay
 
     def _blocks(self, holding: Sequence[int]) -> sg.Tree:
@@ -114,7 +123,7 @@ class SglangMemory(Memory):
             turn = 2 * sg.SORTED_UP_TO + 4 * min(pool.settings.max_num_seqs, len(self._trace))
             nodes = turn + self._much * min(pool.blocks, 4 * len(self._trace), _USUAL_NODES) + 1
             table = 1 << (2 * nodes).bit_length()
-            own, lane = self._own[place], np.arange(pool.replicas) % lanes
+            own, lane = self._own[place], np.arange(place.stop - place.start) % lanes
             own[:, [sg.G_NODES_A_TURN, sg.G_MOST_NODES, sg.G_HASH_MASK]] = turn, nodes, table - 1
             for column, size in {sg.G_NODE_AT: nodes, sg.G_HASH_AT: table, sg.G_HEAP_AT: 2 * nodes}.items():
                 own[:, column] = ends[column] + size * lane
@@ -133,16 +142,20 @@ class SglangMemory(Memory):
     def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
         if self.stopped or self.crowded:
             return
-        given = (*self.run, first, last, routed, len(routed), self._registers, self._ratio.reshape(-1))
-        if self._cache is not None:
-            entries.SERVE_SGLANG_CACHING(*given, *self._cache)
-        else:
-            entries.SERVE_SGLANG(*given)
+        ranked = self._ranks is not None and self._pools[index].ranks is not None
+        place, group = self._group(index, first) if ranked else (int(self._first[first]), ())
+        given = place, place + last - first, routed, len(routed), *group, self._registers, self._ratio.reshape(-1)
+        SERVE[ranked, self._cache is not None](*self.run, *given, *(self._cache or ()))
+
+    def _group(self, index: int, first: int) -> tuple[int, tuple[I64, ...]]:
+        """The first of the groups that serve, and the memory of all."""
+        assert self._ranks is not None
+        return [start for _, _, start in self._ranks.of].index(int(self._first[first])), self._ranks.group
 
     @property
     def crowded(self) -> bool:
         """Whether there were too few nodes for a tree."""
-        return bool(self._replicas[:, kn.ERROR].any())
+        return bool(self._replicas[:, kn.ERROR].any()) or super().crowded
 
     def outcome(self, *, log: bool, gaps: bool) -> Outcome:
         ended = self.stopped or int(self._replicas[:, kn.ENDED].sum()) == len(self._trace)

@@ -18,6 +18,8 @@ from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
     RANKS_CACHING,
     RANKS_GENERAL,
+    RANKS_SGLANG,
+    RANKS_SGLANG_CACHING,
     RANKS_STEADY,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
@@ -95,6 +97,14 @@ VARIANTS: Final = {
     "sglang caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
         (SERVE_SGLANG_CACHING,),
+    ),
+    "sglang ranks": Variant(
+        EngineSettings(max_model_len=4, block_size=1, scheduler=SglangScheduling(), **_LIMITS), (RANKS_SGLANG,), ranks=2
+    ),
+    "sglang caching ranks": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
+        (RANKS_SGLANG_CACHING,),
+        ranks=2,
     ),
 }
 """A run for each entry of the kernel."""

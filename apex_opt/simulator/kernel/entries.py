@@ -176,6 +176,11 @@ RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RAN
 _SGLANG: Final = (*_SERVE, _I64, np.float64)
 SERVE_SGLANG: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_nb", _SGLANG)
 SERVE_SGLANG_CACHING: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_caching_nb", (*_SGLANG, int, *[_I64] * 7))
+_SGLANG_RANKS: Final = (*_RANKS, _I64, np.float64)
+RANKS_SGLANG: Final = Entry(_KERNEL + "sglang_ranks", "serve_sglang_ranks_nb", _SGLANG_RANKS)
+RANKS_SGLANG_CACHING: Final = Entry(
+    _KERNEL + "sglang_ranks", "serve_sglang_ranks_caching_nb", (*_SGLANG_RANKS, int, *[_I64] * 7)
+)
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -192,6 +197,8 @@ ENTRIES: Final = (
     RANKS_CACHING,
     SERVE_SGLANG,
     SERVE_SGLANG_CACHING,
+    RANKS_SGLANG,
+    RANKS_SGLANG_CACHING,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""

@@ -259,6 +259,18 @@ def form_nb(e: Engine, own: Sglang, tree: Tree | None, replica: int) -> None:
     """Form the batch of a turn, and run it."""
     run, r, g = e.run, e.r, e.g
     arrive_nb(e)
+    f = choose_nb(e, own, tree)
+    f[F_END] = through_stages_nb(e, f)
+    log_step_nb(run, r, replica, r[NOW], f[F_END])
+    g[G_TURNS] += 1
+    if r[BATCH_ROWS] > 0:
+        g[G_IDLE] = 0
+
+
+@inner
+def choose_nb(e: Engine, own: Sglang, tree: Tree | None) -> I64:
+    """Form the batch of a turn, of those who wait and run."""
+    run, r, g = e.run, e.r, e.g
     s = slot_nb(own, g, g[G_TURNS] % g[G_SLOTS])
     i = g[G_CHUNKED]
     if tree is not None and i != NONE:
@@ -278,11 +290,7 @@ def form_nb(e: Engine, own: Sglang, tree: Tree | None, replica: int) -> None:
         if g[G_MIXES] == 1 and s[S_RUNNING] > 0:
             mix_nb(e, tree, s, f)
     f[F_ROWS] = r[BATCH_ROWS]
-    f[F_END] = through_stages_nb(e, f)
-    log_step_nb(run, r, replica, r[NOW], f[F_END])
-    g[G_TURNS] += 1
-    if r[BATCH_ROWS] > 0:
-        g[G_IDLE] = 0
+    return f
 
 
 @inner
@@ -305,14 +313,9 @@ def through_stages_nb(e: Engine, f: I64) -> int:
     end: int = r[NOW]
     if r[BATCH_ROWS] == 0:
         return end
-    rows, tokens, computed = at(f, F_SIZE), at(run.scratch, r[ENTERING_AT]), column_nb(run, COMPUTED)
     for number in range(r[STAGES]):
         law, stage = law_nb(run, r, number), at(run.stages, (r[FIRST_STAGE] + number) * STAGE_SIZE)
-        chunks_ns = 0
-        for row in range(f[F_PROMPTS]):
-            if tokens[row] > 1:
-                chunks_ns += chunk_ns_nb(law, r, tokens[row], computed[rows[row] >> 1])
-        duration = batch_ns_nb(law, r, chunks_ns)
+        duration = own_ns_nb(e, f, law)
         end = max(end, stage[STAGE_FREE]) + duration
         stage[STAGE_FREE] = end
         stage[STAGE_BUSY] += duration
@@ -323,9 +326,20 @@ def through_stages_nb(e: Engine, f: I64) -> int:
 
 
 @inner
+def own_ns_nb(e: Engine, f: I64, law: I64) -> int:
+    """What the batch f takes on a stage."""
+    rows, tokens, computed = at(f, F_SIZE), at(e.run.scratch, e.r[ENTERING_AT]), column_nb(e.run, COMPUTED)
+    chunks_ns = 0
+    for row in range(f[F_PROMPTS]):
+        if tokens[row] > 1:
+            chunks_ns += chunk_ns_nb(law, e.r, tokens[row], computed[rows[row] >> 1])
+    return batch_ns_nb(law, e.r, chunks_ns)
+
+
+@inner
 def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
     """Take in the oldest batch in flight, if the turn that formed it formed one."""
-    run, r, g = e.run, e.r, e.g
+    r, g = e.r, e.g
     turn = g[G_TURNS] - r[DEPTH]
     f, s = flight_nb(e, turn), slot_nb(own, g, turn % g[G_SLOTS])
     if f[F_ROWS] == 0:
@@ -340,6 +354,13 @@ def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
     if f[F_END] > r[NOW]:
         r[NOW] = f[F_END]
         r[LAST_ENDED] = 0
+    receive_nb(e, tree, s, f)
+
+
+@inner
+def receive_nb(e: Engine, tree: Tree | None, s: I64, f: I64) -> None:
+    """Take in the tokens of the batch f, which was formed by the slot s."""
+    run, r = e.run, e.r
     place, generated = column_nb(run, PLACE), column_nb(run, GENERATED)
     rows, enders = at(f, F_SIZE), at(f, F_SIZE + r[MAX_SEQS])
     for row in range(f[F_PROMPTS]):

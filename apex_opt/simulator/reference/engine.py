@@ -13,7 +13,7 @@ from apex_opt.simulator.reference.speculative import SpeculativeScheduler
 from apex_opt.simulator.reference.trtllm import TrtllmScheduler
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.outcome import Step
+    from apex_opt.simulator.outcome import SharedCounts, Step
     from apex_opt.simulator.pools import EnginePool
     from apex_opt.simulator.reference.schedulers import Scheduler
     from apex_opt.simulator.reference.sequence import Batch, Sequence
@@ -52,7 +52,7 @@ class Engine:
         self.sent: list[Sequence] = []
         self.preemptions = 0
         self.batches = 0
-        self.shared = None
+        self.shared: SharedCounts | None = None
         self.busy_ns = [0] * len(pool.laws)
         self.counts = BatchCounts.empty(pool.settings)
         self.steps: list[Step] | None = [] if log else None

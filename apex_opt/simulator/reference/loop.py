@@ -19,6 +19,8 @@ from apex_opt.simulator.reference.group import Group
 from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
 from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
+from apex_opt.simulator.reference.sglang_ranks import SglangRanks
+from apex_opt.simulator.reference.together import Together
 from apex_opt.simulator.reference.trtllm_ranks import TrtllmRanks
 from apex_opt.simulator.tokens import TokenContent
 
@@ -79,6 +81,8 @@ def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
     """One scheduler, or a group of them."""
     if pool.ranks is not None and isinstance(pool.settings.scheduler, TrtllmScheduling):
         return TrtllmRanks(pool, log=log)
+    if pool.ranks is not None and isinstance(pool.settings.scheduler, SglangScheduling):
+        return SglangRanks(pool, log=log)
     if pool.ranks is not None:
         return Group(pool, log=log, closed=closed)
     kind = SglangEngine if isinstance(pool.settings.scheduler, SglangScheduling) else Engine
@@ -192,7 +196,7 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
         if steps is None or (pools[0].settings.speculation is None and not pools[0].kv_groups)
         else [(batch.free, [(row.drafts, row.got) for row in batch.rows]) for batch in formed],
         used=[batch.used for batch in formed] if steps is not None and pools[0].kv_groups else None,
-        groups=() if steps is None else tuple(engine.logged() for engine in every if isinstance(engine, Group)),
+        groups=() if steps is None else tuple(e.logged() for e in every if isinstance(e, Group | Together)),
         gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
         pools=found,
     )

@@ -174,6 +174,11 @@ class SglangScheduler(Scheduler):
         """Whether there is nobody at all."""
         return not self.waiting and self.chunked is None and not any(slot.running for slot in self.slots)
 
+    def rest(self) -> None:
+        """There is nothing to run and nothing in flight."""
+        if self.idle:
+            self.ratio = self.start
+
     def schedule(self) -> Batch:
         """Form one batch, of the slot whose turn it is."""
         slot = self.slots[self.turns % len(self.slots)]
@@ -485,8 +490,8 @@ class SglangEngine(Engine):
 
     scheduler: SglangScheduler
 
-    def __init__(self, pool: EnginePool, *, log: bool) -> None:
-        super().__init__(pool, log=log, scheduler=SglangScheduler)
+    def __init__(self, pool: EnginePool, *, log: bool, scheduler: type[Scheduler] = SglangScheduler) -> None:
+        super().__init__(pool, log=log, scheduler=scheduler)
         self.scheduler.spread(len(pool.laws))
         self.idle = True
 
@@ -496,12 +501,8 @@ class SglangEngine(Engine):
         return max(self.now, self.arrivals[0].arrival_ns) if self.arrivals else None
 
     def turn(self, now_ns: int) -> list[Sequence]:
-        self.now = now_ns
-        while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
-            self.scheduler.waiting.append(self.arrivals.popleft())
-        batch = self.scheduler.schedule()
-        self.preemptions += len(batch.preempted)
-        self.queue.append((self._run(batch), batch))
+        self.receive(now_ns)
+        batch = self.launch()
         answered: list[Sequence] = []
         if len(self.queue) == self.depth:
             finish_ns, oldest = self.queue.popleft()
@@ -514,6 +515,6 @@ class SglangEngine(Engine):
                 self.idle = not any(later.rows for _, later in self.queue)
         if batch.rows:
             self.idle = False
-        elif self.idle and self.scheduler.idle:
-            self.scheduler.ratio = self.scheduler.start
+        elif self.idle:
+            self.scheduler.rest()
         return answered

@@ -7,13 +7,10 @@ with the others is a sequence of one token. Assumed: ranks agree on a forward as
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from apex_opt.engines.schedulers import TrtllmScheduling
-from apex_opt.simulator.ranks import DUMMY, agree, forward_ns
-from apex_opt.simulator.reference.engine import Engine
-from apex_opt.simulator.reference.sequence import Batch
+from apex_opt.simulator.reference.together import RankedBatch, Together
 from apex_opt.simulator.reference.trtllm import TrtllmScheduler
 from apex_opt.units import ceil_div
 
@@ -22,14 +19,7 @@ if TYPE_CHECKING:
 
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool
-    from apex_opt.simulator.reference.sequence import Sequence
-
-
-@dataclass(slots=True)
-class RankedBatch(Batch):
-    """The batches of all ranks, one after the other."""
-
-    parts: list[Batch] = field(default_factory=list)
+    from apex_opt.simulator.reference.sequence import Batch, Sequence
 
 
 class RankedScheduler(TrtllmScheduler):
@@ -39,6 +29,7 @@ class RankedScheduler(TrtllmScheduler):
         super().__init__(settings, blocks, stages)
         self.members = [TrtllmScheduler(settings, blocks, stages) for _ in range(ranks)]
         self.waited_for_some = self.waited_on = 0
+        self.rank_of: dict[int, int] = {}
 
     @property
     def unfinished(self) -> bool:
@@ -66,6 +57,7 @@ class RankedScheduler(TrtllmScheduler):
             below = [rank for rank in range(len(active)) if active[rank] < mean]
             rank = min(below, key=lambda rank: (tokens[rank], active[rank], rank))
             self.members[rank].waiting.append(sequence)
+            self.rank_of[sequence.id] = rank
             active[rank] += 1
             tokens[rank] += sequence.prompt
 
@@ -94,36 +86,16 @@ class RankedScheduler(TrtllmScheduler):
         return answered
 
 
-class TrtllmRanks(Engine):
+class TrtllmRanks(Together):
     """Ranks whose batches run as one forward, as long as any of them has one."""
+
+    scheduler: RankedScheduler
 
     def __init__(self, pool: EnginePool, *, log: bool) -> None:
         super().__init__(pool, log=log)
-        assert pool.ranks is not None
         assert isinstance(pool.settings.scheduler, TrtllmScheduling)
-        self.ranks = pool.ranks
+        assert pool.ranks is not None
         self.scheduler = RankedScheduler(pool.settings, pool.blocks, len(pool.laws), pool.ranks.count)
 
-    def _run(self, batch: Batch) -> int:
-        if not batch.rows:
-            return self.now
-        assert isinstance(batch, RankedBatch)
-        parts = [[(row.tokens, row.computed_after) for row in part.rows] or DUMMY for part in batch.parts]
-        agreed = agree(self.ranks.padding, parts)
-        end = self.now
-        for stage, (law, shared) in enumerate(zip(self.laws, self.ranks.shared, strict=True)):
-            duration = forward_ns(law, shared, agreed, parts)
-            end = max(end, self.stage_free[stage]) + duration
-            self.stage_free[stage] = end
-            self.busy_ns[stage] += duration
-            if stage + 1 < len(self.laws):
-                end += int(law.transfer_ns[min(max(agreed.padded), len(law.transfer_ns) - 1)])
-        for part in batch.parts:
-            if part.rows:
-                self.batches += 1
-                self.counts.add([(row.tokens, row.computed_after) for row in part.rows])
-        if self.steps is not None:
-            rows = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
-            self.steps.append((self.now, end, rows, sorted(batch.preempted)))
-            self.formed.append(batch)
-        return end
+    def served(self) -> dict[int, int]:
+        return self.scheduler.rank_of

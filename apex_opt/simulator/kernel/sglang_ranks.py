@@ -1,0 +1,412 @@
+"""Attention ranks of SGLang: `reference.sglang_ranks`, ranks that take their turns together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import by_tokens_nb, column_nb, count_batch_nb, law_nb, log_step_nb, log_taken_nb
+from apex_opt.simulator.kernel.coordinator import link_nb
+from apex_opt.simulator.kernel.group_state import (
+    AFTER,
+    ALL,
+    ANSWERED,
+    ARRIVED,
+    BALANCED,
+    CLOCK,
+    COMING,
+    COUNT,
+    FIRST_RANK,
+    FORWARD_END,
+    FORWARD_LANE,
+    FORWARD_MODE,
+    FORWARD_ROWS,
+    FORWARD_SIZE,
+    FORWARD_START,
+    FORWARDS,
+    GIVEN,
+    GROUP_SIZE,
+    HEARD,
+    LANE_DONE,
+    LAST_COMING,
+    MEMBER_SIZE,
+    MOST_FORWARDS,
+    PER,
+    SERVED_BY,
+    SERVED_IN,
+    TABLES_AT,
+    TOGETHER_AT,
+    WAITING_CLIENT,
+    WIDE,
+    Group,
+)
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.sglang import begin_nb, choose_nb, engine_nb, flight_nb, own_ns_nb, receive_nb, slot_nb
+from apex_opt.simulator.kernel.sglang_state import (
+    ERROR_NODES,
+    F_END,
+    F_ROWS,
+    G_BEGUN,
+    G_CHUNKED,
+    G_IDLE,
+    G_NODES_A_TURN,
+    G_SLOTS,
+    G_SPARE_NODES,
+    G_TURNS,
+    G_WAIT_AT,
+    G_WAIT_HEAD,
+    G_WAIT_MASK,
+    G_WAIT_TAIL,
+    NOTHING,
+    R_RATIO,
+    R_START,
+    S_LAST,
+    S_LEFT,
+    S_RUNNING,
+    Engine,
+    Sglang,
+    Tree,
+)
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    BATCH_DECODES,
+    BATCH_ROWS,
+    BATCH_TOKENS,
+    DEPTH,
+    ENDED,
+    ERROR,
+    FIRST_STAGE,
+    LAST_ENDED,
+    LOGGED,
+    MAX_SEQS,
+    MAX_TOKENS,
+    MIXED_NS,
+    NEVER,
+    NONE,
+    NOW,
+    PASSED,
+    REPLICA_SIZE,
+    STAGE_BUSY,
+    STAGE_FREE,
+    STAGE_SIZE,
+    STAGES,
+    TRANSFER_NS,
+    Run,
+)
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.sglang_state import F64
+    from apex_opt.simulator.kernel.state import I64
+
+
+@inner
+def deal_nb(run: Run, group: Group, own: Sglang, g: I64, place: int) -> None:
+    """Hand those that have come over to ranks: in turn, or to the one that has the fewest."""
+    arrival, count = column_nb(run, ARRIVAL), g[COUNT]
+    while g[COMING] != NONE and arrival[g[COMING]] <= g[CLOCK]:
+        i, rank = g[COMING], g[ARRIVED] % g[COUNT]
+        if g[BALANCED] == 1:
+            least = NEVER
+            for other in range(count):
+                row = g[FIRST_RANK] + other
+                has = group.members[row * MEMBER_SIZE + HEARD] - run.replicas[row * REPLICA_SIZE + ENDED]
+                if has < least:
+                    rank, least = other, has
+        row = g[FIRST_RANK] + rank
+        e = engine_nb(run, own, row)
+        run.scratch[e.g[G_WAIT_AT] + (e.g[G_WAIT_TAIL] & e.g[G_WAIT_MASK])] = i
+        e.g[G_WAIT_TAIL] += 1
+        group.members[row * MEMBER_SIZE + HEARD] += 1
+        link_nb(run, group, SERVED_BY)[i], link_nb(run, group, SERVED_IN)[i] = rank, place + 1
+        g[ARRIVED] += 1
+        g[COMING] = link_nb(run, group, AFTER)[i]
+
+
+@inner
+def forward_nb(run: Run, group: Group, own: Sglang, g: I64) -> int:
+    """Run the batches that the ranks have formed as one forward; when that ends."""
+    first, count, tables = g[FIRST_RANK], g[COUNT], at(group.tables, g[TABLES_AT])
+    r0 = at(run.replicas, first * REPLICA_SIZE)
+    sequences, entries = r0[MAX_SEQS] + 1, r0[MAX_TOKENS] + 1
+    mode, most, longest, tokens, mixed = 3, 0, 0, 0, 0
+    for rank in range(first, first + count):
+        r = at(run.replicas, rank * REPLICA_SIZE)
+        if r[BATCH_DECODES] == r[BATCH_ROWS]:
+            its, rows = tables[r[BATCH_ROWS]], tables[sequences + r[BATCH_ROWS]]
+        else:
+            entry = 2 * sequences + r[BATCH_TOKENS]
+            its, rows, mixed = tables[entry], tables[entry + entries], 1
+        mode, most = min(mode, its), max(most, rows)
+        tokens, longest = tokens + r[BATCH_TOKENS], max(longest, r[BATCH_TOKENS])
+    law = at(tables, 2 * (sequences + entries))
+    padded = tokens if mode == 0 else most * count
+    widest = longest if mode == 0 else most
+    entry = (padded + g[PER] - 1) // g[PER]
+    began, end = 0, g[CLOCK]
+    for s in range(r0[STAGES]):
+        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3))
+        together, slowest = at(table, g[WIDE] + mixed * g[ALL]), 0
+        for rank in range(first, first + count):
+            e = engine_nb(run, own, rank)
+            mine = own_ns_nb(e, flight_nb(e, e.g[G_TURNS]), law_nb(run, e.r, s))
+            slowest = max(slowest, mine + table[e.r[BATCH_TOKENS] if mode == 0 else most])
+        duration = at(table, g[WIDE] + 3 * g[ALL])[mode] + together[entry] + slowest
+        if mixed == 1 and mode == 0:
+            duration += together[g[ALL] + entry]
+        stage = at(run.stages, (r0[FIRST_STAGE] + s) * STAGE_SIZE)
+        start = max(end, stage[STAGE_FREE])
+        if s == 0:
+            began = start
+        end = start + duration
+        stage[STAGE_FREE] = end
+        stage[STAGE_BUSY] += duration
+        if s + 1 < r0[STAGES]:
+            end += by_tokens_nb(law_nb(run, r0, s), r0, MIXED_NS, TRANSFER_NS)[min(widest, r0[MAX_TOKENS])]
+    counts = at(group.together, g[TOGETHER_AT] + mixed * g[ALL])
+    counts[entry] += 1
+    if mixed == 1 and mode == 0:
+        counts[g[ALL] + entry] += 1
+    tell_forward_nb(run, group, g, began, end, mode, padded)
+    return end
+
+
+@inner
+def tell_forward_nb(run: Run, group: Group, g: I64, began: int, end: int, mode: int, padded: int) -> None:
+    """Log a forward, where batches are logged."""
+    if run.control[LOGGED] == 0:
+        return
+    place = group.told[FORWARDS]
+    if place < group.told[MOST_FORWARDS]:
+        told = at(group.forwards, place * FORWARD_SIZE)
+        told[FORWARD_LANE], told[FORWARD_START], told[FORWARD_END] = g[FIRST_RANK], began, end
+        told[FORWARD_MODE], told[FORWARD_ROWS] = mode, padded
+    group.told[FORWARDS] = place + 1
+
+
+@inner
+def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64) -> None:
+    """Form the batch of each rank, and run them where any has one."""
+    first, count = g[FIRST_RANK], g[COUNT]
+    rows = 0
+    for rank in range(first, first + count):
+        e = engine_nb(run, own, rank)
+        e.r[NOW] = g[CLOCK]
+        choose_nb(e, own, tree)
+        rows += e.r[BATCH_ROWS]
+    end = g[CLOCK]
+    if rows > 0:
+        end = forward_nb(run, group, own, g)
+    lane = at(group.members, first * MEMBER_SIZE)
+    for rank in range(first, first + count):
+        e = engine_nb(run, own, rank)
+        flight_nb(e, e.g[G_TURNS])[F_END] = end
+        if e.r[BATCH_ROWS] > 0:
+            count_batch_nb(run, e.r)
+        log_step_nb(run, e.r, rank, g[CLOCK], lane[LANE_DONE])
+        e.g[G_TURNS] += 1
+    if rows > 0:
+        lane[LANE_DONE] += 1
+        engine_nb(run, own, first).g[G_IDLE] = 0
+
+
+@inner
+def rows_nb(run: Run, own: Sglang, g: I64, turn: int) -> int:
+    """Rows of all batches that were formed in a turn."""
+    rows = 0
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        rows += flight_nb(engine_nb(run, own, rank), turn)[F_ROWS]
+    return rows
+
+
+@inner
+def rest_nb(e: Engine, own: Sglang) -> None:
+    """There is nothing to run and nothing in flight: a rank where nobody waits keeps as much room as at first."""
+    g = e.g
+    if g[G_WAIT_HEAD] != g[G_WAIT_TAIL] or g[G_CHUNKED] != NONE:
+        return
+    for slot in range(g[G_SLOTS]):
+        s = slot_nb(own, g, slot)
+        if s[S_RUNNING] > s[S_LEFT] or s[S_LAST] != NOTHING:
+            return
+    e.ratio[R_RATIO] = e.ratio[R_START]
+
+
+@inner
+def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64) -> None:
+    """Take in the oldest batches in flight, if the turn that formed them formed any."""
+    first, count = g[FIRST_RANK], g[COUNT]
+    lead = engine_nb(run, own, first)
+    turn = lead.g[G_TURNS] - lead.r[DEPTH]
+    if rows_nb(run, own, g, turn) == 0:
+        idle = 1
+        for later in range(turn + 1, lead.g[G_TURNS]):
+            if rows_nb(run, own, g, later) > 0:
+                idle = 0
+        lead.g[G_IDLE] = idle
+        if idle == 1:
+            for rank in range(first, first + count):
+                rest_nb(engine_nb(run, own, rank), own)
+        return
+    end = flight_nb(lead, turn)[F_END]
+    before, after = 0, 0
+    for rank in range(first, first + count):
+        e = engine_nb(run, own, rank)
+        if end > g[CLOCK]:
+            e.r[LAST_ENDED] = 0
+        e.r[NOW] = max(end, g[CLOCK])
+        before += e.r[ENDED]
+        f = flight_nb(e, turn)
+        if f[F_ROWS] > 0:
+            log_taken_nb(run, rank, e.r[NOW])
+        receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), f)
+        after += e.r[ENDED]
+    g[CLOCK] = max(end, g[CLOCK])
+    g[ANSWERED] = after
+    for _ in range(after - before):
+        i = g[WAITING_CLIENT]
+        if i != NONE:
+            column_nb(run, ARRIVAL)[i] = g[CLOCK]
+            g[WAITING_CLIENT] = link_nb(run, group, AFTER)[i]
+            g[GIVEN] += 1
+
+
+@inner
+def turns_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, place: int, until: int) -> None:
+    """Take every turn of a group that starts before `until`."""
+    g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
+    first, count = g[FIRST_RANK], g[COUNT]
+    lead = engine_nb(run, own, first)
+    if lead.g[G_BEGUN] == 0:
+        for rank in range(first, first + count):
+            begin_nb(engine_nb(run, own, rank), own, tree)
+    while lead.r[ERROR] == 0:
+        if lead.g[G_IDLE] == 1:
+            coming = g[COMING]
+            if coming == NONE or arrival[coming] >= NEVER:
+                break
+            g[CLOCK] = max(g[CLOCK], arrival[coming])
+        if g[CLOCK] >= until:
+            break
+        for rank in range(first, first + count):
+            e = engine_nb(run, own, rank)
+            if e.g[G_SPARE_NODES] < e.g[G_NODES_A_TURN]:
+                lead.r[ERROR] = ERROR_NODES
+                return
+        deal_nb(run, group, own, g, place)
+        form_together_nb(run, group, own, tree, g)
+        if lead.g[G_TURNS] >= lead.r[DEPTH]:
+            take_in_together_nb(run, group, own, tree, g)
+        if run.control[PASSED] == 1:
+            break
+
+
+@inner
+def serve_nb(
+    run: Run, group: Group, own: Sglang, tree: Tree | None, first: int, last: int, routed: I64, turns: int
+) -> None:
+    """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
+    arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
+    for turn in range(turns + 1):
+        until = arrival[routed[turn]] if turn < turns else NEVER
+        best, least = first, NEVER
+        for place in range(first, last):
+            turns_nb(run, group, own, tree, place, until)
+            if run.control[PASSED] == 1:
+                return
+            g = at(group.groups, place * GROUP_SIZE)
+            outstanding = g[GIVEN] - g[ANSWERED]
+            if g[CLOCK] > until:  # answered only once the clock gets there
+                for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+                    outstanding += run.replicas[rank * REPLICA_SIZE + LAST_ENDED]
+            if outstanding < least:
+                best, least = place, outstanding
+        if turn < turns:
+            g = at(group.groups, best * GROUP_SIZE)
+            if g[COMING] == NONE:
+                g[COMING] = routed[turn]
+            else:
+                after[g[LAST_COMING]] = routed[turn]
+            g[LAST_COMING] = routed[turn]
+            g[GIVEN] += 1
+
+
+def serve_sglang_ranks_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    told: I64,
+    groups: I64,
+    members: I64,
+    fronts: I64,
+    memory: I64,
+    tables: I64,
+    together: I64,
+    links: I64,
+    forwards: I64,
+    events: I64,
+    loads: I64,
+    registers: I64,
+    ratio: F64,
+) -> None:
+    """Ranks by the engine of SGLang, without its tree."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
+    serve_nb(run, group, Sglang(registers, ratio), None, first, last, routed, turns)
+
+
+def serve_sglang_ranks_caching_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    told: I64,
+    groups: I64,
+    members: I64,
+    fronts: I64,
+    memory: I64,
+    tables: I64,
+    together: I64,
+    links: I64,
+    forwards: I64,
+    events: I64,
+    loads: I64,
+    registers: I64,
+    ratio: F64,
+    piece_tokens: int,
+    pieces: I64,
+    starts: I64,
+    own: I64,
+    last_token: I64,
+    nodes: I64,
+    slots: I64,
+    heap: I64,
+) -> None:
+    """Ranks by the engine of SGLang, with a tree each."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
+    tree = Tree(piece_tokens, pieces, starts, own, last_token, nodes, slots, heap)
+    serve_nb(run, group, Sglang(registers, ratio), tree, first, last, routed, turns)

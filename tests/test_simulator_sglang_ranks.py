@@ -1,0 +1,175 @@
+"""Attention ranks of SGLang: reference and kernel agree, rules by hand, one rank is as none, nothing is lost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from ranks_cases import GRAPHS, assert_same, served
+from sglang_cases import random_run
+
+from apex_opt.engines.schedulers import SglangScheduling
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.simulator import EnginePool
+from apex_opt.simulator.law import linear_law
+from apex_opt.simulator.ranks import Ranks, SharedLaw
+from apex_opt.simulator.recorded.dp import padding
+from apex_opt.workload.trace import make_trace
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.api import Implementation
+    from apex_opt.simulator.outcome import Outcome
+    from apex_opt.workload.trace import Trace
+
+FEW = range(120)
+MANY = pytest.param(range(120, 3000), marks=pytest.mark.nightly)
+
+
+def random_ranks(draw: random.Random, count: int, settings: EngineSettings, stages: int) -> Ranks:
+    """Ranks with any padding and any times of what they do together."""
+    seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    sizes = sorted(draw.sample(range(1, 2 * max(tokens, 4)), draw.randrange(1, 5)))
+    wide = max([tokens, *sizes]) + 1
+    noise, per = np.random.default_rng(draw.randrange(1 << 30)), draw.choice([1, count])
+    shared = [
+        SharedLaw(
+            padded_ns=noise.integers(0, 500, wide),
+            decode_ns=noise.integers(0, 3000, count * wide),
+            mixed_ns=noise.integers(0, 3000, count * wide),
+            eager_ns=noise.integers(0, 3000, count * wide),
+            graph_ns=noise.integers(0, 500, 3),
+            per=per,
+        )
+        for _ in range(stages)
+    ]
+    found = padding(draw.choice(GRAPHS), sizes, seqs, tokens)
+    return Ranks(count=count, balanced=draw.random() < 0.5, padding=found, shared=shared)
+
+
+def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace, str]:
+    """Replicas with ranks of the settings of a run without, and its trace."""
+    run, draw = random_run(seed), random.Random(seed)
+    ranks = random_ranks(draw, count or draw.choice([1, 2, 2, 3, 4]), run.settings, len(run.laws))
+    pool = EnginePool(settings=run.settings, blocks=run.blocks, laws=run.laws, replicas=run.replicas, ranks=ranks)
+    return pool, run.trace, run.routing
+
+
+def outcome_of(pool: EnginePool, trace: Trace, implementation: Implementation, routing: str) -> Outcome | None:
+    """What comes of a run; None where a prompt in the middle of its chunks finds no room and holds up all others."""
+    try:
+        return served(pool, trace, implementation, routing=routing)
+    except CapacityError:
+        return None
+
+
+@pytest.mark.parametrize("seeds", [FEW, MANY])
+def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
+    stuck = 0
+    for seed in seeds:
+        pool, trace, routing = random_pool(seed)
+        kernel, reference = (outcome_of(pool, trace, which, routing) for which in ("kernel", "reference"))
+        assert (kernel is None) == (reference is None), f"seed {seed}"
+        stuck += kernel is None
+        try:
+            if kernel is not None and reference is not None:
+                assert_same(kernel, reference)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+    assert stuck <= len(seeds) // 50
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_one_rank_does_what_a_scheduler_without_ranks_does(implementation: Implementation) -> None:
+    for seed in range(40):
+        run = random_run(seed)
+        limits = {
+            "max_num_seqs": run.settings.max_num_seqs,
+            "max_num_batched_tokens": run.settings.max_num_batched_tokens,
+            "stages": len(run.laws),
+        }
+        pool = EnginePool(settings=run.settings, blocks=run.blocks, laws=run.laws, replicas=run.replicas)
+        one = served(replace(pool, ranks=Ranks.bare(1, **limits)), run.trace, implementation, routing=run.routing)
+        none = served(pool, run.trace, implementation, routing=run.routing)
+        pools = tuple(replace(its, shared=None) for its in one.pools)
+        assert_same(replace(one, groups=(), pools=pools), none)
+
+
+# By hand.
+
+SMALL = EngineSettings(
+    max_num_seqs=4,
+    max_num_batched_tokens=8,
+    max_model_len=64,
+    block_size=1,
+    async_scheduling=False,
+    scheduler=SglangScheduling(),
+)
+
+
+def two(rows: list[tuple[int, int, int]], *, balanced: bool = False, blocks: int = 200, count: int = 2) -> Outcome:
+    """Requests (arrival, prompt, output) on ranks whose batches take 10 ns, and one for each token of all."""
+    ranks = Ranks.bare(count, max_num_seqs=4, max_num_batched_tokens=8)
+    each = np.arange(count * 8 + 1, dtype=np.int64)
+    shared = replace(ranks.shared[0], decode_ns=each, mixed_ns=each)
+    law = linear_law(base_ns=10, token_ns=0, context_ns=0, max_num_seqs=4, max_num_batched_tokens=8)
+    pool = EnginePool(
+        settings=SMALL, blocks=blocks, laws=[law], ranks=replace(ranks, balanced=balanced, shared=(shared,))
+    )
+    trace = make_trace(
+        name="by hand",
+        arrival_ns=[at for at, _, _ in rows],
+        prompt=[prompt for _, prompt, _ in rows],
+        output=[output for _, _, output in rows],
+    )
+    kernel, reference = (served(pool, trace, which) for which in ("kernel", "reference"))
+    assert_same(kernel, reference)
+    return reference
+
+
+def test_a_rank_decodes_beside_one_that_computes_a_prompt_and_all_pay_for_the_tokens_of_all() -> None:
+    outcome = two([(0, 3, 3), (14, 8, 1)])
+    assert outcome.steps == [
+        (0, 13, [(0, 3, 3)], []),
+        (13, 24, [(0, 1, 4)], []),
+        (24, 43, [(0, 1, 5)], []),  # 10 and 1 + 8 tokens
+        (24, 43, [(1, 8, 8)], []),
+    ]
+    assert outcome.steps_per_replica == [4]
+    (group,) = outcome.groups
+    assert group.forwards == [[(0, 13, 0, 3), (13, 24, 0, 1), (24, 43, 0, 9)]]
+    assert (group.batches, group.dummies) == ([3, 1], [0, 0])
+
+
+def test_requests_go_to_the_ranks_in_turn_or_to_the_one_with_the_fewest() -> None:
+    rows = [(0, 2, 1), (0, 2, 9), (40, 2, 1)]
+    in_turn, by_load = two([*rows, (41, 2, 1)]), two([*rows, (41, 2, 1)], balanced=True)
+    assert in_turn.groups[0].rank == {0: 0, 1: 1, 2: 0, 3: 1}
+    assert by_load.groups[0].rank == {0: 0, 1: 1, 2: 0, 3: 0}
+
+
+def test_a_rank_waits_for_its_own_room_though_another_has_some() -> None:
+    """Rank 0 keeps room for its first request and all that this may generate; rank 1 is empty by then."""
+    outcome = two([(0, 2, 20), (0, 2, 1), (0, 6, 20)], blocks=30)
+    assert outcome.groups[0].rank[2] == 0
+    assert outcome.first_token_ns[2] > outcome.finish_ns[0]
+
+
+def test_ranks_on_their_own_are_those_of_vllm_alone() -> None:
+    ranks = replace(Ranks.bare(2, max_num_seqs=4, max_num_batched_tokens=8), lockstep=False)
+    law = linear_law(base_ns=1, token_ns=0, context_ns=0, max_num_seqs=4, max_num_batched_tokens=8)
+    pool = EnginePool(settings=SMALL, blocks=9, laws=[law], ranks=ranks)
+    with pytest.raises(UsageError, match="ranks of sglang run in lockstep"):
+        served(pool, make_trace(name="one", arrival_ns=[0], prompt=[1], output=[1]), "kernel")
+
+
+def test_whole_prompts_that_may_be_more_than_a_batch_takes_are_refused() -> None:
+    own = SglangScheduling(ignore_eos=True, max_prefill_tokens=60)
+    settings = replace(SMALL, chunked_prefill=False, max_num_batched_tokens=64, scheduler=own)
+    law = linear_law(base_ns=1, token_ns=0, context_ns=0, max_num_seqs=4, max_num_batched_tokens=64)
+    trace = make_trace(name="two", arrival_ns=[0, 0], prompt=[59, 6], output=[1, 1])
+    with pytest.raises(CapacityError, match="may have 65 tokens with ignore_eos, the most of a batch is 64"):
+        served(EnginePool(settings=settings, blocks=99, laws=[law]), trace, "kernel")
