@@ -10,7 +10,7 @@ from cell_cases import BLOCKS, BORROWED, CHUNKED, ENTRIES, GROUPED, JOINT, LATEN
 
 from apex_opt.errors import InputError
 from apex_opt.ir import Attention, Cell, LatentAttention
-from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept
+from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept, State
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Op, Product, Score
 
 
@@ -98,27 +98,26 @@ def test_compressed_attention_is_the_sum_of_its_checkpoint_tensors() -> None:
 
 
 def test_deepseek_v4_keeps_584_bytes_of_each_entry_and_sums_in_fp32_between_two() -> None:
-    """vLLM: 448 elements in 8 bits, 64 in 16, 7 scales and a byte; windows of 8 and 128 tokens of what is summed up."""
+    """vLLM: 448 elements in 8 bits, 64 in 16, 7 scales and a byte; in blocks of 64 tokens, and of 4 and 8 of sums."""
     common: dict[str, Any] = {"hidden": 4096, "query_heads": 64, "head_dim": 512, "rope_head_dim": 64}
     common |= {"q_lora_rank": 1024, "output_groups": 8, "output_rank": 1024, "local_window": 128}
     indexer = Indexer(hidden=4096, inputs=1024, heads=64, width=128, topk=512, entry_bytes=132, key_rows=512, ratio=4)
-    window = Kept(0, 128, other_bytes=584)
-    assert CompressedAttention(**common).cache() == (window,)
+    # Of the last 128 tokens three blocks of 64, of sums of 8 three of 4, of sums of 128 seventeen of 8; aligned to 576.
+    window = 3 * 576 * 65
+    assert CompressedAttention(**common).cache() == (State(window),)
     short = CompressedAttention(**common, ratio=4, overlap=True, indexer=indexer)
     assert short.cache(Cut(heads=8)) == (
-        window,
         Kept(0, None, other_bytes=584, ratio=4),
         Kept(0, None, other_bytes=132, ratio=4),
-        Kept(0, 8, other_bytes=2 * 2 * 512 * 4),
-        Kept(0, 8, other_bytes=2 * 2 * 128 * 4),
+        State(window + 3 * 576 * 57 + 3 * 576 * 15),
     )
+    assert (4 * 2 * 2 * 512 * 4, 4 * 2 * 2 * 128 * 4) == (32768, 8192)
     assert CompressedAttention(**common, ratio=128).cache() == (
-        window,
         Kept(0, None, other_bytes=584, ratio=128),
-        Kept(0, 128, other_bytes=2 * 512 * 4),
+        State(window + 17 * 576 * 57),
     )
     # A token's share of an entry is rounded up, and the format of other caches makes no difference.
-    assert [kept.token_bytes(bytes_) for kept in short.cache()[1:3] for bytes_ in (1, 2)] == [146, 146, 33, 33]
+    assert [kept.token_bytes(bytes_) for kept in short.cache()[:2] for bytes_ in (1, 2)] == [146, 146, 33, 33]
 
 
 def test_compressed_attention_sees_a_window_and_entries() -> None:

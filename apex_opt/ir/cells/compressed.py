@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from apex_opt.errors import InputError
-from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Kept, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Kept, Matrix, Piece, State
 from apex_opt.ir.cells.indexer import Indexer, forms_with
 from apex_opt.ir.cells.operations import AttendLatent, Elementwise, Op, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _SCALED: Final = 64  # elements of an entry that share a scale of one byte
 _STATE_BYTES: Final = 4
+_ALIGNED: Final = 576  # bytes that blocks are multiples of
+_WINDOW_BLOCK, _OVERLAP_BLOCK, _BLOCK = 64, 4, 8  # tokens of a block of the window, and of both kinds of sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,18 +152,21 @@ class CompressedAttention(AttentionCell):
             found += self.indexer.matrices(cut, self.index_quantised)
         return tuple(found)
 
-    def cache(self, cut: Cut = WHOLE) -> tuple[Kept, ...]:
-        """Vectors of the window; compressed entries and what is summed up for the next, likewise of the indexer."""
-        found = [Kept(0, self.local_window, other_bytes=self.entry_bytes)]
-        if self.ratio:
-            widths = [self.head_dim]
-            found.append(Kept(0, None, other_bytes=self.entry_bytes, ratio=self.ratio))
-            if self.indexer is not None:
-                widths.append(self.indexer.width)
-                found.append(self.indexer.cache())
-            summed = (1 + self.overlap) * self.ratio
-            found += [Kept(0, summed, other_bytes=_STATE_BYTES * self._compressor(width)[0]) for width in widths]
-        return tuple(found)
+    def cache(self, cut: Cut = WHOLE) -> tuple[Kept | State, ...]:
+        """Compressed entries and the indexer's; of a sequence the window and what is summed up for the next entries.
+
+        The latter lie in blocks of their own, of which a sequence holds those that its last tokens lie in.
+        """
+        size = _held(self.local_window, _WINDOW_BLOCK, self.entry_bytes)
+        if not self.ratio:
+            return (State(size),)
+        found, widths = [Kept(0, None, other_bytes=self.entry_bytes, ratio=self.ratio)], [self.head_dim]
+        if self.indexer is not None:
+            widths.append(self.indexer.width)
+            found.append(self.indexer.cache())
+        summed, block = (1 + self.overlap) * self.ratio, _OVERLAP_BLOCK if self.overlap else _BLOCK
+        size += sum(_held(summed, block, _STATE_BYTES * self._compressor(width)[0]) for width in widths)
+        return *found, State(size)
 
     def operations(self, cut: Cut, kv_bytes: int) -> tuple[Op, ...]:
         """Norm, projections, rotary embedding, cache write, compression, choice, attention, output projections."""
@@ -231,4 +236,16 @@ class CompressedAttention(AttentionCell):
     @property
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
-        return frozenset({"latent"})
+        return frozenset({"latent", "own pool"})
+
+
+def _held(window: int, block: int, token_bytes: int) -> int:
+    """Bytes of the most blocks that the last tokens of a sequence lie in.
+
+    Parameters
+    ----------
+    window : int         tokens that are kept, the one at hand included
+    block : int          tokens of a block
+    token_bytes : int    of each
+    """
+    return (ceil_div(window - 1, block) + 1) * _ALIGNED * ceil_div(block * token_bytes, _ALIGNED)
