@@ -6,12 +6,31 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cell_cases import BLOCKS, BORROWED, CHUNKED, ENTRIES, GROUPED, JOINT, LATENT, LONG, NARROW, SHORT, TOKENS, WINDOW
+from cell_cases import (
+    BLOCKS,
+    BORROWED,
+    CELLS,
+    CHUNKED,
+    ENTRIES,
+    GROUPED,
+    JOINT,
+    LATENT,
+    LONG,
+    NARROW,
+    SHORT,
+    TOKENS,
+    WINDOW,
+)
+from plan_cases import OVERHEAD, SMALL, instance_at, make_cluster, make_model
 
+from apex_opt.cost import CostModel
 from apex_opt.errors import InputError
-from apex_opt.ir import Attention, Cell, LatentAttention
+from apex_opt.evaluate import space, violations
+from apex_opt.ir import Attention, AttentionCell, Block, Cell, DenseFfn, LatentAttention
 from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept, State
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Op, Product, Score
+from apex_opt.plans.plan import parse_plan
+from formulations.plan_space import PlanSpace
 
 
 def sizes(cell: Cell) -> dict[str, int]:
@@ -217,3 +236,27 @@ def test_layers_without_positions_turn_nothing() -> None:
 def test_an_indexer_is_multiplied_in_the_format_of_its_own() -> None:
     forms = {op.quantised for op in ops(replace(LATENT, index_quantised=2), Product) if op.name == "indexer"}
     assert forms == {0, 2}
+
+
+# ---- all of them ----------------------------------------------------------------------------------------------
+
+
+KEEPERS = [cell for cell in CELLS if any(kept.token_bytes(2) for kept in cell.cache())]
+
+
+@pytest.mark.parametrize("cell", KEEPERS, ids=lambda cell: cell.kind)
+def test_program_and_oracle_agree_on_every_kind_and_its_time_is_counted(cell: AttentionCell) -> None:
+    block = Block(attention=cell, ffn=DenseFfn(hidden=cell.hidden, intermediate=24), streams=1 + (cell is SHORT))
+    plain = replace(block, attention=Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=16), streams=1)
+    model = make_model((block, 2), (plain, 1))
+    plan = parse_plan("tp2", model)
+    for room in (None, 0, -1):
+        instance = instance_at(model, None if room is None else plan, 4, memory=room)
+        found = set(PlanSpace().enumerate(instance).plans)
+        alone = (p for p in space(instance) if p.even and p.replicas == 1)
+        assert found == {p for p in alone if not violations(instance, p)}
+        assert (plan in found) == (room != -1)
+    cost = CostModel(model, make_cluster(4), SMALL, OVERHEAD).plan_cost(plan)
+    names = {name for name, _ in cost.parts[0]}
+    assert ("indexer" in names) == any(isinstance(op, Score) for op in cell.operations(Cut(), 2))
+    assert ("hyper connections" in names) == (cell is SHORT)
