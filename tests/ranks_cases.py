@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from simulator_cases import of_windows
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 GRAPHS = ("none", "piecewise", "full", "full_decode_only", "full_and_piecewise")
 
 
-def law_of(seqs: int, tokens: int, draw: random.Random, *, most: int) -> BatchLaw:
+def law_of(settings: EngineSettings, draw: random.Random, *, most: int) -> BatchLaw:
     """A batch law with entries up to so many nanoseconds."""
+    seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     noise = np.random.default_rng(draw.randrange(1 << 30))
     by_sequences = {name: noise.integers(0, most, seqs + 1) for name in ("decode_ns", "sequence_ns", "attend_ns")}
     by_tokens = {name: noise.integers(0, most, tokens + 1) for name in ("mixed_ns", "chunk_ns", "transfer_ns")}
@@ -36,6 +38,7 @@ def law_of(seqs: int, tokens: int, draw: random.Random, *, most: int) -> BatchLa
         context_rate=noise.integers(0, rates, seqs + 1),
         pair_rate=noise.integers(0, rates, tokens + 1),
         chunk_context_rate=noise.integers(0, rates, tokens + 1),
+        **of_windows(settings, lambda entries: noise.integers(0, rates, entries)),
     )
 
 
@@ -64,6 +67,7 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
     wide = max([tokens, *sizes]) + 1
     lockstep = draw.random() < 0.8
     most = draw.choice([1, 100_000, 3_000_000])
+    seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     noise = np.random.default_rng(draw.randrange(1 << 30))
     per = draw.choice([1, ranks])
     shared = [
@@ -80,7 +84,7 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
     return EnginePool(
         settings=settings,
         blocks=-(-longest // block_size) + draw.choice([0, 1, 3, 100]),
-        laws=[law_of(seqs, tokens, draw, most=most) for _ in range(stages)],
+        laws=[law_of(settings, draw, most=most) for _ in range(stages)],
         replicas=draw.choice([1, 1, 2, 3]),
         ranks=Ranks(
             count=ranks,

@@ -7,6 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
+from simulator_cases import of_windows
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.plans.engine import EngineSettings
@@ -130,4 +131,5 @@ def _law(r: Random, settings: EngineSettings) -> BatchLaw:
         chunk_context_rate=table(tokens, 1 << 20),
         transfer_ns=table(tokens, 500),
         copies=r.choice([1, 1, 2]),
+        **of_windows(settings, lambda entries: table(entries - 1, 1 << 20)),
     )

@@ -15,13 +15,13 @@ from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import METHODS, Speculation
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.simulator import BatchLaw, Outcome, Replay, simulate
-from apex_opt.simulator.law import RATE_BITS, linear_law
+from apex_opt.simulator.law import RATE_BITS, Window, linear_law
 from apex_opt.simulator.outcome import BatchCounts
 from apex_opt.units import ceil_div
 from apex_opt.workload import Trace, make_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from apex_opt.simulator.api import Implementation
     from apex_opt.simulator.outcome import Routing
@@ -141,6 +141,20 @@ def blocks_of(settings: EngineSettings, prompt: int, output: int) -> int:
     return ceil_div(min(held + ahead, settings.max_model_len), settings.block_size)
 
 
+def of_windows(settings: EngineSettings, rates: Callable[[int], Any]) -> dict[str, Any]:
+    """None to two windows and what is charged by them, `rates` of so many entries each.
+
+    They hang on the settings alone, so that all stages of a pool have the same.
+    """
+    most, entries = settings.max_model_len, (settings.max_num_seqs + 1, settings.max_num_batched_tokens + 1)
+    drawn = np.random.default_rng(64 * settings.max_num_seqs + most)
+    lengths = sorted(drawn.choice(min(most, 1000), min(int(drawn.integers(0, 3)), most), replace=False))
+    windows = tuple(Window(int(tokens) + 1, bool(drawn.integers(0, 2))) for tokens in lengths)
+    names = dict(zip(("seen_rate", "seen_pair_rate"), entries, strict=True))
+    tables = {name: np.array([rates(size) for _ in windows], np.int64) for name, size in names.items()}
+    return {"windows": windows, **{name: tables[name].reshape(len(windows), size) for name, size in names.items()}}
+
+
 def random_law(
     settings: EngineSettings, seed: int, *, zeros: float, copies: int, unit: int = 1, rate_unit: int = 1
 ) -> BatchLaw:
@@ -163,6 +177,7 @@ def random_law(
             "draft_rate": table(seats, *rate),
         }
     return BatchLaw(
+        **of_windows(settings, lambda entries: table(entries, *rate)),
         decode_ns=table(seats, 1, 40, unit),
         sequence_ns=table(seats, 0, 10, unit),
         attend_ns=table(seats, 0, 10, unit),

@@ -298,7 +298,10 @@ def test_derived_times_follow_the_datasheet() -> None:
     )
     assert base[0] / base[1] == pytest.approx(slower_math)
     assert per_pair[0] / per_pair[1] == pytest.approx(slower_math)
-    windowed = [p.decode_attention(64, 8, 64, "fp16", 256, 128)[0] for p in (V100, PROFILE)]
+    windowed = [
+        base + rate * 256 * 128
+        for base, rate in (p.decode_attention(64, 8, 64, "fp16", 256, 128) for p in (V100, PROFILE))
+    ]
     assert 1.5 < float(windowed[0] / windowed[1]) < slower_memory
 
 
@@ -442,10 +445,10 @@ def test_every_cell_of_every_model_has_sane_times_with_every_engine(gpu: str, ev
             for query, kv, width, window in heads:
                 least = roofline(profile, half, 4.0 * query * width, 2.0 * kv * width * element)
                 base, rate = profile.decode_attention(query, kv, width, kv_format, tokens, window)
-                short = window if window is not None and window <= 1024 else 0
-                sane(base + rate * tokens * 1000, tokens * (short or 1000) * least, slower=slower)
+                held = min(1000, window or 1000)
+                sane(base + rate * tokens * held, tokens * held * least, slower=slower)
                 base, rate = profile.prefill_attention(query, kv, width, kv_format, tokens, window)
-                seen = np.minimum(tokens, short) if short else tokens
+                seen = np.minimum(tokens, window or tokens)
                 pairs = tokens * seen - seen * (seen - 1) / 2
                 # Some kernels mask what lies outside a window and compute it all the same.
                 pair_s = 4.0 * query * width / profile.gpu.peak_flops_per_s(half)
@@ -495,7 +498,7 @@ def shapes_of_all_models() -> tuple[set[Any], set[Any], set[Any], set[Any]]:
                 case Experts():
                     experts.add((op.hidden, op.columns, op.experts, -(-op.experts // op.groups), op.topk))
                 case Attend():
-                    heads.add((op.heads, op.kv_heads, op.width, op.window))
+                    heads.add((op.heads, op.kv_heads, op.width, op.limit))
                 case AttendLatent():
                     latent.add((op.heads, op.rank, op.rope, op.key, op.value))
     return products, experts, heads, latent
@@ -608,21 +611,19 @@ def test_decode_attention_follows_the_heads_of_the_rank_and_the_cache_format() -
     assert odd == pytest.approx(eight * 120 / 128, rel=1e-9)
 
 
-def test_a_short_window_is_charged_whole_and_a_long_one_as_if_it_had_no_end() -> None:
+def test_a_window_takes_what_was_measured_of_it_and_that_of_the_whole_context_where_nothing_was() -> None:
     base, rate = PROFILE.decode_attention(64, 8, 64, "bf16", [64], 128)
-    assert rate[0] == 0
-    _, per_token = PROFILE.decode_attention(64, 8, 64, "bf16", [64])
+    whole = PROFILE.decode_attention(64, 8, 64, "bf16", [64])
     shape = {"dtype": "bf16", "heads": 64, "kv_heads": 8, "head_dim": 64, "window": 128, "batch": 64}
     filled = [
         row["time_us"] for row in rows("h200-sxm/vllm-0.24.0", "attention_decode", **shape) if row["context"] >= 256
     ]
-    assert base[0] == pytest.approx(np.median(filled) * 1e-6)
-    for far in (None, 4096):
-        assert (PROFILE.decode_attention(64, 8, 64, "bf16", [64], far)[1] == per_token).all()
+    assert base[0] + rate[0] * 64 * 128 == pytest.approx(np.median(filled) * 1e-6)
+    assert (PROFILE.decode_attention(64, 8, 64, "bf16", [64], 4096)[1] == whole[1]).all()
     prompt, pair = PROFILE.prefill_attention(64, 8, 64, "bf16", [8192], 128)
-    whole, per_pair = PROFILE.prefill_attention(64, 8, 64, "bf16", [8192])
-    assert pair[0] == 0
-    assert prompt[0] < 0.4 * (whole[0] + per_pair[0] * 8192 * 8193 / 2)
+    all_of_it, per_pair = PROFILE.prefill_attention(64, 8, 64, "bf16", [8192])
+    within = 8192 * 128 - 128 * 127 / 2
+    assert prompt[0] + pair[0] * within < 0.4 * (all_of_it[0] + per_pair[0] * 8192 * 8193 / 2)
 
 
 @pytest.mark.parametrize(

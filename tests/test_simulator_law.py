@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from apex_opt.errors import UsageError
 from apex_opt.plans.engine import EngineSettings
-from apex_opt.simulator.law import RATE_BITS, TABLES, BatchLaw, linear_law
+from apex_opt.simulator.law import RATE_BITS, TABLES, BatchLaw, Window, check_laws, linear_law
 from apex_opt.simulator.outcome import BatchCounts
 
 SEATS, TOKENS = 4, 16
@@ -174,6 +175,63 @@ def test_counts_times_tables_are_the_time_of_all_batches(plans: list[list[tuple[
     )
     assert summed == total
     assert counts.tokens == tokens
+
+
+def test_windows_charge_what_is_seen_of_the_context_by_hand() -> None:
+    used = replace(
+        law(decode_ns={2: 100}, context_rate={2: NS}, pair_rate={3: NS}),
+        windows=(Window(4), Window(8)),
+        seen_rate=np.array([[10 * NS] * (SEATS + 1), [100 * NS] * (SEATS + 1)]),
+        seen_pair_rate=np.array([[10 * NS] * (TOKENS + 1), [100 * NS] * (TOKENS + 1)]),
+    )
+    # Two sequences hold 5 + 6 tokens: 2 x 4 of them are seen through the first window at most, all through the other.
+    assert used.batch_ns([(1, 5), (1, 6)]) == 100 + 11 + 10 * 8 + 100 * 11
+    # The charge goes by the sum: 2 + 9 are charged as 5 + 6 are, where each on its own would see 2 + 4.
+    assert used.batch_ns([(1, 2), (1, 9)]) == used.batch_ns([(1, 5), (1, 6)])
+    # A chunk of 3 after 6: queries 7, 8 and 9 see all; 4 each; 7, 8 and 8.
+    assert used.batch_ns([(3, 9)]) == (7 + 8 + 9) + 10 * (4 + 4 + 4) + 100 * (7 + 8 + 8)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@given(tokens=st.integers(1, 9), held=st.integers(1, 40), chunk=st.integers(1, 40))
+def test_pairs_within_a_window_are_those_that_each_query_sees(
+    *, chunked: bool, tokens: int, held: int, chunk: int
+) -> None:
+    window, c = Window(tokens, chunked), min(chunk, held)
+    sees = [place % tokens + 1 if chunked else min(place + 1, tokens) for place in range(held)]
+    assert window.pairs(c, held) == sum(sees[held - c :])
+    assert window.seen(np.array([held]))[0] == sees[-1]
+    assert Window.of(window.stamp) == window
+
+
+def test_counts_of_windows_times_their_rates_are_the_time() -> None:
+    rng = np.random.default_rng(3)
+    windows = (Window(5), Window(7, True))
+    used = replace(
+        law(),
+        windows=windows,
+        seen_rate=rng.integers(0, 9, (2, SEATS + 1)) * NS,
+        seen_pair_rate=rng.integers(0, 9, (2, TOKENS + 1)) * NS,
+    )
+    counts, total = BatchCounts.empty(ENGINE, 2), 0
+    for chunks in ([(1, 4), (1, 20)], [(3, 9), (1, 30)], [(4, 4), (2, 11)], [(1, 3)]):
+        counts.add(chunks, windows=windows)
+        total += used.batch_ns(chunks)
+    assert (counts.seen_context * used.seen_rate).sum() + (counts.seen_pairs * used.seen_pair_rate).sum() == total * NS
+
+
+def test_stages_with_other_windows_and_tables_of_windows_too_short_are_refused() -> None:
+    limits = {"max_num_seqs": SEATS, "max_num_batched_tokens": TOKENS, "longest": 9, "held": 9}
+    rates = {"seen_rate": np.zeros((1, SEATS + 1), np.int64), "seen_pair_rate": np.zeros((1, TOKENS + 1), np.int64)}
+    one = replace(law(), windows=(Window(4),), **rates)
+    check_laws([one, one], **limits)
+    with pytest.raises(UsageError, match="stage 1: the law has the windows"):
+        check_laws([one, law()], **limits)
+    with pytest.raises(UsageError, match="seen_pair_rate has 2 entries"):
+        check_laws([replace(one, seen_pair_rate=np.zeros((1, 2), np.int64))], **limits)
+    most = np.full((1, SEATS + 1), 1 << 60)
+    with pytest.raises(UsageError, match="decode attention of this plan and trace would overflow"):
+        check_laws([replace(one, seen_rate=most)], **limits)
 
 
 def test_counts_add_up_and_differ_where_they_do() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.cost.tables import seen
 from apex_opt.ir.formats import get_format
 from apex_opt.units import NS_PER_S
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
     from apex_opt.cost.model import CostModel, PlanCost
     from apex_opt.plans.plan import Plan
+    from apex_opt.simulator.law import Window
     from apex_opt.simulator.outcome import BatchCounts, SharedCounts
 
-_OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate"})
+_OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate", "seen_pair_rate"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ def account(
     shared : SharedCounts or None    forwards of ranks that run in step; each of their batches, dummies among them, is
                                      done by one attention copy
     """
-    told = law_counts(counted)
+    told = law_counts(counted, cost.laws[0].windows)
     if shared is not None:
         told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager")}
         told["decode_ns"] = told["decode_ns"].copy()
@@ -77,7 +79,9 @@ def account(
         for times, piece in stage:
             for (operation, table), work in piece.parts.items():
                 count, entry = counts[table], entries[table]
-                of_one = table in _OF_ONE_COPY if cost.ranks is None else not table.startswith("together")
+                of_one = not table.startswith("together")
+                if cost.ranks is None:
+                    of_one = table.partition("/")[0] in _OF_ONE_COPY
                 copies = plan.attention.dp if of_one else 1
                 devices = times * plan.stage_devices / copies
                 flops += devices * float(count @ work.flops[entry])
@@ -113,9 +117,11 @@ def limit_w(costs: CostModel, plan: Plan) -> float:
     return sum(model.profile.power.limit_w * gpus for model, gpus in costs.on(plan))
 
 
-def law_counts(counts: BatchCounts) -> dict[str, NDArray[np.int64]]:
-    """How often each entry of each table of the law was used."""
+def law_counts(counts: BatchCounts, windows: tuple[Window, ...] = ()) -> dict[str, NDArray[np.int64]]:
+    """How often each entry of each table of a law with such windows was used."""
     return {
+        **{seen("context_rate", window): row for window, row in zip(windows, counts.seen_context, strict=True)},
+        **{seen("pair_rate", window): row for window, row in zip(windows, counts.seen_pairs, strict=True)},
         "decode_ns": counts.decode,
         "sequence_ns": counts.sequences,
         "attend_ns": counts.attend,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from apex_opt.cost.tables import shares
+from apex_opt.cost.tables import rising, seen, shares
 from apex_opt.cost.work import Work
-from apex_opt.ir.cells.operations import Attend, AttendCross, AttendEncoder, AttendLatent
+from apex_opt.ir.cells import WHOLE
+from apex_opt.ir.cells.operations import Attend, AttendCross, AttendEncoder, AttendLatent, Contextual
 from apex_opt.ir.formats import KV_BYTES
-from apex_opt.profiles.physics import causal_pairs, context_work, latent_work, pair_flops, score_work
+from apex_opt.profiles.physics import context_work, encoder_work, indexer_work, latent_work, pair_flops
+from apex_opt.simulator.law import Window
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from apex_opt.cost.tables import Parts, Tables
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.cells.operations import Contextual, Score
+    from apex_opt.ir.cells import AttentionCell
+    from apex_opt.ir.cells.operations import Score
     from apex_opt.profiles import Profile
 
 
@@ -37,19 +42,45 @@ def attention_parts(profile: Profile, tables: Tables, op: Contextual, dp: int, k
         return _cross(profile, tables, op, dp, kv_format)
     if not isinstance(op, Attend | AttendLatent):
         return _scores(profile, tables, op, dp)
+    window = window_seen(op)
     if isinstance(op, AttendLatent):
-        decode = profile.latent_decode(op.heads, op.rank, op.rope, kv_format, sequences)
-        prefill = profile.latent_prefill(op.heads, op.key, op.value, kv_format, tokens)
         context = latent_work(op.heads, op.rank, op.rope, element)
-        pair = pair_flops(op.heads, op.key, op.value)
-        return _causal(profile, tables, decode, prefill, dp, context, pair)
-    shape = op.heads, op.kv_heads, op.width
-    decode = profile.decode_attention(*shape, kv_format, sequences, op.window)
-    prefill = profile.prefill_attention(*shape, kv_format, tokens, op.window)
-    context, pair = context_work(*shape, element), pair_flops(op.heads, op.width, op.width)
-    # Within a short window time does not grow with the context: then all of it is charged to the window.
-    window = op.window if op.window is not None and not decode[1].any() else None
-    return _causal(profile, tables, decode, prefill, dp, context, pair, window)
+        entry_bytes = op.token_bytes or context[1]
+        decode = profile.latent_decode(op.heads, op.rank, op.rope, kv_format, sequences, entry_bytes)
+        gathered = entry_bytes if op.topk is not None else 0.0
+        prefill = profile.latent_prefill(op.heads, op.key, op.value, kv_format, tokens, gathered)
+        work = Attending(context[0], entry_bytes, pair_flops(op.heads, op.key, op.value))
+        return _causal(profile, tables, decode, prefill, dp, work, window, op.ratio)
+    length = None if window is None else window.tokens
+    shape, values = (op.heads, op.kv_heads, op.width), op.value_width or op.width
+    decode = profile.decode_attention(*shape, kv_format, sequences, length, values)
+    prefill = profile.prefill_attention(*shape, kv_format, tokens, length, values)
+    context = context_work(*shape, element, values)
+    return _causal(
+        profile, tables, decode, prefill, dp, Attending(*context, pair_flops(op.heads, op.width, values)), window
+    )
+
+
+def window_seen(op: Contextual) -> Window | None:
+    """How much of the context the queries of an operation see, None where that is all of it."""
+    if not isinstance(op, Attend | AttendLatent) or op.limit is None:
+        return None
+    return Window(op.limit, isinstance(op, Attend) and op.chunked)
+
+
+def windows_of(cells: Iterable[AttentionCell]) -> tuple[Window, ...]:
+    """Windows of cells, as a law lists them."""
+    operations = (op for cell in cells for op in cell.operations(WHOLE, 1))
+    found = {window_seen(op) for op in operations if isinstance(op, Contextual)}
+    return tuple(sorted(window for window in found if window is not None))
+
+
+class Attending(NamedTuple):
+    """Work of causal attention: FLOP and bytes per entry of the cache, and FLOP per query-key pair."""
+
+    entry_flops: float
+    entry_bytes: float
+    pair_flops: float
 
 
 def _causal(
@@ -58,50 +89,44 @@ def _causal(
     decode: tuple[Floats, Floats],
     prefill: tuple[Floats, Floats],
     dp: int,
-    context: tuple[float, float],
-    pair: float,
-    window: int | None = None,
+    work: Attending,
+    window: Window | None,
+    ratio: int = 1,
 ) -> Parts:
     """Causal attention times as work.
 
     Parameters
     ----------
     decode, prefill : base and rate each, as `Profile` gives them for one copy
-    context : FLOP and bytes per token of context
-    pair : FLOP per query-key pair
-    window : tokens that every sequence is charged with in the base; None charges by context and pair
+    window : how much of the context a query sees
+    ratio : tokens of context that one entry of the cache stands for
     """
-    power, half, tokens = profile.power, profile.gpu.half_dtype, tables.tokens
-    (base, per_token), (decode_flops, token_bytes) = decode, context
+    power, half = profile.power, profile.gpu.half_dtype
+    (base, per_entry), flops = decode, work.entry_flops * (1 + tables.drafts)
     base[0] = base[1]  # a batch of prompts alone launches the kernel as well
     chunk, per_pair = prefill
-    by_context = float(window is None)
     if tables.drafts:  # the context is read once for a token and its drafts, and multiplied with each
-        decode_flops *= 1 + tables.drafts
-        least = decode_flops / profile.gpu.peak_flops_per_s(half)
-        per_token = np.where(per_token > 0, np.maximum(per_token, least), 0.0)
-    held, seen = tables.sequences * ((window or 0) / dp), np.minimum(tokens, window or 0)
-    pairs = causal_pairs(tokens, seen)
-    launch = Work.of(power, base, held * decode_flops, held * token_bytes, half)
-    read = Work.of(power, per_token / dp, by_context * decode_flops / dp, by_context * token_bytes / dp, half)
+        least = flops / profile.gpu.peak_flops_per_s(half)
+        per_entry = np.where(per_entry > 0, np.maximum(per_entry, least), 0.0)
+    share = 1 / (dp * ratio)
+    launch = Work.of(power, base, 0.0, 0.0, half)
+    read = Work.of(power, per_entry * share, flops * share, work.entry_bytes * share, half)
     return {
         ("decode attention", "decode_ns"): launch,
         ("decode attention", "attend_ns"): launch,
-        ("decode attention", "context_rate"): read,
-        ("prefill attention", "chunk_ns"): Work.of(power, chunk, pairs * pair, 0.0, half),
-        ("prefill attention", "pair_rate"): Work.of(power, per_pair, by_context * pair, 0.0, half),
+        ("decode attention", seen("context_rate", window)): read,
+        ("prefill attention", "chunk_ns"): Work.of(power, chunk, 0.0, 0.0, half),
+        ("prefill attention", seen("pair_rate", window)): Work.of(
+            power, per_pair / ratio, work.pair_flops / ratio, 0.0, half
+        ),
     }
 
 
 def _encoder(profile: Profile, tables: Tables, op: AttendEncoder) -> Parts:
     """Attention of inputs that see all of themselves: an input is computed whole, as a chunk of its length."""
-    tokens = tables.tokens.astype(np.float64)
-    shape = op.heads, op.kv_heads, op.width
-    pairs = tokens * (tokens if op.window is None else np.minimum(tokens, op.window))
-    flops = pairs * pair_flops(op.heads, op.width, op.width)
-    base, per_pair = profile.prefill_attention(*shape, "bf16", tokens)
-    seconds = base + per_pair * pairs
-    return {("encoder attention", "chunk_ns"): Work.of(profile.power, seconds, flops, 0.0, profile.gpu.half_dtype)}
+    seconds = rising(profile.encoder_attention(op.heads, op.kv_heads, op.width, tables.tokens, op.window))
+    work = encoder_work(op.heads, op.kv_heads, op.width, tables.tokens, op.window)
+    return {("encoder attention", "chunk_ns"): Work.of(profile.power, seconds, *work, profile.gpu.half_dtype)}
 
 
 def _cross(profile: Profile, tables: Tables, op: AttendCross, dp: int, kv_format: str) -> Parts:
@@ -125,19 +150,20 @@ def _cross(profile: Profile, tables: Tables, op: AttendCross, dp: int, kv_format
 
 def _scores(profile: Profile, tables: Tables, op: Score, dp: int) -> Parts:
     """An indexer: scores of all the context, written and read again by the choice of the highest."""
-    power, queries = profile.power, 1 + tables.drafts
-    (flops, token_bytes), (pair, pair_bytes) = score_work(op.heads, op.width, op.token_bytes, op.ratio)
-    dtype = profile.indexer_dtype
-    base, per_token = profile.score_decode(op.heads, op.width, op.token_bytes, op.ratio, shares(tables.sequences, dp))
+    power, queries, dtype = profile.power, 1 + tables.drafts, profile.indexer_dtype
+    share = 1 / (dp * op.ratio)
+    base, per_entry = profile.score_decode(op.heads, op.width, op.token_bytes, shares(tables.sequences, dp), queries)
     base[0] = base[1]
-    launch, per_pair = profile.score_prefill(op.heads, op.width, op.token_bytes, op.ratio, tables.tokens)
+    per_pair = profile.score_prefill(op.heads, op.width, tables.tokens) / op.ratio
+    (flops, written), (_, read) = (indexer_work(kernel, op.heads * op.width) for kernel in ("scores", "choice"))
+    passed = float(written + read)
     started = Work.of(power, base, 0.0, 0.0, dtype)
+    entries = Work.of(
+        power, per_entry * share, flops * queries * share, (op.token_bytes + queries * passed) * share, dtype
+    )
     return {
         ("indexer", "decode_ns"): started,
         ("indexer", "attend_ns"): started,
-        ("indexer", "context_rate"): Work.of(
-            power, per_token * (queries / dp), flops * queries / dp, token_bytes / dp, dtype
-        ),
-        ("indexer", "chunk_ns"): Work.of(power, launch, 0.0, 0.0, dtype),
-        ("indexer", "pair_rate"): Work.of(power, per_pair, pair, pair_bytes, dtype),
+        ("indexer", "context_rate"): entries,
+        ("indexer", "pair_rate"): Work.of(power, per_pair, flops / op.ratio, passed / op.ratio, dtype),
     }

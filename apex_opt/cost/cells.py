@@ -15,7 +15,7 @@ from apex_opt.cost.attention import attention_parts
 from apex_opt.cost.exchanges import KEPT, Exchanges
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.states import state_parts
-from apex_opt.cost.tables import by_table, merged, owned, shares, times
+from apex_opt.cost.tables import by_table, merged, owned, rising, shares, times
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.cells import WHOLE, Cut
@@ -186,8 +186,7 @@ class Operations(Exchanges):
         if self.routing == "uniform":
             load = load * np.minimum(fullest_group_factor(m * topk, op.groups), fullest)
         seconds = self.profile.moe_time_s(name, load, *shape, self.routing, op.matrices)
-        # The engine could pad the batch to a larger one: tables are not monotone where shapes are interpolated.
-        seconds = np.minimum.accumulate(np.maximum(seconds, least_s)[::-1])[::-1]
+        seconds = rising(np.maximum(seconds, least_s))
         seconds = np.where(m > 0, seconds, 0.0)
         # All groups together do the work of an even share each.
         flops, moved = experts_work(m, *shape, weight_bytes=kernel.weight_bytes, matrices=op.matrices)
@@ -280,7 +279,11 @@ class Operations(Exchanges):
                 layers.append(place(operation="qkv", work=self.gemm(self.half, rows, draft.hidden)))
         if draft.joined:
             layers.append(place(operation="qkv", work=self.gemm(self.half, draft.hidden, draft.joined)))
-        found = {("drafts", table): work for table, work in by_table(merged(*layers)).items()}
+        found: Parts = {}
+        for table, work in by_table(merged(*layers)).items():
+            # What drafts see through a window is charged as if it had no end: a rate of their own is all they have.
+            whole = table.partition("/")[0].replace("seen_rate", "context_rate").removeprefix("seen_")
+            found = merged(found, {("drafts", whole): work})
         vocab = ceil_div(draft.vocab, attention.tp)
         head = self.elementwise(norm(draft.hidden)) + self.gemm(self.half, vocab, draft.hidden)
         head = head + self.elementwise(Elementwise("sampler", 4.0 * draft.vocab))

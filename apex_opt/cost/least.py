@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from apex_opt.cost.tables import seen, windows_in
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
+    from apex_opt.simulator.law import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,7 @@ class Least:
     decode_joules, mixed_joules : float               per sequence or token of the batch, on one device
     verify, verify_share, verify_joules : float       of batches that verify drafts: of any, and per token
     draft, draft_context : float                      of making drafts in any batch, and per token of context
+    seen : of each window, per token of context within it, and per query-key pair of a prompt
     """
 
     decode: float = 0.0
@@ -49,6 +53,7 @@ class Least:
     verify_joules: float = 0.0
     draft: float = 0.0
     draft_context: float = 0.0
+    seen: tuple[tuple[Window, float, float], ...] = ()
 
     @classmethod
     def of(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
@@ -78,6 +83,14 @@ class Least:
             verify_joules=_share(joules["verify_ns"], 1),
             draft=_least(seconds.get("draft_ns", _NONE), 1),
             draft_context=_least(seconds.get("draft_rate", _NONE), 1),
+            seen=tuple(
+                (
+                    window,
+                    _least(seconds.get(seen("context_rate", window), _NONE), 1),
+                    _least(seconds.get(seen("pair_rate", window), _NONE), 2),
+                )
+                for window in windows_in(seconds)
+            ),
         )
 
     @classmethod
@@ -111,6 +124,7 @@ class Least:
             context=self.context / count,
             pair=self.pair / count,
             again=self.again / count,
+            seen=tuple((window, context / count, pair / count) for window, context, pair in self.seen),
             decode_joules=self.decode_joules / count,
             mixed_joules=min(self.decode_joules, self.mixed_joules) / count,
         )
@@ -127,10 +141,29 @@ class Least:
 
     def plus(self, other: Least, times: int) -> Least:
         """With another so many times on top."""
-        return Least(**{f.name: getattr(self, f.name) + times * getattr(other, f.name) for f in fields(self)})
+        rates = {window: (context, pair) for window, context, pair in self.seen}
+        for window, context, pair in other.seen:
+            before = rates.get(window, (0.0, 0.0))
+            rates[window] = before[0] + times * context, before[1] + times * pair
+        return Least(
+            **{name: getattr(self, name) + times * getattr(other, name) for name in _NUMBERS},
+            seen=tuple((window, *rates[window]) for window in sorted(rates)),
+        )
+
+    @classmethod
+    def of_any(cls, same: Sequence[Least]) -> Least:
+        """The least of one piece on any of several types of GPU, whose windows are the same."""
+        return cls(
+            **{name: min(getattr(part, name) for part in same) for name in _NUMBERS},
+            seen=tuple(
+                (rows[0][0], min(row[1] for row in rows), min(row[2] for row in rows))
+                for rows in zip(*(part.seen for part in same), strict=True)
+            ),
+        )
 
 
 _NONE = np.zeros(1)
+_NUMBERS = tuple(f.name for f in fields(Least) if f.name != "seen")
 
 
 def _least(table: Floats, first: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
@@ -260,7 +260,7 @@ class CostModel:
 
 def _least_of(same: tuple[tuple[int, Least], ...]) -> tuple[int, Least]:
     """What one piece takes at least on any of several types of GPU, so many times."""
-    return same[0][0], Least(**{f.name: min(getattr(part, f.name) for _, part in same) for f in fields(Least)})
+    return same[0][0], Least.of_any([part for _, part in same])
 
 
 def _sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
@@ -269,5 +269,6 @@ def _sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
     for count, least in parts:
         total = total.plus(least, count)
     if tokens <= 2:  # no batch has room for a prompt of two tokens
-        return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf)
+        without = tuple((window, context, inf) for window, context, _ in total.seen)
+        return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf, seen=without)
     return total

@@ -8,7 +8,7 @@ a rank, rounded up, as a forward of so many tokens on every rank.
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from apex_opt.cost.least import Least
 from apex_opt.cost.tables import Tables
 from apex_opt.cost.work import Work
 from apex_opt.plans.memory import stage_runs
-from apex_opt.simulator.law import BatchLaw
 from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.work import Floats
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
+    from apex_opt.simulator.law import BatchLaw
 
 _TOGETHER: Final = ("together decode", "together mixed", "together eager")
 _KEPT: Final = 16
@@ -98,7 +98,6 @@ class RankCosts:
             whole = next(self._operations(plan))
             seconds["transfer_ns"] = whole.transfer(costs.model, plan.attention, layout)
         shared = self._sum_of(together)
-        law: dict[str, Any] = {name: costs.integers(values, name) for name, values in seconds.items()}
         sums = SharedLaw(
             padded_ns=np.zeros_like(tables.tokens),
             decode_ns=costs.integers(shared["together decode"]),
@@ -107,7 +106,7 @@ class RankCosts:
             graph_ns=np.zeros(3, np.int64),
             per=plan.attention.dp if in_step(plan) else 1,
         )
-        return BatchLaw(**law), sums, (*own, *together, (1, engine))
+        return costs.law_of(seconds), sums, (*own, *together, (1, engine))
 
     def group(self, plan: Plan, shared: Sequence[SharedLaw]) -> Ranks:
         """The ranks of a replica of a plan.

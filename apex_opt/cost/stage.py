@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from apex_opt.cost.attention import windows_of
 from apex_opt.cost.cells import Operations
 from apex_opt.cost.least import Least
-from apex_opt.cost.tables import Parts, Tables
+from apex_opt.cost.tables import Parts, Tables, seen, window_of
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
 from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import stage_runs
 from apex_opt.profiles import SHIPPED, load_collectives, load_profile
-from apex_opt.simulator.law import RATE_BITS, BatchLaw
+from apex_opt.simulator.law import RATE_BITS, BatchLaw, Window
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class StageCosts:
         padded = _padded(sequences, captured, len(tokens) - 1)
         self.tables = Tables(tokens, sequences, padded, self.drafts, verified)
         held = Held.of(settings.runnable, model, cluster.gpu)
+        self.windows = windows_of(run.block.attention for run in model.runs)
         gap_s = 0.0 if cluster.gpu.overlapped_launch else overhead.gap_s
         self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s)
 
@@ -145,9 +147,26 @@ class StageCosts:
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
-        tables: dict[str, Any] = {name: _integers(values, name in _RATES) for name, values in seconds.items()}
-        law = BatchLaw(**tables, copies=copies, draft_tokens=self.drafts)
-        return law, (*pieces, (1, engine))
+        return self.law_of(seconds, copies, self.drafts), (*pieces, (1, engine))
+
+    def law_of(self, seconds: dict[str, Floats], copies: int = 1, drafts: int = 0) -> BatchLaw:
+        """The law of seconds per table.
+
+        Parameters
+        ----------
+        seconds : as `sum_of` gives them, and `transfer_ns`
+        copies : int    of attention
+        drafts : int    that may follow a token
+        """
+        tables: dict[str, Any] = {
+            name: self.integers(values, name) for name, values in seconds.items() if window_of(name) is None
+        }
+        for name in ("context_rate", "pair_rate"):
+            rows = [self.integers(seconds[seen(name, window)], name) for window in self.windows]
+            tables[seen(name, Window(0)).partition("/")[0]] = np.array(rows, np.int64).reshape(
+                len(rows), len(seconds[name])
+            )
+        return BatchLaw(**tables, copies=copies, draft_tokens=drafts, windows=self.windows)
 
     def made_of(
         self,
@@ -259,6 +278,8 @@ class StageCosts:
         sizes |= dict.fromkeys(_BY_TOKENS, len(self.tables.tokens))
         if self.drafts:
             sizes |= {name: len(getattr(self.tables, by)) for name, by in _OF_DRAFTS.items()}
+        for name in ("context_rate", "pair_rate"):
+            sizes |= {seen(name, window): sizes[name] for window in self.windows}
         seconds = {name: np.zeros(size) for name, size in sizes.items()}
         for count, piece in pieces:
             for table, values in piece.seconds.items():

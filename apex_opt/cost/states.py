@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from apex_opt.cost.tables import shares
+from apex_opt.cost.tables import rising, shares
 from apex_opt.cost.work import Work
 from apex_opt.ir.cells.operations import Convolve
 from apex_opt.profiles.physics import convolution_work, recurrence_work
@@ -33,20 +31,17 @@ def state_parts(profile: Profile, tables: Tables, op: Stateful, dp: int) -> Part
     op : Stateful        of one shard
     dp : int             attention copies that share the sequences of a batch
     """
-    power, half = profile.power, profile.gpu.half_dtype
-    work = convolution_work(*op) if isinstance(op, Convolve) else recurrence_work(*op)
-    rows, queries = shares(tables.sequences, dp), 1 + tables.drafts
-    decode_s, launch_s, chunk_s = (
-        profile.state_decode(op.name, work, rows, queries),
-        *profile.state_prefill(op.name, work, tables.tokens),
-    )
-    each, tokens = tables.sequences / dp, tables.tokens.astype(np.float64)
-    step_bytes = work.state_bytes * (1 + queries) + work.token_bytes * queries
-    chunk_bytes = np.where(tokens > 0, 2 * work.state_bytes + work.prompt_bytes * tokens, 0.0)
-    step = Work.of(power, decode_s, each * work.step_flops * queries, each * step_bytes, half)
-    beside = Work.of(power, decode_s + launch_s, step.flops, step.moved, half)
+    if isinstance(op, Convolve):
+        work, kind, shape = convolution_work(*op), "convolution", (op.channels, op.kernel, 1, 1)
+    else:
+        work, kind, shape = recurrence_work(*op), op.kind, (op.heads, op.key, op.value, op.key_heads)
+    power, half, queries = profile.power, profile.gpu.half_dtype, 1 + tables.drafts
+    step_s = rising(profile.state_decode(kind, shape, work, shares(tables.sequences, dp), queries))
+    launch_s, chunk_s = profile.state_prefill(kind, shape, work, tables.tokens)
+    chunk_s = rising(chunk_s)
+    done = work.of_step(tables.sequences / dp, queries)
     return {
-        (op.name, "decode_ns"): step,
-        (op.name, "attend_ns"): beside,
-        (op.name, "chunk_ns"): Work.of(power, chunk_s, work.prompt_flops * tokens, chunk_bytes, half),
+        (op.name, "decode_ns"): Work.of(power, step_s, *done, half),
+        (op.name, "attend_ns"): Work.of(power, step_s + launch_s, *done, half),
+        (op.name, "chunk_ns"): Work.of(power, chunk_s, *work.of_prompt(tables.tokens), half),
     }

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apex_opt.cost.work import Work
+from apex_opt.simulator.law import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from apex_opt.cost.work import Floats
 
 Ints = NDArray[np.int64]
 Parts = dict[tuple[str, str], Work]
@@ -132,6 +138,31 @@ def by_table(parts: Parts) -> dict[str, Work]:
 def times(parts: Parts, count: int) -> Parts:
     """Parts of `count` identical layers."""
     return {key: work * count for key, work in parts.items()}
+
+
+def seen(table: str, window: Window | None) -> str:
+    """The table of what queries see through a window, for one of all their context.
+
+    `context_rate` and `pair_rate` are those of queries that see all; of those that see less `seen_rate` and
+    `seen_pair_rate` are, which a law has for each of its windows.
+    """
+    return table if window is None else f"seen_{table.removeprefix('context_')}/{window.stamp}"
+
+
+def window_of(table: str) -> Window | None:
+    """The window that `seen` put into the name of a table, if any."""
+    _, found, stamp = table.partition("/")
+    return Window.of(int(stamp)) if found else None
+
+
+def windows_in(tables: Iterable[str]) -> tuple[Window, ...]:
+    """Windows in the names of tables, in order."""
+    return tuple(sorted({window for table in tables for window in [window_of(table)] if window is not None}))
+
+
+def rising(seconds: Floats) -> Floats:
+    """Times none of which is above that of a larger size, as the engine could pad: tables are not monotone."""
+    return np.minimum.accumulate(seconds[::-1])[::-1]
 
 
 def shares(values: Ints, parts: int) -> Ints:

@@ -16,7 +16,7 @@ from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.cluster.toml_reader import TomlTable, read_toml, shown
 from apex_opt.cluster.types import LINK_KINDS, MAX_GPUS
 from apex_opt.errors import UsageError, join_faults
-from apex_opt.profiles.operations import sizes
+from apex_opt.profiles.lookup import sizes
 from apex_opt.units import DATA_ROOT, GB, ceil_div
 
 if TYPE_CHECKING:

@@ -15,10 +15,14 @@ from apex_opt.profiles.physics import (
     Arithmetic,
     causal_pairs,
     context_work,
+    convolution_work,
+    encoder_work,
     experts_work,
     gemm_work,
+    indexer_work,
     latent_work,
     pair_flops,
+    recurrence_work,
 )
 from apex_opt.profiles.schema import Card, read_card, read_table, schema_of
 from apex_opt.profiles.sources.aiconfigurator import PACKAGE, distilled_from, full_tables
@@ -64,6 +68,16 @@ _CACHED, _SILENT = 1.1, 0.2
 _UNCACHED_BYTES: Final = 2**28
 """What no cache holds."""
 
+
+_LEAST_SCORED, _LONGEST_SCORED = 8192, 65_536
+"""Contexts that tell the rate of an indexer: in shorter ones launches count, few were measured of longer ones."""
+STATE_FLOOR_S: Final = 5e-6
+"""Time that a recurrence or a convolution takes however little there is to do."""
+_STATE_BYTES: Final = 4.0
+"""Bytes of an element of the states that tables were measured with."""
+_ENCODER_SCALE: Final = (1.0, 2.0)
+_STATE_SCALE: Final = (1.0, 1.0, 1.0, 0.5)
+"""Distance between two states per factor of e: matrices, rows, columns, heads of queries and keys."""
 
 MEMORY_KERNELS: Final = {"plain": "copy", "norm": "add_rms_norm", "activation": "silu_and_mul"}
 """Kinds of element-wise kernels, and the names of those that stand for them in a memory table, less their widths."""
@@ -188,6 +202,9 @@ class Source:
         self.decode = lru_cache(maxsize=None)(self._decode)
         self.prefill = lru_cache(maxsize=None)(self._prefill)
         self.memory = lru_cache(maxsize=None)(self._memory)
+        self.state = lru_cache(maxsize=None)(self._state)
+        self.indexer = lru_cache(maxsize=None)(self._indexer)
+        self.encoder = lru_cache(maxsize=None)(self._encoder)
 
     def has(self, kind: str) -> bool:
         """Whether the folder has a table of a kind."""
@@ -262,6 +279,60 @@ class Source:
         ratio = (MOE_FLOOR_S + bound) / _envelope(np.column_stack(shape), tokens, rows["time_us"][chosen] * 1e-6)
         per_expert = np.log(tokens * shape[4] / shape[2])
         return build_surface(np.column_stack(shape), _MOE_SCALE, per_expert, ratio, 6, 1.0)
+
+    def _state(self, kind: str, op: str) -> Surface | None:
+        """(floor + roofline) / time over the batch or the length of a prompt, per shape of the state."""
+        if not self.has(kind):
+            return None
+        table = self.table(kind)
+        chosen = table["op"] == op
+        if not chosen.any():
+            return None
+        heads, key, value, key_heads = (table[name][chosen] for name in ("heads", "key", "value", "key_heads"))
+        if op == "convolution":
+            work = convolution_work(heads, key)
+        else:
+            work = recurrence_work(op, heads, key, value, key_heads, _STATE_BYTES)
+        decode = kind == "state_decode"
+        size = table["batch" if decode else "length"][chosen]
+        bound = self.bound_s(Arithmetic.of("bf16"), *(work.of_step(size) if decode else work.of_prompt(size)))
+        shape = np.column_stack([heads, key, value, key_heads])
+        seconds = _envelope(shape, size, table["time_us"][chosen] * 1e-6)
+        return build_surface(shape, _STATE_SCALE, np.log(size), (STATE_FLOOR_S + bound) / seconds, 4, 1.0)
+
+    def _indexer(self, op: str) -> Surface | None:
+        """Roofline / time of a query-key pair over the tokens of a chunk, beyond the launch.
+
+        Of the longest usual context: however few the queries, all keys are read and multiplied by as many as a tile
+        has.
+        """
+        if not self.has("indexer"):
+            return None
+        table = self.table("indexer")
+        chosen = (table["op"] == op) & (table["context"] <= _LONGEST_SCORED)
+        if not chosen.any():
+            return None
+        length, context, time_us = (table[name][chosen] for name in ("length", "context", "time_us"))
+        order = np.lexsort((context, length))
+        last = order[np.append(np.flatnonzero(np.diff(length[order]) > 0), len(order) - 1)]
+        last = last[context[last] >= _LEAST_SCORED]
+        width = np.column_stack([table["heads"][chosen][last] * table["width"][chosen][last]])
+        pair = indexer_work(op, width[:, 0])
+        bound = self.bound_s(Arithmetic.of("fp8" if "fp8" in self._peaks else "bf16"), *pair)
+        pairs = causal_pairs(context[last], context[last]) - causal_pairs(*(2 * [context[last] - length[last]]))
+        seconds = np.maximum(time_us[last] - time_us.min(), 1e-3) * 1e-6 / pairs
+        return build_surface(width, (1.0,), np.log(length[last]), np.minimum(bound / seconds, 1.0), 1, 1.0)
+
+    def _encoder(self) -> Surface | None:
+        """(floor + roofline) / time over the tokens of an input, per number and width of heads."""
+        if not self.has("attention_encoder"):
+            return None
+        table = self.table("attention_encoder")
+        heads, width, length = (table[name] for name in ("heads", "head_dim", "length"))
+        bound = self.bound_s(Arithmetic.of("bf16"), *encoder_work(heads, heads, width, length))
+        seconds = _envelope(np.column_stack([heads, width]), length, table["time_us"] * 1e-6)
+        ratio = (STATE_FLOOR_S + bound) / seconds
+        return build_surface(np.column_stack([heads, width]), _ENCODER_SCALE, np.log(length), ratio, 4, 1.0)
 
     def _shapes(self, kind: str, dtype: str, window: int) -> Shapes | None:
         """Shapes of heads measured with a KV format and a window (0: the whole context), or None."""
@@ -533,6 +604,24 @@ def moe_feature(hidden: int, expert_ffn: int, experts: int, held: int, topk: int
     topk : int          experts of a token
     """
     return _feature((hidden, expert_ffn, experts, held, topk), _MOE_SCALE)
+
+
+def state_feature(heads: int, key: int, value: int, key_heads: int) -> tuple[float, ...]:
+    """A shape of states as the surface knows it.
+
+    Parameters
+    ----------
+    heads : int        matrices of the state, or channels of a convolution
+    key : int          rows of each, or tokens that an output depends on
+    value : int        columns of each
+    key_heads : int    heads of queries and keys
+    """
+    return _feature((heads, key, value, key_heads), _STATE_SCALE)
+
+
+def encoder_feature(heads: int, width: int) -> tuple[float, ...]:
+    """Heads of an encoder as the surface knows them."""
+    return _feature((heads, width), _ENCODER_SCALE)
 
 
 def _feature(sizes: tuple[float, ...], scale: tuple[float, ...]) -> tuple[float, ...]:

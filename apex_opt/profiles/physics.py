@@ -106,7 +106,7 @@ def experts_work(
 
 
 def context_work(
-    heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number
+    heads: _Number, kv_heads: _Number, head_dim: _Number, element_bytes: _Number, value_dim: _Number | None = None
 ) -> tuple[_Number, _Number]:
     """FLOP and bytes of one decoding sequence per token of its context.
 
@@ -114,10 +114,12 @@ def context_work(
     ----------
     heads : number            query heads
     kv_heads : number         heads of the cache
-    head_dim : number         elements of a head
+    head_dim : number         elements of a query or key head
     element_bytes : number    bytes of an element of the cache
+    value_dim : number        elements of a value head; None is `head_dim`
     """
-    return 4.0 * heads * head_dim, 2.0 * kv_heads * head_dim * element_bytes
+    both = head_dim + (head_dim if value_dim is None else value_dim)
+    return 2.0 * heads * both, kv_heads * both * element_bytes
 
 
 def latent_work(heads: float, rank: float, rope: float, element_bytes: float) -> tuple[float, float]:
@@ -153,23 +155,20 @@ def causal_pairs(length: NDArray[Any], seen: NDArray[Any]) -> Floats:
     return np.asarray(length * seen - seen * (seen - 1) / 2)
 
 
-def score_work(
-    heads: float, width: float, token_bytes: float, ratio: float
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """FLOP and bytes of an indexer per token of context of a decoding sequence, and per query-key pair of a prompt.
+def indexer_work(op: str, width: Size) -> tuple[Floats, Floats]:
+    """FLOP and bytes of an indexer per query and entry: of its score, or of the choice, which looks at the score.
 
-    Scores are written in 32 bits and read by the choice of the highest; prompts read the keys once for many queries,
-    which is not counted.
+    The score is written in 32 bits, and read. The entry itself is read once for many queries of a prompt, and is not
+    counted.
 
     Parameters
     ----------
-    heads, width : float    heads of the indexer and elements of each
-    token_bytes : float     read per entry of its cache
-    ratio : float           tokens of context per entry
+    op : str          "scores" or "choice"
+    width : number    elements of all heads of the indexer
     """
-    flops = 2.0 * heads * width / ratio
-    scores = 2 * _SCORE_BYTES / ratio
-    return (flops, token_bytes / ratio + scores), (flops, scores)
+    every = np.asarray(width, dtype=np.float64)
+    flops = 2 * every if op == "scores" else np.zeros_like(every)
+    return flops, np.full_like(every, _SCORE_BYTES)
 
 
 class StateWork(NamedTuple):
@@ -177,63 +176,91 @@ class StateWork(NamedTuple):
 
     Parameters
     ----------
-    step_flops : float      FLOP of a token that is computed by itself
-    token_bytes : float     read and written per such token beside the state
-    state_bytes : float     of the state of a sequence: read once and written once by a step or by a chunk of a prompt
-    prompt_flops : float    FLOP per token of a prompt
-    prompt_bytes : float    read and written per token of a prompt
+    step_flops : number      FLOP of a token that is computed by itself
+    token_flops : number     FLOP per token of a prompt
+    token_bytes : number     read and written per token beside the state
+    state_bytes : number     of the state of a sequence: read once and written once by a step or by a chunk of a prompt
     """
 
-    step_flops: float
-    token_bytes: float
-    state_bytes: float
-    prompt_flops: float
-    prompt_bytes: float
+    step_flops: Any
+    token_flops: Any
+    token_bytes: Any
+    state_bytes: Any
+
+    def of_step(self, sequences: Size, queries: int = 1) -> tuple[Floats, Floats]:
+        """FLOP and bytes of a step of so many sequences, each with so many tokens after which the state is kept."""
+        each = self.state_bytes * (1 + queries) + self.token_bytes * queries
+        return np.asarray(sequences * self.step_flops * queries), np.asarray(sequences * each)
+
+    def of_prompt(self, tokens: Size) -> tuple[Floats, Floats]:
+        """FLOP and bytes of so many tokens of one prompt."""
+        moved = np.where(np.asarray(tokens) > 0, 2 * self.state_bytes + self.token_bytes * tokens, 0.0)
+        return np.asarray(self.token_flops * tokens), moved
 
 
 def recurrence_work(
-    kind: str, heads: float, key: float, value: float, key_heads: float, state_bytes: float, chunk: float
+    kind: str, heads: Size, key: Size, value: Size, key_heads: Size, state_bytes: Size, chunk: Size = 64
 ) -> StateWork:
     """Work of a recurrence over `heads` matrices of `key` by `value`.
 
     A step lets the state decay (1 FLOP per element), adds an outer product and reads it out (2 each); delta rules first
     take back what the state holds under the key (2 more). Within a chunk of a prompt queries meet keys, and what comes
     of it meets values; delta rules solve for what to write, which takes products of keys with keys and of the solution
-    with keys and values; the state is added to and read out once per token. The states between chunks are written and
-    read in 16 bits.
+    with keys and values; the state is added to and read out once per token, and delta rules take back once. Mamba1
+    steps through a prompt. Queries, keys, values and what comes out are 16 bit, gates 32: one per head, of KDA one per
+    element of the keys of all heads.
 
     Parameters
     ----------
-    kind : str             of `Recur`
-    heads : float          matrices of the state
-    key, value : float     their rows and columns
-    key_heads : float      heads of queries and keys
-    state_bytes : float    of an element
-    chunk : float          tokens of a prompt computed at once
+    kind : str              of `Recur`
+    heads : number          matrices of the state
+    key, value : number     their rows and columns
+    key_heads : number      heads of queries and keys
+    state_bytes : number    of an element
+    chunk : number          tokens of a prompt computed at once
 
     Source
     ------
     Dao and Gu, "Transformers are SSMs", 2024, section 6; Yang et al., "Parallelizing linear transformers with the delta
     rule", 2024, section 3.
     """
-    size = heads * key * value
+    matrices = np.asarray(heads, dtype=np.float64)
+    size = matrices * key * value
     delta = kind in ("gated_delta", "kda")
-    gates = {"kda": heads * key, "mamba1": heads}.get(kind, heads) * _GATE_BYTES
-    token_bytes = _HALF_BYTES * (2.0 * key_heads * key + 2.0 * heads * value) + gates
+    gates = matrices * key if kind == "kda" else matrices
+    token_bytes = _HALF_BYTES * (2 * np.asarray(key_heads) * key + 2 * matrices * value) + _GATE_BYTES * gates
     step_flops = (7.0 if delta else 5.0) * size
+    within = 3 * np.asarray(key) + 2 * np.asarray(value) if delta else np.asarray(key) + np.asarray(value)
+    token_flops = 2.0 * matrices * chunk * within + (6.0 if delta else 4.0) * size
     if kind == "mamba1":
-        return StateWork(step_flops, token_bytes, size * state_bytes, step_flops, token_bytes)
-    within = 3.0 * key + 2.0 * value if delta else key + value
-    through = 6.0 if delta else 4.0
-    prompt_flops = heads * 2.0 * chunk * within + through * size
-    between = 2.0 * _HALF_BYTES * size / chunk
-    return StateWork(step_flops, token_bytes, size * state_bytes, prompt_flops, token_bytes + between)
+        token_flops = step_flops
+    return StateWork(step_flops, token_flops, token_bytes, size * state_bytes)
 
 
-def convolution_work(channels: float, kernel: float) -> StateWork:
+def convolution_work(channels: Size, kernel: Size) -> StateWork:
     """Work of a causal convolution over so many channels and tokens, in 16 bits."""
-    flops, moved = 2.0 * kernel * channels, 2.0 * _HALF_BYTES * channels
-    return StateWork(flops, moved, _HALF_BYTES * (kernel - 1) * channels, flops, moved)
+    flops = 2.0 * np.asarray(kernel) * channels
+    return StateWork(
+        flops, flops, 2.0 * _HALF_BYTES * np.asarray(channels), _HALF_BYTES * (np.asarray(kernel) - 1) * channels
+    )
+
+
+def encoder_work(
+    heads: Size, kv_heads: Size, width: Size, tokens: Size, window: Size | None = None
+) -> tuple[Floats, Floats]:
+    """FLOP and bytes of attention of an input whose tokens all see each other, or those of their window.
+
+    Parameters
+    ----------
+    heads, kv_heads : number    query heads, and heads of keys and values
+    width : number              elements of a head
+    tokens : float64[...]       of the input
+    window : number or None     tokens that see each other
+    """
+    length = np.asarray(tokens, dtype=np.float64)
+    pairs = length * (length if window is None else np.minimum(length, window))
+    moved = 2.0 * _HALF_BYTES * length * (np.asarray(heads) + np.asarray(kv_heads)) * width
+    return 4.0 * np.asarray(heads) * width * pairs, np.asarray(moved)
 
 
 def hyper_work(tokens: Size, hidden: float, streams: float) -> tuple[Floats, Floats]:

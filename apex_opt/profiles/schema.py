@@ -57,6 +57,12 @@ TABLE_ENGINES: Final = ("vllm", "sglang", "trtllm")
 ROUTINGS: Final = ("uniform", "balanced", "power_law_1.01", "power_law_1.2")
 COLLECTIVES: Final = ("all_reduce", "custom_all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
+STATE_OPS: Final = ("gated_delta", "kda", "mamba2", "mamba1", "lightning", "convolution")
+"""Recurrences, and the causal convolution of so many channels (`heads`) over so many tokens (`key`) before them."""
+
+INDEXER_OPS: Final = ("scores", "choice")
+"""The kernels of an indexer: scores of what the context holds, and the choice of the highest."""
+
 LARGEST_BYTES: Final = 64 << 20
 """Size of a table, packed and unpacked: the largest that ships has 160 KB, and 1 MB unpacked."""
 
@@ -194,6 +200,41 @@ MLA_KERNEL_DECODE: Final = Schema(
 MLA_KERNEL_PREFILL: Final = Schema(
     name="mla_kernel_prefill", columns=(_CACHE, _HEADS, _BATCH, _LENGTH, *_RESULTS), size=("batch", "length")
 )
+_STATES: Final = (
+    Column(name="op", kind="text", unit="", meaning="recurrence or convolution", choices=STATE_OPS, key=True),
+    _size("heads", "count", "matrices of the state, or channels", 2.0**20),
+    _size("key", "elements", "rows of each, or tokens an output depends on", 2.0**20),
+    _size("value", "elements", "columns of each", 2.0**20),
+    _size("key_heads", "count", "heads of queries and keys", 2.0**20),
+)
+STATE_DECODE: Final = Schema(name="state_decode", columns=(*_STATES, _BATCH, *_RESULTS), size=("batch",))
+STATE_PREFILL: Final = Schema(
+    name="state_prefill",
+    columns=(*_STATES, _size("length", "tokens", "tokens of one prompt"), *_RESULTS),
+    size=("length",),
+)
+INDEXER: Final = Schema(
+    name="indexer",
+    columns=(
+        Column(name="op", kind="text", unit="", meaning="scores or the choice", choices=INDEXER_OPS, key=True),
+        _HEADS,
+        _size("width", "elements", "of one head", 2.0**20),
+        _size("length", "tokens", "tokens of one prompt in the call"),
+        _size("context", "tokens", "tokens that it holds after the call"),
+        *_RESULTS,
+    ),
+    size=("length", "context"),
+)
+ENCODER: Final = Schema(
+    name="attention_encoder",
+    columns=(
+        _HEADS,
+        _size("head_dim", "elements", "width of one head", 2.0**20),
+        _size("length", "tokens", "tokens of one input, which all see each other"),
+        *_RESULTS,
+    ),
+    size=("length",),
+)
 COLLECTIVE: Final = Schema(
     name="collective",
     columns=(
@@ -214,6 +255,10 @@ SCHEMAS: Final = (
     MLA_PREFILL,
     MLA_KERNEL_DECODE,
     MLA_KERNEL_PREFILL,
+    STATE_DECODE,
+    STATE_PREFILL,
+    ENCODER,
+    INDEXER,
     COLLECTIVE,
 )
 

@@ -8,7 +8,7 @@ on each chunk and its context. Every term is therefore a table over a small inte
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,51 @@ if TYPE_CHECKING:
 def no_table() -> NDArray[np.int64]:
     """A table that is not used."""
     return np.zeros(0, np.int64)
+
+
+def no_tables() -> NDArray[np.int64]:
+    """Tables of no window."""
+    return np.zeros((0, 0), np.int64)
+
+
+class Window(NamedTuple):
+    """How much of the context a query sees where that is not all of it.
+
+    Parameters
+    ----------
+    tokens : int      most that a query sees, itself included: the last ones, or as many that an indexer chose
+    chunked : bool    it sees those from the last multiple of `tokens` on instead, as in Llama 4
+    """
+
+    tokens: int
+    chunked: bool = False
+
+    @classmethod
+    def of(cls, stamp: int) -> Window:
+        """The window of a stamp."""
+        return cls(abs(stamp), stamp < 0)
+
+    @property
+    def stamp(self) -> int:
+        """As the kernel has it: below zero where chunked."""
+        return -self.tokens if self.chunked else self.tokens
+
+    def seen(self, held: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What the last of so many tokens sees."""
+        return self.all_pairs(held) - self.all_pairs(held - 1)
+
+    def all_pairs(self, length: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Query-key pairs of the first tokens of a sequence, so many each."""
+        if self.chunked:
+            chunks, rest = length // self.tokens, length % self.tokens
+            return np.asarray(chunks * (self.tokens * (self.tokens + 1) // 2) + rest * (rest + 1) // 2)
+        rising = np.minimum(length, self.tokens)
+        return np.asarray(rising * (rising + 1) // 2 + (length - rising) * self.tokens)
+
+    def pairs(self, c: int, held: int) -> int:
+        """Query-key pairs of a chunk of `c` tokens after which a sequence holds so many."""
+        first, last = self.all_pairs(np.array([held - c, held], np.int64))
+        return int(last - first)
 
 
 LARGEST: Final = 1 << 58
@@ -49,6 +94,13 @@ class BatchLaw:
     the smaller of `copies` and the number of chunks. `transfer_ns[t]` is what the activations
     then need to reach the next stage; it delays the batch without occupying either stage.
 
+    Layers whose queries see no more than a window of so many tokens are charged apart: `windows` lists these, and with
+    ``seen = min(context, d * tokens)`` the decoding sequences take ``seen_rate[w, d] * seen`` more, added before
+    the shift, and a chunk ``seen_pair_rate[w, c]`` per pair within the window. The window of one sequence may be full
+    while that of another is not: what all see is then no more than `seen`, which is what they are charged, and each
+    sees what it is charged where all are shorter than the window or none is. Of chunked windows a decoding sequence is
+    charged the whole chunk, of which it sees half on average.
+
     Where drafts are verified a row of up to ``1 + draft_tokens`` tokens is a decoding one, whose context is read once
     for all of them: `d` and `context` are of such rows, chunks are longer, and a batch of decoding rows alone takes
     ``verify_ns[t]`` more. A batch in which a row yields then makes drafts, which takes
@@ -65,6 +117,10 @@ class BatchLaw:
         drafts that may follow a token; 0: none are made
     draft_ns, draft_rate, verify_ns : int64[max_num_seqs + 1] two times, int64[max_num_batched_tokens + 1]
         empty where none are made
+    windows : tuple of Window
+        in increasing order, the same for all stages of a pool
+    seen_rate, seen_pair_rate : int64[windows, max_num_seqs + 1], int64[windows, max_num_batched_tokens + 1]
+        rates in 2**-20 ns
     """
 
     decode_ns: NDArray[np.int64]
@@ -81,17 +137,23 @@ class BatchLaw:
     verify_ns: NDArray[np.int64] = field(default_factory=no_table)
     draft_ns: NDArray[np.int64] = field(default_factory=no_table)
     draft_rate: NDArray[np.int64] = field(default_factory=no_table)
+    windows: tuple[Window, ...] = ()
+    seen_rate: NDArray[np.int64] = field(default_factory=no_tables)
+    seen_pair_rate: NDArray[np.int64] = field(default_factory=no_tables)
 
     def scaled(self, factor: int) -> BatchLaw:
         """The law with every time and rate multiplied by an integer."""
-        return replace(self, **{name: getattr(self, name) * factor for name in TABLES})
+        return replace(self, **{name: getattr(self, name) * factor for name in (*TABLES, *OF_WINDOWS)})
 
     def batch_ns(self, chunks: Sequence[tuple[int, int]], *, yields: bool = True) -> int:
         """Time of a batch given as (tokens, tokens held once it is done) per sequence, and whether a row yields."""
         tokens = sum(c for c, _ in chunks)
         decoding = [held for c, held in chunks if c <= 1 + self.draft_tokens]
         d, n = len(decoding), len(chunks)
-        total = int(self.context_rate[d]) * sum(decoding) >> RATE_BITS
+        read = int(self.context_rate[d]) * sum(decoding)
+        for window, rates in zip(self.windows, self.seen_rate, strict=True):
+            read += int(rates[d]) * min(sum(decoding), d * window.tokens)
+        total = read >> RATE_BITS
         if self.draft_tokens and yields:
             total += int(self.draft_ns[n]) + (int(self.draft_rate[n]) * sum(held for _, held in chunks) >> RATE_BITS)
         if d == n:
@@ -102,14 +164,22 @@ class BatchLaw:
             if c > 1 + self.draft_tokens:
                 pairs = c * held - c * (c - 1) // 2
                 rates = int(self.pair_rate[c]) * pairs + int(self.chunk_context_rate[c]) * held
+                for window, seen in zip(self.windows, self.seen_pair_rate, strict=True):
+                    rates += int(seen[c]) * window.pairs(c, held)
                 prompts += int(self.chunk_ns[c]) + (rates >> RATE_BITS)
         return total + prompts // min(self.copies, n - d)
 
 
-TABLES: Final = tuple(f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens"))
-"""Names of the tables of a law, those of drafts last."""
+OF_WINDOWS: Final = ("seen_rate", "seen_pair_rate")
+"""Names of the tables of a law that have a row for each window."""
+TABLES: Final = tuple(
+    f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens", "windows", *OF_WINDOWS)
+)
+"""Names of its other tables, those of drafts last."""
 
-_BY_TOKENS: Final = {"mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns", "verify_ns"}
+_BY_TOKENS: Final = frozenset(
+    ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate", "transfer_ns", "verify_ns", "seen_pair_rate")
+)
 _OF_DRAFTS: Final = {"verify_ns", "draft_ns", "draft_rate"}
 
 
@@ -145,21 +215,30 @@ def check_laws(
         law = laws[stage]
         if law.draft_tokens != draft_tokens:
             raise UsageError(f"stage {stage}: the law is of {law.draft_tokens} drafts, the engine makes {draft_tokens}")
-        for name in TABLES if draft_tokens else (name for name in TABLES if name not in _OF_DRAFTS):
+        if law.windows != laws[0].windows:
+            raise UsageError(f"stage {stage}: the law has the windows {law.windows}, that of stage 0 {laws[0].windows}")
+        if any(window.tokens < 1 for window in law.windows):
+            raise UsageError(f"stage {stage}: a window must have a token at least, got {law.windows}")
+        for name in (*TABLES, *OF_WINDOWS):
+            if name in _OF_DRAFTS and not draft_tokens:
+                continue
             table = np.asarray(getattr(law, name))
             limit = max_num_batched_tokens if name in _BY_TOKENS else max_num_seqs
-            if len(table) != limit + 1:
+            wanted = (len(law.windows), limit + 1) if name in OF_WINDOWS else (limit + 1,)
+            if table.shape != wanted and (law.windows or name not in OF_WINDOWS):
                 raise UsageError(
-                    f"stage {stage}: {name} has {len(table)} entries, the engine's limits need {limit + 1}"
+                    f"stage {stage}: {name} has {table.shape[-1]} entries, the engine's limits need {limit + 1}"
                 )
-            if int(table.min()) < 0:
+            if int(table.min(initial=0)) < 0:
                 raise UsageError(f"stage {stage}: {name} must not be negative, it holds {int(table.min())}")
         if law.copies < 1:
             raise UsageError(f"stage {stage}: a batch law needs at least one attention copy, not {law.copies}")
         most = {name: int(np.max(getattr(law, name), initial=0)) for name in TABLES}
+        seen, seen_pair = (int(np.sum(np.max(getattr(law, name), axis=1, initial=0))) for name in OF_WINDOWS)
+        pair = most["pair_rate"] + seen_pair
         worst = {
-            "decode attention": (most["context_rate"] + most["draft_rate"]) * held,
-            "prefill attention": (most["pair_rate"] * max_num_batched_tokens + most["chunk_context_rate"]) * longest,
+            "decode attention": (most["context_rate"] + seen + most["draft_rate"]) * held,
+            "prefill attention": (pair * max_num_batched_tokens + most["chunk_context_rate"]) * longest,
             "a batch": sum(most[name] for name in _OF_A_BATCH)
             + most["chunk_ns"] * min(max_num_batched_tokens, max_num_seqs),
         }

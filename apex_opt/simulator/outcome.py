@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.goals import Goal
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.simulator.law import Window
     from apex_opt.workload.trace import Trace
 
 Routing = Literal["round_robin", "least_loaded"]
@@ -45,6 +46,9 @@ class BatchCounts:
     verify, draft, draft_context : int64[max_num_batched_tokens + 1], int64[max_num_seqs + 1] two times
         where drafts are made, else empty: batches of decoding sequences alone by tokens; batches that make drafts by
         sequences, and all that these hold, summed
+    seen_context, seen_pairs : int64[windows, max_num_seqs + 1], int64[windows, max_num_batched_tokens + 1]
+        of each window of the laws what decoding sequences see of their context as the law counts it, and the pairs of
+        chunks within it, summed
     """
 
     decode: NDArray[np.int64]
@@ -59,21 +63,30 @@ class BatchCounts:
     verify: NDArray[np.int64]
     draft: NDArray[np.int64]
     draft_context: NDArray[np.int64]
+    seen_context: NDArray[np.int64]
+    seen_pairs: NDArray[np.int64]
 
     @classmethod
-    def empty(cls, settings: EngineSettings) -> BatchCounts:
-        """Counts of no batch at all."""
-        by_tokens = {"mixed", "chunk", "chunk_pairs", "chunk_context", "verify"}
+    def empty(cls, settings: EngineSettings, windows: int = 0) -> BatchCounts:
+        """Counts of no batch at all, under laws with so many windows."""
+        by_tokens = {"mixed", "chunk", "chunk_pairs", "chunk_context", "verify", "seen_pairs"}
         unused = () if settings.speculation else ("verify", "draft", "draft_context")
         sizes = (settings.max_num_batched_tokens + 1, settings.max_num_seqs + 1)
-        return cls(
-            **{
-                f.name: np.zeros(0 if f.name in unused else sizes[f.name not in by_tokens], np.int64)
-                for f in fields(cls)
-            }
-        )
 
-    def add(self, chunks: Sequence[tuple[int, int]], *, draft_tokens: int = 0, yields: bool = True) -> None:
+        def shape(name: str) -> tuple[int, ...]:
+            entries = 0 if name in unused else sizes[name not in by_tokens]
+            return (windows, entries) if name.startswith("seen_") else (entries,)
+
+        return cls(**{f.name: np.zeros(shape(f.name), np.int64) for f in fields(cls)})
+
+    def add(
+        self,
+        chunks: Sequence[tuple[int, int]],
+        *,
+        draft_tokens: int = 0,
+        yields: bool = True,
+        windows: Sequence[Window] = (),
+    ) -> None:
         """Count one batch.
 
         Parameters
@@ -81,9 +94,15 @@ class BatchCounts:
         chunks : of each sequence, its tokens and those that it holds once the batch is done
         draft_tokens : int    drafts that may follow a token
         yields : bool         whether a row yields
+        windows : sequence of Window    of the laws
         """
         decoding = [held for c, held in chunks if c <= 1 + draft_tokens]
         n, d = len(chunks), len(decoding)
+        for row, window in enumerate(windows):
+            self.seen_context[row, d] += min(sum(decoding), d * window.tokens)
+            for c, held in chunks:
+                if c > 1 + draft_tokens:
+                    self.seen_pairs[row, c] += window.pairs(c, held)
         if draft_tokens and yields:
             self.draft[n] += 1
             self.draft_context[n] += sum(held for _, held in chunks)

@@ -20,7 +20,7 @@ from apex_opt.simulator.kernel import kv_state as kv
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.kernel.kv_state import Groups
 from apex_opt.simulator.kernel.sglang_state import SGLANG_REQUEST_SIZE, Tree
-from apex_opt.simulator.law import RATE_BITS, TABLES, clock_overflow
+from apex_opt.simulator.law import OF_WINDOWS, RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.pack_ranks import MESSAGES, GroupMemory
 from apex_opt.units import ceil_div
@@ -237,8 +237,13 @@ class Memory:
                     at[id(law)] = end
                     its = [getattr(law, name) for name in TABLES]
                     its.insert(_OF_ALL, np.array([law.copies]))
+                    its.append(np.array([window.stamp for window in law.windows], np.int64))
+                    its += [getattr(law, name).reshape(-1) for name in OF_WINDOWS]
                     tables += its
                     end += sum(map(len, its))
+            first = pool.laws[0]
+            before = 1 + sum(len(getattr(first, name)) for name in TABLES)
+            self._replicas[place, kn.WINDOWS : kn.WINDOWS_OF_LAW + 1] = len(first.windows), before
             self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(place.stop - place.start)
             stages += [at[id(law)] for law in pool.laws] * (place.stop - place.start)
         self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
@@ -247,16 +252,22 @@ class Memory:
 
     def _count(self) -> I64:
         """Counts of nothing yet, of one pool after the other."""
-        empty = [BatchCounts.empty(pool.settings) for pool in self._pools]
-        sizes = [[len(getattr(counts, field.name)) for field in fields(counts)] for counts in empty]
-        flat = np.zeros(sum(map(sum, sizes)), np.int64)
+        empty = [BatchCounts.empty(pool.settings, len(pool.laws[0].windows)) for pool in self._pools]
+        names = [field.name for field in fields(BatchCounts)]
+        flat = np.zeros(sum(getattr(counts, name).size for counts in empty for name in names), np.int64)
         self._counts: list[BatchCounts] = []
         end = 0
-        for place, lengths in zip(self._places, sizes, strict=True):
-            self._replicas[place, kn.COUNTS_AT] = end
-            parts = np.split(flat[end : end + sum(lengths)], np.cumsum(lengths)[:-1])
-            self._counts.append(BatchCounts(**dict(zip((f.name for f in fields(BatchCounts)), parts, strict=True))))
-            end += sum(lengths)
+        for place, counts in zip(self._places, empty, strict=True):
+            self._replicas[place, kn.COUNTS_AT] = first = end
+            its = {}
+            for name in names:
+                if name == "seen_context":
+                    self._replicas[place, kn.WINDOWS_OF_COUNTS] = end - first
+                shape = getattr(counts, name).shape
+                size = int(np.prod(shape))
+                its[name] = flat[end : end + size].reshape(shape)
+                end += size
+            self._counts.append(BatchCounts(**its))
         return flat
 
     def _scratch(self) -> I64:

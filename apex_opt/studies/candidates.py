@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from apex_opt.search.scorer import Scorer
     from apex_opt.search.search import Formulations, Progress
     from apex_opt.search.shapes.single import Replicas
+    from apex_opt.simulator.law import BatchLaw
 
 _LEAST_DEALT: Final = 2_000
 """Requests of the shortest run that shows a rate: each pool has some of them."""
@@ -265,7 +266,7 @@ def guess(facts: Facts, plan: Plan) -> float:
     held = prompt + output / 2
     most = int(facts.own_blocks(plan) * settings.block_size / held / plan.stages)
     sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
-    steps = [law.decode_ns[sequences] + sequences * held * law.context_rate[sequences] / 2**RATE_BITS for law in laws]
+    steps = [law.decode_ns[sequences] + _read_ns(law, sequences, held) for law in laws]
     mixed = [law.mixed_ns[-1] for law in laws]
     if ranks is not None and ranks.in_step:
         steps = [step + shared.decode_ns[sequences] for step, shared in zip(steps, ranks.shared, strict=True)]
@@ -275,9 +276,25 @@ def guess(facts: Facts, plan: Plan) -> float:
     step_ns = np.sum(steps, axis=0)
     last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
     busy_ns = max(
-        prompt * full / (len(law.mixed_ns) - 1) + prompt**2 / 2 * law.pair_rate[-1] / 2**RATE_BITS / law.copies
+        prompt * full / (len(law.mixed_ns) - 1) + _pairs_ns(law, prompt) / law.copies
         for law, full in zip(laws, mixed, strict=True)
     )
     busy_ns += output * step_ns[last] / sequences[last]
     schedulers = 1 if ranks is None else ranks.count
     return float(plan.replicas * schedulers * NS_PER_S / busy_ns)
+
+
+def _read_ns(law: BatchLaw, sequences: NDArray[np.int64], held: float) -> NDArray[np.float64]:
+    """What reading the contexts of so many sequences takes."""
+    total = sequences * held * law.context_rate[sequences]
+    for window, rates in zip(law.windows, law.seen_rate, strict=True):
+        total += sequences * min(held, window.tokens) * rates[sequences]
+    return np.asarray(total / 2**RATE_BITS)
+
+
+def _pairs_ns(law: BatchLaw, prompt: float) -> float:
+    """What the query-key pairs of a prompt take."""
+    total = float(prompt**2 / 2 * law.pair_rate[-1])
+    for window, rates in zip(law.windows, law.seen_pair_rate, strict=True):
+        total += float(window.all_pairs(np.array([round(prompt)]))[0] * rates[-1])
+    return total / 2**RATE_BITS

@@ -9,6 +9,8 @@ faster      a row faster than the arithmetic it stands for at 1.1 times the data
 launches    a number format whose small products (m up to 64, n and k up to 1024) take 8 us longer than those in 16
             bits: three launches more than quantising needs. The clock ran on the host, so all rows of the format go:
             the rest would make curves without small m.
+host        a state of which the least row takes more than 100 us: the clock ran on the host, as SGLang's rows of the
+            same kernel and shape show, which take 8.
 lone        a row above 1.5 times both its neighbours on its curve, or above 1.25 times some larger size while neither
             neighbour is. Two such rows in line are left alone, and so is a size at which more than a tenth of the
             curves of a format stand out: a library that switches kernels does that.
@@ -38,6 +40,7 @@ _SLACK: Final = 1.1
 _CACHE_BYTES: Final = 128e6
 _SMALL_ROWS, _SMALL_WIDTH = 64, 1024
 _LAUNCHES_US: Final = 8.0
+_HOST_US: Final = 100.0
 _PEAK: Final = 1.5
 _DIP: Final = 1.25
 _SYSTEMATIC: Final = 0.1
@@ -94,6 +97,10 @@ def screen(kind: str, columns: Columns, kernel: NDArray[Any], gpu: Gpu | None = 
             good = columns["dtype"] != name
             _note(dropped, f"{name}: timed with its launches", good)
             columns = take(columns, good)
+    if kind in ("state_decode", "state_prefill"):
+        good = ~_on_host(columns)
+        _note(dropped, "timed on the host", good)
+        columns = take(columns, good)
     judged = columns
     good = ~_lone(schema, columns)
     _note(dropped, "lone", good)
@@ -180,6 +187,14 @@ def _launch_bound(columns: Columns) -> list[str]:
         if time_us > floor_us + _LAUNCHES_US:
             found.append(name)
     return found
+
+
+def _on_host(columns: Columns) -> NDArray[np.bool_]:
+    """Rows of states that take long however little there is to do."""
+    owner = group([columns[name] for name in ("op", "heads", "key", "value", "key_heads")])
+    least = np.full(owner.max() + 1, np.inf)
+    np.minimum.at(least, owner, columns["time_us"])
+    return np.asarray(least[owner] > _HOST_US)
 
 
 def _lone(schema: Schema, columns: Columns) -> NDArray[np.bool_]:

@@ -5,6 +5,8 @@ in ms. What its columns mean was settled on the figures themselves:
 
 - MoE: with experts over several ranks a row costs the work of one rank (its time falls with the experts held), while
   `num_tokens` counts all tokens routed; so `tokens` is that, `held` the experts of one rank, `expert_ffn` its share.
+- Recurrences keep their states in 32 bits: decoding reads and writes them at 85 to 90% of the bandwidth so, and at half
+  of that if they were in 16. With drafts the time grows with the states written, one after each.
 - Decode attention: the cache holds `step` tokens and the call adds `isl`, 1; `context` is their sum.
 - Collectives: `message_size` counts elements. An int8 row costs what the 2-byte row of half its size does, and only so
   do the largest NCCL all-reduces over 8 H200 reach 460 GB/s of bus bandwidth, as published, and not half of it; the
@@ -108,6 +110,18 @@ class Raw:
     kernel: NDArray[Any]
     left_out: tuple[tuple[str, int], ...]
     file: str
+
+    def plus(self, other: Raw) -> Raw:
+        """With the rows of another file, which leaves out rows for the same reason."""
+        counts = dict(self.left_out)
+        for why, count in other.left_out:
+            counts[why] = counts.get(why, 0) + count
+        return Raw(
+            columns={name: np.concatenate([values, other.columns[name]]) for name, values in self.columns.items()},
+            kernel=np.concatenate([self.kernel, other.kernel]),
+            left_out=tuple(counts.items()),
+            file=f"{self.file} and {other.file}",
+        )
 
 
 def data_folder(source: Path | None = None) -> Path:
@@ -243,6 +257,54 @@ def _mla_prefill(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
     return {**_mla(rows), "length": rows["isl"]}, good & (rows["step"] == 0), why
 
 
+def _state(rows: Columns) -> Columns:
+    """What keeps a state: recurrences, and convolutions of all that goes into them, over the heads of one rank."""
+    convolves = np.char.startswith(rows["kernel_source"].astype(str), "causal_conv1d")
+    if "n_groups" in rows:
+        heads, key, value, key_heads = (rows[name] for name in ("nheads", "d_state", "head_dim", "n_groups"))
+        kind = "mamba2"
+    else:
+        heads, key, value, key_heads = (
+            rows[name] for name in ("num_v_heads", "head_k_dim", "head_v_dim", "num_k_heads")
+        )
+        kind = "kda" if (rows["op_name"] == "kda").all() else "gated_delta"
+    one = np.ones(len(heads))
+    return {
+        "op": np.where(convolves, "convolution", kind).astype(object),
+        "heads": np.where(convolves, 2 * key_heads * key + heads * value, heads),
+        "key": np.where(convolves, rows["d_conv"], key),
+        "value": np.where(convolves, one, value),
+        "key_heads": np.where(convolves, one, key_heads),
+    }
+
+
+def _state_decode(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
+    return {**_state(rows), "batch": rows["batch_size"]}, rows["phase"] == "generation", "prompts and drafts"
+
+
+def _state_prefill(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
+    good = (rows["phase"] == "context") & (rows["batch_size"] == 1)
+    return {**_state(rows), "length": rows["seq_len"]}, good, "decoding, drafts and several prompts"
+
+
+def _encoder(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
+    columns = {"heads": rows["num_heads"], "head_dim": rows["head_dim"], "length": rows["isl"]}
+    return columns, (rows["attn_dtype"] == "bfloat16") & (rows["batch_size"] == 1), "several inputs"
+
+
+def _indexer(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
+    op = "scores" if (rows["op_name"] == "glm5_mqa_logits_module").all() else "choice"
+    ours = np.ones(len(rows["isl"]))
+    columns = {
+        "op": np.full(len(ours), op, dtype=object),
+        "heads": _INDEXER[0] * ours,
+        "width": _INDEXER[1] * ours,
+        "length": rows["isl"],
+        "context": rows["step"] + rows["isl"],
+    }
+    return columns, rows["batch_size"] == 1, "several prompts, contexts that are chosen whole"
+
+
 def _nccl(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
     op, known = _renamed(rows["op_name"], _OPS)
     columns = {"op": op, "ranks": rows["num_gpus"], "bytes": rows["message_size"] * _ELEMENT_BYTES}
@@ -264,7 +326,14 @@ _TABLES: Final[dict[str, tuple[str, str, Any]]] = {
     "mla_prefill": ("mla", "mla_context_module_perf", _mla_prefill),
     "mla_kernel_decode": ("mla", "generation_mla_perf", _mla_decode),
     "mla_kernel_prefill": ("mla", "context_mla_perf", _mla_prefill),
+    "attention_encoder": ("encoder_attention", "encoder_attention_perf", _encoder),
 }
+_OF_INDEXERS: Final = ("glm5_mqa_logits_module_perf", "glm5_topk_module_perf")
+"""Kernels of the indexer of GLM-5, one file each."""
+_INDEXER: Final = (32, 128)
+"""Its heads, which the files leave out, and their width: `index_n_heads` and `index_head_dim` of the model."""
+_OF_STATES: Final = (("linear_attention", "gdn_perf"), ("linear_attention", "mamba2_perf"), ("kda", "kda_perf"))
+"""Families and files of what keeps a state, which are one table of ours."""
 
 
 def _files(data: Path, gpu: str, engine: str, version: str) -> list[tuple[str, Path, Any]]:
@@ -276,12 +345,20 @@ def _files(data: Path, gpu: str, engine: str, version: str) -> list[tuple[str, P
         (kind, system / family / engine / version / f"{stem}.parquet", reader)
         for kind, (family, stem, reader) in _TABLES.items()
     ]
-    comm = system / "comm" / engine / version / "custom_allreduce_perf.parquet"
-    if not comm.is_file():
-        # Not every release measured its all-reduce anew: the newest that did.
-        older = sorted((system / "comm" / engine).glob("*/custom_allreduce_perf.parquet"), key=_release)
-        comm = older[-1] if older else comm
-    return [*found, ("collective", comm, _all_reduce)]
+    for kind, reader in (("state_decode", _state_decode), ("state_prefill", _state_prefill)):
+        found += [(kind, _newest(system / family / engine, version, stem), reader) for family, stem in _OF_STATES]
+    sparse = system / "sparse_attention" / engine
+    found += [("indexer", _newest(sparse, version, stem), _indexer) for stem in _OF_INDEXERS]
+    return [*found, ("collective", _newest(system / "comm" / engine, version, "custom_allreduce_perf"), _all_reduce)]
+
+
+def _newest(folder: Path, version: str, stem: str) -> Path:
+    """A file of a release, or of the newest that measured it, as not every release did."""
+    path = folder / version / f"{stem}.parquet"
+    if path.is_file():
+        return path
+    others = sorted(folder.glob(f"*/{stem}.parquet"), key=_release)
+    return others[-1] if others else path
 
 
 def _release(path: Path) -> tuple[int, ...]:
@@ -323,12 +400,13 @@ def raw_tables(
         order = schema_of(kind).columns
         good = keep & np.isfinite(columns["time_us"]) & (columns["time_us"] > 0)
         if good.any():
-            tables[kind] = Raw(
+            found = Raw(
                 columns={column.name: columns[column.name][good] for column in order},
                 kernel=kernel[good],
                 left_out=((why, int((~good).sum())),) if not good.all() else (),
                 file=path.relative_to(data).as_posix(),
             )
+            tables[kind] = tables[kind].plus(found) if kind in tables else found
     if not tables:
         raise InputError(f"{data}: no tables of {engine} {version} on {gpu}")
     return tables

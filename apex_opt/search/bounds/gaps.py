@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.search.bounds.isolated import scaled
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,5 +43,5 @@ def least_gaps_ns(
         return np.zeros(len(held), np.int64)
     least = np.zeros(len(held), np.int64)
     for floor in floors:
-        least += floor.batch_ns + scaled(held, floor.context_rate)
+        least += floor.batch_ns + floor.held_ns(held)
     return least

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.least import Least
     from apex_opt.engines.schedulers import Scheduling
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.simulator.law import BatchLaw
+    from apex_opt.simulator.law import BatchLaw, Window
     from apex_opt.simulator.ranks import Ranks, SharedLaw
     from apex_opt.workload.trace import Trace
 
@@ -52,7 +52,8 @@ class StageFloor:
 
     `batch_ns` of any batch; `token_ns` of a prompt token and `decode_token_ns` of a later one within the batch that
     computes it; `pair_rate` of a query-key pair of a prompt and `context_rate` of a token held when a later one is
-    computed, in 2**-20 ns. Where drafts are made, `draft_ns` of making them, within a batch that yields.
+    computed, in 2**-20 ns. Where drafts are made, `draft_ns` of making them, within a batch that yields. `seen` holds
+    for each window what a token of context and a pair within it take, in 2**-20 ns as well.
     """
 
     batch_ns: int
@@ -61,6 +62,7 @@ class StageFloor:
     pair_rate: int
     context_rate: int
     draft_ns: int = 0
+    seen: tuple[tuple[Window, int, int], ...] = ()
 
     @classmethod
     @lru_cache(maxsize=256)
@@ -84,6 +86,7 @@ class StageFloor:
                 pair_rate=context // drafts,
                 context_rate=context + drafted,
                 draft_ns=made,
+                seen=_of_windows(law),
             )
         tokens = np.arange(2, len(law.mixed_ns))
         pair, again = int(law.pair_rate[2:].min()), int((law.pair_rate + law.chunk_context_rate)[2:].min())
@@ -95,6 +98,7 @@ class StageFloor:
             pair_rate=min(context // drafts, pair // law.copies),
             context_rate=min(context, again // law.copies) + drafted,
             draft_ns=made,
+            seen=_of_windows(law),
         )
 
     @classmethod
@@ -121,6 +125,7 @@ class StageFloor:
             decode_token_ns=own.decode_token_ns / count + share,
             pair_rate=own.pair_rate // count,
             context_rate=own.context_rate // count,
+            seen=tuple((window, context // count, pair // count) for window, context, pair in own.seen),
         )
 
     @classmethod
@@ -149,6 +154,7 @@ class StageFloor:
         batch = min(least.decode + least.verify, least.mixed + least.chunk + least.sequence + least.attend)
         token = min(alone, least.mixed_share + least.chunk_share / copies)
         pair, context = min(least.context / (1 + drafts), least.pair / copies), min(least.context, least.again / copies)
+        seen = tuple((window, *_within(window, context, pair, copies, drafts)) for window, context, pair in least.seen)
         return cls(
             batch_ns=max(int(batch * scale) - _ROUNDED, 0),
             token_ns=max(token * scale - _ROUNDED, 0.0),
@@ -156,7 +162,51 @@ class StageFloor:
             pair_rate=max(int(pair * rates) - _ROUNDED, 0),
             context_rate=max(int((context + least.draft_context) * rates) - _ROUNDED, 0),
             draft_ns=max(int(least.draft * scale) - _ROUNDED, 0),
+            seen=tuple(
+                (window, max(int(context * rates) - _ROUNDED, 0), max(int(pair * rates) - _ROUNDED, 0))
+                for window, context, pair in seen
+            ),
         )
+
+    def context_ns(self, prompt: Ints, steps: Ints) -> Ints:
+        """Least that attention takes of so many later tokens: the j-th is computed over a context of prompt + j."""
+        total = scaled(steps * prompt + steps * (steps + 1) // 2, self.context_rate)
+        for window, rate, _ in self.seen:
+            total = total + scaled(window.all_pairs(prompt + steps) - window.all_pairs(prompt), rate)
+        return total
+
+    def pairs_ns(self, prompt: Ints, found: Ints) -> Ints:
+        """Least that attention takes of prompts of which so many tokens are found."""
+        total = scaled(prompt * (prompt + 1) // 2 - found * (found + 1) // 2, self.pair_rate)
+        for window, _, rate in self.seen:
+            total = total + scaled(window.all_pairs(prompt) - window.all_pairs(found), rate)
+        return total
+
+    def held_ns(self, held: Ints) -> Ints:
+        """Least that attention takes of a later token that holds so much."""
+        total = scaled(held, self.context_rate)
+        for window, rate, _ in self.seen:
+            total = total + scaled(window.seen(held), rate)
+        return total
+
+
+def _within(window: Window, context: float, pair: float, copies: int, drafts: int) -> tuple[float, float]:
+    """What a token of context within a window takes at least, and a pair, as `StageFloor.of` has those of all.
+
+    In a chunked window a row with drafts may end where the chunk has just begun, so it takes nothing for certain.
+    """
+    later = 0 * context if drafts and window.chunked else min(context, pair / copies)
+    return later, min(context / (1 + drafts), pair / copies)
+
+
+def _of_windows(law: BatchLaw) -> tuple[tuple[Window, int, int], ...]:
+    """The same of a law, per window."""
+    found = []
+    for window, contexts, pairs in zip(law.windows, law.seen_rate, law.seen_pair_rate, strict=True):
+        context, pair = int(contexts[1:].min()), int(pairs[2:].min(initial=int(contexts.max())))
+        later, each = _within(window, context, pair, law.copies, law.draft_tokens)
+        found.append((window, int(later), int(each)))
+    return tuple(found)
 
 
 _ROUNDED: Final = 3
@@ -184,17 +234,16 @@ def isolated(
     """
     alike = Counter(floors)
     prompt, generated = trace.prompt, trace.generated(settings.max_model_len)
-    computed, pairs = computed_prompts(settings, trace)
+    found = found_prompts(settings, trace)
+    computed = prompt - found
     all_batches = sum(floor.batch_ns for floor in floors)
     first = np.zeros(len(trace), np.int64)
     for floor in alike:
         own = np.maximum(np.floor(computed * floor.token_ns).astype(np.int64) - 1, floor.batch_ns)
-        own = own + scaled(pairs, floor.pair_rate) - chunked(computed)
+        own = own + floor.pairs_ns(prompt, found) - chunked(computed)
         # Its chunks pass this stage one after the other; before the first and after the last come the other stages.
         first = np.maximum(first, own + all_batches - floor.batch_ns)
     steps = later_batches(settings, generated)
-    # Token j + 1 is computed over a context of prompt + j tokens.
-    context = steps * prompt + steps * (steps + 1) // 2
     if overtaking and len(floors) > 1:
         return np.maximum(first, 0), _overtaken(floors, prompt, steps)
     first = first + sum(floor.draft_ns for floor in floors)
@@ -202,7 +251,7 @@ def isolated(
     terms = 1 if settings.speculation is None else 2
     for floor, stages in alike.items():
         # Each batch rounds down by less than a nanosecond, and once more for its drafts.
-        rest = rest + stages * np.maximum(scaled(context, floor.context_rate) - terms * steps, 0)
+        rest = rest + stages * np.maximum(floor.context_ns(prompt, steps) - terms * steps, 0)
     return np.maximum(first, 0), rest
 
 
@@ -244,18 +293,20 @@ def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: N
     """
     stages = len(floors)
     kept = np.maximum(steps - stages + 1, 0)
-    context = kept * np.maximum(prompt - stages, 0)
+    held = np.maximum(prompt - stages, 0)
     total = np.zeros_like(kept)
     for floor, count in Counter(floors).items():
-        total += count * np.maximum(kept * floor.batch_ns + scaled(context, floor.context_rate) - kept, 0)
+        own = scaled(kept * held, floor.context_rate)
+        for window, rate, _ in floor.seen:
+            within = np.zeros_like(held) if window.chunked else np.minimum(held, window.tokens)
+            own += scaled(kept * within, rate)
+        total += count * np.maximum(kept * floor.batch_ns + own - kept, 0)
     return np.asarray(total // stages)
 
 
-def computed_prompts(settings: EngineSettings, trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens and query-key pairs of each prompt that are computed whatever a cache finds."""
-    prompt = trace.prompt
-    found = _findable(trace) if settings.prefix_caching else np.zeros_like(prompt)
-    return prompt - found, prompt * (prompt + 1) // 2 - found * (found + 1) // 2
+def found_prompts(settings: EngineSettings, trace: Trace) -> NDArray[np.int64]:
+    """Tokens of each prompt that a cache may find: the others are computed whatever it does."""
+    return _findable(trace) if settings.prefix_caching else np.zeros_like(trace.prompt)
 
 
 @lru_cache(maxsize=8)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from apex_opt.figures.measure import percent
-from apex_opt.search.bounds.isolated import chunked, computed_prompts, later_batches, scaled
+from apex_opt.search.bounds.isolated import chunked, found_prompts, later_batches
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.run import Time
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.search.bounds.isolated import StageFloor
+    from apex_opt.simulator.law import Window
     from apex_opt.workload.trace import Trace
 
 
@@ -57,6 +58,9 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
     rates = 1 / (1 << RATE_BITS)
     work = prompts * mean.token_ns + pairs * mean.pair_rate * rates
     work += later * mean.decode_token_ns + context * mean.context_rate * rates
+    for window, context_rate, pair_rate in mean.seen:
+        read, computed = _seen_sums(settings, trace, window)
+        work += (read * context_rate + computed * pair_rate) * rates
     slots = stages * mean.batch_ns * max(held / max(blocks, 1), steps / settings.seats(stages))
     total_s = max(work, slots) / NS_PER_S
     mean_arrival, last_arrival = _arrivals_s(trace)
@@ -67,13 +71,23 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
 @lru_cache(maxsize=8)
 def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, float, float, float]:
     """Over all requests: prompt tokens, query-key pairs, later tokens, their batches, context, and the blocks held."""
-    prompts, pairs = computed_prompts(settings, trace)
+    prompt, found = trace.prompt, found_prompts(settings, trace)
+    prompts, pairs = prompt - found, prompt * (prompt + 1) // 2 - found * (found + 1) // 2
     later = trace.generated(settings.max_model_len) - 1
     steps = later_batches(settings, later + 1)
     context = steps * trace.prompt + steps * (steps + 1) // 2
     held = steps * -(-trace.prompt // settings.block_size)
     columns = prompts, pairs, later, steps, context, held
     return tuple(float(column.sum()) for column in columns)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=32)
+def _seen_sums(settings: EngineSettings, trace: Trace, window: Window) -> tuple[float, float]:
+    """Over all requests: context and query-key pairs within a window."""
+    steps = later_batches(settings, trace.generated(settings.max_model_len))
+    prompt, found = trace.prompt, found_prompts(settings, trace)
+    read = window.all_pairs(prompt + steps) - window.all_pairs(prompt)
+    return float(read.sum()), float((window.all_pairs(prompt) - window.all_pairs(found)).sum())
 
 
 def works_ns(
@@ -89,13 +103,13 @@ def works_ns(
     -------
     float64[requests], float64[requests]    nanoseconds
     """
-    prompts, pairs = computed_prompts(settings, trace)
+    prompt, found = trace.prompt, found_prompts(settings, trace)
+    prompts = prompt - found
     tokens = trace.generated(settings.max_model_len) - 1
     steps = later_batches(settings, tokens + 1)
-    context = steps * trace.prompt + steps * (steps + 1) // 2
-    first = np.maximum(np.floor(prompts * mean.token_ns) + scaled(pairs, mean.pair_rate) - chunked(prompts), 0)
+    first = np.maximum(np.floor(prompts * mean.token_ns) + mean.pairs_ns(prompt, found) - chunked(prompts), 0)
     rounded = steps if settings.speculation is None else 2 * steps
-    later = np.floor(tokens * mean.decode_token_ns) + np.maximum(scaled(context, mean.context_rate) - rounded, 0)
+    later = np.floor(tokens * mean.decode_token_ns) + np.maximum(mean.context_ns(prompt, steps) - rounded, 0)
     return first, later
 
 

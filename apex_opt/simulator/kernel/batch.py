@@ -46,6 +46,7 @@ from apex_opt.simulator.kernel.state import (
     N_DECODE_CONTEXT,
     N_MIXED,
     N_SEQUENCES,
+    NEVER,
     NONE,
     ORIGIN,
     PAIR_RATE,
@@ -78,6 +79,9 @@ from apex_opt.simulator.kernel.state import (
     STOPS,
     TPOT,
     TTFT,
+    WINDOWS,
+    WINDOWS_OF_COUNTS,
+    WINDOWS_OF_LAW,
 )
 
 if TYPE_CHECKING:
@@ -109,12 +113,56 @@ def by_tokens_nb(tables: I64, r: I64, before: int, table: int) -> I64:
 
 
 @inner
+def seen_pairs_nb(stamp: int, length: int) -> int:
+    """`law.Window.all_pairs` of the first tokens of a sequence."""
+    if stamp < 0:
+        chunks, rest = length // -stamp, length % -stamp
+        return chunks * (-stamp * (1 - stamp) // 2) + rest * (rest + 1) // 2
+    rising = min(length, stamp)
+    return rising * (rising + 1) // 2 + (length - rising) * stamp
+
+
+@inner
+def pace_nb(law: I64, r: I64, n: int, context: int) -> tuple[int, int, int]:
+    """How decoding of n sequences grows with their context from here on.
+
+    Returns
+    -------
+    rate, full, until    2**-20 ns per token of context; those of the windows that are full; the context up to which
+                         both hold
+    """
+    rate, full, until = by_sequences_nb(law, r, CONTEXT_RATE)[n], 0, NEVER
+    windows = at(law, r[WINDOWS_OF_LAW])
+    for k in range(r[WINDOWS]):
+        limit, seen = n * abs(windows[k]), windows[r[WINDOWS] + k * (r[MAX_SEQS] + 1) + n]
+        if context >= limit:
+            full += seen * limit
+        else:
+            rate += seen
+            until = min(until, limit)
+    return rate, full, until
+
+
+@inner
+def chunk_seen_nb(law: I64, r: I64, c: int, held: int) -> int:
+    """What the pairs of a chunk within windows take."""
+    windows, seen, total = at(law, r[WINDOWS_OF_LAW]), r[WINDOWS] * (r[MAX_SEQS] + 2), 0
+    for k in range(r[WINDOWS]):
+        pairs = seen_pairs_nb(windows[k], held) - seen_pairs_nb(windows[k], held - c)
+        total += windows[seen + k * (r[MAX_TOKENS] + 1) + c] * pairs
+    return total
+
+
+@inner
 def chunk_ns_nb(law: I64, r: I64, c: int, held: int) -> int:
     """What a chunk adds to the time of its batch."""
     pairs = c * held - c * (c - 1) // 2
     rate = by_tokens_nb(law, r, MIXED_NS, PAIR_RATE)[c]
     context_rate = by_tokens_nb(law, r, MIXED_NS, CHUNK_CONTEXT_RATE)[c]
-    time_ns: int = by_tokens_nb(law, r, MIXED_NS, CHUNK_NS)[c] + ((rate * pairs + context_rate * held) >> RATE_BITS)
+    total = rate * pairs + context_rate * held
+    if r[WINDOWS] > 0:
+        total += chunk_seen_nb(law, r, c, held)
+    time_ns: int = by_tokens_nb(law, r, MIXED_NS, CHUNK_NS)[c] + (total >> RATE_BITS)
     return time_ns
 
 
@@ -122,7 +170,10 @@ def chunk_ns_nb(law: I64, r: I64, c: int, held: int) -> int:
 def batch_ns_nb(law: I64, r: I64, chunks_ns: int) -> int:
     """`law.BatchLaw.batch_ns` of the batch in the registers, given what its chunks take one after the other."""
     rows, d = r[BATCH_ROWS], r[BATCH_DECODES]
-    time_ns: int = (by_sequences_nb(law, r, CONTEXT_RATE)[d] * r[BATCH_READ]) >> RATE_BITS
+    rate, full = by_sequences_nb(law, r, CONTEXT_RATE)[d], 0
+    if r[WINDOWS] > 0:
+        rate, full, _ = pace_nb(law, r, d, r[BATCH_READ])
+    time_ns: int = (rate * r[BATCH_READ] + full) >> RATE_BITS
     if d == rows:
         return time_ns + by_sequences_nb(law, r, DECODE_NS)[rows]
     time_ns += by_tokens_nb(law, r, MIXED_NS, MIXED_NS)[r[BATCH_TOKENS]]
@@ -143,6 +194,8 @@ def count_batch_nb(run: Run, r: I64) -> None:
     by_sequences_nb(counts, r, N_SEQUENCES)[rows] += 1
     by_sequences_nb(counts, r, N_ATTEND)[d] += 1
     by_sequences_nb(counts, r, N_ATTEND_CONTEXT)[d] += read
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, d, 1, read)
     by_tokens_nb(counts, r, N_MIXED, N_MIXED)[r[BATCH_TOKENS]] += 1
 
 
@@ -153,6 +206,22 @@ def count_decoding_nb(run: Run, r: I64, n: int, batches: int, read: int) -> None
     r[BATCHES] += batches
     by_sequences_nb(counts, r, N_DECODE)[n] += batches
     by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += read
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, n, batches, read)
+
+
+@inner
+def count_seen_nb(run: Run, r: I64, n: int, batches: int, read: int) -> None:
+    """Count what is seen through windows by n decoding sequences, which held so much in that many batches in a row."""
+    if batches == 0 or n == 0:
+        return
+    windows, counts = at(law_nb(run, r, 0), r[WINDOWS_OF_LAW]), at(run.counts, r[COUNTS_AT] + r[WINDOWS_OF_COUNTS])
+    before = (read - n * (batches * (batches + 1) // 2)) // batches
+    for k in range(r[WINDOWS]):
+        limit = n * abs(windows[k])
+        rising = max(0, min(batches, (limit - before) // n))
+        seen = rising * before + n * (rising * (rising + 1) // 2) + (batches - rising) * limit
+        counts[k * (r[MAX_SEQS] + 1) + n] += seen
 
 
 @inner
@@ -161,6 +230,17 @@ def count_chunk_nb(run: Run, r: I64, c: int, held: int) -> None:
     by_tokens_nb(counts, r, N_MIXED, N_CHUNK)[c] += 1
     by_tokens_nb(counts, r, N_MIXED, N_CHUNK_PAIRS)[c] += c * held - c * (c - 1) // 2
     by_tokens_nb(counts, r, N_MIXED, N_CHUNK_CONTEXT)[c] += held
+    if r[WINDOWS] > 0:
+        count_chunk_seen_nb(run, r, c, held)
+
+
+@inner
+def count_chunk_seen_nb(run: Run, r: I64, c: int, held: int) -> None:
+    """Count the pairs of a chunk within windows."""
+    windows, seen = at(law_nb(run, r, 0), r[WINDOWS_OF_LAW]), at(run.counts, r[COUNTS_AT] + r[WINDOWS_OF_COUNTS])
+    for k in range(r[WINDOWS]):
+        pairs = seen_pairs_nb(windows[k], held) - seen_pairs_nb(windows[k], held - c)
+        seen[r[WINDOWS] * (r[MAX_SEQS] + 1) + k * (r[MAX_TOKENS] + 1) + c] += pairs
 
 
 @inner

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.simulator.kernel.batch import by_sequences_nb, by_tokens_nb, column_nb, count_decoding_nb, law_nb
+from apex_opt.simulator.kernel.batch import by_sequences_nb, by_tokens_nb, column_nb, count_decoding_nb, law_nb, pace_nb
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
@@ -22,7 +22,6 @@ from apex_opt.simulator.kernel.state import (
     BLOCK_SIZE,
     BLOCKS,
     COMPUTED,
-    CONTEXT_RATE,
     DECODE_NS,
     DEPTH,
     DUE_NEXT,
@@ -45,11 +44,13 @@ from apex_opt.simulator.kernel.state import (
     MICRO_READ,
     MICRO_ROWS,
     MICRO_TAKEN,
+    MICRO_UNTIL,
     MICRO_WIDTH,
     MIXED_NS,
     NEVER,
     NONE,
     NOW,
+    PACE_FULL,
     PACE_NS,
     PACE_RATE,
     PACE_SIZE,
@@ -83,7 +84,6 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
     wake = wake_nb(run, cache, r, until)
     if wake == NONE or not micro_batches_nb(run, cache, r):
         return
-    pace_nb(run, r)
     asynchronous, slots, bs, now = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE], r[NOW]
     turns = slot = 0
     while now < wake:
@@ -114,17 +114,15 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
 
 
 @inner
-def pace_nb(run: Run, r: I64) -> None:
-    """Look up how long each stage takes for each micro-batch."""
-    for slot in range(1 if r[ASYNCHRONOUS] == 1 else r[QUEUED] + 1):
-        micro = micro_nb(run, r, slot)
-        rows, pace = micro[MICRO_ROWS], at(micro, MICRO_DUE + r[BLOCK_SIZE])
-        for s in range(r[STAGES]):
-            law = law_nb(run, r, s)
-            pace[PACE_NS] = by_sequences_nb(law, r, DECODE_NS)[rows]
-            pace[PACE_RATE] = by_sequences_nb(law, r, CONTEXT_RATE)[rows]
-            pace[PACE_TRANSFER_NS] = by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[rows] if s + 1 < r[STAGES] else 0
-            pace = at(pace, PACE_SIZE)
+def paces_nb(run: Run, r: I64, micro: I64, context: int) -> None:
+    """Look up how long each stage takes for a micro-batch, from a context on."""
+    rows, pace = micro[MICRO_ROWS], at(micro, MICRO_DUE + r[BLOCK_SIZE])
+    for s in range(r[STAGES]):
+        law = law_nb(run, r, s)
+        pace[PACE_NS] = by_sequences_nb(law, r, DECODE_NS)[rows]
+        pace[PACE_RATE], pace[PACE_FULL], micro[MICRO_UNTIL] = pace_nb(law, r, rows, context)
+        pace[PACE_TRANSFER_NS] = by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[rows] if s + 1 < r[STAGES] else 0
+        pace = at(pace, PACE_SIZE)
 
 
 @inner
@@ -134,9 +132,11 @@ def through_nb(run: Run, r: I64, micro: I64, now: int) -> int:
     micro[MICRO_FORMED] += 1
     micro[MICRO_CONTEXT] = context
     micro[MICRO_READ] += context
+    if context > micro[MICRO_UNTIL]:
+        paces_nb(run, r, micro, context)
     stage, pace, end = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE), at(micro, MICRO_DUE + r[BLOCK_SIZE]), now
     for _ in range(r[STAGES]):
-        duration = pace[PACE_NS] + ((pace[PACE_RATE] * context) >> RATE_BITS)
+        duration = pace[PACE_NS] + ((pace[PACE_RATE] * context + pace[PACE_FULL]) >> RATE_BITS)
         end = max(end, stage[STAGE_FREE]) + duration
         stage[STAGE_FREE] = end
         stage[STAGE_BUSY] += duration

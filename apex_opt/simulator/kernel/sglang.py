@@ -11,8 +11,10 @@ from apex_opt.simulator.kernel.batch import (
     chunk_ns_nb,
     column_nb,
     count_batch_nb,
+    count_seen_nb,
     law_nb,
     log_step_nb,
+    pace_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.sglang_prompts import prompts_nb
@@ -74,7 +76,6 @@ from apex_opt.simulator.kernel.state import (
     BATCH_TOKENS,
     BATCHES,
     BLOCK_SIZE,
-    CONTEXT_RATE,
     COUNTS_AT,
     DECODE_NS,
     DEPTH,
@@ -105,6 +106,7 @@ from apex_opt.simulator.kernel.state import (
     STAGE_SIZE,
     STAGES,
     TRANSFER_NS,
+    WINDOWS,
 )
 
 if TYPE_CHECKING:
@@ -214,7 +216,9 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
     ahead = r[ASYNCHRONOUS] == 1
     f = flight_nb(e, g[G_TURNS] - 1)
     end = f[F_END] if ahead else now
-    base_ns, rate = by_sequences_nb(law, r, DECODE_NS)[n], by_sequences_nb(law, r, CONTEXT_RATE)[n]
+    base_ns = by_sequences_nb(law, r, DECODE_NS)[n]
+    rate, full, until = pace_nb(law, r, n, context)
+    rise, paid = rate * n, rate * context + full
     spare = 0
     if tree is not None and page > 1:
         spare = n
@@ -231,9 +235,13 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
             phase = 0
         context += n
         total += context
+        paid += rise
+        if context > until:
+            rate, full, until = pace_nb(law, r, n, context)
+            rise, paid = rate * n, rate * context + full
         ratio = max(ratio - decay, least)
         now = end
-        end += base_ns + ((rate * context) >> RATE_BITS)
+        end += base_ns + (paid >> RATE_BITS)
         if not ahead:
             now = end
     passed = most - left
@@ -241,6 +249,8 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
         return
     by_sequences_nb(counts, r, N_DECODE)[n] += passed
     by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += total
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, n, passed, total)
     stage = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE)
     stage[STAGE_BUSY] += end - began
     stage[STAGE_FREE] = end

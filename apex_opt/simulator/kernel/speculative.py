@@ -13,9 +13,11 @@ from apex_opt.simulator.kernel.batch import (
     chunk_ns_nb,
     column_nb,
     count_chunk_nb,
+    count_seen_nb,
     law_nb,
     log_row_nb,
     log_step_nb,
+    pace_nb,
 )
 from apex_opt.simulator.kernel.blocks import found_nb, recomputed_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.general import close_ranks_nb, evict_nb, leave_nb
@@ -54,7 +56,6 @@ from apex_opt.simulator.kernel.state import (
     CACHED,
     CHUNKED,
     COMPUTED,
-    CONTEXT_RATE,
     COUNTS_AT,
     DECODE_NS,
     DEPTH,
@@ -118,6 +119,7 @@ from apex_opt.simulator.kernel.state import (
     UNDER,
     UNREPORTED,
     VLLM,
+    WINDOWS,
 )
 
 if TYPE_CHECKING:
@@ -402,7 +404,10 @@ def launch_nb(run: Run, r: I64) -> int:
     # After the tables of every law and the copies of attention; and after those of all counts.
     drafting = at(by_tokens_nb(law, r, MIXED_NS, 9), 1)
     drafted = by_tokens_nb(counts, r, N_MIXED, 9)
-    duration = (by_sequences_nb(law, r, CONTEXT_RATE)[d] * read) >> RATE_BITS
+    rate, full, _ = pace_nb(law, r, d, read)
+    duration = (rate * read + full) >> RATE_BITS
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, d, 1, read)
     if d == rows:
         duration += by_sequences_nb(law, r, DECODE_NS)[rows]
         by_sequences_nb(counts, r, N_DECODE)[rows] += 1
@@ -419,10 +424,10 @@ def launch_nb(run: Run, r: I64) -> int:
         by_sequences_nb(counts, r, N_ATTEND_CONTEXT)[d] += read
         by_tokens_nb(counts, r, N_MIXED, N_MIXED)[tokens] += 1
     if r[BATCH_MADE] == 1 and r[DRAFTS] > 0:
-        draft, rate = r[MAX_TOKENS] + 1 + rows, r[MAX_TOKENS] + r[MAX_SEQS] + 2 + rows
-        duration += drafting[draft] + ((drafting[rate] * r[BATCH_HELD]) >> RATE_BITS)
+        draft, more = r[MAX_TOKENS] + 1 + rows, r[MAX_TOKENS] + r[MAX_SEQS] + 2 + rows
+        duration += drafting[draft] + ((drafting[more] * r[BATCH_HELD]) >> RATE_BITS)
         drafted[draft] += 1
-        drafted[rate] += r[BATCH_HELD]
+        drafted[more] += r[BATCH_HELD]
     end = max(r[NOW], stage[STAGE_FREE]) + duration
     stage[STAGE_FREE] = end
     stage[STAGE_BUSY] += duration

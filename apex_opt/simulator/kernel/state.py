@@ -131,6 +131,9 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     PROPOSED_AT,  # those of proposed ones
     LISTS,
     LIST_SIZE,
+    WINDOWS,  # how many the laws have, and where these begin in a law and in the counts
+    WINDOWS_OF_LAW,
+    WINDOWS_OF_COUNTS,
     # Registers of both engines, then those of a batch that is being formed, then of one engine.
     NOW,
     BATCHES,
@@ -185,12 +188,13 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(88)
+) = range(91)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED
-# modulo the size of a block, and when it ends. Then, by PHASE, those who need a block: with prefix caching the first of
-# them, chained by DUE_NEXT, else their number. Then for each stage what its time is made of.
+# modulo the size of a block, when it ends, and up to which context the times of its stages hold. Then, by PHASE, those
+# who need a block: with prefix caching the first of them, chained by DUE_NEXT, else their number. Then for each stage
+# what its time is made of.
 (
     MICRO_ROWS,
     MICRO_CONTEXT,
@@ -200,18 +204,20 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     MICRO_LEFT,
     MICRO_PHASE,
     MICRO_END,
+    MICRO_UNTIL,
     MICRO_DUE,
-) = range(9)
-PACE_NS, PACE_RATE, PACE_TRANSFER_NS, PACE_SIZE = range(4)
+) = range(10)
+PACE_NS, PACE_RATE, PACE_FULL, PACE_TRANSFER_NS, PACE_SIZE = range(5)
 
 STAGE_FREE, STAGE_BUSY, STAGE_LAW, STAGE_SIZE = range(4)
 # Tables of a law: the first by sequences, the others by tokens; then the copies of attention, and where drafts are made
-# `verify_ns` by tokens and `draft_ns` and `draft_rate` by sequences.
+# `verify_ns` by tokens and `draft_ns` and `draft_rate` by sequences; then `Window.stamp` of each window, `seen_rate` of
+# each by sequences and `seen_pair_rate` of each by tokens.
 (DECODE_NS, SEQUENCE_NS, ATTEND_NS, CONTEXT_RATE, MIXED_NS, CHUNK_NS, PAIR_RATE, CHUNK_CONTEXT_RATE, TRANSFER_NS) = (
     range(9)
 )
 # Tables of counts: the first by sequences, the others by tokens; and where drafts are made `verify` by tokens, and
-# `draft` and `draft_context` by sequences.
+# `draft` and `draft_context` by sequences; then `seen_context` of each window by sequences, `seen_pairs` by tokens.
 (
     N_DECODE,
     N_DECODE_CONTEXT,

@@ -23,10 +23,12 @@ from apex_opt.simulator.kernel.batch import (
     column_nb,
     count_batch_nb,
     count_chunk_nb,
+    count_seen_nb,
     law_nb,
     log_lost_nb,
     log_row_nb,
     log_step_nb,
+    pace_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
@@ -98,6 +100,7 @@ from apex_opt.simulator.kernel.state import (
     STAGE_BUSY,
     STAGE_SIZE,
     UNDER,
+    WINDOWS,
 )
 
 if TYPE_CHECKING:
@@ -180,12 +183,18 @@ def stretch_nb(run: Run, r: I64, wake: int) -> None:
     ahead = 0 if asynchronous else 1
     end = r[FLIGHT_END] if asynchronous else now
     base_ns = by_sequences_nb(law, r, DECODE_NS)[n]
-    rate = by_sequences_nb(law, r, CONTEXT_RATE)[n]
+    rate, full, last = by_sequences_nb(law, r, CONTEXT_RATE)[n], 0, NEVER
+    if r[WINDOWS] > 0:
+        rate, full, last = pace_nb(law, r, n, context + n)
+        last -= n
     first, began, total = k, end, 0
     while now < wake and ring[(k + ahead) & mask] == NONE:
         need = residue[phase]
         if need > free:
             break
+        if context > last:
+            rate, full, last = pace_nb(law, r, n, context + n)
+            last -= n
         free -= need
         k += 1
         phase += 1
@@ -194,11 +203,13 @@ def stretch_nb(run: Run, r: I64, wake: int) -> None:
         context += n
         total += context
         now = end
-        end += base_ns + ((rate * context) >> RATE_BITS)
+        end += base_ns + ((rate * context + full) >> RATE_BITS)
         if not asynchronous:
             now = end
     by_sequences_nb(counts, r, N_DECODE)[n] += k - first
     by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += total
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, n, k - first, total)
     run.stages[r[FIRST_STAGE] * STAGE_SIZE + STAGE_BUSY] += end - began
     if now > r[NOW]:
         r[LAST_ENDED] = 0

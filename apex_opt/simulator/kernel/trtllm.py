@@ -14,10 +14,12 @@ from apex_opt.simulator.kernel.batch import (
     by_sequences_nb,
     column_nb,
     count_chunk_nb,
+    count_seen_nb,
     law_nb,
     log_lost_nb,
     log_row_nb,
     log_step_nb,
+    pace_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
@@ -37,7 +39,6 @@ from apex_opt.simulator.kernel.state import (
     CHOSEN_AT,
     CHUNKED,
     COMPUTED,
-    CONTEXT_RATE,
     COUNTS_AT,
     DECODE_NS,
     DEPTH,
@@ -89,6 +90,7 @@ from apex_opt.simulator.kernel.state import (
     WAIT_ITERS,
     WAIT_TOKENS,
     WAITED,
+    WINDOWS,
 )
 
 if TYPE_CHECKING:
@@ -421,7 +423,9 @@ def stretch_nb(run: Run, r: I64, until: int) -> None:
         steps = with_blocks_nb(run, r, steps)
     law, counts = law_nb(run, r, 0), at(run.counts, r[COUNTS_AT])
     stage = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE)
-    base_ns, rate = by_sequences_nb(law, r, DECODE_NS)[n], by_sequences_nb(law, r, CONTEXT_RATE)[n]
+    base_ns = by_sequences_nb(law, r, DECODE_NS)[n]
+    rate, full, until = pace_nb(law, r, n, context)
+    rise, paid = rate * n, rate * context + full
     now = r[NOW]
     end = run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] if asynchronous else now
     began, total, k = end, 0, 0
@@ -429,14 +433,20 @@ def stretch_nb(run: Run, r: I64, until: int) -> None:
         k += 1
         context += n
         total += context
+        paid += rise
+        if context > until:
+            rate, full, until = pace_nb(law, r, n, context)
+            rise, paid = rate * n, rate * context + full
         now = end
-        end += base_ns + ((rate * context) >> RATE_BITS)
+        end += base_ns + (paid >> RATE_BITS)
         if not asynchronous:
             now = end
     if k == 0:
         return
     by_sequences_nb(counts, r, N_DECODE)[n] += k
     by_sequences_nb(counts, r, N_DECODE_CONTEXT)[n] += total
+    if r[WINDOWS] > 0:
+        count_seen_nb(run, r, n, k, total)
     stage[STAGE_BUSY] += end - began
     stage[STAGE_FREE] = end
     if asynchronous:

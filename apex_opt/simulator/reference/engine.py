@@ -54,7 +54,8 @@ class Engine:
         self.batches = 0
         self.shared: SharedCounts | None = None
         self.busy_ns = [0] * len(pool.laws)
-        self.counts = BatchCounts.empty(pool.settings)
+        self.windows = pool.laws[0].windows
+        self.counts = BatchCounts.empty(pool.settings, len(self.windows))
         self.steps: list[Step] | None = [] if log else None
         self.formed: list[Batch] = []
 
@@ -135,7 +136,7 @@ class Engine:
             if stage + 1 < len(self.laws):
                 end += int(law.transfer_ns[tokens])
         self.batches += 1
-        self.counts.add(chunks, draft_tokens=self.draft_tokens, yields=yields)
+        self.counts.add(chunks, draft_tokens=self.draft_tokens, yields=yields, windows=self.windows)
         if self.steps is not None:
             rows = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
             self.steps.append((self.now, end, rows, sorted(batch.preempted)))

@@ -124,7 +124,8 @@ class Rank(Process):
         self.inbox = Inbox()
         self.idle = False
         self.preemptions = self.batches = self.dummies = 0
-        self.counts = BatchCounts.empty(pool.settings)
+        self.windows = pool.laws[0].windows
+        self.counts = BatchCounts.empty(pool.settings, len(self.windows))
         self.steps: list[tuple[int, int, list[tuple[int, int, int]], list[int]]] = []
         self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self._queue: deque[tuple[int | None, Batch]] = deque()
@@ -203,7 +204,7 @@ class Rank(Process):
         rows = [(row.tokens, row.computed_after) for row in batch.rows]
         number = self.forwards.submit(self.index, self.group.now, rows)
         self.batches += 1
-        self.counts.add(rows)
+        self.counts.add(rows, windows=self.windows)
         if self.group.log:
             told = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
             self.steps.append((self.group.now, number, told, sorted(batch.preempted)))

@@ -82,7 +82,7 @@ class Together(Engine):
             if its:
                 self.batches += 1
                 self.batches_of[rank] += 1
-                self.counts.add(its)
+                self.counts.add(its, windows=self.windows)
             else:
                 self.dummies_of[rank] += len(self.idle_rows)
         self._told()
