@@ -27,7 +27,26 @@ from apex_opt.ir import (
     list_models,
     read_config,
 )
-from apex_opt.ir.cells import WHOLE, Cut, Kept, Matrix, Op, Piece, stored_bytes
+from apex_opt.ir.cells import (
+    WHOLE,
+    Cut,
+    GatedAttention,
+    GatedDelta,
+    GatedLatentAttention,
+    Kept,
+    KimiDelta,
+    LatentMoeFfn,
+    LightningAttention,
+    Mamba1,
+    Mamba2,
+    Matrix,
+    Op,
+    Piece,
+    Replaced,
+    ShortConvolution,
+    Skipped,
+    stored_bytes,
+)
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
@@ -313,3 +332,84 @@ def test_a_new_kind_of_cell_is_its_lists_for_the_oracle_the_program_and_the_cost
     assert written[0] == 2 * written[1]
     multiplied = [cost.parts[0]["qkv", "decode_ns"].flops[8] for cost in costs]
     assert multiplied[0] - multiplied[1] == 4 * 2 * 8 * 512 * key / 2
+
+
+H = 512
+FULL = Attention(hidden=H, query_heads=8, kv_heads=4, head_dim=64)
+GONE = Skipped(hidden=H)
+PLAIN_FFN = DenseFfn(hidden=H, intermediate=1024)
+LATENT_MOE = LatentMoeFfn(
+    hidden=H, latent=128, latent_norm=True, expert_intermediate=256, experts=8, experts_per_token=2
+)
+PAIRS: dict[str, tuple[Block, Block]] = {
+    "gated delta net": (
+        Block(
+            attention=GatedDelta(hidden=H, key_heads=4, value_heads=8, key_dim=32, value_dim=32, kernel=4),
+            ffn=PLAIN_FFN,
+        ),
+        Block(attention=GatedAttention(hidden=H, query_heads=8, kv_heads=4, head_dim=64), ffn=PLAIN_FFN),
+    ),
+    "KDA": (
+        Block(attention=KimiDelta(hidden=H, heads=8, head_dim=32, kernel=4), ffn=LATENT_MOE, residuals=2),
+        Block(
+            attention=GatedLatentAttention(
+                hidden=H,
+                query_heads=8,
+                q_lora_rank=64,
+                kv_lora_rank=64,
+                nope_head_dim=32,
+                rope_head_dim=16,
+                v_head_dim=32,
+            ),
+            ffn=LATENT_MOE,
+            residuals=2,
+        ),
+    ),
+    "layers of one cell": (
+        Block(attention=GONE, ffn=LATENT_MOE),
+        Block(attention=FULL, ffn=GONE),
+    ),
+    "Mamba2": (
+        Block(attention=Mamba2(hidden=H, heads=16, head_dim=64, groups=2, state=16, kernel=4), ffn=PLAIN_FFN),
+        Block(attention=FULL, ffn=PLAIN_FFN),
+    ),
+    "Mamba": (
+        Block(
+            attention=Mamba1(hidden=H, inner=1024, state=16, rank=32, kernel=4, norms=True, bias=True), ffn=PLAIN_FFN
+        ),
+        Block(attention=FULL, ffn=PLAIN_FFN),
+    ),
+    "lightning attention": (
+        Block(attention=LightningAttention(hidden=H, heads=8, head_dim=64), ffn=PLAIN_FFN),
+        Block(attention=FULL, ffn=PLAIN_FFN),
+    ),
+    "short convolution": (
+        Block(attention=ShortConvolution(hidden=H, kernel=3, bias=True), ffn=PLAIN_FFN),
+        Block(attention=FULL, ffn=PLAIN_FFN),
+    ),
+    "linear map": (
+        Block(attention=Replaced(hidden=H), ffn=GONE),
+        Block(attention=FULL, ffn=Replaced(hidden=H)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_program_oracle_and_costs_take_every_kind_of_layer(kind: str) -> None:
+    other, full = PAIRS[kind]
+    model = make_model((other, 1), (full, 1), (other, 1), (full, 1))
+    instance = instance_at(model, None, 4)
+    found = set(PlanSpace().enumerate(instance).plans)
+    alone = [plan for plan in space(instance) if plan.even and plan.replicas == 1]
+    assert found == {plan for plan in alone if not violations(instance, plan)}
+    assert {"tp1", "tp2"} <= {str(plan.attention) for plan in found}
+    costs = CostModel(model, make_cluster(4), SMALL, OVERHEAD)
+    one, two = (costs.plan_cost(parse_plan(text, model)).parts[0] for text in ("tp1", "tp2"))
+    spent = [
+        sum(float(work.flops[8]) for (_, table), work in parts.items() if table == "decode_ns") for parts in (one, two)
+    ]
+    assert spent[1] > 0
+    weights = [
+        stage_memory(model, make_gpu(), parse_plan(text, model), SMALL)[0].weights_bytes for text in ("tp1", "tp2")
+    ]
+    assert weights[1] < weights[0] == 2 * model.parameters

@@ -36,6 +36,9 @@ RUNTIME_BYTES: Final = GIB + GIB // 4
 """CUDA context, libraries, communicators. Assumed; with it the KV blocks that vLLM 0.20.2 chose for two models on one
 H200 come out within 1%."""
 
+_NO_LIMIT: Final = 1 << 40
+"""Blocks of a stage whose layers keep nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
@@ -244,7 +247,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             runtime_bytes=RUNTIME_BYTES,
             usable_bytes=usable,
             kv_block_bytes=block_bytes,
-            kv_blocks=max(0, left) // block_bytes,
+            kv_blocks=max(0, left) // block_bytes if block_bytes else (_NO_LIMIT if left >= 0 else 0),
         )
     return tuple(found[key] for key in alike)
 
@@ -296,7 +299,7 @@ def most_blocks(memory: Sequence[StageMemory]) -> int:
     memory : StageMemory of each stage of some split
     """
     left = sum(s.usable_bytes - s.runtime_bytes - s.workspace_bytes - s.weights_bytes for s in memory)
-    return max(0, left // sum(stage.kv_block_bytes for stage in memory))
+    return max(0, left // max(1, sum(stage.kv_block_bytes for stage in memory)))
 
 
 def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int, held: Held = PLAIN) -> int:
@@ -315,7 +318,7 @@ def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_
     tp, blocks = plan.attention.tp, model.blocks
     heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
     lightest = min(block_shard_bytes(block, plan, held) for block in blocks)
-    layers = min(heaviest // lightest, model.layers)
+    layers = min(heaviest // max(lightest, 1), model.layers)
     token = max(kv_bytes_per_token(block.attention, tp, plan.kv_format) for block in blocks)
     left = min(stage.usable_bytes - stage.runtime_bytes - stage.workspace_bytes for stage in memory) - heaviest - vocab
-    return max(0, max(0, left) // (layers * token * block_size) - 1)
+    return max(0, max(0, left) // max(layers * token * block_size, 1) - 1)
