@@ -10,7 +10,7 @@ import pytest
 
 from apex_opt.errors import InputError
 from apex_opt.ir import Model, model_from_config
-from apex_opt.ir.cells import Cut, GatedAttention, LatentMoeFfn, Replaced, Skipped
+from apex_opt.ir.cells import Attention, Cut, GatedAttention, LatentMoeFfn, Replaced, Skipped
 
 MODELS = Path(__file__).parent / "cases" / "models"
 
@@ -92,6 +92,22 @@ def test_the_number_of_layers_is_that_of_the_list_where_a_file_tells_no_other() 
     kinds = {"M": "mamba", "E": "moe", "*": "attention"}
     letters = SUPER["hybrid_override_pattern"]
     assert read(listed, layers_block_type=[kinds[letter] for letter in letters]).runs == read(SUPER).runs
+
+
+@pytest.mark.parametrize(
+    ("config", "turned"),
+    [(QWEN_NEXT, True), (NANO, False), (GRANITE, False), (JAMBA, False), (MINIMAX, True), (LFM2, True)],
+)
+def test_attention_between_states_is_turned_by_position_or_not(config: dict[str, Any], turned: bool) -> None:
+    model = read(config)
+    assert max(run.block.attention.rotary_dim for run in model.runs) == (model_head(model) if turned else 0)
+    assert read(GRANITE, position_embedding_type="rope").runs[1].block.attention.rotary_dim == 128
+
+
+def model_head(model: Model) -> int:
+    """Elements of a head of attention."""
+    cells = [run.block.attention for run in model.runs if isinstance(run.block.attention, Attention)]
+    return cells[0].head_dim
 
 
 def test_gates_and_latent_experts_are_read() -> None:

@@ -97,7 +97,7 @@ def read_hybrid(fields: Fields, size: Sizes) -> Layers:
         heads: dict[str, Any] = head_fields(fields, size.hidden)
         bias = fields.flag("attention_bias")
         if not fields.faults:
-            there["attention"] = Attention(hidden=size.hidden, qkv_bias=bias, output_bias=bias, **heads)
+            there["attention"] = Attention(hidden=size.hidden, qkv_bias=bias, output_bias=bias, rotary=False, **heads)
     if "mlp" in kinds:
         width, bias = fields.count("intermediate_size"), fields.flag("mlp_bias")
         if not fields.faults:

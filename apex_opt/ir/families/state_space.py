@@ -110,7 +110,13 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
     if experts:
         ffn = MoeFfn(hidden=size.hidden, experts=experts, shared_intermediate=shared, **routed)
     cells: dict[str, AttentionCell] = {
-        "attention": Attention(hidden=size.hidden, qkv_bias=attention_bias, output_bias=attention_bias, **heads),
+        "attention": Attention(
+            hidden=size.hidden,
+            qkv_bias=attention_bias,
+            output_bias=attention_bias,
+            rotary=fields.values.get("position_embedding_type") == "rope",
+            **heads,
+        ),
         "mamba": Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes),
     }
     return Layers([Block(attention=cells[kind], ffn=ffn) for kind in kinds])
@@ -148,7 +154,7 @@ def read_jamba(fields: Fields, size: Sizes) -> Layers:
         return Layers([])
     dense = DenseFfn(hidden=size.hidden, intermediate=width)
     moe = MoeFfn(hidden=size.hidden, expert_intermediate=width, experts=experts, experts_per_token=per_token)
-    full = Attention(hidden=size.hidden, **heads)
+    full = Attention(hidden=size.hidden, rotary=False, **heads)
     mamba = Mamba1(hidden=size.hidden, bias=bias, conv_bias=conv_bias, norms=True, **sizes)
     return Layers(
         [
