@@ -197,3 +197,79 @@ def test_what_is_not_understood_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(InputError, match=text):
         read(config, **changes)
+
+
+def forms(model: Model, part: str) -> list[str]:
+    """The format of a part of every layer that has it, "bf16" where it is left out."""
+    found = []
+    for run in model.runs:
+        for cell in run.block.cells:
+            for field, name in cell.forms.items():
+                if name == part:
+                    number = getattr(cell, field)
+                    found += [model.weight_format.split("+")[number - 1] if number else "bf16"] * run.count
+    return found
+
+
+def test_kimi_k3_has_the_size_of_its_checkpoint() -> None:
+    """1,560,860,324,864 bytes in all (its index), of which those of the tower are 2 x 447,361,184."""
+    model = read(
+        KIMI_K3,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "mxfp4-pack-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 4, "type": "float", "group_size": 32, "scale_dtype": "torch.uint8"},
+                }
+            },
+            "ignore": [
+                "re:.*self_attn.*",
+                "re:.*shared_experts.*",
+                "re:.*mlp\\.(gate|up|down)_proj.*",
+                "re:.*lm_head.*",
+            ],
+        },
+    )
+    assert model.weight_format == "mxfp4"
+    assert set(forms(model, "experts")) == {"mxfp4"}
+    assert set(forms(model, "latent") + forms(model, "state in") + forms(model, "shared up")) == {"bf16"}
+    assert model.weight_bytes() + 2 * 447_361_184 == pytest.approx(1_560_860_324_864, rel=1e-4)
+
+
+def test_modules_of_layers_with_states_are_found_by_their_names() -> None:
+    fp8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    model = read(
+        NANO,
+        quantization_config=fp8
+        | {
+            "exclude_modules": [
+                "backbone.layers.0.mixer.in_proj",
+                "backbone.layers.5.mixer.o_proj",
+                "*.shared_experts*",
+            ]
+        },
+    )
+    assert forms(model, "state in") == ["bf16"] + ["fp8"] * 22
+    assert forms(model, "output") == ["bf16"] + ["fp8"] * 5
+    assert set(forms(model, "experts")) == {"fp8"}
+    assert set(forms(model, "shared up")) == {"bf16"}
+    listed = {f"model.layers.{layer}.linear_attn.in_proj_{name}": fp8 for layer in range(60) for name in ("qkv", "z")}
+    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": listed}
+    found = read(QWEN_35, quantization_config=mixed)
+    assert set(forms(found, "state in")) == {"fp8"}
+    assert set(forms(found, "state gates") + forms(found, "state out") + forms(found, "experts")) == {"bf16"}
+
+
+def test_a_head_in_four_bits_is_read_of_modelopt_and_counted_in_16_bit() -> None:
+    rows = {
+        "lm_head": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+        "model.layers.0.mlp.experts": {"quant_algo": "FP8"},
+    }
+    section = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": rows}
+    model = read(QWEN_35, quantization_config=section)
+    outside = 2 * (model.embedding_parameters + model.lm_head_parameters + model.hidden)
+    assert model.weight_bytes() == outside + sum(
+        r.count * r.block.weight_bytes(model.weight_format) for r in model.runs
+    )
