@@ -177,13 +177,22 @@ def test_pruned_layers_have_fewer_heads_narrower_ffns_a_matrix_or_nothing() -> N
         (JAMBA, {"mamba_d_conv": 0}, "mamba_d_conv must be a whole number"),
         (MINIMAX, {"attn_type_list": [2] * 80}, "attn_type_list may hold 0"),
         (MINIMAX, {"attn_type_list": None}, "attn_type_list is missing"),
+        (QWEN_NEXT, {"linear_decay_rank": 8}, "linear_decay_rank is not understood and may change what is counted"),
+        (KIMI_K3, {"mla_window": 8}, "mla_window is not understood"),
+        (
+            KIMI_K3,
+            {"linear_attn_config": KIMI_K3["linear_attn_config"] | {"state_rank": 8}},
+            "linear_attn_config.state_rank is not understood",
+        ),
+        (SUPER, {"moe_null_experts": 2}, "moe_null_experts is not understood"),
+        (JAMBA, {"mamba_variant": "3"}, "mamba_variant is not understood"),
         (LFM2, {"conv_dim": 1024}, "conv_dim 1024 is not supported; supported: 2048"),
         (LFM2, {"full_attn_idxs": None}, "layer_types is missing, and so is full_attn_idxs"),
         (PRUNED, {"block_configs": None}, "block_configs is missing"),
         (
             PRUNED,
             {"block_configs": [{"attention": {"window_length": 128}, "ffn": {"no_op": True}}] * 3},
-            r"block_configs\[0\].attention.window_length 128 is not supported",
+            r"block_configs\[0\].attention.window_length is not understood",
         ),
         (
             PRUNED,

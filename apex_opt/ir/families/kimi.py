@@ -18,11 +18,26 @@ from apex_opt.ir.cells import (
 from apex_opt.ir.checks import MAX_COUNT, count_fault
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import latent_fields
-from apex_opt.ir.families.states import refuse
+from apex_opt.ir.families.states import refuse, refuse_others
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
+
+_LINEAR: Final = frozenset(
+    (
+        "kda_layers",
+        "full_attn_layers",
+        "head_dim",
+        "num_heads",
+        "short_conv_kernel_size",
+        "use_full_rank_gate",
+        "gate_lower_bound",
+    )
+)
+_KNOWN: Final = frozenset(
+    ("mla_use_nope", "mla_use_output_gate", "latent_moe_use_norm", "attn_res_block_size", "routed_expert_hidden_size")
+)
 
 
 def _moe(fields: Fields, hidden: int) -> MoeFfn | None:
@@ -87,6 +102,8 @@ def read(fields: Fields, size: Sizes) -> Layers:
         fields.fault("linear_attn_config", "is missing")
         return Layers([])
     refuse(fields, "hidden_act", "silu", "situ")
+    refuse_others(linear, _LINEAR)
+    refuse_others(fields, _KNOWN, "mla_", "latent_", "attn_res", "routed_expert")
     refuse(fields, "mla_use_nope", True)
     sizes: dict[str, Any] = {
         "heads": linear.count("num_heads"),

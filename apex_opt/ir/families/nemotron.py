@@ -18,7 +18,7 @@ from apex_opt.ir.cells import (
 from apex_opt.ir.checks import MAX_COUNT, shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import head_fields
-from apex_opt.ir.families.states import refuse, state_bytes
+from apex_opt.ir.families.states import refuse, refuse_others, state_bytes
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import Block
 
@@ -26,6 +26,21 @@ if TYPE_CHECKING:
     from apex_opt.ir.cells import Cell
 
 _LETTERS: Final = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+
+_KNOWN: Final = frozenset(
+    (
+        "mamba_head_dim",
+        "mamba_hidden_act",
+        "mamba_num_heads",
+        "mamba_proj_bias",
+        "mamba_ssm_cache_dtype",
+        "moe_intermediate_size",
+        "moe_latent_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_overlap",
+        "ssm_state_size",
+    )
+)
 
 
 def _kinds(fields: Fields, layers: int) -> list[str]:
@@ -92,6 +107,7 @@ def read_hybrid(fields: Fields, size: Sizes) -> Layers:
         fields = fields.replaced({"head_dim": fields.values["attention_head_dim"]})
     kinds = _kinds(fields, size.layers)
     refuse(fields, "mlp_hidden_act", "relu2")
+    refuse_others(fields, _KNOWN, "mamba_", "moe_", "ssm_")
     there: dict[str, Cell | None] = {}
     if "attention" in kinds:
         heads: dict[str, Any] = head_fields(fields, size.hidden)
@@ -120,8 +136,8 @@ def read_hybrid(fields: Fields, size: Sizes) -> Layers:
 
 _MULTIPLE: Final = 256
 """Columns of pruned FFNs are rounded up to multiples of this."""
-_NO_MEANING: Final = ("sparsify", "num_sink_tokens", "window_length")
-"""Fields of a pruned cell that stand for what is not described here."""
+_PRUNED: Final = frozenset(("n_heads_in_group", "no_op", "replace_with_linear", "ffn_mult", "hidden_act"))
+"""Fields of a pruned cell that are described here; others thin out attention or its context."""
 
 
 def _mixed(entry: Fields, size: Sizes, heads: int, head_dim: int, bias: bool) -> AttentionCell | None:
@@ -182,9 +198,7 @@ def read_pruned(fields: Fields, size: Sizes) -> Layers:
             entry.fault("attention" if attention is None else "ffn", "is missing")
             return Layers([])
         for part in (attention, ffn):
-            for key in _NO_MEANING:
-                if part.values.get(key):
-                    part.fault(key, f"{shown(part.values[key])} is not supported")
+            refuse_others(part, _PRUNED)
         mixed, fed = _mixed(attention, size, heads, head_dim, bias), _fed(ffn, size, mlp_bias)
         if mixed is None or fed is None or fields.faults:
             return Layers([])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.ir.cells import Attention, AttentionCell, GatedAttention, GatedDelta
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, layer_kinds
-from apex_opt.ir.families.states import state_bytes
+from apex_opt.ir.families.states import refuse_others, state_bytes
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class QwenNext:
         kinds = layer_kinds(fields, size.layers, ("full_attention", "linear_attention"))
         if kinds is None:
             kinds = ["linear_attention" if every and (i + 1) % every else "full_attention" for i in range(size.layers)]
+        refuse_others(fields, frozenset(_LINEAR), "linear_")
         ffns = self.ffn.ffns(fields, size)
         if fields.faults:
             return Layers([])

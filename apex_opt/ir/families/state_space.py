@@ -18,11 +18,27 @@ from apex_opt.ir.cells import (
 from apex_opt.ir.checks import shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import head_fields, layer_kinds
-from apex_opt.ir.families.states import refuse
+from apex_opt.ir.families.states import refuse, refuse_others
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
+
+_MAMBA: Final = frozenset(
+    (
+        "mamba_n_heads",
+        "mamba_d_head",
+        "mamba_n_groups",
+        "mamba_d_state",
+        "mamba_d_conv",
+        "mamba_expand",
+        "mamba_chunk_size",
+        "mamba_dt_rank",
+        "mamba_conv_bias",
+        "mamba_proj_bias",
+        "mamba_inner_layernorms",
+    )
+)
 
 
 def _inner(fields: Fields, hidden: int, expand: str, heads: int, head_dim: int, names: tuple[str, str]) -> None:
@@ -94,6 +110,7 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
     bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
     attention_bias = fields.flag("attention_bias")
     refuse(fields, "position_embedding_type", "nope", "rope")
+    refuse_others(fields, _MAMBA, "mamba_")
     refuse(fields, "normalization_function", "rmsnorm")
     experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
     routed: dict[str, Any] = {}
@@ -146,6 +163,7 @@ def read_jamba(fields: Fields, size: Sizes) -> Layers:
         "rank": _rank(fields, "mamba_dt_rank", size.hidden),
     }
     bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
+    refuse_others(fields, _MAMBA, "mamba_")
     width, experts = fields.count("intermediate_size"), fields.count("num_experts", default=16)
     per_token = fields.count("num_experts_per_tok", default=2)
     if experts and per_token > experts:

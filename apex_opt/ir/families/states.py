@@ -46,3 +46,17 @@ def refuse(fields: Fields, key: str, *known: object) -> None:
     value = fields.values.get(key)
     if value is not None and value not in known:
         fields.fault(key, f"{shown(value)} is not supported; supported: {', '.join(str(one) for one in known)}")
+
+
+def refuse_others(fields: Fields, known: frozenset[str], *prefixes: str) -> None:
+    """Refuse fields of such names that are set and not known, as they may stand for a kind that is not described here.
+
+    Parameters
+    ----------
+    fields
+    known : set of str    fields that are read, or that change nothing of what is counted
+    prefixes : str        what the names begin with; none: any
+    """
+    for key, value in fields.values.items():
+        if value and key not in known and key.startswith(prefixes or ("",)):
+            fields.fault(key, "is not understood and may change what is counted; remove it if it does not")
