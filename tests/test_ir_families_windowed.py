@@ -198,6 +198,14 @@ def test_small_gemma_4_borrow_keys_and_values_and_embed_every_layer() -> None:
     assert [op.name for op in layers(model)[0].own_operations][2:] == ["per-layer gate", "per-layer projection"]
 
 
+def test_of_a_table_of_every_layer_a_token_reads_one_row() -> None:
+    """Publishers leave the table out of what is effective; the last 18 of 42 layers keep nothing."""
+    model = read("gemma-4-e4b")
+    table = 262144 * 42 * 256
+    assert model.parameters - model.active_parameters == table - 42 * 256
+    assert [bool(cell.cache()) for cell in attention(model)] == [True] * 24 + [False] * 18
+
+
 def test_llama_4_sees_chunks_but_in_every_fourth_layer_which_has_no_positions() -> None:
     for name, every in (("llama-4-scout", 1), ("llama-4-maverick", 2)):
         model = read(name)

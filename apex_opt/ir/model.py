@@ -338,8 +338,13 @@ class Model:
 
     @property
     def active_parameters(self) -> int:
-        """Weights of everything one token passes through, embedding and LM head counted whole as publishers do."""
-        return self._outside_parameters + sum(run.count * run.block.active_parameters for run in self.runs)
+        """Weights of everything one token passes through, embedding and LM head counted whole as publishers do.
+
+        Of other tables it is the rows of one token.
+        """
+        idle = sum(matrix.weights - matrix.used_weights for matrix in (*self.before, *self.after))
+        blocks = sum(run.count * run.block.active_parameters for run in self.runs)
+        return self._outside_parameters - idle + blocks
 
     def weight_bytes(self, weight_format: str | None = None) -> int:
         """Bytes of one whole copy of the weights.

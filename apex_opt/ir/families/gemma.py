@@ -100,7 +100,7 @@ def _gemma4(fields: Fields, size: Sizes) -> Layers:
     ]
     width = size.layers * narrow
     before = (
-        Matrix("per-layer embedding", rows, width),
+        Matrix("per-layer embedding", width, 1, times=max(rows, 1), used=1),
         Matrix("per-layer projection", width, size.hidden),
         Matrix("per-layer norm", narrow, 1),
     )

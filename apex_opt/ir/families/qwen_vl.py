@@ -1,9 +1,11 @@
-"""Decoders of Qwen3-VL: those of Qwen3, behind a tower that reads images."""
+"""Decoders behind a tower that reads images: of Qwen3-VL those of Qwen3, of GLM-4.5V that of GLM-4.5."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
+from apex_opt.ir.families import qwen
 from apex_opt.ir.families.base import Family, module_names, sizes
 from apex_opt.ir.families.decoder import Decoder
 
@@ -22,4 +24,5 @@ FAMILIES: Final[dict[str, Family]] = {
         | {"num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         tied=True,
     ),
+    "glm4v_moe_text": replace(qwen.FAMILIES["glm4_moe"], architecture="Glm4vMoeForConditionalGeneration"),
 }
