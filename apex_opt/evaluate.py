@@ -385,7 +385,7 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     head = vocab + 2 * model.after_parameters
     last = plan.stages - 1
     copies = [vocab_copies(model, instance.held, index == 0, index == last) for index in range(plan.stages)]
-    ends = {0: 2 * model.before_parameters, last: 2 * model.after_parameters}
+    ends = {0: model.before_bytes(tp), last: 2 * model.after_parameters}
     beside = [vocab * n + ends.get(index, 0) + instance.held.table_bytes for index, n in enumerate(copies)]
     extra = (*(0,) * (plan.stages - 1), head)
     most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)

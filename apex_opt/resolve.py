@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
@@ -90,8 +90,10 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         )
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
+    model = _seeing(model, trace)
     notes = (
         *_about_prefixes(ask, trace),
+        *_about_images(model),
         *_about_engines(ask),
         *_about_chunks(ask, kind),
         *assumed_network(ask.cluster),
@@ -180,6 +182,34 @@ def _about_prefixes(ask: Ask, trace: Trace) -> tuple[str, ...]:
     )
 
 
+def _seeing(model: Model, trace: Trace) -> Model:
+    """The model with what it sees of the traffic: images, whose tower is then served too, and recordings."""
+    media, tower = trace.media, model.tower
+    if media.audio_s and (tower is None or tower.reads != "audio"):
+        raise UsageError(f"--trace: {trace.name:.60} has recordings (audio_s), which {model.name} does not read")
+    if media.audio_s and tower is not None and media.audio_s > tower.input_s:
+        raise UsageError(
+            f"--trace: {trace.name:.60} has recordings of up to {media.audio_s:g} s; {model.name} reads "
+            f"{tower.input_s:g} s at once: give a request for each piece"
+        )
+    if not media.image_share:
+        return model
+    if tower is None or tower.reads != "images":
+        known = f"of {model.name} no tower is described" if tower is None else f"{model.name} reads {tower.reads}"
+        raise UsageError(f"--trace: {trace.name:.60} has images (image_tokens), but {known}")
+    return replace(model, images=(media.image_tokens, media.image_share))
+
+
+def _about_images(model: Model) -> tuple[str, ...]:
+    """That the time of images is spread over prompts."""
+    if model.images is None:
+        return ()
+    return (
+        f"images: {model.images[1]:.0%} of the tokens of prompts; the time of their tower is spread evenly over all "
+        "prompts, so that it counts in full, but not request by request",
+    )
+
+
 def _about_engines(ask: Ask) -> tuple[str, ...]:
     """That no engine need be able to run a plan, where none is asked."""
     if ask.runnable != ANY:
@@ -194,6 +224,10 @@ def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
 
 
+_SPLITTING: Final = ("chunked_prefill", "prefix_caching")
+"""What engines switch off where an encoder has to see all of a prompt."""
+
+
 def _settings(
     ask: Ask, kind: EngineKind, model: Model, trace: Trace, memory_bytes: float
 ) -> tuple[EngineSettings, list[tuple[int, int]]]:
@@ -206,6 +240,16 @@ def _settings(
     """
     asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
     common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
+    if model.sees_whole_prompts:
+        for name in _SPLITTING:
+            if asked.get(name):
+                raise UsageError(f"--{name}=true: {model.name} is an encoder, or has one, which sees all of a prompt")
+        common |= dict.fromkeys(_SPLITTING, False)
+    if model.pools and trace.output.max() > 1:
+        raise UsageError(
+            f"--trace: {trace.name:.60} asks for up to {trace.output.max()} tokens, but {model.name} answers with a "
+            "vector; give an output of 1, which stands for it"
+        )
     whole = not scheduler.splits_prompts or not common["chunked_prefill"]
     by_length = whole and scheduler.whole_length
     longest = ask.max_model_len

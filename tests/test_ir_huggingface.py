@@ -679,7 +679,7 @@ def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
         (LLAMA, {"layer_types": ["sliding_attention"] * 6}, "but sliding_window is missing or switched off"),
         (LLAMA, {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern must be a whole number"),
         (LLAMA, {"model_type": None, "architectures": None}, "model_type is missing"),
-        (LLAMA, {"model_type": None, "architectures": ["BertModel"]}, "model_type is missing"),
+        (LLAMA, {"model_type": None, "architectures": ["PerceiverModel"]}, "model_type is missing"),
         (LLAMA, {"model_type": 5}, "model_type must be text, not 5"),
         (LLAMA, {"architectures": "Llama"}, "architectures must be a list of names"),
         (LLAMA, {"architectures": [1]}, "architectures must be a list of names"),

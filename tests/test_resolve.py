@@ -480,3 +480,43 @@ def test_a_plan_that_makes_drafts_is_placed_whatever_comes_of_them() -> None:
     assert str(plan.speculation) == "ngram:4"
     assert problem.settings_for(plan).speculation is not None
     assert not any("ngram" in note for note in problem.notes)
+
+
+MODELS = Path(__file__).parent / "cases" / "models"
+
+
+def media(model: str, **changes: Any) -> Any:
+    given = {"cluster": "1xh100-sxm", "trace": "static:n=2,prompt=4,output=4"} | changes
+    return resolve(Ask(model=str(MODELS / f"{model}.json"), **given))
+
+
+def test_an_encoder_sees_prompts_whole_and_engines_switch_off_what_splits_them() -> None:
+    problem = media("whisper-large-v3", trace="static:n=2,prompt=4,output=4,audio_s=30")
+    assert not problem.settings.chunked_prefill and not problem.settings.prefix_caching
+    assert problem.settings.max_num_batched_tokens >= problem.settings.max_model_len
+    for option in ("chunked_prefill", "prefix_caching"):
+        with pytest.raises(UsageError, match=f"--{option}=true: whisper-large-v3 is an encoder, or has one"):
+            media("whisper-large-v3", **{option: True})
+
+
+def test_recordings_longer_than_a_model_reads_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"recordings of up to 31 s; whisper-large-v3 reads 30 s at once"):
+        media("whisper-large-v3", trace="static:n=2,prompt=4,output=4,audio_s=31")
+    with pytest.raises(UsageError, match=r"has recordings .* which gpt2 does not read"):
+        media("gpt2", trace="static:n=2,prompt=4,output=4,audio_s=3")
+
+
+def test_images_have_their_tower_served_and_are_told_of() -> None:
+    seen = media("qwen2.5-vl-7b", trace="static:n=2,prompt=100,image_tokens=300,output=4")
+    plain = media("qwen2.5-vl-7b", trace="static:n=2,prompt=400,output=4")
+    assert seen.model.images == (300.0, 0.75) and plain.model.images is None
+    assert seen.settings.chunked_prefill
+    assert any("images: 75% of the tokens of prompts" in note for note in seen.notes)
+    with pytest.raises(UsageError, match=r"has images .* but of gpt2 no tower is described"):
+        media("gpt2", trace="static:n=2,prompt=100,image_tokens=300,output=4")
+
+
+def test_models_that_answer_with_a_vector_generate_one_token_at_most() -> None:
+    assert media("bert-large-uncased", trace="static:n=2,prompt=60,output=1").model.pools
+    with pytest.raises(UsageError, match="answers with a vector; give an output of 1"):
+        media("bert-large-uncased")

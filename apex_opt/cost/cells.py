@@ -6,6 +6,7 @@ Times are those of the busiest device of the stage.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from apex_opt.cost.attention import attention_parts
 from apex_opt.cost.exchanges import KEPT, Exchanges
 from apex_opt.cost.routing import fullest_group_factor
 from apex_opt.cost.states import state_parts
-from apex_opt.cost.tables import by_table, merged, owned, rising, shares, times
+from apex_opt.cost.tables import OF_CHUNKS, by_table, merged, owned, rising, shares, times
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.ir.cells import WHOLE, Cut
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cost.tables import Ints, Parts, Tables
     from apex_opt.ir.cells import AttentionCell, Ffn
-    from apex_opt.ir.cells.operations import Experts, Linear
+    from apex_opt.ir.cells.operations import Experts, Linear, Op
     from apex_opt.ir.model import Block, Model
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Template
@@ -117,6 +118,8 @@ class Operations(Exchanges):
         for op in cell.operations(Cut(heads=template.tp), KV_BYTES[kv_format]):
             if isinstance(op, Contextual):
                 parts.append(attention_parts(self.profile, self.tables, op, dp, kv_format))
+                if self.tables.apart:
+                    parts[-1] = {key: work for key, work in parts[-1].items() if key[1] not in OF_CHUNKS}
             elif isinstance(op, Stateful):
                 parts.append(state_parts(self.profile, self.tables, op, dp))
             else:
@@ -166,6 +169,21 @@ class Operations(Exchanges):
             return self.hyper(op)
         held = self.held_in(weight_format, op.quantised)
         return self.gemm(held, op.n, op.k) if isinstance(op, Product) else self.experts(held, op)
+
+    def over(self, tokens: Ints) -> Operations:
+        """The same operations over other numbers of tokens, of which nothing else is made."""
+        tables, fused = replace(self.tables, tokens=tokens), tuple(self.fused)
+        own = Operations(tables, self.profile, self.collectives, self.routing, fused, self.held, self.gap_s)
+        own.called = self.called
+        return own
+
+    def of_input(self, op: Op, weight_format: str) -> Work:
+        """A kernel of an encoder, by the tokens of one input."""
+        if isinstance(op, Contextual):
+            return by_table(attention_parts(self.profile, self.tables, op, 1, self.half))["chunk_ns"]
+        if isinstance(op, Stateful):
+            return by_table(state_parts(self.profile, self.tables, op, 1))["chunk_ns"]
+        return self._op(op, weight_format)
 
     def _hyper(self, op: HyperConnect) -> Work:
         """Residual streams mixed before and after a cell."""

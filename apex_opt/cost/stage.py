@@ -12,6 +12,7 @@ from apex_opt.cost.attention import windows_of
 from apex_opt.cost.cells import Operations
 from apex_opt.cost.least import Least
 from apex_opt.cost.tables import Parts, Tables, seen, window_of
+from apex_opt.cost.towers import encoder_parts
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
 from apex_opt.plans.engine import schedulers
@@ -96,7 +97,9 @@ class StageCosts:
         self.drafts = settings.speculation.draft_tokens if settings.speculation else 0
         verified = _padded(tokens, captured, len(tokens) - 1) if self.drafts else None
         padded = _padded(sequences, captured, len(tokens) - 1)
-        self.tables = Tables(tokens, sequences, padded, self.drafts, verified)
+        encoder = model.encoder
+        apart = encoder is not None and encoder.reads == "text"
+        self.tables = Tables(tokens, sequences, padded, self.drafts, verified, apart)
         held = Held.of(settings.runnable, model, cluster.gpu)
         self.windows = windows_of(run.block.attention for run in model.runs)
         gap_s = 0.0 if cluster.gpu.overlapped_launch else overhead.gap_s
@@ -204,7 +207,9 @@ class StageCosts:
             yield run.count, (operations.reshards, block, cut.attention, cut.ffn, layout)
         if first:
             yield 1, (operations.embedding, self.model, cut.attention, layout)
-        if last:
+            if (tower := self.model.encoder) is not None and operations.role in (None, "own"):
+                yield 1, (encoder_parts, operations, self.model, tower, cut.attention, cut.weight_format, layout)
+        if last and not self.model.pools:
             yield 1, (operations.head, self.model, cut.attention, layout)
         if last and cut.speculation is not None:
             formats = cut.weight_format, cut.kv_format

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ Parts = dict[tuple[str, str], Work]
 """Work per (operation, table); tables are the fields of `simulator.law.BatchLaw`."""
 
 
+OF_CHUNKS: Final = ("chunk_ns", "pair_rate", "chunk_context_rate")
+"""Tables of prompts, by their chunks."""
+
+
 class Place(Protocol):
     """Enters an operation into the tables by which batches it grows with: see `owned` and `crowded`."""
 
@@ -39,7 +43,8 @@ class Tables:
     """Entries the tables are made for: every number of tokens and of sequences a batch can have.
 
     `padded[n]` is how many a batch of `n` decoding sequences is computed as, once padded to a captured graph. Where
-    so many `drafts` may follow a token, `verified[t]` is that of a batch of `t` tokens of them.
+    so many `drafts` may follow a token, `verified[t]` is that of a batch of `t` tokens of them. Where prompts lie
+    `apart`, in an encoder, the decoder computes one token of each sequence.
     """
 
     tokens: Ints
@@ -47,6 +52,7 @@ class Tables:
     padded: Ints
     drafts: int = 0
     verified: Ints | None = None
+    apart: bool = False
 
     @property
     def alone(self) -> tuple[str, Ints]:
@@ -65,6 +71,11 @@ def owned(tables: Tables, operation: str, copies: int, split: int, work: Work) -
     """
     table, alone = tables.alone
     spread = work.at(shares(alone, copies * split))
+    if tables.apart:
+        return {
+            (operation, "sequence_ns"): work.at(shares(tables.sequences, copies * split)),
+            (operation, table): spread,
+        }
     shared = work if split == 1 else work.at(shares(tables.tokens, split))
     if copies == 1:
         return {(operation, "mixed_ns"): shared, (operation, table): spread}

@@ -295,7 +295,7 @@ def _family(fields: Fields, wrapped: bool, source: str) -> Family:
             f"{source}: architectures {', '.join(architectures)!r:.60} generates no text; "
             f"give a model whose architecture ends in ForCausalLM"
         )
-    return FAMILIES[model_type]
+    return family
 
 
 def _dtype(fields: Fields) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from apex_opt.errors import InputError, join_faults
-from apex_opt.ir.cells import AttentionCell, Cell, Ffn, Matrix, stored_bytes
+from apex_opt.ir.cells import AttentionCell, Cell, Cut, Ffn, Matrix, stored_bytes
 from apex_opt.ir.cells.operations import Elementwise, HyperConnect, Product
 from apex_opt.ir.checks import check_counts, check_flags
 from apex_opt.ir.formats import FORMATS, KV_BYTES, is_format
@@ -212,6 +212,16 @@ class Tower:
         """All weights."""
         return sum(count * matrix.weights for count, matrix in self.matrices)
 
+    def shard_bytes(self, shards: int) -> int:
+        """Bytes on one device, in 16 bit: layers cut by heads and columns, the rest whole."""
+        cut = Cut(heads=shards, columns=shards)
+        inside = sum(
+            run.count
+            * (sum(m.weights for cell in run.block.cells for m in cell.matrices(cut)) + run.block.own_parameters)
+            for run in self.runs
+        )
+        return 2 * (inside + sum(matrix.weights for matrix in self.beside))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
@@ -234,6 +244,8 @@ class Model:
     mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
     pools : bool            it answers with a vector of the prompt rather than with tokens, and has no LM head
     tower : Tower or None   what reads images or sound beside the decoder, where it is known
+    images : (float, float) or None    of the traffic: tokens of an image that the decoder reads, and share that these
+                            have of prompts; None where it has none, and the tower that reads images is left out
     before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
     after : tuple of Matrix     weights that the last stage has beside the LM head and the final norm
     source : str            where the description comes from
@@ -255,6 +267,7 @@ class Model:
     mtp_layers: int = 0
     pools: bool = False
     tower: Tower | None = None
+    images: tuple[float, float] | None = None
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
 
@@ -295,6 +308,21 @@ class Model:
         return any(block.is_moe for block in self.blocks)
 
     @property
+    def encoder(self) -> Tower | None:
+        """The tower that requests pass through: that of an encoder-decoder, or of images where there are some."""
+        served = self.tower is not None and (self.tower.reads != "images" or self.images is not None)
+        return self.tower if served else None
+
+    @property
+    def sees_whole_prompts(self) -> bool:
+        """Whether a prompt has to be computed at once: by an encoder, or because every token sees all others."""
+        return self.pools or (self.encoder is not None and self.images is None)
+
+    def before_bytes(self, shards: int) -> int:
+        """Bytes on one device of what the first stage has beside the embedding, the encoder included."""
+        return 2 * self.before_parameters + (self.encoder.shard_bytes(shards) if self.encoder else 0)
+
+    @property
     def embedding_parameters(self) -> int:
         """Weights of the embedding."""
         return self.vocab * self.hidden
@@ -322,9 +350,10 @@ class Model:
 
     @property
     def _outside_parameters(self) -> int:
-        """Weights outside the layers."""
+        """Weights outside the layers, of an encoder-decoder with those of its encoder."""
         vocab = self.embedding_parameters + self.lm_head_parameters
-        return vocab + self.before_parameters + self.after_parameters
+        encoder = 0 if self.tower is None or self.tower.reads == "images" else self.tower.parameters
+        return vocab + self.before_parameters + self.after_parameters + encoder
 
     @property
     def matrix_parameters(self) -> int:
@@ -367,7 +396,8 @@ class Model:
         ----------
         kv_bytes : int      bytes per element, a value of `KV_BYTES`
         """
-        return sum(run.count * kept.token_bytes(kv_bytes) for run in self.runs for kept in run.block.attention.cache())
+        kept = ((run.count, entry) for run in self.runs for entry in run.block.attention.cache())
+        return sum(count * entry.token_bytes(kv_bytes) for count, entry in kept if not entry.fixed_tokens)
 
     @property
     def state_bytes_per_sequence(self) -> int:

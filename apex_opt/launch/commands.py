@@ -136,8 +136,8 @@ class Asked:
 
     @property
     def reads_images(self) -> bool:
-        """Whether the checkpoint has a tower that reads images, of which the plan knows nothing."""
-        return self.problem.model.tower_heads is not None
+        """Whether the checkpoint has a tower that reads images, which the plan leaves out."""
+        return self.problem.model.tower_heads is not None and self.problem.model.images is None
 
     @property
     def moe(self) -> bool:

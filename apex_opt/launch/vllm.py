@@ -93,6 +93,8 @@ class Vllm:
             words += ["--quantization", "fp8"]
         if asked.reads_images:
             words.append("--language-model-only")
+        if asked.problem.model.pools:
+            words += ["--runner", "pooling"]
         if asked.scheme in _DEPRECATED:
             words.append("--allow-deprecated-quantization")
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]

@@ -230,8 +230,8 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.own_parameters) for run in runs
         )
         copies = vocab_copies(model, held, first, last)
-        beside = first * model.before_parameters + last * model.after_parameters
-        weights += copies * vocab_shard + 2 * beside + held.table_bytes
+        beside = first * model.before_bytes(plan.attention.tp) + last * 2 * model.after_parameters
+        weights += copies * vocab_shard + beside + held.table_bytes
         workspace = workspace_bytes(model, plan, settings, last)
         block_bytes = settings.block_size * sum(
             run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs

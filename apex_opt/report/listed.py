@@ -328,6 +328,8 @@ class ListedModel(Described):
     kv_bytes_at_context: int
     state_bytes_per_sequence: int
     figures: dict[str, str]
+    tower_reads: str | None
+    tower_parameters: int | None
 
 
 class ListedCluster(Described):

@@ -67,6 +67,8 @@ def model_row(model: Model) -> listed.ListedModel:
         kv_bytes_per_token=model.kv_bytes_per_token(KV_BYTES[kv_format]),
         kv_bytes_at_context=_kept_bytes(model, KV_BYTES[kv_format]),
         figures=_figures(model, kv_format),
+        tower_reads=model.tower and model.tower.reads,
+        tower_parameters=model.tower and model.tower.parameters,
     )
 
 
@@ -75,7 +77,7 @@ def _kept_bytes(model: Model, kv_bytes: int) -> int:
     total, longest = 0, model.max_position
     for run in model.runs:
         for kept in run.block.attention.cache():
-            tokens = min(longest, getattr(kept, "window", None) or longest)
+            tokens = kept.fixed_tokens or min(longest, getattr(kept, "window", None) or longest)
             total += run.count * (tokens * kept.token_bytes(kv_bytes) + kept.sequence_bytes())
     return total
 
@@ -135,9 +137,16 @@ def _models(console: Console, rows: list[dict[str, Any]]) -> None:
     made = [
         (
             row["name"],
-            ", ".join(f"{count} x {kind}" for kind, count in row["cells"].items()),
+            _made_of(row),
             row["figures"].get("derived", "-"),
         )
         for row in rows
     ]
     table(console, f"Layers, and what is derived on {_GPU}", ("name", "layers", "derived"), made, left={0, 1, 2})
+
+
+def _made_of(row: dict[str, Any]) -> str:
+    cells = [f"{count} x {kind}" for kind, count in row["cells"].items()]
+    if row["tower_reads"]:
+        cells.append(f"a tower of {row['tower_parameters'] / 1e9:.2f} B that reads {row['tower_reads']}")
+    return ", ".join(cells)

@@ -30,6 +30,7 @@ from apex_opt.workload.trace import (
     Ints,
     Trace,
     make_trace,
+    media_of,
     range_fault,
 )
 
@@ -42,6 +43,9 @@ _LATE_NS: Final = 10**8 * NS_PER_S
 """Three years: arrivals that begin later count from a year that people have, such as 1970."""
 
 _STATED: Final = "max_new_tokens"
+_IMAGES: Final = "image_tokens"
+_AUDIO: Final = "audio_s"
+_LONGEST_AUDIO_S: Final = 86_400
 
 _ROOTS: Final = ("-1", "", "null", "None")
 
@@ -72,6 +76,8 @@ class Collector:
     _prompt: list[Ints] = field(default_factory=list)
     _output: list[Ints] = field(default_factory=list)
     _stated: list[Ints] = field(default_factory=list)
+    _images: list[Ints] = field(default_factory=list)
+    _audio_s: float = 0.0
     _delay: list[Ints] = field(default_factory=list)
     _session: list[Ints] = field(default_factory=list)
     _places: list[Ints] = field(default_factory=list)
@@ -100,6 +106,13 @@ class Collector:
             return
         output = token_counts(kept(layout.output), places, layout.output, self.faults)
         prompt = token_counts(kept(layout.prompt), places, layout.prompt, self.faults)
+        images = np.zeros_like(prompt)
+        if _IMAGES in self.called:
+            images = self._counted(_IMAGES, kept(_IMAGES), places, images)
+            prompt = prompt + images
+        if _AUDIO in self.called:
+            lengths = [self._seconds(cell, at) for cell, at in zip(kept(_AUDIO), places, strict=True)]
+            self._audio_s = max(self._audio_s, *lengths)
         answered = output != 0 if not layout.own else np.ones(len(places), bool)
         for values, name in ((prompt, layout.prompt), (output, layout.output)):
             for index in np.flatnonzero((values == 0) & answered):
@@ -114,19 +127,32 @@ class Collector:
             self._contents.add(ids, at, prompt[answered])
         self._prompt.append(prompt[answered])
         self._output.append(output[answered])
+        self._images.append(images[answered])
         if _STATED in self.called:
-            self._stated.append(self._most(kept(_STATED), places, output)[answered])
+            self._stated.append(self._counted(_STATED, kept(_STATED), places, output)[answered])
         self._places.append(np.array(places, np.int64)[answered])
         self.rows += int(answered.sum())
 
-    def _most(self, cells: list[Any], places: list[int], output: Ints) -> Ints:
-        """What clients state as the most tokens they take; the output where they do not, or get more."""
-        stated = output.copy()
+    def _counted(self, name: str, cells: list[Any], places: list[int], usual: Ints) -> Ints:
+        """Tokens in a column that not every row has to fill, such as those that clients state; `usual` where blank."""
+        found = usual.copy()
         there = np.flatnonzero([not is_blank(cell) for cell in cells])
         if there.size:
             at = [places[index] for index in there]
-            stated[there] = token_counts([cells[i] for i in there], at, self._called(_STATED), self.faults)
-        return stated
+            found[there] = token_counts([cells[i] for i in there], at, self._called(name), self.faults)
+        return found
+
+    def _seconds(self, cell: Any, place: int) -> float:
+        """Length of a recording; 0 where there is none."""
+        if is_blank(cell):
+            return 0.0
+        try:
+            found = float(cell)
+        except (TypeError, ValueError):
+            found = -1.0
+        if not 0 <= found <= _LONGEST_AUDIO_S:
+            self.faults.add(place, f"{self._called(_AUDIO)} {cell!r:.40} is not 0 to {_LONGEST_AUDIO_S:,} seconds")
+        return found
 
     @property
     def empty(self) -> str:
@@ -278,6 +304,7 @@ class Collector:
             source=source,
             arrivals=RECORDED if timed else UNKNOWN,
             notes=tuple(every),
+            media=media_of(prompt, np.concatenate(self._images), self._audio_s),
         )
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 

@@ -20,6 +20,7 @@ from apex_opt.workload.trace import (
     Ints,
     Trace,
     make_trace,
+    media_of,
 )
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ _LAWS: Final = {
 }
 
 
+_OPTIONAL: Final = ("max_new_tokens", "image_tokens", "audio_s", "prefix", "seed")
+
+
 def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = None) -> Trace:
     """The trace a description stands for; the same description and seed give the same trace.
 
@@ -104,7 +108,8 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     closed:    concurrency             that many clients, each waiting for its answer
     ========== ======================= ====================================================
 
-    Optional: n (1000), prompt (512), output (128), max_new_tokens, seed (overrides the argument). max_new_tokens is
+    Optional: n (1000), prompt (512), output (128), max_new_tokens, image_tokens (of every request, beside its prompt),
+    audio_s (seconds of its recording), seed (overrides the argument). max_new_tokens is
     what the client states as the most tokens it takes, where outputs are cut; without it the output. Lengths are a
     whole number or a law: uniform(lo,hi), lognormal(mean,sigma[,max]), normal(mean,std[,max]),
     exponential(mean[,max]), with values in that order or by name. `mean` is that of the law before cutting; draws are
@@ -139,7 +144,7 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     if not colon:
         ask.refuse("a colon must follow the kind")
     needs = _OWN_KEYS[kind]
-    given = ask.arguments(body, (*needs, *_DEFAULTS, "max_new_tokens", "prefix", "seed"), "key", positional=False)
+    given = ask.arguments(body, (*needs, *_DEFAULTS, *_OPTIONAL), "key", positional=False)
     for key in needs:
         if key not in given:
             ask.refuse(f"{key}= is missing")
@@ -147,7 +152,8 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
-    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(5)]
+    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(6)]
+    *streams, own = streams
     concurrency, arrivals = None, RECORDED
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
@@ -157,6 +163,12 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         cv = ask.number("cv", values["cv"], _CV) if kind == "gamma" else 1.0
         arrivals = Arrivals(kind=kind, cv=cv, law=ask.spec, seed=used_seed)  # type: ignore[arg-type]
     prompt = _lengths(ask, "prompt", values["prompt"], n, streams[1])
+    images, audio_s = np.zeros_like(prompt), 0.0
+    if "image_tokens" in values:
+        images = _lengths(ask, "image_tokens", values["image_tokens"], n, own)
+        prompt = prompt + images
+    if "audio_s" in values:
+        audio_s = ask.number("audio_s", values["audio_s"], (0.0, 86_400.0))
     output, stated = _lengths(ask, "output", values["output"], n, streams[2]), None
     if "max_new_tokens" in values:
         stated = _lengths(ask, "max_new_tokens", values["max_new_tokens"], n, streams[4])
@@ -173,6 +185,7 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         content_tokens=_PIECE if content is not None else 0,
         source=f"generated: {ask.spec}, seed {used_seed}",
         arrivals=arrivals,
+        media=media_of(prompt, images, audio_s),
     )
 
 

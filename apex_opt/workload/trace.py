@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,22 @@ class Arrivals:
     seed: int = 0
 
 
+class Media(NamedTuple):
+    """What requests hold beside text.
+
+    Parameters
+    ----------
+    image_tokens : float    mean tokens of images of the requests that have some; they are counted in the prompts
+    image_share : float     share that these have of the tokens of all prompts
+    audio_s : float         seconds of the longest recording
+    """
+
+    image_tokens: float = 0.0
+    image_share: float = 0.0
+    audio_s: float = 0.0
+
+
+TEXT: Final = Media()
 RECORDED: Final = Arrivals()
 UNKNOWN: Final = Arrivals(kind="unknown")
 
@@ -68,6 +84,7 @@ class Trace:
     arrivals : Arrivals            how they come
     notes : tuple of str           what an answer on it has to tell, such as rows that were left out; a sentence each,
                                    without the full stop
+    media : Media                  images and recordings that come with the prompts
     content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
                                    or where there is nothing to read
 
@@ -89,6 +106,7 @@ class Trace:
     source: str = ""
     notes: tuple[str, ...] = ()
     arrivals: Arrivals = RECORDED
+    media: Media = TEXT
     content_fault: str = ""
 
     def __post_init__(self) -> None:
@@ -231,6 +249,7 @@ class Trace:
             source=f"{self.source}; arrivals times {factor!r}",
             notes=self.notes,
             arrivals=self.arrivals,
+            media=self.media,
         )
 
     def head(self, n: int) -> Trace:
@@ -308,6 +327,7 @@ def make_trace(
     source: str = "",
     notes: tuple[str, ...] = (),
     arrivals: Arrivals = RECORDED,
+    media: Media = TEXT,
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -327,6 +347,7 @@ def make_trace(
     source : str                          where it comes from
     notes : tuple of str                  what the reader has to know
     arrivals : Arrivals                   how they come about
+    media : Media                         images, counted in the prompts, and recordings
 
     Raises
     ------
@@ -364,7 +385,22 @@ def make_trace(
         source=source,
         notes=notes,
         arrivals=arrivals,
+        media=media,
     )
+
+
+def media_of(prompt: Ints, image_tokens: Ints, audio_s: float) -> Media:
+    """What requests hold beside text.
+
+    Parameters
+    ----------
+    prompt : int64[n]          tokens, those of images included
+    image_tokens : int64[n]    of these
+    audio_s : float            seconds of the longest recording
+    """
+    some = image_tokens[image_tokens > 0]
+    mean = float(some.mean()) if some.size else 0.0
+    return Media(image_tokens=mean, image_share=float(image_tokens.sum() / prompt.sum()), audio_s=audio_s)
 
 
 def _content(name: str, content: Sequence[Sequence[int] | npt.NDArray[Any]], prompt: Ints, tokens: int) -> list[Ints]:

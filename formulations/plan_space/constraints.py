@@ -22,6 +22,7 @@ from .sizes import (
     attention_side,
     attention_width,
     batch_limits,
+    before_bytes,
     draft_attention_side,
     draft_blocks,
     draft_ffn_side,
@@ -337,7 +338,10 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     drafting = _drafting(model, instance, v, whole)
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
     capacity -= instance.held.table_bytes
-    before, after = 2 * instance.model.before_parameters, 2 * instance.model.after_parameters
+    before: cp_model.IntVar | int = before_bytes(instance, 1)
+    if instance.model.encoder is not None:
+        before = _table(model, "before", [v.attention_tp], ((t, before_bytes(instance, t)) for t in degrees))
+    after = 2 * instance.model.after_parameters
     copies, first, middle, last = (
         vocab_on(instance, first=f, last=z) * vocab
         for f, z in ((True, True), (True, False), (False, False), (False, True))

@@ -173,6 +173,19 @@ def vocab_bytes(instance: Instance, tp: int) -> int:
     return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
 
 
+def before_bytes(instance: Instance, tp: int) -> int:
+    """What the first stage has beside the embedding: positions and norms whole, an encoder cut as attention is."""
+    model, tower = instance.model, instance.model.encoder
+    weights = sum(matrix.rows * matrix.columns * matrix.times for matrix in model.before)
+    if tower is not None:
+        cut = Cut(heads=tp, columns=tp)
+        for run in tower.runs:
+            pieces = [*run.block.attention.matrices(cut), *run.block.ffn.matrices(cut), *run.block.own]
+            weights += run.count * sum(matrix.rows * matrix.columns * matrix.times for matrix in pieces)
+        weights += sum(matrix.rows * matrix.columns * matrix.times for matrix in tower.beside)
+    return 2 * weights
+
+
 def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
     """Matrices of vocabulary by hidden on a stage.
 

@@ -16,6 +16,7 @@ from .sizes import (
     attention_side,
     attention_width,
     batch_limits,
+    before_bytes,
     ffn_side,
     ffn_width,
     kind,
@@ -132,7 +133,7 @@ class Stages:
         vocab, table = vocab_bytes(self.instance, tp), self.instance.held.table_bytes
         ends = ((index == 0, index == stages - 1) for index in range(stages))
         beside = [vocab * vocab_on(self.instance, first=first, last=last) + table for first, last in ends]
-        beside[0] += 2 * self.instance.model.before_parameters
+        beside[0] += before_bytes(self.instance, tp)
         beside[-1] += 2 * self.instance.model.after_parameters
         return beside
 

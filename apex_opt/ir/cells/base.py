@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from dataclasses import Field
 
-    from apex_opt.ir.cells.operations import Linear, Op
+    from apex_opt.ir.cells.operations import Linear, Op, Product
 
 
 class Cut(NamedTuple):
@@ -89,18 +89,19 @@ class Kept(NamedTuple):
     window : int or None    tokens that a query sees, itself included; None where it sees all
     chunked : bool          it sees its own chunk of `window` tokens, not the last ones
     other_bytes : int       kept besides, whatever the format of the cache
-    tokens : int or None    so many tokens are kept of every sequence, from its first one on, in place of its own
     narrow_bytes : int      kept besides where an element takes one byte: scales, and what stays in 16 bit
     ratio : int             tokens that one entry of all this stands for
+    fixed_tokens : int      so many tokens are kept of every sequence, from its first one on, in place of its own; 0:
+                            its own
     """
 
     elements: int
     window: int | None
     chunked: bool = False
     other_bytes: int = 0
-    tokens: int | None = None
     narrow_bytes: int = 0
     ratio: int = 1
+    fixed_tokens: int = 0
 
     def entry_bytes(self, kv_bytes: int) -> int:
         """Bytes of one entry, in a cache of so many bytes per element."""
@@ -126,6 +127,11 @@ class State(NamedTuple):
 
     size: int
     draft_size: int = 0
+
+    @property
+    def fixed_tokens(self) -> int:
+        """Tokens kept of every sequence: none."""
+        return 0
 
     def token_bytes(self, kv_bytes: int) -> int:
         """Bytes of one token: none."""
@@ -237,6 +243,10 @@ class AttentionCell(Cell):
     def window(self) -> int | None:
         """Tokens of context a query sees: the whole context."""
         return None
+
+    def source_operations(self, cut: Cut) -> tuple[Product, ...]:
+        """Kernels over the tokens of an encoder, once for a request: none."""
+        return ()
 
     @property
     def reduced_bytes(self) -> float:

@@ -69,7 +69,7 @@ class CrossedAttention(Attention):
         found = Attention.cache(self, cut)
         if self.source_tokens is None:
             return found
-        return *found, *(kept._replace(tokens=self.source_tokens) for kept in found)
+        return *found, *(kept._replace(fixed_tokens=self.source_tokens) for kept in found)
 
     def operations(self, cut: Cut, kv_bytes: int) -> tuple[Op, ...]:
         """Self-attention, then query, attention to the encoder's tokens, output projection.

@@ -1,0 +1,169 @@
+"""Encoder-decoders and encoders: Whisper, T5, CLIP, BERT and what is shaped like it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.ir.cells import CrossedAttention, DenseFfn, EncoderAttention, Matrix
+from apex_opt.ir.families.base import Family, Layers, Sizes, module_names
+from apex_opt.ir.families.decoder import head_fields
+from apex_opt.ir.model import MAX_LAYERS, Block, Run, Tower
+
+if TYPE_CHECKING:
+    from apex_opt.ir.fields import Fields
+
+_SECONDS: Final = 30.0
+"""Of sound that Whisper takes at once: shorter recordings are padded."""
+_BIASES: Final[dict[str, Any]] = {"qkv_bias": True, "output_bias": True}
+_KERNEL: Final = 3  # of the convolutions over mel frames
+
+
+def _whisper(fields: Fields, size: Sizes) -> Layers:
+    """Whisper: convolutions and an encoder over 30 s of sound, and a decoder whose layers look at its output."""
+    width = size.hidden
+    heads: dict[str, Any] = {**head_fields(fields, width)}
+    inner, mels = fields.count("intermediate_size"), fields.count("num_mel_bins")
+    encoder = {name: fields.count(f"encoder_{name}") for name in ("layers", "attention_heads", "ffn_dim")}
+    frames, longest = fields.count("max_source_positions"), fields.count("max_position_embeddings")
+    if fields.faults:
+        return Layers([])
+    own = CrossedAttention(hidden=width, **heads, **_BIASES, source_tokens=frames)
+    block = Block(
+        attention=own,
+        ffn=DenseFfn(hidden=width, intermediate=inner, gated=False, bias=True),
+        norms=3,
+        norm_bias=True,
+    )
+    sees = EncoderAttention(
+        hidden=width,
+        query_heads=encoder["attention_heads"],
+        kv_heads=encoder["attention_heads"],
+        head_dim=width // encoder["attention_heads"],
+        **_BIASES,
+    )
+    layer = Block(
+        attention=sees,
+        ffn=DenseFfn(hidden=width, intermediate=encoder["ffn_dim"], gated=False, bias=True),
+        norm_bias=True,
+    )
+    tower = Tower(
+        reads="audio",
+        runs=(Run(block=layer, count=encoder["layers"]),),
+        beside=(
+            Matrix("convolution", width, mels * _KERNEL + 1),
+            Matrix("convolution", width, width * _KERNEL + 1),
+            Matrix("positions", frames, width),
+            Matrix("norms", width, 2),
+        ),
+        heads=encoder["attention_heads"],
+        tokens=frames,
+        input_s=_SECONDS,
+    )
+    return Layers([block] * size.layers, (Matrix("positions", longest, width),), (), tower)
+
+
+def _t5(fields: Fields, size: Sizes) -> Layers:
+    """T5: an encoder over the prompt, and a decoder that looks at its output in every layer, of as many unless told."""
+    heads, width = fields.count("num_attention_heads"), fields.count("d_kv")
+    inner, layers = fields.count("intermediate_size"), size.layers
+    buckets = fields.count("relative_attention_num_buckets", default=32)
+    gated = fields.text("feed_forward_proj").startswith("gated-")
+    if fields.faults:
+        return Layers([])
+    shape: dict[str, Any] = {"hidden": size.hidden, "query_heads": heads, "kv_heads": heads, "head_dim": width}
+    ffn = DenseFfn(hidden=size.hidden, intermediate=inner, gated=gated)
+    block = Block(attention=CrossedAttention(**shape), ffn=ffn, norms=3)
+    positions = Matrix("relative positions", buckets, heads)
+    tower = Tower(
+        reads="text",
+        runs=(Run(block=Block(attention=EncoderAttention(**shape), ffn=ffn), count=layers),),
+        beside=(positions, Matrix("norms", size.hidden, 1)),
+        heads=heads,
+    )
+    count = fields.count("num_decoder_layers", default=layers, maximum=MAX_LAYERS)
+    return Layers([block] * count, (positions,), (), tower)
+
+
+def _bert(fields: Fields, size: Sizes) -> Layers:
+    """BERT: learned positions and kinds of tokens, norms behind every cell, a product over the first token."""
+    heads: dict[str, Any] = {**head_fields(fields, size.hidden)}
+    inner, longest = fields.count("intermediate_size"), fields.count("max_position_embeddings")
+    kinds = fields.count("type_vocab_size", default=2, minimum=0)
+    if fields.faults:
+        return Layers([])
+    block = Block(
+        attention=EncoderAttention(hidden=size.hidden, **heads, **_BIASES),
+        ffn=DenseFfn(hidden=size.hidden, intermediate=inner, gated=False, bias=True),
+        norm_bias=True,
+    )
+    before = (
+        Matrix("positions", longest, size.hidden),
+        *((Matrix("token types", kinds, size.hidden),) if kinds else ()),
+        Matrix("embedding norm", size.hidden, 2),
+    )
+    return Layers([block] * size.layers, before, (Matrix("pooler", size.hidden, size.hidden + 1),))
+
+
+def _clip_text(fields: Fields, size: Sizes) -> Layers:
+    """The text tower of CLIP, whose tokens see what precedes them and of which nothing is kept."""
+    heads: dict[str, Any] = {**head_fields(fields, size.hidden)}
+    inner, longest = fields.count("intermediate_size"), fields.count("max_position_embeddings")
+    projected = fields.count("projection_dim")
+    if fields.faults:
+        return Layers([])
+    block = Block(
+        attention=EncoderAttention(hidden=size.hidden, **heads, **_BIASES),
+        ffn=DenseFfn(hidden=size.hidden, intermediate=inner, gated=False, bias=True),
+        norm_bias=True,
+    )
+    positions = Matrix("positions", longest, size.hidden)
+    return Layers([block] * size.layers, (positions,), (Matrix("projection", projected, size.hidden),))
+
+
+_BERT_MODULES: Final = module_names(
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    output=("attention.output.dense",),
+    dense=("intermediate.dense", "output.dense"),
+)
+
+FAMILIES: Final[dict[str, Family]] = {
+    "whisper": Family(
+        architecture="WhisperForConditionalGeneration",
+        read=_whisper,
+        modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
+        spelled={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "decoder_layers",
+            "num_attention_heads": "decoder_attention_heads",
+            "intermediate_size": "decoder_ffn_dim",
+            "max_position_embeddings": "max_target_positions",
+        },
+        tied=True,
+    ),
+    "t5": Family(
+        architecture="T5ForConditionalGeneration",
+        read=_t5,
+        modules=module_names(
+            qkv=("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"),
+            output=("SelfAttention.o",),
+            dense=("DenseReluDense.wi", "DenseReluDense.wo"),
+        ),
+        spelled={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "intermediate_size": "d_ff",
+            "max_position_embeddings": "n_positions",
+        },
+        tied=True,
+    ),
+    "bert": Family(architecture="BertModel", read=_bert, modules=_BERT_MODULES, tied=True, pools=True),
+    "clip_text_model": Family(
+        architecture="CLIPModel",
+        read=_clip_text,
+        modules=module_names(output=("self_attn.out_proj",), dense=("mlp.fc1", "mlp.fc2")),
+        implied={"projection_dim": 512},
+        tied=True,
+        pools=True,
+    ),
+}

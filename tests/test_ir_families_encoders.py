@@ -1,0 +1,53 @@
+"""Encoder-decoders and encoders: what they are made of and what a request keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apex_opt.errors import InputError
+from apex_opt.ir import Model, model_from_config
+
+MODELS = Path(__file__).parent / "cases" / "models"
+
+
+def read(name: str, **changes: Any) -> Model:
+    merged = json.loads((MODELS / f"{name}.json").read_text()) | changes
+    return model_from_config({key: value for key, value in merged.items() if value is not None}, name, name)
+
+
+def test_whisper_keeps_its_own_tokens_and_all_of_the_encoders() -> None:
+    model = read("whisper-large-v3")
+    (run,) = model.runs
+    own, cross = run.block.attention.cache()
+    assert own.elements == cross.elements == 2 * 1280
+    assert (own.fixed_tokens, cross.fixed_tokens) == (0, 1500)
+    assert model.kv_bytes_per_token(2) == 32 * 2 * 1280 * 2
+    assert model.max_position == 448
+    assert model.tower is not None
+    assert (model.tower.tokens, model.tower.input_s, model.tower.layers) == (1500, 30.0, 32)
+
+
+def test_t5_keeps_the_tokens_of_its_prompt_once() -> None:
+    model = read("flan-t5-xxl")
+    assert len(model.runs[0].block.attention.cache()) == 1
+    assert model.tower is not None and model.tower.tokens == 0
+    assert not model.tied_embeddings and read("t5-large").tied_embeddings
+
+
+def test_decoders_of_t5_may_be_deeper_or_not_than_the_encoder() -> None:
+    model = read("t5-large", num_decoder_layers=12)
+    assert (model.layers, model.tower.layers if model.tower else 0) == (12, 24)
+
+
+@pytest.mark.parametrize("name", ["bert-large-uncased", "clip-vit-large-patch14"])
+def test_encoders_answer_with_a_vector_and_keep_nothing(name: str) -> None:
+    model = read(name)
+    assert model.pools
+    assert model.kv_bytes_per_token(2) == 0
+
+
+def test_an_encoder_that_is_not_stated_is_refused_by_its_field() -> None:
+    with pytest.raises(InputError, match="encoder_layers is missing"):
+        read("whisper-large-v3", encoder_layers=None)
