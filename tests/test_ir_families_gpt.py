@@ -104,3 +104,22 @@ def test_what_is_missing_is_named_as_the_family_names_it(name: str, field: str) 
 
 def test_the_files_are_read_from_disk_too() -> None:
     assert load_model(str(MODELS / "gpt2.json")).family == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"),
+    [
+        ("gpt2", False),
+        ("opt-13b", False),
+        ("bloom", False),
+        ("mpt-7b", False),
+        ("falcon-rw-7b", False),
+        ("falcon-7b", True),
+        ("gpt-j-6b", True),
+        ("gpt-neox-20b", True),
+        ("phi-2", True),
+        ("starcoder2-3b", True),
+    ],
+)
+def test_queries_are_turned_where_positions_are_neither_learned_nor_slopes(name: str, turned: bool) -> None:
+    assert bool(read(name).runs[0].block.attention.rotary_dim) == turned

@@ -48,3 +48,28 @@ def test_nothing_of_an_image_is_kept_by_its_tower(name: str) -> None:
     tower = read(name).tower
     assert tower is not None
     assert all(not run.block.attention.cache() for run in tower.runs)
+
+
+QWEN3 = {
+    "deepstack_visual_indexes": [5, 11, 17],
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "model_type": "qwen3_vl",
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "out_hidden_size": 2048,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+@pytest.mark.parametrize("deep", [[5, 11, 17], [5], []])
+def test_qwen3_has_mergers_behind_the_layers_that_it_names(deep: list[int]) -> None:
+    """Qwen3-VL-2B has 2,127,532,032 parameters, of which the decoder, Qwen3-1.7B, has 1,720,574,976."""
+    config = json.loads((MODELS / "qwen3-vl-2b.json").read_text())
+    model = model_from_config(config | {"vision_config": QWEN3 | {"deepstack_visual_indexes": deep}}, "tiny", "tiny")
+    assert model.tower is not None
+    merger = 2 * 4096 + 4096 * 4097 + 2048 * 4097
+    assert model.tower.parameters == 406_957_056 - (3 - len(deep)) * merger

@@ -26,7 +26,8 @@ class Decoder:
     """A reader of layers by facts of a family; None means that the file says.
 
     Norms, their bias and `parallel` are those of `Block`. `positions` are rows of learned positions beyond the longest
-    context, None where there are none; `ffn_ratio` is the width of the FFN by the residual stream's where the file
+    context, None where there are none; without them queries and keys are turned by position unless `rotary` is False.
+    `ffn_ratio` is the width of the FFN by the residual stream's where the file
     gives none, 0 where it has to.
     """
 
@@ -43,6 +44,7 @@ class Decoder:
     norm_bias: bool = False
     parallel: bool | None = False
     positions: int | None = None
+    rotary: bool = True
     embedding_norm: bool = False
     head_bias: bool | None = False
     window: Literal["never", "always", "opt-in"] = "never"
@@ -94,6 +96,7 @@ class Decoder:
             **heads,
             "qk_norm_whole": self.qk_norm_whole,
             "sinks": self.sinks,
+            "rotary": self.rotary and self.positions is None,
             "qkv_bias": bias if self.qkv_bias is None else self.qkv_bias,
             "output_bias": output_bias if self.output_bias is None else self.output_bias,
             "qk_norm": qk_norm if self.qk_norm is None else self.qk_norm,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _SECONDS: Final = 30.0
 """Of sound that Whisper takes at once: shorter recordings are padded."""
-_BIASES: Final[dict[str, Any]] = {"qkv_bias": True, "output_bias": True}
+_BIASES: Final[dict[str, Any]] = {"qkv_bias": True, "output_bias": True, "rotary": False}
 _KERNEL: Final = 3  # of the convolutions over mel frames
 
 
@@ -70,7 +70,13 @@ def _t5(fields: Fields, size: Sizes) -> Layers:
     gated = fields.text("feed_forward_proj").startswith("gated-")
     if fields.faults:
         return Layers([])
-    shape: dict[str, Any] = {"hidden": size.hidden, "query_heads": heads, "kv_heads": heads, "head_dim": width}
+    shape: dict[str, Any] = {
+        "hidden": size.hidden,
+        "query_heads": heads,
+        "kv_heads": heads,
+        "head_dim": width,
+        "rotary": False,
+    }
     ffn = DenseFfn(hidden=size.hidden, intermediate=inner, gated=gated)
     block = Block(attention=CrossedAttention(**shape), ffn=ffn, norms=3)
     positions = Matrix("relative positions", buckets, heads)
@@ -126,6 +132,15 @@ _BERT_MODULES: Final = module_names(
     dense=("intermediate.dense", "output.dense"),
 )
 
+_CLIP: Final = Family(
+    architecture="CLIPModel",
+    read=_clip_text,
+    modules=module_names(output=("self_attn.out_proj",), dense=("mlp.fc1", "mlp.fc2")),
+    implied={"projection_dim": 512},
+    tied=True,
+    pools=True,
+)
+
 FAMILIES: Final[dict[str, Family]] = {
     "whisper": Family(
         architecture="WhisperForConditionalGeneration",
@@ -158,12 +173,6 @@ FAMILIES: Final[dict[str, Family]] = {
         tied=True,
     ),
     "bert": Family(architecture="BertModel", read=_bert, modules=_BERT_MODULES, tied=True, pools=True),
-    "clip_text_model": Family(
-        architecture="CLIPModel",
-        read=_clip_text,
-        modules=module_names(output=("self_attn.out_proj",), dense=("mlp.fc1", "mlp.fc2")),
-        implied={"projection_dim": 512},
-        tied=True,
-        pools=True,
-    ),
+    "clip": _CLIP,
+    "clip_text_model": _CLIP,
 }

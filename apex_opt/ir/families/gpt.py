@@ -63,6 +63,7 @@ def _falcon(fields: Fields, size: Sizes) -> Layers:
         norms=norms,
         norm_bias=True,
         parallel=parallel or newer,
+        rotary=not fields.flag("alibi"),
     )
     return reader(fields.filled({"num_key_value_heads": kv_heads}), size)
 
@@ -92,6 +93,7 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
         ffn_ratio=ratio,
         qk_norm=bool(values.get("qk_ln")),
         qk_norm_whole=bool(values.get("qk_ln")),
+        rotary=False,
         positions=0 if not alibi and fields.flag("learned_pos_emb", default=True) else None,
     )
     return reader(fields.filled({"num_key_value_heads": kinds.get(kind)}), size)
@@ -135,7 +137,7 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "bloom": Family(
         architecture="BloomForCausalLM",
-        read=replace(_BIASED, ffn_ratio=4, embedding_norm=True),
+        read=replace(_BIASED, ffn_ratio=4, embedding_norm=True, rotary=False),
         modules=module_names(qkv=_ATTENTION, output=("self_attention.dense",), dense=_FOURFOLD),
         spelled={
             "hidden_size": "n_embed",

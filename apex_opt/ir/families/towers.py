@@ -45,7 +45,9 @@ def _alike(fields: Fields, layers: str, block: Callable[[], Block]) -> tuple[Run
     return () if fields.faults else (Run(block=block(), count=count),)
 
 
-def _cells(fields: Fields, names: tuple[str, str, str], *, bias: bool, gated: bool) -> Callable[..., Block]:
+def _cells(
+    fields: Fields, names: tuple[str, str, str], *, bias: bool, gated: bool, rotary: bool = True
+) -> Callable[..., Block]:
     """What builds a layer, given the window of its attention.
 
     Parameters
@@ -54,6 +56,7 @@ def _cells(fields: Fields, names: tuple[str, str, str], *, bias: bool, gated: bo
     names : of str      fields of the width, the heads and the width of the FFN
     bias : bool         on all projections; norms have one where FFNs have no gate
     gated : bool        FFNs have a gate
+    rotary : bool       queries and keys are turned by position
     """
     width, heads, inner = (fields.count(name) for name in names)
 
@@ -66,6 +69,7 @@ def _cells(fields: Fields, names: tuple[str, str, str], *, bias: bool, gated: bo
             qkv_bias=bias,
             output_bias=bias,
             window=window,
+            rotary=rotary,
         )
         ffn = DenseFfn(hidden=width, intermediate=inner, gated=gated, bias=bias)
         return Block(attention=attention, ffn=ffn, norm_bias=not gated)
@@ -87,7 +91,7 @@ def _projector(whole: Fields, width: int, hidden: int, *, bias: bool = True) -> 
 def _vit(fields: Fields, *, siglip: bool) -> Tower | None:
     """CLIP or SigLIP without what comes behind it: learned positions of a square of patches, behind a class."""
     names = ("hidden_size", "num_attention_heads", "intermediate_size")
-    build = _cells(fields, names, bias=True, gated=False)
+    build = _cells(fields, names, bias=True, gated=False, rotary=False)
     width, side, patch = fields.count("hidden_size"), fields.count("image_size"), fields.count("patch_size")
     runs = _alike(fields, "num_hidden_layers", build)
     if not runs or side < patch:
@@ -158,6 +162,24 @@ def _qwen2_5(whole: Fields, fields: Fields, hidden: int) -> Tower | None:
     return _qwen(fields, runs, fields.count("hidden_size"), fields.count("out_hidden_size"), 1)
 
 
+def _qwen3(whole: Fields, fields: Fields, hidden: int) -> Tower | None:
+    """Qwen3-VL and Qwen3.5: as Qwen2-VL, with learned positions besides, and mergers behind some layers."""
+    build = _cells(fields, ("hidden_size", "num_heads", "intermediate_size"), bias=True, gated=False)
+    width, out, rows = (fields.count(name) for name in ("hidden_size", "out_hidden_size", "num_position_embeddings"))
+    deep = len(fields.rows("deepstack_visual_indexes") or ())
+    tower = _qwen(fields, _alike(fields, "depth", build), width, out, 2)
+    if tower is None:
+        return None
+    joined = width * tower.merged
+    mergers = (
+        Matrix("norms", joined, 2, times=deep),
+        Matrix("merger", joined, joined + 1, times=deep),
+        Matrix("merger", out, joined + 1, times=deep),
+    )
+    beside = (*tower.beside, Matrix("positions", rows, width), Matrix("patches", width, 1), *mergers[: 3 * (deep > 0)])
+    return replace(tower, beside=beside)
+
+
 def _qwen(fields: Fields, runs: tuple[Run, ...], width: int, hidden: int, norm: int) -> Tower | None:
     """What towers of Qwen have in common."""
     merge, frames = fields.count("spatial_merge_size"), fields.count("temporal_patch_size")
@@ -173,4 +195,5 @@ _READERS: Final[dict[str, Callable[[Fields, Fields, int], Tower | None]]] = {
     "pixtral": _pixtral,
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen3),
 }
