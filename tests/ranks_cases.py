@@ -101,6 +101,35 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
     )
 
 
+def random_ranks(draw: random.Random, count: int, settings: EngineSettings, stages: int) -> Ranks:
+    """Ranks that take their turns together, with any padding and any times of what they share.
+
+    Parameters
+    ----------
+    draw : random.Random
+    count : int                  ranks
+    settings : EngineSettings    of each
+    stages : int
+    """
+    seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    sizes = sorted(draw.sample(range(1, 2 * max(tokens, 4)), draw.randrange(1, 5)))
+    wide = max([tokens, *sizes]) + 1
+    noise, per = np.random.default_rng(draw.randrange(1 << 30)), draw.choice([1, count])
+    shared = [
+        SharedLaw(
+            padded_ns=noise.integers(0, 500, wide),
+            decode_ns=noise.integers(0, 3000, count * wide),
+            mixed_ns=noise.integers(0, 3000, count * wide),
+            eager_ns=noise.integers(0, 3000, count * wide),
+            graph_ns=noise.integers(0, 500, 3),
+            per=per,
+        )
+        for _ in range(stages)
+    ]
+    found = padding(draw.choice(GRAPHS), sizes, seqs, tokens)
+    return Ranks(count=count, balanced=draw.random() < 0.5, padding=found, shared=shared)
+
+
 def random_trace(draw: random.Random, longest: int, *, closed: bool | None = None) -> Trace:
     """Requests that come on their own or are sent by clients; some share the beginning of their prompts."""
     count, rate = draw.choice([1, 5, 15, 30]), draw.choice([0, 10_000, 2_000_000, 60_000_000])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from ranks_cases import GRAPHS, assert_same, served
+from ranks_cases import assert_same, random_ranks, served
 from sglang_cases import random_run
 
 from apex_opt.engines.schedulers import SglangScheduling
@@ -16,8 +16,7 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.ranks import Ranks, SharedLaw
-from apex_opt.simulator.recorded.dp import padding
+from apex_opt.simulator.ranks import Ranks
 from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:
@@ -27,27 +26,6 @@ if TYPE_CHECKING:
 
 FEW = range(120)
 MANY = pytest.param(range(120, 3000), marks=pytest.mark.nightly)
-
-
-def random_ranks(draw: random.Random, count: int, settings: EngineSettings, stages: int) -> Ranks:
-    """Ranks with any padding and any times of what they do together."""
-    seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
-    sizes = sorted(draw.sample(range(1, 2 * max(tokens, 4)), draw.randrange(1, 5)))
-    wide = max([tokens, *sizes]) + 1
-    noise, per = np.random.default_rng(draw.randrange(1 << 30)), draw.choice([1, count])
-    shared = [
-        SharedLaw(
-            padded_ns=noise.integers(0, 500, wide),
-            decode_ns=noise.integers(0, 3000, count * wide),
-            mixed_ns=noise.integers(0, 3000, count * wide),
-            eager_ns=noise.integers(0, 3000, count * wide),
-            graph_ns=noise.integers(0, 500, 3),
-            per=per,
-        )
-        for _ in range(stages)
-    ]
-    found = padding(draw.choice(GRAPHS), sizes, seqs, tokens)
-    return Ranks(count=count, balanced=draw.random() < 0.5, padding=found, shared=shared)
 
 
 def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace, str]:

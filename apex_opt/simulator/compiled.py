@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
-from apex_opt.errors import UsageError
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.simulator import pack
 from apex_opt.simulator.pack_sglang import SERVE, SglangMemory
 
@@ -57,8 +56,6 @@ def run(
     floors : Outcome or None    what no request can beat
     content : TokenContent or None    what tokens are, where that is not what the trace says
     """
-    if any(isinstance(pool.settings.scheduler, TrtllmScheduling) and pool.ranks is not None for pool in pools):
-        raise UsageError('attention ranks of trtllm are simulated by implementation="reference" alone')
     if not all(isinstance(pool.settings.scheduler, SglangScheduling) for pool in pools):
         return pack.run(pools, trace, shares, log=log, gaps=gaps, stops=stops, floors=floors)
     nodes = 1

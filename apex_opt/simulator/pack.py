@@ -73,6 +73,7 @@ _OF_RANKS = {
     ("steady", False): entries.RANKS_STEADY,
     ("general", False): entries.RANKS_GENERAL,
     ("general", True): entries.RANKS_CACHING,
+    ("trtllm", False): entries.RANKS_TRTLLM,
 }
 """Those of replicas with ranks."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.simulator.kernel import group_state as gs
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.outcome import GroupLog, SharedCounts
@@ -162,6 +163,9 @@ class GroupMemory:
                 gs.TOLD_DUE: gs.LEAST_WAIT_MS * gs.NS_PER_MS,
             }.items():
                 g[column] = value
+            if isinstance(own := pools[index].settings.scheduler, TrtllmScheduling):
+                g[[gs.ADP_BALANCE, gs.ADP_TIMEOUT]] = own.adp_balance, own.adp_timeout_iters
+                g[gs.ADP_BATCHING] = own.adp_batching_wait_iters
             nothing = [gs.COMING, gs.LAST_COMING, gs.WAITING_CLIENT, gs.NEWEST_WAVE, gs.NEWEST_STEP, gs.PUBLISHED_MS]
             g[nothing] = kn.NONE
         self._members[:, [gs.DUE, gs.UNHEARD, gs.NUMBER]] = kn.NEVER, kn.NONE, kn.NONE

@@ -21,6 +21,7 @@ from apex_opt.simulator.kernel.entries import (
     RANKS_SGLANG,
     RANKS_SGLANG_CACHING,
     RANKS_STEADY,
+    RANKS_TRTLLM,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
@@ -97,6 +98,9 @@ VARIANTS: Final = {
     "sglang caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
         (SERVE_SGLANG_CACHING,),
+    ),
+    "trtllm ranks": Variant(
+        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS), (RANKS_TRTLLM,), ranks=2
     ),
     "sglang ranks": Variant(
         EngineSettings(max_model_len=4, block_size=1, scheduler=SglangScheduling(), **_LIMITS), (RANKS_SGLANG,), ranks=2

@@ -173,6 +173,7 @@ _RANKS: Final = (*_SERVE, *[_I64] * 11)
 RANKS_STEADY: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_nb", _RANKS)
 RANKS_GENERAL: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_nb", _RANKS)
 RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RANKS, int, *[_I64] * 8, _I32, _I32, _I32))
+RANKS_TRTLLM: Final = Entry(_KERNEL + "trtllm_ranks", "serve_trtllm_ranks_nb", _RANKS)
 _SGLANG: Final = (*_SERVE, _I64, np.float64)
 SERVE_SGLANG: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_nb", _SGLANG)
 SERVE_SGLANG_CACHING: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_caching_nb", (*_SGLANG, int, *[_I64] * 7))
@@ -195,6 +196,7 @@ ENTRIES: Final = (
     RANKS_STEADY,
     RANKS_GENERAL,
     RANKS_CACHING,
+    RANKS_TRTLLM,
     SERVE_SGLANG,
     SERVE_SGLANG_CACHING,
     RANKS_SGLANG,

@@ -78,8 +78,13 @@ class Group(NamedTuple):
     NEWEST_WAVE,
     NEWEST_STEP,
     PUBLISHED_MS,
+    ADP_BALANCE,  # of TensorRT-LLM: prompts wait until every rank has some, for so many turns, and for so many more
+    ADP_TIMEOUT,
+    ADP_BATCHING,
+    WAITED_FOR_SOME,
+    WAITED_ON,
     GROUP_SIZE,
-) = range(50)
+) = range(55)
 
 # Columns of `Group.members`.
 (
@@ -106,8 +111,10 @@ class Group(NamedTuple):
     HEARD_NS,
     ENDED_BEFORE,
     LANE_DONE,  # of the lane of the same number, forwards that are known
+    DECODING,  # of TensorRT-LLM: who decodes, and prompts, in the batch that is being formed
+    PROMPTS,
     MEMBER_SIZE,
-) = range(24)
+) = range(26)
 HEARS, TAKES, SLEEPS, RETURNS, VOTES_ON, GOES_ON = range(6)  # values of STATE: what it waits for
 
 # Columns of `Group.fronts`; then loads, [waiting, running] of each rank.

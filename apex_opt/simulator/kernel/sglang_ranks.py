@@ -9,7 +9,6 @@ from apex_opt.simulator.kernel.coordinator import link_nb
 from apex_opt.simulator.kernel.group_state import (
     AFTER,
     ALL,
-    ANSWERED,
     ARRIVED,
     BALANCED,
     CLOCK,
@@ -23,11 +22,9 @@ from apex_opt.simulator.kernel.group_state import (
     FORWARD_SIZE,
     FORWARD_START,
     FORWARDS,
-    GIVEN,
     GROUP_SIZE,
     HEARD,
     LANE_DONE,
-    LAST_COMING,
     MEMBER_SIZE,
     MOST_FORWARDS,
     PER,
@@ -35,7 +32,6 @@ from apex_opt.simulator.kernel.group_state import (
     SERVED_IN,
     TABLES_AT,
     TOGETHER_AT,
-    WAITING_CLIENT,
     WIDE,
     Group,
 )
@@ -92,6 +88,7 @@ from apex_opt.simulator.kernel.state import (
     TRANSFER_NS,
     Run,
 )
+from apex_opt.simulator.kernel.together import follow_nb, serving
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.sglang_state import F64
@@ -247,31 +244,23 @@ def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, 
                 rest_nb(engine_nb(run, own, rank), own)
         return
     end = flight_nb(lead, turn)[F_END]
-    before, after = 0, 0
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
         if end > g[CLOCK]:
             e.r[LAST_ENDED] = 0
         e.r[NOW] = max(end, g[CLOCK])
-        before += e.r[ENDED]
         f = flight_nb(e, turn)
         if f[F_ROWS] > 0:
             log_taken_nb(run, rank, e.r[NOW])
         receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), f)
-        after += e.r[ENDED]
     g[CLOCK] = max(end, g[CLOCK])
-    g[ANSWERED] = after
-    for _ in range(after - before):
-        i = g[WAITING_CLIENT]
-        if i != NONE:
-            column_nb(run, ARRIVAL)[i] = g[CLOCK]
-            g[WAITING_CLIENT] = link_nb(run, group, AFTER)[i]
-            g[GIVEN] += 1
+    follow_nb(run, group, g)
 
 
 @inner
-def turns_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, place: int, until: int) -> None:
+def turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
     """Take every turn of a group that starts before `until`."""
+    own, tree = its
     g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
     first, count = g[FIRST_RANK], g[COUNT]
     lead = engine_nb(run, own, first)
@@ -299,34 +288,7 @@ def turns_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, place: int,
             break
 
 
-@inner
-def serve_nb(
-    run: Run, group: Group, own: Sglang, tree: Tree | None, first: int, last: int, routed: I64, turns: int
-) -> None:
-    """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
-    arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
-    for turn in range(turns + 1):
-        until = arrival[routed[turn]] if turn < turns else NEVER
-        best, least = first, NEVER
-        for place in range(first, last):
-            turns_nb(run, group, own, tree, place, until)
-            if run.control[PASSED] == 1:
-                return
-            g = at(group.groups, place * GROUP_SIZE)
-            outstanding = g[GIVEN] - g[ANSWERED]
-            if g[CLOCK] > until:  # answered only once the clock gets there
-                for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
-                    outstanding += run.replicas[rank * REPLICA_SIZE + LAST_ENDED]
-            if outstanding < least:
-                best, least = place, outstanding
-        if turn < turns:
-            g = at(group.groups, best * GROUP_SIZE)
-            if g[COMING] == NONE:
-                g[COMING] = routed[turn]
-            else:
-                after[g[LAST_COMING]] = routed[turn]
-            g[LAST_COMING] = routed[turn]
-            g[GIVEN] += 1
+_by_sglang_nb = serving(turns_nb)
 
 
 def serve_sglang_ranks_nb(
@@ -363,7 +325,7 @@ def serve_sglang_ranks_nb(
     """Ranks by the engine of SGLang, without its tree."""
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
-    serve_nb(run, group, Sglang(registers, ratio), None, first, last, routed, turns)
+    _by_sglang_nb(run, group, (Sglang(registers, ratio), None), first, last, routed, turns)
 
 
 def serve_sglang_ranks_caching_nb(
@@ -409,4 +371,4 @@ def serve_sglang_ranks_caching_nb(
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
     tree = Tree(piece_tokens, pieces, starts, own, last_token, nodes, slots, heap)
-    serve_nb(run, group, Sglang(registers, ratio), tree, first, last, routed, turns)
+    _by_sglang_nb(run, group, (Sglang(registers, ratio), tree), first, last, routed, turns)

@@ -140,32 +140,57 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
 @inner
 def fetch_nb(run: Run, r: I64) -> None:
     """Requests that have come are active, as many as may be."""
-    arrival, following, prompt = column_nb(run, ARRIVAL), column_nb(run, FOLLOWING), column_nb(run, PROMPT)
+    arrival, following = column_nb(run, ARRIVAL), column_nb(run, FOLLOWING)
     most = r[MAX_SEQS] * r[STAGES]
     while r[RUNNING] < most and r[HEAD] != NONE and arrival[r[HEAD]] <= r[NOW]:
         i = r[HEAD]
         r[HEAD] = following[i]
-        column_nb(run, PLACE)[i] = RUNS
-        column_nb(run, ROOM)[i] = blocks_nb(prompt[i] + column_nb(run, STATED)[i], r[BLOCK_SIZE])
-        run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
-        r[RUNNING] += 1
+        activate_nb(run, r, i)
+
+
+@inner
+def activate_nb(run: Run, r: I64, i: int) -> None:
+    """Request i is active."""
+    tokens = column_nb(run, PROMPT)[i] + column_nb(run, STATED)[i]
+    column_nb(run, PLACE)[i] = RUNS
+    column_nb(run, ROOM)[i] = blocks_nb(tokens, r[BLOCK_SIZE])
+    run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
+    r[RUNNING] += 1
 
 
 @inner
 def form_nb(run: Run, r: I64) -> None:
     """Form a batch: of those with memory whoever has tokens, prompts last or, held back, not at all."""
+    decoding, prompts = choose_nb(run, r)
+    decode_nb(run, r, decoding)
+    r[QUIET] = 1 if decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0 and r[STAGES] == 1 else 0
+    if prompts > 0 and not held_back_nb(run, r, decoding, prompts):
+        compute_nb(run, r, prompts)
+
+
+@inner
+def choose_nb(run: Run, r: I64) -> tuple[int, int]:
+    """Begin a batch: how many decode in it, and how many prompts may be computed."""
     r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ], r[BATCH_LOST] = 0, 0, 0, 0, 0
     if r[CAPACITY] == UTILISE:
         fitting_nb(run, r)
     else:
         reserving_nb(run, r)
-    decoding, prompts = within_tokens_nb(run, r)
-    chosen, waiting = at(run.scratch, r[CHOSEN_AT]), at(run.scratch, r[PROMPTS_AT])
+    return within_tokens_nb(run, r)
+
+
+@inner
+def decode_nb(run: Run, r: I64, decoding: int) -> None:
+    """Enter those that decode."""
+    chosen = at(run.scratch, r[CHOSEN_AT])
     for row in range(decoding):
         enter_nb(run, r, chosen[row], 1)
-    r[QUIET] = 1 if decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0 and r[STAGES] == 1 else 0
-    if prompts == 0 or held_back_nb(run, r, decoding, prompts):
-        return
+
+
+@inner
+def compute_nb(run: Run, r: I64, prompts: int) -> None:
+    """Enter the prompts that have tokens."""
+    waiting = at(run.scratch, r[PROMPTS_AT])
     for whole in range(2):  # those that are cut come first
         for place in range(prompts):
             i, tokens = waiting[2 * place], waiting[2 * place + 1]

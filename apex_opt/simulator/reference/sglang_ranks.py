@@ -110,13 +110,5 @@ class SglangRanks(Together, SglangEngine):
             return agreed
         return agreed._replace(padded=[sum(tokens for tokens, _ in rows) for rows in parts])
 
-    def tell(self, batch: RankedBatch, end: int) -> None:
-        """Log the batch of each rank, rank by rank."""
-        assert self.steps is not None
-        for rank, part in enumerate(batch.parts):
-            if part.rows:
-                rows = [(row.sequence.id, row.tokens, row.computed_after) for row in part.rows]
-                self.steps.insert(sum(self.batches_of[: rank + 1]) - 1, (self.now, end, rows, sorted(part.preempted)))
-
     def served(self) -> dict[int, int]:
         return self.scheduler.rank_of

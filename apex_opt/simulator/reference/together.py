@@ -70,7 +70,7 @@ class Together(Engine):
         self._count(agreed, rows)
         self.forwards.append((began, end, agreed.mode, sum(agreed.padded)))
         if self.steps is not None:
-            self.tell(batch, end)
+            self._tell(batch, end)
         return end
 
     def _count(self, agreed: Agreed, rows: list[Rows]) -> None:
@@ -91,11 +91,13 @@ class Together(Engine):
         """What ranks in step have in common."""
         self.shared = replace(self._sums, dummies=sum(self.dummies_of)) if self.ranks.in_step else None
 
-    def tell(self, batch: RankedBatch, end: int) -> None:
-        """Log the batches of a forward, in the order of the ranks in each."""
+    def _tell(self, batch: RankedBatch, end: int) -> None:
+        """Log the batch of each rank, rank by rank."""
         assert self.steps is not None
-        rows = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
-        self.steps.append((self.now, end, rows, sorted(batch.preempted)))
+        for rank, part in enumerate(batch.parts):
+            if part.rows:
+                rows = [(row.sequence.id, row.tokens, row.computed_after) for row in part.rows]
+                self.steps.insert(sum(self.batches_of[: rank + 1]) - 1, (self.now, end, rows, sorted(part.preempted)))
 
     def logged(self) -> GroupLog:
         """What else there is to tell."""

@@ -1,0 +1,74 @@
+"""Groups of ranks that take their turns together: which group a request goes to, and what clients send."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from apex_opt.simulator.kernel.batch import column_nb
+from apex_opt.simulator.kernel.coordinator import link_nb
+from apex_opt.simulator.kernel.group_state import (
+    AFTER,
+    ANSWERED,
+    CLOCK,
+    COMING,
+    COUNT,
+    FIRST_RANK,
+    GIVEN,
+    GROUP_SIZE,
+    LAST_COMING,
+    WAITING_CLIENT,
+)
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.state import ARRIVAL, ENDED, LAST_ENDED, NEVER, NONE, PASSED, REPLICA_SIZE
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.group_state import Group
+    from apex_opt.simulator.kernel.state import I64, Run
+
+
+@inner
+def follow_nb(run: Run, group: Group, g: I64) -> None:
+    """Requests were answered: in a closed loop as many clients send their next ones."""
+    ended = 0
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        ended += run.replicas[rank * REPLICA_SIZE + ENDED]
+    for _ in range(ended - g[ANSWERED]):
+        i = g[WAITING_CLIENT]
+        if i != NONE:
+            column_nb(run, ARRIVAL)[i] = g[CLOCK]
+            g[WAITING_CLIENT] = link_nb(run, group, AFTER)[i]
+            g[GIVEN] += 1
+    g[ANSWERED] = ended
+
+
+def serving(turns_nb: Any) -> Any:
+    """`serve_nb` of groups, given the function that takes their turns."""
+
+    @inner
+    def serve_nb(run: Run, group: Group, its: Any, first: int, last: int, routed: I64, turns: int) -> None:
+        """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
+        arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
+        for turn in range(turns + 1):
+            until = arrival[routed[turn]] if turn < turns else NEVER
+            best, least = first, NEVER
+            for place in range(first, last):
+                turns_nb(run, group, its, place, until)
+                if run.control[PASSED] == 1:
+                    return
+                g = at(group.groups, place * GROUP_SIZE)
+                outstanding = g[GIVEN] - g[ANSWERED]
+                if g[CLOCK] > until:  # answered only once the clock gets there
+                    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+                        outstanding += run.replicas[rank * REPLICA_SIZE + LAST_ENDED]
+                if outstanding < least:
+                    best, least = place, outstanding
+            if turn < turns:
+                g = at(group.groups, best * GROUP_SIZE)
+                if g[COMING] == NONE:
+                    g[COMING] = routed[turn]
+                else:
+                    after[g[LAST_COMING]] = routed[turn]
+                g[LAST_COMING] = routed[turn]
+                g[GIVEN] += 1
+
+    return serve_nb

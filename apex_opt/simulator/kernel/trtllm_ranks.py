@@ -1,0 +1,294 @@
+"""Attention ranks of TensorRT-LLM: `reference.trtllm_ranks`, ranks that take their turns together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.simulator.kernel.batch import (
+    batch_ns_nb,
+    chunk_ns_nb,
+    column_nb,
+    count_batch_nb,
+    law_nb,
+    log_step_nb,
+    log_taken_nb,
+)
+from apex_opt.simulator.kernel.coordinator import link_nb
+from apex_opt.simulator.kernel.forwards import end_nb, submit_nb
+from apex_opt.simulator.kernel.group_state import (
+    ADP_BALANCE,
+    ADP_BATCHING,
+    ADP_TIMEOUT,
+    AFTER,
+    CLOCK,
+    COMING,
+    COUNT,
+    DECODING,
+    DUMMIES,
+    FIRST_RANK,
+    GROUP_SIZE,
+    MEMBER_SIZE,
+    OWN_AT,
+    PROMPTS,
+    SERVED_BY,
+    SERVED_IN,
+    WAITED_FOR_SOME,
+    WAITED_ON,
+    Group,
+)
+from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.stages import newest_nb, queued_nb
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    BATCH_DECODES,
+    BATCH_LOST,
+    BATCH_ROWS,
+    COMPUTED,
+    DEPTH,
+    ENTERING_AT,
+    ERROR,
+    ERROR_STUCK,
+    MAX_SEQS,
+    NEVER,
+    NONE,
+    NOW,
+    PASSED,
+    PLACE,
+    PREEMPTIONS,
+    PROMPT,
+    PROMPTS_AT,
+    QUEUE_AT,
+    QUEUE_HEAD,
+    QUEUED,
+    REPLICA_SIZE,
+    RUNNING,
+    RUNNING_AT,
+    RUNS,
+    STAGES,
+    Run,
+)
+from apex_opt.simulator.kernel.together import follow_nb, serving
+from apex_opt.simulator.kernel.trtllm import activate_nb, choose_nb, compute_nb, decode_nb, take_in_nb
+
+if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.state import I64
+
+
+@inner
+def rank_nb(run: Run, rank: int) -> I64:
+    """The row of a rank."""
+    return at(run.replicas, rank * REPLICA_SIZE)
+
+
+@inner
+def tokens_nb(run: Run, r: I64) -> int:
+    """Prompt tokens of the active requests of a rank."""
+    running, prompt, tokens = at(run.scratch, r[RUNNING_AT]), column_nb(run, PROMPT), 0
+    for index in range(r[RUNNING]):
+        tokens += prompt[running[index]]
+    return tokens
+
+
+@inner
+def deal_nb(run: Run, group: Group, g: I64, place: int) -> None:
+    """Longest prompts first, each to the rank with the fewest prompt tokens of those below the mean load."""
+    arrival, prompt, places = column_nb(run, ARRIVAL), column_nb(run, PROMPT), column_nb(run, PLACE)
+    after, first, count = link_nb(run, group, AFTER), g[FIRST_RANK], g[COUNT]
+    lead, active, taken, i = rank_nb(run, first), 0, 0, g[COMING]
+    for rank in range(first, first + count):
+        active += rank_nb(run, rank)[RUNNING]
+    seats = lead[MAX_SEQS] * lead[STAGES] * count
+    while i != NONE and arrival[i] <= g[CLOCK] and active + taken < seats:
+        taken += 1
+        i = after[i]
+    mean = (active + taken + count - 1) // count
+    for _ in range(taken):
+        longest, chosen, i = -1, NONE, g[COMING]
+        for _ in range(taken):
+            if places[i] != RUNS and prompt[i] > longest:
+                longest, chosen = prompt[i], i
+            i = after[i]
+        best, fewest, least = NONE, NEVER, NEVER
+        for rank in range(first, first + count):
+            r = rank_nb(run, rank)
+            if r[RUNNING] >= mean:
+                continue
+            tokens = tokens_nb(run, r)
+            if tokens < fewest or (tokens == fewest and r[RUNNING] < least):
+                best, fewest, least = rank, tokens, r[RUNNING]
+        activate_nb(run, rank_nb(run, best), chosen)
+        link_nb(run, group, SERVED_BY)[chosen], link_nb(run, group, SERVED_IN)[chosen] = best - first, place + 1
+    for _ in range(taken):
+        g[COMING] = after[g[COMING]]
+
+
+@inner
+def held_nb(run: Run, group: Group, g: I64) -> bool:
+    """Whether prompts are held back, by how many decode and how many prompts there are on each rank."""
+    all_decode, all_have = True, True
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
+        waiting, prompts = at(run.scratch, r[PROMPTS_AT]), 0
+        for place in range(m[PROMPTS]):
+            prompts += waiting[2 * place + 1] > 0
+        all_decode = all_decode and m[DECODING] > 0
+        all_have = all_have and m[DECODING] < r[MAX_SEQS] and prompts > 0
+    if all_have:
+        g[WAITED_FOR_SOME] = 0
+        if not all_decode:
+            return False
+        if g[WAITED_ON] < g[ADP_BATCHING]:
+            g[WAITED_ON] += 1
+            return True
+        g[WAITED_ON] = 0
+        return False
+    g[WAITED_FOR_SOME] += 1
+    if g[WAITED_FOR_SOME] >= g[ADP_TIMEOUT] or not all_decode:
+        g[WAITED_FOR_SOME] = 0
+        return False
+    return True
+
+
+@inner
+def form_together_nb(run: Run, group: Group, g: I64) -> int:
+    """Form the batch of each rank; rows of all of them and requests that gave way."""
+    first, count, work = g[FIRST_RANK], g[COUNT], 0
+    for rank in range(first, first + count):
+        m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
+        r[NOW] = g[CLOCK]
+        m[DECODING], m[PROMPTS] = choose_nb(run, r)
+    held = g[ADP_BALANCE] == 1 and held_nb(run, group, g)
+    for rank in range(first, first + count):
+        m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
+        decode_nb(run, r, m[DECODING])
+        if m[PROMPTS] > 0 and not held:
+            compute_nb(run, r, m[PROMPTS])
+        r[PREEMPTIONS] += r[BATCH_LOST]
+        work += r[BATCH_ROWS] + r[BATCH_LOST]
+    return work
+
+
+@inner
+def own_nb(run: Run, group: Group, r: I64, m: I64) -> None:
+    """What the batch of a rank takes of its own time on each stage."""
+    batch, tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
+    computed = column_nb(run, COMPUTED)
+    for s in range(r[STAGES]):
+        law, chunks_ns = law_nb(run, r, s), 0
+        if r[BATCH_DECODES] < r[BATCH_ROWS]:
+            for row in range(r[BATCH_ROWS]):
+                if tokens[row] > 1:
+                    chunks_ns += chunk_ns_nb(law, r, tokens[row], computed[batch[row] >> 1])
+        group.memory[m[OWN_AT] + s] = batch_ns_nb(law, r, chunks_ns)
+
+
+@inner
+def run_together_nb(run: Run, group: Group, g: I64) -> int:
+    """Run what the ranks have formed as one forward, where any has a batch; how many rows."""
+    first, count, rows = g[FIRST_RANK], g[COUNT], 0
+    for rank in range(first, first + count):
+        rows += rank_nb(run, rank)[BATCH_ROWS]
+    end, number = g[CLOCK], NONE
+    if rows > 0:
+        for rank in range(first, first + count):
+            m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
+            if r[BATCH_ROWS] > 0:
+                own_nb(run, group, r, m)
+                number = submit_nb(run, group, g, r, m, 0)
+                count_batch_nb(run, r)
+            else:
+                number = submit_nb(run, group, g, r, m, 1)
+                m[DUMMIES] += 1
+        end = end_nb(group, g, rank_nb(run, first), at(group.members, first * MEMBER_SIZE), number)
+    for rank in range(first, first + count):
+        r = rank_nb(run, rank)
+        log_step_nb(run, r, rank, g[CLOCK], number)
+        newest = newest_nb(r)
+        run.scratch[r[QUEUE_AT] + newest] = end
+        run.scratch[r[QUEUE_AT] + r[DEPTH] + newest] = r[BATCH_ROWS]
+        r[QUEUED] += 1
+    return rows
+
+
+@inner
+def take_in_together_nb(run: Run, group: Group, g: I64) -> None:
+    """The oldest batches finish."""
+    clock = g[CLOCK]
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        r = rank_nb(run, rank)
+        r[NOW] = g[CLOCK]
+        oldest = r[QUEUE_HEAD]
+        if run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest] > 0:
+            log_taken_nb(run, rank, max(g[CLOCK], run.scratch[r[QUEUE_AT] + oldest]))
+        take_in_nb(run, r)
+        clock = max(clock, r[NOW])
+    g[CLOCK] = clock
+    follow_nb(run, group, g)
+
+
+@inner
+def turns_nb(run: Run, group: Group, its: int, place: int, until: int) -> None:
+    """Take every turn of a group that starts before `until`."""
+    g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
+    lead = rank_nb(run, g[FIRST_RANK])
+    while True:
+        coming, active = g[COMING], 0
+        for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+            active += rank_nb(run, rank)[RUNNING]
+        idle = active == 0 and (coming == NONE or arrival[coming] > g[CLOCK])
+        if idle and lead[QUEUED] == 0:
+            if coming == NONE or arrival[coming] >= NEVER:
+                break
+            g[CLOCK] = arrival[coming]
+            idle = False
+        if g[CLOCK] >= until:
+            break
+        if not idle:
+            deal_nb(run, group, g, place)
+            if form_together_nb(run, group, g) == 0 and lead[QUEUED] == 0:
+                lead[ERROR] = ERROR_STUCK
+                break
+            rows = run_together_nb(run, group, g)
+            if rows > 0 and lead[QUEUED] < lead[DEPTH] and run.scratch[lead[QUEUE_AT] + lead[QUEUE_HEAD]] > g[CLOCK]:
+                continue
+        take_in_together_nb(run, group, g)
+        if run.control[PASSED] == 1:
+            break
+
+
+_by_trtllm_nb = serving(turns_nb)
+
+
+def serve_trtllm_ranks_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    told: I64,
+    groups: I64,
+    members: I64,
+    fronts: I64,
+    memory: I64,
+    tables: I64,
+    together: I64,
+    links: I64,
+    forwards: I64,
+    events: I64,
+    loads: I64,
+) -> None:
+    """Ranks by the engine of TensorRT-LLM."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
+    _by_trtllm_nb(run, group, 0, first, last, routed, turns)
