@@ -11,7 +11,7 @@ from apex_opt.cost.work import Work
 from apex_opt.ir.cells import WHOLE
 from apex_opt.ir.cells.operations import Attend, AttendCross, AttendEncoder, AttendLatent, Contextual
 from apex_opt.ir.formats import KV_BYTES
-from apex_opt.profiles.physics import context_work, encoder_work, indexer_work, latent_work, pair_flops
+from apex_opt.profiles.physics import context_work, encoder_work, latent_work, pair_flops, sparse_work
 from apex_opt.simulator.law import Window
 
 if TYPE_CHECKING:
@@ -47,8 +47,10 @@ def attention_parts(profile: Profile, tables: Tables, op: Contextual, dp: int, k
         context = latent_work(op.heads, op.rank, op.rope, element)
         entry_bytes = op.token_bytes or context[1]
         decode = profile.latent_decode(op.heads, op.rank, op.rope, kv_format, sequences, entry_bytes)
-        gathered = entry_bytes if op.topk is not None else 0.0
-        prefill = profile.latent_prefill(op.heads, op.key, op.value, kv_format, tokens, gathered)
+        if op.topk is None:
+            prefill = profile.latent_prefill(op.heads, op.key, op.value, kv_format, tokens)
+        else:
+            prefill = np.zeros(len(tokens)), profile.sparse_prefill(op.heads, op.key, op.value, tokens)
         work = Attending(context[0], entry_bytes, pair_flops(op.heads, op.key, op.value))
         return _causal(profile, tables, decode, prefill, dp, work, window, op.ratio)
     length = None if window is None else window.tokens
@@ -155,7 +157,7 @@ def _scores(profile: Profile, tables: Tables, op: Score, dp: int) -> Parts:
     base, per_entry = profile.score_decode(op.heads, op.width, op.token_bytes, shares(tables.sequences, dp), queries)
     base[0] = base[1]
     per_pair = profile.score_prefill(op.heads, op.width, tables.tokens) / op.ratio
-    (flops, written), (_, read) = (indexer_work(kernel, op.heads * op.width) for kernel in ("scores", "choice"))
+    (flops, written), (_, read) = (sparse_work(kernel, op.heads * op.width) for kernel in ("scores", "choice"))
     passed = float(written + read)
     started = Work.of(power, base, 0.0, 0.0, dtype)
     entries = Work.of(

@@ -19,10 +19,10 @@ from apex_opt.profiles.physics import (
     encoder_work,
     experts_work,
     gemm_work,
-    indexer_work,
     latent_work,
     pair_flops,
     recurrence_work,
+    sparse_work,
 )
 from apex_opt.profiles.schema import Card, read_card, read_table, schema_of
 from apex_opt.profiles.sources.aiconfigurator import PACKAGE, distilled_from, full_tables
@@ -69,8 +69,10 @@ _UNCACHED_BYTES: Final = 2**28
 """What no cache holds."""
 
 
-_LEAST_SCORED, _LONGEST_SCORED = 8192, 65_536
-"""Contexts that tell the rate of an indexer: in shorter ones launches count, few were measured of longer ones."""
+CHOSEN: Final = 2048
+"""Entries that each query chose in the tables of sparse attention."""
+_LEAST_SCORED, _LONGEST_SCORED = 4096, 262_144
+"""Contexts that tell the rate of a kernel of sparse attention: in shorter ones launches count, few are longer."""
 STATE_FLOOR_S: Final = 5e-6
 """Time that a recurrence or a convolution takes however little there is to do."""
 _STATE_BYTES: Final = 4.0
@@ -203,7 +205,7 @@ class Source:
         self.prefill = lru_cache(maxsize=None)(self._prefill)
         self.memory = lru_cache(maxsize=None)(self._memory)
         self.state = lru_cache(maxsize=None)(self._state)
-        self.indexer = lru_cache(maxsize=None)(self._indexer)
+        self.sparse = lru_cache(maxsize=None)(self._sparse)
         self.encoder = lru_cache(maxsize=None)(self._encoder)
 
     def has(self, kind: str) -> bool:
@@ -300,15 +302,15 @@ class Source:
         seconds = _envelope(shape, size, table["time_us"][chosen] * 1e-6)
         return build_surface(shape, _STATE_SCALE, np.log(size), (STATE_FLOOR_S + bound) / seconds, 4, 1.0)
 
-    def _indexer(self, op: str) -> Surface | None:
+    def _sparse(self, op: str) -> Surface | None:
         """Roofline / time of a query-key pair over the tokens of a chunk, beyond the launch.
 
         Of the longest usual context: however few the queries, all keys are read and multiplied by as many as a tile
         has.
         """
-        if not self.has("indexer"):
+        if not self.has("sparse"):
             return None
-        table = self.table("indexer")
+        table = self.table("sparse")
         chosen = (table["op"] == op) & (table["context"] <= _LONGEST_SCORED)
         if not chosen.any():
             return None
@@ -317,10 +319,14 @@ class Source:
         last = order[np.append(np.flatnonzero(np.diff(length[order]) > 0), len(order) - 1)]
         last = last[context[last] >= _LEAST_SCORED]
         width = np.column_stack([table["heads"][chosen][last] * table["width"][chosen][last]])
-        pair = indexer_work(op, width[:, 0])
-        bound = self.bound_s(Arithmetic.of("fp8" if "fp8" in self._peaks else "bf16"), *pair)
-        pairs = causal_pairs(context[last], context[last]) - causal_pairs(*(2 * [context[last] - length[last]]))
-        seconds = np.maximum(time_us[last] - time_us.min(), 1e-3) * 1e-6 / pairs
+        narrow = "fp8" if "fp8" in self._peaks else "bf16"
+        bound = self.bound_s(Arithmetic.of("bf16" if op == "attention" else narrow), *sparse_work(op, width[:, 0]))
+        before = context[last] - length[last]
+        pairs = causal_pairs(context[last], context[last]) - causal_pairs(before, before)
+        if op == "attention":
+            pairs = length[last] * float(CHOSEN)
+        launch_us = min(float(time_us.min()), 1e6 * STATE_FLOOR_S)
+        seconds = np.maximum(time_us[last] - launch_us, 1e-3) * 1e-6 / pairs
         return build_surface(width, (1.0,), np.log(length[last]), np.minimum(bound / seconds, 1.0), 1, 1.0)
 
     def _encoder(self) -> Surface | None:

@@ -289,7 +289,6 @@ class Profile(StateTimes):
         value_dim: int,
         kv_format: str,
         chunk: ArrayLike,
-        gathered_bytes: float = 0.0,
     ) -> tuple[Floats, Floats]:
         """Prefill attention over keys and values expanded from the latent cache: as `prefill_attention`.
 
@@ -300,7 +299,6 @@ class Profile(StateTimes):
         value_dim : int    elements of a value
         kv_format : str    of the cache
         chunk : array      tokens of a prompt
-        gathered_bytes : float    read for every pair, where each query has chosen its own keys
         """
         count = sizes("chunk", chunk)
         pair = count_of("key_dim", key_dim) + count_of("value_dim", value_dim)
@@ -308,9 +306,7 @@ class Profile(StateTimes):
         width = (LATENT_RANK + LATENT_ROPE) * pair // sum(LATENT_PAIR)
         nearest = self._nearest("mla_kernel_prefill", (count_of("heads", heads), 1, width), kv_format, 0)
         flops = pair_flops(heads, key_dim, value_dim)
-        base, per_pair = self._read_prefill(nearest, count, flops, heads * pair * 2.0)
-        gathered = gathered_bytes / self.gpu.memory_bytes_per_s
-        return base, np.where(count > 0, np.maximum(per_pair, gathered), 0.0)
+        return self._read_prefill(nearest, count, flops, heads * pair * 2.0)
 
     def _nearest(self, kind: str, shape: tuple[int, int, int], kv_format: str, window: int) -> _Nearest:
         """The measured shape nearest to a shape of heads.

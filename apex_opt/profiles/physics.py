@@ -155,20 +155,20 @@ def causal_pairs(length: NDArray[Any], seen: NDArray[Any]) -> Floats:
     return np.asarray(length * seen - seen * (seen - 1) / 2)
 
 
-def indexer_work(op: str, width: Size) -> tuple[Floats, Floats]:
-    """FLOP and bytes of an indexer per query and entry: of its score, or of the choice, which looks at the score.
+def sparse_work(op: str, width: Size) -> tuple[Floats, Floats]:
+    """FLOP and bytes per query and entry of the kernels of sparse attention.
 
-    The score is written in 32 bits, and read. The entry itself is read once for many queries of a prompt, and is not
-    counted.
+    An indexer's score is written in 32 bits, and read by the choice. An entry that is scored is read once for many
+    queries of a prompt, and is not counted; nor is what attention to the chosen reads, as in `pair_flops`.
 
     Parameters
     ----------
-    op : str          "scores" or "choice"
-    width : number    elements of all heads of the indexer
+    op : str          of `SPARSE_OPS`
+    width : number    elements of all heads that are multiplied
     """
     every = np.asarray(width, dtype=np.float64)
-    flops = 2 * every if op == "scores" else np.zeros_like(every)
-    return flops, np.full_like(every, _SCORE_BYTES)
+    flops = np.zeros_like(every) if op == "choice" else 2 * every
+    return flops, np.zeros_like(every) if op == "attention" else np.full_like(every, _SCORE_BYTES)
 
 
 class StateWork(NamedTuple):

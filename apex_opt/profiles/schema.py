@@ -60,8 +60,9 @@ COLLECTIVES: Final = ("all_reduce", "custom_all_reduce", "all_gather", "reduce_s
 STATE_OPS: Final = ("gated_delta", "kda", "mamba2", "mamba1", "lightning", "convolution")
 """Recurrences, and the causal convolution of so many channels (`heads`) over so many tokens (`key`) before them."""
 
-INDEXER_OPS: Final = ("scores", "choice")
-"""The kernels of an indexer: scores of what the context holds, and the choice of the highest."""
+SPARSE_OPS: Final = ("scores", "choice", "attention")
+"""Kernels of sparse attention: an indexer's scores of what the context holds, its choice of the highest, and attention
+over what it chose."""
 
 LARGEST_BYTES: Final = 64 << 20
 """Size of a table, packed and unpacked: the largest that ships has 160 KB, and 1 MB unpacked."""
@@ -213,12 +214,12 @@ STATE_PREFILL: Final = Schema(
     columns=(*_STATES, _size("length", "tokens", "tokens of one prompt"), *_RESULTS),
     size=("length",),
 )
-INDEXER: Final = Schema(
-    name="indexer",
+SPARSE: Final = Schema(
+    name="sparse",
     columns=(
-        Column(name="op", kind="text", unit="", meaning="scores or the choice", choices=INDEXER_OPS, key=True),
+        Column(name="op", kind="text", unit="", meaning="kernel", choices=SPARSE_OPS, key=True),
         _HEADS,
-        _size("width", "elements", "of one head", 2.0**20),
+        _size("width", "elements", "multiplied per head: of an indexer's, or key and value", 2.0**20),
         _size("length", "tokens", "tokens of one prompt in the call"),
         _size("context", "tokens", "tokens that it holds after the call"),
         *_RESULTS,
@@ -258,7 +259,7 @@ SCHEMAS: Final = (
     STATE_DECODE,
     STATE_PREFILL,
     ENCODER,
-    INDEXER,
+    SPARSE,
     COLLECTIVE,
 )
 

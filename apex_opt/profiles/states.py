@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from apex_opt.profiles.lookup import Lookup, count_of, sizes
 from apex_opt.profiles.physics import (
     encoder_work,
     hyper_work,
-    indexer_work,
+    sparse_work,
 )
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from apex_opt.profiles.physics import StateWork
 
     Floats = NDArray[np.float64]
+
+
+_LEAST_HEADS: Final = 64
+"""Heads that kernels of sparse attention compute with at the least: those of FlashMLA."""
 
 
 class StateTimes(Lookup):
@@ -46,7 +50,7 @@ class StateTimes(Lookup):
         count = sizes("sequences", sequences)
         reading = float(self.memory_time_s(np.array([entry_bytes]), launched=False)[0])
         every = count_of("heads", heads) * count_of("width", width)
-        scoring = float(self._bound(self.kernel(self.indexer_dtype), *indexer_work("scores", every)))
+        scoring = float(self._bound(self.kernel(self.indexer_dtype), *sparse_work("scores", every)))
         per_entry = max(reading, queries * scoring) + queries * self._scored_s("choice", every, count)
         return 2 * self._launch_s(count), np.where(count > 0, per_entry, 0.0)
 
@@ -68,12 +72,31 @@ class StateTimes(Lookup):
         """What indexers compute in: 8 bits where the accelerator has them."""
         return "fp8" if "fp8" in dict(self.gpu.flops_per_s) else self.gpu.half_dtype
 
+    def sparse_prefill(self, heads: int, key_dim: int, value_dim: int, chunk: ArrayLike) -> Floats:
+        """Prompts of attention over chosen entries of a latent cache: seconds per query and entry; no launches.
+
+        Kernels compute with 64 heads at the least, and shards with fewer leave the others idle.
+
+        Parameters
+        ----------
+        heads : int            query heads
+        key_dim : int          elements of a key, as the kernel multiplies it
+        value_dim : int        elements of a value
+        chunk : int64[...]     tokens of a prompt
+        """
+        count = sizes("chunk", chunk)
+        width = count_of("key_dim", key_dim) + count_of("value_dim", value_dim)
+        every = max(count_of("heads", heads), _LEAST_HEADS) * width
+        return np.asarray(np.where(count > 0, self._scored_s("attention", every, count), 0.0))
+
     def _scored_s(self, op: str, width: int, count: Floats) -> Floats:
-        """Seconds per query and entry of one of an indexer's kernels, by the queries of a call."""
-        bound = self._bound(self.kernel(self.indexer_dtype), *indexer_work(op, width))
+        """Seconds per query and entry of a kernel of sparse attention, by the queries of a call."""
+        dtype = self.gpu.half_dtype if op == "attention" else self.indexer_dtype
+        bound = self._bound(self.kernel(dtype), *sparse_work(op, width))
         feature = (float(np.log(width)),)
-        picks, _ = self._best("indexer", op, feature, lambda source, name, _: source.indexer(name))
-        return np.asarray(bound / self._ratio(f"indexer {op}", picks, feature, np.log(np.maximum(count, 1.0))))
+        picks, _ = self._best("sparse", op, feature, lambda source, name, _: source.sparse(name))
+        name = "sparse attention" if op == "attention" else f"indexer {op}"
+        return np.asarray(bound / self._ratio(name, picks, feature, np.log(np.maximum(count, 1.0))))
 
     def state_decode(
         self, op: str, shape: tuple[int, int, int, int], work: StateWork, sequences: ArrayLike, queries: int = 1

@@ -48,7 +48,7 @@ _ABOUT: Final = {
     "mla_kernel_prefill": "latent attention of DeepSeek-V3 without projections, over whole prompts",
     "state_decode": "recurrences (states in 32 bits) and convolutions, one new token per sequence",
     "state_prefill": "recurrences and convolutions over one prompt",
-    "indexer": "scores of an indexer in 8 bits and the choice of the 2,048 highest, for one prompt of GLM-5",
+    "sparse": "an indexer's scores in 8 bits, its choice of the 2,048 highest, attention to these; GLM-5, one prompt",
     "attention_encoder": "attention of one input whose tokens all see each other",
     "collective": "within one node; bytes are those of the whole vector: input of reductions, output of gathers",
 }

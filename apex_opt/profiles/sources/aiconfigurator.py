@@ -292,13 +292,13 @@ def _encoder(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
     return columns, (rows["attn_dtype"] == "bfloat16") & (rows["batch_size"] == 1), "several inputs"
 
 
-def _indexer(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
-    op = "scores" if (rows["op_name"] == "glm5_mqa_logits_module").all() else "choice"
+def _sparse(rows: Columns) -> tuple[Columns, NDArray[np.bool_], str]:
+    op, heads, width = _OF_SPARSE[str(rows["op_name"][0])]
     ours = np.ones(len(rows["isl"]))
     columns = {
         "op": np.full(len(ours), op, dtype=object),
-        "heads": _INDEXER[0] * ours,
-        "width": _INDEXER[1] * ours,
+        "heads": heads * ours,
+        "width": width * ours,
         "length": rows["isl"],
         "context": rows["step"] + rows["isl"],
     }
@@ -328,10 +328,16 @@ _TABLES: Final[dict[str, tuple[str, str, Any]]] = {
     "mla_kernel_prefill": ("mla", "context_mla_perf", _mla_prefill),
     "attention_encoder": ("encoder_attention", "encoder_attention_perf", _encoder),
 }
-_OF_INDEXERS: Final = ("glm5_mqa_logits_module_perf", "glm5_topk_module_perf")
-"""Kernels of the indexer of GLM-5, one file each."""
-_INDEXER: Final = (32, 128)
-"""Its heads, which the files leave out, and their width: `index_n_heads` and `index_head_dim` of the model."""
+_OF_SPARSE: Final = {
+    "glm5_mqa_logits_module": ("scores", 32, 128),
+    "glm5_topk_module": ("choice", 32, 128),
+    "glm5_dsa_attn_module": ("attention", 64, 576 + 512),
+}
+"""Kernels of GLM-5, one file each: ours, the heads that compute and their width.
+
+Files have the heads of attention in all of them; those of the indexer and widths are `index_n_heads`, `index_head_dim`,
+and a latent vector with its rotary key (576) and without (512), as the kernel computes with.
+"""
 _OF_STATES: Final = (("linear_attention", "gdn_perf"), ("linear_attention", "mamba2_perf"), ("kda", "kda_perf"))
 """Families and files of what keeps a state, which are one table of ours."""
 
@@ -348,7 +354,7 @@ def _files(data: Path, gpu: str, engine: str, version: str) -> list[tuple[str, P
     for kind, reader in (("state_decode", _state_decode), ("state_prefill", _state_prefill)):
         found += [(kind, _newest(system / family / engine, version, stem), reader) for family, stem in _OF_STATES]
     sparse = system / "sparse_attention" / engine
-    found += [("indexer", _newest(sparse, version, stem), _indexer) for stem in _OF_INDEXERS]
+    found += [("sparse", _newest(sparse, version, f"{stem}_perf"), _sparse) for stem in _OF_SPARSE]
     return [*found, ("collective", _newest(system / "comm" / engine, version, "custom_allreduce_perf"), _all_reduce)]
 
 
