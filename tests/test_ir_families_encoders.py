@@ -51,3 +51,24 @@ def test_encoders_answer_with_a_vector_and_keep_nothing(name: str) -> None:
 def test_an_encoder_that_is_not_stated_is_refused_by_its_field() -> None:
     with pytest.raises(InputError, match="encoder_layers is missing"):
         read("whisper-large-v3", encoder_layers=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("xlm-roberta-large", 512), ("roberta-large", 512), ("bert-large-uncased", 512)]
+)
+def test_positions_of_roberta_are_counted_from_behind_the_padding(name: str, longest: int) -> None:
+    assert read(name).max_position == longest
+
+
+def test_distilbert_has_neither_kinds_of_tokens_nor_a_pooler() -> None:
+    model = read("distilbert-base")
+    assert not model.after
+    assert [matrix.name for matrix in model.before] == ["positions", "embedding norm"]
+
+
+def test_bart_has_norms_and_positions_on_both_sides() -> None:
+    model = read("bart-large-cnn")
+    assert model.tower is not None
+    assert model.before == model.tower.beside
+    assert model.before[0].rows == 1026
+    assert model.max_position == 1024

@@ -165,7 +165,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         hidden=size.hidden,
         vocab=size.vocab,
         tied_embeddings=tied,
-        max_position=max_position,
+        max_position=layers.longest or max_position,
         runs=runs,
         dtype=dtype,
         weight_format="+".join(formats) or dtype,

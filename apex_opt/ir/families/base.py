@@ -28,12 +28,16 @@ class Sizes(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The layers of a model in order, and what it has before and after them; no layers where a field is at fault."""
+    """The layers of a model in order, and what it has before and after them; no layers where a field is at fault.
+
+    `longest` is the longest sequence where it is not the one that the file states.
+    """
 
     blocks: list[Block]
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
     tower: Tower | None = None
+    longest: int | None = None
 
 
 Reader = Callable[["Fields", Sizes], Layers]

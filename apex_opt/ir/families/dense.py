@@ -97,6 +97,17 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(),
         implied={"use_qk_norm": True},
     ),
+    "minicpm": Family(architecture="MiniCPMForCausalLM", read=Decoder(), modules=module_names(), tied=True),
+    "exaone": Family(
+        architecture="ExaoneForCausalLM",
+        read=Decoder(),
+        modules=module_names(
+            qkv=within("attn.attention", ("q_proj", "k_proj", "v_proj")),
+            output=("attn.attention.out_proj",),
+            dense=within("mlp", ("c_fc_0", "c_fc_1", "c_proj")),
+        ),
+        spelled={"num_hidden_layers": "num_layers"},
+    ),
     "baichuan": Family(
         architecture="BaichuanForCausalLM",
         read=Decoder(),

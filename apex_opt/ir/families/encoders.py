@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.cells import CrossedAttention, DenseFfn, EncoderAttention, Matrix
@@ -34,18 +35,9 @@ def _whisper(fields: Fields, size: Sizes) -> Layers:
         norms=3,
         norm_bias=True,
     )
-    sees = EncoderAttention(
-        hidden=width,
-        query_heads=encoder["attention_heads"],
-        kv_heads=encoder["attention_heads"],
-        head_dim=width // encoder["attention_heads"],
-        **_BIASES,
-    )
-    layer = Block(
-        attention=sees,
-        ffn=DenseFfn(hidden=width, intermediate=encoder["ffn_dim"], gated=False, bias=True),
-        norm_bias=True,
-    )
+    count = encoder["attention_heads"]
+    theirs = {"query_heads": count, "kv_heads": count, "head_dim": width // count}
+    layer = _encoder_layer(width, theirs, encoder["ffn_dim"])
     tower = Tower(
         reads="audio",
         runs=(Run(block=layer, count=encoder["layers"]),),
@@ -97,17 +89,64 @@ def _bert(fields: Fields, size: Sizes) -> Layers:
     kinds = fields.count("type_vocab_size", default=2, minimum=0)
     if fields.faults:
         return Layers([])
-    block = Block(
-        attention=EncoderAttention(hidden=size.hidden, **heads, **_BIASES),
-        ffn=DenseFfn(hidden=size.hidden, intermediate=inner, gated=False, bias=True),
-        norm_bias=True,
-    )
     before = (
         Matrix("positions", longest, size.hidden),
         *((Matrix("token types", kinds, size.hidden),) if kinds else ()),
         Matrix("embedding norm", size.hidden, 2),
     )
+    block = _encoder_layer(size.hidden, heads, inner)
     return Layers([block] * size.layers, before, (Matrix("pooler", size.hidden, size.hidden + 1),))
+
+
+def _encoder_layer(hidden: int, heads: dict[str, Any], inner: int) -> Block:
+    """A layer of an encoder with biases everywhere.
+
+    Parameters
+    ----------
+    hidden : int      width of the residual stream
+    heads : dict      arguments of its attention
+    inner : int       columns of its FFN
+    """
+    return Block(
+        attention=EncoderAttention(hidden=hidden, **heads, **_BIASES),
+        ffn=DenseFfn(hidden=hidden, intermediate=inner, gated=False, bias=True),
+        norm_bias=True,
+    )
+
+
+def _roberta(fields: Fields, size: Sizes) -> Layers:
+    """RoBERTa: BERT, whose positions are counted from behind that of the padding."""
+    layers = _bert(fields, size)
+    skipped = fields.count("pad_token_id", default=1, minimum=0) + 1
+    return layers._replace(longest=max(1, fields.count("max_position_embeddings") - skipped))
+
+
+def _distilbert(fields: Fields, size: Sizes) -> Layers:
+    """DistilBERT: BERT without kinds of tokens and without a product over the first token."""
+    return _bert(fields.replaced({"type_vocab_size": 0}), size)._replace(after=())
+
+
+def _bart(fields: Fields, size: Sizes) -> Layers:
+    """BART: learned positions, of which the first two are never used, and norms behind every cell and the embedding."""
+    width, inner = size.hidden, fields.count("intermediate_size")
+    heads: dict[str, Any] = {**head_fields(fields, width)}
+    encoder = {name: fields.count(f"encoder_{name}") for name in ("layers", "attention_heads", "ffn_dim")}
+    rows = fields.count("max_position_embeddings") + 2
+    if fields.faults:
+        return Layers([])
+    own = CrossedAttention(hidden=width, **heads, **_BIASES)
+    ffn = DenseFfn(hidden=width, intermediate=inner, gated=False, bias=True)
+    block = Block(attention=own, ffn=ffn, norms=3, norm_bias=True)
+    count = encoder["attention_heads"]
+    theirs = {"query_heads": count, "kv_heads": count, "head_dim": width // count}
+    before = (Matrix("positions", rows, width), Matrix("embedding norm", width, 2))
+    tower = Tower(
+        reads="text",
+        runs=(Run(block=_encoder_layer(width, theirs, encoder["ffn_dim"]), count=encoder["layers"]),),
+        beside=before,
+        heads=count,
+    )
+    return Layers([block] * size.layers, before, (), tower)
 
 
 def _clip_text(fields: Fields, size: Sizes) -> Layers:
@@ -117,11 +156,7 @@ def _clip_text(fields: Fields, size: Sizes) -> Layers:
     projected = fields.count("projection_dim")
     if fields.faults:
         return Layers([])
-    block = Block(
-        attention=EncoderAttention(hidden=size.hidden, **heads, **_BIASES),
-        ffn=DenseFfn(hidden=size.hidden, intermediate=inner, gated=False, bias=True),
-        norm_bias=True,
-    )
+    block = _encoder_layer(size.hidden, heads, inner)
     positions = Matrix("positions", longest, size.hidden)
     return Layers([block] * size.layers, (positions,), (Matrix("projection", projected, size.hidden),))
 
@@ -132,6 +167,30 @@ _BERT_MODULES: Final = module_names(
     dense=("intermediate.dense", "output.dense"),
 )
 
+_T5: Final = Family(
+    architecture="T5ForConditionalGeneration",
+    read=_t5,
+    modules=module_names(
+        qkv=("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"),
+        output=("SelfAttention.o",),
+        dense=("DenseReluDense.wi", "DenseReluDense.wo"),
+    ),
+    spelled={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "intermediate_size": "d_ff",
+        "max_position_embeddings": "n_positions",
+    },
+    implied={"max_position_embeddings": 512},
+    tied=True,
+)
+_SEQ2SEQ: Final = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "decoder_layers",
+    "num_attention_heads": "decoder_attention_heads",
+    "intermediate_size": "decoder_ffn_dim",
+}
 _CLIP: Final = Family(
     architecture="CLIPModel",
     read=_clip_text,
@@ -146,31 +205,32 @@ FAMILIES: Final[dict[str, Family]] = {
         architecture="WhisperForConditionalGeneration",
         read=_whisper,
         modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
-        spelled={
-            "hidden_size": "d_model",
-            "num_hidden_layers": "decoder_layers",
-            "num_attention_heads": "decoder_attention_heads",
-            "intermediate_size": "decoder_ffn_dim",
-            "max_position_embeddings": "max_target_positions",
-        },
+        spelled=_SEQ2SEQ | {"max_position_embeddings": "max_target_positions"},
         tied=True,
     ),
-    "t5": Family(
-        architecture="T5ForConditionalGeneration",
-        read=_t5,
-        modules=module_names(
-            qkv=("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"),
-            output=("SelfAttention.o",),
-            dense=("DenseReluDense.wi", "DenseReluDense.wo"),
-        ),
+    "t5": _T5,
+    "mt5": replace(_T5, architecture="MT5ForConditionalGeneration", tied=False),
+    "bart": Family(
+        architecture="BartForConditionalGeneration",
+        read=_bart,
+        modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
+        spelled=_SEQ2SEQ,
+        tied=True,
+    ),
+    "roberta": Family(architecture="RobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True),
+    "xlm-roberta": Family(architecture="XLMRobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True),
+    "distilbert": Family(
+        architecture="DistilBertModel",
+        read=_distilbert,
+        modules=_BERT_MODULES,
         spelled={
-            "hidden_size": "d_model",
-            "num_hidden_layers": "num_layers",
-            "num_attention_heads": "num_heads",
-            "intermediate_size": "d_ff",
-            "max_position_embeddings": "n_positions",
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
         },
         tied=True,
+        pools=True,
     ),
     "bert": Family(architecture="BertModel", read=_bert, modules=_BERT_MODULES, tied=True, pools=True),
     "clip": _CLIP,
