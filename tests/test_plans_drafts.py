@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from plan_cases import SMALL, make_gpu
@@ -23,6 +24,20 @@ def test_the_mtp_layer_of_deepseek_has_the_parameters_that_were_published() -> N
     (run,) = draft.runs
     assert run.block.parameters + draft.hidden * draft.joined == pytest.approx(11.5e9, rel=0.01)
     assert draft.tables == 0
+
+
+def test_the_mtp_layer_of_a_hybrid_model_has_full_attention_and_experts() -> None:
+    """Qwen3-Next's mtp.* has 1,650,471,424 parameters, of which 3 x 2,048 in norms around the joined vectors."""
+    models = Path(__file__).parent / "cases" / "models"
+    for name, published in (("qwen3-next-80b-a3b", 1_650_471_424), ("nemotron-3-super-120b-a12b", None)):
+        model = load_model(str(models / f"{name}.json"))
+        draft = draft_of(model, Drafter(method="mtp", draft_tokens=1))
+        assert draft is not None
+        (run,) = draft.runs
+        assert any(kept.token_bytes(2) for kept in run.block.attention.cache())
+        assert (run.block.is_moe, run.block.norm_count) == (True, 2)
+        if published is not None:
+            assert run.block.parameters + draft.hidden * draft.joined == published - 3 * 2048
 
 
 def test_eagle_is_a_dense_layer_with_a_head_of_its_own() -> None:
