@@ -32,6 +32,7 @@ WORDS = {
     "padded_experts": "experts stored in rounded sizes",
     "vocab_multiple": "attention shards divide the vocabulary, padded to a multiple of",
     "vocab_on_every_stage": "families with embedding and LM head on every stage",
+    "embedding_on_every_stage": "families with the embedding on every stage",
     "whole_kv_heads": "families whose KV heads are not copied",
     "tower_shards": "attention shards divide the heads of an image tower",
     "block_multiples": "multiples of tokens in a KV block",

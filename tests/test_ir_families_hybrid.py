@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_cases import make_gpu
 
+from apex_opt.engines import VLLM
+from apex_opt.engines.rules import Held
 from apex_opt.errors import InputError
-from apex_opt.ir import Model, model_from_config
+from apex_opt.ir import Model, load_model, model_from_config
 from apex_opt.ir.cells import Attention, Cut, GatedAttention, LatentMoeFfn, Replaced, Skipped
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.memory import stage_memory, vocab_copies
+from apex_opt.plans.plan import parse_plan
 
 MODELS = Path(__file__).parent / "cases" / "models"
 
@@ -282,3 +289,28 @@ def test_a_head_in_four_bits_is_read_of_modelopt_and_counted_in_16_bit() -> None
     assert model.weight_bytes() == outside + sum(
         r.count * r.block.weight_bytes(model.weight_format) for r in model.runs
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "gib"),
+    [
+        # Weights of the heaviest stage, as vLLM 0.20.2 holds them on one GPU (`../shared/startable`), and by its rules
+        ("nemotron-3-nano-30b-a3b", "tp8", 7.371),
+        ("nemotron-3-super-120b-a12b", "tp4", 56.786),
+        ("nemotron-h-56b", "tp8", 13.117),
+    ],
+)
+def test_a_gpu_holds_the_weights_that_vllm_puts_there(name: str, text: str, gib: float) -> None:
+    model = load_model(str(MODELS / f"{name}.json"))
+    settings = replace(EngineSettings(), max_model_len=4096, runnable=VLLM)
+    (stage,) = stage_memory(model, make_gpu(), parse_plan(text, model), settings)
+    assert stage.weights_bytes / 2**30 == pytest.approx(gib, abs=0.0015)
+
+
+def test_stages_of_hybrid_models_hold_embedding_and_head_as_vllm_builds_them() -> None:
+    settings = replace(EngineSettings(), max_model_len=4096, runnable=VLLM)
+    for config, copies in ((NANO, (2, 2)), (QWEN_NEXT, (2, 2)), (QWEN_35, (1, 2)), (JAMBA, (1, 1))):
+        model = read(config)
+        held = Held.of(settings.runnable, model, make_gpu())
+        assert (vocab_copies(model, held, True, False), vocab_copies(model, held, False, True)) == copies
+        assert vocab_copies(model, held, False, False) == copies[0] - (config is JAMBA)

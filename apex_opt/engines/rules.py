@@ -50,6 +50,7 @@ class EngineRules:
                                     multiple of hidden, multiple of the columns of a shard) by capability
     vocab_multiple : int            the vocabulary is padded to a multiple of it, which attention shards must divide
     vocab_on_every_stage : set      families whose stages all hold the embedding and the LM head
+    embedding_on_every_stage : set  families whose stages all hold the embedding, and only the last one the LM head
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
     block_multiples : mapping       tokens that a KV block must be a multiple of, for "latent" attention, attention with
@@ -82,6 +83,7 @@ class EngineRules:
     )
     vocab_multiple: int = 1
     vocab_on_every_stage: frozenset[str] = frozenset()
+    embedding_on_every_stage: frozenset[str] = frozenset()
     whole_kv_heads: frozenset[str] = frozenset()
     tower_shards: bool = False
     block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
@@ -100,6 +102,7 @@ class Held:
     whole_shared : bool         shared experts are whole where experts are cut by ep and attention has copies
     padded : tuple of (format, hidden, columns)    what the sizes of experts in a format are rounded up to multiples of
     vocab_everywhere : bool     every stage holds the embedding and the LM head
+    embedding_everywhere : bool every stage holds the embedding
     table_bytes : int           cosines and sines of positions, on every GPU
     """
 
@@ -107,6 +110,7 @@ class Held:
     whole_shared: bool = False
     padded: tuple[tuple[str, int, int], ...] = ()
     vocab_everywhere: bool = False
+    embedding_everywhere: bool = False
     table_bytes: int = 0
 
     @classmethod
@@ -132,6 +136,7 @@ class Held:
                 if least <= has < below
             ),
             vocab_everywhere=model.family in rules.vocab_on_every_stage,
+            embedding_everywhere=model.family in rules.embedding_on_every_stage,
             # Layers of one model turn by as many angles, where they turn at all.
             table_bytes=2 * model.max_position * rules.rotary_table * max(b.attention.rotary_dim for b in model.blocks),
         )

@@ -281,9 +281,9 @@ def vocab_copies(model: Model, held: Held, first: bool, last: bool) -> int:
     first : bool    whether the stage holds the embedding
     last : bool     whether the stage holds the LM head
     """
-    if held.vocab_everywhere or (first and last):
+    if held.vocab_everywhere or (first and last) or (held.embedding_everywhere and last):
         return 1 if model.tied_embeddings else 2
-    return first + last
+    return 1 if held.embedding_everywhere else first + last
 
 
 def kv_blocks(memory: Sequence[StageMemory]) -> int:

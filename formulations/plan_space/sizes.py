@@ -195,8 +195,9 @@ def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
     first : bool    whether it is the first stage
     last : bool     whether it is the last stage
     """
-    both = 1 if instance.model.tied_embeddings else 2
-    return both if instance.held.vocab_everywhere or (first and last) else int(first) + int(last)
+    embedding = first or instance.held.vocab_everywhere or instance.held.embedding_everywhere
+    head = last or instance.held.vocab_everywhere
+    return int(embedding or head) if instance.model.tied_embeddings else int(embedding) + int(head)
 
 
 def batch_limits(instance: Instance) -> list[tuple[int, int]]:
