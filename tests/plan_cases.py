@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -164,8 +164,7 @@ def partly(rng: np.random.Generator, block: Block) -> Block:
     """A block of which the checkpoint leaves some matrices in 16 bit, or none, and holds some in a second format."""
 
     def chosen(cell: Any) -> Any:
-        names = (entry.name for entry in fields(cell) if entry.name.endswith("quantised"))
-        return replace(cell, **{name: int(rng.choice([0, 1, 1, 2])) for name in names})
+        return replace(cell, **{name: int(rng.choice([0, 1, 1, 2])) for name in cell.forms})
 
     return Block(attention=chosen(block.attention), ffn=chosen(block.ffn))
 
