@@ -192,6 +192,22 @@ def random_law(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sleepy(VllmScheduling):
+    """Sleeps nanoseconds for microseconds, as batches here take nanoseconds."""
+
+    @property
+    def idle_sleep_ns(self) -> int:
+        return self.idle_sleep_us
+
+
+def sleeping(settings: EngineSettings, sleep_ns: int) -> EngineSettings:
+    """Settings of an engine that sleeps so long after a turn that scheduled nothing, where it sleeps at all."""
+    if not isinstance(settings.scheduler, Sleepy):
+        return settings
+    return replace(settings, scheduler=replace(settings.scheduler, idle_sleep_us=sleep_ns))
+
+
 @st.composite
 def engines(draw: st.DrawFn, loop: Loop) -> EngineSettings:
     """Small engines of one kind of loop: one seat or several, budgets below and above a prompt."""
@@ -213,7 +229,9 @@ def engines(draw: st.DrawFn, loop: Loop) -> EngineSettings:
         block_size=draw(st.one_of(st.integers(1, 4), st.integers(1, 32))),
         async_scheduling=loop.startswith("asynchronous")
         or (loop in ("threshold", "prefix caching", "orca", "static", *DRAFTING) and draw(coin)),
-        scheduler=VllmScheduling(long_prefill_token_threshold=threshold) if policy == "vllm" else SCHEDULINGS[policy](),
+        scheduler=Sleepy(long_prefill_token_threshold=threshold, idle_sleep_us=draw(st.sampled_from((0, 1, 20, 300))))
+        if policy == "vllm"
+        else SCHEDULINGS[policy](),
         prefix_caching=loop.endswith("prefix caching"),
         speculation=draw(speculations()) if loop in DRAFTING else None,
     )

@@ -37,12 +37,14 @@ def test_every_setting_has_a_default_with_its_source_that_the_engine_accepts(nam
         EngineSettings(**common, scheduler=kind.scheduling(), max_model_len=2048)
 
 
-def test_defaults_in_code_are_those_of_the_files() -> None:
-    plain = EngineSettings()
+def test_defaults_in_code_are_those_of_the_files_but_for_the_sleep_of_vllm() -> None:
+    """Schedulers that are simulated on their own, as recorded ones are, do not sleep unless they are told to."""
+    plain = EngineSettings(scheduler=VllmScheduling(idle_sleep_us=1000))
     assert {name: getattr(plain, name) for name in COMMON} == load_kind("vllm").common(H100)
     assert plain.scheduler == load_kind("vllm").scheduling()
     for name, kind in SCHEDULINGS.items():
-        assert load_kind(name).scheduling() == kind()
+        slept = {"idle_sleep_us": 1000} if name == "vllm" else {}
+        assert load_kind(name).scheduling() == kind(**slept)
 
 
 def test_a_release_takes_from_its_engine_all_that_it_does_not_say() -> None:
@@ -68,8 +70,10 @@ def test_a_default_may_go_by_the_memory_of_the_gpu() -> None:
 
 def test_settings_of_a_scheduler_are_given_by_name() -> None:
     kind = load_kind("vllm")
-    assert kind.scheduling() == VllmScheduling()
-    assert kind.scheduling(" long_prefill_token_threshold = 512 ") == VllmScheduling(long_prefill_token_threshold=512)
+    assert kind.scheduling() == VllmScheduling(idle_sleep_us=1000)
+    given = " long_prefill_token_threshold = 512 , idle_sleep_us=0"
+    assert kind.scheduling(given) == VllmScheduling(long_prefill_token_threshold=512)
+    assert load_kind("vllm-0.6").scheduling() == VllmScheduling()
 
 
 @pytest.mark.parametrize(

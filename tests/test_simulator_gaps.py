@@ -46,7 +46,10 @@ def test_kernel_reference_and_batches_tell_the_same_gaps(loop: str, traffic: str
     kernel, reference = case.run("kernel"), case.run("reference")
     assert kernel.gaps_ns is not None
     assert reference.gaps_ns is not None
-    assert kernel.gaps_ns.tolist() == reference.gaps_ns.tolist() == read_off(case, reference)
+    assert kernel.gaps_ns.tolist() == reference.gaps_ns.tolist()
+    # A pipeline may take in what ended while it slept.
+    if len(case.laws) == 1 or case.settings.scheduler.idle_sleep_ns == 0:
+        assert kernel.gaps_ns.tolist() == read_off(case, reference)
     generated = case.trace.generated(case.settings.max_model_len)
     assert len(kernel.gaps_ns) == int((generated - 1).sum())
     if case.settings.scheduler.name != "static":  # there, requests are answered together, after their last tokens

@@ -113,7 +113,7 @@ class VllmScheduling(Scheduling):
     ----------
     long_prefill_token_threshold : int    most tokens of one prompt in one batch; 0 = no such limit
     idle_sleep_us : int                   the engine's loop sleeps so long after a turn that scheduled nothing while
-                                          requests are unfinished
+                                          requests are unfinished; plans take it from the engine's file
     """
 
     name = "vllm"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.engines.kinds import load_kind
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError
 from apex_opt.ir.formats import FORMATS
 from apex_opt.measured.deployments import (
@@ -150,6 +152,7 @@ def _measured(row: Row, cell: dict[str, str], name: str) -> MeasuredRun:
             # Only the magnitude, so that loads much alike share their tables.
             max_model_len=1 << (prompt + output - 1).bit_length(),
             gpu_memory_utilization=deployment.utilisation,
+            scheduler=load_kind("vllm").scheduling() if backend == "vllm" else VllmScheduling(),
         ),
         trace=_closed_loop(clients, prompt, output, ours),
         poll_every=poll_every,

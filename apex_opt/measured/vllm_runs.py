@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.cluster import gpu_name
+from apex_opt.engines.kinds import load_kind
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.measured.files import read_json
 from apex_opt.measured.runs import Iterations, MeasuredRun, UnusableRun
@@ -143,6 +144,7 @@ def _settings(path: Path, engine: dict[str, Any]) -> EngineSettings:
             chunked_prefill=bool(engine.get("chunked", True)),
             async_scheduling=bool(engine.get("async_scheduling", True)),
             gpu_memory_utilization=engine.get("gpu_memory_utilization", _UTILISATION),
+            scheduler=load_kind("vllm").scheduling(),
         )
     except UsageError as error:
         raise InputError(f"{path}: engine: {error}") from None

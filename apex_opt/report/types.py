@@ -139,6 +139,7 @@ class EngineFacts(Described):
     ----------
     policy : name of its scheduler
     long_prefill_token_threshold : of vLLM alone
+    idle_sleep_us : of vLLM alone: microseconds, after a turn that scheduled nothing while requests are unfinished
     capacity_policy, batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
     """
 
@@ -148,6 +149,7 @@ class EngineFacts(Described):
     max_model_len: int
     chunked_prefill: bool
     long_prefill_token_threshold: int | None = None
+    idle_sleep_us: int | None = None
     capacity_policy: str | None = None
     batch_wait_timeout_iters: int | None = None
     batch_wait_max_tokens_ratio: float | None = None

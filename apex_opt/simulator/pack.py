@@ -544,6 +544,7 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.POLICY: _RULES[settings.scheduler.name],
         kn.DEPTH: settings.depth(stages),
         kn.STAGES: stages,
+        kn.SLEEP_NS: settings.scheduler.idle_sleep_ns,
         kn.FREE: pool.blocks,
     }.items():
         replicas[:, column] = value

@@ -72,8 +72,6 @@ class _Instances(Memory):
         instances = np.zeros((len(self._replicas), kn.INSTANCE_SIZE), np.int64)
         instances[:, [kn.FIRST_END, kn.LAST_END]] = kn.NONE
         instances[:, kn.SOONEST] = kn.NEVER
-        for pool, place in zip(self._pools, self._places, strict=True):
-            instances[place, kn.SLEEP_NS] = pool.settings.scheduler.idle_sleep_ns
         self._passages = np.full((kn.PASSAGE_SIZE, n), kn.NONE, np.int64)
         ends = np.full(kn.END_SIZE * 2 * n, kn.NONE, np.int64)
         self._links = kn.Links(facts, instances.reshape(-1), ends, self._passages.reshape(-1))

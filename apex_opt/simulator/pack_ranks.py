@@ -159,7 +159,6 @@ class GroupMemory:
                 gs.SEND_NS: ranks.send_ns,
                 gs.CONTROL_NS: ranks.control_ns,
                 gs.PER: ranks.shared[0].per,
-                gs.SLEEP_NS: pools[index].settings.scheduler.idle_sleep_ns,
                 gs.TOLD_DUE: gs.LEAST_WAIT_MS * gs.NS_PER_MS,
             }.items():
                 g[column] = value

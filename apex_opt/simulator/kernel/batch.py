@@ -28,6 +28,7 @@ from apex_opt.simulator.kernel.state import (
     FOLLOWING,
     FREE,
     LAST_ENDED,
+    LAST_ENDED_NS,
     LIMIT,
     LOGGED,
     LOST,
@@ -300,6 +301,9 @@ def answer_nb(run: Run, r: I64, i: int, now: int) -> None:
     """Request i is answered: in a closed loop its client sends the next one; the run may be over."""
     column_nb(run, FINISH)[i] = now
     r[ENDED] += 1
+    if now > r[LAST_ENDED_NS]:
+        r[LAST_ENDED_NS] = now
+        r[LAST_ENDED] = 0
     r[LAST_ENDED] += 1
     coming = r[BACKLOG]
     if coming != NONE:

@@ -17,9 +17,9 @@ from apex_opt.simulator.kernel.state import (
     FOLLOWING,
     HEAD,
     LAST_ENDED,
+    LAST_ENDED_NS,
     NEVER,
     NONE,
-    NOW,
     PASSED,
     REPLICA_SIZE,
     SENT,
@@ -56,7 +56,7 @@ def serving(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
                 if run.control[PASSED] == 1:
                     return
                 outstanding = r[SENT] - r[ENDED]
-                if r[NOW] > until:
+                if r[LAST_ENDED_NS] > until:
                     outstanding += r[LAST_ENDED]  # answered only once the clock gets there
                 if outstanding < least:
                     best, least = replica, outstanding

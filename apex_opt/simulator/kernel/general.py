@@ -11,12 +11,13 @@ from apex_opt.simulator.kernel.batch import (
     log_lost_nb,
     log_row_nb,
     log_step_nb,
+    log_taken_nb,
 )
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb, reserved_nb, wanted_nb
 from apex_opt.simulator.kernel.rotation import rotate_nb
-from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
+from apex_opt.simulator.kernel.stages import newest_nb, preempted_nb, queued_nb, rest_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ASYNCHRONOUS,
@@ -44,7 +45,6 @@ from apex_opt.simulator.kernel.state import (
     HEAD,
     HOLDS,
     IN_FLIGHT,
-    LAST_ENDED,
     LIMIT,
     LOGGED,
     MAX_LENGTH,
@@ -66,8 +66,10 @@ from apex_opt.simulator.kernel.state import (
     RUNNING,
     RUNNING_AT,
     RUNS,
+    SLEEP_NS,
     SLOTS_AT,
     STACK,
+    STAGES,
     STALE,
     STATIC,
     THRESHOLD,
@@ -86,12 +88,10 @@ def general_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
     """Take every turn of a replica that starts before `until`."""
     r = at(run.replicas, replica * REPLICA_SIZE)
     queue_end = at(run.scratch, r[QUEUE_AT])
-    arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
+    arrival = column_nb(run, ARRIVAL)
     while True:
-        while r[STACK] != NONE and place[r[STACK]] == DONE:  # ended by a token in flight when it was preempted
-            r[STACK] = under[r[STACK]]
-        head = r[HEAD]
-        idle = r[RUNNING] == 0 and r[STACK] == NONE and (head == NONE or arrival[head] > r[NOW])
+        head, again = r[HEAD], preempted_nb(run, r)
+        idle = r[RUNNING] == 0 and again == NONE and (head == NONE or arrival[head] > r[NOW])
         if idle and r[QUEUED] == 0:
             if head == NONE or arrival[head] >= NEVER:
                 break
@@ -121,7 +121,12 @@ def general_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
             r[QUEUED] += 1
             if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queue_end[r[QUEUE_HEAD]] > r[NOW]:
                 continue
+        came = head != NONE and arrival[head] <= r[NOW]
+        rows = queue_end[r[DEPTH] + r[QUEUE_HEAD]]
         take_in_nb(run, cache, r)
+        if rows > 0 and r[STAGES] > 1 and r[SLEEP_NS] > 0:  # it may have ended while the engine slept
+            log_taken_nb(run, replica, r[NOW])
+        rest_nb(run, r, came)
         if run.control[PASSED] == 1:
             break
 
@@ -215,9 +220,7 @@ def waiting_nb(run: Run, cache: Cache | None, r: I64) -> None:
     prompt, limit, generated = column_nb(run, PROMPT), column_nb(run, LIMIT), column_nb(run, GENERATED)
     bs, policy = r[BLOCK_SIZE], r[POLICY]
     while r[BATCH_BUDGET] > 0 and r[RUNNING] < r[MAX_SEQS]:
-        while r[STACK] != NONE and place[r[STACK]] == DONE:
-            r[STACK] = under[r[STACK]]
-        i = r[STACK]
+        i = preempted_nb(run, r)
         if i == NONE:
             i = r[HEAD]
             if i == NONE or arrival[i] > r[NOW]:
@@ -281,9 +284,7 @@ def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
     computed, place = column_nb(run, COMPUTED), column_nb(run, PLACE)
     oldest = r[QUEUE_HEAD]
     batch, end = queued_nb(run, r, oldest), run.scratch[r[QUEUE_AT] + oldest]
-    if end > r[NOW]:
-        r[NOW] = end
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], end)
     now, bs, asynchronous, static = r[NOW], r[BLOCK_SIZE], r[ASYNCHRONOUS], r[POLICY] == STATIC
     gone = 0
     for row in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest]):

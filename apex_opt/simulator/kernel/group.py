@@ -64,7 +64,6 @@ from apex_opt.simulator.kernel.group_state import (
     RETURNS,
     RUNS_ON,
     SEND_NS,
-    SLEEP_NS,
     SLEEPS,
     STAMP,
     START_ORDER,
@@ -118,6 +117,7 @@ from apex_opt.simulator.kernel.state import (
     RUNNING,
     SEATED,
     SIDE,
+    SLEEP_NS,
     STAGES,
     UNREPORTED,
 )
@@ -381,8 +381,8 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any) -> Any:
                     return
             if state == GOES_ON:
                 state = SLEEPS
-                if m[EXECUTED] == 0 and m[HEARD] > r[ENDED] and g[SLEEP_NS] > 0:
-                    m[STATE], m[DUE] = SLEEPS, now + g[SLEEP_NS]
+                if m[EXECUTED] == 0 and m[HEARD] > r[ENDED] and r[SLEEP_NS] > 0:
+                    m[STATE], m[DUE] = SLEEPS, now + r[SLEEP_NS]
                     return
             if state == SLEEPS:
                 state = HEARS

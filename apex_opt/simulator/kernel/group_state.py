@@ -38,7 +38,6 @@ class Group(NamedTuple):
     SYNC_NS,
     SEND_NS,
     CONTROL_NS,
-    SLEEP_NS,
     CLOSED,  # clients send a request with each answer
     MASK,  # of places for messages
     SLOT_MASK,  # of places for forwards
@@ -84,7 +83,7 @@ class Group(NamedTuple):
     WAITED_FOR_SOME,
     WAITED_ON,
     GROUP_SIZE,
-) = range(55)
+) = range(54)
 
 # Columns of `Group.members`.
 (

@@ -14,7 +14,7 @@ from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, 
 from apex_opt.simulator.kernel.general import enter_nb, running_nb, take_in_nb, waiting_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
-from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
+from apex_opt.simulator.kernel.stages import newest_nb, preempted_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     AWAITS,
@@ -78,7 +78,6 @@ from apex_opt.simulator.kernel.state import (
     SOONEST,
     STACK,
     TAIL,
-    UNDER,
     UNREPORTED,
 )
 
@@ -107,10 +106,7 @@ def passage_nb(links: Links, column: int) -> I64:
 @inner
 def unfinished_nb(run: Run, x: I64, r: I64) -> bool:
     """Whether there is a request that has come and is not answered."""
-    place, under = column_nb(run, PLACE), column_nb(run, UNDER)
-    while r[STACK] != NONE and place[r[STACK]] == DONE:  # ended by a token in flight when it was preempted
-        r[STACK] = under[r[STACK]]
-    if r[RUNNING] > 0 or r[STACK] != NONE or (x[ENDS] > 0 and r[HOLDS] == 0):
+    if r[RUNNING] > 0 or preempted_nb(run, r) != NONE or (x[ENDS] > 0 and r[HOLDS] == 0):
         return True
     return r[HEAD] != NONE and column_nb(run, ARRIVAL)[r[HEAD]] <= x[RECEIVED]
 
@@ -149,7 +145,7 @@ def turn_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
     if r[HOLDS] == 1:
         forward_nb(run, links, r, oldest)
     if x[EXECUTED] == 0 and unfinished_nb(run, x, r):
-        r[NOW] += x[SLEEP_NS]
+        r[NOW] += r[SLEEP_NS]
     hear_nb(run, cache, links, instance, oldest)
 
 

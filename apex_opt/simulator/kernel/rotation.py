@@ -31,7 +31,6 @@ from apex_opt.simulator.kernel.state import (
     GENERATED,
     HEAD,
     IN_FLIGHT,
-    LAST_ENDED,
     LIMIT,
     MAX_SEQS,
     MICRO_AT,
@@ -64,6 +63,7 @@ from apex_opt.simulator.kernel.state import (
     RUNNING,
     RUNNING_AT,
     RUNS,
+    SLEEP_NS,
     STACK,
     STAGE_BUSY,
     STAGE_FREE,
@@ -85,6 +85,7 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
     if wake == NONE or not micro_batches_nb(run, cache, r):
         return
     asynchronous, slots, bs, now = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE], r[NOW]
+    sleep_ns = r[SLEEP_NS]
     turns = slot = 0
     while now < wake:
         following = slot + 1 if slot + 1 < slots else 0
@@ -103,12 +104,12 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
         micro_nb(run, r, slot)[MICRO_END] = end
         taken[MICRO_TAKEN] += 1
         now = max(now, oldest[MICRO_END])
+        if formed[MICRO_ROWS] == 0:
+            now += sleep_ns
         turns += 1
         slot = following
     if turns > 0:
-        if now > r[NOW]:
-            r[NOW] = now
-            r[LAST_ENDED] = 0
+        r[NOW] = max(r[NOW], now)
         r[UNREPORTED] = 0
         settle_nb(run, cache, r, slot)
 

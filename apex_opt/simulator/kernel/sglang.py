@@ -87,7 +87,6 @@ from apex_opt.simulator.kernel.state import (
     FREE,
     GENERATED,
     HEAD,
-    LAST_ENDED,
     LIMIT,
     LOGGED,
     MAX_SEQS,
@@ -222,7 +221,7 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
     spare = 0
     if tree is not None and page > 1:
         spare = n
-    left, total, began, first_now = s[S_NEXT_END] - 1 - s[S_STEPS], 0, end, now
+    left, total, began = s[S_NEXT_END] - 1 - s[S_STEPS], 0, end
     most, phase = left, s[S_STEPS] % page
     while now < wake and left > 0:
         need = residue[phase]
@@ -254,8 +253,6 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
     stage = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE)
     stage[STAGE_BUSY] += end - began
     stage[STAGE_FREE] = end
-    if now > first_now:
-        r[LAST_ENDED] = 0
     r[NOW], r[FREE], s[S_CONTEXT], e.ratio[R_RATIO] = now, free, context, ratio
     r[BATCHES] += passed
     s[S_STEPS] += passed
@@ -361,9 +358,7 @@ def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
         if idle == 1 and nobody_nb(e, own):
             e.ratio[R_RATIO] = e.ratio[R_START]
         return
-    if f[F_END] > r[NOW]:
-        r[NOW] = f[F_END]
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], f[F_END])
     receive_nb(e, tree, s, f)
 
 

@@ -71,7 +71,6 @@ from apex_opt.simulator.kernel.state import (
     ENDED,
     ERROR,
     FIRST_STAGE,
-    LAST_ENDED,
     LOGGED,
     MAX_SEQS,
     MAX_TOKENS,
@@ -246,8 +245,6 @@ def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, 
     end = flight_nb(lead, turn)[F_END]
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
-        if end > g[CLOCK]:
-            e.r[LAST_ENDED] = 0
         e.r[NOW] = max(end, g[CLOCK])
         f = flight_nb(e, turn)
         if f[F_ROWS] > 0:

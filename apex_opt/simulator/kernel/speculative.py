@@ -36,6 +36,7 @@ from apex_opt.simulator.kernel.kv_groups import (
     take_groups_nb,
 )
 from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb
+from apex_opt.simulator.kernel.stages import preempted_nb, rest_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
     ARRIVAL,
@@ -70,7 +71,6 @@ from apex_opt.simulator.kernel.state import (
     GENERATED,
     HEAD,
     IN_FLIGHT,
-    LAST_ENDED,
     LIMIT,
     LIST_SIZE,
     LISTS,
@@ -134,12 +134,10 @@ _END, _ROWS, _LOGGED, _FIRST = range(4)
 def speculative_nb(run: Run, cache: Cache | None, groups: Groups | None, replica: int, until: int) -> None:
     """Take every turn of a replica that starts before `until`."""
     r = at(run.replicas, replica * REPLICA_SIZE)
-    arrival, place, under = column_nb(run, ARRIVAL), column_nb(run, PLACE), column_nb(run, UNDER)
+    arrival = column_nb(run, ARRIVAL)
     while True:
-        while r[STACK] != NONE and place[r[STACK]] == DONE:  # ended by tokens in flight when it was preempted
-            r[STACK] = under[r[STACK]]
-        head = r[HEAD]
-        idle = r[RUNNING] == 0 and r[STACK] == NONE and (head == NONE or arrival[head] > r[NOW])
+        head, again = r[HEAD], preempted_nb(run, r)
+        idle = r[RUNNING] == 0 and again == NONE and (head == NONE or arrival[head] > r[NOW])
         if idle and r[QUEUED] == 0:
             if head == NONE or arrival[head] >= NEVER:
                 break
@@ -169,9 +167,11 @@ def speculative_nb(run: Run, cache: Cache | None, groups: Groups | None, replica
             r[QUEUED] += 1
             if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queued_nb(run, r, r[QUEUE_HEAD])[_END] > r[NOW]:
                 continue
+        came = head != NONE and arrival[head] <= r[NOW]
         take_in_nb(run, cache, groups, r, queued_nb(run, r, r[QUEUE_HEAD]))
         r[QUEUE_HEAD] = 1 - r[QUEUE_HEAD]
         r[QUEUED] -= 1
+        rest_nb(run, r, came)
         if run.control[PASSED] == 1:
             break
 
@@ -278,9 +278,7 @@ def waiting_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, bat
     prompt, generated = column_nb(run, PROMPT), column_nb(run, GENERATED)
     bs = r[BLOCK_SIZE]
     while r[BATCH_BUDGET] > 0 and r[RUNNING] < r[MAX_SEQS]:
-        while r[STACK] != NONE and place[r[STACK]] == DONE:
-            r[STACK] = under[r[STACK]]
-        i = r[STACK]
+        i = preempted_nb(run, r)
         if i == NONE:
             i = r[HEAD]
             if i == NONE or arrival[i] > r[NOW]:
@@ -440,9 +438,7 @@ def take_in_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, bat
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
     computed, place, proposed = column_nb(run, COMPUTED), column_nb(run, PLACE), column_nb(run, PROPOSED)
     accepts, proposes = at(run.scratch, r[ACCEPTED_AT]), at(run.scratch, r[PROPOSED_AT])
-    if batch[_END] > r[NOW]:
-        r[NOW] = batch[_END]
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], batch[_END])
     now, bs, asynchronous, logged = r[NOW], r[BLOCK_SIZE], r[ASYNCHRONOUS], run.control[LOGGED]
     gone = 0
     for row in range(batch[_ROWS]):

@@ -12,19 +12,26 @@ from apex_opt.simulator.kernel.state import (
     BATCH_TOKENS,
     COMPUTED,
     DEPTH,
+    DONE,
     ENTERING_AT,
     FIRST_STAGE,
     MAX_SEQS,
     MIXED_NS,
+    NONE,
     NOW,
+    PLACE,
     QUEUE_AT,
     QUEUE_HEAD,
     QUEUED,
+    RUNNING,
+    SLEEP_NS,
+    STACK,
     STAGE_BUSY,
     STAGE_FREE,
     STAGE_SIZE,
     STAGES,
     TRANSFER_NS,
+    UNDER,
 )
 
 if TYPE_CHECKING:
@@ -67,3 +74,20 @@ def through_stages_nb(run: Run, r: I64) -> int:
             end += by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[r[BATCH_TOKENS]]
     count_batch_nb(run, r)
     return end
+
+
+@inner
+def preempted_nb(run: Run, r: I64) -> int:
+    """Who was preempted last; those are passed over who have ended since by tokens that were in flight."""
+    place, under, i = column_nb(run, PLACE), column_nb(run, UNDER), r[STACK]
+    while i != NONE and place[i] == DONE:
+        i = under[i]
+    r[STACK] = i
+    return i
+
+
+@inner
+def rest_nb(run: Run, r: I64, came: bool) -> None:
+    """Sleep after a turn that scheduled nothing, while somebody runs or waits, as those who came before it do."""
+    if r[BATCH_ROWS] == 0 and (came or r[RUNNING] > 0 or preempted_nb(run, r) != NONE):
+        r[NOW] += r[SLEEP_NS]

@@ -134,6 +134,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     WINDOWS,  # how many the laws have, and where these begin in a law and in the counts
     WINDOWS_OF_LAW,
     WINDOWS_OF_COUNTS,
+    SLEEP_NS,  # after a turn that scheduled nothing while requests are unfinished
     # Registers of both engines, then those of a batch that is being formed, then of one engine.
     NOW,
     BATCHES,
@@ -145,7 +146,8 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     PREEMPTIONS,
     SENT,
     ENDED,
-    LAST_ENDED,
+    LAST_ENDED,  # those that were answered last, and when
+    LAST_ENDED_NS,
     CACHED,
     ERROR,
     BATCH_ROWS,
@@ -188,7 +190,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(91)
+) = range(93)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED
@@ -253,14 +255,13 @@ MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)
 REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FORWARDED, FACTS_SIZE = range(10)
 
 # Columns of `Links.instances`: when it acts next; whether it awaits its oldest batch, and whether its turn executed
-# something; until when requests have been received; how long it sleeps; when its link is free; its line of ends of
-# reads, how many of them can be admitted, when the next can be seen, and how many were seen with each batch in flight.
+# something; until when requests have been received; when its link is free; its line of ends of reads, how many of
+# them can be admitted, when the next can be seen, and how many were seen with each batch in flight.
 (
     DUE,
     AWAITS,
     EXECUTED,
     RECEIVED,
-    SLEEP_NS,
     LINK_FREE,
     FIRST_END,
     LAST_END,
@@ -269,7 +270,7 @@ REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FO
     SOONEST,
     SEEN_IN,
     INSTANCE_SIZE,
-) = (*range(12), 13)
+) = (*range(11), 12)
 
 # Columns of `Links.ends`: when the workers can see it; the batch they saw it with, or NONE or HEARD; the next in line.
 END_AT, SEEN, NEXT_END, END_SIZE = range(4)

@@ -67,7 +67,6 @@ from apex_opt.simulator.kernel.state import (
     HEAD,
     HOLLOW,
     JOINED,
-    LAST_ENDED,
     LAST_RUN,
     LIMIT,
     LOGGED,
@@ -94,6 +93,7 @@ from apex_opt.simulator.kernel.state import (
     RUN_BEFORE,
     SEATED,
     SIDE,
+    SLEEP_NS,
     SLOT_AFTER,
     SLOT_BEFORE,
     STACK,
@@ -129,7 +129,8 @@ def steady_nb(run: Run, cache: None, replica: int, until: int) -> None:
             if r[NOW] >= until:
                 break
 
-        k, end = r[BATCHES], r[FLIGHT_END]
+        k, end, head = r[BATCHES], r[FLIGHT_END], r[HEAD]
+        came = head != NONE and arrival[head] <= r[NOW]
         give_way_nb(run, r)
         admit_nb(run, r)
         if r[BATCH_ROWS] == 0 and r[FLIGHT] == 0:
@@ -153,6 +154,8 @@ def steady_nb(run: Run, cache: None, replica: int, until: int) -> None:
             else:
                 r[FLIGHT] = 0
                 r[HOLLOW] = 1
+                if came or r[STACK] != NONE:  # those that were seated have got their last tokens
+                    r[NOW] += r[SLEEP_NS]
 
 
 @inner
@@ -211,8 +214,6 @@ def stretch_nb(run: Run, r: I64, wake: int) -> None:
     if r[WINDOWS] > 0:
         count_seen_nb(run, r, n, k - first, total)
     run.stages[r[FIRST_STAGE] * STAGE_SIZE + STAGE_BUSY] += end - began
-    if now > r[NOW]:
-        r[LAST_ENDED] = 0
     r[BATCHES], r[NOW], r[FREE], r[CONTEXT], r[PHASE], r[FLIGHT_END] = k, now, free, context, phase, end
 
 
@@ -432,9 +433,7 @@ def take_in_nb(run: Run, r: I64, k: int, end: int) -> None:
     ring, residue = at(run.scratch, r[RING_AT]), at(run.scratch, r[RESIDUE_AT])
     before, after, offset = column_nb(run, RUN_BEFORE), column_nb(run, RUN_AFTER), column_nb(run, OFFSET)
     slot_after, first = column_nb(run, SLOT_AFTER), column_nb(run, FIRST)
-    if end > r[NOW]:
-        r[NOW] = end
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], end)
     now = r[NOW]
     entering = at(run.scratch, r[ENTERING_AT] + r[SIDE] * r[MAX_SEQS])
     for e in range(r[ENTERED]):

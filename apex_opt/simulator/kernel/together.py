@@ -19,7 +19,16 @@ from apex_opt.simulator.kernel.group_state import (
     WAITING_CLIENT,
 )
 from apex_opt.simulator.kernel.jit import at, inner
-from apex_opt.simulator.kernel.state import ARRIVAL, ENDED, LAST_ENDED, NEVER, NONE, PASSED, REPLICA_SIZE
+from apex_opt.simulator.kernel.state import (
+    ARRIVAL,
+    ENDED,
+    LAST_ENDED,
+    LAST_ENDED_NS,
+    NEVER,
+    NONE,
+    PASSED,
+    REPLICA_SIZE,
+)
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.group_state import Group
@@ -57,9 +66,10 @@ def serving(turns_nb: Any) -> Any:
                     return
                 g = at(group.groups, place * GROUP_SIZE)
                 outstanding = g[GIVEN] - g[ANSWERED]
-                if g[CLOCK] > until:  # answered only once the clock gets there
-                    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
-                        outstanding += run.replicas[rank * REPLICA_SIZE + LAST_ENDED]
+                for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+                    r = at(run.replicas, rank * REPLICA_SIZE)
+                    if r[LAST_ENDED_NS] > until:
+                        outstanding += r[LAST_ENDED]  # answered only once the clock gets there
                 if outstanding < least:
                     best, least = place, outstanding
             if turn < turns:

@@ -54,7 +54,6 @@ from apex_opt.simulator.kernel.state import (
     GENERATED,
     HEAD,
     IN_FLIGHT,
-    LAST_ENDED,
     LIMIT,
     LOGGED,
     MAX_SEQS,
@@ -394,9 +393,7 @@ def take_in_nb(run: Run, r: I64) -> None:
     place, blocks, running = column_nb(run, PLACE), column_nb(run, BLOCKS), at(run.scratch, r[RUNNING_AT])
     oldest = r[QUEUE_HEAD]
     batch, end = queued_nb(run, r, oldest), run.scratch[r[QUEUE_AT] + oldest]
-    if end > r[NOW]:
-        r[NOW] = end
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], end)
     gone = 0
     for row in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest]):
         i = batch[row] >> 1
@@ -477,9 +474,7 @@ def stretch_nb(run: Run, r: I64, until: int) -> None:
     if asynchronous:
         run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] = end
     r[BATCHES] += k
-    if now > r[NOW]:
-        r[NOW] = now
-        r[LAST_ENDED] = 0
+    r[NOW] = max(r[NOW], now)
     for index in range(r[RUNNING]):
         i = running[index]
         if decodes_nb(run, i):

@@ -104,17 +104,18 @@ def _check_rows(name: str, rows: Any, content: bool = False) -> None:
             )
 
 
-def vllm_settings(config: Mapping[str, Any], *, idle_sleep_us: int = 0, **more: Any) -> EngineSettings:
+def vllm_settings(config: Mapping[str, Any], *, sleep: str = "idle_sleep_us", **more: Any) -> EngineSettings:
     """The settings in a config of vLLM.
 
     Parameters
     ----------
     config : with `SETTINGS`
-    idle_sleep_us : int    of `VllmScheduling`
+    sleep : str    the entry that tells how long the engine sleeps after a turn that scheduled nothing; absent: not
     more : of `EngineSettings`
     """
     *common, own = SETTINGS
-    scheduler = VllmScheduling(**{own: config[own]}, idle_sleep_us=idle_sleep_us)
+    (sleep_us,) = whole_numbers(sleep, [config.get(sleep, 0)], 1)
+    scheduler = VllmScheduling(**{own: config[own]}, idle_sleep_us=sleep_us)
     return EngineSettings(**{key: config[key] for key in common}, scheduler=scheduler, **more)
 
 

@@ -82,10 +82,9 @@ def _pool(config: Mapping[str, Any]) -> EnginePool:
             raise UnknownNameError(name, str(config[name])[:60], known)
     count, fronts, sync, send, control = (whole_numbers(name, [config[name]], 1)[0] for name in _NUMBERS)
     (blocks,) = whole_numbers("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
-    (sleep,) = whole_numbers("idle_sleep_us", [config.get("idle_sleep_us", 0)], 1)
     base, token, context, every = (NS_PER_US * x for x in whole_numbers("law_us", config["law_us"], 4))
     graph_us = whole_numbers("graph_us", config["graph_us"], 3)
-    settings = vllm_settings(config, idle_sleep_us=sleep)
+    settings = vllm_settings(config)
     seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     sizes = sorted(whole_numbers("capture_sizes", config["capture_sizes"], len(config["capture_sizes"])))
     most = max([tokens, *sizes])  # a batch may be padded to more tokens than one can have

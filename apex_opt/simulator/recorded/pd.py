@@ -38,8 +38,7 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
     if short := [f"row {number}: {len(row)} entries" for number, row in enumerate(rows, 1) if len(row) < 3]:
         raise join_faults("a request has 3", short)
     replicas = whole_numbers("instances", config["instances"], 2)
-    (sleep,) = whole_numbers("idle_poll_us", [config.get("idle_poll_us", 0)], 1)
-    prefill, decode = (_pool(config[side], count, sleep) for side, count in zip(_SIDES, replicas, strict=True))
+    prefill, decode = (_pool(config, side, count) for side, count in zip(_SIDES, replicas, strict=True))
     outcome = run_disaggregated(
         prefill, decode, _handover(config), _trace(rows, prefill), log=True, implementation=implementation
     )
@@ -48,10 +47,11 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
     return _told(outcome, names, order.tolist())
 
 
-def _pool(config: Mapping[str, Any], replicas: int, sleep: int) -> EnginePool:
+def _pool(case: Mapping[str, Any], side: str, replicas: int) -> EnginePool:
     """The instances of one kind."""
+    config = {**case[side], "idle_poll_us": case.get("idle_poll_us", 0)}
     caching = bool(config.get("prefix_caching", False))
-    settings = vllm_settings(config, prefix_caching=caching, idle_sleep_us=sleep)
+    settings = vllm_settings(config, prefix_caching=caching, sleep="idle_poll_us")
     (blocks,) = whole_numbers("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
     base, token, context = (NS_PER_US * x for x in whole_numbers("law_us", config["law_us"], 3))
     law = linear_law(

@@ -154,8 +154,9 @@ def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence]
             if backlog:
                 engine.add(backlog.popleft(), 0)
         while (at_ns := engine.next_ns()) is not None:
-            for _ in engine.turn(at_ns)[: len(backlog)]:
-                engine.add(backlog.popleft(), engine.now)
+            for answered in engine.turn(at_ns)[: len(backlog)]:
+                assert answered.answered_ns is not None
+                engine.add(backlog.popleft(), answered.answered_ns)
 
 
 def pool_outcome(engines: Seq[Replica]) -> PoolOutcome:
