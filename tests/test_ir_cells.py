@@ -45,6 +45,7 @@ from apex_opt.ir.cells import (
     Replaced,
     ShortConvolution,
     Skipped,
+    TwinMoeFfn,
     stored_bytes,
 )
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product
@@ -385,6 +386,20 @@ PAIRS: dict[str, tuple[Block, Block]] = {
     ),
     "short convolution": (
         Block(attention=ShortConvolution(hidden=H, kernel=3, bias=True), ffn=PLAIN_FFN),
+        Block(attention=FULL, ffn=PLAIN_FFN),
+    ),
+    "experts for images": (
+        Block(
+            attention=FULL,
+            ffn=TwinMoeFfn(
+                hidden=H,
+                expert_intermediate=256,
+                experts=8,
+                experts_per_token=2,
+                router_bias=True,
+                twin_intermediate=128,
+            ),
+        ),
         Block(attention=FULL, ffn=PLAIN_FFN),
     ),
     "linear map": (

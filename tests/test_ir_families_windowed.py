@@ -270,6 +270,15 @@ def test_olmo_3_has_norms_over_the_whole_width_of_queries_and_keys() -> None:
     assert all(cell.qk_norm_whole for cell in attention(read("olmo-3-32b")))
 
 
+def test_experts_for_images_are_held_beside_those_for_text_and_never_used() -> None:
+    model, text = read("ernie-4.5-vl-28b-a3b"), read("ernie-4.5-21b-a3b")
+    twins = 27 * (64 * 3 * 2560 * 512 + 64 * 2560 + 64)
+    assert model.parameters - text.parameters == twins
+    assert model.active_parameters == text.active_parameters
+    nested = {"model_type": "ernie4_5_vl_moe", "text_config": {"model_type": "ernie4_5_vl_moe_text"}}
+    assert model_from_config(nested, "nested", "nested").parameters == model.parameters
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +336,9 @@ def test_olmo_3_has_norms_over_the_whole_width_of_queries_and_keys() -> None:
         ("mimo-v2-flash", "", {"moe_layer_freq": None}, "moe_layer_freq is missing"),
         ("mimo-v2-flash", "", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported"),
         ("command-a", "", {"sliding_window": None}, "sliding_window is missing"),
+        ("ernie-4.5-vl-28b-a3b", "", {"moe_intermediate_size": [1536]}, "must list the columns of an expert for text"),
+        ("ernie-4.5-vl-28b-a3b", "", {"moe_num_experts": [64, 32]}, "moe_num_experts has entries that differ"),
+        ("ernie-4.5-vl-28b-a3b", "", {"moe_layer_end_index": [29, 20]}, "moe_layer_end_index has entries that differ"),
     ],
 )
 def test_what_is_not_known_is_refused_by_its_field(name: str, inner: str, changes: dict[str, Any], text: str) -> None:

@@ -21,6 +21,7 @@ from apex_opt.ir.cells.moe import MoeFfn
 from apex_opt.ir.cells.operations import Op
 from apex_opt.ir.cells.replaced import Replaced
 from apex_opt.ir.cells.skipped import Skipped
+from apex_opt.ir.cells.twin_moe import TwinMoeFfn
 
 __all__ = [
     "WHOLE",
@@ -52,5 +53,6 @@ __all__ = [
     "ShortConvolution",
     "Skipped",
     "State",
+    "TwinMoeFfn",
     "stored_bytes",
 ]
