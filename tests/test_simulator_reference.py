@@ -308,6 +308,9 @@ def test_whoever_waits_for_the_last_seat_waits_for_a_sleep_where_batches_are_for
     """A turn finds nothing to schedule while the last token is on its way; without batches ahead there is none."""
     outcome = serve([(0, 1, 1), (0, 1, 1)], implementation=implementation, **ONE_SEAT)
     assert [step[:2] for step in batches(outcome)] == [(0, 11), (1011, 1022)]
+    walking = ONE_SEAT | {"scheduler": VllmScheduling(idle_sleep_us=1, long_prefill_token_threshold=8)}
+    outcome = serve([(0, 1, 1), (0, 1, 1)], implementation=implementation, **walking)
+    assert [step[:2] for step in batches(outcome)] == [(0, 11), (1011, 1022)]
     outcome = serve([(0, 1, 1), (0, 1, 1)], implementation=implementation, max_num_seqs=1, **SLEEPS)
     assert [step[:2] for step in batches(outcome)] == [(0, 11), (11, 22)]
 
