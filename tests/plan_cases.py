@@ -14,6 +14,7 @@ from apex_opt.cluster.types import Cluster, Gpu, Link
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import EngineOverhead
 from apex_opt.engines import EngineRules, Held
+from apex_opt.engines.schedulers import OrcaScheduling
 from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
 NAMES = names()
 FIGURES = {one.name: one.unit.name for one in per_run()}
 AT_LEAST = tuple(one.name for one in per_run() if one.maximise)
+
+
+class SharingScheduling(OrcaScheduling):
+    """Of an engine whose attention copies share one scheduler and its limits, as they do where no ranks are known."""
+
+    whole_length = False
+
 
 SMALL = EngineSettings(max_num_seqs=16, max_num_batched_tokens=256, max_model_len=2048)
 OVERHEAD = EngineOverhead(

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, make_problem, random_trace, simulated, sparse
+from plan_cases import (
+    OVERHEAD,
+    SMALL,
+    SharingScheduling,
+    dense,
+    make_cluster,
+    make_model,
+    make_problem,
+    random_trace,
+    simulated,
+    sparse,
+)
 
 from apex_opt.cost import CostModel, Usage, account
-from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.ir import load_model
 from apex_opt.plans.plan import Plan, parse_plan
 from apex_opt.search import Scorer
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
     from apex_opt.ir import Model
 
-SHARED = replace(SMALL, scheduler=TrtllmScheduling())
+SHARED = replace(SMALL, scheduler=SharingScheduling(), max_num_batched_tokens=2048)
 """Attention copies share a scheduler."""
 
 DENSE = make_model((dense(hidden=2048, heads=16, kv=8, columns=8192, width=128), 8))

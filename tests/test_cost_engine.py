@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, SMALL, dense, latent, make_cluster, make_model, sparse
+from plan_cases import OVERHEAD, SMALL, SharingScheduling, dense, latent, make_cluster, make_model, sparse
 
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines.kinds import DATA
-from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.errors import ApexError, InputError, UnknownNameError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
@@ -113,7 +112,7 @@ def test_the_law_carries_the_engine_time_of_its_kind_of_batch() -> None:
 
 
 def law_of(engine: EngineOverhead, plan: str = "tp1", **gpu: Any) -> BatchLaw:
-    shared = replace(SMALL, scheduler=TrtllmScheduling())  # by attention copies
+    shared = replace(SMALL, scheduler=SharingScheduling())  # by attention copies
     costs = CostModel(MODEL, make_cluster(8, **gpu), shared, engine)
     return costs.plan_cost(parse_plan(plan, MODEL)).laws[0]
 

@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from plan_cases import OVERHEAD, SMALL, dense, instance_at, make_cluster, make_model, random_model, sparse
+from plan_cases import (
+    OVERHEAD,
+    SMALL,
+    SharingScheduling,
+    dense,
+    instance_at,
+    make_cluster,
+    make_model,
+    random_model,
+    sparse,
+)
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
-from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.cost import PlanCost
 
 # Attention copies share a scheduler here; those with one each are in test_cost_ranks.py.
-SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048, scheduler=TrtllmScheduling())
+SETTINGS = EngineSettings(max_num_seqs=256, max_num_batched_tokens=2048, scheduler=SharingScheduling())
 PLANS = {
     "llama-3.1-70b": (
         "tp8",

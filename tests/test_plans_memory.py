@@ -11,7 +11,7 @@ import pytest
 from plan_cases import SMALL, dense, instance_at, latent, make_gpu, make_model, random_model, sparse
 
 from apex_opt.cluster import load_cluster
-from apex_opt.engines.schedulers import TrtllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import space
 from apex_opt.ir import Attention, Block, Model, load_model
@@ -248,14 +248,14 @@ def test_workspace_falls_with_copies_and_logits_count_on_the_last_stage_alone() 
     assert workspace_bytes(model, one, VLLM, last=True) - workspace_bytes(model, one, VLLM, last=False) == (
         4 * 1024 * 128256
     )
-    shared = replace(VLLM, scheduler=TrtllmScheduling())
+    shared = replace(VLLM, scheduler=SglangScheduling())
     assert workspace_bytes(model, two, shared, last=False) < workspace_bytes(model, one, shared, last=False)
 
 
 def test_ranks_hold_a_full_batch_each_as_each_has_limits_of_its_own() -> None:
     model = load_model("llama-3.1-70b")
     one, two = parse_plan("tp4", model), parse_plan("attn(dp2,tp4) ffn(dp2,tp4)", model)
-    shared = replace(VLLM, scheduler=TrtllmScheduling())
+    shared = replace(VLLM, scheduler=SglangScheduling())
     halved = replace(VLLM, max_num_seqs=512, max_num_batched_tokens=4096)
 
     def logits(plan: Plan, settings: EngineSettings) -> int:

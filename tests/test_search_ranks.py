@@ -10,7 +10,13 @@ from drafts_cases import drafters, knowing
 from plan_cases import SMALL, dense, feasible_plans, make_cluster, make_model, make_problem, random_trace, sparse
 from search_cases import SPACE, rank
 
-from apex_opt.engines.schedulers import LOAD_BALANCES, SglangScheduling, VllmScheduling
+from apex_opt.engines.schedulers import (
+    CAPACITY_POLICIES,
+    LOAD_BALANCES,
+    SglangScheduling,
+    TrtllmScheduling,
+    VllmScheduling,
+)
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
@@ -40,11 +46,16 @@ def ranks_problem(seed: int) -> Problem:
         async_scheduling=bool(rng.random() < 0.7),
         scheduler=VllmScheduling(idle_sleep_us=int(rng.choice([0, 1000]))),
     )
-    if seed % 3 == 2:
+    if seed % 4 == 3:
+        balance = {"adp_balance": bool(rng.random() < 0.5), "adp_timeout_iters": int(rng.choice([2, 50]))}
+        capacity = str(rng.choice(CAPACITY_POLICIES))
+        own = TrtllmScheduling(capacity_policy=capacity, **balance)
+        settings = replace(settings, scheduler=own, max_num_batched_tokens=256, block_size=int(rng.choice([8, 32])))
+    if seed % 4 == 2:
         ways = {"mixed_chunk": bool(rng.random() < 0.3), "load_balance_method": str(rng.choice(LOAD_BALANCES))}
         settings = replace(settings, scheduler=SglangScheduling(**ways), block_size=int(rng.choice([1, 4])))
         block = block if rng.random() < 0.7 else dense(hidden=512, columns=2048)
-    some = drafters(seed) if seed % 3 != 2 and rng.random() < 0.8 else (None,)
+    some = drafters(seed) if seed % 4 < 2 and rng.random() < 0.9 else (None,)
     some = (None, *(drafter for drafter in some if drafter is not None and drafter.method != "draft"))
     objective = str(rng.choice([*names(), MEAN, MEAN]))
     clocks = (None, 1200) if rng.random() < 0.2 else (None,)
@@ -95,4 +106,4 @@ def test_ranks_and_drafts_are_among_the_choices_of_these_questions() -> None:
     problems = [ranks_problem(seed) for seed in range(20)]
     with_ranks = sum(any(has_ranks(p.settings, plan) for plan in feasible_plans(p)) for p in problems)
     assert with_ranks == len(problems)
-    assert sum(any(problem.drafters) for problem in problems) > 10
+    assert sum(any(problem.drafters) for problem in problems) > 7

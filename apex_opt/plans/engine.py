@@ -10,6 +10,7 @@ from apex_opt.engines.schedulers import (
     Lengths,
     Scheduling,
     SglangScheduling,
+    TrtllmScheduling,
     VllmScheduling,
     whole,
 )
@@ -127,14 +128,14 @@ class EngineSettings:
 def has_ranks(settings: EngineSettings, plan: Plan) -> bool:
     """Whether the attention copies of a plan have a scheduler, a pool and limits each.
 
-    Those of vLLM have, and those of SGLang where they share an FFN. Ranks that verify drafts are not simulated yet:
-    their copies share one scheduler, as do whole copies behind one address of SGLang and the copies of other engines.
+    Those of vLLM have, and those of SGLang and TensorRT-LLM where they share an FFN. Ranks that verify drafts are not
+    simulated yet: their copies share one scheduler, as do whole copies behind one address of other engines than vLLM.
     """
     attention, scheduler = plan.attention, settings.scheduler
     if attention.dp == 1 or plan.speculation is not None:
         return False
-    shared_out = isinstance(scheduler, SglangScheduling) and attention.dp != plan.ffn.dp
-    return shared_out or isinstance(scheduler, VllmScheduling)
+    together = isinstance(scheduler, SglangScheduling | TrtllmScheduling) and attention.dp != plan.ffn.dp
+    return together or isinstance(scheduler, VllmScheduling)
 
 
 def schedulers(settings: EngineSettings, plan: Plan) -> int:
@@ -143,8 +144,9 @@ def schedulers(settings: EngineSettings, plan: Plan) -> int:
 
 
 def limits_shared(settings: EngineSettings, plan: Plan) -> int:
-    """Attention copies that the limits of a batch are of together: vLLM takes them for each of its ranks."""
-    return 1 if has_ranks(settings, plan) and isinstance(settings.scheduler, VllmScheduling) else plan.attention.dp
+    """Attention copies that the limits of a batch are of together: vLLM and TensorRT-LLM take them for each."""
+    each = isinstance(settings.scheduler, VllmScheduling | TrtllmScheduling) and plan.speculation is None
+    return 1 if each else plan.attention.dp
 
 
 def of_all(settings: EngineSettings, plan: Plan) -> EngineSettings:

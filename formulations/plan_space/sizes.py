@@ -209,7 +209,7 @@ def batch_limits(instance: Instance) -> list[tuple[int, int]]:
 def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> int:
     """Attention copies that share the limits of a batch.
 
-    On vLLM each has a scheduler with limits of its own, but not where they verify drafts: such ranks are not simulated.
+    vLLM and TensorRT-LLM take limits for each copy, but not where they verify drafts: such ranks are not simulated.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> i
     copies : int                 of attention
     drafter : Drafter or None    how drafts are made
     """
-    return 1 if instance.settings.scheduler.name == "vllm" and drafter is None else copies
+    return 1 if instance.settings.scheduler.name in ("vllm", "trtllm") and drafter is None else copies
 
 
 def kv_tokens(instance: Instance, drafter: Drafter | None) -> int:
