@@ -245,6 +245,8 @@ def _settings(
             if asked.get(name):
                 raise UsageError(f"--{name}=true: {model.name} is an encoder, or has one, which sees all of a prompt")
         common |= dict.fromkeys(_SPLITTING, False)
+    if model.encoder is not None and model.images is None and not isinstance(scheduler, VllmScheduling):
+        raise UsageError(f"--engine={kind.name}: encoder-decoders such as {model.name} are planned for vllm")
     if model.pools and trace.output.max() > 1:
         raise UsageError(
             f"--trace: {trace.name:.60} asks for up to {trace.output.max()} tokens, but {model.name} answers with a "

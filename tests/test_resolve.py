@@ -520,3 +520,8 @@ def test_models_that_answer_with_a_vector_generate_one_token_at_most() -> None:
     assert media("bert-large-uncased", trace="static:n=2,prompt=60,output=1").model.pools
     with pytest.raises(UsageError, match="answers with a vector; give an output of 1"):
         media("bert-large-uncased")
+
+
+def test_encoder_decoders_are_planned_for_the_engine_that_serves_them() -> None:
+    with pytest.raises(UsageError, match="encoder-decoders such as whisper-large-v3 are planned for vllm"):
+        media("whisper-large-v3", engine="sglang")
