@@ -284,7 +284,7 @@ def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Call
 
     def write_timeline(path: Path) -> None:
         outcome, cost = run()
-        timeline.write_timeline(path, outcome, cost.laws, problem.settings.block_size)
+        timeline.write_timeline(path, outcome, cost.laws, problem.settings_for(deployment.pools[0].plan))
 
     return {"requests": write_requests, "timeline": write_timeline}
 

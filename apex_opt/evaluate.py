@@ -12,9 +12,12 @@ from functools import lru_cache
 from itertools import accumulate, pairwise, product
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
+from apex_opt.plans.allotment import allotted
 from apex_opt.plans.drafts import draft_of
 from apex_opt.plans.engine import limited
 from apex_opt.plans.memory import (
@@ -23,8 +26,9 @@ from apex_opt.plans.memory import (
     ffn_cut,
     ffn_token_bytes,
     kv_blocks,
-    kv_bytes_per_token,
+    settings_of,
     stage_memory,
+    state_seats,
     vocab_copies,
 )
 from apex_opt.plans.plan import Plan, Template, even_split
@@ -102,17 +106,12 @@ class Instance:
                 f"gpus: {self.max_devices} is not between 1 and the {self.cluster.size} GPUs of {self.cluster.name}"
             )
 
-    @property
-    def kv_blocks_needed(self) -> int:
-        """KV blocks of the longest request."""
-        return self.blocks_needed(None)
-
-    def blocks_needed(self, drafter: Drafter | None) -> int:
-        """The same with those for drafts to come."""
-        tokens = self.longest_tokens
-        if drafter is not None:
-            tokens = max(tokens, min(tokens + drafter.ahead, self.settings.max_model_len))
-        return ceil_div(tokens, self.settings.block_size)
+    def blocks_needed(self, plan: Plan) -> int:
+        """KV blocks that a plan must have for the longest request, with those for drafts to come."""
+        settings, tokens = settings_of(self.model, self.settings, plan), self.longest_tokens
+        if plan.speculation is not None:
+            tokens = max(tokens, min(tokens + plan.speculation.ahead, settings.max_model_len))
+        return int(settings.most_blocks(np.array(tokens)))
 
     @property
     def decode_bytes_limit(self) -> int | None:
@@ -183,6 +182,8 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 
 def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
     yield from _drafts(instance, plan)
+    if fault := allotted(instance.model, plan, instance.settings).fault:
+        yield fault
     if instance.settings.runnable is not None:
         yield from refusals(
             instance.settings.runnable, instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan)
@@ -211,21 +212,21 @@ def _drafts(instance: Instance, plan: Plan) -> Iterator[str]:
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
     memory = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
     blocks = kv_blocks(memory)
-    need = instance.blocks_needed(plan.speculation)
+    need = instance.blocks_needed(plan)
     if blocks < need:
         worst = max(memory, key=lambda stage: needed_bytes(need, stage))
         kv = (need + 1) * worst.kv_block_bytes
+        states = f", states {worst.states_bytes / GB:.1f}" if worst.states_bytes else ""
         yield (
             f"a GPU needs {needed_bytes(need, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
             f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of {instance.longest} "
-            f"{kv / GB:.1f}) and may use {worst.usable_bytes / GB:.1f}"
+            f"{kv / GB:.1f}{states}) and may use {worst.usable_bytes / GB:.1f}"
         )
 
 
 def needed_bytes(blocks: int, stage: StageMemory) -> int:
     """What a GPU of a stage must have room for: beside the engine and the weights the blocks of the longest request."""
-    held = (blocks + 1) * stage.kv_block_bytes
-    return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + held
+    return stage.beside_bytes + (blocks + 1) * stage.kv_block_bytes
 
 
 def _bandwidth(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -371,17 +372,14 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     """
     if plan.stages == 1 or any(next(check(instance, plan), None) for check in (_divisibility, _format, _engine)):
         return None
-    model, tp = instance.model, plan.attention.tp
+    model, tp, settings = instance.model, plan.attention.tp, limited(instance.settings, plan)
     vocab = 2 * ceil_div(model.vocab, tp) * model.hidden
-    kept = (instance.kv_blocks_needed + 1) * instance.settings.block_size
-    weights, held = [0], [0]
+    weights = [0]
     for run in model.runs:
         read = block_shard_bytes(run.block, plan, instance.held) + 2 * run.block.own_parameters
-        kv = kept * kv_bytes_per_token(run.block.attention, tp, plan.kv_format)
-        for _ in range(run.count):
-            weights.append(weights[-1] + read)
-            held.append(held[-1] + read + kv)
-    stages = stage_memory(model, instance.cluster.gpu, plan, limited(instance.settings, plan))
+        weights += [weights[-1] + count * read for count in range(1, run.count + 1)]
+    held = _held_before(instance, plan, weights)
+    stages = stage_memory(model, instance.cluster.gpu, plan, settings)
     head = vocab + 2 * model.after_parameters
     last = plan.stages - 1
     copies = [vocab_copies(model, instance.held, index == 0, index == last) for index in range(plan.stages)]
@@ -391,22 +389,48 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)
     rooms = tuple(s.usable_bytes - s.runtime_bytes - other for s, other in zip(stages, beside, strict=True))
     active = tuple(room - stage.workspace_bytes for room, stage in zip(rooms, stages, strict=True))
-    if sum(active) < held[-1]:
+    if sum(active) < max(row[-1] for row in held):
         return None
-    found = _lightest(tuple(weights), tuple(held), extra, rooms, most)
+    found = _lightest(tuple(weights), held, extra, rooms, most)
     if found is not None and any(
-        held[j] - held[i] > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
+        _taken(held, i, j) > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
     ):
-        found = _lightest(tuple(weights), tuple(held), extra, active, most)
+        found = _lightest(tuple(weights), held, extra, active, most)
     return found
+
+
+def _held_before(instance: Instance, plan: Plan, weights: list[int]) -> tuple[tuple[int, ...], ...]:
+    """By group of layers the bytes that the layers before each take: weights, blocks of the longest request, states.
+
+    A stage has room for as many blocks as its layers of the group with the most there.
+    """
+    settings = limited(instance.settings, plan)
+    allotment, seats = allotted(instance.model, plan, settings), state_seats(plan, settings)
+    page = (instance.blocks_needed(plan) + 1) * allotment.page_bytes
+    states = allotment.states_before or (0,) * len(weights)
+    return tuple(
+        tuple(read + page * places + seats * state for read, places, state in zip(weights, row, states, strict=True))
+        for row in allotment.before
+    )
+
+
+def _taken(held: tuple[tuple[int, ...], ...], first: int, last: int) -> int:
+    """Bytes that the layers from the `first` to before the `last` take on one stage."""
+    return max(row[last] - row[first] for row in held)
 
 
 @lru_cache(maxsize=1 << 12)
 def _lightest(
-    weight: tuple[int, ...], held: tuple[int, ...], extra: tuple[int, ...], room: tuple[int, ...], most: int
+    weight: tuple[int, ...],
+    held: tuple[tuple[int, ...], ...],
+    extra: tuple[int, ...],
+    room: tuple[int, ...],
+    most: int,
 ) -> tuple[int, ...] | None:
     """The split of `moved`: what a stage may weigh and must leave by bisection, the boundaries from the last stage."""
     layers, stages = len(weight) - 1, len(extra)
+    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + most, layers) + 1)]
+    taken = {(i, j): _taken(held, i, j) for i, j in spans}
     even = [0, *accumulate(even_split(layers, stages))]
 
     def reach(top: int, least: int) -> tuple[int, ...] | None:
@@ -420,7 +444,7 @@ def _lightest(
                     for j in range(i + 1, min(i + most, layers) + 1)
                     if (tail := tails.get(j)) is not None
                     and weight[j] - weight[i] + extra[k] <= top
-                    and room[k] - held[j] + held[i] >= least
+                    and room[k] - taken[i, j] >= least
                 ]
                 if options:
                     fresh[i] = min(options)
@@ -428,12 +452,11 @@ def _lightest(
         found = tails.get(0)
         return None if found is None else tuple(j for _, j in found)
 
-    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + most, layers) + 1)]
     tops = sorted({weight[j] - weight[i] + e for i, j in spans for e in set(extra)})
     top = _first(tops, lambda value: reach(value, 0) is not None)
     if top is None:
         return None
-    frees = sorted({r - held[j] + held[i] for i, j in spans for r in set(room)}, reverse=True)
+    frees = sorted({r - size for size in set(taken.values()) for r in set(room)}, reverse=True)
     least = _first([free for free in frees if free >= 0], lambda value: reach(top, value) is not None)
     assert least is not None  # what is least left in the split just found is among them
     ends = reach(top, least)

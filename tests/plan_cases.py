@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,15 @@ from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violation
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
+from apex_opt.ir.cells import WHOLE, Cut, Kept, State
 from apex_opt.ir.scheme import Scheme
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import EngineSettings
-from apex_opt.plans.memory import stage_memory
+from apex_opt.plans.memory import settings_of, stage_memory
 from apex_opt.search import Offer, Problem, Scorer
 from apex_opt.search.dealing import dealt
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
-from apex_opt.units import GIB
+from apex_opt.units import GIB, ceil_div
 from apex_opt.workload import Trace, make_trace
 from formulations.plan_space import PlanSpace
 
@@ -211,7 +212,59 @@ def random_model(rng: np.random.Generator) -> Model:
         "hybrid": [(plain, few), (other, 1), (plain, many), (mixed, few)],
         "alternating": [(mixed, 1), *[(slid, 1), (other, 1)] * few, (plain, 1)],
     }
-    return make_model(*runs[kind], vocab=pick(1000, 32000, 128257), tied=pick(True, False))
+    own = np.random.default_rng(int(rng.bit_generator.state["state"]["state"]) % 2**32)
+    if own.random() < 0.3:  # layers of the model's first kind, of which some see a window
+        base = runs[kind][0][0]
+        some = [with_window(base, int(own.choice([40, 128, 1000]))) for _ in range(2)]
+        if own.random() < 0.4:
+            some[0] = keeping(base, state_bytes=int(own.integers(1, 400_000)), draft_bytes=int(own.integers(0, 9000)))
+        elif own.random() < 0.2:
+            some[1] = keeping(base, chunk=64)
+        order = [[base, some[0], base, some[1]], [some[0], some[0], base], some[:1], some][own.integers(4)]
+        runs[kind] = [(block, int(own.integers(1, 4))) for block in order * int(own.integers(1, 3))]
+    return make_model(*merged(runs[kind]), vocab=pick(1000, 32000, 128257), tied=pick(True, False))
+
+
+def with_window(block: Block, window: int | None) -> Block:
+    """A block whose attention sees a window, where it is of a kind that can."""
+    return replace(block, attention=block.attention.with_window(window))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stateful(Attention):
+    """Attention as far as it computes, which keeps a state for each sequence instead, or chunks of its tokens."""
+
+    state_bytes: int = 0
+    draft_bytes: int = 0
+    chunk: int = 0
+
+    def cache(self, cut: Cut = WHOLE) -> tuple[Kept | State, ...]:
+        """What is kept."""
+        if self.chunk:
+            kept = Attention.cache(self, cut)[0]
+            assert isinstance(kept, Kept)
+            return (kept._replace(window=self.chunk, chunked=True),)
+        return (State(ceil_div(self.state_bytes, cut.heads), ceil_div(self.draft_bytes, cut.heads)),)
+
+
+def keeping(block: Block, **kept: int) -> Block:
+    """A block that keeps what `Stateful` does, where it has grouped-query attention."""
+    cell = block.attention
+    if not isinstance(cell, Attention):
+        return block
+    own = {entry.name: getattr(cell, entry.name) for entry in fields(cell)}
+    return replace(block, attention=Stateful(**own | kept))
+
+
+def merged(runs: Sequence[tuple[Block, int]]) -> list[tuple[Block, int]]:
+    """Runs with equal neighbours put together."""
+    found: list[tuple[Block, int]] = []
+    for block, count in runs:
+        if found and found[-1][0] == block:
+            found[-1] = block, found[-1][1] + count
+        else:
+            found.append((block, count))
+    return found
 
 
 def random_rules(rng: np.random.Generator) -> EngineRules:
@@ -280,7 +333,7 @@ def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) ->
 
 def memory_need(stage: StageMemory, blocks: int) -> int:
     """Bytes a GPU of the stage must offer for so many blocks that sequences can use."""
-    return stage.weights_bytes + stage.workspace_bytes + stage.runtime_bytes + (blocks + 1) * stage.kv_block_bytes
+    return stage.beside_bytes + (blocks + 1) * stage.kv_block_bytes
 
 
 def instance_at(
@@ -304,10 +357,10 @@ def instance_at(
     settings = replace(settings, gpu_memory_utilization=0.5)
     offered = 1 << 45
     assert plan is not None or (memory is None and tpot is None)
-    blocks = -(-longest // settings.block_size)
     held = Held.of(settings.runnable, model, make_gpu(cuda=cuda))
     if plan is not None and memory is not None:
         stages = stage_memory(model, make_gpu(cuda=cuda), plan, settings)
+        blocks = int(settings_of(model, settings, plan).most_blocks(np.array(longest)))
         offered = 2 * (max(memory_need(stage, blocks) for stage in stages) + memory)
     figures: dict[str, Any] = {"memory_bytes": offered, "memory_bytes_per_s": 1e9, "cuda": cuda}
     figures["flops_per_s"] = tuple((f, 1e15) for f in flops)
@@ -464,7 +517,7 @@ def random_problem(seed: int) -> Problem:
     if rng.random() < 0.6:
         # Enough memory for one plan, whichever it is, and a handful of blocks to spare.
         plan = plans[rng.integers(len(plans))]
-        blocks = problem.instance().kv_blocks_needed + int(rng.integers(0, 50))
+        blocks = problem.instance().blocks_needed(plan) + int(rng.integers(0, 50))
         need = max(memory_need(stage, blocks) for stage in stage_memory(model, make_gpu(), plan, problem.settings))
         cluster = make_cluster(gpus // nodes, nodes, memory_bytes=int(need / 0.9) + 1000)
         problem = problem.offering(cluster=cluster)

@@ -159,7 +159,7 @@ def _tight(problem: Problem, offer: Offer) -> Offer:
     gpu, instance = offer.cluster.gpu, problem.alone(0).instance()
     plan = parse_plan("tp1 fp8 kv=bf16" if "fp8" in offer.weight_formats else "pp2", problem.model)
     stages = stage_memory(problem.model, gpu, plan, problem.settings_for(plan))
-    need = max(memory_need(stage, instance.kv_blocks_needed + 10) for stage in stages)
+    need = max(memory_need(stage, instance.blocks_needed(plan) + 10) for stage in stages)
     return replace(offer, cluster=replace(offer.cluster, gpu=replace(gpu, memory_bytes=int(need / 0.9) + 1000)))
 
 

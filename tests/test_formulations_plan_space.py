@@ -196,9 +196,9 @@ def test_a_plan_pinned_is_allowed_up_to_the_line_and_no_further(
     assert allowed(instance, plan, [name for name in FAMILIES if name != family])
 
 
-def test_windows_alone_make_no_more_of_a_program() -> None:
-    plain = make_model((dense(heads=12), 6))
-    sizes = [len(SPACE.build(instance_at(model, None, 12))[0].proto.variables) for model in (plain, WINDOWS)]
+def test_layers_that_alternate_make_no_more_of_a_program_the_more_they_are() -> None:
+    twice = make_model(*[(dense(heads=12, window=window), 1) for window in (128, None) * 6])
+    sizes = [len(SPACE.build(instance_at(model, None, 6))[0].proto.variables) for model in (WINDOWS, twice)]
     assert sizes[0] == sizes[1]
 
 

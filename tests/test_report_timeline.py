@@ -31,7 +31,7 @@ Events = list[dict[str, Any]]
 
 
 def events_of(case: Case, outcome: Outcome) -> Events:
-    return list(timeline_events(outcome, case.laws, case.settings.block_size))
+    return list(timeline_events(outcome, case.laws, case.settings))
 
 
 def nanoseconds(microseconds: float) -> int:
@@ -233,7 +233,7 @@ def test_every_kind_of_event_has_what_the_format_asks_for() -> None:
 def test_the_file_is_json_with_exactly_the_events(tmp_path: Path) -> None:
     used = case([(1000 * i, 5, 3) for i in range(7)], replicas=2)
     outcome, path = used.run(), tmp_path / "run.json"
-    write_timeline(path, outcome, used.laws, 4)
+    write_timeline(path, outcome, used.laws, used.settings)
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document == {"displayTimeUnit": "ms", "traceEvents": events_of(used, outcome)}
     assert os.listdir(tmp_path) == ["run.json"]
@@ -244,7 +244,7 @@ def test_a_file_that_is_there_is_replaced_also_behind_a_link(tmp_path: Path) -> 
     path, link = tmp_path / "run.json", tmp_path / "link"
     path.write_text("old")
     link.symlink_to(path)
-    write_timeline(link, used.run(), used.laws, 4)
+    write_timeline(link, used.run(), used.laws, used.settings)
     assert link.is_symlink() and json.loads(path.read_text())["traceEvents"]
     assert sorted(os.listdir(tmp_path)) == ["link", "run.json"]
 
@@ -279,7 +279,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line_and_left_as_it_wa
     with pytest.raises(
         InputError, match=r"^timeline .*: cannot be written \(.+\); name a file in a folder that can$"
     ) as caught:
-        write_timeline(path, used.run(), used.laws, 4)
+        write_timeline(path, used.run(), used.laws, used.settings)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -287,7 +287,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line_and_left_as_it_wa
 def test_a_device_is_neither_written_nor_replaced(tmp_path: Path) -> None:
     null = type(tmp_path)(os.devnull)
     with pytest.raises(InputError, match="not a regular file"):
-        write_timeline(null, case([(0, 5, 3)]).run(), case([(0, 5, 3)]).laws, 4)
+        write_timeline(null, case([(0, 5, 3)]).run(), case([(0, 5, 3)]).laws, case([(0, 5, 3)]).settings)
     assert null.is_char_device()
 
 
@@ -297,7 +297,7 @@ def test_a_run_that_cannot_be_shown_leaves_the_old_file_and_nothing_beside_it(tm
     path.write_text("old")
     narrow = linear(replace(ENGINE, max_num_batched_tokens=8), 1)
     with pytest.raises(IndexError):
-        write_timeline(path, used.run(), [narrow], 4)
+        write_timeline(path, used.run(), [narrow], used.settings)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["run.json"]
 

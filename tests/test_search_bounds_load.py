@@ -13,6 +13,7 @@ from plan_cases import (
     bounded,
     dense,
     feasible_plans,
+    keeping,
     latent,
     make_cluster,
     make_model,
@@ -20,6 +21,7 @@ from plan_cases import (
     random_trace,
     simulated,
     sparse,
+    with_window,
 )
 from simulator_cases import Case, linear, requests
 
@@ -40,10 +42,13 @@ if TYPE_CHECKING:
     from apex_opt.search import Problem
     from apex_opt.workload import Trace
 
+BLOCK = dense(hidden=1024, heads=8, kv=4, columns=4096, width=128)
 MODELS = {
-    "dense": make_model((dense(hidden=1024, heads=8, kv=4, columns=4096, width=128), 6)),
+    "dense": make_model((BLOCK, 6)),
     "sparse": make_model((sparse(hidden=1024, heads=8, kv=2, columns=1024, experts=8, chosen=2), 5)),
     "latent": make_model((latent(dense(hidden=1024, columns=2048)), 4)),
+    "windows": make_model((with_window(BLOCK, 100), 3), (BLOCK, 1), (with_window(BLOCK, 700), 2)),
+    "states": make_model((keeping(BLOCK, state_bytes=200_000), 4), (BLOCK, 2)),
 }
 NAMES = ("e2e_mean", "e2e_p50", "e2e_p99.9", "e2e_max", "ttft_mean", "ttft_p95", "makespan", "throughput", "energy")
 OBJECTIVES = tuple(load_objective(name) for name in NAMES)
@@ -74,7 +79,7 @@ def alone_s(scorer: Scorer, plan: Plan) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(8, 80))])
 def test_no_plan_beats_its_bounds_under_a_crowd_with_much_or_little_memory(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     problem = make_problem(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import ranks_cases
 from golden.condense import read_recorded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulator_cases import (
     DRAFTING,
     IMPLEMENTATIONS,
+    LOOPS,
     REPLAYED,
     TRAFFIC,
     Case,
@@ -24,6 +27,7 @@ from simulator_cases import (
     requests,
 )
 
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
@@ -95,13 +99,17 @@ def test_a_rule_that_is_changed_is_noticed(
 
 
 def served(
-    case: Case, groups: tuple[KvGroup, ...], implementation: Implementation, blocks: int | None = None
+    case: Case,
+    groups: tuple[KvGroup, ...],
+    implementation: Implementation,
+    blocks: int | None = None,
+    *,
+    log: bool = True,
 ) -> Outcome:
     """A run over groups of layers."""
-    pool = EnginePool(
-        settings=case.settings, blocks=blocks or case.blocks, laws=case.laws, replicas=case.replicas, kv_groups=groups
-    )
-    return run_deployment([pool], case.trace, routing=case.routing, log=True, implementation=implementation)
+    settings = replace(case.settings, kv_groups=groups)
+    pool = EnginePool(settings=settings, blocks=blocks or case.blocks, laws=case.laws, replicas=case.replicas)
+    return run_deployment([pool], case.trace, routing=case.routing, log=log, implementation=implementation)
 
 
 @settings(max_examples=30)
@@ -119,36 +127,50 @@ def test_one_group_of_full_attention_is_a_plain_engine(implementation: Implement
 def grouped(draw: st.DrawFn, loop: Loop, traffic: Traffic) -> tuple[Case, tuple[KvGroup, ...], int]:
     """An engine over random groups of layers, and enough blocks for its longest request."""
     case = draw(cases(loop, traffic))
-    case = case.having(laws=case.laws[:1])
+    if loop in DRAFTING:
+        case = case.having(laws=case.laws[:1])
     limits = case.settings.max_num_batched_tokens, case.settings.scheduler.prompt_threshold
     assume(not case.settings.prefix_caching or min(filter(None, limits)) >= case.settings.block_size)
     caching, size = case.settings.prefix_caching, case.settings.block_size
-    window = st.builds(
-        lambda seen, times: KvGroup(kind="window", block_size=size * times, window=seen),
-        st.integers(1, 60),
-        st.sampled_from([1, 2]),
-    )
-    state = KvGroup(kind="state", block_size=case.settings.max_model_len)
-    if caching:
-        state = KvGroup(kind="state", block_size=size, mode="align")
-    kinds = st.one_of(st.just(KvGroup(kind="full", block_size=size)), window, st.just(state))
-    groups = tuple(draw(st.lists(kinds, min_size=1, max_size=4)))
+    groups = draw(kinds_of_groups(case.settings.max_model_len, size, caching=caching))
     drafts = case.settings.speculation.draft_tokens if case.settings.speculation else 0
     longest = case.trace.longest + drafts
     least = sum(2 * drafts + 3 if its.kind == "state" else ceil_div(longest, its.block_size) + 2 for its in groups)
     return case, groups, least + draw(st.integers(0, 3 * least))
 
 
+@st.composite
+def kinds_of_groups(draw: st.DrawFn, longest: int, size: int, *, caching: bool) -> tuple[KvGroup, ...]:
+    """Up to four groups of any kinds, over blocks of a size or of twice as many tokens."""
+    window = st.builds(
+        lambda seen, times: KvGroup(kind="window", block_size=size * times, window=seen),
+        st.integers(1, 60),
+        st.sampled_from([1, 2]),
+    )
+    state = KvGroup(kind="state", block_size=longest)
+    if caching:
+        state = KvGroup(kind="state", block_size=size, mode="align")
+    kinds = st.one_of(st.just(KvGroup(kind="full", block_size=size)), window, st.just(state))
+    return tuple(draw(st.lists(kinds, min_size=1, max_size=4)))
+
+
 def check_both(case: Case, groups: tuple[KvGroup, ...], blocks: int) -> None:
-    """Both implementations say the same, or refuse alike."""
+    """Both implementations say the same, with a log and without, where the kernel may only count."""
     runs = [served(case, groups, implementation, blocks) for implementation in IMPLEMENTATIONS]
     assert_same(*runs)
+    counted = served(case, groups, "kernel", blocks, log=False)
+    assert counted.finish_ns.tolist() == runs[0].finish_ns.tolist()
+    assert counted.first_token_ns.tolist() == runs[0].first_token_ns.tolist()
+    assert counted.preemptions == runs[0].preemptions
+    assert counted.batches == runs[0].batches
+    assert counted.busy_ns.tolist() == runs[0].busy_ns.tolist()
     assert runs[0].used == runs[1].used
-    for (free, _), used in zip(runs[0].drafted or (), runs[0].used or (), strict=True):
-        assert free + sum(used) == blocks
+    if runs[0].drafted is not None:
+        for (free, _), used in zip(runs[0].drafted, runs[0].used or (), strict=True):
+            assert free + sum(used) == blocks
 
 
-GROUPED: tuple[Loop, ...] = ("synchronous", "asynchronous", "prefix caching", *DRAFTING)
+GROUPED: tuple[Loop, ...] = (*(loop for loop in LOOPS if loop not in ("orca", "static")), *DRAFTING)
 
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
@@ -166,6 +188,40 @@ def test_kernel_equals_reference_and_no_block_is_lost(loop: Loop, traffic: Traff
 @given(data=st.data())
 def test_kernel_equals_reference_on_many_random_groups(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
     check_both(*data.draw(grouped(loop, traffic)))
+
+
+def random_groups(draw: random.Random, settings: EngineSettings) -> tuple[KvGroup, ...]:
+    """One to four groups."""
+    size, groups = settings.block_size, []
+    for _ in range(draw.randrange(1, 5)):
+        kind = draw.choice(["full", "window", "window", "state"])
+        if kind == "window":
+            groups.append(
+                KvGroup(kind="window", block_size=size * draw.choice([1, 1, 2]), window=draw.randrange(1, 50))
+            )
+        elif kind == "full":
+            groups.append(KvGroup(kind="full", block_size=size))
+        elif not settings.prefix_caching:
+            groups.append(KvGroup(kind="state", block_size=settings.max_model_len))
+        elif (settings.scheduler.prompt_threshold or size) >= size <= settings.max_num_batched_tokens:
+            groups.append(KvGroup(kind="state", block_size=size, mode="align"))
+    return tuple(groups) or (KvGroup(kind="full", block_size=size),)
+
+
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 6000), marks=pytest.mark.nightly)])
+def test_ranks_over_groups_are_the_same_in_both_implementations(seeds: range) -> None:
+    for seed in seeds:
+        draw = random.Random(seed)
+        pool = ranks_cases.random_pool(draw)
+        settings = replace(pool.settings, kv_groups=random_groups(draw, pool.settings))
+        trace = ranks_cases.random_trace(draw, settings.max_model_len)
+        held = int(settings.most_blocks(trace.prompt + trace.generated(settings.max_model_len)).max())
+        pool = replace(pool, settings=settings, blocks=held + draw.randrange(held + 1))
+        reference = ranks_cases.served(pool, trace, "reference")
+        ranks_cases.assert_same(reference, ranks_cases.served(pool, trace, "kernel"))
+        counted = run_deployment([pool], trace)
+        assert counted.finish_ns.tolist() == reference.finish_ns.tolist(), seed
+        assert counted.preemptions == reference.preemptions, seed
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -204,13 +260,13 @@ def test_chunks_that_never_reach_where_a_state_is_kept_are_refused() -> None:
         served(case, (FULL, kept), "kernel")
 
 
-def test_groups_are_refused_over_stages_beside_other_groups_and_where_they_cannot_be_read() -> None:
+def test_groups_are_refused_with_other_engines_beside_other_groups_and_where_they_cannot_be_read() -> None:
     law, trace = linear(ENGINE, 1000), requests([(0, 5, 5)])
-    one = EnginePool(settings=ENGINE, blocks=40, laws=[law], kv_groups=(FULL,))
-    with pytest.raises(UsageError, match="groups of layers go with vllm on one stage, not with vllm on 2"):
-        run_deployment([replace(one, laws=[law, law])], trace)
-    with pytest.raises(UsageError, match="the same groups of layers"):
-        run_deployment([one, replace(one, kv_groups=())], trace)
+    one = EnginePool(settings=replace(ENGINE, kv_groups=(FULL,)), blocks=40, laws=[law])
+    with pytest.raises(UsageError, match="groups of layers go with vllm, not with trtllm"):
+        run_deployment([replace(one, settings=replace(one.settings, scheduler=TrtllmScheduling()))], trace)
+    with pytest.raises(UsageError, match="assigned to pools where these have different groups"):
+        run_deployment([one, replace(one, settings=ENGINE)], trace)
     case: dict[str, Any] = {"config": {"groups": []}, "trace": [], "accept": None, "proposed": None}
     with pytest.raises(UsageError, match="groups must list"):
         replay_case("hybrid", case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from startable_cases import SHARED, THIN, Asked, Row, UnsaidError, asked, free_bytes, rows
 
@@ -62,7 +63,7 @@ def _near(row: Row, problem: Asked) -> bool:
     if row["stage"] != "kv" or not row["kv_free_gib"]:
         return False
     block = max(stage.kv_block_bytes for stage in problem.memory)
-    need = -(-problem.settings.max_model_len // problem.settings.block_size) * block
+    need = int(problem.settings.most_blocks(np.array(problem.settings.max_model_len))) * block
     return abs(free_bytes(row)) <= ASIDE or abs(free_bytes(row) - need) <= ASIDE
 
 
@@ -79,11 +80,9 @@ def misweighed(pairs: list[tuple[Row, Asked]]) -> list[str]:
         if off > 0.02 * float(row["weights_gib"]) and not any(part in name for part in HEAVIER):
             found.append(f"{name} {problem.plan} on {row['capability']}: {weights:.3f} not {row['weights_gib']} GiB")
         blocks = int(free_bytes(row) / max(stage.kv_block_bytes for stage in stages))
-        windows = {run.block.attention.window for run in problem.model.runs}
-        # Of layers with windows vLLM shares blocks among as many kinds: ours are those of whole contexts.
-        told = int(row["blocks"]) / (len(windows) if problem.model.family == "gpt_oss" else 1)
+        told = int(row["blocks"])
         if abs(blocks - told) > 0.05 * told:
-            found.append(f"{name} {problem.plan} on {row['capability']}: {blocks} not {told:.0f} blocks")
+            found.append(f"{name} {problem.plan} on {row['capability']}: {blocks} not {told} blocks")
     return found
 
 

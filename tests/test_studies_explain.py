@@ -74,8 +74,9 @@ def indivisible() -> Problem:
     model = make_model((dense(hidden=1024, columns=4096), 1))
     settings = replace(SMALL, max_num_seqs=1, max_num_batched_tokens=16)
     problem = make_problem(model, make_cluster(3), random_trace(1, 5), settings=settings)
-    stages = stage_memory(model, make_gpu(), parse_plan("tp3", model), settings)
-    need = max(memory_need(stage, problem.instance().kv_blocks_needed) for stage in stages)
+    plan = parse_plan("tp3", model)
+    stages = stage_memory(model, make_gpu(), plan, settings)
+    need = max(memory_need(stage, problem.instance().blocks_needed(plan)) for stage in stages)
     return problem.offering(cluster=make_cluster(3, memory_bytes=int(need / 0.9) + 1000))
 
 

@@ -91,12 +91,12 @@ class Asked:
         length and nobody asked for it, some memory is kept back, as far as the requests that are known allow.
         """
         settings, problem = self.problem.settings_for(self.plan), self.problem
-        held = kv_blocks(self.memory) * settings.block_size
+        held = settings.longest(kv_blocks(self.memory))
         if held < settings.max_model_len and not problem.holds_longest:
             spare = int(KEPT_BACK * problem.cluster.gpu.memory_bytes)
-            fewer = min(stage.kv_blocks - ceil_div(spare, stage.kv_block_bytes) for stage in self.memory) - 1
-            needed = ceil_div(problem.instance().longest_tokens + 1, settings.block_size)
-            held = min(held, max(fewer, needed) * settings.block_size)
+            fewer = min(stage.kv_blocks - ceil_div(spare, max(stage.kv_block_bytes, 1)) for stage in self.memory) - 1
+            needed = settings.block_size * ceil_div(problem.instance().longest_tokens + 1, settings.block_size)
+            held = min(held, max(settings.longest(fewer), needed))
         return replace(settings, max_model_len=max(min(settings.max_model_len, held), 2))
 
     @property

@@ -113,5 +113,7 @@ class Sglang:
 
     def _static_share(self, asked: Asked) -> str:
         """Share of a GPU's memory that weights and KV cache take on the stage where they take least."""
-        held = min(stage.weights_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in asked.memory)
+        held = min(
+            stage.weights_bytes + stage.states_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in asked.memory
+        )
         return f"{math.floor(1000 * held / asked.problem.cluster.gpu.memory_bytes) / 1000:.3g}"

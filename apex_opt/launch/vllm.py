@@ -100,7 +100,7 @@ class Vllm:
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]
         words += ["--max-num-seqs", str(per_copy(settings.max_num_seqs, asked))]
         words += ["--max-num-batched-tokens", str(tokens), "--max-model-len", str(settings.max_model_len)]
-        words += ["--block-size", str(settings.block_size)]
+        words += ["--block-size", str(asked.problem.settings.block_size)]  # which it enlarges for states by itself
         words += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:.6g}"]
         if plan.speculation is not None:
             words += ["--speculative-config", json.dumps(_SPECULATIVE[plan.speculation.method](plan.speculation))]

@@ -19,8 +19,8 @@ from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
-from apex_opt.plans.engine import of_each, schedulers
-from apex_opt.plans.memory import kv_blocks, stage_memory
+from apex_opt.plans.engine import limited, schedulers
+from apex_opt.plans.memory import kv_blocks, settings_of, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import SHIPPED
 from apex_opt.simulator import EnginePool, run_deployment
@@ -167,7 +167,7 @@ class Predictor:
         plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
         _check(run, model, cluster, plan)
         # On several stages other sequences fill the pipeline, not a batch formed ahead.
-        settings = of_each(run.settings, plan)
+        settings = settings_of(model, run.settings, plan)
         if plan.stages > 1:
             settings = replace(settings, async_scheduling=False)
         costs = _loaded("operations without figures", lambda: self._costs(model, cluster, run.settings, overhead))
@@ -175,7 +175,7 @@ class Predictor:
         self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}
         blocks = run.kv_blocks
         if blocks is None:
-            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, run.settings)) * plan.attention.dp
+            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, limited(run.settings, plan))) * plan.attention.dp
         pool = EnginePool(
             settings=settings,
             blocks=blocks // schedulers(settings, plan),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from apex_opt.engines.schedulers import (
     SCHEDULINGS,
@@ -15,9 +18,9 @@ from apex_opt.engines.schedulers import (
     whole,
 )
 from apex_opt.errors import UsageError, shown
+from apex_opt.plans.kv_groups import KvGroup, Limits
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from apex_opt.engines.rules import EngineRules
@@ -47,6 +50,7 @@ class EngineSettings:
                                            None: any
     speculation : Speculation or None      drafts that are made and verified; None: none
     drafting : tuple of Speculation        what comes of the drafts that plans can ask for
+    kv_groups : tuple of KvGroup           of layers that share the blocks; none: all layers keep all tokens
 
     The defaults are those of vLLM; every engine's own are in `apex_opt.engines.kinds`.
 
@@ -67,6 +71,35 @@ class EngineSettings:
     runnable: EngineRules | None = None
     speculation: Speculation | None = None
     drafting: tuple[Speculation, ...] = ()
+    kv_groups: tuple[KvGroup, ...] = ()
+
+    @property
+    def groups(self) -> tuple[KvGroup, ...]:
+        """Groups of layers that share the blocks: the one of all where none are named."""
+        return self.kv_groups or (KvGroup(kind="full", block_size=self.block_size),)
+
+    @property
+    def _limits(self) -> Limits:
+        drafts = self.speculation.draft_tokens if self.speculation else 0
+        return Limits(self.max_num_batched_tokens, self.max_model_len, drafts)
+
+    def most_blocks(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Blocks that sequences which end with so many tokens may come to hold, without which some are never done."""
+        return sum((group.most(tokens, self._limits) for group in self.groups), np.zeros_like(tokens))
+
+    def least_blocks(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Blocks that sequences hold at least while they compute a token after so many."""
+        return sum((group.least(tokens, self._limits) for group in self.groups), np.zeros_like(tokens))
+
+    def held_blocks(self, tokens: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Blocks that sequences hold after a row that took them from so many tokens `before` to so many."""
+        return sum((group.held(tokens, before, self._limits) for group in self.groups), np.zeros_like(tokens))
+
+    def longest(self, blocks: int) -> int:
+        """Tokens, up to `max_model_len`, of the longest sequence that so many blocks are enough for."""
+        return bisect_right(
+            range(1, self.max_model_len + 1), blocks, key=lambda tokens: int(self.most_blocks(np.array(tokens)))
+        )
 
     @property
     def whole_prompts(self) -> bool:

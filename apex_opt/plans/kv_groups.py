@@ -10,7 +10,9 @@ our own words; recorded lists of layers settle it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
 
 from apex_opt.errors import InputError
 from apex_opt.units import ceil_div
@@ -18,8 +20,26 @@ from apex_opt.units import ceil_div
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
 LayerKind = Literal["full", "window", "state"]
 StateMode = Literal["none", "align"]
+
+
+class Limits(NamedTuple):
+    """What of an engine's settings bounds what sequences take of a group.
+
+    Parameters
+    ----------
+    max_num_batched_tokens, max_model_len : int    as of the settings
+    drafts : int                                   that may follow a token
+    """
+
+    max_num_batched_tokens: int
+    max_model_len: int
+    drafts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +68,49 @@ class KvGroup:
         max_num_batched_tokens, max_model_len : int    as of the engine's settings
         """
         return ceil_div(min(self.window - 1 + max_num_batched_tokens, max_model_len), self.block_size) + 1
+
+    def most(self, tokens: Ints, limits: Limits) -> Ints:
+        """Blocks that sequences of so many tokens may come to hold, and without which some are never done.
+
+        Parameters
+        ----------
+        tokens : int64[n]    that each holds in the end, with those of drafts to come
+        limits : Limits
+        """
+        if self.kind == "state":  # a kept one is given back once the next has been computed
+            kept = np.zeros_like(tokens) if self.mode == "none" else np.minimum(tokens - 1, self.block_size)
+            return 1 + limits.drafts + kept // self.block_size
+        blocks = -(-tokens // self.block_size)
+        if self.kind == "window":
+            seen = self.seen_entries(limits.max_num_batched_tokens, limits.max_model_len)
+            return np.minimum(blocks, seen)
+        return blocks
+
+    def held(self, tokens: Ints, before: Ints, limits: Limits) -> Ints:
+        """Blocks that sequences hold after a row, with those ahead of drafts left out.
+
+        Parameters
+        ----------
+        tokens, before : int64[n]    computed of each after the row and before it
+        limits : Limits
+        """
+        if self.kind == "state":
+            return self.most(tokens, limits)
+        given_back = np.maximum(before - self.window + 1, 0) // self.block_size if self.kind == "window" else 0
+        return -(-tokens // self.block_size) - given_back
+
+    def least(self, tokens: Ints, limits: Limits) -> Ints:
+        """Blocks that sequences hold at least while they compute a token after so many.
+
+        Parameters
+        ----------
+        tokens : int64[n]    before that one, of each
+        limits : Limits
+        """
+        if self.kind == "state":
+            return np.full_like(tokens, 1 + limits.drafts)
+        seen = np.minimum(tokens, self.window) if self.kind == "window" else tokens
+        return -(-seen // self.block_size)
 
 
 def sets_of(groups: Sequence[KvGroup]) -> list[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """What a plan puts into a GPU's memory, in exact bytes.
 
 Weights are counted per device from the cells' shards; KV heads are copied where there are more shards than heads, a
-latent KV cache and the projections to it lie whole on every shard. The cache is charged in full under a sliding window
-too: an engine that frees what has left the window holds less.
+latent KV cache and the projections to it lie whole on every shard. What layers keep of tokens and sequences is allotted
+as the engine does it (`allotment`).
 The workspace is what the largest batch needs at once, the runtime what context, libraries and communicators hold.
 """
 
@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.cells import Cut, stored_bytes
-from apex_opt.ir.formats import KV_BYTES, get_format
+from apex_opt.ir.formats import get_format
 from apex_opt.ir.model import Run
+from apex_opt.plans.allotment import allotted
 from apex_opt.plans.drafts import draft_of
-from apex_opt.plans.engine import limits_shared
+from apex_opt.plans.engine import limits_shared, of_each
 from apex_opt.units import GIB, ceil_div
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class StageMemory:
     """Bytes on each device of one stage.
 
     `kv_block_bytes` is one block of the layers held here, `kv_blocks` how many fit on one device beside the rest
-    (0 where the rest alone does not fit).
+    (0 where the rest alone does not fit). `states_bytes` are those of all sequences that can run, where they lie apart
+    from the blocks.
     """
 
     weights_bytes: int
@@ -54,6 +57,12 @@ class StageMemory:
     usable_bytes: int
     kv_block_bytes: int
     kv_blocks: int
+    states_bytes: int = 0
+
+    @property
+    def beside_bytes(self) -> int:
+        """All but the blocks."""
+        return self.weights_bytes + self.workspace_bytes + self.runtime_bytes + self.states_bytes
 
 
 @lru_cache(maxsize=1 << 10)
@@ -159,16 +168,22 @@ def ffn_token_bytes(cell: Ffn, cut: Cut, weight_format: str) -> int:
     return sum(stored_bytes(weight_format, part, used=True) for part in (dense, routed))
 
 
-def kv_bytes_per_token(cell: AttentionCell, tp: int, kv_format: str) -> int:
-    """What one token keeps in one layer on one device.
+def settings_of(model: Model, settings: EngineSettings, plan: Plan) -> EngineSettings:
+    """Settings of each scheduler of a replica, with the blocks that the layers of a plan share.
 
     Parameters
     ----------
-    cell
-    tp : int           shards
-    kv_format : str    of the cache
+    model, settings, plan
+
+    Raises
+    ------
+    UsageError    limits that do not go with the other settings, or drafts of which nothing is known
     """
-    return sum(kept.token_bytes(KV_BYTES[kv_format]) for kept in cell.cache(Cut(heads=tp)))
+    settings = of_each(settings, plan)
+    allotment = allotted(model, plan, settings)
+    if not allotment.groups and allotment.block_size == settings.block_size:
+        return settings
+    return replace(settings, block_size=allotment.block_size, kv_groups=allotment.groups)
 
 
 def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bool) -> int:
@@ -213,19 +228,29 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     settings : EngineSettings    with the limits that the plan sets, as `plans.engine.limited` has them
     """
     held = Held.of(settings.runnable, model, gpu)
+    allotment, seats = allotted(model, plan, settings), state_seats(plan, settings)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
     parts = stage_runs(model, plan.layers)
     vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
     found: dict[tuple[object, ...], StageMemory] = {}
+    ends = list(accumulate(plan.layers, initial=0))
+    if plan.stages == 1:
+        ends[-1] = allotment.layers  # and of what makes drafts
     # Stages of as many of the same blocks are alike; blocks are told apart by identity, which is quicker.
     alike = [
-        (tuple((id(run.block), run.count) for run in runs), index == 0, index == len(parts) - 1)
+        (
+            tuple((id(run.block), run.count) for run in runs),
+            index == 0,
+            index == len(parts) - 1,
+            allotment.block_bytes(*ends[index : index + 2]),
+            seats * allotment.state_bytes(*ends[index : index + 2]),
+        )
         for index, runs in enumerate(parts)
     ]
     for key, runs in zip(alike, parts, strict=True):
         if key in found:
             continue
-        _, first, last = key
+        _, first, last, block_bytes, states = key
         weights = sum(
             run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.own_parameters) for run in runs
         )
@@ -233,14 +258,10 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         beside = first * model.before_bytes(plan.attention.tp) + last * 2 * model.after_parameters
         weights += copies * vocab_shard + beside + held.table_bytes
         workspace = workspace_bytes(model, plan, settings, last)
-        block_bytes = settings.block_size * sum(
-            run.count * kv_bytes_per_token(run.block.attention, plan.attention.tp, plan.kv_format) for run in runs
-        )
         drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
         if drafter is not None and (draft := draft_of(model, drafter)) is not None:
             weights += draft_bytes(draft, plan, held)
-            block_bytes += settings.block_size * draft_kv_bytes(draft, plan)
-        left = usable - weights - workspace - RUNTIME_BYTES
+        left = usable - weights - workspace - RUNTIME_BYTES - states
         found[key] = StageMemory(
             weights_bytes=weights,
             workspace_bytes=workspace,
@@ -248,6 +269,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
             usable_bytes=usable,
             kv_block_bytes=block_bytes,
             kv_blocks=max(0, left) // block_bytes if block_bytes else (_NO_LIMIT if left >= 0 else 0),
+            states_bytes=states,
         )
     return tuple(found[key] for key in alike)
 
@@ -265,10 +287,9 @@ def draft_bytes(draft: Draft, plan: Plan, held: Held = PLAIN) -> int:
     return layers + draft.beside_bytes(plan.attention.tp)
 
 
-def draft_kv_bytes(draft: Draft, plan: Plan) -> int:
-    """What one token keeps on one device for what makes drafts."""
-    tp = plan.attention.tp
-    return sum(run.count * kv_bytes_per_token(run.block.attention, tp, plan.kv_format) for run in draft.runs)
+def state_seats(plan: Plan, settings: EngineSettings) -> int:
+    """Sequences of which each device has states, where these lie apart from the blocks."""
+    return ceil_div(settings.seats(plan.stages), limits_shared(settings, plan))
 
 
 def vocab_copies(model: Model, held: Held, first: bool, last: bool) -> int:
@@ -291,18 +312,23 @@ def kv_blocks(memory: Sequence[StageMemory]) -> int:
     return max(0, min(stage.kv_blocks for stage in memory) - 1)
 
 
-def most_blocks(memory: Sequence[StageMemory]) -> int:
+def most_blocks(memory: Sequence[StageMemory], block_bytes: int) -> int:
     """Blocks as `kv_blocks`, at most, of any split of the layers: as if what is left of all stages lay together.
+
+    Stages have as many places of the largest group together as there are in all of the model, or more.
 
     Parameters
     ----------
     memory : StageMemory of each stage of some split
+    block_bytes : int    of a block, were all layers on one stage
     """
-    left = sum(s.usable_bytes - s.runtime_bytes - s.workspace_bytes - s.weights_bytes for s in memory)
-    return max(0, left // max(1, sum(stage.kv_block_bytes for stage in memory)))
+    left = sum(stage.usable_bytes - stage.beside_bytes for stage in memory)
+    return max(0, left // max(block_bytes, 1))
 
 
-def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_size: int, held: Held = PLAIN) -> int:
+def least_blocks(
+    model: Model, plan: Plan, memory: Sequence[StageMemory], settings: EngineSettings, held: Held = PLAIN
+) -> int:
     """Blocks as `kv_blocks`, of any split of the layers whose heaviest stage weighs no more than that of an even one.
 
     A stage then holds the weights of the heaviest one and the embedding at most, and so many layers as the lightest of
@@ -311,14 +337,15 @@ def least_blocks(model: Model, plan: Plan, memory: Sequence[StageMemory], block_
     Parameters
     ----------
     memory : StageMemory of each stage of the plan, with even stages
-    block_size : int      tokens in a block
+    settings : EngineSettings
     held : Held           how the engine holds the model
     """
     vocab = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
-    tp, blocks = plan.attention.tp, model.blocks
     heaviest = max(stage.weights_bytes - vocab * (index == 0) for index, stage in enumerate(memory))
-    lightest = min(block_shard_bytes(block, plan, held) for block in blocks)
+    lightest = min(block_shard_bytes(block, plan, held) for block in model.blocks)
     layers = min(heaviest // max(lightest, 1), model.layers)
-    token = max(kv_bytes_per_token(block.attention, tp, plan.kv_format) for block in blocks)
+    allotment = allotted(model, plan, settings)
+    block_bytes, state_bytes = allotment.most_bytes(layers)
     left = min(stage.usable_bytes - stage.runtime_bytes - stage.workspace_bytes for stage in memory) - heaviest - vocab
-    return max(0, max(0, left) // max(layers * token * block_size, 1) - 1)
+    left -= state_seats(plan, settings) * state_bytes
+    return max(0, max(0, left) // max(block_bytes, 1) - 1)

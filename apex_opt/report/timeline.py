@@ -8,27 +8,30 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from apex_opt.outputs import written
-from apex_opt.units import NS_PER_US, ceil_div
+from apex_opt.units import NS_PER_US
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Step
 
 Event = dict[str, Any]
 
 
-def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> Iterator[Event]:
+def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], settings: EngineSettings) -> Iterator[Event]:
     """Events of a run that kept its batches.
 
     Parameters
     ----------
     outcome : Outcome        from `simulate(..., log=True)`
     laws : BatchLaw of each stage, by which the run was made
-    block_size : int         tokens of a KV block
+    settings : EngineSettings    of its engines
 
     Yields
     ------
@@ -38,7 +41,7 @@ def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int)
     """
     assert outcome.steps is not None and outcome.steps_per_replica is not None
     if outcome.groups:
-        yield from _of_ranks(outcome, block_size)
+        yield from _of_ranks(outcome, settings)
         return
     position = 0
     for replica, count in enumerate(outcome.steps_per_replica):
@@ -48,10 +51,10 @@ def timeline_events(outcome: Outcome, laws: Sequence[BatchLaw], block_size: int)
         for stage in range(len(laws)):
             yield {"ph": "M", "name": "thread_name", "pid": replica, "tid": stage, "args": {"name": f"stage {stage}"}}
         yield from _batches(replica, steps, laws)
-        yield from _counters(replica, steps, outcome, block_size)
+        yield from _counters(replica, steps, outcome, settings)
 
 
-def _of_ranks(outcome: Outcome, block_size: int) -> Iterator[Event]:
+def _of_ranks(outcome: Outcome, settings: EngineSettings) -> Iterator[Event]:
     """Events of replicas with ranks: a batch lasts as long as the forward it is a part of, on all stages together."""
     position = process = 0
     for replica, group in enumerate(outcome.groups):
@@ -64,7 +67,7 @@ def _of_ranks(outcome: Outcome, block_size: int) -> Iterator[Event]:
             began = {end: start for start, end, *_ in group.forwards[rank if len(group.forwards) > 1 else 0]}
             for number, (_, end, rows, preempted) in enumerate(steps):
                 yield _batch(process, 0, number, began[end], end, [c for _, c, _ in rows], preempted)
-            yield from _counters(process, steps, outcome, block_size)
+            yield from _counters(process, steps, outcome, settings)
             process += 1
 
 
@@ -105,7 +108,7 @@ def _batches(replica: int, steps: Sequence[Step], laws: Sequence[BatchLaw]) -> I
             end += int(law.transfer_ns[sum(tokens)])
 
 
-def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size: int) -> Iterator[Event]:
+def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, settings: EngineSettings) -> Iterator[Event]:
     """Waiting sequences and held blocks whenever a batch is formed; none once all is done."""
     mine = sorted({i for _, _, rows, _ in steps for i, _, _ in rows})
     arrivals = sorted((int(outcome.arrival_ns[i]), i) for i in mine)
@@ -124,9 +127,11 @@ def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, block_size:
         for i in preempted:
             held.pop(i, None)
             waiting.add(i)
-        for i, _, computed in rows:
+        for i, _, _ in rows:
             waiting.discard(i)
-            held[i] = ceil_div(computed, block_size)
+        _, tokens, computed = np.array(rows, np.int64).reshape(-1, 3).T
+        blocks = settings.held_blocks(computed, computed - tokens)
+        held |= zip((i for i, _, _ in rows), blocks.tolist(), strict=True)
         yield from _counted(replica, start, len(waiting), sum(held.values()))
     if steps:
         yield from _counted(replica, steps[-1][1], 0, 0)
@@ -139,14 +144,14 @@ def _counted(replica: int, time_ns: int, waiting: int, held: int) -> Iterator[Ev
     yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": held}}
 
 
-def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block_size: int) -> None:
+def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], settings: EngineSettings) -> None:
     """Write a run's timeline; the file appears whole or not at all.
 
     Parameters
     ----------
     path : Path         of the file
     outcome, laws
-    block_size : int    tokens in a KV block
+    settings : EngineSettings    of the engines
 
     Raises
     ------
@@ -154,7 +159,7 @@ def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], block
     """
     with written(path, "timeline") as file:
         file.write(b'{"displayTimeUnit": "ms", "traceEvents": [')
-        for number, event in enumerate(timeline_events(outcome, laws, block_size)):
+        for number, event in enumerate(timeline_events(outcome, laws, settings)):
             file.write(b",\n" if number else b"\n")
             file.write(json.dumps(event, separators=(",", ":")).encode())
         file.write(b"\n]}\n")

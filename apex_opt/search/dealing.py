@@ -51,7 +51,7 @@ def tokens_per_s(
     chunk = min(prompt, settings.max_num_batched_tokens)
     chunks = min(settings.max_num_batched_tokens // chunk, settings.max_num_seqs)
     held = ceil_div(prompts + outputs, len(trace))
-    sequences = min(settings.max_num_seqs, blocks // ceil_div(held, settings.block_size)) // len(laws)
+    sequences = min(settings.max_num_seqs, blocks // int(settings.most_blocks(np.array(held)))) // len(laws)
     sequences = max(sequences, 1)
     steps = outputs - len(trace)
     slowest_ns = max(

@@ -11,6 +11,7 @@ import numpy as np
 from apex_opt.cost import CostModel, idle_w, limit_w
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
+from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
@@ -107,7 +108,7 @@ class Facts:
 
     def holds(self, plan: Plan) -> bool:
         """Whether the KV cache of a plan holds the longest request."""
-        return kv_blocks(self.memory(plan)) >= self._needed(plan.speculation)
+        return kv_blocks(self.memory(plan)) >= self._needed(plan)
 
     def cost_per_h(self, plan: Plan) -> float | None:
         """$ per hour of a plan's GPUs, where their price is stated."""
@@ -221,8 +222,11 @@ class Facts:
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
         key = plan.cut, plan.layers, layout, overtaking
         if key not in self._loads:
-            blocks = most_blocks(self.memory(plan)) * plan.attention.dp
-            settings = of_all(problem.settings_for(plan), plan)
+            settings = problem.settings_for(plan)
+            allotment = allotted(problem.model, plan, settings)
+            block_bytes = allotment.block_bytes(0, allotment.layers)
+            blocks = most_blocks(self.memory(plan), block_bytes) * plan.attention.dp
+            settings = of_all(settings, plan)
             engine = settings, self.mean(plan), plan.stages, problem.trace, blocks
             room = replicas_with_room(*engine)
             load = None
@@ -239,8 +243,8 @@ class Facts:
             blocks = 0  # how full a stage can be is known once the layers are split
         elif movable:
             # The split sought is no heavier than the even one, where that one fits.
-            fits = blocks >= self._needed(plan.speculation)
-            blocks = least_blocks(problem.model, plan, memory, problem.settings.block_size, self._held) if fits else 0
+            fits = blocks >= self._needed(plan)
+            blocks = least_blocks(problem.model, plan, memory, problem.settings_for(plan), self._held) if fits else 0
         return blocks * plan.attention.dp // schedulers(problem.settings, plan)
 
     def _gives_way(self, plan: Plan, blocks: int) -> bool:

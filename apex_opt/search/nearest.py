@@ -44,7 +44,7 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
             refused = sum(1 for _ in refusals(rules, model, gpu, plan, limited(instance.settings, plan)))
         if "memory" in families:
             stages = stage_memory(model, gpu, plan, limited(instance.settings, plan))
-            held = max(needed_bytes(instance.blocks_needed(plan.speculation), stage) for stage in stages)
+            held = max(needed_bytes(instance.blocks_needed(plan), stage) for stage in stages)
         return len(broken), -latest, refused, -plan.devices, held, decode_bytes(model, plan, instance.held), str(plan)
 
     found = ((plan, violations(instance, plan)) for plan in _single(instance))

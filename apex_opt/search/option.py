@@ -31,7 +31,8 @@ class Option:
     weight : int                       tokens per second at full batches, by which requests are dealt
     first_ns, rest_ns : int64[n]       least time of each request of the trace to its first token, and from there on
     work_ns : float64[n]               what each takes of one replica at least
-    held_ns, step_ns : float           of all replicas, for a KV block held while a token is computed, and for a token
+    held_ns, step_ns : float           of all replicas, for a KV block held while a token is computed, of those that a
+                                       prompt has by the settings of the problem, and for a token
     batch_ns : int                     least time between two tokens
     token_j : float                    least energy of a token above the idle draw
     idle_w, limit_w : float            least and most draw of all its GPUs
@@ -81,13 +82,16 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
             first_ns, rest_ns = isolated(settings, floors, trace, overtaking=overtaking)
             mean = facts.mean(plan)
             under_way_ns = mean.batch_ns * (1 if overtaking else plan.stages)
+            # Where layers keep different things a request holds other blocks than if all kept all tokens.
+            alike = -(-trace.prompt // problem.settings.block_size)
+            share = float((settings.least_blocks(trace.prompt) / alike).min()) if settings.kv_groups else 1.0
             found[key] = {
                 "weight": tokens_per_s(settings, facts.own_blocks(plan), cost.laws, trace, 1, ranks=cost.ranks),
                 "first_ns": first_ns,
                 "rest_ns": rest_ns,
                 "work_ns": sum(works_ns(settings, mean, trace)),
                 # Blocks that prompts share are held once.
-                "held_ns": 0.0 if settings.prefix_caching else under_way_ns / max(blocks, 1),
+                "held_ns": 0.0 if settings.prefix_caching else share * under_way_ns / max(blocks, 1),
                 "step_ns": under_way_ns / of_all(settings, plan).seats(plan.stages),
                 "batch_ns": 0 if overtaking else sum(floor.batch_ns for floor in floors),
                 "token_j": facts.token_j(plan),

@@ -10,7 +10,7 @@ from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
-from apex_opt.plans.engine import of_each
+from apex_opt.plans.memory import settings_of
 from apex_opt.profiles import SHIPPED
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class Problem:
         ------
         UsageError    limits that do not go with the other settings
         """
-        settings = of_each(self.settings, plan)
+        settings = settings_of(self.model, self.settings, plan)
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
     def instance(self) -> Instance:

@@ -8,7 +8,6 @@ import numpy as np
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
-from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.outcome import Routing
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 Implementation = Literal["kernel", "reference"]
 
 
-def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequence[KvGroup] = ()) -> None:
+def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
     """Refuse a trace with a request that the engine could never finish.
 
     Parameters
@@ -39,7 +38,6 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
     settings
     blocks : int    KV blocks of a replica
     trace
-    groups : sequence of KvGroup    of layers that share the blocks; none: all layers keep all tokens
 
     Raises
     ------
@@ -72,14 +70,14 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace, groups: Sequ
     i = int(held.argmax())
     tokens = settings.max_num_batched_tokens
     chunk = min(tokens, settings.scheduler.prompt_threshold or tokens)
-    if any(group.mode == "align" for group in groups) and chunk < settings.block_size <= int(held[i]):
+    if any(group.mode == "align" for group in settings.kv_groups) and chunk < settings.block_size <= int(held[i]):
         raise CapacityError(
             f"request {i}: chunks of prompts end where states are kept, every {settings.block_size} tokens, and a "
             f"batch has {chunk} of one prompt at most; raise max_num_batched_tokens or long_prefill_token_threshold"
         )
-    need = sum(_blocks_of(group, settings, int(held[i])) for group in groups or (_all(settings),))
+    need = int(settings.most_blocks(held[i]))
     if need > blocks:
-        sizes = "/".join(str(size) for size in dict.fromkeys(group.block_size for group in groups or (_all(settings),)))
+        sizes = "/".join(str(size) for size in dict.fromkeys(group.block_size for group in settings.groups))
         raise CapacityError(
             f"request {i}: {trace.prompt[i]} prompt + {most[i]} output tokens need {need} KV blocks of {sizes}, the "
             f"cache has {blocks}; use more or larger GPUs, a smaller KV format or a lower max_model_len"
@@ -123,21 +121,6 @@ def _check_whole(settings: EngineSettings, computed: NDArray[np.int64]) -> None:
             f"prompts are split into whole blocks of {settings.block_size} tokens, the most of a batch is {tokens}; "
             "raise max_num_batched_tokens or lower block_size"
         )
-
-
-def _all(settings: EngineSettings) -> KvGroup:
-    """The one group of layers that keep all tokens."""
-    return KvGroup(kind="full", block_size=settings.block_size)
-
-
-def _blocks_of(group: KvGroup, settings: EngineSettings, held: int) -> int:
-    """Blocks of a group without which a sequence of so many tokens is never done."""
-    if group.kind == "state":
-        return 1 + (settings.speculation.draft_tokens if settings.speculation else 0)
-    blocks = ceil_div(held, group.block_size)
-    if group.kind == "window":
-        blocks = min(blocks, group.seen_entries(settings.max_num_batched_tokens, settings.max_model_len))
-    return blocks
 
 
 def simulate(
@@ -282,7 +265,7 @@ def run_disaggregated(
         raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
-        plain = pool.ranks is None and not pool.kv_groups and pool.settings.speculation is None
+        plain = pool.ranks is None and not pool.settings.kv_groups and pool.settings.speculation is None
         if not plain or len(pool.laws) != 1 or not isinstance(pool.settings.scheduler, VllmScheduling):
             raise UsageError(
                 f"the {name} instances must be of one stage, one scheduler of the engine vllm and one kind of KV "
@@ -317,9 +300,11 @@ def _check_alike(pools: Sequence[EnginePool], *, unassigned: bool) -> None:
     """Refuse pools that cannot stand side by side."""
     if not pools:
         raise UsageError("a deployment needs a pool of replicas, got none")
-    if len({pool.kv_groups for pool in pools}) > 1:
-        raise UsageError("pools of one deployment have the same groups of layers")
-    for name in ("max_model_len", "prefix_caching", *(("block_size",) if pools[0].settings.prefix_caching else ())):
+    groups = {(pool.settings.kv_groups, pool.settings.max_num_batched_tokens) for pool in pools}
+    if unassigned and len(groups) > 1 and any(its for its, _ in groups):
+        raise UsageError("requests are assigned to pools where these have different groups of layers or limits of them")
+    blocks = pools[0].settings.prefix_caching and not any(pool.settings.kv_groups for pool in pools)
+    for name in ("max_model_len", "prefix_caching", *(("block_size",) if blocks else ())):
         if len(values := {getattr(pool.settings, name) for pool in pools}) > 1:
             raise UsageError(f"pools of one deployment have the same {name}, got {', '.join(map(str, values))}")
     if unassigned and len({pool.ranks is None for pool in pools}) > 1:
@@ -329,23 +314,18 @@ def _check_alike(pools: Sequence[EnginePool], *, unassigned: bool) -> None:
 def _check_pool(pool: EnginePool, trace: Trace) -> None:
     """Refuse requests and laws that the replicas of a pool cannot take."""
     settings = pool.settings
-    check_fits(settings, pool.blocks, trace, pool.kv_groups)
-    if pool.kv_groups and (len(pool.laws) > 1 or settings.scheduler.name != "vllm"):
-        engine = settings.scheduler.name
-        raise UsageError(f"groups of layers go with vllm on one stage, not with {engine} on {len(pool.laws)}")
+    check_fits(settings, pool.blocks, trace)
+    if settings.kv_groups and not isinstance(settings.scheduler, VllmScheduling):
+        raise UsageError(f"groups of layers go with vllm, not with {settings.scheduler.name}")
     if settings.speculation is not None and len(pool.laws) > 1:
         raise UsageError(
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"
         )
     if pool.ranks is not None and (
-        pool.kv_groups
-        or settings.speculation is not None
+        settings.speculation is not None
         or not isinstance(settings.scheduler, VllmScheduling | SglangScheduling | TrtllmScheduling)
     ):
-        raise UsageError(
-            "ranks go with the engines vllm, sglang and trtllm, without drafts and groups of layers; leave one of them "
-            "out"
-        )
+        raise UsageError("ranks go with the engines vllm, sglang and trtllm, without drafts; leave one of them out")
     if pool.ranks is not None and not pool.ranks.lockstep and not isinstance(settings.scheduler, VllmScheduling):
         raise UsageError(f"ranks of {settings.scheduler.name} run in lockstep; those of vllm alone can be on their own")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
@@ -356,8 +336,8 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         longest=longest,
         draft_tokens=drafts,
-        # Sequences that share a prefix hold more tokens together than there are in the pool.
+        # Sequences that share a prefix, or give blocks back, hold more tokens together than there are in the pool.
         held=longest * settings.seats(len(pool.laws))
-        if settings.prefix_caching
+        if settings.prefix_caching or settings.kv_groups
         else min(longest * settings.seats(len(pool.laws)), pool.blocks * settings.block_size),
     )

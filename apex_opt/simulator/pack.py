@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields
 from functools import lru_cache, partial
 from math import lcm
@@ -65,8 +66,11 @@ _ENGINES = {
     ("speculative", False): entries.SERVE_SPECULATIVE,
     ("speculative", True): entries.SERVE_SPECULATIVE_CACHING,
     ("trtllm", False): entries.SERVE_TRTLLM,
-    ("grouped", False): entries.SERVE_GROUPED,
-    ("grouped", True): entries.SERVE_GROUPED,
+    ("steady groups", False): entries.SERVE_STEADY_GROUPS,
+    ("general groups", False): entries.SERVE_GENERAL_GROUPS,
+    ("general groups", True): entries.SERVE_GENERAL_GROUPS,
+    ("speculative groups", False): entries.SERVE_GROUPED,
+    ("speculative groups", True): entries.SERVE_GROUPED,
 }
 """Entries of the kernel, by engine and whether it caches prefixes."""
 _OF_RANKS = {
@@ -74,6 +78,9 @@ _OF_RANKS = {
     ("general", False): entries.RANKS_GENERAL,
     ("general", True): entries.RANKS_CACHING,
     ("trtllm", False): entries.RANKS_TRTLLM,
+    ("steady groups", False): entries.RANKS_STEADY_GROUPS,
+    ("general groups", False): entries.RANKS_GENERAL_GROUPS,
+    ("general groups", True): entries.RANKS_GENERAL_GROUPS,
 }
 """Those of replicas with ranks."""
 
@@ -91,12 +98,21 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     return not engines[_engine(settings, stages), settings.prefix_caching].ready()
 
 
-def _engine(settings: EngineSettings, stages: int, groups: Sequence[KvGroup] = ()) -> str:
-    """The engine of the kernel that a run needs."""
-    if groups:
-        return "grouped"
+def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> str:
+    """The engine of the kernel that a run needs.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    stages : int      of the pipeline
+    logged : bool     whether batches are told, with groups of layers the blocks of each
+    """
+    if settings.kv_groups and settings.speculation is None:
+        counted = not logged and not settings.prefix_caching
+        steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0
+        return "steady groups" if steady else "general groups"
     if settings.speculation is not None:
-        return "speculative"
+        return "speculative groups" if settings.kv_groups else "speculative"
     if isinstance(settings.scheduler, TrtllmScheduling):
         return "trtllm"
     walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
@@ -175,11 +191,11 @@ class Memory:
             ]
         )
         self._engines = [
-            "general" if holding else _engine(pool.settings, len(pool.laws), pool.kv_groups) for pool in pools
+            "general" if holding else _engine(pool.settings, len(pool.laws), logged=room is not None) for pool in pools
         ]
         if any(share.routed for share in shares) and len(shares) < len(pools):
             # Replicas of several pools advance together, by the engine that can run all of them.
-            for name in ("general", "speculative", "grouped"):
+            for name in ("general", "general groups", "speculative", "speculative groups"):
                 if name in self._engines:
                     self._engines = [name] * len(pools)
         # Replicas that run one after the other share their scratch memory.
@@ -216,10 +232,15 @@ class Memory:
             rows=np.zeros(sizes[1] * kn.ROW_SIZE, np.int64),
             lost=np.zeros(sizes[2], np.int64),
         )
-        self._cache: kn.Cache | Groups | Tree | None = None
-        if pools[0].kv_groups:
-            self._cache = self._grouped(sizes[0])
-        elif pools[0].settings.prefix_caching:
+        self._cache: kn.Cache | Tree | None = None
+        every = range(len(pools))
+        beside = [every] if len(shares) < len(pools) else [range(index, index + 1) for index in every]
+        self._groups = [
+            its
+            for some in beside
+            for its in [self._grouped(some, sizes[0]) if pools[some[0]].settings.kv_groups else None] * len(some)
+        ]
+        if not all(self._groups) and pools[0].settings.prefix_caching:
             self._cache = self._blocks(holding or [0] * len(pools))
         self._ranks = None
         if any(pool.ranks is not None for pool in pools):
@@ -278,7 +299,7 @@ class Memory:
         lists: list[tuple[int, I64]] = []
         for pool, place, lanes, engine in zip(self._pools, self._places, self._lanes, self._engines, strict=True):
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
-            if engine in ("speculative", "grouped"):
+            if engine.startswith("speculative"):
                 parts = {kn.RUNNING_AT: seats, kn.QUEUE_AT: 2 * (seats + 3)}
                 if (speculation := pool.settings.speculation) is not None:
                     accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
@@ -291,14 +312,19 @@ class Memory:
                 depth, active = int(rows[0, kn.DEPTH]), seats * len(pool.laws)
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: active, kn.QUEUE_AT: depth * (seats + 2)}
                 parts |= {kn.CHOSEN_AT: active, kn.PROMPTS_AT: 2 * active}
-            elif engine == "general":
+            elif engine.startswith("general"):
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
-                width = kn.MICRO_DUE + pool.settings.block_size + kn.PACE_SIZE * len(pool.laws)
+                # Over groups of layers blocks are also given back.
+                phases = (1 + bool(pool.settings.kv_groups)) * pool.settings.block_size
+                width = kn.MICRO_DUE + phases + kn.PACE_SIZE * len(pool.laws)
                 parts[kn.MICRO_AT] = depth * width
                 rows[:, kn.MICRO_WIDTH] = width
             else:
-                parts = {kn.RING_AT: ring, kn.RESIDUE_AT: pool.settings.block_size, kn.ENTERING_AT: 2 * seats}
+                due = pool.settings.block_size
+                if pool.settings.kv_groups:
+                    due = sum(kv.DUE + 2 * size + ring for size in _spans(pool.settings))
+                parts = {kn.RING_AT: ring, kn.RESIDUE_AT: due, kn.ENTERING_AT: 2 * seats}
                 rows[:, kn.RING_SIZE] = ring
             for column, size in parts.items():
                 rows[:, column] = end + size * (np.arange(place.stop - place.start) % lanes)
@@ -351,9 +377,12 @@ class Memory:
             holder=np.zeros(ends[kn.HOLDER_AT], np.int32),
         )
 
-    def _grouped(self, steps: int) -> Groups:
-        """Memory of groups of layers."""
-        groups, settings, n = self._pools[0].kv_groups, self._pools[0].settings, len(self._trace)
+    def _grouped(self, some: range, steps: int) -> Groups:
+        """Memory of the groups of layers of some pools, which have the same."""
+        settings, n = self._pools[some[0]].settings, len(self._trace)
+        counting = not settings.prefix_caching and settings.speculation is None and not self.run.control[kn.LOGGED]
+        times = Counter(settings.kv_groups)
+        groups = tuple(times) if counting else settings.kv_groups
         together = sets_of(groups)
         kinds = np.zeros((len(groups), kv.GROUP_SIZE), np.int64)
         most = settings.max_num_batched_tokens, settings.max_model_len
@@ -363,7 +392,8 @@ class Memory:
         for number, group in enumerate(groups):
             entries = group.seen_entries(*most) if group.kind == "window" else kn.NEVER
             kind = _KINDS[group.kind, group.mode]
-            kinds[number] = kind, group.block_size, group.window, entries, kn.NONE, sum(totals[:number])
+            after = sum(totals[:number]), times[group] if counting else 1
+            kinds[number] = kind, group.block_size, group.window, entries, kn.NONE, *after
         for its in together:
             kinds[list(its[:-1]), kv.TOGETHER] = its[1:]
         starts = np.concatenate(([0], np.cumsum([len(its) for its in keys])))[:-1]
@@ -371,7 +401,8 @@ class Memory:
         longest = int((self._requests[kn.PROMPT] + self._requests[kn.LIMIT]).max()) + drafts
         width = kv.ENTRIES + longest // min(group.block_size for group in groups) + 3 + 2 * drafts
         ends = dict.fromkeys((kn.MEMO_AT, kn.SLOTS_AT, kn.TABLE_AT, kn.BLOCK_AT, kn.HOLDER_AT), 0)
-        for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
+        for index in () if counting else some:
+            pool, place, lanes = self._pools[index], self._places[index], self._lanes[index]
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
             rows[:, [kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = width, pool.blocks, sum(totals)
             for column, size in {
@@ -383,6 +414,7 @@ class Memory:
             }.items():
                 rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes
+        spans = self._span_rows(settings) if counting else np.zeros(0, np.int64)
         return Groups(
             number=len(groups),
             sets=len(together),
@@ -390,7 +422,10 @@ class Memory:
             caching=int(settings.prefix_caching),
             splits=int(any(group.mode == "align" for group in groups)),
             requests=n,
+            counting=int(counting),
+            sizes=len(spans) // kv.SPAN_SIZE,
             rows=kinds.reshape(-1),
+            spans=spans,
             order=np.array([its[0] for its in together], np.int64),
             keys_at=np.array(starts, np.int64),
             keys=np.concatenate([*keys, np.zeros(1)]).astype(np.int32),
@@ -402,6 +437,12 @@ class Memory:
             block=np.zeros(ends[kn.BLOCK_AT], np.int32),
             holder=np.zeros(ends[kn.HOLDER_AT], np.int32),
         )
+
+    def _span_rows(self, settings: EngineSettings) -> I64:
+        """What is to know of the groups whose blocks have as many tokens."""
+        sizes, ring = _spans(settings), int(self._replicas[:, kn.RING_SIZE].max())
+        starts = np.cumsum([0, *(kv.DUE + 2 * size + ring for size in sizes)])[:-1]
+        return np.array([(*its, at) for its, at in zip(sizes.items(), starts, strict=True)], np.int64).reshape(-1)
 
     def serve(self) -> None:
         """Run the kernel."""
@@ -441,7 +482,7 @@ class Memory:
         """Let replicas of a pool, or from a pool on, serve their requests or those that are routed."""
         if self.stopped or self.crowded:
             return
-        cache = () if self._cache is None else self._cache
+        cache = self._groups[index] or self._cache or ()
         kind = self._engines[index], self._pools[0].settings.prefix_caching
         given = last - first, routed, len(routed)
         if self._ranks is not None and self._pools[index].ranks is not None:
@@ -474,6 +515,7 @@ class Memory:
         if not self.stopped and int(replicas[:, kn.ENDED].sum()) < len(self._trace):
             raise clock_overflow()
         drafts = self._pools[0].settings.speculation is not None
+        grouped = self._pools[0].settings.kv_groups and all(len(pool.laws) == 1 for pool in self._pools)
         steps, taken_ns = _taken(self.run.steps.reshape(-1, kn.STEP_SIZE))
         rows = self.run.rows.reshape(-1, kn.ROW_SIZE)
         if self._ranks is not None:
@@ -492,8 +534,8 @@ class Memory:
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
             gaps_ns=_gaps(steps, taken_ns, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
-            drafted=_drafted(steps, rows) if log and (drafts or self._pools[0].kv_groups) else None,
-            used=self._used(steps) if log and self._pools[0].kv_groups else None,
+            drafted=_drafted(steps, rows) if log and (drafts or grouped) else None,
+            used=self._used(steps) if log and self._pools[0].settings.kv_groups else None,
             steps_per_replica=np.bincount(replica, minlength=len(self._first)).tolist() if log else None,
             groups=self._ranks.logged() if log and self._ranks is not None else (),
             stopped=self.stopped,
@@ -502,9 +544,13 @@ class Memory:
 
     def _used(self, steps: I64) -> list[tuple[int, ...]]:
         """Blocks in use of each group after each batch, replica by replica."""
-        assert isinstance(self._cache, Groups)
-        used = self._cache.used.reshape(len(steps), -1)
-        return [tuple(row) for row in used[np.argsort(steps[:, kn.STEP_REPLICA], kind="stable")].tolist()]
+        order = np.argsort(steps[:, kn.STEP_REPLICA], kind="stable")
+        pool = np.searchsorted([place.stop for place in self._places], steps[order, kn.STEP_REPLICA], "right")
+        batches = self.run.steps.reshape(-1, kn.STEP_SIZE)[:, kn.STEP_ROWS] > 0
+        used = [None if its is None else its.used.reshape(len(batches), -1)[batches] for its in self._groups]
+        return [
+            tuple(() if used[its] is None else used[its][step].tolist()) for its, step in zip(pool, order, strict=True)
+        ]
 
     def _pool(self, index: int) -> PoolOutcome:
         """What came of one pool."""
@@ -578,6 +624,11 @@ def _stops(stops: Sequence[Stop], floors: Outcome | None, requests: I64) -> tupl
 def _content(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
     """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
     return BlockContent.of(trace, block_size, trace.generated(max_model_len), number_pieces)
+
+
+def _spans(settings: EngineSettings) -> Counter[int]:
+    """Tokens of the blocks that sequences take more of the longer they are, and how many groups have such."""
+    return Counter(group.block_size for group in settings.kv_groups if group.kind != "state")
 
 
 def _group_keys(groups: Sequence[KvGroup], trace: Trace, settings: EngineSettings) -> tuple[list[list[int]], list[int]]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Routing
     from apex_opt.simulator.ranks import Ranks
@@ -35,7 +34,6 @@ class EnginePool:
     laws : one BatchLaw per pipeline stage; of ranks that run in step, a rank's own part
     replicas : int               engines with their own schedulers and caches
     ranks : Ranks or None        of each replica, with a scheduler and a cache each; None: one scheduler
-    kv_groups : tuple of KvGroup    of layers that share the blocks; none: all layers keep all tokens
     """
 
     settings: EngineSettings
@@ -43,7 +41,6 @@ class EnginePool:
     laws: Sequence[BatchLaw]
     replicas: int = 1
     ranks: Ranks | None = None
-    kv_groups: tuple[KvGroup, ...] = ()
 
     def __post_init__(self) -> None:
         if self.replicas < 1:

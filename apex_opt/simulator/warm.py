@@ -18,20 +18,24 @@ from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
     RANKS_CACHING,
     RANKS_GENERAL,
+    RANKS_GENERAL_GROUPS,
     RANKS_SGLANG,
     RANKS_SGLANG_CACHING,
     RANKS_STEADY,
+    RANKS_STEADY_GROUPS,
     RANKS_TRTLLM,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
     SERVE_GENERAL,
+    SERVE_GENERAL_GROUPS,
     SERVE_GROUPED,
     SERVE_SGLANG,
     SERVE_SGLANG_CACHING,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_STEADY,
+    SERVE_STEADY_GROUPS,
     SERVE_TRTLLM,
     Entry,
 )
@@ -45,13 +49,14 @@ _THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)
 _SLEEPY: Final = VllmScheduling(idle_sleep_us=1)
 _DRAFT: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 
+_GROUPS: Final = (KvGroup(kind="full", block_size=1),)
+
 
 class Variant(NamedTuple):
     """A run that compiles something, and what that is; of ranks where there are any."""
 
     settings: EngineSettings
     entries: tuple[Entry, ...]
-    groups: tuple[KvGroup, ...] = ()
     disaggregated: bool = False  # prefill and decode instances
     ranks: int = 0
 
@@ -74,8 +79,20 @@ VARIANTS: Final = {
     "trtllm": Variant(
         EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS), (SERVE_TRTLLM,)
     ),
-    "grouped": Variant(
-        EngineSettings(max_model_len=4, **_LIMITS), (SERVE_GROUPED,), (KvGroup(kind="full", block_size=1),)
+    "speculative groups": Variant(
+        EngineSettings(max_model_len=4, speculation=_DRAFT, kv_groups=_GROUPS, **_LIMITS), (SERVE_GROUPED,)
+    ),
+    "groups": Variant(EngineSettings(max_model_len=4, kv_groups=_GROUPS, **_LIMITS), (SERVE_STEADY_GROUPS,)),
+    "general groups": Variant(
+        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, kv_groups=_GROUPS, **_LIMITS), (SERVE_GENERAL_GROUPS,)
+    ),
+    "groups of ranks": Variant(
+        EngineSettings(max_model_len=4, kv_groups=_GROUPS, **_LIMITS), (RANKS_STEADY_GROUPS,), ranks=2
+    ),
+    "general groups of ranks": Variant(
+        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, kv_groups=_GROUPS, **_LIMITS),
+        (RANKS_GENERAL_GROUPS,),
+        ranks=2,
     ),
     "disaggregated": Variant(
         EngineSettings(max_model_len=4, scheduler=_SLEEPY, **_LIMITS), (SERVE_DISAGGREGATED,), disaggregated=True
@@ -149,11 +166,11 @@ def run(*names: str) -> None:
     """Serve a request by each of these variants, which compiles what has not been."""
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     for name in names:
-        settings, _, groups, disaggregated, ranks = VARIANTS[name]
+        settings, _, disaggregated, ranks = VARIANTS[name]
         drafts = settings.speculation.draft_tokens if settings.speculation else 0
         law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
         its = Ranks.bare(ranks, **_LIMITS) if ranks else None
-        pool = EnginePool(settings=settings, blocks=4, laws=[law], kv_groups=groups, ranks=its)
+        pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its)
         if disaggregated:
             run_disaggregated(pool, pool, Handover(), trace)
         else:

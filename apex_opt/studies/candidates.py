@@ -264,7 +264,9 @@ def guess(facts: Facts, plan: Plan) -> float:
     prompt = float(trace.prompt.mean())
     output = float(trace.generated(settings.max_model_len).mean())
     held = prompt + output / 2
-    most = int(facts.own_blocks(plan) * settings.block_size / held / plan.stages)
+    groups = settings.kv_groups
+    blocks = float(settings.most_blocks(np.array(math.ceil(held)))) if groups else held / settings.block_size
+    most = int(facts.own_blocks(plan) / blocks / plan.stages)
     sequences = np.arange(1, min(max(most, 1), settings.max_num_seqs) + 1)
     steps = [law.decode_ns[sequences] + _read_ns(law, sequences, held) for law in laws]
     mixed = [law.mixed_ns[-1] for law in laws]

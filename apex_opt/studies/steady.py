@@ -281,7 +281,7 @@ class Steady:
         for pool in deployment.pools:
             settings = of_all(problem.settings_for(pool.plan), pool.plan)
             blocks = self._own.facts_of(pool).blocks(pool.plan)
-            held = -(-(trace.prompt + trace.generated(settings.max_model_len)) // settings.block_size)
+            held = settings.most_blocks(trace.prompt + trace.generated(settings.max_model_len))
             seats += pool.plan.replicas * max(1, min(settings.max_num_seqs, int(blocks / held.mean())))
         if seats > _MOST_SEATS:
             return None

@@ -1,5 +1,5 @@
 """Which layers each stage of a pipeline holds."""
 
-from .program import Pipeline, split
+from .program import Pipeline, rows, split
 
-__all__ = ["Pipeline", "split"]
+__all__ = ["Pipeline", "rows", "split"]

@@ -6,6 +6,7 @@ Sets and parameters
     a_k     weight of what stage k holds beside layers: the LM head on the last
     p_k     pace of stage k: what a unit of weight takes it, larger on slower GPUs
     b_u     bytes of a layer of kind u
+    q       bytes of each layer of the group with the most layers on a stage, where groups share their blocks
     c_k     bytes that stage k has for its layers, beside embedding, LM head and the rest
     m       most layers of a stage
 
@@ -17,7 +18,8 @@ Variables
 Constraints
     S1  1 <= e_k - e_(k-1) <= m
     S2  p_k (a_k + W(e_k) - W(e_(k-1))) <= T,  W(n) the weight of the first n layers
-    S3  c_k - B(e_k) + B(e_(k-1)) >= F >= 0,  B(n) their bytes
+    S3  c_k - B(e_k) + B(e_(k-1)) - q (N_g(e_k) - N_g(e_(k-1))) >= F >= 0 for each group g,  B(n) their bytes, N_g(n)
+        how many of them are of the group
 
     d_k     how far e_k lies from where the even split cuts
 
@@ -54,6 +56,8 @@ class Pipeline:
     ----------
     kinds : tuple of int      kind of every layer, in order
     weight, held : tuple of int      weight and bytes of a layer, by kind
+    shared : tuple of tuple of int   layers of each group that shares blocks with others, where there are such
+    page : int                       bytes of each layer of the group that has the most on a stage
     extra : tuple of int      weight of each stage beside its layers
     room : tuple of int       bytes each stage has for its layers
     most : int                layers a stage may hold
@@ -67,6 +71,26 @@ class Pipeline:
     room: tuple[int, ...]
     most: int
     pace: tuple[int, ...] = ()
+    shared: tuple[tuple[int, ...], ...] = ()
+    page: int = 0
+
+
+def rows(
+    kinds: tuple[int, ...], held: tuple[int, ...], shared: tuple[tuple[int, ...], ...], page: int
+) -> list[list[int]]:
+    """Bytes of the first layers, for every number of them; by group where groups share blocks: the most counts.
+
+    Parameters
+    ----------
+    kinds, held, shared, page : as of `Pipeline`
+    """
+    found = []
+    for places in shared or ((),):
+        sizes = [held[kind] for kind in kinds]
+        for place in places:
+            sizes[place] += page
+        found.append([0, *accumulate(sizes)])
+    return found
 
 
 @lru_cache(maxsize=1 << 16)
@@ -79,7 +103,7 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     """
     layers, stages = len(pipeline.kinds), len(pipeline.extra)
     weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)]
-    held = [0, *accumulate(pipeline.held[kind] for kind in pipeline.kinds)]
+    sums = rows(pipeline.kinds, pipeline.held, pipeline.shared, pipeline.page)
     spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
     paces = pipeline.pace or (1,) * stages
     # Were all stages to take as long, each would take so much, hence the slowest does.
@@ -88,7 +112,8 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     kinds = set(zip(paces, pipeline.extra, strict=True))
     tops = {pace * (weight[j] - weight[i] + extra) for i, j in spans for pace, extra in kinds}
     tops = {top for top in tops if top >= mean}
-    left = {room - held[j] + held[i] for i, j in spans for room in set(pipeline.room)}
+    sizes = {max(row[j] - row[i] for row in sums) for i, j in spans}
+    left = {room - size for size in sizes for room in set(pipeline.room)}
     left = {free for free in left if free >= 0}
     if not tops or not left or stages > layers:
         return None
@@ -105,8 +130,14 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
         model.add_linear_constraint(count, 1, pipeline.most)
     for own, extra, pace in zip(_between(weights, weight[-1]), pipeline.extra, paces, strict=True):
         model.add(pace * (own + extra) <= slowest)
-    for own, room in zip(_between(bytes_held, held[-1]), pipeline.room, strict=True):
-        model.add(room - own >= spare)
+    in_all = sum(pipeline.held[kind] for kind in pipeline.kinds)
+    for places in pipeline.shared or ((),):
+        ends = bytes_held
+        if places:
+            of_group = [_of_group(model, cut, places, layers) for cut in cuts]
+            ends = [own + pipeline.page * count for own, count in zip(bytes_held, of_group, strict=True)]
+        for own, room in zip(_between(ends, in_all + pipeline.page * len(places)), pipeline.room, strict=True):
+            model.add(room - own >= spare)
     model.add_decision_strategy([slowest], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
     model.add_decision_strategy([spare], cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
     for cut, even in zip(cuts, accumulate(even_split(layers, stages)), strict=False):
@@ -128,6 +159,21 @@ def _between(cuts: Sequence[cp_model.LinearExpr], end: int) -> list[cp_model.Lin
     """What lies between neighbouring cuts, from 0 to the end."""
     ends = [cp_model.LinearExpr.affine(cut, 1, 0) for cut in cuts] + [cp_model.LinearExpr.constant(end)]
     return [hi - lo for lo, hi in pairwise([cp_model.LinearExpr.constant(0), *ends])]
+
+
+def _of_group(model: cp_model.CpModel, cut: cp_model.IntVar, places: tuple[int, ...], layers: int) -> cp_model.IntVar:
+    """How many layers of a group lie before a cut.
+
+    Parameters
+    ----------
+    model : CpModel
+    cut : IntVar       layers before it
+    places : tuple of int    the layers of the group
+    layers : int       of the model
+    """
+    count = model.new_int_var(0, len(places), "of_group")
+    model.add_element(cut, [sum(place < end for place in places) for end in range(layers + 1)], count)
+    return count
 
 
 def _before(model: cp_model.CpModel, cut: cp_model.IntVar, kinds: tuple[int, ...]) -> list[tuple[int, cp_model.IntVar]]:

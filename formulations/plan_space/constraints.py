@@ -17,6 +17,7 @@ from ortools.sat.python import cp_model
 from apex_opt.evaluate import IMBALANCE
 from apex_opt.plans.memory import RUNTIME_BYTES
 
+from .blocks import Pools
 from .engine import Runs
 from .sizes import (
     attention_side,
@@ -30,8 +31,6 @@ from .sizes import (
     ffn_width,
     kind,
     kinds,
-    kv_bytes,
-    kv_tokens,
     limits_shared,
     shards,
     shared_whole,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Piece
+    from apex_opt.ir.model import Block
     from apex_opt.plans.speculation import Drafter
 
     from .variables import Variables
@@ -164,7 +164,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
     runs, degrees, formats = Runs(instance), range(1, instance.max_devices + 1), range(len(instance.weight_formats))
     pairs = [(d, t) for d in degrees for t in range(1, instance.max_devices // d + 1)]
     cut = shards(instance)
-    drafted = [(i, drafter) for i, drafter in enumerate(instance.drafters)]
+    drafted, pools = [(i, drafter) for i, drafter in enumerate(instance.drafters)], Pools(instance)
     drafts = (
         [
             _holds(
@@ -195,6 +195,20 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
         if any(instance.drafters)
         else []
     )
+    if pools.varied:
+        drafts.append(
+            _holds(
+                model,
+                "one_pool",
+                [v.drafts, v.attention_tp, v.formats],
+                (
+                    (i, t, f, pools.of(d, t, kv) is not None)
+                    for i, d in drafted
+                    for t in degrees
+                    for f, kv in enumerate(instance.kv_formats)
+                ),
+            )
+        )
     if instance.settings.runnable is None:
         return drafts
     return [
@@ -284,7 +298,10 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     """C6: weights, workspace, runtime and the KV cache of the longest request fit every device of every stage."""
     degrees = range(1, instance.max_devices + 1)
     formats = list(enumerate(instance.weight_formats))
-    tokens = [kv_tokens(instance, drafter) for drafter in instance.drafters]
+    pools = Pools(instance)
+    # How much is kept of windows depends on the tokens of a batch as well.
+    limits = [(i, tokens) for i, (_, tokens) in enumerate(batch_limits(instance) if pools.windowed else [(0, 0)])]
+    by_limits = [v.limits] if pools.windowed else []
     vocab_size = instance.model.vocab
     rows = [1 + (drafter.draft_tokens if drafter else 0) for drafter in instance.drafters]
     per_layer = []
@@ -293,18 +310,20 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         attention = _table(
             model,
             f"attention_bytes_{u}",
-            [v.drafts, whole, v.attention_tp, v.formats],
+            [v.drafts, *by_limits, whole, v.attention_tp, v.formats],
             (
                 (
                     i,
+                    *([n] if by_limits else []),
                     w,
                     t,
                     f,
                     attention_side(instance, block, t, name, whole=bool(w), touched=False)
                     + 2 * block.own_parameters
-                    + held * kv_bytes(block, t, instance.kv_formats[f]),
+                    + pools.layer_bytes(block, drafter, batched, t, instance.kv_formats[f]),
                 )
-                for i, held in enumerate(tokens)
+                for i, drafter in enumerate(instance.drafters)
+                for n, batched in limits
                 for w in (0, 1)
                 for t in degrees
                 for f, name in formats
@@ -321,8 +340,24 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             ),
         )
         layer = model.new_int_var(0, 1 << 50, f"layer_bytes_{u}")
-        model.add(layer == attention + ffn)
+        model.add(layer == attention + ffn + _states(model, instance, v, pools, block))
         per_layer.append(layer)
+    shared = _shared_pools(instance, pools)
+    for number, places in enumerate(shared):
+        per_layer.append(
+            _table(
+                model,
+                f"shared_bytes_{number}",
+                [v.drafts, *by_limits, v.attention_tp, v.formats],
+                (
+                    (i, *([n] if by_limits else []), t, f, pools.shared_bytes(drafter, batched, t, kv, places))
+                    for i, drafter in enumerate(instance.drafters)
+                    for n, batched in limits
+                    for t in degrees
+                    for f, kv in enumerate(instance.kv_formats)
+                ),
+            )
+        )
     vocab = _table(model, "vocab_bytes", [v.attention_tp], ((t, vocab_bytes(instance, t)) for t in degrees))
     logits = _table(
         model,
@@ -335,7 +370,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
             for d in degrees
         ),
     )
-    drafting = _drafting(model, instance, v, whole)
+    drafting = _drafting(model, instance, v, whole, pools)
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
     capacity -= instance.held.table_bytes
     before: cp_model.IntVar | int = before_bytes(instance, 1)
@@ -349,7 +384,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     alone = model.new_bool_var("one_stage")
     model.add(v.stages == 1).only_enforce_if(alone)
     model.add(v.stages > 1).only_enforce_if(alone.negated())
-    critical = _critical_stages(instance)
+    critical = _critical_stages(instance, shared)
     held = {
         place: [_layers_held(model, instance, v, per_layer, f"{place}{i}", rows) for i, rows in enumerate(options)]
         for place, options in critical.items()
@@ -367,8 +402,60 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     return bounds
 
 
-def _drafting(model: cp_model.CpModel, instance: Instance, v: Variables, whole: cp_model.IntVar) -> cp_model.LinearExpr:
-    """Bytes of what makes drafts, which only lies where there is one stage: by attention shards and by FFN shards."""
+def _states(
+    model: cp_model.CpModel, instance: Instance, v: Variables, pools: Pools, block: Block
+) -> cp_model.LinearExpr:
+    """Bytes of the states of a layer that lie apart from the blocks: of all sequences that can run.
+
+    Parameters
+    ----------
+    model, instance, v
+    pools : Pools
+    block : Block    of the layer
+    """
+    if not pools.apart:
+        return cp_model.LinearExpr.sum([])
+    degrees = range(1, instance.max_devices + 1)
+    table = _table(
+        model,
+        "states_bytes",
+        [v.drafts, v.limits, v.stages, v.attention_dp, v.attention_tp],
+        (
+            (i, n, s, d, t, pools.seats(seqs, d, s, drafter) * pools.states_bytes(block, drafter, t))
+            for i, drafter in enumerate(instance.drafters)
+            for n, (seqs, _) in enumerate(batch_limits(instance))
+            for s in stages_of(instance)
+            for d in range(1, len(degrees) // s + 1)
+            for t in range(1, len(degrees) // (s * d) + 1)
+        ),
+    )
+    return cp_model.LinearExpr.sum([table])
+
+
+def _shared_pools(instance: Instance, pools: Pools) -> list[tuple[tuple[int, ...], ...]]:
+    """The ways there are to put layers into several groups: the layers of each."""
+    if not pools.varied:
+        return []
+    found = (
+        pools.of(drafter, t, kv)
+        for drafter in instance.drafters
+        for t in range(1, instance.max_devices + 1)
+        for kv in instance.kv_formats
+    )
+    return list(dict.fromkeys(pool.places for pool in found if pool is not None and len(pool.groups) > 1))
+
+
+def _drafting(
+    model: cp_model.CpModel, instance: Instance, v: Variables, whole: cp_model.IntVar, pools: Pools
+) -> cp_model.LinearExpr:
+    """Bytes of what makes drafts, which only lies where there is one stage: by attention shards and by FFN shards.
+
+    Parameters
+    ----------
+    model, instance, v
+    whole : IntVar    whether what is shared beside experts is whole on every device
+    pools : Pools
+    """
     if not any(instance.drafters):
         return cp_model.LinearExpr.sum([])
     formats, degrees = list(enumerate(instance.weight_formats)), range(1, instance.max_devices + 1)
@@ -378,11 +465,23 @@ def _drafting(model: cp_model.CpModel, instance: Instance, v: Variables, whole: 
         "draft_attention_bytes",
         [v.drafts, whole, v.attention_tp, v.formats],
         (
-            (i, w, t, f, draft_attention_side(instance, d, t, name, instance.kv_formats[f], whole=bool(w)))
+            (i, w, t, f, draft_attention_side(instance, d, t, name, whole=bool(w)))
             for i, d in drafted
             for w in (0, 1)
             for t in degrees
             for f, name in formats
+        ),
+    )
+    cache = _table(
+        model,
+        "draft_cache_bytes",
+        [v.drafts, v.limits, v.attention_tp, v.formats],
+        (
+            (i, n, t, f, sum(pools.layer_bytes(block, d, batched, t, kv) for block in draft_blocks(instance, d)))
+            for i, d in drafted
+            for n, (_, batched) in enumerate(batch_limits(instance))
+            for t in degrees
+            for f, kv in enumerate(instance.kv_formats)
         ),
     )
     columns = _table(
@@ -396,7 +495,7 @@ def _drafting(model: cp_model.CpModel, instance: Instance, v: Variables, whole: 
             for f, name in formats
         ),
     )
-    return heads + columns
+    return heads + cache + columns
 
 
 def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> Iterable[cp_model.LinearExpr]:
@@ -442,8 +541,13 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     return hidden + heads, hidden + ffn
 
 
-def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, ...]]]]:
-    """Layers of each kind held by the stages that can be the fullest, by number of stages.
+def _critical_stages(
+    instance: Instance, shared: Iterable[tuple[tuple[int, ...], ...]]
+) -> dict[str, list[dict[int, tuple[int, ...]]]]:
+    """Layers of each kind held by the stages that can be the fullest, by number of stages, and of the fullest group.
+
+    The latter for each way to put layers into groups that share their blocks, the layers of what makes drafts with
+    those of the one stage.
 
     First and last are told apart for the embedding and the LM head. A middle stage matters only where it holds more
     of some kind than the first one does, which needs layers that differ; there, all maximal ones are kept.
@@ -459,17 +563,26 @@ def _critical_stages(instance: Instance) -> dict[str, list[dict[int, tuple[int, 
         for stage in range(stages):
             ends.append(ends[-1] + base + (stage < more))
         held = [
-            tuple(b - a for a, b in zip(before[lo], before[hi], strict=True)) for lo, hi in itertools.pairwise(ends)
+            (
+                *(b - a for a, b in zip(before[lo], before[hi], strict=True)),
+                *(max(_within(its, lo, hi if stages > 1 else None) for its in places) for places in shared),
+            )
+            for lo, hi in itertools.pairwise(ends)
         ]
         first[stages], last[stages] = held[0], held[-1]
         inner = {h for h in held[1:-1] if not _below(h, held[0])}
         middles[stages] = [h for h in inner if not any(_below(h, o) for o in inner if o != h)]
     width = max(map(len, middles.values()))
-    nothing = before[0]
+    nothing = (0,) * len(first[1])
     middle = [
         {s: (options[i] if i < len(options) else nothing) for s, options in middles.items()} for i in range(width)
     ]
     return {"first": [first], "last": [last], "middle": middle}
+
+
+def _within(places: tuple[int, ...], first: int, last: int | None) -> int:
+    """How many layers of a group a stage holds."""
+    return sum(first <= place and (last is None or place < last) for place in places)
 
 
 def _layers_before(instance: Instance) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from .blocks import Pools
 from .constraints import balanced, columns_divide, computes, draft_columns, draft_heads, heads_divide
 from .engine import Runs
 
@@ -33,7 +34,7 @@ def count(instance: Instance, families: Sequence[str]) -> int:
     # The engine makes drafts on one stage, with one attention copy.
     drafters = Counter(drafter if "engine" in families else None for drafter in instance.drafters)
     # Without rules of an engine all formats are cut alike.
-    ruled = "engine" in families and instance.settings.runnable is not None
+    ruled = "engine" in families and (instance.settings.runnable is not None or Pools(instance).varied)
     formats = Counter(
         index if ruled else None
         for index, name in enumerate(instance.weight_formats)
@@ -53,7 +54,13 @@ def _cells(
     """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage."""
     gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
     degrees = range(1, gpus + 1)
-    heads = [t for t in degrees if (not divide or heads_divide(instance, t)) and draft_heads(instance, drafter, t)]
+    pools = Pools(instance)
+    heads = [
+        t
+        for t in degrees
+        if (not divide or heads_divide(instance, t)) and draft_heads(instance, drafter, t)
+        if index is None or not pools.varied or pools.of(drafter, t, instance.kv_formats[index]) is not None
+    ]
     experts = gpus if instance.model.is_moe else 1
     shards = Counter(
         t * e

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from apex_opt.ir.cells import Cut
-from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format
+from apex_opt.ir.formats import FORMATS, get_format
 from apex_opt.plans.drafts import draft_of
 
 if TYPE_CHECKING:
@@ -72,18 +72,6 @@ def attention_bytes(block: Block, tp: int, name: str) -> int:
 def attention_width(block: Block, tp: int) -> int:
     """Elements alive per token inside one attention shard."""
     return block.attention.width(Cut(heads=tp))
-
-
-def kv_bytes(block: Block, tp: int, name: str) -> int:
-    """Bytes that one token keeps in one attention shard.
-
-    Parameters
-    ----------
-    block
-    tp : int      shards
-    name : str    of the KV format
-    """
-    return sum(kept.token_bytes(KV_BYTES[name]) for kept in block.attention.cache(Cut(heads=tp)))
 
 
 def dense_bytes(block: Block, shards: int, name: str, *, touched: bool) -> int:
@@ -220,24 +208,14 @@ def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> i
     return 1 if instance.settings.scheduler.name in ("vllm", "trtllm") and drafter is None else copies
 
 
-def kv_tokens(instance: Instance, drafter: Drafter | None) -> int:
-    """Tokens in the blocks that a stage must have room for: those of the longest request and one never handed out."""
-    tokens, size = instance.longest_tokens, instance.settings.block_size
-    if drafter is not None and drafter.method != "ngram":
-        tokens = max(tokens, min(tokens + drafter.draft_tokens, instance.settings.max_model_len))
-    return (-(-tokens // size) + 1) * size
-
-
 def draft_blocks(instance: Instance, drafter: Drafter | None) -> tuple[Block, ...]:
     """Layers of what makes drafts, one by one."""
     draft = draft_of(instance.model, drafter) if drafter else None
     return tuple(run.block for run in draft.runs for _ in range(run.count)) if draft else ()
 
 
-def draft_attention_side(
-    instance: Instance, drafter: Drafter | None, tp: int, name: str, kv: str, *, whole: bool
-) -> int:
-    """Bytes of what makes drafts that follow how attention is cut: its attention, its cache, what is beside its layers.
+def draft_attention_side(instance: Instance, drafter: Drafter | None, tp: int, name: str, *, whole: bool) -> int:
+    """Weights of what makes drafts that follow how attention is cut: its attention, and what is beside its layers.
 
     Parameters
     ----------
@@ -245,18 +223,17 @@ def draft_attention_side(
     drafter : Drafter or None    how drafts are made
     tp : int                     shards
     name : str                   of the weight format
-    kv : str                     of the KV format
     whole : bool                 `shared_whole` of the plan
     """
     draft = draft_of(instance.model, drafter) if drafter else None
     if draft is None:
         return 0
-    form, tokens = draft.weight_format or name, kv_tokens(instance, drafter)
+    form = draft.weight_format or name
     total = 2 * draft.hidden * (draft.joined + draft.tables * -(-draft.vocab // tp))
     for block, count in Counter(draft_blocks(instance, drafter)).items():
         twice = 2 * draft.hidden * draft.projection(block.attention, tp)
         layer = attention_side(instance, block, tp, form, whole=whole, touched=False) + 2 * block.own_parameters + twice
-        total += count * (layer + tokens * kv_bytes(block, tp, kv))
+        total += count * layer
     return total
 
 

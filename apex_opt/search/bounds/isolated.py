@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cost.least import Least
-    from apex_opt.engines.schedulers import Scheduling
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw, Window
     from apex_opt.simulator.ranks import Ranks, SharedLaw
@@ -273,15 +272,16 @@ def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: i
         return False
     seats = len(trace) if settings.scheduler.seats_per_stage else settings.max_num_seqs
     at_once = min(seats, len(trace), requests or len(trace), trace.concurrency or len(trace))
-    return _most_blocks(trace, settings.scheduler, settings.max_model_len, settings.block_size)[at_once - 1] > blocks
+    return _most_blocks(trace, settings)[at_once - 1] > blocks
 
 
-@lru_cache(maxsize=8)
-def _most_blocks(trace: Trace, scheduler: Scheduling, max_model_len: int, block_size: int) -> list[int]:
+@lru_cache(maxsize=32)
+def _most_blocks(trace: Trace, settings: EngineSettings) -> list[int]:
     """KV blocks of the largest request, of the two largest, and so on."""
-    lengths = Lengths(trace.prompt, trace.generated(max_model_len), trace.stated(max_model_len))
-    held = scheduler.room(lengths, block_size, caches=False)
-    return [int(n) for n in np.cumsum(np.sort(-(-held // block_size))[::-1])]
+    limit = settings.max_model_len
+    lengths = Lengths(trace.prompt, trace.generated(limit), trace.stated(limit))
+    held = settings.scheduler.room(lengths, settings.block_size, caches=False)
+    return [int(n) for n in np.cumsum(np.sort(settings.most_blocks(held))[::-1])]
 
 
 def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -76,7 +76,7 @@ def _sums(settings: EngineSettings, trace: Trace) -> tuple[float, float, float, 
     later = trace.generated(settings.max_model_len) - 1
     steps = later_batches(settings, later + 1)
     context = steps * trace.prompt + steps * (steps + 1) // 2
-    held = steps * -(-trace.prompt // settings.block_size)
+    held = steps * settings.least_blocks(trace.prompt)
     columns = prompts, pairs, later, steps, context, held
     return tuple(float(column.sum()) for column in columns)  # type: ignore[return-value]
 
@@ -156,7 +156,7 @@ class Load:
         whole = np.cumsum(np.sort(first + later))
         under_way_ns = mean.batch_ns * (1 if overtaking else stages)
         if not settings.prefix_caching:  # blocks that prompts share are held once
-            held = -(-trace.prompt // settings.block_size)
+            held = settings.least_blocks(trace.prompt)
             whole = np.maximum(whole, np.cumsum(np.sort(steps * held)) * (under_way_ns / max(blocks, 1)))
         whole = np.maximum(whole, np.cumsum(np.sort(steps)) * (under_way_ns / settings.seats(stages)))
         arrival, last = _arrivals_s(trace)

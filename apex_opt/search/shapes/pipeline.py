@@ -123,7 +123,7 @@ def faults(facts: Facts, plan: Plan) -> Iterator[Violation]:
         blocks = min(stage.kv_blocks for stage in facts.memory(plan))
         yield Violation(
             family="memory",
-            text=f"{instance.longest} needs {instance.kv_blocks_needed} KV blocks, the fullest stage has {blocks}",
+            text=f"{instance.longest} needs {instance.blocks_needed(plan)} KV blocks, the fullest stage has {blocks}",
         )
 
 

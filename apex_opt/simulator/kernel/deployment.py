@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
-from apex_opt.simulator.kernel.general import general_nb
+from apex_opt.simulator.kernel.general import by_groups_nb, plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_groups import empty_groups_nb
 from apex_opt.simulator.kernel.kv_state import Groups
@@ -72,7 +72,9 @@ def serving(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
     return serve_nb
 
 
-_by_steady_nb, _by_general_nb = serving(steady_nb), serving(general_nb)
+_by_steady_nb, _by_general_nb = serving(steady_nb), serving(plain_nb)
+_by_steady_groups_nb = serving(steady_nb, empty_groups_nb)
+_by_general_groups_nb = serving(by_groups_nb, empty_groups_nb)
 _by_trtllm_nb = serving(trtllm_nb)
 _by_speculative_nb = serving(drafting_nb)
 _by_grouped_nb = serving(grouped_nb, empty_groups_nb)
@@ -242,6 +244,136 @@ def serve_speculative_caching_nb(
     _by_speculative_nb(run, cache, first, last, routed, turns)
 
 
+def serve_steady_groups_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    number: int,
+    sets: int,
+    multiple: int,
+    caching: int,
+    splits: int,
+    size: int,
+    counting: int,
+    sizes: int,
+    kinds: I64,
+    spans: I64,
+    order: I64,
+    keys_at: I64,
+    keys: I32,
+    slot: I64,
+    slots: I64,
+    registers: I64,
+    used: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
+    """`serve_nb` by the engine of one stage, over groups of layers whose blocks are counted."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    over = Groups(
+        number,
+        sets,
+        multiple,
+        caching,
+        splits,
+        size,
+        counting,
+        sizes,
+        kinds,
+        spans,
+        order,
+        keys_at,
+        keys,
+        slot,
+        slots,
+        registers,
+        used,
+        table,
+        block,
+        holder,
+    )
+    _by_steady_groups_nb(run, over, first, last, routed, turns)
+
+
+def serve_general_groups_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    number: int,
+    sets: int,
+    multiple: int,
+    caching: int,
+    splits: int,
+    size: int,
+    counting: int,
+    sizes: int,
+    kinds: I64,
+    spans: I64,
+    order: I64,
+    keys_at: I64,
+    keys: I32,
+    slot: I64,
+    slots: I64,
+    registers: I64,
+    used: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
+    """`serve_nb` by the engine that walks the running sequences, over groups of layers."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    over = Groups(
+        number,
+        sets,
+        multiple,
+        caching,
+        splits,
+        size,
+        counting,
+        sizes,
+        kinds,
+        spans,
+        order,
+        keys_at,
+        keys,
+        slot,
+        slots,
+        registers,
+        used,
+        table,
+        block,
+        holder,
+    )
+    _by_general_groups_nb(run, over, first, last, routed, turns)
+
+
 def serve_grouped_nb(
     control: I64,
     requests: I64,
@@ -265,7 +397,10 @@ def serve_grouped_nb(
     caching: int,
     splits: int,
     size: int,
+    counting: int,
+    sizes: int,
     kinds: I64,
+    spans: I64,
     order: I64,
     keys_at: I64,
     keys: I32,
@@ -279,14 +414,17 @@ def serve_grouped_nb(
 ) -> None:
     """`serve_nb` by the engine that verifies drafts, over groups of layers."""
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
-    groups = Groups(
+    over = Groups(
         number,
         sets,
         multiple,
         caching,
         splits,
         size,
+        counting,
+        sizes,
         kinds,
+        spans,
         order,
         keys_at,
         keys,
@@ -298,4 +436,4 @@ def serve_grouped_nb(
         block,
         holder,
     )
-    _by_grouped_nb(run, groups, first, last, routed, turns)
+    _by_grouped_nb(run, over, first, last, routed, turns)

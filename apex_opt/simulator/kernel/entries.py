@@ -162,8 +162,11 @@ SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHIN
 SERVE_TRTLLM: Final = Entry(_KERNEL + "deployment", "serve_trtllm_nb", _SERVE)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
-_GROUPED: Final = (*_SERVE, *[int] * 6, *[_I64] * 3, _I32, *[_I64] * 4, _I32, _I32, _I32)
+_GROUPS: Final = (*[int] * 8, *[_I64] * 4, _I32, *[_I64] * 4, _I32, _I32, _I32)
+_GROUPED: Final = (*_SERVE, *_GROUPS)
 SERVE_GROUPED: Final = Entry(_KERNEL + "deployment", "serve_grouped_nb", _GROUPED)
+SERVE_STEADY_GROUPS: Final = Entry(_KERNEL + "deployment", "serve_steady_groups_nb", _GROUPED)
+SERVE_GENERAL_GROUPS: Final = Entry(_KERNEL + "deployment", "serve_general_groups_nb", _GROUPED)
 _INSTANCES: Final = (*_RUN, *[_I64] * 4)
 SERVE_DISAGGREGATED: Final = Entry(_KERNEL + "disaggregated", "serve_disaggregated_nb", _INSTANCES)
 SERVE_DISAGGREGATED_CACHING: Final = Entry(
@@ -174,6 +177,8 @@ RANKS_STEADY: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_nb", _RANKS)
 RANKS_GENERAL: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_nb", _RANKS)
 RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RANKS, int, *[_I64] * 8, _I32, _I32, _I32))
 RANKS_TRTLLM: Final = Entry(_KERNEL + "trtllm_ranks", "serve_trtllm_ranks_nb", _RANKS)
+RANKS_STEADY_GROUPS: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_groups_nb", (*_RANKS, *_GROUPS))
+RANKS_GENERAL_GROUPS: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_groups_nb", (*_RANKS, *_GROUPS))
 _SGLANG: Final = (*_SERVE, _I64, np.float64)
 SERVE_SGLANG: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_nb", _SGLANG)
 SERVE_SGLANG_CACHING: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_caching_nb", (*_SGLANG, int, *[_I64] * 7))
@@ -191,12 +196,16 @@ ENTRIES: Final = (
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
     SERVE_GROUPED,
+    SERVE_STEADY_GROUPS,
+    SERVE_GENERAL_GROUPS,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
     RANKS_STEADY,
     RANKS_GENERAL,
     RANKS_CACHING,
     RANKS_TRTLLM,
+    RANKS_STEADY_GROUPS,
+    RANKS_GENERAL_GROUPS,
     SERVE_SGLANG,
     SERVE_SGLANG_CACHING,
     RANKS_SGLANG,

@@ -87,6 +87,7 @@ from apex_opt.simulator.kernel.group_state import (
     WANTS,
 )
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.kv_groups import begin_nb, empty_groups_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -96,7 +97,6 @@ from apex_opt.simulator.kernel.state import (
     BATCH_LOST,
     BATCH_ROWS,
     BATCHES,
-    BLOCK_SIZE,
     COMPUTED,
     DEPTH,
     ENDED,
@@ -108,7 +108,6 @@ from apex_opt.simulator.kernel.state import (
     NONE,
     NOW,
     PASSED,
-    PHASE,
     PREEMPTIONS,
     QUEUE_AT,
     QUEUE_HEAD,
@@ -124,6 +123,7 @@ from apex_opt.simulator.kernel.state import (
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.group_state import Group
+    from apex_opt.simulator.kernel.kv_state import Groups
     from apex_opt.simulator.kernel.state import I64, Cache, Run
 
 
@@ -131,16 +131,14 @@ if TYPE_CHECKING:
 
 
 @inner
-def form_steady_nb(run: Run, cache: None, r: I64, own: I64) -> None:
+def form_steady_nb(run: Run, groups: Groups | None, r: I64, own: I64) -> None:
     """Form a batch, by the engine of one stage; what it takes of a rank's own time."""
-    steady.give_way_nb(run, r)
-    steady.admit_nb(run, r)
+    steady.give_way_nb(run, groups, r)
+    steady.admit_nb(run, groups, r)
     if r[BATCH_ROWS] > 0:
         own[0] = batch_ns_nb(law_nb(run, r, 0), r, r[BATCH_CHUNKS_NS])
         count_batch_nb(run, r)
-        r[PHASE] += 1
-        if r[PHASE] == r[BLOCK_SIZE]:
-            r[PHASE] = 0
+        steady.formed_nb(run, groups, r)
 
 
 @inner
@@ -152,7 +150,7 @@ def keep_steady_nb(r: I64) -> None:
 
 
 @inner
-def take_steady_nb(run: Run, cache: None, r: I64, end: int, empty: int) -> None:
+def take_steady_nb(run: Run, groups: Groups | None, r: I64, end: int, empty: int) -> None:
     """Take in the oldest batch; an empty one leaves nothing to do."""
     if empty == 1:
         if r[BATCH_ROWS] > 0 and r[FLIGHT] == 0:
@@ -162,7 +160,7 @@ def take_steady_nb(run: Run, cache: None, r: I64, end: int, empty: int) -> None:
     if r[FLIGHT] == 0:
         r[SIDE] = 1 - r[SIDE]
         r[ENTERED] = r[BATCH_COMING]
-    steady.take_in_nb(run, r, r[BATCHES] - ahead, end)
+    steady.take_in_nb(run, groups, r, r[BATCHES] - ahead, end)
     r[ENTERED] = 0
     if ahead == 1:
         keep_steady_nb(r)
@@ -180,9 +178,25 @@ def runs_steady_nb(r: I64) -> int:
 @inner
 def form_general_nb(run: Run, cache: Cache | None, r: I64, own: I64) -> None:
     """Form a batch, by the engine that walks the running sequences; what each stage takes of a rank's own time."""
-    general.running_nb(run, cache, r)
+    general.running_nb(run, cache, None, r)
     if r[BATCH_LOST] == 0:
-        general.waiting_nb(run, cache, r)
+        general.waiting_nb(run, cache, None, r)
+    launch_general_nb(run, r, own)
+
+
+@inner
+def form_grouped_nb(run: Run, groups: Groups, r: I64, own: I64) -> None:
+    """`form_general_nb` over groups of layers."""
+    begin_nb(groups, r)
+    general.running_nb(run, None, groups, r)
+    if r[BATCH_LOST] == 0:
+        general.waiting_nb(run, None, groups, r)
+    launch_general_nb(run, r, own)
+
+
+@inner
+def launch_general_nb(run: Run, r: I64, own: I64) -> None:
+    """Put a batch in the queue; what each stage takes of a rank's own time."""
     r[PREEMPTIONS] += r[BATCH_LOST]
     newest = newest_nb(r)
     run.scratch[r[QUEUE_AT] + r[DEPTH] + newest] = r[BATCH_ROWS]
@@ -209,7 +223,14 @@ def keep_general_nb(r: I64) -> None:
 def take_general_nb(run: Run, cache: Cache | None, r: I64, end: int, empty: int) -> None:
     """Take in the oldest batch."""
     run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] = end
-    general.take_in_nb(run, cache, r)
+    general.take_in_nb(run, cache, None, r)
+
+
+@inner
+def take_grouped_nb(run: Run, groups: Groups, r: I64, end: int, empty: int) -> None:
+    """`take_general_nb` over groups of layers."""
+    run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] = end
+    general.take_in_nb(run, None, groups, r)
 
 
 @inner
@@ -270,7 +291,7 @@ def follow_nb(run: Run, group: Group, g: I64, r: I64, m: I64) -> bool:
     return g[CLOSED] == 1
 
 
-def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any) -> Any:
+def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
     """`group_nb` by an engine, given as the functions that form a batch, keep it in flight and take it in."""
 
     @inner
@@ -457,7 +478,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any) -> Any:
                 g = at(group.groups, place * GROUP_SIZE)
                 if cache is not None and turn == 0:
                     for rank in range(g[COUNT]):
-                        empty_cache_nb(cache, at(run.replicas, (g[FIRST_RANK] + rank) * REPLICA_SIZE))
+                        empty_nb(cache, at(run.replicas, (g[FIRST_RANK] + rank) * REPLICA_SIZE))
                 group_nb(run, cache, group, place, until)
                 if run.control[PASSED] == 1:
                     return
@@ -487,3 +508,5 @@ def idle_nb(group: Group, g: I64) -> bool:
 
 by_steady_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb)
 by_general_nb = acting(form_general_nb, keep_general_nb, take_general_nb, runs_general_nb)
+by_steady_groups_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb, empty_groups_nb)
+by_general_groups_nb = acting(form_grouped_nb, keep_general_nb, take_grouped_nb, runs_general_nb, empty_groups_nb)

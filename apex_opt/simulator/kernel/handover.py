@@ -141,7 +141,7 @@ def turn_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
     if queue_end[oldest] > r[NOW]:
         return
     x[AWAITS] = 0
-    take_in_nb(run, cache, r)
+    take_in_nb(run, cache, None, r)
     if r[HOLDS] == 1:
         forward_nb(run, links, r, oldest)
     if x[EXECUTED] == 0 and unfinished_nb(run, x, r):
@@ -154,16 +154,16 @@ def launch_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> Non
     """Form a batch, even an empty one, and run it behind those in flight."""
     r, x = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance)
     r[UNREPORTED] = 0
-    running_nb(run, cache, r)
+    running_nb(run, cache, None, r)
     if r[BATCH_LOST] == 0:
         if r[HOLDS] == 1:
-            waiting_nb(run, cache, r)
+            waiting_nb(run, cache, None, r)
         else:
             start_nb(run, cache, links, x, r)
             # Those that were preempted are before all that have come, and are never read again.
             head = r[HEAD]
             r[HEAD] = NONE
-            waiting_nb(run, cache, r)
+            waiting_nb(run, cache, None, r)
             r[HEAD] = head
             if r[STACK] == NONE:
                 order_nb(run, cache, links, instance)

@@ -83,6 +83,8 @@ def group_nb(groups: Groups, group: int) -> I64:
 @inner
 def empty_groups_nb(groups: Groups, r: I64) -> None:
     """All blocks free, in order, and nothing known."""
+    if groups.counting == 1:
+        return
     block, holder = at(groups.block, r[BLOCK_AT]), at(groups.holder, r[HOLDER_AT])
     registers, slots = at(groups.registers, r[MEMO_AT]), at(groups.slots, r[SLOTS_AT])
     ends = r[POOL_BLOCKS]
@@ -105,7 +107,8 @@ def empty_groups_nb(groups: Groups, r: I64) -> None:
 @inner
 def begin_nb(groups: Groups, r: I64) -> None:
     """A batch is begun."""
-    groups.registers[r[MEMO_AT] + STEP] += 1
+    if groups.counting == 0:
+        groups.registers[r[MEMO_AT] + STEP] += 1
 
 
 @inner

@@ -10,8 +10,14 @@ if TYPE_CHECKING:
 FULL, WINDOW, STATE, KEPT = range(4)  # kinds of groups; a state is kept at ends of blocks or not
 
 # Columns of `Groups.rows`. MOST: entries counted at most where it is looked whether a whole prompt fits; TOGETHER: the
-# next group that searches with this one; CONTENT_AT: where its contents begin among those of all groups.
-KIND, SIZE, SEEN, MOST, TOGETHER, CONTENT_AT, GROUP_SIZE = range(7)
+# next group that searches with this one; CONTENT_AT: where its contents begin among those of all groups; TIMES: groups
+# that are alike, where blocks are only counted.
+KIND, SIZE, SEEN, MOST, TOGETHER, CONTENT_AT, TIMES, GROUP_SIZE = range(8)
+# Columns of `Groups.spans`, which are sizes of blocks: tokens; blocks that so many tokens more take, in all groups;
+# where their counts stand in a steady engine. The counts: a phase; of each phase the blocks that are taken, then those
+# that are given back; in a ring of batches those that are given back from then on.
+SPAN_TOKENS, SPAN_TIMES, SPAN_AT, SPAN_SIZE = range(4)
+DUE = 1
 
 # Columns of a table: entries; those whose content was made findable, or that have none; whether blocks were taken
 # beyond those found; of states the entry with the running one before the latest growth; then the entries.
@@ -36,7 +42,10 @@ class Groups(NamedTuple):
     caching: int
     splits: int  # whether chunks of prompts end where states are kept
     requests: int
+    counting: int  # whether blocks are only counted
+    sizes: int  # of blocks
     rows: I64
+    spans: I64
     order: I64  # the first group of each set, in the order in which they search
     keys_at: I64  # where the contents of a request's blocks stand, by group and request
     keys: I32

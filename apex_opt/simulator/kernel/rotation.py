@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from apex_opt.simulator.kernel.batch import by_sequences_nb, by_tokens_nb, column_nb, count_decoding_nb, law_nb, pace_nb
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.kv_counts import entered_nb, passed_nb, whole_nb
+from apex_opt.simulator.kernel.kv_state import GROUP_SIZE, KIND, SEEN, STATE, TIMES, WINDOW
 from apex_opt.simulator.kernel.policies import blocks_nb
 from apex_opt.simulator.kernel.stages import queued_nb
 from apex_opt.simulator.kernel.state import (
@@ -72,17 +74,19 @@ from apex_opt.simulator.kernel.state import (
     STALE,
     TRANSFER_NS,
     UNREPORTED,
+    WANTED,
 )
 
 if TYPE_CHECKING:
+    from apex_opt.simulator.kernel.kv_state import Groups
     from apex_opt.simulator.kernel.state import I64, Cache, Run
 
 
 @inner
-def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
+def rotate_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, until: int) -> None:
     """Take turns until somebody is about to get its last token, blocks run out, or somebody can be admitted."""
-    wake = wake_nb(run, cache, r, until)
-    if wake == NONE or not micro_batches_nb(run, cache, r):
+    wake = wake_nb(run, cache, groups, r, until)
+    if wake == NONE or not micro_batches_nb(run, cache, groups, r):
         return
     asynchronous, slots, bs, now = r[ASYNCHRONOUS] == 1, r[QUEUED] + 1, r[BLOCK_SIZE], r[NOW]
     sleep_ns = r[SLEEP_NS]
@@ -97,7 +101,10 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
         if formed[MICRO_ROWS] > 0:
             if slots < r[DEPTH] and oldest[MICRO_END] > now:
                 break  # one batch more would be in flight from now on
-            if not feed_nb(run, cache, r, at(formed, MICRO_DUE + formed[MICRO_PHASE])):
+            if groups is not None:
+                if not feed_by_group_nb(r, formed):
+                    break
+            elif not feed_nb(run, cache, r, at(formed, MICRO_DUE + formed[MICRO_PHASE])):
                 break
             formed[MICRO_PHASE] = formed[MICRO_PHASE] + 1 if formed[MICRO_PHASE] + 1 < bs else 0
             end = through_nb(run, r, formed, now)
@@ -111,7 +118,7 @@ def rotate_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
     if turns > 0:
         r[NOW] = max(r[NOW], now)
         r[UNREPORTED] = 0
-        settle_nb(run, cache, r, slot)
+        settle_nb(run, cache, groups, r, slot)
 
 
 @inner
@@ -147,9 +154,10 @@ def through_nb(run: Run, r: I64, micro: I64, now: int) -> int:
 
 
 @inner
-def wake_nb(run: Run, cache: Cache | None, r: I64, until: int) -> int:
+def wake_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, until: int) -> int:
     """When somebody can be admitted at the earliest, or a later turn is not asked for; NONE: at once."""
     i, arrival = r[STACK], column_nb(run, ARRIVAL)
+    r[WANTED] = NEVER
     if r[RUNNING] >= r[MAX_SEQS]:
         return until
     if i == NONE:
@@ -158,8 +166,11 @@ def wake_nb(run: Run, cache: Cache | None, r: I64, until: int) -> int:
             return until
         if arrival[i] > r[NOW]:
             return min(until, arrival[i])
-    # Whoever waits for blocks now waits on: in a stretch none become free, and nothing is computed that it could share.
     known = column_nb(run, PROMPT)[i] + column_nb(run, GENERATED)[i]
+    if groups is not None:  # it waits until windows have given back enough
+        r[WANTED] = whole_nb(groups, known)
+        return until if r[WANTED] > r[FREE] else NONE
+    # Whoever waits for blocks now waits on: in a stretch none become free, and nothing is computed that it could share.
     found, unused = 0, 0
     if cache is not None:
         found, unused = found_nb(cache, r, i, (known - 1) // r[BLOCK_SIZE])
@@ -182,7 +193,7 @@ def place_nb(r: I64, slot: int) -> int:
 
 
 @inner
-def micro_batches_nb(run: Run, cache: Cache | None, r: I64) -> bool:
+def micro_batches_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64) -> bool:
     """Find the micro-batches; whether these are all running sequences, and each has one token to compute each time."""
     if r[STALE] > 0 or r[RUNNING] == 0 or (r[QUEUED] == 0 and r[DEPTH] > 1):
         return False
@@ -191,24 +202,27 @@ def micro_batches_nb(run: Run, cache: Cache | None, r: I64) -> bool:
         micro = micro_nb(run, r, slot)
         for entry in range(MICRO_DUE + r[BLOCK_SIZE]):
             micro[entry] = 0 if cache is None or entry < MICRO_DUE else NONE
+        if groups is not None:
+            for phase in range(r[BLOCK_SIZE]):
+                back_nb(r, micro)[phase] = 0
         micro[MICRO_LEFT] = NEVER
         micro[MICRO_END] = ends[place_nb(r, slot)]
     if r[ASYNCHRONOUS] == 0:
-        return by_batch_nb(run, cache, r)
+        return by_batch_nb(run, cache, groups, r)
     for slot in range(1, r[QUEUED] + 1):
         if ends[r[DEPTH] + place_nb(r, slot)] != r[RUNNING]:
             return False
     micro, running = micro_nb(run, r, 0), at(run.scratch, r[RUNNING_AT])
     for index in range(r[RUNNING] - 1, -1, -1):
         i = running[index]
-        if in_flight[i] != r[QUEUED] or not add_nb(run, cache, r, micro, i, r[QUEUED]):
+        if in_flight[i] != r[QUEUED] or not add_nb(run, cache, groups, r, micro, i, r[QUEUED]):
             return False
     micro[MICRO_LEFT] -= r[QUEUED] - 1
     return True
 
 
 @inner
-def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
+def by_batch_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64) -> bool:
     """`micro_batches_nb` where a sequence that decodes is in one batch at a time."""
     place, sizes = column_nb(run, PLACE), at(run.scratch, r[QUEUE_AT] + r[DEPTH])
     total = 0
@@ -219,7 +233,7 @@ def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
             i = batch[row] >> 1
             if slot == 0 and place[i] != RUNS:
                 continue  # it got its last token with this batch
-            if (slot > 0 and batch[row] & 1 == 0) or not add_nb(run, cache, r, micro, i, min(slot, 1)):
+            if (slot > 0 and batch[row] & 1 == 0) or not add_nb(run, cache, groups, r, micro, i, min(slot, 1)):
                 return False
         if slot == 1 and micro[MICRO_LEFT] == 0:
             return False
@@ -228,7 +242,7 @@ def by_batch_nb(run: Run, cache: Cache | None, r: I64) -> bool:
 
 
 @inner
-def add_nb(run: Run, cache: Cache | None, r: I64, micro: I64, i: int, coming: int) -> bool:
+def add_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, micro: I64, i: int, coming: int) -> bool:
     """Add a sequence to a micro-batch, those after it in running order being there; False if it does not just decode.
 
     `coming` of its tokens are on their way.
@@ -240,12 +254,50 @@ def add_nb(run: Run, cache: Cache | None, r: I64, micro: I64, i: int, coming: in
     micro[MICRO_CONTEXT] += computed
     left = column_nb(run, LIMIT)[i] - generated - 1 if generated > 0 else 0  # no first token either
     micro[MICRO_LEFT] = min(micro[MICRO_LEFT], left)
+    if groups is not None:
+        return add_by_group_nb(run, groups, r, micro, i)
     due = at(micro, MICRO_DUE + column_nb(run, BLOCKS)[i] * r[BLOCK_SIZE] - computed)
     if cache is None:
         due[0] += 1
     else:
         column_nb(run, DUE_NEXT)[i] = due[0]
         due[0] = i
+    return True
+
+
+@inner
+def back_nb(r: I64, micro: I64) -> I64:
+    """Of a micro-batch over groups of layers, by phase, the blocks that windows give back."""
+    return at(micro, r[MICRO_WIDTH] - r[BLOCK_SIZE])
+
+
+@inner
+def add_by_group_nb(run: Run, groups: Groups, r: I64, micro: I64, i: int) -> bool:
+    """Count what a sequence takes and gives back by phase; False where its last row leaves more to be given back."""
+    computed, size = column_nb(run, COMPUTED)[i], r[BLOCK_SIZE]
+    kept = entered_nb(groups, computed) - passed_nb(groups, computed - 1)
+    if column_nb(run, BLOCKS)[i] != kept:
+        return False
+    for g in range(groups.number):
+        group = at(groups.rows, g * GROUP_SIZE)
+        if group[KIND] != STATE:
+            micro[MICRO_DUE + (-computed) % size] += group[TIMES]
+        if group[KIND] == WINDOW:
+            beyond = computed - group[SEEN] + 1
+            if beyond > 0:
+                back_nb(r, micro)[(-beyond) % size] += group[TIMES]
+            else:  # until its first block leaves the window
+                micro[MICRO_LEFT] = max(0, min(micro[MICRO_LEFT], size - beyond - 2))
+    return True
+
+
+@inner
+def feed_by_group_nb(r: I64, micro: I64) -> bool:
+    """Hand out and take back the blocks that are due, if there are enough and nobody waits for them."""
+    taken, back = micro[MICRO_DUE + micro[MICRO_PHASE]], back_nb(r, micro)[micro[MICRO_PHASE]]
+    if taken > r[FREE] or r[FREE] - taken + back >= r[WANTED]:
+        return False
+    r[FREE] += back - taken
     return True
 
 
@@ -274,7 +326,7 @@ def feed_nb(run: Run, cache: Cache | None, r: I64, due: I64) -> bool:
 
 
 @inner
-def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
+def settle_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, first: int) -> None:
     """Make up for a stretch, after which the micro-batch in slot `first` is the next to be formed."""
     ends, sizes = at(run.scratch, r[QUEUE_AT]), at(run.scratch, r[QUEUE_AT] + r[DEPTH])
     rows, running, slots = at(run.scratch, r[ENTERING_AT]), at(run.scratch, r[RUNNING_AT]), r[QUEUED] + 1
@@ -283,7 +335,7 @@ def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
         count_decoding_nb(run, r, micro[MICRO_ROWS], micro[MICRO_FORMED], micro[MICRO_READ])
     if r[ASYNCHRONOUS] == 1:
         for row in range(r[RUNNING]):
-            advance_nb(run, cache, r, micro_nb(run, r, 0), running[row])
+            advance_nb(run, cache, groups, r, micro_nb(run, r, 0), running[row])
         for slot in range(slots):
             ends[place_nb(r, (slot - first + slots) % slots)] = micro_nb(run, r, slot)[MICRO_END]
         return
@@ -293,7 +345,7 @@ def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
         for row in range(sizes[place_nb(r, slot)]):
             i = batch[row] >> 1
             if slot > 0 or column_nb(run, PLACE)[i] == RUNS:
-                advance_nb(run, cache, r, micro, i)
+                advance_nb(run, cache, groups, r, micro, i)
                 rows[count] = i
                 count += 1
     count = 0
@@ -306,11 +358,15 @@ def settle_nb(run: Run, cache: Cache | None, r: I64, first: int) -> None:
 
 
 @inner
-def advance_nb(run: Run, cache: Cache | None, r: I64, micro: I64, i: int) -> None:
+def advance_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, micro: I64, i: int) -> None:
     """What a stretch did to a sequence of a micro-batch."""
     computed, bs = column_nb(run, COMPUTED), r[BLOCK_SIZE]
     computed[i] += micro[MICRO_FORMED]
     column_nb(run, GENERATED)[i] += micro[MICRO_TAKEN]
+    if groups is not None:
+        if micro[MICRO_FORMED] > 0:
+            column_nb(run, BLOCKS)[i] = entered_nb(groups, computed[i]) - passed_nb(groups, computed[i] - 1)
+        return
     if cache is None:
         column_nb(run, BLOCKS)[i] = blocks_nb(computed[i], bs)
         return

@@ -20,20 +20,14 @@ from apex_opt.simulator.kernel.batch import (
     pace_nb,
 )
 from apex_opt.simulator.kernel.blocks import found_nb, recomputed_nb, register_nb, take_nb
-from apex_opt.simulator.kernel.general import close_ranks_nb, evict_nb, leave_nb
+from apex_opt.simulator.kernel.general import close_ranks_nb, evict_nb, leave_nb, placed_nb, room_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_groups import (
     begin_nb,
-    find_nb,
-    just_kept_nb,
-    lacking_nb,
     log_used_nb,
-    open_nb,
     register_groups_nb,
     release_groups_nb,
-    shed_nb,
     split_nb,
-    take_groups_nb,
 )
 from apex_opt.simulator.kernel.policies import admits_nb, blocks_nb
 from apex_opt.simulator.kernel.stages import preempted_nb, rest_nb
@@ -321,42 +315,17 @@ def waiting_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, bat
 
 
 @inner
-def room_nb(run: Run, groups: Groups, r: I64, i: int, computed: int, tokens: int, ahead: int) -> bool:
-    """Give a running request its blocks by group, preempting from the tail; whether it was not preempted itself."""
-    slot = groups.slot[i]
-    shed_nb(groups, r, slot, computed)
-    while lacking_nb(groups, r, slot, tokens, ahead, 0, 0) > r[FREE]:
-        victim = run.scratch[r[RUNNING_AT] + r[RUNNING] - 1]
-        release_groups_nb(groups, r, victim)
-        evict_nb(run, None, r)
-        column_nb(run, PROPOSED)[victim] = 0
-        if victim == i:
-            return False
-    take_groups_nb(groups, r, slot, tokens, ahead, 0)
-    return True
-
-
-@inner
 def admitted_nb(run: Run, groups: Groups, r: I64, batch: I64, i: int, known: int) -> bool:
     """Admit a waiting request with blocks by group, where it fits; whether it does."""
-    prompt, slot = column_nb(run, PROMPT), open_nb(groups, r)
-    found = find_nb(groups, r, i, known)
-    c = admits_nb(VLLM, known - found, r[BATCH_BUDGET], r[THRESHOLD], r[CHUNKED])
-    c = split_nb(groups, r, prompt[i], known, found, c)
-    held = found + c
-    if c == 0 or just_kept_nb(groups, r) or lacking_nb(groups, r, slot, known, known, 1, 1) > r[FREE]:
-        return False
-    if lacking_nb(groups, r, slot, held, held, 0, 1) > r[FREE]:
+    found, c = placed_nb(run, groups, r, i, known)
+    if c == 0:
         return False
     if r[STACK] == NONE:
         r[HEAD] = column_nb(run, FOLLOWING)[i]
         r[CACHED] += found
     else:
         r[STACK] = column_nb(run, UNDER)[i]
-    groups.slot[i] = slot
-    take_groups_nb(groups, r, slot, held, held, 1)
-    register_groups_nb(groups, r, i, min(held, known))
-    column_nb(run, COMPUTED)[i] = held
+    column_nb(run, COMPUTED)[i] = found + c
     column_nb(run, PLACE)[i] = RUNS
     run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
     r[RUNNING] += 1

@@ -78,9 +78,10 @@ class Links(NamedTuple):
 # Columns of `Run.requests`. FOLLOWING chains the requests of one replica, UNDER those preempted, a stack.
 (ARRIVAL, PROMPT, OUTPUT, LIMIT, FOLLOWING, FIRST, FINISH, GENERATED, UNDER, COMMON_SIZE) = range(10)
 # Of the steady engine: a decoding sequence has GENERATED tokens before batch JOINED, and OFFSET + k computed once batch
-# k is done; sequences in running order, and those whose last batch shares a slot of the ring.
-(JOINED, OFFSET, RUN_BEFORE, RUN_AFTER, SLOT_BEFORE, SLOT_AFTER, STEADY_REQUEST_SIZE) = range(
-    COMMON_SIZE, COMMON_SIZE + 7
+# k is done; sequences in running order, and those whose last batch shares a slot of the ring; over groups of layers
+# JOINED_BLOCKS when it began to decode.
+(JOINED, OFFSET, RUN_BEFORE, RUN_AFTER, SLOT_BEFORE, SLOT_AFTER, JOINED_BLOCKS, STEADY_REQUEST_SIZE) = range(
+    COMMON_SIZE, COMMON_SIZE + 8
 )
 # Of the general engine.
 (COMPUTED, IN_FLIGHT, BLOCKS, PLACE, DUE_NEXT, GENERAL_REQUEST_SIZE) = range(COMMON_SIZE, COMMON_SIZE + 6)
@@ -173,6 +174,9 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     ENTERED,
     HOLLOW,
     PHASE,  # residue class of contexts that needs a block in the next batch
+    LUMP,  # over groups of layers: blocks that windows give back at the first token after a chunk
+    PARTIAL_BEFORE,  # tokens computed before the last chunk of the prompt that is in part
+    WANTED,  # free blocks that somebody waits for in a stretch
     RUNNING,
     QUEUE_HEAD,
     QUEUED,
@@ -190,7 +194,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(93)
+) = range(96)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED

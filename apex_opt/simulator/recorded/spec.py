@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,7 +74,7 @@ def replay_case(
     )
     (blocks,) = whole_numbers("num_gpu_blocks", [config["num_gpu_blocks"]], 1)
     trace = _trace(rows, gcd(*(group.block_size for group in groups)) if groups else settings.block_size)
-    pool = EnginePool(settings=settings, blocks=blocks - 1, laws=[law], kv_groups=groups)
+    pool = EnginePool(settings=replace(settings, kv_groups=groups), blocks=blocks - 1, laws=[law])
     outcome = run_deployment([pool], trace, log=True, implementation=implementation)
     steps: list[list[Any]] = [
         [

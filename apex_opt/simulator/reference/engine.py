@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def scheduler_of(pool: EnginePool) -> Scheduler:
     """The scheduler of a replica, by its policy, drafts and groups of layers."""
     settings, drafts = pool.settings, pool.settings.speculation is not None
-    if pool.kv_groups:
+    if settings.kv_groups:
         grouped = GroupedSpeculativeScheduler if drafts else GroupedScheduler
-        return grouped(settings, pool.blocks, pool.kv_groups)
+        return grouped(settings, pool.blocks)
     if isinstance(settings.scheduler, TrtllmScheduling):
         return TrtllmScheduler(settings, pool.blocks, len(pool.laws))
     return (SpeculativeScheduler if drafts else SCHEDULERS[settings.scheduler.name])(settings, pool.blocks)

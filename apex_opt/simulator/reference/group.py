@@ -26,7 +26,7 @@ from apex_opt.simulator.reference.coordinator import (
     Start,
     Wanted,
 )
-from apex_opt.simulator.reference.schedulers import SCHEDULERS
+from apex_opt.simulator.reference.engine import scheduler_of
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Rank(Process):
     def __init__(self, group: Group, index: int, forwards: Forwards) -> None:
         pool = group.pool
         self.group, self.index, self.forwards = group, index, forwards
-        self.scheduler = SCHEDULERS[pool.settings.scheduler.name](pool.settings, pool.blocks)
+        self.scheduler = scheduler_of(pool)
         self.depth = pool.settings.depth(len(pool.laws))
         self.inbox = Inbox()
         self.idle = False

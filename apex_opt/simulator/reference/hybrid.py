@@ -13,10 +13,7 @@ from apex_opt.simulator.reference.schedulers import VllmScheduler
 from apex_opt.simulator.reference.speculative import SpeculativeScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
-
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.simulator.reference.sequence import Batch, Sequence
 
 
@@ -25,10 +22,10 @@ class GroupedScheduler(VllmScheduler):
 
     blocks: GroupedBlocks  # type: ignore[assignment]
 
-    def __init__(self, settings: EngineSettings, blocks: int, groups: Seq[KvGroup]) -> None:
+    def __init__(self, settings: EngineSettings, blocks: int) -> None:
         super().__init__(settings, 0)
-        self.blocks = GroupedBlocks(settings, groups, blocks)
-        self.splits = any(group.mode == "align" for group in groups)
+        self.blocks = GroupedBlocks(settings, blocks)
+        self.splits = any(group.mode == "align" for group in settings.kv_groups)
 
     def schedule(self) -> Batch:
         self.blocks.begin()

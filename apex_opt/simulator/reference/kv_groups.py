@@ -217,7 +217,8 @@ class GroupedBlocks:
     Free blocks queue up in the order they were freed, the front one is handed out next and then no longer found.
     """
 
-    def __init__(self, settings: EngineSettings, groups: Seq[KvGroup], blocks: int) -> None:
+    def __init__(self, settings: EngineSettings, blocks: int) -> None:
+        groups = settings.groups
         speculation = settings.speculation
         drafts = speculation.draft_tokens if speculation else 0
         self.kinds = [_KINDS[group.kind, group.mode](group, settings, drafts) for group in groups]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.plans.kv_groups import KvGroup
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Replica, Router
     from apex_opt.workload.trace import Trace
@@ -60,7 +59,12 @@ def run_deployment(
     closed = trace.concurrency is not None
     engines = [[_replica(pool, log=log, closed=closed) for _ in range(pool.replicas)] for pool in pools]
     every = [engine for its in engines for engine in its]
-    sequences = sequences_of(pools[0].settings, trace, pools[0].kv_groups, content)
+    sequences = sequences_of(pools[0].settings, trace, content)
+    if any(pool.settings.kv_groups != pools[0].settings.kv_groups for pool in pools):  # then requests are assigned
+        for pool, share in zip(pools, shares, strict=True):
+            own = sequences_of(pool.settings, trace)
+            for row in share.rows:
+                sequences[row] = own[row]
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
@@ -89,16 +93,20 @@ def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
     return kind(pool, log=log)
 
 
-def sequences_of(
-    settings: EngineSettings, trace: Trace, kv_groups: Seq[KvGroup] = (), content: TokenContent | None = None
-) -> list[Sequence]:
+def tells_drafts(pools: Seq[EnginePool]) -> bool:
+    """Whether a log tells what came of drafts, and over groups of layers on one stage how many blocks were free."""
+    return pools[0].settings.speculation is not None or (
+        bool(pools[0].settings.kv_groups) and all(len(pool.laws) == 1 for pool in pools)
+    )
+
+
+def sequences_of(settings: EngineSettings, trace: Trace, content: TokenContent | None = None) -> list[Sequence]:
     """The requests before they are sent.
 
     Parameters
     ----------
     settings, trace
-    kv_groups : sequence of KvGroup    of layers that share the blocks, where not all keep all tokens
-    content : TokenContent or None     what tokens are, for SGLang's tree, where that is not what the trace says
+    content : TokenContent or None    what tokens are, for SGLang's tree, where that is not what the trace says
     """
     limits, stated = trace.generated(settings.max_model_len).tolist(), trace.stated(settings.max_model_len).tolist()
     lengths = zip(trace.prompt.tolist(), trace.output.tolist(), limits, stated, strict=True)
@@ -113,10 +121,10 @@ def sequences_of(
             sequence.beginning = numbers[ALIKE - 1] if len(numbers) >= ALIKE else 0
     elif settings.prefix_caching:
         blocks = BlockContent.of(trace, settings.block_size, limits)
-        sizes = {group.block_size: BlockContent.of(trace, group.block_size, limits) for group in kv_groups}
+        sizes = {group.block_size: BlockContent.of(trace, group.block_size, limits) for group in settings.groups}
         for sequence in sequences:
             sequence.keys = blocks.keys(sequence.id)
-            sequence.group_keys = [sizes[group.block_size].keys(sequence.id) for group in kv_groups]
+            sequence.group_keys = [sizes[group.block_size].keys(sequence.id) for group in settings.groups]
     return sequences
 
 
@@ -194,9 +202,9 @@ def _outcome(pools: Seq[EnginePool], engines: Seq[Seq[Replica]], sequences: Seq[
         steps=steps,
         steps_per_replica=None if steps is None else [len(engine.steps or ()) for engine in every],
         drafted=None
-        if steps is None or (pools[0].settings.speculation is None and not pools[0].kv_groups)
+        if steps is None or not tells_drafts(pools)
         else [(batch.free, [(row.drafts, row.got) for row in batch.rows]) for batch in formed],
-        used=[batch.used for batch in formed] if steps is not None and pools[0].kv_groups else None,
+        used=[batch.used for batch in formed] if steps is not None and pools[0].settings.kv_groups else None,
         groups=() if steps is None else tuple(e.logged() for e in every if isinstance(e, Group | Together)),
         gaps_ns=np.array([b - a for s in sequences for a, b in pairwise(s.token_ns)], np.int64) if gaps else None,
         pools=found,

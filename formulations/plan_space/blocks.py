@@ -1,0 +1,235 @@
+"""What layers keep of tokens and sequences, and the blocks that stages must have room for.
+
+The rules are those of `apex_opt.plans.allotment` and `apex_opt.plans.kv_groups`, counted anew, so that the oracle can
+find fault with either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from apex_opt.ir.cells import Cut
+from apex_opt.ir.formats import KV_BYTES
+
+from .sizes import draft_blocks, limits_shared
+
+if TYPE_CHECKING:
+    from apex_opt.evaluate import Instance
+    from apex_opt.ir.model import Block
+    from apex_opt.plans.speculation import Drafter
+
+_ENLARGED, _ENLARGED_LATENT = 16, 64
+"""Tokens that blocks hold a multiple of, where they are enlarged to the size of a state."""
+
+
+class Entry(NamedTuple):
+    """What a layer keeps of each token, of those a query sees (0: all) or in chunks, or whatever there are."""
+
+    bytes_each: int
+    seen: int
+    chunked: bool
+    state: bool
+
+
+class Pool(NamedTuple):
+    """Layers over one pool.
+
+    Parameters
+    ----------
+    groups : (tokens of a block, tokens a query sees, whether it is a state) of each
+    places : layers in each group
+    page : bytes of a block for one layer; where there is one group 0, as layers may differ
+    tokens : of a block of attention
+    """
+
+    groups: tuple[tuple[int, int, bool], ...]
+    places: tuple[tuple[int, ...], ...]
+    page: int
+    tokens: int
+
+
+class Pools:
+    """The pools of an instance's plans; what plans share is counted once."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.grouped = instance.settings.scheduler.name == "vllm"
+        kept = [entry for block in instance.model.blocks for entry in _entries(block, 1, 2, 0)]
+        for drafter in instance.drafters:
+            kept += [entry for block in draft_blocks(instance, drafter) for entry in _entries(block, 1, 2, 0)]
+        self.windowed = self.grouped and any(entry.seen for entry in kept)
+        """Whether how much is kept may depend on the tokens of a batch."""
+        self.varied = self.grouped and len({entry[1:] for entry in kept}) > 1
+        """Whether layers may make several groups."""
+        self.apart = not self.grouped and any(entry.state for entry in kept)
+        """Whether states lie apart from the blocks."""
+        self._found: dict[tuple[object, ...], Pool | None] = {}
+
+    def of(self, drafter: Drafter | None, tp: int, kv: str) -> Pool | None:
+        """How the layers share a pool; None where they cannot.
+
+        Parameters
+        ----------
+        drafter : Drafter or None    how drafts are made, of which the layers come last
+        tp : int                     shards of attention
+        kv : str                     format of the cache
+        """
+        drafts = drafter.draft_tokens if drafter else 0
+        extra = draft_blocks(self.instance, drafter)
+        blocks = {id(block): block for block in (*self.instance.model.blocks, *extra)}
+        entries = {name: _entries(block, tp, KV_BYTES[kv], drafts) for name, block in blocks.items()}
+        key = drafter, *entries.values()
+        if key not in self._found:
+            runs = self.instance.model.runs
+            order = [id(run.block) for run in runs for _ in range(run.count)] + [id(block) for block in extra]
+            latent = any("latent" in block.attention.traits for block in blocks.values())
+            self._found[key] = self._share([entries[name] for name in order], latent=latent)
+        return self._found[key]
+
+    def _share(self, layers: list[tuple[Entry, ...]], *, latent: bool) -> Pool | None:
+        """Layers put into groups: each kind into as many as it takes, dealt out in turn.
+
+        Parameters
+        ----------
+        layers : what each keeps
+        latent : bool    whether attention is
+        """
+        settings = self.instance.settings
+        flat = [(layer, entry) for layer, its in enumerate(layers) for entry in its if self.grouped or not entry.state]
+        tokens = [entry.bytes_each for _, entry in flat if not entry.state]
+        states = [entry.bytes_each for _, entry in flat if entry.state]
+        size = settings.block_size
+        if states and tokens:
+            unit = _ENLARGED_LATENT if latent else _ENLARGED
+            size = max(size, -(-max(states) // (max(tokens) * unit)) * unit)
+        chunked = any(entry.chunked for _, entry in flat)
+        if chunked and len({entry.seen for _, entry in flat if entry.seen and not entry.chunked}) > 1:
+            return None
+        of_state = size if settings.prefix_caching else settings.max_model_len
+        kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+        for layer, entry in flat:
+            seen = 0 if chunked or not self.grouped else entry.seen
+            kind = (of_state, 0, True) if entry.state else (size, seen, False)
+            kinds.setdefault(kind, []).append((layer, entry.bytes_each))
+        if len(kinds) <= 1:
+            return Pool(tuple(kinds), (tuple(layer for layer, _ in flat),), 0, size)
+        page = size * max(tokens)
+        equal: dict[tuple[int, int, bool], list[int]] = {}
+        for (span, seen, state), its in kinds.items():
+            for layer, one in its:
+                if not state and page % (size * one):
+                    return None
+                equal.setdefault((span if state else page // one, seen, state), []).append(layer)
+        numbers = [len(its) for its in equal.values()]
+        share = max(numbers) if 2 * max(numbers) < 3 * min(numbers) else min(numbers)
+        groups, places = [], []
+        for kind, mine in equal.items():
+            ways = -(-len(mine) // share)
+            groups += [kind] * ways
+            places += [tuple(mine[way::ways]) for way in range(ways)]
+        return Pool(tuple(groups), tuple(places), page, size)
+
+    def room(self, pool: Pool, drafter: Drafter | None, batched: int) -> int:
+        """Blocks that the pool must have: those of the longest request and one never handed out.
+
+        Parameters
+        ----------
+        pool : Pool
+        drafter : Drafter or None    how drafts are made
+        batched : int                tokens of a batch
+        """
+        tokens, length = self.instance.longest_tokens, self.instance.settings.max_model_len
+        drafts = drafter.draft_tokens if drafter else 0
+        if drafter is not None and drafter.method != "ngram":
+            tokens = max(tokens, min(tokens + drafts, length))
+        blocks = 1
+        for size, seen, state in pool.groups or ((pool.tokens, 0, False),):
+            if state:
+                blocks += 1 + drafts + int(self.instance.settings.prefix_caching and tokens > size)
+            else:
+                most = -(-min(seen - 1 + batched, length) // size) + 1 if seen else tokens
+                blocks += min(-(-tokens // size), most)
+        return blocks
+
+    def layer_bytes(self, block: Block, drafter: Drafter | None, batched: int, tp: int, kv: str) -> int:
+        """Bytes that a stage must have room for, for each layer of a kind; 0 where several groups share the blocks.
+
+        Parameters
+        ----------
+        block : Block                of such a layer
+        drafter : Drafter or None    how drafts are made
+        batched : int                tokens of a batch
+        tp : int                     shards of attention
+        kv : str                     format of the cache
+        """
+        pool = self.of(drafter, tp, kv)
+        if pool is None or len(pool.groups) > 1:
+            return 0
+        drafts = drafter.draft_tokens if drafter else 0
+        mine = _entries(block, tp, KV_BYTES[kv], drafts)
+        tokens = sum(entry.bytes_each for entry in mine if not entry.state)
+        states = sum(entry.bytes_each for entry in mine if entry.state) if self.grouped else 0
+        return self.room(pool, drafter, batched) * (pool.tokens * tokens + states)
+
+    def shared_bytes(
+        self, drafter: Drafter | None, batched: int, tp: int, kv: str, places: tuple[tuple[int, ...], ...]
+    ) -> int:
+        """Bytes that a stage must have room for, for each layer of the group that has the most there.
+
+        Parameters
+        ----------
+        drafter : Drafter or None    how drafts are made
+        batched : int                tokens of a batch
+        tp : int                     shards of attention
+        kv : str                     format of the cache
+        places : layers of each group; 0 where they are put into others
+        """
+        pool = self.of(drafter, tp, kv)
+        if pool is None or len(pool.groups) < 2 or pool.places != places:
+            return 0
+        return self.room(pool, drafter, batched) * pool.page
+
+    def states_bytes(self, block: Block, drafter: Drafter | None, tp: int) -> int:
+        """Bytes of the states of a sequence in a layer, where they lie apart.
+
+        Parameters
+        ----------
+        block : Block                of the layer
+        drafter : Drafter or None    how drafts are made
+        tp : int                     shards of attention
+        """
+        drafts = drafter.draft_tokens if drafter else 0
+        return sum(entry.bytes_each for entry in _entries(block, tp, 1, drafts) if entry.state) if self.apart else 0
+
+    def seats(self, seqs: int, copies: int, stages: int, drafter: Drafter | None) -> int:
+        """Sequences of which each device has states, where these lie apart from the blocks.
+
+        Parameters
+        ----------
+        seqs : int                   of a batch
+        copies : int                 of attention
+        stages : int                 of the pipeline
+        drafter : Drafter or None    how drafts are made
+        """
+        times = stages if self.instance.settings.scheduler.seats_per_stage else 1
+        return -(-seqs * times // limits_shared(self.instance, copies, drafter))
+
+
+def _entries(block: Block, tp: int, kv_bytes: int, drafts: int) -> tuple[Entry, ...]:
+    """What a layer keeps on one device, with so many bytes per element of the cache.
+
+    Parameters
+    ----------
+    block : Block
+    tp : int          shards of attention
+    kv_bytes : int
+    drafts : int      tokens that are drafted at once
+    """
+    found = []
+    for kept in block.attention.cache(Cut(heads=tp)):
+        state, token = kept.sequence_bytes(drafts), kept.token_bytes(kv_bytes)
+        if state:
+            found.append(Entry(state, 0, chunked=False, state=True))
+        else:
+            found.append(Entry(token, getattr(kept, "window", None) or 0, getattr(kept, "chunked", False), state=False))
+    return tuple(found)

@@ -1,0 +1,111 @@
+"""Memory as the engine allots it: groups, pages, enlarged blocks, states beside blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from plan_cases import SMALL, dense, keeping, make_gpu, make_model, with_window
+
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
+from apex_opt.ir.registry import load_model
+from apex_opt.plans.allotment import allotted
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.kv_groups import KvGroup
+from apex_opt.plans.memory import kv_blocks, settings_of, stage_memory
+from apex_opt.plans.plan import parse_plan
+from apex_opt.units import GIB
+
+FULL = KvGroup(kind="full", block_size=16)
+
+
+def test_gpt_oss_has_as_many_blocks_in_20_gib_as_vllm_says() -> None:
+    """The figure of `get_kv_cache_config_from_groups`: 12 layers of each kind, pages of 32 KiB."""
+    model = load_model("gpt-oss-20b")
+    found = allotted(model, parse_plan("tp1", model), EngineSettings())
+    assert found.groups == (KvGroup(kind="window", block_size=16, window=128), FULL)
+    assert 20 * GIB // found.block_bytes(0, 24) == 54_613
+
+
+@pytest.mark.parametrize(("tp", "tokens"), [(1, 544), (2, 544), (4, 272), (8, 144)])
+def test_blocks_are_enlarged_to_a_state_as_vllm_logs_it(tp: int, tokens: int) -> None:
+    """Qwen3-Next-80B: three layers of four have a state of 1,097,728 bytes, the others two KV heads of 256."""
+    plain = dense(hidden=2048, heads=16, kv=2, width=256)
+    model = make_model(*[(keeping(plain, state_bytes=1_097_728), 3), (plain, 1)] * 12)
+    plan = parse_plan(f"tp{tp}", model)
+    settings = settings_of(model, EngineSettings(), plan)
+    assert settings.block_size == tokens
+    assert [group.kind for group in settings.kv_groups] == ["state"] * 3 + ["full"]
+    page = tokens * 2 * 256 * 2 * max(2 // tp, 1)
+    assert allotted(model, plan, EngineSettings()).block_bytes(0, 48) == 12 * page
+    held = settings.most_blocks(np.array([1, tokens, tokens + 1, 100_000]))
+    assert held.tolist() == [3 + 1, 3 + 1, 3 + 2, 3 + -(-100_000 // tokens)]
+
+
+def test_with_prefix_caching_the_last_state_is_kept_beside_the_running_one() -> None:
+    plain = dense(hidden=256, heads=4, kv=2)
+    model = make_model((keeping(plain, state_bytes=5000), 1), (plain, 1))
+    settings = settings_of(model, replace(SMALL, prefix_caching=True), parse_plan("tp1", model))
+    state, full = settings.kv_groups
+    assert (state.kind, state.mode, state.block_size) == ("state", "align", settings.block_size)
+    assert full.block_size == settings.block_size
+    assert settings.most_blocks(np.array([settings.block_size, settings.block_size + 1])).tolist() == [2, 4]
+
+
+def test_one_kind_of_layer_is_charged_as_ever() -> None:
+    model = load_model("llama-3.1-8b")
+    plan = parse_plan("pp2 tp2", model)
+    found = allotted(model, plan, EngineSettings())
+    assert (found.groups, found.block_size) == ((), 16)
+    assert found.block_bytes(0, 16) == 16 * 16 * 2 * 4 * 128 * 2
+    assert settings_of(model, EngineSettings(), plan) == EngineSettings()
+
+
+def test_groups_are_common_to_all_stages_and_a_stage_has_room_for_its_fullest() -> None:
+    plain = dense(hidden=256, heads=4, kv=2)
+    slid = with_window(plain, 64)
+    model = make_model((slid, 4), (plain, 4))
+    found = allotted(model, parse_plan("pp2 tp1", model), EngineSettings())
+    page = found.page_bytes
+    assert [group.kind for group in found.groups] == ["window", "full"]
+    assert [found.block_bytes(0, 8), found.block_bytes(0, 4), found.block_bytes(2, 6)] == [4 * page, 4 * page, 2 * page]
+    stages = stage_memory(model, make_gpu(), parse_plan("pp2 tp1", model), SMALL)
+    assert kv_blocks(stages) == min(stage.kv_blocks for stage in stages) - 1
+
+
+def test_windows_beside_chunks_are_kept_as_if_they_saw_all() -> None:
+    plain = dense(hidden=256, heads=4, kv=2)
+    model = make_model((keeping(plain, chunk=64), 3), (plain, 1))
+    found = allotted(model, parse_plan("tp1", model), EngineSettings())
+    assert found.groups == ()
+    assert found.block_bytes(0, 4) == 4 * 16 * 2 * 2 * 64 * 2
+
+
+def test_pages_that_have_no_common_size_are_a_fault_that_says_so() -> None:
+    model = make_model((with_window(dense(heads=6, kv=2), 64), 1), (dense(heads=6, kv=3), 1))
+    assert "do not divide" in allotted(model, parse_plan("tp1", model), EngineSettings()).fault
+
+
+@pytest.mark.parametrize("scheduler", [SglangScheduling(), TrtllmScheduling()])
+def test_other_engines_keep_all_tokens_and_have_a_state_for_every_sequence(
+    scheduler: SglangScheduling | TrtllmScheduling,
+) -> None:
+    plain = dense(hidden=256, heads=4, kv=2)
+    model = make_model((keeping(plain, state_bytes=5000), 3), (with_window(plain, 64), 1))
+    settings = replace(SMALL, scheduler=scheduler)
+    plan = parse_plan("tp1", model)
+    assert settings_of(model, settings, plan) == settings
+    (stage,) = stage_memory(model, make_gpu(), plan, settings)
+    assert stage.states_bytes == settings.max_num_seqs * 3 * 5000
+    assert stage.kv_block_bytes == settings.block_size * 2 * 2 * 64 * 2
+
+
+def test_a_longer_sequence_needs_no_fewer_blocks_and_the_longest_that_fits_is_found() -> None:
+    groups = (FULL, KvGroup(kind="window", block_size=16, window=40), KvGroup(kind="state", block_size=999))
+    settings = replace(SMALL, kv_groups=groups)
+    needs = settings.most_blocks(np.arange(1, settings.max_model_len + 1))
+    assert (np.diff(needs) >= 0).all()
+    for blocks in (0, 1, 3, 10, 57):
+        assert settings.longest(blocks) == int((needs <= blocks).sum())
+    assert (settings.least_blocks(np.arange(1, 500)) <= settings.most_blocks(np.arange(1, 500) + 1)).all()
