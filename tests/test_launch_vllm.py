@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from apex_opt.plans.memory import kv_blocks, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.speculation import Speculation, parse_drafter
 from apex_opt.units import GIB
+
+MODELS = Path(__file__).parent / "cases" / "models"
 
 
 def test_tensor_shards_on_one_node() -> None:
@@ -83,6 +86,19 @@ def test_a_tower_that_reads_images_is_left_out_as_it_is_of_the_plan(heads: int) 
     assert has(found, "images: --language-model-only")
     plain = emitted("vllm", DENSE, "tp4", 1, 4)
     assert "--language-model-only" not in plain.commands[0].argv and not has(plain, "images")
+
+
+def test_a_tower_that_the_plan_serves_is_not_left_out() -> None:
+    model = replace(load_model(str(MODELS / "qwen2.5-vl-7b.json")), images=(300.0, 0.5))
+    found = emitted("vllm", model, "tp4", 1, 4)
+    assert "--language-model-only" not in found.commands[0].argv and not has(found, "images")
+
+
+def test_encoders_are_run_as_what_they_answer_with() -> None:
+    found = emitted("vllm", load_model(str(MODELS / "bert-large-uncased.json")), "tp1", 1, 1)
+    assert value(found.commands[0], "--runner") == "pooling"
+    whisper = emitted("vllm", load_model(str(MODELS / "whisper-large-v3.json")), "tp4", 1, 4)
+    assert "--runner" not in whisper.commands[0].argv
 
 
 def test_a_deprecated_method_of_quantisation_is_allowed_by_name() -> None:
