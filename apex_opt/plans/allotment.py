@@ -3,7 +3,8 @@
 vLLM puts layers that keep different things into groups over one pool of blocks. Before that it enlarges the blocks of
 attention until one is no smaller than a state, to which states are padded. Where some layer sees chunks of the context
 all windows are kept as if they saw all of it, as its manager of several kinds is then switched off by default. Other
-engines keep all tokens of every layer that sees any, and have a state of each layer for every sequence that can run.
+engines keep all tokens of every layer that sees any, and have a state of each layer for every sequence that can run;
+so is it with layers for which vLLM has a pool of their own kind, cells with the trait "own pool".
 
 Source: `HybridAttentionMambaModelConfig` and `get_kv_cache_configs` of vLLM 0.20.2, in our own words; block sizes that
 it logs settle it.
@@ -108,7 +109,8 @@ def allotted(model: Model, plan: Plan, settings: EngineSettings) -> Allotment:
     model, plan
     settings : EngineSettings    of the plan or of all
     """
-    grouped = isinstance(settings.scheduler, VllmScheduling)
+    own = any("own pool" in run.block.attention.traits for run in model.runs)
+    grouped = isinstance(settings.scheduler, VllmScheduling) and not own
     terms = Terms(grouped, settings.block_size, settings.max_model_len, settings.prefix_caching)
     drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
     return _allotted(model, drafter, plan.attention.tp, plan.kv_format, terms)

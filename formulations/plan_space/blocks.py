@@ -53,7 +53,8 @@ class Pools:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.grouped = instance.settings.scheduler.name == "vllm"
+        own = any("own pool" in block.attention.traits for block in instance.model.blocks)
+        self.grouped = instance.settings.scheduler.name == "vllm" and not own
         kept = [entry for block in instance.model.blocks for entry in _entries(block, 1, 2, 0)]
         for drafter in instance.drafters:
             kept += [entry for block in draft_blocks(instance, drafter) for entry in _entries(block, 1, 2, 0)]
