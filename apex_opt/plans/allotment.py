@@ -151,6 +151,12 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
             page, size = kept.sequence_bytes(drafts), terms.max_model_len
             found.append(KvLayer(kind="state", block_size=size, page_bytes=page))
             continue
+        if kept.fixed_tokens:
+            # Keys and values of an encoder: as many blocks as they take, each a state of its own to the pool.
+            page, size = terms.block_size * kept.token_bytes(kv_bytes), terms.max_model_len
+            blocks = ceil_div(kept.fixed_tokens, terms.block_size)
+            found += [KvLayer(kind="state", block_size=size, page_bytes=page)] * blocks
+            continue
         window = 0 if kept.chunked or not terms.grouped else kept.window or 0
         found.append(
             KvLayer(
