@@ -116,7 +116,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
     answer = search(problem, space, ask.tell, ask.top, ask.time_limit, scorer)
     # Of several types of GPU the search says why of each; what would help is for `explain`.
     found = Explanation(answer=answer)
-    if not problem.mixed:
+    if not problem.several:
         found = explained(problem, answer, space, ask.tell, ask.time_limit, scorer)
 
     def replay(progress: Progress) -> Check:
@@ -161,10 +161,11 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
 def explain(ask: arguments.ExplainAsk) -> Result:
     """Say why no plan fits and what would, or why a plan loses to the best."""
     from apex_opt.report.explain import explanation_document
-    from apex_opt.resolve import planned, resolve
+    from apex_opt.resolve import planned, refuse_pools, resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.explain import explain as find
 
+    refuse_pools("explain", ask)
     problem, deployment = resolve(ask, most_gpus=LARGEST_SEARCH), None
     if ask.plan is not None:
         # Of several formats to choose from, the first is that of a plan that names none.
@@ -184,10 +185,11 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     from apex_opt.report.capacity import capacity_document
-    from apex_opt.resolve import resolve, resolve_plan
+    from apex_opt.resolve import refuse_pools, resolve, resolve_plan
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
 
+    refuse_pools("capacity", ask)
     # The rate is what is asked for, not that of the trace, which may have none.
     unrated, deployment = replace(ask, rate=None), None
     if ask.plan is None:
@@ -224,7 +226,7 @@ def simulate(ask: arguments.SimulateAsk) -> Result:
     return Result(
         document=_answer_document("simulate", problem, answer, ask),
         found=answer.best is not None,
-        files={} if answer.best is None or problem.mixed else _files(problem, deployment, ask),
+        files={} if answer.best is None or problem.several else _files(problem, deployment, ask),
     )
 
 
@@ -298,7 +300,7 @@ def _answer_document(
     from apex_opt.search import Scorer
 
     scorer = Scorer(problem)
-    why = {} if found is None or problem.mixed else why_document(found)
+    why = {} if found is None or problem.several else why_document(found)
     told = answer_document(name, problem, answer, scorer.provenance(answer.candidates[:top]), top, **why)
     document = cast("TypedAnswer | MixedAnswer", told)
     if answer.best is not None and (problem.mixed or problem.tree is not None or ask.emit):
@@ -315,7 +317,7 @@ def _placed(document: TypedAnswer | MixedAnswer, scorer: Scorer, best: Scored, a
     problem = scorer.problem
     if isinstance(document, MixedAnswer):
         assert document.best is not None
-        assignments = [_assigned(scorer, use.pool) for use in best.pools]
+        assignments = _assigned_all(scorer, best.deployment, ask)
         run, launch = placed_run(document.best, assignments), _launch(scorer, best, ask, assignments)
         return replace(document, best=run, launch=launch)
     found = formulation("placement").place_plan(scorer.facts().layouts, best.plan)
@@ -331,6 +333,27 @@ def _assigned(scorer: Scorer, pool: Pool) -> Assignment:
     return cast("Assignment", placement.place_plan(facts.layouts, pool.plan).assignment)
 
 
+def _assigned_all(scorer: Scorer, deployment: Deployment, ask: Ask) -> list[Assignment]:
+    """The GPUs of every pool: of two on the same type those with the larger part in a node first, then the other."""
+    pools = deployment.pools
+    if len({pool.types for pool in pools}) == len(pools):
+        return [_assigned(scorer, pool) for pool in pools]
+    from apex_opt.resolve import tree_beside
+
+    def chunk(place: int) -> int:
+        layouts = scorer.facts_of(pools[place]).layouts
+        return -layouts.best(pools[place].plan).node_chunk
+
+    found: dict[int, Assignment] = {}
+    taken: list[str] = []
+    for place in sorted(range(len(pools)), key=chunk):
+        layouts = scorer.facts_of(pools[place]).layouts
+        free = layouts.on(tree_beside(ask, taken, pools[place].types)) if taken else layouts
+        found[place] = formulation("placement").place_plan(free, pools[place].plan).assignment
+        taken += [gpu for replica in found[place] for stage in replica for gpu in stage]
+    return [found[place] for place in range(len(pools))]
+
+
 def _launch(
     scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
 ) -> LaunchDocument | None:
@@ -338,10 +361,10 @@ def _launch(
     if not ask.emit:
         return None
     from apex_opt.engines import load_kind
-    from apex_opt.launch import launch, together
+    from apex_opt.launch import handing_over, launch, together
     from apex_opt.report.launch import launch_document
 
-    uses = scored.pools
+    uses, taken = scored.pools, dict[int, int]()
     found = [
         launch(
             scorer.facts_of(use.pool).problem,
@@ -349,10 +372,14 @@ def _launch(
             load_kind(ask.engine).rules.name,
             _checkpoint(ask),
             assignment,
+            taken,
         )
-        for use, assignment in zip(uses, assignments or [_assigned(scorer, use.pool) for use in uses], strict=True)
+        for use, assignment in zip(uses, assignments or _assigned_all(scorer, scored.deployment, ask), strict=True)
     ]
-    if not scorer.problem.mixed:
+    if scored.deployment.disaggregated:
+        prefill, decode = found
+        return launch_document(handing_over(prefill, decode, uses[0].pool.plan.replicas))
+    if not scorer.problem.several:
         return launch_document(found[0])
     requests = sum(use.requests for use in uses)
     shares = [use.requests / requests for use in uses]

@@ -116,6 +116,10 @@ class Ask(Setup):
     slo : Goals that must all hold, such as {goals}.
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : How requests are dealt to replicas: round_robin or least_loaded.
+    serving : What may be deployed: aggregated, replicas that compute prompts and answer them; pools, one of instances
+        that compute prompts (prefill) and one of those that answer them (decode); or both, aggregated,pools.
+    handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
+        notice_us, post_us and descriptor_us. By default as published for the engine.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
     speculation : How drafts are made that are verified with every token: none, eagle:3, mtp:1, ngram:5 or draft:MODEL:3
         with so many drafts, eagle:0-5 for a choice of their number, or several with commas.
@@ -137,6 +141,8 @@ class Ask(Setup):
     slo: str | None = None
     price: Annotated[float | None, Param(1e-6, 1e6)] = None
     routing: Literal["round_robin", "least_loaded"] = "round_robin"
+    serving: str = "aggregated"
+    handover: str | None = None
     chunked_prefill: bool | None = None
     speculation: str = "none"
     acceptance: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar, get_args
 
 from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
@@ -17,6 +17,7 @@ from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
+from apex_opt.ir.cells import State
 from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
@@ -24,6 +25,7 @@ from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
+from apex_opt.search.problem import Serving
 from apex_opt.workload import Trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -91,6 +93,10 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
+    serving = _serving(ask, trace, model)
+    times = kind.handing_over(ask.handover) if "pools" in serving else None
+    if times is None and ask.handover is not None:
+        raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
         *_about_prefixes(ask, trace),
         *_about_images(model),
@@ -135,6 +141,75 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         notes=notes,
         holds_longest=ask.max_model_len is not None,
         routing=ask.routing,
+        serving=serving,
+        handover=times,
+        handover_sources=_about_handover(ask, kind) if times else (),
+    )
+
+
+def refuse_pools(command: str, ask: Ask) -> None:
+    """Refuse prefill and decode pools where a command is not asked of them.
+
+    Raises
+    ------
+    UsageError
+    """
+    if "pools" in ask.serving or "{" in str(getattr(ask, "plan", "")):
+        raise UsageError(
+            f"--serving=pools: {command} is of pools that do both phases; plan, energy, pareto and simulate take "
+            "prefill and decode pools"
+        )
+
+
+def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
+    """What may be deployed; prefill and decode pools where a plan has them.
+
+    Parameters
+    ----------
+    ask, trace, model
+    """
+    known = get_args(Serving)
+    chosen = [name.strip() for name in ask.serving.split(",")]
+    if "{" in str(getattr(ask, "plan", "")):
+        chosen = ["pools"]
+    for name in chosen:
+        if name not in known:
+            raise UnknownNameError("serving", name[:60], known)
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"--serving: {ask.serving!r:.60} names one twice")
+    if "pools" not in chosen:
+        return ("aggregated",)
+    if trace.concurrency is not None:
+        raise UsageError(
+            "--serving=pools: prefill and decode pools are simulated with arrivals, not with a closed loop of clients; "
+            "give a trace with arrivals or a rate"
+        )
+    if (why := _kept_apart(model)) is not None:
+        raise UsageError(f"--serving=pools: {model.name} {why}, and such hand-overs are not simulated; leave it out")
+    if ask.speculation != "none":
+        raise UsageError("--serving=pools: drafts are not simulated where prompts are handed over; leave one out")
+    if ask.routing != "round_robin":
+        raise UsageError("--serving=pools: requests are dealt to its instances in turn; leave --routing out")
+    return tuple(name for name in known if name in chosen)
+
+
+def _kept_apart(model: Model) -> str | None:
+    """What a model keeps of a request that no connector is known to hand over; None where it keeps keys and values."""
+    if model.pools:
+        return "answers with a vector"
+    if model.tower is not None:
+        return f"reads {model.tower.reads} with a tower"
+    if any(isinstance(kept, State) for block in model.blocks for kept in block.attention.cache()):
+        return "keeps states of sequences"
+    return None
+
+
+def _about_handover(ask: Ask, kind: EngineKind) -> tuple[tuple[str, str], ...]:
+    """Where the times of a hand-over are from."""
+    given = ask.handover or ""
+    return tuple(
+        (f"hand-over, {name}", "given: --handover" if f"{name}=" in given else known.source)
+        for name, known in kind.handover.items()
     )
 
 
@@ -328,6 +403,23 @@ def _pools(ask: Ask) -> tuple[tuple[Cluster, ...], tuple[Tree | None, ...]]:
     return clusters, tuple(Tree.of(wiring, taken, cluster.gpu.name) for cluster in clusters)
 
 
+def tree_beside(ask: Ask, gpus: Sequence[str], types: tuple[str, ...]) -> Tree:
+    """The free GPUs of a type but some that another pool has.
+
+    Parameters
+    ----------
+    ask : Ask
+    gpus : names of these
+    types : the type, or nothing where there is but one
+
+    Raises
+    ------
+    UsageError    no GPU is left
+    """
+    name = types[0] if types else None
+    return Tree.of(load_wiring(ask.cluster), _taken(ask.cluster, ask.busy, ask.down) | set(gpus), name)
+
+
 def _taken(cluster: Wired, busy: str | None, down: str | None) -> set[str]:
     """GPUs that are not to be had."""
     given = [(what, text) for what, text in (("--busy", busy), ("--down", down)) if text is not None]
@@ -411,7 +503,7 @@ def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) 
         raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
     if len(offer.clocks) > 1:
         raise UsageError(f"--clock: {ask.clock!r:.60} names several clocks; one plan has one")
-    words = text.lower().split()
+    words = text.lower().replace("{", " ").replace("}", " ").split()
     weights = plan.weight_format if plan.weight_format in words else offer.weight_formats[0]
     if any(word.startswith("kv=") for word in words):
         kv = plan.kv_format

@@ -30,7 +30,7 @@ from apex_opt.search import Scorer, search
 from apex_opt.search.dealing import dealt
 from apex_opt.search.option import options_of
 from apex_opt.search.search import silent
-from apex_opt.search.shapes import Mixed, Pipelines, Single
+from apex_opt.search.shapes import Pipelines, Single, Together, mixed
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
 from apex_opt.workload import make_trace
 from formulations.plan_space import PlanSpace
@@ -230,7 +230,7 @@ def deployments(problem: Problem) -> Iterator[Deployment]:
     yield from pipes(problem)
 
 
-def shapes_of(problem: Problem) -> list[Single | Mixed | Pipelines]:
+def shapes_of(problem: Problem) -> list[Single | Together | Pipelines]:
     """Every shape that deployments of a problem can have, none of whose deployments is too bad to look at."""
     scorer = Scorer(problem)
     singles = [Single(scorer.facts(name), SPACE, name if problem.mixed else None, silent) for name in problem.types]
@@ -241,8 +241,8 @@ def shapes_of(problem: Problem) -> list[Single | Mixed | Pipelines]:
         for single in singles
     ]
     places = range(len(singles))
-    mixed = [
-        Mixed(problem, [singles[i] for i in some], [options[i] for i in some], lambda bound, part: True, silent)
+    fleets = [
+        mixed(problem, [singles[i] for i in some], [options[i] for i in some], lambda bound, part: True, silent)
         for size in range(2, len(singles) + 1)
         for some in combinations(places, size)
     ]
@@ -251,7 +251,7 @@ def shapes_of(problem: Problem) -> list[Single | Mixed | Pipelines]:
         for one, other in combinations(places, 2)
         if joined(problem, one, other) is not None
     ]
-    return [*singles, *mixed, *found]
+    return [*singles, *fleets, *found]
 
 
 def pipes(problem: Problem) -> Iterator[Deployment]:

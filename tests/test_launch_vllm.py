@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, placed, servers, value
 
+import apex_opt
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.ir import load_model
 from apex_opt.ir.scheme import Scheme
@@ -233,3 +234,25 @@ def test_drafts_are_asked_for_as_json(text: str, said: dict[str, Any]) -> None:
     assert json.loads(value(command, "--speculative-config")) == said
     assert ("--async-scheduling" in command.argv) is not text.startswith("ngram")
     assert any("EAGLE3_HEAD" in note for note in found.notes) is text.startswith("eagle")
+
+
+def test_pools_that_hand_over_have_the_connector_and_a_proxy_that_knows_every_server() -> None:
+    answer = apex_opt.simulate(
+        plan="prefill{dp2 tp1 bf16} + decode{tp2 bf16}",
+        model="llama-3.1-8b",
+        cluster="4xh100-sxm",
+        trace="poisson:rate=2,n=20,prompt=100,output=8",
+        emit=True,
+    )
+    *servers_, proxy = answer.to_dict()["launch"]["commands"]
+    gpus = [server["env"]["CUDA_VISIBLE_DEVICES"] for server in servers_]
+    assert sorted(",".join(gpus)) == sorted("0,1,2,3")
+    assert len({server["env"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] for server in servers_}) == 3
+    listening = [server["argv"][server["argv"].index("--port") + 1] for server in servers_]
+    assert len(set(listening)) == 3
+    for server in servers_:
+        config = json.loads(server["argv"][server["argv"].index("--kv-transfer-config") + 1])
+        assert config == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    words = proxy["argv"]
+    prefill, decode = (words[words.index(f"--{kind}-ports") + 1 :] for kind in ("prefiller", "decoder"))
+    assert prefill[:2] + decode[:1] == listening

@@ -134,3 +134,31 @@ def test_a_deployment_without_a_pool_is_none() -> None:
     two = Deployment(pools=tuple(Pool(plan=parse_plan("tp1", MODEL), gpu=name) for name in TYPES[:2]))
     with pytest.raises(ValueError, match="too many values"):
         _ = two.plan
+
+
+PAIRS = ("prefill{attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16}",)
+
+
+@pytest.mark.parametrize("text", PAIRS)
+def test_prefill_and_decode_pools_are_read_back_as_they_were(text: str) -> None:
+    found = parse_deployment(text, MODEL, ("h100",))
+    assert str(found) == text
+    assert found.disaggregated
+    assert [pool.role for pool in found.pools] == ["prefill", "decode"]
+    over = parse_deployment(" prefill{ a100: tp2 }+decode{h100-sxm:tp1}", MODEL, LONG)
+    assert [pool.gpu for pool in over.pools] == ["a100-sxm-80gb", "h100-sxm-80gb"]
+    assert parse_deployment(str(over), MODEL, LONG) == over
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("prefill{tp2}", "prefill{tp2} decode{tp2}", "decode{tp2} + prefill{tp2}", "prefill{tp2 + decode{tp2}"),
+        *("prefill{tp2} + prefill{tp2}", "a{tp2} + decode{tp2}", "prefill{} + decode{tp2}", "{tp2} + {tp2}"),
+        "prefill{tp2} + decode{tp2} + decode{tp2}",
+    ],
+)
+def test_what_is_no_pair_of_pools_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_deployment(text, MODEL, ("h100",))
+    assert "\n" not in str(error.value)

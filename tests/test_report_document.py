@@ -12,7 +12,8 @@ from apex_opt.arguments import Ask
 from apex_opt.figures import parse_goals
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.report import types
-from apex_opt.report.document import answer_document, cluster_row, model_row, scored_document
+from apex_opt.report.document import answer_document, cluster_row, scored_document
+from apex_opt.report.models import model_row
 from apex_opt.report.tables import rendered
 from apex_opt.resolve import resolve, resolve_plan
 from apex_opt.schema import to_plain
@@ -199,8 +200,9 @@ def test_a_bound_on_what_is_maximised_lies_above_it() -> None:
 
 def test_every_setting_of_an_engine_is_told() -> None:
     told = {field.name for kind in (types.EngineFacts, types.QuestionFacts) for field in fields(kind)}
-    # A scheduler is told by its name, as the policy, with what is its own; what comes of drafts among the speculation.
-    assert {field.name for field in fields(EngineSettings)} - told == {"scheduler", "drafting"}
+    # A scheduler is told by its name, as the policy, with what is its own; what comes of drafts among the speculation;
+    # what instances do with each pool.
+    assert {field.name for field in fields(EngineSettings)} - told == {"scheduler", "drafting", "role"}
 
 
 def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:

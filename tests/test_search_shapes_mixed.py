@@ -18,7 +18,7 @@ from apex_opt.search.best_first import ROUND
 from apex_opt.search.incumbent import Best
 from apex_opt.search.option import options_of
 from apex_opt.search.search import silent
-from apex_opt.search.shapes import Mixed, Single
+from apex_opt.search.shapes import Single, mixed
 from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def test_scouts_are_the_best_of_each_type_side_by_side_within_the_gpus_there_are
     options = [
         options_of(single.facts, pools, silent) for single, pools in zip(singles, pools_of(problem), strict=True)
     ]
-    shape = Mixed(problem, singles, options, Best(problem, 1).admits, silent)
+    shape = mixed(problem, singles, options, Best(problem, 1).admits, silent)
     alone = [search(problem.alone(place), SPACE, top=6).candidates for place in range(2)]
     found = shape.scouts(alone)
     texts = {tuple(str(pool.plan) for pool in deployment.pools) for deployment, _ in found}

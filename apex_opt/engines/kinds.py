@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.cluster.toml_reader import read_toml
+from apex_opt.engines.handover import HandoverTimes
 from apex_opt.engines.schedulers import SCHEDULINGS, Scheduling
 from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.trtllm import TRTLLM
@@ -76,6 +77,7 @@ class EngineKind:
     commands : bool            whether there are commands that start it, in the words of the engine of `rules`
     own_time : mapping         what kernels do not explain, as `apex_opt.cost.engine` reads it
     defaults : mapping         settings by name: those of `COMMON` and those of its scheduler
+    handover : mapping         what it takes to hand a prompt from one pool to another; empty where that is not modelled
     """
 
     name: str
@@ -84,6 +86,7 @@ class EngineKind:
     commands: bool
     own_time: Mapping[str, Any]
     defaults: Mapping[str, Default]
+    handover: Mapping[str, Default]
 
     def common(self, memory_bytes: float) -> dict[str, Any]:
         """The defaults of `COMMON`, on a GPU with so much memory."""
@@ -97,32 +100,55 @@ class EngineKind:
         UsageError, UnknownNameError    what is no such text, names no setting, or a value that the setting refuses
         """
         own = {field.name: self.defaults[field.name].value for field in fields(self.scheduler)}
+        return self.scheduler(**own | self._given("engine_settings", text, own))
+
+    def handing_over(self, text: str | None = None) -> HandoverTimes:
+        """The times of handing a prompt over, some as given in a text such as `name=value,name=value`.
+
+        Raises
+        ------
+        UsageError, UnknownNameError    an engine of which they are not known; a text as for `scheduling`
+        """
+        if not self.handover:
+            raise UsageError(f"--serving: how {self.name} hands prompts over to another pool is not modelled; use vllm")
+        own = {name: float(known.value) for name, known in self.handover.items()}
+        return HandoverTimes(**own | self._given("handover", text, own))
+
+    def _given(self, option: str, text: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What a text says of some settings, of the types they have."""
         given: dict[str, Any] = {}
         for part in text.split(",") if text is not None else ():
             name, equals, value = (word.strip() for word in part.partition("="))
             if not equals or not value:
-                raise UsageError(f"--engine_settings: {part.strip()[:40]!r} is not of the form name=value")
+                raise UsageError(f"--{option}: {part.strip()[:40]!r} is not of the form name=value")
             if not own:
-                raise UsageError(f"--engine_settings: {self.name} has no settings of its own; leave {name[:40]!r} out")
+                raise UsageError(f"--{option}: {self.name} has no settings of its own; leave {name[:40]!r} out")
             if name not in own:
                 raise UnknownNameError(f"setting of {self.name}", name[:60], own)
             if name in given:
-                raise UsageError(f"--engine_settings: {name} is given twice; give it once")
-            given[name] = _read(name, value, own[name])
-        return self.scheduler(**own | given)
+                raise UsageError(f"--{option}: {name} is given twice; give it once")
+            given[name] = _read(option, name, value, own[name])
+        return given
 
 
-def _read(name: str, text: str, like: Any) -> Any:
-    """A value of the type of another, from its text."""
+def _read(option: str, name: str, text: str, like: Any) -> Any:
+    """A value of the type of another, from its text.
+
+    Parameters
+    ----------
+    option, name : str    whose value it is
+    text : str
+    like : of the type
+    """
     if isinstance(like, bool):
         if text.lower() not in _SWITCH:
-            raise UsageError(f"--engine_settings: {name} is true or false, not {text[:40]!r}")
+            raise UsageError(f"--{option}: {name} is true or false, not {text[:40]!r}")
         return _SWITCH[text.lower()]
     try:
         return type(like)(text[:40])
     except ValueError:
         kind = "a whole number" if isinstance(like, int) else "a number"
-        raise UsageError(f"--engine_settings: {name} is {kind}, not {text[:40]!r}") from None
+        raise UsageError(f"--{option}: {name} is {kind}, not {text[:40]!r}") from None
 
 
 def kind_names(folder: Path = DATA) -> tuple[str, ...]:
@@ -178,14 +204,7 @@ def _kinds(name: str, table: dict[str, Any], others: Mapping[str, EngineKind], p
 def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKind:
     """An engine kind by what is said of it, the rest as of the one it is like."""
     scheduler = SCHEDULINGS[table["scheduler"]] if base is None or "scheduler" in table else base.scheduler
-    said = {
-        setting: Default(
-            value=entry["value"],
-            source=entry["source"],
-            below_gib=tuple((gib, value) for gib, value in entry.get("below_gib", ())),
-        )
-        for setting, entry in table.get("defaults", {}).items()
-    }
+    said, times = _defaults(table.get("defaults", {})), _defaults(table.get("handover", {}))
     defaults = (dict(base.defaults) if base is not None else {}) | said
     known = (*COMMON, *(field.name for field in fields(scheduler)))
     if unknown := [setting for setting in said if setting not in known]:
@@ -197,4 +216,17 @@ def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKi
         commands=bool(table["commands"] if base is None or "commands" in table else base.commands),
         own_time=MappingProxyType((dict(base.own_time) if base is not None else {}) | dict(table.get("own_time", {}))),
         defaults=MappingProxyType({setting: defaults[setting] for setting in known}),
+        handover=MappingProxyType((dict(base.handover) if base is not None else {}) | times),
     )
+
+
+def _defaults(table: Mapping[str, Any]) -> dict[str, Default]:
+    """Settings of a table, each with its source."""
+    return {
+        setting: Default(
+            value=entry["value"],
+            source=entry["source"],
+            below_gib=tuple((gib, value) for gib, value in entry.get("below_gib", ())),
+        )
+        for setting, entry in table.items()
+    }

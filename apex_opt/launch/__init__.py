@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import Sglang
 from apex_opt.launch.trtllm import Trtllm
-from apex_opt.launch.vllm import Vllm
+from apex_opt.launch.vllm import ABOUT_PROXY, Vllm, proxy
 from apex_opt.plans.engine import has_ranks
 from apex_opt.plans.refusals import refusals
 
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
     from apex_opt.search.problem import Problem
 
-__all__ = ["ENGINES", "Command", "Launch", "launch", "together"]
+__all__ = ["ENGINES", "Command", "Launch", "handing_over", "launch", "together"]
 
 ENGINES: Final[Mapping[str, Engine]] = {engine.rules.name: engine for engine in (Vllm(), Sglang(), Trtllm())}
 
 
-def launch(problem: Problem, plan: Plan, engine: str, checkpoint: str, assignment: Assignment) -> Launch:
+def launch(
+    problem: Problem,
+    plan: Plan,
+    engine: str,
+    checkpoint: str,
+    assignment: Assignment,
+    taken: dict[int, int] | None = None,
+) -> Launch:
     """Commands that start a plan on its GPUs.
 
     Parameters
@@ -35,6 +42,8 @@ def launch(problem: Problem, plan: Plan, engine: str, checkpoint: str, assignmen
     engine : str         key of `ENGINES`
     checkpoint : str     where the engine finds the weights: a folder or a Hugging Face id
     assignment : Assignment    GPUs by replica, stage and rank
+    taken : of each node the servers that are there already, which those of the plan are added to; None where there are
+        none
     """
     spoken = ENGINES[engine]
     asked = Asked(problem=problem, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
@@ -45,7 +54,7 @@ def launch(problem: Problem, plan: Plan, engine: str, checkpoint: str, assignmen
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))
-    commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas))
+    commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas, {} if taken is None else taken))
     return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
 
 
@@ -76,6 +85,37 @@ def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequen
     return Launch(engine=launches[0].engine, commands=tuple(commands), notes=tuple(notes))
 
 
+def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
+    """Commands that start a prefill and a decode pool of vLLM and the proxy before them; replicas are numbered through.
+
+    Parameters
+    ----------
+    prefill, decode : Launch    of each pool; none where an engine cannot run one of them
+    replicas : int              of the prefill pool
+    """
+    engine, notes = prefill.engine, list(dict.fromkeys((*prefill.notes, *decode.notes)))
+    notes = [note for note in notes if not note.startswith("requests: put a router")]
+    if not prefill.commands or not decode.commands:
+        return Launch(engine=engine, commands=(), notes=tuple(notes))
+    later = (
+        command if command.replica is None else replace(command, replica=command.replica + replicas)
+        for command in decode.commands
+    )
+    before = proxy([_served(one.commands) for one in (prefill, decode)])
+    notes = list(dict.fromkeys((*notes, *ABOUT_PROXY)))
+    return Launch(engine=engine, commands=(*prefill.commands, *later, before), notes=tuple(notes))
+
+
+def _served(commands: Sequence[Command]) -> list[tuple[int, str]]:
+    """Node and port of every server that answers requests."""
+    found: dict[int | None, tuple[int, str]] = {}
+    for command in commands:
+        if command.replica is not None and "--port" in command.argv:
+            port = command.argv[command.argv.index("--port") + 1]
+            found.setdefault(command.replica, (command.node, port))
+    return list(found.values())
+
+
 def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
     """Hold the GPUs of each node at the plan's clock; none for GPUs that nvidia-smi does not know."""
     if asked.plan.clock_mhz is None or not asked.problem.cluster.gpu.cuda:
@@ -86,9 +126,14 @@ def _clocks(asked: Asked, replicas: Sequence[Replica]) -> Iterator[Command]:
         yield Command(node=node, replica=None, argv=words)
 
 
-def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[Command]:
-    """One command per replica and node; what answers requests listens on the first node of the replica."""
-    taken: dict[int, int] = {}
+def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica], taken: dict[int, int]) -> Iterator[Command]:
+    """One command per replica and node; what answers requests listens on the first node of the replica.
+
+    Parameters
+    ----------
+    asked, engine, replicas
+    taken : of each node the servers that are there already; these are added
+    """
     for replica in replicas:
         # The other nodes of a replica listen too, to be asked whether they are alive.
         place = max(taken.get(node, 0) for node in replica.nodes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import VLLM
 from apex_opt.engines.schedulers import VllmScheduling
-from apex_opt.launch.commands import PORT_STEP, Command, divisors, hosts, per_copy, ports
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, divisors, hosts, per_copy, ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _MASTER_PORT: Final = 29501
 _RPC_PORT: Final = 29550
+_SIDE_CHANNEL: Final = 5600
+_PROXY_PORT: Final = 8192
 _DEPRECATED: Final = ("fbgemm_fp8",)
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _SPECULATIVE: Final[dict[str, Callable[[Drafter], dict[str, str | int]]]] = {
@@ -73,6 +75,9 @@ class Vllm:
             env = [host.visible]
             if len(set(layers)) > 1:  # vLLM gives what does not divide evenly to other stages
                 env.append(("VLLM_PP_LAYER_PARTITION", ",".join(map(str, layers))))
+            if asked.settings.role is not None:  # where the other pool asks for what was computed
+                env.append(("VLLM_NIXL_SIDE_CHANNEL_HOST", f"NODE{host.node}"))
+                env.append(("VLLM_NIXL_SIDE_CHANNEL_PORT", str(_SIDE_CHANNEL + port - FIRST_PORT)))
             more = self._joined(parts, rank, place, copies) if len(parts) > 1 else []
             words = self._words(asked, port)
             yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
@@ -112,6 +117,8 @@ class Vllm:
             ("async-scheduling", settings.async_scheduling),
         ):
             words.append(f"--{flag}" if on else f"--no-{flag}")
+        if settings.role is not None:
+            words += ["--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})]
         if attention.tp * plan.stages > 1:
             words += ["--distributed-executor-backend", "mp"]
         return [*words, "--port", str(port)]
@@ -128,3 +135,25 @@ class Vllm:
         if asked.kv_in_fp8:
             return "fp8"
         return _DTYPES[asked.half] if asked.kv_published_in_fp8 else "auto"
+
+
+ABOUT_PROXY: Final = (
+    "requests: go to the proxy, toy_proxy_server.py of vLLM's sources (tests/v1/kv_connector/nixl_integration); it "
+    "asks a prefill server first and then a decode server, each in turn, as is simulated",
+    "connector: vllm serve needs the package nixl for it",
+    "NODE0, NODE1, ...: put the nodes' addresses in their place",
+)
+
+
+def proxy(pools: Sequence[Sequence[tuple[int, str]]]) -> Command:
+    """What takes requests before a prefill and a decode pool, on the first node.
+
+    Parameters
+    ----------
+    pools : of each pool, node and port of its servers
+    """
+    words = ["python", "toy_proxy_server.py", "--port", str(_PROXY_PORT)]
+    for kind, servers in zip(("prefiller", "decoder"), pools, strict=True):
+        words += [f"--{kind}-hosts", *(f"NODE{node}" for node, _ in servers)]
+        words += [f"--{kind}-ports", *(port for _, port in servers)]
+    return Command(node=pools[0][0][0], replica=None, argv=tuple(words))

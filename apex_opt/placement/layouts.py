@@ -29,6 +29,10 @@ class Layouts:
         self._measured: dict[tuple[Any, ...], Any] = {}
         self._best: dict[tuple[Any, ...], Layout] = {}
 
+    def on(self, tree: Tree) -> Layouts:
+        """The same on another tree."""
+        return Layouts(tree, self._measure)
+
     def best(self, plan: Plan) -> Layout:
         """The layout of the least measure.
 

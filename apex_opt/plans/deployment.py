@@ -4,12 +4,17 @@
 by two pools side by side, one on each type of GPU, each by its plan. Where there is but one type of GPU a pool stands
 without it, so that every plan is a deployment. A pool whose pipelines span types names them all, and its plan says
 which stages are where.
+
+``prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{tp4 bf16}`` reads: one pool computes all prompts and another one, to
+which their keys and values are handed over, answers them. Each is a pool as above, with its type of GPU where there are
+several.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.plan import EXAMPLE, parse_plan
@@ -20,18 +25,30 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plans.plan import Plan
 
+Role = Literal["prefill", "decode"]
+
+ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
+"""What the two pools do of which one hands its prompts over to the other, in their order."""
+
 _BETWEEN: Final = " + "
+_PAIR: Final = re.compile(r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*")
+_PAIR_EXAMPLE: Final = "prefill{dp2 tp2 bf16} + decode{tp4 bf16}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
     """Replicas that are alike, on GPUs of one type, or of the types that the plan's stages name.
 
-    `gpu` is the name of the type where there are several to choose from and the stages name none.
+    Parameters
+    ----------
+    plan : Plan
+    gpu : str or None     name of the type where there are several to choose from and the stages name none
+    role : str or None    what it does where prompts are computed by one pool and answered by another; None: both
     """
 
     plan: Plan
     gpu: str | None = None
+    role: Role | None = None
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -39,16 +56,17 @@ class Pool:
         return tuple(name for name, _ in self.plan.on) or (() if self.gpu is None else (self.gpu,))
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (_BETWEEN.join(self.types), str(self.plan))))
+        text = ": ".join(filter(None, (_BETWEEN.join(self.types), str(self.plan))))
+        return text if self.role is None else f"{self.role}{{{text}}}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """Pools side by side, which requests are dealt to.
+    """Pools side by side, which requests are dealt to, or one that computes prompts and one that answers them.
 
     Raises
     ------
-    UsageError    no pool, or two on the same type of GPU
+    UsageError    no pool, two side by side on the same type of GPU, or roles without the other one
     """
 
     pools: tuple[Pool, ...]
@@ -56,6 +74,10 @@ class Deployment:
     def __post_init__(self) -> None:
         if not self.pools:
             raise UsageError("a deployment has at least one pool")
+        if any(pool.role for pool in self.pools):
+            if tuple(pool.role for pool in self.pools) != ROLES:
+                raise UsageError(f"plan: prompts take one prefill and one decode pool; an example: {_PAIR_EXAMPLE}")
+            return
         names = [name for pool in self.pools for name in (pool.types or ("",))]
         if twice := [name for name in names if names.count(name) > 1]:
             which = twice[0] or "the only type of GPU"
@@ -73,6 +95,11 @@ class Deployment:
         return pool.plan
 
     @property
+    def disaggregated(self) -> bool:
+        """Whether one pool computes prompts and another one answers them."""
+        return self.pools[0].role is not None
+
+    @property
     def devices(self) -> int:
         """GPUs it takes."""
         return sum(pool.plan.devices for pool in self.pools)
@@ -87,7 +114,8 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
     Parameters
     ----------
     text : str              pools between " + ", each `TYPE: PLAN`; the type is left out where there is but one, and of
-                            its name what comes after a "-" where that leaves no doubt
+                            its name what comes after a "-" where that leaves no doubt; or
+                            `prefill{POOL} + decode{POOL}`
     model : Model           its layers are split over the stages
     types : names of the types of GPU that there are
 
@@ -96,6 +124,8 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
     UsageError          a pool without its type where there are several, one for the wrong types, an unreadable plan
     UnknownNameError    a type that there is not
     """
+    if "{" in text or "}" in text:
+        return _pair(text, model, types)
     pools, before, parts = [], list[str](), f" {text} ".split(_BETWEEN)
     example = EXAMPLE if len(types) == 1 else f"{types[0]}: dp2 attn(tp4) ffn(tp4) bf16 + {types[1]}: tp8"
     for part in parts:
@@ -121,6 +151,20 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
         raise UsageError(f"plan {text!r:.100}: {before[-1]} is followed by no plan; an example: {example}")
     # In the order of the types, as a search has them: requests are dealt in that order.
     pools.sort(key=lambda pool: min((types.index(name) for name in pool.types), default=0))
+    return Deployment(pools=tuple(pools))
+
+
+def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
+    """A pool that computes prompts and one that answers them."""
+    found = _PAIR.fullmatch(text)
+    if found is None:
+        raise UsageError(f"plan {text!r:.100}: braces are for two pools that hand over; such as: {_PAIR_EXAMPLE}")
+    pools = []
+    for role, part in zip(ROLES, found.groups(), strict=True):
+        (pool, *more) = parse_deployment(part, model, types).pools
+        if more or pool.plan.on:
+            raise UsageError(f"plan {text!r:.100}: the {role} pool is on one type of GPU; leave the others out")
+        pools.append(replace(pool, role=role))
     return Deployment(pools=tuple(pools))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.engines.rules import EngineRules
+    from apex_opt.plans.deployment import Role
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.speculation import Drafter, Speculation
     from apex_opt.workload.trace import Trace
@@ -48,6 +49,8 @@ class EngineSettings:
     scheduler : Scheduling                 how batches are formed, with the settings that only this engine has
     runnable : EngineRules or None         the engine that must be able to run plans, and how it holds a model;
                                            None: any
+    role : "prefill", "decode" or None     what its instances do of requests whose prompts are handed over from one
+                                           pool to another; None: both
     speculation : Speculation or None      drafts that are made and verified; None: none
     drafting : tuple of Speculation        what comes of the drafts that plans can ask for
     kv_groups : tuple of KvGroup           of layers that share the blocks; none: all layers keep all tokens
@@ -69,6 +72,7 @@ class EngineSettings:
     gpu_memory_utilization: float = 0.9
     scheduler: Scheduling = _VLLM
     runnable: EngineRules | None = None
+    role: Role | None = None
     speculation: Speculation | None = None
     drafting: tuple[Speculation, ...] = ()
     kv_groups: tuple[KvGroup, ...] = ()

@@ -49,7 +49,7 @@ def answer_document(
     """
     best = answer.best
     first, *then = (objective_document(objective, best) for objective in problem.objectives)
-    if problem.mixed:
+    if problem.several:
         alone = (s and best and scored_document(problem, s, _ALONE, loss=_loss(problem, s, best)) for s in answer.alone)
         more["alone"] = tuple(alone)
     more |= {
@@ -57,7 +57,7 @@ def answer_document(
         "candidates": [scored_document(problem, scored) for scored in answer.candidates[:top]],
         "provenance": provenance,
     }
-    return kinds[problem.mixed](
+    return kinds[problem.several](
         command=command,
         status=answer.status,
         objective=first,
@@ -73,13 +73,16 @@ def answer_document(
 
 def ledger_document(problem: Problem, ledger: Ledger) -> dict[str, Any]:
     """Why nothing else wins: of one type of GPU a certificate; of several one for every part, and of all together."""
-    if not problem.mixed:
+    if not problem.several:
         return {"certificate": part_document(ledger.parts[0])}
-    certificates, pipelines = (
-        [part_document(part, types=part.types) for part in ledger.parts if part.shape in shapes]
-        for shapes in (("single", "mixed"), ("pipeline",))
-    )
-    return {"optimal": ledger.optimal, "gap": ledger.gap, "certificates": certificates, "pipelines": pipelines}
+    shapes = {"certificates": ("single", "mixed"), "pipelines": ("pipeline",), "pools": ("pools",)}
+    parts: dict[str, Any] = {
+        name: [part_document(part, types=part.types) for part in ledger.parts if part.shape in some]
+        for name, some in shapes.items()
+    }
+    if not parts["pools"]:
+        del parts["pools"]
+    return {"optimal": ledger.optimal, "gap": ledger.gap, **parts}
 
 
 def part_document(part: Part, types: tuple[str, ...] | None = None) -> LedgerPart:
@@ -126,7 +129,7 @@ def beside_document(saved: Scored, problem: Problem, answer: Answer) -> types.Be
         objective=problem.objective.name,
         best=scored_document(problem, other),
         energy_saving=1 - saved.metrics.value("energy") / other.metrics.value("energy"),
-        **({} if problem.mixed else ledger_document(problem, answer.ledger)),
+        **({} if problem.several else ledger_document(problem, answer.ledger)),
     )
 
 
@@ -147,12 +150,11 @@ def scored_document(
     more : what a document of these types holds besides
     """
     bound = scored.bound
-    if problem.mixed:
-        requests = sum(use.requests for use in scored.pools)
-        own: dict[str, Any] = {"parts": [_pool_document(use, requests) for use in scored.pools]}
+    if problem.several:
+        own: dict[str, Any] = {"parts": [_pool_document(problem, use) for use in scored.pools]}
     else:
         own = {"memory": memory_document(scored.plan, scored.only.memory)}
-    return kinds[problem.mixed](
+    return kinds[problem.several](
         plan=scored.text,
         gpus=scored.devices,
         value=scored.value,
@@ -164,16 +166,17 @@ def scored_document(
     )
 
 
-def _pool_document(use: PoolUse, requests: int) -> types.Part:
+def _pool_document(problem: Problem, use: PoolUse) -> types.Part:
     plan = use.pool.plan
     return of(
         types.Part,
         use,
         use.usage,
-        gpu=" + ".join(use.pool.types),
+        gpu=" + ".join(use.pool.types or problem.types),
+        role=use.pool.role,
         plan=str(plan),
         gpus=plan.devices,
-        share=use.requests / requests,
+        share=use.requests / len(problem.trace),
         memory=memory_document(plan, use.memory),
     )
 
@@ -195,7 +198,7 @@ def metrics_document(problem: Problem, run: Scored) -> types.Metrics:
     named = {field.name for field in fields(types.Metrics)}
     if problem.settings.prefix_caching:
         figures |= {"cached_tokens": metrics.cached_tokens, "cache_hit_rate": metrics.cached_share}
-    if not problem.mixed:
+    if not problem.several:
         usage = run.only.usage
         figures |= {"mfu": usage.mfu, "mbu": usage.mbu, "operations_s": usage.operations_s}
     return types.Metrics(
@@ -238,7 +241,7 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
     alone, runnable = [problem.alone(place) for place in range(len(problem.offers))], problem.settings.runnable
     name, choices = problem.offers[0].cluster.name, dict[str, Any]()
     trace: dict[str, Any] = problem.trace.summary()
-    if problem.mixed:
+    if problem.several:
         pools = tuple(types.PoolFacts(**_offered(one), **_choices(one.offer)) for one in alone)
         cluster: Any = types.MixedFacts(name=name, gpus=sum(pool.gpus for pool in pools), pools=pools)
     else:
@@ -261,6 +264,8 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
             routing=problem.routing,
             expert_routing=problem.expert_routing,
         ),
+        serving=problem.serving if problem.handover else None,
+        handover=of(types.HandoverFacts, problem.handover) if problem.handover else None,
         arrivals=arrivals,
         **choices,
     )

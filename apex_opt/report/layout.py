@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _WIDTH: Final = 120
 _NARROWEST: Final = 40
 
-NOUNS: Final = {"single": "plan", "mixed": "fleet", "pipeline": "pipeline"}
+NOUNS: Final = {"single": "plan", "mixed": "fleet", "pipeline": "pipeline", "pools": "pair"}
 """What a deployment is called, by the shape of its part."""
 
 
@@ -155,4 +155,6 @@ def of_types(shape: str, types: Sequence[str]) -> str:
     """Which deployments a part of a certificate is of."""
     if shape == "pipeline":
         return f"stages on {' and on '.join(types)}"
+    if shape == "pools":
+        return f"prefill on {types[0]}, decode on {types[1]}"
     return f"{' and '.join(types)} {'together' if shape == 'mixed' else 'alone'}"

@@ -49,14 +49,16 @@ def _page(console: Console, document: Document) -> None:
     else:
         aims = ", ".join(map(aim, (document["objective"], *document["then"])))
         text = f" on {count(best['gpus'], 'GPU')}, {aims}\n"
-        console.print(Text.assemble("best fleet: ", (best["plan"], "bold green"), text))
+        several = len(best["parts"]) > 1
+        word = "pools" if "role" in best["parts"][0] else "fleet" if several or "pools" not in document else "plan"
+        console.print(Text.assemble(f"best {word}: ", (best["plan"], "bold green"), text))
         parts_table(console, best["parts"])
         for part in best["parts"]:
             if "replicas" in part:
-                where_table(console, part["replicas"], f"Where it goes: {part['gpu']}")
+                where_table(console, part["replicas"], f"Where it goes: {_part_name(part)}")
         _alone(console, document)
         if len(document["candidates"]) > 1:
-            candidates_table(console, document, "fleet")
+            candidates_table(console, document, "deployment" if "pools" in document else "fleet")
         if "beside" in document:
             beside_table(console, document)
         pools_tables(console, best)
@@ -73,15 +75,21 @@ def pools_tables(console: Console, best: Document) -> None:
     """The latencies and service of a deployment, and the memory of each of its pools."""
     service_tables(console, best["metrics"])
     for part in best["parts"]:
-        memory_table(console, f"Memory per GPU, GB: {part['gpu']}", part["memory"])
+        memory_table(console, f"Memory per GPU, GB: {_part_name(part)}", part["memory"])
+
+
+def _part_name(part: Document) -> str:
+    """A pool by its role, where it has one, and its type of GPU."""
+    return f"{part['role']} on {part['gpu']}" if "role" in part else str(part["gpu"])
 
 
 def parts_table(console: Console, parts: Sequence[Document]) -> None:
-    """What each type of GPU does."""
-    heads = ("GPU type", "plan", "GPUs", "requests", "share", "kJ", "MFU", "MBU", "idle")
+    """What each pool does."""
+    roles = "role" in parts[0]
+    heads = ("pool" if roles else "GPU type", "plan", "GPUs", "requests", "share", "kJ", "MFU", "MBU", "idle")
     rows = [
         (
-            part["gpu"],
+            _part_name(part),
             part["plan"],
             str(part["gpus"]),
             f"{part['requests']:,}",
@@ -93,13 +101,17 @@ def parts_table(console: Console, parts: Sequence[Document]) -> None:
         )
         for part in parts
     ]
-    table(console, "Parts of the fleet", heads, rows, left={0, 1}, kept=range(5))
+    table(
+        console, "Prefill and decode pool" if roles else "Parts of the fleet", heads, rows, left={0, 1}, kept=range(5)
+    )
 
 
 def _alone(console: Console, document: Document) -> None:
     """The best plan of each type alone, and what it loses to the best of all."""
+    if len(document["alone"]) < 2 and document["best"]["plan"] in {one and one["plan"] for one in document["alone"]}:
+        return  # there is one type of GPU, whose best plan is the best
     if not document["alone"]:
-        return  # a deployment that is given
+        return  # a deployment that is given, or pools alone
     objective = document["objective"]
     rows = []
     for pool, fleet in zip(document["question"]["cluster"]["pools"], document["alone"], strict=True):

@@ -59,7 +59,7 @@ def pareto_document(
         ],
         "provenance": provenance,
     }
-    return (studied.MixedFront if problem.mixed else studied.FrontAnswer)(
+    return (studied.MixedFront if problem.several else studied.FrontAnswer)(
         command="pareto",
         status=front.status,
         objectives=tuple(asdict(objective) for objective in front.objectives),

@@ -118,6 +118,7 @@ class MixedFront(Front):
     gap: types.Number
     certificates: tuple[types.LedgerPart, ...]
     pipelines: tuple[types.LedgerPart, ...]
+    pools: tuple[types.LedgerPart, ...] | None = None
     provenance: dict[str, types.Sources]
 
 

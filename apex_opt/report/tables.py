@@ -43,6 +43,7 @@ _INFEASIBLE: Final = {
     "part": "with an infeasible part",
     "gpus": "on more GPUs than offered",
     "share": "with a part that gets nothing to do",
+    "handover": "that cannot hand prompts over",
 }
 """Why deployments of several pools are infeasible, in words."""
 
@@ -329,8 +330,9 @@ def certificate_line(console: Console, document: Document) -> None:
     for part in document.get("certificates", ()):
         shape = "mixed" if len(part["types"]) > 1 else "single"
         _proofs(console, document, part, NOUNS[shape], f", {of_types(shape, part['types'])}")
-    for part in document.get("pipelines", ()):
-        _proofs(console, document, part, NOUNS["pipeline"], f", {of_types('pipeline', part['types'])}")
+    for name, shape in (("pipelines", "pipeline"), ("pools", "pools")):
+        for part in document.get(name, ()):
+            _proofs(console, document, part, NOUNS[shape], f", {of_types(shape, part['types'])}")
     if "check" in document:
         _check(console, document["check"])
 

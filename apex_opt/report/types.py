@@ -176,6 +176,16 @@ class DraftFacts(Described):
     tokens: float
 
 
+class HandoverFacts(Described):
+    """What it takes to hand a prompt from one pool to another, as `--handover` has it."""
+
+    proxy_us: float
+    notice_us: float
+    post_us: float
+    descriptor_us: float
+    rate_share: float
+
+
 class QuestionFacts(Described):
     """What was asked, in the names and numbers that were understood.
 
@@ -186,6 +196,8 @@ class QuestionFacts(Described):
     weights : formats to choose from, as `kv` in pairs; with several types of GPU those of each stand with it
     clocks_mhz : clocks to choose from; null is the highest
     speculation : ways to make drafts to choose from; left out where none are made
+    serving : what may be deployed, where prefill and decode pools may be
+    handover : of prompts between these
     arrivals : how requests come where rates are looked for
     """
 
@@ -200,6 +212,8 @@ class QuestionFacts(Described):
     batch_limits: tuple[dict[str, int | None], ...]
     speculation: tuple[DraftFacts, ...] | None = None
     engine: EngineFacts
+    serving: tuple[str, ...] | None = None
+    handover: HandoverFacts | None = None
     arrivals: str | None = None
 
 
@@ -344,10 +358,12 @@ class Part(Described):
 
     Parameters
     ----------
+    role : prefill or decode, where prompts are handed over; left out of pools that do both
     share : of the requests
     """
 
     gpu: str
+    role: str | None = None
     plan: str
     gpus: int
     requests: int
@@ -626,6 +642,7 @@ class OnSeveralTypes(Described):
     alone : the best on each type by itself
     certificates : by the types that a deployment is on
     pipelines : of pipelines whose stages are on several types
+    pools : of pairs of a prefill and a decode pool, by the types of either; left out where there are none
     provenance : by type
     """
 
@@ -636,6 +653,7 @@ class OnSeveralTypes(Described):
     gap: Number
     certificates: tuple[LedgerPart, ...]
     pipelines: tuple[LedgerPart, ...]
+    pools: tuple[LedgerPart, ...] | None = None
     provenance: dict[str, Sources]
 
 

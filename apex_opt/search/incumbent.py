@@ -61,7 +61,7 @@ class Best(Incumbent):
 
     def worst(self, part: Part) -> Costs:
         worst = min(self.last or FREE, self._ceiling)
-        return max(worst, part.best or FREE) if part.shape == "single" and self._problem.mixed else worst
+        return max(worst, part.best or FREE) if part.shape == "single" and self._problem.several else worst
 
     def take(self, scored: Scored, part: Part) -> None:
         costs = self._problem.costs(scored.metrics)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.deployment import Deployment
 
 Costs = tuple[float, ...]
-Shape = Literal["single", "mixed", "pipeline"]
+Shape = Literal["single", "mixed", "pipeline", "pools"]
 
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
@@ -29,14 +29,15 @@ class Part:
     Parameters
     ----------
     shape : str               "single": a pool on one type; "mixed": a pool on each of several; "pipeline": a pool whose
-                              stages are on two
-    types : tuple of str      the types of GPU
+                              stages are on two; "pools": one that computes prompts and one that answers them
+    types : tuple of str      the types of GPU; of "pools" that of each, which may be the same
     objective : Objective     what is bounded: the first objective of the search
     space : int               deployments there are
     infeasible : mapping      those that break a constraint, charged to the first in order; of mixed ones "part" counts
                               those with a plan that is infeasible on its GPUs, "gpus" those over the limit on GPUs, and
                               "share" those with a pool for which the dealing leaves no request or no client, of those
-                              that were dealt to
+                              that were dealt to; of pools "part" also counts plans that cannot be paired, and
+                              "handover" pairs that do not go together
     complete : bool           whether all feasible ones are known
     out_of_reach : int        those whose bound misses a goal
     beaten : int              those that a bound of the objectives ruled out

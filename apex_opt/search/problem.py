@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import Instance
-from apex_opt.figures.goals import step_limit_s
+from apex_opt.figures.goals import load_objective, step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
 from apex_opt.plans.memory import settings_of
 from apex_opt.profiles import SHIPPED
+from apex_opt.simulator.handover import prompts_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
     from apex_opt.cluster.tree import Tree
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
+    from apex_opt.engines.handover import HandoverTimes
     from apex_opt.figures import Figure, Goal, Objective
     from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
+    from apex_opt.plans.deployment import Role
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.speculation import Drafter
     from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.trace import Trace
+
+
+Serving = Literal["aggregated", "pools"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +93,10 @@ class Problem:
     request_slos : tuple of Goal or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
     routing : how requests are dealt to replicas
+    serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request, and
+                                     "pools", one that computes prompts and one that answers them
+    handover : HandoverTimes or None    of prompts, where there may be such pools
+    handover_sources : tuple of (name, source)    where its times are from
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                      limits of a batch to choose from; None leaves one to the settings
     drafters : tuple of Drafter or None    ways to make drafts to choose from, of which `settings.drafting` knows what
@@ -116,6 +126,9 @@ class Problem:
     near: tuple[Goal, ...] = ()
     request_slos: tuple[Goal, ...] | None = None
     routing: Routing = "round_robin"
+    serving: tuple[Serving, ...] = ("aggregated",)
+    handover: HandoverTimes | None = None
+    handover_sources: tuple[tuple[str, str], ...] = ()
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     drafters: tuple[Drafter | None, ...] = (None,)
     expert_routing: str = "uniform"
@@ -167,6 +180,23 @@ class Problem:
     def types(self) -> tuple[str, ...]:
         """Names of the types of GPU."""
         return tuple(offer.name for offer in self.offers)
+
+    @property
+    def several(self) -> bool:
+        """Whether a deployment may have several pools, so that answers are told pool by pool."""
+        return self.mixed or "pools" in self.serving
+
+    def side(self, role: Role, place: int) -> Problem:
+        """The problem of the pool on one type of GPU that computes prompts, or of the one that answers them.
+
+        The prefill pool is asked for one token of each prompt, and goals are not its own.
+        """
+        own = replace(self.alone(place), serving=("aggregated",))
+        own = replace(own, settings=replace(own.settings, role=role), drafters=(None,))
+        if role == "decode":
+            return own
+        asked: dict[str, Any] = {"objective": load_objective("e2e_mean"), "then": (), "slos": (), "near": ()}
+        return replace(own, trace=prompts_only(own.trace), request_slos=None, **asked)
 
     def alone(self, place: int) -> Problem:
         """The same with one type of GPU only."""

@@ -5,12 +5,14 @@ Requests are dealt to the pools (`dealing`), and each pool serves its own. One p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from apex_opt.cost import account, idle_w, limit_w
+from apex_opt.cost.handover import reading_j
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.run import Facts as StopFacts
@@ -21,9 +23,10 @@ from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
 from apex_opt.search.facts import KEPT, Facts, judged
 from apex_opt.search.incumbent import FREE
 from apex_opt.search.ledger import ROUNDING
+from apex_opt.search.pairs import Pairs
 from apex_opt.search.shapes.pipeline import faults, joined
-from apex_opt.simulator import EnginePool, run_deployment
-from apex_opt.simulator.outcome import BatchCounts, Outcome
+from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated
+from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
 
@@ -62,6 +65,7 @@ class Scorer:
         self._generated = problem.trace.generated(problem.settings.max_model_len)
         # A run asks who serves what, and so does what is made of the run.
         self._dealt = lru_cache(maxsize=KEPT)(self._deal)
+        self.pairs = Pairs(problem, self.facts_of)
 
     def facts(self, *types: str) -> Facts:
         """What is known of plans on a type of GPU, the only one if not named, or of pipelines over two."""
@@ -75,16 +79,26 @@ class Scorer:
 
     def facts_of(self, pool: Pool) -> Facts:
         """What is known of the plan of a pool."""
-        return self.facts(*sorted(pool.types, key=self.problem.types.index))
+        if pool.role is None:
+            return self.facts(*sorted(pool.types, key=self.problem.types.index))
+        key = pool.role, *(pool.types or self.problem.types[:1])
+        if key not in self._facts:
+            # What a plan costs does not depend on which tokens it is given.
+            side = self.problem.side(pool.role, self.problem.types.index(key[1]))
+            self._facts[key] = Facts(side, self.facts(key[1]).costs)
+        return self._facts[key]
 
     def provenance(self, scored: Iterable[Scored]) -> dict[str, Any]:
         """Where the figures behind deployments come from, per operation; of several types of GPU by type."""
         pools = dict.fromkeys(use.pool for one in scored for use in one.pools)
-        if not self.problem.mixed:
+        if not self.problem.several:
             return self.facts().provenance(pool.plan for pool in pools)
         found: dict[str, dict[str, str]] = {}
         for name in self.problem.types:
-            found[name] = dict(self.facts(name).provenance(pool.plan for pool in pools if pool.types == (name,)))
+            mine = (pool.plan for pool in pools if (pool.types or self.problem.types) == (name,))
+            found[name] = dict(self.facts(name).provenance(mine))
+        if any(pool.role for pool in pools):
+            found[self.problem.types[0]] |= dict(self.problem.handover_sources)
         for pool in pools:
             if pool.plan.on:
                 costs = self.facts_of(pool).costs
@@ -117,7 +131,9 @@ class Scorer:
             found = faults(facts, pool.plan) if pool.plan.on else violations(facts.problem.instance(), pool.plan)
             for fault in (one for one in found if one.family not in ("balance", "bandwidth")):
                 yield fault
-        if len(pools) > 1 and fault is None:
+        if deployment.disaggregated:
+            yield from (Violation(family="handover", text=text) for text in self.pairs.faults(*pools))
+        elif len(pools) > 1 and fault is None:
             yield from self._idle(pools)
 
     def _idle(self, pools: tuple[Pool, ...]) -> Iterator[Violation]:
@@ -185,19 +201,14 @@ class Scorer:
         """
         problem, trace, pools = self.problem, self.problem.trace, deployment.pools
         facts = [self.facts_of(pool) for pool in pools]
+        engines = [self._engine(pool, one) for pool, one in zip(pools, facts, strict=True)]
+        if deployment.disaggregated:
+            prefill, decode = engines
+            handover = self.pairs.handover(*pools)
+            return run_disaggregated(prefill, decode, handover, trace, log=log, gaps=self._gaps)
         owner, clients = self._dealt(pools)
         rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
         stops = [] if worst == FREE else self._stops(pools, facts, rows, bounds, worst)
-        engines = [
-            EnginePool(
-                settings=problem.settings_for(pool.plan),
-                blocks=one.own_blocks(pool.plan),
-                laws=(cost := one.plan_cost(pool.plan)).laws,
-                replicas=pool.plan.replicas,
-                ranks=cost.ranks,
-            )
-            for pool, one in zip(pools, facts, strict=True)
-        ]
         outcome = run_deployment(
             engines,
             trace,
@@ -211,6 +222,17 @@ class Scorer:
         )
         return None if outcome.stopped else outcome
 
+    def _engine(self, pool: Pool, facts: Facts) -> EnginePool:
+        """A pool as the simulator has it."""
+        cost = facts.plan_cost(pool.plan)
+        return EnginePool(
+            settings=self.problem.settings_for(pool.plan),
+            blocks=facts.own_blocks(pool.plan),
+            laws=cost.laws,
+            replicas=pool.plan.replicas,
+            ranks=cost.ranks,
+        )
+
     def scored(self, deployment: Deployment, outcome: Outcome, bound: float | None = None) -> Scored:
         """The figures of a run: its GPUs idle from the first request to the last token.
 
@@ -221,15 +243,19 @@ class Scorer:
         """
         problem, uses = self.problem, []
         facts = [self.facts_of(pool) for pool in deployment.pools]
-        owner, _ = self._dealt(deployment.pools)
+        requests = self._requests(deployment)
         prices = [one.cost_per_h(pool.plan) for pool, one in zip(deployment.pools, facts, strict=True)]
         for place, (pool, one, did) in enumerate(zip(deployment.pools, facts, outcome.pools, strict=True)):
             cost = one.plan_cost(pool.plan)
+            usage = account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns, did.shared)
+            if isinstance(outcome, DisaggregatedOutcome):
+                read_s = float((outcome.read_ns[:, 1] - outcome.read_ns[:, 0]).sum()) / NS_PER_S
+                usage = replace(usage, energy_j=usage.energy_j + reading_j(one.costs, pool.plan, read_s))
             uses.append(
                 PoolUse(
                     pool=pool,
-                    requests=int((owner == place).sum()),
-                    usage=account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns, did.shared),
+                    requests=requests[place],
+                    usage=usage,
                     memory=one.memory(pool.plan),
                     preemptions=did.preemptions,
                     batches=did.batches,
@@ -245,6 +271,13 @@ class Scorer:
             transient=Transient.of(outcome, self.outside_ns, closed=problem.trace.concurrency is not None),
             bound=bound,
         )
+
+    def _requests(self, deployment: Deployment) -> list[int]:
+        """Requests of each pool; those of pools that hand over pass both."""
+        if deployment.disaggregated:
+            return [len(self.problem.trace)] * len(deployment.pools)
+        owner, _ = self._dealt(deployment.pools)
+        return [int((owner == place).sum()) for place in range(len(deployment.pools))]
 
     def as_run(self, outcome: Outcome, **known: float | None) -> Run:
         """A run of the problem's trace as figures are taken of, with its energy and the $ per hour where `known`."""

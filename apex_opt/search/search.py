@@ -1,22 +1,22 @@
 """From a problem to the best deployment and the ledger: enumerate, bound, simulate, prove.
 
-Deployments of three shapes compete: a pool on one type of GPU, a pool on each of several, and a pool whose pipelines
-span two. All are looked for by the same loop (`best_first`), with one incumbent. The plans of one type come first: they
-are few, and what they find is what the others have to beat.
+Deployments of four shapes compete: a pool on one type of GPU, a pool on each of several, a pool whose pipelines span
+two, and a pool that computes prompts beside one that answers them. All are looked for by the same loop (`best_first`),
+with one incumbent. The plans of one type come first: they are few, and what they find is what the others have to beat.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
-from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.deployment import ROLES, Deployment, Pool
 from apex_opt.plans.engine import has_ranks
 from apex_opt.search.answer import Answer, Scored, misses
 from apex_opt.search.best_first import Simulated, best_first
@@ -25,7 +25,7 @@ from apex_opt.search.ledger import Ledger, Part
 from apex_opt.search.nearest import nearest_violation
 from apex_opt.search.option import options_of
 from apex_opt.search.scorer import Scorer
-from apex_opt.search.shapes import Mixed, Pipelines, Single, Splitter
+from apex_opt.search.shapes import Pipelines, Sides, Single, Splitter, Together, disaggregated, mixed
 from apex_opt.search.shapes.pipeline import joined
 from apex_opt.search.space import Formulation, check_lengths
 
@@ -132,7 +132,7 @@ def _lexicographic(
 
     def retold(scored: Scored) -> Scored:
         """By the first objective; of several pools no bound is known before they are dealt to."""
-        bound = None if problem.mixed else scorer.bounds(scored.deployment)[0][0]
+        bound = None if problem.several else scorer.bounds(scored.deployment)[0][0]
         return replace(scored, value=problem.objective.value(scored.metrics), bound=bound)
 
     alone = (after or before for after, before in zip(found.alone, first.alone, strict=True))
@@ -158,10 +158,12 @@ class Tree:
     def __init__(self, problem: Problem, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
         self.problem, self.scorer = problem, scorer
         self._formulation, self._tell = formulation, tell
+        types = problem.types if "aggregated" in problem.serving else ()
         self.singles = [
-            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in problem.types
+            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in types
         ]
-        self._others: list[Mixed | Pipelines] = []
+        self._others: list[Together | Pipelines] = []
+        self._sides: list[Sides] = []
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -171,11 +173,11 @@ class Tree:
     def simulated(self, incumbent: Incumbent, deadline: float) -> list[Simulated]:
         """Everything that may matter, simulated: what one type of GPU does alone, then several together."""
         found = self._best_first(self.singles, incumbent, deadline)
-        if not self.problem.mixed:
+        if not self.problem.several:
             return found
-        mixed = self._mixed(incumbent)
-        scouts = self._scouts(mixed, incumbent, found, deadline)
-        self._others = [*mixed, *self._pipelines()]
+        fleets = self._mixed(incumbent) if self.problem.mixed and self.singles else []
+        scouts = self._scouts(fleets, incumbent, found, deadline)
+        self._others = [*fleets, *(self._pipelines() if self.singles else ()), *self._pools(incumbent)]
         found += self._best_first(self._others, incumbent, deadline, scouts)
         # Where time was up before their turn, those known beforehand may be the best all the same.
         known = {one.scored.deployment for one in found}
@@ -193,9 +195,9 @@ class Tree:
         reasons = [
             self._why_not(single, [one.scored for one in found if one.part is single.part]) for single in self.singles
         ]
-        if not self.problem.mixed:
+        if not self.problem.several:
             return reasons[0]
-        told = [f"{name} alone: {reason}" for name, reason in zip(self.problem.types, reasons, strict=True)]
+        told = [f"{one.part.types[0]} alone: {why}" for one, why in zip(self.singles, reasons, strict=True)]
         for shape, where, what, none in _TOGETHER:
             parts = [part for part in self.parts if part.shape == shape]
             if left := sum(part.waiting for part in parts):
@@ -203,7 +205,7 @@ class Tree:
             elif tried := sum(part.bounded + part.simulated for part in parts):
                 told.append(f"{where}: none of {tried} {what}meets the SLOs")
             elif parts and none:
-                told.append(f"{where}: {none}")
+                told.append(f"{where}: {self._no_pair() if shape == 'pools' else none}")
         return "; ".join(told)
 
     def _best_first(
@@ -218,7 +220,7 @@ class Tree:
         def challenge(deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
             if known is not None and deployment in known:
                 return known[deployment][0]
-            if self.problem.mixed and len(deployment.pools) > 1 and worst == FREE:
+            if len(deployment.pools) > 1 and worst == FREE:
                 worst = self.scorer.any_cost  # a run of several pools ends once it misses a goal, in any case
             return self.scorer.challenge(deployment, bounds, worst)
 
@@ -226,14 +228,29 @@ class Tree:
         branches = (branch for shape in shapes for branch in shape.branches())
         return best_first(branches, incumbent, challenge, self._tell, deadline, prepare)
 
-    def _mixed(self, incumbent: Incumbent) -> list[Mixed]:
+    def _no_pair(self) -> str:
+        """Why no prefill and decode pool go together."""
+        problem, smallest = self.problem, []
+        for role in ROLES:
+            taken = [option.devices for side in self._sides for option in side.options[role]]
+            if not taken and any(side.spaces[role].feasible for side in self._sides):
+                return f"no plan of a {role} pool fits on one stage with one attention copy, as prompts are handed over"
+            if not taken:
+                return f"{role}: {nearest_violation(problem.side(role, 0).instance())}"
+            smallest.append(min(taken))
+        return (
+            f"the smallest take {smallest[0]} and {smallest[1]} GPUs, {problem.max_devices} are offered; offer more, "
+            "larger ones or a narrower weight format"
+        )
+
+    def _mixed(self, incumbent: Incumbent) -> list[Together]:
         """Deployments with a pool on each of two types of GPU or more."""
         options = []
         for single in self.singles:
             pools = [Pool(plan=plan, gpu=single.gpu) for plan in single.plans()]
             options.append(options_of(single.facts, pools, self._tell))
         return [
-            Mixed(
+            mixed(
                 self.problem,
                 [self.singles[place] for place in places],
                 [options[place] for place in places],
@@ -253,8 +270,20 @@ class Tree:
             if joined(self.problem, one, other) is not None
         ]
 
+    def _pools(self, incumbent: Incumbent) -> list[Together]:
+        """Pairs of a pool that computes prompts and one that answers them, on one type of GPU or two."""
+        if "pools" not in self.problem.serving:
+            return []
+        self._sides = [
+            Sides(self.scorer, self._formulation, place, self._tell) for place in range(len(self.problem.offers))
+        ]
+        return [
+            disaggregated(self.scorer, prefill, decode, incumbent.admits, self._tell)
+            for prefill, decode in product(self._sides, repeat=2)
+        ]
+
     def _scouts(
-        self, mixed: Sequence[Mixed], incumbent: Incumbent, found: Sequence[Simulated], deadline: float
+        self, fleets: Sequence[Together], incumbent: Incumbent, found: Sequence[Simulated], deadline: float
     ) -> dict[Deployment, tuple[Scored, Part]]:
         """Some of the best plans of each type side by side, simulated beforehand."""
         alone = {}
@@ -262,7 +291,7 @@ class Tree:
             good = [one.scored for one in found if one.part is single.part and one.scored.meets_slos]
             alone[single.part.types] = sorted(good, key=lambda scored: rank(self.problem, scored))
         scouts: dict[Deployment, tuple[Scored, Part]] = {}
-        for shape in mixed:
+        for shape in fleets:
             if monotonic() > deadline:
                 break
             for deployment, bound in shape.scouts([alone[(name,)] for name in shape.part.types]):
@@ -297,6 +326,7 @@ class Tree:
 _TOGETHER: Final[tuple[tuple[Shape, str, str, str], ...]] = (
     ("mixed", "together", "fleets ", ""),
     ("pipeline", "pipelines over two types", "", "none fits the memory"),
+    ("pools", "prefill and decode pools", "pairs ", "none fits"),
 )
 
 
@@ -315,8 +345,9 @@ def judge(problem: Problem, deployment: Deployment, progress: Progress | None = 
     check_lengths(problem)
     tell, scorer = progress or silent, Scorer(problem)
     types = tuple(name for pool in deployment.pools for name in (pool.types or problem.types))
+    several: Shape = "pools" if deployment.disaggregated else "mixed" if len(deployment.pools) > 1 else "pipeline"
     part = Part(
-        shape="single" if len(types) == 1 else "mixed" if len(deployment.pools) > 1 else "pipeline",
+        shape="single" if len(types) == 1 else several,
         types=types,
         objective=problem.objective,
         space=1,

@@ -25,9 +25,9 @@ from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search.best_first import Leaf
 from apex_opt.search.bounds.load import works_ns
 from apex_opt.search.shapes import Pipelines, Single
-from apex_opt.search.shapes.mixed import Room, mixed_part
 from apex_opt.search.shapes.pipeline import joined
 from apex_opt.search.shapes.single import replicas_of
+from apex_opt.search.shapes.together import Room, mixed_part
 from apex_opt.simulator.law import RATE_BITS
 from apex_opt.units import NS_PER_S
 

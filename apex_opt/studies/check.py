@@ -19,19 +19,21 @@ from typing import TYPE_CHECKING, Final, Protocol
 import numpy as np
 
 from apex_opt.evaluate import tally
-from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.deployment import ROLES, Deployment, Pool
 from apex_opt.search.bounds.compose import Compose
+from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.facts import judged
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.search.option import options_of
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import rank, silent, tell_compiling
-from apex_opt.search.shapes.mixed import deployed
 from apex_opt.search.shapes.pipeline import Splits, joined, pipelines
+from apex_opt.search.shapes.together import deployed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
+    from apex_opt.plans.deployment import Role
     from apex_opt.plans.plan import Plan
     from apex_opt.search.answer import Answer, Scored
     from apex_opt.search.ledger import Part, Shape
@@ -83,6 +85,7 @@ class Counted:
         """Whose count it is, before a sentence; nothing where there is no other."""
         names = " and ".join(self.types)
         kinds = {"single": f"{names} alone", "mixed": f"{names} together", "pipeline": f"pipelines over {names}"}
+        kinds["pools"] = f"prefill on {self.types[0]}, decode on {self.types[-1]}"
         return f"{kinds[self.shape]}: "
 
 
@@ -160,7 +163,7 @@ def check(
     tell("checking constraints", 0, 0)
     parts = tuple(_parts(scorer, splitter, tell))
     total = sum(part.feasible for part in parts)
-    some = problem.mixed and total > MOST
+    some = problem.several and total > MOST
     chosen = _chosen(problem, answer, parts, total, tell) if some else [list(part.leaves()) for part in parts]
     scored: list[Scored] = []
     for part, leaves in zip(parts, chosen, strict=True):
@@ -169,7 +172,7 @@ def check(
     meeting = [one for one in scored if one.meets_slos]
     disagreements: list[str] = []
     for part, claimed in zip(parts, answer.ledger.parts, strict=True):
-        before = part.words if problem.mixed else ""
+        before = part.words if problem.several else ""
         said = [
             *_counts(part, claimed),
             *_fitting(problem, part, closing),
@@ -184,6 +187,19 @@ def check(
 
 def _parts(scorer: Scorer, splitter: Splitter, tell: Progress) -> Iterator[Counted]:
     """The deployments of every shape, counted by plain Python, in the order of a ledger."""
+    problem = scorer.problem
+    if "aggregated" in problem.serving:
+        yield from _aggregated(scorer, splitter, tell)
+    if "pools" in problem.serving:
+        places = range(len(problem.offers))
+        sides = {(role, place): _side(scorer, role, place, tell) for role in ROLES for place in places}
+        for one, other in product(places, repeat=2):
+            types = problem.types[one], problem.types[other]
+            yield _handed(scorer, types, [sides["prefill", one], sides["decode", other]])
+
+
+def _aggregated(scorer: Scorer, splitter: Splitter, tell: Progress) -> Iterator[Counted]:
+    """The deployments whose pools do both phases of a request."""
     problem = scorer.problem
     singles = [_single(scorer, place) for place in range(len(problem.offers))]
     yield from (part for part, _ in singles)
@@ -217,6 +233,53 @@ def _single(scorer: Scorer, place: int) -> tuple[Counted, list[Pool]]:
         leaves=lambda: (_bounded(scorer, Deployment(pools=(pool,))) for pool in pools),
     )
     return part, pools
+
+
+def _side(scorer: Scorer, role: Role, place: int, tell: Progress) -> tuple[int, list[Option]]:
+    """The plans that there are of a prefill or a decode pool on one type of GPU, and those that can be paired."""
+    problem = scorer.problem
+    side = problem.side(role, place)
+    counted, clocks = tally(side.instance()), side.offer.clocks
+    gpu = side.offer.name if problem.mixed else None
+    pools = [
+        Pool(plan=replace(plan, clock_mhz=clock), gpu=gpu, role=role)
+        for clock in clocks
+        for plan in counted.plans
+        if plan.stages == 1 and plan.attention.dp == 1
+    ]
+    return counted.space * len(clocks), options_of(scorer.facts_of(pools[0]), pools, tell) if pools else []
+
+
+def _handed(scorer: Scorer, types: tuple[str, str], sides: Sequence[tuple[int, list[Option]]]) -> Counted:
+    """A prefill and a decode pool on two types of GPU, which may be the same."""
+    problem = scorer.problem
+    space, options = math.prod(size for size, _ in sides), [some for _, some in sides]
+    pairs = list(product(*options))
+    free = {offer.name: offer.free for offer in problem.offers}
+    most = min(problem.max_devices, sum(free[name] for name in set(types)))
+    fitting = [pair for pair in pairs if sum(option.devices for option in pair) <= most]
+    infeasible = {"part": space - len(pairs), "gpus": len(pairs) - len(fitting), "handover": 0}
+
+    def leaves() -> Iterator[Bounded]:
+        infeasible["handover"] = 0
+        compose = Handed(problem, scorer.outside_ns, scorer.pairs)
+        for start in range(0, len(fitting), compose.at_once):
+            rows = fitting[start : start + compose.at_once]
+            run, together = compose.of(rows)
+            infeasible["handover"] += int((~together).sum())
+            bounds, possible = judged(run, problem.objectives, problem.goals)
+            for index in np.flatnonzero(together).tolist():
+                yield deployed(rows[index]), float(bounds[index, 0]) if possible[index] else math.inf
+
+    return Counted(
+        shape="pools",
+        types=types,
+        space=space,
+        infeasible=infeasible,
+        repeated=0,
+        feasible=len(fitting),
+        leaves=leaves,
+    )
 
 
 def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequence[Option]]) -> Counted:
@@ -325,7 +388,7 @@ def _counts(part: Counted, claimed: Part) -> Iterator[str]:
     what = "plans" if part.shape == "single" else "deployments"
     if claimed.space != part.space:
         yield f"the space has {part.space} {what}, not {claimed.space}"
-    late = {"mixed": "share", "pipeline": "memory"}.get(part.shape)
+    late = {"mixed": "share", "pipeline": "memory", "pools": "handover"}.get(part.shape)
     for family, count in part.infeasible.items():
         if claimed.infeasible[family] > count or (family != late and claimed.infeasible[family] != count):
             yield f"{count} {what} break {family} first, not {claimed.infeasible[family]}"
@@ -352,10 +415,10 @@ def _fitting(problem: Problem, part: Counted, closing: Closing) -> Iterator[str]
 def _left(problem: Problem, answer: Answer, part: Counted, claimed: Part, closing: Closing) -> Iterator[str]:
     """What was not simulated and could be better than the best, by the closing proof.
 
-    Bounds of several pools hang on how requests are dealt to them, so the proof is of plans and pipelines alone.
+    Bounds of several pools hang on more than one plan, so the proof is of plans and pipelines alone.
     """
     tolerant = any(objective.tolerance for objective in problem.objectives)  # the answer need not be best by the first
-    if answer.best is None or answer.status != "optimal" or part.shape == "mixed" or tolerant:
+    if answer.best is None or answer.status != "optimal" or part.shape in ("mixed", "pools") or tolerant:
         return
     cuts: dict[Plan, int] = {}
     rows, seen = [], {deployment.plan for deployment in claimed.seen}

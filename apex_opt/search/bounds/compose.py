@@ -110,20 +110,20 @@ class Compose:
         gaps, served = np.zeros(shape, np.int64), np.full(len(deployments), most_pools(trace) >= shape[1])
         for index, options in enumerate(zip(*deployments, strict=True)):
             mine = owner == index
-            first = np.where(mine, _stacked(options, "first_ns"), first)
-            rest = np.where(mine, _stacked(options, "rest_ns"), rest)
+            first = np.where(mine, stacked(options, "first_ns"), first)
+            rest = np.where(mine, stacked(options, "rest_ns"), rest)
             gaps[:, index] = mine @ self._steps
             replicas = [option.pool.plan.replicas for option in options]
             for total_ns in (
-                np.where(mine, _stacked(options, "work_ns"), 0.0).sum(axis=1) / replicas,
-                (mine @ self._held) * _stacked(options, "held_ns"),
-                gaps[:, index] * _stacked(options, "step_ns"),
+                np.where(mine, stacked(options, "work_ns"), 0.0).sum(axis=1) / replicas,
+                (mine @ self._held) * stacked(options, "held_ns"),
+                gaps[:, index] * stacked(options, "step_ns"),
             ):
                 load_s = np.maximum(load_s, total_ns / NS_PER_S)
-            above_j[:, index] = (mine @ self._computed) * _stacked(options, "token_j")
+            above_j[:, index] = (mine @ self._computed) * stacked(options, "token_j")
             served &= mine.any(axis=1)
-        run = self._run(first, rest, None, load_s, gaps, _rows(deployments, "batch_ns"))
-        idle_w, limit_w = _rows(deployments, "idle_w"), _rows(deployments, "limit_w")
+        run = self._run(first, rest, None, load_s, gaps, rows_of(deployments, "batch_ns"))
+        idle_w, limit_w = rows_of(deployments, "idle_w"), rows_of(deployments, "limit_w")
         prices = np.array([sum(option.cost_per_h for option in one) for one in deployments])
         return self._costing(run, above_j, idle_w, limit_w, prices), served
 
@@ -131,19 +131,19 @@ class Compose:
         """Floors of any deployments of some pools and of others not chosen yet, whatever their shares."""
         first, rest, whole = help_.first_ns, help_.rest_ns, help_.whole_ns
         for options in zip(*deployments, strict=True):
-            own_first, own_rest = _stacked(options, "first_ns"), _stacked(options, "rest_ns")
+            own_first, own_rest = stacked(options, "first_ns"), stacked(options, "rest_ns")
             first, rest = np.minimum(own_first, first), np.minimum(own_rest, rest)
             whole = np.minimum(own_first + own_rest, whole)
         size = len(deployments)
         gaps = np.full((size, 1), self._steps.sum())
-        batch_ns = np.minimum(_rows(deployments, "batch_ns").min(axis=1), help_.batch_ns)[:, None]
+        batch_ns = np.minimum(rows_of(deployments, "batch_ns").min(axis=1), help_.batch_ns)[:, None]
         run = self._run(first, rest, whole, np.zeros(size), gaps, batch_ns)
-        own_idle, own_limit = _rows(deployments, "idle_w"), _rows(deployments, "limit_w")
+        own_idle, own_limit = rows_of(deployments, "idle_w"), rows_of(deployments, "limit_w")
         idle_w = own_idle.sum(axis=1) + help_.idle_w
         # Least where one of them draws all it may and the others idle.
         limit_w = idle_w + np.minimum((own_limit - own_idle).min(axis=1), help_.spare_w)
-        token_j = np.minimum(_rows(deployments, "token_j").min(axis=1), help_.token_j)
-        prices = _rows(deployments, "cost_per_h").sum(axis=1) + help_.cost_per_h
+        token_j = np.minimum(rows_of(deployments, "token_j").min(axis=1), help_.token_j)
+        prices = rows_of(deployments, "cost_per_h").sum(axis=1) + help_.cost_per_h
         # Added up in another order they may be less.
         prices = prices * (1 - ROUNDING)
         above_j = token_j * self._computed.sum()
@@ -175,11 +175,11 @@ class Compose:
         return run.costing(each.sum(axis=1) * (1 - ROUNDING), known)
 
 
-def _stacked(options: Sequence[Option], of: str) -> NDArray[Any]:
+def stacked(options: Sequence[Option], of: str) -> NDArray[Any]:
     """A field of each option, one after the other."""
     return np.stack([np.asarray(getattr(option, of)) for option in options])
 
 
-def _rows(deployments: Sequence[tuple[Option, ...]], of: str) -> NDArray[Any]:
+def rows_of(deployments: Sequence[tuple[Option, ...]], of: str) -> NDArray[Any]:
     """A field of each pool of each deployment."""
     return np.array([[getattr(option, of) for option in one] for one in deployments])

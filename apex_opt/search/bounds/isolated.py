@@ -305,7 +305,12 @@ def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: N
 
 
 def found_prompts(settings: EngineSettings, trace: Trace) -> NDArray[np.int64]:
-    """Tokens of each prompt that a cache may find: the others are computed whatever it does."""
+    """Tokens of each prompt that a cache may find: the others are computed whatever it does.
+
+    Of a prompt that is handed over only the last token is computed again.
+    """
+    if settings.role == "decode":
+        return np.asarray(trace.prompt - 1)
     return _findable(trace) if settings.prefix_caching else np.zeros_like(trace.prompt)
 
 

@@ -1,4 +1,4 @@
-"""A pool on each of several types of GPU side by side, each with a plan of its own."""
+"""Several pools, each with a plan of its own: one on each of some types of GPU, or one that hands over to another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Choices:
     """A branch: the pools chosen so far, with options for the next in the order of their bounds."""
 
-    shape: Mixed
+    shape: Together
     chosen: Chosen
     options: Sequence[Option]
     bounds: Sequence[Costs]
@@ -105,31 +105,47 @@ def mixed_part(problem: Problem, singles: Sequence[Single], options: Sequence[Se
     )
 
 
-class Mixed:
-    """Deployments with a pool on each of some types of GPU.
+class Composed(Protocol):
+    """Floors of deployments of several pools."""
+
+    @property
+    def at_once(self) -> int: ...
+
+    def of(self, deployments: Sequence[Chosen]) -> tuple[Run, NDArray[np.bool_]]: ...
+
+    def with_help(self, deployments: Sequence[Chosen], help_: Help) -> Run: ...
+
+
+class Together:
+    """Deployments of several pools, one of the options of each.
 
     Parameters
     ----------
     problem : Problem
-    singles : the plans of each of these types
-    options : of each of these types, all of its feasible plans
-    admits : callable      whether a deployment with a bound may matter
-    tell : callable        told (what, done, total) along the way
+    part : Part                   what they are a part of; its last family of infeasible ones is found out pool by pool
+    options : of each pool, all of its feasible plans
+    most_gpus : int               GPUs that a deployment may take in all
+    compose : Composed            their floors, and whether the pools go together
+    admits : callable             whether a deployment with a bound may matter
+    tell : callable               told (what, done, total) along the way
     """
 
     def __init__(
         self,
         problem: Problem,
-        singles: Sequence[Single],
+        part: Part,
         options: Sequence[Sequence[Option]],
+        most_gpus: int,
+        compose: Composed,
         admits: Callable[[Costs, Part], bool],
         tell: Progress,
     ) -> None:
         self._problem, self._options, self._admits, self._tell = problem, options, admits, tell
-        self._compose = Compose(problem, singles[0].facts.costs.request_ns)
+        self._compose, self._most = compose, most_gpus
         self._completions = Room(options).of
         self._helped: dict[int, dict[Option, Costs]] = {}
-        self.part = mixed_part(problem, singles, options)
+        self._late = list(part.infeasible)[-1]
+        self.part = part
 
     @property
     def pools(self) -> int:
@@ -137,12 +153,12 @@ class Mixed:
 
     def branches(self) -> list[Choices]:
         """The options of the first pool."""
-        some = self._completions(0, self._problem.max_devices) > self.part.infeasible["share"]
+        some = self._completions(0, self._most) > self.part.infeasible[self._late]
         return [self.branch(())] if some else []
 
     def branch(self, chosen: Chosen) -> Choices:
         """The options of the next pool beside those chosen; what they rule out is counted."""
-        level, room = len(chosen), self._problem.max_devices - sum(option.devices for option in chosen)
+        level, room = len(chosen), self._most - sum(option.devices for option in chosen)
         options, leaves = [], []
         for option in self._options[level]:
             if ends := self._completions(level + 1, room - option.devices):
@@ -158,7 +174,7 @@ class Mixed:
             rows = [(*chosen, option) for option in options[some]]
             if level + 1 == self.pools:
                 run, served = self._compose.of(rows)
-                self.part.infeasible["share"] += int((~served).sum())
+                self.part.infeasible[self._late] += int((~served).sum())
             else:
                 run, served = (
                     self._compose.with_help(rows, Help.of(self._options[level + 1 :])),
@@ -188,7 +204,7 @@ class Mixed:
             plans = {option.pool.plan: option for option in options}
             known = [plans[one.plan] for one in scored[:ROUND]]
             chosen.append(known or sorted(options, key=lambda option: -option.weight)[:ROUND])
-        rows = [row for row in product(*chosen) if sum(option.devices for option in row) <= self._problem.max_devices]
+        rows = [row for row in product(*chosen) if sum(option.devices for option in row) <= self._most]
         if not rows:
             return []
         run, served = self._compose.of(rows)
@@ -220,6 +236,28 @@ class Mixed:
 
     def _judged(self, run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         return judged(run, self._problem.objectives, self._problem.goals)
+
+
+def mixed(
+    problem: Problem,
+    singles: Sequence[Single],
+    options: Sequence[Sequence[Option]],
+    admits: Callable[[Costs, Part], bool],
+    tell: Progress,
+) -> Together:
+    """Deployments with a pool on each of some types of GPU.
+
+    Parameters
+    ----------
+    problem : Problem
+    singles : the plans of each of these types
+    options : of each of these types, all of its feasible plans
+    admits : callable      whether a deployment with a bound may matter
+    tell : callable        told (what, done, total) along the way
+    """
+    compose = Compose(problem, singles[0].facts.costs.request_ns)
+    part = mixed_part(problem, singles, options)
+    return Together(problem, part, options, problem.max_devices, compose, admits, tell)
 
 
 def deployed(options: Chosen) -> Deployment:

@@ -1,0 +1,105 @@
+"""A pool that computes prompts and one that answers them, on the same type of GPU or on two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.plans.deployment import ROLES, Pool
+from apex_opt.search.bounds.handed import Handed
+from apex_opt.search.ledger import Part
+from apex_opt.search.option import options_of
+from apex_opt.search.pairs import pairable
+from apex_opt.search.shapes.together import Room, Together
+from apex_opt.search.space import list_space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from apex_opt.search.ledger import Costs
+    from apex_opt.search.option import Option
+    from apex_opt.search.problem import Problem
+    from apex_opt.search.scorer import Scorer
+    from apex_opt.search.space import Formulation, Progress, Space
+
+
+class Sides:
+    """The pools that a deployment can have on one type of GPU, those of either role.
+
+    Parameters
+    ----------
+    scorer : Scorer
+    formulation : Formulation    enumerates how a replica can be cut
+    place : int                  number of the type of GPU
+    tell : callable              told (what, done, total) along the way
+    """
+
+    def __init__(self, scorer: Scorer, formulation: Formulation, place: int, tell: Progress) -> None:
+        problem = scorer.problem
+        self.name = problem.types[place]
+        self.spaces: dict[str, Space] = {}
+        self.options: dict[str, list[Option]] = {}
+        for role in ROLES:
+            space = self.spaces[role] = list_space(problem.side(role, place), formulation, tell)
+            pools = [
+                Pool(plan=cut.times(count), gpu=self.name if problem.mixed else None, role=role)
+                for cut in space.cuts
+                if pairable(cut)
+                for count in space.replicas(cut)
+            ]
+            self.options[role] = options_of(scorer.facts_of(pools[0]), pools, tell) if pools else []
+
+
+def most_gpus(problem: Problem, prefill: str, decode: str) -> int:
+    """GPUs that two pools may take in all.
+
+    Parameters
+    ----------
+    problem
+    prefill, decode : names of their types of GPU
+    """
+    free = {offer.name: offer.free for offer in problem.offers}
+    return min(problem.max_devices, sum(free[name] for name in {prefill, decode}))
+
+
+def pools_part(
+    problem: Problem, types: tuple[str, str], spaces: tuple[int, int], options: Sequence[Sequence[Option]]
+) -> Part:
+    """The part of a ledger of the pairs of a prefill and a decode pool on two types of GPU, which may be the same.
+
+    Parameters
+    ----------
+    problem : Problem
+    types : names of the types of GPU of the prefill and of the decode pool
+    spaces : plans that there are of each
+    options : of each, those that are feasible and can be paired
+    """
+    space, some = spaces[0] * spaces[1], len(options[0]) * len(options[1])
+    fitting = Room(options).of(0, most_gpus(problem, *types))
+    return Part(
+        shape="pools",
+        types=types,
+        objective=problem.objective,
+        space=space,
+        infeasible={"part": space - some, "gpus": some - fitting, "handover": 0},
+    )
+
+
+def disaggregated(
+    scorer: Scorer, prefill: Sides, decode: Sides, admits: Callable[[Costs, Part], bool], tell: Progress
+) -> Together:
+    """Deployments with a prefill pool on one type of GPU and a decode pool on another one or the same.
+
+    Parameters
+    ----------
+    scorer : Scorer
+    prefill, decode : Sides    of these types
+    admits : callable          whether a deployment with a bound may matter
+    tell : callable            told (what, done, total) along the way
+    """
+    problem, types = scorer.problem, (prefill.name, decode.name)
+    options = [prefill.options["prefill"], decode.options["decode"]]
+    spaces = prefill.spaces["prefill"].size, decode.spaces["decode"].size
+    part = pools_part(problem, types, spaces, options)
+    part.complete = all(space.complete for space in (prefill.spaces["prefill"], decode.spaces["decode"]))
+    compose = Handed(problem, scorer.outside_ns, scorer.pairs)
+    return Together(problem, part, options, most_gpus(problem, *types), compose, admits, tell)

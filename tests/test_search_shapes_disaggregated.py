@@ -1,0 +1,160 @@
+"""A pool that computes prompts and one that answers them: the search against every pair, and what their bounds say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from plan_cases import SMALL, beside, dense, feasible_plans, make_cluster, make_model, make_problem
+from search_cases import GPUS, SPACE, every, rank
+
+from apex_opt.engines.handover import HandoverTimes
+from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.search import Scorer, search
+from apex_opt.studies.check import check
+from apex_opt.workload import make_trace
+from formulations import deployment as programs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.plans.plan import Plan
+    from apex_opt.search import Problem
+
+TIMES = HandoverTimes(proxy_us=300, notice_us=20, post_us=50, descriptor_us=1.5, rate_share=0.3)
+SLEEPY = replace(SMALL, scheduler=VllmScheduling(idle_sleep_us=1000))
+MODEL = make_model((dense(hidden=1024, columns=4096), 6))
+
+
+def question(seed: int, gpus: int = 3, **changes: Any) -> Problem:
+    """Busy requests on a few GPUs of one type, served by pools of either kind."""
+    rng = np.random.default_rng(seed)
+    requests = int(rng.integers(8, 30))
+    trace = make_trace(
+        name="test",
+        arrival_ns=np.cumsum(rng.exponential(float(rng.choice([1e5, 2e6, 2e7])), requests)).astype(np.int64),
+        prompt=rng.integers(1, 700, requests),
+        output=rng.integers(1, 40, requests),
+    )
+    fields: dict[str, Any] = {
+        "settings": SLEEPY,
+        "trace": trace,
+        "serving": ("aggregated", "pools"),
+        "handover": TIMES,
+        "objective": str(rng.choice(["e2e_mean", "tpot_p99", "itl_p99", "ttft_p95", "makespan", "energy"])),
+    }
+    if rng.random() < 0.3:
+        fields["slo"] = str(rng.choice(["ttft_p95<=40ms", "tpot_p95<=4ms", "e2e_p90<=200ms"]))
+    return make_problem(MODEL, make_cluster(gpus, name="quick", price_per_h=2.0), **fields | changes)
+
+
+def over_two(seed: int) -> Problem:
+    """The same on two types of GPU."""
+    return beside(question(seed, 2), make_cluster(2, **GPUS["slow"] | {"name": "slow", "price_per_h": 1.0}))
+
+
+def plans_of(problem: Problem, role: str, place: int) -> list[Plan]:
+    """Plans of a pool by plain Python, which the connector takes."""
+    side = problem.side(role, place)  # type: ignore[arg-type]
+    return [plan for plan in feasible_plans(side) if plan.stages == 1 and plan.attention.dp == 1]
+
+
+def pairs_of(problem: Problem) -> Iterator[Deployment]:
+    """Every pair of pools that fits."""
+    names = problem.types if problem.mixed else (None,)
+    free = [offer.free for offer in problem.offers]
+    for one, other in product(range(len(names)), repeat=2):
+        for first, second in product(plans_of(problem, "prefill", one), plans_of(problem, "decode", other)):
+            tp, of = first.attention.tp, second.attention.tp
+            shared = min(block.attention.kv_heads for block in problem.model.blocks)
+            good = of % tp == 0 or (tp % of == 0 and tp <= shared)
+            taken = first.devices + second.devices
+            room = taken <= min(problem.max_devices, free[one] if one == other else taken)
+            if good and room and first.weight_format == second.weight_format:
+                pools = (
+                    Pool(plan=first, gpu=names[one], role="prefill"),
+                    Pool(plan=second, gpu=names[other], role="decode"),
+                )
+                yield Deployment(pools=pools)
+
+
+@cache
+def everything(seed: int, types: int) -> tuple[Problem, tuple[Any, ...]]:
+    """A question and every deployment of it, simulated to its end."""
+    problem = question(seed) if types == 1 else over_two(seed)
+    scorer = Scorer(problem)
+    return problem, (*every(problem), *(scorer.simulate(pair) for pair in pairs_of(problem)))
+
+
+SEEDS = [(seed, 1) for seed in range(44)] + [(seed, 2) for seed in range(16)]
+FEW = [case for case in SEEDS if case[0] % 4 == 0]
+
+
+@pytest.mark.parametrize(
+    ("seed", "types"), [pytest.param(*case, marks=() if case in FEW else pytest.mark.nightly) for case in SEEDS]
+)
+def test_the_best_is_the_best_of_all_pairs_and_of_all_that_do_both_phases(seed: int, types: int) -> None:
+    problem, scored = everything(seed, types)
+    good = sorted((one for one in scored if one.meets_slos), key=lambda one: rank(problem, one))
+    answer = search(problem, SPACE, top=3)
+    assert [one.text for one in answer.candidates[:3]] == [one.text for one in good[:3]]
+    assert answer.ledger.optimal
+    assert answer.status == ("optimal" if good else "infeasible")
+
+
+@pytest.mark.parametrize(("seed", "types"), FEW[:4])
+def test_a_replay_by_plain_python_bears_the_certificate_out(seed: int, types: int) -> None:
+    problem, _ = everything(seed, types)
+    found = check(problem, search(problem, SPACE), SPACE, programs)
+    assert found.holds, found.disagreements
+    assert "pools" in {part.shape for part in found.parts}
+
+
+@pytest.mark.parametrize(("seed", "types"), FEW)
+def test_no_run_of_a_pair_beats_its_bound(seed: int, types: int) -> None:
+    problem, scored = everything(seed, types)
+    pools = [part for part in check(problem, search(problem, SPACE), SPACE, programs).parts if part.shape == "pools"]
+    bounds = {deployment: bound for part in pools for deployment, bound in part.leaves()}
+    for one in scored:
+        if one.deployment.disaggregated and one.meets_slos:
+            assert bounds[one.deployment] <= problem.objective.signed(one.value), one.text
+
+
+def test_a_pool_alone_or_in_the_wrong_order_is_no_deployment() -> None:
+    problem = question(0)
+    plan = plans_of(problem, "prefill", 0)[0]
+    for roles in (("prefill",), ("decode", "prefill"), ("prefill", None), ("prefill", "prefill")):
+        with pytest.raises(Exception, match="one prefill and one decode pool"):
+            Deployment(pools=tuple(Pool(plan=plan, role=role) for role in roles))  # type: ignore[arg-type]
+
+
+def test_a_faster_link_and_a_further_gpu_never_hurt_the_best_pair() -> None:
+    for seed in (1, 5):
+        problem = replace(question(seed, objective="e2e_mean", slo=""), serving=("pools",))
+        slow = search(problem, SPACE).best
+        fast = search(replace(problem, handover=replace(TIMES, rate_share=1.0, descriptor_us=0)), SPACE).best
+        more = search(replace(question(seed, 4, objective="e2e_mean", slo=""), serving=("pools",)), SPACE).best
+        assert slow is not None
+        assert fast is not None
+        assert more is not None
+        assert fast.value <= slow.value
+        assert more.value <= slow.value
+
+
+def test_pools_win_where_the_tail_of_the_time_between_tokens_is_the_aim_and_do_not_raise_throughput() -> None:
+    rng = np.random.default_rng(3)
+    lengths = {"prompt": rng.integers(300, 900, 40), "output": rng.integers(20, 40, 40)}
+    arrival_ns = np.cumsum(rng.exponential(5e6, 40)).astype(np.int64)
+    trace = make_trace(name="long prompts", arrival_ns=arrival_ns, **lengths)
+    calm = search(question(0, 2, trace=trace, objective="itl_p99", slo=""), SPACE).best
+    assert calm is not None
+    assert calm.deployment.disaggregated
+    burst = make_trace(name="all at once", arrival_ns=[0] * 40, **lengths)
+    busy = search(question(0, 2, trace=burst, objective="throughput", slo=""), SPACE).best
+    assert busy is not None
+    assert not busy.deployment.disaggregated
