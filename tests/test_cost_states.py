@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+from plan_cases import OVERHEAD, SMALL, make_cluster
 
 from apex_opt.cluster import load_cluster
+from apex_opt.cost.model import CostModel
 from apex_opt.cost.states import state_parts
 from apex_opt.cost.tables import Tables
 from apex_opt.ir.cells.operations import Convolve, Recur, Stateful
+from apex_opt.ir.registry import load_model
+from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import Profile, load_profile
 from apex_opt.profiles.physics import convolution_work, recurrence_work
 
+MODELS = Path(__file__).parent / "cases" / "models"
 GPU = load_cluster("1xh100-sxm").gpu
 MOST = 2048
 DELTA = Recur("gated_delta", heads=32, key=128, value=128, key_heads=16)
@@ -127,3 +133,15 @@ def test_what_is_measured_says_so_and_what_stands_in_for_another_kind_too() -> N
         "kda decode"
     ].startswith("derived: roofline")
     assert "gated_delta efficiencies" in told["lightning prefill"]
+
+
+def test_a_model_of_states_alone_takes_the_same_after_ten_tokens_and_after_a_hundred_thousand() -> None:
+    model = load_model(str(MODELS / "mamba-codestral-7b.json"))
+    (law,) = CostModel(model, make_cluster(1), SMALL, OVERHEAD).plan_cost(parse_plan("tp1", model)).laws
+    for batch in ([1], [1, 1], [8], [8, 1]):
+        soon, late = (law.batch_ns([(tokens, held + tokens) for tokens in batch]) for held in (10, 100_000))
+        assert soon == late > 0
+    # A hybrid's attention grows with the context, in the layers that have it.
+    mixed = load_model(str(MODELS / "qwen3-next-80b-a3b.json"))
+    (law,) = CostModel(mixed, make_cluster(4), SMALL, OVERHEAD).plan_cost(parse_plan("tp4", mixed)).laws
+    assert law.batch_ns([(1, 100_000)]) > law.batch_ns([(1, 10)])

@@ -29,6 +29,7 @@ from apex_opt.evaluate import space, violations
 from apex_opt.ir import Attention, AttentionCell, Block, Cell, DenseFfn, LatentAttention
 from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept, State
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Op, Product, Score
+from apex_opt.plans.allotment import allotted
 from apex_opt.plans.plan import parse_plan
 from formulations.plan_space import PlanSpace
 
@@ -241,10 +242,7 @@ def test_an_indexer_is_multiplied_in_the_format_of_its_own() -> None:
 # ---- all of them ----------------------------------------------------------------------------------------------
 
 
-KEEPERS = [cell for cell in CELLS if any(kept.token_bytes(2) for kept in cell.cache())]
-
-
-@pytest.mark.parametrize("cell", KEEPERS, ids=lambda cell: cell.kind)
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.kind)
 def test_program_and_oracle_agree_on_every_kind_and_its_time_is_counted(cell: AttentionCell) -> None:
     block = Block(attention=cell, ffn=DenseFfn(hidden=cell.hidden, intermediate=24), streams=1 + (cell is SHORT))
     plain = replace(block, attention=Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=16), streams=1)
@@ -260,3 +258,13 @@ def test_program_and_oracle_agree_on_every_kind_and_its_time_is_counted(cell: At
     names = {name for name, _ in cost.parts[0]}
     assert ("indexer" in names) == any(isinstance(op, Score) for op in cell.operations(Cut(), 2))
     assert ("hyper connections" in names) == (cell is SHORT)
+
+
+def test_compressed_layers_have_a_pool_of_their_own_whose_states_lie_apart() -> None:
+    ffn = DenseFfn(hidden=48, intermediate=24)
+    model = make_model(*((Block(attention=cell, ffn=ffn), 1) for cell in (WINDOW, SHORT, LONG)))
+    found = allotted(model, parse_plan("tp1", model), SMALL)
+    assert (found.groups, found.block_size, found.fault) == ((), SMALL.block_size, "")
+    assert found.states_before[-1] == sum(
+        kept.sequence_bytes(0) for run in model.runs for kept in run.block.attention.cache()
+    )

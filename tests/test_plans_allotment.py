@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from plan_cases import SMALL, dense, keeping, make_gpu, make_model, with_window
+from plan_cases import SMALL, dense, instance_at, keeping, make_gpu, make_model, with_window
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
+from apex_opt.evaluate import space, violations
+from apex_opt.ir import model_from_config
 from apex_opt.ir.registry import load_model
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import EngineSettings
@@ -16,6 +18,7 @@ from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.memory import kv_blocks, settings_of, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.units import GIB
+from formulations.plan_space import PlanSpace
 
 FULL = KvGroup(kind="full", block_size=16)
 
@@ -109,3 +112,39 @@ def test_a_longer_sequence_needs_no_fewer_blocks_and_the_longest_that_fits_is_fo
     for blocks in (0, 1, 3, 10, 57):
         assert settings.longest(blocks) == int((needs <= blocks).sum())
     assert (settings.least_blocks(np.arange(1, 500)) <= settings.most_blocks(np.arange(1, 500) + 1)).all()
+
+
+WHISPER = {
+    "model_type": "whisper",
+    "d_model": 256,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 1024,
+    "decoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 1024,
+    "encoder_layers": 4,
+    "max_source_positions": 300,
+    "max_target_positions": 1024,
+    "num_mel_bins": 80,
+    "vocab_size": 5000,
+}
+
+
+def test_an_encoder_leaves_blocks_of_its_tokens_to_every_sequence() -> None:
+    model = model_from_config(WHISPER, "small", "small")
+    plan = parse_plan("tp2", model)
+    found = allotted(model, plan, SMALL)
+    blocks = -(-300 // SMALL.block_size)
+    assert [group.kind for group in found.groups] == ["full"] + ["state"] * blocks
+    (stage,) = stage_memory(model, make_gpu(), plan, SMALL)
+    assert stage.kv_block_bytes == 4 * SMALL.block_size * 2 * 128 * 2
+
+
+@pytest.mark.parametrize("memory", [-1, 0, 10**6])
+@pytest.mark.parametrize("place", range(0, 12, 3))
+def test_program_and_oracle_agree_on_what_encoder_decoders_take(place: int, memory: int) -> None:
+    model = model_from_config(WHISPER, "small", "small")
+    plans = [plan for plan in space(instance_at(model, None, 4)) if plan.even and plan.replicas == 1]
+    instance = instance_at(model, plans[place % len(plans)], 4, memory=memory)
+    allowed = {plan for plan in plans if not violations(instance, plan)}
+    assert set(PlanSpace().enumerate(instance).plans) == allowed

@@ -3,7 +3,8 @@
 vLLM puts layers that keep different things into groups over one pool of blocks. Before that it enlarges the blocks of
 attention until one is no smaller than a state, to which states are padded. Where some layer sees chunks of the context
 all windows are kept as if they saw all of it, as its manager of several kinds is then switched off by default. Other
-engines keep all tokens of every layer that sees any, and have a state of each layer for every sequence that can run.
+engines keep all tokens of every layer that sees any, and have a state of each layer for every sequence that can run;
+so is it with layers for which vLLM has a pool of their own kind, cells with the trait "own pool".
 
 Source: `HybridAttentionMambaModelConfig` and `get_kv_cache_configs` of vLLM 0.20.2, in our own words; block sizes that
 it logs settle it.
@@ -108,7 +109,8 @@ def allotted(model: Model, plan: Plan, settings: EngineSettings) -> Allotment:
     model, plan
     settings : EngineSettings    of the plan or of all
     """
-    grouped = isinstance(settings.scheduler, VllmScheduling)
+    own = any("own pool" in run.block.attention.traits for run in model.runs)
+    grouped = isinstance(settings.scheduler, VllmScheduling) and not own
     terms = Terms(grouped, settings.block_size, settings.max_model_len, settings.prefix_caching)
     drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
     return _allotted(model, drafter, plan.attention.tp, plan.kv_format, terms)
@@ -148,6 +150,12 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
         if isinstance(kept, State):
             page, size = kept.sequence_bytes(drafts), terms.max_model_len
             found.append(KvLayer(kind="state", block_size=size, page_bytes=page))
+            continue
+        if kept.fixed_tokens:
+            # Keys and values of an encoder: as many blocks as they take, each a state of its own to the pool.
+            page, size = terms.block_size * kept.token_bytes(kv_bytes), terms.max_model_len
+            blocks = ceil_div(kept.fixed_tokens, terms.block_size)
+            found += [KvLayer(kind="state", block_size=size, page_bytes=page)] * blocks
             continue
         window = 0 if kept.chunked or not terms.grouped else kept.window or 0
         found.append(

@@ -53,10 +53,11 @@ class Pools:
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
-        self.grouped = instance.settings.scheduler.name == "vllm"
-        kept = [entry for block in instance.model.blocks for entry in _entries(block, 1, 2, 0)]
+        own = any("own pool" in block.attention.traits for block in instance.model.blocks)
+        self.grouped, size = instance.settings.scheduler.name == "vllm" and not own, instance.settings.block_size
+        kept = [entry for block in instance.model.blocks for entry in _entries(block, 1, 2, 0, size)]
         for drafter in instance.drafters:
-            kept += [entry for block in draft_blocks(instance, drafter) for entry in _entries(block, 1, 2, 0)]
+            kept += [entry for block in draft_blocks(instance, drafter) for entry in _entries(block, 1, 2, 0, size)]
         self.windowed = self.grouped and any(entry.seen for entry in kept)
         """Whether how much is kept may depend on the tokens of a batch."""
         self.varied = self.grouped and len({entry[1:] for entry in kept}) > 1
@@ -77,7 +78,10 @@ class Pools:
         drafts = drafter.draft_tokens if drafter else 0
         extra = draft_blocks(self.instance, drafter)
         blocks = {id(block): block for block in (*self.instance.model.blocks, *extra)}
-        entries = {name: _entries(block, tp, KV_BYTES[kv], drafts) for name, block in blocks.items()}
+        entries = {
+            name: _entries(block, tp, KV_BYTES[kv], drafts, self.instance.settings.block_size)
+            for name, block in blocks.items()
+        }
         key = drafter, *entries.values()
         if key not in self._found:
             runs = self.instance.model.runs
@@ -166,7 +170,7 @@ class Pools:
         if pool is None or len(pool.groups) > 1:
             return 0
         drafts = drafter.draft_tokens if drafter else 0
-        mine = _entries(block, tp, KV_BYTES[kv], drafts)
+        mine = _entries(block, tp, KV_BYTES[kv], drafts, self.instance.settings.block_size)
         tokens = sum(entry.bytes_each for entry in mine if not entry.state)
         states = sum(entry.bytes_each for entry in mine if entry.state) if self.grouped else 0
         return self.room(pool, drafter, batched) * (pool.tokens * tokens + states)
@@ -199,7 +203,15 @@ class Pools:
         tp : int                     shards of attention
         """
         drafts = drafter.draft_tokens if drafter else 0
-        return sum(entry.bytes_each for entry in _entries(block, tp, 1, drafts) if entry.state) if self.apart else 0
+        return (
+            sum(
+                entry.bytes_each
+                for entry in _entries(block, tp, 1, drafts, self.instance.settings.block_size)
+                if entry.state
+            )
+            if self.apart
+            else 0
+        )
 
     def seats(self, seqs: int, copies: int, stages: int, drafter: Drafter | None) -> int:
         """Sequences of which each device has states, where these lie apart from the blocks.
@@ -215,7 +227,7 @@ class Pools:
         return -(-seqs * times // limits_shared(self.instance, copies, drafter))
 
 
-def _entries(block: Block, tp: int, kv_bytes: int, drafts: int) -> tuple[Entry, ...]:
+def _entries(block: Block, tp: int, kv_bytes: int, drafts: int, size: int) -> tuple[Entry, ...]:
     """What a layer keeps on one device, with so many bytes per element of the cache.
 
     Parameters
@@ -224,11 +236,14 @@ def _entries(block: Block, tp: int, kv_bytes: int, drafts: int) -> tuple[Entry, 
     tp : int          shards of attention
     kv_bytes : int
     drafts : int      tokens that are drafted at once
+    size : int        tokens of a block
     """
     found = []
     for kept in block.attention.cache(Cut(heads=tp)):
         state, token = kept.sequence_bytes(drafts), kept.token_bytes(kv_bytes)
-        if state:
+        if kept.fixed_tokens:  # a block after the other of what an encoder left
+            found += [Entry(size * token, 0, chunked=False, state=True)] * -(-kept.fixed_tokens // size)
+        elif state:
             found.append(Entry(state, 0, chunked=False, state=True))
         else:
             found.append(Entry(token, getattr(kept, "window", None) or 0, getattr(kept, "chunked", False), state=False))

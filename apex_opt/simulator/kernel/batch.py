@@ -80,6 +80,7 @@ from apex_opt.simulator.kernel.state import (
     STOPS,
     TPOT,
     TTFT,
+    WINDOW_PAIRS,
     WINDOWS,
     WINDOWS_OF_COUNTS,
     WINDOWS_OF_LAW,
@@ -117,10 +118,11 @@ def by_tokens_nb(tables: I64, r: I64, before: int, table: int) -> I64:
 def seen_pairs_nb(stamp: int, length: int) -> int:
     """`law.Window.all_pairs` of the first tokens of a sequence."""
     if stamp < 0:
-        chunks, rest = length // -stamp, length % -stamp
-        return chunks * (-stamp * (1 - stamp) // 2) + rest * (rest + 1) // 2
+        chunks = int(length / -stamp)  # exact far beyond any context; whole numbers would take a second to compile
+        rest = length + chunks * stamp
+        return chunks * ((stamp * (stamp - 1)) >> 1) + ((rest * (rest + 1)) >> 1)
     rising = min(length, stamp)
-    return rising * (rising + 1) // 2 + (length - rising) * stamp
+    return ((rising * (rising + 1)) >> 1) + (length - rising) * stamp
 
 
 @inner
@@ -147,10 +149,12 @@ def pace_nb(law: I64, r: I64, n: int, context: int) -> tuple[int, int, int]:
 @inner
 def chunk_seen_nb(law: I64, r: I64, c: int, held: int) -> int:
     """What the pairs of a chunk within windows take."""
-    windows, seen, total = at(law, r[WINDOWS_OF_LAW]), r[WINDOWS] * (r[MAX_SEQS] + 2), 0
+    windows, seen = at(law, r[WINDOWS_OF_LAW]), r[WINDOWS] * (r[MAX_SEQS] + 2)
+    r[WINDOW_PAIRS] = 0
     for k in range(r[WINDOWS]):
         pairs = seen_pairs_nb(windows[k], held) - seen_pairs_nb(windows[k], held - c)
-        total += windows[seen + k * (r[MAX_TOKENS] + 1) + c] * pairs
+        r[WINDOW_PAIRS] += windows[seen + k * (r[MAX_TOKENS] + 1) + c] * pairs
+    total: int = r[WINDOW_PAIRS]
     return total
 
 

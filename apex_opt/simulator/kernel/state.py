@@ -136,6 +136,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     WINDOWS_OF_LAW,
     WINDOWS_OF_COUNTS,
     SLEEP_NS,  # after a turn that scheduled nothing while requests are unfinished
+    WINDOW_PAIRS,  # what the pairs of a chunk take, in memory: as a register of a loop it would be compiled as vectors
     # Registers of both engines, then those of a batch that is being formed, then of one engine.
     NOW,
     BATCHES,
@@ -194,7 +195,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(96)
+) = range(97)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED

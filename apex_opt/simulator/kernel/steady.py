@@ -207,8 +207,7 @@ def stretch_nb(run: Run, groups: Groups | None, r: I64, wake: int) -> None:
     base_ns = by_sequences_nb(law, r, DECODE_NS)[n]
     rate, full, last = by_sequences_nb(law, r, CONTEXT_RATE)[n], 0, NEVER
     if r[WINDOWS] > 0:
-        rate, full, last = pace_nb(law, r, n, context + n)
-        last -= n
+        last = -1
     first, began, total, wanted, lump = k, end, 0, r[WANTED], r[LUMP]
     while now < wake and ring[(k + ahead) & mask] == NONE:
         if groups is None:
