@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from apex_opt.workload import Trace
 
 MODEL = "llama-3.1-8b"
+WINDOWED = "gpt-oss-20b"
 MIXTURE = "qwen3-30b-a3b"
 
 # Engine loop: plan, and the engine settings that differ from the default.
@@ -86,6 +87,14 @@ def benchmarks() -> tuple[Benchmark, ...]:
     )
     found.append(
         Benchmark(
+            name="simulate_groups_batches_per_s",
+            unit="batches/s",
+            about=f"{title} on {WINDOWED}, tp1: blocks shared by layers with windows and without, warm, on one core",
+            measure=groups,
+        )
+    )
+    found.append(
+        Benchmark(
             name="simulate_ranks_batches_per_s",
             unit="batches/s",
             about=f"{title} on {MIXTURE}, attn(dp8) ffn(ep8), eight ranks in "
@@ -133,6 +142,24 @@ def disaggregated(quick: bool) -> float:
 
     def run() -> int:
         return run_disaggregated(pool, pool, handover, trace).batches
+
+    with one_core():
+        return run() / best_of(1 if quick else 5, run)
+
+
+def groups(quick: bool) -> float:
+    """Batches per second over groups of layers, best of five after a warm-up."""
+    from apex_opt.plans.plan import parse_plan
+    from apex_opt.search.facts import Facts
+    from apex_opt.simulator import EnginePool, run_deployment
+
+    asked, trace = problem(WINDOWED, "1xh200-sxm", "chat"), conversation(quick)
+    facts, plan = Facts(asked), parse_plan("tp1", asked.model)
+    cost = facts.plan_cost(plan)
+    pool = EnginePool(settings=asked.settings_for(plan), blocks=facts.own_blocks(plan), laws=cost.laws)
+
+    def run() -> int:
+        return run_deployment([pool], trace).batches
 
     with one_core():
         return run() / best_of(1 if quick else 5, run)

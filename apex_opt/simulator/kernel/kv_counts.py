@@ -94,6 +94,16 @@ def span_nb(groups: Groups, s: int) -> I64:
 
 
 @inner
+def due_at_nb(counts: I64, size: int, phase: int, slot: int) -> tuple[int, int]:
+    """Blocks of so many tokens that a batch takes and gives back, by its phase and its slot of the ring."""
+    full = at(counts, DUE + 2 * size)
+    if full[slot] > 0:
+        counts[DUE + size + phase] += full[slot]
+        full[slot] = 0
+    return counts[DUE + phase], counts[DUE + size + phase]
+
+
+@inner
 def due_nb(run: Run, groups: Groups, r: I64, k: int) -> tuple[int, int]:
     """Blocks that batch k + 1 takes and gives back, after those whose windows are full from now on were noted."""
     taken, back, mask = 0, 0, r[RING_SIZE] - 1
@@ -103,13 +113,9 @@ def due_nb(run: Run, groups: Groups, r: I64, k: int) -> tuple[int, int]:
         counts = at(run.scratch, r[RESIDUE_AT] + span[SPAN_AT])
         if k == 0:  # the memory may be that of a replica that ran before
             counts[0] = 0
-        phase = counts[0]
-        full = at(counts, DUE + 2 * size)
-        if full[k & mask] > 0:
-            counts[DUE + size + phase] += full[k & mask]
-            full[k & mask] = 0
-        taken += counts[DUE + phase]
-        back += counts[DUE + size + phase]
+        here = due_at_nb(counts, size, counts[0], k & mask)
+        taken += here[0]
+        back += here[1]
     return taken, back
 
 

@@ -34,6 +34,7 @@ from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_counts import (
     count_nb,
     decodes_nb,
+    due_at_nb,
     due_nb,
     entered_nb,
     held_nb,
@@ -41,6 +42,7 @@ from apex_opt.simulator.kernel.kv_counts import (
     passed_nb,
     whole_nb,
 )
+from apex_opt.simulator.kernel.kv_state import SPAN_AT, SPAN_TOKENS
 from apex_opt.simulator.kernel.policies import blocks_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -209,6 +211,11 @@ def stretch_nb(run: Run, groups: Groups | None, r: I64, wake: int) -> None:
     if r[WINDOWS] > 0:
         last = -1
     first, began, total, wanted, lump = k, end, 0, r[WANTED], r[LUMP]
+    if groups is not None:  # mostly all blocks have as many tokens, and looking up their counts takes most of the time
+        alone, counted, size = groups.sizes == 1, residue, bs
+        if alone:
+            counted, size = at(residue, groups.spans[SPAN_AT]), groups.spans[SPAN_TOKENS]
+            phase = counted[0]
     while now < wake and ring[(k + ahead) & mask] == NONE:
         if groups is None:
             need = residue[phase]
@@ -219,13 +226,19 @@ def stretch_nb(run: Run, groups: Groups | None, r: I64, wake: int) -> None:
             if phase == bs:
                 phase = 0
         else:
-            taken, back = due_nb(run, groups, r, k)
+            if alone:
+                taken, back = due_at_nb(counted, size, phase, k & mask)
+            else:
+                taken, back = due_nb(run, groups, r, k)
             back += lump
             if taken > free or free - taken + back >= wanted:
                 break
             free += back - taken
             lump = 0
-            on_nb(run, groups, r)
+            if alone:
+                phase = phase + 1 if phase + 1 < size else 0
+            else:
+                on_nb(run, groups, r)
         if context > last:
             rate, full, last = pace_nb(law, r, n, context + n)
             last -= n
@@ -244,6 +257,8 @@ def stretch_nb(run: Run, groups: Groups | None, r: I64, wake: int) -> None:
     r[BATCHES], r[NOW], r[FREE], r[CONTEXT], r[PHASE], r[FLIGHT_END] = k, now, free, context, phase, end
     if groups is not None:
         r[LUMP] = lump
+        if alone:
+            counted[0] = phase
 
 
 @inner
