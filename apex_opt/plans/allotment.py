@@ -99,6 +99,7 @@ class Terms(NamedTuple):
     block_size: int
     max_model_len: int
     caches: bool
+    hands_over: bool = False
 
 
 def allotted(model: Model, plan: Plan, settings: EngineSettings) -> Allotment:
@@ -111,7 +112,9 @@ def allotted(model: Model, plan: Plan, settings: EngineSettings) -> Allotment:
     """
     own = any("own pool" in run.block.attention.traits for run in model.runs)
     grouped = isinstance(settings.scheduler, VllmScheduling) and not own
-    terms = Terms(grouped, settings.block_size, settings.max_model_len, settings.prefix_caching)
+    terms = Terms(
+        grouped, settings.block_size, settings.max_model_len, settings.prefix_caching, settings.role is not None
+    )
     drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
     return _allotted(model, drafter, plan.attention.tp, plan.kv_format, terms)
 
@@ -139,7 +142,7 @@ def _allotted(model: Model, drafter: Drafter | None, tp: int, kv_format: str, te
         kept,
         terms,
         multiple=LATENT_KERNEL_TOKENS if latent else KERNEL_TOKENS,
-        chunked=any(entry.chunked for entry in whole),
+        as_full=terms.hands_over or any(entry.chunked for entry in whole),
     )
 
 
@@ -169,7 +172,7 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
     return found
 
 
-def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int, chunked: bool) -> Allotment:
+def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int, as_full: bool) -> Allotment:
     """What the layers keep, put into groups over one pool.
 
     Parameters
@@ -177,7 +180,8 @@ def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int
     kept : of each layer in turn
     terms : Terms
     multiple : int    of tokens that an enlarged block holds
-    chunked : bool    whether some layer sees chunks of the context
+    as_full : bool    whether windows are kept as if every layer saw all tokens: where some layer sees chunks of the
+                      context, and where a connector hands blocks over
     """
     block_size = _enlarged([entry for its in kept for entry in its], terms.block_size, multiple)
     entries = [_resized(entry, block_size, terms) for its in kept for entry in its]
@@ -188,14 +192,14 @@ def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int
     if any(entry.kind != "state" for entry in entries):
         entries = [replace(entry, page_bytes=largest) if entry.kind == "state" else entry for entry in entries]
     try:
-        shared = share_pool(entries, 0, hybrid=not chunked)
+        shared = share_pool(entries, 0, hybrid=not as_full)
     except InputError as error:
         return replace(nothing, fault=str(error))
     mode: StateMode = "align" if terms.caches else "none"
     groups = []
     for places, size in zip(shared.groups, shared.block_size, strict=True):
         first = entries[places[0]]
-        kind: LayerKind = "full" if chunked and first.kind == "window" else first.kind
+        kind: LayerKind = "full" if as_full and first.kind == "window" else first.kind
         groups.append(
             KvGroup(
                 kind=kind,

@@ -226,7 +226,7 @@ class Scorer:
         """A pool as the simulator has it."""
         cost = facts.plan_cost(pool.plan)
         return EnginePool(
-            settings=self.problem.settings_for(pool.plan),
+            settings=facts.problem.settings_for(pool.plan),
             blocks=facts.own_blocks(pool.plan),
             laws=cost.laws,
             replicas=pool.plan.replicas,
