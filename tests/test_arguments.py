@@ -176,7 +176,7 @@ def test_choices_are_offered() -> None:
         PLAN.option("format").read("jason")
     with pytest.raises(UnknownNameError, match=r"unknown --runnable 'vllm,sglang'; .*; one at a time"):
         PLAN.option("runnable").read("vllm,sglang")
-    with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: least_loaded, round_robin"):
+    with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: cache_aware, dynamo, .*, vllm_dp"):
         PLAN.option("routing").read("x")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from apex_opt.placement import Assignment
     from apex_opt.plans.plan import Plan
     from apex_opt.search.problem import Problem
+    from apex_opt.simulator.outcome import Routing
 
 __all__ = ["ENGINES", "Command", "Launch", "handing_over", "launch", "together"]
 
@@ -143,6 +144,20 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica], taken: d
         yield from commands
 
 
+_ROUTERS: Final[dict[Routing, str]] = {
+    "round_robin": "the default of nginx",
+    "least_loaded": "least_conn of nginx",
+    "vllm_dp": "with one node, --data-parallel-size of vllm serve in place of the servers",
+    "power_of_two": "random two least_conn of nginx, which draws otherwise",
+    "cache_aware": "--policy cache_aware of sglang_router.launch_router",
+    "dynamo": "--router-mode kv of dynamo.frontend",
+    "llm_d": "the prefix-cache and queue scorers of llm-d's endpoint picker, with weights 3 and 2",
+    "session": "hash of nginx by what names the session, which deals otherwise",
+    "pull": "one that holds requests until a server has a seat, such as max_conns and queue of nginx plus",
+}
+"""What deals requests in this way."""
+
+
 def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterator[str]:
     plan, problem, name = asked.plan, asked.problem, engine.rules.name
     yield f"options as {engine.rules.release} has them"
@@ -166,7 +181,7 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
     if len(replicas) > 1:
         yield (
             f"requests: put a router before the {len(replicas)} servers that deals them {problem.routing} "
-            f"({'least_conn' if problem.routing == 'least_loaded' else 'the default'} of nginx)"
+            f"({_ROUTERS[problem.routing]})"
         )
     if any(len(replica.nodes) > 1 for replica in replicas):
         yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"

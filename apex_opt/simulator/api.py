@@ -148,8 +148,8 @@ def simulate(
     trace : Trace                 open arrivals, or a closed loop of `trace.concurrency` clients; clients keep to
                                   their replica
     replicas : int                engines with their own scheduler and cache
-    routing : "round_robin" (request i to replica i mod R) or "least_loaded" (fewest unanswered requests when the
-              request arrives, ties to the lowest replica)
+    routing : "round_robin" (request i to replica i mod R), "least_loaded" (fewest unanswered requests when the
+              request arrives, ties to the lowest replica) or another of those in docs/routing.md
     log : bool                    keep every batch
     gaps : bool                   keep the times between the tokens of every request, as a log does too
     stops : limits whose passing cuts the run short (`Outcome.stopped`); with `floors`, times that no request can beat,
@@ -218,7 +218,7 @@ def run_deployment(
     found = shares(pools, trace, routing, assigned, clients)
     for place, pool in enumerate(pools):
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
-    if implementation == "reference":
+    if implementation == "reference" or any(share.routed and share.routing != "least_loaded" for share in found):
         from apex_opt.simulator import reference
 
         return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops, content=content)

@@ -464,7 +464,9 @@ class Memory:
     def _deal(self, share: Share) -> None:
         """Chain the requests of each replica; with clients all but their first wait for answers."""
         active, rows = share.last - share.first, share.rows
-        self._requests[kn.FOLLOWING, rows[:-active]] = rows[active:]
+        dealt = [share.dealt(place) for place in range(active)]
+        for mine in dealt:
+            self._requests[kn.FOLLOWING, mine[:-1]] = mine[1:]
         firsts = self._first[share.first : share.last]
         if share.clients is not None:
             self._requests[kn.ARRIVAL, rows] = np.where(np.arange(len(rows)) < share.clients, 0, kn.NEVER)
@@ -473,7 +475,7 @@ class Memory:
             if self._ranks is not None and first in places:
                 self._ranks.deal(share, places[first], offset)
                 continue
-            self._replicas[first, kn.HEAD] = rows[offset]
+            self._replicas[first, kn.HEAD] = dealt[offset][0] if len(dealt[offset]) else kn.NONE
             if share.clients is not None:
                 later = offset + -(-(share.clients - offset) // active) * active
                 self._replicas[first, kn.BACKLOG] = rows[later] if later < len(rows) else kn.NONE

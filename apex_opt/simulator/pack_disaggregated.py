@@ -64,7 +64,7 @@ class _Instances(Memory):
         super().__init__([prefill, decode], _twice(trace), (), (), None, room, holding)
         self._asked = trace
         self._replicas[: prefill.replicas, kn.HOLDS] = 1
-        self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, False))
+        self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
         facts = np.zeros(kn.FACTS_SIZE, np.int64)
         facts[[kn.REQUESTS, kn.PREFILLS, kn.DECODES]] = n, prefill.replicas, decode.replicas
         facts[[kn.PROXY_NS, kn.READ_NS, kn.BLOCK_NS]] = handover.proxy_ns, handover.read_ns, handover.block_ns

@@ -179,7 +179,7 @@ class GroupMemory:
         offset : int    number of the replica within the share
         """
         active, g = share.last - share.first, self._groups[place]
-        mine = share.rows[offset::active]
+        mine = share.dealt(offset)
         self._links[gs.AFTER, mine[:-1]] = mine[1:]
         g[gs.COMING] = mine[0] if len(mine) else kn.NONE
         g[gs.GIVEN] = len(mine)

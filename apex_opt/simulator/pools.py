@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.simulator.routing import BEFOREHAND, beforehand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,16 +61,24 @@ class Share(NamedTuple):
     first, last : int        the replicas, counted over all pools, `last` not among them
     rows : int64[m]          the requests, in order
     clients : int or None    that send them in a closed loop
-    routed : bool            each goes to the replica with the fewest unanswered ones when it arrives, of equals the
-                             lowest; else the j-th of them goes to the j-th replica, over and over, as does the j-th
-                             client
+    routing : Routing        how a replica is found for each
+    routed : bool            as loads are when it arrives; else where `places` says, or the j-th of them goes to the
+                             j-th replica, over and over, as does the j-th client
+    places : int64[m] or None    the replica of each, counted from `first`, where that is known beforehand
     """
 
     first: int
     last: int
     rows: I64
     clients: int | None
+    routing: Routing
     routed: bool
+    places: I64 | None = None
+
+    def dealt(self, place: int) -> I64:
+        """The requests of the replica at a place, where none is routed."""
+        mine: I64 = self.rows[place :: self.last - self.first]
+        return mine if self.places is None else self.rows[self.places == place]
 
 
 def shares(
@@ -110,14 +119,21 @@ def shares(
         ]
     if empty := [place for place, (_, _, rows, its) in enumerate(found) if not len(rows) or its == 0]:
         raise UsageError(f"pool {empty[0]} has no request or no client; leave it out")
-    return [
-        Share(
-            first,
-            last if (routed := routing == "least_loaded" and its is None and last - first > 1) else used,
-            rows,
-            its,
-            routed,
-        )
-        for first, last, rows, its in found
-        for used in [min(last, first + min(len(rows), len(rows) if its is None else its))]
-    ]
+    return [_share(first, last, rows, its, routing, trace) for first, last, rows, its in found]
+
+
+def _share(first: int, last: int, rows: I64, clients: int | None, routing: Routing, trace: Trace) -> Share:
+    """A share, of whose replicas those without a request are left out where none is routed.
+
+    Parameters
+    ----------
+    first, last, rows, clients : as of `Share`
+    routing, trace
+    """
+    if clients is not None or last - first == 1:
+        routing = "round_robin"
+    if routing not in BEFOREHAND:
+        return Share(first, last, rows, clients, routing, routed=True)
+    places = beforehand(routing, trace, rows, last - first)
+    used = min(len(rows), clients or len(rows)) if places is None else int(places.max()) + 1
+    return Share(first, min(last, first + used), rows, clients, routing, routed=False, places=places)

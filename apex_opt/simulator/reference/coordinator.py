@@ -233,7 +233,7 @@ class FrontEnd:
         self.news = Inbox()
         self._first: tuple[int, int] | None = None  # when, and the rank, of a request sent to ranks that do not run
         ranks = group.ranks
-        self._loads = [[0, 0] for _ in range(ranks.count)]
+        self.loads = [[0, 0] for _ in range(ranks.count)]
         self._from = ranks.count * index // ranks.front_ends
         self._wave, self._running = 0, False
 
@@ -246,10 +246,10 @@ class FrontEnd:
 
     def _least_loaded(self) -> int:
         """The rank with the least load; those sent since the last publication count as those of all front ends."""
-        count = len(self._loads)
+        count = len(self.loads)
         order = [(self._from + step) % count for step in range(count)]
-        rank = min(order, key=lambda r: 4 * self._loads[r][0] + self._loads[r][1])
-        self._loads[rank][0] += self._group.ranks.front_ends
+        rank = min(order, key=lambda r: 4 * self.loads[r][0] + self.loads[r][1])
+        self.loads[rank][0] += self._group.ranks.front_ends
         return rank
 
     def due(self) -> int | None:
@@ -270,4 +270,4 @@ class FrontEnd:
             if known is not None:
                 self._wave, self._running = known.wave, known.running
                 if known.counts is not None:
-                    self._loads = [list(pair) for pair in known.counts]
+                    self.loads = [list(pair) for pair in known.counts]

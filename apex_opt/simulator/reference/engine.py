@@ -43,6 +43,7 @@ class Engine:
         self.scheduler = scheduler(pool.settings, pool.blocks) if scheduler else scheduler_of(pool)
         self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
         self.laws = pool.laws
+        self.seats = pool.settings.max_num_seqs * pool.schedulers
         self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
         self.now = 0
@@ -68,6 +69,16 @@ class Engine:
     def outstanding(self, at_ns: int) -> int:
         """Requests sent and not answered by `at_ns`, once the engine has taken all turns before it."""
         return sum(s.answered_ns is None or s.answered_ns > at_ns for s in self.sent)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests sent and not answered, as the engine has them."""
+        return sum(s.answered_ns is None for s in self.sent)
+
+    @property
+    def waiting(self) -> int:
+        """Requests sent that do not run, or no longer."""
+        return len(self.arrivals) + self.scheduler.queued
 
     @property
     def cached(self) -> int:

@@ -265,6 +265,7 @@ class Group:
         self.pool, self.ranks, self.log, self.closed = pool, pool.ranks, log, closed
         self.now = 0
         count = pool.ranks.count
+        self.seats = pool.settings.max_num_seqs * count
         self.sent: list[Sequence] = []
         self.publications: list[tuple[int, list[list[int]]]] = []
         self.waves_started: list[tuple[int, int, int | None]] = []
@@ -298,6 +299,16 @@ class Group:
     def outstanding(self, at_ns: int) -> int:
         """Requests sent and not answered by `at_ns`, once all turns before it are taken."""
         return sum(s.answered_ns is None or s.answered_ns > at_ns for s in self.sent)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests sent and not answered."""
+        return self._unanswered
+
+    @property
+    def waiting(self) -> int:
+        """Requests sent that do not run, or no longer."""
+        return self._unanswered - sum(len(rank.scheduler.running) for rank in self.members)
 
     def next_ns(self) -> int | None:
         """When somebody acts next; None where nothing is left to do."""

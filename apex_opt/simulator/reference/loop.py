@@ -16,7 +16,7 @@ from apex_opt.simulator.law import clock_overflow, never_admitted
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, SharedCounts
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.group import Group
-from apex_opt.simulator.reference.router import LeastLoaded, RoundRobin
+from apex_opt.simulator.reference.router import Pull, router_of
 from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
 from apex_opt.simulator.reference.sglang_ranks import SglangRanks
@@ -68,9 +68,11 @@ def run_deployment(
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
-            router = LeastLoaded() if share.routed else RoundRobin()
             arrivals = deque(zip(trace.arrival_ns[share.rows].tolist(), mine, strict=True))
-            _serve(every[share.first : share.last], router, arrivals)
+            if share.routing == "pull" and share.routed:
+                _serve_pulling(every[share.first : share.last], arrivals)
+            else:
+                _serve(every[share.first : share.last], router_of(share, pools, trace), arrivals)
         else:
             _serve_clients(every[share.first : share.last], share.clients, mine)
     outcome = _outcome(pools, engines, sequences, gaps=log or gaps)
@@ -147,6 +149,28 @@ def _serve(engines: Seq[Replica], router: Router, arrivals: deque[tuple[int, Seq
         elif due is not None:
             at_ns, engine = due
             engine.turn(at_ns)
+        else:
+            return
+
+
+def _serve_pulling(engines: Seq[Replica], arrivals: deque[tuple[int, Sequence]]) -> None:
+    """Requests that wait in one queue until a replica takes them; at one time it takes before anything else happens."""
+    queue: deque[Sequence] = deque()
+    while True:
+        taken = Pull.taker(queue[0], engines) if queue else None
+        due = next_due(engines)
+        coming_ns = arrivals[0][0] if arrivals else None
+        if taken is not None and (due is None or taken[0] <= due[0]) and (coming_ns is None or taken[0] <= coming_ns):
+            sequence = queue.popleft()
+            taken[1].add(sequence, sequence.arrival_ns)
+        elif coming_ns is not None and (due is None or coming_ns <= due[0]):
+            sequence = arrivals.popleft()[1]
+            sequence.arrival_ns = coming_ns
+            queue.append(sequence)
+        elif due is not None:
+            at_ns, engine = due
+            while engine.next_ns() == at_ns:
+                engine.turn(at_ns)
         else:
             return
 

@@ -125,6 +125,11 @@ class Scheduler:
         """Whether there is a request that is not answered."""
         return bool(self.running or self.waiting)
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting)
+
     def schedule(self) -> Batch:
         """Form one batch: running sequences first, then waiting ones, within the token budget."""
         self.unreported = False

@@ -61,6 +61,11 @@ class RankedSglang(SglangScheduler):
         for member in self.members:
             member.rest()
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting) + sum(len(member.waiting) for member in self.members)
+
     def schedule(self) -> Batch:
         while self.waiting:
             self._deal(self.waiting.popleft())

@@ -35,6 +35,11 @@ class RankedScheduler(TrtllmScheduler):
     def unfinished(self) -> bool:
         return bool(self.waiting) or any(member.unfinished for member in self.members)
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return len(self.waiting) + sum(len(member.waiting) for member in self.members)
+
     def schedule(self) -> Batch:
         self.deal()
         chosen = [member.choose() for member in self.members]
