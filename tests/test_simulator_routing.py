@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import Case, Loop, assert_same, cases, linear, requests
+from simulator_cases import IMPLEMENTATIONS, Case, Loop, assert_same, cases, linear, requests
 
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.plans.engine import EngineSettings
-from apex_opt.simulator import EnginePool, run_deployment
+from apex_opt.simulator import EnginePool, compiled, run_deployment
 from apex_opt.simulator.outcome import Routing
+from apex_opt.simulator.pools import shares
 from apex_opt.simulator.reference.coordinator import FrontEnd
 from apex_opt.simulator.reference.router import CacheAware, Dynamo, LlmD, prefix_scores, queue_scores
 from apex_opt.simulator.reference.sequence import Sequence
@@ -251,7 +253,7 @@ def test_two_different_replicas_are_drawn_and_each_as_often() -> None:
 ONE_SEAT = EngineSettings(
     max_num_seqs=1, max_num_batched_tokens=32, max_model_len=64, block_size=4, async_scheduling=False
 )
-KERNEL_LOOPS: tuple[Loop, ...] = ("synchronous", "asynchronous", "prefix caching", "pipeline")
+KERNEL_LOOPS: tuple[Loop, ...] = ("synchronous", "asynchronous", "threshold", "prefix caching", "pipeline", "static")
 
 
 def test_a_shared_queue_hands_the_oldest_to_whoever_has_a_seat_first() -> None:
@@ -303,11 +305,69 @@ def test_every_request_is_answered_by_one_replica(routing: Routing, case: Case) 
     assert sorted(itertools.chain.from_iterable(served)) == list(range(len(case.trace)))
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(ROUTINGS),
-    st.one_of([cases(loop, "routed", most=12) for loop in KERNEL_LOOPS]),
-)
+# The kernel.
+
+
+@pytest.mark.parametrize("routing", [name for name in ROUTINGS if name not in ("round_robin", "least_loaded")])
+@settings(max_examples=25, deadline=None)
+@given(st.one_of([cases(loop, "routed") for loop in KERNEL_LOOPS]))
 def test_the_kernel_equals_the_reference(routing: Routing, case: Case) -> None:
     case = case.having(routing=routing)
     assert_same(case.run("kernel"), case.run("reference"))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("most_gap", [3, 40])
+def test_it_does_so_where_loads_are_high_and_prompts_begin_alike(routing: Routing, most_gap: int) -> None:
+    engine = EngineSettings(
+        max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, block_size=4, prefix_caching=True
+    )
+    rng, count = np.random.default_rng(most_gap), 400
+    says = [[100 * first + j for j in range(8)] + rng.integers(0, 2, 4).tolist() for first in rng.integers(0, 3, count)]
+    arrivals, outputs = np.cumsum(rng.integers(0, most_gap, count)).tolist(), rng.integers(1, 40, count).tolist()
+    rows = [
+        (at, int(prompt), output)
+        for at, prompt, output in zip(arrivals, rng.integers(45, 49, count), outputs, strict=True)
+    ]
+    case = Case(
+        settings=engine,
+        blocks=200,
+        laws=(linear(engine, 10, 1),),
+        trace=requests(rows, content=says, content_tokens=4),
+        replicas=4,
+        routing=routing,
+    )
+    for caching in (True, False):
+        case = case.having(settings=replace(engine, prefix_caching=caching))
+        assert_same(case.run("kernel", log=False), case.run("reference", log=False))
+
+
+def test_pools_of_their_own_limits_are_routed_together_and_apart() -> None:
+    small = replace(ONE_SEAT, max_num_seqs=2)
+    pools = [
+        EnginePool(settings=its, blocks=30, laws=[linear(its, base)], replicas=2)
+        for its, base in ((ONE_SEAT, 10), (small, 7))
+    ]
+    rng = np.random.default_rng(5)
+    trace = requests(
+        [
+            (int(at), 4, int(output))
+            for at, output in zip(np.cumsum(rng.integers(0, 9, 40)), rng.integers(1, 9, 40), strict=True)
+        ]
+    )
+    for routing, assigned in itertools.product(ROUTINGS, (None, rng.integers(0, 2, 40))):
+        runs = [
+            run_deployment(pools, trace, assigned=assigned, routing=routing, log=True, implementation=implementation)
+            for implementation in IMPLEMENTATIONS
+        ]
+        assert_same(*runs)
+
+
+def test_the_kernel_has_all_routers_before_plain_engines_and_leaves_others_to_the_reference() -> None:
+    pool = EnginePool(settings=ONE_SEAT, blocks=30, laws=[linear(ONE_SEAT, 10)], replicas=2)
+    trace = requests([(0, 4, 1), (0, 4, 1)])
+    sglang = replace(pool, settings=replace(ONE_SEAT, scheduler=SglangScheduling()))
+    for routing in ROUTINGS:
+        assert compiled.routes([pool], shares([pool], trace, routing))
+        known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
+        assert compiled.routes([sglang], shares([sglang], trace, routing)) == known

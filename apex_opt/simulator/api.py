@@ -218,12 +218,12 @@ def run_deployment(
     found = shares(pools, trace, routing, assigned, clients)
     for place, pool in enumerate(pools):
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
-    if implementation == "reference" or any(share.routed and share.routing != "least_loaded" for share in found):
+    from apex_opt.simulator import compiled
+
+    if implementation == "reference" or not compiled.routes(pools, found):
         from apex_opt.simulator import reference
 
         return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops, content=content)
-    from apex_opt.simulator import compiled
-
     return compiled.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors, content=content)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.simulator import pack
+from apex_opt.simulator.pack_router import RULES
 from apex_opt.simulator.pack_sglang import SERVE, SglangMemory
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     if isinstance(settings.scheduler, SglangScheduling):
         return not SERVE[ranks, settings.prefix_caching].ready()
     return pack.needs_compiling(settings, stages, ranks=ranks)
+
+
+def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:
+    """Whether the kernel has the routers of all shares; the others are served by the reference."""
+    beyond = {share.routing for share in shares if share.routed} - {"least_loaded"}
+    return not beyond or (beyond <= RULES.keys() and pack.routes(pools))
 
 
 def run(

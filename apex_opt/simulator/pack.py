@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, SglangScheduling, TrtllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plans.kv_groups import sets_of
@@ -24,6 +24,7 @@ from apex_opt.simulator.kernel.sglang_state import SGLANG_REQUEST_SIZE, Tree
 from apex_opt.simulator.law import OF_WINDOWS, RATE_BITS, TABLES, clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome
 from apex_opt.simulator.pack_ranks import MESSAGES, GroupMemory
+from apex_opt.simulator.pack_router import RULES, router_memory
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ _ENGINES = {
     ("speculative groups", True): entries.SERVE_GROUPED,
 }
 """Entries of the kernel, by engine and whether it caches prefixes."""
+_ROUTED = {
+    ("steady", False): entries.ROUTE_STEADY,
+    ("general", False): entries.ROUTE_GENERAL,
+    ("general", True): entries.ROUTE_CACHING,
+}
+"""Those before which a router stands that knows more than how many requests are unanswered."""
 _OF_RANKS = {
     ("steady", False): entries.RANKS_STEADY,
     ("general", False): entries.RANKS_GENERAL,
@@ -117,6 +124,16 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
         return "trtllm"
     walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
     return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
+
+
+def routes(pools: Sequence[EnginePool]) -> bool:
+    """Whether the kernel has all routers before these replicas; the others are served by the reference."""
+    return all(
+        not isinstance(pool.settings.scheduler, SglangScheduling)
+        and pool.ranks is None
+        and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in _ROUTED
+        for pool in pools
+    )
 
 
 def run(
@@ -456,7 +473,9 @@ class Memory:
                 end += pool.replicas
                 if first >= last or (share.routed and first > share.first):
                     continue
-                if share.routed:
+                if share.routed and share.routing in RULES:
+                    self._route(index, share)
+                elif share.routed:
                     self._serve(index, first, share.last, share.rows)
                 else:
                     self._serve(index, first, last, np.zeros(0, np.int64))
@@ -479,6 +498,18 @@ class Memory:
             if share.clients is not None:
                 later = offset + -(-(share.clients - offset) // active) * active
                 self._replicas[first, kn.BACKLOG] = rows[later] if later < len(rows) else kn.NONE
+
+    def _route(self, index: int, share: Share) -> None:
+        """Let the replicas of a share, the first of a pool, serve what a router sends them."""
+        if self.stopped:
+            return
+        self._requests[[[kn.FIRST], [kn.FINISH]], share.rows] = kn.NEVER  # until they are known
+        router = router_memory(share, self._pools[0].settings, self._trace, number_pieces)
+        kind = self._engines[index], self._pools[0].settings.prefix_caching
+        start = int(self._first[share.first])
+        given = start, start + share.last - share.first, share.rows, len(share.rows), router
+        _ROUTED[kind](*self.run, *given, *(self._cache or ()))
+        assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
         """Let replicas of a pool, or from a pool on, serve their requests or those that are routed."""

@@ -159,6 +159,9 @@ SERVE_STEADY: Final = Entry(_KERNEL + "deployment", "serve_steady_nb", _SERVE)
 SERVE_GENERAL: Final = Entry(_KERNEL + "deployment", "serve_general_nb", _SERVE)
 _CACHING: Final = (*_SERVE, *_CACHE)
 SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
+ROUTE_STEADY: Final = Entry(_KERNEL + "router", "route_steady_nb", (*_SERVE, _I64))
+ROUTE_GENERAL: Final = Entry(_KERNEL + "router", "route_general_nb", (*_SERVE, _I64))
+ROUTE_CACHING: Final = Entry(_KERNEL + "router", "route_caching_nb", (*_SERVE, _I64, *_CACHE))
 SERVE_TRTLLM: Final = Entry(_KERNEL + "deployment", "serve_trtllm_nb", _SERVE)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
@@ -192,6 +195,9 @@ ENTRIES: Final = (
     SERVE_STEADY,
     SERVE_GENERAL,
     SERVE_CACHING,
+    ROUTE_STEADY,
+    ROUTE_GENERAL,
+    ROUTE_CACHING,
     SERVE_TRTLLM,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,
