@@ -336,34 +336,9 @@ def test_costs_goodput_and_times_between_tokens_have_their_place_where_they_are_
 
 
 def test_lists_have_a_row_for_each_thing_named() -> None:
-    model = {
-        "name": "m[1]",
-        "parameters": 70_553_706_496,
-        "active_parameters": 12_880_000_000,
-        "layers": 80,
-        "hidden": 8192,
-        "query_heads": 64,
-        "kv_heads": 8,
-        "max_position": 131_072,
-        "weights": "bf16",
-    }
-    text = rendered({"status": "ok", "models": [model], "version": "0"})
-    assert text.splitlines()[2].split() == [
-        "m[1]",
-        "70.55",
-        "B",
-        "12.88",
-        "B",
-        "80",
-        "8,192",
-        "64",
-        "8",
-        "131,072",
-        "bf16",
-    ]
     cluster = {
         "cluster": "8xv",
-        "gpu": "v",
+        "gpu": "v[1]",
         "memory_bytes": 16 * 2**30,
         "memory_bytes_per_s": 9e11,
         "bf16_flops_per_s": None,
@@ -380,7 +355,7 @@ def test_lists_have_a_row_for_each_thing_named() -> None:
     assert text.split("\n")[0].split() == (
         ["GPU", "one", "node", "memory", "TB/s", "16-bit", "TFLOPS", "fp8", "fp4", "limit", "link", "figures"]
     )
-    assert row == "v 8xv 16 GiB 0.90 112 - - 1,000 W pcie 16 GB/s derived"
+    assert row == "v[1] 8xv 16 GiB 0.90 112 - - 1,000 W pcie 16 GB/s derived"
 
 
 def test_titles_of_traces_wrap_rather_than_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,3 +373,9 @@ def test_titles_of_traces_wrap_rather_than_vanish(monkeypatch: pytest.MonkeyPatc
     assert lines[3].split()[:6] == ["chat", "1,000", "3.92", "220", "218", "4,147"]
     assert "requests/s" in " ".join(lines[3:])
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_stage_that_keeps_nothing_has_no_count_of_blocks() -> None:
+    stage = CANDIDATE["memory"][0] | {"kv_block_bytes": 0, "kv_blocks": 1 << 40}
+    table = block(answer(best={**CANDIDATE, "memory": [stage]}), "Memory per GPU, GB")
+    assert table[2].split()[-3:-1] == ["0.0", "-"]

@@ -296,7 +296,7 @@ def memory_table(console: Console, title: str, stages: Sequence[Document]) -> No
             str(part["layers"]),
             *(f"{part[key] / GB:.1f}" for key in ("weights_bytes", "workspace_bytes", "runtime_bytes")),
             f"{part['kv_blocks'] * part['kv_block_bytes'] / GB:.1f}",
-            f"{part['kv_blocks']:,}",
+            f"{part['kv_blocks']:,}" if part["kv_block_bytes"] else "-",
             f"{part['usable_bytes'] / GB:.1f}",
         )
         for stage, part in enumerate(stages)
