@@ -124,3 +124,11 @@ def test_a_kind_of_scaling_that_is_no_text_is_refused(kind: object) -> None:
         assert context_limit(found) == 0
         (fault,) = found.faults
         assert fault.startswith(f"{key}.rope_type must be text")
+
+
+def test_a_factor_of_an_unknown_kind_of_scaling_is_refused_by_the_kind() -> None:
+    found = Fields({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "spiral", "factor": 4.0}})
+    assert context_limit(found) == 0
+    (fault,) = found.faults
+    assert fault.startswith("rope_scaling.rope_type may be default, linear")
+    assert fault.endswith("not 'spiral'")

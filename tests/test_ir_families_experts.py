@@ -63,3 +63,9 @@ def test_the_kinds_of_layers_may_be_listed() -> None:
     assert sparse(read("glm-4.7-flash", mlp_layer_types=kinds)) == [True] * 2 + [False] * 45
     with pytest.raises(InputError, match="mlp_layer_types may hold dense and sparse, not 'mixed'"):
         read("glm-4.7-flash", mlp_layer_types=["mixed"] * 47)
+
+
+def test_a_norm_of_minimax_that_is_not_over_all_heads_is_refused() -> None:
+    config = json.loads((MODELS.parents[2] / "apex_opt" / "ir" / "configs" / "minimax-m2.5.json").read_text())
+    with pytest.raises(InputError, match=r"qk_norm_type 'per_head' is not supported; supported: per_layer"):
+        model_from_config(config | {"qk_norm_type": "per_head"}, "minimax", "minimax")

@@ -123,3 +123,9 @@ def test_the_files_are_read_from_disk_too() -> None:
 )
 def test_queries_are_turned_where_positions_are_neither_learned_nor_slopes(name: str, turned: bool) -> None:
     assert bool(read(name).runs[0].block.attention.rotary_dim) == turned
+
+
+@pytest.mark.parametrize(("field", "value"), [("attn_type", ["multihead_attention"]), ("qk_ln", -1), ("alibi", "no")])
+def test_mpt_refuses_fields_of_attention_that_are_of_no_kind_it_knows(field: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"attn_config\.{field} "):
+        read("mpt-7b", attn_config={field: value})

@@ -194,6 +194,8 @@ def test_pruned_layers_have_fewer_heads_narrower_ffns_a_matrix_or_nothing() -> N
         (SUPER, {"moe_null_experts": 2}, "moe_null_experts is not understood"),
         (JAMBA, {"mamba_variant": "3"}, "mamba_variant is not understood"),
         (LFM2, {"conv_dim": 1024}, "conv_dim 1024 is not supported; supported: 2048"),
+        (LFM2, {"full_attn_idxs": [2, -12]}, "full_attn_idxs may list layers 0 to 15, not -12"),
+        (LFM2, {"full_attn_idxs": ["2"]}, "full_attn_idxs may list layers 0 to 15, not '2'"),
         (LFM2, {"full_attn_idxs": None}, "layer_types is missing, and so is full_attn_idxs"),
         (PRUNED, {"block_configs": None}, "block_configs is missing"),
         (

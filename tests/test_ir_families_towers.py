@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from apex_opt.errors import InputError
 from apex_opt.ir import Model, model_from_config
 
 MODELS = Path(__file__).parent / "cases" / "models"
@@ -73,3 +74,25 @@ def test_qwen3_has_mergers_behind_the_layers_that_it_names(deep: list[int]) -> N
     assert model.tower is not None
     merger = 2 * 4096 + 4096 * 4097 + 2048 * 4097
     assert model.tower.parameters == 406_957_056 - (3 - len(deep)) * merger
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("llava-1.5-7b-hf", "num_attention_heads", 7),
+        ("llava-1.5-7b-hf", "image_size", 3),
+        ("llava-1.5-7b-hf", "hidden_size", "x"),
+        ("llava-1.5-7b-hf", "model_type", ["clip_vision_model"]),
+        ("qwen2-vl-7b", "depth", -1),
+        ("qwen2.5-vl-7b", "patch_size", float("nan")),
+    ],
+)
+def test_sizes_of_a_tower_that_cannot_be_are_refused_by_name(name: str, field: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^{name}: vision_config\.{field} "):
+        read(name, **{field: value})
+
+
+def test_a_tower_that_is_no_object_is_refused() -> None:
+    config = json.loads((MODELS / "llava-1.5-7b-hf.json").read_text())
+    with pytest.raises(InputError, match="vision_config must be an object"):
+        model_from_config(config | {"vision_config": "x"}, "llava", "llava")

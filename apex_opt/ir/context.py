@@ -19,6 +19,11 @@ _LENGTHS: Final = (
 """Other names of the length; the least of those given holds."""
 _UNSCALED: Final = ("su", "longrope", "llama3")
 """Kinds of scaling whose files give the scaled length as it is."""
+_KINDS: Final = (
+    *("default", "linear", "ntk", "dynamic", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mllama4"),
+    *("mrope", "xdrope", "openpangu", "proportional"),
+)
+"""Kinds of scaling whose factor extends the length; what one of another kind does is not known."""
 _SCALED: Final = "gemma3"
 """In the types of models whose files give the scaled length, whatever the kind of scaling."""
 
@@ -50,6 +55,9 @@ def context_limit(fields: Fields) -> int:
             continue
         given = kind.get("factor")
         if given is not None:
+            if name not in _KINDS:
+                fields.fault(f"{key}.rope_type", f"may be {', '.join((*_KINDS, *_UNSCALED))}, not {shown(name)}")
+                return 0
             if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_COUNT:
                 fields.fault(f"{key}.factor", f"must be a number above 0, not {shown(given)}")
                 return 0

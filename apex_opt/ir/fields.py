@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+MISSING: Final = "is missing"
+"""What the fault of a number that is not stated ends in."""
 _LONGEST_NAME: Final = 100
 """Characters of a field's name that a message quotes as it is."""
 
@@ -58,7 +60,7 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             if default is None:
-                self.fault(key, "is missing")
+                self.fault(key, MISSING)
                 return 0
             return default
         if fault := count_fault(self.name(key), value, minimum, maximum):

@@ -124,6 +124,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     """
     _refuse_draft_heads(config, source)
     fields, wrapped = _text_part(config, source)
+    file = source
     if wrapped:
         source += " (text_config)"
     family = _family(fields, wrapped, source)
@@ -174,7 +175,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
         mtp_layers=_mtp_layers(fields.values),
-        tower=layers.tower or read_tower(config, size.hidden),
+        tower=layers.tower or read_tower(config, size.hidden, file),
         pools=family.pools,
         before=layers.before,
         after=layers.after,

@@ -78,12 +78,13 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
         "grouped_query_attention": values.get("kv_n_heads"),
     }
     kind = values.get("attn_type", "multihead_attention")
-    if attention is not None and kind not in kinds:
+    if attention is not None and (not isinstance(kind, str) or kind not in kinds):
         attention.fault("attn_type", f"may be {', '.join(kinds)}, not {kind!r:.40}")
         return Layers([])
     ratio = fields.count("expansion_ratio", default=4)
     bias = not fields.flag("no_bias", default=True)
-    alibi = values.get("alibi", True)
+    alibi = attention is None or attention.flag("alibi", default=True)
+    qk_norm = attention is not None and attention.flag("qk_ln")
     reader = Decoder(
         qkv_bias=bias,
         output_bias=bias,
@@ -91,8 +92,8 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
         norm_bias=bias,
         gated=False,
         ffn_ratio=ratio,
-        qk_norm=bool(values.get("qk_ln")),
-        qk_norm_whole=bool(values.get("qk_ln")),
+        qk_norm=qk_norm,
+        qk_norm_whole=qk_norm,
         rotary=False,
         positions=0 if not alibi and fields.flag("learned_pos_emb", default=True) else None,
     )

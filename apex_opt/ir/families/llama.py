@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.families.base import Family, module_names, sizes, within
+from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder
+from apex_opt.ir.families.states import refuse
+
+if TYPE_CHECKING:
+    from apex_opt.ir.fields import Fields
 
 LLAMA_DEFAULTS: Final = sizes(32000, 4096, 11008, 32, 32, 2048)
 _BIASES_TOLD: Final = Decoder(qkv_bias=None, output_bias=None, mlp_bias=None)
 _MISTRAL_DEFAULTS: Final = sizes(32000, 4096, 14336, 32, 32, 131072) | {"num_key_value_heads": 8}
 _BLOCK_SPARSE: Final = module_names(experts=within("block_sparse_moe.experts.0", ("w1", "w2", "w3")))
+
+
+def _minimax_m2(fields: Fields, size: Sizes) -> Layers:
+    """MiniMax-M2, whose queries and keys each have one norm over all heads."""
+    refuse(fields, "qk_norm_type", "per_layer")
+    reader = Decoder(
+        qk_norm=True,
+        qk_norm_whole=True,
+        kv_heads=8,
+        experts_field="num_local_experts",
+        expert_width_field="intermediate_size",
+        router_bias=True,
+    )
+    return reader(fields, size)
+
 
 FAMILIES: Final[dict[str, Family]] = {
     "llama": Family(
@@ -41,14 +60,7 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "minimax_m2": Family(
         architecture="MiniMaxM2ForCausalLM",
-        read=Decoder(
-            qk_norm=True,
-            qk_norm_whole=True,
-            kv_heads=8,
-            experts_field="num_local_experts",
-            expert_width_field="intermediate_size",
-            router_bias=True,
-        ),
+        read=_minimax_m2,
         modules=_BLOCK_SPARSE,
         defaults={"num_key_value_heads": 8},
     ),

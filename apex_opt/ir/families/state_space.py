@@ -192,6 +192,9 @@ def read_lfm2(fields: Fields, size: Sizes) -> Layers:
         full = fields.rows("full_attn_idxs")
         if full is None:
             fields.fault("layer_types", "is missing, and so is full_attn_idxs")
+        odd = [layer for layer in full or () if isinstance(layer, bool) or layer not in range(size.layers)]
+        if odd:
+            fields.fault("full_attn_idxs", f"may list layers 0 to {size.layers - 1}, not {shown(odd[0])}")
         kinds = ["full_attention" if layer in (full or ()) else "conv" for layer in range(size.layers)]
     heads: dict[str, Any] = head_fields(fields, size.hidden)
     kernel, bias = fields.count("conv_L_cache", default=3), fields.flag("conv_bias")

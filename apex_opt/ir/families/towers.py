@@ -11,8 +11,9 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.errors import join_faults
 from apex_opt.ir.cells import DenseFfn, EncoderAttention, Matrix
-from apex_opt.ir.fields import Fields
+from apex_opt.ir.fields import MISSING, Fields
 from apex_opt.ir.model import Block, Run, Tower
 
 if TYPE_CHECKING:
@@ -21,22 +22,30 @@ if TYPE_CHECKING:
 _CHANNELS: Final = 3
 
 
-def read_tower(config: Mapping[str, Any], hidden: int) -> Tower | None:
+def read_tower(config: Mapping[str, Any], hidden: int, source: str) -> Tower | None:
     """The tower of a whole configuration; None where there is none, or it is not known or not stated in full.
 
     Parameters
     ----------
     config : mapping    the parsed file
     hidden : int        width of the decoder, which the projector ends in
+    source : str        where the file came from; opens the message
+
+    Raises
+    ------
+    InputError          sizes that are stated, and cannot be
     """
-    inner = config.get("vision_config")
-    if not isinstance(inner, dict):
+    whole = Fields(config)
+    fields = whole.section("vision_config")
+    tower = None
+    if fields is not None:
+        read = _READERS.get(fields.text("model_type") or whole.text("model_type"))
+        tower = read(whole, fields, hidden) if read else None
+    if any(fault.endswith(MISSING) for fault in whole.faults):
         return None
-    whole, fields = Fields(config), Fields(inner)
-    kind = inner.get("model_type") or config.get("model_type")
-    read = _READERS.get(kind) if isinstance(kind, str) else None
-    tower = read(whole, fields, hidden) if read else None
-    return None if fields.faults or whole.faults else tower
+    if whole.faults:
+        raise join_faults(source, list(dict.fromkeys(whole.faults)))
+    return tower
 
 
 def _alike(fields: Fields, layers: str, block: Callable[[], Block]) -> tuple[Run, ...]:
@@ -59,6 +68,8 @@ def _cells(
     rotary : bool       queries and keys are turned by position
     """
     width, heads, inner = (fields.count(name) for name in names)
+    if heads and width % heads:
+        fields.fault(names[1], f"{heads} does not divide {names[0]} {width}")
 
     def block(window: int | None = None) -> Block:
         attention = EncoderAttention(
@@ -94,7 +105,9 @@ def _vit(fields: Fields, *, siglip: bool) -> Tower | None:
     build = _cells(fields, names, bias=True, gated=False, rotary=False)
     width, side, patch = fields.count("hidden_size"), fields.count("image_size"), fields.count("patch_size")
     runs = _alike(fields, "num_hidden_layers", build)
-    if not runs or side < patch:
+    if side < patch:
+        fields.fault("image_size", f"{side} is less than patch_size {patch}")
+    if not runs:
         return None
     tokens = (side // patch) ** 2 + (not siglip)
     beside = [
