@@ -533,8 +533,12 @@ def _check_files(request: Request) -> None:
 
 
 def _show_help(lines: Iterable[str], out: object) -> None:
-    """Help goes to stdout as it is: fire would start a pager, or print to stderr."""
-    put(wrapped("\n".join(lines)) + "\n")
+    """Help goes to stdout as it is: fire would start a pager, or print to stderr.
+
+    It tells of `-h` for an option where no other starts with that letter; here `-h` asks for help.
+    """
+    text = "\n".join(lines).replace("    -h, --", "    --")
+    put(wrapped(text) + "\n")
 
 
 def _hidden(_: object) -> None:

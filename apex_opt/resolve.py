@@ -105,6 +105,11 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         *assumed_network(ask.cluster),
     )
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
+    if times is not None and not settings.scheduler.idle_sleep_ns:
+        raise UsageError(
+            f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
+            "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
+        )
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
         raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
@@ -488,6 +493,10 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
         for name in pool.types or problem.types:
             plan = _completed(pool.plan, text, ask, problem, offers[name])
             offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
+        if pool.role is not None and plan.speculation is not None:
+            raise UsageError(
+                f"plan {text!r:.100}: drafts are not simulated where prompts are handed over; leave spec= out"
+            )
         pools.append(replace(pool, plan=plan))
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:

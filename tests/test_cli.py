@@ -1526,10 +1526,13 @@ def test_help_is_given_wherever_it_stands(words: tuple[str, ...]) -> None:
     assert "solve.py plan - Find the plan" in ran.out
 
 
-def test_short_names_in_the_help_work() -> None:
-    for letter, name in re.findall(r"-(\w), --(\w+)=", run("simulate", "--help").out):
-        option = COMMANDS["simulate"].option(name)
-        assert f"--{name}: needs a value" in refused("simulate", f"-{letter}") or option.kind is bool
+@pytest.mark.parametrize("command", ["simulate", "plan"])
+def test_short_names_in_the_help_work(command: str) -> None:
+    found = re.findall(r"-(\w), --(\w+)=", run(command, "--help").out)
+    assert found
+    for letter, name in found:
+        option = COMMANDS[command].option(name)
+        assert f"--{name}: needs a value" in refused(command, f"-{letter}") or option.kind is bool
 
 
 # ---- the release --------------------------------------------------------------------------------------------------

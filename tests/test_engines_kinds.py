@@ -95,6 +95,22 @@ def test_a_setting_that_the_engine_does_not_have_is_refused_in_one_line(name: st
     assert isinstance(caught.value, UsageError | UnknownNameError)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("vllm", "proxy=1", "unknown part of a hand-over of vllm 'proxy'; did you mean proxy_us"),
+        ("vllm", "rate_share=0", "--handover: rate_share 0 is not above 0 and at most 1"),
+        ("orca", None, "--serving: how orca hands prompts over to another pool is not modelled; use vllm"),
+        ("static", None, "--serving: how static hands prompts over to another pool is not modelled; use vllm"),
+        ("sglang-eager", None, "--serving: how sglang-eager hands prompts over"),
+    ],
+)
+def test_hand_overs_that_are_not_known_are_refused_in_one_line(name: str, text: str | None, said: str) -> None:
+    with pytest.raises(ApexError) as caught:
+        load_kind(name).handing_over(text)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_an_unknown_engine_is_named_with_those_there_are() -> None:
     with pytest.raises(UnknownNameError, match="unknown engine 'vlm'; did you mean vllm"):
         load_kind("vlm")

@@ -111,6 +111,7 @@ def test_the_name_of_a_type_may_hold_any_sign() -> None:
         ("tp1 + tp2", ("h100",), UsageError, "two pools"),
         ("h100: tp1 +", TYPES, UsageError, "a + has no plan beside it; an example: h100: dp2 .* + a100: "),
         ("h100: + a100: tp1", TYPES, UsageError, "h100 has no plan beside it; an example: h100: dp2 .* + a100: "),
+        ("prefill{h100: tp1} + decode{ }", TYPES, UsageError, "the decode pool has no plan; such as: prefill{"),
         ("h100 tp1 + a100 tp1", TYPES, UsageError, "weight format 'h100'; .* an example: h100: dp2 .* + a100: "),
         ("h100: tp1+a100: tp1", TYPES, UsageError, "cannot read 'tp1+a100:'; an example: h100: dp2 .* + a100: "),
         ("h100: attn(tp2)", TYPES, UsageError, "give both .* an example: h100: dp2 .* + a100: "),

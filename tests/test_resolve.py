@@ -181,6 +181,15 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
             "--emit: no command starts orca; of these there are some: --engine=sglang, ",
         ),
         ({"engine_settings": "mixed=1"}, "unknown setting of vllm 'mixed'"),
+        ({"serving": "pools", "engine": "static"}, "how static hands prompts over to another pool is not modelled"),
+        (
+            {"serving": "pools", "engine": "vllm-0.6"},
+            "vllm-0.6 has idle_sleep_us=0 here; give --engine_settings=idle_s",
+        ),
+        (
+            {"serving": "pools", "engine_settings": "idle_sleep_us=0"},
+            "vllm has idle_sleep_us=0 here; give --engine_set",
+        ),
         ({"engine": "orca", "prefix_caching": True}, "prefix_caching goes with the engines vllm, "),
         ({"model": "llama-9"}, "unknown model 'llama-9'"),
         ({"cluster": "8xh101"}, "unknown GPU 'h101'"),
@@ -456,6 +465,12 @@ def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, An
     with pytest.raises(UsageError, match=message) as caught:
         resolve(options(**given))
     assert "\n" not in str(caught.value)
+
+
+def test_drafts_of_pools_that_hand_over_are_refused_with_the_plan_that_asks_for_them() -> None:
+    plan = "prefill{tp1 spec=ngram:2} + decode{tp1}"
+    with pytest.raises(UsageError, match="drafts are not simulated where prompts are handed over; leave spec= out"):
+        resolve_plan(plan, SimulateAsk(**CHEAP, plan=plan, acceptance="1.5"))
 
 
 def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:

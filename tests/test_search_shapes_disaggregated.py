@@ -133,6 +133,25 @@ def test_a_pool_alone_or_in_the_wrong_order_is_no_deployment() -> None:
             Deployment(pools=tuple(Pool(plan=plan, role=role) for role in roles))  # type: ignore[arg-type]
 
 
+def test_why_pools_do_not_go_together_is_said_of_their_degrees_and_types() -> None:
+    scorer = Scorer(question(0, 8))
+    plans = {plan.attention.tp: plan for plan in plans_of(scorer.problem, "prefill", 0) if plan.replicas == 1}
+    heads = min(block.attention.kv_heads for block in MODEL.blocks)
+    copies = 2 * heads
+    pools = Pool(plan=plans[copies], role="prefill"), Pool(plan=plans[1], role="decode")
+    said = " ".join(fault.text for fault in scorer.faults(Deployment(pools=pools)))
+    assert f"tp{copies} cannot hand over to tp1: ranks of the {heads} KV heads would hold copies; give both the" in said
+
+
+def test_why_there_is_no_pair_is_said_by_type_of_gpu() -> None:
+    problem = beside(question(0, 1, serving=("pools",)), make_cluster(1, **GPUS["slow"] | {"name": "slow"}))
+    answer = search(replace(problem, max_devices=1), SPACE)
+    assert (
+        answer.reason is not None
+        and "the smallest take 1 quick and 1 quick GPUs, 1 quick and 1 slow are" in answer.reason
+    )
+
+
 def test_a_faster_link_and_a_further_gpu_never_hurt_the_best_pair() -> None:
     for seed in (1, 5):
         problem = replace(question(seed, objective="e2e_mean", slo=""), serving=("pools",))

@@ -100,7 +100,7 @@ class EngineKind:
         UsageError, UnknownNameError    what is no such text, names no setting, or a value that the setting refuses
         """
         own = {field.name: self.defaults[field.name].value for field in fields(self.scheduler)}
-        return self.scheduler(**own | self._given("engine_settings", text, own))
+        return self.scheduler(**own | self._given("engine_settings", "setting", text, own))
 
     def handing_over(self, text: str | None = None) -> HandoverTimes:
         """The times of handing a prompt over, some as given in a text such as `name=value,name=value`.
@@ -112,10 +112,10 @@ class EngineKind:
         if not self.handover:
             raise UsageError(f"--serving: how {self.name} hands prompts over to another pool is not modelled; use vllm")
         own = {name: float(known.value) for name, known in self.handover.items()}
-        return HandoverTimes(**own | self._given("handover", text, own))
+        return HandoverTimes(**own | self._given("handover", "part of a hand-over", text, own))
 
-    def _given(self, option: str, text: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
-        """What a text says of some settings, of the types they have."""
+    def _given(self, option: str, noun: str, text: str | None, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What the text of an option says of some settings, each a `noun`, of the types they have."""
         given: dict[str, Any] = {}
         for part in text.split(",") if text is not None else ():
             name, equals, value = (word.strip() for word in part.partition("="))
@@ -124,7 +124,7 @@ class EngineKind:
             if not own:
                 raise UsageError(f"--{option}: {self.name} has no settings of its own; leave {name[:40]!r} out")
             if name not in own:
-                raise UnknownNameError(f"setting of {self.name}", name[:60], own)
+                raise UnknownNameError(f"{noun} of {self.name}", name[:60], own)
             if name in given:
                 raise UsageError(f"--{option}: {name} is given twice; give it once")
             given[name] = _read(option, name, value, own[name])
@@ -209,6 +209,8 @@ def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKi
     known = (*COMMON, *(field.name for field in fields(scheduler)))
     if unknown := [setting for setting in said if setting not in known]:
         raise ValueError(f"defaults names {unknown[0]!r:.40}; known: {', '.join(known)}")
+    # An engine that forms batches by other rules is not known to hand prompts over as the one it is like.
+    alike = base if base is not None and "scheduler" not in table else None
     return EngineKind(
         name=name,
         scheduler=scheduler,
@@ -216,7 +218,7 @@ def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKi
         commands=bool(table["commands"] if base is None or "commands" in table else base.commands),
         own_time=MappingProxyType((dict(base.own_time) if base is not None else {}) | dict(table.get("own_time", {}))),
         defaults=MappingProxyType({setting: defaults[setting] for setting in known}),
-        handover=MappingProxyType((dict(base.handover) if base is not None else {}) | times),
+        handover=MappingProxyType((dict(alike.handover) if alike is not None else {}) | times),
     )
 
 

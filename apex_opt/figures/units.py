@@ -93,7 +93,8 @@ class Unit:
     def tell(self, value: float) -> str:
         """A value with its unit, in a sentence."""
         scale, text = self.told
-        return f"{value / scale:.4g} {text or self.name}"
+        number = value / scale
+        return f"{f'{number:.4g}' if abs(number) < 9999.5 else f'{number:,.0f}'} {text or self.name}"
 
 
 DURATION: Final = Unit(

@@ -161,6 +161,8 @@ def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
         raise UsageError(f"plan {text!r:.100}: braces are for two pools that hand over; such as: {_PAIR_EXAMPLE}")
     pools = []
     for role, part in zip(ROLES, found.groups(), strict=True):
+        if not part.strip():
+            raise UsageError(f"plan {text!r:.100}: the {role} pool has no plan; such as: {_PAIR_EXAMPLE}")
         (pool, *more) = parse_deployment(part, model, types).pools
         if more or pool.plan.on:
             raise UsageError(f"plan {text!r:.100}: the {role} pool is on one type of GPU; leave the others out")

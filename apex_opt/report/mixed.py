@@ -51,7 +51,8 @@ def _page(console: Console, document: Document) -> None:
         text = f" on {count(best['gpus'], 'GPU')}, {aims}\n"
         several = len(best["parts"]) > 1
         word = "pools" if "role" in best["parts"][0] else "fleet" if several or "pools" not in document else "plan"
-        console.print(Text.assemble(f"best {word}: ", (best["plan"], "bold green"), text))
+        head = f"{word} as given" if document["command"] == "simulate" else f"best {word}"
+        console.print(Text.assemble(f"{head}: ", (best["plan"], "bold green"), text))
         parts_table(console, best["parts"])
         for part in best["parts"]:
             if "replicas" in part:

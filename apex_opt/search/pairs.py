@@ -49,11 +49,10 @@ class Pairs:
                 f"{other.weight_format} and {other.kv_format}; give both the same"
             )
         elif not hands_over(self._problem.model, one, other):
-            heads = shared_heads(self._problem.model)
-            yield (
-                f"tp{one.attention.tp} cannot hand over to tp{other.attention.tp}: the one divides the other, and more "
-                f"prefill than decode ranks hold whole heads, of which there are {heads}"
-            )
+            heads, from_, to = shared_heads(self._problem.model), one.attention.tp, other.attention.tp
+            divides = from_ % to == 0
+            why = f"ranks of the {heads} KV heads would hold copies" if divides else "neither divides the other"
+            yield f"tp{from_} cannot hand over to tp{to}: {why}; give both the same tp"
         if not self._find_room(prefill, decode):
             yield f"the pools find no room beside each other on {self._names(prefill, decode)}, each as it lies best"
 

@@ -237,10 +237,15 @@ class Tree:
                 return f"no plan of a {role} pool fits on one stage with one attention copy, as prompts are handed over"
             if not taken:
                 return f"{role}: {nearest_violation(problem.side(role, 0).instance())}"
-            smallest.append(min(taken))
+            least, name = min((option.devices, side.name) for side in self._sides for option in side.options[role])
+            smallest.append(f"{least} {name}" if problem.mixed else f"{least}")
+        offered = f"{problem.max_devices} are offered"
+        if problem.mixed:
+            there = " and ".join(f"{offer.free} {offer.name}" for offer in problem.offers)
+            offered = f"{there} are there and {offered}"
         return (
-            f"the smallest take {smallest[0]} and {smallest[1]} GPUs, {problem.max_devices} are offered; offer more, "
-            "larger ones or a narrower weight format"
+            f"the smallest take {smallest[0]} and {smallest[1]} GPUs, {offered}; offer more, larger ones or a narrower "
+            "weight format"
         )
 
     def _mixed(self, incumbent: Incumbent) -> list[Together]:
