@@ -256,3 +256,15 @@ def test_pools_that_hand_over_have_the_connector_and_a_proxy_that_knows_every_se
     words = proxy["argv"]
     prefill, decode = (words[words.index(f"--{kind}-ports") + 1 :] for kind in ("prefiller", "decoder"))
     assert prefill[:2] + decode[:1] == listening
+
+
+def test_pools_over_several_nodes_say_once_what_stands_for_their_addresses() -> None:
+    answer = apex_opt.simulate(
+        plan="prefill{attn(tp16) ffn(ep16)} + decode{attn(tp16) ffn(ep16)}",
+        model="deepseek-v3",
+        cluster="4x8xh200-sxm",
+        trace="static:n=2,prompt=64,output=2",
+        emit=True,
+    )
+    (note,) = [note for note in answer.to_dict()["launch"]["notes"] if note.startswith("NODE0")]
+    assert note.endswith("a replica runs once all its commands do")

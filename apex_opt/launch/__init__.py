@@ -103,7 +103,8 @@ def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
         for command in decode.commands
     )
     before = proxy([_served(one.commands) for one in (prefill, decode)])
-    notes = list(dict.fromkeys((*notes, *ABOUT_PROXY)))
+    several = any(note.startswith("NODE0") for note in notes)
+    notes += [note for note in ABOUT_PROXY if not (several and note.startswith("NODE0"))]
     return Launch(engine=engine, commands=(*prefill.commands, *later, before), notes=tuple(notes))
 
 
