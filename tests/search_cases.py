@@ -64,7 +64,7 @@ FACTORS: Final[dict[str, tuple[Any, ...]]] = {
     "tight": (False, True),
     "spare": (0, 1),
     "top": (1, 3),
-    "routing": ("round_robin", "least_loaded"),
+    "routing": ("round_robin", "least_loaded", "pull", "dynamo"),
     "experts": (False, True),
 }
 

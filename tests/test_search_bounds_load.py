@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor
 from apex_opt.search.bounds.load import Load, replicas_with_room
+from apex_opt.simulator.outcome import Routing
 from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 
@@ -51,6 +52,7 @@ MODELS = {
     "states": make_model((keeping(BLOCK, state_bytes=200_000), 4), (BLOCK, 2)),
 }
 NAMES = ("e2e_mean", "e2e_p50", "e2e_p99.9", "e2e_max", "ttft_mean", "ttft_p95", "makespan", "throughput", "energy")
+ROUTINGS = get_args(Routing)
 OBJECTIVES = tuple(load_objective(name) for name in NAMES)
 
 
@@ -82,9 +84,7 @@ def alone_s(scorer: Scorer, plan: Plan) -> float:
 @pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(8, 80))])
 def test_no_plan_beats_its_bounds_under_a_crowd_with_much_or_little_memory(name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    problem = make_problem(
-        MODELS[name], make_cluster(4), crowd(seed), routing=("round_robin", "least_loaded")[seed % 2]
-    )
+    problem = make_problem(MODELS[name], make_cluster(4), crowd(seed), routing=ROUTINGS[seed % len(ROUTINGS)])
     problem = replace(problem, objective=OBJECTIVES[0], then=OBJECTIVES[1:])
     problem = tight(problem, (1.0, 0.06, 0.045, 0.04)[seed % 4])
     plans, scorer = feasible_plans(problem), Scorer(problem)

@@ -25,7 +25,15 @@ from apex_opt.simulator.pools import shares
 from apex_opt.simulator.reference.coordinator import FrontEnd
 from apex_opt.simulator.reference.router import CacheAware, Dynamo, LlmD, prefix_scores, queue_scores
 from apex_opt.simulator.reference.sequence import Sequence
-from apex_opt.simulator.routing import Prefixes, RouterSettings, begun_anew, in_turn_by, number_pieces, pairs
+from apex_opt.simulator.routing import (
+    Prefixes,
+    RouterSettings,
+    beforehand,
+    begun_anew,
+    in_turn_by,
+    number_pieces,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -371,3 +379,12 @@ def test_the_kernel_has_all_routers_before_plain_engines_and_leaves_others_to_th
         assert compiled.routes([pool], shares([pool], trace, routing))
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
         assert compiled.routes([sglang], shares([sglang], trace, routing)) == known
+
+
+def test_sessions_are_those_of_the_trace_where_it_tells_them() -> None:
+    told_by = {"content": [[1], [1], [2], [2]], "content_tokens": 4}
+    trace = requests([(0, 4, 1), (1, 4, 1), (2, 4, 1), (3, 4, 1)], **told_by)
+    assert beforehand("session", trace, np.arange(4), 2).tolist() == [0, 0, 1, 1]  # type: ignore[union-attr]
+    trace = requests([(0, 4, 1), (1, 4, 1), (2, 4, 1), (3, 4, 1)], **told_by, session=[7, 3, 7, 3])
+    assert beforehand("session", trace, np.arange(4), 2).tolist() == [0, 1, 0, 1]  # type: ignore[union-attr]
+    assert beforehand("session", trace.picked(np.array([1, 2])), np.arange(2), 2).tolist() == [0, 1]  # type: ignore[union-attr]

@@ -269,6 +269,9 @@ def test_sessions_of_llmservingsim_are_calls_after_their_tools(tmp_path: Path) -
     ]
     trace = load_trace(write(tmp_path, lines(rows)))
     assert read(trace) == [(50, 20, 3), (100, 10, 2), (107, 20, 3)]
+    assert trace.session is not None
+    first, *others = trace.session.tolist()
+    assert others == [others[0]] * 2 and first != others[0]
     assert trace.notes[0].startswith("1 of 3 requests wait for the answer before")
 
 

@@ -24,6 +24,15 @@ def test_lengths_repeat_in_their_order_at_exactly_the_rate(trace: object, rate: 
     assert found.arrival_ns[0] == 0
 
 
+def test_conversations_are_others_in_every_repetition() -> None:
+    trace = make_trace(name="turns", arrival_ns=[0, 5, 9], prompt=[1, 2, 3], output=[1, 1, 1], session=[8, 4, 8])
+    found = at_rate(trace, 1e3, 6)
+    assert found.session is not None
+    first, second = found.session[:3].tolist(), found.session[3:6].tolist()
+    assert first[0] == first[2] != first[1] and second[0] == second[2] != second[1]
+    assert not set(first) & set(second)
+
+
 def test_recorded_arrivals_are_looped_a_mean_gap_apart() -> None:
     found = at_rate(RECORDED, 1e3, 3)
     inside = [5 / 95 * 3e6, 30 / 95 * 3e6, 60 / 95 * 3e6]

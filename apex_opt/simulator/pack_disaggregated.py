@@ -50,7 +50,15 @@ def _twice(trace: Trace) -> Trace:
     for column in (arrival, prompt, output, content, starts):
         if column is not None:
             column.flags.writeable = False
-    return replace(trace, arrival_ns=arrival, prompt=prompt, output=output, content=content, content_starts=starts)
+    return replace(
+        trace,
+        arrival_ns=arrival,
+        prompt=prompt,
+        output=output,
+        content=content,
+        content_starts=starts,
+        session=None,
+    )
 
 
 class _Instances(Memory):

@@ -110,6 +110,8 @@ def in_turn_by(keys: I64, replicas: int) -> I64:
 
 def sessions(trace: Trace) -> I64:
     """A number for the session of each request: where none is told, prompts that begin alike are of one."""
+    if trace.session is not None:
+        return trace.session
     if trace.content is not None and trace.content_starts is not None:
         return trace.content[trace.content_starts[:-1]]
     return np.arange(len(trace))

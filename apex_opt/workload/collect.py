@@ -305,6 +305,7 @@ class Collector:
             arrivals=RECORDED if timed else UNKNOWN,
             notes=tuple(every),
             media=media_of(prompt, np.concatenate(self._images), self._audio_s),
+            session=np.concatenate(self._session) if self._session else None,
         )
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 

@@ -96,7 +96,11 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
     content, starts = _content(trace, order, loops)
     columns = [times.astype(np.int64), np.tile(trace.prompt[order], loops), np.tile(trace.output[order], loops)]
     stated = None if trace.max_new_tokens is None else np.tile(trace.max_new_tokens[order], loops)
-    for column in (*columns, stated, content, starts):
+    session = None
+    if trace.session is not None:  # other conversations in every repetition
+        _, codes = np.unique(trace.session, return_inverse=True)
+        session = (codes[order] + np.arange(loops)[:, None] * len(trace)).ravel().astype(np.int64)
+    for column in (*columns, stated, content, starts, session):
         if column is not None:
             column.flags.writeable = False
     kind, comma, reason = words(trace).partition(", as ")
@@ -110,6 +114,7 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
         max_new_tokens=stated,
         content=content,
         content_starts=starts,
+        session=session,
         source=f"{trace.source}; {loops} times over, {coming}",
         notes=(*trace.notes, f"the trace is taken {loops:,} times over, {coming}"),
         arrivals=RECORDED,

@@ -85,6 +85,7 @@ class Trace:
     notes : tuple of str           what an answer on it has to tell, such as rows that were left out; a sentence each,
                                    without the full stop
     media : Media                  images and recordings that come with the prompts
+    session : int64[n] or None     the conversation that each request is of, as a number; None: not told
     content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
                                    or where there is nothing to read
 
@@ -107,6 +108,7 @@ class Trace:
     notes: tuple[str, ...] = ()
     arrivals: Arrivals = RECORDED
     media: Media = TEXT
+    session: Ints | None = None
     content_fault: str = ""
 
     def __post_init__(self) -> None:
@@ -121,6 +123,10 @@ class Trace:
         if faults := _row_faults(columns):
             raise join_faults(f"trace {self.name}", faults)
         self._check_content()
+        if self.session is not None:
+            _check_layout(f"trace {self.name}", "session", self.session)
+            if self.session.size != len(self):
+                raise InputError(f"trace {self.name}: {self.session.size} sessions for {len(self)} requests")
         later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
         if later.size:
             raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
@@ -250,6 +256,7 @@ class Trace:
             notes=self.notes,
             arrivals=self.arrivals,
             media=self.media,
+            session=self.session,
         )
 
     def head(self, n: int) -> Trace:
@@ -276,8 +283,8 @@ class Trace:
         if self.content is not None and self.content_starts is not None:
             ids, starts = gathered(self.content, self.content_starts, rows)
         columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
-        stated = None if self.max_new_tokens is None else self.max_new_tokens[rows]
-        for column in (*columns, *(() if stated is None else (stated,))):
+        stated, session = (None if its is None else its[rows] for its in (self.max_new_tokens, self.session))
+        for column in (*columns, *(its for its in (stated, session) if its is not None)):
             column.flags.writeable = False
         return replace(
             self,
@@ -288,6 +295,7 @@ class Trace:
             concurrency=concurrency,
             content=ids,
             content_starts=starts,
+            session=session,
             source=f"{self.source}; {rows.size} of {len(self)}",
         )
 
@@ -328,6 +336,7 @@ def make_trace(
     notes: tuple[str, ...] = (),
     arrivals: Arrivals = RECORDED,
     media: Media = TEXT,
+    session: Sequence[int] | npt.NDArray[Any] | None = None,
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -348,6 +357,7 @@ def make_trace(
     notes : tuple of str                  what the reader has to know
     arrivals : Arrivals                   how they come about
     media : Media                         images, counted in the prompts, and recordings
+    session : sequence of int, array or None    numbers of the conversations that requests are of
 
     Raises
     ------
@@ -364,7 +374,13 @@ def make_trace(
         columns[0] = np.zeros_like(columns[0])
     order = np.argsort(columns[0], kind="stable")
     frozen = [np.ascontiguousarray(column[order]) for column in columns]
-    for column in frozen:
+    conversations = None
+    if session is not None:
+        conversations = np.array(session, np.int64)
+        if conversations.shape != order.shape:
+            raise InputError(f"trace {name}: {conversations.size} sessions for {order.size} requests")
+        conversations = np.ascontiguousarray(conversations[order])
+    for column in (*frozen, *(() if conversations is None else (conversations,))):
         column.flags.writeable = False
     ids = starts = None
     if pieces is not None:
@@ -386,6 +402,7 @@ def make_trace(
         notes=notes,
         arrivals=arrivals,
         media=media,
+        session=conversations,
     )
 
 

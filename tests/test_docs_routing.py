@@ -1,0 +1,40 @@
+"""docs/routing.md: its output is that printed, its tables have every router, with the figures that come out."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from doc_cases import ROOT, blocks_of, shown_and_printed, solve, words_of
+
+from apex_opt.simulator.outcome import Routing
+
+TEXT = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+((_, SHOWN),) = blocks_of(TEXT)
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
+FIGURES = [row for row in ROWS if len(row) == 6]
+
+
+def test_the_output_shown_is_the_output_printed() -> None:
+    shown, printed = shown_and_printed(SHOWN)
+    assert shown in printed
+
+
+def test_every_router_has_its_rule_and_its_figures() -> None:
+    routers = {f"`{name}`" for name in get_args(Routing)}
+    assert {row[0] for row in ROWS if len(row) == 2 and row[0] != "`--routing`"} == routers
+    assert {row[0] for row in FIGURES if row[0] != "`--routing`"} == routers
+
+
+@pytest.mark.parametrize("row", [row for row in FIGURES if row[0] != "`--routing`"], ids=lambda row: row[0])
+def test_its_figures_are_those_printed(row: list[str]) -> None:
+    words = words_of(SHOWN.splitlines()[0])
+    assert words is not None
+    name, found, mean, e2e, ttft, energy = row
+    lines = solve([*words[:-1], name.strip("`")]).out.splitlines()
+    assert any(line.startswith("cache") and line.endswith(f"found, {found} of all") for line in lines)
+    assert any(line.endswith(f"e2e_mean = {mean}") for line in lines)
+    assert any(line.startswith(f"energy       {energy}") for line in lines)
+    for label, p95 in (("E2E", e2e), ("TTFT", ttft)):
+        (line,) = [line for line in lines if line.startswith(label)]
+        assert p95 == " ".join(line.split()[7:9])
