@@ -495,7 +495,9 @@ def _main(words: list[str]) -> int:
     written = [option.name for option in options_of(type(request.shown)) if option.param.suffix]
     files = {name: path for name in written if (path := getattr(request.shown, name)) is not None}
     if result.found and (lacking := [name for name in files if name not in result.files]):
-        raise UsageError(f"--{lacking[0]}: is of GPUs of one type, and the cluster has several; leave it out")
+        raise UsageError(
+            f"--{lacking[0]}: is of one pool on GPUs of one type, and here there may be several; leave it out"
+        )
     try:
         put(_form(result, request.shown))
     finally:

@@ -182,6 +182,10 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
             raise UnknownNameError("serving", name[:60], known)
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--serving: {ask.serving!r:.60} names one twice")
+    if chosen == ["pools"] and (plan := getattr(ask, "plan", None)) and "{" not in str(plan):
+        raise UsageError(
+            f"--serving=pools: plan {plan!r:.60} is none; write prefill{{...}} + decode{{...}}, or leave it out"
+        )
     if "pools" not in chosen:
         return ("aggregated",)
     if trace.concurrency is not None:

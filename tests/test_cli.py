@@ -1118,7 +1118,9 @@ def test_what_is_of_gpus_of_one_type_refuses_two_in_one_line(two_types: str, tmp
     assert refused("plan", two_types, "--gpus=4") == "--gpus: 4 is not between 1 and the 3 GPUs of mixed"
     ran = run("simulate", two_types, CHEAP[0], CHEAP[2], "--plan=a100-sxm-80gb: tp1", f"--requests={tmp_path}/r.csv")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.endswith("error: --requests: is of GPUs of one type, and the cluster has several; leave it out\n")
+    assert ran.err.endswith(
+        "error: --requests: is of one pool on GPUs of one type, and here there may be several; leave it out\n"
+    )
     assert not (tmp_path / "r.csv").exists()
 
 

@@ -473,6 +473,11 @@ def test_drafts_of_pools_that_hand_over_are_refused_with_the_plan_that_asks_for_
         resolve_plan(plan, SimulateAsk(**CHEAP, plan=plan, acceptance="1.5"))
 
 
+def test_a_plan_that_does_both_phases_is_not_asked_for_as_pools() -> None:
+    with pytest.raises(UsageError, match=r"--serving=pools: plan 'tp1' is none; write prefill\{...\} \+ decode"):
+        resolve_plan("tp1", SimulateAsk(**CHEAP, plan="tp1", serving="pools"))
+
+
 def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
     whole = "--chunked_prefill=true: orca computes prompts whole all the same"
     assert whole in resolve(options(engine="orca", chunked_prefill=True)).notes
