@@ -339,8 +339,9 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
                 for f, name in formats
             ),
         )
-        layer = model.new_int_var(0, 1 << 50, f"layer_bytes_{u}")
-        model.add(layer == attention + ffn + _states(model, instance, v, pools, block))
+        states = _states(model, instance, v, pools, block)
+        layer = model.new_int_var(0, sum(_most(model, part) for part in (attention, ffn, *states)), f"layer_bytes_{u}")
+        model.add(layer == attention + ffn + sum(states))
         per_layer.append(layer)
     shared = _shared_pools(instance, pools)
     for number, places in enumerate(shared):
@@ -404,8 +405,8 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
 
 def _states(
     model: cp_model.CpModel, instance: Instance, v: Variables, pools: Pools, block: Block
-) -> cp_model.LinearExpr:
-    """Bytes of the states of a layer that lie apart from the blocks: of all sequences that can run.
+) -> list[cp_model.IntVar]:
+    """Bytes of the states of a layer that lie apart from the blocks, if any: of all sequences that can run.
 
     Parameters
     ----------
@@ -414,7 +415,7 @@ def _states(
     block : Block    of the layer
     """
     if not pools.apart:
-        return cp_model.LinearExpr.sum([])
+        return []
     degrees = range(1, instance.max_devices + 1)
     table = _table(
         model,
@@ -429,7 +430,7 @@ def _states(
             for t in range(1, len(degrees) // (s * d) + 1)
         ),
     )
-    return cp_model.LinearExpr.sum([table])
+    return [table]
 
 
 def _shared_pools(instance: Instance, pools: Pools) -> list[tuple[tuple[int, ...], ...]]:
@@ -614,10 +615,16 @@ def _layers_held(
     total = []
     for u, layer in enumerate(per_layer):
         counts = _table(model, f"{name}_layers_{u}", [v.stages], ((s, held[u]) for s, held in rows.items()))
-        product = model.new_int_var(0, 1 << 56, f"{name}_bytes_{u}")
+        most = _most(model, counts) * _most(model, layer)
+        product = model.new_int_var(0, most, f"{name}_bytes_{u}")
         model.add_multiplication_equality(product, [counts, layer])
         total.append(product)
     return cp_model.LinearExpr.sum(total)
+
+
+def _most(model: cp_model.CpModel, variable: cp_model.IntVar) -> int:
+    """The greatest value of a variable's domain."""
+    return int(max(model.proto.variables[variable.index].domain))
 
 
 def _table(
