@@ -545,6 +545,8 @@ def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:
     """
     setup = {field.name: getattr(given, field.name) for field in fields(Setup)}
     # Where ranks lie does not depend on how many drafts are right.
+    if "{" in given.plan:
+        raise UsageError(f"plan {given.plan!r:.100}: place is of one plan; place that of each pool by itself")
     acceptance = "1" if "spec=" in given.plan else None
     trace = f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1"
     ask = SimulateAsk(**setup, plan=given.plan, trace=trace, acceptance=acceptance)

@@ -545,3 +545,8 @@ def test_models_that_answer_with_a_vector_generate_one_token_at_most() -> None:
 def test_encoder_decoders_are_planned_for_the_engine_that_serves_them() -> None:
     with pytest.raises(UsageError, match="encoder-decoders such as whisper-large-v3 are planned for vllm"):
         media("whisper-large-v3", engine="sglang")
+
+
+def test_pools_are_placed_one_by_one() -> None:
+    with pytest.raises(UsageError, match="place is of one plan; place that of each pool by itself"):
+        resolve_place(PlaceAsk(model="llama-3.1-8b", plan="prefill{tp1} + decode{tp1}"))
