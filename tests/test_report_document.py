@@ -201,8 +201,8 @@ def test_a_bound_on_what_is_maximised_lies_above_it() -> None:
 def test_every_setting_of_an_engine_is_told() -> None:
     told = {field.name for kind in (types.EngineFacts, types.QuestionFacts) for field in fields(kind)}
     # A scheduler is told by its name, as the policy, with what is its own; what comes of drafts among the speculation;
-    # what instances do with each pool.
-    assert {field.name for field in fields(EngineSettings)} - told == {"scheduler", "drafting", "role"}
+    # what instances do with each pool; groups of layers by the memory of each stage.
+    assert {field.name for field in fields(EngineSettings)} - told == {"scheduler", "drafting", "role", "kv_groups"}
 
 
 def test_rows_of_lists_hold_the_figures_of_what_they_list() -> None:

@@ -68,7 +68,8 @@ def asked(seed: int) -> Problem:
         random_trace(seed, 40),
         routing="least_loaded" if rng.random() < 0.3 else "round_robin",
     )
-    plans = feasible(problem)
+    while not (plans := feasible(problem)):
+        problem = replace(problem, model=random_model(rng))
     plan = plans[rng.integers(len(plans))]
     factor = float(rng.choice([0.01, 1, 8]))
     metrics = Scorer(replace(problem, trace=problem.trace.stretched(1 / factor))).simulate(plan).metrics

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
@@ -24,6 +24,9 @@ from apex_opt.simulator.kernel.entries import (
     RANKS_STEADY,
     RANKS_STEADY_GROUPS,
     RANKS_TRTLLM,
+    ROUTE_CACHING,
+    ROUTE_GENERAL,
+    ROUTE_STEADY,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
@@ -44,6 +47,9 @@ from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.ranks import Ranks
 from apex_opt.workload.trace import make_trace
 
+if TYPE_CHECKING:
+    from apex_opt.simulator.outcome import Routing
+
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
 _THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)
 _SLEEPY: Final = VllmScheduling(idle_sleep_us=1)
@@ -59,6 +65,7 @@ class Variant(NamedTuple):
     entries: tuple[Entry, ...]
     disaggregated: bool = False  # prefill and decode instances
     ranks: int = 0
+    routing: Routing = "round_robin"
 
 
 VARIANTS: Final = {
@@ -127,6 +134,15 @@ VARIANTS: Final = {
         (RANKS_SGLANG_CACHING,),
         ranks=2,
     ),
+    "routed": Variant(EngineSettings(max_model_len=4, **_LIMITS), (ROUTE_STEADY,), routing="power_of_two"),
+    "routed general": Variant(
+        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS), (ROUTE_GENERAL,), routing="power_of_two"
+    ),
+    "routed caching": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
+        (ROUTE_CACHING,),
+        routing="power_of_two",
+    ),
 }
 """A run for each entry of the kernel."""
 
@@ -166,12 +182,13 @@ def run(*names: str) -> None:
     """Serve a request by each of these variants, which compiles what has not been."""
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     for name in names:
-        settings, _, disaggregated, ranks = VARIANTS[name]
+        settings, _, disaggregated, ranks, routing = VARIANTS[name]
         drafts = settings.speculation.draft_tokens if settings.speculation else 0
         law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
         its = Ranks.bare(ranks, **_LIMITS) if ranks else None
-        pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its)
+        replicas = 1 if routing == "round_robin" else 2
+        pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:
             run_disaggregated(pool, pool, Handover(), trace)
         else:
-            run_deployment([pool], trace)
+            run_deployment([pool], trace, routing=routing)

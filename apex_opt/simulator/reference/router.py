@@ -213,10 +213,10 @@ def router_of(share: Share, pools: Seq[EnginePool], trace: Trace) -> Router:
     ----------
     share, pools, trace
     """
-    settings = pools[0].settings
-    known = prefixes(share.routing, trace, settings.block_size, settings.max_model_len)
     if not share.routed:
         return Dealt(share.places)
+    settings = pools[0].settings
+    known = prefixes(share.routing, trace, settings.block_size, settings.max_model_len)
     if share.routing == "power_of_two":
         return PowerOfTwo(pairs(len(share.rows), share.last - share.first))
     if share.routing == "cache_aware":
