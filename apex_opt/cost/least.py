@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -139,14 +140,23 @@ class Least:
             mixed_joules=self.mixed_joules / count,
         )
 
-    def plus(self, other: Least, times: int) -> Least:
-        """With another so many times on top."""
-        rates = {window: (context, pair) for window, context, pair in self.seen}
-        for window, context, pair in other.seen:
-            before = rates.get(window, (0.0, 0.0))
-            rates[window] = before[0] + times * context, before[1] + times * pair
-        return Least(
-            **{name: getattr(self, name) + times * getattr(other, name) for name in _NUMBERS},
+    @classmethod
+    def sum_of(cls, parts: Sequence[tuple[int, Least]]) -> Least:
+        """What all parts take, each so many times, added up in their order."""
+        rates: dict[Window, tuple[float, float]] = {}
+        rows, counts, numbers = [], [], dict[int, tuple[float, ...]]()
+        for times, part in parts:
+            counts.append(times)
+            # Layers alike share one part, of which a sum over runs has many.
+            if (row := numbers.get(id(part))) is None:
+                row = numbers[id(part)] = _numbers(part)
+            rows.append(row)
+            for window, context, pair in part.seen:
+                before = rates.get(window, (0.0, 0.0))
+                rates[window] = before[0] + times * context, before[1] + times * pair
+        sums = np.add.accumulate(np.array(counts, np.float64)[:, None] * np.array(rows))[-1]
+        return cls(
+            **dict(zip(_NUMBERS, sums.tolist(), strict=True)),
             seen=tuple((window, *rates[window]) for window in sorted(rates)),
         )
 
@@ -164,6 +174,7 @@ class Least:
 
 _NONE = np.zeros(1)
 _NUMBERS = tuple(f.name for f in fields(Least) if f.name != "seen")
+_numbers = attrgetter(*_NUMBERS)
 
 
 def _least(table: Floats, first: int) -> float:

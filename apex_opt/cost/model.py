@@ -265,9 +265,7 @@ def _least_of(same: tuple[tuple[int, Least], ...]) -> tuple[int, Least]:
 
 def _sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
     """What all pieces of a batch take at least, on tables of so many entries by tokens."""
-    total = Least()
-    for count, least in parts:
-        total = total.plus(least, count)
+    total = Least.sum_of(list(parts))
     if tokens <= 2:  # no batch has room for a prompt of two tokens
         without = tuple((window, context, inf) for window, context, _ in total.seen)
         return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf, seen=without)

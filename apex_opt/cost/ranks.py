@@ -7,7 +7,7 @@ a rank, rounded up, as a forward of so many tokens on every rank.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -51,7 +51,8 @@ class RankCosts:
         self._own = costs.operations.as_own()
         self._of_all: dict[tuple[int, int], Operations] = {}
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
-        self._least_of_all = cache(lambda *what: Least.together(costs.piece(*what).parts, costs.piece(*what).seconds))
+        self._least_own = cache(lambda count, *what: costs.piece(*what).least.of_a_rank(count))
+        self._least_of_all = cache(lambda count, *what: _together(costs.piece(*what)).by_mean(count))
 
     def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, SharedLaw, Pieces]:
         """A rank's own law, what all ranks share, and the operations of one stage of a plan.
@@ -183,18 +184,20 @@ class RankCosts:
         ----------
         plan, layout
         """
-        costs, count, runs = self._costs, plan.attention.dp, self._costs.model.runs
-        for n, what in costs.made_of(plan, layout, runs, True, True, self._own):
-            yield n, costs.piece(*what).least.of_a_rank(count)
+        costs, count = self._costs, plan.attention.dp
+        yield from costs.least_of(plan, layout, partial(self._least_own, count), self._own)
         if in_step(plan):
             for operations in self._operations(plan):
-                for n, what in costs.made_of(plan, layout, runs, False, False, operations):
-                    yield n, self._least_of_all(*what).by_mean(count)
+                yield from costs.least_of(plan, layout, partial(self._least_of_all, count), operations, ends=False)
         overhead = costs.overhead
         step_s = overhead.blocking_step_s
         if costs.settings.async_scheduling or plan.stages > 1:
             step_s = overhead.step_s
         yield plan.stages, Least(decode=step_s, mixed=step_s + overhead.mixed_step_s)
-        kernels = sum(run.count * int(costs.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in runs)
-        gaps = kernels * costs.operations.gap_s
+        gaps = costs.captured_kernels(plan) * costs.operations.gap_s
         yield 1, Least(decode=gaps, mixed=gaps)
+
+
+def _together(piece: Piece) -> Least:
+    """The least of a piece that ranks do together."""
+    return Least.together(piece.parts, piece.seconds)

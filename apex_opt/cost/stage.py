@@ -15,6 +15,7 @@ from apex_opt.cost.tables import Parts, Tables, seen, window_of
 from apex_opt.cost.towers import encoder_parts
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
+from apex_opt.ir.model import Run
 from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import stage_runs
 from apex_opt.profiles import SHIPPED, load_collectives, load_profile
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.exchanges import Exchanged
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Model, Run
+    from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
@@ -217,15 +218,49 @@ class StageCosts:
 
     def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
         """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
-        for count, what in self.made_of(plan, layout, self.model.runs, True, True):
-            yield count, self._least_of(*what)
+        yield from self.least_of(plan, layout, self._least_of)
         overlapped = self.settings.async_scheduling or plan.stages > 1
-        kernels = sum(
-            run.count * int(self.operations.kernels(run.block, plan.attention, plan.ffn)[0]) for run in self.model.runs
-        )
+        kernels = self.captured_kernels(plan)
         yield plan.stages, self._engine_least(overlapped)
         gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
         yield 1, Least(decode=gaps, mixed=gaps)
+
+    def least_of(
+        self,
+        plan: Plan,
+        layout: Layout,
+        least: Callable[..., Least],
+        operations: Operations | None = None,
+        ends: bool = True,
+    ) -> Iterator[tuple[int, Least]]:
+        """What the pieces of all layers take at least, in their order, of which each block's are looked up once.
+
+        Parameters
+        ----------
+        plan, layout
+        least : what a piece takes at least, from what `piece` makes it of
+        operations : Operations or None    by which they are counted; None: all that a stage does
+        ends : bool    whether what surrounds the layers is among them
+        """
+        of_block = {
+            id(block): [
+                (n, least(*what))
+                for n, what in self.made_of(plan, layout, (Run(block=block, count=1),), False, False, operations)
+            ]
+            for block in self.model.blocks
+        }
+        for run in self.model.runs:
+            for n, part in of_block[id(run.block)]:
+                yield run.count * n, part
+        for n, what in self.made_of(plan, layout, (), ends, ends, operations):
+            yield n, least(*what)
+
+    def captured_kernels(self, plan: Plan) -> int:
+        """Kernels of a batch over all layers, from captured graphs."""
+        each = {
+            id(block): int(self.operations.kernels(block, plan.attention, plan.ffn)[0]) for block in self.model.blocks
+        }
+        return sum(run.count * each[id(run.block)] for run in self.model.runs)
 
     def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far."""

@@ -9,11 +9,11 @@ Sets and parameters
     q       bytes of each layer of the group with the most layers on a stage, where groups share their blocks
     c_k     bytes that stage k has for its layers, beside embedding, LM head and the rest
     m       most layers of a stage
+    T       what the slowest stage takes
+    F       least bytes that a stage has left
 
 Variables
     e_k     layers before stage k + 1, k = 1..s-1;  e_0 = 0, e_s = L
-    T       what the slowest stage takes
-    F       least bytes that a stage has left
 
 Constraints
     S1  1 <= e_k - e_(k-1) <= m
@@ -24,16 +24,18 @@ Constraints
     d_k     how far e_k lies from where the even split cuts
 
 Objective: the least T; of these the most F, so that the KV cache has the most room; of these the least d_1, then d_2,
-and so on, so that the answer is one. T and F take only values that some range of layers gives. They are decided first,
-the least T and the most F first, then the cuts in order; for given T and F the cuts follow by propagation, so the
-first solution met is the best one.
+and so on, so that the answer is one. T and F take only values that some range of layers gives, and are found before by
+bisection: S1 to S3 tie neighbouring cuts alone, so for a T and an F the cuts that can be reached follow stage by stage.
+The program is given T, F, and of each cut those values that can be reached from both ends, so that of those none is a
+dead end, and the first solution met is the best one. W, B and N_g are looked up, whatever the number of runs of layers.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -102,44 +104,39 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     FormulationError    the solver does not decide
     """
     layers, stages = len(pipeline.kinds), len(pipeline.extra)
+    if stages > layers:
+        return None
     weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)]
     sums = rows(pipeline.kinds, pipeline.held, pipeline.shared, pipeline.page)
-    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
     paces = pipeline.pace or (1,) * stages
+    reach = _Reach(pipeline, weight, sums, paces)
+    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
     # Were all stages to take as long, each would take so much, hence the slowest does.
     common = lcm(*paces)
     mean = -(-(weight[-1] + sum(pipeline.extra)) * common // sum(common // pace for pace in paces))
     kinds = set(zip(paces, pipeline.extra, strict=True))
-    tops = {pace * (weight[j] - weight[i] + extra) for i, j in spans for pace, extra in kinds}
-    tops = {top for top in tops if top >= mean}
-    sizes = {max(row[j] - row[i] for row in sums) for i, j in spans}
-    left = {room - size for size in sizes for room in set(pipeline.room)}
-    left = {free for free in left if free >= 0}
-    if not tops or not left or stages > layers:
+    weights = {weight[j] - weight[i] for i, j in spans}
+    tops = sorted(top for own in weights for pace, extra in kinds if (top := pace * (own + extra)) >= mean)
+    place = bisect_left(tops, True, key=lambda top: reach.ends(top, 0) is not None)
+    if place == len(tops):
         return None
+    slowest = tops[place]
+    sizes = {max(row[j] - row[i] for row in sums) for i, j in spans}
+    left = sorted({room - size for size in sizes for room in set(pipeline.room) if room >= size}, reverse=True)
+    spare = left[bisect_left(left, True, key=lambda free: reach.ends(slowest, free) is not None)]
     model = cp_model.CpModel()
-    slowest = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(tops)), "slowest")
-    spare = model.new_int_var_from_domain(cp_model.Domain.from_values(sorted(left)), "spare")
-    cuts = [model.new_int_var(k, layers - stages + k, f"cut_{k}") for k in range(1, stages)]
-    weights, bytes_held = [], []
-    for cut in cuts:
-        before = _before(model, cut, pipeline.kinds)
-        weights.append(cp_model.LinearExpr.sum([pipeline.weight[kind] * count for kind, count in before]))
-        bytes_held.append(cp_model.LinearExpr.sum([pipeline.held[kind] * count for kind, count in before]))
+    cuts = [
+        model.new_int_var_from_domain(cp_model.Domain.from_values(ends), f"cut_{k}")
+        for k, ends in enumerate(reach.ends(slowest, spare) or (), 1)
+    ]
     for count in _between(cuts, layers):
         model.add_linear_constraint(count, 1, pipeline.most)
-    for own, extra, pace in zip(_between(weights, weight[-1]), pipeline.extra, paces, strict=True):
+    found = _between([_first(model, cut, weight) for cut in cuts], weight[-1])
+    for own, extra, pace in zip(found, pipeline.extra, paces, strict=True):
         model.add(pace * (own + extra) <= slowest)
-    in_all = sum(pipeline.held[kind] for kind in pipeline.kinds)
-    for places in pipeline.shared or ((),):
-        ends = bytes_held
-        if places:
-            of_group = [_of_group(model, cut, places, layers) for cut in cuts]
-            ends = [own + pipeline.page * count for own, count in zip(bytes_held, of_group, strict=True)]
-        for own, room in zip(_between(ends, in_all + pipeline.page * len(places)), pipeline.room, strict=True):
+    for row in sums:
+        for own, room in zip(_between([_first(model, cut, row) for cut in cuts], row[-1]), pipeline.room, strict=True):
             model.add(room - own >= spare)
-    model.add_decision_strategy([slowest], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
-    model.add_decision_strategy([spare], cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
     for cut, even in zip(cuts, accumulate(even_split(layers, stages)), strict=False):
         apart = model.new_int_var(0, layers, "apart")
         model.add_abs_equality(apart, cut - even)
@@ -148,11 +145,72 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     solver.parameters.search_branching = cp_model.FIXED_SEARCH
     solver.parameters.cp_model_presolve = False  # propagation is all it takes; and solutions must not be lost
     status = solver.solve(model)
-    if status == cp_model.INFEASIBLE:
-        return None
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise FormulationError(f"layers: the solver ends as {solver.status_name(status)}")
     return tuple(solver.value(count) for count in _between(cuts, layers))
+
+
+class _Reach:
+    """Which cuts stages that take no more than a T, and leave an F or more, can be filled up to.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+    weight : list of int           weight of the first layers, for every number of them
+    sums : list of list of int     bytes of these, by group
+    paces : tuple of int           of the stages
+    """
+
+    def __init__(self, pipeline: Pipeline, weight: list[int], sums: list[list[int]], paces: tuple[int, ...]) -> None:
+        self._most, self._weight, self._sums = pipeline.most, weight, sums
+        self._stages = list(zip(paces, pipeline.extra, pipeline.room, strict=True))
+
+    def ends(self, slowest: int, spare: int) -> list[list[int]] | None:
+        """Of each cut the values that can be reached from the first layer and from the last; None where no split fits.
+
+        Parameters
+        ----------
+        slowest, spare : int    T and F
+        """
+        layers = len(self._weight) - 1
+        furthest = {stage: self._furthest(*stage, slowest, spare) for stage in set(self._stages)}
+        reached: list[set[int]] = [{0}]
+        for stage in self._stages:
+            far, ends, done = furthest[stage], set[int](), 0
+            # The further a stage begins, the further it goes: so each one adds what lies beyond those before it.
+            for start in sorted(reached[-1]):
+                ends.update(range(max(start, done) + 1, far[start] + 1))
+                done = max(done, far[start])
+            reached.append(ends)
+        if layers not in reached[-1]:
+            return None
+        kept = [{layers}]
+        for stage, starts in zip(reversed(self._stages), reversed(reached[:-1]), strict=True):
+            far, nearest = furthest[stage], sorted(kept[-1])
+            # The first end past a start is the nearest that the stage may reach.
+            past = {i: bisect_right(nearest, i) for i in starts}
+            kept.append({i for i, at in past.items() if at < len(nearest) and nearest[at] <= far[i]})
+        return [sorted(ends) for ends in kept[-2:0:-1]]
+
+    def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> list[int]:
+        """Where a stage that begins behind so many layers ends at the furthest, no further than it begins if nowhere.
+
+        Parameters
+        ----------
+        pace, extra, room : int    of the stage
+        slowest, spare : int       T and F
+        """
+        heaviest, largest = slowest // pace - extra, room - spare
+        if heaviest < 0 or largest < 0:
+            return list(range(len(self._weight)))
+        return [
+            min(
+                i + self._most,
+                bisect_right(self._weight, self._weight[i] + heaviest) - 1,
+                *(bisect_right(row, row[i] + largest) - 1 for row in self._sums),
+            )
+            for i in range(len(self._weight))
+        ]
 
 
 def _between(cuts: Sequence[cp_model.LinearExpr], end: int) -> list[cp_model.LinearExpr]:
@@ -161,33 +219,8 @@ def _between(cuts: Sequence[cp_model.LinearExpr], end: int) -> list[cp_model.Lin
     return [hi - lo for lo, hi in pairwise([cp_model.LinearExpr.constant(0), *ends])]
 
 
-def _of_group(model: cp_model.CpModel, cut: cp_model.IntVar, places: tuple[int, ...], layers: int) -> cp_model.IntVar:
-    """How many layers of a group lie before a cut.
-
-    Parameters
-    ----------
-    model : CpModel
-    cut : IntVar       layers before it
-    places : tuple of int    the layers of the group
-    layers : int       of the model
-    """
-    count = model.new_int_var(0, len(places), "of_group")
-    model.add_element(cut, [sum(place < end for place in places) for end in range(layers + 1)], count)
-    return count
-
-
-def _before(model: cp_model.CpModel, cut: cp_model.IntVar, kinds: tuple[int, ...]) -> list[tuple[int, cp_model.IntVar]]:
-    """Of each run of layers alike its kind and how many lie before a cut: bounds propagate through these both ways."""
-    runs = [(kind, len(list(group))) for kind, group in groupby(kinds)]
-    if len(runs) == 1:
-        return [(kinds[0], cut)]
-    result, start = [], 0
-    for kind, length in runs:
-        count = model.new_int_var(0, length, "before")
-        reached = model.new_int_var(-start, length, "reached")
-        model.add_min_equality(reached, [cut - start, length])
-        model.add_max_equality(count, [reached, 0])
-        result.append((kind, count))
-        start += length
-    model.add(cp_model.LinearExpr.sum([count for _, count in result]) == cut)
-    return result
+def _first(model: cp_model.CpModel, cut: cp_model.IntVar, sums: list[int]) -> cp_model.IntVar:
+    """The sum over the layers before a cut, of the sums for every number of them."""
+    found = model.new_int_var(0, sums[-1], "first")
+    model.add_element(cut, sums, found)
+    return found
