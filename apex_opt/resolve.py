@@ -159,11 +159,16 @@ def refuse_pools(command: str, ask: Ask) -> None:
     ------
     UsageError
     """
-    if "pools" in ask.serving or "{" in str(getattr(ask, "plan", "")):
+    if "pools" in ask.serving or _plans_pools(ask):
         raise UsageError(
             f"--serving=pools: {command} is of pools that do both phases; plan, energy, pareto and simulate take "
             "prefill and decode pools"
         )
+
+
+def _plans_pools(ask: Ask) -> bool:
+    """Whether a plan is asked about that has prefill and decode pools, which alone stand in braces."""
+    return "{" in str(getattr(ask, "plan", ""))
 
 
 def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
@@ -175,14 +180,14 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
     """
     known = get_args(Serving)
     chosen = [name.strip() for name in ask.serving.split(",")]
-    if "{" in str(getattr(ask, "plan", "")):
+    if _plans_pools(ask):
         chosen = ["pools"]
     for name in chosen:
         if name not in known:
             raise UnknownNameError("serving", name[:60], known)
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--serving: {ask.serving!r:.60} names one twice")
-    if chosen == ["pools"] and (plan := getattr(ask, "plan", None)) and "{" not in str(plan):
+    if chosen == ["pools"] and (plan := getattr(ask, "plan", None)) and not _plans_pools(ask):
         raise UsageError(
             f"--serving=pools: plan {plan!r:.60} is none; write prefill{{...}} + decode{{...}}, or leave it out"
         )

@@ -72,7 +72,7 @@ def handover(
         block_ns += block_bytes * readers / (link.bytes_per_s * times.rate_share) * NS_PER_S
     latency_ns = 0 if link is None else round(link.latency_s * NS_PER_S)
     return Handover(
-        proxy_ns=round(times.proxy_us * NS_PER_US),
+        proxy_ns=times.proxy_ns,
         read_ns=round(times.post_us * NS_PER_US) + latency_ns,
         block_ns=round(block_ns),
         notice_ns=round(times.notice_us * NS_PER_US),

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Final
 
 from apex_opt.errors import UsageError
+from apex_opt.units import NS_PER_US
 
 _MOST_US: Final = 10_000_000
 
@@ -34,6 +35,11 @@ class HandoverTimes:
     post_us: float
     descriptor_us: float
     rate_share: float
+
+    @property
+    def proxy_ns(self) -> int:
+        """`proxy_us` in nanoseconds."""
+        return round(self.proxy_us * NS_PER_US)
 
     def __post_init__(self) -> None:
         for name in (known.name for known in fields(self)):

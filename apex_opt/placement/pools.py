@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from apex_opt.cluster.tree import slowest
 
 if TYPE_CHECKING:
-    from apex_opt.cluster.tree import Tree
+    from apex_opt.cluster.tree import Domain, Tree
     from apex_opt.cluster.types import Link
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
@@ -43,7 +43,7 @@ def find_room(tree: Tree, one: Chunks, other: Chunks) -> bool:
     tree
     one, other : Chunks    of two pools
     """
-    nodes = tuple(sorted(Counter(_nodes(tree)).items()))
+    nodes = tuple(sorted(Counter(tree.free(node) for node in _nodes(tree)).items()))
     if one.gpus + other.gpus > tree.size:
         return False
     small, large = sorted((one, other), key=lambda chunks: chunks.size)
@@ -55,7 +55,7 @@ def find_room(tree: Tree, one: Chunks, other: Chunks) -> bool:
 def link_between(tree: Tree, gpus: int) -> Link | None:
     """The link between two pools of so many GPUs together: inside a node where they fit into one, else the worst there
     is; None for one GPU."""
-    nodes = [level for level in tree.levels if not level.far][-1].domains
+    nodes = _nodes(tree)
     inside = [node.link for node in nodes if tree.free(node) >= gpus and node.link is not None]
     if inside:
         return slowest(inside)
@@ -64,9 +64,9 @@ def link_between(tree: Tree, gpus: int) -> Link | None:
     return slowest(far) if far else slowest(near) if near else None
 
 
-def _nodes(tree: Tree) -> list[int]:
-    """Free GPUs of each node."""
-    return [tree.free(node) for node in [level for level in tree.levels if not level.far][-1].domains]
+def _nodes(tree: Tree) -> tuple[Domain, ...]:
+    """The domains that are nodes."""
+    return [level for level in tree.levels if not level.far][-1].domains
 
 
 @lru_cache(maxsize=1 << 12)

@@ -58,16 +58,7 @@ class Pairs:
 
     def fit(self, prefill: Pool, decode: Pool) -> bool:
         """Whether two pools go together; each by itself has room and can be paired."""
-        one, other = prefill.plan, decode.plan
-        if not hands_over(self._problem.model, one, other):
-            return False
-        if prefill.types != decode.types:
-            return True
-        sizes = self._chunks(prefill), self._chunks(decode)
-        key = prefill.types, *sizes
-        if key not in self._fit:
-            self._fit[key] = find_room(self._facts_of(prefill).layouts.tree, *sizes)
-        return self._fit[key]
+        return hands_over(self._problem.model, prefill.plan, decode.plan) and self._find_room(prefill, decode)
 
     def handover(self, prefill: Pool, decode: Pool) -> Handover:
         """What handing a prompt over takes."""
@@ -92,8 +83,12 @@ class Pairs:
             return True
         tree = self._facts_of(prefill).layouts.tree
         if prefill.plan.devices + decode.plan.devices > tree.size:
-            return False
-        return find_room(tree, self._chunks(prefill), self._chunks(decode))
+            return False  # one of them alone may be too large to lie anywhere
+        sizes = self._chunks(prefill), self._chunks(decode)
+        key = prefill.types, *sizes
+        if key not in self._fit:
+            self._fit[key] = find_room(tree, *sizes)
+        return self._fit[key]
 
     def _chunks(self, pool: Pool) -> Chunks:
         return Chunks.of(pool.plan, self._facts_of(pool).layouts.best(pool.plan))

@@ -261,15 +261,7 @@ def _handed(scorer: Scorer, types: tuple[str, str], sides: Sequence[tuple[int, l
     infeasible = {"part": space - len(pairs), "gpus": len(pairs) - len(fitting), "handover": 0}
 
     def leaves() -> Iterator[Bounded]:
-        infeasible["handover"] = 0
-        compose = Handed(problem, scorer.outside_ns, scorer.pairs)
-        for start in range(0, len(fitting), compose.at_once):
-            rows = fitting[start : start + compose.at_once]
-            run, together = compose.of(rows)
-            infeasible["handover"] += int((~together).sum())
-            bounds, possible = judged(run, problem.objectives, problem.goals)
-            for index in np.flatnonzero(together).tolist():
-                yield deployed(rows[index]), float(bounds[index, 0]) if possible[index] else math.inf
+        return _composed(problem, Handed(problem, scorer.outside_ns, scorer.pairs), fitting, infeasible)
 
     return Counted(
         shape="pools",
@@ -297,15 +289,8 @@ def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequenc
     infeasible = {"part": space - feasible, "gpus": different - fitting, "share": 0}
 
     def leaves() -> Iterator[Bounded]:
-        infeasible["share"] = 0
-        compose = Compose(problem, scorer.outside_ns)
         fit = (row for row in product(*options) if sum(option.devices for option in row) <= problem.max_devices)
-        while rows := list(islice(fit, compose.at_once)):
-            run, served = compose.of(rows)
-            infeasible["share"] += int((~served).sum())
-            bounds, possible = judged(run, problem.objectives, problem.goals)
-            for index in np.flatnonzero(served).tolist():
-                yield deployed(rows[index]), float(bounds[index, 0]) if possible[index] else math.inf
+        return _composed(problem, Compose(problem, scorer.outside_ns), fit, infeasible)
 
     return Counted(
         shape="mixed",
@@ -317,6 +302,28 @@ def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequenc
         devices=[[option.devices for option in some] for some in options],
         leaves=leaves,
     )
+
+
+def _composed(
+    problem: Problem, compose: Compose, rows: Iterable[tuple[Option, ...]], infeasible: dict[str, int]
+) -> Iterator[Bounded]:
+    """Deployments of several pools with their bounds; those whose pools do not go together are counted.
+
+    Parameters
+    ----------
+    problem
+    compose : Compose     their floors
+    rows : the pools of each
+    infeasible : of which the last family counts these
+    """
+    late, left = list(infeasible)[-1], iter(rows)
+    infeasible[late] = 0
+    while some := list(islice(left, compose.at_once)):
+        run, together = compose.of(some)
+        infeasible[late] += int((~together).sum())
+        bounds, possible = judged(run, problem.objectives, problem.goals)
+        for index in np.flatnonzero(together).tolist():
+            yield deployed(some[index]), float(bounds[index, 0]) if possible[index] else math.inf
 
 
 def _pipelines(scorer: Scorer, problem: Problem, splitter: Splitter) -> Counted:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apex_opt.figures.run import Run
-from apex_opt.search.bounds.compose import BLOCK, rows_of, stacked
+from apex_opt.search.bounds.compose import Compose, rows_of, stacked
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.units import NS_PER_S
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from apex_opt.figures.run import Run
     from apex_opt.search.bounds.compose import Help
     from apex_opt.search.option import Option
     from apex_opt.search.pairs import Pairs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 
-class Handed:
+class Handed(Compose):
     """Floors of a prefill and a decode pool, as `Compose` has them of pools side by side.
 
     Parameters
@@ -44,24 +44,16 @@ class Handed:
     """
 
     def __init__(self, problem: Problem, outside_ns: int, pairs: Pairs) -> None:
-        self._problem, self._outside_ns, self._pairs = problem, outside_ns, pairs
-        trace, settings = problem.trace, problem.settings
+        super().__init__(problem, outside_ns)
         assert problem.handover is not None  # where there may be such pools
-        self._proxy_ns = int(problem.handover.proxy_us * 1000)
-        self._tokens = trace.generated(settings.max_model_len)
-        self._steps = int((self._tokens - 1).sum())
+        self._pairs, self._proxy_ns = pairs, problem.handover.proxy_ns
+        trace, settings = problem.trace, problem.settings
         self._blocks = -(-trace.prompt // settings.block_size)
-        self._held = int(((self._tokens - 1) * self._blocks).sum())
         # Prompts may all be found in a cache; each answered token is computed, the first as the last of its prompt.
-        self._computed = {
+        self._computed_by = {
             "prefill": len(trace) if settings.prefix_caching else int(trace.prompt.sum()),
             "decode": int(self._tokens.sum()),
         }
-
-    @property
-    def at_once(self) -> int:
-        """Deployments that fit in the memory meant for it."""
-        return max(1, BLOCK // len(self._tokens))
 
     def of(self, deployments: Sequence[tuple[Option, ...]]) -> tuple[Run, NDArray[np.bool_]]:
         """Floors of pairs of pools.
@@ -79,32 +71,32 @@ class Handed:
                 between[row] = self._between(one, other)
         first = stacked(prefill, "first_ns") + between + stacked(decode, "first_ns")
         load_s = np.array([max(self._load_s(one), self._load_s(other)) for one, other in deployments])
-        run = self._run(first, stacked(decode, "rest_ns"), load_s, rows_of([(one,) for one in decode], "batch_ns"))
+        batch_ns = rows_of([(one,) for one in decode], "batch_ns")
+        run = self._run(first, stacked(decode, "rest_ns"), None, load_s, self._gaps(batch_ns), batch_ns)
         above_j = np.array([[self._above_j(option) for option in one] for one in deployments])
-        makespan_s = run.makespan_s[:, None]
         idle_w, limit_w = rows_of(deployments, "idle_w"), rows_of(deployments, "limit_w")
-        each = np.minimum(above_j + idle_w * makespan_s, limit_w * makespan_s)
-        return self._costing(run, each.sum(axis=1), rows_of(deployments, "cost_per_h").sum(axis=1)), fit
+        prices = rows_of(deployments, "cost_per_h").sum(axis=1)
+        return self._costing(run, above_j, idle_w, limit_w, prices), fit
 
     def with_help(self, deployments: Sequence[tuple[Option, ...]], help_: Help) -> Run:
         """Floors of any pairs of one pool and of others that are not chosen yet."""
         options = [one for (one,) in deployments]
         role = options[0].pool.role
+        first = stacked(options, "first_ns") + self._proxy_ns + help_.first_ns
         if role == "prefill":
-            first = stacked(options, "first_ns") + self._proxy_ns + help_.first_ns
             rest, batch_ns = np.broadcast_to(help_.rest_ns, first.shape), np.full((len(options), 1), help_.batch_ns)
         else:
-            first = help_.first_ns + self._proxy_ns + stacked(options, "first_ns")
             rest, batch_ns = stacked(options, "rest_ns"), rows_of(deployments, "batch_ns")
-        run = self._run(first, rest, np.array([self._load_s(one) for one in options]), batch_ns)
-        beside = sum(self._computed.values()) - self._computed[role or "decode"]
+        load_s = np.array([self._load_s(one) for one in options])
+        run = self._run(first, rest, None, load_s, self._gaps(batch_ns), batch_ns)
+        beside = sum(self._computed_by.values()) - self._computed_by[role or "decode"]
         above_j = np.array([self._above_j(one) for one in options]) + help_.token_j * beside
-        idle_w = np.array([one.idle_w for one in options])
-        spare_w = np.minimum([one.limit_w - one.idle_w for one in options], help_.spare_w)
+        idle_w = np.array([one.idle_w for one in options]) + help_.idle_w
         # Least where one of them draws all it may and the others idle.
-        joules = np.minimum(above_j, spare_w * run.makespan_s) + (idle_w + help_.idle_w) * run.makespan_s
-        prices = np.array([one.cost_per_h for one in options]) + help_.cost_per_h
-        return self._costing(run, joules, prices * (1 - ROUNDING))  # added up in another order they may be less
+        limit_w = idle_w + np.minimum([one.limit_w - one.idle_w for one in options], help_.spare_w)
+        # Added up in another order they may be less.
+        prices = (np.array([one.cost_per_h for one in options]) + help_.cost_per_h) * (1 - ROUNDING)
+        return self._costing(run, above_j[:, None], idle_w[:, None], limit_w[:, None], prices)
 
     def _between(self, prefill: Option, decode: Option) -> Ints:
         """From the end of a prompt on the prefill pool until the decode pool has it, at least."""
@@ -117,27 +109,12 @@ class Handed:
         """Seconds for which all requests together keep a pool busy."""
         total_ns = float(option.work_ns.sum()) / option.pool.plan.replicas
         if option.pool.role == "decode":
-            total_ns = max(total_ns, self._steps * option.step_ns, self._held * option.held_ns)
+            total_ns = max(total_ns, int(self._steps.sum()) * option.step_ns, int(self._held.sum()) * option.held_ns)
         return total_ns / NS_PER_S
 
     def _above_j(self, option: Option) -> float:
-        return option.token_j * self._computed[option.pool.role or "decode"]
+        return option.token_j * self._computed_by[option.pool.role or "decode"]
 
-    def _run(self, first_ns: Ints, rest_ns: Ints, load_s: Floats, batch_ns: Ints) -> Run:
-        trace = self._problem.trace
-        return Run.of(
-            arrival_ns=trace.arrival_ns,
-            first_ns=first_ns,
-            rest_ns=rest_ns,
-            prompt=trace.prompt,
-            tokens=self._tokens,
-            outside_ns=self._outside_ns,
-            work_s=load_s,
-            gap_ns=batch_ns,
-            gaps=np.full(batch_ns.shape, self._steps),
-            limits=self._problem.per_request,
-        )
-
-    def _costing(self, run: Run, joules: Floats, cost_per_h: Floats) -> Run:
-        known = None if np.isnan(cost_per_h).any() else cost_per_h
-        return run.costing(joules * (1 - ROUNDING), known)
+    def _gaps(self, batch_ns: Ints) -> Ints:
+        """Times between tokens, all of them the decode pool's."""
+        return np.full(batch_ns.shape, self._steps.sum())
