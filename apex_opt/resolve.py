@@ -11,7 +11,7 @@ from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
-from apex_opt.engines import ANY, VLLM, kind_names, load_kind, load_rules
+from apex_opt.engines import ANY, kind_names, load_kind, load_rules
 from apex_opt.engines.kinds import COMMON
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
@@ -380,14 +380,15 @@ def _speculation(
     drafters : of which none makes none
     """
     chosen = [drafter for drafter in drafters if drafter is not None]
-    if chosen and not isinstance(settings.scheduler, VllmScheduling):
+    if chosen and not settings.scheduler.verifies_drafts:
         raise UsageError(
-            f"--speculation={chosen[0]}: drafts are modelled for vLLM, not for {ask.engine}; use --engine=vllm"
+            f"--speculation={chosen[0]}: drafts are modelled for vLLM and TensorRT-LLM, not for {ask.engine}; use "
+            "--engine=vllm or --engine=trtllm"
         )
-    if chosen and settings.runnable not in (None, VLLM):
+    if chosen and settings.runnable not in (None, load_kind(ask.engine).rules):
         raise UsageError(
-            f"--speculation={chosen[0]}: drafts are modelled as vLLM makes them, and --runnable={ask.runnable} asks "
-            "for plans that another engine can run; leave one of them out"
+            f"--speculation={chosen[0]}: drafts are modelled as {ask.engine} makes them, and --runnable={ask.runnable} "
+            "asks for plans that another engine can run; leave one of them out"
         )
     for drafter in chosen:
         if drafter.method == "draft" and (rows := load_model(drafter.model).vocab) != model.vocab:

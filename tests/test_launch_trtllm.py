@@ -10,6 +10,7 @@ import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, emitted, has, value
 
 from apex_opt.engines.schedulers import TrtllmScheduling
+from apex_opt.plans.speculation import Speculation, parse_drafter
 
 if TYPE_CHECKING:
     from apex_opt.launch import Command
@@ -43,6 +44,28 @@ def test_a_line_for_a_shell_writes_the_options_file_before_it_starts_the_server(
     assert words[0] == "echo"
     assert json.loads(words[1]) == options(command)
     assert words[2:5] == [">", "trtllm-replica0.yaml", "&&"]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "expected"),
+    [
+        ("mtp:2", {"decoding_type": "MTP", "num_nextn_predict_layers": 2}),
+        ("eagle:3", {"decoding_type": "Eagle", "max_draft_len": 3, "speculative_model_dir": "EAGLE3_HEAD"}),
+        ("ngram:4", {"decoding_type": "NGram", "max_draft_len": 4, "max_matching_ngram_size": 4}),
+        (
+            "draft:llama-3.1-8b:3",
+            {"decoding_type": "DraftTarget", "max_draft_len": 3, "speculative_model_dir": "llama-3.1-8b"},
+        ),
+    ],
+)
+def test_drafts_are_asked_for_in_the_options_file(drafter: str, expected: dict[str, Any]) -> None:
+    its = parse_drafter(drafter)
+    assert its is not None
+    drafting = Speculation(method=its.method, draft_tokens=its.draft_tokens, model=its.model, accepted=((1,),))
+    emission = emitted("trtllm", DENSE, f"tp8 spec={drafter}", 1, 8, settings={"drafting": (drafting,)})
+    (command,) = emission.commands
+    assert options(command)["speculative_config"] == expected
+    assert has(emission, "put the EAGLE-3 head") == ("eagle" in drafter)
 
 
 def test_attention_is_cut_or_has_a_copy_on_every_gpu() -> None:

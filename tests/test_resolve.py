@@ -453,8 +453,14 @@ def test_drafts_are_a_choice_of_the_problem_and_a_plan_names_its_own() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"speculation": "eagle:3", "engine": "sglang"}, "drafts are modelled for vLLM, not for sglang"),
-        ({"speculation": "eagle:3", "engine": "trtllm"}, "drafts are modelled for vLLM, not for trtllm"),
+        (
+            {"speculation": "eagle:3", "engine": "sglang"},
+            "drafts are modelled for vLLM and TensorRT-LLM, not for sglang",
+        ),
+        (
+            {"speculation": "eagle:3", "engine": "trtllm", "runnable": "vllm"},
+            "drafts are modelled as trtllm makes them, and --runnable=vllm asks for plans that another engine",
+        ),
         ({"speculation": "draft:mistral-7b:3", "acceptance": "2"}, "a draft model has that of the model"),
         ({"acceptance": "2"}, "none are made; give --speculation"),
         ({"speculation": "eagle:3", "runnable": "sglang"}, "--runnable=sglang asks for plans that another engine"),

@@ -12,6 +12,7 @@ from drafts_cases import drafters, knowing
 from plan_cases import feasible_plans, random_instance, random_problem
 from search_cases import SPACE, rank
 
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
 from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
@@ -30,9 +31,13 @@ def drafting_instance(seed: int) -> Instance:
 
 
 def drafting_problem(seed: int) -> Problem:
-    """A random problem with drafts among the choices."""
+    """A random problem with drafts among the choices, every third on TensorRT-LLM."""
     problem, some = random_problem(seed), drafters(seed)
-    return replace(problem, drafters=some, settings=knowing(problem.settings, some, seed))
+    settings = problem.settings
+    if seed % 3 == 2:
+        policy = str(np.random.default_rng(seed).choice(CAPACITY_POLICIES))
+        settings = replace(settings, scheduler=TrtllmScheduling(capacity_policy=policy))
+    return replace(problem, drafters=some, settings=knowing(settings, some, seed))
 
 
 def check_program(seed: int) -> None:

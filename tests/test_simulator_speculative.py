@@ -220,8 +220,12 @@ class RejectedStay(Changed):
 
 
 class AlwaysProposed(Changed):
-    def _proposed(self, sequence: Sequence) -> int:
-        return self.speculation.draft_tokens
+    def update(self, batch: Batch, now_ns: int) -> list[Sequence]:
+        answered = super().update(batch, now_ns)
+        for row in batch.rows:
+            if row.yields and not row.sequence.finished:
+                row.sequence.proposed = self.speculation.draft_tokens
+        return answered
 
 
 class DraftsCountedOn(Changed):
@@ -299,5 +303,5 @@ def test_several_stages_and_other_policies_do_not_go_with_drafts() -> None:
     with pytest.raises(UsageError, match="the law is of 2 drafts, the engine makes 1"):
         fewer = replace(engine, speculation=replace(speculation, draft_tokens=1))
         Case(settings=fewer, blocks=9, laws=(law,), trace=requests([(0, 5, 8)])).run()
-    with pytest.raises(UsageError, match="speculation goes with the engine vllm, not with orca"):
+    with pytest.raises(UsageError, match="speculation goes with the engines vllm, trtllm, not with orca"):
         replace(engine, scheduler=OrcaScheduling())

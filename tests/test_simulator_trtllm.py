@@ -13,19 +13,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import IMPLEMENTATIONS, TRAFFIC, Case, Traffic, alone, assert_same, linear, random_law, requests
+from simulator_cases import (
+    IMPLEMENTATIONS,
+    TRAFFIC,
+    Case,
+    Traffic,
+    alone,
+    assert_same,
+    linear,
+    random_law,
+    requests,
+    speculations,
+)
 
 import apex_opt
 from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.speculation import Speculation
+from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.reference.trtllm import TrtllmScheduler
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from apex_opt.simulator import Outcome
     from apex_opt.simulator.api import Implementation
-    from apex_opt.simulator.reference.sequence import Sequence
+    from apex_opt.simulator.reference.sequence import Row, Sequence
 
 Rows = list[tuple[int, int, int]]
 
@@ -51,16 +64,31 @@ def case(
 ) -> Case:
     """Requests of (arrival, prompt, output) on batches of 10 ns and 1 ns for each token."""
     engine = replace(ENGINE, scheduler=TrtllmScheduling(**(own or {})), **changes)
+    law = linear(engine, 10, 1)
+    if engine.speculation is not None:
+        law = linear_law(
+            base_ns=10,
+            token_ns=1,
+            context_ns=0,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            draft_tokens=engine.speculation.draft_tokens,
+        )
     return Case(
         settings=engine,
         blocks=blocks,
-        laws=(linear(engine, 10, 1),) * stages,
+        laws=(law,) * stages,
         trace=requests(rows, max_new_tokens=stated),
     )
 
 
 def shown(outcome: Outcome) -> list[tuple[int, int, Rows, list[int]]]:
     return outcome.steps or []
+
+
+def drafts(count: int, *accepted: int, method: str = "mtp", **more: Any) -> Speculation:
+    """So many drafts in each row, of which that many are right by tokens generated, in turn."""
+    return Speculation(method=method, draft_tokens=count, accepted=(accepted,), **more)
 
 
 WAITING = {"batch_wait_timeout_iters": 2, "batch_wait_max_tokens_ratio": 0.5}
@@ -163,6 +191,47 @@ EXAMPLES: dict[str, tuple[Case, list[Any]]] = {
             (25, 51, [(0, 1, 6), (1, 14, 14), (2, 1, 1)], []),
         ],
     ),
+    # Of two drafts both are right after 1 token, none after 4, one after 5, where only one token is left. What is wrong
+    # is taken back: 10 tokens are held at 27, of which 8 stay.
+    "drafts": (
+        case([(0, 4, 6)], speculation=drafts(2, 0, 2, 0, 0, 0, 1)),
+        [(0, 14, [(0, 4, 4)], []), (14, 27, [(0, 3, 7)], []), (27, 40, [(0, 3, 10)], []), (40, 53, [(0, 3, 11)], [])],
+    ),
+    # With overlap all drafts count as right until their batch is done, and what ends by drafts is in one more.
+    "drafts, overlap": (
+        case([(0, 4, 7)], speculation=drafts(2, 2), async_scheduling=True),
+        [
+            (0, 14, [(0, 4, 4)], []),
+            (0, 27, [(0, 3, 7)], []),
+            (14, 40, [(0, 3, 10)], []),
+            (27, 53, [(0, 3, 13)], []),
+        ],
+    ),
+    # Of 8 tokens in a batch the drafts of two take 6; a prompt of 3 waits for the end of one of them.
+    "drafts, tokens": (
+        case([(0, 2, 5), (0, 2, 3), (1, 3, 1)], max_num_batched_tokens=8, speculation=drafts(2, 1)),
+        [
+            (0, 14, [(0, 2, 2), (1, 2, 2)], []),
+            (14, 30, [(0, 3, 5), (1, 3, 5)], []),
+            (30, 46, [(0, 3, 7), (2, 3, 3)], []),
+        ],
+    ),
+    # The drafter keeps KV of the second draft as well: a prompt of 4 takes two blocks of three, and 1 waits until 27,
+    # when 0 has ended.
+    "drafts, ahead": (
+        case(
+            [(0, 4, 4), (0, 4, 4)],
+            blocks=3,
+            own={"capacity_policy": "MAX_UTILIZATION"},
+            speculation=drafts(2, 0, 2),
+        ),
+        [(0, 14, [(0, 4, 4)], []), (14, 27, [(0, 3, 7)], []), (27, 41, [(1, 4, 4)], []), (41, 54, [(1, 3, 7)], [])],
+    ),
+    # An n-gram is not found after 1 token: nothing of the padded drafts is right.
+    "drafts, proposed": (
+        case([(0, 4, 4)], speculation=drafts(1, 1, method="ngram", proposed=((0, 0, 1),))),
+        [(0, 14, [(0, 4, 4)], []), (14, 26, [(0, 2, 6)], []), (26, 38, [(0, 2, 7)], [])],
+    ),
     # On two stages a request is in one batch at a time; batches of one seat follow each other into the pipeline.
     "stages": (
         case([(0, 4, 2), (0, 4, 1)], stages=2, max_num_seqs=1),
@@ -231,6 +300,23 @@ def _prompts_alone(self: TrtllmScheduler, chosen: list[Sequence]) -> tuple[list[
     return ([], prompts) if prompts else (decoding, prompts)
 
 
+def _keeping_wrong_drafts(self: TrtllmScheduler, row: Row) -> int:
+    held = row.sequence.computed
+    got = _RECEIVE(self, row)
+    row.sequence.computed = held
+    return got
+
+
+def _all_proposed(self: TrtllmScheduler, row: Row) -> int:
+    assert self.speculation is None or isinstance(self.speculation, Speculation)
+    known = self.speculation
+    self.speculation = None if known is None else replace(known, proposed=())
+    got = _RECEIVE(self, row)
+    self.speculation = known
+    return got
+
+
+_RECEIVE = TrtllmScheduler.receive
 _WITHIN_TOKENS = TrtllmScheduler.within_tokens
 FAULTS: dict[str, tuple[str, Any]] = {
     "a prompt overtakes one without room": ("reserving", _overtaking),
@@ -259,6 +345,12 @@ FAULTS: dict[str, tuple[str, Any]] = {
         ),
     ),
     "decoding waits for prompts": ("within_tokens", _prompts_alone),
+    "drafts that are wrong stay": ("receive", _keeping_wrong_drafts),
+    "blocks for the drafts of a row alone": (
+        "held",
+        lambda self, one, tokens: min(tokens, one.prompt + one.stated),
+    ),
+    "drafts that are not proposed are right": ("receive", _all_proposed),
 }
 
 
@@ -279,14 +371,18 @@ def test_a_seeded_fault_is_noticed_by_an_example(name: str, monkeypatch: pytest.
 
 
 @st.composite
-def cases(draw: st.DrawFn, traffic: Traffic, *, stages: int | None = None, most: int = 20) -> Case:
+def cases(
+    draw: st.DrawFn, traffic: Traffic, *, stages: int | None = None, most: int = 20, drafting: bool = False
+) -> Case:
     """Everything a simulation takes, from room for one request at a time to room for all."""
+    known = draw(speculations()) if drafting else None
     seats, longest, chunked = draw(st.integers(1, 8)), draw(st.integers(4, 48)), draw(st.booleans())
     size = draw(st.sampled_from((1, 2, 4, 8)))
-    depth = draw(st.sampled_from((1, 1, 1, 2, 3))) if stages is None else stages
+    depth = draw(st.sampled_from((1, 1, 1, 2, 3))) if stages is None and not drafting else stages or 1
+    row = 1 + (known.draft_tokens if known else 0)
     engine = EngineSettings(
         max_num_seqs=seats,
-        max_num_batched_tokens=max(seats, size if chunked else longest) + draw(st.sampled_from((0, 1, 5, 24))),
+        max_num_batched_tokens=max(seats, row, size if chunked else longest) + draw(st.sampled_from((0, 1, 5, 24))),
         max_model_len=longest,
         chunked_prefill=chunked,
         block_size=size,
@@ -296,6 +392,7 @@ def cases(draw: st.DrawFn, traffic: Traffic, *, stages: int | None = None, most:
             batch_wait_timeout_iters=draw(st.sampled_from((0, 0, 1, 3))),
             batch_wait_max_tokens_ratio=draw(st.sampled_from((0.0, 0.3, 1.0))),
         ),
+        speculation=known,
     )
     count, seeds = draw(st.integers(1, most)), st.integers(0, 2**32 - 1)
     lengths = st.tuples(st.integers(1, longest - 1), st.one_of(st.just(1), st.integers(1, 40)), st.integers(0, 20))
@@ -305,7 +402,8 @@ def cases(draw: st.DrawFn, traffic: Traffic, *, stages: int | None = None, most:
     rows = [(at, prompt, output) for at, (_, (prompt, output, _)) in zip(arrivals, drawn, strict=True)]
     stated = [output + more for _, (_, output, more) in drawn]
     trace = requests(rows, draw(st.integers(1, count + 2)) if traffic == "closed" else None, max_new_tokens=stated)
-    needs = [ceil_div(total, size) for total in (trace.prompt + trace.stated(longest)).tolist()]
+    ahead = known.ahead if known else 0
+    needs = [ceil_div(total + ahead, size) for total in (trace.prompt + trace.stated(longest)).tolist()]
     zeros = draw(st.sampled_from((0.0, 0.3)))
     return Case(
         settings=engine,
@@ -321,7 +419,7 @@ def check_same(served: Case) -> None:
     """Logged, where each batch is formed by the rules, and not, where stretches are jumped over."""
     expected = served.run("reference")
     assert_same(served.run("kernel"), expected)
-    assert_same(served.run("kernel", log=False), replace(expected, steps=None, gaps_ns=None))
+    assert_same(served.run("kernel", log=False), replace(expected, steps=None, gaps_ns=None, drafted=None))
 
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
@@ -331,11 +429,19 @@ def test_the_kernel_equals_the_reference(traffic: Traffic, data: st.DataObject) 
     check_same(data.draw(cases(traffic)))
 
 
+@pytest.mark.parametrize("traffic", TRAFFIC)
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_kernel_equals_the_reference_with_drafts(traffic: Traffic, data: st.DataObject) -> None:
+    check_same(data.draw(cases(traffic, drafting=True)))
+
+
 @pytest.mark.nightly
 @settings(max_examples=4000)
 @given(data=st.data())
 def test_the_kernel_equals_the_reference_on_many_cases(data: st.DataObject) -> None:
-    check_same(data.draw(cases(data.draw(st.sampled_from(TRAFFIC)), most=30)))
+    traffic, drafting = data.draw(st.sampled_from(TRAFFIC)), data.draw(st.booleans())
+    check_same(data.draw(cases(traffic, most=30, drafting=drafting)))
 
 
 @settings(max_examples=80)
@@ -366,7 +472,7 @@ def test_nothing_is_lost_or_invented(served: Case) -> None:
 
 
 @settings(max_examples=60)
-@given(served=cases("dealt"))
+@given(served=cases("dealt") | cases("dealt", drafting=True))
 def test_no_request_beats_its_bound(served: Case) -> None:
     floor, outcome = alone(served), served.run(log=False)
     assert (outcome.first_token_ns - outcome.arrival_ns >= floor.first_token_ns - floor.arrival_ns).all()

@@ -62,6 +62,7 @@ class Scheduling:
     forms_ahead : bool        a batch can be formed while others run
     whole_length : bool       where prompts are not split a batch must have room for max_model_len, as what gave way may
                               come back that long; else for the prompts that there are
+    verifies_drafts : bool    what it does with drafts is modelled
     seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
     """
 
@@ -71,6 +72,7 @@ class Scheduling:
     finds_prefixes: ClassVar[bool] = True
     forms_ahead: ClassVar[bool] = True
     whole_length: ClassVar[bool] = True
+    verifies_drafts: ClassVar[bool] = False
     seats_per_stage: ClassVar[bool] = False
 
     @property
@@ -117,6 +119,7 @@ class VllmScheduling(Scheduling):
     """
 
     name = "vllm"
+    verifies_drafts = True
     long_prefill_token_threshold: int = 0
     idle_sleep_us: int = 0
 
@@ -219,6 +222,7 @@ class TrtllmScheduling(Scheduling):
     name = "trtllm"
     preempts = False
     whole_length = False
+    verifies_drafts = True
     seats_per_stage = True
     finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"

@@ -1,13 +1,15 @@
 """Plans in TensorRT-LLM's words, as its 1.x takes them with the PyTorch backend.
 
 Sources: the documentation of 1.0 to 1.2: `commands/trtllm-serve` (options, several nodes through mpirun and
-trtllm-llmapi-launch), `features/parallel-strategy`, `features/kvcache`, `llm-api/reference` (the options file).
+trtllm-llmapi-launch), `features/parallel-strategy`, `features/kvcache`, `features/speculative-decoding`,
+`llm-api/reference` (the options file).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import TRTLLM
@@ -15,10 +17,21 @@ from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.launch.commands import Command, hosts, per_copy, ports, stage_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from apex_opt.launch.commands import Asked, Replica
+    from apex_opt.plans.speculation import Drafter
 
+_HEAD: Final = "EAGLE3_HEAD"
+_DRAFTING: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "eagle": ("Eagle", "max_draft_len"),
+        "mtp": ("MTP", "num_nextn_predict_layers"),
+        "ngram": ("NGram", "max_draft_len"),
+        "draft": ("DraftTarget", "max_draft_len"),
+    }
+)
+"""How it names a way to make drafts, and their number."""
 _CACHES: Final = {"bf16": "auto", "fp16": "auto", "fp8": "fp8"}
 
 
@@ -37,6 +50,8 @@ class Trtllm:
                 "with enable_attention_dp max_batch_size and max_num_tokens are per attention copy: the plan's shared "
                 f"out over {asked.plan.attention.dp}"
             )
+        if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
+            found.append(f"speculative_config: put the EAGLE-3 head that was trained for the model in place of {_HEAD}")
         if any(len(replica.nodes) > 1 for replica in replicas):
             found.append("several nodes are joined by mpirun: start the command on the first one")
         return found
@@ -92,8 +107,20 @@ class Trtllm:
             found["scheduler_config"] = {"capacity_scheduler_policy": own.capacity_policy}
             found["batch_wait_timeout_iters"] = own.batch_wait_timeout_iters
             found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
+        if plan.speculation is not None:
+            found["speculative_config"] = self._drafting(plan.speculation)
         if len(set(plan.layers)) > 1:
             found["pp_partition"] = list(plan.layers)
+        return found
+
+    def _drafting(self, drafter: Drafter) -> dict[str, Any]:
+        """How drafts are made."""
+        kind, number = _DRAFTING[drafter.method]
+        found: dict[str, Any] = {"decoding_type": kind, number: drafter.draft_tokens}
+        if drafter.method == "ngram":
+            found["max_matching_ngram_size"] = drafter.draft_tokens
+        if drafter.method in ("eagle", "draft"):
+            found["speculative_model_dir"] = drafter.model or _HEAD
         return found
 
     def _free_share(self, asked: Asked) -> str:

@@ -151,9 +151,16 @@ class EngineSettings:
             raise UsageError(
                 f"prefix_caching goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
             )
-        if self.speculation is not None and not isinstance(self.scheduler, VllmScheduling):
+        if self.speculation is not None and not self.scheduler.verifies_drafts:
+            with_it = ", ".join(kind.name for kind in SCHEDULINGS.values() if kind.verifies_drafts)
             raise UsageError(
-                f"speculation goes with the engine vllm, not with {self.scheduler.name}; leave one of them out"
+                f"speculation goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
+            )
+        whole_rows = isinstance(self.scheduler, TrtllmScheduling)  # others verify as many drafts as there is room for
+        if self.speculation is not None and whole_rows and self.max_num_batched_tokens <= self.speculation.draft_tokens:
+            raise UsageError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} has no room for a token with its "
+                f"{self.speculation.draft_tokens} drafts; raise the one or lower the other"
             )
         if self.whole_prompts and self.scheduler.whole_length and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(

@@ -118,10 +118,10 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
         counted = not logged and not settings.prefix_caching
         steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0
         return "steady groups" if steady else "general groups"
-    if settings.speculation is not None:
-        return "speculative groups" if settings.kv_groups else "speculative"
     if isinstance(settings.scheduler, TrtllmScheduling):
         return "trtllm"
+    if settings.speculation is not None:
+        return "speculative groups" if settings.kv_groups else "speculative"
     walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
     return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
@@ -316,18 +316,18 @@ class Memory:
         lists: list[tuple[int, I64]] = []
         for pool, place, lanes, engine in zip(self._pools, self._places, self._lanes, self._engines, strict=True):
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
+            if (speculation := pool.settings.speculation) is not None:
+                accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
+                rows[:, [kn.LISTS, kn.LIST_SIZE]] = accepted.shape
+                for column, counts in {kn.ACCEPTED_AT: accepted, kn.PROPOSED_AT: proposed}.items():
+                    rows[:, column] = end
+                    lists.append((end, counts.reshape(-1)))
+                    end += counts.size
             if engine.startswith("speculative"):
                 parts = {kn.RUNNING_AT: seats, kn.QUEUE_AT: 2 * (seats + 3)}
-                if (speculation := pool.settings.speculation) is not None:
-                    accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
-                    rows[:, [kn.LISTS, kn.LIST_SIZE]] = accepted.shape
-                    for column, counts in {kn.ACCEPTED_AT: accepted, kn.PROPOSED_AT: proposed}.items():
-                        rows[:, column] = end
-                        lists.append((end, counts.reshape(-1)))
-                        end += counts.size
             elif engine == "trtllm":
                 depth, active = int(rows[0, kn.DEPTH]), seats * len(pool.laws)
-                parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: active, kn.QUEUE_AT: depth * (seats + 2)}
+                parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: active, kn.QUEUE_AT: depth * (seats + 3)}
                 parts |= {kn.CHOSEN_AT: active, kn.PROMPTS_AT: 2 * active}
             elif engine.startswith("general"):
                 depth = int(rows[0, kn.DEPTH])
@@ -627,13 +627,14 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.FREE: pool.blocks,
     }.items():
         replicas[:, column] = value
-    if isinstance(own := settings.scheduler, TrtllmScheduling):
-        replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
-        replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
-        replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)
     if (speculation := settings.speculation) is not None:
         drafting = speculation.draft_tokens, speculation.ahead, speculation.rules.recomputes
         replicas[:, [kn.DRAFTS, kn.LOOKAHEAD, kn.RECOMPUTES]] = drafting
+    if isinstance(own := settings.scheduler, TrtllmScheduling):
+        replicas[:, kn.LOOKAHEAD] = np.maximum(replicas[:, kn.LOOKAHEAD] - 1, 0)
+        replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
+        replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
+        replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)
     replicas[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.HEAD, kn.TAIL, kn.BACKLOG]] = kn.NONE
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from apex_opt.simulator.kernel.batch import (
     answer_nb,
     by_sequences_nb,
+    chunk_ns_nb,
     column_nb,
     count_chunk_nb,
     count_seen_nb,
@@ -23,11 +24,17 @@ from apex_opt.simulator.kernel.batch import (
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
+from apex_opt.simulator.kernel.speculative import launch_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
+    ACCEPTED_AT,
     ARRIVAL,
+    ASYNCHRONOUS,
+    BATCH_CHUNKS_NS,
     BATCH_DECODES,
+    BATCH_HELD,
     BATCH_LOST,
+    BATCH_MADE,
     BATCH_READ,
     BATCH_ROWS,
     BATCH_TOKENS,
@@ -43,6 +50,7 @@ from apex_opt.simulator.kernel.state import (
     DECODE_NS,
     DEPTH,
     DONE,
+    DRAFTS,
     ENTERING_AT,
     ERROR,
     ERROR_STUCK,
@@ -55,9 +63,13 @@ from apex_opt.simulator.kernel.state import (
     HEAD,
     IN_FLIGHT,
     LIMIT,
+    LIST_SIZE,
+    LISTS,
     LOGGED,
+    LOOKAHEAD,
     MAX_SEQS,
     MAX_TOKENS,
+    MOST_ROWS,
     N_DECODE,
     N_DECODE_CONTEXT,
     NEVER,
@@ -70,6 +82,7 @@ from apex_opt.simulator.kernel.state import (
     PREEMPTIONS,
     PROMPT,
     PROMPTS_AT,
+    PROPOSED_AT,
     QUEUE_AT,
     QUEUE_HEAD,
     QUEUED,
@@ -77,6 +90,9 @@ from apex_opt.simulator.kernel.state import (
     RATE_BITS,
     REPLICA_SIZE,
     ROOM,
+    ROW_REQUEST,
+    ROW_SIZE,
+    ROWS,
     RUNNING,
     RUNNING_AT,
     RUNS,
@@ -120,7 +136,7 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
             fetch_nb(run, r)
             form_nb(run, r)
             r[PREEMPTIONS] += r[BATCH_LOST]
-            end = through_stages_nb(run, r)
+            end = launch_nb(run, r) if r[DRAFTS] > 0 else through_stages_nb(run, r)
             log_step_nb(run, r, replica, r[NOW], end)
             if r[BATCH_ROWS] == 0 and r[QUEUED] == 0 and r[BATCH_LOST] == 0:
                 r[ERROR] = ERROR_STUCK
@@ -162,7 +178,8 @@ def form_nb(run: Run, r: I64) -> None:
     """Form a batch: of those with memory whoever has tokens, prompts last or, held back, not at all."""
     decoding, prompts = choose_nb(run, r)
     decode_nb(run, r, decoding)
-    r[QUIET] = 1 if decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0 and r[STAGES] == 1 else 0
+    alone = decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0
+    r[QUIET] = 1 if alone and r[STAGES] == 1 and r[DRAFTS] == 0 else 0
     if prompts > 0 and not held_back_nb(run, r, decoding, prompts):
         compute_nb(run, r, prompts)
 
@@ -171,6 +188,7 @@ def form_nb(run: Run, r: I64) -> None:
 def choose_nb(run: Run, r: I64) -> tuple[int, int]:
     """Begin a batch: how many decode in it, and how many prompts may be computed."""
     r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ], r[BATCH_LOST] = 0, 0, 0, 0, 0
+    r[BATCH_HELD], r[BATCH_MADE], r[BATCH_CHUNKS_NS] = 0, 0, 0
     if r[CAPACITY] == UTILISE:
         fitting_nb(run, r)
     else:
@@ -179,11 +197,18 @@ def choose_nb(run: Run, r: I64) -> tuple[int, int]:
 
 
 @inner
+def logged_nb(r: I64, place: int) -> int:
+    """Where it is told which row of the log is the first of a batch in the queue."""
+    found: int = r[QUEUE_AT] + r[DEPTH] * (2 + r[MAX_SEQS]) + place
+    return found
+
+
+@inner
 def decode_nb(run: Run, r: I64, decoding: int) -> None:
     """Enter those that decode."""
     chosen = at(run.scratch, r[CHOSEN_AT])
     for row in range(decoding):
-        enter_nb(run, r, chosen[row], 1)
+        enter_nb(run, r, chosen[row], 1 + r[DRAFTS])
 
 
 @inner
@@ -293,14 +318,21 @@ def to_step_nb(run: Run, r: I64, i: int) -> int:
     if r[STAGES] > 1 and column_nb(run, FLYING)[i] > 0:
         return 0
     if computed == 0:
-        return blocks_nb(left_nb(run, i), r[BLOCK_SIZE])
+        return blocks_nb(held_nb(run, r, i, left_nb(run, i)), r[BLOCK_SIZE])
     if not decodes_nb(run, i):
         return 0
-    steps = 1
-    if r[STAGES] > 1:
-        steps = min(2, column_nb(run, PROMPT)[i] + column_nb(run, STATED)[i] - computed)
-    needed: int = blocks_nb(computed + steps, r[BLOCK_SIZE]) - column_nb(run, BLOCKS)[i]
+    steps = 1 if r[STAGES] == 1 else 2
+    held = held_nb(run, r, i, computed + steps * (1 + r[DRAFTS]))
+    needed: int = blocks_nb(held, r[BLOCK_SIZE]) - column_nb(run, BLOCKS)[i]
     return needed
+
+
+@inner
+def held_nb(run: Run, r: I64, i: int, tokens: int) -> int:
+    """Tokens whose blocks request i takes to hold so many."""
+    most = column_nb(run, PROMPT)[i] + column_nb(run, STATED)[i]
+    held: int = min(tokens + r[LOOKAHEAD], most)
+    return held
 
 
 @inner
@@ -316,11 +348,11 @@ def within_tokens_nb(run: Run, r: I64) -> tuple[int, int]:
         if decoding + prompts == r[MAX_SEQS]:
             break
         if decodes_nb(run, i):
-            if budget < 1:
+            if budget < 1 + r[DRAFTS]:
                 break
             chosen[decoding] = i
             decoding += 1
-            budget -= 1
+            budget -= 1 + r[DRAFTS]
             continue
         tokens = left_nb(run, i)
         if tokens > budget and not chunked:
@@ -345,7 +377,7 @@ def within_tokens_nb(run: Run, r: I64) -> tuple[int, int]:
 def held_back_nb(run: Run, r: I64, decoding: int, prompts: int) -> bool:
     """Whether prompts wait for more of them to come."""
     waiting = at(run.scratch, r[PROMPTS_AT])
-    computed, tokens = 0, decoding
+    computed, tokens = 0, decoding * (1 + r[DRAFTS])
     for place in range(prompts):
         tokens += waiting[2 * place + 1]
         computed += waiting[2 * place + 1] > 0
@@ -360,12 +392,15 @@ def held_back_nb(run: Run, r: I64, decoding: int, prompts: int) -> bool:
 
 @inner
 def enter_nb(run: Run, r: I64, i: int, c: int) -> None:
-    """Enter a sequence into the batch, with the blocks of its whole prompt or of its next token."""
+    """Enter a sequence into the batch, with the blocks of its whole prompt or of its next tokens."""
     owed, computed, blocks = column_nb(run, OWED), column_nb(run, COMPUTED), column_nb(run, BLOCKS)
+    if r[BATCH_ROWS] == 0:
+        run.scratch[logged_nb(r, newest_nb(r))] = run.control[ROWS]
+    drafts = r[DRAFTS] if decodes_nb(run, i) else 0
     if computed[i] == 0:
         owed[i] = left_nb(run, i)
     computed[i] += c
-    held = max(owed[i], computed[i])
+    held = held_nb(run, r, i, max(owed[i], computed[i]))
     if held > blocks[i] * r[BLOCK_SIZE]:
         needed = blocks_nb(held, r[BLOCK_SIZE]) - blocks[i]
         r[FREE] -= needed
@@ -373,37 +408,51 @@ def enter_nb(run: Run, r: I64, i: int, c: int) -> None:
     yields = 1 if owed[i] <= computed[i] else 0
     column_nb(run, IN_FLIGHT)[i] += yields
     column_nb(run, FLYING)[i] += 1
-    queued_nb(run, r, newest_nb(r))[r[BATCH_ROWS]] = 2 * i + yields
+    row = 2 * i + yields
+    queued_nb(run, r, newest_nb(r))[r[BATCH_ROWS]] = ~row if drafts > 0 else row
     run.scratch[r[ENTERING_AT] + r[BATCH_ROWS]] = c
     r[BATCH_ROWS] += 1
     r[BATCH_TOKENS] += c
-    if c == 1:
+    r[BATCH_HELD] += computed[i]
+    if yields == 1:
+        r[BATCH_MADE] = 1
+    if c <= 1 + r[DRAFTS]:
         r[BATCH_DECODES] += 1
         r[BATCH_READ] += computed[i]
     else:
         count_chunk_nb(run, r, c, computed[i])
+        if r[DRAFTS] > 0:
+            r[BATCH_CHUNKS_NS] += chunk_ns_nb(law_nb(run, r, 0), r, c, computed[i])
     if run.control[LOGGED] == 1:
-        log_row_nb(run, i, yields, c, computed[i])
+        log_row_nb(run, i, 16 * drafts, c, computed[i])
 
 
 @inner
 def take_in_nb(run: Run, r: I64) -> None:
-    """The oldest batch finishes: its tokens, and whoever got the last one."""
+    """The oldest batch finishes: its tokens, which drafts were right, and whoever got the last one."""
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
     place, blocks, running = column_nb(run, PLACE), column_nb(run, BLOCKS), at(run.scratch, r[RUNNING_AT])
     oldest = r[QUEUE_HEAD]
     batch, end = queued_nb(run, r, oldest), run.scratch[r[QUEUE_AT] + oldest]
     r[NOW] = max(r[NOW], end)
-    gone = 0
-    for row in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest]):
-        i = batch[row] >> 1
+    gone, logged = 0, run.scratch[logged_nb(r, oldest)]
+    for place_in in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest]):
+        row, drafts = batch[place_in], 0
+        if row < 0:
+            row, drafts = ~row, r[DRAFTS]
+        i = row >> 1
         column_nb(run, FLYING)[i] -= 1
-        if batch[row] & 1 == 0:
+        if row & 1 == 0 or place[i] == DONE:
             continue
         in_flight[i] -= 1
         if generated[i] == 0:
             column_nb(run, FIRST)[i] = r[NOW]
-        generated[i] += 1
+        got = 1
+        if drafts > 0:
+            got = min(1 + right_nb(run, r, i, drafts), limit[i] - generated[i])
+        generated[i] += got
+        if run.control[LOGGED] == 1 and logged + place_in < run.control[MOST_ROWS]:
+            run.rows[(logged + place_in) * ROW_SIZE + ROW_REQUEST] += got
         if generated[i] == limit[i]:
             gone += 1
             r[FREE] += blocks[i]
@@ -420,6 +469,18 @@ def take_in_nb(run: Run, r: I64) -> None:
         r[RUNNING] = kept
     r[QUEUE_HEAD] = oldest + 1 if oldest + 1 < r[DEPTH] else 0
     r[QUEUED] -= 1
+
+
+@inner
+def right_nb(run: Run, r: I64, i: int, drafts: int) -> int:
+    """How many of so many drafts were right; what is wrong is taken back."""
+    computed, counts = column_nb(run, COMPUTED), i % r[LISTS] * r[LIST_SIZE] + column_nb(run, GENERATED)[i]
+    right = min(drafts, run.scratch[r[ACCEPTED_AT] + counts])
+    if r[ASYNCHRONOUS] == 0:
+        right = min(right, run.scratch[r[PROPOSED_AT] + counts])
+    if computed[i] > 0:  # else it was paused since
+        computed[i] -= drafts - right
+    return right
 
 
 @inner

@@ -12,7 +12,24 @@ from apex_opt.simulator.reference.schedulers import VllmScheduler
 
 if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.speculation import Speculation
     from apex_opt.simulator.reference.sequence import Batch, Row, Sequence
+
+
+def accepted(speculation: Speculation, row: Row) -> int:
+    """How many of the drafts in a row are right."""
+    sequence = row.sequence
+    counts = speculation.accepted[sequence.id % len(speculation.accepted)]
+    return min(row.drafts, counts[sequence.generated % len(counts)])
+
+
+def proposed(speculation: Speculation, sequence: Sequence) -> int:
+    """Drafts that are made once the tokens of a batch are known."""
+    most, lists = speculation.draft_tokens, speculation.proposed
+    if not lists:
+        return most
+    counts = lists[sequence.id % len(lists)]
+    return min(most, counts[sequence.generated % len(counts)])
 
 
 class SpeculativeScheduler(VllmScheduler):
@@ -47,14 +64,11 @@ class SpeculativeScheduler(VllmScheduler):
 
     def receive(self, row: Row) -> int:
         """The drafts up to the first wrong one, and the token that comes after these."""
-        sequence, accepted = row.sequence, 0
-        if row.drafts:
-            counts = self.speculation.accepted[sequence.id % len(self.speculation.accepted)]
-            accepted = min(row.drafts, counts[sequence.generated % len(counts)])
-        rejected = row.drafts - accepted
+        sequence, right = row.sequence, accepted(self.speculation, row)
+        rejected = row.drafts - right
         if sequence.computed > 0:  # else it was preempted since
             sequence.computed -= rejected
-        got = min(accepted + 1, sequence.limit - sequence.generated)
+        got = min(right + 1, sequence.limit - sequence.generated)
         if self.settings.async_scheduling:
             sequence.in_flight -= rejected + got
         return got
@@ -64,13 +78,5 @@ class SpeculativeScheduler(VllmScheduler):
         if not self.settings.async_scheduling:
             for row in batch.rows:
                 if row.yields and not row.sequence.finished:
-                    row.sequence.proposed = self._proposed(row.sequence)
+                    row.sequence.proposed = proposed(self.speculation, row.sequence)
         return answered
-
-    def _proposed(self, sequence: Sequence) -> int:
-        """Drafts that are made once the tokens of a batch are known."""
-        most, lists = self.speculation.draft_tokens, self.speculation.proposed
-        if not lists:
-            return most
-        counts = lists[sequence.id % len(lists)]
-        return min(most, counts[sequence.generated % len(counts)])

@@ -7,7 +7,9 @@ capacityScheduler.cpp` and `kvCacheManager.cpp` [C], in our own words. Nothing w
 - a request whose last token is on its way is not scheduled once more, as in [B]; a turn that schedules nothing then
   takes in the batch on its way, without which that token would never be told;
 - with its first tokens a prompt takes the blocks of all of it;
-- on several stages a request takes part in one batch at a time, and only requests in none are paused.
+- on several stages a request takes part in one batch at a time, and only requests in none are paused;
+- a request that decodes has as many drafts in every batch as may follow a token (fewer are padded), which count as
+  right until their batch is done; what it holds beyond its end takes no blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.simulator.reference.schedulers import Scheduler
 from apex_opt.simulator.reference.sequence import Batch, Row
+from apex_opt.simulator.reference.speculative import accepted, proposed
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ class TrtllmScheduler(Scheduler):
         assert isinstance(settings.scheduler, TrtllmScheduling)
         self.own = settings.scheduler
         self.stages = stages
+        self.speculation = settings.speculation
+        self.each = 1 + (settings.speculation.draft_tokens if settings.speculation else 0)  # tokens of who decodes
         self.waited = 0  # turns in which prompts were held back
         self.flying: set[int] = set()  # requests of the batches on their way
 
@@ -62,11 +67,11 @@ class TrtllmScheduler(Scheduler):
         Parameters
         ----------
         batch : Batch                            as `choose` gave it
-        decoding : list of Sequence              a token each
+        decoding : list of Sequence              a token each, with its drafts
         prompts : list of (Sequence, int)        by how many tokens
         """
         for sequence in decoding:
-            self.enter(batch, sequence, 1)
+            self.enter(batch, sequence, self.each)
         for sequence, tokens in prompts:
             self.enter(batch, sequence, tokens)
         batch.free = self.blocks.free
@@ -114,6 +119,11 @@ class TrtllmScheduler(Scheduler):
         """Blocks that it still takes if it generates all that it says it may."""
         return ceil_div(sequence.prompt + sequence.stated, self.settings.block_size) - sequence.blocks
 
+    def held(self, sequence: Sequence, tokens: int) -> int:
+        """Tokens whose blocks it takes to hold so many: the drafter keeps those of all drafts but one as well."""
+        ahead = max(0, self.speculation.ahead - 1) if self.speculation else 0
+        return min(tokens + ahead, sequence.prompt + sequence.stated)
+
     def fitting(self, listed: list[Sequence], batch: Batch) -> list[Sequence]:
         """MAX_UTILIZATION: whoever has room for its next step, in order; the last that started gives way."""
         chosen: list[Sequence] = []
@@ -139,11 +149,12 @@ class TrtllmScheduler(Scheduler):
         if not self.is_free(sequence):
             return 0
         if not self.started(sequence):
-            return ceil_div(sequence.known, self.settings.block_size)
+            return ceil_div(self.held(sequence, sequence.known), self.settings.block_size)
         if not self.decodes(sequence):
             return 0
-        steps = 1 if self.stages == 1 else min(2, sequence.prompt + sequence.stated - sequence.computed)
-        return ceil_div(sequence.computed + steps, self.settings.block_size) - sequence.blocks
+        steps = 1 if self.stages == 1 else 2
+        held = self.held(sequence, sequence.computed + steps * self.each)
+        return ceil_div(held, self.settings.block_size) - sequence.blocks
 
     def gives(self, sequence: Sequence) -> bool:
         """Whether it can be paused."""
@@ -165,12 +176,12 @@ class TrtllmScheduler(Scheduler):
             if len(decoding) + len(prompts) == seats:
                 break
             decodes = self.decodes(sequence)
-            tokens = 1 if decodes else self.left(sequence)
+            tokens = self.each if decodes else self.left(sequence)
             if tokens > budget and (decodes or not self.settings.chunked_prefill):
                 break
             if decodes:
                 decoding.append(sequence)
-                budget -= 1
+                budget -= tokens
             else:
                 prompts.append((sequence, tokens))
                 budget -= 0 if self.settings.chunked_prefill else tokens
@@ -203,7 +214,7 @@ class TrtllmScheduler(Scheduler):
         own = self.own
         if not (decoding and prompts and (own.batch_wait_timeout_iters > 0 or own.batch_wait_max_tokens_ratio > 0)):
             return prompts
-        tokens = len(decoding) + sum(tokens for _, tokens in prompts)
+        tokens = self.each * len(decoding) + sum(tokens for _, tokens in prompts)
         enough = own.wait_tokens(self.settings.max_num_batched_tokens)
         if self.waited < own.batch_wait_timeout_iters and tokens < enough:
             self.waited += 1
@@ -216,17 +227,26 @@ class TrtllmScheduler(Scheduler):
     def enter(self, batch: Batch, sequence: Sequence, tokens: int) -> None:
         if not self.started(sequence):
             sequence.context = sequence.known
+        drafts = tokens - 1 if self.decodes(sequence) else 0
         sequence.computed += tokens
-        self.blocks.take(sequence, max(sequence.context, sequence.computed))
-        row = Row(sequence, tokens, sequence.computed, yields=self.decodes(sequence))
+        self.blocks.take(sequence, self.held(sequence, max(sequence.context, sequence.computed)))
+        row = Row(sequence, tokens, sequence.computed, yields=self.decodes(sequence), drafts=drafts)
         sequence.in_flight += row.yields
         self.flying.add(sequence.id)
         batch.rows.append(row)
         batch.budget -= tokens
 
     def receive(self, row: Row) -> int:
-        row.sequence.in_flight -= 1
-        return 1
+        """The drafts up to the first wrong one, and the token that comes after these."""
+        sequence, right = row.sequence, 0
+        sequence.in_flight -= 1  # a batch brings a token at least
+        if self.speculation and row.drafts:
+            right = accepted(self.speculation, row)
+            if not self.settings.async_scheduling:
+                right = min(right, proposed(self.speculation, sequence))
+            if sequence.computed > 0:  # else it was paused since
+                sequence.computed -= row.drafts - right
+        return min(right + 1, sequence.limit - sequence.generated)
 
     def update(self, batch: Batch, now_ns: int) -> list[Sequence]:
         self.flying -= {row.sequence.id for row in batch.rows}
