@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import replace
+from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -17,30 +18,35 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from apex_opt import arguments
 from apex_opt.arguments import LARGEST_SEARCH
 from apex_opt.commands import Result, command
-from apex_opt.errors import UsageError
+from apex_opt.errors import ApexError, UsageError
 from apex_opt.files import expanded
 from apex_opt.gate import Arguments, check_progress
 from apex_opt.schema import to_plain
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from apex_opt.arguments import Ask, PlanAsk, SimulateAsk
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
     from apex_opt.placement import Assignment
     from apex_opt.plans.deployment import Deployment, Pool
+    from apex_opt.report.detail import Detail
     from apex_opt.report.placement import Loss, Site
     from apex_opt.report.types import Answer as TypedAnswer
     from apex_opt.report.types import Launch as LaunchDocument
     from apex_opt.report.types import MixedAnswer
+    from apex_opt.schema import Document
     from apex_opt.search import Answer, Problem, Scored, Scorer
+    from apex_opt.studies.capacity_answer import PlanRate
     from apex_opt.studies.check import Check
     from apex_opt.studies.explain import Explanation
 
 A = TypeVar("A", bound=Arguments)
 PACKAGE: Final = Path(__file__).resolve().parent
+_SHARES: Final = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
+"""Of the highest rate, at which charts tell what requests see."""
 
 
 def formulation(name: str) -> Any:
@@ -91,6 +97,11 @@ def _on_clusters(name: str, ask: A, one: Callable[[A, bool], Result]) -> Result:
         document=clusters_document(name, [each.document for each in found]),
         found=any(each.found for each in found),
         holds=all(each.holds for each in found),
+        details=lambda: [
+            replace(detail, plan=f"{cluster}: {detail.plan}")
+            for cluster, each in zip(clusters, found, strict=True)
+            for detail in each.details()
+        ],
     )
 
 
@@ -135,6 +146,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         found=answer.best is not None,
         holds=tested is None or tested.holds,
         replay=replay,
+        details=_details([(scorer, answer.best)], ask),
     )
 
 
@@ -142,7 +154,9 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
 def pareto(ask: arguments.ParetoAsk) -> Result:
     """Find every plan that no other beats in all of two or three objectives."""
     from apex_opt.figures import load_objective
-    from apex_opt.report.pareto import pareto_document, write_front
+    from apex_opt.report.charts.front import front_charts
+    from apex_opt.report.pareto import pareto_document
+    from apex_opt.report.picture import write_picture
     from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.pareto import pareto as search_front
@@ -153,8 +167,14 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
     scorer = Scorer(problem)
     told = scorer.provenance(front.candidates)
     document = pareto_document(problem, front, told, lambda scored: _launch(scorer, scored, ask))
-    files = {"plot": lambda path: write_front(path, to_plain(document))} if front.candidates else {}
-    return Result(document=document, found=bool(front.candidates), files=files)
+    # Of the whole front those are told request by request that are best by one of the objectives.
+    ends = [min(front.candidates, key=lambda s: o.signed(o.value(s.metrics))) for o in objectives if front.candidates]
+    return Result(
+        document=document,
+        found=bool(front.candidates),
+        files={"plot": lambda path: write_picture(path, *front_charts(to_plain(document)))} if ends else {},
+        details=_details([(scorer, scored) for scored in {id(one): one for one in ends}.values()], ask),
+    )
 
 
 @command(arguments.ExplainAsk)
@@ -172,9 +192,9 @@ def explain(ask: arguments.ExplainAsk) -> Result:
         chosen = replace(ask, weights=None if ask.weights is None else ask.weights.split(",")[0])
         deployment = planned(ask.plan, chosen, resolve(chosen))[1]
     found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit)
-    best = found.answer.best
-    document = explanation_document(problem, found, Scorer(problem).provenance([] if best is None else [best]))
-    return Result(document=document, found=best is not None)
+    best, scorer = found.answer.best, Scorer(problem)
+    document = explanation_document(problem, found, scorer.provenance([] if best is None else [best]))
+    return Result(document=document, found=best is not None, details=_details([(scorer, best)], ask))
 
 
 @command(arguments.CapacityAsk)
@@ -208,7 +228,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
     if found.plans:
         document = replace(document, launch=_launch(scorer, found.plans[0].holds, ask))
-    return Result(document=document, found=bool(found.plans))
+    return Result(document=document, found=bool(found.plans), details=_details_by_rate(found.plans[:1], ask))
 
 
 # ---- plans that are given ----------------------------------------------------------------------------------------
@@ -218,6 +238,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
 def simulate(ask: arguments.SimulateAsk) -> Result:
     """Score a given plan batch by batch, or several side by side."""
     from apex_opt.resolve import resolve_plan
+    from apex_opt.search import Scorer
 
     if isinstance(ask.plan, tuple):
         return _side_by_side(ask.plan, ask)
@@ -227,6 +248,7 @@ def simulate(ask: arguments.SimulateAsk) -> Result:
         document=_answer_document("simulate", problem, answer, ask),
         found=answer.best is not None,
         files={} if answer.best is None or problem.several else _files(problem, deployment, ask),
+        details=_details([(Scorer(problem), answer.best)], ask),
     )
 
 
@@ -263,13 +285,65 @@ def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     runs = [(Scorer(p), answer.best) for (p, _), answer in zip(asked, answers, strict=True) if answer.best]
     terms = differences(runs) if len(runs) > 1 else ()
     document = compared_document([str(deployment) for _, deployment in asked], documents, terms)
-    return Result(document=document, found=bool(runs))
+    return Result(document=document, found=bool(runs), details=_details(runs, ask))
+
+
+def _details(runs: Sequence[tuple[Scorer, Scored | None]], ask: Ask) -> Callable[[], Sequence[Detail]]:
+    """Deployments with their runs, GPUs and commands, once and where they are asked for."""
+    return cache(lambda: tuple(_detail(scorer, scored, ask) for scorer, scored in runs if scored is not None))
+
+
+def _detail(scorer: Scorer, scored: Scored, ask: Ask, **known: Any) -> Detail:
+    from apex_opt.engines import load_kind
+    from apex_opt.report.detail import run_detail
+    from apex_opt.report.placement import replicas_document
+
+    ask.tell("simulating for charts", 0, 0)
+    assignments = _assigned_all(scorer, scored.deployment, ask)
+    kind = load_kind(ask.engine)
+    try:
+        if kind.commands:
+            known["launch"] = _launch(scorer, scored, ask, assignments, asked=True)
+        else:
+            known["no_launch"] = f"no command starts {kind.name}"
+    except ApexError as error:
+        known["no_launch"] = str(error)
+    return run_detail(scorer, scored, replicas=tuple(replicas_document(ranks) for ranks in assignments), **known)
+
+
+def _details_by_rate(plans: Sequence[PlanRate], ask: arguments.CapacityAsk) -> Callable[[], Sequence[Detail]]:
+    """Deployments at the rate that each sustains, with what requests see at lower rates and at the next."""
+    from apex_opt.report.detail import RatePoint
+    from apex_opt.resolve import resolve_plan
+    from apex_opt.search import Scorer, judge
+
+    def run(text: str, rate: float) -> tuple[Scorer, Scored | None]:
+        ask.tell("simulating rates for charts", 0, 0)
+        problem, deployment = resolve_plan(text, replace(ask, rate=rate))
+        return Scorer(problem), judge(problem, deployment).best
+
+    def point(rate: float, scored: Scored) -> RatePoint:
+        metrics = scored.metrics
+        figures = {f"{name} p95": metrics.value(name.lower(), "p95") for name in ("TTFT", "TPOT", "E2E")}
+        return RatePoint(rate_per_s=rate, met=all(metrics.slo_met.values()), figures=figures)
+
+    @cache
+    def told() -> Sequence[Detail]:
+        details = []
+        for item in plans:
+            rates = [share * item.rate_per_s for share in _SHARES] + [item.next_rate_per_s or 1.1 * item.rate_per_s]
+            runs = {rate: run(item.holds.text, rate) for rate in rates}
+            curve = tuple(point(rate, scored) for rate, (_, scored) in runs.items() if scored is not None)
+            scorer, scored = runs[item.rate_per_s]
+            if scored is not None:
+                details.append(_detail(scorer, scored, ask, curve=curve))
+        return details
+
+    return told
 
 
 def _files(problem: Problem, deployment: Deployment, ask: Ask) -> dict[str, Callable[[Path], None]]:
     """Every request and every batch of a plan's run."""
-    from functools import cache
-
     from apex_opt.report import requests, timeline
     from apex_opt.search import Scorer
 
@@ -355,10 +429,10 @@ def _assigned_all(scorer: Scorer, deployment: Deployment, ask: Ask) -> list[Assi
 
 
 def _launch(
-    scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None
+    scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None, *, asked: bool = False
 ) -> LaunchDocument | None:
     """The commands that start a deployment, if asked; where it lies is looked for unless it is given."""
-    if not ask.emit:
+    if not (asked or ask.emit):
         return None
     from apex_opt.engines import load_kind
     from apex_opt.launch import handing_over, launch, together
@@ -420,7 +494,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     from apex_opt.outputs import write_whole
     from apex_opt.placement import rankfile, read_assignment
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
-    from apex_opt.report.topology import topology_document, write_topology
+    from apex_opt.report.topology import drawn, topology_document, write_topology
     from apex_opt.resolve import resolve_place
     from apex_opt.search.facts import Facts
 
@@ -445,14 +519,18 @@ def place(ask: arguments.PlaceAsk) -> Result:
     def write_ranks(path: Path) -> None:
         write_whole(path, rankfile(placed).encode(), "rankfile")
 
-    def draw(path: Path) -> None:
+    def shown() -> Document:
         marked = topology
         for state, text in (("busy", ask.busy), ("down", ask.down), ("down", ask.lose)):
             marked = marked if text is None else marked.marked(state, marked.named(text))
-        write_topology(path, to_plain(topology_document(marked)), labels(placed))
+        plain: Document = to_plain(topology_document(marked))
+        return plain
 
-    document = place_document(site, found, given, ask.within, loss)
-    return Result(document=document, files={"rankfile": write_ranks, "plot": draw})
+    return Result(
+        document=place_document(site, found, given, ask.within, loss),
+        files={"rankfile": write_ranks, "plot": lambda path: write_topology(path, shown(), labels(placed))},
+        drawn=lambda: drawn(shown(), labels(placed)),
+    )
 
 
 def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, limit_s: float | None) -> Loss:
@@ -495,9 +573,10 @@ def validate(ask: arguments.ValidateAsk) -> Result:
     document = validation_document(measurements, comparisons, predictor.provenance)
 
     def draw(path: Path) -> None:
-        from apex_opt.report.validation_plot import write_plot
+        from apex_opt.report.charts.front import errors_charts
+        from apex_opt.report.picture import write_picture
 
-        write_plot(path, to_plain(document))
+        write_picture(path, *errors_charts(to_plain(document)))
 
     return Result(document=document, found=document.coverage.predicted > 0, files={"plot": draw})
 

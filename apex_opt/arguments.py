@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from apex_opt.gate import Arguments, Param
 
 if TYPE_CHECKING:
+    from pandas import DataFrame as Frame
+
     from apex_opt.cluster import Cluster, Composition
     from apex_opt.ir import Model
     from apex_opt.workload import Trace
@@ -19,7 +21,7 @@ else:
     class Loaded:
         """Stands for the types of what names stand for, which are loaded only where they are used."""
 
-    Model = Cluster = Composition = Trace = Loaded
+    Model = Cluster = Composition = Trace = Frame = Loaded
 
 LARGEST_SEARCH: Final = 1024
 """GPUs of the largest plan searched for: their space is enumerated in 5 to 10 s, and grows faster than n**2."""
@@ -134,7 +136,7 @@ class Ask(Setup):
     """
 
     gpus: Annotated[int | None, Param(1, 65_536)] = None
-    trace: str | Trace = "chat"
+    trace: str | Trace | Frame = "chat"
     trace_unit: Literal["s", "ms", "us", "ns"] | None = None
     trace_block: Annotated[int | None, Param(1, 65_536)] = None
     rate: Annotated[float | None, Param(1e-6, 1e6)] = None
@@ -462,10 +464,12 @@ class General(Arguments):
     Parameters
     ----------
     format : Form of the answer: table or json.
+    report : HTML file to write the answer to, with charts, to be opened in a browser; needs apex-opt[report].
     debug : Show the traceback of an error.
     """
 
     format: Literal["table", "json"] = "table"
+    report: Annotated[str | None, Param(suffix=".html")] = None
     debug: bool = False
 
 
@@ -502,7 +506,7 @@ class Front(Sourced):
 
     Parameters
     ----------
-    plot : PNG file to draw the front into; needs apex-opt[plot].
+    plot : PNG file to draw the front into; needs apex-opt[report].
     """
 
     plot: Annotated[str | None, Param(suffix=".png")] = None
@@ -516,7 +520,7 @@ class Placed(Sourced):
     ----------
     rankfile : Text file to write a line per rank to, such as rank 0=node0 slot=3: Open MPI's form, the slot being the
         GPU; replica by replica, ranks numbered through.
-    plot : PNG or SVG file to draw it into; needs apex-opt[plot].
+    plot : PNG or SVG file to draw it into; needs apex-opt[report].
     """
 
     rankfile: Annotated[str | None, Param(suffix=".txt")] = None
@@ -529,7 +533,7 @@ class Judged(Sourced):
 
     Parameters
     ----------
-    plot : PNG file to draw predicted against measured into; needs apex-opt[plot].
+    plot : PNG file to draw predicted against measured into; needs apex-opt[report].
     limit : Runs to show in the table, of more those with the largest errors; json has all.
     """
 
@@ -543,7 +547,7 @@ class Drawn(General):
 
     Parameters
     ----------
-    plot : PNG or SVG file to draw it into; needs apex-opt[plot].
+    plot : PNG or SVG file to draw it into; needs apex-opt[report].
     """
 
     plot: Annotated[str | None, Param(suffix=".png or .svg")] = None

@@ -494,7 +494,7 @@ def _main(words: list[str]) -> int:
         result = commands.COMMANDS[request.command].run(replace(request.arguments, progress=progress))
     written = [option.name for option in options_of(type(request.shown)) if option.param.suffix]
     files = {name: path for name in written if (path := getattr(request.shown, name)) is not None}
-    if result.found and (lacking := [name for name in files if name not in result.files]):
+    if result.found and (lacking := [name for name in files if name not in result.written]):
         raise UsageError(
             f"--{lacking[0]}: is of one pool on GPUs of one type, and here there may be several; leave it out"
         )
@@ -503,7 +503,7 @@ def _main(words: list[str]) -> int:
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
-            result.write(**{name: path for name, path in files.items() if name in result.files})
+            result.write(**{name: path for name, path in files.items() if name in result.written})
     if not result.holds:
         return EXIT_FAULT  # a certificate that does not hold is a fault of ours, whatever the answer
     return 0 if result.found else EXIT_INFEASIBLE
@@ -528,10 +528,10 @@ def _check_files(request: Request) -> None:
         from apex_opt.outputs import check_outputs
 
         check_outputs(outputs, inputs)
-    if "plot" in outputs:
-        from apex_opt.report.picture import blank_figure
+    for option in {"plot", "report"} & set(outputs):
+        from apex_opt.report.picture import drawer
 
-        blank_figure()
+        drawer(option)
 
 
 def _show_help(lines: Iterable[str], out: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -14,13 +14,16 @@ from apex_opt.gate import GONE, REQUIRED, Arguments, options_of
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import pandas as pd
 
     from apex_opt.gate import Progress
     from apex_opt.report import types
+    from apex_opt.report.charts import Chart
+    from apex_opt.report.charts.shown import Shown
+    from apex_opt.report.detail import Detail
     from apex_opt.studies.check import Check
 
 P = ParamSpec("P")
@@ -38,6 +41,8 @@ class Result:
     holds : whether a certificate that was replayed holds
     files : what can be written besides, by name, each as a function of the path
     replay : the certificate replayed, where there is one
+    details : the deployments that are answered, with their runs request by request, for charts
+    drawn : charts that it has besides
     """
 
     document: types.Document
@@ -45,6 +50,8 @@ class Result:
     holds: bool = True
     files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     replay: Callable[[Progress], Check] | None = None
+    details: Callable[[], Sequence[Detail]] = tuple
+    drawn: Callable[[], Iterable[Chart]] = tuple
 
     @property
     def status(self) -> str:
@@ -78,6 +85,58 @@ class Result:
 
         return pd.json_normalize(self.to_dict()[self.document.ROWS])
 
+    def _repr_html_(self) -> str:
+        """The page as a notebook shows it."""
+        from apex_opt.report.html import fragment
+        from apex_opt.report.show import page
+
+        return fragment(page(self.document, 30).blocks)
+
+    def plot(self, *names: str) -> Shown:
+        """Charts of the answer, as a notebook shows them; `save` writes them into a file.
+
+        Parameters
+        ----------
+        names : of charts, such as "ttft" or "front"; by default all there are
+
+        Raises
+        ------
+        UnknownNameError    a chart that this answer does not have
+        UsageError          an answer without charts, or vl-convert is not installed
+        """
+        from apex_opt.report.charts.shown import Shown
+
+        charts = [chart for _, chart in self.charts()]
+        if not charts:
+            raise UsageError("plot: this answer has no charts")
+        for name in names:
+            if name not in (known := list(dict.fromkeys(chart.name for chart in charts))):
+                raise UnknownNameError("chart of this answer", name, known)
+        return Shown(tuple(chart for chart in charts if not names or chart.name in names))
+
+    def report(self, path: str | Path) -> None:
+        """Write the answer as one HTML file with its charts, to be opened in a browser without any network.
+
+        Raises
+        ------
+        UsageError    vl-convert is not installed
+        InputError    a path that cannot be written
+        """
+        from apex_opt.outputs import write_whole
+        from apex_opt.report.html import html_page
+        from apex_opt.report.show import page
+
+        blocks = page(self.document, 1000, sources=True).blocks
+        text = html_page(self.to_dict(), blocks, list(self.charts()), self.details())
+        write_whole(expanded(str(path)), text.encode(), "report")
+
+    def charts(self) -> Iterator[tuple[str, Chart]]:
+        """Charts by the headings of their sections."""
+        from apex_opt.report.charts.chosen import charts_of
+
+        yield from (("Where it goes", chart) for chart in self.drawn())
+        yield from charts_of(self.to_dict(), self.details())
+
     def page(self, *, sources: bool = False, limit: int = 30) -> str:
         """The text that the command line prints.
 
@@ -91,7 +150,7 @@ class Result:
         return page(self.document, limit, sources=sources)
 
     def write(self, **files: str) -> None:
-        """Write files that go with an answer, such as `timeline="run.json"`; each appears whole or not at all.
+        """Write files that go with an answer, as `report="answer.html"`; each appears whole or not at all.
 
         Raises
         ------
@@ -99,9 +158,14 @@ class Result:
         InputError          a path that cannot be written
         """
         for name, path in files.items():
-            if name not in self.files:
-                raise UnknownNameError("file of this answer", name, self.files)
-            self.files[name](expanded(path))
+            if name not in self.written:
+                raise UnknownNameError("file of this answer", name, self.written)
+            self.written[name](expanded(path))
+
+    @property
+    def written(self) -> dict[str, Callable[[Path], None]]:
+        """What can be written, by name: a report always."""
+        return {**self.files, "report": self.report}
 
 
 class Command(NamedTuple):
@@ -125,7 +189,8 @@ def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[
 
         @wraps(run)
         def call(*args: P.args, **given: P.kwargs) -> Result:
-            return run(read(of, name, args, given))
+            asked = read(of, name, args, given)
+            return _with_bar(run, asked) if asked.progress is True else run(asked)
 
         options = options_of(of)
         shown = inspect.signature(of)
@@ -135,6 +200,20 @@ def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[
         return call
 
     return made
+
+
+def _with_bar(run: Callable[[A], Result], asked: A) -> Result:
+    """An answer while a bar tells of it, which comes back while charts are made."""
+    from apex_opt.report.progress import Progress
+
+    with Progress() as bar:
+        found = run(replace(asked, progress=bar))
+
+    def details() -> Sequence[Detail]:
+        with bar:
+            return found.details()
+
+    return replace(found, details=details)
 
 
 def read(of: type[A], name: str, args: Sequence[Any], given: Mapping[str, Any]) -> A:

@@ -232,12 +232,12 @@ def check_progress(given: Any) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments:
-    """Arguments of a command, each read by its option; `progress` is told what is being done."""
+    """Arguments of a command, each read by its option; `progress` is told what is being done, or True for a bar."""
 
-    progress: Progress | None = field(default=None, repr=False, compare=False)
+    progress: Progress | bool | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.progress is not None:
+        if self.progress is not None and not isinstance(self.progress, bool):
             check_progress(self.progress)
         for option in options_of(type(self)):
             object.__setattr__(self, option.name, option.read(getattr(self, option.name)))
@@ -251,5 +251,5 @@ class Arguments:
         done : int     steps done
         total : int    steps there are; 0 where not known
         """
-        if self.progress is not None:
+        if callable(self.progress):
             self.progress(what, done, total)

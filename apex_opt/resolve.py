@@ -26,7 +26,7 @@ from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
 from apex_opt.search.problem import Serving
-from apex_opt.workload import Trace, load_trace
+from apex_opt.workload import Trace, frame_trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
@@ -246,7 +246,11 @@ def longer(problem: Problem, ask: Ask, times: int) -> Problem | None:
 def _trace(ask: Ask) -> Trace:
     """The trace as it is asked for, before it is brought to a rate."""
     load = partial(load_trace, seed=ask.seed, unit=ask.trace_unit, block=ask.trace_block)
-    trace = _loaded("trace", ask.trace, Trace, load)
+    trace = (
+        _loaded("trace", ask.trace, Trace, load)
+        if isinstance(ask.trace, str | Trace)
+        else frame_trace(ask.trace, seed=ask.seed, unit=ask.trace_unit, block=ask.trace_block)
+    )
     return trace if trace.timed else replace(trace, arrivals=replace(trace.arrivals, seed=ask.seed))
 
 

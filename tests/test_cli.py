@@ -926,7 +926,7 @@ def test_measured_runs_of_which_none_can_be_predicted_are_no_success(runs: Path,
 
 
 def test_a_plot_of_measured_runs_is_written(runs: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
     ran = run("validate", f"--measured={runs}", f"--plot={tmp_path / 'a.png'}", "--limit=1")
     assert ran.code == 0, ran
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -1226,7 +1226,7 @@ def test_domains_with_room_are_listed_on_nodes_that_differ(tmp_path: Path) -> No
 
 
 def test_a_placement_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     path = tmp_path / "placed.svg"
     assert run(*PLACE, "--busy=node0:7", "--lose=node0:0", f"--plot={path}").code == 0
     assert "on GPUs: stage/rank" in path.read_text()
@@ -1617,12 +1617,13 @@ def test_a_cluster_file_is_not_overwritten_by_what_is_made_of_it(own: Path) -> N
 
 
 def test_what_draws_is_looked_for_before_the_work(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     for command in ("pareto", "validate", "place"):
         answered_by(monkeypatch, command, lambda _: pytest.fail("the work was begun"))
-    assert "--plot: needs matplotlib" in refused("pareto", *CHEAP, "--plot=a.png")
-    assert "--plot: needs matplotlib" in refused("validate", "--measured=t.csv", "--plot=a.png")
-    assert "--plot: needs matplotlib" in refused("place", "--plan=tp1", "--plot=a.png")
+    assert "--plot: needs vl-convert-python" in refused("pareto", *CHEAP, "--plot=a.png")
+    assert "--plot: needs vl-convert-python" in refused("validate", "--measured=t.csv", "--plot=a.png")
+    assert "--plot: needs vl-convert-python" in refused("place", "--plan=tp1", "--plot=a.png")
+    assert "--report: needs vl-convert-python" in refused("pareto", *CHEAP, "--report=a.html")
     assert not (own / "a.png").exists()
 
 

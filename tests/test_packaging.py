@@ -203,7 +203,9 @@ def test_every_package_the_tests_import_is_declared() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    names = {line.split(">")[0].split("=")[0].strip().lower() for line in declared}
+    names = {
+        line.split(">")[0].split("=")[0].strip().lower().removesuffix("-python").replace("-", "_") for line in declared
+    }
     own = {
         "apex_opt",
         "formulations",

@@ -11,7 +11,9 @@ from plan_cases import make_cluster, make_problem, random_trace
 from apex_opt.errors import InputError
 from apex_opt.figures import load_objective
 from apex_opt.ir import load_model
-from apex_opt.report.pareto import pareto_document, pareto_page, write_front
+from apex_opt.report.charts.front import front_charts
+from apex_opt.report.pareto import pareto_document, pareto_page
+from apex_opt.report.picture import write_picture
 from apex_opt.schema import to_plain
 from apex_opt.studies.pareto import pareto
 from formulations.plan_space import PlanSpace
@@ -54,13 +56,34 @@ def test_where_there_is_no_plan_the_reason_is_shown() -> None:
 
 @pytest.mark.parametrize("names", [("e2e_mean", "energy"), ("ttft_p95", "throughput", "energy")])
 def test_the_picture_is_a_png_and_nothing_is_left_beside_it(tmp_path: Path, names: tuple[str, ...]) -> None:
-    pytest.importorskip("matplotlib")
-    write_front(tmp_path / "front.png", document(*names))
+    pytest.importorskip("vl_convert")
+    write_picture(tmp_path / "front.png", *front_charts(document(*names)))
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["front.png"]
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     with pytest.raises(InputError, match="cannot be written"):
-        write_front(tmp_path / "nowhere" / "front.png", document("e2e_mean", "energy"))
+        write_picture(tmp_path / "nowhere" / "front.png", *front_charts(document("e2e_mean", "energy")))
+
+
+@pytest.mark.parametrize(("names", "pairs"), [(("e2e_mean", "energy"), 1), (("ttft_p95", "throughput", "energy"), 3)])
+def test_every_plan_of_the_front_has_its_number_and_units_are_those_of_tables(
+    names: tuple[str, ...], pairs: int
+) -> None:
+    found = document(*names)
+    charts = list(front_charts(found))
+    assert len(charts) == pairs
+    for chart in charts:
+        numbers = [row["n"] for row in chart.spec["data"]["values"] if row["n"]]
+        assert numbers == [str(rank) for rank in range(1, len(found["candidates"]) + 1)]
+        labels = [layer for layer in chart.spec["layer"] if layer["mark"].get("type") == "text"]
+        asides = {(row["dx"], row["dy"]) for row in chart.spec["data"]["values"] if row["n"]}
+        assert len(labels) == len(asides)  # a layer for each place that numbers stand at
+        assert [row[0] for row in chart.rows] == numbers
+        if "energy" in chart.title:
+            assert "energy, kJ" in chart.heads
+            kj = [row["values"]["energy"] / 1e3 for row in found["candidates"]]
+            axis = "x" if chart.title.startswith("energy") else "y"
+            assert [row[axis] for row in chart.spec["data"]["values"] if row["n"]] == pytest.approx(kj)

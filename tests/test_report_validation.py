@@ -15,8 +15,9 @@ from apex_opt.measured.compare import Prediction
 from apex_opt.measured.steps import StepTimes
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template
+from apex_opt.report.charts.front import errors_charts
+from apex_opt.report.picture import write_picture
 from apex_opt.report.validation import validation_document
-from apex_opt.report.validation_plot import write_plot
 from apex_opt.report.validation_tables import validation_page
 from apex_opt.schema import to_plain
 from apex_opt.workload import load_trace
@@ -170,9 +171,9 @@ def test_nothing_predicted_is_still_a_document() -> None:
 
 
 def test_the_plot_is_a_picture_of_every_metric(tmp_path: Path, document: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
     path = tmp_path / "errors.png"
-    write_plot(path, document)
+    write_picture(path, *errors_charts(document))
     content = path.read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
@@ -181,19 +182,19 @@ def test_the_plot_is_a_picture_of_every_metric(tmp_path: Path, document: dict[st
 
 
 def test_a_plot_that_cannot_be_written_is_one_clear_line(tmp_path: Path, document: dict[str, Any]) -> None:
-    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
     with pytest.raises(InputError, match=r"plot .*nowhere.* cannot be written"):
-        write_plot(tmp_path / "nowhere" / "a.png", document)
+        write_picture(tmp_path / "nowhere" / "a.png", *errors_charts(document))
     empty = copy.deepcopy(document)
     empty["rows"] = [row for row in empty["rows"] if row["status"] != "predicted"]
-    with pytest.raises(InputError, match="no run was predicted"):
-        write_plot(tmp_path / "a.png", empty)
+    with pytest.raises(InputError, match="there is nothing to draw"):
+        write_picture(tmp_path / "a.png", *errors_charts(empty))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_the_plotting_library_the_way_to_get_it_is_named(
     tmp_path: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"--plot: needs matplotlib; pip install 'apex-opt\[plot\]'"):
-        write_plot(tmp_path / "a.png", document)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(UsageError, match=r"--plot: needs vl-convert-python; pip install 'apex-opt\[report\]'"):
+        write_picture(tmp_path / "a.png", *errors_charts(document))

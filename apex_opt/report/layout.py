@@ -6,8 +6,9 @@ import contextlib
 import os
 import sys
 import textwrap
+from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from rich.console import Console
 from rich.text import Text
@@ -17,7 +18,7 @@ from apex_opt.report.sources import in_full
 from apex_opt.units import GB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from apex_opt.report.sources import Provenance
     from apex_opt.schema import Document
@@ -29,23 +30,105 @@ NOUNS: Final = {"single": "plan", "mixed": "fleet", "pipeline": "pipeline", "poo
 """What a deployment is called, by the shape of its part."""
 
 
-def page(draw: Callable[[Console], None]) -> str:
-    """What is drawn, as text of `page_width` columns."""
-    terminal = sys.stdout.isatty()
-    text = StringIO()
-    draw(
-        Console(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """A table of a page, with all its columns.
+
+    Parameters
+    ----------
+    title : str         above it
+    heads : of its columns
+    rows : texts of its cells
+    left : columns set to the left
+    """
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What a page says between its tables.
+
+    Parameters
+    ----------
+    text : str
+    title : bool     whether it stands above what follows
+    copied : bool    whether it is to be copied as it is, as a command is
+    """
+
+    text: str
+    title: bool = False
+    copied: bool = False
+
+
+class Page(str):
+    """A page as text, and what it is made of."""
+
+    __slots__ = ("blocks",)
+    blocks: tuple[Grid | Words, ...]
+
+    def __new__(cls, text: str, blocks: Iterable[Grid | Words] = ()) -> Self:
+        """A page of these parts; of none it is one to be copied."""
+        made = super().__new__(cls, text)
+        made.blocks = tuple(blocks) or (Words(text=text, copied=True),)
+        return made
+
+
+class Sheet(Console):
+    """A console that keeps what is put on it, for pages that are no text."""
+
+    def __init__(self, text: StringIO) -> None:
+        terminal = sys.stdout.isatty()
+        super().__init__(
             file=text,
             width=page_width(),
             force_terminal=terminal,
+            force_jupyter=False,
             color_system="auto" if terminal else None,
             highlight=False,
             markup=False,
             emoji=False,
         )
-    )
+        self.blocks: list[Grid | Words] = []
+        self._in_table = False
+
+    @contextlib.contextmanager
+    def table(self, kept: Grid) -> Iterator[None]:
+        """What is printed meanwhile is this table."""
+        self.blocks.append(kept)
+        self._in_table = True
+        try:
+            yield
+        finally:
+            self._in_table = False
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
+        """Print, and keep what is no part of a table.
+
+        Parameters
+        ----------
+        objects : texts
+        soft_wrap : bool or None    whether lines are left as long as they are, to be copied
+        how : whatever else a console takes
+        """
+        for each in () if self._in_table else objects:
+            inner = getattr(each, "renderable", each)
+            title = isinstance(inner, Text) and inner.style == "bold"
+            self.blocks.append(Words(text=str(inner), title=title, copied=bool(soft_wrap)))
+        super().print(*objects, soft_wrap=soft_wrap, **how)
+
+
+def page(draw: Callable[[Console], None]) -> Page:
+    """What is drawn, as text of `page_width` columns."""
+    text = StringIO()
+    sheet = Sheet(text)
+    draw(sheet)
     lines = "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
-    return lines if (sys.stdout.encoding or "").lower().startswith("utf") else lines.replace(RULE, "-")
+    told = lines if (sys.stdout.encoding or "").lower().startswith("utf") else lines.replace(RULE, "-")
+    return Page(told, sheet.blocks)
 
 
 def page_width() -> int:
@@ -88,16 +171,19 @@ def table(
     kept : sequence of int or None    columns that stay where there is little room
     turned : bool                     whether rows are shown one below the other where there is no room
     """
-    if title:
-        console.print(Text(title, "bold"))
-    found = grid(heads, list(rows), console.width, left, kept, turned=turned)
-    *heads, rule = found.heads or [""]
-    for lines, style in ((heads, "bold"), ([rule] if rule else [], ""), (found.rows, "")):
-        if lines:
-            console.print(Text("\n".join(lines), style), soft_wrap=True)
-    if found.left_out:
-        console.print(Text(f"left out for lack of width: {', '.join(found.left_out)}", "dim"))
-    console.print()
+    cells = [tuple(row) for row in rows]
+    whole = Grid(title=title, heads=tuple(heads), rows=tuple(cells), left=frozenset(left))
+    with console.table(whole) if isinstance(console, Sheet) else contextlib.nullcontext():
+        if title:
+            console.print(Text(title, "bold"))
+        found = grid(heads, cells, console.width, left, kept, turned=turned)
+        *heads, rule = found.heads or [""]
+        for lines, style in ((heads, "bold"), ([rule] if rule else [], ""), (found.rows, "")):
+            if lines:
+                console.print(Text("\n".join(lines), style), soft_wrap=True)
+        if found.left_out:
+            console.print(Text(f"left out for lack of width: {', '.join(found.left_out)}", "dim"))
+        console.print()
 
 
 def notes_lines(console: Console, document: Document) -> None:

@@ -1,10 +1,9 @@
-"""What `pareto` answers: the document, its tables for people, and its picture."""
+"""What `pareto` answers: the document, and its tables for people."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from itertools import combinations
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -13,12 +12,10 @@ from apex_opt.report.document import ledger_document, question_document, scored_
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.load import loaded
-from apex_opt.report.picture import blank_figure, write_picture
 from apex_opt.report.tables import certificate_line, question_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -26,10 +23,6 @@ if TYPE_CHECKING:
     from apex_opt.schema import Document
     from apex_opt.search import Problem, Scored
     from apex_opt.studies.pareto import Front
-
-_PANEL_INCHES: Final = 4.5
-_LABELLED: Final = 12
-"""Plans of the front that a picture names; more would cover each other."""
 
 
 def pareto_document(
@@ -105,45 +98,3 @@ def _draw(console: Console, document: Document) -> None:
     for candidate in document["candidates"]:
         if "launch" in candidate:
             launch_section(console, candidate["launch"], candidate["plan"])
-
-
-def write_front(path: Path, document: Document) -> None:
-    """Draw the front and the plans it beats as a PNG file, a panel for each pair of objectives.
-
-    Raises
-    ------
-    UsageError    matplotlib is not installed
-    InputError    a path that cannot be written
-    """
-    blank = blank_figure()
-    pairs = list(combinations(document["objectives"], 2))
-    figure = blank(figsize=(_PANEL_INCHES * len(pairs), _PANEL_INCHES), layout="constrained")
-    for place, (across, up) in enumerate(pairs, 1):
-        _panel(figure.add_subplot(1, len(pairs), place), document, across, up)
-    write_picture(path, figure)
-
-
-def _panel(axes: Any, document: Document, across: Document, up: Document) -> None:
-    for key, style in (("beaten", {"c": "0.7", "s": 10}), ("candidates", {"c": "C0", "s": 24, "zorder": 3})):
-        points = _points(document[key], across, up)
-        if points:
-            axes.scatter(*zip(*points, strict=True), **style, label="front" if key == "candidates" else "beaten")
-    if len(document["objectives"]) == 2:
-        line = sorted(_points(document["candidates"], across, up))
-        # Between two plans of a front only what the one that is good enough across reaches can be had.
-        where = "pre" if across["maximise"] else "post"
-        axes.step(*zip(*line, strict=True), where=where, color="C0", lw=0.8)
-    for rank, point in enumerate(_points(document["candidates"], across, up)[:_LABELLED], 1):
-        axes.annotate(str(rank), point, textcoords="offset points", xytext=(4, 4), fontsize=7)
-    axes.set_xlabel(f"{across['name']}, {across['unit']}", fontsize=8)
-    axes.set_ylabel(f"{up['name']}, {up['unit']}", fontsize=8)
-    shown = [*_points(document["beaten"], across, up), *_points(document["candidates"], across, up)]
-    if all(min(point) > 0 for point in shown):
-        axes.set(xscale="log", yscale="log")
-    axes.tick_params(labelsize=7, which="both")
-    axes.legend(fontsize=7, frameon=False)
-
-
-def _points(rows: list[Document], across: Document, up: Document) -> list[tuple[float, float]]:
-    pairs = ((row["values"][across["name"]], row["values"][up["name"]]) for row in rows)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from apex_opt.report.layout import Page
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
     from apex_opt.report.types import Document
 
 
-def page(document: Document, limit: int = 0, *, sources: bool = False) -> str:
+def page(document: Document, limit: int = 0, *, sources: bool = False) -> Page:
     """A document as tables, by the page that its type names.
 
     Parameters
@@ -27,4 +28,5 @@ def page(document: Document, limit: int = 0, *, sources: bool = False) -> str:
         plain["provenance"] = in_groups(plain["provenance"])
     module, _, name = document.PAGE.partition(":")
     draw = getattr(import_module(module), name)
-    return str(draw(plain, limit) if document.LIMITED else draw(plain))
+    drawn = draw(plain, limit) if document.LIMITED else draw(plain)
+    return drawn if isinstance(drawn, Page) else Page(drawn)

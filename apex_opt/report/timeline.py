@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Outcome, Step
@@ -110,9 +112,30 @@ def _batches(replica: int, steps: Sequence[Step], laws: Sequence[BatchLaw]) -> I
 
 def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, settings: EngineSettings) -> Iterator[Event]:
     """Waiting sequences and held blocks whenever a batch is formed; none once all is done."""
+    for time_ns, waiting, _, held in load(steps, outcome.arrival_ns, outcome.finish_ns, settings):
+        time = time_ns / NS_PER_US
+        yield {"ph": "C", "name": "waiting", "pid": replica, "ts": time, "args": {"sequences": waiting}}
+        yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": held}}
+
+
+def load(
+    steps: Sequence[Step], arrival_ns: NDArray[np.int64], end_ns: NDArray[np.int64], settings: EngineSettings
+) -> Iterator[tuple[int, int, int, int]]:
+    """What a scheduler has to do, whenever it forms a batch and once all is done.
+
+    Parameters
+    ----------
+    steps : of this scheduler
+    arrival_ns, end_ns : int64[requests]    when a request comes to it and when it lets it go
+    settings : EngineSettings
+
+    Yields
+    ------
+    Time in ns, sequences that wait, sequences in the batch, and KV blocks that the computed tokens of running ones fill
+    """
     mine = sorted({i for _, _, rows, _ in steps for i, _, _ in rows})
-    arrivals = sorted((int(outcome.arrival_ns[i]), i) for i in mine)
-    endings = sorted((int(outcome.finish_ns[i]), i) for i in mine)
+    arrivals = sorted((int(arrival_ns[i]), i) for i in mine)
+    endings = sorted((int(end_ns[i]), i) for i in mine)
     waiting: set[int] = set()
     held: dict[int, int] = {}
     arrived = ended = 0
@@ -132,16 +155,9 @@ def _counters(replica: int, steps: Sequence[Step], outcome: Outcome, settings: E
         _, tokens, computed = np.array(rows, np.int64).reshape(-1, 3).T
         blocks = settings.held_blocks(computed, computed - tokens)
         held |= zip((i for i, _, _ in rows), blocks.tolist(), strict=True)
-        yield from _counted(replica, start, len(waiting), sum(held.values()))
+        yield start, len(waiting), len(rows), sum(held.values())
     if steps:
-        yield from _counted(replica, steps[-1][1], 0, 0)
-
-
-def _counted(replica: int, time_ns: int, waiting: int, held: int) -> Iterator[Event]:
-    """The values of both counters from a time on."""
-    time = time_ns / NS_PER_US
-    yield {"ph": "C", "name": "waiting", "pid": replica, "ts": time, "args": {"sequences": waiting}}
-    yield {"ph": "C", "name": "KV blocks", "pid": replica, "ts": time, "args": {"held": held}}
+        yield steps[-1][1], 0, 0, 0
 
 
 def write_timeline(path: Path, outcome: Outcome, laws: Sequence[BatchLaw], settings: EngineSettings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -11,8 +11,9 @@ from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
 from apex_opt.errors import InputError
 from apex_opt.outputs import write_whole
 from apex_opt.report import listed
+from apex_opt.report.charts.wiring import MOST_GPUS, topology_chart
 from apex_opt.report.layout import count, page, seconds, table
-from apex_opt.report.picture import blank_figure, write_picture
+from apex_opt.report.picture import write_picture
 from apex_opt.schema import of
 
 if TYPE_CHECKING:
@@ -23,14 +24,8 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.composition import Composition
     from apex_opt.cluster.topology import Topology
+    from apex_opt.report.charts import Chart
     from apex_opt.schema import Document
-
-_HEIGHTS: Final = {"nvlink": -1.0, "gpu": 0.0, "pcie": 1.0, "socket": 2.0, "nic": 3.0, "leaf": 4.0, "spine": 5.0}
-_COLOURS: Final = {"nvlink": "C2", "xgmi": "C3", "pcie": "0.6", "infiniband": "C0", "ethernet": "C1"}
-_FILLS: Final = {"free": "white", "busy": "0.75", "down": "C3"}
-_HUES: Final = ("#8ecae6", "#ffb703", "#90be6d", "#c8b6ff", "#f4acb7", "#2ec4b6", "#e9c46a", "#a3b18a")
-_DRAWN: Final = 256
-"""GPUs of the largest picture; more could not be told apart."""
 
 
 def topology_document(topology: Topology) -> listed.ShownCluster:
@@ -187,102 +182,28 @@ def _rate(row: Document) -> str:
 # ---- picture ------------------------------------------------------------------------------------------------------
 
 
+def drawn(document: Document, ranks: Mapping[str, tuple[int, str]] | None = None) -> Iterator[Chart]:
+    """The drawing of a cluster, unless it is too large to be read."""
+    if len(document["gpus"]) <= MOST_GPUS:
+        yield topology_chart(document, ranks)
+
+
 def write_topology(path: Path, document: Document, ranks: Mapping[str, tuple[int, str]] | None = None) -> None:
     """Draw GPUs, switches and links into a PNG or SVG file, each kind at its own height.
 
     Parameters
     ----------
+    path : Path
+    document : of the cluster
     ranks : of GPUs that hold a rank its replica, which colours them, and what to write on them
 
     Raises
     ------
-    UsageError    matplotlib is not installed
+    UsageError    vl-convert is not installed
     InputError    more than 256 GPUs, or a path that cannot be written
     """
-    blank = blank_figure()
-    gpus, switches = document["gpus"], document["switches"]
-    if len(gpus) > _DRAWN:
+    if (gpus := len(document["gpus"])) > MOST_GPUS:
         raise InputError(
-            f"plot {path}: {len(gpus)} GPUs are above the {_DRAWN} that a picture can show; draw fewer nodes"
+            f"plot {path}: {gpus} GPUs are above the {MOST_GPUS} that a picture can show; draw fewer nodes"
         )
-    places = _places(document)
-    figure = blank(figsize=(max(5.0, 0.42 * len(gpus) + 1.5), 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    labelled: set[str] = set()
-    for link in document["links"]:
-        (x0, y0), (x1, y1) = (places[end] for end in link["ends"])
-        label = None if link["kind"] in labelled else link["kind"]
-        labelled.add(link["kind"])
-        axes.plot([x0, x1], [y0, y1], color=_COLOURS[link["kind"]], lw=_width(link), zorder=1, label=label)
-    box = {"boxstyle": "round,pad=0.25", "lw": 0.6}
-    style = {"ha": "center", "va": "center", "fontsize": 6, "zorder": 2}
-    held = ranks or {}
-    for gpu in gpus:
-        replica, rank = held.get(gpu["name"], (None, ""))
-        fill = _FILLS[gpu["state"]] if replica is None else _hue(replica)
-        shown = "\n".join(filter(None, (_short(gpu["name"]), rank)))
-        axes.text(*places[gpu["name"]], shown, bbox={**box, "fc": fill}, **style)
-    for switch in switches:
-        axes.text(*places[switch["name"]], _short(switch["name"]), bbox={**box, "fc": "0.93", "ls": ":"}, **style)
-    for node in dict.fromkeys(gpu["node"] for gpu in gpus):
-        across = [places[gpu["name"]][0] for gpu in gpus if gpu["node"] == node]
-        axes.text((across[0] + across[-1]) / 2, -1.7, f"node{node}", ha="center", fontsize=7)
-    axes.set(ylim=(-2, max(y for _, y in places.values()) + 0.6), title=document["cluster"])
-    axes.margins(x=0.03)
-    axes.set_axis_off()
-    for name, fill in _key(document, held):
-        axes.scatter([], [], c=[fill], edgecolors="black", linewidths=0.6, marker="s", s=30, label=name)
-    # Beside the drawing: there is no corner that is always empty.
-    title = "on GPUs: stage/rank" if held else None
-    figure.legend(fontsize=6, title_fontsize=6, frameon=False, loc="outside right upper", title=title)
-    write_picture(path, figure)
-
-
-def _hue(replica: int) -> str:
-    """The colour of a replica; they come round again."""
-    return _HUES[replica % len(_HUES)]
-
-
-def _key(document: Document, held: Mapping[str, tuple[int, str]]) -> list[tuple[str, str]]:
-    """What the fillings of GPUs mean where ranks are drawn, with their colours; replicas of a colour together."""
-    if not held:
-        return []
-    states = {gpu["state"] for gpu in document["gpus"] if gpu["name"] not in held}
-    of_colour: dict[str, list[int]] = {}
-    for replica in sorted({replica for replica, _ in held.values()}):
-        of_colour.setdefault(_hue(replica), []).append(replica)
-    few = (
-        (fill, f"{', '.join(map(str, mine[:3]))}{' ...' if len(mine) > 3 else ''}") for fill, mine in of_colour.items()
-    )
-    named = [(f"replica {text}", fill) for fill, text in few]
-    return named + [(state, _FILLS[state]) for state in STATES if state in states]
-
-
-def _places(document: Document) -> dict[str, tuple[float, float]]:
-    """Where everything is drawn: GPUs side by side with a gap between nodes, the rest above or below its own."""
-    places = {gpu["name"]: (index + 0.8 * gpu["node"], _HEIGHTS["gpu"]) for index, gpu in enumerate(document["gpus"])}
-    beside: dict[str, list[str]] = {}
-    for a, b in (link["ends"] for link in document["links"]):
-        beside.setdefault(a, []).append(b)
-        beside.setdefault(b, []).append(a)
-    for kind, height in sorted(_HEIGHTS.items(), key=lambda entry: abs(entry[1])):
-        above: dict[str, tuple[float, float]] = {}
-        for name in (switch["name"] for switch in document["switches"] if switch["kind"] == kind):
-            # What hangs on it is placed already; others of its kind are not.
-            below = [places[other][0] for other in beside.get(name, ()) if other in places] or [0.0]
-            place = sum(below) / len(below), height
-            while place in above.values():
-                place = place[0], place[1] - 0.3
-            above[name] = place
-        places |= above
-    return places
-
-
-def _short(name: str) -> str:
-    """A name within its node."""
-    return name.partition(":")[2] or name
-
-
-def _width(link: Document) -> float:
-    """Points: wider for more bytes, from 1 to 1,000 GB/s."""
-    return float(min(max(0.5 + 0.8 * (len(f"{link['bytes_per_s'] / 1e9:.0f}") - 1), 0.5), 3.0))
+    write_picture(path, *drawn(document, ranks))

@@ -116,6 +116,26 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
     )
 
 
+def frame_trace(frame: Any, seed: int = 0, *, unit: str | None = None, block: int | None = None) -> Trace:
+    """A trace of a DataFrame with a row for each request and the columns of a trace file; its name is `attrs["name"]`.
+
+    Parameters
+    ----------
+    frame : DataFrame       read as the lines of a JSON file; its index is not
+    seed, unit, block       as for `load_trace`
+
+    Raises
+    ------
+    UsageError    what is no DataFrame
+    InputError    columns that are not known, and bad rows, counted from 1
+    """
+    if not callable(getattr(frame, "to_json", None)) or getattr(frame, "ndim", 0) != 2:
+        raise UsageError(f"--trace: expected a name, a Trace or a DataFrame, got {shown(frame)}")
+    lines = frame.to_json(orient="records", lines=True, date_format="iso", date_unit="ns", double_precision=15)
+    name = str(getattr(frame, "attrs", {}).get("name", "frame"))[:60]
+    return _parse("DataFrame", name, "a DataFrame", lines, seed, unit, block)
+
+
 def list_traces() -> tuple[tuple[str, str], ...]:
     """Name and title of every shipped trace, the title from its card `traces/NAME.toml`.
 
