@@ -4,25 +4,45 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import TYPE_CHECKING, Any
 
 import cli_cases
 import numpy as np
 import pytest
-from sglang_cases import random_run
+from sglang_cases import Run, random_run
 
+from apex_opt.errors import CapacityError
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from apex_opt.simulator import Outcome
 
 SEEDS = pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 5000), marks=pytest.mark.nightly)])
 QUESTIONS = pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 200), marks=pytest.mark.nightly)])
 
 
+def served(seeds: range, **changes: Any) -> Iterator[tuple[Run, Outcome, int]]:
+    """Runs, but for the few in which somebody waits for ever."""
+    stuck = 0
+    for seed in seeds:
+        run = replace(random_run(seed), **changes)
+        try:
+            outcome = run.by("kernel")
+        except CapacityError:
+            stuck += 1
+            continue
+        yield run, outcome, seed
+    assert stuck <= len(seeds) // 50
+
+
 @SEEDS
 def test_no_run_beats_what_its_requests_take_alone(seeds: range) -> None:
-    for seed in seeds:
-        run = random_run(seed)
-        outcome, floors = run.by("kernel"), [StageFloor.of(law) for law in run.laws]
+    for run, outcome, seed in served(seeds):
+        floors = [StageFloor.of(law) for law in run.laws]
         overtaking = len(floors) > 1 and may_preempt(run.settings, run.blocks, run.trace)
         first, rest = isolated(run.settings, floors, run.trace, overtaking=overtaking)
         assert (outcome.first_token_ns - outcome.arrival_ns >= first).all(), seed
@@ -33,8 +53,7 @@ def test_no_run_beats_what_its_requests_take_alone(seeds: range) -> None:
 
 @SEEDS
 def test_no_run_beats_what_all_requests_take_together(seeds: range) -> None:
-    for seed in seeds:
-        run = replace(random_run(seed), replicas=1)
+    for run, outcome, seed in served(seeds, replicas=1):
         if run.trace.concurrency is not None:
             continue
         floors = [StageFloor.of(law) for law in run.laws]
@@ -47,7 +66,6 @@ def test_no_run_beats_what_all_requests_take_together(seeds: range) -> None:
         )
         overtaking = len(floors) > 1 and may_preempt(run.settings, run.blocks, run.trace)
         load = Load.of(run.settings, mean, len(floors), run.trace, run.blocks, ("mean", "max"), overtaking=overtaking)
-        outcome = run.by("kernel", log=False)
         since = int(run.trace.arrival_ns.min())
         first, whole = (outcome.first_token_ns - since) * 1e-9, (outcome.finish_ns - since) * 1e-9
         least = 2e-9 + np.array([load.first_s["mean"], load.first_s["max"], load.whole_s["mean"], load.total_s])
@@ -80,5 +98,8 @@ def test_the_best_plan_is_that_of_all(seeds: range) -> None:
     for seed in seeds:
         words = ["plan", *question(seed), "--engine=sglang", "--check", "--top=2"]
         ran = cli_cases.run(*words, cwd=cli_cases.ROOT)
+        if "batches of whole prompts may have" in ran.err:  # ignore_eos with whole prompts of any length
+            assert ran.code == 2
+            continue
         assert ran.code in (0, 3), (words, ran.err)
         assert ran.code == 3 or "the certificate holds" in " ".join(ran.out.split()), (words, ran.out)

@@ -51,10 +51,13 @@ def check_program(seed: int) -> None:
     assert SPACE.count(instance, ()) == counted.space
     lost = [SPACE.count(instance, OF_CUTS[:place]) for place in range(len(OF_CUTS) + 1)]
     assert [a - b for a, b in itertools.pairwise(lost)] == [counted.infeasible[name] for name in OF_CUTS]
+    kept = [plan for plan in space(instance) if plan.replicas == 1 and plan.even]
+    broken = {plan: {v.family for v in violations(instance, plan)} for plan in kept}
     for family in FAMILIES:
-        alone = SPACE.enumerate(instance, [family]).plans
-        kept = (plan for plan in space(instance) if plan.replicas == 1 and plan.even)
-        assert set(alone) == {p for p in kept if family not in {v.family for v in violations(instance, p)}}, family
+        # What drafts would take of memory where nothing makes them, in pipelines, neither has to know.
+        asked = {p for p in kept if family != "memory" or p.speculation is None or p.stages == 1}
+        alone = set(SPACE.enumerate(instance, [family]).plans)
+        assert alone & asked == {p for p in asked if family not in broken[p]}, family
 
 
 @pytest.mark.parametrize("seed", (1, 2, 5, 8))
@@ -109,7 +112,7 @@ def test_no_plan_that_makes_drafts_beats_its_bounds(seed: int) -> None:
 
 @pytest.mark.nightly
 def test_none_of_thousands_of_plans_that_make_drafts_beats_its_bounds() -> None:
-    assert sum(map(check_bounds, range(10, 160))) >= 2000
+    assert sum(map(check_bounds, range(10, 200))) >= 2000
 
 
 def check_search(seed: int) -> None:

@@ -44,7 +44,8 @@ def outcome_of(pool: EnginePool, trace: Trace, implementation: Implementation, r
         return None
 
 
-@pytest.mark.parametrize("seeds", [FEW, MANY])
+# Of 2898 a rank whose requests are all retracted has an empty batch beside one in which some are.
+@pytest.mark.parametrize("seeds", [FEW, range(2898, 2899), MANY])
 def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
     stuck = 0
     for seed in seeds:

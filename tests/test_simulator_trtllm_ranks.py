@@ -124,7 +124,8 @@ def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace,
     return pool, trace, draw.choice(["round_robin", "least_loaded"])
 
 
-@pytest.mark.parametrize("seeds", [FEW, MANY])
+# Of 649 a rank whose requests all give way has an empty batch beside one in which some do.
+@pytest.mark.parametrize("seeds", [FEW, range(649, 650), MANY])
 def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
     for seed in seeds:
         pool, trace, routing = random_pool(seed)

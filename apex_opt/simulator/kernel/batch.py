@@ -289,6 +289,26 @@ def log_step_nb(run: Run, r: I64, replica: int, start: int, end: int) -> None:
 
 
 @inner
+def log_together_nb(run: Run, r: I64, replica: int, start: int, end: int, first: int) -> int:
+    """`log_step_nb` of a scheduler that others formed batches beside, whose lost are logged from a place on.
+
+    Where its batch is empty those of the others are moved up over its own.
+
+    Returns
+    -------
+    int    where the lost of the next one are logged
+    """
+    gone = r[BATCH_LOST]
+    if run.control[LOGGED] == 1 and r[BATCH_ROWS] == 0:
+        for place in range(first, min(run.control[LOST], run.control[MOST_LOST]) - gone):
+            run.lost[place] = run.lost[place + gone]
+        gone = 0
+    log_step_nb(run, r, replica, start, end)
+    place_after: int = first + gone
+    return place_after
+
+
+@inner
 def log_taken_nb(run: Run, replica: int, now: int) -> None:
     """Log that the oldest batch is taken in: as a step without rows, where that may be later than it ends."""
     if run.control[LOGGED] == 0:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.simulator.kernel.batch import by_tokens_nb, column_nb, count_batch_nb, law_nb, log_step_nb, log_taken_nb
+from apex_opt.simulator.kernel.batch import (
+    by_tokens_nb,
+    column_nb,
+    count_batch_nb,
+    law_nb,
+    log_taken_nb,
+    log_together_nb,
+)
 from apex_opt.simulator.kernel.coordinator import link_nb
 from apex_opt.simulator.kernel.group_state import (
     AFTER,
@@ -72,6 +79,7 @@ from apex_opt.simulator.kernel.state import (
     ERROR,
     FIRST_STAGE,
     LOGGED,
+    LOST,
     MAX_SEQS,
     MAX_TOKENS,
     MIXED_NS,
@@ -182,7 +190,7 @@ def tell_forward_nb(run: Run, group: Group, g: I64, began: int, end: int, mode: 
 def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64) -> None:
     """Form the batch of each rank, and run them where any has one."""
     first, count = g[FIRST_RANK], g[COUNT]
-    rows = 0
+    rows, lost_at = 0, run.control[LOST]
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
         e.r[NOW] = g[CLOCK]
@@ -197,7 +205,7 @@ def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: 
         flight_nb(e, e.g[G_TURNS])[F_END] = end
         if e.r[BATCH_ROWS] > 0:
             count_batch_nb(run, e.r)
-        log_step_nb(run, e.r, rank, g[CLOCK], lane[LANE_DONE])
+        lost_at = log_together_nb(run, e.r, rank, g[CLOCK], lane[LANE_DONE], lost_at)
         e.g[G_TURNS] += 1
     if rows > 0:
         lane[LANE_DONE] += 1

@@ -10,8 +10,8 @@ from apex_opt.simulator.kernel.batch import (
     column_nb,
     count_batch_nb,
     law_nb,
-    log_step_nb,
     log_taken_nb,
+    log_together_nb,
 )
 from apex_opt.simulator.kernel.coordinator import link_nb
 from apex_opt.simulator.kernel.forwards import end_nb, submit_nb
@@ -48,6 +48,7 @@ from apex_opt.simulator.kernel.state import (
     ENTERING_AT,
     ERROR,
     ERROR_STUCK,
+    LOST,
     MAX_SEQS,
     NEVER,
     NONE,
@@ -185,9 +186,10 @@ def own_nb(run: Run, group: Group, r: I64, m: I64) -> None:
 @inner
 def run_together_nb(run: Run, group: Group, g: I64) -> int:
     """Run what the ranks have formed as one forward, where any has a batch; how many rows."""
-    first, count, rows = g[FIRST_RANK], g[COUNT], 0
+    first, count, rows, lost_at = g[FIRST_RANK], g[COUNT], 0, run.control[LOST]
     for rank in range(first, first + count):
         rows += rank_nb(run, rank)[BATCH_ROWS]
+        lost_at -= rank_nb(run, rank)[BATCH_LOST]
     end, number = g[CLOCK], NONE
     if rows > 0:
         for rank in range(first, first + count):
@@ -202,7 +204,7 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
         end = end_nb(group, g, rank_nb(run, first), at(group.members, first * MEMBER_SIZE), number)
     for rank in range(first, first + count):
         r = rank_nb(run, rank)
-        log_step_nb(run, r, rank, g[CLOCK], number)
+        lost_at = log_together_nb(run, r, rank, g[CLOCK], number, lost_at)
         newest = newest_nb(r)
         run.scratch[r[QUEUE_AT] + newest] = end
         run.scratch[r[QUEUE_AT] + r[DEPTH] + newest] = r[BATCH_ROWS]
