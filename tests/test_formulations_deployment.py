@@ -33,3 +33,16 @@ def test_the_closing_proof_finds_a_plan_that_could_win_exactly_where_one_is_left
     for left in sorted(better)[:4]:
         assert beats(rows, better - {left}, cost) == left
     assert beats([], (), cost) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_closing_proof_orders_costs_exactly_however_far_apart_or_near_they_are(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cost = float(rng.uniform(0.1, 10) * 10.0 ** rng.integers(-12, 20)) * (-1 if seed % 2 else 1)
+    near = [cost, cost, float(np.nextafter(cost, -np.inf)), float(np.nextafter(cost, np.inf))]
+    bounds = [*near, -1e300, 0.0, 1e300, float("inf"), -float("inf")]
+    rows = [(cut, 1 + int(rng.integers(3)), float(bound)) for cut, bound in enumerate(rng.permutation(bounds))]
+    better = {(cut, count) for cut, count, bound in rows if bound < cost}
+    assert beats(rows, better, cost) is None
+    for left in better:
+        assert beats(rows, better - {left}, cost) == left

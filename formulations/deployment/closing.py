@@ -1,17 +1,17 @@
 """The closing proof: no plan that was not simulated can be better than the best found, as a constraint program.
 
 It holds where a bound is one number for a plan and a number of replicas: of a pool alone, whether on one type of GPU or
-with stages on two. The bounds are taken anew, in integers, and rounded down; what the search kept of its own course has
-no part in it, but for what it says it has simulated.
+with stages on two. The bounds are taken anew; what the search kept of its own course has no part in it, but for what it
+says it has simulated. Costs enter by their order alone: it is exact, and keeps the domains as small as the table.
 
 Sets and parameters
-    b_ck    least cost of cut c with k replicas, in steps of the resolution, rounded down
+    b_ck    place of the least cost of cut c with k replicas among all costs
     S       pairs (c, k) that were simulated
-    B       cost of the best found, in the same steps, rounded up
+    B       place of the cost of the best found
 
 Variables
     c, k    a cut and its number of replicas
-    b       their bound
+    b       the place of their bound
 
 Constraints
     E1  b = b_ck
@@ -22,7 +22,7 @@ Constraints
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ortools.sat.python import cp_model
 
@@ -32,9 +32,6 @@ from ..solver import new_solver
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-
-_STEPS: Final = 1 << 40
-"""Steps from nothing to the cost of the best found: beyond what sums of floats can differ by."""
 
 
 def beats(
@@ -53,23 +50,19 @@ def beats(
     ------
     FormulationError    the solver does not decide
     """
-    scale = _STEPS / (abs(cost) or 1.0)
-    most = math.ceil(cost * scale)
-    table = [
-        (cut, replicas, math.floor(max(bound * scale, -float(1 << 60))))
-        for cut, replicas, bound in rows
-        if bound * scale < 2.0 * _STEPS
-    ]
+    within = [row for row in rows if row[2] < math.inf]
+    place = {value: place for place, value in enumerate(sorted({cost, *(bound for _, _, bound in within)}))}
+    table = [(cut, replicas, place[bound]) for cut, replicas, bound in within]
     if not table:
         return None
     model = cp_model.CpModel()
     cut = model.new_int_var(0, max(c for c, _, _ in table), "cut")
     replicas = model.new_int_var(1, max(k for _, k, _ in table), "replicas")
-    bound = model.new_int_var(min(b for _, _, b in table), max(b for _, _, b in table), "bound")
+    bound = model.new_int_var(0, len(place) - 1, "bound")
     model.add_allowed_assignments([cut, replicas, bound], table)
     if simulated:
         model.add_forbidden_assignments([cut, replicas], sorted(simulated))
-    model.add(bound < most)
+    model.add(bound < place[cost])
     solver = new_solver()
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
