@@ -529,7 +529,7 @@ def place(ask: arguments.PlaceAsk) -> Result:
     return Result(
         document=place_document(site, found, given, ask.within, loss),
         files={"rankfile": write_ranks, "plot": lambda path: write_topology(path, shown(), labels(placed))},
-        drawn=lambda: drawn(shown(), labels(placed)),
+        drawn=lambda: (("Where it goes", chart) for chart in drawn(shown(), labels(placed))),
     )
 
 

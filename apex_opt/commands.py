@@ -42,7 +42,7 @@ class Result:
     files : what can be written besides, by name, each as a function of the path
     replay : the certificate replayed, where there is one
     details : the deployments that are answered, with their runs request by request, for charts
-    drawn : charts that it has besides
+    drawn : charts that it has besides, each with the heading of its section in a report
     """
 
     document: types.Document
@@ -51,7 +51,7 @@ class Result:
     files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     replay: Callable[[Progress], Check] | None = None
     details: Callable[[], Sequence[Detail]] = tuple
-    drawn: Callable[[], Iterable[Chart]] = tuple
+    drawn: Callable[[], Iterable[tuple[str, Chart]]] = tuple
 
     @property
     def status(self) -> str:
@@ -134,7 +134,7 @@ class Result:
         """Charts by the headings of their sections."""
         from apex_opt.report.charts.chosen import charts_of
 
-        yield from (("Where it goes", chart) for chart in self.drawn())
+        yield from self.drawn()
         yield from charts_of(self.to_dict(), self.details())
 
     def page(self, *, sources: bool = False, limit: int = 30) -> str:

@@ -1627,6 +1627,26 @@ def test_what_draws_is_looked_for_before_the_work(own: Path, monkeypatch: pytest
     assert not (own / "a.png").exists()
 
 
+def test_a_report_is_written_beside_the_answer_and_refused_before_the_work(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
+    plain = run("plan", *CHEAP)
+    ran = run("plan", *CHEAP, "--report=a.html")
+    assert (ran.code, ran.out) == (0, plain.out)
+    assert (own / "a.html").read_text().startswith("<!DOCTYPE html>")
+    infeasible = run("plan", "--cluster=1xt4", CHEAP[2], "--report=why.html")
+    assert infeasible.code == 3
+    assert "There is no answer (infeasible)" in (own / "why.html").read_text()
+    assert run("clusters", "--report=list.html").code == 0
+    assert "h100-sxm" in (own / "list.html").read_text()
+    answered_by(monkeypatch, "plan", lambda _: pytest.fail("the work was begun"))
+    (own / "there.html").mkdir()
+    assert "--report: expected a file name that ends in .html" in refused("plan", *CHEAP, "--report=a.htm")
+    assert "report there.html: cannot be written (not a regular file)" in refused("plan", *CHEAP, "--report=there.html")
+    assert "report gone/a.html: cannot be written" in refused("plan", *CHEAP, "--report=gone/a.html")
+
+
 def test_files_are_written_below_the_home_folder_and_through_links(own: Path) -> None:
     (own / "link.json").symlink_to("folder/timeline.json")
     ran = run(*SCORED, "--trace=~/t.csv", "--requests=~/folder/requests.csv", "--timeline=link.json")

@@ -86,4 +86,4 @@ def test_every_plan_of_the_front_has_its_number_and_units_are_those_of_tables(
             assert "energy, kJ" in chart.heads
             kj = [row["values"]["energy"] / 1e3 for row in found["candidates"]]
             axis = "x" if chart.title.startswith("energy") else "y"
-            assert [row[axis] for row in chart.spec["data"]["values"] if row["n"]] == pytest.approx(kj)
+            assert [row[axis] for row in chart.spec["data"]["values"] if row["n"]] == pytest.approx(kj, rel=1e-5)

@@ -66,6 +66,9 @@ h2,h3{break-after:avoid}
 .charts{grid-template-columns:1fr 1fr}
 }
 """
+_LONGEST_DATA: Final = 500_000
+_MOST_ROWS: Final = 500
+"""Characters of the data and rows of a chart's table that a page has room for."""
 _DRAW: Final = """
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const options = {renderer: "svg", ast: true, actions: {export: true, source: false, compiled: false, editor: false}};
@@ -201,7 +204,10 @@ def _words(document: Document) -> Iterator[str]:
 
 def _figure(number: int, chart: Chart) -> str:
     """A chart, what it shows, and its figures as a table."""
-    table = _table(Grid(title="", heads=chart.heads, rows=chart.rows, left=frozenset({0})), chart.title)
+    rows = chart.rows[:_MOST_ROWS]
+    table = _table(Grid(title="", heads=chart.heads, rows=rows, left=frozenset({0})), chart.title)
+    if more := len(chart.rows) - len(rows):
+        table += f"<p>and {more:,} more, which --format=json has</p>"
     focus = ' tabindex="0" role="region"' if chart.wide else ""
     return (
         f'<figure><h3 id="c{number}">{escape(chart.title)}</h3>'
@@ -293,8 +299,12 @@ def _asked(document: Document) -> Iterator[str]:
         rows += [(f"{key} {name}".strip(), _plain(each)) for name, each in facts if each not in (None, [], {})]
     if rows:
         yield _table(Grid(title="", heads=("", ""), rows=tuple(rows), left=frozenset({0, 1})), "What was asked")
+    data = json.dumps(document, indent=1)
+    if len(data) > _LONGEST_DATA:
+        yield "<p>Everything as data is too long for this page: --format=json prints it.</p>"
+        return
     yield "<details><summary>Everything as data (JSON)</summary>"
-    yield f'<pre tabindex="0">{escape(json.dumps(document, indent=1))}</pre></details>'
+    yield f'<pre tabindex="0">{escape(data)}</pre></details>'
 
 
 def _plain(value: Any) -> str:

@@ -124,13 +124,13 @@ def beside(charts: Sequence[Chart], columns: int) -> Spec:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit in which people read figures, and what a figure is multiplied by to be in it."""
+    """A unit in which people read figures, and what a figure is multiplied by to be in it; six digits are kept."""
 
     name: str
     factor: float
 
     def __call__(self, value: float | None) -> float | None:
-        return None if value is None else value * self.factor
+        return None if value is None else float(f"{value * self.factor:.6g}")
 
     def head(self, what: str) -> str:
         """What is told, with the unit."""
@@ -173,6 +173,13 @@ def series(names: Sequence[str], field: str = "series") -> Spec:
     scale = {"domain": list(names), "range": [PALETTE[place % len(PALETTE)] for place in range(len(names))]}
     legend = None if len(names) < 2 else {"orient": "bottom", "columns": 1, "title": None}
     return {"field": field, "type": "nominal", "scale": scale, "legend": legend}
+
+
+def shapes(names: Sequence[str], field: str = "series") -> Spec:
+    """The shape of the points of each of several series: with the colours, which come round later, no two are alike."""
+    found = [SHAPES[place % (len(SHAPES) - 1)] for place in range(len(names))]
+    legend = None if len(names) < 2 else {"orient": "bottom", "columns": 1, "title": None}
+    return {"field": field, "type": "nominal", "scale": {"domain": list(names), "range": found}, "legend": legend}
 
 
 def dashes(names: Sequence[str], field: str = "series") -> Spec:

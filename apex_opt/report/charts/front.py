@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.report.charts import PALE, PALETTE, Chart, Choice, quantity, text, told, unit_of
+from apex_opt.report.charts import PALE, PALETTE, Chart, Choice, quantity, series, shapes, text, told, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -179,12 +179,11 @@ def _bars(name: str, title: str, says: str, rows: list[Row], head: str, shown: l
 def errors_charts(document: Document) -> Iterator[Chart]:
     """Predicted against measured, a chart for each figure; runs by cluster and engine, those set aside hollow."""
     rows = [row for row in document["rows"] if row["status"] == "predicted"]
-    groups = sorted({f"{row['cluster']}, {row['engine']}" for row in rows})
     for metric in (m for m in document["units"] if any(m in row["metrics"] for row in rows)):
-        yield from _errors(document["units"][metric], metric, rows, groups)
+        yield from _errors(document["units"][metric], metric, rows)
 
 
-def _errors(own: str, metric: str, rows: list[Document], groups: list[str]) -> Iterator[Chart]:
+def _errors(own: str, metric: str, rows: list[Document]) -> Iterator[Chart]:
     cells = [(row, row["metrics"][metric]) for row in rows if metric in row["metrics"]]
     cells = [(row, cell) for row, cell in cells if min(cell["measured"], cell["predicted"]) > 0]
     if not cells:
@@ -202,6 +201,7 @@ def _errors(own: str, metric: str, rows: list[Document], groups: list[str]) -> I
         }
         for row, cell in cells
     ]
+    groups = sorted({point["group"] for point in points})
     values = [point[key] for point in points for key in ("measured", "predicted")]
     low, high = min(values) / 1.3, max(values) * 1.3
     scale = {"domain": [low, high]}
@@ -221,12 +221,12 @@ def _errors(own: str, metric: str, rows: list[Document], groups: list[str]) -> I
             "encoding": axes,
         },
         {
-            "mark": {"type": "point", "size": 45, "clip": True},
+            "mark": {"type": "point", "size": 45, "clip": True, "fillOpacity": 0.5},
             "encoding": {
                 **axes,
-                "color": {"field": "group", "type": "nominal", "scale": {"domain": groups}, "legend": _below(groups)},
-                "shape": {"field": "group", "type": "nominal", "scale": {"domain": groups}, "legend": _below(groups)},
-                "fillOpacity": {"condition": {"test": "datum.aside", "value": 0}, "value": 0.5},
+                "stroke": series(groups, "group"),
+                "fill": {"condition": {"test": "datum.aside", "value": "white"}, **series(groups, "group")},
+                "shape": shapes(groups, "group"),
                 "tooltip": told(
                     *(("run", "run"), ("plan", "plan"), ("group", "on")),
                     *((key, unit.head(key)) for key in ("measured", "predicted")),
@@ -244,7 +244,3 @@ def _errors(own: str, metric: str, rows: list[Document], groups: list[str]) -> I
         rows=tuple((p["run"], p["plan"], text(p["measured"]), text(p["predicted"]), p["error"]) for p in points),
         choices=(Choice(field="group", label="Runs of ", values=tuple(groups)),) if len(groups) > 1 else (),
     )
-
-
-def _below(groups: list[str]) -> Spec | None:
-    return {"orient": "bottom", "columns": 1, "title": None} if len(groups) > 1 else None

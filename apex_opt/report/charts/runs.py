@@ -83,7 +83,7 @@ def _distribution(title: str, own: str, found: dict[str, Any]) -> Chart:
             "data": {"values": rows},
             "layer": [
                 {"mark": {"type": "line", "interpolate": "step-after"}, "encoding": encoding},
-                {"mark": {"type": "point", "opacity": 0, "size": 60}, "encoding": hovered},
+                {"mark": {"type": "point", "opacity": 0, "size": 60, "aria": False}, "encoding": hovered},
             ],
         },
         heads=("plan", "share of requests", f"at most, {unit.name}"),

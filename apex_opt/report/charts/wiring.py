@@ -75,7 +75,7 @@ def placement_chart(replicas: Sequence[Document], title: str = "Where the plan g
         heads=("of", "rank", "GPU"),
         rows=tuple((row["row"], str(row["rank"]), row["gpu"]) for row in kept),
         size=(max(200, 60 * min(widest, 16)), 50 + 26 * len(shown)),
-        wide=widest > 4,
+        wide=widest > 8,
     )
 
 
