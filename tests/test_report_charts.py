@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from apex_opt.report.charts import PALETTE, SHAPES, Chart, Choice, beside, series, shapes, unit_of
+from apex_opt.report.charts.chosen import charts_of
 from apex_opt.report.charts.front import errors_charts
 from apex_opt.report.charts.grid import grid_charts
 from apex_opt.report.charts.wiring import placement_chart
@@ -81,6 +82,19 @@ def test_a_study_is_shown_along_the_axes_that_vary() -> None:
     assert chart.heads == ("rate", "cluster", "plan", "energy, kJ")
     assert chart.says == "energy of 6 answers by rate, cluster; 1 point without it."
     assert [choice.label for choice in chart.choices] == ["cluster "]
+
+
+def test_the_document_of_a_study_is_drawn_with_its_axes_as_numbers_where_they_are() -> None:
+    points = [
+        {"options": {"rate": rate, "engine": engine}, "plan": "tp1", "figures": {"energy_j": 10.0, "ttft_s.p95": 0.1}}
+        for rate in ("1", "2.5")
+        for engine in ("vllm", "sglang")
+    ] + [{"options": {"rate": "4", "engine": "vllm"}, "plan": None, "figures": {}}]
+    found = [chart for _, chart in charts_of({"points": points, "asked": "plan"})]
+    assert [chart.name for chart in found] == ["ttft_s.p95", "energy_j"]
+    assert [point["across"] for point in found[0].spec["data"]["values"]] == [1.0, 1.0, 2.5, 2.5]
+    assert found[0].heads == ("rate", "engine", "plan", "ttft_s.p95, ms")
+    assert "1 point without it" in found[0].says
 
 
 def test_runs_are_told_apart_and_those_set_aside_are_hollow() -> None:

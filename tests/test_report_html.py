@@ -89,7 +89,20 @@ def test_a_page_is_one_small_file_that_tells_what_the_text_tells(
     assert "Certificate: " in said
     assert all(candidate.plan in said for candidate in answers["plan"].document.candidates)  # type: ignore[union-attr]
     assert all(source in said for source in ("gemm", "measured", "vllm serve"))
-    assert "There is no answer (infeasible)" in unescape(pages["infeasible"].read_text())
+    beginnings = {
+        "plan": "The plan found is ",
+        "pareto": f"{len(answers['pareto'].document.candidates)} plans on the front of e2e_mean against energy, and ",
+        "simulate": "Of 2 plans the best is ",
+        "capacity": "The plan found is attn(tp1) ffn(tp1) bf16, on 1 GPU. It sustains ",
+        "place": "dp2 attn(tp2) ffn(tp2) bf16 is placed on 4 GPUs of server-8xl40s; no placement is better. The ",
+        "infeasible": "There is no answer (infeasible): ",
+        "clusters": "Status: ok.",
+    }
+    for name, beginning in beginnings.items():
+        found = re.search('<p class="lead">(.*?)</p>', pages[name].read_text())
+        assert found is not None
+        assert unescape(found[1]).startswith(beginning)
+    assert "Feasible would be, cheapest first: --" in unescape(pages["infeasible"].read_text())
 
 
 def test_all_charts_are_drawn_without_a_word_on_the_console_or_to_the_network(

@@ -11,6 +11,7 @@ import re
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.report.in_words import in_words
 from apex_opt.report.layout import Grid, Words
 from apex_opt.report.picture import script
 
@@ -97,7 +98,7 @@ def html_page(
     UsageError    vl-convert is not installed
     """
     title = _title(document)
-    sections = [("The answer", "".join(_answer(document)))]
+    sections = [("The answer", "".join(_answer(document, blocks)))]
     headings = list(dict.fromkeys(heading for heading, _ in charts))
     number = 0
     for heading in headings:
@@ -161,45 +162,17 @@ def _title(document: Document) -> str:
     return what + (f": {model}" if model else "") + (f" on {cluster}" if cluster else "")
 
 
-def _answer(document: Document) -> Iterator[str]:
-    """What was found, in sentences."""
-    yield f'<p class="lead">{escape(" ".join(_words(document)))}</p>'
+def _answer(document: Document, blocks: Sequence[Grid | Words]) -> Iterator[str]:
+    """What was found, in sentences; of what only lists what its page says first."""
+    first = next((block.text for block in blocks if isinstance(block, Words) and block.text.strip()), "")
+    told = (
+        " ".join(in_words(document)) or (first if "\n" not in first.strip() else "") or f"Status: {document['status']}."
+    )
+    yield f'<p class="lead">{escape(told.strip())}</p>'
     transient = document.get("transient")
     of_load = transient.get("said", ()) if isinstance(transient, dict) else ()
     for note in (*(document.get("notes") or ()), *of_load):
         yield f'<p class="note">Note: {escape(str(note))}.</p>'
-
-
-def _words(document: Document) -> Iterator[str]:
-    from apex_opt.report.layout import amount, count, seconds
-
-    best, status = document.get("best"), document["status"]
-    best = best if isinstance(best, dict) else None
-    if document.get("reason"):
-        yield f"There is no answer ({status}): {document['reason']}."
-    elif best is None:
-        yield f"Status: {status}."
-        return
-    if best is None:
-        return
-    given = document.get("command") == "simulate"
-    yield f"The plan {'as given' if given else 'found'} is {best['plan']}, on {count(best['gpus'], 'GPU')}."
-    if "rate_per_s" in best:
-        yield f"It sustains {best['rate_per_s']:.3f} requests per second within the goals."
-    elif "objective" in document and best["value"] is not None:
-        objective = document["objective"]
-        yield f"Its {objective['name']} is {amount(best['value'], objective['unit'])}."
-    metrics = best["metrics"]
-    if metrics["ttft_s"].get("p95") is not None:
-        yield (
-            f"95 of 100 requests see their first token within {seconds(metrics['ttft_s']['p95'])} and their last "
-            f"within {seconds(metrics['e2e_s']['p95'])}; serving them takes {metrics['energy_j'] / 1e3:,.1f} kJ."
-        )
-    missed = [text for text, goal in metrics["slo"].items() if not goal["met"]]
-    if metrics["slo"]:
-        yield f"It misses {', '.join(missed)}." if missed else f"It meets {', '.join(metrics['slo'])}."
-    if status == "optimal":
-        yield "It is proved that no other plan of the space is better under these costs."
 
 
 def _figure(number: int, chart: Chart) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.report.charts import runs, wiring
 from apex_opt.report.charts.front import candidates_chart, errors_charts, front_charts, rates_chart
+from apex_opt.report.charts.grid import study_charts
 from apex_opt.report.charts.sides import clusters_chart, curve_charts, differences_chart
 from apex_opt.schema import to_plain
 
@@ -63,6 +64,8 @@ def _compared(document: Document) -> Iterator[Chart]:
         yield from candidates_chart(document)
     if "rows" in document and "units" in document:
         yield from errors_charts(document)
+    if "points" in document and "asked" in document:
+        yield from study_charts(document)
     if "differences" in document:
         yield from differences_chart(document)
     if isinstance(document.get("clusters"), list) and "fastest_by" in document:

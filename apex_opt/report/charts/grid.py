@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.report.charts import Chart, Choice, quantity, series, shapes, text, told, unit_of
 from apex_opt.report.layout import count
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from apex_opt.report.charts import Row, Spec
+    from apex_opt.schema import Document
 
 
 def grid_charts(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], figures: Mapping[str, str]) -> Iterator[Chart]:
@@ -32,6 +33,35 @@ def grid_charts(rows: Sequence[Mapping[str, Any]], axes: Sequence[str], figures:
         known = [row for row in rows if isinstance(row.get(name), int | float)]
         if known:
             yield _chart(name, own, known, varied, values, len(rows) - len(known))
+
+
+_SHOWN: Final = {
+    "rate_per_s": "requests/s",
+    "ttft_s.p95": "s",
+    "tpot_s.p95": "s",
+    "e2e_s.mean": "s",
+    "throughput_rps": "requests/s",
+    "energy_j": "J",
+    "cost_usd_per_h": "$/h",
+}
+
+
+def study_charts(document: Document) -> Iterator[Chart]:
+    """The figures of a study's points along its axes."""
+    rows = [
+        {**{axis: _number(text) for axis, text in row["options"].items()}, "plan": row["plan"], **row["figures"]}
+        for row in document["points"]
+    ]
+    axes = list(dict.fromkeys(axis for row in document["points"] for axis in row["options"]))
+    yield from grid_charts(rows, axes, _SHOWN)
+
+
+def _number(option: str) -> float | str:
+    """An option along an axis, as a number where it is one."""
+    try:
+        return float(option)
+    except ValueError:
+        return option
 
 
 def _chart(
