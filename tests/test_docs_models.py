@@ -6,8 +6,11 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from configurations import published, row_of, shown
 from doc_cases import ROOT, blocks_of, solve, words_of
 
+from apex_opt.errors import UnknownNameError
+from apex_opt.ir import load_model
 from apex_opt.ir.context import context_limit
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.formats import FORMATS
@@ -15,6 +18,12 @@ from apex_opt.ir.quantisation import SUPPORTED_METHODS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+OTHERWISE = {
+    "mistralai/Mixtral-8x22B-v0.1": "its name stands for the vocabulary of the checkpoints that followed",
+    "moonshotai/Kimi-K3": "its name stands for the decoder without the tower, by whose heads vLLM cuts",
+}
+"""Names of the registry for other revisions than those of the package, each with the reason."""
 
 TEXT = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -47,3 +56,24 @@ def test_the_limits_listed_are_those_derived() -> None:
                 scaling["factor"] = 3
             limit = context_limit(Fields({"max_position_embeddings": 1000, "rope_scaling": scaling}))
             assert limit == (300 if name == "yarn" else 3000 if "factor" in text else 1000)
+
+
+def test_the_configurations_shown_are_those_that_are_read() -> None:
+    """All of them where the package is there; else those that the registry has under the same id."""
+    rows, files = shown(), published()
+    assert len(rows) == 89
+    if files:
+        assert set(rows) == set(files)
+    named = {name: name for name in rows if name not in OTHERWISE and _named(name)}
+    compared = {name: str(file) for name, file in files.items()} or named
+    assert len(compared) >= 20
+    for name, given in compared.items():
+        assert rows[name] == row_of(name, given)
+
+
+def _named(name: str) -> bool:
+    try:
+        load_model(name)
+    except UnknownNameError:
+        return False
+    return True
