@@ -12,6 +12,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from apex_opt.api import (
+        calibrate,
         capacity,
         check,
         cluster_import,
@@ -41,6 +42,7 @@ __all__ = [
     "ApexError",
     "Result",
     "__version__",
+    "calibrate",
     "capacity",
     "check",
     "cluster_import",

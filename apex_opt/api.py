@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.arguments import Ask, PlanAsk, SimulateAsk
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
+    from apex_opt.measured import Measurements
     from apex_opt.placement import Assignment
     from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.report.detail import Detail
@@ -563,12 +564,12 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
 @command(arguments.ValidateAsk)
 def validate(ask: arguments.ValidateAsk) -> Result:
     """Compare measured serving runs with their simulation."""
-    from apex_opt.measured import Predictor, read_measured
+    from apex_opt.measured import Predictor
     from apex_opt.profiles import check_profiles
     from apex_opt.report.validation import validation_document
 
     predictor = Predictor(profiles=check_profiles(ask.profiles))
-    measurements = read_measured(expanded(ask.measured))
+    (measurements,) = _measurements(ask, (ask.measured,))
     comparisons = predictor.compare(measurements.runs, ask.tell)
     document = validation_document(measurements, comparisons, predictor.provenance)
 
@@ -579,6 +580,39 @@ def validate(ask: arguments.ValidateAsk) -> Result:
         write_picture(path, *errors_charts(to_plain(document)))
 
     return Result(document=document, found=document.coverage.predicted > 0, files={"plot": draw})
+
+
+def _measurements(
+    ask: arguments.ValidateAsk | arguments.CalibrateAsk, paths: tuple[str | None, ...]
+) -> list[Measurements]:
+    """The runs of some files or folders; those that ship where none is named."""
+    from apex_opt.measured import SHIPPED, read_measured
+    from apex_opt.resolve import resolve_deployed
+
+    deployed = None if ask.plan is None else resolve_deployed(ask, ask.plan)
+    return [read_measured(SHIPPED if path is None else expanded(path), deployed) for path in paths]
+
+
+@command(arguments.CalibrateAsk)
+def calibrate(ask: arguments.CalibrateAsk) -> Result:
+    """Fit the times of an engine on runs of your own, and write it as a file that every command takes."""
+    from apex_opt.files import there
+    from apex_opt.measured.calibrate import calibrate as fit
+    from apex_opt.measured.calibrate import divided
+    from apex_opt.outputs import write_whole
+    from apex_opt.report.calibration import calibration_document
+
+    out = None if ask.out is None else expanded(ask.out)
+    if out is not None and there(out):
+        raise UsageError(f"--out: {ask.out} is there already and is left alone; name a file that is not")
+    paths = ask.measured if isinstance(ask.measured, tuple) else (ask.measured,)
+    runs = [run for found in _measurements(ask, paths) for run in found.runs]
+    fitted, held = divided(runs, ask.engine, ask.hold)
+    found = fit(fitted, ask.engine, ask.tell, held)
+    document = calibration_document(found, ask.engine, ask.out if found.better else None)
+    if out is not None and found.better:
+        write_whole(out, document.engine_toml.encode(), "out")
+    return Result(document=document, found=document.status == "ok")
 
 
 @command(arguments.ProfileShowAsk)

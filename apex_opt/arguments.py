@@ -59,7 +59,8 @@ class Setup(Arguments):
         shipped.
     engine : Serving engine, for its scheduler, its own time, its kernels, its defaults and what it can run: vllm,
         sglang, trtllm; vllm-0.6, sglang-eager; or, for comparison, orca (whole prompts, memory reserved for the whole
-        answer) and static (a batch is answered before the next one is formed).
+        answer) and static (a batch is answered before the next one is formed); or the path of a file that calibrate
+        wrote, which ends in .toml.
     runnable : Whose rules plans must keep to: those of vllm, sglang or trtllm, so that it can start them; or any, for
         plans that no engine need be able to run. By default those of --engine.
     engine_settings : Settings that only the engine has, such as long_prefill_token_threshold=512 of vllm; several with
@@ -302,20 +303,42 @@ class CapacityAsk(Ask):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ValidateAsk(Arguments):
+class ValidateAsk(Setup):
     """Measured runs.
 
     Parameters
     ----------
     measured : File of measured runs, or a folder with such files in it or below: vLLM runs with the engine's log
-        (.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it).
-    profiles : Measured tables to use: shipped; silicon, all rows of aiconfigurator-core, of which those shipped are a
-        part (needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those
-        shipped.
+        (.json.gz), means of closed loops (.csv), APEX's runs (.csv with the served requests beside it), or what a
+        benchmark client saved (docs/calibrate.md). By default the runs that ship with apex_opt.
+    plan : Plan that ran while a benchmark client measured, as simulate takes it; its model, cluster, engine and their
+        settings are asked for likewise. Other files tell what ran.
     """
 
-    measured: str = field(kw_only=False)
-    profiles: str = "shipped"
+    measured: str | None = field(default=None, kw_only=False)
+    plan: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateAsk(Setup):
+    """Measured runs to fit an engine's times on.
+
+    Parameters
+    ----------
+    measured : File of measured runs, or a folder, as validate takes it; several times for several. By default the runs
+        that ship with apex_opt.
+    plan : Plan that ran while a benchmark client measured, as simulate takes it; its model, cluster, engine and their
+        settings are asked for likewise. Other files tell what ran.
+    hold : Runs, by name, that are not fitted on but only judged by, such as llama-3.1-8b/conv,lmsys; a name stands for
+        all that end in it.
+    out : TOML file to write the engine to, which every command takes as --engine; one that is there is left alone. By
+        default nothing is written.
+    """
+
+    measured: str | tuple[str, ...] | None = field(default=None, kw_only=False)
+    plan: str | None = None
+    hold: str | None = None
+    out: Annotated[str | None, Param(suffix=".toml")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

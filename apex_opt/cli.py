@@ -35,7 +35,7 @@ LONGEST_ERROR: Final = 1000
 CONFIG_FILES: Final = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """What is read of a model's folder."""
 
-_READ: Final = ("model", "cluster", "gpu", "trace", "profiles", "at", "source", "measured")
+_READ: Final = ("model", "cluster", "gpu", "trace", "profiles", "at", "source", "measured", "engine")
 """Options that may name a file or a folder to read."""
 
 _EXAMPLES: Final = {str: "TEXT", int: "8", float: "0.9", bool: "true"}
@@ -108,8 +108,19 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "For example:\n\n"
         "  solve.py validate --measured=runs/llama-3.1-8b.json.gz\n"
         "  solve.py validate --measured=runs --format=json\n"
-        "  solve.py validate --measured=runs --plot=errors.png\n\n"
+        "  solve.py validate --measured=runs --plot=errors.png\n"
+        "  solve.py validate --measured=result.json --plan=tp1 --model=llama-3.1-8b --cluster=1xh200-sxm\n\n"
         "Exit code: 0 where a run was predicted, 3 where none could be, 2 for bad input.",
+    ),
+    "calibrate": (
+        General,
+        "For example:\n\n"
+        "  solve.py calibrate --measured=a.json --model=llama-3.1-8b --cluster=1xh200-sxm --plan=tp1 --out=m.toml\n"
+        "  solve.py plan --engine=m.toml\n"
+        "  solve.py calibrate --hold=conv,lmsys\n\n"
+        "Takes what vllm bench serve, sglang.bench_serving, guidellm and aiperf save, one load or better several. "
+        "Times that the runs cannot tell stay as they were, with the reason. Exit code: 0 with times that are nearer, "
+        "3 where a fit brings nothing and nothing is written, 2 for bad input.",
     ),
     "profile show": (
         General,

@@ -18,6 +18,7 @@ from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
 from apex_opt.ir.cells import State
+from apex_opt.measured.clients import Deployed
 from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
@@ -467,6 +468,37 @@ def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, 
     ApexError    as `resolve`; a plan that cannot be read, or several formats for it
     """
     return planned(text, ask, resolve(ask, rated=rated))
+
+
+def resolve_deployed(setup: Setup, text: str) -> Deployed:
+    """What ran while a client measured: the setup of an engine, and the plan of a text.
+
+    Raises
+    ------
+    ApexError    as `resolve_plan`, and where it goes on several types of GPU
+    """
+    given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+
+    def asked(trace: str | Trace) -> tuple[Problem, Deployment]:
+        return resolve_plan(text, SimulateAsk(**given, plan=text, trace=trace))
+
+    problem, deployment = asked("static:n=1,prompt=16,output=2")
+    if problem.several or not isinstance(setup.cluster, str) or not isinstance(setup.model, str):
+        raise UsageError(
+            "--plan: a measured run is of one plan on GPUs of one type, with a model and a cluster by name"
+        )
+
+    def settings(trace: Trace) -> EngineSettings:
+        sent = trace if trace.timed or trace.concurrency else f"static:n=1,prompt={trace.longest},output=1"
+        return asked(sent)[0].settings
+
+    return Deployed(
+        model=setup.model,
+        cluster=setup.cluster,
+        plan=str(deployment.pools[0].plan),
+        engine=setup.engine,
+        settings=settings,
+    )
 
 
 def resolve_plans(texts: Sequence[str], ask: Ask) -> tuple[tuple[Problem, Deployment], ...]:

@@ -54,6 +54,7 @@ ONE = {
     "simulate": ("--plan=tp2",),
     "place": ("--plan=tp2",),
     "capacity": ("--slo=ttft_p95<=1s",),
+    "calibrate": ("--measured=runs",),
     "validate": ("--measured=runs",),
     "profile show": (),
     "profile distill": ("--source=nowhere",),
@@ -925,6 +926,29 @@ def test_measured_runs_of_which_none_can_be_predicted_are_no_success(runs: Path,
     assert json.loads(ran.out)["status"] == "nothing predicted"
 
 
+def test_an_engine_is_calibrated_to_a_file_that_is_never_overwritten(tmp_path: Path) -> None:
+    guess = tmp_path / "guess.toml"
+    guess.write_text('like = "vllm"\n[own_time]\nrequest_us = 30000.0\nsource = "a guess"\n')
+    words = ("calibrate", f"--engine={guess}", "--hold=mixtral-8x7b/static_b1,mixtral-8x7b/static_b8", "--format=json")
+    ran = run(*words, f"--out={tmp_path / 'my.toml'}")
+    document = json.loads(ran.out)
+    assert (ran.code, document["status"], document["like"]) == (0, "ok", "vllm")
+    assert document["times_us"]["request_us"]["after"] < 5000
+    assert (
+        document["held"]["after"]["ttft_mean"]["mean_ape_pct"] < document["held"]["before"]["ttft_mean"]["mean_ape_pct"]
+    )
+    assert (tmp_path / "my.toml").read_text() == document["engine_toml"]
+    assert "is there already and is left alone" in refused(*words[:1], f"--out={tmp_path / 'my.toml'}")
+    again = run(
+        "simulate",
+        *CHEAP[:2],
+        "--trace=static:n=2,prompt=16,output=2",
+        "--plan=tp2",
+        f"--engine={tmp_path / 'my.toml'}",
+    )
+    assert again.code == 0, again.err
+
+
 def test_a_plot_of_measured_runs_is_written(runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
     ran = run("validate", f"--measured={runs}", f"--plot={tmp_path / 'a.png'}", "--limit=1")
@@ -943,7 +967,7 @@ def test_measured_runs_must_be_somewhere(tmp_path: Path) -> None:
     assert "no such file or folder" in refused("validate", "--measured=~nobody/there")
     assert "no such file or folder" in refused("validate", f"--measured={tmp_path / 'a.csv'}")
     assert "holds no measured runs" in refused("validate", f"--measured={tmp_path}")
-    assert "needs --measured" in refused("validate")
+    assert "needs --measured" in refused("profile", "fit")
 
 
 # ---- clusters ----------------------------------------------------------------------------------------------------

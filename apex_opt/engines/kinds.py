@@ -7,7 +7,7 @@ engine takes from the one it says it is like.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.trtllm import TRTLLM
 from apex_opt.engines.vllm import VLLM
 from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.files import expanded
 from apex_opt.units import GIB
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ COMMON: Final = (
 )
 """Settings that every engine has, under one name or another, with a default of its own."""
 
+_FILE: Final = ".toml"
+_LONGEST_US: Final = 10_000_000
+_LONGEST_SOURCE: Final = 2_000
+_FAULTS: Final = 5
 _SWITCH: Final = {"true": True, "false": False}
 
 
@@ -157,7 +162,7 @@ def kind_names(folder: Path = DATA) -> tuple[str, ...]:
 
 
 def load_kind(name: str, folder: Path = DATA) -> EngineKind:
-    """The engine kind of a name.
+    """The engine kind of a name, or of a file whose path ends in `.toml`.
 
     Parameters
     ----------
@@ -170,9 +175,50 @@ def load_kind(name: str, folder: Path = DATA) -> EngineKind:
     InputError          a file that cannot be read, or with faults
     """
     kinds = _read_all(folder)
+    if name.endswith(_FILE):
+        return _calibrated(expanded(name), kinds)
     if name not in kinds:
         raise UnknownNameError("engine", name, kinds)
     return kinds[name]
+
+
+def engine_like(name: str) -> str:
+    """The kind that an engine is of: its own name, or what the file of a path says that it is like.
+
+    Raises
+    ------
+    InputError, UnknownNameError    as `load_kind`
+    """
+    kind = load_kind(name)
+    return str(read_toml(expanded(name), "engine")["like"]) if name.endswith(_FILE) else kind.name
+
+
+def _calibrated(path: Path, kinds: Mapping[str, EngineKind]) -> EngineKind:
+    """The engine kind of a user's file: the one it is like, with times of its own.
+
+    It says `like` and, in `own_time`, times in microseconds and their source; nothing else is taken from it, as what
+    an engine can run and how it forms batches are not measured from outside.
+    """
+    table = read_toml(path, "engine")
+    faults = [f"there is no {key!r:.40} in it" for key in table if key not in ("like", "own_time")]
+    like, own = table.get("like"), table.get("own_time", {})
+    if not isinstance(like, str) or like not in kinds:
+        raise InputError(f"engine {path}: like = {like!r:.40} must be one of {', '.join(kinds)}")
+    base, known = kinds[like], [name for name in kinds[like].own_time if name.endswith("_us")]
+    for name, value in own.items() if isinstance(own, dict) else ():
+        if name == "source":
+            if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_SOURCE:
+                faults.append(f"own_time.source must be a text of up to {_LONGEST_SOURCE:,} characters")
+        elif name not in known:
+            faults.append(f"own_time.{name:.40} is none of {', '.join(known)}, source")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_US:
+            faults.append(f"own_time.{name} = {value!r:.40} must be a number from 0 to {_LONGEST_US:,} us")
+    if not isinstance(own, dict) or not own:
+        faults.append("own_time must be a table of times in microseconds")
+    if faults:
+        raise InputError(f"engine {path}: {'; '.join(faults[:_FAULTS])}")
+    source = {"source": own.get("source", f"given: {path.name}")}
+    return replace(base, name=path.name, own_time=MappingProxyType({**base.own_time, **own, **source}))
 
 
 @lru_cache(maxsize=4)

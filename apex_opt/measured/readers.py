@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
 from apex_opt.files import check_regular, files_below, there
-from apex_opt.measured import apex, silicon, vllm_runs
+from apex_opt.measured import apex, clients, silicon, vllm_runs
 from apex_opt.measured.files import read_header, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
+    from apex_opt.measured.clients import Deployed
     from apex_opt.measured.runs import Run
 
 READERS: Final[Mapping[str, Callable[[Path], list[Run]]]] = MappingProxyType(
@@ -29,7 +30,7 @@ READERS: Final[Mapping[str, Callable[[Path], list[Run]]]] = MappingProxyType(
 _COLUMNS: Final = {silicon.KIND: silicon.NEEDED, apex.KIND: apex.NEEDED}
 _LAYOUTS: Final = (
     "a .json or .json.gz with 'engine' and 'runs'; a .csv with "
-    f"{', '.join(silicon.NEEDED[-2:])}; a .csv with {', '.join(apex.NEEDED[-2:])}"
+    f"{', '.join(silicon.NEEDED[-2:])}; a .csv with {', '.join(apex.NEEDED[-2:])}; or what a benchmark client saved"
 )
 
 
@@ -42,10 +43,19 @@ class Measurements:
     passed_over: tuple[str, ...]
 
 
-def read_measured(path: Path) -> Measurements:
+SHIPPED: Final = Path(__file__).parent / "data" / "runs"
+"""Runs of vLLM on one H200 that come with the package, without the engine's log."""
+
+
+def read_measured(path: Path, deployed: Deployed | None = None) -> Measurements:
     """Every run of a file, or of all files in a folder and below it, in order of their names.
 
     Files of a folder that have none of the known layouts are passed over and named; a file asked for must have one.
+
+    Parameters
+    ----------
+    path : Path
+    deployed : Deployed or None    what ran while clients measured, which their files do not say
 
     Raises
     ------
@@ -68,7 +78,15 @@ def read_measured(path: Path) -> Measurements:
             passed.append(str(file))
         else:
             read.append(str(file))
-            runs += READERS[kind](file)
+            if kind != clients.KIND:
+                runs += READERS[kind](file)
+            elif deployed is None:
+                raise InputError(
+                    f"{file}: the result of a benchmark does not say what ran; give --plan, --model, --cluster and "
+                    "--engine"
+                )
+            else:
+                runs += clients.read_clients(file, deployed)
     if not runs:
         raise InputError(f"{path}: holds no measured runs; expected {_LAYOUTS}")
     return Measurements(runs=tuple(runs), files=tuple(read), passed_over=tuple(passed))
@@ -83,6 +101,11 @@ def _kind(path: Path) -> str | None:
             # Half of them: a file that lacks some is one with faults, not one of another layout.
             if 2 * len(set(columns) & set(header)) >= len(columns):
                 return kind
-    elif name.endswith((".json", ".json.gz")) and vllm_runs.recognised(read_json(path)):
-        return vllm_runs.KIND
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        return clients.KIND if clients.results_of(path) else None
+    elif name.endswith((".json", ".json.gz")):
+        if clients.results_of(path):
+            return clients.KIND
+        if vllm_runs.recognised(read_json(path)):
+            return vllm_runs.KIND
     return None

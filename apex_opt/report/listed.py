@@ -241,6 +241,59 @@ class Fit(Document):
     boards: tuple[Board, ...]
 
 
+class FittedTime(Described):
+    """A time of an engine before and after, in microseconds.
+
+    Parameters
+    ----------
+    low, high : what it is between with a confidence of 95%; left out where it was not fitted
+    kept : why it was not fitted
+    """
+
+    before: float
+    after: float
+    low: float | None = None
+    high: float | None = None
+    kept: str | None = None
+
+
+class BeforeAfter(Described):
+    """Errors by figure, before and after."""
+
+    before: dict[str, Errors]
+    after: dict[str, Errors]
+
+
+class Calibration(Document):
+    """An engine's times fitted on a user's own runs.
+
+    Parameters
+    ----------
+    like : the engine that the file takes all else from
+    fitted : errors on the runs that were fitted on
+    crossed : on each load with times fitted on the others; left out with a single load
+    held : on runs that were held out
+    out : the file that was written
+    """
+
+    PAGE: ClassVar[str] = "apex_opt.report.calibration:calibration_page"
+    ROWS: ClassVar[str] = "rows"
+
+    schema: Literal["apex_opt.calibration/2"] = "apex_opt.calibration/2"
+    command: str
+    status: str
+    engine: str
+    like: str
+    runs: int
+    times_us: dict[str, FittedTime]
+    fitted: BeforeAfter
+    crossed: BeforeAfter | None = None
+    held: BeforeAfter | None = None
+    engine_toml: str
+    out: str | None
+    rows: tuple[dict[str, str | float], ...]
+
+
 # ---- clusters and lists ------------------------------------------------------------------------------------------
 
 

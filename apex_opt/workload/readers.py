@@ -218,7 +218,7 @@ def _parse(
         if unit is not None:
             raise UsageError(f"--trace_unit: {label} is the result of a benchmark, which tells its units; leave it out")
         _no_ids(label, block)
-        return _sent(label, name, source, table, seed)
+        return result_trace(label, name, source, table, seed)
     layout, called = layout_of(label, table.names)
     if "hash_ids" not in called:
         _no_ids(label, block)
@@ -240,8 +240,19 @@ def _no_ids(label: str, block: int | None) -> None:
         raise UsageError(f"--trace_block: {label} has no hash_ids that it could be the size of; leave it out")
 
 
-def _sent(label: str, name: str, source: str, document: dict[str, Any], seed: int) -> Trace:
-    """A trace of what a benchmark sent."""
+def result_trace(label: str, name: str, source: str, document: dict[str, Any], seed: int) -> Trace:
+    """A trace of what a benchmark sent.
+
+    Parameters
+    ----------
+    label, name, source : str    opens every message; of the trace; where it is from
+    document : dict              the result of a benchmark
+    seed : int                   for arrivals that are drawn
+
+    Raises
+    ------
+    InputError    figures that cannot be used, or no request that was answered
+    """
     read = result_reader(document)
     assert read is not None
     sent = read(label, document)

@@ -1,0 +1,92 @@
+"""Calibration: what was planted is found again, what loads cannot tell stays with the reason, files are left alone."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from test_measured_fit import BEFORE, RUNS, measured_with, quiet
+
+from apex_opt.cost.engine import load_engine
+from apex_opt.engines import load_kind
+from apex_opt.errors import InputError, UsageError
+from apex_opt.measured import SHIPPED, MeasuredRun, read_measured
+from apex_opt.measured.calibrate import calibrate, divided
+from apex_opt.report.calibration import calibration_document, calibration_page
+from apex_opt.schema import to_plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_planted_times_are_found_again_within_what_is_said_of_them() -> None:
+    planted = replace(BEFORE, step_s=2 * BEFORE.step_s, request_s=3 * BEFORE.request_s)
+    found = calibrate(measured_with(planted), "vllm", quiet)
+    times = {one.name: one for one in found.times}
+    assert found.better
+    for name in ("step_s", "request_s"):
+        one = times[name]
+        assert one.low_s is not None and one.high_s is not None
+        assert one.low_s <= getattr(planted, name) <= one.high_s
+        assert abs(one.after_s / getattr(planted, name) - 1) < 0.1
+    assert found.crossed is not None
+    before, after = found.crossed
+    assert after["ttft_mean"].mean_ape_pct < before["ttft_mean"].mean_ape_pct / 4
+    assert times["blocking_step_s"].kept.startswith("no figure of these runs moves")
+
+
+def test_one_load_cannot_tell_two_times_of_every_step_apart() -> None:
+    (run,) = measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s), RUNS[:1])
+    found = calibrate([run], "vllm", quiet)
+    kept = {one.name: one.kept for one in found.times}
+    assert found.crossed is None
+    told = [name for name in ("step_s", "sequence_s", "gap_s") if not kept[name]]
+    assert len(told) <= 1
+    assert any("cannot tell it from" in kept[name] for name in ("step_s", "sequence_s", "gap_s"))
+
+
+def test_a_calibrated_engine_is_a_file_that_is_read_like_any_other(tmp_path: Path) -> None:
+    planted = replace(BEFORE, request_s=3 * BEFORE.request_s)
+    found = calibrate(measured_with(planted), "vllm", quiet)
+    document = calibration_document(found, "vllm", None)
+    path = tmp_path / "my.toml"
+    path.write_text(document.engine_toml)
+    kind = load_kind(str(path))
+    assert tomllib.loads(document.engine_toml)["like"] == "vllm"
+    assert kind.name == "my.toml" and kind.rules is load_kind("vllm").rules
+    assert load_engine(str(path)).request_s == pytest.approx(found.after.request_s, rel=1e-4)
+    assert "request_us" in calibration_page(to_plain(document))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('like = "vllm"\n[own_time]\nstep_us = -1.0', "step_us = -1.0"),
+        ('like = "vllm"\n[own_time]\nstep_us = nan', "step_us = nan"),
+        ('like = "vllm"\n[own_time]\ncaptured = 3', "captured is none of"),
+        ('like = "nothing"\n[own_time]\nstep_us = 1', "like = 'nothing'"),
+        ('like = "vllm"\nscheduler = "static"\n[own_time]\nstep_us = 1', "'scheduler'"),
+        ('like = "vllm"', "own_time"),
+        ("own_time = 3", "like = None"),
+    ],
+)
+def test_an_engine_file_with_faults_is_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_kind(str(path))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_ship_and_some_can_be_held_out() -> None:
+    runs = read_measured(SHIPPED).runs
+    assert len(runs) == 18 and all(isinstance(run, MeasuredRun) for run in runs)
+    fitted, held = divided(runs, "vllm", "lmsys,llama-3.1-8b/conv")
+    assert [run.name for run in held] == ["llama-3.1-8b/lmsys", "llama-3.1-8b/conv", "mixtral-8x7b/lmsys"]
+    assert len(fitted) == 15
+    with pytest.raises(UsageError, match="no run of vllm"):
+        divided(runs, "vllm", "nowhere")
+    with pytest.raises(UsageError, match="no run of trtllm"):
+        divided(runs, "trtllm", None)
