@@ -177,7 +177,7 @@ def memory_chart(best: Document) -> Iterator[Chart]:
             "field": "part",
             "type": "nominal",
             "scale": {"domain": words, "range": colours},
-            "legend": {"orient": "bottom", "title": None, "columns": 3},
+            "legend": {"orient": "bottom", "title": None, "columns": 2},
         },
         "order": {"field": "order", "type": "quantitative"},
         "tooltip": told(("stage", "of"), ("part", "holds"), ("gb", "GB")),
@@ -251,7 +251,10 @@ def certificate_chart(document: Document) -> Iterator[Chart]:
         return
     place: Spec = {"y": {"field": "fate", "type": "nominal", "sort": None, "axis": {"title": None, "labelLimit": 240}}}
     shown = told(("fate", "plans that are"), ("plans", "number"))
-    encoding = {**place, "x": quantity("plans", "plans of the space", axis={"tickMinStep": 1}), "tooltip": shown}
+    # Room for the numbers beside the bars.
+    scale = {"domainMax": 1.2 * max(row["plans"] for row in rows)}
+    x = quantity("plans", "plans of the space", axis={"tickMinStep": 1}, scale=scale)
+    encoding = {**place, "x": x, "tooltip": shown}
     spec: Spec = {
         "data": {"values": rows},
         "layer": [
