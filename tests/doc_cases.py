@@ -38,3 +38,11 @@ def shown_and_printed(body: str, *more: str) -> tuple[str, str]:
     words = words_of(command)
     assert words is not None, command
     return " ".join(" ".join(shown).split()), " ".join(solve([*words, *more]).out.split())
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Words after `solve.py` of every command shown, in fenced blocks or in the text."""
+    shown = [line for _, body in blocks_of(text) for line in body.splitlines()]
+    shown += re.findall(r"`(solve\.py [^`]+)`", FENCE.sub("", text))
+    words = dict.fromkeys(tuple(words) for line in shown if (words := words_of(line)))
+    return [list(item) for item in words if "COMMAND" not in item]
