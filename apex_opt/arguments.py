@@ -510,7 +510,19 @@ class Sourced(General):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scored(Sourced):
+class Started(Sourced):
+    """An answer with a plan that can be started.
+
+    Parameters
+    ----------
+    save : Folder to write what starts the plan into, new or empty: scripts, docker compose, Kubernetes, a router.
+    """
+
+    save: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored(Started):
     """An answer of `simulate`.
 
     Parameters

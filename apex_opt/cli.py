@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt import __version__, api, commands
-from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, Sourced
+from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, Sourced, Started
 from apex_opt.commands import read
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.files import expanded, there
@@ -43,7 +43,7 @@ _EXAMPLES: Final = {str: "TEXT", int: "8", float: "0.9", bool: "true"}
 
 _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
     "plan": (
-        Sourced,
+        Started,
         "For example:\n\n"
         "  solve.py plan --model=llama-3.1-70b --cluster=8xh100-sxm --trace=chat\n"
         '  solve.py plan --slo="ttft_p95<=500ms,tpot_p95<=50ms" --objective=energy\n'
@@ -51,7 +51,7 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "Exit code: 0 with a plan, 3 where none is feasible, 2 for bad input.",
     ),
     "energy": (
-        Sourced,
+        Started,
         "Over plans, numbers of GPUs, formats, limits of a batch and clocks; the plan with the best latency "
         "within the same goals is shown beside it. For example:\n\n"
         '  solve.py energy --slo="ttft_p95<=500ms,tpot_p95<=50ms" --weights=bf16,fp8\n'
@@ -94,7 +94,7 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "2 for bad input.",
     ),
     "capacity": (
-        Sourced,
+        Started,
         "For example:\n\n"
         '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms"\n'
         '  solve.py capacity --slo="ttft_p95<=500ms,tpot_p95<=50ms" --rate=4\n'
@@ -501,8 +501,10 @@ def _main(words: list[str]) -> int:
     _check_files(request)
     from apex_opt.report.progress import Progress
 
+    saved = expanded(request.shown.save) if isinstance(request.shown, Started) and request.shown.save else None
+    more = {} if saved is None else {"emit": True}
     with Progress() as progress:
-        result = commands.COMMANDS[request.command].run(replace(request.arguments, progress=progress))
+        result = commands.COMMANDS[request.command].run(replace(request.arguments, progress=progress, **more))
     written = [option.name for option in options_of(type(request.shown)) if option.param.suffix]
     files = {name: path for name in written if (path := getattr(request.shown, name)) is not None}
     if result.found and (lacking := [name for name in files if name not in result.written]):
@@ -515,6 +517,10 @@ def _main(words: list[str]) -> int:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
             result.write(**{name: path for name, path in files.items() if name in result.written})
+    if saved is not None and result.found:
+        from apex_opt.launch.saved import save
+
+        save(result.to_dict(), saved)
     if not result.holds:
         return EXIT_FAULT  # a certificate that does not hold is a fault of ours, whatever the answer
     return 0 if result.found else EXIT_INFEASIBLE
@@ -531,6 +537,10 @@ def _form(result: Result, shown: General) -> str:
 
 def _check_files(request: Request) -> None:
     """Look at what options need before any work is done for them: files to write, and what draws pictures."""
+    if isinstance(request.shown, Started) and request.shown.save:
+        from apex_opt.launch.saved import check_new
+
+        check_new(expanded(request.shown.save))
     outputs, inputs = files_of(request)
     plans = getattr(request.arguments, "plan", None)
     if isinstance(plans, tuple) and (asked := [name for name in ("requests", "timeline") if name in outputs]):

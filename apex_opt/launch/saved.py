@@ -1,0 +1,275 @@
+"""Files that start a plan: scripts and compose files per node, Kubernetes manifests, a Dynamo graph, a router.
+
+All are made of the commands that `--emit` prints, so that there is one place that knows an engine's options. YAML is
+written as JSON, which is YAML: names from elsewhere are quoted by a library.
+
+Sources: the Compose specification (services, devices by `deploy.resources`), Kubernetes (`apps/v1` Deployment, `v1`
+Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `componentType`, `extraPodSpec`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import TYPE_CHECKING, Any, Final
+
+from apex_opt.errors import InputError
+from apex_opt.files import reason, there
+from apex_opt.outputs import check_folder, fresh_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+IMAGES: Final = {
+    "vllm": "vllm/vllm-openai:v0.20.2",
+    "sglang": "lmsysorg/sglang:latest",
+    "trtllm": "nvcr.io/nvidia/tensorrt-llm/release:1.0.0",
+}
+"""Containers that have the engine; another is named by IMAGE, and in a manifest by hand."""
+
+_DYNAMO: Final = "nvcr.io/nvidia/ai-dynamo/vllm-runtime:1.4.0"
+_NODE: Final = re.compile(r"(?<![\w-])(NODE\d+)(?![\w-])")
+_DEALT: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
+"""How nginx is told to deal requests."""
+
+
+def check_new(path: Path) -> None:
+    """Whether a folder can be made, and is not one that holds something, before the work for it is done.
+
+    Raises
+    ------
+    InputError    one that cannot, or that is not empty
+    """
+    if there(path) and not path.is_dir():
+        raise InputError(f"--save {path}: is a file; name a folder that is not there yet")
+    check_folder(path, "--save")
+    if path.is_symlink() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"--save {path}: is there and not empty; name another folder, or empty it")
+
+
+def save(document: Mapping[str, Any], path: Path) -> None:
+    """Write what starts the plan of an answer into a folder, whole or not at all.
+
+    Raises
+    ------
+    InputError    a plan without commands, or a folder that cannot be written
+    """
+    launch = document.get("launch")
+    if not launch or not launch["commands"]:
+        why = "; ".join(launch["notes"][:2]) if launch else "the answer has no plan"
+        raise InputError(f"--save {path}: nothing starts it, so nothing is written ({why})")
+    check_new(path)
+    try:
+        with fresh_folder(path) as folder:
+            for name, text in files_of(document).items():
+                (folder / name).write_text(text, encoding="utf-8")
+                if name.endswith(".sh"):
+                    (folder / name).chmod(0o755)
+    except OSError as error:
+        raise InputError(f"--save {path}: cannot be written ({reason(error)}); name another folder") from error
+
+
+def files_of(document: Mapping[str, Any]) -> dict[str, str]:
+    """Names and texts of the files for an answer whose plan has commands."""
+    launch, routing = document["launch"], document["question"].get("routing", "round_robin")
+    commands: Sequence[Mapping[str, Any]] = launch["commands"]
+    found: dict[str, str] = {}
+    for node in sorted({command["node"] for command in commands}):
+        own = [command for command in commands if command["node"] == node]
+        found[f"node{node}.sh"] = _script(node, own)
+        if services := _services(launch["engine"], own):
+            found[f"compose-node{node}.yaml"] = _yaml({"services": services})
+    servers = [command for command in commands if command["replica"] is not None]
+    alone = len({command["replica"] for command in servers}) == len(servers)
+    if alone and not any(_named(command) for command in servers):
+        found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
+        if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
+            found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
+    before = any(command["replica"] is None and command["argv"][0] == "python" for command in commands)
+    if len(servers) > 1 and alone and not before and routing in _DEALT:
+        found["nginx.conf.template"] = _nginx(servers, _DEALT[routing])
+    found["README.md"] = _readme(document, found)
+    return found
+
+
+def _named(command: Mapping[str, Any]) -> bool:
+    """Whether a command names a node whose address is not known here."""
+    return any(_NODE.search(word) for word in (*command["argv"], *command["env"].values()))
+
+
+def _file(command: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Name and text of the file that a command writes before it starts; documents have it in the line alone."""
+    words = shlex.split(command["text"])
+    return (words[3], words[1]) if words[0] == "echo" else None
+
+
+def _word(word: str) -> str:
+    """A word for a shell, in which the address of a node is a variable."""
+    parts = _NODE.split(word)
+    return "".join(f'"${part}"' if index % 2 else shlex.quote(part) if part else "" for index, part in enumerate(parts))
+
+
+def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
+    """What starts everything on one node, and ends all once one of them ends."""
+    names = sorted(
+        {name for c in commands for word in (*c["argv"], *c["env"].values()) for name in _NODE.findall(word)}
+    )
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Starts what runs on node {node}; ends all of it once one part ends.",
+        "set -euo pipefail",
+    ]
+    lines += ['cd "$(dirname "${BASH_SOURCE[0]}")"', "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    lines += [f': "${{{name}:?set {name} to the address of that node}}"' for name in names]
+    for index, command in enumerate(commands):
+        if file := _file(command):
+            name, text = file
+            lines.append(f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(name)}")
+        words = [*(f"{name}={_word(value)}" for name, value in command["env"].items()), *map(_word, command["argv"])]
+        if command["argv"][0] == "nvidia-smi":
+            lines.append(" ".join(words))
+        else:
+            lines.append(f"{'env ' if command['env'] else ''}{' '.join(words)} > part{index}.log 2>&1 &")
+    return "\n".join([*lines, "wait -n", ""])
+
+
+def _services(engine: str, commands: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compose services of the servers of a node; a command that needs a file or mpirun stays with the script."""
+    found = {}
+    for command in commands:
+        if command["replica"] is None or _file(command) or command["argv"][0] == "mpirun":
+            continue
+        words = [_composed(word) for word in command["argv"]]
+        gpus = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        found[f"replica{command['replica']}"] = {
+            "image": f"${{IMAGE:-{IMAGES[engine]}}}",
+            "entrypoint": words[:1],
+            "command": words[1:],
+            "environment": {name: _composed(value) for name, value in command["env"].items()},
+            "network_mode": "host",
+            "ipc": "host",
+            "deploy": {"resources": {"reservations": {"devices": [gpus]}}},
+        }
+    return found
+
+
+def _composed(word: str) -> str:
+    """A word in which Compose puts in addresses of nodes and nothing else."""
+    return _NODE.sub(lambda match: f"${{{match[1]}:?}}", word.replace("$", "$$"))
+
+
+def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A Deployment for each server and a Service before all of them; the cluster chooses the GPUs."""
+    items: list[dict[str, Any]] = []
+    for command in servers:
+        port, name = int(_port(command)), f"replica{command['replica']}"
+        labels = {"app": "apex-opt-plan", "replica": name}
+        container = {
+            "name": "engine",
+            "image": IMAGES[engine],
+            "command": [word.replace("$(", "$$(") for word in command["argv"]],
+            "env": [{"name": key, "value": value} for key, value in _portless(command)["env"].items()],
+            "ports": [{"name": "http", "containerPort": port}],
+            "resources": {"limits": {"nvidia.com/gpu": str(_gpus(command))}},
+            "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10},
+            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+        }
+        if file := _file(command):
+            name_of, text = file
+            started = (
+                f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(name_of)} && exec {shlex.join(command['argv'])}"
+            )
+            container["command"] = ["sh", "-c", started]
+        pod = {"containers": [container], "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}]}
+        spec = {
+            "replicas": 1,
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        }
+        items.append(
+            {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name, "labels": labels}, "spec": spec}
+        )
+    service = {"selector": {"app": "apex-opt-plan"}, "ports": [{"name": "http", "port": 8000, "targetPort": "http"}]}
+    items.append({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "apex-opt-plan"}, "spec": service})
+    return {"apiVersion": "v1", "kind": "List", "items": items}
+
+
+def _dynamo(servers: Sequence[Mapping[str, Any]], routing: str) -> dict[str, Any]:
+    """A graph of Dynamo: its frontend, and a worker of vLLM for each replica."""
+    words = _portless(servers[0])["argv"]
+    frontend: dict[str, Any] = {"componentType": "frontend", "replicas": 1}
+    frontend["extraPodSpec"] = {"mainContainer": {"image": _DYNAMO}}
+    if routing == "dynamo":
+        frontend["envs"] = [{"name": "DYN_ROUTER_MODE", "value": "kv"}]
+    worker = {"image": _DYNAMO, "command": ["python3", "-m", "dynamo.vllm"], "args": ["--model", *words[2:]]}
+    services = {
+        "Frontend": frontend,
+        "VllmWorker": {
+            "componentType": "worker",
+            "replicas": len(servers),
+            "resources": {"limits": {"gpu": str(_gpus(servers[0]))}},
+            "envs": [{"name": name, "value": value} for name, value in _portless(servers[0])["env"].items()],
+            "extraPodSpec": {"mainContainer": worker},
+        },
+    }
+    kind = {"apiVersion": "nvidia.com/v1alpha1", "kind": "DynamoGraphDeployment"}
+    return {**kind, "metadata": {"name": "apex-opt-plan"}, "spec": {"services": services}}
+
+
+def _gpus(command: Mapping[str, Any]) -> int:
+    return len(next(iter(v for k, v in command["env"].items() if k.endswith("VISIBLE_DEVICES"))).split(","))
+
+
+def _port(command: Mapping[str, Any]) -> str:
+    words = command["argv"]
+    return str(words[words.index("--port") + 1])
+
+
+def _portless(command: Mapping[str, Any]) -> dict[str, Any]:
+    """Words and environment without what differs between equal replicas: the port, and which GPUs of the node."""
+    words, at = list(command["argv"]), command["argv"].index("--port")
+    env = {name: value for name, value in command["env"].items() if not name.endswith("VISIBLE_DEVICES")}
+    return {"argv": words[:at] + words[at + 2 :], "env": env}
+
+
+def _nginx(servers: Sequence[Mapping[str, Any]], dealt: str) -> str:
+    """The router before several servers, for the template folder of nginx's container or `envsubst`."""
+    lines = "".join(f"    server ${{NODE{command['node']}}}:{_port(command)};\n" for command in servers)
+    inside = ("proxy_pass http://engines", "proxy_buffering off", "proxy_read_timeout 1h")
+    location = "    location / {\n" + "".join(f"        {line};\n" for line in inside) + "    }\n"
+    return f"upstream engines {{\n{dealt}{lines}}}\nserver {{\n    listen 8080;\n{location}}}\n"
+
+
+_TOLD: Final = {
+    "node": "`bash {}` on that node starts it, with a log for each part",
+    "compose": "`docker compose -f {} up` on that node",
+    "kubernetes": "`kubectl apply -f {}`; the cluster chooses the GPUs, which may lie otherwise in a node than "
+    "the plan has them, and its Service deals requests at random",
+    "dynamo": "`kubectl apply -f {}` where the Dynamo operator runs",
+    "nginx": "the router that deals requests as was simulated: set NODE0, ... to the nodes' addresses, and put {} into "
+    "/etc/nginx/templates of nginx's container",
+}
+
+
+def _readme(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """The plan in words: what it is, how it starts, what to check, and its certificate."""
+    launch = document["launch"]
+    lines = [
+        f"# A plan for {launch['engine']}",
+        "",
+        f"Made by apex_opt {document['version']}, status {document['status']}.",
+        "",
+    ]
+    lines += ["## Files", ""]
+    lines += [f"- {_TOLD[next(key for key in _TOLD if name.startswith(key))].format(name)}" for name in files]
+    lines += ["", "## To know and to check", "", *(f"- {note}" for note in launch["notes"])]
+    for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
+        if document.get(key) is not None:
+            lines += ["", f"## {title}", "", "```json", json.dumps(document[key], indent=1), "```"]
+    return "\n".join([*lines, ""])
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,164 @@
+"""What `--save` writes: the commands of `--emit`, word for word, in files that their readers take; or nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+from cli_cases import Once
+from launch_cases import DENSE, emitted
+
+from apex_opt.errors import InputError
+from apex_opt.launch.saved import check_new, files_of, save
+from apex_opt.report.launch import launch_document
+from apex_opt.schema import to_plain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ONCE = Once()
+NAME = {"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63}
+TEXTS = {"type": "array", "items": {"type": "string"}}
+ENV = {"type": "array", "items": {"type": "object", "required": ["name"], "additionalProperties": {"type": "string"}}}
+SERVICE = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "image": {"type": "string"},
+        "entrypoint": TEXTS,
+        "command": TEXTS,
+        "environment": {"type": "object", "additionalProperties": {"type": "string"}},
+        "network_mode": {"const": "host"},
+        "ipc": {"const": "host"},
+        "deploy": {"type": "object"},
+    },
+}
+CONTAINER = {
+    "type": "object",
+    "required": ["name", "image"],
+    "properties": {
+        "name": NAME,
+        "command": TEXTS,
+        "env": ENV,
+        "resources": {"properties": {"limits": {"additionalProperties": {"type": "string"}}}},
+        "ports": {"items": {"required": ["containerPort"], "properties": {"containerPort": {"type": "integer"}}}},
+    },
+}
+
+
+def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
+    """What `save` reads of an answer."""
+    launch = to_plain(launch_document(emitted(engine, DENSE, plan, nodes, 8)))
+    return {"launch": launch, "question": {}, "status": "feasible", "version": "0", "best": {"plan": plan}}
+
+
+def arguments(script: str, variables: dict[str, str]) -> list[list[str]]:
+    """Words of what a script would start, as bash reads them."""
+    lines = [line.partition(" > part")[0] for line in script.splitlines() if line.endswith("&")]
+    printed = "\n".join(f"printf '%s\\0' {line}; echo" for line in lines)
+    done = subprocess.run(["bash", "-uc", printed], env=variables, capture_output=True, text=True, check=True)
+    return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_scripts_start_the_commands_word_for_word(engine: str) -> None:
+    asked = document(engine, "dp2 tp4")
+    script = files_of(asked)["node0.sh"]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    expected = [
+        ["env", *(f"{name}={value}" for name, value in command["env"].items()), *command["argv"]]
+        for command in asked["launch"]["commands"]
+    ]
+    assert arguments(script, {}) == expected
+
+
+def test_the_options_file_of_an_engine_is_written_before_it_starts(tmp_path: Path) -> None:
+    asked = document("trtllm", "tp4")
+    script = files_of(asked)["node0.sh"]
+    line = next(line for line in script.splitlines() if line.startswith("printf"))
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name in asked["launch"]["commands"][0]["argv"]
+    assert "kv_cache_config" in json.loads(path.read_text())
+
+
+def test_addresses_of_nodes_are_variables_that_must_be_set() -> None:
+    files = files_of(document("vllm", "tp16", nodes=2))
+    assert {"node0.sh", "node1.sh"} <= set(files)
+    assert "kubernetes.yaml" not in files
+    script = files["node1.sh"]
+    (words,) = arguments(script, {"NODE0": "10.0.0.1", "NODE1": "10.0.0.2"})
+    assert words[words.index("--master-addr") + 1] == "10.0.0.1"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={"PATH": "/bin:/usr/bin"}, check=False
+    )
+    assert done.returncode != 0
+    assert "NODE0" in done.stderr
+
+
+def test_odd_names_of_checkpoints_stay_one_word() -> None:
+    asked = document("vllm", "tp4")
+    odd = "a b'c\"$(touch x);`y`: {z}"
+    (command,) = asked["launch"]["commands"]
+    command["argv"][2] = odd
+    files = files_of(asked)
+    assert arguments(files["node0.sh"], {})[0].count(odd) == 1
+    service = json.loads(files["compose-node0.yaml"])["services"]["replica0"]
+    assert [word.replace("$$", "$") for word in service["command"]][1] == odd
+
+
+def test_compose_kubernetes_and_dynamo_have_the_fields_of_their_schemas() -> None:
+    asked = document("vllm", "dp2 tp4")
+    files = files_of(asked)
+    for service in json.loads(files["compose-node0.yaml"])["services"].values():
+        jsonschema.validate(service, SERVICE)
+    *deployments, service = json.loads(files["kubernetes.yaml"])["items"]
+    assert [item["kind"] for item in (*deployments, service)] == ["Deployment", "Deployment", "Service"]
+    for item, command in zip(deployments, asked["launch"]["commands"], strict=True):
+        jsonschema.validate(item["metadata"]["name"], NAME)
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        jsonschema.validate(container, CONTAINER)
+        assert item["spec"]["selector"]["matchLabels"] == item["spec"]["template"]["metadata"]["labels"]
+        assert container["command"] == command["argv"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    graph = json.loads(files["dynamo.yaml"])
+    worker = graph["spec"]["services"]["VllmWorker"]
+    assert (worker["replicas"], worker["resources"]["limits"]["gpu"]) == (2, "4")
+    assert "--port" not in worker["extraPodSpec"]["mainContainer"]["args"]
+    assert files["nginx.conf.template"].count("server ${NODE0}:") == 2
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    done = ONCE.run("simulate", "--plan", "tp8", "--save", str(tmp_path))
+    assert done.code == 2
+    assert done.out == ""
+    assert len(done.err.splitlines()) == 1
+    assert "not empty" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(InputError, match="is a file"):
+        check_new(tmp_path / "mine")
+
+
+def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:
+    asked = document("vllm", "tp4")
+    asked["launch"]["commands"] = []
+    with pytest.raises(InputError, match="nothing starts it"):
+        save(asked, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_is_saved_with_its_certificate(tmp_path: Path) -> None:
+    done = ONCE.run("simulate", "--plan", "dp2 tp4", "--save", str(tmp_path / "new"))
+    assert done.code == 0
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {"README.md", "node0.sh", "compose-node0.yaml", "kubernetes.yaml", "dynamo.yaml"} <= names
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert "## Certificate" in text
+    assert all(name in text for name in names - {"README.md"})
+    assert shlex.split((tmp_path / "new" / "node0.sh").read_text().splitlines()[-1]) == ["wait", "-n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
