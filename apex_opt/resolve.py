@@ -289,8 +289,11 @@ def _seeing(model: Model, trace: Trace) -> Model:
     if not media.image_share:
         return model
     if tower is None or tower.reads != "images":
-        known = f"of {model.name} no tower is described" if tower is None else f"{model.name} reads {tower.reads}"
-        raise UsageError(f"--trace: {trace.name:.60} has images (image_tokens), but {known}")
+        read = "reads no images" if model.tower_heads is None else "has a tower that docs/models.md does not list"
+        known = f"{model.name} {read if tower is None else f'reads {tower.reads}'}"
+        raise UsageError(
+            f"--trace: {trace.name:.60} has images (image_tokens), but {known}; leave image_tokens out to plan for text"
+        )
     return replace(model, images=(media.image_tokens, media.image_share))
 
 

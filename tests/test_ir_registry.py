@@ -328,3 +328,8 @@ def test_weights_are_found_under_the_id_nearest_to_the_name(wanted: str, found: 
 def test_weights_lie_in_the_folder_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert checkpoint_of(str(tmp_path)) == checkpoint_of(str(tmp_path / "config.json")) == str(tmp_path)
+
+
+def test_a_file_of_another_name_does_not_stand_for_the_folder_it_lies_in(tmp_path: Path) -> None:
+    (tmp_path / "tuned-8b.json").write_text("{}", encoding="utf-8")
+    assert checkpoint_of(str(tmp_path / "tuned-8b.json")) == "tuned-8b"

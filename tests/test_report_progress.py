@@ -47,6 +47,18 @@ def test_a_pipe_hears_of_long_work_every_ten_seconds(
     ]
 
 
+def test_work_without_steps_is_told_of_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with Progress() as progress:
+        for second in (0.0, 30.0, 60.0):
+            clock[0] = second
+            progress("compiling", 0, 0)
+    assert capsys.readouterr().err == "compiling ...\n"
+
+
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -538,7 +538,7 @@ def test_images_have_their_tower_served_and_are_told_of() -> None:
     assert seen.model.images == (300.0, 0.75) and plain.model.images is None
     assert seen.settings.chunked_prefill
     assert any("images: 75% of the tokens of prompts" in note for note in seen.notes)
-    with pytest.raises(UsageError, match=r"has images .* but of gpt2 no tower is described"):
+    with pytest.raises(UsageError, match=r"has images .* but gpt2 reads no images; leave image_tokens out"):
         media("gpt2", trace="static:n=2,prompt=100,image_tokens=300,output=4")
 
 

@@ -59,7 +59,8 @@ def load_model(name_or_path: str) -> Model:
 def checkpoint_of(name_or_path: str) -> str:
     """Where an engine finds the weights of what `load_model` found under this name: a folder or a Hugging Face id.
 
-    A registry name stands for the Hugging Face id nearest to it, or for itself where there is none.
+    A registry name stands for the Hugging Face id nearest to it, or for itself where there is none. A file that is not
+    called `config.json` does not lie among weights: its own name stands for them.
     """
     wanted = name_or_path.strip()
     name = _names().get(wanted.lower())
@@ -70,7 +71,9 @@ def checkpoint_of(name_or_path: str) -> str:
     path = expanded(wanted)
     if not there(path):
         return wanted
-    return str(path if path.is_dir() else path.parent)
+    if path.is_dir() or path.name == "config.json":
+        return str(path if path.is_dir() else path.parent)
+    return path.name.removesuffix(".json")
 
 
 def list_models() -> tuple[Model, ...]:

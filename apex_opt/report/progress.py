@@ -59,7 +59,7 @@ class Progress:
         now = time.monotonic()
         if what not in self._said:
             print(f"{what} ...", file=sys.stderr, flush=True)
-        elif now - self._said[what] >= _LINE_EVERY_S:
+        elif (done or total) and now - self._said[what] >= _LINE_EVERY_S:
             print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
         else:
             return

@@ -268,6 +268,22 @@ class AttentionCell(Cell):
         return self
 
 
+class Headless(AttentionCell):
+    """What stands in attention's place and has no heads that shards would divide."""
+
+    __slots__ = ()
+
+    @property
+    def query_heads(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def kv_heads(self) -> int:
+        """None."""
+        return 0
+
+
 class Ffn(Cell):
     """What stands in an FFN's place: it takes each token alone.
 
@@ -303,6 +319,22 @@ class Ffn(Cell):
     @abstractmethod
     def operations(self, cut: Cut, kv_bytes: int) -> tuple[Linear, ...]:
         """Kernels of one shard in order, collectives left out: all by the tokens of a batch alone."""
+
+
+class Unrouted(Ffn):
+    """What stands in an FFN's place and has no experts to choose from."""
+
+    __slots__ = ()
+
+    @property
+    def experts(self) -> int:
+        """Routed experts: none."""
+        return 0
+
+    @property
+    def experts_per_token(self) -> int:
+        """Routed experts that see one token: none."""
+        return 0
 
 
 def stored_bytes(weight_format: str, matrices: Iterable[Matrix], *, used: bool = False) -> int:

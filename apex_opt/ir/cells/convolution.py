@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Matrix, Piece, State
+from apex_opt.ir.cells.base import WHOLE, Cut, Headless, Matrix, Piece, State
 from apex_opt.ir.cells.operations import Convolve, Elementwise, Op, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
 from apex_opt.units import ceil_div
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShortConvolution(AttentionCell):
+class ShortConvolution(Headless):
     """A convolution over the last tokens between two gates, as in LFM2.
 
     Source: tensor shapes as in `transformers`, cut and kept as in vLLM.
@@ -75,16 +75,6 @@ class ShortConvolution(AttentionCell):
     def width(self, cut: Cut = WHOLE) -> int:
         """Input, gates, what is gated and what is convolved."""
         return 5 * ceil_div(self.hidden, cut.heads)
-
-    @property
-    def query_heads(self) -> int:
-        """None: channels are alone."""
-        return 0
-
-    @property
-    def kv_heads(self) -> int:
-        """None."""
-        return 0
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, Cut, Ffn, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, Cut, Matrix, Piece, Unrouted
 from apex_opt.ir.cells.operations import Elementwise, Product, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
 from apex_opt.units import ceil_div
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseFfn(Ffn):
+class DenseFfn(Unrouted):
     """Feed-forward network: up (and gate) projection, activation, down projection.
 
     Parameters
@@ -46,16 +46,6 @@ class DenseFfn(Ffn):
     def dense(self) -> DenseFfn:
         """What every token passes through: all of it."""
         return self
-
-    @property
-    def experts(self) -> int:
-        """Routed experts: none."""
-        return 0
-
-    @property
-    def experts_per_token(self) -> int:
-        """Routed experts that see one token: none."""
-        return 0
 
     @property
     def token_columns(self) -> int:

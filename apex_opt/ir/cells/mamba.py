@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from apex_opt.errors import InputError
-from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Matrix, Piece, State
+from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Headless, Matrix, Piece, State
 from apex_opt.ir.cells.operations import Convolve, Elementwise, Op, Product, Recur, norm
 from apex_opt.ir.checks import check_counts, check_flags, check_forms
 from apex_opt.units import ceil_div
@@ -142,7 +142,7 @@ class Mamba2(AttentionCell):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mamba1(AttentionCell):
+class Mamba1(Headless):
     """Mamba: every channel has a state and a decay of its own, B, C and the time step come from the convolved input.
 
     Source: Gu and Dao, "Mamba", 2023; tensor shapes as in `transformers`, cut and kept as in vLLM.
@@ -235,16 +235,6 @@ class Mamba1(AttentionCell):
     def width(self, cut: Cut = WHOLE) -> int:
         """Input and gate, the convolved input, time steps and output."""
         return 5 * ceil_div(self.inner, cut.heads) + self._small
-
-    @property
-    def query_heads(self) -> int:
-        """None: channels are alone."""
-        return 0
-
-    @property
-    def kv_heads(self) -> int:
-        """None."""
-        return 0
 
     @property
     def kind(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Ffn, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, Cut, Headless, Matrix, Piece, Unrouted
 from apex_opt.ir.cells.operations import Linear, Product, norm
 from apex_opt.ir.checks import check_counts, check_forms
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replaced(AttentionCell, Ffn):
+class Replaced(Headless, Unrouted):
     """A linear map of the residual stream, whole on every shard, in place of attention or of an FFN.
 
     Parameters
@@ -58,26 +58,6 @@ class Replaced(AttentionCell, Ffn):
     def kind(self) -> str:
         """A matrix."""
         return "linear map"
-
-    @property
-    def query_heads(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def kv_heads(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def experts(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def experts_per_token(self) -> int:
-        """None."""
-        return 0
 
     @property
     def token_columns(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Ffn, Matrix, Piece
+from apex_opt.ir.cells.base import WHOLE, Cut, Headless, Matrix, Piece, Unrouted
 from apex_opt.ir.checks import check_counts
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped(AttentionCell, Ffn):
+class Skipped(Headless, Unrouted):
     """Nothing, in the place of attention or of an FFN: no matrices, no kernels, nothing to cut.
 
     Parameters
@@ -57,26 +57,6 @@ class Skipped(AttentionCell, Ffn):
     def launches(self) -> tuple[int, int]:
         """None."""
         return 0, 0
-
-    @property
-    def query_heads(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def kv_heads(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def experts(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def experts_per_token(self) -> int:
-        """None."""
-        return 0
 
     @property
     def token_columns(self) -> int:
