@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
+    from apex_opt.simulator.phases import PhasedOutcome, Phases
     from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
 
@@ -294,6 +295,35 @@ def run_disaggregated(
     from apex_opt.simulator import pack_disaggregated
 
     return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
+
+
+def run_phases(settings: EngineSettings, blocks: int, law: BatchLaw, phases: Phases, trace: Trace) -> PhasedOutcome:
+    """Serve a trace on one replica that computes prompts and answers side by side, each with a share of its GPUs.
+
+    Parameters
+    ----------
+    settings : EngineSettings    without prefix caching, drafts and kinds of layers
+    blocks : int                 KV blocks, which both phases take from
+    law : BatchLaw               of one stage, on whole GPUs
+    phases : Phases              the shares
+    trace : Trace                open arrivals
+
+    Returns
+    -------
+    PhasedOutcome
+
+    Raises
+    ------
+    CapacityError, UsageError
+    """
+    if trace.concurrency is not None:
+        raise UsageError("phases that share a GPU take open arrivals, not a closed loop of clients")
+    if settings.prefix_caching or settings.kv_groups or settings.speculation is not None:
+        raise UsageError("phases share a GPU without prefix caching, drafts and kinds of layers; leave these out")
+    _check_pool(EnginePool(settings=settings, blocks=blocks, laws=[law]), trace)
+    from apex_opt.simulator.reference import phases as loops
+
+    return loops.run(settings, blocks, law, phases, trace)
 
 
 def _check_alike(pools: Sequence[EnginePool], *, unassigned: bool) -> None:
