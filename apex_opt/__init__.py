@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         profile_import,
         profile_show,
         simulate,
+        study,
         traces,
         validate,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "profile_import",
     "profile_show",
     "simulate",
+    "study",
     "traces",
     "validate",
 ]

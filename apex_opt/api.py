@@ -232,6 +232,28 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     return Result(document=document, found=bool(found.plans), details=_details_by_rate(found.plans[:1], ask))
 
 
+@command(arguments.StudyAsk)
+def study(ask: arguments.StudyAsk) -> Result:
+    """Ask plan, energy, capacity or pareto of every point of a grid, and go on where that was interrupted."""
+    from apex_opt.grids.run import run_study
+    from apex_opt.grids.store import Store
+    from apex_opt.grids.study import read_study
+    from apex_opt.grids.workers import opened
+    from apex_opt.report.study import listed_document, study_document
+
+    path = expanded(ask.study)
+    asked, folder = read_study(path), path.with_suffix("") if ask.target is None else expanded(ask.target)
+    if folder == path:
+        raise UsageError(f"--target: {path} has no ending, so its results need a folder of their own; name one")
+    if ask.dry_run:
+        return Result(document=listed_document(asked, folder))
+    with Store(folder, asked) as store:
+        answer = globals()[asked.command]  # the function, which goes to workers by its name
+        answered = run_study(asked, store, lambda: opened(ask.ray, ask.workers), answer, ask.tell, again=ask.retry)
+        document = study_document(asked, folder, store.rows(), answered)
+    return Result(document=document, found=document.found > 0)
+
+
 # ---- plans that are given ----------------------------------------------------------------------------------------
 
 

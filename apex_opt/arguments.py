@@ -303,6 +303,31 @@ class CapacityAsk(Ask):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StudyAsk(Arguments):
+    """A grid of questions.
+
+    Parameters
+    ----------
+    study : TOML file with the command to ask (plan, energy, capacity or pareto), its options that are [fixed], and
+        lists of the others along [axes] (docs/studies.md).
+    target : Folder of the results, which are written as they come; one that has some is gone on with. By default that
+        of the study's file, without its ending.
+    workers : Processes to work at once, or with --ray=local CPUs that Ray may take; by default one for each core.
+    ray : Where to work by tasks of Ray: local, or HOST:PORT of the head of a cluster; needs apex-opt[ray]. By default
+        processes of this machine do.
+    dry_run : List the points, and answer none.
+    retry : Answer points that failed before anew.
+    """
+
+    study: str = field(kw_only=False)
+    target: str | None = None
+    workers: Annotated[int | None, Param(1, 1024)] = None
+    ray: str | None = None
+    dry_run: bool = False
+    retry: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ValidateAsk(Setup):
     """Measured runs.
 
@@ -486,12 +511,12 @@ class General(Arguments):
 
     Parameters
     ----------
-    format : Form of the answer: table or json.
+    format : Form of the answer: table; json; or csv, a line for each row of the answer: candidate, run or listed thing.
     report : HTML file to write the answer to, with charts, to be opened in a browser; needs apex-opt[report].
     debug : Show the traceback of an error.
     """
 
-    format: Literal["table", "json"] = "table"
+    format: Literal["table", "json", "csv"] = "table"
     report: Annotated[str | None, Param(suffix=".html")] = None
     debug: bool = False
 

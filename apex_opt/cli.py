@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt import __version__, api, commands
-from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, Sourced, Started
+from apex_opt.arguments import Drawn, Front, General, Judged, Placed, Scored, Sourced, Started, StudyAsk
 from apex_opt.commands import read
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.files import expanded, there
@@ -102,6 +102,15 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "A rate is judged by the trace repeated, until the answer no longer depends on how long it runs: lengths in "
         "their order, arrivals drawn anew (looped where recorded). Exit code: 0 with a rate or a plan, 3 where no plan "
         "meets the goals, 2 for bad input.",
+    ),
+    "study": (
+        General,
+        "For example:\n\n"
+        "  solve.py study study.toml --dry_run\n"
+        "  solve.py study study.toml --workers=8\n"
+        "  solve.py study study.toml --ray=10.0.0.1:6379 --target=results --format=csv\n\n"
+        "The same command again goes on where it was. Exit code: 0 with an answer at any point, 3 where none has one, "
+        "2 for bad input.",
     ),
     "validate": (
         Judged,
@@ -208,6 +217,11 @@ class Command:
     def options(self) -> tuple[Option, ...]:
         """All that may be given."""
         return *options_of(self.asks), *options_of(self.shown)
+
+    @property
+    def place(self) -> str | None:
+        """The option whose value may be given alone, as in `study study.toml`."""
+        return "study" if self.asks is StudyAsk else None
 
     def option(self, name: str) -> Option:
         """The option of this name."""
@@ -386,6 +400,9 @@ def _values(command: str, words: Sequence[str]) -> dict[str, str | tuple[str, ..
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or _is_value(word):
+            if (place := COMMANDS[command].place) and place not in values:
+                values[place] = word
+                continue
             raise UsageError(f"{command}: {word!r:.60} belongs to no option; options are given as --name=value")
         if word == "--":
             raise UsageError(f"{command}: '--' has no meaning here; options are given as --name=value")
@@ -530,6 +547,8 @@ def _form(result: Result, shown: General) -> str:
     """An answer in the form asked for."""
     if shown.format == "json":
         return result.to_json()
+    if shown.format == "csv":
+        return result.to_csv()
     return result.page(
         sources=isinstance(shown, Sourced) and shown.sources, limit=shown.limit if isinstance(shown, Judged) else 0
     )

@@ -83,7 +83,19 @@ class Result:
         """A row for each candidate, run or listed thing, a column for each figure, such as `metrics.ttft_s.p95`."""
         import pandas as pd
 
-        return pd.json_normalize(self.to_dict()[self.document.ROWS])
+        rows = self.to_dict()[self.document.ROWS] or []
+        plain = rows and all(not isinstance(row, dict) for row in rows)
+        return pd.DataFrame({self.document.ROWS: rows}) if plain else pd.json_normalize(rows)
+
+    def to_csv(self) -> str:
+        """The same as CSV, with units in the names of columns; what is a list in a cell is JSON there."""
+
+        def cell(value: Any) -> Any:
+            return json.dumps(value) if isinstance(value, list | dict | bool) else value
+
+        # Whole numbers stay whole where some are undefined.
+        frame = self.to_frame().convert_dtypes().astype(object)
+        return frame.map(cell).to_csv(index=False) if len(frame.columns) else ""
 
     def _repr_html_(self) -> str:
         """The page as a notebook shows it."""

@@ -7,6 +7,7 @@ alone. A link is followed: what it leads to is replaced. An interrupted program 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
@@ -161,6 +162,26 @@ def check_folder(path: Path, what: str) -> None:
         tempfile.TemporaryFile(dir=nearest).close()
     except (OSError, ValueError) as error:
         raise InputError(f"{what} {path}: cannot be written ({reason(error)}); name another folder") from None
+
+
+def taken_alone(path: Path, what: str) -> int:
+    """A folder, made where there is none, for one program at a time: a number to close once it is done with.
+
+    Raises
+    ------
+    InputError    one that cannot be made, or that another program is at work in
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be written ({reason(error)}); name another folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise InputError(f"{what} {path}: another run is at work in it; wait, or name another folder") from None
+    return lock
 
 
 def check_replaced(folder: Path, read: Iterable[Path]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 import json
 import subprocess
 import sys
@@ -52,7 +54,7 @@ def test_every_command_is_a_function_with_the_options_and_defaults_of_the_comman
         assert taken[option.name].default == (inspect.Parameter.empty if option.default is REQUIRED else option.default)
         assert cli.COMMANDS[name].option(option.name) == option
     positional = [p.name for p in taken.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    assert positional in ([], ["plan"], ["measured"])
+    assert positional in ([], ["plan"], ["measured"], ["study"])
     assert function.__doc__.startswith(cli.COMMANDS[name].summary)
 
 
@@ -98,6 +100,21 @@ def test_candidates_come_as_a_table_with_the_figures_of_the_document(planned: Re
     assert list(table["metrics.ttft_s.p95"]) == [row["metrics"]["ttft_s"]["p95"] for row in rows]
     columns = {name.partition(".")[0] for name in apex_opt.models().to_frame().columns}
     assert columns == set(apex_opt.models().to_dict()["models"][0])
+
+
+def test_csv_has_the_rows_of_the_table_with_whole_numbers_whole(
+    planned: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", *(f"--{name}={value}" for name, value in CHEAP.items()), "--top=2", "--format=csv"]
+    assert printed(capsys, *words) == planned.to_csv()
+    rows, told = list(csv.DictReader(io.StringIO(planned.to_csv()))), planned.to_dict()["candidates"]
+    assert [row["plan"] for row in rows] == [row["plan"] for row in told]
+    for row, run in zip(rows, told, strict=True):
+        assert row["gpus"] == str(run["gpus"])
+        assert float(row["metrics.ttft_s.p95"]) == run["metrics"]["ttft_s"]["p95"]
+        assert json.loads(row["memory"]) == run["memory"]
+    none = apex_opt.plan(**CHEAP | {"model": "llama-3.1-70b", "cluster": "1xl4"})
+    assert none.to_csv() == ""
 
 
 def test_progress_is_told_to_whoever_asks() -> None:

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.resolve",),
     ("apex_opt.report",),
     ("apex_opt.commands",),
+    ("apex_opt.grids",),
     ("apex_opt.api",),
     ("apex_opt.cli",),
     ("apex_opt.__main__",),
@@ -148,7 +149,8 @@ def test_compilers_and_solvers_are_imported_where_they_are_used() -> None:
         owners = {
             "numba": "apex_opt.simulator.kernel",
             "ortools": "formulations",
-            "pyarrow": "apex_opt.profiles.sources.",
+            "pyarrow": ("apex_opt.profiles.sources.", "apex_opt.grids.store"),
+            "ray": "apex_opt.grids.workers",
             **dict.fromkeys(("torch", "vllm", "pynvml"), "apex_opt.profiles.collect.torch_"),
         }
         for name in imports(path):

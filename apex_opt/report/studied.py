@@ -318,6 +318,65 @@ class ClustersAnswer(types.Document):
     notes: tuple[str, ...]
 
 
+class StudyRow(Described):
+    """A deployment at a point of a study, or that there is none.
+
+    Parameters
+    ----------
+    point : its number in the grid, from 0
+    row : place among the deployments of the point, of which a front has several
+    same_as : the point that is the same question once its options are resolved, and was answered for both
+    options : along the axes
+    status : of the answer, or failed, or open where it is yet to be answered
+    exit_code : that the command would have ended with
+    error : why there is no plan
+    seconds : that the answer took
+    figures : of the deployment, by their names in its own document
+    """
+
+    point: int
+    row: int
+    same_as: int | None
+    options: dict[str, str]
+    status: str
+    exit_code: int | None
+    error: str | None
+    seconds: float | None
+    plan: str | None
+    gpus: int | None
+    figures: dict[str, types.Number]
+
+
+class StudyAnswer(types.Document):
+    """The points of a study.
+
+    Parameters
+    ----------
+    command : study
+    asked : the command that is asked at every point
+    fixed : options of every point
+    size : points of the grid
+    answered : questions that this run answered
+    found, infeasible, failed : points with a plan, without a feasible one, and without an answer
+    """
+
+    PAGE: ClassVar[str] = "apex_opt.report.study:study_page"
+    ROWS: ClassVar[str] = "points"
+
+    schema: Literal["apex_opt.study/1"] = "apex_opt.study/1"
+    command: str = "study"
+    status: Literal["complete", "open"]
+    asked: str
+    fixed: dict[str, str]
+    folder: str
+    size: int
+    answered: int
+    found: int
+    infeasible: int
+    failed: int
+    points: tuple[StudyRow, ...]
+
+
 class Site(types.Document):
     """A plan to be placed, and why it cannot be where it cannot."""
 
