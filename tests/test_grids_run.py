@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 from cli_cases import ROOT, run
 
-import apex_opt
+import apex_opt.api
 from apex_opt.errors import InputError
 from apex_opt.grids.points import Outcome
 from apex_opt.grids.run import run_study
