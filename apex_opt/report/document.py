@@ -9,6 +9,7 @@ from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
 from apex_opt.figures.registry import figure, per_run
 from apex_opt.report import listed, types
+from apex_opt.report.expected import expected_document
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
 from apex_opt.schema import of
@@ -56,6 +57,7 @@ def answer_document(
         "best": best and scored_document(problem, best),
         "candidates": [scored_document(problem, scored) for scored in answer.candidates[:top]],
         "provenance": provenance,
+        "expected": best and expected_document(problem, best),
     }
     return kinds[problem.several](
         command=command,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from apex_opt.figures.registry import figure, per_item, split
+from apex_opt.report.expected import expected_table
 from apex_opt.report.explain import why_not
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import (
@@ -74,6 +75,7 @@ def _answer(console: Console, document: Document) -> None:
 
             placement_section(console, document["placement"])
         best_tables(console, best)
+        expected_table(console, document)
     certificate_line(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])

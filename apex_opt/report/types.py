@@ -583,6 +583,28 @@ class Launch(Described):
     notes: tuple[str, ...]
 
 
+class ExpectedFigure(Described):
+    """A figure of the best run, and what would be measured in eight cases of ten.
+
+    Parameters
+    ----------
+    figure : TTFT, TPOT and E2E are means
+    low, high : null where nothing comparable was measured
+    rows : measured runs that this is known from
+    of : what these are of
+    nearest : whether they are of the same engine, GPU, kind of model and load
+    """
+
+    figure: str
+    unit: str
+    predicted: Number
+    low: Number
+    high: Number
+    rows: int
+    of: str
+    nearest: bool
+
+
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +631,7 @@ class Searched(Document):
     reason : why there is no plan
     steady : whether the load of the best run lasts
     limited_by_arrivals : whether a plan that keeps up has what comes, and no more
+    expected : how far the figures of the best run are from what would be measured, by measured runs like it
     """
 
     command: str
@@ -621,6 +644,7 @@ class Searched(Document):
     transient: Load | None
     limited_by_arrivals: bool | None
     notes: tuple[str, ...]
+    expected: tuple[ExpectedFigure, ...] | None = None
     beside: Beside | None = None
     launch: Launch | None = None
 
