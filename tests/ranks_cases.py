@@ -151,6 +151,7 @@ def random_trace(draw: random.Random, longest: int, *, closed: bool | None = Non
         content=said,
         content_tokens=16,
         concurrency=draw.randint(1, count) if closed else None,
+        pause_ns=draw.choice([0, 0, 30_000, 5_000_000]) if closed else 0,
     )
 
 

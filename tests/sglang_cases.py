@@ -100,13 +100,15 @@ def _trace(r: Random, longest: int, *, crowded: bool, eos: bool) -> Trace:
         pieces = -(-prompt // per)
         shared = r.randint(0, pieces)
         content.append([(i % groups) * 100 + j if j < shared else 1000 * (i + 1) + j for j in range(pieces)])
+    clients = r.choice([None, None, 1, 3, 9])
     return make_trace(
         name="random",
         arrival_ns=arrival,
         prompt=[prompt for prompt, _, _ in rows],
         output=[output for _, output, _ in rows],
         max_new_tokens=[stated for _, _, stated in rows],
-        concurrency=r.choice([None, None, 1, 3, 9]),
+        concurrency=clients,
+        pause_ns=0 if clients is None else r.choice([0, 0, 40, 3000]),
         content=content if alike else None,
         content_tokens=per if alike else 0,
     )

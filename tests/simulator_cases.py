@@ -110,10 +110,18 @@ def floors_of(laws: Sequence[BatchLaw]) -> list[StageFloor]:
     return [StageFloor.of(law) for law in laws]
 
 
-def requests(rows: Sequence[tuple[int, int, int]], concurrency: int | None = None, **content: Any) -> Trace:
-    """A trace from rows of arrival (ns), prompt and output tokens; what prompts say as in `make_trace`."""
+def requests(
+    rows: Sequence[tuple[int, int, int]], concurrency: int | None = None, pause_ns: int = 0, **content: Any
+) -> Trace:
+    """A trace from rows of arrival (ns), prompt and output tokens; the rest as in `make_trace`.
+
+    Parameters
+    ----------
+    rows, concurrency, pause_ns, content
+    """
     arrival, prompt, output = zip(*rows, strict=True)
-    return make_trace(name="test", arrival_ns=arrival, prompt=prompt, output=output, concurrency=concurrency, **content)
+    given: dict[str, Any] = {"concurrency": concurrency, "pause_ns": pause_ns, **content}
+    return make_trace(name="test", arrival_ns=arrival, prompt=prompt, output=output, **given)
 
 
 def moved(trace: Trace, arrival_ns: Ints) -> Trace:
@@ -307,7 +315,9 @@ def cases(
         settings=settings,
         blocks=max(needs) + draw(st.integers(0, spare)),
         laws=laws,
-        trace=requests(rows, draw(st.integers(1, len(rows) + 2)) if traffic == "closed" else None, **content),
+        trace=requests(rows, draw(st.integers(1, len(rows) + 2)), draw(st.sampled_from((0, 0, 1, 50))), **content)
+        if traffic == "closed"
+        else requests(rows, **content),
         replicas=draw(st.integers(2 if traffic == "routed" else 1, 4)),
         routing="least_loaded" if traffic == "routed" else "round_robin",
     )

@@ -23,8 +23,18 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
 
 MODEL = make_model((dense(), 4))
-FIELDS = ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "gap_s", "launch_s", "request_s")
-ENGINES = ("vllm", "sglang", "trtllm", "vllm-0.6", "sglang-eager", "orca", "static")
+FIELDS = (
+    "step_s",
+    "blocking_step_s",
+    "sequence_s",
+    "mixed_step_s",
+    "gap_s",
+    "launch_s",
+    "request_s",
+    "client_s",
+    "client_token_s",
+)
+ENGINES = ("vllm", "sglang", "trtllm", "vllm-0.12", "vllm-0.6", "sglang-eager", "trtllm-1.0", "orca", "static")
 
 
 @pytest.mark.parametrize("name", ENGINES)

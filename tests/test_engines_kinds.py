@@ -21,7 +21,8 @@ H100, T4 = 80e9, 15 * GIB
 
 
 def test_there_is_a_kind_for_every_scheduler_and_every_release() -> None:
-    assert set(kind_names()) == {"vllm", "vllm-0.6", "sglang", "sglang-eager", "trtllm", "orca", "static"}
+    releases = {"vllm-0.12", "vllm-0.6", "sglang-eager", "trtllm-1.0"}
+    assert set(kind_names()) == {"vllm", "sglang", "trtllm", "orca", "static"} | releases
     assert {load_kind(name).scheduler for name in SCHEDULINGS} == set(SCHEDULINGS.values())
     for name in SCHEDULINGS:
         assert load_kind(name).scheduler.name == name

@@ -53,6 +53,7 @@ def a_run(load: str, plan: str = "tp1", cluster: str = "h200-sxm") -> MeasuredRu
         plan=plan,
         engine="vllm",
         settings=SETTINGS,
+        sweep="a",
         trace=load_trace(load, seed=1),
         measured={},
     )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.errors import InputError
-from apex_opt.measured.deployments import BESIDE_A_PROMPT, INFERENCEMAX_POLLS
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
-from apex_opt.measured.silicon import NEEDED, REQUESTS_PER_CLIENT, read_silicon
+from apex_opt.measured.silicon import NEEDED, read_silicon
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 DENSE = {
     "id": "row",
     "backend": "vllm",
+    "backend_version": "0.19.0",
     "model_path": "meta-llama/Llama-3.1-70B",
+    "precision": "",
     "system": "h100_sxm",
     "isl": "1024",
     "osl": "128",
@@ -38,7 +40,9 @@ DENSE = {
     "silicon_data_source": "somewhere.csv",
 }
 SPARSE = DENSE | {"model_path": "mistralai/Mixtral-8x7B-v0.1", "tp_size": "8", "moe_tp_size": "8"}
-INFERENCEMAX = {"silicon_data_source": "source_file=2026-04-06.csv; measured=2026"}
+INFERENCEX = {"silicon_data_source": "source_file=2026-04-06.csv; measured=2025-10-05T00:00:00.000Z; wip=False"}
+LLAMA_FP8 = DENSE | INFERENCEX | {"precision": "fp8", "osl": "1024", "system": "h200_sxm"}
+"""A row of the family llama70b-fp8-h200-vllm."""
 
 
 def read(tmp_path: Path, *rows: dict[str, str]) -> list[Run]:
@@ -67,21 +71,20 @@ def test_a_row_becomes_a_closed_loop(tmp_path: Path) -> None:
     assert run.measured == {"ttft_mean": 0.2505, "tpot_mean": 0.01225}
     assert (run.plan, run.cluster, run.engine) == ("attn(tp4) ffn(tp4) fp8 kv=bf16", "8xh100-sxm", "vllm")
     assert run.trace.concurrency == 16
-    assert len(run.trace) == 16 * REQUESTS_PER_CLIENT
+    assert len(run.trace) == 16 * 10
     assert set(run.trace.prompt.tolist()) == {1024}
     assert set(run.trace.output.tolist()) == {128}
     assert run.settings.max_model_len >= 1024 + 128
     assert run.origin.endswith("agg.csv: line 2")
-    assert all("KV cache" in text or "requests per client" in text for text in run.assumptions)
+    assert run.assumptions[0] == "deployment: the engine's defaults"
+    assert any("KV cache" in text for text in run.assumptions)
 
 
-def test_lengths_of_inferencemax_are_drawn_from_the_range_of_its_driver(tmp_path: Path) -> None:
-    run = one(tmp_path, DENSE | INFERENCEMAX, batch_size=64)
-    for lengths, most in ((run.trace.prompt, 1024), (run.trace.output, 128)):
-        assert int(0.8 * most) <= lengths.min() < lengths.max() <= most
-        assert lengths.mean() == pytest.approx(0.9 * most, rel=0.02)
-    again = one(tmp_path, DENSE | INFERENCEMAX, batch_size=64)
-    assert np.array_equal(run.trace.prompt, again.trace.prompt)
+def test_lengths_of_inferencex_are_those_that_its_client_draws(tmp_path: Path) -> None:
+    run = one(tmp_path, DENSE | INFERENCEX, batch_size=64)
+    random = np.random.RandomState(0)
+    assert np.array_equal(run.trace.prompt, random.randint(819, 1025, 640))
+    assert np.array_equal(run.trace.output, random.randint(102, 129, 640))
 
 
 @pytest.mark.parametrize(
@@ -115,28 +118,48 @@ def test_degrees_make_the_plan(tmp_path: Path, degrees: tuple[Any, ...], plan: s
         ((1, 4, 4, 1), "attn(dp4,tp1) ffn(tp4,ep1)"),
     ],
 )
-def test_multiplied_degrees_of_inferencemax_are_taken_apart(
-    tmp_path: Path, degrees: tuple[int, ...], plan: str
-) -> None:
+def test_multiplied_degrees_of_inferencex_are_taken_apart(tmp_path: Path, degrees: tuple[int, ...], plan: str) -> None:
     names = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
-    run = one(tmp_path, SPARSE | INFERENCEMAX, batch_size=2, **dict(zip(names, degrees, strict=True)))
+    run = one(tmp_path, SPARSE | INFERENCEX, batch_size=2, **dict(zip(names, degrees, strict=True)))
     assert run.plan.startswith(plan)
     assert run.cluster == "8xh100-sxm"
     assert run.trace.concurrency == 2 * degrees[1]
 
 
+def test_a_measurement_in_several_rows_is_one_run(tmp_path: Path) -> None:
+    exact = DENSE | {"silicon_ttft_ms": "250.4938", "silicon_tpot_ms": "12.2302"}
+    rounded = {"id": "again", "silicon_ttft_ms": "250.49", "silicon_tpot_ms": "12.23"}
+    (run,) = read(tmp_path, exact, DENSE | rounded)
+    assert (run.name, run.rows) == ("row", 2)
+    odd = rounded | {"model_path": "acme/unheard-of"}
+    assert [run.name for run in read(tmp_path, DENSE | odd, exact)] == ["row"]  # the one that can be simulated tells
+    assert len(read(tmp_path, exact, exact | {"silicon_ttft_ms": "260"})) == 2
+    assert len(read(tmp_path, exact, DENSE | rounded | {"system": "b200_sxm"})) == 2
+
+
 @pytest.mark.data
-def test_rows_with_the_same_measurement_are_the_same_deployment(shared: Path) -> None:
-    path = shared / "measured" / "silicon" / "agg_dev.csv"
-    same: dict[tuple[float, ...], list[MeasuredRun]] = {}
-    for run in read_silicon(path):
-        if isinstance(run, MeasuredRun):
-            same.setdefault(tuple(run.measured.values()), []).append(run)
-    twice = [runs for runs in same.values() if len(runs) > 1]
-    assert len(twice) > 100
-    for runs in twice:
-        assert len({run.plan for run in runs}) == 1, runs[0].name
-        assert len({run.trace.concurrency for run in runs}) == 1, runs[0].name
+def test_the_rows_at_hand_are_so_many_measurements(shared: Path) -> None:
+    runs = read_silicon(shared / "measured" / "silicon" / "agg_dev.csv")
+    assert (len(runs), sum(run.rows for run in runs)) == (1572, 2021)
+    aside = [run for run in runs if isinstance(run, UnusableRun) and run.aside]
+    assert {run.reason for run in aside} == {
+        "set aside: speculative",
+        "set aside: pools",
+        "set aside: outlier",
+    }
+    sides = [run.judged for run in runs if isinstance(run, MeasuredRun)]
+    assert 0.3 < sum(sides) / len(sides) < 0.7
+
+
+def test_loads_and_releases_of_a_deployment_are_on_one_side(tmp_path: Path) -> None:
+    of_all = {
+        one(tmp_path, DENSE, batch_size=clients, backend_version=release).sweep
+        for clients in (1, 16, 256)
+        for release in ("0.11.0", "0.19.0")
+    }
+    assert len(of_all) == 1
+    assert one(tmp_path, DENSE, isl=2048).sweep not in of_all
+    assert one(tmp_path, DENSE, tp_size=2, moe_tp_size=2).sweep not in of_all
 
 
 @pytest.mark.parametrize(
@@ -146,10 +169,9 @@ def test_rows_with_the_same_measurement_are_the_same_deployment(shared: Path) ->
         (DENSE, {"gemm_quant_mode": "fp8_block"}, "fp8 kv=bf16"),
         (DENSE, {"gemm_quant_mode": "nvfp4", "moe_quant_mode": "junk"}, "nvfp4 kv=bf16"),  # no experts
         (DENSE, {"gemm_quant_mode": "int4_wo"}, "w4a16 kv=bf16"),
-        (DENSE, {"backend": "trtllm"}, "fp8 kv=fp8"),
+        (DENSE, {"backend": "trtllm"}, "fp8 kv=bf16"),
         (DENSE, {"backend": "trtllm", "gemm_quant_mode": ""}, "bf16 kv=bf16"),
-        (DENSE | INFERENCEMAX, {}, "fp8 kv=fp8"),
-        (DENSE | INFERENCEMAX, {"backend": "sglang", "system": "b200_sxm"}, "fp8 kv=fp8"),
+        (LLAMA_FP8, {}, "fp8 kv=fp8"),
         (DENSE, {"model_path": "openai/gpt-oss-120b", "gemm_quant_mode": "nvfp4", "moe_quant_mode": "nvfp4"}, "mxfp4"),
     ],
 )
@@ -158,35 +180,63 @@ def test_formats_follow_the_tables(tmp_path: Path, row: dict[str, str], changes:
     assert words in plan
 
 
-@pytest.mark.parametrize("backend", ["sglang", "trtllm"])
-def test_a_deployment_tuned_to_its_prompts_takes_one_of_them_beside_the_sequences_that_decode(
-    tmp_path: Path, backend: str
-) -> None:
-    for prompt in (128, 4096):
-        run = one(tmp_path, DENSE, backend=backend, isl=prompt)
-        assert run.settings.max_num_batched_tokens == prompt + BESIDE_A_PROMPT
-        assert any(f"batches of up to {prompt + BESIDE_A_PROMPT} tokens" in text for text in run.assumptions)
-    copies = one(tmp_path, SPARSE, backend=backend, tp_size=1, attention_dp_size=8)
-    assert copies.settings.max_num_batched_tokens == 8 * (1024 + BESIDE_A_PROMPT)
-    for given in (one(tmp_path, DENSE), one(tmp_path, DENSE | INFERENCEMAX, backend=backend)):
-        assert given.settings.max_num_batched_tokens >= 8192  # as its scripts or its defaults say
+def test_a_row_is_started_as_its_family_says(tmp_path: Path) -> None:
+    run = one(tmp_path, LLAMA_FP8, backend_version="")
+    assert run.assumptions[0] == "deployment: llama70b-fp8-h200-vllm, script"
+    assert run.engine == "vllm-0.12"
+    assert run.settings.max_num_seqs == 16  # as many as clients
+    waits = {"backend": "trtllm", "batch_size": "64", "backend_version": ""}
+    waiting, prompt_after_prompt = one(tmp_path, LLAMA_FP8 | waits), one(tmp_path, LLAMA_FP8 | waits, osl=8192)
+    for found, turns in ((waiting, 20), (prompt_after_prompt, 0)):
+        scheduler = found.settings.scheduler
+        assert isinstance(scheduler, TrtllmScheduling)
+        assert scheduler.batch_wait_timeout_iters == turns
+        assert not found.settings.chunked_prefill
+        assert found.share_of == "left"
 
 
-def test_only_sglang_of_inferencemax_on_blackwell_looks_for_requests_now_and_then(tmp_path: Path) -> None:
-    polling = DENSE | INFERENCEMAX | {"backend": "sglang", "system": "b200_sxm"}
-    few, many = INFERENCEMAX_POLLS
-    for clients, polls in ((1, few), (15, few), (16, many), (256, many)):
-        run = one(tmp_path, polling, batch_size=clients)
-        assert run.poll_every == polls
-        assert f"new requests are looked for every {polls} batches" in run.assumptions
-    for row in (
-        polling | {"system": "h200_sxm"},
-        polling | {"backend": "trtllm"},
-        polling | {"silicon_data_source": "x"},
-    ):
-        run = one(tmp_path, row)
-        assert run.poll_every == 1
-        assert not any("looked for" in text for text in run.assumptions)
+def test_tables_beside_the_rows_come_first(tmp_path: Path) -> None:
+    (tmp_path / "deployments.csv").write_text(
+        "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_batched_tokens,speculative\n"
+        "plain,vllm,meta-llama/Llama-3.1-70B,h100_sxm,,,,,,,3*ISL,\n"
+        "drafts,vllm,meta-llama/Llama-3.1-70B,h100_sxm,,,,,,,512,MTP\n"
+    )
+    names = {"plain": "plain", "drafts": "drafts", "cold": "plain", "broken": "plain", "moved": "plain"}
+    (tmp_path / "families_x.csv").write_text("id,family\n" + "".join(f"{k},{v}\n" for k, v in names.items()))
+    (tmp_path / "set_aside_x.csv").write_text(
+        "id,reason,metric,detail\ncold,cold start,ttft,why\nbroken,outlier,both,\n"
+    )
+    (tmp_path / "relabel_x.csv").write_text("id,clients,tp,dp,moe_tp,moe_ep\nmoved,7,2,1,2,1\n")
+    rows = [DENSE | {"id": name, "silicon_ttft_ms": str(k + 1)} for k, name in enumerate(names)]
+    plain, drafts, cold, broken, moved = read(tmp_path, *rows)
+    assert isinstance(plain, MeasuredRun)
+    assert plain.settings.max_num_batched_tokens == 3 * 1024
+    assert isinstance(drafts, UnusableRun)
+    assert (drafts.aside, drafts.reason) == (True, "set aside: speculative")
+    assert isinstance(cold, MeasuredRun)
+    assert set(cold.set_aside) == {"ttft_mean"}
+    assert isinstance(broken, UnusableRun)
+    assert (broken.aside, broken.reason) == (True, "set aside: outlier")
+    assert isinstance(moved, MeasuredRun)
+    assert (moved.plan.split()[0], moved.trace.concurrency) == ("attn(tp2)", 7)
+
+
+@pytest.mark.parametrize(
+    ("backend", "release", "kind"),
+    [
+        ("vllm", "0.12.0", "vllm-0.12"),
+        ("vllm", "0.14.1", "vllm"),
+        ("vllm", "", "vllm"),
+        ("trtllm", "1.0.0rc3", "trtllm-1.0"),
+        ("trtllm", "1.2.0rc6", "trtllm"),
+        ("sglang", "0.5.9", "sglang"),
+    ],
+)
+def test_releases_are_the_kinds_that_they_behave_as(tmp_path: Path, backend: str, release: str, kind: str) -> None:
+    run = one(tmp_path, DENSE, backend=backend, backend_version=release)
+    assert run.engine == kind
+    assert run.settings.async_scheduling == (kind not in ("vllm-0.12", "trtllm-1.0"))
+    assert run.settings.scheduler.name == backend
 
 
 @pytest.mark.parametrize(
@@ -215,7 +265,7 @@ def test_systems_are_whole_nodes(tmp_path: Path, changes: dict[str, Any], cluste
         (DENSE, {"tp_size": 0}, "row is incomplete"),
         (DENSE, {"isl": ""}, "row is incomplete"),
         (DENSE, {"batch_size": 99999999}, "row is incomplete"),
-        (SPARSE | INFERENCEMAX, {"tp_size": 36, "moe_tp_size": 36}, "prefill and decode pools added up"),
+        (SPARSE | INFERENCEX, {"tp_size": 36, "moe_tp_size": 36}, "set aside: prefill and decode pools added up"),
     ],
 )
 def test_a_row_that_cannot_be_simulated_says_why(

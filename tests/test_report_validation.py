@@ -40,6 +40,7 @@ def measured(name: str, **changes: Any) -> MeasuredRun:
         "plan": "tp2",
         "engine": "vllm",
         "settings": EngineSettings(),
+        "sweep": "a",
         "trace": load_trace("static:n=3,prompt=10,output=5"),
         "measured": {"ttft_mean": 0.02, "tpot_mean": 0.005, "energy": 2000.0},
     }
@@ -95,7 +96,9 @@ def test_a_program_finds_rows_summary_and_coverage(document: dict[str, Any]) -> 
     assert document["coverage"] == {
         "predicted": 2,
         "total": 4,
+        "rows": 4,
         "supported": 3,
+        "aside": 0,
         "reasons": {"model not described: acme/x": 1, "engine not described": 1},
     }
     found = document["summary"]["ttft_mean"]

@@ -265,6 +265,20 @@ def test_a_closed_loop_sends_a_request_when_another_is_answered(implementation: 
 
 
 @both
+def test_a_client_pauses_before_it_sends_its_next_request(implementation: Implementation) -> None:
+    """Request 2 misses the batch that is formed when request 0 is answered; request 3 comes while none runs."""
+    case = Case(
+        settings=ENGINE,
+        blocks=100,
+        laws=(linear(ENGINE, 10, 1),),
+        trace=requests([(0, 1, 1), (0, 1, 3), (0, 2, 1), (0, 1, 1)], concurrency=2, pause_ns=1),
+    )
+    outcome = case.run(implementation)
+    assert outcome.arrival_ns.tolist() == [0, 0, 13, 37]
+    assert outcome.finish_ns.tolist() == [12, 36, 36, 48]
+
+
+@both
 def test_least_loaded_picks_the_replica_with_fewest_unanswered_and_the_lowest_of_equals(
     implementation: Implementation,
 ) -> None:
@@ -490,7 +504,7 @@ def test_slower_hardware_and_rarer_requests_scale_all_times_alike(
     slower = case.having(
         settings=sleeping(case.settings, case.settings.scheduler.idle_sleep_ns * k),
         laws=tuple(law.scaled(k) for law in case.laws),
-        trace=moved(case.trace, case.trace.arrival_ns * k),
+        trace=replace(moved(case.trace, case.trace.arrival_ns * k), pause_ns=case.trace.pause_ns * k),
     ).run()
     expected = replace(
         once,

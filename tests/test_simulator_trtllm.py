@@ -401,7 +401,9 @@ def cases(
     arrivals = np.cumsum([gap for gap, _ in drawn]).tolist()
     rows = [(at, prompt, output) for at, (_, (prompt, output, _)) in zip(arrivals, drawn, strict=True)]
     stated = [output + more for _, (_, output, more) in drawn]
-    trace = requests(rows, draw(st.integers(1, count + 2)) if traffic == "closed" else None, max_new_tokens=stated)
+    clients = draw(st.integers(1, count + 2)) if traffic == "closed" else None
+    pause_ns = 0 if clients is None else draw(st.sampled_from((0, 0, 1, 50)))
+    trace = requests(rows, clients, pause_ns, max_new_tokens=stated)
     ahead = known.ahead if known else 0
     needs = [ceil_div(total + ahead, size) for total in (trace.prompt + trace.stated(longest)).tolist()]
     zeros = draw(st.sampled_from((0.0, 0.3)))

@@ -104,13 +104,15 @@ def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace,
         arrival += draw.choice([0, 0, 0, 500, 4000, 40_000])
         prompt = draw.randint(1, longest - 1)
         rows.append((arrival, prompt, draw.randint(1, draw.choice([1, 5, 40]))))
+    clients = draw.choice([None, None, 1, 4, 12])
     trace = make_trace(
         name="random",
         arrival_ns=[at for at, _, _ in rows],
         prompt=[prompt for _, prompt, _ in rows],
         output=[output for _, _, output in rows],
         max_new_tokens=[output + draw.randint(0, 9) for _, _, output in rows],
-        concurrency=draw.choice([None, None, 1, 4, 12]),
+        concurrency=clients,
+        pause_ns=0 if clients is None else draw.choice([0, 0, 700, 20_000]),
     )
     stages = draw.choice([1, 1, 1, 2])
     need = -(-int(settings.room(trace).max()) // size)

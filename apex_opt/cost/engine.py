@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 _LONGEST_S: Final = 10.0
 """What no engine takes beside the kernels, for a batch or a request."""
+_TIMES: Final = (
+    "step_s",
+    "blocking_step_s",
+    "sequence_s",
+    "mixed_step_s",
+    "gap_s",
+    "launch_s",
+    "request_s",
+    "client_s",
+    "client_token_s",
+)
 _MOST_CAPTURED: Final = 65_536
 """Sequences, or tokens, of the largest captured graph."""
 
@@ -39,6 +50,9 @@ class EngineOverhead:
                                takes at least that of all its kernels
     captured_tokens : int      batches with a prefill chunk of up to so many tokens run from captured pieces instead
     request_s : float          of each request on its way in and out of the server
+    client_s : float           in a closed loop over HTTP, from the last token of an answer until the client's next
+                               request can join a batch: the answer on its way out, a connection, the front end
+    client_token_s : float     the same for each token of its prompt: on its way in and through the tokeniser
     captured_sizes : tuple     decode batches are padded up to the next of these numbers of sequences
     fused : tuple of str       operations of `FUSABLE` that ride on the kernel before or after: their traffic counts,
                                their launch does not; "quantise" where inputs of narrow products are written narrow
@@ -55,13 +69,15 @@ class EngineOverhead:
     launch_s: float
     captured_tokens: int
     request_s: float
+    client_s: float
+    client_token_s: float
     captured_sizes: tuple[int, ...]
     fused: tuple[str, ...]
     kernels: str
     source: str
 
     def __post_init__(self) -> None:
-        for field in ("step_s", "blocking_step_s", "sequence_s", "mixed_step_s", "gap_s", "launch_s", "request_s"):
+        for field in _TIMES:
             value = getattr(self, field)
             if not 0 <= value <= _LONGEST_S:
                 raise InputError(f"engine {self.name}: {field} = {value!r} must be from 0 to {_LONGEST_S:g} s")
@@ -95,6 +111,8 @@ class EngineOverhead:
                 sequence_s=own_time["sequence_us"] * 1e-6,
                 mixed_step_s=own_time["mixed_step_us"] * 1e-6,
                 request_s=own_time["request_us"] * 1e-6,
+                client_s=own_time["client_us"] * 1e-6,
+                client_token_s=own_time["client_token_us"] * 1e-6,
                 captured_sizes=_sizes(name, own_time["captured"]),
                 gap_s=own_time["gap_us"] * 1e-6,
                 launch_s=own_time["launch_us"] * 1e-6,

@@ -42,6 +42,7 @@ NEEDED: Final = (
 )
 CLUSTER: Final = "8xh100-sxm"
 
+_TRAFFIC: Final = re.compile(r"_(lmsys|creation|summarization)_")
 _PLAN: Final = re.compile(r"(?:\d+DP)?(?P<count>\d+)(?P<kind>TP|EP)")
 _VALID: Final[dict[str, dict[str, str]]] = {
     "True": {"ttft_mean": "ttft_mean_s", "itl_mean": "itl_mean_s", "e2e_mean": "e2e_mean_s"},
@@ -159,10 +160,17 @@ def _run(row: Row, companion: Path, served: dict[str, Any]) -> Run:
         plan=f"{match['kind'].lower()}{gpus} {cell['dtype']}{kv}",
         engine=deployment.engine,
         settings=settings,
+        sweep=f"{model} {CLUSTER} {deployment.engine} {cell['plan']} {_traffic(cell['file'])}",
         trace=trace,
         measured={metric: value for metric, value in metrics.items() if value},
         assumptions=(*deployment.assumptions, *notes),
     )
+
+
+def _traffic(file: str) -> str:
+    """The kind of requests that a file of results is named after."""
+    match = _TRAFFIC.search(file)
+    return match[1] if match else file
 
 
 def _deployment(cell: dict[str, str], row: Row) -> _Deployment | None:

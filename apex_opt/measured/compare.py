@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator import Outcome
+    from apex_opt.workload.trace import Trace
 
 T = TypeVar("T")
 
@@ -147,7 +148,7 @@ class Predictor:
         if isinstance(run, UnusableRun):
             return Comparison(run=run, reason=run.reason, detail=run.detail, model=model.name)
         # Tables list many a measurement more than once.
-        same = (*_likeness(run), run.trace, run.kv_blocks, run.poll_every)
+        same = (*_likeness(run), run.trace, run.kv_blocks, run.poll_every, run.share_of, run.captured_tokens)
         try:
             if same not in self._known:
                 self._known[same] = self._predict(run, model)
@@ -164,8 +165,11 @@ class Predictor:
         """
         cluster = _loaded("GPU not in the catalogue", lambda: load_cluster(run.cluster))
         overhead = self._overheads.get(run.engine) or _loaded("engine not described", lambda: load_engine(run.engine))
+        if run.captured_tokens is not None:
+            overhead = replace(overhead, captured_tokens=run.captured_tokens)
         plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
-        _check(run, model, cluster, plan)
+        filled = _filled(run, model, cluster, plan)
+        _check(run, filled, model, cluster, plan)
         # On several stages other sequences fill the pipeline, not a batch formed ahead.
         settings = settings_of(model, run.settings, plan)
         if plan.stages > 1:
@@ -175,7 +179,7 @@ class Predictor:
         self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}
         blocks = run.kv_blocks
         if blocks is None:
-            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, limited(run.settings, plan))) * plan.attention.dp
+            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, limited(filled, plan))) * plan.attention.dp
         pool = EnginePool(
             settings=settings,
             blocks=blocks // schedulers(settings, plan),
@@ -183,13 +187,9 @@ class Predictor:
             replicas=plan.replicas,
             ranks=cost.ranks,
         )
-        outcome = _loaded(
-            "request beyond the engine's limits",
-            lambda: run_deployment([pool], run.trace),
-        )
-        # An engine that looks for requests every so many batches lets them wait half of that; not simulated.
-        waiting_ns = (run.poll_every - 1) * outcome.makespan_ns * plan.replicas // (2 * max(outcome.batches, 1))
-        request_ns = cost.request_ns + waiting_ns
+        served = _served(run.trace, overhead)
+        outcome = _loaded("request beyond the engine's limits", lambda: run_deployment([pool], served))
+        request_ns = cost.request_ns + served.pause_ns + _waiting_ns(run, plan, outcome)
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
         usage = account(plan, cost, costs, outcome.counts, outcome.makespan_ns, outcome.pools[0].shared)
         steps: tuple[StepTimes, ...] = ()
@@ -212,6 +212,24 @@ class Predictor:
         )
 
 
+def _waiting_ns(run: MeasuredRun, plan: Plan, outcome: Outcome) -> int:
+    """What requests of a run wait in the mean beside what is simulated.
+
+    An engine that looks for requests every so many batches lets them wait for half of these.
+    """
+    # Ranks in step count a batch each.
+    batch_ns = outcome.makespan_ns * plan.replicas * schedulers(run.settings, plan) / max(outcome.batches, 1)
+    return round((run.poll_every - 1) * batch_ns / 2)
+
+
+def _served(trace: Trace, overhead: EngineOverhead) -> Trace:
+    """A trace as it comes to the engine: in a closed loop over HTTP requests take a while on their way in."""
+    if trace.concurrency is None:
+        return trace
+    pause_s = overhead.client_s + overhead.client_token_s * float(trace.prompt.mean())
+    return replace(trace, pause_ns=round(pause_s * NS_PER_S))
+
+
 def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tuple[float, float, float]:
     """What a power model is fitted on beside time: arithmetic in 16 bit and in fewer, and traffic of one GPU."""
     gpu, form = cluster.gpu, get_format(plan.weight_format)
@@ -223,7 +241,22 @@ def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tupl
     return 0.0 if narrow else flops, flops if narrow else 0.0, moved
 
 
-def _check(run: MeasuredRun, model: Model, cluster: Cluster, plan: Plan) -> None:
+def _filled(run: MeasuredRun, model: Model, cluster: Cluster, plan: Plan) -> EngineSettings:
+    """Settings of a run with the share of all memory that its engine fills, whatever its own share is of."""
+    settings, gpu = run.settings, cluster.gpu
+    if run.share_of == "all":
+        return settings
+    stages = stage_memory(model, gpu, plan, limited(settings, plan))
+    share = settings.gpu_memory_utilization
+    if run.share_of == "static":
+        share += max(stage.workspace_bytes + stage.runtime_bytes for stage in stages) / gpu.memory_bytes
+    else:
+        beside = max(stage.beside_bytes for stage in stages) / gpu.memory_bytes
+        share = beside + max(1 - beside, 0.0) * share
+    return replace(settings, gpu_memory_utilization=min(share, 1.0))
+
+
+def _check(run: MeasuredRun, settings: EngineSettings, model: Model, cluster: Cluster, plan: Plan) -> None:
     """Refuse a plan that cannot be simulated; where the engine said how many KV blocks it had, it did fit."""
     if plan.devices > cluster.size:
         raise _Refused("plan does not fit: devices", f"{plan} takes {plan.devices} of {cluster.size} GPUs")
@@ -231,7 +264,7 @@ def _check(run: MeasuredRun, model: Model, cluster: Cluster, plan: Plan) -> None
     instance = Instance(
         model=model,
         cluster=cluster,
-        settings=run.settings,
+        settings=settings,
         longest_tokens=max(held, 1),
         weight_formats=(plan.weight_format,),
         kv_formats=(plan.kv_format,),
@@ -308,12 +341,21 @@ def summarise(comparisons: Iterable[Comparison], *, all_of_them: bool = False) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """How many runs were predicted, of all and of those whose model we can describe; why the others were not."""
+    """How many runs were predicted, of all and of those whose model we can describe; why the others were not.
+
+    Those set `aside`, as they are not what they say, count as neither. A run may stand in several `rows` of its file.
+    """
 
     predicted: int
     total: int
+    rows: int
     supported: int
+    aside: int
     reasons: Mapping[str, int]
+
+
+def _aside(run: Run) -> bool:
+    return isinstance(run, UnusableRun) and run.aside
 
 
 def coverage(comparisons: Sequence[Comparison]) -> Coverage:
@@ -321,6 +363,8 @@ def coverage(comparisons: Sequence[Comparison]) -> Coverage:
     return Coverage(
         predicted=sum(c.prediction is not None for c in comparisons),
         total=len(comparisons),
-        supported=sum(bool(c.model) for c in comparisons),
+        rows=sum(c.run.rows for c in comparisons),
+        supported=sum(bool(c.model) and not _aside(c.run) for c in comparisons),
+        aside=sum(_aside(c.run) for c in comparisons),
         reasons=dict(Counter(c.reason for c in comparisons if c.prediction is None).most_common()),
     )

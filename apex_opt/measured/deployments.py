@@ -1,68 +1,21 @@
-"""How engines are deployed where a measurement does not say: limits, memory, KV format, nodes, names of formats.
-
-All of it is assumed, and said so with every run it is used for.
-"""
+"""Measured rows in our words: systems, number formats, and settings of an engine from what is known of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.cluster import load_cluster
+from apex_opt.engines.kinds import load_kind
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
+from apex_opt.ir.formats import FORMATS
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import default_kv_format
 from apex_opt.units import ceil_div
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """How an engine is started, per attention copy; pairs are for GPUs before Blackwell and from it on.
-
-    Parameters
-    ----------
-    tokens : (int, int)       most tokens of a batch; 0 where it takes one prompt beside the sequences that decode
-    utilisation : float       share of memory for weights, activations and cache together. SGLang's own share leaves
-                              activations out, TensorRT-LLM's is of what the weights leave: both stand here as what
-                              they come to.
-    kv : (str, str)           KV format of a model in the format of its own checkpoint, where that has less than 16 bits
-    requantised_kv : (str, str)    the same in another format of less than 16 bits; a model in 16 bit has a 16-bit cache
-    """
-
-    tokens: tuple[int, int]
-    utilisation: float
-    kv: tuple[str, str]
-    requantised_kv: tuple[str, str]
-
-
-DEFAULTS: Final = {
-    # vLLM's for a server on GPUs of 70 GB and more, of 2025. The fp8 and nvfp4
-    # checkpoints that TensorRT-LLM is given ask for an fp8 cache.
-    "vllm": Deployment(tokens=(8192, 8192), utilisation=0.9, kv=("bf16", "bf16"), requantised_kv=("bf16", "bf16")),
-    "sglang": Deployment(tokens=(0, 0), utilisation=0.95, kv=("bf16", "bf16"), requantised_kv=("bf16", "bf16")),
-    "trtllm": Deployment(tokens=(0, 0), utilisation=0.97, kv=("fp8", "fp8"), requantised_kv=("fp8", "fp8")),
-}
-BESIDE_A_PROMPT: Final = 1024
-"""Tokens of a batch beyond one prompt, for the sequences that decode, where a deployment takes one prompt at a time.
-
-Runs of TensorRT-LLM and SGLang that are not InferenceMAX's are tuned to their one prompt length. With a budget of
-several prompts their TPOT would be 5 to 25% lower than measured wherever prompts matter, and their TTFT twice as high
-at 1,024 tokens; with one prompt both fit. An assumption chosen with these runs in view."""
-INFERENCEMAX: Final = {
-    # As its scripts of 2025 and 2026 start them: benchmarks/*.sh in github.com/SemiAnalysisAI/InferenceX. vLLM heeds
-    # the fp8 cache that NVIDIA's own checkpoints ask for (its pull request 29980), or is told to.
-    "vllm": Deployment(tokens=(8192, 8192), utilisation=0.9, kv=("bf16", "bf16"), requantised_kv=("fp8", "fp8")),
-    "sglang": Deployment(tokens=(32768, 32768), utilisation=0.95, kv=("bf16", "fp8"), requantised_kv=("fp8", "fp8")),
-    "trtllm": Deployment(tokens=(16384, 16384), utilisation=0.97, kv=("fp8", "fp8"), requantised_kv=("fp8", "fp8")),
-}
-INFERENCEMAX_FP8_KV: Final = ("gpt-oss-20b", "gpt-oss-120b")
-"""Models that its vLLM scripts give an fp8 cache on Blackwell though the checkpoint does not ask for it."""
-
-INFERENCEMAX_POLLS: Final = (10, 30)
-"""Batches between two looks of SGLang for new requests on Blackwell (--scheduler-recv-interval): fewer than 16 clients,
-and from 16 on. From its dsr1 scripts."""
-
-INFERENCEMAX_NODE: Final = 8
-"""GPUs of its largest deployment in one piece; on more, prefill and decode have pools of their own."""
-
-SEQUENCES: Final = 1024
-"""Sequences running at once on an attention copy: more than any client count leaves to one."""
+if TYPE_CHECKING:
+    from apex_opt.measured.facts import Family, Load
 
 _SYSTEMS: Final = {
     "a100_sxm": ("a100-sxm", 8),
@@ -74,8 +27,6 @@ _SYSTEMS: Final = {
     "gb300": ("gb300", 72),
     "l40s": ("l40s", 8),
 }
-_BLACKWELL: Final = ("b200", "b300", "gb200", "gb300")
-
 _FORMATS: Final = {
     "": "bf16",
     "bfloat16": "bf16",
@@ -91,10 +42,10 @@ _FORMATS: Final = {
 }
 _SAME_MODE: Final = {"nvfp4": ("mxfp4",), "w4a16": ("w4a16g32",)}
 
-
-def is_blackwell(system: str) -> bool:
-    """Whether a system's GPUs are of the Blackwell generation."""
-    return system.startswith(_BLACKWELL)
+_LARGEST_BATCH: Final = 1 << 15
+"""Tokens of a batch: tables of more take minutes and gigabytes, and no load here fills them."""
+_MEANS: Final = {"of memory left by weights": "left", "weights and KV pool": "static"}
+_ADP_DEFAULT: Final = re.compile(r"^(?:default )?(\d+)$")
 
 
 def cluster_of(system: str, gpus: int) -> str | None:
@@ -118,3 +69,129 @@ def weight_format(mode: str, own: str) -> str | None:
     """
     found = _FORMATS.get(mode)
     return own if own in _SAME_MODE.get(found or "", ()) else found
+
+
+def kv_format(family: Family | None, weights: str) -> str:
+    """Format of the KV cache: as the engine was told, else as the checkpoint asks for, else 16 bit.
+
+    NVIDIA's own checkpoints of less than 16 bits, which all in nvfp4 are, ask for an fp8 cache, which engines heed.
+    """
+    said = "" if family is None else family.text("kv_cache_dtype")
+    if said.startswith("fp8"):
+        return "fp8"
+    narrow = FORMATS[weights].weight_bits < 16
+    own = family is not None and (family.text("checkpoint").startswith("nvidia/") or family.text("engine") == "trtllm")
+    return "fp8" if narrow and (own or weights == "nvfp4") and said == "auto" else default_kv_format("bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """How an engine was started.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    share_of : str                    what `gpu_memory_utilization` is a share of: "all" memory for weights, cache and
+                                      activations; "static", all memory for weights and cache alone; "left", what
+                                      weights and activations leave, for the cache
+    captured_tokens : int or None     most tokens of a batch with prompts that runs from captured pieces; None: as usual
+    poll_every : int                  batches between two looks of the engine for new requests
+    requests_per_client : int
+    """
+
+    settings: EngineSettings
+    share_of: str
+    captured_tokens: int | None
+    poll_every: int
+    requests_per_client: int
+
+
+def started(family: Family | None, kind: str, cluster: str, load: Load) -> Started:
+    """Settings of an engine as its family says, and its own defaults where it says nothing.
+
+    Parameters
+    ----------
+    family : Family or None    of the row; None: nothing is known but the engine
+    kind : str                 of the engine, as `load_kind` takes it
+    cluster : str              as `load_cluster` takes it
+    load : Load
+
+    Raises
+    ------
+    InputError    a text of the family that cannot be read
+    """
+    engine = load_kind(kind)
+    own = engine.common(load_cluster(cluster).gpu.memory_bytes)
+    own |= {"scheduler": engine.scheduling(), "max_model_len": 1 << (load.prompt + load.output - 1).bit_length()}
+    if isinstance(own["scheduler"], SglangScheduling):
+        own["scheduler"] = replace(own["scheduler"], ignore_eos=True)
+    captured: int | None = None
+    requests, share_of, polls = 10, "all", 1
+    if family is not None:
+        own |= _said(family, load)
+        own["scheduler"] = _scheduling(own["scheduler"], family, load)
+        share_of = _MEANS.get(family.text("memory_fraction_means"), "all")
+        polls = int(family.number("scheduler_recv_interval", load) or 1)
+        captured = _captured(family, kind, load)
+        requests = _requests(family.text("requests_per_client"), load)
+    own["max_num_batched_tokens"] = min(own["max_num_batched_tokens"], _LARGEST_BATCH)
+    own["max_num_seqs"] = max(1, min(own["max_num_seqs"], own["max_num_batched_tokens"], load.clients))
+    return Started(
+        settings=EngineSettings(**own),
+        share_of=share_of,
+        captured_tokens=captured,
+        poll_every=polls,
+        requests_per_client=requests,
+    )
+
+
+def _captured(family: Family, kind: str, load: Load) -> int | None:
+    """Most tokens of a batch with prompts that runs from captured pieces.
+
+    vLLM captures pieces for the sizes that it captures whole steps for, unless it is told to capture decoding alone.
+    """
+    mode = family.text("cuda_graph_mode")
+    if "without a graph" in mode:
+        return 0
+    most = family.number("cuda_graph_max_batch", load) if kind.startswith("vllm") else None
+    return None if most is None else int(most)
+
+
+def _said(family: Family, load: Load) -> dict[str, Any]:
+    """Limits that a family names."""
+    said: dict[str, Any] = {}
+    for setting, column in (("max_num_batched_tokens", "max_num_batched_tokens"), ("max_num_seqs", "max_num_seqs")):
+        if (value := family.number(column, load)) is not None:
+            said[setting] = int(value)
+    if (share := family.number("memory_fraction", load)) is not None:
+        said["gpu_memory_utilization"] = share
+    if chunked := family.text("chunked_prefill"):
+        said["chunked_prefill"] = "off" not in chunked
+    if overlap := family.text("async_scheduling"):
+        said["async_scheduling"] = "off" not in overlap
+    return said
+
+
+def _scheduling(own: Any, family: Family, load: Load) -> Any:
+    """Settings that only one engine has, as a family names them."""
+    if isinstance(own, SglangScheduling):
+        most = family.number("max_num_batched_tokens", load)
+        mixed = "mixed chunk" in family.text("prefill_mixes_with_decode")
+        return replace(own, max_prefill_tokens=int(most or own.max_prefill_tokens), mixed_chunk=mixed)
+    if not isinstance(own, TrtllmScheduling):
+        return own
+    waits = family.number("batch_wait_timeout_iters", load), family.number("batch_wait_max_tokens_ratio", load)
+    said: dict[str, Any] = {}
+    if None not in waits:
+        said |= {"batch_wait_timeout_iters": int(waits[0] or 0), "batch_wait_max_tokens_ratio": waits[1]}
+    said["adp_balance"] = family.text("adp_balance").startswith("on")
+    for column in ("adp_timeout_iters", "adp_batching_wait_iters"):
+        if match := _ADP_DEFAULT.match(family.text(column)):
+            said[column] = int(match[1])
+    return replace(own, **said)
+
+
+def _requests(text: str, load: Load) -> int:
+    """Requests of a run per client, such as `10` or `50 (20 at OSL 8192)`."""
+    numbers = [int(number) for number in re.findall(r"\d+", text)] or [10]
+    return numbers[1] if len(numbers) == 3 and load.output == numbers[2] else numbers[0]

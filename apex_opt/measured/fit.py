@@ -39,6 +39,8 @@ PARAMETERS: Final = (
     "gap_s",
     "launch_s",
     "request_s",
+    "client_s",
+    "client_token_s",
 )
 """Times of an engine that are fitted, in this order."""
 

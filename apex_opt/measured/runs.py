@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -65,7 +66,13 @@ class MeasuredRun:
     engine : str                   as `load_engine` takes it
     settings : EngineSettings
     trace : Trace                  what was served; time 0 is where the energy measured begins
+    sweep : str                    what the run has in common with those that differ in load alone: all of them are
+                                   judged by, or none is
+    share_of : str                 what `gpu_memory_utilization` is a share of: "all" memory for all there is,
+                                   "static", all memory for weights and cache alone; "left", what the rest leaves
+    rows : int                     of the file that hold this measurement
     poll_every : int               batches between two looks of the engine for new requests
+    captured_tokens : int or None  most tokens of a batch with prompts that runs from captured pieces; None: as usual
     kv_blocks : int or None        blocks the engine said it can hand out; None where memory has to be estimated
     measured : mapping             keys of `METRICS`
     set_aside : mapping            metrics that are shown but not judged, with the reason
@@ -82,19 +89,38 @@ class MeasuredRun:
     engine: str
     settings: EngineSettings
     trace: Trace
+    sweep: str
+    share_of: str = "all"
+    rows: int = 1
     poll_every: int = 1
+    captured_tokens: int | None = None
     kv_blocks: int | None = None
     measured: Mapping[str, float]
     set_aside: Mapping[str, str] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
     iterations: Iterations | None = None
 
+    @property
+    def judged(self) -> bool:
+        """Whether the run is judged by; else parameters may be fitted on it. See `judged_by`."""
+        return judged_by(self.sweep)
+
+
+def judged_by(sweep: str) -> bool:
+    """Whether runs of a sweep are judged by: where the SHA-256 of its name begins with an odd byte.
+
+    The rule was written down before anything was fitted by it. All loads of a deployment and all releases of its engine
+    are on one side, so that no neighbour of a judged run was fitted on.
+    """
+    return sha256(sweep.encode()).digest()[0] % 2 == 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnusableRun:
     """A run of a file that cannot be simulated, and why: it stays part of the coverage.
 
-    `reason` is short and the same for all runs of its sort, `detail` has the figures of this one.
+    `reason` is short and the same for all runs of its sort, `detail` has the figures of this one. `aside` says that the
+    run is not what it claims to be, so that it does not count.
     """
 
     name: str
@@ -103,6 +129,8 @@ class UnusableRun:
     model: str
     reason: str
     detail: str = ""
+    rows: int = 1
+    aside: bool = False
 
 
 Run = MeasuredRun | UnusableRun

@@ -1,7 +1,8 @@
 """Mean TTFT and TPOT of closed loops, a CSV row per deployment and load: the layout of aiconfigurator's table.
 
-A row names the model, the system, the engine, how the GPUs share the model and the number formats. It does not tell
-the engine's limits, the format of the KV cache and the number of requests.
+A row names the model, the system, the engine, how the GPUs share the model and the number formats. How the engine was
+started, what the client sent, and which rows are not what they say, is told by the tables of `facts`. A measurement
+that stands in several rows is one run.
 """
 
 from __future__ import annotations
@@ -9,40 +10,26 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.engines.kinds import load_kind
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines import ENGINES
 from apex_opt.errors import ApexError
 from apex_opt.ir.formats import FORMATS
-from apex_opt.measured.deployments import (
-    BESIDE_A_PROMPT,
-    DEFAULTS,
-    INFERENCEMAX,
-    INFERENCEMAX_FP8_KV,
-    INFERENCEMAX_NODE,
-    INFERENCEMAX_POLLS,
-    SEQUENCES,
-    Deployment,
-    cluster_of,
-    is_blackwell,
-    weight_format,
-)
+from apex_opt.measured.deployments import cluster_of, kv_format, started, weight_format
+from apex_opt.measured.facts import Degrees, Load, labelled, read_facts, trained_on
 from apex_opt.measured.files import read_rows
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
-from apex_opt.plans.engine import EngineSettings
-from apex_opt.plans.plan import default_kv_format
 from apex_opt.workload.trace import MAX_TOKENS, make_trace
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from apex_opt.ir.model import Model
+    from apex_opt.measured.deployments import Started
+    from apex_opt.measured.facts import Facts, Family
     from apex_opt.measured.files import Row
     from apex_opt.measured.runs import Run
     from apex_opt.workload.trace import Trace
@@ -67,103 +54,171 @@ NEEDED: Final = (
     "silicon_tpot_ms",
 )
 
-REQUESTS_PER_CLIENT: Final = 10
-"""Requests of a run per client, as InferenceMAX and others send them: the burst they begin with weighs a tenth."""
-
 SHORTEST_SHARE: Final = 0.8
-"""Lengths of InferenceMAX's requests, uniform from this share to all of the nominal one (--random-range-ratio)."""
+"""Lengths of InferenceX's requests, uniform from this share to all of the nominal one (--random-range-ratio)."""
+LARGEST_POOL: Final = 8
+"""GPUs of InferenceX's largest deployment in one piece; on more, prefill and decode have pools of their own."""
 
-_INFERENCEMAX: Final = re.compile(r"db-dump/|source_file=\d{4}-\d\d-\d\d\.csv")  # how dumps of it are named
-_MANY_CLIENTS: Final = 16
+_CLIENTS: Final = re.compile(r"silicon_concurrency=(\d+)")
+_RELEASE: Final = re.compile(r"0\.(\d+)\.")
+_LAST_BLOCKING: Final = 12
+"""Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
 _LARGEST: Final = 1 << 16  # degree or number of clients
-_LARGEST_BATCH: Final = 1 << 17  # tokens over all attention copies; tables of more take minutes and gigabytes
 
 
 class _Odd(Exception):
     """A row that cannot be simulated: the sort of reason, and its figures."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, model: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
 
 
 def read_silicon(path: Path) -> list[Run]:
-    """Every row of the file.
+    """Every measurement of the file, with the tables that lie beside it.
 
     Raises
     ------
-    InputError    missing columns; figures that are no numbers or negative, with their line
+    InputError    missing columns; figures that are no numbers or negative, with their line; faults in tables beside it
     """
-    return [_run(row) for row in read_rows(path, NEEDED)]
+    facts = read_facts(path)
+    found: dict[object, Run] = {}
+    for row in read_rows(path, NEEDED):
+        run, key = _run(row, facts), _measurement(row)
+        # Of several rows one that is not what it says tells for all, else the first that can be simulated.
+        if (before := found.get(key)) is not None:
+            run = replace(min((before, run), key=_rank), rows=before.rows + 1)
+        found[key] = run
+    return list(found.values())
 
 
-def _run(row: Row) -> Run:
+def _measurement(row: Row) -> object:
+    """What rows of the same measurement have in common: the same figures on the same system; some lists round them."""
+    ttft, tpot = row.number("silicon_ttft_ms"), row.number("silicon_tpot_ms")
+    if not (ttft and tpot):
+        return row.line
+    return (*(row.cells[c] for c in ("backend", "system", "isl", "osl")), round(ttft, 1), round(tpot, 1))
+
+
+def _rank(run: Run) -> int:
+    if isinstance(run, MeasuredRun):
+        return 1
+    return 0 if run.aside else 2
+
+
+def _run(row: Row, facts: Facts) -> Run:
     cell = {name: text.strip() for name, text in row.cells.items()}
     name, model = cell["id"] or f"line {row.line}", cell["model_path"]
+
+    def unusable(reason: str, detail: str, *, aside: bool = False) -> UnusableRun:
+        return UnusableRun(
+            name=name, origin=row.where, kind=KIND, model=model, reason=reason, detail=detail, aside=aside
+        )
+
+    said = facts.aside.get(cell["id"])
+    if said is not None and said.metric == "both":
+        return unusable(f"set aside: {said.reason}", said.detail, aside=True)
     try:
-        return _measured(row, cell, name)
+        return _measured(row, cell, name, facts)
+    except _Aside as odd:
+        return unusable(odd.reason, odd.detail, aside=True)
     except _Odd as odd:
-        return UnusableRun(name=name, origin=row.where, kind=KIND, model=model, reason=odd.reason, detail=odd.detail)
+        return unusable(odd.reason, odd.detail)
 
 
-def _measured(row: Row, cell: dict[str, str], name: str) -> MeasuredRun:
+class _Aside(_Odd):
+    """A row that is not what it says."""
+
+
+def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> MeasuredRun:
     figures = {"ttft_mean": row.number("silicon_ttft_ms"), "tpot_mean": row.number("silicon_tpot_ms")}
     measured = {metric: value / 1e3 for metric, value in figures.items() if value}
     if not measured:
         raise _Odd("nothing measured", "TTFT and TPOT are blank or zero")
     prompt, output = _count(row, "isl", MAX_TOKENS), _count(row, "osl", MAX_TOKENS)
-    degrees = _Degrees.of(row)
-    clients = _count(row, "batch_size", _LARGEST) * degrees.copies  # the column counts those of one attention copy
+    labels = labelled(cell)
+    degrees, clients = _degrees(row, cell, facts, inferencex=labels.scripted)
     try:
         model = find_model(cell["model_path"])
     except ApexError as error:
         raise _Odd("model not described", str(error)) from None
-    system, backend = cell["system"], cell["backend"]
-    ours = _INFERENCEMAX.match(cell.get("silicon_data_source", "")) is not None
-    if backend not in DEFAULTS:
+    backend = cell["backend"]
+    if backend not in ENGINES:
         raise _Odd("engine not described", f"backend {backend!r:.40}")
-    deployment = (INFERENCEMAX if ours else DEFAULTS)[backend]
-    if ours:
-        degrees = degrees.over_the_same_gpus()
-        if degrees.gpus > INFERENCEMAX_NODE:
-            raise _Odd("prefill and decode pools added up", f"{degrees.gpus} GPUs")
-    cluster = cluster_of(system, degrees.gpus)
+    load = Load(clients, prompt, output, degrees.tp, degrees.copies)
+    family = facts.family(cell["id"], labels, load)
+    if family is not None and family.speculative:
+        raise _Aside("set aside: speculative", f"{family.name}: {family.speculative}")
+    if family is not None and name not in facts.relabelled:
+        degrees = degrees.as_ran(family)
+        load = load._replace(tp=degrees.tp, copies=degrees.copies)
+    drawn = labels.scripted
+    if drawn and degrees.gpus > LARGEST_POOL:
+        raise _Aside("set aside: prefill and decode pools added up", f"{degrees.gpus} GPUs")
+    cluster = cluster_of(cell["system"], degrees.gpus)
     if cluster is None:
-        raise _Odd("GPU not in the catalogue", f"system {system!r:.40}")
+        raise _Odd("GPU not in the catalogue", f"system {cell['system']!r:.40}")
     weights = _weights(cell, model)
-    kv = _kv_format(cell, model, weights, deployment, ours)
-    budget = deployment.tokens[is_blackwell(system)] or prompt + BESIDE_A_PROMPT
-    sharing = 1 if backend == "vllm" else degrees.copies  # attention copies under one limit
-    tokens = min(budget * sharing, _LARGEST_BATCH)
-    polled = ours and backend == "sglang" and is_blackwell(system)
-    poll_every = INFERENCEMAX_POLLS[clients >= _MANY_CLIENTS] if polled else 1
-    lengths = f"drawn from {SHORTEST_SHARE:g} to 1 of those given" if ours else "as given"
+    kv = kv_format(family, weights)
+    kind = _kind(backend, cell.get("backend_version", ""), family)
+    how = started(family, kind, cluster, load)
+    plan = f"{degrees.plan(model.is_moe)} {weights}"
+    said = facts.aside.get(cell["id"])
+    aside = {} if said is None else {f"{said.metric}_mean": f"{said.reason}: {said.detail}"}
     return MeasuredRun(
         name=name,
         origin=row.where,
         kind=KIND,
         model=cell["model_path"],
         cluster=cluster,
-        plan=f"{degrees.plan(model.is_moe)} {weights} kv={kv}",
-        engine=backend,
-        settings=EngineSettings(
-            max_num_seqs=min(SEQUENCES * sharing, tokens),
-            max_num_batched_tokens=tokens,
-            # Only the magnitude, so that loads much alike share their tables.
-            max_model_len=1 << (prompt + output - 1).bit_length(),
-            gpu_memory_utilization=deployment.utilisation,
-            scheduler=load_kind("vllm").scheduling() if backend == "vllm" else VllmScheduling(),
-        ),
-        trace=_closed_loop(clients, prompt, output, ours),
-        poll_every=poll_every,
+        plan=f"{plan} kv={kv}",
+        engine=kind,
+        settings=how.settings,
+        trace=_closed_loop(clients, prompt, output, how.requests_per_client, drawn),
+        poll_every=how.poll_every,
+        share_of=how.share_of,
+        captured_tokens=how.captured_tokens,
+        sweep=f"{trained_on(model.name)} {cell['system']} {backend} {plan} {prompt}+{output}",
         measured=measured,
-        assumptions=(
-            f"{REQUESTS_PER_CLIENT} requests per client, lengths {lengths}",
-            f"KV cache in {kv}, batches of up to {tokens} tokens in which prompts join decoding, "
-            f"{deployment.utilisation:g} of the memory",
-            *((f"new requests are looked for every {poll_every} batches",) if poll_every > 1 else ()),
-        ),
+        set_aside=aside,
+        assumptions=_assumptions(how, kv, drawn, family),
     )
+
+
+def _assumptions(how: Started, kv: str, drawn: bool, family: Family | None) -> tuple[str, ...]:
+    """What is taken to be so, and from where."""
+    lengths = f"drawn from {SHORTEST_SHARE:g} to 1 of those given" if drawn else "as given"
+    settings = how.settings
+    return (
+        f"deployment: {family.name}, {family.text('certainty')}" if family else "deployment: the engine's defaults",
+        f"{how.requests_per_client} requests per client, lengths {lengths}",
+        f"KV cache in {kv}, batches of up to {settings.max_num_batched_tokens} tokens, "
+        f"{settings.gpu_memory_utilization:g} of the memory ({how.share_of})",
+        *((f"new requests are looked for every {how.poll_every} batches",) if how.poll_every > 1 else ()),
+    )
+
+
+def _kind(backend: str, version: str, family: Family | None) -> str:
+    """The engine kind of a release; of rows that name none the one of the days of their family."""
+    if backend == "trtllm" and version.startswith("1.0."):
+        return "trtllm-1.0"
+    if backend != "vllm":
+        return backend
+    if match := _RELEASE.match(version):
+        return "vllm-0.12" if int(match[1]) <= _LAST_BLOCKING else "vllm"
+    return "vllm-0.12" if family is not None and family.text("date_to") < "2026" else "vllm"
+
+
+def _degrees(row: Row, cell: dict[str, str], facts: Facts, *, inferencex: bool) -> tuple[_Degrees, int]:
+    """Degrees that ran, and clients."""
+    degrees = _Degrees.of(row)
+    if (known := facts.relabelled.get(cell["id"])) is not None:
+        return _Degrees.ran(known, degrees.stages), known.clients
+    # The column counts those of one attention copy.
+    clients = _count(row, "batch_size", _LARGEST) * degrees.copies
+    if match := _CLIENTS.search(cell.get("silicon_data_source", "")):
+        clients = min(max(int(match[1]), 1), _LARGEST)
+    return (degrees.over_the_same_gpus() if inferencex else degrees), clients
 
 
 def _count(row: Row, column: str, most: int) -> int:
@@ -193,12 +248,29 @@ class _Degrees:
         tp = _count(row, "tp_size", _LARGEST)
         return cls(copies=copies, tp=tp, moe_tp=moe_tp, moe_ep=moe_ep, stages=stages)
 
+    @classmethod
+    def ran(cls, known: Degrees, stages: int) -> _Degrees:
+        """Degrees that a table tells."""
+        return cls(copies=known.copies, tp=known.tp, moe_tp=known.moe_tp, moe_ep=known.moe_ep, stages=stages)
+
+    def as_ran(self, family: Family) -> _Degrees:
+        """The degrees where the script of a family is known to have taken others than the row says."""
+        experts, copies = family.text("ep_real"), family.text("dp_attention_real")
+        gpus = self.copies * self.tp
+        found = self
+        if copies in ("yes", "no"):
+            found = replace(found, copies=gpus if copies == "yes" else 1, tp=1 if copies == "yes" else gpus)
+        groups = gpus if experts == "= TP" else int(experts) if experts.isdigit() else 0
+        if groups and gpus % groups == 0:
+            found = replace(found, moe_ep=groups, moe_tp=gpus // groups)
+        return found
+
     @property
     def gpus(self) -> int:
         return self.copies * self.tp * self.stages
 
     def over_the_same_gpus(self) -> _Degrees:
-        """The degrees of an InferenceMAX row.
+        """The degrees of an InferenceX row.
 
         There TP and EP are degrees over the same GPUs, and so is data parallelism of attention. Some rows hold their
         product instead, as the same measurements show that stand in the table both ways: 8 GPUs with TP 8 and EP 8 as
@@ -244,31 +316,21 @@ def _weights(cell: dict[str, str], model: Model) -> str:
     return found
 
 
-def _kv_format(cell: dict[str, str], model: Model, weights: str, deployment: Deployment, ours: bool) -> str:
-    """KV format that goes with the weights; `ours` where the row is InferenceMAX's."""
-    blackwell = is_blackwell(cell["system"])
-    if FORMATS[weights].weight_bits >= 16:
-        return default_kv_format(weights)
-    if ours and cell["backend"] == "vllm" and blackwell and model.name in INFERENCEMAX_FP8_KV:
-        return "fp8"
-    return (deployment.kv if weights == model.weight_format else deployment.requantised_kv)[blackwell]
-
-
 @lru_cache(maxsize=1024)
-def _closed_loop(clients: int, prompt: int, output: int, drawn: bool) -> Trace:
-    """As many requests as the driver sends; drawn lengths are the same for every row of the same load."""
-    n = REQUESTS_PER_CLIENT * clients
-    rng = np.random.default_rng(0)
+def _closed_loop(clients: int, prompt: int, output: int, per_client: int, drawn: bool) -> Trace:
+    """The requests that the client sends; drawn lengths as its generator draws them, all prompts first."""
+    n = per_client * clients
+    # The client draws with numpy's old generator, seeded with 0.
+    random = np.random.RandomState(0)
 
-    def lengths(most: int) -> NDArray[np.int64]:
-        least = max(int(SHORTEST_SHARE * most), 1) if drawn else most
-        return rng.integers(least, most, n, endpoint=True)
+    def lengths(most: int) -> Any:
+        return random.randint(max(int(SHORTEST_SHARE * most), 1), most + 1, n) if drawn else np.full(n, most)
 
     return make_trace(
         name=f"{clients} clients, {prompt} + {output} tokens",
         arrival_ns=np.zeros(n, np.int64),
-        prompt=lengths(prompt),
-        output=lengths(output),
+        prompt=lengths(prompt).astype(np.int64),
+        output=lengths(output).astype(np.int64),
         concurrency=clients,
         source=f"closed loop, lengths {'drawn, seed 0' if drawn else 'fixed'}",
     )

@@ -56,6 +56,7 @@ class Served(Measurement):
     cluster: str
     plan: str
     engine: str
+    judged: bool
     requests: int
     concurrency: int | None
 
@@ -97,11 +98,17 @@ class Errors(Described):
 
 
 class Coverage(Described):
-    """How many runs were predicted, of all and of those whose model can be described; why the others were not."""
+    """How many runs were predicted, of all and of those whose model can be described; why the others were not.
+
+    Runs that are not what they say are set `aside`; they are in `total`, not in `supported`. A run may stand in several
+    `rows` of its file.
+    """
 
     predicted: int
     total: int
+    rows: int
     supported: int
+    aside: int
     reasons: dict[str, int]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=listed.Steps)
 
 _GROUPS: Final[Mapping[str, Callable[[Comparison], str]]] = {
+    "half": lambda c: "judged" if isinstance(c.run, MeasuredRun) and c.run.judged else "fitted on",
     "kind": lambda c: c.run.kind,
     "engine": lambda c: c.run.engine if isinstance(c.run, MeasuredRun) else "",
     "cluster": lambda c: c.run.cluster if isinstance(c.run, MeasuredRun) else "",

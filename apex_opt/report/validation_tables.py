@@ -37,10 +37,11 @@ def _draw(console: Console, document: Document, limit: int) -> None:
     predicted = [row for row in rows if row["status"] == "predicted"]
     covered = document["coverage"]
     known = f", {covered['supported']:,} of a model that can be described" if covered["supported"] else ""
+    aside = f", {covered['aside']:,} set aside" if covered["aside"] else ""
     console.print(
         Text.assemble(
             (f"{covered['predicted']:,} of {count(covered['total'], 'measured run')} predicted", "bold"),
-            f" ({covered['total']:,} in {count(len(document['files']), 'file')}{known})\n",
+            f" ({covered['rows']:,} in {count(len(document['files']), 'file')}{known}{aside})\n",
         )
     )
     notes_lines(console, document)
@@ -113,13 +114,28 @@ def _summary(console: Console, document: Document) -> None:
         for metric, found in document["summary"].items()
     ]
     table(console, "Summary", heads, rows, left={0})
+    _halves(console, document["summary_by"].get("half", {}))
     for group, parts in document["summary_by"].items():
-        if len(parts) < 2:
+        if len(parts) < 2 or group == "half":
             continue
         metrics = [m for m in document["summary"] if any(m in part for part in parts.values())]
         lines = [(name, *(_in_short(part.get(metric)) for metric in metrics)) for name, part in parts.items()]
         heads = (group, *(_HEADS[metric] for metric in metrics))
         table(console, f"Mean |error| and bias by {group}", heads, lines, left={0}, kept=range(4))
+
+
+def _halves(console: Console, halves: Document) -> None:
+    """The runs that parameters may be fitted on, and those that are only judged by."""
+    if len(halves) < 2:
+        return
+    rows = [
+        (_HEADS[metric], half, f"{found['n']:,}", *_errors(found))
+        for metric in _HEADS
+        for half, errors in halves.items()
+        if (found := errors.get(metric)) is not None
+    ]
+    heads = ("", "half", "runs", "mean |error|", "median |error|", "bias")
+    table(console, "Runs judged by, and runs that parameters may be fitted on", heads, rows, left={0, 1})
 
 
 def _in_short(found: Document | None) -> str:

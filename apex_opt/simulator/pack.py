@@ -231,6 +231,7 @@ class Memory:
         sizes = room or (0,) * 6
         control = np.zeros(kn.CONTROL_SIZE, np.int64)
         control[[kn.SIZE, kn.STOPS, kn.LOGGED]] = len(trace), len(stops), room is not None
+        control[kn.PAUSE_NS] = trace.pause_ns
         control[kn.ORIGIN] = 0 if trace.concurrency is not None else trace.arrival_ns[0]
         control[[kn.MOST_STEPS, kn.MOST_ROWS, kn.MOST_LOST]] = sizes[:3]
         limits, least = _stops(stops, floors, self._requests)

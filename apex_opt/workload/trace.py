@@ -19,6 +19,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 
 MAX_REQUESTS: Final = 5_000_000
 MAX_TOKENS: Final = 10_000_000
+MAX_PAUSE_NS: Final = 3600 * NS_PER_S
 MAX_ARRIVAL_NS: Final = 1 << 61
 """About 73 years. The rest of int64 is left to the simulated clock."""
 
@@ -76,6 +77,7 @@ class Trace:
                                    some engines reserve room for; None: the output
     concurrency : int or None      closed loop: this many clients, each sending its next request once the last is
                                    answered; arrivals are then all 0 and ignored. None: requests come on their own.
+    pause_ns : int                 from an answer to the next request of the same client, in a closed loop
     content : int64[total] or None what the prompts say: an id per piece of `content_tokens` tokens, equal ids for equal
                                    pieces; the last piece of a prompt may be cut short. None: nothing is shared.
     content_starts : int64[n + 1] or None    request i has the pieces from content_starts[i] to content_starts[i + 1]
@@ -101,6 +103,7 @@ class Trace:
     output: Ints
     max_new_tokens: Ints | None = None
     concurrency: int | None = None
+    pause_ns: int = 0
     content: Ints | None = None
     content_starts: Ints | None = None
     content_tokens: int = 0
@@ -130,6 +133,10 @@ class Trace:
         later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
         if later.size:
             raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
+        if self.pause_ns and (self.concurrency is None or not 0 <= self.pause_ns <= MAX_PAUSE_NS):
+            raise InputError(
+                f"trace {self.name}: a pause of {self.pause_ns} ns is not from 0 to {MAX_PAUSE_NS} in a closed loop"
+            )
         if self.concurrency is not None:
             _check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
             if self.arrival_ns.any():
@@ -330,6 +337,7 @@ def make_trace(
     output: Sequence[int] | npt.NDArray[Any],
     max_new_tokens: Sequence[int] | npt.NDArray[Any] | None = None,
     concurrency: int | None = None,
+    pause_ns: int = 0,
     content: Sequence[Sequence[int] | npt.NDArray[Any]] | None = None,
     content_tokens: int = 0,
     source: str = "",
@@ -351,6 +359,7 @@ def make_trace(
     output : sequence of int or array     tokens of each answer
     max_new_tokens : sequence of int, array or None    the most tokens of each answer, as its client states it
     concurrency : int or None             clients of a closed loop
+    pause_ns : int                        from an answer to the next request of the same client
     content : sequence or None            what each prompt says, as ids of pieces
     content_tokens : int                  tokens of a piece
     source : str                          where it comes from
@@ -395,6 +404,7 @@ def make_trace(
         output=frozen[2],
         max_new_tokens=frozen[3] if max_new_tokens is not None else None,
         concurrency=concurrency,
+        pause_ns=pause_ns,
         content=ids,
         content_starts=starts,
         content_tokens=content_tokens if content is not None else 0,

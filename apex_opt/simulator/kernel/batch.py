@@ -52,6 +52,7 @@ from apex_opt.simulator.kernel.state import (
     ORIGIN,
     PAIR_RATE,
     PASSED,
+    PAUSE_NS,
     RATE_BITS,
     ROW_COMPUTED,
     ROW_REQUEST,
@@ -331,7 +332,7 @@ def answer_nb(run: Run, r: I64, i: int, now: int) -> None:
     r[LAST_ENDED] += 1
     coming = r[BACKLOG]
     if coming != NONE:
-        column_nb(run, ARRIVAL)[coming] = now
+        column_nb(run, ARRIVAL)[coming] = now + run.control[PAUSE_NS]
         r[BACKLOG] = column_nb(run, FOLLOWING)[coming]
         r[SENT] += 1
     if run.control[STOPS] > 0:

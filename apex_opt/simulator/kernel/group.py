@@ -108,6 +108,7 @@ from apex_opt.simulator.kernel.state import (
     NONE,
     NOW,
     PASSED,
+    PAUSE_NS,
     PREEMPTIONS,
     QUEUE_AT,
     QUEUE_HEAD,
@@ -285,7 +286,7 @@ def follow_nb(run: Run, group: Group, g: I64, r: I64, m: I64) -> bool:
     for _ in range(answered):
         i = g[WAITING_CLIENT]
         if i != NONE:
-            column_nb(run, ARRIVAL)[i] = g[CLOCK]
+            column_nb(run, ARRIVAL)[i] = g[CLOCK] + run.control[PAUSE_NS]
             g[WAITING_CLIENT] = link_nb(run, group, AFTER)[i]
             g[GIVEN] += 1
     return g[CLOSED] == 1

@@ -73,7 +73,9 @@ class Links(NamedTuple):
 # Columns of `Run.control`: requests, limits to stop at, the first arrival, whether a limit is passed; whether batches
 # are logged, how many rows there are of each kind, which run on past the capacity, so that a second run can be given
 # enough, and the capacities.
-(SIZE, STOPS, ORIGIN, PASSED, LOGGED, STEPS, ROWS, LOST, MOST_STEPS, MOST_ROWS, MOST_LOST, CONTROL_SIZE) = range(12)
+(SIZE, STOPS, ORIGIN, PASSED, LOGGED, STEPS, ROWS, LOST, MOST_STEPS, MOST_ROWS, MOST_LOST) = range(11)
+# From an answer to the next request of the same client.
+PAUSE_NS, CONTROL_SIZE = range(11, 13)
 
 # Columns of `Run.requests`. FOLLOWING chains the requests of one replica, UNDER those preempted, a stack.
 (ARRIVAL, PROMPT, OUTPUT, LIMIT, FOLLOWING, FIRST, FINISH, GENERATED, UNDER, COMMON_SIZE) = range(10)

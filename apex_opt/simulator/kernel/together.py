@@ -27,6 +27,7 @@ from apex_opt.simulator.kernel.state import (
     NEVER,
     NONE,
     PASSED,
+    PAUSE_NS,
     REPLICA_SIZE,
 )
 
@@ -44,7 +45,7 @@ def follow_nb(run: Run, group: Group, g: I64) -> None:
     for _ in range(ended - g[ANSWERED]):
         i = g[WAITING_CLIENT]
         if i != NONE:
-            column_nb(run, ARRIVAL)[i] = g[CLOCK]
+            column_nb(run, ARRIVAL)[i] = g[CLOCK] + run.control[PAUSE_NS]
             g[WAITING_CLIENT] = link_nb(run, group, AFTER)[i]
             g[GIVEN] += 1
     g[ANSWERED] = ended

@@ -74,7 +74,7 @@ def run_deployment(
             else:
                 _serve(every[share.first : share.last], router_of(share, pools, trace), arrivals)
         else:
-            _serve_clients(every[share.first : share.last], share.clients, mine)
+            _serve_clients(every[share.first : share.last], share.clients, mine, trace.pause_ns)
     outcome = _outcome(pools, engines, sequences, gaps=log or gaps)
     # Limits only get closer as requests are answered: cut short is what would have passed one in the end.
     times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
@@ -175,8 +175,8 @@ def _serve_pulling(engines: Seq[Replica], arrivals: deque[tuple[int, Sequence]])
             return
 
 
-def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence]) -> None:
-    """Requests of a closed loop, each sent when another is answered.
+def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence], pause_ns: int) -> None:
+    """Requests of a closed loop, each sent a pause after another is answered.
 
     Clients keep to their replica: client j to replica j mod R, and requests are dealt in turn.
     """
@@ -188,7 +188,7 @@ def _serve_clients(engines: Seq[Replica], clients: int, sequences: Seq[Sequence]
         while (at_ns := engine.next_ns()) is not None:
             for answered in engine.turn(at_ns)[: len(backlog)]:
                 assert answered.answered_ns is not None
-                engine.add(backlog.popleft(), answered.answered_ns)
+                engine.add(backlog.popleft(), answered.answered_ns + pause_ns)
 
 
 def pool_outcome(engines: Seq[Replica]) -> PoolOutcome:
