@@ -118,6 +118,7 @@ def _run(name: str, label: str, trace: Trace, measured: dict[str, float], deploy
         plan=deployed.plan,
         engine=deployed.engine,
         settings=deployed.settings(trace),
+        sweep=f"{deployed.model} {deployed.cluster} {deployed.engine} {deployed.plan}",
         trace=trace,
         measured=measured,
         assumptions=("the plan, the engine and its settings as given beside the file", *trace.notes),
