@@ -29,8 +29,12 @@ def pipelines(draw: Callable[..., int]) -> Pipeline:
     def each(values: st.SearchStrategy[int], count: int) -> tuple[int, ...]:
         return tuple(draw(st.lists(values, min_size=count, max_size=count)))
 
+    group_of = draw(st.lists(st.integers(0, 2), min_size=len(order), max_size=len(order)))
+    shared = tuple(tuple(i for i, group in enumerate(group_of) if group == g) for g in range(3))
     return Pipeline(
         kinds=order,
+        shared=draw(st.sampled_from([(), shared])),
+        page=draw(SMALL),
         weight=each(SMALL, kinds),
         held=each(SMALL, kinds),
         extra=each(st.sampled_from((0, 0, 3, 8)), stages),
@@ -46,12 +50,16 @@ def brute_force(p: Pipeline) -> tuple[int, ...] | None:
     even = list(accumulate(even_split(layers, stages)))
     best = []
     for cuts in combinations(range(1, layers), stages - 1):
-        parts = [p.kinds[i:j] for i, j in pairwise((0, *cuts, layers))]
+        spans = list(pairwise((0, *cuts, layers)))
+        parts = [p.kinds[i:j] for i, j in spans]
         heaviest = max(
             pace * (sum(p.weight[k] for k in part) + extra)
             for part, extra, pace in zip(parts, p.extra, p.pace or (1,) * stages, strict=True)
         )
-        spare = min(room - sum(p.held[k] for k in part) for part, room in zip(parts, p.room, strict=True))
+        own = [sum(p.held[k] for k in part) for part in parts]
+        # Groups share blocks: on every stage there are as many as the group with the most layers there needs.
+        pages = [max((sum(i <= layer < j for layer in g) for g in p.shared), default=0) for i, j in spans]
+        spare = min(room - held - p.page * most for room, held, most in zip(p.room, own, pages, strict=True))
         if spare >= 0 and max(map(len, parts)) <= p.most:
             apart = tuple((abs(cut - other), cut) for cut, other in zip(cuts, even, strict=False))
             best.append((heaviest, -spare, apart, tuple(map(len, parts))))
