@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
     from apex_opt.simulator.phases import PhasedOutcome, Phases
+    from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
 
@@ -192,6 +193,7 @@ def run_deployment(
     stops: Sequence[Stop] = (),
     floors: Outcome | None = None,
     content: TokenContent | None = None,
+    rescheduling: Rescheduling | None = None,
     implementation: Implementation = "kernel",
 ) -> Outcome:
     """Serve a trace on several pools of replicas, each with its own limits, laws and blocks.
@@ -203,6 +205,8 @@ def run_deployment(
     clients : of each pool, at least one, where `assigned` is given and the trace is a closed loop; clients keep to
         their replica
     routing : how a replica is found, among those of its pool where a request is assigned to one; see `simulate`
+    rescheduling : Rescheduling or None    how requests are dealt and move between replicas of one pool; simulated by
+        the reference, and in place of a routing
     log, gaps, stops, floors, content, implementation : as for `simulate`, of the whole deployment
 
     Returns
@@ -219,12 +223,15 @@ def run_deployment(
     found = shares(pools, trace, routing, assigned, clients)
     for place, pool in enumerate(pools):
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
+    if rescheduling is not None:
+        _check_moving(pools, trace, rescheduling)
     from apex_opt.simulator import compiled
 
-    if implementation == "reference" or not compiled.routes(pools, found):
+    if rescheduling is not None or implementation == "reference" or not compiled.routes(pools, found):
         from apex_opt.simulator import reference
 
-        return reference.run_deployment(pools, trace, found, log=log, gaps=gaps, stops=stops, content=content)
+        asked: dict[str, Any] = {"log": log, "gaps": gaps, "stops": stops, "content": content}
+        return reference.run_deployment(pools, trace, found, rescheduling=rescheduling, **asked)
     return compiled.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors, content=content)
 
 
@@ -324,6 +331,26 @@ def run_phases(settings: EngineSettings, blocks: int, law: BatchLaw, phases: Pha
     from apex_opt.simulator.reference import phases as loops
 
     return loops.run(settings, blocks, law, phases, trace)
+
+
+def _check_moving(pools: Sequence[EnginePool], trace: Trace, rules: Rescheduling) -> None:
+    """Refuse replicas between which no request can move."""
+    settings = pools[0].settings
+    plain = pools[0].ranks is None and not settings.kv_groups and settings.speculation is None
+    if len(pools) > 1 or not plain or not isinstance(settings.scheduler, VllmScheduling) or settings.prefix_caching:
+        raise UsageError(
+            "rescheduling: requests move between replicas of one pool with one scheduler of the engine vllm, one kind "
+            "of KV block, no drafts and no prefix caching; leave one of them out"
+        )
+    if trace.concurrency is not None:
+        raise UsageError("rescheduling: requests move where they come on their own, not in a closed loop of clients")
+    if not settings.scheduler.idle_sleep_ns:
+        raise UsageError(
+            "rescheduling: replicas need an idle_sleep_us of at least 1; one whose blocks are all held "
+            "for requests that come would take turns without end"
+        )
+    if unknown := [place for place in rules.draining if not 0 <= place < pools[0].replicas]:
+        raise UsageError(f"rescheduling: replica {unknown[0]} to be drained is not among the {pools[0].replicas}")
 
 
 def _check_alike(pools: Sequence[EnginePool], *, unassigned: bool) -> None:

@@ -234,6 +234,7 @@ class Outcome:
     gaps_ns : int64[gaps] or None        times between consecutive tokens, request by request, where asked for
     stopped : bool                       cut short by a `Stop`: times and counts are then incomplete
     pools : PoolOutcome of each pool
+    moved : (request, replica, replica, time) of each that went from one replica on to another
     """
 
     arrival_ns: NDArray[np.int64]
@@ -252,6 +253,7 @@ class Outcome:
     gaps_ns: NDArray[np.int64] | None = None
     stopped: bool = False
     pools: tuple[PoolOutcome, ...] = ()
+    moved: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def makespan_ns(self) -> int:

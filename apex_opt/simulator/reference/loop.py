@@ -16,6 +16,7 @@ from apex_opt.simulator.law import clock_overflow, never_admitted
 from apex_opt.simulator.outcome import BatchCounts, Outcome, PoolOutcome, SharedCounts
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.group import Group
+from apex_opt.simulator.reference.rescheduling import Llumnix
 from apex_opt.simulator.reference.router import Pull, router_of
 from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.reference.router import Replica, Router
+    from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.workload.trace import Trace
 
 
@@ -43,6 +45,7 @@ def run_deployment(
     gaps: bool = False,
     stops: Seq[Stop] = (),
     content: TokenContent | None = None,
+    rescheduling: Rescheduling | None = None,
 ) -> Outcome:
     """Serve a trace; see `apex_opt.simulator.api.run_deployment` for the parameters.
 
@@ -55,6 +58,7 @@ def run_deployment(
     gaps : bool                 whether the times between tokens are told
     stops : sequence of Stop    limits at which a run ends early
     content : TokenContent or None    what tokens are, where that is not what the trace says
+    rescheduling : Rescheduling or None    how requests move between replicas, which then are of one pool
     """
     closed = trace.concurrency is not None
     engines = [[_replica(pool, log=log, closed=closed) for _ in range(pool.replicas)] for pool in pools]
@@ -65,6 +69,12 @@ def run_deployment(
             own = sequences_of(pool.settings, trace)
             for row in share.rows:
                 sequences[row] = own[row]
+    moved: tuple[tuple[int, int, int, int], ...] = ()
+    if rescheduling is not None:
+        replicas = [engine for engine in every if isinstance(engine, Engine)]
+        llumnix = Llumnix(replicas, pools[0].blocks, rescheduling)
+        llumnix.serve(deque(zip(trace.arrival_ns.tolist(), sequences, strict=True)))
+        moved, shares = tuple(llumnix.moved), ()
     for share in shares:
         mine = [sequences[row] for row in share.rows]
         if share.clients is None:
@@ -75,7 +85,7 @@ def run_deployment(
                 _serve(every[share.first : share.last], router_of(share, pools, trace), arrivals)
         else:
             _serve_clients(every[share.first : share.last], share.clients, mine, trace.pause_ns)
-    outcome = _outcome(pools, engines, sequences, gaps=log or gaps)
+    outcome = replace(_outcome(pools, engines, sequences, gaps=log or gaps), moved=moved)
     # Limits only get closer as requests are answered: cut short is what would have passed one in the end.
     times = outcome.arrival_ns, outcome.first_token_ns, outcome.finish_ns
     generated = np.array([sequence.limit for sequence in sequences])

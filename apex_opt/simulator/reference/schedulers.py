@@ -32,6 +32,7 @@ class Scheduler:
         self.blocks = kind(blocks, settings.block_size)
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
+        self.leaving: list[Sequence] = []  # on their way to another replica, in no further batch
         self.cached = 0  # prompt tokens found when their request was first admitted
         self.unreported = False  # somebody ended since the last batch was formed; the workers learn of it with the next
 
@@ -164,7 +165,7 @@ class Scheduler:
 
     def seats(self, batch: Batch) -> bool:
         """Whether a further sequence can be admitted to a batch."""
-        return batch.budget > 0 and len(self.running) < self.settings.max_num_seqs
+        return batch.budget > 0 and len(self.running) + len(self.leaving) < self.settings.max_num_seqs
 
     def admit(self, batch: Batch, sequence: Sequence) -> bool:
         """Admit the first waiting sequence, if it fits."""
@@ -223,7 +224,7 @@ class Scheduler:
         """A sequence is answered: it gives back its blocks, from wherever it is."""
         sequence.finished = True
         self.give_back(sequence)
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        next(its for its in (self.running, self.waiting, self.leaving) if sequence in its).remove(sequence)
         self.unreported = True
 
 
