@@ -161,7 +161,7 @@ def test_files_that_go_with_an_answer_are_written_on_request(tmp_path: Path) -> 
     scored.write(requests=str(tmp_path / "r.csv"), timeline=str(tmp_path / "t.json"))
     assert (tmp_path / "r.csv").read_text().startswith("request,arrival_s,prompt,output")
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    with pytest.raises(UnknownNameError, match="unknown file of this answer 'plot'; known: requests, timeline"):
+    with pytest.raises(UnknownNameError, match="unknown file of this answer 'plot'; did you mean report"):
         scored.write(plot=str(tmp_path / "p.png"))
 
 

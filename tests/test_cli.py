@@ -54,6 +54,7 @@ ONE = {
     "simulate": ("--plan=tp2",),
     "place": ("--plan=tp2",),
     "capacity": ("--slo=ttft_p95<=1s",),
+    "study": ("--study=nowhere.toml",),
     "calibrate": ("--measured=runs",),
     "validate": ("--measured=runs",),
     "profile show": (),
@@ -142,7 +143,7 @@ def test_tables_and_json_have_the_same_figures(planned: tuple[dict[str, Any], st
     document, table = planned
     best = document["best"]
     metrics = best["metrics"]
-    rows = {line.split("  ")[0].strip(): line for line in table.splitlines()}
+    rows = {line.split("  ")[0].strip(): line for line in reversed(table.splitlines())}  # latencies come first
     for key, name in (("ttft_s", "TTFT"), ("tpot_s", "TPOT"), ("e2e_s", "E2E")):
         assert seconds_in(rows[name]) == [pytest.approx(value, rel=0.05) for value in metrics[key].values()]
     assert numbers_in(rows["throughput"]) == [
@@ -246,7 +247,7 @@ def test_no_commands_are_shown_where_none_are_asked_for_or_there_is_no_plan() ->
 def test_commands_are_those_of_the_engine_and_how_it_forms_batches_is_no_option_of_its_own() -> None:
     said = "--emit: expected true or false, got 'sglang'; it takes the engine of --engine"
     assert refused("plan", *CHEAP, "--emit=sglang") == refused("plan", *CHEAP, "--emit", "sglang") == said
-    others = "--engine=sglang, sglang-eager, trtllm, vllm, vllm-0.6"
+    others = "--engine=sglang, sglang-eager, trtllm, trtllm-1.0, vllm, vllm-0.12, vllm-0.6"
     said = f"--emit: no command starts static; of these there are some: {others}"
     assert refused("plan", *CHEAP, "--engine=static", "--emit") == said
     others = "--engine=orca or --engine=static"
@@ -907,6 +908,8 @@ def test_measured_runs_are_compared_and_counted(runs: Path) -> None:
     assert document["coverage"] == {
         "predicted": 2,
         "total": 3,
+        "rows": 3,
+        "aside": 0,
         "supported": 3,
         "reasons": {"engine not described": 1},
     }

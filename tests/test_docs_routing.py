@@ -36,5 +36,5 @@ def test_its_figures_are_those_printed(row: list[str]) -> None:
     assert any(line.endswith(f"e2e_mean = {mean}") for line in lines)
     assert any(line.startswith(f"energy       {energy}") for line in lines)
     for label, p95 in (("E2E", e2e), ("TTFT", ttft)):
-        (line,) = [line for line in lines if line.startswith(label)]
+        line = next(line for line in lines if line.startswith(label))
         assert p95 == " ".join(line.split()[7:9])

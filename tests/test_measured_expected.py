@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_measured_fit import BEFORE, RUNS, measured_with
 from apex_opt.ir import load_model
 from apex_opt.measured import Predictor
 from apex_opt.measured.expected import FIGURES, LEAST_ROWS, TABLE, Kind, expected, load_kind_of, made, model_kind
+from apex_opt.measured.runs import judged_by
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,9 @@ HERE = Kind("vllm", "h200-sxm-141gb", "dense", "light")
 
 
 def test_a_table_has_the_percentiles_of_predicted_over_measured(tmp_path: Path) -> None:
-    comparisons = Predictor().compare(measured_with(BEFORE) * 2, lambda what, done, total: None)
+    judged, kept = (next(name for name in map(str, range(99)) if judged_by(name) is its) for its in (True, False))
+    runs = [replace(run, sweep=sweep) for run in measured_with(BEFORE) for sweep in (judged, judged, kept)]
+    comparisons = Predictor().compare(runs, lambda what, done, total: None)
     path = tmp_path / "x.csv"
     path.write_text(made(comparisons))
     found = expected(Kind("vllm", "h200-sxm-141gb", "dense", ""), "ttft_mean", path)

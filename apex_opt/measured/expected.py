@@ -2,7 +2,7 @@
 
 The table `data/expected.csv` has predicted over measured, by engine, GPU, kind of model, load and figure: how
 many runs, and their 10th, 50th and 90th percentile. `python -m apex_opt.measured.expected PATH ...` makes it anew from
-measured runs. A row counts where `is_judged` says so: those that nothing was fitted on, where such a split is known.
+measured runs. Runs count that are judged by (`measured.runs.judged_by`), not those to fit on.
 """
 
 from __future__ import annotations
@@ -137,11 +137,6 @@ def _read(path: Path) -> dict[tuple[Kind, str], tuple[int, float, float, float]]
     }
 
 
-def is_judged(run: MeasuredRun) -> bool:
-    """Whether a run was not fitted on, where its reader says so."""
-    return bool(getattr(run, "judged", True))
-
-
 def made(comparisons: Iterable[Comparison]) -> str:
     """The table as CSV, of the runs that were predicted and are judged by."""
     from apex_opt.cluster import load_cluster
@@ -150,7 +145,7 @@ def made(comparisons: Iterable[Comparison]) -> str:
     found: dict[tuple[Kind, str], list[float]] = {}
     for one in comparisons:
         run, prediction = one.run, one.prediction
-        if prediction is None or not isinstance(run, MeasuredRun) or not is_judged(run):
+        if prediction is None or not isinstance(run, MeasuredRun) or not run.judged:
             continue
         values = prediction.values
         busy = values["throughput"] * values["e2e_mean"] / prediction.plan.devices
