@@ -188,7 +188,7 @@ def two_nodes() -> Iterator[Any]:
         cluster.shutdown()
 
 
-@pytest.mark.nightly  # starts three nodes, which a loaded machine takes too long for
+@pytest.mark.nightly  # 18 s on an idle machine of two cores; beside other tests its nodes may not start in time
 def test_a_node_of_ray_that_is_killed_loses_no_point(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs ray")
     seeds = f"seed = {[*range(12)]}\n"

@@ -244,9 +244,9 @@ def _nginx(servers: Sequence[Mapping[str, Any]], dealt: str) -> str:
 
 _TOLD: Final = {
     "node": "`bash {}` on that node starts it, with a log for each part",
-    "compose": "`docker compose -f {} up` on that node",
+    "compose": "`docker compose -f {} up` on that node; a clock of the GPUs is set by the script alone",
     "kubernetes": "`kubectl apply -f {}`; the cluster chooses the GPUs, which may lie otherwise in a node than "
-    "the plan has them, and its Service deals requests at random",
+    "the plan has them, no clock is set, and its Service deals requests at random",
     "dynamo": "`kubectl apply -f {}` where the Dynamo operator runs",
     "nginx": "the router that deals requests as was simulated: set NODE0, ... to the nodes' addresses, and put {} into "
     "/etc/nginx/templates of nginx's container",
