@@ -175,7 +175,11 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"slo": "tpot_p95<=nanms"}, "the limit must be a number and a unit"),
         ({"slo": "tpot_p95<=1e999ms"}, "the limit must be above 0 and finite"),
         ({"slo": "tpot_p95<=1ms,tpot_p95<=2ms"}, "limited twice"),
-        ({"engine": "zzz"}, "unknown engine 'zzz'; known: orca, sglang, sglang-eager, static, trtllm, vllm, vllm-0.6"),
+        (
+            {"engine": "zzz"},
+            "unknown engine 'zzz'; known: orca, sglang, sglang-eager, static, trtllm, trtllm-1.0, vllm, vllm-0.12, "
+            "vllm-0.6",
+        ),
         (
             {"engine": "orca", "emit": True},
             "--emit: no command starts orca; of these there are some: --engine=sglang, ",

@@ -281,7 +281,7 @@ def test_all_policies_agree_on_requests_that_are_alone(case: Case) -> None:
 @given(light())
 def test_static_never_answers_before_orca_where_nothing_is_short(case: Case) -> None:
     """All at once: one static batch, answered when the longest is done; Orca answers each as it is."""
-    case = case.having(trace=moved(replace(case.trace, concurrency=None), case.trace.arrival_ns * 0))
+    case = case.having(trace=moved(replace(case.trace, concurrency=None, pause_ns=0), case.trace.arrival_ns * 0))
     orca = case.run()
     static = case.having(settings=replace(case.settings, scheduler=StaticScheduling())).run()
     assert (static.first_token_ns == orca.first_token_ns).all()

@@ -300,6 +300,7 @@ class Trace:
             output=columns[2],
             max_new_tokens=stated,
             concurrency=concurrency,
+            pause_ns=self.pause_ns if concurrency is not None else 0,
             content=ids,
             content_starts=starts,
             session=session,

@@ -72,9 +72,9 @@ def run(command: str) -> tuple[dict[str, Any], dict[str, Any]]:
         kept["error"] = errors
     search: dict[str, Any] = {}
     if whole:
-        told = out.split("\n\n")
-        unfrozen = ("Certificate", "Expected error")  # errors are those of the measurements that there are
-        kept["page"] = "\n\n".join(text for text in told if not text.startswith(unfrozen)).splitlines()
+        # Expected errors are those of the measurements that there are.
+        told = [text for text in out.split("\n\n") if not text.startswith("Expected error")]
+        kept["page"] = "\n\n".join(text for text in told if not text.startswith("Certificate")).splitlines()
         search = {f"page.{i}": text for i, text in enumerate(told) if text.startswith("Certificate")}
     elif out:
         document = json.loads(out)
