@@ -495,11 +495,13 @@ def resolve_deployed(setup: Setup, text: str) -> Deployed:
         sent = trace if trace.timed or trace.concurrency else f"static:n=1,prompt={trace.longest},output=1"
         return asked(sent)[0].settings
 
+    plan = str(deployment.pools[0].plan)
     return Deployed(
         model=setup.model,
         cluster=setup.cluster,
-        plan=str(deployment.pools[0].plan),
+        plan=plan,
         engine=setup.engine,
+        sweep=f"{problem.model.name} {problem.cluster.name} {problem.overhead.name} {plan}",
         settings=settings,
     )
 

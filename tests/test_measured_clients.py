@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEPLOYED = Deployed(
-    model="llama-3.1-8b", cluster="1xh200-sxm", plan="tp1", engine="vllm", settings=lambda _: EngineSettings()
+    model="llama-3.1-8b",
+    cluster="1xh200-sxm",
+    plan="tp1",
+    engine="vllm",
+    sweep="a",
+    settings=lambda _: EngineSettings(),
 )
 VLLM: dict[str, Any] = {
     "request_rate": "inf",

@@ -43,6 +43,17 @@ def test_metrics_are_those_of_the_requests(tmp_path: Path) -> None:
     assert "energy" not in run.measured
 
 
+def test_a_run_is_of_the_same_sweep_wherever_its_file_lies(tmp_path: Path) -> None:
+    """Else the same run would be judged by here, and fitted on there."""
+    found = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.mkdir()
+        (folder / "x.config.json").write_text("{}")
+        found.append(one(folder / "x.json"))
+    assert found[0].model != found[1].model
+    assert found[0].sweep == found[1].sweep
+
+
 def test_arrivals_are_the_times_of_submission_in_order(tmp_path: Path) -> None:
     trace = one(tmp_path / "x.json").trace
     assert trace.arrival_ns.tolist() == [0, 250_000_000, 500_000_000]

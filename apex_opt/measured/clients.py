@@ -45,6 +45,7 @@ class Deployed:
     Parameters
     ----------
     model, cluster, plan, engine : str    as `load_model`, `load_cluster`, `parse_plan` and `load_engine` take them
+    sweep : str                           the same by the names of what these are, wherever their files lie
     settings : callable                   those of the engine, for what a client sent
     """
 
@@ -52,6 +53,7 @@ class Deployed:
     cluster: str
     plan: str
     engine: str
+    sweep: str
     settings: Callable[[Trace], EngineSettings]
 
 
@@ -118,7 +120,7 @@ def _run(name: str, label: str, trace: Trace, measured: dict[str, float], deploy
         plan=deployed.plan,
         engine=deployed.engine,
         settings=deployed.settings(trace),
-        sweep=f"{deployed.model} {deployed.cluster} {deployed.engine} {deployed.plan}",
+        sweep=deployed.sweep,
         trace=trace,
         measured=measured,
         assumptions=("the plan, the engine and its settings as given beside the file", *trace.notes),

@@ -97,7 +97,7 @@ def read_vllm_runs(path: Path) -> list[Run]:
                 plan=f"tp{tp}{formats}",
                 engine="vllm",
                 settings=_settings(path, engine),
-                sweep=f"{model} {gpu} vllm tp{tp}{formats} {name.rstrip('0123456789')}",
+                sweep=f"{stem} {gpu} vllm tp{tp}{formats} {name.rstrip('0123456789')}",
                 trace=make_trace(
                     name=name,
                     arrival_ns=np.rint(rows[:, 0] * NS_PER_S).astype(np.int64),
