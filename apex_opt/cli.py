@@ -277,6 +277,11 @@ class Request:
     arguments: Arguments
     shown: General
 
+    @property
+    def saved(self) -> Path | None:
+        """The folder that is to hold what starts the plan."""
+        return expanded(self.shown.save) if isinstance(self.shown, Started) and self.shown.save else None
+
 
 def method(name: str) -> Callable[..., Request]:
     """A command as a method with keyword-only parameters and a docstring: what fire reads to dispatch and to help."""
@@ -518,7 +523,7 @@ def _main(words: list[str]) -> int:
     _check_files(request)
     from apex_opt.report.progress import Progress
 
-    saved = expanded(request.shown.save) if isinstance(request.shown, Started) and request.shown.save else None
+    saved = request.saved
     more = {} if saved is None else {"emit": True}
     with Progress() as progress:
         result = commands.COMMANDS[request.command].run(replace(request.arguments, progress=progress, **more))
@@ -556,10 +561,10 @@ def _form(result: Result, shown: General) -> str:
 
 def _check_files(request: Request) -> None:
     """Look at what options need before any work is done for them: files to write, and what draws pictures."""
-    if isinstance(request.shown, Started) and request.shown.save:
+    if request.saved is not None:
         from apex_opt.launch.saved import check_new
 
-        check_new(expanded(request.shown.save))
+        check_new(request.saved)
     outputs, inputs = files_of(request)
     plans = getattr(request.arguments, "plan", None)
     if isinstance(plans, tuple) and (asked := [name for name in ("requests", "timeline") if name in outputs]):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from apex_opt.cluster import load_cluster
-from apex_opt.cost.engine import EngineOverhead, load_engine
+from apex_opt.cost.engine import TIMES, EngineOverhead, load_engine
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.measured import MeasuredRun, Predictor, UnusableRun
-from apex_opt.measured.fit import FITTED_ON, PARAMETERS, BoardFit, EngineFit, fit_board, fit_engine
+from apex_opt.measured.fit import FITTED_ON, BoardFit, EngineFit, fit_board, fit_engine
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.profiles import load_profile
 from apex_opt.profiles.power import PowerFit
@@ -79,7 +79,7 @@ def measured_with(overhead: EngineOverhead, runs: Sequence[MeasuredRun] = RUNS) 
 def test_a_planted_time_is_found_again_and_the_rest_stays(planted: Mapping[str, float]) -> None:
     fit = fit_engine(measured_with(replace(BEFORE, **planted)), "vllm", quiet)
     assert (fit.before, fit.runs) == (BEFORE, len(RUNS))
-    for name in PARAMETERS:
+    for name in TIMES:
         wanted = planted.get(name, getattr(BEFORE, name))
         assert getattr(fit.after, name) == pytest.approx(wanted, rel=0.3 if name in planted else 1e-3), name
     before = sum(errors.mean_ape_pct for errors in fit.errors_before.values())
@@ -104,7 +104,7 @@ def test_runs_of_other_engines_do_not_pull() -> None:
 def test_progress_says_what_is_being_fitted() -> None:
     said: set[str] = set()
     fit_engine(measured_with(BEFORE, RUNS[:1]), "vllm", lambda what, done, total: said.add(what))
-    assert said == {"simulating measured runs", *(f"fitting {name}" for name in PARAMETERS)}
+    assert said == {"simulating measured runs", *(f"fitting {name}" for name in TIMES)}
 
 
 def test_without_runs_that_can_be_predicted_there_is_nothing_to_fit_on() -> None:

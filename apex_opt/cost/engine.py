@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _LONGEST_S: Final = 10.0
 """What no engine takes beside the kernels, for a batch or a request."""
-_TIMES: Final = (
+TIMES: Final = (
     "step_s",
     "blocking_step_s",
     "sequence_s",
@@ -27,6 +27,7 @@ _TIMES: Final = (
     "client_s",
     "client_token_s",
 )
+"""Times of an engine, in the order in which they are fitted and told."""
 _MOST_CAPTURED: Final = 65_536
 """Sequences, or tokens, of the largest captured graph."""
 
@@ -77,7 +78,7 @@ class EngineOverhead:
     source: str
 
     def __post_init__(self) -> None:
-        for field in _TIMES:
+        for field in TIMES:
             value = getattr(self, field)
             if not 0 <= value <= _LONGEST_S:
                 raise InputError(f"engine {self.name}: {field} = {value!r} must be from 0 to {_LONGEST_S:g} s")

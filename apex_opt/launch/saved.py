@@ -83,7 +83,7 @@ def files_of(document: Mapping[str, Any]) -> dict[str, str]:
             found[f"compose-node{node}.yaml"] = _yaml({"services": services})
     servers = [command for command in commands if command["replica"] is not None]
     alone = len({command["replica"] for command in servers}) == len(servers)
-    if alone and not any(_named(command) for command in servers):
+    if alone and not any(map(_nodes, servers)):
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
@@ -94,9 +94,9 @@ def files_of(document: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _named(command: Mapping[str, Any]) -> bool:
-    """Whether a command names a node whose address is not known here."""
-    return any(_NODE.search(word) for word in (*command["argv"], *command["env"].values()))
+def _nodes(command: Mapping[str, Any]) -> set[str]:
+    """Nodes that a command names, whose addresses are not known here."""
+    return {name for word in (*command["argv"], *command["env"].values()) for name in _NODE.findall(word)}
 
 
 def _file(command: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -113,9 +113,7 @@ def _word(word: str) -> str:
 
 def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
     """What starts everything on one node, and ends all once one of them ends."""
-    names = sorted(
-        {name for c in commands for word in (*c["argv"], *c["env"].values()) for name in _NODE.findall(word)}
-    )
+    names = sorted(set().union(*map(_nodes, commands)))
     lines = [
         "#!/usr/bin/env bash",
         f"# Starts what runs on node {node}; ends all of it once one part ends.",

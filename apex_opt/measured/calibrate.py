@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.cost.engine import load_engine
+from apex_opt.cost.engine import TIMES, load_engine
 from apex_opt.engines.kinds import load_kind
 from apex_opt.errors import UsageError
 from apex_opt.measured.compare import Comparison, Predictor, Summary, summarise
-from apex_opt.measured.fit import FITTED_ON, PARAMETERS
+from apex_opt.measured.fit import FITTED_ON
 from apex_opt.measured.runs import MeasuredRun
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def calibrate(
         kept |= dict.fromkeys(chosen, "fitted on the other loads it brings those left out no nearer")
         after = before
     times = []
-    for name in PARAMETERS:
+    for name in TIMES:
         old = getattr(before, name)
         if name in kept:
             times.append(Time(name=name, before_s=old, after_s=old, kept=kept[name]))
@@ -196,7 +196,7 @@ class _Fit:
     def __init__(self, runs: Sequence[MeasuredRun], before: EngineOverhead, progress: Progress) -> None:
         self._before, self._tell = before, progress
         usual = load_engine("vllm")
-        self.scale = {name: max(getattr(before, name), getattr(usual, name), 1e-7) for name in PARAMETERS}
+        self.scale = {name: max(getattr(before, name), getattr(usual, name), 1e-7) for name in TIMES}
         self._known: dict[EngineOverhead, tuple[Comparison, ...]] = {}
         self.runs = tuple(runs)
         found = self.compared(before)
@@ -246,8 +246,8 @@ class _Fit:
 
     def chosen(self) -> tuple[list[str], dict[str, str]]:
         """Times that the runs tell apart, the one that moves most first, and why the others stay."""
-        columns = dict(zip(PARAMETERS, self._columns(self._before, PARAMETERS).T, strict=True))
-        order = sorted(PARAMETERS, key=lambda name: -float(np.linalg.norm(columns[name])))
+        columns = dict(zip(TIMES, self._columns(self._before, TIMES).T, strict=True))
+        order = sorted(TIMES, key=lambda name: -float(np.linalg.norm(columns[name])))
         chosen: list[str] = []
         kept: dict[str, str] = {}
         for name in order:

@@ -50,6 +50,18 @@ class Kind:
     model: str
     load: str
 
+    @classmethod
+    def of(cls, engine: str, gpu: str, model: Model, in_flight: float) -> Kind:
+        """What a run is of.
+
+        Parameters
+        ----------
+        engine, gpu : names
+        model : Model
+        in_flight : float    requests at once for each GPU, in the mean
+        """
+        return cls(engine=engine, gpu=gpu, model=model_kind(model), load=load_kind_of(in_flight))
+
     @property
     def wider(self) -> tuple[Kind, ...]:
         """Itself and what it is a part of, the nearest first: any load, any GPU at this load, any GPU, any model."""
@@ -149,12 +161,8 @@ def made(comparisons: Iterable[Comparison]) -> str:
             continue
         values = prediction.values
         busy = values["throughput"] * values["e2e_mean"] / prediction.plan.devices
-        kind = Kind(
-            engine=load_kind(run.engine).rules.name,
-            gpu=load_cluster(run.cluster).gpu.name,
-            model=model_kind(find_model(run.model)),
-            load=load_kind_of(busy),
-        )
+        gpu = load_cluster(run.cluster).gpu.name
+        kind = Kind.of(load_kind(run.engine).rules.name, gpu, find_model(run.model), busy)
         errors = one.errors_pct(all_of_them=False)
         for figure in FIGURES:
             if figure in errors:

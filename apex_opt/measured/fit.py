@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.cluster import load_cluster
-from apex_opt.cost.engine import load_engine
+from apex_opt.cost.engine import TIMES, load_engine
 from apex_opt.errors import UsageError
 from apex_opt.measured.compare import Predictor, Summary, summarise
 from apex_opt.measured.runs import MeasuredRun
@@ -30,19 +30,6 @@ if TYPE_CHECKING:
     from apex_opt.measured.runs import Run
 
     Progress = Callable[[str, int, int], None]
-
-PARAMETERS: Final = (
-    "step_s",
-    "blocking_step_s",
-    "sequence_s",
-    "mixed_step_s",
-    "gap_s",
-    "launch_s",
-    "request_s",
-    "client_s",
-    "client_token_s",
-)
-"""Times of an engine that are fitted, in this order."""
 
 FITTED_ON: Final = ("ttft_mean", "tpot_mean", "itl_mean", "e2e_mean")
 
@@ -100,7 +87,7 @@ def fit_engine(runs: Sequence[Run], name: str, progress: Progress) -> EngineFit:
     least = _loss(found)
     for _ in range(_SWEEPS):
         start = least
-        for parameter in PARAMETERS:
+        for parameter in TIMES:
             value = getattr(now, parameter)
             for factor in _FACTORS if value > 0 else ():
                 changed: dict[str, Any] = {parameter: float(f"{value * factor:.3g}")}

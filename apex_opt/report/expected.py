@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.measured.expected import FIGURES, Kind, expected, load_kind_of, model_kind
+from apex_opt.measured.expected import FIGURES, Kind, expected
 from apex_opt.report import types
 from apex_opt.report.layout import amount, table
 
@@ -26,12 +26,7 @@ def kind_of(problem: Problem, scored: Scored) -> Kind | None:
         return None
     metrics = scored.metrics
     in_flight = metrics.value("throughput") * metrics.latency_s["e2e"]["mean"] / scored.devices
-    return Kind(
-        engine=engine,
-        gpu=problem.cluster.gpu.name,
-        model=model_kind(problem.model),
-        load=load_kind_of(in_flight),
-    )
+    return Kind.of(engine, problem.cluster.gpu.name, problem.model, in_flight)
 
 
 def expected_document(problem: Problem, scored: Scored) -> tuple[types.ExpectedFigure, ...]:

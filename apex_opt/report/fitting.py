@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.cost.engine import TIMES
 from apex_opt.engines import ENGINES
-from apex_opt.measured.fit import PARAMETERS
 from apex_opt.report import listed
 from apex_opt.schema import of
 
@@ -29,7 +29,7 @@ def fit_document(fit: EngineFit, boards: Sequence[BoardFit]) -> listed.Fit:
         runs=fit.runs,
         times_us={
             _column(name): {"before": _us(getattr(fit.before, name)), "after": _us(getattr(fit.after, name))}
-            for name in PARAMETERS
+            for name in TIMES
         },
         errors={"before": errors_document(fit.errors_before), "after": errors_document(fit.errors_after)},
         engine_toml=engine_section(fit),
@@ -79,7 +79,7 @@ def engine_section(fit: EngineFit) -> str:
     lines = [
         f"[{release}own_time]",
         f"kernels = {_quoted(engine.kernels)}",
-        *(f"{_column(name)} = {_us(getattr(engine, name))!r}" for name in PARAMETERS),
+        *(f"{_column(name)} = {_us(getattr(engine, name))!r}" for name in TIMES),
         f"captured_tokens = {engine.captured_tokens}",
         f"fused = {json.dumps(engine.fused)}",
         f"captured = {json.dumps(_ranges(engine.captured_sizes))} # first, last, step",
@@ -90,7 +90,7 @@ def engine_section(fit: EngineFit) -> str:
 
 def _source(before: EngineOverhead, after: EngineOverhead, runs: int) -> str:
     """Where the times come from: those that moved from the fit, the others from where they came before."""
-    moved = [_column(name) for name in PARAMETERS if getattr(after, name) != getattr(before, name)]
+    moved = [_column(name) for name in TIMES if getattr(after, name) != getattr(before, name)]
     if not moved:
         return before.source
     return f"{', '.join(moved)} fitted on {runs} measured runs; the rest as before: {before.source}"

@@ -402,6 +402,13 @@ def launch_nb(run: Run, r: I64) -> int:
 
 
 @inner
+def drafts_nb(r: I64, i: int, generated: int) -> int:
+    """Where the lists of drafts have what comes of those of request i once it has generated so many tokens."""
+    first: int = i % r[LISTS] * r[LIST_SIZE] if r[LISTS] > 1 else 0
+    return first + generated
+
+
+@inner
 def take_in_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, batch: I64) -> None:
     """The oldest batch finishes: which drafts were right, and whoever got the last token."""
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
@@ -415,8 +422,7 @@ def take_in_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, bat
         if batch[_FIRST + row] & 1 == 0 or place[i] == DONE:
             continue
         drafts, p = (batch[_FIRST + row] & 31) >> 1, generated[i]
-        counts = i % r[LISTS] * r[LIST_SIZE] if r[LISTS] > 1 else 0
-        accepted = min(drafts, accepts[counts + p]) if drafts > 0 else 0
+        accepted = min(drafts, accepts[drafts_nb(r, i, p)]) if drafts > 0 else 0
         if computed[i] > 0:  # else it was preempted since
             computed[i] -= drafts - accepted
         got = min(accepted + 1, limit[i] - p)
@@ -440,6 +446,6 @@ def take_in_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, bat
                     release_groups_nb(groups, r, i)
             leave_nb(run, cache, r, i)
         elif asynchronous == 0 and r[DRAFTS] > 0:
-            proposed[i] = proposes[counts + p + got]
+            proposed[i] = proposes[drafts_nb(r, i, p + got)]
     if gone > 0:
         close_ranks_nb(run, cache, r, gone)

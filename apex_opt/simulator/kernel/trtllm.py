@@ -24,7 +24,7 @@ from apex_opt.simulator.kernel.batch import (
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
-from apex_opt.simulator.kernel.speculative import launch_nb
+from apex_opt.simulator.kernel.speculative import drafts_nb, launch_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
@@ -63,8 +63,6 @@ from apex_opt.simulator.kernel.state import (
     HEAD,
     IN_FLIGHT,
     LIMIT,
-    LIST_SIZE,
-    LISTS,
     LOGGED,
     LOOKAHEAD,
     MAX_SEQS,
@@ -474,10 +472,10 @@ def take_in_nb(run: Run, r: I64) -> None:
 @inner
 def right_nb(run: Run, r: I64, i: int, drafts: int) -> int:
     """How many of so many drafts were right; what is wrong is taken back."""
-    computed, counts = column_nb(run, COMPUTED), i % r[LISTS] * r[LIST_SIZE] + column_nb(run, GENERATED)[i]
-    right = min(drafts, run.scratch[r[ACCEPTED_AT] + counts])
+    computed, place = column_nb(run, COMPUTED), drafts_nb(r, i, column_nb(run, GENERATED)[i])
+    right = min(drafts, run.scratch[r[ACCEPTED_AT] + place])
     if r[ASYNCHRONOUS] == 0:
-        right = min(right, run.scratch[r[PROPOSED_AT] + counts])
+        right = min(right, run.scratch[r[PROPOSED_AT] + place])
     if computed[i] > 0:  # else it was paused since
         computed[i] -= drafts - right
     return right
