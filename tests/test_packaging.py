@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from apex_opt import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RELEASE = (ROOT / "docs" / "release.md").read_text(encoding="utf-8")
+CITATION = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,52 +62,52 @@ def _run(command: list[str], target: Path, elsewhere: Path) -> str:
     return done.stdout
 
 
-def _place(name: str) -> str:
-    """Where the wheel has a file of the checkout."""
-    inside = {"formulations": "apex_opt/", "profiles": "apex_opt/_data/", "traces": "apex_opt/_data/"}
-    return inside.get(name.split("/")[0], "") + name
+def test_the_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
+    done = _contents(wheel)
+    assert done.returncode == 0, done.stderr
+    told = {line.split()[0] for line in done.stdout.splitlines()[1:]}
+    assert told == set(re.findall(r"^\| `(apex_opt.*?)`", RELEASE, re.MULTILINE)), (
+        "rooms told and rooms in docs/release.md"
+    )
 
 
-def test_the_wheel_holds_packages_data_and_licences(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"apex_opt/py.typed"}
-    for folder, pattern in (
-        ("apex_opt", "**/*.py"),
-        ("apex_opt/ir/configs", "*.json"),
-        ("apex_opt/engines/data", "*.toml"),
-        ("apex_opt/cluster/catalogue", "*.toml"),
-        ("apex_opt/cluster/presets", "*.toml"),
-        ("formulations", "**/*.py"),
-        ("profiles", "**/*.*"),
-        ("traces", "*.*"),
-    ):
-        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern) if path.is_file()}
-        assert files, folder
-        wanted |= {_place(name) for name in files if "__pycache__" not in name}
-    assert wanted <= names
-    notices = {Path(name).name for name in names if "/licenses/" in name}
-    assert notices == {"LICENSE", "NOTICE"}
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("apex_opt/py.typed", None, "lacks: apex_opt/py.typed (1 in all)"),
+        ("apex_opt/tests/test_it.py", "", "holds besides: apex_opt/tests/test_it.py (1 in all)"),
+        ("apex_opt/units.py", "", "holds otherwise than the checkout: apex_opt/units.py (1 in all)"),
+    ],
+)
+def test_a_wheel_is_refused_that_differs_in_a_file(
+    name: str, content: str | None, said: str, wheel: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / wheel.name
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(other, "w") as changed:
+        for each in archive.namelist():
+            if each != name:
+                changed.writestr(each, archive.read(each))
+        if content is not None:
+            changed.writestr(name, content)
+    done = _contents(other)
+    assert (done.returncode, done.stderr) == (1, f"{wheel.name} {said}\n")
 
 
-def test_the_wheel_holds_every_profile_with_its_card_and_each_table_on_it(wheel: Path) -> None:
+def _contents(wheel: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / ".ci" / "contents.py"), str(wheel)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_wheel_holds_each_table_that_the_cards_of_profiles_name(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        cards = {name for name in names if name.startswith(_place("profiles/")) and name.endswith("/card.toml")}
-        shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "profiles").glob("*/*/card.toml")}
-        assert cards == set(map(_place, shipped))
-        others = ("profiles/README.md", "profiles/collectives.toml")
-        assert set(map(_place, others)) <= names
+        cards = {name for name in names if name.startswith("apex_opt/_data/profiles/") and name.endswith("/card.toml")}
+        assert cards
         for card in cards:
             folder = card.removesuffix("card.toml")
             for table in tomllib.loads(archive.read(card).decode())["tables"].values():
                 assert hashlib.sha256(archive.read(folder + table["file"])).hexdigest() == table["sha256"]
     assert wheel.stat().st_size < 12e6, "a few seconds to download"
-
-
-def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {top for name in names if not (top := name.split("/")[0]).endswith(".dist-info")} == {"apex_opt"}
-    assert not [name for name in names if "__pycache__" in name]
 
 
 def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:
@@ -137,8 +143,7 @@ def test_the_package_runs_wherever_one_stands(installed: Path, tmp_path: Path) -
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
     )
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (done.returncode, done.stdout) == (0, f"apex-opt {project['version']}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"apex-opt {__version__}\n"), done.stderr
 
 
 def test_the_installed_entry_point_finds_a_plan_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
@@ -167,7 +172,7 @@ def test_the_profiles_of_the_installed_package_are_shown(installed: Path, tmp_pa
 def test_extras_that_read_tables_name_the_release_that_is_read() -> None:
     from apex_opt.profiles.sources.aiconfigurator import PACKAGE, VERSION
 
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     assert extras["distill"] == extras["silicon"]
     assert f"{PACKAGE.replace('_', '-')}=={VERSION}" in extras["distill"]
     assert any(line.startswith("pyarrow") for line in extras["distill"])
@@ -188,10 +193,19 @@ def test_an_editable_install_finds_programs_and_data_in_the_checkout(tmp_path: P
     assert done.stdout.splitlines() == [str(ROOT), str(ROOT / "formulations" / "plan_space" / "__init__.py")]
 
 
-def test_the_version_is_stated_once() -> None:
-    from apex_opt import __version__
+def test_the_version_is_stated_once(wheel: Path) -> None:
+    assert wheel.name.split("-")[1] == __version__
+    assert "version" not in PROJECT
+    assert not re.search(r"^version:", CITATION, re.MULTILINE)
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+def test_the_citation_names_those_whom_the_project_names_and_the_paper() -> None:
+    project, paper = CITATION.split("references:\n")
+    assert re.findall(r"^  - name: (.*)$", project, re.MULTILINE) == [
+        f'"{each["name"]}"' for each in PROJECT["authors"]
+    ]
+    assert f"\nlicense: {PROJECT['license']}\n" in project
+    assert "arXiv:2411.17651" in paper
 
 
 def test_every_package_the_tests_import_is_declared() -> None:
@@ -201,8 +215,7 @@ def test_every_package_the_tests_import_is_declared() -> None:
     # numba brings llvmlite, of the release that it is made for.
     measuring = {"torch", "vllm", "pynvml"}
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    declared = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
     names = {
         line.split(">")[0].split("=")[0].strip().lower().removesuffix("-python").replace("-", "_") for line in declared
     }
