@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from apex_opt.report.placement import Loss, Site
     from apex_opt.report.types import Answer as TypedAnswer
     from apex_opt.report.types import Launch as LaunchDocument
-    from apex_opt.report.types import MixedAnswer
+    from apex_opt.report.types import MixedAnswer, Robust
     from apex_opt.schema import Document
     from apex_opt.search import Answer, Problem, Scored, Scorer
     from apex_opt.studies.capacity_answer import PlanRate
@@ -120,12 +120,14 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
     from apex_opt.studies.check import check
     from apex_opt.studies.explain import Explanation, explained
 
-    name, latency = "plan", None
+    if ask.robust and ask.time_limit is not None:
+        raise UsageError("--robust: searches again with other times, each to its end; leave --time_limit out")
+    name, latency, top = "plan", None, max(ask.top, 2) if ask.robust else ask.top
     if isinstance(ask, arguments.EnergyAsk):
         name, latency = "energy", load_latency(ask.latency)
     problem = _priced(resolve(ask, most_gpus=LARGEST_SEARCH), priced)
     scorer, space = Scorer(problem), formulation("plan_space").PlanSpace()
-    answer = search(problem, space, ask.tell, ask.top, ask.time_limit, scorer)
+    answer = search(problem, space, ask.tell, top, ask.time_limit, scorer)
     # Of several types of GPU the search says why of each; what would help is for `explain`.
     found = Explanation(answer=answer)
     if not problem.several:
@@ -135,7 +137,9 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         return check(problem, answer, space, formulation("deployment"), progress)
 
     tested = replay(ask.tell) if ask.check else None
-    document = _answer_document(name, problem, found.answer, ask, ask.top, found)
+    document = _answer_document(name, problem, found.answer, ask, top, found)
+    if ask.robust and answer.best is not None:
+        document = replace(document, robust=_robust(problem, answer, space, scorer, ask))
     if latency is not None and answer.best is not None:
         offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
         fast = replace(problem, objective=latency, then=(), offers=offers)
@@ -149,6 +153,25 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         replay=replay,
         details=_details([(scorer, answer.best)], ask),
     )
+
+
+def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: PlanAsk) -> Robust:
+    """How far the times of an answer may be off, and what is as good within the error that is to be expected.
+
+    Parameters
+    ----------
+    problem, answer
+    space : the program that enumerates plans
+    scorer, ask
+    """
+    from apex_opt.report.expected import error_of
+    from apex_opt.report.robust import robust_document
+    from apex_opt.studies.robust import deciding, robust
+
+    assert answer.best is not None
+    error = error_of(problem, answer.best, deciding(problem))
+    found = robust(problem, answer, space, scorer, None if error is None else error.share, ask.tell)
+    return robust_document(problem, answer.best, found, error)
 
 
 @command(arguments.ParetoAsk)

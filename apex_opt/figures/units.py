@@ -52,6 +52,8 @@ class Unit:
     example : bool              whether the usual example helps
     told : tuple of (scale, text)
         how a value is told: in so many of the unit, with a name of its own
+    of_time : int or None       a value is multiplied by f**of_time where all takes f times as long, at the same power;
+                                None: not known
     """
 
     name: str
@@ -63,6 +65,7 @@ class Unit:
     sample: str = "10"
     example: bool = False
     told: tuple[float, str] = (1.0, "")
+    of_time: int | None = None
 
     def read(self, where: str, text: str) -> float:
         """A limit in the unit, from a number in this or one like it.
@@ -106,6 +109,7 @@ DURATION: Final = Unit(
     sample="500ms",
     example=True,
     told=(1e-3, "ms"),
+    of_time=1,
 )
 LONG_DURATION: Final = replace(DURATION, told=(1.0, "s"), sample="60s")
 ENERGY: Final = Unit(
@@ -115,6 +119,7 @@ ENERGY: Final = Unit(
     written=("MJ", "kJ", "J", "mJ"),
     sample="200kJ",
     told=(1e3, "kJ"),
+    of_time=1,
 )
 ENERGY_PER_TOKEN: Final = Unit(
     name="J/token",
@@ -122,8 +127,9 @@ ENERGY_PER_TOKEN: Final = Unit(
     endings=_ENERGIES | {f"{unit}/token": joules for unit, joules in _ENERGIES.items()},
     written=("MJ", "kJ", "J", "mJ"),
     sample="2J",
+    of_time=1,
 )
-RATE: Final = Unit(name="requests/s", form="a number, in requests per second", example=True)
+RATE: Final = Unit(name="requests/s", form="a number, in requests per second", example=True, of_time=-1)
 PRICE: Final = Unit(
     name="$/h",
     form="a number, in $ per hour such as 20$/h",
@@ -131,6 +137,7 @@ PRICE: Final = Unit(
     written=("$/h",),
     sign="$",
     sample="20$/h",
+    of_time=0,
 )
 PRICE_PER_MTOKEN: Final = Unit(
     name="$/Mtoken",
@@ -139,6 +146,7 @@ PRICE_PER_MTOKEN: Final = Unit(
     written=("$",),
     sign="$",
     sample="3$",
+    of_time=1,
 )
 
 

@@ -51,7 +51,9 @@ def answer_document(
     best = answer.best
     first, *then = (objective_document(objective, best) for objective in problem.objectives)
     if problem.several:
-        alone = (s and best and scored_document(problem, s, _ALONE, loss=_loss(problem, s, best)) for s in answer.alone)
+        alone = (
+            s and best and scored_document(problem, s, _ALONE, loss=loss_to(problem, s, best)) for s in answer.alone
+        )
         more["alone"] = tuple(alone)
     more |= {
         "best": best and scored_document(problem, best),
@@ -183,8 +185,13 @@ def _pool_document(problem: Problem, use: PoolUse) -> types.Part:
     )
 
 
-def _loss(problem: Problem, scored: Scored, best: Scored) -> float | None:
-    """What a deployment loses to the best by the first objective, as a share of what that one reaches."""
+def loss_to(problem: Problem, scored: Scored, best: Scored) -> float | None:
+    """What a deployment loses to the best by the first objective, as a share of what that one reaches.
+
+    Parameters
+    ----------
+    problem, scored, best
+    """
     cost, least = (problem.objective.signed(one.value) for one in (scored, best))
     return (cost - least) / abs(least) if least else None
 

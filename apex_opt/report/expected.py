@@ -13,6 +13,8 @@ from apex_opt.report.layout import amount, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from apex_opt.figures import Objective
+    from apex_opt.measured.expected import Expected
     from apex_opt.schema import Document
     from apex_opt.search import Problem, Scored
 
@@ -27,6 +29,18 @@ def kind_of(problem: Problem, scored: Scored) -> Kind | None:
     metrics = scored.metrics
     in_flight = metrics.value("throughput") * metrics.latency_s["e2e"]["mean"] / scored.devices
     return Kind.of(engine, problem.cluster.gpu.name, problem.model, in_flight)
+
+
+def error_of(problem: Problem, scored: Scored, objective: Objective) -> Expected | None:
+    """What is to be expected of an objective: of a latency what is of its mean, of energies that of the whole run.
+
+    Parameters
+    ----------
+    problem, scored, objective
+    """
+    named = "energy" if objective.figure.depends_on == {"energy"} else f"{objective.metric}_mean"
+    kind = kind_of(problem, scored)
+    return None if kind is None or named not in FIGURES else expected(kind, named)
 
 
 def expected_document(problem: Problem, scored: Scored) -> tuple[types.ExpectedFigure, ...]:

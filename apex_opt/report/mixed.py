@@ -10,6 +10,7 @@ from rich.text import Text
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.placement import replicas_document, where_table
+from apex_opt.report.robust import robust_section
 from apex_opt.report.tables import (
     beside_table,
     candidates_table,
@@ -64,6 +65,7 @@ def _page(console: Console, document: Document) -> None:
             beside_table(console, document)
         pools_tables(console, best)
     certificate_line(console, document)
+    robust_section(console, document)
     if best is not None:
         if document["gap"] is not None and not document["optimal"]:
             console.print(f"The best there is may be better by up to {document['gap']:.1%}.\n")

@@ -23,6 +23,7 @@ from apex_opt.report.layout import (
     seconds,
     table,
 )
+from apex_opt.report.robust import robust_section
 from apex_opt.units import GB, GIB, TERA
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def _answer(console: Console, document: Document) -> None:
         best_tables(console, best)
         expected_table(console, document)
     certificate_line(console, document)
+    robust_section(console, document)
     if best is not None:
         provenance_table(console, document["provenance"])
     if "launch" in document:

@@ -605,6 +605,73 @@ class ExpectedFigure(Described):
     nearest: bool
 
 
+class Turn(Described):
+    """How far times may be off in one way before another plan wins.
+
+    Parameters
+    ----------
+    times : whose are off: of all plans alike, of the best plan alone, or of any of the others alone
+    slower : whether they are longer than computed
+    holds : factor farthest from 1 at which the best plan wins, as at all that were asked before
+    factor : the nearest that was found at which it does not; null where it wins at all that were asked
+    plan : that wins then; null where none meets the goals
+    value : what that one reaches by the first objective, its times being as they then are
+    missed : goals that the best plan misses then, in words; empty where it is beaten
+    """
+
+    times: Literal["all", "best", "others"]
+    slower: bool
+    holds: float
+    factor: Number
+    plan: str | None
+    value: Number
+    missed: str
+
+
+class Near(Described):
+    """A plan beside the best one.
+
+    Parameters
+    ----------
+    value : what it reaches by the first objective, times being as computed
+    margin : how much worse that is, as a share
+    """
+
+    plan: str
+    gpus: int
+    value: Number
+    margin: Number
+
+
+class Robust(Described):
+    """How far times may be off before another plan wins, and which plans are as good within the expected error.
+
+    Parameters
+    ----------
+    turns : whose times, and which way
+    common : whether times that are off in common can matter; else they were not asked about
+    runner_up : the best of the others; null where no other meets the goals
+    deciding : the objective that plans are held against each other by to be called a tie
+    error : of this, as far as plans do not share it: half of the width of the interval, as a share; null where nothing
+        comparable was measured
+    rows : measured runs that this is known from
+    of : what these are of
+    tied : plans nearer to the best than that, best first; null where the error is not known
+    searches, simulations : made for all this, the latter of the best plan alone
+    """
+
+    turns: tuple[Turn, ...]
+    common: bool
+    runner_up: Near | None
+    deciding: str
+    error: Number
+    rows: int
+    of: str
+    tied: tuple[Near, ...] | None
+    searches: int
+    simulations: int
+
+
 # ---- answers -----------------------------------------------------------------------------------------------------
 
 
@@ -632,6 +699,7 @@ class Searched(Document):
     steady : whether the load of the best run lasts
     limited_by_arrivals : whether a plan that keeps up has what comes, and no more
     expected : how far the figures of the best run are from what would be measured, by measured runs like it
+    robust : how far times may be off before another plan wins, where that was asked
     """
 
     command: str
@@ -645,6 +713,7 @@ class Searched(Document):
     limited_by_arrivals: bool | None
     notes: tuple[str, ...]
     expected: tuple[ExpectedFigure, ...] | None = None
+    robust: Robust | None = None
     beside: Beside | None = None
     launch: Launch | None = None
 

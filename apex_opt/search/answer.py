@@ -119,8 +119,9 @@ class Answer:
 def misses(metrics: Metrics, slos: Iterable[Goal]) -> str:
     """The goals that a run misses and what it reaches, in words."""
     missed = (slo for slo in slos if not metrics.slo_met[slo.text])
-    return " and ".join(f"{slo.text} (it reaches {_reached(slo, slo.reached(metrics))})" for slo in missed)
+    return " and ".join(f"{slo.text} (it reaches {reached(slo, slo.reached(metrics))})" for slo in missed)
 
 
-def _reached(slo: Goal, value: float) -> str:
+def reached(slo: Goal, value: float) -> str:
+    """What a goal is compared with, in words."""
     return f"{value:.1%}" if slo.statistic == "attain" else slo.told(value)

@@ -1,0 +1,158 @@
+"""How far times may be off before another plan wins: as a document, and as a table with a few sentences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from rich.text import Text
+
+from apex_opt.report import types
+from apex_opt.report.document import loss_to
+from apex_opt.report.expected import NOTHING
+from apex_opt.report.layout import amount, count, table
+from apex_opt.studies.robust import STEP, STEPS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from apex_opt.measured.expected import Expected
+    from apex_opt.schema import Document
+    from apex_opt.search import Problem, Scored
+    from apex_opt.studies.robust import Robustness, Turn
+
+_WHOSE: Final = {
+    ("all", True): "all plans, longer",
+    ("all", False): "all plans, shorter",
+    ("best", True): "the best, longer",
+    ("others", False): "another, shorter",
+}
+_SHOWN: Final = 5
+
+
+def robust_document(problem: Problem, best: Scored, found: Robustness, error: Expected | None) -> types.Robust:
+    """How far times may be off; values in the unit of the first objective.
+
+    Parameters
+    ----------
+    problem : Problem
+    best : Scored               that was answered
+    found : Robustness
+    error : Expected or None    of the objective that plans are held against each other by
+    """
+
+    def near(scored: Scored) -> types.Near:
+        return types.Near(
+            plan=scored.text, gpus=scored.devices, value=scored.value, margin=loss_to(problem, scored, best)
+        )
+
+    return types.Robust(
+        turns=tuple(map(_turn, found.turns)),
+        common=found.common,
+        runner_up=None if found.runner_up is None else near(found.runner_up),
+        deciding=found.deciding.name,
+        error=None if error is None else error.share,
+        rows=0 if error is None else error.rows,
+        of=NOTHING if error is None else str(error.kind),
+        tied=None if found.tied is None else tuple(map(near, found.tied)),
+        searches=found.searches,
+        simulations=found.simulations,
+    )
+
+
+def _turn(turn: Turn) -> types.Turn:
+    loss = turn.loss
+    return types.Turn(
+        times=turn.times,
+        slower=turn.slower,
+        holds=turn.holds,
+        factor=turn.factor,
+        plan=None if loss is None or loss.winner is None else loss.winner.text,
+        value=None if loss is None else loss.value,
+        missed="" if loss is None else loss.missed,
+    )
+
+
+def robust_section(console: Console, document: Document) -> None:
+    """What was found of an answer, where it was asked."""
+    if (found := document.get("robust")) is None:
+        return
+    unit = document["objective"]["unit"]
+    rows = [
+        (
+            _WHOSE[turn["times"], turn["slower"]],
+            f"{turn['holds']:.3f}",
+            "-" if turn["factor"] is None else f"{turn['factor']:.3f}",
+            _then(turn, unit),
+            f"the best misses {turn['missed']}" if turn["missed"] else "-" if turn["factor"] is None else "beaten",
+        )
+        for turn in found["turns"]
+    ]
+    if rows:
+        heads = ("times of", "best at", "not at", "then best", "because")
+        table(console, "How far times may be off, as factors", heads, rows, left={0, 3, 4}, kept=range(4))
+    for title, text in _sentences(document, found):
+        console.print(Text.assemble((title, "bold"), f": {text}.\n"))
+
+
+def _then(turn: Document, unit: str) -> str:
+    """What wins where the best plan does not."""
+    if turn["factor"] is None:
+        return "the same at all that were asked"
+    if turn["plan"] is None:
+        return "none meets the goals"
+    return f"{turn['plan']}, {amount(turn['value'], unit)}"
+
+
+def _sentences(document: Document, found: Document) -> Iterator[tuple[str, str]]:
+    """What the table does not tell, with its title."""
+    objective, next_ = document["objective"], found["runner_up"]
+    tolerant = any(one["tolerance"] for one in (objective, *document["then"]))
+    if not found["turns"] and next_ is None and not tolerant:
+        yield "How far times may be off", "nothing to compare: no other plan can run, and there are no goals to miss"
+        return
+    if not found["common"]:
+        yield (
+            "Times of all plans",
+            "make no difference: there are no goals, and clients do not send by the clock, so that all figures of all "
+            "plans change alike",
+        )
+    if tolerant:
+        yield (
+            "Times of one plan",
+            "not asked about: what counts as equal to the best depends on which is, and so on whose times are off",
+        )
+    none = f"none, no other plan {'is within the tolerance' if tolerant else 'meets the goals'}"
+    yield "Runner-up", none if next_ is None else f"{_near(next_, objective)}, times as computed"
+    yield "Ties", _ties(found, objective)
+    yield (
+        "Asked",
+        f"{found['searches']:,} searches and {count(found['simulations'], 'run')} of the best plan, with times from "
+        f"{STEP**-STEPS:.2f} to {STEP**STEPS:.2f} of those computed; a factor is found to 1%, and between two that "
+        "were asked another plan may win",
+    )
+
+
+def _ties(found: Document, objective: Document) -> str:
+    """Which plans are as good within the error."""
+    if found["tied"] is None:
+        return f"not known, {found['of']} of {found['deciding']}"
+    error = f"the error of {found['deciding']} that plans do not share, {found['error']:.1%} ({found['of']}; "
+    error += f"{count(found['rows'], 'run')})"
+    if not found["tied"]:
+        return f"none; no other plan is within {error}"
+    told = [_near(one, objective) for one in found["tied"][:_SHOWN]]
+    more = [f"{len(found['tied']) - _SHOWN:,} more"] if len(found["tied"]) > _SHOWN else []
+    return f"within {error}: {'; '.join([*told, *more])}"
+
+
+def _near(plan: Document, objective: Document) -> str:
+    """A plan, and how much worse it is than the best."""
+    margin = "" if plan["margin"] is None else f" ({_percent(plan['margin'])})"
+    reached = amount(plan["value"], objective["unit"])
+    return f"{plan['plan']} on {count(plan['gpus'], 'GPU')}, {objective['name']} = {reached}{margin}"
+
+
+def _percent(margin: float) -> str:
+    return f"{margin:.1%} worse" if margin >= 0 else f"{-margin:.1%} better"

@@ -1,0 +1,313 @@
+"""How far the times behind an answer may be off before another deployment wins, and which are as good within the error.
+
+Were everything to take f times as long while clients send as they do, every run would be that of another problem, f
+times as slow: of one whose requests come f times as fast and whose limits are f times as tight. So what the answer
+would be is asked of the search itself, with another trace and other limits. Timers of an engine, such as that of vLLM's
+coordinator, count as times like all others.
+
+Factors are powers of 1.01, asked farther and farther from 1 until the best deployment no longer wins, and then between
+the last two by bisection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal
+
+from apex_opt.errors import UsageError
+from apex_opt.search.answer import reached
+from apex_opt.search.scorer import Scorer
+from apex_opt.search.search import rank, search, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from apex_opt.figures import Figure, Goal, Objective
+    from apex_opt.search.answer import Answer, Scored
+    from apex_opt.search.problem import Problem
+    from apex_opt.search.search import Formulations, Progress
+
+Times = Literal["all", "best", "others"]
+"""Whose times are off: of every deployment alike, of the best alone, of any of the others alone."""
+
+STEP: Final = 1.01
+STEPS: Final = 70
+"""Up to which times are taken for longer or shorter: to about twice and half of what they are."""
+MOST_TIED: Final = 20
+"""Deployments that are told to be as good as the best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What is where the best deployment no longer wins.
+
+    Parameters
+    ----------
+    winner : Scored or None     who wins; None where nothing meets the goals
+    value : float or None       what that one reaches by the first objective, its times being as they then are
+    missed : str                goals that the deployment misses, in words; empty where it is beaten
+    """
+
+    winner: Scored | None
+    value: float | None
+    missed: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """How far times may be off in one way.
+
+    Parameters
+    ----------
+    times : "all", "best" or "others"
+    slower : bool               whether they are longer than computed
+    holds : float               the factor farthest from 1 at which the deployment wins, as at all asked before it
+    factor : float or None      the nearest that was found at which it does not; None: it wins at all that were asked
+    loss : Loss or None         what is then
+    """
+
+    times: Times
+    slower: bool
+    holds: float
+    factor: float | None = None
+    loss: Loss | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Robustness:
+    """How far times may be off before another deployment wins, and which are as good within the error.
+
+    Parameters
+    ----------
+    turns : tuple of Turn       none where no other deployment can run and there are no goals to miss
+    common : bool               whether times that are off in common can matter; else they were not asked about
+    runner_up : Scored or None  the best of the others, times as computed
+    deciding : Objective        that deployments are held against each other by: the first that is not exact anyhow
+    tied : tuple of Scored or None    deployments nearer to the best by it than the error, best first; None where no
+                                error is known
+    searches, simulations : int made for all this; a simulation is of the best deployment alone
+    """
+
+    turns: tuple[Turn, ...]
+    common: bool
+    runner_up: Scored | None
+    deciding: Objective
+    tied: tuple[Scored, ...] | None
+    searches: int
+    simulations: int
+
+
+def robust(
+    problem: Problem,
+    answer: Answer,
+    formulation: Formulations,
+    scorer: Scorer,
+    error: float | None = None,
+    progress: Progress | None = None,
+) -> Robustness:
+    """How far times may be off before another deployment wins than the best of an answer.
+
+    Parameters
+    ----------
+    problem : Problem
+    answer : Answer                  its answer, with the two best at least where there are two
+    formulation : Formulations       the programs that enumerate plans and split layers
+    scorer : Scorer                  of the problem, whose costs are used again
+    error : float or None            of the deciding objective, as far as deployments do not share it, as a share
+    progress : callable, optional    told (what, done, total) along the way
+
+    Raises
+    ------
+    UsageError    an answer without a deployment, a figure of which it is not known how it moves with times
+    """
+    return _Study(problem, answer, formulation, scorer, progress or silent).asked(error)
+
+
+def deciding(problem: Problem) -> Objective:
+    """The first objective that is not known exactly beforehand, as prices are; the first where all are."""
+    return next((one for one in problem.objectives if not one.figure.exact), problem.objective)
+
+
+def slowed(problem: Problem, factor: float) -> Problem:
+    """The problem whose runs, made so many times as slow, are those of this one with all its times so much longer.
+
+    Parameters
+    ----------
+    problem
+    factor : float    of all times but those at which clients send
+
+    Raises
+    ------
+    UsageError    a figure of which it is not known how it moves with times
+    """
+    trace = problem.trace
+    if trace.concurrency is None:
+        trace = trace.stretched(1 / factor)
+    elif trace.pause_ns:
+        trace = replace(trace, pause_ns=round(trace.pause_ns / factor))
+    slos = tuple(replace(goal, limit=goal.limit / _scale(goal.figure, factor)) for goal in problem.slos)
+    return replace(problem, trace=trace, slos=slos)
+
+
+def _scale(figure: Figure, factor: float) -> float:
+    """What a figure is multiplied by where all takes so many times as long."""
+    power = figure.unit.of_time
+    if power is None:
+        raise UsageError(f"--robust: how {figure.name} moves with all times is not known; ask without it")
+    return float(factor**power)
+
+
+class _Study:
+    """What is asked about one answer."""
+
+    def __init__(
+        self, problem: Problem, answer: Answer, formulation: Formulations, scorer: Scorer, tell: Progress
+    ) -> None:
+        if answer.best is None:
+            raise UsageError("robust: the answer has no deployment; there is nothing to hold against others")
+        self._problem, self._answer, self._best = problem, answer, answer.best
+        self._formulation, self._scorer, self._tell = formulation, scorer, tell
+        self._runner_up = answer.candidates[1] if len(answer.candidates) > 1 else None
+        # With a tolerance candidates are those within it, and others may be left.
+        self._tolerant = any(objective.tolerance for objective in problem.objectives)
+        self._only = self._runner_up is None and not self._tolerant
+        self._searches = self._simulations = 0
+
+    def asked(self, error: float | None) -> Robustness:
+        """Everything."""
+        turns = list(self._turns())
+        tied = None if error is None else () if self._only else self._tied(error)
+        return Robustness(
+            turns=tuple(turns),
+            common=self._moves,
+            runner_up=self._runner_up,
+            deciding=deciding(self._problem),
+            tied=tied,
+            searches=self._searches,
+            simulations=self._simulations,
+        )
+
+    def _turns(self) -> Iterator[Turn]:
+        if self._only and not self._problem.slos:
+            return  # no other can run
+        if self._moves:
+            yield self._turn("all", self._beaten_by_all, slower=True)
+            yield self._turn("all", self._beaten_by_all, slower=False)
+        if self._tolerant:
+            return  # what counts as equal then depends on the best of all, and so on whose times are off
+        yield self._turn("best", self._beaten_alone, slower=True)
+        yield self._turn("others", self._beaten_by_others, slower=False)
+
+    @property
+    def _moves(self) -> bool:
+        """Whether times that are off in common change more than all figures alike: something is not in these times."""
+        problem = self._problem
+        clients = problem.trace.arrival_ns
+        waits = problem.trace.pause_ns > 0 or int(clients[-1]) > int(clients[0])
+        return waits or any(_scale(goal.figure, 2.0) != 1 for goal in problem.slos)
+
+    def _turn(self, times: Times, lost: Callable[[float], Loss | None], *, slower: bool) -> Turn:
+        """Where the deployment stops to win: first farther and farther from 1, then between the last two factors.
+
+        Parameters
+        ----------
+        times : whose are off
+        lost : callable    what is at a factor, where the deployment does not win
+        slower : bool      whether factors are above 1
+        """
+        low, high, found = 0, STEPS + 1, None
+        while high - low > 1:
+            step = (low + high) // 2 if found is not None else min(max(2 * low, 1), STEPS)
+            self._tell("asking with other times", self._searches + self._simulations, 0)
+            loss = lost(factor_of(step, slower))
+            if loss is None:
+                low = step
+            else:
+                high, found = step, loss
+        holds = factor_of(low, slower)
+        if found is None:
+            return Turn(times=times, slower=slower, holds=holds)
+        return Turn(times=times, slower=slower, holds=holds, factor=factor_of(high, slower), loss=found)
+
+    def _beaten_by_all(self, factor: float) -> Loss | None:
+        """With the times of all."""
+        problem = slowed(self._problem, factor)
+        found = self._search(problem, 1).best
+        if found is not None and found.deployment == self._best.deployment:
+            return None
+        return self._loss(factor, self._alone(problem), found, factor)
+
+    def _beaten_alone(self, factor: float) -> Loss | None:
+        """With the times of the best alone, which the runner-up then beats, or which misses a goal."""
+        run = self._alone(slowed(self._problem, factor))
+        rival = self._runner_up
+        if run.meets_slos and (rival is None or self._rank(run, factor) < self._rank(rival, 1.0)):
+            return None
+        return self._loss(factor, run, rival, 1.0)
+
+    def _beaten_by_others(self, factor: float) -> Loss | None:
+        """With the times of any other alone; those of all others are asked together, as each is for itself."""
+        found = self._search(slowed(self._problem, factor), 2).candidates
+        rival = next((one for one in found if one.deployment != self._best.deployment), None)
+        if rival is None or self._rank(self._best, 1.0) < self._rank(rival, factor):
+            return None
+        return self._loss(1.0, self._best, rival, factor)
+
+    def _loss(self, factor: float, run: Scored, winner: Scored | None, of_winner: float) -> Loss:
+        """What is with a run of the best deployment, and another that wins.
+
+        Parameters
+        ----------
+        factor : of the times of the run
+        run : Scored
+        winner : Scored or None
+        of_winner : factor of the winner's times
+        """
+        missed = [
+            f"{goal.text} (it reaches {reached(goal, self._reached(goal_then, run, factor))})"
+            for goal, goal_then in zip(self._problem.slos, slowed(self._problem, factor).slos, strict=True)
+            if not run.metrics.slo_met[goal.text]
+        ]
+        objective = self._problem.objective
+        value = None if winner is None else winner.value * _scale(objective.figure, of_winner)
+        return Loss(winner=winner, value=value, missed=" and ".join(missed))
+
+    def _reached(self, goal: Goal, run: Scored, factor: float) -> float:
+        """What a run reaches of a goal, its times being so many times those of the run."""
+        value = goal.reached(run.metrics)
+        return value if goal.fraction is not None else value * _scale(goal.figure, factor)
+
+    def _rank(self, scored: Scored, factor: float) -> tuple[object, ...]:
+        """Better first, with its times so many times those of its run."""
+        costs, devices, text = rank(self._problem, scored)
+        scales = (_scale(objective.figure, factor) for objective in self._problem.objectives)
+        return tuple(cost * scale for cost, scale in zip(costs, scales, strict=True)), devices, text
+
+    def _tied(self, error: float) -> tuple[Scored, ...]:
+        """Those as near to the best by the deciding objective as an error, as a share."""
+        objectives = tuple(replace(one, tolerance=0.0) for one in self._problem.objectives)
+        by = deciding(self._problem)
+        near = (
+            goal
+            for one in (*(one for one in objectives if one.figure.exact), replace(by, tolerance=error))
+            for goal in one.near(one.value(self._best.metrics))
+        )
+        first, *then = objectives
+        problem = replace(self._problem, objective=first, then=tuple(then), near=tuple(near))
+        found = self._search(problem, MOST_TIED + 1).candidates
+        return tuple(one for one in found if one.deployment != self._best.deployment)[:MOST_TIED]
+
+    def _alone(self, problem: Problem) -> Scored:
+        """The best deployment simulated in another problem."""
+        self._simulations += 1
+        return Scorer(problem, like=self._scorer).simulate(self._best.deployment)
+
+    def _search(self, problem: Problem, top: int) -> Answer:
+        """The answer to another problem."""
+        self._searches += 1
+        return search(problem, self._formulation, silent, top, scorer=Scorer(problem, like=self._scorer))
+
+
+def factor_of(step: int, slower: bool) -> float:
+    """A factor that is asked about."""
+    return float(STEP**step if slower else STEP**-step)

@@ -1,0 +1,26 @@
+"""docs/robust.md: its outputs are those printed, and its Python runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+from doc_cases import ROOT, blocks_of, shown_and_printed
+
+TEXT = (ROOT / "docs" / "robust.md").read_text(encoding="utf-8")
+BLOCKS = blocks_of(TEXT)
+
+
+@pytest.mark.parametrize("body", [body for kind, body in BLOCKS if kind == "console"], ids=["latency", "energy"])
+def test_the_output_shown_is_the_output_printed(body: str) -> None:
+    shown, printed = shown_and_printed(body)
+    assert "How far times may be off" in shown
+    assert shown in printed
+
+
+def test_the_python_runs_and_finds_what_wins_then() -> None:
+    (code,) = (body for kind, body in BLOCKS if kind == "python")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "docs/robust.md", "exec"), {})
+    assert "('best', " in out.getvalue()
