@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, ca
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.files import expanded
-from apex_opt.gate import GONE, REQUIRED, Arguments, options_of
+from apex_opt.gate import GONE, REQUIRED, Arguments, Option, options_of
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
@@ -207,11 +207,24 @@ def command(asks: Callable[P, A]) -> Callable[[Callable[[A], Result]], Callable[
         options = options_of(of)
         shown = inspect.signature(of)
         call.__signature__ = shown.replace(return_annotation=Result)  # type: ignore[attr-defined]
-        told = "\n".join(f"{option.name} : {option.kind.__name__}\n    {option.text}" for option in options)
-        call.__doc__ = f"{run.__doc__}\n\nParameters\n----------\n{told}\n" if told else run.__doc__
+        told = "\n".join([*map(_told, options), *_PROGRESS])
+        call.__doc__ = f"{run.__doc__}\n\nParameters\n----------\n{told}\n"
         return call
 
     return made
+
+
+_PROGRESS: Final = (
+    "progress : callable or bool, optional",
+    "    Told what is being done, how many steps of it are done, and of how many; True shows a bar.",
+)
+
+
+def _told(option: Option) -> str:
+    """An argument as the docstring of its function describes it."""
+    default = "optional" if option.default is None else f"default {option.default!r}"
+    kind = option.kind.__name__ if option.default is REQUIRED else f"{option.kind.__name__}, {default}"
+    return f"{option.name} : {kind}\n    {option.text}"
 
 
 def _with_bar(run: Callable[[A], Result], asked: A) -> Result:

@@ -56,6 +56,9 @@ def test_every_command_is_a_function_with_the_options_and_defaults_of_the_comman
     positional = [p.name for p in taken.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert positional in ([], ["plan"], ["measured"], ["study"])
     assert function.__doc__.startswith(cli.COMMANDS[name].summary)
+    for option in options.values():
+        default = {REQUIRED: "", None: ", optional"}.get(option.default, f", default {option.default!r}")
+        assert f"\n{option.name} : {option.kind.__name__}{default}\n    {option.text}\n" in function.__doc__
 
 
 def test_an_answer_is_the_document_and_the_page_of_the_command_line_and_nothing_is_printed(

@@ -58,8 +58,18 @@ def test_the_schema_published_is_that_of_the_type(name: str) -> None:
     assert path_of(name).read_text(encoding="utf-8") == text_of(name), "python tests/test_schema.py writes them anew"
 
 
+def index_of(kinds: dict[str, type[types.Document]]) -> str:
+    """The page that lists the schemas."""
+    rows = [
+        f"| [`{name}`]({path_of(name).name}) | {json_schema(kind)['description']} |" for name, kind in kinds.items()
+    ]
+    head = "# JSON Schemas\n\nEvery JSON document names its own as `schema`, with a version.\n"
+    return "\n".join([head, "| schema | of |", "|---|---|", *sorted(rows), ""])
+
+
 def test_nothing_else_is_published() -> None:
     assert sorted(FOLDER.glob("*.json")) == sorted(map(path_of, documents()))
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == index_of(documents())
 
 
 @pytest.mark.parametrize("name", documents())
@@ -167,3 +177,4 @@ if __name__ == "__main__":
     for schema_name in documents():
         path_of(schema_name).write_text(text_of(schema_name), encoding="utf-8")
         print(path_of(schema_name), file=sys.stderr)
+    (FOLDER / "README.md").write_text(index_of(documents()), encoding="utf-8")
