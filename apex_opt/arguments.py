@@ -119,7 +119,8 @@ class Ask(Setup):
     slo : Goals that must all hold, such as {goals}.
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : Which router stands before the replicas: round_robin, least_loaded, vllm_dp, power_of_two, cache_aware (of
-        SGLang), dynamo, llm_d, session or pull, a shared queue (docs/routing.md).
+        SGLang), dynamo, llm_d, session or pull, a shared queue (docs/routing.md); several to choose from, such as
+        round_robin,cache_aware.
     serving : What may be deployed: aggregated, replicas that compute prompts and answer them; pools, one of instances
         that compute prompts (prefill) and one of those that answer them (decode); or both, aggregated,pools.
     handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
@@ -144,17 +145,7 @@ class Ask(Setup):
     objective: str = "e2e_mean"
     slo: str | None = None
     price: Annotated[float | None, Param(1e-6, 1e6)] = None
-    routing: Literal[
-        "round_robin",
-        "least_loaded",
-        "vllm_dp",
-        "power_of_two",
-        "cache_aware",
-        "dynamo",
-        "llm_d",
-        "session",
-        "pull",
-    ] = "round_robin"
+    routing: str = "round_robin"
     serving: str = "aggregated"
     handover: str | None = None
     chunked_prefill: bool | None = None

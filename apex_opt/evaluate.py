@@ -31,8 +31,9 @@ from apex_opt.plans.memory import (
     state_seats,
     vocab_copies,
 )
-from apex_opt.plans.plan import Plan, Template, even_split
+from apex_opt.plans.plan import Plan, Template, even_split, repeated
 from apex_opt.plans.refusals import refusals
+from apex_opt.plans.routing import count_repeated
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.memory import StageMemory
+    from apex_opt.plans.routing import Routing
     from apex_opt.plans.speculation import Drafter
 
 FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
@@ -71,6 +73,7 @@ class Instance:
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                   limits of a batch to choose from; None leaves one to the settings
     drafters : tuple of Drafter or None    ways to make drafts to choose from; None makes none
+    routings : tuple of str       routers to choose from in front of several replicas; none where there is no choice
     """
 
     model: Model
@@ -84,6 +87,7 @@ class Instance:
     max_devices: int
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     drafters: tuple[Drafter | None, ...] = (None,)
+    routings: tuple[Routing, ...] = ()
     held: Held = field(init=False, repr=False, compare=False)
     """How the engine holds the model."""
 
@@ -278,8 +282,8 @@ def space(instance: Instance) -> Iterator[Plan]:
     for cut in cuts(instance):
         layers = moved(instance, cut)
         for plan in (cut,) if layers in (None, cut.layers) else (cut, replace(cut, layers=layers)):
-            for replicas in range(1, instance.max_devices // cut.devices + 1):
-                yield replace(plan, replicas=replicas)
+            for routed, counts in repeated(plan, instance.max_devices // cut.devices, instance.routings):
+                yield from (routed.times(count) for count in counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,10 +306,11 @@ class Tally:
 
 def tally(instance: Instance) -> Tally:
     """Count the space and ask the oracle about each plan of it."""
-    lost, size, repeated = dict.fromkeys(FAMILIES, 0), 0, 0
+    lost, size, same = dict.fromkeys(FAMILIES, 0), 0, 0
     plans: list[Plan] = []
     for cut in cuts(instance):
-        counts = range(1, instance.max_devices // cut.devices + 1)
+        most = instance.max_devices // cut.devices
+        count = count_repeated(most, instance.routings)
         broken = [violation.family for violation in violations(instance, cut)]
         found = [(cut, broken)]
         if cut.stages > 1:
@@ -317,15 +322,16 @@ def tally(instance: Instance) -> Tally:
             elif others or layers != cut.layers:
                 found.append((replace(cut, layers=layers), others))
             else:
-                repeated += len(counts)
-                size += len(counts)
+                same += count
+                size += count
         for plan, families in found:
-            size += len(counts)
+            size += count
             if families:
-                lost[families[0]] += len(counts)
+                lost[families[0]] += count
             else:
-                plans += [replace(plan, replicas=count) for count in counts]
-    return Tally(space=size, infeasible=lost, repeated=repeated, plans=tuple(plans))
+                every = repeated(plan, most, instance.routings)
+                plans += [routed.times(replicas) for routed, counts in every for replicas in counts]
+    return Tally(space=size, infeasible=lost, repeated=same, plans=tuple(plans))
 
 
 def cuts(instance: Instance) -> Iterator[Plan]:

@@ -23,6 +23,7 @@ from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
+from apex_opt.plans.routing import parse_routings
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
@@ -94,7 +95,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
-    serving = _serving(ask, trace, model)
+    routings, serving = parse_routings(ask.routing), _serving(ask, trace, model)
     times = kind.handing_over(ask.handover) if "pools" in serving else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
@@ -146,7 +147,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         profiles=check_profiles(ask.profiles),
         notes=notes,
         holds_longest=ask.max_model_len is not None,
-        routing=ask.routing,
+        routing=routings[0],
+        routings=routings if len(routings) > 1 else (),
         serving=serving,
         handover=times,
         handover_sources=_about_handover(ask, kind) if times else (),
@@ -576,6 +578,8 @@ def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) 
         raise UsageError(
             f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
         )
+    if problem.routings and plan.replicas > 1 and plan.route is None:
+        raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
     drafter = plan.speculation or problem.drafters[0]
     return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter)
 

@@ -15,8 +15,8 @@ from apex_opt.simulator import BatchLaw, Outcome, simulate
 from apex_opt.workload.trace import Trace, make_trace
 
 if TYPE_CHECKING:
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
-    from apex_opt.simulator.outcome import Routing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from apex_opt.workload import Trace, make_trace
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
-    from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.trace import Ints
 
 Loop = Literal[

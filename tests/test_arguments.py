@@ -17,6 +17,7 @@ from apex_opt.engines import kind_names
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.gate import LONGEST_TEXT, REQUIRED
 from apex_opt.ir import FORMATS, KV_BYTES
+from apex_opt.plans.routing import ROUTINGS
 
 PLAN = COMMANDS["plan"]
 NUMBERS = [option for option in PLAN.options if option.kind in (int, float)]
@@ -176,8 +177,6 @@ def test_choices_are_offered() -> None:
         PLAN.option("format").read("jason")
     with pytest.raises(UnknownNameError, match=r"unknown --runnable 'vllm,sglang'; .*; one at a time"):
         PLAN.option("runnable").read("vllm,sglang")
-    with pytest.raises(UnknownNameError, match=r"unknown --routing 'x'; known: cache_aware, dynamo, .*, vllm_dp"):
-        PLAN.option("routing").read("x")
 
 
 @given(st.text())
@@ -353,6 +352,7 @@ def test_help_names_every_number_format_engine_and_routing_there_is(command: str
     assert set(FORMATS) <= words("weights")
     assert set(KV_BYTES) <= words("kv")
     assert set(kind_names()) <= words("engine")
+    assert set(ROUTINGS) <= words("routing")
 
 
 def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:

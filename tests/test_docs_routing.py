@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 from doc_cases import ROOT, blocks_of, shown_and_printed, solve, words_of
 
-from apex_opt.simulator.outcome import Routing
+from apex_opt.plans.routing import ROUTINGS
 
 TEXT = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
-((_, SHOWN),) = blocks_of(TEXT)
+(_, SHOWN), (_, CHOSEN) = blocks_of(TEXT)
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
 FIGURES = [row for row in ROWS if len(row) == 6]
 
 
-def test_the_output_shown_is_the_output_printed() -> None:
-    shown, printed = shown_and_printed(SHOWN)
+@pytest.mark.parametrize("body", [SHOWN, CHOSEN])
+def test_the_output_shown_is_the_output_printed(body: str) -> None:
+    shown, printed = shown_and_printed(body)
     assert shown in printed
 
 
+def test_with_one_router_another_plan_is_best_than_with_a_choice() -> None:
+    words = words_of(CHOSEN.splitlines()[0])
+    assert words is not None
+    at = words.index("--routing")
+    printed = solve([*words[:at], *words[at + 2 :]]).out
+    assert "best plan: attn(tp4) ffn(tp4) bf16 on 4 GPUs" in printed
+
+
 def test_every_router_has_its_rule_and_its_figures() -> None:
-    routers = {f"`{name}`" for name in get_args(Routing)}
+    routers = {f"`{name}`" for name in ROUTINGS}
     assert {row[0] for row in ROWS if len(row) == 2 and row[0] != "`--routing`"} == routers
     assert {row[0] for row in FIGURES if row[0] != "`--routing`"} == routers
 

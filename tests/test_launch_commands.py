@@ -157,6 +157,18 @@ def test_replicas_stand_behind_a_router_that_deals_as_asked(engine: str) -> None
     assert not has(emitted(engine, DENSE, "tp4", 1, 8), "router")
 
 
+def test_the_router_that_a_plan_names_is_started_before_its_servers() -> None:
+    found = emitted("vllm", DENSE, "dp2 tp4 route=cache_aware", 1, 8)
+    assert has(found, "router", "2 servers", "cache_aware")
+    *servers, router = found.commands
+    ports = [value(command, "--port") for command in servers]
+    assert router.replica is None
+    assert value(router, "--policy") == "cache_aware"
+    assert router.argv[-2:] == tuple(f"http://NODE0:{port}" for port in ports)
+    assert value(router, "--port") not in ports
+    assert [command.replica for command in emitted("vllm", DENSE, "dp2 tp4", 1, 8).commands] == [0, 1]
+
+
 @pytest.mark.parametrize("engine", sorted(ENGINES))
 @pytest.mark.parametrize("weights", ["w4a16", "w8a16", "mxfp4"])
 def test_a_format_that_is_not_made_while_loading_needs_its_checkpoint(engine: str, weights: str) -> None:

@@ -53,7 +53,8 @@ CONTAINER = {
 def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
     """What `save` reads of an answer."""
     launch = to_plain(launch_document(emitted(engine, DENSE, plan, nodes, 8)))
-    return {"launch": launch, "question": {}, "status": "feasible", "version": "0", "best": {"plan": plan}}
+    question = {"engine": {"routing": "round_robin"}}
+    return {"launch": launch, "question": question, "status": "feasible", "version": "0", "best": {"plan": plan}}
 
 
 def arguments(script: str, variables: dict[str, str]) -> list[list[str]]:
@@ -130,6 +131,18 @@ def test_compose_kubernetes_and_dynamo_have_the_fields_of_their_schemas() -> Non
     assert (worker["replicas"], worker["resources"]["limits"]["gpu"]) == (2, "4")
     assert "--port" not in worker["extraPodSpec"]["mainContainer"]["args"]
     assert files["nginx.conf.template"].count("server ${NODE0}:") == 2
+
+
+def test_nginx_deals_as_the_router_that_was_simulated() -> None:
+    asked = document("vllm", "dp2 tp4")
+    for routing, line in (("least_loaded", "least_conn;"), ("power_of_two", "random two least_conn;")):
+        asked["question"]["engine"]["routing"] = routing
+        assert f"upstream engines {{\n    {line}\n" in files_of(asked)["nginx.conf.template"]
+    assert "nginx.conf.template" not in files_of(document("vllm", "dp2 tp4 route=cache_aware"))
+    named = document("vllm", "dp2 tp4 route=least_loaded")
+    assert "least_conn;" in files_of(named)["nginx.conf.template"]
+    asked["question"]["engine"]["routing"] = "dynamo"
+    assert "DYN_ROUTER_MODE" in files_of(asked)["dynamo.yaml"]
 
 
 def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone(tmp_path: Path) -> None:

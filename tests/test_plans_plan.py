@@ -13,6 +13,7 @@ from plan_cases import dense, make_model
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.ir import FORMATS, KV_BYTES, load_model
 from apex_opt.plans.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
+from apex_opt.plans.routing import ROUTINGS
 
 degrees = st.integers(1, 12)
 MIX = "w4a16+w8a16g32"
@@ -25,8 +26,9 @@ def plans(draw: st.DrawFn) -> Plan:
     tp, dp, more = draw(degrees), draw(degrees), draw(degrees)
     ways = [Template(dp=dp * more, tp=tp), Template(dp=dp, tp=tp * more)]
     cuts = [*ways, Template(dp=dp, tp=tp, ep=more), Template(ep=dp * tp * more), Template(dp=tp, tp=more, ep=dp)]
+    replicas = draw(st.one_of(st.just(1), st.integers(1, LARGEST_DEGREE)))
     return Plan(
-        replicas=draw(st.one_of(st.just(1), st.integers(1, LARGEST_DEGREE))),
+        replicas=replicas,
         layers=tuple(draw(st.lists(st.integers(1, 200), min_size=1, max_size=9))),
         attention=draw(st.sampled_from(ways)),
         ffn=draw(st.sampled_from(cuts)),
@@ -35,6 +37,7 @@ def plans(draw: st.DrawFn) -> Plan:
         clock_mhz=draw(LIMITS),
         max_num_seqs=draw(LIMITS),
         max_num_batched_tokens=draw(LIMITS),
+        route=draw(st.sampled_from((None, *ROUTINGS))) if replicas > 1 else None,
     )
 
 
@@ -135,6 +138,10 @@ def test_formats_left_out_are_those_of_the_checkpoint_and_kv_follows_weights_tha
         ("clock=", "cannot read 'clock='"),
         ("clock1200", "unknown weight format 'clock1200'"),
         ("seqs=-4", "cannot read 'seqs=-4'"),
+        ("dp2 route=fastest", "unknown router 'fastest'; known: round_robin"),
+        ("dp2 route=pull route=pull", "route is given twice"),
+        ("tp4 route=pull", "route=pull is of several replicas, and the plan has one"),
+        ("dp2 route=", "cannot read 'route='"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused_in_one_line_that_says_why(text: str, said: str) -> None:

@@ -31,10 +31,10 @@ from apex_opt.figures.measure import least_signed
 from apex_opt.figures.registry import STATISTICS
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.routing import Routing
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor
 from apex_opt.search.bounds.load import Load, replicas_with_room
-from apex_opt.simulator.outcome import Routing
 from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 

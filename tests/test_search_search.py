@@ -31,10 +31,12 @@ from apex_opt.figures import load_objective, load_objectives, parse_goals
 from apex_opt.ir import load_model
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.routing import ROUTINGS
 from apex_opt.search import Answer, Problem, Scored, Scorer, judge, search
 from apex_opt.workload import load_trace, make_trace
 
 if TYPE_CHECKING:
+    from apex_opt.plans.routing import Routing
     from apex_opt.search import Part
 
 PLACES = range(len(ROWS))
@@ -476,6 +478,48 @@ def test_a_choice_of_clocks_never_makes_the_optimum_worse() -> None:
     assert free is not None
     assert free.value < fixed.value
     assert free.plan.clock_mhz is not None
+
+
+# ---- routers to choose from -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [*PLACES[::6], *(pytest.param(p, marks=pytest.mark.nightly) for p in PLACES)])
+def test_a_choice_of_routers_is_searched_as_every_other_and_every_plan_is_counted(place: int) -> None:
+    problem = replace(problem_of(place), routings=("least_loaded", "round_robin", "pull"))
+    answer = search(problem, SPACE, top=ROWS[place]["top"])
+    check_best(problem, answer, every(problem), ROWS[place]["top"])
+    check_counts(problem, answer)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_of_a_choice_of_routers_is_the_best_of_each_alone(seed: int) -> None:
+    names: tuple[Routing, ...] = ("round_robin", "least_loaded", "power_of_two")
+    asked = make_problem(make_model((dense(), 4)), make_cluster(4), random_trace(seed, 30), objective="ttft_p95")
+    both = search(replace(asked, routings=names), SPACE).best
+    alone = [search(replace(asked, routing=name), SPACE).best for name in names]
+    assert both is not None
+    assert both.value == min(one.value for one in alone if one is not None)
+
+
+def test_routers_that_deal_alike_are_told_by_the_first_named() -> None:
+    trace = make_trace(name="far", arrival_ns=[0, 10**12], prompt=[64, 64], output=[4, 4])
+    problem = make_problem(make_model((dense(), 4)), make_cluster(2), trace)
+    for names in (("round_robin", "least_loaded"), ("least_loaded", "round_robin")):
+        answer = search(replace(problem, routings=names), SPACE, top=40)
+        routed = [one for one in answer.candidates if one.plan.route is not None]
+        assert routed
+        assert [one.plan.route for one in routed] == [*names] * (len(routed) // 2)
+
+
+def test_a_router_that_a_plan_names_deals_as_it_does_where_it_is_asked_for() -> None:
+    model, trace = load_model("llama-3.1-8b"), load_trace("poisson:rate=60,n=40,prompt=512,output=lognormal(40,1.0)")
+    problem = make_problem(model, "4xh100-sxm", trace)
+    for name in ROUTINGS:
+        named = judge(problem, Deployment.of(parse_plan(f"dp4 tp1 route={name}", model))).best
+        asked = judge(replace(problem, routing=name), Deployment.of(parse_plan("dp4 tp1", model))).best
+        assert named is not None
+        assert asked is not None
+        assert named.metrics == asked.metrics
 
 
 # ---- one given plan ---------------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apex_opt.figures.stops import Metric
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator import Outcome
-    from apex_opt.simulator.outcome import Routing
 
 SERVICE_NS = 1000
 

@@ -19,8 +19,8 @@ from simulator_cases import IMPLEMENTATIONS, Case, Loop, assert_same, cases, lin
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.routing import Routing
 from apex_opt.simulator import EnginePool, compiled, run_deployment
-from apex_opt.simulator.outcome import Routing
 from apex_opt.simulator.pools import shares
 from apex_opt.simulator.reference.coordinator import FrontEnd
 from apex_opt.simulator.reference.router import CacheAware, Dynamo, LlmD, prefix_scores, queue_scores
@@ -376,9 +376,9 @@ def test_the_kernel_has_all_routers_before_plain_engines_and_leaves_others_to_th
     trace = requests([(0, 4, 1), (0, 4, 1)])
     sglang = replace(pool, settings=replace(ONE_SEAT, scheduler=SglangScheduling()))
     for routing in ROUTINGS:
-        assert compiled.routes([pool], shares([pool], trace, routing))
+        assert compiled.routes([pool], shares([pool], trace, [routing]))
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
-        assert compiled.routes([sglang], shares([sglang], trace, routing)) == known
+        assert compiled.routes([sglang], shares([sglang], trace, [routing])) == known
 
 
 def test_sessions_are_those_of_the_trace_where_it_tells_them() -> None:

@@ -90,6 +90,15 @@ def test_clocks_are_part_of_the_space_that_is_replayed(objective: str) -> None:
     assert found.space == 3 * check(*honest(), SPACE, deployment).space
 
 
+def test_routers_are_part_of_the_space_that_is_replayed() -> None:
+    problem = replace(honest()[0], routings=("round_robin", "least_loaded"))
+    answer = search(problem, SPACE)
+    found = check(problem, answer, SPACE, deployment)
+    assert found.holds
+    assert found.space > check(*honest(), SPACE, deployment).space
+    assert answer.ledger.parts[0].space == found.space
+
+
 def test_answers_cut_short_by_time_hold_within_their_gap_and_not_within_none() -> None:
     cut = beaten = 0
     for seed in SEEDS[:8]:

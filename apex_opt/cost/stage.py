@@ -132,7 +132,14 @@ class StageCosts:
         overlapped = self.settings.async_scheduling or plan.stages > 1
         # What a stage depends on beside its own layers, the clock and the limits.
         cut = replace(
-            plan, replicas=1, layers=(1,), on=(), clock_mhz=None, max_num_seqs=None, max_num_batched_tokens=None
+            plan,
+            replicas=1,
+            layers=(1,),
+            on=(),
+            route=None,
+            clock_mhz=None,
+            max_num_seqs=None,
+            max_num_batched_tokens=None,
         )
         return self._stages(cut, layout, runs, index == 0, index == last, overlapped)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from apex_opt.launch.commands import Engine
     from apex_opt.placement import Assignment
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
     from apex_opt.search.problem import Problem
-    from apex_opt.simulator.outcome import Routing
 
 __all__ = ["ENGINES", "Command", "Launch", "handing_over", "launch", "together"]
 
@@ -55,7 +55,8 @@ def launch(
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))
-    commands = (*_clocks(asked, replicas), *_servers(asked, spoken, replicas, {} if taken is None else taken))
+    servers = [*_servers(asked, spoken, replicas, {} if taken is None else taken)]
+    commands = (*_clocks(asked, replicas), *servers, *_router(asked, servers))
     return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
 
 
@@ -145,12 +146,22 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica], taken: d
         yield from commands
 
 
+def _router(asked: Asked, servers: Sequence[Command]) -> Iterator[Command]:
+    """The router in front of several replicas where there is one that a command starts, on the first node."""
+    if asked.plan.replicas == 1 or asked.problem.routing_of(asked.plan) != "cache_aware":
+        return
+    words = ["python", "-m", "sglang_router.launch_router", "--policy", "cache_aware", "--port", _ROUTER_PORT]
+    words += ["--worker-urls", *(f"http://NODE{node}:{port}" for node, port in _served(servers))]
+    yield Command(node=servers[0].node, replica=None, argv=tuple(words))
+
+
+_ROUTER_PORT: Final = "30000"
 _ROUTERS: Final[dict[Routing, str]] = {
     "round_robin": "the default of nginx",
     "least_loaded": "least_conn of nginx",
     "vllm_dp": "with one node, --data-parallel-size of vllm serve in place of the servers",
     "power_of_two": "random two least_conn of nginx, which draws otherwise",
-    "cache_aware": "--policy cache_aware of sglang_router.launch_router",
+    "cache_aware": "sglang_router, the command without a replica",
     "dynamo": "--router-mode kv of dynamo.frontend",
     "llm_d": "the prefix-cache and queue scorers of llm-d's endpoint picker, with weights 3 and 2",
     "session": "hash of nginx by what names the session, which deals otherwise",
@@ -181,10 +192,12 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         )
     if len(replicas) > 1:
         yield (
-            f"requests: put a router before the {len(replicas)} servers that deals them {problem.routing} "
-            f"({_ROUTERS[problem.routing]})"
+            f"requests: put a router before the {len(replicas)} servers that deals them {problem.routing_of(plan)} "
+            f"({_ROUTERS[problem.routing_of(plan)]})"
         )
-    if any(len(replica.nodes) > 1 for replica in replicas):
+    if len(replicas) > 1 and problem.routing_of(plan) == "cache_aware":
+        yield "NODE0, NODE1, ...: put the nodes' addresses in their place"
+    elif any(len(replica.nodes) > 1 for replica in replicas):
         yield "NODE0, NODE1, ...: put the nodes' addresses in their place; a replica runs once all its commands do"
     gpu = problem.cluster.gpu
     if not gpu.cuda:

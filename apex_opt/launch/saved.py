@@ -73,7 +73,7 @@ def save(document: Mapping[str, Any], path: Path) -> None:
 
 def files_of(document: Mapping[str, Any]) -> dict[str, str]:
     """Names and texts of the files for an answer whose plan has commands."""
-    launch, routing = document["launch"], document["question"].get("routing", "round_robin")
+    launch, routing = document["launch"], _routing(document)
     commands: Sequence[Mapping[str, Any]] = launch["commands"]
     found: dict[str, str] = {}
     for node in sorted({command["node"] for command in commands}):
@@ -92,6 +92,13 @@ def files_of(document: Mapping[str, Any]) -> dict[str, str]:
         found["nginx.conf.template"] = _nginx(servers, _DEALT[routing])
     found["README.md"] = _readme(document, found)
     return found
+
+
+def _routing(document: Mapping[str, Any]) -> str:
+    """The router that an answer was simulated with: the plan names it where there was a choice."""
+    named = re.findall(r"\broute=(\w+)", document["best"]["plan"])
+    asked: str = document["question"]["engine"]["routing"]
+    return named[0] if named else asked
 
 
 def _nodes(command: Mapping[str, Any]) -> set[str]:

@@ -5,7 +5,8 @@ each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by exp
 Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
 larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
-the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token.
+the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token;
+`route=least_loaded` says which router stands before several replicas.
 `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four stages on one type of GPU and the last on another.
 """
 
@@ -13,15 +14,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.checks import shown
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
+from apex_opt.plans.routing import ROUTINGS
 from apex_opt.plans.speculation import Drafter, parse_drafter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from apex_opt.ir.model import Model
+    from apex_opt.plans.routing import Routing
 
 LARGEST_DEGREE: Final = 1 << 20
 
@@ -74,6 +79,7 @@ class Plan:
     clock_mhz : int or None        clock the GPUs are held at; None leaves them at the highest
     max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
     speculation : Drafter or None  how drafts are made; None: none are
+    route : Routing or None        router in front of several replicas; None leaves it to what is asked
     on : tuple of (str, int)       types of GPU of consecutive stages, each with how many; () where all are of one type
 
     Raises
@@ -91,6 +97,7 @@ class Plan:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     speculation: Drafter | None = None
+    route: Routing | None = None
     on: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +116,8 @@ class Plan:
             raise UsageError(_unknown_format(self.weight_format))
         if self.kv_format not in KV_BYTES:
             raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
+        if self.route is not None and self.route not in ROUTINGS:
+            raise UsageError(f"unknown router {self.route!r:.60}; known: {', '.join(ROUTINGS)}")
         limits = (("clock", self.clock_mhz), ("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens))
         for name, value in limits:
             if value is not None and not _is_degree(value):
@@ -163,9 +172,31 @@ class Plan:
         words += [f"{name}={value}" for name, value in limits if value is not None]
         if self.speculation is not None:
             words.append(f"spec={self.speculation}")
+        if self.route is not None and self.replicas > 1:
+            words.append(f"route={self.route}")
         if self.on:
             words.append("on=" + "+".join(f"{name}:{stages}" for name, stages in self.on))
         return " ".join(words)
+
+
+def repeated(cut: Plan, most: int, routings: Sequence[Routing]) -> list[tuple[Plan, range]]:
+    """The numbers of replicas of a cut that find room, with each router that there is to choose from.
+
+    Parameters
+    ----------
+    cut : Plan    of one replica
+    most : int    replicas that find room
+    routings : routers to choose from, of which one replica needs none; none where there is no choice
+
+    Returns
+    -------
+    list of (Plan, range)    the cut, which names its router, and the numbers of replicas
+    """
+    if not routings:
+        return [(cut, range(1, most + 1))] if most else []
+    alone = [(cut, range(1, 2))] if most else []
+    several = [(replace(cut, route=name), range(2, most + 1)) for name in routings] if most > 1 else []
+    return alone + several
 
 
 def even_split(layers: int, stages: int) -> tuple[int, ...]:
@@ -200,6 +231,7 @@ _WORD: Final = re.compile(
     r"|kv=(?P<kv>\w+)"
     r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
     r"|spec=(?P<spec>[^\s=]+)"
+    r"|route=(?P<route>\w+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+(?:\+\w+)*)"
@@ -238,12 +270,8 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         elif match["cell"]:
             _once(found, match["cell"], match["inside"], text)
             cells[match["cell"]] = _template(match["inside"], text, example)
-        elif match["kv"]:
-            _once(found, "kv", match["kv"], text)
-        elif match["on"]:
-            _once(found, "on", match["on"], text)
-        elif match["spec"]:
-            _once(found, "spec", match["spec"], text)
+        elif kind in ("kv", "on", "spec", "route"):
+            _once(found, kind, match[kind], text)
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
@@ -279,6 +307,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         max_num_seqs=_limit(found, "seqs", text),
         max_num_batched_tokens=_limit(found, "tokens", text),
         speculation=parse_drafter(found["spec"]) if "spec" in found else None,
+        route=_router(found, text) if "route" in found else None,
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
 
@@ -301,6 +330,14 @@ def _number(digits: str, text: str) -> int:
 
 def _limit(found: dict[str, str], name: str, text: str) -> int | None:
     return _number(found[name], text) if name in found else None
+
+
+def _router(found: dict[str, str], text: str) -> Routing:
+    if _number(found.get("dp", "1"), text) == 1:
+        raise UsageError(
+            f"plan {text!r}: route={found['route']} is of several replicas, and the plan has one; leave it out"
+        )
+    return cast("Routing", found["route"].lower())
 
 
 def _template(inside: str, text: str, example: str) -> Template:

@@ -270,7 +270,7 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
             name=problem.overhead.name,
             policy=problem.settings.scheduler.name,
             runnable=ANY if runnable is None else runnable.name,
-            routing=problem.routing,
+            routing=",".join(problem.routings) or problem.routing,
             expert_routing=problem.expert_routing,
         ),
         serving=problem.serving if problem.handover else None,

@@ -138,6 +138,7 @@ class EngineFacts(Described):
     Parameters
     ----------
     policy : name of its scheduler
+    routing : router before several replicas, or several to choose from with commas between them
     long_prefill_token_threshold : of vLLM alone
     idle_sleep_us : of vLLM alone: microseconds, after a turn that scheduled nothing while requests are unfinished
     capacity_policy, batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone

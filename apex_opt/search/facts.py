@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from apex_opt.cost import PlanCost
     from apex_opt.cost.least import Least
     from apex_opt.figures import Goal, Objective
     from apex_opt.placement import Layouts
@@ -62,7 +64,7 @@ class Facts:
     def __init__(self, problem: Problem, costs: CostModel | None = None) -> None:
         self.problem = problem
         self.costs = cost_model(problem) if costs is None else costs
-        self.plan_cost = lru_cache(maxsize=KEPT)(self.costs.plan_cost)
+        self._plan_cost = lru_cache(maxsize=KEPT)(self.costs.plan_cost)
         self._least: dict[tuple[Any, ...], Least] = {}
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._alone: dict[tuple[Any, ...], Run] = {}
@@ -71,6 +73,10 @@ class Facts:
         instance = problem.instance()
         self._needed, self._held = instance.blocks_needed, instance.held
         self.generated = problem.trace.generated(problem.settings.max_model_len)
+
+    def plan_cost(self, plan: Plan) -> PlanCost:
+        """What the batches of a plan cost, whatever its router."""
+        return self._plan_cost(plan if plan.route is None else replace(plan, route=None))
 
     @property
     def layouts(self) -> Layouts:
@@ -250,7 +256,7 @@ class Facts:
     def _gives_way(self, plan: Plan, blocks: int) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
         problem = self.problem
-        dealt = problem.routing == "round_robin" and problem.trace.concurrency is None
+        dealt = problem.routing_of(plan) == "round_robin" and problem.trace.concurrency is None
         most = -(-len(problem.trace) // plan.replicas) if dealt else None
         return may_preempt(problem.settings_for(plan), blocks, problem.trace, most)
 

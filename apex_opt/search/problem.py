@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from apex_opt.plans.deployment import Role
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
     from apex_opt.plans.speculation import Drafter
-    from apex_opt.simulator.outcome import Routing
     from apex_opt.workload.trace import Trace
 
 
@@ -92,7 +92,8 @@ class Problem:
     near : tuple of Goal              what else a plan must reach to be as good as one found before
     request_slos : tuple of Goal or None    goals whose limits a request must keep to for goodput; None: those of `slos`
                                            that mean something for one request
-    routing : how requests are dealt to replicas
+    routing : Routing                how requests are dealt to the replicas of plans that do not say
+    routings : tuple of Routing      routers to choose from; none where there is no choice
     serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request, and
                                      "pools", one that computes prompts and one that answers them
     handover : HandoverTimes or None    of prompts, where there may be such pools
@@ -126,6 +127,7 @@ class Problem:
     near: tuple[Goal, ...] = ()
     request_slos: tuple[Goal, ...] | None = None
     routing: Routing = "round_robin"
+    routings: tuple[Routing, ...] = ()
     serving: tuple[Serving, ...] = ("aggregated",)
     handover: HandoverTimes | None = None
     handover_sources: tuple[tuple[str, str], ...] = ()
@@ -192,7 +194,7 @@ class Problem:
         The prefill pool is asked for one token of each prompt, and goals are not its own.
         """
         own = replace(self.alone(place), serving=("aggregated",))
-        own = replace(own, settings=replace(own.settings, role=role), drafters=(None,))
+        own = replace(own, settings=replace(own.settings, role=role), drafters=(None,), routings=())
         if role == "decode":
             return own
         asked: dict[str, Any] = {"objective": load_objective("e2e_mean"), "then": (), "slos": (), "near": ()}
@@ -295,6 +297,10 @@ class Problem:
         """The figures of a run by each objective, signed such that less is better."""
         return tuple(objective.signed(objective.value(metrics)) for objective in self.objectives)
 
+    def routing_of(self, plan: Plan) -> Routing:
+        """How requests are dealt to the replicas of a plan."""
+        return plan.route or self.routing
+
     def settings_for(self, plan: Plan) -> EngineSettings:
         """Engine settings of each scheduler of a plan, with its limits.
 
@@ -323,4 +329,5 @@ class Problem:
             max_devices=min(self.max_devices, self.offer.free),
             batch_limits=self.batch_limits,
             drafters=self.drafters,
+            routings=self.routings,
         )

@@ -214,7 +214,7 @@ class Scorer:
             trace,
             assigned=None if len(pools) == 1 else owner,
             clients=clients,
-            routing=problem.routing,
+            routing=[problem.routing_of(pool.plan) for pool in pools],
             log=log,
             gaps=self._gaps,
             stops=stops,

@@ -373,9 +373,14 @@ def judge(problem: Problem, deployment: Deployment, progress: Progress | None = 
     return Answer(status="feasible", candidates=(scored,), alone=(), ledger=Ledger(parts=(part,), best=part.best))
 
 
-def rank(problem: Problem, scored: Scored) -> tuple[Costs, int, str]:
-    """Better first: the objectives in turn, fewer GPUs, the text form, so that ties fall the same way every time."""
-    return problem.costs(scored.metrics), scored.devices, scored.text
+def rank(problem: Problem, scored: Scored) -> tuple[Costs, int, list[int], str]:
+    """Better first: the objectives in turn, fewer GPUs, routers as they are named, then the text form.
+
+    So ties fall the same way every time.
+    """
+    routes = [use.pool.plan.route for use in scored.pools]
+    named = [problem.routings.index(route) for route in routes if route in problem.routings]
+    return problem.costs(scored.metrics), scored.devices, named, scored.text
 
 
 def _miss(problem: Problem, scored: Scored) -> float:

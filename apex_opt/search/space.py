@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, OF_CUTS
+from apex_opt.plans.plan import repeated
+from apex_opt.plans.routing import count_repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.evaluate import Instance
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
     from apex_opt.search.problem import Problem
 
     Progress = Callable[[str, int, int], None]
@@ -45,12 +48,13 @@ class Space:
 
     Parameters
     ----------
-    size : int                    plans there are, with every number of replicas and at every clock
+    size : int                    plans there are, with every number of replicas and router and at every clock
     infeasible : mapping          plans that break a constraint family, charged to the first in order
     cuts : tuple of Plan          feasible plans of one replica, at every clock
     movable : tuple of Plan       feasible plans of one replica whose layers are yet to be moved, with even stages
     complete : bool               whether these are all
     most_devices : int            GPUs there are
+    routings : tuple of str       routers to choose from; none where there is no choice
     """
 
     size: int
@@ -59,15 +63,16 @@ class Space:
     movable: tuple[Plan, ...]
     complete: bool
     most_devices: int
+    routings: tuple[Routing, ...] = ()
 
-    def replicas(self, cut: Plan) -> range:
-        """Numbers of replicas that find room."""
-        return range(1, self.most_devices // cut.devices + 1)
+    def repeated(self, cut: Plan) -> list[tuple[Plan, range]]:
+        """Numbers of replicas that find room, with each router."""
+        return repeated(cut, self.most_devices // cut.devices, self.routings)
 
     @property
     def feasible(self) -> int:
         """Feasible plans."""
-        return _room((*self.cuts, *self.movable), self.most_devices)
+        return _room((*self.cuts, *self.movable), self.most_devices, self.routings)
 
 
 def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Space:
@@ -89,7 +94,9 @@ def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Sp
     feasible = held = formulation.enumerate(instance)
     if instance.tpot_limit_ns is not None:
         held = formulation.enumerate(instance, [f for f in FAMILIES if f != "bandwidth"])
-    listed, fast = (_room((*found.plans, *found.movable), problem.max_devices) for found in (held, feasible))
+    listed, fast = (
+        _room((*found.plans, *found.movable), problem.max_devices, problem.routings) for found in (held, feasible)
+    )
     counts["memory"], counts["bandwidth"] = left - listed, listed - fast
     clocks = problem.offer.clocks  # no constraint binds the clock
     cuts, movable = (
@@ -103,12 +110,13 @@ def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Sp
         movable=movable,
         complete=feasible.complete,
         most_devices=problem.max_devices,
+        routings=problem.routings,
     )
 
 
-def _room(cuts: Sequence[Plan], devices: int) -> int:
-    """Plans there are of some cuts, with every number of replicas that finds room."""
-    return sum(devices // cut.devices for cut in cuts)
+def _room(cuts: Sequence[Plan], devices: int, routings: Sequence[Routing]) -> int:
+    """Plans there are of some cuts, with every number of replicas that finds room and every router."""
+    return sum(count_repeated(devices // cut.devices, routings) for cut in cuts)
 
 
 class Moves:
@@ -142,7 +150,7 @@ def every_plan(space: Space, moves: Moves, tell: Progress) -> Iterator[Plan]:
             tell("moving layers", index - len(space.cuts), len(space.movable))
         plan = cut if index < len(space.cuts) else moves(cut)
         if plan is not None:
-            yield from (plan.times(count) for count in space.replicas(cut))
+            yield from (routed.times(count) for routed, counts in space.repeated(plan) for count in counts)
 
 
 def check_lengths(problem: Problem) -> None:

@@ -6,7 +6,7 @@
 from apex_opt.simulator.api import check_fits, run_deployment, run_disaggregated, simulate
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.law import BatchLaw
-from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome, PoolOutcome, Routing
+from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome, PoolOutcome
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.recorded import replay_case
 from apex_opt.simulator.recorded.plain import Replay, replay
@@ -20,7 +20,6 @@ __all__ = [
     "Outcome",
     "PoolOutcome",
     "Replay",
-    "Routing",
     "check_fits",
     "replay",
     "replay_case",

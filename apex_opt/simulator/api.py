@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
-from apex_opt.errors import CapacityError, UnknownNameError, UsageError
+from apex_opt.errors import CapacityError, UsageError
+from apex_opt.plans.routing import check_routing
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
-from apex_opt.simulator.outcome import Routing
 from apex_opt.simulator.pools import EnginePool, shares
 from apex_opt.units import NS_PER_S, ceil_div
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
@@ -187,7 +188,7 @@ def run_deployment(
     *,
     assigned: NDArray[np.integer] | None = None,
     clients: Sequence[int] | None = None,
-    routing: Routing = "round_robin",
+    routing: Routing | Sequence[Routing] = "round_robin",
     log: bool = False,
     gaps: bool = False,
     stops: Sequence[Stop] = (),
@@ -204,7 +205,8 @@ def run_deployment(
     assigned : int[requests] or None    the pool that serves each request; None: any replica of any pool
     clients : of each pool, at least one, where `assigned` is given and the trace is a closed loop; clients keep to
         their replica
-    routing : how a replica is found, among those of its pool where a request is assigned to one; see `simulate`
+    routing : how a replica is found, among those of its pool where a request is assigned to one, then also one of each
+        pool; see `simulate`
     rescheduling : Rescheduling or None    how requests are dealt and move between replicas of one pool; simulated by
         the reference, and in place of a routing
     log, gaps, stops, floors, content, implementation : as for `simulate`, of the whole deployment
@@ -217,10 +219,15 @@ def run_deployment(
     ------
     CapacityError, UsageError
     """
-    if routing not in get_args(Routing):
-        raise UnknownNameError("routing", str(routing)[:60], get_args(Routing))
+    each = [routing] * len(pools) if isinstance(routing, str) else [*routing]
+    for name in each:
+        check_routing(name)
+    if len(each) != len(pools) or (assigned is None and len(set(each)) > 1):
+        raise UsageError(
+            f"routing: {len(each)} for {len(pools)} pools; give one, or one of each where requests are assigned to them"
+        )
     _check_alike(pools, unassigned=assigned is None)
-    found = shares(pools, trace, routing, assigned, clients)
+    found = shares(pools, trace, each, assigned, clients)
     for place, pool in enumerate(pools):
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
     if rescheduling is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from apex_opt.simulator.law import Window
     from apex_opt.workload.trace import Trace
 
-Routing = Literal[
-    "round_robin",
-    "least_loaded",
-    "vllm_dp",
-    "power_of_two",
-    "cache_aware",
-    "dynamo",
-    "llm_d",
-    "session",
-    "pull",
-]
-"""How a replica is found for a request; `docs/routing.md` has the rules."""
 Step = tuple[int, int, list[tuple[int, int, int]], list[int]]
 """(scheduled at, finished at, [(request, tokens, computed after)], preempted requests)."""
 Drafted = tuple[int, list[tuple[int, int]]]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.plans.engine import EngineSettings
-    from apex_opt.simulator.outcome import Routing
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.pools import Share
     from apex_opt.simulator.routing import Number
     from apex_opt.workload.trace import Trace

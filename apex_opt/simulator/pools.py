@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.law import BatchLaw
-    from apex_opt.simulator.outcome import Routing
     from apex_opt.simulator.ranks import Ranks
     from apex_opt.workload.trace import Trace
 
@@ -84,7 +84,7 @@ class Share(NamedTuple):
 def shares(
     pools: Sequence[EnginePool],
     trace: Trace,
-    routing: Routing,
+    routings: Sequence[Routing],
     assigned: NDArray[np.integer] | None = None,
     clients: Sequence[int] | None = None,
 ) -> list[Share]:
@@ -93,7 +93,7 @@ def shares(
     Parameters
     ----------
     pools, trace : as for `simulator.api.run_deployment`
-    routing : among all replicas, or among those of its pool where a request is assigned to one
+    routings : of each pool, among its replicas; where requests are not assigned all the same, among all replicas
     assigned : int[requests] or None    the pool of each request
     clients : of each pool in a closed loop, where requests are assigned
 
@@ -119,7 +119,7 @@ def shares(
         ]
     if empty := [place for place, (_, _, rows, its) in enumerate(found) if not len(rows) or its == 0]:
         raise UsageError(f"pool {empty[0]} has no request or no client; leave it out")
-    return [_share(first, last, rows, its, routing, trace) for first, last, rows, its in found]
+    return [_share(*one, routing, trace) for one, routing in zip(found, routings, strict=False)]
 
 
 def _share(first: int, last: int, rows: I64, clients: int | None, routing: Routing, trace: Trace) -> Share:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from apex_opt.simulator.outcome import Routing
+    from apex_opt.plans.routing import Routing
     from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]

@@ -48,7 +48,7 @@ from apex_opt.simulator.ranks import Ranks
 from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.outcome import Routing
+    from apex_opt.plans.routing import Routing
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
 _THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)

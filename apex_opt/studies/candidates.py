@@ -212,7 +212,7 @@ class Candidates:
         self.alone: list[Candidate] = []
         for single, some in zip(singles, plans, strict=True):
             single.part.repeated = single.space.feasible - len(some)
-            cuts = [(plan, single.space.replicas(plan)) for plan in some if plan.replicas == 1]
+            cuts = [one for plan in some if plan.replicas == 1 for one in single.space.repeated(plan)]
             self._list(single.part, replicas_of(single.facts, single.part, cuts, single.gpu, None))
         self.products: list[Product] = []
         pipelines: list[Pipelines] = []

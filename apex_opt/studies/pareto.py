@@ -15,7 +15,7 @@ from apex_opt.figures.goals import TIES
 from apex_opt.search.incumbent import Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.scorer import Scorer
-from apex_opt.search.search import Tree, silent
+from apex_opt.search.search import Tree, rank, silent
 from apex_opt.search.space import check_lengths
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def dominates(one: Costs, other: Costs) -> bool:
 def _front(problem: Problem, scored: Iterable[Scored]) -> list[Scored]:
     """Those that no other dominates, one of each kind, best by the first objective first."""
     first: dict[Costs, Scored] = {}
-    for one in sorted(scored, key=lambda one: (TIES.value(one.metrics), one.devices, one.text)):
+    for one in sorted(scored, key=lambda one: (TIES.value(one.metrics), *rank(problem, one)[1:])):
         first.setdefault(problem.costs(one.metrics), one)
     kept = sorted(costs for costs in first if not any(dominates(other, costs) for other in first))
     return [first[costs] for costs in kept]

@@ -279,9 +279,9 @@ class _Study:
 
     def _rank(self, scored: Scored, factor: float) -> tuple[object, ...]:
         """Better first, with its times so many times those of its run."""
-        costs, devices, text = rank(self._problem, scored)
+        costs, *others = rank(self._problem, scored)
         scales = (_scale(objective.figure, factor) for objective in self._problem.objectives)
-        return tuple(cost * scale for cost, scale in zip(costs, scales, strict=True)), devices, text
+        return tuple(cost * scale for cost, scale in zip(costs, scales, strict=True)), *others
 
     def _tied(self, error: float) -> tuple[Scored, ...]:
         """Those as near to the best by the deciding objective as an error, as a share."""

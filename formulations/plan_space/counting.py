@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.plans.routing import count_repeated
+
 from .blocks import Pools
 from .constraints import balanced, columns_divide, computes, draft_columns, draft_heads, heads_divide
 from .engine import Runs
@@ -43,7 +45,8 @@ def count(instance: Instance, families: Sequence[str]) -> int:
     total = 0
     for drafter, ways in drafters.items():
         some = stages if drafter is None else [s for s in stages if s == 1]
-        pipelines = [0] + [sum(gpus // (s * g) * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
+        replicas = [count_repeated(n, instance.routings) for n in range(gpus + 1)]
+        pipelines = [0] + [sum(replicas[gpus // (s * g)] * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
         total += ways * sum(n * _cells(instance, families, index, drafter, pipelines) for index, n in formats.items())
     return total * len(instance.batch_limits)
 

@@ -41,10 +41,11 @@ class Sides:
         for role in ROLES:
             space = self.spaces[role] = list_space(problem.side(role, place), formulation, tell)
             pools = [
-                Pool(plan=cut.times(count), gpu=self.name if problem.mixed else None, role=role)
+                Pool(plan=routed.times(count), gpu=self.name if problem.mixed else None, role=role)
                 for cut in space.cuts
                 if pairable(cut)
-                for count in space.replicas(cut)
+                for routed, counts in space.repeated(cut)
+                for count in counts
             ]
             self.options[role] = options_of(scorer.facts_of(pools[0]), pools, tell) if pools else []
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import FormulationError
 from apex_opt.evaluate import Violation, cuts, violations
+from apex_opt.plans.plan import repeated
 from apex_opt.search.ledger import Part
 from apex_opt.search.shapes.single import replicas_of
 
@@ -78,7 +79,7 @@ def pipelines(problem: Problem) -> Iterator[tuple[Plan, range]]:
 
     Yields
     ------
-    Plan, range    one replica, and the numbers of replicas that find room
+    Plan, range    one replica with a router, and the numbers of replicas that find room
     """
     one, other = problem.offers
     free = {offer.name: offer.free for offer in problem.offers}
@@ -102,8 +103,7 @@ def pipelines(problem: Problem) -> Iterator[tuple[Plan, range]]:
             for stages in range(1, cut.stages):
                 on = ((first, stages), (last, cut.stages - stages))
                 fit = min(free[name] // (n * cut.stage_devices) for name, n in on)
-                if counts := range(1, min(fit, whole.max_devices // cut.devices) + 1):
-                    yield replace(cut, on=on), counts
+                yield from repeated(replace(cut, on=on), min(fit, whole.max_devices // cut.devices), whole.routings)
 
 
 def faults(facts: Facts, plan: Plan) -> Iterator[Violation]:

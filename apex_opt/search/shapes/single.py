@@ -110,7 +110,7 @@ class Single:
         )
         for done, (cut, late) in enumerate(every):
             self._tell("bounding plans", done, len(every))
-            yield from replicas_of(self.facts, self.part, [(cut, self.space.replicas(cut))], self.gpu, late)
+            yield from replicas_of(self.facts, self.part, self.space.repeated(cut), self.gpu, late)
 
     def plans(self) -> list[Plan]:
         """All feasible plans, with their layers moved."""

@@ -14,6 +14,7 @@ from apex_opt.evaluate import decode_bytes
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import can_hold, statistic
 from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import repeated
 from apex_opt.search.best_first import Leaf, Queue, best_first
 from apex_opt.search.facts import judged
 from apex_opt.search.incumbent import FREE, Best, Incumbent
@@ -149,7 +150,8 @@ class Work:
             if (cut := moves(movable)) is not None:
                 cuts.append(cut)
         most = problem.instance().max_devices
-        return tuple(cut.times(count) for cut in cuts for count in range(1, most // cut.devices + 1))
+        every = (one for cut in cuts for one in repeated(cut, most // cut.devices, problem.routings))
+        return tuple(routed.times(count) for routed, counts in every for count in counts)
 
     def fits(self, problem: Problem) -> bool:
         """Whether some plan satisfies the constraints."""

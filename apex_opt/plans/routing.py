@@ -1,0 +1,54 @@
+"""Routers in front of several replicas: their names, those to choose from, and how many plans there are with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from apex_opt.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Routing = Literal[
+    "round_robin",
+    "least_loaded",
+    "vllm_dp",
+    "power_of_two",
+    "cache_aware",
+    "dynamo",
+    "llm_d",
+    "session",
+    "pull",
+]
+"""How a replica is found for a request; `docs/routing.md` has the rules."""
+ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
+
+
+def check_routing(name: str) -> Routing:
+    """A router by its name.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if name not in ROUTINGS:
+        raise UnknownNameError("routing", str(name)[:60], ROUTINGS)
+    return name
+
+
+def parse_routings(text: str) -> tuple[Routing, ...]:
+    """Routers to choose from: their names with commas between them.
+
+    Raises
+    ------
+    UnknownNameError, UsageError    one that there is not, or that is named twice
+    """
+    names = tuple(check_routing(name.strip()) for name in text.split(","))
+    if len(set(names)) < len(names):
+        raise UsageError(f"--routing: {text!r:.60} names a router twice")
+    return names
+
+
+def count_repeated(most: int, routings: Sequence[Routing]) -> int:
+    """How many plans there are of a cut, with up to so many replicas and each router where there are several."""
+    return most if most < 2 else 1 + (most - 1) * max(len(routings), 1)
