@@ -147,6 +147,7 @@ def test_the_rows_at_hand_are_so_many_measurements(shared: Path) -> None:
         "set aside: pools",
         "set aside: outlier",
     }
+    assert sum(isinstance(run, MeasuredRun) and run.drafts for run in runs) == 78
     sides = [run.judged for run in runs if isinstance(run, MeasuredRun)]
     assert 0.3 < sum(sides) / len(sides) < 0.7
 
@@ -193,6 +194,41 @@ def test_a_row_is_started_as_its_family_says(tmp_path: Path) -> None:
         assert scheduler.batch_wait_timeout_iters == turns
         assert not found.settings.chunked_prefill
         assert found.share_of == "left"
+
+
+@pytest.mark.parametrize(("copies", "drafter"), [(1, "mtp:3"), (8, "mtp:1")])
+def test_drafts_that_are_told_in_full_are_made(tmp_path: Path, copies: int, drafter: str) -> None:
+    (tmp_path / "deployments.csv").write_text(
+        "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_batched_tokens,speculative\n"
+        'a,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,(K+1)*C+ISL,"MTP, 3 draft tokens (1 with attention DP)"\n'
+        'b,sglang,deepseek-ai/DeepSeek-R1,,,,,,,,,"EAGLE/MTP, 2 steps, 3 draft tokens, top-k 1"\n'
+    )
+    (tmp_path / "families_x.csv").write_text("id,family\na,a\nb,b\n")
+    (tmp_path / "set_aside_x.csv").write_text("id,reason,metric,detail\na,speculative,both,\nc,speculative,both,why\n")
+    degrees = {"tp_size": 8 // copies, "attention_dp_size": copies, "moe_tp_size": 1, "moe_ep_size": 8}
+    row = SPARSE | {"model_path": "deepseek-ai/DeepSeek-R1", "batch_size": 32 // copies, **degrees}
+    engines = {"a": "trtllm", "b": "sglang", "c": "trtllm"}
+    rows = [row | {"id": k, "backend": e, "silicon_ttft_ms": str(ord(k))} for k, e in engines.items()]
+    drafts, of_sglang, untold = read(tmp_path, *rows)
+    assert isinstance(drafts, MeasuredRun)
+    assert drafts.drafts
+    assert f" spec={drafter} " in drafts.plan
+    assert drafts.settings.max_num_batched_tokens == (int(drafter[-1]) + 1) * 32 + int(SPARSE["isl"])
+    assert not drafts.set_aside
+    for run in (of_sglang, untold):
+        assert isinstance(run, UnusableRun)
+        assert (run.aside, run.reason) == (True, "set aside: speculative")
+
+
+def test_drafts_of_a_model_without_layers_for_them_are_not_predicted(tmp_path: Path) -> None:
+    (tmp_path / "deployments.csv").write_text(
+        "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_batched_tokens,speculative\n"
+        'a,trtllm,meta-llama/Llama-3.1-70B,,,,,,,,,"MTP, 1 draft token"\n'
+    )
+    (tmp_path / "families_x.csv").write_text("id,family\nrow,a\n")
+    (run,) = read(tmp_path, DENSE | {"backend": "trtllm"})
+    assert isinstance(run, UnusableRun)
+    assert (run.aside, run.reason) == (False, "drafts that the model cannot make")
 
 
 def test_tables_beside_the_rows_come_first(tmp_path: Path) -> None:

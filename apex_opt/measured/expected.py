@@ -150,14 +150,14 @@ def _read(path: Path) -> dict[tuple[Kind, str], tuple[int, float, float, float]]
 
 
 def made(comparisons: Iterable[Comparison]) -> str:
-    """The table as CSV, of the runs that were predicted and are judged by."""
+    """The table as CSV, of the runs without drafts that were predicted and are judged by."""
     from apex_opt.cluster import load_cluster
     from apex_opt.engines import load_kind
 
     found: dict[tuple[Kind, str], list[float]] = {}
     for one in comparisons:
         run, prediction = one.run, one.prediction
-        if prediction is None or not isinstance(run, MeasuredRun) or not run.judged:
+        if prediction is None or not isinstance(run, MeasuredRun) or not run.judged or run.drafts:
             continue
         values = prediction.values
         busy = values["throughput"] * values["e2e_mean"] / prediction.plan.devices

@@ -32,13 +32,14 @@ _OF_ITSELF: Final = ("family", "date_from", "date_to", "image", "warmups_per_cli
 
 
 class Load(NamedTuple):
-    """What values of a family go by: clients, nominal lengths, shards and copies of attention."""
+    """What values of a family go by: clients, nominal lengths, shards and copies of attention, drafts after a token."""
 
     clients: int
     prompt: int
     output: int
     tp: int
     copies: int
+    drafts: int = 0
 
 
 class Labels(NamedTuple):
@@ -235,7 +236,7 @@ _FROM: Final = re.compile(r"^(?P<then>\S+) from (?P<least>\d+) clients on(, else
 _AT: Final = re.compile(
     r"^(?P<then>\S+) at (?P<isl>\d+) \+ (?P<osl>\d+)( on TP (?P<tp>\d+))?( from (?P<least>\d+) clients on)?$"
 )
-_SAID: Final = {"C": "clients", "B": "clients", "ISL": "prompt", "OSL": "output"}
+_SAID: Final = {"C": "clients", "B": "clients", "K": "drafts", "ISL": "prompt", "OSL": "output"}
 _OPERATORS: Final[Mapping[type, Callable[[Any, Any], Any]]] = {
     ast.Add: operator.add,
     ast.Mult: operator.mul,
@@ -246,8 +247,8 @@ _OPERATORS: Final[Mapping[type, Callable[[Any, Any], Any]]] = {
 def valued(text: str, load: Load) -> float | None:
     """What a text of `deployments.csv` comes to under a load, None where it is blank or says nothing of this load.
 
-    Texts are numbers and sums, products and whole quotients of C (clients), ISL and OSL, with the load for which each
-    of several holds: `16384`, `2*ISL`, `30 from 16 clients on, else 10`, `0.8; 0.75 at 8192 + 1024 on TP 4`.
+    Texts are numbers and sums, products and whole quotients of C (clients), K (drafts), ISL and OSL, with the load for
+    which each of several holds: `16384`, `2*ISL`, `30 from 16 clients on, else 10`, `0.8; 0.75 at 8192 + 1024 on TP 4`.
 
     Raises
     ------

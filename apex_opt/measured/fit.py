@@ -63,8 +63,9 @@ class BoardFit:
 def fit_engine(runs: Sequence[Run], name: str, progress: Progress) -> EngineFit:
     """Times of an engine kind that fit its runs best.
 
-    Each parameter in turn is tried at multiples of its value, all runs being simulated anew, and moved where the mean
-    absolute logarithm of predicted over measured (TTFT, TPOT, ITL, E2E, every figure of every run alike) falls.
+    Runs with drafts are left out. Each parameter in turn is tried at multiples of its value, all runs being simulated
+    anew, and moved where the mean absolute logarithm of predicted over measured (TTFT, TPOT, ITL, E2E, every figure of
+    every run alike) falls.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def fit_engine(runs: Sequence[Run], name: str, progress: Progress) -> EngineFit:
     UsageError          no run of this engine could be predicted
     UnknownNameError    an engine that the shipped table lacks
     """
-    mine = [run for run in runs if isinstance(run, MeasuredRun) and run.engine == name]
+    mine = [run for run in runs if isinstance(run, MeasuredRun) and run.engine == name and not run.drafts]
     before = now = load_engine(name)
     found = _compared(mine, now, progress)
     predicted = sum(comparison.prediction is not None for comparison in found)

@@ -105,6 +105,11 @@ class MeasuredRun:
         """Whether the run is judged by; else parameters may be fitted on it. See `judged_by`."""
         return judged_by(self.sweep)
 
+    @property
+    def drafts(self) -> bool:
+        """Whether the engine made drafts: how many of them were right is fitted, and hides what else is off."""
+        return bool(self.settings.drafting)
+
 
 def judged_by(sweep: str) -> bool:
     """Whether runs of a sweep are judged by: where the SHA-256 of its name begins with an odd byte.

@@ -22,6 +22,8 @@ from apex_opt.measured.facts import Degrees, Load, labelled, read_facts, trained
 from apex_opt.measured.files import read_rows
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
+from apex_opt.plans.acceptance import speculations
+from apex_opt.plans.speculation import Drafter
 from apex_opt.workload.trace import MAX_TOKENS, make_trace
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from apex_opt.ir.model import Model
     from apex_opt.measured.deployments import Started
-    from apex_opt.measured.facts import Facts, Family
+    from apex_opt.measured.facts import Aside, Facts, Family
     from apex_opt.measured.files import Row
     from apex_opt.measured.runs import Run
     from apex_opt.workload.trace import Trace
@@ -56,6 +58,14 @@ NEEDED: Final = (
 
 SHORTEST_SHARE: Final = 0.8
 """Lengths of InferenceX's requests, uniform from this share to all of the nominal one (--random-range-ratio)."""
+SPECULATIVE: Final = "speculative"
+"""What a row is set aside for whose engine made drafts."""
+RANDOM_ACCEPTANCE: Final = "0.6/0.36/0.216"
+"""Shares of rows in which at least one draft of an MTP layer is right, two, three, where prompts are random tokens.
+
+Of the rates 0.5, 0.55 ... 0.75 of every draft the one with the least median error of TPOT over the 24 measurements of
+DeepSeek-R1 with TensorRT-LLM that may be fitted on (`runs.judged_by`).
+"""
 LARGEST_POOL: Final = 8
 """GPUs of InferenceX's largest deployment in one piece; on more, prefill and decode have pools of their own."""
 
@@ -63,6 +73,8 @@ _CLIENTS: Final = re.compile(r"silicon_concurrency=(\d+)")
 _RELEASE: Final = re.compile(r"0\.(\d+)\.")
 _LAST_BLOCKING: Final = 12
 """Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
+_MTP: Final = re.compile(r"MTP, (\d) draft tokens?(?: \((\d) with attention DP\))?")
+"""Drafts of TensorRT-LLM as the table of deployments has them."""
 _LARGEST: Final = 1 << 16  # degree or number of clients
 
 
@@ -116,7 +128,7 @@ def _run(row: Row, facts: Facts) -> Run:
         )
 
     said = facts.aside.get(cell["id"])
-    if said is not None and said.metric == "both":
+    if said is not None and said.metric == "both" and said.reason != SPECULATIVE:
         return unusable(f"set aside: {said.reason}", said.detail, aside=True)
     try:
         return _measured(row, cell, name, facts)
@@ -147,11 +159,13 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> Measur
         raise _Odd("engine not described", f"backend {backend!r:.40}")
     load = Load(clients, prompt, output, degrees.tp, degrees.copies)
     family = facts.family(cell["id"], labels, load)
-    if family is not None and family.speculative:
-        raise _Aside("set aside: speculative", f"{family.name}: {family.speculative}")
     if family is not None and name not in facts.relabelled:
         degrees = degrees.as_ran(family)
         load = load._replace(tp=degrees.tp, copies=degrees.copies)
+    said = facts.aside.get(cell["id"])
+    drafter = _drafter(family, said, degrees.copies)
+    if drafter is not None:
+        load = load._replace(drafts=drafter.draft_tokens)
     drawn = labels.scripted
     if drawn and degrees.gpus > LARGEST_POOL:
         raise _Aside("set aside: prefill and decode pools added up", f"{degrees.gpus} GPUs")
@@ -163,8 +177,15 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> Measur
     kind = _kind(backend, cell.get("backend_version", ""), family)
     how = started(family, kind, cluster, load)
     plan = f"{degrees.plan(model.is_moe)} {weights}"
-    said = facts.aside.get(cell["id"])
-    aside = {} if said is None else {f"{said.metric}_mean": f"{said.reason}: {said.detail}"}
+    settings, taken = how.settings, _assumptions(how, kv, drawn, family)
+    if drafter is not None:
+        try:
+            drafting, _ = speculations(model, (drafter,), RANDOM_ACCEPTANCE)
+            settings = replace(settings, drafting=drafting)
+        except ApexError as error:
+            raise _Odd("drafts that the model cannot make", str(error)) from None
+        plan, taken = f"{plan} spec={drafter}", (*taken, f"{RANDOM_ACCEPTANCE} of the drafts right, fitted")
+    aside = {} if said is None or drafter else {f"{said.metric}_mean": f"{said.reason}: {said.detail}"}
     return MeasuredRun(
         name=name,
         origin=row.where,
@@ -173,7 +194,7 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> Measur
         cluster=cluster,
         plan=f"{plan} kv={kv}",
         engine=kind,
-        settings=how.settings,
+        settings=settings,
         trace=_closed_loop(clients, prompt, output, how.requests_per_client, drawn),
         poll_every=how.poll_every,
         share_of=how.share_of,
@@ -181,8 +202,25 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> Measur
         sweep=f"{trained_on(model.name)} {cell['system']} {backend} {plan} {prompt}+{output}",
         measured=measured,
         set_aside=aside,
-        assumptions=_assumptions(how, kv, drawn, family),
+        assumptions=taken,
     )
+
+
+def _drafter(family: Family | None, said: Aside | None, copies: int) -> Drafter | None:
+    """How a row's engine made drafts, and None where it made none.
+
+    Raises
+    ------
+    _Aside    drafts that are not told in full, or made in a way that is not simulated
+    """
+    told = "" if family is None else family.speculative
+    if not told and (said is None or said.reason != SPECULATIVE):
+        return None
+    match = _MTP.fullmatch(told)
+    if match is None:
+        detail = said.detail if said is not None else told
+        raise _Aside(f"set aside: {SPECULATIVE}", f"{family.name}: {detail}" if family else detail)
+    return Drafter(method="mtp", draft_tokens=int(match[2] if copies > 1 and match[2] else match[1]))
 
 
 def _assumptions(how: Started, kv: str, drawn: bool, family: Family | None) -> tuple[str, ...]:

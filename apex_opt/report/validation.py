@@ -14,18 +14,26 @@ if TYPE_CHECKING:
 
     from apex_opt.measured import Comparison, Measurements
     from apex_opt.measured.compare import Prediction
+    from apex_opt.measured.runs import Run
     from apex_opt.measured.steps import StepTimes
 
 S = TypeVar("S", bound=listed.Steps)
 
 _GROUPS: Final[Mapping[str, Callable[[Comparison], str]]] = {
-    "half": lambda c: "judged" if isinstance(c.run, MeasuredRun) and c.run.judged else "fitted on",
+    "half": lambda c: _half(c.run),
     "kind": lambda c: c.run.kind,
     "engine": lambda c: c.run.engine if isinstance(c.run, MeasuredRun) else "",
     "cluster": lambda c: c.run.cluster if isinstance(c.run, MeasuredRun) else "",
     "model": lambda c: c.model,
 }
 """What the summary is also given by."""
+
+
+def _half(run: Run) -> str:
+    """Whether a run is judged by or fitted on; runs with drafts apart."""
+    if not isinstance(run, MeasuredRun):
+        return "fitted on"
+    return ("judged" if run.judged else "fitted on") + (", with drafts" if run.drafts else "")
 
 
 def validation_document(
