@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.arguments import Ask, PlanAsk, SimulateAsk
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
-    from apex_opt.measured import Measurements
+    from apex_opt.measured.readers import Measurements
     from apex_opt.placement import Assignment
     from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.report.detail import Detail
@@ -609,7 +609,7 @@ def _loss(site: Site, lost: tuple[str, ...], before: Assignment, tree: Tree, lim
 @command(arguments.ValidateAsk)
 def validate(ask: arguments.ValidateAsk) -> Result:
     """Compare measured serving runs with their simulation."""
-    from apex_opt.measured import Predictor
+    from apex_opt.measured.compare import Predictor
     from apex_opt.profiles import check_profiles
     from apex_opt.report.validation import validation_document
 
@@ -631,7 +631,7 @@ def _measurements(
     ask: arguments.ValidateAsk | arguments.CalibrateAsk, paths: tuple[str | None, ...]
 ) -> list[Measurements]:
     """The runs of some files or folders; those that ship where none is named."""
-    from apex_opt.measured import SHIPPED, read_measured
+    from apex_opt.measured.readers import SHIPPED, read_measured
     from apex_opt.resolve import resolve_deployed
 
     deployed = None if ask.plan is None else resolve_deployed(ask, ask.plan)
@@ -721,8 +721,8 @@ def profile_collect(ask: arguments.ProfileCollectAsk) -> Result:
 @command(arguments.ProfileFitAsk)
 def profile_fit(ask: arguments.ProfileFitAsk) -> Result:
     """Fit an engine's own time and the power of GPUs on measured runs."""
-    from apex_opt.measured import read_measured
     from apex_opt.measured.fit import fit_board, fit_engine
+    from apex_opt.measured.readers import read_measured
     from apex_opt.report.fitting import fit_document
 
     runs = read_measured(expanded(ask.measured)).runs

@@ -12,8 +12,9 @@ from test_measured_fit import BEFORE, RUNS, measured_with, quiet
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import load_kind
 from apex_opt.errors import InputError, UsageError
-from apex_opt.measured import SHIPPED, MeasuredRun, read_measured
 from apex_opt.measured.calibrate import calibrate, divided
+from apex_opt.measured.readers import SHIPPED, read_measured
+from apex_opt.measured.runs import MeasuredRun
 from apex_opt.report.calibration import calibration_document, calibration_page
 from apex_opt.schema import to_plain
 

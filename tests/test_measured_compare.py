@@ -12,15 +12,8 @@ from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.ir import load_model
-from apex_opt.measured import (
-    METRICS,
-    Comparison,
-    MeasuredRun,
-    Predictor,
-    UnusableRun,
-    coverage,
-    summarise,
-)
+from apex_opt.measured.compare import Comparison, Predictor, coverage, summarise
+from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.vllm_runs import read_vllm_runs
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan

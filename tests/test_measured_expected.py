@@ -12,7 +12,7 @@ from cli_cases import run
 from test_measured_fit import BEFORE, RUNS, measured_with
 
 from apex_opt.ir import load_model
-from apex_opt.measured import Predictor
+from apex_opt.measured.compare import Predictor
 from apex_opt.measured.expected import FIGURES, LEAST_ROWS, TABLE, Kind, expected, load_kind_of, made, model_kind
 from apex_opt.measured.runs import judged_by
 

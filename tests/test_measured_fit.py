@@ -12,8 +12,9 @@ import pytest
 from apex_opt.cluster import load_cluster
 from apex_opt.cost.engine import TIMES, EngineOverhead, load_engine
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.measured import MeasuredRun, Predictor, UnusableRun
+from apex_opt.measured.compare import Predictor
 from apex_opt.measured.fit import FITTED_ON, BoardFit, EngineFit, fit_board, fit_engine
+from apex_opt.measured.runs import MeasuredRun, UnusableRun
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.profiles import load_profile
 from apex_opt.profiles.power import PowerFit

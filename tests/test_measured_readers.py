@@ -10,8 +10,8 @@ import pytest
 from measured_cases import engine, write_runs
 
 from apex_opt.errors import InputError
-from apex_opt.measured import read_measured
 from apex_opt.measured.apex import NEEDED as APEX_COLUMNS
+from apex_opt.measured.readers import read_measured
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
 from apex_opt.plans.engine import EngineSettings
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from apex_opt.errors import InputError, UsageError
-from apex_opt.measured import Comparison, MeasuredRun, Measurements, UnusableRun
-from apex_opt.measured.compare import Prediction
+from apex_opt.measured.compare import Comparison, Prediction
+from apex_opt.measured.readers import Measurements
+from apex_opt.measured.runs import MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template

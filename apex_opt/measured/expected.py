@@ -18,11 +18,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.files import read_text
-from apex_opt.measured.compare import Predictor
 from apex_opt.measured.names import find_model
-from apex_opt.measured.readers import read_measured
 from apex_opt.measured.runs import MeasuredRun
-from apex_opt.outputs import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -177,6 +174,10 @@ def made(comparisons: Iterable[Comparison]) -> str:
 
 def main(paths: Sequence[str]) -> None:
     """Make the table anew from files or folders of measured runs."""
+    from apex_opt.measured.compare import Predictor
+    from apex_opt.measured.readers import read_measured
+    from apex_opt.outputs import write_whole
+
     runs = [run for path in paths for run in read_measured(Path(path)).runs]
     comparisons = Predictor().compare(runs, lambda what, done, total: None)
     write_whole(TABLE, made(comparisons).encode(), "table")

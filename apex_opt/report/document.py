@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
 from apex_opt.figures.registry import figure, per_run
-from apex_opt.report import listed, types
+from apex_opt.report import types
 from apex_opt.report.expected import expected_document
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from apex_opt.figures import Objective
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
+    from apex_opt.report import listed
     from apex_opt.search import Answer, Ledger, Offer, Part, PoolUse, Problem, Scored
     from apex_opt.studies.check import Check
 
@@ -302,6 +303,8 @@ def _choices(offer: Offer) -> dict[str, Any]:
 
 def cluster_row(cluster: Cluster) -> listed.ListedCluster:
     """A node for the list of clusters: its accelerator, and the link within the node."""
+    from apex_opt.report import listed
+
     gpu, flops = cluster.gpu, dict(cluster.gpu.flops_per_s)
     return of(
         listed.ListedCluster,

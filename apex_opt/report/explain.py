@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.padding import Padding
 from rich.text import Text
 
-from apex_opt.report import studied, types
+from apex_opt.report import types
 from apex_opt.report.document import answer_document
 from apex_opt.report.layout import (
     NOUNS,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from apex_opt.report import studied
     from apex_opt.schema import Document
     from apex_opt.search import Problem
     from apex_opt.studies.explain import Comparison, Diagnosed, Explanation
@@ -50,6 +51,8 @@ def explanation_document(problem: Problem, found: Explanation, provenance: dict[
     found : Explanation     what was explained
     provenance : mapping    where each figure comes from
     """
+    from apex_opt.report import studied
+
     kinds, compared = (studied.Explained, studied.MixedExplained), found.comparison
     more = why_document(found) | {"comparison": None if compared is None else _comparison(compared)}
     return answer_document("explain", problem, found.answer, provenance, kinds=kinds, **more)
@@ -88,6 +91,8 @@ def _on(one: Diagnosed, several: bool, ways: Sequence[str]) -> list[str]:
 
 def _comparison(comparison: Comparison) -> studied.ComparedPlan:
     one = comparison.scored
+    from apex_opt.report import studied
+
     return studied.ComparedPlan(
         plan=str(comparison.deployment),
         gpus=comparison.deployment.devices,

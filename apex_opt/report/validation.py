@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from apex_opt.measured import METRICS, MeasuredRun, coverage, summarise
+from apex_opt.measured.compare import coverage, summarise
+from apex_opt.measured.runs import METRICS, MeasuredRun
 from apex_opt.report import listed
 from apex_opt.report.fitting import errors_document
 from apex_opt.schema import of
@@ -12,8 +13,8 @@ from apex_opt.schema import of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from apex_opt.measured import Comparison, Measurements
-    from apex_opt.measured.compare import Prediction
+    from apex_opt.measured.compare import Comparison, Prediction
+    from apex_opt.measured.readers import Measurements
     from apex_opt.measured.runs import Run
     from apex_opt.measured.steps import StepTimes
 
