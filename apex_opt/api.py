@@ -25,11 +25,12 @@ from apex_opt.schema import to_plain
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.arguments import Ask, PlanAsk, SimulateAsk
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
+    from apex_opt.launch import Launch
     from apex_opt.measured.readers import Measurements
     from apex_opt.placement import Assignment
     from apex_opt.plans.deployment import Deployment, Pool
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from apex_opt.studies.capacity_answer import PlanRate
     from apex_opt.studies.check import Check
     from apex_opt.studies.explain import Explanation
+    from apex_opt.workload import Trace
 
 A = TypeVar("A", bound=Arguments)
 PACKAGE: Final = Path(__file__).resolve().parent
@@ -150,6 +152,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         document=document if tested is None else replace(document, check=replayed(tested)),
         found=answer.best is not None,
         holds=tested is None or tested.holds,
+        traffic=_traffic(document.launch, problem.trace, problem),
         replay=replay,
         details=_details([(scorer, answer.best)], ask),
     )
@@ -232,6 +235,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     from apex_opt.resolve import refuse_pools, resolve, resolve_plan
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
+    from apex_opt.workload.steady import at_rate
 
     refuse_pools("capacity", ask)
     # The rate is what is asked for, not that of the trace, which may have none.
@@ -250,9 +254,18 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
         found = fewest_gpus(problem, space, ask.rate, **given)
     scorer = Scorer(problem)
     document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
+    traffic = problem.trace
     if found.plans:
-        document = replace(document, launch=_launch(scorer, found.plans[0].holds, ask))
-    return Result(document=document, found=bool(found.plans), details=_details_by_rate(found.plans[:1], ask))
+        best = found.plans[0]
+        # As its requests come, at the rate that was found; how many there are is for a measurement to choose.
+        traffic = replace(at_rate(traffic, best.rate_per_s, 1), arrivals=traffic.arrivals)
+        document = replace(document, launch=_launch(scorer, best.holds, ask, trace=traffic))
+    return Result(
+        document=document,
+        found=bool(found.plans),
+        traffic=_traffic(document.launch, traffic, problem),
+        details=_details_by_rate(found.plans[:1], ask),
+    )
 
 
 @command(arguments.StudyAsk)
@@ -290,9 +303,11 @@ def simulate(ask: arguments.SimulateAsk) -> Result:
         return _side_by_side(ask.plan, ask)
     problem, deployment = resolve_plan(ask.plan, ask)
     problem, answer = _judged(problem, deployment, ask)
+    document = _answer_document("simulate", problem, answer, ask)
     return Result(
-        document=_answer_document("simulate", problem, answer, ask),
+        document=document,
         found=answer.best is not None,
+        traffic=_traffic(document.launch, problem.trace, problem),
         files={} if answer.best is None or problem.several else _files(problem, deployment, ask),
         details=_details([(Scorer(problem), answer.best)], ask),
     )
@@ -475,21 +490,55 @@ def _assigned_all(scorer: Scorer, deployment: Deployment, ask: Ask) -> list[Assi
 
 
 def _launch(
-    scorer: Scorer, scored: Scored, ask: Ask, assignments: list[Assignment] | None = None, *, asked: bool = False
+    scorer: Scorer,
+    scored: Scored,
+    ask: Ask,
+    assignments: list[Assignment] | None = None,
+    *,
+    asked: bool = False,
+    trace: Trace | None = None,
 ) -> LaunchDocument | None:
-    """The commands that start a deployment, if asked; where it lies is looked for unless it is given."""
+    """The commands that start a deployment, if asked, and the one that measures it.
+
+    Parameters
+    ----------
+    scorer, scored, ask
+    assignments : its GPUs; looked for unless they are given
+    asked : bool                whether they are wanted whatever was asked
+    trace : Trace, optional     what is sent to it; by default that of the problem
+    """
     if not (asked or ask.emit):
         return None
     from apex_opt.engines import load_kind
-    from apex_opt.launch import handing_over, launch, together
+    from apex_opt.launch.bench import bench
     from apex_opt.report.launch import launch_document
+
+    engine = load_kind(ask.engine).rules.name
+    found = _launched(scorer, scored, ask, engine, assignments)
+    if not found.commands:
+        return launch_document(found)
+    problem = scorer.problem
+    measured = bench(problem, trace or problem.trace, engine, found.served, found.commands, ask.seed)
+    return launch_document(found, measured)
+
+
+def _launched(scorer: Scorer, scored: Scored, ask: Ask, engine: str, assignments: list[Assignment] | None) -> Launch:
+    """The commands that start a deployment.
+
+    Parameters
+    ----------
+    scorer, scored, ask
+    engine : str    that is started
+    assignments : its GPUs; looked for unless they are given
+    """
+    from apex_opt.launch import handing_over, launch, together
 
     uses, taken = scored.pools, dict[int, int]()
     found = [
         launch(
             scorer.facts_of(use.pool).problem,
             use.pool.plan,
-            load_kind(ask.engine).rules.name,
+            engine,
             _checkpoint(ask),
             assignment,
             taken,
@@ -498,12 +547,28 @@ def _launch(
     ]
     if scored.deployment.disaggregated:
         prefill, decode = found
-        return launch_document(handing_over(prefill, decode, uses[0].pool.plan.replicas))
+        return handing_over(prefill, decode, uses[0].pool.plan.replicas)
     if not scorer.problem.several:
-        return launch_document(found[0])
+        return found[0]
     requests = sum(use.requests for use in uses)
     shares = [use.requests / requests for use in uses]
-    return launch_document(together(found, [use.pool.plan.replicas for use in uses], shares))
+    return together(found, [use.pool.plan.replicas for use in uses], shares)
+
+
+def _traffic(launch: LaunchDocument | None, trace: Trace, problem: Problem) -> dict[str, Callable[[], Iterator[str]]]:
+    """Files that go with the commands of an answer, as their lines: what its benchmark replays.
+
+    Parameters
+    ----------
+    launch : the commands, if any
+    trace : Trace       that is replayed
+    problem : Problem
+    """
+    from apex_opt.launch.bench import dataset
+
+    if launch is None or launch.bench is None or launch.bench.dataset is None:
+        return {}
+    return {launch.bench.dataset: lambda: dataset(trace, problem.settings.max_model_len)}
 
 
 def _checkpoint(ask: Ask) -> str:

@@ -40,6 +40,7 @@ class Result:
     found : whether there is what was asked for: a plan, a rate, a run that can be predicted
     holds : whether a certificate that was replayed holds
     files : what can be written besides, by name, each as a function of the path
+    traffic : files that go into a folder of `--save` beside what it makes of the document, by name, as their lines
     replay : the certificate replayed, where there is one
     details : the deployments that are answered, with their runs request by request, for charts
     drawn : charts that it has besides, each with the heading of its section in a report
@@ -49,6 +50,7 @@ class Result:
     found: bool = True
     holds: bool = True
     files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    traffic: Mapping[str, Callable[[], Iterable[str]]] = field(default_factory=dict)
     replay: Callable[[Progress], Check] | None = None
     details: Callable[[], Sequence[Detail]] = tuple
     drawn: Callable[[], Iterable[tuple[str, Chart]]] = tuple

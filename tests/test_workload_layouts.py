@@ -179,6 +179,7 @@ def test_a_run_of_vllm_bench_is_its_lengths_at_its_rate(tmp_path: Path) -> None:
         ({"request_rate": "inf", "max_concurrency": 8}, 8, [0, 0]),
         ({"request_rate": "inf"}, None, [0, 0]),
         ({"start_times": [1000.5, 1002.0]}, None, [0, 1_500_000_000]),
+        ({"start_times": [1000.5, 1002.0], "request_rate": "inf"}, None, [0, 1_500_000_000]),
         ({"start_times": [1000.5, 1002.0], "request_rate": "inf", "max_concurrency": 8}, 8, [0, 0]),
     ],
 )

@@ -57,7 +57,8 @@ def launch(
         return Launch(engine=engine, commands=(), notes=tuple(notes))
     servers = [*_servers(asked, spoken, replicas, {} if taken is None else taken)]
     commands = (*_clocks(asked, replicas), *servers, *_router(asked, servers))
-    return Launch(engine=engine, commands=commands, notes=tuple(_notes(asked, spoken, replicas)))
+    told = tuple(_notes(asked, spoken, replicas))
+    return Launch(engine=engine, commands=commands, notes=told, served=asked.weights)
 
 
 def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequence[float]) -> Launch:
@@ -84,7 +85,7 @@ def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequen
     if not all(own.commands for own in launches):
         return Launch(engine=launches[0].engine, commands=(), notes=tuple(notes))
     notes.append(f"requests: of all, deal {', '.join(told)}: weights of the router")
-    return Launch(engine=launches[0].engine, commands=tuple(commands), notes=tuple(notes))
+    return replace(launches[0], commands=tuple(commands), notes=tuple(notes))
 
 
 def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
@@ -106,7 +107,7 @@ def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
     before = proxy([_served(one.commands) for one in (prefill, decode)])
     several = any(note.startswith("NODE0") for note in notes)
     notes += [note for note in ABOUT_PROXY if not (several and note.startswith("NODE0"))]
-    return Launch(engine=engine, commands=(*prefill.commands, *later, before), notes=tuple(notes))
+    return replace(prefill, commands=(*prefill.commands, *later, before), notes=tuple(notes))
 
 
 def _served(commands: Sequence[Command]) -> list[tuple[int, str]]:

@@ -61,11 +61,20 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """Commands that start a plan on an engine, none where the engine cannot run it; notes say what commands cannot."""
+    """Commands that start a plan on an engine, none where the engine cannot run it.
+
+    Parameters
+    ----------
+    engine : str                    key of `ENGINES`
+    commands : tuple of Command
+    notes : tuple of str            what commands cannot say
+    served : str                    name of the model, as requests have it
+    """
 
     engine: str
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
+    served: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError
@@ -19,7 +20,7 @@ from apex_opt.files import reason, there
 from apex_opt.outputs import check_folder, fresh_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
 IMAGES: Final = {
@@ -49,8 +50,16 @@ def check_new(path: Path) -> None:
         raise InputError(f"--save {path}: is there and not empty; name another folder, or empty it")
 
 
-def save(document: Mapping[str, Any], path: Path) -> None:
+def save(
+    document: Mapping[str, Any], path: Path, traffic: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({})
+) -> None:
     """Write what starts the plan of an answer into a folder, whole or not at all.
+
+    Parameters
+    ----------
+    document : mapping    of the answer
+    path : Path           of the folder
+    traffic : mapping     further files by name, as their lines
 
     Raises
     ------
@@ -67,6 +76,9 @@ def save(document: Mapping[str, Any], path: Path) -> None:
                 (folder / name).write_text(text, encoding="utf-8")
                 if name.endswith(".sh"):
                     (folder / name).chmod(0o755)
+            for name, lines in traffic.items():
+                with (folder / name).open("w", encoding="utf-8") as file:
+                    file.writelines(lines())
     except OSError as error:
         raise InputError(f"--save {path}: cannot be written ({reason(error)}); name another folder") from error
 
@@ -90,6 +102,8 @@ def files_of(document: Mapping[str, Any]) -> dict[str, str]:
     before = any(command["replica"] is None and command["argv"][0] == "python" for command in commands)
     if len(servers) > 1 and alone and not before and routing in _DEALT:
         found["nginx.conf.template"] = _nginx(servers, _DEALT[routing])
+    if (bench := launch.get("bench")) is not None and bench["argv"]:
+        found["bench.sh"] = _bench(bench["argv"])
     found["README.md"] = _readme(document, found)
     return found
 
@@ -138,6 +152,19 @@ def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
         else:
             lines.append(f"{'env ' if command['env'] else ''}{' '.join(words)} > part{index}.log 2>&1 &")
     return "\n".join([*lines, "wait -n", ""])
+
+
+def _bench(argv: Sequence[str]) -> str:
+    """What sends the traffic of the question, and keeps what it measures beside itself."""
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Measures the servers under the traffic that was planned for.",
+        "set -euo pipefail",
+    ]
+    lines.append('cd "$(dirname "${BASH_SOURCE[0]}")"')
+    names = sorted({name for word in argv for name in _NODE.findall(word)})
+    lines += [f': "${{{name}:?set {name} to the address of that node}}"' for name in names]
+    return "\n".join([*lines, " ".join(map(_word, argv)), ""])
 
 
 def _services(engine: str, commands: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -248,6 +275,7 @@ def _nginx(servers: Sequence[Mapping[str, Any]], dealt: str) -> str:
 
 
 _TOLD: Final = {
+    "bench": "`bash {}` once all of it answers: sends the traffic that was planned for and keeps what it measures",
     "node": "`bash {}` on that node starts it, with a log for each part",
     "compose": "`docker compose -f {} up` on that node; a clock of the GPUs is set by the script alone",
     "kubernetes": "`kubectl apply -f {}`; the cluster chooses the GPUs, which may lie otherwise in a node than "
@@ -269,11 +297,27 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
     ]
     lines += ["## Files", ""]
     lines += [f"- {_TOLD[next(key for key in _TOLD if name.startswith(key))].format(name)}" for name in files]
+    if (bench := launch.get("bench")) is not None and bench["dataset"] is not None:
+        lines.append(f"- `{bench['dataset']}`: what `bench.sh` sends, a line for each request")
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in launch["notes"])]
+    lines += _measuring(document)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
         if document.get(key) is not None:
             lines += ["", f"## {title}", "", "```json", json.dumps(document[key], indent=1), "```"]
     return "\n".join([*lines, ""])
+
+
+def _measuring(document: Mapping[str, Any]) -> list[str]:
+    """How a measurement of the plan is taken back, where there is one that can be."""
+    bench, best = document["launch"].get("bench"), document.get("best")
+    if bench is None or bench["result"] is None or best is None or "parts" in best:
+        return []
+    question = document["question"]
+    words = {name: question[name]["name"] for name in ("model", "cluster", "engine")} | {"plan": best["plan"]}
+    options = (f"--{name}={value}" for name, value in words.items())
+    line = shlex.join(["solve.py", "calibrate", f"--measured={bench['result']}", *options, "--out=mine.toml"])
+    told = "With a measurement the engine's own times are fitted to this machine; what is yours goes by its file:"
+    return ["", "## Measure and calibrate", "", told, "", "```", "bash bench.sh", line, "```"]
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

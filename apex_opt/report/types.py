@@ -576,12 +576,36 @@ class Started(Described):
     text: str
 
 
+class Bench(Described):
+    """The command of a client that sends the traffic of the question to the servers, and measures them.
+
+    Parameters
+    ----------
+    argv : its words; none where no client sends this traffic
+    dataset : file that it reads, which `--save` writes; null where it makes the requests itself
+    result : file that it writes, for `calibrate` and `validate`
+    notes : what it sends otherwise than was asked
+    """
+
+    argv: tuple[str, ...]
+    text: str
+    dataset: str | None
+    result: str | None
+    notes: tuple[str, ...]
+
+
 class Launch(Described):
-    """Commands that start a plan, and what they cannot say."""
+    """Commands that start a plan, and what they cannot say.
+
+    Parameters
+    ----------
+    bench : what measures it once it runs
+    """
 
     engine: str
     commands: tuple[Started, ...]
     notes: tuple[str, ...]
+    bench: Bench | None = None
 
 
 class ExpectedFigure(Described):

@@ -76,7 +76,8 @@ def _vllm(label: str, run: Mapping[str, Any]) -> Sent:
             raise InputError(
                 f"{label}: {len(prompt)} input_lens and {len(output)} output_lens; give one of each a request"
             )
-        if isinstance(starts, list) and len(starts) == len(prompt) and rate is not None:
+        # A trace that is replayed at its own times is said to be at no rate, as is one that is sent at once.
+        if isinstance(starts, list) and len(starts) == len(prompt) and "concurrency" not in load:
             load = {"arrival_s": starts}
         return Sent(prompt=prompt, output=output, notes=tuple(notes), **load)
     done = _count(run.get("completed"))
