@@ -122,7 +122,11 @@ class Ask(Setup):
         SGLang), dynamo, llm_d, session or pull, a shared queue (docs/routing.md); several to choose from, such as
         round_robin,cache_aware.
     serving : What may be deployed: aggregated, replicas that compute prompts and answer them; pools, one of instances
-        that compute prompts (prefill) and one of those that answer them (decode); or both, aggregated,pools.
+        that compute prompts (prefill) and one of those that answer them (decode); shared, replicas that do both side by
+        side on the same GPUs; or several, as aggregated,pools.
+    shares : What prompts and answers may have of each GPU where it is shared, several with commas: 80/100 in per cent,
+        pdmux for SGLang's multiplexing, pdmux:72/60 for one division of it, in multiprocessors. By default what
+        --runnable can start, or with any a few of each (docs/phases.md).
     handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
         notice_us, post_us and descriptor_us. By default as published for the engine.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
@@ -147,6 +151,7 @@ class Ask(Setup):
     price: Annotated[float | None, Param(1e-6, 1e6)] = None
     routing: str = "round_robin"
     serving: str = "aggregated"
+    shares: str | None = None
     handover: str | None = None
     chunked_prefill: bool | None = None
     speculation: str = "none"

@@ -34,6 +34,7 @@ from apex_opt.plans.memory import (
 from apex_opt.plans.plan import Plan, Template, even_split, repeated
 from apex_opt.plans.refusals import refusals
 from apex_opt.plans.routing import count_repeated
+from apex_opt.plans.shares import division_fault
 from apex_opt.units import GB, NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.routing import Routing
+    from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter
 
 FAMILIES: Final = ("divisibility", "format", "engine", "balance", "memory", "bandwidth")
@@ -74,6 +76,7 @@ class Instance:
                                   limits of a batch to choose from; None leaves one to the settings
     drafters : tuple of Drafter or None    ways to make drafts to choose from; None makes none
     routings : tuple of str       routers to choose from in front of several replicas; none where there is no choice
+    shares : Shares or None       what prompts and answers have of each GPU in all of the plans; None: batches hold both
     """
 
     model: Model
@@ -88,6 +91,7 @@ class Instance:
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     drafters: tuple[Drafter | None, ...] = (None,)
     routings: tuple[Routing, ...] = ()
+    shares: Shares | None = None
     held: Held = field(init=False, repr=False, compare=False)
     """How the engine holds the model."""
 
@@ -186,6 +190,7 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 
 def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
     yield from _drafts(instance, plan)
+    yield from _sharing(instance, plan)
     if fault := allotted(instance.model, plan, instance.settings).fault:
         yield fault
     if instance.settings.runnable is not None:
@@ -211,6 +216,21 @@ def _drafts(instance: Instance, plan: Plan) -> Iterator[str]:
         ):
             for fault in _undivided(f"{name} ", cell.pieces, template):
                 yield f"spec={drafter}: {fault}"
+
+
+def _sharing(instance: Instance, plan: Plan) -> Iterator[str]:
+    """Why the plan cannot compute prompts and answers side by side."""
+    shares = plan.shares
+    if shares is None:
+        return
+    if plan.stages > 1:
+        yield f"share={shares}: phases share the GPUs of one pipeline stage, the plan has {plan.stages}"
+    if plan.attention.dp > 1:
+        yield f"share={shares}: phases share GPUs with one attention copy, the plan has {plan.attention.dp}"
+    if plan.speculation is not None:
+        yield f"share={shares}: phases share GPUs without drafts, the plan has spec={plan.speculation}"
+    if shares.multiplexed and (fault := division_fault(shares, instance.cluster.gpu)):
+        yield f"share={shares}: {fault}"
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -356,6 +376,7 @@ def cuts(instance: Instance) -> Iterator[Plan]:
                                 max_num_seqs=seqs,
                                 max_num_batched_tokens=tokens,
                                 speculation=drafter,
+                                shares=instance.shares,
                             )
 
 

@@ -28,6 +28,7 @@ from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
 from apex_opt.search.problem import Serving
+from apex_opt.sharing import about_shares, check_shared, fitted, plans_shares, shares_of
 from apex_opt.workload import Trace, frame_trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from apex_opt.engines import EngineKind
     from apex_opt.plans.deployment import Deployment
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter, Speculation
 
 T = TypeVar("T")
@@ -117,6 +119,12 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
     drafting, about = _speculation(ask, settings, model, drafters)
     settings, notes = replace(settings, drafting=drafting), (*notes, *about)
+    shares: tuple[Shares, ...] = ()
+    if "shared" in serving:
+        shares = shares_of(ask, settings, model, [cluster.gpu for cluster in clusters])
+        settings, notes = fitted(ask, settings, trace, shares), (*notes, about_shares(shares))
+    elif ask.shares is not None:
+        raise UsageError("--shares is of phases side by side on a GPU; give --serving=shared, or leave it out")
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
         weight_formats, kv_formats = _formats(ask, model, cluster.gpu)
@@ -143,6 +151,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         slos=slos,
         batch_limits=_choices(limits),
         drafters=drafters,
+        shares=shares if "aggregated" not in serving and shares else (None, *shares),
         expert_routing=ask.expert_routing,
         profiles=check_profiles(ask.profiles),
         notes=notes,
@@ -156,12 +165,17 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
 
 
 def refuse_pools(command: str, ask: Ask) -> None:
-    """Refuse prefill and decode pools where a command is not asked of them.
+    """Refuse prefill and decode pools, and phases that share a GPU, where a command is not asked of them.
 
     Raises
     ------
     UsageError
     """
+    if "shared" in ask.serving or plans_shares(ask):
+        raise UsageError(
+            f"--serving=shared: {command} is of replicas whose batches hold both phases; plan, energy, pareto and "
+            "simulate take phases side by side on a GPU"
+        )
     if "pools" in ask.serving or _plans_pools(ask):
         raise UsageError(
             f"--serving=pools: {command} is of pools that do both phases; plan, energy, pareto and simulate take "
@@ -185,6 +199,8 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
     chosen = [name.strip() for name in ask.serving.split(",")]
     if _plans_pools(ask):
         chosen = ["pools"]
+    elif plans_shares(ask):
+        chosen = ["shared"] if ask.serving == "shared" else ["aggregated", "shared"]
     for name in chosen:
         if name not in known:
             raise UnknownNameError("serving", name[:60], known)
@@ -194,8 +210,12 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
         raise UsageError(
             f"--serving=pools: plan {plan!r:.60} is none; write prefill{{...}} + decode{{...}}, or leave it out"
         )
+    if "shared" in chosen:
+        check_shared(ask, trace)
+        if (why := _kept_apart(model)) is not None:
+            raise UsageError(f"--serving=shared: {model.name} {why}, which is not simulated; leave it out")
     if "pools" not in chosen:
-        return ("aggregated",)
+        return tuple(name for name in known if name in chosen)
     if trace.concurrency is not None:
         raise UsageError(
             "--serving=pools: prefill and decode pools are simulated with arrivals, not with a closed loop of clients; "

@@ -37,6 +37,7 @@ WORDS = {
     "tower_shards": "attention shards divide the heads of an image tower",
     "block_multiples": "multiples of tokens in a KV block",
     "block_powers": "tokens in a KV block are a power of two",
+    "multiplexes": "prompts and answers side by side on divisions of a GPU",
     "rotary_table": "a table of cosines and sines on every GPU",
 }
 """The rules by their fields, in the order of the table."""

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.studies", "apex_opt.launch"),
     ("apex_opt.gate",),
     ("apex_opt.arguments",),
+    ("apex_opt.sharing",),
     ("apex_opt.resolve",),
     ("apex_opt.report",),
     ("apex_opt.commands",),

@@ -112,3 +112,12 @@ def test_its_own_parser_takes_every_command() -> None:
         read = parser.parse_args(command.argv[3:])
         assert str(read.tp_size) == value(command, "--tp-size")
         assert str(read.ep_size) == (value(command, "--ep-size") or "1")
+
+
+def test_phases_that_share_a_gpu_are_multiplexed_by_divisions_of_its_own_or_by_one_that_is_named() -> None:
+    (command,) = emitted("sglang", DENSE, "tp8 share=pdmux", 1, 8).commands
+    assert "--enable-pdmux" in command.argv and command.file is None
+    assert value(command, "--chunked-prefill-size") == "-1" and "--disable-overlap-schedule" in command.argv
+    (command,) = emitted("sglang", DENSE, "tp8 share=pdmux:72/60", 1, 8).commands
+    assert command.file == ("pdmux-0.yaml", "{sm_group_num: 3, manual_divisions: [[72, 60, 0]]}")
+    assert value(command, "--pdmux-config-path") == "pdmux-0.yaml"

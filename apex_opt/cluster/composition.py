@@ -533,6 +533,7 @@ def _gpu_toml(gpu: Gpu) -> str:
     fields += [f"tflops = {{ {tflops} }}", f"tdp_w = {gpu.tdp_w!r}", f"idle_w = {gpu.idle_w!r}"]
     fields.append("cuda = false" if gpu.capability is None else f"capability = {gpu.capability!r}")
     fields += [] if gpu.clock_mhz is None else [f"clock_mhz = {gpu.clock_mhz!r}"]
+    fields += [] if gpu.multiprocessors is None else [f"multiprocessors = {gpu.multiprocessors}"]
     fields += ["overlapped_launch = true"] * gpu.overlapped_launch
     fields += [] if gpu.price_per_h is None else [f"price_per_h = {gpu.price_per_h!r}"]
     fields += [] if gpu.profile is None else [f"profile = {_quoted(gpu.profile)}"]

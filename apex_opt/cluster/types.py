@@ -55,6 +55,7 @@ class Gpu:
     capability : float or None          CUDA compute capability, 9.0 for an H100: which formats an engine has kernels
                                         for. Where none is given, that of the formats it multiplies in; None where it
                                         does not run CUDA
+    multiprocessors : int or None       those that kernels run on; None where not stated, and then not shared out
     clock_mhz : float or None           highest clock of the multiprocessors; None where not stated, and then not set
     overlapped_launch : bool            engines start a kernel before the one it depends on ends (programmatic dependent
                                         launch), so that no gap is left between them
@@ -73,6 +74,7 @@ class Gpu:
     idle_w: float
     cuda: bool = True
     capability: float | None = None
+    multiprocessors: int | None = None
     clock_mhz: float | None = None
     overlapped_launch: bool = False
     price_per_h: float | None = None
@@ -88,6 +90,8 @@ class Gpu:
         _figure(faults, "idle_w", self.idle_w, zero=True)
         if self.clock_mhz is not None:
             _figure(faults, "clock_mhz", self.clock_mhz)
+        if self.multiprocessors is not None:
+            _figure(faults, "multiprocessors", self.multiprocessors)
         if self.price_per_h is not None:
             _figure(faults, "price_per_h", self.price_per_h)
         for dtype, flops_per_s in self.flops_per_s:

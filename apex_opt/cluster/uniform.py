@@ -30,6 +30,7 @@ FIGURES: Final = (
     "tdp_w",
     "idle_w",
     "clock_mhz",
+    "multiprocessors",
     "overlapped_launch",
     "capability",
     "like",
@@ -157,6 +158,7 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     clock_mhz = table.within("clock_mhz", (100, 10_000), required=False)
     cuda = table.switch("cuda", required=False)
     capability = table.within("capability", (7, 15), required=False)
+    multiprocessors = table.within("multiprocessors", (1, 999), required=False)
     overlapped_launch = table.switch("overlapped_launch", required=False)
     price_per_h = table.within("price_per_h", (1e-4, 10_000), required=False)
     flops: list[tuple[str, float]] = []
@@ -174,6 +176,7 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
     source = table.text("source", required=False) or f"stated in {path.name}"
     figures = ["memory_mib" if in_mib else "memory_gib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w"]
     figures += ["clock_mhz"] * (clock_mhz is not None) + ["overlapped_launch"] * (overlapped_launch is not None)
+    figures += ["multiprocessors"] * (multiprocessors is not None)
     figures += ["capability"] * (capability is not None) + ["like"] * (like is not None)
     figures += ["price_per_h"] * (price_per_h is not None)
     sources = dict.fromkeys(figures, source)
@@ -200,6 +203,7 @@ def read_gpu(table: TomlTable, path: Path) -> Gpu | None:
             cuda=cuda is not False,
             capability=capability,
             clock_mhz=clock_mhz,
+            multiprocessors=None if multiprocessors is None else int(multiprocessors),
             overlapped_launch=bool(overlapped_launch),
             price_per_h=price_per_h,
             profile=profile,

@@ -56,6 +56,8 @@ class EngineRules:
     block_multiples : mapping       tokens that a KV block must be a multiple of, for "latent" attention, attention with
                                     "sinks" and a cache in "fp8"
     block_powers : bool             tokens of a KV block are a power of two
+    multiplexes : bool              prompts and answers are computed side by side on divisions of a GPU, which it
+                                    chooses or is given
     rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
     sources : mapping               rule, by the name of its field, to where it was read or found
     """
@@ -88,6 +90,7 @@ class EngineRules:
     tower_shards: bool = False
     block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     block_powers: bool = False
+    multiplexes: bool = False
     rotary_table: bool = False
     sources: Mapping[str, str]
 

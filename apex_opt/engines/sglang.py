@@ -39,6 +39,7 @@ SGLANG: Final = EngineRules(
     made_on_load=frozenset({"fp8"}),
     least_group=32,
     vocab_multiple=64,
+    multiplexes=True,
     sources=MappingProxyType(
         {
             "ffn_copies": "srt/runtime_context.py: the FFN is cut over all GPUs of a stage",
@@ -53,6 +54,7 @@ SGLANG: Final = EngineRules(
             "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
             "least_group": "srt/layers/quantization/moe_wna16.py",
             "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",
+            "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }
     ),
 )

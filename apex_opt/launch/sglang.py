@@ -2,7 +2,8 @@
 
 Sources: sglang 0.5.23, `srt/arg_groups/fields` (options), `srt/arg_groups/validation_hook.py` (what goes together),
 `srt/managers/data_parallel_controller.py` (ranks over nodes), `srt/distributed/utils.py` (layers of stages),
-`srt/runtime_context.py` (experts are cut by ep, what is left of a stage by tp).
+`srt/runtime_context.py` (experts are cut by ep, what is left of a stage by tp), `srt/multiplex/pdmux_context.py`
+(divisions of a GPU).
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ if TYPE_CHECKING:
 
     from apex_opt.launch.commands import Asked, Host, Replica
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.shares import Shares
 
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _JOIN_PORT: Final = 20000
+
+
+def _division(shares: Shares) -> str:
+    """The file of one division, which there is however many requests are answered."""
+    return f"{{sm_group_num: 3, manual_divisions: [[{shares.prefill}, {shares.decode}, 0]]}}"
 
 
 class Sglang:
@@ -38,6 +45,8 @@ class Sglang:
                 f"later releases spell --dp-size {plan.attention.dp} --enable-dp-attention as --attn-dp-size "
                 f"{plan.attention.dp}: check"
             )
+        if plan.shares is not None:
+            found.append("--enable-pdmux is marked in SGLang's sources as a temporary demo: check")
         return found
 
     def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
@@ -51,7 +60,13 @@ class Sglang:
                 env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, plan.layers))))
             more = self._joined(parts, rank, place) if len(parts) > 1 else []
             words = self._words(asked, port)
-            yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=(*words, *more))
+            words, file = [*words, *more], None
+            if plan.shares is not None:
+                words.append("--enable-pdmux")
+                if plan.shares.prefill:
+                    file = f"pdmux-{replica.index}.yaml", _division(plan.shares)
+                    words += ["--pdmux-config-path", file[0]]
+            yield Command(node=host.node, replica=replica.index, env=tuple(env), argv=tuple(words), file=file)
 
     def _words(self, asked: Asked, port: int) -> list[str]:
         plan, settings = asked.plan, asked.settings

@@ -66,7 +66,8 @@ class Deployment:
 
     Raises
     ------
-    UsageError    no pool, two side by side on the same type of GPU, or roles without the other one
+    UsageError    no pool, two side by side on the same type of GPU, roles without the other one, or several pools of
+                  which one has shares
     """
 
     pools: tuple[Pool, ...]
@@ -74,6 +75,8 @@ class Deployment:
     def __post_init__(self) -> None:
         if not self.pools:
             raise UsageError("a deployment has at least one pool")
+        if len(self.pools) > 1 and (shares := [pool.plan.shares for pool in self.pools if pool.plan.shares]):
+            raise UsageError(f"plan: share={shares[0]} is of a pool that serves alone; leave it out, or the other pool")
         if any(pool.role for pool in self.pools):
             if tuple(pool.role for pool in self.pools) != ROLES:
                 raise UsageError(f"plan: prompts take one prefill and one decode pool; an example: {_PAIR_EXAMPLE}")

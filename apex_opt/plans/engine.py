@@ -232,17 +232,25 @@ def of_each(settings: EngineSettings, plan: Plan) -> EngineSettings:
 def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
     """Settings with the limits of a batch and the drafts that a plan sets.
 
+    Where SGLang multiplexes, prompts are computed whole and no batch is formed ahead.
+
     Raises
     ------
     UsageError    limits that do not go with the other settings, or drafts of which nothing is known
     """
-    if plan.max_num_seqs is None and plan.max_num_batched_tokens is None and plan.speculation is None:
+    if plan.shares is not None:
+        settings = replace(settings, async_scheduling=False)
+    limits = plan.max_num_seqs, plan.max_num_batched_tokens
+    multiplexed = plan.shares is not None and plan.shares.multiplexed
+    if limits == (None, None) and plan.speculation is None and not multiplexed:
         return settings
+    tokens = plan.max_num_batched_tokens or settings.max_num_batched_tokens
     speculation = _of_drafts(settings, plan.speculation) if plan.speculation else None
     return replace(
         settings,
         max_num_seqs=plan.max_num_seqs or settings.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens or settings.max_num_batched_tokens,
+        max_num_batched_tokens=max(tokens, settings.max_model_len) if multiplexed else tokens,
+        chunked_prefill=settings.chunked_prefill and not multiplexed,
         speculation=speculation,
         async_scheduling=settings.async_scheduling and (speculation is None or speculation.rules.forms_ahead),
     )

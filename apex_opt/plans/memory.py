@@ -3,7 +3,8 @@
 Weights are counted per device from the cells' shards; KV heads are copied where there are more shards than heads, a
 latent KV cache and the projections to it lie whole on every shard. What layers keep of tokens and sequences is allotted
 as the engine does it (`allotment`).
-The workspace is what the largest batch needs at once, the runtime what context, libraries and communicators hold.
+The workspace is what the largest batch needs at once, the runtime what context, libraries and communicators hold. Where
+prompts and answers are computed side by side there is a workspace for either phase, and a runtime for either process.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.drafts import Draft
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan, Template
+    from apex_opt.plans.shares import Shares
 
 RUNTIME_BYTES: Final = GIB + GIB // 4
 """CUDA context, libraries, communicators. Assumed; with it the KV blocks that vLLM 0.20.2 chose for two models on one
@@ -214,6 +216,19 @@ def workspace_bytes(model: Model, plan: Plan, settings: EngineSettings, last: bo
     return 2 * (tokens * 2 * model.hidden + widest) + logits
 
 
+def at_once(shares: Shares | None) -> int:
+    """Batches that are computed at one time on the same GPU."""
+    return 1 if shares is None else 2
+
+
+def processes(shares: Shares | None) -> int:
+    """Processes on a GPU, each with a runtime of its own: two share it, SGLang's multiplexing is one.
+
+    Source: semi-PD's workers share weights and KV cache by CUDA IPC; `srt/multiplex` of SGLang 0.5.23 has two streams.
+    """
+    return 1 if shares is None or shares.multiplexed else 2
+
+
 def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:
     """Memory of one device of each stage.
 
@@ -257,15 +272,16 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         copies = vocab_copies(model, held, first, last)
         beside = first * model.before_bytes(plan.attention.tp) + last * 2 * model.after_parameters
         weights += copies * vocab_shard + beside + held.table_bytes
-        workspace = workspace_bytes(model, plan, settings, last)
+        workspace = at_once(plan.shares) * workspace_bytes(model, plan, settings, last)
         drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
         if drafter is not None and (draft := draft_of(model, drafter)) is not None:
             weights += draft_bytes(draft, plan, held)
-        left = usable - weights - workspace - RUNTIME_BYTES - states
+        runtime = processes(plan.shares) * RUNTIME_BYTES
+        left = usable - weights - workspace - runtime - states
         found[key] = StageMemory(
             weights_bytes=weights,
             workspace_bytes=workspace,
-            runtime_bytes=RUNTIME_BYTES,
+            runtime_bytes=runtime,
             usable_bytes=usable,
             kv_block_bytes=block_bytes,
             kv_blocks=max(0, left) // block_bytes if block_bytes else (_NO_LIMIT if left >= 0 else 0),

@@ -6,7 +6,8 @@ Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are s
 larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
 the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token;
-`route=least_loaded` says which router stands before several replicas.
+`share=80/100` computes prompts and answers side by side, on so many per cent of each GPU; `route=least_loaded` says
+which router stands before several replicas.
 `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four stages on one type of GPU and the last on another.
 """
 
@@ -20,6 +21,7 @@ from apex_opt.errors import UsageError
 from apex_opt.ir.checks import shown
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.plans.routing import ROUTINGS
+from apex_opt.plans.shares import Shares, parse_shares
 from apex_opt.plans.speculation import Drafter, parse_drafter
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class Plan:
     max_num_seqs, max_num_batched_tokens : int or None      limits of a batch; None leaves them to the engine's settings
     speculation : Drafter or None  how drafts are made; None: none are
     route : Routing or None        router in front of several replicas; None leaves it to what is asked
+    shares : Shares or None        what prompts and answers have of each GPU, side by side; None: batches hold both
     on : tuple of (str, int)       types of GPU of consecutive stages, each with how many; () where all are of one type
 
     Raises
@@ -98,6 +101,7 @@ class Plan:
     max_num_batched_tokens: int | None = None
     speculation: Drafter | None = None
     route: Routing | None = None
+    shares: Shares | None = None
     on: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -143,12 +147,14 @@ class Plan:
 
     @property
     def cut(self) -> tuple[int | str, ...]:
-        """Of stages all but layers: cells, formats, clock and limits of a batch (0: None), drafts, types of GPU."""
+        """Of stages all but layers: cells, formats, clock and limits of a batch (0: None), drafts, shares, GPUs."""
         attention, ffn = self.attention, self.ffn
         cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
         limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
         drafts = () if self.speculation is None else (str(self.speculation),)
-        return *cells, self.weight_format, self.kv_format, *limits, *drafts, *(part for own in self.on for part in own)
+        shares = () if self.shares is None else (str(self.shares),)
+        types = (part for own in self.on for part in own)
+        return *cells, self.weight_format, self.kv_format, *limits, *drafts, *shares, *types
 
     def times(self, replicas: int) -> Plan:
         """The same with another number of replicas."""
@@ -172,6 +178,8 @@ class Plan:
         words += [f"{name}={value}" for name, value in limits if value is not None]
         if self.speculation is not None:
             words.append(f"spec={self.speculation}")
+        if self.shares is not None:
+            words.append(f"share={self.shares}")
         if self.route is not None and self.replicas > 1:
             words.append(f"route={self.route}")
         if self.on:
@@ -232,6 +240,7 @@ _WORD: Final = re.compile(
     r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
     r"|spec=(?P<spec>[^\s=]+)"
     r"|route=(?P<route>\w+)"
+    r"|share=(?P<share>[^\s=]+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+(?:\+\w+)*)"
@@ -270,7 +279,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         elif match["cell"]:
             _once(found, match["cell"], match["inside"], text)
             cells[match["cell"]] = _template(match["inside"], text, example)
-        elif kind in ("kv", "on", "spec", "route"):
+        elif kind in ("kv", "on", "spec", "share", "route"):
             _once(found, kind, match[kind], text)
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
@@ -308,6 +317,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         max_num_batched_tokens=_limit(found, "tokens", text),
         speculation=parse_drafter(found["spec"]) if "spec" in found else None,
         route=_router(found, text) if "route" in found else None,
+        shares=parse_shares(found["share"]) if "share" in found else None,
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
 

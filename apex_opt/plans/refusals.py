@@ -32,6 +32,7 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
     # What no cut would mend comes first.
     yield from _formats(rules, model, gpu, plan)
     yield from _blocks(rules, model, plan, settings.block_size)
+    yield from _shares(rules, plan)
     yield from _cells(rules, model, plan)
     yield from _heads(rules, model, plan.attention)
     if rules.whole_scales:
@@ -41,6 +42,13 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
         for block in model.blocks:
             for cell in block.cells:
                 yield from scales.of_cell(cell, cut)
+
+
+def _shares(rules: EngineRules, plan: Plan) -> Iterator[str]:
+    """Prompts and answers side by side on the same GPUs."""
+    if plan.shares is not None and not (rules.multiplexes and plan.shares.multiplexed):
+        but = " but by its own multiplexing" if rules.multiplexes else ""
+        yield f"share={plan.shares}: {rules.release} does not compute prompts and answers side by side{but}"
 
 
 def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:

@@ -22,9 +22,10 @@ NOTHING: Final = "nothing comparable was measured"
 
 
 def kind_of(problem: Problem, scored: Scored) -> Kind | None:
-    """What a run is of; None where no such run was measured: several pools, drafts, schedulers for comparison."""
+    """What a run is of; None where none was measured: several pools, drafts, shares, schedulers for comparison."""
     engine = problem.overhead.kernels
-    if problem.several or scored.plan.speculation is not None or problem.settings.scheduler.name != engine:
+    unusual = problem.several or scored.plan.speculation is not None or scored.plan.shares is not None
+    if unusual or problem.settings.scheduler.name != engine:
         return None
     metrics = scored.metrics
     in_flight = metrics.value("throughput") * metrics.latency_s["e2e"]["mean"] / scored.devices

@@ -197,7 +197,8 @@ class QuestionFacts(Described):
     weights : formats to choose from, as `kv` in pairs; with several types of GPU those of each stand with it
     clocks_mhz : clocks to choose from; null is the highest
     speculation : ways to make drafts to choose from; left out where none are made
-    serving : what may be deployed, where prefill and decode pools may be
+    serving : what may be deployed, where that is not aggregated replicas alone
+    shares : of a GPU that prompts and answers may have, where they may share it; null where batches hold both
     handover : of prompts between these
     arrivals : how requests come where rates are looked for
     """
@@ -214,6 +215,7 @@ class QuestionFacts(Described):
     speculation: tuple[DraftFacts, ...] | None = None
     engine: EngineFacts
     serving: tuple[str, ...] | None = None
+    shares: tuple[str | None, ...] | None = None
     handover: HandoverFacts | None = None
     arrivals: str | None = None
 

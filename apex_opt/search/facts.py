@@ -15,10 +15,13 @@ from apex_opt.figures.run import Run
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
+from apex_opt.plans.shares import divisions
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
+from apex_opt.search.bounds.phases import WHOLE, Side
 from apex_opt.search.ledger import ROUNDING
+from apex_opt.simulator.phases import SCALE, Multiplexing, Phases
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -155,10 +158,9 @@ class Facts:
         """
         for _, counts in self.costs.alike(plan, replicas):
             # The fewer requests a replica has, the fewer blocks they need: from some number on none gives way.
-            blocks = self._sure_blocks(plan, movable) if plan.stages > 1 else 0
-            calm = bisect_left(
-                counts, True, key=lambda n: plan.stages == 1 or not self._gives_way(plan.times(n), blocks)
-            )
+            asks = plan.stages > 1 or plan.shares is not None
+            blocks = self._sure_blocks(plan, movable) if asks else 0
+            calm = bisect_left(counts, True, key=lambda n: not asks or not self._gives_way(plan.times(n), blocks))
             for some in (counts[:calm], counts[calm:]):
                 if some:
                     yield Alike(plan, tuple(some), movable)
@@ -193,14 +195,16 @@ class Facts:
         """What no run of a plan can beat, as if each request were the only one."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, movable))
-        key = plan.cut, plan.stages, layout, overtaking
+        side = self.side(plan)  # whether anybody gives way depends on how many requests a replica has
+        key = plan.cut, plan.stages, layout, overtaking, side
         if key not in self._alone:
             settings = problem.settings_for(plan)
             floors = [self.mean(plan)] * plan.stages
             first, rest = isolated(settings, floors, problem.trace, overtaking=overtaking)
+            first, rest = side.firsts(first), side.laters(rest)
             gaps = None
             if problem.asks_gaps:
-                gaps = least_gaps_ns(settings, floors, problem.trace, overtaking=overtaking)[None]
+                gaps = side.laters(least_gaps_ns(settings, floors, problem.trace, overtaking=overtaking))[None]
             self._alone[key] = Run.of(
                 arrival_ns=problem.trace.arrival_ns,
                 first_ns=first[None],
@@ -222,11 +226,28 @@ class Facts:
             self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, copies, drafts)
         return self._means[key]
 
+    def phases(self, plan: Plan) -> Phases | Multiplexing | None:
+        """How both phases share the GPUs of a plan; None where batches hold both."""
+        shares = plan.shares
+        if shares is None:
+            return None
+        if not shares.multiplexed:
+            return Phases(prefill_share=shares.prefill, decode_share=shares.decode)
+        return Multiplexing(divisions=divisions(shares, self.problem.cluster.gpu), layers=sum(plan.layers))
+
+    def side(self, plan: Plan) -> Side:
+        """How much slower than on whole GPUs everything is at least."""
+        phases = self.phases(plan)
+        if phases is None:
+            return WHOLE
+        return Side.of(phases, preempts=self._gives_way(plan, self.own_blocks(plan)))
+
     def _load(self, plan: Plan, alike: Alike) -> tuple[float, Load | None]:
         """Replicas from which the load adds nothing, and below these the load of one replica."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
-        key = plan.cut, plan.layers, layout, overtaking
+        side = self.side(plan)
+        key = plan.cut, plan.layers, layout, overtaking, side
         if key not in self._loads:
             settings = problem.settings_for(plan)
             allotment = allotted(problem.model, plan, settings)
@@ -234,10 +255,11 @@ class Facts:
             blocks = most_blocks(self.memory(plan), block_bytes) * plan.attention.dp
             settings = of_all(settings, plan)
             engine = settings, self.mean(plan), plan.stages, problem.trace, blocks
-            room = replicas_with_room(*engine)
+            # Phases that share a GPU take longer than the sum of both on the whole of it by no more than either pace.
+            room = replicas_with_room(*engine) * max(side.first, side.later) / SCALE
             load = None
             if min(alike.replicas) < room * (1 + ROUNDING):
-                load = Load.of(*engine, problem.statistics, overtaking=overtaking)
+                load = Load.of(*engine, problem.statistics, overtaking=overtaking, side=side)
             self._loads[key] = room, load
         return self._loads[key]
 

@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
+    from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter
     from apex_opt.workload.trace import Trace
 
 
-Serving = Literal["aggregated", "pools"]
+Serving = Literal["aggregated", "pools", "shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,14 +95,17 @@ class Problem:
                                            that mean something for one request
     routing : Routing                how requests are dealt to the replicas of plans that do not say
     routings : tuple of Routing      routers to choose from; none where there is no choice
-    serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request, and
-                                     "pools", one that computes prompts and one that answers them
+    serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request,
+                                     "pools", one that computes prompts and one that answers them, and "shared", pools
+                                     that do both phases side by side on the same GPUs
     handover : HandoverTimes or None    of prompts, where there may be such pools
     handover_sources : tuple of (name, source)    where its times are from
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                      limits of a batch to choose from; None leaves one to the settings
     drafters : tuple of Drafter or None    ways to make drafts to choose from, of which `settings.drafting` knows what
                                      comes of them; None makes none
+    shares : tuple of Shares or None    what prompts and answers may have of each GPU, to choose from; None: batches
+                                     hold both
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
     holds_longest : bool             a request of max_model_len must fit into the KV cache, not only those of the trace
@@ -133,6 +137,7 @@ class Problem:
     handover_sources: tuple[tuple[str, str], ...] = ()
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     drafters: tuple[Drafter | None, ...] = (None,)
+    shares: tuple[Shares | None, ...] = (None,)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
     holds_longest: bool = False
@@ -193,7 +198,7 @@ class Problem:
 
         The prefill pool is asked for one token of each prompt, and goals are not its own.
         """
-        own = replace(self.alone(place), serving=("aggregated",))
+        own = replace(self.alone(place), serving=("aggregated",), shares=(None,))
         own = replace(own, settings=replace(own.settings, role=role), drafters=(None,), routings=())
         if role == "decode":
             return own
@@ -313,6 +318,14 @@ class Problem:
         settings = settings_of(self.model, self.settings, plan)
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
+    def instances(self) -> Iterator[tuple[Instance, tuple[Shares | None, ...]]]:
+        """The constraints' view of plans that share their GPUs alike, and the shares which that goes for."""
+        kinds: dict[bool | None, list[Shares | None]] = {}
+        for shares in self.shares:
+            kinds.setdefault(None if shares is None else shares.multiplexed, []).append(shares)
+        for alike in kinds.values():
+            yield replace(self.instance(), shares=alike[0]), tuple(alike)
+
     def instance(self) -> Instance:
         """The constraints' view of a problem with one type of GPU."""
         held = int(self.settings.room(self.trace).max())
@@ -330,4 +343,5 @@ class Problem:
             batch_limits=self.batch_limits,
             drafters=self.drafters,
             routings=self.routings,
+            shares=self.shares[0],
         )

@@ -25,7 +25,7 @@ from apex_opt.search.incumbent import FREE
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.search.pairs import Pairs
 from apex_opt.search.shapes.pipeline import faults, joined
-from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated
+from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
@@ -206,6 +206,8 @@ class Scorer:
             prefill, decode = engines
             handover = self.pairs.handover(*pools)
             return run_disaggregated(prefill, decode, handover, trace, log=log, gaps=self._gaps)
+        if (shared := facts[0].phases(pools[0].plan)) is not None:
+            return run_phases(engines[0], shared, trace)
         owner, clients = self._dealt(pools)
         rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
         stops = [] if worst == FREE else self._stops(pools, facts, rows, bounds, worst)

@@ -158,7 +158,7 @@ class Tree:
     def __init__(self, problem: Problem, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
         self.problem, self.scorer = problem, scorer
         self._formulation, self._tell = formulation, tell
-        types = problem.types if "aggregated" in problem.serving else ()
+        types = () if problem.serving == ("pools",) else problem.types
         self.singles = [
             Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in types
         ]
@@ -400,7 +400,8 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     """
     from apex_opt.simulator.compiled import needs_compiling
 
-    plans = (pool.plan for one in deployments for pool in one.pools)
+    # Phases that share a GPU are simulated by the reference.
+    plans = (pool.plan for one in deployments for pool in one.pools if pool.plan.shares is None)
     if any(
         needs_compiling(problem.settings_for(plan), plan.stages, ranks=has_ranks(problem.settings, plan))
         for plan in plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apex_opt.errors import CapacityError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
+    from apex_opt.plans.shares import Shares
     from apex_opt.search.problem import Problem
 
     Progress = Callable[[str, int, int], None]
@@ -48,9 +50,9 @@ class Space:
 
     Parameters
     ----------
-    size : int                    plans there are, with every number of replicas and router and at every clock
+    size : int                    plans there are, with every number of replicas, router, clock and share
     infeasible : mapping          plans that break a constraint family, charged to the first in order
-    cuts : tuple of Plan          feasible plans of one replica, at every clock
+    cuts : tuple of Plan          feasible plans of one replica, at every clock and with all shares
     movable : tuple of Plan       feasible plans of one replica whose layers are yet to be moved, with even stages
     complete : bool               whether these are all
     most_devices : int            GPUs there are
@@ -84,7 +86,28 @@ def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Sp
     tell : Progress    told (what, done, total) along the way
     """
     tell("enumerating plans", 0, 0)
-    instance = problem.instance()
+    spaces = [_alike(problem, formulation, instance, shares) for instance, shares in problem.instances()]
+    families = list(spaces[0].infeasible)
+    return Space(
+        size=sum(space.size for space in spaces),
+        infeasible={family: sum(space.infeasible[family] for space in spaces) for family in families},
+        cuts=tuple(plan for space in spaces for plan in space.cuts),
+        movable=tuple(plan for space in spaces for plan in space.movable),
+        complete=all(space.complete for space in spaces),
+        most_devices=problem.max_devices,
+        routings=problem.routings,
+    )
+
+
+def _alike(problem: Problem, formulation: Formulation, instance: Instance, shares: tuple[Shares | None, ...]) -> Space:
+    """The space of the plans that share their GPUs alike.
+
+    Parameters
+    ----------
+    problem, formulation
+    instance : Instance    of these plans
+    shares : that they can have, whichever of which they are feasible with
+    """
     left = size = formulation.count(instance, ())
     counts = {}
     for index, family in enumerate(OF_CUTS):
@@ -98,14 +121,18 @@ def list_space(problem: Problem, formulation: Formulation, tell: Progress) -> Sp
         _room((*found.plans, *found.movable), problem.max_devices, problem.routings) for found in (held, feasible)
     )
     counts["memory"], counts["bandwidth"] = left - listed, listed - fast
-    clocks = problem.offer.clocks  # no constraint binds the clock
+    choices = list(product(problem.offer.clocks, shares))  # no constraint binds the clock
     cuts, movable = (
-        tuple(plan if clock is None else replace(plan, clock_mhz=clock) for clock in clocks for plan in some)
+        tuple(
+            plan if (clock, part) == (None, plan.shares) else replace(plan, clock_mhz=clock, shares=part)
+            for clock, part in choices
+            for plan in some
+        )
         for some in (feasible.plans, feasible.movable)
     )
     return Space(
-        size=size * len(clocks),
-        infeasible={name: count * len(clocks) for name, count in counts.items()},
+        size=size * len(choices),
+        infeasible={name: count * len(choices) for name, count in counts.items()},
         cuts=cuts,
         movable=movable,
         complete=feasible.complete,

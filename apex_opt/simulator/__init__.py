@@ -3,7 +3,7 @@
 `recorded` serves what was recorded from engines.
 """
 
-from apex_opt.simulator.api import check_fits, run_deployment, run_disaggregated, simulate
+from apex_opt.simulator.api import check_fits, run_deployment, run_disaggregated, run_phases, simulate
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.law import BatchLaw
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome, PoolOutcome
@@ -25,5 +25,6 @@ __all__ = [
     "replay_case",
     "run_deployment",
     "run_disaggregated",
+    "run_phases",
     "simulate",
 ]

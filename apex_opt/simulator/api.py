@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-    from apex_opt.simulator.phases import PhasedOutcome, Phases
+    from apex_opt.simulator.phases import Multiplexing, PhasedOutcome, Phases
     from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
@@ -311,16 +311,17 @@ def run_disaggregated(
     return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
 
 
-def run_phases(settings: EngineSettings, blocks: int, law: BatchLaw, phases: Phases, trace: Trace) -> PhasedOutcome:
-    """Serve a trace on one replica that computes prompts and answers side by side, each with a share of its GPUs.
+def run_phases(pool: EnginePool, phases: Phases | Multiplexing, trace: Trace) -> PhasedOutcome:
+    """Serve a trace on replicas that compute prompts and answers side by side, each with a share of their GPUs.
+
+    Request i goes to replica i mod R. Simulated by the reference.
 
     Parameters
     ----------
-    settings : EngineSettings    without prefix caching, drafts and kinds of layers
-    blocks : int                 KV blocks, which both phases take from
-    law : BatchLaw               of one stage, on whole GPUs
-    phases : Phases              the shares
-    trace : Trace                open arrivals
+    pool : EnginePool    of one stage and one scheduler, without prefix caching, drafts and kinds of layers; its law is
+                         of whole GPUs, and both phases take from its blocks
+    phases : Phases or Multiplexing    the shares; multiplexed ones go with SGLang's scheduler and whole prompts
+    trace : Trace        open arrivals
 
     Returns
     -------
@@ -330,14 +331,23 @@ def run_phases(settings: EngineSettings, blocks: int, law: BatchLaw, phases: Pha
     ------
     CapacityError, UsageError
     """
+    settings = pool.settings
     if trace.concurrency is not None:
         raise UsageError("phases that share a GPU take open arrivals, not a closed loop of clients")
     if settings.prefix_caching or settings.kv_groups or settings.speculation is not None:
         raise UsageError("phases share a GPU without prefix caching, drafts and kinds of layers; leave these out")
-    _check_pool(EnginePool(settings=settings, blocks=blocks, laws=[law]), trace)
+    if len(pool.laws) > 1 or pool.ranks is not None:
+        raise UsageError("phases share the GPUs of one stage with one scheduler")
+    _check_pool(pool, trace)
+    from apex_opt.simulator.phases import Multiplexing
+    from apex_opt.simulator.reference import multiplexing, shared
     from apex_opt.simulator.reference import phases as loops
 
-    return loops.run(settings, blocks, law, phases, trace)
+    if not isinstance(phases, Multiplexing):
+        return shared.serve(pool, trace, lambda mine: loops.PhasesReplica(pool, phases, mine))
+    if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:
+        raise UsageError("multiplexing goes with the scheduler of sglang and with whole prompts")
+    return shared.serve(pool, trace, lambda mine: multiplexing.MultiplexingReplica(pool, phases, mine))
 
 
 def _check_moving(pools: Sequence[EnginePool], trace: Trace, rules: Rescheduling) -> None:

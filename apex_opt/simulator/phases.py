@@ -12,47 +12,37 @@ of Llama3-8B on ShareGPT, 0.6284 / y + 0.3818.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from apex_opt.errors import UsageError
+from apex_opt.simulator.outcome import Outcome
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.outcome import Outcome, Step
+    from apex_opt.simulator.outcome import Step
 
 SCALE: Final = 10_000
 """Factors of times are whole numbers of these parts."""
 _BY_SHARE: Final = {"prefill": 100, "decode": 62}
 """Per cent of the time of a batch that goes by its share."""
+SLICED_TOKENS: Final = 65_536
+"""Tokens times layers of a slice of a prefill batch; `split_forward_token_budget` of SGLang 0.5.23."""
+DECODE_DIVISOR: Final = 36
+"""Requests being answered from which on they have the largest of the divisions; `decode_bs_divisor` of SGLang."""
+LAW: Final = "published: semi-PD (arXiv 2504.19867), one model: prompts take 1/share, answers 0.62/share + 0.38"
+"""What the times of shares are from."""
 
 
-class Phase(NamedTuple):
-    """What batches of a phase take, in parts of `SCALE` of their time on the whole GPU.
+class Paces(NamedTuple):
+    """What batches of either phase take, in parts of `SCALE` of their time on the whole GPU."""
 
-    Parameters
-    ----------
-    alone : int       while the other phase has nothing to do
-    together : int    while both are at work
-    """
+    prefill: int
+    decode: int
 
-    alone: int
-    together: int
 
-    @classmethod
-    def of(cls, scaling: int, share: int, total: int) -> Self:
-        """By the share of the phase.
-
-        Parameters
-        ----------
-        scaling : int    per cent of the time that goes by the share
-        share : int      per cent of the GPU
-        total : int      per cent of it that both phases have together
-        """
-
-        def factor(of: int, among: int) -> int:
-            # scaling / share + 1 - scaling, of a share that is `of / among`; rounded up, against us.
-            return -(-SCALE * (scaling * among + (100 - scaling) * of) // (100 * of))
-
-        return cls(alone=factor(share, 100), together=factor(share, max(total, 100)))
+def _factor(phase: str, part: int, total: int) -> int:
+    """Of a phase that has so large a part of a GPU; rounded up, against us."""
+    scaling = _BY_SHARE[phase]
+    return -(-SCALE * (scaling * total + (100 - scaling) * part) // (100 * part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,29 +63,64 @@ class Phases:
                 raise UsageError(f"share: {share} per cent of a GPU for {name} is not a whole number from 1 to 100")
 
     @property
-    def prefill(self) -> Phase:
-        """Of batches of prompts."""
-        return Phase.of(_BY_SHARE["prefill"], self.prefill_share, self.prefill_share + self.decode_share)
+    def alone(self) -> Paces:
+        """While the other phase has nothing to do."""
+        return Paces(_factor("prefill", self.prefill_share, 100), _factor("decode", self.decode_share, 100))
 
     @property
-    def decode(self) -> Phase:
-        """Of batches of answers."""
-        return Phase.of(_BY_SHARE["decode"], self.decode_share, self.prefill_share + self.decode_share)
+    def together(self) -> tuple[Paces, ...]:
+        """While both are at work."""
+        total = max(self.prefill_share + self.decode_share, 100)
+        return (Paces(_factor("prefill", self.prefill_share, total), _factor("decode", self.decode_share, total)),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PhasedOutcome:
-    """A run of one replica that computes both phases side by side.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multiplexing:
+    """SGLang's multiplexing: a GPU is divided while both phases are at work, and whole for one that is alone.
 
     Parameters
     ----------
-    run : Outcome                          its `busy_ns` has a column for prompts and one for answers
-    prompts, answers : list of Step        batches of either phase
-    most_blocks : int                      most KV blocks in use at once
-    held : int                             those in use at the end
+    divisions : tuple of (int, int)    multiprocessors of prompts and of answers, those of the fewest answers first
+    layers : int                       of the model, in slices of which a batch of prompts is computed
     """
 
-    run: Outcome
+    divisions: tuple[tuple[int, int], ...]
+    layers: int
+
+    @property
+    def alone(self) -> Paces:
+        """While the other phase has nothing to do."""
+        return Paces(SCALE, SCALE)
+
+    @property
+    def together(self) -> tuple[Paces, ...]:
+        """While both are at work, of each division."""
+        return tuple(Paces(_factor("prefill", p, p + d), _factor("decode", d, p + d)) for p, d in self.divisions)
+
+    def division(self, decoding: int) -> int:
+        """Which of the divisions there is while so many requests are answered.
+
+        Source: `adjust_stream_groups` of SGLang 0.5.23, whose groups are counted from 1.
+        """
+        groups = len(self.divisions)
+        return max(1, min(groups, decoding * groups // DECODE_DIVISOR)) - 1
+
+    def slice_layers(self, tokens: int) -> int:
+        """Layers of a slice of a batch of so many prompt tokens."""
+        return max(1, SLICED_TOKENS // tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PhasedOutcome(Outcome):
+    """A run of replicas that compute both phases side by side; `busy_ns` has a column for prompts and one for answers.
+
+    Parameters
+    ----------
+    prompts, answers : list of Step    batches of either phase, replica by replica; none where batches are not told
+    most_blocks : int                  most KV blocks of a replica in use at once
+    held : int                         those in use at the end
+    """
+
     prompts: list[Step]
     answers: list[Step]
     most_blocks: int

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from apex_opt.evaluate import tally
+from apex_opt.evaluate import FAMILIES, tally
 from apex_opt.plans.deployment import ROLES, Deployment, Pool
 from apex_opt.search.bounds.compose import Compose
 from apex_opt.search.bounds.handed import Handed
@@ -188,7 +188,7 @@ def check(
 def _parts(scorer: Scorer, splitter: Splitter, tell: Progress) -> Iterator[Counted]:
     """The deployments of every shape, counted by plain Python, in the order of a ledger."""
     problem = scorer.problem
-    if "aggregated" in problem.serving:
+    if problem.serving != ("pools",):
         yield from _aggregated(scorer, splitter, tell)
     if "pools" in problem.serving:
         places = range(len(problem.offers))
@@ -219,16 +219,21 @@ def _aggregated(scorer: Scorer, splitter: Splitter, tell: Progress) -> Iterator[
 def _single(scorer: Scorer, place: int) -> tuple[Counted, list[Pool]]:
     """The plans of one type of GPU."""
     problem = scorer.problem.alone(place)
-    clocks, counted = problem.offer.clocks, tally(problem.instance())
     gpu = problem.offer.name if scorer.problem.mixed else None
-    plans = (replace(plan, clock_mhz=clock) for clock in clocks for plan in counted.plans)
-    pools = [Pool(plan=plan, gpu=gpu) for plan in plans]
+    space, repeated, pools = 0, 0, list[Pool]()
+    infeasible: Counter[str] = Counter(dict.fromkeys(FAMILIES, 0))
+    for instance, shares in problem.instances():
+        choices, counted = list(product(problem.offer.clocks, shares)), tally(instance)
+        space, repeated = space + counted.space * len(choices), repeated + counted.repeated * len(choices)
+        infeasible.update({family: count * len(choices) for family, count in counted.infeasible.items()})
+        plans = (replace(plan, clock_mhz=clock, shares=own) for clock, own in choices for plan in counted.plans)
+        pools += [Pool(plan=plan, gpu=gpu) for plan in plans]
     part = Counted(
         shape="single",
         types=(problem.offer.name,),
-        space=counted.space * len(clocks),
-        infeasible={family: count * len(clocks) for family, count in counted.infeasible.items()},
-        repeated=counted.repeated * len(clocks),
+        space=space,
+        infeasible=dict(infeasible),
+        repeated=repeated,
         feasible=len(pools),
         leaves=lambda: (_bounded(scorer, Deployment(pools=(pool,))) for pool in pools),
     )

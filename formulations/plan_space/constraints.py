@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.plans.memory import RUNTIME_BYTES
+from apex_opt.plans.memory import RUNTIME_BYTES, at_once, processes
 
 from .blocks import Pools
 from .engine import Runs
@@ -209,6 +209,12 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
                 ),
             )
         )
+    if instance.shares is not None:
+        side_by_side = [
+            _holds(model, "one_stage_shared", [v.stages], ((s, runs.shares and s == 1) for s in stages_of(instance))),
+            _holds(model, "one_copy_shared", [v.attention_dp], ((n, runs.shares and n == 1) for n in degrees)),
+        ]
+        drafts += side_by_side
     if instance.settings.runnable is None:
         return drafts
     return [
@@ -372,7 +378,8 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         ),
     )
     drafting = _drafting(model, instance, v, whole, pools)
-    capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization) - RUNTIME_BYTES
+    capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization)
+    capacity -= processes(instance.shares) * RUNTIME_BYTES
     capacity -= instance.held.table_bytes
     before: cp_model.IntVar | int = before_bytes(instance, 1)
     if instance.model.encoder is not None:
@@ -391,13 +398,14 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         for place, options in critical.items()
     }
     bounds = []
-    for workspace in _workspaces(model, instance, v):
+    batches = at_once(instance.shares)
+    for workspace in (batches * one for one in _workspaces(model, instance, v)):
         for layers in held["first"]:
-            lone = model.add(layers + copies + before + after + workspace + logits + drafting <= capacity)
+            lone = model.add(layers + copies + before + after + workspace + batches * logits + drafting <= capacity)
             front = model.add(layers + first + before + workspace <= capacity)
             bounds += [lone.only_enforce_if(alone), front.only_enforce_if(alone.negated())]
         for layers in held["last"]:
-            back = model.add(layers + last + after + workspace + logits <= capacity)
+            back = model.add(layers + last + after + workspace + batches * logits <= capacity)
             bounds.append(back.only_enforce_if(alone.negated()))
         bounds += [model.add(layers + middle + workspace <= capacity) for layers in held["middle"]]
     return bounds

@@ -42,17 +42,27 @@ def count(instance: Instance, families: Sequence[str]) -> int:
         for index, name in enumerate(instance.weight_formats)
         if "format" not in families or computes(instance, name)
     )
+    shared = "engine" in families and instance.shares is not None
+    if shared and not Runs(instance).shares:
+        return 0
     total = 0
     for drafter, ways in drafters.items():
-        some = stages if drafter is None else [s for s in stages if s == 1]
+        some = stages if drafter is None and not shared else [s for s in stages if s == 1]
         replicas = [count_repeated(n, instance.routings) for n in range(gpus + 1)]
         pipelines = [0] + [sum(replicas[gpus // (s * g)] * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
-        total += ways * sum(n * _cells(instance, families, index, drafter, pipelines) for index, n in formats.items())
+        for index, n in formats.items():
+            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=shared)
     return total * len(instance.batch_limits)
 
 
 def _cells(
-    instance: Instance, families: Sequence[str], index: int | None, drafter: Drafter | None, pipelines: Sequence[int]
+    instance: Instance,
+    families: Sequence[str],
+    index: int | None,
+    drafter: Drafter | None,
+    pipelines: Sequence[int],
+    *,
+    one_copy: bool,
 ) -> int:
     """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage."""
     gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
@@ -78,7 +88,7 @@ def _cells(
             devices // t
             for t in heads
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
-            if drafter is None or devices == t
+            if (drafter is None and not one_copy) or devices == t
         ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)

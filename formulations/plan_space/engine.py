@@ -28,6 +28,28 @@ class Runs:
         self._shards = cache(self._holds_shard)
         self._heads = cache(self._divides_heads)
 
+    @property
+    def shares(self) -> bool:
+        """Whether prompts and answers may be computed side by side as the plans have it, and the GPU can be divided so.
+
+        On one stage with one copy of attention: that is for plans to keep to.
+        """
+        wanted, gpu = self.instance.shares, self.instance.cluster.gpu
+        if wanted is None:
+            return True
+        if self.rules is not None and (not self.rules.multiplexes or not wanted.multiplexed):
+            return False
+        if not wanted.multiplexed:
+            return True
+        total, kind = gpu.multiprocessors or 0, int(gpu.capability or 0)
+        if total == 0 or kind not in (7, 8, 9):
+            return False
+        least, multiple = {7: (2, 2), 8: (4, 2), 9: (8, 8)}[kind]
+        parts = [part for part in range(least, total - least + 1) if part % multiple == 0]
+        if wanted.prefill:
+            return wanted.prefill in parts and wanted.decode == total - wanted.prefill
+        return any(total <= 2 * part <= 2 * (total - 16) for part in parts)
+
     def ffn_copies(self, copies: int) -> bool:
         """Whether the FFN may have so many copies in a stage."""
         return self.rules is None or copies == 1 or self.rules.ffn_copies

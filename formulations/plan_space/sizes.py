@@ -191,7 +191,12 @@ def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
 def batch_limits(instance: Instance) -> list[tuple[int, int]]:
     """Sequences and tokens of a batch to choose from, those of the settings where a choice names none."""
     own = instance.settings
-    return [(seqs or own.max_num_seqs, tokens or own.max_num_batched_tokens) for seqs, tokens in instance.batch_limits]
+    # What is multiplexed computes prompts whole.
+    least = own.max_model_len if instance.shares is not None and instance.shares.multiplexed else 0
+    return [
+        (seqs or own.max_num_seqs, max(tokens or own.max_num_batched_tokens, least))
+        for seqs, tokens in instance.batch_limits
+    ]
 
 
 def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> int:

@@ -25,7 +25,9 @@ import numpy as np
 
 from apex_opt.figures.measure import percent
 from apex_opt.search.bounds.isolated import chunked, found_prompts, later_batches
+from apex_opt.search.bounds.phases import WHOLE
 from apex_opt.simulator.law import RATE_BITS
+from apex_opt.simulator.phases import SCALE
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.run import Time
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.search.bounds.isolated import StageFloor
+    from apex_opt.search.bounds.phases import Side
     from apex_opt.simulator.law import Window
     from apex_opt.workload.trace import Trace
 
@@ -142,6 +145,7 @@ class Load:
         statistics: Sequence[str],
         *,
         overtaking: bool = False,
+        side: Side = WHOLE,
     ) -> Self:
         """The load of a trace on one replica.
 
@@ -150,11 +154,13 @@ class Load:
         mean : StageFloor          mean floor of the stages
         blocks : int               most KV blocks that sequences can hold together
         statistics : "mean", "max" and percentiles, for which bounds are wanted
+        overtaking : bool          whether batches of one sequence may overtake each other in a pipeline
+        side : Side                how phases share a GPU
         """
         first, later = works_ns(settings, mean, trace)
         steps = later_batches(settings, trace.generated(settings.max_model_len))
-        whole = np.cumsum(np.sort(first + later))
-        under_way_ns = mean.batch_ns * (1 if overtaking else stages)
+        whole = np.max([np.cumsum(np.sort(u * first + v * later)) for u, v in side.weights], axis=0)
+        under_way_ns = mean.batch_ns * (1 if overtaking else stages) * (side.later / SCALE)
         if not settings.prefix_caching:  # blocks that prompts share are held once
             held = settings.least_blocks(trace.prompt)
             whole = np.maximum(whole, np.cumsum(np.sort(steps * held)) * (under_way_ns / max(blocks, 1)))
@@ -162,7 +168,7 @@ class Load:
         arrival, last = _arrivals_s(trace)
         return cls(
             total_s=float(whole[-1]) / NS_PER_S,
-            first_s=_by_statistic(np.cumsum(np.sort(first)), statistics),
+            first_s=_by_statistic(np.cumsum(np.sort(first)) * (side.first / SCALE), statistics),
             whole_s=_by_statistic(whole, statistics),
             mean_arrival_s=arrival,
             last_arrival_s=last,

@@ -14,21 +14,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from apex_opt.simulator.law import clock_overflow
-from apex_opt.simulator.outcome import BatchCounts, Outcome
-from apex_opt.simulator.phases import SCALE, PhasedOutcome
+from apex_opt.simulator.outcome import BatchCounts
+from apex_opt.simulator.phases import SCALE
+from apex_opt.simulator.reference.shared import Replica
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from apex_opt.plans.engine import EngineSettings
-    from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import Step
-    from apex_opt.simulator.phases import Phase, Phases
+    from apex_opt.simulator.phases import Phases
+    from apex_opt.simulator.pools import EnginePool
     from apex_opt.workload.trace import Trace
 
 
@@ -50,9 +46,10 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Loop:
-    """A phase: the batch under way, and what is left of it in nanoseconds of the whole GPU."""
+    """A phase: its paces alone and beside the other, and the batch under way, as it would take the whole GPU."""
 
-    phase: Phase
+    alone: int
+    together: int
     rows: list[tuple[_Request, int]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     started: int = 0
@@ -66,7 +63,7 @@ class _Loop:
     def start(self, now: int, left: int) -> None:
         """A batch that the whole GPU would compute in so long."""
         self.started = self.since = now
-        self.left, self.factor = left, self.phase.alone
+        self.left, self.factor = left, self.alone
         self.end = now + ceil_div(left * self.factor, SCALE)
 
     def at_pace(self, now: int, factor: int) -> None:
@@ -85,11 +82,13 @@ class _Loop:
         return rows
 
 
-class _Replica:
+class PhasesReplica(Replica):
     """Two loops over one pool of blocks."""
 
-    def __init__(self, settings: EngineSettings, blocks: int, law: BatchLaw, phases: Phases, trace: Trace) -> None:
-        self.settings, self.law, self.blocks, self.free = settings, law, blocks, blocks
+    def __init__(self, pool: EnginePool, phases: Phases, trace: Trace) -> None:
+        settings = self.settings = pool.settings
+        (self.law,) = pool.laws
+        self.blocks = self.free = pool.blocks
         generated = trace.generated(settings.max_model_len)
         self.requests = [
             _Request(i, int(p), int(g)) for i, (p, g) in enumerate(zip(trace.prompt, generated, strict=True))
@@ -98,9 +97,28 @@ class _Replica:
         self.waiting: deque[_Request] = deque()
         self.entered: deque[_Request] = deque()  # prompts that have blocks and are not computed to their end
         self.answered: list[_Request] = []
-        self.prompts, self.answers = _Loop(phases.prefill), _Loop(phases.decode)
-        self.counts = BatchCounts.empty(settings)
+        (together,) = phases.together
+        self.prompts, self.answers = (
+            _Loop(alone, beside) for alone, beside in zip(phases.alone, together, strict=True)
+        )
+        self.counts = BatchCounts.empty(settings, len(self.law.windows))
         self.preemptions = self.most_blocks = 0
+
+    @property
+    def held(self) -> int:
+        return self.blocks - self.free
+
+    @property
+    def token_ns(self) -> list[list[int]]:
+        return [request.token_ns for request in self.requests]
+
+    @property
+    def steps(self) -> tuple[list[Step], list[Step]]:
+        return self.prompts.steps, self.answers.steps
+
+    @property
+    def busy_ns(self) -> tuple[int, int]:
+        return self.prompts.busy_ns, self.answers.busy_ns
 
     def serve(self) -> None:
         """Act at every end of a batch and every arrival until all is answered."""
@@ -132,7 +150,7 @@ class _Replica:
             self._prompt(now)
         both = bool(self.answers.rows and self.prompts.rows)
         for loop in (self.answers, self.prompts):
-            loop.at_pace(now, loop.phase.together if both else loop.phase.alone)
+            loop.at_pace(now, loop.together if both else loop.alone)
 
     def _token(self, request: _Request, now: int) -> None:
         """A request has a token more; after its last one its blocks are free."""
@@ -194,37 +212,4 @@ class _Replica:
         chunks = [(c, request.computed) for request, c in rows]
         loop.rows = rows
         loop.start(now, self.law.batch_ns(chunks))
-        self.counts.add(chunks)
-
-
-def run(settings: EngineSettings, blocks: int, law: BatchLaw, phases: Phases, trace: Trace) -> PhasedOutcome:
-    """Serve a trace; see `apex_opt.simulator.api.run_phases`.
-
-    Parameters
-    ----------
-    settings, blocks, law, phases, trace
-    """
-    replica = _Replica(settings, blocks, law, phases, trace)
-    replica.serve()
-    loops, requests = (replica.prompts, replica.answers), replica.requests
-    finish = np.array([request.token_ns[-1] for request in requests], dtype=object)
-    if finish.max() >= 1 << 62:
-        raise clock_overflow()
-    gaps = [b - a for request in requests for a, b in pairwise(request.token_ns)]
-    outcome = Outcome(
-        arrival_ns=trace.arrival_ns,
-        first_token_ns=np.array([request.token_ns[0] for request in requests], np.int64),
-        finish_ns=finish.astype(np.int64),
-        preemptions=replica.preemptions,
-        batches=sum(len(loop.steps) for loop in loops),
-        busy_ns=np.array([[loop.busy_ns for loop in loops]], np.int64),
-        counts=replica.counts,
-        gaps_ns=np.array(gaps, np.int64),
-    )
-    return PhasedOutcome(
-        run=outcome,
-        prompts=replica.prompts.steps,
-        answers=replica.answers.steps,
-        most_blocks=replica.most_blocks,
-        held=blocks - replica.free,
-    )
+        self.counts.add(chunks, windows=self.law.windows)
