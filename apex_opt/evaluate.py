@@ -229,6 +229,8 @@ def _sharing(instance: Instance, plan: Plan) -> Iterator[str]:
         yield f"share={shares}: phases share GPUs with one attention copy, the plan has {plan.attention.dp}"
     if plan.speculation is not None:
         yield f"share={shares}: phases share GPUs without drafts, the plan has spec={plan.speculation}"
+    if plan.route not in (None, "round_robin"):
+        yield f"share={shares}: requests go to replicas in turn, the plan has route={plan.route}"
     if shares.multiplexed and (fault := division_fault(shares, instance.cluster.gpu)):
         yield f"share={shares}: {fault}"
 

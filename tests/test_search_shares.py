@@ -171,3 +171,5 @@ def test_an_engine_runs_the_shares_that_it_has() -> None:
     assert "are not the 132 multiprocessors" in said["pdmux:72/72"][0] and "multiple of 8" in said["pdmux:70/62"][0]
     assert "but by its own multiplexing" in said["50/50"][0]
     assert replace(plan, shares=None) in feasible_plans(problem)
+    routed = replace(plan, shares=parse_shares("pdmux"), route="least_loaded")
+    assert any("in turn" in v.text for v in violations(instance, routed))
