@@ -127,6 +127,8 @@ def test_every_catalogue_cluster_loads_and_every_figure_has_a_source(spec: str) 
     sources = dict(cluster.gpu.sources)
     figures = {"memory_mib", "memory_gb_per_s", "tflops", "tdp_w", "idle_w", "clock_mhz", "price_per_h", "capability"}
     figures |= {"overlapped_launch"} if cluster.gpu.overlapped_launch else set()
+    # What SGLang can divide, which is what they are for.
+    figures |= {"multiprocessors"} if 7 <= (cluster.gpu.capability or 0) < 10 else set()
     figures -= ({"capability"} if not cluster.gpu.cuda else set()) | ({"clock_mhz"} - {*sources})
     assert set(sources) - {"like"} == figures
     assert ("like" in sources) == (cluster.gpu.like != "h200-sxm" or cluster.gpu.name == "h20-96gb" or "144" in spec)
