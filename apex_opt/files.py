@@ -231,6 +231,8 @@ def files_below(folder: Path, suffixes: Sequence[str] = (), *, where: str = "", 
 
 def reason(error: Exception) -> str:
     """Why the system refused, in its words and without the path."""
+    if "embedded null" in str(error):  # what Python says of it differs from release to release
+        return "a name with a null character"
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 

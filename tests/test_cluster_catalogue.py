@@ -435,7 +435,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for name, message in (
         ("bytes", "not UTF-8"),
         ("folder", "but a folder"),
-        ("a\0b", "embedded null"),
+        ("a\0b", "a name with a null character"),
     ):
         with pytest.raises(InputError, match=message):
             load_cluster(str(tmp_path / f"{name}.toml"))

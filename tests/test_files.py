@@ -168,7 +168,7 @@ def test_names_that_lead_nowhere_are_one_line(tmp_path: Path) -> None:
         ("loop", "cannot be read (Too many levels of symbolic links)"),
         ("a/b", "cannot be read (Not a directory)"),
         ("x" * 5000, "cannot be read (File name too long)"),
-        ("a\0b", "cannot be read (embedded null"),
+        ("a\0b", "cannot be read (a name with a null character"),
     ):
         assert said in refused(tmp_path / name)
         assert not there(tmp_path / name)
