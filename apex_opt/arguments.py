@@ -240,9 +240,13 @@ class SimulateAsk(Ask):
         w4a16g64, w4a16g32, mxfp4, mxfp8 or nvfp4; by default the model's own.
     clock : GPU clock in MHz where the plan names none (clock=1200 in its text); by default the highest.
     kv : KV cache format where the plan names none: bf16, fp16 or fp8; by default the model's own, else 16 bit.
+    rescheduling : How requests move between replicas while they decode: llumnix, or with numbers of its rules
+        llumnix:out_below=3,headroom=400 (docs/rescheduling.md); it deals them too, in place of a router. By default
+        they stay where they are.
     """
 
     plan: str | tuple[str, ...] = field(kw_only=False)
+    rescheduling: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
 from apex_opt.search.problem import Serving
 from apex_opt.sharing import about_shares, check_shared, fitted, plans_shares, shares_of
+from apex_opt.simulator.rescheduling import Rescheduling, parse_rescheduling
 from apex_opt.workload import Trace, frame_trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -98,18 +99,20 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
     routings, serving = parse_routings(ask.routing), _serving(ask, trace, model)
-    times = kind.handing_over(ask.handover) if "pools" in serving else None
+    rescheduling = _rescheduling(ask, trace)
+    times = kind.handing_over(ask.handover) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
         *_about_prefixes(ask, trace),
+        *_about_priorities(trace, rescheduling),
         *_about_images(model),
         *_about_engines(ask),
         *_about_chunks(ask, kind),
         *assumed_network(ask.cluster),
     )
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
-    if times is not None and not settings.scheduler.idle_sleep_ns:
+    if "pools" in serving and not settings.scheduler.idle_sleep_ns:
         raise UsageError(
             f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
             "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
@@ -159,6 +162,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         routing=routings[0],
         routings=routings if len(routings) > 1 else (),
         serving=serving,
+        rescheduling=rescheduling,
         handover=times,
         handover_sources=_about_handover(ask, kind) if times else (),
     )
@@ -317,6 +321,33 @@ def _seeing(model: Model, trace: Trace) -> Model:
             f"--trace: {trace.name:.60} has images (image_tokens), but {known}; leave image_tokens out to plan for text"
         )
     return replace(model, images=(media.image_tokens, media.image_share))
+
+
+def _rescheduling(ask: Ask, trace: Trace) -> Rescheduling | None:
+    """How requests move between replicas, where they do."""
+    if (text := getattr(ask, "rescheduling", None)) is None:
+        return None
+    if ask.routing != "round_robin" or "route=" in str(getattr(ask, "plan", "")):
+        raise UsageError("--rescheduling deals requests by its own rules; leave --routing and route= out")
+    if _plans_pools(ask) or plans_shares(ask):
+        raise UsageError("--rescheduling is of replicas whose batches hold both phases of requests; leave one out")
+    if trace.concurrency is not None:
+        raise UsageError(
+            "--rescheduling: requests move where they come on their own, not in a closed loop of clients; give a trace "
+            "with arrivals"
+        )
+    return parse_rescheduling(text)
+
+
+def _about_priorities(trace: Trace, rescheduling: Rescheduling | None) -> tuple[str, ...]:
+    """What priorities are without effect on."""
+    if trace.priority is None or not trace.priority.any():
+        return ()
+    if rescheduling is None:
+        return ("priorities: no engine and no router here heeds them; simulate --rescheduling=llumnix does",)
+    if not rescheduling.headroom:
+        return ("priorities: without a headroom they only keep requests from being moved; llumnix:headroom=BLOCKS",)
+    return ()
 
 
 def _about_images(model: Model) -> tuple[str, ...]:
@@ -571,6 +602,10 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
                 f"plan {text!r:.100}: drafts are not simulated where prompts are handed over; leave spec= out"
             )
         pools.append(replace(pool, plan=plan))
+    if problem.rescheduling is not None and (len(pools) > 1 or pools[0].plan.replicas == 1):
+        raise UsageError(
+            f"--rescheduling: requests move between the replicas of a plan, and {text!r:.60} is not one plan of several"
+        )
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:
         drafting, notes = _speculation(ask, problem.settings, problem.model, named)

@@ -560,3 +560,41 @@ def test_encoder_decoders_are_planned_for_the_engine_that_serves_them() -> None:
 def test_pools_are_placed_one_by_one() -> None:
     with pytest.raises(UsageError, match="place is of one plan; place that of each pool by itself"):
         resolve_place(PlaceAsk(model="llama-3.1-8b", plan="prefill{tp1} + decode{tp1}"))
+
+
+FOUR = "poisson:rate=2,n=4,prompt=8,output=4"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"routing": "pull"}, "--rescheduling deals requests by its own rules; leave --routing and route= out"),
+        ({"plan": "dp2 tp4 route=pull"}, "leave --routing and route= out"),
+        ({"plan": "tp4"}, "'tp4' is not one plan of several"),
+        ({"plan": "prefill{tp4} + decode{tp4}"}, "is of replicas whose batches hold both phases of requests"),
+        ({"plan": "dp2 tp4 share=50/50", "runnable": "any"}, "is of replicas whose batches hold both phases"),
+        ({"trace": "closed:concurrency=2,n=4"}, "not in a closed loop of clients; give a trace with arrivals"),
+        ({"rescheduling": "lumnix"}, "unknown rescheduling 'lumnix'; did you mean llumnix"),
+        ({"engine": "sglang"}, "how sglang hands prompts over to another pool is not modelled; use vllm"),
+    ],
+)
+def test_requests_that_cannot_move_are_refused_in_one_line(given: dict[str, Any], told: str) -> None:
+    asked = {"plan": "dp2 tp4", "trace": FOUR, "rescheduling": "llumnix", "model": "llama-3.1-8b"} | given
+    with pytest.raises(ApexError) as caught:
+        resolve_plan(asked["plan"], SimulateAsk(**asked))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "priorities: no engine and no router here heeds them"),
+        ({"rescheduling": "llumnix"}, "priorities: without a headroom they only keep requests from being moved"),
+        ({"rescheduling": "llumnix:headroom=4"}, None),
+    ],
+)
+def test_priorities_without_effect_are_told(given: dict[str, Any], told: str | None) -> None:
+    asked = {"plan": "dp2 tp4", "trace": f"{FOUR},priority=1", "model": "llama-3.1-8b"} | given
+    problem, _ = resolve_plan(asked["plan"], SimulateAsk(**asked))
+    assert [note.startswith(told or "") for note in problem.notes if "priorit" in note] == ([True] if told else [])

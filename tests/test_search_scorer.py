@@ -157,3 +157,27 @@ def test_pools_that_have_nothing_to_do_are_told_before_anything_runs(loop: dict[
     answer = judge(problem, Deployment(pools=pools))
     assert (answer.status, answer.ledger.parts[0].infeasible["share"]) == ("infeasible", 1)
     assert said in str(answer.reason)
+
+
+def test_what_requests_of_each_priority_saw_adds_up_to_what_all_saw() -> None:
+    trace = random_trace(3, 40)
+    levels = np.arange(40) % 3 == 0
+    told = make_trace(
+        name="told",
+        arrival_ns=trace.arrival_ns,
+        prompt=trace.prompt,
+        output=trace.output,
+        priority=levels.astype(np.int64),
+    )
+    model = make_model((dense(), 4))
+    problem, plan = make_problem(model, make_cluster(2), told), Deployment.of(parse_plan("dp2", model))
+    found = judge(problem, plan).best
+    plain = judge(replace(problem, trace=trace), plan).best
+    assert found is not None and plain is not None
+    assert found.metrics == plain.metrics
+    assert plain.priorities == ()
+    normal, high = found.priorities
+    assert (normal.name, normal.requests, high.name, high.requests) == ("normal", 26, "high", 14)
+    mean = sum(one.requests * one.latency_s["e2e"]["mean"] for one in found.priorities) / 40
+    assert mean == pytest.approx(found.metrics.latency_s["e2e"]["mean"])
+    assert sum(one.preemptions or 0 for one in found.priorities) == sum(use.preemptions for use in found.pools)

@@ -13,12 +13,12 @@ import pytest
 from simulator_cases import linear, requests
 
 from apex_opt.engines.schedulers import VllmScheduling
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool, run_deployment
 from apex_opt.simulator.reference.loop import _replica, sequences_of
 from apex_opt.simulator.reference.rescheduling import CROWDED, Llumnix, freeness, virtual_usage
-from apex_opt.simulator.rescheduling import Rescheduling
+from apex_opt.simulator.rescheduling import Rescheduling, parse_rescheduling
 
 if TYPE_CHECKING:
     from apex_opt.simulator.outcome import Outcome
@@ -85,10 +85,10 @@ def test_the_first_that_waits_counts_by_its_demand_and_the_others_not() -> None:
 def test_every_token_comes_once_in_order_and_no_block_is_lost(seed: int, asynchronous: bool) -> None:
     trace = crowded(seed)
     its = pool(async_scheduling=asynchronous)
-    rules = Rescheduling(block_ns=200_000, stop_ns=MS, period_ns=20 * MS, headroom=4, high=frozenset(range(0, 30, 5)))
+    rules = Rescheduling(block_ns=200_000, stop_ns=MS, period_ns=20 * MS, headroom=4)
     engines = [_replica(its, log=True, closed=False) for _ in range(2)]
     sequences = sequences_of(its.settings, trace)
-    llumnix = Llumnix(engines, its.blocks, rules)  # type: ignore[arg-type]
+    llumnix = Llumnix(engines, its.blocks, rules, frozenset(range(0, 30, 5)))  # type: ignore[arg-type]
     llumnix.serve(deque(zip(trace.arrival_ns.tolist(), sequences, strict=True)))
     assert [len(s.token_ns) for s in sequences] == trace.output.tolist()
     assert all(a < b for s in sequences for a, b in pairwise(s.token_ns))
@@ -151,3 +151,42 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         Rescheduling(block_ns=1, out_below=Fraction(4))
     with pytest.raises(UsageError, match="replica 2 to be drained"):
         served(requests([(0, 10, 2)]), replace(NEVER, draining=frozenset({2})))
+
+
+def test_rules_are_read_by_name_with_their_numbers() -> None:
+    assert parse_rescheduling("llumnix") == Rescheduling()
+    found = parse_rescheduling("llumnix:out_below=-1.5,in_from=7,period_ms=0.5,headroom=40,draining=0+2")
+    numbers = {"out_below": Fraction(-3, 2), "in_from": Fraction(7), "period_ns": 500_000, "headroom": 40}
+    assert found == Rescheduling(draining=frozenset({0, 2}), **numbers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lumnix", "unknown rescheduling 'lumnix'; did you mean llumnix"),
+        ("llumnix:headrom=4", "unknown number of llumnix 'headrom'; did you mean headroom"),
+        ("llumnix:headroom=4,headroom=5", "headroom is given twice"),
+        ("llumnix:headroom=-4", "'headroom=-4' cannot be read; such as headroom=400"),
+        ("llumnix:", "unknown number of llumnix ''"),
+        ("llumnix:out_below=9", "raise in_from"),
+    ],
+)
+def test_what_cannot_be_read_of_rules_is_told(text: str, told: str) -> None:
+    with pytest.raises((UsageError, UnknownNameError), match=told):
+        parse_rescheduling(text)
+
+
+def test_requests_of_high_priority_are_those_of_the_trace_and_move_after_all_others() -> None:
+    """What moved first is made of high priority: until then all is as before, and another one moves in its place."""
+    rules, others = Rescheduling(block_ns=1000, period_ns=10 * MS), 0
+    for seed in range(6):
+        trace = crowded(seed)
+        if not (moved := served(trace, rules).moved):
+            continue
+        first, _, _, at = moved[0]
+        levels = (np.arange(len(trace)) == first).astype(np.int64)
+        levels.flags.writeable = False
+        again = served(replace(trace, priority=levels), rules).moved
+        earlier = [request for request, *_, when in again if when <= at]
+        others += bool(earlier) and earlier[0] != first
+    assert others > 2

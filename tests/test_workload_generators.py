@@ -242,3 +242,13 @@ def test_stated_tokens_are_drawn_on_their_own_and_cut_outputs() -> None:
     assert stated.max_new_tokens.min() == 10 and stated.max_new_tokens.max() == 20
     assert (stated.output == np.minimum(plain.output, stated.max_new_tokens)).all()
     assert (describe_trace(f"{law},max_new_tokens=12").stated(999) == 12).all()
+
+
+def test_a_share_of_the_requests_is_of_high_priority_and_nothing_else_changes() -> None:
+    spec = "poisson:rate=2,n=2000,prompt=uniform(1,9),output=exponential(20)"
+    plain, some = describe_trace(spec), describe_trace(f"{spec},priority=0.25")
+    assert plain.priority is None and some.priority is not None
+    assert 0.2 < some.priority.mean() < 0.3
+    assert all((getattr(plain, name) == getattr(some, name)).all() for name in ("arrival_ns", "prompt", "output"))
+    with pytest.raises(UsageError, match="priority must be a number from 0 to 1"):
+        describe_trace(f"{spec},priority=2")

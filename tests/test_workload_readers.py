@@ -356,3 +356,17 @@ def test_what_clients_state_is_read_and_written(tmp_path: Path) -> None:
     path.write_text("arrival_s,prompt,output,max_tokens,max_new_tokens\n1,3,9,9,9\n")
     with pytest.raises(InputError, match="max_tokens or max_new_tokens; keep one"):
         load_trace(str(path))
+
+
+def test_priorities_are_read_by_name_or_number_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("arrival_s,prompt,output,Priority\n3,1,1,high\n1,1,1,\n2,1,1,1\n0,1,1,normal\n")
+    trace = load_trace(str(path))
+    assert trace.priority is not None and trace.priority.tolist() == [0, 0, 1, 1]
+    written = tmp_path / "t.jsonl"
+    written.write_text(trace_jsonl(trace))
+    again = load_trace(str(written))
+    assert again.priority is not None and again.priority.tolist() == [0, 0, 1, 1]
+    path.write_text("arrival_s,prompt,output,priority\n1,1,1,urgent\n")
+    with pytest.raises(InputError, match=r"line 2: priority 'urgent' is none of normal, high \(0, 1\)"):
+        load_trace(str(path))

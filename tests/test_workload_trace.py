@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import InputError, UsageError
 from apex_opt.workload import Trace, make_trace
+from apex_opt.workload.steady import at_rate
 from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_TOKENS
 
 
@@ -220,3 +221,13 @@ def test_notes_stay_with_the_requests() -> None:
     made = trace(notes=("2 rows were left out",))
     for other in (made, made.head(2), made.stretched(2), made.picked(np.array([0, 2]))):
         assert other.notes == ("2 rows were left out",)
+
+
+def test_priorities_stay_with_their_requests() -> None:
+    made = trace(arrival_ns=[40, 0, 10], priority=[1, 0, 1])
+    told = [one.priority for one in (made, made.stretched(2.0), made.head(2), at_rate(made, 5.0, 2))]
+    assert [levels.tolist() for levels in told if levels is not None] == [[0, 1, 1], [0, 1, 1], [0, 1], [0, 1, 1] * 2]
+    with pytest.raises(InputError, match="priorities are 0"):
+        trace(priority=[0, 2, 0])
+    with pytest.raises(InputError, match="2 priority values for 3 requests"):
+        trace(priority=[0, 1])

@@ -13,6 +13,7 @@ from apex_opt.report.expected import expected_document
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
 from apex_opt.schema import of
+from apex_opt.units import NS_PER_MS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
     from apex_opt.report import listed
     from apex_opt.search import Answer, Ledger, Offer, Part, PoolUse, Problem, Scored
+    from apex_opt.search.answer import PriorityUse
     from apex_opt.studies.check import Check
 
 _LIMITS: Final = ("max_num_seqs", "max_num_batched_tokens")
@@ -228,6 +230,8 @@ def metrics_document(problem: Problem, run: Scored) -> types.Metrics:
         mean_power_w=metrics.value("energy") / metrics.value("makespan"),
         preemptions=sum(use.preemptions for use in run.pools),
         batches=sum(use.batches for use in run.pools),
+        moved=run.moved,
+        priorities=tuple(map(_priority, run.priorities)) or None,
         **{name: value for name, value in figures.items() if name in named},
         further={name: value for name, value in figures.items() if name not in named},
     )
@@ -276,9 +280,31 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         ),
         serving=None if problem.serving == ("aggregated",) else problem.serving,
         shares=tuple(None if one is None else str(one) for one in problem.shares) if any(problem.shares) else None,
+        rescheduling=_moving(problem),
         handover=of(types.HandoverFacts, problem.handover) if problem.handover else None,
         arrivals=arrivals,
         **choices,
+    )
+
+
+def _priority(use: PriorityUse) -> types.PriorityFigures:
+    """What the requests of one priority saw."""
+    seen: dict[str, Any] = {figure(name).key: statistics for name, statistics in use.latency_s.items()}
+    return types.PriorityFigures(name=use.name, requests=use.requests, preemptions=use.preemptions, **seen)
+
+
+def _moving(problem: Problem) -> types.ReschedulingFacts | None:
+    """How requests move between replicas."""
+    rules = problem.rescheduling
+    if rules is None:
+        return None
+    return types.ReschedulingFacts(
+        rules="llumnix",
+        period_ms=rules.period_ns / NS_PER_MS,
+        out_below=float(rules.out_below),
+        in_from=float(rules.in_from),
+        headroom=rules.headroom,
+        draining=tuple(sorted(rules.draining)),
     )
 
 

@@ -230,6 +230,7 @@ def service_tables(console: Console, metrics: Document) -> None:
         if one.key in metrics
     ]
     table(console, "Latency", ("", *heads), rows, left={0}, turned=True)
+    _priorities(console, metrics.get("priorities", []))
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")
         for text, slo in metrics["slo"].items()
@@ -250,9 +251,31 @@ def service_tables(console: Console, metrics: Document) -> None:
         ),
         *_cost(metrics),
         *([("utilisation", f"MFU {metrics['mfu']:.1%}, MBU {metrics['mbu']:.1%}")] if "mfu" in metrics else []),
-        ("batches", f"{metrics['batches']:,}, {count(metrics['preemptions'], 'preemption')}"),
+        ("batches", f"{metrics['batches']:,}, {count(metrics['preemptions'], 'preemption')}{_moved(metrics)}"),
     ]
     table(console, "Service", ("", ""), facts, left={0, 1})
+
+
+def _moved(metrics: Document) -> str:
+    return f", {count(metrics['moved'], 'move')} between replicas" if "moved" in metrics else ""
+
+
+def _priorities(console: Console, priorities: Sequence[Document]) -> None:
+    """What the requests of each priority saw."""
+    if not priorities:
+        return
+    columns = [(key, statistic) for key in ("ttft_s", "tpot_s", "e2e_s") for statistic in ("p50", "p99")]
+    rows = [
+        (
+            one["name"],
+            f"{one['requests']:,}",
+            *(seconds(one[key][statistic]) for key, statistic in columns),
+            "-" if one["preemptions"] is None else f"{one['preemptions']:,}",
+        )
+        for one in priorities
+    ]
+    heads = (f"{key.removesuffix('_s').upper()} {statistic}" for key, statistic in columns)
+    table(console, "By priority", ("", "requests", *heads, "preempted"), rows, left={0})
 
 
 def _goodput(metrics: Document) -> list[tuple[str, str]]:

@@ -187,6 +187,17 @@ class HandoverFacts(Described):
     rate_share: float
 
 
+class ReschedulingFacts(Described):
+    """How requests move between replicas, as `--rescheduling` has it."""
+
+    rules: str
+    period_ms: float
+    out_below: float
+    in_from: float
+    headroom: int
+    draining: tuple[int, ...]
+
+
 class QuestionFacts(Described):
     """What was asked, in the names and numbers that were understood.
 
@@ -199,7 +210,8 @@ class QuestionFacts(Described):
     speculation : ways to make drafts to choose from; left out where none are made
     serving : what may be deployed, where that is not aggregated replicas alone
     shares : of a GPU that prompts and answers may have, where they may share it; null where batches hold both
-    handover : of prompts between these
+    rescheduling : how requests move between replicas, where they do
+    handover : of prompts between pools, and of requests that move
     arrivals : how requests come where rates are looked for
     """
 
@@ -216,6 +228,7 @@ class QuestionFacts(Described):
     engine: EngineFacts
     serving: tuple[str, ...] | None = None
     shares: tuple[str | None, ...] | None = None
+    rescheduling: ReschedulingFacts | None = None
     handover: HandoverFacts | None = None
     arrivals: str | None = None
 
@@ -263,6 +276,17 @@ class Load(Transient):
     said: tuple[str, ...]
 
 
+class PriorityFigures(Described):
+    """What the requests of one priority saw."""
+
+    name: str
+    requests: int
+    ttft_s: Statistics
+    tpot_s: Statistics
+    e2e_s: Statistics
+    preemptions: int | None
+
+
 class Metrics(Described):
     """What the requests of a run saw, and what it took.
 
@@ -277,6 +301,8 @@ class Metrics(Described):
     idle_energy_j : what GPUs draw whatever they do
     mfu, mbu : share of the peak arithmetic and of the peak memory bandwidth that is used
     operations_s : mean per GPU, by operation, longest first, idle last
+    moved : moves of requests between replicas, where they may move
+    priorities : what requests of each priority saw, where there are several
     further : figures that were added to the registry since, by their keys
     """
 
@@ -304,6 +330,8 @@ class Metrics(Described):
     operations_s: dict[str, float] | None = None
     preemptions: int
     batches: int
+    moved: int | None = None
+    priorities: tuple[PriorityFigures, ...] | None = None
     further: dict[str, Number | Statistics] = field(default_factory=dict)
 
 

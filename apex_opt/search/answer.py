@@ -45,6 +45,24 @@ class PoolUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PriorityUse:
+    """What the requests of one priority saw.
+
+    Parameters
+    ----------
+    name : str                   of `PRIORITIES`
+    requests : int
+    latency_s : mapping of figure to mapping of statistic to seconds    as of `Metrics`
+    preemptions : int or None    of these; None where the batches of the run are not known one by one
+    """
+
+    name: str
+    requests: int
+    latency_s: dict[str, dict[str, float]]
+    preemptions: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """A simulated deployment.
 
@@ -55,6 +73,8 @@ class Scored:
     metrics : Metrics
     transient : Transient      how the run begins and ends
     bound : float or None      what it could not be better than by the first objective, signed such that less is better
+    moved : int or None        moves of requests between replicas, where they may move
+    priorities : tuple of PriorityUse    where there are requests of several priorities
     """
 
     pools: tuple[PoolUse, ...]
@@ -62,6 +82,8 @@ class Scored:
     metrics: Metrics
     transient: Transient
     bound: float | None
+    moved: int | None = None
+    priorities: tuple[PriorityUse, ...] = ()
 
     @property
     def deployment(self) -> Deployment:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter
+    from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.workload.trace import Trace
 
 
@@ -98,7 +99,9 @@ class Problem:
     serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request,
                                      "pools", one that computes prompts and one that answers them, and "shared", pools
                                      that do both phases side by side on the same GPUs
-    handover : HandoverTimes or None    of prompts, where there may be such pools
+    rescheduling : Rescheduling or None    how requests are dealt and move between the replicas of a plan that is given,
+                                     in place of a router
+    handover : HandoverTimes or None    of prompts, where there may be such pools, and of requests that move
     handover_sources : tuple of (name, source)    where its times are from
     batch_limits : tuple of (max_num_seqs, max_num_batched_tokens)
                                      limits of a batch to choose from; None leaves one to the settings
@@ -133,6 +136,7 @@ class Problem:
     routing: Routing = "round_robin"
     routings: tuple[Routing, ...] = ()
     serving: tuple[Serving, ...] = ("aggregated",)
+    rescheduling: Rescheduling | None = None
     handover: HandoverTimes | None = None
     handover_sources: tuple[tuple[str, str], ...] = ()
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)

@@ -13,11 +13,13 @@ import numpy as np
 
 from apex_opt.cost import account, idle_w, limit_w
 from apex_opt.cost.handover import reading_j
+from apex_opt.cost.moving import MOVING, moving
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.run import Facts as StopFacts
 from apex_opt.figures.stops import early_stops
-from apex_opt.search.answer import PoolUse, Scored
+from apex_opt.placement.pools import link_between
+from apex_opt.search.answer import PoolUse, PriorityUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt
 from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
 from apex_opt.search.facts import KEPT, Facts, judged
@@ -29,6 +31,7 @@ from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated, ru
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome
 from apex_opt.simulator.transient import Transient
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.trace import PRIORITIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
+    from apex_opt.simulator.rescheduling import Rescheduling
 
     Ints = NDArray[np.int64]
 
@@ -92,7 +96,9 @@ class Scorer:
         """Where the figures behind deployments come from, per operation; of several types of GPU by type."""
         pools = dict.fromkeys(use.pool for one in scored for use in one.pools)
         if not self.problem.several:
-            return self.facts().provenance(pool.plan for pool in pools)
+            alone = self.facts().provenance(pool.plan for pool in pools)
+            copies = {name: said for name, said in self.problem.handover_sources if name.endswith(MOVING)}
+            return alone | copies if self.problem.rescheduling is not None else alone
         found: dict[str, dict[str, str]] = {}
         for name in self.problem.types:
             mine = (pool.plan for pool in pools if (pool.types or self.problem.types) == (name,))
@@ -217,12 +223,20 @@ class Scorer:
             assigned=None if len(pools) == 1 else owner,
             clients=clients,
             routing=[problem.routing_of(pool.plan) for pool in pools],
-            log=log,
+            log=log or (self._gaps and trace.priority is not None),
             gaps=self._gaps,
+            rescheduling=None if problem.rescheduling is None else self._moving(pools[0], facts[0]),
             stops=stops,
             floors=self._floors(engines, rows) if stops else None,
         )
         return None if outcome.stopped else outcome
+
+    def _moving(self, pool: Pool, facts: Facts) -> Rescheduling | None:
+        """How requests move between the replicas of a pool, with the times of the links between these."""
+        rules, times, plan = self.problem.rescheduling, self.problem.handover, pool.plan
+        assert rules is not None and times is not None
+        link = link_between(facts.layouts.tree, plan.devices)
+        return moving(rules, times, self.problem.model, plan, facts.memory(plan), link)
 
     def _engine(self, pool: Pool, facts: Facts) -> EnginePool:
         """A pool as the simulator has it."""
@@ -272,7 +286,30 @@ class Scorer:
             metrics=metrics,
             transient=Transient.of(outcome, self.outside_ns, closed=problem.trace.concurrency is not None),
             bound=bound,
+            moved=None if problem.rescheduling is None else len(outcome.moved),
+            priorities=tuple(self._by_priority(outcome)),
         )
+
+    def _by_priority(self, outcome: Outcome) -> Iterator[PriorityUse]:
+        """What the requests of each priority saw, where there are several."""
+        trace, levels = self.problem.trace, self.problem.trace.priority
+        if levels is None or (levels == levels[0]).all():
+            return
+        preempted = None
+        if outcome.steps is not None:
+            preempted = levels[[request for step in outcome.steps for request in step[3]]]
+        for level, name in enumerate(PRIORITIES):
+            rows = np.flatnonzero(levels == level)
+            times = {key: getattr(outcome, key)[rows] for key in ("arrival_ns", "first_token_ns", "finish_ns")}
+            seen = replace(outcome, **times, gaps_ns=None).as_run(
+                trace.picked(rows), self.problem.settings.max_model_len, outside_ns=self.outside_ns
+            )
+            yield PriorityUse(
+                name=name,
+                requests=len(rows),
+                latency_s=measure(seen).latency_s,
+                preemptions=None if preempted is None else int((preempted == level).sum()),
+            )
 
     def _requests(self, deployment: Deployment) -> list[int]:
         """Requests of each pool; those of pools that hand over pass both."""

@@ -25,6 +25,7 @@ from apex_opt.workload.layouts.rows import plain
 from apex_opt.workload.trace import (
     MAX_ARRIVAL_NS,
     MAX_TOKENS,
+    PRIORITIES,
     RECORDED,
     UNKNOWN,
     Ints,
@@ -45,6 +46,7 @@ _LATE_NS: Final = 10**8 * NS_PER_S
 _STATED: Final = "max_new_tokens"
 _IMAGES: Final = "image_tokens"
 _AUDIO: Final = "audio_s"
+_PRIORITY: Final = "priority"
 _LONGEST_AUDIO_S: Final = 86_400
 
 _ROOTS: Final = ("-1", "", "null", "None")
@@ -78,6 +80,7 @@ class Collector:
     _stated: list[Ints] = field(default_factory=list)
     _images: list[Ints] = field(default_factory=list)
     _audio_s: float = 0.0
+    _priority: list[Ints] = field(default_factory=list)
     _delay: list[Ints] = field(default_factory=list)
     _session: list[Ints] = field(default_factory=list)
     _places: list[Ints] = field(default_factory=list)
@@ -113,6 +116,9 @@ class Collector:
         if _AUDIO in self.called:
             lengths = [self._seconds(cell, at) for cell, at in zip(kept(_AUDIO), places, strict=True)]
             self._audio_s = max(self._audio_s, *lengths)
+        if _PRIORITY in self.called:
+            levels = [self._level(cell, at) for cell, at in zip(kept(_PRIORITY), places, strict=True)]
+            self._priority.append(np.array(levels, np.int64))
         answered = output != 0 if not layout.own else np.ones(len(places), bool)
         for values, name in ((prompt, layout.prompt), (output, layout.output)):
             for index in np.flatnonzero((values == 0) & answered):
@@ -130,6 +136,8 @@ class Collector:
         self._images.append(images[answered])
         if _STATED in self.called:
             self._stated.append(self._counted(_STATED, kept(_STATED), places, output)[answered])
+        if _PRIORITY in self.called:
+            self._priority[-1] = self._priority[-1][answered]
         self._places.append(np.array(places, np.int64)[answered])
         self.rows += int(answered.sum())
 
@@ -153,6 +161,16 @@ class Collector:
         if not 0 <= found <= _LONGEST_AUDIO_S:
             self.faults.add(place, f"{self._called(_AUDIO)} {cell!r:.40} is not 0 to {_LONGEST_AUDIO_S:,} seconds")
         return found
+
+    def _level(self, cell: Any, place: int) -> int:
+        """The place of a priority among `PRIORITIES`, which it may also be given by; normal where it is blank."""
+        said = "" if is_blank(cell) else str(cell).strip().lower()
+        for level, name in enumerate(PRIORITIES):
+            if said in (name, str(level)):
+                return level
+        if said:
+            self.faults.add(place, f"{self._called(_PRIORITY)} {cell!r:.40} is none of {', '.join(PRIORITIES)} (0, 1)")
+        return 0
 
     @property
     def empty(self) -> str:
@@ -306,6 +324,7 @@ class Collector:
             notes=tuple(every),
             media=media_of(prompt, np.concatenate(self._images), self._audio_s),
             session=np.concatenate(self._session) if self._session else None,
+            priority=np.concatenate(self._priority) if self._priority else None,
         )
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 

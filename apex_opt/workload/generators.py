@@ -92,7 +92,7 @@ _LAWS: Final = {
 }
 
 
-_OPTIONAL: Final = ("max_new_tokens", "image_tokens", "audio_s", "prefix", "seed")
+_OPTIONAL: Final = ("max_new_tokens", "image_tokens", "audio_s", "prefix", "priority", "seed")
 
 
 def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = None) -> Trace:
@@ -118,6 +118,8 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     prefix=(tokens,groups) makes prompts begin alike: each request belongs to one of so many groups, drawn uniformly,
     and the first tokens of its prompt (rounded down to whole pieces of 16, and at most all but one of it) are those of
     its group.
+
+    priority is the share of requests that are of high priority, drawn for each.
 
     `changed` takes the place of keys of the description, such as {"rate": "20"}.
 
@@ -152,8 +154,8 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
-    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(6)]
-    *streams, own = streams
+    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(7)]
+    *streams, own, urgent = streams
     concurrency, arrivals = None, RECORDED
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
@@ -174,6 +176,10 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         stated = _lengths(ask, "max_new_tokens", values["max_new_tokens"], n, streams[4])
         output = np.minimum(output, stated)
     content = _shared_beginnings(ask, values["prefix"], prompt, streams[3]) if "prefix" in values else None
+    priority = None
+    if "priority" in values:
+        share = ask.number("priority", values["priority"], (0.0, 1.0))
+        priority = (urgent.random(n) < share).astype(np.int64)
     return make_trace(
         name=ask.spec,
         arrival_ns=arrival,
@@ -186,6 +192,7 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         source=f"generated: {ask.spec}, seed {used_seed}",
         arrivals=arrivals,
         media=media_of(prompt, images, audio_s),
+        priority=priority,
     )
 
 

@@ -155,7 +155,7 @@ def list_traces() -> tuple[tuple[str, str], ...]:
 def trace_jsonl(trace: Trace) -> str:
     """The trace as JSON lines that `load_trace` reads: StartTimeOffset (ns), ContextTokens, GeneratedTokens.
 
-    Where clients state the most tokens they take, also MaxNewTokens.
+    Where clients state the most tokens they take, also MaxNewTokens; where requests have priorities, also Priority.
 
     Raises
     ------
@@ -168,6 +168,8 @@ def trace_jsonl(trace: Trace) -> str:
     columns = {"StartTimeOffset": trace.arrival_ns, "ContextTokens": trace.prompt, "GeneratedTokens": trace.output}
     if trace.max_new_tokens is not None:
         columns["MaxNewTokens"] = trace.max_new_tokens
+    if trace.priority is not None:
+        columns["Priority"] = trace.priority
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
 

@@ -100,7 +100,8 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
     if trace.session is not None:  # other conversations in every repetition
         _, codes = np.unique(trace.session, return_inverse=True)
         session = (codes[order] + np.arange(loops)[:, None] * len(trace)).ravel().astype(np.int64)
-    for column in (*columns, stated, content, starts, session):
+    priority = None if trace.priority is None else np.tile(trace.priority[order], loops)
+    for column in (*columns, stated, content, starts, session, priority):
         if column is not None:
             column.flags.writeable = False
     kind, comma, reason = words(trace).partition(", as ")
@@ -115,6 +116,7 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
         content=content,
         content_starts=starts,
         session=session,
+        priority=priority,
         source=f"{trace.source}; {loops} times over, {coming}",
         notes=(*trace.notes, f"the trace is taken {loops:,} times over, {coming}"),
         arrivals=RECORDED,

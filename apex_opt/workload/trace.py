@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 
+PRIORITIES: Final = ("normal", "high")
 MAX_REQUESTS: Final = 5_000_000
 MAX_TOKENS: Final = 10_000_000
 MAX_PAUSE_NS: Final = 3600 * NS_PER_S
@@ -88,6 +89,7 @@ class Trace:
                                    without the full stop
     media : Media                  images and recordings that come with the prompts
     session : int64[n] or None     the conversation that each request is of, as a number; None: not told
+    priority : int64[n] or None    `PRIORITIES` of the requests, by their place; None: all are normal
     content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
                                    or where there is nothing to read
 
@@ -112,6 +114,7 @@ class Trace:
     arrivals: Arrivals = RECORDED
     media: Media = TEXT
     session: Ints | None = None
+    priority: Ints | None = None
     content_fault: str = ""
 
     def __post_init__(self) -> None:
@@ -126,10 +129,13 @@ class Trace:
         if faults := _row_faults(columns):
             raise join_faults(f"trace {self.name}", faults)
         self._check_content()
-        if self.session is not None:
-            _check_layout(f"trace {self.name}", "session", self.session)
-            if self.session.size != len(self):
-                raise InputError(f"trace {self.name}: {self.session.size} sessions for {len(self)} requests")
+        for label, its in (("session", self.session), ("priority", self.priority)):
+            if its is not None:
+                _check_layout(f"trace {self.name}", label, its)
+                if its.size != len(self):
+                    raise InputError(f"trace {self.name}: {its.size} {label} values for {len(self)} requests")
+        if self.priority is not None and not np.isin(self.priority, range(len(PRIORITIES))).all():
+            raise InputError(f"trace {self.name}: priorities are 0 (normal) and 1 (high)")
         later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
         if later.size:
             raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
@@ -264,6 +270,7 @@ class Trace:
             arrivals=self.arrivals,
             media=self.media,
             session=self.session,
+            priority=self.priority,
         )
 
     def head(self, n: int) -> Trace:
@@ -290,8 +297,9 @@ class Trace:
         if self.content is not None and self.content_starts is not None:
             ids, starts = gathered(self.content, self.content_starts, rows)
         columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
-        stated, session = (None if its is None else its[rows] for its in (self.max_new_tokens, self.session))
-        for column in (*columns, *(its for its in (stated, session) if its is not None)):
+        some = (self.max_new_tokens, self.session, self.priority)
+        stated, session, priority = (None if its is None else its[rows] for its in some)
+        for column in (*columns, *(its for its in (stated, session, priority) if its is not None)):
             column.flags.writeable = False
         return replace(
             self,
@@ -304,6 +312,7 @@ class Trace:
             content=ids,
             content_starts=starts,
             session=session,
+            priority=priority,
             source=f"{self.source}; {rows.size} of {len(self)}",
         )
 
@@ -346,6 +355,7 @@ def make_trace(
     arrivals: Arrivals = RECORDED,
     media: Media = TEXT,
     session: Sequence[int] | npt.NDArray[Any] | None = None,
+    priority: Sequence[int] | npt.NDArray[Any] | None = None,
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -368,6 +378,7 @@ def make_trace(
     arrivals : Arrivals                   how they come about
     media : Media                         images, counted in the prompts, and recordings
     session : sequence of int, array or None    numbers of the conversations that requests are of
+    priority : sequence of int, array or None    0 of normal, 1 of high priority
 
     Raises
     ------
@@ -384,13 +395,13 @@ def make_trace(
         columns[0] = np.zeros_like(columns[0])
     order = np.argsort(columns[0], kind="stable")
     frozen = [np.ascontiguousarray(column[order]) for column in columns]
-    conversations = None
-    if session is not None:
-        conversations = np.array(session, np.int64)
-        if conversations.shape != order.shape:
-            raise InputError(f"trace {name}: {conversations.size} sessions for {order.size} requests")
-        conversations = np.ascontiguousarray(conversations[order])
-    for column in (*frozen, *(() if conversations is None else (conversations,))):
+    beside: list[Ints | None] = []
+    for label, values in (("session", session), ("priority", priority)):
+        found = None if values is None else _to_int64(name, label, values)
+        if found is not None and found.shape != order.shape:
+            raise InputError(f"trace {name}: {found.size} {label} values for {order.size} requests")
+        beside.append(None if found is None else np.ascontiguousarray(found[order]))
+    for column in (*frozen, *(its for its in beside if its is not None)):
         column.flags.writeable = False
     ids = starts = None
     if pieces is not None:
@@ -413,7 +424,8 @@ def make_trace(
         notes=notes,
         arrivals=arrivals,
         media=media,
-        session=conversations,
+        session=beside[0],
+        priority=beside[1],
     )
 
 

@@ -72,7 +72,8 @@ def run_deployment(
     moved: tuple[tuple[int, int, int, int], ...] = ()
     if rescheduling is not None:
         replicas = [engine for engine in every if isinstance(engine, Engine)]
-        llumnix = Llumnix(replicas, pools[0].blocks, rescheduling)
+        high = frozenset() if trace.priority is None else frozenset(np.flatnonzero(trace.priority).tolist())
+        llumnix = Llumnix(replicas, pools[0].blocks, rescheduling, high)
         llumnix.serve(deque(zip(trace.arrival_ns.tolist(), sequences, strict=True)))
         moved, shares = tuple(llumnix.moved), ()
     for share in shares:

@@ -19,6 +19,7 @@ from apex_opt.units import ceil_div
 if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Sequence as Seq
+    from collections.abc import Set as AbstractSet
 
     from apex_opt.simulator.reference.engine import Engine
     from apex_opt.simulator.reference.sequence import Sequence
@@ -74,10 +75,13 @@ class Llumnix:
     engines : sequence of Engine    of one scheduler each, whose blocks are counted
     blocks : int                    of each
     rules : Rescheduling
+    high : set of int               requests of high priority
     """
 
-    def __init__(self, engines: Seq[Engine], blocks: int, rules: Rescheduling) -> None:
-        self.engines, self.total, self.rules = engines, blocks, rules
+    def __init__(
+        self, engines: Seq[Engine], blocks: int, rules: Rescheduling, high: AbstractSet[int] = frozenset()
+    ) -> None:
+        self.engines, self.total, self.rules, self.high = engines, blocks, rules, high
         self.moves: list[Move] = []
         self.moved: list[tuple[int, int, int, int]] = []  # (request, source, target, when) of moves that succeeded
         self.aborted = 0
@@ -87,10 +91,10 @@ class Llumnix:
         if place in self.rules.draining:
             return CROWDED
         scheduler = self.engines[place].scheduler
-        highs = sum(sequence.id in self.rules.high for sequence in scheduler.running)
+        highs = sum(sequence.id in self.high for sequence in scheduler.running)
         used = sum(
             (
-                virtual_usage(s.blocks, high=s.id in self.rules.high, highs=highs, headroom=self.rules.headroom)
+                virtual_usage(s.blocks, high=s.id in self.high, highs=highs, headroom=self.rules.headroom)
                 for s in scheduler.running
             ),
             Fraction(0),
@@ -146,7 +150,7 @@ class Llumnix:
     def _chosen(self, source: int) -> Sequence | None:
         """The request that moves first: decoding, of normal priority before high, the shortest, of equals the first."""
         found = [s for s in self.engines[source].scheduler.running if s.generated and not s.finished]
-        return min(found, key=lambda s: (s.id in self.rules.high, s.known, s.id), default=None)
+        return min(found, key=lambda s: (s.id in self.high, s.known, s.id), default=None)
 
     def _copy(self, move: Move, now_ns: int) -> None:
         """Begin the next stage: of the full blocks where the request goes on, of all where it stands still."""
