@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +20,7 @@ from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.files import expanded, there
 from apex_opt.gate import GONE, REQUIRED, Arguments, Option, options_of
 from apex_opt.process import end_on_signals, end_undisturbed, open_streams, put
+from apex_opt.usage import candidates, completion, grouped, values_of, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -340,20 +340,6 @@ def _docstring(command: Command) -> str:
     return "\n\n".join(filter(None, (command.summary, command.text, f"Args:\n{arguments}")))
 
 
-def wrapped(text: str, width: int = 80) -> str:
-    """Help with its long lines broken, each at its own indentation."""
-    lines = []
-    for line in text.splitlines():
-        if line.lstrip().startswith("solve.py ") and "--" in line:
-            lines.append(line)  # a command to copy
-            continue
-        indent = " " * (len(line) - len(line.lstrip()))
-        lines += textwrap.wrap(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        ) or [""]
-    return "\n".join(lines)
-
-
 def arranged(words: Sequence[str]) -> list[str]:
     """Words of a command line as fire should see them, each option once and as `--name='value'`.
 
@@ -467,6 +453,7 @@ class Commands:
 
     Every command has its own help: solve.py plan --help
     The release: solve.py --version
+    Words completed by the shell: apex-opt --completion bash (zsh, fish)
     """
 
 
@@ -514,6 +501,14 @@ def _main(words: list[str]) -> int:
     if words == ["--version"]:
         put(f"apex-opt {__version__}\n")
         return 0
+    if words[:1] == ["--completion"]:
+        put(completion(words[1] if len(words) == 2 else ""))
+        return 0
+    if words[:1] == ["--complete"]:
+        # What shells ask for each time that a word is completed.
+        options = {name: command.options for name, command in COMMANDS.items()}
+        put("".join(f"{text}\n" for text in candidates(words[2:], options, values_of)))
+        return 0
     import fire
 
     fire.core.Display = _show_help
@@ -534,7 +529,7 @@ def _main(words: list[str]) -> int:
             f"--{lacking[0]}: is of one pool on GPUs of one type, and here there may be several; leave it out"
         )
     try:
-        put(_form(result, request.shown))
+        put(_form(request.command, result, request.shown))
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
@@ -548,15 +543,20 @@ def _main(words: list[str]) -> int:
     return 0 if result.found else EXIT_INFEASIBLE
 
 
-def _form(result: Result, shown: General) -> str:
+def _form(command: str, result: Result, shown: General) -> str:
     """An answer in the form asked for."""
     if shown.format == "json":
         return result.to_json()
     if shown.format == "csv":
         return result.to_csv()
-    return result.page(
+    from apex_opt.report.layout import page_width
+    from apex_opt.report.onward import onward
+
+    page = result.page(
         sources=isinstance(shown, Sourced) and shown.sources, limit=shown.limit if isinstance(shown, Judged) else 0
     )
+    line = onward(command, result.to_dict(), found=result.found)
+    return f"{page.rstrip()}\n\n{wrapped(line, page_width())}\n" if line else page
 
 
 def _check_files(request: Request) -> None:
@@ -580,12 +580,8 @@ def _check_files(request: Request) -> None:
 
 
 def _show_help(lines: Iterable[str], out: object) -> None:
-    """Help goes to stdout as it is: fire would start a pager, or print to stderr.
-
-    It tells of `-h` for an option where no other starts with that letter; here `-h` asks for help.
-    """
-    text = "\n".join(lines).replace("    -h, --", "    --")
-    put(wrapped(text) + "\n")
+    """Help goes to stdout as it is: fire would start a pager, or print to stderr."""
+    put(wrapped(grouped("\n".join(lines))) + "\n")
 
 
 def _hidden(_: object) -> None:

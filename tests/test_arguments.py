@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method, wrapped
+from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method
 from apex_opt.cluster import list_presets
 from apex_opt.engines import kind_names
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.gate import LONGEST_TEXT, REQUIRED
 from apex_opt.ir import FORMATS, KV_BYTES
 from apex_opt.plans.routing import ROUTINGS
+from apex_opt.usage import wrapped
 
 PLAN = COMMANDS["plan"]
 NUMBERS = [option for option in PLAN.options if option.kind in (int, float)]

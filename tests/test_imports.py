@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.commands",),
     ("apex_opt.grids",),
     ("apex_opt.api",),
+    ("apex_opt.usage",),
     ("apex_opt.cli",),
     ("apex_opt.__main__",),
 )

@@ -76,6 +76,11 @@ def checkpoint_of(name_or_path: str) -> str:
     return path.name.removesuffix(".json")
 
 
+def model_names() -> tuple[str, ...]:
+    """Name of every model of the registry, in the order of its index."""
+    return tuple(_entries())
+
+
 def list_models() -> tuple[Model, ...]:
     """Every model of the registry, in the order of its index."""
     return tuple(_registered(name, entry) for name, entry in _entries().items())

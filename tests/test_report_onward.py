@@ -1,0 +1,47 @@
+"""The line that an answer ends with."""
+
+from __future__ import annotations
+
+import pytest
+from cli_cases import run
+
+from apex_opt.cli import COMMANDS, arranged
+from apex_opt.report.onward import _FOUND, _MISSED, onward
+
+CHEAP = ("--model", "llama-3.1-8b", "--cluster", "1xh100-sxm", "--trace", "poisson:rate=2,n=20")
+
+
+def test_every_command_that_shows_a_page_says_what_comes_next() -> None:
+    files = {"profile distill", "profile import", "profile collect", "profile fit", "cluster import"}
+    assert set(_FOUND) == set(COMMANDS) - files
+    assert set(_MISSED) <= set(_FOUND)
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_is_one_line_and_names_options_that_there_are(command: str, found: bool) -> None:
+    line = onward(command, {}, found=found)
+    assert "\n" not in line
+    for word in line.split():
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0].strip(".,;")
+            assert any(option.name == name for one in COMMANDS.values() for option in one.options)
+    if (at := line.find("solve.py ")) >= 0:
+        assert arranged([line[at:].split()[1].strip("."), "--help"])
+
+
+def test_a_plan_ends_with_what_starts_it_and_then_with_the_files() -> None:
+    assert run("plan", *CHEAP).out.rstrip().splitlines()[-1].startswith("Next: --emit")
+    assert run("plan", *CHEAP, "--emit").out.rstrip().splitlines()[-1].startswith("Next: --save=DIR")
+
+
+def test_where_nothing_fits_it_tells_of_the_changes_found() -> None:
+    done = run("plan", "--cluster", "1xh100-sxm", "--trace", "poisson:rate=2,n=20")
+    assert done.code == 3
+    assert "Next: give one of the changes above" in done.out
+    assert "looks longer" in onward("plan", {}, found=False)
+
+
+def test_json_and_csv_end_without_it() -> None:
+    for form in ("json", "csv"):
+        assert "Next:" not in run("models", "--format", form).out

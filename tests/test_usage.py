@@ -1,0 +1,115 @@
+"""Help in groups, and words completed by the shell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from cli_cases import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_opt.cli import COMMANDS
+from apex_opt.errors import UsageError
+from apex_opt.ir.registry import model_names
+from apex_opt.usage import GROUPS, SHELLS, candidates, completion, grouped, values_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OPTIONS = {name: command.options for name, command in COMMANDS.items()}
+
+
+def complete(*words: str) -> list[str]:
+    return candidates(words, OPTIONS, values_of)
+
+
+def test_what_many_commands_have_stands_in_one_group() -> None:
+    named = [name for names in GROUPS.values() for name in names]
+    assert len(named) == len(set(named))
+    counts = {
+        o.name: sum(o in options for options in OPTIONS.values()) for options in OPTIONS.values() for o in options
+    }
+    assert {name for name, count in counts.items() if count > 4} <= set(named)
+    assert set(named) <= set(counts)
+
+
+def test_help_loses_no_flag_and_begins_with_the_most_used() -> None:
+    flags = "".join(
+        f"    {short}--{name}=VALUE\n        Type: Optional[str]\n        Default: None\n        About {name}.\n"
+        for name, short in (("seed", "-s, "), ("odd", ""), ("model", "-h, "), ("top", ""))
+    )
+    text = grouped(f"NAME\n    x\n\nFLAGS\n{flags}")
+    order = [text.index(part) for part in ("MOST USED", "--model=", "OF THIS COMMAND", "--odd=", "TRAFFIC", "--seed=")]
+    assert order == sorted(order)
+    assert "Optional" not in text
+    assert text.count("About") == 4
+    assert grouped("NAME\n    no flags") == "NAME\n    no flags"
+
+
+def test_words_are_completed_to_commands_options_and_names() -> None:
+    assert complete("pl") == ["plan", "place"]
+    assert complete("") == list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    assert complete("cluster", "") == ["show", "import"]
+    assert complete("plan", "--ob") == ["--objective="]
+    assert "--seed=" not in complete("plan", "--seed=1", "--")
+    assert complete("plan", "--model=llama-3.1-4") == ["--model=llama-3.1-405b"]
+    assert complete("plan", "--model", "llama-3.1-4") == ["llama-3.1-405b"]
+    assert complete("plan", "--weights=bf16,fp8,n") == ["--weights=bf16,fp8,nvfp4"]
+    assert complete("plan", "--check=") == ["--check=true", "--check=false"]
+    assert complete("plan", "--cluster=dgx-h2") == ["--cluster=dgx-h200"]
+    assert complete("plan", "--profiles=") == []  # a folder: the shell's own files
+    assert complete("plan", "--unknown=") == []
+    assert complete("nothing", "--model=") == []
+
+
+@given(
+    st.lists(st.sampled_from(["plan", "--model", "=", "--", "-x", "cluster", "show", "--slo=", "", "é"]), max_size=6)
+)
+def test_no_words_make_it_fail(words: list[str]) -> None:
+    assert all(isinstance(text, str) for text in complete(*words))
+
+
+def test_bash_takes_a_word_apart_at_its_equals_sign() -> None:
+    assert complete("plan", "--model", "=", "llama-3.1-4") == ["llama-3.1-405b"]
+    assert complete("plan", "--runnable", "=") == ["vllm", "sglang", "trtllm", "any"]
+
+
+def test_another_shell_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="bash, zsh, fish, not in 'tcsh'"):
+        completion("tcsh")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_can_read_their_script(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    script = tmp_path / "script"
+    script.write_text(completion(shell))
+    subprocess.run([shell, "-n", str(script)], check=True, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "found"), [("pl", ["plan", "place"]), ("plan --model = llama-3.1-4", ["llama-3.1-405b"])]
+)
+def test_bash_completes(words: str, found: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "apex-opt"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "solve.py"} "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    lines = (
+        "source <(apex-opt --completion bash)\n"
+        f"COMP_WORDS=(apex-opt {words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))\n"
+        '_apex_opt; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", lines], capture_output=True, text=True, check=True, timeout=120, env={**os.environ, "PATH": path}
+    )
+    assert done.stdout.split() == found
+    assert model_names()
