@@ -35,7 +35,7 @@ def test_what_many_commands_have_stands_in_one_group() -> None:
     counts = {
         o.name: sum(o in options for options in OPTIONS.values()) for options in OPTIONS.values() for o in options
     }
-    assert {name for name, count in counts.items() if count > 4} <= set(named)
+    assert {name for name, count in counts.items() if count > 6} <= set(named)
     assert set(named) <= set(counts)
 
 
