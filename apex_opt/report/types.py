@@ -661,7 +661,7 @@ class ExpectedFigure(Described):
 
 
 class Turn(Described):
-    """How far times may be off in one way before another plan wins.
+    """How far times may be off in one way before another plan wins that is no tie with the best.
 
     Parameters
     ----------

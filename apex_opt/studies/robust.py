@@ -6,7 +6,8 @@ would be is asked of the search itself, with another trace and other limits. Tim
 coordinator, count as times like all others.
 
 Factors are powers of 1.01, asked farther and farther from 1 until the best deployment no longer wins, and then between
-the last two by bisection.
+the last two by bisection. That a deployment wins which is as near to the best as the error is no news, and does not
+count.
 """
 
 from __future__ import annotations
@@ -171,12 +172,17 @@ class _Study:
         # With a tolerance candidates are those within it, and others may be left.
         self._tolerant = any(objective.tolerance for objective in problem.objectives)
         self._only = self._runner_up is None and not self._tolerant
+        self._same = {self._best.deployment}
+        self._rival = self._runner_up
         self._searches = self._simulations = 0
 
     def asked(self, error: float | None) -> Robustness:
         """Everything."""
-        turns = list(self._turns())
         tied = None if error is None else () if self._only else self._tied(error)
+        if tied:
+            self._same |= {one.deployment for one in tied}
+            self._rival = self._another(self._search(self._problem, len(self._same) + 1))
+        turns = list(self._turns())
         return Robustness(
             turns=tuple(turns),
             common=self._moves,
@@ -235,23 +241,30 @@ class _Study:
         found = self._search(problem, 1).best
         if found is not None and found.deployment == self._best.deployment:
             return None
-        return self._loss(factor, self._alone(problem), found, factor)
+        run = self._alone(problem)
+        if found is not None and found.deployment in self._same and run.meets_slos:
+            return None
+        return self._loss(factor, run, found, factor)
 
     def _beaten_alone(self, factor: float) -> Loss | None:
-        """With the times of the best alone, which the runner-up then beats, or which misses a goal."""
+        """With the times of the best alone, which another then beats, or which misses a goal."""
         run = self._alone(slowed(self._problem, factor))
-        rival = self._runner_up
-        if run.meets_slos and (rival is None or self._rank(run, factor) < self._rank(rival, 1.0)):
+        if not run.meets_slos:
+            return self._loss(factor, run, self._runner_up, 1.0)
+        if self._rival is None or self._rank(run, factor) < self._rank(self._rival, 1.0):
             return None
-        return self._loss(factor, run, rival, 1.0)
+        return self._loss(factor, run, self._rival, 1.0)
 
     def _beaten_by_others(self, factor: float) -> Loss | None:
         """With the times of any other alone; those of all others are asked together, as each is for itself."""
-        found = self._search(slowed(self._problem, factor), 2).candidates
-        rival = next((one for one in found if one.deployment != self._best.deployment), None)
+        rival = self._another(self._search(slowed(self._problem, factor), len(self._same) + 1))
         if rival is None or self._rank(self._best, 1.0) < self._rank(rival, factor):
             return None
         return self._loss(1.0, self._best, rival, factor)
+
+    def _another(self, answer: Answer) -> Scored | None:
+        """The best that is neither the best as computed nor tied with it."""
+        return next((one for one in answer.candidates if one.deployment not in self._same), None)
 
     def _loss(self, factor: float, run: Scored, winner: Scored | None, of_winner: float) -> Loss:
         """What is with a run of the best deployment, and another that wins.
