@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,12 @@ from apex_opt.ir.formats import get_format
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from apex_opt.cost.model import CostModel, PlanCost
+    from apex_opt.cost.work import Work
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator.law import Window
     from apex_opt.simulator.outcome import BatchCounts, SharedCounts
@@ -38,6 +41,45 @@ class Usage:
     mfu: float
     mbu: float
     operations_s: dict[str, float]
+
+
+class Done(NamedTuple):
+    """What a run did of one operation: the entries of its tables that batches used, and how often.
+
+    `times` says how often it is in a batch, and `copies` between how many attention copies it is dealt.
+    """
+
+    operation: str
+    work: Work
+    entry: NDArray[np.int64]
+    used: NDArray[np.float64]
+    times: int
+    copies: int
+
+
+def done_of(plan: Plan, cost: PlanCost, counted: BatchCounts, shared: SharedCounts | None = None) -> Iterator[Done]:
+    """What a run did, operation by operation on every stage, as `account` adds it up.
+
+    Parameters
+    ----------
+    plan, cost, counted, shared : as of `account`
+    """
+    told = law_counts(counted, cost.laws[0].windows)
+    if shared is not None:
+        told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager")}
+        told["decode_ns"] = told["decode_ns"].copy()
+        told["decode_ns"][1] += shared.dummies
+    # Batches of a run use few entries of the tables.
+    entries = {table: np.flatnonzero(count) for table, count in told.items()}
+    counts = {table: count[entries[table]].astype(np.float64) for table, count in told.items()}
+    for stage in cost.pieces:
+        for times, piece in stage:
+            for (operation, table), work in piece.parts.items():
+                of_one = not table.startswith("together")
+                if cost.ranks is None:
+                    of_one = table.partition("/")[0] in _OF_ONE_COPY
+                copies = plan.attention.dp if of_one else 1
+                yield Done(operation, work, entries[table], counts[table], times, copies)
 
 
 def account(
@@ -64,39 +106,19 @@ def account(
     shared : SharedCounts or None    forwards of ranks that run in step; each of their batches, dummies among them, is
                                      done by one attention copy
     """
-    told = law_counts(counted, cost.laws[0].windows)
-    if shared is not None:
-        told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager")}
-        told["decode_ns"] = told["decode_ns"].copy()
-        told["decode_ns"][1] += shared.dummies
-    # Batches of a run use few entries of the tables.
-    entries = {table: np.flatnonzero(count) for table, count in told.items()}
-    counts = {table: count[entries[table]].astype(np.float64) for table, count in told.items()}
     makespan_s = (makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
-    for stage in cost.pieces:
-        for times, piece in stage:
-            for (operation, table), work in piece.parts.items():
-                count, entry = counts[table], entries[table]
-                of_one = not table.startswith("together")
-                if cost.ranks is None:
-                    of_one = table.partition("/")[0] in _OF_ONE_COPY
-                copies = plan.attention.dp if of_one else 1
-                devices = times * plan.stage_devices / copies
-                flops += devices * float(count @ work.flops[entry])
-                moved += devices * float(count @ work.moved[entry])
-                joules += devices * float(count @ work.joules[entry])
-                spent = times * float(count @ work.seconds[entry]) / (copies * plan.stages * plan.replicas)
-                seconds[operation] = seconds.get(operation, 0.0) + spent
+    for done in done_of(plan, cost, counted, shared):
+        devices = done.times * plan.stage_devices / done.copies
+        flops += devices * float(done.used @ done.work.flops[done.entry])
+        moved += devices * float(done.used @ done.work.moved[done.entry])
+        joules += devices * float(done.used @ done.work.joules[done.entry])
+        spent = done.times * float(done.used @ done.work.seconds[done.entry])
+        spent /= done.copies * plan.stages * plan.replicas
+        seconds[done.operation] = seconds.get(done.operation, 0.0) + spent
     seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
-    run_s, peak, rate = max(makespan_s, 1e-12), 0.0, 0.0
-    for costs, devices in model.on(plan):
-        gpu = costs.cluster.gpu
-        form = get_format(plan.weight_format)
-        dtype = (form.computed(gpu.supports) or form).hardware_dtype
-        peak += devices * gpu.peak_flops_per_s(dtype or gpu.half_dtype)
-        rate += devices * gpu.memory_bytes_per_s
+    run_s, (peak, rate) = max(makespan_s, 1e-12), rates_of(plan, model)
     idle_j = idle_w(model, plan) * makespan_s
     return Usage(
         energy_j=min(joules + idle_j, limit_w(model, plan) * makespan_s),
@@ -105,6 +127,18 @@ def account(
         mbu=moved / (run_s * rate),
         operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
     )
+
+
+def rates_of(plan: Plan, model: CostModel) -> tuple[float, float]:
+    """Peak arithmetic in the plan's format, FLOP/s, and peak memory bandwidth, bytes/s, of all of its GPUs."""
+    peak = rate = 0.0
+    for costs, devices in model.on(plan):
+        gpu = costs.cluster.gpu
+        form = get_format(plan.weight_format)
+        dtype = (form.computed(gpu.supports) or form).hardware_dtype
+        peak += devices * gpu.peak_flops_per_s(dtype or gpu.half_dtype)
+        rate += devices * gpu.memory_bytes_per_s
+    return peak, rate
 
 
 def idle_w(costs: CostModel, plan: Plan) -> float:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from apex_opt.studies.explain import Comparison, Diagnosed, Explanation
 
 _TERMS_SHOWN: Final = 12
+_DERIVED: Final = "derived: what each operation asks of each resource by the tables; the busiest one alone and the host"
+_RESOURCES: Final = ("compute", "memory", "network", "host")
 _PROOFS: Final = {
     "constraints": "by the constraints, before anything is simulated",
     "bound": "by a lower bound of every plan",
@@ -55,6 +57,8 @@ def explanation_document(problem: Problem, found: Explanation, provenance: dict[
 
     kinds, compared = (studied.Explained, studied.MixedExplained), found.comparison
     more = why_document(found) | {"comparison": None if compared is None else _comparison(compared)}
+    if not problem.several:
+        more["head_room"] = [of(studied.HeadRoomFacts, one, source=_DERIVED) for one in found.head_room]
     return answer_document("explain", problem, found.answer, provenance, kinds=kinds, **more)
 
 
@@ -144,6 +148,8 @@ def _page(console: Console, document: Document) -> None:
         )
     if document["comparison"] is not None:
         _compared(console, document)
+    if document.get("head_room"):
+        _head_room(console, document)
     if document["best"] is not None:
         provenance_table(console, document["provenance"])
 
@@ -155,6 +161,21 @@ def _compared_shapes(document: Document) -> str:
     told = [f"{count(part['space'], NOUNS[shape])} ({of_types(shape, part['types'])})" for shape, part in shapes]
     why = " None fits; why is told of each type alone, as what gives one of them a plan gives one to the whole."
     return f"Compared were {', '.join(told[:-1])} and {told[-1]}.{why if document['clashes'] else ''}"
+
+
+def _head_room(console: Console, document: Document) -> None:
+    """What overlap could give the best plan at best."""
+    rows = [
+        (
+            one["kind"] if one["kind"] == "prompts" else "answers alone",
+            f"{one['batches']:,}",
+            *(seconds(one[f"{name}_s"]) for name in ("batch", *_RESOURCES, "least")),
+            f"{one['gain']:.0%}",
+        )
+        for one in document["head_room"]
+    ]
+    heads = ("batches with", "how many", "time", *_RESOURCES, "at best", "saved")
+    table(console, "Head-room of overlap, mean batch of the best plan (derived)", heads, rows, left={0})
 
 
 def why_not(console: Console, document: Document) -> None:

@@ -40,6 +40,33 @@ class ComparedPlan(Described):
     lies: tuple[types.Lies, ...]
 
 
+class HeadRoomFacts(Described):
+    """What the mean batch of one kind takes on the mean stage, and what it asks of each resource, in seconds.
+
+    Parameters
+    ----------
+    kind : "answers" alone, or "prompts", with or without answers
+    batches : how many there were, of all replicas
+    batch_s : what it takes, one operation after the other
+    compute_s, memory_s, network_s : asked of arithmetic, of memory and of links
+    host_s : the engine's own time, which stays
+    least_s : what it would take if the busiest resource alone counted
+    gain : share of its time that this saves
+    source : derived: that of the figures
+    """
+
+    kind: str
+    batches: int
+    batch_s: float
+    compute_s: float
+    memory_s: float
+    network_s: float
+    host_s: float
+    least_s: float
+    gain: float
+    source: str
+
+
 class Explained(types.Searched, types.OnOneType, types.WhyNot):
     """Why there is no plan and what would give one, or why a plan loses to the best."""
 
@@ -48,6 +75,7 @@ class Explained(types.Searched, types.OnOneType, types.WhyNot):
 
     schema: Literal["apex_opt.explanation/2"] = "apex_opt.explanation/2"
     comparison: ComparedPlan | None
+    head_room: tuple[HeadRoomFacts, ...] = ()
 
 
 class MixedExplained(types.Searched, types.OnSeveralTypes, types.WhyNot):

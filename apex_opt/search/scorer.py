@@ -13,6 +13,7 @@ import numpy as np
 
 from apex_opt.cost import account, idle_w, limit_w
 from apex_opt.cost.handover import reading_j
+from apex_opt.cost.head_room import head_room
 from apex_opt.cost.moving import MOVING, moving
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.cost import PlanCost
+    from apex_opt.cost.head_room import HeadRoom
     from apex_opt.figures.run import Run
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.deployment import Deployment, Pool
@@ -335,6 +337,14 @@ class Scorer:
         assert outcome is not None  # nothing to cut it short
         (pool,) = deployment.pools
         return outcome, self.facts_of(pool).plan_cost(pool.plan)
+
+    def head_room(self, deployment: Deployment) -> tuple[HeadRoom, ...]:
+        """What the overlap of arithmetic, memory and network could give a deployment of one pool at best."""
+        outcome = self.run(deployment)
+        assert outcome is not None  # nothing to cut it short
+        (pool,), (did,) = deployment.pools, outcome.pools
+        facts = self.facts_of(pool)
+        return head_room(pool.plan, facts.plan_cost(pool.plan), facts.costs, did.counts, did.shared)
 
     def weight(self, pool: Pool, facts: Facts) -> int:
         """Tokens per second of a pool at full batches, by which requests are dealt."""

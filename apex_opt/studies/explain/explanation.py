@@ -13,6 +13,7 @@ from apex_opt.studies.explain.relaxations import Tried, relax
 from apex_opt.studies.explain.solving import Work
 
 if TYPE_CHECKING:
+    from apex_opt.cost.head_room import HeadRoom
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Answer
     from apex_opt.search.problem import Problem
@@ -52,6 +53,8 @@ class Explanation:
     diagnosed: tuple[Diagnosed, ...] = ()
     time_limit_s: float = TIME_LIMIT_S
     comparison: Comparison | None = None
+    head_room: tuple[HeadRoom, ...] = ()
+    """What overlap could give the best plan, by kind of batches; of several pools it is not told."""
 
     @property
     def clashes(self) -> tuple[Clash, ...]:
@@ -96,7 +99,8 @@ def explain(
     answer = search(problem, formulation, progress, time_limit_s=time_limit_s, scorer=scorer)
     comparison = None if deployment is None else compare(problem, deployment, answer.best, progress)
     found = explained(problem, answer, formulation, progress, time_limit_s, scorer)
-    return replace(found, comparison=comparison)
+    room = () if answer.best is None or problem.several else scorer.head_room(answer.best.deployment)
+    return replace(found, comparison=comparison, head_room=room)
 
 
 def explained(
