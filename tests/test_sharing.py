@@ -80,6 +80,11 @@ def test_what_does_not_go_with_them_is_told_in_a_line(given: dict[str, Any], why
         resolve(asked(**given))
 
 
+def test_requests_do_not_move_between_replicas_whose_phases_share_gpus() -> None:
+    with pytest.raises(UsageError, match="rescheduling"):
+        resolve_plan("dp2 share=pdmux", simulated(engine="sglang", cluster="2xh100-sxm", rescheduling="llumnix"))
+
+
 def test_commands_that_are_not_asked_of_them_say_so() -> None:
     ask = CapacityAsk(model="llama-3.1-8b", slo="ttft_p95<=1s", serving="shared")
     with pytest.raises(UsageError, match="capacity is of replicas whose batches hold both phases"):
