@@ -42,7 +42,6 @@ def check_shared(ask: Ask, trace: Trace) -> None:
         ("--speculation", ask.speculation, "none"),
         ("--routing", ask.routing, "round_robin"),
         ("--prefix_caching", bool(ask.prefix_caching), False),
-        ("--rescheduling", getattr(ask, "rescheduling", None), None),
     ):
         if given != usual:
             raise UsageError(f"--serving=shared: it is simulated without {name}; leave one out")

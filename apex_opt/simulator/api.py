@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.law import BatchLaw
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-    from apex_opt.simulator.phases import Multiplexing, PhasedOutcome, Phases
+    from apex_opt.simulator.phases import DynamicPhases, Multiplexing, PhasedOutcome, Phases
     from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
@@ -311,7 +311,7 @@ def run_disaggregated(
     return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
 
 
-def run_phases(pool: EnginePool, phases: Phases | Multiplexing, trace: Trace) -> PhasedOutcome:
+def run_phases(pool: EnginePool, phases: Phases | DynamicPhases | Multiplexing, trace: Trace) -> PhasedOutcome:
     """Serve a trace on replicas that compute prompts and answers side by side, each with a share of their GPUs.
 
     Request i goes to replica i mod R. Simulated by the reference.
@@ -320,7 +320,8 @@ def run_phases(pool: EnginePool, phases: Phases | Multiplexing, trace: Trace) ->
     ----------
     pool : EnginePool    of one stage and one scheduler, without prefix caching, drafts and kinds of layers; its law is
                          of whole GPUs, and both phases take from its blocks
-    phases : Phases or Multiplexing    the shares; multiplexed ones go with SGLang's scheduler and whole prompts
+    phases : Phases, DynamicPhases or Multiplexing
+        the shares; dynamic ones follow the load, and multiplexed ones go with SGLang's scheduler and whole prompts
     trace : Trace        open arrivals
 
     Returns
@@ -339,10 +340,12 @@ def run_phases(pool: EnginePool, phases: Phases | Multiplexing, trace: Trace) ->
     if len(pool.laws) > 1 or pool.ranks is not None:
         raise UsageError("phases share the GPUs of one stage with one scheduler")
     _check_pool(pool, trace)
-    from apex_opt.simulator.phases import Multiplexing
-    from apex_opt.simulator.reference import multiplexing, shared
+    from apex_opt.simulator.phases import DynamicPhases, Multiplexing
+    from apex_opt.simulator.reference import dynamic_phases, multiplexing, shared
     from apex_opt.simulator.reference import phases as loops
 
+    if isinstance(phases, DynamicPhases):
+        return shared.serve(pool, trace, lambda mine: dynamic_phases.DynamicReplica(pool, phases, mine))
     if not isinstance(phases, Multiplexing):
         return shared.serve(pool, trace, lambda mine: loops.PhasesReplica(pool, phases, mine))
     if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:

@@ -11,7 +11,7 @@ of Llama3-8B on ShareGPT, 0.6284 / y + 0.3818.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from apex_opt.errors import UsageError
@@ -74,6 +74,46 @@ class Phases:
         return (Paces(_factor("prefill", self.prefill_share, total), _factor("decode", self.decode_share, total)),)
 
 
+def _check_whole(name: str, value: object, most: int) -> None:
+    """Refuse what is no whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise UsageError(f"dynamic shares: {name} {value} is not a whole number from 1 to {most}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicPhases:
+    """Shares that follow the load, by the rule of semi-PD's paper; simulated by the reference, and no choice of a plan.
+
+    Parameters
+    ----------
+    start : Phases             the shares at first
+    ttft_ns, tpot_ns : int     goals of the time to the first token and between later ones
+    percentile : float         of the requests and tokens of a window that is held against them
+    window_ns : int            from one look to the next
+    step : int                 per cent of the GPU by which a share is raised at a time
+    most_steps : int           steps after one window at most
+
+    Raises
+    ------
+    UsageError    a number that is not in its range
+    """
+
+    start: Phases
+    ttft_ns: int
+    tpot_ns: int
+    percentile: float = 90.0
+    window_ns: int = 5_000_000_000
+    step: int = 10
+    most_steps: int = 3
+
+    def __post_init__(self) -> None:
+        for name, most in (("ttft_ns", 1 << 62), ("tpot_ns", 1 << 62), ("window_ns", 1 << 62), ("step", 50)):
+            _check_whole(name, getattr(self, name), most)
+        _check_whole("most_steps", self.most_steps, 100)
+        if not 0 < self.percentile <= 100:
+            raise UsageError(f"dynamic shares: percentile {self.percentile} is not above 0 and at most 100")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Multiplexing:
     """SGLang's multiplexing: a GPU is divided while both phases are at work, and whole for one that is alone.
@@ -119,9 +159,11 @@ class PhasedOutcome(Outcome):
     prompts, answers : list of Step    batches of either phase, replica by replica; none where batches are not told
     most_blocks : int                  most KV blocks of a replica in use at once
     held : int                         those in use at the end
+    switches : list of (replica, time, share of prompts, share of answers)    where shares follow the load
     """
 
     prompts: list[Step]
     answers: list[Step]
     most_blocks: int
     held: int
+    switches: list[tuple[int, int, int, int]] = field(default_factory=list)

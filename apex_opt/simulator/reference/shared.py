@@ -93,4 +93,5 @@ def serve(pool: EnginePool, trace: Trace, replica: Callable[[Trace], Replica]) -
         answers=answers,
         most_blocks=max(one.most_blocks for one in found),
         held=sum(one.held for one in found),
+        switches=[(place, *switch) for place, one in enumerate(found) for switch in getattr(one, "switches", ())],
     )
