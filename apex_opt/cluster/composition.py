@@ -15,7 +15,7 @@ from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster, Gpu, Link
 from apex_opt.cluster.uniform import LATENCY_US, LINK_GB_PER_S, catalogued, gpu_name, list_gpus, read_gpu
 from apex_opt.errors import InputError, UnknownNameError, UsageError, join_faults
-from apex_opt.units import GB, GIB, MIB, TERA
+from apex_opt.units import GB, GIB, MIB, TERA, add_up
 
 _FOLDER: Final = Path(__file__).with_name("presets")
 
@@ -159,7 +159,7 @@ class Composition:
         """All links of a leaf to the spine switches, as one."""
         ratio = self.network.oversubscription
         return Link(
-            bytes_per_s=sum(port.bytes_per_s for port in ports) / ratio,
+            bytes_per_s=add_up(port.bytes_per_s for port in ports) / ratio,
             latency_s=self.network.latency_s,
             kind="ethernet" if any(port.kind == "ethernet" for port in ports) else "infiniband",
             source=f"ports below the leaf, {ratio:g}:1",

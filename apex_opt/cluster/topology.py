@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, UnknownNameError, UsageError
+from apex_opt.units import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -173,7 +174,7 @@ class Topology:
 
     def latency(self, a: str, b: str) -> float:
         """Seconds until the first byte arrives."""
-        return sum(link.latency_s for link in self.path(a, b))
+        return add_up(link.latency_s for link in self.path(a, b))
 
     def shared(self, transfers: Sequence[tuple[str, str]]) -> tuple[float, ...]:
         """Bytes per second of each of several transfers at once.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.cluster.composition import Composition
 from apex_opt.errors import UsageError
+from apex_opt.units import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -409,7 +410,7 @@ class _Network:
         """Bytes per second from the switches of a leaf to the spine."""
         per_leaf = self.network.nodes_per_leaf or len(self.kinds)
         rates = [self._port_rate(kind) for kind in self.kinds[leaf * per_leaf : (leaf + 1) * per_leaf]]
-        return sum(rates) / self.network.oversubscription
+        return add_up(rates) / self.network.oversubscription
 
     def _port_rate(self, kind: int) -> float:
         """Bytes per second of all NICs of a node."""
@@ -453,7 +454,7 @@ def worst(topology: Topology, pairs: Iterable[tuple[str, str]]) -> Link:
     links = []
     for pair in pairs:
         path = topology.path(*pair)
-        links.append(replace(slowest(path), latency_s=sum(link.latency_s for link in path)))
+        links.append(replace(slowest(path), latency_s=add_up(link.latency_s for link in path)))
     return slowest(links)
 
 

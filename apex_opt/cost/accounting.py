@@ -9,7 +9,7 @@ import numpy as np
 
 from apex_opt.cost.tables import seen
 from apex_opt.ir.formats import get_format
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_S, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,7 +117,7 @@ def account(
         spent = done.times * float(done.used @ done.work.seconds[done.entry])
         spent /= done.copies * plan.stages * plan.replicas
         seconds[done.operation] = seconds.get(done.operation, 0.0) + spent
-    seconds["idle"] = max(0.0, makespan_s - sum(seconds.values()))
+    seconds["idle"] = max(0.0, makespan_s - add_up(seconds.values()))
     run_s, (peak, rate) = max(makespan_s, 1e-12), rates_of(plan, model)
     idle_j = idle_w(model, plan) * makespan_s
     return Usage(
@@ -143,12 +143,12 @@ def rates_of(plan: Plan, model: CostModel) -> tuple[float, float]:
 
 def idle_w(costs: CostModel, plan: Plan) -> float:
     """Watts that the GPUs of a plan draw at least."""
-    return sum(model.profile.power.idle_w * gpus for model, gpus in costs.on(plan))
+    return add_up(model.profile.power.idle_w * gpus for model, gpus in costs.on(plan))
 
 
 def limit_w(costs: CostModel, plan: Plan) -> float:
     """Watts that the GPUs of a plan may draw."""
-    return sum(model.profile.power.limit_w * gpus for model, gpus in costs.on(plan))
+    return add_up(model.profile.power.limit_w * gpus for model, gpus in costs.on(plan))
 
 
 def law_counts(counts: BatchCounts, windows: tuple[Window, ...] = ()) -> dict[str, NDArray[np.int64]]:

@@ -13,7 +13,7 @@ from apex_opt.report.expected import expected_document
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
 from apex_opt.schema import of
-from apex_opt.units import NS_PER_MS
+from apex_opt.units import NS_PER_MS, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -226,7 +226,7 @@ def metrics_document(problem: Problem, run: Scored) -> types.Metrics:
             )
             for slo in problem.slos
         },
-        idle_energy_j=sum(use.usage.idle_energy_j for use in run.pools),
+        idle_energy_j=add_up(use.usage.idle_energy_j for use in run.pools),
         mean_power_w=metrics.value("energy") / metrics.value("makespan"),
         preemptions=sum(use.preemptions for use in run.pools),
         batches=sum(use.batches for use in run.pools),

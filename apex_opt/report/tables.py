@@ -24,7 +24,7 @@ from apex_opt.report.layout import (
     table,
 )
 from apex_opt.report.robust import robust_section
-from apex_opt.units import GB, GIB, TERA
+from apex_opt.units import GB, GIB, TERA, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -333,11 +333,11 @@ def memory_table(console: Console, title: str, stages: Sequence[Document]) -> No
 
 def _operations(console: Console, operations: Document) -> None:
     """Time by operation, longest first; what is too short to list together; idle last and always."""
-    total = sum(operations.values()) or 1.0
+    total = add_up(operations.values()) or 1.0
     busy = [item for item in operations.items() if item[0] != "idle"]
     shown = busy[:_OPERATIONS_SHOWN]
     if len(busy) > len(shown):
-        shown.append(("other", sum(spent for _, spent in busy[len(shown) :])))
+        shown.append(("other", add_up(spent for _, spent in busy[len(shown) :])))
     shown.append(("idle", operations["idle"]))
     rows = [(name, seconds(spent), f"{spent / total:.1%}", "#" * round(_BAR * spent / total)) for name, spent in shown]
     table(console, "Time by operation, mean per GPU", ("", "time", "share", ""), rows, left={0, 3}, kept=range(3))

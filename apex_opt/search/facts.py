@@ -22,7 +22,7 @@ from apex_opt.search.bounds.load import Load, replicas_with_room
 from apex_opt.search.bounds.phases import WHOLE, Side
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.simulator.phases import SCALE, Multiplexing, Phases
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_S, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -127,7 +127,7 @@ class Facts:
             return None if price is None else price * plan.devices
         parts = [(prices[name], stages) for name, stages in plan.on]
         stage = plan.replicas * plan.stage_devices
-        return None if any(price is None for price, _ in parts) else sum(p * n for p, n in parts if p) * stage
+        return None if any(price is None for price, _ in parts) else add_up(p * n for p, n in parts if p) * stage
 
     def least_cost(self, plan: Plan) -> Least:
         """What a batch takes at least on all stages together, however the layers are split."""

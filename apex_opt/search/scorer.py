@@ -31,7 +31,7 @@ from apex_opt.search.shapes.pipeline import faults, joined
 from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome
 from apex_opt.simulator.transient import Transient
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_S, add_up
 from apex_opt.workload.trace import PRIORITIES
 
 if TYPE_CHECKING:
@@ -279,8 +279,8 @@ class Scorer:
                     batches=did.batches,
                 )
             )
-        costs = None if None in prices else sum(price for price in prices if price is not None)
-        figures = self.as_run(outcome, joules=sum(use.usage.energy_j for use in uses), cost_per_h=costs)
+        costs = None if None in prices else add_up(price for price in prices if price is not None)
+        figures = self.as_run(outcome, joules=add_up(use.usage.energy_j for use in uses), cost_per_h=costs)
         metrics = measure(figures, problem.goals, percentiles=problem.percentiles, cached_tokens=outcome.cached_tokens)
         return Scored(
             pools=tuple(uses),
@@ -374,17 +374,17 @@ class Scorer:
         draws = [[watts(one.costs, pool.plan) for watts in (idle_w, limit_w)] for pool, one, _ in every]
         least_j = 0.0
         if problem.asks_gpus:
-            least_j = sum(one.token_j(pool.plan) * int(computed[mine].sum()) for pool, one, mine in every)
+            least_j = add_up(one.token_j(pool.plan) * int(computed[mine].sum()) for pool, one, mine in every)
         known = StopFacts(
             requests=len(generated),
             decoding=int((generated > 1).sum()),
             output_tokens=int(generated.sum()),
             request_s=self.outside_ns / NS_PER_S,
             least_j=least_j * (1 - ROUNDING),
-            idle_w=sum(idle for idle, _ in draws),
+            idle_w=add_up(idle for idle, _ in draws),
             # Least where one of them draws all it may and the others idle.
-            limit_w=sum(idle for idle, _ in draws) + min(limit - idle for idle, limit in draws),
-            cost_per_h=None if None in prices else sum(price for price in prices if price is not None),
+            limit_w=add_up(idle for idle, _ in draws) + min(limit - idle for idle, limit in draws),
+            cost_per_h=None if None in prices else add_up(price for price in prices if price is not None),
         )
         stops: list[Stop] = []
         for goal in problem.goals:

@@ -17,6 +17,7 @@ from apex_opt.search.ledger import Ledger
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import Tree, rank, silent
 from apex_opt.search.space import check_lengths
+from apex_opt.units import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -63,7 +64,7 @@ class Unbeaten(Incumbent):
     def order(self, bound: Costs) -> Costs:
         """Early by every objective first: what is so rules most of the others out."""
         self._scales = self._scales or tuple(abs(cost) or 1.0 for cost in bound)
-        return (sum(cost / scale for cost, scale in zip(bound, self._scales, strict=True)), *bound)
+        return (add_up(cost / scale for cost, scale in zip(bound, self._scales, strict=True)), *bound)
 
     def admits(self, bound: Costs, part: Part) -> bool:
         return not any(dominates(one, bound) for one in self._found)

@@ -18,7 +18,7 @@ import numpy as np
 from apex_opt.figures.run import Run
 from apex_opt.search.dealing import dealt, most_pools
 from apex_opt.search.ledger import ROUNDING
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_S, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,8 +66,8 @@ class Help:
             whole_ns=np.minimum.reduce([option.first_ns + option.rest_ns for option in every]),
             batch_ns=min(option.batch_ns for option in every),
             token_j=min(option.token_j for option in every),
-            idle_w=sum(min(option.idle_w for option in options) for options in pools),
-            cost_per_h=sum(min(option.cost_per_h for option in options) for options in pools),
+            idle_w=add_up(min(option.idle_w for option in options) for options in pools),
+            cost_per_h=add_up(min(option.cost_per_h for option in options) for options in pools),
             spare_w=min(option.limit_w - option.idle_w for option in every),
         )
 
@@ -124,7 +124,7 @@ class Compose:
             served &= mine.any(axis=1)
         run = self._run(first, rest, None, load_s, gaps, rows_of(deployments, "batch_ns"))
         idle_w, limit_w = rows_of(deployments, "idle_w"), rows_of(deployments, "limit_w")
-        prices = np.array([sum(option.cost_per_h for option in one) for one in deployments])
+        prices = np.array([add_up(option.cost_per_h for option in one) for one in deployments])
         return self._costing(run, above_j, idle_w, limit_w, prices), served
 
     def with_help(self, deployments: Sequence[tuple[Option, ...]], help_: Help) -> Run:

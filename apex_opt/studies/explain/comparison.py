@@ -12,6 +12,7 @@ from apex_opt.placement import lies
 from apex_opt.search.answer import misses
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import judge
+from apex_opt.units import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +99,7 @@ def differences(runs: Sequence[tuple[Scorer, Scored]]) -> tuple[Term, ...]:
     terms = []
     for part, unit in _UNITS.items():
         found = [by_part[part] for by_part in parts]
-        whole = max(sum(one.values()) for one in found) or 1.0
+        whole = max(add_up(one.values()) for one in found) or 1.0
         for name in dict.fromkeys(name for one in found for name in one):
             values = tuple(one.get(name, 0.0) for one in found)
             if len(set(values)) > 1:
@@ -131,7 +132,7 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
         least = statistic(scorer.facts_of(use.pool).alone(use.pool.plan), timed("first"), "mean")[0]
         alone += use.requests / requests * float(least)
     first, whole = (run.metrics.value(timed(time).name, "mean") for time in ("first", "whole"))
-    idle_j = sum(use.usage.idle_energy_j for use in run.pools)
+    idle_j = add_up(use.usage.idle_energy_j for use in run.pools)
     return {
         "time per GPU": operations,
         "mean latency": {
@@ -139,6 +140,6 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
             "first token, waiting and sharing batches": max(first - alone, 0.0),
             "later tokens": whole - first,
         },
-        "energy": {"idle draw": idle_j, "operations": sum(use.usage.energy_j for use in run.pools) - idle_j},
+        "energy": {"idle draw": idle_j, "operations": add_up(use.usage.energy_j for use in run.pools) - idle_j},
         "memory per GPU": memory,
     }
