@@ -8,12 +8,14 @@ from doc_cases import ROOT, blocks_of, shown_and_printed, solve, words_of
 from apex_opt.plans.routing import ROUTINGS
 
 TEXT = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
-(_, SHOWN), (_, CHOSEN) = blocks_of(TEXT)
+(_, SHOWN), (_, CHOSEN), (_, TALKS) = blocks_of(TEXT)
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
-FIGURES = [row for row in ROWS if len(row) == 6]
+HEAD = "`--routing`"
+FIGURED = [row for row in ROWS if len(row) == 6]
+FIGURES, TURNS = FIGURED[1 : len(ROUTINGS) + 1], FIGURED[len(ROUTINGS) + 2 :]
 
 
-@pytest.mark.parametrize("body", [SHOWN, CHOSEN])
+@pytest.mark.parametrize("body", [SHOWN, CHOSEN, TALKS])
 def test_the_output_shown_is_the_output_printed(body: str) -> None:
     shown, printed = shown_and_printed(body)
     assert shown in printed
@@ -29,13 +31,13 @@ def test_with_one_router_another_plan_is_best_than_with_a_choice() -> None:
 
 def test_every_router_has_its_rule_and_its_figures() -> None:
     routers = {f"`{name}`" for name in ROUTINGS}
-    assert {row[0] for row in ROWS if len(row) == 2 and row[0] != "`--routing`"} == routers
-    assert {row[0] for row in FIGURES if row[0] != "`--routing`"} == routers
+    assert {row[0] for row in ROWS if len(row) == 2 and row[0] != HEAD} == routers
+    assert {row[0] for row in FIGURES} == routers
 
 
-@pytest.mark.parametrize("row", [row for row in FIGURES if row[0] != "`--routing`"], ids=lambda row: row[0])
-def test_its_figures_are_those_printed(row: list[str]) -> None:
-    words = words_of(SHOWN.splitlines()[0])
+@pytest.mark.parametrize(("body", "row"), [*((SHOWN, row) for row in FIGURES), *((TALKS, row) for row in TURNS)])
+def test_its_figures_are_those_printed(body: str, row: list[str]) -> None:
+    words = words_of(body.splitlines()[0])
     assert words is not None
     name, found, mean, e2e, ttft, energy = row
     lines = solve([*words[:-1], name.strip("`")]).out.splitlines()

@@ -522,6 +522,21 @@ def test_a_router_that_a_plan_names_deals_as_it_does_where_it_is_asked_for() -> 
         assert named.metrics == asked.metrics
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_where_turns_wait_for_answers_the_best_is_that_of_simulating_everything(seed: int) -> None:
+    trace = load_trace(
+        "poisson:rate=400,n=24,prompt=uniform(5,200),output=uniform(1,20),turns=4,delay_ms=uniform(1,9)", seed=seed
+    )
+    problem = make_problem(make_model((dense(hidden=1024, columns=4096), 4)), make_cluster(3), trace)
+    problem = replace(problem, routings=("round_robin", "session"), objective=load_objective(NAMES[seed]))
+    answer = search(problem, SPACE, top=3)
+    check_best(problem, answer, every(problem), 3)
+    check_counts(problem, answer)
+
+
+NAMES = ("ttft_p95", "makespan", "energy")
+
+
 # ---- one given plan ---------------------------------------------------------------------------------------------
 
 

@@ -252,3 +252,32 @@ def test_a_share_of_the_requests_is_of_high_priority_and_nothing_else_changes() 
     assert all((getattr(plain, name) == getattr(some, name)).all() for name in ("arrival_ns", "prompt", "output"))
     with pytest.raises(UsageError, match="priority must be a number from 0 to 1"):
         describe_trace(f"{spec},priority=2")
+
+
+def test_turns_begin_with_all_that_was_said_before_and_wait_for_it() -> None:
+    trace = describe_trace(
+        "poisson:rate=2,n=60,prompt=uniform(1,60),output=exponential(20),turns=uniform(1,6),delay_ms=exponential(3000)"
+    )
+    assert len(trace) == 60
+    assert trace.delay_ns is not None and trace.content is not None and trace.content_starts is not None
+    before = trace.before
+    waits = trace.delay_ns >= 0
+    assert (waits == (before >= 0)).all() and waits.sum() > 20
+    pieces = np.split(trace.content, trace.content_starts[1:-1])
+    for row in np.flatnonzero(waits).tolist():
+        last = int(before[row])
+        new = trace.prompt[row] - trace.prompt[last] - trace.output[last]
+        assert 1 <= new <= 60
+        whole = trace.prompt[last] // 16
+        assert (pieces[row][:whole] == pieces[last][:whole]).all()
+        assert not set(pieces[row][whole:]) & set(pieces[last])
+        assert trace.arrival_ns[row] == trace.arrival_ns[last] + trace.delay_ns[row]
+    firsts = [set(pieces[row]) for row in np.flatnonzero(~waits).tolist()]
+    assert sum(map(len, firsts)) == len(set.union(*firsts))
+    for spec, told in (
+        ("static:n=4,delay_ms=5", "give turns= too"),
+        ("closed:concurrency=2,n=4,turns=2", "turns= goes with arrivals"),
+        ("static:n=4,turns=2,prefix=(16,2)", "turns= goes with arrivals, and without prefix="),
+    ):
+        with pytest.raises(UsageError, match=told):
+            describe_trace(spec)

@@ -61,7 +61,7 @@ SPLITWISE = [(0, 374, 44), (4_500_000_000, 396, 109)]
             "aiperf-session.jsonl",
             [(0, 300, 40), (50_000_000, 120, 60), (S // 2, 250, 20)],
             0,
-            "1 of 3 requests wait for the answer before (delay), whose time the file does not have",
+            "1 of 3 requests wait for the answer before (delay); prompts are as long as the file says",
         ),
         (
             "burstgpt.csv",

@@ -177,7 +177,8 @@ class Facts:
         run = self.alone(plan, movable=alike.movable)
         room, load = self._load(plan, alike)
         if load is not None and counts.min() < room * (1 + ROUNDING):
-            closed = problem.trace.concurrency is not None
+            # When requests come that wait for answers is not known.
+            closed = problem.trace.concurrency is not None or problem.trace.delay_ns is not None
             makespan_s = np.maximum(run.makespan_s, load.total_s / counts + request_s)
             run = run.loaded(makespan_s, {} if closed else load.least_s(counts, request_s))
         else:

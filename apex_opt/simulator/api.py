@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from apex_opt.plans.routing import check_routing
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.pools import EnginePool, shares
+from apex_opt.simulator.turns import after_answers
 from apex_opt.units import NS_PER_S, ceil_div
 
 if TYPE_CHECKING:
@@ -209,7 +211,8 @@ def run_deployment(
         pool; see `simulate`
     rescheduling : Rescheduling or None    how requests are dealt and move between replicas of one pool; simulated by
         the reference, and in place of a routing
-    log, gaps, stops, floors, content, implementation : as for `simulate`, of the whole deployment
+    log, gaps, stops, floors, content, implementation : as for `simulate`, of the whole deployment; where requests wait
+        for answers no run ends early, and what tokens are is what the trace says
 
     Returns
     -------
@@ -219,6 +222,19 @@ def run_deployment(
     ------
     CapacityError, UsageError
     """
+    if trace.delay_ns is not None:
+        limits = {"clients": clients, "routing": routing, "log": log, "gaps": gaps, "implementation": implementation}
+        return after_answers(
+            trace,
+            pools[0].settings.max_model_len,
+            lambda coming, order: run_deployment(
+                pools,
+                coming,
+                assigned=None if assigned is None else assigned[order],
+                rescheduling=rescheduling,
+                **limits,  # type: ignore[arg-type]
+            ),
+        )
     each = [routing] * len(pools) if isinstance(routing, str) else [*routing]
     for name in each:
         check_routing(name)
@@ -276,6 +292,11 @@ def run_disaggregated(
     ------
     CapacityError, UsageError
     """
+    if trace.delay_ns is not None:
+        served = partial(
+            run_disaggregated, prefill, decode, handover, log=log, gaps=gaps, implementation=implementation
+        )
+        return after_answers(trace, decode.settings.max_model_len, lambda coming, _: served(coming))
     if trace.concurrency is not None:
         raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
@@ -335,6 +356,8 @@ def run_phases(pool: EnginePool, phases: Phases | DynamicPhases | Multiplexing, 
     settings = pool.settings
     if trace.concurrency is not None:
         raise UsageError("phases that share a GPU take open arrivals, not a closed loop of clients")
+    if trace.delay_ns is not None:
+        raise UsageError("phases that share a GPU take requests that wait for no answers; leave delay_ms out")
     if settings.prefix_caching or settings.kv_groups or settings.speculation is not None:
         raise UsageError("phases share a GPU without prefix caching, drafts and kinds of layers; leave these out")
     if len(pool.laws) > 1 or pool.ranks is not None:

@@ -209,7 +209,7 @@ class _Study:
         """Whether times that are off in common change more than all figures alike: something is not in these times."""
         problem = self._problem
         clients = problem.trace.arrival_ns
-        waits = problem.trace.pause_ns > 0 or int(clients[-1]) > int(clients[0])
+        waits = problem.trace.pause_ns > 0 or problem.trace.delay_ns is not None or int(clients[-1]) > int(clients[0])
         return waits or any(_scale(goal.figure, 2.0) != 1 for goal in problem.slos)
 
     def _turn(self, times: Times, lost: Callable[[float], Loss | None], *, slower: bool) -> Turn:

@@ -307,7 +307,10 @@ class Collector:
             )
             stated = np.maximum(stated, output)
         timed = bool(self._arrival) and not (np.concatenate(self._arrival) == NONE).all()
-        arrival = self._arrivals(every) if timed else np.zeros(self.rows, np.int64)
+        delay = None
+        arrival = np.zeros(self.rows, np.int64)
+        if timed:
+            arrival, delay = self._arrivals(every)
         if not timed and self._waits:
             every.append(
                 f"waits after the answer before ({self.layout.delay}) are left out of account, as the file does not "
@@ -325,11 +328,12 @@ class Collector:
             media=media_of(prompt, np.concatenate(self._images), self._audio_s),
             session=np.concatenate(self._session) if self._session else None,
             priority=np.concatenate(self._priority) if self._priority else None,
+            delay_ns=delay,
         )
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 
-    def _arrivals(self, notes: list[str]) -> Ints:
-        """Arrivals in nanoseconds; from the earliest where they are dates or count from another age."""
+    def _arrivals(self, notes: list[str]) -> tuple[Ints, Ints | None]:
+        """Arrivals in nanoseconds, and waits; from the earliest where they are dates or count from another age."""
         arrival = np.concatenate(self._arrival)
         given = arrival != NONE
         first, last = int(arrival[given].min()), int(arrival[given].max())
@@ -347,8 +351,13 @@ class Collector:
         if given.all():
             if session is not None:
                 self._turns(session, notes)
-            return arrival
-        return self._after_waits(arrival, session, notes)
+            return arrival, None
+        waited = int((~given).sum())
+        notes.append(
+            f"{waited:,} of {given.size:,} requests wait for the answer before ({self._called(self.layout.delay)}); "
+            "prompts are as long as the file says"
+        )
+        return self._after_waits(arrival, session)
 
     def _turns(self, session: Ints, notes: list[str]) -> None:
         later = session.size - len(np.unique(session))
@@ -358,12 +367,11 @@ class Collector:
                 "arrive when the file says, whenever the answer before them comes"
             )
 
-    def _after_waits(self, arrival: Ints, session: Ints | None, notes: list[str]) -> Ints:
-        """Arrivals of turns that follow an answer, as if that came at once."""
+    def _after_waits(self, arrival: Ints, session: Ints | None) -> tuple[Ints, Ints]:
+        """The earliest arrivals of turns that follow an answer, as if that came at once, and how long each waits."""
         delay, places = np.concatenate(self._delay), np.concatenate(self._places)
         before: dict[int, int] = {}
         times = arrival.tolist()
-        waited = 0
         numbers = range(len(times)) if session is None else session.tolist()
         for index, (number, time, wait) in enumerate(zip(numbers, times, delay.tolist(), strict=True)):
             if time == NONE:
@@ -375,15 +383,9 @@ class Collector:
                     )
                     continue
                 times[index] = before[number] + wait
-                waited += 1
             before[number] = times[index]
         if self.faults.found:
             raise self.faults.error()
-        notes.append(
-            f"{waited:,} of {len(times):,} requests wait for the answer before ({self.layout.delay}), whose time the "
-            "file does not have: it is taken to come at once, so that they arrive sooner than they would; prompts are "
-            "as long as the file says"
-        )
         if max(times) > MAX_ARRIVAL_NS:
             raise InputError(f"{self.label}: with all waits the last request arrives after 73 years")
-        return np.array(times, np.int64)
+        return np.array(times, np.int64), np.where(arrival == NONE, delay, -1)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apex_opt.errors import UnknownNameError, UsageError, shown
-from apex_opt.units import NS_PER_S
+from apex_opt.units import NS_PER_MS, NS_PER_S
 from apex_opt.workload.trace import (
     MAX_ARRIVAL_NS,
     MAX_REQUESTS,
@@ -92,7 +92,7 @@ _LAWS: Final = {
 }
 
 
-_OPTIONAL: Final = ("max_new_tokens", "image_tokens", "audio_s", "prefix", "priority", "seed")
+_OPTIONAL: Final = ("max_new_tokens", "image_tokens", "audio_s", "prefix", "priority", "turns", "delay_ms", "seed")
 
 
 def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = None) -> Trace:
@@ -120,6 +120,10 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     its group.
 
     priority is the share of requests that are of high priority, drawn for each.
+
+    turns (a whole number or a law) makes sessions of so many requests: the arrivals are those of their first ones, each
+    later one comes delay_ms (a whole number or a law, 0) after the answer before, and its prompt is all that was said
+    before and prompt tokens more. The last session may end early, so that there are n requests.
 
     `changed` takes the place of keys of the description, such as {"rate": "20"}.
 
@@ -154,8 +158,8 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     n = int(ask.number("n", values["n"], (1, MAX_REQUESTS), whole=True))
     seed_text = values.get("seed", shown(seed))
     used_seed = int(ask.number("seed", seed_text, (0, _MAX_SEED), whole=True))
-    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(7)]
-    *streams, own, urgent = streams
+    streams = [np.random.Generator(np.random.PCG64(s)) for s in np.random.SeedSequence(used_seed).spawn(8)]
+    *streams, own, urgent, talk = streams
     concurrency, arrivals = None, RECORDED
     arrival = np.zeros(n, dtype=np.int64)
     if kind == "closed":
@@ -175,6 +179,10 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
     if "max_new_tokens" in values:
         stated = _lengths(ask, "max_new_tokens", values["max_new_tokens"], n, streams[4])
         output = np.minimum(output, stated)
+    if "turns" in values:
+        return _sessions(ask, values, (arrival, prompt, output, stated), talk, used_seed)
+    if "delay_ms" in values:
+        ask.refuse("delay_ms= is of later turns: give turns= too")
     content = _shared_beginnings(ask, values["prefix"], prompt, streams[3]) if "prefix" in values else None
     priority = None
     if "priority" in values:
@@ -193,6 +201,63 @@ def describe_trace(spec: str, seed: int = 0, changed: dict[str, str] | None = No
         arrivals=arrivals,
         media=media_of(prompt, images, audio_s),
         priority=priority,
+    )
+
+
+def _sessions(
+    ask: _Asker,
+    values: Mapping[str, str],
+    drawn: tuple[Ints, Ints, Ints, Ints | None],
+    rng: np.random.Generator,
+    seed: int,
+) -> Trace:
+    """Requests in sessions, of which each begins with all that was said before.
+
+    Parameters
+    ----------
+    ask, values
+    drawn : int64[n] each    arrivals of sessions, as many as there may be; tokens that each request adds, and of each
+                             answer, and the most of it that its client states, or None
+    rng, seed : of the sessions, and of all
+    """
+    if ask.kind == "closed" or {"prefix", "image_tokens", "audio_s", "priority"} & values.keys():
+        ask.refuse("turns= goes with arrivals, and without prefix=, image_tokens=, audio_s= and priority=")
+    arrival, said, output, stated = drawn
+    n = len(said)
+    session = np.repeat(np.arange(n), _lengths(ask, "turns", values["turns"], n, rng))[:n]
+    delay_ms = np.zeros(n, np.int64)
+    if values.get("delay_ms", "0") != "0":
+        delay_ms = _lengths(ask, "delay_ms", values["delay_ms"], n, rng)
+    later = np.concatenate(([False], session[1:] == session[:-1]))
+    first = np.maximum.accumulate(np.where(later, 0, np.arange(n)))
+    ends = np.cumsum(said + output)
+    prompt = ends - output - (ends - said - output)[first]
+    if int(prompt.max()) > MAX_TOKENS:
+        ask.refuse(f"a session comes to {prompt.max():,} tokens, {MAX_TOKENS:,} is the limit: give fewer turns")
+    delay_ns = np.where(later, delay_ms * NS_PER_MS, -1)
+    waited = np.cumsum(np.maximum(delay_ns, 0))
+    times = arrival[session] + waited - waited[first]
+    _check_span(ask, float(times.max()))
+    # Even numbers for the whole pieces of a session, an odd one for what a prompt leaves over.
+    whole = prompt // _PIECE
+    starts = np.concatenate(([0], np.cumsum(whole + 1)))
+    content = [
+        np.array([*range(2 * begin, 2 * (begin + count), 2), *([2 * row + 1] if rest else [])], np.int64)
+        for row, (begin, count, rest) in enumerate(
+            zip(starts[first].tolist(), whole.tolist(), (prompt % _PIECE).tolist(), strict=True)
+        )
+    ]
+    return make_trace(
+        name=ask.spec,
+        arrival_ns=times,
+        prompt=prompt,
+        output=output,
+        max_new_tokens=stated,
+        content=content,
+        content_tokens=_PIECE,
+        source=f"generated: {ask.spec}, seed {seed}",
+        session=session,
+        delay_ns=delay_ns,
     )
 
 

@@ -163,6 +163,8 @@ def trace_jsonl(trace: Trace) -> str:
     """
     if trace.concurrency is not None:
         raise UsageError(f"trace {trace.name}: a closed loop has no arrivals to write; keep its description instead")
+    if trace.delay_ns is not None:
+        raise UsageError(f"trace {trace.name}: requests wait for answers, which is not written; keep its file instead")
     if not trace.timed:
         raise UsageError(f"trace {trace.name}: has lengths alone and no arrivals to write; give it a rate")
     columns = {"StartTimeOffset": trace.arrival_ns, "ContextTokens": trace.prompt, "GeneratedTokens": trace.output}

@@ -70,6 +70,11 @@ def at_rate(trace: Trace, rate_per_s: float, loops: int, draw: int = 0) -> Trace
     ------
     UsageError    a trace without rate, more requests or later ones than a trace can hold
     """
+    if trace.delay_ns is not None:
+        raise UsageError(
+            f"--rate: requests of {trace.name:.60} wait for answers (delay_ms), so that they have no rate of their "
+            "own; leave it out"
+        )
     own = rate_of(trace)
     requests = len(trace) * loops
     if requests > MAX_REQUESTS:

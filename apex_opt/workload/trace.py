@@ -90,6 +90,8 @@ class Trace:
     media : Media                  images and recordings that come with the prompts
     session : int64[n] or None     the conversation that each request is of, as a number; None: not told
     priority : int64[n] or None    `PRIORITIES` of the requests, by their place; None: all are normal
+    delay_ns : int64[n] or None    from the last answer of its session to a request that waits for it, whose arrival is
+                                   then the earliest that there can be; -1 of those that come on their own
     content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
                                    or where there is nothing to read
 
@@ -115,6 +117,7 @@ class Trace:
     media: Media = TEXT
     session: Ints | None = None
     priority: Ints | None = None
+    delay_ns: Ints | None = None
     content_fault: str = ""
 
     def __post_init__(self) -> None:
@@ -129,13 +132,15 @@ class Trace:
         if faults := _row_faults(columns):
             raise join_faults(f"trace {self.name}", faults)
         self._check_content()
-        for label, its in (("session", self.session), ("priority", self.priority)):
+        for label, its in (("session", self.session), ("priority", self.priority), ("delay_ns", self.delay_ns)):
             if its is not None:
                 _check_layout(f"trace {self.name}", label, its)
                 if its.size != len(self):
                     raise InputError(f"trace {self.name}: {its.size} {label} values for {len(self)} requests")
         if self.priority is not None and not np.isin(self.priority, range(len(PRIORITIES))).all():
             raise InputError(f"trace {self.name}: priorities are 0 (normal) and 1 (high)")
+        if self.delay_ns is not None:
+            self._check_delays()
         later = np.flatnonzero(np.diff(self.arrival_ns) < 0)
         if later.size:
             raise InputError(f"trace {self.name}: row {later[0] + 2} arrives before row {later[0] + 1}; use make_trace")
@@ -147,6 +152,29 @@ class Trace:
             _check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
             if self.arrival_ns.any():
                 raise InputError(f"trace {self.name}: a closed loop has arrival times of 0; use make_trace")
+
+    def _check_delays(self) -> None:
+        """A request before it for each that waits, and arrivals that are not to be waited for as well."""
+        assert self.delay_ns is not None
+        if self.concurrency is not None:
+            raise InputError(f"trace {self.name}: requests wait for answers of their sessions or of clients, not both")
+        if (self.delay_ns < -1).any() or (self.delay_ns > MAX_ARRIVAL_NS).any():
+            raise InputError(
+                f"trace {self.name}: delays are from 0 to {MAX_ARRIVAL_NS:,} ns, or -1 where there is none"
+            )
+        if (self.before[self.delay_ns >= 0] < 0).any():
+            row = int(np.flatnonzero((self.delay_ns >= 0) & (self.before < 0))[0])
+            raise InputError(f"trace {self.name}: row {row + 1} waits for an answer and is the first of its session")
+
+    @property
+    def before(self) -> Ints:
+        """The request before each in its session; -1 of the first, and where sessions are not told."""
+        found = np.full(len(self), -1, np.int64)
+        if self.session is not None:
+            order = np.argsort(self.session, kind="stable")
+            same = self.session[order][1:] == self.session[order][:-1]
+            found[order[1:][same]] = order[:-1][same]
+        return found
 
     def _check_content(self) -> None:
         """Pieces for every token of every prompt, or none at all."""
@@ -271,6 +299,7 @@ class Trace:
             media=self.media,
             session=self.session,
             priority=self.priority,
+            delay_ns=None if self.delay_ns is None else _scaled(self.delay_ns, float(factor)),
         )
 
     def head(self, n: int) -> Trace:
@@ -283,20 +312,41 @@ class Trace:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(self):
             raise UsageError(f"trace {self.name} has {len(self):,} requests; cannot take the first {shown(n)}")
         first = self.picked(np.arange(n), self.concurrency)
+        if self.delay_ns is not None:  # what they wait for comes before them
+            first = replace(first, delay_ns=self.delay_ns[:n])
         return replace(first, source=f"{self.source}; first {n} of {len(self)}")
 
+    def arriving(self, arrival_ns: Ints) -> tuple[Trace, Ints]:
+        """The requests as they come at other times, in order of these, and the row here of each; none waits."""
+        order = np.argsort(arrival_ns, kind="stable")
+        times = np.ascontiguousarray(arrival_ns[order])
+        times.flags.writeable = False
+        return self._rows(order, times), order
+
     def picked(self, rows: Ints, concurrency: int | None = None) -> Trace:
-        """The requests in some rows, given in rising order, arriving as they do here.
+        """The requests in some rows, arriving as they do here, whatever they wait for.
 
         Parameters
         ----------
-        rows : int64[m]                at least one
+        rows : int64[m]                at least one, in rising order
         concurrency : int or None      clients that send them, in a closed loop
         """
+        times = self.arrival_ns[rows]
+        times.flags.writeable = False
+        found = self._rows(rows, times)
+        return replace(
+            found,
+            concurrency=concurrency,
+            pause_ns=self.pause_ns if concurrency is not None else 0,
+            source=f"{self.source}; {rows.size} of {len(self)}",
+        )
+
+    def _rows(self, rows: Ints, times: Ints) -> Trace:
+        """The requests in some rows, coming on their own at some times."""
         ids = starts = None
         if self.content is not None and self.content_starts is not None:
             ids, starts = gathered(self.content, self.content_starts, rows)
-        columns = [self.arrival_ns[rows], self.prompt[rows], self.output[rows]]
+        columns = [times, self.prompt[rows], self.output[rows]]
         some = (self.max_new_tokens, self.session, self.priority)
         stated, session, priority = (None if its is None else its[rows] for its in some)
         for column in (*columns, *(its for its in (stated, session, priority) if its is not None)):
@@ -307,19 +357,24 @@ class Trace:
             prompt=columns[1],
             output=columns[2],
             max_new_tokens=stated,
-            concurrency=concurrency,
-            pause_ns=self.pause_ns if concurrency is not None else 0,
+            concurrency=None,
+            pause_ns=0,
             content=ids,
             content_starts=starts,
             session=session,
             priority=priority,
-            source=f"{self.source}; {rows.size} of {len(self)}",
+            delay_ns=None,
         )
 
     def _pieces(self) -> list[Ints]:
         """Content of each request."""
         assert self.content is not None and self.content_starts is not None
         return np.split(self.content, self.content_starts[1:-1])
+
+
+def _scaled(delay_ns: Ints, factor: float) -> Ints:
+    """Delays times a factor; requests that do not wait go on not to."""
+    return np.where(delay_ns < 0, -1, np.rint(delay_ns * factor)).astype(np.int64)
 
 
 def gathered(ids: Ints, starts: Ints, rows: Ints) -> tuple[Ints, Ints]:
@@ -356,6 +411,7 @@ def make_trace(
     media: Media = TEXT,
     session: Sequence[int] | npt.NDArray[Any] | None = None,
     priority: Sequence[int] | npt.NDArray[Any] | None = None,
+    delay_ns: Sequence[int] | npt.NDArray[Any] | None = None,
 ) -> Trace:
     """A `Trace` from whole numbers in any order: copied, sorted by arrival (ties keep their order), read-only.
 
@@ -379,6 +435,7 @@ def make_trace(
     media : Media                         images, counted in the prompts, and recordings
     session : sequence of int, array or None    numbers of the conversations that requests are of
     priority : sequence of int, array or None    0 of normal, 1 of high priority
+    delay_ns : sequence of int, array or None    from the last answer of its session to a request, -1: it does not wait
 
     Raises
     ------
@@ -396,7 +453,7 @@ def make_trace(
     order = np.argsort(columns[0], kind="stable")
     frozen = [np.ascontiguousarray(column[order]) for column in columns]
     beside: list[Ints | None] = []
-    for label, values in (("session", session), ("priority", priority)):
+    for label, values in (("session", session), ("priority", priority), ("delay_ns", delay_ns)):
         found = None if values is None else _to_int64(name, label, values)
         if found is not None and found.shape != order.shape:
             raise InputError(f"trace {name}: {found.size} {label} values for {order.size} requests")
@@ -426,6 +483,7 @@ def make_trace(
         media=media,
         session=beside[0],
         priority=beside[1],
+        delay_ns=beside[2],
     )
 
 

@@ -8,7 +8,7 @@ the arrivals, in any of the names people use; the unit of the arrivals is then w
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
@@ -153,6 +153,9 @@ OUTPUTS: Final = {"osl", "generatedtokens", "output", "token_size"} | {
 """Names that people give to generated tokens."""
 STATED: Final = {"max_new_tokens", "maxnewtokens", "max_tokens", "max_output_tokens", "max_completion_tokens"}
 """Names that people give to the most tokens that a client says it takes."""
+DELAY: Final = "delay_ms"
+"""The wait of a request after the answer before it in its session, in files of any layout."""
+_SESSIONS: Final = ("session", "session_id", "conversation", "conversation_id")
 _TIMES: Final = {
     "arrival",
     "arrival_time",
@@ -208,6 +211,9 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     found = max(fits, key=lambda layout: len(layout.marks)) if fits else _by_usual_names(label, called)
     if found is None:
         raise _unrecognised(label, present, called)
+    if DELAY in called:
+        session = next((name for name in _SESSIONS if name in called), "")
+        found = replace(found, delay=DELAY, delay_unit="ms", session=found.session or session)
     for column in map(plain, found.columns):
         if column in alike:
             raise InputError(f"{label}: columns {called[column]} and {alike[column]} read alike; keep one")
