@@ -12,22 +12,23 @@ Sets and parameters
     T       what the slowest stage takes
     F       least bytes that a stage has left
 
+    W(n)    weight of the first n layers, B(n) their bytes, N_g(n) how many of them are of group g
+    V_k     values of e_k that can be reached from the first layer and from the last for a T and an F, the nearest to
+            where the even split cuts first, of two as near the earlier one
+
 Variables
-    e_k     layers before stage k + 1, k = 1..s-1;  e_0 = 0, e_s = L
+    r_k     place of e_k in V_k, where e_k are the layers before stage k + 1, k = 1..s-1;  e_0 = 0, e_s = L
 
 Constraints
+    (r_(k-1), r_k) is a pair for which stage k holds
     S1  1 <= e_k - e_(k-1) <= m
-    S2  p_k (a_k + W(e_k) - W(e_(k-1))) <= T,  W(n) the weight of the first n layers
-    S3  c_k - B(e_k) + B(e_(k-1)) - q (N_g(e_k) - N_g(e_(k-1))) >= F >= 0 for each group g,  B(n) their bytes, N_g(n)
-        how many of them are of the group
+    S2  p_k (a_k + W(e_k) - W(e_(k-1))) <= T
+    S3  c_k - B(e_k) + B(e_(k-1)) - q (N_g(e_k) - N_g(e_(k-1))) >= F >= 0 for each group g
 
-    d_k     how far e_k lies from where the even split cuts
-
-Objective: the least T; of these the most F, so that the KV cache has the most room; of these the least d_1, then d_2,
+Objective: the least T; of these the most F, so that the KV cache has the most room; of these the least r_1, then r_2,
 and so on, so that the answer is one. T and F take only values that some range of layers gives, and are found before by
 bisection: S1 to S3 tie neighbouring cuts alone, so for a T and an F the cuts that can be reached follow stage by stage.
-The program is given T, F, and of each cut those values that can be reached from both ends, so that of those none is a
-dead end, and the first solution met is the best one. W, B and N_g are looked up, whatever the number of runs of layers.
+No value of V_k is a dead end, so that the first solution met is the best one.
 """
 
 from __future__ import annotations
@@ -125,29 +126,30 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     left = sorted({room - size for size in sizes for room in set(pipeline.room) if room >= size}, reverse=True)
     spare = left[bisect_left(left, True, key=lambda free: reach.ends(slowest, free) is not None)]
     model = cp_model.CpModel()
-    cuts = [
-        model.new_int_var_from_domain(cp_model.Domain.from_values(ends), f"cut_{k}")
-        for k, ends in enumerate(reach.ends(slowest, spare) or (), 1)
+    # The nearest to where the even split cuts comes first, of two as near the earlier one.
+    evens = accumulate(even_split(layers, stages))
+    ends = [
+        sorted(values, key=lambda end: (abs(end - even), end))
+        for values, even in zip(reach.ends(slowest, spare) or (), evens, strict=False)
     ]
-    for count in _between(cuts, layers):
-        model.add_linear_constraint(count, 1, pipeline.most)
-    found = _between([_first(model, cut, weight) for cut in cuts], weight[-1])
-    for own, extra, pace in zip(found, pipeline.extra, paces, strict=True):
-        model.add(pace * (own + extra) <= slowest)
-    for row in sums:
-        for own, room in zip(_between([_first(model, cut, row) for cut in cuts], row[-1]), pipeline.room, strict=True):
-            model.add(room - own >= spare)
-    for cut, even in zip(cuts, accumulate(even_split(layers, stages)), strict=False):
-        apart = model.new_int_var(0, layers, "apart")
-        model.add_abs_equality(apart, cut - even)
-        model.add_decision_strategy([apart, cut], cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
+    cuts = [model.new_int_var(0, len(values) - 1, "cut") for values in ends]
+    for two, allowed in zip(pairwise(cuts), reach.ranges(slowest, spare, ends), strict=False):
+        model.add_allowed_assignments(two, allowed)
+    model.add_decision_strategy(cuts, cp_model.CHOOSE_FIRST, cp_model.SELECT_MIN_VALUE)
     solver = new_solver()
     solver.parameters.search_branching = cp_model.FIXED_SEARCH
-    solver.parameters.cp_model_presolve = False  # propagation is all it takes; and solutions must not be lost
+    # Propagation is all it takes: no solution may be lost before, and none has to be learnt from.
+    solver.parameters.cp_model_presolve = False
+    solver.parameters.cp_model_probing_level = 0
+    solver.parameters.inprocessing_dtime_ratio = 0
+    solver.parameters.inprocessing_probing_dtime = 0
+    solver.parameters.inprocessing_minimization_dtime = 0
+    solver.parameters.linearization_level = 0
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise FormulationError(f"layers: the solver ends as {solver.status_name(status)}")
-    return tuple(solver.value(count) for count in _between(cuts, layers))
+    found = [0, *(values[solver.value(cut)] for cut, values in zip(cuts, ends, strict=True)), layers]
+    return tuple(end - start for start, end in pairwise(found))
 
 
 class _Reach:
@@ -192,6 +194,20 @@ class _Reach:
             kept.append({i for i, at in past.items() if at < len(nearest) and nearest[at] <= far[i]})
         return [sorted(ends) for ends in kept[-2:0:-1]]
 
+    def ranges(self, slowest: int, spare: int, ends: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
+        """Of each stage between two cuts where it may begin and end, as places among the values of these.
+
+        Parameters
+        ----------
+        slowest, spare : int    T and F
+        ends : of each cut the values to choose from
+        """
+        found = []
+        for stage, (starts, stops) in zip(self._stages[1:], pairwise(ends), strict=False):
+            far = self._furthest(*stage, slowest, spare)
+            found.append([(a, b) for a, i in enumerate(starts) for b, j in enumerate(stops) if i < j <= far[i]])
+        return found
+
     def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> list[int]:
         """Where a stage that begins behind so many layers ends at the furthest, no further than it begins if nowhere.
 
@@ -211,16 +227,3 @@ class _Reach:
             )
             for i in range(len(self._weight))
         ]
-
-
-def _between(cuts: Sequence[cp_model.LinearExpr], end: int) -> list[cp_model.LinearExpr]:
-    """What lies between neighbouring cuts, from 0 to the end."""
-    ends = [cp_model.LinearExpr.affine(cut, 1, 0) for cut in cuts] + [cp_model.LinearExpr.constant(end)]
-    return [hi - lo for lo, hi in pairwise([cp_model.LinearExpr.constant(0), *ends])]
-
-
-def _first(model: cp_model.CpModel, cut: cp_model.IntVar, sums: list[int]) -> cp_model.IntVar:
-    """The sum over the layers before a cut, of the sums for every number of them."""
-    found = model.new_int_var(0, sums[-1], "first")
-    model.add_element(cut, sums, found)
-    return found
