@@ -40,6 +40,7 @@ from itertools import accumulate, pairwise
 from math import lcm
 from typing import TYPE_CHECKING
 
+import numpy as np
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
@@ -164,7 +165,7 @@ class _Reach:
     """
 
     def __init__(self, pipeline: Pipeline, weight: list[int], sums: list[list[int]], paces: tuple[int, ...]) -> None:
-        self._most, self._weight, self._sums = pipeline.most, weight, sums
+        self._most, self._weight, self._sums = pipeline.most, np.array(weight), [np.array(row) for row in sums]
         self._stages = list(zip(paces, pipeline.extra, pipeline.room, strict=True))
 
     def ends(self, slowest: int, spare: int) -> list[list[int]] | None:
@@ -219,11 +220,8 @@ class _Reach:
         heaviest, largest = slowest // pace - extra, room - spare
         if heaviest < 0 or largest < 0:
             return list(range(len(self._weight)))
-        return [
-            min(
-                i + self._most,
-                bisect_right(self._weight, self._weight[i] + heaviest) - 1,
-                *(bisect_right(row, row[i] + largest) - 1 for row in self._sums),
-            )
-            for i in range(len(self._weight))
-        ]
+        far = np.arange(len(self._weight)) + self._most
+        for row, most in ((self._weight, heaviest), *((row, largest) for row in self._sums)):
+            far = np.minimum(far, np.searchsorted(row, row + most, side="right") - 1)
+        found: list[int] = far.tolist()
+        return found
