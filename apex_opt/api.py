@@ -231,11 +231,11 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 
 
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
+    from apex_opt.launch.bench import lasting
     from apex_opt.report.capacity import capacity_document
     from apex_opt.resolve import refuse_pools, resolve, resolve_plan
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
-    from apex_opt.workload.steady import at_rate
 
     refuse_pools("capacity", ask)
     # The rate is what is asked for, not that of the trace, which may have none.
@@ -257,8 +257,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     traffic = problem.trace
     if found.plans:
         best = found.plans[0]
-        # As its requests come, at the rate that was found; how many there are is for a measurement to choose.
-        traffic = replace(at_rate(traffic, best.rate_per_s, 1), arrivals=traffic.arrivals)
+        traffic = lasting(traffic, best.rate_per_s)
         document = replace(document, launch=_launch(scorer, best.holds, ask, trace=traffic))
     return Result(
         document=document,

@@ -26,7 +26,7 @@ def ran(word: str, cwd: Path = ROOT) -> tuple[Ran, str]:
 
 def test_the_commands_that_start_and_measure_are_those_printed() -> None:
     printed, shown = ran("--emit")
-    assert printed.out.endswith(f"{shown}\n")
+    assert shown in printed.out
 
 
 def test_where_there_is_nothing_to_gain_nothing_is_written() -> None:
@@ -41,7 +41,7 @@ def test_from_a_wrong_guess_it_finds_the_way_back(tmp_path: Path) -> None:
     (tmp_path / "guess.toml").write_text(guess)
     printed, shown = ran("guess.toml", tmp_path)
     assert printed.code == 0
-    assert printed.out.rstrip() == shown.rstrip()
+    assert printed.out.startswith(shown)
     for before, after in re.findall(r"ttft_mean +\d+ +([\d.]+)% +([\d.]+)%", shown):
         assert float(after) < float(before) / 4
     assert "fitted on" in (tmp_path / "my.toml").read_text()

@@ -16,7 +16,7 @@ from launch_cases import CHECKPOINT, DENSE, asked, emitted
 from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.ir import load_model
 from apex_opt.launch import ENGINES, Command
-from apex_opt.launch.bench import DATASET, PIECE, Bench, bench, dataset
+from apex_opt.launch.bench import DATASET, PIECE, Bench, bench, dataset, lasting
 from apex_opt.plans.speculation import Drafter
 from apex_opt.workload import Trace, load_trace, make_trace
 
@@ -236,8 +236,19 @@ def test_capacity_is_measured_at_the_rate_that_was_found() -> None:
     argv = document["launch"]["bench"]["argv"]
     rate = float(argv[argv.index("--request-rate") + 1])
     assert rate == pytest.approx(document["best"]["rate_per_s"], rel=1e-4)
+    assert 120 * rate <= int(argv[argv.index("--num-prompts") + 1]) < 120 * rate + 300
     page = ONCE.run(*words[:-1], trace, "--resolution=0.2").out
     assert document["launch"]["bench"]["text"] in page.splitlines()
+
+
+def test_a_rate_is_measured_for_long_with_the_requests_of_the_trace_over_and_over() -> None:
+    trace = load_trace("chat")
+    found = lasting(trace, 20.0)
+    assert found.rate_per_s == pytest.approx(20, rel=0.01)
+    assert found.duration_s >= 119
+    assert found.prompt[: len(trace)].tolist() == found.prompt[len(trace) : 2 * len(trace)].tolist()
+    assert len(lasting(trace, 1e5)) == 20_000
+    assert len(lasting(trace, 0.01)) == len(trace)
 
 
 def test_a_replayed_run_is_read_with_the_arrivals_it_had(tmp_path: Path) -> None:

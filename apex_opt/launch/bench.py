@@ -13,13 +13,15 @@ range ratio of 1, and which has Poisson arrivals alone).
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.steady import at_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +34,9 @@ DATASET: Final = "traffic.jsonl"
 RESULTS: Final = {"vllm": "bench.json", "sglang": "bench.jsonl"}
 """What each client writes."""
 ROUTER_PORT: Final = 8080
+LASTING_S: Final = 120.0
+MOST_REQUESTS: Final = 20_000
+"""Seconds for which a rate is measured, and requests that are enough for it."""
 PIECE: Final = 512
 """Tokens of a piece of a prompt that shares nothing; it only sets how many ids a line has."""
 
@@ -104,6 +109,19 @@ def bench(problem: Problem, trace: Trace, engine: str, served: str, commands: Se
         words.append("--self-timed")
     words += ["--seed", str(seed), "--ignore-eos", *_saved()]
     return Bench(argv=tuple(words), dataset=DATASET, result=RESULTS["vllm"], notes=(*notes, _result(RESULTS["vllm"])))
+
+
+def lasting(trace: Trace, rate_per_s: float) -> Trace:
+    """A trace at a rate, for as long as it takes to see whether that lasts; drawn or recorded as it was.
+
+    Parameters
+    ----------
+    trace
+    rate_per_s : float    requests per second
+    """
+    requests = min(LASTING_S * rate_per_s, MOST_REQUESTS)
+    found = at_rate(trace, rate_per_s, max(1, math.ceil(requests / len(trace))))
+    return replace(found, arrivals=trace.arrivals)
 
 
 def dataset(trace: Trace, max_model_len: int) -> Iterator[str]:
