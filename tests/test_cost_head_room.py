@@ -28,7 +28,7 @@ def test_the_time_of_all_batches_is_that_of_the_run_and_none_is_shorter_than_its
         if not plans:
             continue
         deployment = Deployment.of(plans[rng.integers(len(plans))])
-        plan, found = deployment.plan, scorer.head_room(deployment)
+        plan, found = deployment.plan, scorer.overlap(deployment)[0]
         spent = dict(scorer.simulate(deployment).only.usage.operations_s)
         spent.pop("idle")
         assert sum(one.batches * one.batch_s for one in found) / plan.replicas == pytest.approx(sum(spent.values()))
@@ -46,6 +46,6 @@ def test_the_time_of_all_batches_is_that_of_the_run_and_none_is_shorter_than_its
 
 def test_prompts_ask_for_arithmetic_and_answers_for_memory() -> None:
     problem = make_problem(MODEL, make_cluster(1), random_trace(1))
-    answers, prompts = Scorer(problem).head_room(Deployment.of(feasible_plans(problem)[0]))
+    answers, prompts = Scorer(problem).overlap(Deployment.of(feasible_plans(problem)[0]))[0]
     assert answers.memory_s > 3 * answers.compute_s > 0 and answers.network_s == prompts.network_s == 0
     assert prompts.compute_s / prompts.memory_s > 3 * answers.compute_s / answers.memory_s

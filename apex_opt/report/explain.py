@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _TERMS_SHOWN: Final = 12
 _DERIVED: Final = "derived: what each operation asks of each resource by the tables; the busiest one alone and the host"
+_HALVES: Final = "derived: halves by the tables at half the tokens; the vote is vLLM's, even shares are assumed"
 _RESOURCES: Final = ("compute", "memory", "network", "host")
 _PROOFS: Final = {
     "constraints": "by the constraints, before anything is simulated",
@@ -59,6 +60,8 @@ def explanation_document(problem: Problem, found: Explanation, provenance: dict[
     more = why_document(found) | {"comparison": None if compared is None else _comparison(compared)}
     if not problem.several:
         more["head_room"] = [of(studied.HeadRoomFacts, one, source=_DERIVED) for one in found.head_room]
+        if found.two_batches:
+            more["two_batches"] = [of(studied.TwoBatchesFacts, one, source=_HALVES) for one in found.two_batches]
     return answer_document("explain", problem, found.answer, provenance, kinds=kinds, **more)
 
 
@@ -150,6 +153,8 @@ def _page(console: Console, document: Document) -> None:
         _compared(console, document)
     if document.get("head_room"):
         _head_room(console, document)
+    if document.get("two_batches"):
+        _two_batches(console, document)
     if document["best"] is not None:
         provenance_table(console, document["provenance"])
 
@@ -176,6 +181,23 @@ def _head_room(console: Console, document: Document) -> None:
     ]
     heads = ("batches with", "how many", "time", *_RESOURCES, "at best", "saved")
     table(console, "Head-room of overlap, mean batch of the best plan (derived)", heads, rows, left={0})
+
+
+def _two_batches(console: Console, document: Document) -> None:
+    """What two batches in place of one would do to the forwards of the best plan."""
+    rows = [
+        (
+            one["kind"] if one["kind"] == "prompts" else "answers alone",
+            f"{one['forwards']:,}",
+            f"{one['split']:,}",
+            seconds(one["whole_s"]),
+            seconds(one["two_s"]),
+            f"{one['gain']:.0%}",
+        )
+        for one in document["two_batches"]
+    ]
+    heads = ("forwards with", "how many", "split", "mean time", "with two batches", "saved")
+    table(console, "Two batches in place of one, vLLM's --enable-dbo (derived)", heads, rows, left={0})
 
 
 def why_not(console: Console, document: Document) -> None:

@@ -67,6 +67,27 @@ class HeadRoomFacts(Described):
     source: str
 
 
+class TwoBatchesFacts(Described):
+    """The forwards of one kind, whole and with two batches in place of one, as vLLM's --enable-dbo has them.
+
+    Parameters
+    ----------
+    kind : "answers" alone, or "prompts", with or without answers
+    split : how many of the forwards ranks would split
+    whole_s, two_s : mean time of the forwards, as it is and with those that are split
+    gain : share of their time that this saves; below zero where it takes longer
+    source : derived: that of the figures
+    """
+
+    kind: str
+    forwards: int
+    split: int
+    whole_s: float
+    two_s: float
+    gain: float
+    source: str
+
+
 class Explained(types.Searched, types.OnOneType, types.WhyNot):
     """Why there is no plan and what would give one, or why a plan loses to the best."""
 
@@ -76,6 +97,7 @@ class Explained(types.Searched, types.OnOneType, types.WhyNot):
     schema: Literal["apex_opt.explanation/2"] = "apex_opt.explanation/2"
     comparison: ComparedPlan | None
     head_room: tuple[HeadRoomFacts, ...] = ()
+    two_batches: tuple[TwoBatchesFacts, ...] | None = None
 
 
 class MixedExplained(types.Searched, types.OnSeveralTypes, types.WhyNot):

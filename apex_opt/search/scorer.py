@@ -15,6 +15,8 @@ from apex_opt.cost import account, idle_w, limit_w
 from apex_opt.cost.handover import reading_j
 from apex_opt.cost.head_room import head_room
 from apex_opt.cost.moving import MOVING, moving
+from apex_opt.cost.two_batches import two_batches
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.run import Facts as StopFacts
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cost import PlanCost
     from apex_opt.cost.head_room import HeadRoom
+    from apex_opt.cost.two_batches import TwoBatches
     from apex_opt.figures.run import Run
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.deployment import Deployment, Pool
@@ -339,13 +342,21 @@ class Scorer:
         (pool,) = deployment.pools
         return outcome, self.facts_of(pool).plan_cost(pool.plan)
 
-    def head_room(self, deployment: Deployment) -> tuple[HeadRoom, ...]:
-        """What the overlap of arithmetic, memory and network could give a deployment of one pool at best."""
+    def overlap(self, deployment: Deployment) -> tuple[tuple[HeadRoom, ...], tuple[TwoBatches, ...]]:
+        """What overlap could give a deployment of one pool at best, and what two batches in place of one would.
+
+        The latter of experts over several attention copies on vLLM, which has it.
+        """
         outcome = self.run(deployment)
         assert outcome is not None  # nothing to cut it short
         (pool,), (did,) = deployment.pools, outcome.pools
         facts = self.facts_of(pool)
-        return head_room(pool.plan, facts.plan_cost(pool.plan), facts.costs, did.counts, did.shared)
+        plan, cost = pool.plan, facts.plan_cost(pool.plan)
+        room = head_room(plan, cost, facts.costs, did.counts, did.shared)
+        vllm = isinstance(self.problem.settings.scheduler, VllmScheduling)
+        if did.shared is None or plan.ffn.ep == 1 or not vllm:
+            return room, ()
+        return room, two_batches(plan, cost, did.counts, did.shared, self.problem.cluster.gpu.multiprocessors)
 
     def weight(self, pool: Pool, facts: Facts) -> int:
         """Tokens per second of a pool at full batches, by which requests are dealt."""

@@ -14,6 +14,7 @@ from apex_opt.studies.explain.solving import Work
 
 if TYPE_CHECKING:
     from apex_opt.cost.head_room import HeadRoom
+    from apex_opt.cost.two_batches import TwoBatches
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Answer
     from apex_opt.search.problem import Problem
@@ -55,6 +56,8 @@ class Explanation:
     comparison: Comparison | None = None
     head_room: tuple[HeadRoom, ...] = ()
     """What overlap could give the best plan, by kind of batches; of several pools it is not told."""
+    two_batches: tuple[TwoBatches, ...] = ()
+    """What two batches in place of one would give it, where the engine has them."""
 
     @property
     def clashes(self) -> tuple[Clash, ...]:
@@ -99,8 +102,10 @@ def explain(
     answer = search(problem, formulation, progress, time_limit_s=time_limit_s, scorer=scorer)
     comparison = None if deployment is None else compare(problem, deployment, answer.best, progress)
     found = explained(problem, answer, formulation, progress, time_limit_s, scorer)
-    room = () if answer.best is None or problem.several else scorer.head_room(answer.best.deployment)
-    return replace(found, comparison=comparison, head_room=room)
+    if answer.best is None or problem.several:
+        return replace(found, comparison=comparison)
+    room, two = scorer.overlap(answer.best.deployment)
+    return replace(found, comparison=comparison, head_room=room, two_batches=two)
 
 
 def explained(
