@@ -38,6 +38,8 @@ def check_shared(ask: Ask, trace: Trace) -> None:
             "--serving=shared: phases that share a GPU are simulated with arrivals, not with a closed loop of clients; "
             "give a trace with arrivals or a rate"
         )
+    if trace.delay_ns is not None:
+        raise UsageError("--serving=shared: it is simulated without requests that wait for answers; leave delay_ms out")
     for name, given, usual in (
         ("--speculation", ask.speculation, "none"),
         ("--routing", ask.routing, "round_robin"),

@@ -73,6 +73,7 @@ def simulated(**given: Any) -> SimulateAsk:
         ({"runnable": "any", "prefix_caching": True}, "without --prefix_caching"),
         ({"runnable": "any", "speculation": "ngram:3"}, "without --speculation"),
         ({"runnable": "any", "trace": "closed:concurrency=2,n=8,prompt=64,output=8"}, "not with a closed loop"),
+        ({"runnable": "any", "trace": f"{TRACE},turns=2,delay_ms=50"}, "leave delay_ms out"),
     ],
 )
 def test_what_does_not_go_with_them_is_told_in_a_line(given: dict[str, Any], why: str) -> None:
