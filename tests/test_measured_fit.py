@@ -102,6 +102,19 @@ def test_runs_of_other_engines_do_not_pull() -> None:
     assert (fit.after, fit.runs) == (BEFORE, 2)
 
 
+def test_times_are_fitted_on_one_half_and_judged_by_the_other() -> None:
+    planted = measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s))
+    wrong = [replace(run, sweep="e", measured={"tpot_mean": 1.0}) for run in planted[:2]]
+    assert wrong[0].judged
+    assert not planted[0].judged
+    fit = fit_engine([*planted, *wrong], "vllm", quiet)
+    assert fit.after == fit_engine(planted, "vllm", quiet).after
+    assert (fit.runs, fit.judged) == (len(planted), 2)
+    assert set(fit.errors_after) == {"tpot_mean"}
+    alone = fit_engine([replace(run, sweep="e") for run in planted], "vllm", quiet)
+    assert (alone.after, alone.runs, alone.judged) == (fit.after, len(planted), 0)
+
+
 def test_progress_says_what_is_being_fitted() -> None:
     said: set[str] = set()
     fit_engine(measured_with(BEFORE, RUNS[:1]), "vllm", lambda what, done, total: said.add(what))
@@ -201,6 +214,8 @@ BOARD = BoardFit(
         joule_per_byte=127.34e-12,
         source='told "here"',
     ),
+    runs=5,
+    judged=3,
     errors_pct=(-4.0, 1.0, 2.0),
 )
 
@@ -209,7 +224,7 @@ BOARD = BoardFit(
 def test_the_section_of_an_engine_is_read_back_as_the_engine_fitted(name: str) -> None:
     before = load_engine(name)
     after = replace(before, launch_s=21.7e-6, step_s=0.0)
-    fit = EngineFit(before=before, after=after, runs=18, errors_before={}, errors_after={})
+    fit = EngineFit(before=before, after=after, runs=18, judged=0, errors_before={}, errors_after={})
     table = tomllib.loads(engine_section(fit))
     own_time = table["releases"][name]["own_time"] if "-" in name else table["own_time"]
     source = f"step_us, launch_us fitted on 18 measured runs; the rest as before: {before.source}"
@@ -239,4 +254,4 @@ def test_the_page_has_the_figures_of_the_document_and_sections_to_copy_unbroken(
         line = next(line for line in text.splitlines() if line.startswith(f"{metric} "))
         assert f"{found['mean_ape_pct']:.1f}%" in line
         assert f"{document['errors']['after'][metric]['bias_pct']:+.1f}%" in line
-    assert "For the card of h200-sxm-141gb (3 runs with energies, mean |error| 2.3%, largest 4.0%):" in text
+    assert "For the card of h200-sxm-141gb (5 runs with energies, of 3 others mean |error| 2.3%, largest 4.0%):" in text

@@ -72,6 +72,24 @@ class PowerFit:
     joule_per_byte: float
     source: str = ""
 
+    def joules(
+        self, time_s: NDArray[np.float64], work: NDArray[np.float64], idle_w: float, limit_w: float
+    ) -> NDArray[np.float64]:
+        """Energy of each sample, at most what the limit lets through.
+
+        Parameters
+        ----------
+        time_s : float64[n]
+        work : float64[n, 3]       16-bit FLOP, narrow FLOP, bytes
+        idle_w, limit_w : float    draw at rest; board limit
+
+        Returns
+        -------
+        float64[n]
+        """
+        per_unit = np.array([self.joule_per_flop_half, self.joule_per_flop_narrow, self.joule_per_byte])
+        return np.asarray(np.minimum(work @ per_unit + (idle_w + self.active_w) * time_s, limit_w * time_s))
+
 
 def fit_power(
     time_s: NDArray[np.float64],
@@ -110,14 +128,13 @@ def fit_power(
         if bool((now == used).all()) or not now.any():
             break
         used = now
-    predicted = np.minimum(work @ coefficients[1:] + (idle_w + coefficients[0]) * time_s, limit_w * time_s)
     fit = PowerFit(
         active_w=float(coefficients[0]),
         joule_per_flop_half=float(coefficients[1]),
         joule_per_flop_narrow=float(coefficients[2]),
         joule_per_byte=float(coefficients[3]),
     )
-    return fit, np.asarray(predicted / energy - 1)
+    return fit, fit.joules(time_s, work, idle_w, limit_w) / energy - 1
 
 
 def _non_negative(columns: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:

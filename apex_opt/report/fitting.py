@@ -27,6 +27,7 @@ def fit_document(fit: EngineFit, boards: Sequence[BoardFit]) -> listed.Fit:
         status="ok",
         engine=fit.after.name,
         runs=fit.runs,
+        judged_runs=fit.judged,
         times_us={
             _column(name): {"before": _us(getattr(fit.before, name)), "after": _us(getattr(fit.after, name))}
             for name in TIMES
@@ -46,7 +47,8 @@ def _board(board: BoardFit) -> listed.Board:
     sizes = np.abs(board.errors_pct)
     return listed.Board(
         gpu=board.gpu,
-        runs=len(board.errors_pct),
+        runs=board.runs,
+        judged_runs=board.judged,
         coefficients=_coefficients(board),
         mean_ape_pct=float(sizes.mean()),
         median_ape_pct=float(np.median(sizes)),

@@ -224,6 +224,7 @@ class Board(Described):
 
     gpu: str
     runs: int
+    judged_runs: int
     coefficients: dict[str, float]
     mean_ape_pct: float
     median_ape_pct: float
@@ -242,6 +243,7 @@ class Fit(Document):
     status: str
     engine: str
     runs: int
+    judged_runs: int
     times_us: dict[str, dict[str, float]]
     errors: dict[str, dict[str, Errors]]
     engine_toml: str

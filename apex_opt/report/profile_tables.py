@@ -87,7 +87,8 @@ def _made(console: Console, document: Document) -> None:
 
 def _fitted(console: Console, document: Document) -> None:
     before, after = document["errors"]["before"], document["errors"]["after"]
-    runs = count(document["runs"], "run")
+    runs, judged = count(document["runs"], "run"), document["judged_runs"]
+    judging = f"errors of {count(judged, 'other')}" if judged else "errors of these"
     rows = [
         (
             metric,
@@ -98,13 +99,14 @@ def _fitted(console: Console, document: Document) -> None:
         for metric, found in after.items()
     ]
     heads = ("", "runs", "mean |error| before", "after", "bias before", "after")
-    table(console, f"Engine {document['engine']}, fitted on {runs}", heads, rows, left={0})
+    table(console, f"Engine {document['engine']}, fitted on {runs}, {judging}", heads, rows, left={0})
     times = [(name, f"{values['before']:g}", f"{values['after']:g}") for name, values in document["times_us"].items()]
     table(console, "", ("time (us)", "before", "after"), times, left={0})
     _section(console, "For the file of the engine in apex_opt/engines/data:", document["engine_toml"])
     for board in document["boards"]:
         errors = f"mean |error| {board['mean_ape_pct']:.1f}%, largest {board['largest_ape_pct']:.1f}%"
-        title = f"For the card of {board['gpu']} ({count(board['runs'], 'run')} with energies, {errors}):"
+        judging = f"of {count(board['judged_runs'], 'other')} " if board["judged_runs"] else ""
+        title = f"For the card of {board['gpu']} ({count(board['runs'], 'run')} with energies, {judging}{errors}):"
         _section(console, title, board["power_toml"])
 
 
