@@ -199,6 +199,17 @@ def test_the_version_is_stated_once(wheel: Path) -> None:
     assert not re.search(r"^version:", CITATION, re.MULTILINE)
 
 
+def test_ci_tries_the_release_on_every_python_that_is_named() -> None:
+    script = ROOT / ".ci" / "release"
+    assert "\nbash .ci/release\n" in (ROOT / ".ci" / "run").read_text()
+    (search,) = re.findall(r"sed -nE '(.*?)' ", script.read_text())
+    found = subprocess.run(["sed", "-nE", search, str(ROOT / "pyproject.toml")], capture_output=True, text=True)
+    named = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each]
+    assert found.stdout.split() == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+
+
 def test_the_citation_names_those_whom_the_project_names_and_the_paper() -> None:
     project, paper = CITATION.split("references:\n")
     assert re.findall(r"^  - name: (.*)$", project, re.MULTILINE) == [
