@@ -23,4 +23,7 @@ def test_the_python_runs_and_finds_what_wins_then() -> None:
     (code,) = (body for kind, body in BLOCKS if kind == "python")
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(code, "docs/robust.md", "exec"), {})
-    assert "('best', " in out.getvalue()
+    lines = [line.split(maxsplit=3) for line in out.getvalue().splitlines()]
+    (best,) = (line for line in lines if line[0] == "best")
+    factor, plan = code.partition("# best True ")[2].split("... ")
+    assert best[2].startswith(factor) and best[3] == plan.strip()
