@@ -138,7 +138,8 @@ class Attention(AttentionCell):
         inputs = heads * (self.value_dim or self.head_dim)
         found.append(Matrix("output", self.hidden, inputs, self.output_quantised, "heads", inputs=True))
         if self.gated:
-            found.append(Matrix("gate", heads, self.hidden, self.quantised, "heads"))
+            # One output a head: no block of 128 that shares a scale fits these, so engines keep them in 16 bit.
+            found.append(Matrix("gate", heads, self.hidden, 0, "heads"))
         if self.qkv_bias:
             found.append(Matrix("qkv bias", query + keys + values, 1, cut="heads"))
         if self.output_bias:
@@ -163,8 +164,10 @@ class Attention(AttentionCell):
         """Norm, projections, rotary embedding, norms of queries and keys, cache write, attention, output projection."""
         query, key, value = self._widths(cut)
         heads, kv_heads, (keys, values) = query // self.head_dim, key // self.head_dim, self._projected(cut)
-        rows = query + keys + values + (heads if self.gated else 0)
+        rows = query + keys + values
         found: list[Op] = [norm(self.hidden), Product("qkv", rows, self.hidden, quantised=self.quantised)]
+        if self.gated:
+            found.append(Product("gate", heads, self.hidden))
         if self.rotary:
             found.append(Elementwise("rotary", 4.0 * (query + keys), "plain", 0, "rotary"))
         if self.qk_norm:
