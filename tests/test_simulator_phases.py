@@ -1,10 +1,11 @@
 """Two phases on one GPU: what a share does, and what a replica does whose phases share one KV pool."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from simulator_cases import blocks_of, floors_of, linear, requests
+from simulator_cases import blocks_of, floors_of, linear, random_law, requests
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import CapacityError, UsageError
@@ -24,8 +25,9 @@ def make_settings(**changes):
     return EngineSettings(**known | changes)
 
 
-def run(settings, blocks, law, shares, trace, replicas=1):
-    return run_phases(EnginePool(settings=settings, blocks=blocks, laws=[law], replicas=replicas), shares, trace)
+def run(settings, blocks, law, shares, trace, replicas=1, log=True):
+    pool = EnginePool(settings=settings, blocks=blocks, laws=[law], replicas=replicas)
+    return run_phases(pool, shares, trace, log=log)
 
 
 def random_case(seed):
@@ -133,3 +135,26 @@ def test_replicas_get_requests_in_turn_and_do_what_each_does_alone():
         assert np.array_equal(found.finish_ns[mine], alone.finish_ns)
         assert found.busy_ns[place].tolist() == alone.busy_ns[0].tolist()
     assert found.counts.tokens == sum(c for _, _, rows, _ in found.steps for _, c, _ in rows)
+
+
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(80, 6_000), marks=pytest.mark.nightly)])
+def test_the_kernel_equals_the_reference(seeds):
+    preempted = whole = 0
+    for seed in seeds:
+        settings, blocks, law, trace = random_case(seed)
+        rng = np.random.default_rng(seed)
+        law = random_law(settings, seed, zeros=0.0, copies=1) if seed % 3 else law
+        if seed % 4 == 1:
+            settings = replace(settings, chunked_prefill=False, max_num_batched_tokens=512)
+            law = random_law(settings, seed, zeros=0.0, copies=1)
+            whole += 1
+        shares = Phases(prefill_share=int(rng.integers(1, 101)), decode_share=int(rng.integers(1, 101)))
+        replicas = int(rng.integers(1, 4))
+        one, other = (run(settings, blocks, law, shares, trace, replicas, log=log) for log in (False, True))
+        preempted += one.preemptions
+        for name in ("first_token_ns", "finish_ns", "gaps_ns", "busy_ns"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), (seed, name)
+        for name in ("preemptions", "batches", "most_blocks", "held"):
+            assert getattr(one, name) == getattr(other, name), (seed, name)
+        assert one.counts.equals(other.counts)
+    assert preempted > 0 and whole > 0

@@ -218,7 +218,7 @@ class Scorer:
             handover = self.pairs.handover(*pools)
             return run_disaggregated(prefill, decode, handover, trace, log=log, gaps=self._gaps)
         if (shared := facts[0].phases(pools[0].plan)) is not None:
-            return run_phases(engines[0], shared, trace)
+            return run_phases(engines[0], shared, trace, log=log)
         owner, clients = self._dealt(pools)
         rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
         whole = worst == FREE or trace.delay_ns is not None  # until answers are known nothing is proved

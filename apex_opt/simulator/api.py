@@ -332,10 +332,18 @@ def run_disaggregated(
     return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
 
 
-def run_phases(pool: EnginePool, phases: Phases | DynamicPhases | Multiplexing, trace: Trace) -> PhasedOutcome:
+def run_phases(
+    pool: EnginePool,
+    phases: Phases | DynamicPhases | Multiplexing,
+    trace: Trace,
+    *,
+    log: bool = False,
+    implementation: Implementation = "kernel",
+) -> PhasedOutcome:
     """Serve a trace on replicas that compute prompts and answers side by side, each with a share of their GPUs.
 
-    Request i goes to replica i mod R. Simulated by the reference.
+    Request i goes to replica i mod R. Shares that are dynamic or multiplexed are simulated by the reference, and so is
+    a run whose batches are told.
 
     Parameters
     ----------
@@ -344,6 +352,8 @@ def run_phases(pool: EnginePool, phases: Phases | DynamicPhases | Multiplexing, 
     phases : Phases, DynamicPhases or Multiplexing
         the shares; dynamic ones follow the load, and multiplexed ones go with SGLang's scheduler and whole prompts
     trace : Trace        open arrivals
+    log : bool           keep every batch
+    implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
 
     Returns
     -------
@@ -370,6 +380,10 @@ def run_phases(pool: EnginePool, phases: Phases | DynamicPhases | Multiplexing, 
     if isinstance(phases, DynamicPhases):
         return shared.serve(pool, trace, lambda mine: dynamic_phases.DynamicReplica(pool, phases, mine))
     if not isinstance(phases, Multiplexing):
+        from apex_opt.simulator import pack_phases
+
+        if implementation == "kernel" and not log and pack_phases.serves(pool):
+            return pack_phases.run(pool, phases, trace)
         return shared.serve(pool, trace, lambda mine: loops.PhasesReplica(pool, phases, mine))
     if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:
         raise UsageError("multiplexing goes with the scheduler of sglang and with whole prompts")

@@ -12,7 +12,7 @@ from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, Vllm
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
-from apex_opt.simulator.api import run_deployment, run_disaggregated
+from apex_opt.simulator.api import run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.kernel.entries import (
     NUMBER_PIECES,
@@ -33,6 +33,7 @@ from apex_opt.simulator.kernel.entries import (
     SERVE_GENERAL,
     SERVE_GENERAL_GROUPS,
     SERVE_GROUPED,
+    SERVE_PHASES,
     SERVE_SGLANG,
     SERVE_SGLANG_CACHING,
     SERVE_SPECULATIVE,
@@ -43,6 +44,7 @@ from apex_opt.simulator.kernel.entries import (
     Entry,
 )
 from apex_opt.simulator.law import linear_law
+from apex_opt.simulator.phases import Phases
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.ranks import Ranks
 from apex_opt.workload.trace import make_trace
@@ -64,6 +66,7 @@ class Variant(NamedTuple):
     settings: EngineSettings
     entries: tuple[Entry, ...]
     disaggregated: bool = False  # prefill and decode instances
+    shared: bool = False  # phases that share a GPU
     ranks: int = 0
     routing: Routing = "round_robin"
 
@@ -109,6 +112,7 @@ VARIANTS: Final = {
         (SERVE_DISAGGREGATED_CACHING,),
         disaggregated=True,
     ),
+    "phases": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_PHASES,), shared=True),
     "ranks": Variant(EngineSettings(max_model_len=4, **_LIMITS), (RANKS_STEADY,), ranks=2),
     "general ranks": Variant(
         EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS), (RANKS_GENERAL,), ranks=2
@@ -182,7 +186,7 @@ def run(*names: str) -> None:
     """Serve a request by each of these variants, which compiles what has not been."""
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     for name in names:
-        settings, _, disaggregated, ranks, routing = VARIANTS[name]
+        settings, _, disaggregated, shared, ranks, routing = VARIANTS[name]
         drafts = settings.speculation.draft_tokens if settings.speculation else 0
         law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
         its = Ranks.bare(ranks, **_LIMITS) if ranks else None
@@ -190,5 +194,7 @@ def run(*names: str) -> None:
         pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:
             run_disaggregated(pool, pool, Handover(), trace)
+        elif shared:
+            run_phases(pool, Phases(prefill_share=50, decode_share=50), trace)
         else:
             run_deployment([pool], trace, routing=routing)

@@ -190,6 +190,7 @@ RANKS_SGLANG: Final = Entry(_KERNEL + "sglang_ranks", "serve_sglang_ranks_nb", _
 RANKS_SGLANG_CACHING: Final = Entry(
     _KERNEL + "sglang_ranks", "serve_sglang_ranks_caching_nb", (*_SGLANG_RANKS, int, *[_I64] * 7)
 )
+SERVE_PHASES: Final = Entry(_KERNEL + "phases", "serve_phases_nb", (_I64,) * 11)
 NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
 ENTRIES: Final = (
     SERVE_STEADY,
@@ -216,6 +217,7 @@ ENTRIES: Final = (
     SERVE_SGLANG_CACHING,
     RANKS_SGLANG,
     RANKS_SGLANG_CACHING,
+    SERVE_PHASES,
     NUMBER_PIECES,
 )
 """All that is ever compiled, each for one list of types."""
