@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulator_cases import IMPLEMENTATIONS, Case, Loop, assert_same, cases, linear, requests
+from simulator_cases import DRAFTING, IMPLEMENTATIONS, Case, Loop, assert_same, cases, linear, requests
 
-from apex_opt.engines.schedulers import SglangScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.routing import Routing
 from apex_opt.simulator import EnginePool, compiled, run_deployment
@@ -318,7 +318,7 @@ def test_every_request_is_answered_by_one_replica(routing: Routing, case: Case) 
 
 @pytest.mark.parametrize("routing", [name for name in ROUTINGS if name not in ("round_robin", "least_loaded")])
 @settings(max_examples=25, deadline=None)
-@given(st.one_of([cases(loop, "routed") for loop in KERNEL_LOOPS]))
+@given(st.one_of([cases(loop, "routed") for loop in (*KERNEL_LOOPS, *DRAFTING)]))
 def test_the_kernel_equals_the_reference(routing: Routing, case: Case) -> None:
     case = case.having(routing=routing)
     assert_same(case.run("kernel"), case.run("reference"))
@@ -371,12 +371,14 @@ def test_pools_of_their_own_limits_are_routed_together_and_apart() -> None:
         assert_same(*runs)
 
 
-def test_the_kernel_has_all_routers_before_plain_engines_and_leaves_others_to_the_reference() -> None:
+def test_the_kernel_has_all_routers_before_engines_of_vllm_and_trtllm_and_leaves_others_to_the_reference() -> None:
     pool = EnginePool(settings=ONE_SEAT, blocks=30, laws=[linear(ONE_SEAT, 10)], replicas=2)
     trace = requests([(0, 4, 1), (0, 4, 1)])
     sglang = replace(pool, settings=replace(ONE_SEAT, scheduler=SglangScheduling()))
+    trtllm = replace(pool, settings=replace(ONE_SEAT, scheduler=TrtllmScheduling()))
     for routing in ROUTINGS:
         assert compiled.routes([pool], shares([pool], trace, [routing]))
+        assert compiled.routes([trtllm], shares([trtllm], trace, [routing]))
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
         assert compiled.routes([sglang], shares([sglang], trace, [routing])) == known
 

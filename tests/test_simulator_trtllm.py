@@ -36,6 +36,7 @@ from apex_opt.simulator.reference.trtllm import TrtllmScheduler
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator import Outcome
     from apex_opt.simulator.api import Implementation
     from apex_opt.simulator.reference.sequence import Row, Sequence
@@ -436,6 +437,13 @@ def test_the_kernel_equals_the_reference(traffic: Traffic, data: st.DataObject) 
 @given(data=st.data())
 def test_the_kernel_equals_the_reference_with_drafts(traffic: Traffic, data: st.DataObject) -> None:
     check_same(data.draw(cases(traffic, drafting=True)))
+
+
+@pytest.mark.parametrize("routing", ["power_of_two", "cache_aware", "dynamo", "llm_d", "pull"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_the_kernel_equals_the_reference_behind_every_router(routing: Routing, data: st.DataObject) -> None:
+    check_same(data.draw(cases("routed", drafting=data.draw(st.booleans()))).having(routing=routing))
 
 
 @pytest.mark.nightly

@@ -78,6 +78,9 @@ _ROUTED = {
     ("steady", False): entries.ROUTE_STEADY,
     ("general", False): entries.ROUTE_GENERAL,
     ("general", True): entries.ROUTE_CACHING,
+    ("trtllm", False): entries.ROUTE_TRTLLM,
+    ("speculative", False): entries.ROUTE_SPECULATIVE,
+    ("speculative", True): entries.ROUTE_SPECULATIVE_CACHING,
 }
 """Those before which a router stands that knows more than how many requests are unanswered."""
 _OF_RANKS = {

@@ -26,7 +26,10 @@ from apex_opt.simulator.kernel.entries import (
     RANKS_TRTLLM,
     ROUTE_CACHING,
     ROUTE_GENERAL,
+    ROUTE_SPECULATIVE,
+    ROUTE_SPECULATIVE_CACHING,
     ROUTE_STEADY,
+    ROUTE_TRTLLM,
     SERVE_CACHING,
     SERVE_DISAGGREGATED,
     SERVE_DISAGGREGATED_CACHING,
@@ -145,6 +148,19 @@ VARIANTS: Final = {
     "routed caching": Variant(
         EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
         (ROUTE_CACHING,),
+        routing="power_of_two",
+    ),
+    "routed trtllm": Variant(
+        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS),
+        (ROUTE_TRTLLM,),
+        routing="power_of_two",
+    ),
+    "routed speculative": Variant(
+        EngineSettings(max_model_len=4, speculation=_DRAFT, **_LIMITS), (ROUTE_SPECULATIVE,), routing="power_of_two"
+    ),
+    "routed speculative caching": Variant(
+        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
+        (ROUTE_SPECULATIVE_CACHING,),
         routing="power_of_two",
     ),
 }

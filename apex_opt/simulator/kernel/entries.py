@@ -162,6 +162,9 @@ SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHIN
 ROUTE_STEADY: Final = Entry(_KERNEL + "router", "route_steady_nb", (*_SERVE, _I64))
 ROUTE_GENERAL: Final = Entry(_KERNEL + "router", "route_general_nb", (*_SERVE, _I64))
 ROUTE_CACHING: Final = Entry(_KERNEL + "router", "route_caching_nb", (*_SERVE, _I64, *_CACHE))
+ROUTE_TRTLLM: Final = Entry(_KERNEL + "router", "route_trtllm_nb", (*_SERVE, _I64))
+ROUTE_SPECULATIVE: Final = Entry(_KERNEL + "router", "route_speculative_nb", (*_SERVE, _I64))
+ROUTE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "router", "route_speculative_caching_nb", (*_SERVE, _I64, *_CACHE))
 SERVE_TRTLLM: Final = Entry(_KERNEL + "deployment", "serve_trtllm_nb", _SERVE)
 SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
 SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
@@ -199,6 +202,9 @@ ENTRIES: Final = (
     ROUTE_STEADY,
     ROUTE_GENERAL,
     ROUTE_CACHING,
+    ROUTE_TRTLLM,
+    ROUTE_SPECULATIVE,
+    ROUTE_SPECULATIVE_CACHING,
     SERVE_TRTLLM,
     SERVE_SPECULATIVE,
     SERVE_SPECULATIVE_CACHING,

@@ -11,6 +11,7 @@ from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.speculative import drafting_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ENDED,
@@ -35,6 +36,7 @@ from apex_opt.simulator.kernel.state import (
     Run,
 )
 from apex_opt.simulator.kernel.steady import steady_nb
+from apex_opt.simulator.kernel.trtllm import trtllm_nb
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I32, I64
@@ -307,6 +309,7 @@ def forget_nb(run: Run, router: I64, p: I64, held: I64, now: int) -> None:
 
 
 _by_steady_nb, _by_general_nb = routing(steady_nb), routing(plain_nb)
+_by_trtllm_nb, _by_speculative_nb = routing(trtllm_nb), routing(drafting_nb)
 
 
 def route_steady_nb(
@@ -392,3 +395,88 @@ def route_caching_nb(
     run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
     cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
     _by_general_nb(run, cache, router, first, last, routed, turns)
+
+
+def route_trtllm_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    router: I64,
+) -> None:
+    """`serve_nb` by the engine of TensorRT-LLM."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_trtllm_nb(run, None, router, first, last, routed, turns)
+
+
+def route_speculative_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    router: I64,
+) -> None:
+    """`serve_nb` by the engine that verifies drafts, without prefix caching."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    _by_speculative_nb(run, None, router, first, last, routed, turns)
+
+
+def route_speculative_caching_nb(
+    control: I64,
+    requests: I64,
+    replicas: I64,
+    stages: I64,
+    laws: I64,
+    counts: I64,
+    scratch: I64,
+    stops: I64,
+    floors: I64,
+    steps: I64,
+    rows: I64,
+    lost: I64,
+    first: int,
+    last: int,
+    routed: I64,
+    turns: int,
+    router: I64,
+    piece_blocks: int,
+    pieces: I64,
+    starts: I64,
+    own: I64,
+    shared: I64,
+    registered: I64,
+    slot: I64,
+    slots: I64,
+    memo: I64,
+    table: I32,
+    block: I32,
+    holder: I32,
+) -> None:
+    """`serve_nb` by the engine that verifies drafts, with prefix caching."""
+    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
+    cache = Cache(piece_blocks, pieces, starts, own, shared, registered, slot, slots, memo, table, block, holder)
+    _by_speculative_nb(run, cache, router, first, last, routed, turns)
