@@ -544,6 +544,12 @@ def resolve_deployed(setup: Setup, text: str) -> Deployed:
             "--plan: a measured run is of one plan on GPUs of one type, with a model and a cluster by name"
         )
 
+    if deployment.plan.shares is not None:
+        raise UsageError(
+            f"--plan: share={deployment.plan.shares} computes both phases side by side, and measured runs are held "
+            "against batches of both; leave it out"
+        )
+
     def settings(trace: Trace) -> EngineSettings:
         sent = trace if trace.timed or trace.concurrency else f"static:n=1,prompt={trace.longest},output=1"
         return asked(sent)[0].settings
