@@ -238,8 +238,6 @@ def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
     ------
     UsageError    limits that do not go with the other settings, or drafts of which nothing is known
     """
-    if plan.shares is not None:
-        settings = replace(settings, async_scheduling=False)
     limits = plan.max_num_seqs, plan.max_num_batched_tokens
     multiplexed = plan.shares is not None and plan.shares.multiplexed
     if limits == (None, None) and plan.speculation is None and not multiplexed:
@@ -252,7 +250,9 @@ def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
         max_num_batched_tokens=max(tokens, settings.max_model_len) if multiplexed else tokens,
         chunked_prefill=settings.chunked_prefill and not multiplexed,
         speculation=speculation,
-        async_scheduling=settings.async_scheduling and (speculation is None or speculation.rules.forms_ahead),
+        async_scheduling=settings.async_scheduling
+        and not multiplexed
+        and (speculation is None or speculation.rules.forms_ahead),
     )
 
 
