@@ -607,6 +607,11 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
             raise UsageError(
                 f"plan {text!r:.100}: drafts are not simulated where prompts are handed over; leave spec= out"
             )
+        if pool.role is not None and plan.route is not None:
+            raise UsageError(
+                f"plan {text!r:.100}: requests are dealt to instances in turn where prompts are handed over; leave "
+                "route= out"
+            )
         pools.append(replace(pool, plan=plan))
     if problem.rescheduling is not None and (len(pools) > 1 or pools[0].plan.replicas == 1):
         raise UsageError(

@@ -598,3 +598,9 @@ def test_priorities_without_effect_are_told(given: dict[str, Any], told: str | N
     asked = {"plan": "dp2 tp4", "trace": f"{FOUR},priority=1", "model": "llama-3.1-8b"} | given
     problem, _ = resolve_plan(asked["plan"], SimulateAsk(**asked))
     assert [note.startswith(told or "") for note in problem.notes if "priorit" in note] == ([True] if told else [])
+
+
+def test_instances_that_hand_prompts_over_have_no_router() -> None:
+    asked = SimulateAsk(plan="prefill{dp2 tp1 route=pull} + decode{tp1}", **CHEAP)
+    with pytest.raises(UsageError, match=r"dealt to instances in turn where prompts are handed over; leave route= out"):
+        resolve_plan(str(asked.plan), asked)

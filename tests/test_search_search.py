@@ -537,6 +537,15 @@ def test_where_turns_wait_for_answers_the_best_is_that_of_simulating_everything(
 NAMES = ("ttft_p95", "makespan", "energy")
 
 
+def test_turns_that_could_all_come_at_once_are_not_taken_to_queue() -> None:
+    trace = load_trace("static:n=24,prompt=20,output=2,turns=24")
+    problem = make_problem(make_model((dense(hidden=1024, columns=4096), 4)), make_cluster(2), trace)
+    answer = search(replace(problem, objective=load_objective("ttft_mean")), SPACE, top=9)
+    assert answer.candidates
+    for one in answer.candidates:
+        assert one.bound is not None and one.bound <= one.value
+
+
 # ---- one given plan ---------------------------------------------------------------------------------------------
 
 
