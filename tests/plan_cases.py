@@ -20,6 +20,8 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
 from apex_opt.ir.cells import WHOLE, Cut, Kept, State
+from apex_opt.ir.cells.gated_delta import GatedDelta, KimiDelta
+from apex_opt.ir.cells.mamba import Mamba2
 from apex_opt.ir.scheme import Scheme
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import EngineSettings
@@ -220,6 +222,8 @@ def random_model(rng: np.random.Generator) -> Model:
         some = [with_window(base, int(own.choice([40, 128, 1000]))) for _ in range(2)]
         if own.random() < 0.4:
             some[0] = keeping(base, state_bytes=int(own.integers(1, 400_000)), draft_bytes=int(own.integers(0, 9000)))
+            if (attention := (None, *linear(own, base.attention.hidden))[own.integers(4)]) is not None:
+                some[0] = replace(base, attention=attention)
         elif own.random() < 0.2:
             some[1] = keeping(base, chunk=64)
         order = [[base, some[0], base, some[1]], [some[0], some[0], base], some[:1], some][own.integers(4)]
@@ -256,6 +260,16 @@ def keeping(block: Block, **kept: int) -> Block:
         return block
     own = {entry.name: getattr(cell, entry.name) for entry in fields(cell)}
     return replace(block, attention=Stateful(**own | kept))
+
+
+def linear(rng: np.random.Generator, hidden: int) -> tuple[GatedDelta, KimiDelta, Mamba2]:
+    """Cells of the hybrid models that are served, each of which keeps a state of every sequence."""
+    few, many, wide = (int(rng.choice(values)) for values in ((1, 2, 4, 8), (8, 16), (2, 4)))
+    return (
+        GatedDelta(hidden=hidden, key_heads=few, value_heads=8, key_dim=32, value_dim=16, kernel=4, state_bytes=wide),
+        KimiDelta(hidden=hidden, heads=many, head_dim=32, kernel=4),
+        Mamba2(hidden=hidden, heads=many, head_dim=32, groups=few, state=16, kernel=4),
+    )
 
 
 def merged(runs: Sequence[tuple[Block, int]]) -> list[tuple[Block, int]]:
