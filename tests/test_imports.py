@@ -182,6 +182,12 @@ def test_costing_and_searching_do_not_load_the_compiler_before_they_simulate() -
     assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "vl_convert"}
 
 
+def test_the_doors_to_compiled_code_do_not_load_the_compiler() -> None:
+    doors = [f"apex_opt.simulator.{path.stem}" for path in (ROOT / "apex_opt" / "simulator").glob("pack*.py")]
+    assert len(doors) >= 6
+    assert "numba" not in loaded_by(f"import apex_opt.simulator.compiled, {', '.join(doors)}")
+
+
 def test_what_reads_measurements_knows_nothing_of_the_search() -> None:
     for path in files("apex_opt/measured"):
         assert not ours(path, "apex_opt.search"), path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apex_opt.simulator.kernel import entries
-from apex_opt.simulator.kernel import phases as kn
+from apex_opt.simulator.kernel import phases_state as kn
 from apex_opt.simulator.law import clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, PoolOutcome
 from apex_opt.simulator.phases import SCALE, PhasedOutcome

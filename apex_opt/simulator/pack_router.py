@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.simulator.kernel import router as rt
+from apex_opt.simulator.kernel import router_state as rt
 from apex_opt.simulator.kernel.state import NONE
 from apex_opt.simulator.routing import PREFIX_WEIGHT, QUEUE_WEIGHT, RouterSettings, pairs, prefixes
 

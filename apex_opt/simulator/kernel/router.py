@@ -11,6 +11,44 @@ from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.router_state import (
+    ACTIVE,
+    ASKED_SIZE,
+    BLOCK,
+    BLOCKS,
+    CACHES,
+    DYNAMO,
+    FIRST_WAITS,
+    HELD,
+    HELD_AT,
+    HELD_SIZE,
+    IMBALANCE,
+    KNOWN,
+    LAST_WAITS,
+    LLM_D,
+    LOAD,
+    NEXT,
+    OVER,
+    OWED,
+    PAIRS_AT,
+    PART,
+    PIECES_AT,
+    POWER_OF_TWO,
+    PREFILL,
+    PREFIX_WEIGHT,
+    PULL,
+    QUEUE_WEIGHT,
+    REPLICAS_AT,
+    REQUESTS_AT,
+    ROUTED_SIZE,
+    RULE,
+    STARTS_AT,
+    TOKENS,
+    UNDER_RATIO,
+    USERS,
+    WAITING,
+    WHOLE,
+)
 from apex_opt.simulator.kernel.speculative import drafting_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -40,46 +78,6 @@ from apex_opt.simulator.kernel.trtllm import trtllm_nb
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I32, I64
-
-POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL = range(5)  # values of RULE
-
-# Registers: the rule, tokens of a piece and of a block, whether the engine caches prefixes, how many pieces there are;
-# where the first pieces of requests, their pieces, the drawn pairs, what is known of pieces, the rows of replicas and
-# those of requests begin; numbers of the rules; the first and the last request that waits for a replica.
-(
-    RULE,
-    TOKENS,
-    BLOCK,
-    CACHES,
-    KNOWN,
-    STARTS_AT,
-    PIECES_AT,
-    PAIRS_AT,
-    HELD_AT,
-    REPLICAS_AT,
-    REQUESTS_AT,
-    IMBALANCE,
-    OVER,
-    UNDER_RATIO,
-    PART,
-    WHOLE,
-    PREFIX_WEIGHT,
-    QUEUE_WEIGHT,
-    FIRST_WAITS,
-    LAST_WAITS,
-    ROUTER_SIZE,
-) = range(21)
-
-# Of a replica: requests unanswered and waiting, the first of its active ones, tokens of theirs before their first
-# token, and different blocks of theirs.
-LOAD, WAITING, ACTIVE, PREFILL, BLOCKS, ROUTED_SIZE = range(6)
-
-# Of a request: the next active one of its replica; tokens to compute until its first token, then NONE.
-NEXT, OWED, ASKED_SIZE = range(3)
-
-# Of a piece: active requests with it, and whether it was sent or cached, replica by replica; of `CACHE_AWARE` one more
-# than the replica that it was first sent to.
-USERS, HELD, HELD_SIZE = range(3)
 
 
 def routing(turns_nb: Any) -> Any:

@@ -1,0 +1,43 @@
+"""Memory of a router: its registers, and where its parts lie; without the compiler."""
+
+from __future__ import annotations
+
+POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL = range(5)  # values of RULE
+
+# Registers: the rule, tokens of a piece and of a block, whether the engine caches prefixes, how many pieces there are;
+# where the first pieces of requests, their pieces, the drawn pairs, what is known of pieces, the rows of replicas and
+# those of requests begin; numbers of the rules; the first and the last request that waits for a replica.
+(
+    RULE,
+    TOKENS,
+    BLOCK,
+    CACHES,
+    KNOWN,
+    STARTS_AT,
+    PIECES_AT,
+    PAIRS_AT,
+    HELD_AT,
+    REPLICAS_AT,
+    REQUESTS_AT,
+    IMBALANCE,
+    OVER,
+    UNDER_RATIO,
+    PART,
+    WHOLE,
+    PREFIX_WEIGHT,
+    QUEUE_WEIGHT,
+    FIRST_WAITS,
+    LAST_WAITS,
+    ROUTER_SIZE,
+) = range(21)
+
+# Of a replica: requests unanswered and waiting, the first of its active ones, tokens of theirs before their first
+# token, and different blocks of theirs.
+LOAD, WAITING, ACTIVE, PREFILL, BLOCKS, ROUTED_SIZE = range(6)
+
+# Of a request: the next active one of its replica; tokens to compute until its first token, then NONE.
+NEXT, OWED, ASKED_SIZE = range(3)
+
+# Of a piece: active requests with it, and whether it was sent or cached, replica by replica; of `CACHE_AWARE` one more
+# than the replica that it was first sent to.
+USERS, HELD, HELD_SIZE = range(3)
