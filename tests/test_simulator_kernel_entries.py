@@ -55,6 +55,7 @@ def run(folder: Path, ready: str = "ready numba", *, values: str = "42 8", **env
     elif ready == "not yet":
         ready = "not yet numba"
     own = {"PYTHONPATH": str(DATA_ROOT), "NUMBA_CACHE_DIR": str(folder / "kept"), "NUMBA_DISABLE_JIT": "0"}
+    own["PYTHONDONTWRITEBYTECODE"] = "1"  # an edit within the same second, of the same length, would not be seen
     words = [sys.executable, str(folder / "asking.py")]
     environment = {**os.environ, **own, **environment}
     ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
