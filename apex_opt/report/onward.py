@@ -31,6 +31,13 @@ def _start(document: Document) -> str:
     return "--emit prints the commands that start it, --save=DIR writes them; explain --plan=... tests your own"
 
 
+def _lasting(document: Document) -> str:
+    """After a rate that lasts: the commands of its plan, then the same over other questions."""
+    if document.get("launch"):
+        return "--save=DIR writes this as files; solve.py study asks for rates over clusters, models and goals"
+    return "--emit prints the commands of the best; solve.py study asks it over clusters, models and goals"
+
+
 def _missed(document: Document) -> str:
     """Where nothing fits: what would, if that was found."""
     if document.get("relaxations"):
@@ -52,7 +59,7 @@ def _calibrated(document: Document) -> str:
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _start,
     "energy": _start,
-    "capacity": "--emit prints the commands of the best; solve.py study asks it over clusters, models and goals",
+    "capacity": _lasting,
     "pareto": "solve.py plan with --slo at the figures of a row picks that row; --plot=front.png draws them all",
     "explain": "solve.py plan with the same options has the figures of the best plan",
     "simulate": _simulated,
