@@ -92,6 +92,16 @@ def written(tmp_path: Path, *documents: Any) -> Path:
     return path
 
 
+def test_a_result_of_another_model_is_refused_and_an_unknown_name_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "four.json"
+    path.write_text(json.dumps(VLLM | {"model_id": "meta-llama/Llama-3.1-70B-Instruct"}))
+    with pytest.raises(InputError, match="--model is llama-3.1-8b; give --model=llama-3.1-70b"):
+        read_clients(path, DEPLOYED)
+    for same in ("meta-llama/Llama-3.1-8B", "/models/mine", 7, None):
+        path.write_text(json.dumps(VLLM | {"model_id": same}))
+        assert read_clients(path, DEPLOYED)
+
+
 def test_figures_of_requests_are_those_of_their_tokens(tmp_path: Path) -> None:
     (run,) = read_clients(written(tmp_path, VLLM), DEPLOYED)
     assert run.measured["ttft_mean"] == pytest.approx(0.2)  # the one without an answer counts nowhere

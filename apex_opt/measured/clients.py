@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.errors import InputError
+from apex_opt.errors import ApexError, InputError
 from apex_opt.files import parse_json
 from apex_opt.measured.files import read_text
+from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun
 from apex_opt.workload.layouts import result_reader
 from apex_opt.workload.readers import result_trace
@@ -102,12 +103,26 @@ def read_clients(path: Path, deployed: Deployed) -> list[MeasuredRun]:
     for place, document in enumerate(found, 1):
         label = f"{path}: result {place}" if len(found) > 1 else str(path)
         name = f"{stem}/{place}" if len(found) > 1 else stem
+        _check_model(label, document, deployed)
         trace = result_trace(label, name, f"file {label}", document, 0)
         measured = _measured(label, document)
         if not measured:
             raise InputError(f"{label}: no latency in it that could be compared")
         runs.append(_run(name, label, trace, measured, deployed))
     return runs
+
+
+def _check_model(label: str, document: Content, deployed: Deployed) -> None:
+    """Refuse a result that names another model, where that is one that is known."""
+    said = document.get("model_id") or document.get("model")
+    if not isinstance(said, str):
+        return
+    try:
+        measured, given = find_model(said).name, find_model(deployed.model).name
+    except ApexError:
+        return  # a path on the server, or a name that it was given there
+    if measured != given:
+        raise InputError(f"{label}: was measured on {said!r:.80}, and --model is {given}; give --model={measured}")
 
 
 def _run(name: str, label: str, trace: Trace, measured: dict[str, float], deployed: Deployed) -> MeasuredRun:
