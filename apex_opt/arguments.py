@@ -107,7 +107,8 @@ class Ask(Setup):
     trace : Shipped trace (listed by: solve.py traces); path of a CSV, JSONL or JSON file in one of the layouts of
         traces/README.md, as it is or in gzip; or a description:
         "poisson:rate=2,n=500,prompt=lognormal(512,1.0),output=128",
-        "closed:concurrency=32,n=500,prompt=512,output=128", "static:n=100,prompt=1024,output=128".
+        "closed:concurrency=32,n=500,prompt=512,output=128", "static:n=100,prompt=1024,output=128"; by default
+        n=1000, prompt=512 and output=128 tokens, lognormal(MEAN,SIGMA,MAX).
     trace_unit : Unit of the arrivals in a trace file that does not tell: s, ms, us or ns.
     trace_block : Prompt tokens that one of a trace file's hash_ids stands for; by default as its layout or name says.
     rate : Requests per second at which the trace comes, repeated to 20,000 requests or more, which shows whether that

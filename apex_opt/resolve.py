@@ -23,7 +23,7 @@ from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
-from apex_opt.plans.routing import parse_routings
+from apex_opt.plans.routing import SEES_PREFIXES, parse_routings
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from apex_opt.engines import EngineKind
     from apex_opt.plans.deployment import Deployment
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter, Speculation
 
@@ -104,7 +105,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
-        *_about_prefixes(ask, trace),
+        *_about_prefixes(ask, trace, routings),
         *_about_priorities(trace, rescheduling),
         *_about_images(model),
         *_about_engines(ask),
@@ -290,9 +291,16 @@ def _loaded(name: str, given: str | T, kind: type[T], load: Callable[[str], T]) 
     return load(given)
 
 
-def _about_prefixes(ask: Ask, trace: Trace) -> tuple[str, ...]:
+def _about_prefixes(ask: Ask, trace: Trace, routings: Sequence[Routing]) -> tuple[str, ...]:
     """What prefix caching has to say of a trace; refused where what its prompts contain is there but cannot be used."""
-    if not ask.prefix_caching or trace.content is not None:
+    if not ask.prefix_caching:
+        blind = [name for name in routings if name in SEES_PREFIXES]
+        return tuple(
+            f"--routing={name} deals by what caches hold, and they are off, so that nothing is saved; give "
+            "--prefix_caching=true"
+            for name in blind
+        )
+    if trace.content is not None:
         return ()
     if trace.content_fault:
         raise InputError(trace.content_fault)

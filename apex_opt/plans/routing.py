@@ -21,6 +21,8 @@ Routing = Literal[
     "pull",
 ]
 """How a replica is found for a request; `docs/routing.md` has the rules."""
+SEES_PREFIXES: Final[tuple[Routing, ...]] = ("cache_aware", "dynamo", "llm_d")
+"""Those that deal by what a replica's cache may hold."""
 ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
 
 

@@ -53,7 +53,11 @@ def _simulated(document: Document) -> str:
 
 def _calibrated(document: Document) -> str:
     written: Any = document.get("out")
-    return f"solve.py plan --engine={written}" if written else "--out=mine.toml writes it for --engine of every command"
+    return (
+        f"solve.py plan --engine={written} with the same --model and --cluster"
+        if written
+        else "--out=mine.toml writes it for --engine of every command"
+    )
 
 
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
@@ -64,12 +68,12 @@ _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "explain": "solve.py plan with the same options has the figures of the best plan",
     "simulate": _simulated,
     "place": "--rankfile=ranks.txt writes the order for a launcher; --lose=node0:0 says what a loss costs",
-    "study": "--report=study.html draws it; the same command again goes on with what is open",
+    "study": "--report=study.html draws it, --format=csv has its rows; the same command again answers what is open",
     "validate": "solve.py calibrate --measured=RESULT.json fits an engine's times to runs of your own",
     "calibrate": _calibrated,
     "profile show": "solve.py profile collect measures a GPU that is not listed",
     "cluster show": 'solve.py place --plan="dp2 tp4" with the same --cluster places a plan on these GPUs',
-    "models": "solve.py plan --model=NAME",
+    "models": "solve.py plan --model=NAME, or with the path of a config.json",
     "clusters": "solve.py plan --cluster=8xNAME",
     "traces": "solve.py plan --trace=NAME",
 }

@@ -13,7 +13,7 @@ from apex_opt.report.layout import amount, count, table
 from apex_opt.studies.robust import STEP, STEPS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
@@ -92,8 +92,21 @@ def robust_section(console: Console, document: Document) -> None:
     if rows:
         heads = ("times of", "best at", "not at", "then best", "because")
         table(console, "How far times may be off, as factors", heads, rows, left={0, 3, 4})
+    if text := _verdict(found["turns"]):
+        console.print(Text.assemble(("In short", "bold"), f": {text}.\n"))
     for title, text in _sentences(document, found):
         console.print(Text.assemble((title, "bold"), f": {text}.\n"))
+
+
+def _verdict(turns: Sequence[Document]) -> str:
+    """What the table says, in a sentence."""
+    holds = {(turn["times"], turn["slower"]): turn["holds"] for turn in turns}
+    said = []
+    if ("all", True) in holds and ("all", False) in holds:
+        said.append(f"while all times are {holds['all', False]:.2f} to {holds['all', True]:.2f} times those computed")
+    if ("best", True) in holds:
+        said.append(f"while its own alone are at most {holds['best', True]:.2f} times as long")
+    return f"the best plan stays the best {', and '.join(said)}" if said else ""
 
 
 def _then(turn: Document, unit: str) -> str:
