@@ -537,7 +537,9 @@ def _main(words: list[str]) -> int:
     if saved is not None and result.found:
         from apex_opt.launch.saved import save
 
-        save(result.to_dict(), saved, result.traffic)
+        names = ("model", "cluster", "engine")
+        given = {name: value for name in names if isinstance(value := getattr(request.arguments, name), str)}
+        save(result.to_dict(), saved, given, result.traffic)
     if not result.holds:
         return EXIT_FAULT  # a certificate that does not hold is a fault of ours, whatever the answer
     return 0 if result.found else EXIT_INFEASIBLE

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
-from cli_cases import Once
+from cli_cases import Once, run
 from launch_cases import DENSE, emitted
 
 from apex_opt.errors import InputError
@@ -23,7 +23,27 @@ if TYPE_CHECKING:
 ONCE = Once()
 NAME = {"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63}
 TEXTS = {"type": "array", "items": {"type": "string"}}
-ENV = {"type": "array", "items": {"type": "object", "required": ["name"], "additionalProperties": {"type": "string"}}}
+FROM = {"type": "object", "required": ["secretKeyRef"]}
+ENV = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["name"],
+        "additionalProperties": False,
+        "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": FROM},
+    },
+}
+BIND = {
+    "type": "object",
+    "required": ["type", "source", "target"],
+    "additionalProperties": False,
+    "properties": {
+        "type": {"const": "bind"},
+        "source": {"type": "string"},
+        "target": {"type": "string", "pattern": "^/"},
+        "read_only": {"type": "boolean"},
+    },
+}
 SERVICE = {
     "type": "object",
     "additionalProperties": False,
@@ -31,7 +51,8 @@ SERVICE = {
         "image": {"type": "string"},
         "entrypoint": TEXTS,
         "command": TEXTS,
-        "environment": {"type": "object", "additionalProperties": {"type": "string"}},
+        "environment": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
+        "volumes": {"type": "array", "items": BIND},
         "network_mode": {"const": "host"},
         "ipc": {"const": "host"},
         "deploy": {"type": "object"},
@@ -68,7 +89,7 @@ def arguments(script: str, variables: dict[str, str]) -> list[list[str]]:
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
 def test_scripts_start_the_commands_word_for_word(engine: str) -> None:
     asked = document(engine, "dp2 tp4")
-    script = files_of(asked)["node0.sh"]
+    script = files_of(asked, {})["node0.sh"]
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     expected = [
         ["env", *(f"{name}={value}" for name, value in command["env"].items()), *command["argv"]]
@@ -79,7 +100,7 @@ def test_scripts_start_the_commands_word_for_word(engine: str) -> None:
 
 def test_the_options_file_of_an_engine_is_written_before_it_starts(tmp_path: Path) -> None:
     asked = document("trtllm", "tp4")
-    script = files_of(asked)["node0.sh"]
+    script = files_of(asked, {})["node0.sh"]
     line = next(line for line in script.splitlines() if line.startswith("printf"))
     subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
     (path,) = tmp_path.iterdir()
@@ -88,7 +109,7 @@ def test_the_options_file_of_an_engine_is_written_before_it_starts(tmp_path: Pat
 
 
 def test_addresses_of_nodes_are_variables_that_must_be_set() -> None:
-    files = files_of(document("vllm", "tp16", nodes=2))
+    files = files_of(document("vllm", "tp16", nodes=2), {})
     assert {"node0.sh", "node1.sh"} <= set(files)
     assert "kubernetes.yaml" not in files
     script = files["node1.sh"]
@@ -106,7 +127,7 @@ def test_odd_names_of_checkpoints_stay_one_word() -> None:
     odd = "a b'c\"$(touch x);`y`: {z}"
     (command,) = asked["launch"]["commands"]
     command["argv"][2] = odd
-    files = files_of(asked)
+    files = files_of(asked, {})
     assert arguments(files["node0.sh"], {})[0].count(odd) == 1
     service = json.loads(files["compose-node0.yaml"])["services"]["replica0"]
     assert [word.replace("$$", "$") for word in service["command"]][1] == odd
@@ -114,7 +135,7 @@ def test_odd_names_of_checkpoints_stay_one_word() -> None:
 
 def test_compose_kubernetes_and_dynamo_have_the_fields_of_their_schemas() -> None:
     asked = document("vllm", "dp2 tp4")
-    files = files_of(asked)
+    files = files_of(asked, {})
     for service in json.loads(files["compose-node0.yaml"])["services"].values():
         jsonschema.validate(service, SERVICE)
     *deployments, service = json.loads(files["kubernetes.yaml"])["items"]
@@ -137,12 +158,12 @@ def test_nginx_deals_as_the_router_that_was_simulated() -> None:
     asked = document("vllm", "dp2 tp4")
     for routing, line in (("least_loaded", "least_conn;"), ("power_of_two", "random two least_conn;")):
         asked["question"]["engine"]["routing"] = routing
-        assert f"upstream engines {{\n    {line}\n" in files_of(asked)["nginx.conf.template"]
-    assert "nginx.conf.template" not in files_of(document("vllm", "dp2 tp4 route=cache_aware"))
+        assert f"upstream engines {{\n    {line}\n" in files_of(asked, {})["nginx.conf.template"]
+    assert "nginx.conf.template" not in files_of(document("vllm", "dp2 tp4 route=cache_aware"), {})
     named = document("vllm", "dp2 tp4 route=least_loaded")
-    assert "least_conn;" in files_of(named)["nginx.conf.template"]
+    assert "least_conn;" in files_of(named, {})["nginx.conf.template"]
     asked["question"]["engine"]["routing"] = "dynamo"
-    assert "DYN_ROUTER_MODE" in files_of(asked)["dynamo.yaml"]
+    assert "DYN_ROUTER_MODE" in files_of(asked, {})["dynamo.yaml"]
 
 
 def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone(tmp_path: Path) -> None:
@@ -161,7 +182,7 @@ def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:
     asked = document("vllm", "tp4")
     asked["launch"]["commands"] = []
     with pytest.raises(InputError, match="nothing starts it"):
-        save(asked, tmp_path / "new")
+        save(asked, tmp_path / "new", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -175,3 +196,65 @@ def test_an_answer_is_saved_with_its_certificate(tmp_path: Path) -> None:
     assert all(name in text for name in names - {"README.md"})
     assert shlex.split((tmp_path / "new" / "node0.sh").read_text().splitlines()[-1]) == ["wait", "-n"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+OWN = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024}
+OWN |= {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4, "vocab_size": 1000}
+OWN |= {"max_position_embeddings": 2048, "torch_dtype": "bfloat16"}
+
+
+def test_an_own_model_is_served_from_its_whole_path_which_containers_mount(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OWN), encoding="utf-8")
+    (tmp_path / "mine.toml").write_text('name = "desk"\nnodes = 1\ngpu = "h200-sxm"\ngpus_per_node = 1\n')
+    trace = "--trace=static:n=4,prompt=64,output=4"
+    asked = ("plan", "--model=config.json", "--cluster=./mine.toml", trace, "--save=new")
+    done = run(*asked, cwd=tmp_path)
+    assert done.code == 0, done.err
+    files, own = {path.name: path.read_text() for path in (tmp_path / "new").iterdir()}, str(tmp_path)
+    assert f" vllm serve {own} " in files["node0.sh"]
+    assert f"--model {own} " in files["bench.sh"]
+    bind = json.loads(files["compose-node0.yaml"])["services"]["replica0"]["volumes"][1]
+    assert (bind["source"], bind["target"], bind["read_only"]) == (own, own, True)
+    pods = [json.loads(files["kubernetes.yaml"])["items"][0]["spec"]["template"]["spec"]]
+    worker = json.loads(files["dynamo.yaml"])["spec"]["services"]["VllmWorker"]["extraPodSpec"]
+    pods.append({"containers": [worker["mainContainer"]], "volumes": worker["volumes"]})
+    for pod in pods:
+        (name,) = [one["name"] for one in pod["volumes"] if one.get("hostPath", {}).get("path") == own]
+        (container,) = pod["containers"]
+        assert [one["mountPath"] for one in container["volumeMounts"] if one["name"] == name] == [own]
+        assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+    assert f"- model: your folder {own}; it must hold weights and tokenizer on every node" in files["README.md"]
+    (line,) = [line for line in files["README.md"].splitlines() if line.startswith("solve.py calibrate")]
+    assert {f"--model={own}/config.json", f"--cluster={own}/mine.toml", "--engine=vllm"} <= set(shlex.split(line))
+
+
+def test_gated_models_get_the_token_that_is_set_and_downloads_are_kept() -> None:
+    files = files_of(document("vllm", "tp4"), {})
+    service = json.loads(files["compose-node0.yaml"])["services"]["replica0"]
+    assert service["environment"]["HF_TOKEN"] is None  # which passes on what is set, and nothing where nothing is
+    assert [bind["target"] for bind in service["volumes"]] == ["/root/.cache/huggingface"]
+    pod = json.loads(files["kubernetes.yaml"])["items"][0]["spec"]["template"]["spec"]
+    token = pod["containers"][0]["env"][-1]
+    assert token["name"] == "HF_TOKEN" and token["valueFrom"]["secretKeyRef"]["optional"]
+    assert {one["name"] for one in pod["volumes"]} == {"shm", "cache"}
+
+
+def test_of_the_ways_to_start_it_one_is_chosen() -> None:
+    text = files_of(document("vllm", "dp2 tp4"), {})["README.md"]
+    ways, _, then = text.partition("Choose one of:")[2].partition("Then:")
+    assert all(name in ways for name in ("node0.sh", "compose-node0.yaml", "kubernetes.yaml", "dynamo.yaml"))
+    assert "nginx.conf.template" in then
+
+
+def test_a_proxy_that_is_not_there_is_said_in_a_line_before_anything_starts(tmp_path: Path) -> None:
+    asked = document("vllm", "tp4")
+    words = ["python", "toy_proxy_server.py", "--port", "8192"]
+    asked["launch"]["commands"].append({"node": 0, "replica": None, "env": {}, "argv": words, "text": " ".join(words)})
+    files = files_of(asked, {})
+    assert "what deals requests to the servers is started by node0.sh alone" in files["README.md"]
+    script = tmp_path / "node0.sh"
+    script.write_text(files["node0.sh"])
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"node0.sh: copy toy_proxy_server.py here first, into {tmp_path}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["node0.sh"]

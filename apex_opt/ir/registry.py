@@ -57,7 +57,7 @@ def load_model(name_or_path: str) -> Model:
 
 
 def checkpoint_of(name_or_path: str) -> str:
-    """Where an engine finds the weights of what `load_model` found under this name: a folder or a Hugging Face id.
+    """Where an engine finds the weights of what `load_model` found: a folder, absolute, or a Hugging Face id.
 
     A registry name stands for the Hugging Face id nearest to it, or for itself where there is none. A file that is not
     called `config.json` does not lie among weights: its own name stands for them.
@@ -72,7 +72,7 @@ def checkpoint_of(name_or_path: str) -> str:
     if not there(path):
         return wanted
     if path.is_dir() or path.name == "config.json":
-        return str(path if path.is_dir() else path.parent)
+        return os.path.abspath(path if path.is_dir() else path.parent)
     return path.name.removesuffix(".json")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
@@ -184,6 +185,8 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
             f"requests: of at most {asked.settings.max_model_len:,} tokens, what the KV cache of the plan holds with "
             f"a little to spare; {problem.model.name} is made for {longest:,}"
         )
+    if asked.weights == asked.checkpoint and Path(asked.checkpoint).is_absolute():
+        yield f"model: your folder {asked.checkpoint}; it must hold weights and tokenizer on every node"
     if asked.quantised_when_loaded:
         yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"
     elif not asked.as_published:

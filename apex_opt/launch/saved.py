@@ -10,13 +10,14 @@ Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `com
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError
-from apex_opt.files import reason, there
+from apex_opt.files import expanded, reason, there
 from apex_opt.outputs import check_folder, fresh_folder
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ IMAGES: Final = {
 """Containers that have the engine; another is named by IMAGE, and in a manifest by hand."""
 
 _DYNAMO: Final = "nvcr.io/nvidia/ai-dynamo/vllm-runtime:1.4.0"
+_CACHE: Final = "/root/.cache/huggingface"
+_NODE_CACHE: Final = "/var/cache/huggingface"
+"""Where a container keeps what it downloads, and where a node of Kubernetes keeps that."""
 _NODE: Final = re.compile(r"(?<![\w-])(NODE\d+)(?![\w-])")
 _DEALT: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
 """How nginx is told to deal requests."""
@@ -51,7 +55,10 @@ def check_new(path: Path) -> None:
 
 
 def save(
-    document: Mapping[str, Any], path: Path, traffic: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({})
+    document: Mapping[str, Any],
+    path: Path,
+    given: Mapping[str, str],
+    traffic: Mapping[str, Callable[[], Iterable[str]]] = MappingProxyType({}),
 ) -> None:
     """Write what starts the plan of an answer into a folder, whole or not at all.
 
@@ -59,6 +66,7 @@ def save(
     ----------
     document : mapping    of the answer
     path : Path           of the folder
+    given : mapping       model, cluster and engine as they were asked for
     traffic : mapping     further files by name, as their lines
 
     Raises
@@ -72,7 +80,7 @@ def save(
     check_new(path)
     try:
         with fresh_folder(path) as folder:
-            for name, text in files_of(document).items():
+            for name, text in files_of(document, given).items():
                 (folder / name).write_text(text, encoding="utf-8")
                 if name.endswith(".sh"):
                     (folder / name).chmod(0o755)
@@ -83,8 +91,8 @@ def save(
         raise InputError(f"--save {path}: cannot be written ({reason(error)}); name another folder") from error
 
 
-def files_of(document: Mapping[str, Any]) -> dict[str, str]:
-    """Names and texts of the files for an answer whose plan has commands."""
+def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """Names and texts of the files for an answer whose plan has commands; `given` as in `save`."""
     launch, routing = document["launch"], _routing(document)
     commands: Sequence[Mapping[str, Any]] = launch["commands"]
     found: dict[str, str] = {}
@@ -99,12 +107,12 @@ def files_of(document: Mapping[str, Any]) -> dict[str, str]:
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
-    before = any(command["replica"] is None and command["argv"][0] == "python" for command in commands)
+    before = any(map(_deals, commands))
     if len(servers) > 1 and alone and not before and routing in _DEALT:
         found["nginx.conf.template"] = _nginx(servers, _DEALT[routing])
     if (bench := launch.get("bench")) is not None and bench["argv"]:
         found["bench.sh"] = _bench(bench["argv"])
-    found["README.md"] = _readme(document, found)
+    found["README.md"] = _readme(document, found, given)
     return found
 
 
@@ -113,6 +121,11 @@ def _routing(document: Mapping[str, Any]) -> str:
     named = re.findall(r"\broute=(\w+)", document["best"]["plan"])
     asked: str = document["question"]["engine"]["routing"]
     return named[0] if named else asked
+
+
+def _deals(command: Mapping[str, Any]) -> bool:
+    """Whether a command starts what deals requests to servers."""
+    return command["replica"] is None and command["argv"][0] == "python"
 
 
 def _nodes(command: Mapping[str, Any]) -> set[str]:
@@ -140,7 +153,12 @@ def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
         f"# Starts what runs on node {node}; ends all of it once one part ends.",
         "set -euo pipefail",
     ]
-    lines += ['cd "$(dirname "${BASH_SOURCE[0]}")"', "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    lines.append('cd "$(dirname "${BASH_SOURCE[0]}")"')
+    for command in filter(_deals, commands):
+        if (name := command["argv"][1]).endswith(".py"):  # not of a package, so it must lie here
+            told = f"node{node}.sh: copy {name} here first, into $PWD"
+            lines.append(f'[ -f {name} ] || {{ echo "{told}" >&2; exit 1; }}')
+    lines.append("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT")
     lines += [f': "${{{name}:?set {name} to the address of that node}}"' for name in names]
     for index, command in enumerate(commands):
         if file := _file(command):
@@ -179,7 +197,14 @@ def _services(engine: str, commands: Sequence[Mapping[str, Any]]) -> dict[str, A
             "image": f"${{IMAGE:-{IMAGES[engine]}}}",
             "entrypoint": words[:1],
             "command": words[1:],
-            "environment": {name: _composed(value) for name, value in command["env"].items()},
+            "environment": {name: _composed(value) for name, value in command["env"].items()} | {"HF_TOKEN": None},
+            "volumes": [
+                {"type": "bind", "source": "${HF_HOME:-${HOME}/.cache/huggingface}", "target": _CACHE},
+                *(
+                    {"type": "bind", "source": _composed(path), "target": _composed(path), "read_only": True}
+                    for path in _folders(command)
+                ),
+            ],
             "network_mode": "host",
             "ipc": "host",
             "deploy": {"resources": {"reservations": {"devices": [gpus]}}},
@@ -202,11 +227,11 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
             "name": "engine",
             "image": IMAGES[engine],
             "command": [word.replace("$(", "$$(") for word in command["argv"]],
-            "env": [{"name": key, "value": value} for key, value in _portless(command)["env"].items()],
+            "env": _variables(command),
             "ports": [{"name": "http", "containerPort": port}],
             "resources": {"limits": {"nvidia.com/gpu": str(_gpus(command))}},
             "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10},
-            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *_mounts(command)],
         }
         if file := _file(command):
             name_of, text = file
@@ -214,7 +239,10 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
                 f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(name_of)} && exec {shlex.join(command['argv'])}"
             )
             container["command"] = ["sh", "-c", started]
-        pod = {"containers": [container], "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}]}
+        pod = {
+            "containers": [container],
+            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *_volumes(command)],
+        }
         spec = {
             "replicas": 1,
             "selector": {"matchLabels": labels},
@@ -236,18 +264,45 @@ def _dynamo(servers: Sequence[Mapping[str, Any]], routing: str) -> dict[str, Any
     if routing == "dynamo":
         frontend["envs"] = [{"name": "DYN_ROUTER_MODE", "value": "kv"}]
     worker = {"image": _DYNAMO, "command": ["python3", "-m", "dynamo.vllm"], "args": ["--model", *words[2:]]}
+    worker["volumeMounts"] = _mounts(servers[0])
     services = {
         "Frontend": frontend,
         "VllmWorker": {
             "componentType": "worker",
             "replicas": len(servers),
             "resources": {"limits": {"gpu": str(_gpus(servers[0]))}},
-            "envs": [{"name": name, "value": value} for name, value in _portless(servers[0])["env"].items()],
-            "extraPodSpec": {"mainContainer": worker},
+            "envs": _variables(servers[0]),
+            "extraPodSpec": {"mainContainer": worker, "volumes": _volumes(servers[0])},
         },
     }
     kind = {"apiVersion": "nvidia.com/v1alpha1", "kind": "DynamoGraphDeployment"}
     return {**kind, "metadata": {"name": "apex-opt-plan"}, "spec": {"services": services}}
+
+
+def _folders(command: Mapping[str, Any]) -> list[str]:
+    """Folders of one's own that a command names: its model, where it lies in one."""
+    return [word for word in command["argv"] if word.startswith("/")]
+
+
+def _variables(command: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Environment of a container in Kubernetes, with the token of gated models from a Secret where there is one."""
+    token = {"secretKeyRef": {"name": "hf-token", "key": "HF_TOKEN", "optional": True}}
+    own = [{"name": name, "value": value} for name, value in _portless(command)["env"].items()]
+    return [*own, {"name": "HF_TOKEN", "valueFrom": token}]
+
+
+def _volumes(command: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of a pod: the cache of Hugging Face, and folders of one's own, as they lie on its node."""
+    cache = {"name": "cache", "hostPath": {"path": _NODE_CACHE, "type": "DirectoryOrCreate"}}
+    own = enumerate(_folders(command))
+    return [cache, *({"name": f"own{at}", "hostPath": {"path": path, "type": "Directory"}} for at, path in own)]
+
+
+def _mounts(command: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where a container has the volumes of its pod."""
+    own = enumerate(_folders(command))
+    found = ({"name": f"own{at}", "mountPath": path, "readOnly": True} for at, path in own)
+    return [{"name": "cache", "mountPath": _CACHE}, *found]
 
 
 def _gpus(command: Mapping[str, Any]) -> int:
@@ -277,17 +332,28 @@ def _nginx(servers: Sequence[Mapping[str, Any]], dealt: str) -> str:
 _TOLD: Final = {
     "bench": "`bash {}` once all of it answers: sends the traffic that was planned for and keeps what it measures",
     "node": "`bash {}` on that node starts it, with a log for each part",
-    "compose": "`docker compose -f {} up` on that node; a clock of the GPUs is set by the script alone",
+    "compose": "`docker compose -f {} up` on that node; passes on HF_TOKEN where it is set, which gated models need, "
+    "and keeps downloads in HF_HOME; a clock of the GPUs is set by the script alone",
     "kubernetes": "`kubectl apply -f {}`; the cluster chooses the GPUs, which may lie otherwise in a node than "
-    "the plan has them, no clock is set, and its Service deals requests at random",
-    "dynamo": "`kubectl apply -f {}` where the Dynamo operator runs",
+    "the plan has them, no clock is set, and its Service deals requests at random. A gated model first takes `kubectl "
+    "create secret generic hf-token --from-literal=HF_TOKEN=...`",
+    "dynamo": "`kubectl apply -f {}` where the Dynamo operator runs, with the same secret",
     "nginx": "the router that deals requests as was simulated: set NODE0, ... to the nodes' addresses, and put {} into "
     "/etc/nginx/templates of nginx's container",
 }
 
+_WAYS: Final = ("node", "compose", "kubernetes", "dynamo")
+"""How files begin of which one kind is chosen to start the servers."""
 
-def _readme(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """The plan in words: what it is, how it starts, what to check, and its certificate."""
+
+def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mapping[str, str]) -> str:
+    """The plan in words: what it is, how it starts, what to check, and its certificate.
+
+    Parameters
+    ----------
+    document, given : as in `save`
+    files : the others, by name
+    """
     launch = document["launch"]
     lines = [
         f"# A plan for {launch['engine']}",
@@ -295,29 +361,41 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str]) -> str:
         f"Made by apex_opt {document['version']}, status {document['status']}.",
         "",
     ]
-    lines += ["## Files", ""]
-    lines += [f"- {_TOLD[next(key for key in _TOLD if name.startswith(key))].format(name)}" for name in files]
+    told = {name: f"- {_TOLD[next(key for key in _TOLD if name.startswith(key))].format(name)}" for name in files}
+    before = [command for command in launch["commands"] if _deals(command)]
+    for name in told:
+        if before and name.startswith("compose"):
+            told[name] += f"; what deals requests to the servers is started by node{before[0]['node']}.sh alone"
+    ways = [name for name in files if name.startswith(_WAYS)]
+    lines += ["## Files", "", "Choose one of:", "", *(told[name] for name in ways)]
+    lines += ["", "Then:", "", *(line for name, line in told.items() if name not in ways)]
     if (bench := launch.get("bench")) is not None and bench["dataset"] is not None:
         lines.append(f"- `{bench['dataset']}`: what `bench.sh` sends, a line for each request")
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in launch["notes"])]
-    lines += _measuring(document)
+    lines += _measuring(document, given)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
         if document.get(key) is not None:
             lines += ["", f"## {title}", "", "```json", json.dumps(document[key], indent=1), "```"]
     return "\n".join([*lines, ""])
 
 
-def _measuring(document: Mapping[str, Any]) -> list[str]:
+def _measuring(document: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
     """How a measurement of the plan is taken back, where there is one that can be."""
     bench, best = document["launch"].get("bench"), document.get("best")
     if bench is None or bench["result"] is None or best is None or "parts" in best:
         return []
     question = document["question"]
-    words = {name: question[name]["name"] for name in ("model", "cluster", "engine")} | {"plan": best["plan"]}
+    words = {name: _own(given.get(name)) or question[name]["name"] for name in ("model", "cluster", "engine")}
+    words["plan"] = best["plan"]
     options = (f"--{name}={value}" for name, value in words.items())
     line = shlex.join(["solve.py", "calibrate", f"--measured={bench['result']}", *options, "--out=mine.toml"])
     told = "With a measurement the engine's own times are fitted to this machine; what is yours goes by its file:"
     return ["", "## Measure and calibrate", "", told, "", "```", "bash bench.sh", line, "```"]
+
+
+def _own(given: str | None) -> str | None:
+    """A file or a folder that was given, by its whole path; None where something else was."""
+    return os.path.abspath(path) if given and there(path := expanded(given.strip())) else None
 
 
 def _yaml(content: Mapping[str, Any]) -> str:
