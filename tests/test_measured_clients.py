@@ -95,7 +95,7 @@ def written(tmp_path: Path, *documents: Any) -> Path:
 def test_a_result_of_another_model_is_refused_and_an_unknown_name_is_not(tmp_path: Path) -> None:
     path = tmp_path / "four.json"
     path.write_text(json.dumps(VLLM | {"model_id": "meta-llama/Llama-3.1-70B-Instruct"}))
-    with pytest.raises(InputError, match="--model is llama-3.1-8b; give --model=llama-3.1-70b"):
+    with pytest.raises(InputError, match=r"--model is llama-3\.1-8b; give --model=llama-3.1-70b"):
         read_clients(path, DEPLOYED)
     for same in ("meta-llama/Llama-3.1-8B", "/models/mine", 7, None):
         path.write_text(json.dumps(VLLM | {"model_id": same}))

@@ -92,3 +92,19 @@ def test_versions_of_a_model_stand_for_each_other(tmp_path: Path) -> None:
     assert find_model("deepseek-ai/DeepSeek-V3") != find_model("deepseek-ai/DeepSeek-R1")
     assert family is not None
     assert family.text("model") == "deepseek-ai/DeepSeek-R1"
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("x", "clients 'x' is not a finite number"),
+        ("2.5", "is not a whole number"),
+        ("-1", "clients '-1' is not"),
+        ("0", "clients 0 is outside 1 to 65,536"),
+        ("99999", "clients 99999 is outside"),
+    ],
+)
+def test_degrees_that_cannot_be_are_refused_with_their_line(tmp_path: Path, cell: str, said: str) -> None:
+    (tmp_path / "relabel_x.csv").write_text(f"id,clients,tp,dp,moe_tp,moe_ep\nrow,{cell},8,1,1,\n")
+    with pytest.raises(InputError, match=f"relabel_x.csv: line 2: .*{said}"):
+        read_facts(tmp_path / "rows.csv")

@@ -45,3 +45,20 @@ def test_where_nothing_fits_it_tells_of_the_changes_found() -> None:
 def test_json_and_csv_end_without_it() -> None:
     for form in ("json", "csv"):
         assert "Next:" not in run("models", "--format", form).out
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "not_said"),
+    [
+        (("plan", "--cluster=1xl40s", "--engine=static"), "plans of these can be started", "--emit"),
+        (("simulate", "--cluster=1xl40s", "--plan=tp1 share=80/100", "--runnable=any"), "--requests=r.csv", "explain"),
+        (("simulate", "--cluster=2xl40s", "--plan=prefill{tp1} + decode{tp1}"), "--requests=r.csv", "explain"),
+        (("plan", "--cluster=1xl40s,1xh100-sxm"), "one of them", "--save"),
+    ],
+)
+def test_it_suggests_nothing_that_is_refused(words: tuple[str, ...], said: str, not_said: str) -> None:
+    done = run(*words, "--model=llama-3.1-8b", f"--trace={CHEAP[-1]}")
+    assert done.code == 0
+    line = " ".join(done.out.split("Next: ")[-1].split())
+    assert said in line
+    assert not_said not in line

@@ -21,6 +21,8 @@ from apex_opt.measured.names import find_model
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from apex_opt.measured.files import Row
+
 SHIPPED: Final = Path(__file__).parent / "data" / "deployments.csv"
 NEEDED: Final = ("family", "engine", "model", "gpu", "precision", "date_from", "date_to", "isl", "osl", "tp")
 
@@ -176,16 +178,28 @@ def read_facts(rows: Path) -> Facts:
     return Facts(
         families=_families(path),
         family_of={row["id"]: row["family"] for row in _beside(folder, "families*.csv", ("id", "family"))},
-        relabelled={
-            row["id"]: Degrees(*(int(row[c] or 1) for c in ("clients", "tp", "dp", "moe_tp", "moe_ep")))
-            for row in _beside(folder, "relabel*.csv", ("id", "clients", "tp", "dp", "moe_tp", "moe_ep"))
-        },
+        relabelled=dict(
+            _degrees(row)
+            for path in sorted(folder.glob("relabel*.csv"))
+            for row in read_rows(path, ("id", "clients", "tp", "dp", "moe_tp", "moe_ep"))
+        ),
         aside={
             row["id"]: Aside(row["reason"], row["metric"], row.get("detail", ""))
             for row in _beside(folder, "set_aside*.csv", ("id", "reason", "metric"))
         },
         source=str(path) if path is own else "shipped",
     )
+
+
+def _degrees(row: Row) -> tuple[str, Degrees]:
+    """The id of a row, and the degrees that ran; blank is 1."""
+    found = []
+    for column in ("clients", "tp", "dp", "moe_tp", "moe_ep"):
+        value = row.whole(column)
+        if not 1 <= (value := 1 if value is None else value) <= _LARGEST:
+            raise InputError(f"{row.where}: {column} {value} is outside 1 to {_LARGEST:,}")
+        found.append(value)
+    return row.cells["id"].strip(), Degrees(*found)
 
 
 @lru_cache(maxsize=8)
@@ -223,6 +237,7 @@ def _within(measured: str, first: str, last: str) -> bool:
 
 _INFERENCEX: Final = re.compile(r"db-dump/|source_file=([\d-]+|[\w.-]+-gap-analysis)\.csv")  # names of its dumps
 _IMAGE: Final = re.compile(r"[\w./-]+/[\w.-]+:[\w.-]+")
+_LARGEST: Final = 1 << 16  # degree or number of clients
 _DAY: Final = re.compile(r"measured=(\d{4}-\d\d-\d\d)")
 
 _COMMENT: Final = re.compile(

@@ -26,9 +26,26 @@ def onward(command: str, document: Document, *, found: bool) -> str:
 
 def _start(document: Document) -> str:
     """After a plan: its commands, then files of them."""
-    if document.get("launch"):
+    if "clusters" in document:
+        return "solve.py plan with --cluster of one of them tells of its plan in full"
+    launch, engine = document.get("launch"), document.get("question", {}).get("engine", {})
+    if launch and launch.get("commands"):
         return "--save=DIR writes this as files; measured there, solve.py calibrate fits the engine's times"
-    return "--emit prints the commands that start it, --save=DIR writes them; explain --plan=... tests your own"
+    if engine.get("policy", "vllm") not in COMMANDED:
+        return f"--engine={', '.join(COMMANDED)}: plans of these can be started"
+    if launch:
+        return "without --runnable=any plans are those that can be started"
+    more = "; explain --plan=... tests your own" if _explained(document) else ""
+    return f"--emit prints the commands that start it, --save=DIR writes them{more}"
+
+
+def _explained(document: Document) -> bool:
+    """Whether `explain` takes the question: it knows replicas alone, which keep their requests."""
+    question = document.get("question", {})
+    own = question.get("serving", "aggregated") in ("aggregated", ["aggregated"])
+    best: Any = document.get("best")
+    plan = str(best.get("plan", "")) if isinstance(best, dict) else ""
+    return own and not question.get("rescheduling") and "share=" not in plan and "{" not in plan
 
 
 def _lasting(document: Document) -> str:
@@ -40,15 +57,25 @@ def _lasting(document: Document) -> str:
 
 def _missed(document: Document) -> str:
     """Where nothing fits: what would, if that was found."""
+    if not _explained(document):
+        return "ease a goal, or offer more GPUs"
     if document.get("relaxations"):
         return "give one of the changes above as an option, or ask solve.py explain with the same options"
     return "solve.py explain --time_limit=60 with the same options looks longer for what would fit"
 
 
 def _simulated(document: Document) -> str:
+    if not _explained(document):
+        return "solve.py plan finds the best plan for the same traffic; --requests=r.csv has every request"
     best: Any = document.get("best")  # of several plans its place
     named = f'"{best["plan"]}"' if isinstance(best, dict) else "..."
     return f"solve.py explain --plan={named} with the same options says what the best plan has over it"
+
+
+def _unserved(document: Document) -> str:
+    if not _explained(document) or any(word in str(document.get("reason", "")) for word in ("share=", "{")):
+        return "ease a goal, or simulate another plan"
+    return "solve.py explain with the same options says what would fit"
 
 
 def _calibrated(document: Document) -> str:
@@ -60,6 +87,8 @@ def _calibrated(document: Document) -> str:
     )
 
 
+COMMANDED: Final = ("vllm", "sglang", "trtllm")
+"""Schedulers of the engines that have commands."""
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _start,
     "energy": _start,
@@ -83,7 +112,7 @@ _MISSED: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "pareto": _missed,
     "capacity": "solve.py explain with the same options says what would fit",
     "explain": "give one of the changes above as an option of solve.py plan",
-    "simulate": "solve.py explain with the same options says what would fit",
+    "simulate": _unserved,
     "place": "free GPUs, or place a smaller plan; solve.py cluster show draws what is free",
     "validate": "the reasons above say what a run lacks; layouts are in docs/validation.md",
     "calibrate": "measure further loads, such as few clients and many; docs/calibrate.md says which",

@@ -58,6 +58,8 @@ def _twice(trace: Trace) -> Trace:
         content=content,
         content_starts=starts,
         session=None,
+        priority=None,
+        delay_ns=None,
     )
 
 
