@@ -567,6 +567,8 @@ def _check_files(request: Request) -> None:
         from apex_opt.launch.saved import check_new
 
         check_new(request.saved)
+        if "," in str(getattr(request.arguments, "cluster", "")):
+            raise UsageError("--save: is of one cluster, and --cluster names several; give one of them")
     outputs, inputs = files_of(request)
     plans = getattr(request.arguments, "plan", None)
     if isinstance(plans, tuple) and (asked := [name for name in ("requests", "timeline") if name in outputs]):

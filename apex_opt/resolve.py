@@ -101,7 +101,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     model = _seeing(model, trace)
     routings, serving = parse_routings(ask.routing), _serving(ask, trace, model)
     rescheduling = _rescheduling(ask, trace)
-    times = kind.handing_over(ask.handover) if "pools" in serving or rescheduling else None
+    asks = "--rescheduling" if rescheduling else "--serving"
+    times = kind.handing_over(ask.handover, asks) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from cli_cases import run
 
 from apex_opt.cli import COMMANDS, arranged
 from apex_opt.report.onward import _FOUND, _MISSED, onward
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHEAP = ("--model", "llama-3.1-8b", "--cluster", "1xh100-sxm", "--trace", "poisson:rate=2,n=20")
 
@@ -62,3 +67,22 @@ def test_it_suggests_nothing_that_is_refused(words: tuple[str, ...], said: str, 
     line = " ".join(done.out.split("Next: ")[-1].split())
     assert said in line
     assert not_said not in line
+
+
+def test_of_several_clusters_each_has_its_certificate_where_it_was_replayed() -> None:
+    done = run("plan", "--cluster=1xl40s,1xl4", "--model=llama-3.1-8b", f"--trace={CHEAP[-1]}", "--check", "--robust")
+    text = " ".join(done.out.split())
+    assert text.count("the certificate holds") == text.count("How far times may be off") == 2
+
+
+def test_files_are_of_one_cluster_which_is_said_before_the_work(tmp_path: Path) -> None:
+    done = run("plan", "--cluster=1xl40s,1xl4", "--save", str(tmp_path / "new"))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: --save: is of one cluster, and --cluster names several; give one of them\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_period_of_no_time_and_an_engine_without_figures_are_named_as_they_were_given() -> None:
+    common = ("simulate", "--model=llama-3.1-8b", "--cluster=2xl40s", "--plan=dp2 tp1", f"--trace={CHEAP[-1]}")
+    assert "period_ms must be above 0" in run(*common, "--rescheduling=llumnix:period_ms=0").err
+    assert "error: --rescheduling: how sglang hands" in run(*common, "--rescheduling=llumnix", "--engine=sglang").err

@@ -407,6 +407,13 @@ def costed() -> Pair:
     return Pair(prefill=pools[0], decode=pools[1], handover=handover, trace=asked.trace.head(40))
 
 
+def test_priorities_of_a_trace_change_nothing_where_prompts_are_handed_over(costed: Pair) -> None:
+    priority = np.arange(40) % 2
+    priority.flags.writeable = False
+    marked = replace(costed, trace=replace(costed.trace, priority=priority))
+    assert_same(marked.run("kernel"), costed.run("kernel"))
+
+
 def test_pools_with_the_costs_of_plans_are_served_alike_by_both_implementations(costed: Pair) -> None:
     compare(costed)
 

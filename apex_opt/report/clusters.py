@@ -12,9 +12,10 @@ from apex_opt.report import studied
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
+from apex_opt.report.robust import robust_section
 from apex_opt.report.side_by_side import merged
 from apex_opt.report.sources import in_full
-from apex_opt.report.tables import cluster_words, question_line
+from apex_opt.report.tables import certificate_line, cluster_words, question_line
 from apex_opt.schema import to_plain
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ def _page(console: Console, document: Document) -> None:
         return
     by = f"fastest by {document['fastest_by']}"
     console.print(f"{by}; cheapest by {_dearness(first)}, at prices that are assumed unless given\n")
+    for row in rows:
+        if row["answer"].get("robust") or "check" in row["answer"]:
+            console.print(Text(row["cluster"], "bold"))
+            certificate_line(console, row["answer"])
+            robust_section(console, row["answer"])
     provenance_table(console, document["provenance"])
     for row in rows:
         if "launch" in row["answer"]:

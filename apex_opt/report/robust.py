@@ -128,8 +128,8 @@ def _sentences(document: Document, found: Document) -> Iterator[tuple[str, str]]
     if not found["common"]:
         yield (
             "Times of all plans",
-            "make no difference: there are no goals, and clients do not send by the clock, so that all figures of all "
-            "plans change alike",
+            "make no difference: there are no goals but on the price, and clients do not send by the clock, so that "
+            "all figures of all plans change alike",
         )
     if tolerant:
         yield (

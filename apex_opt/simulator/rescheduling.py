@@ -79,6 +79,8 @@ def parse_rescheduling(text: str) -> Rescheduling:
     numbers: dict[str, Any] = {key: Fraction(found[key]) for key in ("out_below", "in_from") if key in found}
     if "period_ms" in found:
         numbers["period_ns"] = round(Fraction(found["period_ms"]) * NS_PER_MS)
+        if not numbers["period_ns"]:
+            raise UsageError("--rescheduling: period_ms must be above 0; such as period_ms=1000")
     if "headroom" in found:
         numbers["headroom"] = int(found["headroom"])
     if "draining" in found:
