@@ -176,7 +176,8 @@ def candidates(
     if not equals and before and before[-1].startswith("--") and "=" not in before[-1] and not last.startswith("-"):
         option, begun = before[-1], last
     elif not equals:
-        given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in before}
+        flags = (word for word in before if word.startswith("--"))
+        given = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags}
         return [f"--{o.name}=" for o in commands[command] if o.name not in given and f"--{o.name}".startswith(last)]
     name = option.removeprefix("--").replace("-", "_")
     known = next((o for o in commands[command] if o.name == name), None)
@@ -184,7 +185,8 @@ def candidates(
         return []
     texts = known.choices or (("true", "false") if known.kind is bool else values(name))
     stem, comma, part = begun.rpartition(",")
-    found = [f"{stem}{comma}{text}" for text in map(str, texts) if text.startswith(part)]
+    named = stem.split(",")
+    found = [f"{stem}{comma}{text}" for text in map(str, texts) if text.startswith(part) and text not in named]
     whole = equals and "=" not in words[-2:]  # the shell completes the whole word, not what is behind its `=`
     return [f"{option}={text}" for text in found] if whole else found
 

@@ -63,6 +63,8 @@ def test_words_are_completed_to_commands_options_and_names() -> None:
     assert complete("plan", "--weights=bf16,fp8,n") == ["--weights=bf16,fp8,nvfp4"]
     assert complete("plan", "--check=") == ["--check=true", "--check=false"]
     assert complete("plan", "--cluster=dgx-h2") == ["--cluster=dgx-h200"]
+    assert complete("cluster", "show", "--cl") == ["--cluster="]
+    assert "--routing=round_robin,round_robin" not in complete("plan", "--routing=round_robin,")
     assert complete("plan", "--profiles=") == []  # a folder: the shell's own files
     assert complete("plan", "--unknown=") == []
     assert complete("nothing", "--model=") == []
