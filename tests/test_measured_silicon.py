@@ -202,20 +202,23 @@ def test_drafts_that_are_told_in_full_are_made(tmp_path: Path, copies: int, draf
         "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_batched_tokens,speculative\n"
         'a,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,(K+1)*C+ISL,"MTP, 3 draft tokens (1 with attention DP)"\n'
         'b,sglang,deepseek-ai/DeepSeek-R1,,,,,,,,,"EAGLE/MTP, 2 steps, 3 draft tokens, top-k 1"\n'
+        'd,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,,"MTP, 0 draft tokens"\n'
+        'e,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,,"MTP, 4 draft tokens"\n'
     )
-    (tmp_path / "families_x.csv").write_text("id,family\na,a\nb,b\n")
+    (tmp_path / "families_x.csv").write_text("id,family\na,a\nb,b\nd,d\ne,e\n")
     (tmp_path / "set_aside_x.csv").write_text("id,reason,metric,detail\na,speculative,both,\nc,speculative,both,why\n")
     degrees = {"tp_size": 8 // copies, "attention_dp_size": copies, "moe_tp_size": 1, "moe_ep_size": 8}
     row = SPARSE | {"model_path": "deepseek-ai/DeepSeek-R1", "batch_size": 32 // copies, **degrees}
-    engines = {"a": "trtllm", "b": "sglang", "c": "trtllm"}
+    engines = {"a": "trtllm", "b": "sglang", "c": "trtllm", "d": "trtllm", "e": "trtllm"}
     rows = [row | {"id": k, "backend": e, "silicon_ttft_ms": str(ord(k))} for k, e in engines.items()]
-    drafts, of_sglang, untold = read(tmp_path, *rows)
+    drafts, *others = read(tmp_path, *rows)
     assert isinstance(drafts, MeasuredRun)
     assert drafts.drafts
     assert f" spec={drafter} " in drafts.plan
     assert drafts.settings.max_num_batched_tokens == (int(drafter[-1]) + 1) * 32 + int(SPARSE["isl"])
     assert not drafts.set_aside
-    for run in (of_sglang, untold):
+    assert len(others) == 4
+    for run in others:
         assert isinstance(run, UnusableRun)
         assert (run.aside, run.reason) == (True, "set aside: speculative")
 

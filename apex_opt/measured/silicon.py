@@ -73,8 +73,8 @@ _CLIENTS: Final = re.compile(r"silicon_concurrency=(\d+)")
 _RELEASE: Final = re.compile(r"0\.(\d+)\.")
 _LAST_BLOCKING: Final = 12
 """Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
-_MTP: Final = re.compile(r"MTP, (\d) draft tokens?(?: \((\d) with attention DP\))?")
-"""Drafts of TensorRT-LLM as the table of deployments has them."""
+_MTP: Final = re.compile(r"MTP, ([1-3]) draft tokens?(?: \(([1-3]) with attention DP\))?")
+"""Drafts of TensorRT-LLM as the table of deployments has them, as many as `RANDOM_ACCEPTANCE` tells of."""
 _LARGEST: Final = 1 << 16  # degree or number of clients
 
 
