@@ -517,7 +517,7 @@ def _launch(
     if not found.commands:
         return launch_document(found)
     problem = scorer.problem
-    measured = bench(problem, trace or problem.trace, engine, found.served, found.commands, ask.seed)
+    measured = bench(problem, trace or problem.trace, found, ask.seed)
     return launch_document(found, measured)
 
 

@@ -529,7 +529,7 @@ def _main(words: list[str]) -> int:
             f"--{lacking[0]}: is of one pool on GPUs of one type, and here there may be several; leave it out"
         )
     try:
-        put(_form(request.command, result, request.shown))
+        put(_form(request, result))
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
@@ -545,8 +545,9 @@ def _main(words: list[str]) -> int:
     return 0 if result.found else EXIT_INFEASIBLE
 
 
-def _form(command: str, result: Result, shown: General) -> str:
+def _form(request: Request, result: Result) -> str:
     """An answer in the form asked for."""
+    shown = request.shown
     if shown.format == "json":
         return result.to_json()
     if shown.format == "csv":
@@ -557,7 +558,7 @@ def _form(command: str, result: Result, shown: General) -> str:
     page = result.page(
         sources=isinstance(shown, Sourced) and shown.sources, limit=shown.limit if isinstance(shown, Judged) else 0
     )
-    line = onward(command, result.to_dict(), found=result.found)
+    line = onward(request.command, result.to_dict(), found=result.found, saved=request.saved)
     return f"{page.rstrip()}\n\n{wrapped(line, page_width())}\n" if line else page
 
 

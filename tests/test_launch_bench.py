@@ -15,7 +15,7 @@ from launch_cases import CHECKPOINT, DENSE, asked, emitted
 
 from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.ir import load_model
-from apex_opt.launch import ENGINES, Command
+from apex_opt.launch import ENGINES, Command, Launch
 from apex_opt.launch.bench import DATASET, PIECE, Bench, bench, dataset, lasting
 from apex_opt.plans.speculation import Drafter
 from apex_opt.workload import Trace, load_trace, make_trace
@@ -49,11 +49,20 @@ OPTIONS = {
 """Options that the clients have, by the first word of their commands, as their documentation lists them."""
 
 
-def made(trace: Trace, engine: str = "vllm", *, model: Any = DENSE, commands: Any = None, **changes: Any) -> Bench:
+def made(
+    trace: Trace,
+    engine: str = "vllm",
+    *,
+    model: Any = DENSE,
+    commands: Any = None,
+    routing: Any = "round_robin",
+    **changes: Any,
+) -> Bench:
     """The command for a trace, where a plan on one node is served."""
     problem = replace(asked(model, 1, 8, settings={"scheduler": SCHEDULINGS[engine]()}), **changes)
     started = commands or emitted(engine, DENSE, "tp8", 1, 8).commands
-    found = bench(problem, trace, engine, CHECKPOINT, started, 3)
+    launch = Launch(engine=engine, commands=tuple(started), notes=(), served=CHECKPOINT, routing=routing)
+    found = bench(problem, trace, launch, 3)
     if found.argv:
         assert {word for word in found.argv if word.startswith("-")} <= OPTIONS[found.argv[0]]
         assert shlex.split(found.text) == list(found.argv)
@@ -178,6 +187,24 @@ def test_requests_go_to_the_server_or_to_what_stands_before_several() -> None:
         found = made(trace, commands=commands)
         assert value(found, "--base-url") == url
         assert noted(found, "requests go to the router") == url.endswith(":8080")
+
+
+def test_a_router_that_save_does_not_write_is_ones_own_to_provide() -> None:
+    trace = load_trace("static:n=4,prompt=5,output=8")
+    heads = [Command(node=at, replica=at, argv=("serve", "--port", "8000")) for at in range(2)]
+    found = made(trace, commands=heads, routing="session")
+    assert noted(found, "router: yours to provide at port 8080; --save writes none for session")
+    assert value(found, "--base-url") == "http://127.0.0.1:8080"
+    spread = [*heads, *(Command(node=at + 2, replica=at, argv=("serve", "--headless")) for at in range(2))]
+    assert noted(made(trace, commands=spread), "router: yours to provide at port 8080; --save writes none for replicas")
+
+
+def test_what_cannot_be_calibrated_is_not_said_to_be() -> None:
+    trace = load_trace("static:n=4,prompt=5,output=8")
+    (alone,) = [note for note in made(trace).notes if note.startswith("result")]
+    assert "solve.py calibrate and validate take as --measured" in alone
+    (pools,) = [note for note in made(trace, serving=("pools",)).notes if note.startswith("result")]
+    assert "not of several pools" in pools and "--measured" not in pools
 
 
 def test_what_no_client_sends_is_said() -> None:

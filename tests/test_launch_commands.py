@@ -16,6 +16,7 @@ from apex_opt.cluster.tree import place_of
 from apex_opt.ir import Model, load_model
 from apex_opt.launch import ENGINES, Command, launch
 from apex_opt.plans.plan import Plan, Template, even_split
+from apex_opt.simulator.rescheduling import Rescheduling
 
 DEGREES = {
     "vllm": ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"),
@@ -204,3 +205,19 @@ def test_gpus_that_do_not_run_cuda_are_told_to_take_another_build() -> None:
     told = "GPUs: mi300x-192gb takes a build for ROCm, against which none of these rules was held"
     assert told in emitted("vllm", DENSE, "tp8", 1, 8, gpu=foreign).notes
     assert not any("ROCm" in note for note in emitted("vllm", DENSE, "tp8", 1, 8).notes)
+
+
+def test_what_moves_requests_is_said_to_be_started_by_no_command() -> None:
+    assert not has(emitted("vllm", DENSE, "dp2 tp4", 1, 8), "rescheduling")
+    moved = emitted("vllm", DENSE, "dp2 tp4", 1, 8, rescheduling=Rescheduling())
+    assert has(moved, "rescheduling: no command here moves requests", "deal round_robin", "do not hold for them")
+
+
+def test_longer_requests_than_the_longest_of_the_trace_are_said_to_be_refused() -> None:
+    told = ("of at most 8,192 tokens", "longer ones are refused", "--max_model_len")
+    assert has(emitted("sglang", DENSE, "tp8", 1, 8), *told)
+    assert not has(emitted("sglang", DENSE, "tp8", 1, 8, holds_longest=True), *told)
+    longest = load_model(DENSE).max_position
+    assert not has(
+        emitted("sglang", DENSE, "tp8", 1, 8, settings={"max_model_len": longest}), "longer ones are refused"
+    )

@@ -13,6 +13,8 @@ from apex_opt.report.onward import _FOUND, _MISSED, onward
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from apex_opt.schema import Document
+
 CHEAP = ("--model", "llama-3.1-8b", "--cluster", "1xh100-sxm", "--trace", "poisson:rate=2,n=20")
 
 
@@ -38,6 +40,23 @@ def test_it_is_one_line_and_names_options_that_there_are(command: str, found: bo
 def test_a_plan_ends_with_what_starts_it_and_then_with_the_files() -> None:
     assert run("plan", *CHEAP).out.rstrip().splitlines()[-1].startswith("Next: --emit")
     assert run("plan", *CHEAP, "--emit").out.rstrip().splitlines()[-1].startswith("Next: --save=DIR")
+
+
+def test_what_is_written_already_is_not_offered_but_begun_with(tmp_path: Path) -> None:
+    target = tmp_path / "new"
+    for command in (("plan",), ("simulate", "--plan=tp1")):
+        saved = target / command[0]
+        done = run(*command, *CHEAP, f"--save={saved}")
+        assert done.code == 0
+        told = " ".join(done.out.partition("Next: ")[2].split())
+        assert told == f"written to {saved}; begin with {saved}/README.md."
+
+
+def test_pools_are_not_told_to_be_calibrated() -> None:
+    launch: Document = {"launch": {"commands": [{}]}, "best": {"plan": "tp1"}}
+    assert "calibrate" in onward("plan", launch, found=True)
+    launch["best"] = {"plan": "tp1", "parts": []}
+    assert onward("plan", launch, found=True) == "Next: --save=DIR writes this as files."
 
 
 def test_where_nothing_fits_it_tells_of_the_changes_found() -> None:

@@ -59,7 +59,8 @@ def launch(
     servers = [*_servers(asked, spoken, replicas, {} if taken is None else taken)]
     commands = (*_clocks(asked, replicas), *servers, *_router(asked, servers))
     told = tuple(_notes(asked, spoken, replicas))
-    return Launch(engine=engine, commands=commands, notes=told, served=asked.weights)
+    dealt = problem.routing_of(plan)
+    return Launch(engine=engine, commands=commands, notes=told, served=asked.weights, routing=dealt)
 
 
 def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequence[float]) -> Launch:
@@ -179,11 +180,21 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         yield f"the figures are of {problem.overhead.name}; for those of {name} ask with --engine={name}"
     if not problem.cluster.gpu.cuda:
         yield f"GPUs: {problem.cluster.gpu.name} takes a build for ROCm, against which none of these rules was held"
+    if problem.rescheduling is not None:
+        yield (
+            f"rescheduling: no command here moves requests; these servers deal {problem.routing_of(plan)}, and the "
+            "figures above do not hold for them"
+        )
     longest = problem.settings.max_model_len
     if asked.settings.max_model_len < longest:
         yield (
             f"requests: of at most {asked.settings.max_model_len:,} tokens, what the KV cache of the plan holds with "
             f"a little to spare; {problem.model.name} is made for {longest:,}"
+        )
+    elif longest < problem.model.max_position and not problem.holds_longest:
+        yield (
+            f"requests: of at most {longest:,} tokens, as the longest of the trace has; longer ones are refused, "
+            "and --max_model_len sets another limit"
         )
     if asked.weights == asked.checkpoint and Path(asked.checkpoint).is_absolute():
         yield f"model: your folder {asked.checkpoint}; it must hold weights and tokenizer on every node"

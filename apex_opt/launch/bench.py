@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.launch.commands import NGINX
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.steady import at_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from apex_opt.launch.commands import Command
+    from apex_opt.launch.commands import Command, Launch
     from apex_opt.search.problem import Problem
     from apex_opt.workload.trace import Trace
 
@@ -68,21 +69,20 @@ class Bench:
         return shlex.join(self.argv)
 
 
-def bench(problem: Problem, trace: Trace, engine: str, served: str, commands: Sequence[Command], seed: int) -> Bench:
+def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
     """What sends a trace to servers.
 
     Parameters
     ----------
     problem : Problem
     trace : Trace          that is sent
-    engine : str           key of `ENGINES`
-    served : str           name of the model, as the servers know it
-    commands : sequence of Command     that start the servers
+    launch : Launch        what starts the servers
     seed : int             of what the client draws
     """
     if why := _silent(problem, trace):
         return Bench(argv=(), notes=(f"measuring: no client sends this traffic; {why}",))
-    url, notes = _address(commands)
+    engine, served = launch.engine, launch.served
+    url, notes = _address(launch.commands, launch.routing)
     outputs = trace.generated(problem.settings.max_model_len)
     alike = trace.content is None and len(set(trace.prompt.tolist())) == len(set(outputs.tolist())) == 1
     notes += [*_notes(problem, trace)]
@@ -96,7 +96,7 @@ def bench(problem: Problem, trace: Trace, engine: str, served: str, commands: Se
         if not own and engine != "vllm":
             notes.append("client: that of vLLM, which measures any server with OpenAI's API; it takes the package vllm")
         words = client(url, served, (int(trace.prompt[0]), int(outputs[0])), load, len(trace), seed)
-        return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result)))
+        return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result, problem)))
     notes.append(
         f"client: vllm bench serve of vLLM 0.23 or later, for any of the engines; --save writes {DATASET}, with the "
         "lengths of every request"
@@ -108,7 +108,9 @@ def bench(problem: Problem, trace: Trace, engine: str, served: str, commands: Se
     elif not _at_once(trace):
         words.append("--self-timed")
     words += ["--seed", str(seed), "--ignore-eos", *_saved()]
-    return Bench(argv=tuple(words), dataset=DATASET, result=RESULTS["vllm"], notes=(*notes, _result(RESULTS["vllm"])))
+    result = RESULTS["vllm"]
+    notes.append(_result(result, problem))
+    return Bench(argv=tuple(words), dataset=DATASET, result=result, notes=tuple(notes))
 
 
 def lasting(trace: Trace, rate_per_s: float) -> Trace:
@@ -159,7 +161,7 @@ def _silent(problem: Problem, trace: Trace) -> str:
     return ""
 
 
-def _address(commands: Sequence[Command]) -> tuple[str, list[str]]:
+def _address(commands: Sequence[Command], routing: str) -> tuple[str, list[str]]:
     """Where requests go, and what there is to know of it: to the only server, to a proxy, or to a router."""
     proxies = [command for command in commands if command.replica is None and "--port" in command.argv]
     servers: dict[int, Command] = {}
@@ -168,6 +170,11 @@ def _address(commands: Sequence[Command]) -> tuple[str, list[str]]:
             servers.setdefault(command.replica, command)
     if len(proxies) != 1 and len(servers) > 1:
         told = f"requests go to the router, here at port {ROUTER_PORT} of this machine, where nginx of --save listens"
+        spread = sum(command.replica is not None for command in commands) > len(servers)
+        if spread or routing not in NGINX:
+            lacking = "replicas over several nodes" if routing in NGINX else routing
+            lacking += " but in dynamo.yaml" * (routing == "dynamo")
+            told = f"router: yours to provide at port {ROUTER_PORT}; --save writes none for {lacking}"
         return f"http://{_HERE}:{ROUTER_PORT}", [told]
     (command, *_) = proxies or servers.values()
     alone = {other.node for other in commands} == {0}
@@ -247,5 +254,8 @@ def _notes(problem: Problem, trace: Trace) -> Iterator[str]:
         yield "drafts: of random tokens other shares are right than of text; measure these with prompts of your own"
 
 
-def _result(name: str) -> str:
+def _result(name: str, problem: Problem) -> str:
+    """What the file is good for."""
+    if problem.several:
+        return f"result: {name}; solve.py calibrate and validate take one of a plan on its own, not of several pools"
     return f"result: {name}, which solve.py calibrate and validate take as --measured, with the plan that ran"

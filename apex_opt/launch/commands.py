@@ -26,6 +26,8 @@ FIRST_PORT: Final = 8000
 KEPT_BACK: Final = 0.01
 """Share of a GPU's memory that a length of requests leaves free beyond what is counted. Assumed: KV blocks that were
 measured come out within 1%, and an engine that finds a block too few does not start."""
+NGINX: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
+"""How nginx is told to deal requests; `--save` writes no router for other ways."""
 PORT_STEP: Final = 10
 """Engines of one node listen this far apart: SGLang takes further ports near those of its inner connections."""
 
@@ -69,12 +71,14 @@ class Launch:
     commands : tuple of Command
     notes : tuple of str            what commands cannot say
     served : str                    name of the model, as requests have it
+    routing : str                   how requests are dealt to its replicas
     """
 
     engine: str
     commands: tuple[Command, ...]
     notes: tuple[str, ...]
     served: str = ""
+    routing: str = "round_robin"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
+from apex_opt.launch.commands import NGINX
 from apex_opt.outputs import check_folder, fresh_folder
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ _CACHE: Final = "/root/.cache/huggingface"
 _NODE_CACHE: Final = "/var/cache/huggingface"
 """Where a container keeps what it downloads, and where a node of Kubernetes keeps that."""
 _NODE: Final = re.compile(r"(?<![\w-])(NODE\d+)(?![\w-])")
-_DEALT: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
-"""How nginx is told to deal requests."""
 
 
 def check_new(path: Path) -> None:
@@ -108,8 +107,8 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
     before = any(map(_deals, commands))
-    if len(servers) > 1 and alone and not before and routing in _DEALT:
-        found["nginx.conf.template"] = _nginx(servers, _DEALT[routing])
+    if len(servers) > 1 and alone and not before and routing in NGINX:
+        found["nginx.conf.template"] = _nginx(servers, NGINX[routing])
     if (bench := launch.get("bench")) is not None and bench["argv"]:
         found["bench.sh"] = _bench(bench["argv"])
     found["README.md"] = _readme(document, found, given)

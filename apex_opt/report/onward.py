@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from apex_opt.schema import Document
 
 
-def onward(command: str, document: Document, *, found: bool) -> str:
+def onward(command: str, document: Document, *, found: bool, saved: Path | None = None) -> str:
     """What to do next in one line, as `Next: solve.py plan --model=NAME`; nothing after what is printed to be copied.
 
     Parameters
@@ -18,7 +19,10 @@ def onward(command: str, document: Document, *, found: bool) -> str:
     command : str
     document : of its answer, as JSON has it
     found : bool    whether there is what was asked for
+    saved : Path or None    folder into which what starts it is written
     """
+    if saved is not None and (launch := document.get("launch")) and launch["commands"]:
+        return f"Next: written to {saved}; begin with {saved / 'README.md'}."
     said = (_FOUND if found else _MISSED).get(command, "")
     text = said if isinstance(said, str) else said(document)
     return f"Next: {text}." if text else ""
@@ -30,7 +34,9 @@ def _start(document: Document) -> str:
         return "solve.py plan with --cluster of one of them tells of its plan in full"
     launch, engine = document.get("launch"), document.get("question", {}).get("engine", {})
     if launch and launch.get("commands"):
-        return "--save=DIR writes this as files; measured there, solve.py calibrate fits the engine's times"
+        best: Any = document.get("best")
+        pools = isinstance(best, dict) and "parts" in best  # of which no measurement is taken
+        return f"--save=DIR writes this as files{_MEASURED * (not pools)}"
     if engine.get("policy", "vllm") not in COMMANDED:
         return f"--engine={', '.join(COMMANDED)}: plans of these can be started"
     if launch:
@@ -87,6 +93,7 @@ def _calibrated(document: Document) -> str:
     )
 
 
+_MEASURED: Final = "; measured there, solve.py calibrate fits the engine's times"
 COMMANDED: Final = ("vllm", "sglang", "trtllm")
 """Schedulers of the engines that have commands."""
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
