@@ -570,3 +570,14 @@ def test_long_files_are_read_a_part_at_a_time(tmp_path: Path) -> None:
     hashed = lines([{"timestamp": a, "input_length": p, "output_length": 1, "hash_ids": [a]} for a, p, _ in rows])
     trace = load_trace(write(tmp_path, hashed))
     assert trace.content is not None and trace.content.tolist() == [a for a, _, _ in rows]
+
+
+@pytest.mark.parametrize("column", ["session", "session_id", "conversation"])
+def test_conversations_are_told_without_waits_too(column: str, tmp_path: Path) -> None:
+    path = tmp_path / "talk.csv"
+    path.write_text(f"arrival_s,prompt,output,{column}\n0,5,2,a\n1,5,2,b\n2,9,2,a\n3,9,2,\n")
+    trace = load_trace(str(path))
+    assert trace.session is not None and trace.delay_ns is None
+    first, second, again, alone = trace.session.tolist()
+    assert first == again and len({first, second, alone}) == 3
+    assert any("1 of 4 requests are later turns" in note for note in trace.notes)

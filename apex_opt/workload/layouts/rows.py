@@ -211,9 +211,11 @@ def layout_of(label: str, names: Iterable[str]) -> tuple[Layout, dict[str, str]]
     found = max(fits, key=lambda layout: len(layout.marks)) if fits else _by_usual_names(label, called)
     if found is None:
         raise _unrecognised(label, present, called)
+    session = next((name for name in _SESSIONS if name in called), "")
+    if session and plain(found.session) not in called:
+        found = replace(found, session=session)
     if DELAY in called:
-        session = next((name for name in _SESSIONS if name in called), "")
-        found = replace(found, delay=DELAY, delay_unit="ms", session=found.session or session)
+        found = replace(found, delay=DELAY, delay_unit="ms")
     for column in map(plain, found.columns):
         if column in alike:
             raise InputError(f"{label}: columns {called[column]} and {alike[column]} read alike; keep one")
