@@ -14,7 +14,7 @@ from apex_opt.cluster import load_cluster
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import space
-from apex_opt.ir import Attention, Block, Model, load_model
+from apex_opt.ir import Attention, Block, LatentAttention, Model, load_model
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
 from apex_opt.plans.plan import Plan, parse_plan
@@ -74,6 +74,8 @@ def test_heads_are_copied_where_there_are_more_shards_than_kv_heads() -> None:
 def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: int) -> None:
     model = random_model(np.random.default_rng(seed))
     blocks = [run.block for run in model.runs]
+    # What linear cells hold whole is for their own tests to say.
+    counted = all(isinstance(block.attention, Attention | LatentAttention) for block in blocks)
     routers = sum(run.count * 2 * router(run.block) for run in model.runs)
     equal = 0
     for plan in space(instance_at(model, None, 8)):
@@ -82,7 +84,8 @@ def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: in
         held = sum(s.weights_bytes for s in stage_memory(model, make_gpu(), plan, SMALL)) * plan.stage_devices
         assert held >= model.weight_bytes("bf16")
         if (
-            plan.attention.dp == plan.ffn.dp == 1
+            counted
+            and plan.attention.dp == plan.ffn.dp == 1
             and model.vocab % plan.attention.tp == 0
             and all(divides(b, plan) for b in blocks)
         ):
@@ -97,7 +100,7 @@ def test_shards_add_up_to_the_model_where_all_divides_and_never_to_less(seed: in
             biases = sum(run.count * 2 * down_biases(run.block) for run in model.runs) * (plan.ffn.tp - 1)
             tied = 2 * model.vocab * model.hidden if model.tied_embeddings and plan.stages > 1 else 0
             assert held == model.weight_bytes("bf16") + (plan.stage_devices - 1) * copied + biases + tied
-    assert equal >= 1
+    assert equal >= counted
 
 
 def small(block: Block) -> int:
