@@ -196,8 +196,8 @@ def _degrees(row: Row) -> tuple[str, Degrees]:
     found = []
     for column in ("clients", "tp", "dp", "moe_tp", "moe_ep"):
         value = row.whole(column)
-        if not 1 <= (value := 1 if value is None else value) <= _LARGEST:
-            raise InputError(f"{row.where}: {column} {value} is outside 1 to {_LARGEST:,}")
+        if not 1 <= (value := 1 if value is None else value) <= LARGEST:
+            raise InputError(f"{row.where}: {column} {value} is outside 1 to {LARGEST:,}")
         found.append(value)
     return row.cells["id"].strip(), Degrees(*found)
 
@@ -237,7 +237,8 @@ def _within(measured: str, first: str, last: str) -> bool:
 
 _INFERENCEX: Final = re.compile(r"db-dump/|source_file=([\d-]+|[\w.-]+-gap-analysis)\.csv")  # names of its dumps
 _IMAGE: Final = re.compile(r"[\w./-]+/[\w.-]+:[\w.-]+")
-_LARGEST: Final = 1 << 16  # degree or number of clients
+LARGEST: Final = 1 << 16
+"""Degree, or number of clients."""
 _DAY: Final = re.compile(r"measured=(\d{4}-\d\d-\d\d)")
 
 _COMMENT: Final = re.compile(

@@ -18,7 +18,7 @@ from apex_opt.engines import ENGINES
 from apex_opt.errors import ApexError
 from apex_opt.ir.formats import FORMATS
 from apex_opt.measured.deployments import cluster_of, kv_format, started, weight_format
-from apex_opt.measured.facts import Degrees, Load, labelled, read_facts, trained_on
+from apex_opt.measured.facts import LARGEST, Degrees, Load, labelled, read_facts, trained_on
 from apex_opt.measured.files import read_rows
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
@@ -75,7 +75,6 @@ _LAST_BLOCKING: Final = 12
 """Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
 _MTP: Final = re.compile(r"MTP, ([1-3]) draft tokens?(?: \(([1-3]) with attention DP\))?")
 """Drafts of TensorRT-LLM as the table of deployments has them, as many as `RANDOM_ACCEPTANCE` tells of."""
-_LARGEST: Final = 1 << 16  # degree or number of clients
 
 
 class _Odd(Exception):
@@ -131,7 +130,7 @@ def _run(row: Row, facts: Facts) -> Run:
     if said is not None and said.metric == "both" and said.reason != SPECULATIVE:
         return unusable(f"set aside: {said.reason}", said.detail, aside=True)
     try:
-        return _measured(row, cell, name, facts)
+        return _measured(row, cell, name, facts, said)
     except _Aside as odd:
         return unusable(odd.reason, odd.detail, aside=True)
     except _Odd as odd:
@@ -142,7 +141,7 @@ class _Aside(_Odd):
     """A row that is not what it says."""
 
 
-def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> MeasuredRun:
+def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Aside | None) -> MeasuredRun:
     figures = {"ttft_mean": row.number("silicon_ttft_ms"), "tpot_mean": row.number("silicon_tpot_ms")}
     measured = {metric: value / 1e3 for metric, value in figures.items() if value}
     if not measured:
@@ -162,7 +161,6 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts) -> Measur
     if family is not None and name not in facts.relabelled:
         degrees = degrees.as_ran(family)
         load = load._replace(tp=degrees.tp, copies=degrees.copies)
-    said = facts.aside.get(cell["id"])
     drafter = _drafter(family, said, degrees.copies)
     if drafter is not None:
         load = load._replace(drafts=drafter.draft_tokens)
@@ -253,9 +251,9 @@ def _degrees(row: Row, cell: dict[str, str], facts: Facts, *, inferencex: bool) 
     if (known := facts.relabelled.get(cell["id"])) is not None:
         return _Degrees.ran(known, degrees.stages), known.clients
     # The column counts those of one attention copy.
-    clients = _count(row, "batch_size", _LARGEST) * degrees.copies
+    clients = _count(row, "batch_size", LARGEST) * degrees.copies
     if match := _CLIENTS.search(cell.get("silicon_data_source", "")):
-        clients = min(max(int(match[1]), 1), _LARGEST)
+        clients = min(max(int(match[1]), 1), LARGEST)
     return (degrees.over_the_same_gpus() if inferencex else degrees), clients
 
 
@@ -282,8 +280,8 @@ class _Degrees:
     @classmethod
     def of(cls, row: Row) -> _Degrees:
         columns = ("attention_dp_size", "moe_tp_size", "moe_ep_size", "pp_size")
-        copies, moe_tp, moe_ep, stages = (_count(row, c, _LARGEST) if row.whole(c) else 1 for c in columns)
-        tp = _count(row, "tp_size", _LARGEST)
+        copies, moe_tp, moe_ep, stages = (_count(row, c, LARGEST) if row.whole(c) else 1 for c in columns)
+        tp = _count(row, "tp_size", LARGEST)
         return cls(copies=copies, tp=tp, moe_tp=moe_tp, moe_ep=moe_ep, stages=stages)
 
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.engines import ENGINES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -37,8 +39,8 @@ def _start(document: Document) -> str:
         best: Any = document.get("best")
         pools = isinstance(best, dict) and "parts" in best  # of which no measurement is taken
         return f"--save=DIR writes this as files{_MEASURED * (not pools)}"
-    if engine.get("policy", "vllm") not in COMMANDED:
-        return f"--engine={', '.join(COMMANDED)}: plans of these can be started"
+    if engine.get("policy", "vllm") not in ENGINES:
+        return f"--engine={', '.join(ENGINES)}: plans of these can be started"
     if launch:
         return "without --runnable=any plans are those that can be started"
     more = "; explain --plan=... tests your own" if _explained(document) else ""
@@ -94,8 +96,6 @@ def _calibrated(document: Document) -> str:
 
 
 _MEASURED: Final = "; measured there, solve.py calibrate fits the engine's times"
-COMMANDED: Final = ("vllm", "sglang", "trtllm")
-"""Schedulers of the engines that have commands."""
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _start,
     "energy": _start,

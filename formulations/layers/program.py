@@ -176,7 +176,7 @@ class _Reach:
         slowest, spare : int    T and F
         """
         layers = len(self._weight) - 1
-        furthest = {stage: self._furthest(*stage, slowest, spare) for stage in set(self._stages)}
+        furthest = self._by_stage(slowest, spare)
         reached: list[set[int]] = [{0}]
         for stage in self._stages:
             far, ends, done = furthest[stage], set[int](), 0
@@ -203,11 +203,15 @@ class _Reach:
         slowest, spare : int    T and F
         ends : of each cut the values to choose from
         """
-        found = []
+        found, furthest = [], self._by_stage(slowest, spare)
         for stage, (starts, stops) in zip(self._stages[1:], pairwise(ends), strict=False):
-            far = self._furthest(*stage, slowest, spare)
+            far = furthest[stage]
             found.append([(a, b) for a, i in enumerate(starts) for b, j in enumerate(stops) if i < j <= far[i]])
         return found
+
+    def _by_stage(self, slowest: int, spare: int) -> dict[tuple[int, int, int], list[int]]:
+        """`_furthest` of every kind of stage, which are few."""
+        return {stage: self._furthest(*stage, slowest, spare) for stage in set(self._stages)}
 
     def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> list[int]:
         """Where a stage that begins behind so many layers ends at the furthest, no further than it begins if nowhere.
