@@ -21,14 +21,14 @@ FILES = {
     "rates.py": "RATE = 2\n",
     "helping.py": "from rates import RATE\nfrom apex_opt.simulator.kernel.jit import inner\n"
     "@inner\ndef helped(value):\n    return RATE * value\n",
-    "working.py": "from helping import helped\nfrom apex_opt.simulator.kernel.jit import at\n"
-    "def doubled(values, size):\n    for i in range(size):\n        at(values, i)[0] = helped(values[i])\n"
-    "def tripled(values, size):\n    for i in range(size):\n        values[i] = 3 * values[i] + 7\n",
+    "working.py": "from helping import helped\nfrom apex_opt.simulator.kernel.jit import at, inner\n"
+    "@inner\ndef doubled(values, size):\n    for i in range(size):\n        at(values, i)[0] = helped(values[i])\n"
+    "@inner\ndef tripled(values, size):\n    for i in range(size):\n        values[i] = 3 * values[i] + 7\n",
     "asking.py": """
 import sys
 import numpy as np
 from apex_opt.simulator.kernel.entries import Entry
-entry = Entry("working", "doubled", (np.int64, int))
+entry = Entry("working", "doubled", np.int64, int)
 ready = entry.ready()
 values = np.array([21, 4])
 entry(values, 2)
@@ -122,7 +122,7 @@ def ask(filled: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
 
     def asked(name: str = "doubled", expected: tuple[int, int] = (42, 8)) -> bool:
         monkeypatch.setattr(entries, "_said", set())
-        entry = entries.Entry("working", name, (np.int64, int))
+        entry = entries.Entry("working", name, np.int64, int)
         KEPT.append(entry)
         ready, values = entry.ready(), np.array([21, 4])
         entry(values, 2)

@@ -34,7 +34,7 @@ def test_what_is_missing_is_dealt_to_processes_side_by_side(monkeypatch: pytest.
         def wait(self) -> None: ...
 
     missing = list(warm.VARIANTS)[1:]
-    monkeypatch.setattr(entries.Entry, "ready", lambda one: one is entries.SERVE_STEADY)
+    monkeypatch.setattr(entries.Entry, "ready", lambda one: one is entries.SERVE["steady", False])
     monkeypatch.setattr(warm, "run", lambda *names: ran.extend(names))
     monkeypatch.setattr(subprocess, "Popen", Other)
     assert warm.warm_up(3) == missing

@@ -398,7 +398,7 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     problem
     deployments : iterable      that are about to be simulated
     """
-    from apex_opt.simulator.compiled import needs_compiling
+    from apex_opt.simulator.pack import needs_compiling
 
     # Phases that share a GPU are simulated by the reference.
     plans = (pool.plan for one in deployments for pool in one.pools if pool.plan.shares is None)

@@ -8,31 +8,16 @@ from typing import TYPE_CHECKING
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.simulator import pack
 from apex_opt.simulator.pack_router import RULES
-from apex_opt.simulator.pack_sglang import SERVE, SglangMemory
+from apex_opt.simulator.pack_sglang import SglangMemory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.figures.stops import Stop
-    from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.outcome import Outcome
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.simulator.tokens import TokenContent
     from apex_opt.workload.trace import Trace
-
-
-def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False) -> bool:
-    """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
-
-    Parameters
-    ----------
-    settings : EngineSettings
-    stages : int                 of the pipeline
-    ranks : bool                 whether replicas have ranks
-    """
-    if isinstance(settings.scheduler, SglangScheduling):
-        return not SERVE[ranks, settings.prefix_caching].ready()
-    return pack.needs_compiling(settings, stages, ranks=ranks)
 
 
 def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import fields
 from functools import lru_cache, partial
 from math import lcm
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -60,39 +60,6 @@ _RULES: Final = {
 _KINDS = {("full", "none"): kv.FULL, ("window", "none"): kv.WINDOW, ("state", "none"): kv.STATE}
 _KINDS["state", "align"] = kv.KEPT
 _OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
-_ENGINES = {
-    ("steady", False): entries.SERVE_STEADY,
-    ("general", False): entries.SERVE_GENERAL,
-    ("general", True): entries.SERVE_CACHING,
-    ("speculative", False): entries.SERVE_SPECULATIVE,
-    ("speculative", True): entries.SERVE_SPECULATIVE_CACHING,
-    ("trtllm", False): entries.SERVE_TRTLLM,
-    ("steady groups", False): entries.SERVE_STEADY_GROUPS,
-    ("general groups", False): entries.SERVE_GENERAL_GROUPS,
-    ("general groups", True): entries.SERVE_GENERAL_GROUPS,
-    ("speculative groups", False): entries.SERVE_GROUPED,
-    ("speculative groups", True): entries.SERVE_GROUPED,
-}
-"""Entries of the kernel, by engine and whether it caches prefixes."""
-_ROUTED = {
-    ("steady", False): entries.ROUTE_STEADY,
-    ("general", False): entries.ROUTE_GENERAL,
-    ("general", True): entries.ROUTE_CACHING,
-    ("trtllm", False): entries.ROUTE_TRTLLM,
-    ("speculative", False): entries.ROUTE_SPECULATIVE,
-    ("speculative", True): entries.ROUTE_SPECULATIVE_CACHING,
-}
-"""Those before which a router stands that knows more than how many requests are unanswered."""
-_OF_RANKS = {
-    ("steady", False): entries.RANKS_STEADY,
-    ("general", False): entries.RANKS_GENERAL,
-    ("general", True): entries.RANKS_CACHING,
-    ("trtllm", False): entries.RANKS_TRTLLM,
-    ("steady groups", False): entries.RANKS_STEADY_GROUPS,
-    ("general groups", False): entries.RANKS_GENERAL_GROUPS,
-    ("general groups", True): entries.RANKS_GENERAL_GROUPS,
-}
-"""Those of replicas with ranks."""
 
 
 def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False) -> bool:
@@ -104,7 +71,7 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     stages : int                 of the pipeline
     ranks : bool                 whether replicas have ranks
     """
-    engines = _OF_RANKS if ranks else _ENGINES
+    engines = entries.RANKS if ranks else entries.SERVE
     return not engines[_engine(settings, stages), settings.prefix_caching].ready()
 
 
@@ -117,6 +84,8 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
     stages : int      of the pipeline
     logged : bool     whether batches are told, with groups of layers the blocks of each
     """
+    if isinstance(settings.scheduler, SglangScheduling):
+        return "sglang"
     if settings.kv_groups and settings.speculation is None:
         counted = not logged and not settings.prefix_caching
         steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0
@@ -132,9 +101,7 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
 def routes(pools: Sequence[EnginePool]) -> bool:
     """Whether the kernel has all routers before these replicas; the others are served by the reference."""
     return all(
-        not isinstance(pool.settings.scheduler, SglangScheduling)
-        and pool.ranks is None
-        and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in _ROUTED
+        pool.ranks is None and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
         for pool in pools
     )
 
@@ -511,24 +478,26 @@ class Memory:
         router = router_memory(share, self._pools[0].settings, self._trace, number_pieces)
         kind = self._engines[index], self._pools[0].settings.prefix_caching
         start = int(self._first[share.first])
-        given = start, start + share.last - share.first, share.rows, len(share.rows), router
-        _ROUTED[kind](*self.run, *given, *(self._cache or ()))
+        end = start + share.last - share.first
+        entries.ROUTE[kind](self.run, self._cache, router, start, end, share.rows, len(share.rows))
         assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
         """Let replicas of a pool, or from a pool on, serve their requests or those that are routed."""
         if self.stopped or self.crowded:
             return
-        cache = self._groups[index] or self._cache or ()
         kind = self._engines[index], self._pools[0].settings.prefix_caching
-        given = last - first, routed, len(routed)
+        beside, start, count = self._beside(index), int(self._first[first]), last - first
         if self._ranks is not None and self._pools[index].ranks is not None:
-            place = [start for _, _, start in self._ranks.of].index(int(self._first[first]))
-            _OF_RANKS[kind](*self.run, place, place + given[0], *given[1:], *self._ranks.group, *cache)
+            place = [its for _, _, its in self._ranks.of].index(start)
+            entries.RANKS[kind](self.run, beside, self._ranks.group, place, place + count, routed, len(routed))
         else:
-            start = int(self._first[first])
-            _ENGINES[kind](*self.run, start, start + given[0], *given[1:], *cache)
-        assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+            entries.SERVE[kind](self.run, beside, start, start + count, routed, len(routed))
+        assert self.crowded or not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+
+    def _beside(self, index: int) -> Any:
+        """What the engine of a pool keeps beside the run."""
+        return self._groups[index] or self._cache
 
     @property
     def used(self) -> tuple[int, ...]:

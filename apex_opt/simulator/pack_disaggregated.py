@@ -88,10 +88,7 @@ class _Instances(Memory):
 
     def serve(self) -> None:
         """Run the kernel."""
-        if self._cache is None:
-            entries.SERVE_DISAGGREGATED(*self.run, *self._links)
-        else:
-            entries.SERVE_DISAGGREGATED_CACHING(*self.run, *self._links, *self._cache)
+        entries.DISAGGREGATED[self._cache is not None](self.run, self._cache, self._links)
 
     def outcome(self, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
         """What came of the run."""

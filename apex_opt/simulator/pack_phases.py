@@ -62,7 +62,7 @@ def run(pool: EnginePool, phases: Phases, trace: Trace) -> PhasedOutcome:
         columns = trace.arrival_ns, trace.prompt, generated, starts[:-1]
         requests[[kn.ARRIVAL, kn.PROMPT, kn.WANTED, kn.GAPS_AT]] = [column[rows] for column in columns]
         lists = [np.zeros(size, np.int64) for size in (len(rows) + 1, seats + 1, seats + 1, seats + 1)]
-        entries.SERVE_PHASES(facts, *loops[place], requests.reshape(-1), tables, counts, *lists, gaps)
+        entries.PHASES((facts, *loops[place], requests.reshape(-1), tables, counts, *lists, gaps))
         first[rows], finish[rows] = requests[kn.FIRST], requests[kn.LAST]
     if finish.max() >= 1 << 62:
         raise clock_overflow()

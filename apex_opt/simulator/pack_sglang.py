@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import sglang_state as sg
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.law import never_admitted
@@ -32,13 +31,6 @@ assert (sg.SORTED_UP_TO, sg.REFRESHED_EVERY) == (rules.SORTED_UP_TO, rules.REFRE
 
 
 _USUAL_NODES = 1 << 18
-SERVE: Final = {
-    (False, False): entries.SERVE_SGLANG,
-    (False, True): entries.SERVE_SGLANG_CACHING,
-    (True, False): entries.RANKS_SGLANG,
-    (True, True): entries.RANKS_SGLANG_CACHING,
-}
-"""Entries of the kernel, by whether replicas have ranks and whether prefixes are cached."""
 
 
 @lru_cache(maxsize=4)
@@ -139,18 +131,8 @@ class SglangMemory(Memory):
             heap=np.zeros(ends[sg.G_HEAP_AT], np.int64),
         )
 
-    def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
-        if self.stopped or self.crowded:
-            return
-        ranked = self._ranks is not None and self._pools[index].ranks is not None
-        place, group = self._group(index, first) if ranked else (int(self._first[first]), ())
-        given = place, place + last - first, routed, len(routed), *group, self._registers, self._ratio.reshape(-1)
-        SERVE[ranked, self._cache is not None](*self.run, *given, *(self._cache or ()))
-
-    def _group(self, index: int, first: int) -> tuple[int, tuple[I64, ...]]:
-        """The first of the groups that serve, and the memory of all."""
-        assert self._ranks is not None
-        return [start for _, _, start in self._ranks.of].index(int(self._first[first])), self._ranks.group
+    def _beside(self, index: int) -> Any:
+        return sg.Sglang(self._registers, self._ratio.reshape(-1)), self._cache
 
     @property
     def crowded(self) -> bool:

@@ -14,38 +14,7 @@ from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.handover import Handover
-from apex_opt.simulator.kernel.entries import (
-    NUMBER_PIECES,
-    RANKS_CACHING,
-    RANKS_GENERAL,
-    RANKS_GENERAL_GROUPS,
-    RANKS_SGLANG,
-    RANKS_SGLANG_CACHING,
-    RANKS_STEADY,
-    RANKS_STEADY_GROUPS,
-    RANKS_TRTLLM,
-    ROUTE_CACHING,
-    ROUTE_GENERAL,
-    ROUTE_SPECULATIVE,
-    ROUTE_SPECULATIVE_CACHING,
-    ROUTE_STEADY,
-    ROUTE_TRTLLM,
-    SERVE_CACHING,
-    SERVE_DISAGGREGATED,
-    SERVE_DISAGGREGATED_CACHING,
-    SERVE_GENERAL,
-    SERVE_GENERAL_GROUPS,
-    SERVE_GROUPED,
-    SERVE_PHASES,
-    SERVE_SGLANG,
-    SERVE_SGLANG_CACHING,
-    SERVE_SPECULATIVE,
-    SERVE_SPECULATIVE_CACHING,
-    SERVE_STEADY,
-    SERVE_STEADY_GROUPS,
-    SERVE_TRTLLM,
-    Entry,
-)
+from apex_opt.simulator.kernel.entries import DISAGGREGATED, NUMBER_PIECES, PHASES, RANKS, ROUTE, SERVE, Entry
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.phases import Phases
 from apex_opt.simulator.pools import EnginePool
@@ -56,11 +25,20 @@ if TYPE_CHECKING:
     from apex_opt.plans.routing import Routing
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+_DRAFTS: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 _THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)
-_SLEEPY: Final = VllmScheduling(idle_sleep_us=1)
-_DRAFT: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
-
 _GROUPS: Final = (KvGroup(kind="full", block_size=1),)
+_ENGINES: Final[dict[str, dict[str, Any]]] = {
+    "steady": {},
+    "general": {"scheduler": _THRESHOLD},
+    "speculative": {"speculation": _DRAFTS},
+    "trtllm": {"scheduler": TrtllmScheduling(), "block_size": 1},
+    "sglang": {"scheduler": SglangScheduling(), "block_size": 1},
+    "steady groups": {"kv_groups": _GROUPS},
+    "general groups": {"kv_groups": _GROUPS, "scheduler": _THRESHOLD},
+    "speculative groups": {"kv_groups": _GROUPS, "speculation": _DRAFTS},
+}
+"""Settings that each engine of the kernel is needed for."""
 
 
 class Variant(NamedTuple):
@@ -74,96 +52,33 @@ class Variant(NamedTuple):
     routing: Routing = "round_robin"
 
 
-VARIANTS: Final = {
-    "steady": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_STEADY,)),
-    "general": Variant(
-        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS),
-        (SERVE_GENERAL,),
-    ),
-    "caching": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
-        (SERVE_CACHING, NUMBER_PIECES),
-    ),
-    "speculative": Variant(EngineSettings(max_model_len=4, speculation=_DRAFT, **_LIMITS), (SERVE_SPECULATIVE,)),
-    "speculative caching": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
-        (SERVE_SPECULATIVE_CACHING,),
-    ),
-    "trtllm": Variant(
-        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS), (SERVE_TRTLLM,)
-    ),
-    "speculative groups": Variant(
-        EngineSettings(max_model_len=4, speculation=_DRAFT, kv_groups=_GROUPS, **_LIMITS), (SERVE_GROUPED,)
-    ),
-    "groups": Variant(EngineSettings(max_model_len=4, kv_groups=_GROUPS, **_LIMITS), (SERVE_STEADY_GROUPS,)),
-    "general groups": Variant(
-        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, kv_groups=_GROUPS, **_LIMITS), (SERVE_GENERAL_GROUPS,)
-    ),
-    "groups of ranks": Variant(
-        EngineSettings(max_model_len=4, kv_groups=_GROUPS, **_LIMITS), (RANKS_STEADY_GROUPS,), ranks=2
-    ),
-    "general groups of ranks": Variant(
-        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, kv_groups=_GROUPS, **_LIMITS),
-        (RANKS_GENERAL_GROUPS,),
-        ranks=2,
-    ),
-    "disaggregated": Variant(
-        EngineSettings(max_model_len=4, scheduler=_SLEEPY, **_LIMITS), (SERVE_DISAGGREGATED,), disaggregated=True
-    ),
-    "disaggregated caching": Variant(
-        EngineSettings(max_model_len=4, scheduler=_SLEEPY, prefix_caching=True, block_size=1, **_LIMITS),
-        (SERVE_DISAGGREGATED_CACHING,),
-        disaggregated=True,
-    ),
-    "phases": Variant(EngineSettings(max_model_len=4, **_LIMITS), (SERVE_PHASES,), shared=True),
-    "ranks": Variant(EngineSettings(max_model_len=4, **_LIMITS), (RANKS_STEADY,), ranks=2),
-    "general ranks": Variant(
-        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS), (RANKS_GENERAL,), ranks=2
-    ),
-    "caching ranks": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS), (RANKS_CACHING,), ranks=2
-    ),
-    "sglang": Variant(
-        EngineSettings(max_model_len=4, block_size=1, scheduler=SglangScheduling(), **_LIMITS), (SERVE_SGLANG,)
-    ),
-    "sglang caching": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
-        (SERVE_SGLANG_CACHING,),
-    ),
-    "trtllm ranks": Variant(
-        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS), (RANKS_TRTLLM,), ranks=2
-    ),
-    "sglang ranks": Variant(
-        EngineSettings(max_model_len=4, block_size=1, scheduler=SglangScheduling(), **_LIMITS), (RANKS_SGLANG,), ranks=2
-    ),
-    "sglang caching ranks": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, scheduler=SglangScheduling(), **_LIMITS),
-        (RANKS_SGLANG_CACHING,),
-        ranks=2,
-    ),
-    "routed": Variant(EngineSettings(max_model_len=4, **_LIMITS), (ROUTE_STEADY,), routing="power_of_two"),
-    "routed general": Variant(
-        EngineSettings(max_model_len=4, scheduler=_THRESHOLD, **_LIMITS), (ROUTE_GENERAL,), routing="power_of_two"
-    ),
-    "routed caching": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, **_LIMITS),
-        (ROUTE_CACHING,),
-        routing="power_of_two",
-    ),
-    "routed trtllm": Variant(
-        EngineSettings(max_model_len=4, block_size=1, scheduler=TrtllmScheduling(), **_LIMITS),
-        (ROUTE_TRTLLM,),
-        routing="power_of_two",
-    ),
-    "routed speculative": Variant(
-        EngineSettings(max_model_len=4, speculation=_DRAFT, **_LIMITS), (ROUTE_SPECULATIVE,), routing="power_of_two"
-    ),
-    "routed speculative caching": Variant(
-        EngineSettings(max_model_len=4, prefix_caching=True, block_size=1, speculation=_DRAFT, **_LIMITS),
-        (ROUTE_SPECULATIVE_CACHING,),
-        routing="power_of_two",
-    ),
-}
+def _variants() -> dict[str, Variant]:
+    """A run for each entry of the kernel, by a name; the first are those most often needed."""
+
+    def settings(caching: bool, **own: Any) -> EngineSettings:
+        its = {"block_size": 1, "prefix_caching": True} if caching else {}
+        return EngineSettings(max_model_len=4, **_LIMITS, **{**own, **its})
+
+    found = {}
+    for where, entries, others in (
+        ("", SERVE, {}),
+        ("ranks", RANKS, {"ranks": 2}),
+        ("routed", ROUTE, {"routing": "power_of_two"}),
+    ):
+        for (engine, caching), entry in entries.items():
+            if "groups" in engine and caching:
+                continue  # the entry is that of the engine without
+            name = " ".join(filter(None, [where, engine, "caching" * caching]))
+            found[name] = Variant(settings(caching, **_ENGINES[engine]), (entry,), **others)
+    found["general caching"] = found["general caching"]._replace(entries=(SERVE["general", True], NUMBER_PIECES))
+    sleepy = {"scheduler": VllmScheduling(idle_sleep_us=1)}
+    for caching, entry in DISAGGREGATED.items():
+        name = "disaggregated" + " caching" * caching
+        found[name] = Variant(settings(caching, **sleepy), (entry,), disaggregated=True)
+    return {**found, "phases": Variant(settings(caching=False), (PHASES,), shared=True)}
+
+
+VARIANTS: Final = _variants()
 """A run for each entry of the kernel."""
 
 

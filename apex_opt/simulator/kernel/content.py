@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from apex_opt.simulator.kernel.jit import inner
 from apex_opt.simulator.kernel.state import NONE
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
 
+@inner
 def number_pieces_nb(
     starts: I64, requests: int, content: I64, pieces: I64, previous: I64, slots: I64, size: int, found: I64
 ) -> None:

@@ -33,6 +33,12 @@ import numpy as np
 from apex_opt.errors import InputError
 from apex_opt.files import read_bytes, reason
 from apex_opt.outputs import written
+from apex_opt.simulator.kernel.group_state import Group
+from apex_opt.simulator.kernel.kv_state import Groups
+from apex_opt.simulator.kernel.phases_state import Replica
+from apex_opt.simulator.kernel.records import kinds, leaves, names, spread
+from apex_opt.simulator.kernel.sglang_state import Sglang, Tree
+from apex_opt.simulator.kernel.state import Cache, Links, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,23 +53,26 @@ class Entry:
 
     Parameters
     ----------
-    module, name : str    where the function is
-    kinds : for each parameter `int`, or the type of the entries of an array
+    module, function : str    where it is
+    takes : for each parameter `int`, the type of the entries of an array, a named tuple or a tuple of these, or None
+        where a part is not there
     """
 
-    def __init__(self, module: str, name: str, kinds: tuple[Any, ...]) -> None:
-        self.module, self.name, self.kinds = module, name, kinds
+    def __init__(self, module: str, function: str, *takes: Any) -> None:
+        self.module, self.function, self.takes = module, function, takes
+        self.name = "_".join([module.rpartition(".")[2], function.removesuffix("_nb"), *names(takes)])
+        self._kinds = tuple(kinds(takes))
         self._call: Callable[..., Any] | None = None
         self._engines: list[Any] = []  # machine code is there for as long as these are
         self._lock = Lock()
 
     def __call__(self, *given: Any) -> None:
-        """Run the function, which compiles it where it has not been."""
+        """Run the function on what it takes, which compiles it where it has not been."""
         if not self.ready():
             with self._lock:
                 self._call = self._call or self._compiled()
         assert self._call is not None
-        self._call(*given)
+        self._call(*leaves(given))
 
     def ready(self) -> bool:
         """Whether it can be run without compiling it."""
@@ -76,13 +85,13 @@ class Entry:
         """Compile the function, and keep it."""
         from apex_opt.simulator.kernel.jit import native, outer
 
-        function = getattr(importlib.import_module(self.module), self.name)
+        function = spread(getattr(importlib.import_module(self.module), self.function), self.name, self.takes)
         if _with_arrays():
             return outer(function)
-        text = native(function, self.kinds)
+        text = native(function, self._kinds)
         # Numba hands on where to put the result and the exception, then the arguments, and returns a status.
         defined = re.search(rf"^define .*?i32 @\"?([\w.$]*{self.name}[\w.$]*)\"?\((.*)", text, re.MULTILINE)
-        if defined is None or defined[2].count("%") != 2 + len(self.kinds):
+        if defined is None or defined[2].count("%") != 2 + len(self._kinds):
             return outer(function)
         machine = _machine().emit_object(llvm.parse_assembly(text))
         try:
@@ -100,12 +109,12 @@ class Entry:
         if not address:
             raise InputError(f"{symbol} is missing")
         self._engines.append(engine)
-        passed = [ctypes.c_int64 if kind is int else ctypes.c_void_p for kind in self.kinds]
+        passed = [ctypes.c_int64 if kind is int else ctypes.c_void_p for kind in self._kinds]
         function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *passed)(address)
 
         def call(*given: Any) -> None:
             nowhere = ctypes.c_void_p()
-            addresses = [_address(kind, value) for kind, value in zip(self.kinds, given, strict=True)]
+            addresses = [_address(kind, value) for kind, value in zip(self._kinds, given, strict=True)]
             status = function(ctypes.addressof(nowhere), ctypes.addressof(nowhere), *addresses)
             assert status == 0, f"{self.name} ended with {status}"
 
@@ -120,7 +129,7 @@ class Entry:
         """What it is, and what it is made of."""
         spec = importlib.util.find_spec(self.module)
         assert spec is not None and spec.origin is not None
-        what = f"{self.module}.{self.name} {self.kinds}".encode()
+        what = f"{self.module}.{self.function} {self.takes}".encode()
         return hashlib.sha256(what + _sources(Path(spec.origin).parent)).digest()
 
     def _keep(self, symbol: str, machine: bytes) -> None:
@@ -150,81 +159,60 @@ class Entry:
             return None
 
 
-_I64, _I32 = np.int64, np.int32
-_KERNEL: Final = "apex_opt.simulator.kernel."
-_RUN: Final = (_I64,) * 12
-_CACHE: Final = (int, *[_I64] * 8, _I32, _I32, _I32)
-_SERVE: Final = (*_RUN, int, int, _I64, int)
-SERVE_STEADY: Final = Entry(_KERNEL + "deployment", "serve_steady_nb", _SERVE)
-SERVE_GENERAL: Final = Entry(_KERNEL + "deployment", "serve_general_nb", _SERVE)
-_CACHING: Final = (*_SERVE, *_CACHE)
-SERVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_caching_nb", _CACHING)
-ROUTE_STEADY: Final = Entry(_KERNEL + "router", "route_steady_nb", (*_SERVE, _I64))
-ROUTE_GENERAL: Final = Entry(_KERNEL + "router", "route_general_nb", (*_SERVE, _I64))
-ROUTE_CACHING: Final = Entry(_KERNEL + "router", "route_caching_nb", (*_SERVE, _I64, *_CACHE))
-ROUTE_TRTLLM: Final = Entry(_KERNEL + "router", "route_trtllm_nb", (*_SERVE, _I64))
-ROUTE_SPECULATIVE: Final = Entry(_KERNEL + "router", "route_speculative_nb", (*_SERVE, _I64))
-ROUTE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "router", "route_speculative_caching_nb", (*_SERVE, _I64, *_CACHE))
-SERVE_TRTLLM: Final = Entry(_KERNEL + "deployment", "serve_trtllm_nb", _SERVE)
-SERVE_SPECULATIVE: Final = Entry(_KERNEL + "deployment", "serve_speculative_nb", _SERVE)
-SERVE_SPECULATIVE_CACHING: Final = Entry(_KERNEL + "deployment", "serve_speculative_caching_nb", _CACHING)
-_GROUPS: Final = (*[int] * 8, *[_I64] * 4, _I32, *[_I64] * 4, _I32, _I32, _I32)
-_GROUPED: Final = (*_SERVE, *_GROUPS)
-SERVE_GROUPED: Final = Entry(_KERNEL + "deployment", "serve_grouped_nb", _GROUPED)
-SERVE_STEADY_GROUPS: Final = Entry(_KERNEL + "deployment", "serve_steady_groups_nb", _GROUPED)
-SERVE_GENERAL_GROUPS: Final = Entry(_KERNEL + "deployment", "serve_general_groups_nb", _GROUPED)
-_INSTANCES: Final = (*_RUN, *[_I64] * 4)
-SERVE_DISAGGREGATED: Final = Entry(_KERNEL + "disaggregated", "serve_disaggregated_nb", _INSTANCES)
-SERVE_DISAGGREGATED_CACHING: Final = Entry(
-    _KERNEL + "disaggregated", "serve_disaggregated_caching_nb", (*_INSTANCES, *_CACHE)
+def _of(file: str, function: str, *takes: Any) -> Entry:
+    """That of a file of this folder."""
+    return Entry(f"{__package__}.{file}", function, *takes)
+
+
+_SHARE: Final = (int, int, np.int64, int)  # the first and the last + 1 that serve; requests to deal, and their number
+SERVE: Final = {
+    ("steady", False): _of("deployment", "by_steady_nb", Run, None, *_SHARE),
+    ("general", False): _of("deployment", "by_general_nb", Run, None, *_SHARE),
+    ("general", True): _of("deployment", "by_general_nb", Run, Cache, *_SHARE),
+    ("speculative", False): _of("deployment", "by_speculative_nb", Run, None, *_SHARE),
+    ("speculative", True): _of("deployment", "by_speculative_nb", Run, Cache, *_SHARE),
+    ("trtllm", False): _of("deployment", "by_trtllm_nb", Run, None, *_SHARE),
+    ("sglang", False): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, None), *_SHARE),
+    ("sglang", True): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, Tree), *_SHARE),
+    ("steady groups", False): _of("deployment", "by_steady_groups_nb", Run, Groups, *_SHARE),
+    ("general groups", False): (_counted := _of("deployment", "by_general_groups_nb", Run, Groups, *_SHARE)),
+    ("general groups", True): _counted,
+    ("speculative groups", False): (_drafted := _of("deployment", "by_grouped_nb", Run, Groups, *_SHARE)),
+    ("speculative groups", True): _drafted,
+}
+"""Replicas that serve what is theirs, or what the least loaded gets; by engine and whether it caches prefixes."""
+ROUTE: Final = {
+    ("steady", False): _of("router", "by_steady_nb", Run, None, np.int64, *_SHARE),
+    ("general", False): _of("router", "by_general_nb", Run, None, np.int64, *_SHARE),
+    ("general", True): _of("router", "by_general_nb", Run, Cache, np.int64, *_SHARE),
+    ("speculative", False): _of("router", "by_speculative_nb", Run, None, np.int64, *_SHARE),
+    ("speculative", True): _of("router", "by_speculative_nb", Run, Cache, np.int64, *_SHARE),
+    ("trtllm", False): _of("router", "by_trtllm_nb", Run, None, np.int64, *_SHARE),
+}
+"""Those before which a router stands that knows more than how many requests are unanswered."""
+RANKS: Final = {
+    ("steady", False): _of("group", "by_steady_nb", Run, None, Group, *_SHARE),
+    ("general", False): _of("group", "by_general_nb", Run, None, Group, *_SHARE),
+    ("general", True): _of("group", "by_general_nb", Run, Cache, Group, *_SHARE),
+    ("trtllm", False): _of("trtllm_ranks", "by_trtllm_nb", Run, None, Group, *_SHARE),
+    ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, *_SHARE),
+    ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, *_SHARE),
+    ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, *_SHARE),
+    ("general groups", False): (_counted := _of("group", "by_general_groups_nb", Run, Groups, Group, *_SHARE)),
+    ("general groups", True): _counted,
+}
+"""Those of replicas with ranks."""
+DISAGGREGATED: Final = {
+    False: _of("disaggregated", "disaggregated_nb", Run, None, Links),
+    True: _of("disaggregated", "disaggregated_nb", Run, Cache, Links),
+}
+"""Prefill and decode instances, by whether they cache prefixes."""
+PHASES: Final = _of("phases", "serve_phases_nb", Replica)
+NUMBER_PIECES: Final = _of(
+    "content", "number_pieces_nb", np.int64, int, np.int64, np.int64, np.int64, np.int64, int, np.int64
 )
-_RANKS: Final = (*_SERVE, *[_I64] * 11)
-RANKS_STEADY: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_nb", _RANKS)
-RANKS_GENERAL: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_nb", _RANKS)
-RANKS_CACHING: Final = Entry(_KERNEL + "ranks", "serve_ranks_caching_nb", (*_RANKS, int, *[_I64] * 8, _I32, _I32, _I32))
-RANKS_TRTLLM: Final = Entry(_KERNEL + "trtllm_ranks", "serve_trtllm_ranks_nb", _RANKS)
-RANKS_STEADY_GROUPS: Final = Entry(_KERNEL + "ranks", "serve_ranks_steady_groups_nb", (*_RANKS, *_GROUPS))
-RANKS_GENERAL_GROUPS: Final = Entry(_KERNEL + "ranks", "serve_ranks_general_groups_nb", (*_RANKS, *_GROUPS))
-_SGLANG: Final = (*_SERVE, _I64, np.float64)
-SERVE_SGLANG: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_nb", _SGLANG)
-SERVE_SGLANG_CACHING: Final = Entry(_KERNEL + "sglang_serve", "serve_sglang_caching_nb", (*_SGLANG, int, *[_I64] * 7))
-_SGLANG_RANKS: Final = (*_RANKS, _I64, np.float64)
-RANKS_SGLANG: Final = Entry(_KERNEL + "sglang_ranks", "serve_sglang_ranks_nb", _SGLANG_RANKS)
-RANKS_SGLANG_CACHING: Final = Entry(
-    _KERNEL + "sglang_ranks", "serve_sglang_ranks_caching_nb", (*_SGLANG_RANKS, int, *[_I64] * 7)
-)
-SERVE_PHASES: Final = Entry(_KERNEL + "phases", "serve_phases_nb", (_I64,) * 11)
-NUMBER_PIECES: Final = Entry(_KERNEL + "content", "number_pieces_nb", (_I64, int, _I64, _I64, _I64, _I64, int, _I64))
-ENTRIES: Final = (
-    SERVE_STEADY,
-    SERVE_GENERAL,
-    SERVE_CACHING,
-    ROUTE_STEADY,
-    ROUTE_GENERAL,
-    ROUTE_CACHING,
-    ROUTE_TRTLLM,
-    ROUTE_SPECULATIVE,
-    ROUTE_SPECULATIVE_CACHING,
-    SERVE_TRTLLM,
-    SERVE_SPECULATIVE,
-    SERVE_SPECULATIVE_CACHING,
-    SERVE_GROUPED,
-    SERVE_STEADY_GROUPS,
-    SERVE_GENERAL_GROUPS,
-    SERVE_DISAGGREGATED,
-    SERVE_DISAGGREGATED_CACHING,
-    RANKS_STEADY,
-    RANKS_GENERAL,
-    RANKS_CACHING,
-    RANKS_TRTLLM,
-    RANKS_STEADY_GROUPS,
-    RANKS_GENERAL_GROUPS,
-    SERVE_SGLANG,
-    SERVE_SGLANG_CACHING,
-    RANKS_SGLANG,
-    RANKS_SGLANG_CACHING,
-    SERVE_PHASES,
-    NUMBER_PIECES,
+ENTRIES: Final = tuple(
+    dict.fromkeys([*SERVE.values(), *ROUTE.values(), *RANKS.values(), *DISAGGREGATED.values(), PHASES, NUMBER_PIECES])
 )
 """All that is ever compiled, each for one list of types."""
 

@@ -276,22 +276,10 @@ def act_nb(p: Replica, now: int) -> None:
     pace_nb(b, b[BESIDE] if both else b[ALONE], now)
 
 
-def serve_phases_nb(
-    facts: I64,
-    prompts: I64,
-    answers: I64,
-    requests: I64,
-    law: I64,
-    counts: I64,
-    back: I64,
-    entered: I64,
-    answered: I64,
-    chunk: I64,
-    gaps: I64,
-) -> None:
+@inner
+def serve_phases_nb(p: Replica) -> None:
     """Act at every end of a batch and every arrival until all is answered."""
-    p = Replica(facts, prompts, answers, requests, law, counts, back, entered, answered, chunk, gaps)
-    arrival = column_nb(p, ARRIVAL)
+    facts, prompts, answers, arrival = p.facts, p.prompts, p.answers, column_nb(p, ARRIVAL)
     while True:
         now = NEVER
         if answers[ROWS] > 0:

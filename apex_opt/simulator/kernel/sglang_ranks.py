@@ -98,7 +98,6 @@ from apex_opt.simulator.kernel.state import (
 from apex_opt.simulator.kernel.together import follow_nb, serving
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.sglang_state import F64
     from apex_opt.simulator.kernel.state import I64
 
 
@@ -293,87 +292,4 @@ def turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int
             break
 
 
-_by_sglang_nb = serving(turns_nb)
-
-
-def serve_sglang_ranks_nb(
-    control: I64,
-    requests: I64,
-    replicas: I64,
-    stages: I64,
-    laws: I64,
-    counts: I64,
-    scratch: I64,
-    stops: I64,
-    floors: I64,
-    steps: I64,
-    rows: I64,
-    lost: I64,
-    first: int,
-    last: int,
-    routed: I64,
-    turns: int,
-    told: I64,
-    groups: I64,
-    members: I64,
-    fronts: I64,
-    memory: I64,
-    tables: I64,
-    together: I64,
-    links: I64,
-    forwards: I64,
-    events: I64,
-    loads: I64,
-    registers: I64,
-    ratio: F64,
-) -> None:
-    """Ranks by the engine of SGLang, without its tree."""
-    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
-    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
-    _by_sglang_nb(run, group, (Sglang(registers, ratio), None), first, last, routed, turns)
-
-
-def serve_sglang_ranks_caching_nb(
-    control: I64,
-    requests: I64,
-    replicas: I64,
-    stages: I64,
-    laws: I64,
-    counts: I64,
-    scratch: I64,
-    stops: I64,
-    floors: I64,
-    steps: I64,
-    rows: I64,
-    lost: I64,
-    first: int,
-    last: int,
-    routed: I64,
-    turns: int,
-    told: I64,
-    groups: I64,
-    members: I64,
-    fronts: I64,
-    memory: I64,
-    tables: I64,
-    together: I64,
-    links: I64,
-    forwards: I64,
-    events: I64,
-    loads: I64,
-    registers: I64,
-    ratio: F64,
-    piece_tokens: int,
-    pieces: I64,
-    starts: I64,
-    own: I64,
-    last_token: I64,
-    nodes: I64,
-    slots: I64,
-    heap: I64,
-) -> None:
-    """Ranks by the engine of SGLang, with a tree each."""
-    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
-    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
-    tree = Tree(piece_tokens, pieces, starts, own, last_token, nodes, slots, heap)
-    _by_sglang_nb(run, group, (Sglang(registers, ratio), tree), first, last, routed, turns)
+by_sglang_nb = serving(turns_nb)

@@ -55,7 +55,7 @@ def serving(turns_nb: Any) -> Any:
     """`serve_nb` of groups, given the function that takes their turns."""
 
     @inner
-    def serve_nb(run: Run, group: Group, its: Any, first: int, last: int, routed: I64, turns: int) -> None:
+    def serve_nb(run: Run, its: Any, group: Group, first: int, last: int, routed: I64, turns: int) -> None:
         """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
         arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
         for turn in range(turns + 1):

@@ -258,39 +258,4 @@ def turns_nb(run: Run, group: Group, its: int, place: int, until: int) -> None:
             break
 
 
-_by_trtllm_nb = serving(turns_nb)
-
-
-def serve_trtllm_ranks_nb(
-    control: I64,
-    requests: I64,
-    replicas: I64,
-    stages: I64,
-    laws: I64,
-    counts: I64,
-    scratch: I64,
-    stops: I64,
-    floors: I64,
-    steps: I64,
-    rows: I64,
-    lost: I64,
-    first: int,
-    last: int,
-    routed: I64,
-    turns: int,
-    told: I64,
-    groups: I64,
-    members: I64,
-    fronts: I64,
-    memory: I64,
-    tables: I64,
-    together: I64,
-    links: I64,
-    forwards: I64,
-    events: I64,
-    loads: I64,
-) -> None:
-    """Ranks by the engine of TensorRT-LLM."""
-    run = Run(control, requests, replicas, stages, laws, counts, scratch, stops, floors, steps, rows, lost)
-    group = Group(told, groups, members, fronts, memory, tables, together, links, forwards, events, loads)
-    _by_trtllm_nb(run, group, 0, first, last, routed, turns)
+by_trtllm_nb = serving(turns_nb)
