@@ -74,6 +74,49 @@ def kinds(model: Model) -> str:
     return "".join(letters.get(type(run.block.attention).__name__, "A") * run.count for run in model.runs)
 
 
+SAVED = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+def test_kinds_of_layers_are_known_by_the_names_that_they_are_saved_with() -> None:
+    """`transformers` 5 calls every layer with a state by one name, and has no letters for them."""
+    layers = [SAVED[kind] for kind in GRANITE["layer_types"]]
+    assert read(GRANITE, layer_types=layers).runs == read(GRANITE).runs
+    letters = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+    for config in (NANO, case("nemotron-h-56b")):
+        config = dict(config)
+        listed = config.pop("layers_block_type", None) or config.pop("hybrid_override_pattern")
+        layers = [SAVED.get(kind, letters.get(kind, kind)) for kind in listed]
+        for key in ("layers_block_type", "layer_types"):
+            assert read(config, **{key: layers}).runs == read(config, layers_block_type=layers).runs
+            assert kinds(read(config, **{key: layers})).count("m") == list(layers).count("linear_attention")
+
+
+def test_kimi_linear_is_read_as_it_is_saved() -> None:
+    """With its linear attention among the other fields, kinds of layers in lists, and experts as elsewhere."""
+    config = dict(KIMI_LINEAR)
+    linear = config.pop("linear_attn_config")
+    full = set(linear["full_attn_layers"])
+    config |= {
+        "layer_types": [
+            "full_attention" if layer + 1 in full else "linear_attention"
+            for layer in range(config["num_hidden_layers"])
+        ],
+        "mlp_layer_types": ["dense"] + ["sparse"] * (config["num_hidden_layers"] - 1),
+        "linear_num_heads": linear["num_heads"],
+        "linear_head_dim": linear["head_dim"],
+        "linear_conv_kernel_dim": linear["short_conv_kernel_size"],
+        "num_local_experts": config.pop("num_experts"),
+        "num_experts_per_tok": config.pop("num_experts_per_token"),
+        "n_shared_experts": config.pop("num_shared_experts"),
+        "model_max_length": config.pop("max_position_embeddings"),
+    }
+    for unused in ("first_k_dense_replace", "moe_layer_freq"):
+        config.pop(unused, None)
+    assert (read(config).runs, read(config).max_position) == (read(KIMI_LINEAR).runs, read(KIMI_LINEAR).max_position)
+    with pytest.raises(InputError, match="linear_num_heads must be a whole number from 1"):
+        read(config, linear_num_heads=0)
+
+
 def test_layers_are_in_the_order_of_the_file() -> None:
     assert kinds(read(QWEN_NEXT)) == kinds(read(QWEN_35))[:48] == "dddA" * 12
     assert kinds(read(QWEN_NEXT, full_attention_interval=3)) == "ddA" * 16

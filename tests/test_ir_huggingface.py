@@ -304,6 +304,26 @@ def test_a_text_config_is_read_in_place_of_the_whole() -> None:
 # --- layers that differ -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["num_local_experts", "n_routed_experts"])
+def test_experts_are_counted_by_whatever_name_the_file_was_saved_with(name: str) -> None:
+    """`transformers` 5 saves those of Qwen3 as num_local_experts; a default must not stand for them."""
+    renamed = {key: value for key, value in QWEN_MOE.items() if key != "num_experts"} | {name: 8}
+    assert read(renamed).runs == read(QWEN_MOE).runs
+    inner = renamed | {"model_type": "qwen3_vl_moe_text"}
+    whole = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+    assert read(whole | {"text_config": inner}).runs == read(QWEN_MOE).runs
+    with pytest.raises(InputError, match=f"{name} must be a whole number from 1"):
+        read(renamed | {name: "8"})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_whole_file_says_first_whether_the_head_is_the_embedding(whole: bool) -> None:
+    file = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "tie_word_embeddings": whole}
+    for inner in (True, False):
+        model = read(file | {"text_config": LLAMA | {"tie_word_embeddings": inner}})
+        assert model.tied_embeddings is whole
+
+
 def test_mlp_only_layers_are_dense() -> None:
     model = read(QWEN_MOE, mlp_only_layers=[0, 3])
     assert moe_pattern(model) == [False, True, True, False, True, True]
@@ -671,7 +691,7 @@ def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
         (LLAMA, {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype must be one of bfloat16, float16, float32, not 'int8'"),
         (LLAMA, {"dtype": 16}, "dtype must be text, not 16"),
-        (LLAMA, {"sliding_window": 0}, "sliding_window must be a whole number from 1"),
+        (LLAMA, {"sliding_window": -1}, "sliding_window must be a whole number from 0"),
         (LLAMA, {"layer_types": "full"}, "layer_types must be a list, not 'full'"),
         (LLAMA, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_layers 6"),
         (LLAMA, {"layer_types": ["linear_attention"] * 6}, "layer_types may hold .*, not 'linear_attention'"),

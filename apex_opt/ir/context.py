@@ -34,7 +34,9 @@ def context_limit(fields: Fields) -> int:
     Scaling of the rotary positions multiplies the length by its factor, for yarn that from before the scaling. Where
     layers scale differently, the last of them tells.
     """
-    length = fields.count("max_position_embeddings")
+    named = next((key for key in _LENGTHS if fields.values.get(key) is not None), "max_position_embeddings")
+    usual = fields.values.get("max_position_embeddings") is not None
+    length = fields.count("max_position_embeddings" if usual else named)
     for key in _LENGTHS:
         length = min(length, fields.count(key, default=length))
     if not length:

@@ -29,7 +29,8 @@ class Fields:
     def spelled(self, own_names: Mapping[str, str]) -> Fields:
         """The same fields by their usual names, of which the file has other ones for some."""
         usual = {name: self.values[own] for name, own in own_names.items() if own in self.values}
-        return Fields({**self.values, **usual}, self.prefix, self.faults, {**self.own_names, **own_names})
+        called = {name: own for name, own in own_names.items() if name in usual or name not in self.values}
+        return Fields({**self.values, **usual}, self.prefix, self.faults, {**self.own_names, **called})
 
     def replaced(self, values: Mapping[str, Any]) -> Fields:
         """The same fields with these in place of what the file says."""
@@ -38,6 +39,17 @@ class Fields:
     def filled(self, values: Mapping[str, Any]) -> Fields:
         """The same fields with these in place of those that the file leaves out."""
         return self.replaced({key: value for key, value in values.items() if self.values.get(key) is None})
+
+    def alike(self, keys: tuple[str, ...]) -> Fields:
+        """The same fields, of which the first of these that the file has stands for those that it leaves out."""
+        own = next((key for key in keys if self.values.get(key) is not None), None)
+        if own is None:
+            return self
+        left_out = [key for key in keys if self.values.get(key) is None]
+        same = {key: self.values[own] for key in left_out}
+        return Fields(
+            {**self.values, **same}, self.prefix, self.faults, {**self.own_names, **dict.fromkeys(left_out, own)}
+        )
 
     def name(self, key: str) -> str:
         """Where a field stands, on one line whatever the file calls it."""

@@ -22,6 +22,7 @@ from apex_opt.ir.families.towers import read_tower
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
+from apex_opt.ir.per_layer import read_layers
 from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ _DRAFT_KEYS: Final = (
     *("draft_vocab_size", "eagle_config", "dflash_config", "medusa_num_heads", "medusa_num_layers"),
     *("speculators_model_type", "speculators_config", "speculator_config"),
 )
+
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What files call the number of routed experts: which of these depends on the family and on what saved the file."""
 
 _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
@@ -128,6 +132,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if wrapped:
         source += " (text_config)"
     family = _family(fields, wrapped, source)
+    fields = fields.alike(_EXPERTS)
     if wrapped:
         # Of a configuration within another one, only what differs from the defaults of its class is written.
         fields = Fields({**family.defaults, **fields.values})
@@ -143,7 +148,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     )
     max_position = context_limit(fields)
     tied = fields.flag("tie_word_embeddings", default=family.tied)
-    layers = family.read(fields, size)
+    layers = read_layers(family, fields, size)
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)
     if fields.faults:
@@ -265,9 +270,11 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     shared = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTISATION_KEYS)
     inherited = {key: config[key] for key in shared if key in config}
     own = {key: value for key, value in inner.values.items() if value is not None or key not in inherited}
-    # Engines ask the whole file first what is quantised.
-    quantised = {key: config[key] for key in QUANTISATION_KEYS if config.get(key)}
-    return Fields({**inherited, **own, **quantised}), True
+    # Engines ask the whole file first what is quantised, and whether the LM head is the embedding.
+    first = {key: config[key] for key in QUANTISATION_KEYS if config.get(key)}
+    if config.get("tie_word_embeddings") is not None:
+        first["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return Fields({**inherited, **own, **first}), True
 
 
 def _family(fields: Fields, wrapped: bool, source: str) -> Family:

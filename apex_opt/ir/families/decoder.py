@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from apex_opt.ir.cells import Attention, AttentionCell, DenseFfn, Ffn, LatentAttention, Matrix, MoeFfn
 from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
 from apex_opt.ir.families.base import Layers
+from apex_opt.ir.families.listed import published_kind
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -209,6 +210,7 @@ def layer_kinds(fields: Fields, layers: int, known: tuple[str, ...], field: str 
     kinds = fields.rows(field)
     if kinds is None:
         return None
+    kinds = [published_kind(kind, known) for kind in kinds]
     odd = [kind for kind in kinds if not isinstance(kind, str) or kind not in known]
     if odd:
         fields.fault(field, f"may hold {' and '.join(known)}, not {shown(odd[0])}")
@@ -230,7 +232,7 @@ def window_of_layers(
     used_by : str       whether the family has windows where the file gives one: always, or only if it says so
     every : int         every so manieth layer sees all where the file does not say; 0: none
     """
-    window = fields.count("sliding_window", default=0)
+    window = fields.count("sliding_window", default=0, minimum=0)
     kinds = layer_kinds(fields, layers, ("full_attention", "sliding_attention"))
     pattern = fields.count("sliding_window_pattern", default=every)
     spelled_out = kinds is not None or pattern > 0

@@ -61,7 +61,9 @@ def _gemma4(fields: Fields, size: Sizes) -> Layers:
         windows[-1] = None  # the class has the last layer see all
     local = head_fields(fields, size.hidden, 4)
     joint = fields.flag("attention_k_eq_v")
-    whole = local | {"head_dim": fields.count("global_head_dim", default=512)}
+    # Files that tell fields layer by layer have no others for layers that see all.
+    told = "per_layer_config" in fields.values
+    whole = local | {"head_dim": fields.count("global_head_dim", default=local["head_dim"] if told else 512)}
     if joint and fields.values.get("num_global_key_value_heads") is not None:
         whole["kv_heads"] = fields.count("num_global_key_value_heads")
     bias = fields.flag("attention_bias")

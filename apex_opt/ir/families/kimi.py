@@ -17,7 +17,8 @@ from apex_opt.ir.cells import (
 )
 from apex_opt.ir.checks import MAX_COUNT, count_fault
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
-from apex_opt.ir.families.decoder import latent_fields
+from apex_opt.ir.families.decoder import latent_fields, layer_kinds
+from apex_opt.ir.families.listed import kinds_of
 from apex_opt.ir.families.states import refuse, refuse_others
 from apex_opt.ir.model import Block
 
@@ -67,10 +68,12 @@ def _ffns(fields: Fields, size: Sizes) -> list[Ffn]:
     faults = len(fields.faults)
     first = fields.count("first_k_dense_replace", default=0, minimum=0)
     every = fields.count("moe_layer_freq", default=1)
-    sparse = [
-        fields.values.get("num_experts") is not None and i >= first and i % (every or 1) == 0
-        for i in range(size.layers)
-    ]
+    sparse = kinds_of(fields, "mlp_layer_types", size.layers, {"dense": False, "sparse": True})
+    if sparse is None:
+        sparse = [
+            fields.values.get("num_experts") is not None and i >= first and i % (every or 1) == 0
+            for i in range(size.layers)
+        ]
     moe = _moe(fields, size.hidden) if any(sparse) else None
     width = 1 if all(sparse) else fields.count("intermediate_size")
     if not size.hidden or len(fields.faults) > faults:
@@ -95,9 +98,24 @@ def _linear_layers(fields: Fields, linear: Fields, layers: int) -> list[bool]:
     return [kinds[layer] for layer in range(layers)]
 
 
+def _saved(fields: Fields, layers: int) -> Fields | None:
+    """The fields of linear attention where `transformers` 5 saved them among the others; None without its layers."""
+    kinds = layer_kinds(fields, layers, ("full_attention", "linear_attention"))
+    if kinds is None:
+        return None
+    named = {"num_heads": "linear_num_heads", "head_dim": "linear_head_dim"}
+    named["short_conv_kernel_size"] = "linear_conv_kernel_dim"
+    values: dict[str, object] = {usual: fields.values.get(own) for usual, own in named.items()}
+    for key, kind in (("kda_layers", "linear_attention"), ("full_attn_layers", "full_attention")):
+        values[key] = [layer + 1 for layer, found in enumerate(kinds) if found == kind]
+    return type(fields)(values, "", fields.faults, named)
+
+
 def read(fields: Fields, size: Sizes) -> Layers:
     """Layers of KDA, or of latent attention without positions, each before a dense FFN or experts."""
     linear = fields.section("linear_attn_config")
+    if linear is None:
+        linear = _saved(fields, size.layers)
     if linear is None:
         fields.fault("linear_attn_config", "is missing")
         return Layers([])
@@ -146,5 +164,10 @@ FAMILIES: Final[dict[str, Family]] = {
             state_out=("self_attn.o_proj",),
         ),
         defaults={"mla_use_nope": True},
+        spelled={
+            "max_position_embeddings": "model_max_length",
+            "num_experts_per_token": "num_experts_per_tok",
+            "num_shared_experts": "n_shared_experts",
+        },
     ),
 }

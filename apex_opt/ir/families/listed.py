@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apex_opt.ir.checks import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from apex_opt.ir.fields import Fields
 
 _Kind = TypeVar("_Kind")
+
+_OLDER: Final = {
+    "linear_attention": "mamba",
+    "full_attention": "attention",
+    "indexed_attention": "deepseek_sparse_attention",
+}
+"""What published files call kinds of layers that `transformers` 5 saves under one name for all families."""
+
+
+def published_kind(entry: Any, known: Container[str]) -> Any:
+    """An entry of a list of kinds as published files have it, where it is saved under a newer name.
+
+    Parameters
+    ----------
+    entry : object      of the list
+    known : of str      entries that there may be
+    """
+    if not isinstance(entry, str) or entry in known:
+        return entry
+    older = _OLDER.get(entry, entry)
+    return older if older in known else entry
 
 
 def kinds_of(fields: Fields, key: str, layers: int, known: Mapping[str, _Kind], beyond: int = 0) -> list[_Kind] | None:
@@ -29,6 +50,7 @@ def kinds_of(fields: Fields, key: str, layers: int, known: Mapping[str, _Kind], 
     entries = list(given) if isinstance(given, str) else fields.rows(key)
     if entries is None:
         return None
+    entries = [published_kind(entry, known) for entry in entries]
     odd = [entry for entry in entries if not isinstance(entry, str) or entry not in known]
     if odd:
         fields.fault(key, f"may hold {' and '.join(known)}, not {shown(odd[0])}")

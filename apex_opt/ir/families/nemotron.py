@@ -18,6 +18,7 @@ from apex_opt.ir.cells import (
 from apex_opt.ir.checks import MAX_COUNT, shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import head_fields
+from apex_opt.ir.families.listed import published_kind
 from apex_opt.ir.families.states import refuse, refuse_others, state_bytes
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import Block
@@ -46,8 +47,10 @@ _KNOWN: Final = frozenset(
 def _kinds(fields: Fields, layers: int) -> list[str]:
     """What each layer is: a list in newer files, a text of one letter per layer in older ones; empty at a fault."""
     pattern = fields.text("hybrid_override_pattern")
-    key = "hybrid_override_pattern" if pattern else "layers_block_type"
+    named = "layers_block_type" if fields.values.get("layers_block_type") is not None else "layer_types"
+    key = "hybrid_override_pattern" if pattern else named
     kinds = [_LETTERS.get(letter, letter) for letter in pattern] if pattern else fields.rows(key) or []
+    kinds = [published_kind(kind, _LETTERS.values()) for kind in kinds]
     odd = [kind for kind in kinds if kind not in _LETTERS.values()]
     if odd:
         known = " and ".join(_LETTERS if pattern else _LETTERS.values())
@@ -87,7 +90,7 @@ def _mamba(fields: Fields, hidden: int) -> Mamba2 | None:
         "groups": fields.count("n_groups"),
         "state": fields.count("ssm_state_size"),
         "kernel": fields.count("conv_kernel"),
-        "chunk": fields.count("chunk_size", default=256),
+        "chunk": fields.count("chunk_size", default=128),
         # Where neither file nor engine is told, vLLM takes 32 bit for this family.
         "state_bytes": state_bytes(fields, "mamba_ssm_cache_dtype", default="float32"),
     }
@@ -220,7 +223,7 @@ FAMILIES: Final[dict[str, Family]] = {
             state_in=("mixer.in_proj",),
             state_out=("mixer.out_proj",),
         ),
-        layer_lists=("hybrid_override_pattern", "layers_block_type"),
+        layer_lists=("hybrid_override_pattern", "layers_block_type", "layer_types"),
     ),
     "nemotron-nas": Family(
         architecture="DeciLMForCausalLM",

@@ -39,7 +39,8 @@ def read_tower(config: Mapping[str, Any], hidden: int, source: str) -> Tower | N
     fields = whole.section("vision_config")
     tower = None
     if fields is not None:
-        read = _READERS.get(fields.text("model_type") or whole.text("model_type"))
+        kind = fields.text("model_type") or whole.text("model_type")
+        read = _READERS.get(kind, _READERS.get(kind.removesuffix("_vision")))  # as `transformers` 5 saves it
         tower = read(whole, fields, hidden) if read else None
     if any(fault.endswith(MISSING) for fault in whole.faults):
         return None
