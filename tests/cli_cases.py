@@ -49,9 +49,15 @@ def run(*words: str, cwd: Path | None = None) -> Ran:
 
 
 class Once:
-    """Commands that answer a question once, however many forms of the answer are asked for."""
+    """Commands that answer a question once, however many forms of the answer are asked for.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    most : int    answers that are kept, those asked for last: one may hold 100 MB of what was computed for it
+    """
+
+    def __init__(self, most: int = 4) -> None:
+        self._most = most
         self._known: dict[Any, Any] = {}
 
     def run(self, *words: str, cwd: Path | None = None) -> Ran:
@@ -67,9 +73,11 @@ class Once:
     def _kept(self, answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def kept(asked: Any) -> Any:
             key = answer, asked, Path.cwd()
-            if key not in self._known:
-                self._known[key] = answer(asked)
-            return self._known[key]
+            found = self._known.pop(key) if key in self._known else answer(asked)
+            self._known[key] = found
+            if len(self._known) > self._most:
+                del self._known[next(iter(self._known))]
+            return found
 
         return kept
 

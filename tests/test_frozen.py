@@ -14,7 +14,11 @@ import pytest
 
 from tests.golden.freeze import commands, difference, lines, read, run
 
-COMMANDS = [(group, command) for group, members in commands().items() for command in members]
+# A question is asked for in one form after the other, as its answer is not kept for long.
+COMMANDS = sorted(
+    ((group, command) for group, members in commands().items() for command in members),
+    key=lambda member: member[1].replace(" --format=table", ""),
+)
 MOST_LINES = 25
 
 
