@@ -208,11 +208,10 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
 def explain(ask: arguments.ExplainAsk) -> Result:
     """Say why no plan fits and what would, or why a plan loses to the best."""
     from apex_opt.report.explain import explanation_document
-    from apex_opt.resolve import planned, refuse_pools, resolve
+    from apex_opt.resolve import planned, resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.explain import explain as find
 
-    refuse_pools("explain", ask)
     problem, deployment = resolve(ask, most_gpus=LARGEST_SEARCH), None
     if ask.plan is not None:
         # Of several formats to choose from, the first is that of a plan that names none.
@@ -233,11 +232,10 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     from apex_opt.launch.bench import lasting
     from apex_opt.report.capacity import capacity_document
-    from apex_opt.resolve import refuse_pools, resolve, resolve_plan
+    from apex_opt.resolve import resolve, resolve_plan
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
 
-    refuse_pools("capacity", ask)
     # The rate is what is asked for, not that of the trace, which may have none.
     unrated, deployment = replace(ask, rate=None), None
     if ask.plan is None:

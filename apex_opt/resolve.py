@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar, get_args
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
+from apex_opt.arguments import LARGEST_BATCH, Ask, ExplainAsk, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
@@ -170,25 +170,6 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     )
 
 
-def refuse_pools(command: str, ask: Ask) -> None:
-    """Refuse prefill and decode pools, and phases that share a GPU, where a command is not asked of them.
-
-    Raises
-    ------
-    UsageError
-    """
-    if "shared" in ask.serving or plans_shares(ask):
-        raise UsageError(
-            f"--serving=shared: {command} is of replicas whose batches hold both phases; plan, energy, pareto and "
-            "simulate take phases side by side on a GPU"
-        )
-    if "pools" in ask.serving or _plans_pools(ask):
-        raise UsageError(
-            f"--serving=pools: {command} is of pools that do both phases; plan, energy, pareto and simulate take "
-            "prefill and decode pools"
-        )
-
-
 def _plans_pools(ask: Ask) -> bool:
     """Whether a plan is asked about that has prefill and decode pools, which alone stand in braces."""
     return "{" in str(getattr(ask, "plan", ""))
@@ -204,7 +185,8 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
     known = get_args(Serving)
     chosen = [name.strip() for name in ask.serving.split(",")]
     if _plans_pools(ask):
-        chosen = ["pools"]
+        # What a plan is compared with may do both phases.
+        chosen = ["aggregated", "pools"] if isinstance(ask, ExplainAsk) and "aggregated" in chosen else ["pools"]
     elif plans_shares(ask):
         chosen = ["shared"] if ask.serving == "shared" else ["aggregated", "shared"]
     for name in chosen:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from apex_opt.arguments import CapacityAsk, PlanAsk, Setup, SimulateAsk
+from apex_opt.arguments import PlanAsk, Setup, SimulateAsk
 from apex_opt.errors import UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.shares import parse_shares
-from apex_opt.resolve import refuse_pools, resolve, resolve_deployed, resolve_plan
+from apex_opt.resolve import resolve, resolve_deployed, resolve_plan
 from apex_opt.sharing import fitted
 
 TRACE = "poisson:rate=4,n=20,prompt=512,output=16"
@@ -89,9 +89,3 @@ def test_requests_do_not_move_between_replicas_whose_phases_share_gpus() -> None
 def test_measured_runs_are_not_of_phases_side_by_side() -> None:
     with pytest.raises(UsageError, match="held against batches of both"):
         resolve_deployed(Setup(model="llama-3.1-8b", cluster="1xh100-sxm", engine="sglang"), "share=pdmux")
-
-
-def test_commands_that_are_not_asked_of_them_say_so() -> None:
-    ask = CapacityAsk(model="llama-3.1-8b", slo="ttft_p95<=1s", serving="shared")
-    with pytest.raises(UsageError, match="capacity is of replicas whose batches hold both phases"):
-        refuse_pools("capacity", ask)

@@ -23,6 +23,7 @@ from plan_cases import (
     random_mixed,
     random_trace,
 )
+from test_search_shapes_disaggregated import SLEEPY, TIMES
 
 from apex_opt.arguments import PlanAsk
 from apex_opt.cluster import load_cluster
@@ -34,6 +35,7 @@ from apex_opt.ir import load_model
 from apex_opt.plans.deployment import Deployment, parse_deployment
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import default_kv_format, parse_plan
+from apex_opt.plans.shares import Shares
 from apex_opt.resolve import resolve
 from apex_opt.search import Problem, Scored, Scorer, search
 from apex_opt.search.search import silent
@@ -59,6 +61,8 @@ def changed(problem: Problem, relaxation: Relaxation) -> Problem:
             problem = replace(problem, slos=parse_goals(value))
         elif name == "max_model_len":
             problem = replace(problem, settings=replace(problem.settings, max_model_len=int(value)))
+        elif name == "serving":
+            problem = replace(problem, serving=tuple(value.split(",")))  # type: ignore[arg-type]
         elif name == "nodes":
             problem = on(problem, replace(problem.cluster, nodes=int(value)))
         elif name == "cluster":
@@ -136,10 +140,10 @@ def test_every_relaxation_is_feasible_when_asked_for_and_none_comes_before_a_che
         asked = changed(problem, relaxation)
         best = search(asked, SPACE).best
         assert best is not None
-        assert violations(asked.instance(), relaxation.solved.plan) == ()
+        assert violations(asked.instance(), relaxation.solved.deployment.plan) == ()
         assert asked.max_devices == problem.max_devices + relaxation.more_gpus
         if problem.slos:
-            assert relaxation.solved == Solved(plan=best.plan, value=best.value)
+            assert relaxation.solved == Solved(deployment=best.deployment, value=best.value)
     costs = [relaxation.more_gpus for relaxation in found.tried.found]
     assert costs == sorted(costs)
 
@@ -375,8 +379,8 @@ def test_where_the_time_is_up_between_the_first_plan_and_the_best_the_first_is_t
     solved = Work(problem, SPACE, stop).solve(problem)
     assert solved is not None
     assert not solved.best
-    assert solved.plan in plans
-    assert Scorer(problem).simulate(Deployment.of(solved.plan)).value == solved.value
+    assert solved.deployment.plan in plans
+    assert Scorer(problem).simulate(solved.deployment).value == solved.value
 
 
 def test_the_plan_nearest_to_what_an_engine_can_run_breaks_the_fewest_of_its_rules() -> None:
@@ -554,3 +558,80 @@ def test_the_pools_of_a_deployment_stand_in_the_order_of_the_types_whatever_the_
     found = [parse_deployment(" + ".join(texts), EIGHT, types) for texts in ((one, other), (other, one))]
     assert found[0] == found[1]
     assert str(found[0]) == f"{one} + {other}"
+
+
+# ---- pools that hand prompts over, and phases that share GPUs -----------------------------------------------------
+
+
+def of_pools(name: str) -> Problem:
+    """A problem that no prefill and decode pool solves."""
+    if name == "side":
+        return pooled(problem_of("memory"))
+    if name == "room":
+        return pooled(make_problem(EIGHT, "1xh100-sxm", random_trace(1, 5)))
+    goal = {"first": "ttft_p95<=1us", "later": "tpot_mean<=1ms", "both": "ttft_p95<=1us,e2e_max<=1us"}[name]
+    return pooled(make_problem(EIGHT, "2xh100-sxm", random_trace(1, 20), goal))
+
+
+def pooled(problem: Problem) -> Problem:
+    return replace(problem, serving=("pools",), settings=SLEEPY, handover=TIMES)
+
+
+@pytest.mark.parametrize("name", ["side", "room", "first", "later", "both"])
+def test_pools_that_cannot_be_are_told_their_clash_and_what_gives_some(name: str) -> None:
+    problem = of_pools(name)
+    found = explain(problem, SPACE, time_limit_s=60)
+    assert found.answer.status == "infeasible"
+    of, said = {
+        "side": ("memory", "prefill: memory: with"),
+        "room": ("pools", "the smallest take 1 and 1 GPUs, 1 are offered"),
+        "first": ("ttft_p95<=1us", "comes closest and reaches"),
+        "later": ("bandwidth", "decode: bandwidth (tpot_mean<=1ms)"),
+        "both": ("ttft_p95<=1us", "comes closest and reaches"),
+    }[name]
+    assert of in found.clashes[0].of
+    assert said in " ".join(fact for clash in found.clashes for fact in clash.facts)
+    assert found.tried is not None
+    assert found.tried.found
+    for relaxation in found.tried.found:
+        asked = changed(problem, relaxation)
+        best = search(asked, SPACE).best
+        assert best is not None
+        assert relaxation.solved.deployment.disaggregated == ("serving" not in relaxation.options)
+        assert tuple(Scorer(asked).faults(relaxation.solved.deployment)) == ()
+        assert asked.max_devices == problem.max_devices + relaxation.more_gpus
+        if asked.slos:
+            assert relaxation.solved == Solved(deployment=best.deployment, value=best.value)
+
+
+def test_each_way_to_serve_is_explained_as_if_it_were_alone() -> None:
+    problem = replace(of_pools("first"), serving=("aggregated", "pools"))
+    found = explain(problem, SPACE, time_limit_s=60)
+    assert [one.serving for one in found.diagnosed] == ["aggregated", "pools"]
+    for one in found.diagnosed:
+        alone = explain(replace(problem, serving=(one.serving,)), SPACE, time_limit_s=60)
+        assert one.clashes == alone.clashes
+
+
+def test_phases_that_share_gpus_are_explained_beside_batches_of_both() -> None:
+    shares = (None, Shares(prefill=80, decode=100))
+    problem = replace(problem_of("bound"), serving=("aggregated", "shared"), shares=shares)
+    found = explain(problem, SPACE, time_limit_s=60)
+    assert [one.serving for one in found.diagnosed] == ["aggregated", "shared"]
+    both, shared = (one.clashes[0].facts[0] for one in found.diagnosed)
+    assert "share=80/100" in shared
+    assert "share=" not in both
+
+
+def test_the_least_latency_of_pools_is_that_of_both_of_them() -> None:
+    problem = pooled(make_problem(EIGHT, "4xh100-sxm", random_trace(1, 20)))
+    given = parse_deployment("prefill{tp1} + decode{tp1}", EIGHT, problem.types)
+    found = explain(problem, SPACE, deployment=given)
+    assert found.comparison is not None
+    assert found.comparison.scored is not None
+    assert found.answer.best is not None
+    for run, place in ((found.comparison.scored, 0), (found.answer.best, 1)):
+        terms = [term for term in found.comparison.terms if term.part == "mean latency"]
+        assert sum(term.values[place] for term in terms) <= run.metrics.latency_s["e2e"]["mean"] + 1e-9
+        least = next(term.values[place] for term in terms if "least" in term.name)
+        assert 0 < least <= run.metrics.latency_s["ttft"]["mean"]

@@ -67,9 +67,9 @@ def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[
 
 
 def _certificate(problem: Problem, capacity: Capacity) -> studied.RateLedger | studied.MixedRateLedger:
-    """How every deployment was accounted for; of several types of GPU part by part, and how fast those left can be."""
+    """How every deployment was accounted for; of several pools part by part, and how fast those left can be."""
     ledger, simulations = capacity.ledger, capacity.simulations
-    if not problem.mixed:
+    if not problem.several:
         return _part(studied.RateLedger, ledger.parts[0], capacity.larger[0], simulations=simulations)
     parts = tuple(
         _part(studied.RatePart, part, larger, left=part.waiting)

@@ -158,7 +158,7 @@ def scored_document(
     """
     bound = scored.bound
     if problem.several:
-        own: dict[str, Any] = {"parts": [_pool_document(problem, use) for use in scored.pools]}
+        own: dict[str, Any] = {"parts": [_pool_document(problem, use, scored.requests) for use in scored.pools]}
     else:
         own = {"memory": memory_document(scored.plan, scored.only.memory)}
     return kinds[problem.several](
@@ -173,7 +173,7 @@ def scored_document(
     )
 
 
-def _pool_document(problem: Problem, use: PoolUse) -> types.Part:
+def _pool_document(problem: Problem, use: PoolUse, requests: int) -> types.Part:
     plan = use.pool.plan
     return of(
         types.Part,
@@ -183,7 +183,7 @@ def _pool_document(problem: Problem, use: PoolUse) -> types.Part:
         role=use.pool.role,
         plan=str(plan),
         gpus=plan.devices,
-        share=use.requests / len(problem.trace),
+        share=use.requests / requests,
         memory=memory_document(plan, use.memory),
     )
 

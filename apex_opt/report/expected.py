@@ -23,13 +23,13 @@ NOTHING: Final = "nothing comparable was measured"
 
 def kind_of(problem: Problem, scored: Scored) -> Kind | None:
     """What a run is of; None where none was measured: several pools, drafts, shares, schedulers for comparison."""
-    engine = problem.overhead.kernels
-    unusual = problem.several or scored.plan.speculation is not None or scored.plan.shares is not None
-    if unusual or problem.settings.scheduler.name != engine:
+    engine, metrics = problem.overhead.kernels, scored.metrics
+    plans, types = [use.pool.plan for use in scored.pools], scored.pools[0].pool.types or problem.types
+    unusual = any(plan.speculation is not None or plan.shares is not None for plan in plans)
+    if unusual or len(plans) > 1 or len(types) > 1 or problem.settings.scheduler.name != engine:
         return None
-    metrics = scored.metrics
     in_flight = metrics.value("throughput") * metrics.latency_s["e2e"]["mean"] / scored.devices
-    return Kind.of(engine, problem.cluster.gpu.name, problem.model, in_flight)
+    return Kind.of(engine, types[0], problem.model, in_flight)
 
 
 def error_of(problem: Problem, scored: Scored, objective: Objective) -> Expected | None:

@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 _TERMS_SHOWN: Final = 12
 _DERIVED: Final = "derived: what each operation asks of each resource by the tables; the busiest one alone and the host"
 _HALVES: Final = "derived: halves by the tables at half the tokens; the vote is vLLM's, even shares are assumed"
+_ALONE: Final = {"type": "gpu", "way to serve": "serving"}
 _RESOURCES: Final = ("compute", "memory", "network", "host")
+_SERVING: Final = {
+    "aggregated": "batches of both phases",
+    "pools": "prefill and decode pools",
+    "shared": "phases that share GPUs",
+}
+"""Ways to serve, in words."""
 _PROOFS: Final = {
     "constraints": "by the constraints, before anything is simulated",
     "bound": "by a lower bound of every plan",
@@ -67,33 +74,49 @@ def explanation_document(problem: Problem, found: Explanation, provenance: dict[
 
 def why_document(found: Explanation) -> dict[str, Any]:
     """Why there is no answer and what would help, where that was asked."""
-    several = len(found.diagnosed) > 1
+    several, ways_to_serve = (len({getattr(one, of) for one in found.diagnosed}) > 1 for of in ("gpu", "serving"))
     tried = [(one, one.tried) for one in found.diagnosed if one.tried is not None]
     ways = sorted(((one, way) for one, what in tried for way in what.found), key=lambda pair: pair[1].more_gpus)
     return {
         "clashes": [
-            of(types.Clash, clash, gpu=one.gpu if several else None) for one in found.diagnosed for clash in one.clashes
+            of(
+                types.Clash,
+                clash,
+                gpu=one.gpu if several else None,
+                serving=one.serving if ways_to_serve else None,
+            )
+            for one in found.diagnosed
+            for clash in one.clashes
         ],
         "relaxations": [
             of(
                 types.Relaxation,
                 way,
                 way.solved,
-                plan=str(way.solved.plan),
-                gpus=way.solved.plan.devices,
+                plan=str(way.solved.deployment),
+                gpus=way.solved.deployment.devices,
                 gpu=one.gpu if several else None,
+                serving=one.serving if ways_to_serve else None,
             )
             for one, way in ways
         ],
-        "tried_for_nothing": [way for one, what in tried for way in _on(one, several, what.failed)],
-        "not_tried": [way for one, what in tried for way in _on(one, several, what.untried)],
+        "tried_for_nothing": [way for one, what in tried for way in _on(one, several, ways_to_serve, what.failed)],
+        "not_tried": [way for one, what in tried for way in _on(one, several, ways_to_serve, what.untried)],
         "explain_time_limit_s": found.time_limit_s,
     }
 
 
-def _on(one: Diagnosed, several: bool, ways: Sequence[str]) -> list[str]:
-    """Changes, with the type of GPU that is explained alone where there are several."""
-    return [f"{one.gpu} alone: {way}" if several else way for way in ways]
+def _on(one: Diagnosed, types: bool, kinds: bool, ways: Sequence[str]) -> list[str]:
+    """Changes, with what is explained alone where there are several types of GPU or ways to serve.
+
+    Parameters
+    ----------
+    one : Diagnosed
+    types, kinds : whether there are several
+    ways : the changes
+    """
+    alone = [*([f"{one.gpu} alone"] if types else ()), *([_SERVING[one.serving]] if kinds else ())]
+    return [f"{', '.join(alone)}: {way}" if alone else way for way in ways]
 
 
 def _comparison(comparison: Comparison) -> studied.ComparedPlan:
@@ -163,9 +186,15 @@ def _compared_shapes(document: Document) -> str:
     """Of several types of GPU, what was compared: how many deployments of each shape."""
     shapes = [("mixed" if len(part["types"]) > 1 else "single", part) for part in document["certificates"]]
     shapes += [("pipeline", part) for part in document["pipelines"]]
+    shapes += [("pools", part) for part in document.get("pools", ())]
     told = [f"{count(part['space'], NOUNS[shape])} ({of_types(shape, part['types'])})" for shape, part in shapes]
-    why = " None fits; why is told of each type alone, as what gives one of them a plan gives one to the whole."
-    return f"Compared were {', '.join(told[:-1])} and {told[-1]}.{why if document['clashes'] else ''}"
+    of_each = [name for name in ("type", "way to serve") if any(_ALONE[name] in clash for clash in document["clashes"])]
+    why = " None fits."
+    if of_each:
+        why = f" None fits; why is told of each {' and '.join(of_each)} alone, as what gives one of them a plan gives "
+        why += "one to the whole."
+    every = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
+    return f"Compared were {every}.{why if document['clashes'] else ''}"
 
 
 def _head_room(console: Console, document: Document) -> None:
@@ -208,7 +237,8 @@ def why_not(console: Console, document: Document) -> None:
         fewer = ", though some plan satisfies any fewer of them" if clash["smallest"] else ""
         proof = f", shown {_PROOFS[clash['proof']]}."
         said = f": no plan satisfies {f'them together{fewer}' if several else 'it'}{proof}"
-        alone = f" on {clash['gpu']} alone" if "gpu" in clash else ""
+        alone = f", {_SERVING[clash['serving']]}" if "serving" in clash else ""
+        alone += f" on {clash['gpu']} alone" if "gpu" in clash else ""
         console.print(Text.assemble(("infeasible", "bold red"), f"{alone}, ", names, said))
         for fact in clash["facts"]:
             console.print(Padding(Text(f"{fact}."), (0, 0, 0, 2)))
@@ -221,7 +251,9 @@ def why_not(console: Console, document: Document) -> None:
     rows = [
         (
             " ".join(_option(name, value) for name, value in way["options"].items()),
-            way["text"] + (f" (on {way['gpu']} alone)" if "gpu" in way else ""),
+            way["text"]
+            + (f" (on {way['gpu']} alone)" if "gpu" in way else "")
+            + (f" ({_SERVING[way['serving']]})" if "serving" in way else ""),
             way["plan"],
             "-" if way["value"] is None else amount(way["value"], unit),
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from apex_opt.report.expected import expected_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.placement import replicas_document, where_table
@@ -64,6 +65,7 @@ def _page(console: Console, document: Document) -> None:
         if "beside" in document:
             beside_table(console, document)
         pools_tables(console, best)
+        expected_table(console, document)
     certificate_line(console, document)
     robust_section(console, document)
     if best is not None:

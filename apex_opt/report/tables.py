@@ -46,6 +46,7 @@ _INFEASIBLE: Final = {
     "gpus": "on more GPUs than offered",
     "share": "with a part that gets nothing to do",
     "handover": "that cannot hand prompts over",
+    "room": "without room beside each other",
 }
 """Why deployments of several pools are infeasible, in words."""
 

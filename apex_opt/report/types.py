@@ -511,6 +511,7 @@ class Clash(Described):
     facts: tuple[str, ...]
     smallest: bool
     gpu: str | None = None
+    serving: str | None = None
 
 
 class Relaxation(Described):
@@ -529,6 +530,7 @@ class Relaxation(Described):
     value: Number
     best: bool
     gpu: str | None = None
+    serving: str | None = None
 
 
 # ---- where plans go ----------------------------------------------------------------------------------------------

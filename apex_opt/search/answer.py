@@ -99,6 +99,12 @@ class Scored:
         return sum(use.pool.plan.devices for use in self.pools)
 
     @property
+    def requests(self) -> int:
+        """Requests it serves; where prompts are handed over each of them passes both pools."""
+        served = [use.requests for use in self.pools]
+        return served[0] if self.deployment.disaggregated else sum(served)
+
+    @property
     def only(self) -> PoolUse:
         """The only pool."""
         (use,) = self.pools

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 Costs = tuple[float, ...]
 Shape = Literal["single", "mixed", "pipeline", "pools"]
 
+LATE: Final[dict[Shape, tuple[str, ...]]] = {
+    "single": (),
+    "mixed": ("share",),
+    "pipeline": ("memory",),
+    "pools": ("handover", "room"),
+}
+"""Families of infeasible deployments that are found out one by one, as the search comes to them."""
+
 ROUNDING: Final = 1e-12
 """Share by which bounds are lowered: sums of floats taken in another order may differ by less."""
 
@@ -37,7 +45,8 @@ class Part:
                               those with a plan that is infeasible on its GPUs, "gpus" those over the limit on GPUs, and
                               "share" those with a pool for which the dealing leaves no request or no client, of those
                               that were dealt to; of pools "part" also counts plans that cannot be paired, and
-                              "handover" pairs that do not go together
+                              "handover" pairs whose formats or degrees keep them from handing over, and "room" those
+                              that find no room beside each other in the nodes there are
     complete : bool           whether all feasible ones are known
     out_of_reach : int        those whose bound misses a goal
     beaten : int              those that a bound of the objectives ruled out

@@ -10,7 +10,7 @@ from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from apex_opt.evaluate import Instance, Violation
     from apex_opt.plans.plan import Plan
@@ -51,9 +51,9 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
     return min((item for item in found if not {v.family for v in item[1]} & set(kept)), key=order)
 
 
-def feasible(instance: Instance) -> Plan | None:
-    """Some feasible plan over few GPUs, if there is one."""
-    return next((plan for plan in _single(instance) if not violations(instance, plan)), None)
+def feasible(instance: Instance, wanted: Callable[[Plan], bool] = lambda plan: True) -> Plan | None:
+    """A feasible plan of those wanted, if there is one: with the fewest stages, and of these over the fewest GPUs."""
+    return next((plan for plan in _single(instance) if wanted(plan) and not violations(instance, plan)), None)
 
 
 def _single(instance: Instance) -> Iterator[Plan]:

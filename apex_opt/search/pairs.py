@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.handover import handover, hands_over, shared_heads
+from apex_opt.evaluate import Violation
 from apex_opt.placement.pools import Chunks, find_room, link_between
 
 if TYPE_CHECKING:
@@ -37,8 +38,16 @@ class Pairs:
         self._problem, self._facts_of = problem, facts_of
         self._fit: dict[tuple[object, ...], bool] = {}
 
-    def faults(self, prefill: Pool, decode: Pool) -> Iterator[str]:
+    def faults(self, prefill: Pool, decode: Pool) -> Iterator[Violation]:
         """Why two pools do not go together."""
+        for text in self._unlike(prefill, decode):
+            yield Violation(family="handover", text=text)
+        if not self._find_room(prefill, decode):
+            where = f"on {self._names(prefill, decode)}, each as it lies best"
+            yield Violation(family="room", text=f"the pools do not fit into the nodes beside each other {where}")
+
+    def _unlike(self, prefill: Pool, decode: Pool) -> Iterator[str]:
+        """Why one pool cannot hand over to the other."""
         for pool in (prefill, decode):
             if not pairable(pool.plan):
                 yield f"{pool}: prompts are handed over between plans of one stage and one attention copy"
@@ -53,12 +62,12 @@ class Pairs:
             divides = from_ % to == 0
             why = f"ranks of the {heads} KV heads would hold copies" if divides else "neither divides the other"
             yield f"tp{from_} cannot hand over to tp{to}: {why}; give both the same tp"
-        if not self._find_room(prefill, decode):
-            yield f"the pools find no room beside each other on {self._names(prefill, decode)}, each as it lies best"
 
-    def fit(self, prefill: Pool, decode: Pool) -> bool:
-        """Whether two pools go together; each by itself has room and can be paired."""
-        return hands_over(self._problem.model, prefill.plan, decode.plan) and self._find_room(prefill, decode)
+    def lost(self, prefill: Pool, decode: Pool) -> str:
+        """What two pools break that by themselves have room and can be paired: "handover", "room", or nothing."""
+        if not hands_over(self._problem.model, prefill.plan, decode.plan):
+            return "handover"
+        return "" if self._find_room(prefill, decode) else "room"
 
     def handover(self, prefill: Pool, decode: Pool) -> Handover:
         """What handing a prompt over takes."""

@@ -143,7 +143,7 @@ class Scorer:
             for fault in (one for one in found if one.family not in ("balance", "bandwidth")):
                 yield fault
         if deployment.disaggregated:
-            yield from (Violation(family="handover", text=text) for text in self.pairs.faults(*pools))
+            yield from self.pairs.faults(*pools)
         elif len(pools) > 1 and fault is None:
             yield from self._idle(pools)
 

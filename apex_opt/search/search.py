@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
-from apex_opt.plans.deployment import ROLES, Deployment, Pool
+from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import has_ranks
 from apex_opt.search.answer import Answer, Scored, misses
 from apex_opt.search.best_first import Simulated, best_first
@@ -26,6 +26,7 @@ from apex_opt.search.nearest import nearest_violation
 from apex_opt.search.option import options_of
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.shapes import Pipelines, Sides, Single, Splitter, Together, disaggregated, mixed
+from apex_opt.search.shapes.disaggregated import no_pair
 from apex_opt.search.shapes.pipeline import joined
 from apex_opt.search.space import Formulation, check_lengths
 
@@ -205,7 +206,7 @@ class Tree:
             elif tried := sum(part.bounded + part.simulated for part in parts):
                 told.append(f"{where}: none of {tried} {what}meets the SLOs")
             elif parts and none:
-                told.append(f"{where}: {self._no_pair() if shape == 'pools' else none}")
+                told.append(f"{where}: {no_pair(self.problem, self._sides) if shape == 'pools' else none}")
         return "; ".join(told)
 
     def _best_first(
@@ -227,26 +228,6 @@ class Tree:
         prepare = partial(tell_compiling, self._tell, self.problem)
         branches = (branch for shape in shapes for branch in shape.branches())
         return best_first(branches, incumbent, challenge, self._tell, deadline, prepare)
-
-    def _no_pair(self) -> str:
-        """Why no prefill and decode pool go together."""
-        problem, smallest = self.problem, []
-        for role in ROLES:
-            taken = [option.devices for side in self._sides for option in side.options[role]]
-            if not taken and any(side.spaces[role].feasible for side in self._sides):
-                return f"no plan of a {role} pool fits on one stage with one attention copy, as prompts are handed over"
-            if not taken:
-                return f"{role}: {nearest_violation(problem.side(role, 0).instance())}"
-            least, name = min((option.devices, side.name) for side in self._sides for option in side.options[role])
-            smallest.append(f"{least} {name}" if problem.mixed else f"{least}")
-        offered = f"{problem.max_devices} are offered"
-        if problem.mixed:
-            there = " and ".join(f"{offer.free} {offer.name}" for offer in problem.offers)
-            offered = f"{there} are there and {offered}"
-        return (
-            f"the smallest take {smallest[0]} and {smallest[1]} GPUs, {offered}; offer more, larger ones or a narrower "
-            "weight format"
-        )
 
     def _mixed(self, incumbent: Incumbent) -> list[Together]:
         """Deployments with a pool on each of two types of GPU or more."""

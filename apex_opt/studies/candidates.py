@@ -9,13 +9,16 @@ alone, C their sum, and w_i(j) / w_i the work of request j in pool i as a share 
 are dealt, the busiest pool works for no less than the mean of what all work, weighted by c / C, which is the sum over
 the requests of w_i(j) / w_i in the pool i of each, divided by C, and so at least N k / C, where k is the mean over the
 requests of the least such share in any pool. So no more than C / k come a second for ever.
+
+Where one pool computes prompts and another one answers them every request passes both, so the slower one is the limit,
+and so is the link of the prefill instances, on which reads follow each other.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,8 +26,11 @@ import numpy as np
 from apex_opt.figures.goals import step_limit_s
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search.best_first import Leaf
+from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.bounds.load import works_ns
-from apex_opt.search.shapes import Pipelines, Single
+from apex_opt.search.facts import judged
+from apex_opt.search.shapes import Pipelines, Sides, Single
+from apex_opt.search.shapes.disaggregated import most_gpus, part_of
 from apex_opt.search.shapes.pipeline import joined
 from apex_opt.search.shapes.single import replicas_of
 from apex_opt.search.shapes.together import Room, mixed_part
@@ -100,10 +106,11 @@ class Product:
     part : Part
     options : of each type    its pools
     rater : Rater
+    most_gpus : int       GPUs that a deployment may take in all
     """
 
-    def __init__(self, part: Part, options: Sequence[Sequence[Rated]], rater: Rater) -> None:
-        self.part, self._options, self._rater = part, options, rater
+    def __init__(self, part: Part, options: Sequence[Sequence[Rated]], rater: Rater, most_gpus: int) -> None:
+        self.part, self._options, self._rater, self.most_gpus = part, options, rater, most_gpus
         self.completions = Room(options).of
         self._best = [max((option.guess_per_s for option in some), default=0.0) for some in options]
 
@@ -111,15 +118,15 @@ class Product:
     def pools(self) -> int:
         return len(self._options)
 
-    def options(self, chosen: tuple[Rated, ...], most_gpus: int) -> Iterator[tuple[Rated, int]]:
+    def options(self, chosen: tuple[Rated, ...]) -> Iterator[tuple[Rated, int]]:
         """Options of the next pool beside those chosen that find room, each with how many deployments it leads to."""
-        level, room = len(chosen), most_gpus - sum(option.devices for option in chosen)
+        level, room = len(chosen), self.most_gpus - sum(option.devices for option in chosen)
         for option in self._options[level]:
             if ends := self.completions(level + 1, room - option.devices):
                 yield option, ends
 
     def at_most_per_s(self, chosen: tuple[Rated, ...]) -> float:
-        """What all pools together take, whatever is chosen for those that are open."""
+        """A guess of what all pools together take, whatever is chosen for those that are open."""
         return sum(option.guess_per_s for option in chosen) + sum(self._best[len(chosen) :])
 
     def of_size(self, gpus: int, chosen: tuple[Rated, ...] = ()) -> Iterator[tuple[Rated, ...]]:
@@ -140,9 +147,48 @@ class Product:
         if min(option.weight for option in chosen) * 2 * _LEAST_DEALT < total:
             self.part.infeasible["share"] += 1
             return None
+        return self._rated(chosen)
+
+    def _rated(self, chosen: tuple[Rated, ...]) -> Candidate:
         leaf = Leaf(deployment=Deployment(pools=tuple(option.pool for option in chosen)), bound=())
         guess_per_s, most_per_s = self._rater.together(chosen)
         return Candidate(part=self.part, leaf=leaf, guess_per_s=guess_per_s, most_per_s=most_per_s)
+
+
+class Handing(Product):
+    """Deployments with a pool that computes prompts on one type of GPU and one that answers on another or the same.
+
+    Parameters
+    ----------
+    scorer : Scorer           of the trace at a rate: what misses a goal there by its bound is out of reach
+    prefill, decode : Sides   of these types
+    rater : Rater
+    """
+
+    def __init__(self, scorer: Scorer, prefill: Sides, decode: Sides, rater: Rater) -> None:
+        problem, part = scorer.problem, part_of(scorer.problem, prefill, decode)
+        sides = prefill.options["prefill"], decode.options["decode"]
+        options = [[rater.rated(option.pool) for option in some] for some in sides]
+        super().__init__(part, options, rater, most_gpus(problem, *part.types))
+        self._floors = {option.pool: option for some in sides for option in some}
+        self._problem, self._compose = problem, Handed(problem, scorer.outside_ns, scorer.pairs)
+
+    def at_most_per_s(self, chosen: tuple[Rated, ...]) -> float:
+        """A guess of what both pools take, each by itself."""
+        return min([option.guess_per_s for option in chosen] + self._best[len(chosen) :])
+
+    def candidate(self, chosen: tuple[Rated, ...]) -> Candidate | None:
+        """The deployment of two pools; None where they do not go together or miss a goal, which is counted."""
+        prefill, decode = chosen
+        pair = self._floors[prefill.pool], self._floors[decode.pool]
+        if family := self._compose.lost(pair):
+            self.part.infeasible[family] += 1
+            return None
+        run, _ = self._compose.of([pair])
+        if not judged(run, self._problem.objectives, self._problem.goals)[1][0]:
+            self.part.out_of_reach += 1
+            return None
+        return self._rated(chosen)
 
 
 class Rater:
@@ -161,11 +207,13 @@ class Rater:
     def rated(self, pool: Pool, *, beside: bool = False) -> Rated:
         """A pool with what it takes; `beside` others also with its weight."""
         facts, plan = self._own.facts_of(pool), pool.plan
-        key = pool.types, plan.cut, plan.stages, facts.costs.layouts_of(plan)
+        side = facts.side(plan)
+        key = pool.role, pool.types, plan.cut, plan.stages, facts.costs.layouts_of(plan), side
         if key not in self._works:
             problem = facts.problem
             first_ns, later_ns = works_ns(problem.settings_for(plan), facts.mean(plan), problem.trace)
-            mean_ns = float((first_ns + later_ns).mean())
+            # Where phases share a GPU what bounds a run is not the sum of their works.
+            mean_ns = max(float((u * first_ns + v * later_ns).mean()) for u, v in side.weights)
             self._works[key] = mean_ns, (first_ns + later_ns) / (mean_ns or 1.0)
         mean_ns, works = self._works[key]
         return Rated(
@@ -180,6 +228,9 @@ class Rater:
         """Guess of what pools take side by side, as requests are dealt by weights, and what they take at most."""
         if len(pools) == 1:
             return pools[0].guess_per_s, pools[0].most_per_s * (1 + ROUNDING)
+        if pools[0].pool.role is not None:
+            most_per_s = min(self._link_per_s(*pools), *(pool.most_per_s for pool in pools))
+            return min(pool.guess_per_s for pool in pools), most_per_s * (1 + ROUNDING)
         total = sum(pool.weight for pool in pools)
         key = tuple(id(pool.works) for pool in pools)
         if key not in self._shares:
@@ -189,6 +240,15 @@ class Rater:
             min(pool.guess_per_s * total / pool.weight for pool in pools),
             most_per_s / least * (1 + ROUNDING) if least else math.inf,
         )
+
+    def _link_per_s(self, prefill: Rated, decode: Rated) -> float:
+        """Requests per second that the links of a prefill pool hand over at most."""
+        settings, trace = self._own.problem.settings, self._own.problem.trace
+        handover = self._own.pairs.handover(prefill.pool, decode.pool)
+        if settings.prefix_caching:  # blocks may all be there
+            return math.inf
+        read_ns = handover.read_ns + handover.block_ns * float((-(-trace.prompt // settings.block_size)).mean())
+        return prefill.pool.plan.replicas * NS_PER_S / read_ns if read_ns and handover.in_turn else math.inf
 
 
 class Candidates:
@@ -205,9 +265,8 @@ class Candidates:
     def __init__(self, own: Scorer, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
         problem = scorer.problem
         self._rater = Rater(own)
-        singles = [
-            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in problem.types
-        ]
+        types = () if problem.serving == ("pools",) else problem.types
+        singles = [Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in types]
         plans = [single.plans() for single in singles]
         self.alone: list[Candidate] = []
         for single, some in zip(singles, plans, strict=True):
@@ -216,26 +275,32 @@ class Candidates:
             self._list(single.part, replicas_of(single.facts, single.part, cuts, single.gpu, None))
         self.products: list[Product] = []
         pipelines: list[Pipelines] = []
-        if problem.mixed:
+        if problem.mixed and singles:
             rated = [
                 [self._rater.rated(Pool(plan=plan, gpu=name), beside=True) for plan in some]
-                for name, some in zip(problem.types, plans, strict=True)
+                for name, some in zip(types, plans, strict=True)
             ]
             for size in range(2, len(singles) + 1):
                 for places in combinations(range(len(singles)), size):
                     options = [rated[place] for place in places]
                     part = mixed_part(problem, [singles[place] for place in places], options)
-                    self.products.append(Product(part, options, self._rater))
+                    self.products.append(Product(part, options, self._rater, problem.max_devices))
             for one, other in combinations(range(len(singles)), 2):
                 if joined(problem, one, other) is not None:
                     facts = scorer.facts(problem.types[one], problem.types[other])
                     pipelines.append(Pipelines(facts, formulation, tell))
                     self._list(pipelines[-1].part, pipelines[-1].branches())
+        handing: list[Product] = []
+        if "pools" in problem.serving:
+            sides = [Sides(scorer, formulation, place, tell) for place in range(len(problem.offers))]
+            handing = [Handing(scorer, one, other, self._rater) for one, other in product(sides, repeat=2)]
         self.parts: tuple[Part, ...] = (
             *(single.part for single in singles),
-            *(product.part for product in self.products),
+            *(one.part for one in self.products),
             *(shape.part for shape in pipelines),
+            *(one.part for one in handing),
         )
+        self.products += handing
 
     @property
     def any_feasible(self) -> bool:
@@ -262,6 +327,7 @@ def guess(facts: Facts, plan: Plan) -> float:
     cost = facts.plan_cost(plan)
     laws, ranks = cost.laws, cost.ranks
     prompt = float(trace.prompt.mean())
+    computed = prompt if settings.role != "decode" else 1.0  # what was handed over is not computed again
     output = float(trace.generated(settings.max_model_len).mean())
     held = prompt + output / 2
     groups = settings.kv_groups
@@ -278,7 +344,7 @@ def guess(facts: Facts, plan: Plan) -> float:
     step_ns = np.sum(steps, axis=0)
     last = max(int((step_ns <= limit_ns).sum()) - 1, 0)
     busy_ns = max(
-        prompt * full / (len(law.mixed_ns) - 1) + _pairs_ns(law, prompt) / law.copies
+        computed * full / (len(law.mixed_ns) - 1) + _pairs_ns(law, prompt) / law.copies * (computed / prompt)
         for law, full in zip(laws, mixed, strict=True)
     )
     busy_ns += output * step_ns[last] / sequences[last]

@@ -116,7 +116,6 @@ class _Partly:
 
     product: Product
     admits: Callable[[Costs, Part], bool]
-    most_gpus: int
     options: Sequence[tuple[Rated, ...]]
     bounds: Sequence[Costs]
     ends: Sequence[int]
@@ -130,14 +129,12 @@ class _Partly:
         return self.ends[last - 1] - (self.ends[first - 1] if first else 0)
 
     def child(self, place: int) -> Sequence[Branch]:
-        return [_beside(self.product, self.options[place], self.most_gpus, self.admits)]
+        return [_beside(self.product, self.options[place], self.admits)]
 
 
-def _beside(
-    product: Product, chosen: tuple[Rated, ...], most_gpus: int, admits: Callable[[Costs, Part], bool]
-) -> Branch:
+def _beside(product: Product, chosen: tuple[Rated, ...], admits: Callable[[Costs, Part], bool]) -> Branch:
     """The options of the next pool beside those chosen; of the last pool those that may matter, the others counted."""
-    options = list(product.options(chosen, most_gpus))
+    options = list(product.options(chosen))
     if len(chosen) + 1 == product.pools:
         candidates = []
         for option, _ in options:
@@ -162,7 +159,6 @@ def _beside(
     return _Partly(
         product=product,
         admits=admits,
-        most_gpus=most_gpus,
         options=[row[2] for row in rows],
         bounds=[row[0] for row in rows],
         ends=ends_,
@@ -217,7 +213,7 @@ def highest_rate(
 
     prepare = partial(tell_compiling, tell, space.scorer.problem)
     branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
-    branches += [_beside(product, (), problem.max_devices, incumbent.admits) for product in space.products]
+    branches += [_beside(product, (), incumbent.admits) for product in space.products]
     best_first(branches, incumbent, look, _saying(tell, "searching rates"), deadline, prepare)
     last, best = incumbent.last, incumbent.best
     space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
@@ -404,7 +400,8 @@ class _Space:
     def sizes(self, most_gpus: int) -> list[int]:
         """Numbers of GPUs on which there are deployments."""
         alone = {one.leaf.deployment.devices for one in self.alone}
-        return sorted(alone | (set(range(1, most_gpus + 1)) if self.products else set()))
+        most = max((product.most_gpus for product in self.products), default=0)
+        return sorted(alone | set(range(1, min(most, most_gpus) + 1)))
 
     def at(self, gpus: int, rate_per_s: float) -> Iterator[Branch]:
         """The deployments on so many GPUs, the best by their bounds first; of several pools the likeliest first.
@@ -418,7 +415,7 @@ class _Space:
         unknown = (float(gpus), *(-inf for _ in self.scorer.problem.objectives))
         for product in self.products:
             able = []
-            for chosen in product.of_size(gpus):
+            for chosen in product.of_size(gpus) if gpus <= product.most_gpus else ():
                 candidate = product.candidate(chosen)
                 if candidate is not None and candidate.most_per_s >= rate_per_s:
                     able.append(candidate)
@@ -431,7 +428,7 @@ class _Space:
         """Deployments of a part on more GPUs."""
         for product in self.products:
             if product.part is part:
-                return product.completions(0, most_gpus) - product.completions(0, gpus)
+                return product.completions(0, product.most_gpus) - product.completions(0, min(gpus, product.most_gpus))
         return sum(one.part is part and one.leaf.deployment.devices > gpus for one in self.alone)
 
     def end(self, last: Costs | None) -> None:

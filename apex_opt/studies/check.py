@@ -23,7 +23,7 @@ from apex_opt.plans.deployment import ROLES, Deployment, Pool
 from apex_opt.search.bounds.compose import Compose
 from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.facts import judged
-from apex_opt.search.ledger import ROUNDING
+from apex_opt.search.ledger import LATE, ROUNDING
 from apex_opt.search.option import options_of
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import rank, silent, tell_compiling
@@ -263,10 +263,10 @@ def _handed(scorer: Scorer, types: tuple[str, str], sides: Sequence[tuple[int, l
     free = {offer.name: offer.free for offer in problem.offers}
     most = min(problem.max_devices, sum(free[name] for name in set(types)))
     fitting = [pair for pair in pairs if sum(option.devices for option in pair) <= most]
-    infeasible = {"part": space - len(pairs), "gpus": len(pairs) - len(fitting), "handover": 0}
+    infeasible = {"part": space - len(pairs), "gpus": len(pairs) - len(fitting)} | dict.fromkeys(LATE["pools"], 0)
 
     def leaves() -> Iterator[Bounded]:
-        return _composed(problem, Handed(problem, scorer.outside_ns, scorer.pairs), fitting, infeasible)
+        return _composed(problem, Handed(problem, scorer.outside_ns, scorer.pairs), fitting, infeasible, LATE["pools"])
 
     return Counted(
         shape="pools",
@@ -295,7 +295,7 @@ def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequenc
 
     def leaves() -> Iterator[Bounded]:
         fit = (row for row in product(*options) if sum(option.devices for option in row) <= problem.max_devices)
-        return _composed(problem, Compose(problem, scorer.outside_ns), fit, infeasible)
+        return _composed(problem, Compose(problem, scorer.outside_ns), fit, infeasible, LATE["mixed"])
 
     return Counted(
         shape="mixed",
@@ -310,7 +310,11 @@ def _mixed(scorer: Scorer, singles: Sequence[Counted], options: Sequence[Sequenc
 
 
 def _composed(
-    problem: Problem, compose: Compose, rows: Iterable[tuple[Option, ...]], infeasible: dict[str, int]
+    problem: Problem,
+    compose: Compose,
+    rows: Iterable[tuple[Option, ...]],
+    infeasible: dict[str, int],
+    late: Sequence[str],
 ) -> Iterator[Bounded]:
     """Deployments of several pools with their bounds; those whose pools do not go together are counted.
 
@@ -319,13 +323,15 @@ def _composed(
     problem
     compose : Compose     their floors
     rows : the pools of each
-    infeasible : of which the last family counts these
+    infeasible : by family
+    late : the families of these
     """
-    late, left = list(infeasible)[-1], iter(rows)
-    infeasible[late] = 0
+    left = iter(rows)
+    infeasible.update(dict.fromkeys(late, 0))
     while some := list(islice(left, compose.at_once)):
         run, together = compose.of(some)
-        infeasible[late] += int((~together).sum())
+        for index in np.flatnonzero(~together).tolist():
+            infeasible[compose.lost(some[index])] += 1
         bounds, possible = judged(run, problem.objectives, problem.goals)
         for index in np.flatnonzero(together).tolist():
             yield deployed(some[index]), float(bounds[index, 0]) if possible[index] else math.inf
@@ -400,14 +406,13 @@ def _counts(part: Counted, claimed: Part) -> Iterator[str]:
     what = "plans" if part.shape == "single" else "deployments"
     if claimed.space != part.space:
         yield f"the space has {part.space} {what}, not {claimed.space}"
-    late = {"mixed": "share", "pipeline": "memory", "pools": "handover"}.get(part.shape)
+    late = LATE[part.shape]
     for family, count in part.infeasible.items():
-        if claimed.infeasible[family] > count or (family != late and claimed.infeasible[family] != count):
+        if claimed.infeasible[family] > count or (family not in late and claimed.infeasible[family] != count):
             yield f"{count} {what} break {family} first, not {claimed.infeasible[family]}"
     accounted = claimed.bounded + claimed.repeated + claimed.simulated + claimed.waiting
     listed = part.feasible + part.repeated
-    if late is not None:
-        accounted += claimed.infeasible[late]
+    accounted += sum(claimed.infeasible[family] for family in late)
     if part.shape == "pipeline":
         listed += part.infeasible["memory"]
     if accounted != listed:

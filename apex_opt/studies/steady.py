@@ -276,12 +276,12 @@ class Steady:
         return self._saturated[deployment]
 
     def _worked_off(self, deployment: Deployment) -> float | None:
-        problem, trace = self.problem, self.problem.trace
-        seats = 0
+        trace, seats = self.problem.trace, 0
         for pool in deployment.pools:
-            settings = of_all(problem.settings_for(pool.plan), pool.plan)
-            blocks = self._own.facts_of(pool).blocks(pool.plan)
-            held = settings.most_blocks(trace.prompt + trace.generated(settings.max_model_len))
+            facts = self._own.facts_of(pool)
+            settings, asked = of_all(facts.problem.settings_for(pool.plan), pool.plan), facts.problem.trace
+            blocks = facts.blocks(pool.plan)
+            held = settings.most_blocks(asked.prompt + asked.generated(settings.max_model_len))
             seats += pool.plan.replicas * max(1, min(settings.max_num_seqs, int(blocks / held.mean())))
         if seats > _MOST_SEATS:
             return None

@@ -127,6 +127,10 @@ class Compose:
         prices = np.array([add_up(option.cost_per_h for option in one) for one in deployments])
         return self._costing(run, above_j, idle_w, limit_w, prices), served
 
+    def lost(self, deployment: tuple[Option, ...]) -> str:
+        """The family that a deployment breaks whose pools do not go together: one of them has nothing to do."""
+        return "share"
+
     def with_help(self, deployments: Sequence[tuple[Option, ...]], help_: Help) -> Run:
         """Floors of any deployments of some pools and of others not chosen yet, whatever their shares."""
         first, rest, whole = help_.first_ns, help_.rest_ns, help_.whole_ns

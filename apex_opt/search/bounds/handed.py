@@ -63,7 +63,7 @@ class Handed(Compose):
         Run              a row for each
         bool[k]          whether the two go together
         """
-        fit = np.array([self._pairs.fit(one.pool, other.pool) for one, other in deployments])
+        fit = np.array([not self.lost(one) for one in deployments])
         prefill, decode = zip(*deployments, strict=True)
         between = np.zeros((len(deployments), len(self._tokens)), np.int64)
         for row, (one, other) in enumerate(deployments):
@@ -77,6 +77,11 @@ class Handed(Compose):
         idle_w, limit_w = rows_of(deployments, "idle_w"), rows_of(deployments, "limit_w")
         prices = rows_of(deployments, "cost_per_h").sum(axis=1)
         return self._costing(run, above_j, idle_w, limit_w, prices), fit
+
+    def lost(self, deployment: tuple[Option, ...]) -> str:
+        """The family that a pair breaks, if any."""
+        prefill, decode = deployment
+        return self._pairs.lost(prefill.pool, decode.pool)
 
     def with_help(self, deployments: Sequence[tuple[Option, ...]], help_: Help) -> Run:
         """Floors of any pairs of one pool and of others that are not chosen yet."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from apex_opt.plans.deployment import ROLES, Pool
 from apex_opt.search.bounds.handed import Handed
-from apex_opt.search.ledger import Part
+from apex_opt.search.ledger import LATE, Part
+from apex_opt.search.nearest import nearest_violation
 from apex_opt.search.option import options_of
 from apex_opt.search.pairs import pairable
 from apex_opt.search.shapes.together import Room, Together
@@ -35,19 +37,27 @@ class Sides:
 
     def __init__(self, scorer: Scorer, formulation: Formulation, place: int, tell: Progress) -> None:
         problem = scorer.problem
+        self._scorer, self._tell = scorer, tell
         self.name = problem.types[place]
         self.spaces: dict[str, Space] = {}
-        self.options: dict[str, list[Option]] = {}
+        self.pools: dict[str, list[Pool]] = {}
         for role in ROLES:
             space = self.spaces[role] = list_space(problem.side(role, place), formulation, tell)
-            pools = [
+            self.pools[role] = [
                 Pool(plan=routed.times(count), gpu=self.name if problem.mixed else None, role=role)
                 for cut in space.cuts
                 if pairable(cut)
                 for routed, counts in space.repeated(cut)
                 for count in counts
             ]
-            self.options[role] = options_of(scorer.facts_of(pools[0]), pools, tell) if pools else []
+
+    @cached_property
+    def options(self) -> dict[str, list[Option]]:
+        """The pools of either role with what pairs of them are bounded by."""
+        return {
+            role: options_of(self._scorer.facts_of(pools[0]), pools, self._tell) if pools else []
+            for role, pools in self.pools.items()
+        }
 
 
 def most_gpus(problem: Problem, prefill: str, decode: str) -> int:
@@ -81,8 +91,50 @@ def pools_part(
         types=types,
         objective=problem.objective,
         space=space,
-        infeasible={"part": space - some, "gpus": some - fitting, "handover": 0},
+        infeasible={"part": space - some, "gpus": some - fitting, **dict.fromkeys(LATE["pools"], 0)},
     )
+
+
+def no_pair(problem: Problem, sides: Sequence[Sides]) -> str:
+    """Why no prefill and decode pool go together.
+
+    Parameters
+    ----------
+    problem : Problem
+    sides : of each type of GPU, its pools
+    """
+    smallest = []
+    for role in ROLES:
+        some = [(pool.plan.devices, side.name) for side in sides for pool in side.pools[role]]
+        if not some and any(side.spaces[role].feasible for side in sides):
+            return f"no plan of a {role} pool fits on one stage with one attention copy, as prompts are handed over"
+        if not some:
+            return f"{role}: {nearest_violation(problem.side(role, 0).instance())}"
+        least, name = min(some)
+        smallest.append(f"{least} {name}" if problem.mixed else f"{least}")
+    offered = f"{problem.max_devices} are offered"
+    if problem.mixed:
+        there = " and ".join(f"{offer.free} {offer.name}" for offer in problem.offers)
+        offered = f"{there} are there and {offered}"
+    return (
+        f"the smallest take {smallest[0]} and {smallest[1]} GPUs, {offered}; offer more, larger ones or a narrower "
+        "weight format"
+    )
+
+
+def part_of(problem: Problem, prefill: Sides, decode: Sides) -> Part:
+    """The part of a ledger of the pairs of a prefill pool of one type of GPU and a decode pool of another or the same.
+
+    Parameters
+    ----------
+    problem : Problem
+    prefill, decode : Sides    of these types
+    """
+    spaces = prefill.spaces["prefill"], decode.spaces["decode"]
+    options = prefill.options["prefill"], decode.options["decode"]
+    part = pools_part(problem, (prefill.name, decode.name), (spaces[0].size, spaces[1].size), options)
+    part.complete = all(space.complete for space in spaces)
+    return part
 
 
 def disaggregated(
@@ -97,10 +149,7 @@ def disaggregated(
     admits : callable          whether a deployment with a bound may matter
     tell : callable            told (what, done, total) along the way
     """
-    problem, types = scorer.problem, (prefill.name, decode.name)
+    problem, part = scorer.problem, part_of(scorer.problem, prefill, decode)
     options = [prefill.options["prefill"], decode.options["decode"]]
-    spaces = prefill.spaces["prefill"].size, decode.spaces["decode"].size
-    part = pools_part(problem, types, spaces, options)
-    part.complete = all(space.complete for space in (prefill.spaces["prefill"], decode.spaces["decode"]))
     compose = Handed(problem, scorer.outside_ns, scorer.pairs)
-    return Together(problem, part, options, most_gpus(problem, *types), compose, admits, tell)
+    return Together(problem, part, options, most_gpus(problem, *part.types), compose, admits, tell)

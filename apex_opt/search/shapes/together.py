@@ -16,7 +16,7 @@ from apex_opt.search.best_first import ROUND, Leaf
 from apex_opt.search.bounds.compose import Compose, Help
 from apex_opt.search.dealing import most_pools
 from apex_opt.search.facts import judged
-from apex_opt.search.ledger import Part
+from apex_opt.search.ledger import LATE, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -113,6 +113,8 @@ class Composed(Protocol):
 
     def of(self, deployments: Sequence[Chosen]) -> tuple[Run, NDArray[np.bool_]]: ...
 
+    def lost(self, deployment: Chosen) -> str: ...
+
     def with_help(self, deployments: Sequence[Chosen], help_: Help) -> Run: ...
 
 
@@ -122,7 +124,7 @@ class Together:
     Parameters
     ----------
     problem : Problem
-    part : Part                   what they are a part of; its last family of infeasible ones is found out pool by pool
+    part : Part                   what they are a part of; its `LATE` families are counted pool by pool
     options : of each pool, all of its feasible plans
     most_gpus : int               GPUs that a deployment may take in all
     compose : Composed            their floors, and whether the pools go together
@@ -144,7 +146,6 @@ class Together:
         self._compose, self._most = compose, most_gpus
         self._completions = Room(options).of
         self._helped: dict[int, dict[Option, Costs]] = {}
-        self._late = list(part.infeasible)[-1]
         self.part = part
 
     @property
@@ -153,7 +154,7 @@ class Together:
 
     def branches(self) -> list[Choices]:
         """The options of the first pool."""
-        some = self._completions(0, self._most) > self.part.infeasible[self._late]
+        some = self._completions(0, self._most) > sum(self.part.infeasible[family] for family in LATE[self.part.shape])
         return [self.branch(())] if some else []
 
     def branch(self, chosen: Chosen) -> Choices:
@@ -174,7 +175,8 @@ class Together:
             rows = [(*chosen, option) for option in options[some]]
             if level + 1 == self.pools:
                 run, served = self._compose.of(rows)
-                self.part.infeasible[self._late] += int((~served).sum())
+                for place in np.flatnonzero(~served).tolist():
+                    self.part.infeasible[self._compose.lost(rows[place])] += 1
             else:
                 run, served = (
                     self._compose.with_help(rows, Help.of(self._options[level + 1 :])),

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Literal
 
 from apex_opt.evaluate import FAMILIES
 from apex_opt.figures.goals import step_limit_s
+from apex_opt.plans.deployment import ROLES
 from apex_opt.search.nearest import nearest
+from apex_opt.search.scorer import Scorer
+from apex_opt.search.shapes import Sides
+from apex_opt.search.shapes.disaggregated import no_pair
 from apex_opt.studies.explain.solving import OutOfTime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apex_opt.evaluate import Instance
+    from apex_opt.search.problem import Problem
     from apex_opt.studies.explain.solving import Goals, Work
 
 Proof = Literal["constraints", "bound", "simulation"]
@@ -45,6 +50,20 @@ def find_clashes(work: Work) -> tuple[tuple[Clash, ...], Goals]:
     A plan that breaks a family other than bandwidth cannot run. So goals are judged among the plans that can.
     """
     problem = work.problem
+    found, goals, some = (_of_pools if problem.serving == ("pools",) else _of_constraints)(problem, work)
+    try:
+        while goals and some and (clashing := smallest_clash(goals, work.runs.some_meets)):
+            found.append(_of_goals(clashing, work))
+            goals = tuple(goal for goal in goals if goal not in clashing)
+    except OutOfTime:
+        if not found:
+            found.append(Clash(of=tuple(g.text for g in goals), proof="simulation", facts=(), smallest=False))
+            goals = ()
+    return tuple(found), tuple(goal for goal in problem.slos if goal not in goals)
+
+
+def _of_constraints(problem: Problem, work: Work) -> tuple[list[Clash], Goals, bool]:
+    """Clashes of families, the goals that have no part in them, and whether any plan can run."""
     found: list[Clash] = []
     families, goals = tuple(FAMILIES), problem.slos
     while core := work.formulation.clash(replace(problem, slos=goals).instance(), families):
@@ -54,15 +73,23 @@ def find_clashes(work: Work) -> tuple[tuple[Clash, ...], Goals]:
             goals = tuple(goal for goal in goals if goal not in tight)
         else:
             families = tuple(name for name in families if name not in core)
-    try:
-        while goals and families == FAMILIES and (clashing := smallest_clash(goals, work.runs.some_meets)):
-            found.append(_of_goals(clashing, work))
-            goals = tuple(goal for goal in goals if goal not in clashing)
-    except OutOfTime:
-        if not found:
-            found.append(Clash(of=tuple(g.text for g in goals), proof="simulation", facts=(), smallest=False))
-            goals = ()
-    return tuple(found), tuple(goal for goal in problem.slos if goal not in goals)
+    return found, goals, families == FAMILIES
+
+
+def _of_pools(problem: Problem, work: Work) -> tuple[list[Clash], Goals, bool]:
+    """The same of pools that compute prompts and those that answer, each by itself, then of both together."""
+    found, goals, able = list[Clash](), problem.slos, True
+    for role in ROLES:
+        side = problem.side(role, 0)
+        clashes, left, some = _of_constraints(side, work)
+        found += [replace(one, facts=tuple(f"{role}: {fact}" for fact in one.facts)) for one in clashes]
+        able &= some
+        goals = left if side.slos else goals
+    if able and not work.plans(replace(problem, slos=())):
+        sides = [Sides(Scorer(replace(problem, slos=())), work.formulation, 0, work.tell)]
+        found.append(Clash(of=("pools",), proof="constraints", facts=(no_pair(problem, sides),)))
+        able = False
+    return found, goals, able
 
 
 def smallest_clash(goals: Goals, some_meets: Callable[[Goals], bool]) -> Goals:
@@ -107,8 +134,8 @@ def _of_goals(goals: Goals, work: Work) -> Clash:
                 continue
             value, run = closest
             among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
-            part = f"{goal.text}: {among} {run.plan} comes closest and reaches {goal.told(value)}"
-            if by_bound and (bound := work.runs.bound(goal, run.plan)) is not None:
+            part = f"{goal.text}: {among} {run.text} comes closest and reaches {goal.told(value)}"
+            if by_bound and (bound := work.runs.bound(goal, run.deployment)) is not None:
                 part += f", its bound, as if no other request were there, is {goal.told(bound)}"
             parts.append(part)
     return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

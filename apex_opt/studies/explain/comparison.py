@@ -12,7 +12,7 @@ from apex_opt.placement import lies
 from apex_opt.search.answer import misses
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import judge
-from apex_opt.units import add_up
+from apex_opt.units import NS_PER_S, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,9 +112,9 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
     """What a run took by part; each sums to its whole: the makespan, the mean E2E, the energy, the memory of a GPU.
 
     Of several pools what is told of a GPU is the mean over all GPUs, and the least time to the first token that over
-    all requests, as if each pool were dealt the same kind of them.
+    all requests, as if each pool were dealt the same kind of them; where these pass both it is that of both together.
     """
-    gpus, requests = run.devices, sum(use.requests for use in run.pools)
+    gpus, requests = run.devices, run.requests
     operations, memory = dict[str, float](), dict[str, float]()
     alone = 0.0
     for use in run.pools:
@@ -131,6 +131,8 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
             memory[name] = memory.get(name, 0.0) + share * size
         least = statistic(scorer.facts_of(use.pool).alone(use.pool.plan), timed("first"), "mean")[0]
         alone += use.requests / requests * float(least)
+    if run.deployment.disaggregated:
+        alone -= scorer.outside_ns / NS_PER_S  # it was counted with either pool
     first, whole = (run.metrics.value(timed(time).name, "mean") for time in ("first", "whole"))
     idle_j = add_up(use.usage.idle_energy_j for use in run.pools)
     return {

@@ -9,6 +9,7 @@ from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import search, silent
 from apex_opt.studies.explain.clashes import find_clashes
 from apex_opt.studies.explain.comparison import compare
+from apex_opt.studies.explain.kinds import kinds_of
 from apex_opt.studies.explain.relaxations import Tried, relax
 from apex_opt.studies.explain.solving import Work
 
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from apex_opt.cost.two_batches import TwoBatches
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Answer
-    from apex_opt.search.problem import Problem
+    from apex_opt.search.problem import Problem, Serving
     from apex_opt.search.search import Progress
     from apex_opt.studies.explain.clashes import Clash
     from apex_opt.studies.explain.comparison import Comparison
-    from apex_opt.studies.explain.solving import Diagnosis
+    from apex_opt.studies.explain.kinds import Diagnosis
 
 TIME_LIMIT_S: Final = 10.0
 """How long clashes of goals and changes are looked for where nothing else was asked."""
@@ -29,16 +30,18 @@ TIME_LIMIT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosed:
-    """Why a type of GPU alone has no plan, and what was tried to give it one.
+    """Why a type of GPU alone has no plan of one kind, and what was tried to give it one.
 
     Parameters
     ----------
     gpu : str                   the type
+    serving : str               "aggregated", "pools" or "shared": the kind, as of `Problem.serving`
     clashes : tuple of Clash    none where it has a plan, or is not asked about, as the time was up
     tried : Tried or None
     """
 
     gpu: str
+    serving: Serving
     clashes: tuple[Clash, ...]
     tried: Tried | None
 
@@ -47,7 +50,8 @@ class Diagnosed:
 class Explanation:
     """An answer; where it has no plan why, what was tried to give it one, and within which time.
 
-    Of several types of GPU each is explained as if it were alone: what gives one of them a plan gives one to the whole.
+    Of several types of GPU, and of several ways to serve, each is explained as if it were alone: what gives one of them
+    a plan gives one to the whole.
     """
 
     answer: Answer
@@ -55,7 +59,8 @@ class Explanation:
     time_limit_s: float = TIME_LIMIT_S
     comparison: Comparison | None = None
     head_room: tuple[HeadRoom, ...] = ()
-    """What overlap could give the best plan, by kind of batches; of several pools it is not told."""
+    """What overlap could give the best plan, by kind of batches; of several pools it is not told, nor where phases
+    share GPUs."""
     two_batches: tuple[TwoBatches, ...] = ()
     """What two batches in place of one would give it, where the engine has them."""
 
@@ -102,7 +107,7 @@ def explain(
     answer = search(problem, formulation, progress, time_limit_s=time_limit_s, scorer=scorer)
     comparison = None if deployment is None else compare(problem, deployment, answer.best, progress)
     found = explained(problem, answer, formulation, progress, time_limit_s, scorer)
-    if answer.best is None or problem.several:
+    if answer.best is None or problem.several or answer.best.plan.shares is not None:
         return replace(found, comparison=comparison)
     room, two = scorer.overlap(answer.best.deployment)
     return replace(found, comparison=comparison, head_room=room, two_batches=two)
@@ -135,14 +140,16 @@ def explained(
         return Explanation(answer=answer, time_limit_s=limit_s)
     problem = replace(problem, request_slos=problem.per_request)  # what goodput counts stays as asked
     diagnosed = []
-    for place, name in enumerate(problem.types):
-        alone = problem.alone(place) if problem.mixed else problem
-        own = None if problem.mixed else scorer
-        work = Work(alone, formulation, progress or silent, limit_s / len(problem.offers), own)
+    types = [problem.alone(place) for place in range(len(problem.offers))] if problem.mixed else [problem]
+    every = [kind for alone in types for kind in kinds_of(alone)]
+    for one in every:
+        own = scorer if problem.serving == ("aggregated",) and not problem.mixed else None
+        work = Work(one, formulation, progress or silent, limit_s / len(every), own)
         clashes, blamed = find_clashes(work)
-        diagnosed.append(Diagnosed(gpu=name, clashes=clashes, tried=relax(clashes, blamed, work)))
+        tried = relax(clashes, blamed, work)
+        diagnosed.append(Diagnosed(gpu=one.offer.name, serving=one.serving[0], clashes=clashes, tried=tried))
     found = Explanation(answer=answer, diagnosed=tuple(diagnosed), time_limit_s=limit_s)
     facts = "; ".join(fact for clash in found.clashes for fact in clash.facts)
-    if facts and not problem.mixed:
+    if facts and len(every) == 1:
         return replace(found, answer=replace(answer, reason=f"no plan is feasible: {facts}"))
     return found

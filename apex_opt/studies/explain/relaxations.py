@@ -13,7 +13,6 @@ from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.engines import ENGINES
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plans.plan import default_kv_format
-from apex_opt.search.nearest import feasible
 from apex_opt.studies.explain.solving import OutOfTime, Solved
 
 if TYPE_CHECKING:
@@ -77,13 +76,15 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
     # A format that the GPU does not compute stays one with any cache, on any number of GPUs and for any goal.
     format_alone = any(clash.of == ("format",) for clash in clashing)
     kinds: list[tuple[str, Callable[[], list[Relaxation]]]] = []
+    if problem.serving == ("pools",):
+        kinds.append(("pools that do both phases", partial(_first, _both_phases(problem), work)))
     if blamed:
         kinds.append(("other limits of the goals", partial(_easier_goals, blamed, work)))
     if memory and not format_alone:
         kinds.append(("a shorter max_model_len", partial(_shorter, work)))
     if any("engine" in clash.of for clash in clashing) and (ways := _block_sizes(problem)):
         kinds.append(("another block_size", partial(_first, ways, work)))
-    if any("engine" in clash.of for clash in clashing):
+    if any("engine" in clash.of for clash in clashing) and problem.serving == ("aggregated",):
         kinds.append(("another engine", partial(_first, _engines(problem), work)))
     if not format_alone and (ways := _kv_formats(problem)):
         kinds.append(("an fp8 KV cache", partial(_first, ways, work)))
@@ -115,6 +116,12 @@ def _first(ways: Sequence[tuple[Problem, dict[str, str], str]], work: Work) -> l
         if (solved := work.solve(changed)) is not None:
             return [Relaxation(options=options, solved=solved, text=text)]
     return []
+
+
+def _both_phases(problem: Problem) -> list[tuple[Problem, dict[str, str], str]]:
+    """Pools that do both phases, in place of some that hand prompts over."""
+    text = "batches that hold both phases, on one pool in place of two"
+    return [(replace(problem, serving=("aggregated",)), {"serving": "aggregated"}, text)]
 
 
 def _engines(problem: Problem) -> list[tuple[Problem, dict[str, str], str]]:
@@ -186,11 +193,11 @@ def _shorter(work: Work) -> list[Relaxation]:
     high = settings.max_model_len
     if not problem.holds_longest:
         high = min(high, int((trace.prompt + trace.output).max()))
-    if low >= high or feasible(limited_to(low).instance()) is None:
+    if low >= high or work.some(limited_to(low)) is None:
         return []
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if feasible(limited_to(middle).instance()) is None else (middle, high)
+        low, high = (low, middle) if work.some(limited_to(middle)) is None else (middle, high)
     cut = int((trace.prompt + trace.output > low).sum())
     text = f"requests of at most {low:,} tokens: {cut:,} of {len(trace):,} answers end early"
     return _first([(limited_to(low), {"max_model_len": str(low)}, text)], work)
@@ -237,7 +244,7 @@ def _with_goals(changes: dict[Goal, tuple[Goal, float]], work: Work) -> list[Rel
     best = work.runs.best(goals)
     if best is None:
         return []
-    solved = Solved(plan=best.plan, value=best.value)
+    solved = Solved(deployment=best.deployment, value=best.value)
     return [Relaxation(options={"slo": ",".join(goal.text for goal in goals)}, solved=solved, text=text)]
 
 
@@ -249,11 +256,11 @@ def _rounded(goal: Goal, value: float) -> Goal:
     return replace(goal, limit=float((exact / step).to_integral_value(rounding) * step), text="")
 
 
-def _sizes(problem: Problem) -> Iterator[tuple[Problem, dict[str, str]]]:
+def _sizes(problem: Problem, work: Work) -> Iterator[tuple[Problem, dict[str, str]]]:
     """The problem with more GPUs, fewest first, as far as they are tried."""
-    first = problem.max_devices if not problem.slos or feasible(problem.instance()) is not None else None
+    first = problem.max_devices if not problem.slos or work.some(problem) is not None else None
     for larger, options in _clusters(problem):
-        if first is None and feasible(larger.instance()) is not None:
+        if first is None and work.some(larger) is not None:
             first = larger.max_devices
         if problem.slos and first is not None and larger.max_devices > GROWTH * first:
             return
@@ -292,7 +299,7 @@ def _unpriced(gpu: Gpu) -> Gpu:
 
 def _more_gpus(problem: Problem, work: Work) -> Tried:
     """The fewest GPUs that give a plan: sizes up to twice as many, then up to twice those."""
-    sizes = list(_sizes(problem))
+    sizes = list(_sizes(problem, work))
     first, above = problem.max_devices, problem.max_devices
     last = sizes[-1][0].max_devices if sizes else first
     while sizes:

@@ -6,48 +6,41 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from apex_opt.evaluate import decode_bytes
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import can_hold, statistic
-from apex_opt.plans.deployment import Deployment
-from apex_opt.plans.plan import repeated
 from apex_opt.search.best_first import Leaf, Queue, best_first
 from apex_opt.search.facts import judged
 from apex_opt.search.incumbent import FREE, Best, Incumbent
 from apex_opt.search.ledger import Part
-from apex_opt.search.nearest import feasible
 from apex_opt.search.scorer import Scorer
-from apex_opt.search.search import Formulations, rank, tell_compiling
-from apex_opt.search.space import Moves
+from apex_opt.search.search import rank, silent, tell_compiling
+from apex_opt.studies.explain.kinds import kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from apex_opt.evaluate import Instance
     from apex_opt.figures import Goal, Objective
     from apex_opt.figures.run import Run
-    from apex_opt.plans.plan import Plan
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
     from apex_opt.search.best_first import Simulated
-    from apex_opt.search.facts import Alike
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress
+    from apex_opt.studies.explain.kinds import Diagnosis, Floored
 
     Goals = tuple[Goal, ...]
 
 _PERCENTILES: Final = (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99))
 _QUICKEST: Final = load_objective("makespan")
-
-
-class Diagnosis(Formulations, Protocol):
-    """What an explanation asks of a plan-space program."""
-
-    def clash(self, instance: Instance, families: Sequence[str] = ...) -> tuple[str, ...]: ...
 
 
 class OutOfTime(Exception):
@@ -56,12 +49,12 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solved:
-    """A plan that a changed problem has: the best, unless the time was up first.
+    """A deployment that a changed problem has: the best, unless the time was up first.
 
     `value` is its objective, where it was simulated.
     """
 
-    plan: Plan
+    deployment: Deployment
     value: float | None = None
     best: bool = True
 
@@ -140,31 +133,26 @@ class Work:
             raise OutOfTime
         self._progress(what, done, total)
 
-    def plans(self, problem: Problem) -> tuple[Plan, ...]:
-        """Feasible plans of a problem, at the highest clock."""
-        self.tell("enumerating plans")
-        found, moves = self.formulation.enumerate(problem.instance()), Moves(problem, self.formulation)
-        cuts = list(found.plans)
-        for index, movable in enumerate(found.movable):
-            self.tell("moving layers", index, len(found.movable))
-            if (cut := moves(movable)) is not None:
-                cuts.append(cut)
-        most = problem.instance().max_devices
-        every = (one for cut in cuts for one in repeated(cut, most // cut.devices, problem.routings))
-        return tuple(routed.times(count) for routed, counts in every for count in counts)
+    def plans(self, problem: Problem) -> tuple[Deployment, ...]:
+        """Feasible deployments of a problem, at every clock, the highest first."""
+        return kind_of(problem).listed(problem, self.formulation, self.tell)
 
     def fits(self, problem: Problem) -> bool:
-        """Whether some plan satisfies the constraints."""
+        """Whether some deployment satisfies the constraints."""
         self.tell("trying constraints")
-        return not self.formulation.clash(problem.instance())
+        return kind_of(problem).fits(problem, self.formulation, self.tell)
 
-    def solve(self, problem: Problem, plans: tuple[Plan, ...] | None = None) -> Solved | None:
-        """The best plan, or where there are no goals a plan that fits; None where there is none.
+    def some(self, problem: Problem) -> Deployment | None:
+        """Some feasible deployment over few GPUs, if there is one."""
+        return kind_of(problem).some(problem, self.formulation, silent)
+
+    def solve(self, problem: Problem, plans: tuple[Deployment, ...] | None = None) -> Solved | None:
+        """The best deployment, or where there are no goals one that fits; None where there is none.
 
         Parameters
         ----------
         problem : Problem
-        plans : tuple of Plan, optional    to choose from; by default all that are feasible
+        plans : tuple of Deployment, optional    to choose from; by default all that are feasible
 
         Raises
         ------
@@ -172,8 +160,8 @@ class Work:
         """
         if not problem.slos:
             self.tell("trying constraints")
-            plan = feasible(problem.instance())
-            return None if plan is None else Solved(plan=plan)
+            found = self.some(problem)
+            return None if found is None else Solved(deployment=found)
         plans = self.plans(problem) if plans is None else plans
         scorer = Scorer(problem)
         first = self._first(scorer, plans)
@@ -182,10 +170,10 @@ class Work:
         try:
             best = self._best(scorer, plans)
         except OutOfTime:
-            return Solved(plan=first.plan, value=first.value, best=False)
-        return Solved(plan=best.plan, value=problem.objective.value(best.metrics))
+            return Solved(deployment=first.deployment, value=first.value, best=False)
+        return Solved(deployment=best.deployment, value=problem.objective.value(best.metrics))
 
-    def some_meets(self, problem: Problem, plans: Sequence[Plan]) -> bool:
+    def some_meets(self, problem: Problem, plans: Sequence[Deployment]) -> bool:
         """Whether some of these plans meets the goals."""
         return self._first(Scorer(problem), plans) is not None
 
@@ -214,7 +202,7 @@ class Work:
         prepare = partial(tell_compiling, self.tell, problem)
         return best_first([Queue(part, leaves)], incumbent, challenge or scorer.challenge, self.tell, math.inf, prepare)
 
-    def _first(self, scorer: Scorer, plans: Sequence[Plan]) -> Scored | None:
+    def _first(self, scorer: Scorer, plans: Sequence[Deployment]) -> Scored | None:
         """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on.
 
         The least makespan comes first: such plans are the likeliest to.
@@ -227,7 +215,7 @@ class Work:
                 raise
         return incumbent.found
 
-    def _best(self, scorer: Scorer, plans: Sequence[Plan]) -> Scored:
+    def _best(self, scorer: Scorer, plans: Sequence[Deployment]) -> Scored:
         """The best of some plans, of which one meets the goals, by the objectives and their tolerances in turn."""
         problem = scorer.problem
         split = next((index for index, part in enumerate(problem.objectives, 1) if part.tolerance), None)
@@ -241,22 +229,19 @@ class Work:
         found = self.search(scorer, self._listed(scorer, plans, problem.objectives), Best(problem, 1))
         return min((one.scored for one in found if one.scored.meets_slos), key=lambda one: rank(problem, one))
 
-    def _listed(self, scorer: Scorer, plans: Sequence[Plan], objectives: Sequence[Objective]) -> list[Leaf]:
-        """Plans at every clock that may meet the goals, the least bound first."""
+    def _listed(self, scorer: Scorer, plans: Sequence[Deployment], objectives: Sequence[Objective]) -> list[Leaf]:
+        """Deployments that may meet the goals, the least bound first."""
         problem, leaves = scorer.problem, []
-        clocked = [replace(plan, clock_mhz=clock) for clock in problem.offer.clocks for plan in plans]
-        for alike, run in floors(scorer, clocked, self.tell):
-            bounds, possible = judged(run, objectives, problem.goals)
-            for place, count in enumerate(alike.replicas):
-                if possible[place]:
-                    deployment = Deployment.of(alike.plan.times(count))
-                    leaves.append(Leaf(deployment=deployment, bound=tuple(bounds[place].tolist())))
-        order = {Deployment.of(plan): place for place, plan in enumerate(clocked)}
+        for group in kind_of(problem).floors(scorer, plans, self.tell):
+            bounds, possible = judged(group.run, objectives, problem.goals)
+            for place in np.flatnonzero(possible).tolist():
+                leaves.append(Leaf(deployment=group.deployments[place], bound=tuple(bounds[place].tolist())))
+        order = {deployment: place for place, deployment in enumerate(plans)}
         return sorted(leaves, key=lambda leaf: (leaf.bound, order[leaf.deployment]))
 
 
 class Runs:
-    """Plans of one problem with what they are bounded by and what they reach, to judge any of its goals by.
+    """Deployments of one problem with what they are bounded by and what they reach, to judge any of its goals by.
 
     A plan that breaks a family other than bandwidth cannot run, and is none of them. Bandwidth is that of the goals
     asked about.
@@ -264,16 +249,15 @@ class Runs:
 
     def __init__(self, scorer: Scorer, work: Work) -> None:
         problem = scorer.problem
-        plans = work.plans(replace(problem, slos=()))
         self._problem, self._scorer, self._work = problem, scorer, work
-        self._plans = [replace(plan, clock_mhz=clock) for clock in problem.offer.clocks for plan in plans]
+        self._plans = work.plans(replace(problem, slos=()))
         self._order = {plan: place for place, plan in enumerate(self._plans)}
         self._done: dict[Deployment, Scored] = {}
-        self._limits: dict[tuple[Plan, str, float], float] = {}
+        self._limits: dict[tuple[Deployment, str, float], float] = {}
 
     @cached_property
-    def _floors(self) -> list[tuple[Alike, Run]]:
-        return list(floors(self._scorer, self._plans, self._work.tell))
+    def _floors(self) -> list[Floored]:
+        return list(kind_of(self._problem).floors(self._scorer, self._plans, self._work.tell))
 
     def some_meets(self, goals: Goals) -> bool:
         """Whether some plan meets these goals."""
@@ -308,12 +292,12 @@ class Runs:
             value = math.nan if run is None else self._limit(run, goal)
         return None if run is None or math.isnan(value) else (value, run)
 
-    def bound(self, goal: Goal, plan: Plan) -> float | None:
+    def bound(self, goal: Goal, plan: Deployment) -> float | None:
         """The least that a plan can reach in what a goal is on; None of a goal on a share of the requests."""
         if goal.fraction is not None:
             return None
-        ((_, run),) = floors(self._scorer, [plan], self._work.tell)
-        bounds, _ = judged(run, (load_objective(goal.name),), ())
+        (group,) = kind_of(self._problem).floors(self._scorer, [plan], self._work.tell)
+        bounds, _ = judged(group.run, (load_objective(goal.name),), ())
         bound = float(bounds[0, 0])
         return None if math.isinf(bound) else abs(bound)
 
@@ -327,21 +311,19 @@ class Runs:
 
     def _queue(self, goals: Goals, objective: Objective, goal: Goal | None = None) -> list[Leaf]:
         """Plans that may meet some goals, least bound first: of their cost, or of the limit of a goal on a share."""
-        instance = replace(self._problem, slos=goals).instance()
-        model, held = instance.model, instance.held
-        facts, able = self._scorer.facts(), []
-        for alike, run in self._floors:
-            limit = instance.bytes_limit(alike.plan)
-            if limit is not None and decode_bytes(model, alike.plan, held) > limit:
+        instance, able = replace(self._problem, slos=goals).instance(), []
+        for group in self._floors:
+            if _too_much(instance, group.deployments[0]):
                 continue
-            alone = facts.alone(alike.plan.times(alike.replicas[0]))
-            if not all(one.figure.of_gpus or can_hold(one, alone)[0] for one in goals):
-                continue
-            bounds, _ = judged(run, (objective,), ())
-            for place, count in enumerate(alike.replicas):
-                bound = float(bounds[place, 0]) if goal is None else self._below(alone, goal)
-                able.append(Leaf(deployment=Deployment.of(alike.plan.times(count)), bound=(bound,)))
-        return sorted(able, key=lambda leaf: (leaf.bound, self._order[leaf.deployment.plan]))
+            hold = np.ones(len(group.deployments), bool)
+            for one in goals:
+                hold &= np.ones_like(hold) if one.figure.of_gpus else can_hold(one, group.alone)
+            bounds, _ = judged(group.run, (objective,), ())
+            below = None if goal is None else np.broadcast_to(self._below(group.alone, goal), hold.shape)
+            for place in np.flatnonzero(hold).tolist():
+                bound = float(bounds[place, 0] if below is None else below[place])
+                able.append(Leaf(deployment=group.deployments[place], bound=(bound,)))
+        return sorted(able, key=lambda leaf: (leaf.bound, self._order[leaf.deployment]))
 
     def _search(self, goals: Goals, leaves: Sequence[Leaf], incumbent: Incumbent) -> None:
         """Go through runs of plans to their end, as far as they may matter, judging them by some goals alone."""
@@ -363,37 +345,27 @@ class Runs:
             return self._limit(run, goal) <= goal.limit
         return goal.met(goal.reached(run.metrics))
 
-    def _below(self, alone: Run, goal: Goal) -> float:
-        """A latency that this share of the requests is not within less of: a percentile two requests below it."""
-        of = goal.figure.value(alone).shape[1]
-        sure = (p for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2)
-        return max((float(statistic(alone, goal.figure, p)[0]) for p in sure), default=0.0)
+    def _below(self, alone: Run, goal: Goal) -> NDArray[np.float64]:
+        """Latencies that this share of the requests is not within less of: a percentile two requests below it."""
+        rows, of = goal.figure.value(alone).shape
+        sure = [statistic(alone, goal.figure, p) for p, q in _PERCENTILES if (goal.threshold - q) * of >= 2]
+        return np.asarray(np.max([np.zeros(rows), *sure], axis=0))
 
     def _limit(self, run: Scored, goal: Goal) -> float:
         """The least limit that the share of requests a goal asks for is within; NaN where none has the latency."""
-        key = run.plan, goal.metric, goal.threshold
+        key = run.deployment, goal.metric, goal.threshold
         if key not in self._limits:
-            outcome, _ = self._scorer.logged(run.deployment)
+            outcome = self._scorer.run(run.deployment, log=True)
+            assert outcome is not None  # nothing to cut it short
             values = np.sort(goal.figure.value(self._scorer.as_run(outcome))[0])
             shares = np.arange(1, len(values) + 1) / max(len(values), 1)
             self._limits[key] = float(values[np.argmax(shares >= goal.threshold)]) if len(values) else math.nan
         return self._limits[key]
 
 
-def floors(scorer: Scorer, plans: Sequence[Plan], tell: Callable[..., None]) -> Iterator[tuple[Alike, Run]]:
-    """Floors of plans of one type of GPU, those together that are the same but for the number of replicas.
-
-    Parameters
-    ----------
-    scorer
-    plans : sequence of Plan    whose floors are wanted
-    tell : callable             told (what, done, total) along the way
-    """
-    facts, cuts = scorer.facts(), dict[Any, list[int]]()
-    for plan in plans:
-        cuts.setdefault(replace(plan, replicas=1), []).append(plan.replicas)
-    # Plans of the same cut share their tables while these are still there.
-    for done, cut in enumerate(sorted(cuts, key=lambda cut: (cut.cut, cut.stages))):
-        tell("bounding plans", done, len(cuts))
-        for alike in facts.alike(cut, cuts[cut]):
-            yield alike, facts.floors(alike)
+def _too_much(instance: Instance, deployment: Deployment) -> bool:
+    """Whether a token of one pool that does both phases reads more than the goals leave time for."""
+    if deployment.disaggregated:
+        return False
+    limit = instance.bytes_limit(deployment.plan)
+    return limit is not None and decode_bytes(instance.model, deployment.plan, instance.held) > limit
