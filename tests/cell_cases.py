@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.cells import Attention, CompressedAttention, Indexer, LatentAttention
+from apex_opt.ir.cells import Attention, CompressedAttention, Indexer, JoinedAttention, LatentAttention, Mamba2
 
 if TYPE_CHECKING:
     from apex_opt.ir.cells import Cell
@@ -80,8 +80,14 @@ JOINT: Final = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8, qk_n
 BORROWED: Final = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8, qk_norm=True, borrowed=True)
 CHUNKED: Final = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8, window=32, chunked=True)
 TURNED: Final = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8, rotary=False)
+SQUEEZED: Final = Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8, query_rank=24)
+MIXER: Final = Mamba2(hidden=48, heads=16, head_dim=8, groups=8, state=16, kernel=4, gated_norm=False)
+BESIDE: Final = JoinedAttention(
+    hidden=48, attention=Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8), mamba=MIXER
+)
 
 CELLS: Final[tuple[Cell, ...]] = (
     *(LATENT, GROUPED, WINDOW, SHORT, LONG),
     *(NARROW, JOINT, BORROWED, CHUNKED, TURNED),
+    *(SQUEEZED, MIXER, BESIDE),
 )

@@ -53,6 +53,8 @@ _DRAFT_KEYS: Final = (
     *("speculators_model_type", "speculators_config", "speculator_config"),
 )
 
+_TEXT: Final = ("text_config", "llm_config", "language_config")
+"""Objects in which files have the decoder: of `transformers`; of InternVL, Ovis and NVLM; of DeepSeek-VL2."""
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 """What files call the number of routed experts: which of these depends on the family and on what saved the file."""
 
@@ -126,12 +128,13 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     ------
     InputError          an unsupported model_type; or all faults of the fields at once
     """
+    config = _thinker(config)
     _refuse_draft_heads(config, source)
     fields, wrapped = _text_part(config, source)
     file = source
     if wrapped:
-        source += " (text_config)"
-    family = _family(fields, wrapped, source)
+        source += f" ({wrapped})"
+    family = _family(fields, bool(wrapped), source)
     fields = fields.alike(_EXPERTS)
     if wrapped:
         # Of a configuration within another one, only what differs from the defaults of its class is written.
@@ -246,8 +249,8 @@ def _numbered(block: Block, forms: Iterable[int]) -> Block:
 
 def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
     """Refuse the heads that guess tokens for another model: nothing can be served with one alone."""
-    inner = config.get("text_config")
-    for fields in (config, inner if isinstance(inner, dict) else {}):
+    parts = (config, *(config[key] for key in _TEXT if isinstance(config.get(key), dict)))
+    for fields in parts:
         architectures = fields.get("architectures")
         names = [fields.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
         signs = [name for name in names if isinstance(name, str) and _DRAFT_NAME.search(name)]
@@ -260,13 +263,23 @@ def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
             raise InputError(f"{source}: {signs[0]:.60} is that of a draft head; give the model it drafts for")
 
 
-def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
-    """The decoder's fields, and whether they lay in a text_config, which inherits what concerns the whole model."""
-    if config.get("text_config") is None:
-        return Fields(config), False
-    inner = Fields(config).section("text_config")
+def _thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What writes, of a model that speaks as well: engines serve that part of Qwen's Omni models."""
+    part = config.get("thinker_config")
+    if not isinstance(part, dict):
+        return config
+    shared = ("dtype", "torch_dtype", *QUANTISATION_KEYS)
+    return {**{key: config[key] for key in shared if config.get(key) is not None}, **part}
+
+
+def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, str]:
+    """The decoder's fields, and the object they lay in, which inherits what concerns the whole model; "": none."""
+    named = next((key for key in _TEXT if config.get(key) is not None), None)
+    if named is None:
+        return Fields(config), ""
+    inner = Fields(config).section(named)
     if inner is None:
-        raise InputError(f"{source}: text_config must be an object, not {shown(config['text_config'])}")
+        raise InputError(f"{source}: {named} must be an object, not {shown(config[named])}")
     shared = ("dtype", "torch_dtype", "tie_word_embeddings", *QUANTISATION_KEYS)
     inherited = {key: config[key] for key in shared if key in config}
     own = {key: value for key, value in inner.values.items() if value is not None or key not in inherited}
@@ -274,7 +287,7 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, bool]:
     first = {key: config[key] for key in QUANTISATION_KEYS if config.get(key)}
     if config.get("tie_word_embeddings") is not None:
         first["tie_word_embeddings"] = config["tie_word_embeddings"]
-    return Fields({**inherited, **own, **first}), True
+    return Fields({**inherited, **own, **first}), named
 
 
 def _family(fields: Fields, wrapped: bool, source: str) -> Family:

@@ -13,6 +13,7 @@ from apex_opt.ir.cells.encoder import CrossedAttention, EncoderAttention
 from apex_opt.ir.cells.gated import GatedAttention, GatedLatentAttention
 from apex_opt.ir.cells.gated_delta import GatedDelta, KimiDelta
 from apex_opt.ir.cells.indexer import Indexer
+from apex_opt.ir.cells.joined import JoinedAttention
 from apex_opt.ir.cells.latent import LatentAttention
 from apex_opt.ir.cells.latent_moe import LatentMoeFfn
 from apex_opt.ir.cells.lightning import LightningAttention
@@ -38,6 +39,7 @@ __all__ = [
     "GatedDelta",
     "GatedLatentAttention",
     "Indexer",
+    "JoinedAttention",
     "Kept",
     "KimiDelta",
     "LatentAttention",

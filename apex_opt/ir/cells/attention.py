@@ -41,6 +41,7 @@ class Attention(AttentionCell):
     gated : bool            one more output per query head scales what attention gives for it, as in Step-3.5
     keys_as_values : bool   values are the keys before their norm, with no projection of their own, as in Gemma 4
     borrowed : bool         keys and values are those of a layer before, which keeps them, as in Gemma 3n
+    query_rank : int        elements that queries are compressed to before their own projection, as in Step-3; 0: none
     indexer : Indexer or None   what chooses the tokens that are seen; None is all of them
     quantised : int         number format of the projections of query, key and value
     output_quantised : int  that of the output projection
@@ -66,6 +67,7 @@ class Attention(AttentionCell):
     gated: bool = False
     keys_as_values: bool = False
     borrowed: bool = False
+    query_rank: int = 0
     indexer: Indexer | None = None
     quantised: int = 1
     output_quantised: int = 1
@@ -81,6 +83,7 @@ class Attention(AttentionCell):
             window=1 if self.window is None else self.window,
             value_dim=1 if self.value_dim is None else self.value_dim,
         )
+        check_counts("attention", minimum=0, query_rank=self.query_rank)
         check_flags(
             "attention",
             qkv_bias=self.qkv_bias,
@@ -129,7 +132,10 @@ class Attention(AttentionCell):
         """Weights of one shard: its query heads and at least one KV head."""
         query = self._widths(cut)[0]
         heads, (keys, values) = query // self.head_dim, self._projected(cut)
-        found = [Matrix("queries", query, self.hidden, self.quantised, "heads")]
+        found = [Matrix("queries", query, self.query_rank or self.hidden, self.quantised, "heads")]
+        if self.query_rank:
+            found.append(Matrix("query compression", self.query_rank, self.hidden, self.quantised))
+            found.append(Matrix("query norm", self.query_rank, 1))
         if keys == values != 0:
             found.append(Matrix("keys", keys, self.hidden, self.quantised, "heads", times=2))  # and values
         elif keys:
@@ -164,8 +170,11 @@ class Attention(AttentionCell):
         """Norm, projections, rotary embedding, norms of queries and keys, cache write, attention, output projection."""
         query, key, value = self._widths(cut)
         heads, kv_heads, (keys, values) = query // self.head_dim, key // self.head_dim, self._projected(cut)
-        rows = query + keys + values
+        rows = (self.query_rank or query) + keys + values
         found: list[Op] = [norm(self.hidden), Product("qkv", rows, self.hidden, quantised=self.quantised)]
+        if self.query_rank:
+            found.append(Elementwise("norm", 4.0 * self.query_rank, "norm", self.query_rank))
+            found.append(Product("qkv", query, self.query_rank, quantised=self.quantised))
         if self.gated:
             found.append(Product("gate", heads, self.hidden))
         if self.rotary:
@@ -199,7 +208,7 @@ class Attention(AttentionCell):
     @property
     def launches(self) -> tuple[int, int]:
         """Norm, QKV, rotary, cache write, attention of prompts and of decoding sequences, output; gate, indexer."""
-        kernels = 5 + self.rotary + (not self.borrowed) + self.gated
+        kernels = 5 + self.rotary + (not self.borrowed) + self.gated + 2 * (self.query_rank > 0)
         kernels += 0 if self.indexer is None else self.indexer.launches
         return kernels, kernels
 

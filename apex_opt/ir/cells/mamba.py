@@ -33,6 +33,7 @@ class Mamba2(AttentionCell):
     kernel : int            tokens that the convolution sees
     chunk : int             tokens of a prompt that are computed at once
     bias, conv_bias : bool  a bias on both projections; on the convolution
+    gated_norm : bool       a norm of what the gate lets through; else the gate alone, as in most of Falcon-H1
     state_bytes : int       of an element of the state; the convolution's is 16 bit
     quantised : int         number format of the first projection
     output_quantised : int  that of the output projection
@@ -49,6 +50,7 @@ class Mamba2(AttentionCell):
     chunk: int = 256
     bias: bool = False
     conv_bias: bool = True
+    gated_norm: bool = True
     state_bytes: int = 2
     quantised: int = 1
     output_quantised: int = 1
@@ -65,7 +67,7 @@ class Mamba2(AttentionCell):
             chunk=self.chunk,
             state_bytes=self.state_bytes,
         )
-        check_flags("Mamba2", bias=self.bias, conv_bias=self.conv_bias)
+        check_flags("Mamba2", bias=self.bias, conv_bias=self.conv_bias, gated_norm=self.gated_norm)
         check_forms("Mamba2", quantised=self.quantised, output_quantised=self.output_quantised)
         if self.heads % self.groups:
             raise InputError(f"Mamba2: heads {self.heads} is not a multiple of groups {self.groups}")
@@ -83,9 +85,10 @@ class Mamba2(AttentionCell):
             Matrix("input", inner + channels + heads, self.hidden, self.quantised, "heads"),
             Matrix("convolution", channels, self.kernel + self.conv_bias, cut="heads"),
             Matrix("decay, skip and time step", 3 * heads, 1, cut="heads"),
-            Matrix("gated norm", inner, 1, cut="heads"),
             Matrix("output", self.hidden, inner, self.output_quantised, "heads", inputs=True),
         ]
+        if self.gated_norm:
+            found.append(Matrix("gated norm", inner, 1, cut="heads"))
         if self.bias:
             found.append(Matrix("input bias", inner + channels + heads, 1, cut="heads"))
             found.append(Matrix("output bias", self.hidden, 1))
@@ -105,7 +108,7 @@ class Mamba2(AttentionCell):
             Product("qkv", inner + channels + heads, self.hidden, quantised=self.quantised),
             Convolve(channels, self.kernel),
             Recur("mamba2", heads, self.state, self.head_dim, groups, self.state_bytes, self.chunk),
-            Elementwise("norm", 6.0 * inner, "norm", inner),
+            Elementwise("norm", 6.0 * inner, "norm", inner) if self.gated_norm else Elementwise("gate", 6.0 * inner),
             Product("output", self.hidden, inner, quantised=self.output_quantised),
         )
 

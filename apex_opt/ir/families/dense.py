@@ -71,6 +71,28 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(),
         tied=True,
     ),
+    "apertus": Family(
+        architecture="ApertusForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, qk_norm=True, gated=False),
+        modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
+    ),
+    "helium": Family(
+        architecture="HeliumForCausalLM",
+        read=Decoder(qkv_bias=None, mlp_bias=None, kv_heads=20),
+        modules=module_names(),
+    ),
+    "iquestcoder": Family(architecture="IQuestCoderForCausalLM", read=_TOLD, modules=module_names()),
+    "jais2": Family(
+        architecture="Jais2ForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, gated=False, norm_bias=True),
+        modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
+        implied={"attention_bias": True, "mlp_bias": True},
+    ),
+    "nanochat": Family(
+        architecture="NanoChatForCausalLM",
+        read=Decoder(qkv_bias=None, output_bias=None, gated=False, norms=0),
+        modules=module_names(dense=("mlp.fc1", "mlp.fc2")),
+    ),
     "seed_oss": Family(architecture="SeedOssForCausalLM", read=_TOLD, modules=module_names()),
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",

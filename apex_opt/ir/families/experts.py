@@ -145,6 +145,29 @@ FAMILIES: Final[dict[str, Family]] = {
         ),
         modules=module_names(),
     ),
+    "flex_olmo": Family(
+        architecture="FlexOlmoForCausalLM",
+        read=Decoder(
+            qkv_bias=None,
+            output_bias=None,
+            qk_norm=True,
+            qk_norm_whole=True,
+            experts_field="num_experts",
+            expert_width_field="intermediate_size",
+        ),
+        modules=module_names(),
+    ),
+    "solar_open": Family(
+        architecture="SolarOpenForCausalLM",
+        read=Decoder(
+            qkv_bias=None,
+            kv_heads=8,
+            experts_field="n_routed_experts",
+            shared_count_field="n_shared_experts",
+            router_bias=True,
+        ),
+        modules=module_names(),
+    ),
     "phimoe": Family(
         architecture="PhiMoEForCausalLM",
         read=Decoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.cells import Attention, DenseFfn, Ffn, Matrix, MoeFfn
@@ -19,13 +20,14 @@ _NORMS: Final = 4  # before and after each cell
 _MOE_NORMS: Final = 3  # before the experts, and after them and the FFN beside
 
 
-def _gemma(every: int, *, qk_norm: bool) -> Callable[[Fields, Sizes], Layers]:
+def _gemma(every: int, *, qk_norm: bool, norms: int = _NORMS) -> Callable[[Fields, Sizes], Layers]:
     """Reader of Gemma 2 and 3, whose layers differ in their windows alone.
 
     Parameters
     ----------
     every : int     every so manieth layer sees the whole context
     qk_norm : bool  one norm each on query and key heads
+    norms : int     of a layer
     """
 
     def read(fields: Fields, size: Sizes) -> Layers:
@@ -37,7 +39,7 @@ def _gemma(every: int, *, qk_norm: bool) -> Callable[[Fields, Sizes], Layers]:
             return Layers([])
         cell = Attention(hidden=size.hidden, qkv_bias=bias, output_bias=bias, qk_norm=qk_norm, **heads)
         ffn = DenseFfn(hidden=size.hidden, intermediate=intermediate)
-        return Layers([Block(attention=cell.with_window(window), ffn=ffn, norms=_NORMS) for window in windows])
+        return Layers([Block(attention=cell.with_window(window), ffn=ffn, norms=norms) for window in windows])
 
     return read
 
@@ -161,6 +163,12 @@ FAMILIES: Final[dict[str, Family]] = {
         | {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
         tied=True,
     ),
+    "vaultgemma": Family(
+        architecture="VaultGemmaForCausalLM", read=_gemma(2, qk_norm=False, norms=2), modules=module_names(), tied=True
+    ),
     "gemma3_text": _GEMMA3,
     "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": replace(
+        _GEMMA4, architecture="Gemma4UnifiedForCausalLM", implied={"hidden_size_per_layer_input": 0}
+    ),
 }

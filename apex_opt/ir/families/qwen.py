@@ -10,6 +10,15 @@ from apex_opt.ir.families.decoder import Decoder
 _QWEN_DEFAULTS: Final = sizes(151936, 4096, 22016, 32, 32, 32768) | {"num_key_value_heads": 32, "sliding_window": 4096}
 _QWEN2: Final = Decoder(qkv_bias=True, window="opt-in", kv_heads=32)
 
+_GLM_MOE: Final = Decoder(
+    qkv_bias=None,
+    qk_norm=None,
+    kv_heads=8,
+    experts_field="n_routed_experts",
+    shared_count_field="n_shared_experts",
+    router_bias=True,
+)
+
 FAMILIES: Final[dict[str, Family]] = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -57,16 +66,16 @@ FAMILIES: Final[dict[str, Family]] = {
         | {"num_key_value_heads": 4, "sliding_window": 4096, "num_experts": 128, "num_experts_per_tok": 8}
         | {"moe_intermediate_size": 768},
     ),
+    "sarvam_moe": Family(
+        architecture="SarvamMoEForCausalLM",
+        read=_GLM_MOE,
+        modules=module_names(),
+        implied={"use_qk_norm": True},
+        spelled={"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
+    ),
     "glm4_moe": Family(
         architecture="Glm4MoeForCausalLM",
-        read=Decoder(
-            qkv_bias=None,
-            qk_norm=None,
-            kv_heads=8,
-            experts_field="n_routed_experts",
-            shared_count_field="n_shared_experts",
-            router_bias=True,
-        ),
+        read=_GLM_MOE,
         modules=module_names(),
         defaults=sizes(151552, 4096, 10944, 46, 96, 131072)
         | {"num_key_value_heads": 8, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8}

@@ -22,11 +22,13 @@ class QwenNext:
     """A reader of layers whose kinds are told by `layer_types`, or by `full_attention_interval`."""
 
     ffn: Decoder
+    gated: bool = True
+    qk_norm_whole: bool = False
 
     def __call__(self, fields: Fields, size: Sizes) -> Layers:
         """Layers of linear and of full attention in turn, each before an FFN."""
         heads: dict[str, Any] = head_fields(fields, size.hidden)
-        bias, gated = fields.flag("attention_bias"), fields.flag("attn_output_gate", default=True)
+        bias, gated = fields.flag("attention_bias"), fields.flag("attn_output_gate", default=self.gated)
         linear = {
             "key_heads": fields.count("linear_num_key_heads"),
             "value_heads": fields.count("linear_num_value_heads"),
@@ -42,12 +44,13 @@ class QwenNext:
         kinds = layer_kinds(fields, size.layers, ("full_attention", "linear_attention"))
         if kinds is None:
             kinds = ["linear_attention" if every and (i + 1) % every else "full_attention" for i in range(size.layers)]
-        refuse_others(fields, frozenset(_LINEAR), "linear_")
+        refuse_others(fields, _KNOWN, "linear_")
         ffns = self.ffn.ffns(fields, size)
         if fields.faults:
             return Layers([])
         kind = GatedAttention if gated else Attention
-        full = kind(hidden=size.hidden, qkv_bias=bias, output_bias=bias, qk_norm=True, **heads)
+        norms: dict[str, Any] = {"qk_norm": True, "qk_norm_whole": self.qk_norm_whole}
+        full = kind(hidden=size.hidden, qkv_bias=bias, output_bias=bias, **norms, **heads)
         delta = GatedDelta(hidden=size.hidden, **linear)
         mixing: list[AttentionCell] = [full if kind == "full_attention" else delta for kind in kinds]
         return Layers([Block(attention=cell, ffn=ffn) for cell, ffn in zip(mixing, ffns, strict=True)])
@@ -71,7 +74,23 @@ _LINEAR: Final = {
     "linear_num_value_heads": 32,
 }
 
+_KNOWN: Final = frozenset(_LINEAR) | {
+    *("linear_a_log_max", "linear_a_log_min", "linear_dt_max", "linear_dt_min", "linear_dt_init_floor"),
+    "linear_allow_neg_eigval",
+}
+
 FAMILIES: Final[dict[str, Family]] = {
+    "olmo_hybrid": Family(
+        architecture="OlmoHybridForCausalLM",
+        read=QwenNext(ffn=Decoder(), gated=False, qk_norm_whole=True),
+        modules=_MODULES
+        | {
+            "state in": within("linear_attn", ("q_proj", "k_proj", "v_proj", "g_proj")),
+            "state gates": within("linear_attn", ("a_proj", "b_proj")),
+            "state out": ("linear_attn.o_proj",),
+        },
+        implied={"linear_conv_kernel_dim": 4},
+    ),
     "qwen3_next": Family(
         architecture="Qwen3NextForCausalLM",
         read=_SPARSE,

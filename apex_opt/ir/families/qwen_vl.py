@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.cells import MoeFfn, TwinMoeFfn
-from apex_opt.ir.families import experts, qwen
+from apex_opt.ir.families import dense, experts, llama, qwen
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes
 from apex_opt.ir.families.decoder import Decoder
 
@@ -51,6 +51,11 @@ def _twin(ffn: Ffn, width: int) -> Ffn:
 
 _ERNIE: Final = experts.FAMILIES["ernie4_5_moe"]
 _ERNIE_VL: Final = replace(_ERNIE, architecture="Ernie4_5_VLMoeForConditionalGeneration", read=_twins)
+_GLM4V: Final = Family(
+    architecture="Glm4vForConditionalGeneration",
+    read=Decoder(qkv_bias=True, kv_heads=2, norms=4),
+    modules=dense.FAMILIES["glm4"].modules,
+)
 FAMILIES: Final[dict[str, Family]] = {
     "qwen3_vl_text": Family(
         architecture="Qwen3VLForConditionalGeneration",
@@ -65,6 +70,33 @@ FAMILIES: Final[dict[str, Family]] = {
         defaults=sizes(151936, 2048, 5632, 24, 16, 128000)
         | {"num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         tied=True,
+    ),
+    "qwen2_5_omni_text": replace(
+        qwen.FAMILIES["qwen2"], architecture="Qwen2_5OmniThinkerForConditionalGeneration", defaults={}
+    ),
+    "qwen3_omni_moe_text": Family(
+        architecture="Qwen3OmniMoeThinkerForConditionalGeneration",
+        read=Decoder(qkv_bias=None, output_bias=None, qk_norm=True, kv_heads=4, experts_field="num_experts"),
+        modules=module_names(),
+    ),
+    "glm4v_text": _GLM4V,
+    "glm_ocr_text": replace(_GLM4V, read=Decoder(kv_heads=8, norms=4)),
+    "hunyuan_vl_text": replace(dense.FAMILIES["hunyuan_v1_dense"], architecture="HunYuanVLForConditionalGeneration"),
+    "paddleocr_vl_text": replace(dense.FAMILIES["ernie4_5"], architecture="PaddleOCRVLForConditionalGeneration"),
+    "granite4_vision_text": replace(llama.FAMILIES["granite"], architecture="Granite4VisionForConditionalGeneration"),
+    "granite_docling_text": replace(llama.FAMILIES["granite"], architecture="GraniteDoclingForConditionalGeneration"),
+    "aria_text": Family(
+        architecture="AriaForConditionalGeneration",
+        read=Decoder(
+            qkv_bias=None,
+            output_bias=None,
+            experts_field="moe_num_experts",
+            expert_width_field="intermediate_size",
+            shared_count_field="moe_num_shared_experts",
+        ),
+        modules=module_names(),
+        spelled={"num_experts_per_tok": "moe_topk"},
+        implied={"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 2},
     ),
     "glm4v_moe_text": replace(qwen.FAMILIES["glm4_moe"], architecture="Glm4vMoeForConditionalGeneration"),
     "ernie4_5_moe_vl": _ERNIE_VL,

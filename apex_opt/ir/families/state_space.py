@@ -24,7 +24,7 @@ from apex_opt.ir.model import Block
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
 
-_MAMBA: Final = frozenset(
+MAMBA_FIELDS: Final = frozenset(
     (
         "mamba_n_heads",
         "mamba_d_head",
@@ -99,18 +99,10 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
     if kinds is None:
         fields.fault("layer_types", "is missing")
     heads: dict[str, Any] = head_fields(fields, size.hidden)
-    sizes: dict[str, Any] = {
-        "heads": fields.count("mamba_n_heads"),
-        "head_dim": _granite_head(fields, size.hidden),
-        "groups": fields.count("mamba_n_groups", default=1),
-        "state": fields.count("mamba_d_state"),
-        "kernel": fields.count("mamba_d_conv"),
-        "chunk": fields.count("mamba_chunk_size", default=256),
-    }
-    bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
+    mamba = mamba2_fields(fields, mamba_head(fields, size.hidden))
     attention_bias = fields.flag("attention_bias")
     refuse(fields, "position_embedding_type", "nope", "rope")
-    refuse_others(fields, _MAMBA, "mamba_")
+    refuse_others(fields, MAMBA_FIELDS, "mamba_")
     refuse(fields, "normalization_function", "rmsnorm")
     experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
     routed: dict[str, Any] = {}
@@ -119,8 +111,6 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
             "expert_intermediate": fields.count("intermediate_size"),
             "experts_per_token": fields.count("num_experts_per_tok", maximum=experts),
         }
-    if sizes["groups"] and sizes["heads"] % sizes["groups"]:
-        fields.fault("mamba_n_heads", f"{sizes['heads']} is not a multiple of mamba_n_groups {sizes['groups']}")
     if fields.faults or kinds is None:
         return Layers([])
     ffn: Ffn = DenseFfn(hidden=size.hidden, intermediate=shared)
@@ -134,12 +124,35 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
             rotary=fields.values.get("position_embedding_type") == "rope",
             **heads,
         ),
-        "mamba": Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes),
+        "mamba": Mamba2(hidden=size.hidden, **mamba),
     }
     return Layers([Block(attention=cells[kind], ffn=ffn) for kind in kinds])
 
 
-def _granite_head(fields: Fields, hidden: int) -> int:
+def mamba2_fields(fields: Fields, head_dim: int) -> dict[str, Any]:
+    """Arguments of `Mamba2` by the names that Granite, Bamba and Falcon-H1 share.
+
+    Parameters
+    ----------
+    fields
+    head_dim : int      width of a head
+    """
+    heads, groups = fields.count("mamba_n_heads"), fields.count("mamba_n_groups", default=1)
+    if groups and heads % groups:
+        fields.fault("mamba_n_heads", f"{heads} is not a multiple of mamba_n_groups {groups}")
+    return {
+        "heads": heads,
+        "head_dim": head_dim,
+        "groups": groups,
+        "state": fields.count("mamba_d_state"),
+        "kernel": fields.count("mamba_d_conv"),
+        "chunk": fields.count("mamba_chunk_size", default=256),
+        "bias": fields.flag("mamba_proj_bias"),
+        "conv_bias": fields.flag("mamba_conv_bias", default=True),
+    }
+
+
+def mamba_head(fields: Fields, hidden: int) -> int:
     """Width of an SSM head: "auto" is what the expanded width leaves each."""
     heads, expand = fields.count("mamba_n_heads"), fields.count("mamba_expand", default=2)
     if fields.values.get("mamba_d_head") in (None, "auto"):
@@ -163,7 +176,7 @@ def read_jamba(fields: Fields, size: Sizes) -> Layers:
         "rank": _rank(fields, "mamba_dt_rank", size.hidden),
     }
     bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
-    refuse_others(fields, _MAMBA, "mamba_")
+    refuse_others(fields, MAMBA_FIELDS, "mamba_")
     width, experts = fields.count("intermediate_size"), fields.count("num_experts", default=16)
     per_token = fields.count("num_experts_per_tok", default=2)
     if experts and per_token > experts:
@@ -253,6 +266,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "mamba2": Family(architecture="Mamba2ForCausalLM", read=read_mamba2, modules=_MIXER, implied=_NO_POSITIONS),
     "mamba": Family(
         architecture="MambaForCausalLM", read=read_mamba1, modules=_MIXER, implied=_NO_POSITIONS, tied=True
+    ),
+    "falcon_mamba": Family(
+        architecture="FalconMambaForCausalLM", read=read_mamba1, modules=_MIXER, implied=_NO_POSITIONS, tied=True
     ),
     "granitemoehybrid": Family(
         architecture="GraniteMoeHybridForCausalLM",

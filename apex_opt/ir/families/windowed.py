@@ -95,7 +95,7 @@ def _step(fields: Fields, size: Sizes) -> Layers:
     window = fields.count("sliding_window") if any(sees) else 0
     mixtures = kinds_of(fields, "mlp_layer_types", size.layers, _MIXES, beyond=drafted)
     if mixtures is None:
-        mixtures = _step_mixtures(fields, size.layers)
+        mixtures = listed_mixtures(fields, size.layers, dense_first=3)
     if not fields.flag("use_moe_router_bias", default=True):
         fields.fault("use_moe_router_bias", "false is not supported")
     bias, gated = fields.flag("attention_bias"), fields.flag("use_head_wise_attn_gate", default=True)
@@ -124,11 +124,19 @@ def _step_local(fields: Fields, whole: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _step_mixtures(fields: Fields, layers: int) -> list[bool]:
-    """Which layers have experts: those listed as numbers with commas, else all behind the first dense ones."""
-    listed = fields.text("moe_layers_enum")
+def listed_mixtures(fields: Fields, layers: int, dense_first: int) -> list[bool]:
+    """Which layers have experts: those listed as numbers with commas, else all behind the first dense ones.
+
+    Parameters
+    ----------
+    fields
+    layers : int        that the model has
+    dense_first : int   dense layers before them where the file tells neither
+    """
+    listed = fields.values.get("moe_layers_enum")
+    listed = ",".join(map(str, listed)) if isinstance(listed, list) else fields.text("moe_layers_enum")
     if not listed:
-        dense_first = fields.count("first_k_dense_replace", default=3, minimum=0)
+        dense_first = fields.count("first_k_dense_replace", default=dense_first, minimum=0)
         return [layer >= dense_first for layer in range(layers)]
     entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
     odd = [entry for entry in entries if not entry.isdecimal()]
