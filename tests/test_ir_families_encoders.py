@@ -72,3 +72,38 @@ def test_bart_has_norms_and_positions_on_both_sides() -> None:
     assert model.before == model.tower.beside
     assert model.before[0].rows == 1026
     assert model.max_position == 1024
+
+
+def test_modernbert_sees_all_in_every_third_layer() -> None:
+    model = read("modernbert-large")
+    windows = [run.block.attention.window for run in model.runs for _ in range(run.count)]
+    assert windows == [None if layer % 3 == 0 else 128 for layer in range(28)]
+    first, *others = [run.block.norm_count for run in model.runs for _ in range(run.count)]
+    assert (first, set(others)) == (1, {2})  # the embedding has a norm behind it already
+    listed = ["full_attention"] * 28
+    assert len(read("modernbert-large", layer_types=listed).runs) == 2
+
+
+def test_umt5_has_positions_in_every_layer() -> None:
+    model, t5 = read("umt5-xxl"), read("umt5-xxl", model_type="t5", architectures=None)
+    assert model.tower is not None and t5.tower is not None
+    assert model.parameters - t5.parameters == (23 + 23) * 32 * 64
+
+
+def test_m2m_100_computes_its_positions() -> None:
+    bart, m2m = (read("mbart-large-50", model_type=kind, architectures=None) for kind in ("mbart", "m2m_100"))
+    assert bart.parameters - m2m.parameters == 2 * (1026 + 2) * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"activation_function": "gelu"}, "activation_function 'gelu' is not supported; supported: swiglu, silu"),
+        ({"num_experts": 8}, "num_experts 8 is not supported"),
+        ({"qkv_proj_bias": True}, "qkv_proj_bias True is not supported"),
+        ({"n_inner": None}, "n_inner is missing"),
+    ],
+)
+def test_variants_of_nomics_encoder_are_refused_by_name(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        read("nomic-embed-text-v1.5", **changes)

@@ -150,7 +150,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         vocab=fields.count("vocab_size"),
     )
     max_position = context_limit(fields)
-    tied = fields.flag("tie_word_embeddings", default=family.tied)
+    tied = fields.flag("tie_word_embeddings", default=family.tied) or family.pools  # which have no LM head
     layers = read_layers(family, fields, size)
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)

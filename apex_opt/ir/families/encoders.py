@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.cells import CrossedAttention, DenseFfn, EncoderAttention, Matrix
@@ -82,6 +83,17 @@ def _t5(fields: Fields, size: Sizes) -> Layers:
     return Layers([block] * count, (positions,), (), tower)
 
 
+def _umt5(fields: Fields, size: Sizes) -> Layers:
+    """UMT5: T5 whose every layer has relative positions of its own."""
+    found = _t5(fields, size)
+    if found.tower is None:
+        return found
+    (positions,) = found.before
+    runs = tuple(replace(run, block=replace(run.block, beside=(positions,))) for run in found.tower.runs)
+    tower = replace(found.tower, runs=runs, beside=tuple(m for m in found.tower.beside if m != positions))
+    return Layers([replace(block, beside=(positions,)) for block in found.blocks], (), (), tower)
+
+
 def _bert(fields: Fields, size: Sizes) -> Layers:
     """BERT: learned positions and kinds of tokens, norms behind every cell, a product over the first token."""
     heads: dict[str, Any] = {**head_fields(fields, size.hidden)}
@@ -126,8 +138,18 @@ def _distilbert(fields: Fields, size: Sizes) -> Layers:
     return _bert(fields.replaced({"type_vocab_size": 0}), size)._replace(after=())
 
 
-def _bart(fields: Fields, size: Sizes) -> Layers:
-    """BART: learned positions, of which the first two are never used, and norms behind every cell and the embedding."""
+def _bart(
+    fields: Fields, size: Sizes, *, learned: bool = True, embedding_norm: bool = True, last: bool = False
+) -> Layers:
+    """BART: learned positions, of which the first two are never used, and norms behind every cell and the embedding.
+
+    Parameters
+    ----------
+    fields, size
+    learned : bool          positions are; those of M2M-100 are computed
+    embedding_norm : bool   a norm behind the embedding
+    last : bool             a norm behind the last layer of each stack, as in mBART
+    """
     width, inner = size.hidden, fields.count("intermediate_size")
     heads: dict[str, Any] = {**head_fields(fields, width)}
     encoder = {name: fields.count(f"encoder_{name}") for name in ("layers", "attention_heads", "ffn_dim")}
@@ -139,11 +161,14 @@ def _bart(fields: Fields, size: Sizes) -> Layers:
     block = Block(attention=own, ffn=ffn, norms=3, norm_bias=True)
     count = encoder["attention_heads"]
     theirs = {"query_heads": count, "kv_heads": count, "head_dim": width // count}
-    before = (Matrix("positions", rows, width), Matrix("embedding norm", width, 2))
+    before = (
+        *((Matrix("positions", rows, width),) if learned else ()),
+        *((Matrix("embedding norm", width, 2),) if embedding_norm else ()),
+    )
     tower = Tower(
         reads="text",
         runs=(Run(block=_encoder_layer(width, theirs, encoder["ffn_dim"]), count=encoder["layers"]),),
-        beside=before,
+        beside=(*before, *((Matrix("norms", width, 2),) if last else ())),
         heads=count,
     )
     return Layers([block] * size.layers, before, (), tower)
@@ -199,6 +224,14 @@ _CLIP: Final = Family(
     tied=True,
     pools=True,
 )
+_BART: Final = Family(
+    architecture="BartForConditionalGeneration",
+    read=_bart,
+    modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
+    spelled=_SEQ2SEQ,
+    tied=True,
+)
+_ROBERTA: Final = Family(architecture="RobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True)
 
 FAMILIES: Final[dict[str, Family]] = {
     "whisper": Family(
@@ -210,15 +243,17 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "t5": _T5,
     "mt5": replace(_T5, architecture="MT5ForConditionalGeneration", tied=False),
-    "bart": Family(
-        architecture="BartForConditionalGeneration",
-        read=_bart,
-        modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
-        spelled=_SEQ2SEQ,
-        tied=True,
+    "umt5": replace(_T5, architecture="UMT5ForConditionalGeneration", read=_umt5, tied=False),
+    "bart": _BART,
+    "mbart": replace(_BART, architecture="MBartForConditionalGeneration", read=partial(_bart, last=True)),
+    "m2m_100": replace(
+        _BART,
+        architecture="M2M100ForConditionalGeneration",
+        read=partial(_bart, learned=False, embedding_norm=False, last=True),
     ),
-    "roberta": Family(architecture="RobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True),
-    "xlm-roberta": Family(architecture="XLMRobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True),
+    "camembert": replace(_ROBERTA, architecture="CamembertModel"),
+    "roberta": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, architecture="XLMRobertaModel"),
     "distilbert": Family(
         architecture="DistilBertModel",
         read=_distilbert,
