@@ -324,6 +324,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
         vocab_on_every_stage=frozenset({"odd"}) if often() else frozenset(),
         whole_kv_heads=frozenset({"odd"}) if often() else frozenset(),
         tower_shards=often(),
+        whole_towers=frozenset({"odd"}) if often(0.3) else frozenset(),
         block_multiples={"latent": 16, "sinks": 16, "fp8": 16} if often(0.3) else {},
         block_powers=often(0.1),
         rotary_table=often(),

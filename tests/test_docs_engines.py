@@ -35,6 +35,7 @@ WORDS = {
     "embedding_on_every_stage": "families with the embedding on every stage",
     "whole_kv_heads": "families whose KV heads are not copied",
     "tower_shards": "attention shards divide the heads of an image tower",
+    "whole_towers": "families whose image tower is whole where its heads do not divide",
     "block_multiples": "multiples of tokens in a KV block",
     "block_powers": "tokens in a KV block are a power of two",
     "multiplexes": "prompts and answers side by side on divisions of a GPU",

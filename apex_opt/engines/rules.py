@@ -53,6 +53,7 @@ class EngineRules:
     embedding_on_every_stage : set  families whose stages all hold the embedding, and only the last one the LM head
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
+    whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
     block_multiples : mapping       tokens that a KV block must be a multiple of, for "latent" attention, attention with
                                     "sinks" and a cache in "fp8"
     block_powers : bool             tokens of a KV block are a power of two
@@ -88,6 +89,7 @@ class EngineRules:
     embedding_on_every_stage: frozenset[str] = frozenset()
     whole_kv_heads: frozenset[str] = frozenset()
     tower_shards: bool = False
+    whole_towers: frozenset[str] = frozenset()
     block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     block_powers: bool = False
     multiplexes: bool = False

@@ -44,6 +44,7 @@ VLLM: Final = EngineRules(
     embedding_on_every_stage=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
     whole_kv_heads=frozenset({"gpt_oss"}),
     tower_shards=True,
+    whole_towers=frozenset({"kimi_linear"}),
     block_multiples=MappingProxyType({"latent": 16, "sinks": 16, "fp8": 16}),
     rotary_table=True,
     sources=MappingProxyType(
@@ -64,6 +65,7 @@ VLLM: Final = EngineRules(
             "embedding_on_every_stage": "models/qwen3_5.py: Qwen3_5Model; recorded weights of stages",
             "whole_kv_heads": "models/gpt_oss.py: KV heads // tensor-parallel size",
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
+            "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",
             "block_multiples": "v1/attention/backends/*: get_supported_kernel_block_sizes; recorded verdicts",
             "rotary_table": "layers/rotary_embedding/base.py: cos_sin_cache",
         }

@@ -100,7 +100,8 @@ def _heads(rules: EngineRules, model: Model, attention: Template) -> Iterator[st
         heads = min(block.attention.kv_heads for block in model.blocks)
         if tp > heads:
             yield f"attention tp{tp}: {rules.release} does not copy the {heads} KV heads of {model.family}"
-    if rules.tower_shards and model.tower_heads and model.tower_heads % tp:
+    cut = rules.tower_shards and model.family not in rules.whole_towers
+    if cut and model.tower_heads and model.tower_heads % tp:
         yield f"attention tp{tp} does not divide the {model.tower_heads} heads of the image tower"
 
 

@@ -122,7 +122,9 @@ class Runs:
             return False
         if model.family in rules.whole_kv_heads and any(tp > cell.kv_heads for cell, _ in self._cells):
             return False
-        return not (rules.tower_shards and model.tower_heads is not None and model.tower_heads % tp)
+        if not rules.tower_shards or model.tower_heads is None or model.family in rules.whole_towers:
+            return True
+        return model.tower_heads % tp == 0
 
     def _holds_shard(self, part: str, count: int, index: int) -> bool:
         """Whether each of so many shards of a part holds whole scales."""
