@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -27,7 +28,7 @@ from apex_opt.units import DATA_ROOT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from apex_opt.arguments import Ask, PlanAsk, SimulateAsk
+    from apex_opt.arguments import Ask, PlanAsk, SimulateAsk, SpreadAsk
     from apex_opt.cluster import Tree
     from apex_opt.gate import Progress
     from apex_opt.launch import Launch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from apex_opt.report.types import MixedAnswer, Robust
     from apex_opt.schema import Document
     from apex_opt.search import Answer, Problem, Scored, Scorer
+    from apex_opt.search.spread import Crew
     from apex_opt.studies.capacity_answer import PlanRate
     from apex_opt.studies.check import Check
     from apex_opt.studies.explain import Explanation
@@ -129,7 +131,13 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         name, latency = "energy", load_latency(ask.latency)
     problem = _priced(resolve(ask, most_gpus=LARGEST_SEARCH), priced)
     scorer, space = Scorer(problem), formulation("plan_space").PlanSpace()
-    answer = search(problem, space, ask.tell, top, ask.time_limit, scorer)
+    with _crew(ask) as crew:
+        answer = search(problem, space, ask.tell, top, ask.time_limit, scorer, crew)
+        fastest = None
+        if latency is not None and answer.best is not None:
+            offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
+            fast = replace(problem, objective=latency, then=(), offers=offers)
+            fastest = search(fast, space, ask.tell, crew=crew)
     # Of several types of GPU the search says why of each; what would help is for `explain`.
     found = Explanation(answer=answer)
     if not problem.several:
@@ -142,12 +150,8 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
     document = _answer_document(name, problem, found.answer, ask, top, found)
     if ask.robust and answer.best is not None:
         document = replace(document, robust=_robust(problem, answer, space, scorer, ask))
-    if latency is not None and answer.best is not None:
-        offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
-        fast = replace(problem, objective=latency, then=(), offers=offers)
-        fastest = search(fast, space, ask.tell)
-        if fastest.best is not None:
-            document = replace(document, beside=beside_document(answer.best, fast, fastest))
+    if fastest is not None and fastest.best is not None and answer.best is not None:
+        document = replace(document, beside=beside_document(answer.best, fast, fastest))
     return Result(
         document=document if tested is None else replace(document, check=replayed(tested)),
         found=answer.best is not None,
@@ -156,6 +160,20 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
         replay=replay,
         details=_details([(scorer, answer.best)], ask),
     )
+
+
+@contextmanager
+def _crew(ask: SpreadAsk) -> Iterator[Callable[[Scorer], Crew]]:
+    """Who bounds and simulates for a scorer: workers, where they are asked for."""
+    from apex_opt.search.spread import Alone, Spread
+
+    if ask.workers is None and ask.ray is None:
+        yield Alone
+        return
+    from apex_opt.grids.workers import opened
+
+    with opened(ask.ray, ask.workers) as workers:
+        yield partial(Spread, workers=workers)
 
 
 def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: PlanAsk) -> Robust:
@@ -190,7 +208,8 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
 
     objectives = [load_objective(name.strip()) for name in ask.objective.split(",")]
     problem = resolve(ask, most_gpus=LARGEST_SEARCH)
-    front = search_front(problem, objectives, formulation("plan_space").PlanSpace(), ask.tell)
+    with _crew(ask) as crew:
+        front = search_front(problem, objectives, formulation("plan_space").PlanSpace(), ask.tell, crew)
     scorer = Scorer(problem)
     told = scorer.provenance(front.candidates)
     document = pareto_document(problem, front, told, lambda scored: _launch(scorer, scored, ask))

@@ -163,7 +163,23 @@ class Ask(Setup):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanAsk(Ask):
+class SpreadAsk(Ask):
+    """A problem whose search may be spread over workers, which changes nothing in the answer.
+
+    Parameters
+    ----------
+    workers : Processes to bound and simulate plans at once, or with --ray=local CPUs that Ray may take. By default this
+        process alone, whose simulations run side by side.
+    ray : Where to bound and simulate plans by tasks of Ray: local, or HOST:PORT of the head of a cluster; needs
+        apex-opt[ray].
+    """
+
+    workers: Annotated[int | None, Param(1, 1024)] = None
+    ray: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanAsk(SpreadAsk):
     """The best plan.
 
     Parameters
@@ -199,7 +215,7 @@ class EnergyAsk(PlanAsk):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParetoAsk(Ask):
+class ParetoAsk(SpreadAsk):
     """Every plan that no other beats.
 
     Parameters

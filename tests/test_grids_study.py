@@ -51,6 +51,10 @@ def test_studies_differ_by_whatever_is_asked(tmp_path: Path) -> None:
         (HEAD + "[axis]\nseed = [1]\n", "unknown key of study .*'axis'; did you mean axes"),
         (HEAD + "fixed = 3\n", r"fixed is 3; write it as a table, \[fixed\]"),
         (HEAD + '[fixed]\nmodl = "x"\n', r"option of plan in \[fixed\] of study .*'modl'; did you mean model"),
+        (
+            HEAD + "[axes]\nworkers = [1, 2]\n",
+            r"\[axes\] workers is for the whole study; leave it out and give --workers",
+        ),
         (HEAD + '[axes]\nplan = ["tp8"]\n', r"option of plan in \[axes\] of study .*'plan'"),
         (HEAD + "[axes]\nseed = 3\n", r"\[axes\] seed is 3; give a list of values"),
         (HEAD + "[axes]\nseed = []\n", r"\[axes\] seed is \[\]; give a list"),

@@ -12,7 +12,7 @@ import pytest
 from search_cases import ROWS, every_of, problem_of, shapes_of
 
 from apex_opt.search import Part
-from apex_opt.search.best_first import ROUND, Leaf, best_first
+from apex_opt.search.best_first import ROUND, Leaf, best_first, side_by_side
 from apex_opt.search.incumbent import Incumbent
 from apex_opt.search.search import silent
 
@@ -155,7 +155,9 @@ def searched(
     def challenge(name: Any, bound: Costs, worst: Costs) -> Any:
         return None if cut(name) or (costs[name],) > worst else Run(name, costs[name])
 
-    found: list[Any] = best_first(branches, Least(), challenge, silent, deadline, lambda deployments: None)
+    found: list[Any] = best_first(
+        branches, Least(), side_by_side(challenge), silent, deadline, lambda deployments: None
+    )
     return [one.scored.name for one in found]
 
 

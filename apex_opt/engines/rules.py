@@ -6,12 +6,13 @@ each read the facts in their own way, so that a mistake in one shows as a disagr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.model import Model
@@ -95,6 +96,12 @@ class EngineRules:
     multiplexes: bool = False
     rotary_table: bool = False
     sources: Mapping[str, str]
+
+    def __reduce__(self) -> tuple[Callable[[], EngineRules], tuple[()]]:
+        # Views of mappings do not travel to other processes.
+        told: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
+        told |= {name: dict(value) for name, value in told.items() if isinstance(value, MappingProxyType)}
+        return partial(EngineRules, **told), ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

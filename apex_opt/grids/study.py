@@ -113,6 +113,10 @@ def _check(study: Study, path: Path) -> None:
     options = {option.name: option for option in options_of(study.asks)}
     for table, given in (("fixed", {name: (value,) for name, value in study.fixed.items()}), ("axes", study.axes)):
         for name, values in given.items():
+            if name in ("workers", "ray"):
+                raise InputError(
+                    f"{path}: [{table}] {name} is for the whole study; leave it out and give --{name} to study itself"
+                )
             if name not in options:
                 raise UnknownNameError(f"option of {study.command} in [{table}] of study {path}", name[:60], options)
             try:

@@ -1,28 +1,38 @@
-"""Who works on the points of a study: processes of this machine, or Ray's.
+"""Who works on the points of a study and on one large question: processes of this machine, or Ray's.
 
-Both take a function and items, and give outcomes as they come. A worker that dies takes no other item with it.
+Both take functions and items, and give outcomes as they come. A worker that dies takes no other item with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from apex_opt.errors import InputError, UsageError
+from apex_opt.errors import ApexError, InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
+
+    from apex_opt.search.spread import Kept
+
+    _Put = tuple[int, Callable[[Any], Any], Any]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -42,62 +52,142 @@ class Lost(Exception):
     """Why there is no outcome of an item: its worker died, and died again."""
 
 
-class Workers(Protocol):
-    """Who works on items."""
+class Workers(ABC):
+    """Who works on items: takes them as they are put, and gives outcomes back as they come."""
 
-    def __enter__(self) -> Self: ...
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Items that are worked on at once."""
 
-    def __exit__(self, *_: object) -> None: ...
+    @property
+    @abstractmethod
+    def in_hand(self) -> int:
+        """Items put whose outcome was not taken yet."""
+
+    @abstractmethod
+    def put(self, function: Callable[[Any], Any], item: Any) -> int:
+        """Have a function of the module work on an item; gives the number of its ticket."""
+
+    @abstractmethod
+    def take(self) -> tuple[int, Any]:
+        """The ticket and the outcome, or a `Lost`, of an item that is done; waits for one."""
+
+    @abstractmethod
+    def keep(self, packed: bytes) -> Kept:
+        """Bytes kept where every worker can load them, for items that have much in common."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the work."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def each(self, function: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found | Lost]]:
         """The place of each item and what a function of the module makes of it, in the order in which they are done."""
-        ...
+        todo, flying = deque(range(len(items))), dict[int, int]()
+        while todo or flying:
+            while todo and len(flying) < AHEAD * self.count:
+                place = todo.popleft()
+                flying[self.put(function, items[place])] = place
+            ticket, found = self.take()
+            if ticket in flying:  # what others had put before is of no use any more
+                yield flying.pop(ticket), found
 
 
-class Processes:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """Bytes kept in a file of this machine."""
+
+    path: Path
+
+    def packed(self) -> bytes:
+        return self.path.read_bytes()
+
+
+class Processes(Workers):
     """Processes of this machine.
 
     Items that were in hand when a process died are done again one at a time: one whose process dies again is to blame.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self._count, self._tickets = count, itertools.count()
         self._pool = self._fresh()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="apex-opt-")
+        self._flying: dict[Future[Any], _Put] = {}
+        self._waiting: deque[_Put] = deque()
+        self._doubtful: deque[_Put] = deque()
+        self._done: deque[tuple[int, Any]] = deque()
+        self._alone = False
 
     def _fresh(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")  # a fork would copy threads that are in the middle of something
         return ProcessPoolExecutor(self._count, context, initializer=_attend)
 
-    def each(self, function: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found | Lost]]:
-        todo, doubtful = deque(range(len(items))), deque[int]()
-        while todo or doubtful:
-            alone = bool(doubtful)
-            queue, most = (doubtful, 1) if alone else (todo, AHEAD * self._count)
-            flying: dict[Future[Found], int] = {}
-            try:
-                while queue or flying:
-                    while queue and len(flying) < most:
-                        flying[self._pool.submit(function, items[queue[0]])] = queue[0]
-                        queue.popleft()
-                    for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                        found = future.result()
-                        yield flying.pop(future), found
-            except BrokenProcessPool:
-                self._pool.shutdown(wait=False, cancel_futures=True)
-                self._pool = self._fresh()
-                for future, place in flying.items():
-                    if future.done() and not future.cancelled() and future.exception() is None:
-                        yield place, future.result()
-                    elif alone:
-                        yield place, Lost("its process died, twice: killed, or out of memory; take fewer --workers")
-                    else:
-                        doubtful.append(place)
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def in_hand(self) -> int:
+        return len(self._flying) + len(self._waiting) + len(self._doubtful) + len(self._done)
+
+    def put(self, function: Callable[[Any], Any], item: Any) -> int:
+        ticket = next(self._tickets)
+        self._waiting.append((ticket, function, item))
+        self._give_out()
+        return ticket
+
+    def take(self) -> tuple[int, Any]:
+        while not self._done:
+            self._give_out()
+            done = wait(self._flying, return_when=FIRST_COMPLETED).done
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                self._mend()
+            for future in done & self._flying.keys():
+                (ticket, *_) = self._flying.pop(future)
+                self._done.append((ticket, future.result()))
+        return self._done.popleft()
+
+    def keep(self, packed: bytes) -> Kept:
+        path = Path(self._folder.name) / uuid.uuid4().hex
+        path.write_bytes(packed)
+        return _File(path)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+    def _give_out(self) -> None:
+        """Give waiting items to processes; while there are doubtful ones one of these, alone."""
+        self._alone = bool(self._doubtful) if not self._flying else self._alone
+        queue = self._doubtful if self._alone else self._waiting
+        try:
+            while queue and not (self._alone and self._flying):
+                _, function, item = queue[0]
+                self._flying[self._pool.submit(function, item)] = queue[0]
+                queue.popleft()
+        except BrokenProcessPool:
+            self._mend()
+
+    def _mend(self) -> None:
+        """New processes in place of those of which one died; what was in hand is in doubt."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._fresh()
+        for future, put in self._flying.items():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._done.append((put[0], future.result()))
+            elif self._alone:
+                lost = Lost("its process died, twice: killed, or out of memory; take fewer --workers")
+                self._done.append((put[0], lost))
+            else:
+                self._doubtful.append(put)
+        self._flying.clear()
 
 
 def _attend() -> None:
@@ -113,7 +203,19 @@ def _attend() -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-class RayTasks:
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """Bytes kept in Ray's store."""
+
+    reference: Any
+
+    def packed(self) -> bytes:
+        import ray
+
+        return bytes(ray.get(self.reference))
+
+
+class RayTasks(Workers):
     """Tasks of Ray, on this machine ("local") or on a cluster; Ray itself does those again whose worker died.
 
     Raises
@@ -128,6 +230,9 @@ class RayTasks:
         except ImportError:
             raise UsageError("--ray needs the package ray: pip install 'apex-opt[ray]'") from None
         self._ray: Any = ray
+        self._tasks: dict[Callable[[Any], Any], Any] = {}
+        self._flying: dict[Any, int] = {}
+        self._tickets = itertools.count()
         # Ray prints what its nodes have to say to standard output, which is for the answer.
         self._aside = redirect_stdout(sys.stderr)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -146,37 +251,48 @@ class RayTasks:
                 text = " ".join(str(error).split())
                 raise InputError(f"--ray: {address!r:.100} takes no connection ({text:.200})") from None
 
+    @property
+    def count(self) -> int:
+        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))  # nodes come and go
+
+    @property
+    def in_hand(self) -> int:
+        return len(self._flying)
+
+    def put(self, function: Callable[[Any], Any], item: Any) -> int:
+        if function not in self._tasks:
+            self._tasks[function] = self._ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+        ticket = next(self._tickets)
+        self._flying[self._tasks[function].remote(item)] = ticket
+        return ticket
+
+    def take(self) -> tuple[int, Any]:
+        errors = self._ray.exceptions
+        (done, *_), _ = self._ray.wait(list(self._flying), num_returns=1)
+        ticket = self._flying.pop(done)
+        try:
+            return ticket, self._ray.get(done)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, ApexError):
+                raise error.cause from None
+            cause = " ".join(str(error.cause or error).split())
+            raise InputError(
+                f"--ray: a worker cannot do its task ({cause:.300}); every node needs apex_opt of this release"
+            ) from None
+        except errors.RayError as error:
+            text = " ".join(str(error).split())
+            return ticket, Lost(f"its worker on Ray died, {RETRIES} times done again: {text:.200}")
+
+    def keep(self, packed: bytes) -> Kept:
+        return _Object(self._ray.put(packed))
+
     def __enter__(self) -> Self:
         self._aside.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._ray.shutdown()
         self._aside.__exit__(None, None, None)
-
-    def each(self, function: Callable[[Item], Found], items: Sequence[Item]) -> Iterator[tuple[int, Found | Lost]]:
-        ray = self._ray
-        task = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
-        todo: deque[int] = deque(range(len(items)))
-        flying: dict[Any, int] = {}
-        while todo or flying:
-            most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))  # nodes come and go
-            while todo and len(flying) < most:
-                place = todo.popleft()
-                flying[task.remote(items[place])] = place
-            done, _ = ray.wait(list(flying), num_returns=1)
-            for reference in done:
-                place = flying.pop(reference)
-                try:
-                    yield place, ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    cause = " ".join(str(error.cause or error).split())
-                    raise InputError(
-                        f"--ray: a worker cannot do its task ({cause:.300}); every node needs apex_opt of this release"
-                    ) from None
-                except ray.exceptions.RayError as error:
-                    text = " ".join(str(error).split())
-                    yield place, Lost(f"its worker on Ray died, {RETRIES} times done again: {text:.200}")
 
 
 def _check_answers(address: str) -> None:

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from apex_opt.search.ledger import Costs, Part
 
     Progress = Callable[[str, int, int], None]
+    Challenge = tuple[Deployment, Costs, Costs]
+    """A deployment to simulate, bounds of its costs, and costs beyond which it has lost."""
 
 ROUND: Final = 4
 """Deployments simulated side by side before the incumbent is updated; fixed, so that results do not depend on the
@@ -68,7 +70,7 @@ class Branch(Protocol):
         ...
 
     def child(self, place: int) -> Leaf | Iterable[Branch]:
-        """A child: a deployment, or the branches below it."""
+        """A child: a deployment, or the branches below it, which are made as they are asked for."""
         ...
 
 
@@ -94,6 +96,30 @@ class Queue:
         return self._leaves[place]
 
 
+class Scores(Protocol):
+    """Who simulates."""
+
+    def __call__(self, runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> Sequence[Scored | None]:
+        """The scores of some deployments; None for those that miss a goal or have lost.
+
+        Parameters
+        ----------
+        runs : of these
+        ahead : those that come next, unless these turn out to be better; what is idle may begin with them
+        """
+        ...
+
+
+def side_by_side(challenge: Callable[[Deployment, Costs, Costs], Scored | None]) -> Scores:
+    """Simulations in threads of this process, by a function of one of them: compiled, they run side by side."""
+
+    def scores(runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> Sequence[Scored | None]:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            return list(threads.map(lambda run: challenge(*run), runs))
+
+    return scores
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """A deployment that was simulated to its end."""
@@ -105,7 +131,7 @@ class Simulated:
 def best_first(
     branches: Iterable[Branch],
     incumbent: Incumbent,
-    challenge: Callable[[Deployment, Costs, Costs], Scored | None],
+    scores: Scores,
     tell: Progress,
     deadline: float,
     prepare: Callable[[Iterable[Deployment]], None],
@@ -116,7 +142,7 @@ def best_first(
     ----------
     branches : of the root
     incumbent : Incumbent    what the search is after
-    challenge : callable     scores a deployment with its bound, or finds that it misses a goal or costs more than given
+    scores : Scores          simulates, or finds that a deployment misses a goal or costs more than given
     tell : callable          told (what, done, total) along the way
     deadline : float         point in time after which no further round is begun; what is open then is left
     prepare : callable       told what is about to be simulated
@@ -136,49 +162,63 @@ def best_first(
     for branch in branches:
         push(branch, 0)
     begun = 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        while heap and not (begun and monotonic() > deadline):
-            round_: list[tuple[Part, Leaf]] = []
-            while heap and len(round_) < ROUND:
-                _, _, place, branch = heapq.heappop(heap)
-                bound, part = branch.bounds[place], branch.part
-                if not incumbent.admits(bound, part):
-                    after = len(branch.bounds) if incumbent.in_order else place + 1
-                    part.beat(bound, branch.leaves(place, after))
-                    push(branch, after)
-                    continue
-                push(branch, place + 1)
-                child = branch.child(place)
-                if isinstance(child, Leaf):
-                    round_.append((part, child))
-                    continue
-                for below in child:
-                    push(below, 0)
-                if monotonic() > deadline:
-                    break
-            decided = [(part, leaf, leaf.decided()) for part, leaf in round_]
-            for part, _, deployment in decided:
-                if deployment is None:
-                    part.vanish()
-            runs = [(part, leaf, found) for part, leaf, found in decided if found is not None]
-            prepare(found for _, _, found in runs)
-            scores = threads.map(lambda run: challenge(run[2], run[1].bound, incumbent.worst(run[0])), runs)
-            begun += len(runs)
-            good = []
-            for (part, _, deployment), scored in zip(runs, scores, strict=True):
-                part.seen.append(deployment)
-                if scored is None:
-                    part.cut_short += 1
-                    continue
-                done.append(Simulated(part=part, scored=scored))
-                if scored.meets_slos:
-                    good.append((scored, part))
-                else:
-                    part.missed += 1
-            for scored, part in good:
-                incumbent.take(scored, part)
-            tell("simulating plans", begun, begun + len(heap))
+    while heap and not (begun and monotonic() > deadline):
+        round_: list[tuple[Part, Leaf]] = []
+        while heap and len(round_) < ROUND:
+            _, _, place, branch = heapq.heappop(heap)
+            bound, part = branch.bounds[place], branch.part
+            if not incumbent.admits(bound, part):
+                after = len(branch.bounds) if incumbent.in_order else place + 1
+                part.beat(bound, branch.leaves(place, after))
+                push(branch, after)
+                continue
+            push(branch, place + 1)
+            child = branch.child(place)
+            if isinstance(child, Leaf):
+                round_.append((part, child))
+                continue
+            for below in child:
+                push(below, 0)
+            if monotonic() > deadline:
+                break
+        decided = [(part, leaf, leaf.decided()) for part, leaf in round_]
+        for part, _, deployment in decided:
+            if deployment is None:
+                part.vanish()
+        runs = [(part, leaf, found) for part, leaf, found in decided if found is not None]
+        prepare(found for _, _, found in runs)
+        asked = [(found, leaf.bound, incumbent.worst(part)) for part, leaf, found in runs]
+        found = scores(asked, _ahead(heap, incumbent)) if asked else ()
+        begun += len(runs)
+        good = []
+        for (part, _, deployment), scored in zip(runs, found, strict=True):
+            part.seen.append(deployment)
+            if scored is None:
+                part.cut_short += 1
+                continue
+            done.append(Simulated(part=part, scored=scored))
+            if scored.meets_slos:
+                good.append((scored, part))
+            else:
+                part.missed += 1
+        for scored, part in good:
+            incumbent.take(scored, part)
+        tell("simulating plans", begun, begun + len(heap))
     for _, _, place, branch in heap:
         for place_, bound in enumerate(branch.bounds[place:], place):
             branch.part.left.append((bound, branch.leaves(place_, place_ + 1)))
     return done
+
+
+def _ahead(heap: list[tuple[Costs, int, int, Branch]], incumbent: Incumbent) -> Iterator[Challenge]:
+    """What would be simulated next if nothing better were found, without looking into branches further down."""
+    rest = list(heap)
+    while rest:
+        _, turn, place, branch = heapq.heappop(rest)
+        bound, part = branch.bounds[place], branch.part
+        if place + 1 < len(branch.bounds):
+            heapq.heappush(rest, (incumbent.order(branch.bounds[place + 1]), turn, place + 1, branch))
+        child = branch.child(place) if incumbent.admits(bound, part) else None
+        deployment = child.decided() if isinstance(child, Leaf) else None
+        if deployment is not None:
+            yield deployment, bound, incumbent.worst(part)

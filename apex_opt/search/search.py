@@ -29,15 +29,17 @@ from apex_opt.search.shapes import Pipelines, Sides, Single, Splitter, Together,
 from apex_opt.search.shapes.disaggregated import no_pair
 from apex_opt.search.shapes.pipeline import joined
 from apex_opt.search.space import Formulation, check_lengths
+from apex_opt.search.spread import Alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from apex_opt.search.answer import Status
-    from apex_opt.search.best_first import Branches
+    from apex_opt.search.best_first import Branches, Challenge
     from apex_opt.search.incumbent import Incumbent
     from apex_opt.search.ledger import Costs, Shape
     from apex_opt.search.problem import Problem
+    from apex_opt.search.spread import Crew
 
     Progress = Callable[[str, int, int], None]
 
@@ -57,6 +59,7 @@ def search(
     top: int = 1,
     time_limit_s: float | None = None,
     scorer: Scorer | None = None,
+    crew: Callable[[Scorer], Crew] = Alone,
 ) -> Answer:
     """The best deployment for a problem, with its ledger, and the next best.
 
@@ -74,6 +77,8 @@ def search(
     top : int                        best deployments to find, each exactly
     time_limit_s : float, optional   after so long no further simulation is begun; what is open then makes the gap
     scorer : Scorer, optional        of this problem, with the facts it already has, for others to share
+    crew : callable                  who bounds and simulates for a scorer, this process or `Spread` over workers; it
+                                     changes nothing in the answer
 
     Raises
     ------
@@ -81,7 +86,7 @@ def search(
     """
     deadline = inf if time_limit_s is None else monotonic() + time_limit_s
     check_lengths(problem)
-    return _search(problem, formulation, progress or silent, top, deadline, scorer)
+    return _search(problem, formulation, progress or silent, top, deadline, crew, scorer)
 
 
 def _search(
@@ -90,13 +95,14 @@ def _search(
     tell: Progress,
     top: int,
     deadline: float,
+    crew: Callable[[Scorer], Crew],
     scorer: Scorer | None = None,
 ) -> Answer:
     """As `search`, until a point in time."""
     split = next((index for index, part in enumerate(problem.objectives, 1) if part.tolerance), None)
     if split is not None:
-        return _lexicographic(problem, split, formulation, tell, top, deadline)
-    best, tree = Best(problem, top), Tree(problem, scorer or Scorer(problem), formulation, tell)
+        return _lexicographic(problem, split, formulation, tell, top, deadline, crew)
+    best, tree = Best(problem, top), Tree(problem, scorer or Scorer(problem), formulation, tell, crew)
     found = tree.simulated(best, deadline)
     good = [one for one in found if one.scored.meets_slos]
     ranked = sorted((one.scored for one in good), key=lambda scored: rank(problem, scored))
@@ -112,11 +118,17 @@ def _search(
 
 
 def _lexicographic(
-    problem: Problem, split: int, formulation: Formulations, tell: Progress, top: int, deadline: float
+    problem: Problem,
+    split: int,
+    formulation: Formulations,
+    tell: Progress,
+    top: int,
+    deadline: float,
+    crew: Callable[[Scorer], Crew],
 ) -> Answer:
     """The best by the first objectives, then by the others among what is as good but for a tolerance."""
     aims = tuple(replace(part, tolerance=0.0) for part in problem.objectives[:split])
-    first = _search(replace(problem, objective=aims[0], then=aims[1:]), formulation, tell, 1, deadline)
+    first = _search(replace(problem, objective=aims[0], then=aims[1:]), formulation, tell, 1, deadline, crew)
     if first.best is None:
         return first
     metrics = first.best.metrics
@@ -126,7 +138,7 @@ def _lexicographic(
         raise UsageError(f"objective {last}: has a tolerance and nothing after it to choose by; name one more")
     objective, *then = problem.objectives[split:]
     nearer = replace(problem, objective=objective, then=tuple(then), near=(*problem.near, *near))
-    found = _search(nearer, formulation, tell, top, deadline)
+    found = _search(nearer, formulation, tell, top, deadline, crew)
     for part, before in zip(found.ledger.parts, first.ledger.parts, strict=True):
         part.before = (before, *part.before)
     scorer = Scorer(problem)
@@ -154,14 +166,23 @@ class Tree:
     scorer : Scorer
     formulation : Formulations
     tell : callable      told (what, done, total) along the way
+    crew : callable      who bounds and simulates for a scorer
     """
 
-    def __init__(self, problem: Problem, scorer: Scorer, formulation: Formulations, tell: Progress) -> None:
-        self.problem, self.scorer = problem, scorer
+    def __init__(
+        self,
+        problem: Problem,
+        scorer: Scorer,
+        formulation: Formulations,
+        tell: Progress,
+        crew: Callable[[Scorer], Crew] = Alone,
+    ) -> None:
+        self.problem, self.scorer, self._crew = problem, scorer, crew(scorer)
         self._formulation, self._tell = formulation, tell
         types = () if problem.serving == ("pools",) else problem.types
         self.singles = [
-            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell) for name in types
+            Single(scorer.facts(name), formulation, name if problem.mixed else None, tell, self._crew.bounded)
+            for name in types
         ]
         self._others: list[Together | Pipelines] = []
         self._sides: list[Sides] = []
@@ -218,16 +239,22 @@ class Tree:
     ) -> list[Simulated]:
         """One search, in which some deployments are known already."""
 
-        def challenge(deployment: Deployment, bounds: Costs, worst: Costs) -> Scored | None:
-            if known is not None and deployment in known:
-                return known[deployment][0]
-            if len(deployment.pools) > 1 and worst == FREE:
-                worst = self.scorer.any_cost  # a run of several pools ends once it misses a goal, in any case
-            return self.scorer.challenge(deployment, bounds, worst)
+        there = {deployment: scored for deployment, (scored, _) in (known or {}).items()}
+
+        def aimed(runs: Iterable[Challenge]) -> Iterator[Challenge]:
+            for deployment, bounds, worst in runs:
+                # A run of several pools ends once it misses a goal, in any case.
+                free = len(deployment.pools) > 1 and worst == FREE
+                if deployment not in there:
+                    yield deployment, bounds, self.scorer.any_cost if free else worst
+
+        def scores(runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> list[Scored | None]:
+            found = iter(self._crew.scores(list(aimed(runs)), aimed(ahead)))
+            return [there[run[0]] if run[0] in there else next(found) for run in runs]
 
         prepare = partial(tell_compiling, self._tell, self.problem)
         branches = (branch for shape in shapes for branch in shape.branches())
-        return best_first(branches, incumbent, challenge, self._tell, deadline, prepare)
+        return best_first(branches, incumbent, scores, self._tell, deadline, prepare)
 
     def _mixed(self, incumbent: Incumbent) -> list[Together]:
         """Deployments with a pool on each of two types of GPU or more."""
@@ -251,7 +278,7 @@ class Tree:
         """Pipelines over two types of GPU."""
         types = self.problem.types
         return [
-            Pipelines(self.scorer.facts(types[one], types[other]), self._formulation, self._tell)
+            Pipelines(self.scorer.facts(types[one], types[other]), self._formulation, self._tell, self._crew.bounded)
             for one, other in combinations(range(len(types)), 2)
             if joined(self.problem, one, other) is not None
         ]
@@ -280,11 +307,13 @@ class Tree:
         for shape in fleets:
             if monotonic() > deadline:
                 break
-            for deployment, bound in shape.scouts([alone[(name,)] for name in shape.part.types]):
+            runs = shape.scouts([alone[(name,)] for name in shape.part.types])
+            for place, (deployment, _) in enumerate(runs):
                 self._tell("simulating plans", len(scouts), 0)
                 worst = incumbent.worst(shape.part)
                 aims = self.scorer.any_cost if worst == FREE else worst
-                scored = self.scorer.challenge(deployment, bound, aims)
+                now, *later = ((one, bound, aims) for one, bound in runs[place:])
+                (scored,) = self._crew.scores([now], later)
                 if scored is not None and scored.meets_slos:
                     scouts[deployment] = scored, shape.part
                     incumbent.scouted([one for one, _ in scouts.values()])

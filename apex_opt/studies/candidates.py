@@ -271,8 +271,8 @@ class Candidates:
         self.alone: list[Candidate] = []
         for single, some in zip(singles, plans, strict=True):
             single.part.repeated = single.space.feasible - len(some)
-            cuts = [one for plan in some if plan.replicas == 1 for one in single.space.repeated(plan)]
-            self._list(single.part, replicas_of(single.facts, single.part, cuts, single.gpu, None))
+            cuts = [(*one, None) for plan in some if plan.replicas == 1 for one in single.space.repeated(plan)]
+            self._list(single.part, replicas_of(single.facts, single.part, cuts, single.gpu, tell))
         self.products: list[Product] = []
         pipelines: list[Pipelines] = []
         if problem.mixed and singles:

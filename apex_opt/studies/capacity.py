@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import misses
-from apex_opt.search.best_first import Leaf, Queue, best_first
+from apex_opt.search.best_first import Leaf, Queue, best_first, side_by_side
 from apex_opt.search.incumbent import FREE, Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.search import judge, search, silent, tell_compiling
@@ -128,8 +128,8 @@ class _Partly:
     def leaves(self, first: int, last: int) -> int:
         return self.ends[last - 1] - (self.ends[first - 1] if first else 0)
 
-    def child(self, place: int) -> Sequence[Branch]:
-        return [_beside(self.product, self.options[place], self.admits)]
+    def child(self, place: int) -> Iterator[Branch]:
+        return (_beside(self.product, chosen, self.admits) for chosen in [self.options[place]])
 
 
 def _beside(product: Product, chosen: tuple[Rated, ...], admits: Callable[[Costs, Part], bool]) -> Branch:
@@ -214,7 +214,7 @@ def highest_rate(
     prepare = partial(tell_compiling, tell, space.scorer.problem)
     branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
     branches += [_beside(product, (), incumbent.admits) for product in space.products]
-    best_first(branches, incumbent, look, _saying(tell, "searching rates"), deadline, prepare)
+    best_first(branches, incumbent, side_by_side(look), _saying(tell, "searching rates"), deadline, prepare)
     last, best = incumbent.last, incumbent.best
     space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
     ledger = Ledger(parts=space.parts, best=(-grid.rate_per_s(best[0].step),) if best else None)
@@ -280,7 +280,7 @@ def fewest_gpus(
     larger = (0,) * len(space.parts)
     for place, gpus in enumerate(sizes):
         branches = list(space.at(gpus, rate_per_s))
-        best_first(branches, incumbent, sustains, _saying(tell, "simulating plans"), deadline, prepare)
+        best_first(branches, incumbent, side_by_side(sustains), _saying(tell, "simulating plans"), deadline, prepare)
         late = monotonic() > deadline
         if incumbent.best or late:
             beyond = tuple(space.beyond(part, gpus, problem.max_devices) for part in space.parts)

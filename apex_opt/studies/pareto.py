@@ -17,16 +17,18 @@ from apex_opt.search.ledger import Ledger
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import Tree, rank, silent
 from apex_opt.search.space import check_lengths
+from apex_opt.search.spread import Alone
 from apex_opt.units import add_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from apex_opt.figures import Objective
     from apex_opt.search.answer import Scored
     from apex_opt.search.ledger import Costs, Part
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Formulations, Progress
+    from apex_opt.search.spread import Crew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,11 @@ class Unbeaten(Incumbent):
 
 
 def pareto(
-    problem: Problem, objectives: Sequence[Objective], formulation: Formulations, progress: Progress | None = None
+    problem: Problem,
+    objectives: Sequence[Objective],
+    formulation: Formulations,
+    progress: Progress | None = None,
+    crew: Callable[[Scorer], Crew] = Alone,
 ) -> Front:
     """The exact front of two or three objectives over the deployments that meet the goals.
 
@@ -95,6 +101,7 @@ def pareto(
     objectives : of the front
     formulation : Formulations       the programs that enumerate plans and split layers
     progress : callable, optional    told (what, done, total) along the way
+    crew : callable                  who bounds and simulates for a scorer, as of `search`
 
     Raises
     ------
@@ -106,7 +113,7 @@ def pareto(
         raise UsageError(f"--objective: {','.join(names)}: a front is of two or three objectives, each named once")
     problem = replace(problem, objective=objectives[0], then=tuple(objectives[1:]))
     check_lengths(problem)
-    tree = Tree(problem, Scorer(problem), formulation, progress or silent)
+    tree = Tree(problem, Scorer(problem), formulation, progress or silent, crew)
     found = tree.simulated(Unbeaten(problem), inf)
     good = [one.scored for one in found if one.scored.meets_slos]
     # Of a front no objective is the first, so none of its bounds is told.

@@ -14,7 +14,7 @@ from apex_opt.errors import FormulationError
 from apex_opt.evaluate import Violation, cuts, violations
 from apex_opt.plans.plan import repeated
 from apex_opt.search.ledger import Part
-from apex_opt.search.shapes.single import replicas_of
+from apex_opt.search.shapes.single import in_turn, replicas_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
     from apex_opt.search.problem import Problem
-    from apex_opt.search.shapes.single import Replicas
+    from apex_opt.search.shapes.single import Bounded, Replicas
     from apex_opt.search.space import Progress
 
 MOST_JOINT: Final = 64
@@ -181,10 +181,11 @@ class Pipelines:
     facts : Facts             of a problem as `joined` makes it
     formulation : Splitter    splits their layers
     tell : callable           told (what, done, total) along the way
+    bounded : callable        has plans bounded
     """
 
-    def __init__(self, facts: Facts, formulation: Splitter, tell: Progress) -> None:
-        self._facts, self._tell = facts, tell
+    def __init__(self, facts: Facts, formulation: Splitter, tell: Progress, bounded: Bounded = in_turn) -> None:
+        self._facts, self._tell, self._bounded = facts, tell, bounded
         self._splits = Splits(facts, formulation)
         self._cuts = list(pipelines(facts.problem))
         self.part = Part(
@@ -197,6 +198,6 @@ class Pipelines:
 
     def branches(self) -> Iterator[Replicas]:
         """A branch for every cut and way it lies."""
-        for done, cut in enumerate(sorted(self._cuts, key=lambda item: (item[0].cut, item[0].stages))):
-            self._tell("bounding plans", done, len(self._cuts))
-            yield from replicas_of(self._facts, self.part, [cut], None, self._splits)
+        order = sorted(self._cuts, key=lambda item: (item[0].cut, item[0].stages))
+        cuts = [(cut, counts, self._splits) for cut, counts in order]
+        return replicas_of(self._facts, self.part, cuts, None, self._tell, self._bounded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from apex_opt.search.ledger import Part
 from apex_opt.search.space import Moves, every_plan, list_space
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
@@ -22,6 +22,37 @@ if TYPE_CHECKING:
     from apex_opt.search.space import Formulation, Progress
 
     Late = Callable[[Plan], Plan | None]
+    _Kept = tuple[tuple[int, ...], list[Costs]]
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+class Bounded(Protocol):
+    """Who bounds plans."""
+
+    def __call__(
+        self, facts: Facts, function: Callable[[Facts, Item], Found], items: Sequence[Item]
+    ) -> Iterator[Found]:
+        """What a function of a module makes of each item, with what is known of its plans, in order.
+
+        Parameters
+        ----------
+        facts : Facts         of the plans
+        function : callable   of these and an item
+        items : sequence
+        """
+        ...
+
+
+def in_turn(facts: Facts, function: Callable[[Facts, Item], Found], items: Sequence[Item]) -> Iterator[Found]:
+    """One after the other, in this process, as it is asked for.
+
+    Parameters
+    ----------
+    facts, function, items : as of `Bounded`
+    """
+    return (function(facts, item) for item in items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +78,34 @@ class Replicas:
         return None if plan is None else Deployment.of(plan, self.gpu)
 
 
+def bounds_of(facts: Facts, cut: tuple[Plan, Sequence[int], bool]) -> tuple[list[_Kept], int]:
+    """The numbers of replicas of a plan that may meet the goals, and how many of them cannot.
+
+    Parameters
+    ----------
+    facts : Facts    of the problem it is of
+    cut : a plan of one replica, its numbers of replicas, and whether its layers are yet to be moved
+    """
+    kept: list[_Kept] = []
+    problem, lost = facts.problem, 0
+    plan, counts, movable = cut
+    for alike in facts.alike(plan, counts, movable=movable):
+        bounds, possible = judged(facts.floors(alike), problem.objectives, problem.goals)
+        lost += int((~possible).sum())
+        order = [int(place) for place in np.lexsort(bounds.T[::-1]) if possible[place]]
+        if order:
+            replicas = tuple(alike.replicas[place] for place in order)
+            kept.append((replicas, [tuple(bounds[place].tolist()) for place in order]))
+    return kept, lost
+
+
 def replicas_of(
-    facts: Facts, part: Part, cuts: Iterable[tuple[Plan, Sequence[int]]], gpu: str | None, late: Late | None
+    facts: Facts,
+    part: Part,
+    cuts: Sequence[tuple[Plan, Sequence[int], Late | None]],
+    gpu: str | None,
+    tell: Progress,
+    bounded: Bounded = in_turn,
 ) -> Iterator[Replicas]:
     """The branches of some cuts with the numbers of replicas that find room; those that cannot meet the goals counted.
 
@@ -56,25 +113,18 @@ def replicas_of(
     ----------
     facts : Facts         of the problem they are of
     part : Part           what they are a part of
-    cuts : plans of one replica, each with its numbers of replicas
+    cuts : plans of one replica, each with its numbers of replicas and what moves its layers, where these are yet to be
     gpu : str or None     as of `Pool`
-    late : callable or None    moves the layers of a plan, where they are yet to be moved
+    tell : callable       told (what, done, total) along the way
+    bounded : callable    has plans bounded
     """
-    problem = facts.problem
-    for cut, counts in cuts:
-        for alike in facts.alike(cut, counts, movable=late is not None):
-            bounds, possible = judged(facts.floors(alike), problem.objectives, problem.goals)
-            part.out_of_reach += int((~possible).sum())
-            order = [int(place) for place in np.lexsort(bounds.T[::-1]) if possible[place]]
-            if order:
-                yield Replicas(
-                    part=part,
-                    plan=cut,
-                    gpu=gpu,
-                    replicas=tuple(alike.replicas[place] for place in order),
-                    bounds=[tuple(bounds[place].tolist()) for place in order],
-                    late=late,
-                )
+    found = bounded(facts, bounds_of, [(cut, counts, late is not None) for cut, counts, late in cuts])
+    for done, (cut, _, late) in enumerate(cuts):
+        tell("bounding plans", done, len(cuts))
+        kept, lost = next(found)
+        part.out_of_reach += lost
+        for replicas, bounds in kept:
+            yield Replicas(part=part, plan=cut, gpu=gpu, replicas=replicas, bounds=bounds, late=late)
 
 
 class Single:
@@ -86,10 +136,18 @@ class Single:
     formulation : Formulation  enumerates how a replica can be cut
     gpu : str or None          as of `Pool`
     tell : callable            told (what, done, total) along the way
+    bounded : callable         has plans bounded
     """
 
-    def __init__(self, facts: Facts, formulation: Formulation, gpu: str | None, tell: Progress) -> None:
-        self.facts, self.gpu, self._tell = facts, gpu, tell
+    def __init__(
+        self,
+        facts: Facts,
+        formulation: Formulation,
+        gpu: str | None,
+        tell: Progress,
+        bounded: Bounded = in_turn,
+    ) -> None:
+        self.facts, self.gpu, self._tell, self._bounded = facts, gpu, tell, bounded
         self.space = list_space(facts.problem, formulation, tell)
         self.moves = Moves(facts.problem, formulation)
         self.part = Part(
@@ -108,9 +166,8 @@ class Single:
         every = sorted(
             ((cut, late) for cuts, late in kinds for cut in cuts), key=lambda item: (item[0].cut, item[0].stages)
         )
-        for done, (cut, late) in enumerate(every):
-            self._tell("bounding plans", done, len(every))
-            yield from replicas_of(self.facts, self.part, self.space.repeated(cut), self.gpu, late)
+        cuts = [(routed, counts, late) for cut, late in every for routed, counts in self.space.repeated(cut)]
+        return replicas_of(self.facts, self.part, cuts, self.gpu, self._tell, self._bounded)
 
     def plans(self) -> list[Plan]:
         """All feasible plans, with their layers moved."""

@@ -19,7 +19,7 @@ from apex_opt.search.facts import judged
 from apex_opt.search.ledger import LATE, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -52,10 +52,10 @@ class Choices:
     def leaves(self, first: int, last: int) -> int:
         return (self.ends[last - 1] if last else 0) - (self.ends[first - 1] if first else 0)
 
-    def child(self, place: int) -> Leaf | Sequence[Choices]:
+    def child(self, place: int) -> Leaf | Iterator[Choices]:
         chosen = (*self.chosen, self.options[place])
         if len(chosen) < self.shape.pools:
-            return [self.shape.branch(chosen)]
+            return map(self.shape.branch, [chosen])
         return Leaf(deployment=deployed(chosen), bound=self.bounds[place])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from apex_opt.evaluate import decode_bytes
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import can_hold, statistic
-from apex_opt.search.best_first import Leaf, Queue, best_first
+from apex_opt.search.best_first import Leaf, Queue, best_first, side_by_side
 from apex_opt.search.facts import judged
 from apex_opt.search.incumbent import FREE, Best, Incumbent
 from apex_opt.search.ledger import Part
@@ -200,7 +200,8 @@ class Work:
         problem = scorer.problem
         part = Part(shape="single", types=problem.types, objective=problem.objective, space=len(leaves), infeasible={})
         prepare = partial(tell_compiling, self.tell, problem)
-        return best_first([Queue(part, leaves)], incumbent, challenge or scorer.challenge, self.tell, math.inf, prepare)
+        scores = side_by_side(challenge or scorer.challenge)
+        return best_first([Queue(part, leaves)], incumbent, scores, self.tell, math.inf, prepare)
 
     def _first(self, scorer: Scorer, plans: Sequence[Deployment]) -> Scored | None:
         """A plan that meets the goals: runs end as soon as they are known to miss one, which a search lets run on.
