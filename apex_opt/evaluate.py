@@ -118,7 +118,7 @@ class Instance:
         """KV blocks that a plan must have for the longest request, with those for drafts to come."""
         settings, tokens = settings_of(self.model, self.settings, plan), self.longest_tokens
         if plan.speculation is not None:
-            tokens = max(tokens, min(tokens + plan.speculation.ahead, settings.max_model_len))
+            return int(settings.most_blocks(settings.with_drafts(np.array(tokens), plan.speculation)))
         return int(settings.most_blocks(np.array(tokens)))
 
     @property

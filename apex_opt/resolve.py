@@ -13,7 +13,7 @@ from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
 from apex_opt.engines import ANY, kind_names, load_kind, load_rules
 from apex_opt.engines.kinds import COMMON
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
@@ -408,6 +408,8 @@ def _settings(
     else:
         # What gave way comes back with what it has generated.
         least = trace.longest if scheduler.may_preempt else int(trace.prompt.max())
+    if isinstance(scheduler, SglangScheduling) and "max_num_seqs" in asked:
+        scheduler = replace(scheduler, drafting_seats=0)
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     _check_own(limits[0], asked, kind)
     settings = EngineSettings(
@@ -434,8 +436,8 @@ def _speculation(
     chosen = [drafter for drafter in drafters if drafter is not None]
     if chosen and not settings.scheduler.verifies_drafts:
         raise UsageError(
-            f"--speculation={chosen[0]}: drafts are modelled for vLLM and TensorRT-LLM, not for {ask.engine}; use "
-            "--engine=vllm or --engine=trtllm"
+            f"--speculation={chosen[0]}: drafts are modelled for vLLM, SGLang and TensorRT-LLM, not for {ask.engine}; "
+            "use --engine=vllm, --engine=sglang or --engine=trtllm"
         )
     if chosen and settings.runnable not in (None, load_kind(ask.engine).rules):
         raise UsageError(
@@ -450,7 +452,7 @@ def _speculation(
             )
     drafting, notes = speculations(model, drafters, ask.acceptance)
     between = [of.method for of in drafting if not of.rules.forms_ahead]
-    if ask.async_scheduling and between:
+    if ask.async_scheduling and between and settings.scheduler.waits_for_host:
         notes = (
             *notes,
             f"--async_scheduling=true: {between[0]} makes its drafts on the host, between two batches, so plans with "

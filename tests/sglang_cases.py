@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from simulator_cases import of_windows
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.speculation import METHODS, Speculation
 from apex_opt.simulator import BatchLaw, Outcome, simulate
 from apex_opt.workload.trace import Trace, make_trace
 
@@ -81,6 +82,37 @@ def random_run(seed: int) -> Run:
     )
 
 
+def random_drafting_run(seed: int) -> Run:
+    """The run of a seed with drafts on one stage, every other one with a pool that is hardly enough."""
+    run, r = random_run(seed), Random(seed + 10_000)
+    drafts = r.randint(1, 8)
+    method = r.choice(sorted(METHODS))
+
+    def counts(most: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(r.randint(0, most) for _ in range(r.randint(1, 9))) for _ in range(r.randint(1, 3)))
+
+    tokens = max(run.settings.max_num_batched_tokens, run.settings.max_num_seqs * (1 + drafts))
+    settings = replace(
+        run.settings,
+        max_num_batched_tokens=tokens,
+        speculation=Speculation(
+            method=method,
+            draft_tokens=drafts,
+            model="other" if method == "draft" else "",
+            accepted=counts(drafts + 2),
+            proposed=counts(drafts) if r.random() < 0.3 else (),
+        ),
+        scheduler=replace(run.settings.scheduler, mixed_chunk=False),
+    )
+    need = int(settings.with_drafts(settings.room(run.trace), settings.speculation.drafter).max())
+    return replace(
+        run,
+        settings=settings,
+        blocks=-(-need // settings.block_size) + r.choice([0, 1, 4, 20, 200]),
+        laws=[_law(r, settings)],
+    )
+
+
 def _trace(r: Random, longest: int, *, crowded: bool, eos: bool) -> Trace:
     """Requests, often with the same beginnings."""
     spread, per, groups, alike = (
@@ -122,6 +154,15 @@ def _law(r: Random, settings: EngineSettings) -> BatchLaw:
         return np.array([r.randint(least, most) for _ in range(entries + 1)], np.int64)
 
     seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    drafts = settings.speculation.draft_tokens if settings.speculation else 0
+    drafting: dict[str, Any] = {}
+    if drafts:
+        drafting = {
+            "draft_tokens": drafts,
+            "verify_ns": table(tokens, 2000),
+            "draft_ns": table(seqs, 700),
+            "draft_rate": table(seqs, 1 << 20),
+        }
     return BatchLaw(
         decode_ns=table(seqs, 4000, 1000) * plain,
         sequence_ns=table(seqs, 50),
@@ -133,5 +174,6 @@ def _law(r: Random, settings: EngineSettings) -> BatchLaw:
         chunk_context_rate=table(tokens, 1 << 20),
         transfer_ns=table(tokens, 500),
         copies=r.choice([1, 1, 2]),
+        **drafting,
         **of_windows(settings, lambda entries: table(entries - 1, 1 << 20)),
     )

@@ -63,6 +63,9 @@ class Scheduling:
     whole_length : bool       where prompts are not split a batch must have room for max_model_len, as what gave way may
                               come back that long; else for the prompts that there are
     verifies_drafts : bool    what it does with drafts is modelled
+    waits_for_host : bool     forms no batch ahead where drafts are made on the host, between two batches
+    drafts_at_once : bool     a batch that brings a first token makes drafts as well; else only one that verifies some
+    whole_rows : bool         a token is never scheduled without all of its drafts
     seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
     """
 
@@ -73,12 +76,25 @@ class Scheduling:
     forms_ahead: ClassVar[bool] = True
     whole_length: ClassVar[bool] = True
     verifies_drafts: ClassVar[bool] = False
+    waits_for_host: ClassVar[bool] = True
+    drafts_at_once: ClassVar[bool] = True
+    whole_rows: ClassVar[bool] = False
     seats_per_stage: ClassVar[bool] = False
 
     @property
     def may_preempt(self) -> bool:
         """Whether requests give way with these settings."""
         return self.preempts
+
+    def seats_of(self, seats: int, *, drafting: bool) -> int:
+        """Sequences running at once, where so many are without drafts.
+
+        Parameters
+        ----------
+        seats : int
+        drafting : bool    whether drafts are verified
+        """
+        return seats
 
     def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
         """Tokens that the cache must have room for, for each of some requests to be served at all.
@@ -149,18 +165,26 @@ class SglangScheduling(Scheduling):
     ignore_eos : bool                   clients ask for exactly as many tokens as they state, as benchmarks do
     load_balance_method : str           to which attention rank a request goes: "round_robin", or "total_requests": to
                                         the one that has the fewest
+    drafting_seats : int                most sequences running at once where drafts are verified, if no number is asked
+                                        for; 0: as many as without drafts
     """
 
     name = "sglang"
+    verifies_drafts = True
+    waits_for_host = False
+    drafts_at_once = False
+    whole_rows = True
     max_prefill_tokens: int = 16384
     schedule_policy: str = "fcfs"
     schedule_conservativeness: float = 1.0
     mixed_chunk: bool = False
     ignore_eos: bool = False
     load_balance_method: str = "round_robin"
+    drafting_seats: int = 0
 
     def __post_init__(self) -> None:
         whole("max_prefill_tokens", self.max_prefill_tokens, 1)
+        whole("drafting_seats", self.drafting_seats, 0)
         if self.schedule_policy not in SCHEDULE_POLICIES:
             raise UnknownNameError("schedule_policy", str(self.schedule_policy)[:60], SCHEDULE_POLICIES)
         if self.load_balance_method not in LOAD_BALANCES:
@@ -178,6 +202,17 @@ class SglangScheduling(Scheduling):
         """
         pages = 1 if caches or not self.ignore_eos else 2
         return lengths.prompt + lengths.stated + pages * page + 1
+
+    def ahead(self, drafts: int) -> int:
+        """Tokens beyond those computed whose pages a step with so many drafts takes.
+
+        Those of two steps, as what comes of the last one may not be known.
+        Source: `get_alloc_reserve_per_decode` of SGLang 0.5.23 for chains of drafts.
+        """
+        return 2 * (1 + drafts)
+
+    def seats_of(self, seats: int, *, drafting: bool) -> int:
+        return min(seats, self.drafting_seats) if drafting and self.drafting_seats else seats
 
     @property
     def balances_ranks(self) -> bool:
@@ -223,6 +258,7 @@ class TrtllmScheduling(Scheduling):
     preempts = False
     whole_length = False
     verifies_drafts = True
+    whole_rows = True
     seats_per_stage = True
     finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"

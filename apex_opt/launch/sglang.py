@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from apex_opt.launch.commands import Asked, Host, Replica
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.shares import Shares
+    from apex_opt.plans.speculation import Drafter
 
+_HEAD: Final = "EAGLE3_HEAD"
+_ALGORITHMS: Final = {"eagle": "EAGLE3", "mtp": "NEXTN", "draft": "STANDALONE", "ngram": "NGRAM"}
+"""What SGLang calls the ways to make drafts."""
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _JOIN_PORT: Final = 20000
 
@@ -44,6 +48,11 @@ class Sglang:
             found.append(
                 f"later releases spell --dp-size {plan.attention.dp} --enable-dp-attention as --attn-dp-size "
                 f"{plan.attention.dp}: check"
+            )
+        if plan.speculation is not None and plan.speculation.method == "eagle":
+            found.append(
+                "--speculative-draft-model-path: put the EAGLE-3 head that was trained for the model in place of "
+                f"{_HEAD}"
             )
         if plan.shares is not None:
             found.append("--enable-pdmux is marked in SGLang's sources as a temporary demo: check")
@@ -93,6 +102,8 @@ class Sglang:
         else:
             words += ["--chunked-prefill-size", "-1"]
         words += self._own(settings)
+        if plan.speculation is not None:
+            words += self._drafting(plan.speculation)
         words += ["--context-length", str(settings.max_model_len), "--page-size", str(settings.block_size)]
         if not settings.prefix_caching:
             words.append("--disable-radix-cache")
@@ -115,6 +126,18 @@ class Sglang:
         if own.load_balance_method != usual.load_balance_method:
             words += ["--load-balance-method", own.load_balance_method]
         return [*words, "--enable-mixed-chunk"] if own.mixed_chunk else words
+
+    def _drafting(self, drafter: Drafter) -> list[str]:
+        """Chains of drafts; SGLang counts the token that they follow among those it verifies."""
+        words, drafts = ["--speculative-algorithm", _ALGORITHMS[drafter.method]], drafter.draft_tokens
+        if drafter.method == "ngram":
+            words += ["--speculative-ngram-max-bfs-breadth", "1"]
+        else:
+            words += ["--speculative-num-steps", str(drafts), "--speculative-eagle-topk", "1"]
+        words += ["--speculative-num-draft-tokens", str(drafts + 1)]
+        if drafter.method in ("eagle", "draft"):
+            words += ["--speculative-draft-model-path", drafter.model or _HEAD]
+        return words
 
     def _joined(self, parts: Sequence[Host], rank: int, place: int) -> list[str]:
         """What joins the processes on several hosts."""

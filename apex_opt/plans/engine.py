@@ -115,6 +115,30 @@ class EngineSettings:
         lengths = Lengths(trace.prompt, trace.generated(self.max_model_len), trace.stated(self.max_model_len))
         return self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
 
+    def with_drafts(self, tokens: NDArray[np.int64], drafter: Drafter) -> NDArray[np.int64]:
+        """Tokens that the cache must have room for with drafts, where it must have room for so many without.
+
+        The last step of SGLang but one leaves two tokens to come, and a page and a token of what is counted are free.
+
+        Parameters
+        ----------
+        tokens : int64[n]
+        drafter
+        """
+        if isinstance(self.scheduler, SglangScheduling):
+            return tokens + max(0, self.scheduler.ahead(drafter.draft_tokens) - 3 - self.block_size)
+        return np.maximum(tokens, np.minimum(tokens + drafter.ahead, self.max_model_len))
+
+    @property
+    def beyond_page(self) -> int:
+        """Tokens after a page without which its content is not known, where prefixes are cached.
+
+        SGLang knows a token by it and the next one where a drafter needs the hidden state of the one with the other.
+        Source: keys of pairs (`is_bigram`) in `RadixKey` of SGLang 0.5.23.
+        """
+        pairs = self.speculation is not None and self.speculation.rules.recomputes
+        return int(pairs and isinstance(self.scheduler, SglangScheduling))
+
     def seats(self, stages: int) -> int:
         """Sequences that run at once, over so many pipeline stages."""
         return self.max_num_seqs * (stages if self.scheduler.seats_per_stage else 1)
@@ -151,21 +175,43 @@ class EngineSettings:
             raise UsageError(
                 f"prefix_caching goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
             )
-        if self.speculation is not None and not self.scheduler.verifies_drafts:
-            with_it = ", ".join(kind.name for kind in SCHEDULINGS.values() if kind.verifies_drafts)
-            raise UsageError(
-                f"speculation goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
-            )
-        whole_rows = isinstance(self.scheduler, TrtllmScheduling)  # others verify as many drafts as there is room for
-        if self.speculation is not None and whole_rows and self.max_num_batched_tokens <= self.speculation.draft_tokens:
-            raise UsageError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} has no room for a token with its "
-                f"{self.speculation.draft_tokens} drafts; raise the one or lower the other"
-            )
+        if self.speculation is not None:
+            self._check_drafts(self.speculation)
         if self.whole_prompts and self.scheduler.whole_length and self.max_num_batched_tokens < self.max_model_len:
             raise UsageError(
                 f"where prompts are not split max_num_batched_tokens {self.max_num_batched_tokens} must reach "
                 f"max_model_len {self.max_model_len}: a longer prompt would never be scheduled"
+            )
+
+    def _check_drafts(self, speculation: Speculation) -> None:
+        """Refuse limits that drafts do not go with.
+
+        Raises
+        ------
+        UsageError
+        """
+        if not self.scheduler.verifies_drafts:
+            with_it = ", ".join(kind.name for kind in SCHEDULINGS.values() if kind.verifies_drafts)
+            raise UsageError(
+                f"speculation goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
+            )
+        drafts, tokens = speculation.draft_tokens, self.max_num_batched_tokens
+        if self.scheduler.whole_rows and tokens <= drafts:  # others verify as many drafts as there is room for
+            raise UsageError(
+                f"max_num_batched_tokens {tokens} has no room for a token with its {drafts} drafts; raise the one or "
+                "lower the other"
+            )
+        if not isinstance(self.scheduler, SglangScheduling):
+            return
+        if self.max_num_seqs * (1 + drafts) > tokens:
+            raise UsageError(
+                f"max_num_seqs {self.max_num_seqs} with {drafts} drafts each are more than the max_num_batched_tokens "
+                f"{tokens} that a batch is simulated to; sglang verifies all that run at once; lower the one or raise "
+                "the other"
+            )
+        if self.scheduler.mixed_chunk:
+            raise UsageError(
+                "mixed_chunk: what sglang does with drafts in batches of prompts is not modelled; leave one of them out"
             )
 
 
@@ -246,13 +292,14 @@ def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
     speculation = _of_drafts(settings, plan.speculation) if plan.speculation else None
     return replace(
         settings,
-        max_num_seqs=plan.max_num_seqs or settings.max_num_seqs,
+        max_num_seqs=plan.max_num_seqs
+        or settings.scheduler.seats_of(settings.max_num_seqs, drafting=speculation is not None),
         max_num_batched_tokens=max(tokens, settings.max_model_len) if multiplexed else tokens,
         chunked_prefill=settings.chunked_prefill and not multiplexed,
         speculation=speculation,
         async_scheduling=settings.async_scheduling
         and not multiplexed
-        and (speculation is None or speculation.rules.forms_ahead),
+        and (speculation is None or speculation.rules.forms_ahead or not settings.scheduler.waits_for_host),
     )
 
 

@@ -16,7 +16,7 @@ from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.plans.shares import divisions
-from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
 from apex_opt.search.bounds.phases import WHOLE, Side
@@ -195,7 +195,7 @@ class Facts:
     def alone(self, plan: Plan, *, movable: bool = False) -> Run:
         """What no run of a plan can beat, as if each request were the only one."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
-        overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, movable))
+        overtaking = self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, movable))
         side = self.side(plan)  # whether anybody gives way depends on how many requests a replica has
         key = plan.cut, plan.stages, layout, overtaking, side
         if key not in self._alone:
@@ -246,7 +246,7 @@ class Facts:
     def _load(self, plan: Plan, alike: Alike) -> tuple[float, Load | None]:
         """Replicas from which the load adds nothing, and below these the load of one replica."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
-        overtaking = plan.stages > 1 and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
+        overtaking = self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
         side = self.side(plan)
         key = plan.cut, plan.layers, layout, overtaking, side
         if key not in self._loads:
@@ -275,6 +275,10 @@ class Facts:
             fits = blocks >= self._needed(plan)
             blocks = least_blocks(problem.model, plan, memory, problem.settings_for(plan), self._held) if fits else 0
         return blocks * plan.attention.dp // schedulers(problem.settings, plan)
+
+    def _minds(self, plan: Plan) -> bool:
+        """Whether what bounds say depends on who may be preempted."""
+        return minds_preemption(self.problem.settings_for(plan), plan.stages)
 
     def _gives_way(self, plan: Plan, blocks: int) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""

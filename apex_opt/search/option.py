@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from apex_opt.cost import idle_w, limit_w
 from apex_opt.plans.engine import of_all
-from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
 from apex_opt.search.bounds.load import works_ns
 from apex_opt.search.dealing import tokens_per_s
 
@@ -77,7 +77,8 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
         key = plan.cut, plan.layers, costs.layouts_of(plan)
         if key not in found:
             blocks, cost = facts.blocks(plan), facts.plan_cost(plan)
-            overtaking = plan.stages > 1 and may_preempt(settings, facts.own_blocks(plan), trace)
+            minds = minds_preemption(settings, plan.stages)
+            overtaking = minds and may_preempt(settings, facts.own_blocks(plan), trace)
             floors = StageFloor.of_pool(cost.laws, cost.ranks)
             first_ns, rest_ns = isolated(settings, floors, trace, overtaking=overtaking)
             mean = facts.mean(plan)
@@ -93,7 +94,7 @@ def options_of(facts: Facts, pools: Sequence[Pool], tell: Callable[[str, int, in
                 # Blocks that prompts share are held once.
                 "held_ns": 0.0 if settings.prefix_caching else share * under_way_ns / max(blocks, 1),
                 "step_ns": under_way_ns / of_all(settings, plan).seats(plan.stages),
-                "batch_ns": 0 if overtaking else sum(floor.batch_ns for floor in floors),
+                "batch_ns": 0 if overtaking and plan.stages > 1 else sum(floor.batch_ns for floor in floors),
                 "token_j": facts.token_j(plan),
             }
         price = facts.cost_per_h(plan)

@@ -23,7 +23,7 @@ from apex_opt.figures.run import Facts as StopFacts
 from apex_opt.figures.stops import early_stops
 from apex_opt.placement.pools import link_between
 from apex_opt.search.answer import PoolUse, PriorityUse, Scored
-from apex_opt.search.bounds import StageFloor, isolated, may_preempt
+from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
 from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
 from apex_opt.search.facts import KEPT, Facts, judged
 from apex_opt.search.incumbent import FREE
@@ -414,7 +414,8 @@ class Scorer:
         trace = self.problem.trace
         first, finish = trace.arrival_ns.copy(), trace.arrival_ns.copy()
         for engine, mine in zip(engines, rows, strict=True):
-            overtaking = len(engine.laws) > 1 and may_preempt(engine.settings, engine.blocks, trace)
+            minds = minds_preemption(engine.settings, len(engine.laws))
+            overtaking = minds and may_preempt(engine.settings, engine.blocks, trace)
             floors = StageFloor.of_pool(engine.laws, engine.ranks)
             to_first, rest = isolated(engine.settings, floors, trace, overtaking=overtaking)
             first[mine] += to_first[mine]

@@ -85,7 +85,7 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
     logged : bool     whether batches are told, with groups of layers the blocks of each
     """
     if isinstance(settings.scheduler, SglangScheduling):
-        return "sglang"
+        return "sglang" if settings.speculation is None else "sglang drafts"
     if settings.kv_groups and settings.speculation is None:
         counted = not logged and not settings.prefix_caching
         steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0
@@ -287,13 +287,7 @@ class Memory:
         lists: list[tuple[int, I64]] = []
         for pool, place, lanes, engine in zip(self._pools, self._places, self._lanes, self._engines, strict=True):
             seats, rows = pool.settings.max_num_seqs, self._replicas[place]
-            if (speculation := pool.settings.speculation) is not None:
-                accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
-                rows[:, [kn.LISTS, kn.LIST_SIZE]] = accepted.shape
-                for column, counts in {kn.ACCEPTED_AT: accepted, kn.PROPOSED_AT: proposed}.items():
-                    rows[:, column] = end
-                    lists.append((end, counts.reshape(-1)))
-                    end += counts.size
+            end = self._list_drafts(pool, rows, lists, end)
             if engine.startswith("speculative"):
                 parts = {kn.RUNNING_AT: seats, kn.QUEUE_AT: 2 * (seats + 3)}
             elif engine == "trtllm":
@@ -431,6 +425,26 @@ class Memory:
         sizes, ring = _spans(settings), int(self._replicas[:, kn.RING_SIZE].max())
         starts = np.cumsum([0, *(kv.DUE + 2 * size + ring for size in sizes)])[:-1]
         return np.array([(*its, at) for its, at in zip(sizes.items(), starts, strict=True)], np.int64).reshape(-1)
+
+    def _list_drafts(self, pool: EnginePool, rows: I64, lists: list[tuple[int, I64]], end: int) -> int:
+        """What comes of drafts, as lists in the scratch memory from a place on; where what comes after them begins.
+
+        Parameters
+        ----------
+        pool : EnginePool
+        rows : of the schedulers of the pool
+        lists : that are added to, each with its place
+        end : int
+        """
+        if (speculation := pool.settings.speculation) is None:
+            return end
+        accepted, proposed = _counts(speculation, len(self._trace), int(self._requests[kn.LIMIT].max()))
+        rows[:, [kn.LISTS, kn.LIST_SIZE]] = accepted.shape
+        for column, counts in {kn.ACCEPTED_AT: accepted, kn.PROPOSED_AT: proposed}.items():
+            rows[:, column] = end
+            lists.append((end, counts.reshape(-1)))
+            end += counts.size
+        return end
 
     def serve(self) -> None:
         """Run the kernel."""
@@ -603,6 +617,8 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
     if (speculation := settings.speculation) is not None:
         drafting = speculation.draft_tokens, speculation.ahead, speculation.rules.recomputes
         replicas[:, [kn.DRAFTS, kn.LOOKAHEAD, kn.RECOMPUTES]] = drafting
+    if settings.speculation is not None and isinstance(own := settings.scheduler, SglangScheduling):
+        replicas[:, kn.LOOKAHEAD] = own.ahead(settings.speculation.draft_tokens)
     if isinstance(own := settings.scheduler, TrtllmScheduling):
         replicas[:, kn.LOOKAHEAD] = np.maximum(replicas[:, kn.LOOKAHEAD] - 1, 0)
         replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)

@@ -62,9 +62,11 @@ class SglangMemory(Memory):
         of_slots = self._registers[len(slots) * sg.G_SIZE :].reshape(-1, sg.S_SIZE)
         self._ratio = np.zeros((len(slots), sg.R_SIZE), np.float64)
         end, first = 0, 0
+        told: list[tuple[int, I64]] = []
         for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
             settings, stages, own = pool.settings, len(pool.laws), self._own[place]
             self._set_up(place, pool)
+            end = self._list_drafts(pool, self._replicas[place], told, end)
             seats, page, depth = settings.max_num_seqs, settings.block_size, settings.depth(stages)
             own[:, sg.G_WAIT_MASK], own[:, sg.G_FLIGHT_SIZE] = waiting - 1, sg.F_SIZE + 2 * seats
             count = place.stop - place.start
@@ -84,7 +86,10 @@ class SglangMemory(Memory):
             of_slots[first:last, sg.S_RESIDUE_AT] = end + lists * (seats + page) + seats
             end += lanes * stages * (seats + page)
             first = last
-        return np.zeros(end, np.int64)
+        scratch = np.zeros(end, np.int64)
+        for start, counts in told:
+            scratch[start : start + len(counts)] = counts
+        return scratch
 
     def _set_up(self, place: slice, pool: EnginePool) -> None:
         """Settings that only this engine has."""
@@ -101,6 +106,7 @@ class SglangMemory(Memory):
             sg.G_LPM: own.schedule_policy == "lpm",
             sg.G_MIXES: own.mixed_chunk and settings.chunked_prefill,
             sg.G_IGNORE_EOS: own.ignore_eos,
+            sg.G_BEYOND: settings.beyond_page,
         }.items():
             self._own[place, column] = value
         ranked = pool.ranks is not None and pool.ranks.in_step

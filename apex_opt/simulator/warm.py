@@ -34,6 +34,7 @@ _ENGINES: Final[dict[str, dict[str, Any]]] = {
     "speculative": {"speculation": _DRAFTS},
     "trtllm": {"scheduler": TrtllmScheduling(), "block_size": 1},
     "sglang": {"scheduler": SglangScheduling(), "block_size": 1},
+    "sglang drafts": {"scheduler": SglangScheduling(), "block_size": 1, "speculation": _DRAFTS},
     "steady groups": {"kv_groups": _GROUPS},
     "general groups": {"kv_groups": _GROUPS, "scheduler": _THRESHOLD},
     "speculative groups": {"kv_groups": _GROUPS, "speculation": _DRAFTS},

@@ -144,7 +144,10 @@ class Pools:
         """
         tokens, length = self.instance.longest_tokens, self.instance.settings.max_model_len
         drafts = drafter.draft_tokens if drafter else 0
-        if drafter is not None and drafter.method != "ngram":
+        if drafter is not None and self.instance.settings.scheduler.name == "sglang":
+            # Two steps of right drafts, of which two tokens, the next one and a page have been counted.
+            tokens += max(0, 2 * (1 + drafts) - 3 - pool.tokens)
+        elif drafter is not None and drafter.method != "ngram":
             tokens = max(tokens, min(tokens + drafts, length))
         blocks = 1
         for size, seen, state in pool.groups or ((pool.tokens, 0, False),):

@@ -373,7 +373,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         (
             (j, i, d, 4 * vocab_size * -(-min(seqs * rows[j], most) // limits_shared(instance, d, drafter)))
             for j, drafter in enumerate(instance.drafters)
-            for i, (seqs, most) in enumerate(batch_limits(instance))
+            for i, (seqs, most) in enumerate(batch_limits(instance, drafter))
             for d in degrees
         ),
     )
@@ -432,7 +432,7 @@ def _states(
         (
             (i, n, s, d, t, pools.seats(seqs, d, s, drafter) * pools.states_bytes(block, drafter, t))
             for i, drafter in enumerate(instance.drafters)
-            for n, (seqs, _) in enumerate(batch_limits(instance))
+            for n, (seqs, _) in enumerate(batch_limits(instance, drafter))
             for s in stages_of(instance)
             for d in range(1, len(degrees) // s + 1)
             for t in range(1, len(degrees) // (s * d) + 1)

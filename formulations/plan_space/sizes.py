@@ -188,15 +188,23 @@ def vocab_on(instance: Instance, *, first: bool, last: bool) -> int:
     return int(embedding or head) if instance.model.tied_embeddings else int(embedding) + int(head)
 
 
-def batch_limits(instance: Instance) -> list[tuple[int, int]]:
-    """Sequences and tokens of a batch to choose from, those of the settings where a choice names none."""
+def batch_limits(instance: Instance, drafter: Drafter | None = None) -> list[tuple[int, int]]:
+    """Sequences and tokens of a batch to choose from, those of the settings where a choice names none.
+
+    Where SGLang verifies drafts it runs fewer sequences, unless a number was asked for.
+
+    Parameters
+    ----------
+    instance
+    drafter : Drafter or None    how drafts are made
+    """
     own = instance.settings
+    usual = own.max_num_seqs
+    if drafter is not None and own.scheduler.name == "sglang":
+        usual = min(usual, getattr(own.scheduler, "drafting_seats", 0) or usual)
     # What is multiplexed computes prompts whole.
     least = own.max_model_len if instance.shares is not None and instance.shares.multiplexed else 0
-    return [
-        (seqs or own.max_num_seqs, max(tokens or own.max_num_batched_tokens, least))
-        for seqs, tokens in instance.batch_limits
-    ]
+    return [(seqs or usual, max(tokens or own.max_num_batched_tokens, least)) for seqs, tokens in instance.batch_limits]
 
 
 def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> int:

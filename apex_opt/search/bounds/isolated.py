@@ -11,7 +11,8 @@ queues and routing only add. The slowest of the stages is no faster than their m
 so sums of the least over all layers bound every split of these into as many stages. Where tables are not monotone
 their least entries are taken.
 Where drafts are verified a request needs at least so many batches as it takes if every draft that can be right is
-scheduled (`plans.speculation.least_steps`), each over no less context than after as many tokens, and each makes drafts.
+scheduled (`plans.speculation.least_steps`), each over no less context than after as many tokens. Each makes drafts,
+but SGLang's batches of prompts, by which requests that were preempted get a token too.
 A prompt may then come in chunks that count as decoding, whose context is read once for all of their tokens.
 Percentiles and means over requests never fall when every request's value is replaced by a lower bound of it.
 """
@@ -51,8 +52,9 @@ class StageFloor:
 
     `batch_ns` of any batch; `token_ns` of a prompt token and `decode_token_ns` of a later one within the batch that
     computes it; `pair_rate` of a query-key pair of a prompt and `context_rate` of a token held when a later one is
-    computed, in 2**-20 ns. Where drafts are made, `draft_ns` of making them, within a batch that yields. `seen` holds
-    for each window what a token of context and a pair within it take, in 2**-20 ns as well.
+    computed, in 2**-20 ns. Where drafts are made, `draft_ns` of making them, within a batch that does, and
+    `draft_rate`, in 2**-20 ns, of a token held by one of its sequences. `seen` holds for each window what a token of
+    context and a pair within it take, in 2**-20 ns as well.
     """
 
     batch_ns: int
@@ -61,6 +63,7 @@ class StageFloor:
     pair_rate: int
     context_rate: int
     draft_ns: int = 0
+    draft_rate: int = 0
     seen: tuple[tuple[Window, int, int], ...] = ()
 
     @classmethod
@@ -83,8 +86,9 @@ class StageFloor:
                 token_ns=per_token,
                 decode_token_ns=per_token,
                 pair_rate=context // drafts,
-                context_rate=context + drafted,
+                context_rate=context,
                 draft_ns=made,
+                draft_rate=drafted,
                 seen=_of_windows(law),
             )
         tokens = np.arange(2, len(law.mixed_ns))
@@ -95,8 +99,9 @@ class StageFloor:
             token_ns=min(per_token, float((mixed / tokens).min()) + float((chunk / tokens).min()) / law.copies),
             decode_token_ns=min(per_token, float((mixed / tokens).min())),
             pair_rate=min(context // drafts, pair // law.copies),
-            context_rate=min(context, again // law.copies) + drafted,
+            context_rate=min(context, again // law.copies),
             draft_ns=made,
+            draft_rate=drafted,
             seen=_of_windows(law),
         )
 
@@ -159,17 +164,28 @@ class StageFloor:
             token_ns=max(token * scale - _ROUNDED, 0.0),
             decode_token_ns=max(min(alone, least.mixed_share) * scale - _ROUNDED, 0.0),
             pair_rate=max(int(pair * rates) - _ROUNDED, 0),
-            context_rate=max(int((context + least.draft_context) * rates) - _ROUNDED, 0),
+            context_rate=max(int(context * rates) - _ROUNDED, 0),
             draft_ns=max(int(least.draft * scale) - _ROUNDED, 0),
+            draft_rate=max(int(least.draft_context * rates), 0),
             seen=tuple(
                 (window, max(int(context * rates) - _ROUNDED, 0), max(int(pair * rates) - _ROUNDED, 0))
                 for window, context, pair in seen
             ),
         )
 
-    def context_ns(self, prompt: Ints, steps: Ints) -> Ints:
-        """Least that attention takes of so many later tokens: the j-th is computed over a context of prompt + j."""
-        total = scaled(steps * prompt + steps * (steps + 1) // 2, self.context_rate)
+    def later_rate(self, drafting: bool) -> int:
+        """What a token held takes when a later one is computed, whose batch makes drafts for certain or not."""
+        return self.context_rate + (self.draft_rate if drafting else 0)
+
+    def context_ns(self, prompt: Ints, steps: Ints, *, drafting: bool) -> Ints:
+        """Least that attention takes of so many later tokens: the j-th is computed over a context of prompt + j.
+
+        Parameters
+        ----------
+        prompt, steps : int64[n]
+        drafting : bool             whether each of their batches makes drafts for certain, where any are made
+        """
+        total = scaled(steps * prompt + steps * (steps + 1) // 2, self.later_rate(drafting))
         for window, rate, _ in self.seen:
             total = total + scaled(window.all_pairs(prompt + steps) - window.all_pairs(prompt), rate)
         return total
@@ -225,7 +241,7 @@ def isolated(
     settings, trace : as for `apex_opt.simulator.simulate`; asynchronous scheduling only on one stage, where batches
         still run one after the other
     floors : StageFloor of each stage
-    overtaking : bool     whether sequences may be preempted on several stages (`may_preempt`)
+    overtaking : bool     whether sequences may be preempted (`may_preempt`), where `minds_preemption`
 
     Returns
     -------
@@ -245,12 +261,14 @@ def isolated(
     steps = later_batches(settings, generated)
     if overtaking and len(floors) > 1:
         return np.maximum(first, 0), _overtaken(floors, prompt, steps)
-    first = first + sum(floor.draft_ns for floor in floors)
-    rest = steps * (all_batches + sum(floor.draft_ns for floor in floors))
+    drafts_ns = sum(floor.draft_ns for floor in floors)
+    first = first + (drafts_ns if settings.scheduler.drafts_at_once else 0)
+    drafting = settings.scheduler.drafts_at_once or not overtaking
+    rest = steps * (all_batches + (drafts_ns if drafting else 0))
     terms = 1 if settings.speculation is None else 2
     for floor, stages in alike.items():
         # Each batch rounds down by less than a nanosecond, and once more for its drafts.
-        rest = rest + stages * np.maximum(floor.context_ns(prompt, steps) - terms * steps, 0)
+        rest = rest + stages * np.maximum(floor.context_ns(prompt, steps, drafting=drafting) - terms * steps, 0)
     return np.maximum(first, 0), rest
 
 
@@ -259,6 +277,15 @@ def later_batches(settings: EngineSettings, generated: Ints) -> Ints:
     if settings.speculation is None:
         return generated - 1
     return least_steps(settings.speculation, settings.async_scheduling, generated)
+
+
+def minds_preemption(settings: EngineSettings, stages: int) -> bool:
+    """Whether a request can take less where it is preempted.
+
+    It may overtake its own batches on several stages, and where drafts are only made by batches that verify some its
+    prompt, computed again, brings a token without.
+    """
+    return stages > 1 or (settings.speculation is not None and not settings.scheduler.drafts_at_once)
 
 
 def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: int | None = None) -> bool:
@@ -281,6 +308,8 @@ def _most_blocks(trace: Trace, settings: EngineSettings) -> list[int]:
     limit = settings.max_model_len
     lengths = Lengths(trace.prompt, trace.generated(limit), trace.stated(limit))
     held = settings.scheduler.room(lengths, settings.block_size, caches=False)
+    if settings.speculation is not None:
+        held = settings.with_drafts(held, settings.speculation.drafter)
     return [int(n) for n in np.cumsum(np.sort(settings.most_blocks(held))[::-1])]
 
 

@@ -60,7 +60,7 @@ def replicas_with_room(settings: EngineSettings, mean: StageFloor, stages: int, 
     prompts, pairs, later, steps, context, held = _sums(settings, trace)
     rates = 1 / (1 << RATE_BITS)
     work = prompts * mean.token_ns + pairs * mean.pair_rate * rates
-    work += later * mean.decode_token_ns + context * mean.context_rate * rates
+    work += later * mean.decode_token_ns + context * mean.later_rate(settings.scheduler.drafts_at_once) * rates
     for window, context_rate, pair_rate in mean.seen:
         read, computed = _seen_sums(settings, trace, window)
         work += (read * context_rate + computed * pair_rate) * rates
@@ -112,7 +112,8 @@ def works_ns(
     steps = later_batches(settings, tokens + 1)
     first = np.maximum(np.floor(prompts * mean.token_ns) + mean.pairs_ns(prompt, found) - chunked(prompts), 0)
     rounded = steps if settings.speculation is None else 2 * steps
-    later = np.floor(tokens * mean.decode_token_ns) + np.maximum(mean.context_ns(prompt, steps) - rounded, 0)
+    context_ns = mean.context_ns(prompt, steps, drafting=settings.scheduler.drafts_at_once)
+    later = np.floor(tokens * mean.decode_token_ns) + np.maximum(context_ns - rounded, 0)
     return first, later
 
 

@@ -174,6 +174,8 @@ SERVE: Final = {
     ("trtllm", False): _of("deployment", "by_trtllm_nb", Run, None, *_SHARE),
     ("sglang", False): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, None), *_SHARE),
     ("sglang", True): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, Tree), *_SHARE),
+    ("sglang drafts", False): _of("sglang_serve", "by_drafts_nb", Run, (Sglang, None), *_SHARE),
+    ("sglang drafts", True): _of("sglang_serve", "by_drafts_nb", Run, (Sglang, Tree), *_SHARE),
     ("steady groups", False): _of("deployment", "by_steady_groups_nb", Run, Groups, *_SHARE),
     ("general groups", False): (_counted := _of("deployment", "by_general_groups_nb", Run, Groups, *_SHARE)),
     ("general groups", True): _counted,

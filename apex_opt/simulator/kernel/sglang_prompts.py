@@ -54,7 +54,7 @@ from apex_opt.simulator.kernel.sglang_state import (
     SORTED_UP_TO,
     STATED,
 )
-from apex_opt.simulator.kernel.sglang_tree import drop_nb, hold_nb, let_go_nb, match_nb, number_nb
+from apex_opt.simulator.kernel.sglang_tree import drop_nb, hold_nb, known_pages_nb, let_go_nb, match_nb, number_nb
 from apex_opt.simulator.kernel.state import (
     BATCH_DECODES,
     BATCH_READ,
@@ -63,6 +63,7 @@ from apex_opt.simulator.kernel.state import (
     BLOCK_SIZE,
     CACHED,
     CHUNKED,
+    DRAFTS,
     ENTERING_AT,
     FREE,
     GENERATED,
@@ -246,7 +247,7 @@ def admit_nb(e: Engine, tree: Tree | None, s: I64, f: I64, i: int) -> bool:
         return False
     known, pages, page = column_nb(e.run, PROMPT)[i] + column_nb(e.run, GENERATED)[i], 0, e.r[BLOCK_SIZE]
     if tree is not None:
-        node, pages = match_nb(e, tree, i, (known - 1) // page)
+        node, pages = match_nb(e, tree, i, known_pages_nb(e, known - 1))
         column_nb(e.run, NODE)[i] = node
         hold_nb(e, tree, node)
     refused = refused_nb(e, tree, s, f, i, known, known - pages * page)
@@ -362,7 +363,7 @@ def enter_nb(e: Engine, f: I64, row: int) -> None:
     pages[i] += needed
     r[BATCH_ROWS] += 1
     r[BATCH_TOKENS] += tokens
-    if tokens == 1:
+    if tokens <= 1 + r[DRAFTS]:
         r[BATCH_DECODES] += 1
         r[BATCH_READ] += held
     else:
@@ -381,7 +382,7 @@ def order_nb(e: Engine, tree: Tree) -> None:
         if g[G_PASSES] % REFRESHED_EVERY == 0:
             for place in range(min(n, SORTED_UP_TO) - 1, -1, -1):
                 i = waiting_nb(e, place)
-                match_nb(e, tree, i, (prompt[i] + generated[i]) // page)
+                match_nb(e, tree, i, known_pages_nb(e, prompt[i] + generated[i]))
         g[G_PASSES] += 1
         return
     # After the room for sorting by `sort_nb`: of each in the queue, its rank, and how it begins where that counts.
@@ -394,7 +395,7 @@ def order_nb(e: Engine, tree: Tree) -> None:
     for place in range(n):
         i = waiting_nb(e, place)
         known = prompt[i] + generated[i]
-        found = match_nb(e, tree, i, known // page)[1] * page
+        found = match_nb(e, tree, i, known_pages_nb(e, known))[1] * page
         rank, begin = -min(found, known - 1), NONE
         if found <= ALIKE and known >= ALIKE and prompt[i] + limit[i] >= ALIKE:
             begin = number_nb(e, tree, i, ALIKE - 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from apex_opt.simulator.kernel.deployment import serving
 from apex_opt.simulator.kernel.jit import inner
 from apex_opt.simulator.kernel.sglang import sglang_nb
+from apex_opt.simulator.kernel.sglang_drafts import sglang_drafts_nb
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
@@ -18,3 +19,4 @@ def empty_nb(its: Any, r: I64) -> None:
 
 
 by_sglang_nb = serving(sglang_nb, empty_nb)
+by_drafts_nb = serving(sglang_drafts_nb, empty_nb)

@@ -55,8 +55,8 @@ class Engine(NamedTuple):
 
 # Columns of `Run.requests` after those all engines have. A sequence on a running list has OFFSET + S_STEPS tokens, one
 # on its way included; who is not has COMPUTED and PAGES. GENERATED is of before its last prompt.
-(STATED, OFFSET, COMPUTED, PAGES, HELD, NODE, PLACE, ADMITTED, SGLANG_REQUEST_SIZE) = range(
-    COMMON_SIZE, COMMON_SIZE + 9
+(STATED, OFFSET, COMPUTED, PAGES, HELD, NODE, PLACE, ADMITTED, COMING, SGLANG_REQUEST_SIZE) = range(
+    COMMON_SIZE, COMMON_SIZE + 10
 )
 WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has its last token on the way
 
@@ -94,6 +94,7 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
     G_CLOCK,
     G_EVICTABLE,
     G_HEAP,
+    G_BEYOND,  # tokens after a page without which its content is not known
     # Budgets of a batch of prompts that is being formed.
     P_ROWS,
     P_SEATED,
@@ -104,7 +105,7 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
     P_FUTURES,
     P_TOKENS,
     G_SIZE,
-) = range(41)
+) = range(42)
 
 # Registers of a slot: where its running list and residues begin. S_LAST tells of its last batch.
 (
@@ -124,8 +125,9 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
 ) = range(13)
 NOTHING, PROMPTS, MIXED = range(3)  # values of S_LAST
 
-# A batch in flight: these, then its rows of prompts as 2 * request + yields, then who gets its last token by its step.
-(F_END, F_ROWS, F_PROMPTS, F_ENDERS, F_STEP, F_SIZE) = range(6)
+# A batch in flight: these, then its rows of prompts as 2 * request + yields, then who gets its last token by its step;
+# with drafts all of its step instead, as 16 * request + tokens that come, and where they stand in the log.
+(F_END, F_ROWS, F_PROMPTS, F_ENDERS, F_STEP, F_LOGGED, F_SIZE) = range(7)
 
 # Ratios: the present one, that at the start, the least, and by how much it falls in a step; then what is taken of the
 # room by the batch of prompts that is being formed.

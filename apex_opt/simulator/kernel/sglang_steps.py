@@ -292,20 +292,33 @@ def enders_nb(e: Engine, s: I64, f: I64) -> None:
 
 
 @inner
-def retract_nb(e: Engine, tree: Tree | None, s: I64) -> None:
-    """Take sequences out until the others have room: the fewest generated first, of these the longest prompt."""
+def order_by_made_nb(e: Engine, s: I64) -> None:
+    """Put those on the running list in the order in which they are kept: the most generated, the shortest prompt.
+
+    After the keys come the places of them in the list, and the list.
+    """
     run, r, g = e.run, e.r, e.g
-    running, prompt, stated = at(run.scratch, s[S_RUNNING_AT]), column_nb(run, PROMPT), column_nb(run, STATED)
-    offset, n = column_nb(run, OFFSET), s[S_RUNNING]
+    running, prompt, offset = at(run.scratch, s[S_RUNNING_AT]), column_nb(run, PROMPT), column_nb(run, OFFSET)
     keys, order = at(run.scratch, g[G_SORT_AT]), at(run.scratch, g[G_SORT_AT] + r[MAX_SEQS])
     members = at(run.scratch, g[G_SORT_AT] + 2 * r[MAX_SEQS])
-    for j in range(n):
+    for j in range(s[S_RUNNING]):
         i = running[j]
         made = offset[i] + s[S_STEPS] - (1 if j >= s[S_COMING] else 0)
         keys[j] = (_MOST - made) << 24 | prompt[i]
         members[j] = i
         order[j] = j
-    sort_nb(e, n)
+    sort_nb(e, s[S_RUNNING])
+
+
+@inner
+def retract_nb(e: Engine, tree: Tree | None, s: I64) -> None:
+    """Take sequences out until the others have room: the fewest generated first, of these the longest prompt."""
+    run, r, g = e.run, e.r, e.g
+    running, stated = at(run.scratch, s[S_RUNNING_AT]), column_nb(run, STATED)
+    offset, n = column_nb(run, OFFSET), s[S_RUNNING]
+    order_by_made_nb(e, s)
+    keys, order = at(run.scratch, g[G_SORT_AT]), at(run.scratch, g[G_SORT_AT] + r[MAX_SEQS])
+    members = at(run.scratch, g[G_SORT_AT] + 2 * r[MAX_SEQS])
     lost, least = 0, 1 if g[G_SLOTS] == 1 else 0
     while n > least and (lost == 0 or not fits_nb(e, tree, s)):
         n -= 1
@@ -318,7 +331,7 @@ def retract_nb(e: Engine, tree: Tree | None, s: I64) -> None:
         held = held_nb(e, s, i)
         strike_nb(e, s, held)
         column_nb(run, GENERATED)[i] = made
-        release_nb(e, tree, i, held)
+        release_nb(e, tree, i, blocks_nb(held, r[BLOCK_SIZE]))
         column_nb(run, COMPUTED)[i] = 0
         column_nb(run, PLACE)[i] = WAITS
         run.scratch[g[G_WAIT_AT] + (g[G_WAIT_TAIL] & g[G_WAIT_MASK])] = i
@@ -343,15 +356,15 @@ def unlog_nb(run: Run, i: int) -> None:
     for place in range(min(run.control[ROWS], run.control[MOST_ROWS]) - 1, -1, -1):
         row = at(run.rows, place * ROW_SIZE)
         if row[ROW_REQUEST] >> 8 == i:
-            row[ROW_REQUEST] = 256 * i
+            row[ROW_REQUEST] -= row[ROW_REQUEST] & 15
             return
 
 
 @inner
-def release_nb(e: Engine, tree: Tree | None, i: int, held: int) -> None:
-    """Request i, with so many tokens computed, gives up its seat and its pages; what is in the tree stays there."""
+def release_nb(e: Engine, tree: Tree | None, i: int, pages: int) -> None:
+    """Request i gives up its seat and its pages; what is in the tree stays there."""
     cached = column_nb(e.run, HELD)
-    e.r[FREE] += blocks_nb(held, e.r[BLOCK_SIZE]) - cached[i]
+    e.r[FREE] += pages - cached[i]
     cached[i] = 0
     if tree is not None:
         let_go_nb(e, tree, column_nb(e.run, NODE)[i])
@@ -370,6 +383,6 @@ def finish_nb(e: Engine, tree: Tree | None, s: I64, i: int) -> None:
         held = column_nb(e.run, COMPUTED)[i]
     if tree is not None:
         cache_nb(e, tree, i, held, column_nb(e.run, PROMPT)[i])
-    release_nb(e, tree, i, held)
+    release_nb(e, tree, i, blocks_nb(held, e.r[BLOCK_SIZE]))
     place[i] = DONE
     answer_nb(e.run, e.r, i, e.r[NOW])

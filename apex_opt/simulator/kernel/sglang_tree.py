@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.sglang_state import (
+    G_BEYOND,
     G_CLOCK,
     G_EVICTABLE,
     G_FREE_NODE,
@@ -81,7 +82,13 @@ def number_nb(e: Engine, tree: Tree, i: int, t: int) -> int:
 @inner
 def key_nb(e: Engine, tree: Tree, i: int, page: int) -> int:
     """What a page of request i holds, all before it included."""
-    return number_nb(e, tree, i, (page + 1) * e.r[BLOCK_SIZE] - 1)
+    return number_nb(e, tree, i, (page + 1) * e.r[BLOCK_SIZE] - 1 + e.g[G_BEYOND])
+
+
+@inner
+def known_pages_nb(e: Engine, tokens: int) -> int:
+    """Pages whose content so many tokens tell."""
+    return (tokens - e.g[G_BEYOND]) // e.r[BLOCK_SIZE]
 
 
 @inner
@@ -318,11 +325,11 @@ def drop_nb(e: Engine, tree: Tree, pages: int) -> None:
 @inner
 def cache_nb(e: Engine, tree: Tree, i: int, tokens: int, border: int) -> None:
     """Put the whole pages of request i's first tokens into the tree, which it holds from then on."""
-    page = e.r[BLOCK_SIZE]
+    pages = known_pages_nb(e, tokens)
     held, holds = column_nb(e.run, HELD), column_nb(e.run, NODE)
-    node, known = insert_nb(e, tree, i, tokens // page, border // page)
+    node, known = insert_nb(e, tree, i, pages, known_pages_nb(e, border))
     e.r[FREE] += known - held[i]  # computed by others meanwhile: theirs are used
     hold_nb(e, tree, node)
     let_go_nb(e, tree, holds[i])
     holds[i] = node
-    held[i] = tokens // page
+    held[i] = pages

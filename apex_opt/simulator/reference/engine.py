@@ -137,7 +137,7 @@ class Engine:
         if not batch.rows:
             return self.now
         chunks = [(row.tokens, row.computed_after) for row in batch.rows]
-        tokens, yields = sum(c for c, _ in chunks), any(row.yields for row in batch.rows)
+        tokens, yields = sum(c for c, _ in chunks), self.scheduler.drafts(batch)
         end = self.now
         for stage, law in enumerate(self.laws):
             duration = law.batch_ns(chunks, yields=yields)

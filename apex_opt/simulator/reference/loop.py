@@ -20,6 +20,7 @@ from apex_opt.simulator.reference.rescheduling import Llumnix
 from apex_opt.simulator.reference.router import Pull, router_of
 from apex_opt.simulator.reference.sequence import Sequence
 from apex_opt.simulator.reference.sglang import ALIKE, SglangEngine
+from apex_opt.simulator.reference.sglang_drafts import SpeculativeSglangScheduler
 from apex_opt.simulator.reference.sglang_ranks import SglangRanks
 from apex_opt.simulator.reference.together import Together
 from apex_opt.simulator.reference.trtllm_ranks import TrtllmRanks
@@ -102,8 +103,11 @@ def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
         return SglangRanks(pool, log=log)
     if pool.ranks is not None:
         return Group(pool, log=log, closed=closed)
-    kind = SglangEngine if isinstance(pool.settings.scheduler, SglangScheduling) else Engine
-    return kind(pool, log=log)
+    if not isinstance(pool.settings.scheduler, SglangScheduling):
+        return Engine(pool, log=log)
+    if pool.settings.speculation is not None:
+        return SglangEngine(pool, log=log, scheduler=SpeculativeSglangScheduler)
+    return SglangEngine(pool, log=log)
 
 
 def tells_drafts(pools: Seq[EnginePool]) -> bool:
@@ -130,7 +134,7 @@ def sequences_of(settings: EngineSettings, trace: Trace, content: TokenContent |
         content = content or TokenContent.of(trace, limits)
         for sequence in sequences:
             numbers = content.numbers(sequence.id, sequence.prompt, sequence.limit)
-            sequence.keys = numbers[settings.block_size - 1 :: settings.block_size]
+            sequence.keys = numbers[settings.block_size - 1 + settings.beyond_page :: settings.block_size]
             sequence.beginning = numbers[ALIKE - 1] if len(numbers) >= ALIKE else 0
     elif settings.prefix_caching:
         blocks = BlockContent.of(trace, settings.block_size, limits)

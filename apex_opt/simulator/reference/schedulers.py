@@ -23,7 +23,7 @@ class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
     What policies differ in are hooks: `wanted`, `split`, `ahead`, `allocate`, `found`, `admitted`, `room`, `reserved`,
-    `place`, `opens`, `launch`, `receive`, `complete` and `give_back`. Here they are those of vLLM V1.
+    `place`, `opens`, `launch`, `receive`, `drafts`, `complete` and `give_back`. Here they are those of vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -109,6 +109,10 @@ class Scheduler:
         if self.settings.async_scheduling:
             row.sequence.in_flight -= 1
         return 1
+
+    def drafts(self, batch: Batch) -> bool:
+        """Whether a batch makes drafts, where any are made."""
+        return any(row.yields for row in batch.rows)
 
     def complete(self, sequence: Sequence) -> list[Sequence]:
         """A sequence has all its tokens; who is answered."""

@@ -55,6 +55,7 @@ class Row:
     yields: bool
     drafts: int = 0  # the last of its tokens, right or not
     got: int = 0  # tokens that it brought
+    comes: int = 0  # tokens that it brings unless the sequence ends: SGLang's device knows before its scheduler does
     prompt: bool = False  # tokens known from the start, or from before a retraction
 
 

@@ -130,6 +130,10 @@ class SglangScheduler(Scheduler):
         if self.tree is not None and missing > 0:
             self.free += self.tree.drop(missing)
 
+    def known_pages(self, tokens: int) -> int:
+        """Pages whose content so many tokens tell."""
+        return tokens // self.page
+
     def take(self, sequence: Sequence, tokens: int) -> None:
         """Hand out the pages of a sequence's next tokens."""
         sequence.computed += tokens
@@ -148,8 +152,8 @@ class SglangScheduler(Scheduler):
         """
         if self.tree is None:
             return
-        pages = tokens // self.page
-        node, known = self.tree.insert(sequence.keys[:pages], border // self.page)
+        pages = self.known_pages(tokens)
+        node, known = self.tree.insert(sequence.keys[:pages], self.known_pages(border))
         copies = known - sequence.held  # computed by others meanwhile: theirs are used
         self.free += copies
         self.tree.hold(node)
@@ -194,6 +198,7 @@ class SglangScheduler(Scheduler):
             slot.last, slot.chunked = [row.sequence for row in batch.rows], self.chunked
         else:
             self._step(slot, batch)
+        batch.free = self.free
         return batch
 
     def _merge(self, slot: Slot) -> None:
@@ -280,7 +285,7 @@ class SglangScheduler(Scheduler):
             return False
         pages = 0
         if self.tree is not None:
-            sequence.node, pages = self.tree.match(sequence.keys[: (sequence.known - 1) // self.page])
+            sequence.node, pages = self.tree.match(sequence.keys[: self.known_pages(sequence.known - 1)])
             self.tree.hold(sequence.node)
         refused = self._refused(slot, forming, sequence, sequence.known - pages * self.page)
         if refused is None:
@@ -354,19 +359,19 @@ class SglangScheduler(Scheduler):
 
     def _order(self) -> None:
         """Put the queue in order, and keep prefixes in the cache that will be needed."""
-        tree, page = self.tree, self.page
+        tree = self.tree
         if tree is None:
             return
         if self.own.schedule_policy == "fcfs" or len(self.waiting) > SORTED_UP_TO:
             if self.passes % REFRESHED_EVERY == 0:
                 for sequence in reversed(list(self.waiting)[:SORTED_UP_TO]):
-                    tree.match(sequence.keys[: sequence.known // page])
+                    tree.match(sequence.keys[: self.known_pages(sequence.known)])
             self.passes += 1
             return
         beginnings: set[int] = set()
         ranks: dict[int, float] = {}
         for sequence in self.waiting:
-            found = tree.match(sequence.keys[: sequence.known // page])[1] * page
+            found = tree.match(sequence.keys[: self.known_pages(sequence.known)])[1] * self.page
             ranks[sequence.id] = -min(found, sequence.known - 1)
             if found <= ALIKE <= sequence.known:
                 if sequence.beginning in beginnings:
@@ -382,7 +387,7 @@ class SglangScheduler(Scheduler):
         slot.running = staying
         if staying and self._fit(staying):
             slot.running = []
-            self._advance(staying, batch)
+            self.advance(staying, batch)
 
     def _step(self, slot: Slot, batch: Batch) -> None:
         """Give all running sequences a token; some are retracted where there is no room for all."""
@@ -401,15 +406,19 @@ class SglangScheduler(Scheduler):
             self._retract(slot, batch)
             if not slot.running or not self._fit(slot.running):
                 return
-        self._advance(slot.running, batch)
+        self.advance(slot.running, batch)
+
+    def needed(self, sequence: Sequence) -> int:
+        """Pages that the next step of a sequence takes."""
+        return int(sequence.computed % self.page == 0)
 
     def _fit(self, sequences: Seq[Sequence]) -> bool:
         """Whether each can have a token more, after dropping what is cached."""
-        needed = sum(sequence.computed % self.page == 0 for sequence in sequences)
+        needed = sum(map(self.needed, sequences))
         self.make_room(needed * self.page)
         return needed <= self.free
 
-    def _advance(self, sequences: Seq[Sequence], batch: Batch) -> None:
+    def advance(self, sequences: Seq[Sequence], batch: Batch) -> None:
         """Enter sequences that decode into a batch."""
         if self.page > 1:
             self.make_room(len(sequences) * self.page)
@@ -429,6 +438,7 @@ class SglangScheduler(Scheduler):
             sequence.computed = sequence.in_flight = 0
             if sequence.coming is not None:
                 sequence.coming.yields = False
+                sequence.coming = None
             self.waiting.append(sequence)
             batch.preempted.append(sequence.id)
             self.make_room(len(staying) * AHEAD)
@@ -454,6 +464,10 @@ class SglangScheduler(Scheduler):
             sequence.in_flight += 1
             sequence.coming = row
 
+    def receive(self, row: Row) -> int:
+        row.sequence.in_flight -= 1
+        return 1
+
     def update(self, batch: Batch, now_ns: int) -> list[Sequence]:
         """Take in the tokens of a batch that finishes now; return who is answered."""
         answered: list[Sequence] = []
@@ -461,11 +475,11 @@ class SglangScheduler(Scheduler):
             sequence = row.sequence
             if not row.yields or sequence.finished:
                 continue
-            sequence.in_flight -= 1
             if sequence.coming is row:
                 sequence.coming = None
-            sequence.generated += 1
-            sequence.token_ns.append(now_ns)
+            row.got = self.receive(row)
+            sequence.generated += row.got
+            sequence.token_ns += [now_ns] * row.got
             if sequence.generated == sequence.limit:
                 self.cache(sequence, sequence.computed, sequence.prompt)
                 self.release(sequence)
@@ -477,8 +491,8 @@ class SglangScheduler(Scheduler):
 
 
 def _ends(sequence: Sequence) -> bool:
-    """Whether the last token a request may have is on its way."""
-    return sequence.generated + sequence.in_flight >= sequence.stated
+    """Whether the last token a request may have is on its way; drafts may be wrong, so that one is sure of a row."""
+    return sequence.generated + (sequence.coming is not None) >= sequence.stated
 
 
 class SglangEngine(Engine):

@@ -16,20 +16,29 @@ if TYPE_CHECKING:
     from apex_opt.simulator.reference.sequence import Batch, Row, Sequence
 
 
+def right_after(speculation: Speculation, request: int, generated: int) -> int:
+    """How many drafts of a request are right once it has generated so many tokens."""
+    counts = speculation.accepted[request % len(speculation.accepted)]
+    return min(speculation.draft_tokens, counts[generated % len(counts)])
+
+
+def made_after(speculation: Speculation, request: int, generated: int) -> int:
+    """How many drafts of a request are made once it has generated so many tokens."""
+    most, lists = speculation.draft_tokens, speculation.proposed
+    if not lists:
+        return most
+    counts = lists[request % len(lists)]
+    return min(most, counts[generated % len(counts)])
+
+
 def accepted(speculation: Speculation, row: Row) -> int:
     """How many of the drafts in a row are right."""
-    sequence = row.sequence
-    counts = speculation.accepted[sequence.id % len(speculation.accepted)]
-    return min(row.drafts, counts[sequence.generated % len(counts)])
+    return min(row.drafts, right_after(speculation, row.sequence.id, row.sequence.generated))
 
 
 def proposed(speculation: Speculation, sequence: Sequence) -> int:
     """Drafts that are made once the tokens of a batch are known."""
-    most, lists = speculation.draft_tokens, speculation.proposed
-    if not lists:
-        return most
-    counts = lists[sequence.id % len(lists)]
-    return min(most, counts[sequence.generated % len(counts)])
+    return made_after(speculation, sequence.id, sequence.generated)
 
 
 class SpeculativeScheduler(VllmScheduler):
