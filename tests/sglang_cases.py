@@ -104,7 +104,7 @@ def random_drafting_run(seed: int) -> Run:
         ),
         scheduler=replace(run.settings.scheduler, mixed_chunk=False),
     )
-    need = int(settings.with_drafts(settings.room(run.trace), settings.speculation.drafter).max())
+    need = int(settings.with_drafts(settings.room(run.trace), settings.speculation).max())
     return replace(
         run,
         settings=settings,

@@ -9,6 +9,7 @@ import pytest
 from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
 
 from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.plans.speculation import Speculation, parse_drafter
 
 
 def test_tensor_shards_on_one_node() -> None:
@@ -100,6 +101,27 @@ def test_what_it_has_no_words_for_gets_a_reason_and_no_command(
     found = emitted("sglang", model, plan, nodes, gpus)
     assert bool(found.commands) == (not why)
     assert not why or has(found, why)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("eagle:3", "EAGLE3 --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4 "),
+        ("mtp:1", "NEXTN --speculative-num-steps 1 --speculative-eagle-topk 1 --speculative-num-draft-tokens 2 "),
+        ("ngram:5", "NGRAM --speculative-ngram-max-bfs-breadth 1 --speculative-num-draft-tokens 6 "),
+        ("draft:llama-3.1-8b:4", "STANDALONE --speculative-num-steps 4 --speculative-eagle-topk 1 "),
+    ],
+)
+def test_drafts_are_asked_for_as_chains(text: str, said: str) -> None:
+    drafter = parse_drafter(text)
+    known = Speculation(method=drafter.method, draft_tokens=drafter.draft_tokens, model=drafter.model, accepted=((1,),))
+    own = {"drafting": (known,), "max_num_seqs": 64}
+    found = emitted("sglang", DENSE, f"tp8 spec={text}", 1, 8, settings=own)
+    (command,) = found.commands
+    assert f"--speculative-algorithm {said}" in " ".join(command.argv)
+    head = {"eagle": "EAGLE3_HEAD", "draft": "llama-3.1-8b"}.get(drafter.method)
+    assert value(command, "--speculative-draft-model-path") == head
+    assert has(found, "EAGLE3_HEAD") is (head == "EAGLE3_HEAD")
 
 
 def test_its_own_parser_takes_every_command() -> None:

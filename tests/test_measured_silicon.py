@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from apex_opt.engines.schedulers import TrtllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.errors import InputError
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
 from apex_opt.measured.silicon import NEEDED, read_silicon
@@ -143,11 +143,11 @@ def test_the_rows_at_hand_are_so_many_measurements(shared: Path) -> None:
     assert (len(runs), sum(run.rows for run in runs)) == (1572, 2021)
     aside = [run for run in runs if isinstance(run, UnusableRun) and run.aside]
     assert {run.reason for run in aside} == {
-        "set aside: speculative",
         "set aside: pools",
         "set aside: outlier",
     }
-    assert sum(isinstance(run, MeasuredRun) and run.drafts for run in runs) == 78
+    drafting = [run.engine for run in runs if isinstance(run, MeasuredRun) and run.drafts]
+    assert {engine: drafting.count(engine) for engine in drafting} == {"trtllm": 78, "sglang": 45}
     sides = [run.judged for run in runs if isinstance(run, MeasuredRun)]
     assert 0.3 < sum(sides) / len(sides) < 0.7
 
@@ -201,7 +201,7 @@ def test_drafts_that_are_told_in_full_are_made(tmp_path: Path, copies: int, draf
     (tmp_path / "deployments.csv").write_text(
         "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_batched_tokens,speculative\n"
         'a,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,(K+1)*C+ISL,"MTP, 3 draft tokens (1 with attention DP)"\n'
-        'b,sglang,deepseek-ai/DeepSeek-R1,,,,,,,,,"EAGLE/MTP, 2 steps, 3 draft tokens, top-k 1"\n'
+        'b,sglang,deepseek-ai/DeepSeek-R1,,,,,,,,,"EAGLE/MTP, 2 steps, 8 draft tokens, top-k 4"\n'
         'd,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,,"MTP, 0 draft tokens"\n'
         'e,trtllm,deepseek-ai/DeepSeek-R1,,,,,,,,,"MTP, 4 draft tokens"\n'
     )
@@ -221,6 +221,26 @@ def test_drafts_that_are_told_in_full_are_made(tmp_path: Path, copies: int, draf
     for run in others:
         assert isinstance(run, UnusableRun)
         assert (run.aside, run.reason) == (True, "set aside: speculative")
+
+
+@pytest.mark.parametrize(("image", "ahead"), [("sglang:v0.5.9-cu130", False), ("sglang:v0.5.12", True)])
+def test_chains_of_sglang_are_made_without_forming_batches_ahead_up_to_a_release(
+    tmp_path: Path, image: str, ahead: bool
+) -> None:
+    (tmp_path / "deployments.csv").write_text(
+        "family,engine,model,gpu,precision,date_from,date_to,isl,osl,tp,max_num_seqs,image,speculative\n"
+        f'b,sglang,deepseek-ai/DeepSeek-R1,,,,,,,,512,{image},"EAGLE/MTP, 2 steps, 3 draft tokens, top-k 1"\n'
+    )
+    (tmp_path / "families_x.csv").write_text("id,family\nb,b\n")
+    degrees = {"tp_size": 8, "attention_dp_size": 1, "moe_tp_size": 1, "moe_ep_size": 8}
+    row = SPARSE | {"model_path": "deepseek-ai/DeepSeek-R1", "batch_size": 32, "id": "b", "backend": "sglang"} | degrees
+    (run,) = read(tmp_path, row)
+    assert isinstance(run, MeasuredRun)
+    assert " spec=mtp:2 " in run.plan
+    assert run.settings.async_scheduling == ahead
+    own = run.settings.scheduler
+    assert isinstance(own, SglangScheduling)
+    assert own.drafting_seats == 0  # a number was asked for
 
 
 def test_drafts_of_a_model_without_layers_for_them_are_not_predicted(tmp_path: Path) -> None:

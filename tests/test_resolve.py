@@ -458,8 +458,8 @@ def test_drafts_are_a_choice_of_the_problem_and_a_plan_names_its_own() -> None:
     ("given", "message"),
     [
         (
-            {"speculation": "eagle:3", "engine": "sglang"},
-            "drafts are modelled for vLLM and TensorRT-LLM, not for sglang",
+            {"speculation": "eagle:3", "engine": "orca"},
+            "drafts are modelled for vLLM, SGLang and TensorRT-LLM, not for orca",
         ),
         (
             {"speculation": "eagle:3", "engine": "trtllm", "runnable": "vllm"},

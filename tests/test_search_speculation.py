@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pytest
@@ -12,27 +12,51 @@ from drafts_cases import drafters, knowing
 from plan_cases import feasible_plans, random_instance, random_problem
 from search_cases import SPACE, rank
 
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, SglangScheduling, TrtllmScheduling
 from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
-from apex_opt.plans.speculation import Drafter
+from apex_opt.plans.speculation import MOST_DRAFTS, Drafter
 from apex_opt.search import Problem, Scorer, search
 
 if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
 
+A = TypeVar("A", "Instance", Problem)
+
+
+def by_sglang(asked: A, seed: int) -> A:
+    """The same asked of SGLang, with limits that all drafts go with."""
+    own, most = asked.settings, 1 + MOST_DRAFTS
+    seats = int(np.random.default_rng(seed).choice([0, 2, 48]))
+    limits = tuple(
+        (seqs, None if seqs is None and tokens is None else max(tokens or 0, most * (seqs or own.max_num_seqs)))
+        for seqs, tokens in asked.batch_limits
+    )
+    settings = replace(
+        own,
+        max_num_batched_tokens=max(own.max_num_batched_tokens, most * own.max_num_seqs),
+        scheduler=SglangScheduling(drafting_seats=seats),
+        chunked_prefill=True,
+        async_scheduling=True,
+    )
+    return replace(asked, settings=settings, batch_limits=limits)
+
 
 def drafting_instance(seed: int) -> Instance:
-    """A random instance with drafts among the choices."""
+    """A random instance with drafts among the choices, every other one on SGLang."""
     instance, some = random_instance(seed), drafters(seed)
+    if seed % 2 == 0:
+        instance = by_sglang(instance, seed)
     return replace(instance, drafters=some, settings=knowing(instance.settings, some, seed))
 
 
 def drafting_problem(seed: int) -> Problem:
-    """A random problem with drafts among the choices, every third on TensorRT-LLM."""
+    """A random problem with drafts among the choices, every third on TensorRT-LLM, and every third on SGLang."""
     problem, some = random_problem(seed), drafters(seed)
+    if seed % 3 == 1:
+        problem = by_sglang(problem, seed)
     settings = problem.settings
     if seed % 3 == 2:
         policy = str(np.random.default_rng(seed).choice(CAPACITY_POLICIES))

@@ -303,5 +303,5 @@ def test_several_stages_and_other_policies_do_not_go_with_drafts() -> None:
     with pytest.raises(UsageError, match="the law is of 2 drafts, the engine makes 1"):
         fewer = replace(engine, speculation=replace(speculation, draft_tokens=1))
         Case(settings=fewer, blocks=9, laws=(law,), trace=requests([(0, 5, 8)])).run()
-    with pytest.raises(UsageError, match="speculation goes with the engines vllm, trtllm, not with orca"):
+    with pytest.raises(UsageError, match="speculation goes with the engines vllm, sglang, trtllm, not with orca"):
         replace(engine, scheduler=OrcaScheduling())

@@ -180,7 +180,7 @@ class SglangScheduling(Scheduling):
     mixed_chunk: bool = False
     ignore_eos: bool = False
     load_balance_method: str = "round_robin"
-    drafting_seats: int = 0
+    drafting_seats: int = 48
 
     def __post_init__(self) -> None:
         whole("max_prefill_tokens", self.max_prefill_tokens, 1)

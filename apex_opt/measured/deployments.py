@@ -45,6 +45,12 @@ _SAME_MODE: Final = {"nvfp4": ("mxfp4",), "w4a16": ("w4a16g32",)}
 _LARGEST_BATCH: Final = 1 << 15
 """Tokens of a batch: tables of more take minutes and gigabytes, and no load here fills them."""
 _MEANS: Final = {"of memory left by weights": "left", "weights and KV pool": "static"}
+_SGLANG: Final = re.compile(r"sglang:v(\d+)\.(\d+)\.(\d+)")
+_LAST_WITHOUT: Final = (0, 5, 9)
+"""Release of SGLang up to which it forms no batch ahead where it verifies drafts.
+
+Unless SGLANG_ENABLE_SPEC_V2 is exported, which no script at hand does; `server_args.py` of 0.5.9.
+"""
 _ADP_DEFAULT: Final = re.compile(r"^(?:default )?(\d+)$")
 
 
@@ -129,6 +135,9 @@ def started(family: Family | None, kind: str, cluster: str, load: Load) -> Start
     requests, share_of, polls = 10, "all", 1
     if family is not None:
         own |= _said(family, load)
+        release = _SGLANG.search(family.text("image"))
+        if load.drafts and release is not None and tuple(map(int, release.groups())) <= _LAST_WITHOUT:
+            own["async_scheduling"] = False
         own["scheduler"] = _scheduling(own["scheduler"], family, load)
         share_of = _MEANS.get(family.text("memory_fraction_means"), "all")
         polls = int(family.number("scheduler_recv_interval", load) or 1)
@@ -177,7 +186,9 @@ def _scheduling(own: Any, family: Family, load: Load) -> Any:
     if isinstance(own, SglangScheduling):
         most = family.number("max_num_batched_tokens", load)
         mixed = "mixed chunk" in family.text("prefill_mixes_with_decode")
-        return replace(own, max_prefill_tokens=int(most or own.max_prefill_tokens), mixed_chunk=mixed)
+        seats = 0 if family.text("max_num_seqs") else own.drafting_seats
+        prompts = int(most or own.max_prefill_tokens)
+        return replace(own, max_prefill_tokens=prompts, mixed_chunk=mixed, drafting_seats=seats)
     if not isinstance(own, TrtllmScheduling):
         return own
     waits = family.number("batch_wait_timeout_iters", load), family.number("batch_wait_max_tokens_ratio", load)

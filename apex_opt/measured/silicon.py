@@ -73,8 +73,14 @@ _CLIENTS: Final = re.compile(r"silicon_concurrency=(\d+)")
 _RELEASE: Final = re.compile(r"0\.(\d+)\.")
 _LAST_BLOCKING: Final = 12
 """Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
-_MTP: Final = re.compile(r"MTP, ([1-3]) draft tokens?(?: \(([1-3]) with attention DP\))?")
-"""Drafts of TensorRT-LLM as the table of deployments has them, as many as `RANDOM_ACCEPTANCE` tells of."""
+_MTP: Final = (
+    re.compile(r"MTP, ([1-3]) draft tokens?(?: \(([1-3]) with attention DP\))?"),
+    re.compile(r"EAGLE/MTP, ([1-3]) steps?, [2-4] draft tokens, top-k 1()"),
+)
+"""Drafts of TensorRT-LLM and SGLang as the table of deployments has them, as many as `RANDOM_ACCEPTANCE` tells of.
+
+SGLang counts the token that they follow among its draft tokens; a step makes one.
+"""
 
 
 class _Odd(Exception):
@@ -214,7 +220,7 @@ def _drafter(family: Family | None, said: Aside | None, copies: int) -> Drafter 
     told = "" if family is None else family.speculative
     if not told and (said is None or said.reason != SPECULATIVE):
         return None
-    match = _MTP.fullmatch(told)
+    match = next(filter(None, (form.fullmatch(told) for form in _MTP)), None)
     if match is None:
         detail = said.detail if said is not None else told
         raise _Aside(f"set aside: {SPECULATIVE}", f"{family.name}: {detail}" if family else detail)

@@ -115,7 +115,7 @@ class EngineSettings:
         lengths = Lengths(trace.prompt, trace.generated(self.max_model_len), trace.stated(self.max_model_len))
         return self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
 
-    def with_drafts(self, tokens: NDArray[np.int64], drafter: Drafter) -> NDArray[np.int64]:
+    def with_drafts(self, tokens: NDArray[np.int64], drafter: Drafter | Speculation) -> NDArray[np.int64]:
         """Tokens that the cache must have room for with drafts, where it must have room for so many without.
 
         The last step of SGLang but one leaves two tokens to come, and a page and a token of what is counted are free.

@@ -71,7 +71,7 @@ def check_fits(settings: EngineSettings, blocks: int, trace: Trace) -> None:
         at_once = trace.prompt + trace.generated(settings.max_model_len) - 1
         _check_whole(settings, at_once if settings.scheduler.may_preempt else trace.prompt)
     if settings.speculation is not None:
-        held = settings.with_drafts(held, settings.speculation.drafter)
+        held = settings.with_drafts(held, settings.speculation)
     i = int(held.argmax())
     tokens = settings.max_num_batched_tokens
     chunk = min(tokens, settings.scheduler.prompt_threshold or tokens)

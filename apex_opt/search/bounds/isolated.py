@@ -309,7 +309,7 @@ def _most_blocks(trace: Trace, settings: EngineSettings) -> list[int]:
     lengths = Lengths(trace.prompt, trace.generated(limit), trace.stated(limit))
     held = settings.scheduler.room(lengths, settings.block_size, caches=False)
     if settings.speculation is not None:
-        held = settings.with_drafts(held, settings.speculation.drafter)
+        held = settings.with_drafts(held, settings.speculation)
     return [int(n) for n in np.cumsum(np.sort(settings.most_blocks(held))[::-1])]
 
 

@@ -17,13 +17,25 @@ if TYPE_CHECKING:
 
 
 def right_after(speculation: Speculation, request: int, generated: int) -> int:
-    """How many drafts of a request are right once it has generated so many tokens."""
+    """How many drafts of a request are right once it has generated so many tokens.
+
+    Parameters
+    ----------
+    speculation
+    request, generated : int
+    """
     counts = speculation.accepted[request % len(speculation.accepted)]
     return min(speculation.draft_tokens, counts[generated % len(counts)])
 
 
 def made_after(speculation: Speculation, request: int, generated: int) -> int:
-    """How many drafts of a request are made once it has generated so many tokens."""
+    """How many drafts of a request are made once it has generated so many tokens.
+
+    Parameters
+    ----------
+    speculation
+    request, generated : int
+    """
     most, lists = speculation.draft_tokens, speculation.proposed
     if not lists:
         return most
