@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,34 @@ def test_the_output_shown_is_the_output_printed(body: str, tmp_path: Path) -> No
     printed = " ".join(solve(words, tmp_path).out.split())
     for part in " ".join(" ".join(shown).split()).split("..."):
         assert part.strip() in printed
+
+
+SEEN = {
+    "gpt-oss-20b": {"layer_types": ["full_attention"] * 24},
+    "tests/cases/models/gemma-4-26b-a4b.json": {"sliding_window": 262_144},
+    "tests/cases/models/minimax-text-01.json": {"attn_type_list": [1] * 80},
+}
+"""Models of the plans that used to be called infeasible, and what makes all their layers see all of the context."""
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_plans_that_used_to_be_infeasible_would_be_if_all_layers_kept_all_tokens(name: str, tmp_path: Path) -> None:
+    body = next(body for kind, body in blocks_of(TEXT) if kind == "console" and name in body and "best plan" in body)
+    words = words_of(body.splitlines()[0])
+    assert words is not None
+    file = ROOT / name if "/" in name else ROOT / "apex_opt" / "ir" / "configs" / f"{name}.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.get("text_config", config).update(SEEN[name])
+    (full := tmp_path / "full.json").write_text(json.dumps(config), encoding="utf-8")
+    ran = solve([str(full) if word == name else word for word in words])
+    assert ran.code == 3
+    needed, usable = re.findall(r"a GPU needs ([\d.]+) GB.* may use ([\d.]+)\.", " ".join(ran.out.split()))[0]
+    assert f"| {needed} GB of {usable} |" in TEXT
+
+
+def test_a_million_tokens_of_minimax_take_what_its_publisher_says() -> None:
+    held = 1e6 * load_model(str(ROOT / "tests" / "cases" / "models" / "minimax-text-01.json")).kv_bytes_per_token(2)
+    assert f"{held / 1e9:.1f} GB ({held / 2**30:.1f} GiB) for every million" in TEXT
 
 
 def test_the_methods_listed_are_those_that_are_read() -> None:
