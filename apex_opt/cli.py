@@ -506,6 +506,7 @@ def _main(words: list[str]) -> int:
         return 0
     if words[:1] == ["--complete"]:
         # What shells ask for each time that a word is completed.
+        completion(words[1] if len(words) > 1 else "", "complete")
         options = {name: command.options for name, command in COMMANDS.items()}
         put("".join(f"{text}\n" for text in candidates(words[2:], options, values_of)))
         return 0

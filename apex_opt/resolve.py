@@ -20,14 +20,13 @@ from apex_opt.ir import KV_BYTES, Model, get_format, load_model
 from apex_opt.ir.cells import State
 from apex_opt.measured.clients import Deployed
 from apex_opt.plans.acceptance import parse_speculation, speculations
-from apex_opt.plans.deployment import parse_deployment
+from apex_opt.plans.deployment import Serving, parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.plans.routing import SEES_PREFIXES, parse_routings
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
-from apex_opt.search.problem import Serving
 from apex_opt.sharing import about_shares, check_shared, fitted, plans_shares, shares_of
 from apex_opt.simulator.rescheduling import Rescheduling, parse_rescheduling
 from apex_opt.workload import Trace, frame_trace, load_trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 from apex_opt.errors import UsageError
 
@@ -39,7 +39,7 @@ SHELLS: Final[Mapping[str, str]] = {
 _apex_opt() {
     local IFS=$'\\n'
     COMPREPLY=($(apex-opt --complete bash "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
-    [[ ${COMPREPLY[0]-} == *= ]] && compopt -o nospace 2>/dev/null
+    [[ ${COMPREPLY[0]-} == *[=:] ]] && compopt -o nospace 2>/dev/null
     return 0
 }
 complete -o default -F _apex_opt apex-opt
@@ -51,9 +51,9 @@ _apex_opt() {
     found=("${(@f)$(apex-opt --complete zsh "${(@)words[2,CURRENT]}" 2>/dev/null)}")
     found=(${found:#})
     (( $#found )) || { _files; return }
-    open=(${(M)found:#*=})
+    open=(${(M)found:#*[=:]})
     compadd -Q -S '' -a open
-    found=(${found:#*=})
+    found=(${found:#*[=:]})
     compadd -Q -a found
 }
 compdef _apex_opt apex-opt
@@ -112,45 +112,102 @@ def _titled(options: Iterable[str]) -> list[tuple[str, list[str]]]:
     return [(title, names) for title, names in titled if names]
 
 
-def completion(shell: str) -> str:
+def completion(shell: str, option: str = "completion") -> str:
     """The script that completes `apex-opt` in a shell.
 
     Raises
     ------
-    UsageError    a shell that there is none for
+    UsageError    a shell that there is none for, with the name of the option that asks
     """
     if shell not in SHELLS:
-        raise UsageError(f"--completion: words are completed in {', '.join(SHELLS)}, not in {shell!r:.40}")
+        raise UsageError(f"--{option}: words are completed in {', '.join(SHELLS)}, not in {shell!r:.40}")
     return SHELLS[shell]
 
 
 def values_of(option: str) -> Iterable[str]:
-    """Names that an option may be given, as far as they can be listed without reading much."""
-    if option == "model":
-        from apex_opt.ir.registry import model_names
+    """Names that an option may be given, as far as they can be listed without reading much; `draft:` goes on."""
+    return _NAMES[option]() if option in _NAMES else ()
 
-        return model_names()
-    if option in ("cluster", "gpu"):
-        from apex_opt.cluster import list_gpus, list_presets
 
-        return list_gpus() if option == "gpu" else (*list_presets(), *(f"8x{gpu}" for gpu in list_gpus()))
-    if option == "engine":
-        from apex_opt.engines import ENGINES
+def _models() -> Iterable[str]:
+    from apex_opt.ir.registry import model_names
 
-        return ENGINES
-    if option == "trace":
-        from apex_opt.workload.readers import list_traces
+    return model_names()
 
-        return [name for name, _ in list_traces()]
-    if option == "weights":
-        from apex_opt.ir.formats import FORMATS
 
-        return FORMATS
-    if option == "routing":
-        from apex_opt.plans.routing import ROUTINGS
+def _gpus() -> Iterable[str]:
+    from apex_opt.cluster import list_gpus
 
-        return ROUTINGS
-    return ()
+    return list_gpus()
+
+
+def _clusters() -> Iterable[str]:
+    from apex_opt.cluster import list_presets
+
+    return *list_presets(), *(f"8x{gpu}" for gpu in _gpus())
+
+
+def _engines() -> Iterable[str]:
+    from apex_opt.engines import kind_names
+
+    return kind_names()
+
+
+def _traces() -> Iterable[str]:
+    from apex_opt.workload.readers import list_traces
+
+    return [name for name, _ in list_traces()]
+
+
+def _weights() -> Iterable[str]:
+    from apex_opt.ir.formats import FORMATS
+
+    return FORMATS
+
+
+def _caches() -> Iterable[str]:
+    from apex_opt.ir.formats import KV_BYTES
+
+    return KV_BYTES
+
+
+def _routers() -> Iterable[str]:
+    from apex_opt.plans.routing import ROUTINGS
+
+    return ROUTINGS
+
+
+def _figures() -> Iterable[str]:
+    from apex_opt.figures.registry import names
+
+    return names()
+
+
+def _serving() -> Iterable[str]:
+    from apex_opt.plans.deployment import Serving
+
+    return get_args(Serving)
+
+
+def _drafts() -> Iterable[str]:
+    from apex_opt.plans.speculation import METHODS
+
+    return "none", *(f"{method}:" for method in METHODS)
+
+
+_NAMES: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
+    "model": _models,
+    "cluster": _clusters,
+    "gpu": _gpus,
+    "engine": _engines,
+    "trace": _traces,
+    "weights": _weights,
+    "kv": _caches,
+    "routing": _routers,
+    "objective": _figures,
+    "serving": _serving,
+    "speculation": _drafts,
+}
 
 
 def candidates(

@@ -10,18 +10,19 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cli_cases import ROOT
+from cli_cases import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.cli import COMMANDS
-from apex_opt.errors import UsageError
-from apex_opt.ir.registry import model_names
+from apex_opt.engines import kind_names
+from apex_opt.plans.speculation import METHODS
 from apex_opt.usage import GROUPS, SHELLS, candidates, completion, grouped, values_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+VLLM_RELEASES = [name for name in kind_names() if name.startswith("vllm-")]
 OPTIONS = {name: command.options for name, command in COMMANDS.items()}
 
 
@@ -66,6 +67,11 @@ def test_words_are_completed_to_commands_options_and_names() -> None:
     assert complete("cluster", "show", "--cl") == ["--cluster="]
     assert "--routing=round_robin,round_robin" not in complete("plan", "--routing=round_robin,")
     assert complete("plan", "--profiles=") == []  # a folder: the shell's own files
+    assert complete("plan", "--objective=energy,e2e_p9") == [f"--objective=energy,e2e_p{p}" for p in (90, 95, 99)]
+    assert complete("plan", "--serving=p") == ["--serving=pools"]
+    assert complete("plan", "--kv=f") == ["--kv=fp16", "--kv=fp8"]
+    assert complete("plan", "--engine=vllm") == ["--engine=vllm", *(f"--engine={n}" for n in VLLM_RELEASES)]
+    assert complete("plan", "--speculation=") == ["--speculation=none", *(f"--speculation={m}:" for m in METHODS)]
     assert complete("plan", "--unknown=") == []
     assert complete("nothing", "--model=") == []
 
@@ -82,9 +88,11 @@ def test_bash_takes_a_word_apart_at_its_equals_sign() -> None:
     assert complete("plan", "--runnable", "=") == ["vllm", "sglang", "trtllm", "any"]
 
 
-def test_another_shell_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match="bash, zsh, fish, not in 'tcsh'"):
-        completion("tcsh")
+@pytest.mark.parametrize("option", ["completion", "complete"])
+def test_another_shell_is_refused_by_name(option: str) -> None:
+    ran = run(f"--{option}", "csh")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == f"error: --{option}: words are completed in bash, zsh, fish, not in 'csh'\n"
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -96,22 +104,66 @@ def test_shells_can_read_their_script(shell: str, tmp_path: Path) -> None:
     subprocess.run([shell, "-n", str(script)], check=True, timeout=60)
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A path on which the program stands first."""
+    program = tmp_path / "apex-opt"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "solve.py"} "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "found"), [("pl", ["plan", "place"]), ("plan --model = llama-3.1-4", ["llama-3.1-405b"])]
 )
-def test_bash_completes(words: str, found: list[str], tmp_path: Path) -> None:
-    program = tmp_path / "apex-opt"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "solve.py"} "$@"\n')
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+def test_bash_completes(words: str, found: list[str], path: str) -> None:
     lines = (
         "source <(apex-opt --completion bash)\n"
         f"COMP_WORDS=(apex-opt {words}); COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))\n"
         '_apex_opt; printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", lines], capture_output=True, text=True, check=True, timeout=120, env={**os.environ, "PATH": path}
     )
     assert done.stdout.split() == found
-    assert model_names()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes(path: str) -> None:
+    lines = [
+        "apex-opt --completion fish | source",
+        *(f'complete -C "apex-opt {words}"' for words in ("pla", "plan --ob", "plan --serving=pools,")),
+    ]
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", "; ".join(lines)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PATH": path},
+    )
+    whole = ["--serving=pools,aggregated", "--serving=pools,shared"]
+    assert done.stdout.split() == ["place", "plan", "--objective=", *whole]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes(path: str) -> None:
+    # What is added to the words on offer, told in place of being offered.
+    lines = (
+        "compdef() { : }; compadd() { print -r -- ${(P)@[-1]} }; _files() { print files }\n"
+        "source <(apex-opt --completion zsh)\n"
+        "for line in 'apex-opt pl' 'apex-opt plan --ob' 'apex-opt plan --model=llama-3.1-4'; do\n"
+        "  words=(${=line}); CURRENT=$#words; _apex_opt\ndone\n"
+    )
+    done = subprocess.run(
+        ["zsh", "-f", "-c", lines],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.stdout.split() == ["plan", "place", "--objective=", "--model=llama-3.1-405b"]

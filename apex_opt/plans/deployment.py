@@ -30,6 +30,9 @@ Role = Literal["prefill", "decode"]
 ROLES: Final[tuple[Role, Role]] = ("prefill", "decode")
 """What the two pools do of which one hands its prompts over to the other, in their order."""
 
+Serving = Literal["aggregated", "pools", "shared"]
+"""What may be deployed, as `Problem` has it."""
+
 _BETWEEN: Final = " + "
 _PAIR: Final = re.compile(r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*")
 _PAIR_EXAMPLE: Final = "prefill{dp2 tp2 bf16} + decode{tp4 bf16}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import Instance
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.figures import Figure, Goal, Objective
     from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
-    from apex_opt.plans.deployment import Role
+    from apex_opt.plans.deployment import Role, Serving
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from apex_opt.plans.speculation import Drafter
     from apex_opt.simulator.rescheduling import Rescheduling
     from apex_opt.workload.trace import Trace
-
-
-Serving = Literal["aggregated", "pools", "shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,9 +16,9 @@ from apex_opt.studies.explain.solving import Work
 if TYPE_CHECKING:
     from apex_opt.cost.head_room import HeadRoom
     from apex_opt.cost.two_batches import TwoBatches
-    from apex_opt.plans.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment, Serving
     from apex_opt.search.answer import Answer
-    from apex_opt.search.problem import Problem, Serving
+    from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress
     from apex_opt.studies.explain.clashes import Clash
     from apex_opt.studies.explain.comparison import Comparison
