@@ -136,7 +136,7 @@ def test_the_command_line_alone_knows_fire_and_nothing_in_the_package_imports_pr
 
 def test_the_composition_root_alone_finds_the_programs() -> None:
     calls = {path for path in files("apex_opt") if "formulation(" in path.read_text(encoding="utf-8")}
-    assert {module_of(path) for path in calls} == {"apex_opt.api"}
+    assert {unit_of(module_of(path)) for path in calls} == {"apex_opt.api"}
 
 
 def test_programs_see_the_domain_and_the_oracle_and_nothing_above() -> None:

@@ -112,7 +112,7 @@ def test_the_wheel_holds_each_table_that_the_cards_of_profiles_name(wheel: Path)
 
 def test_the_installed_package_is_the_one_that_runs(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import apex_opt; from apex_opt.api import formulation; print(apex_opt.__file__)\n"
+        "import apex_opt; from apex_opt.api.programs import formulation; print(apex_opt.__file__)\n"
         "print(formulation('plan_space').__file__)"
     )
     found = [Path(line) for line in _run([sys.executable, "-c", code], installed, tmp_path).splitlines()]
@@ -182,7 +182,7 @@ def test_extras_that_read_tables_name_the_release_that_is_read() -> None:
 def test_an_editable_install_finds_programs_and_data_in_the_checkout(tmp_path: Path) -> None:
     _pip("install", "-e", str(ROOT), "--no-deps", "--no-build-isolation", "--target", str(tmp_path))
     (path_file,) = tmp_path.glob("*.pth")
-    code = "from apex_opt.api import formulation; from apex_opt.units import DATA_ROOT; print(DATA_ROOT)\n"
+    code = "from apex_opt.api.programs import formulation; from apex_opt.units import DATA_ROOT; print(DATA_ROOT)\n"
     code += "print(formulation('plan_space').__file__)"
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "formulations").mkdir(parents=True)
