@@ -121,7 +121,7 @@ class Ask(Setup):
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : Which router stands before the replicas: round_robin, least_loaded, vllm_dp, power_of_two, cache_aware (of
         SGLang), dynamo, llm_d, session or pull, a shared queue (docs/routing.md); several to choose from, such as
-        round_robin,cache_aware.
+        round_robin,cache_aware. Before prefill and before decode instances with a / between them: pull/least_loaded.
     serving : What may be deployed: aggregated, replicas that compute prompts and answer them; pools, one of instances
         that compute prompts (prefill) and one of those that answer them (decode); shared, replicas that do both side by
         side on the same GPUs; or several, as aggregated,pools.

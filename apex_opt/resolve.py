@@ -23,7 +23,7 @@ from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.deployment import Serving, parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
-from apex_opt.plans.routing import SEES_PREFIXES, parse_routings
+from apex_opt.plans.routing import SEES_PREFIXES, parse_routings, parse_sides
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineKind
-    from apex_opt.plans.deployment import Deployment
+    from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares
@@ -98,14 +98,15 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
-    routings, serving = parse_routings(ask.routing), _serving(ask, trace, model)
+    serving = _serving(ask, trace, model)
+    routings, sides = _routers(ask, serving)
     rescheduling = _rescheduling(ask, trace)
     asks = "--rescheduling" if rescheduling else "--serving"
     times = kind.handing_over(ask.handover, asks) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
-        *_about_prefixes(ask, trace, routings),
+        *_about_prefixes(ask, trace, (*routings, *sides[0], *sides[1])),
         *_about_priorities(trace, rescheduling),
         *_about_images(model),
         *_about_engines(ask),
@@ -162,6 +163,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         holds_longest=ask.max_model_len is not None,
         routing=routings[0],
         routings=routings if len(routings) > 1 else (),
+        sides=sides,
         serving=serving,
         rescheduling=rescheduling,
         handover=times,
@@ -183,11 +185,22 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
     """
     known = get_args(Serving)
     chosen = [name.strip() for name in ask.serving.split(",")]
+    if _plans_pools(ask) and "shared" in chosen:
+        raise UsageError(
+            f"--serving={ask.serving:.60}: the plan has prefill and decode pools, and prompts are handed over between "
+            "two pools of whole GPUs; leave one out"
+        )
+    if plans_shares(ask) and "pools" in chosen and not isinstance(ask, ExplainAsk):
+        raise UsageError(
+            f"--serving={ask.serving:.60}: the plan's share= computes both phases on one pool, which hands nothing "
+            "over; leave one out"
+        )
     if _plans_pools(ask):
         # What a plan is compared with may do both phases.
         chosen = ["aggregated", "pools"] if isinstance(ask, ExplainAsk) and "aggregated" in chosen else ["pools"]
     elif plans_shares(ask):
-        chosen = ["shared"] if ask.serving == "shared" else ["aggregated", "shared"]
+        pooled = ["pools"] if "pools" in chosen else []
+        chosen = ["shared"] if ask.serving == "shared" else ["aggregated", *pooled, "shared"]
     for name in chosen:
         if name not in known:
             raise UnknownNameError("serving", name[:60], known)
@@ -212,9 +225,27 @@ def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
         raise UsageError(f"--serving=pools: {model.name} {why}, and such hand-overs are not simulated; leave it out")
     if ask.speculation != "none":
         raise UsageError("--serving=pools: drafts are not simulated where prompts are handed over; leave one out")
-    if ask.routing != "round_robin":
-        raise UsageError("--serving=pools: requests are dealt to its instances in turn; leave --routing out")
     return tuple(name for name in known if name in chosen)
+
+
+def _routers(
+    ask: Ask, serving: tuple[Serving, ...]
+) -> tuple[tuple[Routing, ...], tuple[tuple[Routing, ...], tuple[Routing, ...]]]:
+    """Routers to choose from, before replicas that do both phases and before the instances of either side."""
+    if "pools" not in serving:
+        if "/" in ask.routing:
+            raise UsageError(
+                f"--routing: {ask.routing!r:.60} is of prefill and decode instances; give --serving=pools, or a router "
+                "without a /"
+            )
+        return parse_routings(ask.routing), (("round_robin",), ("round_robin",))
+    sides = parse_sides(ask.routing)
+    if "/" in ask.routing and serving != ("pools",):
+        raise UsageError(
+            f"--routing: {ask.routing!r:.60} is of prefill and decode instances, and --serving has pools of both "
+            "phases as well; give --serving=pools, or routers without a /"
+        )
+    return sides[0], sides
 
 
 def _kept_apart(model: Model) -> str | None:
@@ -276,7 +307,7 @@ def _loaded(name: str, given: str | T, kind: type[T], load: Callable[[str], T]) 
 def _about_prefixes(ask: Ask, trace: Trace, routings: Sequence[Routing]) -> tuple[str, ...]:
     """What prefix caching has to say of a trace; refused where what its prompts contain is there but cannot be used."""
     if not ask.prefix_caching:
-        blind = [name for name in routings if name in SEES_PREFIXES]
+        blind = [name for name in dict.fromkeys(routings) if name in SEES_PREFIXES]
         return tuple(
             f"--routing={name} deals by what caches hold, and they are off, so that nothing is saved; give "
             "--prefix_caching=true"
@@ -593,16 +624,11 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
                 "out"
             )
         for name in pool.types or problem.types:
-            plan = _completed(pool.plan, text, ask, problem, offers[name])
+            plan = _completed(pool, text, ask, problem, offers[name])
             offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
         if pool.role is not None and plan.speculation is not None:
             raise UsageError(
                 f"plan {text!r:.100}: drafts are not simulated where prompts are handed over; leave spec= out"
-            )
-        if pool.role is not None and plan.route is not None:
-            raise UsageError(
-                f"plan {text!r:.100}: requests are dealt to instances in turn where prompts are handed over; leave "
-                "route= out"
             )
         pools.append(replace(pool, plan=plan))
     if problem.rescheduling is not None and (len(pools) > 1 or pools[0].plan.replicas == 1):
@@ -617,8 +643,9 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
 
 
-def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
-    """A plan with the formats, the clock and the drafts that its text does not name: those asked for on its GPUs."""
+def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
+    """The plan of a pool with the formats, the clock and the drafts that its text does not name: those asked for."""
+    plan = pool.plan
     if len(offer.weight_formats) > 1:
         raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
     if len(offer.clocks) > 1:
@@ -636,7 +663,7 @@ def _completed(plan: Plan, text: str, ask: Ask, problem: Problem, offer: Offer) 
         raise UsageError(
             f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
         )
-    if problem.routings and plan.replicas > 1 and plan.route is None:
+    if problem.routers(pool.role) and plan.replicas > 1 and plan.route is None:
         raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
     drafter = plan.speculation or problem.drafters[0]
     return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter)

@@ -8,14 +8,14 @@ from doc_cases import ROOT, blocks_of, shown_and_printed, solve, words_of
 from apex_opt.plans.routing import ROUTINGS
 
 TEXT = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
-(_, SHOWN), (_, CHOSEN), (_, TALKS) = blocks_of(TEXT)
+(_, SHOWN), (_, CHOSEN), (_, SIDES), (_, TALKS) = blocks_of(TEXT)
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| `")]
 HEAD = "`--routing`"
 FIGURED = [row for row in ROWS if len(row) == 6]
 FIGURES, TURNS = FIGURED[1 : len(ROUTINGS) + 1], FIGURED[len(ROUTINGS) + 2 :]
 
 
-@pytest.mark.parametrize("body", [SHOWN, CHOSEN, TALKS])
+@pytest.mark.parametrize("body", [SHOWN, CHOSEN, SIDES, TALKS])
 def test_the_output_shown_is_the_output_printed(body: str) -> None:
     shown, printed = shown_and_printed(body)
     assert shown in printed

@@ -137,7 +137,12 @@ def test_a_deployment_without_a_pool_is_none() -> None:
         _ = two.plan
 
 
-PAIRS = ("prefill{attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16}",)
+PAIRS = (
+    "prefill{attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16}",
+    "prefill{attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull",
+    "prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull",
+    "prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull/session",
+)
 
 
 @pytest.mark.parametrize("text", PAIRS)

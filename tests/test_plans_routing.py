@@ -8,7 +8,7 @@ from plan_cases import dense, make_cluster, make_model, make_problem, random_tra
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.evaluate import OF_CUTS, space, tally
 from apex_opt.plans.plan import parse_plan, repeated
-from apex_opt.plans.routing import ROUTINGS, Routing, count_repeated, parse_routings
+from apex_opt.plans.routing import ROUTINGS, Routing, count_repeated, parse_routings, parse_sides
 from formulations.plan_space import PlanSpace
 
 CHOICE: tuple[Routing, ...] = ("pull", "least_loaded", "session")
@@ -21,6 +21,16 @@ def test_routers_are_read_by_their_names_and_none_twice() -> None:
         parse_routings("pull,best")
     with pytest.raises(UsageError, match="names a router twice"):
         parse_routings("pull,pull")
+
+
+def test_routers_of_two_sides_are_the_same_or_have_a_stroke_between_them() -> None:
+    assert parse_sides("pull,session") == (("pull", "session"), ("pull", "session"))
+    assert parse_sides("vllm_dp/pull, session") == (("vllm_dp",), ("pull", "session"))
+    for text in ("vllm_dp", "pull/vllm_dp"):
+        with pytest.raises(UsageError, match="name another router for the decode instances"):
+            parse_sides(text)
+    with pytest.raises(UnknownNameError, match="unknown routing 'b/c'"):
+        parse_sides("pull/b/c")
 
 
 @pytest.mark.parametrize("routings", [(), CHOICE])

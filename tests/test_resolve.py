@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk, SimulateAsk
+from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk, PlanAsk, SimulateAsk
 from apex_opt.cluster.tree import place_of
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.resolve import resolve, resolve_place, resolve_plan
@@ -600,7 +601,39 @@ def test_priorities_without_effect_are_told(given: dict[str, Any], told: str | N
     assert [note.startswith(told or "") for note in problem.notes if "priorit" in note] == ([True] if told else [])
 
 
-def test_instances_that_hand_prompts_over_have_no_router() -> None:
-    asked = SimulateAsk(plan="prefill{dp2 tp1 route=pull} + decode{tp1}", **CHEAP)
-    with pytest.raises(UsageError, match=r"dealt to instances in turn where prompts are handed over; leave route= out"):
-        resolve_plan(str(asked.plan), asked)
+def test_routers_of_pools_are_those_of_either_side() -> None:
+    pair = "prefill{dp2 tp1} + decode{dp2 tp1}"
+    for routing, sides in (
+        ("pull", (("pull",), ("pull",))),
+        ("pull/least_loaded,session", (("pull",), ("least_loaded", "session"))),
+    ):
+        problem = resolve(PlanAsk(**CHEAP, serving="pools", routing=routing))
+        assert problem.sides == sides
+        assert [problem.side(role, 0).routing for role in ("prefill", "decode")] == [names[0] for names in sides]
+        assert problem.side("decode", 0).routings == (sides[1] if len(sides[1]) > 1 else ())
+    asked = SimulateAsk(**CHEAP, plan=f"{pair} route=pull/session")
+    _, deployment = resolve_plan(str(asked.plan), asked)
+    assert [pool.plan.route for pool in deployment.pools] == ["pull", "session"]
+    with pytest.raises(UsageError, match=r"'pull,session' is a choice; one plan has one router"):
+        resolve_plan(pair, SimulateAsk(**CHEAP, plan=pair, routing="pull,session"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"routing": "pull/session"}, "give --serving=pools, or a router without a /"),
+        ({"routing": "pull/session", "serving": "aggregated,pools"}, "give --serving=pools, or routers without a /"),
+        ({"routing": "pull/vllm_dp", "serving": "pools"}, "vllm_dp is of requests as they come"),
+        ({"routing": "pull/pull/pull", "serving": "pools"}, "unknown routing 'pull/pull'"),
+        ({"plan": "prefill{dp2 tp1 route=pull} + decode{tp1}"}, "routers of pools stand behind these"),
+        ({"plan": "prefill{tp1} + decode{tp1} route=pull"}, "either pool has one; leave it out"),
+        ({"plan": "dp2 tp1 route=foo"}, "plan 'dp2 tp1 route=foo': unknown router 'foo'; known: round_robin"),
+        ({"plan": "tp1 share=80/100", "serving": "pools"}, "share= computes both phases on one pool"),
+        ({"plan": "prefill{tp1} + decode{tp1}", "serving": "shared"}, "prompts are handed over between two pools"),
+    ],
+)
+def test_routers_and_ways_to_serve_that_do_not_go_with_a_plan_are_refused(given: dict[str, Any], told: str) -> None:
+    ask = SimulateAsk(**(CHEAP | given)) if "plan" in given else PlanAsk(**(CHEAP | given))
+    with pytest.raises(ApexError, match=re.escape(told)) as caught:
+        resolve_plan(str(given["plan"]), ask) if "plan" in given else resolve(ask)
+    assert "\n" not in str(caught.value)

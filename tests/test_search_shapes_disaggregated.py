@@ -125,6 +125,21 @@ def test_no_run_of_a_pair_beats_its_bound(seed: int, types: int) -> None:
             assert bounds[one.deployment] <= problem.objective.signed(one.value), one.text
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_routers_are_those_of_simulating_every_pair_with_each(seed: int) -> None:
+    sides = ("round_robin", "least_loaded"), ("session", "pull")
+    problem = replace(question(seed, 4), serving=("pools",), sides=sides)
+    scorer = Scorer(problem)
+    scored = [scorer.simulate(pair) for pair in pairs_of(problem)]
+    assert {pool.plan.route for one in scored for pool in one.deployment.pools} == {None, *sides[0], *sides[1]}
+    good = [one for one in scored if one.meets_slos]
+    answer = search(problem, SPACE, top=2)
+    assert answer.ledger.optimal
+    best = sorted(problem.costs(one.metrics) for one in good)[:2]
+    assert [problem.costs(one.metrics) for one in answer.candidates[:2]] == best
+    assert check(problem, answer, SPACE, programs).holds
+
+
 def test_a_pool_alone_or_in_the_wrong_order_is_no_deployment() -> None:
     problem = question(0)
     plan = plans_of(problem, "prefill", 0)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.routing import ROUTINGS
 from apex_opt.search.facts import Facts
 from apex_opt.simulator import (
     DisaggregatedOutcome,
@@ -32,6 +34,10 @@ from apex_opt.simulator import (
 )
 from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference import handover
+from apex_opt.simulator.reference.handover import DecodeScheduler, Instance, PrefillScheduler
+from apex_opt.simulator.reference.router import Dealt, Dynamo
+from apex_opt.simulator.reference.sequence import Sequence
+from apex_opt.simulator.routing import Prefixes
 from apex_opt.units import DATA_ROOT, ceil_div
 from benchmarks.problems import problem
 
@@ -39,10 +45,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
-    from apex_opt.simulator.reference.sequence import Batch, Sequence
+    from apex_opt.simulator.reference.sequence import Batch
     from apex_opt.workload import Trace
 
+SLEEPY = VllmScheduling(idle_sleep_us=1)
+ROOMY = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4, scheduler=SLEEPY)
+POOL = EnginePool(settings=ROOMY, blocks=64, laws=(linear(ROOMY, 10),), replicas=2)
 NAMED = ("pd_1p1d", "pd_1p2d_prefix_seats", "pd_2p1d_async_tight", "pd_2p1d_seats_long_reads")
 
 
@@ -182,8 +192,8 @@ def by_instance(outcome: DisaggregatedOutcome) -> list[list[Any]]:
 # The kernel is the reference.
 
 
-def compare(pair: Pair) -> None:
-    ours, theirs = pair.run("kernel", log=True), pair.run("reference", log=True)
+def compare(pair: Pair, **options: Any) -> None:
+    ours, theirs = pair.run("kernel", log=True, **options), pair.run("reference", log=True, **options)
     assert_same(ours, theirs)
     for one, other in zip(ours.pools, theirs.pools, strict=True):
         assert one.counts.equals(other.counts) and np.array_equal(one.busy_ns, other.busy_ns)
@@ -196,7 +206,7 @@ def compare(pair: Pair) -> None:
     for name in (*more, "gaps_ns"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
     assert ours.steps_per_replica == theirs.steps_per_replica
-    silent = pair.run("kernel")
+    silent = pair.run("kernel", **options)
     assert silent.steps is None and np.array_equal(silent.finish_ns, theirs.finish_ns)
 
 
@@ -211,6 +221,69 @@ def test_kernel_equals_reference(pair: Pair) -> None:
 @given(pairs(most=60))
 def test_kernel_equals_reference_on_many_deployments(pair: Pair) -> None:
     compare(pair)
+
+
+ROUTED = st.tuples(st.sampled_from(ROUTINGS), st.sampled_from([name for name in ROUTINGS if name != "vllm_dp"]))
+
+
+@settings(max_examples=150)
+@given(pairs(), ROUTED)
+def test_kernel_equals_reference_behind_routers(pair: Pair, routing: tuple[Routing, Routing]) -> None:
+    compare(pair, routing=routing)
+
+
+@pytest.mark.nightly
+@settings(max_examples=3000)
+@given(pairs(most=60), ROUTED)
+def test_kernel_equals_reference_behind_routers_on_many_deployments(
+    pair: Pair, routing: tuple[Routing, Routing]
+) -> None:
+    compare(pair, routing=routing)
+
+
+@pytest.mark.parametrize("routing", [name for name in ROUTINGS if name != "vllm_dp"])
+@settings(max_examples=4)
+@given(pairs(most=4))
+def test_no_routers_beat_the_best_dealing_of_prompts_and_answers(routing: Routing, pair: Pair) -> None:
+    two = replace(pair, prefill=replace(pair.prefill, replicas=2), decode=replace(pair.decode, replicas=2))
+    chosen, rows = two.run("reference", routing=(routing, routing)), np.arange(len(two.trace))
+    totals = set()
+    for places in itertools.product(range(2), repeat=2 * len(rows)):
+        dealt = Dealt(rows, np.array(places[: len(rows)])), Dealt(rows, np.array(places[len(rows) :]))
+        outcome = handover.run(two.prefill, two.decode, two.handover, two.trace, dealt, log=False, gaps=False)
+        totals.add(int((outcome.finish_ns - outcome.arrival_ns).sum()))
+    total = int((chosen.finish_ns - chosen.arrival_ns).sum())
+    assert total >= min(totals)
+    assert routing == "pull" or total in totals  # who pulls has not waited at an instance
+
+
+def test_the_decode_side_is_routed_by_what_is_there_when_a_prompt_is_computed() -> None:
+    slow = replace(POOL, laws=(linear(ROOMY, 1000),))
+    # The first answer is still on its way when the third prompt is computed, the second is not.
+    trace = requests([(0, 4, 50), (1, 4, 1), (20_000, 4, 1)])
+    pair = Pair(prefill=slow, decode=slow, handover=Handover(), trace=trace)
+    for implementation in IMPLEMENTATIONS:
+        assert pair.run(implementation).decode.tolist() == [0, 1, 0]
+        by_load = pair.run(implementation, routing=("round_robin", "least_loaded"))
+        assert (by_load.prefill.tolist(), by_load.decode.tolist()) == ([0, 1, 0], [0, 1, 1])
+
+
+def test_dynamo_weighs_no_prompts_where_others_compute_them() -> None:
+    known = Prefixes.none(3, 4)
+    computing, answering = (Dynamo(known, 4, caching=True, computes=computes) for computes in (True, False))
+    engines = [Instance(POOL, kind, log=False) for kind in (PrefillScheduler, DecodeScheduler)]
+    prompt = Sequence(id=0, prompt=9, output=4, limit=4)
+    assert [router.cost(prompt, 0, engines[0]) for router in (computing, answering)] == [9 + 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("routing", "said"),
+    [(("round_robin", "vllm_dp"), "vllm_dp is of requests as they come"), (("best", "round_robin"), "routing 'best'")],
+)
+def test_routers_that_are_none_of_a_side_are_refused(routing: Any, said: str) -> None:
+    pair = Pair(prefill=POOL, decode=POOL, handover=Handover(), trace=requests([(0, 4, 4)]))
+    with pytest.raises(ApexError, match=said):
+        pair.run("kernel", routing=routing)
 
 
 REACHED: dict[str, Callable[[Pair, DisaggregatedOutcome], bool]] = {
@@ -353,13 +426,10 @@ MUTANTS: dict[str, tuple[type, str, Any]] = {
     "what is found travels too": (handover.DecodeScheduler, "admit", all_travels),
     "what was read can be found a batch later": (handover.DecodeScheduler, "start", unfindable),
     "decode instances are chosen as prefill instances are": (
-        handover.Deployment,
-        "forward",
-        lambda self, prompt: (
-            self.decode_of.__setitem__(prompt.id, prompt.id % len(self.decode)),
-            self.decode[prompt.id % len(self.decode)].add(
-                self.answers[prompt.id], prompt.answered_ns + self.handover.proxy_ns
-            ),
+        handover.Side,
+        "send",
+        lambda self, sequence, now_ns, later_ns: self._add(
+            sequence.id % len(self.instances), sequence, now_ns + later_ns
         ),
     ),
     "reads never wait for each other": (

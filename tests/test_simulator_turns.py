@@ -60,7 +60,7 @@ def in_one_loop(its: EnginePool, trace: Trace, routing: Routing) -> list[tuple[i
     """(arrival, first token, finish) of each request where each answer sends what waits for it."""
     (share,) = shares([its], trace, [routing])
     engines = [_replica(its, log=False, closed=False) for _ in range(its.replicas)]
-    router = Dealt(None) if routing == "round_robin" else router_of(share, [its], trace)
+    router = Dealt(np.arange(0), None) if routing == "round_robin" else router_of(share, [its], trace)
     sequences = sequences_of(its.settings, trace)
     assert trace.delay_ns is not None
     after = {int(before): row for row, before in enumerate(trace.before) if trace.delay_ns[row] >= 0}

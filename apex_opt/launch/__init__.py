@@ -107,6 +107,9 @@ def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
         for command in decode.commands
     )
     before = proxy([_served(one.commands) for one in (prefill, decode)])
+    dealt = prefill.routing, decode.routing
+    if dealt != ("round_robin", "round_robin"):
+        notes.append(f"requests: the figures are of {'/'.join(dealt)}, which the proxy does not do: put a router there")
     several = any(note.startswith("NODE0") for note in notes)
     notes += [note for note in ABOUT_PROXY if not (several and note.startswith("NODE0"))]
     return replace(prefill, commands=(*prefill.commands, *later, before), notes=tuple(notes))
@@ -151,7 +154,8 @@ def _servers(asked: Asked, engine: Engine, replicas: Sequence[Replica], taken: d
 
 def _router(asked: Asked, servers: Sequence[Command]) -> Iterator[Command]:
     """The router in front of several replicas where there is one that a command starts, on the first node."""
-    if asked.plan.replicas == 1 or asked.problem.routing_of(asked.plan) != "cache_aware":
+    alone = asked.plan.replicas == 1 or asked.settings.role is not None
+    if alone or asked.problem.routing_of(asked.plan) != "cache_aware":
         return
     words = ["python", "-m", "sglang_router.launch_router", "--policy", "cache_aware", "--port", _ROUTER_PORT]
     words += ["--worker-urls", *(f"http://NODE{node}:{port}" for node, port in _served(servers))]

@@ -139,7 +139,7 @@ class Vllm:
 
 ABOUT_PROXY: Final = (
     "requests: go to the proxy, toy_proxy_server.py of vLLM's sources (tests/v1/kv_connector/nixl_integration); it "
-    "asks a prefill server first and then a decode server, each in turn, as is simulated",
+    "asks a prefill server first and then a decode server, each in turn",
     "proxy: copy toy_proxy_server.py here first, with --save into its folder; the compose files start no proxy",
     "connector: vllm serve needs the package nixl for it",
     "NODE0, NODE1, ...: put the nodes' addresses in their place",

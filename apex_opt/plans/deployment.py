@@ -7,7 +7,8 @@ which stages are where.
 
 ``prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{tp4 bf16}`` reads: one pool computes all prompts and another one, to
 which their keys and values are handed over, answers them. Each is a pool as above, with its type of GPU where there are
-several.
+several. Behind the braces ``route=least_loaded`` says which router stands before either, where there are several
+instances, and ``route=least_loaded/round_robin`` which before the one and which before the other.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.plan import EXAMPLE, parse_plan
+from apex_opt.plans.routing import parse_sides
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.ir.model import Model
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
 
 Role = Literal["prefill", "decode"]
 
@@ -34,7 +37,9 @@ Serving = Literal["aggregated", "pools", "shared"]
 """What may be deployed, as `Problem` has it."""
 
 _BETWEEN: Final = " + "
-_PAIR: Final = re.compile(r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*")
+_PAIR: Final = re.compile(
+    r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*(?:route=([^\s/]+)(?:/([^\s/]+))?)?\s*"
+)
 _PAIR_EXAMPLE: Final = "prefill{dp2 tp2 bf16} + decode{tp4 bf16}"
 
 
@@ -58,8 +63,15 @@ class Pool:
         """Names of its types of GPU; none where there is but one to choose from."""
         return tuple(name for name, _ in self.plan.on) or (() if self.gpu is None else (self.gpu,))
 
+    @property
+    def route(self) -> Routing | None:
+        """The router that its plan names, where there are several replicas to choose from."""
+        return self.plan.route if self.plan.replicas > 1 else None
+
     def __str__(self) -> str:
-        text = ": ".join(filter(None, (_BETWEEN.join(self.types), str(self.plan))))
+        # Where prompts are handed over the routers of both pools stand behind these.
+        plan = self.plan if self.role is None else replace(self.plan, route=None)
+        text = ": ".join(filter(None, (_BETWEEN.join(self.types), str(plan))))
         return text if self.role is None else f"{self.role}{{{text}}}"
 
 
@@ -111,7 +123,9 @@ class Deployment:
         return sum(pool.plan.devices for pool in self.pools)
 
     def __str__(self) -> str:
-        return _BETWEEN.join(map(str, self.pools))
+        text = _BETWEEN.join(map(str, self.pools))
+        routes = [route for pool in self.pools if (route := pool.route)] if self.disaggregated else []
+        return f"{text} route={'/'.join(dict.fromkeys(routes))}" if routes else text
 
 
 def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deployment:
@@ -165,14 +179,24 @@ def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
     found = _PAIR.fullmatch(text)
     if found is None:
         raise UsageError(f"plan {text!r:.100}: braces are for two pools that hand over; such as: {_PAIR_EXAMPLE}")
+    *parts, one, other = found.groups()
+    routers = [None, None] if one is None else parse_sides(f"{one}/{other or one}")
     pools = []
-    for role, part in zip(ROLES, found.groups(), strict=True):
+    for role, part, names in zip(ROLES, parts, routers, strict=True):
         if not part.strip():
             raise UsageError(f"plan {text!r:.100}: the {role} pool has no plan; such as: {_PAIR_EXAMPLE}")
         (pool, *more) = parse_deployment(part, model, types).pools
         if more or pool.plan.on:
             raise UsageError(f"plan {text!r:.100}: the {role} pool is on one type of GPU; leave the others out")
-        pools.append(replace(pool, role=role))
+        if pool.plan.route is not None:
+            raise UsageError(
+                f"plan {text!r:.100}: routers of pools stand behind these, those before prefill and decode instances "
+                f"with a / between them; such as: {_PAIR_EXAMPLE} route=least_loaded/round_robin"
+            )
+        route = names[0] if names is not None and pool.plan.replicas > 1 else None
+        pools.append(replace(pool, plan=replace(pool.plan, route=route), role=role))
+    if one is not None and not any(pool.plan.route for pool in pools):
+        raise UsageError(f"plan {text!r:.100}: route= is of several instances, and either pool has one; leave it out")
     return Deployment(pools=tuple(pools))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.ir.checks import shown
@@ -347,7 +347,9 @@ def _router(found: dict[str, str], text: str) -> Routing:
         raise UsageError(
             f"plan {text!r}: route={found['route']} is of several replicas, and the plan has one; leave it out"
         )
-    return cast("Routing", found["route"].lower())
+    if (name := found["route"].lower()) not in ROUTINGS:
+        raise UsageError(f"plan {text!r:.100}: unknown router {name!r:.60}; known: {', '.join(ROUTINGS)}")
+    return name
 
 
 def _template(inside: str, text: str, example: str) -> Template:

@@ -51,6 +51,23 @@ def parse_routings(text: str) -> tuple[Routing, ...]:
     return names
 
 
+def parse_sides(text: str) -> tuple[tuple[Routing, ...], tuple[Routing, ...]]:
+    """Routers to choose from before prefill and before decode instances: for both alike, or with a `/` between them.
+
+    Raises
+    ------
+    UnknownNameError, UsageError    as `parse_routings`; more than two sides; one that is of requests as they come
+    """
+    prefill, slash, decode = text.partition("/")
+    found = parse_routings(prefill), parse_routings(decode if slash else prefill)
+    if "vllm_dp" in found[1]:
+        raise UsageError(
+            "--routing: vllm_dp is of requests as they come, not of prompts that are computed; name another router for "
+            "the decode instances, as in vllm_dp/round_robin"
+        )
+    return found
+
+
 def count_repeated(most: int, routings: Sequence[Routing]) -> int:
     """How many plans there are of a cut, with up to so many replicas and each router where there are several."""
     return most if most < 2 else 1 + (most - 1) * max(len(routings), 1)

@@ -275,7 +275,7 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
             name=problem.overhead.name,
             policy=problem.settings.scheduler.name,
             runnable=ANY if runnable is None else runnable.name,
-            routing=",".join(problem.routings) or problem.routing,
+            routing=_routers(problem),
             expert_routing=problem.expert_routing,
         ),
         serving=None if problem.serving == ("aggregated",) else problem.serving,
@@ -285,6 +285,14 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         arrivals=arrivals,
         **choices,
     )
+
+
+def _routers(problem: Problem) -> str:
+    """Routers to choose from; before prefill and decode instances with a / between them, where these are not alike."""
+    first, then = problem.sides
+    if problem.serving == ("pools",) and first != then:
+        return f"{','.join(first)}/{','.join(then)}"
+    return ",".join(problem.routings) or problem.routing
 
 
 def _priority(use: PriorityUse) -> types.PriorityFigures:

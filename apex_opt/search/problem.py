@@ -10,6 +10,7 @@ from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import load_objective, step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
+from apex_opt.plans.deployment import ROLES
 from apex_opt.plans.memory import settings_of
 from apex_opt.profiles import SHIPPED
 from apex_opt.simulator.handover import prompts_only
@@ -93,6 +94,8 @@ class Problem:
                                            that mean something for one request
     routing : Routing                how requests are dealt to the replicas of plans that do not say
     routings : tuple of Routing      routers to choose from; none where there is no choice
+    sides : two tuples of Routing    routers before the instances that compute prompts and before those that answer, to
+                                     choose from, the first for plans that do not say
     serving : tuple of str           what may be deployed: "aggregated", pools that do both phases of a request,
                                      "pools", one that computes prompts and one that answers them, and "shared", pools
                                      that do both phases side by side on the same GPUs
@@ -132,6 +135,7 @@ class Problem:
     request_slos: tuple[Goal, ...] | None = None
     routing: Routing = "round_robin"
     routings: tuple[Routing, ...] = ()
+    sides: tuple[tuple[Routing, ...], tuple[Routing, ...]] = (("round_robin",), ("round_robin",))
     serving: tuple[Serving, ...] = ("aggregated",)
     rescheduling: Rescheduling | None = None
     handover: HandoverTimes | None = None
@@ -200,7 +204,8 @@ class Problem:
         The prefill pool is asked for one token of each prompt, and goals are not its own.
         """
         own = replace(self.alone(place), serving=("aggregated",), shares=(None,))
-        own = replace(own, settings=replace(own.settings, role=role), drafters=(None,), routings=())
+        own = replace(own, settings=replace(own.settings, role=role), drafters=(None,))
+        own = replace(own, routing=self.sides[ROLES.index(role)][0], routings=self.routers(role))
         if role == "decode":
             return own
         asked: dict[str, Any] = {"objective": load_objective("e2e_mean"), "then": (), "slos": (), "near": ()}
@@ -302,6 +307,13 @@ class Problem:
     def costs(self, metrics: Metrics) -> tuple[float, ...]:
         """The figures of a run by each objective, signed such that less is better."""
         return tuple(objective.signed(objective.value(metrics)) for objective in self.objectives)
+
+    def routers(self, role: Role | None) -> tuple[Routing, ...]:
+        """Routers to choose from before the replicas of a pool; none where there is no choice."""
+        if role is None:
+            return self.routings
+        names = self.sides[ROLES.index(role)]
+        return names if len(names) > 1 else ()
 
     def routing_of(self, plan: Plan) -> Routing:
         """How requests are dealt to the replicas of a plan."""

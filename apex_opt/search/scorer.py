@@ -216,7 +216,8 @@ class Scorer:
         if deployment.disaggregated:
             prefill, decode = engines
             handover = self.pairs.handover(*pools)
-            return run_disaggregated(prefill, decode, handover, trace, log=log, gaps=self._gaps)
+            first, then = (one.problem.routing_of(pool.plan) for pool, one in zip(pools, facts, strict=True))
+            return run_disaggregated(prefill, decode, handover, trace, routing=(first, then), log=log, gaps=self._gaps)
         if (shared := facts[0].phases(pools[0].plan)) is not None:
             return run_phases(engines[0], shared, trace, log=log)
         owner, clients = self._dealt(pools)

@@ -388,8 +388,8 @@ def rank(problem: Problem, scored: Scored) -> tuple[Costs, int, list[int], str]:
 
     So ties fall the same way every time.
     """
-    routes = [use.pool.plan.route for use in scored.pools]
-    named = [problem.routings.index(route) for route in routes if route in problem.routings]
+    pools = [(use.pool.plan.route, problem.routers(use.pool.role)) for use in scored.pools]
+    named = [names.index(route) for route, names in pools if route in names]
     return problem.costs(scored.metrics), scored.devices, named, scored.text
 
 

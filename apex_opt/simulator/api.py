@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.plans.routing import check_routing
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
-from apex_opt.simulator.pools import EnginePool, shares
+from apex_opt.simulator.pools import EnginePool, shares, sides
 from apex_opt.simulator.turns import after_answers
 from apex_opt.units import NS_PER_S, ceil_div
 
@@ -264,14 +263,15 @@ def run_disaggregated(
     handover: Handover,
     trace: Trace,
     *,
+    routing: tuple[Routing, Routing] = ("round_robin", "round_robin"),
     log: bool = False,
     gaps: bool = False,
     implementation: Implementation = "kernel",
 ) -> DisaggregatedOutcome:
     """Serve a trace on instances that compute prompts and others that answer them.
 
-    Request i goes to prefill instance i mod P; when its prompt is computed it goes to the decode instance whose turn it
-    is, in the order in which prompts are computed.
+    By default request i goes to prefill instance i mod P; when its prompt is computed it goes to the decode instance
+    whose turn it is, in the order in which prompts are computed.
 
     Parameters
     ----------
@@ -280,6 +280,8 @@ def run_disaggregated(
                                     a block, and sleep when there is nothing to run
     handover : Handover
     trace : Trace                   open arrivals
+    routing : how an instance of either side is found: of the first for a request that comes, of the second when its
+              prompt is computed, as loads are then
     log : bool                      keep every batch
     gaps : bool                     keep the times between the tokens of every request, as a log does too
     implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
@@ -293,10 +295,12 @@ def run_disaggregated(
     CapacityError, UsageError
     """
     if trace.delay_ns is not None:
-        served = partial(
-            run_disaggregated, prefill, decode, handover, log=log, gaps=gaps, implementation=implementation
+        asked_of: dict[str, Any] = {"routing": routing, "log": log, "gaps": gaps, "implementation": implementation}
+        return after_answers(
+            trace,
+            decode.settings.max_model_len,
+            lambda coming, _: run_disaggregated(prefill, decode, handover, coming, **asked_of),
         )
-        return after_answers(trace, decode.settings.max_model_len, lambda coming, _: served(coming))
     if trace.concurrency is not None:
         raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
@@ -323,13 +327,20 @@ def run_disaggregated(
             f"handover: a read of {blocks} blocks would take longer than {LONGEST_NS // NS_PER_S} s, after which the "
             "prefill instance gives its blocks up; use smaller times or shorter prompts"
         )
+    for name in routing:
+        check_routing(name)
+    if routing[1] == "vllm_dp":
+        raise UsageError("routing: vllm_dp is of requests as they come, not of prompts that are computed; use another")
+    before = sides(prefill, decode, trace, routing)
     if implementation == "reference":
         from apex_opt.simulator.reference import handover as instances
+        from apex_opt.simulator.reference.router import router_of
 
-        return instances.run(prefill, decode, handover, trace, log=log, gaps=gaps)
+        first, then = (router_of(share, [prefill, decode], trace, computes=not share.first) for share in before)
+        return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps)
     from apex_opt.simulator import pack_disaggregated
 
-    return pack_disaggregated.run(prefill, decode, handover, trace, log=log, gaps=gaps)
+    return pack_disaggregated.run(prefill, decode, handover, trace, before, log=log, gaps=gaps)
 
 
 def run_phases(

@@ -12,11 +12,14 @@ from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-from apex_opt.simulator.pack import Memory, served
+from apex_opt.simulator.pack import Memory, number_pieces, served
+from apex_opt.simulator.pack_router import router_memory
 from apex_opt.simulator.pools import Share
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.pack import Room
     from apex_opt.simulator.pools import EnginePool
@@ -24,17 +27,25 @@ if TYPE_CHECKING:
 
 
 def run(
-    prefill: EnginePool, decode: EnginePool, handover: Handover, trace: Trace, *, log: bool, gaps: bool
+    prefill: EnginePool,
+    decode: EnginePool,
+    handover: Handover,
+    trace: Trace,
+    sides: tuple[Share, Share],
+    *,
+    log: bool,
+    gaps: bool,
 ) -> DisaggregatedOutcome:
     """Run a trace through the kernel; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
 
     Parameters
     ----------
     prefill, decode, handover, trace
+    sides : how requests are dealt to the instances of either side
     log : bool     whether every batch is told
     gaps : bool    whether the times between tokens are told
     """
-    memory = served(lambda room: _Instances(prefill, decode, handover, trace, room), logged=log or gaps)
+    memory = served(lambda room: _Instances(prefill, decode, handover, trace, sides, room), logged=log or gaps)
     return memory.outcome(log=log, gaps=gaps)
 
 
@@ -67,14 +78,20 @@ class _Instances(Memory):
     """The arrays of a run in which prompts are handed over."""
 
     def __init__(
-        self, prefill: EnginePool, decode: EnginePool, handover: Handover, trace: Trace, room: Room | None
+        self,
+        prefill: EnginePool,
+        decode: EnginePool,
+        handover: Handover,
+        trace: Trace,
+        sides: tuple[Share, Share],
+        room: Room | None,
     ) -> None:
         n = len(trace)
-        holding = [ceil_div(n, pool.replicas) for pool in (prefill, decode)]
+        in_turn = all(share.places is None and not share.routed for share in sides)
+        holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
         super().__init__([prefill, decode], _twice(trace), (), (), None, room, holding)
         self._asked = trace
         self._replicas[: prefill.replicas, kn.HOLDS] = 1
-        self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
         facts = np.zeros(kn.FACTS_SIZE, np.int64)
         facts[[kn.REQUESTS, kn.PREFILLS, kn.DECODES]] = n, prefill.replicas, decode.replicas
         facts[[kn.PROXY_NS, kn.READ_NS, kn.BLOCK_NS]] = handover.proxy_ns, handover.read_ns, handover.block_ns
@@ -83,12 +100,27 @@ class _Instances(Memory):
         instances[:, [kn.FIRST_END, kn.LAST_END]] = kn.NONE
         instances[:, kn.SOONEST] = kn.NEVER
         self._passages = np.full((kn.PASSAGE_SIZE, n), kn.NONE, np.int64)
+        self._routers: kn.Routers | None = None
+        if in_turn:
+            self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
+            self._passages[kn.PREFILL_OF] = np.arange(n) % prefill.replicas
+        else:
+            self._requests[[kn.FIRST, kn.FINISH]] = kn.NEVER  # until they are known
+            self._routers = kn.Routers(*map(self._router, sides))
         ends = np.full(kn.END_SIZE * 2 * n, kn.NONE, np.int64)
         self._links = kn.Links(facts, instances.reshape(-1), ends, self._passages.reshape(-1))
 
+    def _router(self, share: Share) -> NDArray[np.int64]:
+        """The router before one side, which knows of the prompts and, behind them, of the answers."""
+        twice = None if share.places is None else np.tile(share.places, 2)
+        settings = self._pools[0].settings
+        share = share._replace(places=twice)
+        return router_memory(share, settings, self._trace, number_pieces, computes=not share.first)
+
     def serve(self) -> None:
         """Run the kernel."""
-        entries.DISAGGREGATED[self._cache is not None](self.run, self._cache, self._links)
+        entry = entries.DISAGGREGATED[self._routers is not None, self._cache is not None]
+        entry(self.run, self._cache, self._links, self._routers)
 
     def outcome(self, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
         """What came of the run."""
@@ -108,7 +140,7 @@ class _Instances(Memory):
         }
         return DisaggregatedOutcome(
             **base,
-            prefill=np.arange(n) % self._pools[0].replicas,
+            prefill=passages[kn.PREFILL_OF],
             decode=passages[kn.DECODE_OF],
             prefilled_ns=found.finish_ns[:n],
             forwarded_ns=found.arrival_ns[n:],

@@ -26,27 +26,34 @@ RULES: Final[dict[Routing, int]] = {
     "llm_d": rt.LLM_D,
     "pull": rt.PULL,
 }
+"""Those that replicas advance together for, by what the kernel calls them."""
 
 
-def router_memory(share: Share, settings: EngineSettings, trace: Trace, number: Number) -> NDArray[np.int64]:
+def router_memory(
+    share: Share, settings: EngineSettings, trace: Trace, number: Number, *, computes: bool = True
+) -> NDArray[np.int64]:
     """Registers of a router that has sent nothing, with the parts that they lead to.
 
     Parameters
     ----------
-    share : Share              what it routes
+    share : Share              what it routes, or deals as is known beforehand
     settings : EngineSettings
     trace : Trace
     number : callable          numbers pieces of contents
+    computes : bool            whether the replicas compute prompts, rather than get them from others
 
     Raises
     ------
     UsageError    the trace's content pieces are not whole engine blocks
     """
+    dealt = rt.IN_TURN if share.places is None else rt.DEALT
+    rule = {**RULES, "least_loaded": rt.LEAST_LOADED}[share.routing] if share.routed else dealt
     known = prefixes(share.routing, trace, settings.block_size, settings.max_model_len, number)
     own, count = RouterSettings(), share.last - share.first
     registers = np.zeros(rt.ROUTER_SIZE, np.int64)
     for place, value in {
-        rt.RULE: RULES[share.routing],
+        rt.RULE: rule,
+        rt.COMPUTES: computes,
         rt.TOKENS: known.tokens,
         rt.BLOCK: settings.block_size,
         rt.CACHES: settings.prefix_caching,
@@ -64,7 +71,9 @@ def router_memory(share: Share, settings: EngineSettings, trace: Trace, number: 
         registers[place] = value
     replicas = np.zeros((count, rt.ROUTED_SIZE), np.int64)
     replicas[:, rt.ACTIVE] = NONE
-    drawn = pairs(len(share.rows), count) if share.routing == "power_of_two" else np.zeros(0, np.int64)
+    drawn = np.zeros(0, np.int64) if share.places is None else share.places
+    if share.routing == "power_of_two":
+        drawn = pairs(len(share.rows), count)
     by_piece = {"cache_aware": known.known, "dynamo": known.known * count * rt.HELD_SIZE}
     by_piece["llm_d"] = by_piece["dynamo"]
     parts = {

@@ -122,6 +122,23 @@ def shares(
     return [_share(*one, routing, trace) for one, routing in zip(found, routings, strict=False)]
 
 
+def sides(
+    prefill: EnginePool, decode: EnginePool, trace: Trace, routing: tuple[Routing, Routing]
+) -> tuple[Share, Share]:
+    """All requests, before the instances that compute prompts and again before those that answer them.
+
+    Parameters
+    ----------
+    prefill, decode, trace
+    routing : of each side
+    """
+    rows, last = np.arange(len(trace)), prefill.replicas
+    return (
+        _share(0, last, rows, None, routing[0], trace)._replace(last=last),
+        _share(last, last + decode.replicas, rows, None, routing[1], trace)._replace(last=last + decode.replicas),
+    )
+
+
 def _share(first: int, last: int, rows: I64, clients: int | None, routing: Routing, trace: Trace) -> Share:
     """A share, of whose replicas those without a request are left out where none is routed.
 

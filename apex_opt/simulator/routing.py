@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 import numpy as np
 
+from apex_opt.plans.routing import SEES_PREFIXES
 from apex_opt.simulator.content import BlockContent, number_pieces
 
 if TYPE_CHECKING:
@@ -146,6 +147,11 @@ class Prefixes(NamedTuple):
     tokens: int
     known: int
 
+    @classmethod
+    def none(cls, requests: int, tokens: int) -> Self:
+        """Of prompts that nothing is known of."""
+        return cls(np.zeros(requests + 1, np.int64), np.zeros(0, np.int64), tokens, 0)
+
     def of(self, request: int, prompt: int, *, whole: bool) -> list[int]:
         """The pieces of a prompt.
 
@@ -174,9 +180,8 @@ def prefixes(
     ------
     UsageError    the trace's content pieces are not whole engine blocks
     """
-    n = len(trace)
-    if trace.content is None or trace.content_starts is None or routing in ("least_loaded", "power_of_two", "pull"):
-        return Prefixes(np.zeros(n + 1, np.int64), np.zeros(0, np.int64), block_size, 0)
+    if trace.content is None or trace.content_starts is None or routing not in SEES_PREFIXES:
+        return Prefixes.none(len(trace), block_size)
     if routing == "cache_aware":
         pieces, known = number(trace.content_starts, trace.content)
         return Prefixes(trace.content_starts, pieces, trace.content_tokens, known)

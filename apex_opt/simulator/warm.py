@@ -73,9 +73,10 @@ def _variants() -> dict[str, Variant]:
             found[name] = Variant(settings(caching, **_ENGINES[engine]), (entry,), **others)
     found["general caching"] = found["general caching"]._replace(entries=(SERVE["general", True], NUMBER_PIECES))
     sleepy = {"scheduler": VllmScheduling(idle_sleep_us=1)}
-    for caching, entry in DISAGGREGATED.items():
-        name = "disaggregated" + " caching" * caching
-        found[name] = Variant(settings(caching, **sleepy), (entry,), disaggregated=True)
+    for (routed, caching), entry in DISAGGREGATED.items():
+        name = "routed " * routed + "disaggregated" + " caching" * caching
+        router: Routing = "least_loaded" if routed else "round_robin"
+        found[name] = Variant(settings(caching, **sleepy), (entry,), disaggregated=True, routing=router)
     return {**found, "phases": Variant(settings(caching=False), (PHASES,), shared=True)}
 
 
@@ -125,7 +126,7 @@ def run(*names: str) -> None:
         replicas = 1 if routing == "round_robin" else 2
         pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:
-            run_disaggregated(pool, pool, Handover(), trace)
+            run_disaggregated(pool, pool, Handover(), trace, routing=(routing, routing))
         elif shared:
             run_phases(pool, Phases(prefill_share=50, decode_share=50), trace)
         else:

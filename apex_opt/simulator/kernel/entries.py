@@ -38,7 +38,7 @@ from apex_opt.simulator.kernel.kv_state import Groups
 from apex_opt.simulator.kernel.phases_state import Replica
 from apex_opt.simulator.kernel.records import kinds, leaves, names, spread
 from apex_opt.simulator.kernel.sglang_state import Sglang, Tree
-from apex_opt.simulator.kernel.state import Cache, Links, Run
+from apex_opt.simulator.kernel.state import Cache, Links, Routers, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,10 +205,12 @@ RANKS: Final = {
 }
 """Those of replicas with ranks."""
 DISAGGREGATED: Final = {
-    False: _of("disaggregated", "disaggregated_nb", Run, None, Links),
-    True: _of("disaggregated", "disaggregated_nb", Run, Cache, Links),
+    (False, False): _of("disaggregated", "disaggregated_nb", Run, None, Links, None),
+    (False, True): _of("disaggregated", "disaggregated_nb", Run, Cache, Links, None),
+    (True, False): _of("disaggregated", "disaggregated_nb", Run, None, Links, Routers),
+    (True, True): _of("disaggregated", "disaggregated_nb", Run, Cache, Links, Routers),
 }
-"""Prefill and decode instances, by whether they cache prefixes."""
+"""Prefill and decode instances, by whether routers stand before them and whether they cache prefixes."""
 PHASES: Final = _of("phases", "serve_phases_nb", Replica)
 NUMBER_PIECES: Final = _of(
     "content", "number_pieces_nb", np.int64, int, np.int64, np.int64, np.int64, np.int64, int, np.int64

@@ -14,6 +14,17 @@ from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, 
 from apex_opt.simulator.kernel.general import enter_nb, running_nb, take_in_nb, waiting_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
+from apex_opt.simulator.kernel.router import choose_nb, send_nb
+from apex_opt.simulator.kernel.router_state import (
+    FIRST_WAITS,
+    LAST_WAITS,
+    LOAD,
+    PULL,
+    REPLICAS_AT,
+    ROUTED_SIZE,
+    RULE,
+    WAITING,
+)
 from apex_opt.simulator.kernel.stages import newest_nb, preempted_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -32,6 +43,7 @@ from apex_opt.simulator.kernel.state import (
     DONE,
     DUE,
     END_AT,
+    ENDED,
     ENDS,
     EXECUTED,
     FINISH,
@@ -54,6 +66,7 @@ from apex_opt.simulator.kernel.state import (
     NOW,
     PLACE,
     PREEMPTIONS,
+    PREFILL_OF,
     PREFILLS,
     PROMPT,
     PROXY_NS,
@@ -73,16 +86,17 @@ from apex_opt.simulator.kernel.state import (
     RUNS,
     SEEN,
     SEEN_IN,
+    SENT,
     SLEEP_NS,
     SLOTS_AT,
     SOONEST,
     STACK,
-    TAIL,
     UNREPORTED,
+    WAITS_AT_ROUTER,
 )
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.state import I64, Cache, Links, Run
+    from apex_opt.simulator.kernel.state import I64, Cache, Links, Routers, Run
 
 
 @inner
@@ -122,7 +136,7 @@ def due_nb(run: Run, x: I64, r: I64) -> int:
 
 
 @inner
-def turn_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
+def turn_nb(run: Run, cache: Cache | None, links: Links, routers: Routers | None, instance: int) -> None:
     """Form a batch, or take in the oldest once it is done."""
     r, x = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance)
     queue_end = at(run.scratch, r[QUEUE_AT])
@@ -141,9 +155,12 @@ def turn_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
     if queue_end[oldest] > r[NOW]:
         return
     x[AWAITS] = 0
+    ended = r[ENDED]
     take_in_nb(run, cache, None, r)
     if r[HOLDS] == 1:
-        forward_nb(run, links, r, oldest)
+        forward_nb(run, links, routers, r, oldest)
+    if routers is not None and r[ENDED] > ended:
+        pull_nb(run, links, routers, r[HOLDS], r[NOW])
     if x[EXECUTED] == 0 and unfinished_nb(run, x, r):
         r[NOW] += r[SLEEP_NS]
     hear_nb(run, cache, links, instance, oldest)
@@ -227,7 +244,7 @@ def order_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None
         column_nb(run, BLOCKS)[i] = total
         column_nb(run, COMPUTED)[i] = prompt
         request = i - facts[REQUESTS]
-        source = request % facts[PREFILLS]
+        source = passage_nb(links, PREFILL_OF)[request]
         y = instance_nb(links, source)
         start = max(r[NOW], y[LINK_FREE]) if facts[IN_TURN] == 1 else r[NOW]
         end = start + facts[READ_NS] + facts[BLOCK_NS] * (total - found)
@@ -315,23 +332,82 @@ def hear_nb(run: Run, cache: Cache | None, links: Links, instance: int, batch: i
 
 
 @inner
-def forward_nb(run: Run, links: Links, r: I64, batch: int) -> None:
-    """Requests whose prompts are computed go to the decode instances, in turn."""
-    facts, rows, following = links.facts, queued_nb(run, r, batch), column_nb(run, FOLLOWING)
+def forward_nb(run: Run, links: Links, routers: Routers | None, r: I64, batch: int) -> None:
+    """Requests whose prompts are computed go to the decode instances, in turn or as their router says."""
+    facts, rows = links.facts, queued_nb(run, r, batch)
     for row in range(run.scratch[r[QUEUE_AT] + r[DEPTH] + batch]):
         i = rows[row] >> 1
         if column_nb(run, PLACE)[i] != DONE or passage_nb(links, DECODE_OF)[i] != NONE:
             continue
-        turn = facts[FORWARDED] % facts[DECODES]
+        answer, now, turn = i + facts[REQUESTS], column_nb(run, FINISH)[i], facts[FORWARDED]
         facts[FORWARDED] += 1
-        passage_nb(links, DECODE_OF)[i] = turn
-        answer = i + facts[REQUESTS]
-        column_nb(run, ARRIVAL)[answer] = column_nb(run, FINISH)[i] + facts[PROXY_NS]
-        instance = facts[PREFILLS] + turn
-        d, y = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance)
-        if d[HEAD] == NONE:
-            d[HEAD] = answer
+        if routers is None:
+            add_nb(run, links, facts[PREFILLS] + turn % facts[DECODES], answer, now + facts[PROXY_NS])
         else:
-            following[d[TAIL]] = answer
-        d[TAIL] = answer
-        y[DUE] = due_nb(run, y, d)
+            passage_nb(links, DECODE_OF)[i] = WAITS_AT_ROUTER
+            route_nb(run, links, routers, 0, answer, turn, now)
+
+
+@inner
+def add_nb(run: Run, links: Links, instance: int, i: int, now: int) -> None:
+    """Request i comes to an instance."""
+    r, x, facts = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance), links.facts
+    column_nb(run, ARRIVAL)[i] = now
+    if i < facts[REQUESTS]:
+        passage_nb(links, PREFILL_OF)[i] = instance
+    else:
+        passage_nb(links, DECODE_OF)[i - facts[REQUESTS]] = instance - facts[PREFILLS]
+    send_nb(run, r, i)
+    x[DUE] = due_nb(run, x, r)
+
+
+@inner
+def route_nb(run: Run, links: Links, routers: Routers, holds: int, i: int, turn: int, now: int) -> None:
+    """Send request i, the `turn`-th of its side, to the instance that its router chooses, or let it wait for one."""
+    facts = links.facts
+    router = routers.prefill if holds == 1 else routers.decode
+    first = 0 if holds == 1 else facts[PREFILLS]
+    count = facts[PREFILLS] if holds == 1 else facts[DECODES]
+    look_nb(run, router, first, count)
+    place = choose_nb(run, router, count, i, turn, now)
+    if place != NONE:
+        add_nb(run, links, first + place, i, now if holds == 1 else now + facts[PROXY_NS])
+    elif router[FIRST_WAITS] == NONE:
+        router[FIRST_WAITS] = router[LAST_WAITS] = i
+    else:
+        column_nb(run, FOLLOWING)[router[LAST_WAITS]] = i
+        router[LAST_WAITS] = i
+
+
+@inner
+def look_nb(run: Run, router: I64, first: int, count: int) -> None:
+    """How many requests each instance has, and how many wait there; to those who pull, none has room for too many."""
+    for place in range(count):
+        r = at(run.replicas, (first + place) * REPLICA_SIZE)
+        p = at(router, router[REPLICAS_AT] + place * ROUTED_SIZE)
+        p[LOAD] = r[SENT] - r[ENDED]
+        p[WAITING] = p[LOAD] - r[RUNNING]
+        if router[RULE] == PULL and p[LOAD] >= r[MAX_SEQS]:
+            p[LOAD] = NEVER
+
+
+@inner
+def pull_nb(run: Run, links: Links, routers: Routers, holds: int, now: int) -> None:
+    """Let instances of a side that have seats take the oldest of those that wait."""
+    facts = links.facts
+    router = routers.prefill if holds == 1 else routers.decode
+    first = 0 if holds == 1 else facts[PREFILLS]
+    count = facts[PREFILLS] if holds == 1 else facts[DECODES]
+    while router[FIRST_WAITS] != NONE:
+        look_nb(run, router, first, count)
+        place, least = NONE, NEVER
+        for instance in range(count):
+            load = router[router[REPLICAS_AT] + instance * ROUTED_SIZE + LOAD]
+            if load < least:
+                place, least = instance, load
+        if place == NONE:
+            return
+        i = router[FIRST_WAITS]
+        router[FIRST_WAITS] = column_nb(run, FOLLOWING)[i]
+        column_nb(run, FOLLOWING)[i] = NONE
+        add_nb(run, links, first + place, i, now if holds == 1 else now + facts[PROXY_NS])

@@ -17,14 +17,18 @@ from apex_opt.simulator.kernel.router_state import (
     BLOCK,
     BLOCKS,
     CACHES,
+    COMPUTES,
+    DEALT,
     DYNAMO,
     FIRST_WAITS,
     HELD,
     HELD_AT,
     HELD_SIZE,
     IMBALANCE,
+    IN_TURN,
     KNOWN,
     LAST_WAITS,
+    LEAST_LOADED,
     LLM_D,
     LOAD,
     NEXT,
@@ -161,6 +165,10 @@ def send_nb(run: Run, r: I64, i: int) -> None:
 def choose_nb(run: Run, router: I64, count: int, i: int, turn: int, now: int) -> int:
     """The replica that request i goes to, counted from the first; NONE: it waits for one."""
     rule = router[RULE]
+    if rule == IN_TURN:
+        return turn % count
+    if rule == DEALT:
+        return router[router[PAIRS_AT] + i]
     if rule == POWER_OF_TWO:
         two = at(router, router[PAIRS_AT] + 2 * turn)
         loads = at(router, router[REPLICAS_AT])
@@ -175,6 +183,8 @@ def choose_nb(run: Run, router: I64, count: int, i: int, turn: int, now: int) ->
         if load < least:
             least, place = load, replica
         most = max(most, load)
+    if rule == LEAST_LOADED:
+        return place
     if rule == PULL:
         return place if router[FIRST_WAITS] == NONE else NONE
     return by_text_nb(run, router, i, least, most, place)
@@ -258,7 +268,7 @@ def by_tokens_nb(run: Run, router: I64, count: int, i: int, now: int) -> int:
         for piece in range(whole):
             if held[pieces[piece] * HELD_SIZE + USERS] == 0:
                 blocks += per
-        own = prompt - leading_nb(router, replica, i, whole) * router[TOKENS]
+        own = (prompt - leading_nb(router, replica, i, whole) * router[TOKENS]) * router[COMPUTES]
         cost = max(0, p[PREFILL] + own) + router[BLOCK] * blocks
         if cost < least:
             chosen, least, owed = replica, cost, own

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL = range(5)  # values of RULE
+POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL, LEAST_LOADED, IN_TURN, DEALT = range(8)  # values of RULE
 
 # Registers: the rule, tokens of a piece and of a block, whether the engine caches prefixes, how many pieces there are;
-# where the first pieces of requests, their pieces, the drawn pairs, what is known of pieces, the rows of replicas and
-# those of requests begin; numbers of the rules; the first and the last request that waits for a replica.
+# where the first pieces of requests, their pieces, the drawn pairs or dealt places, what is known of pieces, rows of
+# replicas and those of requests begin; numbers of the rules; the first and the last request that waits for a replica;
+# whether the replicas compute prompts.
 (
     RULE,
     TOKENS,
@@ -28,8 +29,9 @@ POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL = range(5)  # values of RULE
     QUEUE_WEIGHT,
     FIRST_WAITS,
     LAST_WAITS,
+    COMPUTES,
     ROUTER_SIZE,
-) = range(21)
+) = range(22)
 
 # Of a replica: requests unanswered and waiting, the first of its active ones, tokens of theirs before their first
 # token, and different blocks of theirs.

@@ -58,6 +58,13 @@ class Cache(NamedTuple):
     holder: I32  # of each content, the oldest block
 
 
+class Routers(NamedTuple):
+    """The memory of the routers before prefill and decode instances, as `router_state` has it."""
+
+    prefill: I64
+    decode: I64
+
+
 class Links(NamedTuple):
     """What there is beside a `Run` where prompts are handed over.
 
@@ -283,5 +290,6 @@ REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FO
 END_AT, SEEN, NEXT_END, END_SIZE = range(4)
 HEARD = -2
 
-# Columns of `Links.passages`: the decode instance, and the read.
-DECODE_OF, READ_START, READ_END, READ_BLOCKS, PASSAGE_SIZE = range(5)
+# Columns of `Links.passages`: the instances, and the read.
+PREFILL_OF, DECODE_OF, READ_START, READ_END, READ_BLOCKS, PASSAGE_SIZE = range(6)
+WAITS_AT_ROUTER = -2

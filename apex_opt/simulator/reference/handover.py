@@ -17,6 +17,7 @@ from apex_opt.simulator.law import clock_overflow
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.loop import next_due, pool_outcome, sequences_of
+from apex_opt.simulator.reference.router import Pull
 from apex_opt.simulator.reference.schedulers import VllmScheduler
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.pools import EnginePool
+    from apex_opt.simulator.reference.router import Router
     from apex_opt.simulator.reference.sequence import Batch, Sequence
     from apex_opt.workload.trace import Trace
 
@@ -67,6 +69,11 @@ class DecodeScheduler(ConnectedScheduler):
     @property
     def unfinished(self) -> bool:
         return bool(self.remote) or super().unfinished
+
+    @property
+    def queued(self) -> int:
+        """Those that wait, also for their reads."""
+        return len(self.remote) + super().queued
 
     def schedule(self) -> Batch:
         self.ordered = []
@@ -167,10 +174,62 @@ class Instance(Engine):
         return answered
 
 
+class Side:
+    """The instances of one side and the router before them, with the requests that wait for one of them.
+
+    Parameters
+    ----------
+    instances : sequence of Instance
+    router : Router
+    """
+
+    def __init__(self, instances: list[Instance], router: Router) -> None:
+        self.instances, self._router = instances, router
+        self.place_of: dict[int, int] = {}  # of each request sent
+        self._waiting: deque[Sequence] = deque()
+
+    def send(self, sequence: Sequence, now_ns: int, later_ns: int) -> None:
+        """Send a request to the instance that the router chooses now; it comes there some time later.
+
+        Parameters
+        ----------
+        sequence : Sequence    the request
+        now_ns : int           when it is sent
+        later_ns : int         until it comes
+        """
+        if isinstance(self._router, Pull):
+            self._waiting.append(sequence)
+            self.pull(now_ns, later_ns)
+        else:
+            chosen = self._router.choose(sequence, now_ns, self.instances)
+            self._add(self.instances.index(chosen), sequence, now_ns + later_ns)  # type: ignore[arg-type]
+
+    def pull(self, now_ns: int, later_ns: int) -> None:
+        """Let instances with a seat take the oldest of those that wait, of several the one with the fewest requests."""
+        while self._waiting:
+            place, instance = min(enumerate(self.instances), key=lambda one: one[1].unanswered)
+            if instance.unanswered >= instance.seats:
+                return
+            self._add(place, self._waiting.popleft(), now_ns + later_ns)
+
+    def _add(self, place: int, sequence: Sequence, at_ns: int) -> None:
+        self.place_of[sequence.id] = place
+        self.instances[place].add(sequence, at_ns)
+
+
 class Deployment:
     """Prefill and decode instances, the proxy before them and the links between them."""
 
-    def __init__(self, prefill: EnginePool, decode: EnginePool, handover: Handover, trace: Trace, *, log: bool) -> None:
+    def __init__(
+        self,
+        prefill: EnginePool,
+        decode: EnginePool,
+        handover: Handover,
+        trace: Trace,
+        routers: tuple[Router, Router],
+        *,
+        log: bool,
+    ) -> None:
         self.handover = handover
         self.prompts = sequences_of(prefill.settings, prompts_only(trace))
         self.answers = sequences_of(decode.settings, trace)
@@ -178,31 +237,32 @@ class Deployment:
         self.decode = [Instance(decode, DecodeScheduler, log=log) for _ in range(decode.replicas)]
         for instance in self.decode:
             instance.read = self.read
-        self.decode_of = [0] * len(trace)
+        self.sides = Side(self.prefill, routers[0]), Side(self.decode, routers[1])
         self.reads = [(0, 0, 0)] * len(trace)  # start, end and blocks of each
-        self._forwarded = 0
         self._link_free = [0] * len(self.prefill)
-        for sequence, at_ns in zip(self.prompts, trace.arrival_ns.tolist(), strict=True):
-            self.prefill[self.prefill_of(sequence)].add(sequence, at_ns)
-
-    def prefill_of(self, sequence: Sequence) -> int:
-        """The prefill instance of a request."""
-        return sequence.id % len(self.prefill)
+        self._arrivals = deque(zip(trace.arrival_ns.tolist(), self.prompts, strict=True))
 
     def serve(self) -> None:
-        """Whoever is due first acts, of equals a prefill instance before a decode instance."""
-        while due := next_due([*self.prefill, *self.decode]):
-            at_ns, instance = due
-            for sequence in instance.turn(at_ns):
-                if instance in self.prefill:
-                    self.forward(sequence)
-
-    def forward(self, prompt: Sequence) -> None:
-        """A prompt is computed: its request goes to the decode instance whose turn it is."""
-        assert prompt.answered_ns is not None
-        self.decode_of[prompt.id] = place = self._forwarded % len(self.decode)
-        self._forwarded += 1
-        self.decode[place].add(self.answers[prompt.id], prompt.answered_ns + self.handover.proxy_ns)
+        """Of events at one time arrivals are first, then prefill instances, then decode instances."""
+        first, then = self.sides
+        instances = [*self.prefill, *self.decode]
+        while True:
+            due = next_due(instances)
+            if self._arrivals and (due is None or self._arrivals[0][0] <= due[0]):
+                at_ns, prompt = self._arrivals.popleft()
+                first.send(prompt, at_ns, 0)
+            elif due is not None:
+                at_ns, instance = due
+                answered = instance.turn(at_ns)
+                for sequence in answered if instance in self.prefill else ():
+                    assert sequence.answered_ns is not None
+                    then.send(self.answers[sequence.id], sequence.answered_ns, self.handover.proxy_ns)
+                if answered and instance in self.prefill:
+                    first.pull(at_ns, 0)
+                elif answered:
+                    then.pull(at_ns, self.handover.proxy_ns)
+            else:
+                return
 
     def read(self, instance: Instance, sequence: Sequence, blocks: int) -> None:
         """A decode instance starts to read a prompt.
@@ -213,7 +273,7 @@ class Deployment:
         sequence : Sequence    the request there
         blocks : int           to be read
         """
-        source = self.prefill_of(sequence)
+        source = self.sides[0].place_of[sequence.id]
         start = max(instance.now, self._link_free[source]) if self.handover.in_turn else instance.now
         end = start + self.handover.read_ns + self.handover.block_ns * blocks
         self._link_free[source] = end
@@ -223,17 +283,25 @@ class Deployment:
 
 
 def run(
-    prefill: EnginePool, decode: EnginePool, handover: Handover, trace: Trace, *, log: bool, gaps: bool
+    prefill: EnginePool,
+    decode: EnginePool,
+    handover: Handover,
+    trace: Trace,
+    routers: tuple[Router, Router],
+    *,
+    log: bool,
+    gaps: bool,
 ) -> DisaggregatedOutcome:
     """Serve a trace; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
 
     Parameters
     ----------
     prefill, decode, handover, trace
+    routers : before the instances of either side
     log : bool     whether every batch is told
     gaps : bool    whether the times between tokens are told
     """
-    deployment = Deployment(prefill, decode, handover, trace, log=log)
+    deployment = Deployment(prefill, decode, handover, trace, routers, log=log)
     deployment.serve()
     instances = [*deployment.prefill, *deployment.decode]
     if any(instance.now >= 1 << 62 for instance in instances):
@@ -256,8 +324,8 @@ def run(
         steps_per_replica=[len(instance.steps or ()) for instance in instances] if log else None,
         gaps_ns=np.array(tokens, np.int64) if log or gaps else None,
         pools=pools,
-        prefill=np.array([deployment.prefill_of(s) for s in answers], np.int64),
-        decode=np.array(deployment.decode_of, np.int64),
+        prefill=np.array([deployment.sides[0].place_of[s.id] for s in answers], np.int64),
+        decode=np.array([deployment.sides[1].place_of[s.id] for s in answers], np.int64),
         prefilled_ns=np.array([s.answered_ns for s in deployment.prompts], np.int64),
         forwarded_ns=np.array([s.arrival_ns for s in answers], np.int64),
         read_ns=reads[:, :2],

@@ -40,13 +40,20 @@ class Router(Protocol):
 
 
 class Dealt:
-    """The replica at a place known beforehand, or one after the other."""
+    """The replica at a place known beforehand of each request, or one after the other.
 
-    def __init__(self, places: I64 | None) -> None:
-        self._places, self._sent = places, 0
+    Parameters
+    ----------
+    rows : int64[m]              the requests
+    places : int64[m] or None    their places; None: in turn, in the order in which they come
+    """
+
+    def __init__(self, rows: I64, places: I64 | None) -> None:
+        self._places = None if places is None else dict(zip(rows.tolist(), places.tolist(), strict=True))
+        self._sent = 0
 
     def choose(self, sequence: Sequence, at_ns: int, engines: Seq[Replica]) -> Replica:
-        place: int = self._sent if self._places is None else int(self._places[self._sent])
+        place: int = self._sent if self._places is None else self._places[sequence.id]
         self._sent += 1
         return engines[place % len(engines)]
 
@@ -104,8 +111,8 @@ class Dynamo:
     Source: `lib/kv-router/src/scheduling/selector/default.rs` of Dynamo 1.6, with its default weights.
     """
 
-    def __init__(self, known: Prefixes, block_size: int, *, caching: bool) -> None:
-        self._known, self._block_size, self._caching = known, block_size, caching
+    def __init__(self, known: Prefixes, block_size: int, *, caching: bool, computes: bool = True) -> None:
+        self._known, self._block_size, self._caching, self._computes = known, block_size, caching, computes
         self._active: dict[Replica, list[tuple[Sequence, int]]] = {}
         self._cached: dict[Replica, set[int]] = {}
 
@@ -119,7 +126,7 @@ class Dynamo:
 
     def send(self, sequence: Sequence, engine: Replica) -> None:
         """Send a request, with what it has to compute of its prompt."""
-        self._active.setdefault(engine, []).append((sequence, sequence.prompt - self._overlap(sequence, engine)))
+        self._active.setdefault(engine, []).append((sequence, self._to_compute(sequence, engine)))
 
     def cost(self, sequence: Sequence, at_ns: int, engine: Replica) -> int:
         """Tokens of prompts to compute and of blocks to read with a request.
@@ -139,7 +146,7 @@ class Dynamo:
             blocks += its.prompt // self._block_size - len(pieces) * self._known.tokens // self._block_size
             distinct.update(pieces)
         blocks += len(distinct) * self._known.tokens // self._block_size
-        owed = max(0, prefill + sequence.prompt - self._overlap(sequence, engine))
+        owed = max(0, prefill + self._to_compute(sequence, engine))
         return owed + self._block_size * blocks
 
     def _forget(self, engine: Replica, at_ns: int) -> None:
@@ -152,9 +159,11 @@ class Dynamo:
                     cached.update(self._pieces(its))
         self._active[engine] = [(its, tokens) for its, tokens in active if not _ended(its, at_ns)]
 
-    def _overlap(self, sequence: Sequence, engine: Replica) -> int:
-        """Tokens at the beginning of a prompt that an engine has cached."""
-        return _leading(self._pieces(sequence), self._cached.get(engine, set())) * self._known.tokens
+    def _to_compute(self, sequence: Sequence, engine: Replica) -> int:
+        """Tokens of a prompt that an engine has to compute: those it has not cached, unless others compute prompts."""
+        if not self._computes:
+            return 0
+        return sequence.prompt - _leading(self._pieces(sequence), self._cached.get(engine, set())) * self._known.tokens
 
     def _pieces(self, sequence: Sequence) -> list[int]:
         return self._known.of(sequence.id, sequence.prompt, whole=True)
@@ -190,6 +199,9 @@ class LlmD:
 class Pull:
     """Requests wait in one queue until a replica has fewer unanswered ones than seats, and takes the oldest."""
 
+    def choose(self, sequence: Sequence, at_ns: int, engines: Seq[Replica]) -> Replica:
+        raise NotImplementedError("replicas take requests, which nobody sends them")
+
     @staticmethod
     def taker(sequence: Sequence, engines: Seq[Replica]) -> tuple[int, Replica] | None:
         """Who takes the oldest request, and when; of those with room at once the least loaded, of equals the first."""
@@ -206,15 +218,18 @@ class Pull:
         return at_ns, engines[place]
 
 
-def router_of(share: Share, pools: Seq[EnginePool], trace: Trace) -> Router:
+def router_of(share: Share, pools: Seq[EnginePool], trace: Trace, *, computes: bool = True) -> Router:
     """The router of a share.
 
     Parameters
     ----------
     share, pools, trace
+    computes : bool    whether the replicas compute prompts, rather than get them from others
     """
     if not share.routed:
-        return Dealt(share.places)
+        return Dealt(share.rows, share.places)
+    if share.routing == "pull":
+        return Pull()
     settings = pools[0].settings
     known = prefixes(share.routing, trace, settings.block_size, settings.max_model_len)
     if share.routing == "power_of_two":
@@ -222,7 +237,7 @@ def router_of(share: Share, pools: Seq[EnginePool], trace: Trace) -> Router:
     if share.routing == "cache_aware":
         return CacheAware(known, RouterSettings())
     if share.routing == "dynamo":
-        return Dynamo(known, settings.block_size, caching=settings.prefix_caching)
+        return Dynamo(known, settings.block_size, caching=settings.prefix_caching, computes=computes)
     if share.routing == "llm_d":
         return LlmD(known, settings.block_size)
     return LeastLoaded()
