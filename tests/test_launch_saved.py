@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 from cli_cases import Once, run
 from launch_cases import DENSE, emitted
@@ -21,54 +23,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ONCE = Once()
-NAME = {"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63}
-TEXTS = {"type": "array", "items": {"type": "string"}}
-FROM = {"type": "object", "required": ["secretKeyRef"]}
-ENV = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": ["name"],
-        "additionalProperties": False,
-        "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": FROM},
-    },
+COMPOSE = "builtin_schemas/vendor/compose-spec.json"
+KUBERNETES = "1.37"
+ITEM = {"cpu", "memory", "gpu", "gpuType", "custom"}
+SERVICES_OF_DYNAMO = 25
+COMPONENT = {
+    "componentType": str,
+    "replicas": int,
+    "envs": list,
+    "resources": dict,
+    "extraPodSpec": dict,
 }
-BIND = {
-    "type": "object",
-    "required": ["type", "source", "target"],
-    "additionalProperties": False,
-    "properties": {
-        "type": {"const": "bind"},
-        "source": {"type": "string"},
-        "target": {"type": "string", "pattern": "^/"},
-        "read_only": {"type": "boolean"},
-    },
-}
-SERVICE = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {
-        "image": {"type": "string"},
-        "entrypoint": TEXTS,
-        "command": TEXTS,
-        "environment": {"type": "object", "additionalProperties": {"type": ["string", "null"]}},
-        "volumes": {"type": "array", "items": BIND},
-        "network_mode": {"const": "host"},
-        "ipc": {"const": "host"},
-        "deploy": {"type": "object"},
-    },
-}
-CONTAINER = {
-    "type": "object",
-    "required": ["name", "image"],
-    "properties": {
-        "name": NAME,
-        "command": TEXTS,
-        "env": ENV,
-        "resources": {"properties": {"limits": {"additionalProperties": {"type": "string"}}}},
-        "ports": {"items": {"required": ["containerPort"], "properties": {"containerPort": {"type": "integer"}}}},
-    },
-}
+"""Fields of a component of a DynamoGraphDeployment that are written, of `DynamoComponentDeploymentSharedSpec` in
+`deploy/operator/api/v1alpha1` of ai-dynamo/dynamo, and `ResourceItem`. `extraPodSpec` is a PodSpec of Kubernetes with a
+Container beside, `mainContainer`, which the operator names. A graph has at most so many services."""
 
 
 def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
@@ -133,25 +101,75 @@ def test_odd_names_of_checkpoints_stay_one_word() -> None:
     assert [word.replace("$$", "$") for word in service["command"]][1] == odd
 
 
-def test_compose_kubernetes_and_dynamo_have_the_fields_of_their_schemas() -> None:
-    asked = document("vllm", "dp2 tp4")
-    files = files_of(asked, {})
-    for service in json.loads(files["compose-node0.yaml"])["services"].values():
-        jsonschema.validate(service, SERVICE)
-    *deployments, service = json.loads(files["kubernetes.yaml"])["items"]
-    assert [item["kind"] for item in (*deployments, service)] == ["Deployment", "Deployment", "Service"]
-    for item, command in zip(deployments, asked["launch"]["commands"], strict=True):
-        jsonschema.validate(item["metadata"]["name"], NAME)
-        (container,) = item["spec"]["template"]["spec"]["containers"]
-        jsonschema.validate(container, CONTAINER)
+CASES = [
+    ("vllm", "dp2 tp4", 1),
+    ("vllm", "tp8", 1),
+    ("sglang", "dp2 tp4", 1),
+    ("trtllm", "tp8", 1),
+    ("vllm", "tp16", 2),
+]
+
+
+@pytest.mark.parametrize(("engine", "plan", "nodes"), CASES)
+def test_compose_files_are_valid_by_the_specification(engine: str, plan: str, nodes: int) -> None:
+    schema = json.loads((resources.files("check_jsonschema") / COMPOSE).read_text(encoding="utf-8"))
+    files = files_of(document(engine, plan, nodes), {})
+    written = [json.loads(text) for name, text in files.items() if name.startswith("compose")]
+    assert len(written) == (nodes if engine != "trtllm" else 0)
+    for content in written:
+        jsonschema.validate(content, schema)
+        for service in content["services"].values():
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate({"services": {"one": {**service, "imagee": "x"}}}, schema)
+
+
+@pytest.mark.parametrize(("engine", "plan"), [case[:2] for case in CASES if case[2] == 1])
+def test_manifests_are_valid_by_the_schemas_of_kubernetes(engine: str, plan: str) -> None:
+    asked = document(engine, plan)
+    manifest = json.loads(files_of(asked, {})["kubernetes.yaml"])
+    *deployments, service = manifest["items"]
+    assert [item["kind"] for item in (*deployments, service)] == ["Deployment"] * len(deployments) + ["Service"]
+    for item in manifest["items"]:
+        kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    servers = [command for command in asked["launch"]["commands"] if command["replica"] is not None]
+    for item, command in zip(deployments, servers, strict=True):
         assert item["spec"]["selector"]["matchLabels"] == item["spec"]["template"]["metadata"]["labels"]
-        assert container["command"] == command["argv"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    graph = json.loads(files["dynamo.yaml"])
-    worker = graph["spec"]["services"]["VllmWorker"]
-    assert (worker["replicas"], worker["resources"]["limits"]["gpu"]) == (2, "4")
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        assert container["command"] == command["argv"] or container["command"][:2] == ["sh", "-c"]
+        item["spec"]["template"]["spec"]["container"] = []
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("plan", ["tp8", "dp2 tp4"])
+@pytest.mark.parametrize("routing", ["round_robin", "dynamo"])
+def test_a_graph_of_dynamo_has_the_fields_of_its_type(plan: str, routing: str) -> None:
+    asked = document("vllm", plan)
+    asked["question"]["engine"]["routing"] = routing
+    graph = json.loads(files_of(asked, {})["dynamo.yaml"])
+    assert graph.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    assert (graph["apiVersion"], graph["kind"]) == ("nvidia.com/v1alpha1", "DynamoGraphDeployment")
+    assert graph["spec"].keys() == {"services"}
+    services = graph["spec"]["services"]
+    assert 0 < len(services) <= SERVICES_OF_DYNAMO
+    for component in services.values():
+        assert {name: type(value) for name, value in component.items()}.items() <= COMPONENT.items()
+        for limits in component.get("resources", {}).values():
+            assert limits.keys() <= ITEM
+            assert {*map(type, limits.values())} == {str}
+        pod = dict(component["extraPodSpec"])
+        main = {"name": "main", "env": component.get("envs", []), **pod.pop("mainContainer")}
+        kind = {"apiVersion": "v1", "kind": "Pod", "metadata": graph["metadata"]}
+        kubernetes_validate.validate({**kind, "spec": {**pod, "containers": [main]}}, KUBERNETES, strict=True)
+    worker = services["VllmWorker"]
+    replicas, gpus = (1, "8") if plan == "tp8" else (2, "4")
+    assert (worker["componentType"], services["Frontend"]["componentType"]) == ("worker", "frontend")
+    assert (worker["replicas"], worker["resources"]["limits"]["gpu"]) == (replicas, gpus)
     assert "--port" not in worker["extraPodSpec"]["mainContainer"]["args"]
-    assert files["nginx.conf.template"].count("server ${NODE0}:") == 2
+
+
+def test_nginx_stands_before_all_servers() -> None:
+    assert files_of(document("vllm", "dp2 tp4"), {})["nginx.conf.template"].count("server ${NODE0}:") == 2
 
 
 def test_nginx_deals_as_the_router_that_was_simulated() -> None:
