@@ -3,9 +3,9 @@
 All are made of the commands that `--emit` prints, so that there is one place that knows an engine's options. YAML is
 written as JSON, which is YAML: names from elsewhere are quoted by a library.
 
-Sources: the Compose specification (services, devices by `deploy.resources`), Kubernetes 1.37 (`apps/v1` Deployment, `v1`
-Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `componentType`, `extraPodSpec`); tests hold
-what is written to their schemas.
+Sources: the Compose specification (services, devices by `deploy.resources`), Kubernetes 1.37 (`apps/v1` Deployment,
+`v1` Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `componentType`, `extraPodSpec`); tests
+hold what is written to their schemas.
 """
 
 from __future__ import annotations
