@@ -39,6 +39,17 @@ COMPONENT = {
 Container beside, `mainContainer`, which the operator names. A graph has at most so many services."""
 
 
+LLM_D = {
+    "modelArtifacts": {"name", "uri", "labels", "size", "mountPath", "authSecretName"},
+    "routing": {"servicePort", "proxy"},
+    "decode": {"create", "replicas", "parallelism", "containers", "volumes"},
+    "prefill": {"create"},
+}
+"""Values of llm-d's chart, of those of `charts/llm-d-modelservice/values.yaml` and `values.schema.tmpl.json` of
+llm-d-incubation/llm-d-modelservice, which allows no other in the first two. A container is one of Kubernetes but for
+how its command is made and whether the model is mounted."""
+
+
 def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
     """What `save` reads of an answer."""
     launch = to_plain(launch_document(emitted(engine, DENSE, plan, nodes, 8)))
@@ -166,6 +177,25 @@ def test_a_graph_of_dynamo_has_the_fields_of_its_type(plan: str, routing: str) -
     assert (worker["componentType"], services["Frontend"]["componentType"]) == ("worker", "frontend")
     assert (worker["replicas"], worker["resources"]["limits"]["gpu"]) == (replicas, gpus)
     assert "--port" not in worker["extraPodSpec"]["mainContainer"]["args"]
+
+
+@pytest.mark.parametrize("plan", ["tp8", "dp2 tp4", "attn(dp2,tp4) ffn(dp2,tp4)"])
+def test_values_of_llm_d_are_those_of_its_chart(plan: str) -> None:
+    asked = document("vllm", plan)
+    values = json.loads(files_of(asked, {})["llm-d-values.yaml"])
+    assert all(set(value) <= LLM_D[name] for name, value in values.items())
+    assert set(values["modelArtifacts"]["labels"]) == {"llm-d.ai/inferenceServing", "llm-d.ai/model"}
+    decode = values["decode"]
+    servers = [command for command in asked["launch"]["commands"] if command["replica"] is not None]
+    assert decode["replicas"] == len(servers)
+    container = dict(decode["containers"][0])
+    assert (container.pop("modelCommand"), container.pop("mountModelVolume")) == ("custom", False)
+    pod = {"containers": [container], "volumes": decode["volumes"]}
+    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": pod}
+    kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+    words, port = container["command"], str(values["routing"]["servicePort"])
+    assert (words[2], words[-2:]) == (values["modelArtifacts"]["name"], ["--port", port])
+    assert str(decode["parallelism"]["tensor"]) == container["resources"]["limits"]["nvidia.com/gpu"]
 
 
 def test_nginx_stands_before_all_servers() -> None:

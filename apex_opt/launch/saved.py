@@ -1,11 +1,11 @@
-"""Files that start a plan: scripts and compose files per node, Kubernetes manifests, a Dynamo graph, a router.
+"""Files that start a plan: scripts and compose files per node, manifests, a graph of Dynamo, values of llm-d, a router.
 
 All are made of the commands that `--emit` prints, so that there is one place that knows an engine's options. YAML is
 written as JSON, which is YAML: names from elsewhere are quoted by a library.
 
 Sources: the Compose specification (services, devices by `deploy.resources`), Kubernetes 1.37 (`apps/v1` Deployment,
-`v1` Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `componentType`, `extraPodSpec`); tests
-hold what is written to their schemas.
+`v1` Service), Dynamo's `nvidia.com/v1alpha1` DynamoGraphDeployment (`services`, `componentType`, `extraPodSpec`), the
+values of llm-d's chart `llm-d-modelservice`; tests hold what is written to their schemas.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ _DYNAMO: Final = "nvcr.io/nvidia/ai-dynamo/vllm-runtime:1.4.0"
 _CACHE: Final = "/root/.cache/huggingface"
 _NODE_CACHE: Final = "/var/cache/huggingface"
 """Where a container keeps what it downloads, and where a node of Kubernetes keeps that."""
+_SHM: Final = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+_SHM_MOUNT: Final = {"name": "shm", "mountPath": "/dev/shm"}
+_LLM_D_PORT: Final = 8000
 _NODE: Final = re.compile(r"(?<![\w-])(NODE\d+)(?![\w-])")
 
 
@@ -107,6 +110,7 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
+            found["llm-d-values.yaml"] = _yaml(_llm_d(servers))
     before = any(map(_deals, commands))
     if len(servers) > 1 and alone and not before and routing in NGINX:
         found["nginx.conf.template"] = _nginx(servers, NGINX[routing])
@@ -231,7 +235,7 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
             "ports": [{"name": "http", "containerPort": port}],
             "resources": {"limits": {"nvidia.com/gpu": str(_gpus(command))}},
             "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10},
-            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, *_mounts(command)],
+            "volumeMounts": [_SHM_MOUNT, *_mounts(command)],
         }
         if file := _file(command):
             name_of, text = file
@@ -241,7 +245,7 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
             container["command"] = ["sh", "-c", started]
         pod = {
             "containers": [container],
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory"}}, *_volumes(command)],
+            "volumes": [_SHM, *_volumes(command)],
         }
         spec = {
             "replicas": 1,
@@ -277,6 +281,37 @@ def _dynamo(servers: Sequence[Mapping[str, Any]], routing: str) -> dict[str, Any
     }
     kind = {"apiVersion": "nvidia.com/v1alpha1", "kind": "DynamoGraphDeployment"}
     return {**kind, "metadata": {"name": "apex-opt-plan"}, "spec": {"services": services}}
+
+
+def _llm_d(servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Values of llm-d's chart `llm-d-modelservice`: all replicas answer whole requests, with no proxy before them."""
+    first = _portless(servers[0])
+    gpus = _gpus(servers[0])
+    container = {
+        "name": "vllm",
+        "image": IMAGES["vllm"],
+        "modelCommand": "custom",
+        "command": [word.replace("$(", "$$(") for word in first["argv"]] + ["--port", str(_LLM_D_PORT)],
+        "env": _variables(servers[0]),
+        "ports": [{"name": "http", "containerPort": _LLM_D_PORT}],
+        "resources": {"limits": {"nvidia.com/gpu": str(gpus)}},
+        "mountModelVolume": False,
+        "volumeMounts": [_SHM_MOUNT, *_mounts(servers[0])],
+    }
+    model = first["argv"][2]
+    labels = {"llm-d.ai/inferenceServing": "true", "llm-d.ai/model": "apex-opt-plan"}
+    return {
+        "modelArtifacts": {"name": model, "uri": f"hf://{model}", "labels": labels},
+        "routing": {"servicePort": _LLM_D_PORT, "proxy": {"enabled": False}},
+        "decode": {
+            "create": True,
+            "replicas": len(servers),
+            "parallelism": {"tensor": gpus},
+            "containers": [container],
+            "volumes": [_SHM, *_volumes(servers[0])],
+        },
+        "prefill": {"create": False},
+    }
 
 
 def _folders(command: Mapping[str, Any]) -> list[str]:
@@ -338,11 +373,13 @@ _TOLD: Final = {
     "the plan has them, no clock is set, and its Service deals requests at random. A gated model first takes `kubectl "
     "create secret generic hf-token --from-literal=HF_TOKEN=...`",
     "dynamo": "`kubectl apply -f {}` where the Dynamo operator runs, with the same secret",
+    "llm-d": "`helm install plan llm-d-modelservice/llm-d-modelservice -f {}` where llm-d's charts are known, with the "
+    "same secret; what deals requests is llm-d's gateway, whose pool takes the label llm-d.ai/model=apex-opt-plan",
     "nginx": "the router that deals requests as was simulated: set NODE0, ... to the nodes' addresses, and put {} into "
     "/etc/nginx/templates of nginx's container",
 }
 
-_WAYS: Final = ("node", "compose", "kubernetes", "dynamo")
+_WAYS: Final = ("node", "compose", "kubernetes", "dynamo", "llm-d")
 """How files begin of which one kind is chosen to start the servers."""
 
 
