@@ -149,6 +149,7 @@ def searched(
     costs: dict[str, float],
     deadline: float = inf,
     cut: Callable[[str], bool] = lambda _: False,
+    begun: int = 0,
 ) -> list[str]:
     """Names of the leaves simulated to their end, in order."""
 
@@ -156,7 +157,7 @@ def searched(
         return None if cut(name) or (costs[name],) > worst else Run(name, costs[name])
 
     found: list[Any] = best_first(
-        branches, Least(), side_by_side(challenge), silent, deadline, lambda deployments: None
+        branches, Least(), side_by_side(challenge), silent, deadline, lambda deployments: None, begun
     )
     return [one.scored.name for one in found]
 
@@ -219,3 +220,12 @@ def test_a_run_that_was_cut_short_or_misses_a_goal_is_counted_and_takes_no_place
     assert searched([branch], {"a": 5.0, "b": 6.0, "c": 4.0}, cut=lambda name: name == "a") == ["b", "c"]
     assert (part.simulated, part.cut_short, part.missed) == (3, 1, 0)
     part.end((4.0,))
+
+
+def test_no_branch_is_looked_into_after_the_time_is_up_where_something_was_simulated_before() -> None:
+    part = part_of(6)
+    outer, inner, late = tree(part)
+    assert searched([outer], dict.fromkeys("cdefg", 1.0), deadline=-inf, begun=1) == []
+    assert (outer.opened, inner.opened, late.opened) == ([], [], [])
+    assert [bound for bound, _ in part.left] == [(1.0,), (7.0,)]
+    assert searched([tree(part_of(6))[0]], dict.fromkeys("cdefg", 1.0), deadline=-inf)

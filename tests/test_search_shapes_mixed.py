@@ -119,6 +119,20 @@ def test_a_time_limit_leaves_deployments_and_their_gap() -> None:
     assert answer.ledger.waiting > 0
 
 
+def test_fleets_are_left_unseen_where_the_time_is_up_before_layers_are_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = busy(objective="e2e_p95")
+    whole = search(problem, SPACE)
+    monkeypatch.setattr("apex_opt.search.space.MOVED", 1)
+    answer = search(problem, SPACE, time_limit_s=0.0)
+    assert answer.best is not None
+    assert whole.best is not None and answer.best.value >= whole.best.value
+    (fleets,) = answer.ledger.of("mixed")
+    assert (answer.status, answer.ledger.gap, fleets.complete) == ("feasible", None, False)
+    assert fleets.waiting > 0
+    assert fleets.space == sum(fleets.infeasible.values()) + fleets.waiting
+    assert search(problem, SPACE, time_limit_s=1e6).best == whole.best
+
+
 def test_scouts_are_the_best_of_each_type_side_by_side_within_the_gpus_there_are() -> None:
     problem = replace(busy(), max_devices=3)
     scorer = Scorer(problem)

@@ -119,9 +119,12 @@ def _alone(console: Console, document: Document) -> None:
         return  # a deployment that is given, or pools alone
     objective = document["objective"]
     rows = []
+    left = {tuple(part["types"]): part["left"] for part in document["certificates"]}
     for pool, fleet in zip(document["question"]["cluster"]["pools"], document["alone"], strict=True):
         if fleet is None:
-            rows.append((pool["gpu"], "none meets the constraints and goals", "-", "-", "-"))
+            why = "none meets the constraints and goals"
+            why = "none was found before the time was up" if left.get((pool["gpu"],)) else why
+            rows.append((pool["gpu"], why, "-", "-", "-"))
             continue
         loss = "-" if fleet["loss"] is None else f"{fleet['loss']:.1%}"
         plan = fleet["parts"][0]["plan"]

@@ -135,6 +135,7 @@ def best_first(
     tell: Progress,
     deadline: float,
     prepare: Callable[[Iterable[Deployment]], None],
+    begun: int = 0,
 ) -> list[Simulated]:
     """Simulate the deployments that may matter, the best bound first, a round at a time.
 
@@ -146,6 +147,7 @@ def best_first(
     tell : callable          told (what, done, total) along the way
     deadline : float         point in time after which no further round is begun; what is open then is left
     prepare : callable       told what is about to be simulated
+    begun : int              deployments simulated before; without any a round is begun whatever the time
 
     Returns
     -------
@@ -161,7 +163,6 @@ def best_first(
 
     for branch in branches:
         push(branch, 0)
-    begun = 0
     while heap and not (begun and monotonic() > deadline):
         round_: list[tuple[Part, Leaf]] = []
         while heap and len(round_) < ROUND:

@@ -28,7 +28,8 @@ from apex_opt.search.scorer import Scorer
 from apex_opt.search.shapes import Pipelines, Sides, Single, Splitter, Together, disaggregated, mixed
 from apex_opt.search.shapes.disaggregated import no_pair
 from apex_opt.search.shapes.pipeline import joined
-from apex_opt.search.space import Formulation, check_lengths
+from apex_opt.search.shapes.together import Unseen
+from apex_opt.search.space import Formulation, TimeIsUp, check_lengths
 from apex_opt.search.spread import Alone
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Tree:
             Single(scorer.facts(name), formulation, name if problem.mixed else None, tell, self._crew.bounded)
             for name in types
         ]
-        self._others: list[Together | Pipelines] = []
+        self._others: list[Together | Unseen | Pipelines] = []
         self._sides: list[Sides] = []
 
     @property
@@ -197,10 +198,10 @@ class Tree:
         found = self._best_first(self.singles, incumbent, deadline)
         if not self.problem.several:
             return found
-        fleets = self._mixed(incumbent) if self.problem.mixed and self.singles else []
+        fleets = self._mixed(incumbent, deadline) if self.problem.mixed and self.singles else []
         scouts = self._scouts(fleets, incumbent, found, deadline)
         self._others = [*fleets, *(self._pipelines() if self.singles else ()), *self._pools(incumbent)]
-        found += self._best_first(self._others, incumbent, deadline, scouts)
+        found += self._best_first(self._others, incumbent, deadline, scouts, len(found))
         # Where time was up before their turn, those known beforehand may be the best all the same.
         known = {one.scored.deployment for one in found}
         return found + [
@@ -236,8 +237,9 @@ class Tree:
         incumbent: Incumbent,
         deadline: float,
         known: dict[Deployment, tuple[Scored, Part]] | None = None,
+        begun: int = 0,
     ) -> list[Simulated]:
-        """One search, in which some deployments are known already."""
+        """One search, in which some deployments are known already, and so many were simulated before."""
 
         there = {deployment: scored for deployment, (scored, _) in (known or {}).items()}
 
@@ -254,13 +256,21 @@ class Tree:
 
         prepare = partial(tell_compiling, self._tell, self.problem)
         branches = (branch for shape in shapes for branch in shape.branches())
-        return best_first(branches, incumbent, scores, self._tell, deadline, prepare)
+        return best_first(branches, incumbent, scores, self._tell, deadline, prepare, begun)
 
-    def _mixed(self, incumbent: Incumbent) -> list[Together]:
-        """Deployments with a pool on each of two types of GPU or more."""
+    def _mixed(self, incumbent: Incumbent, deadline: float) -> list[Together] | list[Unseen]:
+        """Deployments with a pool on each of two types of GPU or more; unseen where the time is up before."""
+        chosen = [
+            places
+            for size in range(2, len(self.singles) + 1)
+            for places in combinations(range(len(self.singles)), size)
+        ]
         options = []
         for single in self.singles:
-            pools = [Pool(plan=plan, gpu=single.gpu) for plan in single.plans()]
+            try:
+                pools = [Pool(plan=plan, gpu=single.gpu) for plan in single.plans(deadline)]
+            except TimeIsUp:
+                return [Unseen(self.problem, [self.singles[place] for place in places]) for places in chosen]
             options.append(options_of(single.facts, pools, self._tell))
         return [
             mixed(
@@ -270,8 +280,7 @@ class Tree:
                 incumbent.admits,
                 self._tell,
             )
-            for size in range(2, len(self.singles) + 1)
-            for places in combinations(range(len(self.singles)), size)
+            for places in chosen
         ]
 
     def _pipelines(self) -> list[Pipelines]:
@@ -296,7 +305,7 @@ class Tree:
         ]
 
     def _scouts(
-        self, fleets: Sequence[Together], incumbent: Incumbent, found: Sequence[Simulated], deadline: float
+        self, fleets: Sequence[Together | Unseen], incumbent: Incumbent, found: Sequence[Simulated], deadline: float
     ) -> dict[Deployment, tuple[Scored, Part]]:
         """Some of the best plans of each type side by side, simulated beforehand."""
         alone = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, Protocol
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from apex_opt.errors import CapacityError
 from apex_opt.evaluate import FAMILIES, OF_CUTS
@@ -146,6 +148,10 @@ def _room(cuts: Sequence[Plan], devices: int, routings: Sequence[Routing]) -> in
     return sum(count_repeated(devices // cut.devices, routings) for cut in cuts)
 
 
+MOVED: Final = 16
+"""Plans whose layers are moved before the time is looked at: those of small spaces are moved whatever the limit."""
+
+
 class Moves:
     """Layers moved, once for all plans that cut the model alike."""
 
@@ -163,18 +169,29 @@ class Moves:
         return None if moved is None else replace(plan, layers=moved.layers)
 
 
-def every_plan(space: Space, moves: Moves, tell: Progress) -> Iterator[Plan]:
+class TimeIsUp(Exception):
+    """The time limit was reached before all that was asked for was made."""
+
+
+def every_plan(space: Space, moves: Moves, tell: Progress, deadline: float = inf) -> Iterator[Plan]:
     """All feasible plans, with the layers of the movable ones moved.
 
     Parameters
     ----------
     space
-    moves : Moves      moves layers
-    tell : Progress    told (what, done, total) along the way
+    moves : Moves           moves layers
+    tell : Progress         told (what, done, total) along the way
+    deadline : float        point in time after which no further round of layers is moved
+
+    Raises
+    ------
+    TimeIsUp                layers of some plans are left to be moved
     """
     for index, cut in enumerate((*space.cuts, *space.movable)):
         if index >= len(space.cuts):
             tell("moving layers", index - len(space.cuts), len(space.movable))
+            if (index - len(space.cuts)) % MOVED == MOVED - 1 and monotonic() > deadline:
+                raise TimeIsUp
         plan = cut if index < len(space.cuts) else moves(cut)
         if plan is not None:
             yield from (routed.times(count) for routed, counts in space.repeated(plan) for count in counts)

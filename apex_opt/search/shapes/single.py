@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
@@ -169,6 +170,11 @@ class Single:
         cuts = [(routed, counts, late) for cut, late in every for routed, counts in self.space.repeated(cut)]
         return replicas_of(self.facts, self.part, cuts, self.gpu, self._tell, self._bounded)
 
-    def plans(self) -> list[Plan]:
-        """All feasible plans, with their layers moved."""
-        return list(every_plan(self.space, self.moves, self._tell))
+    def plans(self, deadline: float = inf) -> list[Plan]:
+        """All feasible plans, with their layers moved.
+
+        Raises
+        ------
+        TimeIsUp    a point in time has passed before they all were
+        """
+        return list(every_plan(self.space, self.moves, self._tell, deadline))

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from math import prod
+from math import inf, prod
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -103,6 +103,38 @@ def mixed_part(problem: Problem, singles: Sequence[Single], options: Sequence[Se
         repeated=feasible - different,
         complete=all(single.space.complete for single in singles),
     )
+
+
+class Unseen:
+    """Deployments with a pool on each of some types of GPU, before which the time was up: all of them are left.
+
+    Parameters
+    ----------
+    problem : Problem
+    singles : the plans of each of these types
+    """
+
+    def __init__(self, problem: Problem, singles: Sequence[Single]) -> None:
+        spaces, feasible = (
+            prod(sizes) for sizes in zip(*((s.space.size, s.space.feasible) for s in singles), strict=True)
+        )
+        self.part = Part(
+            shape="mixed",
+            types=tuple(name for single in singles for name in single.part.types),
+            objective=problem.objective,
+            space=spaces,
+            infeasible={"part": spaces - feasible, "gpus": 0, "share": 0},
+            left=[((-inf,) * len(problem.objectives), feasible)] if feasible else [],
+            complete=False,  # nothing is known of how good they can be
+        )
+
+    def branches(self) -> Iterator[Choices]:
+        """None."""
+        return iter(())
+
+    def scouts(self, best: Sequence[Sequence[Scored]]) -> list[tuple[Deployment, Costs]]:
+        """None, whatever the best plans of each type are."""
+        return []
 
 
 class Composed(Protocol):
