@@ -16,6 +16,7 @@ from apex_opt.simulator.kernel.state import (
     MARK,
     MEMO_AT,
     MEMO_FOUND,
+    MEMO_LAID,
     MEMO_REQUEST,
     MEMO_STAMP,
     MEMO_UNUSED,
@@ -62,18 +63,31 @@ def table_nb(cache: Cache, r: I64, i: int) -> I32:
 @inner
 def empty_cache_nb(cache: Cache, r: I64) -> None:
     """All blocks free, in order, and nothing known."""
-    block, holder = block_nb(cache, r), holder_nb(cache, r)
-    last = r[POOL_BLOCKS]
-    for b in range(last + 1):
-        row = at(block, b * BLOCK_WIDTH)
-        holder[abs(row[CONTENT])] = NOTHING
-        row[CONTENT] = NOTHING
-        row[BEHIND] = b + 1 if b < last else NOTHING
-        row[AHEAD] = b - 1 if b > 0 else last
-        row[MARK] = 0
+    block, holder, memo = block_nb(cache, r), holder_nb(cache, r), memo_nb(cache, r)
+    for b in range(memo[MEMO_LAID] + 1):
+        holder[abs(block[b * BLOCK_WIDTH + CONTENT])] = NOTHING
+    block[CONTENT], block[BEHIND], block[AHEAD] = NOTHING, NOTHING, NOTHING
+    memo[MEMO_LAID] = 0
+    lay_nb(cache, r)
     for slot in range(r[SLOTS]):
         cache.slots[r[SLOTS_AT] + slot] = slot
-    memo_nb(cache, r)[MEMO_REQUEST] = NONE
+    memo[MEMO_REQUEST] = NONE
+
+
+@inner
+def lay_nb(cache: Cache, r: I64) -> None:
+    """Put the next block that was never used to the front of the queue, where there is one.
+
+    Those behind it come before all that were given back, so they need not be there before their turn.
+    """
+    block, memo = block_nb(cache, r), memo_nb(cache, r)
+    if memo[MEMO_LAID] < r[POOL_BLOCKS]:
+        memo[MEMO_LAID] += 1
+        b, behind = memo[MEMO_LAID], block[BEHIND]
+        row = at(block, b * BLOCK_WIDTH)
+        row[CONTENT], row[BEHIND], row[AHEAD], row[MARK] = NOTHING, behind, NOTHING, 0
+        block[behind * BLOCK_WIDTH + AHEAD] = b
+        block[BEHIND] = b
 
 
 @inner
@@ -142,18 +156,19 @@ def take_nb(cache: Cache, r: I64, i: int, held: int, found: int, total: int) -> 
         row[AHEAD] -= 1
         table[j] = b
         key += 1
-    front = block[BEHIND]
     for j in range(max(held, found), total):
+        front = block[BEHIND]
         row = at(block, front * BLOCK_WIDTH)
         if row[MARK] == stamp:
             memo[MEMO_UNUSED] -= 1
         if row[CONTENT] != NOTHING:
             forget_nb(cache, r, front)
-        row[AHEAD] = -1
         table[j] = front
-        front = row[BEHIND]
-    block[BEHIND] = front
-    block[front * BLOCK_WIDTH + AHEAD] = NOTHING
+        block[BEHIND] = row[BEHIND]
+        block[row[BEHIND] * BLOCK_WIDTH + AHEAD] = NOTHING
+        row[AHEAD] = -1
+        if front == memo[MEMO_LAID]:
+            lay_nb(cache, r)
 
 
 @inner

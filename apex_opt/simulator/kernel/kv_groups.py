@@ -22,6 +22,7 @@ from apex_opt.simulator.kernel.kv_state import (
     HOLDER_WIDTH,
     KEPT,
     KIND,
+    LAID,
     LENGTH,
     MARK,
     MOST,
@@ -87,14 +88,10 @@ def empty_groups_nb(groups: Groups, r: I64) -> None:
         return
     block, holder = at(groups.block, r[BLOCK_AT]), at(groups.holder, r[HOLDER_AT])
     registers, slots = at(groups.registers, r[MEMO_AT]), at(groups.slots, r[SLOTS_AT])
-    ends = r[POOL_BLOCKS]
-    for b in range(ends + 1):
-        row = at(block, b * BLOCK_WIDTH)
-        row[USERS] = 0
-        row[CONTENT] = NONE
-        row[BEHIND] = b + 1 if b < ends else 0
-        row[AHEAD] = b - 1 if b > 0 else ends
-        row[MARK] = 0
+    front = at(block, r[POOL_BLOCKS] * BLOCK_WIDTH)
+    front[BEHIND] = front[AHEAD] = r[POOL_BLOCKS]
+    registers[LAID] = 0
+    _lay_nb(block, registers, r)
     for key in range(r[CONTENTS] * HOLDER_WIDTH):
         holder[key] = NONE
     for slot in range(r[MAX_SEQS]):
@@ -102,6 +99,22 @@ def empty_groups_nb(groups: Groups, r: I64) -> None:
     registers[STEP], registers[SLOTS_LEFT] = 0, r[MAX_SEQS]
     for group in range(groups.number):
         registers[REGISTERS + group] = 0
+
+
+@inner
+def _lay_nb(block: I32, registers: I64, r: I64) -> None:
+    """Put the next block that was never used to the front of the queue, where there is one.
+
+    Those behind it come before all that were given back, so they need not be there before their turn.
+    """
+    ends, b = r[POOL_BLOCKS], registers[LAID]
+    if b < ends:
+        registers[LAID] += 1
+        row, front = at(block, b * BLOCK_WIDTH), at(block, ends * BLOCK_WIDTH)
+        row[USERS], row[CONTENT], row[MARK] = 0, NONE, 0
+        row[BEHIND], row[AHEAD] = front[BEHIND], ends
+        block[front[BEHIND] * BLOCK_WIDTH + AHEAD] = b
+        front[BEHIND] = b
 
 
 @inner
@@ -412,6 +425,8 @@ def _hand_out_nb(groups: Groups, r: I64, g: int) -> int:
     b: int = block[r[POOL_BLOCKS] * BLOCK_WIDTH + BEHIND]
     row = at(block, b * BLOCK_WIDTH)
     _out_of_queue_nb(block, row)
+    if b == groups.registers[r[MEMO_AT] + LAID] - 1:
+        _lay_nb(block, at(groups.registers, r[MEMO_AT]), r)
     if row[CONTENT] != NONE:
         holders = at(groups.holder, r[HOLDER_AT] + row[CONTENT] * HOLDER_WIDTH)
         older, newer = row[OLDER], row[NEWER]

@@ -25,7 +25,7 @@ LENGTH, REGISTERED, GROWN, BEFORE, ENTRIES = range(5)
 # What is found is kept in one more table: of the groups that search together the entries, and the first with a block.
 FOUND, FIRST_FOUND, SEARCHED, DROPPED = range(4)
 # Registers of a replica in `Groups.registers`, then the blocks in use of each group.
-STEP, SLOTS_LEFT, REGISTERS = range(3)
+STEP, SLOTS_LEFT, LAID, REGISTERS = range(4)
 
 # Columns of `Groups.block`: free blocks stand in a circle from BEHIND to BEHIND, the row after the last being both
 # ends; blocks of equal content in a line from OLDER to NEWER, whose ends are in `Groups.holder`.

@@ -262,7 +262,7 @@ ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 CONTENT, BEHIND, AHEAD, MARK, BLOCK_WIDTH = range(5)
 OLDER, NEWER, LINE_WIDTH = range(3)
 NOTHING = 0
-MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_WIDTH = range(5)
+MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range(6)
 
 # `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
 # instance follow each other; prompts that have been handed over.
