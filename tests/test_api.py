@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import apex_opt
-from apex_opt import cli
+from apex_opt import cli, described
 from apex_opt.cluster import load_cluster
 from apex_opt.commands import COMMANDS
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
@@ -52,10 +52,10 @@ def test_every_command_is_a_function_with_the_options_and_defaults_of_the_comman
     assert set(taken) == {"progress", *options}
     for option in options.values():
         assert taken[option.name].default == (inspect.Parameter.empty if option.default is REQUIRED else option.default)
-        assert cli.COMMANDS[name].option(option.name) == option
+        assert described.COMMANDS[name].option(option.name) == option
     positional = [p.name for p in taken.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert positional in ([], ["plan"], ["measured"], ["study"])
-    assert function.__doc__.startswith(cli.COMMANDS[name].summary)
+    assert function.__doc__.startswith(described.COMMANDS[name].summary)
     for option in options.values():
         default = {REQUIRED: "", None: ", optional"}.get(option.default, f", default {option.default!r}")
         assert f"\n{option.name} : {option.kind.__name__}{default}\n    {option.text}\n" in function.__doc__

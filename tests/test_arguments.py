@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.cli import COMMANDS, GROUPS, arranged, group, method
+from apex_opt.cli import arranged, group, method
 from apex_opt.cluster import list_presets
+from apex_opt.described import COMMANDS, GROUPS
 from apex_opt.engines import kind_names
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.gate import LONGEST_TEXT, REQUIRED

@@ -25,11 +25,12 @@ from rich.cells import cell_len
 
 from apex_opt import cli, commands
 from apex_opt.arguments import Ask, SimulateAsk
-from apex_opt.cli import COMMANDS, CONFIG_FILES, GROUPS
+from apex_opt.cli import CONFIG_FILES
 from apex_opt.cluster import load_cluster
 from apex_opt.commands import Result
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
+from apex_opt.described import COMMANDS, GROUPS
 from apex_opt.errors import InputError
 from apex_opt.gate import Arguments, options_of
 from apex_opt.ir import load_model

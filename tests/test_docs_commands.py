@@ -7,7 +7,7 @@ import re
 import pytest
 from doc_cases import ROOT, blocks_of, shown_and_printed
 
-from apex_opt.cli import COMMANDS
+from apex_opt.described import COMMANDS
 
 TEXT = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(TEXT)

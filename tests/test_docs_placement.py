@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from doc_cases import ROOT, blocks_of, solve, words_of
 
-from apex_opt.cli import COMMANDS
 from apex_opt.cluster import list_presets
+from apex_opt.described import COMMANDS
 from apex_opt.report.layout import seconds
 
 if TYPE_CHECKING:

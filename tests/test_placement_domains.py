@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from topology_cases import compositions
 
-from apex_opt.cli import COMMANDS
 from apex_opt.cluster import Composition, Network, Tree, load_wiring
 from apex_opt.cluster.tree import LEVELS, place_of
+from apex_opt.described import COMMANDS
 from apex_opt.placement import Room, groups, replicas_in, rooms
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from cli_cases import run
 
-from apex_opt.cli import COMMANDS, arranged
+from apex_opt.cli import arranged
+from apex_opt.described import COMMANDS
 from apex_opt.report.onward import _FOUND, _MISSED, onward
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from cli_cases import ROOT, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apex_opt.cli import COMMANDS
+from apex_opt.described import COMMANDS
 from apex_opt.engines import kind_names
 from apex_opt.plans.speculation import METHODS
 from apex_opt.usage import GROUPS, SHELLS, candidates, completion, grouped, values_of
