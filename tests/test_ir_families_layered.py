@@ -141,6 +141,21 @@ def test_step_3_compresses_queries_and_keeps_one_head() -> None:
     assert read(listed).runs == model.runs
 
 
+def test_lfm3_gates_its_attention_and_has_norms_behind_its_cells() -> None:
+    config = SMALL | {"model_type": "lfm3", "architectures": ["Lfm3ForCausalLM"], "sliding_window": 32}
+    config = {key: value for key, value in config.items() if key != "num_experts"}
+    kinds = ["conv", "full_attention", "sliding_attention", "conv"]
+    found = blocks(read(config, layer_types=kinds))
+    assert [block.norm_count for block in found] == [4] * 4
+    assert [block.attention.window for block in found] == [None, None, 32, None]
+    assert all(block.attention.gated for block in found[1:3])
+    assert {block.ffn.intermediate for block in found} == {96}  # as the file has it
+    plain = blocks(read(config, layer_types=kinds, use_attention_gate=False, use_sandwich_norm=False))
+    assert [block.norm_count for block in plain] == [2] * 4 and not plain[1].attention.gated
+    with pytest.raises(InputError, match="layer_types may hold conv and full_attention, not 'sliding_attention'"):
+        read(config | {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]}, layer_types=kinds)
+
+
 def test_a_decoder_is_found_wherever_a_file_has_it() -> None:
     """In `text_config`, `llm_config` or `language_config`, or in the part of an Omni model that writes."""
     inner = {key: value for key, value in CWM.items() if key != "architectures"}

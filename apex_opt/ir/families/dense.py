@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder
+from apex_opt.ir.families.states import refuse
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
@@ -39,6 +40,12 @@ def _qwen(fields: Fields, size: Sizes) -> Layers:
     bias = not fields.flag("no_bias", default=True)
     reader = Decoder(qkv_bias=True, output_bias=bias, mlp_bias=bias)
     return reader(fields.replaced({"intermediate_size": width // 2}) if width else fields, size)
+
+
+def _apertus(fields: Fields, size: Sizes) -> Layers:
+    """Apertus 1.5, whose head may have fewer rows than its embedding."""
+    refuse(fields, "output_vocab_size", size.vocab)
+    return Decoder(qkv_bias=None, output_bias=None, qk_norm=True, gated=False)(fields, size)
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -76,6 +83,24 @@ FAMILIES: Final[dict[str, Family]] = {
         read=Decoder(qkv_bias=None, output_bias=None, qk_norm=True, gated=False),
         modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
     ),
+    "apertus1p5_text": Family(
+        architecture="Apertus1p5TextForCausalLM",
+        read=_apertus,
+        modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
+    ),
+    "persimmon": Family(
+        architecture="PersimmonForCausalLM",
+        read=Decoder(qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=None, norm_bias=True, gated=False),
+        modules=module_names(
+            qkv=("self_attn.query_key_value",),
+            output=("self_attn.dense",),
+            dense=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        ),
+        implied={"qk_layernorm": True},
+        spelled={"use_qk_norm": "qk_layernorm"},
+    ),
+    "orion": Family(architecture="OrionForCausalLM", read=Decoder(norm_bias=True), modules=module_names()),
+    "solar": Family(architecture="SolarForCausalLM", read=_TOLD, modules=module_names()),
     "helium": Family(
         architecture="HeliumForCausalLM",
         read=Decoder(qkv_bias=None, mlp_bias=None, kv_heads=20),

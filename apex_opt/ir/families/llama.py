@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
@@ -31,6 +32,13 @@ def _minimax_m2(fields: Fields, size: Sizes) -> Layers:
     return reader(fields, size)
 
 
+_PHI3: Final = Family(
+    architecture="Phi3ForCausalLM",
+    read=Decoder(window="always"),
+    modules=module_names(qkv=("self_attn.qkv_proj",), dense=("mlp.gate_up_proj", "mlp.down_proj")),
+    defaults=sizes(32064, 3072, 8192, 32, 32, 4096),
+)
+
 FAMILIES: Final[dict[str, Family]] = {
     "llama": Family(
         architecture="LlamaForCausalLM", read=_BIASES_TOLD, modules=module_names(), defaults=LLAMA_DEFAULTS
@@ -44,12 +52,9 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(),
         defaults=_MISTRAL_DEFAULTS | {"sliding_window": 4096},
     ),
-    "phi3": Family(
-        architecture="Phi3ForCausalLM",
-        read=Decoder(window="always"),
-        modules=module_names(qkv=("self_attn.qkv_proj",), dense=("mlp.gate_up_proj", "mlp.down_proj")),
-        defaults=sizes(32064, 3072, 8192, 32, 32, 4096),
-    ),
+    "phi3": _PHI3,
+    "phi4mm": replace(_PHI3, architecture="Phi4MMForCausalLM"),
+    "phi4_multimodal": replace(_PHI3, architecture="Phi4MultimodalForCausalLM"),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         read=Decoder(

@@ -1,4 +1,4 @@
-"""Mamba2 alone, and between layers of attention: Granite 4, Jamba; short convolutions between them: LFM2."""
+"""Mamba and Mamba2 alone, and between layers of attention: Granite 4, Jamba."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from apex_opt.ir.cells import (
     Mamba1,
     Mamba2,
     MoeFfn,
-    ShortConvolution,
     Skipped,
 )
 from apex_opt.ir.checks import shown
@@ -198,66 +197,6 @@ def read_jamba(fields: Fields, size: Sizes) -> Layers:
     )
 
 
-def read_lfm2(fields: Fields, size: Sizes) -> Layers:
-    """Layers of short convolutions or attention, each before an FFN, or past the first ones before experts."""
-    kinds = layer_kinds(fields, size.layers, ("conv", "full_attention"))
-    if kinds is None:
-        full = fields.rows("full_attn_idxs")
-        if full is None:
-            fields.fault("layer_types", "is missing, and so is full_attn_idxs")
-        odd = [layer for layer in full or () if isinstance(layer, bool) or layer not in range(size.layers)]
-        if odd:
-            fields.fault("full_attn_idxs", f"may list layers 0 to {size.layers - 1}, not {shown(odd[0])}")
-        kinds = ["full_attention" if layer in (full or ()) else "conv" for layer in range(size.layers)]
-    heads: dict[str, Any] = head_fields(fields, size.hidden)
-    kernel, bias = fields.count("conv_L_cache", default=3), fields.flag("conv_bias")
-    for key in ("conv_dim", "conv_dim_out", "block_dim"):
-        refuse(fields, key, size.hidden)
-    dense_first = size.layers
-    routed: dict[str, Any] = {}
-    if fields.values.get("num_experts") is not None:
-        dense_first = fields.count("num_dense_layers", default=2, minimum=0)
-        experts = fields.count("num_experts")
-        routed = {
-            "experts": experts,
-            "expert_intermediate": fields.count("moe_intermediate_size"),
-            "experts_per_token": fields.count("num_experts_per_tok", maximum=experts or 1),
-            "router_bias": fields.flag("use_expert_bias", default=True),
-        }
-    width = _adjusted(fields) if not routed else fields.count("intermediate_size")
-    if fields.faults:
-        return Layers([])
-    dense = DenseFfn(hidden=size.hidden, intermediate=width)
-    moe = MoeFfn(hidden=size.hidden, **routed) if routed else None
-    cells: dict[str, AttentionCell] = {
-        "conv": ShortConvolution(hidden=size.hidden, kernel=kernel, bias=bias),
-        "full_attention": Attention(hidden=size.hidden, qk_norm=True, **heads),
-    }
-    return Layers(
-        [
-            Block(attention=cells[kind], ffn=dense if moe is None or layer < dense_first else moe)
-            for layer, kind in enumerate(kinds)
-        ]
-    )
-
-
-def _adjusted(fields: Fields) -> int:
-    """Columns of an FFN of LFM2: two thirds of those told, times a factor, up to a multiple, where it is to be so."""
-    key = "block_ff_dim" if fields.values.get("block_ff_dim") is not None else "intermediate_size"
-    columns = fields.count(key)
-    if not fields.flag("block_auto_adjust_ff_dim", default=True):
-        return columns
-    multiple = fields.count("block_multiple_of", default=256)
-    factor = fields.values.get("block_ffn_dim_multiplier", 1.0)
-    if factor is None:
-        factor = 1.0
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 100:
-        fields.fault("block_ffn_dim_multiplier", f"must be a number above 0, not {shown(factor)}")
-        return 0
-    columns = int(factor * int(2 * columns / 3))
-    return columns + -columns % (multiple or 1)
-
-
 _NO_POSITIONS: Final = {"max_position_embeddings": 2048}
 """Tokens that vLLM serves at most of a model whose file tells no length."""
 _MIXER: Final = module_names(state_in=("mixer.in_proj",), state_out=("mixer.out_proj",))
@@ -290,28 +229,5 @@ FAMILIES: Final[dict[str, Family]] = {
             state_in=("mamba.in_proj",),
             state_out=("mamba.out_proj",),
         ),
-    ),
-    "lfm2": Family(
-        architecture="Lfm2ForCausalLM",
-        read=read_lfm2,
-        modules=module_names(
-            output=("self_attn.out_proj",),
-            dense=within("feed_forward", ("w1", "w3", "w2")),
-            state_in=("conv.in_proj",),
-            state_out=("conv.out_proj",),
-        ),
-        tied=True,
-    ),
-    "lfm2_moe": Family(
-        architecture="Lfm2MoeForCausalLM",
-        read=read_lfm2,
-        modules=module_names(
-            output=("self_attn.out_proj",),
-            dense=within("feed_forward", ("w1", "w3", "w2")),
-            experts=within("feed_forward.experts.0", ("w1", "w3", "w2")),
-            state_in=("conv.in_proj",),
-            state_out=("conv.out_proj",),
-        ),
-        tied=True,
     ),
 }

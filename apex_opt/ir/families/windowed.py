@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.cells import Attention, DenseFfn, MoeFfn
@@ -294,6 +295,13 @@ _STEP: Final = Family(
     },
 )
 
+_MIMO_V2: Final = Family(
+    architecture="MiMoV2FlashForCausalLM",
+    read=_mimo_v2,
+    modules=module_names(),
+    spelled={"sliding_window": "sliding_window_size"},
+)
+
 FAMILIES: Final[dict[str, Family]] = {
     "llama4_text": Family(
         architecture="Llama4ForCausalLM",
@@ -314,12 +322,8 @@ FAMILIES: Final[dict[str, Family]] = {
         read=Decoder(qkv_bias=True, window="opt-in", kv_heads=32),
         modules=module_names(),
     ),
-    "mimo_v2_flash": Family(
-        architecture="MiMoV2FlashForCausalLM",
-        read=_mimo_v2,
-        modules=module_names(),
-        spelled={"sliding_window": "sliding_window_size"},
-    ),
+    "mimo_v2_flash": _MIMO_V2,
+    "mimo_v2": replace(_MIMO_V2, architecture="MiMoV2ForCausalLM"),
     "exaone4": Family(
         architecture="Exaone4ForCausalLM",
         read=_exaone4,
