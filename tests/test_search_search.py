@@ -29,6 +29,7 @@ from apex_opt.errors import CapacityError, UsageError
 from apex_opt.evaluate import tally
 from apex_opt.figures import load_objective, load_objectives, parse_goals
 from apex_opt.ir import load_model
+from apex_opt.ir.cells import Attention, AttentionCell, JoinedAttention, Mamba2, Matrix
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.routing import ROUTINGS
@@ -91,6 +92,27 @@ def check_best(problem: Problem, answer: Answer, scored: list[Scored], top: int)
 @pytest.mark.parametrize("place", PLACES)
 def test_the_best_are_what_simulating_every_deployment_without_bounds_finds(place: int) -> None:
     check_best(problem_of(place), answer_of(place), list(every_of(place)), ROWS[place]["top"])
+
+
+@pytest.mark.parametrize("kind", ["joined", "squeezed", "borrowed"])
+def test_the_best_with_attention_of_other_kinds_is_what_simulating_every_deployment_finds(kind: str) -> None:
+    base = dense(hidden=1024, heads=8, kv=4, columns=2048)
+    cells: dict[str, AttentionCell] = {
+        "joined": JoinedAttention(
+            hidden=1024,
+            attention=base.attention,  # type: ignore[arg-type]
+            mamba=Mamba2(hidden=1024, heads=16, head_dim=64, groups=1, state=64, kernel=4, gated_norm=False),
+        ),
+        "squeezed": Attention(hidden=1024, query_heads=8, kv_heads=1, head_dim=64, query_rank=256),
+        "borrowed": Attention(hidden=1024, query_heads=8, kv_heads=4, head_dim=64, borrowed=True),
+    }
+    beside = (Matrix("augmented residual", 32, 1024), Matrix("augmented residual", 1024, 32))
+    other = replace(base, attention=cells[kind], norms=4, residuals=6, beside=beside)
+    model = make_model((base, 2), (other, 3))
+    problem = make_problem(model, make_cluster(2), random_trace(11, 16), objective="e2e_mean")
+    answer = search(problem, SPACE)
+    check_best(problem, answer, every(problem), 1)
+    check_counts(problem, answer)
 
 
 @pytest.mark.parametrize("place", [*range(8), *MORE])

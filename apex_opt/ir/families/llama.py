@@ -53,6 +53,7 @@ FAMILIES: Final[dict[str, Family]] = {
         defaults=_MISTRAL_DEFAULTS | {"sliding_window": 4096},
     ),
     "phi3": _PHI3,
+    "phi3_v": replace(_PHI3, architecture="Phi3VForCausalLM"),
     "phi4mm": replace(_PHI3, architecture="Phi4MMForCausalLM"),
     "phi4_multimodal": replace(_PHI3, architecture="Phi4MultimodalForCausalLM"),
     "mixtral": Family(

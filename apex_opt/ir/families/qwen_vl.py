@@ -71,6 +71,9 @@ FAMILIES: Final[dict[str, Family]] = {
         | {"num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408},
         tied=True,
     ),
+    "dots_ocr": replace(qwen.FAMILIES["qwen2"], architecture="DotsOCRForCausalLM", defaults={}),
+    "Keye": replace(qwen.FAMILIES["qwen3"], architecture="KeyeForConditionalGeneration", defaults={}),
+    "KeyeVL1_5": replace(qwen.FAMILIES["qwen3"], architecture="KeyeVL1_5ForConditionalGeneration", defaults={}),
     "qwen2_5_omni_text": replace(
         qwen.FAMILIES["qwen2"], architecture="Qwen2_5OmniThinkerForConditionalGeneration", defaults={}
     ),
