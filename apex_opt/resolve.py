@@ -100,9 +100,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     model = _seeing(model, trace)
     serving = _serving(ask, trace, model)
     routings, sides = _routers(ask, serving)
-    rescheduling = _rescheduling(ask, trace)
-    asks = "--rescheduling" if rescheduling else "--serving"
-    times = kind.handing_over(ask.handover, asks) if "pools" in serving or rescheduling else None
+    rescheduling = _rescheduling(ask, trace, kind)
+    times = kind.handing_over(ask.handover) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
@@ -111,10 +110,11 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         *_about_images(model),
         *_about_engines(ask),
         *_about_chunks(ask, kind),
+        *_about_pushing(kind, serving),
         *assumed_network(ask.cluster),
     )
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
-    if "pools" in serving and not settings.scheduler.idle_sleep_ns:
+    if "pools" in serving and isinstance(settings.scheduler, VllmScheduling) and not settings.scheduler.idle_sleep_ns:
         raise UsageError(
             f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
             "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
@@ -344,10 +344,12 @@ def _seeing(model: Model, trace: Trace) -> Model:
     return replace(model, images=(media.image_tokens, media.image_share))
 
 
-def _rescheduling(ask: Ask, trace: Trace) -> Rescheduling | None:
+def _rescheduling(ask: Ask, trace: Trace, kind: EngineKind) -> Rescheduling | None:
     """How requests move between replicas, where they do."""
     if (text := getattr(ask, "rescheduling", None)) is None:
         return None
+    if kind.scheduler is not VllmScheduling or not kind.handover:
+        raise UsageError(f"--rescheduling: how requests of {kind.name} move is not modelled; use vllm")
     if ask.routing != "round_robin" or "route=" in str(getattr(ask, "plan", "")):
         raise UsageError("--rescheduling deals requests by its own rules; leave --routing and route= out")
     if _plans_pools(ask) or plans_shares(ask):
@@ -393,6 +395,16 @@ def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     if not ask.chunked_prefill or kind.scheduler.splits_prompts:
         return ()
     return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
+
+
+def _about_pushing(kind: EngineKind, serving: Sequence[Serving]) -> tuple[str, ...]:
+    """That how an engine hands prompts over was read."""
+    if "pools" not in serving or kind.scheduler is not SglangScheduling:
+        return ()
+    return (
+        "hand-over: SGLang's rules were read, not recorded, and are simulated by the reference, about a hundred times "
+        "slower than vLLM's",
+    )
 
 
 _SPLITTING: Final = ("chunked_prefill", "prefix_caching")

@@ -36,6 +36,12 @@ def test_a_block_takes_its_descriptors_and_its_bytes_at_the_share_of_the_link(
     assert found.in_turn
 
 
+def test_blocks_that_lie_beside_each_other_are_one_piece_of_each_layer() -> None:
+    plans = (parse_plan(text, DENSE) for text in ("tp2", "tp2"))
+    found = handover(TIMES, DENSE, *plans, 1000, LINK, joined=True)
+    assert (found.read_ns, found.block_ns) == (53_000 + 64 * 2_000, 2_000)
+
+
 def test_a_latent_cache_is_one_piece_a_layer_read_from_one_rank() -> None:
     plans = (parse_plan(text, LATENT) for text in ("tp8", "tp4"))
     assert shared_heads(LATENT) is None

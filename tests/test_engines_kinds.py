@@ -101,9 +101,13 @@ def test_a_setting_that_the_engine_does_not_have_is_refused_in_one_line(name: st
     [
         ("vllm", "proxy=1", "unknown part of a hand-over of vllm 'proxy'; did you mean proxy_us"),
         ("vllm", "rate_share=0", "--handover: rate_share 0 is not above 0 and at most 1"),
-        ("orca", None, "--serving: how orca hands prompts over to another pool is not modelled; use vllm"),
-        ("static", None, "--serving: how static hands prompts over to another pool is not modelled; use vllm"),
-        ("sglang-eager", None, "--serving: how sglang-eager hands prompts over"),
+        ("orca", None, "--serving: how orca hands prompts over to another pool is not modelled; use vllm or sglang"),
+        (
+            "static",
+            None,
+            "--serving: how static hands prompts over to another pool is not modelled; use vllm or sglang",
+        ),
+        ("trtllm", None, "--serving: how trtllm hands prompts over"),
     ],
 )
 def test_hand_overs_that_are_not_known_are_refused_in_one_line(name: str, text: str | None, said: str) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from dataclasses import replace
 
 import pytest
-from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, emitted, has, servers, value
+from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, servers, value
 
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
+from apex_opt.launch import handing_over, launch
+from apex_opt.launch.sglang import pd_router
+from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.speculation import Speculation, parse_drafter
 
 
@@ -143,3 +147,31 @@ def test_phases_that_share_a_gpu_are_multiplexed_by_divisions_of_its_own_or_by_o
     (command,) = emitted("sglang", DENSE, "tp8 share=pdmux:72/60", 1, 8).commands
     assert command.file == ("pdmux-0.yaml", "{sm_group_num: 3, manual_divisions: [[72, 60, 0]]}")
     assert value(command, "--pdmux-config-path") == "pdmux-0.yaml"
+
+
+def test_prefill_and_decode_servers_stand_behind_a_router_that_knows_both() -> None:
+    problem = replace(asked(DENSE, 1, 8, settings={"scheduler": SglangScheduling()}), serving=("pools",))
+    found, taken = [], dict[int, int]()
+    for role, gpus in (("prefill", range(4)), ("decode", range(4, 8))):
+        side, plan = problem.side(role, 0), parse_plan("dp2 tp2", problem.model)  # type: ignore[arg-type]
+        assignment = tuple(((tuple(f"node0:{gpu}" for gpu in list(gpus)[r : r + 2]),)) for r in (0, 2))
+        found.append(launch(side, plan, "sglang", CHECKPOINT, assignment, taken))
+    both = handing_over(*found, 2)
+    *servers_, router = both.commands
+    modes = [value(command, "--disaggregation-mode") for command in servers_]
+    assert modes == ["prefill", "prefill", "decode", "decode"]
+    ports = [value(command, "--disaggregation-bootstrap-port") for command in servers_]
+    assert ports == ["8998", "9008", None, None]
+    assert [command.replica for command in both.commands] == [0, 1, 2, 3, None]
+    assert " ".join(router.argv) == (
+        "python -m sglang_router.launch_router --pd-disaggregation --port 30000 --prefill http://NODE0:8000 8998 "
+        "--prefill http://NODE0:8010 9008 --decode http://NODE0:8020 --decode http://NODE0:8030 "
+        "--prefill-policy round_robin --decode-policy round_robin"
+    )
+    assert any("mooncake-transfer-engine" in note for note in both.notes)
+    assert not any("put a router" in note for note in both.notes)
+
+
+def test_a_router_of_pools_that_it_does_not_have_is_told() -> None:
+    command = pd_router([[(0, "8000")], [(1, "8000")]], ("cache_aware", "least_loaded"))
+    assert command.argv[-2:] == ("--prefill-policy", "cache_aware")

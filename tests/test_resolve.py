@@ -576,7 +576,7 @@ FOUR = "poisson:rate=2,n=4,prompt=8,output=4"
         ({"plan": "dp2 tp4 share=50/50", "runnable": "any"}, "is of replicas whose batches hold both phases"),
         ({"trace": "closed:concurrency=2,n=4"}, "not in a closed loop of clients; give a trace with arrivals"),
         ({"rescheduling": "lumnix"}, "unknown rescheduling 'lumnix'; did you mean llumnix"),
-        ({"engine": "sglang"}, "how sglang hands prompts over to another pool is not modelled; use vllm"),
+        ({"engine": "sglang"}, "how requests of sglang move is not modelled; use vllm"),
     ],
 )
 def test_requests_that_cannot_move_are_refused_in_one_line(given: dict[str, Any], told: str) -> None:

@@ -13,7 +13,7 @@ from plan_cases import SMALL, beside, dense, feasible_plans, make_cluster, make_
 from search_cases import GPUS, SPACE, every, rank
 
 from apex_opt.engines.handover import HandoverTimes
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.search import Scorer, search
 from apex_opt.studies.check import check
@@ -123,6 +123,23 @@ def test_no_run_of_a_pair_beats_its_bound(seed: int, types: int) -> None:
     for one in scored:
         if one.deployment.disaggregated and one.meets_slos:
             assert bounds[one.deployment] <= problem.objective.signed(one.value), one.text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_that_sglang_hands_over_is_the_best_of_all_pairs_and_beats_no_bound(seed: int) -> None:
+    settings = replace(SMALL, scheduler=SglangScheduling(), block_size=1)
+    problem = replace(question(seed, objective="e2e_mean"), serving=("pools",), settings=settings)
+    scorer = Scorer(problem)
+    scored = [scorer.simulate(pair) for pair in pairs_of(problem)]
+    answer = search(problem, SPACE)
+    found = check(problem, answer, SPACE, programs)
+    assert found.holds, found.disagreements
+    good = [problem.costs(one.metrics) for one in scored if one.meets_slos]
+    assert [problem.costs(one.metrics) for one in answer.candidates[:1]] == sorted(good)[:1]
+    bounds = {deployment: bound for part in found.parts for deployment, bound in part.leaves()}
+    for one in scored:
+        if one.meets_slos:
+            assert bounds[one.deployment] <= one.value, one.text
 
 
 @pytest.mark.parametrize("seed", range(3))

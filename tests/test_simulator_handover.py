@@ -20,6 +20,7 @@ from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, blocks_of, l
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
+from apex_opt.figures.stops import METRICS, Stop, latencies_ns
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.routing import ROUTINGS
@@ -33,7 +34,7 @@ from apex_opt.simulator import (
     run_disaggregated,
 )
 from apex_opt.simulator.handover import prompts_only
-from apex_opt.simulator.reference import handover
+from apex_opt.simulator.reference import disaggregated, handover
 from apex_opt.simulator.reference.handover import DecodeScheduler, Instance, PrefillScheduler
 from apex_opt.simulator.reference.router import Dealt, Dynamo
 from apex_opt.simulator.reference.sequence import Sequence
@@ -226,7 +227,7 @@ def test_kernel_equals_reference_on_many_deployments(pair: Pair) -> None:
 ROUTED = st.tuples(st.sampled_from(ROUTINGS), st.sampled_from([name for name in ROUTINGS if name != "vllm_dp"]))
 
 
-@settings(max_examples=150)
+@settings(max_examples=200)
 @given(pairs(), ROUTED)
 def test_kernel_equals_reference_behind_routers(pair: Pair, routing: tuple[Routing, Routing]) -> None:
     compare(pair, routing=routing)
@@ -250,7 +251,7 @@ def test_no_routers_beat_the_best_dealing_of_prompts_and_answers(routing: Routin
     totals = set()
     for places in itertools.product(range(2), repeat=2 * len(rows)):
         dealt = Dealt(rows, np.array(places[: len(rows)])), Dealt(rows, np.array(places[len(rows) :]))
-        outcome = handover.run(two.prefill, two.decode, two.handover, two.trace, dealt, log=False, gaps=False)
+        outcome = disaggregated.run(two.prefill, two.decode, two.handover, two.trace, dealt, log=False, gaps=False)
         totals.add(int((outcome.finish_ns - outcome.arrival_ns).sum()))
     total = int((chosen.finish_ns - chosen.arrival_ns).sum())
     assert total >= min(totals)
@@ -284,6 +285,46 @@ def test_routers_that_are_none_of_a_side_are_refused(routing: Any, said: str) ->
     pair = Pair(prefill=POOL, decode=POOL, handover=Handover(), trace=requests([(0, 4, 4)]))
     with pytest.raises(ApexError, match=said):
         pair.run("kernel", routing=routing)
+
+
+def passing(pair: Pair, seed: int) -> list[Stop]:
+    """Limits about what a run reaches, some of which it passes."""
+    rng, done = np.random.default_rng(seed), pair.run("reference")
+    limits = pair.trace.generated(pair.decode.settings.max_model_len)
+    stops = []
+    for metric in rng.choice(METRICS, 2, replace=False).tolist():
+        times = np.sort(latencies_ns(metric, done.arrival_ns, done.first_token_ns, done.finish_ns, limits))
+        if metric == "makespan" or rng.random() < 0.5:
+            limit = int(times[-1] * rng.choice([0.5, 1, 1.5]))
+            most = 1 if metric == "makespan" else int(rng.integers(1, 3))
+            stops.append(Stop(metric=metric, kind="count", limit_ns=limit, most=most))
+        else:
+            stops.append(Stop(metric=metric, kind="sum", limit_ns=int(times.sum() * rng.choice([0.5, 1, 1.5]))))
+    return stops
+
+
+@settings(max_examples=80)
+@given(pairs(), ROUTED, st.integers(0, 1000))
+def test_a_run_ends_early_where_the_whole_one_passes_a_limit_and_nowhere_else(
+    pair: Pair, routing: tuple[Routing, Routing], seed: int
+) -> None:
+    stops = passing(pair, seed)
+    whole, early = (pair.run(one, routing=routing, stops=stops) for one in ("reference", "kernel"))
+    assert early.stopped is whole.stopped
+    if not early.stopped:
+        assert np.array_equal(early.finish_ns, whole.finish_ns)
+    # Floors say it sooner, and nothing else.
+    first = whole.arrival_ns + (whole.first_token_ns - whole.arrival_ns) // 2
+    floors = replace(whole, first_token_ns=first, finish_ns=first + (whole.finish_ns - whole.first_token_ns) // 2)
+    assert pair.run("kernel", routing=routing, stops=stops, floors=floors).stopped is whole.stopped
+
+
+def test_requests_that_say_what_they_may_generate_are_handed_over_all_the_same() -> None:
+    most = np.array([9, 9])
+    most.flags.writeable = False
+    said = replace(requests([(0, 8, 4), (0, 4, 2)]), max_new_tokens=most)
+    pair = Pair(prefill=POOL, decode=POOL, handover=Handover(), trace=said)
+    compare(pair)
 
 
 REACHED: dict[str, Callable[[Pair, DisaggregatedOutcome], bool]] = {

@@ -50,7 +50,14 @@ def hands_over(model: Model, prefill: Plan, decode: Plan) -> bool:
 
 
 def handover(
-    times: HandoverTimes, model: Model, prefill: Plan, decode: Plan, block_bytes: int, link: Link | None
+    times: HandoverTimes,
+    model: Model,
+    prefill: Plan,
+    decode: Plan,
+    block_bytes: int,
+    link: Link | None,
+    *,
+    joined: bool = False,
 ) -> Handover:
     """The hand-over from one pool to another.
 
@@ -61,19 +68,22 @@ def handover(
     prefill, decode : Plan    as for `hands_over`
     block_bytes : int         of a KV block on a rank of the decode pool
     link : Link or None       between a rank of the one and a rank of the other; None where there is nothing to cross
+    joined : bool             blocks that lie beside each other are one piece, as all of a transfer are taken to; else
+                              each is a piece of its own
     """
     one, other = prefill.attention.tp, decode.attention.tp
     heads = shared_heads(model)
     sources = 1 if heads is None else ceil_div(one, other)
     readers = ceil_div(other, one)
     kinds = sum(run.count * (1 if heads is None else 2) for run in model.runs if run.block.attention.cache(Cut()))
-    block_ns = kinds * sources * times.descriptor_us * NS_PER_US
+    pieces_ns = kinds * sources * times.descriptor_us * NS_PER_US
+    block_ns = 0.0 if joined else pieces_ns
     if link is not None:
         block_ns += block_bytes * readers / (link.bytes_per_s * times.rate_share) * NS_PER_S
     latency_ns = 0 if link is None else round(link.latency_s * NS_PER_S)
     return Handover(
         proxy_ns=times.proxy_ns,
-        read_ns=round(times.post_us * NS_PER_US) + latency_ns,
+        read_ns=round(times.post_us * NS_PER_US + (pieces_ns if joined else 0)) + latency_ns,
         block_ns=round(block_ns),
         notice_ns=round(times.notice_us * NS_PER_US),
         in_turn=True,

@@ -107,17 +107,17 @@ class EngineKind:
         own = {field.name: self.defaults[field.name].value for field in fields(self.scheduler)}
         return self.scheduler(**own | self._given("engine_settings", "setting", text, own))
 
-    def handing_over(self, text: str | None = None, option: str = "--serving") -> HandoverTimes:
+    def handing_over(self, text: str | None = None) -> HandoverTimes:
         """The times of handing a prompt over, some as given in a text such as `name=value,name=value`.
-
-        `option` is what asks for them, for the error where they are not known.
 
         Raises
         ------
         UsageError, UnknownNameError    an engine of which they are not known; a text as for `scheduling`
         """
         if not self.handover:
-            raise UsageError(f"{option}: how {self.name} hands prompts over to another pool is not modelled; use vllm")
+            raise UsageError(
+                f"--serving: how {self.name} hands prompts over to another pool is not modelled; use vllm or sglang"
+            )
         own = {name: float(known.value) for name, known in self.handover.items()}
         return HandoverTimes(**own | self._given("handover", "part of a hand-over", text, own))
 

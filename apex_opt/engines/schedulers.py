@@ -152,6 +152,13 @@ class VllmScheduling(Scheduling):
         return self.idle_sleep_us * NS_PER_US
 
 
+RESERVED: Final = 512
+"""Tokens to come that a decode instance of SGLang keeps room for, of every request that it has.
+
+Source: `num_reserved_decode_tokens` of SGLang 0.5.
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SglangScheduling(Scheduling):
     """Prompts before decoding, room by what requests say they may generate, retraction where that was too little.

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines import SGLANG
 from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
-from apex_opt.launch.sglang import Sglang
+from apex_opt.launch.sglang import ABOUT_ROUTER, PD_POLICIES, Sglang, pd_router
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import ABOUT_PROXY, Vllm, proxy
 from apex_opt.plans.engine import has_ranks
@@ -91,7 +92,7 @@ def together(launches: Sequence[Launch], replicas: Sequence[int], shares: Sequen
 
 
 def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
-    """Commands that start a prefill and a decode pool of vLLM and the proxy before them; replicas are numbered through.
+    """Commands that start a prefill and a decode pool and what takes requests before them; replicas numbered through.
 
     Parameters
     ----------
@@ -106,12 +107,15 @@ def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
         command if command.replica is None else replace(command, replica=command.replica + replicas)
         for command in decode.commands
     )
-    before = proxy([_served(one.commands) for one in (prefill, decode)])
-    dealt = prefill.routing, decode.routing
-    if dealt != ("round_robin", "round_robin"):
-        notes.append(f"requests: the figures are of {'/'.join(dealt)}, which the proxy does not do: put a router there")
+    dealt, servers = (prefill.routing, decode.routing), [_served(one.commands) for one in (prefill, decode)]
+    if engine == SGLANG.name:
+        before, about, done = pd_router(servers, dealt), ABOUT_ROUTER, set(dealt) <= PD_POLICIES.keys()
+    else:
+        before, about, done = proxy(servers), ABOUT_PROXY, dealt == ("round_robin", "round_robin")
+    if not done:
+        notes.append(f"requests: the figures are of {'/'.join(dealt)}, which it does not do: put a router there")
     several = any(note.startswith("NODE0") for note in notes)
-    notes += [note for note in ABOUT_PROXY if not (several and note.startswith("NODE0"))]
+    notes += [note for note in about if not (several and note.startswith("NODE0"))]
     return replace(prefill, commands=(*prefill.commands, *later, before), notes=tuple(notes))
 
 

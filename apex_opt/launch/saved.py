@@ -106,7 +106,8 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
             found[f"compose-node{node}.yaml"] = _yaml({"services": services})
     servers = [command for command in commands if command["replica"] is not None]
     alone = len({command["replica"] for command in servers}) == len(servers)
-    if alone and not any(map(_nodes, servers)):
+    paired = any("--disaggregation-mode" in command["argv"] for command in servers)  # by their router, node by node
+    if alone and not paired and not any(map(_nodes, servers)):
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))

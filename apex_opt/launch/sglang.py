@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.launch.commands import PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
+from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
 from apex_opt.plans.engine import limited, limits_shared
 
 if TYPE_CHECKING:
@@ -27,8 +27,20 @@ if TYPE_CHECKING:
 _HEAD: Final = "EAGLE3_HEAD"
 _ALGORITHMS: Final = {"eagle": "EAGLE3", "mtp": "NEXTN", "draft": "STANDALONE", "ngram": "NGRAM"}
 """What SGLang calls the ways to make drafts."""
+PD_POLICIES: Final = {"round_robin": "round_robin", "power_of_two": "power_of_two", "cache_aware": "cache_aware"}
+"""Routers as its router calls them that it has before prefill and decode servers."""
+ABOUT_ROUTER: Final = (
+    "requests: go to sglang_router, which sends each to a prefill and a decode server at once",
+    "router: takes the package sglang-router; the compose files start none",
+    "transfers: by mooncake, the default of --disaggregation-transfer-backend, which takes the package "
+    "mooncake-transfer-engine",
+    "NODE0, NODE1, ...: put the nodes' addresses in their place",
+)
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
 _JOIN_PORT: Final = 20000
+_ROUTER_PORT: Final = 30000
+_BOOTSTRAP_PORT: Final = 8998
+"""Where the first prefill server of a node tells decode servers how it keeps its cache; sglang 0.5.23's default."""
 
 
 def _division(shares: Shares) -> str:
@@ -109,6 +121,10 @@ class Sglang:
             words.append("--disable-radix-cache")
         if not settings.async_scheduling:
             words.append("--disable-overlap-schedule")
+        if settings.role is not None:
+            words += ["--disaggregation-mode", settings.role]
+        if settings.role == "prefill":
+            words += ["--disaggregation-bootstrap-port", str(_bootstrap(port))]
         return [*words, "--port", str(port)]
 
     def _own(self, settings: EngineSettings) -> list[str]:
@@ -155,3 +171,28 @@ class Sglang:
             stage.weights_bytes + stage.states_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in asked.memory
         )
         return f"{math.floor(1000 * held / asked.problem.cluster.gpu.memory_bytes) / 1000:.3g}"
+
+
+def _bootstrap(port: int) -> int:
+    """The bootstrap port of a prefill server that answers at a port."""
+    return _BOOTSTRAP_PORT + port - FIRST_PORT
+
+
+def pd_router(pools: Sequence[Sequence[tuple[int, str]]], dealt: tuple[str, str]) -> Command:
+    """What takes requests before prefill and decode servers, on the first node.
+
+    Parameters
+    ----------
+    pools : of each pool, node and port of its servers
+    dealt : routers before either; one that it does not have is left at its default
+    """
+    words = ["python", "-m", "sglang_router.launch_router", "--pd-disaggregation", "--port", str(_ROUTER_PORT)]
+    prefill, decode = pools
+    for node, port in prefill:
+        words += ["--prefill", f"http://NODE{node}:{port}", str(_bootstrap(int(port)))]
+    for node, port in decode:
+        words += ["--decode", f"http://NODE{node}:{port}"]
+    for side, name in zip(("prefill", "decode"), dealt, strict=True):
+        if name in PD_POLICIES:
+            words += [f"--{side}-policy", PD_POLICIES[name]]
+    return Command(node=prefill[0][0], replica=None, argv=tuple(words))

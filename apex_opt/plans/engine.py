@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.engines.schedulers import (
+    RESERVED,
     SCHEDULINGS,
     Lengths,
     Scheduling,
@@ -113,7 +114,10 @@ class EngineSettings:
     def room(self, trace: Trace) -> NDArray[np.int64]:
         """Tokens that the cache of a replica must have room for, for each request of a trace to be served at all."""
         lengths = Lengths(trace.prompt, trace.generated(self.max_model_len), trace.stated(self.max_model_len))
-        return self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
+        found = self.scheduler.room(lengths, self.block_size, caches=self.prefix_caching)
+        if self.role == "decode" and isinstance(self.scheduler, SglangScheduling):
+            found = np.maximum(found, lengths.prompt + lengths.stated + RESERVED)
+        return found
 
     def with_drafts(self, tokens: NDArray[np.int64], drafter: Drafter | Speculation) -> NDArray[np.int64]:
         """Tokens that the cache must have room for with drafts, where it must have room for so many without.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.handover import handover, hands_over, shared_heads
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.evaluate import Violation
 from apex_opt.placement.pools import Chunks, find_room, link_between
 
@@ -75,7 +76,9 @@ class Pairs:
         assert times is not None  # where there may be such pools
         block_bytes = self._facts_of(decode).memory(decode.plan)[0].kv_block_bytes
         link = self._link(prefill, decode)
-        return handover(times, self._problem.model, prefill.plan, decode.plan, block_bytes, link)
+        # SGLang sends what lies beside each other at once (`group_concurrent_contiguous`).
+        joined = isinstance(self._problem.settings.scheduler, SglangScheduling)
+        return handover(times, self._problem.model, prefill.plan, decode.plan, block_bytes, link, joined=joined)
 
     def _link(self, prefill: Pool, decode: Pool) -> Link | None:
         gpus = prefill.plan.devices + decode.plan.devices

@@ -6,7 +6,7 @@ Requests are dealt to the pools (`dealing`), and each pool serves its own. One p
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -16,7 +16,7 @@ from apex_opt.cost.handover import reading_j
 from apex_opt.cost.head_room import head_room
 from apex_opt.cost.moving import MOVING, moving
 from apex_opt.cost.two_batches import two_batches
-from apex_opt.engines.schedulers import VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.run import Facts as StopFacts
@@ -213,17 +213,32 @@ class Scorer:
         problem, trace, pools = self.problem, self.problem.trace, deployment.pools
         facts = [self.facts_of(pool) for pool in pools]
         engines = [self._engine(pool, one) for pool, one in zip(pools, facts, strict=True)]
+        whole = worst == FREE or trace.delay_ns is not None  # until answers are known nothing is proved
         if deployment.disaggregated:
             prefill, decode = engines
-            handover = self.pairs.handover(*pools)
             first, then = (one.problem.routing_of(pool.plan) for pool, one in zip(pools, facts, strict=True))
-            return run_disaggregated(prefill, decode, handover, trace, routing=(first, then), log=log, gaps=self._gaps)
+            limits = [] if whole else self._stops(pools, facts, self._computed_apart(), bounds, worst)
+            handed = run_disaggregated(
+                prefill,
+                decode,
+                self.pairs.handover(*pools),
+                trace,
+                routing=(first, then),
+                log=log,
+                gaps=self._gaps,
+                stops=limits,
+                floors=self._floors_apart(pools, facts) if limits else None,
+            )
+            return None if handed.stopped else handed
         if (shared := facts[0].phases(pools[0].plan)) is not None:
             return run_phases(engines[0], shared, trace, log=log)
         owner, clients = self._dealt(pools)
         rows = [np.flatnonzero(owner == place) for place in range(len(pools))]
-        whole = worst == FREE or trace.delay_ns is not None  # until answers are known nothing is proved
-        stops = [] if whole else self._stops(pools, facts, rows, bounds, worst)
+        stops = (
+            []
+            if whole
+            else self._stops(pools, facts, [int(self._computed[mine].sum()) for mine in rows], bounds, worst)
+        )
         outcome = run_deployment(
             engines,
             trace,
@@ -376,18 +391,48 @@ class Scorer:
         clients = None if trace.concurrency is None else clients_of(weights, trace.concurrency)
         return dealt(np.array([weights]), len(trace))[0], clients
 
+    @cached_property
+    def _computed(self) -> Ints:
+        """Tokens of each request that any pool which serves it computes at least."""
+        problem = self.problem
+        return self._generated - 1 + (0 if problem.settings.prefix_caching else problem.trace.prompt)
+
+    def _computed_apart(self) -> list[int]:
+        """Tokens that the pool which computes prompts and the one which answers compute at least."""
+        problem, first = self.problem, len(self._generated)
+        pushed = isinstance(problem.settings.scheduler, SglangScheduling)
+        prompts = first if problem.settings.prefix_caching else int(problem.trace.prompt.sum())
+        return [prompts, int(self._generated.sum()) - (first if pushed else 0)]
+
+    def _floors_apart(self, pools: Sequence[Pool], facts: Sequence[Facts]) -> Outcome:
+        """Times that no request can beat which is handed over, in the form of a run."""
+        trace, problem = self.problem.trace, self.problem
+        prompt, answer = (one.alone(pool.plan) for pool, one in zip(pools, facts, strict=True))
+        first = trace.arrival_ns + prompt.first_ns[0]
+        if not isinstance(problem.settings.scheduler, SglangScheduling):
+            assert problem.handover is not None  # where there may be such pools
+            first = first + problem.handover.proxy_ns + answer.first_ns[0]
+        return self._as_floors(first, first + answer.rest_ns[0])
+
     def _stops(
-        self, pools: Sequence[Pool], facts: Sequence[Facts], rows: Sequence[Ints], bounds: Costs, worst: Costs
+        self, pools: Sequence[Pool], facts: Sequence[Facts], computed: Sequence[int], bounds: Costs, worst: Costs
     ) -> list[Stop]:
-        """What proves that a run misses a goal, or that its objectives are worse than some costs."""
+        """What proves that a run misses a goal, or that its objectives are worse than some costs.
+
+        Parameters
+        ----------
+        pools, facts
+        computed : tokens that each pool computes at least
+        bounds : Costs    of the costs
+        worst : Costs     costs beyond which a deployment has lost
+        """
         problem, generated = self.problem, self._generated
-        computed = generated - 1 + (0 if problem.settings.prefix_caching else problem.trace.prompt)
-        every = list(zip(pools, facts, rows, strict=True))
+        every = list(zip(pools, facts, computed, strict=True))
         prices = [one.cost_per_h(pool.plan) for pool, one, _ in every]
         draws = [[watts(one.costs, pool.plan) for watts in (idle_w, limit_w)] for pool, one, _ in every]
         least_j = 0.0
         if problem.asks_gpus:
-            least_j = add_up(one.token_j(pool.plan) * int(computed[mine].sum()) for pool, one, mine in every)
+            least_j = add_up(one.token_j(pool.plan) * tokens for pool, one, tokens in every)
         known = StopFacts(
             requests=len(generated),
             decoding=int((generated > 1).sum()),
@@ -421,12 +466,16 @@ class Scorer:
             to_first, rest = isolated(engine.settings, floors, trace, overtaking=overtaking)
             first[mine] += to_first[mine]
             finish[mine] = first[mine] + rest[mine]
+        return self._as_floors(first, finish)
+
+    def _as_floors(self, first_ns: Ints, finish_ns: Ints) -> Outcome:
+        """Times of first and last tokens in the form of a run."""
         return Outcome(
-            arrival_ns=trace.arrival_ns,
-            first_token_ns=first,
-            finish_ns=finish,
+            arrival_ns=self.problem.trace.arrival_ns,
+            first_token_ns=first_ns,
+            finish_ns=finish_ns,
             preemptions=0,
             batches=0,
             busy_ns=np.zeros((1, 1), np.int64),
-            counts=BatchCounts.empty(engines[0].settings),
+            counts=BatchCounts.empty(self.problem.settings),
         )

@@ -14,6 +14,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
 from apex_opt.plans.deployment import Deployment, Pool
@@ -419,8 +420,10 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     """
     from apex_opt.simulator.pack import needs_compiling
 
-    # Phases that share a GPU are simulated by the reference.
-    plans = (pool.plan for one in deployments for pool in one.pools if pool.plan.shares is None)
+    # Phases that share a GPU and prompts that SGLang hands over are simulated by the reference.
+    pushed = isinstance(problem.settings.scheduler, SglangScheduling)
+    pools = (pool for one in deployments for pool in one.pools if not (pushed and pool.role))
+    plans = (pool.plan for pool in pools if pool.plan.shares is None)
     if any(
         needs_compiling(problem.settings_for(plan), plan.stages, ranks=has_ranks(problem.settings, plan))
         for plan in plans

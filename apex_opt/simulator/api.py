@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
+from apex_opt.engines.schedulers import RESERVED, SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UsageError
 from apex_opt.plans.routing import check_routing
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
@@ -266,6 +266,8 @@ def run_disaggregated(
     routing: tuple[Routing, Routing] = ("round_robin", "round_robin"),
     log: bool = False,
     gaps: bool = False,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
     implementation: Implementation = "kernel",
 ) -> DisaggregatedOutcome:
     """Serve a trace on instances that compute prompts and others that answer them.
@@ -275,15 +277,17 @@ def run_disaggregated(
 
     Parameters
     ----------
-    prefill, decode : EnginePool    each of one stage, one scheduler of the engine vllm and one kind of KV block,
-                                    without drafts; they agree on `max_model_len`, on prefix caching and on the size of
-                                    a block, and sleep when there is nothing to run
+    prefill, decode : EnginePool    each of one stage, one scheduler of the engine vllm or sglang and one kind of KV
+                                    block, without drafts; they agree on the engine, on `max_model_len`, on prefix
+                                    caching and on the size of a block, and those of vllm sleep when there is nothing to
+                                    run; those of sglang are simulated by the reference
     handover : Handover
     trace : Trace                   open arrivals
     routing : how an instance of either side is found: of the first for a request that comes, of the second when its
               prompt is computed, as loads are then
     log : bool                      keep every batch
     gaps : bool                     keep the times between the tokens of every request, as a log does too
+    stops, floors                   as for `simulate`; where requests wait for answers no run ends early
     implementation : "kernel" (compiled) or "reference" (plain Python); both return the same integers
 
     Returns
@@ -306,18 +310,22 @@ def run_disaggregated(
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
         plain = pool.ranks is None and not pool.settings.kv_groups and pool.settings.speculation is None
-        if not plain or len(pool.laws) != 1 or not isinstance(pool.settings.scheduler, VllmScheduling):
+        scheduler = pool.settings.scheduler
+        if not plain or len(pool.laws) != 1 or not isinstance(scheduler, VllmScheduling | SglangScheduling):
             raise UsageError(
-                f"the {name} instances must be of one stage, one scheduler of the engine vllm and one kind of KV "
-                "block, and verify no drafts"
+                f"the {name} instances must be of one stage, one scheduler of the engine vllm or sglang and one kind "
+                "of KV block, and verify no drafts"
             )
-        if not pool.settings.scheduler.idle_sleep_ns:
+        if isinstance(scheduler, VllmScheduling) and not scheduler.idle_sleep_ns:
             raise UsageError(
                 f"the {name} instances need an idle_sleep_us of at least 1: one that waits for a read or a notice "
                 "would take turns without end"
             )
         _check_pool(pool, its)
     _check_alike([prefill, decode], unassigned=False)
+    pushed = _check_pushed(prefill, decode, trace)
+    if pushed and "pull" in routing:
+        raise UsageError("routing: sglang sends a request to both instances at once, which pull does not; use another")
     if prefill.settings.block_size != decode.settings.block_size:
         sizes = f"{prefill.settings.block_size}, {decode.settings.block_size}"
         raise UsageError(f"prefill and decode instances have the same block_size, got {sizes}")
@@ -332,15 +340,16 @@ def run_disaggregated(
     if routing[1] == "vllm_dp":
         raise UsageError("routing: vllm_dp is of requests as they come, not of prompts that are computed; use another")
     before = sides(prefill, decode, trace, routing)
-    if implementation == "reference":
-        from apex_opt.simulator.reference import handover as instances
+    if implementation == "reference" or pushed:
+        from apex_opt.simulator.reference import disaggregated as instances
         from apex_opt.simulator.reference.router import router_of
 
         first, then = (router_of(share, [prefill, decode], trace, computes=not share.first) for share in before)
-        return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps)
+        return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps, stops=stops)
     from apex_opt.simulator import pack_disaggregated
 
-    return pack_disaggregated.run(prefill, decode, handover, trace, before, log=log, gaps=gaps)
+    limits: dict[str, Any] = {"stops": stops, "floors": floors}
+    return pack_disaggregated.run(prefill, decode, handover, trace, before, log=log, gaps=gaps, **limits)
 
 
 def run_phases(
@@ -399,6 +408,24 @@ def run_phases(
     if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:
         raise UsageError("multiplexing goes with the scheduler of sglang and with whole prompts")
     return shared.serve(pool, trace, lambda mine: multiplexing.MultiplexingReplica(pool, phases, mine))
+
+
+def _check_pushed(prefill: EnginePool, decode: EnginePool, trace: Trace) -> bool:
+    """Whether prompts are handed over as SGLang does it; refused where a decode instance could never have room."""
+    kinds = {type(pool.settings.scheduler) for pool in (prefill, decode)}
+    if len(kinds) > 1:
+        raise UsageError("prefill and decode instances are of the same engine")
+    if kinds != {SglangScheduling}:
+        return False
+    stated = trace.stated(decode.settings.max_model_len)
+    needed = trace.prompt + stated + RESERVED
+    i, there = int(needed.argmax()), decode.blocks * decode.settings.block_size
+    if needed[i] > there:
+        raise CapacityError(
+            f"request {i}: a decode instance of sglang keeps room for {needed[i]} tokens, {RESERVED} of them for what "
+            f"is to come, and its cache has {there}; use more or larger GPUs, or a smaller KV format"
+        )
+    return True
 
 
 def _check_moving(pools: Sequence[EnginePool], trace: Trace, rules: Rescheduling) -> None:

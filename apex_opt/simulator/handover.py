@@ -57,4 +57,4 @@ def prompts_only(trace: Trace) -> Trace:
     """The trace as prefill instances see it: one token is asked of each prompt."""
     output = np.ones_like(trace.output)
     output.flags.writeable = False
-    return replace(trace, output=output)
+    return replace(trace, output=output, max_new_tokens=None)

@@ -18,8 +18,11 @@ from apex_opt.simulator.pools import Share
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from apex_opt.figures.stops import Stop
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.pack import Room
     from apex_opt.simulator.pools import EnginePool
@@ -35,6 +38,8 @@ def run(
     *,
     log: bool,
     gaps: bool,
+    stops: Sequence[Stop] = (),
+    floors: Outcome | None = None,
 ) -> DisaggregatedOutcome:
     """Run a trace through the kernel; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
 
@@ -44,8 +49,10 @@ def run(
     sides : how requests are dealt to the instances of either side
     log : bool     whether every batch is told
     gaps : bool    whether the times between tokens are told
+    stops, floors : limits whose passing ends the run, and times that no request can beat
     """
-    memory = served(lambda room: _Instances(prefill, decode, handover, trace, sides, room), logged=log or gaps)
+    limits = stops, None if floors is None else _behind(floors)
+    memory = served(lambda room: _Instances(prefill, decode, handover, trace, sides, limits, room), logged=log or gaps)
     return memory.outcome(log=log, gaps=gaps)
 
 
@@ -68,9 +75,21 @@ def _twice(trace: Trace) -> Trace:
         output=output,
         content=content,
         content_starts=starts,
+        max_new_tokens=None,
         session=None,
         priority=None,
         delay_ns=None,
+    )
+
+
+def _behind(floors: Outcome) -> Outcome:
+    """Times that no answer can beat, behind those of prompts, which have no limits."""
+    arrival = floors.arrival_ns
+    return replace(
+        floors,
+        arrival_ns=np.tile(arrival, 2),
+        first_token_ns=np.append(arrival, floors.first_token_ns),
+        finish_ns=np.append(arrival, floors.finish_ns),
     )
 
 
@@ -84,12 +103,16 @@ class _Instances(Memory):
         handover: Handover,
         trace: Trace,
         sides: tuple[Share, Share],
+        limits: tuple[Sequence[Stop], Outcome | None],
         room: Room | None,
     ) -> None:
         n = len(trace)
         in_turn = all(share.places is None and not share.routed for share in sides)
         holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
-        super().__init__([prefill, decode], _twice(trace), (), (), None, room, holding)
+        super().__init__([prefill, decode], _twice(trace), (), *limits, room, holding)
+        self.run.control[kn.HANDED] = n
+        if limits[0]:
+            self.run.floors[:n] = trace.arrival_ns  # of prompts, which have no limits
         self._asked = trace
         self._replicas[: prefill.replicas, kn.HOLDS] = 1
         facts = np.zeros(kn.FACTS_SIZE, np.int64)

@@ -5,6 +5,7 @@ prefill pool was passed on, the blocks were read, which with prefix caching may 
 pool computed the last token of the prompt; all of these have floors of their own (`isolated`). The times after it are
 those of the decode pool. Neither pool takes less time than all requests together take of it (`load`), and both are
 there for the whole run: all GPUs idle for all of it.
+Of SGLang the first token is the prefill pool's, and comes once the last of the prompt was sent on.
 Where one pool is not chosen yet it has the best of everything that its options have, request by request.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.search.bounds.compose import Compose, rows_of, stacked
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.units import NS_PER_S
@@ -47,12 +49,13 @@ class Handed(Compose):
         super().__init__(problem, outside_ns)
         assert problem.handover is not None  # where there may be such pools
         self._pairs, self._proxy_ns = pairs, problem.handover.proxy_ns
+        self._pushed = isinstance(problem.settings.scheduler, SglangScheduling)
         trace, settings = problem.trace, problem.settings
         self._blocks = -(-trace.prompt // settings.block_size)
         # Prompts may all be found in a cache; each answered token is computed, the first as the last of its prompt.
         self._computed_by = {
             "prefill": len(trace) if settings.prefix_caching else int(trace.prompt.sum()),
-            "decode": int(self._tokens.sum()),
+            "decode": int((self._steps if self._pushed else self._tokens).sum()),
         }
 
     def of(self, deployments: Sequence[tuple[Option, ...]]) -> tuple[Run, NDArray[np.bool_]]:
@@ -69,7 +72,7 @@ class Handed(Compose):
         for row, (one, other) in enumerate(deployments):
             if fit[row]:
                 between[row] = self._between(one, other)
-        first = stacked(prefill, "first_ns") + between + stacked(decode, "first_ns")
+        first = stacked(prefill, "first_ns") + between + (0 if self._pushed else stacked(decode, "first_ns"))
         load_s = np.array([max(self._load_s(one), self._load_s(other)) for one, other in deployments])
         batch_ns = rows_of([(one,) for one in decode], "batch_ns")
         run = self._run(first, stacked(decode, "rest_ns"), None, load_s, self._gaps(batch_ns), batch_ns)
@@ -88,6 +91,9 @@ class Handed(Compose):
         options = [one for (one,) in deployments]
         role = options[0].pool.role
         first = stacked(options, "first_ns") + self._proxy_ns + help_.first_ns
+        if self._pushed:
+            first = stacked(options, "first_ns")
+            first = first if role == "prefill" else np.broadcast_to(help_.first_ns, first.shape)
         if role == "prefill":
             rest, batch_ns = np.broadcast_to(help_.rest_ns, first.shape), np.full((len(options), 1), help_.batch_ns)
         else:
@@ -106,6 +112,8 @@ class Handed(Compose):
     def _between(self, prefill: Option, decode: Option) -> Ints:
         """From the end of a prompt on the prefill pool until the decode pool has it, at least."""
         handover = self._pairs.handover(prefill.pool, decode.pool)
+        if self._pushed:  # the last of what is sent, and the word that there is room
+            return np.full(len(self._blocks), handover.read_ns + handover.block_ns + 2 * handover.notice_ns)
         if self._problem.settings.prefix_caching:
             return np.full(len(self._blocks), handover.proxy_ns)
         return handover.proxy_ns + handover.read_ns + handover.block_ns * self._blocks

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.engines.schedulers import Lengths
+from apex_opt.engines.schedulers import Lengths, SglangScheduling
 from apex_opt.plans.speculation import least_steps
 from apex_opt.simulator.content import number_pieces
 from apex_opt.simulator.law import RATE_BITS
@@ -336,10 +336,10 @@ def _overtaken(floors: Sequence[StageFloor], prompt: NDArray[np.int64], steps: N
 def found_prompts(settings: EngineSettings, trace: Trace) -> NDArray[np.int64]:
     """Tokens of each prompt that a cache may find: the others are computed whatever it does.
 
-    Of a prompt that is handed over only the last token is computed again.
+    Of a prompt that is handed over only the last token is computed again, and by SGLang none.
     """
     if settings.role == "decode":
-        return np.asarray(trace.prompt - 1)
+        return np.asarray(trace.prompt - (0 if isinstance(settings.scheduler, SglangScheduling) else 1))
     return _findable(trace) if settings.prefix_caching else np.zeros_like(trace.prompt)
 
 

@@ -27,6 +27,7 @@ from apex_opt.simulator.kernel.state import (
     FIRST_STAGE,
     FOLLOWING,
     FREE,
+    HANDED,
     LAST_ENDED,
     LAST_ENDED_NS,
     LIMIT,
@@ -341,8 +342,13 @@ def answer_nb(run: Run, r: I64, i: int, now: int) -> None:
 
 @inner
 def stop_nb(run: Run, i: int, now: int) -> None:
-    """Whether a limit is passed with the answer to request i."""
-    arrival, first = column_nb(run, ARRIVAL)[i], column_nb(run, FIRST)[i]
+    """Whether a limit is passed with the answer to request i; a prompt that is handed over passes none."""
+    prompts = run.control[HANDED]
+    if i < prompts:
+        return
+    # When a request came that is answered elsewhere than its prompt is computed stands where that has no floor.
+    arrival = column_nb(run, ARRIVAL)[i] if prompts == 0 else run.floors[TTFT * run.control[SIZE] + i - prompts]
+    first = column_nb(run, FIRST)[i]
     later = column_nb(run, LIMIT)[i] - 1
     for row in range(run.control[STOPS]):
         stop = at(run.stops, row * STOP_SIZE)

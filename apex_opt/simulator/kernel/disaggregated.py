@@ -12,6 +12,7 @@ from apex_opt.simulator.kernel.state import (
     DUE,
     NEVER,
     NONE,
+    PASSED,
     PREFILLS,
     REPLICA_SIZE,
     REQUESTS,
@@ -50,5 +51,7 @@ def disaggregated_nb(run: Run, cache: Cache | None, links: Links, routers: Route
         if first == NONE:
             return
         turn_nb(run, cache, links, routers, first)
+        if run.control[PASSED] == 1:
+            return
         x = instance_nb(links, first)
         x[DUE] = due_nb(run, x, at(run.replicas, first * REPLICA_SIZE))

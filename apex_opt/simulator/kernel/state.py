@@ -81,8 +81,9 @@ class Links(NamedTuple):
 # are logged, how many rows there are of each kind, which run on past the capacity, so that a second run can be given
 # enough, and the capacities.
 (SIZE, STOPS, ORIGIN, PASSED, LOGGED, STEPS, ROWS, LOST, MOST_STEPS, MOST_ROWS, MOST_LOST) = range(11)
-# From an answer to the next request of the same client.
-PAUSE_NS, CONTROL_SIZE = range(11, 13)
+# From an answer to the next request of the same client; where prompts are handed over, how many requests are prompts,
+# which the same number of answers come after.
+PAUSE_NS, HANDED, CONTROL_SIZE = range(11, 14)
 
 # Columns of `Run.requests`. FOLLOWING chains the requests of one replica, UNDER those preempted, a stack.
 (ARRIVAL, PROMPT, OUTPUT, LIMIT, FOLLOWING, FIRST, FINISH, GENERATED, UNDER, COMMON_SIZE) = range(10)

@@ -7,18 +7,13 @@ them settle it.
 from __future__ import annotations
 
 from collections import deque
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from apex_opt.simulator.handover import prompts_only
-from apex_opt.simulator.law import clock_overflow
-from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome
 from apex_opt.simulator.reference.engine import Engine
-from apex_opt.simulator.reference.loop import next_due, pool_outcome, sequences_of
-from apex_opt.simulator.reference.router import Pull
+from apex_opt.simulator.reference.loop import next_due, sequences_of
 from apex_opt.simulator.reference.schedulers import VllmScheduler
+from apex_opt.simulator.reference.sides import Side
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,49 +169,6 @@ class Instance(Engine):
         return answered
 
 
-class Side:
-    """The instances of one side and the router before them, with the requests that wait for one of them.
-
-    Parameters
-    ----------
-    instances : sequence of Instance
-    router : Router
-    """
-
-    def __init__(self, instances: list[Instance], router: Router) -> None:
-        self.instances, self._router = instances, router
-        self.place_of: dict[int, int] = {}  # of each request sent
-        self._waiting: deque[Sequence] = deque()
-
-    def send(self, sequence: Sequence, now_ns: int, later_ns: int) -> None:
-        """Send a request to the instance that the router chooses now; it comes there some time later.
-
-        Parameters
-        ----------
-        sequence : Sequence    the request
-        now_ns : int           when it is sent
-        later_ns : int         until it comes
-        """
-        if isinstance(self._router, Pull):
-            self._waiting.append(sequence)
-            self.pull(now_ns, later_ns)
-        else:
-            chosen = self._router.choose(sequence, now_ns, self.instances)
-            self._add(self.instances.index(chosen), sequence, now_ns + later_ns)  # type: ignore[arg-type]
-
-    def pull(self, now_ns: int, later_ns: int) -> None:
-        """Let instances with a seat take the oldest of those that wait, of several the one with the fewest requests."""
-        while self._waiting:
-            place, instance = min(enumerate(self.instances), key=lambda one: one[1].unanswered)
-            if instance.unanswered >= instance.seats:
-                return
-            self._add(place, self._waiting.popleft(), now_ns + later_ns)
-
-    def _add(self, place: int, sequence: Sequence, at_ns: int) -> None:
-        self.place_of[sequence.id] = place
-        self.instances[place].add(sequence, at_ns)
-
-
 class Deployment:
     """Prefill and decode instances, the proxy before them and the links between them."""
 
@@ -280,56 +232,3 @@ class Deployment:
         self.reads[sequence.id] = start, end, blocks
         instance.see(sequence, end)
         self.prefill[source].see(self.prompts[sequence.id], end + self.handover.notice_ns)
-
-
-def run(
-    prefill: EnginePool,
-    decode: EnginePool,
-    handover: Handover,
-    trace: Trace,
-    routers: tuple[Router, Router],
-    *,
-    log: bool,
-    gaps: bool,
-) -> DisaggregatedOutcome:
-    """Serve a trace; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
-
-    Parameters
-    ----------
-    prefill, decode, handover, trace
-    routers : before the instances of either side
-    log : bool     whether every batch is told
-    gaps : bool    whether the times between tokens are told
-    """
-    deployment = Deployment(prefill, decode, handover, trace, routers, log=log)
-    deployment.serve()
-    instances = [*deployment.prefill, *deployment.decode]
-    if any(instance.now >= 1 << 62 for instance in instances):
-        raise clock_overflow()
-    pools = (pool_outcome(deployment.prefill), pool_outcome(deployment.decode))
-    steps = [step for instance in instances for step in instance.steps or ()] if log else None
-    answers, reads = deployment.answers, np.array(deployment.reads, np.int64)
-    tokens = [b - a for s in answers for a, b in pairwise(s.token_ns)]
-    blocks = np.repeat([prefill.blocks, decode.blocks], [prefill.replicas, decode.replicas])
-    return DisaggregatedOutcome(
-        arrival_ns=trace.arrival_ns,
-        first_token_ns=np.array([s.token_ns[0] for s in answers], np.int64),
-        finish_ns=np.array([s.answered_ns for s in answers], np.int64),
-        preemptions=sum(pool.preemptions for pool in pools),
-        cached_tokens=sum(pool.cached_tokens for pool in pools),
-        batches=sum(pool.batches for pool in pools),
-        busy_ns=np.concatenate([pool.busy_ns for pool in pools]),
-        counts=BatchCounts.empty(prefill.settings),
-        steps=steps,
-        steps_per_replica=[len(instance.steps or ()) for instance in instances] if log else None,
-        gaps_ns=np.array(tokens, np.int64) if log or gaps else None,
-        pools=pools,
-        prefill=np.array([deployment.sides[0].place_of[s.id] for s in answers], np.int64),
-        decode=np.array([deployment.sides[1].place_of[s.id] for s in answers], np.int64),
-        prefilled_ns=np.array([s.answered_ns for s in deployment.prompts], np.int64),
-        forwarded_ns=np.array([s.arrival_ns for s in answers], np.int64),
-        read_ns=reads[:, :2],
-        read_blocks=reads[:, 2],
-        held=blocks - [instance.scheduler.blocks.free for instance in instances],
-        preemptions_of=np.array([instance.preemptions for instance in instances], np.int64),
-    )

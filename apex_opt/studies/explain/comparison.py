@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.figures.measure import statistic
 from apex_opt.figures.registry import timed
 from apex_opt.placement import lies
@@ -117,6 +118,7 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
     gpus, requests = run.devices, run.requests
     operations, memory = dict[str, float](), dict[str, float]()
     alone = 0.0
+    pushed = run.deployment.disaggregated and isinstance(scorer.problem.settings.scheduler, SglangScheduling)
     for use in run.pools:
         share = use.pool.plan.devices / gpus
         for name, seconds in use.usage.operations_s.items():
@@ -130,8 +132,9 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
         for name, size in held.items():
             memory[name] = memory.get(name, 0.0) + share * size
         least = statistic(scorer.facts_of(use.pool).alone(use.pool.plan), timed("first"), "mean")[0]
-        alone += use.requests / requests * float(least)
-    if run.deployment.disaggregated:
+        if not (pushed and use.pool.role == "decode"):  # the first token is the other pool's
+            alone += use.requests / requests * float(least)
+    if run.deployment.disaggregated and not pushed:
         alone -= scorer.outside_ns / NS_PER_S  # it was counted with either pool
     first, whole = (run.metrics.value(timed(time).name, "mean") for time in ("first", "whole"))
     idle_j = add_up(use.usage.idle_energy_j for use in run.pools)
