@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar, get_args
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, ExplainAsk, Setup, SimulateAsk
+from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
@@ -17,18 +17,24 @@ from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
-from apex_opt.ir.cells import State
 from apex_opt.measured.clients import Deployed
 from apex_opt.plans.acceptance import parse_speculation, speculations
-from apex_opt.plans.deployment import Serving, parse_deployment
+from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
-from apex_opt.plans.routing import SEES_PREFIXES, parse_routings, parse_sides
+from apex_opt.plans.routing import SEES_PREFIXES
 from apex_opt.profiles import check_profiles
 from apex_opt.profiles.clock import Clock
 from apex_opt.search import Offer, Problem
-from apex_opt.sharing import about_shares, check_shared, fitted, plans_shares, shares_of
-from apex_opt.simulator.rescheduling import Rescheduling, parse_rescheduling
+from apex_opt.serving import (
+    about_handover,
+    about_priorities,
+    about_pushing,
+    moves_of,
+    routers_of,
+    ways_to_serve,
+)
+from apex_opt.sharing import about_shares, fitted, shares_of
 from apex_opt.workload import Trace, frame_trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -98,19 +104,19 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
-    serving = _serving(ask, trace, model)
-    routings, sides = _routers(ask, serving)
-    rescheduling = _rescheduling(ask, trace, kind)
+    serving = ways_to_serve(ask, trace, model)
+    routings, sides = routers_of(ask, serving)
+    rescheduling = moves_of(ask, trace, kind)
     times = kind.handing_over(ask.handover) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
         raise UsageError("--handover is of prefill and decode pools; give --serving=pools, or leave it out")
     notes = (
         *_about_prefixes(ask, trace, (*routings, *sides[0], *sides[1])),
-        *_about_priorities(trace, rescheduling),
+        *about_priorities(trace, rescheduling),
         *_about_images(model),
         *_about_engines(ask),
         *_about_chunks(ask, kind),
-        *_about_pushing(kind, serving),
+        *about_pushing(kind, serving),
         *assumed_network(ask.cluster),
     )
     settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
@@ -167,104 +173,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         serving=serving,
         rescheduling=rescheduling,
         handover=times,
-        handover_sources=_about_handover(ask, kind) if times else (),
-    )
-
-
-def _plans_pools(ask: Ask) -> bool:
-    """Whether a plan is asked about that has prefill and decode pools, which alone stand in braces."""
-    return "{" in str(getattr(ask, "plan", ""))
-
-
-def _serving(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
-    """What may be deployed; prefill and decode pools where a plan has them.
-
-    Parameters
-    ----------
-    ask, trace, model
-    """
-    known = get_args(Serving)
-    chosen = [name.strip() for name in ask.serving.split(",")]
-    if _plans_pools(ask) and "shared" in chosen:
-        raise UsageError(
-            f"--serving={ask.serving:.60}: the plan has prefill and decode pools, and prompts are handed over between "
-            "two pools of whole GPUs; leave one out"
-        )
-    if plans_shares(ask) and "pools" in chosen and not isinstance(ask, ExplainAsk):
-        raise UsageError(
-            f"--serving={ask.serving:.60}: the plan's share= computes both phases on one pool, which hands nothing "
-            "over; leave one out"
-        )
-    if _plans_pools(ask):
-        # What a plan is compared with may do both phases.
-        chosen = ["aggregated", "pools"] if isinstance(ask, ExplainAsk) and "aggregated" in chosen else ["pools"]
-    elif plans_shares(ask):
-        pooled = ["pools"] if "pools" in chosen else []
-        chosen = ["shared"] if ask.serving == "shared" else ["aggregated", *pooled, "shared"]
-    for name in chosen:
-        if name not in known:
-            raise UnknownNameError("serving", name[:60], known)
-    if len(set(chosen)) < len(chosen):
-        raise UsageError(f"--serving: {ask.serving!r:.60} names one twice")
-    if chosen == ["pools"] and (plan := getattr(ask, "plan", None)) and not _plans_pools(ask):
-        raise UsageError(
-            f"--serving=pools: plan {plan!r:.60} is none; write prefill{{...}} + decode{{...}}, or leave it out"
-        )
-    if "shared" in chosen:
-        check_shared(ask, trace)
-        if (why := _kept_apart(model)) is not None:
-            raise UsageError(f"--serving=shared: {model.name} {why}, which is not simulated; leave it out")
-    if "pools" not in chosen:
-        return tuple(name for name in known if name in chosen)
-    if trace.concurrency is not None:
-        raise UsageError(
-            "--serving=pools: prefill and decode pools are simulated with arrivals, not with a closed loop of clients; "
-            "give a trace with arrivals or a rate"
-        )
-    if (why := _kept_apart(model)) is not None:
-        raise UsageError(f"--serving=pools: {model.name} {why}, and such hand-overs are not simulated; leave it out")
-    if ask.speculation != "none":
-        raise UsageError("--serving=pools: drafts are not simulated where prompts are handed over; leave one out")
-    return tuple(name for name in known if name in chosen)
-
-
-def _routers(
-    ask: Ask, serving: tuple[Serving, ...]
-) -> tuple[tuple[Routing, ...], tuple[tuple[Routing, ...], tuple[Routing, ...]]]:
-    """Routers to choose from, before replicas that do both phases and before the instances of either side."""
-    if "pools" not in serving:
-        if "/" in ask.routing:
-            raise UsageError(
-                f"--routing: {ask.routing!r:.60} is of prefill and decode instances; give --serving=pools, or a router "
-                "without a /"
-            )
-        return parse_routings(ask.routing), (("round_robin",), ("round_robin",))
-    sides = parse_sides(ask.routing)
-    if "/" in ask.routing and serving != ("pools",):
-        raise UsageError(
-            f"--routing: {ask.routing!r:.60} is of prefill and decode instances, and --serving has pools of both "
-            "phases as well; give --serving=pools, or routers without a /"
-        )
-    return sides[0], sides
-
-
-def _kept_apart(model: Model) -> str | None:
-    """What a model keeps of a request that no connector is known to hand over; None where it keeps keys and values."""
-    if model.pools:
-        return "answers with a vector"
-    if model.tower is not None:
-        return f"reads {model.tower.reads} with a tower"
-    if any(isinstance(kept, State) for block in model.blocks for kept in block.attention.cache()):
-        return "keeps states of sequences"
-    return None
-
-
-def _about_handover(ask: Ask, kind: EngineKind) -> tuple[tuple[str, str], ...]:
-    """Where the times of a hand-over are from."""
-    given = ask.handover or ""
-    return tuple(
-        (f"hand-over, {name}", "given: --handover" if f"{name}=" in given else known.source)
-        for name, known in kind.handover.items()
+        handover_sources=about_handover(ask, kind) if times else (),
     )
 
 
@@ -344,35 +253,6 @@ def _seeing(model: Model, trace: Trace) -> Model:
     return replace(model, images=(media.image_tokens, media.image_share))
 
 
-def _rescheduling(ask: Ask, trace: Trace, kind: EngineKind) -> Rescheduling | None:
-    """How requests move between replicas, where they do."""
-    if (text := getattr(ask, "rescheduling", None)) is None:
-        return None
-    if kind.scheduler is not VllmScheduling or not kind.handover:
-        raise UsageError(f"--rescheduling: how requests of {kind.name} move is not modelled; use vllm")
-    if ask.routing != "round_robin" or "route=" in str(getattr(ask, "plan", "")):
-        raise UsageError("--rescheduling deals requests by its own rules; leave --routing and route= out")
-    if _plans_pools(ask) or plans_shares(ask):
-        raise UsageError("--rescheduling is of replicas whose batches hold both phases of requests; leave one out")
-    if trace.concurrency is not None:
-        raise UsageError(
-            "--rescheduling: requests move where they come on their own, not in a closed loop of clients; give a trace "
-            "with arrivals"
-        )
-    return parse_rescheduling(text)
-
-
-def _about_priorities(trace: Trace, rescheduling: Rescheduling | None) -> tuple[str, ...]:
-    """What priorities are without effect on."""
-    if trace.priority is None or not trace.priority.any():
-        return ()
-    if rescheduling is None:
-        return ("priorities: no engine and no router here heeds them; simulate --rescheduling=llumnix does",)
-    if not rescheduling.headroom:
-        return ("priorities: without a headroom they only keep requests from being moved; llumnix:headroom=BLOCKS",)
-    return ()
-
-
 def _about_images(model: Model) -> tuple[str, ...]:
     """That the time of images is spread over prompts."""
     if model.images is None:
@@ -395,16 +275,6 @@ def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     if not ask.chunked_prefill or kind.scheduler.splits_prompts:
         return ()
     return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
-
-
-def _about_pushing(kind: EngineKind, serving: Sequence[Serving]) -> tuple[str, ...]:
-    """That how an engine hands prompts over was read."""
-    if "pools" not in serving or kind.scheduler is not SglangScheduling:
-        return ()
-    return (
-        "hand-over: SGLang's rules were read, not recorded, and are simulated by the reference, about a hundred times "
-        "slower than vLLM's",
-    )
 
 
 _SPLITTING: Final = ("chunked_prefill", "prefix_caching")

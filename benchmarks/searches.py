@@ -28,6 +28,12 @@ _QUESTIONS = {
     "plan_8x22b_8xh100_creation_s": ("mixtral-8x22b", "8xh100-sxm", "mistral_creation_05"),
     "plan_70b_4x8xh100_creation_s": ("llama-3.1-70b", "4x8xh100-sxm", "llama_creation_05"),
 }
+_SERVINGS = {
+    "plan_both_ways_8xh100_s": "8xh100-sxm",
+    "plan_both_ways_8x8xh100_s": "8x8xh100-sxm",
+    "plan_both_ways_8xh100_8xh200_s": "8xh100-sxm+8xh200-sxm",
+}
+"""Clusters on which pools that hand prompts over compete with pools that do both phases."""
 _LARGE = ("llama-1t", "128x8xh200-sxm", "poisson:rate=20,n=2000,prompt=512,output=128")
 
 
@@ -41,6 +47,15 @@ def benchmarks() -> tuple[Benchmark, ...]:
             measure=partial(warm, model, cluster, trace),
         )
         for name, (model, cluster, trace) in _QUESTIONS.items()
+    ]
+    found += [
+        Benchmark(
+            name=name,
+            unit="s",
+            about=f"llama-3.1-70b on {cluster}, chat, --serving aggregated,pools: inputs to certificate, on one core",
+            measure=partial(both_ways, cluster),
+        )
+        for name, cluster in _SERVINGS.items()
     ]
     model, cluster, trace = _LARGE
     found.append(
@@ -70,6 +85,20 @@ def warm(model: str, cluster: str, trace: str, quick: bool) -> float:
     with one_core():
         run()
         return best_of(1 if quick else 3, run)
+
+
+def both_ways(cluster: str, quick: bool) -> float:
+    """Once: what is kept of one run would serve another."""
+    from apex_opt.search import search
+    from formulations.plan_space import PlanSpace
+
+    def run() -> None:
+        question = ("llama-3.1-8b", "2xh100-sxm", generated_chat(20)) if quick else ("llama-3.1-70b", cluster, "chat")
+        assert search(problem(*question, serving="aggregated,pools"), PlanSpace()).status == "optimal"
+
+    with one_core():
+        problem("llama-3.1-8b", "1xh100-sxm", "chat")  # loads what the first question of all would
+        return best_of(1, run)
 
 
 def large(quick: bool) -> float:
