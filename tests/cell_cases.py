@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.cells import Attention, CompressedAttention, Indexer, JoinedAttention, LatentAttention, Mamba2
+from apex_opt.ir.cells import (
+    Attention,
+    CompressedAttention,
+    Indexer,
+    JoinedAttention,
+    LatentAttention,
+    Mamba2,
+    SharedAttention,
+    SharedFfn,
+)
 
 if TYPE_CHECKING:
     from apex_opt.ir.cells import Cell
@@ -86,8 +95,12 @@ BESIDE: Final = JoinedAttention(
     hidden=48, attention=Attention(hidden=48, query_heads=16, kv_heads=4, head_dim=8), mamba=MIXER
 )
 
+SHARED: Final = SharedAttention(hidden=48, heads=16, head_dim=8, mamba=MIXER, adapter=8, rotary=True)
+AGAIN: Final = SharedAttention(hidden=48, heads=16, head_dim=8, mamba=MIXER, again=True)
+FED: Final = SharedFfn(hidden=48, intermediate=64, adapter=8)
+
 CELLS: Final[tuple[Cell, ...]] = (
     *(LATENT, GROUPED, WINDOW, SHORT, LONG),
     *(NARROW, JOINT, BORROWED, CHUNKED, TURNED),
-    *(SQUEEZED, MIXER, BESIDE),
+    *(SQUEEZED, MIXER, BESIDE, SHARED, AGAIN),
 )

@@ -33,6 +33,7 @@ WORDS = {
     "vocab_multiple": "attention shards divide the vocabulary, padded to a multiple of",
     "vocab_on_every_stage": "families with embedding and LM head on every stage",
     "embedding_on_every_stage": "families with the embedding on every stage",
+    "whole_models": "families that are not cut into stages",
     "whole_kv_heads": "families whose KV heads are not copied",
     "tower_shards": "attention shards divide the heads of an image tower",
     "whole_towers": "families whose image tower is whole where its heads do not divide",

@@ -8,10 +8,26 @@ from typing import Any
 
 import pytest
 
+from apex_opt.cluster import load_cluster
+from apex_opt.engines import VLLM
 from apex_opt.errors import InputError
 from apex_opt.ir import Attention, DenseFfn, Model, model_from_config
-from apex_opt.ir.cells import GatedAttention, JoinedAttention, Kept, LatentAttention, Mamba2, MoeFfn, State
+from apex_opt.ir.cells import (
+    Cut,
+    GatedAttention,
+    JoinedAttention,
+    Kept,
+    LatentAttention,
+    Mamba2,
+    MoeFfn,
+    SharedAttention,
+    State,
+)
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.refusals import refusals
 
+H100 = load_cluster("1xh100-sxm").gpu
 MODELS = Path(__file__).parent / "cases" / "models"
 
 
@@ -113,6 +129,28 @@ def test_falcon_h1_keeps_keys_and_values_of_tokens_and_a_state_of_sequences() ->
     assert with_norm.parameters - read(FALCON).parameters == 72 * 4096
 
 
+def test_zamba2_holds_once_what_its_layers_share_and_computes_it_in_each() -> None:
+    config = case("zamba2-7b")
+    found = blocks(read(config))
+    met = [block.attention for block in found if isinstance(block.attention, SharedAttention)]
+    assert [layer for layer, block in enumerate(found) if block.attention in met] == config["hybrid_layer_ids"]
+    assert [cell.again for cell in met] == [False] * 2 + [True] * 11
+    first, later = met[0], met[2]
+    # Projections over twice the width, the output, two norms of the one and one of the other.
+    shared = 3 * 7168 * 7168 + 3584 * 7168 + 3 * 3584
+    assert first.parameters - later.parameters == shared
+    assert first.operations(Cut(), 2) == later.operations(Cut(), 2)
+    assert later.cache() == first.cache() and later.cache()[0] == Kept(2 * 7168, None)
+    kinds = ["hybrid" if layer in config["hybrid_layer_ids"] else "linear_attention" for layer in range(81)]
+    saved = {key: value for key, value in config.items() if key != "hybrid_layer_ids"}
+    assert read(saved, layers_block_type=kinds).runs == read(config).runs
+    adapted = read(config, use_shared_attention_adapter=True)
+    assert adapted.parameters - read(config).parameters == 13 * 3 * 128 * (7168 + 7168)
+    # vLLM cuts none of it into stages, so that no stage lacks what lies in another.
+    problem = parse_plan("pp3 tp1", read(config))
+    assert any("does not cut zamba2" in text for text in refusals(VLLM, read(config), H100, problem, EngineSettings()))
+
+
 def test_each_half_of_a_joined_cell_has_its_own_format() -> None:
     section = {"quant_method": "fp8", "modules_to_not_convert": [f"model.layers.{i}.mamba" for i in range(72)]}
     (run,) = read(FALCON, quantization_config=section).runs
@@ -190,6 +228,10 @@ def test_deepseek_v2_without_latent_widths_has_usual_attention() -> None:
         (GRANITE, {"layer_rope_theta": [0]}, "layer_rope_theta has 1 entries for num_hidden_layers 4"),
         (BAMBA, {"attn_layer_indices": [32]}, "attn_layer_indices entry must be a whole number from 0 to 31, not 32"),
         (BAMBA, {"mamba_gate": "new"}, "mamba_gate is not understood"),
+        (case("zamba2-7b"), {"hybrid_layer_ids": None}, "hybrid_layer_ids is missing, and so is layers_block_type"),
+        (case("zamba2-7b"), {"hybrid_layer_ids": [81]}, "hybrid_layer_ids entry must be a whole number from 0 to 80"),
+        (case("zamba2-7b"), {"num_key_value_heads": 8}, "num_key_value_heads 8 is not supported; supported: 32"),
+        (case("zamba2-7b"), {"mamba_gate": 1}, "mamba_gate is not understood"),
         (FALCON, {"mamba_d_head": 64}, "mamba_n_heads 32 times mamba_d_head 64 is not mamba_d_ssm 4096"),
         (FALCON, {"projectors_bias": True}, "projectors_bias True is not supported; supported: False"),
         (FALCON, {"mamba_conv_kernel_kind": 3}, "mamba_conv_kernel_kind is not understood"),

@@ -134,6 +134,13 @@ def test_a_format_that_is_not_the_checkpoints_has_the_usual_groups() -> None:
     assert not said(VLLM, make_model((block, 2)), "tp2 fp8")
 
 
+def test_vllm_does_not_cut_models_into_stages_that_it_has_no_pipelines_for() -> None:
+    for family in ("whisper", "gemma3n_text", "minimax_text_01"):
+        assert f"vLLM 0.20 does not cut {family} models into stages" in said(VLLM, replace(DENSE, family=family), "pp2")
+        assert not said(VLLM, replace(DENSE, family=family), "tp2")
+    assert not said(VLLM, DENSE, "pp2")
+
+
 def test_heads_of_the_vocabulary_of_gpt_oss_and_of_image_towers_divide() -> None:
     assert "rows of the padded vocabulary" in said(VLLM, replace(DENSE, vocab=151_936), "attn(tp3) ffn(tp3)")
     assert "does not copy the 8 KV heads of gpt_oss" in said(VLLM, replace(DENSE, family="gpt_oss"), "tp16")

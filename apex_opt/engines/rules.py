@@ -52,6 +52,7 @@ class EngineRules:
     vocab_multiple : int            the vocabulary is padded to a multiple of it, which attention shards must divide
     vocab_on_every_stage : set      families whose stages all hold the embedding and the LM head
     embedding_on_every_stage : set  families whose stages all hold the embedding, and only the last one the LM head
+    whole_models : set              families that are not cut into stages
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
     whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
@@ -88,6 +89,7 @@ class EngineRules:
     vocab_multiple: int = 1
     vocab_on_every_stage: frozenset[str] = frozenset()
     embedding_on_every_stage: frozenset[str] = frozenset()
+    whole_models: frozenset[str] = frozenset()
     whole_kv_heads: frozenset[str] = frozenset()
     tower_shards: bool = False
     whole_towers: frozenset[str] = frozenset()

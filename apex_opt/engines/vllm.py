@@ -42,6 +42,13 @@ VLLM: Final = EngineRules(
     vocab_multiple=64,
     vocab_on_every_stage=frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h"}),
     embedding_on_every_stage=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
+    whole_models=frozenset(
+        (
+            *("gemma3n_text", "mamba2", "minimax_text_01", "minimax_m1", "minimax", "whisper", "zamba2"),
+            *("aria_text", "paddleocr_vl_text", "phi4mm"),
+            *("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "clip"),
+        )
+    ),
     whole_kv_heads=frozenset({"gpt_oss"}),
     tower_shards=True,
     whole_towers=frozenset({"kimi_linear"}),
@@ -63,6 +70,7 @@ VLLM: Final = EngineRules(
             "vocab_multiple": "layers/vocab_parallel_embedding.py: pad_vocab_size, then divide",
             "vocab_on_every_stage": "models/{mixtral,qwen*_moe,gpt_oss,qwen3_next,nemotron_h}.py: built on every stage",
             "embedding_on_every_stage": "models/qwen3_5.py: Qwen3_5Model; recorded weights of stages",
+            "whole_models": "config/model.py: verify_with_parallel_config; models without SupportsPP",
             "whole_kv_heads": "models/gpt_oss.py: KV heads // tensor-parallel size",
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
             "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",

@@ -52,8 +52,10 @@ def _shares(rules: EngineRules, plan: Plan) -> Iterator[str]:
 
 
 def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
-    """How the two cells of a stage may be cut beside each other."""
+    """Into how many stages the model may be cut, and how the two cells of a stage beside each other."""
     attention, ffn, release = plan.attention, plan.ffn, rules.release
+    if plan.stages > 1 and model.family in rules.whole_models:
+        yield f"pp{plan.stages}: {release} does not cut {model.family} models into stages"
     if attention.dp == ffn.dp > 1:
         if model.is_moe and not rules.moe_copies:
             yield f"ffn(dp{ffn.dp}): {release} cuts the experts over all attention copies of an engine"

@@ -219,6 +219,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
         return drafts
     return [
         *drafts,
+        _holds(model, "engine_stages", [v.stages], ((s, runs.stages(s)) for s in stages_of(instance))),
         _holds(model, "engine_copies", [v.ffn_dp], ((d, runs.ffn_copies(d)) for d in degrees)),
         _holds(
             model,

@@ -30,8 +30,11 @@ def count(instance: Instance, families: Sequence[str]) -> int:
     layers split evenly and with layers moved.
     """
     gpus = instance.max_devices
+    runs = Runs(instance)
     stages = [
-        s for s in range(1, min(gpus, instance.model.layers) + 1) if "balance" not in families or balanced(instance, s)
+        s
+        for s in range(1, min(gpus, instance.model.layers) + 1)
+        if ("balance" not in families or balanced(instance, s)) and ("engine" not in families or runs.stages(s))
     ]
     # The engine makes drafts on one stage, with one attention copy.
     drafters = Counter(drafter if "engine" in families else None for drafter in instance.drafters)
@@ -43,7 +46,7 @@ def count(instance: Instance, families: Sequence[str]) -> int:
         if "format" not in families or computes(instance, name)
     )
     shared = "engine" in families and instance.shares is not None
-    if shared and not Runs(instance).shares:
+    if shared and not runs.shares:
         return 0
     total = 0
     for drafter, ways in drafters.items():

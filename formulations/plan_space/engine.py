@@ -1,7 +1,7 @@
 """What an engine can run, tabulated: its facts read once more, apart from `apex_opt.plans.refusals`.
 
-Every rule binds the FFN copies, or attention with a format, or the shards of the FFN with a format. Whole copies, which
-attention and FFN have in common, are not in the space.
+Every rule binds the stages, the FFN copies, or attention with a format, or the shards of the FFN with a format. Whole
+copies, which attention and FFN have in common, are not in the space.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class Runs:
         if wanted.prefill:
             return wanted.prefill in parts and wanted.decode == total - wanted.prefill
         return any(total <= 2 * part <= 2 * (total - 16) for part in parts)
+
+    def stages(self, count: int) -> bool:
+        """Whether the model may be cut into so many stages."""
+        return self.rules is None or count == 1 or self.instance.model.family not in self.rules.whole_models
 
     def ffn_copies(self, copies: int) -> bool:
         """Whether the FFN may have so many copies in a stage."""

@@ -21,6 +21,7 @@ from apex_opt.ir.cells.mamba import Mamba1, Mamba2
 from apex_opt.ir.cells.moe import MoeFfn
 from apex_opt.ir.cells.operations import Op
 from apex_opt.ir.cells.replaced import Replaced
+from apex_opt.ir.cells.shared import SharedAttention, SharedFfn
 from apex_opt.ir.cells.skipped import Skipped
 from apex_opt.ir.cells.twin_moe import TwinMoeFfn
 
@@ -52,6 +53,8 @@ __all__ = [
     "Op",
     "Piece",
     "Replaced",
+    "SharedAttention",
+    "SharedFfn",
     "ShortConvolution",
     "Skipped",
     "State",
