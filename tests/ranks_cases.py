@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from simulator_cases import of_windows
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator import EnginePool, run_deployment
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
-from apex_opt.simulator.ranks import Ranks, SharedLaw
+from apex_opt.simulator.ranks import Padding, Ranks, SharedLaw
 from apex_opt.simulator.recorded.dp import padding
 from apex_opt.workload.trace import make_trace
 
@@ -98,6 +100,63 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
             padding=padding(draw.choice(GRAPHS), sizes, seqs, tokens),
             shared=shared,
         ),
+    )
+
+
+def drafting(pool: EnginePool, draw: random.Random) -> EnginePool:
+    """The same with drafts, on one stage: with any padding and any times of making them."""
+    assert pool.ranks is not None
+    drafts, ranks = draw.randint(1, 8), pool.ranks
+    method = draw.choice(["eagle", "mtp", "ngram"])
+    settings = pool.settings
+    tokens = max(settings.max_num_batched_tokens, 1 + drafts)
+    settings = replace(
+        settings,
+        max_num_batched_tokens=tokens,
+        async_scheduling=settings.async_scheduling and method != "ngram",
+        speculation=Speculation(
+            method=method,
+            draft_tokens=drafts,
+            accepted=tuple(
+                tuple(draw.randint(0, drafts) for _ in range(draw.randint(1, 7))) for _ in range(draw.randint(1, 3))
+            ),
+            proposed=((1, drafts, 0),) if draw.random() < 0.3 else (),
+        ),
+    )
+    noise = np.random.default_rng(draw.randrange(1 << 30))
+    seqs, most, wide = settings.max_num_seqs, 3000, 2 * tokens + 1
+    law = law_of(settings, draw, most=most)
+    law = replace(
+        law,
+        draft_tokens=drafts,
+        verify_ns=noise.integers(0, most, tokens + 1),
+        draft_ns=noise.integers(0, most, seqs + 1),
+        draft_rate=noise.integers(0, most, seqs + 1),
+    )
+    per = ranks.shared[0].per
+    shared = SharedLaw(
+        padded_ns=noise.integers(0, most, wide),
+        decode_ns=noise.integers(0, most, ranks.count * wide),
+        mixed_ns=noise.integers(0, most, ranks.count * wide),
+        eager_ns=noise.integers(0, most, ranks.count * wide),
+        graph_ns=noise.integers(0, most, 3),
+        per=per,
+        draft_ns=noise.integers(0, most, ranks.count * max(seqs, 1) + 1),
+    )
+    every = np.arange(tokens + 1)
+    padding_ = Padding(
+        decode_mode=noise.integers(0, 3, tokens + 1),
+        decode_rows=every + noise.integers(0, tokens, tokens + 1),
+        mixed_mode=noise.integers(0, 2, tokens + 1),
+        mixed_rows=every + noise.integers(0, tokens, tokens + 1),
+    )
+    need = settings.with_drafts(np.array([settings.max_model_len]), settings.speculation)
+    return replace(
+        pool,
+        settings=settings,
+        blocks=max(pool.blocks, -(-int(need[0]) // settings.block_size)),
+        laws=[law],
+        ranks=replace(ranks, padding=padding_, shared=[shared]),
     )
 
 

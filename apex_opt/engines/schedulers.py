@@ -66,6 +66,7 @@ class Scheduling:
     waits_for_host : bool     forms no batch ahead where drafts are made on the host, between two batches
     drafts_at_once : bool     a batch that brings a first token makes drafts as well; else only one that verifies some
     whole_rows : bool         a token is never scheduled without all of its drafts
+    ranks_draft : bool        what its attention ranks do with drafts is modelled
     seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
     """
 
@@ -79,6 +80,7 @@ class Scheduling:
     waits_for_host: ClassVar[bool] = True
     drafts_at_once: ClassVar[bool] = True
     whole_rows: ClassVar[bool] = False
+    ranks_draft: ClassVar[bool] = False
     seats_per_stage: ClassVar[bool] = False
 
     @property
@@ -136,6 +138,7 @@ class VllmScheduling(Scheduling):
 
     name = "vllm"
     verifies_drafts = True
+    ranks_draft = True
     long_prefill_token_threshold: int = 0
     idle_sleep_us: int = 0
 
@@ -265,6 +268,7 @@ class TrtllmScheduling(Scheduling):
     preempts = False
     whole_length = False
     verifies_drafts = True
+    ranks_draft = True
     whole_rows = True
     seats_per_stage = True
     finds_prefixes = False

@@ -473,11 +473,12 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         raise UsageError(
             f"speculation: drafts are made on one stage, the plan has {len(pool.laws)}; use pp1 or no drafts"
         )
-    if pool.ranks is not None and (
-        settings.speculation is not None
-        or not isinstance(settings.scheduler, VllmScheduling | SglangScheduling | TrtllmScheduling)
+    if pool.ranks is not None and not isinstance(
+        settings.scheduler, VllmScheduling | SglangScheduling | TrtllmScheduling
     ):
-        raise UsageError("ranks go with the engines vllm, sglang and trtllm, without drafts; leave one of them out")
+        raise UsageError("ranks go with the engines vllm, sglang and trtllm; leave one of them out")
+    if pool.ranks is not None and settings.speculation is not None and not settings.scheduler.ranks_draft:
+        raise UsageError(f"ranks of {settings.scheduler.name} with drafts are not modelled; leave one of them out")
     if pool.ranks is not None and not pool.ranks.lockstep and not isinstance(settings.scheduler, VllmScheduling):
         raise UsageError(f"ranks of {settings.scheduler.name} run in lockstep; those of vllm alone can be on their own")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0

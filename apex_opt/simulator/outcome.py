@@ -143,12 +143,14 @@ class SharedCounts:
     ----------
     decode, mixed, eager : int64[n]    forwards by all their padded tokens, as the law has them
     dummies : int
+    draft : int64[n]                   forwards that make drafts by all their sequences; empty where none are made
     """
 
     decode: NDArray[np.int64]
     mixed: NDArray[np.int64]
     eager: NDArray[np.int64]
     dummies: int
+    draft: NDArray[np.int64]
 
     def __add__(self, other: SharedCounts) -> SharedCounts:
         return SharedCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

@@ -554,7 +554,7 @@ class Memory:
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
             gaps_ns=_gaps(steps, taken_ns, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
-            drafted=_drafted(steps, rows) if log and (drafts or grouped) else None,
+            drafted=_drafted(steps, rows) if log and self._ranks is None and (drafts or grouped) else None,
             used=self._used(steps) if log and self._pools[0].settings.kv_groups else None,
             steps_per_replica=np.bincount(replica, minlength=len(self._first)).tolist() if log else None,
             groups=self._ranks.logged() if log and self._ranks is not None else (),

@@ -87,24 +87,26 @@ class GroupMemory:
         tables: list[I64] = []
         self._together: dict[int, list[I64]] = {}
         end = counts_end = 0
-        sizes: dict[int, tuple[int, int, int, int]] = {}
+        sizes: dict[int, tuple[int, int, int, int, int]] = {}
         for index, pool in enumerate(pools):
             if (ranks := pool.ranks) is None:
                 continue
             wide, every = len(ranks.shared[0].padded_ns), len(ranks.shared[0].decode_ns)
-            sizes[index] = end, wide, every, counts_end
+            drafts = len(ranks.shared[0].draft_ns)
+            sizes[index] = end, wide, every, counts_end, drafts
             padding = ranks.padding
             parts = [padding.decode_mode, padding.decode_rows, padding.mixed_mode, padding.mixed_rows]
             for law in ranks.shared:
-                parts += [law.padded_ns, law.decode_ns, law.mixed_ns, law.eager_ns, law.graph_ns]
+                parts += [law.padded_ns, law.decode_ns, law.mixed_ns, law.eager_ns, law.graph_ns, law.draft_ns]
             tables += parts
             end += sum(map(len, parts))
-            counts_end += 3 * every
+            counts_end += 3 * every + drafts
         together = np.zeros(counts_end, np.int64)
-        for index, (_, _, every, start) in sizes.items():
-            self._together[index] = np.split(together[start : start + 3 * every], 3)
+        for index, (_, _, every, start, drafts) in sizes.items():
+            mine = together[start : start + 3 * every + drafts]
+            self._together[index] = np.split(mine, [every, 2 * every, 3 * every])
         for g, (index, _, _) in zip(self._groups, self.of, strict=True):
-            g[[gs.TABLES_AT, gs.WIDE, gs.ALL, gs.TOGETHER_AT]] = sizes[index]
+            g[[gs.TABLES_AT, gs.WIDE, gs.ALL, gs.TOGETHER_AT, gs.OF_DRAFTS]] = sizes[index]
         return np.concatenate(tables, dtype=np.int64, casting="unsafe"), together
 
     def _parts(self, pools: Sequence[EnginePool], messages: int) -> tuple[I64, I64]:
@@ -140,7 +142,7 @@ class GroupMemory:
         memory = np.zeros(end, np.int64)
         for index, ranks, first in self.of:
             # What a dummy takes of a rank's own time, one sequence of one token, is known beforehand.
-            alone = [law.batch_ns([(1, 0)]) for law in pools[index].laws]
+            alone = [law.batch_ns([(1, 0)], yields=False) for law in pools[index].laws]
             for own in self._members[first : first + ranks.count, gs.OWN_AT]:
                 memory[own + len(alone) : own + 2 * len(alone)] = alone
         return np.concatenate(fronts), memory
@@ -204,9 +206,9 @@ class GroupMemory:
         mine = [(ranks, first) for pool, ranks, first in self.of if pool == index]
         if not mine or not mine[0][0].in_step:
             return None
-        decode, mixed, eager = self._together[index]
+        decode, mixed, eager, draft = self._together[index]
         dummies = sum(int(self._members[first : first + ranks.count, gs.DUMMIES].sum()) for ranks, first in mine)
-        return SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=dummies)
+        return SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=dummies, draft=draft)
 
     def ends(self, steps: I64) -> I64:
         """The ends of logged batches, of which those of ranks tell the number of their forward instead."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import numpy as np
 
 from apex_opt.errors import UsageError
+from apex_opt.simulator.law import no_table
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Padding:
 
     Parameters
     ----------
-    decode_mode, decode_rows : int64[max_num_seqs + 1]        of batches in which every sequence has one token
+    decode_mode, decode_rows : int64[max_num_seqs + 1]        of batches in which every sequence has one token; where
+        drafts are verified int64[max_num_batched_tokens + 1], by tokens, of batches in which each has those of drafts
     mixed_mode, mixed_rows : int64[max_num_batched_tokens + 1] of other batches, by their tokens
     """
 
@@ -60,6 +62,9 @@ class SharedLaw:
         decode, else, and where these others run without a graph on top
     graph_ns : int64[3]                              by the mode
     per : int                                        tokens to an entry
+    draft_ns : int64[n] or int64[0]
+        of making drafts by all ranks together where any of them does, beyond a first pass over all tokens: by the sum
+        of their sequences divided by `per`, rounded up; empty where none are made
     """
 
     padded_ns: I64
@@ -68,10 +73,11 @@ class SharedLaw:
     eager_ns: I64
     graph_ns: I64
     per: int = 1
+    draft_ns: I64 = field(default_factory=no_table)
 
     def scaled(self, factor: int) -> SharedLaw:
         """The law with every time multiplied by an integer."""
-        tables = ("padded_ns", "decode_ns", "mixed_ns", "eager_ns", "graph_ns")
+        tables = ("padded_ns", "decode_ns", "mixed_ns", "eager_ns", "graph_ns", "draft_ns")
         return replace(self, **{name: getattr(self, name) * factor for name in tables})
 
 
@@ -186,10 +192,10 @@ def alike_ns(law: BatchLaw, ranks: Ranks | None, stage: int, rows: Rows) -> int:
     if ranks is None or not ranks.in_step:
         return law.batch_ns(rows)
     batches = [rows] * ranks.count
-    return forward_ns(law, ranks.shared[stage], agree(ranks.padding, batches), batches)
+    return forward_ns(law, ranks.shared[stage], agree(ranks.padding, batches, law.draft_tokens), batches)
 
 
-def agree(padding: Padding, batches: Sequence[Rows]) -> Agreed:
+def agree(padding: Padding, batches: Sequence[Rows], drafts: int = 0) -> Agreed:
     """The least of the modes the ranks would choose, and their padding.
 
     With a graph every rank is padded to the largest; without one each keeps the padding it chose.
@@ -199,14 +205,16 @@ def agree(padding: Padding, batches: Sequence[Rows]) -> Agreed:
     ----------
     padding
     batches : one of each rank
+    drafts : int    that may follow a token
     """
     modes, padded, decoding = [], [], True
     for rows in batches:
-        if all(tokens == 1 for tokens, _ in rows):
-            modes.append(int(padding.decode_mode[len(rows)]))
-            padded.append(int(padding.decode_rows[len(rows)]))
+        total = sum(tokens for tokens, _ in rows)
+        if all(tokens <= 1 + drafts for tokens, _ in rows):
+            entry = total if drafts else len(rows)
+            modes.append(int(padding.decode_mode[entry]))
+            padded.append(int(padding.decode_rows[entry]))
         else:
-            total = sum(tokens for tokens, _ in rows)
             modes.append(int(padding.mixed_mode[total]))
             padded.append(int(padding.mixed_rows[total]))
             decoding = False
@@ -214,7 +222,9 @@ def agree(padding: Padding, batches: Sequence[Rows]) -> Agreed:
     return Agreed(mode, padded if mode == EAGER else [max(padded)] * len(padded), decoding)
 
 
-def forward_ns(law: BatchLaw, shared: SharedLaw, agreed: Agreed, batches: Sequence[Rows]) -> int:
+def forward_ns(
+    law: BatchLaw, shared: SharedLaw, agreed: Agreed, batches: Sequence[Rows], makes: Sequence[bool] = ()
+) -> int:
     """Time of a forward on one stage: the slowest rank's own part, and what all ranks take together.
 
     Parameters
@@ -223,12 +233,17 @@ def forward_ns(law: BatchLaw, shared: SharedLaw, agreed: Agreed, batches: Sequen
     shared : SharedLaw
     agreed : Agreed
     batches : one of each rank
+    makes : of each rank, whether its batch makes drafts, where any are made; nothing: all do
     """
+    makes = makes or [True] * len(batches)
     own = max(
-        law.batch_ns(rows) + int(shared.padded_ns[padded]) for rows, padded in zip(batches, agreed.padded, strict=True)
+        law.batch_ns(rows, yields=yields) + int(shared.padded_ns[padded])
+        for rows, padded, yields in zip(batches, agreed.padded, makes, strict=True)
     )
     entry = ceil_div(sum(agreed.padded), shared.per)
     together = int((shared.decode_ns if agreed.decoding else shared.mixed_ns)[entry])
     if not agreed.decoding and agreed.mode == EAGER:
         together += int(shared.eager_ns[entry])
+    if len(shared.draft_ns) and any(makes):
+        together += int(shared.draft_ns[ceil_div(sum(map(len, batches)), shared.per)])
     return int(shared.graph_ns[agreed.mode]) + own + together

@@ -196,12 +196,16 @@ RANKS: Final = {
     ("steady", False): _of("group", "by_steady_nb", Run, None, Group, *_SHARE),
     ("general", False): _of("group", "by_general_nb", Run, None, Group, *_SHARE),
     ("general", True): _of("group", "by_general_nb", Run, Cache, Group, *_SHARE),
+    ("speculative", False): _of("group", "by_speculative_nb", Run, None, Group, *_SHARE),
+    ("speculative", True): _of("group", "by_speculative_nb", Run, Cache, Group, *_SHARE),
     ("trtllm", False): _of("trtllm_ranks", "by_trtllm_nb", Run, None, Group, *_SHARE),
     ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, *_SHARE),
     ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, *_SHARE),
     ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, *_SHARE),
     ("general groups", False): (_counted := _of("group", "by_general_groups_nb", Run, Groups, Group, *_SHARE)),
     ("general groups", True): _counted,
+    ("speculative groups", False): (_drafted := _of("group", "by_speculative_groups_nb", Run, Groups, Group, *_SHARE)),
+    ("speculative groups", True): _drafted,
 }
 """Those of replicas with ranks."""
 DISAGGREGATED: Final = {

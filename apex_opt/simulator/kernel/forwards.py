@@ -25,17 +25,20 @@ from apex_opt.simulator.kernel.group_state import (
     LANE_DONE,
     LATEST,
     LEAST_MODE,
+    MAKES,
     MEMBER_SIZE,
     MIXED,
     MOST_FORWARDS,
     MOST_ROWS_,
     NEXT_PART,
     NUMBER,
+    OF_DRAFTS,
     OWN_AT,
     PARTS,
     PER,
     RETURNS,
     RETURNS_LATE,
+    SEQUENCES,
     SLOT_MASK,
     SLOT_SIZE,
     SLOTS_AT,
@@ -50,9 +53,11 @@ from apex_opt.simulator.kernel.group_state import (
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.state import (
     BATCH_DECODES,
+    BATCH_MADE,
     BATCH_ROWS,
     BATCH_TOKENS,
     DEPTH,
+    DRAFTS,
     FIRST_STAGE,
     LOGGED,
     MAX_SEQS,
@@ -111,13 +116,18 @@ def submit_nb(run: Run, group: Group, g: I64, r: I64, m: I64, dummy: int) -> int
     m[NEXT_PART] += 1
     slot, stages = slot_nb(group, g, r, m[LANE], number), r[STAGES]
     tables = at(group.tables, g[TABLES_AT])
-    sequences, tokens = r[MAX_SEQS] + 1, r[MAX_TOKENS] + 1
+    tokens = r[MAX_TOKENS] + 1
+    # Batches that verify drafts are padded by their tokens.
+    sequences = tokens if r[DRAFTS] > 0 else r[MAX_SEQS] + 1
     if slot[PARTS] == 0:
         slot[LATEST], slot[LEAST_MODE], slot[MOST_ROWS_], slot[SUM_ROWS], slot[MIXED] = 0, 3, 0, 0, 0
+        slot[SEQUENCES], slot[MAKES] = 0, 0
         for entry in range(2 * stages):
             slot[SLOT_SIZE + entry] = 0
     if dummy == 1 or r[BATCH_DECODES] == r[BATCH_ROWS]:
-        entry = 1 if dummy == 1 else r[BATCH_ROWS]
+        entry = 1
+        if dummy == 0:
+            entry = r[BATCH_TOKENS] if r[DRAFTS] > 0 else r[BATCH_ROWS]
         mode, rows = tables[entry], tables[sequences + entry]
     else:
         entry = 2 * sequences + r[BATCH_TOKENS]
@@ -127,8 +137,12 @@ def submit_nb(run: Run, group: Group, g: I64, r: I64, m: I64, dummy: int) -> int
     for stage in range(stages):
         own = group.memory[m[OWN_AT] + (stages if dummy == 1 else 0) + stage]
         slot[SLOT_SIZE + 2 * stage] = max(slot[SLOT_SIZE + 2 * stage], own)
-        padded = at(law, stage * (g[WIDE] + 3 * g[ALL] + 3))[rows]
+        padded = at(law, stage * (g[WIDE] + 3 * g[ALL] + 3 + g[OF_DRAFTS]))[rows]
         slot[SLOT_SIZE + 2 * stage + 1] = max(slot[SLOT_SIZE + 2 * stage + 1], own + padded)
+    if g[OF_DRAFTS] > 0:
+        slot[SEQUENCES] += 1 if dummy == 1 else r[BATCH_ROWS]
+        if dummy == 0 and r[BATCH_MADE] == 1:
+            slot[MAKES] = 1
     slot[PARTS] += 1
     slot[LATEST] = max(slot[LATEST], g[CLOCK])
     slot[LEAST_MODE] = min(slot[LEAST_MODE], mode)
@@ -149,13 +163,15 @@ def forward_nb(run: Run, group: Group, g: I64, r: I64, lane: int, slot: I64, law
     entry = (rows + g[PER] - 1) // g[PER]
     slot[AGREED] = slot[LATEST] + (g[SYNC_NS] if members > 1 else 0)
     first = at(run.replicas, (g[FIRST_RANK] + lane) * REPLICA_SIZE)
-    began, end = 0, slot[AGREED]
+    began, end, drafting = 0, slot[AGREED], (slot[SEQUENCES] + g[PER] - 1) // g[PER]
     for s in range(r[STAGES]):
-        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3))
+        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3 + g[OF_DRAFTS]))
         together = at(table, g[WIDE] + slot[MIXED] * g[ALL])
         duration = at(table, g[WIDE] + 3 * g[ALL])[mode] + together[entry]
         if slot[MIXED] == 1 and mode == 0:
             duration += together[g[ALL] + entry]
+        if slot[MAKES] == 1:
+            duration += table[g[WIDE] + 3 * g[ALL] + 3 + drafting]
         duration += slot[SLOT_SIZE + 2 * s + 1] if mode == 0 else slot[SLOT_SIZE + 2 * s] + table[most]
         stage = at(run.stages, (first[FIRST_STAGE] + s) * STAGE_SIZE)
         start = max(end, stage[STAGE_FREE])
@@ -171,6 +187,8 @@ def forward_nb(run: Run, group: Group, g: I64, r: I64, lane: int, slot: I64, law
     counts[entry] += 1
     if slot[MIXED] == 1 and mode == 0:
         counts[g[ALL] + entry] += 1
+    if slot[MAKES] == 1:
+        group.together[g[TOGETHER_AT] + 3 * g[ALL] + drafting] += 1
     lane_row = at(group.members, (g[FIRST_RANK] + lane) * MEMBER_SIZE)
     number = lane_row[LANE_DONE]
     lane_row[LANE_DONE] += 1

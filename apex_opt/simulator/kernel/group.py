@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.simulator.kernel import general, steady
+from apex_opt.simulator.kernel import general, speculative, steady
 from apex_opt.simulator.kernel.batch import (
     batch_ns_nb,
     chunk_ns_nb,
@@ -232,6 +232,30 @@ def take_grouped_nb(run: Run, groups: Groups, r: I64, end: int, empty: int) -> N
     """`take_general_nb` over groups of layers."""
     run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] = end
     general.take_in_nb(run, None, groups, r)
+
+
+@inner
+def form_drafting_nb(run: Run, cache: Cache | None, r: I64, own: I64) -> None:
+    """Form a batch, by the engine that verifies drafts; what it takes of a rank's own time."""
+    speculative.form_nb(run, cache, None, r, own)
+
+
+@inner
+def form_drafting_groups_nb(run: Run, groups: Groups, r: I64, own: I64) -> None:
+    """`form_drafting_nb` over groups of layers."""
+    speculative.form_nb(run, None, groups, r, own)
+
+
+@inner
+def take_drafting_nb(run: Run, cache: Cache | None, r: I64, end: int, empty: int) -> None:
+    """Take in the oldest batch."""
+    speculative.finish_nb(run, cache, None, r, end)
+
+
+@inner
+def take_drafting_groups_nb(run: Run, groups: Groups, r: I64, end: int, empty: int) -> None:
+    """`take_drafting_nb` over groups of layers."""
+    speculative.finish_nb(run, None, groups, r, end)
 
 
 @inner
@@ -510,4 +534,8 @@ def idle_nb(group: Group, g: I64) -> bool:
 by_steady_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb)
 by_general_nb = acting(form_general_nb, keep_general_nb, take_general_nb, runs_general_nb)
 by_steady_groups_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb, empty_groups_nb)
+by_speculative_nb = acting(form_drafting_nb, keep_general_nb, take_drafting_nb, runs_general_nb)
+by_speculative_groups_nb = acting(
+    form_drafting_groups_nb, keep_general_nb, take_drafting_groups_nb, runs_general_nb, empty_groups_nb
+)
 by_general_groups_nb = acting(form_grouped_nb, keep_general_nb, take_grouped_nb, runs_general_nb, empty_groups_nb)

@@ -47,6 +47,7 @@ class Group(NamedTuple):
     ALL,  # of one by those of all ranks
     PER,  # tokens to an entry of that
     TOGETHER_AT,
+    OF_DRAFTS,  # entries of what all ranks take to make drafts, 0 where none are made
     FIRSTS_AT,
     HEARD_AT,
     NEWS_AT,
@@ -83,7 +84,7 @@ class Group(NamedTuple):
     WAITED_FOR_SOME,
     WAITED_ON,
     GROUP_SIZE,
-) = range(54)
+) = range(55)
 
 # Columns of `Group.members`.
 (
@@ -127,7 +128,8 @@ NEWS_TIME, WITH_LOADS, NEWS_WAVE, NEWS_RUNS, NEWS_MESSAGE = range(5)
 START_TIME, START_WAVE, EXCLUDED, START_ORDER, START_MESSAGE = range(5)
 
 # Columns of a forward, then of each stage the most of the ranks' own times, and with their own padding.
-(PARTS, LATEST, LEAST_MODE, MOST_ROWS_, SUM_ROWS, MIXED, AGREED, END, SLOT_SIZE) = range(9)
+# SEQUENCES and MAKES tell of drafts, by how many sequences they are made and whether.
+(PARTS, LATEST, LEAST_MODE, MOST_ROWS_, SUM_ROWS, MIXED, AGREED, END, SEQUENCES, MAKES, SLOT_SIZE) = range(11)
 
 # Columns of `Group.links`: the chain of requests of a replica, and of each when it was sent to a rank: the wave it is
 # stamped with, its place among messages, the rank, and the replica, numbered from 1.

@@ -183,6 +183,33 @@ def grouped_nb(run: Run, groups: Groups, replica: int, until: int) -> None:
 
 
 @inner
+def form_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, own: I64) -> None:
+    """Form the batch of a rank, and put it in the queue; what it takes of a rank's own time."""
+    batch = queued_nb(run, r, (r[QUEUE_HEAD] + r[QUEUED]) & 1)
+    batch[_LOGGED] = run.control[ROWS]
+    if groups is not None:
+        begin_nb(groups, r)
+    running_nb(run, cache, groups, r, batch)
+    if r[BATCH_LOST] == 0:
+        waiting_nb(run, cache, groups, r, batch)
+    r[PREEMPTIONS] += r[BATCH_LOST]
+    batch[_ROWS] = r[BATCH_ROWS]
+    if r[BATCH_ROWS] > 0:
+        own[0] = drafted_ns_nb(run, r)
+    r[QUEUED] += 1
+
+
+@inner
+def finish_nb(run: Run, cache: Cache | None, groups: Groups | None, r: I64, end: int) -> None:
+    """Take in the oldest batch of a rank, which ended then."""
+    batch = queued_nb(run, r, r[QUEUE_HEAD])
+    batch[_END] = end
+    take_in_nb(run, cache, groups, r, batch)
+    r[QUEUE_HEAD] = 1 - r[QUEUE_HEAD]
+    r[QUEUED] -= 1
+
+
+@inner
 def queued_nb(run: Run, r: I64, place: int) -> I64:
     """One of the two batches that can be in flight."""
     return at(run.scratch, r[QUEUE_AT] + place * (_FIRST + r[MAX_SEQS]))
@@ -365,7 +392,18 @@ def launch_nb(run: Run, r: I64) -> int:
     if r[BATCH_ROWS] == 0:
         end: int = r[NOW]
         return end
-    law, counts, stage = law_nb(run, r, 0), at(run.counts, r[COUNTS_AT]), at(run.stages, r[FIRST_STAGE] * STAGE_SIZE)
+    stage = at(run.stages, r[FIRST_STAGE] * STAGE_SIZE)
+    duration = drafted_ns_nb(run, r)
+    end = max(r[NOW], stage[STAGE_FREE]) + duration
+    stage[STAGE_FREE] = end
+    stage[STAGE_BUSY] += duration
+    return end
+
+
+@inner
+def drafted_ns_nb(run: Run, r: I64) -> int:
+    """Count the batch that was formed; what it takes."""
+    law, counts = law_nb(run, r, 0), at(run.counts, r[COUNTS_AT])
     rows, d, tokens, read = r[BATCH_ROWS], r[BATCH_DECODES], r[BATCH_TOKENS], r[BATCH_READ]
     r[BATCHES] += 1
     # After the tables of every law and the copies of attention; and after those of all counts.
@@ -395,10 +433,7 @@ def launch_nb(run: Run, r: I64) -> int:
         duration += drafting[draft] + ((drafting[more] * r[BATCH_HELD]) >> RATE_BITS)
         drafted[draft] += 1
         drafted[more] += r[BATCH_HELD]
-    end = max(r[NOW], stage[STAGE_FREE]) + duration
-    stage[STAGE_FREE] = end
-    stage[STAGE_BUSY] += duration
-    return end
+    return duration
 
 
 @inner

@@ -37,6 +37,7 @@ from apex_opt.simulator.kernel.group_state import (
     Group,
 )
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.speculative import drafted_ns_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -45,6 +46,7 @@ from apex_opt.simulator.kernel.state import (
     BATCH_ROWS,
     COMPUTED,
     DEPTH,
+    DRAFTS,
     ENTERING_AT,
     ERROR,
     ERROR_STUCK,
@@ -171,7 +173,11 @@ def form_together_nb(run: Run, group: Group, g: I64) -> int:
 
 @inner
 def own_nb(run: Run, group: Group, r: I64, m: I64) -> None:
-    """What the batch of a rank takes of its own time on each stage."""
+    """What the batch of a rank takes of its own time on each stage; it is counted."""
+    if r[DRAFTS] > 0:
+        group.memory[m[OWN_AT]] = drafted_ns_nb(run, r)
+        return
+    count_batch_nb(run, r)
     batch, tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
     computed = column_nb(run, COMPUTED)
     for s in range(r[STAGES]):
@@ -197,7 +203,6 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
             if r[BATCH_ROWS] > 0:
                 own_nb(run, group, r, m)
                 number = submit_nb(run, group, g, r, m, 0)
-                count_batch_nb(run, r)
             else:
                 number = submit_nb(run, group, g, r, m, 1)
                 m[DUMMIES] += 1

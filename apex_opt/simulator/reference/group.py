@@ -62,11 +62,13 @@ class Forwards:
         self._free = [0] * len(pool.laws)
         self.busy_ns = [0] * len(pool.laws)
         self._number = [0] * pool.ranks.count  # of each rank's next part
-        self._submitted: dict[int, list[tuple[int, int, Rows]]] = {}  # (rank, when, rows) by the forward
+        # (rank, when, rows, whether it makes drafts) by the forward
+        self._submitted: dict[int, list[tuple[int, int, Rows, bool]]] = {}
         self.done: list[Forward] = []
         self.decode, self.mixed, self.eager = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(3))
+        self.draft = np.zeros_like(pool.ranks.shared[0].draft_ns)
 
-    def submit(self, rank: int, now_ns: int, rows: Rows) -> int:
+    def submit(self, rank: int, now_ns: int, rows: Rows, *, makes: bool) -> int:
         """A rank submits its part of a forward; the number of that.
 
         Parameters
@@ -74,11 +76,12 @@ class Forwards:
         rank : int
         now_ns : int    when
         rows : Rows     its batch
+        makes : bool    whether that makes drafts
         """
         number = self._number[rank]
         self._number[rank] += 1
         parts = self._submitted.setdefault(number, [])
-        parts.append((rank, now_ns, rows))
+        parts.append((rank, now_ns, rows, makes))
         if len(parts) == self._members:
             self._run(sorted(self._submitted.pop(number), key=lambda part: part[0]))
         return number
@@ -94,13 +97,13 @@ class Forwards:
         behind = self.done[number - depth].end if number >= depth else 0
         return max(self.done[number].agreed, behind)
 
-    def _run(self, parts: list[tuple[int, int, Rows]]) -> None:
-        batches = [rows for _, _, rows in parts]
-        agreed_ns = max(at_ns for _, at_ns, _ in parts) + self._sync_ns
-        agreed = agree(self._ranks.padding, batches)
+    def _run(self, parts: list[tuple[int, int, Rows, bool]]) -> None:
+        batches, makes = [rows for _, _, rows, _ in parts], [its for _, _, _, its in parts]
+        agreed_ns = max(at_ns for _, at_ns, _, _ in parts) + self._sync_ns
+        agreed = agree(self._ranks.padding, batches, self._laws[0].draft_tokens)
         start, end = max(agreed_ns, self._free[0]), agreed_ns
         for stage, (law, shared) in enumerate(zip(self._laws, self._ranks.shared, strict=True)):
-            duration = forward_ns(law, shared, agreed, batches)
+            duration = forward_ns(law, shared, agreed, batches, makes)
             end = max(end, self._free[stage]) + duration
             self._free[stage] = end
             self.busy_ns[stage] += duration
@@ -110,6 +113,8 @@ class Forwards:
         entry = ceil_div(padded, self._ranks.shared[0].per)
         (self.decode if agreed.decoding else self.mixed)[entry] += 1
         self.eager[entry] += not agreed.decoding and agreed.mode == EAGER
+        if len(self.draft) and any(makes):
+            self.draft[ceil_div(sum(map(len, batches)), self._ranks.shared[0].per)] += 1
         self.done.append(Forward(agreed_ns, start, end, agreed.mode, padded))
 
 
@@ -202,9 +207,11 @@ class Rank(Process):
     def _submit(self, batch: Batch) -> int:
         """Hand a batch over to be run; the number of its forward."""
         rows = [(row.tokens, row.computed_after) for row in batch.rows]
-        number = self.forwards.submit(self.index, self.group.now, rows)
+        makes = self.scheduler.drafts(batch)
+        number = self.forwards.submit(self.index, self.group.now, rows, makes=makes)
         self.batches += 1
-        self.counts.add(rows, windows=self.windows)
+        drafts = self.group.pool.laws[0].draft_tokens
+        self.counts.add(rows, draft_tokens=drafts, yields=makes, windows=self.windows)
         if self.group.log:
             told = [(row.sequence.id, row.tokens, row.computed_after) for row in batch.rows]
             self.steps.append((self.group.now, number, told, sorted(batch.preempted)))
@@ -220,7 +227,7 @@ class Rank(Process):
         if not executed:
             if not unfinished and not self._running:
                 return
-            number = self.forwards.submit(self.index, group.now, DUMMY)
+            number = self.forwards.submit(self.index, group.now, DUMMY, makes=False)
             self.dummies += 1
             back = self.forwards.dummy_returns(number, self.depth)
             if back is None or back > group.now:
@@ -375,6 +382,7 @@ class Group:
             mixed=forwards.mixed,
             eager=forwards.eager,
             dummies=sum(rank.dummies for rank in self.members),
+            draft=forwards.draft,
         )
 
     @property

@@ -111,7 +111,12 @@ def _replica(pool: EnginePool, *, log: bool, closed: bool) -> Replica:
 
 
 def tells_drafts(pools: Seq[EnginePool]) -> bool:
-    """Whether a log tells what came of drafts, and over groups of layers on one stage how many blocks were free."""
+    """Whether a log tells what came of drafts, and over groups of layers on one stage how many blocks were free.
+
+    That of ranks does not.
+    """
+    if any(pool.ranks is not None for pool in pools):
+        return False
     return pools[0].settings.speculation is not None or (
         bool(pools[0].settings.kv_groups) and all(len(pool.laws) == 1 for pool in pools)
     )

@@ -36,7 +36,8 @@ class Together(Engine):
         assert pool.ranks is not None
         self.ranks = pool.ranks
         decode, mixed, eager = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(3))
-        self._sums = SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=0)
+        draft = np.zeros_like(pool.ranks.shared[0].draft_ns)
+        self._sums = SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=0, draft=draft)
         self.forwards: list[tuple[int, int, int, int]] = []
         self.batches_of = [0] * pool.ranks.count
         self.preempted_of = [0] * pool.ranks.count
@@ -45,7 +46,7 @@ class Together(Engine):
 
     def agreed(self, parts: list[Rows]) -> Agreed:
         """What the ranks run a forward as."""
-        return agree(self.ranks.padding, parts)
+        return agree(self.ranks.padding, parts, self.draft_tokens)
 
     def _run(self, batch: Batch) -> int:
         assert isinstance(batch, RankedBatch)
@@ -56,9 +57,10 @@ class Together(Engine):
         rows = [[(row.tokens, row.computed_after) for row in part.rows] for part in batch.parts]
         parts = [its or self.idle_rows for its in rows]
         agreed = self.agreed(parts)
+        makes = [self.scheduler.drafts(part) for part in batch.parts]
         began, end = None, self.now
         for stage, (law, shared) in enumerate(zip(self.laws, self.ranks.shared, strict=True)):
-            duration = forward_ns(law, shared, agreed, parts)
+            duration = forward_ns(law, shared, agreed, parts, makes)
             start = max(end, self.stage_free[stage])
             began = start if began is None else began
             end = start + duration
@@ -67,22 +69,31 @@ class Together(Engine):
             if stage + 1 < len(self.laws):
                 end += int(law.transfer_ns[min(max(agreed.padded), len(law.transfer_ns) - 1)])
         assert began is not None
-        self._count(agreed, rows)
+        self._count(agreed, rows, makes)
         self.forwards.append((began, end, agreed.mode, sum(agreed.padded)))
         if self.steps is not None:
             self._tell(batch, end)
         return end
 
-    def _count(self, agreed: Agreed, rows: list[Rows]) -> None:
-        """Count a forward, and the batch of each rank that has one."""
+    def _count(self, agreed: Agreed, rows: list[Rows], makes: list[bool]) -> None:
+        """Count a forward, and the batch of each rank that has one.
+
+        Parameters
+        ----------
+        agreed : Agreed
+        rows : of each rank
+        makes : of each rank, whether it makes drafts
+        """
         entry = ceil_div(sum(agreed.padded), self.ranks.shared[0].per)
         (self._sums.decode if agreed.decoding else self._sums.mixed)[entry] += 1
         self._sums.eager[entry] += not agreed.decoding and agreed.mode == EAGER
+        if len(self._sums.draft) and any(makes):
+            self._sums.draft[ceil_div(sum(len(its or self.idle_rows) for its in rows), self.ranks.shared[0].per)] += 1
         for rank, its in enumerate(rows):
             if its:
                 self.batches += 1
                 self.batches_of[rank] += 1
-                self.counts.add(its, windows=self.windows)
+                self.counts.add(its, draft_tokens=self.draft_tokens, yields=makes[rank], windows=self.windows)
             else:
                 self.dummies_of[rank] += len(self.idle_rows)
         self._told()
