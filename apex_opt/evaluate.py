@@ -19,7 +19,7 @@ from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.drafts import draft_of
-from apex_opt.plans.engine import limited
+from apex_opt.plans.engine import drafts_in_copies, limited
 from apex_opt.plans.memory import (
     attention_shard_bytes,
     block_shard_bytes,
@@ -206,8 +206,9 @@ def _drafts(instance: Instance, plan: Plan) -> Iterator[str]:
         return
     if plan.stages > 1:
         yield f"spec={drafter}: drafts are made on one pipeline stage, the plan has {plan.stages}"
-    if plan.attention.dp > 1:
-        yield f"spec={drafter}: drafts are made with one attention copy, the plan has {plan.attention.dp}"
+    if not drafts_in_copies(instance.settings, plan):
+        name = instance.settings.scheduler.name
+        yield f"spec={drafter}: {name} is modelled with one attention copy that makes drafts, not {plan.attention.dp}"
     draft = draft_of(instance.model, drafter)
     for run in draft.runs if draft else ():
         for name, cell, template in (

@@ -11,6 +11,7 @@ from plan_cases import OVERHEAD, SMALL, dense, make_cluster, make_model, sparse
 
 from apex_opt.cost import CostModel
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.speculation import Speculation
 from apex_opt.search.bounds import StageFloor
 from apex_opt.simulator.ranks import DUMMY, EAGER, FULL, PIECEWISE, SharedLaw, agree, alike_ns, forward_ns
 
@@ -56,6 +57,31 @@ def test_ranks_with_twice_the_times_take_twice_as_long_and_are_padded_as_before(
             once_ns = forward_ns(cost.laws[0], ranks.shared[0], agreed, batches)
             twice_ns = forward_ns(cost.laws[0].scaled(2), twice.shared[0], agreed, batches)
             assert twice_ns == pytest.approx(2 * once_ns, abs=2 * len(rows))  # rates are rounded once a sequence
+
+
+@pytest.mark.parametrize("text", ["attn(dp4) ffn(ep4)", "attn(dp2,tp2) ffn(ep4)", "attn(dp4) ffn(tp4)"])
+def test_drafts_are_made_by_each_rank_and_by_all_together_and_lie_above_their_floor(text: str) -> None:
+    model = replace(MODEL, mtp_layers=1)
+    known = Speculation(method="mtp", draft_tokens=3, accepted=((2,),))
+    costs = CostModel(model, make_cluster(4), replace(SMALL, drafting=(known,)), OVERHEAD)
+    plan = parse_plan(f"{text} spec=mtp:3", model)
+    cost, plain = costs.plan_cost(plan), costs.plan_cost(parse_plan(text, model))
+    assert cost.ranks is not None and plain.ranks is not None
+    (shared,) = cost.ranks.shared
+    assert len(shared.draft_ns) == SMALL.max_num_seqs + 1
+    assert (shared.draft_ns[1:] > 0).all()
+    rows = [(4, 900)] * 4
+    made = alike_ns(cost.laws[0], cost.ranks, 0, rows)
+    batches = [rows] * cost.ranks.count
+    agreed = agree(cost.ranks.padding, batches, 3)
+    verified = forward_ns(cost.laws[0], shared, agreed, batches, [False] * len(batches))
+    assert verified < made
+    assert alike_ns(plain.laws[0], plain.ranks, 0, [(1, 900)] * 4) < verified
+    (floor,) = StageFloor.of_pool(cost.laws, cost.ranks)
+    mean = StageFloor.mean(costs.least(plan), 1, 1, 3)
+    for name in ("batch_ns", "token_ns", "decode_token_ns", "pair_rate", "context_rate", "draft_ns", "draft_rate"):
+        assert getattr(mean, name) <= getattr(floor, name) + 1, name
+    assert floor.batch_ns + floor.draft_ns <= made
 
 
 def test_whole_copies_are_ranks_of_their_own_with_the_law_of_one() -> None:

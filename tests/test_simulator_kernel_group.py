@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from ranks_cases import assert_same, random_pool, random_trace, served
+from ranks_cases import assert_same, drafting, random_pool, random_trace, served
 from simulator_cases import moved
 
 from apex_opt.simulator import pack, pack_ranks, run_deployment
@@ -33,6 +33,39 @@ def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
             assert_same(kernel, reference)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 2000), marks=pytest.mark.nightly)])
+def test_compiled_ranks_that_verify_drafts_equal_the_reference(seeds: range) -> None:
+    given_way = 0
+    for seed in seeds:
+        draw = random.Random(seed)
+        pool = drafting(random_pool(draw, stages=1), draw)
+        trace = random_trace(draw, pool.settings.max_model_len)
+        kernel, reference = (served(pool, trace, which) for which in ("kernel", "reference"))
+        try:
+            assert_same(kernel, reference)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+        given_way += kernel.preemptions
+    assert given_way > 0
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_one_rank_with_drafts_does_what_a_scheduler_without_ranks_does(implementation: Implementation) -> None:
+    for seed in range(12):
+        draw = random.Random(seed)
+        pool = drafting(random_pool(draw, count=1, stages=1), draw)
+        settings = replace(pool.settings, scheduler=replace(pool.settings.scheduler, idle_sleep_us=0))
+        limits = {
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+        }
+        pool = replace(pool, settings=settings, ranks=Ranks.bare(1, **limits, drafting=True))
+        trace = random_trace(draw, settings.max_model_len)
+        one = served(pool, trace, implementation)
+        none = served(replace(pool, ranks=None), trace, implementation)
+        assert_same(replace(one, groups=()), none)
 
 
 @pytest.mark.parametrize("implementation", ["kernel", "reference"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from ranks_cases import assert_same, law_of, random_ranks
+from ranks_cases import assert_same, drafting, law_of, random_ranks
 from simulator_cases import linear, requests
 from test_simulator_trtllm import ENGINE
 
@@ -131,6 +131,23 @@ def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace,
 def test_compiled_ranks_equal_the_reference(seeds: range) -> None:
     for seed in seeds:
         pool, trace, routing = random_pool(seed)
+        kernel, reference = (
+            run_deployment([pool], trace, log=True, routing=routing, implementation=which)  # type: ignore[arg-type]
+            for which in ("kernel", "reference")
+        )
+        try:
+            assert_same(kernel, reference)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 1500), marks=pytest.mark.nightly)])
+def test_compiled_ranks_that_verify_drafts_equal_the_reference(seeds: range) -> None:
+    for seed in seeds:
+        pool, trace, routing = random_pool(seed)
+        if len(pool.laws) > 1:
+            continue
+        pool = drafting(pool, random.Random(seed + 9))
         kernel, reference = (
             run_deployment([pool], trace, log=True, routing=routing, implementation=which)  # type: ignore[arg-type]
             for which in ("kernel", "reference")

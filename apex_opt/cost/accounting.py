@@ -66,9 +66,11 @@ def done_of(plan: Plan, cost: PlanCost, counted: BatchCounts, shared: SharedCoun
     """
     told = law_counts(counted, cost.laws[0].windows)
     if shared is not None:
-        told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager")}
-        told["decode_ns"] = told["decode_ns"].copy()
-        told["decode_ns"][1] += shared.dummies
+        told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager", "draft")}
+        for table in ("decode_ns", "verify_ns"):
+            if len(told[table]):
+                told[table] = told[table].copy()
+                told[table][1] += shared.dummies
     # Batches of a run use few entries of the tables.
     entries = {table: np.flatnonzero(count) for table, count in told.items()}
     counts = {table: count[entries[table]].astype(np.float64) for table, count in told.items()}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apex_opt.ir.cells import AttentionCell, Ffn
     from apex_opt.ir.cells.operations import Experts, Linear, Op
     from apex_opt.ir.model import Block, Model
+    from apex_opt.plans.drafts import Draft
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Template
     from apex_opt.plans.speculation import Drafter
@@ -268,7 +269,7 @@ class Operations(Exchanges):
         ----------
         model
         drafter : Drafter         how drafts are made
-        attention : Template      how attention is cut, in one copy
+        attention : Template      how attention is cut
         ffn : Template            how the FFN is cut
         formats : (str, str)      of the weights and of the cache of the plan
         layout
@@ -282,6 +283,8 @@ class Operations(Exchanges):
         if draft is None:
             return {}
         held, place = draft.weight_format or formats[0], partial(owned, self.tables, copies=1, split=1)
+        if isinstance(self.role, int):
+            return self._drafts_of_all(draft, drafter, attention, ffn, held, layout)
         layers: list[Parts] = []
         kernels = 0
         for run in draft.runs:
@@ -315,3 +318,29 @@ class Operations(Exchanges):
         made = head.at(sequences) * drafter.draft_tokens + again * more + Work.waiting(self.power, gaps)
         rate = found["drafts", "context_rate"] * more
         return {**found, ("drafts", "draft_ns"): made, ("drafts", "draft_rate"): rate}
+
+    def _drafts_of_all(
+        self, draft: Draft, drafter: Drafter, attention: Template, ffn: Template, held: str, layout: Layout
+    ) -> Parts:
+        """What all ranks do together to make drafts: by the mean tokens of a rank, then by its mean sequences.
+
+        Parameters
+        ----------
+        draft, drafter, attention, ffn, layout : as for `drafts`
+        held : str    format of the weights
+        """
+        layers = [
+            times(
+                merged(
+                    self.ffn(run.block.ffn, attention, ffn, held, run.block.shares_norm),
+                    self.reshards(run.block, attention, ffn, layout),
+                ),
+                run.count,
+            )
+            for run in draft.runs
+        ]
+        found: Parts = {("drafts", table): work for table, work in by_table(merged(*layers)).items()}
+        if not found:
+            return {}
+        again = found["drafts", "together decode"].at(self.tables.sequences)
+        return {**found, ("drafts", "together draft"): again * (drafter.draft_tokens - 1)}

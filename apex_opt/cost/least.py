@@ -97,7 +97,7 @@ class Least:
     @classmethod
     def together(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
         """Of what ranks do together: their tables go by the mean tokens of a rank."""
-        decode, mixed = (seconds.get(f"together {kind}", _NONE) for kind in ("decode", "mixed"))
+        decode, mixed, draft = (seconds.get(f"together {kind}", _NONE) for kind in ("decode", "mixed", "draft"))
         joules = {
             kind: sum((work.joules for (_, of), work in parts.items() if of == f"together {kind}"), start=np.zeros(1))
             for kind in ("decode", "mixed")
@@ -109,25 +109,37 @@ class Least:
             mixed_share=_share(mixed, 2),
             decode_joules=_share(joules["decode"], 1),
             mixed_joules=_share(joules["mixed"], 2),
+            verify_share=_share(decode, 1),
+            verify_joules=_share(joules["decode"], 1),
+            draft=_least(draft, 1),
         )
 
-    def of_a_rank(self, count: int) -> Self:
+    def of_a_rank(self, count: int, *, drafting: bool = False) -> Self:
         """A rank's own part of a forward, as part of what so many ranks take.
 
         A forward takes as long as the slowest rank, and no less than their mean. A rank that only decodes may be in a
         forward in which others compute prompts.
+
+        Parameters
+        ----------
+        count : int        ranks
+        drafting : bool    whether drafts are verified
         """
+        alone, joules = (self.verify_share, self.verify_joules) if drafting else (self.decode_share, self.decode_joules)
         return replace(
             self,
             decode_share=self.decode_share / count,
-            mixed_share=min(self.decode_share, self.mixed_share) / count,
+            mixed_share=min(alone, self.mixed_share) / count,
             chunk_share=0.0,
             context=self.context / count,
             pair=self.pair / count,
             again=self.again / count,
             seen=tuple((window, context / count, pair / count) for window, context, pair in self.seen),
             decode_joules=self.decode_joules / count,
-            mixed_joules=min(self.decode_joules, self.mixed_joules) / count,
+            mixed_joules=min(joules, self.mixed_joules) / count,
+            verify_share=self.verify_share / count,
+            verify_joules=self.verify_joules / count,
+            draft_context=self.draft_context / count,
         )
 
     def by_mean(self, count: int) -> Self:
@@ -138,6 +150,8 @@ class Least:
             mixed_share=self.mixed_share / count,
             decode_joules=self.decode_joules / count,
             mixed_joules=self.mixed_joules / count,
+            verify_share=self.verify_share / count,
+            verify_joules=self.verify_joules / count,
         )
 
     @classmethod

@@ -8,7 +8,7 @@ a rank, rounded up, as a forward of so many tokens on every rank.
 from __future__ import annotations
 
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -17,19 +17,21 @@ from apex_opt.cost.least import Least
 from apex_opt.cost.tables import Tables
 from apex_opt.cost.work import Work
 from apex_opt.plans.memory import stage_runs
+from apex_opt.simulator.law import no_table
 from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from apex_opt.cost.stage import Piece, Pieces, StageCosts
     from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
+    from apex_opt.ir.model import Run
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator.law import BatchLaw
 
-_TOGETHER: Final = ("together decode", "together mixed", "together eager")
+_TOGETHER: Final = ("together decode", "together mixed", "together eager", "together draft")
 _KEPT: Final = 16
 
 
@@ -51,7 +53,8 @@ class RankCosts:
         self._own = costs.operations.as_own()
         self._of_all: dict[tuple[int, int], Operations] = {}
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
-        self._least_own = cache(lambda count, *what: costs.piece(*what).least.of_a_rank(count))
+        drafting = costs.drafts > 0
+        self._least_own = cache(lambda count, *what: costs.piece(*what).least.of_a_rank(count, drafting=drafting))
         self._least_of_all = cache(lambda count, *what: _together(costs.piece(*what)).by_mean(count))
 
     def stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, SharedLaw, Pieces]:
@@ -78,13 +81,16 @@ class RankCosts:
         together: list[tuple[int, Piece]] = []
         if in_step(plan):
             for operations in self._operations(plan):
-                made = costs.made_of(plan, layout, runs, False, False, operations)
-                together += [(n, piece) for n, what in made if (piece := costs.piece(*what)).parts]
+                together += [
+                    (n, piece)
+                    for n, what in self._made_together(plan, layout, runs, last, operations)
+                    if (piece := costs.piece(*what)).parts
+                ]
             shared = self._sum_of(together)
             # What a rank computes of a forward of so many tokens on average, which its launches may take longer than.
             mean = np.minimum(tables.tokens, len(tables.sequences) - 1)
             busy = {
-                "decode": seconds["decode_ns"][mean] + shared["together decode"],
+                "decode": seconds["decode_ns"][mean] + seconds.get("verify_ns", 0.0) + shared["together decode"],
                 "mixed": seconds["mixed_ns"] + seconds["chunk_ns"] + shared["together mixed"],
             }
             together.append((1, costs.summed(self._engine(overlapped, captured, launched, busy))))
@@ -106,8 +112,25 @@ class RankCosts:
             eager_ns=costs.integers(shared["together eager"]),
             graph_ns=np.zeros(3, np.int64),
             per=plan.attention.dp if in_step(plan) else 1,
+            draft_ns=costs.integers(shared["together draft"]) if costs.drafts and in_step(plan) else no_table(),
         )
-        return costs.law_of(seconds), sums, (*own, *together, (1, engine))
+        return costs.law_of(seconds, drafts=costs.drafts), sums, (*own, *together, (1, engine))
+
+    def _made_together(
+        self, plan: Plan, layout: Layout, runs: Iterable[Run], last: bool, operations: Operations
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Pieces that all ranks do together on a stage, as `StageCosts.made_of` has them.
+
+        Parameters
+        ----------
+        plan, layout
+        runs : layers of the stage
+        last : bool                whether it is the last stage
+        operations : Operations    by which they are counted
+        """
+        yield from self._costs.made_of(plan, layout, runs, False, False, operations)
+        if last and plan.speculation is not None:
+            yield 1, self._costs.made_by_drafts(plan, layout, operations)
 
     def group(self, plan: Plan, shared: Sequence[SharedLaw]) -> Ranks:
         """The ranks of a replica of a plan.
@@ -117,9 +140,10 @@ class RankCosts:
         """
         tables, overhead = self._costs.tables, self._costs.overhead
         largest = max(overhead.captured_sizes, default=0)
+        alone = tables.sequences if tables.verified is None else tables.tokens
         padding = Padding(
-            decode_mode=np.where(tables.sequences <= largest, FULL, EAGER),
-            decode_rows=tables.padded,
+            decode_mode=np.where(alone <= largest, FULL, EAGER),
+            decode_rows=tables.alone[1],
             mixed_mode=np.where(tables.tokens <= overhead.captured_tokens, PIECEWISE, EAGER),
             mixed_rows=tables.tokens,
         )
@@ -148,7 +172,9 @@ class RankCosts:
 
     def _sum_of(self, pieces: Sequence[tuple[int, Piece]]) -> dict[str, Floats]:
         """Sums of what all ranks do together, per table."""
-        seconds = {name: np.zeros(len(self._costs.tables.tokens)) for name in _TOGETHER}
+        tables = self._costs.tables
+        by = {"together draft": tables.sequences}
+        seconds = {name: np.zeros(len(by.get(name, tables.tokens))) for name in _TOGETHER}
         for count, piece in pieces:
             for table, values in piece.seconds.items():
                 seconds[table] += count * values
@@ -188,7 +214,10 @@ class RankCosts:
         yield from costs.least_of(plan, layout, partial(self._least_own, count), self._own)
         if in_step(plan):
             for operations in self._operations(plan):
-                yield from costs.least_of(plan, layout, partial(self._least_of_all, count), operations, ends=False)
+                least = partial(self._least_of_all, count)
+                yield from costs.least_of(plan, layout, least, operations, ends=False)
+                if plan.speculation is not None:
+                    yield 1, least(*costs.made_by_drafts(plan, layout, operations))
         overhead = costs.overhead
         step_s = overhead.blocking_step_s
         if costs.settings.async_scheduling or plan.stages > 1:

@@ -220,8 +220,19 @@ class StageCosts:
         if last and not self.model.pools:
             yield 1, (operations.head, self.model, cut.attention, layout)
         if last and cut.speculation is not None:
-            formats = cut.weight_format, cut.kv_format
-            yield 1, (operations.drafts, self.model, cut.speculation, cut.attention, cut.ffn, formats, layout)
+            yield 1, self.made_by_drafts(cut, layout, operations)
+
+    def made_by_drafts(self, cut: Plan, layout: Layout, operations: Operations) -> tuple[Any, ...]:
+        """The piece of what makes the drafts of a plan.
+
+        Parameters
+        ----------
+        cut : Plan
+        layout
+        operations : Operations    by which it is counted
+        """
+        formats = cut.weight_format, cut.kv_format
+        return operations.drafts, self.model, cut.speculation, cut.attention, cut.ffn, formats, layout
 
     def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
         """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""

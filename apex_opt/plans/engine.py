@@ -222,11 +222,11 @@ class EngineSettings:
 def has_ranks(settings: EngineSettings, plan: Plan) -> bool:
     """Whether the attention copies of a plan have a scheduler, a pool and limits each.
 
-    Those of vLLM have, and those of SGLang and TensorRT-LLM where they share an FFN. Ranks that verify drafts are not
-    simulated yet: their copies share one scheduler, as do whole copies behind one address of other engines than vLLM.
+    Those of vLLM have, and those of SGLang and TensorRT-LLM where they share an FFN: whole copies behind one address of
+    other engines than vLLM share one scheduler, as do copies whose drafts are not modelled.
     """
     attention, scheduler = plan.attention, settings.scheduler
-    if attention.dp == 1 or plan.speculation is not None:
+    if attention.dp == 1 or (plan.speculation is not None and not scheduler.ranks_draft):
         return False
     together = isinstance(scheduler, SglangScheduling | TrtllmScheduling) and attention.dp != plan.ffn.dp
     return together or isinstance(scheduler, VllmScheduling)
@@ -239,8 +239,12 @@ def schedulers(settings: EngineSettings, plan: Plan) -> int:
 
 def limits_shared(settings: EngineSettings, plan: Plan) -> int:
     """Attention copies that the limits of a batch are of together: vLLM and TensorRT-LLM take them for each."""
-    each = isinstance(settings.scheduler, VllmScheduling | TrtllmScheduling) and plan.speculation is None
-    return 1 if each else plan.attention.dp
+    return 1 if isinstance(settings.scheduler, VllmScheduling | TrtllmScheduling) else plan.attention.dp
+
+
+def drafts_in_copies(settings: EngineSettings, plan: Plan) -> bool:
+    """Whether what the attention copies of a plan do with drafts is modelled."""
+    return plan.attention.dp == 1 or has_ranks(settings, plan)
 
 
 def of_all(settings: EngineSettings, plan: Plan) -> EngineSettings:

@@ -125,7 +125,9 @@ class Ranks:
             raise UsageError(f"ranks: dummy_returns must be start or end, not {str(self.dummy_returns)[:60]}")
 
     @classmethod
-    def bare(cls, count: int, *, max_num_seqs: int, max_num_batched_tokens: int, stages: int = 1) -> Ranks:
+    def bare(
+        cls, count: int, *, max_num_seqs: int, max_num_batched_tokens: int, stages: int = 1, drafting: bool = False
+    ) -> Ranks:
         """Ranks that share nothing but the forward, whose batches are neither padded nor run as graphs.
 
         Parameters
@@ -133,8 +135,10 @@ class Ranks:
         count : int
         max_num_seqs, max_num_batched_tokens : int    limits of each rank
         stages : int                                  of the pipeline
+        drafting : bool                               whether drafts are verified
         """
         decode, mixed = (np.arange(most + 1, dtype=np.int64) for most in (max_num_seqs, max_num_batched_tokens))
+        decode = mixed if drafting else decode
         together = np.zeros(count * max_num_batched_tokens + 1, np.int64)
         shared = SharedLaw(
             padded_ns=np.zeros_like(mixed),

@@ -122,7 +122,7 @@ def run(*names: str) -> None:
         settings, _, disaggregated, shared, ranks, routing = VARIANTS[name]
         drafts = settings.speculation.draft_tokens if settings.speculation else 0
         law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
-        its = Ranks.bare(ranks, **_LIMITS) if ranks else None
+        its = Ranks.bare(ranks, **_LIMITS, drafting=drafts > 0) if ranks else None
         replicas = 1 if routing == "round_robin" else 2
         pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:

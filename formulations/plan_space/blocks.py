@@ -216,18 +216,17 @@ class Pools:
             else 0
         )
 
-    def seats(self, seqs: int, copies: int, stages: int, drafter: Drafter | None) -> int:
+    def seats(self, seqs: int, copies: int, stages: int) -> int:
         """Sequences of which each device has states, where these lie apart from the blocks.
 
         Parameters
         ----------
-        seqs : int                   of a batch
-        copies : int                 of attention
-        stages : int                 of the pipeline
-        drafter : Drafter or None    how drafts are made
+        seqs : int      of a batch
+        copies : int    of attention
+        stages : int    of the pipeline
         """
         times = stages if self.instance.settings.scheduler.seats_per_stage else 1
-        return -(-seqs * times // limits_shared(self.instance, copies, drafter))
+        return -(-seqs * times // limits_shared(self.instance, copies))
 
 
 def _entries(block: Block, tp: int, kv_bytes: int, drafts: int, size: int) -> tuple[Entry, ...]:

@@ -165,6 +165,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
     pairs = [(d, t) for d in degrees for t in range(1, instance.max_devices // d + 1)]
     cut = shards(instance)
     drafted, pools = [(i, drafter) for i, drafter in enumerate(instance.drafters)], Pools(instance)
+    in_copies = instance.settings.scheduler.name in ("vllm", "trtllm")  # of SGLang they are not modelled
     drafts = (
         [
             _holds(
@@ -177,7 +178,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
                 model,
                 "one_copy_drafts",
                 [v.drafts, v.attention_dp],
-                ((i, n, d is None or n == 1) for i, d in drafted for n in degrees),
+                ((i, n, d is None or n == 1 or in_copies) for i, d in drafted for n in degrees),
             ),
             _holds(
                 model,
@@ -372,7 +373,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
         "logit_bytes",
         [v.drafts, v.limits, v.attention_dp],
         (
-            (j, i, d, 4 * vocab_size * -(-min(seqs * rows[j], most) // limits_shared(instance, d, drafter)))
+            (j, i, d, 4 * vocab_size * -(-min(seqs * rows[j], most) // limits_shared(instance, d)))
             for j, drafter in enumerate(instance.drafters)
             for i, (seqs, most) in enumerate(batch_limits(instance, drafter))
             for d in degrees
@@ -431,7 +432,7 @@ def _states(
         "states_bytes",
         [v.drafts, v.limits, v.stages, v.attention_dp, v.attention_tp],
         (
-            (i, n, s, d, t, pools.seats(seqs, d, s, drafter) * pools.states_bytes(block, drafter, t))
+            (i, n, s, d, t, pools.seats(seqs, d, s) * pools.states_bytes(block, drafter, t))
             for i, drafter in enumerate(instance.drafters)
             for n, (seqs, _) in enumerate(batch_limits(instance, drafter))
             for s in stages_of(instance)
@@ -512,15 +513,14 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     """Activations of the attention and of the FFN cell beside two hidden states: each must fit, hence the larger."""
     degrees = range(1, instance.max_devices + 1)
     batches = [(i, tokens) for i, (_, tokens) in enumerate(batch_limits(instance))]
-    blocks, drafted = list(kinds(instance)), list(enumerate(instance.drafters))
+    blocks = list(kinds(instance))
     widest = {t: max(attention_width(block, t) for block in blocks) for t in degrees}
     hidden = _table(
         model,
         "hidden_bytes",
-        [v.drafts, v.limits, v.attention_dp],
+        [v.limits, v.attention_dp],
         (
-            (j, i, d, 4 * instance.model.hidden * -(-tokens // limits_shared(instance, d, drafter)))
-            for j, drafter in drafted
+            (i, d, 4 * instance.model.hidden * -(-tokens // limits_shared(instance, d)))
             for i, tokens in batches
             for d in degrees
         ),
@@ -528,10 +528,9 @@ def _workspaces(model: cp_model.CpModel, instance: Instance, v: Variables) -> It
     heads = _table(
         model,
         "attention_workspace",
-        [v.drafts, v.limits, v.attention_dp, v.attention_tp],
+        [v.limits, v.attention_dp, v.attention_tp],
         (
-            (j, i, d, t, 2 * -(-tokens // limits_shared(instance, d, drafter)) * widest[t])
-            for j, drafter in drafted
+            (i, d, t, 2 * -(-tokens // limits_shared(instance, d)) * widest[t])
             for i, tokens in batches
             for d in degrees
             for t in range(1, instance.max_devices // d + 1)

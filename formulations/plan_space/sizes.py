@@ -207,18 +207,9 @@ def batch_limits(instance: Instance, drafter: Drafter | None = None) -> list[tup
     return [(seqs or usual, max(tokens or own.max_num_batched_tokens, least)) for seqs, tokens in instance.batch_limits]
 
 
-def limits_shared(instance: Instance, copies: int, drafter: Drafter | None) -> int:
-    """Attention copies that share the limits of a batch.
-
-    vLLM and TensorRT-LLM take limits for each copy, but not where they verify drafts: such ranks are not simulated.
-
-    Parameters
-    ----------
-    instance
-    copies : int                 of attention
-    drafter : Drafter or None    how drafts are made
-    """
-    return 1 if instance.settings.scheduler.name in ("vllm", "trtllm") and drafter is None else copies
+def limits_shared(instance: Instance, copies: int) -> int:
+    """Of so many attention copies, those that share the limits of a batch: vLLM and TensorRT-LLM take them for each."""
+    return 1 if instance.settings.scheduler.name in ("vllm", "trtllm") else copies
 
 
 def draft_blocks(instance: Instance, drafter: Drafter | None) -> tuple[Block, ...]:

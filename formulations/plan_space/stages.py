@@ -189,7 +189,7 @@ class Stages:
             for block in self._blocks
         )
         seqs, batched = self._limits[limits]
-        seats = self._pools.seats(seqs, copies, stages, None)
+        seats = self._pools.seats(seqs, copies, stages)
         held = tuple(
             read
             + self._pools.layer_bytes(block, None, batched, tp, kv_format)
@@ -204,7 +204,7 @@ class Stages:
     def _count_activations(self, choice: int, attention: Template, ffn: Template) -> tuple[int, int]:
         """Bytes of the largest batch on every stage, and of its logits on the last."""
         seqs, tokens = self._limits[choice]
-        sharing = limits_shared(self.instance, attention.dp, None)  # nothing makes drafts for a pipeline
+        sharing = limits_shared(self.instance, attention.dp)
         own, others = -(-tokens // sharing), -(-tokens // ffn.dp)
         widest = max(
             max(own * attention_width(block, attention.tp), others * ffn_width(block, ffn.tp, ffn.ep))

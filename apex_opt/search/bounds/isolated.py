@@ -129,6 +129,8 @@ class StageFloor:
             decode_token_ns=own.decode_token_ns / count + share,
             pair_rate=own.pair_rate // count,
             context_rate=own.context_rate // count,
+            draft_ns=own.draft_ns + (int(shared.draft_ns[1:].min()) if len(shared.draft_ns) > 1 else 0),
+            draft_rate=own.draft_rate // count,
             seen=tuple((window, context // count, pair // count) for window, context, pair in own.seen),
         )
 
