@@ -139,6 +139,15 @@ def _die(mark: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.nightly  # Ray takes 8 s to start and to end
+def test_the_command_answers_alike_on_ray() -> None:
+    pytest.importorskip("ray", reason="needs ray")
+    asked = (*ASKED, "--cluster=2xh100-sxm+2xl40s", "--slo=ttft_p95<=1s")
+    spread = run(*asked, "--ray=local", "--workers=2")
+    assert spread.code == 0
+    assert json.loads(spread.out) == json.loads(run(*asked).out)
+
+
 def test_the_command_answers_alike_with_processes() -> None:
     asked = (*ASKED, "--cluster=2xh100-sxm+2xl40s", "--slo=ttft_p95<=1s")
     alone, spread = run(*asked), run(*asked, "--workers=2")
