@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 from apex_opt.ir import load_model
-from apex_opt.plans.acceptance import parse_speculation, published, speculations
+from apex_opt.plans.acceptance import ANY_MODEL, parse_speculation, published, speculations
 from apex_opt.plans.speculation import METHODS, Drafter, Speculation, least_steps
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_what_was_published_names_its_source_and_only_known_models() -> None:
         assert entry.method in METHODS
         assert 1 <= entry.mean_tokens <= 1 + entry.draft_tokens
         for name in entry.models:
-            assert load_model(name).name == name
+            assert name == ANY_MODEL or load_model(name).name == name
 
 
 def test_published_means_are_taken_with_a_note() -> None:
@@ -84,6 +84,10 @@ def test_published_means_are_taken_with_a_note() -> None:
     kimi = load_model("kimi-k2.5")
     found, _ = speculations(kimi, EAGLE[:3], None)
     assert [its.mean for its in found] == pytest.approx([1.8, 2.33, 2.75], rel=0.01)
+    for model in (LLAMA, kimi):  # what hangs on the text is taken for every model
+        (found,), notes = speculations(model, (Drafter(method="ngram", draft_tokens=5),), None)
+        assert found.mean == pytest.approx(1.4, rel=0.01)
+        assert "Llama-4-Scout" in notes[0] and "for all models" in notes[0]
 
 
 def test_a_file_gives_counts_by_position(tmp_path: Path) -> None:
@@ -120,7 +124,12 @@ def test_choices_are_read(text: str, found: list[str]) -> None:
         ("eagle:x:3", None, UsageError, "draft:MODEL:DRAFTS"),
         ("eagle:3-1", None, UsageError, "from 3 down to 1"),
         ("eagle:1,eagle:0-2", None, UsageError, "names a choice twice"),
-        ("ngram:5", None, UsageError, "ngram are right for llama-3.3-70b was not published; give --acceptance"),
+        (
+            "draft:llama-3.1-8b:3",
+            None,
+            UsageError,
+            "draft are right for llama-3.3-70b was not published; give --acceptance",
+        ),
         ("eagle:3", "4.5", UsageError, "brings 1 to 4 tokens in the mean, not 4.5"),
         ("eagle:3", "0.5/0.6/0.1", UsageError, "none above the one before"),
         ("eagle:3", "0.5/0.4", UsageError, "of 2 drafts, up to 3 are made; give 3 shares"),

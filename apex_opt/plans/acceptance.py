@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from apex_opt.ir.model import Model
 
+ANY_MODEL: Final = "*"
+"""In place of models: what hangs on the text and not on the model, as n-grams do."""
 _ROWS: Final = 200
 """Rows after which the right drafts of an output repeat."""
 _RANGE: Final = re.compile(r"(.+):(\d)-(\d)")
@@ -170,7 +172,8 @@ def _one_rate(mean: Fraction, most: int) -> tuple[Fraction, ...]:
 
 def _of_published(model: Model, drafter: Drafter, notes: list[str]) -> tuple[Fraction, ...]:
     """The shares that were published, or follow from a mean for one number of drafts."""
-    mine = [p for p in published() if model.name in p.models and p.method == drafter.method]
+    known = [p for p in published() if p.method == drafter.method]
+    mine = [p for p in known if model.name in p.models] or [p for p in known if p.models == (ANY_MODEL,)]
     if not mine or drafter.method == "draft":
         raise UsageError(
             f"--speculation: how many drafts of {drafter.method} are right for {model.name} was not published; give "
