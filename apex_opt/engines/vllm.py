@@ -44,7 +44,17 @@ VLLM: Final = EngineRules(
     embedding_on_every_stage=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
     whole_models=frozenset(
         (
-            *("gemma3n_text", "mamba2", "minimax_text_01", "minimax_m1", "minimax", "whisper", "zamba2"),
+            *(
+                "gemma3n_text",
+                "mamba2",
+                "minimax_text_01",
+                "minimax_m1",
+                "minimax",
+                "whisper",
+                "zamba2",
+                "deepseek_v4",
+                "deepseek_ref",
+            ),
             *("aria_text", "paddleocr_vl_text", "phi4mm"),
             *("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "clip"),
         )
