@@ -345,6 +345,9 @@ def _check_files(request: Request) -> None:
         if "," in str(getattr(request.arguments, "cluster", "")):
             raise UsageError("--save: is of one cluster, and --cluster names several; give one of them")
     outputs, inputs = files_of(request)
+    for option, path in outputs.items():
+        if request.saved is not None and path.absolute().is_relative_to(request.saved.absolute()):
+            raise UsageError(f"--{option}={path}: is in the folder that --save writes; name a path outside it")
     plans = getattr(request.arguments, "plan", None)
     if isinstance(plans, tuple) and (asked := [name for name in ("requests", "timeline") if name in outputs]):
         raise UsageError(f"--{asked[0]}: is for one plan, and {len(plans)} are given; leave it out, or give one --plan")

@@ -224,6 +224,13 @@ def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(InputError, match="is a file"):
         check_new(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="is a link"):
+        check_new(tmp_path / "link")
+    report = tmp_path / "new" / "report.html"
+    done = ONCE.run("simulate", "--plan", "tp8", "--save", str(tmp_path / "new"), "--report", str(report))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: --report={report}: is in the folder that --save writes; name a path outside it\n"
 
 
 def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:

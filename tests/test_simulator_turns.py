@@ -145,6 +145,10 @@ def test_delays_that_cannot_be_are_refused() -> None:
     columns: dict[str, Any] = {"name": "two", "arrival_ns": [0, 0], "prompt": [1, 1], "output": [1, 1]}
     with pytest.raises(InputError, match="row 2 waits for an answer and is the first of its session"):
         make_trace(**columns, delay_ns=[-1, 5], session=[0, 1])
+    with pytest.raises(InputError, match="delays are after answers of a session; add a column session"):
+        make_trace(**columns, delay_ns=[-1, 5])
+    with pytest.raises(InputError, match=r"delays are from 0 to [\d,]+ ms, or -1 where there is none"):
+        make_trace(**columns, delay_ns=[-1, -2], session=[0, 0])
     with pytest.raises(InputError, match="of their sessions or of clients, not both"):
         make_trace(**columns, delay_ns=[-1, 5], session=[0, 0], concurrency=1)
     trace = make_trace(**columns, delay_ns=[-1, 5], session=[0, 0])

@@ -53,7 +53,9 @@ def check_new(path: Path) -> None:
     if there(path) and not path.is_dir():
         raise InputError(f"--save {path}: is a file; name a folder that is not there yet")
     check_folder(path, "--save")
-    if path.is_symlink() or (path.is_dir() and any(path.iterdir())):
+    if path.is_symlink():
+        raise InputError(f"--save {path}: is a link, in whose place a folder would be put; name the folder it leads to")
+    if path.is_dir() and any(path.iterdir()):
         raise InputError(f"--save {path}: is there and not empty; name another folder, or empty it")
 
 

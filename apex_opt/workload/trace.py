@@ -160,8 +160,10 @@ class Trace:
             raise InputError(f"trace {self.name}: requests wait for answers of their sessions or of clients, not both")
         if (self.delay_ns < -1).any() or (self.delay_ns > MAX_ARRIVAL_NS).any():
             raise InputError(
-                f"trace {self.name}: delays are from 0 to {MAX_ARRIVAL_NS:,} ns, or -1 where there is none"
+                f"trace {self.name}: delays are from 0 to {MAX_ARRIVAL_NS // 1_000_000:,} ms, or -1 where there is none"
             )
+        if self.session is None:
+            raise InputError(f"trace {self.name}: delays are after answers of a session; add a column session")
         if (self.before[self.delay_ns >= 0] < 0).any():
             row = int(np.flatnonzero((self.delay_ns >= 0) & (self.before < 0))[0])
             raise InputError(f"trace {self.name}: row {row + 1} waits for an answer and is the first of its session")
