@@ -108,11 +108,15 @@ def test_fp8_needs_a_gpu_that_computes_in_it(capability: float, fits: bool) -> N
 
 
 def test_settings_of_its_scheduler_are_told_and_whole_prompts_fit_a_copy() -> None:
-    own = TrtllmScheduling(capacity_policy="MAX_UTILIZATION", batch_wait_timeout_iters=3)
+    policies = {"capacity_policy": "MAX_UTILIZATION", "context_chunking_policy": "EQUAL_PROGRESS"}
+    own = TrtllmScheduling(**policies, batch_wait_timeout_iters=3)
     settings = {"scheduler": own, "chunked_prefill": False, "max_num_batched_tokens": 4096}
     (command,) = emitted("trtllm", MOE, "attn(dp8) ffn(ep8)", 1, 8, settings=settings).commands
     assert command.file is not None
     options = json.loads(command.file[1])
-    assert options["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
+    assert options["scheduler_config"] == {
+        "capacity_scheduler_policy": "MAX_UTILIZATION",
+        "context_chunking_policy": "EQUAL_PROGRESS",
+    }
     assert (options["batch_wait_timeout_iters"], options["batch_wait_max_tokens_ratio"]) == (3, 0.0)
     assert value(command, "--max_num_tokens") == "4096"

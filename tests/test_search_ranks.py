@@ -12,6 +12,7 @@ from search_cases import SPACE, rank
 
 from apex_opt.engines.schedulers import (
     CAPACITY_POLICIES,
+    CHUNKING_POLICIES,
     LOAD_BALANCES,
     SglangScheduling,
     TrtllmScheduling,
@@ -49,7 +50,8 @@ def ranks_problem(seed: int) -> Problem:
     if seed % 4 == 3:
         balance = {"adp_balance": bool(rng.random() < 0.5), "adp_timeout_iters": int(rng.choice([2, 50]))}
         capacity = str(rng.choice(CAPACITY_POLICIES))
-        own = TrtllmScheduling(capacity_policy=capacity, **balance)
+        chunking = str(rng.choice(CHUNKING_POLICIES))
+        own = TrtllmScheduling(capacity_policy=capacity, context_chunking_policy=chunking, **balance)
         settings = replace(settings, scheduler=own, max_num_batched_tokens=256, block_size=int(rng.choice([8, 32])))
     if seed % 4 == 2:
         ways = {"mixed_chunk": bool(rng.random() < 0.3), "load_balance_method": str(rng.choice(LOAD_BALANCES))}

@@ -27,7 +27,7 @@ from simulator_cases import (
 )
 
 import apex_opt
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling, VllmScheduling
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, CHUNKING_POLICIES, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import Speculation
@@ -164,6 +164,32 @@ EXAMPLES: dict[str, tuple[Case, list[Any]]] = {
         [
             (0, 20, [(0, 8, 8), (2, 2, 2)], []),
             (20, 37, [(0, 4, 12), (1, 3, 3)], []),
+        ],
+    ),
+    # A block of 4 for each in turn, or what is left: 1 token of 10 remains, in which the next block of 0 has no room.
+    "chunks in turn": (
+        case(
+            [(0, 12, 1), (0, 3, 1), (0, 2, 1)],
+            max_num_batched_tokens=10,
+            chunked_prefill=True,
+            own={"context_chunking_policy": "EQUAL_PROGRESS"},
+        ),
+        [
+            (0, 19, [(0, 4, 4), (1, 3, 3), (2, 2, 2)], []),
+            (19, 37, [(0, 8, 12)], []),
+        ],
+    ),
+    # What has no room for a block has it for the end of a shorter prompt, also in a later round.
+    "chunks in turn, passed over": (
+        case(
+            [(0, 12, 1), (0, 5, 1)],
+            max_num_batched_tokens=10,
+            chunked_prefill=True,
+            own={"context_chunking_policy": "EQUAL_PROGRESS"},
+        ),
+        [
+            (0, 19, [(0, 4, 4), (1, 5, 5)], []),
+            (19, 37, [(0, 8, 12)], []),
         ],
     ),
     # All fit: none is cut, though 6 tokens are no whole blocks.
@@ -390,6 +416,7 @@ def cases(
         async_scheduling=draw(st.booleans()),
         scheduler=TrtllmScheduling(
             capacity_policy=draw(st.sampled_from(CAPACITY_POLICIES)),
+            context_chunking_policy=draw(st.sampled_from(CHUNKING_POLICIES)),
             batch_wait_timeout_iters=draw(st.sampled_from((0, 0, 1, 3))),
             batch_wait_max_tokens_ratio=draw(st.sampled_from((0.0, 0.3, 1.0))),
         ),
@@ -513,6 +540,8 @@ def test_a_request_that_could_never_be_served_is_refused(rows: Rows, changes: di
 
 
 def test_settings_out_of_range_are_named() -> None:
+    with pytest.raises(UnknownNameError, match="unknown context_chunking_policy 'FORCE_CHUNK'"):
+        TrtllmScheduling(context_chunking_policy="FORCE_CHUNK")
     with pytest.raises(UnknownNameError, match="unknown capacity_policy 'EVICT'"):
         TrtllmScheduling(capacity_policy="EVICT")
     for wrong in ({"batch_wait_timeout_iters": -1}, {"batch_wait_max_tokens_ratio": 1.5}):

@@ -12,7 +12,7 @@ from ranks_cases import assert_same, drafting, law_of, random_ranks
 from simulator_cases import linear, requests
 from test_simulator_trtllm import ENGINE
 
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, TrtllmScheduling
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, CHUNKING_POLICIES, TrtllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool, Outcome, run_deployment
 from apex_opt.simulator.ranks import Ranks
@@ -94,6 +94,7 @@ def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace,
         async_scheduling=draw.random() < 0.5,
         scheduler=TrtllmScheduling(
             capacity_policy=draw.choice(CAPACITY_POLICIES),
+            context_chunking_policy=draw.choice(CHUNKING_POLICIES),
             adp_balance=draw.random() < 0.6,
             adp_timeout_iters=draw.choice([0, 1, 3, 50]),
             adp_batching_wait_iters=draw.choice([0, 1, 2, 10]),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 CAPACITY_POLICIES: Final = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH")
+CHUNKING_POLICIES: Final = ("FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS")
 
 LARGEST: Final = 1 << 31
 """What no number among the settings of an engine reaches."""
@@ -257,6 +258,9 @@ class TrtllmScheduling(Scheduling):
         "GUARANTEED_NO_EVICT"    a request is admitted once there are blocks for all that it says it may generate
         "MAX_UTILIZATION"        once there are blocks for its prompt; the last that started gives way if none is left
         "STATIC_BATCH"           as the first, but only when none decodes
+    context_chunking_policy : str          one of `CHUNKING_POLICIES`, of prompts that are computed in chunks:
+        "FIRST_COME_FIRST_SERVED"    each gets all that is left of its prompt, as far as the batch has tokens
+        "EQUAL_PROGRESS"             each gets a block of tokens in turn, round and round, until none fits
     batch_wait_timeout_iters : int         turns for which prompts may wait for others while requests decode
     batch_wait_max_tokens_ratio : float    share of the tokens of a batch with which they wait no longer
     adp_balance : bool                     prompts wait until every attention rank has some, so that none stands idle
@@ -273,6 +277,7 @@ class TrtllmScheduling(Scheduling):
     seats_per_stage = True
     finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"
+    context_chunking_policy: str = "FIRST_COME_FIRST_SERVED"
     batch_wait_timeout_iters: int = 0
     batch_wait_max_tokens_ratio: float = 0.0
     adp_balance: bool = False
@@ -280,8 +285,9 @@ class TrtllmScheduling(Scheduling):
     adp_batching_wait_iters: int = 10
 
     def __post_init__(self) -> None:
-        if self.capacity_policy not in CAPACITY_POLICIES:
-            raise UnknownNameError("capacity_policy", str(self.capacity_policy)[:60], CAPACITY_POLICIES)
+        for name, policies in (("capacity_policy", CAPACITY_POLICIES), ("context_chunking_policy", CHUNKING_POLICIES)):
+            if getattr(self, name) not in policies:
+                raise UnknownNameError(name, str(getattr(self, name))[:60], policies)
         for name in ("batch_wait_timeout_iters", "adp_timeout_iters", "adp_batching_wait_iters"):
             whole(name, getattr(self, name), 0)
         share = self.batch_wait_max_tokens_ratio

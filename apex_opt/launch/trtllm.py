@@ -104,7 +104,10 @@ class Trtllm:
             "cuda_graph_config": {"enable_padding": True, "max_batch_size": min(settings.max_num_seqs, 1024)},
         }
         if isinstance(own := settings.scheduler, TrtllmScheduling):
-            found["scheduler_config"] = {"capacity_scheduler_policy": own.capacity_policy}
+            found["scheduler_config"] = {
+                "capacity_scheduler_policy": own.capacity_policy,
+                "context_chunking_policy": own.context_chunking_policy,
+            }
             found["batch_wait_timeout_iters"] = own.batch_wait_timeout_iters
             found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
         if plan.speculation is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from apex_opt.engines.schedulers import CAPACITY_POLICIES, SglangScheduling, TrtllmScheduling
+from apex_opt.engines.schedulers import CAPACITY_POLICIES, CHUNKING_POLICIES, SglangScheduling, TrtllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.figures.stops import METRICS, latencies_ns
 from apex_opt.plans.kv_groups import sets_of
@@ -49,6 +49,7 @@ M = TypeVar("M", bound="Memory")
 
 assert kn.RATE_BITS == RATE_BITS
 assert [CAPACITY_POLICIES[number][:3] for number in (kn.NO_EVICT, kn.UTILISE, kn.ONE_BATCH)] == ["GUA", "MAX", "STA"]
+assert [CHUNKING_POLICIES[number][:5] for number in (kn.FIRST_COME, kn.EQUALLY)] == ["FIRST", "EQUAL"]
 _RULES: Final = {
     "vllm": kn.VLLM,
     "sglang": kn.VLLM,
@@ -622,6 +623,7 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
     if isinstance(own := settings.scheduler, TrtllmScheduling):
         replicas[:, kn.LOOKAHEAD] = np.maximum(replicas[:, kn.LOOKAHEAD] - 1, 0)
         replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
+        replicas[:, kn.CHUNKING] = CHUNKING_POLICIES.index(own.context_chunking_policy)
         replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
         replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)
     replicas[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.HEAD, kn.TAIL, kn.BACKLOG]] = kn.NONE

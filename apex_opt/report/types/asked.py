@@ -107,7 +107,8 @@ class EngineFacts(Described):
     routing : router before several replicas, or several to choose from with commas between them
     long_prefill_token_threshold : of vLLM alone
     idle_sleep_us : of vLLM alone: microseconds, after a turn that scheduled nothing while requests are unfinished
-    capacity_policy, batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
+    capacity_policy, context_chunking_policy : of TensorRT-LLM alone
+    batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
     """
 
     name: str
@@ -118,6 +119,7 @@ class EngineFacts(Described):
     long_prefill_token_threshold: int | None = None
     idle_sleep_us: int | None = None
     capacity_policy: str | None = None
+    context_chunking_policy: str | None = None
     batch_wait_timeout_iters: int | None = None
     batch_wait_max_tokens_ratio: float | None = None
     block_size: int

@@ -102,6 +102,7 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
 # that it computes before it decodes, and in how many batches on their way it is.
 (STATED, ROOM, OWED, FLYING, TRTLLM_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 5)
 NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
+FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
 
 # Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
 # prefix caching, its parts of `Cache` begin. Replicas that run in turn share these parts.
@@ -197,6 +198,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     HOLDS,  # whether blocks of an answered request are held until they are read
     # Of TensorRT-LLM: settings, scratch memory, and registers.
     CAPACITY,
+    CHUNKING,
     WAIT_ITERS,
     WAIT_TOKENS,
     CHOSEN_AT,
@@ -205,7 +207,7 @@ NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(97)
+) = range(98)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED

@@ -45,6 +45,7 @@ from apex_opt.simulator.kernel.state import (
     CHOSEN,
     CHOSEN_AT,
     CHUNKED,
+    CHUNKING,
     COMPUTED,
     COUNTS_AT,
     DECODE_NS,
@@ -52,6 +53,7 @@ from apex_opt.simulator.kernel.state import (
     DONE,
     DRAFTS,
     ENTERING_AT,
+    EQUALLY,
     ERROR,
     ERROR_STUCK,
     FIRST,
@@ -360,7 +362,9 @@ def within_tokens_nb(run: Run, r: I64) -> tuple[int, int]:
         total += tokens
         if not chunked:
             budget -= tokens
-    if chunked and total > budget:
+    if chunked and total > budget and r[CHUNKING] == EQUALLY:
+        alike_nb(run, waiting, prompts, budget, r[BLOCK_SIZE])
+    elif chunked and total > budget:
         for place in range(prompts):
             tokens = waiting[2 * place + 1]
             given = min(tokens, budget)
@@ -369,6 +373,22 @@ def within_tokens_nb(run: Run, r: I64) -> tuple[int, int]:
             budget -= given
             waiting[2 * place + 1] = given
     return decoding, prompts
+
+
+@inner
+def alike_nb(run: Run, waiting: I64, prompts: int, budget: int, unit: int) -> None:
+    """Give each prompt a block in turn, or what is left of it, until no more fits."""
+    for place in range(prompts):
+        waiting[2 * place + 1] = 0
+    given = 1
+    while given > 0 and budget > 0:
+        given = 0
+        for place in range(prompts):
+            more = min(unit, left_nb(run, waiting[2 * place]) - waiting[2 * place + 1])
+            if 0 < more <= budget:
+                waiting[2 * place + 1] += more
+                budget -= more
+                given += more
 
 
 @inner

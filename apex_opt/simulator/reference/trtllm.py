@@ -194,20 +194,44 @@ class TrtllmScheduler(Scheduler):
         return (sequence.context or sequence.known) - sequence.computed
 
     def cut(self, prompts: list[tuple[Sequence, int]], budget: int) -> list[tuple[Sequence, int]]:
-        """First come first served: each what is left, in whole blocks where it is cut; those that end come last."""
-        if sum(tokens for _, tokens in prompts) <= budget:
+        """Each by what the policy gives it of the batch's tokens; those that end come last."""
+        left = [tokens for _, tokens in prompts]
+        if sum(left) <= budget:
             return prompts
+        in_turn = self.own.context_chunking_policy == "EQUAL_PROGRESS"
+        shares = self.alike(left, budget) if in_turn else self.one_by_one(left, budget)
         ending, going_on = [], []
-        for sequence, tokens in prompts:
-            given = min(tokens, budget)
-            if given < tokens:
-                given -= given % self.settings.block_size
-            budget -= given
+        for (sequence, tokens), given in zip(prompts, shares, strict=True):
             if given == tokens:
                 ending.append((sequence, given))
             elif given:
                 going_on.append((sequence, given))
         return [*going_on, *ending]
+
+    def one_by_one(self, left: list[int], budget: int) -> list[int]:
+        """First come first served: each what is left, in whole blocks where it is cut."""
+        shares = []
+        for tokens in left:
+            given = min(tokens, budget)
+            if given < tokens:
+                given -= given % self.settings.block_size
+            budget -= given
+            shares.append(given)
+        return shares
+
+    def alike(self, left: list[int], budget: int) -> list[int]:
+        """Equal progress: a block for each in turn, or what is left of its prompt, where that still fits."""
+        shares = [0] * len(left)
+        given = True
+        while given and budget > 0:
+            given = False
+            for place, tokens in enumerate(left):
+                more = min(self.settings.block_size, tokens - shares[place])
+                if 0 < more <= budget:
+                    shares[place] += more
+                    budget -= more
+                    given = True
+        return shares
 
     def held_back(self, decoding: list[Sequence], prompts: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
         """The prompts, or none where they wait for more of them to come, so that fewer batches are slowed down."""
