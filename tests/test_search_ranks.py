@@ -52,6 +52,7 @@ def ranks_problem(seed: int) -> Problem:
         capacity = str(rng.choice(CAPACITY_POLICIES))
         chunking = str(rng.choice(CHUNKING_POLICIES))
         own = TrtllmScheduling(capacity_policy=capacity, context_chunking_policy=chunking, **balance)
+        own = replace(own, batch_wait_timeout_ms=float(rng.choice([0.0, 0.0, 2.0])))
         settings = replace(settings, scheduler=own, max_num_batched_tokens=256, block_size=int(rng.choice([8, 32])))
     if seed % 4 == 2:
         ways = {"mixed_chunk": bool(rng.random() < 0.3), "load_balance_method": str(rng.choice(LOAD_BALANCES))}

@@ -192,6 +192,20 @@ EXAMPLES: dict[str, tuple[Case, list[Any]]] = {
             (19, 37, [(0, 8, 12)], []),
         ],
     ),
+    # Every turn waits 5 ns for 4 new requests, also that in which 0 decodes: 1 comes meanwhile, 2 and 3 only later.
+    "waiting to fetch": (
+        case([(0, 4, 3), (3, 4, 1), (30, 2, 1), (31, 1, 1)], own={"batch_wait_timeout_ms": 5e-6}),
+        [
+            (5, 23, [(0, 4, 4), (1, 4, 4)], []),
+            (28, 39, [(0, 1, 5)], []),
+            (44, 58, [(0, 1, 6), (2, 2, 2), (3, 1, 1)], []),
+        ],
+    ),
+    # Two new ones fill a batch: the wait ends with the second. The next turn waits for two again, as one is known.
+    "waiting no longer": (
+        case([(0, 2, 1), (3, 2, 1), (4, 2, 1)], max_num_seqs=2, own={"batch_wait_timeout_ms": 5e-6}),
+        [(3, 17, [(0, 2, 2), (1, 2, 2)], []), (22, 34, [(2, 2, 2)], [])],
+    ),
     # All fit: none is cut, though 6 tokens are no whole blocks.
     "chunks that fit": (
         case([(0, 6, 1), (0, 4, 1)], max_num_batched_tokens=10, chunked_prefill=True),
@@ -417,6 +431,7 @@ def cases(
         scheduler=TrtllmScheduling(
             capacity_policy=draw(st.sampled_from(CAPACITY_POLICIES)),
             context_chunking_policy=draw(st.sampled_from(CHUNKING_POLICIES)),
+            batch_wait_timeout_ms=draw(st.sampled_from((0.0, 0.0, 2e-6, 3e-5, 4e-4))),
             batch_wait_timeout_iters=draw(st.sampled_from((0, 0, 1, 3))),
             batch_wait_max_tokens_ratio=draw(st.sampled_from((0.0, 0.3, 1.0))),
         ),
@@ -540,6 +555,9 @@ def test_a_request_that_could_never_be_served_is_refused(rows: Rows, changes: di
 
 
 def test_settings_out_of_range_are_named() -> None:
+    for wait in (-1, 60_001, float("nan"), True, "1"):
+        with pytest.raises(UsageError, match=r"batch_wait_timeout_ms: .* is not a number from 0 to 60,000"):
+            TrtllmScheduling(batch_wait_timeout_ms=wait)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="unknown context_chunking_policy 'FORCE_CHUNK'"):
         TrtllmScheduling(context_chunking_policy="FORCE_CHUNK")
     with pytest.raises(UnknownNameError, match="unknown capacity_policy 'EVICT'"):

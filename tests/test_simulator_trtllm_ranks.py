@@ -95,6 +95,7 @@ def random_pool(seed: int, count: int | None = None) -> tuple[EnginePool, Trace,
         scheduler=TrtllmScheduling(
             capacity_policy=draw.choice(CAPACITY_POLICIES),
             context_chunking_policy=draw.choice(CHUNKING_POLICIES),
+            batch_wait_timeout_ms=draw.choice([0.0, 0.0, 2e-6, 3e-5, 4e-4]),
             adp_balance=draw.random() < 0.6,
             adp_timeout_iters=draw.choice([0, 1, 3, 50]),
             adp_batching_wait_iters=draw.choice([0, 1, 2, 10]),

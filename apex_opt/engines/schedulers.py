@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 CAPACITY_POLICIES: Final = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH")
+MOST_WAIT_MS: Final = 60_000
 CHUNKING_POLICIES: Final = ("FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS")
 
 LARGEST: Final = 1 << 31
@@ -261,6 +262,7 @@ class TrtllmScheduling(Scheduling):
     context_chunking_policy : str          one of `CHUNKING_POLICIES`, of prompts that are computed in chunks:
         "FIRST_COME_FIRST_SERVED"    each gets all that is left of its prompt, as far as the batch has tokens
         "EQUAL_PROGRESS"             each gets a block of tokens in turn, round and round, until none fits
+    batch_wait_timeout_ms : float          up to which every turn waits for as many new requests as a batch has seats
     batch_wait_timeout_iters : int         turns for which prompts may wait for others while requests decode
     batch_wait_max_tokens_ratio : float    share of the tokens of a batch with which they wait no longer
     adp_balance : bool                     prompts wait until every attention rank has some, so that none stands idle
@@ -278,6 +280,7 @@ class TrtllmScheduling(Scheduling):
     finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"
     context_chunking_policy: str = "FIRST_COME_FIRST_SERVED"
+    batch_wait_timeout_ms: float = 0.0
     batch_wait_timeout_iters: int = 0
     batch_wait_max_tokens_ratio: float = 0.0
     adp_balance: bool = False
@@ -290,6 +293,9 @@ class TrtllmScheduling(Scheduling):
                 raise UnknownNameError(name, str(getattr(self, name))[:60], policies)
         for name in ("batch_wait_timeout_iters", "adp_timeout_iters", "adp_batching_wait_iters"):
             whole(name, getattr(self, name), 0)
+        wait = self.batch_wait_timeout_ms
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= MOST_WAIT_MS:
+            raise UsageError(f"batch_wait_timeout_ms: {shown(wait)} is not a number from 0 to {MOST_WAIT_MS:,}")
         share = self.batch_wait_max_tokens_ratio
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UsageError(f"batch_wait_max_tokens_ratio: {shown(share)} is not a number from 0 to 1")
@@ -297,6 +303,11 @@ class TrtllmScheduling(Scheduling):
     @property
     def may_preempt(self) -> bool:
         return self.capacity_policy == "MAX_UTILIZATION"
+
+    @property
+    def fetch_wait_ns(self) -> int:
+        """The longest that a turn waits for new requests."""
+        return round(self.batch_wait_timeout_ms * 1e6)
 
     def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
         """As blocks are kept for all that a request says it may generate."""

@@ -108,6 +108,7 @@ class Trtllm:
                 "capacity_scheduler_policy": own.capacity_policy,
                 "context_chunking_policy": own.context_chunking_policy,
             }
+            found["batch_wait_timeout_ms"] = own.batch_wait_timeout_ms
             found["batch_wait_timeout_iters"] = own.batch_wait_timeout_iters
             found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
         if plan.speculation is not None:

@@ -102,7 +102,9 @@ def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> s
 def routes(pools: Sequence[EnginePool]) -> bool:
     """Whether the kernel has all routers before these replicas; the others are served by the reference."""
     return all(
-        pool.ranks is None and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
+        pool.ranks is None
+        and not (isinstance(its := pool.settings.scheduler, TrtllmScheduling) and its.fetch_wait_ns > 0)
+        and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
         for pool in pools
     )
 
@@ -623,6 +625,7 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
     if isinstance(own := settings.scheduler, TrtllmScheduling):
         replicas[:, kn.LOOKAHEAD] = np.maximum(replicas[:, kn.LOOKAHEAD] - 1, 0)
         replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
+        replicas[:, kn.FETCH_WAIT_NS] = own.fetch_wait_ns
         replicas[:, kn.CHUNKING] = CHUNKING_POLICIES.index(own.context_chunking_policy)
         replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
         replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)

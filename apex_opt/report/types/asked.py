@@ -108,7 +108,7 @@ class EngineFacts(Described):
     long_prefill_token_threshold : of vLLM alone
     idle_sleep_us : of vLLM alone: microseconds, after a turn that scheduled nothing while requests are unfinished
     capacity_policy, context_chunking_policy : of TensorRT-LLM alone
-    batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
+    batch_wait_timeout_ms, batch_wait_timeout_iters, batch_wait_max_tokens_ratio : of TensorRT-LLM alone
     """
 
     name: str
@@ -120,6 +120,7 @@ class EngineFacts(Described):
     idle_sleep_us: int | None = None
     capacity_policy: str | None = None
     context_chunking_policy: str | None = None
+    batch_wait_timeout_ms: float | None = None
     batch_wait_timeout_iters: int | None = None
     batch_wait_max_tokens_ratio: float | None = None
     block_size: int

@@ -199,6 +199,8 @@ FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
     # Of TensorRT-LLM: settings, scratch memory, and registers.
     CAPACITY,
     CHUNKING,
+    FETCH_WAIT_NS,  # up to which a turn waits for new requests
+    FETCHED,  # those that the last turn took in and that are not active, where turns wait for new ones
     WAIT_ITERS,
     WAIT_TOKENS,
     CHOSEN_AT,
@@ -207,7 +209,7 @@ FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(98)
+) = range(100)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED

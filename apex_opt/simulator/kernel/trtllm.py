@@ -20,6 +20,7 @@ from apex_opt.simulator.kernel.batch import (
     log_lost_nb,
     log_row_nb,
     log_step_nb,
+    log_taken_nb,
     pace_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
@@ -56,6 +57,8 @@ from apex_opt.simulator.kernel.state import (
     EQUALLY,
     ERROR,
     ERROR_STUCK,
+    FETCH_WAIT_NS,
+    FETCHED,
     FIRST,
     FIRST_STAGE,
     FLYING,
@@ -125,7 +128,8 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
                 break
             r[NOW] = arrival[head]
             idle = False
-        if r[NOW] >= until:
+        start = r[NOW] if idle else fetched_nb(arrival, column_nb(run, FOLLOWING), r, head, r[NOW])
+        if start >= until:
             break
         # Where batches are logged each is formed by the rules.
         if r[QUIET] == 1 and r[QUEUED] == r[DEPTH] - 1 and run.control[LOGGED] == 0:
@@ -133,6 +137,7 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
             if r[NOW] >= until:
                 break
         if not idle:
+            r[NOW] = max(r[NOW], start)  # batches may have been passed since
             fetch_nb(run, r)
             form_nb(run, r)
             r[PREEMPTIONS] += r[BATCH_LOST]
@@ -147,9 +152,37 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
             r[QUEUED] += 1
             if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queue_end[r[QUEUE_HEAD]] > r[NOW]:
                 continue
+        oldest = r[QUEUE_HEAD]
+        if r[FETCH_WAIT_NS] > 0 and queue_end[r[DEPTH] + oldest] > 0:  # it may be done before the turn is
+            log_taken_nb(run, replica, max(r[NOW], queue_end[oldest]))
         take_in_nb(run, r)
         if run.control[PASSED] == 1:
             break
+
+
+@inner
+def fetched_nb(arrival: I64, following: I64, r: I64, head: int, start: int) -> int:
+    """When the wait of a turn for new requests is over: it ends with as many as a batch has seats."""
+    if r[FETCH_WAIT_NS] == 0:
+        return start
+    end, i, count = start + r[FETCH_WAIT_NS], head, -r[FETCHED]
+    while i != NONE and arrival[i] <= end:
+        count += 1
+        if count == r[MAX_SEQS]:
+            return max(start, arrival[i])
+        i = following[i]
+    return end
+
+
+@inner
+def wait_on_nb(arrival: I64, following: I64, r: I64, head: int, now: int) -> None:
+    """Count those that have come and are not active, where turns wait for new ones."""
+    if r[FETCH_WAIT_NS] > 0:
+        i, count = head, 0
+        while i != NONE and arrival[i] <= now:
+            count += 1
+            i = following[i]
+        r[FETCHED] = count
 
 
 @inner
@@ -161,6 +194,7 @@ def fetch_nb(run: Run, r: I64) -> None:
         i = r[HEAD]
         r[HEAD] = following[i]
         activate_nb(run, r, i)
+    wait_on_nb(arrival, following, r, r[HEAD], r[NOW])
 
 
 @inner
@@ -179,7 +213,7 @@ def form_nb(run: Run, r: I64) -> None:
     decoding, prompts = choose_nb(run, r)
     decode_nb(run, r, decoding)
     alone = decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0
-    r[QUIET] = 1 if alone and r[STAGES] == 1 and r[DRAFTS] == 0 else 0
+    r[QUIET] = 1 if alone and r[STAGES] == 1 and r[DRAFTS] == 0 and r[FETCH_WAIT_NS] == 0 else 0
     if prompts > 0 and not held_back_nb(run, r, decoding, prompts):
         compute_nb(run, r, prompts)
 

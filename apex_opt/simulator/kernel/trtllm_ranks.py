@@ -71,7 +71,15 @@ from apex_opt.simulator.kernel.state import (
     Run,
 )
 from apex_opt.simulator.kernel.together import follow_nb, serving
-from apex_opt.simulator.kernel.trtllm import activate_nb, choose_nb, compute_nb, decode_nb, take_in_nb
+from apex_opt.simulator.kernel.trtllm import (
+    activate_nb,
+    choose_nb,
+    compute_nb,
+    decode_nb,
+    fetched_nb,
+    take_in_nb,
+    wait_on_nb,
+)
 
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
@@ -248,10 +256,13 @@ def turns_nb(run: Run, group: Group, its: int, place: int, until: int) -> None:
                 break
             g[CLOCK] = arrival[coming]
             idle = False
-        if g[CLOCK] >= until:
+        start = g[CLOCK] if idle else fetched_nb(arrival, link_nb(run, group, AFTER), lead, coming, g[CLOCK])
+        if start >= until:
             break
         if not idle:
+            g[CLOCK] = start
             deal_nb(run, group, g, place)
+            wait_on_nb(arrival, link_nb(run, group, AFTER), lead, g[COMING], start)
             if form_together_nb(run, group, g) == 0 and lead[QUEUED] == 0:
                 lead[ERROR] = ERROR_STUCK
                 break

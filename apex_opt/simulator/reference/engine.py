@@ -87,9 +87,13 @@ class Engine:
 
     def next_ns(self) -> int | None:
         """When the next turn starts; None where nothing is left to do."""
-        if self.scheduler.unfinished or self.queue:
+        if self.scheduler.unfinished:
+            return self.scheduler.fetched_ns(self.now, self.arrivals)
+        if self.queue and not (self.arrivals and self.arrivals[0].arrival_ns <= self.now):
             return self.now
-        return max(self.now, self.arrivals[0].arrival_ns) if self.arrivals else None
+        if not self.arrivals:
+            return None
+        return self.scheduler.fetched_ns(max(self.now, self.arrivals[0].arrival_ns), self.arrivals)
 
     def turn(self, now_ns: int) -> list[Sequence]:
         """Form a batch and, unless there is room for another in flight, take in the oldest; return who is answered."""

@@ -23,7 +23,8 @@ class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
     What policies differ in are hooks: `wanted`, `split`, `ahead`, `allocate`, `found`, `admitted`, `room`, `reserved`,
-    `place`, `opens`, `launch`, `receive`, `drafts`, `complete` and `give_back`. Here they are those of vLLM V1.
+    `fetched_ns`, `place`, `opens`, `launch`, `receive`, `drafts`, `complete` and `give_back`. Here they are those of
+    vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -57,6 +58,10 @@ class Scheduler:
     def room(self, sequence: Sequence) -> int:
         """Tokens that must fit for a waiting sequence to be admitted."""
         raise NotImplementedError
+
+    def fetched_ns(self, start_ns: int, arrivals: deque[Sequence]) -> int:
+        """When a turn that starts then has taken requests in that arrive, in order: at once."""
+        return start_ns
 
     def reserved(self, sequence: Sequence) -> int:
         """Tokens whose blocks an admitted sequence gets at once, where these are more than it computes first."""

@@ -23,6 +23,8 @@ from apex_opt.simulator.reference.speculative import accepted, proposed
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from collections import deque
+
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.simulator.reference.sequence import Sequence
 
@@ -76,6 +78,14 @@ class TrtllmScheduler(Scheduler):
             self.enter(batch, sequence, tokens)
         batch.free = self.blocks.free
         return batch
+
+    def fetched_ns(self, start_ns: int, arrivals: deque[Sequence]) -> int:
+        """When as many have come as a batch has seats, or after the longest wait."""
+        most = self.settings.max_num_seqs
+        end_ns = start_ns + self.own.fetch_wait_ns
+        if len(arrivals) >= most:
+            end_ns = min(end_ns, arrivals[most - 1].arrival_ns)
+        return max(start_ns, end_ns)
 
     # What is known of a request.
 
