@@ -217,7 +217,6 @@ OWN_FILES = {
     "apex_opt.launch.saved": "a folder just made",
     "apex_opt.profiles.schema": "a table of a folder just made",
     "apex_opt.profiles.collect.torch_group": "a temporary folder",
-    "apex_opt.grids.workers": "a temporary folder",
 }
 OPENING = {
     "open",

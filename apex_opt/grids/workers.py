@@ -12,16 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from apex_opt.errors import ApexError, InputError, UsageError
@@ -100,13 +97,13 @@ class Workers(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
-    """Bytes kept in a file of this machine."""
+class _Sent:
+    """Bytes that go with every item: no file is left behind, however the program ends."""
 
-    path: Path
+    whole: bytes
 
     def packed(self) -> bytes:
-        return self.path.read_bytes()
+        return self.whole
 
 
 class Processes(Workers):
@@ -118,7 +115,6 @@ class Processes(Workers):
     def __init__(self, count: int) -> None:
         self._count, self._tickets = count, itertools.count()
         self._pool = self._fresh()
-        self._folder = tempfile.TemporaryDirectory(prefix="apex-opt-")
         self._flying: dict[Future[Any], _Put] = {}
         self._waiting: deque[_Put] = deque()
         self._doubtful: deque[_Put] = deque()
@@ -155,13 +151,10 @@ class Processes(Workers):
         return self._done.popleft()
 
     def keep(self, packed: bytes) -> Kept:
-        path = Path(self._folder.name) / uuid.uuid4().hex
-        path.write_bytes(packed)
-        return _File(path)
+        return _Sent(packed)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._folder.cleanup()
 
     def _give_out(self) -> None:
         """Give waiting items to processes; while there are doubtful ones one of these, alone."""
