@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from apex_opt.errors import ApexError, InputError, UsageError
@@ -114,6 +115,7 @@ class Processes(Workers):
 
     def __init__(self, count: int) -> None:
         self._count, self._tickets = count, itertools.count()
+        _clean_up_silently()
         self._pool = self._fresh()
         self._flying: dict[Future[Any], _Put] = {}
         self._waiting: deque[_Put] = deque()
@@ -181,6 +183,19 @@ class Processes(Workers):
             else:
                 self._doubtful.append(put)
         self._flying.clear()
+
+
+def _clean_up_silently() -> None:
+    """Start what cleans up after processes such that it does so without a word: after a signal it has some to do."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _attend() -> None:
