@@ -29,6 +29,10 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "sglang": ("dp2 tp1", {"scheduler": SglangScheduling(), "block_size": 1}),
     "threshold": ("dp2 tp1", {"scheduler": VllmScheduling(long_prefill_token_threshold=512)}),
     "speculation": ("dp2 tp1 spec=eagle:3", {"drafting": (EAGLE,)}),
+    "sglang_speculation": (
+        "dp2 tp1 spec=eagle:3",
+        {"scheduler": SglangScheduling(), "block_size": 1, "drafting": (EAGLE,)},
+    ),
 }
 
 PREFIX_CACHING: dict[str, tuple[str, dict[str, Any]]] = {
