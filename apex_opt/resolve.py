@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from apex_opt.arguments import LARGEST_BATCH, Ask, Setup, SimulateAsk
+from apex_opt.arguments import LARGEST_BATCH, Ask
 from apex_opt.cluster import Cluster, Tree, assumed_network, free_types, load_pools, load_topology, load_wiring
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.engine import load_engine
@@ -17,9 +17,7 @@ from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
-from apex_opt.measured.clients import Deployed
 from apex_opt.plans.acceptance import parse_speculation, speculations
-from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.plans.routing import SEES_PREFIXES
@@ -42,12 +40,9 @@ from apex_opt.workload.trace import MAX_REQUESTS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from apex_opt.arguments import PlaceAsk
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
     from apex_opt.engines import EngineKind
-    from apex_opt.plans.deployment import Deployment, Pool
-    from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter, Speculation
@@ -128,7 +123,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
         raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
-    drafting, about = _speculation(ask, settings, model, drafters)
+    drafting, about = speculation_of(ask, settings, model, drafters)
     settings, notes = replace(settings, drafting=drafting), (*notes, *about)
     shares: tuple[Shares, ...] = ()
     if "shared" in serving:
@@ -335,7 +330,7 @@ def _settings(
     return settings, limits
 
 
-def _speculation(
+def speculation_of(
     ask: Ask, settings: EngineSettings, model: Model, drafters: Sequence[Drafter | None]
 ) -> tuple[tuple[Speculation, ...], tuple[str, ...]]:
     """What comes of the drafts of each way to make them, and what has to be told of that.
@@ -413,173 +408,6 @@ def _between(ask: Ask) -> Link | None:
     taken = _taken(ask.cluster, ask.busy, ask.down)
     top = Tree.of(load_wiring(ask.cluster), taken).levels[-1]
     return slowest(top.reach) if top.far else None
-
-
-def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, Deployment]:
-    """A deployment from its text form, and the problem it answers; formats it does not name are those asked for.
-
-    Parameters
-    ----------
-    text : str      as it was given
-    ask : Ask       what was asked
-    rated : bool    whether a rate is asked for, rather than that of the trace
-
-    Raises
-    ------
-    ApexError    as `resolve`; a plan that cannot be read, or several formats for it
-    """
-    return planned(text, ask, resolve(ask, rated=rated))
-
-
-def resolve_deployed(setup: Setup, text: str) -> Deployed:
-    """What ran while a client measured: the setup of an engine, and the plan of a text.
-
-    Raises
-    ------
-    ApexError    as `resolve_plan`, and where it goes on several types of GPU
-    """
-    given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
-
-    def asked(trace: str | Trace) -> tuple[Problem, Deployment]:
-        return resolve_plan(text, SimulateAsk(**given, plan=text, trace=trace))
-
-    problem, deployment = asked("static:n=1,prompt=16,output=2")
-    if problem.several or not isinstance(setup.cluster, str) or not isinstance(setup.model, str):
-        raise UsageError(
-            "--plan: a measured run is of one plan on GPUs of one type, with a model and a cluster by name"
-        )
-
-    if deployment.plan.shares is not None:
-        raise UsageError(
-            f"--plan: share={deployment.plan.shares} computes both phases side by side, and measured runs are held "
-            "against batches of both; leave it out"
-        )
-
-    def settings(trace: Trace) -> EngineSettings:
-        sent = trace if trace.timed or trace.concurrency else f"static:n=1,prompt={trace.longest},output=1"
-        return asked(sent)[0].settings
-
-    plan = str(deployment.pools[0].plan)
-    return Deployed(
-        model=setup.model,
-        cluster=setup.cluster,
-        plan=plan,
-        engine=setup.engine,
-        sweep=f"{problem.model.name} {problem.cluster.name} {problem.overhead.name} {plan}",
-        settings=settings,
-    )
-
-
-def resolve_plans(texts: Sequence[str], ask: Ask) -> tuple[tuple[Problem, Deployment], ...]:
-    """Several deployments from their texts, each with its problem, as `resolve_plan`; none is given twice."""
-    problem = resolve(ask)
-    asked = tuple(planned(text, ask, problem) for text in texts)
-    for place, (_, deployment) in enumerate(asked):
-        if any(deployment == other for _, other in asked[:place]):
-            raise UsageError(
-                f"--plan: {texts[place]!r:.60} is {deployment}, which is given before; give each plan once"
-            )
-    return asked
-
-
-def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]:
-    """A deployment from its text form, on the GPUs of a problem, and the problem with its formats alone.
-
-    Parameters
-    ----------
-    text : str    as it was given
-    ask : Ask     what was asked
-    problem
-
-    Raises
-    ------
-    UsageError    a plan that cannot be read, or several formats, clocks or limits for it
-    """
-    deployment = parse_deployment(text, problem.model, problem.types)
-    if len(problem.batch_limits) > 1:
-        raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
-    pools, offers = [], {offer.name: offer for offer in problem.offers}
-    for pool in deployment.pools:
-        if pool.plan.on and not problem.mixed:
-            raise UsageError(
-                f"plan {text!r}: on= puts stages on several types of GPU, and {problem.cluster.name} has one; leave it "
-                "out"
-            )
-        for name in pool.types or problem.types:
-            plan = _completed(pool, text, ask, problem, offers[name])
-            offers[name] = replace(offers[name], weight_formats=(plan.weight_format,), kv_formats=(plan.kv_format,))
-        if pool.role is not None and plan.speculation is not None:
-            raise UsageError(
-                f"plan {text!r:.100}: drafts are not simulated where prompts are handed over; leave spec= out"
-            )
-        pools.append(replace(pool, plan=plan))
-    if problem.rescheduling is not None and (len(pools) > 1 or pools[0].plan.replicas == 1):
-        raise UsageError(
-            f"--rescheduling: requests move between the replicas of a plan, and {text!r:.60} is not one plan of several"
-        )
-    named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
-    if named != problem.drafters:
-        drafting, notes = _speculation(ask, problem.settings, problem.model, named)
-        settings = replace(problem.settings, drafting=drafting)
-        problem = replace(problem, settings=settings, drafters=named, notes=(*problem.notes, *notes))
-    return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
-
-
-def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
-    """The plan of a pool with the formats, the clock and the drafts that its text does not name: those asked for."""
-    plan = pool.plan
-    if len(offer.weight_formats) > 1:
-        raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
-    if len(offer.clocks) > 1:
-        raise UsageError(f"--clock: {ask.clock!r:.60} names several clocks; one plan has one")
-    words = text.lower().replace("{", " ").replace("}", " ").split()
-    weights = plan.weight_format if plan.weight_format in words else offer.weight_formats[0]
-    if any(word.startswith("kv=") for word in words):
-        kv = plan.kv_format
-    elif ask.kv is None and weights != offer.weight_formats[0]:
-        kv = problem.model.kv_format or default_kv_format(weights)
-    else:
-        kv = offer.kv_formats[0]
-    clock = offer.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
-    if plan.speculation is None and len(problem.drafters) > 1:
-        raise UsageError(
-            f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
-        )
-    if problem.routers(pool.role) and plan.replicas > 1 and plan.route is None:
-        raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
-    drafter = plan.speculation or problem.drafters[0]
-    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter)
-
-
-def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:
-    """A plan to be placed, for each type of GPU, with the problem it would answer: only what is `given` matters of it.
-
-    Of several types of GPU the plan may name the one that it goes on. The KV cache must hold one request of
-    `max_model_len` where that is given, else a token.
-
-    Raises
-    ------
-    ApexError    as `resolve_plan`, and where it goes on several types
-    """
-    setup = {field.name: getattr(given, field.name) for field in fields(Setup)}
-    # Where ranks lie does not depend on how many drafts are right.
-    if "{" in given.plan:
-        raise UsageError(f"plan {given.plan!r:.100}: place is of one plan; place that of each pool by itself")
-    acceptance = "1" if "spec=" in given.plan else None
-    trace = f"static:n=1,prompt={(given.max_model_len or 2) - 1},output=1"
-    ask = SimulateAsk(**setup, plan=given.plan, trace=trace, acceptance=acceptance)
-    problem = resolve(ask)
-    places: Sequence[int] = range(len(problem.offers))
-    if problem.mixed and ":" in given.plan:
-        (pool, *more) = parse_deployment(given.plan, problem.model, problem.types).pools
-        if more or pool.plan.on:
-            raise UsageError(
-                f"--plan: {given.plan!r:.100} is on several types of GPU, and place takes a plan on one; place each of "
-                f"{' and '.join(problem.types)} by itself, or see where all go with solve.py plan or simulate"
-            )
-        places = [problem.types.index(pool.types[0])]
-    alone = (planned(given.plan, ask, problem.alone(place)) for place in places)
-    return tuple((own, deployment.plan) for own, deployment in alone)
 
 
 def _clocks(ask: Ask, gpu: Gpu) -> tuple[int | None, ...]:

@@ -36,10 +36,11 @@ from apex_opt.gate import Arguments, options_of
 from apex_opt.ir import load_model
 from apex_opt.ir.huggingface import QUANTISATION_FILES
 from apex_opt.measured.silicon import NEEDED as SILICON_COLUMNS
+from apex_opt.planned import resolve_plan
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
 from apex_opt.report.listed import Models
-from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.resolve import resolve
 from apex_opt.search import Scorer
 from apex_opt.workload import Trace, load_trace
 

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.sharing",),
     ("apex_opt.serving",),
     ("apex_opt.resolve",),
+    ("apex_opt.planned",),
     ("apex_opt.report",),
     ("apex_opt.commands",),
     ("apex_opt.grids",),

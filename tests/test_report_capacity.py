@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from apex_opt.arguments import CapacityAsk
+from apex_opt.planned import resolve_plan
 from apex_opt.report.capacity import capacity_document, capacity_page
-from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.resolve import resolve
 from apex_opt.schema import to_plain
 from apex_opt.studies.capacity import Capacity, fewest_gpus, highest_rate
 from formulations.plan_space import PlanSpace

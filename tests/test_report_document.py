@@ -10,12 +10,13 @@ import pytest
 
 from apex_opt.arguments import Ask
 from apex_opt.figures import parse_goals
+from apex_opt.planned import resolve_plan
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.report import types
 from apex_opt.report.document import answer_document, cluster_row, scored_document
 from apex_opt.report.models import model_row
 from apex_opt.report.tables import rendered
-from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.resolve import resolve
 from apex_opt.schema import to_plain
 from apex_opt.search import Answer, Ledger, Part, Problem, Scorer, judge
 

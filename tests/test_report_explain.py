@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from apex_opt.arguments import ExplainAsk
+from apex_opt.planned import resolve_plan
 from apex_opt.report.explain import explanation_document, explanation_page
-from apex_opt.resolve import resolve, resolve_plan
+from apex_opt.resolve import resolve
 from apex_opt.schema import to_plain
 from apex_opt.studies.explain import explain
 from formulations.plan_space import PlanSpace

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from apex_opt.arguments import Ask
+from apex_opt.planned import resolve_plans
 from apex_opt.report.document import answer_document
 from apex_opt.report.layout import amount, seconds
 from apex_opt.report.side_by_side import compared_document, compared_page
-from apex_opt.resolve import resolve_plans
 from apex_opt.schema import to_plain
 from apex_opt.search import Scorer, judge
 from apex_opt.studies.explain import differences

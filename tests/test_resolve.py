@@ -12,7 +12,8 @@ import pytest
 from apex_opt.arguments import LARGEST_BATCH, Ask, PlaceAsk, PlanAsk, SimulateAsk
 from apex_opt.cluster.tree import place_of
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
-from apex_opt.resolve import resolve, resolve_place, resolve_plan
+from apex_opt.planned import resolve_place, resolve_plan
+from apex_opt.resolve import resolve
 
 CASES = Path(__file__).parent / "cases" / "traces"
 CHEAP = {"model": "llama-3.1-8b", "trace": "static:n=2,prompt=8,output=4"}

@@ -8,9 +8,10 @@ import pytest
 
 from apex_opt.arguments import PlanAsk, Setup, SimulateAsk
 from apex_opt.errors import UsageError
+from apex_opt.planned import resolve_deployed, resolve_plan
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.shares import parse_shares
-from apex_opt.resolve import resolve, resolve_deployed, resolve_plan
+from apex_opt.resolve import resolve
 from apex_opt.sharing import fitted
 
 TRACE = "poisson:rate=4,n=20,prompt=512,output=16"

@@ -56,8 +56,8 @@ def _detail(scorer: Scorer, scored: Scored, ask: Ask, **known: Any) -> Detail:
 
 def details_by_rate(plans: Sequence[PlanRate], ask: arguments.CapacityAsk) -> Callable[[], Sequence[Detail]]:
     """Deployments at the rate that each sustains, with what requests see at lower rates and at the next."""
+    from apex_opt.planned import resolve_plan
     from apex_opt.report.detail import RatePoint
-    from apex_opt.resolve import resolve_plan
     from apex_opt.search import Scorer, judge
 
     def run(text: str, rate: float) -> tuple[Scorer, Scored | None]:

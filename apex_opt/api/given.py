@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @command(arguments.SimulateAsk)
 def simulate(ask: arguments.SimulateAsk) -> Result:
     """Score a given plan batch by batch, or several side by side."""
-    from apex_opt.resolve import resolve_plan
+    from apex_opt.planned import resolve_plan
     from apex_opt.search import Scorer
 
     if isinstance(ask.plan, tuple):
@@ -67,8 +67,8 @@ def _judged(problem: Problem, deployment: Deployment, ask: SimulateAsk) -> tuple
 
 def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
     """`simulate` with several plans."""
+    from apex_opt.planned import resolve_plans
     from apex_opt.report.side_by_side import compared_document
-    from apex_opt.resolve import resolve_plans
     from apex_opt.search import Scorer, judge
     from apex_opt.studies.explain import differences
 
@@ -109,9 +109,9 @@ def place(ask: arguments.PlaceAsk) -> Result:
     from apex_opt.cluster import Tree, load_topology, load_wiring
     from apex_opt.outputs import write_whole
     from apex_opt.placement import rankfile, read_assignment
+    from apex_opt.planned import resolve_place
     from apex_opt.report.placement import Site, labels, place_document, quickest, refused_document
     from apex_opt.report.topology import drawn, topology_document, write_topology
-    from apex_opt.resolve import resolve_place
     from apex_opt.search.facts import Facts
 
     wiring = load_wiring(ask.cluster)

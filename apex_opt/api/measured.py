@@ -43,7 +43,7 @@ def _measurements(
 ) -> list[Measurements]:
     """The runs of some files or folders; those that ship where none is named."""
     from apex_opt.measured.readers import SHIPPED, read_measured
-    from apex_opt.resolve import resolve_deployed
+    from apex_opt.planned import resolve_deployed
 
     deployed = None if ask.plan is None else resolve_deployed(ask, ask.plan)
     return [read_measured(SHIPPED if path is None else expanded(path), deployed) for path in paths]

@@ -185,8 +185,9 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
 @command(arguments.ExplainAsk)
 def explain(ask: arguments.ExplainAsk) -> Result:
     """Say why no plan fits and what would, or why a plan loses to the best."""
+    from apex_opt.planned import planned
     from apex_opt.report.explain import explanation_document
-    from apex_opt.resolve import planned, resolve
+    from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.explain import explain as find
 
@@ -209,8 +210,9 @@ def capacity(ask: arguments.CapacityAsk) -> Result:
 
 def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     from apex_opt.launch.bench import lasting
+    from apex_opt.planned import resolve_plan
     from apex_opt.report.capacity import capacity_document
-    from apex_opt.resolve import resolve, resolve_plan
+    from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
 
