@@ -128,7 +128,11 @@ def test_no_run_of_a_pair_beats_its_bound(seed: int, types: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_that_sglang_hands_over_is_the_best_of_all_pairs_and_beats_no_bound(seed: int) -> None:
     settings = replace(SMALL, scheduler=SglangScheduling(), block_size=1)
-    problem = replace(question(seed, objective="e2e_mean"), serving=("pools",), settings=settings)
+    changes: dict[str, Any] = {"objective": "e2e_mean"}
+    if seed == 0:  # each request alone, as bounds have it
+        calm = make_trace(name="calm", arrival_ns=[0, 10**10], prompt=[300, 40], output=[3, 2])
+        changes = {"objective": "ttft_p95", "trace": calm, "slo": ""}
+    problem = replace(question(seed, **changes), serving=("pools",), settings=settings)
     scorer = Scorer(problem)
     scored = [scorer.simulate(pair) for pair in pairs_of(problem)]
     answer = search(problem, SPACE)
@@ -182,6 +186,17 @@ def test_why_there_is_no_pair_is_said_by_type_of_gpu() -> None:
         answer.reason is not None
         and "the smallest take 1 quick and 1 quick GPUs, 1 quick and 1 slow are" in answer.reason
     )
+
+
+def test_pairs_that_find_no_room_beside_each_other_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apex_opt.search.pairs.find_room", lambda *given: False)
+    problem = question(0, 2, serving=("pools",))
+    answer = search(problem, SPACE)
+    assert answer.reason is not None
+    assert "room: the pools do not fit into the nodes beside each other on quick, each as it lies best" in answer.reason
+    (part,) = answer.ledger.parts
+    assert part.infeasible["room"] > 0 == part.infeasible["handover"]
+    assert check(problem, answer, SPACE, programs).disagreements == ()
 
 
 def test_a_faster_link_and_a_further_gpu_never_hurt_the_best_pair() -> None:

@@ -37,7 +37,7 @@ class Sides:
 
     def __init__(self, scorer: Scorer, formulation: Formulation, place: int, tell: Progress) -> None:
         problem = scorer.problem
-        self._scorer, self._tell = scorer, tell
+        self._scorer, self._tell, self.pairs = scorer, tell, scorer.pairs
         self.name = problem.types[place]
         self.spaces: dict[str, Space] = {}
         self.pools: dict[str, list[Pool]] = {}
@@ -103,15 +103,19 @@ def no_pair(problem: Problem, sides: Sequence[Sides]) -> str:
     problem : Problem
     sides : of each type of GPU, its pools
     """
-    smallest = []
+    smallest, pair = [], list[Pool]()
     for role in ROLES:
-        some = [(pool.plan.devices, side.name) for side in sides for pool in side.pools[role]]
+        some = [(pool.plan.devices, side.name, str(pool), pool) for side in sides for pool in side.pools[role]]
         if not some and any(side.spaces[role].feasible for side in sides):
             return f"no plan of a {role} pool fits on one stage with one attention copy, as prompts are handed over"
         if not some:
             return f"{role}: {nearest_violation(problem.side(role, 0).instance())}"
-        least, name = min(some)
+        least, name, _, pool = min(some, key=lambda one: one[:3])
+        pair.append(pool)
         smallest.append(f"{least} {name}" if problem.mixed else f"{least}")
+    faults = "; ".join(f"{fault.family}: {fault.text}" for fault in sides[0].pairs.faults(*pair))
+    if faults and sum(pool.plan.devices for pool in pair) <= problem.max_devices:
+        return f"none goes together; of the smallest two, {faults}"
     offered = f"{problem.max_devices} are offered"
     if problem.mixed:
         there = " and ".join(f"{offer.free} {offer.name}" for offer in problem.offers)
