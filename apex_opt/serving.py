@@ -68,11 +68,6 @@ def ways_to_serve(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
             raise UsageError(f"--serving=shared: {model.name} {why}, which is not simulated; leave it out")
     if "pools" not in chosen:
         return tuple(name for name in known if name in chosen)
-    if trace.concurrency is not None:
-        raise UsageError(
-            "--serving=pools: prefill and decode pools are simulated with arrivals, not with a closed loop of clients; "
-            "give a trace with arrivals or a rate"
-        )
     if (why := kept_apart(model)) is not None:
         raise UsageError(f"--serving=pools: {model.name} {why}, and such hand-overs are not simulated; leave it out")
     if ask.speculation != "none":

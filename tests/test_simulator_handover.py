@@ -287,6 +287,28 @@ def test_routers_that_are_none_of_a_side_are_refused(routing: Any, said: str) ->
         pair.run("kernel", routing=routing)
 
 
+def with_clients(pair: Pair, clients: int, pause_ns: int) -> Pair:
+    """The same requests, sent by clients."""
+    at_once = np.zeros_like(pair.trace.arrival_ns)
+    at_once.flags.writeable = False
+    return replace(pair, trace=replace(pair.trace, arrival_ns=at_once, concurrency=clients, pause_ns=pause_ns))
+
+
+@settings(max_examples=120)
+@given(pairs(), ROUTED, st.integers(1, 6), st.sampled_from((0, 0, 50, 4000)))
+def test_clients_send_the_next_request_a_pause_after_an_answer(
+    pair: Pair, routing: tuple[Routing, Routing], clients: int, pause_ns: int
+) -> None:
+    closed = with_clients(pair, clients, pause_ns)
+    compare(closed, routing=routing)
+    outcome = closed.run("kernel", routing=routing)
+    arrivals, answers = outcome.arrival_ns, np.sort(outcome.finish_ns)
+    first = min(clients, len(arrivals))
+    assert arrivals.tolist() == [0] * first + (answers[: len(arrivals) - first] + pause_ns).tolist()
+    limit = Stop(metric="whole", kind="count", limit_ns=int((outcome.finish_ns - arrivals).max()) - 1)
+    assert all(closed.run(one, routing=routing, stops=[limit]).stopped for one in IMPLEMENTATIONS)
+
+
 def passing(pair: Pair, seed: int) -> list[Stop]:
     """Limits about what a run reaches, some of which it passes."""
     rng, done = np.random.default_rng(seed), pair.run("reference")
@@ -652,10 +674,8 @@ def test_missing_keys_are_named_with_the_kind_of_instance() -> None:
         replay_case("pd", {"config": config, "trace": [[0, 5, 3]]})
 
 
-def test_a_closed_loop_pipelines_and_other_policies_are_refused() -> None:
+def test_pipelines_and_other_policies_are_refused() -> None:
     pair = alone()
-    with pytest.raises(UsageError, match="open arrivals, not a closed loop"):
-        replace(pair, trace=requests([(0, 5, 3)], 1)).run("reference")
     with pytest.raises(UsageError, match="the decode instances must be of one stage, one scheduler of the engine vllm"):
         replace(pair, decode=replace(pair.decode, laws=[*pair.decode.laws] * 2)).run("reference")
     with pytest.raises(UsageError, match="handover: read_ns must be from 0"):

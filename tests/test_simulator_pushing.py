@@ -135,6 +135,13 @@ def test_nothing_is_lost_and_everything_is_given_back(seed: int, monkeypatch: py
         assert starts == sorted(starts)
 
 
+def test_clients_send_their_next_requests_once_they_have_answers() -> None:
+    rows = [(0, 8, 4), (0, 4, 2), (0, 6, 3), (0, 3, 1)]
+    prefill, decode = pool(replicas=2), pool(replicas=2)
+    outcome = run_disaggregated(prefill, decode, LINK, requests(rows, 2, 50), log=True)
+    assert outcome.arrival_ns.tolist() == [0, 0, *(np.sort(outcome.finish_ns)[:2] + 50).tolist()]
+
+
 def test_what_can_never_have_room_is_refused_with_the_room_there_is() -> None:
     with pytest.raises(CapacityError, match=r"keeps room for 524 tokens, 512 of them .* its cache has 520"):
         run(pool(), pool(blocks=130), [(0, 8, 4)])

@@ -282,7 +282,8 @@ def run_disaggregated(
                                     caching and on the size of a block, and those of vllm sleep when there is nothing to
                                     run; those of sglang are simulated by the reference
     handover : Handover
-    trace : Trace                   open arrivals
+    trace : Trace                   open arrivals, or a closed loop of clients, whose next requests go through the
+                                    routers once they have an answer
     routing : how an instance of either side is found: of the first for a request that comes, of the second when its
               prompt is computed, as loads are then
     log : bool                      keep every batch
@@ -305,8 +306,6 @@ def run_disaggregated(
             decode.settings.max_model_len,
             lambda coming, _: run_disaggregated(prefill, decode, handover, coming, **asked_of),
         )
-    if trace.concurrency is not None:
-        raise UsageError("prefill and decode instances take open arrivals, not a closed loop of clients")
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
         plain = pool.ranks is None and not pool.settings.kv_groups and pool.settings.speculation is None

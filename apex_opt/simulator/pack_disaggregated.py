@@ -76,6 +76,8 @@ def _twice(trace: Trace) -> Trace:
         content=content,
         content_starts=starts,
         max_new_tokens=None,
+        concurrency=None,
+        pause_ns=0,
         session=None,
         priority=None,
         delay_ns=None,
@@ -107,7 +109,8 @@ class _Instances(Memory):
         room: Room | None,
     ) -> None:
         n = len(trace)
-        in_turn = all(share.places is None and not share.routed for share in sides)
+        closed = trace.concurrency is not None
+        in_turn = not closed and all(share.places is None and not share.routed for share in sides)
         holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
         super().__init__([prefill, decode], _twice(trace), (), *limits, room, holding)
         self.run.control[kn.HANDED] = n
@@ -119,6 +122,7 @@ class _Instances(Memory):
         facts[[kn.REQUESTS, kn.PREFILLS, kn.DECODES]] = n, prefill.replicas, decode.replicas
         facts[[kn.PROXY_NS, kn.READ_NS, kn.BLOCK_NS]] = handover.proxy_ns, handover.read_ns, handover.block_ns
         facts[[kn.NOTICE_NS, kn.IN_TURN]] = handover.notice_ns, handover.in_turn
+        facts[[kn.KNOWN_TO_COME, kn.CLIENT_NS]] = min(trace.concurrency or n, n), trace.pause_ns
         instances = np.zeros((len(self._replicas), kn.INSTANCE_SIZE), np.int64)
         instances[:, [kn.FIRST_END, kn.LAST_END]] = kn.NONE
         instances[:, kn.SOONEST] = kn.NEVER
@@ -152,7 +156,7 @@ class _Instances(Memory):
         base = {field.name: getattr(found, field.name) for field in fields(Outcome)}
         blocks = np.repeat([pool.blocks for pool in self._pools], [pool.replicas for pool in self._pools])
         base |= {
-            "arrival_ns": self._asked.arrival_ns,
+            "arrival_ns": self._asked.arrival_ns if self._routers is None else passages[kn.CAME],
             "first_token_ns": found.first_token_ns[n:],
             "finish_ns": found.finish_ns[n:],
             "steps": found.steps

@@ -36,6 +36,7 @@ from apex_opt.simulator.kernel.state import (
     BLOCK_SIZE,
     BLOCKS,
     CACHED,
+    CLIENT_NS,
     COMPUTED,
     DECODE_OF,
     DECODES,
@@ -56,6 +57,7 @@ from apex_opt.simulator.kernel.state import (
     HOLDS,
     IN_TURN,
     INSTANCE_SIZE,
+    KNOWN_TO_COME,
     LAST_END,
     LINK_FREE,
     MAX_SEQS,
@@ -161,6 +163,8 @@ def turn_nb(run: Run, cache: Cache | None, links: Links, routers: Routers | None
         forward_nb(run, links, routers, r, oldest)
     if routers is not None and r[ENDED] > ended:
         pull_nb(run, links, routers, r[HOLDS], r[NOW])
+        if r[HOLDS] == 0:
+            send_next_nb(run, links, r[ENDED] - ended, r[NOW])
     if x[EXECUTED] == 0 and unfinished_nb(run, x, r):
         r[NOW] += r[SLEEP_NS]
     hear_nb(run, cache, links, instance, oldest)
@@ -346,6 +350,15 @@ def forward_nb(run: Run, links: Links, routers: Routers | None, r: I64, batch: i
         else:
             passage_nb(links, DECODE_OF)[i] = WAITS_AT_ROUTER
             route_nb(run, links, routers, 0, answer, turn, now)
+
+
+@inner
+def send_next_nb(run: Run, links: Links, answers: int, now: int) -> None:
+    """Clients that have an answer send the next requests, as long as there are some."""
+    facts = links.facts
+    for _ in range(min(answers, facts[REQUESTS] - facts[KNOWN_TO_COME])):
+        column_nb(run, ARRIVAL)[facts[KNOWN_TO_COME]] = now + facts[CLIENT_NS]
+        facts[KNOWN_TO_COME] += 1
 
 
 @inner

@@ -270,8 +270,22 @@ NOTHING = 0
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range(6)
 
 # `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
-# instance follow each other; prompts that have been handed over.
-REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FORWARDED, FACTS_SIZE = range(10)
+# instance follow each other; prompts that have been handed over; those that it is known of when they come, and from an
+# answer to the next request of the same client.
+(
+    REQUESTS,
+    PREFILLS,
+    DECODES,
+    PROXY_NS,
+    READ_NS,
+    BLOCK_NS,
+    NOTICE_NS,
+    IN_TURN,
+    FORWARDED,
+    KNOWN_TO_COME,
+    CLIENT_NS,
+    FACTS_SIZE,
+) = range(12)
 
 # Columns of `Links.instances`: when it acts next; whether it awaits its oldest batch, and whether its turn executed
 # something; until when requests have been received; when its link is free; its line of ends of reads, how many of
@@ -295,6 +309,6 @@ REQUESTS, PREFILLS, DECODES, PROXY_NS, READ_NS, BLOCK_NS, NOTICE_NS, IN_TURN, FO
 END_AT, SEEN, NEXT_END, END_SIZE = range(4)
 HEARD = -2
 
-# Columns of `Links.passages`: the instances, and the read.
-PREFILL_OF, DECODE_OF, READ_START, READ_END, READ_BLOCKS, PASSAGE_SIZE = range(6)
+# Columns of `Links.passages`: the instances, the read, and when the request came to a router.
+PREFILL_OF, DECODE_OF, READ_START, READ_END, READ_BLOCKS, CAME, PASSAGE_SIZE = range(7)
 WAITS_AT_ROUTER = -2

@@ -62,7 +62,7 @@ def run(
     tokens = [b - a for s in answers for a, b in pairwise(s.token_ns)]
     blocks = np.repeat([prefill.blocks, decode.blocks], [prefill.replicas, decode.replicas])
     found = DisaggregatedOutcome(
-        arrival_ns=trace.arrival_ns,
+        arrival_ns=np.array(deployment.coming.came, np.int64),
         first_token_ns=np.array([s.token_ns[0] for s in answers], np.int64),
         finish_ns=np.array([s.answered_ns for s in answers], np.int64),
         preemptions=sum(pool.preemptions for pool in pools),

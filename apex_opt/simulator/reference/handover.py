@@ -13,7 +13,7 @@ from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference.engine import Engine
 from apex_opt.simulator.reference.loop import next_due, sequences_of
 from apex_opt.simulator.reference.schedulers import VllmScheduler
-from apex_opt.simulator.reference.sides import Side
+from apex_opt.simulator.reference.sides import Coming, Side
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,7 +192,7 @@ class Deployment:
         self.sides = Side(self.prefill, routers[0]), Side(self.decode, routers[1])
         self.reads = [(0, 0, 0)] * len(trace)  # start, end and blocks of each
         self._link_free = [0] * len(self.prefill)
-        self._arrivals = deque(zip(trace.arrival_ns.tolist(), self.prompts, strict=True))
+        self.coming = Coming(trace)
 
     def serve(self) -> None:
         """Of events at one time arrivals are first, then prefill instances, then decode instances."""
@@ -200,9 +200,8 @@ class Deployment:
         instances = [*self.prefill, *self.decode]
         while True:
             due = next_due(instances)
-            if self._arrivals and (due is None or self._arrivals[0][0] <= due[0]):
-                at_ns, prompt = self._arrivals.popleft()
-                first.send(prompt, at_ns, 0)
+            if (at := self.coming.by(due and due[0])) is not None:
+                first.send(self.prompts[len(self.coming.came) - 1], at, 0)
             elif due is not None:
                 at_ns, instance = due
                 answered = instance.turn(at_ns)
@@ -213,6 +212,8 @@ class Deployment:
                     first.pull(at_ns, 0)
                 elif answered:
                     then.pull(at_ns, self.handover.proxy_ns)
+                    for _ in answered:
+                        self.coming.answered(at_ns)
             else:
                 return
 

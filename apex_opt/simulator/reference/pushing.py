@@ -20,7 +20,7 @@ from apex_opt.engines.schedulers import RESERVED
 from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference.loop import next_due, sequences_of
 from apex_opt.simulator.reference.sglang import CLIP, SglangEngine, SglangScheduler
-from apex_opt.simulator.reference.sides import Side
+from apex_opt.simulator.reference.sides import Coming, Side
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -219,22 +219,22 @@ class ReceivingInstance(Instance):
 
     def __init__(self, pool: EnginePool, *, log: bool) -> None:
         super().__init__(pool, ReceivingScheduler, log=log)
+        self._at_once: list[Sequence] = []  # answered when they began, in the last turn
 
     def take(self, sequence: Sequence) -> None:
         self.scheduler.expected.append(sequence)
 
     def turn(self, now_ns: int) -> list[Sequence]:
         answered = super().turn(now_ns)
-        at_once = [sequence for sequence in self.scheduler.began if sequence.finished]
-        if at_once:
+        if self._at_once:
             self.idle = False  # the loop goes round again, and finds what they gave back
-        return [*at_once, *answered]
+        return [*self._at_once, *answered]
 
     def launch(self) -> Batch:
         self.scheduler.begin(self.now)
-        for sequence in self.scheduler.began:
-            if sequence.finished:
-                sequence.answered_ns = self.now
+        self._at_once = [sequence for sequence in self.scheduler.began if sequence.finished]
+        for sequence in self._at_once:
+            sequence.answered_ns = self.now
         return super().launch()
 
 
@@ -259,17 +259,16 @@ class Deployment:
         self.sides: tuple[Side, Side] = Side(self.prefill, routers[0]), Side(self.decode, routers[1])
         self.reads = [(0, 0, 0)] * len(trace)  # of what is sent: its end less what it takes, its end, blocks
         self._link_free = [0] * len(self.prefill)
-        self._arrivals = deque(trace.arrival_ns.tolist())
+        self.coming = Coming(trace)
 
     def serve(self) -> None:
         """Of events at one time arrivals are first, then prefill instances, then decode instances."""
-        instances, sent = [*self.prefill, *self.decode], 0
+        instances = [*self.prefill, *self.decode]
         while True:
             due = next_due(instances)
-            if sent < len(self.prompts) and (due is None or self._arrivals[sent] <= due[0]):
+            if (at := self.coming.by(due and due[0])) is not None:
                 for side, sequences in zip(self.sides, (self.prompts, self.answers), strict=True):
-                    side.send(sequences[sent], self._arrivals[sent], 0)
-                sent += 1
+                    side.send(sequences[len(self.coming.came) - 1], at, 0)
             elif due is not None:
                 at_ns, instance = due
                 answered = instance.turn(at_ns)
@@ -277,6 +276,9 @@ class Deployment:
                     self.push(instance)
                 elif isinstance(instance, ReceivingInstance):
                     self.grant(instance, at_ns)
+                    for sequence in answered:
+                        assert sequence.answered_ns is not None
+                        self.coming.answered(sequence.answered_ns)
                 if answered:
                     self.sides[isinstance(instance, ReceivingInstance)].pull(at_ns, 0)
             else:

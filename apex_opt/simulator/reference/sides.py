@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,36 @@ if TYPE_CHECKING:
     from apex_opt.simulator.reference.engine import Engine
     from apex_opt.simulator.reference.router import Router
     from apex_opt.simulator.reference.sequence import Sequence
+    from apex_opt.workload.trace import Trace
+
+
+class Coming:
+    """Requests in the order in which they come: on their own, or from clients, each a pause after an answer.
+
+    Parameters
+    ----------
+    trace : Trace
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._pause_ns, closed = trace.pause_ns, trace.concurrency is not None
+        self._times: list[int] = [0] * min(trace.concurrency or 0, len(trace)) if closed else trace.arrival_ns.tolist()
+        heapq.heapify(self._times)
+        self._left = len(trace) - len(self._times)
+        self.came: list[int] = []  # when each came
+
+    def by(self, due_ns: int | None) -> int | None:
+        """When the next request comes, if it comes before anybody is due or at that time."""
+        if not self._times or (due_ns is not None and self._times[0] > due_ns):
+            return None
+        self.came.append(heapq.heappop(self._times))
+        return self.came[-1]
+
+    def answered(self, at_ns: int) -> None:
+        """A client has an answer."""
+        if self._left:
+            self._left -= 1
+            heapq.heappush(self._times, at_ns + self._pause_ns)
 
 
 class Side:
