@@ -227,7 +227,7 @@ def test_kernel_equals_reference_on_many_deployments(pair: Pair) -> None:
 ROUTED = st.tuples(st.sampled_from(ROUTINGS), st.sampled_from([name for name in ROUTINGS if name != "vllm_dp"]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(pairs(), ROUTED)
 def test_kernel_equals_reference_behind_routers(pair: Pair, routing: tuple[Routing, Routing]) -> None:
     compare(pair, routing=routing)

@@ -128,6 +128,17 @@ class Instance(Engine):
         self._seen: deque[list[Sequence]] = deque()  # what they saw at the launch of each batch in flight
         self._awaits = False  # the oldest batch
         self._executed = False
+        self._received_ns = 0  # when requests were received last
+
+    def receive(self, now_ns: int) -> None:
+        super().receive(now_ns)
+        self._received_ns = now_ns
+
+    def add(self, sequence: Sequence, at_ns: int) -> None:
+        """Send a request, which waits at once where it comes at the time of the last turn."""
+        super().add(sequence, at_ns)
+        while self.arrivals and self.arrivals[0].arrival_ns <= self._received_ns:
+            self.scheduler.waiting.append(self.arrivals.popleft())
 
     def see(self, sequence: Sequence, at_ns: int) -> None:
         """The workers can see from `at_ns` on that a read has ended."""
