@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from cli_cases import run as cli
 from test_measured_fit import BEFORE, RUNS, measured_with, quiet
 
 from apex_opt.cost.engine import load_engine
@@ -59,6 +61,39 @@ def test_a_calibrated_engine_is_a_file_that_is_read_like_any_other(tmp_path: Pat
     assert kind.name == "my.toml" and kind.rules is load_kind("vllm").rules
     assert load_engine(str(path)).request_s == pytest.approx(found.after.request_s, rel=1e-4)
     assert "request_us" in calibration_page(to_plain(document))
+    expected = {name: row for name, *row in load_engine(str(path)).expected or ()}
+    runs, low, middle, high = expected["ttft_mean"]
+    assert runs == len(RUNS) and low < middle < high
+    assert middle == pytest.approx(1, abs=0.05)
+    words = (
+        "simulate",
+        "--plan=tp1",
+        "--model=llama-3.1-8b",
+        "--trace=static:n=2,prompt=16,output=2",
+        "--cluster=1xh200",
+    )
+    figures = json.loads(cli(*words, f"--engine={path}", "--format=json").out)["expected"]
+    of = [one["of"] for one in figures]
+    assert of[0] == of[1] == f"{path}, loads that were left out when it was calibrated"
+    assert figures[0]["low"] == pytest.approx(min(low, 1) * figures[0]["predicted"], rel=1e-3)
+    assert of[3].startswith("vllm, ")  # energies hang on the board
+
+
+def test_a_single_load_is_told_to_be_extrapolated_from_and_leaves_errors_unknown(tmp_path: Path) -> None:
+    (run,) = measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s), RUNS[:1])
+    document = calibration_document(calibrate([run], "vllm", quiet), "vllm", None)
+    assert "One load tells of no other" in calibration_page(to_plain(document))
+    path = tmp_path / "my.toml"
+    path.write_text(document.engine_toml)
+    words = (
+        "simulate",
+        "--plan=tp1",
+        "--model=llama-3.1-8b",
+        "--trace=static:n=2,prompt=16,output=2",
+        "--cluster=1xh200",
+    )
+    figures = json.loads(cli(*words, f"--engine={path}", "--format=json").out)["expected"]
+    assert [one["of"] for one in figures[:3]] == [f"{path} was not calibrated on several loads"] * 3
 
 
 @pytest.mark.parametrize(
@@ -71,6 +106,15 @@ def test_a_calibrated_engine_is_a_file_that_is_read_like_any_other(tmp_path: Pat
         ('like = "vllm"\nscheduler = "static"\n[own_time]\nstep_us = 1', "'scheduler'"),
         ('like = "vllm"', "own_time"),
         ("own_time = 3", "like = None"),
+        ('like = "vllm"\nexpected = 3\n[own_time]\nstep_us = 1', "expected must be a table"),
+        (
+            'like = "vllm"\n[own_time]\nstep_us = 1\n[expected]\nttft_mean = {runs = 1, low = 1, middle = 1, high = 1}',
+            "expected.ttft_mean must have runs",
+        ),
+        (
+            'like = "vllm"\n[own_time]\nstep_us = 1\n[expected]\nttft_mean = {runs = 3, low = 2, middle = 1, high = 1}',
+            "rising numbers above 0",
+        ),
     ],
 )
 def test_an_engine_file_with_faults_is_refused_in_one_line(text: str, said: str, tmp_path: Path) -> None:

@@ -9,11 +9,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from cli_cases import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_measured_fit import BEFORE, RUNS, measured_with
 
 from apex_opt.ir import load_model
 from apex_opt.measured.compare import Predictor
-from apex_opt.measured.expected import FIGURES, LEAST_ROWS, TABLE, Kind, expected, load_kind_of, made, model_kind
+from apex_opt.measured.expected import (
+    DOUBTFUL,
+    FIGURES,
+    HELD,
+    LEAST_ROWS,
+    TABLE,
+    Expected,
+    Kind,
+    doubtful,
+    expected,
+    honest,
+    load_kind_of,
+    made,
+    model_kind,
+    of_few,
+)
 from apex_opt.measured.runs import judged_by
 
 if TYPE_CHECKING:
@@ -22,34 +39,77 @@ if TYPE_CHECKING:
 HERE = Kind("vllm", "h200-sxm-141gb", "dense", "light")
 
 
-def test_a_table_has_the_percentiles_of_predicted_over_measured(tmp_path: Path) -> None:
-    judged, kept = (next(name for name in map(str, range(99)) if judged_by(name) is its) for its in (True, False))
-    runs = [replace(run, sweep=sweep) for run in measured_with(BEFORE) for sweep in (judged, judged, kept)]
+HEAD = "engine,gpu,model,load,figure,rows,sweeps,low,middle,high,held\n"
+
+
+def test_a_table_has_what_was_measured_over_what_was_predicted_of_judged_runs(tmp_path: Path) -> None:
+    judged = [name for name in map(str, range(99)) if judged_by(name)][:3]
+    kept = next(name for name in map(str, range(99)) if not judged_by(name))
+    runs = [replace(run, sweep=sweep) for run in measured_with(BEFORE) for sweep in (*judged, kept)]
     comparisons = Predictor().compare(runs, lambda what, done, total: None)
     path = tmp_path / "x.csv"
     path.write_text(made(comparisons))
     found = expected(Kind("vllm", "h200-sxm-141gb", "dense", ""), "ttft_mean", path)
-    assert found is not None and found.rows == 2 * len(RUNS)
-    assert (found.p10, found.p50, found.p90) == pytest.approx((1, 1, 1), abs=1e-3)
+    assert found is not None and found.rows == 3 * len(RUNS)
+    assert (found.low, found.middle, found.high) == pytest.approx((1, 1, 1), abs=1e-3)
 
 
-def test_the_nearest_kind_with_enough_runs_is_taken_and_told(tmp_path: Path) -> None:
+def test_the_nearest_kind_with_enough_runs_that_hold_is_taken_and_told(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    head = "engine,gpu,model,load,figure,rows,p10,p50,p90\n"
     few, many = LEAST_ROWS - 1, LEAST_ROWS
     path.write_text(
-        f"{head}vllm,h200-sxm-141gb,dense,light,ttft_mean,{few},0.5,1,2\n"
-        f"vllm,h200-sxm-141gb,dense,,ttft_mean,{few},0.5,1,2\n"
-        f"vllm,,dense,light,ttft_mean,{many},0.8,1,1.25\n"
-        f"vllm,,,,ttft_mean,{many},0.1,1,9\n"
+        f"{HEAD}vllm,h200-sxm-141gb,dense,light,ttft_mean,{few},3,0.5,1,2,0.9\n"
+        f"vllm,h200-sxm-141gb,dense,,ttft_mean,{many},2,0.5,1,2,{HELD - 0.01}\n"
+        f"vllm,,dense,light,ttft_mean,{many},3,0.8,1,1.25,{HELD}\n"
+        f"vllm,,,,ttft_mean,{many},3,0.1,1,9,0.9\n"
     )
     found = expected(HERE, "ttft_mean", path)
     assert found is not None and not found.nearest
-    assert found.kind == Kind("vllm", "", "dense", "light")
+    assert found.of == str(Kind("vllm", "", "dense", "light"))
     assert found.interval(1.0) == pytest.approx((0.8, 1.25))
     assert found.share == pytest.approx(0.25)
+    assert (found.above, found.below) == pytest.approx((0.25, 0.2))
     assert expected(HERE, "energy", path) is None
     assert expected(Kind("sglang", "h200-sxm-141gb", "dense", "light"), "ttft_mean", path) is None
+
+
+def test_a_prediction_lies_within_its_own_interval_however_it_was_off() -> None:
+    assert Expected("it", True, 9, 1.1, 1.2, 1.5).interval(10.0) == pytest.approx((10, 15))
+    assert Expected("it", True, 9, 0.5, 0.6, 0.9).interval(10.0) == pytest.approx((5, 10))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.floats(0.02, 0.6), st.floats(0.0, 0.5))
+def test_an_interval_holds_eight_of_ten_runs_of_sweeps_that_it_was_not_made_of(
+    seed: int, within: float, between: float
+) -> None:
+    rng = np.random.default_rng(seed)
+
+    def sweeps(count: int) -> dict[str, list[float]]:
+        offs = rng.normal(0.1, between, count)
+        return {str(i): np.exp(rng.normal(off, within, 6)).tolist() for i, off in enumerate(offs)}
+
+    low, high, held = honest(sweeps(40))
+    others = [ratio for some in sweeps(400).values() for ratio in some]
+    assert held >= HELD
+    assert np.mean([low <= ratio <= high for ratio in others]) > HELD - 0.13
+
+
+def test_few_runs_of_a_calibration_give_a_wide_interval() -> None:
+    low, middle, high = of_few([0.9, 1.1])
+    assert middle == pytest.approx(0.99**0.5)
+    assert high / low > 2.5
+    narrow = of_few([1.0] * 20)
+    assert narrow[2] / narrow[0] == pytest.approx(1 + 2 * 0.01 * 1.328, rel=0.02)
+
+
+def test_a_gpu_whose_runs_were_far_off_is_doubtful(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"{HEAD},mine,,,ttft_mean,3,3,2,{DOUBTFUL + 0.1},9,0.6\n,yours,,,ttft_mean,3,3,0.9,1,2,0.6\n")
+    assert doubtful("mine", "ttft_mean", path) == (3, pytest.approx(DOUBTFUL + 0.1))
+    assert doubtful("yours", "ttft_mean", path) is None
+    assert doubtful("nobodys", "ttft_mean", path) is None
+    assert doubtful("gb200-nvl72-185gb", "ttft_mean") is not None
 
 
 def test_kinds_of_models_and_loads() -> None:
@@ -61,9 +121,10 @@ def test_kinds_of_models_and_loads() -> None:
 def test_the_table_that_ships_is_in_order() -> None:
     lines = [line.split(",") for line in TABLE.read_text().splitlines()[1:]]
     assert {line[4] for line in lines} == set(FIGURES)
-    for *_, rows, p10, p50, p90 in lines:
-        assert int(rows) > 0
-        assert 0 < float(p10) <= float(p50) <= float(p90) < np.inf
+    for *_, rows, sweeps, low, middle, high, held in lines:
+        assert 0 < int(sweeps) <= int(rows)
+        assert 0 < float(low) <= float(middle) <= float(high) < np.inf
+        assert 0 <= float(held) <= 1
 
 
 def test_an_answer_has_its_intervals_or_says_that_nothing_was_measured() -> None:
@@ -73,3 +134,26 @@ def test_an_answer_has_its_intervals_or_says_that_nothing_was_measured() -> None
     assert all(one["low"] < one["high"] and one["rows"] >= LEAST_ROWS for one in figures)
     figures = json.loads(run(*words, "--cluster=1xh200-sxm", "--engine=static", "--runnable=any").out)["expected"]
     assert all(one["low"] is None and one["of"] == "nothing comparable was measured" for one in figures)
+
+
+def test_a_goal_that_is_met_by_less_than_the_expected_error_is_told() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=2,prompt=16,output=2", "--format=json")
+    mean = json.loads(run(*words, "--cluster=1xh200-sxm").out)["best"]["metrics"]["tpot_s"]["mean"]
+    goals = f"--slo=tpot_mean<={1010 * mean:.6f}ms,ttft_mean<=9s"
+    document = json.loads(run(*words, "--cluster=1xh200-sxm", goals).out)
+    (near,) = document["near_goals"]
+    assert near["goal"].startswith("tpot_mean") and near["margin"] == pytest.approx(0.01, abs=1e-3)
+    assert near["error"] > near["margin"]
+    page = run(*words[:-1], "--cluster=1xh200-sxm", goals).out
+    assert "is met by 1.0%, less than the expected error of its figure, " in page
+
+
+def test_answers_on_a_gpu_whose_runs_were_far_off_are_called_a_guess() -> None:
+    words = (
+        "simulate",
+        "--plan=tp1",
+        "--model=llama-3.1-8b",
+        "--trace=static:n=2,prompt=16,output=2",
+        "--cluster=gb200",
+    )
+    assert "on gb200-nvl72-185gb had TTFT " in run(*words).out

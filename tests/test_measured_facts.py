@@ -8,7 +8,7 @@ import pytest
 
 from apex_opt.errors import InputError
 from apex_opt.measured.deployments import started
-from apex_opt.measured.facts import Labels, Load, read_facts, valued
+from apex_opt.measured.facts import SHIPPED, Labels, Load, read_facts, valued
 from apex_opt.measured.names import find_model
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def test_texts_come_to_numbers_under_a_load(text: str, load: Load, value: float 
 
 @pytest.mark.parametrize("text", ["a lot", "C**9", "__import__('os')", "C/0", "ISL if C else 1"])
 def test_what_is_no_sum_is_an_error_that_names_it(text: str) -> None:
-    with pytest.raises(InputError, match="is no number and no sum of C, ISL and OSL"):
+    with pytest.raises(InputError, match="is no number and no sum of C, K, ISL and OSL"):
         valued(text, LOAD)
 
 
@@ -108,3 +108,32 @@ def test_degrees_that_cannot_be_are_refused_with_their_line(tmp_path: Path, cell
     (tmp_path / "relabel_x.csv").write_text(f"id,clients,tp,dp,moe_tp,moe_ep\nrow,{cell},8,1,1,\n")
     with pytest.raises(InputError, match=f"relabel_x.csv: line 2: .*{said}"):
         read_facts(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("families_x.csv", "id,family\nrow,nobodys\n", r"families_x.csv: line 2: family 'nobodys' is none of "),
+        (
+            "set_aside_x.csv",
+            "id,reason,metric\nrow,cold,latency\n",
+            r"set_aside_x.csv: line 2: metric 'latency' must be one of ttft, tpot, both",
+        ),
+    ],
+)
+def test_a_family_or_a_metric_that_there_is_none_of_is_refused_with_its_line(
+    tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_facts(tmp_path / "rows.csv")
+
+
+def test_a_faulty_expression_is_told_with_the_place_of_its_line(tmp_path: Path) -> None:
+    shipped = SHIPPED.read_text().splitlines()
+    columns = shipped[0].split(",")
+    cells = dict.fromkeys(columns, "") | {"family": "mine", "engine": "vllm", "max_num_seqs": "C**2"}
+    (tmp_path / "deployments.csv").write_text(f"{shipped[0]}\n{','.join(cells[name] for name in columns)}\n")
+    family = read_facts(tmp_path / "rows.csv").families["mine"]
+    with pytest.raises(InputError, match=r"deployments.csv: line 2: max_num_seqs: 'C\*\*2' is no number"):
+        family.number("max_num_seqs", LOAD)

@@ -197,10 +197,28 @@ def test_a_launch_floor_of_a_collection_is_exposed_by_another_engines_table(
     assert (told in profile.provenance["gemm bf16"]) != believed
 
 
-def test_the_faster_of_two_ways_to_scale_a_format_is_taken(tmp_path: Path) -> None:
+def test_a_slow_kernel_that_two_collections_agree_on_is_believed(tmp_path: Path) -> None:
+    for engine, factor in (("vllm", 1.5), ("sglang", 1.6), ("trtllm", 1.0)):
+        write_source(tmp_path, f"one/{engine}-1", {"gemm": GEMM + gemm_rows(factor)}, engine)
+    profile = profile_of(tmp_path, "one")
+    assert profile.gemm_time_s("bf16", 64, 4096, 4096) == pytest.approx(1.5 * 26.4e-6)
+    assert "slower" not in profile.provenance["gemm bf16"]
+
+
+def test_scales_are_by_row_or_by_block_as_the_checkpoint_has_them(tmp_path: Path) -> None:
     table = GEMM + gemm_rows(1.0, "float8") + gemm_rows(0.9, "fp8_block")
     write_source(tmp_path, "one/vllm-1", {"gemm": table}, "vllm")
-    assert profile_of(tmp_path, "one").gemm_time_s("fp8", 64, 4096, 4096) == pytest.approx(0.9 * 26.4e-6)
+    profile = profile_of(tmp_path, "one")
+    assert profile.gemm_time_s("fp8", 64, 4096, 4096) == pytest.approx(26.4e-6)
+    assert profile.gemm_time_s("fp8", 64, 4096, 4096, by_block=True) == pytest.approx(0.9 * 26.4e-6)
+
+
+def test_kernels_of_the_engine_come_before_the_way_that_a_checkpoint_is_scaled(tmp_path: Path) -> None:
+    write_source(tmp_path, "one/vllm-1", {"gemm": GEMM + gemm_rows(1.0, "fp8_block")}, "vllm")
+    write_source(tmp_path, "one/sglang-1", {"gemm": GEMM + gemm_rows(2.0, "float8")}, "sglang")
+    own, other = (profile_of(tmp_path, "one", engine) for engine in ("vllm", "trtllm"))
+    assert own.gemm_time_s("fp8", 64, 4096, 4096) == pytest.approx(26.4e-6)
+    assert other.gemm_time_s("fp8", 64, 4096, 4096) == pytest.approx(2 * 26.4e-6)
 
 
 def test_only_our_own_narrow_products_need_a_kernel_that_narrows_their_input(tmp_path: Path) -> None:

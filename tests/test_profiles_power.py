@@ -85,6 +85,30 @@ def test_shipped_coefficients_explain_measured_energies_about_as_well_as_the_bes
     assert np.median(np.abs(errors)) < np.median(np.abs(best)) + 0.05
 
 
+def test_noise_does_not_make_the_fit_too_low() -> None:
+    rng = np.random.default_rng(5)
+    time = rng.uniform(1e-5, 1e-3, 2000)
+    work = rng.uniform(0, 1, (2000, 3)) * time[:, None] * WORK
+    energy = (100 + 50) * time + work @ np.array([3e-13, 2e-13, 5e-11])
+    _, errors = fit_power(time, work, energy * np.exp(rng.normal(0, 0.4, 2000)), 100.0, 1e5)
+    assert abs(np.median(errors)) < 0.03
+
+
+def test_a_kernel_that_waits_for_others_draws_more_than_rest_and_less_than_the_limit() -> None:
+    for name in list_gpus():
+        power = load_profile(load_cluster(name).gpu).power
+        assert max(power.active_w, 0.1 * power.limit_w) <= power.spin_w < power.limit_w - power.idle_w
+
+
+def test_prompt_attention_of_b200_which_was_not_fitted_comes_out_in_the_middle() -> None:
+    source = load_source(ROOT / "b200-sxm/vllm-0.22.0-power")
+    power = source.card.power
+    assert power is not None
+    time, work, energy = source.energies(("attention_prefill",))
+    told = power.joules(time, work, source.card.idle_w, source.card.tdp_w) / np.minimum(energy, 1000 * time) - 1
+    assert abs(np.median(told)) < 0.1
+
+
 def test_power_lies_between_idle_and_limit_on_every_accelerator() -> None:
     for name in list_gpus():
         gpu = load_cluster(name).gpu

@@ -316,6 +316,9 @@ def test_a_power_table_is_read_in_joules_and_may_hold_zeros(tmp_path: Path) -> N
     assert (power.active_w, power.joule_per_flop_narrow) == (250, 0)
     assert (power.joule_per_flop_half, power.joule_per_byte) == pytest.approx((0.6e-12, 46e-12))
     assert power.source == "fitted on something"
+    assert power.spin_w is None
+    spun = read_card(with_power(tmp_path, spin_w="91")).power
+    assert spun is not None and spun.spin_w == 91
     (tmp_path / "card.toml").write_text((tmp_path / "card.toml").read_text().replace("[power]", "[tables.power]"))
     with pytest.raises(InputError, match=r"tables\.power is not a known field"):
         read_card(tmp_path)
@@ -330,6 +333,7 @@ def test_a_power_table_is_read_in_joules_and_may_hold_zeros(tmp_path: Path) -> N
         ({"pj_per_flop": '"0.6"'}, "power.pj_per_flop = '0.6' must be a number"),
         ({"pj_per_flop": "inf"}, "power.pj_per_flop = inf must be"),
         ({"joule_per_flop": "1"}, "power.joule_per_flop is not a known field"),
+        ({"spin_w": "-1"}, "power.spin_w = -1 must be from 0"),
         ({"active_w": "-1", "pj_per_byte": None}, "power.active_w = -1 must be from 0"),
     ],
 )

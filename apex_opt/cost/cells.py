@@ -46,7 +46,10 @@ _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads
 
 
 class Operations(Exchanges):
-    """Operations on one kind of GPU within one cluster; work is per number of tokens, for all entries of `tables`."""
+    """Operations on one kind of GPU within one cluster; work is per number of tokens, for all entries of `tables`.
+
+    `by_block` says that fp8 weights have a scale for each block.
+    """
 
     def __init__(
         self,
@@ -57,9 +60,11 @@ class Operations(Exchanges):
         fused: tuple[str, ...] = (),
         held: Held = PLAIN,
         gap_s: float = 0.0,
+        by_block: bool = False,
     ) -> None:
         super().__init__(tables, profile, collectives, held)
         self.gap_s = gap_s
+        self.by_block = by_block
         self.routing = routing
         self.fused = frozenset(fused)
         self.half = profile.gpu.half_dtype
@@ -71,7 +76,7 @@ class Operations(Exchanges):
     def _gemm(self, name: str, n: int, k: int) -> Work:
         """out[m, n] = in[m, k] x weights, in a number format."""
         kernel, m = self.profile.kernel(name), self.tables.tokens
-        seconds = self.profile.gemm_time_s(name, m, n, k, fused="quantise" in self.fused)
+        seconds = self.profile.gemm_time_s(name, m, n, k, fused="quantise" in self.fused, by_block=self.by_block)
         flops, moved = gemm_work(m, n, k, kernel.input_bytes, kernel.weight_bytes)
         return Work.of(self.power, seconds, flops, moved, kernel.peak)
 
@@ -174,7 +179,9 @@ class Operations(Exchanges):
     def over(self, tokens: Ints) -> Operations:
         """The same operations over other numbers of tokens, of which nothing else is made."""
         tables, fused = replace(self.tables, tokens=tokens), tuple(self.fused)
-        own = Operations(tables, self.profile, self.collectives, self.routing, fused, self.held, self.gap_s)
+        own = Operations(
+            tables, self.profile, self.collectives, self.routing, fused, self.held, self.gap_s, self.by_block
+        )
         own.called = self.called
         return own
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines.kinds import DATA, load_kind
@@ -59,6 +59,8 @@ class EngineOverhead:
                                their launch does not; "quantise" where inputs of narrow products are written narrow
     kernels : str              engine whose kernel tables are preferred, of `TABLE_ENGINES`
     source : str
+    expected : tuple or None   of an engine file: figure, runs, and measured over predicted, low, middle and high; None
+                               of a shipped engine
     """
 
     name: str
@@ -76,6 +78,7 @@ class EngineOverhead:
     fused: tuple[str, ...]
     kernels: str
     source: str
+    expected: tuple[tuple[str, int, float, float, float], ...] | None = None
 
     def __post_init__(self) -> None:
         for field in TIMES:
@@ -141,7 +144,8 @@ def load_engine(name: str, folder: Path = DATA) -> EngineOverhead:
     UnknownNameError    no such engine
     InputError          a file that cannot be read, or an entry with faults
     """
-    return EngineOverhead.of(name, load_kind(name, folder).own_time)
+    kind = load_kind(name, folder)
+    return replace(EngineOverhead.of(name, kind.own_time), expected=kind.expected)
 
 
 def _sizes(name: str, ranges: Any) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ class Exchanges:
         name = f"{time_s.__name__.removesuffix('_s')}/{'inter' if spread.nodes > 1 else 'intra'}"
         self.called[name] = over.provenance[name]
         sizes = self.tables.tokens * float(bytes_per_token)
-        return Work.waiting(self.power, time_s(over, sizes, ranks=ranks, nodes=spread.nodes))
+        return Work.spinning(self.power, time_s(over, sizes, ranks=ranks, nodes=spread.nodes))
 
     def _of_attention(self, copies: int) -> Place:
         """How attention copies take the tokens of a batch."""

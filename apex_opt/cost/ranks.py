@@ -165,7 +165,15 @@ class RankCosts:
                 tokens = -(-count * costs.tables.tokens // parts)
                 tables = Tables(tokens, costs.tables.sequences, costs.tables.padded)
                 fused = tuple(whole.fused)
-                made = Operations(tables, costs.profile, costs.collectives, whole.routing, fused, whole.held)
+                made = Operations(
+                    tables,
+                    costs.profile,
+                    costs.collectives,
+                    whole.routing,
+                    fused,
+                    whole.held,
+                    by_block=whole.by_block,
+                )
                 made.role, made.called = parts, whole.called
                 self._of_all[key] = made
             yield self._of_all[key]

@@ -104,7 +104,9 @@ class StageCosts:
         held = Held.of(settings.runnable, model, cluster.gpu)
         self.windows = windows_of(run.block.attention for run in model.runs)
         gap_s = 0.0 if cluster.gpu.overlapped_launch else overhead.gap_s
-        self.operations = Operations(self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s)
+        self.operations = Operations(
+            self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s, model.scaled_by_block
+        )
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         self.piece = lru_cache(maxsize=_KEPT)(_piece)

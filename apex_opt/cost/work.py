@@ -50,9 +50,18 @@ class Work:
 
     @classmethod
     def waiting(cls, power: PowerModel, seconds: Floats) -> Work:
-        """Time in which the device holds a kernel but neither computes nor reads: links, launches, the host."""
+        """Time in which the device waits for the host or for launches."""
+        return cls._at_rest(seconds, power.active_w)
+
+    @classmethod
+    def spinning(cls, power: PowerModel, seconds: Floats) -> Work:
+        """Time in which a kernel waits for other devices."""
+        return cls._at_rest(seconds, power.spin_w)
+
+    @classmethod
+    def _at_rest(cls, seconds: Floats, watts: float) -> Work:
         zero = np.zeros_like(seconds)
-        return cls(seconds=seconds, flops=zero, moved=zero, joules=power.active_w * seconds)
+        return cls(seconds=seconds, flops=zero, moved=zero, joules=watts * seconds)
 
     def at(self, index: NDArray[np.int64]) -> Work:
         """The table read at other entries."""

@@ -47,6 +47,8 @@ _FILE: Final = ".toml"
 _LONGEST_US: Final = 10_000_000
 _LONGEST_SOURCE: Final = 2_000
 _FAULTS: Final = 5
+_MOST_RUNS: Final = 100_000
+_FARTHEST: Final = 1e6
 _SWITCH: Final = {"true": True, "false": False}
 
 
@@ -83,6 +85,8 @@ class EngineKind:
     own_time : mapping         what kernels do not explain, as `apex_opt.cost.engine` reads it
     defaults : mapping         settings by name: those of `COMMON` and those of its scheduler
     handover : mapping         what it takes to hand a prompt from one pool to another; empty where that is not modelled
+    expected : tuple or None   of a user's file, the errors it was calibrated to: figure, runs, and measured over
+                               predicted, low, middle and high; None of a shipped engine
     """
 
     name: str
@@ -92,6 +96,7 @@ class EngineKind:
     own_time: Mapping[str, Any]
     defaults: Mapping[str, Default]
     handover: Mapping[str, Default]
+    expected: tuple[tuple[str, int, float, float, float], ...] | None = None
 
     def common(self, memory_bytes: float) -> dict[str, Any]:
         """The defaults of `COMMON`, on a GPU with so much memory."""
@@ -198,11 +203,14 @@ def engine_like(name: str) -> str:
 def _calibrated(path: Path, kinds: Mapping[str, EngineKind]) -> EngineKind:
     """The engine kind of a user's file: the one it is like, with times of its own.
 
-    It says `like` and, in `own_time`, times in microseconds and their source; nothing else is taken from it, as what
-    an engine can run and how it forms batches are not measured from outside.
+    It says `like`, in `own_time` times in microseconds and their source, and in `expected` how far figures were off
+    with them; nothing else is taken from it, as what an engine can run and how it forms batches are not measured from
+    outside.
     """
     table = read_toml(path, "engine")
-    faults = [f"there is no {key!r:.40} in it" for key in table if key not in ("like", "own_time")]
+    faults = [f"there is no {key!r:.40} in it" for key in table if key not in ("like", "own_time", "expected")]
+    expected, more = _errors(table.get("expected", {}))
+    faults += more
     like, own = table.get("like"), table.get("own_time", {})
     if not isinstance(like, str) or like not in kinds:
         raise InputError(f"engine {path}: like = {like!r:.40} must be one of {', '.join(kinds)}")
@@ -220,7 +228,29 @@ def _calibrated(path: Path, kinds: Mapping[str, EngineKind]) -> EngineKind:
     if faults:
         raise InputError(f"engine {path}: {'; '.join(faults[:_FAULTS])}")
     source = {"source": own.get("source", f"given: {path.name}")}
-    return replace(base, name=path.name, own_time=MappingProxyType({**base.own_time, **own, **source}))
+    times = MappingProxyType({**base.own_time, **own, **source})
+    return replace(base, name=path.name, own_time=times, expected=expected)
+
+
+def _errors(table: Any) -> tuple[tuple[tuple[str, int, float, float, float], ...], list[str]]:
+    """The errors that a user's file states, and its faults: by figure the runs, and measured over predicted."""
+    if not isinstance(table, dict):
+        return (), ["expected must be a table of figures"]
+    found: list[tuple[str, int, float, float, float]] = []
+    faults: list[str] = []
+    for figure, entry in table.items():
+        row = entry if isinstance(entry, dict) else {}
+        runs, ratios = row.get("runs", 0), [row.get(name) for name in ("low", "middle", "high")]
+        told = [float(one) for one in ratios if isinstance(one, int | float) and not isinstance(one, bool)]
+        good = type(runs) is int and 2 <= runs <= _MOST_RUNS and len(told) == 3 == len(row) - 1
+        if not good or not 0 < told[0] <= told[1] <= told[2] < _FARTHEST:
+            faults.append(
+                f"expected.{figure:.40} must have runs, a whole number from 2 to {_MOST_RUNS:,}, and low, middle and "
+                f"high, rising numbers above 0 and below {_FARTHEST:g}"
+            )
+        else:
+            found.append((figure, int(runs), told[0], told[1], told[2]))
+    return tuple(found), faults
 
 
 @lru_cache(maxsize=4)

@@ -308,6 +308,13 @@ class Model:
         return any(block.is_moe for block in self.blocks)
 
     @property
+    def scaled_by_block(self) -> bool:
+        """Whether fp8 weights have a scale for each block: as the checkpoint says, else as most of its kind do."""
+        if self.scheme is not None and self.weight_format == "fp8":
+            return self.scheme.block is not None
+        return self.is_moe
+
+    @property
     def encoder(self) -> Tower | None:
         """The tower that requests pass through: that of an encoder-decoder, or of images where there are some."""
         served = self.tower is not None and (self.tower.reads != "images" or self.images is not None)

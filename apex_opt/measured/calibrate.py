@@ -16,6 +16,7 @@ from apex_opt.cost.engine import TIMES, load_engine
 from apex_opt.engines.kinds import load_kind
 from apex_opt.errors import UsageError
 from apex_opt.measured.compare import Comparison, Predictor, Summary, summarise
+from apex_opt.measured.expected import FIGURES, of_few
 from apex_opt.measured.fit import FITTED_ON
 from apex_opt.measured.runs import MeasuredRun
 
@@ -78,6 +79,8 @@ class Calibration:
     fitted : pair of mapping      errors on these, before and after
     crossed : pair of mapping     errors on each load with times fitted on the others; None with a single load
     held : pair of mapping        errors on runs that were held out altogether; None without
+    expected : mapping            by figure the runs, and measured over predicted, low, middle and high, on loads left
+                                  out; empty with a single load
     better : bool                 whether the figures left out came nearer, so that the times were changed
     """
 
@@ -88,6 +91,7 @@ class Calibration:
     fitted: tuple[Mapping[str, Summary], Mapping[str, Summary]]
     crossed: tuple[Mapping[str, Summary], Mapping[str, Summary]] | None
     held: tuple[Mapping[str, Summary], Mapping[str, Summary]] | None
+    expected: Mapping[str, tuple[int, float, float, float]]
     better: bool
 
 
@@ -180,8 +184,19 @@ def calibrate(
         fitted=(summarise(fit.compared(before)), summarise(fit.compared(after))),
         crossed=None if crossed is None else (summarise(crossed[0]), summarise(crossed[1])),
         held=told,
+        expected={} if crossed is None else _expected(crossed[better]),
         better=better,
     )
+
+
+def _expected(comparisons: Sequence[Comparison]) -> dict[str, tuple[int, float, float, float]]:
+    """What is to be expected of figures of further loads, by those that were left out, where there are two or more."""
+    ratios: dict[str, list[float]] = {}
+    for one in comparisons:
+        for figure, error in one.errors_pct(all_of_them=False).items():
+            if figure in FIGURES:
+                ratios.setdefault(figure, []).append(1 / (1 + error / 100))
+    return {figure: (len(some), *of_few(some)) for figure, some in ratios.items() if len(some) > 1}
 
 
 def _with(overhead: EngineOverhead, times: Mapping[str, float]) -> EngineOverhead:

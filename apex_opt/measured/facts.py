@@ -29,6 +29,7 @@ NEEDED: Final = ("family", "engine", "model", "gpu", "precision", "date_from", "
 
 _TRAINED_ON: Final = {"deepseek-r1": "deepseek-v3"}
 """Models by the one that they are made of: lists call one by the name of the other."""
+_METRICS: Final = ("ttft", "tpot", "both")
 _OF_ITSELF: Final = ("family", "date_from", "date_to", "image", "warmups_per_client", "certainty", "source", "note")
 """Columns that say nothing of how an engine was started."""
 
@@ -79,9 +80,10 @@ class Aside(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A line of `deployments.csv`: cells by column."""
+    """A line of `deployments.csv`: cells by column, and where it stands."""
 
     cells: Mapping[str, str]
+    where: str = "deployments.csv"
 
     @property
     def name(self) -> str:
@@ -108,7 +110,10 @@ class Family:
         ------
         InputError    a text that is none of the forms of these tables
         """
-        return valued(self.text(column), load)
+        try:
+            return valued(self.text(column), load)
+        except InputError as error:
+            raise InputError(f"{self.where}: {column}: {error}") from None
 
     def holds(self, labels: Labels, load: Load) -> bool:
         """Whether a row with these labels and this load can be of the family."""
@@ -175,20 +180,40 @@ def read_facts(rows: Path) -> Facts:
     folder = rows.parent
     own = folder / "deployments.csv"
     path = own if own.is_file() else SHIPPED
+    families = _families(path)
     return Facts(
-        families=_families(path),
-        family_of={row["id"]: row["family"] for row in _beside(folder, "families*.csv", ("id", "family"))},
+        families=families,
+        family_of=_named(folder, families, path),
         relabelled=dict(
             _degrees(row)
             for path in sorted(folder.glob("relabel*.csv"))
             for row in read_rows(path, ("id", "clients", "tp", "dp", "moe_tp", "moe_ep"))
         ),
-        aside={
-            row["id"]: Aside(row["reason"], row["metric"], row.get("detail", ""))
-            for row in _beside(folder, "set_aside*.csv", ("id", "reason", "metric"))
-        },
+        aside=_set_aside(folder),
         source=str(path) if path is own else "shipped",
     )
+
+
+def _named(folder: Path, families: Mapping[str, Family], path: Path) -> dict[str, str]:
+    """The families that rows are said to be of, each of which there is."""
+    found = {}
+    for where, row in _beside(folder, "families*.csv", ("id", "family")):
+        if row["family"] not in families:
+            raise InputError(
+                f"{where}: family {row['family']!r:.60} is none of {path}; add its line there or take it out"
+            )
+        found[row["id"]] = row["family"]
+    return found
+
+
+def _set_aside(folder: Path) -> dict[str, Aside]:
+    """Rows that are not to be judged by."""
+    found = {}
+    for where, row in _beside(folder, "set_aside*.csv", ("id", "reason", "metric")):
+        if row["metric"] not in _METRICS:
+            raise InputError(f"{where}: metric {row['metric']!r:.40} must be one of {', '.join(_METRICS)}")
+        found[row["id"]] = Aside(row["reason"], row["metric"], row.get("detail", ""))
+    return found
 
 
 def _degrees(row: Row) -> tuple[str, Degrees]:
@@ -204,14 +229,17 @@ def _degrees(row: Row) -> tuple[str, Degrees]:
 
 @lru_cache(maxsize=8)
 def _families(path: Path) -> dict[str, Family]:
-    rows = [{name: text.strip() for name, text in row.cells.items()} for row in read_rows(path, NEEDED)]
-    return {row["family"]: Family(row) for row in rows}
+    found = {}
+    for row in read_rows(path, NEEDED):
+        cells = {name: text.strip() for name, text in row.cells.items()}
+        found[cells["family"]] = Family(cells, row.where)
+    return found
 
 
-def _beside(folder: Path, pattern: str, needed: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of every table of a name beside the measurements."""
+def _beside(folder: Path, pattern: str, needed: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
+    """Rows of every table of a name beside the measurements, each with its place."""
     rows = [row for path in sorted(folder.glob(pattern)) for row in read_rows(path, needed)]
-    return [{name: text.strip() for name, text in row.cells.items()} for row in rows]
+    return [(row.where, {name: text.strip() for name, text in row.cells.items()}) for row in rows]
 
 
 @lru_cache(maxsize=1024)
@@ -303,7 +331,7 @@ def _sum(text: str, load: Load, whole: str) -> float:
     try:
         return float(_node(ast.parse(named.strip(), mode="eval").body, load))
     except (SyntaxError, ValueError, ZeroDivisionError, KeyError):
-        raise InputError(f"deployments.csv: {whole!r:.80} is no number and no sum of C, ISL and OSL") from None
+        raise InputError(f"{whole!r:.80} is no number and no sum of C, K, ISL and OSL") from None
 
 
 def _node(node: ast.AST, load: Load) -> float:

@@ -177,7 +177,9 @@ def _board(gpu: Gpu, samples: Sequence[_Sample]) -> BoardFit:
     if judging:
         other, wanted = np.array([one.work for one in judging]), np.array([one.joules for one in judging])
         errors = fit.joules(other[:, 0], other[:, 1:], gpu.idle_w, gpu.tdp_w) / wanted - 1
-    before = load_profile(gpu).power.joule_per_flop
+    power = load_profile(gpu).power
+    before = power.joule_per_flop
+    fit = replace(fit, spin_w=power.spin_w)
     source = f"fitted on the energies of {len(joules)} measured serving runs of this accelerator"
     if not work[:, 1].any():
         fit = replace(fit, joule_per_flop_half=before[gpu.half_dtype])

@@ -68,6 +68,7 @@ class Clock:
         return replace(
             model,
             active_w=model.active_w * self.share * squared,
+            spin_w=model.spin_w * self.share * squared,
             joule_per_flop={dtype: joule * squared for dtype, joule in model.joule_per_flop.items()},
             joule_per_byte=model.joule_per_byte - on_chip + on_chip * squared,
             provenance=f"{model.provenance}; at {self.share:.0%} of the highest clock by published laws (derived)",

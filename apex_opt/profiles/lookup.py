@@ -74,11 +74,12 @@ _MAX_COUNT: Final = 2**31
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pick:
-    """A surface that tells of a shape; `trusted` where it is the engine's own, or no other is."""
+    """A surface that tells of a shape in one variant of a format; `own` where its kernels are this engine's."""
 
     surface: Surface
     origin: str
-    trusted: bool
+    dtype: str
+    own: bool
 
 
 class Lookup:
@@ -168,11 +169,13 @@ class Lookup:
         feature: tuple[float, ...],
         find: Callable[[Source, str, tuple[str, ...]], Surface | None],
         routings: Sequence[tuple[str, ...]] = ((),),
+        prefer: tuple[str, ...] = (),
     ) -> tuple[tuple[Pick, ...], bool]:
         """Surfaces for a shape in a format: where the shape was measured, else whose shapes come nearest.
 
         The format itself comes before its stand-ins, tables of this accelerator before those of references, a routing
-        before its stand-ins; then what we measured of the very shape before anything else.
+        before its stand-ins; then what we measured of the very shape before anything else. Of the variants in `prefer`
+        the first that this engine has a table of is taken, else the first of any.
 
         Returns
         -------
@@ -195,7 +198,8 @@ class Lookup:
                 near = [entry for entry in found if entry[0] == distance]
                 if distance == 0 and near[0][1].card.engine is None:
                     near = near[:1]
-                serving = any(self._serves(source) for _, source, _, _ in near)
+                if prefer:
+                    near = [entry for entry in near if entry[2] == self._variant(near, prefer)]
                 picks = []
                 for _, source, dtype, surface in near:
                     how = [] if group == formats[0] else [f"{dtype} efficiencies,"]
@@ -206,33 +210,42 @@ class Lookup:
                     elif how:
                         how.append("from")
                     origin = self._origin(source, kind, " ".join(how))
-                    picks.append(Pick(surface=surface, origin=origin, trusted=self._serves(source) or not serving))
+                    picks.append(Pick(surface=surface, origin=origin, dtype=dtype, own=self._serves(source)))
                 return tuple(picks), all(source.card.engine is None for _, source, _, _ in near)
         raise InputError(f"profiles/{REFERENCE} lacks the {kind} table all others need")
 
-    def _ratio(self, operation: str, picks: tuple[Pick, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
-        """Ratio of bound to time: of this engine's fastest variant, unless other engines' tables expose it.
+    def _variant(self, near: Sequence[tuple[float, Source, str, Surface]], prefer: tuple[str, ...]) -> str:
+        """The first variant of `prefer` among some tables, this engine's before others'; of other formats the first."""
+        mine = [dtype for _, source, dtype, _ in near if self._serves(source)] or [dtype for _, _, dtype, _ in near]
+        return next((dtype for dtype in prefer if dtype in mine), mine[0])
 
-        Variants of a format (fp8 scaled by tensor or by block) are the deployer's choice. Engines share kernel
-        libraries, so a time far above what another engine's collection has for the same shape is a launch floor of the
-        collection.
+    def _ratio(self, operation: str, picks: tuple[Pick, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
+        """Ratio of bound to time: of the fastest variant of the format, each by this engine's kernels where told.
+
+        Activations of 16 bits or fewer are the deployer's choice. Engines share kernel libraries: a time far above what
+        another engine's collection has for the same shape, which no third one bears out, is a launch floor of the
+        collection, or that of a kernel which nobody has to take.
         """
-        trusted = [pick for pick in picks if pick.trusted]
-        others = [pick for pick in picks if not pick.trusted]
-        for pick in trusted:
-            beyond = size_log.size and float(size_log.max()) > pick.surface.last(feature) + 1e-9
-            self._note(
-                operation, f"{pick.origin}, roofline at the last efficiency beyond its sizes" if beyond else pick.origin
-            )
-        ratio = _largest(trusted, feature, size_log)
-        if not others:
-            return ratio
-        other = _largest(others, feature, size_log)
-        exposed = ratio * _EXPOSED < other
-        if exposed.any():
-            for pick in others:
-                self._note(operation, f"{pick.origin}, where the engine's own table is {_EXPOSED:g} times slower")
-        return np.asarray(np.where(exposed, other, ratio))
+        ratios = []
+        for dtype in dict.fromkeys(pick.dtype for pick in picks):
+            variant = [pick for pick in picks if pick.dtype == dtype]
+            own = [pick for pick in variant if pick.own] or variant
+            for pick in own:
+                beyond = size_log.size and float(size_log.max()) > pick.surface.last(feature) + 1e-9
+                how = ", roofline at the last efficiency beyond its sizes" if beyond else ""
+                self._note(operation, f"{pick.origin}{how}")
+            ratio = _largest(own, feature, size_log)
+            if others := [pick for pick in variant if pick not in own]:
+                theirs = np.array([pick.surface.ratio(feature, size_log) for pick in others])
+                alone = (theirs >= ratio * _EXPOSED).all(axis=0)
+                if alone.any():
+                    for pick in others:
+                        self._note(
+                            operation, f"{pick.origin}, where the engine's own table is {_EXPOSED:g} times slower"
+                        )
+                ratio = np.where(alone, theirs.max(axis=0), ratio)
+            ratios.append(ratio)
+        return np.asarray(np.maximum.reduce(ratios))
 
     def _bound(self, kernel: Arithmetic, flops: Floats | float, moved: Floats | float) -> Floats:
         """Roofline: no operation takes less than its arithmetic at peak, nor less than its traffic at peak."""

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 SHIPPED, SILICON = "shipped", "silicon"
 """In place of a folder of profiles: those that ship; all the rows that these are a part of."""
 
+_SCALED: Final = ("fp8", "fp8_block")
+"""Variants of fp8: weights scaled by row or matrix, which dense models mostly are, and by block."""
 _SPREAD: Final = 64
 """Decoding sequences at which the tables of other engines are compared."""
 
@@ -82,7 +84,9 @@ class _Nearest:
 class Profile(StateTimes):
     """Times of all operations on one accelerator with one engine's kernels; make it with `load_profile`."""
 
-    def gemm_time_s(self, name: str, m: ArrayLike, n: int, k: int, *, fused: bool = False) -> Floats:
+    def gemm_time_s(
+        self, name: str, m: ArrayLike, n: int, k: int, *, fused: bool = False, by_block: bool = False
+    ) -> Floats:
         """Time of out[m,n] = in[m,k] W[n,k]^T.
 
         Parameters
@@ -93,6 +97,7 @@ class Profile(StateTimes):
         n, k : int                      shape of the weights
         fused : bool                    the input arrives in the narrow format of the arithmetic; otherwise a kernel
                                         narrows it, which the tables of engines hold and our own do not
+        by_block : bool                 fp8 weights have a scale for each block, and not for each row or matrix
 
         Returns
         -------
@@ -112,7 +117,9 @@ class Profile(StateTimes):
         work = gemm_work(rows, count_of("n", n), count_of("k", k), kernel.input_bytes, kernel.weight_bytes)
         bound = self._bound(kernel, *work)
         feature = gemm_feature(n, k)
-        picks, bare = self._best("gemm", name, feature, lambda source, dtype, _: source.gemm(dtype))
+        scaled = _SCALED[::-1] if by_block else _SCALED
+        prefer = scaled if name == "fp8" else ()
+        picks, bare = self._best("gemm", name, feature, lambda source, dtype, _: source.gemm(dtype), prefer=prefer)
         ratio = self._ratio(f"gemm {name}", picks, feature, np.log(np.maximum(rows, 1.0)))
         floor = (GEMM_FLOOR_S + GEMM_FLOOR_S_PER_DEPTH * k) / self.clock.share
         seconds = np.where(rows > 0, np.maximum((floor + bound) / ratio, bound), 0.0)
@@ -153,7 +160,8 @@ class Profile(StateTimes):
 
         Notes
         -----
-        As `gemm_time_s`, with the ratio interpolated in tokens per expert.
+        As `gemm_time_s`, with the ratio interpolated in tokens per expert. Experts in fp8 have scales by block, as
+        most published ones have.
         """
         kernel, routed = self.kernel(name), sizes("tokens", tokens)
         count_of("experts", experts)
@@ -170,7 +178,8 @@ class Profile(StateTimes):
             found = (source.moe(dtype, one) for one in wanted)
             return next((surface for surface in found if surface is not None), None)
 
-        picks, _ = self._best("moe", name, feature, find, ROUTINGS[routing])
+        prefer = _SCALED[::-1] if name == "fp8" else ()
+        picks, _ = self._best("moe", name, feature, find, ROUTINGS[routing], prefer)
         ratio = self._ratio(f"moe {name}", picks, feature, np.log(np.maximum(routed, 1.0) * topk / experts))
         floor = MOE_FLOOR_S / self.clock.share
         return np.asarray(np.where(routed > 0, np.maximum((floor + bound) / ratio, bound), 0.0))

@@ -22,17 +22,24 @@ SHORT_DRAW: Final = 1.13
 """Most that kernels drew in the mean against the board's limit: 788 of 700 W at the 95th percentile of the products of
 h200-sxm/ops."""
 
+_ROUNDS: Final = 60
+_ALIKE: Final = 1e-3
+"""Errors below it weigh alike."""
+_LEAST_RATIO: Final = 0.2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerModel:
     """Energy = (idle_w + active_w) time + joule_per_flop FLOP + joule_per_byte bytes.
 
-    `idle_w` is drawn at all times, `active_w` on top of it while a kernel runs. The board holds `limit_w` over
-    milliseconds; a single kernel may draw more for its microseconds, up to `SHORT_DRAW` times the limit.
+    `idle_w` is drawn at all times, `active_w` on top of it while a kernel runs, `spin_w` while one waits for other
+    accelerators. The board holds `limit_w` over milliseconds; a single kernel may draw more for its microseconds, up to
+    `SHORT_DRAW` times the limit.
     """
 
     idle_w: float
     active_w: float
+    spin_w: float
     joule_per_flop: Mapping[str, float]
     joule_per_byte: float
     limit_w: float
@@ -64,13 +71,18 @@ class PowerModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerFit:
-    """Coefficients fitted on one accelerator, and where they come from; `narrow` is fp8, fp4 and int8 arithmetic."""
+    """Coefficients fitted on one accelerator, and where they come from; `narrow` is fp8, fp4 and int8 arithmetic.
+
+    `spin_w` is for runs that cannot tell what a kernel draws beside its work, as work fills their time; None where it
+    is `active_w`.
+    """
 
     active_w: float
     joule_per_flop_half: float
     joule_per_flop_narrow: float
     joule_per_byte: float
     source: str = ""
+    spin_w: float | None = None
 
     def joules(
         self, time_s: NDArray[np.float64], work: NDArray[np.float64], idle_w: float, limit_w: float
@@ -112,22 +124,26 @@ def fit_power(
 
     Notes
     -----
-    Least squares on relative errors. A sample at the limit only says that the free draw is at least the limit, as the
-    board then slows its clock; such samples count as far as the model falls short of them. Measured means above the
-    limit (short kernels between two readings of the counter) are taken as the limit.
+    Least absolute logarithms of predicted over measured, by least squares weighted anew: kernels of the same work
+    differ by a factor of two in draw, and least squares of relative errors would come out too low. A sample at the
+    limit only says that the free draw is at least the limit, as the board then slows its clock; such samples count as
+    far as the model falls short of them. Measured means above the limit (short kernels between two readings of the
+    counter) are taken as the limit.
     """
     energy = np.minimum(energy_j, limit_w * time_s)
     at_limit = energy >= 0.97 * limit_w * time_s
     columns = np.column_stack([time_s, work]) / energy[:, None]
     target = (energy - idle_w * time_s) / energy
-    used = np.ones(len(energy), dtype=bool)
+    used, weight = np.ones(len(energy), dtype=bool), np.ones(len(energy))
     coefficients = np.zeros(4)
-    for _ in range(20):
-        coefficients = _non_negative(columns[used], target[used])
-        now = ~at_limit | (columns @ coefficients < target)
-        if bool((now == used).all()) or not now.any():
+    for _ in range(_ROUNDS):
+        coefficients = _non_negative(columns[used] * weight[used, None], target[used] * weight[used])
+        ratio = np.maximum(columns @ coefficients + idle_w * time_s / energy, _LEAST_RATIO)
+        # So weighted, squares have the slope of absolute logarithms.
+        weight = 1 / np.sqrt(ratio * np.maximum(np.abs(ratio - 1), _ALIKE))
+        used = ~at_limit | (ratio < 1)
+        if not used.any():
             break
-        used = now
     fit = PowerFit(
         active_w=float(coefficients[0]),
         joule_per_flop_half=float(coefficients[1]),
@@ -178,6 +194,7 @@ def scale_power(
     return PowerModel(
         idle_w=gpu.idle_w,
         active_w=fit.active_w * limit,
+        spin_w=(fit.active_w if fit.spin_w is None else fit.spin_w) * limit,
         joule_per_flop=per_flop,
         joule_per_byte=fit.joule_per_byte * limit * memory_bytes_per_s / gpu.memory_bytes_per_s,
         limit_w=gpu.tdp_w,

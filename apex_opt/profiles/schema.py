@@ -690,7 +690,7 @@ def _read_power(entry: TomlTable) -> PowerFit | None:
     """Coefficients of a power model, or None after noting their faults."""
     names = ("active_w", "pj_per_flop", "pj_per_narrow_flop", "pj_per_byte")
     values = [entry.within(name, (0, 1e6)) for name in names]
-    source = entry.text("source")
+    spin_w, source = entry.within("spin_w", (0, 1e6), required=False), entry.text("source")
     entry.close()
     if source is None or any(value is None for value in values):
         return None
@@ -701,4 +701,5 @@ def _read_power(entry: TomlTable) -> PowerFit | None:
         joule_per_flop_narrow=narrow * 1e-12,
         joule_per_byte=byte * 1e-12,
         source=source,
+        spin_w=spin_w,
     )

@@ -83,6 +83,15 @@ def _file(found: Calibration, like: str, times: Mapping[str, listed.FittedTime])
         *(f"{name} = {one.after!r}" for name, one in times.items()),
         f"source = {json.dumps(source[:2000])}",
     ]
+    if found.expected:
+        lines += [
+            "",
+            "# Measured over predicted, of loads predicted with times fitted on the others: 8 in 10 between.",
+            "[expected]",
+        ]
+    for figure, (runs, *ratios) in found.expected.items():
+        low, middle, high = (f"{ratio:.4g}" for ratio in ratios)
+        lines.append(f"{figure} = {{ runs = {runs}, low = {low}, middle = {middle}, high = {high} }}")
     return "\n".join(lines) + "\n"
 
 
@@ -100,6 +109,13 @@ def _draw(console: Console, document: Document) -> None:
         between = f"{one['low']:.4g} to {one['high']:.4g}" if "low" in one else "-"
         rows.append((name, f"{one['before']:g}", f"{one['after']:g}", between, one.get("kept", "")))
     table(console, "", ("time (us)", "before", "after", "95% between", "why it was kept"), rows, left={0, 4})
+    if document["runs"] == 1:
+        console.print(
+            Text(
+                "One load tells of no other: answers for more or fewer requests at once are extrapolated, and how far "
+                "they may be off is not known. Measure at least one load more.\n"
+            )
+        )
     for key, title in (
         ("fitted", "Runs that were fitted on"),
         ("crossed", "Each load, with times fitted on the others"),

@@ -9,7 +9,7 @@ from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
 from apex_opt.figures.registry import figure, per_run
 from apex_opt.report import types
-from apex_opt.report.expected import expected_document
+from apex_opt.report.expected import doubts, expected_document, near_goals
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
 from apex_opt.schema import of
@@ -63,6 +63,8 @@ def answer_document(
         "candidates": [scored_document(problem, scored) for scored in answer.candidates[:top]],
         "provenance": provenance,
         "expected": best and expected_document(problem, best),
+        "near_goals": near_goals(problem, best) if best else (),
+        "doubts": doubts(problem),
     }
     return kinds[problem.several](
         command=command,

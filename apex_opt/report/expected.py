@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.measured.expected import FIGURES, Kind, expected
+from apex_opt.measured.expected import FIGURES, Expected, Kind, doubtful, expected
 from apex_opt.report import types
-from apex_opt.report.layout import amount, table
+from apex_opt.report.layout import amount, count, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from apex_opt.figures import Objective
-    from apex_opt.measured.expected import Expected
     from apex_opt.schema import Document
     from apex_opt.search import Problem, Scored
 
@@ -40,17 +41,29 @@ def error_of(problem: Problem, scored: Scored, objective: Objective) -> Expected
     problem, scored, objective
     """
     named = "energy" if objective.figure.depends_on == {"energy"} else f"{objective.metric}_mean"
+    return _found(problem, scored, named)
+
+
+def _found(problem: Problem, scored: Scored, figure: str) -> Expected | None:
+    """What is to be expected of a figure: of latencies by an engine file what it was calibrated to, else the board."""
     kind = kind_of(problem, scored)
-    return None if kind is None or named not in FIGURES else expected(kind, named)
+    if kind is None or figure not in FIGURES:
+        return None
+    told = problem.overhead.expected
+    if told is None or figure == "energy":
+        return expected(kind, figure)
+    of = f"{problem.overhead.name}, loads that were left out when it was calibrated"
+    rows = ((runs, low, middle, high) for name, runs, low, middle, high in told if name == figure)
+    return next((Expected(of, True, *row) for row in rows), None)
 
 
 def expected_document(problem: Problem, scored: Scored) -> tuple[types.ExpectedFigure, ...]:
     """What would be measured of TTFT, TPOT, E2E and energy of a run."""
-    kind, rows = kind_of(problem, scored), []
+    rows = []
     for key, name in FIGURES.items():
         latency = scored.metrics.latency_s.get(key.removesuffix("_mean"))
         predicted = scored.metrics.value("energy") if latency is None else latency["mean"]
-        found = None if kind is None else expected(kind, key)
+        found = _found(problem, scored, key)
         low, high = (None, None) if found is None else found.interval(predicted)
         rows.append(
             types.ExpectedFigure(
@@ -60,11 +73,49 @@ def expected_document(problem: Problem, scored: Scored) -> tuple[types.ExpectedF
                 low=low,
                 high=high,
                 rows=0 if found is None else found.rows,
-                of=NOTHING if found is None else str(found.kind),
+                of=_nothing(problem) if found is None else found.of,
                 nearest=found is not None and found.nearest,
             )
         )
     return tuple(rows)
+
+
+def _nothing(problem: Problem) -> str:
+    """Why nothing is known."""
+    return (
+        NOTHING if problem.overhead.expected is None else f"{problem.overhead.name} was not calibrated on several loads"
+    )
+
+
+def near_goals(problem: Problem, scored: Scored) -> tuple[types.NearGoal, ...]:
+    """Goals that a run meets by less than what is to be expected of the figure's mean.
+
+    Goals on shares of requests are left out: how many more would be late cannot be told from an error of the mean.
+    """
+    found = []
+    for goal in problem.goals:
+        figure = "energy" if goal.figure.depends_on == {"energy"} else f"{goal.metric}_mean"
+        error = None if goal.fraction is not None else _found(problem, scored, figure)
+        margin = goal.margin(goal.reached(scored.metrics))
+        if error is None or margin < 0:
+            continue
+        reach = error.above if goal.at_most else error.below
+        # What is met by a share of the limit is missed where the figure is off by more than that of itself.
+        if (1 - margin) * (1 + reach) > 1 if goal.at_most else (1 + margin) * (1 - reach) < 1:
+            found.append(types.NearGoal(goal=goal.text, margin=margin, error=reach, of=error.of))
+    return tuple(found)
+
+
+def doubts(problem: Problem) -> tuple[str, ...]:
+    """Why figures of a type of GPU are a guess: its own runs were far off."""
+    found = []
+    for gpu in dict.fromkeys(offer.cluster.gpu.name for offer in problem.offers):
+        off = [(name, *one) for key, name in FIGURES.items() if (one := doubtful(gpu, key)) is not None]
+        if off:
+            told = ", ".join(f"{name} {middle:.2g} times" for name, _, middle in off)
+            rows = max(rows for _, rows, _ in off)
+            found.append(f"{count(rows, 'run')} on {gpu} had {told} what is computed: its figures are a guess")
+    return tuple(found)
 
 
 def expected_table(console: Console, document: Document) -> None:
@@ -72,8 +123,22 @@ def expected_table(console: Console, document: Document) -> None:
     if not (figures := document.get("expected")):
         return
     if all(one["low"] is None for one in figures):
-        console.print(Text.assemble(("Expected error", "bold"), f": not known, {NOTHING}.\n"))
-        return
+        console.print(Text.assemble(("Expected error", "bold"), f": not known, {figures[0]['of']}.\n"))
+    else:
+        _figures_table(console, figures)
+    for near in document.get("near_goals", ()):
+        console.print(
+            Text(
+                f"The goal {near['goal']} is met by {near['margin']:.1%}, less than the expected error of its figure, "
+                f"{near['error']:.0%}.\n"
+            )
+        )
+    for doubt in document.get("doubts", ()):
+        console.print(Text(f"{doubt}.\n"))
+
+
+def _figures_table(console: Console, figures: Sequence[Document]) -> None:
+    """Each figure with its interval."""
     rows = [
         (
             one["figure"],

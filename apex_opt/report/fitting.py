@@ -60,7 +60,8 @@ def _board(board: BoardFit) -> listed.Board:
 def _coefficients(board: BoardFit) -> dict[str, float]:
     """Coefficients by their names on a card."""
     fit = board.fit
-    return {
+    spin = {} if fit.spin_w is None else {"spin_w": float(f"{fit.spin_w:.4g}")}
+    return spin | {
         "active_w": float(f"{fit.active_w:.4g}"),
         "pj_per_flop": float(f"{fit.joule_per_flop_half * 1e12:.4g}"),
         "pj_per_narrow_flop": float(f"{fit.joule_per_flop_narrow * 1e12:.4g}"),

@@ -86,7 +86,8 @@ def _figures(model: Model, kv_format: str) -> dict[str, str]:
     """Operations whose times are measured on the GPU that most is known of, and those that are derived there."""
     cluster, one = load_cluster(f"1x{_GPU}"), Template()
     profile, entries = load_profile(cluster.gpu), np.arange(_TOKENS + 1)
-    operations = Operations(Tables(entries, entries, entries), profile, load_collectives(cluster, profile=profile))
+    collectives = load_collectives(cluster, profile=profile)
+    operations = Operations(Tables(entries, entries, entries), profile, collectives, by_block=model.scaled_by_block)
     for block in model.blocks:
         operations.attention(block.attention, one, model.weight_format, kv_format)
         operations.ffn(block.ffn, one, one, model.weight_format)

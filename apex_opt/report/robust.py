@@ -54,7 +54,7 @@ def robust_document(problem: Problem, best: Scored, found: Robustness, error: Ex
         deciding=found.deciding.name,
         error=None if error is None else error.share,
         rows=0 if error is None else error.rows,
-        of=NOTHING if error is None else str(error.kind),
+        of=NOTHING if error is None else error.of,
         tied=None if found.tied is None else tuple(map(near, found.tied)),
         searches=found.searches,
         simulations=found.simulations,

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from apex_opt.report.types.asked import Objective, QuestionFacts
 from apex_opt.report.types.document import Document, Number, Sources, Status
-from apex_opt.report.types.placed import ExpectedFigure, Launch, Robust, ShownPlacement
+from apex_opt.report.types.placed import ExpectedFigure, Launch, NearGoal, Robust, ShownPlacement
 from apex_opt.report.types.proofs import Clash, LedgerPart, Relaxation, Replay
 from apex_opt.report.types.runs import AloneRun, Candidate, Load, MixedRun
 from apex_opt.schema import Described
@@ -36,6 +36,8 @@ class Searched(Document):
     steady : whether the load of the best run lasts
     limited_by_arrivals : whether a plan that keeps up has what comes, and no more
     expected : how far the figures of the best run are from what would be measured, by measured runs like it
+    near_goals : goals that the best run meets by less than that
+    doubts : why the figures of a type of GPU are a guess
     robust : how far times may be off before another plan wins, where that was asked
     """
 
@@ -50,6 +52,8 @@ class Searched(Document):
     limited_by_arrivals: bool | None
     notes: tuple[str, ...]
     expected: tuple[ExpectedFigure, ...] | None = None
+    near_goals: tuple[NearGoal, ...] = ()
+    doubts: tuple[str, ...] = ()
     robust: Robust | None = None
     beside: Beside | None = None
     launch: Launch | None = None

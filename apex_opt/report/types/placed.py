@@ -135,6 +135,20 @@ class ExpectedFigure(Described):
     nearest: bool
 
 
+class NearGoal(Described):
+    """A goal that the best run meets by less than the error that is to be expected of its figure.
+
+    Parameters
+    ----------
+    margin, error : shares of the limit, and of the figure
+    """
+
+    goal: str
+    margin: float
+    error: float
+    of: str
+
+
 class Turn(Described):
     """How far times may be off in one way before another plan wins that is no tie with the best.
 
