@@ -162,7 +162,7 @@ def test_that_a_tied_deployment_wins_is_not_counted() -> None:
     assert not winners & {one.text for one in lenient.tied}
 
 
-SEEDS = [range(10), pytest.param(range(10, 600), marks=pytest.mark.nightly)]
+SEEDS = [range(9), pytest.param(range(9, 600), marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("seeds", SEEDS, ids=["ci", "nightly"])
@@ -230,7 +230,10 @@ def test_goals_pauses_and_arrivals_make_times_of_all_matter(trace: Trace) -> Non
     ("objectives", "slo"),
     [("e2e_mean", ""), ("cost,e2e_mean", ""), ("throughput", "ttft_p95<=20ms"), ("energy~3%,e2e_p95", "")],
 )
-def test_tied_are_all_that_are_nearer_to_the_best_than_the_error(objectives: str, slo: str, error: float) -> None:
+def test_tied_are_all_that_are_nearer_to_the_best_than_the_error(
+    objectives: str, slo: str, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "STEPS", 1)  # no more is asked about times
     objective, *then = load_objectives(objectives)
     problem = make_problem(MODEL, make_cluster(4), BUSY, slo, objective=objective.name, then=tuple(then))
     problem = replace(problem, objective=objective)
