@@ -156,7 +156,8 @@ def test_an_interruption_ends_workers_too_in_one_line() -> None:
 
 def test_the_command_lists_answers_and_refuses(path: Path, tmp_path: Path) -> None:
     listed = run("study", str(path), "--dry_run")
-    assert listed.code == 0 and listed.out.count("open") >= 7  # of the points, and of the study
+    assert listed.code == 3 and listed.out.count("failed") == 3  # those whose model nothing has
+    assert "unknown model 'lama'" in listed.out and "3 points cannot be asked" in listed.out
     assert not (tmp_path / "study").exists()
     ran = run("study", str(path), "--workers=1", "--format=json")
     document = json.loads(ran.out)
@@ -171,6 +172,28 @@ def test_the_command_lists_answers_and_refuses(path: Path, tmp_path: Path) -> No
     (tmp_path / "file").touch()
     assert run("study", str(path), f"--target={tmp_path / 'file'}").code == 2
     assert run("study", str(tmp_path / "none.toml")).code == 2
+
+
+def test_a_dry_run_names_every_value_that_nothing_has_and_then_says_to_run(tmp_path: Path) -> None:
+    bad = {"weights": "bogus", "cluster": "9xnogpu", "routing": "foo", "engine": "sglangg", "model": "nope"}
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'command = "plan"\n[axes]\n' + "".join(f'{name} = ["{value}"]\n' for name, value in bad.items()),
+        encoding="utf-8",
+    )
+    wrong = run("study", str(path), "--dry_run", "--format=json")
+    document = json.loads(wrong.out)
+    assert (wrong.code, document["status"], document["failed"]) == (3, "open", 1)
+    (row,) = document["points"]
+    for value in bad.values():
+        assert repr(value.removeprefix("9x")) in row["error"]
+    path.write_text(TEXT.replace(', "lama"', ""), encoding="utf-8")
+    right = run("study", str(path), "--dry_run")
+    assert right.code == 0 and "cannot be asked" not in right.out
+    assert "Next: the same command without --dry_run answers the points." in right.out
+    path.write_text('command = "capacity"\n[axes]\nslo = ["ttft_p95<=1s"]\nmodel = ["nope"]\n', encoding="utf-8")
+    needed = json.loads(run("study", str(path), "--dry_run", "--format=json").out)["points"]
+    assert [row["error"].startswith("unknown model 'nope'") for row in needed] == [True]
 
 
 def test_no_write_access_is_told_before_any_work(path: Path) -> None:

@@ -64,6 +64,8 @@ def test_studies_differ_by_whatever_is_asked(tmp_path: Path) -> None:
         (HEAD + '[fixed]\ncluster = "8xh100-sxm,8xl40s"\n', r"cluster '8xh100-sxm,8xl40s' is several"),
         (HEAD + f"[axes]\nseed = {[*range(1001)]}\ntop = {[*range(1, 1001)]}\n", "1,001,000 points are more than the"),
         ('command = "capacity"\n[axes]\nseed = [1]\n', "capacity needs slo"),
+        (HEAD, r"has no \[axes\]; give a list of values"),
+        (HEAD + '[fixed]\nmodel = "llama-3.1-8b"\n', r"has no \[axes\]"),
         ("command =", "not valid TOML"),
     ],
 )

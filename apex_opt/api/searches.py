@@ -248,6 +248,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
 @command(arguments.StudyAsk)
 def study(ask: arguments.StudyAsk) -> Result:
     """Ask plan, energy, capacity or pareto of every point of a grid, and go on where that was interrupted."""
+    from apex_opt.grids.points import faults
     from apex_opt.grids.run import run_study
     from apex_opt.grids.store import Store
     from apex_opt.grids.study import read_study
@@ -259,7 +260,8 @@ def study(ask: arguments.StudyAsk) -> Result:
     if folder == path:
         raise UsageError(f"--target: {path} has no ending, so its results need a folder of their own; name one")
     if ask.dry_run:
-        return Result(document=listed_document(asked, folder))
+        wrong = faults(asked, ask.tell)
+        return Result(document=listed_document(asked, folder, wrong), found=not wrong)
     with Store(folder, asked) as store:
         answer = globals()[asked.command]  # the function, which goes to workers by its name
         answered = run_study(asked, store, lambda: opened(ask.ray, ask.workers), answer, ask.tell, again=ask.retry)

@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
+from itertools import product
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 import numpy as np
 
 from apex_opt.arguments import Ask, CapacityAsk
-from apex_opt.errors import ApexError
+from apex_opt.errors import ApexError, UnknownNameError
 from apex_opt.figures.registry import STATISTICS
-from apex_opt.gate import options_of
+from apex_opt.gate import REQUIRED, options_of
 from apex_opt.report import types
 from apex_opt.resolve import resolve
 from apex_opt.schema import to_plain
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apex_opt.commands import Result
+    from apex_opt.gate import Progress
     from apex_opt.grids.study import Options, Study
+    from apex_opt.search.problem import Problem
 
 FAULT: Final = 1
 INFEASIBLE: Final = 3
@@ -115,11 +118,7 @@ def identified(question: tuple[Study, Options]) -> str | Outcome:
     """What two points have in common if they are the same question; what became of one that cannot be asked."""
     study, point = question
     try:
-        ask = study.ask(point)
-        assert isinstance(ask, Ask)
-        # `capacity` asks for a rate, and takes no trace at one.
-        unrated = replace(ask, rate=None) if isinstance(ask, CapacityAsk) else ask
-        problem = resolve(unrated, rated=isinstance(ask, CapacityAsk))
+        ask, problem = _posed(study, point)
     except ApexError as error:
         return Outcome.failed(str(error), error.exit_code)
     # What a problem does not tell: options of the command alone, and names that --emit prints.
@@ -130,6 +129,48 @@ def identified(question: tuple[Study, Options]) -> str | Outcome:
     hashed = hashlib.sha256()
     _fold((study.command, beside, problem), hashed.update)
     return hashed.hexdigest()
+
+
+def _posed(study: Study, point: Options) -> tuple[Ask, Problem]:
+    """The arguments of the command at a point, and the problem that they pose."""
+    ask = study.ask(point)
+    assert isinstance(ask, Ask)
+    # `capacity` asks for a rate, and takes no trace at one.
+    unrated = replace(ask, rate=None) if isinstance(ask, CapacityAsk) else ask
+    return ask, resolve(unrated, rated=isinstance(ask, CapacityAsk))
+
+
+def faults(study: Study, tell: Progress) -> dict[int, str]:
+    """Why points cannot be asked, by their numbers: every name at them that nothing has, else the first fault.
+
+    Parameters
+    ----------
+    study : Study
+    tell : Progress    told (what, done, total) along the way
+    """
+    needed = {option.name for option in options_of(study.asks) if option.default is REQUIRED}
+    beside = {name: values[0] for name, values in study.axes.items() if name in needed}
+
+    @cache
+    def unknown(name: str, place: int) -> str | None:
+        """What is said of a value where options along the other axes are left out."""
+        try:
+            _posed(study, {**beside, name: study.axes[name][place]})
+        except UnknownNameError as error:
+            return str(error)
+        except ApexError:  # it may be the others that it goes with
+            return None
+        return None
+
+    found: dict[int, str] = {}
+    for number, places in enumerate(product(*(range(len(values)) for values in study.axes.values()))):
+        chosen = dict(zip(study.axes, places, strict=True))
+        outcome = identified((study, {name: study.axes[name][place] for name, place in chosen.items()}))
+        if isinstance(outcome, Outcome):
+            names = filter(None, (unknown(name, place) for name, place in chosen.items()))
+            found[number] = "; ".join(dict.fromkeys((str(outcome.error), *names)))
+        tell("checking points", number + 1, len(study))
+    return found
 
 
 def _fold(value: Any, put: Callable[[bytes], Any]) -> None:

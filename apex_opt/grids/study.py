@@ -100,6 +100,8 @@ def read_study(path: Path) -> Study:
     if len(study) > MOST_POINTS:
         raise InputError(f"{path}: {len(study):,} points are more than the {MOST_POINTS:,} allowed; shorten an axis")
     _check(study, path)
+    if not axes:
+        raise InputError(f"{path}: has no [axes]; give a list of values for one option or more, such as rate = [1, 2]")
     return study
 
 

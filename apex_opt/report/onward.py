@@ -95,6 +95,19 @@ def _calibrated(document: Document) -> str:
     )
 
 
+def _studied(document: Document) -> str:
+    if document.get("status") == "open":
+        return "the same command without --dry_run answers the points"
+    again = "; --retry asks the failed ones again" if document.get("failed") else ""
+    return f"--report=study.html draws it, --format=csv has its rows{again}"
+
+
+def _unstudied(document: Document) -> str:
+    if document.get("status") == "open":
+        return "mend the values that are named; without --dry_run points that can be asked are answered all the same"
+    return "the reasons are above; --retry asks the failed points again"
+
+
 _MEASURED: Final = "; measured there, solve.py calibrate fits the engine's times"
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _start,
@@ -104,7 +117,7 @@ _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "explain": "solve.py plan with the same options has the figures of the best plan",
     "simulate": _simulated,
     "place": "--rankfile=ranks.txt writes the order for a launcher; --lose=node0:0 says what a loss costs",
-    "study": "--report=study.html draws it, --format=csv has its rows; the same command again answers what is open",
+    "study": _studied,
     "validate": "solve.py calibrate --measured=RESULT.json fits an engine's times to runs of your own",
     "calibrate": _calibrated,
     "profile show": "solve.py profile collect measures a GPU that is not listed",
@@ -121,6 +134,7 @@ _MISSED: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "explain": "give one of the changes above as an option of solve.py plan",
     "simulate": _unserved,
     "place": "free GPUs, or place a smaller plan; solve.py cluster show draws what is free",
+    "study": _unstudied,
     "validate": "the reasons above say what a run lacks; layouts are in docs/validation.md",
     "calibrate": "measure further loads, such as few clients and many; docs/calibrate.md says which",
 }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SHOWN: Final = ("rate_per_s", "ttft_s.p95", "tpot_s.p95", "e2e_s.mean", "throughput_rps", "energy_j", "cost_usd_per_h")
 """Figures of the table, where any point has them; all are in JSON and CSV, and in the folder."""
 
+_FAULTY: Final = 2
 _NO_PLAN: Final = 3
 _LONGEST_REASONS: Final = 5
 
@@ -78,16 +79,25 @@ def _row(row: dict[str, Any]) -> studied.StudyRow:
     return studied.StudyRow(**{name: row[name] for name in plain}, options=below("options"), figures=below("figures"))
 
 
-def listed_document(study: Grid, folder: Path) -> studied.StudyAnswer:
-    """The points of a study, none of them answered."""
+def listed_document(study: Grid, folder: Path, faults: Mapping[int, str]) -> studied.StudyAnswer:
+    """The points of a study, none of them answered.
+
+    Parameters
+    ----------
+    study : Study
+    folder : Path       of its results
+    faults : mapping    why points cannot be asked, by their numbers
+    """
     empty = dict.fromkeys(("same_as", "exit_code", "error", "seconds", "plan", "gpus"))
+    wrong = {place: {"status": "failed", "exit_code": _FAULTY, "error": text} for place, text in faults.items()}
     rows = [
-        {"point": place, "row": 0, "status": "open", **empty}
+        {"point": place, "row": 0, **empty, "status": "open", **wrong.get(place, {})}
         | {f"options.{name}": option_text(value) for name, value in point.items()}
         for place, point in enumerate(study.points())
     ]
     document = study_document(study, folder, [], 0)
-    return studied.StudyAnswer(**vars(document) | {"points": tuple(map(_row, rows))})
+    told = {"failed": len(wrong), "points": tuple(map(_row, rows))}
+    return studied.StudyAnswer(**vars(document) | told)
 
 
 def study_page(document: Document) -> str:
@@ -103,8 +113,9 @@ def _page(console: Console, document: Document) -> None:
             (f"study of {document['asked']}", "bold"), f", {count(document['size'], 'point')}{fixed and f', {fixed}'}"
         )
     )
-    if not any(row["exit_code"] is not None for row in rows):
-        console.print(f"open; results will be in {document['folder']}\n")
+    if document["status"] == "open":
+        wrong = f"{count(document['failed'], 'point')} cannot be asked; " if document["failed"] else ""
+        console.print(f"open; {wrong}results will be in {document['folder']}\n")
     else:
         console.print(
             f"{document['found']:,} with a plan, {document['infeasible']:,} infeasible, {document['failed']:,} failed; "
