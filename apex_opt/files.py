@@ -141,6 +141,12 @@ def read_json(path: Path, *, limit: int, where: str = "", want: str = "", finite
     return parse_json(text, where=where, want=want, finite=finite)
 
 
+def json_kind(value: object) -> str:
+    """What JSON calls a value that was read from it, with its article."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
 def parse_json(text: str, *, where: str, want: str = "", finite: bool = False) -> Any:
     """The JSON value a text holds, as `read_json` has it.
 

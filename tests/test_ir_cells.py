@@ -151,7 +151,7 @@ def test_moe_shared_expert_is_always_active() -> None:
     [
         ({"hidden": 0}, "hidden must be a whole number from 1 to 2147483648, not 0"),
         ({"hidden": -3}, "not -3"),
-        ({"query_heads": True}, "query_heads must be a whole number .* not True"),
+        ({"query_heads": True}, "query_heads must be a whole number .* not true"),
         ({"head_dim": 4.0}, "head_dim must be a whole number .* not 4.0"),
         ({"head_dim": float("nan")}, "head_dim must be a whole number .* not nan"),
         ({"kv_heads": 4}, "query_heads 6 is not a multiple of kv_heads 4"),
@@ -170,7 +170,7 @@ def test_attention_refuses(bad: dict[str, Any], text: str) -> None:
     ("bad", "text"),
     [
         ({"q_lora_rank": 0}, "latent attention: q_lora_rank must be a whole number from 1"),
-        ({"kv_lora_rank": None}, "kv_lora_rank must be a whole number from 1 to 2147483648, not None"),
+        ({"kv_lora_rank": None}, "kv_lora_rank must be a whole number from 1 to 2147483648, not null"),
         ({"rope_head_dim": 0, "v_head_dim": -1}, "rope_head_dim must .*; v_head_dim must"),
         ({"output_quantised": -1}, "output_quantised must be a whole number from 0 to 13, not -1"),
     ],

@@ -132,3 +132,10 @@ def test_a_factor_of_an_unknown_kind_of_scaling_is_refused_by_the_kind() -> None
     (fault,) = found.faults
     assert fault.startswith("rope_scaling.rope_type may be default, linear")
     assert fault.endswith("not 'spiral'")
+
+
+@pytest.mark.parametrize("called", ["type", "rope_type"])
+def test_a_kind_of_scaling_is_refused_by_the_name_that_the_file_gives_it(called: str) -> None:
+    found = Fields({"max_position_embeddings": 4096, "rope_scaling": {called: "spiral", "factor": 2.0}})
+    context_limit(found)
+    assert found.faults[0].startswith(f"rope_scaling.{called} may be ")

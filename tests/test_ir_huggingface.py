@@ -463,7 +463,7 @@ def test_quantisation_sections_become_formats(section: object, weights: str, kv:
         ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported; supported: 4 and 8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 16}, "group_size 16 is not supported; .* 32 and above"),
         ({"quant_method": "gptq", "bits": 8, "group_size": 8}, "group_size 8 is not supported; .* 32 and above"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size must be a whole number .* not True"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size must be a whole number .* not true"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo must be FP8, .* not 'W4A8'"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size 32 is not supported"),
         ({"quant_method": "fp8", "ignore": "lm_head"}, "quantization_config.ignore must be a list, not 'lm_head'"),
@@ -622,6 +622,7 @@ def test_a_long_list_of_modules_is_read_layer_by_layer() -> None:
         ("qwen9", "near it: qwen"),
         ("mixtrel", "near it: mixtral"),
         ("perceiver", "docs/models.md lists"),
+        ("ouro", "'ouro' is not supported; docs/models.md lists"),
         pytest.param("a" * 5000, "docs/models.md lists", id="long"),
     ],
 )
@@ -685,9 +686,10 @@ def test_a_dimension_that_is_no_count_is_named(key: str, value: object) -> None:
     [
         (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads 8 is not a multiple of num_key_value_heads 3"),
         (LLAMA, {"hidden_size": 65}, "hidden_size 65 is not a multiple of num_attention_heads 8; give head_dim"),
-        (LLAMA, {"num_hidden_layers": 100_001}, "num_hidden_layers must be a whole number from 1 to 100000"),
+        (LLAMA, {"num_hidden_layers": 4_097}, "num_hidden_layers must be a whole number from 1 to 4096, not 4097"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
         (LLAMA, {"tie_word_embeddings": 10**6000}, "tie_word_embeddings must be true or false"),
+        (LLAMA, {"vocab_size": True}, "vocab_size must be a whole number from 1 to 2147483648, not true$"),
         (LLAMA, {"attention_bias": 1}, "attention_bias must be true or false, not 1"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype must be one of bfloat16, float16, float32, not 'int8'"),
         (LLAMA, {"dtype": 16}, "dtype must be text, not 16"),
@@ -777,9 +779,9 @@ def test_a_file_of_another_name_names_the_model(tmp_path: Path, filename: str) -
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
         (b'{"a": 1,\n oops}', "not JSON at line 2 column 2"),
-        (b"[1, 2]", "holds a JSON list, not an object"),
-        (b"3", "holds a JSON int, not an object"),
-        (b"null", "holds a JSON NoneType, not an object"),
+        (b"[1, 2]", "holds a list, not an object"),
+        (b"3", "holds a number, not an object"),
+        (b"null", "holds null, not an object"),
         (b"\x80\x02\xff", "line 1 is not UTF-8 text"),
         pytest.param(b'{"hidden_size": ' + b"9" * 5000 + b"}", "too many digits", id="digits"),
         pytest.param(b'{"a": ' + b"[" * 100_000, "nested too deeply", id="deep"),
@@ -992,11 +994,35 @@ def test_a_tower_that_reads_images_is_told_even_where_its_heads_are_not(
         ({"num_nextn_predict_layers": 0}, 0),
         ({"mtp_num_hidden_layers": 1}, 1),
         ({"num_mtp_modules": 3}, 3),
-        ({"num_nextn_predict_layers": "one"}, 0),
+        ({"num_nextn_predict_layers": None}, 0),
     ],
 )
 def test_layers_that_make_drafts_are_told_by_any_of_their_names(stated: dict[str, Any], layers: int) -> None:
     assert read(LLAMA, **stated).mtp_layers == layers
+
+
+@pytest.mark.parametrize("value", ["8", [8], -1, 8.5, {}, True, 4097])
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "n_mtp_layers"])
+def test_layers_that_make_drafts_are_counted_or_refused(key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"^tiny\.json: {key} must be a whole number from 0 to 4096, not "):
+        read(LLAMA, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": 2**24, "intermediate_size": 2**26, "num_hidden_layers": 2000}, "than 67,108,864$"),
+        ({"hidden_size": 2**31}, "give a smaller hidden_size than 2,147,483,648$"),
+        ({"intermediate_size": 2**31}, "a matrix of 2,147,483,648 rows or columns; at most 268,435,456 are read"),
+        ({"vocab_size": 2**31}, "give a smaller vocab_size"),
+        ({"head_dim": 2**31, "max_position_embeddings": 2**31}, "give a smaller head_dim"),
+    ],
+)
+def test_a_model_too_large_to_be_planned_is_refused_with_its_largest_number(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told) as caught:
+        read(LLAMA, **changes)
+    assert str(caught.value).startswith("tiny.json: a m")
+    assert "at most 1,000,000,000,000,000 are read" in str(caught.value) or "at most 268,435,456" in str(caught.value)
 
 
 STUBS = json.loads((Path(__file__).parent / "cases" / "configs" / "stubs.json").read_text())

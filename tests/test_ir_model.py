@@ -93,7 +93,7 @@ def test_block_and_run_refuse_what_does_not_fit() -> None:
     for attention in (ATTENTION, LATENT):
         with pytest.raises(InputError, match="attention has hidden 10 but the FFN 12"):
             Block(attention=attention, ffn=replace(DENSE, hidden=12))
-    with pytest.raises(InputError, match="count must be a whole number from 1 to 100000, not 0"):
+    with pytest.raises(InputError, match="count must be a whole number from 1 to 4096, not 0"):
         Run(block=Block(attention=ATTENTION, ffn=DENSE), count=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Final
 
 from apex_opt.errors import join_faults
@@ -12,7 +13,9 @@ MAX_COUNT: Final = 2**31
 
 
 def shown(value: object) -> str:
-    """A faulty value as an error message quotes it: short, on one line."""
+    """A faulty value as an error message quotes it: short, on one line; what JSON has a word for, in that."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     try:
         return f"{value!r:.40}"
     except ValueError:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from apex_opt.ir.fields import Fields
 
-_LENGTHS: Final = (
-    *("n_positions", "max_seq_len", "seq_length", "model_max_length"),
+LENGTHS: Final = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length"),
     *("max_sequence_length", "max_seq_length", "seq_len"),
 )
-"""Other names of the length; the least of those given holds."""
+"""Names of the length; the first is usual, and the least of those given holds."""
 _UNSCALED: Final = ("su", "longrope", "llama3")
 """Kinds of scaling whose files give the scaled length as it is."""
 _KINDS: Final = (
@@ -34,10 +34,8 @@ def context_limit(fields: Fields) -> int:
     Scaling of the rotary positions multiplies the length by its factor, for yarn that from before the scaling. Where
     layers scale differently, the last of them tells.
     """
-    named = next((key for key in _LENGTHS if fields.values.get(key) is not None), "max_position_embeddings")
-    usual = fields.values.get("max_position_embeddings") is not None
-    length = fields.count("max_position_embeddings" if usual else named)
-    for key in _LENGTHS:
+    length = fields.count(next((key for key in LENGTHS if fields.values.get(key) is not None), LENGTHS[0]))
+    for key in LENGTHS:
         length = min(length, fields.count(key, default=length))
     if not length:
         return 0
@@ -49,16 +47,17 @@ def context_limit(fields: Fields) -> int:
     nested = kinds and all(isinstance(kind, dict) for kind in kinds.values())
     factor = 1.0
     for kind in kinds.values() if nested else (kinds,):
-        name = kind.get("rope_type", kind.get("type", "default"))
+        called = "rope_type" if "rope_type" in kind or "type" not in kind else "type"
+        name = kind.get(called, "default")
         if not isinstance(name, str):
-            fields.fault(f"{key}.rope_type", f"must be text, not {shown(name)}")
+            fields.fault(f"{key}.{called}", f"must be text, not {shown(name)}")
             return 0
         if name in _UNSCALED:
             continue
         given = kind.get("factor")
         if given is not None:
             if name not in _KINDS:
-                fields.fault(f"{key}.rope_type", f"may be {', '.join((*_KINDS, *_UNSCALED))}, not {shown(name)}")
+                fields.fault(f"{key}.{called}", f"may be {', '.join((*_KINDS, *_UNSCALED))}, not {shown(name)}")
                 return 0
             if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_COUNT:
                 fields.fault(f"{key}.factor", f"must be a number above 0, not {shown(given)}")

@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, join_faults
-from apex_opt.files import read_json, there
+from apex_opt.files import json_kind, read_json, there
 from apex_opt.ir.checks import count_fault, shown
-from apex_opt.ir.context import context_limit
+from apex_opt.ir.context import LENGTHS, context_limit
 from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Sizes
 from apex_opt.ir.families.towers import read_tower
 from apex_opt.ir.fields import Fields
@@ -62,6 +62,12 @@ _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
 _READ: Final = "docs/models.md lists those that are"
 _LONGEST_TYPE: Final = 60
+_NEAR: Final = 0.75
+"""Likeness from which a model_type may be another one misspelt: less is shared by unrelated names."""
+_MOST_PARAMETERS: Final = 10**15
+"""Weights of the largest model taken for real, far from where bytes of a plan leave the integers of a program."""
+_LONGEST_SIDE: Final = 2**28
+"""Rows or columns of the largest matrix taken for real: several of them are priced as one."""
 _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 
 
@@ -108,7 +114,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """
     value = read_json(file, limit=MAX_CONFIG_BYTES, want="give a config.json")
     if not isinstance(value, dict):
-        raise InputError(f"{file}: holds a JSON {type(value).__name__}, not an object; give a config.json")
+        raise InputError(f"{file}: holds {json_kind(value)}, not an object; give a config.json")
     return value
 
 
@@ -154,6 +160,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     layers = read_layers(family, fields, size)
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)
+    mtp_layers = _mtp_layers(fields)
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
@@ -169,7 +176,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     built, formats = _in_formats(layout)
     runs = tuple(Run(block=built[entry], count=sum(1 for _ in group)) for entry, group in groupby(layout))
     used = {entry for held in stored for entry in held if entry is not None}
-    return Model(
+    model = Model(
         name=name,
         hidden=size.hidden,
         vocab=size.vocab,
@@ -182,13 +189,34 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         scheme=quantisation.scheme(formats, used),
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
-        mtp_layers=_mtp_layers(fields.values),
+        mtp_layers=mtp_layers,
         tower=layers.tower or read_tower(config, size.hidden, file),
         pools=family.pools,
         before=layers.before,
         after=layers.after,
         source=source,
     )
+    _check_size(model, fields, source)
+    return model
+
+
+def _check_size(model: Model, fields: Fields, source: str) -> None:
+    """Refuse a model too large to be real, with the largest number that its file states."""
+    tower = model.tower
+    matrices = [matrix for block in model.blocks for matrix in block.matrices]
+    matrices += [matrix for _, matrix in tower.matrices] if tower else []
+    weights = max(model.parameters, tower.parameters if tower else 0)
+    longest = max([model.hidden, model.vocab, *(max(matrix.rows, matrix.columns) for matrix in matrices)])
+    if weights <= _MOST_PARAMETERS and longest <= _LONGEST_SIDE:
+        return
+    sizes = [(key, size) for key, size in fields.values.items() if type(size) is int and key not in LENGTHS]
+    key, size = max(sizes, key=lambda pair: pair[1], default=("num_hidden_layers", model.layers))
+    fault = (
+        f"a model of {weights:,} weights; at most {_MOST_PARAMETERS:,} are read"
+        if weights > _MOST_PARAMETERS
+        else f"a matrix of {longest:,} rows or columns; at most {_LONGEST_SIDE:,} are read"
+    )
+    raise InputError(f"{source}: {fault}; give a smaller {fields.name(key)} than {size:,}")
 
 
 def _tower_heads(config: Mapping[str, Any]) -> int | None:
@@ -200,12 +228,10 @@ def _tower_heads(config: Mapping[str, Any]) -> int | None:
     return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
 
 
-def _mtp_layers(values: Mapping[str, Any]) -> int:
+def _mtp_layers(fields: Fields) -> int:
     """Layers of multi-token prediction in the checkpoint: see `_MTP_LAYERS`; 0 where the file states none."""
-    if values.get("model_type") in _MTP_UNSTATED:
-        return 1
-    stated = (values.get(key) for key in _MTP_LAYERS)
-    return next((layers for layers in stated if count_fault("layers", layers) is None and layers), 0)
+    stated = [fields.count(key, default=0, minimum=0, maximum=MAX_LAYERS) for key in _MTP_LAYERS]
+    return 1 if fields.values.get("model_type") in _MTP_UNSTATED else next(filter(None, stated), 0)
 
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
@@ -306,7 +332,7 @@ def _family(fields: Fields, wrapped: bool, source: str) -> Family:
     if not isinstance(model_type, str):
         raise InputError(f"{source}: model_type must be text, not {shown(model_type)}")
     if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type[:_LONGEST_TYPE], SUPPORTED_MODEL_TYPES, n=3)
+        near = difflib.get_close_matches(model_type[:_LONGEST_TYPE], SUPPORTED_MODEL_TYPES, n=3, cutoff=_NEAR)
         others = f"near it: {', '.join(near)}; " if near else ""
         raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {others}{_READ}")
     family = FAMILIES[model_type]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from apex_opt.ir.cells.operations import Linear
     from apex_opt.ir.scheme import Scheme
 
-MAX_LAYERS: Final = 100_000
-"""Largest depth taken for real; layers are walked one by one when they are merged into runs."""
+MAX_LAYERS: Final = 4_096
+"""Largest depth taken for real: the deepest model published has hundreds, and what a plan needs grows with them."""
 
 DTYPES: Final = ("bf16", "fp16")
 

@@ -25,7 +25,7 @@ def _whisper(fields: Fields, size: Sizes) -> Layers:
     width = size.hidden
     heads: dict[str, Any] = {**head_fields(fields, width)}
     inner, mels = fields.count("intermediate_size"), fields.count("num_mel_bins")
-    encoder = {name: fields.count(f"encoder_{name}") for name in ("layers", "attention_heads", "ffn_dim")}
+    encoder = _encoder_sizes(fields)
     frames, longest = fields.count("max_source_positions"), fields.count("max_position_embeddings")
     if fields.faults:
         return Layers([])
@@ -53,6 +53,14 @@ def _whisper(fields: Fields, size: Sizes) -> Layers:
         input_s=_SECONDS,
     )
     return Layers([block] * size.layers, (Matrix("positions", longest, width),), (), tower)
+
+
+def _encoder_sizes(fields: Fields) -> dict[str, int]:
+    """Layers, heads and columns of an encoder whose sizes are not the decoder's."""
+    return {
+        "layers": fields.count("encoder_layers", maximum=MAX_LAYERS),
+        **{name: fields.count(f"encoder_{name}") for name in ("attention_heads", "ffn_dim")},
+    }
 
 
 def _t5(fields: Fields, size: Sizes) -> Layers:
@@ -152,7 +160,7 @@ def _bart(
     """
     width, inner = size.hidden, fields.count("intermediate_size")
     heads: dict[str, Any] = {**head_fields(fields, width)}
-    encoder = {name: fields.count(f"encoder_{name}") for name in ("layers", "attention_heads", "ffn_dim")}
+    encoder = _encoder_sizes(fields)
     rows = fields.count("max_position_embeddings") + 2
     if fields.faults:
         return Layers([])

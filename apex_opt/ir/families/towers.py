@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.errors import join_faults
 from apex_opt.ir.cells import DenseFfn, EncoderAttention, Matrix
 from apex_opt.ir.fields import MISSING, Fields
-from apex_opt.ir.model import Block, Run, Tower
+from apex_opt.ir.model import MAX_LAYERS, Block, Run, Tower
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ def read_tower(config: Mapping[str, Any], hidden: int, source: str) -> Tower | N
 
 def _alike(fields: Fields, layers: str, block: Callable[[], Block]) -> tuple[Run, ...]:
     """Layers that are all the same; none where a field is at fault."""
-    count = fields.count(layers)
+    count = fields.count(layers, maximum=MAX_LAYERS)
     return () if fields.faults else (Run(block=block(), count=count),)
 
 
@@ -168,7 +168,7 @@ def _qwen2_5(whole: Fields, fields: Fields, hidden: int) -> Tower | None:
     """Qwen2.5-VL: as Qwen2-VL, with a gate, and windows in all but a few layers."""
     build = _cells(fields, ("hidden_size", "num_heads", "intermediate_size"), bias=True, gated=True)
     side = fields.count("window_size") // max(fields.count("patch_size"), 1)
-    full, depth = fields.rows("fullatt_block_indexes"), fields.count("depth")
+    full, depth = fields.rows("fullatt_block_indexes"), fields.count("depth", maximum=MAX_LAYERS)
     if fields.faults or full is None:
         return None
     windows = [None if layer in full else max(side**2, 1) for layer in range(depth)]

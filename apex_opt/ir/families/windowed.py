@@ -10,7 +10,7 @@ from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, window_of_layers
 from apex_opt.ir.families.listed import flags_of, kinds_of
-from apex_opt.ir.model import Block
+from apex_opt.ir.model import MAX_LAYERS, Block
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _step(fields: Fields, size: Sizes) -> Layers:
     """
     whole = head_fields(fields, size.hidden)
     local = _step_local(fields, whole)
-    drafted = fields.count("num_nextn_predict_layers", default=0, minimum=0)
+    drafted = fields.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     sees = kinds_of(fields, "layer_types", size.layers, _SEES, beyond=drafted)
     if sees is None:
         sees = [False] * size.layers
