@@ -100,7 +100,7 @@ def test_m2m_100_computes_its_positions() -> None:
     [
         ({"activation_function": "gelu"}, "activation_function 'gelu' is not supported; supported: swiglu, silu"),
         ({"num_experts": 8}, "num_experts 8 is not supported"),
-        ({"qkv_proj_bias": True}, "qkv_proj_bias True is not supported"),
+        ({"qkv_proj_bias": True}, "qkv_proj_bias true is not supported"),
         ({"n_inner": None}, "n_inner is missing"),
     ],
 )

@@ -208,7 +208,7 @@ def test_pruned_layers_have_fewer_heads_narrower_ffns_a_matrix_or_nothing() -> N
         ),
         (QWEN_NEXT, {"linear_key_head_dim": None}, "linear_key_head_dim is missing"),
         (QWEN_35, {"mamba_ssm_dtype": "fp8"}, "mamba_ssm_dtype must be one of auto, bfloat16, float16, float32"),
-        (KIMI_LINEAR, {"mla_use_nope": False}, "mla_use_nope False is not supported; supported: True"),
+        (KIMI_LINEAR, {"mla_use_nope": False}, "mla_use_nope false is not supported; supported: true"),
         (KIMI_LINEAR, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (KIMI_LINEAR, {"linear_attn_config": None}, "linear_attn_config is missing"),
         (

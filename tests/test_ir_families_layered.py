@@ -233,7 +233,7 @@ def test_deepseek_v2_without_latent_widths_has_usual_attention() -> None:
         (case("zamba2-7b"), {"num_key_value_heads": 8}, "num_key_value_heads 8 is not supported; supported: 32"),
         (case("zamba2-7b"), {"mamba_gate": 1}, "mamba_gate is not understood"),
         (FALCON, {"mamba_d_head": 64}, "mamba_n_heads 32 times mamba_d_head 64 is not mamba_d_ssm 4096"),
-        (FALCON, {"projectors_bias": True}, "projectors_bias True is not supported; supported: False"),
+        (FALCON, {"projectors_bias": True}, "projectors_bias true is not supported; supported: false"),
         (FALCON, {"mamba_conv_kernel_kind": 3}, "mamba_conv_kernel_kind is not understood"),
     ],
 )

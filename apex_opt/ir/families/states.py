@@ -45,7 +45,8 @@ def refuse(fields: Fields, key: str, *known: object) -> None:
     """
     value = fields.values.get(key)
     if value is not None and value not in known:
-        fields.fault(key, f"{shown(value)} is not supported; supported: {', '.join(str(one) for one in known)}")
+        may = ", ".join(one if isinstance(one, str) else shown(one) for one in known)
+        fields.fault(key, f"{shown(value)} is not supported; supported: {may}")
 
 
 def refuse_others(fields: Fields, known: frozenset[str], *prefixes: str) -> None:
