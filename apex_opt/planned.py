@@ -153,10 +153,12 @@ def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) 
         raise UsageError(
             f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
         )
-    if problem.routers(pool.role) and plan.replicas > 1 and plan.route is None:
+    routers = problem.routers(pool.role) if plan.replicas > 1 else ()
+    if len(routers) > 1 and plan.route is None:
         raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
+    route = plan.route or (routers[0] if routers else None)
     drafter = plan.speculation or problem.drafters[0]
-    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter)
+    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter, route=route)
 
 
 def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:

@@ -11,7 +11,7 @@ from launch_cases import CHECKPOINT, DENSE, MOE, PLANS, asked, emitted, has, ser
 
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.launch import handing_over, launch
-from apex_opt.launch.sglang import pd_router
+from apex_opt.launch.sglang import pd_router, unmatched
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.speculation import Speculation, parse_drafter
 
@@ -175,3 +175,10 @@ def test_prefill_and_decode_servers_stand_behind_a_router_that_knows_both() -> N
 def test_a_router_of_pools_that_it_does_not_have_is_told() -> None:
     command = pd_router([[(0, "8000")], [(1, "8000")]], ("cache_aware", "least_loaded"))
     assert command.argv[-2:] == ("--prefill-policy", "cache_aware")
+    many, one = [(0, "8000"), (0, "8010")], [(1, "8000")]
+    (said,) = unmatched([many, many], ("cache_aware", "least_loaded"))
+    assert "no least_loaded, which the figures are of before decode servers" in said
+    assert "by its default, cache_aware" in said
+    assert len(unmatched([many, many], ("pull", "session"))) == 2
+    assert not unmatched([many, one], ("round_robin", "session"))
+    assert not unmatched([one, many], ("session", "power_of_two"))

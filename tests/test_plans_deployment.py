@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,7 @@ from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.ir import load_model
 from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.routing import ROUTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -142,6 +145,7 @@ PAIRS = (
     "prefill{attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull",
     "prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull",
     "prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{dp3 attn(tp1) ffn(tp1) bf16} route=pull/session",
+    "prefill{dp2 attn(tp2) ffn(tp2) bf16} + decode{attn(tp1) ffn(tp1) bf16} route=vllm_dp",
 )
 
 
@@ -168,3 +172,33 @@ def test_what_is_no_pair_of_pools_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(UsageError) as error:
         parse_deployment(text, MODEL, ("h100",))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prefill{dp2 tp1} + decode{dp2 tp1} route=pull/pull/pull", "is not of two sides"),
+        ("prefill{dp2 tp1} + decode{dp2 tp1} route=pull/", "is not of two sides"),
+        ("prefill{dp2 tp1} + decode{dp2 tp1} route=pull,session", "one plan has one router for each pool"),
+        ("prefill{dp2 tp1} + decode{dp2 tp1} route=vllm_dp", "name another router for the decode instances"),
+        ("dp2 tp1 route=pull/session", "is of prefill and decode instances"),
+        ("tp1 route=pull/session", "is of prefill and decode instances"),
+    ],
+)
+def test_routers_that_do_not_go_with_a_deployment_are_refused_by_what_they_are_of(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_deployment(text, MODEL, ("h100",))
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 2), (2, 1), (1, 2), (1, 1)])
+def test_every_router_of_either_side_is_read_back_from_the_text(prefill: int, decode: int) -> None:
+    for one, other in itertools.product(ROUTINGS, ROUTINGS):
+        if other == "vllm_dp":
+            continue
+        routes = (("prefill", prefill, one), ("decode", decode, other))
+        pools = [
+            Pool(plan=replace(parse_plan(f"dp{count} tp1", MODEL), route=name if count > 1 else None), role=role)
+            for role, count, name in routes
+        ]
+        pair = Deployment(pools=tuple(pools))
+        assert parse_deployment(str(pair), MODEL, ("h100",)) == pair

@@ -625,7 +625,7 @@ def test_routers_of_pools_are_those_of_either_side() -> None:
         ({"routing": "pull/session"}, "give --serving=pools, or a router without a /"),
         ({"routing": "pull/session", "serving": "aggregated,pools"}, "give --serving=pools, or routers without a /"),
         ({"routing": "pull/vllm_dp", "serving": "pools"}, "vllm_dp is of requests as they come"),
-        ({"routing": "pull/pull/pull", "serving": "pools"}, "unknown routing 'pull/pull'"),
+        ({"routing": "pull/pull/pull", "serving": "pools"}, "routing 'pull/pull/pull' is not of two sides"),
         ({"plan": "prefill{dp2 tp1 route=pull} + decode{tp1}"}, "routers of pools stand behind these"),
         ({"plan": "prefill{tp1} + decode{tp1} route=pull"}, "either pool has one; leave it out"),
         ({"plan": "dp2 tp1 route=foo"}, "plan 'dp2 tp1 route=foo': unknown router 'foo'; known: round_robin"),

@@ -14,7 +14,7 @@ from search_cases import GPUS, SPACE, every, rank
 
 from apex_opt.engines.handover import HandoverTimes
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
-from apex_opt.plans.deployment import Deployment, Pool
+from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
 from apex_opt.search import Scorer, search
 from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.option import options_of
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.routing import Routing
     from apex_opt.search import Problem
 
 TIMES = HandoverTimes(proxy_us=300, notice_us=20, post_us=50, descriptor_us=1.5, rate_share=0.3)
@@ -186,6 +187,21 @@ def test_the_best_routers_are_those_of_simulating_every_pair_with_each(seed: int
     best = sorted(problem.costs(one.metrics) for one in good)[:2]
     assert [problem.costs(one.metrics) for one in answer.candidates[:2]] == best
     assert check(problem, answer, SPACE, programs).holds
+
+
+@pytest.mark.parametrize("sides", [(("round_robin", "least_loaded"), ("session",)), (("pull",), ("session", "pull"))])
+def test_every_pair_is_read_back_from_its_text_with_the_same_figures(sides: tuple[tuple[Routing, ...], ...]) -> None:
+    asked = replace(question(0, 4), serving=("pools",))
+    problem = replace(asked, sides=sides)
+    scorer, alone = Scorer(problem), Scorer(asked)  # a text says what is dealt how without what was asked
+    pairs = pairs_of(problem)
+    assert {len([pool for pool in pair.pools if pool.plan.route]) for pair in pairs} == {0, 1, 2}
+    for pair in pairs:
+        again = parse_deployment(str(pair), problem.model, problem.types)
+        assert again == pair
+        assert alone.simulate(again).metrics == scorer.simulate(pair).metrics
+    found = [pool.plan for one in search(problem, SPACE, top=9).candidates for pool in one.deployment.pools]
+    assert all(plan.route is not None for plan in found if plan.replicas > 1)
 
 
 def test_a_pool_alone_or_in_the_wrong_order_is_no_deployment() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
 from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
-from apex_opt.launch.sglang import ABOUT_ROUTER, PD_POLICIES, Sglang, pd_router
+from apex_opt.launch.sglang import ABOUT_ROUTER, Sglang, pd_router, unmatched
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import ABOUT_PROXY, Vllm, proxy
 from apex_opt.plans.engine import has_ranks
@@ -109,11 +109,12 @@ def handing_over(prefill: Launch, decode: Launch, replicas: int) -> Launch:
     )
     dealt, servers = (prefill.routing, decode.routing), [_served(one.commands) for one in (prefill, decode)]
     if engine == SGLANG.name:
-        before, about, done = pd_router(servers, dealt), ABOUT_ROUTER, set(dealt) <= PD_POLICIES.keys()
+        before, about = pd_router(servers, dealt), ABOUT_ROUTER
+        notes += unmatched(servers, dealt)
     else:
-        before, about, done = proxy(servers), ABOUT_PROXY, dealt == ("round_robin", "round_robin")
-    if not done:
-        notes.append(f"requests: the figures are of {'/'.join(dealt)}, which it does not do: put a router there")
+        before, about = proxy(servers), ABOUT_PROXY
+        if dealt != ("round_robin", "round_robin"):
+            notes.append(f"requests: the figures are of {'/'.join(dealt)}, which it does not do: put a router there")
     several = any(note.startswith("NODE0") for note in notes)
     notes += [note for note in about if not (several and note.startswith("NODE0"))]
     return replace(prefill, commands=(*prefill.commands, *later, before), notes=tuple(notes))

@@ -29,6 +29,8 @@ _ALGORITHMS: Final = {"eagle": "EAGLE3", "mtp": "NEXTN", "draft": "STANDALONE", 
 """What SGLang calls the ways to make drafts."""
 PD_POLICIES: Final = {"round_robin": "round_robin", "power_of_two": "power_of_two", "cache_aware": "cache_aware"}
 """Routers as its router calls them that it has before prefill and decode servers."""
+_PD_DEFAULT: Final = "cache_aware"
+"""Its `--policy`, which a side without a policy of its own has."""
 ABOUT_ROUTER: Final = (
     "requests: go to sglang_router, which sends each to a prefill and a decode server at once",
     "router: takes the package sglang-router; the compose files start none",
@@ -196,3 +198,19 @@ def pd_router(pools: Sequence[Sequence[tuple[int, str]]], dealt: tuple[str, str]
         if name in PD_POLICIES:
             words += [f"--{side}-policy", PD_POLICIES[name]]
     return Command(node=prefill[0][0], replica=None, argv=tuple(words))
+
+
+def unmatched(pools: Sequence[Sequence[tuple[int, str]]], dealt: tuple[str, str]) -> tuple[str, ...]:
+    """What SGLang's router does before a side of several servers whose router it does not have.
+
+    Parameters
+    ----------
+    pools : of each pool, node and port of its servers
+    dealt : routers before either
+    """
+    return tuple(
+        f"router: it has no {name}, which the figures are of before {side} servers, and deals to these by its default, "
+        f"{_PD_DEFAULT}; --routing with one of {', '.join(PD_POLICIES)} there gives the figures of what it does"
+        for side, servers, name in zip(("prefill", "decode"), pools, dealt, strict=True)
+        if name not in PD_POLICIES and len(servers) > 1
+    )

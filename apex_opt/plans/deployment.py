@@ -37,9 +37,7 @@ Serving = Literal["aggregated", "pools", "shared"]
 """What may be deployed, as `Problem` has it."""
 
 _BETWEEN: Final = " + "
-_PAIR: Final = re.compile(
-    r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*(?:route=([^\s/]+)(?:/([^\s/]+))?)?\s*"
-)
+_PAIR: Final = re.compile(r"\s*prefill\s*\{([^{}]*)\}\s*\+\s*decode\s*\{([^{}]*)\}\s*(?:route=(\S+))?\s*")
 _PAIR_EXAMPLE: Final = "prefill{dp2 tp2 bf16} + decode{tp4 bf16}"
 
 
@@ -179,10 +177,9 @@ def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
     found = _PAIR.fullmatch(text)
     if found is None:
         raise UsageError(f"plan {text!r:.100}: braces are for two pools that hand over; such as: {_PAIR_EXAMPLE}")
-    *parts, one, other = found.groups()
-    routers = [None, None] if one is None else parse_sides(f"{one}/{other or one}")
+    *parts, routing = found.groups()
     pools = []
-    for role, part, names in zip(ROLES, parts, routers, strict=True):
+    for role, part in zip(ROLES, parts, strict=True):
         if not part.strip():
             raise UsageError(f"plan {text!r:.100}: the {role} pool has no plan; such as: {_PAIR_EXAMPLE}")
         (pool, *more) = parse_deployment(part, model, types).pools
@@ -193,11 +190,22 @@ def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
                 f"plan {text!r:.100}: routers of pools stand behind these, those before prefill and decode instances "
                 f"with a / between them; such as: {_PAIR_EXAMPLE} route=least_loaded/round_robin"
             )
-        route = names[0] if names is not None and pool.plan.replicas > 1 else None
-        pools.append(replace(pool, plan=replace(pool.plan, route=route), role=role))
-    if one is not None and not any(pool.plan.route for pool in pools):
+        pools.append(replace(pool, role=role))
+    if routing is None:
+        return Deployment(pools=tuple(pools))
+    several = [pool.plan.replicas > 1 for pool in pools]
+    if not any(several):
         raise UsageError(f"plan {text!r:.100}: route= is of several instances, and either pool has one; leave it out")
-    return Deployment(pools=tuple(pools))
+    # One name before a decode pool of one instance is that of the prefill pool alone.
+    routers = parse_sides(routing if several[1] or "/" in routing else f"{routing}/round_robin")
+    if any(len(names) > 1 for names in routers):
+        raise UsageError(f"plan {text!r:.100}: route={routing:.60} is a choice; one plan has one router for each pool")
+    routed = zip(pools, several, routers, strict=True)
+    return Deployment(
+        pools=tuple(
+            replace(pool, plan=replace(pool.plan, route=names[0] if many else None)) for pool, many, names in routed
+        )
+    )
 
 
 def _apart(part: str, types: Sequence[str]) -> tuple[str | None, str]:

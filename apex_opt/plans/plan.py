@@ -239,7 +239,7 @@ _WORD: Final = re.compile(
     r"|kv=(?P<kv>\w+)"
     r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
     r"|spec=(?P<spec>[^\s=]+)"
-    r"|route=(?P<route>\w+)"
+    r"|route=(?P<route>[^\s=]+)"
     r"|share=(?P<share>[^\s=]+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
@@ -343,6 +343,11 @@ def _limit(found: dict[str, str], name: str, text: str) -> int | None:
 
 
 def _router(found: dict[str, str], text: str) -> Routing:
+    if "/" in found["route"]:
+        raise UsageError(
+            f"plan {text!r:.100}: route={found['route']:.60} is of prefill and decode instances, behind the braces of "
+            "prefill{...} + decode{...}; give one router"
+        )
     if _number(found.get("dp", "1"), text) == 1:
         raise UsageError(
             f"plan {text!r}: route={found['route']} is of several replicas, and the plan has one; leave it out"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +31,10 @@ def check_routing(name: str) -> Routing:
 
     Raises
     ------
-    UnknownNameError
+    UsageError    one that there is not; all are told, as names that look alike say nothing of what routers do
     """
     if name not in ROUTINGS:
-        raise UnknownNameError("routing", str(name)[:60], ROUTINGS)
+        raise UsageError(f"unknown routing {str(name)[:60]!r}; known: {', '.join(sorted(ROUTINGS))}")
     return name
 
 
@@ -43,7 +43,7 @@ def parse_routings(text: str) -> tuple[Routing, ...]:
 
     Raises
     ------
-    UnknownNameError, UsageError    one that there is not, or that is named twice
+    UsageError    one that there is not, or that is named twice
     """
     names = tuple(check_routing(name.strip()) for name in text.split(","))
     if len(set(names)) < len(names):
@@ -56,9 +56,14 @@ def parse_sides(text: str) -> tuple[tuple[Routing, ...], tuple[Routing, ...]]:
 
     Raises
     ------
-    UnknownNameError, UsageError    as `parse_routings`; more than two sides; one that is of requests as they come
+    UsageError    as `parse_routings`; other than two sides; one before decode that is of requests as they come
     """
     prefill, slash, decode = text.partition("/")
+    if slash and not (prefill.strip() and decode.strip() and "/" not in decode):
+        raise UsageError(
+            f"routing {text!r:.60} is not of two sides; name routers before prefill and before decode instances, "
+            "with one / between them, as in least_loaded/session"
+        )
     found = parse_routings(prefill), parse_routings(decode if slash else prefill)
     if "vllm_dp" in found[1]:
         raise UsageError(

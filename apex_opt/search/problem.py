@@ -309,11 +309,14 @@ class Problem:
         return tuple(objective.signed(objective.value(metrics)) for objective in self.objectives)
 
     def routers(self, role: Role | None) -> tuple[Routing, ...]:
-        """Routers to choose from before the replicas of a pool; none where there is no choice."""
+        """Routers that plans of a pool name; none where there is no choice.
+
+        Where one side of prefill and decode pools has a choice, plans of both name theirs: a text that names one router
+        alone says that both have it.
+        """
         if role is None:
             return self.routings
-        names = self.sides[ROLES.index(role)]
-        return names if len(names) > 1 else ()
+        return self.sides[ROLES.index(role)] if any(len(names) > 1 for names in self.sides) else ()
 
     def routing_of(self, plan: Plan) -> Routing:
         """How requests are dealt to the replicas of a plan."""
