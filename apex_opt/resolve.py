@@ -120,6 +120,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
             f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
             "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
         )
+    notes = (*notes, *settings.scheduler.told(chunked_prefill=settings.chunked_prefill))
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
         raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")

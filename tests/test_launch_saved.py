@@ -16,6 +16,7 @@ from launch_cases import DENSE, emitted
 
 from apex_opt.errors import InputError
 from apex_opt.launch.saved import check_new, files_of, save
+from apex_opt.plans.speculation import Speculation
 from apex_opt.report.launch import launch_document
 from apex_opt.schema import to_plain
 
@@ -99,6 +100,30 @@ def test_addresses_of_nodes_are_variables_that_must_be_set() -> None:
     )
     assert done.returncode != 0
     assert "NODE0" in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_a_head_that_is_not_known_ends_a_script_early_and_is_put_in_where_it_is_said(
+    engine: str, tmp_path: Path
+) -> None:
+    drafting = Speculation(method="eagle", draft_tokens=2, accepted=((1,),))
+    own = {"drafting": (drafting,), "max_num_seqs": 64}
+    launch = to_plain(launch_document(emitted(engine, DENSE, "tp8 spec=eagle:2", 1, 8, settings=own)))
+    files = files_of({**document(engine, "tp8"), "launch": launch}, {})
+    script = files["node0.sh"]
+    without = {"PATH": "/bin:/usr/bin"}
+    path = tmp_path / "node0.sh"
+    path.write_text(script, encoding="utf-8")
+    done = subprocess.run(["bash", str(path)], capture_output=True, text=True, env=without, check=False)
+    assert done.returncode != 0 and [*tmp_path.iterdir()] == [path]
+    assert "set EAGLE3_HEAD to the EAGLE-3 head" in done.stderr and len(done.stderr.splitlines()) == 1
+    # What the command would start with, and the file that it reads, have the head that is said.
+    path.write_text("\n".join(line for line in script.splitlines() if not line.endswith(("&", "wait -n"))))
+    given = {"EAGLE3_HEAD": "own/head"}
+    subprocess.run(["bash", str(path)], env=without | given, check=True)
+    path.unlink()
+    told = [*arguments(script, given)[0], *(file.read_text() for file in tmp_path.iterdir())]
+    assert "own/head" in " ".join(told) and "EAGLE3_HEAD" not in " ".join(told)
 
 
 def test_odd_names_of_checkpoints_stay_one_word() -> None:

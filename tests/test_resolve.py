@@ -497,6 +497,26 @@ def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
     assert not any("whole" in note for note in resolve(options(chunked_prefill=True)).notes)
 
 
+@pytest.mark.parametrize(
+    ("settings", "chunked", "told"),
+    [
+        ("context_chunking_policy=EQUAL_PROGRESS", False, ["context_chunking_policy=EQUAL_PROGRESS has no effect"]),
+        ("context_chunking_policy=EQUAL_PROGRESS", True, []),
+        ("batch_wait_timeout_iters=5", False, ["batch_wait_timeout_iters has no effect"]),
+        ("batch_wait_max_tokens_ratio=0.5", False, ["batch_wait_max_tokens_ratio has no effect"]),
+        ("batch_wait_timeout_iters=5,batch_wait_max_tokens_ratio=0.5", False, []),
+        ("adp_timeout_iters=3", False, ["adp_timeout_iters has no effect without adp_balance=true"]),
+        ("adp_timeout_iters=3,adp_balance=true", False, []),
+        ("batch_wait_timeout_ms=4", False, ["batch_wait_timeout_ms=4: every turn waits up to"]),
+        ("capacity_policy=MAX_UTILIZATION", False, []),
+    ],
+)
+def test_settings_of_trtllm_that_do_nothing_and_waits_are_told(settings: str, chunked: bool, told: list[str]) -> None:
+    notes = resolve(options(engine="trtllm", engine_settings=settings, chunked_prefill=chunked)).notes
+    own = [note.removeprefix("--engine_settings: ") for note in notes if note.startswith("--engine_settings: ")]
+    assert len(own) == len(told) and all(note.startswith(text) for note, text in zip(own, told, strict=True))
+
+
 @pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])
 def test_that_no_batch_is_formed_ahead_of_drafts_made_between_batches_is_told(speculation: str) -> None:
     asked = {"speculation": speculation, "acceptance": "1.5"}

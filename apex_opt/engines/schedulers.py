@@ -100,6 +100,10 @@ class Scheduling:
         """
         return seats
 
+    def told(self, *, chunked_prefill: bool) -> tuple[str, ...]:
+        """What has to be known of its own settings: those that do nothing beside the others, and what they cost."""
+        return ()
+
     def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
         """Tokens that the cache must have room for, for each of some requests to be served at all.
 
@@ -303,6 +307,27 @@ class TrtllmScheduling(Scheduling):
     @property
     def may_preempt(self) -> bool:
         return self.capacity_policy == "MAX_UTILIZATION"
+
+    def told(self, *, chunked_prefill: bool) -> tuple[str, ...]:
+        found, waits = [], (bool(self.batch_wait_timeout_iters), bool(self.batch_wait_max_tokens_ratio))
+        if self.context_chunking_policy != CHUNKING_POLICIES[0] and not chunked_prefill:
+            found.append(
+                f"context_chunking_policy={self.context_chunking_policy} has no effect without chunked prefill"
+            )
+        if waits == (True, False):
+            found.append("batch_wait_timeout_iters has no effect without batch_wait_max_tokens_ratio above 0")
+        if waits == (False, True):
+            found.append("batch_wait_max_tokens_ratio has no effect without batch_wait_timeout_iters above 0")
+        usual = TrtllmScheduling()
+        for name in ("adp_timeout_iters", "adp_batching_wait_iters"):
+            if not self.adp_balance and getattr(self, name) != getattr(usual, name):
+                found.append(f"{name} has no effect without adp_balance=true")
+        if self.batch_wait_timeout_ms:
+            found.append(
+                f"batch_wait_timeout_ms={self.batch_wait_timeout_ms:g}: every turn waits up to so long for as many "
+                "new requests as a batch has seats, and those that decode wait with it"
+            )
+        return tuple(f"--engine_settings: {note}" for note in found)
 
     @property
     def fetch_wait_ns(self) -> int:

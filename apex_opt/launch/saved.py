@@ -40,7 +40,8 @@ _NODE_CACHE: Final = "/var/cache/huggingface"
 _SHM: Final = {"name": "shm", "emptyDir": {"medium": "Memory"}}
 _SHM_MOUNT: Final = {"name": "shm", "mountPath": "/dev/shm"}
 _LLM_D_PORT: Final = 8000
-_NODE: Final = re.compile(r"(?<![\w-])(NODE\d+)(?![\w-])")
+_UNKNOWN: Final = re.compile(r"(?<![\w-])(NODE\d+|EAGLE3_HEAD)(?![\w-])")
+"""What commands name that is not known here: addresses of nodes, and a head that makes drafts."""
 
 
 def check_new(path: Path) -> None:
@@ -135,9 +136,22 @@ def _deals(command: Mapping[str, Any]) -> bool:
     return command["replica"] is None and command["argv"][0] == "python"
 
 
+def _unknown(command: Mapping[str, Any]) -> set[str]:
+    """What a command, or the file that it writes, names and is not known here."""
+    words = (*command["argv"], *command["env"].values(), *(_file(command) or ())[1:])
+    return {name for word in words for name in _UNKNOWN.findall(word)}
+
+
 def _nodes(command: Mapping[str, Any]) -> set[str]:
     """Nodes that a command names, whose addresses are not known here."""
-    return {name for word in (*command["argv"], *command["env"].values()) for name in _NODE.findall(word)}
+    return {name for name in _unknown(command) if name.startswith("NODE")}
+
+
+def _asked_for(names: Iterable[str]) -> list[str]:
+    """Lines of a script that end it where what it needs is not said."""
+    head = "the EAGLE-3 head that was trained for the model, its Hugging Face id or its folder"
+    told = {name: "the address of that node" if name.startswith("NODE") else head for name in sorted(names)}
+    return [f': "${{{name}:?set {name} to {what}}}"' for name, what in told.items()]
 
 
 def _file(command: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -147,14 +161,13 @@ def _file(command: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _word(word: str) -> str:
-    """A word for a shell, in which the address of a node is a variable."""
-    parts = _NODE.split(word)
+    """A word for a shell, in which what is not known here is a variable."""
+    parts = _UNKNOWN.split(word)
     return "".join(f'"${part}"' if index % 2 else shlex.quote(part) if part else "" for index, part in enumerate(parts))
 
 
 def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
     """What starts everything on one node, and ends all once one of them ends."""
-    names = sorted(set().union(*map(_nodes, commands)))
     lines = [
         "#!/usr/bin/env bash",
         f"# Starts what runs on node {node}; ends all of it once one part ends.",
@@ -166,11 +179,11 @@ def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
             told = f"node{node}.sh: copy {name} here first, into $PWD"
             lines.append(f'[ -f {name} ] || {{ echo "{told}" >&2; exit 1; }}')
     lines.append("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT")
-    lines += [f': "${{{name}:?set {name} to the address of that node}}"' for name in names]
+    lines += _asked_for(set().union(*map(_unknown, commands)))
     for index, command in enumerate(commands):
         if file := _file(command):
             name, text = file
-            lines.append(f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(name)}")
+            lines.append(f"printf '%s\\n' {_word(text)} > {shlex.quote(name)}")
         words = [*(f"{name}={_word(value)}" for name, value in command["env"].items()), *map(_word, command["argv"])]
         if command["argv"][0] == "nvidia-smi":
             lines.append(" ".join(words))
@@ -187,8 +200,7 @@ def _bench(argv: Sequence[str]) -> str:
         "set -euo pipefail",
     ]
     lines.append('cd "$(dirname "${BASH_SOURCE[0]}")"')
-    names = sorted({name for word in argv for name in _NODE.findall(word)})
-    lines += [f': "${{{name}:?set {name} to the address of that node}}"' for name in names]
+    lines += _asked_for({name for word in argv for name in _UNKNOWN.findall(word)})
     return "\n".join([*lines, " ".join(map(_word, argv)), ""])
 
 
@@ -220,8 +232,8 @@ def _services(engine: str, commands: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def _composed(word: str) -> str:
-    """A word in which Compose puts in addresses of nodes and nothing else."""
-    return _NODE.sub(lambda match: f"${{{match[1]}:?}}", word.replace("$", "$$"))
+    """A word in which Compose puts in what is not known here and nothing else."""
+    return _UNKNOWN.sub(lambda match: f"${{{match[1]}:?}}", word.replace("$", "$$"))
 
 
 def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
