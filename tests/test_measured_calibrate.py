@@ -40,6 +40,20 @@ def test_planted_times_are_found_again_within_what_is_said_of_them() -> None:
     assert times["blocking_step_s"].kept.startswith("no figure of these runs moves")
 
 
+def test_a_time_that_ends_at_its_limit_is_told_as_such_and_not_as_certain() -> None:
+    planted = replace(BEFORE, request_s=0.0)
+    found = calibrate(measured_with(planted), "vllm", quiet)
+    (one,) = (one for one in found.times if one.name == "request_s")
+    assert found.better and one.after_s == 0 and not one.kept
+    assert one.at_limit and one.low_s is None and one.high_s is None
+    document = calibration_document(found, "vllm", None)
+    told = document.times_us["request_us"]
+    assert (told.at_limit, told.low, told.high) == (True, None, None)
+    assert "request_us 0 (at its limit)" in document.engine_toml
+    (line,) = (line for line in calibration_page(to_plain(document)).splitlines() if line.startswith("request_us"))
+    assert line.endswith("at its limit")
+
+
 def test_one_load_cannot_tell_two_times_of_every_step_apart() -> None:
     (run,) = measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s), RUNS[:1])
     found = calibrate([run], "vllm", quiet)

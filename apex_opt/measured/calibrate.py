@@ -55,8 +55,11 @@ class Time:
     ----------
     name : str                      field of `EngineOverhead`
     before_s, after_s : float
-    low_s, high_s : float or None   what it is between with a confidence of 95%; None where it was not fitted
+    low_s, high_s : float or None   what it is between with a confidence of 95%; None where it was not fitted, or ended
+                                    at its limit
     kept : str                      why it was not fitted, or nothing
+    at_limit : bool                 whether the fit ended at the least or the most that it may be, beyond which these
+                                    runs may ask for more, so that no interval is known
     """
 
     name: str
@@ -65,6 +68,7 @@ class Time:
     low_s: float | None = None
     high_s: float | None = None
     kept: str = ""
+    at_limit: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +175,8 @@ def calibrate(
         old = getattr(before, name)
         if name in kept:
             times.append(Time(name=name, before_s=old, after_s=old, kept=kept[name]))
+        elif fit.at_limit(name, values[name]):
+            times.append(Time(name=name, before_s=old, after_s=values[name], at_limit=True))
         else:
             reach = _NORMAL_95 * spread[name]
             low, high = max(values[name] - reach, 0.0), values[name] + reach
@@ -313,6 +319,10 @@ class _Fit:
             {name: float(f"{getattr(at, name):.4g}") for name in names},
             {name: float(one) * self.scale[name] for name, one in zip(names, spread, strict=True)},
         )
+
+    def at_limit(self, name: str, value: float) -> bool:
+        """Whether a time is the least or the most that it may be, as its digits tell."""
+        return value in (0.0, float(f"{_MOST * self.scale[name]:.4g}"))
 
     def _moved(self, at: EngineOverhead, names: Sequence[str], move: Floats) -> EngineOverhead:
         """Times moved by so many of what is usual, within what they may be."""

@@ -38,6 +38,7 @@ def calibration_document(found: Calibration, engine: str, out: str | None) -> li
             low=None if one.low_s is None else _us(one.low_s),
             high=None if one.high_s is None else _us(one.high_s),
             kept=one.kept or None,
+            at_limit=one.at_limit or None,
         )
         for one in found.times
     }
@@ -69,9 +70,9 @@ def _pair(pair: tuple[Mapping[str, Summary], Mapping[str, Summary]]) -> listed.B
 def _file(found: Calibration, like: str, times: Mapping[str, listed.FittedTime]) -> str:
     """The engine as a file: what it is like, and all its times."""
     moved = [
-        f"{name} {one.after:g} ({one.low:g} to {one.high:g})"
+        f"{name} {one.after:g} ({'at its limit' if one.at_limit else f'{one.low:g} to {one.high:g}'})"
         for name, one in times.items()
-        if one.low is not None and one.high is not None
+        if one.at_limit or one.low is not None
     ]
     source = f"as {found.before.name}: {found.before.source}"
     if moved:
@@ -107,6 +108,7 @@ def _draw(console: Console, document: Document) -> None:
     rows = []
     for name, one in document["times_us"].items():
         between = f"{one['low']:.4g} to {one['high']:.4g}" if "low" in one else "-"
+        between = "at its limit" if one.get("at_limit") else between
         rows.append((name, f"{one['before']:g}", f"{one['after']:g}", between, one.get("kept", "")))
     table(console, "", ("time (us)", "before", "after", "95% between", "why it was kept"), rows, left={0, 4})
     if document["runs"] == 1:

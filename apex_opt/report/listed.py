@@ -255,8 +255,9 @@ class FittedTime(Described):
 
     Parameters
     ----------
-    low, high : what it is between with a confidence of 95%; left out where it was not fitted
+    low, high : what it is between with a confidence of 95%; left out where it was not fitted, or ended at its limit
     kept : why it was not fitted
+    at_limit : true where the fit ended at the least or the most that it may be
     """
 
     before: float
@@ -264,6 +265,7 @@ class FittedTime(Described):
     low: float | None = None
     high: float | None = None
     kept: str | None = None
+    at_limit: bool | None = None
 
 
 class BeforeAfter(Described):
