@@ -32,7 +32,7 @@ from apex_opt.serving import (
     routers_of,
     ways_to_serve,
 )
-from apex_opt.sharing import about_shares, fitted, shares_of
+from apex_opt.sharing import about_others, about_shares, fitted, shares_of
 from apex_opt.workload import Trace, frame_trace, load_trace
 from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
@@ -129,7 +129,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     shares: tuple[Shares, ...] = ()
     if "shared" in serving:
         shares = shares_of(ask, settings, model, [cluster.gpu for cluster in clusters])
-        settings, notes = fitted(ask, settings, trace, shares), (*notes, about_shares(shares))
+        others = about_others(ask, settings, [cluster.gpu for cluster in clusters], shares)
+        settings, notes = fitted(ask, settings, trace, shares), (*notes, about_shares(shares), *others)
     elif ask.shares is not None:
         raise UsageError("--shares is of phases side by side on a GPU; give --serving=shared, or leave it out")
     offers = []

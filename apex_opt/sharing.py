@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.arguments import LARGEST_BATCH
+from apex_opt.arguments import LARGEST_BATCH, ExplainAsk
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.plans.allotment import allotted
@@ -69,15 +69,12 @@ def shares_of(ask: Ask, settings: EngineSettings, model: Model, gpus: Sequence[G
         )
     if allotted(model, parse_plan("tp1", model), settings).groups:
         raise UsageError(f"--serving=shared: layers of {model.name} keep different things, which is not simulated")
-    division = Shares(prefill=0, decode=0, multiplexed=True)
-    usual = [str(division)] if rules is not None else list(USUAL)
-    if rules is None and multiplexing and division_fault(division, gpus[0]) is None:
-        usual.append(str(division))
-    named = usual if ask.shares is None else [name.strip() for name in ask.shares.split(",")]
-    found = tuple(parse_shares(name) for name in named)
+    found = tuple(parse_shares(name) for name in _searched(ask, settings, gpus))
     if plans_shares(ask):
         words = " ".join(ask.plan) if isinstance(ask.plan, tuple) else str(ask.plan)  # type: ignore[attr-defined]
-        found = tuple(parse_shares(word[6:]) for word in dict.fromkeys(words.split()) if word.startswith("share="))
+        given = tuple(parse_shares(word[6:]) for word in dict.fromkeys(words.split()) if word.startswith("share="))
+        # It is compared with what a search would choose from.
+        found = tuple(dict.fromkeys((*found, *given))) if isinstance(ask, ExplainAsk) else given
     if len(set(found)) < len(found):
         raise UsageError(f"--shares: {ask.shares!r:.60} names one twice")
     for shares in found:
@@ -91,6 +88,36 @@ def shares_of(ask: Ask, settings: EngineSettings, model: Model, gpus: Sequence[G
         if shares.multiplexed and (fault := division_fault(shares, gpus[0])):
             raise UsageError(f"--shares={shares}: {fault}")
     return found
+
+
+def _searched(ask: Ask, settings: EngineSettings, gpus: Sequence[Gpu]) -> list[str]:
+    """The shares that are asked for, or else those that a search has to choose from."""
+    if ask.shares is not None:
+        return [name.strip() for name in ask.shares.split(",")]
+    division = Shares(prefill=0, decode=0, multiplexed=True)
+    if settings.runnable is not None:
+        return [str(division)]
+    multiplexing = isinstance(settings.scheduler, SglangScheduling) and division_fault(division, gpus[0]) is None
+    return [*USUAL, *([str(division)] if multiplexing else [])]
+
+
+def about_others(ask: Ask, settings: EngineSettings, gpus: Sequence[Gpu], shares: Sequence[Shares]) -> tuple[str, ...]:
+    """That a plan has shares which a search with the same options would not choose from.
+
+    Parameters
+    ----------
+    ask, settings
+    gpus : of each type
+    shares : those of the plan
+    """
+    named = _searched(ask, settings, gpus)
+    known = [parse_shares(name) for name in named]
+    if not plans_shares(ask) or not (others := [str(one) for one in shares if one not in known]):
+        return ()
+    return (
+        f"share={', '.join(others)}: plan searches {', '.join(named)}, and its best is the best of these; with "
+        f"--shares={','.join([*named, *others])} it searches the plan's too",
+    )
 
 
 def fitted(ask: Ask, settings: EngineSettings, trace: Trace, shares: Sequence[Shares]) -> EngineSettings:

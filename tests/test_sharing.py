@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cli_cases import run
 
-from apex_opt.arguments import PlanAsk, Setup, SimulateAsk
+from apex_opt.arguments import ExplainAsk, PlanAsk, Setup, SimulateAsk
 from apex_opt.errors import UsageError
 from apex_opt.planned import resolve_deployed, resolve_plan
 from apex_opt.plans.engine import EngineSettings
@@ -90,3 +91,28 @@ def test_requests_do_not_move_between_replicas_whose_phases_share_gpus() -> None
 def test_measured_runs_are_not_of_phases_side_by_side() -> None:
     with pytest.raises(UsageError, match="held against batches of both"):
         resolve_deployed(Setup(model="llama-3.1-8b", cluster="1xh100-sxm", engine="sglang"), "share=pdmux")
+
+
+def test_a_plan_with_shares_that_no_search_chooses_from_is_told_so_with_the_way_out() -> None:
+    told = [note for note in resolve(simulated(engine="sglang", plan="share=pdmux:72/60")).notes if "pdmux:" in note]
+    (said,) = told
+    assert "plan searches pdmux, and its best is the best of these; with --shares=pdmux,pdmux:72/60 it" in said
+    for given in ({"plan": "share=pdmux"}, {"plan": "share=pdmux:72/60", "shares": "pdmux:72/60"}):
+        assert not any("plan searches" in note for note in resolve(simulated(engine="sglang", **given)).notes)
+    assert not any("plan searches" in note for note in resolve(asked(engine="sglang")).notes)
+
+
+def test_an_explained_plan_is_compared_with_the_shares_of_a_search_and_its_own() -> None:
+    setup = {"model": "llama-3.1-8b", "cluster": "1xh100-sxm", "trace": TRACE, "engine": "sglang"}
+    problem = resolve(ExplainAsk(**setup, plan="share=pdmux:72/60"))  # type: ignore[arg-type]
+    assert [str(one) for one in problem.shares] == ["None", "pdmux", "pdmux:72/60"]
+    assert any("with --shares=pdmux,pdmux:72/60" in note for note in problem.notes)
+
+
+def test_certificates_say_over_which_shares_they_are_and_explanations_how_to_ask_again() -> None:
+    words = ("--model=llama-3.1-8b", "--cluster=1xh100-sxm", f"--trace={TRACE}", "--engine=sglang")
+    printed = " ".join(run("plan", *words, "--serving=aggregated,shared").out.split())
+    assert "every plan is accounted for, gap 0.0%; shares searched: pdmux." in printed
+    assert "shares searched" not in run("plan", *words).out
+    printed = " ".join(run("explain", *words, "--plan=share=pdmux:72/60").out.split())
+    assert "the same options, --serving=aggregated,shared and --shares=pdmux,pdmux:72/60 has the figures" in printed

@@ -11,7 +11,7 @@ from apex_opt.report.document import question_document, scored_document
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import NOUNS, count, notes_lines, of_types, page, provenance_table, seconds, table
 from apex_opt.report.mixed import parts_table, pools_tables
-from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line
+from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line, shares_words
 from apex_opt.schema import of
 from apex_opt.studies.capacity import ASSUMPTION
 from apex_opt.workload.steady import rate_of, words
@@ -236,17 +236,17 @@ def _plans(console: Console, document: Document) -> None:
 
 def _proof(console: Console, document: Document) -> None:
     certificate = document["certificate"]
-    assumed = f" Assumed: {document['assumption']}." if document["assumption"] else ""
+    assumed, over = f" Assumed: {document['assumption']}." if document["assumption"] else "", shares_words(document)
     if "parts" not in certificate:
         proof = "every plan is accounted for" if certificate["complete"] else "the space was not exhausted"
-        _part_line(console, document, certificate, "Certificate", f"{_runs(certificate)}: {proof}.{assumed}")
+        _part_line(console, document, certificate, "Certificate", f"{_runs(certificate)}: {proof}{over}.{assumed}")
         return
     for part in certificate["parts"]:
         left = f"{part['left']:,} left when the time was up" if part["left"] else ""
         _part_line(console, document, part, f"Certificate, {of_types(part['shape'], part['types'])}", left)
     proof = "every deployment is accounted for" if certificate["complete"] else "the space was not exhausted"
     gap = f", those left can be better by {certificate['gap']:.1%}" if certificate["gap"] else ""
-    console.print(f"{_runs(certificate).capitalize()}: {proof}{gap}.{assumed}\n")
+    console.print(f"{_runs(certificate).capitalize()}: {proof}{gap}{over}.{assumed}\n")
 
 
 def _runs(certificate: Document) -> str:

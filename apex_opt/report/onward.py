@@ -63,6 +63,14 @@ def _lasting(document: Document) -> str:
     return "--emit prints the commands of the best; solve.py study asks it over clusters, models and goals"
 
 
+def _explained_best(document: Document) -> str:
+    """After an explanation: what searches the same space again, also that of a plan which shares GPUs."""
+    question = document.get("question", {})
+    shares = [name for name in question.get("shares") or () if name is not None]
+    added = f", --serving={','.join(question['serving'])} and --shares={','.join(shares)}" if shares else ""
+    return f"solve.py plan with the same options{added} has the figures of the best plan"
+
+
 def _missed(document: Document) -> str:
     """Where nothing fits: what would, if that was found."""
     if not _explained(document):
@@ -114,7 +122,7 @@ _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "energy": _start,
     "capacity": _lasting,
     "pareto": "solve.py plan with --slo at the figures of a row picks that row; --plot=front.png draws them all",
-    "explain": "solve.py plan with the same options has the figures of the best plan",
+    "explain": _explained_best,
     "simulate": _simulated,
     "place": "--rankfile=ranks.txt writes the order for a launcher; --lose=node0:0 says what a loss costs",
     "study": _studied,

@@ -379,11 +379,28 @@ def _proofs(console: Console, document: Document, certificate: Document, noun: s
     for index, before in zip(tolerant, certificate["before"], strict=False):
         _proof(console, f"Certificate{of} of the best {aims[index]['name']}", before, unit, noun)
         unit = aims[index + 1]["unit"]
-    _proof(console, f"Certificate{of}", certificate, unit, noun)
+    _proof(console, f"Certificate{of}", certificate, unit, noun, shares_words(document))
 
 
-def _proof(console: Console, title: str, certificate: Document, unit: str, noun: str) -> None:
-    """Where plans were ruled out by a bound, it tells what was out of reach and how near the others could come."""
+def shares_words(document: Document) -> str:
+    """Over which shares of GPUs a space is, as the end of a certificate; there are others that are not in it."""
+    shares = [name for name in document["question"].get("shares") or () if name is not None]
+    return f"; shares searched: {', '.join(shares)}" if shares else ""
+
+
+def _proof(console: Console, title: str, certificate: Document, unit: str, noun: str, over: str = "") -> None:
+    """How plans were accounted for.
+
+    Where plans were ruled out by a bound, it tells what was out of reach and how near the others could come.
+
+    Parameters
+    ----------
+    console
+    title : str                 before it
+    certificate : Document
+    unit, noun : str            of the objective, and what is counted
+    over : str                  what the space is over, behind it
+    """
     parts = [
         f"{count(certificate['space'], noun)} in the space",
         lost_words(certificate["infeasible"]),
@@ -405,7 +422,7 @@ def _proof(console: Console, title: str, certificate: Document, unit: str, noun:
     if certificate["optimal"] and certificate["left"]:
         proof = "none of those left can be better"
     gap = "" if certificate["gap"] is None else f", gap {certificate['gap']:.1%}"
-    console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}.\n"))
+    console.print(Text.assemble((title, "bold"), f": {'; '.join(filter(None, parts))}: {proof}{gap}{over}.\n"))
 
 
 def _against(certificate: Document, unit: str) -> str:
