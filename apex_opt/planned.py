@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.deployment import Deployment, Pool
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
+    from apex_opt.plans.speculation import Drafter
     from apex_opt.search import Offer, Problem
     from apex_opt.workload import Trace
 
@@ -127,10 +128,30 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
         )
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:
-        drafting, notes = speculation_of(ask, problem.settings, problem.model, named)
-        settings = replace(problem.settings, drafting=drafting)
-        problem = replace(problem, settings=settings, drafters=named, notes=(*problem.notes, *notes))
+        problem = _drafting(named, ask, problem)
     return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
+
+
+def _drafting(named: tuple[Drafter | None, ...], ask: Ask, problem: Problem) -> Problem:
+    """The problem with the drafts of a plan alone: what comes of them is as in the choice that was asked for."""
+    chosen = [drafter for drafter in named if drafter is not None]
+    if not any(problem.drafters):
+        drafting, notes = speculation_of(ask, problem.settings, problem.model, named)
+        notes = (*problem.notes, *notes)
+    else:
+        if unasked := [drafter for drafter in chosen if drafter not in problem.drafters]:
+            raise UsageError(
+                f"plan: spec={unasked[0]} is not among --speculation={ask.speculation:.60}, of whose drafts "
+                f"--acceptance is; give --speculation={unasked[0]}"
+            )
+        drafting = tuple(its for its in problem.settings.drafting if its.drafter in chosen)
+        notes = problem.notes
+        if ask.acceptance is None:
+            told = speculation_of(ask, problem.settings, problem.model, problem.drafters)[1]
+            own = speculation_of(ask, problem.settings, problem.model, named)[1]
+            notes = (*(note for note in notes if note not in told), *own)
+    settings = replace(problem.settings, drafting=drafting)
+    return replace(problem, settings=settings, drafters=named, notes=notes)
 
 
 def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
@@ -149,15 +170,19 @@ def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) 
     else:
         kv = offer.kv_formats[0]
     clock = offer.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
-    if plan.speculation is None and len(problem.drafters) > 1:
-        raise UsageError(
-            f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way (spec=)"
-        )
+    drafter = plan.speculation
+    # A plan names its drafts, if any, as answers do; it takes those that every plan of the question has.
+    if drafter is None and "spec=none" not in words and None not in problem.drafters:
+        if len(problem.drafters) > 1:
+            raise UsageError(
+                f"--speculation: {ask.speculation!r:.60} is a choice; one plan makes drafts in one way: name it as "
+                f"spec={problem.drafters[0]}, or as spec=none"
+            )
+        (drafter,) = problem.drafters
     routers = problem.routers(pool.role) if plan.replicas > 1 else ()
     if len(routers) > 1 and plan.route is None:
         raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
     route = plan.route or (routers[0] if routers else None)
-    drafter = plan.speculation or problem.drafters[0]
     return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter, route=route)
 
 

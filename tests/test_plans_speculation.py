@@ -22,7 +22,7 @@ def test_drafters_with_kv_take_blocks_ahead_and_eagle_computes_a_block_again() -
     [
         ({"method": "eagel"}, UnknownNameError, "way to make drafts 'eagel'.*did you mean eagle"),
         ({"draft_tokens": 0}, UsageError, "0 drafts; a whole number from 1 to 8"),
-        ({"draft_tokens": True}, UsageError, "True drafts; a whole number from 1 to 8"),
+        ({"draft_tokens": True}, UsageError, "true drafts; a whole number from 1 to 8"),
         ({"accepted": ()}, UsageError, "accepted has no list"),
         ({"accepted": ((),)}, UsageError, r"accepted holds \(\)"),
         ({"proposed": ((1, -1),)}, UsageError, r"proposed holds \(1, -1\)"),

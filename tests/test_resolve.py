@@ -452,8 +452,23 @@ def test_drafts_are_a_choice_of_the_problem_and_a_plan_names_its_own() -> None:
     assert own.settings_for(deployment.plan).speculation is not None
     _, asked = resolve_plan("tp8", options(speculation="eagle:2"))
     assert str(asked.plan.speculation) == "eagle:2"
-    with pytest.raises(UsageError, match="is a choice; one plan makes drafts in one way"):
-        resolve_plan("tp8", options(speculation="eagle:0-2"))
+    with pytest.raises(UsageError, match="one plan makes drafts in one way: name it as spec=eagle:1, or as spec=none"):
+        resolve_plan("tp8", options(speculation="eagle:1-2"))
+
+
+def test_a_plan_without_drafts_is_read_under_the_question_that_it_answers() -> None:
+    for plan, speculation in (("tp8", "eagle:0-2"), ("tp8 spec=none", "eagle:2"), ("tp8 spec=none", "none")):
+        own, deployment = resolve_plan(plan, options(speculation=speculation))
+        assert deployment.plan.speculation is None and own.settings.drafting == ()
+        assert not any("tokens a row" in note for note in own.notes)
+
+
+def test_drafts_of_a_plan_are_as_right_as_in_the_choice_that_has_them() -> None:
+    choice = options(speculation="eagle:0-3", acceptance="2.5")
+    own, _ = resolve_plan("tp8 spec=eagle:1", choice)
+    assert own.settings.drafting == resolve(choice).settings.drafting[:1]
+    with pytest.raises(UsageError, match="spec=eagle:3 is not among --speculation=eagle:1, "):
+        resolve_plan("tp8 spec=eagle:3", options(speculation="eagle:1", acceptance="1.8"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ each stage attention is cut over 4 GPUs by heads, the FFN over the same 4 by exp
 Factors of one are left out (`attn(tp1)` stands for an uncut cell), layers are split as evenly as can be with the
 larger stages first unless `pp2[41,39]` says otherwise, and the KV format is left out where it is the default. GPUs run
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
-the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token;
+the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token,
+`spec=none` none;
 `share=80/100` computes prompts and answers side by side, on so many per cent of each GPU; `route=least_loaded` says
 which router stands before several replicas.
 `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four stages on one type of GPU and the last on another.
@@ -315,7 +316,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         clock_mhz=_limit(found, "clock", text),
         max_num_seqs=_limit(found, "seqs", text),
         max_num_batched_tokens=_limit(found, "tokens", text),
-        speculation=parse_drafter(found["spec"]) if "spec" in found else None,
+        speculation=None if found.get("spec", "none").lower() == "none" else parse_drafter(found["spec"]),
         route=_router(found, text) if "route" in found else None,
         shares=parse_shares(found["share"]) if "share" in found else None,
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
