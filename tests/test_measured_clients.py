@@ -97,7 +97,7 @@ def test_a_result_of_another_model_is_refused_and_an_unknown_name_is_not(tmp_pat
     path.write_text(json.dumps(VLLM | {"model_id": "meta-llama/Llama-3.1-70B-Instruct"}))
     with pytest.raises(InputError, match=r"--model is llama-3\.1-8b; give --model=llama-3.1-70b"):
         read_clients(path, DEPLOYED)
-    for same in ("meta-llama/Llama-3.1-8B", "/models/mine", 7, None):
+    for same in ("meta-llama/Llama-3.1-8B", "/models/mine", None):
         path.write_text(json.dumps(VLLM | {"model_id": same}))
         assert read_clients(path, DEPLOYED)
 
@@ -143,6 +143,16 @@ def test_guidellm_and_aiperf_are_read(tmp_path: Path) -> None:
         ({"itls": [[0.01], [], [1e9], []]}, "request 3: itls"),
         ({"output_lens": [0, 0, 0, 0]}, "no request has an answer"),
         ({"request_throughput": -1}, "request_throughput -1"),
+        ({"input_lens": "x"}, "input_lens is 'x'; it has to be a list"),
+        ({"start_times": {"a": 1}}, r"start_times is \{'a': 1\}; it has to be a list"),
+        ({"ttfts": 3}, "ttfts is 3; it has to be a list"),
+        ({"model_id": 7}, "model_id is 7; it has to be the name of a model"),
+        ({"duration": float("inf")}, "duration inf is not a number"),
+        ({"mean_tpot_ms": float("nan")}, "mean_tpot_ms nan is not a number"),
+        ({"max_concurrency": "2"}, "max_concurrency '2' is not a number"),
+        ({"completed": 0}, "completed is 0: no request was answered"),
+        ({"completed": True}, "completed True is not a number"),
+        ({"input_lens": [10, 10**30, 30, 40]}, "request 2: .*1000000000000000000000000000000"),
     ],
 )
 def test_faults_are_told_in_one_line(change: dict[str, Any], said: str, tmp_path: Path) -> None:

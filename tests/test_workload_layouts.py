@@ -286,7 +286,9 @@ def test_sessions_of_llmservingsim_are_calls_after_their_tools(tmp_path: Path) -
         ({"input_lens": [1, -5], "output_lens": [1, 2]}, "request 2: prompt tokens -5 is outside"),
         ({"input_lens": [1, 5], "output_lens": [0, 0]}, "no request has an answer"),
         ({"input_lens": [], "output_lens": []}, "no request has an answer"),
-        ({"completed": 0, "total_input_tokens": 0}, "without input_lens and output_lens, nor completed"),
+        ({"completed": 0, "total_input_tokens": 0}, "completed is 0: no request was answered"),
+        ({"input_lens": "x", "output_lens": [1]}, "input_lens is 'x'; it has to be a list"),
+        ({"completed": 3, "total_input_tokens": 0}, "without input_lens and output_lens, nor completed"),
         (
             {"completed": 10**9, "total_input_tokens": 10**9, "total_output_tokens": 10**9},
             "1,000,000,000 requests, at most",

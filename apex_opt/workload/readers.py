@@ -23,7 +23,6 @@ from apex_opt.workload.layouts.results import Sent, drawn_ns
 from apex_opt.workload.tables import table_of
 from apex_opt.workload.trace import (
     MAX_REQUESTS,
-    MAX_TOKENS,
     RECORDED,
     UNKNOWN,
     Arrivals,
@@ -309,8 +308,12 @@ def _starts(label: str, sent: Sent) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.array([round(start * NS_PER_S) for start in sent.arrival_s], np.int64)
 
 
+_LONGEST_CELL: Final = 400
+"""Digits of the longest number that is read to be told."""
+
+
 def _cell(value: object) -> object:
     """A number as text, as cells are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    return str(value) if not isinstance(value, int) or abs(value) <= 10 * MAX_TOKENS else "9" * 20
+    return str(value) if isinstance(value, float) else shown(value, _LONGEST_CELL)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from apex_opt.errors import InputError
+from apex_opt.errors import InputError, shown
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_REQUESTS, Ints
 
@@ -24,6 +25,20 @@ _STARTS: Final = (
     ("info", "timings", "request_start"),
     ("scheduler_info", "started_at"),
 )
+_LISTS: Final = ("input_lens", "output_lens", "start_times", "ttfts", "itls")
+_TEXTS: Final = ("model_id",)
+_NUMBERS: Final = (
+    "duration",
+    "completed",
+    "total_input_tokens",
+    "total_output_tokens",
+    "max_concurrency",
+    "burstiness",
+    "request_throughput",
+)
+_FIGURE: Final = re.compile(r"(?:mean|p95)_\w+_ms")
+"""Fields of `vllm bench serve` and `sglang.bench_serving` that are read."""
+
 _ROUNDS: Final = 10  # requests a client sends, at least, where the file does not say how many there were
 
 
@@ -58,6 +73,7 @@ def result_reader(document: Mapping[str, Any]) -> Callable[[str, Mapping[str, An
 
 def _vllm(label: str, run: Mapping[str, Any]) -> Sent:
     """`vllm bench serve` and SGLang's `bench_serving`, with lengths of all requests or their sums."""
+    _check_fields(label, run)
     concurrency = _count(run.get("max_concurrency"))
     rate = _positive(run.get("request_rate"))
     burstiness = _positive(run.get("burstiness")) or 1.0
@@ -95,6 +111,23 @@ def _vllm(label: str, run: Mapping[str, Any]) -> Sent:
         notes=(*notes, _means(*means, "--save-detailed (SGLang: --output-details) has all")),
         **load,
     )
+
+
+def _check_fields(label: str, run: Mapping[str, Any]) -> None:
+    """Refuse fields of a benchmark that are there and of another type, as they would count for absent ones."""
+    for name, value in run.items():
+        if value is None:
+            continue
+        if name in _LISTS and not isinstance(value, list):
+            raise InputError(f"{label}: {name} is {shown(value)}; it has to be a list, one entry a request")
+        if name in _TEXTS and not isinstance(value, str):
+            raise InputError(f"{label}: {name} is {shown(value)}; it has to be the name of a model")
+        if name in _NUMBERS or _FIGURE.fullmatch(name):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
+                raise InputError(f"{label}: {name} {shown(value)} is not a number from 0 up")
+    if run.get("completed") == 0:
+        raise InputError(f"{label}: completed is 0: no request was answered, so nothing was measured")
 
 
 def _guidellm(label: str, report: Mapping[str, Any]) -> Sent:
