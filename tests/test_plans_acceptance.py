@@ -80,9 +80,11 @@ def test_what_was_published_names_its_source_and_only_known_models() -> None:
 def test_published_means_are_taken_with_a_note() -> None:
     found, notes = speculations(LLAMA, (None, *EAGLE), None)
     assert found[-1].mean == pytest.approx(2.88, rel=0.01)
-    assert len(notes) == 1 and "2.88 tokens a row with 7 drafts" in notes[0] and "nebius" in notes[0]
+    assert len(notes) == 1 and "2.88 tokens a row with 7 drafts (" in notes[0] and "no other number" in notes[0]
     kimi = load_model("kimi-k2.5")
-    found, _ = speculations(kimi, EAGLE[:3], None)
+    found, (note,) = speculations(kimi, EAGLE[:3], None)
+    assert note.startswith("eagle: 1.8 tokens a row with 1 draft, 2.33 with 2 drafts, 2.75 with 3 drafts (SPEED-Bench")
+    assert "of coding prompts: give --acceptance" in note
     assert [its.mean for its in found] == pytest.approx([1.8, 2.33, 2.75], rel=0.01)
     for model in (LLAMA, kimi):  # what hangs on the text is taken for every model
         (found,), notes = speculations(model, (Drafter(method="ngram", draft_tokens=5),), None)
@@ -92,9 +94,9 @@ def test_published_means_are_taken_with_a_note() -> None:
 
 def test_a_file_gives_counts_by_position(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
-    path.write_text(json.dumps({"accepted": [3, 0, 1], "proposed": [2, 5]}))
+    path.write_text(json.dumps({"accepted": [3, 0, 1], "proposed": [3, 5, 1]}))
     (found,), _ = speculations(LLAMA, (Drafter(method="ngram", draft_tokens=5),), str(path))
-    assert (found.accepted, found.proposed) == (((3, 0, 1),), ((2, 5),))
+    assert (found.accepted, found.proposed) == (((3, 0, 1),), ((3, 5, 1),))
     path.write_text("[2, 1]")
     (found,), _ = speculations(LLAMA, EAGLE[:1], str(path))
     assert (found.accepted, found.proposed) == (((2, 1),), ())
@@ -117,7 +119,7 @@ def test_choices_are_read(text: str, found: list[str]) -> None:
 @pytest.mark.parametrize(
     ("speculation", "acceptance", "error", "message"),
     [
-        ("eagle", None, UsageError, "cannot read 'eagle'; examples: eagle:3"),
+        ("eagle", None, UsageError, "cannot read 'eagle'; give a method and 1 to 8 drafts; examples: eagle:3"),
         ("eagle:0", None, UsageError, "0 drafts; a whole number from 1 to 8"),
         ("eagle:9", None, UsageError, "9 drafts; a whole number from 1 to 8"),
         ("medusa:3", None, UnknownNameError, "way to make drafts 'medusa'"),
@@ -128,12 +130,12 @@ def test_choices_are_read(text: str, found: list[str]) -> None:
             "draft:llama-3.1-8b:3",
             None,
             UsageError,
-            "draft are right for llama-3.3-70b was not published; give --acceptance",
+            "drafts by the draft model llama-3.1-8b are right for llama-3.3-70b was not published; give --acceptance",
         ),
         ("eagle:3", "4.5", UsageError, "brings 1 to 4 tokens in the mean, not 4.5"),
         ("eagle:3", "0.5/0.6/0.1", UsageError, "none above the one before"),
         ("eagle:3", "0.5/0.4", UsageError, "of 2 drafts, up to 3 are made; give 3 shares"),
-        ("eagle:3", "much", UsageError, "cannot read 'much'; examples: 2.9"),
+        ("eagle:3", "much", UsageError, "cannot read 'much'; give the tokens of a row from 1, shares .* examples: 2.9"),
         ("eagle:3", "nowhere.json", InputError, "nowhere.json"),
     ],
 )
@@ -150,7 +152,10 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     [
         ({"accepted": [1], "propose": [1]}, "holds 'propose'; known: accepted, proposed"),
         ([1, 9], "holds 9, not a count of drafts from 0 to 8"),
-        ({"proposed": [1]}, "must hold a list of counts, or accepted and proposed"),
+        ({"proposed": [1]}, "must hold a list of the drafts accepted of each row"),
+        ({"accepted": [3], "proposed": [0]}, "row 1 has 3 accepted of 0 proposed"),
+        ({"accepted": [1, 5], "proposed": [1, 3]}, "row 2 has 5 accepted of 3 proposed"),
+        ({"accepted": [1], "proposed": [1, 2]}, "has 1 accepted and 2 proposed; give one of each a row"),
     ],
 )
 def test_a_file_of_counts_with_what_it_cannot_hold_is_refused(content: object, message: str, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def speculations(
             f"--speculation={mtp[0]}: the config of {model.name} states no layers of multi-token prediction "
             "(num_nextn_predict_layers and the like), which make these drafts; use eagle, draft or ngram"
         )
-    notes: list[str] = []
+    notes: dict[tuple[str, str], list[str]] = {}
     proposed: tuple[int, ...] = ()
     if acceptance is None:
         lists = [_right(_of_published(model, drafter, notes), drafter.draft_tokens) for drafter in chosen]
@@ -137,14 +137,20 @@ def speculations(
             model=drafter.model,
         )
         for drafter, accepted in zip(chosen, lists, strict=True)
-    ), tuple(dict.fromkeys(notes))
+    ), tuple(
+        f"{method}: {means[0].replace(' ', ' tokens a row ', 1)}{''.join(f', {mean}' for mean in means[1:])} {told}"
+        for (method, told), means in notes.items()
+    )
 
 
 def _rates(text: str, most: int) -> tuple[Fraction, ...]:
     """Shares of rows in which at least one draft is right, at least two, and so on."""
     parts = text.strip().split("/")
     if not all(_RATE.fullmatch(part) for part in parts):
-        raise UsageError(f"--acceptance: cannot read {shown(text)}; examples: 2.9, 0.8/0.6/0.4, counts.json")
+        raise UsageError(
+            f"--acceptance: cannot read {shown(text)}; give the tokens of a row from 1, shares of rows from 0 "
+            "to 1, or a file; examples: 2.9, 0.8/0.6/0.4, counts.json"
+        )
     values = tuple(map(Fraction, parts))
     if len(values) == 1 and values[0] >= 1:
         return _one_rate(values[0], most)
@@ -170,25 +176,41 @@ def _one_rate(mean: Fraction, most: int) -> tuple[Fraction, ...]:
     return tuple(high**i for i in range(1, MOST_DRAFTS + 1))
 
 
-def _of_published(model: Model, drafter: Drafter, notes: list[str]) -> tuple[Fraction, ...]:
-    """The shares that were published, or follow from a mean for one number of drafts."""
+def _of_published(model: Model, drafter: Drafter, notes: dict[tuple[str, str], list[str]]) -> tuple[Fraction, ...]:
+    """The shares that were published, or follow from a mean for one number of drafts.
+
+    Parameters
+    ----------
+    model, drafter
+    notes : dict    means taken, by the method and what is told of them; filled here
+    """
     known = [p for p in published() if p.method == drafter.method]
     mine = [p for p in known if model.name in p.models] or [p for p in known if p.models == (ANY_MODEL,)]
     if not mine or drafter.method == "draft":
+        makes = f"the draft model {drafter.model}" if drafter.method == "draft" else drafter.method
         raise UsageError(
-            f"--speculation: how many drafts of {drafter.method} are right for {model.name} was not published; give "
+            f"--speculation={drafter}: how many drafts by {makes} are right for {model.name} was not published; give "
             "--acceptance, the mean tokens of a row such as 2.5"
         )
     told = "; ".join(dict.fromkeys(f"{p.measured_on}; {p.source}" for p in mine))
-    if len(mine) == 1:
-        (one,) = mine
-        notes.append(
-            f"{drafter.method}: {float(one.mean_tokens):g} tokens a row with {one.draft_tokens} drafts ({told}); with "
-            "others by one rate for every draft"
-        )
-        return _one_rate(one.mean_tokens, one.draft_tokens)
-    means = [Fraction(1), *(p.mean_tokens for p in sorted(mine, key=lambda p: p.draft_tokens))]
-    notes.append(f"{drafter.method}: {means[-1]!s} tokens a row with {len(means) - 1} drafts ({told})")
+    if any("coding" in p.measured_on for p in mine):
+        told += "; of coding prompts: give --acceptance where yours are others"
+    means = {p.draft_tokens: p.mean_tokens for p in sorted(mine, key=lambda p: p.draft_tokens)}
+    if len(means) == 1:
+        ((drafts, mean),) = means.items()
+        shares = _one_rate(mean, drafts)
+        told = f"({told}); no other number was measured, others are by one rate for every draft"
+    else:
+        shares, drafts, told = _differences([Fraction(1), *means.values()]), drafter.draft_tokens, f"({told})"
+        mean = 1 + sum(shares[:drafts], Fraction(0))
+    taken = notes.setdefault((drafter.method, told), [])
+    if (text := f"{float(mean):g} with {drafts} draft{'s' * (drafts > 1)}") not in taken:
+        taken.append(text)
+    return shares
+
+
+def _differences(means: Sequence[Fraction]) -> tuple[Fraction, ...]:
+    """Shares of rows in which at least so many drafts are right, for means with 0, 1, 2 drafts and so on."""
     shares: list[Fraction] = []
     for before, mean in itertools.pairwise(means):
         shares.append(max(Fraction(0), min(mean - before, shares[-1] if shares else Fraction(1))))
@@ -216,21 +238,35 @@ def _right(rates: Sequence[Fraction], drafts: int) -> tuple[int, ...]:
 
 
 def _read(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Counts of accepted and, where they are given, of proposed drafts."""
+    """Drafts accepted and, where they are given, proposed, of the row at each position in the output."""
     content = read_json(Path(path), where=f"--acceptance: {path}", limit=_LARGEST)
     content = {"accepted": content} if isinstance(content, list) else content
     if not isinstance(content, dict) or "accepted" not in content:
-        raise InputError(f"--acceptance: {path} must hold a list of counts, or accepted and proposed with one each")
+        raise InputError(
+            f"--acceptance: {path} must hold a list of the drafts accepted of each row, such as [2, 0, 1], or "
+            '{"accepted": [2, 0, 1], "proposed": [3, 3, 3]}'
+        )
     if unknown := [key for key in content if key not in ("accepted", "proposed")]:
         raise InputError(f"--acceptance: {path} holds {shown(unknown[0])}; known: accepted, proposed")
-    return tuple(_counts(path, "accepted", content)), tuple(_counts(path, "proposed", content))
+    accepted, proposed = tuple(_counts(path, "accepted", content)), tuple(_counts(path, "proposed", content))
+    if proposed and len(proposed) != len(accepted):
+        raise InputError(
+            f"--acceptance: {path} has {len(accepted)} accepted and {len(proposed)} proposed; give one of each a row"
+        )
+    for place, (right, made) in enumerate(zip(accepted, proposed, strict=False), 1):
+        if right > made:
+            raise InputError(
+                f"--acceptance: {path}: row {place} has {right} accepted of {made} proposed; at most those proposed "
+                "can be accepted"
+            )
+    return accepted, proposed
 
 
 def _counts(path: str, name: str, content: dict[str, object]) -> Iterator[int]:
     """One list of a file."""
     values = content.get(name, [])
     if not isinstance(values, list) or (name == "accepted" and not values):
-        raise InputError(f"--acceptance: {name} of {path} must be a list of counts")
+        raise InputError(f"--acceptance: {name} of {path} must be a list of the drafts of each row, such as [2, 0, 1]")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_DRAFTS:
             raise InputError(

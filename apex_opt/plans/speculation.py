@@ -94,7 +94,10 @@ def parse_drafter(text: str) -> Drafter:
     method, _, rest = text.strip().partition(":")
     model, _, drafts = rest.rpartition(":")
     if not drafts.isdecimal() or len(drafts) > 3:
-        raise UsageError(f"speculation: cannot read {shown(text)}; examples: eagle:3, mtp:1, ngram:5, draft:MODEL:3")
+        raise UsageError(
+            f"speculation: cannot read {shown(text)}; give a method and 1 to {MOST_DRAFTS} drafts; examples: eagle:3, "
+            "mtp:1, ngram:5, draft:MODEL:3"
+        )
     return Drafter(method=method, draft_tokens=int(drafts), model=model)
 
 
