@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from cli_cases import run
 
 from apex_opt.arguments import ExplainAsk
 from apex_opt.planned import resolve_plan
@@ -143,3 +144,12 @@ def test_pages_fit_the_width(
     monkeypatch.setenv("COLUMNS", columns)
     for shown in (infeasible, compared):
         assert max(map(len, explanation_page(shown).splitlines())) <= int(columns)
+
+
+def test_a_pair_that_is_the_best_is_told_so_and_groups_by_their_side() -> None:
+    words = ("--model=llama-3.1-8b", "--cluster=4xh100-sxm", "--trace=poisson:rate=6,n=20,prompt=500,output=8")
+    for plan, best in (("prefill{tp2} + decode{tp2}", True), ("prefill{tp1} + decode{tp2}", False)):
+        shown = run("explain", *words, "--serving=pools", f"--plan={plan}").out
+        assert ("The plan that was given is the best: e2e_mean = " in shown) == best
+        assert ("What differs" in shown) != best
+        assert [f"{role}: tp2 " in shown for role in ("prefill", "decode")] == [best, True]

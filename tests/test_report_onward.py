@@ -105,4 +105,7 @@ def test_files_are_of_one_cluster_which_is_said_before_the_work(tmp_path: Path) 
 def test_a_period_of_no_time_and_an_engine_without_figures_are_named_as_they_were_given() -> None:
     common = ("simulate", "--model=llama-3.1-8b", "--cluster=2xl40s", "--plan=dp2 tp1", f"--trace={CHEAP[-1]}")
     assert "period_ms must be above 0" in run(*common, "--rescheduling=llumnix:period_ms=0").err
-    assert "error: --rescheduling: how requests of sglang move" in run(*common, "--rescheduling=llumnix", "--engine=sglang").err
+    assert (
+        "error: --rescheduling: how requests of sglang move"
+        in run(*common, "--rescheduling=llumnix", "--engine=sglang").err
+    )

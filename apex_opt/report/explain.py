@@ -295,6 +295,10 @@ def _compared(console: Console, document: Document) -> None:
         lies_table(console, given["lies"])
         return
     values = [amount(one["value"], objective["unit"]) for one in (given, best)]
+    if given["plan"] == best["plan"]:
+        console.print(f"The plan that was given is the best: {objective['name']} = {values[0]}\n")
+        lies_table(console, given["lies"])
+        return
     console.print(
         f"{given['plan']} on {count(given['gpus'], 'GPU')}: {objective['name']} = {values[0]}, the best has {values[1]}"
         f"{_apart(given['value'], best['value'])}{reason}\n"

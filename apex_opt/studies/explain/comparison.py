@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
@@ -87,11 +87,16 @@ def compare(
 
 
 def _lies(scorer: Scorer, use: PoolUse) -> tuple[Lies, ...]:
-    """Where the groups of ranks of a pool lie; of pipelines over several types each stage lies on its own."""
-    if use.pool.plan.on:
+    """Where the groups of ranks of a pool lie; of pipelines over several types each stage lies on its own.
+
+    Groups of several pools are told apart by what these do and by their types of GPU.
+    """
+    pool = use.pool
+    if pool.plan.on:
         return ()
-    layouts = scorer.facts_of(use.pool).layouts
-    return lies(layouts.tree, use.pool.plan, layouts.best(use.pool.plan))
+    layouts, of = scorer.facts_of(pool).layouts, " on ".join(filter(None, (pool.role, pool.gpu)))
+    found = lies(layouts.tree, pool.plan, layouts.best(pool.plan))
+    return tuple(replace(one, group=f"{of}: {one.group}" if of else one.group) for one in found)
 
 
 def differences(runs: Sequence[tuple[Scorer, Scored]]) -> tuple[Term, ...]:
