@@ -465,6 +465,12 @@ def test_every_layout_is_told_from_the_others_by_its_columns() -> None:
         ("[]", "no objects in it; add at least one request"),
         ("[1, 2]", "item 1: 1 is not a JSON object"),
         ('[{"a": ]', "item 1 of the JSON list is not JSON"),
+        ("arrival_s,prompt,output,max_new_tokens\n0,5,5,0\n", "line 2: max_new_tokens 0 is outside 1..10,000,000"),
+        ("arrival_s,prompt,output,image_tokens\n0,5,5,-50\n", "line 2: image_tokens -50 is outside 0..10,000,000"),
+        (
+            "arrival_s,prompt,output,session,delay_ms\n0,5,5,a,\n,5,5,a,-3\n",
+            "line 3: delay_ms -3 is outside 0..2,305,843,009,213 ms",
+        ),
         ("num_prefill_tokens,num_decode_tokens\n5,-1\n", "line 2: num_decode_tokens -1 is outside"),
         ("num_prefill_tokens,num_decode_tokens\n,5\n", "line 2: num_prefill_tokens '' is not a whole number"),
         ("num_prefill_tokens,num_decode_tokens\n0,5\n", "line 2: num_prefill_tokens 0 is outside"),
@@ -583,3 +589,10 @@ def test_conversations_are_told_without_waits_too(column: str, tmp_path: Path) -
     first, second, again, alone = trace.session.tolist()
     assert first == again and len({first, second, alone}) == 3
     assert any("1 of 4 requests are later turns" in note for note in trace.notes)
+
+
+def test_waits_of_requests_that_have_an_arrival_are_told_to_be_left_out(tmp_path: Path) -> None:
+    text = "arrival_s,prompt,output,session,delay_ms\n0,10,5,a,\n1,20,5,a,100\n2,20,5,a,0\n"
+    notes = load_trace(write(tmp_path, text)).notes
+    assert "1 of 3 have an arrival and a delay_ms; they come at the arrival, and the wait is left out" in notes
+    assert not any("delay_ms" in note for note in load_trace(write(tmp_path, text.replace("100", ""))).notes)

@@ -56,7 +56,7 @@ class Faults:
         return join_faults(self.label, [f"{self.place} {at}: {fault}" for at, fault in sorted(self.found)])
 
 
-def token_counts(cells: Sequence[object], places: Sequence[int], column: str, faults: Faults) -> Ints:
+def token_counts(cells: Sequence[object], places: Sequence[int], column: str, faults: Faults, least: int = 1) -> Ints:
     """Counts of tokens, 0 to 10,000,000; `NONE` where a cell is none, which is added to the faults.
 
     Parameters
@@ -65,6 +65,7 @@ def token_counts(cells: Sequence[object], places: Sequence[int], column: str, fa
     places : sequence of int      of the cells, for messages
     column : str                  name of the column, for messages
     faults : Faults               what was found wrong so far
+    least : int                   that a request may have, for messages: what of 0 becomes is up to the caller
     """
     fast = digits(cells)
     if fast is not None and int(fast.max()) <= MAX_TOKENS:
@@ -76,7 +77,7 @@ def token_counts(cells: Sequence[object], places: Sequence[int], column: str, fa
             raise ValueError("is not a whole number of tokens")
         return int(match[1])
 
-    return _column(cells, places, column, whole, (0, MAX_TOKENS), faults)
+    return _column(cells, places, column, whole, (0, MAX_TOKENS), (least, MAX_TOKENS, ""), faults)
 
 
 def times_ns(cells: Sequence[object], places: Sequence[int], column: str, unit: str, faults: Faults) -> Ints:
@@ -91,7 +92,8 @@ def times_ns(cells: Sequence[object], places: Sequence[int], column: str, unit: 
     faults : Faults               what was found wrong so far
     """
     if unit == "date":
-        return _column(cells, places, column, _instant, (-_INT64, _INT64), faults)
+        told = (0, MAX_ARRIVAL_NS, " ns after the earliest row")
+        return _column(cells, places, column, _instant, (-_INT64, _INT64), told, faults)
     scale = UNITS[unit]
     fast = digits(cells)
     if fast is not None and int(fast.max()) <= MAX_ARRIVAL_NS // scale:
@@ -102,7 +104,8 @@ def times_ns(cells: Sequence[object], places: Sequence[int], column: str, unit: 
             raise ValueError("is not a finite number")
         return int(text) * scale if text.isdecimal() else round(Decimal(text) * scale)
 
-    return _column(cells, places, column, nanoseconds, (0, MAX_ARRIVAL_NS), faults)
+    told = (0, MAX_ARRIVAL_NS // scale, f" {unit}")
+    return _column(cells, places, column, nanoseconds, (0, MAX_ARRIVAL_NS), told, faults)
 
 
 def is_date(cell: object) -> bool:
@@ -132,9 +135,10 @@ def _column(
     column: str,
     parse: Callable[[object], int],
     limits: tuple[int, int],
+    told: tuple[int, int, str],
     faults: Faults,
 ) -> Ints:
-    """A column cell by cell."""
+    """A column cell by cell, within limits, which are told to people in a unit of their own."""
     low, high = limits
     values = np.full(len(cells), NONE, np.int64)
     for index, cell in enumerate(cells):
@@ -146,11 +150,7 @@ def _column(
         if low <= value <= high:
             values[index] = value
         else:
-            after = " ns" if high == MAX_ARRIVAL_NS else ""
-            if parse is _instant:
-                (low, high), after = (0, MAX_ARRIVAL_NS), " ns after the earliest row"
-            shown_low = 1 if high == MAX_TOKENS else low
-            faults.add(places[index], range_fault(column, cell_text(cell), shown_low, high) + after)
+            faults.add(places[index], range_fault(column, cell_text(cell), *told[:2]) + told[2])
     return values
 
 

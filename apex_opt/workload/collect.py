@@ -135,7 +135,10 @@ class Collector:
         self._output.append(output[answered])
         self._images.append(images[answered])
         if _STATED in self.called:
-            self._stated.append(self._counted(_STATED, kept(_STATED), places, output)[answered])
+            stated = self._counted(_STATED, kept(_STATED), places, output)
+            for index in np.flatnonzero((stated == 0) & answered):
+                self.faults.add(places[index], range_fault(self._called(_STATED), "0", 1, MAX_TOKENS))
+            self._stated.append(stated[answered])
         if _PRIORITY in self.called:
             self._priority[-1] = self._priority[-1][answered]
         self._places.append(np.array(places, np.int64)[answered])
@@ -143,11 +146,12 @@ class Collector:
 
     def _counted(self, name: str, cells: list[Any], places: list[int], usual: Ints) -> Ints:
         """Tokens in a column that not every row has to fill, such as those that clients state; `usual` where blank."""
+        least = 0 if name == _IMAGES else 1
         found = usual.copy()
         there = np.flatnonzero([not is_blank(cell) for cell in cells])
         if there.size:
             at = [places[index] for index in there]
-            found[there] = token_counts([cells[i] for i in there], at, self._called(name), self.faults)
+            found[there] = token_counts([cells[i] for i in there], at, self._called(name), self.faults, least)
         return found
 
     def _seconds(self, cell: Any, place: int) -> float:
@@ -348,6 +352,12 @@ class Collector:
                 )
             arrival = np.where(given, arrival - first, NONE)
         session = np.concatenate(self._session) if self._session else None
+        idle = int((given & (np.concatenate(self._delay) > 0)).sum()) if self._delay else 0
+        if idle:
+            notes.append(
+                f"{idle:,} of {given.size:,} have an arrival and a {self._called(self.layout.delay)}; they come "
+                "at the arrival, and the wait is left out"
+            )
         if given.all():
             if session is not None:
                 self._turns(session, notes)
