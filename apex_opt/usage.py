@@ -195,11 +195,20 @@ def _drafts() -> Iterable[str]:
     return "none", *(f"{method}:" for method in METHODS)
 
 
+def _settings() -> Iterable[str]:
+    from dataclasses import fields
+
+    from apex_opt.engines import kind_names, load_kind
+
+    return dict.fromkeys(f"{field.name}=" for name in kind_names() for field in fields(load_kind(name).scheduler))
+
+
 _NAMES: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "model": _models,
     "cluster": _clusters,
     "gpu": _gpus,
     "engine": _engines,
+    "engine_settings": _settings,
     "trace": _traces,
     "weights": _weights,
     "kv": _caches,
@@ -241,9 +250,11 @@ def candidates(
     if known is None:
         return []
     texts = known.choices or (("true", "false") if known.kind is bool else values(name))
-    stem, comma, part = begun.rpartition(",")
-    named = stem.split(",")
-    found = [f"{stem}{comma}{text}" for text in map(str, texts) if text.startswith(part) and text not in named]
+    side = begun.rfind("/") + 1 if name == "routing" else 0  # of pools, before prefill and before decode instances
+    at = max(begun.rfind(",") + 1, side)
+    named = [one.partition("=")[0] for one in begun[side:at].split(",")]
+    fitting = (text for text in map(str, texts) if text.startswith(begun[at:]) and text.removesuffix("=") not in named)
+    found = [f"{begun[:at]}{text}" for text in fitting]
     whole = equals and "=" not in words[-2:]  # the shell completes the whole word, not what is behind its `=`
     return [f"{option}={text}" for text in found] if whole else found
 

@@ -72,6 +72,13 @@ def test_words_are_completed_to_commands_options_and_names() -> None:
     assert complete("plan", "--kv=f") == ["--kv=fp16", "--kv=fp8"]
     assert complete("plan", "--engine=vllm") == ["--engine=vllm", *(f"--engine={n}" for n in VLLM_RELEASES)]
     assert complete("plan", "--speculation=") == ["--speculation=none", *(f"--speculation={m}:" for m in METHODS)]
+    assert complete("plan", "--routing=pull/le") == ["--routing=pull/least_loaded"]
+    assert "--routing=pull/pull" in complete("plan", "--routing=pull/")
+    assert "--routing=pull/pull,pull" not in complete("plan", "--routing=pull/pull,")
+    assert complete("plan", "--engine_settings=capa") == ["--engine_settings=capacity_policy="]
+    begun = "--engine_settings=adp_balance=true,adp_"
+    rest = [f"--engine_settings=adp_balance=true,adp_{name}_iters=" for name in ("timeout", "batching_wait")]
+    assert complete("plan", begun) == rest
     assert complete("plan", "--unknown=") == []
     assert complete("nothing", "--model=") == []
 
