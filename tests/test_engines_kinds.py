@@ -148,3 +148,11 @@ def test_a_file_with_faults_is_refused_in_one_line(old: str, new: str, tmp_path:
 def test_a_folder_without_engines_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file in"):
         load_kind("vllm", tmp_path)
+
+
+def test_a_path_that_is_no_file_of_an_engine_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; give a name, or a file of solve"):
+        load_kind(str(tmp_path))
+    (file := tmp_path / "m.txt").write_text("x")
+    with pytest.raises(InputError, match=r"is a file whose name does not end in \.toml; give a name"):
+        load_kind(str(file))

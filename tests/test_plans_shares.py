@@ -41,3 +41,8 @@ def test_they_are_of_one_pool_alone() -> None:
         parse_deployment("prefill{tp1 share=50/50} + decode{tp1}", MODEL, ("h100-sxm-80gb",))
     with pytest.raises(UsageError, match="share is given twice"):
         parse_plan("tp1 share=50/50 share=60/60", MODEL)
+
+
+def test_shares_of_too_many_digits_are_refused_with_the_limits() -> None:
+    with pytest.raises(UsageError, match="per cent from 1 to 100, or multiprocessors from 1 to 999 behind pdmux"):
+        parse_shares("pdmux:9999/1")

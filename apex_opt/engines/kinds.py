@@ -20,7 +20,7 @@ from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.trtllm import TRTLLM
 from apex_opt.engines.vllm import VLLM
 from apex_opt.errors import InputError, UnknownNameError, UsageError
-from apex_opt.files import expanded
+from apex_opt.files import expanded, there
 from apex_opt.units import GIB
 
 if TYPE_CHECKING:
@@ -185,6 +185,12 @@ def load_kind(name: str, folder: Path = DATA) -> EngineKind:
     if name.endswith(_FILE):
         return _calibrated(expanded(name), kinds)
     if name not in kinds:
+        path = expanded(name)
+        if there(path):
+            kind = "a folder" if path.is_dir() else "a file whose name does not end in .toml"
+            raise InputError(
+                f"engine {name!r:.100} is {kind}; give a name, or a file of solve.py calibrate such as m.toml"
+            )
         raise UnknownNameError("engine", name, kinds)
     return kinds[name]
 

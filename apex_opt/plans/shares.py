@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu
 
 MULTIPLEXED: Final = "pdmux"
+_MOST_UNITS: Final = 999
 _TEXT: Final = re.compile(r"(?P<word>pdmux)?(?P<colon>:)?(?:(?P<prefill>\d{1,3})/(?P<decode>\d{1,3}))?")
 EXAMPLES: Final = f"80/100, {MULTIPLEXED}, {MULTIPLEXED}:72/60"
 
@@ -48,7 +49,7 @@ class Shares:
     def __post_init__(self) -> None:
         if self.multiplexed and not self.prefill and not self.decode:
             return
-        most = 999 if self.multiplexed else 100
+        most = _MOST_UNITS if self.multiplexed else 100
         unit = "multiprocessors" if self.multiplexed else "per cent of a GPU"
         for name, share in (("prefill", self.prefill), ("decode", self.decode)):
             if isinstance(share, bool) or not isinstance(share, int) or not 1 <= share <= most:
@@ -72,7 +73,10 @@ def parse_shares(text: str) -> Shares:
     word, colon, given = (match is not None and match[name] is not None for name in ("word", "colon", "prefill"))
     # A colon stands between the word and a division, and nowhere else.
     if match is None or not (word or given) or colon != (word and given):
-        raise UsageError(f"share: cannot read {shown(text)}; examples: {EXAMPLES}")
+        raise UsageError(
+            f"share: cannot read {shown(text)}; per cent from 1 to 100, or multiprocessors from 1 to {_MOST_UNITS} "
+            f"behind {MULTIPLEXED}; examples: {EXAMPLES}"
+        )
     prefill, decode = (int(match[name] or 0) for name in ("prefill", "decode"))
     if given and not prefill + decode:
         raise UsageError(f"share: {shown(text)} leaves either phase nothing; examples: {EXAMPLES}")
