@@ -312,7 +312,8 @@ class CapacityAsk(Ask):
     plan : The only plan to ask about, such as tp8; by default all are searched. {pools}
     resolution : Step of the rates that are searched, as a share of the rate.
     top : Candidates to show, best first.
-    time_limit : Seconds after which no further plan is asked about; the answer tells what is left. By default none.
+    time_limit : Seconds after which no further plan is asked about; rates of those begun are found to their end, and
+        the answer tells what is left. By default none.
     """
 
     slo: str

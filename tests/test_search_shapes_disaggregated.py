@@ -18,7 +18,7 @@ from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
 from apex_opt.search import Scorer, search
 from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.option import options_of
-from apex_opt.search.search import silent
+from apex_opt.search.search import judge, silent
 from apex_opt.studies.check import check
 from apex_opt.workload import make_trace
 from formulations import deployment as programs
@@ -202,6 +202,15 @@ def test_every_pair_is_read_back_from_its_text_with_the_same_figures(sides: tupl
         assert alone.simulate(again).metrics == scorer.simulate(pair).metrics
     found = [pool.plan for one in search(problem, SPACE, top=9).candidates for pool in one.deployment.pools]
     assert all(plan.route is not None for plan in found if plan.replicas > 1)
+
+
+def test_what_runs_in_plain_python_is_told_before_it_does() -> None:
+    problem = replace(question(0), serving=("pools",))
+    pushed = replace(problem, settings=replace(SMALL, scheduler=SglangScheduling(), block_size=1))
+    for one, slow in ((problem, False), (pushed, True)):
+        told: list[str] = []
+        judge(one, next(pairs_of(one)), lambda what, *_, told=told: told.append(what))  # type: ignore[misc]
+        assert any("in plain Python, about a hundred times slower" in what for what in told) == slow
 
 
 def test_a_pool_alone_or_in_the_wrong_order_is_no_deployment() -> None:

@@ -420,10 +420,14 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     """
     from apex_opt.simulator.pack import needs_compiling
 
-    # Phases that share a GPU and prompts that SGLang hands over are simulated by the reference.
-    pushed = isinstance(problem.settings.scheduler, SglangScheduling)
-    pools = (pool for one in deployments for pool in one.pools if not (pushed and pool.role))
-    plans = (pool.plan for pool in pools if pool.plan.shares is None)
+    # Prompts that SGLang hands over and its multiplexing are simulated by the reference.
+    sglang = isinstance(problem.settings.scheduler, SglangScheduling)
+    pools = [pool for one in deployments for pool in one.pools]
+    if sglang and any(pool.role for pool in pools):
+        tell("simulating what SGLang hands over in plain Python, about a hundred times slower", 0, 0)
+    if any(pool.plan.shares is not None and pool.plan.shares.multiplexed for pool in pools):
+        tell("simulating SGLang's multiplexing in plain Python, about a hundred times slower", 0, 0)
+    plans = (pool.plan for pool in pools if pool.plan.shares is None and not (sglang and pool.role))
     if any(
         needs_compiling(problem.settings_for(plan), plan.stages, ranks=has_ranks(problem.settings, plan))
         for plan in plans
