@@ -465,6 +465,7 @@ def test_quantisation_sections_become_formats(section: object, weights: str, kv:
         ({"quant_method": "gptq", "bits": 8, "group_size": 8}, "group_size 8 is not supported; .* 32 and above"),
         ({"quant_method": "gptq", "bits": 4, "group_size": True}, "group_size must be a whole number .* not true"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8"}, "quant_algo must be FP8, .* not 'W4A8'"),
+        ({"quant_method": "modelopt", "quant_algo": ["FP8"]}, r"config\.quant_algo must be text, not \['FP8'\]$"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32}, "group_size 32 is not supported"),
         ({"quant_method": "fp8", "ignore": "lm_head"}, "quantization_config.ignore must be a list, not 'lm_head'"),
         ({"quant_method": "fp8", "ignore": ["lm_head", 3]}, "quantization_config.ignore must hold names, not 3"),

@@ -404,7 +404,9 @@ def _algorithm(section: Fields) -> Held | None:
     }
     algo = section.text("quant_algo").upper()
     if algo not in found:
-        section.fault("quant_algo", f"must be {', '.join(found)}, not {shown(section.values.get('quant_algo'))}")
+        given = section.values.get("quant_algo")
+        if given is None or isinstance(given, str):  # what is no text was told of when it was read
+            section.fault("quant_algo", f"must be {', '.join(found)}, not {shown(given)}")
         return None
     held = found[algo]
     if held.group and section.count("group_size", default=held.group) not in (0, held.group):
