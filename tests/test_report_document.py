@@ -51,6 +51,8 @@ def test_a_document_has_everything_an_answer_depends_on() -> None:
         "limited_by_arrivals",
         "notes",
         "expected",
+        "near_goals",
+        "doubts",
     }
     assert document["best"] == document["candidates"][0]
     assert document["best"]["plan"] == "attn(tp2) ffn(tp2) bf16"

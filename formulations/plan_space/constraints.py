@@ -96,6 +96,11 @@ def stages_of(instance: Instance) -> range:
     return range(1, min(instance.max_devices, instance.model.layers) + 1)
 
 
+def copies_draft(instance: Instance) -> bool:
+    """Whether attention copies may make drafts; what those of SGLang would do is not modelled."""
+    return instance.settings.scheduler.name in ("vllm", "trtllm")
+
+
 def draft_heads(instance: Instance, drafter: Drafter | None, tp: int) -> bool:
     """Whether attention of what makes drafts is cut into equal shards.
 
@@ -165,7 +170,6 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
     pairs = [(d, t) for d in degrees for t in range(1, instance.max_devices // d + 1)]
     cut = shards(instance)
     drafted, pools = [(i, drafter) for i, drafter in enumerate(instance.drafters)], Pools(instance)
-    in_copies = instance.settings.scheduler.name in ("vllm", "trtllm")  # of SGLang they are not modelled
     drafts = (
         [
             _holds(
@@ -178,7 +182,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
                 model,
                 "one_copy_drafts",
                 [v.drafts, v.attention_dp],
-                ((i, n, d is None or n == 1 or in_copies) for i, d in drafted for n in degrees),
+                ((i, n, d is None or n == 1 or copies_draft(instance)) for i, d in drafted for n in degrees),
             ),
             _holds(
                 model,

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.plans.routing import count_repeated
 
 from .blocks import Pools
-from .constraints import balanced, columns_divide, computes, draft_columns, draft_heads, heads_divide
+from .constraints import (
+    balanced,
+    columns_divide,
+    computes,
+    copies_draft,
+    draft_columns,
+    draft_heads,
+    heads_divide,
+)
 from .engine import Runs
 
 if TYPE_CHECKING:
@@ -91,7 +99,7 @@ def _cells(
             devices // t
             for t in heads
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
-            if (drafter is None and not one_copy) or devices == t
+            if devices == t or (not one_copy and (drafter is None or copies_draft(instance)))
         ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)
