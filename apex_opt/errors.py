@@ -28,11 +28,19 @@ class InputError(ApexError, ValueError):
 
 
 class UnknownNameError(ApexError, LookupError):
-    """A name that is not in a registry or catalogue."""
+    """A name that is not in a registry or catalogue.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    Parameters
+    ----------
+    kind, name : str           what it was to name, and what was given
+    known : names that there are
+    hint : str                 told after them
+    alike : bool               whether names that look alike are offered in place of all
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "", *, alike: bool = True) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) if alike else []
         offer = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
         super().__init__(f"unknown {kind} {name!r}; {offer}{'; ' + hint if hint else ''}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from plan_cases import dense, make_cluster, make_model, make_problem, random_trace
 
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.evaluate import OF_CUTS, space, tally
 from apex_opt.plans.plan import parse_plan, repeated
 from apex_opt.plans.routing import ROUTINGS, Routing, count_repeated, parse_routings, parse_sides
@@ -18,7 +18,7 @@ def test_routers_are_read_by_their_names_and_none_twice() -> None:
     assert parse_routings(",".join(ROUTINGS)) == ROUTINGS
     assert parse_routings(" pull , session") == ("pull", "session")
     for name in ("best", "nope"):  # the latter looks like dynamo, which it is not
-        with pytest.raises(UsageError, match=rf"unknown routing '{name}'; known: cache_aware, .*, vllm_dp"):
+        with pytest.raises(UnknownNameError, match=rf"unknown routing '{name}'; known: cache_aware, .*, vllm_dp"):
             parse_routings(f"pull,{name}")
     with pytest.raises(UsageError, match="names a router twice"):
         parse_routings("pull,pull")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from simulator_cases import IMPLEMENTATIONS, Case, assert_same, linear, requests
 
-from apex_opt.errors import ApexError, CapacityError, UsageError
+from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
 from apex_opt.figures.stops import Stop
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import law, replay
@@ -138,7 +138,7 @@ def test_a_run_beyond_the_simulated_clock_is_refused_not_cut(implementation: Imp
 def test_no_stage_and_unknown_routing_are_refused(implementation: Implementation) -> None:
     with pytest.raises(UsageError, match="a batch law for each of its stages, got none"):
         replace(case(), laws=()).run(implementation)
-    with pytest.raises(UsageError, match="unknown routing 'round'; known: cache_aware"):
+    with pytest.raises(UnknownNameError, match="unknown routing 'round'; known: cache_aware"):
         replace(case(), routing="round").run(implementation)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from apex_opt.errors import UsageError
+from apex_opt.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,10 +31,10 @@ def check_routing(name: str) -> Routing:
 
     Raises
     ------
-    UsageError    one that there is not; all are told, as names that look alike say nothing of what routers do
+    UnknownNameError    one that there is not; all are told, as names that look alike say nothing of what routers do
     """
     if name not in ROUTINGS:
-        raise UsageError(f"unknown routing {str(name)[:60]!r}; known: {', '.join(sorted(ROUTINGS))}")
+        raise UnknownNameError("routing", str(name)[:60], ROUTINGS, alike=False)
     return name
 
 
