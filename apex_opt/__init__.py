@@ -74,6 +74,10 @@ def __getattr__(name: str) -> object:
         from apex_opt import errors
 
         return errors.ApexError
+    if name == "Result":
+        from apex_opt import commands
+
+        return commands.Result
     from apex_opt import api
 
     return getattr(api, name)

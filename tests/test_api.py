@@ -44,6 +44,10 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
+def test_every_public_name_is_there() -> None:
+    assert [name for name in apex_opt.__all__ if getattr(apex_opt, name, None) is None] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_a_function_with_the_options_and_defaults_of_the_command_line(name: str) -> None:
     function, asks = getattr(apex_opt, name.replace(" ", "_")), COMMANDS[name].asks
