@@ -66,21 +66,16 @@ __all__ = [
     "validate",
 ]
 
+_BESIDE = {"ApexError": "errors", "Result": "commands"}
+"""Public names that are of no command, and the modules that have them; loaded only when they are asked for."""
+
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'apex_opt' has no attribute {name!r}")
-    if name == "ApexError":
-        from apex_opt import errors
+    from importlib import import_module
 
-        return errors.ApexError
-    if name == "Result":
-        from apex_opt import commands
-
-        return commands.Result
-    from apex_opt import api
-
-    return getattr(api, name)
+    return getattr(import_module(f"apex_opt.{_BESIDE.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -117,6 +117,14 @@ def _bailing(fields: Fields, size: Sizes) -> Layers:
     return reader(fields.filled({"num_shared_experts": 0}), size)
 
 
+_OLMO: Final = Decoder(
+    qkv_bias=None,
+    output_bias=None,
+    qk_norm=True,
+    qk_norm_whole=True,
+    experts_field="num_experts",
+    expert_width_field="intermediate_size",
+)
 FAMILIES: Final[dict[str, Family]] = {
     "dbrx": Family(
         architecture="DbrxForCausalLM",
@@ -135,26 +143,12 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
-        read=Decoder(
-            qkv_bias=None,
-            output_bias=None,
-            qk_norm=True,
-            qk_norm_whole=True,
-            experts_field="num_experts",
-            expert_width_field="intermediate_size",
-        ),
+        read=_OLMO,
         modules=module_names(),
     ),
     "flex_olmo": Family(
         architecture="FlexOlmoForCausalLM",
-        read=Decoder(
-            qkv_bias=None,
-            output_bias=None,
-            qk_norm=True,
-            qk_norm_whole=True,
-            experts_field="num_experts",
-            expert_width_field="intermediate_size",
-        ),
+        read=_OLMO,
         modules=module_names(),
     ),
     "solar_open": Family(
