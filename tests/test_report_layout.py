@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from apex_opt.report.layout import notes_lines, page_width
+from apex_opt.report.layout import amount, kilojoules, notes_lines, page_width
 
 
 def drawn(draw: Any, *given: Any, width: int = 80, **named: Any) -> list[str]:
@@ -92,3 +92,9 @@ def test_behind_a_pipe_pages_are_as_wide_as_the_terminal_that_is_left(where: str
     os.close(ours)
     os.close(theirs)
     assert int(ran.stdout) == (120 if where == "none" else 63)
+
+
+@pytest.mark.parametrize(("joules", "told"), [(0.0, "0.000"), (412.0, "0.412"), (1000.0, "1.0"), (907_651.0, "907.7")])
+def test_an_energy_is_told_in_kilojoules_and_of_a_short_run_in_whole_joules(joules: float, told: str) -> None:
+    assert kilojoules(joules) == told
+    assert amount(joules, "J") == f"{told} kJ"

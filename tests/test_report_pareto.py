@@ -12,6 +12,7 @@ from apex_opt.errors import InputError
 from apex_opt.figures import load_objective
 from apex_opt.ir import load_model
 from apex_opt.report.charts.front import front_charts
+from apex_opt.report.layout import kilojoules
 from apex_opt.report.pareto import pareto_document, pareto_page
 from apex_opt.report.picture import write_picture
 from apex_opt.schema import to_plain
@@ -44,7 +45,7 @@ def test_the_table_has_the_plans_of_the_document_in_its_order() -> None:
     for row in found["candidates"]:
         assert row["values"]["energy"] == row["metrics"]["energy_j"]
         assert row["values"]["e2e_mean"] == row["metrics"]["e2e_s"]["mean"]
-        assert f"{row['values']['energy'] / 1e3:,.1f} kJ" in text
+        assert f"{kilojoules(row['values']['energy'])} kJ" in text
     assert json.loads(json.dumps(found)) == found
 
 

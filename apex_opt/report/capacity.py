@@ -9,7 +9,17 @@ from rich.text import Text
 from apex_opt.report import studied
 from apex_opt.report.document import question_document, scored_document
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import NOUNS, count, notes_lines, of_types, page, provenance_table, seconds, table
+from apex_opt.report.layout import (
+    NOUNS,
+    count,
+    kilojoules,
+    notes_lines,
+    of_types,
+    page,
+    provenance_table,
+    seconds,
+    table,
+)
 from apex_opt.report.mixed import parts_table, pools_tables
 from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line, shares_words
 from apex_opt.schema import of
@@ -226,7 +236,7 @@ def _plans(console: Console, document: Document) -> None:
             *((f"{row['next_rate_per_s']:.3f}" if row["next_rate_per_s"] else "-", _not_next(row)) * highest),
             *(read(row) for read in of_requests.values()),
             f"{row['metrics']['throughput_rps']:.3f}",
-            f"{row['metrics']['energy_j'] / 1e3:,.1f}",
+            kilojoules(row["metrics"]["energy_j"]),
         )
         for rank, row in enumerate(document["candidates"], 1)
     ]

@@ -10,7 +10,7 @@ from rich.text import Text
 from apex_opt.figures.registry import figure, split
 from apex_opt.report import studied
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import amount, count, kilojoules, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.load import said_of
 from apex_opt.report.robust import robust_section
 from apex_opt.report.side_by_side import merged
@@ -178,7 +178,7 @@ def _columns(answer: Document, fastest_by: str) -> list[tuple[str, Callable[[Doc
     found.append(("TPOT p95", latency("tpot", "p95")))
     if "asked" not in answer:
         found.append(("req/s", lambda best: f"{best['metrics']['throughput_rps']:.2f}"))
-    found.append(("kJ", lambda best: f"{best['metrics']['energy_j'] / 1e3:,.1f}"))
+    found.append(("kJ", lambda best: kilojoules(best["metrics"]["energy_j"])))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.report.layout import amount, count, seconds
+from apex_opt.report.layout import amount, count, kilojoules, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ def _seen(metrics: Document) -> Iterator[str]:
     if first is not None and last is not None:
         yield (
             f"95 of 100 requests see their first token within {seconds(first)} and their last within {seconds(last)}; "
-            f"serving them takes {metrics['energy_j'] / 1e3:,.1f} kJ."
+            f"serving them takes {kilojoules(metrics['energy_j'])} kJ."
         )
     if metrics["slo"]:
         missed = [text for text, goal in metrics["slo"].items() if not goal["met"]]

@@ -224,7 +224,12 @@ def amount(value: float | None, unit: str) -> str:
         return seconds(value)
     if unit == "B":
         return f"{value / GB:,.1f} GB"
-    return f"{value / 1e3:,.1f} kJ" if unit == "J" else f"{value:.3f} {unit}"
+    return f"{kilojoules(value)} kJ" if unit == "J" else f"{value:.3f} {unit}"
+
+
+def kilojoules(joules: float) -> str:
+    """An energy in kJ, of short runs in whole joules, so that what differs looks different."""
+    return f"{joules / 1e3:,.1f}" if joules >= 1e3 else f"{joules / 1e3:.3f}"
 
 
 def count(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from apex_opt.report.expected import expected_table
 from apex_opt.report.launch import launch_section
-from apex_opt.report.layout import aim, amount, count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import aim, amount, count, kilojoules, notes_lines, page, provenance_table, seconds, table
 from apex_opt.report.placement import replicas_document, where_table
 from apex_opt.report.robust import robust_section
 from apex_opt.report.tables import (
@@ -99,7 +99,7 @@ def parts_table(console: Console, parts: Sequence[Document]) -> None:
             str(part["gpus"]),
             f"{part['requests']:,}",
             f"{part['share']:.1%}",
-            f"{part['energy_j'] / 1e3:,.1f}",
+            kilojoules(part["energy_j"]),
             f"{part['mfu']:.1%}",
             f"{part['mbu']:.1%}",
             seconds(part["operations_s"]["idle"]),

@@ -16,6 +16,7 @@ from apex_opt.report.layout import (
     aim,
     amount,
     count,
+    kilojoules,
     notes_lines,
     of_types,
     page,
@@ -123,7 +124,7 @@ def beside_table(console: Console, document: Document) -> None:
             best_for,
             plan["plan"],
             str(plan["gpus"]),
-            f"{plan['metrics']['energy_j'] / 1e3:,.1f}",
+            kilojoules(plan["metrics"]["energy_j"]),
             *(seconds(plan["metrics"][f"{name}_s"]["p95"]) for name in ("ttft", "tpot", "e2e")),
         )
         for best_for, plan in (("energy", document["best"]), (other["objective"], other["best"]))
@@ -150,7 +151,7 @@ def candidates_table(console: Console, document: Document, word: str = "plan") -
         **{part["name"]: _then(place, part["unit"]) for place, part in enumerate(then)},
         **of_requests,
         "req/s": lambda c: f"{c['metrics']['throughput_rps']:.2f}",
-        "kJ": lambda c: f"{c['metrics']['energy_j'] / 1e3:,.1f}",
+        "kJ": lambda c: kilojoules(c["metrics"]["energy_j"]),
     }
     if all("mfu" in run["metrics"] for run in runs):
         columns |= {
@@ -247,7 +248,7 @@ def service_tables(console: Console, metrics: Document) -> None:
         ("makespan", seconds(metrics["makespan_s"])),
         (
             "energy",
-            f"{metrics['energy_j'] / 1e3:,.1f} kJ, of which {metrics['idle_energy_j'] / 1e3:,.1f} kJ idle draw; "
+            f"{kilojoules(metrics['energy_j'])} kJ, of which {kilojoules(metrics['idle_energy_j'])} kJ idle draw; "
             f"{metrics['energy_per_output_token_j']:.2f} J per output token; {metrics['mean_power_w']:,.0f} W mean",
         ),
         *_cost(metrics),

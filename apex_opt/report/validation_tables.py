@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
-from apex_opt.report.layout import count, notes_lines, page, provenance_table, seconds, table
+from apex_opt.report.layout import count, kilojoules, notes_lines, page, provenance_table, seconds, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,7 @@ def _value(metric: str, value: float | None) -> str:
         return "-"
     if metric == "throughput":
         return f"{value:.2f}"
-    return f"{value / 1e3:,.2f} kJ" if metric == "energy" else seconds(value)
+    return f"{kilojoules(value)} kJ" if metric == "energy" else seconds(value)
 
 
 def _summary(console: Console, document: Document) -> None:
