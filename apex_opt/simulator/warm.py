@@ -41,6 +41,8 @@ _ENGINES: Final[dict[str, dict[str, Any]]] = {
 }
 """Settings that each engine of the kernel is needed for."""
 
+_FAMILIES: Final = ("groups", "steady", "speculative", "general", "disaggregated", "phases", "trtllm", "sglang")
+
 
 class Variant(NamedTuple):
     """A run that compiles something, and what that is; of ranks where there are any."""
@@ -97,7 +99,9 @@ def warm_up(processes: int | None = None) -> list[str]:
     """
     missing = [name for name, variant in VARIANTS.items() if not all(entry.ready() for entry in variant.entries)]
     hands = processes or os.cpu_count() or 1
-    mine, *shares = [missing[hand::hands] for hand in range(hands)]
+    # What is of one engine shares functions, which a process looks at once.
+    alike = sorted(missing, key=_family)
+    mine, *shares = [alike[len(alike) * hand // hands : len(alike) * (hand + 1) // hands] for hand in range(hands)]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     others = [
@@ -113,6 +117,11 @@ def warm_up(processes: int | None = None) -> list[str]:
     for other in others:
         other.wait()
     return missing
+
+
+def _family(name: str) -> int:
+    """The place of a variant's engine among those that share functions."""
+    return next(place for place, engine in enumerate(_FAMILIES) if engine in name)
 
 
 def run(*names: str) -> None:
