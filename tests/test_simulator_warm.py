@@ -41,7 +41,7 @@ def test_what_is_missing_is_dealt_to_processes_side_by_side(monkeypatch: pytest.
     assert sorted([*ran, *(name for names in lent for name in names)]) == sorted(missing)
     assert max(map(len, [ran, *lent])) - min(map(len, [ran, *lent])) <= 1
     # Engines that share functions come to one process: each has those of a stretch of the families.
-    places = [[warm._family(name) for name in names] for names in [ran, *lent]]
+    places = [[warm.family(name) for name in names] for names in [ran, *lent]]
     assert [place for its in places for place in its] == sorted(place for its in places for place in its)
     ran.clear()
     assert warm.warm_up(1) == missing

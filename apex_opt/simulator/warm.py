@@ -100,7 +100,7 @@ def warm_up(processes: int | None = None) -> list[str]:
     missing = [name for name, variant in VARIANTS.items() if not all(entry.ready() for entry in variant.entries)]
     hands = processes or os.cpu_count() or 1
     # What is of one engine shares functions, which a process looks at once.
-    alike = sorted(missing, key=_family)
+    alike = sorted(missing, key=family)
     mine, *shares = [alike[len(alike) * hand // hands : len(alike) * (hand + 1) // hands] for hand in range(hands)]
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -119,7 +119,7 @@ def warm_up(processes: int | None = None) -> list[str]:
     return missing
 
 
-def _family(name: str) -> int:
+def family(name: str) -> int:
     """The place of a variant's engine among those that share functions."""
     return next(place for place, engine in enumerate(_FAMILIES) if engine in name)
 
