@@ -81,14 +81,15 @@ def benchmarks() -> tuple[Benchmark, ...]:
             measure=partial(rate, "prefix_caching", "batches"),
         )
     )
-    found.append(
-        Benchmark(
-            name="simulate_disaggregated_batches_per_s",
-            unit="batches/s",
-            about=f"{title} on {MODEL}, a prefill and a decode instance of tp1 each, warm, on one core",
-            measure=disaggregated,
+    for way, together in (("in two passes", False), ("that act together", True)):
+        found.append(
+            Benchmark(
+                name=f"simulate_disaggregated{'_together' * together}_batches_per_s",
+                unit="batches/s",
+                about=f"{title} on {MODEL}, a prefill and a decode instance of tp1 each, {way}, warm, on one core",
+                measure=partial(disaggregated, together),
+            )
         )
-    )
     found.append(
         Benchmark(
             name="simulate_groups_batches_per_s",
@@ -132,16 +133,21 @@ def score_20000(quick: bool) -> float:
         return best_of(1 if quick else 5, lambda: scorer.simulate(deployment))
 
 
-def disaggregated(quick: bool) -> float:
-    """Batches of both instances simulated per second, best of five after a warm-up."""
+def disaggregated(together: bool, quick: bool) -> float:
+    """Batches of both instances simulated per second, best of five after a warm-up.
+
+    A limit of a prompt's tokens in a batch that is that of all tokens changes nothing but that they act together.
+    """
     from apex_opt.plans.plan import parse_plan
     from apex_opt.search.facts import Facts
     from apex_opt.simulator import EnginePool, Handover, run_disaggregated
 
     asked, trace = problem(MODEL, "4xh200-sxm", "chat"), conversation(quick)
-    asked = replace(asked, settings=replace(asked.settings, scheduler=VllmScheduling(idle_sleep_us=1000)))
     facts, plan = Facts(asked), parse_plan("tp1", asked.model)
-    pool = EnginePool(settings=asked.settings_for(plan), blocks=facts.blocks(plan), laws=facts.plan_cost(plan).laws)
+    settings = asked.settings_for(plan)
+    most = settings.max_num_batched_tokens if together else 0
+    settings = replace(settings, scheduler=VllmScheduling(idle_sleep_us=1000, long_prefill_token_threshold=most))
+    pool = EnginePool(settings=settings, blocks=facts.blocks(plan), laws=facts.plan_cost(plan).laws)
     handover = Handover(proxy_ns=500_000, read_ns=300_000, block_ns=40_000, notice_ns=50_000, in_turn=True)
 
     def run() -> int:

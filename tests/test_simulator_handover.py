@@ -8,15 +8,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from handover_cases import Pair, by_instance, compare, pairs
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, blocks_of, linear, moved, random_law, requests
+from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, linear, moved, requests
 
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import ApexError, CapacityError, UnknownNameError, UsageError
@@ -31,7 +32,6 @@ from apex_opt.simulator import (
     Handover,
     replay_case,
     run_deployment,
-    run_disaggregated,
 )
 from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.reference import disaggregated, handover
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
     from apex_opt.simulator.reference.sequence import Batch
-    from apex_opt.workload import Trace
 
 SLEEPY = VllmScheduling(idle_sleep_us=1)
 ROOMY = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4, scheduler=SLEEPY)
@@ -110,105 +109,7 @@ def test_kernel_replays_recorded_runs_with_every_index_checked(shared: Path, tmp
     assert (ran.returncode, ran.stdout) == (0, "alike\n"), ran.stderr
 
 
-# Random deployments.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """All arguments of a run."""
-
-    prefill: EnginePool
-    decode: EnginePool
-    handover: Handover
-    trace: Trace
-
-    def run(self, implementation: Implementation, **options: Any) -> DisaggregatedOutcome:
-        return run_disaggregated(
-            self.prefill, self.decode, self.handover, self.trace, implementation=implementation, **options
-        )
-
-
-@st.composite
-def instances(draw: st.DrawFn, longest: int, size: int, *, caching: bool) -> EngineSettings:
-    """Settings of the instances of one pool."""
-    seats, chunked = draw(st.integers(1, 8)), draw(st.booleans())
-    return EngineSettings(
-        max_num_seqs=seats,
-        max_num_batched_tokens=(seats if chunked else max(seats, longest)) + draw(st.sampled_from((0, 1, 5, 24))),
-        max_model_len=longest,
-        chunked_prefill=chunked,
-        block_size=size,
-        prefix_caching=caching,
-        async_scheduling=draw(st.booleans()),
-        scheduler=VllmScheduling(
-            long_prefill_token_threshold=draw(st.sampled_from((0, 0, 1, 7))),
-            idle_sleep_us=draw(st.sampled_from((1, 3))),
-        ),
-    )
-
-
-@st.composite
-def pairs(draw: st.DrawFn, most: int = 25) -> Pair:
-    """Everything a run takes: pools that hold one request to all of them, links that wait and links that do not."""
-    caching, size = draw(st.booleans()), draw(st.sampled_from((1, 2, 3, 8)))
-    longest = draw(st.integers(2, 64))
-    room = longest - 1
-    prompts = st.one_of(st.just(1), st.integers(1, min(room, 6)), st.integers(1, room))
-    gaps = st.sampled_from((0, 0, 0, 1, 7, 40, 300, 5000))
-    count = draw(st.integers(1, most))
-    drawn = draw(st.lists(st.tuples(gaps, prompts, st.integers(1, 30)), min_size=count, max_size=count))
-    arrivals = np.cumsum([gap for gap, _, _ in drawn]).tolist()
-    rows = [(at, p, o) for at, (_, p, o) in zip(arrivals, drawn, strict=True)]
-    seeds = st.integers(0, 2**32 - 1)
-    content: dict[str, Any] = {}
-    if caching and draw(st.sampled_from((True, True, False))):
-        ids = np.random.default_rng(draw(seeds)).integers(0, draw(st.integers(1, 3)), (count, 64)).tolist()
-        content = {"content": [ids[i][: ceil_div(p, size)] for i, (_, p, _) in enumerate(rows)], "content_tokens": size}
-    pools = []
-    for asked in (1, None):
-        engine = draw(instances(longest, size, caching=caching))
-        needs = [blocks_of(engine, p, asked or o) for _, p, o in rows]
-        spare = draw(st.sampled_from((0, 1, 2, max(needs), sum(needs))))
-        law = random_law(engine, draw(seeds), zeros=draw(st.sampled_from((0.0, 0.5))), copies=1, unit=7)
-        blocks = max(needs) + draw(st.integers(0, spare))
-        pools.append(EnginePool(settings=engine, blocks=blocks, laws=(law,), replicas=draw(st.integers(1, 3))))
-    times = st.sampled_from((0, 1, 30, 700))
-    handover = Handover(
-        proxy_ns=draw(times),
-        read_ns=draw(times),
-        block_ns=draw(st.sampled_from((0, 5, 200))),
-        notice_ns=draw(times),
-        in_turn=draw(st.booleans()),
-    )
-    return Pair(prefill=pools[0], decode=pools[1], handover=handover, trace=requests(rows, **content))
-
-
-def by_instance(outcome: DisaggregatedOutcome) -> list[list[Any]]:
-    """The batches of each instance."""
-    ends = np.cumsum(outcome.steps_per_replica).tolist()
-    steps = outcome.steps or []
-    return [steps[end - count : end] for count, end in zip(outcome.steps_per_replica or (), ends, strict=True)]
-
-
 # The kernel is the reference.
-
-
-def compare(pair: Pair, **options: Any) -> None:
-    ours, theirs = pair.run("kernel", log=True, **options), pair.run("reference", log=True, **options)
-    assert_same(ours, theirs)
-    for one, other in zip(ours.pools, theirs.pools, strict=True):
-        assert one.counts.equals(other.counts) and np.array_equal(one.busy_ns, other.busy_ns)
-        assert (one.preemptions, one.batches, one.cached_tokens) == (
-            other.preemptions,
-            other.batches,
-            other.cached_tokens,
-        )
-    more = ("prefill", "decode", "prefilled_ns", "forwarded_ns", "read_ns", "read_blocks", "held", "preemptions_of")
-    for name in (*more, "gaps_ns"):
-        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
-    assert ours.steps_per_replica == theirs.steps_per_replica
-    silent = pair.run("kernel", **options)
-    assert silent.steps is None and np.array_equal(silent.finish_ns, theirs.finish_ns)
 
 
 @settings(max_examples=80)

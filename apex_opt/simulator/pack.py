@@ -73,10 +73,10 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     ranks : bool                 whether replicas have ranks
     """
     engines = entries.RANKS if ranks else entries.SERVE
-    return not engines[_engine(settings, stages), settings.prefix_caching].ready()
+    return not engines[engine_of(settings, stages), settings.prefix_caching].ready()
 
 
-def _engine(settings: EngineSettings, stages: int, *, logged: bool = False) -> str:
+def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False) -> str:
     """The engine of the kernel that a run needs.
 
     Parameters
@@ -104,7 +104,7 @@ def routes(pools: Sequence[EnginePool]) -> bool:
     return all(
         pool.ranks is None
         and not (isinstance(its := pool.settings.scheduler, TrtllmScheduling) and its.fetch_wait_ns > 0)
-        and (_engine(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
+        and (engine_of(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
         for pool in pools
     )
 
@@ -181,7 +181,8 @@ class Memory:
             ]
         )
         self._engines = [
-            "general" if holding else _engine(pool.settings, len(pool.laws), logged=room is not None) for pool in pools
+            "general" if holding else engine_of(pool.settings, len(pool.laws), logged=room is not None)
+            for pool in pools
         ]
         if any(share.routed for share in shares) and len(shares) < len(pools):
             # Replicas of several pools advance together, by the engine that can run all of them.

@@ -12,7 +12,7 @@ from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-from apex_opt.simulator.pack import Memory, number_pieces, served
+from apex_opt.simulator.pack import Memory, engine_of, number_pieces, served
 from apex_opt.simulator.pack_router import router_memory
 from apex_opt.simulator.pools import Share
 from apex_opt.units import ceil_div
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from apex_opt.simulator.pack import Room
     from apex_opt.simulator.pools import EnginePool
     from apex_opt.workload.trace import Trace
+
+    I64 = NDArray[np.int64]
 
 
 def run(
@@ -52,8 +54,13 @@ def run(
     stops, floors : limits whose passing ends the run, and times that no request can beat
     """
     limits = stops, None if floors is None else _behind(floors)
-    memory = served(lambda room: _Instances(prefill, decode, handover, trace, sides, limits, room), logged=log or gaps)
-    return memory.outcome(log=log, gaps=gaps)
+    given = prefill, decode, handover, trace, sides, limits
+    if Apart.takes(prefill, decode, trace, sides):
+        apart = served(lambda room: Apart(*given, room), logged=log or gaps)
+        if apart.never_full():
+            return apart.outcome(log=log, gaps=gaps)
+    together = served(lambda room: Together(*given, room), logged=log or gaps)
+    return together.outcome(log=log, gaps=gaps)
 
 
 @lru_cache(maxsize=4)
@@ -96,7 +103,15 @@ def _behind(floors: Outcome) -> Outcome:
 
 
 class _Instances(Memory):
-    """The arrays of a run in which prompts are handed over."""
+    """The arrays of a run in which prompts are handed over.
+
+    Parameters
+    ----------
+    prefill, decode, handover, trace : as of `run`
+    limits : limits whose passing ends the run, and times that no request can beat
+    room : Room or None                of a log
+    shares, holding : as of `Memory`
+    """
 
     def __init__(
         self,
@@ -104,15 +119,13 @@ class _Instances(Memory):
         decode: EnginePool,
         handover: Handover,
         trace: Trace,
-        sides: tuple[Share, Share],
         limits: tuple[Sequence[Stop], Outcome | None],
         room: Room | None,
+        shares: Sequence[Share] = (),
+        holding: Sequence[int] = (),
     ) -> None:
         n = len(trace)
-        closed = trace.concurrency is not None
-        in_turn = not closed and all(share.places is None and not share.routed for share in sides)
-        holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
-        super().__init__([prefill, decode], _twice(trace), (), *limits, room, holding)
+        super().__init__([prefill, decode], _twice(trace), shares, *limits, room, holding)
         self.run.control[kn.HANDED] = n
         if limits[0]:
             self.run.floors[:n] = trace.arrival_ns  # of prompts, which have no limits
@@ -127,27 +140,13 @@ class _Instances(Memory):
         instances[:, [kn.FIRST_END, kn.LAST_END]] = kn.NONE
         instances[:, kn.SOONEST] = kn.NEVER
         self._passages = np.full((kn.PASSAGE_SIZE, n), kn.NONE, np.int64)
-        self._routers: kn.Routers | None = None
-        if in_turn:
-            self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
-            self._passages[kn.PREFILL_OF] = np.arange(n) % prefill.replicas
-        else:
-            self._requests[[kn.FIRST, kn.FINISH]] = kn.NEVER  # until they are known
-            self._routers = kn.Routers(*map(self._router, sides))
-        ends = np.full(kn.END_SIZE * 2 * n, kn.NONE, np.int64)
-        self._links = kn.Links(facts, instances.reshape(-1), ends, self._passages.reshape(-1))
+        self._ends = np.full((kn.END_SIZE, 2 * n), kn.NONE, np.int64)
+        self._links = kn.Links(facts, instances.reshape(-1), self._ends.reshape(-1), self._passages.reshape(-1))
 
-    def _router(self, share: Share) -> NDArray[np.int64]:
-        """The router before one side, which knows of the prompts and, behind them, of the answers."""
-        twice = None if share.places is None else np.tile(share.places, 2)
-        settings = self._pools[0].settings
-        share = share._replace(places=twice)
-        return router_memory(share, settings, self._trace, number_pieces, computes=not share.first)
-
-    def serve(self) -> None:
-        """Run the kernel."""
-        entry = entries.DISAGGREGATED[self._routers is not None, self._cache is not None]
-        entry(self.run, self._cache, self._links, self._routers)
+    @property
+    def _arrival_ns(self) -> I64:
+        """When requests came."""
+        return self._asked.arrival_ns
 
     def outcome(self, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
         """What came of the run."""
@@ -156,7 +155,7 @@ class _Instances(Memory):
         base = {field.name: getattr(found, field.name) for field in fields(Outcome)}
         blocks = np.repeat([pool.blocks for pool in self._pools], [pool.replicas for pool in self._pools])
         base |= {
-            "arrival_ns": self._asked.arrival_ns if self._routers is None else passages[kn.CAME],
+            "arrival_ns": self._arrival_ns,
             "first_token_ns": found.first_token_ns[n:],
             "finish_ns": found.finish_ns[n:],
             "steps": found.steps
@@ -176,3 +175,151 @@ class _Instances(Memory):
             held=blocks - replicas[:, kn.FREE],
             preemptions_of=replicas[:, kn.PREEMPTIONS],
         )
+
+
+class Together(_Instances):
+    """Instances that act one after the other, as each is due."""
+
+    def __init__(
+        self,
+        prefill: EnginePool,
+        decode: EnginePool,
+        handover: Handover,
+        trace: Trace,
+        sides: tuple[Share, Share],
+        limits: tuple[Sequence[Stop], Outcome | None],
+        room: Room | None,
+    ) -> None:
+        n = len(trace)
+        closed = trace.concurrency is not None
+        in_turn = not closed and all(share.places is None and not share.routed for share in sides)
+        holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
+        super().__init__(prefill, decode, handover, trace, limits, room, holding=holding)
+        self._routers: kn.Routers | None = None
+        if in_turn:
+            self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
+            self._passages[kn.PREFILL_OF] = np.arange(n) % prefill.replicas
+        else:
+            self._requests[[kn.FIRST, kn.FINISH]] = kn.NEVER  # until they are known
+            self._routers = kn.Routers(*map(self._router, sides))
+
+    def _router(self, share: Share) -> I64:
+        """The router before one side, which knows of the prompts and, behind them, of the answers."""
+        twice = None if share.places is None else np.tile(share.places, 2)
+        settings = self._pools[0].settings
+        share = share._replace(places=twice)
+        return router_memory(share, settings, self._trace, number_pieces, computes=not share.first)
+
+    @property
+    def _arrival_ns(self) -> I64:
+        return super()._arrival_ns if self._routers is None else self._passages[kn.CAME]
+
+    def serve(self) -> None:
+        """Run the kernel."""
+        entry = entries.DISAGGREGATED[self._routers is not None, self._cache is not None]
+        entry(self.run, self._cache, self._links, self._routers)
+
+
+class Apart(_Instances):
+    """Prefill instances, then decode instances that are handed what these have computed.
+
+    So they run where a prompt never has to wait for blocks that are held until others are read, which is seen once all
+    is done. Parameters are those of `Together`.
+    """
+
+    def __init__(
+        self,
+        prefill: EnginePool,
+        decode: EnginePool,
+        handover: Handover,
+        trace: Trace,
+        sides: tuple[Share, Share],
+        limits: tuple[Sequence[Stop], Outcome | None],
+        room: Room | None,
+    ) -> None:
+        self._sides = sides
+        beside = sides[1]._replace(routed=True)  # as decode instances advance together
+        super().__init__(prefill, decode, handover, trace, limits, room, [sides[0], beside])
+
+    @staticmethod
+    def takes(prefill: EnginePool, decode: EnginePool, trace: Trace, sides: tuple[Share, Share]) -> bool:
+        """Whether it is known beforehand where requests go, and both sides run by the steady engine.
+
+        Parameters
+        ----------
+        prefill, decode, trace, sides : as of a run
+        """
+        dealt = trace.concurrency is None and not any(share.routed for share in sides)
+        return dealt and all(engine_of(pool.settings, len(pool.laws)) == "steady" for pool in (prefill, decode))
+
+    def serve(self) -> None:
+        """Run the kernel, which begins with the prompts."""
+        (first, then), n = self._sides, len(self._asked)
+        self._deal(first)
+        self._passages[kn.PREFILL_OF] = _places(first)
+        self._serve(0, 0, first.last, np.zeros(0, np.int64))
+        rows = np.concatenate([first.dealt(place) for place in range(first.last)])
+        computed_ns = self._requests[kn.FINISH]
+        order = rows[np.argsort(computed_ns[rows], kind="stable")]
+        self._requests[kn.ARRIVAL, n:] = computed_ns[:n] + self._links.facts[kn.PROXY_NS]
+        then = then._replace(rows=order + n, places=None if then.places is None else then.places[order])
+        self._deal(then)
+        self._passages[kn.DECODE_OF, order] = _places(then)
+        entries.APART(self.run, self._links)
+
+    def never_full(self) -> bool:
+        """Whether no prompt had to wait for blocks that are held until they are read."""
+        (pool, _), n = self._pools, len(self._asked)
+        needed = (self._asked.prompt + pool.settings.block_size - 1) // pool.settings.block_size
+        told_ns = self._ends[kn.END_AT, :n]
+        told_ns = np.where(told_ns < 0, kn.NEVER, told_ns)  # of a run that was ended
+        until_ns = int(self._replicas[pool.replicas :, kn.NOW].max())
+        for place in range(pool.replicas):
+            mine = self._sides[0].dealt(place)
+            if not len(mine):
+                continue
+            its, computed_ns = needed[mine], self._requests[kn.FINISH, mine]
+            ahead = int(pool.settings.async_scheduling)
+            if its.sum() > pool.blocks < most_held(its, computed_ns, told_ns[mine], until_ns, ahead):
+                return False
+            last_ns = computed_ns[-1]  # when an instance hears for the last time
+            unheard = (told_ns[mine] > last_ns) | (self._passages[kn.ORDERED, mine] >= last_ns)
+            self._replicas[place, kn.FREE] -= int(its[unheard].sum())
+        return True
+
+
+def most_held(needed: I64, computed_ns: I64, told_ns: I64, until_ns: int, ahead: int) -> int:
+    """Blocks that a prefill instance needs at most so that none of its prompts waits for what is held.
+
+    All that is known of its batches is when those ended that computed the last of a prompt. A notice is heard at the
+    latest with the second of them that ends after it; a prompt is admitted at the earliest with the one that computes
+    the prompt before it. With asynchronous scheduling one more batch lies between in either case, as a batch is formed
+    before the one ahead of it is taken in.
+
+    Parameters
+    ----------
+    needed, computed_ns, told_ns : int64[prompts]
+        in the order in which they are computed, as if nothing were held: the blocks of each, when it was computed, and
+        from when on its instance can hear that they were read
+    until_ns : int    admissions after it do not count
+    ahead : int       batches that are formed before the oldest is taken in
+
+    Returns
+    -------
+    int    at least as many as are in use at any admission
+    """
+    firsts = np.flatnonzero(np.append(True, np.diff(computed_ns) > 0))  # of each batch
+    ends_ns, admitted = computed_ns[firsts], np.append(firsts + 1, len(needed) + 1)  # with each batch or later
+    heard = np.searchsorted(ends_ns, told_ns, "right") + 2 + 2 * ahead
+    given_back = np.bincount(admitted[np.minimum(heard, len(firsts))], needed, len(needed) + 2)
+    late = np.searchsorted(ends_ns, until_ns, "right") + 1 + ahead
+    held = np.cumsum(needed - given_back[: len(needed)])
+    return int(held[: int(admitted[min(int(late), len(firsts))])].max())
+
+
+def _places(share: Share) -> I64:
+    """The replica of each request of a share, counted from its first."""
+    if share.places is not None:
+        return share.places
+    count = share.last - share.first
+    return np.arange(len(share.rows)) % count if count > 1 else np.zeros(len(share.rows), np.int64)

@@ -14,7 +14,7 @@ from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.handover import Handover
-from apex_opt.simulator.kernel.entries import DISAGGREGATED, NUMBER_PIECES, PHASES, RANKS, ROUTE, SERVE, Entry
+from apex_opt.simulator.kernel.entries import APART, DISAGGREGATED, NUMBER_PIECES, PHASES, RANKS, ROUTE, SERVE, Entry
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.phases import Phases
 from apex_opt.simulator.pools import EnginePool
@@ -79,6 +79,11 @@ def _variants() -> dict[str, Variant]:
         name = "routed " * routed + "disaggregated" + " caching" * caching
         router: Routing = "least_loaded" if routed else "round_robin"
         found[name] = Variant(settings(caching, **sleepy), (entry,), disaggregated=True, routing=router)
+    # Instances that the steady engine runs are run apart.
+    walking = VllmScheduling(idle_sleep_us=1, long_prefill_token_threshold=1)
+    together = found["disaggregated"]
+    found["disaggregated"] = together._replace(settings=settings(caching=False, scheduler=walking))
+    found["apart"] = together._replace(entries=(APART,))
     return {**found, "phases": Variant(settings(caching=False), (PHASES,), shared=True)}
 
 

@@ -215,12 +215,24 @@ DISAGGREGATED: Final = {
     (True, True): _of("disaggregated", "disaggregated_nb", Run, Cache, Links, Routers),
 }
 """Prefill and decode instances, by whether routers stand before them and whether they cache prefixes."""
+APART: Final = _of("apart", "apart_nb", Run, Links)
+"""Decode instances on their own, where those that compute prompts have been run before."""
 PHASES: Final = _of("phases", "serve_phases_nb", Replica)
 NUMBER_PIECES: Final = _of(
     "content", "number_pieces_nb", np.int64, int, np.int64, np.int64, np.int64, np.int64, int, np.int64
 )
 ENTRIES: Final = tuple(
-    dict.fromkeys([*SERVE.values(), *ROUTE.values(), *RANKS.values(), *DISAGGREGATED.values(), PHASES, NUMBER_PIECES])
+    dict.fromkeys(
+        [
+            *SERVE.values(),
+            *ROUTE.values(),
+            *RANKS.values(),
+            *DISAGGREGATED.values(),
+            APART,
+            PHASES,
+            NUMBER_PIECES,
+        ]
+    )
 )
 """All that is ever compiled, each for one list of types."""
 

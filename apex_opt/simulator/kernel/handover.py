@@ -7,7 +7,7 @@ instance until the request is admitted, of a prefill instance until its blocks a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apex_opt.simulator.kernel.batch import column_nb, log_step_nb
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, release_nb, take_nb
@@ -66,6 +66,7 @@ from apex_opt.simulator.kernel.state import (
     NONE,
     NOTICE_NS,
     NOW,
+    ORDERED,
     PLACE,
     PREEMPTIONS,
     PREFILL_OF,
@@ -198,66 +199,92 @@ def launch_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> Non
     see_nb(links, x, r, newest)
 
 
-@inner
-def start_nb(run: Run, cache: Cache | None, links: Links, x: I64, r: I64) -> None:
-    """Admit those whose read is known to have ended, in order; each computes its prompt's last token."""
-    following, seen = end_nb(links, NEXT_END), end_nb(links, SEEN)
-    before, i = NONE, x[FIRST_END]
-    while x[READY] > 0 and r[BATCH_BUDGET] > 0 and r[RUNNING] < r[MAX_SEQS]:
-        after = following[i]
-        if seen[i] != HEARD:
-            before = i
-        else:
-            strike_nb(links, x, before, i)
-            x[READY] -= 1
+def reading(seated: int, hold_nb: Any, seat_nb: Any) -> Any:
+    """`start_nb` and `order_nb` of an engine.
+
+    Parameters
+    ----------
+    seated : int    the register that tells how many requests have a seat
+    hold_nb : takes the blocks of a prompt down, as request i of a replica has so many of them from now on
+    seat_nb : enters a request into the batch, which computes its prompt's last token
+    """
+
+    @inner
+    def start_nb(run: Run, cache: Cache | None, links: Links, x: I64, r: I64) -> None:
+        """Admit those whose read is known to have ended, in order; each computes its prompt's last token."""
+        following, seen = end_nb(links, NEXT_END), end_nb(links, SEEN)
+        before, i = NONE, x[FIRST_END]
+        while x[READY] > 0 and r[BATCH_BUDGET] > 0 and r[seated] < r[MAX_SEQS]:
+            after = following[i]
+            if seen[i] != HEARD:
+                before = i
+            else:
+                strike_nb(links, x, before, i)
+                x[READY] -= 1
+                seat_nb(run, cache, r, i, column_nb(run, PROMPT)[i])
+            i = after
+
+    @inner
+    def order_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
+        """Order the reads of those that have come, where there are blocks for all of a prompt."""
+        r, x = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance)
+        bs, facts = r[BLOCK_SIZE], links.facts
+        while r[BATCH_BUDGET] > 0 and r[seated] < r[MAX_SEQS]:
+            i = r[HEAD]
+            if i == NONE or column_nb(run, ARRIVAL)[i] > r[NOW]:
+                return
             prompt = column_nb(run, PROMPT)[i]
+            found, unused = 0, 0
             if cache is not None:
-                r[SLOTS_AT] -= 1
-                register_nb(cache, r, i, prompt // r[BLOCK_SIZE])
-            column_nb(run, PLACE)[i] = RUNS
-            run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
-            r[RUNNING] += 1
-            enter_nb(run, r, i, 1, prompt)
-        i = after
+                found, unused = found_nb(cache, r, i, (prompt - 1) // bs)
+            total = blocks_nb(prompt, bs)
+            if total - found + unused > r[FREE]:
+                return
+            r[HEAD] = column_nb(run, FOLLOWING)[i]
+            r[CACHED] += found * bs
+            r[FREE] -= total - found + unused
+            if cache is not None:
+                cache.slot[i] = cache.slots[r[SLOTS_AT] + r[RUNNING]]
+                r[SLOTS_AT] += 1
+                cache.registered[i] = found
+                take_nb(cache, r, i, 0, found, total)
+            hold_nb(run, i, total, prompt)
+            request = i - facts[REQUESTS]
+            source = passage_nb(links, PREFILL_OF)[request]
+            y = instance_nb(links, source)
+            start = max(r[NOW], y[LINK_FREE]) if facts[IN_TURN] == 1 else r[NOW]
+            end = start + facts[READ_NS] + facts[BLOCK_NS] * (total - found)
+            y[LINK_FREE] = end
+            passage_nb(links, ORDERED)[request] = r[NOW]
+            passage_nb(links, READ_START)[request] = start
+            passage_nb(links, READ_END)[request] = end
+            passage_nb(links, READ_BLOCKS)[request] = total - found
+            append_nb(links, x, i, end)
+            append_nb(links, y, request, end + facts[NOTICE_NS])
+
+    return start_nb, order_nb
 
 
 @inner
-def order_nb(run: Run, cache: Cache | None, links: Links, instance: int) -> None:
-    """Order the reads of those that have come, where there are blocks for all of a prompt."""
-    r, x = at(run.replicas, instance * REPLICA_SIZE), instance_nb(links, instance)
-    bs, facts = r[BLOCK_SIZE], links.facts
-    while r[BATCH_BUDGET] > 0 and r[RUNNING] < r[MAX_SEQS]:
-        i = r[HEAD]
-        if i == NONE or column_nb(run, ARRIVAL)[i] > r[NOW]:
-            return
-        prompt = column_nb(run, PROMPT)[i]
-        found, unused = 0, 0
-        if cache is not None:
-            found, unused = found_nb(cache, r, i, (prompt - 1) // bs)
-        total = blocks_nb(prompt, bs)
-        if total - found + unused > r[FREE]:
-            return
-        r[HEAD] = column_nb(run, FOLLOWING)[i]
-        r[CACHED] += found * bs
-        r[FREE] -= total - found + unused
-        if cache is not None:
-            cache.slot[i] = cache.slots[r[SLOTS_AT] + r[RUNNING]]
-            r[SLOTS_AT] += 1
-            cache.registered[i] = found
-            take_nb(cache, r, i, 0, found, total)
-        column_nb(run, BLOCKS)[i] = total
-        column_nb(run, COMPUTED)[i] = prompt
-        request = i - facts[REQUESTS]
-        source = passage_nb(links, PREFILL_OF)[request]
-        y = instance_nb(links, source)
-        start = max(r[NOW], y[LINK_FREE]) if facts[IN_TURN] == 1 else r[NOW]
-        end = start + facts[READ_NS] + facts[BLOCK_NS] * (total - found)
-        y[LINK_FREE] = end
-        passage_nb(links, READ_START)[request] = start
-        passage_nb(links, READ_END)[request] = end
-        passage_nb(links, READ_BLOCKS)[request] = total - found
-        append_nb(links, x, i, end)
-        append_nb(links, y, request, end + facts[NOTICE_NS])
+def hold_nb(run: Run, i: int, total: int, prompt: int) -> None:
+    """Request i holds so many blocks, for all of its prompt."""
+    column_nb(run, BLOCKS)[i] = total
+    column_nb(run, COMPUTED)[i] = prompt
+
+
+@inner
+def seat_nb(run: Run, cache: Cache | None, r: I64, i: int, prompt: int) -> None:
+    """Request i, which has its blocks, takes a seat."""
+    if cache is not None:
+        r[SLOTS_AT] -= 1
+        register_nb(cache, r, i, prompt // r[BLOCK_SIZE])
+    column_nb(run, PLACE)[i] = RUNS
+    run.scratch[r[RUNNING_AT] + r[RUNNING]] = i
+    r[RUNNING] += 1
+    enter_nb(run, r, i, 1, prompt)
+
+
+start_nb, order_nb = reading(RUNNING, hold_nb, seat_nb)
 
 
 @inner

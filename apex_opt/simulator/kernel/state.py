@@ -309,6 +309,6 @@ MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range
 END_AT, SEEN, NEXT_END, END_SIZE = range(4)
 HEARD = -2
 
-# Columns of `Links.passages`: the instances, the read, and when the request came to a router.
-PREFILL_OF, DECODE_OF, READ_START, READ_END, READ_BLOCKS, CAME, PASSAGE_SIZE = range(7)
+# Columns of `Links.passages`: the instances, the read and when it was ordered, and when the request came to a router.
+PREFILL_OF, DECODE_OF, READ_START, READ_END, READ_BLOCKS, ORDERED, CAME, PASSAGE_SIZE = range(8)
 WAITS_AT_ROUTER = -2
