@@ -229,7 +229,7 @@ class ParetoAsk(SpreadAsk):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExplainAsk(Ask):
+class ExplainAsk(SpreadAsk):
     """Why nothing fits, or why a plan loses.
 
     Parameters

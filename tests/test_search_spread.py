@@ -148,8 +148,9 @@ def test_the_command_answers_alike_on_ray() -> None:
     assert json.loads(spread.out) == json.loads(run(*asked).out)
 
 
-def test_the_command_answers_alike_with_processes() -> None:
-    asked = (*ASKED, "--cluster=2xh100-sxm+2xl40s", "--slo=ttft_p95<=1s")
+@pytest.mark.parametrize("command", ["plan", "explain"])
+def test_the_command_answers_alike_with_processes(command: str) -> None:
+    asked = (command, *ASKED[1:], "--cluster=2xh100-sxm+2xl40s", "--slo=ttft_p95<=1s")
     alone, spread = run(*asked), run(*asked, "--workers=2")
     assert (alone.code, spread.code) == (0, 0)
     assert json.loads(spread.out) == json.loads(alone.out)

@@ -196,7 +196,8 @@ def explain(ask: arguments.ExplainAsk) -> Result:
         # Of several formats to choose from, the first is that of a plan that names none.
         chosen = replace(ask, weights=None if ask.weights is None else ask.weights.split(",")[0])
         deployment = planned(ask.plan, chosen, resolve(chosen))[1]
-    found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit)
+    with _crew(ask) as crew:
+        found = find(problem, formulation("plan_space").PlanSpace(), ask.tell, deployment, ask.time_limit, crew)
     best, scorer = found.answer.best, Scorer(problem)
     document = explanation_document(problem, found, scorer.provenance([] if best is None else [best]))
     return Result(document=document, found=best is not None, details=details_of([(scorer, best)], ask))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import search, silent
+from apex_opt.search.spread import Alone
 from apex_opt.studies.explain.clashes import find_clashes
 from apex_opt.studies.explain.comparison import compare
 from apex_opt.studies.explain.kinds import kinds_of
@@ -14,12 +15,15 @@ from apex_opt.studies.explain.relaxations import Tried, relax
 from apex_opt.studies.explain.solving import Work
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apex_opt.cost.head_room import HeadRoom
     from apex_opt.cost.two_batches import TwoBatches
     from apex_opt.plans.deployment import Deployment, Serving
     from apex_opt.search.answer import Answer
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Progress
+    from apex_opt.search.spread import Crew
     from apex_opt.studies.explain.clashes import Clash
     from apex_opt.studies.explain.comparison import Comparison
     from apex_opt.studies.explain.kinds import Diagnosis
@@ -88,6 +92,7 @@ def explain(
     progress: Progress | None = None,
     deployment: Deployment | None = None,
     time_limit_s: float | None = None,
+    crew: Callable[[Scorer], Crew] = Alone,
 ) -> Explanation:
     """Why a problem has no plan and which changes give it one, or how a deployment compares with the best.
 
@@ -98,13 +103,14 @@ def explain(
     progress : callable, optional        told (what, done, total) along the way
     deployment : Deployment, optional    to compare with the best
     time_limit_s : float, optional       of the search, by default none, and again of what `explained` does
+    crew : callable                      who bounds and simulates in the search
 
     Raises
     ------
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
     scorer = Scorer(problem)
-    answer = search(problem, formulation, progress, time_limit_s=time_limit_s, scorer=scorer)
+    answer = search(problem, formulation, progress, time_limit_s=time_limit_s, scorer=scorer, crew=crew)
     comparison = None if deployment is None else compare(problem, deployment, answer.best, progress)
     found = explained(problem, answer, formulation, progress, time_limit_s, scorer)
     if answer.best is None or problem.several or answer.best.plan.shares is not None:
