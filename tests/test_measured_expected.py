@@ -11,8 +11,14 @@ import pytest
 from cli_cases import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured_cases import engine, write_runs
+from test_measured_apex import read as apex
 from test_measured_fit import BEFORE, RUNS, measured_with
+from test_measured_handed import read as pools
+from test_measured_silicon import DENSE as CLOSED_LOOP
+from test_measured_silicon import read as closed_loop
 
+from apex_opt.errors import UsageError
 from apex_opt.ir import load_model
 from apex_opt.measured.compare import Predictor
 from apex_opt.measured.expected import (
@@ -23,15 +29,19 @@ from apex_opt.measured.expected import (
     TABLE,
     Expected,
     Kind,
+    all_runs,
     doubtful,
     expected,
     honest,
     load_kind_of,
     made,
+    main,
     model_kind,
     of_few,
 )
+from apex_opt.measured.readers import READERS
 from apex_opt.measured.runs import judged_by
+from apex_opt.plans.engine import EngineSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +81,18 @@ def test_the_nearest_kind_with_enough_runs_that_hold_is_taken_and_told(tmp_path:
     assert (found.above, found.below) == pytest.approx((0.25, 0.2))
     assert expected(HERE, "energy", path) is None
     assert expected(Kind("sglang", "h200-sxm-141gb", "dense", "light"), "ttft_mean", path) is None
+
+
+def test_the_table_is_made_of_every_layout_at_once_or_not_at_all(tmp_path: Path) -> None:
+    write_runs(tmp_path / "ours.json.gz", {"a": {"requests": [[0.0, 0.1, 0.2, 10, 5]]}}, engine(EngineSettings()))
+    closed_loop(tmp_path, CLOSED_LOOP)
+    with pytest.raises(UsageError, match="holds no runs of the layout apex, pools, and the table would lose"):
+        main([str(tmp_path)])
+    apex(tmp_path)
+    pools(tmp_path)
+    assert sorted(run.kind for run in all_runs(tmp_path)) == sorted(READERS)
+    with pytest.raises(UsageError, match="expected one folder, that of all measured runs"):
+        main([str(tmp_path), str(tmp_path)])
 
 
 def test_a_prediction_lies_within_its_own_interval_however_it_was_off() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, TypeVar
+from math import nan
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from apex_opt.cluster import load_cluster
+from apex_opt.cluster.tree import Tree
 from apex_opt.cost import CostModel, account, idle_w
 from apex_opt.cost.engine import load_engine
+from apex_opt.cost.handover import handover
+from apex_opt.engines import load_kind
 from apex_opt.errors import ApexError
 from apex_opt.evaluate import Instance, violations
 from apex_opt.figures.measure import measure
@@ -19,22 +23,24 @@ from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
+from apex_opt.placement.pools import link_between
+from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import limited, schedulers
 from apex_opt.plans.memory import kv_blocks, settings_of, stage_memory
 from apex_opt.plans.plan import parse_plan
 from apex_opt.profiles import SHIPPED
-from apex_opt.simulator import EnginePool, run_deployment
+from apex_opt.simulator import EnginePool, run_deployment, run_disaggregated
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from apex_opt.cluster.types import Cluster
-    from apex_opt.cost import Usage
+    from apex_opt.cost import PlanCost, Usage
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
-    from apex_opt.measured.runs import Run
+    from apex_opt.measured.runs import Answering, Run
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator import Outcome
@@ -55,7 +61,7 @@ class Prediction:
 
     Parameters
     ----------
-    plan : Plan
+    plan : Plan or Deployment    the latter where prompts are handed over
     values : mapping             keys of `METRICS`, all of them that are defined
     operations_s : mapping       mean time per GPU in each operation, "idle" the rest
     sample : 4 numbers           per GPU, from time 0: seconds, FLOP in 16 bit, FLOP in fewer, bytes moved
@@ -64,7 +70,7 @@ class Prediction:
     steps_left_out : int         steps of the log that could not be told
     """
 
-    plan: Plan
+    plan: Plan | Deployment
     values: Mapping[str, float]
     operations_s: Mapping[str, float]
     sample: tuple[float, float, float, float]
@@ -167,27 +173,12 @@ class Predictor:
         overhead = self._overheads.get(run.engine) or _loaded("engine not described", lambda: load_engine(run.engine))
         if run.captured_tokens is not None:
             overhead = replace(overhead, captured_tokens=run.captured_tokens)
-        plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
-        filled = _filled(run, model, cluster, plan)
-        _check(run, filled, model, cluster, plan)
-        # On several stages other sequences fill the pipeline, not a batch formed ahead.
-        settings = settings_of(model, run.settings, plan)
-        if plan.stages > 1:
-            settings = replace(settings, async_scheduling=False)
-        costs = _loaded("operations without figures", lambda: self._costs(model, cluster, run.settings, overhead))
-        cost = _loaded("operations without figures", lambda: costs.plan_cost(plan))
-        self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}
-        blocks = run.kv_blocks
-        if blocks is None:
-            blocks = kv_blocks(stage_memory(model, cluster.gpu, plan, limited(filled, plan))) * plan.attention.dp
-        pool = EnginePool(
-            settings=settings,
-            blocks=blocks // schedulers(settings, plan),
-            laws=cost.laws,
-            replicas=plan.replicas,
-            ranks=cost.ranks,
-        )
         served = _served(run.trace, overhead)
+        own = self._started(run, model, cluster, overhead)
+        if run.answering is not None:
+            return self._handed_over(run, run.answering, own, served)
+        plan, pool, costs, cost = own.plan, own.pool, own.costs, own.cost
+        settings = pool.settings
         outcome = _loaded("request beyond the engine's limits", lambda: run_deployment([pool], served))
         request_ns = cost.request_ns + served.pause_ns + _waiting_ns(run, plan, outcome)
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
@@ -210,6 +201,78 @@ class Predictor:
             steps=steps,
             steps_left_out=left_out,
         )
+
+    def _started(self, run: MeasuredRun, model: Model, cluster: Cluster, overhead: EngineOverhead) -> _Started:
+        """The engines of a run's plan, with what their batches take.
+
+        Raises
+        ------
+        _Refused    as `_predict`
+        """
+        plan = _loaded("plan that cannot be read", lambda: parse_plan(run.plan, model))
+        filled = _filled(run, model, cluster, plan)
+        _check(run, filled, model, cluster, plan)
+        # On several stages other sequences fill the pipeline, not a batch formed ahead.
+        settings = settings_of(model, run.settings, plan)
+        if plan.stages > 1:
+            settings = replace(settings, async_scheduling=False)
+        costs = _loaded("operations without figures", lambda: self._costs(model, cluster, run.settings, overhead))
+        cost = _loaded("operations without figures", lambda: costs.plan_cost(plan))
+        self.provenance |= {f"{cluster.gpu.name}, {name}": text for name, text in costs.provenance.items()}
+        memory = stage_memory(model, cluster.gpu, plan, limited(filled, plan))
+        blocks = kv_blocks(memory) * plan.attention.dp if run.kv_blocks is None else run.kv_blocks
+        pool = EnginePool(
+            settings=settings,
+            blocks=blocks // schedulers(settings, plan),
+            laws=cost.laws,
+            replicas=plan.replicas,
+            ranks=cost.ranks,
+        )
+        return _Started(plan, pool, costs, cost, memory[0].kv_block_bytes)
+
+    def _handed_over(self, run: MeasuredRun, answering: Answering, first: _Started, served: Trace) -> Prediction:
+        """Simulate instances that compute prompts and others that answer them.
+
+        Raises
+        ------
+        _Refused    as `_predict`
+        """
+        costs = first.costs
+        model, cluster = costs.model, costs.cluster
+        times = _loaded("hand-over that is not modelled", lambda: load_kind(run.engine).handing_over())
+        settings = answering.settings
+        its = replace(run, plan=answering.plan, settings=settings, answering=None, kv_blocks=None)
+        then = self._started(its, model, cluster, costs.overhead)
+        link = link_between(Tree.of(cluster), first.plan.devices + then.plan.devices)
+        sent = handover(times, model, first.plan, then.plan, then.block_bytes, link, joined=True)
+        outcome = _loaded(
+            "request beyond the engine's limits", lambda: run_disaggregated(first.pool, then.pool, sent, served)
+        )
+        # Prompts may start once those who answer have seen their requests, which these look for between batches.
+        answered_ns = outcome.finish_ns - outcome.first_token_ns
+        batch_ns = float(answered_ns.sum() / max(int((run.trace.generated(settings.max_model_len) - 1).sum()), 1))
+        busy = min(float(answered_ns.sum()) / (outcome.makespan_ns * then.plan.replicas), 1.0)
+        outside_ns = first.cost.request_ns + served.pause_ns + round((run.poll_every - 1) * batch_ns * busy / 2)
+        metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=outside_ns))
+        pools = (Pool(plan=first.plan, role="prefill"), Pool(plan=then.plan, role="decode"))
+        return Prediction(
+            plan=Deployment(pools=pools),
+            values=_values(run, metrics, nan, outcome),
+            operations_s={},
+            sample=(outcome.makespan_ns / NS_PER_S, 0.0, 0.0, 0.0),
+            preemptions=outcome.preemptions,
+            batches=outcome.batches,
+        )
+
+
+class _Started(NamedTuple):
+    """The engines of a plan, and what their batches take; bytes of a KV block on a rank."""
+
+    plan: Plan
+    pool: EnginePool
+    costs: CostModel
+    cost: PlanCost
+    block_bytes: int
 
 
 def _waiting_ns(run: MeasuredRun, plan: Plan, outcome: Outcome) -> int:
@@ -282,7 +345,7 @@ def _likeness(run: Run) -> tuple[str, ...]:
     """Runs that share tables stand together in this order."""
     if not isinstance(run, MeasuredRun):
         return ("",)
-    return (run.engine, run.cluster, run.model, str(run.settings), run.plan)
+    return (run.engine, run.cluster, run.model, str(run.settings), run.plan, str(run.answering))
 
 
 def _loaded(reason: str, load: Callable[[], T]) -> T:

@@ -2,8 +2,9 @@
 
 The table `data/expected.csv` has measured over predicted, by engine, GPU, kind of model, load and figure: how many runs
 of how many sweeps, the middle, the ends of an interval that held eight in ten of the runs of every sweep where it was
-made of the other sweeps, and the share that it held so. `python -m apex_opt.measured.expected PATH ...` makes it anew
-from measured runs. Runs count that are judged by (`measured.runs.judged_by`), not those to fit on.
+made of the other sweeps, and the share that it held so. `python -m apex_opt.measured.expected FOLDER` makes it anew
+from a folder that has runs of every layout: made of some of them it would lose what the others tell. Runs count that
+are judged by (`measured.runs.judged_by`), not those to fit on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from apex_opt.errors import ApexError, UsageError
 from apex_opt.files import read_text
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from apex_opt.ir.model import Model
     from apex_opt.measured.compare import Comparison
+    from apex_opt.measured.runs import Run
 
 TABLE: Final = Path(__file__).parent / "data" / "expected.csv"
 FIGURES: Final = {"ttft_mean": "TTFT", "tpot_mean": "TPOT", "e2e_mean": "E2E", "energy": "energy"}
@@ -252,14 +255,14 @@ def of_few(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def made(comparisons: Iterable[Comparison]) -> str:
-    """The table as CSV, of the runs without drafts that were predicted and are judged by."""
+    """The table as CSV, of the runs without drafts and hand-overs that were predicted and are judged by."""
     from apex_opt.cluster import load_cluster
     from apex_opt.engines import load_kind
 
     found: dict[tuple[Kind, str], dict[str, list[float]]] = {}
     for one in comparisons:
         run, prediction = one.run, one.prediction
-        if prediction is None or not isinstance(run, MeasuredRun) or not run.judged or run.drafts:
+        if prediction is None or not isinstance(run, MeasuredRun) or not run.judged or run.drafts or run.answering:
             continue
         values = prediction.values
         busy = values["throughput"] * values["e2e_mean"] / prediction.plan.devices
@@ -283,16 +286,44 @@ def made(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(paths: Sequence[str]) -> None:
-    """Make the table anew from files or folders of measured runs."""
+def all_runs(folder: Path) -> tuple[Run, ...]:
+    """The runs of a folder that has some of every layout that runs are kept in.
+
+    Raises
+    ------
+    InputError    as `read_measured`
+    UsageError    a layout of which there is none
+    """
+    from apex_opt.measured.readers import READERS, read_measured
+
+    runs = read_measured(folder).runs
+    there = {run.kind for run in runs}
+    if missing := [kind for kind in READERS if kind not in there]:
+        raise UsageError(
+            f"{folder}: holds no runs of the layout {', '.join(missing)}, and the table would lose what they tell; "
+            "name the folder that holds those of every layout"
+        )
+    return runs
+
+
+def main(words: Sequence[str]) -> None:
+    """Make the table anew from the folder of all measured runs.
+
+    Raises
+    ------
+    UsageError    other than one folder; as `all_runs`
+    """
     from apex_opt.measured.compare import Predictor
-    from apex_opt.measured.readers import read_measured
     from apex_opt.outputs import write_whole
 
-    runs = [run for path in paths for run in read_measured(Path(path)).runs]
-    comparisons = Predictor().compare(runs, lambda what, done, total: None)
+    if len(words) != 1:
+        raise UsageError("expected one folder, that of all measured runs: python -m apex_opt.measured.expected FOLDER")
+    comparisons = Predictor().compare(all_runs(Path(words[0])), lambda what, done, total: None)
     write_whole(TABLE, made(comparisons).encode(), "table")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ApexError as error:
+        sys.exit(f"error: {error}")

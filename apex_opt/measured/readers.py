@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
 from apex_opt.files import check_regular, files_below, there
-from apex_opt.measured import apex, clients, silicon, vllm_runs
+from apex_opt.measured import apex, clients, handed, silicon, vllm_runs
 from apex_opt.measured.files import read_header, read_json
 
 if TYPE_CHECKING:
@@ -23,14 +23,16 @@ READERS: Final[Mapping[str, Callable[[Path], list[Run]]]] = MappingProxyType(
         vllm_runs.KIND: vllm_runs.read_vllm_runs,
         apex.KIND: apex.read_apex,
         silicon.KIND: silicon.read_silicon,
+        handed.KIND: handed.read_pools,
     }
 )
 """Reader of each layout."""
 
-_COLUMNS: Final = {silicon.KIND: silicon.NEEDED, apex.KIND: apex.NEEDED}
+_COLUMNS: Final = {silicon.KIND: silicon.NEEDED, apex.KIND: apex.NEEDED, handed.KIND: handed.NEEDED}
 _LAYOUTS: Final = (
     "a .json or .json.gz with 'engine' and 'runs'; a .csv with "
-    f"{', '.join(silicon.NEEDED[-2:])}; a .csv with {', '.join(apex.NEEDED[-2:])}; or what a benchmark client saved"
+    f"{', '.join(silicon.NEEDED[-2:])}; a .csv with {', '.join(apex.NEEDED[-2:])}; a .csv with "
+    f"{', '.join(handed.NEEDED[-2:])}; or what a benchmark client saved"
 )
 
 

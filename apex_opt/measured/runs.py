@@ -51,6 +51,20 @@ class Iterations:
     requests: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """The instances that answer what others have computed the prompts of.
+
+    Parameters
+    ----------
+    plan : str                 as `parse_plan` takes it, with as many replicas as there are instances
+    settings : EngineSettings
+    """
+
+    plan: str
+    settings: EngineSettings
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredRun:
     """What was run, under which settings, and what was seen.
@@ -62,9 +76,10 @@ class MeasuredRun:
     kind : str                     the layout of the file, a key of `apex_opt.measured.readers.READERS`
     model : str                    as `load_model` takes it
     cluster : str                  as `load_cluster` takes it
-    plan : str                     as `parse_plan` takes it
+    plan : str                     as `parse_plan` takes it; where prompts are handed over, of those who compute them
     engine : str                   as `load_engine` takes it
-    settings : EngineSettings
+    settings : EngineSettings      of the plan
+    answering : Answering or None  who answers, where prompts are handed over
     trace : Trace                  what was served; time 0 is where the energy measured begins
     sweep : str                    what the run has in common with those that differ in load alone: all of them are
                                    judged by, or none is
@@ -90,6 +105,7 @@ class MeasuredRun:
     settings: EngineSettings
     trace: Trace
     sweep: str
+    answering: Answering | None = None
     share_of: str = "all"
     rows: int = 1
     poll_every: int = 1

@@ -199,7 +199,7 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Asi
         plan=f"{plan} kv={kv}",
         engine=kind,
         settings=settings,
-        trace=_closed_loop(clients, prompt, output, how.requests_per_client, drawn),
+        trace=closed_loop(clients, prompt, output, how.requests_per_client, drawn),
         poll_every=how.poll_every,
         share_of=how.share_of,
         captured_tokens=how.captured_tokens,
@@ -359,8 +359,16 @@ def _weights(cell: dict[str, str], model: Model) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _closed_loop(clients: int, prompt: int, output: int, per_client: int, drawn: bool) -> Trace:
-    """The requests that the client sends; drawn lengths as its generator draws them, all prompts first."""
+def closed_loop(clients: int, prompt: int, output: int, per_client: int, drawn: bool) -> Trace:
+    """The requests that InferenceX's client sends; drawn lengths as its generator draws them, all prompts first.
+
+    Parameters
+    ----------
+    clients : int
+    prompt, output : int    nominal lengths
+    per_client : int        requests of each
+    drawn : bool            whether lengths are drawn from `SHORTEST_SHARE` of these on; else they are these
+    """
     n = per_client * clients
     # The client draws with numpy's old generator, seeded with 0.
     random = np.random.RandomState(0)

@@ -31,10 +31,11 @@ _GROUPS: Final[Mapping[str, Callable[[Comparison], str]]] = {
 
 
 def _half(run: Run) -> str:
-    """Whether a run is judged by or fitted on; runs with drafts apart."""
+    """Whether a run is judged by or fitted on; runs with drafts, and those whose prompts are handed over, apart."""
     if not isinstance(run, MeasuredRun):
         return "fitted on"
-    return ("judged" if run.judged else "fitted on") + (", with drafts" if run.drafts else "")
+    apart = ", with drafts" if run.drafts else ", of pools" if run.answering else ""
+    return ("judged" if run.judged else "fitted on") + apart
 
 
 def validation_document(
