@@ -107,6 +107,16 @@ def test_fp8_needs_a_gpu_that_computes_in_it(capability: float, fits: bool) -> N
     assert not fits or has(found, "needs a checkpoint in this format")
 
 
+def test_blocks_are_reused_whole_and_states_kept_as_they_are_simulated() -> None:
+    forced = TrtllmScheduling(context_chunking_policy="FORCE_CHUNK", snapshot_interval=64)
+    for own, more in ((None, {}), (forced, {"mamba_state_config": {"periodic_snapshot_interval": 64}})):
+        settings = {"prefix_caching": True, **({"scheduler": own} if own else {})}
+        emission = emitted("trtllm", DENSE, "tp8", 1, 8, settings=settings)
+        expected = {"dtype": "auto", "enable_block_reuse": True, "enable_partial_reuse": False, "tokens_per_block": 16}
+        assert options(emission.commands[0])["kv_cache_config"] == {**expected, **more}
+        assert has(emission, "whole blocks alone are simulated as reused")
+
+
 def test_settings_of_its_scheduler_are_told_and_whole_prompts_fit_a_copy() -> None:
     policies = {"capacity_policy": "MAX_UTILIZATION", "context_chunking_policy": "EQUAL_PROGRESS"}
     own = TrtllmScheduling(**policies, batch_wait_timeout_iters=3)

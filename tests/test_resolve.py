@@ -517,6 +517,9 @@ def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
     [
         ("context_chunking_policy=EQUAL_PROGRESS", False, ["context_chunking_policy=EQUAL_PROGRESS has no effect"]),
         ("context_chunking_policy=EQUAL_PROGRESS", True, []),
+        ("context_chunking_policy=FORCE_CHUNK", True, ["context_chunking_policy=FORCE_CHUNK is FIRST_COME"]),
+        ("context_chunking_policy=FORCE_CHUNK,snapshot_interval=64", True, []),
+        ("snapshot_interval=64", True, ["snapshot_interval has no effect without context_chunking_policy=FORCE"]),
         ("batch_wait_timeout_iters=5", False, ["batch_wait_timeout_iters has no effect"]),
         ("batch_wait_max_tokens_ratio=0.5", False, ["batch_wait_max_tokens_ratio has no effect"]),
         ("batch_wait_timeout_iters=5,batch_wait_max_tokens_ratio=0.5", False, []),

@@ -81,7 +81,9 @@ def test_the_best_is_found_where_prompts_share_what_they_say_and_batches_are_for
         content=[[int(rng.integers(2)), *range(100, 99 + -(-int(n) // 16))] for n in prompt],
         content_tokens=16,
     )
-    settings = replace(SMALL, scheduler=SCHEDULINGS[policy](), prefix_caching=policy == "vllm", max_model_len=256)
+    settings = replace(
+        SMALL, scheduler=SCHEDULINGS[policy](), prefix_caching=policy in ("vllm", "trtllm"), max_model_len=256
+    )
     problem = busy(trace=trace, settings=settings, objective="e2e_p90")
     good = sorted(every(problem), key=lambda one: rank(problem, one))
     answer = search(problem, SPACE, top=4)

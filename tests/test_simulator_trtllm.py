@@ -558,15 +558,13 @@ def test_settings_out_of_range_are_named() -> None:
     for wait in (-1, 60_001, float("nan"), True, "1"):
         with pytest.raises(UsageError, match=r"batch_wait_timeout_ms: .* is not a number from 0 to 60,000"):
             TrtllmScheduling(batch_wait_timeout_ms=wait)  # type: ignore[arg-type]
-    with pytest.raises(UnknownNameError, match="unknown context_chunking_policy 'FORCE_CHUNK'"):
-        TrtllmScheduling(context_chunking_policy="FORCE_CHUNK")
+    with pytest.raises(UnknownNameError, match="unknown context_chunking_policy 'BY_SIZE'"):
+        TrtllmScheduling(context_chunking_policy="BY_SIZE")
     with pytest.raises(UnknownNameError, match="unknown capacity_policy 'EVICT'"):
         TrtllmScheduling(capacity_policy="EVICT")
     for wrong in ({"batch_wait_timeout_iters": -1}, {"batch_wait_max_tokens_ratio": 1.5}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             TrtllmScheduling(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"prefix_caching goes with the engines .*, not with trtllm"):
-        replace(ENGINE, prefix_caching=True)
 
 
 def test_bounds_know_that_a_pipeline_seats_so_many_for_each_stage() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CAPACITY_POLICIES: Final = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH")
 MOST_WAIT_MS: Final = 60_000
-CHUNKING_POLICIES: Final = ("FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS")
+CHUNKING_POLICIES: Final = ("FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS", "FORCE_CHUNK")
 
 LARGEST: Final = 1 << 31
 """What no number among the settings of an engine reaches."""
@@ -266,6 +266,8 @@ class TrtllmScheduling(Scheduling):
     context_chunking_policy : str          one of `CHUNKING_POLICIES`, of prompts that are computed in chunks:
         "FIRST_COME_FIRST_SERVED"    each gets all that is left of its prompt, as far as the batch has tokens
         "EQUAL_PROGRESS"             each gets a block of tokens in turn, round and round, until none fits
+        "FORCE_CHUNK"                as the first, but no further than where its states are kept for others to find
+    snapshot_interval : int                tokens after which states are kept with "FORCE_CHUNK", whole blocks; 0: never
     batch_wait_timeout_ms : float          up to which every turn waits for as many new requests as a batch has seats
     batch_wait_timeout_iters : int         turns for which prompts may wait for others while requests decode
     batch_wait_max_tokens_ratio : float    share of the tokens of a batch with which they wait no longer
@@ -281,9 +283,9 @@ class TrtllmScheduling(Scheduling):
     ranks_draft = True
     whole_rows = True
     seats_per_stage = True
-    finds_prefixes = False
     capacity_policy: str = "GUARANTEED_NO_EVICT"
     context_chunking_policy: str = "FIRST_COME_FIRST_SERVED"
+    snapshot_interval: int = 0
     batch_wait_timeout_ms: float = 0.0
     batch_wait_timeout_iters: int = 0
     batch_wait_max_tokens_ratio: float = 0.0
@@ -295,7 +297,8 @@ class TrtllmScheduling(Scheduling):
         for name, policies in (("capacity_policy", CAPACITY_POLICIES), ("context_chunking_policy", CHUNKING_POLICIES)):
             if getattr(self, name) not in policies:
                 raise UnknownNameError(name, str(getattr(self, name))[:60], policies)
-        for name in ("batch_wait_timeout_iters", "adp_timeout_iters", "adp_batching_wait_iters"):
+        counts = "snapshot_interval", "batch_wait_timeout_iters", "adp_timeout_iters", "adp_batching_wait_iters"
+        for name in counts:
             whole(name, getattr(self, name), 0)
         wait = self.batch_wait_timeout_ms
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0 <= wait <= MOST_WAIT_MS:
@@ -314,6 +317,11 @@ class TrtllmScheduling(Scheduling):
             found.append(
                 f"context_chunking_policy={self.context_chunking_policy} has no effect without chunked prefill"
             )
+        forces, every = self.context_chunking_policy == CHUNKING_POLICIES[2], self.snapshot_interval
+        if forces and not every:
+            found.append("context_chunking_policy=FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval")
+        if every and not forces:
+            found.append("snapshot_interval has no effect without context_chunking_policy=FORCE_CHUNK")
         if waits == (True, False):
             found.append("batch_wait_timeout_iters has no effect without batch_wait_max_tokens_ratio above 0")
         if waits == (False, True):

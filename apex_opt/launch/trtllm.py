@@ -45,6 +45,10 @@ class Trtllm:
             "the options file is written by the command itself, beside where it is started",
             "how TensorRT-LLM forms batches was read in its sources, and not held against a run: check",
         ]
+        if asked.settings.prefix_caching:
+            found.append(
+                "kv_cache_config: enable_partial_reuse is false, as whole blocks alone are simulated as reused"
+            )
         if asked.plan.attention.dp > 1:
             found.append(
                 "with enable_attention_dp max_batch_size and max_num_tokens are per attention copy: the plan's shared "
@@ -91,11 +95,16 @@ class Trtllm:
     def _file(self, asked: Asked) -> dict[str, Any]:
         """What has no flag of its own."""
         plan, settings = asked.plan, asked.settings
-        cache = {
+        cache: dict[str, Any] = {
             "enable_block_reuse": settings.prefix_caching,
             "tokens_per_block": settings.block_size,
             "dtype": _CACHES[plan.kv_format],
         }
+        own = settings.scheduler
+        if settings.prefix_caching:
+            cache["enable_partial_reuse"] = False
+            if isinstance(own, TrtllmScheduling) and own.snapshot_interval:
+                cache["mamba_state_config"] = {"periodic_snapshot_interval": own.snapshot_interval}
         found: dict[str, Any] = {
             "kv_cache_config": cache,
             "enable_attention_dp": plan.attention.dp > 1,
@@ -103,7 +112,7 @@ class Trtllm:
             "disable_overlap_scheduler": not settings.async_scheduling,
             "cuda_graph_config": {"enable_padding": True, "max_batch_size": min(settings.max_num_seqs, 1024)},
         }
-        if isinstance(own := settings.scheduler, TrtllmScheduling):
+        if isinstance(own, TrtllmScheduling):
             found["scheduler_config"] = {
                 "capacity_scheduler_policy": own.capacity_policy,
                 "context_chunking_policy": own.context_chunking_policy,

@@ -179,6 +179,11 @@ class EngineSettings:
             raise UsageError(
                 f"prefix_caching goes with the engines {with_it}, not with {self.scheduler.name}; leave one of them out"
             )
+        if isinstance(own := self.scheduler, TrtllmScheduling) and own.snapshot_interval % self.block_size:
+            raise UsageError(
+                f"snapshot_interval {own.snapshot_interval} is not a multiple of block_size {self.block_size}: states "
+                "are kept where a block ends; use a multiple of it"
+            )
         if self.speculation is not None:
             self._check_drafts(self.speculation)
         if self.whole_prompts and self.scheduler.whole_length and self.max_num_batched_tokens < self.max_model_len:

@@ -49,7 +49,8 @@ M = TypeVar("M", bound="Memory")
 
 assert kn.RATE_BITS == RATE_BITS
 assert [CAPACITY_POLICIES[number][:3] for number in (kn.NO_EVICT, kn.UTILISE, kn.ONE_BATCH)] == ["GUA", "MAX", "STA"]
-assert [CHUNKING_POLICIES[number][:5] for number in (kn.FIRST_COME, kn.EQUALLY)] == ["FIRST", "EQUAL"]
+assert [name[:5] for name in CHUNKING_POLICIES] == ["FIRST", "EQUAL", "FORCE"]
+assert (kn.FIRST_COME, kn.EQUALLY, kn.FORCED) == (0, 1, 2)
 _RULES: Final = {
     "vllm": kn.VLLM,
     "sglang": kn.VLLM,
@@ -297,7 +298,7 @@ class Memory:
             elif engine == "trtllm":
                 depth, active = int(rows[0, kn.DEPTH]), seats * len(pool.laws)
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: active, kn.QUEUE_AT: depth * (seats + 3)}
-                parts |= {kn.CHOSEN_AT: active, kn.PROMPTS_AT: 2 * active}
+                parts |= {kn.CHOSEN_AT: active, kn.PROMPTS_AT: kn.ASKING_SIZE * active}
             elif engine.startswith("general"):
                 depth = int(rows[0, kn.DEPTH])
                 parts = {kn.ENTERING_AT: seats, kn.RUNNING_AT: seats, kn.QUEUE_AT: depth * (seats + 2)}
@@ -334,17 +335,20 @@ class Memory:
                     f"prefix caching: {max(content.total, pool.blocks):,} blocks of content are too many; "
                     "use a shorter trace"
                 )
-            slots, rows = pool.settings.max_num_seqs + more, self._replicas[place]
+            slots, rows = pool.settings.seats(len(pool.laws)) + more, self._replicas[place]
             # Blocks are taken for drafts, too: of up to three rows beyond the last token.
             beyond = 3 * pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
             width = min(longest + ceil_div(beyond, settings.block_size), pool.blocks)
-            rows[:, [kn.SLOTS, kn.TABLE_WIDTH, kn.POOL_BLOCKS]] = slots, width, pool.blocks
+            reused = isinstance(pool.settings.scheduler, TrtllmScheduling)
+            # Content 0 is none.
+            contents, row = content.total + 1, kn.REUSED_WIDTH if reused else kn.BLOCK_WIDTH + kn.LINE_WIDTH
+            rows[:, [kn.SLOTS, kn.TABLE_WIDTH, kn.POOL_BLOCKS, kn.CONTENTS]] = slots, width, pool.blocks, contents
             for column, size in {
                 kn.MEMO_AT: kn.MEMO_WIDTH,
                 kn.SLOTS_AT: slots,
                 kn.TABLE_AT: slots * width,
-                kn.BLOCK_AT: (pool.blocks + 1) * (kn.BLOCK_WIDTH + kn.LINE_WIDTH),
-                kn.HOLDER_AT: content.total + 1,  # 0 is none
+                kn.BLOCK_AT: (pool.blocks + 1) * row,
+                kn.HOLDER_AT: contents * (1 + reused),
             }.items():
                 rows[:, column] = ends[column] + size * (np.arange(place.stop - place.start) % lanes)
                 ends[column] += size * lanes
@@ -628,6 +632,7 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         replicas[:, kn.CAPACITY] = CAPACITY_POLICIES.index(own.capacity_policy)
         replicas[:, kn.FETCH_WAIT_NS] = own.fetch_wait_ns
         replicas[:, kn.CHUNKING] = CHUNKING_POLICIES.index(own.context_chunking_policy)
+        replicas[:, kn.SNAPSHOTS] = own.snapshot_interval if settings.prefix_caching else 0
         replicas[:, kn.WAIT_ITERS] = own.batch_wait_timeout_iters
         replicas[:, kn.WAIT_TOKENS] = own.wait_tokens(settings.max_num_batched_tokens)
     replicas[:, [kn.FIRST_RUN, kn.LAST_RUN, kn.PARTIAL, kn.STACK, kn.HEAD, kn.TAIL, kn.BACKLOG]] = kn.NONE

@@ -9,6 +9,7 @@ from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import by_groups_nb, plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_groups import empty_groups_nb
+from apex_opt.simulator.kernel.reuse import empty_reuse_nb
 from apex_opt.simulator.kernel.speculative import drafting_nb, grouped_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
@@ -72,6 +73,6 @@ def serving(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
 by_steady_nb, by_general_nb = serving(steady_nb), serving(plain_nb)
 by_steady_groups_nb = serving(steady_nb, empty_groups_nb)
 by_general_groups_nb = serving(by_groups_nb, empty_groups_nb)
-by_trtllm_nb = serving(trtllm_nb)
+by_trtllm_nb = serving(trtllm_nb, empty_reuse_nb)
 by_speculative_nb = serving(drafting_nb)
 by_grouped_nb = serving(grouped_nb, empty_groups_nb)

@@ -172,6 +172,7 @@ SERVE: Final = {
     ("speculative", False): _of("deployment", "by_speculative_nb", Run, None, *_SHARE),
     ("speculative", True): _of("deployment", "by_speculative_nb", Run, Cache, *_SHARE),
     ("trtllm", False): _of("deployment", "by_trtllm_nb", Run, None, *_SHARE),
+    ("trtllm", True): _of("deployment", "by_trtllm_nb", Run, Cache, *_SHARE),
     ("sglang", False): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, None), *_SHARE),
     ("sglang", True): _of("sglang_serve", "by_sglang_nb", Run, (Sglang, Tree), *_SHARE),
     ("sglang drafts", False): _of("sglang_serve", "by_drafts_nb", Run, (Sglang, None), *_SHARE),
@@ -190,6 +191,7 @@ ROUTE: Final = {
     ("speculative", False): _of("router", "by_speculative_nb", Run, None, np.int64, *_SHARE),
     ("speculative", True): _of("router", "by_speculative_nb", Run, Cache, np.int64, *_SHARE),
     ("trtllm", False): _of("router", "by_trtllm_nb", Run, None, np.int64, *_SHARE),
+    ("trtllm", True): _of("router", "by_trtllm_nb", Run, Cache, np.int64, *_SHARE),
 }
 """Those before which a router stands that knows more than how many requests are unanswered."""
 RANKS: Final = {
@@ -199,6 +201,7 @@ RANKS: Final = {
     ("speculative", False): _of("group", "by_speculative_nb", Run, None, Group, *_SHARE),
     ("speculative", True): _of("group", "by_speculative_nb", Run, Cache, Group, *_SHARE),
     ("trtllm", False): _of("trtllm_ranks", "by_trtllm_nb", Run, None, Group, *_SHARE),
+    ("trtllm", True): _of("trtllm_ranks", "by_trtllm_nb", Run, Cache, Group, *_SHARE),
     ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, *_SHARE),
     ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, *_SHARE),
     ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, *_SHARE),

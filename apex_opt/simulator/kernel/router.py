@@ -11,6 +11,7 @@ from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
 from apex_opt.simulator.kernel.general import plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.reuse import empty_reuse_nb
 from apex_opt.simulator.kernel.router_state import (
     ACTIVE,
     ASKED_SIZE,
@@ -84,8 +85,8 @@ if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
 
-def routing(turns_nb: Any) -> Any:
-    """`serve_nb` by an engine before which a router stands, given as the function that takes its turns."""
+def routing(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
+    """`serve_nb` by an engine before which a router stands: what takes its turns, and what empties its blocks."""
 
     @inner
     def hand_out_nb(run: Run, cache: Cache | None, router: I64, first: int, last: int, until: int) -> None:
@@ -124,7 +125,7 @@ def routing(turns_nb: Any) -> Any:
             for replica in range(first, last):
                 r = at(run.replicas, replica * REPLICA_SIZE)
                 if cache is not None and turn == 0:
-                    empty_cache_nb(cache, r)
+                    empty_nb(cache, r)
                 turns_nb(run, cache, replica, until)
                 if run.control[PASSED] == 1:
                     return
@@ -317,4 +318,4 @@ def forget_nb(run: Run, router: I64, p: I64, held: I64, now: int) -> None:
 
 
 by_steady_nb, by_general_nb = routing(steady_nb), routing(plain_nb)
-by_trtllm_nb, by_speculative_nb = routing(trtllm_nb), routing(drafting_nb)
+by_trtllm_nb, by_speculative_nb = routing(trtllm_nb, empty_reuse_nb), routing(drafting_nb)

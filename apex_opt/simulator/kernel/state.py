@@ -99,10 +99,15 @@ WAITS, RUNS, DONE = range(3)  # values of PLACE
 # Of the speculative engine, after those of the general one: drafts to be scheduled next.
 (PROPOSED, SPECULATIVE_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 2)
 # Of TensorRT-LLM, after those of the general engine: tokens it says it may generate, blocks for all of them, tokens
-# that it computes before it decodes, and in how many batches on their way it is.
-(STATED, ROOM, OWED, FLYING, TRTLLM_REQUEST_SIZE) = range(GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 5)
+# that it computes before it decodes, in how many batches on their way it is, whether it has ever
+# begun, and how many of the batches on their way have a chunk of its prompt.
+(STATED, ROOM, OWED, FLYING, ADMITTED, COMING_CHUNKS, TRTLLM_REQUEST_SIZE) = range(
+    GENERAL_REQUEST_SIZE, GENERAL_REQUEST_SIZE + 7
+)
 NO_EVICT, UTILISE, ONE_BATCH = range(3)  # values of CAPACITY
-FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
+FIRST_COME, EQUALLY, FORCED = range(3)  # values of CHUNKING
+# Of a prompt that may be computed in a batch: the request, the tokens it gets, and those neither computed nor cached.
+ASKS, GETS, LEFT, ASKING_SIZE = range(4)
 
 # Columns of `Run.replicas`: settings, the first of its stages, and where its counts, its scratch memory and, with
 # prefix caching, its parts of `Cache` begin. Replicas that run in turn share these parts.
@@ -135,7 +140,7 @@ FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
     BLOCK_AT,
     POOL_BLOCKS,
     HOLDER_AT,
-    CONTENTS,  # of groups of layers
+    CONTENTS,  # of groups of layers; of TensorRT-LLM, after which it is told who comes to be cached
     DRAFTS,  # that may follow a token
     LOOKAHEAD,  # tokens beyond those of a row whose blocks it needs
     RECOMPUTES,  # whether the last block that is found is computed again
@@ -205,11 +210,13 @@ FIRST_COME, EQUALLY = range(2)  # values of CHUNKING
     WAIT_TOKENS,
     CHOSEN_AT,
     PROMPTS_AT,
+    SNAPSHOTS,  # tokens after which states are kept; 0: never
+    SLOTS_USED,  # of those of `Cache.table`
     WAITED,  # turns in which prompts were held back
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(100)
+) = range(102)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED
@@ -266,6 +273,9 @@ ROW_REQUEST, ROW_TOKENS, ROW_COMPUTED, ROW_SIZE = range(4)
 # which `Cache.holder` tells, by NEWER, in a second table behind the first; OLDER of the oldest is the newest.
 CONTENT, BEHIND, AHEAD, MARK, BLOCK_WIDTH = range(5)
 OLDER, NEWER, LINE_WIDTH = range(3)
+# Of TensorRT-LLM after the first three: the block above it in the tree, how often that one had been put there by then,
+# and how often this one has been.
+ABOVE, ABOVE_PUT, PUT, REUSED_WIDTH = range(3, 7)
 NOTHING = 0
 MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range(6)
 

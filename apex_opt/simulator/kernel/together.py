@@ -51,8 +51,13 @@ def follow_nb(run: Run, group: Group, g: I64) -> None:
     g[ANSWERED] = ended
 
 
-def serving(turns_nb: Any) -> Any:
-    """`serve_nb` of groups, given the function that takes their turns."""
+@inner
+def nothing_nb(run: Run, its: Any, g: I64) -> None:
+    """Leave the blocks of a group as they are."""
+
+
+def serving(turns_nb: Any, empty_nb: Any = nothing_nb) -> Any:
+    """`serve_nb` of groups, given the function that takes their turns and the one that empties their blocks."""
 
     @inner
     def serve_nb(run: Run, its: Any, group: Group, first: int, last: int, routed: I64, turns: int) -> None:
@@ -62,6 +67,8 @@ def serving(turns_nb: Any) -> Any:
             until = arrival[routed[turn]] if turn < turns else NEVER
             best, least = first, NEVER
             for place in range(first, last):
+                if turn == 0:
+                    empty_nb(run, its, at(group.groups, place * GROUP_SIZE))
                 turns_nb(run, group, its, place, until)
                 if run.control[PASSED] == 1:
                     return

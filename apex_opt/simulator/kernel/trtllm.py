@@ -17,7 +17,6 @@ from apex_opt.simulator.kernel.batch import (
     count_chunk_nb,
     count_seen_nb,
     law_nb,
-    log_lost_nb,
     log_row_nb,
     log_step_nb,
     log_taken_nb,
@@ -25,11 +24,15 @@ from apex_opt.simulator.kernel.batch import (
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
+from apex_opt.simulator.kernel.reuse import claim_nb, store_nb, take_free_nb
 from apex_opt.simulator.kernel.speculative import drafts_nb, launch_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
+    ADMITTED,
     ARRIVAL,
+    ASKING_SIZE,
+    ASKS,
     ASYNCHRONOUS,
     BATCH_CHUNKS_NS,
     BATCH_DECODES,
@@ -42,11 +45,10 @@ from apex_opt.simulator.kernel.state import (
     BATCHES,
     BLOCK_SIZE,
     BLOCKS,
+    CACHED,
     CAPACITY,
-    CHOSEN,
     CHOSEN_AT,
-    CHUNKED,
-    CHUNKING,
+    COMING_CHUNKS,
     COMPUTED,
     COUNTS_AT,
     DECODE_NS,
@@ -54,7 +56,6 @@ from apex_opt.simulator.kernel.state import (
     DONE,
     DRAFTS,
     ENTERING_AT,
-    EQUALLY,
     ERROR,
     ERROR_STUCK,
     FETCH_WAIT_NS,
@@ -65,20 +66,19 @@ from apex_opt.simulator.kernel.state import (
     FOLLOWING,
     FREE,
     GENERATED,
+    GETS,
     HEAD,
     IN_FLIGHT,
+    LEFT,
     LIMIT,
     LOGGED,
-    LOOKAHEAD,
     MAX_SEQS,
-    MAX_TOKENS,
     MOST_ROWS,
     N_DECODE,
     N_DECODE_CONTEXT,
     NEVER,
     NONE,
     NOW,
-    ONE_BATCH,
     OWED,
     PASSED,
     PLACE,
@@ -105,18 +105,24 @@ from apex_opt.simulator.kernel.state import (
     STAGES,
     STATED,
     UTILISE,
-    WAIT_ITERS,
-    WAIT_TOKENS,
-    WAITED,
     WINDOWS,
+)
+from apex_opt.simulator.kernel.trtllm_choose import (
+    back_nb,
+    choose_nb,
+    decodes_nb,
+    found_nb,
+    held_back_nb,
+    held_nb,
+    left_nb,
 )
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.state import I64, Run
+    from apex_opt.simulator.kernel.state import I64, Cache, Run
 
 
 @inner
-def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
+def trtllm_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
     """Take every turn of a replica that starts before `until`."""
     r = at(run.replicas, replica * REPLICA_SIZE)
     queue_end, arrival = at(run.scratch, r[QUEUE_AT]), column_nb(run, ARRIVAL)
@@ -133,13 +139,13 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
             break
         # Where batches are logged each is formed by the rules.
         if r[QUIET] == 1 and r[QUEUED] == r[DEPTH] - 1 and run.control[LOGGED] == 0:
-            stretch_nb(run, r, until)
+            stretch_nb(run, cache, r, until)
             if r[NOW] >= until:
                 break
         if not idle:
             r[NOW] = max(r[NOW], start)  # batches may have been passed since
             fetch_nb(run, r)
-            form_nb(run, r)
+            form_nb(run, cache, r)
             r[PREEMPTIONS] += r[BATCH_LOST]
             end = launch_nb(run, r) if r[DRAFTS] > 0 else through_stages_nb(run, r)
             log_step_nb(run, r, replica, r[NOW], end)
@@ -155,7 +161,7 @@ def trtllm_nb(run: Run, cache: None, replica: int, until: int) -> None:
         oldest = r[QUEUE_HEAD]
         if r[FETCH_WAIT_NS] > 0 and queue_end[r[DEPTH] + oldest] > 0:  # it may be done before the turn is
             log_taken_nb(run, replica, max(r[NOW], queue_end[oldest]))
-        take_in_nb(run, r)
+        take_in_nb(run, cache, r)
         if run.control[PASSED] == 1:
             break
 
@@ -208,26 +214,13 @@ def activate_nb(run: Run, r: I64, i: int) -> None:
 
 
 @inner
-def form_nb(run: Run, r: I64) -> None:
+def form_nb(run: Run, cache: Cache | None, r: I64) -> None:
     """Form a batch: of those with memory whoever has tokens, prompts last or, held back, not at all."""
-    decoding, prompts = choose_nb(run, r)
-    decode_nb(run, r, decoding)
+    decoding, prompts = choose_nb(run, cache, r)
+    computing = prompts if prompts > 0 and not held_back_nb(run, r, decoding, prompts) else 0
+    enter_all_nb(run, cache, r, decoding, computing)
     alone = decoding > 0 and prompts == 0 and r[BATCH_LOST] == 0
     r[QUIET] = 1 if alone and r[STAGES] == 1 and r[DRAFTS] == 0 and r[FETCH_WAIT_NS] == 0 else 0
-    if prompts > 0 and not held_back_nb(run, r, decoding, prompts):
-        compute_nb(run, r, prompts)
-
-
-@inner
-def choose_nb(run: Run, r: I64) -> tuple[int, int]:
-    """Begin a batch: how many decode in it, and how many prompts may be computed."""
-    r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ], r[BATCH_LOST] = 0, 0, 0, 0, 0
-    r[BATCH_HELD], r[BATCH_MADE], r[BATCH_CHUNKS_NS] = 0, 0, 0
-    if r[CAPACITY] == UTILISE:
-        fitting_nb(run, r)
-    else:
-        reserving_nb(run, r)
-    return within_tokens_nb(run, r)
 
 
 @inner
@@ -238,225 +231,73 @@ def logged_nb(r: I64, place: int) -> int:
 
 
 @inner
-def decode_nb(run: Run, r: I64, decoding: int) -> None:
-    """Enter those that decode."""
-    chosen = at(run.scratch, r[CHOSEN_AT])
+def enter_all_nb(run: Run, cache: Cache | None, r: I64, decoding: int, prompts: int) -> None:
+    """Enter those that decode and the prompts that have tokens, which get their blocks before."""
+    chosen, waiting = at(run.scratch, r[CHOSEN_AT]), at(run.scratch, r[PROMPTS_AT])
+    if cache is not None:
+        begin_nb(run, cache, r, waiting, prompts)
     for row in range(decoding):
-        enter_nb(run, r, chosen[row], 1 + r[DRAFTS])
-
-
-@inner
-def compute_nb(run: Run, r: I64, prompts: int) -> None:
-    """Enter the prompts that have tokens."""
-    waiting = at(run.scratch, r[PROMPTS_AT])
+        enter_nb(run, cache, r, chosen[row], 1 + r[DRAFTS])
     for whole in range(2):  # those that are cut come first
         for place in range(prompts):
-            i, tokens = waiting[2 * place], waiting[2 * place + 1]
-            if tokens > 0 and (1 if tokens == left_nb(run, i) else 0) == whole:
-                enter_nb(run, r, i, tokens)
-                waiting[2 * place + 1] = 0
+            asks = at(waiting, ASKING_SIZE * place)
+            if asks[GETS] > 0 and (1 if asks[GETS] == asks[LEFT] else 0) == whole:
+                enter_nb(run, cache, r, asks[ASKS], asks[GETS])
 
 
 @inner
-def left_nb(run: Run, i: int) -> int:
-    """Tokens of its prompt that are not computed."""
-    owed, computed = column_nb(run, OWED)[i], column_nb(run, COMPUTED)[i]
-    if owed > 0:
-        rest: int = owed - computed
-        return rest
-    known: int = column_nb(run, PROMPT)[i] + column_nb(run, GENERATED)[i]
-    return known
+def begin_nb(run: Run, cache: Cache, r: I64, waiting: I64, prompts: int) -> None:
+    """Prompts are computed from now on, but for what is cached, which all of them claim before any takes free blocks.
 
-
-@inner
-def decodes_nb(run: Run, i: int) -> bool:
-    """Whether all of its prompt is computed, or on its way."""
-    owed = column_nb(run, OWED)[i]
-    return owed > 0 and owed <= column_nb(run, COMPUTED)[i]
-
-
-@inner
-def ending_nb(run: Run, i: int) -> bool:
-    """Whether its last token is on its way."""
-    coming = column_nb(run, GENERATED)[i] + column_nb(run, IN_FLIGHT)[i]
-    return coming >= column_nb(run, LIMIT)[i]
-
-
-@inner
-def reserving_nb(run: Run, r: I64) -> None:
-    """Whoever has room to its end: all that decode, then prompts until one has not."""
-    running, chosen = at(run.scratch, r[RUNNING_AT]), at(run.scratch, r[CHOSEN_AT])
-    room, blocks = column_nb(run, ROOM), column_nb(run, BLOCKS)
-    available, n, prompts = r[FREE], 0, 0
-    for index in range(r[RUNNING]):
-        i = running[index]
-        if ending_nb(run, i):
-            continue
-        if decodes_nb(run, i):
-            available -= room[i] - blocks[i]
-            chosen[n] = i
-            n += 1
-        else:
-            prompts += 1
-    if prompts > 0 and not (r[CAPACITY] == ONE_BATCH and n > 0):
-        for index in range(r[RUNNING]):
-            i = running[index]
-            if ending_nb(run, i) or decodes_nb(run, i):
-                continue
-            needed = room[i] - blocks[i]
-            if needed > available:
-                break
-            available -= needed
-            chosen[n] = i
-            n += 1
-    r[CHOSEN] = n
-
-
-@inner
-def fitting_nb(run: Run, r: I64) -> None:
-    """Whoever has room for its next step, in order; the last that started gives way."""
-    running, listed = at(run.scratch, r[RUNNING_AT]), at(run.scratch, r[CHOSEN_AT])
-    blocks, computed, flying = column_nb(run, BLOCKS), column_nb(run, COMPUTED), column_nb(run, FLYING)
-    end = 0
-    for index in range(r[RUNNING]):
-        if not ending_nb(run, running[index]):
-            listed[end] = running[index]
-            end += 1
-    free, n = r[FREE], 0
-    while n < end:
-        needed = to_step_nb(run, r, listed[n])
-        if needed <= free:
-            free -= needed
-            n += 1
-            continue
-        giver = end - 1
-        while giver >= n and (computed[listed[giver]] == 0 or (r[STAGES] > 1 and flying[listed[giver]] > 0)):
-            giver -= 1
-        if giver < n:
-            break
-        end = giver
-        victim = listed[giver]
-        free += blocks[victim]
-        r[FREE] += blocks[victim]
-        blocks[victim], computed[victim], column_nb(run, OWED)[victim] = 0, 0, 0
-        r[BATCH_LOST] += 1
-        if run.control[LOGGED] == 1:
-            log_lost_nb(run, victim)
-    r[CHOSEN] = n
-
-
-@inner
-def to_step_nb(run: Run, r: I64, i: int) -> int:
-    """Blocks that its next step takes, or on several stages its next two."""
-    computed = column_nb(run, COMPUTED)[i]
-    if r[STAGES] > 1 and column_nb(run, FLYING)[i] > 0:
-        return 0
-    if computed == 0:
-        return blocks_nb(held_nb(run, r, i, left_nb(run, i)), r[BLOCK_SIZE])
-    if not decodes_nb(run, i):
-        return 0
-    steps = 1 if r[STAGES] == 1 else 2
-    held = held_nb(run, r, i, computed + steps * (1 + r[DRAFTS]))
-    needed: int = blocks_nb(held, r[BLOCK_SIZE]) - column_nb(run, BLOCKS)[i]
-    return needed
-
-
-@inner
-def held_nb(run: Run, r: I64, i: int, tokens: int) -> int:
-    """Tokens whose blocks request i takes to hold so many."""
-    most = column_nb(run, PROMPT)[i] + column_nb(run, STATED)[i]
-    held: int = min(tokens + r[LOOKAHEAD], most)
-    return held
-
-
-@inner
-def within_tokens_nb(run: Run, r: I64) -> tuple[int, int]:
-    """How many of the chosen decode, which then stand first, and how many prompts are computed, which stand apart."""
-    chosen, waiting = at(run.scratch, r[CHOSEN_AT]), at(run.scratch, r[PROMPTS_AT])
-    flying, chunked = column_nb(run, FLYING), r[CHUNKED] == 1
-    budget, decoding, prompts, total = r[MAX_TOKENS], 0, 0, 0
-    for place in range(r[CHOSEN]):
-        i = chosen[place]
-        if r[STAGES] > 1 and flying[i] > 0:
-            continue
-        if decoding + prompts == r[MAX_SEQS]:
-            break
-        if decodes_nb(run, i):
-            if budget < 1 + r[DRAFTS]:
-                break
-            chosen[decoding] = i
-            decoding += 1
-            budget -= 1 + r[DRAFTS]
-            continue
-        tokens = left_nb(run, i)
-        if tokens > budget and not chunked:
-            break
-        waiting[2 * prompts], waiting[2 * prompts + 1] = i, tokens
-        prompts += 1
-        total += tokens
-        if not chunked:
-            budget -= tokens
-    if chunked and total > budget and r[CHUNKING] == EQUALLY:
-        alike_nb(run, waiting, prompts, budget, r[BLOCK_SIZE])
-    elif chunked and total > budget:
-        for place in range(prompts):
-            tokens = waiting[2 * place + 1]
-            given = min(tokens, budget)
-            if given < tokens:
-                given -= given % r[BLOCK_SIZE]
-            budget -= given
-            waiting[2 * place + 1] = given
-    return decoding, prompts
-
-
-@inner
-def alike_nb(run: Run, waiting: I64, prompts: int, budget: int, unit: int) -> None:
-    """Give each prompt a block in turn, or what is left of it, until no more fits."""
-    for place in range(prompts):
-        waiting[2 * place + 1] = 0
-    given = 1
-    while given > 0 and budget > 0:
-        given = 0
-        for place in range(prompts):
-            more = min(unit, left_nb(run, waiting[2 * place]) - waiting[2 * place + 1])
-            if 0 < more <= budget:
-                waiting[2 * place + 1] += more
-                budget -= more
-                given += more
-
-
-@inner
-def held_back_nb(run: Run, r: I64, decoding: int, prompts: int) -> bool:
-    """Whether prompts wait for more of them to come."""
-    waiting = at(run.scratch, r[PROMPTS_AT])
-    computed, tokens = 0, decoding * (1 + r[DRAFTS])
-    for place in range(prompts):
-        tokens += waiting[2 * place + 1]
-        computed += waiting[2 * place + 1] > 0
-    if decoding == 0 or computed == 0 or (r[WAIT_ITERS] == 0 and r[WAIT_TOKENS] == 0):
-        return False
-    if r[WAITED] < r[WAIT_ITERS] and tokens < r[WAIT_TOKENS]:
-        r[WAITED] += 1
-        return True
-    r[WAITED] = 0
-    return False
-
-
-@inner
-def enter_nb(run: Run, r: I64, i: int, c: int) -> None:
-    """Enter a sequence into the batch, with the blocks of its whole prompt or of its next tokens."""
+    A request that has begun and computed nothing yet owes tokens.
+    """
     owed, computed, blocks = column_nb(run, OWED), column_nb(run, COMPUTED), column_nb(run, BLOCKS)
+    for whole in range(2):
+        for place in range(prompts):
+            asks = at(waiting, ASKING_SIZE * place)
+            i = asks[ASKS]
+            if asks[GETS] == 0 or computed[i] > 0 or (1 if asks[GETS] == asks[LEFT] else 0) != whole:
+                continue
+            found, _, _ = found_nb(run, cache, r, i)
+            owed[i] = left_nb(run, i)
+            r[FREE] -= claim_nb(cache, r, i, found)
+            blocks[i], computed[i] = found, found * r[BLOCK_SIZE]
+            if column_nb(run, ADMITTED)[i] == 0:
+                column_nb(run, ADMITTED)[i] = 1
+                r[CACHED] += computed[i]
+    for whole in range(2):
+        for place in range(prompts):
+            asks = at(waiting, ASKING_SIZE * place)
+            if asks[GETS] > 0 and (1 if asks[GETS] == asks[LEFT] else 0) == whole:
+                hold_nb(run, cache, r, asks[ASKS], held_nb(run, r, asks[ASKS], owed[asks[ASKS]]))
+
+
+@inner
+def hold_nb(run: Run, cache: Cache | None, r: I64, i: int, tokens: int) -> None:
+    """Give request i the blocks to hold so many tokens."""
+    blocks = column_nb(run, BLOCKS)
+    if tokens > blocks[i] * r[BLOCK_SIZE]:
+        total = blocks_nb(tokens, r[BLOCK_SIZE])
+        if cache is not None:
+            take_free_nb(cache, r, i, blocks[i], total)
+        r[FREE] -= total - blocks[i]
+        blocks[i] = total
+
+
+@inner
+def enter_nb(run: Run, cache: Cache | None, r: I64, i: int, c: int) -> None:
+    """Enter a sequence into the batch, with the blocks of its whole prompt or of its next tokens."""
+    owed, computed = column_nb(run, OWED), column_nb(run, COMPUTED)
     if r[BATCH_ROWS] == 0:
         run.scratch[logged_nb(r, newest_nb(r))] = run.control[ROWS]
-    drafts = r[DRAFTS] if decodes_nb(run, i) else 0
-    if computed[i] == 0:
+    decoded = decodes_nb(run, i)
+    drafts = r[DRAFTS] if decoded else 0
+    if owed[i] == 0:
         owed[i] = left_nb(run, i)
+    if cache is not None:
+        column_nb(run, COMING_CHUNKS)[i] += 0 if decoded else 1
     computed[i] += c
-    held = held_nb(run, r, i, max(owed[i], computed[i]))
-    if held > blocks[i] * r[BLOCK_SIZE]:
-        needed = blocks_nb(held, r[BLOCK_SIZE]) - blocks[i]
-        r[FREE] -= needed
-        blocks[i] += needed
+    hold_nb(run, cache, r, i, held_nb(run, r, i, max(owed[i], computed[i])))
     yields = 1 if owed[i] <= computed[i] else 0
     column_nb(run, IN_FLIGHT)[i] += yields
     column_nb(run, FLYING)[i] += 1
@@ -480,10 +321,10 @@ def enter_nb(run: Run, r: I64, i: int, c: int) -> None:
 
 
 @inner
-def take_in_nb(run: Run, r: I64) -> None:
+def take_in_nb(run: Run, cache: Cache | None, r: I64) -> None:
     """The oldest batch finishes: its tokens, which drafts were right, and whoever got the last one."""
     limit, generated, in_flight = column_nb(run, LIMIT), column_nb(run, GENERATED), column_nb(run, IN_FLIGHT)
-    place, blocks, running = column_nb(run, PLACE), column_nb(run, BLOCKS), at(run.scratch, r[RUNNING_AT])
+    place, running = column_nb(run, PLACE), at(run.scratch, r[RUNNING_AT])
     oldest = r[QUEUE_HEAD]
     batch, end = queued_nb(run, r, oldest), run.scratch[r[QUEUE_AT] + oldest]
     r[NOW] = max(r[NOW], end)
@@ -507,8 +348,7 @@ def take_in_nb(run: Run, r: I64) -> None:
             run.rows[(logged + place_in) * ROW_SIZE + ROW_REQUEST] += got
         if generated[i] == limit[i]:
             gone += 1
-            r[FREE] += blocks[i]
-            blocks[i] = 0
+            back_nb(run, cache, r, i)
             place[i] = DONE
             answer_nb(run, r, i, r[NOW])
     if gone > 0:
@@ -519,8 +359,25 @@ def take_in_nb(run: Run, r: I64) -> None:
                 running[kept] = running[index]
                 kept += 1
         r[RUNNING] = kept
+    if cache is not None:
+        store_prompts_nb(run, cache, r, batch, run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest])
     r[QUEUE_HEAD] = oldest + 1 if oldest + 1 < r[DEPTH] else 0
     r[QUEUED] -= 1
+
+
+@inner
+def store_prompts_nb(run: Run, cache: Cache, r: I64, batch: I64, rows: int) -> None:
+    """Prompts of a batch that is taken in can be found, where no more of them is to be scheduled."""
+    chunks, known = column_nb(run, COMING_CHUNKS), column_nb(run, PROMPT)
+    for place_in in range(rows):
+        row = ~batch[place_in] if batch[place_in] < 0 else batch[place_in]
+        i = row >> 1
+        if chunks[i] > 0:
+            chunks[i] -= 1
+            if decodes_nb(run, i) and column_nb(run, PLACE)[i] != DONE:
+                stored = min(known[i] + column_nb(run, GENERATED)[i] - 1, column_nb(run, COMPUTED)[i])
+                store_nb(cache, r, i, stored // r[BLOCK_SIZE])
+                r[QUIET] = 0
 
 
 @inner
@@ -536,7 +393,7 @@ def right_nb(run: Run, r: I64, i: int, drafts: int) -> int:
 
 
 @inner
-def stretch_nb(run: Run, r: I64, until: int) -> None:
+def stretch_nb(run: Run, cache: Cache | None, r: I64, until: int) -> None:
     """Pass batches of all that decode, as far as nobody ends, comes or lacks a block."""
     running = at(run.scratch, r[RUNNING_AT])
     generated, computed, blocks = column_nb(run, GENERATED), column_nb(run, COMPUTED), column_nb(run, BLOCKS)
@@ -588,15 +445,18 @@ def stretch_nb(run: Run, r: I64, until: int) -> None:
         run.scratch[r[QUEUE_AT] + r[QUEUE_HEAD]] = end
     r[BATCHES] += k
     r[NOW] = max(r[NOW], now)
+    if cache is not None:  # in the order in which they would be taken
+        for step in range(1, k + 1):
+            for index in range(r[RUNNING]):
+                i = running[index]
+                if computed[i] + step > blocks[i] * bs and decodes_nb(run, i):
+                    hold_nb(run, cache, r, i, computed[i] + step)
     for index in range(r[RUNNING]):
         i = running[index]
         if decodes_nb(run, i):
             generated[i] += k
             computed[i] += k
-            if computed[i] > blocks[i] * bs:
-                needed = blocks_nb(computed[i], bs) - blocks[i]
-                blocks[i] += needed
-                r[FREE] -= needed
+            hold_nb(run, None, r, i, computed[i])
 
 
 @inner

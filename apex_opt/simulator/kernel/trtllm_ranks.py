@@ -37,10 +37,12 @@ from apex_opt.simulator.kernel.group_state import (
     Group,
 )
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.reuse import empty_reuse_nb
 from apex_opt.simulator.kernel.speculative import drafted_ns_nb
 from apex_opt.simulator.kernel.stages import newest_nb, queued_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
+    ASKING_SIZE,
     BATCH_DECODES,
     BATCH_LOST,
     BATCH_ROWS,
@@ -50,6 +52,7 @@ from apex_opt.simulator.kernel.state import (
     ENTERING_AT,
     ERROR,
     ERROR_STUCK,
+    GETS,
     LOST,
     MAX_SEQS,
     NEVER,
@@ -73,16 +76,15 @@ from apex_opt.simulator.kernel.state import (
 from apex_opt.simulator.kernel.together import follow_nb, serving
 from apex_opt.simulator.kernel.trtllm import (
     activate_nb,
-    choose_nb,
-    compute_nb,
-    decode_nb,
+    enter_all_nb,
     fetched_nb,
     take_in_nb,
     wait_on_nb,
 )
+from apex_opt.simulator.kernel.trtllm_choose import choose_nb
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.state import I64
+    from apex_opt.simulator.kernel.state import I64, Cache
 
 
 @inner
@@ -134,14 +136,14 @@ def deal_nb(run: Run, group: Group, g: I64, place: int) -> None:
 
 
 @inner
-def held_nb(run: Run, group: Group, g: I64) -> bool:
+def all_wait_nb(run: Run, group: Group, g: I64) -> bool:
     """Whether prompts are held back, by how many decode and how many prompts there are on each rank."""
     all_decode, all_have = True, True
     for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
         m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
         waiting, prompts = at(run.scratch, r[PROMPTS_AT]), 0
         for place in range(m[PROMPTS]):
-            prompts += waiting[2 * place + 1] > 0
+            prompts += waiting[ASKING_SIZE * place + GETS] > 0
         all_decode = all_decode and m[DECODING] > 0
         all_have = all_have and m[DECODING] < r[MAX_SEQS] and prompts > 0
     if all_have:
@@ -161,19 +163,17 @@ def held_nb(run: Run, group: Group, g: I64) -> bool:
 
 
 @inner
-def form_together_nb(run: Run, group: Group, g: I64) -> int:
+def form_together_nb(run: Run, cache: Cache | None, group: Group, g: I64) -> int:
     """Form the batch of each rank; rows of all of them and requests that gave way."""
     first, count, work = g[FIRST_RANK], g[COUNT], 0
     for rank in range(first, first + count):
         m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
         r[NOW] = g[CLOCK]
-        m[DECODING], m[PROMPTS] = choose_nb(run, r)
-    held = g[ADP_BALANCE] == 1 and held_nb(run, group, g)
+        m[DECODING], m[PROMPTS] = choose_nb(run, cache, r)
+    held = g[ADP_BALANCE] == 1 and all_wait_nb(run, group, g)
     for rank in range(first, first + count):
         m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
-        decode_nb(run, r, m[DECODING])
-        if m[PROMPTS] > 0 and not held:
-            compute_nb(run, r, m[PROMPTS])
+        enter_all_nb(run, cache, r, m[DECODING], 0 if held else m[PROMPTS])
         r[PREEMPTIONS] += r[BATCH_LOST]
         work += r[BATCH_ROWS] + r[BATCH_LOST]
     return work
@@ -226,7 +226,7 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
 
 
 @inner
-def take_in_together_nb(run: Run, group: Group, g: I64) -> None:
+def take_in_together_nb(run: Run, cache: Cache | None, group: Group, g: I64) -> None:
     """The oldest batches finish."""
     clock = g[CLOCK]
     for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
@@ -235,14 +235,14 @@ def take_in_together_nb(run: Run, group: Group, g: I64) -> None:
         oldest = r[QUEUE_HEAD]
         if run.scratch[r[QUEUE_AT] + r[DEPTH] + oldest] > 0:
             log_taken_nb(run, rank, max(g[CLOCK], run.scratch[r[QUEUE_AT] + oldest]))
-        take_in_nb(run, r)
+        take_in_nb(run, cache, r)
         clock = max(clock, r[NOW])
     g[CLOCK] = clock
     follow_nb(run, group, g)
 
 
 @inner
-def turns_nb(run: Run, group: Group, its: int, place: int, until: int) -> None:
+def turns_nb(run: Run, group: Group, cache: Cache | None, place: int, until: int) -> None:
     """Take every turn of a group that starts before `until`."""
     g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
     lead = rank_nb(run, g[FIRST_RANK])
@@ -263,15 +263,23 @@ def turns_nb(run: Run, group: Group, its: int, place: int, until: int) -> None:
             g[CLOCK] = start
             deal_nb(run, group, g, place)
             wait_on_nb(arrival, link_nb(run, group, AFTER), lead, g[COMING], start)
-            if form_together_nb(run, group, g) == 0 and lead[QUEUED] == 0:
+            if form_together_nb(run, cache, group, g) == 0 and lead[QUEUED] == 0:
                 lead[ERROR] = ERROR_STUCK
                 break
             rows = run_together_nb(run, group, g)
             if rows > 0 and lead[QUEUED] < lead[DEPTH] and run.scratch[lead[QUEUE_AT] + lead[QUEUE_HEAD]] > g[CLOCK]:
                 continue
-        take_in_together_nb(run, group, g)
+        take_in_together_nb(run, cache, group, g)
         if run.control[PASSED] == 1:
             break
 
 
-by_trtllm_nb = serving(turns_nb)
+@inner
+def empty_nb(run: Run, cache: Cache | None, g: I64) -> None:
+    """All blocks of all ranks free."""
+    if cache is not None:
+        for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+            empty_reuse_nb(cache, rank_nb(run, rank))
+
+
+by_trtllm_nb = serving(turns_nb, empty_nb)

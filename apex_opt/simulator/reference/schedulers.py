@@ -23,8 +23,8 @@ class Scheduler:
     """Forms batches out of running and waiting sequences over the KV blocks: running ones first, then waiting ones.
 
     What policies differ in are hooks: `wanted`, `split`, `ahead`, `allocate`, `found`, `admitted`, `room`, `reserved`,
-    `fetched_ns`, `place`, `opens`, `launch`, `receive`, `drafts`, `complete` and `give_back`. Here they are those of
-    vLLM V1.
+    `fetched_ns`, `place`, `opens`, `launch`, `receive`, `learn`, `drafts`, `complete` and `give_back`. Here they are
+    those of vLLM V1.
     """
 
     def __init__(self, settings: EngineSettings, blocks: int) -> None:
@@ -114,6 +114,11 @@ class Scheduler:
         if self.settings.async_scheduling:
             row.sequence.in_flight -= 1
         return 1
+
+    def learn(self, sequence: Sequence) -> None:
+        """Tokens of a sequence are known: those that were unknown when they were scheduled give blocks content."""
+        if self.settings.async_scheduling:
+            self.blocks.register(sequence, sequence.computed - sequence.in_flight)
 
     def drafts(self, batch: Batch) -> bool:
         """Whether a batch makes drafts, where any are made."""
@@ -222,9 +227,7 @@ class Scheduler:
             row.got = self.receive(row)
             sequence.generated += row.got
             sequence.token_ns += [now_ns] * row.got
-            if self.settings.async_scheduling:
-                # Tokens were unknown when they were scheduled; now their blocks have content.
-                self.blocks.register(sequence, sequence.computed - sequence.in_flight)
+            self.learn(sequence)
             if sequence.generated == sequence.limit:
                 answered += self.complete(sequence)
         return answered

@@ -49,6 +49,7 @@ class RankedScheduler(TrtllmScheduler):
             whole.parts.append(member.form(batch, decoding, [] if held else prompts))
             whole.rows += batch.rows
             whole.preempted += batch.preempted
+        self.cached = sum(member.cached for member in self.members)
         return whole
 
     def deal(self) -> None:
