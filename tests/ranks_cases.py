@@ -106,7 +106,7 @@ def random_pool(draw: random.Random, *, count: int | None = None, stages: int | 
 def drafting(pool: EnginePool, draw: random.Random) -> EnginePool:
     """The same with drafts, on one stage: with any padding and any times of making them."""
     assert pool.ranks is not None
-    drafts, ranks = draw.randint(1, 8), pool.ranks
+    drafts = draw.randint(1, 8)
     method = draw.choice(["eagle", "mtp", "ngram"])
     settings = pool.settings
     tokens = max(settings.max_num_batched_tokens, 1 + drafts)
@@ -124,7 +124,7 @@ def drafting(pool: EnginePool, draw: random.Random) -> EnginePool:
         ),
     )
     noise = np.random.default_rng(draw.randrange(1 << 30))
-    seqs, most, wide = settings.max_num_seqs, 3000, 2 * tokens + 1
+    seqs, most = settings.max_num_seqs, 3000
     law = law_of(settings, draw, most=most)
     law = replace(
         law,
@@ -133,31 +133,43 @@ def drafting(pool: EnginePool, draw: random.Random) -> EnginePool:
         draft_ns=noise.integers(0, most, seqs + 1),
         draft_rate=noise.integers(0, most, seqs + 1),
     )
-    per = ranks.shared[0].per
-    shared = SharedLaw(
-        padded_ns=noise.integers(0, most, wide),
-        decode_ns=noise.integers(0, most, ranks.count * wide),
-        mixed_ns=noise.integers(0, most, ranks.count * wide),
-        eager_ns=noise.integers(0, most, ranks.count * wide),
-        graph_ns=noise.integers(0, most, 3),
-        per=per,
-        draft_ns=noise.integers(0, most, ranks.count * max(seqs, 1) + 1),
-    )
-    every = np.arange(tokens + 1)
-    padding_ = Padding(
-        decode_mode=noise.integers(0, 3, tokens + 1),
-        decode_rows=every + noise.integers(0, tokens, tokens + 1),
-        mixed_mode=noise.integers(0, 2, tokens + 1),
-        mixed_rows=every + noise.integers(0, tokens, tokens + 1),
-    )
     need = settings.with_drafts(np.array([settings.max_model_len]), settings.speculation)
     return replace(
         pool,
         settings=settings,
         blocks=max(pool.blocks, -(-int(need[0]) // settings.block_size)),
         laws=[law],
-        ranks=replace(ranks, padding=padding_, shared=[shared]),
+        ranks=drafting_ranks(pool.ranks, settings, noise),
     )
+
+
+def drafting_ranks(ranks: Ranks, settings: EngineSettings, noise: np.random.Generator) -> Ranks:
+    """The ranks on one stage, with any padding and any times of what they share where drafts are made.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    settings : EngineSettings    of each
+    noise : Generator
+    """
+    seqs, tokens, most = settings.max_num_seqs, settings.max_num_batched_tokens, 3000
+    every, wide = np.arange(tokens + 1), 2 * tokens + 1
+    shared = SharedLaw(
+        padded_ns=noise.integers(0, most, wide),
+        decode_ns=noise.integers(0, most, ranks.count * wide),
+        mixed_ns=noise.integers(0, most, ranks.count * wide),
+        eager_ns=noise.integers(0, most, ranks.count * wide),
+        graph_ns=noise.integers(0, most, 3),
+        per=ranks.shared[0].per,
+        draft_ns=noise.integers(0, most, ranks.count * max(seqs, 1) + 1),
+    )
+    padding_ = Padding(
+        decode_mode=noise.integers(0, 3, tokens + 1),
+        decode_rows=every + noise.integers(0, tokens, tokens + 1),
+        mixed_mode=noise.integers(0, 2, tokens + 1),
+        mixed_rows=every + noise.integers(0, tokens, tokens + 1),
+    )
+    return replace(ranks, padding=padding_, shared=[shared])
 
 
 def random_ranks(draw: random.Random, count: int, settings: EngineSettings, stages: int) -> Ranks:

@@ -1,4 +1,4 @@
-"""Questions with attention ranks and, on vLLM, drafts among the choices: the search against simulating every plan."""
+"""Questions with attention ranks and drafts among the choices: the search against simulating every plan."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.engine import has_ranks
+from apex_opt.plans.speculation import MOST_DRAFTS
 from apex_opt.search import Problem, Scored, Scorer, search
 from apex_opt.studies.check import check
 from formulations import deployment
@@ -54,11 +55,15 @@ def ranks_problem(seed: int) -> Problem:
         own = TrtllmScheduling(capacity_policy=capacity, context_chunking_policy=chunking, **balance)
         own = replace(own, batch_wait_timeout_ms=float(rng.choice([0.0, 0.0, 2.0])))
         settings = replace(settings, scheduler=own, max_num_batched_tokens=256, block_size=int(rng.choice([8, 32])))
+    mixes = False
     if seed % 4 == 2:
         ways = {"mixed_chunk": bool(rng.random() < 0.3), "load_balance_method": str(rng.choice(LOAD_BALANCES))}
         settings = replace(settings, scheduler=SglangScheduling(**ways), block_size=int(rng.choice([1, 4])))
         block = block if rng.random() < 0.7 else dense(hidden=512, columns=2048)
-    some = drafters(seed) if seed % 4 < 2 and rng.random() < 0.9 else (None,)
+        mixes, most = settings.scheduler.mixed_chunk, 1 + MOST_DRAFTS  # type: ignore[attr-defined]
+        if not mixes:
+            settings = replace(settings, max_num_batched_tokens=max(256, most * settings.max_num_seqs))
+    some = drafters(seed) if seed % 4 < 3 and rng.random() < 0.9 and not mixes else (None,)
     some = (None, *(drafter for drafter in some if drafter is not None and drafter.method != "draft"))
     objective = str(rng.choice([*names(), MEAN, MEAN]))
     clocks = (None, 1200) if rng.random() < 0.2 else (None,)

@@ -197,7 +197,7 @@ def test_all_is_given_back_and_every_request_gets_its_tokens(kept: list[sglang.S
 def test_limits_that_drafts_do_not_go_with_are_named() -> None:
     with pytest.raises(UsageError, match="max_num_seqs 9 with 3 drafts each are more than the max_num_batched"):
         replace(SMALL, max_num_seqs=9)
-    with pytest.raises(UsageError, match="mixed_chunk: what sglang does with drafts"):
+    with pytest.raises(UsageError, match="mixed_chunk: sglang switches it off where drafts are verified"):
         replace(SMALL, scheduler=SglangScheduling(mixed_chunk=True))
     with pytest.raises(CapacityError, match=r"3 prompt \+ 2 output tokens need 11 KV blocks of 1, the cache has 10"):
         served(SMALL, 10, requests([(0, 3, 2)]), "reference")

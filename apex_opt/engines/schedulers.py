@@ -190,6 +190,7 @@ class SglangScheduling(Scheduling):
     waits_for_host = False
     drafts_at_once = False
     whole_rows = True
+    ranks_draft = True
     max_prefill_tokens: int = 16384
     schedule_policy: str = "fcfs"
     schedule_conservativeness: float = 1.0

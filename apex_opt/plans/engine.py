@@ -220,7 +220,8 @@ class EngineSettings:
             )
         if self.scheduler.mixed_chunk:
             raise UsageError(
-                "mixed_chunk: what sglang does with drafts in batches of prompts is not modelled; leave one of them out"
+                "mixed_chunk: sglang switches it off where drafts are verified (sgl-project/sglang#6874); leave one of "
+                "them out"
             )
 
 
@@ -285,7 +286,8 @@ def of_each(settings: EngineSettings, plan: Plan) -> EngineSettings:
     seqs, tokens = max(1, settings.max_num_seqs // count), settings.max_num_batched_tokens
     if not settings.whole_prompts:  # else there is no limit to share
         tokens = max(1, tokens // count)
-    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=max(tokens, seqs))
+    row = 1 + (settings.speculation.draft_tokens if settings.speculation else 0)
+    return replace(settings, max_num_seqs=seqs, max_num_batched_tokens=max(tokens, seqs * row))
 
 
 def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:

@@ -97,8 +97,8 @@ def stages_of(instance: Instance) -> range:
 
 
 def copies_draft(instance: Instance) -> bool:
-    """Whether attention copies may make drafts; what those of SGLang would do is not modelled."""
-    return instance.settings.scheduler.name in ("vllm", "trtllm")
+    """Whether attention copies may make drafts."""
+    return instance.settings.scheduler.name in ("vllm", "sglang", "trtllm")
 
 
 def draft_heads(instance: Instance, drafter: Drafter | None, tp: int) -> bool:

@@ -204,6 +204,8 @@ RANKS: Final = {
     ("trtllm", True): _of("trtllm_ranks", "by_trtllm_nb", Run, Cache, Group, *_SHARE),
     ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, *_SHARE),
     ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, *_SHARE),
+    ("sglang drafts", False): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, None), Group, *_SHARE),
+    ("sglang drafts", True): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, Tree), Group, *_SHARE),
     ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, *_SHARE),
     ("general groups", False): (_counted := _of("group", "by_general_groups_nb", Run, Groups, Group, *_SHARE)),
     ("general groups", True): _counted,

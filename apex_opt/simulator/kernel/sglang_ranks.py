@@ -1,10 +1,14 @@
-"""Attention ranks of SGLang: `reference.sglang_ranks`, ranks that take their turns together."""
+"""Attention ranks of SGLang: `reference.sglang_ranks`, ranks that take their turns together.
+
+What verifies drafts is told by `drafting`, None where nothing does, so that what the other needs is not compiled.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from apex_opt.simulator.kernel.batch import (
+    by_sequences_nb,
     by_tokens_nb,
     column_nb,
     count_batch_nb,
@@ -34,6 +38,7 @@ from apex_opt.simulator.kernel.group_state import (
     LANE_DONE,
     MEMBER_SIZE,
     MOST_FORWARDS,
+    OF_DRAFTS,
     PER,
     SERVED_BY,
     SERVED_IN,
@@ -44,6 +49,8 @@ from apex_opt.simulator.kernel.group_state import (
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.sglang import begin_nb, choose_nb, engine_nb, flight_nb, own_ns_nb, receive_nb, slot_nb
+from apex_opt.simulator.kernel.sglang_drafts import choose_nb as choose_drafting_nb
+from apex_opt.simulator.kernel.sglang_drafts import receive_nb as receive_drafts_nb
 from apex_opt.simulator.kernel.sglang_state import (
     ERROR_NODES,
     F_END,
@@ -69,11 +76,14 @@ from apex_opt.simulator.kernel.sglang_state import (
     Sglang,
     Tree,
 )
+from apex_opt.simulator.kernel.speculative import drafted_ns_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     BATCH_DECODES,
+    BATCH_MADE,
     BATCH_ROWS,
     BATCH_TOKENS,
+    DECODE_NS,
     DEPTH,
     ENDED,
     ERROR,
@@ -125,16 +135,32 @@ def deal_nb(run: Run, group: Group, own: Sglang, g: I64, place: int) -> None:
 
 
 @inner
-def forward_nb(run: Run, group: Group, own: Sglang, g: I64) -> int:
+def rank_ns_nb(run: Run, e: Engine, s: int, drafting: int | None) -> int:
+    """What the batch that a rank has formed, or none, takes of its own on a stage; one with drafts is counted."""
+    law = law_nb(run, e.r, s)
+    if drafting is None:
+        return own_ns_nb(e, flight_nb(e, e.g[G_TURNS]), law)
+    if e.r[BATCH_ROWS] > 0:
+        return drafted_ns_nb(run, e.r)
+    nothing: int = by_sequences_nb(law, e.r, DECODE_NS)[0] + at(by_tokens_nb(law, e.r, MIXED_NS, 9), 1)[0]
+    return nothing
+
+
+@inner
+def forward_nb(run: Run, group: Group, own: Sglang, g: I64, drafting: int | None) -> int:
     """Run the batches that the ranks have formed as one forward; when that ends."""
     first, count, tables = g[FIRST_RANK], g[COUNT], at(group.tables, g[TABLES_AT])
     r0 = at(run.replicas, first * REPLICA_SIZE)
-    sequences, entries = r0[MAX_SEQS] + 1, r0[MAX_TOKENS] + 1
-    mode, most, longest, tokens, mixed = 3, 0, 0, 0, 0
+    entries = r0[MAX_TOKENS] + 1
+    sequences = r0[MAX_SEQS] + 1 if drafting is None else entries  # batches of drafts are padded by their tokens
+    mode, most, longest, tokens, mixed, drafted, makes = 3, 0, 0, 0, 0, 0, 0
     for rank in range(first, first + count):
         r = at(run.replicas, rank * REPLICA_SIZE)
+        if drafting is not None:
+            drafted, makes = drafted + r[BATCH_ROWS], max(makes, r[BATCH_MADE])
         if r[BATCH_DECODES] == r[BATCH_ROWS]:
-            its, rows = tables[r[BATCH_ROWS]], tables[sequences + r[BATCH_ROWS]]
+            alone = r[BATCH_ROWS] if drafting is None else r[BATCH_TOKENS]
+            its, rows = tables[alone], tables[sequences + alone]
         else:
             entry = 2 * sequences + r[BATCH_TOKENS]
             its, rows, mixed = tables[entry], tables[entry + entries], 1
@@ -143,18 +169,21 @@ def forward_nb(run: Run, group: Group, own: Sglang, g: I64) -> int:
     law = at(tables, 2 * (sequences + entries))
     padded = tokens if mode == 0 else most * count
     widest = longest if mode == 0 else most
-    entry = (padded + g[PER] - 1) // g[PER]
+    entry, drafted = (padded + g[PER] - 1) // g[PER], (drafted + g[PER] - 1) // g[PER]
+    makes = makes if g[OF_DRAFTS] > 0 else 0
     began, end = 0, g[CLOCK]
     for s in range(r0[STAGES]):
-        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3))
+        table = at(law, s * (g[WIDE] + 3 * g[ALL] + 3 + g[OF_DRAFTS]))
         together, slowest = at(table, g[WIDE] + mixed * g[ALL]), 0
         for rank in range(first, first + count):
             e = engine_nb(run, own, rank)
-            mine = own_ns_nb(e, flight_nb(e, e.g[G_TURNS]), law_nb(run, e.r, s))
+            mine = rank_ns_nb(run, e, s, drafting)
             slowest = max(slowest, mine + table[e.r[BATCH_TOKENS] if mode == 0 else most])
         duration = at(table, g[WIDE] + 3 * g[ALL])[mode] + together[entry] + slowest
         if mixed == 1 and mode == 0:
             duration += together[g[ALL] + entry]
+        if makes == 1:
+            duration += table[g[WIDE] + 3 * g[ALL] + 3 + drafted]
         stage = at(run.stages, (r0[FIRST_STAGE] + s) * STAGE_SIZE)
         start = max(end, stage[STAGE_FREE])
         if s == 0:
@@ -168,6 +197,8 @@ def forward_nb(run: Run, group: Group, own: Sglang, g: I64) -> int:
     counts[entry] += 1
     if mixed == 1 and mode == 0:
         counts[g[ALL] + entry] += 1
+    if makes == 1:
+        group.together[g[TOGETHER_AT] + 3 * g[ALL] + drafted] += 1
     tell_forward_nb(run, group, g, began, end, mode, padded)
     return end
 
@@ -186,23 +217,26 @@ def tell_forward_nb(run: Run, group: Group, g: I64, began: int, end: int, mode: 
 
 
 @inner
-def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64) -> None:
+def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64, drafting: int | None) -> None:
     """Form the batch of each rank, and run them where any has one."""
     first, count = g[FIRST_RANK], g[COUNT]
     rows, lost_at = 0, run.control[LOST]
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
         e.r[NOW] = g[CLOCK]
-        choose_nb(e, own, tree)
+        if drafting is None:
+            choose_nb(e, own, tree)
+        else:
+            choose_drafting_nb(e, own, tree)
         rows += e.r[BATCH_ROWS]
     end = g[CLOCK]
     if rows > 0:
-        end = forward_nb(run, group, own, g)
+        end = forward_nb(run, group, own, g, drafting)
     lane = at(group.members, first * MEMBER_SIZE)
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
         flight_nb(e, e.g[G_TURNS])[F_END] = end
-        if e.r[BATCH_ROWS] > 0:
+        if drafting is None and e.r[BATCH_ROWS] > 0:
             count_batch_nb(run, e.r)
         lost_at = log_together_nb(run, e.r, rank, g[CLOCK], lane[LANE_DONE], lost_at)
         e.g[G_TURNS] += 1
@@ -234,7 +268,7 @@ def rest_nb(e: Engine, own: Sglang) -> None:
 
 
 @inner
-def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64) -> None:
+def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64, drafting: int | None) -> None:
     """Take in the oldest batches in flight, if the turn that formed them formed any."""
     first, count = g[FIRST_RANK], g[COUNT]
     lead = engine_nb(run, own, first)
@@ -256,15 +290,19 @@ def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, 
         f = flight_nb(e, turn)
         if f[F_ROWS] > 0:
             log_taken_nb(run, rank, e.r[NOW])
-        receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), f)
+        if drafting is None:
+            receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), f)
+        else:
+            receive_drafts_nb(e, tree, slot_nb(own, e.g, 0), f)
     g[CLOCK] = max(end, g[CLOCK])
     follow_nb(run, group, g)
 
 
 @inner
-def turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
+def turns_nb(
+    run: Run, group: Group, own: Sglang, tree: Tree | None, place: int, until: int, drafting: int | None
+) -> None:
     """Take every turn of a group that starts before `until`."""
-    own, tree = its
     g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
     first, count = g[FIRST_RANK], g[COUNT]
     lead = engine_nb(run, own, first)
@@ -285,11 +323,25 @@ def turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int
                 lead.r[ERROR] = ERROR_NODES
                 return
         deal_nb(run, group, own, g, place)
-        form_together_nb(run, group, own, tree, g)
+        form_together_nb(run, group, own, tree, g, drafting)
         if lead.g[G_TURNS] >= lead.r[DEPTH]:
-            take_in_together_nb(run, group, own, tree, g)
+            take_in_together_nb(run, group, own, tree, g, drafting)
         if run.control[PASSED] == 1:
             break
 
 
-by_sglang_nb = serving(turns_nb)
+@inner
+def plain_turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
+    """Take the turns of ranks that verify no drafts."""
+    own, tree = its
+    turns_nb(run, group, own, tree, place, until, None)
+
+
+@inner
+def drafting_turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
+    """Take the turns of ranks that verify drafts."""
+    own, tree = its
+    turns_nb(run, group, own, tree, place, until, 1)
+
+
+by_sglang_nb, by_drafts_nb = serving(plain_turns_nb), serving(drafting_turns_nb)

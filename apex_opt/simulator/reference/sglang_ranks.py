@@ -3,7 +3,9 @@
 Source: `scheduler_components/dp_attn.py` and `data_parallel_controller.py` of SGLang 0.5, read and not run, in our own
 words. Before each batch all ranks exchange what they have formed: where any has a batch those without one run an empty
 one beside it, each its own kind. All ranks launch and take in at the same times, as a forward ends for all at once.
-Assumed: the controller knows how many requests a rank has as of the turn before, and hands requests over at the next.
+Assumed: the controller knows how many requests a rank has as of the turn before, and hands requests over at the next;
+where drafts are verified a rank without a batch of its own runs along without a sequence, also in the passes that make
+drafts, and a batch of drafts alone is padded by its tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from apex_opt.simulator.ranks import EAGER, agree
 from apex_opt.simulator.reference.sglang import SglangEngine, SglangScheduler
+from apex_opt.simulator.reference.sglang_drafts import SpeculativeSglangScheduler
 from apex_opt.simulator.reference.together import RankedBatch, Together
 
 if TYPE_CHECKING:
@@ -43,7 +46,8 @@ class RankedSglang(SglangScheduler):
         balanced : bool    requests go to the rank that has the fewest, else in turn
         """
         settings = replace(self.settings, scheduler=self.own.of_a_rank) if count > 1 else self.settings
-        self.members = [SglangScheduler(settings, self.free) for _ in range(count)]
+        kind = SglangScheduler if settings.speculation is None else SpeculativeSglangScheduler
+        self.members = [kind(settings, self.free) for _ in range(count)]
         for member in self.members:
             member.spread(stages)
         self.balanced, self.unanswered = balanced, [0] * count
@@ -76,6 +80,9 @@ class RankedSglang(SglangScheduler):
             whole.rows += batch.rows
             whole.preempted += batch.preempted
         return whole
+
+    def drafts(self, batch: Batch) -> bool:
+        return self.members[0].drafts(batch)
 
     def _deal(self, sequence: Sequence) -> None:
         """Hand a request over to a rank."""
@@ -110,7 +117,7 @@ class SglangRanks(Together, SglangEngine):
 
     def agreed(self, parts: list[Rows]) -> Agreed:
         """Where no graph runs nobody is padded."""
-        agreed = agree(self.ranks.padding, parts)
+        agreed = agree(self.ranks.padding, parts, self.draft_tokens)
         if agreed.mode != EAGER:
             return agreed
         return agreed._replace(padded=[sum(tokens for tokens, _ in rows) for rows in parts])
