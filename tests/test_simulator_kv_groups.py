@@ -39,6 +39,7 @@ from apex_opt.units import ceil_div
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
 
 GIVEN = ("config", "trace", "accept", "proposed")
@@ -179,6 +180,14 @@ GROUPED: tuple[Loop, ...] = (*(loop for loop in LOOPS if loop not in ("orca", "s
 @given(data=st.data())
 def test_kernel_equals_reference_and_no_block_is_lost(loop: Loop, traffic: Traffic, data: st.DataObject) -> None:
     check_both(*data.draw(grouped(loop, traffic)))
+
+
+@pytest.mark.parametrize("routing", ["power_of_two", "cache_aware", "dynamo", "llm_d", "pull"])
+@settings(max_examples=12)
+@given(data=st.data())
+def test_kernel_equals_reference_behind_every_router(routing: Routing, data: st.DataObject) -> None:
+    case, groups, blocks = data.draw(grouped(data.draw(st.sampled_from(GROUPED)), "routed"))
+    check_both(case.having(routing=routing), groups, blocks)
 
 
 @pytest.mark.nightly

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang_cases import random_drafting_run, random_run
 from simulator_cases import DRAFTING, IMPLEMENTATIONS, Case, Loop, assert_same, cases, linear, requests
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
@@ -22,6 +23,7 @@ from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.routing import Routing
 from apex_opt.simulator import EnginePool, compiled, run_deployment
 from apex_opt.simulator.pools import shares
+from apex_opt.simulator.ranks import Ranks
 from apex_opt.simulator.reference.coordinator import FrontEnd
 from apex_opt.simulator.reference.router import CacheAware, Dynamo, LlmD, prefix_scores, queue_scores
 from apex_opt.simulator.reference.sequence import Sequence
@@ -371,16 +373,40 @@ def test_pools_of_their_own_limits_are_routed_together_and_apart() -> None:
         assert_same(*runs)
 
 
-def test_the_kernel_has_all_routers_before_engines_of_vllm_and_trtllm_and_leaves_others_to_the_reference() -> None:
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 1500), marks=pytest.mark.nightly)])
+def test_the_kernel_equals_the_reference_before_sglang(seeds: range) -> None:
+    rules: tuple[Routing, ...] = ("power_of_two", "cache_aware", "dynamo", "llm_d")
+    compared = 0
+    for seed in seeds:
+        run = (random_drafting_run if seed % 3 == 0 else random_run)(seed)
+        if run.trace.concurrency is not None:
+            continue
+        pool = EnginePool(settings=run.settings, blocks=run.blocks, laws=run.laws, replicas=2 + seed % 2)
+        routing = rules[seed % 4]
+        assert compiled.routes([pool], shares([pool], run.trace, [routing]))
+        assert_same(
+            *(
+                run_deployment([pool], run.trace, routing=routing, log=True, implementation=implementation)
+                for implementation in IMPLEMENTATIONS
+            )
+        )
+        compared += 1
+    assert compared > len(seeds) // 4
+
+
+def test_the_kernel_has_all_routers_but_for_pull_before_sglang_and_waits_and_those_before_ranks() -> None:
     pool = EnginePool(settings=ONE_SEAT, blocks=30, laws=[linear(ONE_SEAT, 10)], replicas=2)
     trace = requests([(0, 4, 1), (0, 4, 1)])
     sglang = replace(pool, settings=replace(ONE_SEAT, scheduler=SglangScheduling()))
     trtllm = replace(pool, settings=replace(ONE_SEAT, scheduler=TrtllmScheduling()))
+    limits = {"max_num_seqs": ONE_SEAT.max_num_seqs, "max_num_batched_tokens": ONE_SEAT.max_num_batched_tokens}
+    ranks = replace(pool, ranks=Ranks.bare(2, **limits))
     for routing in ROUTINGS:
         assert compiled.routes([pool], shares([pool], trace, [routing]))
         assert compiled.routes([trtllm], shares([trtllm], trace, [routing]))
+        assert compiled.routes([sglang], shares([sglang], trace, [routing])) == (routing != "pull")
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
-        assert compiled.routes([sglang], shares([sglang], trace, [routing])) == known
+        assert compiled.routes([ranks], shares([ranks], trace, [routing])) == known
 
 
 def test_sessions_are_those_of_the_trace_where_it_tells_them() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:
     """Whether the kernel has the routers of all shares; the others are served by the reference."""
     beyond = {share.routing for share in shares if share.routed} - {"least_loaded"}
-    return not beyond or (beyond <= RULES.keys() and pack.routes(pools))
+    return not beyond or (beyond <= RULES.keys() and pack.routes(pools, beyond))
 
 
 def run(

@@ -28,13 +28,14 @@ from apex_opt.simulator.pack_router import RULES, router_memory
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
 
     from apex_opt.figures.stops import Stop
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.kv_groups import KvGroup
+    from apex_opt.plans.routing import Routing
     from apex_opt.plans.speculation import Speculation
     from apex_opt.simulator.outcome import Drafted, Step
     from apex_opt.simulator.pools import EnginePool, Share
@@ -100,11 +101,20 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False) ->
     return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
 
-def routes(pools: Sequence[EnginePool]) -> bool:
-    """Whether the kernel has all routers before these replicas; the others are served by the reference."""
+def routes(pools: Sequence[EnginePool], routings: Collection[Routing]) -> bool:
+    """Whether the kernel has these routers before these replicas; the others are served by the reference.
+
+    Where turns wait for requests, or are SGLang's, it is not known from the clock who takes one from a queue next.
+
+    Parameters
+    ----------
+    pools
+    routings : of `pack_router.RULES`
+    """
     return all(
         pool.ranks is None
         and not (isinstance(its := pool.settings.scheduler, TrtllmScheduling) and its.fetch_wait_ns > 0)
+        and not (isinstance(its, SglangScheduling) and "pull" in routings)
         and (engine_of(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
         for pool in pools
     )
@@ -494,15 +504,15 @@ class Memory:
 
     def _route(self, index: int, share: Share) -> None:
         """Let the replicas of a share, the first of a pool, serve what a router sends them."""
-        if self.stopped:
+        if self.stopped or self.crowded:
             return
         self._requests[[[kn.FIRST], [kn.FINISH]], share.rows] = kn.NEVER  # until they are known
         router = router_memory(share, self._pools[0].settings, self._trace, number_pieces)
         kind = self._engines[index], self._pools[0].settings.prefix_caching
         start = int(self._first[share.first])
         end = start + share.last - share.first
-        entries.ROUTE[kind](self.run, self._cache, router, start, end, share.rows, len(share.rows))
-        assert not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
+        entries.ROUTE[kind](self.run, self._beside(index), router, start, end, share.rows, len(share.rows))
+        assert self.crowded or not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"
 
     def _serve(self, index: int, first: int, last: int, routed: I64) -> None:
         """Let replicas of a pool, or from a pool on, serve their requests or those that are routed."""

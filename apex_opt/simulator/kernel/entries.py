@@ -192,6 +192,15 @@ ROUTE: Final = {
     ("speculative", True): _of("router", "by_speculative_nb", Run, Cache, np.int64, *_SHARE),
     ("trtllm", False): _of("router", "by_trtllm_nb", Run, None, np.int64, *_SHARE),
     ("trtllm", True): _of("router", "by_trtllm_nb", Run, Cache, np.int64, *_SHARE),
+    ("sglang", False): _of("sglang_serve", "routed_sglang_nb", Run, (Sglang, None), np.int64, *_SHARE),
+    ("sglang", True): _of("sglang_serve", "routed_sglang_nb", Run, (Sglang, Tree), np.int64, *_SHARE),
+    ("sglang drafts", False): _of("sglang_serve", "routed_drafts_nb", Run, (Sglang, None), np.int64, *_SHARE),
+    ("sglang drafts", True): _of("sglang_serve", "routed_drafts_nb", Run, (Sglang, Tree), np.int64, *_SHARE),
+    ("steady groups", False): _of("router", "by_steady_groups_nb", Run, Groups, np.int64, *_SHARE),
+    ("general groups", False): (_counted := _of("router", "by_general_groups_nb", Run, Groups, np.int64, *_SHARE)),
+    ("general groups", True): _counted,
+    ("speculative groups", False): (_drafted := _of("router", "by_grouped_nb", Run, Groups, np.int64, *_SHARE)),
+    ("speculative groups", True): _drafted,
 }
 """Those before which a router stands that knows more than how many requests are unanswered."""
 RANKS: Final = {

@@ -1,4 +1,4 @@
-"""Routers that go by loads or prefixes: the rules of `reference.router`, before engines of vLLM's kind.
+"""Routers that go by loads or prefixes: the rules of `reference.router`, before replicas with one scheduler.
 
 All memory of a router is one array: registers, then the parts that they say where to find.
 """
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.blocks import empty_cache_nb
-from apex_opt.simulator.kernel.general import plain_nb
+from apex_opt.simulator.kernel.general import by_groups_nb, plain_nb
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.kv_groups import empty_groups_nb
 from apex_opt.simulator.kernel.reuse import empty_reuse_nb
 from apex_opt.simulator.kernel.router_state import (
     ACTIVE,
@@ -54,7 +55,7 @@ from apex_opt.simulator.kernel.router_state import (
     WAITING,
     WHOLE,
 )
-from apex_opt.simulator.kernel.speculative import drafting_nb
+from apex_opt.simulator.kernel.speculative import drafting_nb, grouped_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ENDED,
@@ -85,8 +86,21 @@ if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
 
-def routing(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
-    """`serve_nb` by an engine before which a router stands: what takes its turns, and what empties its blocks."""
+@inner
+def waiting_nb(run: Run, its: Any, replica: int) -> int:
+    """Requests of a replica that do not run."""
+    r = at(run.replicas, replica * REPLICA_SIZE)
+    waiting: int = r[SENT] - r[ENDED] - r[SEATED] - r[RUNNING]
+    return waiting
+
+
+def routing(turns_nb: Any, empty_nb: Any = empty_cache_nb, waiting_nb: Any = waiting_nb) -> Any:
+    """`serve_nb` by an engine before which a router stands.
+
+    Parameters
+    ----------
+    turns_nb, empty_nb, waiting_nb : take its turns, empty its blocks, and count those of its requests that do not run
+    """
 
     @inner
     def hand_out_nb(run: Run, cache: Cache | None, router: I64, first: int, last: int, until: int) -> None:
@@ -131,7 +145,7 @@ def routing(turns_nb: Any, empty_nb: Any = empty_cache_nb) -> Any:
                     return
                 p = at(router, router[REPLICAS_AT] + (replica - first) * ROUTED_SIZE)
                 unanswered = r[SENT] - r[ENDED]
-                p[WAITING] = unanswered - r[SEATED] - r[RUNNING]
+                p[WAITING] = waiting_nb(run, cache, replica)
                 p[LOAD] = unanswered
                 if r[LAST_ENDED_NS] > until:
                     p[LOAD] += r[LAST_ENDED]
@@ -319,3 +333,5 @@ def forget_nb(run: Run, router: I64, p: I64, held: I64, now: int) -> None:
 
 by_steady_nb, by_general_nb = routing(steady_nb), routing(plain_nb)
 by_trtllm_nb, by_speculative_nb = routing(trtllm_nb, empty_reuse_nb), routing(drafting_nb)
+by_steady_groups_nb, by_general_groups_nb = routing(steady_nb, empty_groups_nb), routing(by_groups_nb, empty_groups_nb)
+by_grouped_nb = routing(grouped_nb, empty_groups_nb)
