@@ -222,10 +222,13 @@ class ParetoAsk(SpreadAsk):
     ----------
     objective : Two or three figures to make best: {aims}.
     clock : {clocks}
+    robust : Find out how far times may be off, those of all plans alike and those of one, before other plans are on the
+        front; takes some 30 searches, and one for every plan on it.
     """
 
     objective: str = "e2e_mean,energy"
     clock: str = "all"
+    robust: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,6 +317,8 @@ class CapacityAsk(Ask):
     top : Candidates to show, best first.
     time_limit : Seconds after which no further plan is asked about; rates of those begun are found to their end, and
         the answer tells what is left. By default none.
+    robust : Find out how far times may be off, those of all plans alike and those of one, before another plan is
+        answered; takes some 20 to 50 searches.
     """
 
     slo: str
@@ -321,6 +326,7 @@ class CapacityAsk(Ask):
     resolution: Annotated[float, Param(0.001, 1)] = 0.02
     top: Top = 5
     time_limit: Seconds = None
+    robust: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,9 @@ TEXT = (ROOT / "docs" / "robust.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(TEXT)
 
 
-@pytest.mark.parametrize("body", [body for kind, body in BLOCKS if kind == "console"], ids=["latency", "energy"])
+@pytest.mark.parametrize(
+    "body", [body for kind, body in BLOCKS if kind == "console"], ids=["latency", "energy", "capacity", "front"]
+)
 def test_the_output_shown_is_the_output_printed(body: str) -> None:
     shown, printed = shown_and_printed(body)
     assert "How far times may be off" in shown

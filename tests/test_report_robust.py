@@ -105,6 +105,56 @@ def test_several_types_of_gpu_and_tolerances_are_told_as_well() -> None:
     assert "Times of one plan: not asked about" in page
 
 
+SMALL = ("--model=llama-3.1-8b", "--cluster=2xl40s", "--trace=poisson:rate=2,n=30,prompt=300,output=20", "--robust")
+
+
+def test_a_capacity_tells_what_takes_its_place_and_rates_have_no_known_error() -> None:
+    words = ("capacity", *SMALL, "--slo=ttft_p95<=200ms", "--resolution=0.2")
+    document = json.loads(ONCE.run(*words, "--format=json").out)
+    page = " ".join(ONCE.run(*words).out.split())
+    robust = document["robust"]
+    assert (robust["deciding"], robust["error"], robust["tied"]) == ("highest rate", None, None)
+    first, second = document["candidates"][:2]
+    assert robust["runner_up"]["plan"] == second["plan"]
+    assert robust["runner_up"]["value"] == second["rate_per_s"]
+    margin = 1 - second["rate_per_s"] / first["rate_per_s"]
+    assert robust["runner_up"]["margin"] == pytest.approx(margin)
+    assert f"rate = {second['rate_per_s']:.3f} requests/s ({margin:.1%} worse)" in page
+    assert f"Asked: {robust['searches']} searches, with times" in page
+    assert "Ties: not known, nothing comparable was measured of highest rate." in page
+
+
+def test_a_front_tells_which_plans_join_and_leave() -> None:
+    words = ("pareto", *SMALL, "--objective=e2e_mean,cost", "--clock=2520", "--slo=ttft_p95<=300ms")
+    document = json.loads(ONCE.run(*words, "--format=json").out)
+    page = " ".join(ONCE.run(*words).out.split())
+    turns = document["robust"]["turns"]
+    assert [turn["plan"] for turn in turns if turn["times"] == "best"] == [
+        one["plan"] for one in document["candidates"]
+    ]
+    changed = [turn for turn in turns if turn["factor"] is not None]
+    assert changed
+    for turn in changed:
+        assert f"{turn['holds']:.3f} {turn['factor']:.3f}" in page
+        assert turn["joins"] or turn["leaves"]
+    assert f"{document['candidates'][0]['plan']}, longer" in page
+    assert f"{document['robust']['simulations']} runs of plans of the front" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--time_limit=5",), "error: --robust: searches again with other times, each to its end; leave"),
+        (("--plan=tp1",), "error: --robust: holds the best plan against all others, and --plan is the only one"),
+    ],
+)
+def test_what_robust_of_a_capacity_does_not_go_with_is_refused(words: tuple[str, ...], said: str) -> None:
+    ran = ONCE.run("capacity", *SMALL, "--slo=ttft_p95<=200ms", *words)
+    assert ran.code == 2
+    assert said in ran.err
+    assert ran.err.count("\n") == 1
+
+
 def test_python_answers_the_same() -> None:
     words = {"model": "llama-3.1-8b", "cluster": "2xh200-sxm", "trace": CHEAP[2].partition("=")[2]}
     told = apex_opt.plan(**words, robust=True, top=2).to_dict()["robust"]

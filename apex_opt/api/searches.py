@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.report.types import Robust
     from apex_opt.search import Answer, Problem, Scorer
     from apex_opt.search.spread import Crew
+    from apex_opt.studies.capacity_answer import Capacity
     from apex_opt.studies.check import Check
 
 A = TypeVar("A", bound=Arguments)
@@ -83,8 +84,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
     from apex_opt.studies.check import check
     from apex_opt.studies.explain import Explanation, explained
 
-    if ask.robust and ask.time_limit is not None:
-        raise UsageError("--robust: searches again with other times, each to its end; leave --time_limit out")
+    _check_robust(ask)
     name, latency, top = "plan", None, max(ask.top, 2) if ask.robust else ask.top
     if isinstance(ask, arguments.EnergyAsk):
         name, latency = "energy", load_latency(ask.latency)
@@ -135,6 +135,14 @@ def _crew(ask: SpreadAsk) -> Iterator[Callable[[Scorer], Crew]]:
         yield partial(Spread, workers=workers)
 
 
+def _check_robust(ask: PlanAsk | arguments.CapacityAsk) -> None:
+    """Refuse what cannot be held against others."""
+    if ask.robust and ask.time_limit is not None:
+        raise UsageError("--robust: searches again with other times, each to its end; leave --time_limit out")
+    if ask.robust and isinstance(ask, arguments.CapacityAsk) and ask.plan is not None:
+        raise UsageError("--robust: holds the best plan against all others, and --plan is the only one; leave one out")
+
+
 def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: PlanAsk) -> Robust:
     """How far the times of an answer may be off, and what is as good within the error that is to be expected.
 
@@ -172,6 +180,12 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
     scorer = Scorer(problem)
     told = scorer.provenance(front.candidates)
     document = pareto_document(problem, front, told, lambda scored: launch_of(scorer, scored, ask))
+    if ask.robust and front.candidates:
+        from apex_opt.report.robust import robust_front_document
+        from apex_opt.studies.robust_front import robust_front
+
+        space = formulation("plan_space").PlanSpace()
+        document = replace(document, robust=robust_front_document(robust_front(problem, front, space, ask.tell)))
     # Of the whole front those are told request by request that are best by one of the objectives.
     ends = [min(front.candidates, key=lambda s: o.signed(o.value(s.metrics))) for o in objectives if front.candidates]
     return Result(
@@ -217,6 +231,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     from apex_opt.search import Scorer
     from apex_opt.studies.capacity import fewest_gpus, highest_rate
 
+    _check_robust(ask)
     # The rate is what is asked for, not that of the trace, which may have none.
     unrated, deployment = replace(ask, rate=None), None
     if ask.plan is None:
@@ -238,12 +253,36 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
         best = found.plans[0]
         traffic = lasting(traffic, best.rate_per_s)
         document = replace(document, launch=launch_of(scorer, best.holds, ask, trace=traffic))
+        if ask.robust:
+            document = replace(document, robust=_robust_rate(problem, found, space, ask))
     return Result(
         document=document,
         found=bool(found.plans),
         traffic=traffic_of(document.launch, traffic, problem),
         details=details_by_rate(found.plans[:1], ask),
     )
+
+
+def _robust_rate(problem: Problem, found: Capacity, space: Any, ask: arguments.CapacityAsk) -> Robust:
+    """How far the times of a capacity may be off, and what is as good within the error that is to be expected.
+
+    Parameters
+    ----------
+    problem
+    found : Capacity    the answer
+    space : the program that enumerates plans
+    ask
+    """
+    from apex_opt.report.expected import error_of
+    from apex_opt.report.robust import robust_rate_document
+    from apex_opt.studies.robust import deciding
+    from apex_opt.studies.robust_rates import robust_rate
+
+    best = found.plans[0]
+    # Of rates no error was measured.
+    error = None if found.asked_per_s is None else error_of(problem, best.holds, deciding(problem))
+    told = robust_rate(problem, found, space, None if error is None else error.share, ask.tell)
+    return robust_rate_document(best, told, error)
 
 
 @command(arguments.StudyAsk)

@@ -21,6 +21,7 @@ from apex_opt.report.layout import (
     table,
 )
 from apex_opt.report.mixed import parts_table, pools_tables
+from apex_opt.report.robust import GPUS, robust_section
 from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line, shares_words
 from apex_opt.schema import of
 from apex_opt.studies.capacity import ASSUMPTION
@@ -169,6 +170,9 @@ def _draw(console: Console, document: Document) -> None:
         else:
             best_tables(console, best)
     _proof(console, document)
+    highest = document["asked"]["rate_per_s"] is None
+    aim = {"name": "rate", "unit": "requests/s"} if highest else {"name": "number", "unit": GPUS}
+    robust_section(console, document, {**aim, "tolerance": 0.0})
     if best is not None:
         provenance_table(console, document["provenance"])
     if "launch" in document:

@@ -12,6 +12,7 @@ from apex_opt.report.document import ledger_document, question_document, scored_
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import amount, count, notes_lines, page, provenance_table, table
 from apex_opt.report.load import loaded
+from apex_opt.report.robust import robust_front_section
 from apex_opt.report.tables import certificate_line, question_line
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _draw(console: Console, document: Document) -> None:
         ]
         table(console, "No plan is better in one of these without being worse in another", heads, rows, left={1})
     certificate_line(console, document)
+    robust_front_section(console, document)
     if document["reason"] is None:
         provenance_table(console, document["provenance"])
     for candidate in document["candidates"]:

@@ -148,6 +148,7 @@ class Front(types.Document):
     transient: types.Load | None
     limited_by_arrivals: bool | None
     notes: tuple[str, ...]
+    robust: types.RobustFront | None = None
 
 
 class FrontAnswer(Front):
@@ -339,6 +340,7 @@ class CapacityAnswer(types.Document):
     provenance: types.Sources | dict[str, types.Sources]
     notes: tuple[str, ...]
     launch: types.Launch | None = None
+    robust: types.Robust | None = None
 
 
 class ClusterAnswer(Described):

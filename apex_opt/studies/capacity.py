@@ -28,7 +28,7 @@ from apex_opt.studies.steady import DOUBLINGS, Steady, Trial
 from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored, Status
@@ -174,6 +174,7 @@ def highest_rate(
     progress: Progress | None = None,
     top: int = 1,
     time_limit_s: float | None = None,
+    like: Scorer | None = None,
 ) -> Capacity:
     """The deployments that take the highest rates within the goals.
 
@@ -190,6 +191,7 @@ def highest_rate(
     progress : callable, optional        told (what, done, total) along the way
     top : int                            deployments to find, each exactly
     time_limit_s : float, optional       after so long no further one is asked about
+    like : Scorer, optional              of the same problem but for its trace and goals, whose costs serve as well
 
     Raises
     ------
@@ -198,7 +200,7 @@ def highest_rate(
     """
     tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
     _check_goals(problem)
-    steady = Steady(problem)
+    steady = Steady(problem, like)
     longest = len(problem.trace) * steady.loops << DOUBLINGS
     grid = Grid.of(rate_of(problem.trace), resolution, longest)
     space = _Space.of(steady, steady.at(grid.rate_per_s(grid.low)), formulation, deployment, tell)
@@ -244,6 +246,8 @@ def fewest_gpus(
     progress: Progress | None = None,
     top: int = 1,
     time_limit_s: float | None = None,
+    like: Scorer | None = None,
+    aside: Collection[Deployment] = (),
 ) -> Capacity:
     """The deployments on the fewest GPUs that take a rate within the goals, the best by the objective first.
 
@@ -252,7 +256,8 @@ def fewest_gpus(
 
     Parameters
     ----------
-    rate_per_s : float    requests per second; the others as for `highest_rate`
+    rate_per_s : float          requests per second; the others as for `highest_rate`
+    aside : set of Deployment   that are left out
 
     Raises
     ------
@@ -261,13 +266,15 @@ def fewest_gpus(
     """
     tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
     _check_goals(problem)
-    steady = Steady(problem)
+    steady = Steady(problem, like)
     scorer = steady.at(rate_per_s)
     space = _Space.of(steady, scorer, formulation, deployment, tell)
     incumbent = _Cheapest(scorer.problem, top)
     asked: list[Deployment] = []
 
     def sustains(one: Deployment, bound: Costs, worst: Costs) -> Scored | None:
+        if one in aside:
+            return None
         trial = steady.run(one, rate_per_s, worst[1:] or FREE, bound[1:])
         incumbent.trials[one] = trial = steady.confirmed(one, rate_per_s, trial) if trial.holds else trial
         return trial.first if trial.holds else None
@@ -298,7 +305,7 @@ def fewest_gpus(
     where = f"at {rate_per_s:.4g} requests/s"
     reason = None
     if not found:
-        failed = ((one, incumbent.trials[one]) for one in asked)
+        failed = ((one, incumbent.trials[one]) for one in asked if one not in aside)
         reason = _near_miss(where, failed) or _why_not(where, scorer.problem, formulation, space, ledger)
     return Capacity(
         status=space.status(ledger, bool(found)),

@@ -21,9 +21,10 @@ from apex_opt.search.spread import Alone
 from apex_opt.units import add_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from apex_opt.figures import Objective
+    from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
     from apex_opt.search.ledger import Costs, Part
     from apex_opt.search.problem import Problem
@@ -54,12 +55,18 @@ class Front:
 
 
 class Unbeaten(Incumbent):
-    """What a search for a front is after: everything that nothing found so far beats."""
+    """What a search for a front is after: everything that nothing found so far beats.
+
+    Parameters
+    ----------
+    problem : Problem
+    aside : set of Deployment    what beats nothing
+    """
 
     in_order = False
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    def __init__(self, problem: Problem, aside: Collection[Deployment] = ()) -> None:
+        self._problem, self._aside = problem, frozenset(aside)
         self._found: list[Costs] = []
         self._scales: Costs = ()
 
@@ -73,12 +80,15 @@ class Unbeaten(Incumbent):
 
     def scouted(self, scouts: Sequence[Scored]) -> None:
         for scored in scouts:
-            self._note(self._problem.costs(scored.metrics))
+            self._note(scored)
 
     def take(self, scored: Scored, part: Part) -> None:
-        self._note(self._problem.costs(scored.metrics))
+        self._note(scored)
 
-    def _note(self, costs: Costs) -> None:
+    def _note(self, scored: Scored) -> None:
+        if scored.deployment in self._aside:
+            return
+        costs = self._problem.costs(scored.metrics)
         if not any(one == costs or dominates(one, costs) for one in self._found):
             self._found = [*(one for one in self._found if not dominates(costs, one)), costs]
 
@@ -89,6 +99,9 @@ def pareto(
     formulation: Formulations,
     progress: Progress | None = None,
     crew: Callable[[Scorer], Crew] = Alone,
+    *,
+    like: Scorer | None = None,
+    aside: Collection[Deployment] = (),
 ) -> Front:
     """The exact front of two or three objectives over the deployments that meet the goals.
 
@@ -102,6 +115,8 @@ def pareto(
     formulation : Formulations       the programs that enumerate plans and split layers
     progress : callable, optional    told (what, done, total) along the way
     crew : callable                  who bounds and simulates for a scorer, as of `search`
+    like : Scorer, optional          of the same problem but for its trace and goals, whose costs serve as well
+    aside : set of Deployment        that are left out: the front is that of the others
 
     Raises
     ------
@@ -113,9 +128,9 @@ def pareto(
         raise UsageError(f"--objective: {','.join(names)}: a front is of two or three objectives, each named once")
     problem = replace(problem, objective=objectives[0], then=tuple(objectives[1:]))
     check_lengths(problem)
-    tree = Tree(problem, Scorer(problem), formulation, progress or silent, crew)
-    found = tree.simulated(Unbeaten(problem), inf)
-    good = [one.scored for one in found if one.scored.meets_slos]
+    tree = Tree(problem, Scorer(problem, like=like), formulation, progress or silent, crew)
+    found = tree.simulated(Unbeaten(problem, aside), inf)
+    good = [one.scored for one in found if one.scored.meets_slos and one.scored.deployment not in aside]
     # Of a front no objective is the first, so none of its bounds is told.
     front = [replace(one, bound=None) for one in _front(problem, good)]
     for part in tree.parts:

@@ -13,7 +13,7 @@ count.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import reached
@@ -23,11 +23,12 @@ from apex_opt.search.search import rank, search, silent
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from apex_opt.figures import Figure, Goal, Objective
+    from apex_opt.figures import Figure, Objective
     from apex_opt.search.answer import Answer, Scored
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Formulations, Progress
 
+L = TypeVar("L")
 Times = Literal["all", "best", "others"]
 """Whose times are off: of every deployment alike, of the best alone, of any of the others alone."""
 
@@ -83,7 +84,7 @@ class Robustness:
     turns : tuple of Turn       none where no other deployment can run and there are no goals to miss
     common : bool               whether times that are off in common can matter; else they were not asked about
     runner_up : Scored or None  the best of the others, times as computed
-    deciding : Objective        that deployments are held against each other by: the first that is not exact anyhow
+    deciding : str              what deployments are held against each other by: the first that is not exact anyhow
     tied : tuple of Scored or None    deployments nearer to the best by it than the error, best first; None where no
                                 error is known
     searches, simulations : int made for all this; a simulation is of the best deployment alone
@@ -92,7 +93,7 @@ class Robustness:
     turns: tuple[Turn, ...]
     common: bool
     runner_up: Scored | None
-    deciding: Objective
+    deciding: str
     tied: tuple[Scored, ...] | None
     searches: int
     simulations: int
@@ -146,11 +147,29 @@ def slowed(problem: Problem, factor: float) -> Problem:
         trace = trace.stretched(1 / factor)
     elif trace.pause_ns:
         trace = replace(trace, pause_ns=round(trace.pause_ns / factor))
-    slos = tuple(replace(goal, limit=goal.limit / _scale(goal.figure, factor)) for goal in problem.slos)
+    slos = tuple(replace(goal, limit=goal.limit / scale(goal.figure, factor)) for goal in problem.slos)
     return replace(problem, trace=trace, slos=slos)
 
 
-def _scale(figure: Figure, factor: float) -> float:
+def missed_by(problem: Problem, run: Scored, factor: float) -> str:
+    """The goals of a problem that a run of it, slowed, misses, and what it reaches in the problem's own time.
+
+    Parameters
+    ----------
+    problem
+    run : Scored      of the slowed problem
+    factor : float    by which that is slowed
+    """
+    missed = []
+    for goal, then in zip(problem.slos, slowed(problem, factor).slos, strict=True):
+        if not run.metrics.slo_met[goal.text]:
+            value = then.reached(run.metrics)
+            told = value if then.fraction is not None else value * scale(then.figure, factor)
+            missed.append(f"{goal.text} (it reaches {reached(goal, told)})")
+    return " and ".join(missed)
+
+
+def scale(figure: Figure, factor: float) -> float:
     """What a figure is multiplied by where all takes so many times as long."""
     power = figure.unit.of_time
     if power is None:
@@ -187,7 +206,7 @@ class _Study:
             turns=tuple(turns),
             common=self._moves,
             runner_up=self._runner_up,
-            deciding=deciding(self._problem),
+            deciding=deciding(self._problem).name,
             tied=tied,
             searches=self._searches,
             simulations=self._simulations,
@@ -210,10 +229,10 @@ class _Study:
         problem = self._problem
         clients = problem.trace.arrival_ns
         waits = problem.trace.pause_ns > 0 or problem.trace.delay_ns is not None or int(clients[-1]) > int(clients[0])
-        return waits or any(_scale(goal.figure, 2.0) != 1 for goal in problem.slos)
+        return waits or any(scale(goal.figure, 2.0) != 1 for goal in problem.slos)
 
     def _turn(self, times: Times, lost: Callable[[float], Loss | None], *, slower: bool) -> Turn:
-        """Where the deployment stops to win: first farther and farther from 1, then between the last two factors.
+        """Where the deployment stops to win, with the times of some.
 
         Parameters
         ----------
@@ -221,19 +240,13 @@ class _Study:
         lost : callable    what is at a factor, where the deployment does not win
         slower : bool      whether factors are above 1
         """
-        low, high, found = 0, STEPS + 1, None
-        while high - low > 1:
-            step = (low + high) // 2 if found is not None else min(max(2 * low, 1), STEPS)
+
+        def told(factor: float) -> Loss | None:
             self._tell("asking with other times", self._searches + self._simulations, 0)
-            loss = lost(factor_of(step, slower))
-            if loss is None:
-                low = step
-            else:
-                high, found = step, loss
-        holds = factor_of(low, slower)
-        if found is None:
-            return Turn(times=times, slower=slower, holds=holds)
-        return Turn(times=times, slower=slower, holds=holds, factor=factor_of(high, slower), loss=found)
+            return lost(factor)
+
+        holds, factor, loss = last_before(told, slower=slower)
+        return Turn(times=times, slower=slower, holds=holds, factor=factor, loss=loss)
 
     def _beaten_by_all(self, factor: float) -> Loss | None:
         """With the times of all."""
@@ -276,24 +289,14 @@ class _Study:
         winner : Scored or None
         of_winner : factor of the winner's times
         """
-        missed = [
-            f"{goal.text} (it reaches {reached(goal, self._reached(goal_then, run, factor))})"
-            for goal, goal_then in zip(self._problem.slos, slowed(self._problem, factor).slos, strict=True)
-            if not run.metrics.slo_met[goal.text]
-        ]
         objective = self._problem.objective
-        value = None if winner is None else winner.value * _scale(objective.figure, of_winner)
-        return Loss(winner=winner, value=value, missed=" and ".join(missed))
-
-    def _reached(self, goal: Goal, run: Scored, factor: float) -> float:
-        """What a run reaches of a goal, its times being so many times those of the run."""
-        value = goal.reached(run.metrics)
-        return value if goal.fraction is not None else value * _scale(goal.figure, factor)
+        value = None if winner is None else winner.value * scale(objective.figure, of_winner)
+        return Loss(winner=winner, value=value, missed=missed_by(self._problem, run, factor))
 
     def _rank(self, scored: Scored, factor: float) -> tuple[object, ...]:
         """Better first, with its times so many times those of its run."""
         costs, *others = rank(self._problem, scored)
-        scales = (_scale(objective.figure, factor) for objective in self._problem.objectives)
+        scales = (scale(objective.figure, factor) for objective in self._problem.objectives)
         return tuple(cost * scale for cost, scale in zip(costs, scales, strict=True)), *others
 
     def _tied(self, error: float) -> tuple[Scored, ...]:
@@ -319,6 +322,31 @@ class _Study:
         """The answer to another problem."""
         self._searches += 1
         return search(problem, self._formulation, silent, top, scorer=Scorer(problem, like=self._scorer))
+
+
+def last_before(lost: Callable[[float], L | None], *, slower: bool) -> tuple[float, float | None, L | None]:
+    """Where an answer stops to hold: first farther and farther from 1, then between the last two factors.
+
+    Parameters
+    ----------
+    lost : callable    what is at a factor, where the answer does not hold
+    slower : bool      whether factors are above 1
+
+    Returns
+    -------
+    float, float or None, what is there
+        the factor farthest from 1 at which it holds, as at all asked before; the nearest that was found at which it
+        does not, and what is there, both None where it holds at all that were asked
+    """
+    low, high, found = 0, STEPS + 1, None
+    while high - low > 1:
+        step = (low + high) // 2 if found is not None else min(max(2 * low, 1), STEPS)
+        loss = lost(factor_of(step, slower))
+        if loss is None:
+            low = step
+        else:
+            high, found = step, loss
+    return factor_of(low, slower), None if found is None else factor_of(high, slower), found
 
 
 def factor_of(step: int, slower: bool) -> float:

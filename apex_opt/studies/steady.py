@@ -143,11 +143,17 @@ class Trial:
 
 
 class Steady:
-    """Judges deployments at rates; costs do not depend on the rate and are shared."""
+    """Judges deployments at rates; costs do not depend on the rate and are shared.
 
-    def __init__(self, problem: Problem) -> None:
+    Parameters
+    ----------
+    problem : Problem
+    like : Scorer or None    of the same problem but for its trace and goals, whose costs serve as well
+    """
+
+    def __init__(self, problem: Problem, like: Scorer | None = None) -> None:
         self.problem = problem
-        self._own = Scorer(problem)
+        self._own = Scorer(problem, like=like)
         self._repeated = lru_cache(maxsize=_KEPT)(self._scorer_at)
         self._saturated: dict[Deployment, float | None] = {}
         self._counted, self._lock = 0, Lock()

@@ -172,6 +172,47 @@ class Turn(Described):
     missed: str
 
 
+class FrontTurn(Described):
+    """How far times may be off in one way before other plans are on a front.
+
+    Parameters
+    ----------
+    times : whose are off: of all plans alike, of one on the front alone, or of any of the others alone
+    plan : the one on the front; empty where it is all, or any other
+    slower : whether they are longer than computed
+    holds : factor farthest from 1 at which the front is the same, as at all that were asked before
+    factor : the nearest that was found at which it is not; null where it is at all that were asked
+    joins : plans that are on the front then and were not
+    leaves : plans that were on the front and are not then
+    missed : goals that the plan misses then, in words; empty where it is beaten
+    """
+
+    times: Literal["all", "best", "others"]
+    plan: str
+    slower: bool
+    holds: float
+    factor: Number
+    joins: tuple[str, ...]
+    leaves: tuple[str, ...]
+    missed: str
+
+
+class RobustFront(Described):
+    """How far times may be off before other plans are on a front.
+
+    Parameters
+    ----------
+    turns : whose times, and which way
+    common : whether times that are off in common can matter; else they were not asked about
+    searches, simulations : made for all this, the latter of plans on the front
+    """
+
+    turns: tuple[FrontTurn, ...]
+    common: bool
+    searches: int
+    simulations: int
+
+
 class Near(Described):
     """A plan beside the best one.
 
