@@ -128,6 +128,9 @@ class Ask(Setup):
     shares : What prompts and answers may have of each GPU where it is shared, several with commas: 80/100 in per cent,
         pdmux for SGLang's multiplexing, pdmux:72/60 for one division of it, in multiprocessors. By default what
         --runnable can start, or with any a few of each (docs/phases.md).
+    overlap : What plans may overlap: none, two_batches, which splits a forward of attention copies into two halves, one
+        of which computes while the other sends tokens to their experts (vLLM's DBO, SGLang's TBO), or both with a
+        comma between them to choose from (docs/overlap.md).
     handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
         notice_us, post_us and descriptor_us. By default as published for the engine.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
@@ -153,6 +156,7 @@ class Ask(Setup):
     routing: str = "round_robin"
     serving: str = "aggregated"
     shares: str | None = None
+    overlap: str = "none"
     handover: str | None = None
     chunked_prefill: bool | None = None
     speculation: str = "none"

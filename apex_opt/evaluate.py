@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from apex_opt.cluster.types import Cluster
+    from apex_opt.engines.overlap import Overlap
     from apex_opt.ir.cells import Piece
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
@@ -77,6 +78,7 @@ class Instance:
     drafters : tuple of Drafter or None    ways to make drafts to choose from; None makes none
     routings : tuple of str       routers to choose from in front of several replicas; none where there is no choice
     shares : Shares or None       what prompts and answers have of each GPU in all of the plans; None: batches hold both
+    overlap : str or None         what one GPU does at a time in all of them; None: one thing after the other
     """
 
     model: Model
@@ -92,6 +94,7 @@ class Instance:
     drafters: tuple[Drafter | None, ...] = (None,)
     routings: tuple[Routing, ...] = ()
     shares: Shares | None = None
+    overlap: Overlap | None = None
     held: Held = field(init=False, repr=False, compare=False)
     """How the engine holds the model."""
 
@@ -191,6 +194,7 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
     yield from _drafts(instance, plan)
     yield from _sharing(instance, plan)
+    yield from _overlapping(instance, plan)
     if fault := allotted(instance.model, plan, instance.settings).fault:
         yield fault
     if instance.settings.runnable is not None:
@@ -234,6 +238,23 @@ def _sharing(instance: Instance, plan: Plan) -> Iterator[str]:
         yield f"share={shares}: requests go to replicas in turn, the plan has route={plan.route}"
     if shares.multiplexed and (fault := division_fault(shares, instance.cluster.gpu)):
         yield f"share={shares}: {fault}"
+
+
+def _overlapping(instance: Instance, plan: Plan) -> Iterator[str]:
+    """Why the forwards of the plan cannot be split into two halves."""
+    if plan.overlap is None:
+        return
+    what, name = f"overlap={plan.overlap}", instance.settings.scheduler.name
+    if instance.settings.scheduler.splitting is None:
+        yield f"{what}: {name} splits no forward"
+    if plan.attention.dp == 1:
+        yield f"{what}: forwards are split of several attention copies, the plan has one"
+    if plan.ffn.ep != plan.stage_devices or plan.ffn.ep == 1:
+        yield f"{what}: each GPU of a stage has experts of its own to send to, the plan has ffn({plan.ffn})"
+    if plan.stages > 1:
+        yield f"{what}: it is modelled on one pipeline stage, the plan has {plan.stages}"
+    if plan.speculation is not None:
+        yield f"{what}: it is modelled without drafts, the plan has spec={plan.speculation}"
 
 
 def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
@@ -380,6 +401,7 @@ def cuts(instance: Instance) -> Iterator[Plan]:
                                 max_num_batched_tokens=tokens,
                                 speculation=drafter,
                                 shares=instance.shares,
+                                overlap=instance.overlap,
                             )
 
 

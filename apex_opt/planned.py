@@ -179,11 +179,22 @@ def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) 
                 f"spec={problem.drafters[0]}, or as spec=none"
             )
         (drafter,) = problem.drafters
+    overlap = plan.overlap
+    if overlap is None and "overlap=none" not in words and None not in problem.overlaps:
+        (overlap,) = problem.overlaps
     routers = problem.routers(pool.role) if plan.replicas > 1 else ()
     if len(routers) > 1 and plan.route is None:
         raise UsageError(f"--routing: {ask.routing!r:.60} is a choice; one plan has one router (route=)")
     route = plan.route or (routers[0] if routers else None)
-    return replace(plan, weight_format=weights, kv_format=kv, clock_mhz=clock, speculation=drafter, route=route)
+    return replace(
+        plan,
+        weight_format=weights,
+        kv_format=kv,
+        clock_mhz=clock,
+        speculation=drafter,
+        overlap=overlap,
+        route=route,
+    )
 
 
 def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:

@@ -17,6 +17,7 @@ from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
+from apex_opt.overlapping import about_overlap, overlaps_of, plans_overlap
 from apex_opt.plans.acceptance import parse_speculation, speculations
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format, foreign_mix
@@ -133,6 +134,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         settings, notes = fitted(ask, settings, trace, shares), (*notes, about_shares(shares), *others)
     elif ask.shares is not None:
         raise UsageError("--shares is of phases side by side on a GPU; give --serving=shared, or leave it out")
+    overlaps = overlaps_of(ask, settings, model, serving, len(clusters))
+    notes = (*notes, *about_overlap(settings, asked=any(overlaps) or plans_overlap(ask)))
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
         weight_formats, kv_formats = _formats(ask, model, cluster.gpu)
@@ -160,6 +163,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         batch_limits=_choices(limits),
         drafters=drafters,
         shares=shares if "aggregated" not in serving and shares else (None, *shares),
+        overlaps=overlaps,
         expert_routing=ask.expert_routing,
         profiles=check_profiles(ask.profiles),
         notes=notes,

@@ -25,7 +25,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
         *("gpu_memory_utilization", "chunked_prefill", "prefix_caching", "async_scheduling", "speculation"),
         *("acceptance", "engine_settings"),
     ),
-    "REPLICAS AND POOLS": ("serving", "routing", "shares", "handover"),
+    "REPLICAS AND POOLS": ("serving", "routing", "shares", "overlap", "handover"),
     "SEARCH AND ANSWER": ("top", "time_limit", "check", "robust", "sources", "debug"),
 }
 """Options that several commands have, in the order in which help tells of them; a command's own come after the first

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from simulator_cases import of_windows
 
+from apex_opt.engines.overlap import Splitting
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator import EnginePool, run_deployment
 from apex_opt.simulator.law import RATE_BITS, BatchLaw
-from apex_opt.simulator.ranks import Padding, Ranks, SharedLaw
+from apex_opt.simulator.ranks import Halves, Padding, Ranks, SharedLaw
 from apex_opt.simulator.recorded.dp import padding
 from apex_opt.workload.trace import make_trace
 
@@ -170,6 +171,33 @@ def drafting_ranks(ranks: Ranks, settings: EngineSettings, noise: np.random.Gene
         mixed_rows=every + noise.integers(0, tokens, tokens + 1),
     )
     return replace(ranks, padding=padding_, shared=[shared])
+
+
+def halving(pool: EnginePool, draw: random.Random, *, pads: bool = True) -> EnginePool:
+    """The same with forwards that are split, by any thresholds and with any times of halves."""
+    assert pool.ranks is not None
+    noise, settings = np.random.default_rng(draw.randrange(1 << 30)), pool.settings
+    shared = []
+    for its in pool.ranks.shared:
+        most, entries = int(its.decode_ns.max()) + 1, len(its.decode_ns)
+        names = ("decode_ns", "mixed_ns", "network_ns", "decode_host_ns", "mixed_host_ns")
+        tables = {name: noise.integers(0, most, entries) for name in names}
+        halves = Halves(
+            law=law_of(settings, draw, most=most),
+            alone_ns=noise.integers(0, most, settings.max_num_seqs + 1),
+            layers=draw.randint(1, 9),
+            **tables,
+        )
+        shared.append(replace(its, halves=halves))
+    splitting = Splitting(
+        decode_tokens=draw.choice([1, 1, 2, 4]),
+        prompt_tokens=draw.choice([1, 2, 8]),
+        pads=pads,
+        decode_sms=0,
+        prompt_sms=0,
+        graphs=True,
+    )
+    return replace(pool, ranks=replace(pool.ranks, lockstep=True, shared=shared, splitting=splitting))
 
 
 def random_ranks(draw: random.Random, count: int, settings: EngineSettings, stages: int) -> Ranks:

@@ -1,83 +1,65 @@
-"""Two batches in place of one: the vote of all ranks, the time of halves, and forwards as the simulator has them."""
+"""What two batches in place of one do to the forwards of a run, or would."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from plan_cases import make_cluster, make_model, make_problem, random_trace, sparse
 
-from apex_opt.cost.two_batches import Forward, forward, halves_s, splits, two_batches
+from apex_opt.cost.two_batches import two_batches
+from apex_opt.engines.overlap import TWO_BATCH
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import Plan, Template
 from apex_opt.search import Scorer
 from apex_opt.simulator.ranks import alike_ns
 from apex_opt.units import NS_PER_S
 
+if TYPE_CHECKING:
+    from apex_opt.cost.model import PlanCost
+    from apex_opt.simulator.ranks import Rows
+
 PROBLEM = make_problem(make_model((sparse(), 6)), make_cluster(4), random_trace(1, 60))
-PLAN = Plan(
+PROBLEM = replace(PROBLEM, settings=replace(PROBLEM.settings, max_num_seqs=64, max_num_batched_tokens=1024))
+WHOLE = Plan(
     replicas=1, layers=(6,), attention=Template(dp=4), ffn=Template(ep=4), weight_format="bf16", kv_format="bf16"
 )
+SPLIT = replace(WHOLE, overlap="two_batches")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "padded", "decoding", "wanted"),
-    [
-        ((32, 40), (32, 40), (True, True), True),
-        ((31, 400), (32, 400), (True, True), False),  # one rank has too few
-        ((32, 64), (32, 64), (True, True), False),  # half of 64 leaves the first rank no second half
-        ((33, 64), (40, 64), (True, True), True),
-        ((511, 600), (511, 600), (False, False), False),
-        ((512, 600), (512, 600), (False, False), True),
-        ((40, 600), (40, 600), (True, False), False),  # both want to, but the first would have no second half
-        ((400, 600), (400, 600), (True, False), True),
-    ],
-)
-def test_a_forward_is_split_where_all_ranks_want_it_and_none_is_left_without_a_second_half(
-    tokens: tuple[int, ...], padded: tuple[int, ...], decoding: tuple[bool, ...], wanted: bool
-) -> None:
-    assert splits(tokens, padded, decoding) == wanted
+def took_ns(cost: PlanCost, rows: Rows) -> int:
+    """A forward in which each rank has the same batch."""
+    return alike_ns(cost.laws[0], cost.ranks, 0, rows)
 
 
-def test_two_halves_take_as_long_as_the_busier_of_computing_and_sending() -> None:
-    computes, sends = Forward(0.9, 0.3, 0.5), Forward(0.3, 0.9, 0.5)
-    assert halves_s(computes, 0.5, 3) == halves_s(sends, 0.5, 3) == pytest.approx(1.8 + 0.1 + 0.5)
-    assert halves_s(computes, 0.5, 3, slower=2.0) == pytest.approx(3.6 + 0.1 + 0.5)
-    # With halves that cost half, overlap can only help; with halves that cost as much as the whole it can only harm.
-    assert halves_s(Forward(0.5, 0.5, 0.0), 0.0, 6) < 2.0 < halves_s(Forward(1.0, 0.2, 0.0), 0.0, 6)
-
-
-def test_a_forward_takes_what_it_takes_in_the_simulator() -> None:
-    cost = Scorer(PROBLEM).facts().plan_cost(PLAN)
-    assert cost.ranks is not None
-    for rows in (1, 2, 4, 8, 16):
-        told = alike_ns(cost.laws[0], cost.ranks, 0, [(1, 300)] * rows) / NS_PER_S
-        assert forward(cost, rows, 300.0).whole_s == pytest.approx(told, abs=3e-9 * rows)
-    told = alike_ns(cost.laws[0], cost.ranks, 0, [(200, 200)]) / NS_PER_S
-    mine = [forward(cost, 200, None, eager) for eager in (0.0, 1.0)]
-    assert min(one.whole_s for one in mine) - 1e-5 <= told <= max(one.whole_s for one in mine) + 1e-5
-    assert mine[0].network_s == mine[1].network_s > 0
-
-
-def test_only_forwards_that_ranks_would_split_change() -> None:
-    problem = replace(PROBLEM, settings=replace(PROBLEM.settings, max_num_seqs=64, max_num_batched_tokens=1024))
-    scorer = Scorer(problem)
-    (_, found), cost = scorer.overlap(Deployment.of(PLAN)), scorer.facts().plan_cost(PLAN)
-    assert {one.kind for one in found} == {"answers", "prompts"}
-    outcome = scorer.run(Deployment.of(PLAN))
+def test_what_they_would_do_to_a_run_is_told_kind_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer(PROBLEM)
+    room, found = scorer.overlap(Deployment.of(WHOLE))
+    assert {one.kind for one in found} == {one.kind for one in room} == {"answers", "prompts"}
+    outcome = scorer.run(Deployment.of(WHOLE))
     assert outcome is not None
     (did,) = outcome.pools
     assert did.shared is not None
+    without, split = (scorer.facts().plan_cost(plan) for plan in (WHOLE, SPLIT))
     fewer = replace(did.shared, decode=did.shared.decode.copy(), mixed=did.shared.mixed.copy())
     fewer.decode[32:], fewer.mixed[512:] = 0, 0
-    for one in two_batches(PLAN, cost, did.counts, fewer, None):
-        assert one.split == 0 and one.two_s == one.whole_s and one.gain == 0
-    more = replace(did.shared, decode=did.shared.decode * 0, mixed=did.shared.mixed * 0)
+    assert all(one.split == 0 for one in two_batches(without, split, did.counts, fewer))
+    more = replace(did.shared, decode=np.zeros_like(fewer.decode), mixed=np.zeros_like(fewer.mixed))
     more.decode[64], more.mixed[600] = 3, 5
-    answers, prompts = two_batches(PLAN, cost, did.counts, more, None)
-    assert (answers.split, prompts.split) == (3, 5) and answers.two_s != answers.whole_s
+    answers, prompts = two_batches(without, split, did.counts, more)
+    assert (answers.forwards, answers.split, prompts.split) == (3, 3, 5)
+    assert prompts.whole_s == pytest.approx(took_ns(without, [(600, 600)]) / NS_PER_S)
+    assert prompts.two_s == pytest.approx(took_ns(split, [(600, 600)]) / NS_PER_S)
+    assert prompts.gain == pytest.approx(1 - prompts.two_s / prompts.whole_s)
+    # Of a plan whose forwards are split the same is told.
+    assert {one.kind for one in scorer.overlap(Deployment.of(SPLIT))[1]} == {"answers", "prompts"}
+    monkeypatch.setattr(VllmScheduling, "splitting", TWO_BATCH)
+    assert all(one.split == one.forwards for one in Scorer(PROBLEM).overlap(Deployment.of(WHOLE))[1])
 
 
 def test_plans_without_ranks_are_told_nothing_of_it() -> None:
-    whole = replace(PLAN, attention=Template(tp=4), ffn=Template(ep=4))
+    whole = replace(WHOLE, attention=Template(tp=4), ffn=Template(ep=4))
     assert Scorer(PROBLEM).overlap(Deployment.of(whole))[1] == ()

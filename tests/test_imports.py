@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.gate",),
     ("apex_opt.arguments", "apex_opt.shown"),
     ("apex_opt.sharing",),
+    ("apex_opt.overlapping",),
     ("apex_opt.serving",),
     ("apex_opt.resolve",),
     ("apex_opt.planned",),

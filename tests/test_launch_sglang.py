@@ -182,3 +182,9 @@ def test_a_router_of_pools_that_it_does_not_have_is_told() -> None:
     assert len(unmatched([many, many], ("pull", "session"))) == 2
     assert not unmatched([many, one], ("round_robin", "session"))
     assert not unmatched([one, many], ("session", "power_of_two"))
+
+
+def test_two_batches_take_the_kernels_of_deepep() -> None:
+    (command,) = emitted("sglang", "qwen3-30b-a3b", "attn(dp8) ffn(ep8) overlap=two_batches", 1, 8).commands
+    assert "--enable-two-batch-overlap" in command.argv
+    assert value(command, "--moe-a2a-backend") == "deepep" and value(command, "--deepep-mode") == "auto"

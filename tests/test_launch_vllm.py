@@ -268,3 +268,12 @@ def test_pools_over_several_nodes_say_once_what_stands_for_their_addresses() -> 
     )
     (note,) = [note for note in answer.to_dict()["launch"]["notes"] if note.startswith("NODE0")]
     assert note.endswith("a replica runs once all its commands do")
+
+
+def test_two_batches_take_the_kernels_of_deepep() -> None:
+    found = emitted("vllm", MOE, "attn(dp8) ffn(ep8) overlap=two_batches", 1, 8)
+    (command,) = found.commands
+    assert "--enable-dbo" in command.argv and value(command, "--all2all-backend") == "deepep_high_throughput"
+    assert any("runs from no CUDA graph" in note for note in found.notes)
+    (plain,) = emitted("vllm", MOE, "attn(dp8) ffn(ep8)", 1, 8).commands
+    assert "--enable-dbo" not in plain.argv and "--all2all-backend" not in plain.argv

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_cases import dense, make_model
 
+from apex_opt.engines.overlap import OVERLAPS
 from apex_opt.errors import ApexError, UsageError
 from apex_opt.ir import FORMATS, KV_BYTES, load_model
 from apex_opt.plans.plan import LARGEST_DEGREE, Plan, Template, default_kv_format, even_split, parse_plan
@@ -37,6 +38,7 @@ def plans(draw: st.DrawFn) -> Plan:
         clock_mhz=draw(LIMITS),
         max_num_seqs=draw(LIMITS),
         max_num_batched_tokens=draw(LIMITS),
+        overlap=draw(st.sampled_from((None, *OVERLAPS))),
         route=draw(st.sampled_from((None, *ROUTINGS))) if replicas > 1 else None,
     )
 

@@ -67,6 +67,7 @@ def done_of(plan: Plan, cost: PlanCost, counted: BatchCounts, shared: SharedCoun
     told = law_counts(counted, cost.laws[0].windows)
     if shared is not None:
         told |= {f"together {kind}": getattr(shared, kind) for kind in ("decode", "mixed", "eager", "draft")}
+        told |= {"together split decode": shared.split_decode, "together split mixed": shared.split_mixed}
         for table in ("decode_ns", "verify_ns"):
             if len(told[table]):
                 told[table] = told[table].copy()

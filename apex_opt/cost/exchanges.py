@@ -6,6 +6,8 @@ from copy import copy
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import numpy as np
+
 from apex_opt.cluster.tree import LEVELS
 from apex_opt.cost.tables import evenly, merged, nowhere, owned, sharing
 from apex_opt.cost.work import Work
@@ -14,13 +16,13 @@ from apex_opt.profiles.collectives import Collectives
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from apex_opt.cluster.types import Link
     from apex_opt.cost.tables import Parts, Place, Tables
     from apex_opt.cost.work import Floats
     from apex_opt.ir.cells import Ffn
-    from apex_opt.ir.model import Block, Model
+    from apex_opt.ir.model import Block, Model, Run
     from apex_opt.plans.layout import Layout, Spread
     from apex_opt.plans.plan import Template
     from apex_opt.profiles import Profile
@@ -61,6 +63,7 @@ class Exchanges:
         # Of ranks that run in step: "own" counts what each does for itself, a number what is done with the tokens of
         # all ranks where they are dealt to so many copies; None counts all that a stage does.
         self.role: Literal["own"] | int | None = None
+        self.hides = False  # whether what sends tokens to their experts and back is left out
         self.called: dict[str, str] = {}  # collectives asked for so far, and where their times come from
         # Templates share most of their operations. Per object: all of them live as long as a problem.
         self.link = lru_cache(maxsize=KEPT)(self._link)
@@ -93,6 +96,30 @@ class Exchanges:
         own = copy(self)
         own.role = "own"
         return own
+
+    def hiding(self) -> Self:
+        """The same without what sends tokens to their experts and back; results are shared."""
+        own = copy(self)
+        own.hides = True
+        return own
+
+    def sent(self, runs: Iterable[Run], attention: Template, ffn: Template, layout: Layout) -> Work:
+        """What sends the tokens of a rank to their experts and back, by tokens.
+
+        Parameters
+        ----------
+        runs : layers of a stage
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
+        layout
+        """
+        total = Work.spinning(self.power, np.zeros(len(self.tables.tokens)))
+        for run in runs:
+            for call in self.exchanges(run.block, attention, ffn):
+                if call.time_s is Collectives.all_to_all_s:
+                    work = self.link(call.time_s, call.token_bytes, call.ranks, layout.spread(call.ranks, call.stride))
+                    total = total + work * run.count
+        return total
 
     def _held_as(self, cell: Ffn, attention: Template, ffn: Template) -> Template:
         """How an FFN is cut: as experts are, or as the engine holds dense ones beside them."""
@@ -169,7 +196,8 @@ class Exchanges:
                     (of_ffn, calls.reduce_scatter_s, hidden, shards, 1, ffn.dp),
                 ]
             found.append((of_attention, calls.all_gather_s, hidden, attention.tp, 1, attention.dp))
-        return tuple(call for call in (Exchange(*call) for call in found) if call.ranks > 1)
+        calls_of = (Exchange(*call) for call in found if not (self.hides and call[1] is calls.all_to_all_s))
+        return tuple(call for call in calls_of if call.ranks > 1)
 
     def _collective(
         self,

@@ -123,5 +123,7 @@ def _forwards(kind: str, shared: SharedCounts) -> SharedCounts:
         decode=shared.decode if answers else none,
         mixed=none if answers else shared.mixed,
         eager=none if answers else shared.eager,
+        split_decode=shared.split_decode if answers else np.zeros_like(shared.split_decode),
+        split_mixed=np.zeros_like(shared.split_mixed) if answers else shared.split_mixed,
         dummies=shared.dummies if answers else 0,
     )

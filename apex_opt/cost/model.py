@@ -97,16 +97,16 @@ class CostModel:
         self._layouts = {
             found.gpu.name: Layouts(its, partial(self.exchanged, gpu=found.gpu.name)) for found, its in pools
         }
-        self._stages: dict[tuple[str, int | None, EngineSettings], StageCosts] = {}
+        self._stages: dict[tuple[str, int | None, EngineSettings, EngineOverhead], StageCosts] = {}
         self._ranks: dict[StageCosts, RankCosts] = {}
         for name in self._clusters:
-            self._of(name, clock_mhz, settings)
+            self._of(name, clock_mhz, settings, overhead)
 
-    def _of(self, gpu: str, clock_mhz: int | None, settings: EngineSettings) -> StageCosts:
-        key = gpu, clock_mhz, settings
+    def _of(self, gpu: str, clock_mhz: int | None, settings: EngineSettings, overhead: EngineOverhead) -> StageCosts:
+        key = gpu, clock_mhz, settings, overhead
         if key not in self._stages:
             self._stages[key] = StageCosts(
-                self.model, self._clusters[gpu], settings, self.overhead, self._routing, self._profiles, clock_mhz
+                self.model, self._clusters[gpu], settings, overhead, self._routing, self._profiles, clock_mhz
             )
         return self._stages[key]
 
@@ -118,7 +118,10 @@ class CostModel:
         UsageError    a clock that the GPU does not have
         """
         clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
-        return self._of(gpu or self.cluster.gpu.name, clock_mhz, of_each(self.settings, plan))
+        splitting, overhead = self.settings.scheduler.splitting, self.overhead
+        if plan.overlap is not None and splitting is not None and not splitting.graphs:
+            overhead = replace(overhead, captured_sizes=(), captured_tokens=0)
+        return self._of(gpu or self.cluster.gpu.name, clock_mhz, of_each(self.settings, plan), overhead)
 
     def ranks_of(self, plan: Plan, gpu: str | None = None) -> RankCosts:
         """The same where the attention copies of the plan are ranks."""
@@ -136,7 +139,7 @@ class CostModel:
     def provenance_by_gpu(self) -> dict[str, dict[str, str]]:
         """By type of GPU, where the figures behind the costs asked for so far come from, per operation."""
         found: dict[str, dict[str, str]] = {gpu: {} for gpu in self._clusters}
-        for (gpu, _, _), stages in self._stages.items():
+        for (gpu, *_), stages in self._stages.items():
             found[gpu] |= stages.provenance
         engine = {f"engine ({self.overhead.name})": self.overhead.source}
         return {gpu: told | engine for gpu, told in found.items()}
@@ -240,8 +243,8 @@ class CostModel:
     def on(self, plan: Plan) -> tuple[tuple[StageCosts, int], ...]:
         """The costs of whose GPUs a plan runs on, at their highest clock or the usual one, and how many of each."""
         types = plan.on or ((self.cluster.gpu.name, plan.stages),)
-        each = plan.replicas * plan.stage_devices
-        return tuple((self._of(gpu, self._clock_mhz, self.settings), each * stages) for gpu, stages in types)
+        each, usual = plan.replicas * plan.stage_devices, (self._clock_mhz, self.settings, self.overhead)
+        return tuple((self._of(gpu, *usual), each * stages) for gpu, stages in types)
 
     def exchanged(self, plan: Plan, layout: Layout, gpu: str | None = None) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far.

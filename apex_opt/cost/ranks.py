@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.cost.cells import Operations
+from apex_opt.cost.halves import Layers, halves_of
 from apex_opt.cost.least import Least
-from apex_opt.cost.tables import Tables
+from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.plans.memory import stage_runs
 from apex_opt.simulator.law import no_table
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from apex_opt.cost.stage import Piece, Pieces, StageCosts
-    from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
     from apex_opt.ir.model import Run
     from apex_opt.plans.layout import Layout
@@ -51,6 +51,8 @@ class RankCosts:
     def __init__(self, costs: StageCosts) -> None:
         self._costs = costs
         self._own = costs.operations.as_own()
+        # What is sent to experts may be hidden where forwards are split.
+        self._computing = self._own.hiding()
         self._of_all: dict[tuple[int, int], Operations] = {}
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
         drafting = costs.drafts > 0
@@ -79,6 +81,7 @@ class RankCosts:
         own = [(n, costs.piece(*what)) for n, what in costs.made_of(plan, layout, runs, index == 0, last, self._own)]
         seconds = costs.sum_of(own)
         together: list[tuple[int, Piece]] = []
+        halves, more = None, Parts()
         if in_step(plan):
             for operations in self._operations(plan):
                 together += [
@@ -93,7 +96,25 @@ class RankCosts:
                 "decode": seconds["decode_ns"][mean] + seconds.get("verify_ns", 0.0) + shared["together decode"],
                 "mixed": seconds["mixed_ns"] + seconds["chunk_ns"] + shared["together mixed"],
             }
-            together.append((1, costs.summed(self._engine(overlapped, captured, launched, busy))))
+            engine_of_all = self._engine(overlapped, captured, launched, busy)
+            if plan.overlap is not None:
+                made = list(costs.made_of(plan, layout, runs, index == 0, last, self._computing))
+                head = [(n, costs.piece(*what)) for n, what in made if what[0] == self._computing.head]
+                halves, more = halves_of(
+                    costs,
+                    Layers(
+                        own=[(n, costs.piece(*what)) for n, what in made if what[0] != self._computing.head],
+                        head=head,
+                        together=together,
+                        sent=self._own.sent(runs, plan.attention, plan.ffn, layout),
+                        number=plan.layers[index],
+                        captured=captured,
+                        launched=launched,
+                        step_s=costs.overhead.step_s if overlapped else costs.overhead.blocking_step_s,
+                        engine=engine_of_all,
+                    ),
+                )
+            together.append((1, costs.summed(engine_of_all)))
             each = Work.waiting(costs.profile.power, costs.overhead.sequence_s * tables.sequences.astype(np.float64))
             engine = costs.summed({("engine", "decode_ns"): each, ("engine", "sequence_ns"): each})
         else:
@@ -113,8 +134,9 @@ class RankCosts:
             graph_ns=np.zeros(3, np.int64),
             per=plan.attention.dp if in_step(plan) else 1,
             draft_ns=costs.integers(shared["together draft"]) if costs.drafts and in_step(plan) else no_table(),
+            halves=halves,
         )
-        return costs.law_of(seconds, drafts=costs.drafts), sums, (*own, *together, (1, engine))
+        return costs.law_of(seconds, drafts=costs.drafts), sums, (*own, *together, (1, engine), (1, costs.summed(more)))
 
     def _made_together(
         self, plan: Plan, layout: Layout, runs: Iterable[Run], last: bool, operations: Operations
@@ -153,6 +175,7 @@ class RankCosts:
             balanced=self._costs.settings.scheduler.balances_ranks,
             padding=padding,
             shared=tuple(shared),
+            splitting=None if plan.overlap is None else self._costs.settings.scheduler.splitting,
         )
 
     def _operations(self, plan: Plan) -> Iterator[Operations]:
@@ -219,7 +242,9 @@ class RankCosts:
         plan, layout
         """
         costs, count = self._costs, plan.attention.dp
-        yield from costs.least_of(plan, layout, partial(self._least_own, count), self._own)
+        # Sending may be hidden; a half is no cheaper than the share of its tokens in the least of any batch.
+        own = self._own if plan.overlap is None else self._computing
+        yield from costs.least_of(plan, layout, partial(self._least_own, count), own)
         if in_step(plan):
             for operations in self._operations(plan):
                 least = partial(self._least_of_all, count)

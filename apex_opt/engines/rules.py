@@ -61,6 +61,8 @@ class EngineRules:
     block_powers : bool             tokens of a KV block are a power of two
     multiplexes : bool              prompts and answers are computed side by side on divisions of a GPU, which it
                                     chooses or is given
+    overlaps : set or None          families of which it splits forwards of attention ranks into two halves, one of
+                                    which computes while the other sends; None: all
     rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
     sources : mapping               rule, by the name of its field, to where it was read or found
     """
@@ -96,6 +98,7 @@ class EngineRules:
     block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     block_powers: bool = False
     multiplexes: bool = False
+    overlaps: frozenset[str] | None = frozenset()
     rotary_table: bool = False
     sources: Mapping[str, str]
 

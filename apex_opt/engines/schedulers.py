@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
+from apex_opt.engines.overlap import DUAL_BATCH, TWO_BATCH
 from apex_opt.errors import UnknownNameError, UsageError, shown
 from apex_opt.units import NS_PER_US
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from apex_opt.engines.overlap import Splitting
 
     Ints = NDArray[np.int64]
 
@@ -70,6 +73,7 @@ class Scheduling:
     whole_rows : bool         a token is never scheduled without all of its drafts
     ranks_draft : bool        what its attention ranks do with drafts is modelled
     seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
+    splitting : Splitting or None    when attention ranks split a forward into two halves, where they are asked to
     """
 
     name: ClassVar[str]
@@ -84,6 +88,7 @@ class Scheduling:
     whole_rows: ClassVar[bool] = False
     ranks_draft: ClassVar[bool] = False
     seats_per_stage: ClassVar[bool] = False
+    splitting: ClassVar[Splitting | None] = None
 
     @property
     def may_preempt(self) -> bool:
@@ -143,6 +148,7 @@ class VllmScheduling(Scheduling):
     """
 
     name = "vllm"
+    splitting = DUAL_BATCH
     verifies_drafts = True
     ranks_draft = True
     long_prefill_token_threshold: int = 0
@@ -186,6 +192,7 @@ class SglangScheduling(Scheduling):
     """
 
     name = "sglang"
+    splitting = TWO_BATCH
     verifies_drafts = True
     waits_for_host = False
     drafts_at_once = False

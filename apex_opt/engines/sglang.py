@@ -40,6 +40,7 @@ SGLANG: Final = EngineRules(
     least_group=32,
     vocab_multiple=64,
     multiplexes=True,
+    overlaps=frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"}),
     sources=MappingProxyType(
         {
             "ffn_copies": "srt/runtime_context.py: the FFN is cut over all GPUs of a stage",
@@ -54,6 +55,7 @@ SGLANG: Final = EngineRules(
             "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
             "least_group": "srt/layers/quantization/moe_wna16.py",
             "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",
+            "overlaps": "srt/batch_overlap/operations_strategy.py: layers of DeepSeek V2 and V3, Qwen3 MoE and MiMo V2",
             "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }
     ),

@@ -63,6 +63,7 @@ VLLM: Final = EngineRules(
     tower_shards=True,
     whole_towers=frozenset({"kimi_linear"}),
     block_multiples=MappingProxyType({"latent": 16, "sinks": 16, "fp8": 16}),
+    overlaps=None,
     rotary_table=True,
     sources=MappingProxyType(
         {
@@ -85,6 +86,7 @@ VLLM: Final = EngineRules(
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
             "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",
             "block_multiples": "v1/attention/backends/*: get_supported_kernel_block_sizes; recorded verdicts",
+            "overlaps": "config/vllm.py: use_ubatching takes an all2all backend of DeepEP, whatever the model",
             "rotary_table": "layers/rotary_embedding/base.py: cos_sin_cache",
         }
     ),

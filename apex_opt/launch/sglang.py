@@ -68,6 +68,8 @@ class Sglang:
                 "--speculative-draft-model-path: put the EAGLE-3 head that was trained for the model in place of "
                 f"{_HEAD}"
             )
+        if plan.overlap is not None:
+            found.append("--enable-two-batch-overlap: takes the kernels of DeepEP")
         if plan.shares is not None:
             found.append("--enable-pdmux is marked in SGLang's sources as a temporary demo: check")
         return found
@@ -107,6 +109,8 @@ class Sglang:
                 words.append("--enable-dp-attention")
         if asked.moe and plan.ffn.ep > 1:
             words += ["--ep-size", str(plan.ffn.ep)]
+        if plan.overlap is not None:
+            words += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--enable-two-batch-overlap"]
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]

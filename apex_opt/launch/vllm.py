@@ -54,6 +54,10 @@ class Vllm:
             found.append(
                 "--speculative-config: put the EAGLE-3 head that was trained for the model in place of EAGLE3_HEAD"
             )
+        if asked.plan.overlap is not None:
+            found.append(
+                "--enable-dbo: takes the kernels of DeepEP, with those for high throughput vLLM runs from no CUDA graph"
+            )
         if attention.dp > 1:
             found.append(
                 "vLLM's limits are per attention copy, as the plan's are: each of the "
@@ -94,6 +98,8 @@ class Vllm:
             words += ["--data-parallel-size", str(attention.dp)]
         if asked.moe and plan.ffn.ep > 1:
             words.append("--enable-expert-parallel")
+        if plan.overlap is not None:
+            words += ["--enable-dbo", "--all2all-backend", "deepep_high_throughput"]
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
         if asked.reads_images:

@@ -7,8 +7,9 @@ larger stages first unless `pp2[41,39]` says otherwise, and the KV format is lef
 at their highest clock unless `clock=1200` says at how many MHz; `seqs=256` and `tokens=2048` limit the sequences and
 the tokens of a batch where they are not the engine's; `spec=eagle:3` verifies three drafts of EAGLE with every token,
 `spec=none` none;
-`share=80/100` computes prompts and answers side by side, on so many per cent of each GPU; `route=least_loaded` says
-which router stands before several replicas.
+`share=80/100` computes prompts and answers side by side, on so many per cent of each GPU; `overlap=two_batches` splits
+a forward into two halves, one of which computes while the other sends; `route=least_loaded` says which router stands
+before several replicas.
 `on=h100-sxm-80gb:3+a100-sxm-80gb:1` puts the first three of four stages on one type of GPU and the last on another.
 """
 
@@ -18,7 +19,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.errors import UsageError
+from apex_opt.engines.overlap import OVERLAPS
+from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.checks import shown
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.plans.routing import ROUTINGS
@@ -28,6 +30,7 @@ from apex_opt.plans.speculation import Drafter, parse_drafter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from apex_opt.engines.overlap import Overlap
     from apex_opt.ir.model import Model
     from apex_opt.plans.routing import Routing
 
@@ -84,6 +87,7 @@ class Plan:
     speculation : Drafter or None  how drafts are made; None: none are
     route : Routing or None        router in front of several replicas; None leaves it to what is asked
     shares : Shares or None        what prompts and answers have of each GPU, side by side; None: batches hold both
+    overlap : str or None          what one GPU does at a time, of `OVERLAPS`; None: one thing after the other
     on : tuple of (str, int)       types of GPU of consecutive stages, each with how many; () where all are of one type
 
     Raises
@@ -103,6 +107,7 @@ class Plan:
     speculation: Drafter | None = None
     route: Routing | None = None
     shares: Shares | None = None
+    overlap: Overlap | None = None
     on: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -123,6 +128,8 @@ class Plan:
             raise UsageError(f"unknown KV format {self.kv_format!r}; known: {', '.join(KV_BYTES)}")
         if self.route is not None and self.route not in ROUTINGS:
             raise UsageError(f"unknown router {self.route!r:.60}; known: {', '.join(ROUTINGS)}")
+        if self.overlap is not None and self.overlap not in OVERLAPS:
+            raise UnknownNameError("overlap", str(self.overlap)[:60], OVERLAPS)
         limits = (("clock", self.clock_mhz), ("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens))
         for name, value in limits:
             if value is not None and not _is_degree(value):
@@ -148,14 +155,15 @@ class Plan:
 
     @property
     def cut(self) -> tuple[int | str, ...]:
-        """Of stages all but layers: cells, formats, clock and limits of a batch (0: None), drafts, shares, GPUs."""
+        """Of stages all but layers: cells, formats, clock and limits (0: None), drafts, shares, overlap, GPUs."""
         attention, ffn = self.attention, self.ffn
         cells = attention.dp, attention.tp, ffn.dp, ffn.tp, ffn.ep
         limits = self.clock_mhz or 0, self.max_num_seqs or 0, self.max_num_batched_tokens or 0
         drafts = () if self.speculation is None else (str(self.speculation),)
         shares = () if self.shares is None else (str(self.shares),)
         types = (part for own in self.on for part in own)
-        return *cells, self.weight_format, self.kv_format, *limits, *drafts, *shares, *types
+        overlap = () if self.overlap is None else (self.overlap,)
+        return *cells, self.weight_format, self.kv_format, *limits, *drafts, *shares, *overlap, *types
 
     def times(self, replicas: int) -> Plan:
         """The same with another number of replicas."""
@@ -181,6 +189,8 @@ class Plan:
             words.append(f"spec={self.speculation}")
         if self.shares is not None:
             words.append(f"share={self.shares}")
+        if self.overlap is not None:
+            words.append(f"overlap={self.overlap}")
         if self.route is not None and self.replicas > 1:
             words.append(f"route={self.route}")
         if self.on:
@@ -242,6 +252,7 @@ _WORD: Final = re.compile(
     r"|spec=(?P<spec>[^\s=]+)"
     r"|route=(?P<route>[^\s=]+)"
     r"|share=(?P<share>[^\s=]+)"
+    r"|overlap=(?P<overlap>[^\s=]+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
     r"|(?P<format>\w+(?:\+\w+)*)"
@@ -280,7 +291,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         elif match["cell"]:
             _once(found, match["cell"], match["inside"], text)
             cells[match["cell"]] = _template(match["inside"], text, example)
-        elif kind in ("kv", "on", "spec", "share", "route"):
+        elif kind in ("kv", "on", "spec", "share", "overlap", "route"):
             _once(found, kind, match[kind], text)
         elif match["limit"]:
             _once(found, match["limit"], match["limit_n"], text)
@@ -319,6 +330,7 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
         speculation=None if found.get("spec", "none").lower() == "none" else parse_drafter(found["spec"]),
         route=_router(found, text) if "route" in found else None,
         shares=parse_shares(found["share"]) if "share" in found else None,
+        overlap=_overlap(found.get("overlap", "none")),
         on=tuple((name, int(n)) for name, n in (part.split(":") for part in found.get("on", "").split("+") if part)),
     )
 
@@ -341,6 +353,10 @@ def _number(digits: str, text: str) -> int:
 
 def _limit(found: dict[str, str], name: str, text: str) -> int | None:
     return _number(found[name], text) if name in found else None
+
+
+def _overlap(name: str) -> Overlap | None:
+    return None if name.lower() == "none" else name.lower()  # type: ignore[return-value]  # the plan looks at it
 
 
 def _router(found: dict[str, str], text: str) -> Routing:

@@ -33,6 +33,8 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
     yield from _formats(rules, model, gpu, plan)
     yield from _blocks(rules, model, plan, settings.block_size)
     yield from _shares(rules, plan)
+    if plan.overlap is not None and rules.overlaps is not None and model.family not in rules.overlaps:
+        yield f"overlap={plan.overlap}: {rules.release} splits no forward of {model.family or 'such'} models"
     yield from _cells(rules, model, plan)
     yield from _heads(rules, model, plan.attention)
     if rules.whole_scales:

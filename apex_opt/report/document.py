@@ -282,6 +282,7 @@ def question_document(problem: Problem, arrivals: str | None = None) -> types.Qu
         ),
         serving=None if problem.serving == ("aggregated",) else problem.serving,
         shares=tuple(None if one is None else str(one) for one in problem.shares) if any(problem.shares) else None,
+        overlap=problem.overlaps if any(problem.overlaps) else None,
         rescheduling=_moving(problem),
         handover=of(types.HandoverFacts, problem.handover) if problem.handover else None,
         arrivals=arrivals,

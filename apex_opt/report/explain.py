@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _TERMS_SHOWN: Final = 12
 _DERIVED: Final = "derived: what each operation asks of each resource by the tables; the busiest one alone and the host"
-_HALVES: Final = "derived: halves by the tables at half the tokens; the vote is vLLM's, even shares are assumed"
+_HALVES: Final = "derived: halves by the tables at half the tokens; the vote was read, even shares are assumed"
 _ALONE: Final = {"type": "gpu", "way to serve": "serving"}
 _RESOURCES: Final = ("compute", "memory", "network", "host")
 _SERVING: Final = {
@@ -213,7 +213,7 @@ def _head_room(console: Console, document: Document) -> None:
 
 
 def _two_batches(console: Console, document: Document) -> None:
-    """What two batches in place of one would do to the forwards of the best plan."""
+    """What two batches in place of one do to the forwards of the best plan, or would."""
     rows = [
         (
             one["kind"] if one["kind"] == "prompts" else "answers alone",
@@ -225,8 +225,8 @@ def _two_batches(console: Console, document: Document) -> None:
         )
         for one in document["two_batches"]
     ]
-    heads = ("forwards with", "how many", "split", "mean time", "with two batches", "saved")
-    table(console, "Two batches in place of one, vLLM's --enable-dbo (derived)", heads, rows, left={0})
+    heads = ("forwards with", "how many", "split", "without", "with two batches", "saved")
+    table(console, "Two batches in place of one, --overlap=two_batches (derived)", heads, rows, left={0})
 
 
 def why_not(console: Console, document: Document) -> None:

@@ -68,13 +68,13 @@ class HeadRoomFacts(Described):
 
 
 class TwoBatchesFacts(Described):
-    """The forwards of one kind, whole and with two batches in place of one, as vLLM's --enable-dbo has them.
+    """The forwards of one kind, without overlap and with two batches in place of one.
 
     Parameters
     ----------
     kind : "answers" alone, or "prompts", with or without answers
-    split : how many of the forwards ranks would split
-    whole_s, two_s : mean time of the forwards, as it is and with those that are split
+    split : how many of the forwards ranks with even shares split
+    whole_s, two_s : mean time of the forwards, without overlap and with it
     gain : share of their time that this saves; below zero where it takes longer
     source : derived: that of the figures
     """

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.engines.handover import HandoverTimes
+    from apex_opt.engines.overlap import Overlap
     from apex_opt.figures import Figure, Goal, Objective
     from apex_opt.figures.metrics import Metrics
     from apex_opt.ir.model import Model
@@ -109,6 +110,8 @@ class Problem:
                                      comes of them; None makes none
     shares : tuple of Shares or None    what prompts and answers may have of each GPU, to choose from; None: batches
                                      hold both
+    overlaps : tuple of str or None  what one GPU does at a time where batches hold both, to choose from; None: one
+                                     thing after the other
     expert_routing : str             how tokens fall on experts: "uniform" or "skewed"
     profiles : str                   measured tables, as `load_profile` takes them
     holds_longest : bool             a request of max_model_len must fit into the KV cache, not only those of the trace
@@ -143,6 +146,7 @@ class Problem:
     batch_limits: tuple[tuple[int | None, int | None], ...] = ((None, None),)
     drafters: tuple[Drafter | None, ...] = (None,)
     shares: tuple[Shares | None, ...] = (None,)
+    overlaps: tuple[Overlap | None, ...] = (None,)
     expert_routing: str = "uniform"
     profiles: str = SHIPPED
     holds_longest: bool = False
@@ -203,7 +207,7 @@ class Problem:
 
         The prefill pool is asked for one token of each prompt, and goals are not its own.
         """
-        own = replace(self.alone(place), serving=("aggregated",), shares=(None,))
+        own = replace(self.alone(place), serving=("aggregated",), shares=(None,), overlaps=(None,))
         own = replace(own, settings=replace(own.settings, role=role), drafters=(None,))
         own = replace(own, routing=self.sides[ROLES.index(role)][0], routings=self.routers(role))
         if role == "decode":
@@ -335,12 +339,13 @@ class Problem:
         return settings if plan.stages == 1 else replace(settings, async_scheduling=False)
 
     def instances(self) -> Iterator[tuple[Instance, tuple[Shares | None, ...]]]:
-        """The constraints' view of plans that share their GPUs alike, and the shares which that goes for."""
+        """The constraints' view of plans that share and overlap alike, and the shares which that goes for."""
         kinds: dict[bool | None, list[Shares | None]] = {}
         for shares in self.shares:
             kinds.setdefault(None if shares is None else shares.multiplexed, []).append(shares)
         for alike in kinds.values():
-            yield replace(self.instance(), shares=alike[0]), tuple(alike)
+            for overlap in self.overlaps if alike == [None] else (None,):
+                yield replace(self.instance(), shares=alike[0], overlap=overlap), tuple(alike)
 
     def instance(self) -> Instance:
         """The constraints' view of a problem with one type of GPU."""
@@ -360,4 +365,5 @@ class Problem:
             drafters=self.drafters,
             routings=self.routings,
             shares=self.shares[0],
+            overlap=self.overlaps[0] if self.shares[0] is None else None,
         )

@@ -16,7 +16,7 @@ from apex_opt.cost.handover import reading_j
 from apex_opt.cost.head_room import head_room
 from apex_opt.cost.moving import MOVING, moving
 from apex_opt.cost.two_batches import two_batches
-from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure
 from apex_opt.figures.run import Facts as StopFacts
@@ -361,7 +361,8 @@ class Scorer:
     def overlap(self, deployment: Deployment) -> tuple[tuple[HeadRoom, ...], tuple[TwoBatches, ...]]:
         """What overlap could give a deployment of one pool at best, and what two batches in place of one would.
 
-        The latter of experts over several attention copies on vLLM, which has it.
+        The latter of experts over several attention copies, where the engine can split their forwards; of a plan whose
+        are split what that gained.
         """
         outcome = self.run(deployment)
         assert outcome is not None  # nothing to cut it short
@@ -369,10 +370,11 @@ class Scorer:
         facts = self.facts_of(pool)
         plan, cost = pool.plan, facts.plan_cost(pool.plan)
         room = head_room(plan, cost, facts.costs, did.counts, did.shared)
-        vllm = isinstance(self.problem.settings.scheduler, VllmScheduling)
-        if did.shared is None or plan.ffn.ep == 1 or not vllm:
+        without, overlapped = replace(plan, overlap=None), replace(plan, overlap="two_batches")
+        faults = violations(facts.problem.instance(), overlapped)
+        if did.shared is None or any(fault.family == "engine" for fault in faults):
             return room, ()
-        return room, two_batches(plan, cost, did.counts, did.shared, self.problem.cluster.gpu.multiprocessors)
+        return room, two_batches(facts.plan_cost(without), facts.plan_cost(overlapped), did.counts, did.shared)
 
     def weight(self, pool: Pool, facts: Facts) -> int:
         """Tokens per second of a pool at full batches, by which requests are dealt."""

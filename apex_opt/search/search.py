@@ -429,7 +429,12 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
         tell("simulating SGLang's multiplexing in plain Python, about a hundred times slower", 0, 0)
     plans = (pool.plan for pool in pools if pool.plan.shares is None and not (sglang and pool.role))
     if any(
-        needs_compiling(problem.settings_for(plan), plan.stages, ranks=has_ranks(problem.settings, plan))
+        needs_compiling(
+            problem.settings_for(plan),
+            plan.stages,
+            ranks=has_ranks(problem.settings, plan),
+            halves=plan.overlap is not None,
+        )
         for plan in plans
     ):
         tell("compiling the simulator, once on this machine: a few seconds", 0, 0)

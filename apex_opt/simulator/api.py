@@ -480,10 +480,14 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         raise UsageError(f"ranks of {settings.scheduler.name} with drafts are not modelled; leave one of them out")
     if pool.ranks is not None and not pool.ranks.lockstep and not isinstance(settings.scheduler, VllmScheduling):
         raise UsageError(f"ranks of {settings.scheduler.name} run in lockstep; those of vllm alone can be on their own")
+    if pool.halves and (settings.kv_groups or settings.speculation is not None):
+        raise UsageError("forwards are split of ranks that run in step, without drafts and groups of layers")
+    if pool.halves and not isinstance(settings.scheduler, VllmScheduling | SglangScheduling):
+        raise UsageError(f"forwards are split by vllm and sglang, not by {settings.scheduler.name}")
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     longest = trace.longest + drafts
     check_laws(
-        pool.laws,
+        (*pool.laws, *(halves.law for halves in pool.halves)),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         longest=longest,

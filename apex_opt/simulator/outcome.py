@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apex_opt.figures.run import Run
+from apex_opt.simulator.law import no_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -144,6 +145,8 @@ class SharedCounts:
     decode, mixed, eager : int64[n]    forwards by all their padded tokens, as the law has them
     dummies : int
     draft : int64[n]                   forwards that make drafts by all their sequences; empty where none are made
+    split_decode, split_mixed : int64[n]    those of `decode` and `mixed` that were split into two halves; empty where
+                                       none can be
     """
 
     decode: NDArray[np.int64]
@@ -151,6 +154,8 @@ class SharedCounts:
     eager: NDArray[np.int64]
     dummies: int
     draft: NDArray[np.int64]
+    split_decode: NDArray[np.int64] = field(default_factory=no_table)
+    split_mixed: NDArray[np.int64] = field(default_factory=no_table)
 
     def __add__(self, other: SharedCounts) -> SharedCounts:
         return SharedCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})

@@ -65,7 +65,7 @@ _KINDS["state", "align"] = kv.KEPT
 _OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
 
 
-def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False) -> bool:
+def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False, halves: bool = False) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
 
     Parameters
@@ -73,12 +73,13 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     settings : EngineSettings
     stages : int                 of the pipeline
     ranks : bool                 whether replicas have ranks
+    halves : bool                whether these split forwards
     """
-    engines = entries.RANKS if ranks else entries.SERVE
-    return not engines[engine_of(settings, stages), settings.prefix_caching].ready()
+    engines = entries.HALVES if halves else entries.RANKS if ranks else entries.SERVE
+    return not engines[engine_of(settings, stages, halves=halves), settings.prefix_caching].ready()
 
 
-def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False) -> str:
+def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, halves: bool = False) -> str:
     """The engine of the kernel that a run needs.
 
     Parameters
@@ -86,6 +87,7 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False) ->
     settings : EngineSettings
     stages : int      of the pipeline
     logged : bool     whether batches are told, with groups of layers the blocks of each
+    halves : bool     whether ranks split forwards
     """
     if isinstance(settings.scheduler, SglangScheduling):
         return "sglang" if settings.speculation is None else "sglang drafts"
@@ -97,7 +99,7 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False) ->
         return "trtllm"
     if settings.speculation is not None:
         return "speculative groups" if settings.kv_groups else "speculative"
-    walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching
+    walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching or halves
     return "general" if walks or _RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
 
@@ -192,7 +194,9 @@ class Memory:
             ]
         )
         self._engines = [
-            "general" if holding else engine_of(pool.settings, len(pool.laws), logged=room is not None)
+            "general"
+            if holding
+            else engine_of(pool.settings, len(pool.laws), logged=room is not None, halves=bool(pool.halves))
             for pool in pools
         ]
         if any(share.routed for share in shares) and len(shares) < len(pools):
@@ -257,7 +261,8 @@ class Memory:
         end = 0
         stages: list[int] = []
         for pool, place in zip(self._pools, self._places, strict=True):
-            for law in pool.laws:
+            laws = [*pool.laws, *(halves.law for halves in pool.halves)]
+            for law in laws:
                 if id(law) not in at:
                     at[id(law)] = end
                     its = [getattr(law, name) for name in TABLES]
@@ -269,8 +274,8 @@ class Memory:
             first = pool.laws[0]
             before = 1 + sum(len(getattr(first, name)) for name in TABLES)
             self._replicas[place, kn.WINDOWS : kn.WINDOWS_OF_LAW + 1] = len(first.windows), before
-            self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(pool.laws) * np.arange(place.stop - place.start)
-            stages += [at[id(law)] for law in pool.laws] * (place.stop - place.start)
+            self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(laws) * np.arange(place.stop - place.start)
+            stages += [at[id(law)] for law in laws] * (place.stop - place.start)
         self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
         self._stages[:, kn.STAGE_LAW] = stages
         return np.concatenate(tables, dtype=np.int64, casting="unsafe")
@@ -522,7 +527,9 @@ class Memory:
         beside, start, count = self._beside(index), int(self._first[first]), last - first
         if self._ranks is not None and self._pools[index].ranks is not None:
             place = [its for _, _, its in self._ranks.of].index(start)
-            entries.RANKS[kind](self.run, beside, self._ranks.group, place, place + count, routed, len(routed))
+            group, halves = self._ranks.group, self._ranks.halves if self._pools[index].halves else None
+            engines = entries.RANKS if halves is None else entries.HALVES
+            engines[kind](self.run, beside, group, halves, place, place + count, routed, len(routed))
         else:
             entries.SERVE[kind](self.run, beside, start, start + count, routed, len(routed))
         assert self.crowded or not self._replicas[:, kn.ERROR].any(), "a turn with work scheduled nothing"

@@ -63,6 +63,7 @@ class GroupMemory:
         self._links = np.zeros((gs.LINKS_SIZE, requests), np.int64)
         self._links[gs.AFTER] = kn.NONE
         tables, together = self._tables(pools)
+        self.halves = self._halves(pools)
         fronts, memory = self._parts(pools, messages)
         told = np.zeros(gs.TOLD_SIZE, np.int64)
         told[[gs.MOST_FORWARDS, gs.MOST_EVENTS, gs.MOST_LOADS]] = capacity
@@ -109,6 +110,31 @@ class GroupMemory:
             g[[gs.TABLES_AT, gs.WIDE, gs.ALL, gs.TOGETHER_AT, gs.OF_DRAFTS]] = sizes[index]
         return np.concatenate(tables, dtype=np.int64, casting="unsafe"), together
 
+    def _halves(self, pools: Sequence[EnginePool]) -> gs.Halves | None:
+        """What forwards in two halves take, and counts of none yet; None where none are split."""
+        tables: list[I64] = []
+        end = counted = 0
+        self._split: dict[int, slice] = {}
+        for index, pool in enumerate(pools):
+            wanted = None if pool.ranks is None else pool.ranks.splitting
+            if wanted is None:
+                continue
+            mine = [g for g, (its, _, _) in zip(self._groups, self.of, strict=True) if its == index]
+            for g in mine:
+                g[[gs.HALVES_AT, gs.HALVES_COUNTED_AT]] = end, counted
+                g[[gs.LEAST_DECODE, gs.LEAST_PROMPT]] = wanted.decode_tokens, wanted.prompt_tokens
+            for its in pool.halves:
+                parts = [np.array([its.layers]), its.decode_ns, its.mixed_ns, its.network_ns]
+                parts += [its.decode_host_ns, its.mixed_host_ns, its.alone_ns]
+                tables += parts
+                end += sum(map(len, parts))
+            self._split[index] = slice(counted, counted + 2 * len(pool.halves[0].network_ns))
+            counted = self._split[index].stop
+        if not tables:
+            return None
+        flat = np.concatenate(tables, dtype=np.int64, casting="unsafe")
+        return gs.Halves(tables=flat, counts=np.zeros(counted, np.int64))
+
     def _parts(self, pools: Sequence[EnginePool], messages: int) -> tuple[I64, I64]:
         """Front ends, and the memory of each group."""
         fronts: list[I64] = []
@@ -123,7 +149,7 @@ class GroupMemory:
                 (gs.HEARD_AT, messages * gs.HEARD_MESSAGE),
                 (gs.NEWS_AT, messages * (gs.NEWS_MESSAGE + 2 * ranks.count)),
                 (gs.STARTS_AT, messages * gs.START_MESSAGE),
-                (gs.SLOTS_AT, lanes * slots * (gs.SLOT_SIZE + 2 * stages)),
+                (gs.SLOTS_AT, lanes * slots * (gs.SLOT_SIZE + 3 * stages)),
                 (gs.LIVE_AT, 4 * ranks.count),
             ):
                 g[column] = end
@@ -131,9 +157,10 @@ class GroupMemory:
             members = self._members[first : first + ranks.count]
             each = np.arange(ranks.count)
             members[:, gs.LANE] = 0 if ranks.in_step else each
-            members[:, gs.OWN_AT] = end + (2 * stages + depth) * each
-            members[:, gs.FLYING_AT] = members[:, gs.OWN_AT] + 2 * stages
-            end += (2 * stages + depth) * ranks.count
+            own = 2 * stages * (2 if pools[index].halves else 1)  # of its batch and of a dummy, whole and in two halves
+            members[:, gs.OWN_AT] = end + (own + depth) * each
+            members[:, gs.FLYING_AT] = members[:, gs.OWN_AT] + own
+            end += (own + depth) * ranks.count
             front = np.zeros((ranks.front_ends, gs.FRONT_SIZE + 2 * ranks.count), np.int64)
             front[:, [gs.FRONT_DUE, gs.FIRST_AT]] = kn.NEVER
             front[:, gs.SCANS_FROM] = ranks.count * np.arange(ranks.front_ends) // ranks.front_ends
@@ -142,7 +169,8 @@ class GroupMemory:
         memory = np.zeros(end, np.int64)
         for index, ranks, first in self.of:
             # What a dummy takes of a rank's own time, one sequence of one token, is known beforehand.
-            alone = [law.batch_ns([(1, 0)], yields=False) for law in pools[index].laws]
+            laws = (*pools[index].laws, *(halves.law for halves in pools[index].halves))
+            alone = [law.batch_ns([(1, 0)], yields=False) for law in laws]
             for own in self._members[first : first + ranks.count, gs.OWN_AT]:
                 memory[own + len(alone) : own + 2 * len(alone)] = alone
         return np.concatenate(fronts), memory
@@ -208,7 +236,9 @@ class GroupMemory:
             return None
         decode, mixed, eager, draft = self._together[index]
         dummies = sum(int(self._members[first : first + ranks.count, gs.DUMMIES].sum()) for ranks, first in mine)
-        return SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=dummies, draft=draft)
+        split = np.zeros(0, np.int64) if self.halves is None else self.halves.counts[self._split[index]]
+        halves = dict(zip(("split_decode", "split_mixed"), np.split(split, 2), strict=True))
+        return SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=dummies, draft=draft, **halves)
 
     def ends(self, steps: I64) -> I64:
         """The ends of logged batches, of which those of ranks tell the number of their forward instead."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.routing import Routing
     from apex_opt.simulator.law import BatchLaw
-    from apex_opt.simulator.ranks import Ranks
+    from apex_opt.simulator.ranks import Halves, Ranks
     from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]
@@ -51,6 +51,13 @@ class EnginePool:
     def schedulers(self) -> int:
         """Of each replica."""
         return 1 if self.ranks is None else self.ranks.count
+
+    @property
+    def halves(self) -> tuple[Halves, ...]:
+        """What forwards in two halves take on each stage; nothing where none are split."""
+        if self.ranks is None or self.ranks.splitting is None:
+            return ()
+        return tuple(law.halves for law in self.ranks.shared if law.halves is not None)
 
 
 class Share(NamedTuple):

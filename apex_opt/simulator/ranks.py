@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from apex_opt.engines.overlap import Splitting
     from apex_opt.simulator.law import BatchLaw
 
     I64 = NDArray[np.int64]
@@ -51,6 +52,70 @@ class Padding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Halves:
+    """What a forward of a stage takes in two halves, one of which computes while the other sends.
+
+    Layer by layer that is the busier of computing and sending, of both halves; the first half has nothing to hide
+    behind. Tables by tokens go by those of all ranks together, as `SharedLaw` has them.
+
+    Parameters
+    ----------
+    law : BatchLaw                                       of what a rank computes by itself, of both halves together
+    decode_ns, mixed_ns : int64[n]                       what all ranks compute together: where all of them only decode,
+                                                         and else
+    network_ns : int64[n]                                what they send
+    decode_host_ns, mixed_host_ns : int64[n]             of the host, likewise
+    alone_ns : int64[max_num_seqs + 1]                   what is not split, by the most sequences of a rank
+    layers : int
+    """
+
+    law: BatchLaw
+    decode_ns: I64
+    mixed_ns: I64
+    network_ns: I64
+    decode_host_ns: I64
+    mixed_host_ns: I64
+    alone_ns: I64
+    layers: int
+
+    @classmethod
+    def bare(cls, law: BatchLaw, shared: SharedLaw) -> Halves:
+        """Halves that take what a law says, and nothing beside it, over tables as long as those of a shared law."""
+        nothing, alone = np.zeros_like(shared.decode_ns), np.zeros_like(law.sequence_ns)
+        return cls(
+            law=law,
+            decode_ns=nothing,
+            mixed_ns=nothing,
+            network_ns=nothing,
+            decode_host_ns=nothing,
+            mixed_host_ns=nothing,
+            alone_ns=alone,
+            layers=1,
+        )
+
+    def forward_ns(self, agreed: Agreed, entry: int, batches: Sequence[Rows]) -> int:
+        """Time of a forward.
+
+        Parameters
+        ----------
+        agreed : Agreed
+        entry : int     of the tables by tokens
+        batches : one of each rank
+        """
+        together = self.decode_ns if agreed.decoding else self.mixed_ns
+        computes = max(self.law.batch_ns(rows) for rows in batches) + int(together[entry])
+        sends = int(self.network_ns[entry])
+        host = self.decode_host_ns if agreed.decoding else self.mixed_host_ns
+        alone = int(host[entry]) + int(self.alone_ns[max(map(len, batches))])
+        return alone + max(computes, sends) + min(computes, sends) // (2 * self.layers)
+
+    def scaled(self, factor: int) -> Halves:
+        """The same with every time multiplied by an integer."""
+        tables = ("decode_ns", "mixed_ns", "network_ns", "decode_host_ns", "mixed_host_ns", "alone_ns")
+        return replace(self, law=self.law.scaled(factor), **{name: getattr(self, name) * factor for name in tables})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedLaw:
     """What a forward of a stage takes beside each rank's own part.
 
@@ -65,6 +130,7 @@ class SharedLaw:
     draft_ns : int64[n] or int64[0]
         of making drafts by all ranks together where any of them does, beyond a first pass over all tokens: by the sum
         of their sequences divided by `per`, rounded up; empty where none are made
+    halves : Halves or None                          of forwards that are split; None: none are
     """
 
     padded_ns: I64
@@ -74,11 +140,13 @@ class SharedLaw:
     graph_ns: I64
     per: int = 1
     draft_ns: I64 = field(default_factory=no_table)
+    halves: Halves | None = None
 
     def scaled(self, factor: int) -> SharedLaw:
         """The law with every time multiplied by an integer."""
         tables = ("padded_ns", "decode_ns", "mixed_ns", "eager_ns", "graph_ns", "draft_ns")
-        return replace(self, **{name: getattr(self, name) * factor for name in tables})
+        halves = None if self.halves is None else self.halves.scaled(factor)
+        return replace(self, halves=halves, **{name: getattr(self, name) * factor for name in tables})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,6 +165,7 @@ class Ranks:
     send_ns, control_ns : int   from a front end to a rank; every hop to or from the coordinator
     padding : Padding
     shared : one SharedLaw per pipeline stage; of ranks on their own, of a group of one
+    splitting : Splitting or None    when a forward is split into two halves; None: never
 
     Raises
     ------
@@ -113,8 +182,11 @@ class Ranks:
     control_ns: int = 0
     padding: Padding
     shared: Sequence[SharedLaw]
+    splitting: Splitting | None = None
 
     def __post_init__(self) -> None:
+        if self.splitting is not None and (not self.in_step or any(law.halves is None for law in self.shared)):
+            raise UsageError("ranks: forwards are split of ranks in step of which it is known what halves take")
         for name in ("count", "front_ends"):
             if getattr(self, name) < 1:
                 raise UsageError(f"ranks: {name} {getattr(self, name)} is below 1")
@@ -172,11 +244,12 @@ class Ranks:
 
 
 class Agreed(NamedTuple):
-    """What ranks agree on for a forward: the mode, every rank's padded tokens, and whether all only decode."""
+    """What ranks agree on for a forward: the mode, their padded tokens, if all only decode, and if it is split."""
 
     mode: int
     padded: list[int]
     decoding: bool
+    split: bool = False
 
 
 DUMMY: Final[Rows] = [(1, 0)]
@@ -196,13 +269,37 @@ def alike_ns(law: BatchLaw, ranks: Ranks | None, stage: int, rows: Rows) -> int:
     if ranks is None or not ranks.in_step:
         return law.batch_ns(rows)
     batches = [rows] * ranks.count
-    return forward_ns(law, ranks.shared[stage], agree(ranks.padding, batches, law.draft_tokens), batches)
+    agreed = agree(ranks.padding, batches, law.draft_tokens, ranks.splitting)
+    return forward_ns(law, ranks.shared[stage], agreed, batches)
 
 
-def agree(padding: Padding, batches: Sequence[Rows], drafts: int = 0) -> Agreed:
+def splits(rule: Splitting, tokens: Sequence[int], padded: Sequence[int], decoding: Sequence[bool]) -> bool:
+    """Whether ranks split a forward into two halves: all or none do.
+
+    Parameters
+    ----------
+    rule : Splitting
+    tokens : of each rank
+    padded : the same with padding to captured sizes
+    decoding : whether each sequence of a rank has one token
+    """
+    if not rule.pads:
+        busy = [(count, alone) for count, alone in zip(tokens, decoding, strict=True) if count]
+        tokens, decoding = [count for count, _ in busy], [alone for _, alone in busy]
+        if len(set(decoding)) != 1:
+            return False
+    wanted = all(
+        count >= (rule.decode_tokens if alone else rule.prompt_tokens)
+        for count, alone in zip(tokens, decoding, strict=True)
+    )
+    return wanted and (not rule.pads or max(padded) // 2 < min(tokens))
+
+
+def agree(padding: Padding, batches: Sequence[Rows], drafts: int = 0, splitting: Splitting | None = None) -> Agreed:
     """The least of the modes the ranks would choose, and their padding.
 
-    With a graph every rank is padded to the largest; without one each keeps the padding it chose.
+    With a graph every rank is padded to the largest, and so they are where the forward is split; else each keeps the
+    padding it chose.
     Source: `coordinate_batch_across_dp` and `CudagraphDispatcher` of vLLM 0.20.2, in our own words.
 
     Parameters
@@ -210,20 +307,25 @@ def agree(padding: Padding, batches: Sequence[Rows], drafts: int = 0) -> Agreed:
     padding
     batches : one of each rank
     drafts : int    that may follow a token
+    splitting : Splitting or None    when a forward is split
     """
-    modes, padded, decoding = [], [], True
+    modes, padded, alone = [], [], []
     for rows in batches:
         total = sum(tokens for tokens, _ in rows)
         if all(tokens <= 1 + drafts for tokens, _ in rows):
             entry = total if drafts else len(rows)
             modes.append(int(padding.decode_mode[entry]))
             padded.append(int(padding.decode_rows[entry]))
+            alone.append(True)
         else:
             modes.append(int(padding.mixed_mode[total]))
             padded.append(int(padding.mixed_rows[total]))
-            decoding = False
-    mode = min(modes)
-    return Agreed(mode, padded if mode == EAGER else [max(padded)] * len(padded), decoding)
+            alone.append(False)
+    mode, tokens = min(modes), [sum(count for count, _ in rows) for rows in batches]
+    split = splitting is not None and splits(splitting, tokens, padded, alone)
+    if mode != EAGER or (splitting is not None and splitting.pads and split):
+        padded = [max(padded)] * len(padded)
+    return Agreed(mode, padded, all(alone), split)
 
 
 def forward_ns(
@@ -239,12 +341,15 @@ def forward_ns(
     batches : one of each rank
     makes : of each rank, whether its batch makes drafts, where any are made; nothing: all do
     """
+    entry = ceil_div(sum(agreed.padded), shared.per)
+    if agreed.split:
+        assert shared.halves is not None
+        return int(shared.graph_ns[agreed.mode]) + shared.halves.forward_ns(agreed, entry, batches)
     makes = makes or [True] * len(batches)
     own = max(
         law.batch_ns(rows, yields=yields) + int(shared.padded_ns[padded])
         for rows, padded, yields in zip(batches, agreed.padded, makes, strict=True)
     )
-    entry = ceil_div(sum(agreed.padded), shared.per)
     together = int((shared.decode_ns if agreed.decoding else shared.mixed_ns)[entry])
     if not agreed.decoding and agreed.mode == EAGER:
         together += int(shared.eager_ns[entry])

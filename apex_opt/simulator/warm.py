@@ -5,20 +5,32 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from apex_opt.engines.overlap import DUAL_BATCH
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.api import run_deployment, run_disaggregated, run_phases
 from apex_opt.simulator.handover import Handover
-from apex_opt.simulator.kernel.entries import APART, DISAGGREGATED, NUMBER_PIECES, PHASES, RANKS, ROUTE, SERVE, Entry
+from apex_opt.simulator.kernel.entries import (
+    APART,
+    DISAGGREGATED,
+    HALVES,
+    NUMBER_PIECES,
+    PHASES,
+    RANKS,
+    ROUTE,
+    SERVE,
+    Entry,
+)
 from apex_opt.simulator.law import linear_law
 from apex_opt.simulator.phases import Phases
 from apex_opt.simulator.pools import EnginePool
-from apex_opt.simulator.ranks import Ranks
+from apex_opt.simulator.ranks import Halves, Ranks
 from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:
@@ -52,6 +64,7 @@ class Variant(NamedTuple):
     disaggregated: bool = False  # prefill and decode instances
     shared: bool = False  # phases that share a GPU
     ranks: int = 0
+    halves: bool = False  # ranks split forwards
     routing: Routing = "round_robin"
 
 
@@ -66,6 +79,7 @@ def _variants() -> dict[str, Variant]:
     for where, entries, others in (
         ("", SERVE, {}),
         ("ranks", RANKS, {"ranks": 2}),
+        ("halves", HALVES, {"ranks": 2, "halves": True}),
         ("routed", ROUTE, {"routing": "power_of_two"}),
     ):
         for (engine, caching), entry in entries.items():
@@ -133,10 +147,14 @@ def run(*names: str) -> None:
     """Serve a request by each of these variants, which compiles what has not been."""
     trace = make_trace(name="warm-up", arrival_ns=[0], prompt=[1], output=[1], content=[[0]], content_tokens=1)
     for name in names:
-        settings, _, disaggregated, shared, ranks, routing = VARIANTS[name]
+        settings, _, disaggregated, shared, ranks, halves, routing = VARIANTS[name]
         drafts = settings.speculation.draft_tokens if settings.speculation else 0
         law = linear_law(base_ns=1, token_ns=0, context_ns=0, draft_tokens=drafts, **_LIMITS)
         its = Ranks.bare(ranks, **_LIMITS, drafting=drafts > 0) if ranks else None
+        if its is not None and halves:
+            its = replace(
+                its, splitting=DUAL_BATCH, shared=(replace(its.shared[0], halves=Halves.bare(law, its.shared[0])),)
+            )
         replicas = 1 if routing == "round_robin" else 2
         pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:

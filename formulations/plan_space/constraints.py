@@ -220,6 +220,19 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
             _holds(model, "one_copy_shared", [v.attention_dp], ((n, runs.shares and n == 1) for n in degrees)),
         ]
         drafts += side_by_side
+    if instance.overlap is not None:
+        groups = [(d, t, e) for t, e in cut for d in range(1, instance.max_devices // (t * e) + 1)]
+        drafts += [
+            _holds(model, "one_stage_split", [v.stages], ((s, runs.overlap and s == 1) for s in stages_of(instance))),
+            _holds(model, "copies_split", [v.attention_dp], ((n, n > 1) for n in degrees)),
+            _holds(model, "no_drafts_split", [v.drafts], ((i, d is None) for i, d in drafted)),
+            _holds(
+                model,
+                "experts_split",
+                [v.ffn_dp, v.ffn_tp, v.ffn_ep],
+                ((d, t, e, d == t == 1 and e > 1) for d, t, e in groups),
+            ),
+        ]
     if instance.settings.runnable is None:
         return drafts
     return [

@@ -56,13 +56,18 @@ def count(instance: Instance, families: Sequence[str]) -> int:
     shared = "engine" in families and instance.shares is not None
     if shared and not runs.shares:
         return 0
+    split = "engine" in families and instance.overlap is not None
+    if split and not runs.overlap:
+        return 0
     total = 0
     for drafter, ways in drafters.items():
-        some = stages if drafter is None and not shared else [s for s in stages if s == 1]
+        if split and drafter is not None:
+            continue
+        some = stages if drafter is None and not (shared or split) else [s for s in stages if s == 1]
         replicas = [count_repeated(n, instance.routings) for n in range(gpus + 1)]
         pipelines = [0] + [sum(replicas[gpus // (s * g)] * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
         for index, n in formats.items():
-            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=shared)
+            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=shared, split=split)
     return total * len(instance.batch_limits)
 
 
@@ -74,8 +79,12 @@ def _cells(
     pipelines: Sequence[int],
     *,
     one_copy: bool,
+    split: bool,
 ) -> int:
-    """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage."""
+    """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage.
+
+    Where forwards are `split` there are several copies of attention, and every device has experts of its own.
+    """
     gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
     degrees = range(1, gpus + 1)
     pools = Pools(instance)
@@ -90,6 +99,7 @@ def _cells(
         t * e
         for t in degrees
         for e in range(1, min(experts, gpus // t) + 1)
+        if not split or (t == 1 and e > 1)
         if (not divide or columns_divide(instance, t, e)) and (index is None or runs.ffn(t, e, index))
         if draft_columns(instance, drafter, t, e)
     )
@@ -100,11 +110,13 @@ def _cells(
             for t in heads
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
             if devices == t or (not one_copy and (drafter is None or copies_draft(instance)))
+            if devices > t or not split
         ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)
             for shard, ways in shards.items()
             if devices % shard == 0 and (index is None or runs.ffn_copies(devices // shard))
+            if devices == shard or not split
         )
         total += cells * pipelines[devices]
     return total

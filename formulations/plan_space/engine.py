@@ -50,6 +50,15 @@ class Runs:
             return wanted.prefill in parts and wanted.decode == total - wanted.prefill
         return any(total <= 2 * part <= 2 * (total - 16) for part in parts)
 
+    @property
+    def overlap(self) -> bool:
+        """Whether forwards may be split as the plans have it; which plans can be is for these to keep to."""
+        if self.instance.overlap is None:
+            return True
+        families = None if self.rules is None else self.rules.overlaps
+        known = families is None or self.instance.model.family in families
+        return known and self.instance.settings.scheduler.name in ("vllm", "sglang")
+
     def stages(self, count: int) -> bool:
         """Whether the model may be cut into so many stages."""
         return self.rules is None or count == 1 or self.instance.model.family not in self.rules.whole_models

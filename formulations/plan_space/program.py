@@ -20,7 +20,8 @@ Constraints
     C2  ad * at = g,  fd * ft * fe = g,  gcd(ad, fd) = 1,  fe = 1 for a dense model
     C3  equal shards (divisibility)
     C4  the GPU computes in f (format);  the engine runs the cells, the format and the shards, and drafts are made on
-        one stage, with one attention copy and equal shards (engine)
+        one stage, with one attention copy and equal shards; forwards are split on one stage, with several attention
+        copies, without drafts and with experts of its own on each GPU (engine)
     C5  s * ceil(L / s) <= 3/2 * L (balance)
     C6  for each stage: sum_u layers_u(s) * (W_u(at, f) + norms + K_u(at, f) + F_u(ft, fe, f))
         + embedding and LM head where they are + workspace(ad, at, fd, ft, fe, l, d)

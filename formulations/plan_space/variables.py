@@ -67,6 +67,7 @@ class Variables:
             max_num_batched_tokens=tokens,
             speculation=instance.drafters[values.value(self.drafts)],
             shares=instance.shares,
+            overlap=instance.overlap,
         )
 
     def fix(self, model: cp_model.CpModel, plan: Plan, instance: Instance) -> None:
@@ -92,6 +93,8 @@ class Variables:
             raise UsageError(f"{plan}: its drafts are not among the choices {[str(d) for d in instance.drafters]}")
         if plan.shares != instance.shares:
             raise UsageError(f"{plan}: plans of the space have share={instance.shares or 'none'}")
+        if plan.overlap != instance.overlap:
+            raise UsageError(f"{plan}: plans of the space have overlap={instance.overlap or 'none'}")
         if not plan.even:
             raise UsageError(f"{plan}: the plan space splits layers evenly, not as {list(plan.layers)}")
         model.add(plan.replicas * plan.stages * self.devices <= instance.max_devices)

@@ -179,6 +179,7 @@ class QuestionFacts(Described):
     speculation : ways to make drafts to choose from; left out where none are made
     serving : what may be deployed, where that is not aggregated replicas alone
     shares : of a GPU that prompts and answers may have, where they may share it; null where batches hold both
+    overlap : what plans may overlap, where they may; null where they do one thing after the other
     rescheduling : how requests move between replicas, where they do
     handover : of prompts between pools, and of requests that move
     arrivals : how requests come where rates are looked for
@@ -197,6 +198,7 @@ class QuestionFacts(Described):
     engine: EngineFacts
     serving: tuple[str, ...] | None = None
     shares: tuple[str | None, ...] | None = None
+    overlap: tuple[str | None, ...] | None = None
     rescheduling: ReschedulingFacts | None = None
     handover: HandoverFacts | None = None
     arrivals: str | None = None

@@ -20,7 +20,7 @@ Percentiles and means over requests never fall when every request's value is rep
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -109,7 +109,8 @@ class StageFloor:
     def of_ranks(cls, law: BatchLaw, shared: SharedLaw, count: int) -> StageFloor:
         """The floor of a forward of ranks that run in step: the mean of their own parts and what all share.
 
-        The slowest rank is no faster than the mean of all.
+        The slowest rank is no faster than the mean of all. Where it may be split, a forward takes no less than what is
+        computed of both halves.
 
         Parameters
         ----------
@@ -117,6 +118,15 @@ class StageFloor:
         shared : SharedLaw
         count : int          ranks
         """
+        if shared.halves is not None:
+            whole, halves = replace(shared, halves=None), shared.halves
+            split = replace(
+                whole,
+                padded_ns=np.full_like(shared.padded_ns, int(halves.alone_ns[1:].min())),
+                decode_ns=halves.decode_ns + halves.decode_host_ns,
+                mixed_ns=halves.mixed_ns + halves.mixed_host_ns,
+            )
+            return cls.of_any([cls.of_ranks(law, whole, count), cls.of_ranks(halves.law, split, count)])
         own = cls.of(law)
         most = len(shared.decode_ns) - 1
         least = ceil_div(count, shared.per)  # a dummy batch has a token
@@ -132,6 +142,18 @@ class StageFloor:
             draft_ns=own.draft_ns + (int(shared.draft_ns[1:].min()) if len(shared.draft_ns) > 1 else 0),
             draft_rate=own.draft_rate // count,
             seen=tuple((window, context // count, pair // count) for window, context, pair in own.seen),
+        )
+
+    @classmethod
+    def of_any(cls, floors: Sequence[StageFloor]) -> StageFloor:
+        """The floor of a batch that takes what any of several ways takes, over the same windows."""
+        numbers = [field.name for field in fields(cls) if field.name != "seen"]
+        return cls(
+            **{name: min(getattr(floor, name) for floor in floors) for name in numbers},
+            seen=tuple(
+                (rows[0][0], min(row[1] for row in rows), min(row[2] for row in rows))
+                for rows in zip(*(floor.seen for floor in floors), strict=True)
+            ),
         )
 
     @classmethod

@@ -33,7 +33,7 @@ import numpy as np
 from apex_opt.errors import InputError
 from apex_opt.files import read_bytes, reason
 from apex_opt.outputs import written
-from apex_opt.simulator.kernel.group_state import Group
+from apex_opt.simulator.kernel.group_state import Group, Halves
 from apex_opt.simulator.kernel.kv_state import Groups
 from apex_opt.simulator.kernel.phases_state import Replica
 from apex_opt.simulator.kernel.records import kinds, leaves, names, spread
@@ -204,24 +204,33 @@ ROUTE: Final = {
 }
 """Those before which a router stands that knows more than how many requests are unanswered."""
 RANKS: Final = {
-    ("steady", False): _of("group", "by_steady_nb", Run, None, Group, *_SHARE),
-    ("general", False): _of("group", "by_general_nb", Run, None, Group, *_SHARE),
-    ("general", True): _of("group", "by_general_nb", Run, Cache, Group, *_SHARE),
-    ("speculative", False): _of("group", "by_speculative_nb", Run, None, Group, *_SHARE),
-    ("speculative", True): _of("group", "by_speculative_nb", Run, Cache, Group, *_SHARE),
-    ("trtllm", False): _of("trtllm_ranks", "by_trtllm_nb", Run, None, Group, *_SHARE),
-    ("trtllm", True): _of("trtllm_ranks", "by_trtllm_nb", Run, Cache, Group, *_SHARE),
-    ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, *_SHARE),
-    ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, *_SHARE),
-    ("sglang drafts", False): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, None), Group, *_SHARE),
-    ("sglang drafts", True): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, Tree), Group, *_SHARE),
-    ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, *_SHARE),
-    ("general groups", False): (_counted := _of("group", "by_general_groups_nb", Run, Groups, Group, *_SHARE)),
+    ("steady", False): _of("group", "by_steady_nb", Run, None, Group, None, *_SHARE),
+    ("general", False): _of("group", "by_general_nb", Run, None, Group, None, *_SHARE),
+    ("general", True): _of("group", "by_general_nb", Run, Cache, Group, None, *_SHARE),
+    ("speculative", False): _of("group", "by_speculative_nb", Run, None, Group, None, *_SHARE),
+    ("speculative", True): _of("group", "by_speculative_nb", Run, Cache, Group, None, *_SHARE),
+    ("trtllm", False): _of("trtllm_ranks", "by_trtllm_nb", Run, None, Group, None, *_SHARE),
+    ("trtllm", True): _of("trtllm_ranks", "by_trtllm_nb", Run, Cache, Group, None, *_SHARE),
+    ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, None, *_SHARE),
+    ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, None, *_SHARE),
+    ("sglang drafts", False): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, None), Group, None, *_SHARE),
+    ("sglang drafts", True): _of("sglang_ranks", "by_drafts_nb", Run, (Sglang, Tree), Group, None, *_SHARE),
+    ("steady groups", False): _of("group", "by_steady_groups_nb", Run, Groups, Group, None, *_SHARE),
+    ("general groups", False): (_counted := _of("group", "by_general_groups_nb", Run, Groups, Group, None, *_SHARE)),
     ("general groups", True): _counted,
-    ("speculative groups", False): (_drafted := _of("group", "by_speculative_groups_nb", Run, Groups, Group, *_SHARE)),
+    ("speculative groups", False): (
+        _drafted := _of("group", "by_speculative_groups_nb", Run, Groups, Group, None, *_SHARE)
+    ),
     ("speculative groups", True): _drafted,
 }
 """Those of replicas with ranks."""
+HALVES: Final = {
+    ("general", False): _of("group", "by_halves_nb", Run, None, Group, Halves, *_SHARE),
+    ("general", True): _of("group", "by_halves_nb", Run, Cache, Group, Halves, *_SHARE),
+    ("sglang", False): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, None), Group, Halves, *_SHARE),
+    ("sglang", True): _of("sglang_ranks", "by_sglang_nb", Run, (Sglang, Tree), Group, Halves, *_SHARE),
+}
+"""Those of replicas whose ranks split forwards into two halves."""
 DISAGGREGATED: Final = {
     (False, False): _of("disaggregated", "disaggregated_nb", Run, None, Links, None),
     (False, True): _of("disaggregated", "disaggregated_nb", Run, Cache, Links, None),
@@ -241,6 +250,7 @@ ENTRIES: Final = tuple(
             *SERVE.values(),
             *ROUTE.values(),
             *RANKS.values(),
+            *HALVES.values(),
             *DISAGGREGATED.values(),
             APART,
             PHASES,

@@ -123,7 +123,7 @@ from apex_opt.simulator.kernel.state import (
 )
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.group_state import Group
+    from apex_opt.simulator.kernel.group_state import Group, Halves
     from apex_opt.simulator.kernel.kv_state import Groups
     from apex_opt.simulator.kernel.state import I64, Cache, Run
 
@@ -182,7 +182,16 @@ def form_general_nb(run: Run, cache: Cache | None, r: I64, own: I64) -> None:
     general.running_nb(run, cache, None, r)
     if r[BATCH_LOST] == 0:
         general.waiting_nb(run, cache, None, r)
-    launch_general_nb(run, r, own)
+    launch_general_nb(run, r, own, r[STAGES])
+
+
+@inner
+def form_halved_nb(run: Run, cache: Cache | None, r: I64, own: I64) -> None:
+    """`form_general_nb`, with what each stage would take of a rank's own time in two halves behind that."""
+    general.running_nb(run, cache, None, r)
+    if r[BATCH_LOST] == 0:
+        general.waiting_nb(run, cache, None, r)
+    launch_general_nb(run, r, own, 2 * r[STAGES])
 
 
 @inner
@@ -192,19 +201,19 @@ def form_grouped_nb(run: Run, groups: Groups, r: I64, own: I64) -> None:
     general.running_nb(run, None, groups, r)
     if r[BATCH_LOST] == 0:
         general.waiting_nb(run, None, groups, r)
-    launch_general_nb(run, r, own)
+    launch_general_nb(run, r, own, r[STAGES])
 
 
 @inner
-def launch_general_nb(run: Run, r: I64, own: I64) -> None:
-    """Put a batch in the queue; what each stage takes of a rank's own time."""
+def launch_general_nb(run: Run, r: I64, own: I64, laws: int) -> None:
+    """Put a batch in the queue; what it takes of a rank's own time by each of so many laws."""
     r[PREEMPTIONS] += r[BATCH_LOST]
     newest = newest_nb(r)
     run.scratch[r[QUEUE_AT] + r[DEPTH] + newest] = r[BATCH_ROWS]
     if r[BATCH_ROWS] > 0:
         batch, batch_tokens = queued_nb(run, r, newest), at(run.scratch, r[ENTERING_AT])
         computed = column_nb(run, COMPUTED)
-        for s in range(r[STAGES]):
+        for s in range(laws):
             law, chunks_ns = law_nb(run, r, s), 0
             if r[BATCH_DECODES] < r[BATCH_ROWS]:
                 for row in range(r[BATCH_ROWS]):
@@ -320,7 +329,9 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
     """`group_nb` by an engine, given as the functions that form a batch, keep it in flight and take it in."""
 
     @inner
-    def turn_nb(run: Run, cache: Cache | None, group: Group, g: I64, r: I64, m: I64, rank: int) -> int:
+    def turn_nb(
+        run: Run, cache: Cache | None, group: Group, halves: Halves | None, g: I64, r: I64, m: I64, rank: int
+    ) -> int:
         """Form a batch and, unless there is room for another in flight, take in the oldest; in which state."""
         now, flying = g[CLOCK], at(group.memory, m[FLYING_AT])
         m[EXECUTED] = 0
@@ -330,7 +341,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
             form_nb(run, cache, r, at(group.memory, m[OWN_AT]))
             number = NONE
             if r[BATCH_ROWS] > 0:
-                number = submit_nb(run, group, g, r, m, 0)
+                number = submit_nb(run, group, halves, g, r, m, 0)
                 m[EXECUTED] = 1
             log_step_nb(run, r, g[FIRST_RANK] + rank, now, number)
             place = m[FLYING_HEAD] + m[FLYING]
@@ -354,7 +365,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
         return TAKES
 
     @inner
-    def in_step_nb(run: Run, group: Group, g: I64, r: I64, m: I64, rank: int) -> int:
+    def in_step_nb(run: Run, group: Group, halves: Halves | None, g: I64, r: I64, m: I64, rank: int) -> int:
         """Tell the loads, and run a dummy batch where there is none of its own; in which state."""
         running = runs_nb(r)
         waiting = m[HEARD] - r[ENDED] - running
@@ -366,7 +377,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
             return RETURNS
         if m[UNFINISHED] == 0 and m[RUNS_ON] == 0:
             return HEARS
-        m[NUMBER] = submit_nb(run, group, g, r, m, 1)
+        m[NUMBER] = submit_nb(run, group, halves, g, r, m, 1)
         m[DUMMIES] += 1
         m[DUE] = returns_nb(group, g, r, m, m[NUMBER])
         return RETURNS
@@ -399,7 +410,9 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
         m[STEP] = 0
 
     @inner
-    def rank_acts_nb(run: Run, cache: Cache | None, group: Group, g: I64, place: int, rank: int) -> None:
+    def rank_acts_nb(
+        run: Run, cache: Cache | None, group: Group, halves: Halves | None, g: I64, place: int, rank: int
+    ) -> None:
         """A rank goes on until it has to wait."""
         r = at(run.replicas, (g[FIRST_RANK] + rank) * REPLICA_SIZE)
         m = at(group.members, (g[FIRST_RANK] + rank) * MEMBER_SIZE)
@@ -413,7 +426,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
                 while hear_one_nb(run, group, g, m, rank):
                     pass
                 m[HEARD_NS] = now - g[SEND_NS]
-                state = turn_nb(run, cache, group, g, r, m, rank)
+                state = turn_nb(run, cache, group, halves, g, r, m, rank)
                 m[STATE] = state
                 if state == TAKES and m[DUE] > now:
                     return
@@ -433,7 +446,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
             if state == SLEEPS:
                 state = HEARS
                 if g[IN_STEP] == 1:
-                    state = in_step_nb(run, group, g, r, m, rank)
+                    state = in_step_nb(run, group, halves, g, r, m, rank)
                     if state == RETURNS and m[EXECUTED] == 0 and m[DUE] > now:
                         m[STATE] = RETURNS
                         return
@@ -453,7 +466,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
                 state = HEARS
 
     @inner
-    def group_nb(run: Run, cache: Cache | None, group: Group, place: int, until: int) -> None:
+    def group_nb(run: Run, cache: Cache | None, group: Group, halves: Halves | None, place: int, until: int) -> None:
         """Let whoever is due first act, as long as that is before `until`."""
         g = at(group.groups, place * GROUP_SIZE)
         arrival, count = column_nb(run, ARRIVAL), g[COUNT]
@@ -480,7 +493,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
                 return
             g[CLOCK] = due
             if actor > 1 + g[FRONT_ENDS]:
-                rank_acts_nb(run, cache, group, g, place, actor - 2 - g[FRONT_ENDS])
+                rank_acts_nb(run, cache, group, halves, g, place, actor - 2 - g[FRONT_ENDS])
             elif actor == 1 + g[FRONT_ENDS]:
                 arrive_nb(run, group, g, place)
             elif actor == 0:
@@ -493,7 +506,16 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
                 return
 
     @inner
-    def serve_nb(run: Run, cache: Cache | None, group: Group, first: int, last: int, routed: I64, turns: int) -> None:
+    def serve_nb(
+        run: Run,
+        cache: Cache | None,
+        group: Group,
+        halves: Halves | None,
+        first: int,
+        last: int,
+        routed: I64,
+        turns: int,
+    ) -> None:
         """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
         arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
         for turn in range(turns + 1):
@@ -504,7 +526,7 @@ def acting(form_nb: Any, keep_nb: Any, take_nb: Any, runs_nb: Any, empty_nb: Any
                 if cache is not None and turn == 0:
                     for rank in range(g[COUNT]):
                         empty_nb(cache, at(run.replicas, (g[FIRST_RANK] + rank) * REPLICA_SIZE))
-                group_nb(run, cache, group, place, until)
+                group_nb(run, cache, group, halves, place, until)
                 if run.control[PASSED] == 1:
                     return
                 if g[GIVEN] - g[ANSWERED] < least:
@@ -533,6 +555,7 @@ def idle_nb(group: Group, g: I64) -> bool:
 
 by_steady_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb)
 by_general_nb = acting(form_general_nb, keep_general_nb, take_general_nb, runs_general_nb)
+by_halves_nb = acting(form_halved_nb, keep_general_nb, take_general_nb, runs_general_nb)
 by_steady_groups_nb = acting(form_steady_nb, keep_steady_nb, take_steady_nb, runs_steady_nb, empty_groups_nb)
 by_speculative_nb = acting(form_drafting_nb, keep_general_nb, take_drafting_nb, runs_general_nb)
 by_speculative_groups_nb = acting(

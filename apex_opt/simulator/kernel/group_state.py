@@ -24,6 +24,17 @@ class Group(NamedTuple):
     loads: I64
 
 
+class Halves(NamedTuple):
+    """What forwards in two halves take, and how many there were, of one pool after the other.
+
+    Of each stage its layers, then the tables of `ranks.Halves`; of each pool two tables of forwards, those that only
+    decode first. The laws of halves are those of as many stages more.
+    """
+
+    tables: I64
+    counts: I64
+
+
 # Columns of `Group.told`: rows of each log, their capacities as of `Run.control`; whether messages found no room.
 (FORWARDS, EVENTS, LOADS, MOST_FORWARDS, MOST_EVENTS, MOST_LOADS, LOADS_WIDTH, CROWDED, TOLD_SIZE) = range(9)
 
@@ -83,8 +94,12 @@ class Group(NamedTuple):
     ADP_BATCHING,
     WAITED_FOR_SOME,
     WAITED_ON,
+    HALVES_AT,
+    HALVES_COUNTED_AT,
+    LEAST_DECODE,  # tokens of a rank that only decodes, and of another, from which on it wants a forward to be split
+    LEAST_PROMPT,
     GROUP_SIZE,
-) = range(55)
+) = range(59)
 
 # Columns of `Group.members`.
 (
@@ -128,8 +143,11 @@ NEWS_TIME, WITH_LOADS, NEWS_WAVE, NEWS_RUNS, NEWS_MESSAGE = range(5)
 START_TIME, START_WAVE, EXCLUDED, START_ORDER, START_MESSAGE = range(5)
 
 # Columns of a forward, then of each stage the most of the ranks' own times, and with their own padding.
-# SEQUENCES and MAKES tell of drafts, by how many sequences they are made and whether.
-(PARTS, LATEST, LEAST_MODE, MOST_ROWS_, SUM_ROWS, MIXED, AGREED, END, SEQUENCES, MAKES, SLOT_SIZE) = range(11)
+# SEQUENCES and MAKES tell of drafts, by how many sequences they are made and whether. Where forwards may be split the
+# fewest tokens of a rank, whether any of them does not want it, and the most sequences; behind all stages, of each the
+# most that ranks compute of two halves.
+(PARTS, LATEST, LEAST_MODE, MOST_ROWS_, SUM_ROWS, MIXED, AGREED, END, SEQUENCES, MAKES) = range(10)
+FEWEST, UNWILLING, MOST_SEQUENCES, SLOT_SIZE = range(10, 14)
 
 # Columns of `Group.links`: the chain of requests of a replica, and of each when it was sent to a rank: the wave it is
 # stamped with, its place among messages, the rank, and the replica, numbered from 1.

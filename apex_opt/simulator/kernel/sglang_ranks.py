@@ -17,6 +17,7 @@ from apex_opt.simulator.kernel.batch import (
     log_together_nb,
 )
 from apex_opt.simulator.kernel.coordinator import link_nb
+from apex_opt.simulator.kernel.forwards import halves_ns_nb
 from apex_opt.simulator.kernel.group_state import (
     AFTER,
     ALL,
@@ -34,8 +35,11 @@ from apex_opt.simulator.kernel.group_state import (
     FORWARD_START,
     FORWARDS,
     GROUP_SIZE,
+    HALVES_COUNTED_AT,
     HEARD,
     LANE_DONE,
+    LEAST_DECODE,
+    LEAST_PROMPT,
     MEMBER_SIZE,
     MOST_FORWARDS,
     OF_DRAFTS,
@@ -46,6 +50,7 @@ from apex_opt.simulator.kernel.group_state import (
     TOGETHER_AT,
     WIDE,
     Group,
+    Halves,
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.sglang import begin_nb, choose_nb, engine_nb, flight_nb, own_ns_nb, receive_nb, slot_nb
@@ -147,13 +152,16 @@ def rank_ns_nb(run: Run, e: Engine, s: int, drafting: int | None) -> int:
 
 
 @inner
-def forward_nb(run: Run, group: Group, own: Sglang, g: I64, drafting: int | None) -> int:
+def forward_nb(run: Run, group: Group, halves: Halves | None, own: Sglang, g: I64, drafting: int | None) -> int:
     """Run the batches that the ranks have formed as one forward; when that ends."""
     first, count, tables = g[FIRST_RANK], g[COUNT], at(group.tables, g[TABLES_AT])
     r0 = at(run.replicas, first * REPLICA_SIZE)
     entries = r0[MAX_TOKENS] + 1
     sequences = r0[MAX_SEQS] + 1 if drafting is None else entries  # batches of drafts are padded by their tokens
     mode, most, longest, tokens, mixed, drafted, makes = 3, 0, 0, 0, 0, 0, 0
+    split = 0
+    if halves is not None:
+        split = vote_nb(run, g)
     for rank in range(first, first + count):
         r = at(run.replicas, rank * REPLICA_SIZE)
         if drafting is not None:
@@ -184,6 +192,10 @@ def forward_nb(run: Run, group: Group, own: Sglang, g: I64, drafting: int | None
             duration += together[g[ALL] + entry]
         if makes == 1:
             duration += table[g[WIDE] + 3 * g[ALL] + 3 + drafted]
+        if halves is not None:  # noqa: SIM102  # it is left out of what is compiled where there are none
+            if split == 1:
+                duration = at(table, g[WIDE] + 3 * g[ALL])[mode]
+                duration += halved_nb(run, halves, own, g, s, entry, mixed)
         stage = at(run.stages, (r0[FIRST_STAGE] + s) * STAGE_SIZE)
         start = max(end, stage[STAGE_FREE])
         if s == 0:
@@ -195,12 +207,43 @@ def forward_nb(run: Run, group: Group, own: Sglang, g: I64, drafting: int | None
             end += by_tokens_nb(law_nb(run, r0, s), r0, MIXED_NS, TRANSFER_NS)[min(widest, r0[MAX_TOKENS])]
     counts = at(group.together, g[TOGETHER_AT] + mixed * g[ALL])
     counts[entry] += 1
-    if mixed == 1 and mode == 0:
+    if mixed == 1 and mode == 0 and split == 0:
         counts[g[ALL] + entry] += 1
     if makes == 1:
         group.together[g[TOGETHER_AT] + 3 * g[ALL] + drafted] += 1
+    if halves is not None:
+        halves.counts[g[HALVES_COUNTED_AT] + mixed * g[ALL] + entry] += split
     tell_forward_nb(run, group, g, began, end, mode, padded)
     return end
+
+
+@inner
+def vote_nb(run: Run, g: I64) -> int:
+    """Whether the forward is split: where all ranks that have a batch either decode or compute prompts."""
+    decode, prompts, unwilling = 0, 0, 0
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        r = at(run.replicas, rank * REPLICA_SIZE)
+        if r[BATCH_ROWS] == 0:
+            continue
+        least = g[LEAST_DECODE]
+        if r[BATCH_DECODES] == r[BATCH_ROWS]:
+            decode = 1
+        else:
+            prompts, least = 1, g[LEAST_PROMPT]
+        if r[BATCH_TOKENS] < least:
+            unwilling = 1
+    return 1 if decode + prompts == 1 and unwilling == 0 else 0
+
+
+@inner
+def halved_nb(run: Run, halves: Halves, own: Sglang, g: I64, stage: int, entry: int, mixed: int) -> int:
+    """What a stage takes of a forward in two halves."""
+    most, rows = 0, 0
+    for rank in range(g[FIRST_RANK], g[FIRST_RANK] + g[COUNT]):
+        e = engine_nb(run, own, rank)
+        law = law_nb(run, e.r, e.r[STAGES] + stage)
+        most, rows = max(most, own_ns_nb(e, flight_nb(e, e.g[G_TURNS]), law)), max(rows, e.r[BATCH_ROWS])
+    return halves_ns_nb(halves, g, at(run.replicas, g[FIRST_RANK] * REPLICA_SIZE), stage, entry, mixed, rows, most)
 
 
 @inner
@@ -217,7 +260,9 @@ def tell_forward_nb(run: Run, group: Group, g: I64, began: int, end: int, mode: 
 
 
 @inner
-def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: I64, drafting: int | None) -> None:
+def form_together_nb(
+    run: Run, group: Group, halves: Halves | None, own: Sglang, tree: Tree | None, g: I64, drafting: int | None
+) -> None:
     """Form the batch of each rank, and run them where any has one."""
     first, count = g[FIRST_RANK], g[COUNT]
     rows, lost_at = 0, run.control[LOST]
@@ -231,7 +276,7 @@ def form_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, g: 
         rows += e.r[BATCH_ROWS]
     end = g[CLOCK]
     if rows > 0:
-        end = forward_nb(run, group, own, g, drafting)
+        end = forward_nb(run, group, halves, own, g, drafting)
     lane = at(group.members, first * MEMBER_SIZE)
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
@@ -300,7 +345,14 @@ def take_in_together_nb(run: Run, group: Group, own: Sglang, tree: Tree | None, 
 
 @inner
 def turns_nb(
-    run: Run, group: Group, own: Sglang, tree: Tree | None, place: int, until: int, drafting: int | None
+    run: Run,
+    group: Group,
+    halves: Halves | None,
+    own: Sglang,
+    tree: Tree | None,
+    place: int,
+    until: int,
+    drafting: int | None,
 ) -> None:
     """Take every turn of a group that starts before `until`."""
     g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
@@ -323,7 +375,7 @@ def turns_nb(
                 lead.r[ERROR] = ERROR_NODES
                 return
         deal_nb(run, group, own, g, place)
-        form_together_nb(run, group, own, tree, g, drafting)
+        form_together_nb(run, group, halves, own, tree, g, drafting)
         if lead.g[G_TURNS] >= lead.r[DEPTH]:
             take_in_together_nb(run, group, own, tree, g, drafting)
         if run.control[PASSED] == 1:
@@ -331,17 +383,21 @@ def turns_nb(
 
 
 @inner
-def plain_turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
+def plain_turns_nb(
+    run: Run, group: Group, halves: Halves | None, its: tuple[Sglang, Tree | None], place: int, until: int
+) -> None:
     """Take the turns of ranks that verify no drafts."""
     own, tree = its
-    turns_nb(run, group, own, tree, place, until, None)
+    turns_nb(run, group, halves, own, tree, place, until, None)
 
 
 @inner
-def drafting_turns_nb(run: Run, group: Group, its: tuple[Sglang, Tree | None], place: int, until: int) -> None:
+def drafting_turns_nb(
+    run: Run, group: Group, halves: Halves | None, its: tuple[Sglang, Tree | None], place: int, until: int
+) -> None:
     """Take the turns of ranks that verify drafts."""
     own, tree = its
-    turns_nb(run, group, own, tree, place, until, 1)
+    turns_nb(run, group, None, own, tree, place, until, 1)
 
 
 by_sglang_nb, by_drafts_nb = serving(plain_turns_nb), serving(drafting_turns_nb)

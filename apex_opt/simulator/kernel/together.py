@@ -32,7 +32,7 @@ from apex_opt.simulator.kernel.state import (
 )
 
 if TYPE_CHECKING:
-    from apex_opt.simulator.kernel.group_state import Group
+    from apex_opt.simulator.kernel.group_state import Group, Halves
     from apex_opt.simulator.kernel.state import I64, Run
 
 
@@ -60,7 +60,9 @@ def serving(turns_nb: Any, empty_nb: Any = nothing_nb) -> Any:
     """`serve_nb` of groups, given the function that takes their turns and the one that empties their blocks."""
 
     @inner
-    def serve_nb(run: Run, its: Any, group: Group, first: int, last: int, routed: I64, turns: int) -> None:
+    def serve_nb(
+        run: Run, its: Any, group: Group, halves: Halves | None, first: int, last: int, routed: I64, turns: int
+    ) -> None:
         """Run groups `first` to `last` - 1; requests as for `deployment.serving`."""
         arrival, after = column_nb(run, ARRIVAL), link_nb(run, group, AFTER)
         for turn in range(turns + 1):
@@ -69,7 +71,7 @@ def serving(turns_nb: Any, empty_nb: Any = nothing_nb) -> Any:
             for place in range(first, last):
                 if turn == 0:
                     empty_nb(run, its, at(group.groups, place * GROUP_SIZE))
-                turns_nb(run, group, its, place, until)
+                turns_nb(run, group, halves, its, place, until)
                 if run.control[PASSED] == 1:
                     return
                 g = at(group.groups, place * GROUP_SIZE)

@@ -210,9 +210,9 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
             m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
             if r[BATCH_ROWS] > 0:
                 own_nb(run, group, r, m)
-                number = submit_nb(run, group, g, r, m, 0)
+                number = submit_nb(run, group, None, g, r, m, 0)
             else:
-                number = submit_nb(run, group, g, r, m, 1)
+                number = submit_nb(run, group, None, g, r, m, 1)
                 m[DUMMIES] += 1
         end = end_nb(group, g, rank_nb(run, first), at(group.members, first * MEMBER_SIZE), number)
     for rank in range(first, first + count):
@@ -242,7 +242,7 @@ def take_in_together_nb(run: Run, cache: Cache | None, group: Group, g: I64) -> 
 
 
 @inner
-def turns_nb(run: Run, group: Group, cache: Cache | None, place: int, until: int) -> None:
+def turns_nb(run: Run, group: Group, halves: None, cache: Cache | None, place: int, until: int) -> None:
     """Take every turn of a group that starts before `until`."""
     g, arrival = at(group.groups, place * GROUP_SIZE), column_nb(run, ARRIVAL)
     lead = rank_nb(run, g[FIRST_RANK])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apex_opt.simulator.law import no_table
 from apex_opt.simulator.outcome import BatchCounts, GroupLog, SharedCounts
 from apex_opt.simulator.ranks import DUMMY, EAGER, VOTE, agree, forward_ns
 from apex_opt.simulator.reference.coordinator import (
@@ -67,6 +68,8 @@ class Forwards:
         self.done: list[Forward] = []
         self.decode, self.mixed, self.eager = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(3))
         self.draft = np.zeros_like(pool.ranks.shared[0].draft_ns)
+        halved = self.decode if pool.ranks.splitting else no_table()
+        self.split_decode, self.split_mixed = np.zeros_like(halved), np.zeros_like(halved)
 
     def submit(self, rank: int, now_ns: int, rows: Rows, *, makes: bool) -> int:
         """A rank submits its part of a forward; the number of that.
@@ -100,7 +103,7 @@ class Forwards:
     def _run(self, parts: list[tuple[int, int, Rows, bool]]) -> None:
         batches, makes = [rows for _, _, rows, _ in parts], [its for _, _, _, its in parts]
         agreed_ns = max(at_ns for _, at_ns, _, _ in parts) + self._sync_ns
-        agreed = agree(self._ranks.padding, batches, self._laws[0].draft_tokens)
+        agreed = agree(self._ranks.padding, batches, self._laws[0].draft_tokens, self._ranks.splitting)
         start, end = max(agreed_ns, self._free[0]), agreed_ns
         for stage, (law, shared) in enumerate(zip(self._laws, self._ranks.shared, strict=True)):
             duration = forward_ns(law, shared, agreed, batches, makes)
@@ -112,7 +115,9 @@ class Forwards:
         padded = sum(agreed.padded)
         entry = ceil_div(padded, self._ranks.shared[0].per)
         (self.decode if agreed.decoding else self.mixed)[entry] += 1
-        self.eager[entry] += not agreed.decoding and agreed.mode == EAGER
+        self.eager[entry] += not agreed.decoding and agreed.mode == EAGER and not agreed.split
+        if agreed.split:
+            (self.split_decode if agreed.decoding else self.split_mixed)[entry] += 1
         if len(self.draft) and any(makes):
             self.draft[ceil_div(sum(map(len, batches)), self._ranks.shared[0].per)] += 1
         self.done.append(Forward(agreed_ns, start, end, agreed.mode, padded))
@@ -379,6 +384,8 @@ class Group:
         (forwards,) = self.forwards
         return SharedCounts(
             decode=forwards.decode,
+            split_decode=forwards.split_decode,
+            split_mixed=forwards.split_mixed,
             mixed=forwards.mixed,
             eager=forwards.eager,
             dummies=sum(rank.dummies for rank in self.members),

@@ -117,7 +117,7 @@ class SglangRanks(Together, SglangEngine):
 
     def agreed(self, parts: list[Rows]) -> Agreed:
         """Where no graph runs nobody is padded."""
-        agreed = agree(self.ranks.padding, parts, self.draft_tokens)
+        agreed = agree(self.ranks.padding, parts, self.draft_tokens, self.ranks.splitting)
         if agreed.mode != EAGER:
             return agreed
         return agreed._replace(padded=[sum(tokens for tokens, _ in rows) for rows in parts])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from apex_opt.simulator.law import no_table
 from apex_opt.simulator.outcome import GroupLog, SharedCounts
 from apex_opt.simulator.ranks import DUMMY, EAGER, Agreed, agree, forward_ns
 from apex_opt.simulator.reference.engine import Engine
@@ -37,7 +38,16 @@ class Together(Engine):
         self.ranks = pool.ranks
         decode, mixed, eager = (np.zeros_like(pool.ranks.shared[0].decode_ns) for _ in range(3))
         draft = np.zeros_like(pool.ranks.shared[0].draft_ns)
-        self._sums = SharedCounts(decode=decode, mixed=mixed, eager=eager, dummies=0, draft=draft)
+        halved = decode if pool.ranks.splitting else no_table()
+        self._sums = SharedCounts(
+            decode=decode,
+            mixed=mixed,
+            eager=eager,
+            dummies=0,
+            draft=draft,
+            split_decode=np.zeros_like(halved),
+            split_mixed=np.zeros_like(halved),
+        )
         self.forwards: list[tuple[int, int, int, int]] = []
         self.batches_of = [0] * pool.ranks.count
         self.preempted_of = [0] * pool.ranks.count
@@ -46,7 +56,7 @@ class Together(Engine):
 
     def agreed(self, parts: list[Rows]) -> Agreed:
         """What the ranks run a forward as."""
-        return agree(self.ranks.padding, parts, self.draft_tokens)
+        return agree(self.ranks.padding, parts, self.draft_tokens, self.ranks.splitting)
 
     def _run(self, batch: Batch) -> int:
         assert isinstance(batch, RankedBatch)
@@ -86,7 +96,9 @@ class Together(Engine):
         """
         entry = ceil_div(sum(agreed.padded), self.ranks.shared[0].per)
         (self._sums.decode if agreed.decoding else self._sums.mixed)[entry] += 1
-        self._sums.eager[entry] += not agreed.decoding and agreed.mode == EAGER
+        self._sums.eager[entry] += not agreed.decoding and agreed.mode == EAGER and not agreed.split
+        if agreed.split:
+            (self._sums.split_decode if agreed.decoding else self._sums.split_mixed)[entry] += 1
         if len(self._sums.draft) and any(makes):
             self._sums.draft[ceil_div(sum(len(its or self.idle_rows) for its in rows), self.ranks.shared[0].per)] += 1
         for rank, its in enumerate(rows):

@@ -1,0 +1,48 @@
+"""Two batches in place of one: how engines split a forward of ranks whose experts lie apart, as facts.
+
+While one half of the tokens computes, the other half sends its tokens to their experts or back. vLLM calls it dual
+batch overlap (DBO), SGLang two-batch overlap (TBO). No engine asks what is gained: each splits by a rule of its own.
+
+Source: vLLM 0.20.2, `v1/worker/{ubatch_utils,dp_utils}.py`, `config/{parallel,compilation}.py`, `VLLM_DBO_COMM_SMS`;
+SGLang 0.5.23, `srt/batch_overlap/{two_batch_overlap,operations_strategy}.py`. Read, not recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+Overlap = Literal["two_batches"]
+OVERLAPS: Final[tuple[str, ...]] = get_args(Overlap)
+"""What a plan may overlap inside a GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splitting:
+    """When an engine splits a forward into two halves, and what that costs.
+
+    Parameters
+    ----------
+    decode_tokens, prompt_tokens : int    least tokens of a rank that only decodes, and of another one: all ranks must
+                                          have as many
+    pads : bool          ranks are padded to the largest, whose second half must be empty on none; else a rank without a
+                         batch is no obstacle, but all others must either decode or compute prompts
+    decode_sms, prompt_sms : int          multiprocessors that send instead of computing where all ranks decode, and
+                                          otherwise
+    graphs : bool        whether what only decodes runs from captured graphs, be it split or not
+    """
+
+    decode_tokens: int
+    prompt_tokens: int
+    pads: bool
+    decode_sms: int
+    prompt_sms: int
+    graphs: bool
+
+
+DUAL_BATCH: Final = Splitting(
+    decode_tokens=32, prompt_tokens=512, pads=True, decode_sms=20, prompt_sms=20, graphs=False
+)
+"""vLLM's, with DeepEP's kernels for high throughput, which send with 20 multiprocessors and run from no graph."""
+TWO_BATCH: Final = Splitting(decode_tokens=1, prompt_tokens=1, pads=False, decode_sms=0, prompt_sms=20, graphs=True)
+"""SGLang's, with DeepEP's kernels for high throughput where prompts are computed, else those of low latency."""

@@ -1,0 +1,91 @@
+"""Overlap inside a GPU as it is asked for: what there is to choose from, and what does not go with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apex_opt.arguments import ExplainAsk
+from apex_opt.engines.overlap import OVERLAPS
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.plans.allotment import allotted
+from apex_opt.plans.plan import parse_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from apex_opt.arguments import Ask
+    from apex_opt.engines.overlap import Overlap
+    from apex_opt.ir import Model
+    from apex_opt.plans.deployment import Serving
+    from apex_opt.plans.engine import EngineSettings
+
+_NONE = "none"
+
+
+def plans_overlap(ask: Ask) -> bool:
+    """Whether a plan is asked about whose forwards are split."""
+    return any(f"overlap={name}" in str(getattr(ask, "plan", "")).lower() for name in OVERLAPS)
+
+
+def overlaps_of(
+    ask: Ask, settings: EngineSettings, model: Model, serving: Sequence[Serving], types: int
+) -> tuple[Overlap | None, ...]:
+    """What plans may overlap, to choose from; refused where the engine that is to run them cannot.
+
+    Parameters
+    ----------
+    ask, settings, model
+    serving : ways to serve
+    types : int    of GPUs
+
+    Raises
+    ------
+    UsageError, UnknownNameError    a name that there is not, or that is given twice; what cannot be overlapped
+    """
+    chosen = [name.strip().lower() for name in ask.overlap.split(",")]
+    for name in chosen:
+        if name not in (_NONE, *OVERLAPS):
+            raise UnknownNameError("overlap", name[:60], (_NONE, *OVERLAPS), alike=False)
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"--overlap: {ask.overlap!r:.60} names one twice")
+    if isinstance(ask, ExplainAsk) and plans_overlap(ask):
+        chosen += [name for name in OVERLAPS if name not in chosen]  # it is compared with what a search would find
+    if chosen != [_NONE] or plans_overlap(ask):
+        what = ",".join(name for name in chosen if name != _NONE) or OVERLAPS[0]
+        if fault := _fault(settings, model, serving, types):
+            raise UsageError(f"--overlap={what}: {fault}")
+    return tuple(None if name == _NONE else name for name in chosen)  # type: ignore[misc]  # they are looked at above
+
+
+def _fault(settings: EngineSettings, model: Model, serving: Sequence[Serving], types: int) -> str | None:
+    """Why no forward can be split into two batches; None where some can."""
+    rules, scheduler = settings.runnable, settings.scheduler
+    if not model.is_moe:
+        return f"{model.name} has no experts that tokens are sent to; two batches hide that alone"
+    if scheduler.splitting is None or (rules is not None and rules.overlaps == frozenset()):
+        name = scheduler.name if rules is None else rules.release
+        return f"{name} does not split a forward into two batches; use --engine=vllm or --engine=sglang"
+    if rules is not None and rules.overlaps is not None and model.family not in rules.overlaps:
+        some = ", ".join(sorted(rules.overlaps))
+        return (
+            f"{rules.release} splits forwards of {some} models, not of {model.family or 'such'}; use --engine=vllm, or "
+            "--runnable=any to see what that would gain"
+        )
+    if "aggregated" not in serving:
+        return "forwards are split of replicas that do both phases of requests; add --serving=aggregated"
+    if types > 1:
+        return "it is modelled on GPUs of one type; give a cluster of one"
+    if allotted(model, parse_plan("tp1", model), settings).groups:
+        return f"layers of {model.name} keep different things, of which halves are not simulated"
+    return None
+
+
+def about_overlap(settings: EngineSettings, *, asked: bool) -> tuple[str, ...]:
+    """Where the times of two batches are from, where a plan may have them."""
+    splitting = settings.scheduler.splitting
+    if splitting is None or not asked:
+        return ()
+    graphs = "" if splitting.graphs else "; with the kernels that it takes the engine runs from no CUDA graph"
+    return (
+        f"two batches: when a forward is split was read in the engine's sources, what halves take is derived{graphs}",
+    )

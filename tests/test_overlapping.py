@@ -1,0 +1,74 @@
+"""Overlap as it is asked for: what is there to choose from, and what does not go with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cli_cases import run
+
+from apex_opt.arguments import ExplainAsk, PlanAsk, SimulateAsk
+from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.planned import resolve_plan
+from apex_opt.resolve import resolve
+
+KNOWN = {"model": "qwen3-30b-a3b", "cluster": "2xh100-sxm", "trace": "poisson:rate=4,n=20,prompt=512,output=16"}
+PLAN = "attn(dp2) ffn(ep2)"
+
+
+def asked(**given: Any) -> PlanAsk:
+    return PlanAsk(**KNOWN | {"overlap": "none,two_batches"} | given)
+
+
+def test_the_choice_is_what_is_named_and_none_by_default() -> None:
+    assert resolve(PlanAsk(**KNOWN)).overlaps == (None,)
+    assert resolve(asked()).overlaps == (None, "two_batches")
+    assert resolve(asked(overlap="two_batches", engine="sglang")).overlaps == ("two_batches",)
+    assert any("no CUDA graph" in note for note in resolve(asked()).notes)
+    assert not any("two batches" in note for note in resolve(PlanAsk(**KNOWN)).notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"overlap": "nanoflow"}, UnknownNameError, "unknown overlap 'nanoflow'; known: none, two_batches"),
+        ({"overlap": "none,none"}, UsageError, "names one twice"),
+        ({"model": "llama-3.1-8b"}, UsageError, "llama-3.1-8b has no experts that tokens are sent to"),
+        ({"engine": "trtllm"}, UsageError, "does not split a forward into two batches; use --engine=vllm or"),
+        ({"engine": "orca", "runnable": "any"}, UsageError, "orca does not split a forward"),
+        ({"model": "mixtral-8x7b", "engine": "sglang"}, UsageError, "deepseek_v3, qwen3_moe models, not of mixtral"),
+        ({"serving": "pools"}, UsageError, "add --serving=aggregated"),
+        ({"cluster": "1xh100-sxm+1xh200-sxm"}, UsageError, "give a cluster of one"),
+        ({"model": "gpt-oss-20b"}, UsageError, "layers of gpt-oss-20b keep different things"),
+    ],
+)
+def test_what_cannot_be_overlapped_is_refused_in_a_line(
+    given: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        resolve(asked(**given))
+
+
+def test_a_plan_says_what_it_overlaps_or_takes_what_all_have() -> None:
+    problem, deployment = resolve_plan(f"{PLAN} overlap=two_batches", SimulateAsk(**KNOWN, plan="overlap=two_batches"))
+    assert deployment.plan.overlap == "two_batches" and any("two batches" in note for note in problem.notes)
+    given = {**KNOWN, "overlap": "two_batches", "plan": PLAN}
+    assert resolve_plan(PLAN, SimulateAsk(**given))[1].plan.overlap == "two_batches"
+    assert resolve_plan(f"{PLAN} overlap=none", SimulateAsk(**given))[1].plan.overlap is None
+    given["overlap"] = "none,two_batches"
+    assert resolve_plan(PLAN, SimulateAsk(**given))[1].plan.overlap is None
+
+
+def test_a_plan_that_overlaps_is_explained_beside_those_that_do() -> None:
+    ask = ExplainAsk(**KNOWN, plan=f"{PLAN} overlap=two_batches")
+    assert resolve(ask).overlaps == (None, "two_batches")
+
+
+def test_the_command_line_searches_it_and_says_why_a_plan_cannot() -> None:
+    words = [f"--{name}={value}" for name, value in KNOWN.items()]
+    ran = run("plan", *words, "--overlap=two_batches", "--top=1")
+    assert ran.code == 0 and "overlap=two_batches on 2 GPUs" in ran.out
+    ran = run("simulate", *words, "--plan=tp2 overlap=two_batches")
+    assert ran.code == 3 and "copies, the plan has one" in ran.out
+    ran = run("plan", *words, "--overlap=tow_batches")
+    assert ran.code == 2 and ran.err.count("\n") == 1

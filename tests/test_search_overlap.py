@@ -1,0 +1,207 @@
+"""Plans whose forwards are split: program, bounds and search against plain Python and against simulating everything."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from plan_cases import (
+    ENGINES,
+    SMALL,
+    feasible_plans,
+    make_cluster,
+    make_model,
+    make_problem,
+    random_instance,
+    random_trace,
+    sparse,
+)
+from search_cases import SPACE, rank
+
+import formulations.deployment as programs
+from apex_opt.cluster.types import Link
+from apex_opt.engines.overlap import DUAL_BATCH, TWO_BATCH
+from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
+from apex_opt.engines.sglang import SGLANG
+from apex_opt.engines.vllm import VLLM
+from apex_opt.evaluate import FAMILIES, OF_CUTS, Instance, space, tally, violations
+from apex_opt.figures import load_objectives
+from apex_opt.figures.registry import names
+from apex_opt.plans.deployment import Deployment
+from apex_opt.plans.plan import Plan, Template
+from apex_opt.search import Problem, Scorer, search
+from apex_opt.studies.check import check
+
+SPLIT = "two_batches"
+
+
+@pytest.fixture(autouse=True)
+def _willing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of vLLM want to split small forwards, too, and half of a GPU sends."""
+    few = replace(DUAL_BATCH, decode_tokens=2, prompt_tokens=8)
+    monkeypatch.setattr(VllmScheduling, "splitting", few)
+    monkeypatch.setattr(SglangScheduling, "splitting", replace(TWO_BATCH, prompt_sms=60))
+
+
+def split_instance(seed: int) -> Instance:
+    """A random instance whose forwards are split."""
+    rng, instance = np.random.default_rng(seed), random_instance(seed)
+    settings = instance.settings
+    if rng.random() < 0.5:
+        settings = replace(settings, scheduler=SglangScheduling())
+    if settings.runnable is not None:
+        families = [None, None, frozenset({instance.model.family or ""}), frozenset({"another"})]
+        settings = replace(settings, runnable=replace(settings.runnable, overlaps=families[rng.integers(4)]))
+    return replace(instance, overlap=SPLIT, settings=settings)
+
+
+def check_program(seed: int) -> int:
+    """The program lists and counts what plain Python does; how many plans there are."""
+    instance = split_instance(seed)
+    found, counted = SPACE.enumerate(instance), tally(instance)
+    room = instance.max_devices
+    assert {cut.times(n) for cut in found.plans for n in range(1, room // cut.devices + 1)} == set(counted.plans)
+    assert found.movable == ()
+    assert SPACE.count(instance, ()) == counted.space
+    lost = [SPACE.count(instance, OF_CUTS[:place]) for place in range(len(OF_CUTS) + 1)]
+    assert [a - b for a, b in itertools.pairwise(lost)] == [counted.infeasible[name] for name in OF_CUTS]
+    kept = [plan for plan in space(instance) if plan.replicas == 1 and plan.even]
+    for family in FAMILIES:
+        alone = {plan for plan in kept if family not in {v.family for v in violations(instance, plan)}}
+        assert set(SPACE.enumerate(instance, [family]).plans) == alone, family
+    assert all(plan.overlap == SPLIT for plan in counted.plans)
+    return len(counted.plans)
+
+
+@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(16, 120), marks=pytest.mark.nightly)])
+def test_program_and_oracle_agree_on_plans_whose_forwards_are_split(seeds: range) -> None:
+    assert sum(map(check_program, seeds)) > 0
+
+
+def question(seed: int, gpus: int = 4) -> Problem:
+    """Busy requests and a mixture of experts on a few GPUs, between which messages take long now and then."""
+    rng, trace = np.random.default_rng(seed), random_trace(seed, 30)
+    block = sparse(
+        hidden=1024, columns=1024, experts=8, chosen=int(rng.integers(1, 3)), shared=int(rng.choice([0, 512]))
+    )
+    cluster = make_cluster(gpus, multiprocessors=int(rng.choice([132, 108])), price_per_h=2.0)
+    slow = Link(bytes_per_s=float(rng.choice([4e9, 30e9, 450e9])), latency_s=1e-6, kind="pcie")
+    settings = replace(
+        SMALL,
+        max_num_seqs=int(rng.integers(2, 24)),
+        max_num_batched_tokens=int(rng.choice([64, 256, 1024])),
+        async_scheduling=bool(rng.random() < 0.7),
+        block_size=int(rng.choice([1, 16])),
+        scheduler=VllmScheduling(idle_sleep_us=int(rng.choice([0, 1000]))),
+    )
+    if seed % 2:
+        settings = replace(settings, scheduler=SglangScheduling(mixed_chunk=bool(rng.random() < 0.3)))
+    slo = str(rng.choice(["ttft_p95<=40ms", "e2e<=9s@1%", "e2e<=9s@1%", "e2e<=9s@1%"]))
+    aims = ["e2e_mean", "tpot_p99", "itl_p99", "ttft_p95", "makespan", "energy", "throughput"]
+    return make_problem(
+        make_model((block, int(rng.integers(2, 7)))),
+        replace(cluster, intra=slow),
+        trace,
+        slo,
+        objective=str(rng.choice(aims)),
+        settings=settings,
+        overhead=ENGINES[rng.integers(len(ENGINES))],
+        overlaps=(None, SPLIT),
+        expert_routing=str(rng.choice(["uniform", "skewed"])),
+    )
+
+
+def plans_of(problem: Problem) -> list[Plan]:
+    """Every plan whose forwards are split, by plain Python."""
+    return feasible_plans(replace(problem, overlaps=(SPLIT,)))
+
+
+def check_bounds(seed: int) -> tuple[int, int]:
+    """No plan is better by any figure than its bounds; how many there were, and forwards of theirs that were split."""
+    problem, rng = question(seed), np.random.default_rng(seed)
+    objective, *then = load_objectives(",".join(names()))
+    problem = replace(problem, objective=objective, then=tuple(then))
+    scorer, split, plans = Scorer(problem), 0, plans_of(problem)
+    for place in rng.permutation(len(plans))[:4]:
+        deployment = Deployment.of(plans[place])
+        bounds, possible = scorer.bounds(deployment)
+        outcome = scorer.run(deployment)
+        assert outcome is not None
+        (did,) = outcome.pools
+        assert did.shared is not None
+        split += int(did.shared.split_decode.sum() + did.shared.split_mixed.sum())
+        scored = scorer.scored(deployment, outcome)
+        for aim, least, cost in zip(problem.objectives, bounds, problem.costs(scored.metrics), strict=True):
+            assert np.isnan(cost) or least <= cost + 1e-9 * abs(cost), (str(plans[place]), aim.name, least, cost)
+        assert possible or not scored.meets_slos
+    return min(len(plans), 4), split
+
+
+@pytest.mark.parametrize("seeds", [range(24), pytest.param(range(24, 600), marks=pytest.mark.nightly)])
+def test_no_plan_whose_forwards_are_split_beats_its_bounds(seeds: range) -> None:
+    plans, split = map(sum, zip(*map(check_bounds, seeds), strict=True))
+    assert plans >= 2 * len(seeds) and split > 20 * len(seeds)
+
+
+def check_search(seed: int) -> bool:
+    """The search finds the best of all plans, and its ledger holds; whether that splits forwards."""
+    problem = question(seed, 2)
+    scorer, plans = Scorer(problem), plans_of(problem)
+    if seed % 3 == 0:
+        problem = replace(problem, overlaps=(SPLIT,))
+    else:
+        plans += feasible_plans(problem)
+    every = [scorer.simulate(Deployment.of(plan)) for plan in plans]
+    good = sorted((one for one in every if one.meets_slos), key=lambda one: rank(problem, one))
+    answer = search(problem, SPACE, top=2)
+    assert answer.status == ("optimal" if good else "infeasible")
+    assert [one.text for one in answer.candidates[:2]] == [one.text for one in good[:2]]
+    found = check(problem, answer, SPACE, programs)
+    assert found.holds, found.disagreements
+    return any("overlap=" in one.text for one in answer.candidates[:2])
+
+
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 120), marks=pytest.mark.nightly)])
+def test_the_search_finds_the_best_with_overlap_among_the_choices(seeds: range) -> None:
+    assert any([check_search(seed) for seed in seeds])
+
+
+PLAN = Plan(
+    replicas=1,
+    layers=(6,),
+    attention=Template(dp=4),
+    ffn=Template(ep=4),
+    weight_format="bf16",
+    kv_format="bf16",
+    overlap=SPLIT,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"attention": Template(tp=4)}, "the plan has one"),
+        ({"ffn": Template(tp=4)}, "the plan has ffn(tp4)"),
+        ({"ffn": Template(ep=2, tp=2)}, "the plan has ffn(tp2,ep2)"),
+        ({"layers": (3, 3)}, "on one pipeline stage, the plan has 2"),
+    ],
+)
+def test_only_forwards_whose_tokens_are_sent_to_experts_of_others_are_split(
+    changes: dict[str, object], said: str | None
+) -> None:
+    problem = question(0, 8)
+    problem = replace(problem, model=make_model((sparse(), 6)))
+    found = [v.text for v in violations(problem.instance(), replace(PLAN, **changes)) if v.family == "engine"]
+    assert (found == []) if said is None else any("overlap=two_batches" in text and said in text for text in found)
+
+
+@pytest.mark.parametrize(("rules", "family", "runs"), [(VLLM, "other", True), (SGLANG, "other", False)])
+def test_an_engine_splits_forwards_of_the_models_that_it_names(rules: object, family: str, runs: bool) -> None:
+    for name, wanted in ((family, runs), ("deepseek_v3", True)):
+        problem = make_problem(make_model((sparse(), 6), family=name), make_cluster(4), random_trace(1))
+        settings = replace(problem.settings, runnable=rules)
+        found = [v.text for v in violations(replace(problem.instance(), settings=settings), PLAN)]
+        assert any("splits no forward" in text for text in found) != wanted
