@@ -53,7 +53,9 @@ _ENGINES: Final[dict[str, dict[str, Any]]] = {
 }
 """Settings that each engine of the kernel is needed for."""
 
-_FAMILIES: Final = ("groups", "steady", "speculative", "general", "disaggregated", "phases", "trtllm", "sglang")
+_FAMILIES: Final = (
+    *("groups", "steady", "speculative", "general", "disaggregated", "apart", "phases", "trtllm", "sglang"),
+)
 
 
 class Variant(NamedTuple):
