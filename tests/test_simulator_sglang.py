@@ -189,3 +189,15 @@ def test_settings_that_no_engine_has_are_named(key: str, value: Any) -> None:
     config = {name: entry for name, entry in case["config"].items() if name != key}
     with pytest.raises(UsageError, match=f"config: missing {key}"):
         replay_case("sglang", {**case, "config": config}, "reference")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_all_ends_are_foreseen_a_whole_prompt_is_added_as_long_as_any_of_the_limit_is_left(
+    implementation: Implementation,
+) -> None:
+    own = {"max_prefill_tokens": 128, "max_model_len": 110, "chunked_prefill_size": -1, "max_running_requests": 8}
+    exact = {"ignore_eos": True, "radix_cache": False, "mixed_chunk": False, "page_size": 1, "num_pages": 999}
+    case = {"config": RECORDED["retract"]["config"] | own | exact, "trace": [[0, 100, 2, 2]] * 3}
+    found = replay_case("sglang", case, implementation)
+    # Of 128 tokens 28 are left after the first prompt, none after the second.
+    assert [[row[:2] for row in rows] for _, _, rows, _ in found["steps"][:2]] == [[[0, 100], [1, 100]], [[2, 100]]]

@@ -86,12 +86,12 @@ def replay_case(case: Mapping[str, Any], implementation: Implementation) -> dict
 
 
 def _settings(config: Mapping[str, Any], longest: int) -> EngineSettings:
-    """The engine's settings; without chunks a batch is as long as its longest prompt."""
+    """The engine's settings; without chunks a prompt is added whole as long as any of the limit of prompts is left."""
     own = SglangScheduling(**{key: config[key] for key in _OWN})
-    chunk = config["chunked_prefill_size"]
+    chunk, most = config["chunked_prefill_size"], own.max_prefill_tokens + max(longest, config["max_model_len"])
     return EngineSettings(
         max_num_seqs=config["max_running_requests"],
-        max_num_batched_tokens=chunk if chunk > 0 else max(longest, own.max_prefill_tokens, config["max_model_len"]),
+        max_num_batched_tokens=chunk if chunk > 0 else most,
         max_model_len=config["max_model_len"],
         chunked_prefill=chunk > 0,
         block_size=config["page_size"],
