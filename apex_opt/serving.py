@@ -119,10 +119,7 @@ def about_pushing(kind: EngineKind, serving: Sequence[Serving]) -> tuple[str, ..
     """That how an engine hands prompts over was read."""
     if "pools" not in serving or kind.scheduler is not SglangScheduling:
         return ()
-    return (
-        "hand-over: SGLang's rules were read, not recorded, and are simulated by the reference, about a hundred times "
-        "slower than vLLM's",
-    )
+    return ("hand-over: SGLang's rules were read, not recorded",)
 
 
 def moves_of(ask: Ask, trace: Trace, kind: EngineKind) -> Rescheduling | None:

@@ -92,6 +92,14 @@ def benchmarks() -> tuple[Benchmark, ...]:
         )
     found.append(
         Benchmark(
+            name="simulate_pushing_batches_per_s",
+            unit="batches/s",
+            about=f"{title} on {MODEL}, a prefill and a decode instance of SGLang of tp1 each, warm, on one core",
+            measure=partial(disaggregated, False, scheduler=SglangScheduling(), block_size=1),
+        )
+    )
+    found.append(
+        Benchmark(
             name="simulate_groups_batches_per_s",
             unit="batches/s",
             about=f"{title} on {WINDOWED}, tp1: blocks shared by layers with windows and without, warm, on one core",
@@ -133,7 +141,7 @@ def score_20000(quick: bool) -> float:
         return best_of(1 if quick else 5, lambda: scorer.simulate(deployment))
 
 
-def disaggregated(together: bool, quick: bool) -> float:
+def disaggregated(together: bool, quick: bool, **changes: Any) -> float:
     """Batches of both instances simulated per second, best of five after a warm-up.
 
     A limit of a prompt's tokens in a batch that is that of all tokens changes nothing but that they act together.
@@ -146,9 +154,12 @@ def disaggregated(together: bool, quick: bool) -> float:
     facts, plan = Facts(asked), parse_plan("tp1", asked.model)
     settings = asked.settings_for(plan)
     most = settings.max_num_batched_tokens if together else 0
-    settings = replace(settings, scheduler=VllmScheduling(idle_sleep_us=1000, long_prefill_token_threshold=most))
-    pool = EnginePool(settings=settings, blocks=facts.blocks(plan), laws=facts.plan_cost(plan).laws)
-    handover = Handover(proxy_ns=500_000, read_ns=300_000, block_ns=40_000, notice_ns=50_000, in_turn=True)
+    changes = {"scheduler": VllmScheduling(idle_sleep_us=1000, long_prefill_token_threshold=most), **changes}
+    blocks = facts.blocks(plan) * settings.block_size
+    settings = replace(settings, **changes)
+    pool = EnginePool(settings=settings, blocks=blocks // settings.block_size, laws=facts.plan_cost(plan).laws)
+    block_ns = 2500 * settings.block_size
+    handover = Handover(proxy_ns=500_000, read_ns=300_000, block_ns=block_ns, notice_ns=50_000, in_turn=True)
 
     def run() -> int:
         return run_disaggregated(pool, pool, handover, trace).batches

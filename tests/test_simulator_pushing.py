@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from simulator_cases import linear, requests
+from simulator_cases import IMPLEMENTATIONS, assert_same, linear, random_law, requests
 
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UsageError
+from apex_opt.figures.stops import Stop
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool, Handover, run_disaggregated
-from apex_opt.simulator.reference import pushing
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from apex_opt.simulator import DisaggregatedOutcome
+    from apex_opt.workload import Trace
 
 PLAIN = EngineSettings(
     max_num_seqs=4,
@@ -28,6 +34,20 @@ PLAIN = EngineSettings(
     scheduler=SglangScheduling(),
 )
 LINK = Handover(read_ns=5, block_ns=2, notice_ns=7, in_turn=True)
+ALIKE = (
+    "arrival_ns",
+    "first_token_ns",
+    "finish_ns",
+    "prefill",
+    "decode",
+    "prefilled_ns",
+    "forwarded_ns",
+    "read_ns",
+    "read_blocks",
+    "preemptions_of",
+    "held",
+    "busy_ns",
+)
 
 
 def pool(blocks: int = 400, replicas: int = 1, step_ns: int = 100, **changes: Any) -> EnginePool:
@@ -37,7 +57,39 @@ def pool(blocks: int = 400, replicas: int = 1, step_ns: int = 100, **changes: An
 
 
 def run(prefill: EnginePool, decode: EnginePool, rows: Any, link: Handover = LINK, **more: Any) -> DisaggregatedOutcome:
-    return run_disaggregated(prefill, decode, link, requests(rows), log=True, **more)
+    return both(prefill, decode, link, requests(rows), **more)
+
+
+def both(prefill: EnginePool, decode: EnginePool, link: Handover, trace: Trace, **more: Any) -> DisaggregatedOutcome:
+    """A run by the reference, as which one by the kernel comes out."""
+    run = partial(run_disaggregated, prefill, decode, link, trace, **more)
+    theirs, ours, silent = run(log=True, implementation="reference"), run(log=True), run()
+    assert_same(ours, theirs)
+    for name in ALIKE:
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+        assert np.array_equal(getattr(silent, name), getattr(theirs, name)), name
+    assert ours.steps_per_replica == theirs.steps_per_replica
+    assert np.array_equal(ours.gaps_ns, theirs.gaps_ns)
+    for one in (ours, silent):
+        for mine, its in zip(one.pools, theirs.pools, strict=True):
+            assert mine.counts.equals(its.counts)
+            assert (mine.preemptions, mine.batches, mine.cached_tokens) == (
+                its.preemptions,
+                its.batches,
+                its.cached_tokens,
+            )
+    return theirs
+
+
+@pytest.fixture
+def reserve(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets decode instances keep room for so many tokens to come."""
+
+    def reserve(tokens: int) -> None:
+        for module in ("reference.pushing", "api", "pack_pushing"):
+            monkeypatch.setattr(f"apex_opt.simulator.{module}.RESERVED", tokens)
+
+    return reserve
 
 
 def test_a_request_goes_through_room_prompt_chunks_that_are_sent_and_answer() -> None:
@@ -79,9 +131,8 @@ def test_pages_of_a_prompt_are_held_until_they_are_sent() -> None:
     assert starts[1] == outcome.read_ns[0, 1] == outcome.prefilled_ns[0] + 1000 + 2 * 2
 
 
-def test_who_gives_way_keeps_what_it_had_and_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushing, "RESERVED", 1)
-    monkeypatch.setattr("apex_opt.simulator.api.RESERVED", 1)
+def test_who_gives_way_keeps_what_it_had_and_goes_on_with_it(reserve: Callable[[int], None]) -> None:
+    reserve(1)
     outcome = run(pool(), pool(blocks=16), [(0, 8, 40), (0, 8, 40), (0, 8, 40)])
     assert outcome.preemptions > 0
     for i in range(3):
@@ -91,11 +142,10 @@ def test_who_gives_way_keeps_what_it_had_and_goes_on_with_it(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_nothing_is_lost_and_everything_is_given_back(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_lost_and_everything_is_given_back(seed: int, reserve: Callable[[int], None]) -> None:
     rng = np.random.default_rng(seed)
     reserved = int(rng.choice([1, 1, 8, 40]))
-    monkeypatch.setattr(pushing, "RESERVED", reserved)
-    monkeypatch.setattr("apex_opt.simulator.api.RESERVED", reserved)
+    reserve(reserved)
     count = 40
     arrivals = np.cumsum(rng.integers(0, int(rng.choice([20, 400])), count)).tolist()
     prompts, outputs = rng.integers(1, 60, count).tolist(), rng.integers(1, 50, count).tolist()
@@ -138,7 +188,7 @@ def test_nothing_is_lost_and_everything_is_given_back(seed: int, monkeypatch: py
 def test_clients_send_their_next_requests_once_they_have_answers() -> None:
     rows = [(0, 8, 4), (0, 4, 2), (0, 6, 3), (0, 3, 1)]
     prefill, decode = pool(replicas=2), pool(replicas=2)
-    outcome = run_disaggregated(prefill, decode, LINK, requests(rows, 2, 50), log=True)
+    outcome = both(prefill, decode, LINK, requests(rows, 2, 50))
     assert outcome.arrival_ns.tolist() == [0, 0, *(np.sort(outcome.finish_ns)[:2] + 50).tolist()]
 
 
@@ -156,3 +206,102 @@ def test_instances_of_two_engines_do_not_hand_over() -> None:
 def test_nobody_pulls_what_is_sent_to_both_at_once() -> None:
     with pytest.raises(UsageError, match="which pull does not"):
         run(pool(), pool(), [(0, 8, 4)], routing=("pull", "round_robin"))
+
+
+def drawn(rng: np.random.Generator, reserved: int) -> tuple[EnginePool, EnginePool, Handover, Trace]:
+    """Instances of every kind over caches that hold little more than one request, before arrivals or clients."""
+    page, longest, count = int(rng.choice([1, 1, 4, 8])), int(rng.choice([16, 64, 128])), int(rng.integers(1, 60))
+    caching = bool(rng.random() < 0.4)
+    prompts, outputs = rng.integers(1, longest // 2, count), rng.integers(1, longest // 2, count)
+    stated = outputs
+    if rng.random() < 0.5:
+        stated = np.maximum(outputs, np.minimum(outputs + rng.integers(0, 30, count), longest - prompts))
+    pools = []
+    for room in (prompts + 1, prompts + stated + reserved):
+        chunked, seats = bool(rng.random() < 0.6), int(rng.integers(1, 9) if rng.random() < 0.8 else 36)
+        settings = EngineSettings(
+            max_num_seqs=seats,
+            max_num_batched_tokens=max(seats, page) + int(rng.integers(0, 24)) if chunked else 4 * longest + seats,
+            max_model_len=longest,
+            chunked_prefill=chunked,
+            block_size=page,
+            prefix_caching=caching,
+            async_scheduling=bool(rng.random() < 0.5),
+            scheduler=SglangScheduling(
+                ignore_eos=bool(rng.random() < 0.2 and chunked and (stated == outputs).all()),
+                mixed_chunk=bool(rng.random() < 0.3),
+                schedule_policy="lpm" if rng.random() < 0.5 else "fcfs",
+                max_prefill_tokens=int(rng.choice([8, 64, 16384])) if chunked else 16384,
+            ),
+        )
+        law = random_law(settings, int(rng.integers(1 << 30)), zeros=float(rng.choice([0, 0.5])), copies=1, unit=7)
+        blocks = ceil_div(int(room.max()), page) + 4 + int(rng.integers(0, int(rng.choice([1, 20, 400]))))
+        pools.append(EnginePool(settings=settings, blocks=blocks, laws=(law,), replicas=int(rng.integers(1, 4))))
+    arrivals = np.cumsum(rng.integers(0, int(rng.choice([0, 5, 100, 3000])) + 1, count))
+    clients: tuple[int, ...] = ()
+    if rng.random() < 0.3:
+        clients, arrivals = (int(rng.integers(1, 8)), int(rng.choice([0, 50, 4000]))), np.zeros(count, int)
+    content = {}
+    if caching and rng.random() < 0.8:
+        pieces = [
+            (rng.random(ceil_div(int(p), page)) * 2 + 100 * i * (rng.random() < 0.3)) for i, p in enumerate(prompts)
+        ]
+        content = {"content": [its.astype(int).tolist() for its in pieces], "content_tokens": page}
+    rows = list(zip(arrivals.tolist(), prompts.tolist(), outputs.tolist(), strict=True))
+    trace = requests(rows, *clients, **content)
+    if (stated > outputs).any():
+        stated.flags.writeable = False
+        trace = replace(trace, max_new_tokens=stated)
+    link = Handover(
+        read_ns=int(rng.choice([0, 5, 700])),
+        block_ns=int(rng.choice([0, 2, 90])),
+        notice_ns=int(rng.choice([0, 7, 300])),
+        in_turn=bool(rng.random() < 0.5),
+    )
+    return *pools, link, trace  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(80, 6000), marks=pytest.mark.nightly)])
+def test_kernel_equals_reference(seeds: range, reserve: Callable[[int], None]) -> None:
+    seen: set[str] = set()
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        reserved = int(rng.choice([1, 1, 8, 40, 512]))
+        reserve(reserved)
+        given = drawn(rng, reserved)
+        try:
+            outcome = both(*given)
+        except CapacityError as error:
+            with pytest.raises(CapacityError, match=re.escape(str(error))):
+                run_disaggregated(*given)
+            continue
+        trace = given[3]
+        seen |= {"retracted"} if outcome.preemptions else set()
+        seen |= {"clients"} if trace.concurrency is not None else set()
+        seen |= {"found"} if outcome.cached_tokens else set()
+        seen |= {"no batch of the decode instance"} if (outcome.first_token_ns == outcome.finish_ns).any() else set()
+        read_ns = outcome.read_ns[:, 1] + given[2].notice_ns
+        seen |= {"a wait for a seat"} if (outcome.first_token_ns > read_ns + 5000).any() else set()
+    assert len(seen) == 5, seen
+
+
+def test_a_run_ends_early_where_the_whole_one_passes_a_limit() -> None:
+    rows = [(0, 8, 4), (10, 4, 2), (20, 6, 30), (25, 3, 1)]
+    whole = run(pool(), pool(), rows)
+    longest = int((whole.finish_ns - whole.arrival_ns).max())
+    for limit, passed in ((longest, False), (longest - 1, True)):
+        stops = [Stop(metric="whole", kind="count", limit_ns=limit)]
+        found = [
+            run_disaggregated(pool(), pool(), LINK, requests(rows), stops=stops, implementation=one)
+            for one in IMPLEMENTATIONS
+        ]
+        assert [one.stopped for one in found] == [passed, passed]
+
+
+def test_routers_that_look_at_loads_are_those_of_the_reference() -> None:
+    rows = [(10 * i, 8, 4) for i in range(6)]
+    routing: Any = ("least_loaded", "least_loaded")
+    outcome = run(pool(replicas=2), pool(replicas=2), rows, routing=routing)
+    assert set(outcome.prefill.tolist()) == set(outcome.decode.tolist()) == {0, 1}
+    dealt: Any = ("vllm_dp", "round_robin")
+    assert run(pool(replicas=3), pool(replicas=2), rows, routing=dealt).decode.tolist() == [0, 1, 0, 1, 0, 1]

@@ -419,23 +419,25 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     deployments : iterable      that are about to be simulated
     """
     from apex_opt.simulator.pack import needs_compiling
+    from apex_opt.simulator.routing import BEFOREHAND
 
-    # Prompts that SGLang hands over and its multiplexing are simulated by the reference.
     sglang = isinstance(problem.settings.scheduler, SglangScheduling)
     pools = [pool for one in deployments for pool in one.pools]
-    if sglang and any(pool.role for pool in pools):
-        tell("simulating what SGLang hands over in plain Python, about a hundred times slower", 0, 0)
+    handed = [pool.plan for pool in pools if pool.role]
+    if sglang and any(plan.replicas > 1 and problem.routing_of(plan) not in BEFOREHAND for plan in handed):
+        tell("simulating what SGLang hands over by loads in plain Python, about a thousand times slower", 0, 0)
     if any(pool.plan.shares is not None and pool.plan.shares.multiplexed for pool in pools):
         tell("simulating SGLang's multiplexing in plain Python, about a hundred times slower", 0, 0)
-    plans = (pool.plan for pool in pools if pool.plan.shares is None and not (sglang and pool.role))
     if any(
         needs_compiling(
-            problem.settings_for(plan),
-            plan.stages,
-            ranks=has_ranks(problem.settings, plan),
-            halves=plan.overlap is not None,
+            problem.settings_for(pool.plan),
+            pool.plan.stages,
+            ranks=has_ranks(problem.settings, pool.plan),
+            halves=pool.plan.overlap is not None,
+            handed=pool.role is not None,
         )
-        for plan in plans
+        for pool in pools
+        if pool.plan.shares is None
     ):
         tell("compiling the simulator, once on this machine: a few seconds", 0, 0)
 

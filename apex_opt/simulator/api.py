@@ -280,7 +280,8 @@ def run_disaggregated(
     prefill, decode : EnginePool    each of one stage, one scheduler of the engine vllm or sglang and one kind of KV
                                     block, without drafts; they agree on the engine, on `max_model_len`, on prefix
                                     caching and on the size of a block, and those of vllm sleep when there is nothing to
-                                    run; those of sglang are simulated by the reference
+                                    run; those of sglang are simulated by the reference where requests are routed by
+                                    loads
     handover : Handover
     trace : Trace                   open arrivals, or a closed loop of clients, whose next requests go through the
                                     routers once they have an answer
@@ -339,16 +340,16 @@ def run_disaggregated(
     if routing[1] == "vllm_dp":
         raise UsageError("routing: vllm_dp is of requests as they come, not of prompts that are computed; use another")
     before = sides(prefill, decode, trace, routing)
-    if implementation == "reference" or pushed:
+    if implementation == "reference" or (pushed and any(share.routed for share in before)):
         from apex_opt.simulator.reference import disaggregated as instances
         from apex_opt.simulator.reference.router import router_of
 
         first, then = (router_of(share, [prefill, decode], trace, computes=not share.first) for share in before)
         return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps, stops=stops)
-    from apex_opt.simulator import pack_disaggregated
+    from apex_opt.simulator import pack_disaggregated, pack_pushing
 
-    limits: dict[str, Any] = {"stops": stops, "floors": floors}
-    return pack_disaggregated.run(prefill, decode, handover, trace, before, log=log, gaps=gaps, **limits)
+    run = pack_pushing.run if pushed else pack_disaggregated.run
+    return run(prefill, decode, handover, trace, before, log=log, gaps=gaps, stops=stops, floors=floors)
 
 
 def run_phases(

@@ -65,7 +65,9 @@ _KINDS["state", "align"] = kv.KEPT
 _OF_ALL = 9  # tables of a law that come before the copies of attention; those of drafts come after
 
 
-def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = False, halves: bool = False) -> bool:
+def needs_compiling(
+    settings: EngineSettings, stages: int, *, ranks: bool = False, halves: bool = False, handed: bool = False
+) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
 
     Parameters
@@ -74,7 +76,13 @@ def needs_compiling(settings: EngineSettings, stages: int, *, ranks: bool = Fals
     stages : int                 of the pipeline
     ranks : bool                 whether replicas have ranks
     halves : bool                whether these split forwards
+    handed : bool                whether they are prefill or decode instances
     """
+    if handed:
+        if isinstance(settings.scheduler, SglangScheduling):
+            return not entries.PUSHING[settings.prefix_caching].ready()
+        apart = engine_of(settings, stages) == "steady"
+        return not (entries.APART if apart else entries.DISAGGREGATED[False, settings.prefix_caching]).ready()
     engines = entries.HALVES if halves else entries.RANKS if ranks else entries.SERVE
     return not engines[engine_of(settings, stages, halves=halves), settings.prefix_caching].ready()
 
@@ -577,7 +585,7 @@ class Memory:
             batches=int(replicas[:, kn.BATCHES].sum()),
             busy_ns=np.concatenate([np.pad(p.busy_ns, ((0, 0), (0, most - p.busy_ns.shape[1]))) for p in pools]),
             counts=pools[0].counts if len(pools) == 1 else BatchCounts.empty(self._pools[0].settings),
-            gaps_ns=_gaps(steps, taken_ns, rows, requests[kn.LIMIT]) if (log or gaps) and not self.stopped else None,
+            gaps_ns=self._gaps(steps, taken_ns, rows) if (log or gaps) and not self.stopped else None,
             steps=_steps(steps, rows, self.run.lost) if log else None,
             drafted=_drafted(steps, rows) if log and self._ranks is None and (drafts or grouped) else None,
             used=self._used(steps) if log and self._pools[0].settings.kv_groups else None,
@@ -586,6 +594,10 @@ class Memory:
             stopped=self.stopped,
             pools=pools,
         )
+
+    def _gaps(self, steps: I64, taken_ns: I64, rows: I64) -> I64:
+        """Times between tokens: one comes when the batch that yields it is taken in, several of a row at once."""
+        return gaps_ns(*tokens_of(steps, taken_ns, rows), self._requests[kn.LIMIT])
 
     def _used(self, steps: I64) -> list[tuple[int, ...]]:
         """Blocks in use of each group after each batch, replica by replica."""
@@ -712,10 +724,16 @@ def _taken(logged: I64) -> tuple[I64, I64]:
     return steps, taken_ns
 
 
-def _gaps(steps: I64, taken_ns: I64, rows: I64, generated: I64) -> I64:
-    """Times between tokens: a token comes when the batch that yields it is taken in, several of a row at once."""
+def tokens_of(steps: I64, taken_ns: I64, rows: I64) -> tuple[I64, I64]:
+    """Whose tokens batches yield, and when these are taken in.
+
+    Parameters
+    ----------
+    steps, rows : of a log
+    taken_ns : int64[steps]    when each batch is taken in
+    """
     end_ns, got = np.repeat(taken_ns, steps[:, kn.STEP_ROWS]), rows[:, kn.ROW_REQUEST] & 15
-    return gaps_ns(np.repeat(rows[:, kn.ROW_REQUEST] >> 8, got), np.repeat(end_ns, got), generated)
+    return np.repeat(rows[:, kn.ROW_REQUEST] >> 8, got), np.repeat(end_ns, got)
 
 
 def _steps(steps: I64, rows: I64, lost: I64) -> list[Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def run(
     gaps : bool    whether the times between tokens are told
     stops, floors : limits whose passing ends the run, and times that no request can beat
     """
-    limits = stops, None if floors is None else _behind(floors)
+    limits = stops, None if floors is None else behind(floors)
     given = prefill, decode, handover, trace, sides, limits
     if Apart.takes(prefill, decode, trace, sides):
         apart = served(lambda room: Apart(*given, room), logged=log or gaps)
@@ -91,7 +91,7 @@ def _twice(trace: Trace) -> Trace:
     )
 
 
-def _behind(floors: Outcome) -> Outcome:
+def behind(floors: Outcome) -> Outcome:
     """Times that no answer can beat, behind those of prompts, which have no limits."""
     arrival = floors.arrival_ns
     return replace(
@@ -102,7 +102,7 @@ def _behind(floors: Outcome) -> Outcome:
     )
 
 
-class _Instances(Memory):
+class Instances(Memory):
     """The arrays of a run in which prompts are handed over.
 
     Parameters
@@ -110,7 +110,7 @@ class _Instances(Memory):
     prefill, decode, handover, trace : as of `run`
     limits : limits whose passing ends the run, and times that no request can beat
     room : Room or None                of a log
-    shares, holding : as of `Memory`
+    shares, more : as of `Memory`
     """
 
     def __init__(
@@ -122,10 +122,10 @@ class _Instances(Memory):
         limits: tuple[Sequence[Stop], Outcome | None],
         room: Room | None,
         shares: Sequence[Share] = (),
-        holding: Sequence[int] = (),
+        **more: Any,
     ) -> None:
         n = len(trace)
-        super().__init__([prefill, decode], _twice(trace), shares, *limits, room, holding)
+        super().__init__([prefill, decode], _twice(trace), shares, *limits, room, **more)
         self.run.control[kn.HANDED] = n
         if limits[0]:
             self.run.floors[:n] = trace.arrival_ns  # of prompts, which have no limits
@@ -177,7 +177,7 @@ class _Instances(Memory):
         )
 
 
-class Together(_Instances):
+class Together(Instances):
     """Instances that act one after the other, as each is due."""
 
     def __init__(
@@ -220,7 +220,7 @@ class Together(_Instances):
         entry(self.run, self._cache, self._links, self._routers)
 
 
-class Apart(_Instances):
+class Apart(Instances):
     """Prefill instances, then decode instances that are handed what these have computed.
 
     So they run where a prompt never has to wait for blocks that are held until others are read, which is seen once all
@@ -256,7 +256,7 @@ class Apart(_Instances):
         """Run the kernel, which begins with the prompts."""
         (first, then), n = self._sides, len(self._asked)
         self._deal(first)
-        self._passages[kn.PREFILL_OF] = _places(first)
+        self._passages[kn.PREFILL_OF] = places_of(first)
         self._serve(0, 0, first.last, np.zeros(0, np.int64))
         rows = np.concatenate([first.dealt(place) for place in range(first.last)])
         computed_ns = self._requests[kn.FINISH]
@@ -264,7 +264,7 @@ class Apart(_Instances):
         self._requests[kn.ARRIVAL, n:] = computed_ns[:n] + self._links.facts[kn.PROXY_NS]
         then = then._replace(rows=order + n, places=None if then.places is None else then.places[order])
         self._deal(then)
-        self._passages[kn.DECODE_OF, order] = _places(then)
+        self._passages[kn.DECODE_OF, order] = places_of(then)
         entries.APART(self.run, self._links)
 
     def never_full(self) -> bool:
@@ -317,7 +317,7 @@ def most_held(needed: I64, computed_ns: I64, told_ns: I64, until_ns: int, ahead:
     return int(held[: int(admitted[min(int(late), len(firsts))])].max())
 
 
-def _places(share: Share) -> I64:
+def places_of(share: Share) -> I64:
     """The replica of each request of a share, counted from its first."""
     if share.places is not None:
         return share.places

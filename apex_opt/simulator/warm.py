@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.engines.overlap import DUAL_BATCH
-from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling, VllmScheduling
+from apex_opt.engines.schedulers import RESERVED, SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup
 from apex_opt.plans.speculation import Speculation
@@ -22,6 +22,7 @@ from apex_opt.simulator.kernel.entries import (
     HALVES,
     NUMBER_PIECES,
     PHASES,
+    PUSHING,
     RANKS,
     ROUTE,
     SERVE,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.routing import Routing
 
 _LIMITS: Final[dict[str, Any]] = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+_BLOCKS: Final = RESERVED + 4  # as an instance that answers keeps so much room
 _DRAFTS: Final = Speculation(method="ngram", draft_tokens=1, accepted=((0,),))
 _THRESHOLD: Final = VllmScheduling(long_prefill_token_threshold=1)
 _GROUPS: Final = (KvGroup(kind="full", block_size=1),)
@@ -100,6 +102,9 @@ def _variants() -> dict[str, Variant]:
     together = found["disaggregated"]
     found["disaggregated"] = together._replace(settings=settings(caching=False, scheduler=walking))
     found["apart"] = together._replace(entries=(APART,))
+    for caching, entry in PUSHING.items():
+        name = "sglang pushing" + " caching" * caching
+        found[name] = Variant(settings(caching, **_ENGINES["sglang"]), (entry,), disaggregated=True)
     return {**found, "phases": Variant(settings(caching=False), (PHASES,), shared=True)}
 
 
@@ -158,7 +163,7 @@ def run(*names: str) -> None:
                 its, splitting=DUAL_BATCH, shared=(replace(its.shared[0], halves=Halves.bare(law, its.shared[0])),)
             )
         replicas = 1 if routing == "round_robin" else 2
-        pool = EnginePool(settings=settings, blocks=4, laws=[law], ranks=its, replicas=replicas)
+        pool = EnginePool(settings=settings, blocks=_BLOCKS, laws=[law], ranks=its, replicas=replicas)
         if disaggregated:
             run_disaggregated(pool, pool, Handover(), trace, routing=(routing, routing))
         elif shared:

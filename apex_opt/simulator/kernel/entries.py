@@ -240,6 +240,11 @@ DISAGGREGATED: Final = {
 """Prefill and decode instances, by whether routers stand before them and whether they cache prefixes."""
 APART: Final = _of("apart", "apart_nb", Run, Links)
 """Decode instances on their own, where those that compute prompts have been run before."""
+PUSHING: Final = {
+    False: _of("pushing", "pushing_nb", Run, (Sglang, None), Links),
+    True: _of("pushing", "pushing_nb", Run, (Sglang, Tree), Links),
+}
+"""Prefill and decode instances of SGLang, by whether they cache prefixes."""
 PHASES: Final = _of("phases", "serve_phases_nb", Replica)
 NUMBER_PIECES: Final = _of(
     "content", "number_pieces_nb", np.int64, int, np.int64, np.int64, np.int64, np.int64, int, np.int64
@@ -253,6 +258,7 @@ ENTRIES: Final = tuple(
             *HALVES.values(),
             *DISAGGREGATED.values(),
             APART,
+            *PUSHING.values(),
             PHASES,
             NUMBER_PIECES,
         ]

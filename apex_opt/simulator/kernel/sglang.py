@@ -264,11 +264,16 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
 @inner
 def form_nb(e: Engine, own: Sglang, tree: Tree | None, replica: int) -> None:
     """Form the batch of a turn, and run it."""
-    run, r, g = e.run, e.r, e.g
     arrive_nb(e)
-    f = choose_nb(e, own, tree)
+    launch_nb(e, choose_nb(e, own, tree), replica)
+
+
+@inner
+def launch_nb(e: Engine, f: I64, replica: int) -> None:
+    """Run the batch f, which was formed in this turn."""
+    r, g = e.r, e.g
     f[F_END] = through_stages_nb(e, f)
-    log_step_nb(run, r, replica, r[NOW], f[F_END])
+    log_step_nb(e.run, r, replica, r[NOW], f[F_END])
     g[G_TURNS] += 1
     if r[BATCH_ROWS] > 0:
         g[G_IDLE] = 0
@@ -286,9 +291,7 @@ def choose_nb(e: Engine, own: Sglang, tree: Tree | None) -> I64:
     ahead = 1 if r[DEPTH] > g[G_SLOTS] else 0
     # Of the last turn of the slot; where that has been taken in this turn's batch takes its place.
     merge_nb(e, s, flight_nb(e, max(g[G_TURNS] - g[G_SLOTS], 0)), ahead)
-    f = flight_nb(e, g[G_TURNS])
-    f[F_PROMPTS], f[F_ENDERS], f[F_STEP] = 0, 0, 0
-    r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ], r[BATCH_LOST] = 0, 0, 0, 0, 0
+    f = blank_nb(e)
     prompts_nb(e, tree, s, f)
     if f[F_PROMPTS] == 0:
         step_nb(e, tree, s, f)
@@ -297,6 +300,15 @@ def choose_nb(e: Engine, own: Sglang, tree: Tree | None) -> I64:
         if g[G_MIXES] == 1 and s[S_RUNNING] > 0:
             mix_nb(e, tree, s, f)
     f[F_ROWS] = r[BATCH_ROWS]
+    return f
+
+
+@inner
+def blank_nb(e: Engine) -> I64:
+    """The batch of a turn, with nobody in it yet."""
+    r, f = e.r, flight_nb(e, e.g[G_TURNS])
+    f[F_PROMPTS], f[F_ENDERS], f[F_STEP] = 0, 0, 0
+    r[BATCH_ROWS], r[BATCH_TOKENS], r[BATCH_DECODES], r[BATCH_READ], r[BATCH_LOST] = 0, 0, 0, 0, 0
     return f
 
 
@@ -346,20 +358,26 @@ def own_ns_nb(e: Engine, f: I64, law: I64) -> int:
 @inner
 def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
     """Take in the oldest batch in flight, if the turn that formed it formed one."""
-    r, g = e.r, e.g
-    turn = g[G_TURNS] - r[DEPTH]
-    f, s = flight_nb(e, turn), slot_nb(own, g, turn % g[G_SLOTS])
-    if f[F_ROWS] == 0:
-        idle = 1
-        for later in range(turn + 1, g[G_TURNS]):
-            if flight_nb(e, later)[F_ROWS] > 0:
-                idle = 0
-        g[G_IDLE] = idle
-        if idle == 1 and nobody_nb(e, own):
-            e.ratio[R_RATIO] = e.ratio[R_START]
-        return
-    r[NOW] = max(r[NOW], f[F_END])
-    receive_nb(e, tree, s, f)
+    turn = e.g[G_TURNS] - e.r[DEPTH]
+    if ended_nb(e, own, turn):
+        receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), flight_nb(e, turn))
+
+
+@inner
+def ended_nb(e: Engine, own: Sglang, turn: int) -> bool:
+    """Whether a turn, of which it is time to take in the batch, formed one; the clock comes to its end."""
+    r, g, f = e.r, e.g, flight_nb(e, turn)
+    if f[F_ROWS] > 0:
+        r[NOW] = max(r[NOW], f[F_END])
+        return True
+    idle = 1
+    for later in range(turn + 1, g[G_TURNS]):
+        if flight_nb(e, later)[F_ROWS] > 0:
+            idle = 0
+    g[G_IDLE] = idle
+    if idle == 1 and nobody_nb(e, own):
+        e.ratio[R_RATIO] = e.ratio[R_START]
+    return False
 
 
 @inner

@@ -121,8 +121,9 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
     S_LEFT,  # so many are done and still on its running list
     S_DUE,  # somebody on it may have its last token on the way
     S_COMING,  # those from this place on have a token on the way
+    S_CAME,  # but not those from this place on
     S_SIZE,
-) = range(13)
+) = range(14)
 NOTHING, PROMPTS, MIXED = range(3)  # values of S_LAST
 
 # A batch in flight: these, then its rows of prompts as 2 * request + yields, then who gets its last token by its step;

@@ -39,6 +39,7 @@ from apex_opt.simulator.kernel.sglang_state import (
     R_RATIO,
     ROOT,
     RUNS,
+    S_CAME,
     S_CHUNKED,
     S_COMING,
     S_CONTEXT,
@@ -101,7 +102,7 @@ def merge_nb(e: Engine, s: I64, f: I64, ahead: int) -> None:
         s[S_LEFT] = 0
         s[S_FULL] = 0
     old = s[S_RUNNING]
-    s[S_COMING] = old + e.r[MAX_SEQS]
+    s[S_COMING], s[S_CAME] = old + e.r[MAX_SEQS], NEVER
     if last != NOTHING:
         rows, joined = at(f, F_SIZE), 0
         for row in range(f[F_PROMPTS]):
@@ -193,7 +194,7 @@ def take_out_nb(e: Engine, s: I64) -> int:
     run = e.run
     running, place = at(run.scratch, s[S_RUNNING_AT]), column_nb(run, PLACE)
     stated, offset = column_nb(run, STATED), column_nb(run, OFFSET)
-    n, kept, coming = s[S_RUNNING], 0, s[S_COMING]
+    n, kept, coming, came = s[S_RUNNING], 0, s[S_COMING], s[S_CAME]
     for j in range(n):
         i = running[j]
         if offset[i] + s[S_STEPS] >= stated[i]:
@@ -203,6 +204,8 @@ def take_out_nb(e: Engine, s: I64) -> int:
             place[i] = LEAVES
             if j < coming:
                 s[S_COMING] -= 1
+            if j < came:
+                s[S_CAME] -= 1
         else:
             running[kept] = i
             kept += 1
@@ -303,7 +306,7 @@ def order_by_made_nb(e: Engine, s: I64) -> None:
     members = at(run.scratch, g[G_SORT_AT] + 2 * r[MAX_SEQS])
     for j in range(s[S_RUNNING]):
         i = running[j]
-        made = offset[i] + s[S_STEPS] - (1 if j >= s[S_COMING] else 0)
+        made = offset[i] + s[S_STEPS] - (1 if s[S_COMING] <= j < s[S_CAME] else 0)
         keys[j] = (_MOST - made) << 24 | prompt[i]
         members[j] = i
         order[j] = j

@@ -281,7 +281,8 @@ MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range
 
 # `Links.facts`: prompts; instances that compute them, and that answer them; times of a hand-over; whether reads from an
 # instance follow each other; prompts that have been handed over; those that it is known of when they come, and from an
-# answer to the next request of the same client.
+# answer to the next request of the same client; of SGLang tokens to come that room is kept for, and up to how many
+# seats of a decode instance three requests may have blocks for each.
 (
     REQUESTS,
     PREFILLS,
@@ -294,12 +295,15 @@ MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range
     FORWARDED,
     KNOWN_TO_COME,
     CLIENT_NS,
+    RESERVED,
+    FEW_SEATS,
     FACTS_SIZE,
-) = range(12)
+) = range(14)
 
 # Columns of `Links.instances`: when it acts next; whether it awaits its oldest batch, and whether its turn executed
 # something; until when requests have been received; when its link is free; its line of ends of reads, how many of
-# them can be admitted, when the next can be seen, and how many were seen with each batch in flight.
+# them can be admitted, when the next can be seen, and how many were seen with each batch in flight; of SGLang the first
+# request that has come since the last turn, and those whose prompts have come and that wait for seats.
 (
     DUE,
     AWAITS,
@@ -312,8 +316,12 @@ MEMO_REQUEST, MEMO_FOUND, MEMO_UNUSED, MEMO_STAMP, MEMO_LAID, MEMO_WIDTH = range
     READY,
     SOONEST,
     SEEN_IN,
+    FRESH,
+    FIRST_WAITING,
+    LAST_WAITING,
+    WAITING_SEATS,
     INSTANCE_SIZE,
-) = (*range(11), 12)
+) = (*range(11), *range(12, 17))
 
 # Columns of `Links.ends`: when the workers can see it; the batch they saw it with, or NONE or HEARD; the next in line.
 END_AT, SEEN, NEXT_END, END_SIZE = range(4)

@@ -15,6 +15,7 @@ from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome
 from apex_opt.simulator.reference import handover as reading
 from apex_opt.simulator.reference import pushing
 from apex_opt.simulator.reference.loop import pool_outcome
+from apex_opt.simulator.reference.sglang import SglangScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.stops import Stop
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.pools import EnginePool
+    from apex_opt.simulator.reference.engine import Engine
     from apex_opt.simulator.reference.router import Router
     from apex_opt.workload.trace import Trace
 
@@ -80,9 +82,15 @@ def run(
         forwarded_ns=np.array([s.arrival_ns for s in answers], np.int64),
         read_ns=reads[:, :2],
         read_blocks=reads[:, 2],
-        held=blocks - [instance.scheduler.blocks.free for instance in instances],
+        held=blocks - [_free(instance) for instance in instances],
         preemptions_of=np.array([instance.preemptions for instance in instances], np.int64),
     )
     times = found.arrival_ns, found.first_token_ns, found.finish_ns
     generated = np.array([sequence.limit for sequence in answers])
     return replace(found, stopped=any(stop.passed(latencies_ns(stop.metric, *times, generated)) for stop in stops))
+
+
+def _free(instance: Engine) -> int:
+    """KV blocks of an instance that nobody holds."""
+    scheduler = instance.scheduler
+    return scheduler.free if isinstance(scheduler, SglangScheduler) else scheduler.blocks.free

@@ -177,11 +177,13 @@ class Instance(SglangEngine):
 
     def __init__(self, pool: EnginePool, scheduler: type[Scheduler], *, log: bool) -> None:
         super().__init__(pool, log=log, scheduler=scheduler)
-        self._later: list[tuple[int, int, Callable[[], None]]] = []  # in order of time
+        self._later: list[tuple[int, int, Callable[[], None]]] = []  # with the number of each
+        self._told = 0
 
     def see(self, at_ns: int, what: Callable[[], None]) -> None:
         """Something can be seen from a time on."""
-        self._later.append((at_ns, len(self._later), what))
+        self._later.append((at_ns, self._told, what))
+        self._told += 1
 
     def next_ns(self) -> int | None:
         if not self.idle:
