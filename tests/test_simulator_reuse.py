@@ -357,6 +357,31 @@ def test_the_compiled_engine_equals_the_reference_and_no_batch_has_too_many_toke
     assert found > len(seeds) // 3 and gave_way > 0
 
 
+def crowded_pool(seed: int) -> tuple[EnginePool, Trace]:
+    """Few contents of one token, long answers beside short ones, and hardly more blocks than the longest takes."""
+    draw, at = random.Random(seed), 0
+    limits = {"max_num_seqs": 6, "max_num_batched_tokens": 32}
+    settings = replace(ENGINE, **limits, max_model_len=32, block_size=1, async_scheduling=True, prefix_caching=True)
+    rows, content = list[tuple[int, int, int]](), list[list[int]]()
+    for _ in range(40):
+        at += draw.choice([0, 0, 20, 60])
+        prompt = draw.choice([1, 2, 3])
+        content.append([draw.choice([1, 1, 2]), *(draw.choice([1, 2]) for _ in range(prompt - 1))])
+        rows.append((at, prompt, draw.choice([1, 1, 1, 14])))
+    pool = EnginePool(settings=settings, blocks=draw.randint(17, 24), laws=[linear(settings, 10, 1)])
+    return pool, requests(rows, content=content, content_tokens=1)
+
+
+# Of 2643 a block is put into the tree again under which another one stood that has left it since.
+@pytest.mark.parametrize(
+    "seeds", [range(20), range(2643, 2644), pytest.param(range(20, 9000), marks=pytest.mark.nightly)]
+)
+def test_they_are_equal_where_blocks_are_few_and_prompts_alike(seeds: range) -> None:
+    for seed in seeds:
+        pool, trace = crowded_pool(seed)
+        assert_same(*(run_deployment([pool], trace, log=True, implementation=which) for which in IMPLEMENTATIONS))
+
+
 @pytest.mark.parametrize("seeds", [FEW, MANY])
 def test_no_request_beats_its_bound(seeds: range) -> None:
     for seed in seeds:
