@@ -25,7 +25,7 @@ def test_tensor_shards_on_one_node() -> None:
     assert " ".join(command.argv) == (
         f"python -m sglang.launch_server --model-path {CHECKPOINT} --tp-size 8 --pp-size 1 --dtype bfloat16 "
         f"--kv-cache-dtype auto --mem-fraction-static {share} --max-running-requests 1024 --chunked-prefill-size 8192 "
-        "--context-length 8192 --page-size 16 --disable-radix-cache --port 8000"
+        "--context-length 8192 --page-size 16 --disable-radix-cache --host 0.0.0.0 --port 8000"
     )
 
 
@@ -162,6 +162,7 @@ def test_prefill_and_decode_servers_stand_behind_a_router_that_knows_both() -> N
     assert modes == ["prefill", "prefill", "decode", "decode"]
     ports = [value(command, "--disaggregation-bootstrap-port") for command in servers_]
     assert ports == ["8998", "9008", None, None]
+    assert {value(command, "--host") for command in servers_} == {"0.0.0.0"}  # the router may be on another node
     assert [command.replica for command in both.commands] == [0, 1, 2, 3, None]
     assert " ".join(router.argv) == (
         "python -m sglang_router.launch_router --pd-disaggregation --port 30000 --prefill http://NODE0:8000 8998 "

@@ -20,6 +20,7 @@ from apex_opt.search.bounds.handed import Handed
 from apex_opt.search.option import options_of
 from apex_opt.search.search import judge, silent
 from apex_opt.studies.check import check
+from apex_opt.studies.explain.comparison import differences
 from apex_opt.workload import make_trace
 from formulations import deployment as programs
 
@@ -202,6 +203,38 @@ def test_every_pair_is_read_back_from_its_text_with_the_same_figures(sides: tupl
         assert alone.simulate(again).metrics == scorer.simulate(pair).metrics
     found = [pool.plan for one in search(problem, SPACE, top=9).candidates for pool in one.deployment.pools]
     assert all(plan.route is not None for plan in found if plan.replicas > 1)
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_the_parts_of_the_time_to_the_first_token_add_up_and_a_slow_link_is_seen_in_them(pushed: bool) -> None:
+    asked = replace(question(0), serving=("pools",))
+    if pushed:
+        asked = replace(asked, settings=replace(SMALL, scheduler=SglangScheduling(), block_size=1))
+    assert asked.handover is not None
+    pair, means = next(pairs_of(asked)), []
+    for share in (0.5, 0.0001):
+        problem = replace(asked, handover=replace(asked.handover, rate_share=share))
+        scorer = Scorer(problem)
+        found = scorer.simulate(pair)
+        assert found.handover_s is not None
+        parts = {part: its["mean"] for part, its in found.handover_s.items()}
+        assert list(parts) == ["prompt", "wait", "read", "answer"] and min(parts.values()) >= 0
+        ttft_s = found.metrics.latency_s["ttft"]["mean"] - scorer.outside_ns / 1e9
+        assert sum(parts.values()) == pytest.approx(ttft_s, rel=1e-9)
+        means.append(parts["read"])
+    assert means[1] > 100 * means[0]
+
+
+def test_explain_weighs_the_hand_over_of_a_pair() -> None:
+    asked = replace(question(0), serving=("pools",))
+    assert asked.handover is not None
+    slow = replace(asked, handover=replace(asked.handover, rate_share=0.0001))
+    pair = next(pairs_of(asked))
+    runs = [(scorer, scorer.simulate(pair)) for scorer in (Scorer(slow), Scorer(asked))]
+    terms = [term for term in differences(runs) if term.part == "mean latency"]
+    assert terms[0].name == "first token, hand-over" and terms[0].difference > 0
+    for place, (_, run) in enumerate(runs):
+        assert sum(its.values[place] for its in terms) <= run.metrics.latency_s["e2e"]["mean"]
 
 
 def test_what_runs_in_plain_python_is_told_before_it_does() -> None:

@@ -45,7 +45,7 @@ def measure(
     attainment, met = dict[str, float](), dict[str, bool]()
     makespan_s = float(run.makespan_s[0])
     metrics = Metrics(
-        latency_s={name: _statistics(seen, percentiles) for name, seen in values.items()},
+        latency_s={name: statistics_of(seen, percentiles) for name, seen in values.items()},
         figures={name: value for name, value in figures.items() if value == value},
         output_tokens_per_s=run.output_tokens / makespan_s,
         total_tokens_per_s=int((run.tokens + run.prompt).sum()) / makespan_s,
@@ -83,7 +83,7 @@ def percent(statistic: str) -> float:
     return 100.0 if statistic == "max" else float(statistic[1:])
 
 
-def _statistics(values: Floats, percentiles: Sequence[str]) -> dict[str, float]:
+def statistics_of(values: Floats, percentiles: Sequence[str]) -> dict[str, float]:
     """The usual statistics and further percentiles, in rising order; NaN of no values."""
     names = sorted((*STATISTICS[1:-1], *percentiles), key=percent)
     if not len(values):

@@ -131,7 +131,8 @@ class Sglang:
             words += ["--disaggregation-mode", settings.role]
         if settings.role == "prefill":
             words += ["--disaggregation-bootstrap-port", str(_bootstrap(port))]
-        return [*words, "--port", str(port)]
+        # Others than processes of its node ask it: routers and clients on other nodes, and probes of a pod.
+        return [*words, "--host", "0.0.0.0", "--port", str(port)]
 
     def _own(self, settings: EngineSettings) -> list[str]:
         """Settings that only this engine has, those that are not its defaults; `ignore_eos` is up to clients."""

@@ -234,6 +234,7 @@ def metrics_document(problem: Problem, run: Scored) -> types.Metrics:
         batches=sum(use.batches for use in run.pools),
         moved=run.moved,
         priorities=tuple(map(_priority, run.priorities)) or None,
+        handover=None if run.handover_s is None else _handed(run.handover_s),
         **{name: value for name, value in figures.items() if name in named},
         further={name: value for name, value in figures.items() if name not in named},
     )
@@ -302,6 +303,12 @@ def _priority(use: PriorityUse) -> types.PriorityFigures:
     """What the requests of one priority saw."""
     seen: dict[str, Any] = {figure(name).key: statistics for name, statistics in use.latency_s.items()}
     return types.PriorityFigures(name=use.name, requests=use.requests, preemptions=use.preemptions, **seen)
+
+
+def _handed(parts: Mapping[str, Mapping[str, float]]) -> types.HandedFigures:
+    """What first tokens take whose prompts are handed over."""
+    seen: dict[str, Any] = {f"{part}_s": statistics for part, statistics in parts.items()}
+    return types.HandedFigures(**seen)
 
 
 def _moving(problem: Problem) -> types.ReschedulingFacts | None:

@@ -223,6 +223,15 @@ def in_order() -> list[Figure]:
     return sorted(per_item(), key=lambda one: one.time == "whole")
 
 
+HANDED: Final = {
+    "prompt_s": "prompt computed",
+    "wait_s": "wait for the read",
+    "read_s": "read",
+    "answer_s": "first token after it",
+}
+"""Parts of the time to the first token where prompts are handed over."""
+
+
 def service_tables(console: Console, metrics: Document) -> None:
     """What the requests saw, and what serving them took."""
     heads = tuple(metrics["ttft_s"])
@@ -232,6 +241,9 @@ def service_tables(console: Console, metrics: Document) -> None:
         if one.key in metrics
     ]
     table(console, "Latency", ("", *heads), rows, left={0}, turned=True)
+    if "handover" in metrics:
+        parts = [(said, *(seconds(metrics["handover"][part][s]) for s in heads)) for part, said in HANDED.items()]
+        table(console, "Of the TTFT", ("", *heads), parts, left={0}, turned=True)
     _priorities(console, metrics.get("priorities", []))
     facts = [
         ("SLO", f"{text}: {'met' if slo['met'] else 'MISSED'}, {_reached(text, slo)}")

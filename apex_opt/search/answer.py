@@ -75,6 +75,9 @@ class Scored:
     bound : float or None      what it could not be better than by the first objective, signed such that less is better
     moved : int or None        moves of requests between replicas, where they may move
     priorities : tuple of PriorityUse    where there are requests of several priorities
+    handover_s : mapping of part to mapping of statistic to seconds, or None
+        where prompts are handed over, what a first token takes: its "prompt", the "wait" for the read,
+        the "read", and the "answer" until it is seen
     """
 
     pools: tuple[PoolUse, ...]
@@ -84,6 +87,7 @@ class Scored:
     bound: float | None
     moved: int | None = None
     priorities: tuple[PriorityUse, ...] = ()
+    handover_s: dict[str, dict[str, float]] | None = None
 
     @property
     def deployment(self) -> Deployment:

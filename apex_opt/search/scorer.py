@@ -18,7 +18,7 @@ from apex_opt.cost.moving import MOVING, moving
 from apex_opt.cost.two_batches import two_batches
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.evaluate import Violation, violations
-from apex_opt.figures.measure import measure
+from apex_opt.figures.measure import measure, statistics_of
 from apex_opt.figures.run import Facts as StopFacts
 from apex_opt.figures.stops import early_stops
 from apex_opt.placement.pools import link_between
@@ -310,7 +310,23 @@ class Scorer:
             bound=bound,
             moved=None if problem.rescheduling is None else len(outcome.moved),
             priorities=tuple(self._by_priority(outcome)),
+            handover_s=self._handed(outcome) if isinstance(outcome, DisaggregatedOutcome) else None,
         )
+
+    def _handed(self, outcome: DisaggregatedOutcome) -> dict[str, dict[str, float]]:
+        """What the first token of a request takes, part by part.
+
+        Parts are its prompt; the wait until the decode instance reads it, for the proxy, room and a turn; the read, of
+        pages that are sent earlier what is left when the prompt is computed; and the rest until its token is seen.
+        """
+        begin = np.maximum(outcome.read_ns[:, 0], outcome.prefilled_ns)
+        parts = {
+            "prompt": outcome.prefilled_ns - outcome.arrival_ns,
+            "wait": begin - outcome.prefilled_ns,
+            "read": outcome.read_ns[:, 1] - begin,
+            "answer": outcome.first_token_ns - outcome.read_ns[:, 1],
+        }
+        return {part: statistics_of(took / NS_PER_S, self.problem.percentiles) for part, took in parts.items()}
 
     def _by_priority(self, outcome: Outcome) -> Iterator[PriorityUse]:
         """What the requests of each priority saw, where there are several."""

@@ -59,6 +59,23 @@ class PriorityFigures(Described):
     preemptions: int | None
 
 
+class HandedFigures(Described):
+    """What the first tokens of requests take whose prompts are handed from one pool to another.
+
+    Parameters
+    ----------
+    prompt_s : from arrival until the prompt is computed
+    wait_s : until it begins to be read: proxy, room and a turn of the decode instance
+    read_s : of the prompt; where it is sent meanwhile, what is left when it is computed
+    answer_s : until the first token is seen
+    """
+
+    prompt_s: Statistics
+    wait_s: Statistics
+    read_s: Statistics
+    answer_s: Statistics
+
+
 class Metrics(Described):
     """What the requests of a run saw, and what it took.
 
@@ -75,6 +92,7 @@ class Metrics(Described):
     operations_s : mean per GPU, by operation, longest first, idle last
     moved : moves of requests between replicas, where they may move
     priorities : what requests of each priority saw, where there are several
+    handover : what first tokens take, where prompts are handed over
     further : figures that were added to the registry since, by their keys
     """
 
@@ -104,6 +122,7 @@ class Metrics(Described):
     batches: int
     moved: int | None = None
     priorities: tuple[PriorityFigures, ...] | None = None
+    handover: HandedFigures | None = None
     further: dict[str, Number | Statistics] = field(default_factory=dict)
 
 

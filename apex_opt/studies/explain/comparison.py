@@ -143,13 +143,15 @@ def _parts(scorer: Scorer, run: Scored) -> dict[str, dict[str, float]]:
         alone -= scorer.outside_ns / NS_PER_S  # it was counted with either pool
     first, whole = (run.metrics.value(timed(time).name, "mean") for time in ("first", "whole"))
     idle_j = add_up(use.usage.idle_energy_j for use in run.pools)
+    latency = {"first token, least": min(alone, first)}
+    more = max(first - alone, 0.0)
+    if run.handover_s is not None:
+        latency["first token, hand-over"] = min(add_up(run.handover_s[part]["mean"] for part in ("wait", "read")), more)
+        more -= latency["first token, hand-over"]
+    latency |= {"first token, waiting and sharing batches": more, "later tokens": whole - first}
     return {
         "time per GPU": operations,
-        "mean latency": {
-            "first token, least": min(alone, first),
-            "first token, waiting and sharing batches": max(first - alone, 0.0),
-            "later tokens": whole - first,
-        },
+        "mean latency": latency,
         "energy": {"idle draw": idle_j, "operations": add_up(use.usage.energy_j for use in run.pools) - idle_j},
         "memory per GPU": memory,
     }
