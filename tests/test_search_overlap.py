@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from plan_cases import (
     ENGINES,
+    OVERHEAD,
     SMALL,
     feasible_plans,
     make_cluster,
@@ -32,9 +33,19 @@ from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import Plan, Template
 from apex_opt.search import Problem, Scorer, search
+from apex_opt.simulator.ranks import alike_ns
 from apex_opt.studies.check import check
 
 SPLIT = "two_batches"
+PLAN = Plan(
+    replicas=1,
+    layers=(6,),
+    attention=Template(dp=4),
+    ffn=Template(ep=4),
+    weight_format="bf16",
+    kv_format="bf16",
+    overlap=SPLIT,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +156,22 @@ def test_no_plan_whose_forwards_are_split_beats_its_bounds(seeds: range) -> None
     assert plans >= 2 * len(seeds) and split > 20 * len(seeds)
 
 
+@pytest.mark.parametrize("bytes_per_s", [6e9, 20e9, 40e9, 60e9])
+def test_no_forward_in_two_halves_takes_less_than_the_floor_of_its_tokens(bytes_per_s: float) -> None:
+    link = Link(bytes_per_s=bytes_per_s, latency_s=1e-6, kind="pcie")
+    settings = replace(SMALL, max_num_seqs=64, max_num_batched_tokens=8192)
+    quick = replace(OVERHEAD, step_s=1e-6, mixed_step_s=0.0)
+    model, cluster = make_model((sparse(hidden=2048, columns=2048), 6)), replace(make_cluster(4), intra=link)
+    problem = make_problem(model, cluster, random_trace(1), settings=settings, overhead=quick)
+    facts = Scorer(problem).facts()
+    floor, cost = facts.mean(PLAN), facts.plan_cost(PLAN)
+    batches: list[list[tuple[int, int]]] = [[(1, 300)] * 48, [(900, 900)], [(1, 700)] * 20 + [(8000, 8000)]]
+    for rows in batches:
+        tokens = 4 * sum(count for count, _ in rows)
+        took_ns = alike_ns(cost.laws[0], cost.ranks, 0, rows)
+        assert max(floor.batch_ns, floor.token_ns * tokens) <= took_ns, (rows, floor, took_ns)
+
+
 def check_search(seed: int) -> bool:
     """The search finds the best of all plans, and its ledger holds; whether that splits forwards."""
     problem = question(seed, 2)
@@ -166,17 +193,6 @@ def check_search(seed: int) -> bool:
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 120), marks=pytest.mark.nightly)])
 def test_the_search_finds_the_best_with_overlap_among_the_choices(seeds: range) -> None:
     assert any([check_search(seed) for seed in seeds])
-
-
-PLAN = Plan(
-    replicas=1,
-    layers=(6,),
-    attention=Template(dp=4),
-    ffn=Template(ep=4),
-    weight_format="bf16",
-    kv_format="bf16",
-    overlap=SPLIT,
-)
 
 
 @pytest.mark.parametrize(
