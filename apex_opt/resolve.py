@@ -19,7 +19,7 @@ from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
 from apex_opt.overlapping import about_overlap, overlaps_of, plans_overlap
 from apex_opt.plans.acceptance import parse_speculation, speculations
-from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.engine import EngineSettings, check_states
 from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.plans.routing import SEES_PREFIXES
 from apex_opt.profiles import check_profiles
@@ -121,6 +121,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
             f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
             "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
         )
+    check_states(settings, model)
     notes = (*notes, *settings.scheduler.told(chunked_prefill=settings.chunked_prefill))
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):

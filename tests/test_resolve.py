@@ -518,8 +518,6 @@ def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
         ("context_chunking_policy=EQUAL_PROGRESS", False, ["context_chunking_policy=EQUAL_PROGRESS has no effect"]),
         ("context_chunking_policy=EQUAL_PROGRESS", True, []),
         ("context_chunking_policy=FORCE_CHUNK", True, ["context_chunking_policy=FORCE_CHUNK is FIRST_COME"]),
-        ("context_chunking_policy=FORCE_CHUNK,snapshot_interval=64", True, []),
-        ("snapshot_interval=64", True, ["snapshot_interval has no effect without context_chunking_policy=FORCE"]),
         ("batch_wait_timeout_iters=5", False, ["batch_wait_timeout_iters has no effect"]),
         ("batch_wait_max_tokens_ratio=0.5", False, ["batch_wait_max_tokens_ratio has no effect"]),
         ("batch_wait_timeout_iters=5,batch_wait_max_tokens_ratio=0.5", False, []),
@@ -533,6 +531,22 @@ def test_settings_of_trtllm_that_do_nothing_and_waits_are_told(settings: str, ch
     notes = resolve(options(engine="trtllm", engine_settings=settings, chunked_prefill=chunked)).notes
     own = [note.removeprefix("--engine_settings: ") for note in notes if note.startswith("--engine_settings: ")]
     assert len(own) == len(told) and all(note.startswith(text) for note, text in zip(own, told, strict=True))
+
+
+def test_trtllm_reuses_blocks_of_models_with_states_where_these_are_kept_as_well() -> None:
+    kept = "context_chunking_policy=FORCE_CHUNK,snapshot_interval=64"
+    asked = {"engine": "trtllm", "prefix_caching": True, "trace": "static:n=2,prompt=64,prefix=(32,1)"}
+    hybrid = asked | {"model": "nemotron-3-nano-30b-a3b"}
+    for own, chunked in ((None, True), (kept, False), ("snapshot_interval=64", True)):
+        with pytest.raises(UsageError, match=r"nemotron-3-nano-30b-a3b has states, without which trtllm reuses no bl"):
+            resolve(options(**hybrid, engine_settings=own, chunked_prefill=chunked))
+    assert resolve(options(**hybrid, engine_settings=kept, chunked_prefill=True)).settings.prefix_caching
+    with pytest.raises(UsageError, match=r"snapshot_interval is of models with states, which llama-3\.1-8b has"):
+        resolve(options(**asked, engine_settings=kept, chunked_prefill=True))
+    notes = resolve(
+        options(**hybrid | {"prefix_caching": False}, engine_settings="snapshot_interval=64", chunked_prefill=True)
+    ).notes
+    assert any("snapshot_interval has no effect without context_chunking_policy=FORCE" in note for note in notes)
 
 
 @pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])

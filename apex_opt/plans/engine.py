@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from apex_opt.engines.rules import EngineRules
+    from apex_opt.ir import Model
     from apex_opt.plans.deployment import Role
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.speculation import Drafter, Speculation
@@ -223,6 +224,30 @@ class EngineSettings:
                 "mixed_chunk: sglang switches it off where drafts are verified (sgl-project/sglang#6874); leave one of "
                 "them out"
             )
+
+
+def check_states(settings: EngineSettings, model: Model) -> None:
+    """Refuse what TensorRT-LLM does with states where a model has none, and blocks without the states behind them.
+
+    Raises
+    ------
+    UsageError
+    """
+    if not isinstance(own := settings.scheduler, TrtllmScheduling):
+        return
+    has_states = model.state_bytes_per_sequence > 0
+    if own.snapshot_interval and not has_states:
+        raise UsageError(
+            f"--engine_settings: snapshot_interval is of models with states, which {model.name} has none of; leave it "
+            "out"
+        )
+    keeps = own.context_chunking_policy == "FORCE_CHUNK" and own.snapshot_interval and settings.chunked_prefill
+    if settings.prefix_caching and has_states and not keeps:
+        raise UsageError(
+            f"--prefix_caching: {model.name} has states, without which trtllm reuses no blocks, and they are not kept; "
+            "give --chunked_prefill=true --engine_settings=context_chunking_policy=FORCE_CHUNK,snapshot_interval=256, "
+            "or leave it out"
+        )
 
 
 def has_ranks(settings: EngineSettings, plan: Plan) -> bool:
