@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from plan_cases import make_gpu
-from simulator_cases import linear, requests
+from simulator_cases import linear, random_law, requests
 
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
@@ -34,7 +34,19 @@ SETTINGS = EngineSettings(
 
 def run(trace, law=None, rules=HALVES, settings=SETTINGS, blocks=10_000):
     law = linear(settings, 1_000) if law is None else law
-    return run_phases(EnginePool(settings=settings, blocks=blocks, laws=[law]), rules, trace)
+    return both(EnginePool(settings=settings, blocks=blocks, laws=[law]), rules, trace)
+
+
+def both(pool, rules, trace):
+    """A run by the reference, as which one by the kernel comes out."""
+    theirs = run_phases(pool, rules, trace, log=True, implementation="reference")
+    ours = run_phases(pool, rules, trace)
+    for name in ("first_token_ns", "finish_ns", "gaps_ns", "busy_ns"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+    for name in ("preemptions", "batches", "most_blocks", "held"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.counts.equals(theirs.counts)
+    return theirs
 
 
 def test_divisions_are_those_of_the_source() -> None:
@@ -116,3 +128,29 @@ def test_it_goes_with_whole_prompts_and_the_scheduler_of_sglang() -> None:
     for settings in (replace(SETTINGS, chunked_prefill=True), replace(SETTINGS, scheduler=EngineSettings().scheduler)):
         with pytest.raises(UsageError, match="scheduler of sglang and with whole prompts"):
             run(requests([(0, 16, 3)]), settings=settings)
+
+
+@pytest.mark.parametrize("seeds", [range(80), pytest.param(range(80, 4_000), marks=pytest.mark.nightly)])
+def test_kernel_equals_reference(seeds) -> None:
+    lost = 0
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        count, seats, size = int(rng.integers(1, 40)), int(rng.integers(1, 9)), int(rng.choice([1, 4, 16]))
+        own = SglangScheduling(
+            schedule_conservativeness=float(rng.choice([0.1, 0.5, 1.0])),
+            max_prefill_tokens=int(rng.integers(20, 400)),
+            ignore_eos=bool(rng.random() < 0.2),
+        )
+        settings = replace(SETTINGS, max_num_seqs=seats, max_model_len=256, block_size=size, scheduler=own)
+        settings = replace(settings, async_scheduling=bool(rng.random() < 0.5))
+        arrivals = np.cumsum(rng.integers(0, int(rng.choice([1, 100, 3_000])), count)).tolist()
+        prompts, outputs = rng.integers(1, 120, count).tolist(), rng.integers(1, 90, count).tolist()
+        law = random_law(settings, seed, zeros=float(rng.choice([0, 0.5])), copies=1, unit=7)
+        every = ((72, 60), (66, 66), (20, 112))
+        rules = Multiplexing(divisions=every[: int(rng.integers(1, 4))], layers=int(rng.integers(1, 70)))
+        blocks = max(-(-(p + o + size + 1) // size) for p, o in zip(prompts, outputs, strict=True)) + 2
+        blocks += int(rng.integers(0, int(rng.choice([1, 60]))))
+        pool = EnginePool(settings=settings, blocks=blocks, laws=[law], replicas=int(rng.integers(1, 4)))
+        found = both(pool, rules, requests(list(zip(arrivals, prompts, outputs, strict=True))))
+        lost += found.preemptions
+    assert lost > 0

@@ -426,8 +426,6 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     handed = [pool.plan for pool in pools if pool.role]
     if sglang and any(plan.replicas > 1 and problem.routing_of(plan) not in BEFOREHAND for plan in handed):
         tell("simulating what SGLang hands over by loads in plain Python, about a thousand times slower", 0, 0)
-    if any(pool.plan.shares is not None and pool.plan.shares.multiplexed for pool in pools):
-        tell("simulating SGLang's multiplexing in plain Python, about a hundred times slower", 0, 0)
     if any(
         needs_compiling(
             problem.settings_for(pool.plan),

@@ -362,8 +362,8 @@ def run_phases(
 ) -> PhasedOutcome:
     """Serve a trace on replicas that compute prompts and answers side by side, each with a share of their GPUs.
 
-    Request i goes to replica i mod R. Shares that are dynamic or multiplexed are simulated by the reference, and so is
-    a run whose batches are told.
+    Request i goes to replica i mod R. Shares that are dynamic are simulated by the reference, and so is a run
+    whose batches are told.
 
     Parameters
     ----------
@@ -407,6 +407,10 @@ def run_phases(
         return shared.serve(pool, trace, lambda mine: loops.PhasesReplica(pool, phases, mine))
     if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:
         raise UsageError("multiplexing goes with the scheduler of sglang and with whole prompts")
+    if implementation == "kernel" and not log:
+        from apex_opt.simulator import pack_multiplexing
+
+        return pack_multiplexing.run(pool, phases, trace)
     return shared.serve(pool, trace, lambda mine: multiplexing.MultiplexingReplica(pool, phases, mine))
 
 

@@ -20,6 +20,7 @@ from apex_opt.simulator.kernel.entries import (
     APART,
     DISAGGREGATED,
     HALVES,
+    MULTIPLEXING,
     NUMBER_PIECES,
     PHASES,
     PUSHING,
@@ -29,7 +30,7 @@ from apex_opt.simulator.kernel.entries import (
     Entry,
 )
 from apex_opt.simulator.law import linear_law
-from apex_opt.simulator.phases import Phases
+from apex_opt.simulator.phases import Multiplexing, Phases
 from apex_opt.simulator.pools import EnginePool
 from apex_opt.simulator.ranks import Halves, Ranks
 from apex_opt.workload.trace import make_trace
@@ -105,6 +106,8 @@ def _variants() -> dict[str, Variant]:
     for caching, entry in PUSHING.items():
         name = "sglang pushing" + " caching" * caching
         found[name] = Variant(settings(caching, **_ENGINES["sglang"]), (entry,), disaggregated=True)
+    whole = settings(caching=False, **_ENGINES["sglang"], chunked_prefill=False)
+    found["sglang multiplexing"] = Variant(whole, (MULTIPLEXING,), shared=True)
     return {**found, "phases": Variant(settings(caching=False), (PHASES,), shared=True)}
 
 
@@ -167,6 +170,8 @@ def run(*names: str) -> None:
         if disaggregated:
             run_disaggregated(pool, pool, Handover(), trace, routing=(routing, routing))
         elif shared:
-            run_phases(pool, Phases(prefill_share=50, decode_share=50), trace)
+            sglang = isinstance(settings.scheduler, SglangScheduling)
+            divided = Multiplexing(divisions=((1, 1),), layers=1)
+            run_phases(pool, divided if sglang else Phases(prefill_share=50, decode_share=50), trace)
         else:
             run_deployment([pool], trace, routing=routing)

@@ -35,6 +35,7 @@ from apex_opt.files import read_bytes, reason
 from apex_opt.outputs import written
 from apex_opt.simulator.kernel.group_state import Group, Halves
 from apex_opt.simulator.kernel.kv_state import Groups
+from apex_opt.simulator.kernel.multiplexing_state import Multiplexed
 from apex_opt.simulator.kernel.phases_state import Replica
 from apex_opt.simulator.kernel.records import kinds, leaves, names, spread
 from apex_opt.simulator.kernel.sglang_state import Sglang, Tree
@@ -246,6 +247,7 @@ PUSHING: Final = {
 }
 """Prefill and decode instances of SGLang, by whether they cache prefixes."""
 PHASES: Final = _of("phases", "serve_phases_nb", Replica)
+MULTIPLEXING: Final = _of("multiplexing", "multiplexing_nb", Run, (Sglang, None), Multiplexed, int)
 NUMBER_PIECES: Final = _of(
     "content", "number_pieces_nb", np.int64, int, np.int64, np.int64, np.int64, np.int64, int, np.int64
 )
@@ -260,6 +262,7 @@ ENTRIES: Final = tuple(
             APART,
             *PUSHING.values(),
             PHASES,
+            MULTIPLEXING,
             NUMBER_PIECES,
         ]
     )
