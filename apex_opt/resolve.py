@@ -110,7 +110,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         *_about_prefixes(ask, trace, (*routings, *sides[0], *sides[1])),
         *about_priorities(trace, rescheduling),
         *_about_images(model),
-        *_about_engines(ask),
+        *_about_engines(ask, kind, model),
         *_about_chunks(ask, kind),
         *about_pushing(kind, serving),
         *assumed_network(ask.cluster),
@@ -265,11 +265,17 @@ def _about_images(model: Model) -> tuple[str, ...]:
     )
 
 
-def _about_engines(ask: Ask) -> tuple[str, ...]:
-    """That no engine need be able to run a plan, where none is asked."""
-    if ask.runnable != ANY:
+def _about_engines(ask: Ask, kind: EngineKind, model: Model) -> tuple[str, ...]:
+    """That no engine need be able to run a plan, or that this one's release does not know the model."""
+    if ask.runnable == ANY:
+        return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
+    rules = kind.rules if ask.runnable is None else load_rules(ask.runnable)
+    if rules is None or model.family not in rules.without_class:
         return ()
-    return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
+    return (
+        f"runnable: {rules.release} has no class of its own for {model.family} models: it refuses them or runs a class "
+        "of Transformers, whose times are others; see whether a later release has one",
+    )
 
 
 def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:

@@ -331,7 +331,9 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
         sources={},
     )
     # Without a draw of its own, which would make another problem of every seed.
-    return replace(rules, embedding_on_every_stage=rules.whole_kv_heads, whole_models=rules.whole_towers)
+    odd = rules.whole_kv_heads
+    whole = {"whole_models": rules.whole_towers, "whole_when_tied": odd, "whole_experts": odd}
+    return replace(rules, embedding_on_every_stage=odd, **whole)
 
 
 def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) -> Model:

@@ -95,6 +95,13 @@ def test_a_tower_that_the_plan_serves_is_not_left_out() -> None:
     assert "--language-model-only" not in found.commands[0].argv and not has(found, "images")
 
 
+@pytest.mark.parametrize(("name", "trusted"), [("baichuan2-13b", True), ("dbrx", False)])
+def test_models_that_bring_their_code_are_trusted_in_words(name: str, trusted: bool) -> None:
+    found = emitted("vllm", load_model(str(MODELS / f"{name}.json")), "tp4", 1, 4)
+    assert ("--trust-remote-code" in found.commands[0].argv) == trusted
+    assert has(found, "--trust-remote-code: baichuan models bring Python code of their own") == trusted
+
+
 def test_encoders_are_run_as_what_they_answer_with() -> None:
     found = emitted("vllm", load_model(str(MODELS / "bert-large-uncased.json")), "tp1", 1, 1)
     assert value(found.commands[0], "--runner") == "pooling"

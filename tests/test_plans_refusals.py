@@ -141,6 +141,16 @@ def test_vllm_does_not_cut_models_into_stages_that_it_has_no_pipelines_for() -> 
     assert not said(VLLM, DENSE, "pp2")
 
 
+def test_vllm_refuses_stages_of_tied_ernie_and_groups_of_the_experts_of_dbrx_as_recorded() -> None:
+    ernie = replace(SPARSE, family="ernie4_5_moe")
+    assert "does not cut ernie4_5_moe models whose LM head is the embedding" in said(VLLM, replace(ernie, tied_embeddings=True), "pp2")
+    assert not said(VLLM, replace(ernie, tied_embeddings=False), "pp2")
+    assert not said(VLLM, replace(ernie, tied_embeddings=True), "tp2")
+    dbrx = replace(SPARSE, family="dbrx")
+    assert "does not deal the experts of dbrx models over GPUs" in said(VLLM, dbrx, "attn(tp4) ffn(ep4)")
+    assert not said(VLLM, dbrx, "attn(tp4) ffn(tp4)")
+
+
 def test_heads_of_the_vocabulary_of_gpt_oss_and_of_image_towers_divide() -> None:
     assert "rows of the padded vocabulary" in said(VLLM, replace(DENSE, vocab=151_936), "attn(tp3) ffn(tp3)")
     assert "does not copy the 8 KV heads of gpt_oss" in said(VLLM, replace(DENSE, family="gpt_oss"), "tp16")

@@ -53,6 +53,12 @@ class EngineRules:
     vocab_on_every_stage : set      families whose stages all hold the embedding and the LM head
     embedding_on_every_stage : set  families whose stages all hold the embedding, and only the last one the LM head
     whole_models : set              families that are not cut into stages
+    whole_when_tied : set           those that are not where the LM head is the embedding
+    whole_experts : set             families whose experts are cut by tp alone, whatever is asked
+    without_class : set             families that the release has no class of its own for: it refuses them, or runs a
+                                    class of Transformers, whose times are others
+    brought_code : set              families whose configuration Transformers does not know: its class comes with the
+                                    checkpoint, which the engine runs where it is told to trust it
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
     whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
@@ -92,6 +98,10 @@ class EngineRules:
     vocab_on_every_stage: frozenset[str] = frozenset()
     embedding_on_every_stage: frozenset[str] = frozenset()
     whole_models: frozenset[str] = frozenset()
+    whole_when_tied: frozenset[str] = frozenset()
+    whole_experts: frozenset[str] = frozenset()
+    without_class: frozenset[str] = frozenset()
+    brought_code: frozenset[str] = frozenset()
     whole_kv_heads: frozenset[str] = frozenset()
     tower_shards: bool = False
     whole_towers: frozenset[str] = frozenset()

@@ -59,6 +59,25 @@ VLLM: Final = EngineRules(
             *("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "clip"),
         )
     ),
+    whole_when_tied=frozenset({"ernie4_5_moe"}),
+    whole_experts=frozenset({"dbrx"}),
+    without_class=frozenset(
+        (
+            *("t5", "mt5", "umt5", "bart", "mbart", "m2m_100", "distilbert", "camembert", "eurobert"),
+            *("jina_embeddings_v3", "codegen", "helium", "nanochat", "phi3small", "phi4_multimodal", "ministral"),
+            *("vaultgemma", "solar_open", "lfm3", "mistral4", "apertus1p5_text", "gemma4_unified_text", "laguna"),
+            *("mellum", "kolibri1", "flint", "muse_glimmer_text", "cohere2_moe", "granite_swa", "granitemoe_swa"),
+            *("granite_docling_text", "minimax_m3", "minimax_m3_vl_text", "mimo_v2"),
+        )
+    ),
+    brought_code=frozenset(
+        (
+            *("Keye", "KeyeVL1_5", "axk1", "baichuan", "bailing_moe", "bailing_moe_v2", "deepseek", "dots_ocr"),
+            *("ernie4_5_moe_vl", "exaone", "gte", "hyperclovax", "internlm2", "internlm3", "iquestcoder", "mimo"),
+            *("mimo_v2_flash", "minicpm", "minimax_m1", "minimax_text_01", "nemotron-nas", "orion", "phi3_v", "phi4mm"),
+            *("qwen", "sarvam_mla", "sarvam_moe", "solar", "step3p7"),
+        )
+    ),
     whole_kv_heads=frozenset({"gpt_oss"}),
     tower_shards=True,
     whole_towers=frozenset({"kimi_linear"}),
@@ -82,6 +101,10 @@ VLLM: Final = EngineRules(
             "vocab_on_every_stage": "models/{mixtral,qwen*_moe,gpt_oss,qwen3_next,nemotron_h}.py: built on every stage",
             "embedding_on_every_stage": "models/qwen3_5.py: Qwen3_5Model; recorded weights of stages",
             "whole_models": "config/model.py: verify_with_parallel_config; models without SupportsPP",
+            "whole_when_tied": "models/ernie45_moe.py: an LM head that is the embedding of another stage",
+            "whole_experts": "transformers_utils/model_arch_config_convertor.py: get_num_experts finds none",
+            "without_class": "models/registry.py: the architectures listed",
+            "brought_code": "transformers 5.8.1, CONFIG_MAPPING_NAMES; transformers_utils/config.py: types in neither",
             "whole_kv_heads": "models/gpt_oss.py: KV heads // tensor-parallel size",
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
             "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",

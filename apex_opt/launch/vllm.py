@@ -50,6 +50,11 @@ class Vllm:
                 "images: --language-model-only leaves out the tower that reads them, as the plan does: neither its "
                 "memory nor its time is counted"
             )
+        if asked.problem.model.family in VLLM.brought_code:
+            found.append(
+                f"--trust-remote-code: {asked.problem.model.family} models bring Python code of their own, which it "
+                "runs: read it first"
+            )
         if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
             found.append(
                 "--speculative-config: put the EAGLE-3 head that was trained for the model in place of EAGLE3_HEAD"
@@ -104,6 +109,8 @@ class Vllm:
             words += ["--quantization", "fp8"]
         if asked.reads_images:
             words.append("--language-model-only")
+        if asked.problem.model.family in VLLM.brought_code:
+            words.append("--trust-remote-code")
         if asked.problem.model.pools:
             words += ["--runner", "pooling"]
         if asked.scheme in _DEPRECATED:

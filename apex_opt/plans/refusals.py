@@ -58,6 +58,10 @@ def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:
     attention, ffn, release = plan.attention, plan.ffn, rules.release
     if plan.stages > 1 and model.family in rules.whole_models:
         yield f"pp{plan.stages}: {release} does not cut {model.family} models into stages"
+    if plan.stages > 1 and model.tied_embeddings and model.family in rules.whole_when_tied:
+        yield f"pp{plan.stages}: {release} does not cut {model.family} models whose LM head is the embedding"
+    if ffn.ep > 1 and model.family in rules.whole_experts:
+        yield f"ffn({ffn}): {release} does not deal the experts of {model.family} models over GPUs; cut them by tp"
     if attention.dp == ffn.dp > 1:
         if model.is_moe and not rules.moe_copies:
             yield f"ffn(dp{ffn.dp}): {release} cuts the experts over all attention copies of an engine"

@@ -61,7 +61,10 @@ class Runs:
 
     def stages(self, count: int) -> bool:
         """Whether the model may be cut into so many stages."""
-        return self.rules is None or count == 1 or self.instance.model.family not in self.rules.whole_models
+        if self.rules is None or count == 1:
+            return True
+        model, whole = self.instance.model, self.rules.whole_models
+        return model.family not in (whole | self.rules.whole_when_tied if model.tied_embeddings else whole)
 
     def ffn_copies(self, copies: int) -> bool:
         """Whether the FFN may have so many copies in a stage."""
@@ -101,6 +104,8 @@ class Runs:
         if self.rules is None:
             return True
         if tp > 1 and ep > 1 and not self.rules.experts_by_both:
+            return False
+        if ep > 1 and self.instance.model.family in self.rules.whole_experts:
             return False
         dense = self.rules.dense_per_copy or self._shards("columns", tp * ep, index)
         return dense and self._shards("expert_columns", tp, index)
