@@ -44,6 +44,7 @@ WORDS = {
     "block_multiples": "multiples of tokens in a KV block",
     "block_powers": "tokens in a KV block are a power of two",
     "multiplexes": "prompts and answers side by side on divisions of a GPU",
+    "overlaps": "families whose forwards are split into two halves that hide each other's sending",
     "rotary_table": "a table of cosines and sines on every GPU",
 }
 """The rules by their fields, in the order of the table."""

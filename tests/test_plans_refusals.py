@@ -143,7 +143,9 @@ def test_vllm_does_not_cut_models_into_stages_that_it_has_no_pipelines_for() -> 
 
 def test_vllm_refuses_stages_of_tied_ernie_and_groups_of_the_experts_of_dbrx_as_recorded() -> None:
     ernie = replace(SPARSE, family="ernie4_5_moe")
-    assert "does not cut ernie4_5_moe models whose LM head is the embedding" in said(VLLM, replace(ernie, tied_embeddings=True), "pp2")
+    assert "does not cut ernie4_5_moe models whose LM head is the embedding" in said(
+        VLLM, replace(ernie, tied_embeddings=True), "pp2"
+    )
     assert not said(VLLM, replace(ernie, tied_embeddings=False), "pp2")
     assert not said(VLLM, replace(ernie, tied_embeddings=True), "tp2")
     dbrx = replace(SPARSE, family="dbrx")

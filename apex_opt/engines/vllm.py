@@ -40,7 +40,13 @@ VLLM: Final = EngineRules(
     least_group=32,
     padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),
     vocab_multiple=64,
-    vocab_on_every_stage=frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h"}),
+    vocab_on_every_stage=frozenset(
+        (
+            *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h", "bamba", "chatglm"),
+            *("falcon", "falcon_mamba", "flex_olmo", "gptj", "gpt_neox", "olmo", "olmo2", "olmo3", "olmoe", "phi"),
+            *("stablelm", "starcoder2"),
+        )
+    ),
     embedding_on_every_stage=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
     whole_models=frozenset(
         (
@@ -98,7 +104,7 @@ VLLM: Final = EngineRules(
             "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
             "padded_experts": "layers/fused_moe/oracle/mxfp4.py: mxfp4_round_up_hidden_size_and_intermediate_size",
             "vocab_multiple": "layers/vocab_parallel_embedding.py: pad_vocab_size, then divide",
-            "vocab_on_every_stage": "models/{mixtral,qwen*_moe,gpt_oss,qwen3_next,nemotron_h}.py: built on every stage",
+            "vocab_on_every_stage": "models/*: both are built on every stage; weights of stages as its code builds them",
             "embedding_on_every_stage": "models/qwen3_5.py: Qwen3_5Model; recorded weights of stages",
             "whole_models": "config/model.py: verify_with_parallel_config; models without SupportsPP",
             "whole_when_tied": "models/ernie45_moe.py: an LM head that is the embedding of another stage",
