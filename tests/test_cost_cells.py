@@ -18,11 +18,14 @@ from plan_cases import latent as latent_block
 
 from apex_opt.cluster import load_cluster
 from apex_opt.cost.cells import Operations
+from apex_opt.cost.engine import load_engine
+from apex_opt.cost.stage import StageCosts
 from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.engines.rules import Held
-from apex_opt.ir import LatentAttention, MoeFfn, Skipped, get_format
+from apex_opt.ir import LatentAttention, MoeFfn, Skipped, get_format, load_model
 from apex_opt.ir.cells import Mamba2
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.layout import Layout, Tier
 from apex_opt.plans.plan import Template
 from apex_opt.profiles import load_collectives, load_profile
@@ -228,6 +231,29 @@ def test_experts_take_the_table_of_their_routing_at_all_tokens_and_do_the_work_o
         assert (work.seconds[1:] > 0.7 * asked).all()
     assert np.array_equal(uniform.flops, skewed.flops)
     assert np.array_equal(uniform.moved, skewed.moved)
+
+
+@pytest.mark.parametrize(("gpu", "slow"), [("b200-sxm", True), ("gb300", True), ("h200-sxm", False)])
+def test_experts_in_fp8_of_a_release_older_than_the_tables_are_as_slow_as_it_is_on_blackwell(
+    gpu: str, slow: bool
+) -> None:
+    model, cluster = load_model("deepseek-v3"), load_cluster(gpu)
+    moe = model.blocks[-1].ffn
+    settings = EngineSettings(max_num_batched_tokens=TOKENS, max_num_seqs=8)
+    now, then = (
+        StageCosts(model, cluster, settings, load_engine(engine)).operations for engine in ("trtllm", "trtllm-1.1")
+    )
+    whole, own = Template(tp=8), Template(ep=8)
+    for form in ("fp8", "bf16"):
+        before, after = (made.ffn(moe, whole, own, form)["experts", "mixed_ns"].seconds for made in (now, then))
+        if not slow or form == "bf16":
+            assert np.array_equal(before, after)
+            continue
+        flops = 2 * 3 * 7168 * 2048 * 8 / 8  # of a token's eight experts on eight GPUs, if these are dealt evenly
+        assert after[TOKENS] >= TOKENS * flops / 200e12
+        assert after[TOKENS] > before[TOKENS]
+        # Of few tokens reading the weights takes longest, however they are multiplied.
+        assert np.array_equal(before[:4], after[:4])
 
 
 @pytest.mark.parametrize("gpu", ["h200-sxm", "b200-sxm", "l40s"])

@@ -34,7 +34,8 @@ FIELDS = (
     "client_s",
     "client_token_s",
 )
-ENGINES = ("vllm", "sglang", "trtllm", "vllm-0.12", "vllm-0.6", "sglang-eager", "trtllm-1.0", "orca", "static")
+RELEASES = ("vllm-0.12", "vllm-0.6", "sglang-eager", "sglang-0.5.9", "trtllm-1.0", "trtllm-1.1", "trtllm-1.2")
+ENGINES = ("vllm", "sglang", "trtllm", *RELEASES, "orca", "static")
 
 
 @pytest.mark.parametrize("name", ENGINES)

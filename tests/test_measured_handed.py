@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ROW = {
     "id": "row",
     "engine": "sglang",
+    "version": "0.5.8.post1",
     "model": "deepseek-ai/DeepSeek-R1-0528",
     "gpu": "gb300",
     "precision": "fp4",

@@ -147,7 +147,11 @@ def test_the_rows_at_hand_are_so_many_measurements(shared: Path) -> None:
         "set aside: outlier",
     }
     drafting = [run.engine for run in runs if isinstance(run, MeasuredRun) and run.drafts]
-    assert {engine: drafting.count(engine) for engine in drafting} == {"trtllm": 78, "sglang": 45}
+    assert {engine: drafting.count(engine) for engine in drafting} == {
+        "trtllm-1.1": 31,
+        "trtllm-1.2": 47,
+        "sglang-0.5.9": 45,
+    }
     sides = [run.judged for run in runs if isinstance(run, MeasuredRun)]
     assert 0.3 < sum(sides) / len(sides) < 0.7
 
@@ -287,8 +291,13 @@ def test_tables_beside_the_rows_come_first(tmp_path: Path) -> None:
         ("vllm", "0.14.1", "vllm"),
         ("vllm", "", "vllm"),
         ("trtllm", "1.0.0rc3", "trtllm-1.0"),
-        ("trtllm", "1.2.0rc6", "trtllm"),
-        ("sglang", "0.5.9", "sglang"),
+        ("trtllm", "1.1.0rc2.post2", "trtllm-1.1"),
+        ("trtllm", "1.2.0rc6", "trtllm-1.2"),
+        ("trtllm", "1.3.0rc5", "trtllm"),
+        ("sglang", "0.5.6.post2", "sglang-0.5.9"),
+        ("sglang", "0.5.9", "sglang-0.5.9"),
+        ("sglang", "0.5.10.post1", "sglang"),
+        ("sglang", "nightly-dev", "sglang"),
     ],
 )
 def test_releases_are_the_kinds_that_they_behave_as(tmp_path: Path, backend: str, release: str, kind: str) -> None:

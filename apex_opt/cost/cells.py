@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache, partial
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,7 @@ _LOGIT_PASSES = 3  # cast, penalties and temperature, soft-max and choice: reads
 class Operations(Exchanges):
     """Operations on one kind of GPU within one cluster; work is per number of tokens, for all entries of `tables`.
 
-    `by_block` says that fp8 weights have a scale for each block.
+    `by_block` says that fp8 weights have a scale for each block; experts in fp8 compute `experts_flops_per_s` at most.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Operations(Exchanges):
         held: Held = PLAIN,
         gap_s: float = 0.0,
         by_block: bool = False,
+        experts_flops_per_s: float = inf,
     ) -> None:
         super().__init__(tables, profile, collectives, held)
+        self.experts_flops_per_s = experts_flops_per_s
         self.gap_s = gap_s
         self.by_block = by_block
         self.routing = routing
@@ -180,7 +183,15 @@ class Operations(Exchanges):
         """The same operations over other numbers of tokens, of which nothing else is made."""
         tables, fused = replace(self.tables, tokens=tokens), tuple(self.fused)
         own = Operations(
-            tables, self.profile, self.collectives, self.routing, fused, self.held, self.gap_s, self.by_block
+            tables,
+            self.profile,
+            self.collectives,
+            self.routing,
+            fused,
+            self.held,
+            self.gap_s,
+            self.by_block,
+            self.experts_flops_per_s,
         )
         own.called = self.called
         return own
@@ -212,6 +223,9 @@ class Operations(Exchanges):
         if self.routing == "uniform":
             load = load * np.minimum(fullest_group_factor(m * topk, op.groups), fullest)
         seconds = self.profile.moe_time_s(name, load, *shape, self.routing, op.matrices)
+        if name == "fp8":
+            computed = 2.0 * load * share * held * op.matrices * op.hidden * op.columns
+            seconds = np.maximum(seconds, computed / self.experts_flops_per_s)
         seconds = rising(np.maximum(seconds, least_s))
         seconds = np.where(m > 0, seconds, 0.0)
         # All groups together do the work of an even share each.

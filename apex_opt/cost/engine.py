@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines.kinds import DATA, load_kind
 from apex_opt.errors import InputError
 from apex_opt.profiles.schema import TABLE_ENGINES
+from apex_opt.units import TERA
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +60,8 @@ class EngineOverhead:
     fused : tuple of str       operations of `FUSABLE` that ride on the kernel before or after: their traffic counts,
                                their launch does not; "quantise" where inputs of narrow products are written narrow
     kernels : str              engine whose kernel tables are preferred, of `TABLE_ENGINES`
+    experts_flops_per_s : float    arithmetic that experts in fp8 reach at most on Blackwell, with the kernels of a
+                               release older than the tables; of others there is no such limit
     source : str
     expected : tuple or None   of an engine file: figure, runs, and measured over predicted, low, middle and high; None
                                of a shipped engine
@@ -78,6 +82,7 @@ class EngineOverhead:
     fused: tuple[str, ...]
     kernels: str
     source: str
+    experts_flops_per_s: float = inf
     expected: tuple[tuple[str, int, float, float, float], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +97,8 @@ class EngineOverhead:
             )
         if not all(type(size) is int and 1 <= size <= _MOST_CAPTURED for size in self.captured_sizes):
             raise InputError(f"engine {self.name}: captured sizes must be whole numbers from 1 to {_MOST_CAPTURED}")
+        if not self.experts_flops_per_s > 0:
+            raise InputError(f"engine {self.name}: experts_tflops must be above 0")
         if unknown := [name for name in self.fused if name not in FUSABLE]:
             raise InputError(f"engine {self.name}: fused names {unknown[0]!r:.40}; known: {', '.join(FUSABLE)}")
         if self.kernels not in TABLE_ENGINES:
@@ -123,6 +130,7 @@ class EngineOverhead:
                 captured_tokens=own_time["captured_tokens"],
                 fused=tuple(str(name) for name in own_time["fused"]),
                 kernels=own_time["kernels"],
+                experts_flops_per_s=own_time.get("experts_tflops", inf) * TERA,
                 source=own_time["source"],
             )
         except KeyError as error:

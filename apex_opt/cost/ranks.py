@@ -196,6 +196,7 @@ class RankCosts:
                     fused,
                     whole.held,
                     by_block=whole.by_block,
+                    experts_flops_per_s=whole.experts_flops_per_s,
                 )
                 made.role, made.called = parts, whole.called
                 self._of_all[key] = made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from apex_opt.cluster.types import Cluster
+    from apex_opt.cluster.types import Cluster, Gpu
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.exchanges import Exchanged
     from apex_opt.cost.work import Floats
@@ -40,6 +41,7 @@ _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
 _BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
 _OF_DRAFTS = {"verify_ns": "tokens", "draft_ns": "sequences", "draft_rate": "sequences"}
 _KEPT = 64
+_BLACKWELL = 10  # major number of the compute capability
 _RATES = ("context_rate", "pair_rate", "chunk_context_rate", "draft_rate")
 
 
@@ -105,7 +107,15 @@ class StageCosts:
         self.windows = windows_of(run.block.attention for run in model.runs)
         gap_s = 0.0 if cluster.gpu.overlapped_launch else overhead.gap_s
         self.operations = Operations(
-            self.tables, self.profile, self.collectives, routing, overhead.fused, held, gap_s, model.scaled_by_block
+            self.tables,
+            self.profile,
+            self.collectives,
+            routing,
+            overhead.fused,
+            held,
+            gap_s,
+            model.scaled_by_block,
+            overhead.experts_flops_per_s if _is_blackwell(cluster.gpu) else inf,
         )
 
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
@@ -345,6 +355,11 @@ class StageCosts:
             for table, values in piece.seconds.items():
                 seconds[table] += count * values
         return seconds
+
+
+def _is_blackwell(gpu: Gpu) -> bool:
+    """Whether a GPU is of the generation of the B200, whose experts in fp8 have kernels of their own."""
+    return gpu.capability is not None and int(gpu.capability) == _BLACKWELL
 
 
 def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:

@@ -20,7 +20,7 @@ from apex_opt.measured.facts import trained_on
 from apex_opt.measured.files import read_rows
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import Answering, MeasuredRun, UnusableRun
-from apex_opt.measured.silicon import SHORTEST_SHARE, closed_loop
+from apex_opt.measured.silicon import SHORTEST_SHARE, closed_loop, kind_of
 from apex_opt.plans.engine import EngineSettings
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _OF_A_SIDE: Final = tuple(f"{side}_{degree}" for side in SIDES for degree in _DE
 NEEDED: Final = (
     "id",
     "engine",
+    "version",
     "model",
     "gpu",
     "precision",
@@ -104,7 +105,7 @@ def _run(row: Row) -> Run:
         cluster=cluster,
         plan=plans[0],
         answering=Answering(plan=plans[1], settings=then),
-        engine=cell["engine"],
+        engine=kind_of(cell["engine"], cell["version"]),
         settings=first,
         trace=closed_loop(clients, prompt, output, _PER_CLIENT, True),
         share_of="static",

@@ -70,9 +70,14 @@ LARGEST_POOL: Final = 8
 """GPUs of InferenceX's largest deployment in one piece; on more, prefill and decode have pools of their own."""
 
 _CLIENTS: Final = re.compile(r"silicon_concurrency=(\d+)")
-_RELEASE: Final = re.compile(r"0\.(\d+)\.")
-_LAST_BLOCKING: Final = 12
-"""Release of vLLM, 0.12, up to which batches are formed one after another unless asked for otherwise."""
+_RELEASE: Final = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_IN_IMAGE: Final = re.compile(r"(?:sglang:v|release:)(\d+)\.(\d+)\.(\d+)")
+_LAST_BLOCKING: Final = (0, 12)
+"""Release of vLLM up to which batches are formed one after another unless asked for otherwise."""
+_SLOW_EXPERTS: Final = (0, 5, 9)
+"""Release of SGLang up to which experts in fp8 have the older kernels."""
+_OLD_TRTLLM: Final = ((1, 0), (1, 1), (1, 2))
+"""Releases of TensorRT-LLM that are kinds of their own."""
 _MTP: Final = (
     re.compile(r"MTP, ([1-3]) draft tokens?(?: \(([1-3]) with attention DP\))?"),
     re.compile(r"EAGLE/MTP, ([1-3]) steps?, [2-4] draft tokens, top-k 1()"),
@@ -178,7 +183,7 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Asi
         raise _Odd("GPU not in the catalogue", f"system {cell['system']!r:.40}")
     weights = _weights(cell, model)
     kv = kv_format(family, weights)
-    kind = _kind(backend, cell.get("backend_version", ""), family)
+    kind = kind_of(backend, cell.get("backend_version", ""), family)
     how = started(family, kind, cluster, load)
     plan = f"{degrees.plan(model.is_moe)} {weights}"
     settings, taken = how.settings, _assumptions(how, kv, drawn, family)
@@ -240,14 +245,26 @@ def _assumptions(how: Started, kv: str, drawn: bool, family: Family | None) -> t
     )
 
 
-def _kind(backend: str, version: str, family: Family | None) -> str:
-    """The engine kind of a release; of rows that name none the one of the days of their family."""
-    if backend == "trtllm" and version.startswith("1.0."):
-        return "trtllm-1.0"
+def kind_of(backend: str, version: str, family: Family | None = None) -> str:
+    """The engine kind of a release; of rows that name none the one of the image, or of the days, of their family.
+
+    Parameters
+    ----------
+    backend : str     as rows name engines
+    version : str     of the engine; blank says nothing
+    family : Family or None
+    """
+    image = "" if family is None else family.text("image")
+    release = _RELEASE.match(version) or _IN_IMAGE.search(image)
+    numbers = tuple(map(int, release.groups())) if release is not None else ()
+    if backend == "trtllm" and numbers[:2] in _OLD_TRTLLM:
+        return f"trtllm-{numbers[0]}.{numbers[1]}"
+    if backend == "sglang" and () < numbers <= _SLOW_EXPERTS:
+        return "sglang-0.5.9"
     if backend != "vllm":
         return backend
-    if match := _RELEASE.match(version):
-        return "vllm-0.12" if int(match[1]) <= _LAST_BLOCKING else "vllm"
+    if numbers:
+        return "vllm-0.12" if numbers[:2] <= _LAST_BLOCKING else "vllm"
     return "vllm-0.12" if family is not None and family.text("date_to") < "2026" else "vllm"
 
 
