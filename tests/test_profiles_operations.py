@@ -157,8 +157,11 @@ def test_leaving_a_shape_out_of_the_tables_costs_a_few_percent() -> None:
 GEMM = "dtype,m,n,k,time_us\n"
 
 
-def gemm_rows(factor: float, dtype: str = "bfloat16", n: int = 4096) -> str:
-    return "".join(f"{dtype},{m},{n},4096,{factor * (20 + m / 10):.9g}\n" for m in (1, 64, 1024))
+def gemm_rows(factor: float, dtype: str = "bfloat16", n: int = 4096, most: int = 1024) -> str:
+    """Products of 1, 64 and 1,024 rows, those of up to `most` so many times as slow as the others."""
+    return "".join(
+        f"{dtype},{m},{n},4096,{(factor if m <= most else 1.0) * (20 + m / 10):.9g}\n" for m in (1, 64, 1024)
+    )
 
 
 def test_an_engines_own_kernels_come_first_then_those_measured_on_the_accelerator_then_the_reference(
@@ -188,7 +191,7 @@ def test_what_was_measured_for_all_engines_comes_before_an_engines_own(tmp_path:
 def test_a_launch_floor_of_a_collection_is_exposed_by_another_engines_table(
     tmp_path: Path, slower: float, believed: bool
 ) -> None:
-    write_source(tmp_path, "one/vllm-1", {"gemm": GEMM + gemm_rows(slower)}, "vllm")
+    write_source(tmp_path, "one/vllm-1", {"gemm": GEMM + gemm_rows(slower, most=64)}, "vllm")
     write_source(tmp_path, "one/sglang-1", {"gemm": GEMM + gemm_rows(1.0)}, "sglang")
     profile = profile_of(tmp_path, "one")
     expected = (slower if believed else 1.0) * 26.4e-6
@@ -197,9 +200,28 @@ def test_a_launch_floor_of_a_collection_is_exposed_by_another_engines_table(
     assert (told in profile.provenance["gemm bf16"]) != believed
 
 
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_a_kernel_that_is_slow_where_no_launch_counts_is_believed(tmp_path: Path, rows: int) -> None:
+    write_source(tmp_path, "one/vllm-1", {"gemm": GEMM + gemm_rows(1.3)}, "vllm")
+    write_source(tmp_path, "one/sglang-1", {"gemm": GEMM + gemm_rows(1.0)}, "sglang")
+    profile = profile_of(tmp_path, "one")
+    assert profile.gemm_time_s("bf16", rows, 4096, 4096) == pytest.approx(1.3 * (20 + rows / 10) * 1e-6)
+    assert "slower" not in profile.provenance["gemm bf16"]
+
+
+def test_trtllms_own_experts_on_an_h200_are_slower_than_sglangs_at_every_size() -> None:
+    shape = (7168, 256, 256, 256, 8)  # of DeepSeek-V3 on eight GPUs
+    tokens = np.array([16.0, 1024.0, 8192.0])
+    own, other = (
+        load_profile(load_cluster("h200-sxm").gpu, engine).moe_time_s("fp8", tokens, *shape)
+        for engine in ("trtllm", "sglang")
+    )
+    assert (own > 1.5 * other).all()
+
+
 def test_a_slow_kernel_that_two_collections_agree_on_is_believed(tmp_path: Path) -> None:
     for engine, factor in (("vllm", 1.5), ("sglang", 1.6), ("trtllm", 1.0)):
-        write_source(tmp_path, f"one/{engine}-1", {"gemm": GEMM + gemm_rows(factor)}, engine)
+        write_source(tmp_path, f"one/{engine}-1", {"gemm": GEMM + gemm_rows(factor, most=64)}, engine)
     profile = profile_of(tmp_path, "one")
     assert profile.gemm_time_s("bf16", 64, 4096, 4096) == pytest.approx(1.5 * 26.4e-6)
     assert "slower" not in profile.provenance["gemm bf16"]

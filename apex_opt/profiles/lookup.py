@@ -67,7 +67,7 @@ ROUTINGS: Final = {
 
 _BEYOND: Final = "roofline at the efficiency of the nearest shapes, beyond the measured shapes of"
 _EXPOSED: Final = 1.25
-"""A time this many times another engine's for the same product is not believed."""
+"""A time this many times another engine's for the same product is not believed, but where it is so at all sizes."""
 _MAX_SIZE: Final = 2.0**53
 _MAX_COUNT: Final = 2**31
 
@@ -219,12 +219,28 @@ class Lookup:
         mine = [dtype for _, source, dtype, _ in near if self._serves(source)] or [dtype for _, _, dtype, _ in near]
         return next((dtype for dtype in prefer if dtype in mine), mine[0])
 
-    def _ratio(self, operation: str, picks: tuple[Pick, ...], feature: tuple[float, ...], size_log: Floats) -> Floats:
+    def _ratio(
+        self,
+        operation: str,
+        picks: tuple[Pick, ...],
+        feature: tuple[float, ...],
+        size_log: Floats,
+        *,
+        whole: bool = True,
+    ) -> Floats:
         """Ratio of bound to time: of the fastest variant of the format, each by this engine's kernels where told.
 
         Activations of 16 bits or fewer are the deployer's choice. Engines share kernel libraries: a time far above what
         another engine's collection has for the same shape, which no third one bears out, is a launch floor of the
-        collection, or that of a kernel which nobody has to take.
+        collection. It is not where it is as far above that at the largest size that all have, which takes so long that
+        no launch counts: then the kernel is slower.
+
+        Parameters
+        ----------
+        operation, picks, feature : what is asked, the tables, and the shape
+        size_log : float64[...]    logarithms of the sizes
+        whole : bool               whether the operation is all on one rank; of experts in groups some collections seem
+                                   to count what other ranks compute, so a slow one has to be borne out at every size
         """
         ratios = []
         for dtype in dict.fromkeys(pick.dtype for pick in picks):
@@ -237,7 +253,9 @@ class Lookup:
             ratio = _largest(own, feature, size_log)
             if others := [pick for pick in variant if pick not in own]:
                 theirs = np.array([pick.surface.ratio(feature, size_log) for pick in others])
-                alone = (theirs >= ratio * _EXPOSED).all(axis=0)
+                end = np.array([min(pick.surface.last(feature) for pick in variant)])
+                slower = (_least(others, feature, end) >= _largest(own, feature, end) * _EXPOSED).all()
+                alone = np.logical_and((theirs >= ratio * _EXPOSED).all(axis=0), not (whole and slower))
                 if alone.any():
                     for pick in others:
                         self._note(
@@ -309,6 +327,11 @@ def _largest(picks: Sequence[Pick], feature: tuple[float, ...], size_log: Floats
     """The largest ratio of several surfaces."""
     ratios = [pick.surface.ratio(feature, size_log) for pick in picks]
     return ratios[0] if len(ratios) == 1 else np.asarray(np.maximum.reduce(ratios))
+
+
+def _least(picks: Sequence[Pick], feature: tuple[float, ...], size_log: Floats) -> Floats:
+    """The least ratio of several surfaces."""
+    return np.asarray(np.minimum.reduce([pick.surface.ratio(feature, size_log) for pick in picks]))
 
 
 def count_of(name: str, value: int, least: int = 1) -> int:

@@ -180,7 +180,8 @@ class Profile(StateTimes):
 
         prefer = _SCALED[::-1] if name == "fp8" else ()
         picks, _ = self._best("moe", name, feature, find, ROUTINGS[routing], prefer)
-        ratio = self._ratio(f"moe {name}", picks, feature, np.log(np.maximum(routed, 1.0) * topk / experts))
+        per_expert = np.log(np.maximum(routed, 1.0) * topk / experts)
+        ratio = self._ratio(f"moe {name}", picks, feature, per_expert, whole=held == experts)
         floor = MOE_FLOOR_S / self.clock.share
         return np.asarray(np.where(routed > 0, np.maximum((floor + bound) / ratio, bound), 0.0))
 
