@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
+from math import lcm
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from apex_opt.arguments import LARGEST_BATCH, Ask
@@ -330,6 +331,11 @@ def _settings(
         least = trace.longest if scheduler.may_preempt else int(trace.prompt.max())
     if isinstance(scheduler, SglangScheduling) and "max_num_seqs" in asked:
         scheduler = replace(scheduler, drafting_seats=0)
+    runnable = kind.rules if ask.runnable is None else load_rules(ask.runnable)
+    if runnable is not None and "block_size" not in asked:
+        traits = {trait for block in model.blocks for trait in block.attention.traits}
+        needed = (multiple for trait, multiple in runnable.block_multiples.items() if trait in traits)
+        common["block_size"] = lcm(common["block_size"], *needed)
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     _check_own(limits[0], asked, kind)
     settings = EngineSettings(
@@ -338,7 +344,7 @@ def _settings(
         max_num_batched_tokens=max(tokens for _, tokens in limits),
         max_model_len=longest,
         scheduler=scheduler,
-        runnable=kind.rules if ask.runnable is None else load_rules(ask.runnable),
+        runnable=runnable,
     )
     return settings, limits
 

@@ -62,8 +62,8 @@ class EngineRules:
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
     whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
-    block_multiples : mapping       tokens that a KV block must be a multiple of, for "latent" attention, attention with
-                                    "sinks" and a cache in "fp8"
+    block_multiples : mapping       tokens that a KV block must be a multiple of, by a trait of attention ("latent",
+                                    "sparse", "compressed", "sinks") and for a cache in "fp8"
     block_powers : bool             tokens of a KV block are a power of two
     multiplexes : bool              prompts and answers are computed side by side on divisions of a GPU, which it
                                     chooses or is given

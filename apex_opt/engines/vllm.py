@@ -87,7 +87,7 @@ VLLM: Final = EngineRules(
     whole_kv_heads=frozenset({"gpt_oss"}),
     tower_shards=True,
     whole_towers=frozenset({"kimi_linear"}),
-    block_multiples=MappingProxyType({"latent": 16, "sinks": 16, "fp8": 16}),
+    block_multiples=MappingProxyType({"latent": 16, "sparse": 64, "compressed": 256, "sinks": 16, "fp8": 16}),
     overlaps=None,
     rotary_table=True,
     sources=MappingProxyType(
@@ -104,7 +104,7 @@ VLLM: Final = EngineRules(
             "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
             "padded_experts": "layers/fused_moe/oracle/mxfp4.py: mxfp4_round_up_hidden_size_and_intermediate_size",
             "vocab_multiple": "layers/vocab_parallel_embedding.py: pad_vocab_size, then divide",
-            "vocab_on_every_stage": "models/*: both are built on every stage; weights of stages as its code builds them",
+            "vocab_on_every_stage": "models/*: both are built on every stage; weights of stages as its code has them",
             "embedding_on_every_stage": "models/qwen3_5.py: Qwen3_5Model; recorded weights of stages",
             "whole_models": "config/model.py: verify_with_parallel_config; models without SupportsPP",
             "whole_when_tied": "models/ernie45_moe.py: an LM head that is the embedding of another stage",

@@ -145,7 +145,8 @@ class Vllm:
         return [*words, "--headless"] if rank else words
 
     def _cache(self, asked: Asked) -> str:
-        if asked.kv_in_fp8:
+        own = any("compressed" in block.attention.traits for block in asked.problem.model.blocks)
+        if asked.kv_in_fp8 or own:  # of compressed tokens there is one format, whatever it is called
             return "fp8"
         return _DTYPES[asked.half] if asked.kv_published_in_fp8 else "auto"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines.rules import Held
 from apex_opt.ir.cells import Cut
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan, Template
+
+_NAMES: Final = {
+    "latent": "latent attention",
+    "sparse": "latent attention to chosen tokens",
+    "compressed": "attention to compressed tokens",
+    "sinks": "attention with sinks",
+    "fp8": "a KV cache in fp8",
+}
+"""Kinds of attention and of caches that blocks are asked for."""
 
 
 def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> Iterator[str]:
@@ -117,15 +126,10 @@ def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> It
     """Tokens in a KV block."""
     if rules.block_powers and block_size & (block_size - 1):
         yield f"block_size {block_size}: {rules.release} takes powers of two"
-    cells = [block.attention for block in model.blocks]
-    kinds = {
-        **{trait: any(trait in cell.traits for cell in cells) for trait in ("latent", "sinks")},
-        "fp8": plan.kv_format == "fp8",
-    }
-    names = {"latent": "latent attention", "sinks": "attention with sinks", "fp8": "a KV cache in fp8"}
     for kind, multiple in rules.block_multiples.items():
-        if kinds[kind] and block_size % multiple:
-            yield f"block_size {block_size}: {rules.release} takes multiples of {multiple} for {names[kind]}"
+        there = plan.kv_format == "fp8" if kind == "fp8" else any(kind in b.attention.traits for b in model.blocks)
+        if there and block_size % multiple:
+            yield f"block_size {block_size}: {rules.release} takes multiples of {multiple} for {_NAMES[kind]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class CompressedAttention(AttentionCell):
     @property
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
-        return frozenset({"latent", "own pool"})
+        return frozenset({"latent", "own pool", "compressed"})
 
 
 def _held(window: int, block: int, token_bytes: int) -> int:

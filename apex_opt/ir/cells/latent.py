@@ -201,4 +201,4 @@ class LatentAttention(AttentionCell):
     @property
     def traits(self) -> frozenset[str]:
         """What rules of engines ask of."""
-        return frozenset({"latent"})
+        return frozenset({"latent"} if self.topk is None else {"latent", "sparse"})
