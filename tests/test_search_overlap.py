@@ -35,6 +35,7 @@ from apex_opt.plans.plan import Plan, Template
 from apex_opt.search import Problem, Scorer, search
 from apex_opt.simulator.ranks import alike_ns
 from apex_opt.studies.check import check
+from apex_opt.units import GIB
 
 SPLIT = "two_batches"
 PLAN = Plan(
@@ -65,7 +66,9 @@ def split_instance(seed: int) -> Instance:
     if settings.runnable is not None:
         families = [None, None, frozenset({instance.model.family or ""}), frozenset({"another"})]
         settings = replace(settings, runnable=replace(settings.runnable, overlaps=families[rng.integers(4)]))
-    return replace(instance, overlap=SPLIT, settings=settings)
+    gpu, room = instance.cluster.gpu, round(2 * GIB / settings.gpu_memory_utilization)  # of buffers
+    cluster = replace(instance.cluster, gpu=replace(gpu, memory_bytes=gpu.memory_bytes + room))
+    return replace(instance, overlap=SPLIT, settings=settings, cluster=cluster)
 
 
 def check_program(seed: int) -> int:
@@ -221,3 +224,11 @@ def test_an_engine_splits_forwards_of_the_models_that_it_names(rules: object, fa
         settings = replace(problem.settings, runnable=rules)
         found = [v.text for v in violations(replace(problem.instance(), settings=settings), PLAN)]
         assert any("splits no forward" in text for text in found) != wanted
+
+
+def test_buffers_of_what_is_sent_take_memory_and_a_second_half_no_workspace() -> None:
+    facts = Scorer(make_problem(make_model((sparse(), 6)), make_cluster(4), random_trace(1))).facts()
+    (split,), (whole,) = facts.memory(PLAN), facts.memory(replace(PLAN, overlap=None))
+    assert split.runtime_bytes == whole.runtime_bytes + 2 * GIB
+    assert (split.workspace_bytes, split.weights_bytes) == (whole.workspace_bytes, whole.weights_bytes)
+    assert split.kv_blocks < whole.kv_blocks

@@ -6,8 +6,7 @@ twice, and some multiprocessors send instead of computing. What follows the laye
 
 Derived from the tables of a plan; when engines split is in `engines.overlap`. Assumed: that all layers are split, that
 a GPU computes as much slower as it has fewer multiprocessors, that attention over contexts and over the chunks of
-prompts takes in two halves what it takes in one, that halves are launched one after the other, and that no buffers come
-on top.
+prompts takes in two halves what it takes in one, and that halves are launched one after the other.
 """
 
 from __future__ import annotations

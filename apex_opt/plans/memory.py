@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
+    from apex_opt.engines.overlap import Overlap
     from apex_opt.ir.cells import AttentionCell, Ffn
     from apex_opt.ir.model import Block, Model
     from apex_opt.plans.drafts import Draft
@@ -229,6 +230,15 @@ def processes(shares: Shares | None) -> int:
     return 1 if shares is None or shares.multiplexed else 2
 
 
+def buffer_bytes(overlap: Overlap | None) -> int:
+    """What holds tokens on their way to experts and back where forwards are split, on each GPU.
+
+    Source: `DeepEPHTAll2AllManager` of vLLM 0.20.2, by default 1 GiB for NVLink and as much between nodes, here taken
+    on one node as well; for SGLang assumed to be as much.
+    """
+    return 0 if overlap is None else 2 * GIB
+
+
 def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:
     """Memory of one device of each stage.
 
@@ -276,7 +286,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
         if drafter is not None and (draft := draft_of(model, drafter)) is not None:
             weights += draft_bytes(draft, plan, held)
-        runtime = processes(plan.shares) * RUNTIME_BYTES
+        runtime = processes(plan.shares) * RUNTIME_BYTES + buffer_bytes(plan.overlap)
         left = usable - weights - workspace - runtime - states
         found[key] = StageMemory(
             weights_bytes=weights,

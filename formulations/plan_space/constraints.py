@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.evaluate import IMBALANCE
-from apex_opt.plans.memory import RUNTIME_BYTES, at_once, processes
+from apex_opt.plans.memory import RUNTIME_BYTES, at_once, buffer_bytes, processes
 
 from .blocks import Pools
 from .engine import Runs
@@ -398,7 +398,7 @@ def stage_fits_memory(model: cp_model.CpModel, instance: Instance, v: Variables)
     )
     drafting = _drafting(model, instance, v, whole, pools)
     capacity = int(instance.cluster.gpu.memory_bytes * instance.settings.gpu_memory_utilization)
-    capacity -= processes(instance.shares) * RUNTIME_BYTES
+    capacity -= processes(instance.shares) * RUNTIME_BYTES + buffer_bytes(instance.overlap)
     capacity -= instance.held.table_bytes
     before: cp_model.IntVar | int = before_bytes(instance, 1)
     if instance.model.encoder is not None:
