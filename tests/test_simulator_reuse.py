@@ -372,6 +372,12 @@ def crowded_pool(seed: int) -> tuple[EnginePool, Trace]:
     return pool, requests(rows, content=content, content_tokens=1)
 
 
+def test_who_is_in_the_middle_of_a_prompt_goes_on_though_one_before_it_has_no_room() -> None:
+    """Of 931 a prompt that has waited for another's blocks comes before one that has begun meanwhile."""
+    pool, trace, _ = random_pool(931)
+    assert_same(*(run_deployment([pool], trace, log=True, implementation=which) for which in IMPLEMENTATIONS))
+
+
 # Of 2643 a block is put into the tree again under which another one stood that has left it since.
 @pytest.mark.parametrize(
     "seeds", [range(20), range(2643, 2644), pytest.param(range(20, 9000), marks=pytest.mark.nightly)]

@@ -152,26 +152,32 @@ def reserving_nb(run: Run, cache: Cache | None, r: I64) -> None:
         i = running[index]
         if ending_nb(run, i):
             continue
-        if decodes_nb(run, i):
+        if computed[i] > 0:
             available -= room[i] - blocks[i]
+        if decodes_nb(run, i):
             chosen[n] = i
             n += 1
         else:
             prompts += 1
     if prompts > 0 and not (r[CAPACITY] == ONE_BATCH and n > 0):
+        full = False
         for index in range(r[RUNNING]):
             i = running[index]
             if ending_nb(run, i) or decodes_nb(run, i):
                 continue
-            needed = room[i] - blocks[i]
-            if cache is not None and computed[i] == 0:
-                if better_later_nb(run, cache, r, i):
+            if computed[i] == 0:
+                if full:
                     continue
-                _, used, _ = found_nb(run, cache, r, i)
-                needed -= used
-            if needed > available:
-                break
-            available -= needed
+                needed = room[i] - blocks[i]
+                if cache is not None:
+                    if better_later_nb(run, cache, r, i):
+                        continue
+                    _, used, _ = found_nb(run, cache, r, i)
+                    needed -= used
+                if needed > available:
+                    full = True
+                    continue
+                available -= needed
             chosen[n] = i
             n += 1
     r[CHOSEN] = n

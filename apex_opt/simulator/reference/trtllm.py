@@ -14,6 +14,8 @@ which blocks hold what. Assumed:
 - a prompt is charged for what it computes of it: not for whole blocks that are cached, but for the last token in any
   case, where [B] charges one token for a prompt all of whose blocks are cached, and chunks are counted from what is
   cached on;
+- who is in the middle of a prompt goes on, also where one before it, which waited for what another computes, has no
+  room: the sources would look at that one first, and at nobody behind it, for ever if nobody decodes;
 - with MAX_UTILIZATION a prompt needs blocks for all of it, also for what is cached, as in the 1.2 line; who gives way
   keeps what it has computed findable;
 - with FORCE_CHUNK states are found wherever the block is that ends with them, and take no blocks.
@@ -135,19 +137,22 @@ class TrtllmScheduler(Scheduler):
 
     def reserving(self, listed: list[Sequence]) -> list[Sequence]:
         """GUARANTEED_NO_EVICT and STATIC_BATCH: whoever has room to its end, of prompts until one has not."""
-        available = self.blocks.free
         decoding = [sequence for sequence in listed if self.decodes(sequence)]
-        available -= sum(map(self.to_end, decoding))
+        available = self.blocks.free - sum(self.to_end(sequence) for sequence in listed if self.started(sequence))
         if self.own.capacity_policy == "STATIC_BATCH" and decoding:
             return decoding
-        chosen, coming = decoding, self.coming(listed)
+        chosen, coming, full = decoding, self.coming(listed), False
         for sequence in listed:
-            if self.decodes(sequence) or self.better_later(sequence, coming):
+            if self.decodes(sequence):
                 continue
-            needed = self.to_end(sequence)
-            if needed > available:
-                break
-            available -= needed
+            if not self.started(sequence):
+                if full or self.better_later(sequence, coming):
+                    continue
+                needed = self.to_end(sequence)
+                full = needed > available
+                if full:
+                    continue
+                available -= needed
             chosen = [*chosen, sequence]
         return chosen
 
