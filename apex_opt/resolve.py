@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
-from math import lcm
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from apex_opt.arguments import LARGEST_BATCH, Ask
@@ -333,9 +332,7 @@ def _settings(
         scheduler = replace(scheduler, drafting_seats=0)
     runnable = kind.rules if ask.runnable is None else load_rules(ask.runnable)
     if runnable is not None and "block_size" not in asked:
-        traits = {trait for block in model.blocks for trait in block.attention.traits}
-        needed = (multiple for trait, multiple in runnable.block_multiples.items() if trait in traits)
-        common["block_size"] = lcm(common["block_size"], *needed)
+        common["block_size"] = runnable.block_size(model, common["block_size"])
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     _check_own(limits[0], asked, kind)
     settings = EngineSettings(

@@ -17,10 +17,11 @@ from apex_opt.evaluate import Instance
 from apex_opt.ir import Model, load_model
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import StageMemory, stage_memory
-from apex_opt.plans.plan import Plan, Template
+from apex_opt.plans.plan import Plan, Template, parse_plan
 from apex_opt.units import GIB
 
 HERE = Path(__file__).resolve().parent
+FAMILIES = HERE / "golden" / "startable_families.csv"
 THIN = HERE / "golden" / "startable_vllm.csv"
 SHARED = HERE.parents[1] / "shared"
 GPUS = {"8.0": "a100-sxm-80gb", "8.9": "l40s-48gb", "9.0": "h100-sxm-80gb", "10.0": "b200-sxm-180gb"}
@@ -193,7 +194,7 @@ def _settings(given: dict[str, str], model: Model) -> EngineSettings:
         "max_num_seqs": int(given.get("--max-num-seqs", 1024)),
         "max_num_batched_tokens": int(given.get("--max-num-batched-tokens", 8192)),
         "max_model_len": int(length) if length not in (None, "-1", "auto") else model.max_position,
-        "block_size": int(given.get("--block-size", 16)),
+        "block_size": int(given.get("--block-size", VLLM.block_size(model, 16))),
         "gpu_memory_utilization": float(given.get("--gpu-memory-utilization", 0.9)),
         "chunked_prefill": "--no-enable-chunked-prefill" not in given,
         "runnable": VLLM,
@@ -201,6 +202,13 @@ def _settings(given: dict[str, str], model: Model) -> EngineSettings:
     if fields["max_model_len"] > model.max_position:
         raise UnsaidError("--max-model-len")  # refused before any plan is looked at
     return EngineSettings(**fields)
+
+
+def of_family(row: Row) -> Asked:
+    """What a row of `FAMILIES` asks for: a plan of a configuration of the cases, for requests of 4,096 tokens."""
+    model = load_model(str(HERE / "cases" / "models" / f"{row['model']}.json"))
+    settings = _settings({"--max-model-len": str(min(4096, model.max_position))}, model)
+    return Asked(model, parse_plan(row["plan"], model), settings, GPUS[row["capability"]])
 
 
 def free_bytes(row: Row) -> float:

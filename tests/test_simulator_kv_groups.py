@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import ranks_cases
-from golden.condense import read_recorded
+from golden.condense import digest, read_recorded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulator_cases import (
@@ -37,8 +38,6 @@ from apex_opt.simulator.reference.hybrid import GroupedScheduler
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
 
@@ -64,6 +63,17 @@ def test_all_that_was_recorded_comes_out_again(
         given = {key: case[key] for key in GIVEN}
         found = json.loads(json.dumps(replay_case("hybrid", given, implementation)))
         assert found == {key: value for key, value in case.items() if key not in GIVEN}, name
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_the_last_block_found_is_dropped_a_window_begins_such_that_what_is_left_is_whole(
+    implementation: Implementation,
+) -> None:
+    """A run of vLLM's scheduler: blocks of 4 and 8 tokens, two windows, drafts whose blocks are recomputed."""
+    case = json.loads((Path(__file__).parent / "golden" / "hybrid_drafts_over_windows.json").read_text())
+    found = json.loads(json.dumps(replay_case("hybrid", {key: case[key] for key in GIVEN}, implementation)))
+    assert digest(found.pop("steps")) == case["batches_sha256"]
+    assert found == {key: value for key, value in case.items() if key not in GIVEN}
 
 
 RULES: dict[str, tuple[Any, str, Any]] = {

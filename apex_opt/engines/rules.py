@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import partial
+from math import lcm
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -111,6 +112,11 @@ class EngineRules:
     overlaps: frozenset[str] | None = frozenset()
     rotary_table: bool = False
     sources: Mapping[str, str]
+
+    def block_size(self, model: Model, usual: int) -> int:
+        """Tokens of a KV block that the engine takes where none are asked for, by those that are usual."""
+        traits = {trait for block in model.blocks for trait in block.attention.traits}
+        return lcm(usual, *(multiple for trait, multiple in self.block_multiples.items() if trait in traits))
 
     def __reduce__(self) -> tuple[Callable[[], EngineRules], tuple[()]]:
         # Views of mappings do not travel to other processes.

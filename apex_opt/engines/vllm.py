@@ -62,7 +62,7 @@ VLLM: Final = EngineRules(
                 "deepseek_ref",
             ),
             *("aria_text", "paddleocr_vl_text", "phi4mm"),
-            *("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "clip"),
+            *("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "gte", "clip", "distilbert"),
         )
     ),
     whole_when_tied=frozenset({"ernie4_5_moe"}),

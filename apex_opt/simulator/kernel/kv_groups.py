@@ -403,7 +403,7 @@ def _search_nb(groups: Groups, r: I64, i: int, first: int, reach: int, drop: int
         for place in range(reach - 1, -1, -1):
             if not _held_nb(groups, r, i, first, place):
                 run = 0
-            elif run > 0 or (place + 1) * size % multiple == 0:
+            elif run > 0 or (place + 1 - drop) * size % multiple == 0:
                 run += 1
                 if run == wanted:
                     hit[FOUND], hit[FIRST_FOUND] = place + run - drop, place

@@ -124,7 +124,7 @@ class WindowKind(FullKind):
         for place in reversed(range(len(has))):
             if not has[place]:
                 run = 0
-            elif run or (place + 1) * self.size % multiple == 0:
+            elif run or (place + 1 - drop) * self.size % multiple == 0:
                 run += 1
                 if run == wanted:
                     return [False] * place + [True] * (run - drop)
