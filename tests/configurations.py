@@ -50,7 +50,7 @@ def row_of(name: str, given: str) -> str:
     model = load_model(given)
     row = model_row(model)
     weights, states = row.weights, row.state_bytes_per_sequence
-    layers = ", ".join(f"{count} x {kind}" for kind, count in row.cells.items() if kind != "none")
+    layers = ", ".join(f"{count} x {kind}" for kind, count in row.cells.items())
     started = {engine: _shards(given, model, engine) for engine in ENGINES}
     alike = len(set(started.values())) == 1
     degrees = started[ENGINES[0]] if alike else "; ".join(f"{engine} {text}" for engine, text in started.items())

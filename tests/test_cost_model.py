@@ -443,10 +443,12 @@ def test_stages_on_two_types_that_are_alike_cost_what_they_do_on_two_nodes_of_on
     plain = CostModel(joint.model, make_cluster(4, 2), SMALL, OVERHEAD)
     text = "pp2 attn(tp4) ffn(tp4) bf16"
     apart, together = (parse_plan(text + where, joint.model) for where in (" on=test-gpu:1+twin:1", ""))
-    for mine, its in zip(joint.plan_cost(apart).laws, plain.plan_cost(together).laws, strict=True):
+    for one, other in zip(joint.plan_cost(apart).laws, plain.plan_cost(together).laws, strict=True):
         for name in TABLES[:9]:
-            assert np.array_equal(getattr(mine, name), getattr(its, name)), name
-    assert joint.least(apart) == plain.least(together)
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    mine, its = joint.least(apart), plain.least(together)
+    assert mine == its
+    assert np.array_equal(mine.decode_by, its.decode_by) and np.array_equal(mine.mixed_by, its.mixed_by)
     assert [(stages.cluster.gpu.name, gpus) for stages, gpus in joint.on(apart)] == [("test-gpu", 4), ("twin", 4)]
 
 

@@ -69,3 +69,18 @@ def test_a_norm_of_minimax_that_is_not_over_all_heads_is_refused() -> None:
     config = json.loads((MODELS.parents[2] / "apex_opt" / "ir" / "configs" / "minimax-m2.5.json").read_text())
     with pytest.raises(InputError, match=r"qk_norm_type 'per_head' is not supported; supported: per_layer"):
         model_from_config(config | {"qk_norm_type": "per_head"}, "minimax", "minimax")
+
+
+def test_a_layer_of_longcat_is_two_with_experts_in_the_second() -> None:
+    model = read("longcat-flash")
+    first, second = model.blocks
+    assert [run.count for run in model.runs] == [1] * 56
+    assert not first.ffn.experts and second.ffn.experts == 512
+    assert second.ffn.experts_per_token == 8  # of 12 chosen among 768, of which 256 only hand on what they get
+    assert second.ffn.shared_intermediate == 12288
+    assert model.kv_bytes_per_token(2) == 56 * 576 * 2
+
+
+def test_experts_that_do_something_else_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="zero_expert_type may be identity, not 'drop'"):
+        read("longcat-flash", zero_expert_type="drop")

@@ -1,5 +1,6 @@
 """The list of models: what is told of each, and of files that are read or not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,31 @@ def test_a_file_or_a_name_that_is_read_is_told_like_those_listed(asked: str) -> 
     (row,) = read.to_dict()["models"]
     assert read.found and read.status == "read"
     assert f"{row['name']} is read" in read.page()
+
+
+def write(tmp_path: Path, name: str, **fields: object) -> str:
+    """A file of the model tests with some fields changed."""
+    config = json.loads((CASES / "models" / f"{name}.json").read_text())
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(config | fields))
+    return str(file)
+
+
+def test_a_tower_that_is_not_known_is_told_by_its_name_and_kind(tmp_path: Path) -> None:
+    tower = {"model_type": "intern_vit_6b", "hidden_size": 3200, "num_attention_heads": 25}
+    file = write(tmp_path, "dbrx", vision_config=tower, audio_config={"d_model": 8}, rope_scaling=None)
+    read = apex_opt.models(supports=file)
+    assert read.to_dict()["models"][0]["unread"] == ["vision_config (intern_vit_6b)", "audio_config"]
+    assert "Left out: vision_config (intern_vit_6b), audio_config." in read.page()
+
+
+def test_a_tower_that_is_known_is_not_left_out() -> None:
+    page = apex_opt.models(supports=str(CASES / "models" / "qwen3-vl-2b.json")).page()
+    assert "Left out" not in page and "Its tower is counted" in page
+    assert "Left out" not in apex_opt.models(supports="llama-3.1-8b").page()
+
+
+def test_layers_of_one_cell_name_no_other() -> None:
+    row = model_row(load_model("nemotron-3-nano-30b-a3b"))
+    assert sum(row.cells.values()) == row.layers
+    assert "none" not in row.cells

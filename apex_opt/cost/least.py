@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from apex_opt.cost.tables import Parts
     from apex_opt.cost.work import Floats
     from apex_opt.simulator.law import Window
+
+
+SIZES: Final = np.unique(np.concatenate((np.arange(1.0, 33.0), np.geomspace(32, 4096, 52)))).astype(np.int64)
+"""Sizes of batches, in tokens, between which tables are not told apart."""
+
+
+def _nothing() -> Floats:
+    return np.zeros(len(SIZES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +42,8 @@ class Least:
     verify, verify_share, verify_joules : float       of batches that verify drafts: of any, and per token
     draft, draft_context : float                      of making drafts in any batch, and per token of context
     seen : of each window, per token of context within it, and per query-key pair of a prompt
+    decode_by, mixed_by : float64[sizes]    as `decode` and `mixed`, of batches of so many (`SIZES`) or more; infinite
+                                            where there are none
     """
 
     decode: float = 0.0
@@ -55,6 +65,14 @@ class Least:
     draft: float = 0.0
     draft_context: float = 0.0
     seen: tuple[tuple[Window, float, float], ...] = ()
+    decode_by: Floats = field(default_factory=_nothing, compare=False)
+    mixed_by: Floats = field(default_factory=_nothing, compare=False)
+
+    @classmethod
+    def of_every(cls, decode: float, mixed: float) -> Self:
+        """Of what every batch takes, whatever its size."""
+        every = np.ones(len(SIZES))
+        return cls(decode=decode, mixed=mixed, decode_by=decode * every, mixed_by=mixed * every)
 
     @classmethod
     def of(cls, parts: Parts, seconds: Mapping[str, Floats]) -> Self:
@@ -92,6 +110,8 @@ class Least:
                 )
                 for window in windows_in(seconds)
             ),
+            decode_by=_by_size(seconds.get("decode_ns"), 1),
+            mixed_by=_by_size(seconds.get("mixed_ns"), 2),
         )
 
     @classmethod
@@ -112,6 +132,8 @@ class Least:
             verify_share=_share(decode, 1),
             verify_joules=_share(joules["decode"], 1),
             draft=_least(draft, 1),
+            decode_by=_by_size(seconds.get("together decode"), 1),
+            mixed_by=_by_size(seconds.get("together mixed"), 2),
         )
 
     def of_a_rank(self, count: int, *, drafting: bool = False) -> Self:
@@ -140,6 +162,7 @@ class Least:
             verify_share=self.verify_share / count,
             verify_joules=self.verify_joules / count,
             draft_context=self.draft_context / count,
+            mixed_by=np.where(np.isinf(self.decode_by), self.mixed_by, np.minimum(self.decode_by, self.mixed_by)),
         )
 
     def by_mean(self, count: int) -> Self:
@@ -172,6 +195,8 @@ class Least:
         return cls(
             **dict(zip(_NUMBERS, sums.tolist(), strict=True)),
             seen=tuple((window, *rates[window]) for window in sorted(rates)),
+            decode_by=np.array(counts) @ np.array([part.decode_by for _, part in parts]),
+            mixed_by=np.array(counts) @ np.array([part.mixed_by for _, part in parts]),
         )
 
     @classmethod
@@ -183,11 +208,13 @@ class Least:
                 (rows[0][0], min(row[1] for row in rows), min(row[2] for row in rows))
                 for rows in zip(*(part.seen for part in same), strict=True)
             ),
+            decode_by=np.minimum.reduce([part.decode_by for part in same]),
+            mixed_by=np.minimum.reduce([part.mixed_by for part in same]),
         )
 
 
 _NONE = np.zeros(1)
-_NUMBERS = tuple(f.name for f in fields(Least) if f.name != "seen")
+_NUMBERS = tuple(f.name for f in fields(Least) if f.name not in ("seen", "decode_by", "mixed_by"))
 _numbers = attrgetter(*_NUMBERS)
 
 
@@ -199,3 +226,11 @@ def _least(table: Floats, first: int) -> float:
 def _share(table: Floats, first: int) -> float:
     """The least share of an entry that one sequence or token has."""
     return float((table[first:] / np.arange(first, len(table))).min()) if len(table) > first else 0.0
+
+
+def _by_size(table: Floats | None, first: int) -> Floats:
+    """The least entry from each of the sizes on, and from `first` on; no time where the table is not of this part."""
+    if table is None:
+        return _nothing()
+    rising = np.append(np.minimum.accumulate(table[::-1])[::-1], np.inf)
+    return np.asarray(rising[np.minimum(np.maximum(SIZES, first), len(table))])

@@ -8,13 +8,14 @@ a rank, rounded up, as a forward of so many tokens on every rank.
 from __future__ import annotations
 
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from apex_opt.cost.cells import Operations
 from apex_opt.cost.halves import Layers, halves_of
 from apex_opt.cost.least import Least
+from apex_opt.cost.stage import add_up_pieces, cut_of
 from apex_opt.cost.tables import Parts, Tables
 from apex_opt.cost.work import Work
 from apex_opt.plans.memory import stage_runs
@@ -22,17 +23,16 @@ from apex_opt.simulator.law import no_table
 from apex_opt.simulator.ranks import EAGER, FULL, PIECEWISE, Padding, Ranks, SharedLaw
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from apex_opt.cost.stage import Piece, Pieces, StageCosts
+    from apex_opt.cost.stage import Named, Piece, Pieces, StageCosts
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Run
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator.law import BatchLaw
 
 _TOGETHER: Final = ("together decode", "together mixed", "together eager", "together draft")
-_KEPT: Final = 16
+_KEPT: Final = 64
 
 
 def in_step(plan: Plan) -> bool:
@@ -68,27 +68,27 @@ class RankCosts:
         index : int    of the stage
         layout
         """
-        return self._stages(plan.times(1), index, layout)
+        runs, last = stage_runs(self._costs.model, plan.layers)[index], index == plan.stages - 1
+        overlapped = self._costs.settings.async_scheduling or plan.stages > 1
+        return self._stages(cut_of(plan), layout, self._costs.named(runs), index == 0, last, overlapped)
 
-    def _stage(self, plan: Plan, index: int, layout: Layout) -> tuple[BatchLaw, SharedLaw, Pieces]:
+    def _stage(
+        self, plan: Plan, layout: Layout, named: Named, first: bool, last: bool, overlapped: bool
+    ) -> tuple[BatchLaw, SharedLaw, Pieces]:
+        """One stage of a plan cut so, as `StageCosts` has it."""
         costs, tables = self._costs, self._costs.tables
-        runs, last = stage_runs(costs.model, plan.layers)[index], index == plan.stages - 1
-        overlapped = costs.settings.async_scheduling or plan.stages > 1
-        kernels = np.zeros(2, np.int64)
-        for run in runs:
-            kernels += run.count * costs.operations.kernels(run.block, plan.attention, plan.ffn)
-        captured, launched = (int(number) for number in kernels)
-        own = [(n, costs.piece(*what)) for n, what in costs.made_of(plan, layout, runs, index == 0, last, self._own)]
+        runs = costs.runs_of(named)
+        captured, launched = costs.kernels(plan, runs)
+        own = list(costs.looked_up(plan, layout, runs, (first, last), costs.piece, self._own))
         seconds = costs.sum_of(own)
         together: list[tuple[int, Piece]] = []
         halves, more = None, Parts()
         if in_step(plan):
             for operations in self._operations(plan):
-                together += [
-                    (n, piece)
-                    for n, what in self._made_together(plan, layout, runs, last, operations)
-                    if (piece := costs.piece(*what)).parts
-                ]
+                found = list(costs.looked_up(plan, layout, runs, (False, False), costs.piece, operations))
+                if last and plan.speculation is not None:
+                    found.append((1, costs.piece(*costs.made_by_drafts(plan, layout, operations))))
+                together += [(n, piece) for n, piece in found if piece.parts]
             shared = self._sum_of(together)
             # What a rank computes of a forward of so many tokens on average, which its launches may take longer than.
             mean = np.minimum(tables.tokens, len(tables.sequences) - 1)
@@ -98,16 +98,25 @@ class RankCosts:
             }
             engine_of_all = self._engine(overlapped, captured, launched, busy)
             if plan.overlap is not None:
-                made = list(costs.made_of(plan, layout, runs, index == 0, last, self._computing))
-                head = [(n, costs.piece(*what)) for n, what in made if what[0] == self._computing.head]
+                computing = self._computing
+                made = list(
+                    costs.looked_up(
+                        plan,
+                        layout,
+                        runs,
+                        (first, last),
+                        lambda *what: (what[0] == computing.head, costs.piece(*what)),
+                        computing,
+                    )
+                )
                 halves, more = halves_of(
                     costs,
                     Layers(
-                        own=[(n, costs.piece(*what)) for n, what in made if what[0] != self._computing.head],
-                        head=head,
+                        own=[(n, piece) for n, (is_head, piece) in made if not is_head],
+                        head=[(n, piece) for n, (is_head, piece) in made if is_head],
                         together=together,
                         sent=self._own.sent(runs, plan.attention, plan.ffn, layout),
-                        number=plan.layers[index],
+                        number=sum(run.count for run in runs),
                         captured=captured,
                         launched=launched,
                         step_s=costs.overhead.step_s if overlapped else costs.overhead.blocking_step_s,
@@ -137,22 +146,6 @@ class RankCosts:
             halves=halves,
         )
         return costs.law_of(seconds, drafts=costs.drafts), sums, (*own, *together, (1, engine), (1, costs.summed(more)))
-
-    def _made_together(
-        self, plan: Plan, layout: Layout, runs: Iterable[Run], last: bool, operations: Operations
-    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """Pieces that all ranks do together on a stage, as `StageCosts.made_of` has them.
-
-        Parameters
-        ----------
-        plan, layout
-        runs : layers of the stage
-        last : bool                whether it is the last stage
-        operations : Operations    by which they are counted
-        """
-        yield from self._costs.made_of(plan, layout, runs, False, False, operations)
-        if last and plan.speculation is not None:
-            yield 1, self._costs.made_by_drafts(plan, layout, operations)
 
     def group(self, plan: Plan, shared: Sequence[SharedLaw]) -> Ranks:
         """The ranks of a replica of a plan.
@@ -207,9 +200,7 @@ class RankCosts:
         tables = self._costs.tables
         by = {"together draft": tables.sequences}
         seconds = {name: np.zeros(len(by.get(name, tables.tokens))) for name in _TOGETHER}
-        for count, piece in pieces:
-            for table, values in piece.seconds.items():
-                seconds[table] += count * values
+        add_up_pieces(seconds, pieces)
         return seconds
 
     def _engine(self, overlapped: bool, captured: int, launched: int, busy: dict[str, Floats]) -> Parts:
@@ -256,9 +247,9 @@ class RankCosts:
         step_s = overhead.blocking_step_s
         if costs.settings.async_scheduling or plan.stages > 1:
             step_s = overhead.step_s
-        yield plan.stages, Least(decode=step_s, mixed=step_s + overhead.mixed_step_s)
-        gaps = costs.captured_kernels(plan) * costs.operations.gap_s
-        yield 1, Least(decode=gaps, mixed=gaps)
+        yield plan.stages, Least.of_every(step_s, step_s + overhead.mixed_step_s)
+        gaps = costs.kernels(plan, costs.model.runs)[0] * costs.operations.gap_s
+        yield 1, Least.of_every(gaps, gaps)
 
 
 def _together(piece: Piece) -> Least:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from apex_opt.cost.engine import EngineOverhead
     from apex_opt.cost.exchanges import Exchanged
     from apex_opt.cost.work import Floats
-    from apex_opt.ir.model import Model
+    from apex_opt.ir.model import Block, Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.layout import Layout
     from apex_opt.plans.plan import Plan
+
+Found = TypeVar("Found")
 
 _BY_SEQUENCES = ("decode_ns", "sequence_ns", "attend_ns", "context_rate")
 _BY_TOKENS = ("mixed_ns", "chunk_ns", "pair_rate", "chunk_context_rate")
@@ -68,6 +70,8 @@ class Piece:
 
 Pieces = tuple[tuple[int, Piece], ...]
 """Pieces of a stage, each so many times."""
+Named = tuple[tuple[int, int], ...]
+"""Layers of a model: which blocks they are, and how many of each follow one another."""
 
 
 class StageCosts:
@@ -118,6 +122,8 @@ class StageCosts:
             overhead.experts_flops_per_s if _is_blackwell(cluster.gpu) else inf,
         )
 
+        self._blocks: dict[int, Block] = {}
+        self._alike = alike(model.runs)
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         self.piece = lru_cache(maxsize=_KEPT)(_piece)
         self._least_of = cache(lambda *what: self.piece(*what).least)
@@ -142,35 +148,34 @@ class StageCosts:
         runs, last = stage_runs(self.model, plan.layers)[index], plan.stages - 1
         # A pipeline overlaps the host with the batches of other stages, as asynchronous scheduling does on one.
         overlapped = self.settings.async_scheduling or plan.stages > 1
-        # What a stage depends on beside its own layers, the clock and the limits.
-        cut = replace(
-            plan,
-            replicas=1,
-            layers=(1,),
-            on=(),
-            route=None,
-            clock_mhz=None,
-            max_num_seqs=None,
-            max_num_batched_tokens=None,
-        )
-        return self._stages(cut, layout, runs, index == 0, index == last, overlapped)
+        return self._stages(cut_of(plan), layout, self.named(runs), index == 0, index == last, overlapped)
 
     def _stage(
-        self, cut: Plan, layout: Layout, runs: tuple[Run, ...], first: bool, last: bool, overlapped: bool
+        self, cut: Plan, layout: Layout, named: Named, first: bool, last: bool, overlapped: bool
     ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
-        kernels, copies = np.zeros(2, np.int64), cut.attention.dp
-        for run in runs:
-            kernels += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
-        pieces = [(count, self.piece(*what)) for count, what in self.made_of(cut, layout, runs, first, last)]
+        runs, copies = self.runs_of(named), cut.attention.dp
+        pieces = list(self.looked_up(cut, layout, runs, (first, last), self.piece))
         seconds = self.sum_of(pieces)
-        engine = Piece.of(self.engine(overlapped, int(kernels[0]), int(kernels[1]), seconds, copies))
+        engine = Piece.of(self.engine(overlapped, *self.kernels(cut, runs), seconds, copies))
         for table, values in engine.seconds.items():
             seconds[table] += values
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
         return self.law_of(seconds, copies, self.drafts), (*pieces, (1, engine))
+
+    def named(self, runs: Iterable[Run]) -> Named:
+        """Runs by what their blocks are, as what is quick to look up."""
+        found = []
+        for run in runs:
+            self._blocks.setdefault(id(run.block), run.block)  # while it is kept no other block has its number
+            found.append((id(run.block), run.count))
+        return tuple(found)
+
+    def runs_of(self, named: Named) -> tuple[Run, ...]:
+        """The runs that `named` has named."""
+        return tuple(Run(block=self._blocks[block], count=count) for block, count in named)
 
     def law_of(self, seconds: dict[str, Floats], copies: int = 1, drafts: int = 0) -> BatchLaw:
         """The law of seconds per table.
@@ -250,10 +255,10 @@ class StageCosts:
         """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
         yield from self.least_of(plan, layout, self._least_of)
         overlapped = self.settings.async_scheduling or plan.stages > 1
-        kernels = self.captured_kernels(plan)
+        kernels, _ = self.kernels(plan, self._alike)
         yield plan.stages, self._engine_least(overlapped)
         gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
-        yield 1, Least(decode=gaps, mixed=gaps)
+        yield 1, Least.of_every(gaps, gaps)
 
     def least_of(
         self,
@@ -263,7 +268,7 @@ class StageCosts:
         operations: Operations | None = None,
         ends: bool = True,
     ) -> Iterator[tuple[int, Least]]:
-        """What the pieces of all layers take at least, in their order, of which each block's are looked up once.
+        """What the pieces of all layers take at least, those of layers alike at once.
 
         Parameters
         ----------
@@ -272,25 +277,44 @@ class StageCosts:
         operations : Operations or None    by which they are counted; None: all that a stage does
         ends : bool    whether what surrounds the layers is among them
         """
-        of_block = {
-            id(block): [
-                (n, least(*what))
-                for n, what in self.made_of(plan, layout, (Run(block=block, count=1),), False, False, operations)
-            ]
-            for block in self.model.blocks
-        }
-        for run in self.model.runs:
-            for n, part in of_block[id(run.block)]:
-                yield run.count * n, part
-        for n, what in self.made_of(plan, layout, (), ends, ends, operations):
-            yield n, least(*what)
+        return self.looked_up(plan, layout, self._alike, (ends, ends), least, operations)
 
-    def captured_kernels(self, plan: Plan) -> int:
-        """Kernels of a batch over all layers, from captured graphs."""
-        each = {
-            id(block): int(self.operations.kernels(block, plan.attention, plan.ffn)[0]) for block in self.model.blocks
-        }
-        return sum(run.count * each[id(run.block)] for run in self.model.runs)
+    def looked_up(
+        self,
+        cut: Plan,
+        layout: Layout,
+        runs: Iterable[Run],
+        ends: tuple[bool, bool],
+        look: Callable[..., Found],
+        operations: Operations | None = None,
+    ) -> Iterator[tuple[int, Found]]:
+        """What is made of the pieces of some layers, in their order, of which each block's are looked up once.
+
+        Parameters
+        ----------
+        cut : Plan
+        layout
+        runs : the layers
+        ends : of bool                     whether what comes before the first layer and after the last is among them
+        look : callable                    makes something of a piece, from what `piece` makes it of
+        operations : Operations or None    by which they are counted; None: all that a stage does
+        """
+        of_block: dict[int, list[tuple[int, Found]]] = {}
+        for run in runs:
+            if (found := of_block.get(id(run.block))) is None:
+                one = self.made_of(cut, layout, (Run(block=run.block, count=1),), False, False, operations)
+                found = of_block[id(run.block)] = [(n, look(*what)) for n, what in one]
+            for n, part in found:
+                yield run.count * n, part
+        for n, what in self.made_of(cut, layout, (), *ends, operations):
+            yield n, look(*what)
+
+    def kernels(self, cut: Plan, runs: Iterable[Run]) -> tuple[int, int]:
+        """Kernels of a batch over some layers: from captured graphs, and launched one by one."""
+        total = np.zeros(2, np.int64)
+        for run in alike(runs):
+            total += run.count * self.operations.kernels(run.block, cut.attention, cut.ffn)
+        return int(total[0]), int(total[1])
 
     def exchanged(self, plan: Plan, layout: Layout) -> Exchanged:
         """What the collectives of a full batch of a plan take in a layout, and what they send how far."""
@@ -351,15 +375,43 @@ class StageCosts:
         for name in ("context_rate", "pair_rate"):
             sizes |= {seen(name, window): sizes[name] for window in self.windows}
         seconds = {name: np.zeros(size) for name, size in sizes.items()}
-        for count, piece in pieces:
-            for table, values in piece.seconds.items():
-                seconds[table] += count * values
+        add_up_pieces(seconds, pieces)
         return seconds
 
 
 def _is_blackwell(gpu: Gpu) -> bool:
     """Whether a GPU is of the generation of the B200, whose experts in fp8 have kernels of their own."""
     return gpu.capability is not None and int(gpu.capability) == _BLACKWELL
+
+
+def alike(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Layers that are alike as one run, in the order in which they come first."""
+    found: dict[int, Run] = {}
+    for run in runs:
+        before = found.get(id(run.block))
+        found[id(run.block)] = run if before is None else replace(run, count=before.count + run.count)
+    return tuple(found.values())
+
+
+def add_up_pieces(seconds: dict[str, Floats], pieces: Iterable[tuple[int, Piece]]) -> None:
+    """Add what pieces take to sums per table."""
+    for count, piece in pieces:
+        for table, values in piece.seconds.items():
+            seconds[table] += count * values
+
+
+def cut_of(plan: Plan) -> Plan:
+    """What a stage depends on of its plan beside its own layers, the clock and the limits."""
+    return replace(
+        plan,
+        replicas=1,
+        layers=(1,),
+        on=(),
+        route=None,
+        clock_mhz=None,
+        max_num_seqs=None,
+        max_num_batched_tokens=None,
+    )
 
 
 def _piece(build: Callable[..., Parts], *arguments: Any) -> Piece:

@@ -1,7 +1,8 @@
 """Reads Hugging Face `config.json` files of decoder-only models into the Transformer IR: see `apex_opt.ir.families`.
 
 Which field means what, and which default a family has, follows the configuration classes of the `transformers` library.
-What the text decoder does not serve is left out: vision towers beside a `text_config`, multi-token-prediction layers.
+What the text decoder does not serve is left out, and named in `Model.unread`: towers that are not known, what speaks.
+Layers of multi-token prediction are left out as well.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from apex_opt.ir.held import Held
+    from apex_opt.ir.model import Tower
 
     _Layer = tuple[Block, tuple[str | None, ...]]
 
@@ -55,6 +57,10 @@ _DRAFT_KEYS: Final = (
 
 _TEXT: Final = ("text_config", "llm_config", "language_config")
 """Objects in which files have the decoder: of `transformers`; of InternVL, Ovis and NVLM; of DeepSeek-VL2."""
+_BESIDE: Final = re.compile(
+    r"vision|visual|vit|image|audio|sound|speech|talker|token2wav|code2wav|tts|mm_tower", re.IGNORECASE
+)
+"""Names of objects that have towers, or what speaks, beside a decoder."""
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 """What files call the number of routed experts: which of these depends on the family and on what saved the file."""
 
@@ -134,7 +140,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     ------
     InputError          an unsupported model_type; or all faults of the fields at once
     """
-    config = _thinker(config)
+    whole, config = config, _thinker(config)
     _refuse_draft_heads(config, source)
     fields, wrapped = _text_part(config, source)
     file = source
@@ -164,6 +170,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
+    tower = layers.tower or read_tower(config, size.hidden, file)
     blocks = layers.blocks
     try:
         stored = [_stored(quantisation, family, layer, block) for layer, block in enumerate(blocks)]
@@ -190,7 +197,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         family=next(name for name, known in FAMILIES.items() if known is family),
         tower_heads=_tower_heads(config),
         mtp_layers=mtp_layers,
-        tower=layers.tower or read_tower(config, size.hidden, file),
+        tower=tower,
+        unread=_unread({**whole, **config}, family, tower),
         pools=family.pools,
         before=layers.before,
         after=layers.after,
@@ -226,6 +234,20 @@ def _tower_heads(config: Mapping[str, Any]) -> int | None:
         return None
     stated = (tower.get(key) for key in ("num_attention_heads", "vt_num_attention_heads", "num_heads"))
     return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
+
+
+def _unread(config: Mapping[str, Any], family: Family, tower: Tower | None) -> tuple[str, ...]:
+    """Objects that have towers, or what speaks, of which nothing is counted: their names, and the kinds they state."""
+    if family.pools:
+        return ()
+    found = []
+    for key, value in config.items():
+        known = tower is not None and key == "vision_config"
+        if known or not isinstance(value, dict) or not value or not _BESIDE.search(key):
+            continue
+        kind = value.get("model_type")
+        found.append(f"{key} ({kind:.40})" if isinstance(kind, str) and kind else key)
+    return tuple(found)
 
 
 def _mtp_layers(fields: Fields) -> int:

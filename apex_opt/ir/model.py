@@ -244,6 +244,7 @@ class Model:
     mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
     pools : bool            it answers with a vector of the prompt rather than with tokens, and has no LM head
     tower : Tower or None   what reads images or sound beside the decoder, where it is known
+    unread : tuple of str   objects of the configuration with towers, or what speaks, of which nothing is counted
     images : (float, float) or None    of the traffic: tokens of an image that the decoder reads, and share that these
                             have of prompts; None where it has none, and the tower that reads images is left out
     before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
@@ -267,9 +268,14 @@ class Model:
     mtp_layers: int = 0
     pools: bool = False
     tower: Tower | None = None
+    unread: tuple[str, ...] = ()
     images: tuple[float, float] | None = None
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
+
+    def __hash__(self) -> int:
+        """Of what tells models apart at first sight: layers are many, and models are keys all over."""
+        return hash((self.name, self.hidden, self.vocab, len(self.runs)))
 
     def __post_init__(self) -> None:
         owner = f"model {self.name}"

@@ -394,6 +394,7 @@ class ListedModel(Described):
     figures: dict[str, str]
     tower_reads: str | None
     tower_parameters: int | None
+    unread: tuple[str, ...]
 
 
 class ListedCluster(Described):

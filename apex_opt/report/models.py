@@ -13,6 +13,7 @@ from apex_opt.cost.cells import Operations
 from apex_opt.cost.tables import Tables
 from apex_opt.errors import InputError
 from apex_opt.ir import list_models, load_model
+from apex_opt.ir.cells.skipped import Skipped
 from apex_opt.ir.formats import KV_BYTES
 from apex_opt.plans.plan import Template
 from apex_opt.profiles import load_profile
@@ -24,6 +25,8 @@ from apex_opt.schema import of
 from apex_opt.units import GB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.console import Console
 
     from apex_opt.ir.model import Model
@@ -55,7 +58,8 @@ def model_row(model: Model) -> listed.ListedModel:
     kinds: Counter[str] = Counter()
     for run in model.runs:
         for cell in run.block.cells:
-            kinds[cell.kind] += run.count
+            if not isinstance(cell, Skipped):
+                kinds[cell.kind] += run.count
     return of(
         listed.ListedModel,
         model,
@@ -106,12 +110,24 @@ def models_page(document: Document) -> str:
             console.print(Text(f"{document['asked']} is not read."), soft_wrap=True)
             console.print(Text(document["reason"]), soft_wrap=True)
         elif document["status"] == "read":
-            console.print(Text(f"{document['models'][0]['name']} is read."), soft_wrap=True)
+            (row,) = document["models"]
+            console.print(Text(f"{row['name']} is read."), soft_wrap=True)
+            for text in _left_out(row):
+                console.print(Text(text), soft_wrap=True)
             console.print()
         if document["models"]:
             _models(console, document["models"])
 
     return page(draw)
+
+
+def _left_out(row: dict[str, Any]) -> Iterator[str]:
+    """What of the file is not served, and what that means."""
+    if row["tower_reads"] == "images":
+        yield "Its tower is counted where a trace has image_tokens, and left out elsewhere."
+    if row["unread"]:
+        names = ", ".join(row["unread"])
+        yield f"Left out: {names}. Nothing of it is counted, neither weights nor time; traces that need it are refused."
 
 
 def _models(console: Console, rows: list[dict[str, Any]]) -> None:

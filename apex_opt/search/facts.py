@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from apex_opt.cost import CostModel, idle_w, limit_w
+from apex_opt.cost.ranks import in_step
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
 from apex_opt.plans.allotment import allotted
@@ -17,6 +18,7 @@ from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.plans.shares import divisions
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
+from apex_opt.search.bounds.crowding import Batches, Crowding
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
 from apex_opt.search.bounds.phases import WHOLE, Side
@@ -72,6 +74,7 @@ class Facts:
         self._means: dict[tuple[Any, ...], StageFloor] = {}
         self._alone: dict[tuple[Any, ...], Run] = {}
         self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
+        self._crowdings: dict[tuple[Any, ...], Crowding] = {}
         self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         instance = problem.instance()
         self._needed, self._held = instance.blocks_needed, instance.held
@@ -173,16 +176,21 @@ class Facts:
         """
         problem, request_s = self.problem, self.costs.request_ns / NS_PER_S
         counts = np.array(alike.replicas, np.int64)
+        # When requests come that wait for answers is not known.
+        closed = problem.trace.concurrency is not None or problem.trace.delay_ns is not None
         plan = alike.plan.times(alike.replicas[0])
         run = self.alone(plan, movable=alike.movable)
         room, load = self._load(plan, alike)
         if load is not None and counts.min() < room * (1 + ROUNDING):
-            # When requests come that wait for answers is not known.
-            closed = problem.trace.concurrency is not None or problem.trace.delay_ns is not None
             makespan_s = np.maximum(run.makespan_s, load.total_s / counts + request_s)
-            run = run.loaded(makespan_s, {} if closed else load.least_s(counts, request_s))
+            least = {} if closed else load.least_s(counts, request_s)
         else:
-            run = run.loaded(np.repeat(run.makespan_s, len(counts)))
+            makespan_s, least = np.repeat(run.makespan_s, len(counts)), {}
+        if not closed and (crowding := self._crowding(plan, alike, run)) is not None:
+            mean = crowding.mean_s(counts) + request_s
+            whole = least.get("whole", {})
+            least |= {"whole": whole | {"mean": np.maximum(whole["mean"], mean) if whole else mean}}
+        run = run.loaded(makespan_s, least)
         if problem.asks_gpus:
             one = alike.plan
             idle, limit = (watts(self.costs, one) * counts for watts in (idle_w, limit_w))
@@ -263,6 +271,32 @@ class Facts:
                 load = Load.of(*engine, problem.statistics, overtaking=overtaking, side=side)
             self._loads[key] = room, load
         return self._loads[key]
+
+    def _crowding(self, plan: Plan, alike: Alike, alone: Run) -> Crowding | None:
+        """What the batches of a plan add to the mean time of requests for being as large as they must; None: nothing.
+
+        Parameters
+        ----------
+        plan : Plan      with one of the numbers of replicas
+        alike : Alike
+        alone : Run      what no run of it can beat, as if each request were the only one
+        """
+        problem = self.problem
+        asked = any((part.figure.time, part.statistic) == ("whole", "mean") for part in problem.asked)
+        if not asked or any(part is not None for part in (plan.speculation, plan.shares, plan.overlap)):
+            return None
+        overtaking = self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
+        if overtaking and plan.stages > 1:
+            return None
+        key = plan.cut, plan.stages, self.costs.layouts_of(plan), alike.replicas
+        if key not in self._crowdings:
+            count = schedulers(problem.settings, plan)
+            batches = Batches.of(self.least_cost(plan), plan.stages, count=count, in_step=count > 1 and in_step(plan))
+            of = alone.first_ns[0], alone.rest_ns[0]
+            counts = np.array(alike.replicas, np.int64)
+            engine = problem.settings_for(plan), batches, self.mean(plan), plan.stages, problem.trace
+            self._crowdings[key] = Crowding.of(*engine, of, counts)
+        return self._crowdings[key]
 
     def _sure_blocks(self, plan: Plan, movable: bool) -> int:
         """KV blocks that a scheduler has at least, however the layers are moved."""
