@@ -42,7 +42,7 @@ def overlaps_of(
     ------
     UsageError, UnknownNameError    a name that there is not, or that is given twice; what cannot be overlapped
     """
-    chosen = [name.strip().lower() for name in ask.overlap.split(",")]
+    chosen = [name.strip() for name in ask.overlap.split(",")]
     for name in chosen:
         if name not in (_NONE, *OVERLAPS):
             raise UnknownNameError("overlap", name[:60], (_NONE, *OVERLAPS), alike=False)
