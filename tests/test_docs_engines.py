@@ -22,6 +22,7 @@ WORDS = {
     "ffn_copies": "copies of the FFN in a stage",
     "dense_attention_copies": "attention copies before a dense FFN",
     "copied_attention": "families with attention copies",
+    "copied_drafts": "ways to make drafts over attention copies",
     "one_gpu_copies": "an attention copy has one GPU",
     "copies_on_one_node": "whole copies of an engine on one node only",
     "experts_by_both": "experts cut by ep and tp at once",

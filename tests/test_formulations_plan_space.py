@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from drafts_cases import knowing
 from ortools.sat.python import cp_model
-from plan_cases import dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
+from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
 
 import apex_opt
+from apex_opt.engines import SGLANG
+from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES, Instance, moved, space, violations
 from apex_opt.ir import load_model
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template, even_split, parse_plan
+from apex_opt.plans.speculation import Drafter
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
@@ -288,6 +292,20 @@ def test_every_plan_that_apex_plus_would_generate_on_eight_gpus_is_in_the_space(
     wanted = [canonical(plan) for plan in wanted]
     assert len(set(wanted)) >= 30
     assert {plan.times(1) for plan in wanted} <= found
+
+
+def test_drafts_over_attention_copies_are_in_the_space_where_the_engine_makes_them() -> None:
+    ways = (None, Drafter(method="ngram", draft_tokens=2), Drafter(method="mtp", draft_tokens=2))
+    settings = knowing(replace(SMALL, scheduler=SglangScheduling(), runnable=SGLANG), ways, 0)
+    model = make_model((sparse(heads=4, kv=4, experts=4), 1), family="qwen3_moe")
+    instance = replace(instance_at(model, None, 4), drafters=ways, settings=settings)
+    found = SPACE.enumerate(instance)
+    oracle = {plan for plan in space(instance) if plan.even and plan.replicas == 1 and not violations(instance, plan)}
+    assert set(found.plans) == oracle
+    drafting = {plan.speculation.method for plan in found.plans if plan.speculation and plan.attention.dp > 1}
+    assert drafting == {"mtp"}
+    every = [plan for plan in space(instance) if not any(v.family == "engine" for v in violations(instance, plan))]
+    assert SPACE.count(instance, ["engine"]) == len(every)
 
 
 def test_an_enumeration_that_runs_out_of_time_says_that_it_is_not_complete() -> None:

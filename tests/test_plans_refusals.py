@@ -57,6 +57,17 @@ def test_cells_are_cut_beside_each_other_as_the_engine_can(
     assert why in found
 
 
+@pytest.mark.parametrize("method", ["ngram:2", "draft:llama-3.1-8b:2", "eagle:2", "mtp:2"])
+def test_sglang_makes_drafts_of_some_kinds_over_attention_copies_that_share_an_ffn(method: str) -> None:
+    model, known = replace(SPARSE, family="qwen3_moe"), method.startswith(("eagle", "mtp"))
+    found = said(SGLANG, model, f"attn(dp4) ffn(ep4) spec={method}")
+    assert found == "" if known else f"spec={method}: SGLang 0.5 makes no such drafts over attention copies" in found
+    for plan in ("attn(tp4) ffn(ep4)", "attn(dp2,tp2) ffn(dp2,tp2)"):
+        assert not said(SGLANG, model, f"{plan} spec={method}")
+    for rules in (VLLM, TRTLLM):
+        assert not said(rules, model, f"attn(dp4) ffn(ep4) spec={method}")
+
+
 @pytest.mark.parametrize(
     ("rules", "plan", "capability", "why"),
     [

@@ -35,6 +35,7 @@ class EngineRules:
     copies_on_one_node : bool       whole copies of one engine lie on one node
     moe_copies : bool               whole copies of a mixture of experts in one engine
     copied_attention : set or None  families that can have attention copies; None: all
+    copied_drafts : set or None     ways to make drafts that attention copies before one FFN can have; None: all
     one_gpu_copies : bool           an attention copy has one GPU of a stage
     experts_by_both : bool          experts cut by ep and by tp at once; else by one of them
     dense_per_copy : bool           dense FFNs beside experts, and shared experts, lie in each attention copy, cut over
@@ -82,6 +83,7 @@ class EngineRules:
     copies_on_one_node: bool = False
     moe_copies: bool = False
     copied_attention: frozenset[str] | None = None
+    copied_drafts: frozenset[str] | None = None
     one_gpu_copies: bool = False
     experts_by_both: bool = False
     dense_per_copy: bool = False

@@ -16,6 +16,7 @@ SGLANG: Final = EngineRules(
     copied_attention=frozenset(
         {"qwen3", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2", "deepseek_v2", "deepseek_v3", "glm4_moe"}
     ),
+    copied_drafts=frozenset({"eagle", "mtp"}),
     copies_on_one_node=True,
     experts_by_both=True,
     formats=MappingProxyType(
@@ -49,6 +50,7 @@ SGLANG: Final = EngineRules(
             "dense_per_copy": "srt/arg_groups: moe_dense_tp_size is None: dense FFNs are cut over all GPUs of a stage",
             "copies_on_one_node": "srt/arg_groups/validation_hook.py: dp_size > 1 and nnodes != 1",
             "copied_attention": "srt/models/*: those whose attention is cut by the attention-parallel size",
+            "copied_drafts": "srt/arg_groups/speculative_hook.py: n-grams and draft models go without dp attention",
             "formats": "get_min_capability of srt/layers/quantization/*",
             "methods": "srt/layers/quantization/modelopt_quant.py: ModelOptFp8Config",
             "made_on_load": "srt/layers/quantization/fp8.py: weights that are not serialised in fp8",

@@ -45,6 +45,7 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
     if plan.overlap is not None and rules.overlaps is not None and model.family not in rules.overlaps:
         yield f"overlap={plan.overlap}: {rules.release} splits no forward of {model.family or 'such'} models"
     yield from _cells(rules, model, plan)
+    yield from _drafts(rules, plan)
     yield from _heads(rules, model, plan.attention)
     if rules.whole_scales:
         scales = _Scales(rules, model, plan.weight_format)
@@ -60,6 +61,16 @@ def _shares(rules: EngineRules, plan: Plan) -> Iterator[str]:
     if plan.shares is not None and not (rules.multiplexes and plan.shares.multiplexed):
         but = " but by its own multiplexing" if rules.multiplexes else ""
         yield f"share={plan.shares}: {rules.release} does not compute prompts and answers side by side{but}"
+
+
+def _drafts(rules: EngineRules, plan: Plan) -> Iterator[str]:
+    """Drafts of attention copies that share an FFN; whole copies are engines of their own."""
+    drafter, copied, copies = plan.speculation, rules.copied_drafts, plan.attention.dp
+    if drafter is not None and copied is not None and drafter.method not in copied and 1 < copies != plan.ffn.dp:
+        yield (
+            f"spec={drafter}: {rules.release} makes no such drafts over attention copies, the plan has {copies}; "
+            f"{' and '.join(sorted(copied))} go with them"
+        )
 
 
 def _cells(rules: EngineRules, model: Model, plan: Plan) -> Iterator[str]:

@@ -96,9 +96,12 @@ def stages_of(instance: Instance) -> range:
     return range(1, min(instance.max_devices, instance.model.layers) + 1)
 
 
-def copies_draft(instance: Instance) -> bool:
-    """Whether attention copies may make drafts."""
-    return instance.settings.scheduler.name in ("vllm", "sglang", "trtllm")
+def copies_draft(instance: Instance, drafter: Drafter) -> bool:
+    """Whether attention copies may make these drafts."""
+    rules = instance.settings.runnable
+    copied = None if rules is None else rules.copied_drafts
+    known = copied is None or drafter.method in copied
+    return known and instance.settings.scheduler.name in ("vllm", "sglang", "trtllm")
 
 
 def draft_heads(instance: Instance, drafter: Drafter | None, tp: int) -> bool:
@@ -182,7 +185,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
                 model,
                 "one_copy_drafts",
                 [v.drafts, v.attention_dp],
-                ((i, n, d is None or n == 1 or copies_draft(instance)) for i, d in drafted for n in degrees),
+                ((i, n, d is None or n == 1 or copies_draft(instance, d)) for i, d in drafted for n in degrees),
             ),
             _holds(
                 model,

@@ -109,7 +109,7 @@ def _cells(
             devices // t
             for t in heads
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
-            if devices == t or (not one_copy and (drafter is None or copies_draft(instance)))
+            if devices == t or (not one_copy and (drafter is None or copies_draft(instance, drafter)))
             if devices > t or not split
         ]
         cells = sum(
