@@ -270,12 +270,8 @@ def _about_engines(ask: Ask, kind: EngineKind, model: Model) -> tuple[str, ...]:
     if ask.runnable == ANY:
         return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
     rules = kind.rules if ask.runnable is None else load_rules(ask.runnable)
-    if rules is None or model.family not in rules.without_class:
-        return ()
-    return (
-        f"runnable: {rules.release} has no class of its own for {model.family} models: it refuses them or runs a class "
-        "of Transformers, whose times are others; see whether a later release has one",
-    )
+    text = rules.lacking(model.family) if rules is not None else ""
+    return (f"runnable: {text}",) if text else ()
 
 
 def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ OPTIONS = {
         *("--backend", "--base-url", "--model", "--dataset-name", "--dataset-path", "--random-range-ratio"),
         *("--random-input-len", "--random-output-len", "--num-prompts", "--request-rate", "--burstiness", "--seed"),
         *("--max-concurrency", "--ignore-eos", "--save-result", "--save-detailed", "--result-filename", "--self-timed"),
-        "--timed-trace-chunk-hash-size",
+        *("--timed-trace-chunk-hash-size", "--trust-remote-code"),
     },
     "python": {
         *(
@@ -205,6 +205,19 @@ def test_what_cannot_be_calibrated_is_not_said_to_be() -> None:
     assert "solve.py calibrate and validate take as --measured" in alone
     (pools,) = [note for note in made(trace, serving=("pools",)).notes if note.startswith("result")]
     assert "not of several pools" in pools and "--measured" not in pools
+
+
+def test_the_client_trusts_the_code_that_a_checkpoint_brings_where_it_has_to_be_told() -> None:
+    own = replace(load_model(DENSE), family="baichuan")
+    alike, others = (
+        load_trace("static:n=4,prompt=50,output=8"),
+        load_trace("poisson:rate=1,n=9,prompt=lognormal(mean=50,sigma=1,max=90),output=8"),
+    )
+    for trace in (alike, others):
+        assert "--trust-remote-code" in made(trace, model=own).argv
+        assert "--trust-remote-code" not in made(trace).argv
+    assert made(alike, "sglang", model=own).argv[0] == "python"
+    assert "--trust-remote-code" not in made(alike, "sglang", model=own).argv  # which is no option of it
 
 
 def test_what_no_client_sends_is_said() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
@@ -12,10 +14,12 @@ from hypothesis import strategies as st
 from launch_cases import CHECKPOINT, DENSE, MOE, asked, emitted, has, placed, servers, value
 from plan_cases import dense, make_model
 
+import apex_opt
 from apex_opt.cluster.tree import place_of
 from apex_opt.ir import Model, load_model
 from apex_opt.launch import ENGINES, Command, launch
-from apex_opt.plans.plan import Plan, Template, even_split
+from apex_opt.plans.plan import Plan, Template, even_split, parse_plan
+from apex_opt.plans.speculation import Speculation
 from apex_opt.simulator.rescheduling import Rescheduling
 
 DEGREES = {
@@ -23,6 +27,7 @@ DEGREES = {
     "sglang": ("--tp-size", "--pp-size"),
     "trtllm": ("--tp_size", "--pp_size"),
 }
+MODELS = Path(__file__).parent / "cases" / "models"
 MIXTURE = load_model(MOE)
 SHALLOW = make_model((dense(heads=16, kv=16), 16))
 
@@ -221,3 +226,50 @@ def test_longer_requests_than_the_longest_of_the_trace_are_said_to_be_refused() 
     assert not has(
         emitted("sglang", DENSE, "tp8", 1, 8, settings={"max_model_len": longest}), "longer ones are refused"
     )
+
+
+@pytest.mark.parametrize(("name", "trusted"), [("baichuan2-13b", True), ("dbrx", False)])
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_models_that_bring_their_code_are_trusted_in_words(engine: str, name: str, trusted: bool) -> None:
+    found = emitted(engine, load_model(str(MODELS / f"{name}.json")), "tp4", 1, 4)
+    flag = "--trust_remote_code" if engine == "trtllm" else "--trust-remote-code"
+    assert (flag in found.commands[0].argv) == trusted
+    assert has(found, f"{flag}: baichuan models bring Python code of their own") == trusted
+
+
+def test_a_model_that_the_engine_has_no_class_for_is_told_beside_its_commands() -> None:
+    codegen = load_model(str(MODELS / "codegen-16b.json"))
+    told = "model: as of vLLM 0.20 there is no class of its own for codegen models"
+    assert has(emitted("vllm", codegen, "tp4", 1, 4), told)
+    assert not has(emitted("vllm", DENSE, "tp4", 1, 4), "no class of its own")
+    assert not has(emitted("sglang", codegen, "tp4", 1, 4), "no class of its own")
+
+
+def test_a_name_that_stands_for_weights_is_to_be_replaced() -> None:
+    codegen = load_model(str(MODELS / "codegen-16b.json"))
+    problem = asked(codegen, 1, 4)
+    plan = parse_plan("tp4", problem.model)
+
+    def told(checkpoint: str, where: str = codegen.source) -> bool:
+        known = replace(problem, model=replace(codegen, source=where))
+        return has(
+            launch(known, plan, "vllm", checkpoint, placed(problem, plan)),
+            f"model: put the folder or the Hugging Face id of its weights in place of {checkpoint}",
+        )
+
+    assert told("codegen-16b")
+    assert not told("Salesforce/codegen-16B-nl")
+    assert not told("/models/codegen")
+    assert not told("codegen", "/hub/models--codegen/snapshots/1/config.json")
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_draft_model_of_ones_own_is_named_by_its_folder(engine: str, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    config = Path(apex_opt.__file__).parent / "ir" / "configs" / "llama-3.1-8b.json"
+    (folder / "config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    known = Speculation(method="draft", draft_tokens=2, model=str(folder), accepted=((1,),))
+    found = emitted(engine, DENSE, f"tp8 spec=draft:{folder}:2", 1, 8, settings={"drafting": (known,)})
+    assert str(folder) in found.commands[0].text
+    assert has(found, f"draft model: your folder {folder}; it must hold weights and tokenizer")

@@ -6,7 +6,8 @@ import json
 import shlex
 import subprocess
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import kubernetes_validate
@@ -14,14 +15,12 @@ import pytest
 from cli_cases import Once, run
 from launch_cases import DENSE, emitted
 
+import apex_opt
 from apex_opt.errors import InputError
 from apex_opt.launch.saved import check_new, files_of, save
 from apex_opt.plans.speculation import Speculation
 from apex_opt.report.launch import launch_document
 from apex_opt.schema import to_plain
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ONCE = Once()
 COMPOSE = "builtin_schemas/vendor/compose-spec.json"
@@ -306,6 +305,27 @@ def test_an_own_model_is_served_from_its_whole_path_which_containers_mount(tmp_p
     assert f"- model: your folder {own}; it must hold weights and tokenizer on every node" in files["README.md"]
     (line,) = [line for line in files["README.md"].splitlines() if line.startswith("solve.py calibrate")]
     assert {f"--model={own}/config.json", f"--cluster={own}/mine.toml", "--engine=vllm"} <= set(shlex.split(line))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_the_folder_of_a_draft_model_is_mounted_wherever_a_command_names_it(engine: str, tmp_path: Path) -> None:
+    config = Path(apex_opt.__file__).parent / "ir" / "configs" / "llama-3.1-8b.json"
+    (tmp_path / "config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    known = Speculation(method="draft", draft_tokens=2, model=str(tmp_path), accepted=((1,),))
+    own = {"drafting": (known,), "max_num_seqs": 64}
+    found = emitted(engine, DENSE, f"tp8 spec=draft:{tmp_path}:2", 1, 8, settings=own)
+    files = files_of({**document(engine, "tp8"), "launch": to_plain(launch_document(found))}, {})
+    pod = json.loads(files["kubernetes.yaml"])["items"][0]["spec"]["template"]["spec"]
+    assert str(tmp_path) in [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
+
+
+def test_a_file_that_lies_among_no_weights_has_a_line_on_what_to_put_there(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text(json.dumps(OWN), encoding="utf-8")
+    asked = ("plan", "--model=tuned.json", "--cluster=1xh200-sxm", "--trace=static:n=4,prompt=64,output=4")
+    done = run(*asked, "--save=new", cwd=tmp_path)
+    assert done.code == 0, done.err
+    told = "- model: put the folder or the Hugging Face id of its weights in place of tuned"
+    assert told in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_gated_models_get_the_token_that_is_set_and_downloads_are_kept() -> None:

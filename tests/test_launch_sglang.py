@@ -123,7 +123,7 @@ def test_drafts_are_asked_for_as_chains(text: str, said: str) -> None:
     found = emitted("sglang", DENSE, f"tp8 spec={text}", 1, 8, settings=own)
     (command,) = found.commands
     assert f"--speculative-algorithm {said}" in " ".join(command.argv)
-    head = {"eagle": "EAGLE3_HEAD", "draft": "llama-3.1-8b"}.get(drafter.method)
+    head = {"eagle": "EAGLE3_HEAD", "draft": "meta-llama/Llama-3.1-8B"}.get(drafter.method)
     assert value(command, "--speculative-draft-model-path") == head
     assert has(found, "EAGLE3_HEAD") is (head == "EAGLE3_HEAD")
 

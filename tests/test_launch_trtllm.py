@@ -54,7 +54,7 @@ def test_a_line_for_a_shell_writes_the_options_file_before_it_starts_the_server(
         ("ngram:4", {"decoding_type": "NGram", "max_draft_len": 4, "max_matching_ngram_size": 4}),
         (
             "draft:llama-3.1-8b:3",
-            {"decoding_type": "DraftTarget", "max_draft_len": 3, "speculative_model_dir": "llama-3.1-8b"},
+            {"decoding_type": "DraftTarget", "max_draft_len": 3, "speculative_model_dir": "meta-llama/Llama-3.1-8B"},
         ),
     ],
 )

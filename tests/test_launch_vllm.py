@@ -95,13 +95,6 @@ def test_a_tower_that_the_plan_serves_is_not_left_out() -> None:
     assert "--language-model-only" not in found.commands[0].argv and not has(found, "images")
 
 
-@pytest.mark.parametrize(("name", "trusted"), [("baichuan2-13b", True), ("dbrx", False)])
-def test_models_that_bring_their_code_are_trusted_in_words(name: str, trusted: bool) -> None:
-    found = emitted("vllm", load_model(str(MODELS / f"{name}.json")), "tp4", 1, 4)
-    assert ("--trust-remote-code" in found.commands[0].argv) == trusted
-    assert has(found, "--trust-remote-code: baichuan models bring Python code of their own") == trusted
-
-
 def test_encoders_are_run_as_what_they_answer_with() -> None:
     found = emitted("vllm", load_model(str(MODELS / "bert-large-uncased.json")), "tp1", 1, 1)
     assert value(found.commands[0], "--runner") == "pooling"
@@ -230,7 +223,10 @@ def test_its_own_parser_takes_every_command(monkeypatch: pytest.MonkeyPatch) -> 
         ("eagle:3", {"method": "eagle3", "model": "EAGLE3_HEAD", "num_speculative_tokens": 3}),
         ("mtp:1", {"method": "mtp", "num_speculative_tokens": 1}),
         ("ngram:5", {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 5}),
-        ("draft:llama-3.1-8b:4", {"method": "draft_model", "model": "llama-3.1-8b", "num_speculative_tokens": 4}),
+        (
+            "draft:llama-3.1-8b:4",
+            {"method": "draft_model", "model": "meta-llama/Llama-3.1-8B", "num_speculative_tokens": 4},
+        ),
     ],
 )
 def test_drafts_are_asked_for_as_json(text: str, said: dict[str, Any]) -> None:

@@ -120,6 +120,15 @@ class EngineRules:
         traits = {trait for block in model.blocks for trait in block.attention.traits}
         return lcm(usual, *(multiple for trait, multiple in self.block_multiples.items() if trait in traits))
 
+    def lacking(self, family: str) -> str:
+        """That the engine has no class of its own for models of a family; empty where it has, or that is not known."""
+        if family not in self.without_class:
+            return ""
+        return (
+            f"as of {self.release} there is no class of its own for {family} models: it refuses them or runs a class "
+            "of Transformers, whose times are others; see whether your release has one"
+        )
+
     def __reduce__(self) -> tuple[Callable[[], EngineRules], tuple[()]]:
         # Views of mappings do not travel to other processes.
         told: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.engines import SGLANG
+from apex_opt.engines import SGLANG, TRTLLM
 from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import ABOUT_ROUTER, Sglang, pd_router, unmatched
 from apex_opt.launch.trtllm import Trtllm
@@ -205,8 +205,16 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
             f"requests: of at most {longest:,} tokens, as the longest of the trace has; longer ones are refused, "
             "and --max_model_len sets another limit"
         )
-    if asked.weights == asked.checkpoint and Path(asked.checkpoint).is_absolute():
-        yield f"model: your folder {asked.checkpoint}; it must hold weights and tokenizer on every node"
+    if text := engine.rules.lacking(problem.model.family):
+        yield f"model: {text}"
+    for what, checkpoint, model in asked.named:
+        if Path(checkpoint).is_absolute():
+            yield f"{what}: your folder {checkpoint}; it must hold weights and tokenizer on every node"
+        elif "/" not in checkpoint and "/snapshots/" not in model.source:  # ids of the hub cache may have no owner
+            yield f"{what}: put the folder or the Hugging Face id of its weights in place of {checkpoint}"
+    for family in asked.code_of:
+        flag = "--trust_remote_code" if name == TRTLLM.name else "--trust-remote-code"
+        yield f"{flag}: {family} models bring Python code of their own, which it runs: read it first"
     if asked.quantised_when_loaded:
         yield f"weights: {asked.checkpoint} is turned into fp8 while it is loaded; one in fp8 needs no --quantization"
     elif not asked.as_published:

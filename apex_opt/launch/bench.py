@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.launch.commands import NGINX
+from apex_opt.launch.commands import NGINX, brings_code
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.steady import at_rate
 
@@ -96,6 +96,8 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
         if not own and engine != "vllm":
             notes.append("client: that of vLLM, which measures any server with OpenAI's API; it takes the package vllm")
         words = client(url, served, (int(trace.prompt[0]), int(outputs[0])), load, len(trace), seed)
+        # SGLang's client trusts code without being told, and has no such option.
+        words += [] if own else _trusted(problem)
         return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result, problem)))
     notes.append(
         f"client: vllm bench serve of vLLM 0.23 or later, for any of the engines; --save writes {DATASET}, with the "
@@ -107,7 +109,7 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
         words += ["--max-concurrency", str(trace.concurrency)]
     elif not _at_once(trace):
         words.append("--self-timed")
-    words += ["--seed", str(seed), "--ignore-eos", *_saved()]
+    words += ["--seed", str(seed), "--ignore-eos", *_saved(), *_trusted(problem)]
     result = RESULTS["vllm"]
     notes.append(_result(result, problem))
     return Bench(argv=tuple(words), dataset=DATASET, result=result, notes=tuple(notes))
@@ -215,6 +217,11 @@ def _vllm(url: str, served: str, lengths: tuple[int, int], load: Sequence[str], 
 
 def _client(url: str, served: str) -> list[str]:
     return ["vllm", "bench", "serve", "--backend", "openai", "--base-url", url, "--model", served]
+
+
+def _trusted(problem: Problem) -> list[str]:
+    """What lets vLLM's client read the tokenizer of a checkpoint that brings code."""
+    return ["--trust-remote-code"] if brings_code(problem.model) else []
 
 
 def _saved() -> list[str]:

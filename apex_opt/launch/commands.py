@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from apex_opt.cluster.tree import place_of
+from apex_opt.engines import VLLM
+from apex_opt.ir import checkpoint_of, load_model
 from apex_opt.ir.formats import get_format
 from apex_opt.plans.engine import limited, limits_shared
 from apex_opt.plans.memory import kv_blocks, stage_memory
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from apex_opt.engines import EngineRules
+    from apex_opt.ir import Model
     from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.memory import StageMemory
     from apex_opt.plans.plan import Plan
@@ -26,6 +29,8 @@ FIRST_PORT: Final = 8000
 KEPT_BACK: Final = 0.01
 """Share of a GPU's memory that a length of requests leaves free beyond what is counted. Assumed: KV blocks that were
 measured come out within 1%, and an engine that finds a block too few does not start."""
+HEAD: Final = "EAGLE3_HEAD"
+"""In place of an EAGLE-3 head, which is not known here."""
 NGINX: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
 """How nginx is told to deal requests; `--save` writes no router for other ways."""
 PORT_STEP: Final = 10
@@ -139,6 +144,28 @@ class Asked:
         return f"CHECKPOINT_IN_{self.plan.weight_format.upper()}"
 
     @property
+    def draft_checkpoint(self) -> str:
+        """Where the engine finds what makes drafts: a draft model, or the head that was trained for the model."""
+        drafter = self.plan.speculation
+        return checkpoint_of(drafter.model) if drafter is not None and drafter.model else HEAD
+
+    @property
+    def named(self) -> tuple[tuple[str, str, Model], ...]:
+        """What commands name, in words: where its weights are found, and the model they are of."""
+        drafter = self.plan.speculation
+        own = (("model", self.checkpoint, self.problem.model),) if self.weights == self.checkpoint else ()
+        if drafter is None or not drafter.model:
+            return own
+        return (*own, ("draft model", self.draft_checkpoint, load_model(drafter.model)))
+
+    @property
+    def code_of(self) -> tuple[str, ...]:
+        """Families, of the model and of what makes its drafts, whose checkpoints bring code that an engine runs."""
+        drafter = self.plan.speculation
+        models = (self.problem.model, *((load_model(drafter.model),) if drafter is not None and drafter.model else ()))
+        return tuple(dict.fromkeys(model.family for model in models if brings_code(model)))
+
+    @property
     def kv_in_fp8(self) -> bool:
         return self.plan.kv_format == "fp8"
 
@@ -190,6 +217,11 @@ class Replica:
     @property
     def nodes(self) -> tuple[int, ...]:
         return tuple(node for node, _ in on_nodes(self.by_stage))
+
+
+def brings_code(model: Model) -> bool:
+    """Whether a checkpoint brings code: Transformers, which all engines and clients read it with, does not know it."""
+    return model.family in VLLM.brought_code
 
 
 def on_nodes(gpus: Iterable[str]) -> tuple[tuple[int, tuple[int, ...]], ...]:

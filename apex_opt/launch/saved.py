@@ -43,6 +43,9 @@ _LLM_D_PORT: Final = 8000
 _UNKNOWN: Final = re.compile(r"(?<![\w-])(NODE\d+|EAGLE3_HEAD)(?![\w-])")
 """What commands name that is not known here: addresses of nodes, and a head that makes drafts."""
 
+_IN_JSON: Final = re.compile(r'"(/[^"]*)"')
+"""Folders in the text of JSON."""
+
 
 def check_new(path: Path) -> None:
     """Whether a folder can be made, and is not one that holds something, before the work for it is done.
@@ -330,8 +333,10 @@ def _llm_d(servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _folders(command: Mapping[str, Any]) -> list[str]:
-    """Folders of one's own that a command names: its model, where it lies in one."""
-    return [word for word in command["argv"] if word.startswith("/")]
+    """Folders of one's own that a command names, or the JSON in it: of its model and of what makes its drafts."""
+    words = (*command["argv"], *(_file(command) or ())[1:])
+    found = (_IN_JSON.findall(word) if word.startswith("{") else [word] * word.startswith("/") for word in words)
+    return list(dict.fromkeys(folder for folders in found for folder in folders))
 
 
 def _variables(command: Mapping[str, Any]) -> list[dict[str, Any]]:

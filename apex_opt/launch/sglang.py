@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
+from apex_opt.launch.commands import FIRST_PORT, HEAD, PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
 from apex_opt.plans.engine import limited, limits_shared
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter
 
-_HEAD: Final = "EAGLE3_HEAD"
 _ALGORITHMS: Final = {"eagle": "EAGLE3", "mtp": "NEXTN", "draft": "STANDALONE", "ngram": "NGRAM"}
 """What SGLang calls the ways to make drafts."""
 PD_POLICIES: Final = {"round_robin": "round_robin", "power_of_two": "power_of_two", "cache_aware": "cache_aware"}
@@ -66,7 +65,7 @@ class Sglang:
         if plan.speculation is not None and plan.speculation.method == "eagle":
             found.append(
                 "--speculative-draft-model-path: put the EAGLE-3 head that was trained for the model in place of "
-                f"{_HEAD}"
+                f"{HEAD}"
             )
         if plan.overlap is not None:
             found.append("--enable-two-batch-overlap: takes the kernels of DeepEP")
@@ -113,6 +112,8 @@ class Sglang:
             words += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--enable-two-batch-overlap"]
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
+        if asked.code_of:
+            words.append("--trust-remote-code")
         words += ["--dtype", _DTYPES[asked.half], "--kv-cache-dtype", self._cache(asked)]
         words += ["--mem-fraction-static", self._static_share(asked), "--max-running-requests", str(seqs)]
         if settings.chunked_prefill:
@@ -121,7 +122,7 @@ class Sglang:
             words += ["--chunked-prefill-size", "-1"]
         words += self._own(settings)
         if plan.speculation is not None:
-            words += self._drafting(plan.speculation)
+            words += self._drafting(plan.speculation, asked.draft_checkpoint)
         words += ["--context-length", str(settings.max_model_len), "--page-size", str(settings.block_size)]
         if not settings.prefix_caching:
             words.append("--disable-radix-cache")
@@ -150,7 +151,7 @@ class Sglang:
             words += ["--load-balance-method", own.load_balance_method]
         return [*words, "--enable-mixed-chunk"] if own.mixed_chunk else words
 
-    def _drafting(self, drafter: Drafter) -> list[str]:
+    def _drafting(self, drafter: Drafter, checkpoint: str) -> list[str]:
         """Chains of drafts; SGLang counts the token that they follow among those it verifies."""
         words, drafts = ["--speculative-algorithm", _ALGORITHMS[drafter.method]], drafter.draft_tokens
         if drafter.method == "ngram":
@@ -159,7 +160,7 @@ class Sglang:
             words += ["--speculative-num-steps", str(drafts), "--speculative-eagle-topk", "1"]
         words += ["--speculative-num-draft-tokens", str(drafts + 1)]
         if drafter.method in ("eagle", "draft"):
-            words += ["--speculative-draft-model-path", drafter.model or _HEAD]
+            words += ["--speculative-draft-model-path", checkpoint]
         return words
 
     def _joined(self, parts: Sequence[Host], rank: int, place: int) -> list[str]:

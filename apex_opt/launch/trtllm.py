@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import TRTLLM
 from apex_opt.engines.schedulers import TrtllmScheduling
-from apex_opt.launch.commands import Command, hosts, per_copy, ports, stage_chunks
+from apex_opt.launch.commands import HEAD, Command, hosts, per_copy, ports, stage_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from apex_opt.launch.commands import Asked, Replica
     from apex_opt.plans.speculation import Drafter
 
-_HEAD: Final = "EAGLE3_HEAD"
 _DRAFTING: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "eagle": ("Eagle", "max_draft_len"),
@@ -55,7 +54,7 @@ class Trtllm:
                 f"out over {asked.plan.attention.dp}"
             )
         if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
-            found.append(f"speculative_config: put the EAGLE-3 head that was trained for the model in place of {_HEAD}")
+            found.append(f"speculative_config: put the EAGLE-3 head that was trained for the model in place of {HEAD}")
         if any(len(replica.nodes) > 1 for replica in replicas):
             found.append("several nodes are joined by mpirun: start the command on the first one")
         return found
@@ -90,6 +89,8 @@ class Trtllm:
         words += ["--max_batch_size", str(per_copy(settings.max_num_seqs, asked)), "--max_num_tokens", str(tokens)]
         words += ["--max_seq_len", str(settings.max_model_len)]
         words += ["--kv_cache_free_gpu_memory_fraction", self._free_share(asked)]
+        if asked.code_of:
+            words.append("--trust_remote_code")
         return [*words, "--extra_llm_api_options", file, "--port", str(port)]
 
     def _file(self, asked: Asked) -> dict[str, Any]:
@@ -121,19 +122,19 @@ class Trtllm:
             found["batch_wait_timeout_iters"] = own.batch_wait_timeout_iters
             found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
         if plan.speculation is not None:
-            found["speculative_config"] = self._drafting(plan.speculation)
+            found["speculative_config"] = self._drafting(plan.speculation, asked.draft_checkpoint)
         if len(set(plan.layers)) > 1:
             found["pp_partition"] = list(plan.layers)
         return found
 
-    def _drafting(self, drafter: Drafter) -> dict[str, Any]:
+    def _drafting(self, drafter: Drafter, checkpoint: str) -> dict[str, Any]:
         """How drafts are made."""
         kind, number = _DRAFTING[drafter.method]
         found: dict[str, Any] = {"decoding_type": kind, number: drafter.draft_tokens}
         if drafter.method == "ngram":
             found["max_matching_ngram_size"] = drafter.draft_tokens
         if drafter.method in ("eagle", "draft"):
-            found["speculative_model_dir"] = drafter.model or _HEAD
+            found["speculative_model_dir"] = checkpoint
         return found
 
     def _free_share(self, asked: Asked) -> str:

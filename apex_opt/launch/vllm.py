@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import VLLM
 from apex_opt.engines.schedulers import VllmScheduling
-from apex_opt.launch.commands import FIRST_PORT, PORT_STEP, Command, divisors, hosts, per_copy, ports
+from apex_opt.launch.commands import FIRST_PORT, HEAD, PORT_STEP, Command, divisors, hosts, per_copy, ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +25,19 @@ _SIDE_CHANNEL: Final = 5600
 _PROXY_PORT: Final = 8192
 _DEPRECATED: Final = ("fbgemm_fp8",)
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
-_SPECULATIVE: Final[dict[str, Callable[[Drafter], dict[str, str | int]]]] = {
-    "eagle": lambda d: {"method": "eagle3", "model": "EAGLE3_HEAD", "num_speculative_tokens": d.draft_tokens},
-    "mtp": lambda d: {"method": "mtp", "num_speculative_tokens": d.draft_tokens},
-    "ngram": lambda d: {
+_SPECULATIVE: Final[dict[str, Callable[[Drafter, str], dict[str, str | int]]]] = {
+    "eagle": lambda d, checkpoint: {"method": "eagle3", "model": checkpoint, "num_speculative_tokens": d.draft_tokens},
+    "mtp": lambda d, _: {"method": "mtp", "num_speculative_tokens": d.draft_tokens},
+    "ngram": lambda d, _: {
         "method": "ngram",
         "num_speculative_tokens": d.draft_tokens,
         "prompt_lookup_max": d.draft_tokens,
     },
-    "draft": lambda d: {"method": "draft_model", "model": d.model, "num_speculative_tokens": d.draft_tokens},
+    "draft": lambda d, checkpoint: {
+        "method": "draft_model",
+        "model": checkpoint,
+        "num_speculative_tokens": d.draft_tokens,
+    },
 }
 
 
@@ -50,14 +54,9 @@ class Vllm:
                 "images: --language-model-only leaves out the tower that reads them, as the plan does: neither its "
                 "memory nor its time is counted"
             )
-        if asked.problem.model.family in VLLM.brought_code:
-            found.append(
-                f"--trust-remote-code: {asked.problem.model.family} models bring Python code of their own, which it "
-                "runs: read it first"
-            )
         if asked.plan.speculation is not None and asked.plan.speculation.method == "eagle":
             found.append(
-                "--speculative-config: put the EAGLE-3 head that was trained for the model in place of EAGLE3_HEAD"
+                f"--speculative-config: put the EAGLE-3 head that was trained for the model in place of {HEAD}"
             )
         if asked.plan.overlap is not None:
             found.append(
@@ -109,7 +108,7 @@ class Vllm:
             words += ["--quantization", "fp8"]
         if asked.reads_images:
             words.append("--language-model-only")
-        if asked.problem.model.family in VLLM.brought_code:
+        if asked.code_of:
             words.append("--trust-remote-code")
         if asked.problem.model.pools:
             words += ["--runner", "pooling"]
@@ -121,7 +120,8 @@ class Vllm:
         words += ["--block-size", str(asked.problem.settings.block_size)]  # which it enlarges for states by itself
         words += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:.6g}"]
         if plan.speculation is not None:
-            words += ["--speculative-config", json.dumps(_SPECULATIVE[plan.speculation.method](plan.speculation))]
+            told = _SPECULATIVE[plan.speculation.method](plan.speculation, asked.draft_checkpoint)
+            words += ["--speculative-config", json.dumps(told)]
         if isinstance(settings.scheduler, VllmScheduling) and settings.scheduler.long_prefill_token_threshold:
             words += ["--long-prefill-token-threshold", str(settings.scheduler.long_prefill_token_threshold)]
         for flag, on in (
