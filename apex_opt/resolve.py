@@ -112,6 +112,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         *_about_images(model),
         *_about_engines(ask, kind, model),
         *_about_chunks(ask, kind),
+        *_about_blocks(ask, kind),
         *about_pushing(kind, serving),
         *assumed_network(ask.cluster),
     )
@@ -281,6 +282,17 @@ def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
 
 
+def _about_blocks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
+    """That blocks of unusual sizes are computed by another kernel than the one whose times are known."""
+    if ask.block_size is None or ask.block_size % _USUAL_BLOCK == 0 or not issubclass(kind.scheduler, VllmScheduling):
+        return ()
+    return (
+        f"--block_size={ask.block_size}: vLLM's usual attention takes multiples of {_USUAL_BLOCK} tokens; of others it "
+        "falls back to FlexAttention, which is slower than the times here",
+    )
+
+
+_USUAL_BLOCK: Final = 16
 _SPLITTING: Final = ("chunked_prefill", "prefix_caching")
 """What engines switch off where an encoder has to see all of a prompt."""
 

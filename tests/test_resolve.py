@@ -443,6 +443,26 @@ def test_a_model_that_the_release_has_no_class_for_is_planned_and_told() -> None
         assert not [note for note in resolve(options(**changes)).notes if note.startswith("runnable: ")]
 
 
+@pytest.mark.parametrize(
+    ("model", "engine", "tokens"),
+    [
+        ("llama-3.1-8b", "vllm", 16),
+        ("deepseek-v3.2", "vllm", 64),
+        ("deepseek-v4-flash", "vllm", 256),
+        ("deepseek-v3.2", "sglang", 64),
+        ("deepseek-v3", "sglang", 1),
+    ],
+)
+def test_blocks_are_those_that_the_attention_of_the_model_takes(model: str, engine: str, tokens: int) -> None:
+    assert resolve(options(model=model, engine=engine, cluster="8xb200")).settings.block_size == tokens
+
+
+def test_blocks_that_fall_back_to_a_slower_kernel_are_told() -> None:
+    for size, said in ((3, True), (16, False), (48, False)):
+        notes = resolve(options(block_size=size)).notes
+        assert any(note.startswith(f"--block_size={size}: ") for note in notes) == said
+
+
 def test_a_length_asked_for_is_one_that_the_cache_must_hold() -> None:
     asked = resolve(options(cluster="2xh100", max_model_len=30_000))
     assert asked.instance().longest_tokens == 30_000

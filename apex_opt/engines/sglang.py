@@ -40,6 +40,7 @@ SGLANG: Final = EngineRules(
     made_on_load=frozenset({"fp8"}),
     least_group=32,
     vocab_multiple=64,
+    block_multiples=MappingProxyType({"sparse": 64}),
     multiplexes=True,
     overlaps=frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"}),
     sources=MappingProxyType(
@@ -57,6 +58,7 @@ SGLANG: Final = EngineRules(
             "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
             "least_group": "srt/layers/quantization/moe_wna16.py",
             "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",
+            "block_multiples": "srt/layers/attention/dsa/dsa_indexer.py: pages of 64 tokens alone",
             "overlaps": "srt/batch_overlap/operations_strategy.py: layers of DeepSeek V2 and V3, Qwen3 MoE and MiMo V2",
             "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }
