@@ -775,6 +775,7 @@ def test_a_certificate_is_replayed_on_request(command: str) -> None:
     assert (replay["holds"], replay["disagreements"]) == (True, [])
     assert (replay["space"], replay["infeasible"]) == (certificate["space"], certificate["infeasible"])
     assert "the certificate holds." in " ".join(table.out.split())
+    assert "within the goals" not in " ".join(table.out.split())
     assert "check" not in json.loads(run(command, *CHEAP, *few, "--format=json").out)
 
 
@@ -960,7 +961,7 @@ def test_a_plot_of_measured_runs_is_written(runs: Path, tmp_path: Path) -> None:
     ran = run("validate", f"--measured={runs}", f"--plot={tmp_path / 'a.png'}", "--limit=1")
     assert ran.code == 0, ran
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "Runs (1 of 2, largest errors first)" in ran.out
+    assert "Runs (1 of 2, largest errors first: by" in ran.out
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b broken", b"", b"{}"])
@@ -970,7 +971,7 @@ def test_measured_runs_that_cannot_be_read_are_one_line(tmp_path: Path, content:
 
 
 def test_measured_runs_must_be_somewhere(tmp_path: Path) -> None:
-    assert "no such file or folder" in refused("validate", "--measured=~nobody/there")
+    assert "no such file or folder; docs/validation.md names" in refused("validate", "--measured=~nobody/there")
     assert "no such file or folder" in refused("validate", f"--measured={tmp_path / 'a.csv'}")
     assert "holds no measured runs" in refused("validate", f"--measured={tmp_path}")
     assert "needs --measured" in refused("profile", "fit")

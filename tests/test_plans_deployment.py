@@ -181,11 +181,13 @@ def test_what_is_no_pair_of_pools_is_refused_in_a_line(text: str) -> None:
         ("prefill{dp2 tp1} + decode{dp2 tp1} route=pull/", "is not of two sides"),
         ("prefill{dp2 tp1} + decode{dp2 tp1} route=pull,session", "one plan has one router for each pool"),
         ("prefill{dp2 tp1} + decode{dp2 tp1} route=vllm_dp", "name another router for the decode instances"),
+        ("prefill{dp2 tp1 + decode{dp2 tp1}", "a closing brace } is missing"),
+        ("prefill{dp2 tp1} + decode dp2 tp1}", "an opening brace { is missing"),
         ("dp2 tp1 route=pull/session", "is of prefill and decode instances"),
         ("tp1 route=pull/session", "is of prefill and decode instances"),
     ],
 )
-def test_routers_that_do_not_go_with_a_deployment_are_refused_by_what_they_are_of(text: str, said: str) -> None:
+def test_what_does_not_go_with_a_deployment_is_refused_by_what_it_is(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse_deployment(text, MODEL, ("h100",))
 

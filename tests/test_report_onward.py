@@ -67,6 +67,14 @@ def test_where_nothing_fits_it_tells_of_the_changes_found() -> None:
     assert "looks longer" in onward("plan", {}, found=False)
 
 
+def test_a_goal_is_only_to_be_eased_where_there_is_one() -> None:
+    pools: Document = {"question": {"serving": ["pools"], "slo": []}, "reason": "prefill{tp1}"}
+    for command, way in (("plan", "offer more GPUs"), ("simulate", "simulate another plan")):
+        assert onward(command, pools, found=False) == f"Next: {way}."
+        with_goal = pools | {"question": {"serving": ["pools"], "slo": ["ttft_p95<=1s"]}}
+        assert onward(command, with_goal, found=False) == f"Next: ease a goal, or {way}."
+
+
 def test_json_and_csv_end_without_it() -> None:
     for form in ("json", "csv"):
         assert "Next:" not in run("models", "--format", form).out

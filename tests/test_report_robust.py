@@ -72,6 +72,19 @@ def test_one_plan_alone_has_nothing_to_be_held_against() -> None:
     assert "nothing to compare: no other plan can run" in page
 
 
+def test_a_front_of_one_plan_alone_has_nothing_to_be_held_against() -> None:
+    gpu = (
+        "--model=llama-3.1-8b",
+        "--cluster=1xl40s",
+        "--clock=2520",
+        "--trace=poisson:rate=2,n=10,prompt=300,output=40",
+    )
+    words = ("pareto", *gpu, "--robust", "--objective=e2e_mean,cost")
+    assert json.loads(ONCE.run(*words, "--format=json").out)["robust"]["turns"] == []
+    page = ONCE.run(*words).out
+    assert "nothing to compare: no other plan can run" in page and "another, shorter" not in page
+
+
 def test_where_no_plan_fits_there_is_nothing_to_ask() -> None:
     ran = ONCE.run("plan", *CHEAP, "--robust", "--slo=ttft_p95<=1us", "--format=json")
     assert ran.code == 3

@@ -125,3 +125,16 @@ def test_a_front_without_deployments_has_nothing_to_be_held_against() -> None:
     objectives = load_objective("e2e_mean"), load_objective("energy")
     with pytest.raises(UsageError, match="no deployment"):
         robust_front(problem, pareto(problem, objectives, SPACE), SPACE)
+
+
+def test_where_no_other_plan_can_run_only_what_can_change_is_asked() -> None:
+    trace = make_trace(name="two", arrival_ns=[0, 10**8], prompt=[300, 300], output=[10, 10])
+    alone = make_problem(MODEL, make_cluster(1), trace)
+    objectives = load_objective("e2e_mean"), load_objective("energy")
+    front = pareto(alone, objectives, SPACE)
+    assert len(every(alone)) == len(front.candidates) == 1
+    assert robust_front(alone, front, SPACE).turns == ()
+    pair = make_problem(MODEL, make_cluster(2), trace)
+    both = pareto(pair, objectives, SPACE)
+    whose = {turn.times for turn in robust_front(pair, both, SPACE).turns}
+    assert ("others" in whose) == (len(every(pair)) > len(both.candidates))

@@ -51,9 +51,9 @@ def load_model(name_or_path: str) -> Model:
     near = difflib.get_close_matches(wanted.lower(), _names(), n=3)
     # Lower case where something is near, as the error compares spellings letter by letter.
     shown = wanted.lower() if near else name_or_path[:200]
-    looks_like_path = wanted.startswith((".", "/", "~")) or wanted.endswith(".json")
-    hint = f"no such file; {_WAYS}" if looks_like_path else _WAYS
-    raise UnknownNameError("model", shown, near or entries, hint=hint)
+    if wanted.startswith((".", "/", "~")) or wanted.endswith(".json"):
+        raise InputError(f"model {name_or_path[:200]!r}: no such file; {_WAYS}")
+    raise UnknownNameError("model", shown, near or entries, hint=_WAYS)
 
 
 def checkpoint_of(name_or_path: str) -> str:

@@ -64,7 +64,7 @@ def read_measured(path: Path, deployed: Deployed | None = None) -> Measurements:
     InputError    no such path, no run in it, or a file of a known layout with faults: the first, in one line
     """
     if not there(path):
-        raise InputError(f"{path}: no such file or folder; name measured runs as described in the README")
+        raise InputError(f"{path}: no such file or folder; docs/validation.md names what measured runs look like")
     single = not path.is_dir()
     if single:
         check_regular(path, want="name a file of measured runs or its folder")

@@ -175,6 +175,9 @@ def parse_deployment(text: str, model: Model, types: Sequence[str]) -> Deploymen
 def _pair(text: str, model: Model, types: Sequence[str]) -> Deployment:
     """A pool that computes prompts and one that answers them."""
     found = _PAIR.fullmatch(text)
+    if (opening := text.count("{")) != (closing := text.count("}")):
+        missing = "a closing brace }" if opening > closing else "an opening brace {"
+        raise UsageError(f"plan {text!r:.100}: {missing} is missing; such as: {_PAIR_EXAMPLE}")
     if found is None:
         raise UsageError(f"plan {text!r:.100}: braces are for two pools that hand over; such as: {_PAIR_EXAMPLE}")
     *parts, routing = found.groups()

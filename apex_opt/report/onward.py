@@ -74,10 +74,15 @@ def _explained_best(document: Document) -> str:
 def _missed(document: Document) -> str:
     """Where nothing fits: what would, if that was found."""
     if not _explained(document):
-        return "ease a goal, or offer more GPUs"
+        return f"{_easing(document)}offer more GPUs"
     if document.get("relaxations"):
         return "give one of the changes above as an option, or ask solve.py explain with the same options"
     return "solve.py explain --time_limit=60 with the same options looks longer for what would fit"
+
+
+def _easing(document: Document) -> str:
+    """The way out that there is only beside goals."""
+    return "ease a goal, or " if document.get("question", {}).get("slo") else ""
 
 
 def _simulated(document: Document) -> str:
@@ -90,7 +95,7 @@ def _simulated(document: Document) -> str:
 
 def _unserved(document: Document) -> str:
     if not _explained(document) or any(word in str(document.get("reason", "")) for word in ("share=", "{")):
-        return "ease a goal, or simulate another plan"
+        return f"{_easing(document)}simulate another plan"
     return "solve.py explain with the same options says what would fit"
 
 

@@ -39,6 +39,7 @@ _NO_MATTER: Final = (
     "make no difference: there are no goals but on the price, and clients do not send by the clock, so that all "
     "figures of all plans change alike"
 )
+_ALONE: Final = "nothing to compare: no other plan can run, and there are no goals to miss"
 _RANGE: Final = (
     f"with times from {STEP**-STEPS:.2f} to {STEP**STEPS:.2f} of those computed; a factor is found to 1%, and between "
     "two that were asked another plan may win"
@@ -170,6 +171,9 @@ def robust_front_section(console: Console, document: Document) -> None:
     """What was found of a front, where it was asked."""
     if (found := document.get("robust")) is None:
         return
+    if not found["turns"]:
+        console.print(Text.assemble(("How far times may be off", "bold"), f": {_ALONE}.\n"))
+        return
     rows = [
         (
             f"{turn['plan']}, longer" if turn["plan"] else _WHOSE[turn["times"], turn["slower"]],
@@ -183,6 +187,8 @@ def robust_front_section(console: Console, document: Document) -> None:
     ]
     heads = ("times of", "same at", "not at", "then joins", "then leaves", "because")
     table(console, "How far times may be off, as factors", heads, rows, left={0, 3, 4, 5})
+    if all(turn["times"] != "others" for turn in found["turns"]):
+        console.print(Text.assemble(("Another", "bold"), ": none, all plans that can run are on the front.\n"))
     if not found["common"]:
         console.print(Text.assemble(("Times of all plans", "bold"), f" {_NO_MATTER}.\n"))
     asked = f"{found['searches']:,} searches and {count(found['simulations'], 'run')} of plans of the front"
@@ -236,7 +242,7 @@ def _sentences(objective: Document, then: Sequence[Document], found: Document) -
     next_ = found["runner_up"]
     tolerant = any(one["tolerance"] for one in (objective, *then))
     if not found["turns"] and next_ is None and not tolerant:
-        yield "How far times may be off", "nothing to compare: no other plan can run, and there are no goals to miss"
+        yield "How far times may be off", _ALONE
         return
     if not found["common"]:
         yield (

@@ -228,6 +228,7 @@ HANDED: Final = {
     "wait_s": "wait for the read",
     "read_s": "read",
     "answer_s": "first token after it",
+    "outside_s": "client to engine and back",
 }
 """Parts of the time to the first token where prompts are handed over."""
 
@@ -375,7 +376,7 @@ def certificate_line(console: Console, document: Document) -> None:
         for part in document.get(name, ()):
             _proofs(console, document, part, NOUNS[shape], f", {of_types(shape, part['types'])}")
     if "check" in document:
-        _check(console, document["check"])
+        _check(console, document["check"], bool(document["question"]["slo"]))
 
 
 def lost_words(infeasible: Document) -> str:
@@ -446,14 +447,20 @@ def _against(certificate: Document, unit: str) -> str:
     return f"at best {least}, those shown have {found} or better"
 
 
-def _check(console: Console, check: Document) -> None:
-    """What replaying the certificate found."""
+def _check(console: Console, check: Document, goals: bool) -> None:
+    """What replaying the certificate found.
+
+    Parameters
+    ----------
+    console, check
+    goals : bool    whether there are any
+    """
     lost, same, chosen = sum(check["infeasible"].values()), check["repeated"], check.get("chosen")
     counted = count(check["space"], "deployment" if "parts" in check else "plan")
+    meeting = f", {check['meeting']:,} within the goals" if goals else ""
     replay = (
         f"{counted} counted again, {lost:,} infeasible, {same:,} the same with layers moved; "
-        f"{check['simulated']:,} simulated to the end{f' ({chosen})' if chosen else ''}, {check['meeting']:,} within "
-        "the goals"
+        f"{check['simulated']:,} simulated to the end{f' ({chosen})' if chosen else ''}{meeting}"
     )
     if check["holds"]:
         console.print(Text.assemble(("Check", "bold"), f": {replay}: the certificate holds.\n"))

@@ -72,12 +72,15 @@ def _runs(console: Console, document: Document, rows: list[Document], limit: int
             (f"  {row['plan']}", "predicted", *(_value(metric, cell and cell["predicted"]) for metric, cell in cells)),
             (f"  {row['engine']}, {row['cluster']}", "error", *(_error(row, *cell) for cell in cells)),
         ]
-    title = f"Runs ({len(shown)} of {len(rows)}, largest errors first)" if len(shown) < len(rows) else "Runs"
+    order = "largest errors first: by the mean |error| of a row, figures with * left out"
+    title = f"Runs ({len(shown)} of {len(rows)}, {order})" if len(shown) < len(rows) else "Runs"
     table(console, title, ("run", "", *(_HEADS[metric] for metric in metrics)), lines, left={0, 1}, kept=range(4))
-    asides = dict.fromkeys(text for row in rows for text in row["set_aside"].values())
-    for text in asides:
-        console.print(Text(f"* shown, but not in the summary: {text}"))
-    if asides:
+    marked = dict.fromkeys(text for row in shown for text in row["set_aside"].values())
+    others = dict.fromkeys(text for row in rows for text in row["set_aside"].values() if text not in marked)
+    for said, texts in (("* shown, but not", marked), ("of runs not shown, not", others)):
+        for text in texts:
+            console.print(Text(f"{said} in the summary: {text}"))
+    if marked or others:
         console.print()
 
 

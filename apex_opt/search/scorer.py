@@ -317,7 +317,8 @@ class Scorer:
         """What the first token of a request takes, part by part.
 
         Parts are its prompt; the wait until the decode instance reads it, for the proxy, room and a turn; the read, of
-        pages that are sent earlier what is left when the prompt is computed; and the rest until its token is seen.
+        pages that are sent earlier what is left when the prompt is computed; the batches until its token is there; and
+        the way between client and engine.
         """
         begin = np.maximum(outcome.read_ns[:, 0], outcome.prefilled_ns)
         parts = {
@@ -325,6 +326,7 @@ class Scorer:
             "wait": begin - outcome.prefilled_ns,
             "read": outcome.read_ns[:, 1] - begin,
             "answer": outcome.first_token_ns - outcome.read_ns[:, 1],
+            "outside": np.full(len(begin), self.outside_ns),
         }
         return {part: statistics_of(took / NS_PER_S, self.problem.percentiles) for part, took in parts.items()}
 

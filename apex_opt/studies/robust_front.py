@@ -122,6 +122,10 @@ class _Study:
         return FrontRobustness(turns=turns, common=self._moves, searches=self._searches, simulations=self._simulations)
 
     def _turns(self) -> Iterator[FrontTurn]:
+        # Without goals the front of the others is empty where all that can run are on the front.
+        others = bool(self._problem.slos) or bool(self._front(1.0, self._own))
+        if len(self._members) == 1 and not others:
+            return  # no other can run
         if self._moves:
             yield self._turn("all", self._with_all, slower=True)
             yield self._turn("all", self._with_all, slower=False)
@@ -132,7 +136,8 @@ class _Study:
                 return self._alone(one, rivals, factor)
 
             yield self._turn("best", alone, slower=True, of=one)
-        yield self._turn("others", self._with_others, slower=False)
+        if others:
+            yield self._turn("others", self._with_others, slower=False)
 
     def _turn(
         self, times: Times, change: Callable[[float], Change | None], *, slower: bool, of: Scored | None = None

@@ -67,13 +67,15 @@ class HandedFigures(Described):
     prompt_s : from arrival until the prompt is computed
     wait_s : until it begins to be read: proxy, room and a turn of the decode instance
     read_s : of the prompt; where it is sent meanwhile, what is left when it is computed
-    answer_s : until the first token is seen
+    answer_s : until the first token is there
+    outside_s : on the way between client and engine, in and out, which no part before counts
     """
 
     prompt_s: Statistics
     wait_s: Statistics
     read_s: Statistics
     answer_s: Statistics
+    outside_s: Statistics
 
 
 class Metrics(Described):
