@@ -101,7 +101,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         trace = at_rate(trace, ask.rate, loops_of(trace))
     model = _seeing(model, trace)
     serving = ways_to_serve(ask, trace, model)
-    routings, sides = routers_of(ask, serving)
+    routings, sides = routers_of(ask, serving, kind)
     rescheduling = moves_of(ask, trace, kind)
     times = kind.handing_over(ask.handover) if "pools" in serving or rescheduling else None
     if times is None and ask.handover is not None:
@@ -123,7 +123,8 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
             "here; give --engine_settings=idle_sleep_us=1000, or use vllm"
         )
     check_states(settings, model)
-    notes = (*notes, *settings.scheduler.told(chunked_prefill=settings.chunked_prefill))
+    keeping = model.state_bytes_per_sequence > 0
+    notes = (*notes, *settings.scheduler.told(chunked_prefill=settings.chunked_prefill, states=keeping))
     drafters = parse_speculation(ask.speculation)
     if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
         raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")

@@ -9,7 +9,7 @@ from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.ir.cells import State
 from apex_opt.plans.deployment import Serving
-from apex_opt.plans.routing import parse_routings, parse_sides
+from apex_opt.plans.routing import check_pushed, parse_routings, parse_sides
 from apex_opt.sharing import check_shared, plans_shares
 from apex_opt.simulator.rescheduling import Rescheduling, parse_rescheduling
 
@@ -76,9 +76,20 @@ def ways_to_serve(ask: Ask, trace: Trace, model: Model) -> tuple[Serving, ...]:
 
 
 def routers_of(
-    ask: Ask, serving: tuple[Serving, ...]
+    ask: Ask, serving: tuple[Serving, ...], kind: EngineKind
 ) -> tuple[tuple[Routing, ...], tuple[tuple[Routing, ...], tuple[Routing, ...]]]:
-    """Routers to choose from, before replicas that do both phases and before the instances of either side."""
+    """Routers to choose from, before replicas that do both phases and before the instances of either side.
+
+    Parameters
+    ----------
+    ask
+    serving : what may be deployed
+    kind : EngineKind
+
+    Raises
+    ------
+    UsageError    routers that do not go with what may be deployed, or with the engine
+    """
     if "pools" not in serving:
         if "/" in ask.routing:
             raise UsageError(
@@ -87,6 +98,8 @@ def routers_of(
             )
         return parse_routings(ask.routing), (("round_robin",), ("round_robin",))
     sides = parse_sides(ask.routing)
+    if kind.scheduler is SglangScheduling:
+        check_pushed((*sides[0], *sides[1]))
     if "/" in ask.routing and serving != ("pools",):
         raise UsageError(
             f"--routing: {ask.routing!r:.60} is of prefill and decode instances, and --serving has pools of both "

@@ -545,7 +545,11 @@ def test_that_prompts_stay_whole_where_chunks_were_asked_for_is_told() -> None:
     [
         ("context_chunking_policy=EQUAL_PROGRESS", False, ["context_chunking_policy=EQUAL_PROGRESS has no effect"]),
         ("context_chunking_policy=EQUAL_PROGRESS", True, []),
-        ("context_chunking_policy=FORCE_CHUNK", True, ["context_chunking_policy=FORCE_CHUNK is FIRST_COME"]),
+        (
+            "context_chunking_policy=FORCE_CHUNK",
+            True,
+            ["context_chunking_policy=FORCE_CHUNK is of no use for a model without"],
+        ),
         ("batch_wait_timeout_iters=5", False, ["batch_wait_timeout_iters has no effect"]),
         ("batch_wait_max_tokens_ratio=0.5", False, ["batch_wait_max_tokens_ratio has no effect"]),
         ("batch_wait_timeout_iters=5,batch_wait_max_tokens_ratio=0.5", False, []),
@@ -575,6 +579,9 @@ def test_trtllm_reuses_blocks_of_models_with_states_where_these_are_kept_as_well
         options(**hybrid | {"prefix_caching": False}, engine_settings="snapshot_interval=64", chunked_prefill=True)
     ).notes
     assert any("snapshot_interval has no effect without context_chunking_policy=FORCE" in note for note in notes)
+    forced = hybrid | {"prefix_caching": False, "engine_settings": "context_chunking_policy=FORCE_CHUNK"}
+    notes = resolve(options(**forced, chunked_prefill=True)).notes
+    assert any("FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval" in note for note in notes)
 
 
 @pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])
@@ -704,6 +711,10 @@ def test_routers_of_pools_are_those_of_either_side() -> None:
     [
         ({"routing": "pull/session"}, "give --serving=pools, or a router without a /"),
         ({"routing": "pull/session", "serving": "aggregated,pools"}, "give --serving=pools, or routers without a /"),
+        (
+            {"routing": "round_robin/pull", "serving": "pools", "engine": "sglang"},
+            "which pull does not; use one of round_robin, least_loaded, power_of_two, ",
+        ),
         ({"routing": "pull/vllm_dp", "serving": "pools"}, "vllm_dp is of requests as they come"),
         ({"routing": "pull/pull/pull", "serving": "pools"}, "routing 'pull/pull/pull' is not of two sides"),
         ({"plan": "prefill{dp2 tp1 route=pull} + decode{tp1}"}, "routers of pools stand behind these"),

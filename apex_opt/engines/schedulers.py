@@ -105,8 +105,14 @@ class Scheduling:
         """
         return seats
 
-    def told(self, *, chunked_prefill: bool) -> tuple[str, ...]:
-        """What has to be known of its own settings: those that do nothing beside the others, and what they cost."""
+    def told(self, *, chunked_prefill: bool, states: bool) -> tuple[str, ...]:
+        """What has to be known of its own settings: those that do nothing beside the others, and what they cost.
+
+        Parameters
+        ----------
+        chunked_prefill : bool
+        states : bool             whether the model has states, which may be kept
+        """
         return ()
 
     def room(self, lengths: Lengths, page: int, *, caches: bool) -> Ints:
@@ -319,14 +325,19 @@ class TrtllmScheduling(Scheduling):
     def may_preempt(self) -> bool:
         return self.capacity_policy == "MAX_UTILIZATION"
 
-    def told(self, *, chunked_prefill: bool) -> tuple[str, ...]:
+    def told(self, *, chunked_prefill: bool, states: bool) -> tuple[str, ...]:
         found, waits = [], (bool(self.batch_wait_timeout_iters), bool(self.batch_wait_max_tokens_ratio))
         if self.context_chunking_policy != CHUNKING_POLICIES[0] and not chunked_prefill:
             found.append(
                 f"context_chunking_policy={self.context_chunking_policy} has no effect without chunked prefill"
             )
         forces, every = self.context_chunking_policy == CHUNKING_POLICIES[2], self.snapshot_interval
-        if forces and not every:
+        if forces and not states:
+            found.append(
+                "context_chunking_policy=FORCE_CHUNK is of no use for a model without states, which it keeps: it is "
+                "FIRST_COME_FIRST_SERVED there; leave it out"
+            )
+        elif forces and not every:
             found.append("context_chunking_policy=FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval")
         if every and not forces:
             found.append("snapshot_interval has no effect without context_chunking_policy=FORCE_CHUNK")

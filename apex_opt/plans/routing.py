@@ -38,6 +38,21 @@ def check_routing(name: str) -> Routing:
     return name
 
 
+def check_pushed(names: Sequence[str]) -> None:
+    """Refuse routers that SGLang's pools do not go with.
+
+    Raises
+    ------
+    UsageError    one that holds requests back until an instance has a seat
+    """
+    if "pull" in names:
+        known = [name for name in ROUTINGS if name not in ("pull", "vllm_dp")]
+        raise UsageError(
+            "routing: sglang sends a request to a prefill and a decode instance at once, which pull does not; use one "
+            f"of {', '.join(known)}"
+        )
+
+
 def parse_routings(text: str) -> tuple[Routing, ...]:
     """Routers to choose from: their names with commas between them.
 

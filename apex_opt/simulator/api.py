@@ -8,7 +8,7 @@ import numpy as np
 
 from apex_opt.engines.schedulers import RESERVED, SglangScheduling, TrtllmScheduling, VllmScheduling
 from apex_opt.errors import CapacityError, UsageError
-from apex_opt.plans.routing import check_routing
+from apex_opt.plans.routing import check_pushed, check_routing
 from apex_opt.simulator.handover import LONGEST_NS, prompts_only
 from apex_opt.simulator.law import check_laws
 from apex_opt.simulator.pools import EnginePool, shares, sides
@@ -324,8 +324,8 @@ def run_disaggregated(
         _check_pool(pool, its)
     _check_alike([prefill, decode], unassigned=False)
     pushed = _check_pushed(prefill, decode, trace)
-    if pushed and "pull" in routing:
-        raise UsageError("routing: sglang sends a request to both instances at once, which pull does not; use another")
+    if pushed:
+        check_pushed(routing)
     if prefill.settings.block_size != decode.settings.block_size:
         sizes = f"{prefill.settings.block_size}, {decode.settings.block_size}"
         raise UsageError(f"prefill and decode instances have the same block_size, got {sizes}")
