@@ -199,7 +199,7 @@ def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
         yield fault
     if instance.settings.runnable is not None:
         yield from refusals(
-            instance.settings.runnable, instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan)
+            instance.settings.runnable, instance.model, instance.cluster, plan, limited(instance.settings, plan)
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.arguments import ExplainAsk
-from apex_opt.engines.overlap import OVERLAPS
+from apex_opt.engines.overlap import OVERLAPS, without_kernels
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.plan import parse_plan
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.arguments import Ask
+    from apex_opt.cluster.types import Cluster
     from apex_opt.engines.overlap import Overlap
     from apex_opt.ir import Model
     from apex_opt.plans.deployment import Serving
@@ -28,7 +29,7 @@ def plans_overlap(ask: Ask) -> bool:
 
 
 def overlaps_of(
-    ask: Ask, settings: EngineSettings, model: Model, serving: Sequence[Serving], types: int
+    ask: Ask, settings: EngineSettings, model: Model, serving: Sequence[Serving], clusters: Sequence[Cluster]
 ) -> tuple[Overlap | None, ...]:
     """What plans may overlap, to choose from; refused where the engine that is to run them cannot.
 
@@ -36,7 +37,7 @@ def overlaps_of(
     ----------
     ask, settings, model
     serving : ways to serve
-    types : int    of GPUs
+    clusters : of each type of GPU
 
     Raises
     ------
@@ -52,18 +53,20 @@ def overlaps_of(
         chosen += [name for name in OVERLAPS if name not in chosen]  # it is compared with what a search would find
     if chosen != [_NONE] or plans_overlap(ask):
         what = ",".join(name for name in chosen if name != _NONE) or OVERLAPS[0]
-        if fault := _fault(settings, model, serving, types):
+        if fault := _fault(settings, model, serving, clusters):
             raise UsageError(f"--overlap={what}: {fault}")
     return tuple(None if name == _NONE else name for name in chosen)  # type: ignore[misc]  # they are looked at above
 
 
-def _fault(settings: EngineSettings, model: Model, serving: Sequence[Serving], types: int) -> str | None:
+def _fault(
+    settings: EngineSettings, model: Model, serving: Sequence[Serving], clusters: Sequence[Cluster]
+) -> str | None:
     """Why no forward can be split into two batches; None where some can."""
     rules, scheduler = settings.runnable, settings.scheduler
     if not model.is_moe:
         return f"{model.name} has no experts that tokens are sent to; two batches hide that alone"
     if scheduler.splitting is None or (rules is not None and rules.overlaps == frozenset()):
-        name = scheduler.name if rules is None else rules.release
+        name = scheduler.name if rules is None or scheduler.splitting is None else rules.release
         return f"{name} does not split a forward into two batches; use --engine=vllm or --engine=sglang"
     if rules is not None and rules.overlaps is not None and model.family not in rules.overlaps:
         some = ", ".join(sorted(rules.overlaps))
@@ -73,8 +76,10 @@ def _fault(settings: EngineSettings, model: Model, serving: Sequence[Serving], t
         )
     if "aggregated" not in serving:
         return "forwards are split of replicas that do both phases of requests; add --serving=aggregated"
-    if types > 1:
+    if len(clusters) > 1:
         return "it is modelled on GPUs of one type; give a cluster of one"
+    if rules is not None and (why := without_kernels(clusters[0])) is not None:
+        return f"{why}, and {rules.release} splits forwards with them; --runnable=any shows what that would gain"
     if allotted(model, parse_plan("tp1", model), settings).groups:
         return f"layers of {model.name} keep different things, of which halves are not simulated"
     return None

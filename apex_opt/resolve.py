@@ -137,7 +137,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         settings, notes = fitted(ask, settings, trace, shares), (*notes, about_shares(shares), *others)
     elif ask.shares is not None:
         raise UsageError("--shares is of phases side by side on a GPU; give --serving=shared, or leave it out")
-    overlaps = overlaps_of(ask, settings, model, serving, len(clusters))
+    overlaps = overlaps_of(ask, settings, model, serving, clusters)
     notes = (*notes, *about_overlap(settings, asked=any(overlaps) or plans_overlap(ask)))
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):

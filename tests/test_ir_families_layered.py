@@ -27,7 +27,7 @@ from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.refusals import refusals
 
-H100 = load_cluster("1xh100-sxm").gpu
+H100 = load_cluster("1xh100-sxm")
 MODELS = Path(__file__).parent / "cases" / "models"
 
 

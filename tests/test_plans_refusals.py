@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import SMALL, dense, latent, make_cluster, make_gpu, make_model, make_problem, random_trace, sparse
+from plan_cases import SMALL, dense, latent, make_cluster, make_model, make_problem, random_trace, sparse
 
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, SGLANG, TRTLLM, VLLM
@@ -28,8 +28,10 @@ BLOCKS = Scheme(method="fp8", block=(128, 128))
 
 def said(rules: EngineRules, model: Model, plan: str, **changes: Any) -> str:
     """All that the engine has against a plan."""
-    gpu = make_gpu(capability=changes.pop("capability", 9.0))
-    return "; ".join(refusals(rules, model, gpu, parse_plan(plan, model), replace(SMALL, **changes)))
+    cluster = make_cluster(1, capability=changes.pop("capability", 9.0))
+    kind = changes.pop("link", "nvlink")
+    cluster = replace(cluster, intra=replace(cluster.intra, kind=kind))
+    return "; ".join(refusals(rules, model, cluster, parse_plan(plan, model), replace(SMALL, **changes)))
 
 
 @pytest.mark.parametrize(
@@ -202,17 +204,46 @@ def test_the_best_of_all_plans_is_one_that_the_engine_runs_and_lifting_the_rules
     refused = [answer.ledger.parts[0].infeasible["engine"] for answer in (ruled, free)]
     assert refused[0] > 0 == refused[1]
     plans = {c.plan for c in ruled.candidates}
-    assert all(not [*refusals(ENGINES[engine], model, cluster.gpu, plan, asked.settings)] for plan in plans)
+    assert all(not [*refusals(ENGINES[engine], model, cluster, plan, asked.settings)] for plan in plans)
     assert free.best.value <= ruled.best.value * (1 + 1e-9) or ENGINES[engine].dense_per_copy
-    kept = {c.plan for c in free.candidates if not [*refusals(ENGINES[engine], model, cluster.gpu, c.plan, SMALL)]}
+    kept = {c.plan for c in free.candidates if not [*refusals(ENGINES[engine], model, cluster, c.plan, SMALL)]}
     assert plans <= kept
+
+
+@pytest.mark.parametrize(
+    ("rules", "form", "changes", "why"),
+    [
+        (VLLM, "bf16", {}, ""),
+        (VLLM, "w4a16", {}, ""),
+        (VLLM, "bf16", {"capability": 8.9}, "DeepEP's kernels need compute capability 9.0, test-gpu has 8.9"),
+        (VLLM, "bf16", {"link": "pcie"}, "DeepEP's kernels need NVLink inside a node, test-gpu has pcie in 1x1"),
+        (VLLM, "w8a16", {}, "sends to experts in bf16, fp16, fp8,"),
+        (SGLANG, "fp8", {}, ""),
+        (SGLANG, "w4a16", {}, "SGLang 0.5 sends to experts in bf16, fp8 there, not in w4a16"),
+        (SGLANG, "nvfp4", {"capability": 10.0}, "not in nvfp4"),
+    ],
+)
+def test_forwards_are_split_where_the_kernels_that_send_run(
+    rules: EngineRules, form: str, changes: dict[str, Any], why: str
+) -> None:
+    model = replace(SPARSE, family="qwen3_moe")
+    text = said(rules, model, f"attn(dp4) ffn(ep4) {form} overlap=two_batches", **changes)
+    assert why in text and bool(text) == bool(why)
+    assert "overlap" not in said(rules, model, f"attn(dp4) ffn(ep4) {form}", **changes)
+
+
+def test_experts_of_some_checkpoints_have_no_kernels_that_forwards_are_split_with() -> None:
+    for rules, method, form in ((VLLM, "awq", "w4a16"), (SGLANG, "compressed-tensors", "fp8")):
+        model = replace(SPARSE, family="qwen3_moe", weight_format=form, scheme=Scheme(method=method))
+        text = said(rules, model, f"attn(dp4) ffn(ep4) {form} overlap=two_batches")
+        assert f"does not send to experts of {method} checkpoints" in text
 
 
 def test_a_gpu_without_a_cuda_capability_is_asked_for_none() -> None:
     cluster = load_cluster("1xmi300x")
     assert cluster.gpu.capability is None
     model = load_model("llama-3.1-8b")
-    assert not [*refusals(VLLM, model, cluster.gpu, parse_plan("tp1 fp8", model), SMALL)]
+    assert not [*refusals(VLLM, model, cluster, parse_plan("tp1 fp8", model), SMALL)]
     assert make_cluster(1).gpu.capability is not None
 
 

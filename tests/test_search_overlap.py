@@ -30,6 +30,7 @@ from apex_opt.engines.vllm import VLLM
 from apex_opt.evaluate import FAMILIES, OF_CUTS, Instance, space, tally, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
+from apex_opt.ir.formats import FORMATS
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import Plan, Template
 from apex_opt.search import Problem, Scorer, search
@@ -65,9 +66,20 @@ def split_instance(seed: int) -> Instance:
         settings = replace(settings, scheduler=SglangScheduling())
     if settings.runnable is not None:
         families = [None, None, frozenset({instance.model.family or ""}), frozenset({"another"})]
-        settings = replace(settings, runnable=replace(settings.runnable, overlaps=families[rng.integers(4)]))
+        settings = replace(
+            settings,
+            runnable=replace(
+                settings.runnable,
+                overlaps=families[rng.integers(4)],
+                split_formats=frozenset(name for name in FORMATS if rng.random() < 0.8),
+                whole_methods=frozenset({"gptq"}) if rng.random() < 0.3 else frozenset(),
+            ),
+        )
     gpu, room = instance.cluster.gpu, round(2 * GIB / settings.gpu_memory_utilization)  # of buffers
+    if gpu.cuda:
+        gpu = replace(gpu, capability=float(rng.choice([8.9, 9.0, 9.0, 10.0])))
     cluster = replace(instance.cluster, gpu=replace(gpu, memory_bytes=gpu.memory_bytes + room))
+    cluster = replace(cluster, intra=replace(cluster.intra, kind=str(rng.choice(["nvlink", "nvlink", "pcie"]))))
     return replace(instance, overlap=SPLIT, settings=settings, cluster=cluster)
 
 

@@ -4,17 +4,39 @@ While one half of the tokens computes, the other half sends its tokens to their 
 batch overlap (DBO), SGLang two-batch overlap (TBO). No engine asks what is gained: each splits by a rule of its own.
 
 Source: vLLM 0.20.2, `v1/worker/{ubatch_utils,dp_utils}.py`, `config/{parallel,compilation}.py`, `VLLM_DBO_COMM_SMS`;
-SGLang 0.5.23, `srt/batch_overlap/{two_batch_overlap,operations_strategy}.py`. Read, not recorded.
+SGLang 0.5.23, `srt/batch_overlap/{two_batch_overlap,operations_strategy}.py`; DeepEP's README, requirements. Read, not
+recorded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+if TYPE_CHECKING:
+    from apex_opt.cluster.types import Cluster
 
 Overlap = Literal["two_batches"]
 OVERLAPS: Final[tuple[str, ...]] = get_args(Overlap)
 """What a plan may overlap inside a GPU."""
+KERNELS: Final = "DeepEP"
+"""Whose kernels both engines send with where they split forwards."""
+KERNELS_FROM: Final = 9.0
+"""Least compute capability that they are built for."""
+KERNELS_LINK: Final = "nvlink"
+"""What they send over inside a node."""
+
+
+def without_kernels(cluster: Cluster) -> str | None:
+    """What keeps DeepEP's kernels from GPUs; None where they run."""
+    gpu, link = cluster.gpu, cluster.intra.kind
+    if gpu.capability is None:
+        return f"{KERNELS}'s kernels run on CUDA, and {gpu.name} does not"
+    if gpu.capability < KERNELS_FROM:
+        return f"{KERNELS}'s kernels need compute capability {KERNELS_FROM}, {gpu.name} has {gpu.capability}"
+    if link != KERNELS_LINK:
+        return f"{KERNELS}'s kernels need NVLink inside a node, {gpu.name} has {link} in {cluster.name}"
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

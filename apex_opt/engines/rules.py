@@ -71,6 +71,8 @@ class EngineRules:
                                     chooses or is given
     overlaps : set or None          families of which it splits forwards of attention ranks into two halves, one of
                                     which computes while the other sends; None: all
+    split_formats : set             weight formats whose experts run with the kernels that such forwards are sent by
+    whole_methods : set             methods of quantisation of a checkpoint whose experts do not, in whatever format
     rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
     sources : mapping               rule, by the name of its field, to where it was read or found
     """
@@ -112,6 +114,8 @@ class EngineRules:
     block_powers: bool = False
     multiplexes: bool = False
     overlaps: frozenset[str] | None = frozenset()
+    split_formats: frozenset[str] = frozenset()
+    whole_methods: frozenset[str] = frozenset()
     rotary_table: bool = False
     sources: Mapping[str, str]
 

@@ -43,6 +43,8 @@ SGLANG: Final = EngineRules(
     block_multiples=MappingProxyType({"sparse": 64}),
     multiplexes=True,
     overlaps=frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"}),
+    split_formats=frozenset({"bf16", "fp8"}),
+    whole_methods=frozenset({"compressed-tensors", "modelopt", "fbgemm_fp8"}),
     sources=MappingProxyType(
         {
             "ffn_copies": "srt/runtime_context.py: the FFN is cut over all GPUs of a stage",
@@ -60,6 +62,9 @@ SGLANG: Final = EngineRules(
             "vocab_multiple": "srt/layers/vocab_parallel_embedding.py",
             "block_multiples": "srt/layers/attention/dsa/dsa_indexer.py: pages of 64 tokens alone",
             "overlaps": "srt/batch_overlap/operations_strategy.py: layers of DeepSeek V2 and V3, Qwen3 MoE and MiMo V2",
+            "split_formats": "srt/layers/moe/ep_moe/layer.py: DeepGEMM runs both; others end in an assertion, and fp4 "
+            "computes prompts with the kernels for low latency, too (arg_groups/moe_hook.py), which is not modelled",
+            "whole_methods": "srt/layers/moe/ep_moe/layer.py: of quantised experts those of Fp8Config alone",
             "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }
     ),

@@ -89,6 +89,10 @@ VLLM: Final = EngineRules(
     whole_towers=frozenset({"kimi_linear"}),
     block_multiples=MappingProxyType({"latent": 16, "sparse": 64, "compressed": 256, "sinks": 16, "fp8": 16}),
     overlaps=None,
+    split_formats=frozenset(
+        {"bf16", "fp16", "fp8", "w8a8", "w4a16", "w4a16g64", "w4a16g32", "mxfp4", "mxfp8", "nvfp4"}
+    ),
+    whole_methods=frozenset({"awq"}),
     rotary_table=True,
     sources=MappingProxyType(
         {
@@ -116,6 +120,8 @@ VLLM: Final = EngineRules(
             "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",
             "block_multiples": "v1/attention/backends/*: get_supported_kernel_block_sizes; recorded verdicts",
             "overlaps": "config/vllm.py: use_ubatching takes an all2all backend of DeepEP, whatever the model",
+            "split_formats": "layers/fused_moe: _supports_parallel_config; WNA16 experts are split with 4 bits alone",
+            "whole_methods": "layers/quantization/awq_marlin.py: select_gemm_impl raises without LoRA",
             "rotary_table": "layers/rotary_embedding/base.py: cos_sin_cache",
         }
     ),

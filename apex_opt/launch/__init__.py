@@ -51,7 +51,7 @@ def launch(
     spoken = ENGINES[engine]
     asked = Asked(problem=problem, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
     replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
-    refused = [*refusals(spoken.rules, problem.model, problem.cluster.gpu, plan, asked.settings)]
+    refused = [*refusals(spoken.rules, problem.model, problem.cluster, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
         refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
     if refused:

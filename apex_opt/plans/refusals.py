@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.overlap import without_kernels
 from apex_opt.engines.rules import Held
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
@@ -13,7 +14,7 @@ from apex_opt.ir.formats import get_format
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from apex_opt.cluster.types import Gpu
+    from apex_opt.cluster.types import Cluster, Gpu
     from apex_opt.engines.rules import EngineRules
     from apex_opt.ir.cells import Cell
     from apex_opt.ir.model import Model
@@ -30,20 +31,20 @@ _NAMES: Final = {
 """Kinds of attention and of caches that blocks are asked for."""
 
 
-def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> Iterator[str]:
+def refusals(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan, settings: EngineSettings) -> Iterator[str]:
     """Why the engine cannot run the plan; nothing where it can.
 
     Parameters
     ----------
-    gpu : Gpu                    what the plan is on; its compute capability counts
+    cluster : Cluster            what the plan is on; the compute capability of its GPUs counts, and what links them
     settings : EngineSettings    its KV blocks count
     """
+    gpu = cluster.gpu
     # What no cut would mend comes first.
     yield from _formats(rules, model, gpu, plan)
     yield from _blocks(rules, model, plan, settings.block_size)
     yield from _shares(rules, plan)
-    if plan.overlap is not None and rules.overlaps is not None and model.family not in rules.overlaps:
-        yield f"overlap={plan.overlap}: {rules.release} splits no forward of {model.family or 'such'} models"
+    yield from _splits(rules, model, cluster, plan)
     yield from _cells(rules, model, plan)
     yield from _drafts(rules, plan)
     yield from _heads(rules, model, plan.attention)
@@ -54,6 +55,25 @@ def refusals(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan, settings: E
         for block in model.blocks:
             for cell in block.cells:
                 yield from scales.of_cell(cell, cut)
+
+
+def _splits(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan) -> Iterator[str]:
+    """Forwards in two halves, by the kernels that engines send with."""
+    if plan.overlap is None:
+        return
+    what = f"overlap={plan.overlap}"
+    if rules.overlaps is not None and model.family not in rules.overlaps:
+        yield f"{what}: {rules.release} splits no forward of {model.family or 'such'} models"
+    if (why := without_kernels(cluster)) is not None:
+        yield f"{what}: {why}"
+    wanted = get_format(plan.weight_format)
+    some = ", ".join(sorted(rules.split_formats))
+    for form in wanted.mixed or (wanted,):
+        if form.name not in rules.split_formats:
+            yield f"{what}: {rules.release} sends to experts in {some or 'no format'} there, not in {form.name}"
+    published = model.scheme if plan.weight_format == model.weight_format else None
+    if published is not None and published.method in rules.whole_methods:
+        yield f"{what}: {rules.release} does not send to experts of {published.method} checkpoints there"
 
 
 def _shares(rules: EngineRules, plan: Plan) -> Iterator[str]:

@@ -41,7 +41,7 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
         latest = min(FAMILIES.index(family) for family in families)
         refused = held = 0
         if rules is not None and "engine" in families:
-            refused = sum(1 for _ in refusals(rules, model, gpu, plan, limited(instance.settings, plan)))
+            refused = sum(1 for _ in refusals(rules, model, instance.cluster, plan, limited(instance.settings, plan)))
         if "memory" in families:
             stages = stage_memory(model, gpu, plan, limited(instance.settings, plan))
             held = max(needed_bytes(instance.blocks_needed(plan), stage) for stage in stages)

@@ -228,6 +228,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
         drafts += [
             _holds(model, "one_stage_split", [v.stages], ((s, runs.overlap and s == 1) for s in stages_of(instance))),
             _holds(model, "copies_split", [v.attention_dp], ((n, n > 1) for n in degrees)),
+            _holds(model, "formats_split", [v.formats], ((f, runs.splits(f)) for f in formats)),
             _holds(model, "no_drafts_split", [v.drafts], ((i, d is None) for i, d in drafted)),
             _holds(
                 model,

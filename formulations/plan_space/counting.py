@@ -67,6 +67,8 @@ def count(instance: Instance, families: Sequence[str]) -> int:
         replicas = [count_repeated(n, instance.routings) for n in range(gpus + 1)]
         pipelines = [0] + [sum(replicas[gpus // (s * g)] * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
         for index, n in formats.items():
+            if split and index is not None and not runs.splits(index):
+                continue
             total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=shared, split=split)
     return total * len(instance.batch_limits)
 

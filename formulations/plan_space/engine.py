@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from apex_opt.engines.overlap import KERNELS_FROM, KERNELS_LINK
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
 
@@ -57,7 +58,19 @@ class Runs:
             return True
         families = None if self.rules is None else self.rules.overlaps
         known = families is None or self.instance.model.family in families
+        if self.rules is not None:
+            cluster = self.instance.cluster
+            known &= (cluster.gpu.capability or 0.0) >= KERNELS_FROM and cluster.intra.kind == KERNELS_LINK
         return known and self.instance.settings.scheduler.name in ("vllm", "sglang")
+
+    def splits(self, index: int) -> bool:
+        """Whether the kernels that split forwards are sent by run experts of a weight format, by its index."""
+        if self.rules is None or self.instance.overlap is None:
+            return True
+        model, name = self.instance.model, self.instance.weight_formats[index]
+        if model.scheme is not None and name == model.weight_format and model.scheme.method in self.rules.whole_methods:
+            return False
+        return set(name.split("+")) <= self.rules.split_formats
 
     def stages(self, count: int) -> bool:
         """Whether the model may be cut into so many stages."""
