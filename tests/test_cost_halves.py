@@ -141,3 +141,27 @@ def test_halves_use_no_less_energy_and_memory_and_their_times_are_told_without_w
     assert told == pytest.approx(float(outcome.busy_ns.mean()) / NS_PER_S, rel=0.2)
     above = [usage.energy_j - usage.idle_energy_j for usage in (whole, split)]
     assert above[1] > 0.9 * above[0]
+
+
+@pytest.mark.parametrize("gap_s", [0.0, 0.001, 0.02])
+@pytest.mark.parametrize("bytes_per_s", [2e9, 400e9])
+def test_times_by_operation_are_not_negative_and_fit_the_run_with_communication_among_them(
+    gap_s: float, bytes_per_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VllmScheduling, "splitting", ALWAYS)
+    links = replace(PROBLEM.cluster, intra=replace(PROBLEM.cluster.intra, bytes_per_s=bytes_per_s))
+    lengths = [40 + 97 * number % 700 for number in range(60)]
+    trace = make_trace(
+        name="uneven",
+        arrival_ns=[int(number * gap_s * NS_PER_S) for number in range(60)],
+        prompt=lengths,
+        output=[1 + length % 30 for length in lengths],
+    )
+    scorer = Scorer(replace(PROBLEM.offering(cluster=links), trace=trace))
+    outcome = scorer.run(Deployment.of(SPLIT))
+    assert outcome is not None and outcome.pools[0].shared is not None
+    spent = scorer.simulate(Deployment.of(SPLIT)).only.usage.operations_s
+    assert min(spent.values()) >= 0.0 < spent["communication"]
+    assert "hidden" not in spent
+    makespan_s = (outcome.makespan_ns + scorer.facts().plan_cost(SPLIT).request_ns) / NS_PER_S
+    assert sum(spent.values()) == pytest.approx(makespan_s)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from apex_opt.report.layout import amount, kilojoules, notes_lines, page_width
+from apex_opt.report.layout import amount, kilojoules, notes_lines, page_width, seconds
 
 
 def drawn(draw: Any, *given: Any, width: int = 80, **named: Any) -> list[str]:
@@ -98,3 +98,7 @@ def test_behind_a_pipe_pages_are_as_wide_as_the_terminal_that_is_left(where: str
 def test_an_energy_is_told_in_kilojoules_and_of_a_short_run_in_whole_joules(joules: float, told: str) -> None:
     assert kilojoules(joules) == told
     assert amount(joules, "J") == f"{told} kJ"
+
+
+def test_a_time_below_zero_has_the_unit_of_one_as_far_above() -> None:
+    assert [seconds(value) for value in (-2.04, -0.002, -3e-6)] == ["-2.04 s", "-2.0 ms", "-3.0 us"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from apex_opt.cost.tables import seen
+from apex_opt.cost.tables import HIDDEN, seen
 from apex_opt.ir.formats import get_format
 from apex_opt.units import NS_PER_S, add_up
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from apex_opt.simulator.outcome import BatchCounts, SharedCounts
 
 _OF_ONE_COPY = frozenset({"chunk_ns", "pair_rate", "chunk_context_rate", "seen_pair_rate"})
+_OF_DUMMIES = frozenset({"together decode", "decode_ns", "verify_ns"})
+"""Tables whose smallest entry that is used is that of a forward of dummies, where there were some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,8 @@ class Usage:
     ----------
     energy_j, idle_energy_j : float      idle is the part drawn whether or not anything ran
     mfu, mbu : float                     share of peak arithmetic (of the plan's format) and of peak memory bandwidth
-    operations_s : mapping               mean time per GPU spent in each operation; "idle" is the rest
+    operations_s : mapping               mean time per GPU spent in each operation; "idle" is the rest. Of communication
+                                         that which no computing hides
     """
 
     energy_j: float
@@ -50,6 +53,7 @@ class Done(NamedTuple):
     """
 
     operation: str
+    table: str
     work: Work
     entry: NDArray[np.int64]
     used: NDArray[np.float64]
@@ -82,7 +86,7 @@ def done_of(plan: Plan, cost: PlanCost, counted: BatchCounts, shared: SharedCoun
                 if cost.ranks is None:
                     of_one = table.partition("/")[0] in _OF_ONE_COPY
                 copies = plan.attention.dp if of_one else 1
-                yield Done(operation, work, entries[table], counts[table], times, copies)
+                yield Done(operation, table, work, entries[table], counts[table], times, copies)
 
 
 def account(
@@ -112,6 +116,7 @@ def account(
     makespan_s = (makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
     seconds: dict[str, float] = {}
+    of_dummies: dict[str, float] = {}
     for done in done_of(plan, cost, counted, shared):
         devices = done.times * plan.stage_devices / done.copies
         flops += devices * float(done.used @ done.work.flops[done.entry])
@@ -120,6 +125,20 @@ def account(
         spent = done.times * float(done.used @ done.work.seconds[done.entry])
         spent /= done.copies * plan.stages * plan.replicas
         seconds[done.operation] = seconds.get(done.operation, 0.0) + spent
+        if shared is not None and done.table in _OF_DUMMIES and len(done.entry):
+            one = done.times * float(done.work.seconds[done.entry[0]])
+            of_dummies[done.operation] = of_dummies.get(done.operation, 0.0) + one
+    if (hidden := seconds.pop(HIDDEN, None)) is not None:
+        seconds["communication"] = left_of(seconds["communication"], hidden, cost)
+    over = add_up(seconds.values()) - makespan_s
+    if over > 0 and hidden is not None and shared is not None and shared.dummies:
+        # Ranks go on after the last token, with dummies, until they agree that none has requests left.
+        most = shared.dummies / (plan.attention.dp * plan.stages * plan.replicas)
+        after = min(over / add_up(of_dummies.values()), most)
+        seconds = {name: max(spent - after * of_dummies.get(name, 0.0), 0.0) for name, spent in seconds.items()}
+        over = add_up(seconds.values()) - makespan_s
+    if over > 0 and hidden is not None:  # what ranks compute over their contexts hides some of it as well
+        seconds["communication"] = left_of(seconds["communication"], -over, cost)
     seconds["idle"] = max(0.0, makespan_s - add_up(seconds.values()))
     run_s, (peak, rate) = max(makespan_s, 1e-12), rates_of(plan, model)
     idle_j = idle_w(model, plan) * makespan_s
@@ -130,6 +149,22 @@ def account(
         mbu=moved / (run_s * rate),
         operations_s=dict(sorted(seconds.items(), key=lambda item: -item[1])),
     )
+
+
+def left_of(sent_s: float, hidden_s: float, cost: PlanCost) -> float:
+    """Seconds of sending that are not hidden, at least those of the first half of one of a stage's layers.
+
+    What is hidden is counted as if every rank had as many tokens as the largest, what is sent as they are.
+
+    Parameters
+    ----------
+    sent_s : float      that everything sent takes
+    hidden_s : float    what computing hides of it, below zero
+    cost : PlanCost     of a plan that splits forwards
+    """
+    assert cost.ranks is not None
+    layers = max(law.halves.layers for law in cost.ranks.shared if law.halves is not None)
+    return max(sent_s + hidden_s, sent_s / (2 * layers))
 
 
 def rates_of(plan: Plan, model: CostModel) -> tuple[float, float]:

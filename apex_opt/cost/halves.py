@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from apex_opt.cost.tables import Parts, merged, times
+from apex_opt.cost.tables import HIDDEN, Parts, merged, times
 from apex_opt.cost.work import Work
 from apex_opt.simulator.ranks import Halves
 
@@ -64,7 +64,8 @@ class Layers(NamedTuple):
 def halves_of(costs: StageCosts, layers: Layers) -> tuple[Halves, Parts]:
     """What forwards of a stage take in two halves, and the work that is more than that of forwards which are not split.
 
-    Where the time went is told by the largest rank's tokens, as if all had as many. No half saves energy or traffic.
+    Where the time went is told by the largest rank's tokens, as if all had as many; what of it is hidden, apart.
+    No half saves energy or traffic.
 
     Parameters
     ----------
@@ -110,7 +111,8 @@ def halves_of(costs: StageCosts, layers: Layers) -> tuple[Halves, Parts]:
         hidden = computes[kind] + sends - took
         engine = Work.waiting(costs.profile.power, host[kind])
         parts: list[Parts] = [
-            {("communication", f"together split {kind}"): _less(_more(layers.sent), hidden)},
+            {("communication", f"together split {kind}"): _more(layers.sent)},
+            {(HIDDEN, f"together split {kind}"): _nothing_but(-hidden)},
             {("engine", f"together split {kind}"): _beyond(engine, layers.engine["engine", f"together {kind}"])},
         ]
         for pieces, wanted in ((layers.own, table), (layers.together, f"together {kind}")):
@@ -165,9 +167,10 @@ def _beyond(both: Work, work: Work) -> Work:
     )
 
 
-def _less(work: Work, hidden: Floats) -> Work:
-    """A work without the seconds that are hidden."""
-    return replace(work, seconds=work.seconds - hidden)
+def _nothing_but(seconds: Floats) -> Work:
+    """Time in which nothing is computed or moved, and that costs no energy."""
+    zero = np.zeros_like(seconds)
+    return Work(seconds=seconds, flops=zero, moved=zero, joules=zero)
 
 
 def _by_tokens(work: Work, mean: Ints, table: str) -> Work:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.cost.accounting import done_of, rates_of
+from apex_opt.cost.accounting import done_of, left_of, rates_of
+from apex_opt.cost.tables import HIDDEN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,6 +84,8 @@ def head_room(
             took = np.array([float(done.used @ table[done.entry]) for table in tables])
             took *= done.times / (done.copies * plan.stages * plan.replicas)
             spent[done.operation] = spent.get(done.operation, np.zeros(3)) + took
+        if (hidden := spent.pop(HIDDEN, None)) is not None:
+            spent["communication"][0] = left_of(float(spent["communication"][0]), float(hidden[0]), cost)
         asked = dict.fromkeys(("batch", "compute", "memory", "network", "host"), 0.0)
         for operation, (seconds, flops, moved) in spent.items():
             asked["batch"] += seconds

@@ -28,6 +28,8 @@ Parts = dict[tuple[str, str], Work]
 """Work per (operation, table); tables are the fields of `simulator.law.BatchLaw`."""
 
 
+HIDDEN: Final = "hidden"
+"""In place of an operation, the time of sending that computing hides; it is below zero."""
 OF_CHUNKS: Final = ("chunk_ns", "pair_rate", "chunk_context_rate")
 """Tables of prompts, by their chunks."""
 

@@ -209,11 +209,11 @@ def seconds(value: float | None) -> str:
     """A duration with the unit that suits it."""
     if value is None:
         return "-"
-    if value < 1e-3:
+    if abs(value) < 1e-3:
         return f"{value * 1e6:.1f} us"
-    if value < 1:
+    if abs(value) < 1:
         return f"{value * 1e3:.1f} ms"
-    return f"{value:.2f} s" if value < 1e4 else f"{value:,.0f} s"
+    return f"{value:.2f} s" if abs(value) < 1e4 else f"{value:,.0f} s"
 
 
 def amount(value: float | None, unit: str) -> str:
