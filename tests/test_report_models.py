@@ -82,6 +82,22 @@ def test_a_tower_that_is_known_is_not_left_out() -> None:
     assert "Left out" not in apex_opt.models(supports="llama-3.1-8b").page()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("codegen-16b", "vLLM 0.20: it has no class of its own"),
+        ("baichuan2-13b", "vLLM 0.20: its checkpoint brings code"),
+        ("falcon-7b", None),
+        ("clip-vit-large-patch14", "vLLM 0.20: it is not cut into stages."),
+    ],
+)
+def test_what_runs_a_model_is_told_in_one_line_where_there_is_something_to_know(name: str, said: str | None) -> None:
+    read = apex_opt.models(supports=str(CASES / "models" / f"{name}.json"))
+    assert ("runs" in read.to_dict()) is (said is not None)
+    lines = [line for line in read.page().splitlines() if line.startswith("vLLM 0.20: ")]
+    assert [line.startswith(said or "") for line in lines] == [True] * (said is not None)
+
+
 def test_layers_of_one_cell_name_no_other() -> None:
     row = model_row(load_model("nemotron-3-nano-30b-a3b"))
     assert sum(row.cells.values()) == row.layers

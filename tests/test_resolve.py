@@ -584,6 +584,20 @@ def test_trtllm_reuses_blocks_of_models_with_states_where_these_are_kept_as_well
     assert any("FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval" in note for note in notes)
 
 
+def test_trtllm_reuses_nothing_of_models_with_states_alone() -> None:
+    falcon = str(Path(__file__).parent / "cases" / "models" / "falcon-mamba-7b.json")
+    asked = {
+        "engine": "trtllm",
+        "model": falcon,
+        "trace": "static:n=2,prompt=64,prefix=(32,1)",
+        "engine_settings": "context_chunking_policy=FORCE_CHUNK,snapshot_interval=64",
+        "chunked_prefill": True,
+    }
+    with pytest.raises(UsageError, match="falcon-mamba-7b has states alone; those that trtllm keeps"):
+        resolve(options(**asked, prefix_caching=True))
+    assert not resolve(options(**asked, prefix_caching=False)).settings.prefix_caching
+
+
 @pytest.mark.parametrize("speculation", ["ngram:4", "none,ngram:2"])
 def test_that_no_batch_is_formed_ahead_of_drafts_made_between_batches_is_told(speculation: str) -> None:
     asked = {"speculation": speculation, "acceptance": "1.5"}

@@ -241,6 +241,11 @@ def check_states(settings: EngineSettings, model: Model) -> None:
             f"--engine_settings: snapshot_interval is of models with states, which {model.name} has none of; leave it "
             "out"
         )
+    if settings.prefix_caching and has_states and model.kv_bytes_per_token(1) == 0:
+        raise UsageError(
+            f"--prefix_caching: {model.name} has states alone; those that trtllm keeps are simulated as kept as long "
+            "as the KV block that ends with them, and where there are no such blocks nothing bounds them; leave it out"
+        )
     keeps = own.context_chunking_policy == "FORCE_CHUNK" and own.snapshot_interval and settings.chunked_prefill
     if settings.prefix_caching and has_states and not keeps:
         raise UsageError(

@@ -436,6 +436,7 @@ class Models(Document):
     status: str
     asked: str | None = None
     reason: str | None = None
+    runs: str | None = None
     models: tuple[ListedModel, ...]
 
 

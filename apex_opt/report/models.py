@@ -11,6 +11,7 @@ from rich.text import Text
 from apex_opt.cluster import load_cluster
 from apex_opt.cost.cells import Operations
 from apex_opt.cost.tables import Tables
+from apex_opt.engines import VLLM
 from apex_opt.errors import InputError
 from apex_opt.ir import list_models, load_model
 from apex_opt.ir.cells.skipped import Skipped
@@ -48,7 +49,7 @@ def models_document(asked: str | None) -> listed.Models:
         model = load_model(asked)
     except InputError as error:
         return listed.Models(status="refused", asked=asked, reason=str(error), models=())
-    return listed.Models(status="read", asked=asked, models=(model_row(model),))
+    return listed.Models(status="read", asked=asked, runs=_runs(model), models=(model_row(model),))
 
 
 def model_row(model: Model) -> listed.ListedModel:
@@ -74,6 +75,18 @@ def model_row(model: Model) -> listed.ListedModel:
         tower_reads=model.tower and model.tower.reads,
         tower_parameters=model.tower and model.tower.parameters,
     )
+
+
+def _runs(model: Model) -> str | None:
+    """What is to be known of the engine whose rules were held against its own code; None where there is nothing."""
+    family, found = model.family, []
+    if family in VLLM.without_class:
+        found.append("it has no class of its own, and refuses it or runs one of Transformers, whose times are others")
+    if family in VLLM.brought_code:
+        found.append("its checkpoint brings code, which engines run where they are told to trust it")
+    if family in VLLM.whole_models or (model.tied_embeddings and family in VLLM.whole_when_tied):
+        found.append("it is not cut into stages")
+    return f"{VLLM.release}: {'; '.join(found)}." if found else None
 
 
 def _kept_bytes(model: Model, kv_bytes: int) -> int:
@@ -114,6 +127,8 @@ def models_page(document: Document) -> str:
             console.print(Text(f"{row['name']} is read."), soft_wrap=True)
             for text in _left_out(row):
                 console.print(Text(text), soft_wrap=True)
+            if "runs" in document:
+                console.print(Text(document["runs"]), soft_wrap=True)
             console.print()
         if document["models"]:
             _models(console, document["models"])
