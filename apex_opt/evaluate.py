@@ -264,7 +264,10 @@ def _memory(instance: Instance, plan: Plan) -> Iterator[str]:
     if blocks < need:
         worst = max(memory, key=lambda stage: needed_bytes(need, stage))
         kv = (need + 1) * worst.kv_block_bytes
-        states = f", states {worst.states_bytes / GB:.1f}" if worst.states_bytes else ""
+        states = ""
+        if worst.states_bytes:
+            seats = state_seats(plan, limited(instance.settings, plan))
+            states = f", states of {seats:,} sequences at once {worst.states_bytes / GB:.1f}"
         yield (
             f"a GPU needs {needed_bytes(need, worst) / GB:.1f} GB (weights {worst.weights_bytes / GB:.1f}, "
             f"workspace {(worst.workspace_bytes + worst.runtime_bytes) / GB:.1f}, KV cache of {instance.longest} "

@@ -159,6 +159,14 @@ def test_an_answer_has_its_intervals_or_says_that_nothing_was_measured() -> None
     assert all(one["low"] is None and one["of"] == "nothing comparable was measured" for one in figures)
 
 
+@pytest.mark.parametrize("more", ["--prefix_caching=true", "--model=whisper-large-v3"])
+def test_of_reused_prefixes_and_encoders_nothing_comparable_was_measured(more: str) -> None:
+    model = () if more.startswith("--model") else ("--model=llama-3.1-8b",)
+    words = ("simulate", "--plan=tp1", *model, "--trace=static:n=2,prompt=16,output=2", "--format=json")
+    figures = json.loads(run(*words, "--cluster=1xh200-sxm", more).out)["expected"]
+    assert all(one["low"] is None and one["of"] == "nothing comparable was measured" for one in figures)
+
+
 def test_a_goal_that_is_met_by_less_than_the_expected_error_is_told() -> None:
     words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=2,prompt=16,output=2", "--format=json")
     mean = json.loads(run(*words, "--cluster=1xh200-sxm").out)["best"]["metrics"]["tpot_s"]["mean"]

@@ -13,6 +13,7 @@ from plan_cases import (
     SMALL,
     beside,
     dense,
+    keeping,
     latent,
     make_cluster,
     make_gpu,
@@ -28,6 +29,7 @@ from test_search_shapes_disaggregated import SLEEPY, TIMES
 from apex_opt.arguments import PlanAsk
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, VLLM
+from apex_opt.engines.schedulers import TrtllmScheduling
 from apex_opt.evaluate import space, violations
 from apex_opt.figures import parse_goals
 from apex_opt.figures.measure import each
@@ -61,6 +63,8 @@ def changed(problem: Problem, relaxation: Relaxation) -> Problem:
             problem = replace(problem, slos=parse_goals(value))
         elif name == "max_model_len":
             problem = replace(problem, settings=replace(problem.settings, max_model_len=int(value)))
+        elif name == "max_num_seqs":
+            problem = replace(problem, settings=replace(problem.settings, max_num_seqs=int(value)))
         elif name == "serving":
             problem = replace(problem, serving=tuple(value.split(",")))  # type: ignore[arg-type]
         elif name == "nodes":
@@ -204,6 +208,17 @@ def test_a_request_too_long_for_the_cache_may_be_cut_to_the_last_token_that_fits
     for longest, fits in ((tokens, True), (tokens + 1, False)):
         asked = replace(problem, settings=replace(settings, max_model_len=longest))
         assert any(not violations(asked.instance(), plan) for plan in space(asked.instance())) is fits
+
+
+def test_where_states_of_all_sequences_do_not_fit_fewer_sequences_are_proposed_first() -> None:
+    model = make_model((keeping(dense(), state_bytes=10**9), 2))
+    settings = replace(SMALL, scheduler=TrtllmScheduling(), max_num_seqs=64)
+    problem = make_problem(model, "1xh100-sxm", random_trace(0, 4), settings=settings)
+    found = explain(problem, SPACE)
+    assert "states of 64 sequences at once 128.0" in " ".join(found.clashes[0].facts)
+    first = found.tried.found[0]
+    assert first.options == {"max_num_seqs": "32"}
+    assert violations(changed(problem, first).instance(), first.solved.deployment.pools[0].plan) == ()
 
 
 def test_an_engine_that_runs_it_is_proposed_where_the_one_asked_for_does_not() -> None:

@@ -23,10 +23,15 @@ NOTHING: Final = "nothing comparable was measured"
 
 
 def kind_of(problem: Problem, scored: Scored) -> Kind | None:
-    """What a run is of; None where none was measured: several pools, drafts, shares, schedulers for comparison."""
+    """What a run is of; None where none was measured.
+
+    That is of several pools, drafts, shares, overlap, schedulers for comparison, of reused prefixes, of models that
+    read with an encoder (images too) or answer with a vector.
+    """
     engine, metrics = problem.overhead.kernels, scored.metrics
     plans, types = [use.pool.plan for use in scored.pools], scored.pools[0].pool.types or problem.types
     unusual = any(plan.speculation is not None or plan.shares is not None or plan.overlap is not None for plan in plans)
+    unusual |= problem.settings.prefix_caching or problem.model.pools or problem.model.encoder is not None
     if unusual or len(plans) > 1 or len(types) > 1 or problem.settings.scheduler.name != engine:
         return None
     in_flight = metrics.value("throughput") * metrics.latency_s["e2e"]["mean"] / scored.devices

@@ -12,7 +12,10 @@ from apex_opt.cluster import list_clusters, load_cluster
 from apex_opt.cluster.catalogue import is_catalogued
 from apex_opt.engines import ENGINES
 from apex_opt.ir.formats import FORMATS
+from apex_opt.plans.engine import limited
+from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import default_kv_format
+from apex_opt.search.nearest import nearest
 from apex_opt.studies.explain.solving import OutOfTime, Solved
 
 if TYPE_CHECKING:
@@ -80,6 +83,8 @@ def relax(clashing: Sequence[Clash], blamed: Goals, work: Work) -> Tried:
         kinds.append(("pools that do both phases", partial(_first, _both_phases(problem), work)))
     if blamed:
         kinds.append(("other limits of the goals", partial(_easier_goals, blamed, work)))
+    if memory and not format_alone and _keeps_states(problem):
+        kinds.append(("fewer sequences at once", partial(_fewer_sequences, work)))
     if memory and not format_alone:
         kinds.append(("a shorter max_model_len", partial(_shorter, work)))
     if any("engine" in clash.of for clash in clashing) and (ways := _block_sizes(problem)):
@@ -179,6 +184,29 @@ def _kv_formats(problem: Problem) -> list[tuple[Problem, dict[str, str], str]]:
         return []
     changed = problem.offering(kv_formats=("fp8",) * len(problem.offer.kv_formats))
     return [(changed, {"kv": "fp8"}, "KV cache in fp8")]
+
+
+def _keeps_states(problem: Problem) -> bool:
+    """Whether memory is held beside the KV cache for the state of every sequence that can run at once."""
+    instance = problem.instance()
+    plan, _ = nearest(instance)
+    stages = stage_memory(instance.model, instance.cluster.gpu, plan, limited(instance.settings, plan))
+    return any(stage.states_bytes for stage in stages)
+
+
+def _fewer_sequences(work: Work) -> list[Relaxation]:
+    """Half as many sequences at once, again and again until their states leave room for a plan."""
+    problem, most = work.problem, work.problem.settings.max_num_seqs
+    seqs = most
+    while seqs > 1:
+        seqs //= 2
+        limits = dict.fromkeys((one and min(one, seqs), tokens) for one, tokens in problem.batch_limits)
+        settings = replace(problem.settings, max_num_seqs=seqs)
+        changed = replace(problem, settings=settings, batch_limits=tuple(limits))
+        if work.some(changed) is not None:
+            text = f"at most {seqs:,} sequences at once in place of {most:,}, with a state each"
+            return _first([(changed, {"max_num_seqs": str(seqs)}, text)], work)
+    return []
 
 
 def _shorter(work: Work) -> list[Relaxation]:
