@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from apex_opt.arguments import ExplainAsk
 from apex_opt.engines.overlap import OVERLAPS, without_kernels
 from apex_opt.errors import UnknownNameError, UsageError
+from apex_opt.plans.acceptance import parse_speculation
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.plan import parse_plan
 
@@ -55,7 +56,20 @@ def overlaps_of(
         what = ",".join(name for name in chosen if name != _NONE) or OVERLAPS[0]
         if fault := _fault(settings, model, serving, clusters):
             raise UsageError(f"--overlap={what}: {fault}")
+        if _NONE not in chosen and tuple(serving) == ("aggregated",) and _only_drafts(ask):
+            raise UsageError(
+                f"--overlap={what}: it is modelled without drafts, and --speculation={ask.speculation:.60} has every "
+                "plan make some; give --speculation=none, or --overlap=none"
+            )
     return tuple(None if name == _NONE else name for name in chosen)  # type: ignore[misc]  # they are looked at above
+
+
+def _only_drafts(ask: Ask) -> bool:
+    """Whether drafts are made by every plan that is searched, or by the one that is given, unless it names none."""
+    if any(drafter is None for drafter in parse_speculation(ask.speculation)):
+        return False
+    words = str(getattr(ask, "plan", "")).lower()
+    return isinstance(ask, ExplainAsk) or not ("spec=none" in words or f"overlap={_NONE}" in words)
 
 
 def _fault(

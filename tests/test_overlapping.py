@@ -51,6 +51,7 @@ def test_the_choice_is_what_is_named_and_none_by_default() -> None:
         ({"serving": "pools"}, UsageError, "add --serving=aggregated"),
         ({"cluster": "1xh100-sxm+1xh200-sxm"}, UsageError, "give a cluster of one"),
         ({"model": "gpt-oss-20b"}, UsageError, "layers of gpt-oss-20b keep different things"),
+        ({"overlap": "two_batches", "speculation": "ngram:2"}, UsageError, "without drafts, .*give --speculation=none"),
     ],
 )
 def test_what_cannot_be_overlapped_is_refused_in_a_line(
@@ -68,6 +69,26 @@ def test_a_plan_says_what_it_overlaps_or_takes_what_all_have() -> None:
     assert resolve_plan(f"{PLAN} overlap=none", SimulateAsk(**given))[1].plan.overlap is None
     given["overlap"] = "none,two_batches"
     assert resolve_plan(PLAN, SimulateAsk(**given))[1].plan.overlap is None
+
+
+def test_drafts_and_overlap_go_together_where_one_of_them_may_be_left_out() -> None:
+    for overlap, speculation in (("none,two_batches", "ngram:2"), ("two_batches", "none,ngram:2")):
+        assert "two_batches" in resolve(asked(overlap=overlap, speculation=speculation)).overlaps
+    given = {**KNOWN, "overlap": "two_batches", "speculation": "ngram:2"}
+    plan = f"{PLAN} spec=none"
+    assert resolve_plan(plan, SimulateAsk(**given, plan=plan))[1].plan.overlap == "two_batches"
+    with pytest.raises(UsageError, match="it is modelled without drafts"):
+        resolve_plan(PLAN, SimulateAsk(**given, plan=PLAN))
+
+
+def test_a_plan_whose_overlap_is_not_known_is_told_of_none_as_well() -> None:
+    with pytest.raises(UnknownNameError, match="unknown overlap 'tbo'; known: none, two_batches"):
+        resolve_plan(f"{PLAN} overlap=tbo", SimulateAsk(**KNOWN, plan=PLAN))
+
+
+def test_what_a_plan_says_of_overlap_counts_whatever_the_option_says() -> None:
+    given = {**KNOWN, "overlap": "none", "plan": f"{PLAN} overlap=two_batches"}
+    assert resolve_plan(given["plan"], SimulateAsk(**given))[1].plan.overlap == "two_batches"
 
 
 def test_a_plan_that_overlaps_is_explained_beside_those_that_do() -> None:

@@ -129,7 +129,7 @@ class Plan:
         if self.route is not None and self.route not in ROUTINGS:
             raise UsageError(f"unknown router {self.route!r:.60}; known: {', '.join(ROUTINGS)}")
         if self.overlap is not None and self.overlap not in OVERLAPS:
-            raise UnknownNameError("overlap", str(self.overlap)[:60], OVERLAPS)
+            raise UnknownNameError("overlap", str(self.overlap)[:60], ("none", *OVERLAPS), alike=False)
         limits = (("clock", self.clock_mhz), ("seqs", self.max_num_seqs), ("tokens", self.max_num_batched_tokens))
         for name, value in limits:
             if value is not None and not _is_degree(value):

@@ -227,6 +227,10 @@ def _two_batches(console: Console, document: Document) -> None:
     ]
     heads = ("forwards with", "how many", "split", "without", "with two batches", "saved")
     table(console, "Two batches in place of one, --overlap=two_batches (derived)", heads, rows, left={0})
+    console.print(
+        "Here every rank is taken to have an even share, and prompts to come one to a forward; head-room is that of "
+        "the batches as they came. So their times differ.\n"
+    )
 
 
 def why_not(console: Console, document: Document) -> None:
