@@ -194,7 +194,7 @@ def _format(instance: Instance, plan: Plan) -> Iterator[str]:
 def _engine(instance: Instance, plan: Plan) -> Iterator[str]:
     yield from _drafts(instance, plan)
     yield from _sharing(instance, plan)
-    yield from _overlapping(instance, plan)
+    yield from overlap_faults(instance, plan)
     if fault := allotted(instance.model, plan, instance.settings).fault:
         yield fault
     if instance.settings.runnable is not None:
@@ -240,7 +240,7 @@ def _sharing(instance: Instance, plan: Plan) -> Iterator[str]:
         yield f"share={shares}: {fault}"
 
 
-def _overlapping(instance: Instance, plan: Plan) -> Iterator[str]:
+def overlap_faults(instance: Instance, plan: Plan) -> Iterator[str]:
     """Why the forwards of the plan cannot be split into two halves."""
     if plan.overlap is None:
         return

@@ -10,6 +10,7 @@ from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.acceptance import parse_speculation
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.plan import parse_plan
+from apex_opt.serving import plans_pools
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +53,8 @@ def overlaps_of(
         raise UsageError(f"--overlap: {ask.overlap!r:.60} names one twice")
     if isinstance(ask, ExplainAsk) and plans_overlap(ask):
         chosen += [name for name in OVERLAPS if name not in chosen]  # it is compared with what a search would find
+    if _NONE in chosen and "aggregated" not in serving and plans_pools(ask) and not plans_overlap(ask):
+        return (None,)  # pools are among what is to choose from, and split no forward
     if chosen != [_NONE] or plans_overlap(ask):
         what = ",".join(name for name in chosen if name != _NONE) or OVERLAPS[0]
         if fault := _fault(settings, model, serving, clusters):
@@ -61,6 +64,11 @@ def overlaps_of(
                 f"--overlap={what}: it is modelled without drafts, and --speculation={ask.speculation:.60} has every "
                 "plan make some; give --speculation=none, or --overlap=none"
             )
+    if others := [kind for kind in serving if kind != "aggregated" and _NONE not in chosen]:
+        raise UsageError(
+            f"--overlap={ask.overlap}: only plans whose forwards are split, and --serving has {' and '.join(others)}, "
+            "which split none; leave these out, or add none to --overlap"
+        )
     return tuple(None if name == _NONE else name for name in chosen)  # type: ignore[misc]  # they are looked at above
 
 

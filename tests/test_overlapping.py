@@ -91,6 +91,18 @@ def test_what_a_plan_says_of_overlap_counts_whatever_the_option_says() -> None:
     assert resolve_plan(given["plan"], SimulateAsk(**given))[1].plan.overlap == "two_batches"
 
 
+def test_pools_and_shares_split_no_forward_and_are_asked_for_beside_none_alone() -> None:
+    for serving in ("aggregated,pools", "aggregated,shared"):
+        with pytest.raises(UsageError, match="which split none; leave these out, or add none to --overlap"):
+            resolve(asked(serving=serving, overlap="two_batches", runnable="any"))
+        assert resolve(asked(serving=serving, runnable="any")).overlaps == (None, "two_batches")
+    pools = "prefill{tp1 bf16} + decode{tp1 bf16}"
+    given = {**KNOWN, "overlap": "none,two_batches", "serving": "aggregated,pools", "plan": pools}
+    problem, deployment = resolve_plan(pools, SimulateAsk(**given))
+    assert problem.overlaps == (None,) and deployment.disaggregated
+    assert resolve(ExplainAsk(**given)).overlaps == (None, "two_batches")
+
+
 def test_a_plan_that_overlaps_is_explained_beside_those_that_do() -> None:
     ask = ExplainAsk(**KNOWN, plan=f"{PLAN} overlap=two_batches")
     assert resolve(ask).overlaps == (None, "two_batches")
@@ -104,3 +116,9 @@ def test_the_command_line_searches_it_and_says_why_a_plan_cannot() -> None:
     assert ran.code == 3 and "copies, the plan has one" in ran.out
     ran = run("plan", *words, "--overlap=tow_batches")
     assert ran.code == 2 and ran.err.count("\n") == 1
+
+
+def test_a_format_that_no_split_forward_sends_to_is_told_as_what_is_missing() -> None:
+    words = [f"--{name}={value}" for name, value in KNOWN.items()]
+    ran = run("plan", *words, "--overlap=two_batches", "--engine=sglang", "--weights=w4a16")
+    assert ran.code == 3 and "experts in bf16, fp8 there, not in w4a16" in " ".join(ran.out.split())

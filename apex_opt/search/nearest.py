@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, space, violations
+from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, overlap_faults, space, violations
 from apex_opt.plans.engine import limited
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.refusals import refusals
@@ -42,6 +42,7 @@ def nearest(instance: Instance, kept: Collection[str] = ()) -> tuple[Plan, tuple
         refused = held = 0
         if rules is not None and "engine" in families:
             refused = sum(1 for _ in refusals(rules, model, instance.cluster, plan, limited(instance.settings, plan)))
+            refused += sum(1 for _ in overlap_faults(instance, plan))
         if "memory" in families:
             stages = stage_memory(model, gpu, plan, limited(instance.settings, plan))
             held = max(needed_bytes(instance.blocks_needed(plan), stage) for stage in stages)
