@@ -80,6 +80,13 @@ def test_a_row_becomes_a_closed_loop(tmp_path: Path) -> None:
     assert any("KV cache" in text for text in run.assumptions)
 
 
+@pytest.mark.parametrize(("told", "clients"), [(448, 32), (32, 32), (16, 16)])
+def test_clients_of_the_source_are_those_of_one_instance_at_most(tmp_path: Path, told: int, clients: int) -> None:
+    source = {"silicon_data_source": f"source_file=a.csv; silicon_concurrency={told}"}
+    degrees = {"tp_size": 4, "attention_dp_size": 2, "moe_tp_size": 8}
+    assert one(tmp_path, SPARSE | source, **degrees).trace.concurrency == clients
+
+
 def test_lengths_of_inferencex_are_those_that_its_client_draws(tmp_path: Path) -> None:
     run = one(tmp_path, DENSE | INFERENCEX, batch_size=64)
     random = np.random.RandomState(0)

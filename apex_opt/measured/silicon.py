@@ -276,7 +276,8 @@ def _degrees(row: Row, cell: dict[str, str], facts: Facts, *, inferencex: bool) 
     # The column counts those of one attention copy.
     clients = _count(row, "batch_size", LARGEST) * degrees.copies
     if match := _CLIENTS.search(cell.get("silicon_data_source", "")):
-        clients = min(max(int(match[1]), 1), LARGEST)
+        # Where the source counts more than the column, it counts those of several instances, of which a row has one.
+        clients = min(max(int(match[1]), 1), clients)
     return (degrees.over_the_same_gpus() if inferencex else degrees), clients
 
 
