@@ -189,3 +189,18 @@ def test_two_batches_take_the_kernels_of_deepep() -> None:
     (command,) = emitted("sglang", "qwen3-30b-a3b", "attn(dp8) ffn(ep8) overlap=two_batches", 1, 8).commands
     assert "--enable-two-batch-overlap" in command.argv
     assert value(command, "--moe-a2a-backend") == "deepep" and value(command, "--deepep-mode") == "auto"
+    assert value(command, "--moe-runner-backend") == "deep_gemm"
+    (plain,) = emitted("sglang", "qwen3-30b-a3b", "attn(dp8) ffn(ep8) fp8 overlap=two_batches", 1, 8).commands
+    assert value(plain, "--moe-runner-backend") is None
+
+
+@pytest.mark.parametrize(("seats", "room"), [(1024, None), (1032, "129"), (8192, "1024"), (8200, "refused")])
+def test_split_forwards_have_room_for_the_sequences_of_a_rank(seats: int, room: str | None) -> None:
+    plan = f"attn(dp8) ffn(ep8) seqs={seats} tokens=16384 overlap=two_batches"
+    found = emitted("sglang", "qwen3-30b-a3b", plan, 1, 8)
+    if room == "refused":
+        assert not found.commands and has(found, "at most 1024 sequences", "the plan 1025", "--max_num_seqs=8192")
+        return
+    variable = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+    assert dict(found.commands[0].env).get(variable) == room
+    assert has(found, variable) == (room is not None)

@@ -73,6 +73,7 @@ class EngineRules:
                                     which computes while the other sends; None: all
     split_formats : set             weight formats whose experts run with the kernels that such forwards are sent by
     whole_methods : set             methods of quantisation of a checkpoint whose experts do not, in whatever format
+    split_seqs : int                sequences of a rank that such forwards can answer; 0: any number
     rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
     sources : mapping               rule, by the name of its field, to where it was read or found
     """
@@ -116,6 +117,7 @@ class EngineRules:
     overlaps: frozenset[str] | None = frozenset()
     split_formats: frozenset[str] = frozenset()
     whole_methods: frozenset[str] = frozenset()
+    split_seqs: int = 0
     rotary_table: bool = False
     sources: Mapping[str, str]
 

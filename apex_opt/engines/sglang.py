@@ -44,6 +44,7 @@ SGLANG: Final = EngineRules(
     multiplexes=True,
     overlaps=frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"}),
     split_formats=frozenset({"bf16", "fp8"}),
+    split_seqs=1024,
     whole_methods=frozenset({"compressed-tensors", "modelopt", "fbgemm_fp8"}),
     sources=MappingProxyType(
         {
@@ -64,6 +65,7 @@ SGLANG: Final = EngineRules(
             "overlaps": "srt/batch_overlap/operations_strategy.py: layers of DeepSeek V2 and V3, Qwen3 MoE and MiMo V2",
             "split_formats": "srt/layers/moe/ep_moe/layer.py: DeepGEMM runs both; others end in an assertion, and fp4 "
             "computes prompts with the kernels for low latency, too (arg_groups/moe_hook.py), which is not modelled",
+            "split_seqs": "srt/layers/moe/token_dispatcher/deepep.py: num_max_dispatch_tokens_per_rank <= 1024",
             "whole_methods": "srt/layers/moe/ep_moe/layer.py: of quantised experts those of Fp8Config alone",
             "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }

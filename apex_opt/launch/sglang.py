@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.launch.commands import FIRST_PORT, HEAD, PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
-from apex_opt.plans.engine import limited, limits_shared
+from apex_opt.plans.engine import limited, limits_shared, of_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +38,9 @@ ABOUT_ROUTER: Final = (
     "NODE0, NODE1, ...: put the nodes' addresses in their place",
 )
 _DTYPES: Final = {"bf16": "bfloat16", "fp16": "float16"}
+_DISPATCHED: Final = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+_ROOM: Final = 128
+"""Its default in sglang 0.5.23, `srt/environ.py`: tokens of a rank that kernels for low latency have room for."""
 _JOIN_PORT: Final = 20000
 _ROUTER_PORT: Final = 30000
 _BOOTSTRAP_PORT: Final = 8998
@@ -69,6 +72,11 @@ class Sglang:
             )
         if plan.overlap is not None:
             found.append("--enable-two-batch-overlap: takes the kernels of DeepEP")
+            if (seats := _dispatched(asked)) > _ROOM:
+                found.append(
+                    f"{_DISPATCHED}: a rank may answer {seats} sequences at once, its default is {_ROOM}; "
+                    "DeepEP's buffer for low latency grows with it, and of all buffers the plan counts 2 GiB: check"
+                )
         if plan.shares is not None:
             found.append("--enable-pdmux is marked in SGLang's sources as a temporary demo: check")
         return found
@@ -82,6 +90,8 @@ class Sglang:
             env = [host.visible]
             if len(set(plan.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
                 env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, plan.layers))))
+            if plan.overlap is not None and (seats := _dispatched(asked)) > _ROOM:
+                env.append((_DISPATCHED, str(seats)))
             more = self._joined(parts, rank, place) if len(parts) > 1 else []
             words = self._words(asked, port)
             words, file = [*words, *more], None
@@ -110,6 +120,8 @@ class Sglang:
             words += ["--ep-size", str(plan.ffn.ep)]
         if plan.overlap is not None:
             words += ["--moe-a2a-backend", "deepep", "--deepep-mode", "auto", "--enable-two-batch-overlap"]
+            if plan.weight_format == "bf16":  # its default has no prompts of experts in 16 bit
+                words += ["--moe-runner-backend", "deep_gemm"]
         if asked.quantised_when_loaded:
             words += ["--quantization", "fp8"]
         if asked.code_of:
@@ -179,6 +191,11 @@ class Sglang:
             stage.weights_bytes + stage.states_bytes + stage.kv_blocks * stage.kv_block_bytes for stage in asked.memory
         )
         return f"{math.floor(1000 * held / asked.problem.cluster.gpu.memory_bytes) / 1000:.3g}"
+
+
+def _dispatched(asked: Asked) -> int:
+    """Tokens that a rank may send to experts at once where it only decodes: one of each of its sequences."""
+    return of_each(asked.problem.settings, asked.plan).max_num_seqs
 
 
 def _bootstrap(port: int) -> int:
