@@ -379,3 +379,9 @@ def test_a_stage_that_keeps_nothing_has_no_count_of_blocks() -> None:
     stage = CANDIDATE["memory"][0] | {"kv_block_bytes": 0, "kv_blocks": 1 << 40}
     table = block(answer(best={**CANDIDATE, "memory": [stage]}), "Memory per GPU, GB")
     assert table[2].split()[-3:-1] == ["0.0", "-"]
+
+
+def test_a_rate_of_turns_that_wait_for_answers_says_so() -> None:
+    trace = DOCUMENT["question"]["trace"] | {"waiting": 32}
+    page = " ".join(answer(question={**DOCUMENT["question"], "trace": trace}).split())
+    assert "(1,000 requests, 3.92 requests/s if answers came at once)" in page

@@ -97,7 +97,7 @@ def question_line(console: Console, question: Document, load: str = "", end: str
     end : str     what else was asked
     """
     trace = question["trace"]
-    load = load or (count(trace["concurrency"], "client") if trace["concurrency"] else _rate(trace["rate_per_s"]))
+    load = load or (count(trace["concurrency"], "client") if trace["concurrency"] else _arrivals(trace))
     console.print(
         Text.assemble(
             (question["model"]["name"], "bold"),
@@ -510,8 +510,11 @@ _LISTINGS: Final[dict[str, tuple[Column, ...]]] = {
 }
 
 
-def _rate(value: float | None) -> str:
-    return "all at once" if value is None else f"{value:.2f} requests/s"
+def _arrivals(trace: Document) -> str:
+    """How requests come that clients send on their own; of turns that wait for answers as early as they can."""
+    if trace["rate_per_s"] is None:
+        return "all at once"
+    return f"{trace['rate_per_s']:.2f} requests/s{' if answers came at once' if trace.get('waiting') else ''}"
 
 
 def _tflops(value: float | None) -> str:

@@ -262,6 +262,7 @@ class Trace:
             "duration_s": self.duration_s,
             "rate_per_s": self.rate_per_s,
             "burstiness": self.burstiness,
+            **({} if self.delay_ns is None else {"waiting": int((self.delay_ns >= 0).sum())}),
         }
 
     def stretched(self, factor: float) -> Trace:

@@ -76,6 +76,8 @@ class TraceFacts(Described):
     ----------
     concurrency : clients of a closed loop; null where arrivals are given
     burstiness : variance of the gaps between arrivals over the square of their mean
+    waiting : requests sent only once the one before them in their session is answered; `duration_s`, `rate_per_s` and
+              `burstiness` are then as if answers came at once
     """
 
     name: str
@@ -96,6 +98,7 @@ class TraceFacts(Described):
     duration_s: float
     rate_per_s: Number
     burstiness: Number
+    waiting: int | None = None
 
 
 class EngineFacts(Described):
