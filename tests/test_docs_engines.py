@@ -46,6 +46,9 @@ WORDS = {
     "block_powers": "tokens in a KV block are a power of two",
     "multiplexes": "prompts and answers side by side on divisions of a GPU",
     "overlaps": "families whose forwards are split into two halves that hide each other's sending",
+    "split_formats": "formats whose experts run in such forwards",
+    "whole_methods": "methods of quantisation whose experts do not",
+    "split_seqs": "sequences of a rank that such forwards can answer",
     "rotary_table": "a table of cosines and sines on every GPU",
 }
 """The rules by their fields, in the order of the table."""
