@@ -302,7 +302,9 @@ def test_what_is_no_scheduler_is_refused_with_those_there_are(scheduler: Any) ->
 @POLICY
 def test_prefix_caching_goes_with_engines_that_are_deployed(policy: str) -> None:
     EngineSettings(prefix_caching=True, scheduler=VllmScheduling())
-    with pytest.raises(UsageError, match=f"prefix_caching goes with the engines vllm, sglang, trtllm, not with {policy}; "):
+    with pytest.raises(
+        UsageError, match=f"prefix_caching goes with the engines vllm, sglang, trtllm, not with {policy}; "
+    ):
         EngineSettings(prefix_caching=True, scheduler=SCHEDULINGS[policy](), max_model_len=8192)
 
 
