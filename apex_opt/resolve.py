@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
-    from apex_opt.engines import EngineKind
+    from apex_opt.engines import EngineKind, EngineRules
     from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares
     from apex_opt.plans.speculation import Drafter, Speculation
@@ -267,11 +267,16 @@ def _about_images(model: Model) -> tuple[str, ...]:
     )
 
 
+def _rules(ask: Ask, kind: EngineKind) -> EngineRules | None:
+    """What plans are to keep to so that an engine can run them; None where none need be able to."""
+    return kind.rules if ask.runnable is None else load_rules(ask.runnable)
+
+
 def _about_engines(ask: Ask, kind: EngineKind, model: Model) -> tuple[str, ...]:
     """That no engine need be able to run a plan, or that this one's release does not know the model."""
     if ask.runnable == ANY:
         return (f"--runnable={ANY}: plans are told that no engine need be able to start",)
-    rules = kind.rules if ask.runnable is None else load_rules(ask.runnable)
+    rules = _rules(ask, kind)
     text = rules.lacking(model.family) if rules is not None else ""
     return (f"runnable: {text}",) if text else ()
 
@@ -281,6 +286,10 @@ def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     if not ask.chunked_prefill or kind.scheduler.splits_prompts:
         return ()
     return (f"--chunked_prefill=true: {kind.name} computes prompts whole all the same",)
+
+
+_USUAL_BLOCK: Final = 16
+"""Tokens of a block whose multiples the usual attention of vLLM takes."""
 
 
 def _about_blocks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
@@ -293,7 +302,6 @@ def _about_blocks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
     )
 
 
-_USUAL_BLOCK: Final = 16
 _SPLITTING: Final = ("chunked_prefill", "prefix_caching")
 """What engines switch off where an encoder has to see all of a prompt."""
 
@@ -339,7 +347,7 @@ def _settings(
         least = trace.longest if scheduler.may_preempt else int(trace.prompt.max())
     if isinstance(scheduler, SglangScheduling) and "max_num_seqs" in asked:
         scheduler = replace(scheduler, drafting_seats=0)
-    runnable = kind.rules if ask.runnable is None else load_rules(ask.runnable)
+    runnable = _rules(ask, kind)
     if runnable is not None and "block_size" not in asked:
         common["block_size"] = runnable.block_size(model, common["block_size"])
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain, combinations, product
+from itertools import chain, combinations, pairwise, product
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -21,6 +21,7 @@ from plan_cases import (
     sparse,
 )
 
+from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.figures.registry import names
 from apex_opt.plans.deployment import Deployment, Pool
@@ -38,6 +39,7 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from apex_opt.evaluate import Instance, Tally
     from apex_opt.search import Answer, Offer, Problem, Scored
 
 SPACE: Final = PlanSpace()
@@ -308,3 +310,19 @@ def on_every_figure(problem: Problem) -> Problem:
     """The problem with every figure there is among its objectives."""
     objective, *then = load_objectives(",".join((*names(), "itl_p99.9", "ttft_p12.5")))
     return replace(problem, objective=objective, then=tuple(then))
+
+
+def listed_alike(instance: Instance) -> Tally:
+    """The program lists and counts plans without moved layers as plain Python does, and so by each family alone."""
+    found, counted = SPACE.enumerate(instance), tally(instance)
+    room = instance.max_devices
+    assert {cut.times(n) for cut in found.plans for n in range(1, room // cut.devices + 1)} == set(counted.plans)
+    assert found.movable == ()
+    assert SPACE.count(instance, ()) == counted.space
+    lost = [SPACE.count(instance, OF_CUTS[:place]) for place in range(len(OF_CUTS) + 1)]
+    assert [a - b for a, b in pairwise(lost)] == [counted.infeasible[name] for name in OF_CUTS]
+    kept = [plan for plan in space(instance) if plan.replicas == 1 and plan.even]
+    for family in FAMILIES:
+        alone = {plan for plan in kept if family not in {v.family for v in violations(instance, plan)}}
+        assert set(SPACE.enumerate(instance, [family]).plans) == alone, family
+    return counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,7 @@ from plan_cases import (
     random_trace,
     sparse,
 )
-from search_cases import SPACE, rank
+from search_cases import SPACE, listed_alike, rank
 
 import formulations.deployment as programs
 from apex_opt.cluster.types import Link
@@ -27,7 +26,7 @@ from apex_opt.engines.overlap import DUAL_BATCH, TWO_BATCH
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.vllm import VLLM
-from apex_opt.evaluate import FAMILIES, OF_CUTS, Instance, space, tally, violations
+from apex_opt.evaluate import Instance, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
 from apex_opt.ir.formats import FORMATS
@@ -86,17 +85,7 @@ def split_instance(seed: int) -> Instance:
 def check_program(seed: int) -> int:
     """The program lists and counts what plain Python does; how many plans there are."""
     instance = split_instance(seed)
-    found, counted = SPACE.enumerate(instance), tally(instance)
-    room = instance.max_devices
-    assert {cut.times(n) for cut in found.plans for n in range(1, room // cut.devices + 1)} == set(counted.plans)
-    assert found.movable == ()
-    assert SPACE.count(instance, ()) == counted.space
-    lost = [SPACE.count(instance, OF_CUTS[:place]) for place in range(len(OF_CUTS) + 1)]
-    assert [a - b for a, b in itertools.pairwise(lost)] == [counted.infeasible[name] for name in OF_CUTS]
-    kept = [plan for plan in space(instance) if plan.replicas == 1 and plan.even]
-    for family in FAMILIES:
-        alone = {plan for plan in kept if family not in {v.family for v in violations(instance, plan)}}
-        assert set(SPACE.enumerate(instance, [family]).plans) == alone, family
+    counted = listed_alike(instance)
     assert all(plan.overlap == SPLIT for plan in counted.plans)
     return len(counted.plans)
 

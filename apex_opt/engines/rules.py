@@ -123,8 +123,7 @@ class EngineRules:
 
     def block_size(self, model: Model, usual: int) -> int:
         """Tokens of a KV block that the engine takes where none are asked for, by those that are usual."""
-        traits = {trait for block in model.blocks for trait in block.attention.traits}
-        return lcm(usual, *(multiple for trait, multiple in self.block_multiples.items() if trait in traits))
+        return lcm(usual, *(multiple for trait, multiple in self.block_multiples.items() if trait in model.traits))
 
     def lacking(self, family: str) -> str:
         """That the engine has no class of its own for models of a family; empty where it has, or that is not known."""

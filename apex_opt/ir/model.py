@@ -336,6 +336,11 @@ class Model:
         return 2 * self.before_parameters + (self.encoder.shard_bytes(shards) if self.encoder else 0)
 
     @property
+    def traits(self) -> frozenset[str]:
+        """What rules of engines ask of the attention of any layer."""
+        return frozenset(trait for block in self.blocks for trait in block.attention.traits)
+
+    @property
     def embedding_parameters(self) -> int:
         """Weights of the embedding."""
         return self.vocab * self.hidden

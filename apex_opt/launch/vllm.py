@@ -145,8 +145,8 @@ class Vllm:
         return [*words, "--headless"] if rank else words
 
     def _cache(self, asked: Asked) -> str:
-        own = any("compressed" in block.attention.traits for block in asked.problem.model.blocks)
-        if asked.kv_in_fp8 or own:  # of compressed tokens there is one format, whatever it is called
+        # Of compressed tokens there is one format, whatever it is called.
+        if asked.kv_in_fp8 or "compressed" in asked.problem.model.traits:
             return "fp8"
         return _DTYPES[asked.half] if asked.kv_published_in_fp8 else "auto"
 

@@ -157,9 +157,9 @@ def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> It
     """Tokens in a KV block."""
     if rules.block_powers and block_size & (block_size - 1):
         yield f"block_size {block_size}: {rules.release} takes powers of two"
+    kinds = model.traits | {plan.kv_format}
     for kind, multiple in rules.block_multiples.items():
-        there = plan.kv_format == "fp8" if kind == "fp8" else any(kind in b.attention.traits for b in model.blocks)
-        if there and block_size % multiple:
+        if kind in kinds and block_size % multiple:
             yield f"block_size {block_size}: {rules.release} takes multiples of {multiple} for {_NAMES[kind]}"
 
 
